@@ -1,0 +1,133 @@
+"""LoRA weights as plain values.
+
+An adapter adds `scaling * B(A x)` to the output of each linear module that it targets, with A of shape
+(r, in), B of shape (out, r), and scaling alpha/r (Hu et al. 2021, arXiv:2106.09685, section 4.1) or
+alpha/sqrt(r) (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732). The frozen weight W itself never changes.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear modules of a Llama layer, in the order in which the forward pass meets them."""
+
+ATTENTION = MODULES[:4]
+"""Those of them that lie in the attention block; the others lie in the MLP."""
+
+
+class ModuleKey(NamedTuple):
+    """One linear module of the base: its layer, counted from 0, and its name in `MODULES`."""
+
+    layer: int
+    module: str
+
+    @property
+    def path(self) -> str:
+        """Where Hugging Face's model keeps it, such as "model.layers.3.self_attn.q_proj"."""
+        block = "self_attn" if self.module in ATTENTION else "mlp"
+        return f"model.layers.{self.layer}.{block}.{self.module}"
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """What an adapter must fit: the base's number of layers and each module's (out, in) features."""
+
+    num_layers: int
+    features: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which modules an adapter targets, and each one's rank and alpha.
+
+    A target is a name of `MODULES`, meant in each of `layers_to_transform` (None: in every layer), or one
+    module's `ModuleKey.path`. The patterns override `rank` and `alpha`; their keys are names or paths too.
+    """
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...] = MODULES
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers_to_transform: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for pattern in (self.rank_pattern, self.alpha_pattern):
+            # PEFT takes the first key that matches, so a name and a path of that name would depend on their order.
+            if any(key.rpartition(".")[2] in pattern for key in pattern if "." in key):
+                raise ValueError("a pattern names a module by its name or by its path, not by both")
+
+    def targets(self, key: ModuleKey) -> bool:
+        if key.path in self.target_modules:
+            return True
+        in_layers = self.layers_to_transform is None or key.layer in self.layers_to_transform
+        return in_layers and key.module in self.target_modules
+
+    def rank_of(self, key: ModuleKey) -> int:
+        return self.rank_pattern.get(key.path, self.rank_pattern.get(key.module, self.rank))
+
+    def alpha_of(self, key: ModuleKey) -> float:
+        return self.alpha_pattern.get(key.path, self.alpha_pattern.get(key.module, self.alpha))
+
+    def scaling_of(self, key: ModuleKey) -> float:
+        return scaling(self.alpha_of(key), self.rank_of(key), self.use_rslora)
+
+
+@dataclass(frozen=True, eq=False)
+class LoraModule:
+    """The adapter of one linear module: `scaling * b @ (a @ x)`."""
+
+    a: torch.Tensor  # (r, in)
+    b: torch.Tensor  # (out, r)
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class LoraWeights:
+    """All of an adapter's modules. The tensors are read-only by convention: they may be mapped from a file."""
+
+    modules: Mapping[ModuleKey, LoraModule]
+
+    @property
+    def max_rank(self) -> int:
+        return max((module.rank for module in self.modules.values()), default=0)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(module.a.numel() + module.b.numel() for module in self.modules.values())
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """The names of the modules that have rows in at least one layer, in the order of `MODULES`."""
+        present = {key.module for key in self.modules}
+        return tuple(name for name in MODULES if name in present)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) over every tensor's place, dtype, shape and bytes and its effective scaling.
+
+        Names and dates stay out of it: equal effects on the same base have equal digests.
+        """
+        sha = hashlib.sha256(b"smolora-lora-v1")
+        for key in sorted(self.modules):
+            module = self.modules[key]
+            header = f"{key.layer}|{key.module}|{module.scaling.hex()}|{module.a.dtype}|{module.b.dtype}"
+            sha.update(f"{header}|{tuple(module.a.shape)}|{tuple(module.b.shape)}".encode())
+            for tensor in (module.a, module.b):
+                sha.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+        return sha.hexdigest()
+
+
+def scaling(alpha: float, rank: int, use_rslora: bool) -> float:
+    """The factor on B(A x): alpha/r, or alpha/sqrt(r) for rank-stabilized LoRA."""
+    return float(alpha) / (float(rank) ** 0.5 if use_rslora else float(rank))

@@ -1,0 +1,1 @@
+"""Continuous batching over one frozen model. No HTTP, no database, no paths."""

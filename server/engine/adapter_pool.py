@@ -1,0 +1,243 @@
+"""Which adapters are resident: least recently used out, never one that a request holds.
+
+A request's adapters are held all or none, as a `Lease`: one that had some and waited for others could wait for
+ever. A cold adapter is read and its rows are filled by an executor's threads, while other requests run; the pool
+itself is touched by the engine's thread alone.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+
+from adapters.errors import CorruptAdapter, InvalidInput, SmoloraError
+from adapters.lora import LoraWeights
+from server.engine.extents import Extents
+from server.engine.request import AdapterRef
+from server.model.lora_batch import Parts
+from server.model.rank_rows import Needs, Placement, RankRows, Run
+
+Load = Callable[[str], LoraWeights]
+_Space = tuple[str, str]  # (group, "rows" or "units"): one of the pool's tensors
+
+
+@dataclass(eq=False)
+class _Adapter:
+    """One adapter that is resident or on its way. It has rows exactly while `placement` is set."""
+
+    digest: str
+    reading: Future[LoraWeights]
+    weights: LoraWeights | None = None  # between being read and being placed
+    needs: Needs = field(default_factory=dict)
+    placement: Placement | None = None
+    placing: Future[None] | None = None
+    num_leases: int = 0
+
+    @property
+    def is_placed(self) -> bool:
+        return self.placing is not None and self.placing.done() and not self.failed
+
+    @property
+    def failed(self) -> bool:
+        return self.placing is not None and self.placing.done() and self.placing.exception() is not None
+
+
+@dataclass(eq=False)
+class AdapterLease:
+    """A hold on a set of adapters (`sequence.Lease`). Nothing is held before `is_held`."""
+
+    pool: "AdapterPool" = field(repr=False)
+    refs: tuple[AdapterRef, ...]
+    adapters: tuple[_Adapter, ...] = ()
+    is_held: bool = False
+    lacks_room: bool = False
+    error: SmoloraError | None = None
+    _parts: Parts | None = field(default=None, repr=False)
+
+    @property
+    def ready(self) -> bool:
+        return self.is_held and all(adapter.is_placed for adapter in self.adapters)
+
+    def advance(self) -> bool:
+        return self.pool.advance(self)
+
+    def release(self) -> None:
+        self.pool.release(self)
+
+    @property
+    def parts(self) -> Parts:
+        """Where the adapters lie, with their weights; only of a lease that is ready."""
+        if self._parts is None:
+            placements = [adapter.placement for adapter in self.adapters]
+            self._parts = tuple(
+                (placement, ref.weight)
+                for placement, ref in zip(placements, self.refs, strict=True)
+                if placement is not None
+            )
+            assert len(self._parts) == len(self.refs), "a lease without rows was used"
+        return self._parts
+
+
+class AdapterPool:
+    """The resident adapters of one engine. `wake` is called, from another thread, when a load has moved on."""
+
+    def __init__(self, rows: RankRows, load: Load, executor: Executor, wake: Callable[[], None]) -> None:
+        self.rows = rows
+        self.num_loads = 0
+        self.num_evictions = 0
+        self._load = load
+        self._executor = executor
+        self._wake = wake
+        self._adapters: OrderedDict[str, _Adapter] = OrderedDict()  # least recently used first
+        self._spaces: dict[_Space, Extents] = {}
+        for group in rows.layouts:
+            self._spaces[group, "rows"] = Extents(rows.a[group].shape[1])
+            self._spaces[group, "units"] = Extents(rows.b[group].shape[1])
+
+    @property
+    def resident(self) -> frozenset[str]:
+        """Digests of the adapters whose rows can be used at once."""
+        return frozenset(digest for digest, adapter in self._adapters.items() if adapter.is_placed)
+
+    @property
+    def num_rows_used(self) -> int:
+        return sum(
+            extents.capacity - extents.num_free for (_, kind), extents in self._spaces.items() if kind == "rows"
+        )
+
+    def lease(self, refs: tuple[AdapterRef, ...]) -> AdapterLease:
+        """A new lease, which `advance` brings on its way and `release` ends."""
+        return AdapterLease(self, refs, is_held=not refs)
+
+    def advance(self, lease: AdapterLease) -> bool:
+        """Do what can be done without waiting for the lease to become ready; whether it is.
+
+        Sets `error` where it never will be: an adapter can't be read, or the set is larger than the pool.
+        """
+        if lease.is_held:
+            if any(adapter.failed for adapter in lease.adapters):
+                lease.error = CorruptAdapter("An adapter of this request could not be loaded.")
+            return lease.ready
+        adapters = tuple(self._find(ref.digest) for ref in lease.refs)
+        if not all(adapter.reading.done() for adapter in adapters):
+            return False
+        for adapter in adapters:
+            lease.error = lease.error or self._finish_reading(adapter)
+        if lease.error is None and self._is_too_large(adapters):
+            lease.error = InvalidInput.of(
+                "adapter",
+                "these adapters together need more memory than ADAPTER_CACHE_BYTES; use fewer or smaller ones",
+            )
+        if lease.error is None:
+            if self._hold(adapters):
+                lease.adapters, lease.is_held = adapters, True
+            lease.lacks_room = not lease.is_held
+        return lease.ready
+
+    def release(self, lease: AdapterLease) -> None:
+        """Give up the hold; the adapters stay resident until their room is needed."""
+        for adapter in lease.adapters:
+            adapter.num_leases -= 1
+            assert adapter.num_leases >= 0, "a lease was released twice"
+        if not lease.is_held:
+            for ref in lease.refs:  # what was read for this lease alone
+                adapter_ = self._adapters.get(ref.digest)
+                if adapter_ is not None and adapter_.placement is None:
+                    del self._adapters[ref.digest]
+        lease.adapters, lease.is_held, lease._parts = (), False, None
+
+    def _find(self, digest: str) -> _Adapter:
+        adapter = self._adapters.get(digest)
+        if adapter is not None and adapter.failed and not adapter.num_leases:
+            self._drop(adapter)
+            adapter = None
+        if adapter is None:
+            reading = self._executor.submit(self._load, digest)
+            reading.add_done_callback(lambda _: self._wake())
+            adapter = self._adapters[digest] = _Adapter(digest, reading)
+        self._adapters.move_to_end(digest)
+        return adapter
+
+    def _finish_reading(self, adapter: _Adapter) -> SmoloraError | None:
+        failure = adapter.reading.exception()
+        if failure is not None:
+            self._adapters.pop(adapter.digest, None)  # the next request tries again
+            if isinstance(failure, SmoloraError):
+                return failure
+            return CorruptAdapter("An adapter of this request could not be read.")
+        if not adapter.needs:
+            adapter.weights = adapter.reading.result()
+            adapter.needs = self.rows.needs(adapter.weights)
+        return None
+
+    def _is_too_large(self, adapters: Sequence[_Adapter]) -> bool:
+        return any(_size(adapters, space) > extents.capacity for space, extents in self._spaces.items())
+
+    def _hold(self, adapters: Sequence[_Adapter]) -> bool:
+        """Place what is not placed, evicting the least recently used that nobody holds; all or none."""
+        missing = [adapter for adapter in adapters if adapter.placement is None]
+        idle = [a for a in self._adapters.values() if a.is_placed and not a.num_leases and a not in adapters]
+        for space, extents in self._spaces.items():
+            if _size(missing, space) > extents.num_free + _size(idle, space):
+                return False
+        placed: list[_Adapter] = []
+        for adapter in missing:
+            while not self._allocate(adapter):
+                if not idle:  # enough rows, but not in one run
+                    for other in placed:
+                        self._free_rows(other)
+                    return False
+                self._drop(idle.pop(0))
+                self.num_evictions += 1
+            placed.append(adapter)
+        for adapter in placed:
+            self._place(adapter)
+        for adapter in adapters:
+            adapter.num_leases += 1
+        return True
+
+    def _allocate(self, adapter: _Adapter) -> bool:
+        starts: dict[_Space, int] = {}
+        for space, extents in self._spaces.items():
+            if length := _size([adapter], space):
+                start = extents.allocate(length)
+                if start is None:
+                    for taken, first in starts.items():
+                        self._spaces[taken].release(first, _size([adapter], taken))
+                    return False
+                starts[space] = start
+        adapter.placement = {
+            group: Run(needs, starts[group, "rows"], starts[group, "units"])
+            for group, needs in adapter.needs.items()
+        }
+        return True
+
+    def _place(self, adapter: _Adapter) -> None:
+        assert adapter.weights is not None
+        assert adapter.placement is not None
+        adapter.placing = self._executor.submit(self.rows.place, adapter.weights, adapter.placement)
+        adapter.placing.add_done_callback(lambda _: self._wake())
+        adapter.weights = None  # so that the file is unmapped once it is copied
+        adapter.reading = Future()
+        adapter.reading.set_result(LoraWeights({}))
+        self.num_loads += 1
+
+    def _free_rows(self, adapter: _Adapter) -> None:
+        for group, run in (adapter.placement or {}).items():
+            self._spaces[group, "rows"].release(run.first_row, run.rows.num_rows)
+            self._spaces[group, "units"].release(run.first_unit, run.rows.num_units)
+        adapter.placement = None
+
+    def _drop(self, adapter: _Adapter) -> None:
+        self._free_rows(adapter)
+        del self._adapters[adapter.digest]
+
+
+def _size(adapters: Sequence[_Adapter], space: _Space) -> int:
+    group, kind = space
+    total = 0
+    for adapter in adapters:
+        rows = adapter.needs.get(group)
+        if rows is not None:
+            total += rows.num_rows if kind == "rows" else rows.num_units
+    return total

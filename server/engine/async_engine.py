@@ -1,0 +1,214 @@
+"""The engine behind an event loop: one thread steps it, others send it messages and await its news.
+
+The thread and the loop share an inbox, under a condition, and snapshots that are replaced whole; everything else
+of the engine is the thread's alone. Outputs go over to the loop a step at a time.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+from adapters.errors import SmoloraError
+from server.engine.engine import Engine
+from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
+from server.errors import Draining, EngineDead, NotReady, QueueFull
+
+log = logging.getLogger(__name__)
+
+_STALLED_AFTER = 60.0  # seconds in one step after which the engine counts as making no progress
+_STATS_INTERVAL = 0.05  # seconds between snapshots while steps follow each other
+
+
+class OutputStream:
+    """The outputs of one request, until all its choices have ended. `aclose` aborts what is left."""
+
+    def __init__(self, engine: "AsyncEngine", request: GenerationRequest) -> None:
+        self._engine = engine
+        self._request = request
+        self._num_unfinished = request.n  # choices whose end the reader has not seen
+        self._num_undelivered = request.n  # choices whose end the engine has not told
+        self._queue: asyncio.Queue[SequenceOutput | SmoloraError] = asyncio.Queue()
+
+    def __aiter__(self) -> "OutputStream":
+        return self
+
+    async def __anext__(self) -> SequenceOutput:
+        if not self._num_unfinished:
+            raise StopAsyncIteration
+        output = await self._queue.get()
+        if isinstance(output, SmoloraError):
+            self._num_unfinished = 0
+            raise output
+        if output.finish_reason is not None:
+            self._num_unfinished -= 1
+        return output
+
+    async def aclose(self) -> None:
+        """Free what the request holds at the engine's next step. Closing twice is closing once."""
+        self._num_unfinished = 0
+        self._engine._abandon(self._request.request_id)
+
+    def _put(self, output: SequenceOutput | SmoloraError) -> None:
+        self._queue.put_nowait(output)
+
+
+class AsyncEngine:
+    """One engine and its thread. `start`, `submit` and the streams belong to one event loop."""
+
+    def __init__(self, build: Callable[[Callable[[], None]], Engine], *, max_queue: int = 256) -> None:
+        """`build(wake)` makes the engine, at once; it calls `wake` from any thread when it may have work."""
+        self._engine = build(self._wake)
+        self._max_in_flight = self._engine.config.scheduler.max_num_seqs + max_queue
+        self._inbox: deque[GenerationRequest | str] = deque()  # requests, and ids of requests to abort
+        self._news = threading.Condition()
+        self._is_woken = False
+        self._is_stopping = False
+        self._is_draining = False
+        self._is_dead = False
+        self._stats = self._engine.stats
+        self._step_started: float | None = None
+        self._streams: dict[str, OutputStream] = {}
+        self._num_in_flight = 0  # sequences
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request sent now would be taken and worked on."""
+        return self._thread.is_alive() and not (self._is_dead or self._is_draining or self._is_stalled)
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine can't go on; the process should end."""
+        return self._is_dead
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def start(self) -> None:
+        """Start the thread. Call it once, on the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End what runs and the thread."""
+        with self._news:
+            self._is_stopping = True
+            self._news.notify()
+        if self._thread.ident is not None:
+            await asyncio.to_thread(self._thread.join)
+        self._fail_all(Draining())
+        self._engine.close()
+
+    def drain(self) -> None:
+        """Take no new requests; those in flight go on."""
+        self._is_draining = True
+
+    def submit(self, request: GenerationRequest) -> OutputStream:
+        """Queue a request, or raise at once: QueueFull, Draining, NotReady, EngineDead, InvalidInput."""
+        if self._is_dead:
+            raise EngineDead
+        if self._is_draining or self._is_stopping:
+            raise Draining
+        if not self.ready:
+            raise NotReady
+        if self._num_in_flight and self._num_in_flight + request.n > self._max_in_flight:
+            raise QueueFull
+        self._engine.check(request)
+        stream = self._streams[request.request_id] = OutputStream(self, request)
+        self._num_in_flight += request.n
+        self._send(request)
+        return stream
+
+    @property
+    def _is_stalled(self) -> bool:
+        started = self._step_started
+        return started is not None and time.monotonic() - started > _STALLED_AFTER
+
+    def _abandon(self, request_id: str) -> None:
+        if request_id in self._streams:
+            self._forget(request_id)
+            self._send(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        stream = self._streams.pop(request_id)
+        self._num_in_flight -= stream._request.n
+
+    def _deliver(self, outputs: list[SequenceOutput]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream._put(output)
+                stream._num_undelivered -= output.finish_reason is not None
+                if not stream._num_undelivered:
+                    self._forget(output.request_id)
+
+    def _fail_all(self, error: SmoloraError) -> None:
+        for request_id, stream in list(self._streams.items()):
+            self._forget(request_id)
+            stream._put(error)
+
+    def _send(self, message: GenerationRequest | str) -> None:
+        with self._news:
+            self._inbox.append(message)
+            self._news.notify()
+
+    def _wake(self) -> None:
+        with self._news:
+            self._is_woken = True
+            self._news.notify()
+
+    def _run(self) -> None:
+        """The thread: take messages, step, hand outputs over; wait where there is nothing to do."""
+        try:
+            self._step_until_stopped()
+        except Exception:
+            log.exception("the engine's thread failed")
+            self._is_dead = True
+        if self._is_dead:
+            self._call(partial(self._fail_all, EngineDead()))
+
+    def _step_until_stopped(self) -> None:
+        last_snapshot = 0.0
+        has_progress = False
+        while True:
+            with self._news:
+                while not (self._inbox or self._is_woken or self._is_stopping or has_progress):
+                    self._news.wait()
+                if self._is_stopping:
+                    return
+                messages = list(self._inbox)
+                self._inbox.clear()
+                self._is_woken = False
+            for message in messages:
+                if isinstance(message, str):
+                    self._engine.abort(message)
+                else:
+                    self._engine.add(message)
+            num_steps = self._engine.num_steps
+            self._step_started = now = time.monotonic()
+            outputs = self._engine.step()
+            self._step_started = None
+            # A step that computed nothing waits for an adapter: the loader wakes us, so does any message.
+            has_progress = self._engine.has_work and (self._engine.num_steps > num_steps or bool(outputs))
+            if not has_progress or now - last_snapshot > _STATS_INTERVAL:
+                self._stats = self._engine.stats
+                last_snapshot = now
+            if outputs:
+                self._call(partial(self._deliver, outputs))
+            if self._engine.is_dead:
+                self._is_dead = True
+                return
+
+    def _call(self, function: Callable[[], None]) -> None:
+        """Have the event loop call the function; nothing where the loop has ended."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(function)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            log.debug("outputs after the end of the event loop")

@@ -1,0 +1,249 @@
+"""The core loop: schedule, run, postprocess. One thread owns it; see `async_engine` for how others reach it.
+
+It gets adapters as digests and an injected `load`, tokens as ids and an injected `TokenBytes`. A step that
+fails ends the sequences in it; several in a row mean that the engine can't go on (`is_dead`).
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from adapters.errors import InvalidInput, SmoloraError
+from server.engine.adapter_pool import AdapterPool, Load
+from server.engine.detokenizer import TextStream, TokenBytes
+from server.engine.kv_cache import BlockManager
+from server.engine.paged_attention import PagedCache
+from server.engine.request import (
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    SampledLogprob,
+    SequenceOutput,
+    Timing,
+    TokenLogprob,
+)
+from server.engine.runner import Runner
+from server.engine.sampler import Logprobs, Sampled
+from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.sequence import Sequence
+from server.errors import EngineDead, GenerationFailed
+from server.model.rank_rows import RankRows
+from server.model.smollm import SmolLM
+
+log = logging.getLogger(__name__)
+
+_MAX_FAILURES = 3  # steps that fail in a row
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The engine's limits. Bytes are of the device's memory."""
+
+    max_model_len: int  # tokens of a prompt and its answer together
+    kv_cache_bytes: int
+    adapter_cache_bytes: int
+    block_size: int = 16
+    scheduler: SchedulerLimits = field(default_factory=SchedulerLimits)
+
+
+class Engine:
+    """Generates for many requests at once over one frozen model."""
+
+    def __init__(
+        self,
+        model: SmolLM,
+        token_bytes: TokenBytes,
+        load: Load,
+        config: EngineConfig,
+        *,
+        wake: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`load(digest)` reads an adapter, on a thread of the engine's; `wake` is called when one has moved on."""
+        base, device = model.config, model.device
+        block_bytes = PagedCache.bytes_per_block(base, config.block_size, model.dtype)
+        num_blocks = config.kv_cache_bytes // block_bytes + 1  # and the padding block
+        rank_bytes = RankRows.bytes_per_rank(base.shape, model.dtype, device)
+        self.config = config
+        self.blocks = BlockManager(max(num_blocks, 2), config.block_size)
+        self._eos = frozenset(base.eos_token_ids)
+        self._token_bytes = token_bytes
+        self._clock = clock
+        cache = PagedCache(base, self.blocks.num_blocks, config.block_size, model.dtype, device)
+        rows = RankRows(
+            base.shape,
+            max_rank=max(config.adapter_cache_bytes // rank_bytes, 1),
+            dtype=model.dtype,
+            device=device,
+        )
+        self._loaders = ThreadPoolExecutor(2, "adapter-loader")
+        self.pool = AdapterPool(rows, load, self._loaders, wake)
+        self.scheduler = Scheduler(config.scheduler, self.blocks, self.pool, clock)
+        self.runner = Runner(model, cache, rows)
+        self._streams: dict[Sequence, TextStream] = {}
+        self._num_failures = 0
+        self.num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_output_tokens = 0
+        self._num_prefix_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether so many steps failed in a row that the engine can't go on."""
+        return self._num_failures >= _MAX_FAILURES
+
+    @property
+    def stats(self) -> EngineStats:
+        resident = self.pool.resident
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=self.scheduler.num_waiting,
+            kv_blocks_total=self.blocks.num_usable_blocks,
+            kv_blocks_used=self.blocks.num_used_blocks,
+            adapters_resident=len(resident),
+            adapter_rows_used=self.pool.num_rows_used,
+            adapter_loads=self.pool.num_loads,
+            adapter_evictions=self.pool.num_evictions,
+            prefix_cached_tokens=self._num_prefix_tokens,
+            prompt_tokens=self._num_prompt_tokens,
+            output_tokens=self._num_output_tokens,
+            preemptions=self.scheduler.num_preemptions,
+            steps=self.num_steps,
+            resident=resident,
+        )
+
+    def check(self, request: GenerationRequest) -> None:
+        """InvalidInput where the request could never run, however long it waited."""
+        num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
+        if not request.prompt_token_ids:
+            raise InvalidInput.of("prompt", "the prompt has no tokens; give at least one character")
+        limit = min(self.config.max_model_len, self.blocks.num_usable_blocks * self.config.block_size)
+        if num_tokens > limit:
+            raise InvalidInput.of(
+                "max_tokens",
+                f"the prompt's {len(request.prompt_token_ids)} tokens and {request.sampling.max_tokens} more "
+                f"exceed {limit}; shorten the prompt or lower max_tokens",
+            )
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request that `check` has passed: `n` sequences."""
+        arrival = self._clock()
+        for index in range(request.n):
+            sequence = Sequence(request, index, arrival, self.config.block_size)
+            self._streams[sequence] = TextStream(self._token_bytes, request.sampling.stop)
+            self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Drop what is left of a request; nothing more comes out for it."""
+        for sequence in [s for s in self.scheduler.sequences() if s.request.request_id == request_id]:
+            self._remove(sequence)
+
+    def abort_all(self, error: SmoloraError) -> list[SequenceOutput]:
+        """End everything, with the reason."""
+        return [self._fail(sequence, error) for sequence in list(self.scheduler.sequences())]
+
+    def step(self) -> list[SequenceOutput]:
+        """Advance every scheduled sequence by one step; the news of it."""
+        step = self.scheduler.schedule()
+        outputs = [self._fail(failed.sequence, failed.error) for failed in step.failed]
+        if not step.chunks:
+            return outputs
+        try:
+            sampled = self.runner.run(step.chunks)
+        except Exception:
+            log.exception("a step failed")
+            self._num_failures += 1
+            error = GenerationFailed("the engine failed in a step of this request; try it again")
+            outputs += [self._fail(chunk.sequence, error) for chunk in step.chunks]
+            return outputs + (self.abort_all(EngineDead()) if self.is_dead else [])
+        self._num_failures = 0
+        self.num_steps += 1
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            if chunk.start == sequence.num_cached_tokens and sequence.num_output_tokens == 0:
+                self._num_prefix_tokens += sequence.num_cached_tokens
+                self._num_prompt_tokens += sequence.num_prompt_tokens
+            sequence.num_computed_tokens = chunk.stop
+            self.blocks.mark_computed(sequence)
+        return outputs + [self._append(sequence, token) for sequence, token in sampled]
+
+    def close(self) -> None:
+        """Stop the loader threads. The engine is not used again."""
+        self._loaders.shutdown(wait=True, cancel_futures=True)
+
+    def _append(self, sequence: Sequence, token: Sampled) -> SequenceOutput:
+        """Add the new token to its sequence, which may end it."""
+        params, stream, now = sequence.request.sampling, self._streams[sequence], self._clock()
+        sequence.token_ids.append(token.token_id)
+        sequence.first_token_at = sequence.first_token_at or now
+        self._num_output_tokens += 1
+        reason: FinishReason | None = None
+        if token.token_id in self._eos and not params.ignore_eos:
+            text, reason = "", "stop"
+        else:
+            text = stream.push(token.token_id)
+            if stream.stopped:
+                reason = "stop"
+        if reason is None and sequence.num_output_tokens == params.max_tokens:
+            reason = "length"
+        if reason is not None:
+            text += stream.finish()
+            reason = "stop" if stream.stopped else reason
+            self._remove(sequence)
+        logprobs = () if token.logprobs is None else (self._logprob(token.token_id, token.logprobs),)
+        return self._output(sequence, text=text, num_new_tokens=1, logprobs=logprobs, finish_reason=reason)
+
+    def _fail(self, sequence: Sequence, error: SmoloraError) -> SequenceOutput:
+        self._remove(sequence)
+        return self._output(sequence, finish_reason="abort", error=error)
+
+    def _remove(self, sequence: Sequence) -> None:
+        if self._streams.pop(sequence, None) is not None:
+            self.scheduler.finish(sequence)
+
+    def _output(
+        self,
+        sequence: Sequence,
+        *,
+        text: str = "",
+        num_new_tokens: int = 0,
+        logprobs: tuple[SampledLogprob, ...] = (),
+        finish_reason: FinishReason | None = None,
+        error: SmoloraError | None = None,
+    ) -> SequenceOutput:
+        timing = None
+        if finish_reason is not None:
+            now, start = self._clock(), sequence.arrival
+            timing = Timing(
+                queue=(sequence.admitted_at or now) - start,
+                first_token=(sequence.first_token_at or now) - start,
+                total=now - start,
+            )
+        return SequenceOutput(
+            request_id=sequence.request.request_id,
+            index=sequence.index,
+            text=text,
+            num_new_tokens=num_new_tokens,
+            num_output_tokens=sequence.num_output_tokens,
+            num_cached_tokens=sequence.num_cached_tokens,
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            error=error,
+            timing=timing,
+        )
+
+    def _logprob(self, token_id: int, logprobs: Logprobs) -> SampledLogprob:
+        return SampledLogprob(
+            self._token_logprob(token_id, logprobs.chosen),
+            tuple(self._token_logprob(other, logprob) for other, logprob in logprobs.top),
+        )
+
+    def _token_logprob(self, token_id: int, logprob: float) -> TokenLogprob:
+        content = tuple(self._token_bytes.bytes_of(token_id))
+        return TokenLogprob(token_id, self._token_bytes.name_of(token_id), content, logprob)

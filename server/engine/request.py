@@ -1,0 +1,116 @@
+"""What goes into the engine and what comes out: frozen, picklable, without names or paths.
+
+The engine could live in a process of its own; nothing here refers to its memory.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from adapters.errors import SmoloraError
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, order=True)
+class AdapterRef:
+    """One part of an adapter expression, resolved: which bytes, and how much of them."""
+
+    digest: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. Bounds are checked at the API's edge; `seed` is always set by then."""
+
+    max_tokens: int = 64
+    temperature: float = 0.7  # 0: greedy
+    top_p: float = 1.0  # 1: off
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0  # 0: off
+    repetition_penalty: float = 1.0  # 1: off
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    logprobs: int = 0  # 0: none; k: the chosen token's and the k likeliest
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt under one set of adapters; `n` sequences are generated from it.
+
+    `adapters` is canonical: one entry for each digest, no zero weights, sorted. Empty: the frozen base.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    adapters: tuple[AdapterRef, ...] = ()
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and its log-probability under the model, before temperature and penalties (nats)."""
+
+    token_id: int
+    text: str
+    bytes: tuple[int, ...]
+    logprob: float
+
+
+@dataclass(frozen=True)
+class SampledLogprob:
+    """The chosen token's log-probability and those of the likeliest ones, best first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds since the request was handed to the engine."""
+
+    queue: float
+    first_token: float
+    total: float
+
+
+@dataclass(frozen=True)
+class SequenceOutput:
+    """News of one choice of one request after one step: a piece of text, and perhaps its end.
+
+    `text` holds whole characters only and never a stop string or a special token; it may be empty.
+    `num_output_tokens` and `num_cached_tokens` are totals so far. `timing` is set with `finish_reason`.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    num_new_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+    logprobs: tuple[SampledLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: SmoloraError | None = None  # why an "abort" happened
+    timing: Timing | None = None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot for /metrics and /ready. Counters only grow."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_used: int = 0  # those that a request refers to
+    adapters_resident: int = 0
+    adapter_rows_used: int = 0
+    adapter_loads: int = 0
+    adapter_evictions: int = 0
+    prefix_cached_tokens: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    resident: frozenset[str] = frozenset()  # digests

@@ -1,0 +1,276 @@
+"""What the next step computes. Plain Python, no torch; the clock is the caller's.
+
+Running sequences come first, oldest first: one token for each that decodes, one chunk for each that still reads
+its prompt, as far as the step's prefill budget goes. What is left of it admits waiting ones. Chunk borders are
+multiples of `chunk_size`, whatever the load.
+
+Fairness: waiting sequences queue by adapter set, and the sets take turns, so a hot adapter can't hold back a cold
+one. A set whose turn it is but for which there is no room yet may be passed over, at most `max_bypass` times;
+then nothing else is admitted before it. When blocks run out the youngest running sequence is preempted: it
+gives everything back and is computed anew, from what the prefix cache still has.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from adapters.errors import SmoloraError
+from server.engine.kv_cache import BlockManager
+from server.engine.request import AdapterRef
+from server.engine.sequence import Lease, Sequence, Status
+
+
+class Adapters(Protocol):
+    """What the scheduler needs of `adapter_pool.AdapterPool`."""
+
+    def lease(self, refs: tuple[AdapterRef, ...]) -> Lease:
+        """A new hold on a set of adapters, not ready yet."""
+        ...
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """How much one step does."""
+
+    max_num_seqs: int = 32
+    chunk_size: int = 64  # tokens of one prompt, at most, in one step
+    max_prefill_tokens: int = 512  # of all prompts, in a step without decodes
+    max_bypass: int = 32  # admissions past a set that waits for room
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Tokens [start, stop) of a sequence, to be computed in this step."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the end of what is known, so that a next token is drawn."""
+        return self.stop == self.sequence.num_tokens
+
+    @property
+    def is_decode(self) -> bool:
+        return self.stop - self.start == 1 and self.start > 0
+
+
+@dataclass(frozen=True, eq=False)
+class Failed:
+    """A waiting sequence whose adapters can't be had; it has left the scheduler."""
+
+    sequence: Sequence
+    error: SmoloraError
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step's work. Empty where everything waits for adapters to load."""
+
+    chunks: tuple[Chunk, ...]
+    failed: tuple[Failed, ...]
+
+
+class _Verdict(Enum):
+    """What became of an attempt to admit a waiting sequence."""
+
+    ADMITTED = "admitted"
+    WAITS = "waits"  # for a load, or for blocks that another is computing: this ends by itself
+    NO_ROOM = "no room"  # for its adapters or its blocks: others must finish first
+    FAILED = "failed"
+
+
+@dataclass
+class _Queue:
+    """The waiting sequences of one adapter set, in order of arrival."""
+
+    sequences: deque[Sequence] = field(default_factory=deque)
+    num_bypassed: int = 0
+
+
+class Scheduler:
+    """Holds every sequence from `add` until `finish`, and decides who computes what."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        blocks: BlockManager,
+        adapters: Adapters,
+        clock: Callable[[], float],
+    ) -> None:
+        self.limits = limits
+        self.blocks = blocks
+        self.num_preemptions = 0
+        self.running: list[Sequence] = []  # in order of admission
+        self._adapters = adapters
+        self._clock = clock
+        self._queues: OrderedDict[bytes, _Queue] = OrderedDict()  # the set whose turn is next comes first
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(queue.sequences) for queue in self._queues.values())
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self._queues)
+
+    def sequences(self) -> Iterator[Sequence]:
+        """All that have not finished."""
+        yield from self.running
+        for queue in self._queues.values():
+            yield from queue.sequences
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence. It must fit the cache alone: its prompt and all tokens that it may add."""
+        self._queues.setdefault(sequence.adapter_key, _Queue()).sequences.append(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and give back what it holds."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is Status.WAITING:
+            queue = self._queues[sequence.adapter_key]
+            queue.sequences.remove(sequence)
+            if not queue.sequences:
+                del self._queues[sequence.adapter_key]
+        self._give_back(sequence)
+        sequence.status = Status.FINISHED
+
+    def schedule(self) -> Step:
+        """The next step. Blocks for its tokens are in the sequences' block tables."""
+        chunks: list[Chunk] = []
+        budget = self._prefill_budget()
+        num_preemptions = self.num_preemptions
+        for sequence in list(self.running):
+            if sequence.status is not Status.RUNNING:  # preempted for an older one
+                continue
+            if sequence.is_decoding:
+                stop = sequence.num_tokens
+            elif budget > 0:
+                stop = self._chunk_stop(sequence)
+                budget -= stop - sequence.num_computed_tokens
+            else:
+                continue
+            if self._make_room(sequence, stop):
+                chunks.append(Chunk(sequence, sequence.num_computed_tokens, stop))
+        failed: list[Failed] = []
+        if self.num_preemptions == num_preemptions:
+            self._admit(chunks, failed, budget)
+        return Step(tuple(chunks), tuple(failed))
+
+    def _prefill_budget(self) -> int:
+        """Prompt tokens of this step: few beside few decodes, whose next token waits for the whole step."""
+        num_decodes = sum(1 for sequence in self.running if sequence.is_decoding)
+        if not num_decodes:
+            return self.limits.max_prefill_tokens
+        return min(max(self.limits.chunk_size, 4 * num_decodes), self.limits.max_prefill_tokens)
+
+    def _chunk_stop(self, sequence: Sequence) -> int:
+        size = self.limits.chunk_size
+        return min((sequence.num_computed_tokens // size + 1) * size, sequence.num_tokens)
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Reserve blocks up to `num_tokens`, preempting from the youngest on; False where that is itself."""
+        while not self.blocks.reserve(sequence, num_tokens):
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        sequence.status = Status.WAITING
+        queue = self._queues.setdefault(sequence.adapter_key, _Queue())
+        queue.sequences.appendleft(sequence)
+        self._queues.move_to_end(sequence.adapter_key, last=False)
+        self.num_preemptions += 1
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.blocks.free(sequence)
+        if sequence.lease is not None:
+            sequence.lease.release()
+            sequence.lease = None
+
+    def _admit(self, chunks: list[Chunk], failed: list[Failed], budget: int) -> None:
+        """Admit waiting sequences, a set at a time in turn, while the step has room for their first chunk."""
+        lacking_room: list[_Queue] = []
+        turn = deque(self._queues)
+        while turn and budget > 0 and len(self.running) < self.limits.max_num_seqs:
+            key = turn.popleft()
+            queue = self._queues[key]
+            sequence = queue.sequences[0]
+            match self._try_admit(sequence):
+                case _Verdict.ADMITTED:
+                    queue.sequences.popleft()
+                    queue.num_bypassed = 0
+                    for other in lacking_room:
+                        other.num_bypassed += 1
+                    chunk = self._first_chunk(sequence)
+                    budget -= chunk.stop - chunk.start
+                    chunks.append(chunk)
+                    self._queues.move_to_end(key)
+                    if queue.sequences:
+                        turn.append(key)
+                    else:
+                        del self._queues[key]
+                case _Verdict.NO_ROOM:
+                    lacking_room.append(queue)
+                    if queue.num_bypassed >= self.limits.max_bypass:
+                        self._give_way(sequence)
+                        return
+                case _Verdict.FAILED:
+                    assert sequence.lease is not None
+                    assert sequence.lease.error is not None
+                    failed.append(Failed(sequence, sequence.lease.error))
+                    self.finish(sequence)
+                    if key in self._queues:
+                        turn.append(key)
+                case _Verdict.WAITS:
+                    pass
+        self._look_ahead(turn)
+
+    def _try_admit(self, sequence: Sequence) -> "_Verdict":
+        if sequence.lease is None:
+            sequence.lease = self._adapters.lease(sequence.request.adapters)
+        if not sequence.lease.advance():
+            if sequence.lease.error is not None:
+                return _Verdict.FAILED
+            return _Verdict.NO_ROOM if sequence.lease.lacks_room else _Verdict.WAITS
+        if self.blocks.is_being_computed(sequence):
+            return _Verdict.WAITS
+        if not self.blocks.admit(sequence, num_spare_blocks=len(self.running)):
+            return _Verdict.NO_ROOM
+        if sequence.admitted_at is None:
+            sequence.admitted_at = self._clock()
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+        sequence.status = Status.RUNNING
+        self.running.append(sequence)
+        return _Verdict.ADMITTED
+
+    def _first_chunk(self, sequence: Sequence) -> Chunk:
+        stop = self._chunk_stop(sequence)
+        reserved = self.blocks.reserve(sequence, stop)
+        assert reserved, "an admitted sequence has room for its tokens"
+        return Chunk(sequence, sequence.num_computed_tokens, stop)
+
+    def _give_way(self, sequence: Sequence) -> None:
+        """Let go of adapters that others hold while they wait: the sequence may need their rows."""
+        for queue in self._queues.values():
+            for other in queue.sequences:
+                if other is not sequence and other.lease is not None:
+                    other.lease.release()
+                    other.lease = None
+
+    def _look_ahead(self, keys: deque[bytes]) -> None:
+        """Have the adapters of the next sets read while others run, as many as could run at once."""
+        for key in list(keys)[: self.limits.max_num_seqs]:
+            sequence = self._queues[key].sequences[0]
+            if sequence.lease is None:
+                sequence.lease = self._adapters.lease(sequence.request.adapters)
+            if sequence.lease.error is None:
+                sequence.lease.advance()

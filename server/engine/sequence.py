@@ -1,0 +1,107 @@
+"""One sequence being generated: its tokens, how many are computed, and what it holds.
+
+Pure state. The scheduler moves it along, the block manager fills its block table, the engine appends tokens.
+"""
+
+import hashlib
+import struct
+from array import array
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from adapters.errors import SmoloraError
+from server.engine.request import AdapterRef, GenerationRequest
+
+
+class Status(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"  # not admitted, or preempted
+    RUNNING = "running"  # holds blocks and its adapters
+    FINISHED = "finished"
+
+
+class Lease(Protocol):
+    """A hold on all of a sequence's adapters, or on none of them yet."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the adapters' rows can be used."""
+        ...
+
+    @property
+    def lacks_room(self) -> bool:
+        """Whether it waits only for others to give rows back."""
+        ...
+
+    @property
+    def error(self) -> SmoloraError | None:
+        """Why they never will be."""
+        ...
+
+    def advance(self) -> bool:
+        """Do what can be done without waiting; whether the lease is ready now."""
+        ...
+
+    def release(self) -> None:
+        """Give the hold up."""
+        ...
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Choice `index` of a request. `token_ids` grows; `num_computed_tokens` follows, and may fall back."""
+
+    request: GenerationRequest
+    index: int
+    arrival: float  # seconds of the scheduler's clock
+    block_size: int
+    token_ids: list[int] = field(init=False)
+    num_computed_tokens: int = 0  # their keys and values are in the cache
+    num_cached_tokens: int = 0  # of the prompt, found in the cache at the first admission
+    block_table: list[int] = field(default_factory=list)
+    num_registered_blocks: int = 0  # known to the prefix cache
+    lease: Lease | None = None
+    status: Status = Status.WAITING
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+    _block_keys: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+        self.adapter_key = adapter_key(self.request.adapters)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the newest token is left to compute, and some were computed before it."""
+        return self.num_computed_tokens > 0 and self.num_computed_tokens == len(self.token_ids) - 1
+
+    def full_block_keys(self) -> list[bytes]:
+        """The keys of all full blocks of tokens so far, each chaining the ones before and the adapter set."""
+        keys, size = self._block_keys, self.block_size
+        while (len(keys) + 1) * size <= len(self.token_ids):
+            start = len(keys) * size
+            tokens = array("q", self.token_ids[start : start + size]).tobytes()
+            parent = keys[-1] if keys else self.adapter_key
+            keys.append(hashlib.blake2b(parent + tokens, digest_size=16).digest())
+        return keys
+
+
+def adapter_key(adapters: Seq[AdapterRef]) -> bytes:
+    """What tells one set of weighted adapters from another, whatever their names: the root of block keys."""
+    parts = [f"{ref.digest}*".encode() + struct.pack("<d", ref.weight) for ref in sorted(adapters)]
+    return hashlib.blake2b(b"+".join(parts), digest_size=16).digest()

@@ -1,0 +1,243 @@
+"""The adapters of one flat batch: which rank rows each of its tokens uses, and with what weight.
+
+Tokens come in runs that share their adapters. A long run (`MIN_BLOCK`) takes dense products, one adapter after the
+other. All others go together, whatever their mix of adapters: what their tokens give on the rows of A, densely
+for runs of a few tokens and pair by pair for single ones, is then summed over the rows of B for all at once. The
+indices are built once and serve every layer. Measured on 2 cores, for q·k·v at rank 16: the sum over B takes 7 µs
+for one token and 20 µs for 32, where a 16-bit matrix product takes 22–30 µs for each of q, k and v.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from server.model.ops.lora import csr_pairs, expand_sampled, shrink_block, shrink_sampled
+from server.model.rank_rows import GroupLayout, Placement, RankRows, Run
+
+MIN_BLOCK = 64
+"""From this many tokens on, a run takes dense products for B, too."""
+
+MIN_DENSE = 4
+"""From this many tokens on, a run takes dense products for A. A run that is alone always does."""
+
+Parts = tuple[tuple[Placement, float], ...]
+"""The resident adapters of a request and their weights; empty: the base."""
+
+_Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRun:
+    """Tokens [start, stop) of the flat batch, which share their adapters."""
+
+    start: int
+    stop: int
+    parts: Parts
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    start: int
+    stop: int
+    run: Run
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
+class _DenseShrink:
+    """Tokens of one run, counted from the first that `_Short` covers, and the rows of A of each of its parts."""
+
+    tokens: slice
+    rows: tuple[slice, ...]
+
+    def __call__(self, x: torch.Tensor, a_rows: torch.Tensor) -> torch.Tensor:
+        x = x[self.tokens].to(a_rows.dtype)
+        products = [F.linear(x, a_rows[rows]) for rows in self.rows]
+        return (products[0] if len(products) == 1 else torch.cat(products, 1)).flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class _SampledShrink:
+    """Tokens of many short runs, and the (token, row) pairs that they need."""
+
+    tokens: slice
+    pairs: torch.Tensor  # CSR (tokens, rows)
+
+    def __call__(self, x: torch.Tensor, a_rows: torch.Tensor) -> torch.Tensor:
+        return shrink_sampled(x[self.tokens], a_rows, self.pairs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Short:
+    """All short runs in one group: the products with A, token by token, and how B's units sum them."""
+
+    shrinks: tuple[_DenseShrink | _SampledShrink, ...]
+    weights: torch.Tensor | None  # (num_pairs,); None: all 1
+    hidden_index: torch.Tensor | None  # (num_entries,): which pair an entry takes its factor from; None: its own
+    unit_index: torch.Tensor  # (num_entries,): which unit of B it multiplies
+    bags: torch.Tensor  # (tokens * units_per_token + 1,)
+
+    def share(self, x: torch.Tensor, a_rows: torch.Tensor, b_units: torch.Tensor) -> torch.Tensor:
+        """What the adapters add for the inputs x (tokens, in): (tokens, out) of b_units' dtype."""
+        products = [shrink(x, a_rows) for shrink in self.shrinks]
+        hidden = products[0] if len(products) == 1 else torch.cat(products)
+        if self.weights is not None:
+            hidden = hidden * self.weights
+        hidden = hidden.to(b_units.dtype)
+        if self.hidden_index is not None:
+            hidden = hidden.index_select(0, self.hidden_index)
+        return expand_sampled(hidden, b_units, self.unit_index, self.bags).view(x.shape[0], -1)
+
+
+class LoraBatch:
+    """Adds the adapters' share to each group's output, for the tokens of one flat batch (`smollm.Adapters`)."""
+
+    def __init__(self, rows: RankRows, runs: Sequence[TokenRun]) -> None:
+        """`runs` in order of their tokens; tokens outside them have no adapter."""
+        self._rows = rows
+        short = [run for run in runs if run.parts and run.stop - run.start < MIN_BLOCK]
+        self._tokens = _tokens(short, rows.device)
+        self._blocks: dict[str, list[_Block]] = {}
+        self._short: dict[str, _Short] = {}
+        for group, layout in rows.layouts.items():
+            self._blocks[group] = [
+                _Block(run.start, run.stop, placement[group], weight)
+                for run in runs
+                if run.stop - run.start >= MIN_BLOCK
+                for placement, weight in run.parts
+                if group in placement
+            ]
+            if any(group in placement for run in short for placement, _ in run.parts):
+                self._short[group] = _plan_short(short, group, layout, rows)
+
+    def add(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y (tokens, out) plus each token's `Σ weight · scaling · B(A x)`; y is written in place."""
+        for block in self._blocks[group]:
+            self._add_block(layer, group, block, x, y)
+        short = self._short.get(group)
+        if short is not None:
+            tokens = self._tokens
+            share = short.share(x[tokens], self._rows.a[group][layer], self._rows.b[group][layer])
+            if isinstance(tokens, slice):
+                y[tokens].add_(share)
+            else:
+                y.index_add_(0, tokens, share)
+        return y
+
+    def _add_block(self, layer: int, group: str, block: _Block, x: torch.Tensor, y: torch.Tensor) -> None:
+        run, tokens = block.run, slice(block.start, block.stop)
+        a = self._rows.a[group][layer, run.first_row : run.first_row + run.rows.num_rows]
+        b = self._rows.b[group][layer, run.first_unit : run.first_unit + run.rows.num_units]
+        hidden = shrink_block(x[tokens], a, block.weight, y.dtype)  # (tokens, rows of the run)
+        unit = b.shape[1]
+        for rows in run.rows.modules:
+            b_module = b[rows.unit : rows.unit + rows.rank * (rows.out_features // unit)]
+            out = y[tokens, rows.out_start : rows.out_start + rows.out_features]
+            out.addmm_(hidden[:, rows.row : rows.row + rows.rank], b_module.view(rows.rank, rows.out_features))
+
+
+def _tokens(runs: Sequence[TokenRun], device: torch.device) -> slice | torch.Tensor:
+    """The tokens of the runs: a slice where they are neighbours, which needs no copy, else their indices."""
+    if not runs:
+        return slice(0, 0)
+    if all(before.stop == after.start for before, after in pairwise(runs)):
+        return slice(runs[0].start, runs[-1].stop)
+    return torch.cat([torch.arange(run.start, run.stop) for run in runs]).to(device)
+
+
+def _plan_short(runs: Sequence[TokenRun], group: str, layout: GroupLayout, rows: RankRows) -> _Short:
+    weights: list[npt.NDArray[np.float32]] = []
+    hidden_index: list[_Ints] = []
+    unit_index: list[_Ints] = []
+    bag_counts: list[_Ints] = []
+    num_pairs = 0
+    for run in runs:
+        parts = [(placement[group], weight) for placement, weight in run.parts if group in placement]
+        run_weights = [np.full(part.rows.num_rows, weight, np.float32) for part, weight in parts]
+        run_hidden, run_units, counts = _entries(parts, layout)
+        for _ in range(run.start, run.stop):
+            weights += run_weights
+            hidden_index.append(run_hidden + num_pairs)
+            unit_index.append(run_units)
+            bag_counts.append(counts)
+            num_pairs += sum(part.rows.num_rows for part, _ in parts)
+    all_weights, all_hidden = np.concatenate(weights), np.concatenate(hidden_index)
+    is_identity = len(all_hidden) == num_pairs and bool((all_hidden == np.arange(num_pairs)).all())
+    return _Short(
+        shrinks=_plan_shrinks(runs, group, rows),
+        weights=None if bool((all_weights == 1).all()) else _to(all_weights, rows.device),
+        hidden_index=None if is_identity else _to(all_hidden, rows.device),
+        unit_index=_to(np.concatenate(unit_index), rows.device),
+        bags=_to(np.concatenate(([0], np.cumsum(np.concatenate(bag_counts)))), rows.device),
+    )
+
+
+def _plan_shrinks(
+    runs: Sequence[TokenRun], group: str, rows: RankRows
+) -> tuple[_DenseShrink | _SampledShrink, ...]:
+    shrinks: list[_DenseShrink | _SampledShrink] = []
+    singles: list[tuple[int, list[slice]]] = []  # (tokens, their rows) of neighbouring short runs
+    start = 0
+
+    def flush() -> None:
+        nonlocal start
+        num_tokens = sum(num for num, _ in singles)
+        if any(token_rows for _, token_rows in singles):
+            counts = [sum(part.stop - part.start for part in parts) for num, parts in singles for _ in range(num)]
+            columns = [np.arange(r.start, r.stop) for num, parts in singles for _ in range(num) for r in parts]
+            pairs = csr_pairs(
+                _to(np.concatenate(([0], np.cumsum(counts))), rows.device),
+                _to(np.concatenate(columns), rows.device),
+                rows.a[group].shape[1],
+            )
+            shrinks.append(_SampledShrink(slice(start, start + num_tokens), pairs))
+        start += num_tokens
+        singles.clear()
+
+    for run in runs:
+        num_tokens = run.stop - run.start
+        parts = [placement[group] for placement, _ in run.parts if group in placement]
+        slices = [slice(part.first_row, part.first_row + part.rows.num_rows) for part in parts]
+        if slices and (len(runs) == 1 or num_tokens >= MIN_DENSE):
+            flush()
+            shrinks.append(_DenseShrink(slice(start, start + num_tokens), tuple(slices)))
+            start += num_tokens
+        else:
+            singles.append((num_tokens, slices))
+    flush()
+    return tuple(shrinks)
+
+
+def _entries(parts: Sequence[tuple[Run, float]], layout: GroupLayout) -> tuple[_Ints, _Ints, _Ints]:
+    """One token's entries, unit by unit of its output: their pairs (counted from 0), B's units, entries a unit."""
+    hidden: list[list[_Ints]] = [[] for _ in range(layout.units_per_token)]
+    units: list[list[_Ints]] = [[] for _ in range(layout.units_per_token)]
+    first_pair = 0
+    for run, _ in parts:
+        for rows in run.rows.modules:
+            width = rows.out_features // layout.unit  # units of one row
+            pair = np.arange(rows.rank) + first_pair + rows.row
+            unit = np.arange(rows.rank) * width + run.first_unit + rows.unit
+            for step in range(width):
+                hidden[rows.out_start // layout.unit + step].append(pair)
+                units[rows.out_start // layout.unit + step].append(unit + step)
+        first_pair += run.rows.num_rows
+    counts = np.array([sum(len(part) for part in unit) for unit in hidden], np.int64)
+    empty = [np.empty(0, np.int64)]
+    return (
+        np.concatenate([part for unit in hidden for part in unit] or empty),
+        np.concatenate([part for unit in units for part in unit] or empty),
+        counts,
+    )
+
+
+def _to(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

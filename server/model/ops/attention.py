@@ -1,0 +1,99 @@
+"""Attention over a paged cache of keys and values.
+
+A layer's cache is a pair of tensors (num_blocks, block_size, kv_heads, head_dim); a sequence's block table lists
+the blocks that hold its positions, in order. Queries are grouped (Ainslie et al. 2023,
+arXiv:2305.13245). Two cases:
+
+- `attend_sequence`: any number of new tokens of one sequence over that sequence's keys.
+- `attend_decode`: one new token for each of many sequences, over block tables of different lengths at once.
+
+`plan_decode` builds once a step the indices that every layer's `attend_decode` uses.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, eq=False)
+class DecodePlan:
+    """Indices of one step's decode attention, the same for all layers."""
+
+    block_table: torch.Tensor  # (sequences * max_blocks,): padded with block 0
+    bias: torch.Tensor  # (sequences, 1, max_positions): 0 at positions that exist, -inf at the others
+    value_rows: torch.Tensor  # (sequences * heads * max_positions,): rows of the cache as (slots * kv_heads, dim)
+    bags: torch.Tensor  # (sequences * heads + 1,): where each head's rows start
+    head_of: torch.Tensor  # (heads, kv_heads, 1): the softmax scale at the head's kv head, else 0
+
+
+def plan_decode(
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    block_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> DecodePlan:
+    """The plan for sequences of `lengths` (sequences,) positions in block_table (sequences, max_blocks)."""
+    device = block_table.device
+    num_sequences, max_blocks = block_table.shape
+    positions = torch.arange(max_blocks * block_size, device=device)
+    bias = torch.zeros(num_sequences, 1, positions.shape[0], dtype=dtype, device=device)
+    bias.masked_fill_((positions >= lengths[:, None])[:, None], float("-inf"))
+
+    kv_of_head = torch.arange(num_heads, device=device) // (num_heads // num_kv_heads)
+    slots = block_table.repeat_interleave(block_size, dim=1) * block_size + positions % block_size
+    value_rows = slots[:, None] * num_kv_heads + kv_of_head[:, None]  # (sequences, heads, positions)
+    head_of = F.one_hot(kv_of_head, num_kv_heads).to(dtype)[..., None] * head_dim**-0.5
+    bags = torch.arange(num_sequences * num_heads + 1, device=device) * positions.shape[0]
+    return DecodePlan(block_table.flatten(), bias, value_rows.flatten(), bags, head_of)
+
+
+def attend_decode(plan: DecodePlan, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+    """q (sequences, heads, head_dim), one token each, over the caches of its layer; like q.
+
+    Each query is spread over all kv heads, zero but for its own, so that one batched product with the gathered
+    keys, contiguous as they lie in the cache, gives the scores of all heads. Values are summed where they lie.
+    """
+    num_sequences, heads, dim = q.shape
+    keys = k_cache.flatten(1).index_select(0, plan.block_table)  # (sequences * max_blocks, block * kv_heads * dim)
+    keys = keys.view(num_sequences, plan.bias.shape[-1], -1)  # (sequences, positions, kv_heads * dim)
+    spread = (q[:, :, None] * plan.head_of).view(num_sequences, heads, -1)  # (sequences, heads, kv_heads * dim)
+    scores = torch.baddbmm(plan.bias.expand(-1, heads, -1), spread, keys.transpose(1, 2))
+    weights = scores.softmax(-1)  # (sequences, heads, positions)
+    values = F.embedding_bag(
+        plan.value_rows,
+        v_cache.view(-1, dim),
+        plan.bags,
+        mode="sum",
+        per_sample_weights=weights.view(-1),
+        include_last_offset=True,
+    )
+    return values.view(num_sequences, heads, dim)
+
+
+def attend_sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """q (new, heads, head_dim) over k, v (positions, kv_heads, head_dim) of one sequence; like q.
+
+    `bias` (new, positions) is added to the scores; None lets every token see every position.
+    """
+    new, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    # The heads of a group become further queries of its kv head, so that no key is repeated.
+    q = q.view(new, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * new, dim)
+    if bias is not None:
+        bias = bias.repeat(group, 1)  # (group * new, positions)
+    out = F.scaled_dot_product_attention(q, k.transpose(0, 1)[None], v.transpose(0, 1)[None], attn_mask=bias)
+    return out.view(kv_heads, group, new, dim).permute(2, 0, 1, 3).reshape(new, heads, dim)
+
+
+def causal_bias(start: int, new: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    """The bias (new, start + new) under which the token at position start + i sees positions 0 … start + i."""
+    if new == 1:
+        return None
+    bias = torch.full((new, start + new), float("-inf"), dtype=dtype, device=device)
+    return bias.triu_(start + 1)

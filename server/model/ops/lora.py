@@ -1,0 +1,70 @@
+"""The low-rank products beside a frozen matrix product.
+
+    y = W x  +  ((x · A_rowsᵀ) ∘ gates) · B_rows
+
+`add_dense` is that line, for every row of the pool: the oracle. What runs follows the ranks really used:
+`add_block` multiplies a run of tokens by one adapter's rows, and `add_sampled` walks (token, row) pairs, for
+tokens that share their adapters with few others. All are differentiable, and none knows what an adapter is.
+
+Measured on 2 cores (AVX-512) at 32 tokens of 32 adapters: pairs cost a quarter of the dense line and half of
+a batched product over gathered rows, because nothing is copied.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+
+def add_dense(
+    y: torch.Tensor, x: torch.Tensor, a_rows: torch.Tensor, b_rows: torch.Tensor, gates: torch.Tensor
+) -> torch.Tensor:
+    """y (tokens, out) + ((x · a_rowsᵀ) ∘ gates) · b_rows.
+
+    x (tokens, in), a_rows (rows, in), b_rows (rows, out), gates (tokens, rows).
+    """
+    hidden = F.linear(x.to(a_rows.dtype), a_rows) * gates  # (tokens, rows)
+    return y + hidden.to(b_rows.dtype) @ b_rows
+
+
+def shrink_block(x: torch.Tensor, a_rows: torch.Tensor, weight: float, dtype: torch.dtype) -> torch.Tensor:
+    """weight · (x · a_rowsᵀ) as (tokens, rows) in `dtype`; x (tokens, in), a_rows (rows, in)."""
+    hidden = F.linear(x.to(a_rows.dtype), a_rows)
+    return (hidden if weight == 1.0 else hidden * weight).to(dtype)
+
+
+def shrink_sampled(x: torch.Tensor, a_rows: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """x[token] · a_rows[row] for each pair (token, row), in the order of `pairs`: (num_pairs,) of a_rows' dtype.
+
+    x (tokens, in), a_rows (rows, in); `pairs` is a sparse CSR tensor (tokens, rows), whose values are ignored.
+    """
+    x = x.to(a_rows.dtype)
+    if x.device.type == "cpu" and x.dtype is torch.float32:
+        products: torch.Tensor = torch.sparse.sampled_addmm(pairs, x, a_rows.t(), beta=0.0)
+        return products.values()
+    counts = pairs.crow_indices().diff()
+    tokens = torch.repeat_interleave(torch.arange(x.shape[0], device=x.device), counts)
+    return (x[tokens] * a_rows[pairs.col_indices()]).sum(-1)
+
+
+def expand_sampled(
+    hidden: torch.Tensor, b_units: torch.Tensor, unit_index: torch.Tensor, bags: torch.Tensor
+) -> torch.Tensor:
+    """Sums hidden[i] · b_units[unit_index[i]] over each bag i ∈ [bags[j], bags[j+1]): (num_bags, unit).
+
+    hidden (num_entries,) of b_units' dtype, b_units (num_units, unit), unit_index (num_entries,), bags
+    (num_bags + 1,), from 0 to num_entries. Accumulates in fp32.
+    """
+    return F.embedding_bag(
+        unit_index, b_units, bags, mode="sum", per_sample_weights=hidden, include_last_offset=True
+    )
+
+
+def csr_pairs(offsets: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The CSR tensor that `shrink_sampled` takes: token t has the rows rows[offsets[t] : offsets[t + 1]]."""
+    values = torch.zeros(rows.shape[0], device=rows.device)
+    with warnings.catch_warnings():  # torch announces once that CSR is in beta
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
+        return torch.sparse_csr_tensor(
+            offsets, rows, values, size=(offsets.shape[0] - 1, num_rows), check_invariants=False
+        )

@@ -1,0 +1,158 @@
+"""Rank rows: where the low-rank matrices of resident adapters lie, beside the frozen weights.
+
+Linear modules that read the same input form a group with one pool. A pool has `a` (layers, rows, in) and
+`b` (layers, units, unit): a resident adapter owns one run of rows and one of units in the pool of each group
+that it targets, the same run in every layer, so that one index describes a token's rows for all layers.
+
+A row's scaling (α/r or α/√r, which patterns may vary by layer) is multiplied into `a` when it is placed; what
+is left for a request is its weight. A module's B, transposed, is (rank, out): each of its rows fills
+out/unit units, where `unit` divides the output sizes of all modules in the group, so that a row of q and a
+row of k lie in one pool without padding. Which run belongs to whom is `engine.adapter_pool`'s to decide.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from adapters.lora import BaseShape, LoraWeights, ModuleKey
+
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+"""The modules that read the same input, in the order in which their outputs are fused."""
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """The sizes of one group of a base: what `GROUPS` is, in features."""
+
+    modules: tuple[str, ...]
+    in_features: int
+    out_features: Mapping[str, int]
+    unit: int
+
+    @classmethod
+    def of(cls, group: str, shape: BaseShape) -> "GroupLayout":
+        modules = GROUPS[group]
+        out = {name: shape.features[name][0] for name in modules}
+        return cls(modules, shape.features[modules[0]][1], out, math.gcd(*out.values()))
+
+    @property
+    def units_per_token(self) -> int:
+        return sum(self.out_features.values()) // self.unit
+
+
+@dataclass(frozen=True)
+class ModuleRows:
+    """One module's share of an adapter's run: its rank (the largest over the layers) and where its rows start."""
+
+    module: str
+    rank: int
+    row: int  # from the first row of the run
+    unit: int  # from the first unit of the run
+    out_start: int  # where its outputs start in the group's fused output
+    out_features: int
+
+
+@dataclass(frozen=True)
+class GroupRows:
+    """What an adapter needs in one group's pool."""
+
+    modules: tuple[ModuleRows, ...]
+    num_rows: int
+    num_units: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """An adapter's place in one group's pool."""
+
+    rows: GroupRows
+    first_row: int
+    first_unit: int
+
+
+Needs = Mapping[str, GroupRows]
+"""What an adapter needs, by group; groups that it does not target are left out."""
+
+Placement = Mapping[str, Run]
+"""Where an adapter lies, by group."""
+
+
+class RankRows:
+    """The pools of all groups. Rows that no placement covers hold anything."""
+
+    def __init__(self, shape: BaseShape, *, max_rank: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Room for adapters on all linear modules whose ranks add up to `max_rank`.
+
+        On a CPU `a` is fp32, which its sampled product needs; elsewhere it is of `dtype`, the model's, as `b` is.
+        """
+        self.shape = shape
+        self.dtype = dtype
+        self.device = device
+        self.layouts = {group: GroupLayout.of(group, shape) for group in GROUPS}
+        a_dtype = torch.float32 if device.type == "cpu" else dtype
+        self.a: dict[str, torch.Tensor] = {}
+        self.b: dict[str, torch.Tensor] = {}
+        for group, layout in self.layouts.items():
+            num_rows = max_rank * len(layout.modules)
+            num_units = max_rank * layout.units_per_token
+            self.a[group] = torch.empty(
+                shape.num_layers, num_rows, layout.in_features, dtype=a_dtype, device=device
+            )
+            self.b[group] = torch.empty(shape.num_layers, num_units, layout.unit, dtype=dtype, device=device)
+
+    @staticmethod
+    def bytes_per_rank(shape: BaseShape, dtype: torch.dtype, device: torch.device) -> int:
+        """Bytes that one rank on all linear modules takes in the pools."""
+        a_bytes = 4 if device.type == "cpu" else dtype.itemsize
+        per_layer = sum(a_bytes * inputs + dtype.itemsize * outputs for outputs, inputs in shape.features.values())
+        return shape.num_layers * per_layer
+
+    def needs(self, weights: LoraWeights) -> dict[str, GroupRows]:
+        """The rows and units that an adapter takes in each group's pool."""
+        ranks: dict[str, int] = {}
+        for key, module in weights.modules.items():
+            ranks[key.module] = max(ranks.get(key.module, 0), module.rank)
+        needs = {}
+        for group, layout in self.layouts.items():
+            modules, row, unit, out_start = [], 0, 0, 0
+            for name in layout.modules:
+                out = layout.out_features[name]
+                if rank := ranks.get(name, 0):
+                    modules.append(ModuleRows(name, rank, row, unit, out_start, out))
+                    row += rank
+                    unit += rank * (out // layout.unit)
+                out_start += out
+            if row:
+                needs[group] = GroupRows(tuple(modules), row, unit)
+        return needs
+
+    @torch.inference_mode()
+    def place(self, weights: LoraWeights, placement: Placement) -> None:
+        """Copy an adapter into its rows. Other rows are not touched, so they may be in use meanwhile."""
+        for group, run in placement.items():
+            unit = self.layouts[group].unit
+            for layer in range(self.shape.num_layers):
+                for rows in run.rows.modules:
+                    first_row = run.first_row + rows.row
+                    first_unit = run.first_unit + rows.unit
+                    a = self.a[group][layer, first_row : first_row + rows.rank]  # (rank, in)
+                    b = self.b[group][layer, first_unit : first_unit + rows.rank * (rows.out_features // unit)]
+                    b = b.view(rows.rank, rows.out_features)
+                    module = weights.modules.get(ModuleKey(layer, rows.module))
+                    if module is None:
+                        a.zero_()
+                        b.zero_()
+                        continue
+                    rank = module.rank  # smaller than rows.rank where a pattern varies it by layer
+                    a[:rank].copy_(module.a)
+                    a[:rank].mul_(module.scaling)
+                    b[:rank].copy_(module.b.t())
+                    a[rank:].zero_()
+                    b[rank:].zero_()
