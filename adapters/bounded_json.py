@@ -1,0 +1,56 @@
+"""JSON from strangers: one object, in UTF-8, of bounded depth, without NaN, infinities or repeated keys."""
+
+import json
+import math
+from typing import NoReturn
+
+
+class BadJsonError(ValueError):
+    """The text is no such object. The message is safe to show."""
+
+
+def parse_object(data: bytes) -> dict[str, object]:
+    """The object that `data` holds. Raises BadJsonError."""
+    try:
+        value: object = json.loads(
+            data.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique, parse_float=_finite
+        )
+    except BadJsonError:
+        raise
+    except UnicodeDecodeError:
+        raise BadJsonError("is not UTF-8 text") from None
+    except RecursionError:
+        raise BadJsonError("is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise BadJsonError(f"is no JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except ValueError:  # an integer of thousands of digits
+        raise BadJsonError("holds a number that is too long") from None
+    if not isinstance(value, dict):
+        raise BadJsonError("must be a JSON object")
+    return value
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """`text` in a form that any encoding, terminal or log takes, cut after `limit` characters."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
+    return shown if len(text) <= limit else f"{shown}…"
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise BadJsonError(f"holds {name}, which is no JSON number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise BadJsonError("holds a number that is too large")
+    return value
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise BadJsonError(f"has the key '{printable(twice)}' twice")
+    return members

@@ -1,0 +1,168 @@
+"""Adapter expressions: "tweets*0.7+movies@2*0.3" ⇄ a tuple of weighted references.
+
+    expression = "base" | term ("+" term)*
+    term       = name ["@" (integer | alias)] ["*" decimal]
+
+Decimals have no exponent and may be negative; spaces may stand around "+" and "*", nowhere else. Names and
+aliases are letters, digits, "_", "-" and ".", 1 to 64 of them, a letter or digit first; an alias of digits
+alone would be a version. Whether the names exist is the catalog's business.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import NoReturn
+
+from adapters.errors import FieldError, InvalidExpression
+
+BASE = "base"
+MAX_PARTS = 16
+MAX_WEIGHT = 100.0
+MAX_NAME = 64
+MAX_LENGTH = 4096
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_DECIMAL = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One weighted reference: the version, else the alias, else the latest of `name`. `str` prints it back."""
+
+    name: str
+    version: int | None = None
+    alias: str | None = None
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        text = self.reference
+        if self.weight != 1.0:
+            text += f"*{Decimal(repr(self.weight)):f}"  # as short as repr, but never with an exponent
+        return text
+
+    @property
+    def reference(self) -> str:
+        """The term without its weight: "name", "name@3" or "name@alias"."""
+        if self.version is not None:
+            return f"{self.name}@{self.version}"
+        return self.name if self.alias is None else f"{self.name}@{self.alias}"
+
+
+def valid_name(name: str) -> bool:
+    """Whether an adapter may be called so. "base" is the frozen model's name and never an adapter's."""
+    return len(name) <= MAX_NAME and name != BASE and _NAME.fullmatch(name) is not None
+
+
+def parse(text: str, field: str = "adapter") -> tuple[Term, ...]:
+    """The terms of `text` as they were written; none for "base".
+
+    Raises InvalidExpression, on `field`, with what is wrong, at which character (from 1), and what would mend it.
+    """
+    return _Parser(text, field).expression()
+
+
+def render(terms: Iterable[Term]) -> str:
+    """The inverse of `parse`."""
+    return "+".join(map(str, terms)) or BASE
+
+
+class _Parser:
+    """Reads `text` from left to right; `at` is the index of the next character."""
+
+    def __init__(self, text: str, field: str) -> None:
+        self.text = text
+        self.field = field
+        self.at = 0
+
+    def expression(self) -> tuple[Term, ...]:
+        if self.text == BASE:
+            return ()
+        if not self.text:
+            self.fail('is empty: name an adapter, or write "base" for the frozen model')
+        if len(self.text) > MAX_LENGTH:
+            self.fail(f"is {len(self.text)} characters long, the most is {MAX_LENGTH}")
+        terms = [self.term()]
+        while self.at < len(self.text):
+            self.separator("+")
+            if len(terms) == MAX_PARTS:
+                self.fail_here(f"there are at most {MAX_PARTS} parts, this begins one more")
+            terms.append(self.term())
+        return tuple(terms)
+
+    def term(self) -> Term:
+        start = self.at
+        name = self.word("an adapter's name")
+        version: int | None = None
+        alias: str | None = None
+        if self.take("@"):
+            start_of_version = self.at
+            word = self.word("a version (a number from 1) or an alias")
+            if word.isdigit():
+                version = int(word)
+                if version == 0:
+                    self.at = start_of_version
+                    self.fail_here("versions count from 1")
+            else:
+                alias = word
+        weight = self.weight()
+        if name == BASE:
+            self.at = start
+            self.fail_here('"base" is the frozen model, always in the sum and without versions: leave it out')
+        return Term(name, version, alias, weight)
+
+    def word(self, what: str) -> str:
+        match = _NAME.match(self.text, self.at)
+        if match is None:
+            self.fail_here(f"expected {what}, which starts with a letter or digit, not {self.found()}")
+        if len(match[0]) > MAX_NAME:
+            self.fail_here(f"names have at most {MAX_NAME} characters, this one has {len(match[0])}")
+        self.at = match.end()
+        return match[0]
+
+    def weight(self) -> float:
+        before = self.at
+        self.skip_spaces()
+        if not self.take("*"):
+            self.at = before
+            return 1.0
+        self.skip_spaces()
+        match = _DECIMAL.match(self.text, self.at)
+        if match is None:
+            self.fail_here(f"expected a weight such as 0.7 or -1, not {self.found()}")
+        weight = float(match[0])
+        if abs(weight) > MAX_WEIGHT:
+            self.fail_here(f"weights go from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
+        self.at = match.end()
+        if self.text[self.at : self.at + 1] in ("e", "E"):
+            self.fail_here("weights have no exponent: write 0.001, not 1e-3")
+        return weight
+
+    def separator(self, sign: str) -> None:
+        start = self.at
+        self.skip_spaces()
+        if not self.take(sign):
+            if self.at == len(self.text):
+                self.at = start
+                self.fail_here("nothing may follow the last part: remove the space")
+            self.fail_here(f'expected "+" and another part, or the end, not {self.found()}')
+        self.skip_spaces()
+
+    def skip_spaces(self) -> None:
+        while self.text.startswith(" ", self.at):
+            self.at += 1
+
+    def take(self, sign: str) -> bool:
+        if not self.text.startswith(sign, self.at):
+            return False
+        self.at += 1
+        return True
+
+    def found(self) -> str:
+        return ascii(self.text[self.at]) if self.at < len(self.text) else "the end"
+
+    def fail_here(self, message: str) -> NoReturn:
+        self.fail(f"at character {self.at + 1}: {message}")
+
+    def fail(self, message: str) -> NoReturn:
+        raise InvalidExpression([FieldError((self.field,), message)])

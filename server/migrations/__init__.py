@@ -1,0 +1,1 @@
+"""The database's tables, step by step (Alembic). `server.database.connect` runs what is missing."""

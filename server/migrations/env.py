@@ -1,0 +1,12 @@
+"""Run by Alembic, on the connection and within the transaction that `server.database` hands over."""
+
+from alembic import context
+
+from adapters.catalog import metadata
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=metadata,
+    transactional_ddl=True,  # SQLite can, once a transaction was begun explicitly: all steps are done or none
+)
+context.run_migrations()

@@ -1,0 +1,159 @@
+"""The database file: its settings, migrations that are done whole or not at all, and clear words on failure."""
+
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+
+from adapters.catalog import metadata
+from server.database import FILE_NAME, connect
+from server.errors import StartupError
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[sa.Engine]:
+    engine = connect(tmp_path / "new" / "home")
+    yield engine
+    engine.dispose()
+
+
+def pragma(engine: sa.Engine, name: str) -> object:
+    with engine.connect() as connection:
+        return connection.exec_driver_sql(f"PRAGMA {name}").scalar()
+
+
+def test_commits_are_durable_and_keys_are_checked(engine: sa.Engine) -> None:
+    settings = {
+        name: pragma(engine, name) for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+    }
+    assert settings == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 15_000}
+
+
+def test_the_migrations_make_what_the_code_expects(engine: sa.Engine) -> None:
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+
+
+def test_opening_again_keeps_what_is_there(engine: sa.Engine, tmp_path: Path) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql("INSERT INTO adapters VALUES ('a', 'adapter', NULL, 7)")
+    again = connect(tmp_path / "new" / "home")
+    with again.connect() as connection:
+        assert connection.exec_driver_sql("SELECT name, next_version FROM adapters").all() == [("a", 7)]
+    again.dispose()
+
+
+def test_a_migration_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    """The last table is in the way: the first two, made before it, must not stay."""
+    file = sqlite3.connect(tmp_path / FILE_NAME)
+    file.execute("CREATE TABLE adapter_aliases (x)")
+    file.commit()
+    with pytest.raises(StartupError, match="already exists"):
+        connect(tmp_path)
+    tables = {name for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    assert tables == {"adapter_aliases"}
+    file.execute("DROP TABLE adapter_aliases")
+    file.commit()
+    file.close()
+    connect(tmp_path).dispose()
+
+
+def test_many_may_open_a_new_database_at_once(tmp_path: Path) -> None:
+    barrier = threading.Barrier(8)
+
+    def open_it(_: int) -> int:
+        barrier.wait()
+        engine = connect(tmp_path)
+        with engine.connect() as connection:
+            count = connection.exec_driver_sql("SELECT count(*) FROM alembic_version").scalar_one()
+        engine.dispose()
+        return int(count)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(open_it, range(8))) == [1] * 8
+
+
+OPENER = """
+import sys
+from pathlib import Path
+from server.database import connect
+print("ready", flush=True)
+for line in sys.stdin:
+    connect(Path(line.strip())).dispose()
+    print("open", flush=True)
+"""
+
+
+def test_processes_may_open_a_new_database_at_once(tmp_path: Path) -> None:
+    openers = [
+        subprocess.Popen([sys.executable, "-c", OPENER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for opener in openers:
+        assert opener.stdout is not None
+        assert opener.stdout.readline() == "ready\n"
+    for attempt in range(10):
+        for opener in openers:
+            print(tmp_path / str(attempt), file=opener.stdin, flush=True)
+        for opener in openers:
+            assert opener.stdout is not None
+            assert opener.stdout.readline() == "open\n"
+    for opener in openers:
+        opener.communicate()
+        assert opener.returncode == 0
+
+
+def test_a_writer_waits_for_another_and_readers_for_none(engine: sa.Engine) -> None:
+    def write(next_version: int) -> float:
+        start = time.monotonic()
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"UPDATE adapters SET next_version = {next_version}")
+        return time.monotonic() - start
+
+    with engine.begin() as connection:
+        connection.exec_driver_sql("INSERT INTO adapters VALUES ('a', 'adapter', NULL, 1)")
+    reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+    with ThreadPoolExecutor(1) as pool:
+        with engine.begin() as connection:
+            connection.exec_driver_sql("UPDATE adapters SET next_version = 2")
+            waiting = pool.submit(write, 3)
+            time.sleep(0.3)
+            start = time.monotonic()
+            with reader.connect() as other:
+                assert other.exec_driver_sql("SELECT next_version FROM adapters").scalar() == 1
+            assert time.monotonic() - start < 0.25
+            assert not waiting.done()
+        assert waiting.result() >= 0.25
+    with reader.connect() as other:
+        assert other.exec_driver_sql("SELECT next_version FROM adapters").scalar() == 3
+
+
+def test_a_database_from_the_future_is_refused(engine: sa.Engine, tmp_path: Path) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(StartupError, match="newer version of smolora"):
+        connect(tmp_path / "new" / "home")
+
+
+def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"something else" * 1000)
+    with pytest.raises(StartupError, match=r"can't open the database .*: file is not a database"):
+        connect(tmp_path)
+
+
+def test_a_home_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("")
+    with pytest.raises(StartupError, match="can't make the folder"):
+        connect(tmp_path / "home")
+    with pytest.raises(StartupError, match="can't make the folder"):
+        connect(tmp_path / "home" / "below")
