@@ -135,7 +135,12 @@ class RankRows:
 
     @torch.inference_mode()
     def place(self, weights: LoraWeights, placement: Placement) -> None:
-        """Copy an adapter into its rows. Other rows are not touched, so they may be in use meanwhile."""
+        """Copy an adapter into its rows. Other rows are not touched, so they may be in use meanwhile.
+
+        Raises ValueError or RuntimeError for an adapter of another base.
+        """
+        if any(key.layer >= self.shape.num_layers for key in weights.modules):
+            raise ValueError("the adapter has more layers than the base")
         for group, run in placement.items():
             unit = self.layouts[group].unit
             for layer in range(self.shape.num_layers):

@@ -21,7 +21,7 @@ class DecodePlan:
     """Indices of one step's decode attention, the same for all layers."""
 
     block_table: torch.Tensor  # (sequences * max_blocks,): padded with block 0
-    bias: torch.Tensor  # (sequences, 1, max_positions): 0 at positions that exist, -inf at the others
+    beyond: torch.Tensor  # (sequences, 1, max_positions): whether a position does not exist
     value_rows: torch.Tensor  # (sequences * heads * max_positions,): rows of the cache as (slots * kv_heads, dim)
     bags: torch.Tensor  # (sequences * heads + 1,): where each head's rows start
     head_of: torch.Tensor  # (heads, kv_heads, 1): the softmax scale at the head's kv head, else 0
@@ -41,15 +41,15 @@ def plan_decode(
     device = block_table.device
     num_sequences, max_blocks = block_table.shape
     positions = torch.arange(max_blocks * block_size, device=device)
-    bias = torch.zeros(num_sequences, 1, positions.shape[0], dtype=dtype, device=device)
-    bias.masked_fill_((positions >= lengths[:, None])[:, None], float("-inf"))
+    beyond = positions >= lengths[:, None]  # (sequences, positions)
 
     kv_of_head = torch.arange(num_heads, device=device) // (num_heads // num_kv_heads)
     slots = block_table.repeat_interleave(block_size, dim=1) * block_size + positions % block_size
+    slots.masked_fill_(beyond, 0)  # zero there; beyond the end lies what an earlier owner left, perhaps NaN
     value_rows = slots[:, None] * num_kv_heads + kv_of_head[:, None]  # (sequences, heads, positions)
     head_of = F.one_hot(kv_of_head, num_kv_heads).to(dtype)[..., None] * head_dim**-0.5
     bags = torch.arange(num_sequences * num_heads + 1, device=device) * positions.shape[0]
-    return DecodePlan(block_table.flatten(), bias, value_rows.flatten(), bags, head_of)
+    return DecodePlan(block_table.flatten(), beyond[:, None], value_rows.flatten(), bags, head_of)
 
 
 def attend_decode(plan: DecodePlan, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
@@ -60,9 +60,9 @@ def attend_decode(plan: DecodePlan, q: torch.Tensor, k_cache: torch.Tensor, v_ca
     """
     num_sequences, heads, dim = q.shape
     keys = k_cache.flatten(1).index_select(0, plan.block_table)  # (sequences * max_blocks, block * kv_heads * dim)
-    keys = keys.view(num_sequences, plan.bias.shape[-1], -1)  # (sequences, positions, kv_heads * dim)
+    keys = keys.view(num_sequences, plan.beyond.shape[-1], -1)  # (sequences, positions, kv_heads * dim)
     spread = (q[:, :, None] * plan.head_of).view(num_sequences, heads, -1)  # (sequences, heads, kv_heads * dim)
-    scores = torch.baddbmm(plan.bias.expand(-1, heads, -1), spread, keys.transpose(1, 2))
+    scores = torch.bmm(spread, keys.transpose(1, 2)).masked_fill_(plan.beyond, float("-inf"))
     weights = scores.softmax(-1)  # (sequences, heads, positions)
     values = F.embedding_bag(
         plan.value_rows,

@@ -1,0 +1,95 @@
+"""Every setting of the server, from `SMOLORA_` environment variables and from `serve`'s flags.
+
+Built once by `server.cli` and passed in; nothing else reads the environment. A flag wins over its
+variable, and an empty variable counts as unset. What the defaults `auto` and null come to is decided
+where the hardware is known (`server.model`, `server.engine`).
+"""
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from server.errors import StartupError
+
+PREFIX = "SMOLORA_"
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+Flag = str | int | bool | Path | None
+
+
+class Settings(BaseSettings):
+    """One field for each variable; `kv_cache_bytes` and `adapter_cache_bytes` also read "2GiB" and the like."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", hide_input_in_errors=True
+    )
+
+    home: Path = Path("./data")
+    host: str = Field("127.0.0.1", min_length=1, max_length=255)
+    port: int = Field(8000, ge=0, le=65535)  # 0: any free one
+    model: str = Field(DEFAULT_MODEL, min_length=1, max_length=4096)
+    base_dir: Path | None = None
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
+    dtype: Dtype = "auto"
+    max_num_seqs: int = Field(32, ge=1, le=1024)
+    max_queue: int = Field(256, ge=1, le=100_000)
+    max_model_len: int | None = Field(None, ge=2, le=1 << 20)
+    kv_cache_bytes: ByteSize | None = Field(None, ge=1 << 20)
+    adapter_cache_bytes: ByteSize | None = Field(None, ge=1 << 20)
+    api_keys: Annotated[tuple[str, ...], NoDecode] = ()
+    allow_anonymous: bool = False
+    workers: int = Field(1, ge=0, le=64)
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        """Commas separate keys; blanks around them don't count."""
+        if isinstance(value, str):
+            return tuple(key for part in value.split(",") if (key := part.strip()))
+        return value
+
+    @field_validator("api_keys", mode="after")
+    @classmethod
+    def _printable_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not key.isascii() or not key.isprintable() or " " in key for key in value):
+            raise ValueError("a key is printable ASCII without blanks")
+        return value
+
+    @model_validator(mode="after")
+    def _keys_off_loopback(self) -> Self:
+        if not self.api_keys and not self.allow_anonymous and not is_loopback(self.host):
+            raise ValueError(
+                f"{self.host} can be reached from elsewhere: set {PREFIX}API_KEYS (--api-keys), "
+                f"or {PREFIX}ALLOW_ANONYMOUS=1 (--allow-anonymous) to serve without keys"
+            )
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def load_settings(**flags: Flag) -> Settings:
+    """The settings, with the flags that are not None on top. Raises StartupError in one line."""
+    try:
+        return Settings.model_validate({name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        raise StartupError("; ".join(_explain(fault["loc"], fault["msg"]) for fault in error.errors())) from None
+
+
+def _explain(loc: tuple[int | str, ...], message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    if not loc:
+        return message
+    name = str(loc[0])
+    return f"{PREFIX}{name.upper()} (--{name.replace('_', '-')}): {message}"

@@ -1,0 +1,75 @@
+"""Faults of a running server, as branches of the tree in `adapters.errors`.
+
+    SmoloraError
+    ├── TryAgain                   refused now, welcome later; has `retry_after`
+    │   ├── QueueFull              as many requests wait as may (HTTP 429)
+    │   └── Unavailable            nothing can be served now (HTTP 503)
+    │       ├── NotReady           the model isn't loaded, or the engine makes no progress
+    │       ├── Draining           the process is about to end
+    │       └── EngineDead         the engine can't go on; the process will exit
+    ├── GenerationFailed           a step failed under this request; others go on (HTTP 500)
+    ├── PayloadTooLarge            the body is bigger than it may be (HTTP 413)
+    ├── Unauthorized               no valid API key (HTTP 401)
+    └── StartupError               `smolora serve` can't start (exit code 1)
+
+Like all of the tree, `str(error)` is safe to show: no paths, no prompt text. `StartupError` is the
+exception: only the person at the terminal reads it, so it names paths.
+"""
+
+from adapters.errors import SmoloraError
+
+
+class TryAgain(SmoloraError):
+    """Refused now, welcome in `retry_after` seconds."""
+
+    default_message = "try again later"
+
+    def __init__(self, message: str | None = None, retry_after: float = 1.0) -> None:
+        super().__init__(message or self.default_message)
+        self.retry_after = retry_after
+
+
+class QueueFull(TryAgain):
+    """As many requests wait as may."""
+
+    default_message = "the queue is full"
+
+
+class Unavailable(TryAgain):
+    """Nothing can be served now."""
+
+    default_message = "the server can't take requests now"
+
+
+class NotReady(Unavailable):
+    """The model isn't loaded yet, or the engine makes no progress."""
+
+    default_message = "the server is not ready"
+
+
+class Draining(Unavailable):
+    """The process ends what runs and takes nothing new."""
+
+    default_message = "the server is shutting down"
+
+
+class EngineDead(Unavailable):
+    """The engine can't go on; the process will exit."""
+
+    default_message = "the engine has stopped"
+
+
+class GenerationFailed(SmoloraError):
+    """A step failed under this request; the engine and other requests go on."""
+
+
+class PayloadTooLarge(SmoloraError):
+    """The body is bigger than it may be."""
+
+
+class Unauthorized(SmoloraError):
+    """No valid API key came with the request."""
+
+
+class StartupError(SmoloraError):
+    """The server can't start: one line that says why and what would mend it."""

