@@ -23,7 +23,10 @@ _Space = tuple[str, str]  # (group, "rows" or "units"): one of the pool's tensor
 
 @dataclass(eq=False)
 class _Adapter:
-    """One adapter that is resident or on its way. It has rows exactly while `placement` is set."""
+    """One adapter that is resident or on its way. It has rows exactly while `placement` is set.
+
+    It is kept while any lease wants it, held or waiting, or while it has rows that nobody needs.
+    """
 
     digest: str
     reading: Future[LoraWeights]
@@ -31,11 +34,17 @@ class _Adapter:
     needs: Needs = field(default_factory=dict)
     placement: Placement | None = None
     placing: Future[None] | None = None
+    num_wanting: int = 0
     num_leases: int = 0
 
     @property
     def is_placed(self) -> bool:
         return self.placing is not None and self.placing.done() and not self.failed
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether its rows can be given to others."""
+        return not self.num_leases and self.placing is not None and self.placing.done()
 
     @property
     def failed(self) -> bool:
@@ -44,7 +53,7 @@ class _Adapter:
 
 @dataclass(eq=False)
 class AdapterLease:
-    """A hold on a set of adapters (`sequence.Lease`). Nothing is held before `is_held`."""
+    """A hold on a set of adapters (`sequence.Lease`). Before `is_held`, `adapters` are only being read."""
 
     pool: "AdapterPool" = field(repr=False)
     refs: tuple[AdapterRef, ...]
@@ -118,7 +127,10 @@ class AdapterPool:
             if any(adapter.failed for adapter in lease.adapters):
                 lease.error = CorruptAdapter("An adapter of this request could not be loaded.")
             return lease.ready
-        adapters = tuple(self._find(ref.digest) for ref in lease.refs)
+        if lease.error is not None:
+            return False
+        lease.lacks_room = False
+        adapters = self._want(lease)
         if not all(adapter.reading.done() for adapter in adapters):
             return False
         for adapter in adapters:
@@ -129,22 +141,30 @@ class AdapterPool:
                 "these adapters together need more memory than ADAPTER_CACHE_BYTES; use fewer or smaller ones",
             )
         if lease.error is None:
-            if self._hold(adapters):
-                lease.adapters, lease.is_held = adapters, True
+            lease.is_held = self._hold(adapters)
             lease.lacks_room = not lease.is_held
         return lease.ready
 
     def release(self, lease: AdapterLease) -> None:
         """Give up the hold; the adapters stay resident until their room is needed."""
         for adapter in lease.adapters:
-            adapter.num_leases -= 1
-            assert adapter.num_leases >= 0, "a lease was released twice"
-        if not lease.is_held:
-            for ref in lease.refs:  # what was read for this lease alone
-                adapter_ = self._adapters.get(ref.digest)
-                if adapter_ is not None and adapter_.placement is None:
-                    del self._adapters[ref.digest]
+            adapter.num_wanting -= 1
+            if lease.is_held:
+                adapter.num_leases -= 1
+                assert adapter.num_leases >= 0, "a lease was released twice"
+                self._adapters.move_to_end(adapter.digest)  # it was in use until now
+            elif not adapter.num_wanting and adapter.placement is None:  # what was read for this lease alone
+                if self._adapters.get(adapter.digest) is adapter:
+                    del self._adapters[adapter.digest]
         lease.adapters, lease.is_held, lease._parts = (), False, None
+
+    def _want(self, lease: AdapterLease) -> tuple[_Adapter, ...]:
+        """The lease's adapters; those that are not there begin to be read."""
+        adapters = tuple(self._find(ref.digest) for ref in lease.refs)
+        for adapter in adapters:
+            adapter.num_wanting += adapter not in lease.adapters
+        lease.adapters = adapters
+        return adapters
 
     def _find(self, digest: str) -> _Adapter:
         adapter = self._adapters.get(digest)
@@ -176,7 +196,7 @@ class AdapterPool:
     def _hold(self, adapters: Sequence[_Adapter]) -> bool:
         """Place what is not placed, evicting the least recently used that nobody holds; all or none."""
         missing = [adapter for adapter in adapters if adapter.placement is None]
-        idle = [a for a in self._adapters.values() if a.is_placed and not a.num_leases and a not in adapters]
+        idle = [a for a in self._adapters.values() if a.is_idle and a not in adapters]
         for space, extents in self._spaces.items():
             if _size(missing, space) > extents.num_free + _size(idle, space):
                 return False
@@ -186,6 +206,7 @@ class AdapterPool:
                 if not idle:  # enough rows, but not in one run
                     for other in placed:
                         self._free_rows(other)
+                    self._reread(adapters)
                     return False
                 self._drop(idle.pop(0))
                 self.num_evictions += 1
@@ -195,6 +216,14 @@ class AdapterPool:
         for adapter in adapters:
             adapter.num_leases += 1
         return True
+
+    def _reread(self, adapters: Sequence[_Adapter]) -> None:
+        """Give up the rows of a set's own adapters where they lie in the way of its others; all are placed anew."""
+        for adapter in adapters:
+            if adapter.is_idle:
+                self._drop(adapter)
+                self.num_evictions += 1
+                self._find(adapter.digest)
 
     def _allocate(self, adapter: _Adapter) -> bool:
         starts: dict[_Space, int] = {}

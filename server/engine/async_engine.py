@@ -87,6 +87,11 @@ class AsyncEngine:
         return self._is_dead
 
     @property
+    def num_in_flight(self) -> int:
+        """Sequences that were taken and have not ended."""
+        return self._num_in_flight
+
+    @property
     def stats(self) -> EngineStats:
         return self._stats
 

@@ -1,8 +1,10 @@
 """The tensors of the key/value cache, and one step's attention over them (`smollm.Attention`)."""
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from server.engine.scheduler import Chunk
@@ -28,8 +30,8 @@ class PagedCache:
         self.config = config
         self.block_size = block_size
         shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = _zeros(shape, dtype, device)
+        self.v = _zeros(shape, dtype, device)
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -111,6 +113,13 @@ class PagedAttention:
             slots = to_device(table[position // size] * size + position % size, device)
         bias = causal_bias(chunk.start, new, self._cache.k.dtype, device)
         return _Run(start, start + new, slots, bias)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros writes every page; numpy's zeros are pages that the system clears when they are first touched.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

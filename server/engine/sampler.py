@@ -19,6 +19,7 @@ import torch
 from server.engine.request import SamplingParams
 
 _MIN_CANDIDATES = 256  # the first attempt at a top-p set; the whole vocabulary follows where it is too small
+_MIN_TEMPERATURE = 1e-6  # below it a division would overflow; the likeliest token wins long before
 _INT32 = 1 << 32
 
 
@@ -106,7 +107,7 @@ def _penalize(logits: torch.Tensor, row: Row) -> None:
 
 def _draw(logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
     """Gumbel-max over what the rows' filters leave of logits (rows, vocab): token ids (rows,)."""
-    temperature = logits.new_tensor([row.params.temperature for row in rows])
+    temperature = logits.new_tensor([max(row.params.temperature, _MIN_TEMPERATURE) for row in rows])
     logits = logits / temperature[:, None]
     filtered = [i for i, row in enumerate(rows) if row.params.top_k or row.params.top_p < 1]
     whole = [i for i, row in enumerate(rows) if not (row.params.top_k or row.params.top_p < 1)]

@@ -219,9 +219,11 @@ class Scheduler:
                     else:
                         del self._queues[key]
                 case _Verdict.NO_ROOM:
-                    lacking_room.append(queue)
-                    if queue.num_bypassed >= self.limits.max_bypass:
-                        self._give_way(sequence)
+                    if queue.num_bypassed < self.limits.max_bypass:
+                        lacking_room.append(queue)
+                    elif self._give_way(sequence):
+                        turn.appendleft(key)  # at once: if nothing runs, no later step would come by itself
+                    else:
                         return
                 case _Verdict.FAILED:
                     assert sequence.lease is not None
@@ -258,13 +260,17 @@ class Scheduler:
         assert reserved, "an admitted sequence has room for its tokens"
         return Chunk(sequence, sequence.num_computed_tokens, stop)
 
-    def _give_way(self, sequence: Sequence) -> None:
-        """Let go of adapters that others hold while they wait: the sequence may need their rows."""
+    def _give_way(self, sequence: Sequence) -> bool:
+        """Let go of adapters that others hold while they wait: the sequence may need their rows. Whether any did."""
+        leases = []
         for queue in self._queues.values():
             for other in queue.sequences:
-                if other is not sequence and other.lease is not None:
-                    other.lease.release()
+                if other is not sequence and other.lease is not None and other.lease.is_held:
+                    leases.append(other.lease)
                     other.lease = None
+        for lease in leases:
+            lease.release()
+        return bool(leases)
 
     def _look_ahead(self, keys: deque[bytes]) -> None:
         """Have the adapters of the next sets read while others run, as many as could run at once."""

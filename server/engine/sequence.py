@@ -32,6 +32,11 @@ class Lease(Protocol):
         ...
 
     @property
+    def is_held(self) -> bool:
+        """Whether the adapters have their rows, filled or not, and keep them until the release."""
+        ...
+
+    @property
     def lacks_room(self) -> bool:
         """Whether it waits only for others to give rows back."""
         ...

@@ -1,0 +1,1 @@
+"""The HTTP edge: requests are checked and named things resolved here; the engine knows neither."""

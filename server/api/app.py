@@ -1,0 +1,50 @@
+"""The ASGI application, from services that exist already; importing or building it touches nothing outside."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from server import __version__
+from server.api import documents, problems
+from server.api.deps import Services
+from server.api.middleware import BodyLimit, Keys, RequestContext
+from server.api.routes import adapters, generate, health
+
+_DESCRIPTION = """One frozen SmolLM, any LoRA adapter per request: versioned, weighted and composed, never merged.
+
+Errors are RFC 9457 problems; every response carries `X-Request-Id`."""
+
+
+def create_app(services: Services) -> FastAPI:
+    """The application. Its lifespan starts the engine, and stops it at the end."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services.engine.start()
+        try:
+            yield
+        finally:
+            await services.engine.stop()
+
+    app = FastAPI(
+        title="smolora",
+        version=__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=[
+            Middleware(RequestContext),
+            Middleware(Keys, keys=services.settings.api_keys),
+            Middleware(BodyLimit),
+        ],
+    )
+    app.state.services = services
+    app.include_router(generate.router)
+    app.include_router(adapters.router)
+    app.include_router(health.router)
+    problems.install(app)
+    documents.install(app)
+    return app

@@ -1,0 +1,58 @@
+"""What routes work with: built once at start-up, handed to the app, reached through `ServicesDep`."""
+
+from dataclasses import dataclass
+from typing import Annotated, Protocol, cast
+
+from fastapi import Depends, Request
+
+from server.api.library import Library
+from server.config import Settings
+from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
+from server.metrics import Metrics
+from server.model.chat import PromptEncoder
+
+
+class OutputStream(Protocol):
+    """A request's outputs, until all its choices have ended. `aclose` aborts it, even before the first one."""
+
+    def __aiter__(self) -> "OutputStream": ...
+    async def __anext__(self) -> SequenceOutput: ...
+    async def aclose(self) -> None: ...
+
+
+class EngineClient(Protocol):
+    """The engine as the API knows it: `server.engine.async_engine.AsyncEngine`, or a test's double."""
+
+    def start(self) -> None: ...
+    async def stop(self) -> None: ...
+    def submit(self, request: GenerationRequest) -> OutputStream: ...
+    def drain(self) -> None: ...
+    @property
+    def ready(self) -> bool: ...
+    @property
+    def dead(self) -> bool: ...
+    @property
+    def num_in_flight(self) -> int: ...
+    @property
+    def stats(self) -> EngineStats: ...
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything a route may need. `max_model_len` counts prompt and generated tokens of one sequence."""
+
+    settings: Settings
+    engine: EngineClient
+    encoder: PromptEncoder
+    library: Library
+    metrics: Metrics
+    base_name: str
+    max_model_len: int
+
+
+def get_services(request: Request) -> Services:
+    """The services that `create_app` was given."""
+    return cast(Services, request.app.state.services)
+
+
+ServicesDep = Annotated[Services, Depends(get_services)]

@@ -1,0 +1,34 @@
+"""The server's log: one line for each event, on stderr, with the id of the request it belongs to.
+
+No line holds a prompt or a generated text, and line ends within a message are escaped.
+"""
+
+import logging
+import sys
+import time
+
+from server.api.middleware import request_id
+
+
+class LineFormatter(logging.Formatter):
+    """2026-01-31T12:00:00.123Z INFO smolora.api request=4f2a… method=POST path=/generate status=200 ms=12.3"""
+
+    converter = staticmethod(time.gmtime)
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03dZ"
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s request=%(request_id)s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.request_id = request_id.get()
+        return super().format(record).replace("\r", "\\r").replace("\n", "\\n")
+
+
+def set_up(level: int = logging.INFO) -> None:
+    """Send everything of this process to stderr in this form."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start-up lines repeat ours
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of what clients are told anyway

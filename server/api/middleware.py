@@ -1,0 +1,149 @@
+"""What happens to every request before a route sees it: an id and a log line, a key, a bound on its body.
+
+Plain ASGI, since one of them sees each piece of each stream. From the outside in: RequestContext, Keys, BodyLimit.
+"""
+
+import hmac
+import logging
+import re
+import time
+import traceback
+import uuid
+from contextvars import ContextVar
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api import problems
+from server.errors import Unauthorized
+
+MAX_JSON_BYTES = 2 << 20
+MAX_UPLOAD_BYTES = 256 << 20
+OPEN_PATHS = frozenset({"/health", "/ready"})
+_QUIET_PATHS = OPEN_PATHS | {"/metrics"}
+_UPLOAD = re.compile(r"/adapters/[^/]+")
+_SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_DRAIN_BYTES = 64 << 20
+_DRAIN_SECONDS = 10.0
+
+log = logging.getLogger("smolora.api")
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+
+
+class RequestContext:
+    """Gives every request an id, every response X-Request-Id, and the log one line without anybody's text."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        own_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id.set(own_id)
+        started = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = own_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            # Its message may quote a prompt; where it came from doesn't.
+            frames = traceback.extract_tb(error.__traceback__)[-8:]
+            where = " < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))
+            log.error("%s at %s", type(error).__name__, where)
+            if status:
+                raise ConnectionAbortedError("the response was cut off") from None
+            await problems.internal()(scope, receive, send_with_id)
+        finally:
+            if scope["path"] not in _QUIET_PATHS or status not in (200, 503):
+                took = (time.perf_counter() - started) * 1e3
+                log.info(
+                    "method=%s path=%s status=%d ms=%.1f", scope["method"], _quoted(scope["path"]), status, took
+                )
+
+
+class Keys:
+    """Lets only those in who bring one of the keys; nobody needs one where there are none."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+        self.app = app
+        self._keys = tuple(key.encode() for key in keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._allows(Headers(scope=scope)):
+            await self.app(scope, receive, send)
+            return
+        await _drain(scope, receive)
+        await problems.of_error(Unauthorized("send a valid key: Authorization: Bearer <key>"))(
+            scope, receive, send
+        )
+
+    def _allows(self, headers: Headers) -> bool:
+        if not self._keys:
+            return True
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        token = given.strip().encode()
+        # every key is compared in full, so that the time taken says nothing
+        matches = [hmac.compare_digest(token, key) for key in self._keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+class BodyLimit:
+    """Refuses a body that is larger than its path may take, by its announced length or while it comes in."""
+
+    def __init__(self, app: ASGIApp, max_json: int = MAX_JSON_BYTES, max_upload: int = MAX_UPLOAD_BYTES) -> None:
+        self.app = app
+        self._max_json = max_json
+        self._max_upload = max_upload
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        limit = self._max_upload if _UPLOAD.fullmatch(scope["path"]) else self._max_json
+        announced = Headers(scope=scope).get("content-length", "")
+        too_large = f"the body may have {limit} bytes"
+        if announced.isascii() and announced.isdigit() and (len(announced) > 18 or int(announced) > limit):
+            await _drain(scope, receive)
+            await problems.problem(413, too_large)(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                await _drain(scope, receive)
+                raise HTTPException(413, too_large)  # FastAPI lets this kind alone through while it reads
+            return message
+
+        await self.app(scope, counted, send)
+
+
+async def _drain(scope: Scope, receive: Receive) -> None:
+    """Read some of what is still coming: a client that is cut off while it sends would never see the answer."""
+    if "expect" in Headers(scope=scope):
+        return  # it asked first, and has sent nothing
+    left = _DRAIN_BYTES
+    deadline = time.monotonic() + _DRAIN_SECONDS
+    while left > 0 and time.monotonic() < deadline:
+        message = await receive()
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            return
+        left -= len(message.get("body", b""))
+
+
+def _quoted(path: str) -> str:
+    """The path on one line, whatever it holds."""
+    return path[:200].encode("ascii", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")

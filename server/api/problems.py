@@ -1,0 +1,151 @@
+"""Errors on the wire: every fault becomes one RFC 9457 `application/problem+json` document.
+
+The exception trees of `adapters.errors` and `server.errors`, pydantic's validation errors and the
+framework's own (404, 405) meet here and nowhere else. What a client sent is never echoed, except the names of
+fields; what went wrong inside is logged, not told.
+"""
+
+import http
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from adapters.errors import Conflict, FieldError, InvalidInput, NotFound, SmoloraError
+from server.api import wire
+from server.errors import PayloadTooLarge, TryAgain, Unauthorized, Unavailable
+
+MEDIA_TYPE = "application/problem+json"
+MAX_ERRORS = 32
+"""Fields of a JSON body that one answer names; there can be any number of bad ones."""
+MAX_NAME = 64
+"""Characters of a field's name that are given back: unknown ones are the client's own."""
+
+log = logging.getLogger("smolora.api")
+
+_STATUS: tuple[tuple[type[SmoloraError], int], ...] = (
+    (InvalidInput, 422),
+    (NotFound, 404),
+    (Conflict, 409),
+    (Unauthorized, 401),
+    (PayloadTooLarge, 413),
+    (Unavailable, 503),
+    (TryAgain, 429),
+)
+_INTERNAL = "something went wrong here; the log has it under this request's id"
+
+
+def status_of(error: SmoloraError) -> int:
+    """The HTTP status of an error of the tree; 500 where the fault is ours."""
+    return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+
+
+def document(status: int, detail: str, errors: Sequence[FieldError] = ()) -> dict[str, object]:
+    """The problem as JSON: `errors[].loc` ends in the field's name."""
+    return {
+        "type": "about:blank",
+        "title": http.HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "errors": [{"loc": list(error.loc), "message": error.message} for error in errors],
+    }
+
+
+def problem(
+    status: int, detail: str, errors: Sequence[FieldError] = (), headers: Mapping[str, str] | None = None
+) -> Response:
+    """The problem as a response."""
+    body = wire.encode(document(status, detail, errors))
+    return Response(body, status, headers=dict(headers or {}), media_type=MEDIA_TYPE)
+
+
+def of_error(error: SmoloraError) -> Response:
+    """The response that an error of the tree becomes, with the headers its status calls for."""
+    headers: dict[str, str] = {}
+    if isinstance(error, TryAgain):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = 'Bearer realm="smolora"'
+    told = _document_of(error)
+    return Response(wire.encode(told), status_of(error), headers=headers, media_type=MEDIA_TYPE)
+
+
+def event(error: Exception) -> bytes:
+    """The error as the last event of a stream that has begun."""
+    return wire.event(_document_of(error), "error")
+
+
+def _document_of(error: Exception) -> dict[str, object]:
+    """What is told of the error; the log gets what isn't."""
+    if not isinstance(error, SmoloraError):
+        log.error("%s: not foreseen", type(error).__name__)
+        return document(500, _INTERNAL)
+    status = status_of(error)
+    if status == 500:
+        log.error("%s: %s", type(error).__name__, error)
+    if isinstance(error, InvalidInput):
+        return document(status, _summary(error.errors), error.errors)
+    return document(status, str(error))
+
+
+def _summary(errors: Sequence[FieldError]) -> str:
+    first = "; ".join(f"{error.loc[-1]}: {error.message}" for error in errors[:3])
+    return first if len(errors) <= 3 else f"{first}; and {len(errors) - 3} more"
+
+
+def internal() -> Response:
+    """What a client is told of a fault that nobody foresaw."""
+    return problem(500, _INTERNAL)
+
+
+def field_errors(faults: Iterable[Mapping[str, object]]) -> list[FieldError]:
+    """pydantic's errors as ours: no inputs, no "body" in front, list indices only before a field's name."""
+    found: dict[FieldError, None] = {}
+    for fault in faults:
+        loc = fault["loc"]
+        assert isinstance(loc, tuple)
+        found[_field_error(loc, str(fault["type"]), str(fault["msg"]))] = None
+        if len(found) == MAX_ERRORS:
+            break
+    return list(found)
+
+
+def _field_error(loc: tuple[str | int, ...], kind: str, message: str) -> FieldError:
+    message = message.removeprefix("Value error, ")
+    if kind == "json_invalid" or loc == ("body",):
+        return FieldError(("body",), "must be a JSON object, sent with Content-Type: application/json")
+    if kind == "extra_forbidden":
+        message = "no such field"
+    parts = [part if isinstance(part, int) else part[:MAX_NAME] for part in loc[1:]] or list(loc)
+    if isinstance(parts[-1], int) and any(isinstance(part, str) for part in parts):
+        message = f"item {parts[-1]}: {message}"
+        while isinstance(parts[-1], int):
+            parts.pop()
+    return FieldError(tuple(parts), message)
+
+
+def install(app: FastAPI) -> None:
+    """Make every exception that a route raises a problem."""
+
+    async def ours(request: Request, error: Exception) -> Response:
+        assert isinstance(error, SmoloraError)
+        return of_error(error)
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return of_error(InvalidInput(field_errors(error.errors())))
+
+    async def framework(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 400:  # a body that couldn't be read at all
+            return of_error(InvalidInput.of("body", "could not be read"))
+        detail = "no such path: /docs lists them" if error.status_code == 404 else error.detail
+        return problem(error.status_code, detail, headers=error.headers)
+
+    app.add_exception_handler(SmoloraError, ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, framework)

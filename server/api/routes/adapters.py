@@ -1,0 +1,156 @@
+"""/adapters: list, upload, download, delete. Everything on disk happens in threads."""
+
+from typing import Annotated
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import APIRouter, Path, Query, Request
+from starlette.datastructures import FormData
+from starlette.responses import Response
+
+from adapters.catalog import Adapter, Version
+from adapters.expression import MAX_NAME
+from server.api import wire
+from server.api.deps import ServicesDep
+from server.api.documents import LOOKUPS, UPLOAD_BODY, UPLOADS
+from server.api.library import Library
+from server.api.schemas import AdapterAnswer, AdapterList, VersionAnswer
+from server.api.uploads import read_form, uploaded_files
+
+router = APIRouter(prefix="/adapters", tags=["adapters"])
+
+MAX_PAGE = 10_000
+_parsing = CapacityLimiter(2)  # uploads that are hashed and copied at once: memory and cores are the engine's
+
+Name = Annotated[str, Path(max_length=4 * MAX_NAME)]
+VersionNumber = Annotated[int, Path(ge=1)]
+
+
+@router.get(
+    "", summary="List adapters", response_class=Response, responses={200: {"model": AdapterList}, **LOOKUPS}
+)
+async def list_adapters(
+    services: ServicesDep,
+    name: Annotated[str | None, Query(max_length=MAX_NAME, description="only this one")] = None,
+    limit: Annotated[int | None, Query(ge=1, le=MAX_PAGE, description="of a page")] = None,
+    after: Annotated[
+        str | None, Query(max_length=MAX_NAME, description="the last name of the page before")
+    ] = None,
+) -> Response:
+    """Adapters by name, with all their versions. `next`, where it isn't null, is the next page's `after`."""
+    resident = services.engine.stats.resident
+    return await to_thread.run_sync(_page, services.library, resident, name, limit or MAX_PAGE, after)
+
+
+@router.get(
+    "/{name}", summary="One adapter", response_class=Response, responses={200: {"model": AdapterAnswer}, **LOOKUPS}
+)
+async def get_adapter(services: ServicesDep, name: Name) -> Response:
+    """All its versions."""
+    found = await to_thread.run_sync(services.library.get, name)
+    return wire.answer(_adapter(found, services.engine.stats.resident))
+
+
+@router.get(
+    "/{name}/{version}",
+    summary="One version",
+    response_class=Response,
+    responses={200: {"model": VersionAnswer}, **LOOKUPS},
+)
+async def get_version(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
+    """As it is listed."""
+    found = await to_thread.run_sync(services.library.version, name, version)
+    return wire.answer(_version(found, services.engine.stats.resident))
+
+
+@router.get(
+    "/{name}/{version}/download",
+    summary="Download",
+    response_class=Response,
+    responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **LOOKUPS},
+)
+async def download(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
+    """A zip of `adapter_config.json` and `adapter_model.safetensors`; PEFT reads the folder it unpacks to."""
+    content = await to_thread.run_sync(services.library.archive, name, version)
+    headers = {"Content-Disposition": f'attachment; filename="{name}-{version}.zip"'}
+    return Response(content, media_type="application/zip", headers=headers)
+
+
+@router.post(
+    "/{name}",
+    summary="Upload",
+    status_code=201,
+    response_class=Response,
+    responses={201: {"model": VersionAnswer, "description": "Published"}, **UPLOADS},
+    openapi_extra={"requestBody": UPLOAD_BODY},
+)
+async def upload(request: Request, services: ServicesDep, name: Name) -> Response:
+    """Publish a PEFT adapter as the name's next version, which becomes its latest.
+
+    What can't be honoured exactly is refused, naming each key.
+    """
+    services.library.check_name(name)
+    form = await read_form(request)
+    try:
+        version = await to_thread.run_sync(_publish, services.library, name, form, limiter=_parsing)
+    finally:
+        await form.close()
+    headers = {"Location": f"/adapters/{version.name}/{version.version}"}
+    return wire.answer(_version(version, services.engine.stats.resident), 201, headers)
+
+
+@router.delete("/{name}", summary="Delete an adapter", status_code=204, response_class=Response, responses=LOOKUPS)
+async def delete_adapter(services: ServicesDep, name: Name) -> Response:
+    """All its versions. Requests that run under them end on the old bytes."""
+    await to_thread.run_sync(services.library.delete, name)
+    return Response(status_code=204)
+
+
+@router.delete(
+    "/{name}/{version}", summary="Delete a version", status_code=204, response_class=Response, responses=LOOKUPS
+)
+async def delete_version(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
+    """Its number is never used again; where it was the latest, the highest one left becomes it."""
+    await to_thread.run_sync(services.library.delete_version, name, version)
+    return Response(status_code=204)
+
+
+def _page(library: Library, resident: frozenset[str], name: str | None, size: int, after: str | None) -> Response:
+    found = library.list(name, size + 1, after)
+    page = [_adapter(adapter, resident) for adapter in found[:size]]
+    return wire.answer({"adapters": page, "next": found[size - 1].name if len(found) > size else None})
+
+
+def _publish(library: Library, name: str, form: FormData) -> Version:
+    with uploaded_files(form) as files:
+        return library.publish(name, files.config_json, files.weights)
+
+
+def _adapter(adapter: Adapter, resident: frozenset[str]) -> dict[str, object]:
+    return {
+        "name": adapter.name,
+        "kind": "adapter",
+        "latest": adapter.latest,
+        "aliases": dict(adapter.aliases),
+        "versions": [_version(version, resident) for version in adapter.versions],
+        "resident": any(version.digest in resident for version in adapter.versions),
+    }
+
+
+def _version(version: Version, resident: frozenset[str]) -> dict[str, object]:
+    return {
+        "name": version.name,
+        "version": version.version,
+        "digest": version.digest,
+        "rank": version.rank,
+        "alpha": version.alpha,
+        "target_modules": list(version.target_modules),
+        "parameters": version.parameters,
+        "bytes": version.bytes,
+        "base_model": version.base_model,
+        "metrics": dict(version.metrics),
+        "parent": version.parent,
+        "job_id": version.job_id,
+        "created_at": version.created_at.isoformat(),
+        "resident": version.digest in resident,
+        "warnings": list(version.warnings),
+    }

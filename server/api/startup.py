@@ -1,0 +1,111 @@
+"""Builds everything that the app works with, from the settings; slow where a base is converted the first time.
+
+Whatever is missing on this machine raises StartupError, in one line.
+"""
+
+from collections.abc import Callable
+
+from adapters.catalog import Catalog
+from adapters.store import AdapterStore
+from server.api.deps import Services
+from server.api.library import Library
+from server.api.sizing import cache_sizes, free_bytes
+from server.config import Settings
+from server.database import connect
+from server.engine.async_engine import AsyncEngine
+from server.engine.detokenizer import TokenBytes
+from server.engine.engine import Engine, EngineConfig
+from server.engine.paged_attention import PagedCache
+from server.engine.scheduler import SchedulerLimits
+from server.errors import StartupError
+from server.metrics import Metrics
+from server.model.chat import PromptEncoder
+from server.model.device import choose_device
+from server.model.smollm import SmolLM
+from server.model.source import resolve_base
+from server.model.weights import BaseModel, load_base
+
+DEFAULT_MAX_MODEL_LEN = 8192
+
+
+def build(settings: Settings, say: Callable[[str], None]) -> Services:
+    """The services, with an engine that isn't started. `say` is told before each thing that takes a while."""
+    device, dtype = choose_device(settings.device, settings.dtype)
+    directory = resolve_base(settings.model, settings.home, settings.base_dir, say)
+    database = connect(settings.home)
+    say(f"loading {settings.model} on {device} in {str(dtype).removeprefix('torch.')}")
+    base = load_base(directory, dtype, device)
+    store = AdapterStore(settings.home / "adapters")
+    catalog = Catalog(database)
+    store.sweep(catalog.in_use)
+
+    max_model_len = _max_model_len(settings, base)
+    config = _engine_config(settings, base, max_model_len)
+    model = SmolLM(base.config, base.weights, max_positions=max_model_len, pack=True)
+    token_bytes = _token_bytes(base)
+
+    def build_engine(wake: Callable[[], None]) -> Engine:
+        return Engine(model, token_bytes, store.load, config, wake=wake)
+
+    engine = _allocated(lambda: AsyncEngine(build_engine, max_queue=settings.max_queue), config)
+    return Services(
+        settings=settings,
+        engine=engine,
+        encoder=PromptEncoder(base.tokenizer),
+        library=Library(catalog, store, base.config.shape, base.name),
+        metrics=Metrics(lambda: engine.stats),
+        base_name=base.name,
+        max_model_len=min(max_model_len, config.kv_cache_bytes // _kv_bytes_per_token(base)),
+    )
+
+
+def _allocated(make: Callable[[], AsyncEngine], config: EngineConfig) -> AsyncEngine:
+    """What `make` makes; StartupError where the caches don't fit into memory, which torch says in its own ways."""
+    try:
+        return make()
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise StartupError(
+            f"no memory for caches of {config.kv_cache_bytes} and {config.adapter_cache_bytes} bytes: "
+            "lower SMOLORA_KV_CACHE_BYTES and SMOLORA_ADAPTER_CACHE_BYTES"
+        ) from None
+
+
+def _max_model_len(settings: Settings, base: BaseModel) -> int:
+    longest = base.config.max_position_embeddings
+    if settings.max_model_len is None:
+        return min(longest, DEFAULT_MAX_MODEL_LEN)
+    if settings.max_model_len > longest:
+        raise StartupError(f"SMOLORA_MAX_MODEL_LEN={settings.max_model_len}: {base.name} ends at {longest} tokens")
+    return settings.max_model_len
+
+
+def _engine_config(settings: Settings, base: BaseModel, max_model_len: int) -> EngineConfig:
+    block_size = EngineConfig.block_size
+    sizes = cache_sizes(
+        settings,
+        free_bytes(base.device),
+        is_cuda=base.device.type == "cuda",
+        kv_bytes_per_token=_kv_bytes_per_token(base),
+        max_model_len=-(-max_model_len // block_size) * block_size,
+    )
+    return EngineConfig(
+        max_model_len=max_model_len,
+        kv_cache_bytes=sizes.kv_cache,
+        adapter_cache_bytes=sizes.adapter_cache,
+        scheduler=SchedulerLimits(max_num_seqs=settings.max_num_seqs),
+    )
+
+
+def _kv_bytes_per_token(base: BaseModel) -> int:
+    return PagedCache.bytes_per_block(base.config, 1, base.dtype)
+
+
+def _token_bytes(base: BaseModel) -> TokenBytes:
+    added = base.tokenizer.added_tokens_decoder.items()
+    return TokenBytes(
+        base.tokenizer.get_vocab(),
+        {token_id: token.content for token_id, token in added},
+        [token_id for token_id, token in added if token.special],
+    )

@@ -1,0 +1,89 @@
+"""Clients that wait or listen, and leave: whoever is gone, streamed to or not, is noticed at once."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import TypeVar
+
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from server.api import problems
+
+T = TypeVar("T")
+
+
+class ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def while_connected(receive: Receive, work: Coroutine[None, None, T]) -> T:
+    """The work's result. Where the client leaves first, the work is cancelled and ClientGoneError raised.
+
+    The request's body must have been read.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGoneError
+    finally:
+        await _cancel(working)
+        await _cancel(leaving)
+
+
+async def _cancel(task: "asyncio.Future[T]") -> None:
+    """Cancel the task and wait for its end."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # it has been looked at: asyncio need not complain
+
+
+class EventStream(Response):
+    """Server-sent events. `close` runs at the end, whatever the end is, even where nothing was ever sent.
+
+    The status line goes out with the first event, so that what fails before it is an ordinary error response;
+    what fails later is an `event: error` with the problem as its data, and the end.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], Awaitable[None]]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._events = events
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await while_connected(receive, self._send(send))
+        except ClientGoneError:
+            pass
+        finally:
+            await self._close()
+
+    async def _send(self, send: Send) -> None:
+        started = False
+        try:
+            async for event in self._events:
+                if not started:
+                    started = True
+                    await send(self._start())
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        except Exception as error:
+            if not started:
+                raise
+            await send({"type": "http.response.body", "body": problems.event(error), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _start(self) -> Message:
+        return {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}

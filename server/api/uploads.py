@@ -1,0 +1,89 @@
+"""An adapter's two files out of what a client sent, without trusting any of it.
+
+A body is spooled to disk while it comes in, and its tensors are copied into a file of their own, which whoever
+reads them can map. Archives are `server.api.archives`'s part, what the files mean is `adapters.peft_format`'s.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO
+
+from fastapi import Request
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+
+from adapters.errors import FieldError, InvalidInput
+from adapters.peft_format import WEIGHTS_NAME
+from server.api import archives
+
+CONFIG_FIELD = "adapter_config"
+WEIGHTS_FIELD = "adapter_model"
+ARCHIVE_FIELD = archives.FIELD
+MAX_CONFIG_BYTES = 1 << 20
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class UploadedFiles:
+    """The config's bytes, and where the tensors' file lies until the upload has been dealt with."""
+
+    config_json: bytes
+    weights: Path
+
+
+async def read_form(request: Request) -> FormData:
+    """The multipart body, spooled to disk. Close it. Raises InvalidInput where it is none."""
+    try:
+        return await request.form(max_files=8, max_fields=8, max_part_size=MAX_CONFIG_BYTES)
+    except HTTPException as error:
+        if error.status_code != 400:
+            raise
+        raise InvalidInput.of("body", "must be a multipart/form-data body") from None
+
+
+@contextmanager
+def uploaded_files(form: FormData) -> Iterator[UploadedFiles]:
+    """The adapter's files, whichever way they came. Blocks on disk. Raises InvalidInput on the part at fault."""
+    unknown = sorted(set(form.keys()) - {CONFIG_FIELD, WEIGHTS_FIELD, ARCHIVE_FIELD})
+    if unknown:
+        raise InvalidInput([FieldError((name[:64],), "no such field") for name in unknown])
+    config, weights, archive = (_part(form, name) for name in (CONFIG_FIELD, WEIGHTS_FIELD, ARCHIVE_FIELD))
+    with TemporaryDirectory(prefix="upload-") as scratch:
+        target = Path(scratch) / WEIGHTS_NAME
+        if archive is not None and config is None and weights is None:
+            yield UploadedFiles(archives.read_archive(archive, target, MAX_CONFIG_BYTES), target)
+        elif config is not None and weights is not None and archive is None:
+            with target.open("wb") as file:
+                shutil.copyfileobj(weights, file, _CHUNK)
+            yield UploadedFiles(_bounded(config), target)
+        elif config is None and weights is None and archive is None:
+            needs = f"send {CONFIG_FIELD} and {WEIGHTS_FIELD}, or one zip of both in {ARCHIVE_FIELD}"
+            raise InvalidInput.of(CONFIG_FIELD, needs)
+        elif archive is not None:
+            raise InvalidInput.of(ARCHIVE_FIELD, "send the two files or one archive of them, not both")
+        else:
+            missing = CONFIG_FIELD if config is None else WEIGHTS_FIELD
+            raise InvalidInput.of(missing, "the file is missing")
+
+
+def _part(form: FormData, name: str) -> BinaryIO | None:
+    found = form.getlist(name)
+    if not found:
+        return None
+    if len(found) > 1:
+        raise InvalidInput.of(name, "sent more than once")
+    part = found[0]
+    if not isinstance(part, UploadFile):
+        raise InvalidInput.of(name, "send it as a file, with a filename")
+    return part.file
+
+
+def _bounded(source: BinaryIO) -> bytes:
+    content = source.read(MAX_CONFIG_BYTES + 1)
+    if len(content) > MAX_CONFIG_BYTES:
+        raise InvalidInput.of(CONFIG_FIELD, f"may have {MAX_CONFIG_BYTES} bytes")
+    return content

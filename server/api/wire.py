@@ -1,0 +1,24 @@
+"""JSON as it goes over the wire: compact, UTF-8, and only what JSON has."""
+
+import json
+from collections.abc import Mapping
+
+from starlette.responses import Response
+
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def encode(document: object) -> bytes:
+    """The document's bytes. Raises ValueError on NaN and infinities, which JSON does not have."""
+    return _encoder.encode(document).encode()
+
+
+def event(document: object, name: str | None = None) -> bytes:
+    """One server-sent event. JSON escapes line ends, so its data is one line."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + encode(document) + b"\n\n"
+
+
+def answer(document: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """The document as a response."""
+    return Response(encode(document), status, headers=dict(headers or {}), media_type="application/json")

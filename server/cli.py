@@ -1,0 +1,173 @@
+"""The command line: `smolora serve`. `--help` is instant, so what is slow to import is imported when needed.
+
+Whatever keeps the server from starting is one line on stderr and exit code 1.
+"""
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  # pip would refuse; a checkout on the path would not
+    sys.exit(f"smolora needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
+
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from server import __version__
+from server.allocator import keep_freed_memory
+from server.api.address import bind, url
+from server.config import DEFAULT_MODEL, Settings, is_loopback, load_settings
+from server.errors import StartupError
+
+SWITCH_INTERVAL = 0.0005
+"""Seconds for which a thread may keep the GIL when another wants it. The engine's thread lets go of it in every
+kernel, and with Python's 5 ms would wait that long to get it back from the event loop, many times a step."""
+
+LEFTOVER_SECONDS = 3600.0
+
+app = typer.Typer(
+    name="smolora",
+    help="One frozen SmolLM, any LoRA adapter per request: serve, version and blend adapters without merging.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    home: Annotated[
+        Path | None, typer.Option(help="Everything stored: adapters, converted base. Default: ./data.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Where to listen. Default: 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Where to listen; 0: any free port. Default: 8000.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help=f"The base: {DEFAULT_MODEL}, a local directory or a hub id. Default: {DEFAULT_MODEL}."),
+    ] = None,
+    base_dir: Annotated[Path | None, typer.Option(help="Where a converted base is looked for first.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. Default: auto.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16. Default: auto.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one batch. Default: 32.")] = None,
+    max_queue: Annotated[
+        int | None, typer.Option(help="Sequences that may wait for a place in it. Default: 256.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Prompt and answer, in tokens. Default: the model's, at most 8192.")
+    ] = None,
+    kv_cache_bytes: Annotated[
+        str | None, typer.Option(help="Memory for keys and values, such as 2GiB. Default: by the machine.")
+    ] = None,
+    adapter_cache_bytes: Annotated[
+        str | None, typer.Option(help="Memory for resident adapters. Default: by the machine.")
+    ] = None,
+    api_keys: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated keys, one of which every request must bring. Default: none needed."),
+    ] = None,
+    allow_anonymous: Annotated[
+        bool | None, typer.Option(help="Serve without keys off the loopback, too. Default: no.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Training worker processes to supervise. Default: 1.")
+    ] = None,
+) -> None:
+    """Serve generation over HTTP.
+
+    Each flag is also an environment variable: SMOLORA_MAX_NUM_SEQS for --max-num-seqs, and so on.
+    """
+    settings = load_settings(
+        home=home,
+        host=host,
+        port=port,
+        model=model,
+        base_dir=base_dir,
+        device=device,
+        dtype=dtype,
+        max_num_seqs=max_num_seqs,
+        max_queue=max_queue,
+        max_model_len=max_model_len,
+        kv_cache_bytes=kv_cache_bytes,
+        adapter_cache_bytes=adapter_cache_bytes,
+        api_keys=api_keys,
+        allow_anonymous=allow_anonymous,
+        workers=workers,
+    )
+    raise typer.Exit(_serve(settings))
+
+
+def _serve(settings: Settings) -> int:
+    """Everything from the settings to the exit code."""
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    keep_freed_memory()
+    _prepare_home(settings.home)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(line: str) -> None:
+        console.print(f"smolora: {line}", markup=False)
+
+    bound = bind(settings.host, settings.port)
+    say("loading libraries")
+    from server.api import logs
+    from server.api.app import create_app
+    from server.api.run import run
+    from server.api.startup import build
+
+    try:
+        services = build(settings, say)
+    except OSError as error:
+        raise StartupError(f"{error.filename or settings.home}: {error.strerror or error}") from error
+    logs.set_up()
+
+    def announce() -> None:
+        address = url(bound, settings.host)
+        key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_keys else ""
+        body = '{"messages": [{"role": "user", "content": "What is LoRA?"}]}'
+        with suppress(OSError):  # whoever started it may have stopped reading
+            typer.echo(f"smolora: {services.base_name} is ready at {address} (its API: {address}/docs). Try:")
+            typer.echo(f"  curl -s {address}/generate{key} -H 'Content-Type: application/json' -d '{body}'")
+        if not settings.api_keys and not is_loopback(settings.host):
+            say("anybody who reaches this port can use it: no API keys are set")
+
+    return run(create_app(services), services.engine, bound, announce)
+
+
+def _prepare_home(home: Path) -> None:
+    """Make HOME, try writing there, and clear what killed processes left. Raises StartupError."""
+    scratch = home.absolute() / "tmp"
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=scratch) as probe:
+            probe.write(bytes(1 << 16))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StartupError(f"SMOLORA_HOME={home}: can't write there: {reason}; choose another --home") from None
+    for leftover in scratch.glob("upload-*"):
+        if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+            shutil.rmtree(leftover, ignore_errors=True)
+    # Uploads are spooled there, too: /tmp may be memory, or not writable at all.
+    tempfile.tempdir = str(scratch)
+
+
+def main() -> None:
+    """The entry point of the `smolora` script."""
+    try:
+        app()
+    except StartupError as error:
+        typer.echo(f"smolora: {error}", err=True)
+        sys.exit(1)

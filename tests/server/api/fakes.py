@@ -1,0 +1,191 @@
+"""Doubles for tests of the API: an engine without a model, and a client that can hang up."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import replace
+
+from fastapi import FastAPI
+from starlette.types import Message
+
+from adapters.errors import SmoloraError
+from server.engine.request import (
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    SampledLogprob,
+    SequenceOutput,
+    Timing,
+    TokenLogprob,
+)
+from server.errors import Draining, EngineDead, NotReady
+
+Script = Callable[[GenerationRequest], Iterable[SequenceOutput]]
+
+
+def piece(request: GenerationRequest, index: int, number: int, last: FinishReason | None = None) -> SequenceOutput:
+    """The output of one token: "w0 ", "w1 ", … with logprobs where they were asked for."""
+    text = f"w{number} "
+    logprobs: tuple[SampledLogprob, ...] = ()
+    if request.sampling.logprobs:
+        token = TokenLogprob(100 + number, text, tuple(text.encode()), -0.25)
+        others = [replace(token, logprob=-0.25 - rank) for rank in range(request.sampling.logprobs)]
+        logprobs = (SampledLogprob(token, tuple(others)),)
+    return SequenceOutput(
+        request_id=request.request_id,
+        index=index,
+        text=text,
+        num_new_tokens=1,
+        num_output_tokens=number + 1,
+        num_cached_tokens=0 if index == 0 else 1,
+        logprobs=logprobs,
+        finish_reason=last,
+        timing=Timing(0.001 * (index + 1), 0.002, 0.1 * (index + 1)) if last else None,
+    )
+
+
+def words(request: GenerationRequest) -> Iterable[SequenceOutput]:
+    """`max_tokens` tokens of every choice, the choices in turn."""
+    count = request.sampling.max_tokens
+    for number in range(count):
+        for index in range(request.n):
+            yield piece(request, index, number, "length" if number == count - 1 else None)
+
+
+def failing(after: int, error: SmoloraError) -> Script:
+    """So many tokens, then an end that is the engine's fault."""
+
+    def script(request: GenerationRequest) -> Iterable[SequenceOutput]:
+        for number in range(after):
+            yield piece(request, 0, number)
+        yield SequenceOutput(request.request_id, 0, "", 0, after, 0, finish_reason="abort", error=error)
+
+    return script
+
+
+class FakeStream:
+    def __init__(self, engine: "FakeEngine", request: GenerationRequest) -> None:
+        self._engine = engine
+        self._id = request.request_id
+        self._outputs = self._run(request)
+
+    async def _run(self, request: GenerationRequest) -> AsyncGenerator[SequenceOutput, None]:
+        for number, output in enumerate(self._engine.script(request)):
+            if self._engine.hold_after is not None and number >= self._engine.hold_after:
+                await self._engine.held.wait()
+            if self._engine.dead:
+                raise EngineDead
+            if self._engine.stopped:
+                raise Draining
+            yield output
+
+    def __aiter__(self) -> "FakeStream":
+        return self
+
+    async def __anext__(self) -> SequenceOutput:
+        return await anext(self._outputs)
+
+    async def aclose(self) -> None:
+        self._engine.closed.append(self._id)
+        self._engine.open.discard(self._id)
+        await self._outputs.aclose()
+
+
+class FakeEngine:
+    """Answers with `script`; after `hold_after` outputs of a request it waits for `held`."""
+
+    def __init__(self) -> None:
+        self.script: Script = words
+        self.hold_after: int | None = None
+        self.held = asyncio.Event()
+        self.refusal: SmoloraError | None = None
+        self.requests: list[GenerationRequest] = []
+        self.open: set[str] = set()
+        self.closed: list[str] = []
+        self.resident: frozenset[str] = frozenset()
+        self.started = self.stopped = self.draining = self.loading = self.dead = False
+
+    def start(self) -> None:
+        self.started = True
+
+    async def stop(self) -> None:
+        self.stopped = True
+        self.held.set()
+
+    def die(self) -> None:
+        """What an engine does that can't go on."""
+        self.dead = True
+        self.held.set()
+
+    def submit(self, request: GenerationRequest) -> FakeStream:
+        if self.dead:
+            raise EngineDead
+        if self.draining:
+            raise Draining
+        if self.loading:
+            raise NotReady(retry_after=2.5)
+        if self.refusal is not None:
+            raise self.refusal
+        self.requests.append(request)
+        self.open.add(request.request_id)
+        return FakeStream(self, request)
+
+    def drain(self) -> None:
+        self.draining = True
+
+    @property
+    def ready(self) -> bool:
+        return not (self.dead or self.draining or self.loading)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self.open)
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self.open),
+            num_waiting=0,
+            kv_blocks_total=64,
+            kv_blocks_used=5,
+            adapters_resident=len(self.resident),
+            adapter_evictions=7,
+            resident=self.resident,
+        )
+
+
+class Caller:
+    """One request over bare ASGI, which can be given up at any moment."""
+
+    def __init__(self, app: FastAPI, path: str, body: object, method: str = "POST") -> None:
+        self.sent: list[Message] = []
+        self._inbox: asyncio.Queue[Message] = asyncio.Queue()
+        self._inbox.put_nowait({"type": "http.request", "body": json.dumps(body).encode(), "more_body": False})
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": method,
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+            "headers": [(b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 80),
+        }
+        self.task = asyncio.ensure_future(app(scope, self._inbox.get, self._send))
+
+    async def _send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    def hang_up(self) -> None:
+        self._inbox.put_nowait({"type": "http.disconnect"})
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what other tasks bring about; fails after five seconds."""
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)

@@ -1,0 +1,71 @@
+"""/health, /ready, /metrics, and the document of it all."""
+
+import httpx
+import pytest
+
+from tests.server.api.fakes import FakeEngine
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_health_is_about_the_process_alone(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.dead = True
+    response = await client.get("/health")
+    assert (response.status_code, response.json()) == (200, {"status": "ok"})
+
+
+@pytest.mark.parametrize("state", ["dead", "draining", "loading"])
+async def test_ready_only_while_it_can_serve(client: httpx.AsyncClient, engine: FakeEngine, state: str) -> None:
+    assert (await client.get("/ready")).status_code == 200
+    setattr(engine, state, True)
+    response = await client.get("/ready")
+    assert response.status_code == 503
+    assert response.headers["content-type"] == "application/problem+json"
+    assert int(response.headers["retry-after"]) >= 1
+
+
+async def test_metrics_have_the_contracts_names(client: httpx.AsyncClient) -> None:
+    response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    names = {line.split()[0] for line in response.text.splitlines() if not line.startswith("#")}
+    assert {
+        "smolora_requests_running",
+        "smolora_requests_waiting",
+        "smolora_kv_blocks_used",
+        "smolora_adapters_resident",
+    } <= names
+
+
+async def test_metrics_follow_requests(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await client.post("/generate", json={"prompt": "hi", "max_tokens": 3})
+    lines = (await client.get("/metrics")).text.splitlines()
+    assert 'smolora_requests_total{outcome="completed"} 1.0' in lines
+    assert "smolora_time_to_first_token_seconds_count 1.0" in lines
+    assert "smolora_inter_token_seconds_count 2.0" in lines
+    assert "smolora_queue_seconds_count 1.0" in lines
+    assert 'smolora_adapter_tokens_total{adapter="base"} 3.0' in lines
+
+
+async def test_the_document_knows_every_route_and_problem(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/openapi.json")).json()
+    assert {
+        "/generate",
+        "/adapters",
+        "/adapters/{name}",
+        "/adapters/{name}/{version}",
+        "/adapters/{name}/{version}/download",
+        "/health",
+        "/ready",
+        "/metrics",
+    } <= set(document["paths"])
+    generate = document["paths"]["/generate"]["post"]
+    assert {"200", "401", "404", "413", "422", "429", "503"} == set(generate["responses"])
+    refused = generate["responses"]["422"]["content"]
+    assert set(refused) == {"application/problem+json"}
+    assert refused["application/problem+json"]["schema"]["$ref"].endswith("/Problem")
+    assert set(generate["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    body = document["components"]["schemas"]["GenerateBody"]
+    assert body["examples"]
+    assert body["properties"]["n"] == {**body["properties"]["n"], "minimum": 1, "maximum": 16, "default": 1}
+    assert "multipart/form-data" in document["paths"]["/adapters/{name}"]["post"]["requestBody"]["content"]
+    assert (await client.get("/docs")).status_code == 200

@@ -1,0 +1,132 @@
+"""Names and bytes stay together while others publish and delete."""
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from adapters.catalog import Catalog, Part
+from adapters.errors import CorruptAdapter, NotFound
+from adapters.expression import Term, parse
+from adapters.store import AdapterStore
+from server.api.library import Library
+from server.database import connect
+from tests.server.api.conftest import BASE_NAME, SHAPE
+from tests.server.api.peft_files import peft_files
+
+
+@pytest.fixture
+def publish(library: Library, tmp_path: Path) -> "Publish":
+    return Publish(library, tmp_path)
+
+
+class Publish:
+    def __init__(self, library: Library, directory: Path) -> None:
+        self._library = library
+        self._files: dict[int, tuple[bytes, Path]] = {}
+        for seed in range(2):
+            config, weights = peft_files(seed)
+            self._files[seed] = (config, directory / f"weights-{seed}")
+            self._files[seed][1].write_bytes(weights)
+
+    def __call__(self, name: str, seed: int) -> str:
+        return self._library.publish(name, *self._files[seed]).digest
+
+
+def test_a_lease_outlives_a_delete(library: Library, store: AdapterStore, publish: Publish) -> None:
+    digest = publish("a", 0)
+    lease = library.lease(parse("a"))
+    library.delete("a")
+    with pytest.raises(NotFound):
+        library.lease(parse("a"))
+    store.verify(digest)
+    lease.release()
+    lease.release()  # once more is nothing
+    with pytest.raises(CorruptAdapter):
+        store.load(digest)
+
+
+def test_publishing_again_revives_what_is_leased(library: Library, store: AdapterStore, publish: Publish) -> None:
+    digest = publish("a", 0)
+    lease = library.lease(parse("a"))
+    library.delete("a")
+    assert publish("b", 0) == digest
+    lease.release()
+    store.verify(digest)
+
+
+def test_bytes_that_vanished_are_corrupt(library: Library, store: AdapterStore, publish: Publish) -> None:
+    store.discard(publish("a", 0))
+    with pytest.raises(CorruptAdapter):
+        library.archive("a", 1)
+
+
+class RacingCatalog(Catalog):
+    """Deletes and publishes anew between a lookup and whoever looked."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__(connect(home))
+        self.race: list[Callable[[], object]] = []
+
+    def resolve(self, terms: Sequence[Term]) -> tuple[Part, ...]:
+        parts = super().resolve(terms)
+        while self.race:
+            self.race.pop()()
+        return parts
+
+
+def test_a_delete_between_looking_up_and_pinning(tmp_path: Path, store: AdapterStore) -> None:
+    catalog = RacingCatalog(tmp_path)
+    library = Library(catalog, store, SHAPE, BASE_NAME)
+    publish = Publish(library, tmp_path)
+    publish("a", 0)
+    catalog.race = [lambda: publish("a", 1), lambda: library.delete("a")]  # the last one first
+    lease = library.lease(parse("a"))
+    assert lease.parts[0].version == 2
+    store.verify(lease.parts[0].digest)
+    catalog.race = [lambda: library.delete("a")]
+    lease.release()
+    with pytest.raises(NotFound, match="no such adapter"):
+        library.lease(parse("a"))
+
+
+def test_readers_never_meet_half_an_adapter(library: Library, store: AdapterStore, publish: Publish) -> None:
+    """Two writers publish and delete the same two names and bytes while readers lease and read."""
+    publish("x", 0)
+    faults: list[BaseException] = []
+    stop = threading.Event()
+
+    def write(name: str, seed: int) -> None:
+        try:
+            for _ in range(8):
+                publish(name, seed)
+                library.delete(name)
+        except BaseException as error:
+            faults.append(error)
+
+    def read() -> None:
+        try:
+            while not stop.is_set():
+                for name in ("a", "b", "x"):
+                    try:
+                        lease = library.lease(parse(name))
+                    except NotFound:
+                        assert name != "x"
+                        continue
+                    store.load(lease.parts[0].digest)
+                    lease.release()
+        except BaseException as error:
+            faults.append(error)
+
+    writers = [threading.Thread(target=write, args=args) for args in (("a", 0), ("b", 0), ("c", 1))]
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for thread in [*writers, *readers]:
+        thread.start()
+    for thread in writers:
+        thread.join()
+    stop.set()
+    for thread in readers:
+        thread.join()
+    assert faults == []
+    store.verify(library.lease(parse("x")).parts[0].digest)

@@ -1,0 +1,142 @@
+"""What every request meets: ids, keys, bounds on bodies, and problems whatever happens."""
+
+import logging
+from collections.abc import AsyncIterator, Iterable
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from server.api.app import create_app
+from server.engine.request import GenerationRequest, SequenceOutput
+from tests.server.api.conftest import MakeServices, client_of
+from tests.server.api.fakes import FakeEngine
+
+pytestmark = pytest.mark.anyio
+MIB = 1 << 20
+
+
+@pytest.fixture
+async def locked(make_services: MakeServices) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server with keys, which brings none of its own."""
+    async with client_of(create_app(make_services(api_keys="first,second"))) as client:
+        yield client
+
+
+@pytest.mark.parametrize("key", ["first", "second"])
+async def test_each_key_opens(locked: httpx.AsyncClient, key: str) -> None:
+    response = await locked.get("/adapters", headers={"Authorization": f"Bearer {key}"})
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "header",
+    [None, "", "first", "Bearer", "Bearer ", "Bearer third", "Bearer firs", "Basic first", "Bearer f\xfcr"],
+)
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/generate"), ("GET", "/adapters"), ("GET", "/metrics"), ("GET", "/docs"), ("GET", "/nowhere")],
+)
+async def test_without_one_everything_is_shut(
+    locked: httpx.AsyncClient, header: str | None, method: str, path: str
+) -> None:
+    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+    response = await locked.request(method, path, headers=headers)
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"].startswith("Bearer")
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+async def test_health_and_ready_stay_open(locked: httpx.AsyncClient, path: str) -> None:
+    assert (await locked.get(path)).status_code == 200
+
+
+async def test_without_keys_any_bearer_will_do(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/adapters", headers={"Authorization": "Bearer x"})).status_code == 200
+
+
+@pytest.mark.parametrize("given", ["abc-123", "trace:1.2_3", "x" * 128])
+async def test_a_sane_request_id_is_kept(client: httpx.AsyncClient, given: str) -> None:
+    assert (await client.get("/health", headers={"X-Request-Id": given})).headers["x-request-id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 129, "a\xe9", "<script>"])
+async def test_any_other_is_replaced(client: httpx.AsyncClient, given: str) -> None:
+    response = await client.get("/health", headers={"X-Request-Id": given.encode("latin-1")})
+    assert len(response.headers["x-request-id"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/nowhere", 404), ("GET", "/generate", 405), ("POST", "/adapters", 405), ("GET", "/generate/", 404)],
+)
+async def test_paths_and_methods_that_are_not(
+    client: httpx.AsyncClient, method: str, path: str, status: int
+) -> None:
+    response = await client.request(method, path)
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.json()["status"] == status
+    assert response.headers["x-request-id"]
+    if status == 405:
+        assert response.headers["allow"]
+
+
+async def chunks(total: int) -> AsyncIterator[bytes]:
+    for _ in range(total // 65536):
+        yield b" " * 65536
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_a_json_body_over_two_mebibytes(client: httpx.AsyncClient, announced: bool) -> None:
+    content = b" " * (2 * MIB + 1) if announced else chunks(3 * MIB)
+    response = await client.post("/generate", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 413
+    assert response.headers["content-type"] == "application/problem+json"
+
+
+async def test_a_body_just_below_is_read(client: httpx.AsyncClient) -> None:
+    content = b'{"prompt": "a"}' + b" " * (2 * MIB - 100)
+    response = await client.post("/generate", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize("length", ["268435457", "9" * 30])
+async def test_an_upload_over_its_bound(client: httpx.AsyncClient, length: str) -> None:
+    headers = {"Content-Length": length, "Content-Type": "multipart/form-data; boundary=x"}
+    assert (await client.post("/adapters/a", content=b"", headers=headers)).status_code == 413
+
+
+async def test_a_fault_nobody_foresaw_tells_nothing(
+    client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    def script(request: GenerationRequest) -> Iterable[SequenceOutput]:
+        raise KeyError("/secret/path: the prompt")
+
+    engine.script = script
+    response = await client.post("/generate", json={"prompt": "the prompt"})
+    assert response.status_code == 500
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.headers["x-request-id"]
+    assert "secret" not in response.text
+    assert "KeyError" not in response.text
+    assert "KeyError" in caplog.text
+    assert "the prompt" not in caplog.text
+    assert engine.open == set()
+
+
+async def test_the_log_has_a_line_for_each_request_and_nobodys_text(
+    app: FastAPI, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with client_of(app) as client:
+        with caplog.at_level(logging.INFO, "smolora.api"):
+            await client.post("/generate?key=secret", json={"prompt": "my own words"})
+            await client.get("/adapters/a%0Ab")
+            await client.get("/health")
+    lines = [record.getMessage() for record in caplog.records if record.name == "smolora.api"]
+    assert len(lines) == 2
+    assert lines[0].startswith("method=POST path=/generate status=200 ms=")
+    assert lines[1].startswith("method=GET path=/adapters/a\\nb status=404 ms=")
+    assert "words" not in caplog.text

@@ -1,0 +1,94 @@
+"""Settings: the contract's defaults, what comes from where, and one line for each fault."""
+
+import inspect
+
+import pytest
+from typer.testing import CliRunner
+
+from server import cli
+from server.config import PREFIX, Settings, is_loopback, load_settings
+from server.errors import StartupError
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(PREFIX + name.upper(), raising=False)
+
+
+def test_defaults_are_the_contracts() -> None:
+    settings = load_settings()
+    assert str(settings.home) == "data"
+    assert (settings.host, settings.port, settings.model) == ("127.0.0.1", 8000, "smollm2-135m-instruct")
+    assert (settings.device, settings.dtype) == ("auto", "auto")
+    assert (settings.max_num_seqs, settings.max_queue, settings.max_model_len) == (32, 256, None)
+    assert (settings.kv_cache_bytes, settings.adapter_cache_bytes) == (None, None)
+    assert (settings.api_keys, settings.allow_anonymous, settings.workers) == ((), False, 1)
+
+
+def test_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOLORA_PORT", "9000")
+    monkeypatch.setenv("SMOLORA_API_KEYS", " one, two ,,")
+    monkeypatch.setenv("SMOLORA_KV_CACHE_BYTES", "2GiB")
+    monkeypatch.setenv("SMOLORA_MAX_MODEL_LEN", "")  # as compose passes what isn't set
+    monkeypatch.setenv("SMOLORA_ALLOW_ANONYMOUS", "1")
+    settings = load_settings(port=None, max_queue=7)
+    assert (settings.port, settings.max_queue) == (9000, 7)
+    assert settings.api_keys == ("one", "two")
+    assert settings.kv_cache_bytes == 2 << 30
+    assert settings.max_model_len is None
+    assert settings.allow_anonymous
+    assert load_settings(port=1234).port == 1234  # a flag wins
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dtype", "int8"),
+        ("device", "tpu"),
+        ("port", 70000),
+        ("max_num_seqs", 0),
+        ("max_queue", -1),
+        ("max_model_len", 1),
+        ("kv_cache_bytes", "lots"),
+        ("api_keys", "with blank"),
+        ("workers", -1),
+        ("host", "x" * 300),
+    ],
+)
+def test_a_bad_value_is_one_line_with_both_names(name: str, value: str | int) -> None:
+    with pytest.raises(StartupError) as caught:
+        load_settings(**{name: value})
+    message = str(caught.value)
+    assert message.startswith(f"SMOLORA_{name.upper()} (--{name.replace('_', '-')}): ")
+    assert "\n" not in message
+
+
+def test_keys_never_show_in_the_error() -> None:
+    with pytest.raises(StartupError) as caught:
+        load_settings(api_keys="very secret", port=-1)
+    assert "very" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org"])
+def test_off_the_loopback_needs_keys_or_a_word(host: str) -> None:
+    with pytest.raises(StartupError, match="SMOLORA_API_KEYS"):
+        load_settings(host=host)
+    assert load_settings(host=host, api_keys="k").api_keys == ("k",)
+    assert load_settings(host=host, allow_anonymous=True).allow_anonymous
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback_needs_none(host: str) -> None:
+    assert is_loopback(host)
+    assert load_settings(host=host).api_keys == ()
+
+
+def test_every_setting_is_a_flag() -> None:
+    assert set(inspect.signature(cli.serve).parameters) == set(Settings.model_fields)
+
+
+def test_help_lists_the_commands() -> None:
+    result = CliRunner().invoke(cli.app, ["--help"])
+    assert result.exit_code == 0
+    assert "serve" in result.output
