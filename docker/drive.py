@@ -1,0 +1,139 @@
+"""The client's side of docker/check: one step by name, against a running server. Exits with 1 where it fails."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+PROMPT = {"messages": [{"role": "user", "content": "What is a container?"}], "temperature": 0, "max_tokens": 24}
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+READY_WITHIN = 180.0  # seconds
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is looked at in an answer of /generate."""
+
+    text: str
+    finish_reason: str
+    versions: list[int]  # of the adapters it used
+    completion_tokens: int
+
+
+def wait(client: httpx.Client, scratch: Path) -> None:
+    """Until /ready says 200."""
+    started = time.monotonic()
+    last = "nothing"
+    while time.monotonic() - started < READY_WITHIN:
+        try:
+            answer = client.get("/ready")
+        except httpx.TransportError as error:
+            last = str(error)
+        else:
+            if answer.status_code == 200:
+                say(f"ready after {time.monotonic() - started:.1f} s")
+                return
+            last = f"{answer.status_code} {answer.text}"
+        time.sleep(0.25)
+    raise SystemExit(f"not ready after {READY_WITHIN:.0f} s: {last}")
+
+
+def tour(client: httpx.Client, scratch: Path) -> None:
+    """Generate, upload, list, generate with the adapter, and at no weight."""
+    base = generate(client, {})
+    expect(base.versions == [], "the base's answer names no adapters")
+    files = make_adapter(scratch)
+    uploaded = client.post(
+        "/adapters/check",
+        files={name.split(".")[0]: (name, (files / name).read_bytes()) for name in ADAPTER_FILES},
+    )
+    expect(uploaded.status_code == 201, f"the upload answers 201, not {uploaded.status_code} {uploaded.text}")
+    listed(client)
+    adapted = generate(client, {"adapter": "check"})
+    expect(adapted.versions == [1], "the answer names the version it used")
+    expect(adapted.text != base.text, "the adapter changes the text")
+    expect(generate(client, {"adapter": "check*0"}).text == base.text, "at weight 0 it is the base")
+
+
+def long(client: httpx.Client, scratch: Path) -> None:
+    """A request that is still running when the server is told to stop."""
+    answer = generate(client, {"max_tokens": 200, "ignore_eos": True})
+    expect(answer.completion_tokens == 200, "the running request got all its tokens")
+    expect(answer.finish_reason == "length", "and ended by itself")
+
+
+def again(client: httpx.Client, scratch: Path) -> None:
+    """After a restart."""
+    listed(client)
+    generate(client, {"adapter": "check@1"})
+
+
+def listed(client: httpx.Client) -> None:
+    adapters = client.get("/adapters").raise_for_status().json()["adapters"]
+    found = {adapter["name"]: [version["version"] for version in adapter["versions"]] for adapter in adapters}
+    expect(found == {"check": [1]}, f"one adapter is listed: {found}")
+
+
+def make_adapter(scratch: Path) -> Path:
+    """What PEFT saves for a model of the base's sizes: rank 4 on two layers' q and v, with a strong effect."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    lora = LoraConfig(
+        r=4,
+        lora_alpha=64,
+        target_modules=["q_proj", "v_proj"],
+        layers_to_transform=[3, 4],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    get_peft_model(LlamaForCausalLM(sizes), lora).save_pretrained(str(scratch / "adapter"))
+    return scratch / "adapter"
+
+
+def generate(client: httpx.Client, more: Mapping[str, object]) -> Answer:
+    """One request for the same prompt, with `more` in its body."""
+    answer = client.post("/generate", json=PROMPT | dict(more))
+    expect(answer.status_code == 200, f"/generate answers 200, not {answer.status_code} {answer.text}")
+    body = answer.json()
+    (choice,) = body["choices"]
+    versions = [part["version"] for part in body["adapters"]]
+    say(f"{dict(more) or 'base'}: {choice['text']!r}")
+    return Answer(choice["text"], choice["finish_reason"], versions, body["usage"]["completion_tokens"])
+
+
+def expect(truth: bool, what: str) -> None:
+    if not truth:
+        raise SystemExit(f"docker/check: not so: {what}")
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"   {line}\n")
+    sys.stdout.flush()
+
+
+STEPS: Mapping[str, Callable[[httpx.Client, Path], None]] = {
+    "wait": wait,
+    "tour": tour,
+    "long": long,
+    "again": again,
+}
+
+if __name__ == "__main__":
+    step, address, folder = sys.argv[1:]
+    with httpx.Client(base_url=address, timeout=120) as session:
+        STEPS[step](session, Path(folder))
