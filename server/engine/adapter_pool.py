@@ -142,7 +142,9 @@ class AdapterPool:
             )
         if lease.error is None:
             lease.is_held = self._hold(adapters)
-            lease.lacks_room = not lease.is_held
+            if not lease.is_held:
+                lease.lacks_room = True
+                self._want(lease)  # those that gave up their own rows are read again
         return lease.ready
 
     def release(self, lease: AdapterLease) -> None:
@@ -200,30 +202,33 @@ class AdapterPool:
         for space, extents in self._spaces.items():
             if _size(missing, space) > extents.num_free + _size(idle, space):
                 return False
-        placed: list[_Adapter] = []
+        while not self._allocate_all(missing):
+            if not idle:  # enough rows, but not in one run
+                self._drop_idle(adapters)
+                return False
+            self._drop(idle.pop(0))
+            self.num_evictions += 1
         for adapter in missing:
-            while not self._allocate(adapter):
-                if not idle:  # enough rows, but not in one run
-                    for other in placed:
-                        self._free_rows(other)
-                    self._reread(adapters)
-                    return False
-                self._drop(idle.pop(0))
-                self.num_evictions += 1
-            placed.append(adapter)
-        for adapter in placed:
             self._place(adapter)
         for adapter in adapters:
             adapter.num_leases += 1
         return True
 
-    def _reread(self, adapters: Sequence[_Adapter]) -> None:
-        """Give up the rows of a set's own adapters where they lie in the way of its others; all are placed anew."""
+    def _drop_idle(self, adapters: Sequence[_Adapter]) -> None:
+        """Give up what a set has of its own, which may lie in the way of the rest: next time, all are placed."""
         for adapter in adapters:
             if adapter.is_idle:
                 self._drop(adapter)
                 self.num_evictions += 1
-                self._find(adapter.digest)
+
+    def _allocate_all(self, adapters: Sequence[_Adapter]) -> bool:
+        """Rows for all or none: whoever begins anew after an eviction can't be in its own way."""
+        for i, adapter in enumerate(adapters):
+            if not self._allocate(adapter):
+                for other in adapters[:i]:
+                    self._free_rows(other)
+                return False
+        return True
 
     def _allocate(self, adapter: _Adapter) -> bool:
         starts: dict[_Space, int] = {}

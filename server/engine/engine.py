@@ -166,7 +166,7 @@ class Engine:
         self.num_steps += 1
         for chunk in step.chunks:
             sequence = chunk.sequence
-            if chunk.start == sequence.num_cached_tokens and sequence.num_output_tokens == 0:
+            if chunk.samples and sequence.num_output_tokens == 0:  # once, however often it was preempted before
                 self._num_prefix_tokens += sequence.num_cached_tokens
                 self._num_prompt_tokens += sequence.num_prompt_tokens
             sequence.num_computed_tokens = chunk.stop
@@ -181,7 +181,8 @@ class Engine:
         """Add the new token to its sequence, which may end it."""
         params, stream, now = sequence.request.sampling, self._streams[sequence], self._clock()
         sequence.token_ids.append(token.token_id)
-        sequence.first_token_at = sequence.first_token_at or now
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
         self._num_output_tokens += 1
         reason: FinishReason | None = None
         if token.token_id in self._eos and not params.ignore_eos:
@@ -220,9 +221,10 @@ class Engine:
         timing = None
         if finish_reason is not None:
             now, start = self._clock(), sequence.arrival
+            admitted, first_token = sequence.admitted_at, sequence.first_token_at
             timing = Timing(
-                queue=(sequence.admitted_at or now) - start,
-                first_token=(sequence.first_token_at or now) - start,
+                queue=(now if admitted is None else admitted) - start,
+                first_token=(now if first_token is None else first_token) - start,
                 total=now - start,
             )
         return SequenceOutput(

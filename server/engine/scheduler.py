@@ -245,7 +245,7 @@ class Scheduler:
             return _Verdict.NO_ROOM if sequence.lease.lacks_room else _Verdict.WAITS
         if self.blocks.is_being_computed(sequence):
             return _Verdict.WAITS
-        if not self.blocks.admit(sequence, num_spare_blocks=len(self.running)):
+        if not self.blocks.admit(sequence, num_spare_blocks=self._num_promised_blocks()):
             return _Verdict.NO_ROOM
         if sequence.admitted_at is None:
             sequence.admitted_at = self._clock()
@@ -253,6 +253,11 @@ class Scheduler:
         sequence.status = Status.RUNNING
         self.running.append(sequence)
         return _Verdict.ADMITTED
+
+    def _num_promised_blocks(self) -> int:
+        """What running sequences still need for the tokens that they have, and one more block each to grow."""
+        blocks = self.blocks
+        return sum(max(1, blocks.blocks_for(s.num_tokens + 1) - len(s.block_table)) for s in self.running)
 
     def _first_chunk(self, sequence: Sequence) -> Chunk:
         stop = self._chunk_stop(sequence)

@@ -1,0 +1,73 @@
+"""Prompts of an exact number of tokens, cut from the standard library's docstrings.
+
+No two of them begin alike, so a cache of prefixes can't help; all of a kind are equally long, so a peer that pads
+its batches loses nothing. The same interpreter and tokenizer give the same prompts.
+"""
+
+import ast
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+MODULES = (
+    *("argparse", "ast", "asyncio/events", "collections/__init__", "contextlib", "datetime", "difflib"),
+    *("email/message", "functools", "heapq", "http/client", "inspect", "logging/__init__", "pickle", "random"),
+    *("shutil", "socket", "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading"),
+    *("typing", "unittest/case", "urllib/parse", "zipfile"),
+)
+BLOCK_TOKENS = 16
+"""A cache shares prefixes by blocks of about this many tokens."""
+
+
+def library_text() -> str:
+    """The docstrings of `MODULES`, on one line."""
+    docstrings: list[str] = []
+    for name in MODULES:
+        file = Path(sysconfig.get_path("stdlib")) / f"{name}.py"
+        if file.is_file():  # another Python may lay it out otherwise
+            tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            documented = (node for node in tree if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
+            docstrings += [ast.get_docstring(node) or "" for node in documented]
+    return " ".join(" ".join(docstrings).split())
+
+
+class PromptSource:
+    """Hands out each prompt once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._words = (library_text() if text is None else text).split()
+        self._starts = self._start_positions()
+        self._used: set[tuple[int, ...]] = set()
+        # A small vocabulary has too few first tokens; a block that differs will do.
+        self._num_distinct = 1 if len(tokenizer) > 10_000 else BLOCK_TOKENS // 2
+
+    def take(self, count: int, num_tokens: int) -> list[str]:
+        """`count` new prompts that encode to `num_tokens` tokens each. ValueError where there are no more."""
+        return [self._next(num_tokens) for _ in range(count)]
+
+    def _next(self, num_tokens: int) -> str:
+        for start in self._starts:
+            ids = self._encode(" ".join(self._words[start : start + num_tokens]))[:num_tokens]
+            key = tuple(ids[: self._num_distinct])
+            text = self._decode(ids)
+            if key not in self._used and len(ids) == num_tokens and self._encode(text) == ids:
+                self._used.add(key)
+                return text
+        raise ValueError(f"there are no more than {len(self._used)} distinct prompts")
+
+    def _start_positions(self) -> Iterator[int]:
+        """Every word once, in strides, so that neighbouring prompts have different text."""
+        stride = 61
+        return (start for offset in range(stride) for start in range(offset, len(self._words), stride))
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=False)
+        assert isinstance(text, str)
+        return text
