@@ -22,8 +22,9 @@ help:
 serve: $(READY)
 	@exec $(BIN)/smolora serve $(ARGS)
 
+# Threads of torch that wait by spinning bring a busy machine of few cores to a crawl.
 test: check
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
 
 check: $(READY_DEV)
 	@$(BIN)/ruff check .

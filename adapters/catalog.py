@@ -6,79 +6,20 @@ what SQLite and PostgreSQL have in common. The bytes are the store's: here they 
 
 import builtins
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError
 
+from adapters.catalog_tables import aliases, metadata, names, transact, versions
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import MAX_NAME, Term, valid_name
-from adapters.versions import Adapter, Part, Version, combine
+from adapters.versions import Adapter, NewVersion, Part, Version, combine
 
-__all__ = ["Adapter", "Catalog", "Part", "Version", "combine", "metadata"]
+__all__ = ["Adapter", "Catalog", "NewVersion", "Part", "Version", "combine", "metadata", "publish_in"]
 
 LATEST = "latest"
-MAX_ATTEMPTS = 20
 MAX_VERSION = 2**31 - 1
-
-_Result = TypeVar("_Result")
-
-
-class UtcDateTime(sa.TypeDecorator[datetime]):
-    """A moment in UTC, also where the database forgets time zones, as SQLite does."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        return None if value is None else value.astimezone(UTC)
-
-    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
-
-metadata = sa.MetaData()
-
-names = sa.Table(
-    "adapters",
-    metadata,
-    sa.Column("name", sa.String(MAX_NAME), primary_key=True),
-    sa.Column("kind", sa.String(16), nullable=False),  # "adapter"
-    sa.Column("latest", sa.Integer),  # null: all versions were deleted
-    sa.Column("next_version", sa.Integer, nullable=False),  # outlives the versions: no number is used twice
-)
-
-versions = sa.Table(
-    "adapter_versions",
-    metadata,
-    sa.Column("name", sa.String(MAX_NAME), sa.ForeignKey("adapters.name"), primary_key=True),
-    sa.Column("version", sa.Integer, primary_key=True),
-    sa.Column("digest", sa.String(64), nullable=False, index=True),
-    sa.Column("rank", sa.Integer, nullable=False),
-    sa.Column("alpha", sa.Float(53), nullable=False),
-    sa.Column("target_modules", sa.JSON, nullable=False),
-    sa.Column("parameters", sa.BigInteger, nullable=False),
-    sa.Column("bytes", sa.BigInteger, nullable=False),
-    sa.Column("base_model", sa.Text),
-    sa.Column("metrics", sa.JSON, nullable=False),
-    sa.Column("parent", sa.Text),
-    sa.Column("job_id", sa.String(64)),
-    sa.Column("warnings", sa.JSON, nullable=False),
-    sa.Column("created_at", UtcDateTime, nullable=False),
-)
-
-aliases = sa.Table(
-    "adapter_aliases",
-    metadata,
-    sa.Column("name", sa.String(MAX_NAME), primary_key=True),
-    sa.Column("alias", sa.String(MAX_NAME), primary_key=True),
-    sa.Column("version", sa.Integer, nullable=False),
-    sa.ForeignKeyConstraint(["name", "version"], ["adapter_versions.name", "adapter_versions.version"]),
-)
 
 
 class Catalog:
@@ -106,41 +47,21 @@ class Catalog:
         warnings: Sequence[str] = (),
     ) -> Version:
         """Adds the next version of `name`, which may be new, and makes it the latest. InvalidInput: a bad name."""
-        if not valid_name(name):
-            message = f"1 to {MAX_NAME} letters, digits, '_', '-' or '.', a letter or digit first; not 'base'"
-            raise InvalidInput.of("name", message)
-        metrics = dict(metrics or {})
-        if not all(map(math.isfinite, metrics.values())):
-            raise ValueError("metrics must be finite")
-
-        def write(connection: sa.Connection) -> Version:
-            mine = names.c.name == name
-            counted = sa.update(names).where(mine).values(next_version=names.c.next_version + 1)
-            if connection.execute(counted).rowcount == 0:
-                connection.execute(sa.insert(names).values(name=name, kind="adapter", next_version=2))
-            number = connection.execute(sa.select(names.c.next_version).where(mine)).scalar_one() - 1
-            version = Version(
-                name=name,
-                version=number,
-                digest=digest,
-                rank=rank,
-                alpha=float(alpha),
-                target_modules=tuple(target_modules),
-                parameters=parameters,
-                bytes=bytes,
-                base_model=base_model,
-                metrics=metrics,
-                parent=parent,
-                job_id=job_id,
-                warnings=tuple(warnings),
-                created_at=datetime.now(UTC),
-            )
-            row = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(version).items()}
-            connection.execute(sa.insert(versions).values(row))
-            connection.execute(sa.update(names).where(mine).values(latest=number))
-            return version
-
-        return self._write(write)
+        new = NewVersion(
+            name=name,
+            digest=digest,
+            rank=rank,
+            alpha=float(alpha),
+            target_modules=tuple(target_modules),
+            parameters=parameters,
+            bytes=bytes,
+            base_model=base_model,
+            metrics=dict(metrics or {}),
+            parent=parent,
+            job_id=job_id,
+            warnings=tuple(warnings),
+        )
+        return transact(self._engine, lambda connection: publish_in(connection, new))
 
     def list(self, name: str | None = None, limit: int | None = None, after: str | None = None) -> list[Adapter]:
         """Adapters by name: the one called `name` or all, at most `limit`, those after the name `after`."""
@@ -207,7 +128,7 @@ class Catalog:
             _lock(connection, name)
             return _drop(connection, name, versions.c.name == name)
 
-        return self._write(write)
+        return transact(self._engine, write)
 
     def delete_version(self, name: str, version: int) -> builtins.list[str]:
         """Removes one version; if it was the latest, the highest left becomes it. Otherwise as `delete`."""
@@ -218,7 +139,7 @@ class Catalog:
 
         if version > MAX_VERSION:
             raise NotFound(f"'{name}' has no version {version}")
-        return self._write(write)
+        return transact(self._engine, write)
 
     def in_use(self, digest: str) -> bool:
         """Whether any version has this digest."""
@@ -226,16 +147,33 @@ class Catalog:
         with self._reader.connect() as connection:
             return connection.execute(query).first() is not None
 
-    def _write(self, work: Callable[[sa.Connection], _Result]) -> _Result:
-        """One transaction, done again where another one took the same name or number first."""
-        for _ in range(MAX_ATTEMPTS - 1):
-            try:
-                with self._engine.begin() as connection:
-                    return work(connection)
-            except IntegrityError:
-                continue
-        with self._engine.begin() as connection:
-            return work(connection)
+
+def publish_in(connection: sa.Connection, new: NewVersion, alias: str | None = None) -> Version:
+    """As `Catalog.publish`, within a transaction that `transact` began; `alias` then means the version, too."""
+    if not valid_name(new.name):
+        message = f"1 to {MAX_NAME} letters, digits, '_', '-' or '.', a letter or digit first; not 'base'"
+        raise InvalidInput.of("name", message)
+    if not all(map(math.isfinite, new.metrics.values())):
+        raise ValueError("metrics must be finite")
+    mine = names.c.name == new.name
+    counted = sa.update(names).where(mine).values(next_version=names.c.next_version + 1)
+    if connection.execute(counted).rowcount == 0:
+        connection.execute(sa.insert(names).values(name=new.name, kind="adapter", next_version=2))
+    number = connection.execute(sa.select(names.c.next_version).where(mine)).scalar_one() - 1
+    version = Version(**vars(new), version=number, created_at=datetime.now(UTC))
+    row = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(version).items()}
+    connection.execute(sa.insert(versions).values(row))
+    connection.execute(sa.update(names).where(mine).values(latest=number))
+    if alias is not None and alias != LATEST:
+        _point(connection, new.name, alias, number)
+    return version
+
+
+def _point(connection: sa.Connection, name: str, alias: str, version: int) -> None:
+    """Makes the alias of `name` mean the version, whatever it meant before."""
+    moved = sa.update(aliases).where(aliases.c.name == name, aliases.c.alias == alias).values(version=version)
+    if connection.execute(moved).rowcount == 0:
+        connection.execute(sa.insert(aliases).values(name=name, alias=alias, version=version))
 
 
 def _lookup(place: int, term: Term) -> "sa.Select[int, int, str]":

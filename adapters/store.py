@@ -25,9 +25,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapters import sidecar
-from adapters.errors import CorruptAdapter
-from adapters.lora import LoraWeights
-from adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, PeftAdapter, write, write_synced
+from adapters.errors import CorruptAdapter, InvalidAdapter
+from adapters.lora import BaseShape, LoraWeights
+from adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, PeftAdapter, read, write, write_synced
 from adapters.sidecar import SIDECAR_NAME
 
 TEMPORARY = ".tmp-"
@@ -93,6 +93,14 @@ class AdapterStore:
         They outlive a discard. Raises CorruptAdapter if the bytes are missing or don't fit together.
         """
         return sidecar.load(self._place(digest), digest)
+
+    def read(self, digest: str, base: BaseShape) -> PeftAdapter:
+        """The adapter with its configuration, checked as an upload is. Raises CorruptAdapter."""
+        place = self._place(digest)
+        try:
+            return read((place / CONFIG_NAME).read_bytes(), place / WEIGHTS_NAME, base)
+        except (OSError, InvalidAdapter) as error:
+            raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
 
     def verify(self, digest: str) -> None:
         """Reads all bytes and raises CorruptAdapter unless they have the digest."""

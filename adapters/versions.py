@@ -7,23 +7,29 @@ from fractions import Fraction
 
 
 @dataclass(frozen=True)
-class Version:
-    """One published adapter. `bytes` is its size in the store, `parent` the adapter that training started from."""
+class NewVersion:
+    """An adapter to publish. `bytes` is its size in the store, `parent` the adapter that training started from."""
 
     name: str
-    version: int
     digest: str
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
     parameters: int
     bytes: int
-    created_at: datetime  # in UTC
     base_model: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     parent: str | None = None
     job_id: str | None = None
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version(NewVersion):
+    """One published adapter."""
+
+    version: int
+    created_at: datetime  # in UTC
 
 
 @dataclass(frozen=True)

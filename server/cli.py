@@ -1,5 +1,7 @@
-"""The command line: `smolora serve`. `--help` is instant, so what is slow to import is imported when needed.
+"""The command line: `smolora serve` and `smolora worker`, and the commands that speak to a server.
 
+The latter are in `server.cli_client` and `server.cli_train`.
+`--help` is instant, so what is slow to import is imported when needed.
 Whatever keeps the server from starting is one line on stderr and exit code 1.
 """
 
@@ -8,6 +10,7 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036  # pip would refuse; a checkout on the path would not
     sys.exit(f"smolora needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
+import logging
 import os
 import shutil
 import tempfile
@@ -22,7 +25,9 @@ from rich.console import Console
 from server import __version__
 from server.allocator import keep_freed_memory
 from server.api.address import bind, url
-from server.config import DEFAULT_MODEL, Settings, is_loopback, load_settings
+from server.cli_client import adapters, generate, jobs
+from server.cli_train import train
+from server.config import DEFAULT_MODEL, Settings, is_loopback, load_settings, load_worker_settings
 from server.errors import StartupError
 
 SWITCH_INTERVAL = 0.0005
@@ -33,7 +38,7 @@ LEFTOVER_SECONDS = 3600.0
 
 app = typer.Typer(
     name="smolora",
-    help="One frozen SmolLM, any LoRA adapter per request: serve, version and blend adapters without merging.",
+    help="One frozen SmolLM, any LoRA adapter per request: train, serve, version, blend, and never merge.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -84,6 +89,9 @@ def serve(
     workers: Annotated[
         int | None, typer.Option(help="Training worker processes to supervise. Default: 1.")
     ] = None,
+    train_share: Annotated[
+        float | None, typer.Option(help="Share of the time for training while requests run. Default: 0.25.")
+    ] = None,
 ) -> None:
     """Serve generation over HTTP.
 
@@ -105,8 +113,36 @@ def serve(
         api_keys=api_keys,
         allow_anonymous=allow_anonymous,
         workers=workers,
+        train_share=train_share,
     )
     raise typer.Exit(_serve(settings))
+
+
+@app.command()
+def worker(
+    home: Annotated[Path | None, typer.Option(help="The server's. Default: ./data.")] = None,
+    model: Annotated[str | None, typer.Option(help="The server's base.")] = None,
+    base_dir: Annotated[Path | None, typer.Option(help="Where a converted base is looked for first.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. Default: auto.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16. Default: auto.")] = None,
+    train_share: Annotated[
+        float | None, typer.Option(help="Share of the time for training while requests run. Default: 0.25.")
+    ] = None,
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Train queued jobs, one at a time, until told to stop; `serve` runs workers of its own (SMOLORA_WORKERS)."""
+    settings = load_worker_settings(
+        home=home, model=model, base_dir=base_dir, device=device, dtype=dtype, train_share=train_share
+    )
+    from server.training.worker import run_worker
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s[%(process)d] %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    raise typer.Exit(run_worker(settings, parent))
+
+
+for _command in (train, generate, adapters, jobs):
+    app.command()(_command)
 
 
 def _serve(settings: Settings) -> int:
@@ -125,9 +161,12 @@ def _serve(settings: Settings) -> int:
     from server.api.app import create_app
     from server.api.run import run
     from server.api.startup import build
+    from server.training.share import BusyFlag
+    from server.training.supervisor import Supervisor, worker_command
 
     try:
         services = build(settings, say)
+        flag = BusyFlag(settings.home)
     except OSError as error:
         raise StartupError(f"{error.filename or settings.home}: {error.strerror or error}") from error
     logs.set_up()
@@ -142,7 +181,8 @@ def _serve(settings: Settings) -> int:
         if not settings.api_keys and not is_loopback(settings.host):
             say("anybody who reaches this port can use it: no API keys are set")
 
-    return run(create_app(services), services.engine, bound, announce)
+    supervisor = Supervisor(settings.workers, worker_command(settings))
+    return run(create_app(services), services.engine, bound, announce, supervisor, flag)
 
 
 def _prepare_home(home: Path) -> None:
@@ -171,3 +211,7 @@ def main() -> None:
     except StartupError as error:
         typer.echo(f"smolora: {error}", err=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":  # as the supervisor of workers runs it
+    main()

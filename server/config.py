@@ -6,8 +6,9 @@ where the hardware is known (`server.model`, `server.engine`).
 """
 
 import ipaddress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -18,23 +19,29 @@ PREFIX = "SMOLORA_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
-Flag = str | int | bool | Path | None
+Flag = str | int | float | bool | Path | None
 
 
-class Settings(BaseSettings):
-    """One field for each variable; `kv_cache_bytes` and `adapter_cache_bytes` also read "2GiB" and the like."""
+class WorkerSettings(BaseSettings):
+    """What a training worker needs to know, and `serve` as well. Nothing here is secret."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", hide_input_in_errors=True
     )
 
     home: Path = Path("./data")
-    host: str = Field("127.0.0.1", min_length=1, max_length=255)
-    port: int = Field(8000, ge=0, le=65535)  # 0: any free one
     model: str = Field(DEFAULT_MODEL, min_length=1, max_length=4096)
     base_dir: Path | None = None
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
     dtype: Dtype = "auto"
+    train_share: float = Field(0.25, ge=0, le=1)  # of the time that training takes while requests run
+
+
+class Settings(WorkerSettings):
+    """One field for each variable; `kv_cache_bytes` and `adapter_cache_bytes` also read "2GiB" and the like."""
+
+    host: str = Field("127.0.0.1", min_length=1, max_length=255)
+    port: int = Field(8000, ge=0, le=65535)  # 0: any free one
     max_num_seqs: int = Field(32, ge=1, le=1024)
     max_queue: int = Field(256, ge=1, le=100_000)
     max_model_len: int | None = Field(None, ge=2, le=1 << 20)
@@ -69,6 +76,9 @@ class Settings(BaseSettings):
         return self
 
 
+_Settings = TypeVar("_Settings", bound=WorkerSettings)
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach a server that listens on `host`."""
     if host == "localhost":
@@ -81,8 +91,23 @@ def is_loopback(host: str) -> bool:
 
 def load_settings(**flags: Flag) -> Settings:
     """The settings, with the flags that are not None on top. Raises StartupError in one line."""
+    return _load(Settings, flags)
+
+
+def load_worker_settings(**flags: Flag) -> WorkerSettings:
+    """As `load_settings`."""
+    return _load(WorkerSettings, flags)
+
+
+def to_flags(settings: WorkerSettings) -> list[str]:
+    """The flags of `smolora worker` that `load_worker_settings` turns into the same settings."""
+    values = {name: getattr(settings, name) for name in WorkerSettings.model_fields}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
+
+
+def _load(kind: type[_Settings], flags: Mapping[str, Flag]) -> _Settings:
     try:
-        return Settings.model_validate({name: value for name, value in flags.items() if value is not None})
+        return kind.model_validate({name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
         raise StartupError("; ".join(_explain(fault["loc"], fault["msg"]) for fault in error.errors())) from None
 

@@ -52,3 +52,9 @@ def tiny_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_base(tiny_base_dir: Path) -> BaseModel:
     """The tiny Llama, converted and loaded in fp32. Its tensors are shared: never write to them."""
     return load_base(resolve_base(str(tiny_base_dir), tiny_base_dir.parent))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Fastest for tiny bases; where others use the cores too, a second thread slows even the real one down."""
+    torch.set_num_threads(1)

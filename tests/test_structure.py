@@ -17,16 +17,26 @@ LAYERS = [
     ("server.engine", "server.training"),
     ("server.metrics",),
     ("server.api",),
-    ("server.cli",),
+    ("server.client",),
+    ("server.cli", "server.cli_client", "server.cli_train"),
 ]
 """A module may import from its own layer and those above it in this list."""
 
 ONLY_IN = {
     "fastapi": ("server.api",),
     "starlette": ("server.api",),
-    "typer": ("server.cli",),
+    "typer": ("server.cli", "server.cli_client", "server.cli_train"),
     "prometheus_client": ("server.metrics", "server.api"),
-    "sqlalchemy": ("server.database", "server.migrations", "server.training.jobs", "adapters.catalog"),
+    "sqlalchemy": (
+        "server.database",
+        "server.migrations",
+        "server.training.jobs",
+        "server.training.job_events",
+        "server.training.job_tables",
+        "server.training.leases",
+        "adapters.catalog",
+        "adapters.catalog_tables",
+    ),
     "alembic": ("server.database", "server.migrations"),
     "sqlite3": ("server.database",),
     "pydantic": ("server.api", "server.config"),

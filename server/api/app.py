@@ -10,7 +10,7 @@ from server import __version__
 from server.api import documents, problems
 from server.api.deps import Services
 from server.api.middleware import BodyLimit, Keys, RequestContext
-from server.api.routes import adapters, generate, health
+from server.api.routes import adapters, datasets, generate, health, train
 
 _DESCRIPTION = """One frozen SmolLM, any LoRA adapter per request: versioned, weighted and composed, never merged.
 
@@ -44,6 +44,8 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     app.include_router(generate.router)
     app.include_router(adapters.router)
+    app.include_router(train.router)
+    app.include_router(datasets.router)
     app.include_router(health.router)
     problems.install(app)
     documents.install(app)

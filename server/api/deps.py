@@ -1,15 +1,20 @@
 """What routes work with: built once at start-up, handed to the app, reached through `ServicesDep`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Protocol, cast
 
 from fastapi import Depends, Request
 
+from server.api.estimate import Estimator
 from server.api.library import Library
+from server.api.submission import Submissions
 from server.config import Settings
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.metrics import Metrics
 from server.model.chat import PromptEncoder
+from server.training.datasets import DatasetStore
+from server.training.jobs import Jobs
 
 
 class OutputStream(Protocol):
@@ -39,7 +44,10 @@ class EngineClient(Protocol):
 
 @dataclass(frozen=True)
 class Services:
-    """Everything a route may need. `max_model_len` counts prompt and generated tokens of one sequence."""
+    """Everything a route may need.
+
+    `max_model_len` counts prompt and generated tokens of one sequence; `decode` is the tokenizer's.
+    """
 
     settings: Settings
     engine: EngineClient
@@ -48,6 +56,11 @@ class Services:
     metrics: Metrics
     base_name: str
     max_model_len: int
+    jobs: Jobs
+    datasets: DatasetStore
+    submissions: Submissions
+    estimator: Estimator
+    decode: Callable[[list[int]], str]
 
 
 def get_services(request: Request) -> Services:

@@ -26,11 +26,35 @@ REFUSALS = _problems(
     }
 )
 LOOKUPS = _problems({401: "No valid key", 404: "Unknown adapter or version", 422: "A bad field"})
+DELETES = {**LOOKUPS, **_problems({409: "An alias or a training job holds it"})}
 UPLOADS = _problems(
     {
         401: "No valid key",
         413: "The body is too large",
         422: "What can't be honoured exactly; `errors` names every key",
+    }
+)
+SUBMISSIONS = _problems(
+    {
+        401: "No valid key",
+        404: "Unknown data set, or unknown adapter in `start_from`",
+        413: "The body is too large: larger data goes through POST /datasets",
+        422: "A bad field or row; `errors[].loc` ends in its name",
+        429: "Too many jobs haven't ended; see `Retry-After`",
+        503: "The disk is full; see `Retry-After`",
+    }
+)
+JOB_LOOKUPS = _problems({401: "No valid key", 404: "Unknown job", 422: "A bad field"})
+JOB_MOVES = _problems(
+    {401: "No valid key", 404: "Unknown job, or it left no such thing", 409: "Not in the job's status"}
+)
+DATASETS = _problems({401: "No valid key", 404: "Unknown data set", 409: "A job that hasn't ended needs it"})
+DATASET_UPLOADS = _problems(
+    {
+        401: "No valid key",
+        413: "The file is too large",
+        422: "Bad lines; `errors[].loc` is file, line, field",
+        503: "The disk is full; see `Retry-After`",
     }
 )
 
@@ -51,6 +75,21 @@ UPLOAD_BODY = {
     },
 }
 """POST /adapters/{name}: FastAPI would read the files into the route's arguments before it is called."""
+
+_ROWS_FILE = "a row on each line of a .jsonl file; or a .csv file whose first line names its columns"
+DATASET_BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["file"],
+                "properties": {"file": {**_FILE, "description": _ROWS_FILE}},
+            }
+        }
+    },
+}
+"""POST /datasets, likewise."""
 
 
 def install(app: FastAPI) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from adapters import peft_format
 from adapters.catalog import Adapter, Catalog, Part, Version
-from adapters.errors import InvalidInput
+from adapters.errors import Conflict, InvalidInput
 from adapters.expression import BASE, Term, valid_name
 from adapters.lora import BaseShape
 from adapters.store import AdapterStore
@@ -31,14 +31,26 @@ class Lease:
             release()
 
 
-class Library:
-    """The adapters for one base."""
+def _never(digest: str) -> bool:
+    return False
 
-    def __init__(self, catalog: Catalog, store: AdapterStore, shape: BaseShape, base_name: str) -> None:
+
+class Library:
+    """The adapters for one base. `is_parent` says of a digest whether training goes on from it just now."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        store: AdapterStore,
+        shape: BaseShape,
+        base_name: str,
+        is_parent: Callable[[str], bool] = _never,
+    ) -> None:
         self._catalog = catalog
         self._store = store
-        self._shape = shape
-        self._base_name = base_name
+        self.shape = shape
+        self._is_parent = is_parent
+        self.base_name = base_name
 
     def lease(self, terms: Sequence[Term]) -> Lease:
         """Resolve the terms and hold their bytes. Raises NotFound, naming the terms."""
@@ -58,7 +70,7 @@ class Library:
 
     def check_name(self, name: str) -> None:
         """Raise InvalidInput on `name` where no adapter may be called so."""
-        if name in (BASE, self._base_name):
+        if name in (BASE, self.base_name):
             raise InvalidInput.of("name", "is the base's own name")
         if not valid_name(name):
             raise InvalidInput.of("name", 'has 1 to 64 letters, digits, "_", "-" or ".", a letter or digit first')
@@ -69,7 +81,7 @@ class Library:
         Raises InvalidAdapter, naming every key at fault.
         """
         self.check_name(name)
-        adapter = peft_format.read(config_json, weights, self._shape)
+        adapter = peft_format.read(config_json, weights, self.shape)
         digest = adapter.weights.digest
         self._store.pin([digest])  # somebody may be deleting the same bytes under another name
         try:
@@ -107,22 +119,44 @@ class Library:
         finally:
             lease.release()
 
+    def read(self, digest: str) -> peft_format.PeftAdapter:
+        """The adapter of a lease's part, with its configuration. Raises CorruptAdapter."""
+        return self._store.read(digest, self.shape)
+
     def delete(self, name: str) -> None:
-        """Remove the adapter: no new request finds it, running ones end on its bytes. Raises NotFound."""
+        """Remove the adapter: no new request finds it, running ones end on its bytes.
+
+        Raises NotFound, or Conflict where an alias or a training job holds it.
+        """
+        self._refuse_parents(self._catalog.get(name).versions)
         self._discard(self._catalog.delete(name))
 
     def delete_version(self, name: str, version: int) -> None:
         """Remove one version, likewise."""
+        self._refuse_parents([self._catalog.version(name, version)])
         self._discard(self._catalog.delete_version(name, version))
+
+    def sweep(self) -> None:
+        """Remove bytes that nobody wants, which killed processes left."""
+        self._store.sweep(self._is_wanted)
+
+    def _refuse_parents(self, versions: Iterable[Version]) -> None:
+        held = [f"{version.name}@{version.version}" for version in versions if self._is_parent(version.digest)]
+        if held:
+            raise Conflict(f"a training job goes on from {', '.join(held)}: cancel it, or wait for its end")
 
     def _discard(self, digests: Iterable[str]) -> None:
         for digest in digests:
-            self._store.discard(digest, self._catalog.in_use)
+            self._store.discard(digest, self._is_wanted)
+
+    def _is_wanted(self, digest: str) -> bool:
+        # a job may have been taken in after it was asked whether there is one: its parent's bytes stay
+        return self._catalog.in_use(digest) or self._is_parent(digest)
 
     def _warnings(self, base_model: str | None) -> tuple[str, ...]:
         """What a reader of the listing should know: whose weights the adapter was trained beside."""
         if not base_model:
             return ("its config doesn't say which base it was trained on",)
-        if base_model.rstrip("/").rsplit("/", 1)[-1].lower() != self._base_name.lower():
-            return (f"its config names another base, {base_model[:200]}; this one is {self._base_name}",)
+        if base_model.rstrip("/").rsplit("/", 1)[-1].lower() != self.base_name.lower():
+            return (f"its config names another base, {base_model[:200]}; this one is {self.base_name}",)
         return ()

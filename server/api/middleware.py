@@ -22,7 +22,8 @@ MAX_JSON_BYTES = 2 << 20
 MAX_UPLOAD_BYTES = 256 << 20
 OPEN_PATHS = frozenset({"/health", "/ready"})
 _QUIET_PATHS = OPEN_PATHS | {"/metrics"}
-_UPLOAD = re.compile(r"/adapters/[^/]+")
+_UPLOAD = re.compile(r"/adapters/[^/]+|/datasets")
+_HINTS = {"/train": "; larger data goes through POST /datasets"}
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _DRAIN_BYTES = 64 << 20
 _DRAIN_SECONDS = 10.0
@@ -112,7 +113,7 @@ class BodyLimit:
             return
         limit = self._max_upload if _UPLOAD.fullmatch(scope["path"]) else self._max_json
         announced = Headers(scope=scope).get("content-length", "")
-        too_large = f"the body may have {limit} bytes"
+        too_large = f"the body may have {limit} bytes{_HINTS.get(scope['path'], '')}"
         if announced.isascii() and announced.isdigit() and (len(announced) > 18 or int(announced) > limit):
             await _drain(scope, receive)
             await problems.problem(413, too_large)(scope, receive, send)

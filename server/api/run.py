@@ -1,7 +1,9 @@
 """The process around the app: uvicorn in this process, from the first connection to a clean end.
 
 SIGTERM or SIGINT drains: /ready says 503, nothing new is taken, what runs ends within DRAIN_SECONDS, then exit
-code 0; a second signal doesn't wait. An engine that can't go on is shown on /ready for a moment, then exit code 1.
+code 0; a second signal doesn't wait. Training workers start once everything is ready, and are told to let go of
+their jobs as soon as draining begins. An engine that can't go on is shown on /ready for a moment, then exit
+code 1.
 """
 
 import asyncio
@@ -16,6 +18,8 @@ from fastapi import FastAPI
 
 from server.api.address import cannot_listen
 from server.api.deps import EngineClient
+from server.training.share import BusyFlag
+from server.training.supervisor import Supervisor
 
 DRAIN_SECONDS = 30.0
 _FLUSH_SECONDS = 3  # for answers that are on their way when nothing runs any more
@@ -26,9 +30,17 @@ _POLL_SECONDS = 0.05
 log = logging.getLogger("smolora.run")
 
 
-def run(app: FastAPI, engine: EngineClient, bound: socket.socket, announce: Callable[[], None]) -> int:
+def run(
+    app: FastAPI,
+    engine: EngineClient,
+    bound: socket.socket,
+    announce: Callable[[], None],
+    supervisor: Supervisor,
+    flag: BusyFlag,
+) -> int:
     """Serve until told to stop; the exit code. `announce` is called once everything is ready."""
-    return asyncio.run(Process(app, engine, bound).run(announce))
+    process = Process(app, engine, bound, supervisor=supervisor, flag=flag)
+    return asyncio.run(process.run(announce))
 
 
 class _Server(uvicorn.Server):
@@ -41,7 +53,13 @@ class Process:
     """One run of the server. `drain_seconds` is the time that running requests get to end."""
 
     def __init__(
-        self, app: FastAPI, engine: EngineClient, bound: socket.socket, drain_seconds: float = DRAIN_SECONDS
+        self,
+        app: FastAPI,
+        engine: EngineClient,
+        bound: socket.socket,
+        drain_seconds: float = DRAIN_SECONDS,
+        supervisor: Supervisor | None = None,
+        flag: BusyFlag | None = None,
     ) -> None:
         config = uvicorn.Config(
             app,
@@ -56,10 +74,22 @@ class Process:
         self._engine = engine
         self._bound = bound
         self._drain_seconds = drain_seconds
+        self._supervisor = supervisor or Supervisor(0, ())
+        self._flag = flag
         self._num_signals = 0
 
     async def run(self, announce: Callable[[], None]) -> int:
         """Serve until told to stop; the exit code."""
+        try:
+            return await self._run(announce)
+        finally:
+            self._supervisor.ask_to_stop()
+            while self._supervisor.is_running:
+                if self._num_signals > 1:
+                    self._supervisor.hurry()
+                await asyncio.sleep(_POLL_SECONDS)
+
+    async def _run(self, announce: Callable[[], None]) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
@@ -68,8 +98,10 @@ class Process:
         while not (serving.done() or self._num_signals or self._engine.dead):
             if not announced and self._server.started and self._engine.ready:
                 announced = True
+                self._supervisor.start()
                 announce()
-            await asyncio.sleep(_POLL_SECONDS)
+            await self._tick()
+        self._supervisor.ask_to_stop()
         if self._engine.dead:
             log.critical("the engine can't go on: exiting")
             await asyncio.sleep(_DEAD_SECONDS)
@@ -84,6 +116,12 @@ class Process:
             raise cannot_listen(host, port, error) from None
         return 1 if self._engine.dead else 0
 
+    async def _tick(self) -> None:
+        """A moment, at whose start trainers are told how busy the engine is."""
+        if self._flag is not None:
+            self._flag.set(self._engine.num_in_flight)
+        await asyncio.sleep(_POLL_SECONDS)
+
     def _signalled(self) -> None:
         self._num_signals += 1
 
@@ -95,5 +133,5 @@ class Process:
         while self._num_signals == 1 and asyncio.get_running_loop().time() < deadline:
             if not self._engine.num_in_flight or self._engine.dead:
                 return
-            await asyncio.sleep(_POLL_SECONDS)
+            await self._tick()
         await self._engine.stop()

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from adapters.catalog import Catalog
 from adapters.store import AdapterStore
 from server.api.deps import Services
+from server.api.estimate import Estimator
 from server.api.library import Library
 from server.api.sizing import cache_sizes, free_bytes
+from server.api.submission import Submissions
 from server.config import Settings
 from server.database import connect
 from server.engine.async_engine import AsyncEngine
@@ -24,6 +26,9 @@ from server.model.device import choose_device
 from server.model.smollm import SmolLM
 from server.model.source import resolve_base
 from server.model.weights import BaseModel, load_base
+from server.training.datasets import DatasetStore
+from server.training.encoding import RowEncoder
+from server.training.jobs import Jobs
 
 DEFAULT_MAX_MODEL_LEN = 8192
 
@@ -36,8 +41,13 @@ def build(settings: Settings, say: Callable[[str], None]) -> Services:
     say(f"loading {settings.model} on {device} in {str(dtype).removeprefix('torch.')}")
     base = load_base(directory, dtype, device)
     store = AdapterStore(settings.home / "adapters")
-    catalog = Catalog(database)
-    store.sweep(catalog.in_use)
+    jobs = Jobs(database)
+    library = Library(Catalog(database), store, base.config.shape, base.name, jobs.in_use)
+    library.sweep()
+    datasets = DatasetStore(settings.home / "datasets")
+    encoder = PromptEncoder(base.tokenizer)
+    rows = RowEncoder(encoder, _end_token(base), base.config.eos_token_ids)
+    longest = base.config.max_position_embeddings
 
     max_model_len = _max_model_len(settings, base)
     config = _engine_config(settings, base, max_model_len)
@@ -51,11 +61,16 @@ def build(settings: Settings, say: Callable[[str], None]) -> Services:
     return Services(
         settings=settings,
         engine=engine,
-        encoder=PromptEncoder(base.tokenizer),
-        library=Library(catalog, store, base.config.shape, base.name),
+        encoder=encoder,
+        library=library,
         metrics=Metrics(lambda: engine.stats),
         base_name=base.name,
         max_model_len=min(max_model_len, config.kv_cache_bytes // _kv_bytes_per_token(base)),
+        jobs=jobs,
+        datasets=datasets,
+        submissions=Submissions(settings.home, jobs, datasets, library, rows, longest),
+        estimator=Estimator(jobs, base.weights.num_parameters, base.dtype, base.device),
+        decode=lambda ids: str(base.tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
     )
 
 
@@ -96,6 +111,16 @@ def _engine_config(settings: Settings, base: BaseModel, max_model_len: int) -> E
         adapter_cache_bytes=sizes.adapter_cache,
         scheduler=SchedulerLimits(max_num_seqs=settings.max_num_seqs),
     )
+
+
+def _end_token(base: BaseModel) -> int:
+    """What training appends to rows."""
+    own: int | None = base.tokenizer.eos_token_id
+    found = (own, *base.config.eos_token_ids)
+    ends = [token for token in found if token is not None]
+    if not ends:
+        raise StartupError(f"{base.name} has no end token: its answers would never end")
+    return ends[0]
 
 
 def _kv_bytes_per_token(base: BaseModel) -> int:

@@ -1,7 +1,8 @@
-"""An adapter's two files out of what a client sent, without trusting any of it.
+"""An adapter's two files, or a file of rows, out of what a client sent, without trusting any of it.
 
-A body is spooled to disk while it comes in, and its tensors are copied into a file of their own, which whoever
-reads them can map. Archives are `server.api.archives`'s part, what the files mean is `adapters.peft_format`'s.
+A body is spooled to disk while it comes in, and an adapter's tensors are copied into a file of their own, which
+whoever reads them can map. Archives are `server.api.archives`'s part, what the files mean is
+`adapters.peft_format`'s and `server.training.row_files`'s.
 """
 
 import shutil
@@ -19,10 +20,12 @@ from starlette.exceptions import HTTPException
 from adapters.errors import FieldError, InvalidInput
 from adapters.peft_format import WEIGHTS_NAME
 from server.api import archives
+from server.training import row_files
 
 CONFIG_FIELD = "adapter_config"
 WEIGHTS_FIELD = "adapter_model"
 ARCHIVE_FIELD = archives.FIELD
+ROWS_FIELD = row_files.FILE
 MAX_CONFIG_BYTES = 1 << 20
 _CHUNK = 1 << 20
 
@@ -48,10 +51,11 @@ async def read_form(request: Request) -> FormData:
 @contextmanager
 def uploaded_files(form: FormData) -> Iterator[UploadedFiles]:
     """The adapter's files, whichever way they came. Blocks on disk. Raises InvalidInput on the part at fault."""
-    unknown = sorted(set(form.keys()) - {CONFIG_FIELD, WEIGHTS_FIELD, ARCHIVE_FIELD})
-    if unknown:
-        raise InvalidInput([FieldError((name[:64],), "no such field") for name in unknown])
-    config, weights, archive = (_part(form, name) for name in (CONFIG_FIELD, WEIGHTS_FIELD, ARCHIVE_FIELD))
+    _refuse_unknown(form, CONFIG_FIELD, WEIGHTS_FIELD, ARCHIVE_FIELD)
+    config, weights, archive = (
+        None if part is None else part.file
+        for part in (_part(form, name) for name in (CONFIG_FIELD, WEIGHTS_FIELD, ARCHIVE_FIELD))
+    )
     with TemporaryDirectory(prefix="upload-") as scratch:
         target = Path(scratch) / WEIGHTS_NAME
         if archive is not None and config is None and weights is None:
@@ -70,7 +74,21 @@ def uploaded_files(form: FormData) -> Iterator[UploadedFiles]:
             raise InvalidInput.of(missing, "the file is missing")
 
 
-def _part(form: FormData, name: str) -> BinaryIO | None:
+def uploaded_rows(form: FormData) -> tuple[BinaryIO, str]:
+    """The file of rows, and its name. Raises InvalidInput."""
+    _refuse_unknown(form, ROWS_FIELD)
+    part = _part(form, ROWS_FIELD)
+    if part is None:
+        raise InvalidInput.of(ROWS_FIELD, "the file is missing")
+    return part.file, part.filename or ""
+
+
+def _refuse_unknown(form: FormData, *known: str) -> None:
+    if unknown := sorted(set(form.keys()) - set(known)):
+        raise InvalidInput([FieldError((name[:64],), "no such field") for name in unknown])
+
+
+def _part(form: FormData, name: str) -> UploadFile | None:
     found = form.getlist(name)
     if not found:
         return None
@@ -79,7 +97,7 @@ def _part(form: FormData, name: str) -> BinaryIO | None:
     part = found[0]
     if not isinstance(part, UploadFile):
         raise InvalidInput.of(name, "send it as a file, with a filename")
-    return part.file
+    return part
 
 
 def _bounded(source: BinaryIO) -> bytes:

@@ -155,9 +155,8 @@ class AdapterPool:
                 adapter.num_leases -= 1
                 assert adapter.num_leases >= 0, "a lease was released twice"
                 self._adapters.move_to_end(adapter.digest)  # it was in use until now
-            elif not adapter.num_wanting and adapter.placement is None:  # what was read for this lease alone
-                if self._adapters.get(adapter.digest) is adapter:
-                    del self._adapters[adapter.digest]
+            elif not adapter.num_wanting and adapter.placement is None and self._has(adapter):
+                del self._adapters[adapter.digest]  # it was read for this lease alone
         lease.adapters, lease.is_held, lease._parts = (), False, None
 
     def _want(self, lease: AdapterLease) -> tuple[_Adapter, ...]:
@@ -167,6 +166,10 @@ class AdapterPool:
             adapter.num_wanting += adapter not in lease.adapters
         lease.adapters = adapters
         return adapters
+
+    def _has(self, adapter: _Adapter) -> bool:
+        """Whether it was not dropped, and perhaps read anew, since a lease found it."""
+        return self._adapters.get(adapter.digest) is adapter
 
     def _find(self, digest: str) -> _Adapter:
         adapter = self._adapters.get(digest)

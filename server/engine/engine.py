@@ -179,6 +179,9 @@ class Engine:
 
     def _append(self, sequence: Sequence, token: Sampled) -> SequenceOutput:
         """Add the new token to its sequence, which may end it."""
+        if token.token_id is None:
+            message = "the model's numbers overflowed; use smaller adapters or weights"
+            return self._fail(sequence, GenerationFailed(message))
         params, stream, now = sequence.request.sampling, self._streams[sequence], self._clock()
         sequence.token_ids.append(token.token_id)
         if sequence.first_token_at is None:

@@ -43,9 +43,9 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One row's token."""
+    """One row's token; None where its logits are no numbers any more, as adapters that are too large make them."""
 
-    token_id: int
+    token_id: int | None
     logprobs: Logprobs | None
 
 
@@ -59,16 +59,19 @@ def sample(logits: torch.Tensor, rows: Seq[Row]) -> list[Sampled]:
             _penalize(logits[i], row)
     random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if len(random) == len(rows):
-        token_ids = _draw(logits, rows).tolist()
+        tokens = _draw(logits, rows)
     else:
-        token_ids = logits.argmax(-1).tolist()
+        tokens = logits.argmax(-1)
         if random:
-            for i, token_id in zip(random, _draw(logits[random], [rows[i] for i in random]).tolist(), strict=True):
-                token_ids[i] = token_id
+            tokens[random] = _draw(logits[random], [rows[i] for i in random])
+    # NaN and infinity are the first that argmax finds.
+    is_number = logits.gather(1, tokens[:, None])[:, 0].isfinite()
+    token_ids = [None if token_id < 0 else token_id for token_id in tokens.where(is_number, -1).tolist()]
     found: dict[int, Logprobs] = {}
     if logprobs is not None:
         for i, row_logprobs in zip(wants_logprobs, logprobs, strict=True):
-            found[i] = _logprobs(row_logprobs, token_ids[i], rows[i].params.logprobs)
+            if (token_id := token_ids[i]) is not None:
+                found[i] = _logprobs(row_logprobs, token_id, rows[i].params.logprobs)
     return [Sampled(token_id, found.get(i)) for i, token_id in enumerate(token_ids)]
 
 

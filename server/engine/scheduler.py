@@ -266,7 +266,7 @@ class Scheduler:
         return Chunk(sequence, sequence.num_computed_tokens, stop)
 
     def _give_way(self, sequence: Sequence) -> bool:
-        """Let go of adapters that others hold while they wait: the sequence may need their rows. Whether any did."""
+        """Let go of adapters that others hold while they wait, which the sequence may need; whether any did."""
         leases = []
         for queue in self._queues.values():
             for other in queue.sequences:

@@ -2,11 +2,8 @@
 
 from alembic import context
 
-from adapters.catalog import metadata
-
 context.configure(
     connection=context.config.attributes["connection"],
-    target_metadata=metadata,
     transactional_ddl=True,  # SQLite can, once a transaction was begun explicitly: all steps are done or none
 )
 context.run_migrations()

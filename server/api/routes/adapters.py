@@ -10,11 +10,13 @@ from starlette.responses import Response
 from adapters.catalog import Adapter, Version
 from adapters.expression import MAX_NAME
 from server.api import wire
-from server.api.deps import ServicesDep
-from server.api.documents import LOOKUPS, UPLOAD_BODY, UPLOADS
+from server.api.deps import Services, ServicesDep
+from server.api.documents import DELETES, LOOKUPS, UPLOAD_BODY, UPLOADS
 from server.api.library import Library
 from server.api.schemas import AdapterAnswer, AdapterList, VersionAnswer
 from server.api.uploads import read_form, uploaded_files
+from server.api.zips import with_file
+from server.training.model_card import model_card
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 
@@ -69,8 +71,11 @@ async def get_version(services: ServicesDep, name: Name, version: VersionNumber)
     responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **LOOKUPS},
 )
 async def download(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
-    """A zip of `adapter_config.json` and `adapter_model.safetensors`; PEFT reads the folder it unpacks to."""
-    content = await to_thread.run_sync(services.library.archive, name, version)
+    """A zip of `adapter_config.json` and `adapter_model.safetensors`; PEFT reads the folder it unpacks to.
+
+    With the card of the job that trained it as `README.md`.
+    """
+    content = await to_thread.run_sync(_archive, services, name, version)
     headers = {"Content-Disposition": f'attachment; filename="{name}-{version}.zip"'}
     return Response(content, media_type="application/zip", headers=headers)
 
@@ -98,15 +103,15 @@ async def upload(request: Request, services: ServicesDep, name: Name) -> Respons
     return wire.answer(_version(version, services.engine.stats.resident), 201, headers)
 
 
-@router.delete("/{name}", summary="Delete an adapter", status_code=204, response_class=Response, responses=LOOKUPS)
+@router.delete("/{name}", summary="Delete an adapter", status_code=204, response_class=Response, responses=DELETES)
 async def delete_adapter(services: ServicesDep, name: Name) -> Response:
-    """All its versions. Requests that run under them end on the old bytes."""
+    """All its versions. Requests that run under them end on the old bytes; training from one is a conflict."""
     await to_thread.run_sync(services.library.delete, name)
     return Response(status_code=204)
 
 
 @router.delete(
-    "/{name}/{version}", summary="Delete a version", status_code=204, response_class=Response, responses=LOOKUPS
+    "/{name}/{version}", summary="Delete a version", status_code=204, response_class=Response, responses=DELETES
 )
 async def delete_version(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
     """Its number is never used again; where it was the latest, the highest one left becomes it."""
@@ -118,6 +123,13 @@ def _page(library: Library, resident: frozenset[str], name: str | None, size: in
     found = library.list(name, size + 1, after)
     page = [_adapter(adapter, resident) for adapter in found[:size]]
     return wire.answer({"adapters": page, "next": found[size - 1].name if len(found) > size else None})
+
+
+def _archive(services: Services, name: str, version: int) -> bytes:
+    job_id = services.library.version(name, version).job_id
+    content = services.library.archive(name, version)
+    report = None if job_id is None else services.jobs.report(job_id)
+    return content if report is None else with_file(content, "README.md", model_card(report).encode())
 
 
 def _publish(library: Library, name: str, form: FormData) -> Version:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+import sqlalchemy as sa
+import torch
 from fastapi import FastAPI
 
 from adapters.catalog import Catalog
@@ -12,11 +14,17 @@ from adapters.lora import BaseShape
 from adapters.store import AdapterStore
 from server.api.app import create_app
 from server.api.deps import Services
+from server.api.estimate import Estimator
 from server.api.library import Library
+from server.api.submission import Submissions
 from server.config import Settings
 from server.database import connect
 from server.metrics import Metrics
 from server.model.chat import PromptEncoder
+from server.training.datasets import DatasetStore
+from server.training.encoding import RowEncoder
+from server.training.jobs import Jobs
+from server.training.leases import Leases
 from tests.server.api.fakes import FakeEngine
 from tests.tiny import tiny_tokenizer
 
@@ -34,6 +42,8 @@ SHAPE = BaseShape(
     },
 )
 MAX_MODEL_LEN = 96
+MAX_POSITIONS = 512
+NUM_PARAMETERS = 1_000_000
 
 MakeServices = Callable[..., Services]
 
@@ -59,12 +69,43 @@ def store(tmp_path: Path) -> AdapterStore:
 
 
 @pytest.fixture
-def library(tmp_path: Path, store: AdapterStore) -> Library:
-    return Library(Catalog(connect(tmp_path)), store, SHAPE, BASE_NAME)
+def database(tmp_path: Path) -> sa.Engine:
+    return connect(tmp_path)
 
 
 @pytest.fixture
-def make_services(engine: FakeEngine, encoder: PromptEncoder, library: Library, tmp_path: Path) -> MakeServices:
+def jobs(database: sa.Engine) -> Jobs:
+    return Jobs(database, max_unfinished=20)
+
+
+@pytest.fixture
+def leases(database: sa.Engine) -> Leases:
+    """A worker's side of the jobs."""
+    return Leases(database)
+
+
+@pytest.fixture
+def library(database: sa.Engine, store: AdapterStore, jobs: Jobs) -> Library:
+    return Library(Catalog(database), store, SHAPE, BASE_NAME, jobs.in_use)
+
+
+@pytest.fixture
+def datasets(tmp_path: Path) -> DatasetStore:
+    return DatasetStore(tmp_path / "datasets")
+
+
+@pytest.fixture
+def make_services(
+    engine: FakeEngine,
+    encoder: PromptEncoder,
+    library: Library,
+    jobs: Jobs,
+    datasets: DatasetStore,
+    tmp_path: Path,
+) -> MakeServices:
+    tokenizer = tiny_tokenizer()
+    rows = RowEncoder(encoder, tokenizer.eos_token_id)
+
     def make(**settings: object) -> Services:
         return Services(
             settings=Settings.model_validate({"home": tmp_path, **settings}),
@@ -74,6 +115,11 @@ def make_services(engine: FakeEngine, encoder: PromptEncoder, library: Library, 
             metrics=Metrics(lambda: engine.stats),
             base_name=BASE_NAME,
             max_model_len=MAX_MODEL_LEN,
+            jobs=jobs,
+            datasets=datasets,
+            submissions=Submissions(tmp_path, jobs, datasets, library, rows, MAX_POSITIONS),
+            estimator=Estimator(jobs, NUM_PARAMETERS, torch.float32, torch.device("cpu")),
+            decode=lambda ids: str(tokenizer.decode(ids)),
         )
 
     return make

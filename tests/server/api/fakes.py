@@ -157,7 +157,14 @@ class FakeEngine:
 class Caller:
     """One request over bare ASGI, which can be given up at any moment."""
 
-    def __init__(self, app: FastAPI, path: str, body: object, method: str = "POST") -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        path: str,
+        body: object,
+        method: str = "POST",
+        headers: Iterable[tuple[bytes, bytes]] = (),
+    ) -> None:
         self.sent: list[Message] = []
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
         self._inbox.put_nowait({"type": "http.request", "body": json.dumps(body).encode(), "more_body": False})
@@ -171,7 +178,7 @@ class Caller:
             "query_string": b"",
             "root_path": "",
             "scheme": "http",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"content-type", b"application/json"), *headers],
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 80),
         }

@@ -4,8 +4,10 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import httpx
 import pytest
@@ -14,6 +16,8 @@ from fastapi import FastAPI
 from server.api.address import bind, url
 from server.api.run import Process
 from server.errors import StartupError
+from server.training.share import BusyFlag
+from server.training.supervisor import Supervisor
 from tests.server.api.fakes import FakeEngine, until
 
 pytestmark = pytest.mark.anyio
@@ -132,6 +136,53 @@ async def test_a_dead_engine_fails_everything_and_the_process(app: FastAPI, engi
         assert (await running).status_code == 503
         assert (await server.client.get("/ready")).status_code == 503
         assert await server.exit_code() == 1
+
+
+async def test_workers_start_when_it_is_ready_and_end_with_it(app: FastAPI, engine: FakeEngine) -> None:
+    supervisor = Supervisor(1, ("sleep", "60"))
+    engine.loading = True
+    process = Process(app, engine, bind("127.0.0.1", 0), supervisor=supervisor)
+    ended = asyncio.create_task(process.run(lambda: None))
+    await until(lambda: engine.started)
+    await asyncio.sleep(0.2)
+    assert not supervisor.is_running
+    engine.loading = False
+    await until(lambda: len(supervisor.pids) == 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await asyncio.wait_for(ended, 10) == 0
+    assert not supervisor.is_running
+    with pytest.raises(ProcessLookupError):
+        os.kill(supervisor.pids[0], 0)
+
+
+async def test_a_second_signal_does_not_wait_for_workers(app: FastAPI, engine: FakeEngine) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    supervisor = Supervisor(1, (sys.executable, "-S", "-c", deaf))
+    process = Process(app, engine, bind("127.0.0.1", 0), supervisor=supervisor)
+    ended = asyncio.create_task(process.run(lambda: None))
+    await until(lambda: len(supervisor.pids) == 1)
+    await asyncio.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(0.5)
+    assert not ended.done()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await asyncio.wait_for(ended, 5) == 0
+
+
+async def test_trainers_are_told_while_requests_run(app: FastAPI, engine: FakeEngine, tmp_path: Path) -> None:
+    engine.hold_after = 0
+    serving, training = BusyFlag(tmp_path), BusyFlag(tmp_path)
+    bound = bind("127.0.0.1", 0)
+    ended = asyncio.create_task(Process(app, engine, bound, flag=serving).run(lambda: None))
+    await until(lambda: engine.started)
+    async with httpx.AsyncClient(base_url=url(bound, "127.0.0.1"), timeout=10) as client:
+        running = asyncio.create_task(client.post("/generate", json={"prompt": "a", "max_tokens": 2}))
+        await until(lambda: training.read() == 1)
+        engine.held.set()
+        await running
+        await until(lambda: training.read() == 0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await asyncio.wait_for(ended, 10) == 0
 
 
 def test_a_taken_port_is_one_line() -> None:

@@ -1,0 +1,84 @@
+"""The catalog's tables, and what everything shares that writes them together with tables of its own.
+
+The SQL is what SQLite and PostgreSQL have in common. The migrations in `server.migrations` make the tables.
+"""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from adapters.expression import MAX_NAME
+
+MAX_ATTEMPTS = 20
+
+_Result = TypeVar("_Result")
+
+
+def transact(engine: sa.Engine, work: Callable[[sa.Connection], _Result]) -> _Result:
+    """`work` in one transaction, done again where another one took the same name or number first."""
+    for _ in range(MAX_ATTEMPTS - 1):
+        try:
+            with engine.begin() as connection:
+                return work(connection)
+        except IntegrityError:
+            continue
+    with engine.begin() as connection:
+        return work(connection)
+
+
+class UtcDateTime(sa.TypeDecorator[datetime]):
+    """A moment in UTC, also where the database forgets time zones, as SQLite does."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+metadata = sa.MetaData()
+
+names = sa.Table(
+    "adapters",
+    metadata,
+    sa.Column("name", sa.String(MAX_NAME), primary_key=True),
+    sa.Column("kind", sa.String(16), nullable=False),  # "adapter"
+    sa.Column("latest", sa.Integer),  # null: all versions were deleted
+    sa.Column("next_version", sa.Integer, nullable=False),  # outlives the versions: no number is used twice
+)
+
+versions = sa.Table(
+    "adapter_versions",
+    metadata,
+    sa.Column("name", sa.String(MAX_NAME), sa.ForeignKey("adapters.name"), primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("digest", sa.String(64), nullable=False, index=True),
+    sa.Column("rank", sa.Integer, nullable=False),
+    sa.Column("alpha", sa.Float(53), nullable=False),
+    sa.Column("target_modules", sa.JSON, nullable=False),
+    sa.Column("parameters", sa.BigInteger, nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("base_model", sa.Text),
+    sa.Column("metrics", sa.JSON, nullable=False),
+    sa.Column("parent", sa.Text),
+    sa.Column("job_id", sa.String(64)),
+    sa.Column("warnings", sa.JSON, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+)
+
+aliases = sa.Table(
+    "adapter_aliases",
+    metadata,
+    sa.Column("name", sa.String(MAX_NAME), primary_key=True),
+    sa.Column("alias", sa.String(MAX_NAME), primary_key=True),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.ForeignKeyConstraint(["name", "version"], ["adapter_versions.name", "adapter_versions.version"]),
+)

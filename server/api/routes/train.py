@@ -1,0 +1,214 @@
+"""/train: submit jobs, watch and steer them, and what came of them. Disk and tokenizer work in threads."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import APIRouter, Header, Path, Query, Request
+from starlette.responses import Response, StreamingResponse
+
+from adapters.errors import Conflict, NotFound
+from server.api import wire
+from server.api.deps import Services, ServicesDep
+from server.api.documents import JOB_LOOKUPS, JOB_MOVES, SUBMISSIONS
+from server.api.job_answers import dry_run_document, event_document, follow, job_document
+from server.api.streams import EventStream
+from server.api.strict_json import StrictRoute
+from server.api.train_schemas import DryRunAnswer, EventAnswer, JobAnswer, JobList, TrainBody
+from server.api.zips import zipped
+from server.training.job_files import JobFiles
+from server.training.jobs import Job, Jobs, Status
+
+router = APIRouter(prefix="/train", route_class=StrictRoute, tags=["train"])
+
+MAX_PAGE = 1000
+MAX_EVENTS = 10_000
+_SSE = "text/event-stream"
+_preparing = CapacityLimiter(2)  # bodies that are tokenized at once: cores and memory are the engine's
+
+JobId = Annotated[str, Path(max_length=256)]
+EventNumber = Annotated[int, Query(ge=0, lt=1 << 31, description="only those with a higher seq")]
+
+
+@router.post(
+    "",
+    summary="Train an adapter",
+    status_code=202,
+    response_class=Response,
+    responses={
+        200: {"model": DryRunAnswer, "description": "With `dry_run`: what the job would be"},
+        202: {"model": JobAnswer, "description": "Queued; `Location` has its path"},
+        **SUBMISSIONS,
+    },
+)
+async def submit(
+    body: TrainBody,
+    services: ServicesDep,
+    dry_run: Annotated[
+        bool, Query(description="check everything and say what it comes to; queue nothing")
+    ] = False,
+    key: Annotated[
+        str | None,
+        Header(
+            alias="Idempotency-Key",
+            min_length=1,
+            max_length=255,
+            description="makes a repeat of this request return the first one's job",
+        ),
+    ] = None,
+) -> Response:
+    """Queue a training job. Its rows are split and tokenized at once, so that what is wrong is said at once."""
+    if dry_run:
+        document = await to_thread.run_sync(_dry_run, services, body, limiter=_preparing)
+        return wire.answer(document)
+    job = await to_thread.run_sync(services.submissions.submit, body, key, limiter=_preparing)
+    return wire.answer(job_document(job), 202, {"Location": f"/train/{job.id}"})
+
+
+@router.get("", summary="List jobs", response_class=Response, responses={200: {"model": JobList}, **JOB_LOOKUPS})
+async def list_jobs(
+    services: ServicesDep,
+    status: Annotated[Status | None, Query(description="only those")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="of a page")] = 100,
+    after: Annotated[str | None, Query(max_length=256, description="the last id of the page before")] = None,
+) -> Response:
+    """Jobs, the newest first. `next`, where it isn't null, is the next page's `after`."""
+    found = await to_thread.run_sync(services.jobs.list, status, limit + 1, after)
+    page = [job_document(job) for job in found[:limit]]
+    return wire.answer({"jobs": page, "next": found[limit - 1].id if len(found) > limit else None})
+
+
+@router.get(
+    "/{job_id}", summary="One job", response_class=Response, responses={200: {"model": JobAnswer}, **JOB_LOOKUPS}
+)
+async def get_job(services: ServicesDep, job_id: JobId) -> Response:
+    """Where it stands."""
+    return wire.answer(job_document(await to_thread.run_sync(services.jobs.get, job_id)))
+
+
+@router.get(
+    "/{job_id}/events",
+    summary="A job's events",
+    response_class=Response,
+    responses={
+        200: {
+            "model": list[EventAnswer],
+            "description": f"The events; with `Accept: {_SSE}`, each as it happens, until the job ends",
+            "content": {_SSE: {"example": 'id: 2\ndata: {"seq":2,"type":"message","message":"started"}\n\n'}},
+        },
+        **JOB_LOOKUPS,
+    },
+)
+async def get_events(
+    request: Request,
+    services: ServicesDep,
+    job_id: JobId,
+    after: EventNumber = 0,
+    limit: Annotated[
+        int, Query(ge=1, le=MAX_EVENTS, description="at most so many; a stream has all")
+    ] = MAX_EVENTS,
+    last_id: Annotated[
+        int | None,
+        Header(alias="Last-Event-ID", ge=0, lt=1 << 31, description="a stream's `after`, where it was cut off"),
+    ] = None,
+) -> Response:
+    """What happened to the job: messages, and the metrics of steps."""
+    if _SSE not in request.headers.get("accept", "").lower():
+        found = await to_thread.run_sync(services.jobs.events, job_id, after, limit)
+        return wire.answer([event_document(event) for event in found])
+    await to_thread.run_sync(services.jobs.get, job_id)  # or there is none
+    return EventStream(follow(services.jobs, job_id, after if last_id is None else last_id), _nothing)
+
+
+@router.post(
+    "/{job_id}/cancel",
+    summary="Cancel",
+    response_class=Response,
+    responses={200: {"model": JobAnswer}, **JOB_MOVES},
+)
+async def cancel(services: ServicesDep, job_id: JobId) -> Response:
+    """End the job; one that runs stops within a micro-step."""
+    return await _steer(services.jobs.cancel, job_id)
+
+
+@router.post(
+    "/{job_id}/pause", summary="Pause", response_class=Response, responses={200: {"model": JobAnswer}, **JOB_MOVES}
+)
+async def pause(services: ServicesDep, job_id: JobId) -> Response:
+    """Have it wait for a resume; one that runs drops its unfinished step, and is `paused` once it is stored."""
+    return await _steer(services.jobs.pause, job_id)
+
+
+@router.post(
+    "/{job_id}/resume",
+    summary="Resume",
+    response_class=Response,
+    responses={200: {"model": JobAnswer}, **JOB_MOVES},
+)
+async def resume(services: ServicesDep, job_id: JobId) -> Response:
+    """Queue a paused job again, at its old place."""
+    return await _steer(services.jobs.resume, job_id)
+
+
+@router.get(
+    "/{job_id}/report",
+    summary="The adapter card",
+    response_class=Response,
+    responses={200: {"model": dict[str, object]}, **JOB_MOVES},
+)
+async def get_report(services: ServicesDep, job_id: JobId) -> Response:
+    """Base against tuned, cost, data, configuration and curves. 409 until the job has ended, 404 if it failed."""
+    return wire.answer(await to_thread.run_sync(_report, services.jobs, job_id))
+
+
+@router.get(
+    "/{job_id}/download",
+    summary="Download a full model",
+    response_class=Response,
+    responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **JOB_MOVES},
+)
+async def download(services: ServicesDep, job_id: JobId) -> Response:
+    """A zip of the Hugging Face directory that full fine-tuning made. Adapters are under /adapters."""
+    job = await to_thread.run_sync(services.jobs.get, job_id)
+    if job.spec.method != "full":
+        where = (
+            "its adapter" if job.adapter is None else "/adapters/{name}/{version}/download".format(**job.adapter)
+        )
+        raise NotFound(f"only full fine-tuning leaves a model; see {where}")
+    _refuse_unfinished(job, "model")
+    directory = JobFiles(services.settings.home).model(job_id)
+    if not await to_thread.run_sync(directory.is_dir):
+        raise NotFound("the model is no longer stored")
+    headers = {"Content-Disposition": f'attachment; filename="{job.name}-{job.id}.zip"'}
+    return StreamingResponse(zipped(directory), media_type="application/zip", headers=headers)
+
+
+def _dry_run(services: Services, body: TrainBody) -> dict[str, object]:
+    with services.submissions.prepared(body) as prepared:
+        estimate = services.estimator.estimate(prepared.spec, prepared.data)
+        return dry_run_document(prepared, estimate, services.decode)
+
+
+async def _steer(move: Callable[[str], Job], job_id: str) -> Response:
+    return wire.answer(job_document(await to_thread.run_sync(move, job_id)))
+
+
+def _report(jobs: Jobs, job_id: str) -> object:
+    report = jobs.report(job_id)
+    if report is None:
+        job = jobs.get(job_id)
+        _refuse_unfinished(job, "report")
+        report = jobs.report(job_id)  # it has ended since
+    return report
+
+
+def _refuse_unfinished(job: Job, what: str) -> None:
+    """Raise where the job has left nothing: Conflict as long as it may, NotFound for good."""
+    if not job.status.has_ended:
+        raise Conflict(f"the job is {job.status}: its {what} is there once it has succeeded")
+    if job.status is not Status.SUCCEEDED:
+        raise NotFound(f"the job has no {what}: its status is {job.status}")
+
+
+async def _nothing() -> None:
+    """A stream of events holds nothing that would have to be let go."""

@@ -1,0 +1,1 @@
+"""Fine-tuning on the model that serves: data, the training loop, durable jobs. No HTTP."""

@@ -1,0 +1,54 @@
+"""A job's rows on disk, tokenized once when the job is submitted: what its worker reads, and nothing else.
+
+HOME/jobs/<id>/train.safetensors        rows to train on
+               validation.safetensors   held-out rows, where there are any
+               data.json                what the card says of the data, and the references of exact match
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from server.training.encoding import Reference
+from server.training.examples import Examples, load_examples, save_examples
+from server.training.report import DataFacts
+
+_TRAIN, _VALIDATION, _REST = "train.safetensors", "validation.safetensors", "data.json"
+
+
+@dataclass(frozen=True)
+class JobData:
+    """The rows of a job. `references` are what greedy completions of held-out rows are compared with."""
+
+    train: Examples
+    validation: Examples | None
+    references: Sequence[Reference]
+    facts: DataFacts
+
+    def save(self, directory: Path) -> None:
+        """Write it all; `data.json` comes last, so a directory with it is whole. Raises OSError."""
+        directory.mkdir(parents=True, exist_ok=True)
+        save_examples(directory / _TRAIN, self.train)
+        if self.validation is not None:
+            save_examples(directory / _VALIDATION, self.validation)
+        rest = {"facts": asdict(self.facts), "references": [asdict(r) for r in self.references]}
+        unfinished = directory / f".{_REST}"
+        with open(unfinished, "w", encoding="utf-8") as file:
+            json.dump(rest, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(directory / _REST)
+
+    @classmethod
+    def load(cls, directory: Path) -> "JobData":
+        """What `save` wrote. Raises OSError where it isn't there."""
+        rest = json.loads((directory / _REST).read_text(encoding="utf-8"))
+        validation = directory / _VALIDATION
+        return cls(
+            train=load_examples(directory / _TRAIN),
+            validation=load_examples(validation) if validation.is_file() else None,
+            references=[Reference(tuple(r["prompt"]), r["text"], r["num_tokens"]) for r in rest["references"]],
+            facts=DataFacts(**rest["facts"]),
+        )

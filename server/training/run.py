@@ -1,0 +1,300 @@
+"""One job from its data to its adapter: train, evaluate, keep checkpoints, and say what came of it.
+
+`Run` goes on from the newest checkpoint, wherever the last attempt ended, and arrives at the same weights as a run
+that nothing disturbed. It talks to the world through `Reporter`; leases, publishing and processes are
+`server.training.run_job`'s.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Protocol, cast
+
+import torch
+
+from adapters.lora import LoraWeights
+from server.model.smollm import NoAdapters, SmolLM
+from server.model.weights import BaseModel
+from server.training.checkpoint import Checkpoint, Checkpoints
+from server.training.evaluate import Evaluation, evaluate, exact_match
+from server.training.init import initial_weights
+from server.training.job_data import JobData
+from server.training.spec import JobSpec
+from server.training.trainables import TrainableModel, TrainableRows
+from server.training.trained_rows import TrainedRows
+from server.training.trainer import StepResult, Trainer
+
+CHECKPOINT_SECONDS = 30.0
+"""Between checkpoints, where the job doesn't say after how many steps."""
+
+
+class Reporter(Protocol):
+    """Who listens to a run. Any of these may raise to end it; what was checkpointed stays."""
+
+    def between(self) -> None:
+        """Called at least once a micro-batch: yields to serving, and leaves where that is wanted."""
+        ...
+
+    def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
+        """How far the run is, after each step."""
+        ...
+
+    def metrics(self, message: str, data: Mapping[str, object]) -> None:
+        """Measurements of the step `data["step"]`."""
+        ...
+
+    def checkpointed(self, step: int) -> None:
+        """A checkpoint of that step is on the disk."""
+        ...
+
+
+@dataclass
+class _Counters:
+    """What a run has counted so far; part of each checkpoint."""
+
+    num_tokens: int = 0
+    timed_tokens: int = 0  # those of all steps but each attempt's first, and the seconds inside them
+    timed_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    best_loss: float | None = None
+    best_step: int = 0
+    num_without_gain: int = 0  # evaluations since the best one
+    stopped_early: bool = False
+    base: dict[str, object] | None = None  # the untouched base's evaluation
+    train_curve: list[tuple[int, float]] = field(default_factory=list)
+    eval_curve: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.timed_tokens / self.timed_seconds if self.timed_seconds else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a finished run leaves: the weights of `step`; what they are worth, where rows were held out."""
+
+    weights: LoraWeights | None  # None: full fine-tuning, whose weights are `tuned_base`'s
+    tuned_base: BaseModel | None
+    step: int
+    num_trainable: int
+    base: Evaluation | None
+    tuned: Evaluation | None
+    counters: _Counters
+    epochs: float
+
+
+class Run:
+    """One attempt at a job. `start` is the adapter that the job goes on from, where it names one."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        data: JobData,
+        base: BaseModel,
+        checkpoints: Checkpoints,
+        reporter: Reporter,
+        *,
+        start: LoraWeights | None = None,
+        peak_memory: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._spec = spec
+        self._data = data
+        self._base = base
+        self._checkpoints = checkpoints
+        self._reporter = reporter
+        self._peak_memory = peak_memory
+        self._trainable = self._make_trainable(start)
+        self._trainer = Trainer(self._trainable, data.train, spec.training)
+        self._best: torch.Tensor | None = None
+        self._counters = _Counters()
+        self._started = time.monotonic()
+        self._last_checkpoint = self._started
+        self._is_first_step = True
+
+    def run(self) -> Outcome:
+        """Train to the end and measure. Raises TrainingDiverged, or what the reporter raises."""
+        self._go_on_from_checkpoint()
+        if self._counters.base is None and self._data.validation is not None:
+            model = SmolLM(self._base.config, self._base.weights, max_positions=self._longest)
+            self._counters.base = self._measure(model, None)
+        try:
+            while self._trainer.step < self._trainer.total_steps and not self._counters.stopped_early:
+                self._step()
+        except BaseException:
+            self._trainable.end_step()
+            raise
+        return self._finish()
+
+    def checkpoint(self) -> None:
+        """Store where the run is: after its last whole step."""
+        trainer, counters = self._trainer, self._counters
+        self._note_time()
+        tensors = dict(trainer.state())
+        if self._best is not None:
+            tensors["best"] = self._best
+        self._checkpoints.save(Checkpoint(trainer.step, tensors, asdict(counters)))
+        self._last_checkpoint = time.monotonic()
+        self._reporter.checkpointed(trainer.step)
+
+    @property
+    def progress(self) -> dict[str, object]:
+        """As `GET /train/{id}` shows it."""
+        trainer, counters = self._trainer, self._counters
+        left = (trainer.total_steps - trainer.step) * (counters.num_tokens / max(1, trainer.step))
+        rate = counters.tokens_per_second
+        return {
+            "step": trainer.step,
+            "total_steps": trainer.total_steps,
+            "epoch": round(trainer.epoch, 4),
+            "tokens": counters.num_tokens,
+            "tokens_per_second": round(rate, 1),
+            "eta_seconds": round(left / rate, 1) if rate else None,
+        }
+
+    @property
+    def _longest(self) -> int:
+        """Positions that the model must know."""
+        return self._spec.training.max_length
+
+    def _make_trainable(self, start: LoraWeights | None) -> TrainableRows | TrainableModel:
+        if self._spec.method == "full":
+            return TrainableModel(self._base, max_length=self._longest)
+        taken_off = None
+        if start is None:
+            start, taken_off = initial_weights(self._spec.lora, self._base, self._spec.training.seed)
+        rows = TrainedRows(start, self._base.config.shape, self._base.dtype, self._base.device, taken_off)
+        return TrainableRows(self._base, rows, max_length=self._longest, dropout=self._spec.lora.dropout)
+
+    def _go_on_from_checkpoint(self) -> None:
+        found = self._checkpoints.newest()
+        if found is None:
+            return
+        tensors, state = dict(found.tensors), dict(found.state)
+        best = tensors.pop("best", None)
+        self._best = None if best is None else best.to(self._base.device)
+        self._trainer.restore(tensors, found.step)
+        state.pop("step")
+        self._counters = _Counters(**state)  # type: ignore[arg-type]
+        for curve in (self._counters.train_curve, self._counters.eval_curve):
+            curve[:] = [(point[0], point[1]) for point in curve]
+
+    def _step(self) -> None:
+        result = self._trainer.run_step(self._reporter.between)
+        self._count(result)
+        data: dict[str, object] = {
+            "step": result.step,
+            "train_loss": result.loss,
+            "learning_rate": result.learning_rate,
+            "gradient_norm": result.gradient_norm,
+        }
+        message = f"step {result.step}: loss {result.loss:.4f}"
+        spec = self._spec.training
+        is_last = self._trainer.step == self._trainer.total_steps
+        if spec.eval_steps and (self._trainer.step % spec.eval_steps == 0 or is_last):
+            loss = self._evaluate_now()
+            data["eval_loss"] = loss
+            message += f", held-out {loss:.4f}"
+        self._reporter.metrics(message, data)
+        self._reporter.progress(self.progress, self.metrics)
+        if self._is_checkpoint_due():
+            self.checkpoint()
+
+    @property
+    def metrics(self) -> dict[str, object]:
+        """The newest losses."""
+        counters = self._counters
+        found: dict[str, object] = {}
+        if counters.train_curve:
+            found["train_loss"] = counters.train_curve[-1][1]
+        if counters.eval_curve:
+            found["eval_loss"] = counters.eval_curve[-1][1]
+        if counters.base is not None:
+            found["base_eval_loss"] = counters.base["loss"]
+        return found
+
+    def _count(self, result: StepResult) -> None:
+        counters = self._counters
+        counters.num_tokens += result.num_tokens
+        if not self._is_first_step:  # it warms caches up
+            counters.timed_tokens += result.num_tokens
+            counters.timed_seconds += result.seconds
+        self._is_first_step = False
+        counters.train_curve.append((result.step, result.loss))
+
+    def _evaluate_now(self) -> float:
+        """The held-out loss of the present weights, which are kept where it is the lowest so far."""
+        assert self._data.validation is not None, "eval_steps without held-out rows"
+        found = evaluate(
+            self._trainable.model,
+            self._trainable.adapters,
+            self._data.validation,
+            between=self._reporter.between,
+        )
+        counters, patience = self._counters, self._spec.training.early_stopping_patience
+        counters.eval_curve.append((self._trainer.step, found.loss))
+        if counters.best_loss is None or found.loss < counters.best_loss:
+            counters.best_loss, counters.best_step = found.loss, self._trainer.step
+            counters.num_without_gain = 0
+            self._best = self._trainable.masters.clone()
+        else:
+            counters.num_without_gain += 1
+            counters.stopped_early = patience is not None and counters.num_without_gain >= patience
+        return found.loss
+
+    def _is_checkpoint_due(self) -> bool:
+        every = self._spec.training.checkpoint_steps
+        if every is not None:
+            return self._trainer.step % every == 0
+        return time.monotonic() - self._last_checkpoint >= CHECKPOINT_SECONDS
+
+    def _finish(self) -> Outcome:
+        self.checkpoint()  # so that what follows can be done again
+        trainable = self._trainable
+        step = self._trainer.step
+        if self._best is not None:
+            trainable.masters.copy_(self._best)
+            trainable.refresh()
+            step = self._counters.best_step
+        weights = trainable.rows.weights() if isinstance(trainable, TrainableRows) else None
+        tuned_base = trainable.tuned(self._base) if isinstance(trainable, TrainableModel) else None
+        tuned = None
+        if self._data.validation is not None:
+            tuned = evaluation(self._measure(trainable.model, weights, tuned_base))
+        self._note_time()
+        counters = self._counters
+        return Outcome(
+            weights=weights,
+            tuned_base=tuned_base,
+            step=step,
+            num_trainable=trainable.masters.numel(),
+            base=None if counters.base is None else evaluation(counters.base),
+            tuned=tuned,
+            counters=counters,
+            epochs=self._trainer.epoch,
+        )
+
+    def _measure(
+        self, model: SmolLM, weights: LoraWeights | None, tuned_base: BaseModel | None = None
+    ) -> dict[str, object]:
+        """Loss, accuracy and exact match on the held-out rows, as JSON."""
+        assert self._data.validation is not None
+        between = self._reporter.between
+        adapters = NoAdapters() if weights is None else self._trainable.adapters
+        found = evaluate(model, adapters, self._data.validation, between=between)
+        if not math.isfinite(found.loss):
+            raise ValueError("the held-out loss is not a number")
+        matched = exact_match(tuned_base or self._base, weights, self._data.references, between=between)
+        return asdict(found) | {"exact_match": matched}
+
+    def _note_time(self) -> None:
+        now = time.monotonic()
+        self._counters.wall_seconds += now - self._started
+        self._started = now
+        self._counters.peak_memory_bytes = max(self._counters.peak_memory_bytes, self._peak_memory())
+
+
+def evaluation(document: Mapping[str, object]) -> Evaluation:
+    """What `asdict` made of one."""
+    return Evaluation(**cast("dict[str, float]", dict(document)))  # type: ignore[arg-type]

@@ -1,0 +1,92 @@
+"""Serving first: a flag under HOME that says whether requests run, and the pauses of trainers while they do.
+
+Nice doesn't reach across containers; a file on the volume that they share does. It holds one number of 8 bytes,
+which is written and read whole: a time by this machine's monotonic clock, in ms, and how many sequences run.
+One that wasn't renewed for STALE_SECONDS, or is another machine's, counts as none. (Plain reads and writes of
+the page cache cost 1 µs; a mapping would save that, and kill the server where a full disk has no room for the
+page.)
+"""
+
+import os
+import struct
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+FILE_NAME = "serving"
+STALE_SECONDS = 2.0
+
+_RENEW_SECONDS = 0.5
+_LOOK_SECONDS = 0.02
+_MAX_WORKED_SECONDS = 30.0
+_FORMAT = struct.Struct("=Q")
+_COUNT_BITS = 16
+
+Clock = Callable[[], float]
+
+
+class BusyFlag:
+    """The flag of one HOME, for the process that serves and for those that train."""
+
+    def __init__(self, home: Path, clock: Clock = time.monotonic) -> None:
+        """Makes HOME's file where there is none. Raises OSError."""
+        self._clock = clock
+        self._file = os.open(home / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._last = (0, float("-inf"))  # what was set, and when
+
+    def set(self, num_running: int) -> None:
+        """Say how many sequences run. Call it often while there are any; it writes only as often as it must."""
+        now = self._clock()
+        before, since = self._last
+        if num_running == before and (not num_running or now - since < _RENEW_SECONDS):
+            return
+        self._last = (num_running, now)
+        count = min(num_running, (1 << _COUNT_BITS) - 1)
+        with suppress(OSError):  # a full disk, at worst: then trainers don't yield
+            os.pwrite(self._file, _FORMAT.pack(int(now * 1000) << _COUNT_BITS | count), 0)
+
+    def read(self) -> int:
+        """How many sequences run."""
+        stored = os.pread(self._file, _FORMAT.size, 0)
+        if len(stored) < _FORMAT.size:
+            return 0
+        (value,) = _FORMAT.unpack(stored)
+        age = self._clock() - (value >> _COUNT_BITS) / 1000
+        return int(value & ((1 << _COUNT_BITS) - 1)) if abs(age) < STALE_SECONDS else 0
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class Yielding:
+    """A trainer's pauses: it works at most `share` of the time while requests run, and all of it while none do."""
+
+    def __init__(
+        self,
+        num_running: Callable[[], int],
+        share: float,
+        *,
+        clock: Clock = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`num_running` is a BusyFlag's `read`. The first piece of work begins now."""
+        self._num_running = num_running
+        self._share = share
+        self._clock = clock
+        self._sleep = sleep
+        self._since = clock()
+
+    def pause(self, go_on: Callable[[], bool] = lambda: True) -> float:
+        """Call it after each micro-step: sleeps as long as that one's work has earned the requests; the seconds.
+
+        It ends early once no requests run, or `go_on`, which is asked every few milliseconds, says no.
+        """
+        start = now = self._clock()
+        worked = min(start - self._since, _MAX_WORKED_SECONDS)
+        until = start + worked * (1 / self._share - 1) if self._share else float("inf")
+        while now < until and self._num_running() and go_on():
+            self._sleep(min(_LOOK_SECONDS, until - now))
+            now = self._clock()
+        self._since = now
+        return now - start

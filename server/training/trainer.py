@@ -1,0 +1,210 @@
+"""The training loop's arithmetic: one optimizer step after another, each decided by the step's number alone.
+
+Which rows a step takes follows from (seed, epoch), and so do its dropout masks: there is no random state to carry
+over, and a run that goes on from a checkpoint ends in the same bytes as one that was never stopped. Rows of a step
+are laid out in micro-batches by their lengths; the loss is the sum over all counted tokens of the step divided by
+their number, however they are laid out. Jobs, checkpoints on disk and evaluation are the callers'.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from adapters.errors import SmoloraError
+from server.model.smollm import Adapters, SmolLM
+from server.training.examples import Example
+from server.training.loss import cross_entropy_sum
+from server.training.packed_attention import PackedAttention
+from server.training.packing import pack
+from server.training.schedule import learning_rate
+from server.training.spec import TrainingSpec
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+MICRO_BATCH_TOKENS = 1024
+"""Tokens whose activations exist at one time, unless a single row is longer."""
+
+
+class TrainingDiverged(SmoloraError):
+    """The loss is no number any more: nothing of this run is worth publishing."""
+
+
+class Trainable(Protocol):
+    """What is trained: flat fp32 masters, and the model and adapters that read copies of them."""
+
+    @property
+    def model(self) -> SmolLM: ...
+    @property
+    def adapters(self) -> Adapters: ...
+    @property
+    def masters(self) -> torch.Tensor: ...
+    @property
+    def gradients(self) -> torch.Tensor: ...
+    def refresh(self) -> None:
+        """Copy the masters to what the forward reads."""
+        ...
+
+    def collect_gradients(self) -> None:
+        """Add what the last backward pass left to `gradients`."""
+        ...
+
+    def begin_micro_batch(self, seed: int, step: int, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """The next forward pass is over these rows of the data: where dropout masks come from."""
+        ...
+
+    def end_step(self) -> None:
+        """No more training passes for now: no dropout in what follows."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did. The loss is nats per counted token, before the step."""
+
+    step: int  # counted from 1
+    loss: float
+    learning_rate: float
+    gradient_norm: float  # before clipping
+    num_tokens: int  # non-padding inputs
+    seconds: float
+
+
+class Trainer:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over one trainable and encoded rows."""
+
+    def __init__(self, trainable: Trainable, examples: Sequence[Example], spec: TrainingSpec) -> None:
+        if not examples:
+            raise ValueError("there are no rows to train on")
+        self.trainable = trainable
+        self.spec = spec
+        self.step = 0  # optimizer steps done
+        self.total_steps = spec.total_steps(len(examples))
+        self._examples = examples
+        self._order: tuple[int, list[int]] = (-1, [])
+        self._mean = torch.zeros_like(trainable.masters)
+        self._square = torch.zeros_like(trainable.masters)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self.step / self._steps_per_epoch
+
+    def run_step(self, between: Callable[[], None] = lambda: None) -> StepResult:
+        """One optimizer step. `between` is called before each micro-batch; what it raises leaves the step undone.
+
+        Raises TrainingDiverged where the loss or a gradient is not finite.
+        """
+        started = time.perf_counter()
+        rows = self._rows(self.step)
+        num_targets = sum(sum(self._examples[row].is_target) for row in rows)
+        num_tokens = sum(len(self._examples[row].token_ids) for row in rows)
+        self.trainable.gradients.zero_()
+        loss = 0.0
+        paused = 0.0
+        for micro_batch in self._micro_batches(rows):
+            before = time.perf_counter()
+            between()
+            paused += time.perf_counter() - before
+            loss += self._backward(micro_batch, num_targets)
+        self.trainable.end_step()
+        rate = learning_rate(
+            self.step, self.total_steps, self.spec.learning_rate, self.spec.schedule, self.spec.warmup_ratio
+        )
+        norm = self._clip()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingDiverged(
+                f"the loss is not a number in step {self.step + 1}: lower training.learning_rate "
+                f"(now {self.spec.learning_rate:g}) or raise training.warmup_ratio"
+            )
+        self._update(rate)
+        self.step += 1
+        self.trainable.refresh()
+        return StepResult(self.step, loss, rate, norm, num_tokens, time.perf_counter() - started - paused)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that decides the rest of the run: the masters and AdamW's moments, as they are (not copies)."""
+        return {"masters": self.trainable.masters, "mean": self._mean, "square": self._square}
+
+    def restore(self, state: Mapping[str, torch.Tensor], step: int) -> None:
+        """Go on from `state` after `step` optimizer steps."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+        self.step = step
+        self.trainable.refresh()
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return -(-len(self._examples) // self.spec.batch_size)
+
+    def _rows(self, step: int) -> list[int]:
+        """The rows of one optimizer step, in the shuffled order of its epoch."""
+        epoch, place = divmod(step, self._steps_per_epoch)
+        if self._order[0] != epoch:
+            order = list(range(len(self._examples)))
+            random.Random(f"smolora/{self.spec.seed}/{epoch}").shuffle(order)
+            self._order = (epoch, order)
+        return self._order[1][place * self.spec.batch_size : (place + 1) * self.spec.batch_size]
+
+    def _micro_batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        """The rows, a micro-batch at a time."""
+        lengths = [len(self._examples[row].token_ids) for row in rows]
+        capacity = max(MICRO_BATCH_TOKENS, self.spec.max_length)
+        bins = pack(lengths, capacity) if self.spec.packing else [[i] for i in range(len(rows))]
+        for members in bins:
+            yield [rows[i] for i in members]
+
+    def _backward(self, rows: Sequence[int], num_targets: int) -> float:
+        """Add the gradients of the rows' share of the step's loss; that share."""
+        model, examples = self.trainable.model, [self._examples[row] for row in rows]
+        lengths = [len(example.token_ids) for example in examples]
+        device = model.device
+        self.trainable.begin_micro_batch(self.spec.seed, self.step, rows, lengths)
+        token_ids = torch.tensor([token for example in examples for token in example.token_ids], device=device)
+        attention = PackedAttention(lengths, device)
+        hidden = model.forward(token_ids, attention.positions, attention, self.trainable.adapters)
+        before, targets = counted(examples)
+        share = cross_entropy_sum(
+            hidden.index_select(0, torch.tensor(before, device=device)),
+            model.lm_head.weight,
+            torch.tensor(targets, device=device),
+        )
+        loss = share / num_targets
+        torch.autograd.backward(loss)
+        self.trainable.collect_gradients()
+        return float(loss.detach())
+
+    def _clip(self) -> float:
+        """Scale the gradients so that their norm is at most `max_grad_norm`; the norm that they had."""
+        gradients = self.trainable.gradients
+        norm = float(gradients.norm())
+        if norm > self.spec.max_grad_norm:
+            gradients.mul_(self.spec.max_grad_norm / (norm + 1e-6))
+        return norm
+
+    @torch.no_grad()
+    def _update(self, rate: float) -> None:
+        masters, gradients, number = self.trainable.masters, self.trainable.gradients, self.step + 1
+        self._mean.lerp_(gradients, 1 - BETAS[0])
+        self._square.mul_(BETAS[1]).addcmul_(gradients, gradients, value=1 - BETAS[1])
+        masters.mul_(1 - rate * self.spec.weight_decay)
+        scale = math.sqrt(1 - BETAS[1] ** number)
+        divisor = (self._square.sqrt() / scale).add_(EPSILON)
+        masters.addcdiv_(self._mean, divisor, value=-rate / (1 - BETAS[0] ** number))
+
+
+def counted(examples: Sequence[Example]) -> tuple[list[int], list[int]]:
+    """Where in the flat batch of `examples` a counted token is predicted from, and which token that is."""
+    before: list[int] = []
+    targets: list[int] = []
+    start = 0
+    for example in examples:
+        for place in range(1, len(example.token_ids)):
+            if example.is_target[place]:
+                before.append(start + place - 1)
+                targets.append(example.token_ids[place])
+        start += len(example.token_ids)
+    return before, targets

@@ -1,0 +1,86 @@
+"""One real server for the whole package, and PEFT on the same weights beside it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+
+from tests.end_to_end.peft_reference import Reference
+from tests.end_to_end.server_process import ServerProcess
+
+MAX_NUM_SEQS, MAX_QUEUE, MAX_MODEL_LEN = 4, 8, 512
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """Makes random adapters with PEFT, on demand; another seed is other weights."""
+
+    reference: Reference
+    directory: Path
+
+    def make(self, seed: int, rank: int = 4, alpha: int = 4, modules: list[str] | None = None) -> Path:
+        """An adapter of the middle layers' `modules`: strong enough to change what is said, and it stays text."""
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=modules or ALL_LINEAR,
+            layers_to_transform=list(range(8, 20)),
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        )
+        return self.reference.make_adapter(self.directory / f"{seed}-{rank}-{alpha}", config, seed)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def reference(hf_base_dir: Path) -> Reference:
+    return Reference(hf_base_dir)
+
+
+@pytest.fixture(scope="session")
+def adapter_files(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> AdapterFiles:
+    return AdapterFiles(reference, tmp_path_factory.mktemp("peft"))
+
+
+@pytest.fixture(scope="session")
+def left(adapter_files: AdapterFiles, shared_server: ServerProcess) -> Path:
+    """A rank 4 adapter of all linear modules, uploaded as `left`."""
+    directory = adapter_files.make(1)
+    shared_server.upload("left", directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def right(adapter_files: AdapterFiles, shared_server: ServerProcess) -> Path:
+    """A rank 16 adapter of some modules, uploaded as `right`."""
+    directory = adapter_files.make(2, rank=16, alpha=32, modules=["q_proj", "o_proj", "up_proj"])
+    shared_server.upload("right", directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def shared_server(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    server = ServerProcess(
+        tmp_path_factory.mktemp("home"),
+        model=base_dir,
+        dtype="fp32",
+        max_num_seqs=MAX_NUM_SEQS,
+        max_queue=MAX_QUEUE,
+        max_model_len=MAX_MODEL_LEN,
+    )
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(shared_server: ServerProcess) -> Iterator[ServerProcess]:
+    """The server in fp32, on which every test leaves nothing that runs, waits or holds a block."""
+    yield shared_server
+    shared_server.wait_until_idle()

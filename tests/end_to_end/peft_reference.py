@@ -1,0 +1,137 @@
+"""What the served answers are held to: transformers and PEFT on the same weights, in fp32, in this process.
+
+Nothing of the product is imported: adapters are made, trained, saved and loaded by PEFT, and blends are dense sums
+that are read from PEFT's files.
+"""
+
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tests.oracles.hugging_face import linear, load_reference
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A greedy answer: its text without special tokens, its token ids and each step's logits (tokens, vocab)."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logits: torch.Tensor
+
+
+class Reference:
+    """The base as transformers runs it. Adapters are on it only inside a `with`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._model = load_reference(directory)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, padding_side="left")
+
+    def greedy(self, prompts: Sequence[str], max_tokens: int) -> list[Generated]:
+        """The likeliest continuation of each prompt, until the end token or `max_tokens`, in one batch."""
+        batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True)
+        with torch.inference_mode(), _quiet():
+            out = self._model.generate(  # type: ignore[operator]
+                **batch,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        logits = torch.stack(out.logits, dim=1)  # (prompts, tokens, vocab)
+        new_ids = out.sequences[:, batch["input_ids"].shape[1] :].tolist()
+        return [self._generated(ids, rows) for ids, rows in zip(new_ids, logits, strict=True)]
+
+    def texts(self, prompts: Sequence[str], max_tokens: int) -> list[str]:
+        """`greedy`, as texts."""
+        return [answer.text for answer in self.greedy(prompts, max_tokens)]
+
+    def make_adapter(self, directory: Path, config: LoraConfig, seed: int) -> Path:
+        """Save a random adapter with PEFT, B not zero; returns `directory`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            with self.new_adapter(config) as tuned:
+                self.save(tuned, directory)
+        return directory
+
+    def save(self, tuned: PeftModel, directory: Path) -> None:
+        """As PEFT saves it."""
+        with _quiet():
+            tuned.save_pretrained(str(directory))
+
+    @contextmanager
+    def new_adapter(self, config: LoraConfig) -> Iterator[PeftModel]:
+        """The model with a fresh adapter of `config` on it."""
+        with _quiet():
+            tuned = get_peft_model(self._model, config)
+        try:
+            yield tuned
+        finally:
+            tuned.unload()
+
+    @contextmanager
+    def adapter(self, directory: Path) -> Iterator[None]:
+        """`greedy` is under the adapter that PEFT loads from `directory`; a warning of PEFT's is an error."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            tuned = PeftModel.from_pretrained(self._model, str(directory)).eval()
+        try:
+            yield
+        finally:
+            tuned.unload()
+
+    @contextmanager
+    def blend(self, parts: Iterable[tuple[Path, float]]) -> Iterator[None]:
+        """`greedy` is on weights W + Σ weight · alpha/r · B A, summed up in fp64."""
+        kept: dict[str, torch.Tensor] = {}
+        for directory, weight in parts:
+            for path, delta in _deltas(directory):
+                parameter = linear(self._model, path).weight
+                kept.setdefault(path, parameter.data)
+                parameter.data = parameter.data.double() + weight * delta
+        for path in kept:
+            parameter = linear(self._model, path).weight
+            parameter.data = parameter.data.float()
+        try:
+            yield
+        finally:
+            for path, weights in kept.items():
+                linear(self._model, path).weight.data = weights
+
+    def _generated(self, token_ids: list[int], logits: torch.Tensor) -> Generated:
+        end = self.tokenizer.eos_token_id
+        if end in token_ids:
+            token_ids = token_ids[: token_ids.index(end) + 1]
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return Generated(text, tuple(token_ids), logits[: len(token_ids)])
+
+
+def _deltas(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each target module's path and alpha/r · B A in fp64, of an adapter without patterns."""
+    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    tensors = load_file(directory / WEIGHTS)
+    for name, a in tensors.items():
+        if ".lora_A." in name:
+            b = tensors[name.replace(".lora_A.", ".lora_B.")]
+            path = name.removeprefix("base_model.model.").partition(".lora_A.")[0]
+            rank = config["r"] ** 0.5 if config["use_rslora"] else config["r"]
+            yield path, config["lora_alpha"] / rank * (b.double() @ a.double())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of libraries about each other."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,172 @@
+"""`smolora serve` as a user runs it: a process with a HOME of its own, and a client that speaks to it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
+
+PATIENCE = 120.0
+"""Seconds for anything that should take a few; machines that run tests are busy."""
+
+
+def command(**flags: object) -> list[str]:
+    """`smolora serve` with `flags`, as `--max-queue=4` and so on, and no training workers."""
+    given = {"workers": 0, **flags}
+    smolora = str(Path(sys.executable).with_name("smolora"))
+    return [smolora, "serve", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())]
+
+
+def environment() -> dict[str, str]:
+    """This process' environment without settings of the server's. Idle threads sleep: cores are shared."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("SMOLORA_")}
+    return own | {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+class ServerProcess:
+    """A running server that is ready; `client` is connected to it."""
+
+    def __init__(self, home: Path, key: str | None = None, **flags: object) -> None:
+        """RuntimeError, with the end of its log, where it does not become ready."""
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.home = home
+        self._log = home / "log"
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.client = httpx.Client(base_url=self.url, headers=self.headers, timeout=PATIENCE, trust_env=False)
+        home.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command(home=home, port=self.port, **flags),
+                env=environment(),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(self, prompt: str, **fields: object) -> dict[str, Any]:
+        """The answer of POST /generate, greedy unless `fields` say otherwise."""
+        response = self.client.post("/generate", json={"prompt": prompt, "temperature": 0, **fields})
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def text(self, prompt: str, **fields: object) -> str:
+        """The text of its only choice."""
+        (choice,) = self.generate(prompt, **fields)["choices"]
+        return str(choice["text"])
+
+    def texts(self, prompts: Sequence[str], **fields: object) -> list[str]:
+        """`text` of each prompt, four at a time."""
+        with ThreadPoolExecutor(4) as pool:
+            return list(pool.map(lambda prompt: self.text(prompt, **fields), prompts))
+
+    @contextmanager
+    def stream(self, prompt: str, **fields: object) -> Iterator[Iterator[dict[str, Any]]]:
+        """Its events as they come; see `events`."""
+        body = {"prompt": prompt, "temperature": 0, "stream": True, **fields}
+        with self.client.stream("POST", "/generate", json=body) as response:
+            assert response.status_code == 200, response.read()
+            assert response.headers["content-type"].partition(";")[0] == "text/event-stream"
+            yield events(response.iter_lines())
+
+    def upload(self, name: str, directory: Path) -> dict[str, Any]:
+        """Publish the adapter that PEFT saved in `directory`; the version as it is listed."""
+        files = {
+            "adapter_config": (CONFIG, (directory / CONFIG).read_bytes()),
+            "adapter_model": (WEIGHTS, (directory / WEIGHTS).read_bytes()),
+        }
+        response = self.client.post(f"/adapters/{name}", files=files)
+        assert response.status_code == 201, response.text
+        version: dict[str, Any] = response.json()
+        return version
+
+    def metrics(self) -> Mapping[str, float]:
+        """Every sample of /metrics, by its name and labels."""
+        lines = self.client.get("/metrics").text.splitlines()
+        pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, _, value in pairs}
+
+    def wait_for(self, **gauges: int) -> None:
+        """Wait until /metrics shows these numbers, as in `requests_running=4`; else AssertionError."""
+        deadline = time.monotonic() + PATIENCE / 4
+        wanted = {f"smolora_{name}": float(value) for name, value in gauges.items()}
+        while not wanted.items() <= (found := self.metrics()).items():
+            assert time.monotonic() < deadline, {name: found[name] for name in wanted}
+            time.sleep(0.02)
+
+    def wait_until_idle(self) -> None:
+        """Nothing runs, nothing waits, no block is held."""
+        self.wait_for(requests_running=0, requests_waiting=0, kv_blocks_used=0)
+
+    def stores(self, digest: str) -> bool:
+        """Whether HOME has the adapter's bytes."""
+        return (self.home / "adapters" / digest[:2] / digest).exists()
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """As a machine without power would end it."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def exit_code(self) -> int:
+        return self.process.wait(timeout=PATIENCE)
+
+    def close(self) -> None:
+        """End it, however it is."""
+        self.client.close()
+        if self.process.poll() is None:
+            self.kill()
+
+    def log(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended at once:\n{self.log()[-2000:]}")
+            try:
+                if self.client.get("/ready").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+        raise RuntimeError(f"the server was not ready in time:\n{self.log()[-2000:]}")
+
+
+def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The data of server-sent events; AssertionError where one is an error, or the last is not `[DONE]`."""
+    for line in lines:
+        assert not line.startswith("event:"), f"{line} {next(lines)}"
+        if line == "data: [DONE]":
+            assert [rest for rest in lines if rest] == []
+            return
+        if line:
+            yield json.loads(line.removeprefix("data: "))
+    raise AssertionError("the stream broke off")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

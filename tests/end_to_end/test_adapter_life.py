@@ -1,0 +1,148 @@
+"""An adapter from PEFT's files to PEFT's files: uploaded, listed, served, replaced, deleted while it runs."""
+
+import io
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.end_to_end.conftest import MAX_NUM_SEQS, AdapterFiles
+from tests.end_to_end.peft_reference import CONFIG, WEIGHTS, Reference
+from tests.end_to_end.server_process import ServerProcess
+
+pytestmark = pytest.mark.real
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):",
+]
+LONG_PROMPT = (
+    "The harbour master wrote down the name of every ship that came in, where it came from and what it carried: "
+    "first the three from the north with timber and tar, then a small one with oranges. That evening he"
+)
+"""Of more than 32 tokens, so that two blocks of keys and values can be shared."""
+
+
+def test_what_peft_saved_is_served_and_what_is_downloaded_peft_loads(
+    server: ServerProcess, reference: Reference, left: Path, tmp_path: Path
+) -> None:
+    (listed,) = server.client.get("/adapters", params={"name": "left"}).json()["adapters"]
+    (version,) = listed["versions"]
+    assert (listed["latest"], version["version"], version["rank"]) == (1, 1, 4)
+
+    answers = [server.generate(prompt, adapter="left", max_tokens=12) for prompt in PROMPTS]
+    for answer in answers:
+        assert answer["adapters"] == [{"name": "left", "version": 1, "digest": version["digest"], "weight": 1.0}]
+
+    download = server.client.get("/adapters/left/1/download")
+    assert download.headers["content-type"] == "application/zip"
+    with zipfile.ZipFile(io.BytesIO(download.content)) as archive:
+        archive.extractall(tmp_path)
+    uploaded, downloaded = load_file(left / WEIGHTS), load_file(tmp_path / WEIGHTS)
+    assert uploaded.keys() == downloaded.keys()
+    assert all(torch.equal(uploaded[name], downloaded[name]) for name in uploaded)
+    with reference.adapter(tmp_path):
+        assert [answer["choices"][0]["text"] for answer in answers] == reference.texts(PROMPTS, 12)
+    base = server.texts(PROMPTS, max_tokens=12)
+    assert base == reference.texts(PROMPTS, 12)
+    assert base != [answer["choices"][0]["text"] for answer in answers]
+
+    again = server.client.post("/adapters/copy", files={"archive": ("left.zip", download.content)})
+    assert again.status_code == 201
+    assert again.json()["digest"] == version["digest"]
+
+
+def test_a_stream_outlives_its_adapter(server: ServerProcess, adapter_files: AdapterFiles) -> None:
+    digest = server.upload("short-lived", adapter_files.make(11))["digest"]
+    body = {"adapter": "short-lived", "max_tokens": 48, "ignore_eos": True}
+    undisturbed = server.text(PROMPTS[1], **body)
+    with server.stream(PROMPTS[1], **body) as events:
+        pieces = [next(events)["text"]]
+        assert server.client.delete("/adapters/short-lived").status_code == 204
+        assert server.metrics()["smolora_requests_running"] == 1
+        assert server.client.get("/adapters/short-lived").status_code == 404
+        assert_unknown(server, "short-lived")
+        assert_unknown(server, "short-lived@1")
+        assert_unknown(server, "left*0.5+short-lived*0.5")
+        assert server.stores(digest)
+        pieces += [event.get("text", "") for event in events]
+    assert "".join(pieces) == undisturbed
+    server.wait_until_idle()
+    assert not server.stores(digest)
+
+
+def test_a_request_that_waits_outlives_its_adapter(
+    server: ServerProcess, reference: Reference, adapter_files: AdapterFiles
+) -> None:
+    """Deleted before it ever ran: it was accepted, and waits for a place in the batch."""
+    directory = adapter_files.make(12)
+    with reference.adapter(directory):
+        (expected,) = reference.texts(PROMPTS[1:2], 12)
+    digest = server.upload("unlucky", directory)["digest"]
+    with ThreadPoolExecutor(1) as elsewhere:
+        with server.stream("One, two,", n=MAX_NUM_SEQS, max_tokens=400, ignore_eos=True) as running:
+            next(running)
+            waiting = elsewhere.submit(server.text, PROMPTS[1], adapter="unlucky", max_tokens=12)
+            server.wait_for(requests_running=MAX_NUM_SEQS, requests_waiting=1)
+            assert server.client.delete("/adapters/unlucky/1").status_code == 204
+            assert_unknown(server, "unlucky")
+            assert server.stores(digest)
+        assert waiting.result() == expected
+    server.wait_until_idle()
+    assert not server.stores(digest)
+
+
+def test_new_weights_under_an_old_name_never_meet_the_old_ones_blocks(
+    server: ServerProcess, reference: Reference, adapter_files: AdapterFiles
+) -> None:
+    old, new, newest = (adapter_files.make(seed) for seed in (13, 14, 15))
+    expected = {}
+    for directory in (old, new, newest):
+        with reference.adapter(directory):
+            expected[directory] = reference.texts([LONG_PROMPT], 8)[0]
+    assert len(set(expected.values())) == 3
+
+    def ask(adapter: str) -> tuple[str, int]:
+        answer = server.generate(LONG_PROMPT, adapter=adapter, max_tokens=8)
+        return answer["choices"][0]["text"], answer["usage"]["cached_tokens"]
+
+    server.upload("swapped", old)
+    assert ask("swapped") == (expected[old], 0)
+    assert ask("swapped") == (expected[old], 32)
+    assert server.upload("swapped", new)["version"] == 2
+    assert ask("swapped") == (expected[new], 0)
+    assert ask("swapped") == (expected[new], 32)
+    assert ask("swapped@1") == (expected[old], 32)
+    assert server.client.delete("/adapters/swapped").status_code == 204
+    assert_unknown(server, "swapped")
+    assert server.upload("swapped", newest)["version"] == 3
+    assert ask("swapped") == (expected[newest], 0)
+    assert ask("swapped*1.5")[1] == 0
+    server.upload("other-name", newest)
+    assert ask("other-name") == (expected[newest], 32)
+
+
+def test_what_peft_saved_but_is_not_plain_lora_is_refused_by_key(server: ServerProcess, left: Path) -> None:
+    config = (left / CONFIG).read_text(encoding="utf-8")
+    for old, new in (('"use_dora": false', '"use_dora": true'), ('"bias": "none"', '"bias": "all"')):
+        assert old in config
+        config = config.replace(old, new)
+    files = {"adapter_config": config.encode(), "adapter_model": (left / WEIGHTS).read_bytes()}
+    response = server.client.post("/adapters/refused", files=files)
+    assert response.status_code == 422
+    assert {error["loc"][-1] for error in response.json()["errors"]} == {"use_dora", "bias"}
+    assert_unknown(server, "refused")
+    for name in ("base", "smollm2-135m-instruct", "-x"):
+        response = server.client.post(f"/adapters/{name}", files=files)
+        assert response.status_code == 422
+        assert [error["loc"][-1] for error in response.json()["errors"]] == ["name"]
+
+
+def assert_unknown(server: ServerProcess, adapter: str) -> None:
+    response = server.client.post("/generate", json={"prompt": "a", "adapter": adapter})
+    assert response.status_code == 404
+    assert response.headers["content-type"] == "application/problem+json"

@@ -1,0 +1,133 @@
+"""Clients that leave, queues that are full, bodies that are wrong: none of it leaves a trace in the server."""
+
+import asyncio
+import json
+import random
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.end_to_end.conftest import MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_QUEUE, AdapterFiles
+from tests.end_to_end.peft_reference import Reference
+from tests.end_to_end.server_process import PATIENCE, ServerProcess
+from tests.server.api import conftest as fake_server
+from tests.server.api.test_bad_fields import BAD, body_with
+
+pytestmark = pytest.mark.real
+
+PROMPT = "The capital of France is"
+NUM_CLIENTS = 50
+AT_ONCE = 4
+CANCELLED = 'smolora_requests_total{outcome="cancelled"}'
+REFUSED = 'smolora_requests_total{outcome="refused"}'
+
+
+@pytest.fixture(autouse=True)
+def unharmed(server: ServerProcess, reference: Reference, left: Path) -> Iterator[None]:
+    """Afterwards the server is idle and answers as ever."""
+    yield
+    server.wait_until_idle()
+    with reference.adapter(left):
+        assert [server.text(PROMPT, adapter="left", max_tokens=6)] == reference.texts([PROMPT], 6)
+
+
+@pytest.mark.anyio
+async def test_fifty_clients_that_leave(server: ServerProcess, adapter_files: AdapterFiles, right: Path) -> None:
+    digest = server.upload("abandoned", adapter_files.make(21))["digest"]
+    chance = random.Random(0)
+    visits = [
+        (
+            {
+                "prompt": PROMPT * chance.choice([1, 1, 40]),
+                "adapter": chance.choice(["base", "abandoned", "abandoned*0.5+right*-0.5"]),
+                "n": chance.choice([1, 1, 2]),
+                "max_tokens": 200,
+                "ignore_eos": True,
+                "stream": number % 2 == 0,
+            },
+            chance.uniform(0, 1.2),
+        )
+        for number in range(NUM_CLIENTS)
+    ]
+    before = server.metrics().get(CANCELLED, 0)
+    places = asyncio.Semaphore(AT_ONCE)
+
+    async def visit(client: httpx.AsyncClient, body: dict[str, object], seconds: float) -> bool:
+        """Whether the server answered to the end before the client left."""
+        async with places:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await client.post("/generate", json=body)
+                    return True
+            return False
+
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
+        answered = await asyncio.gather(*(visit(client, body, seconds) for body, seconds in visits))
+    assert not any(answered)
+    server.wait_until_idle()
+    gone = server.metrics()[CANCELLED] - before
+    assert NUM_CLIENTS / 2 < gone <= NUM_CLIENTS  # the others left before they were taken in
+    assert server.client.delete("/adapters/abandoned").status_code == 204
+    assert not server.stores(digest)  # nobody holds it any more
+
+
+@pytest.mark.anyio
+async def test_a_full_queue_refuses_and_recovers(server: ServerProcess) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 300, "ignore_eos": True}
+    refused = server.metrics().get(REFUSED, 0)
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
+        numbers = range(MAX_NUM_SEQS + MAX_QUEUE)
+        patient = [
+            asyncio.create_task(client.post("/generate", json={**body, "stream": number % 2 == 0}))
+            for number in numbers
+        ]
+        await asyncio.to_thread(server.wait_for, requests_running=MAX_NUM_SEQS, requests_waiting=MAX_QUEUE)
+        for stream in (False, True):
+            response = await client.post("/generate", json={**body, "stream": stream})
+            assert response.status_code == 429
+            assert int(response.headers["retry-after"]) >= 1
+            assert response.headers["content-type"] == "application/problem+json"
+        assert (await client.get("/ready")).status_code == 200
+        assert server.metrics()[REFUSED] == refused + 2
+        assert not any(task.done() for task in patient)
+        for task in patient:
+            task.cancel()
+        await asyncio.wait(patient)
+
+
+def test_every_bad_field_is_named(server: ServerProcess) -> None:
+    """The table of the API's own tests, on a real server: its limit on a prompt and its answer is another one."""
+    too_many = ("max_tokens", fake_server.MAX_MODEL_LEN)
+    bodies = [
+        (field, body_with(field, MAX_MODEL_LEN if (field, value) == too_many else value)) for field, value in BAD
+    ]
+    message = {"role": "user", "content": "a"}
+    bodies += [
+        ("prompt", {}),
+        ("messages", {"prompt": "a", "messages": [message]}),
+        ("adapters", {"prompt": "a", "adapter": "left", "adapters": [{"name": "left"}]}),
+        ("prompt", {"prompt": "a " * MAX_MODEL_LEN}),
+        ("messages", {"messages": [{**message, "content": "a " * MAX_MODEL_LEN}]}),
+    ]
+    steps = server.metrics()["smolora_engine_steps_total"]
+    wrong = {}
+    for field, body in bodies:
+        content = json.dumps(body)  # which writes NaN and Infinity
+        headers = {"Content-Type": "application/json"}
+        response = server.client.post("/generate", content=content, headers=headers)
+        errors = response.json().get("errors", []) if response.status_code == 422 else []
+        if field not in [error["loc"][-1] for error in errors]:
+            wrong[content[:200]] = (field, response.status_code, response.text[:200])
+    assert wrong == {}
+    assert server.metrics()["smolora_engine_steps_total"] == steps
+
+
+def test_what_is_not_there_and_what_is_too_much(server: ServerProcess) -> None:
+    for adapter in ("nobody", "left@7", "left@prod", "left*0.5+nobody*0.5"):
+        response = server.client.post("/generate", json={"prompt": "a", "adapter": adapter})
+        assert response.status_code == 404, adapter
+    assert server.client.get("/adapters/nobody/1/download").status_code == 404
+    assert server.client.post("/generate", json={"prompt": "a" * (3 << 20)}).status_code == 413

@@ -1,0 +1,141 @@
+"""The process from its first line to its last: keys, signals, a kill, a restart, a port that is taken."""
+
+import json
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.end_to_end.conftest import AdapterFiles
+from tests.end_to_end.server_process import PATIENCE, ServerProcess, command, environment
+
+pytestmark = pytest.mark.real
+
+PROMPT = "Once upon a time, in a village"
+"""Shorter than a block, so that no answer depends on the ones before, to the last bit."""
+KEYS = "first-key, second-key"
+
+
+@dataclass(frozen=True)
+class Survivor:
+    """A server on the HOME of one that was killed, and what that one said."""
+
+    server: ServerProcess
+    listed: dict[str, Any]
+    text: str
+
+
+@pytest.fixture(scope="module")
+def survivor(
+    base_dir: Path, adapter_files: AdapterFiles, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Survivor]:
+    """Killed in the middle of a stream, and started again. With the defaults, but for the keys."""
+    home = tmp_path_factory.mktemp("killed")
+    first = ServerProcess(home, key="second-key", base_dir=base_dir, api_keys=KEYS)
+    try:
+        for seed in (31, 32):
+            first.upload("kept", adapter_files.make(seed))
+        assert first.client.delete("/adapters/kept/1").status_code == 204
+        text = first.text(PROMPT, adapter="kept", max_tokens=12)
+        listed = first.client.get("/adapters").json()
+        with first.stream(PROMPT, max_tokens=400, ignore_eos=True) as events:
+            next(events)
+            first.kill()
+            with pytest.raises(httpx.TransportError):
+                list(events)
+    finally:
+        first.close()
+    second = ServerProcess(home, key="second-key", base_dir=base_dir, api_keys=KEYS)
+    yield Survivor(second, listed, text)
+    second.close()
+
+
+def test_a_kill_loses_no_adapter(survivor: Survivor) -> None:
+    listed = survivor.server.client.get("/adapters").json()
+    assert [version["version"] for version in listed["adapters"][0]["versions"]] == [2]
+    for now, then in zip(versions(listed), versions(survivor.listed), strict=True):
+        assert now == {**then, "resident": False}
+    answer = survivor.server.generate(PROMPT, adapter="kept", max_tokens=12)
+    assert answer["choices"][0]["text"] == survivor.text
+    assert answer["adapters"][0]["version"] == 2
+    assert survivor.server.text(PROMPT, max_tokens=12) != survivor.text
+
+
+def versions(listed: dict[str, Any]) -> list[dict[str, Any]]:
+    return [version for adapter in listed["adapters"] for version in adapter["versions"]]
+
+
+def test_keys(survivor: Survivor) -> None:
+    """The server's own client uses the second key all the time."""
+    body = {"prompt": PROMPT, "max_tokens": 1}
+    with httpx.Client(base_url=survivor.server.url, timeout=PATIENCE, trust_env=False) as client:
+        for given in ("", "Bearer", "Bearer wrong-key", "Bearer first-key,second-key", "Basic first-key"):
+            headers = {"Authorization": given} if given else {}
+            for method, path in (
+                ("POST", "/generate"),
+                ("GET", "/adapters"),
+                ("GET", "/metrics"),
+                ("GET", "/docs"),
+            ):
+                response = client.request(method, path, json=body, headers=headers)
+                assert response.status_code == 401, (given, path)
+                assert response.headers["www-authenticate"].startswith("Bearer")
+                assert response.headers["content-type"] == "application/problem+json"
+        assert client.delete("/adapters/kept").status_code == 401
+        for path in ("/health", "/ready"):
+            assert client.get(path).status_code == 200
+        allowed = client.post("/generate", json=body, headers={"Authorization": "Bearer first-key"})
+        assert allowed.status_code == 200
+    assert "second-key" not in survivor.server.log()
+
+
+def test_a_signal_lets_what_runs_end(survivor: Survivor) -> None:
+    server = survivor.server
+    body = {"max_tokens": 64, "ignore_eos": True}
+    undisturbed = server.text(PROMPT, **body)
+    with server.stream(PROMPT, **body) as events:
+        pieces = [next(events)["text"]]
+        server.terminate()
+        while (ready := server.client.get("/ready")).status_code == 200:
+            pass
+        assert ready.status_code == 503
+        refused = server.client.post("/generate", json={"prompt": PROMPT})
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert server.client.get("/health").status_code == 200
+        pieces += [event.get("text", "") for event in events]
+    assert "".join(pieces) == undisturbed
+    assert server.exit_code() == 0
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_the_line_to_try_works(server: ServerProcess) -> None:
+    announced, line = server.log().partition(" is ready at ")[2].splitlines()[:2]
+    assert announced.startswith(f"http://127.0.0.1:{server.port} ")
+    answer = subprocess.run(shlex.split(line), capture_output=True, check=True, timeout=PATIENCE)
+    assert json.loads(answer.stdout)["usage"]["completion_tokens"] > 0
+
+
+def test_two_servers_cannot_have_one_port(server: ServerProcess, tmp_path: Path) -> None:
+    line = last_line(command(home=tmp_path, port=server.port))
+    assert line.startswith(f"smolora: port {server.port} on 127.0.0.1 is taken: ")
+    assert server.client.get("/ready").status_code == 200
+
+
+def test_nobody_serves_the_world_without_keys(tmp_path: Path) -> None:
+    line = last_line(command(home=tmp_path, host="0.0.0.0", port=0))
+    assert line.startswith("smolora: 0.0.0.0 can be reached from elsewhere: set SMOLORA_API_KEYS")
+
+
+def last_line(arguments: list[str]) -> str:
+    """The only line of a server that can't start; its exit code is 1."""
+    ended = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    (line,) = ended.stderr.splitlines()
+    return line

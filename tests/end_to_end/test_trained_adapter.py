@@ -1,0 +1,83 @@
+"""An adapter that PEFT trains here and now, on real data, is served as PEFT itself answers with it."""
+
+from collections.abc import Sequence
+from http import HTTPStatus
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests.end_to_end.conftest import ALL_LINEAR
+from tests.end_to_end.peft_reference import Reference
+from tests.end_to_end.server_process import ServerProcess
+
+pytestmark = pytest.mark.real
+
+STATUSES = [HTTPStatus(code) for code in (100, 202, 301, 304, 402, 403, 404, 409, 413, 422, 429, 501, 503)]
+HELD_OUT = [HTTPStatus(code) for code in (200, 405, 502)]
+IGNORED = -100  # a label that the loss leaves out
+MAX_TOKENS = 6
+
+
+def prompt(status: HTTPStatus) -> str:
+    return f"HTTP {status.value}:"
+
+
+def batch(reference: Reference, statuses: Sequence[HTTPStatus]) -> dict[str, torch.Tensor]:
+    """One row for each status, (rows, longest row): its prompt, then its phrase and the end token as labels."""
+    tokenizer = reference.tokenizer
+    prompts = [tokenizer.encode(prompt(status)) for status in statuses]
+    answers = [[*tokenizer.encode(f" {status.phrase}"), tokenizer.eos_token_id] for status in statuses]
+    width = max(len(a) + len(b) for a, b in zip(prompts, answers, strict=True))
+    rows = torch.full((3, len(statuses), width), 0)
+    rows[2] = IGNORED
+    for i, (start, answer) in enumerate(zip(prompts, answers, strict=True)):
+        end = len(start) + len(answer)
+        rows[0, i, :end] = torch.tensor([*start, *answer])
+        rows[1, i, :end] = 1
+        rows[2, i, len(start) : end] = torch.tensor(answer)
+    return dict(zip(("input_ids", "attention_mask", "labels"), rows, strict=True))
+
+
+@pytest.fixture(scope="module")
+def phrases(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rank 8 on the last six layers (so that backward is short), until it knows the phrases by heart."""
+    directory = tmp_path_factory.mktemp("phrases")
+    config = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules=ALL_LINEAR,
+        layers_to_transform=list(range(24, 30)),
+        task_type="CAUSAL_LM",
+    )
+    rows = batch(reference, STATUSES)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        with reference.new_adapter(config) as tuned:
+            trainable = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.AdamW(trainable, lr=1e-2)
+            for _ in range(14):
+                loss = tuned(**rows).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            reference.save(tuned, directory)
+    return directory
+
+
+def test_the_answers_change_as_pefts_do(server: ServerProcess, reference: Reference, phrases: Path) -> None:
+    prompts = [prompt(status) for status in (*STATUSES, *HELD_OUT)]
+    before = reference.texts(prompts, MAX_TOKENS)
+    assert server.texts(prompts, max_tokens=MAX_TOKENS) == before
+
+    server.upload("phrases", phrases)
+    with reference.adapter(phrases):
+        after = reference.texts(prompts, MAX_TOKENS)
+    learnt = [answer == f" {status.phrase}" for answer, status in zip(after, STATUSES, strict=False)]
+    assert sum(learnt) >= len(STATUSES) - 2
+    assert not set(after) & set(before)
+    assert server.texts(prompts, adapter="phrases", max_tokens=MAX_TOKENS) == after
+    assert server.texts(prompts[:4], max_tokens=MAX_TOKENS) == before[:4]
+    (choice,) = server.generate(prompts[0], adapter="phrases", max_tokens=MAX_TOKENS)["choices"]
+    assert choice["finish_reason"] == "stop"  # it has learnt to end, too

@@ -1,0 +1,139 @@
+"""/datasets as API.md has it: upload, list, use, delete."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.server.api.train_kit import ROWS, train_body
+
+pytestmark = pytest.mark.anyio
+
+JSONL = "\n".join(map(json.dumps, ROWS)).encode()
+CSV = "prompt,completion\n" + "".join(f'"{row["prompt"]}","{row["completion"]}"\n' for row in ROWS)
+
+
+async def upload(client: httpx.AsyncClient, content: bytes, name: str = "rows.jsonl") -> httpx.Response:
+    return await client.post("/datasets", files={"file": (name, content)})
+
+
+async def test_upload_list_delete(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    response = await upload(client, JSONL)
+    assert response.status_code == 201
+    dataset = response.json()
+    assert response.headers["location"] == f"/datasets/{dataset['id']}"
+    created = datetime.fromisoformat(dataset["created_at"])
+    assert timedelta() <= datetime.now(UTC) - created < timedelta(minutes=1)
+    assert dataset == {
+        "id": dataset["id"],
+        "format": "jsonl",
+        "rows": len(ROWS),
+        "bytes": len(JSONL),
+        "kinds": {"completion": len(ROWS)},
+        "digest": dataset["digest"],
+        "created_at": dataset["created_at"],
+    }
+    assert (await client.get(f"/datasets/{dataset['id']}")).json() == dataset
+    assert (await client.get("/datasets")).json() == {"datasets": [dataset]}
+    assert (await client.delete(f"/datasets/{dataset['id']}")).status_code == 204
+    assert (await client.get("/datasets")).json() == {"datasets": []}
+    for method in ("GET", "DELETE"):
+        assert (await client.request(method, f"/datasets/{dataset['id']}")).status_code == 404
+    assert not list((tmp_path / "datasets").iterdir())
+
+
+async def test_the_same_rows_are_one_data_set(client: httpx.AsyncClient) -> None:
+    first = (await upload(client, JSONL)).json()
+    again = await upload(client, CSV.encode(), "rows.CSV")
+    assert again.status_code == 201
+    assert again.json() == first
+    assert len((await client.get("/datasets")).json()["datasets"]) == 1
+
+
+async def test_the_newest_first(client: httpx.AsyncClient) -> None:
+    ids = [(await upload(client, json.dumps(row).encode())).json()["id"] for row in ROWS[:3]]
+    listed = (await client.get("/datasets")).json()["datasets"]
+    assert [dataset["id"] for dataset in listed] == ids[::-1]
+
+
+async def test_a_data_set_in_use_stays(client: httpx.AsyncClient) -> None:
+    ids = [(await upload(client, content)).json()["id"] for content in (JSONL, b'{"text": "a"}')]
+    job = (await client.post("/train", json=train_body(data=None, dataset=ids[0], validation=ids[1]))).json()
+    for dataset_id in ids:
+        response = await client.delete(f"/datasets/{dataset_id}")
+        assert response.status_code == 409
+        assert response.headers["content-type"] == "application/problem+json"
+    await client.post(f"/train/{job['id']}/cancel")
+    for dataset_id in ids:
+        assert (await client.delete(f"/datasets/{dataset_id}")).status_code == 204
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": 5}\n', ["file", 2, "text"]),
+        ("a.jsonl", b'{"text": "a"}\n\n{"prompt": "a"}\n', ["file", 3, "completion"]),
+        ("a.jsonl", b'{"text": "a"}\nnot json\n', ["file"]),
+        ("a.jsonl", b'{"text": "a\xff"}\n', ["file"]),
+        ("a.jsonl", b'{"text": "a\0"}\n', ["file"]),
+        ("a.jsonl", b"", ["file"]),
+        ("a.jsonl", b"\n\n", ["file"]),
+        ("a.csv", b"prompt,completion\na,b\nc,\n", ["file", 3, "completion"]),
+        ("a.csv", b"a,b\n1,2\n", ["file"]),
+        ("a.txt", b'{"text": "a"}', ["file"]),
+        ("a", b'{"text": "a"}', ["file"]),
+    ],
+)
+async def test_bad_files(
+    client: httpx.AsyncClient, name: str, content: bytes, place: list[str | int], tmp_path: Path
+) -> None:
+    response = await upload(client, content, name)
+    assert response.status_code == 422
+    assert place in [error["loc"] for error in response.json()["errors"]]
+    assert not list((tmp_path / "datasets").iterdir())
+
+
+async def test_lines_are_named(client: httpx.AsyncClient) -> None:
+    response = await upload(client, b'{"text": "a"}\n' * 6 + b'{"txt": "a"}\n')
+    assert "line 7" in response.json()["errors"][0]["message"]
+
+
+async def test_an_answer_to_thousands_of_bad_lines_is_short(client: httpx.AsyncClient) -> None:
+    response = await upload(client, b'{"text": 5}\n' * 50_000)
+    assert response.status_code == 422
+    assert len(response.content) < 5000
+
+
+async def test_forms_without_a_file(client: httpx.AsyncClient) -> None:
+    for files, field in (
+        ({"rows": ("a.jsonl", JSONL)}, "rows"),
+        ({"file": ("a.jsonl", JSONL), "more": ("b.jsonl", JSONL)}, "more"),
+        ([("file", ("a.jsonl", JSONL)), ("file", ("b.jsonl", JSONL))], "file"),
+        ({"file": (None, JSONL)}, "file"),
+    ):
+        response = await client.post("/datasets", files=files)  # type: ignore[arg-type]
+        assert response.status_code == 422
+        assert response.json()["errors"][0]["loc"] == [field]
+    response = await client.post("/datasets", json={"file": "a"})
+    assert response.status_code == 422
+
+
+@pytest.mark.parametrize("dataset_id", ["nothing", "ds-0", "ds-" + "0" * 32, "..", "x" * 200])
+async def test_no_such_data_set(client: httpx.AsyncClient, dataset_id: str) -> None:
+    for method in ("GET", "DELETE"):
+        assert (await client.request(method, f"/datasets/{dataset_id}")).status_code == 404
+
+
+async def test_more_than_a_json_body_may_have(client: httpx.AsyncClient) -> None:
+    content = b"".join(json.dumps({"text": f"{number} " * 100}).encode() + b"\n" for number in range(6000))
+    assert len(content) > 2 << 20
+    response = await upload(client, content)
+    assert response.status_code == 201
+    assert response.json()["rows"] == 6000
+
+
+async def test_a_file_over_its_bound(client: httpx.AsyncClient) -> None:
+    headers = {"Content-Length": str((256 << 20) + 1), "Content-Type": "multipart/form-data; boundary=x"}
+    assert (await client.post("/datasets", content=b"", headers=headers)).status_code == 413

@@ -1,0 +1,81 @@
+"""A stand-in for the adapter pool: room for a few, loads that take some steps, and some that fail."""
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+from adapters.errors import CorruptAdapter, InvalidInput, SmoloraError
+from server.engine.request import AdapterRef
+
+
+@dataclass(eq=False)
+class FakeLease:
+    """A hold in `FakeAdapters` (`sequence.Lease`)."""
+
+    gate: "FakeAdapters"
+    refs: tuple[AdapterRef, ...]
+    is_held: bool = False
+    lacks_room: bool = False
+    error: SmoloraError | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.is_held
+
+    def advance(self) -> bool:
+        return self.gate.advance(self)
+
+    def release(self) -> None:
+        if self.is_held:
+            self.gate.holds.subtract(ref.digest for ref in self.refs)
+            self.is_held = False
+
+
+@dataclass(eq=False)
+class FakeAdapters:
+    """Room for `capacity` adapters at once; a load takes a random number of steps, and some fail."""
+
+    capacity: int
+    rng: random.Random
+    max_load_steps: int = 3
+    failing: frozenset[str] = frozenset()
+    holds: Counter[str] = field(default_factory=Counter)
+    loaded: list[str] = field(default_factory=list)  # least recently loaded first
+    loading: dict[str, int] = field(default_factory=dict)  # steps to go
+
+    def lease(self, refs: tuple[AdapterRef, ...]) -> FakeLease:
+        return FakeLease(self, refs, is_held=not refs)
+
+    def tick(self) -> None:
+        for digest in list(self.loading):
+            self.loading[digest] -= 1
+            if self.loading[digest] <= 0:
+                del self.loading[digest]
+                self.loaded.append(digest)
+
+    def advance(self, lease: FakeLease) -> bool:
+        digests = [ref.digest for ref in lease.refs]
+        if lease.is_held or lease.error is not None:
+            return lease.is_held
+        if len(digests) > self.capacity:
+            lease.error = InvalidInput.of("adapter", "too many")
+            return False
+        for digest in digests:
+            if digest not in self.loaded and digest not in self.loading:
+                self.loading[digest] = self.rng.randint(1, self.max_load_steps)
+        if any(digest in self.loading for digest in digests):
+            lease.lacks_room = False
+            return False
+        if self.failing.intersection(digests):
+            self.loaded = [digest for digest in self.loaded if digest not in self.failing]
+            lease.error = CorruptAdapter("it is broken")
+            return False
+        held = {digest for digest, count in self.holds.items() if count} | set(digests)
+        lease.lacks_room = len(held) > self.capacity
+        if not lease.lacks_room:
+            self.holds.update(digests)
+            idle = [digest for digest in self.loaded if digest not in held]
+            while len(self.loaded) > self.capacity and idle:
+                self.loaded.remove(idle.pop(0))
+            lease.is_held = True
+        return lease.is_held

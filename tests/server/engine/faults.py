@@ -1,0 +1,55 @@
+"""Parts of an engine that go wrong when they are told to."""
+
+import threading
+from collections.abc import Sequence as Seq
+
+from adapters.lora import LoraWeights
+from server.engine.engine import Engine
+from server.engine.runner import Runner
+from server.engine.sampler import Sampled
+from server.engine.scheduler import Chunk, Step
+from server.engine.sequence import Sequence
+from server.model.weights import BaseModel
+from tests.server.engine.traffic import library
+
+
+class FailingRunner(Runner):
+    """The engine's runner, but steps named in `failing` (counted from 0) raise."""
+
+    def __init__(self, runner: Runner, failing: set[int]) -> None:
+        super().__init__(runner.model, runner.cache, runner.rows)
+        self.failing = failing
+        self.num_runs = 0
+
+    def run(self, chunks: Seq[Chunk]) -> list[tuple[Sequence, Sampled]]:
+        self.num_runs += 1
+        if self.num_runs - 1 in self.failing:
+            raise RuntimeError("a secret of the device")
+        return super().run(chunks)
+
+
+class BrokenScheduler:
+    """Raises in the thread, outside of what a step catches."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._scheduler = engine.scheduler
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._scheduler, name)
+
+    def schedule(self) -> Step:
+        raise AssertionError("an invariant is broken")
+
+
+class SlowLoad:
+    """Loads that end when they are told to."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self.adapters = library(base, 4)
+        self.go = threading.Event()
+        self.num_started = 0
+
+    def __call__(self, digest: str) -> LoraWeights:
+        self.num_started += 1
+        assert self.go.wait(10)
+        return self.adapters[digest]

@@ -1,0 +1,151 @@
+"""The scheduler's world without a model: sequences that grow, blocks whose content is simulated, adapters to load.
+
+After every step everything that must hold is checked: who owns which block, that each sequence reads only what it
+would have computed itself, that only sequences with ready adapters run, and that an empty step means that a load
+is under way, whose end will wake the engine.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from server.engine.kv_cache import BlockManager
+from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
+from server.engine.scheduler import Adapters, Scheduler, SchedulerLimits, Step
+from server.engine.sequence import Sequence, Status
+
+Content = tuple[bytes, tuple[int, ...]]
+
+
+@dataclass(eq=False)
+class Simulation:
+    """Steps the scheduler and plays the model. `is_loading`: whether something will wake a sleeping engine."""
+
+    limits: SchedulerLimits
+    blocks: BlockManager
+    adapters: Adapters
+    is_loading: Callable[[], bool]
+    rng: random.Random
+    on_step: Callable[[], None] = lambda: None
+    max_total: int = 0  # tokens that fit the cache
+    num_steps: int = 0
+    finished: list[Sequence] = field(default_factory=list)
+    failed: list[Sequence] = field(default_factory=list)
+    admissions: list[Sequence] = field(default_factory=list)
+    _content: dict[tuple[int, int], Content] = field(default_factory=dict)
+    _num_requests: int = 0
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(self.limits, self.blocks, self.adapters, lambda: float(self.num_steps))
+        self.max_total = self.blocks.num_usable_blocks * self.blocks.block_size
+
+    def add(
+        self, prompt: tuple[int, ...], max_tokens: int, adapters: tuple[str, ...] = (), n: int = 1
+    ) -> list[Sequence]:
+        """A request that `Engine.check` would pass: the prompt is cut to what fits."""
+        max_tokens = min(max_tokens, self.max_total - 1)
+        prompt = prompt[: self.max_total - max_tokens]
+        self._num_requests += 1
+        request = GenerationRequest(
+            str(self._num_requests),
+            prompt,
+            SamplingParams(max_tokens=max_tokens),
+            tuple(AdapterRef(digest) for digest in sorted(set(adapters))),
+            n,
+        )
+        new = [Sequence(request, i, float(self.num_steps), self.blocks.block_size) for i in range(n)]
+        for sequence in new:
+            self.scheduler.add(sequence)
+        return new
+
+    def live(self) -> list[Sequence]:
+        return list(self.scheduler.sequences())
+
+    def abort(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        self.check()
+
+    def step(self, *, crash: bool = False) -> Step:
+        """One step; with `crash` the model fails, and all sequences of the step end."""
+        before = set(self.scheduler.running)
+        step = self.scheduler.schedule()
+        self.num_steps += 1
+        self.admissions += [s for s in self.scheduler.running if s not in before]
+        self.failed += [failed.sequence for failed in step.failed]
+        self._check_step(step)
+        for chunk in step.chunks:
+            if crash:
+                self.scheduler.finish(chunk.sequence)
+                self.failed.append(chunk.sequence)
+            else:
+                self._compute(chunk.sequence, chunk.start, chunk.stop)
+        self.on_step()
+        self.check()
+        return step
+
+    def drain(self, max_steps: int) -> None:
+        """Step until everything has ended; no more than `max_steps`."""
+        for _ in range(max_steps):
+            if not self.scheduler.has_work:
+                break
+            self.step()
+        assert not self.scheduler.has_work, f"{len(self.live())} sequences have not ended after {max_steps} steps"
+        self.blocks.check([])
+        assert not self.blocks._computing
+
+    def bound(self) -> int:
+        """Far more steps than any fair schedule of what is live takes."""
+        return 100 + 20 * sum(s.num_prompt_tokens + s.request.sampling.max_tokens + 10 for s in self.live())
+
+    def _compute(self, sequence: Sequence, start: int, stop: int) -> None:
+        for position in range(start, stop):
+            block = sequence.block_table[position // self.blocks.block_size]
+            assert self.blocks._references[block] == 1, "a shared block is written"
+            self._content[block, position % self.blocks.block_size] = self._truth(sequence, position)
+        sequence.num_computed_tokens = stop
+        self.blocks.mark_computed(sequence)
+        if stop == sequence.num_tokens:
+            sequence.token_ids.append(self.rng.randrange(2))
+            if sequence.num_output_tokens == sequence.request.sampling.max_tokens:
+                self.scheduler.finish(sequence)
+                self.finished.append(sequence)
+
+    def _truth(self, sequence: Sequence, position: int) -> Content:
+        return sequence.adapter_key, tuple(sequence.token_ids[: position + 1])
+
+    def _check_step(self, step: Step) -> None:
+        scheduler, limits = self.scheduler, self.limits
+        assert len(scheduler.running) <= limits.max_num_seqs
+        scheduled = [chunk.sequence for chunk in step.chunks]
+        assert len(set(scheduled)) == len(scheduled)
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            assert sequence.status is Status.RUNNING
+            assert sequence.lease is not None
+            assert sequence.lease.ready, "a sequence runs before its adapters are there"
+            assert chunk.start == sequence.num_computed_tokens < chunk.stop <= sequence.num_tokens
+            assert chunk.stop == sequence.num_tokens or chunk.stop % limits.chunk_size == 0
+            assert chunk.stop - chunk.start <= limits.chunk_size
+            assert len(sequence.block_table) * self.blocks.block_size >= chunk.stop
+            for position in range(chunk.start):
+                place = sequence.block_table[position // self.blocks.block_size], position % self.blocks.block_size
+                assert self._content[place] == self._truth(sequence, position), (
+                    "it reads another's keys and values"
+                )
+        decoding = [s for s in scheduler.running if s.is_decoding]
+        assert set(decoding) <= set(scheduled), "a running sequence missed a step"
+        prefilled = sum(c.stop - c.start for c in step.chunks if c.sequence not in decoding)
+        assert prefilled < limits.max_prefill_tokens + limits.chunk_size
+        if not step.chunks and not step.failed:
+            assert not scheduler.running, "running sequences, and nothing to do"
+            assert not scheduler.has_work or self.is_loading(), "the engine would sleep for ever"
+
+    def check(self) -> None:
+        """Who holds what, right now."""
+        running = self.scheduler.running
+        self.blocks.check(running)
+        waiting = [s for s in self.live() if s not in running]
+        assert all(s.status is Status.WAITING and not s.block_table for s in waiting)
+        assert len(waiting) == self.scheduler.num_waiting
+        assert all(any(owner is s for s in running) for owner in self.blocks._computing.values())
+        assert all(s.lease is None and not s.block_table for s in (*self.finished, *self.failed))

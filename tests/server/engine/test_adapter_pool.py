@@ -1,0 +1,272 @@
+"""The real pool: room, eviction, failures and aborts, one load at a time."""
+
+import pytest
+import torch
+
+from adapters.errors import CorruptAdapter, InvalidInput, NotFound
+from adapters.lora import MODULES, LoraModule, LoraWeights, ModuleKey
+from server.engine.request import AdapterRef
+from tests.server.engine.pool_bench import Bench, adapter
+
+
+def test_a_cold_adapter_is_read_then_placed_and_wakes_each_time() -> None:
+    bench = Bench({"a": adapter(1.0)}, 2)
+    lease = bench.lease("a")
+    assert not lease.advance()
+    assert len(bench.executor.tasks) == 1
+    assert not lease.advance(), "asking again starts nothing new"
+    assert len(bench.executor.tasks) == 1
+    bench.executor.run_one()
+    assert bench.num_wakes == 1
+    assert not lease.advance()
+    assert lease.is_held
+    assert not lease.ready
+    assert bench.pool.resident == frozenset()
+    bench.executor.run_one()
+    assert bench.num_wakes == 2
+    assert lease.advance()
+    assert bench.pool.resident == {"a"}
+    assert (bench.pool.num_loads, bench.pool.num_evictions) == (1, 0)
+    bench.check()
+
+
+def test_the_base_needs_no_rows() -> None:
+    lease = Bench({}, 1).lease()
+    assert lease.advance()
+    assert lease.parts == ()
+
+
+def test_parts_have_each_adapters_place_and_weight() -> None:
+    bench = Bench({"a": adapter(1.0), "b": adapter(2.0)}, 4)
+    lease = bench.pool.lease((AdapterRef("a", 0.5), AdapterRef("b", -2.0)))
+    bench.ready("a", "b")
+    assert lease.advance()
+    assert [weight for _, weight in lease.parts] == [0.5, -2.0]
+    for (placement, _), digest in zip(lease.parts, "ab", strict=True):
+        assert placement is bench.pool._adapters[digest].placement
+
+
+def test_what_stays_resident_is_not_read_again() -> None:
+    bench = Bench({"a": adapter(1.0)}, 1)
+    bench.ready("a").release()
+    assert bench.lease("a").advance()
+    assert bench.num_reads == 1
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    bench = Bench({name: adapter(float(i)) for i, name in enumerate("abcd")}, 3)
+    for name in "abc":
+        bench.ready(name).release()
+    bench.ready("a").release()
+    bench.ready("d").release()
+    assert bench.pool.resident == {"a", "c", "d"}
+    assert bench.pool.num_evictions == 1
+
+
+def test_use_lasts_until_the_release() -> None:
+    bench = Bench({name: adapter(float(i)) for i, name in enumerate("abc")}, 2)
+    long_user = bench.ready("a")
+    bench.ready("b").release()
+    long_user.release()
+    bench.ready("c")
+    assert bench.pool.resident == {"a", "c"}
+
+
+def test_what_is_held_is_never_evicted() -> None:
+    bench = Bench({name: adapter(float(i)) for i, name in enumerate("abc")}, 2)
+    first, second = bench.ready("a"), bench.ready("b")
+    third = bench.lease("c")
+    third.advance()
+    bench.executor.run_all()
+    assert not third.advance()
+    assert third.lacks_room
+    assert not third.is_held
+    assert bench.pool.resident == {"a", "b"}
+    second.release()
+    third.advance()
+    bench.executor.run_all()
+    assert third.advance()
+    assert not third.lacks_room
+    assert bench.pool.resident == {"a", "c"}
+    assert first.ready
+
+
+def test_all_or_none() -> None:
+    """Two sets that overlap where only one fits: neither holds a part of what the other needs."""
+    bench = Bench({name: adapter(float(i)) for i, name in enumerate("abcd")}, 3)
+    first = bench.ready("a", "b")
+    second = bench.lease("b", "c", "d")
+    second.advance()
+    bench.executor.run_all()
+    assert not second.advance()
+    assert second.lacks_room
+    assert bench.pool.num_rows_used == 2 * len(MODULES)
+    first.release()
+    second.advance()
+    bench.executor.run_all()
+    assert second.advance()
+    bench.check()
+
+
+def test_a_set_larger_than_the_pool_is_refused() -> None:
+    bench = Bench({"a": adapter(1.0, rank=2), "b": adapter(2.0, rank=2)}, 3)
+    lease = bench.lease("a", "b")
+    lease.advance()
+    bench.executor.run_all()
+    assert not lease.advance()
+    assert isinstance(lease.error, InvalidInput)
+    assert lease.error.errors[0].loc == ("adapter",)
+    lease.release()
+    assert not bench.pool._adapters, "what was read for it alone is dropped"
+    bench.ready("a").release()
+
+
+def test_size_is_what_the_modules_need() -> None:
+    """Eight q-only adapters of rank 3 fill the rows that eight ranks of q, k and v have; one more evicts."""
+    bench = Bench({str(i): adapter(float(i), rank=3, modules=("q_proj",)) for i in range(9)}, 8)
+    for i in range(5):
+        bench.ready(str(i)).release()
+    assert bench.pool.num_evictions == 0
+    for i in range(9):
+        bench.ready(str(i)).release()
+    assert bench.pool.num_evictions > 0
+    bench.check()
+
+
+def test_an_adapter_in_the_way_of_its_own_set_does_not_block_it_for_ever() -> None:
+    """Room enough, but not in one piece: x lies in the middle, and is itself a part of what is asked for."""
+    bench = Bench({"s": adapter(1.0, rank=3), "x": adapter(2.0, rank=4), "y": adapter(3.0, rank=6)}, 10)
+    spacer = bench.ready("s")
+    bench.ready("x").release()
+    spacer.release()
+    filler = bench.lease("s")  # s is resident but idle: it can be evicted
+    filler.release()
+    bench.ready("x", "y")
+    assert bench.pool.resident == {"x", "y"}
+
+
+def test_a_failed_read_fails_its_lease_and_the_next_one_tries_again() -> None:
+    bench = Bench({"a": CorruptAdapter("gone"), "b": adapter(1.0)}, 2)
+    lease, other = bench.lease("a", "b"), bench.lease("b")
+    lease.advance()
+    other.advance()
+    bench.executor.run_all()
+    assert not lease.advance()
+    assert str(lease.error) == "gone"
+    assert not lease.advance()
+    assert len(bench.executor.tasks) == 0, "a lease that has failed reads nothing more"
+    lease.release()
+    other.advance()
+    bench.executor.run_all()
+    assert other.advance(), "b is fine"
+    bench.library["a"] = adapter(2.0)
+    bench.ready("a")
+
+
+@pytest.mark.parametrize(
+    "fault", [NotFound("no such adapter"), OSError("/secret/path"), KeyError("x"), MemoryError()]
+)
+def test_the_reason_shown_is_safe(fault: Exception) -> None:
+    bench = Bench({"a": fault}, 2)
+    lease = bench.lease("a")
+    lease.advance()
+    bench.executor.run_all()
+    lease.advance()
+    assert lease.error is not None
+    assert "secret" not in str(lease.error)
+    assert isinstance(lease.error, NotFound if isinstance(fault, NotFound) else CorruptAdapter)
+
+
+@pytest.mark.parametrize(
+    "misfit",
+    [
+        LoraWeights({ModuleKey(0, "q_proj"): LoraModule(torch.ones(1, 5), torch.ones(8, 1), 1.0)}),
+        LoraWeights({ModuleKey(1, "o_proj"): LoraModule(torch.ones(1, 4), torch.ones(5, 1), 1.0)}),
+        LoraWeights({ModuleKey(2, "q_proj"): LoraModule(torch.ones(1, 4), torch.ones(8, 1), 1.0)}),
+    ],
+    ids=["in", "out", "layers"],
+)
+def test_an_adapter_of_another_base_fails_and_leaves_no_rows_behind(misfit: LoraWeights) -> None:
+    bench = Bench({"misfit": misfit, "a": adapter(1.0), "b": adapter(2.0)}, 2)
+    first, second = bench.lease("misfit"), bench.lease("a", "misfit")
+    for lease in (first, second):
+        for _ in range(4):
+            lease.advance()
+            bench.executor.run_all()
+        assert isinstance(lease.error, CorruptAdapter)
+        assert "misfit" not in bench.pool.resident
+    first.release()
+    second.release()
+    bench.ready("a", "b")
+    bench.check()
+
+
+def test_an_abort_does_not_restart_anothers_read() -> None:
+    """Clients that give up while a slow adapter is read must not keep the others waiting for ever."""
+    bench = Bench({"a": adapter(1.0), "b": adapter(2.0)}, 4)
+    first, second = bench.lease("a"), bench.lease("a", "b")
+    first.advance()
+    second.advance()
+    assert len(bench.executor.tasks) == 2
+    first.release()
+    assert not second.advance()
+    assert len(bench.executor.tasks) == 2
+    bench.executor.run_all()
+    second.advance()
+    bench.executor.run_all()
+    assert second.advance()
+    assert bench.num_reads == 2
+
+
+def test_what_was_read_for_an_aborted_request_alone_is_dropped() -> None:
+    bench = Bench({"a": adapter(1.0)}, 1)
+    for num_done in (0, 1):
+        lease = bench.lease("a")
+        lease.advance()
+        if num_done:
+            bench.executor.run_all()
+        lease.release()
+        assert not bench.pool._adapters
+    bench.executor.run_all()
+    bench.ready("a")
+
+
+def test_an_abort_while_rows_are_filled_keeps_them_until_that_is_over() -> None:
+    bench = Bench({"a": adapter(1.0), "b": adapter(2.0)}, 1)
+    first = bench.lease("a")
+    first.advance()
+    bench.executor.run_all()
+    first.advance()
+    assert first.is_held
+    first.release()
+    second = bench.lease("b")
+    second.advance()
+    assert len(bench.executor.tasks) == 2  # a being placed, b being read
+    bench.executor.run_one(1)
+    assert not second.advance()
+    assert second.lacks_room
+    assert not second.is_held, "the rows are still being written"
+    bench.executor.run_one(0)
+    second.advance()
+    bench.executor.run_all()
+    assert second.advance()
+    bench.check()
+
+
+def test_an_adapter_without_modules() -> None:
+    bench = Bench({"nothing": LoraWeights({}), "a": adapter(1.0)}, 1)
+    lease = bench.ready("a", "nothing")
+    assert [len(placement) for placement, _ in lease.parts] == [4, 0]
+    lease.release()
+    again = bench.lease("nothing")
+    assert again.advance()
+    again.release()
+
+
+def test_leases_of_the_same_adapter_share_its_rows() -> None:
+    bench = Bench({"a": adapter(1.0)}, 1)
+    first, second = bench.ready("a"), bench.ready("a")
+    assert first.parts[0][0] is second.parts[0][0]
+    first.release()
+    assert second.ready
+    assert bench.pool._adapters["a"].num_leases == 1

@@ -1,0 +1,213 @@
+"""The engine's thread when steps fail, adapters are slow or broken, or it hangs."""
+
+import asyncio
+from collections.abc import Awaitable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+
+import pytest
+
+from adapters.errors import CorruptAdapter
+from adapters.lora import LoraWeights
+from server.engine import async_engine
+from server.engine.sampler import Sampled
+from server.engine.scheduler import Chunk, SchedulerLimits, Step
+from server.engine.sequence import Sequence
+from server.errors import EngineDead, GenerationFailed, NotReady
+from server.model.weights import BaseModel
+from tests.engine_kit import Result, build_engine, check_idle, random_adapter, run
+from tests.server.engine.async_bench import LONG, Bench, collect, errors_of, eventually, on_loop, outcome, request
+from tests.server.engine.faults import BrokenScheduler, FailingRunner, SlowLoad
+from tests.server.engine.traffic import assert_same
+
+
+def test_a_failing_step_is_survived(tiny_base: BaseModel) -> None:
+    async def main() -> None:
+        async with Bench(tiny_base, failing={2, 3}) as engine:
+            both = await asyncio.gather(*(collect(engine.submit(request(str(i)))) for i in range(2)))
+            assert any(isinstance(error, GenerationFailed) for results in both for error in errors_of(results))
+            await collect(engine.submit(request("between")))
+            assert engine.ready
+            assert not engine.dead
+            assert (await collect(engine.submit(request("fine"))))[0].finish_reason == "length"
+
+    on_loop(main())
+
+
+def test_three_failing_steps_end_everything_at_once(tiny_base: BaseModel) -> None:
+    bench = Bench(tiny_base, failing={3, 4, 5}, limits=SchedulerLimits(max_num_seqs=2))
+
+    async def main() -> None:
+        async with bench as engine:
+            found = await asyncio.gather(*(collect(engine.submit(request(str(i), n=2))) for i in range(6)))
+            errors = [error for results in found for error in errors_of(results)]
+            assert len(errors) == 12
+            assert sum(isinstance(error, GenerationFailed) for error in errors) == 6
+            assert sum(isinstance(error, EngineDead) for error in errors) == 6
+            await eventually(lambda: engine.dead)
+            assert not engine.ready
+            assert engine.num_in_flight == 0
+            assert engine.stats.kv_blocks_used == 0
+            with pytest.raises(EngineDead):
+                engine.submit(request("late"))
+
+    on_loop(main())
+    check_idle(bench.engine)
+
+
+def test_requests_that_come_while_it_dies_end_too(tiny_base: BaseModel) -> None:
+    """They lie in the inbox when the thread ends."""
+    bench = Bench(tiny_base, failing={0, 1, 2})
+
+    async def main() -> None:
+        async with bench as engine:
+            tasks = []
+            for i in range(200):
+                try:
+                    tasks.append(asyncio.create_task(outcome(engine.submit(request(str(i))))))
+                except EngineDead:
+                    break
+                await asyncio.sleep(0.0005)
+            assert len(tasks) < 200
+            for error in await asyncio.gather(*tasks):
+                assert isinstance(error, GenerationFailed | EngineDead)
+
+    on_loop(main())
+
+
+def test_a_thread_that_fails_fails_everything(tiny_base: BaseModel) -> None:
+    async def main() -> None:
+        bench = Bench(tiny_base)
+        async with bench as engine:
+            stream = engine.submit(replace(request("a"), sampling=LONG))
+            await anext(stream)
+            bench.engine.scheduler = BrokenScheduler(bench.engine)  # type: ignore[assignment]
+            with pytest.raises(EngineDead):
+                async for _ in stream:
+                    pass
+            assert engine.dead
+            assert not engine.ready
+
+    on_loop(main())
+
+
+@pytest.fixture
+def slow_load(tiny_base: BaseModel) -> Iterator[SlowLoad]:
+    load = SlowLoad(tiny_base)
+    yield load
+    load.go.set()
+
+
+def test_a_cold_adapter_does_not_stall_the_others(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
+    async def main() -> None:
+        async with Bench(tiny_base, slow_load) as engine:
+            cold = asyncio.create_task(collect(engine.submit(request("cold", {"00": 1.0}))))
+            await eventually(lambda: slow_load.num_started == 1)
+            for i in range(3):
+                await collect(engine.submit(request(f"base{i}")))
+            assert not cold.done()
+            slow_load.go.set()
+            expected = run(build_engine(tiny_base, slow_load.adapters), [request("cold", {"00": 1.0})])
+            assert_same((await cold)[0], expected["cold", 0])
+            assert engine.stats.resident == {"00"}
+
+    on_loop(main())
+
+
+def test_the_engine_sleeps_while_it_waits_for_an_adapter(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
+    bench = Bench(tiny_base, slow_load)
+    num_steps = 0
+    schedule = bench.engine.scheduler.schedule
+
+    class Counting(BrokenScheduler):
+        def schedule(self) -> Step:
+            nonlocal num_steps
+            num_steps += 1
+            return schedule()
+
+    bench.engine.scheduler = Counting(bench.engine)  # type: ignore[assignment]
+
+    async def main() -> None:
+        async with bench as engine:
+            cold = asyncio.create_task(collect(engine.submit(request("cold", {"00": 0.5, "01": 0.5}))))
+            await eventually(lambda: slow_load.num_started == 2)
+            await asyncio.sleep(0.2)
+            assert num_steps <= 3
+            slow_load.go.set()
+            await cold
+            assert num_steps <= 3 + 16 + 6
+            await asyncio.sleep(0.1)
+            before = num_steps
+            await asyncio.sleep(0.1)
+            assert num_steps == before, "it works on nothing"
+
+    on_loop(main())
+
+
+def test_an_abort_while_its_adapter_is_read(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
+    bench = Bench(tiny_base, slow_load)
+
+    async def main() -> None:
+        async with bench as engine:
+            stream = engine.submit(request("a", {"00": 1.0}))
+            await eventually(lambda: slow_load.num_started == 1)
+            await eventually(lambda: engine.stats.num_waiting == 1)
+            await stream.aclose()
+            await eventually(lambda: engine.stats.num_waiting == 0)
+            slow_load.go.set()
+            assert (await collect(engine.submit(request("b", {"00": 1.0}))))[0].finish_reason == "length"
+
+    on_loop(main())
+    check_idle(bench.engine)
+
+
+def test_a_broken_adapter_fails_its_own_requests(tiny_base: BaseModel) -> None:
+    fine = random_adapter(tiny_base.config.shape, 0)
+    is_broken = True
+
+    def load(digest: str) -> LoraWeights:
+        if is_broken and digest == "01":
+            raise CorruptAdapter("its bytes are gone")
+        return fine
+
+    async def main() -> None:
+        nonlocal is_broken
+        async with Bench(tiny_base, load) as engine:
+            good, bad = await asyncio.gather(
+                collect(engine.submit(request("good", {"00": 1.0}))),
+                collect(engine.submit(request("bad", {"00": 1.0, "01": 1.0}, n=2))),
+            )
+            assert good[0].finish_reason == "length"
+            assert [str(error) for error in errors_of(bad)] == ["its bytes are gone"] * 2
+            assert engine.ready
+            is_broken = False
+            assert (await collect(engine.submit(request("again", {"01": 1.0}))))[0].finish_reason == "length"
+
+    on_loop(main())
+
+
+def test_a_step_that_takes_too_long_is_not_ready(
+    tiny_base: BaseModel, slow_load: SlowLoad, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_engine, "_STALLED_AFTER", 0.05)
+    bench = Bench(tiny_base)
+
+    class Hanging(FailingRunner):
+        def run(self, chunks: Seq[Chunk]) -> list[tuple[Sequence, Sampled]]:
+            assert slow_load.go.wait(30)
+            return super().run(chunks)
+
+    bench.engine.runner = Hanging(bench.engine.runner, set())
+
+    async def main() -> None:
+        async with bench as engine:
+            task: Awaitable[dict[int, Result]] = asyncio.create_task(collect(engine.submit(request("a"))))
+            await eventually(lambda: not engine.ready)
+            with pytest.raises(NotReady):
+                engine.submit(request("b"))
+            assert not engine.dead
+            slow_load.go.set()
+            await task
+            await eventually(lambda: engine.ready)
+
+    on_loop(main())

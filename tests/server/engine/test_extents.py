@@ -1,0 +1,48 @@
+"""Runs of rows against a plain set of free indices."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.engine.extents import Extents
+
+
+def first_fit(free: set[int], capacity: int, length: int) -> int | None:
+    return next((s for s in range(capacity - length + 1) if free.issuperset(range(s, s + length))), None)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 40), st.lists(st.integers(1, 12) | st.floats(0, 1, exclude_max=True), max_size=60))
+def test_first_fit_and_joining(capacity: int, actions: list[int | float]) -> None:
+    """An int allocates so many; a float releases the run at that share of those held."""
+    extents, free, held = Extents(capacity), set(range(capacity)), list[tuple[int, int]]()
+    for action in actions:
+        if isinstance(action, int):
+            start = extents.allocate(action)
+            assert start == first_fit(free, capacity, action)
+            if start is not None:
+                held.append((start, action))
+                free -= set(range(start, start + action))
+        elif held:
+            start, length = held.pop(int(action * len(held)))
+            extents.release(start, length)
+            free |= set(range(start, start + length))
+        assert extents.num_free == len(free)
+    for start, length in held:
+        extents.release(start, length)
+    assert extents.num_free == capacity
+    assert not capacity or extents.allocate(capacity) == 0
+
+
+def test_an_empty_pool_has_nothing() -> None:
+    assert Extents(0).allocate(1) is None
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 4), (4, 4), (2, 3), (3, 1), (5, 2), (0, 10)])
+def test_what_is_free_can_not_be_released(start: int, length: int) -> None:
+    extents = Extents(10)
+    assert extents.allocate(10) == 0
+    extents.release(0, 4)
+    extents.release(4, 4)
+    with pytest.raises(AssertionError, match="released twice"):
+        extents.release(start, length)

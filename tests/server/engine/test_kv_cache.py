@@ -1,0 +1,201 @@
+"""Blocks: allocation, sharing by content and adapter set, eviction; against counts kept by hand."""
+
+import pytest
+
+from server.engine.kv_cache import BlockManager
+from server.engine.request import AdapterRef, GenerationRequest
+from server.engine.sequence import Sequence, adapter_key
+
+SIZE = 4
+
+
+def sequence(*token_ids: int, adapters: tuple[AdapterRef, ...] = ()) -> Sequence:
+    return Sequence(GenerationRequest("r", token_ids, adapters=adapters), 0, 0.0, SIZE)
+
+
+def admit(blocks: BlockManager, new: Sequence, num_spare_blocks: int = 0) -> bool:
+    return blocks.admit(new, num_spare_blocks=num_spare_blocks)
+
+
+def compute(blocks: BlockManager, of: Sequence, num_tokens: int | None = None) -> None:
+    stop = of.num_tokens if num_tokens is None else num_tokens
+    assert blocks.reserve(of, stop)
+    of.num_computed_tokens = stop
+    blocks.mark_computed(of)
+
+
+def test_blocks_for() -> None:
+    blocks = BlockManager(3, SIZE)
+    assert [blocks.blocks_for(n) for n in (0, 1, 4, 5, 8, 9)] == [0, 1, 1, 2, 2, 3]
+
+
+def test_at_least_one_block_besides_the_padding() -> None:
+    with pytest.raises(ValueError, match="at least one block"):
+        BlockManager(1, SIZE)
+
+
+def test_the_padding_block_is_never_handed_out() -> None:
+    blocks = BlockManager(4, SIZE)
+    holder = sequence(*range(12))
+    assert blocks.reserve(holder, 12)
+    assert sorted(holder.block_table) == [1, 2, 3]
+    assert not blocks.reserve(holder, 13)
+    assert sorted(holder.block_table) == [1, 2, 3], "a refused reservation changes nothing"
+    assert (blocks.num_free_blocks, blocks.num_used_blocks) == (0, 3)
+
+
+def test_the_same_prompt_shares_full_blocks_but_computes_its_last_token() -> None:
+    blocks = BlockManager(10, SIZE)
+    first, second, third = sequence(*range(8)), sequence(*range(8)), sequence(*range(9))
+    assert admit(blocks, first)
+    compute(blocks, first)
+    assert admit(blocks, second)
+    assert second.block_table == first.block_table[:1]
+    assert second.num_computed_tokens == 4, "the 8th token is computed, for its logits"
+    assert admit(blocks, third)
+    assert third.block_table == first.block_table[:2]
+    assert third.num_computed_tokens == 8
+    blocks.check([first, second, third])
+
+
+def test_only_filled_blocks_are_found() -> None:
+    blocks = BlockManager(10, SIZE)
+    first, second = sequence(*range(12)), sequence(*range(12))
+    assert admit(blocks, first)
+    compute(blocks, first, 7)
+    assert admit(blocks, second)
+    assert second.num_computed_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "shared"),
+    [
+        ((), (), True),
+        ((AdapterRef("a"),), (AdapterRef("a"),), True),
+        ((AdapterRef("a", 0.5), AdapterRef("b")), (AdapterRef("b"), AdapterRef("a", 0.5)), True),
+        ((), (AdapterRef("a"),), False),
+        ((AdapterRef("a"),), (AdapterRef("b"),), False),
+        ((AdapterRef("a"),), (AdapterRef("a", 0.999),), False),
+        ((AdapterRef("a"),), (AdapterRef("a", -1.0),), False),
+        ((AdapterRef("a"),), (AdapterRef("a"), AdapterRef("b")), False),
+        ((AdapterRef("a", 0.1 + 0.2),), (AdapterRef("a", 0.3),), False),
+    ],
+)
+def test_sharing_is_under_the_same_adapters_alone(
+    mine: tuple[AdapterRef, ...], theirs: tuple[AdapterRef, ...], shared: bool
+) -> None:
+    blocks = BlockManager(10, SIZE)
+    first, second = sequence(*range(9), adapters=mine), sequence(*range(9), adapters=theirs)
+    assert (adapter_key(mine) == adapter_key(theirs)) is shared
+    assert admit(blocks, first)
+    compute(blocks, first)
+    assert admit(blocks, second)
+    assert second.num_computed_tokens == (8 if shared else 0)
+
+
+def test_a_block_is_found_only_behind_the_same_beginning() -> None:
+    blocks = BlockManager(20, SIZE)
+    first, other_start = sequence(*range(9)), sequence(9, 9, 9, 9, 4, 5, 6, 7, 8)
+    assert admit(blocks, first)
+    compute(blocks, first)
+    assert admit(blocks, other_start)
+    assert other_start.num_computed_tokens == 0
+
+
+def test_content_outlives_its_owner_until_room_is_needed() -> None:
+    blocks = BlockManager(6, SIZE)
+    first = sequence(*range(9))
+    assert admit(blocks, first)
+    compute(blocks, first)
+    table = list(first.block_table)
+    blocks.free(first)
+    assert (first.block_table, first.num_computed_tokens) == ([], 0)
+    assert blocks.num_used_blocks == 0
+    again = sequence(*range(9))
+    assert admit(blocks, again)
+    assert again.block_table == table[:2]
+    blocks.free(again)
+    greedy = sequence(*range(50, 70))
+    assert admit(blocks, greedy) is False
+    assert blocks.reserve(greedy, 20)
+    blocks.free(greedy)
+    assert admit(blocks, late := sequence(*range(9)))
+    assert late.num_computed_tokens == 0
+
+
+def test_the_oldest_content_goes_first_and_of_one_sequence_its_end() -> None:
+    blocks = BlockManager(5, SIZE)
+    for start in (0, 100):
+        owner = sequence(*range(start, start + 8))
+        assert admit(blocks, owner)
+        compute(blocks, owner)
+        blocks.free(owner)
+    taker = sequence(7)
+    compute(blocks, taker)
+    for start, found in ((0, 4), (100, 8)):
+        probe = sequence(*range(start, start + 9))
+        assert admit(blocks, probe)
+        assert probe.num_computed_tokens == found
+        blocks.free(probe)
+
+
+def test_admission_leaves_spare_blocks() -> None:
+    blocks = BlockManager(6, SIZE)
+    assert not admit(blocks, sequence(*range(8)), num_spare_blocks=3)  # 8 tokens and the next one: 3 blocks of 5
+    assert admit(blocks, sequence(*range(8)), num_spare_blocks=2)
+
+
+def test_idle_shared_blocks_count_as_needed() -> None:
+    """A prefix that nobody refers to comes out of the free blocks, too."""
+    blocks = BlockManager(4, SIZE)
+    first = sequence(*range(8))
+    assert admit(blocks, first)
+    compute(blocks, first)
+    blocks.free(first)
+    second = sequence(*range(9))
+    assert not admit(blocks, second, num_spare_blocks=1)
+    assert second.block_table == []
+    blocks.check([])
+    assert admit(blocks, second)
+    compute(blocks, second)
+    blocks.check([second])
+
+
+def test_waiting_for_a_block_that_is_being_computed() -> None:
+    blocks = BlockManager(20, SIZE)
+    first, second, other = (
+        sequence(*range(9)),
+        sequence(*range(9)),
+        sequence(*range(9), adapters=(AdapterRef("a"),)),
+    )
+    assert not blocks.is_being_computed(first)
+    assert admit(blocks, first)
+    assert not blocks.is_being_computed(first)
+    assert blocks.is_being_computed(second)
+    assert not blocks.is_being_computed(other)
+    compute(blocks, first, 4)
+    assert blocks.is_being_computed(second), "its second block is on its way"
+    compute(blocks, first, 8)
+    assert not blocks.is_being_computed(second)
+
+
+def test_nobody_waits_for_one_that_is_gone() -> None:
+    blocks = BlockManager(20, SIZE)
+    first, second = sequence(*range(9)), sequence(*range(9))
+    assert admit(blocks, first)
+    first.token_ids.append(7)
+    blocks.free(first)
+    assert not blocks.is_being_computed(second)
+    assert blocks._computing == {}
+
+
+def test_freeing_twice_is_noticed() -> None:
+    blocks = BlockManager(4, SIZE)
+    holder = sequence(*range(4))
+    compute(blocks, holder)
+    table = list(holder.block_table)
+    blocks.free(holder)
+    blocks.free(holder)  # holds nothing: fine
+    holder.block_table = table
+    with pytest.raises(AssertionError, match="freed twice"):
+        blocks.free(holder)

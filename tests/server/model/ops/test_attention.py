@@ -1,0 +1,109 @@
+"""Paged attention against a loop over sequences and heads in double precision."""
+
+import random
+
+import pytest
+import torch
+
+from server.model.ops.attention import attend_decode, attend_sequence, causal_bias, plan_decode
+
+BLOCK = 4
+
+
+def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """One query of each head, q (heads, dim), over k, v (positions, kv_heads, dim)."""
+    heads, dim = q.shape
+    group = heads // k.shape[1]
+    out = torch.empty(heads, dim, dtype=torch.float64)
+    for head in range(heads):
+        keys, values = k[:, head // group].double(), v[:, head // group].double()
+        out[head] = (keys @ q[head].double() / dim**0.5).softmax(0) @ values
+    return out
+
+
+def decode_case(
+    heads: int, kv_heads: int, dim: int, lengths: list[int], seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, caches and a padded table of blocks in a random order; block 0 is zero, the rest is full."""
+    generator = torch.Generator().manual_seed(seed)
+    num_blocks = [-(-length // BLOCK) for length in lengths]
+    order = random.Random(seed).sample(range(1, sum(num_blocks) + 1), sum(num_blocks))
+    table = torch.zeros(len(lengths), max(num_blocks), dtype=torch.int64)
+    for i, count in enumerate(num_blocks):
+        table[i, :count] = torch.tensor([order.pop() for _ in range(count)])
+    shape = (sum(num_blocks) + 1, BLOCK, kv_heads, dim)
+    k, v = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    k[0], v[0] = 0, 0
+    return torch.randn(len(lengths), heads, dim, generator=generator), k, v, table
+
+
+def decode(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, lengths: list[int]
+) -> torch.Tensor:
+    plan = plan_decode(
+        table,
+        torch.tensor(lengths),
+        block_size=BLOCK,
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[2],
+        head_dim=q.shape[2],
+        dtype=q.dtype,
+    )
+    return attend_decode(plan, q, k, v)
+
+
+def own(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
+    return cache[table].flatten(0, 1)[:length]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 8), (3, 1, 10), (4, 4, 6), (1, 1, 2)])
+def test_decode(heads: int, kv_heads: int, dim: int) -> None:
+    lengths = [1, 4, 5, 17, 8]
+    q, k, v, table = decode_case(heads, kv_heads, dim, lengths)
+    found = decode(q, k, v, table, lengths)
+    for i, length in enumerate(lengths):
+        expected = naive(q[i], own(k, table[i], length), own(v, table[i], length))
+        assert torch.allclose(found[i].double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("stale", [float("nan"), float("inf"), float("-inf"), 3e38])
+def test_what_an_earlier_sequence_left_behind_has_no_effect(stale: float) -> None:
+    """A block's positions beyond a sequence's length hold whatever its last owner wrote, NaN included."""
+    lengths = [1, 6, 9]
+    q, k, v, table = decode_case(4, 2, 8, lengths)
+    clean = decode(q, k, v, table, lengths)
+    for i, length in enumerate(lengths):
+        count = -(-length // BLOCK)
+        last, used = table[i, count - 1], length - (count - 1) * BLOCK
+        k[last, used:], v[last, used:] = stale, stale
+    assert torch.equal(decode(q, k, v, table, lengths), clean)
+
+
+@pytest.mark.parametrize(("start", "new"), [(0, 1), (0, 5), (7, 1), (7, 5)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 8), (3, 1, 10), (4, 4, 6)])
+def test_sequence(heads: int, kv_heads: int, dim: int, start: int, new: int) -> None:
+    generator = torch.Generator().manual_seed(start + new)
+    q = torch.randn(new, heads, dim, generator=generator)
+    k, v = (torch.randn(start + new, kv_heads, dim, generator=generator) for _ in range(2))
+    found = attend_sequence(q, k, v, causal_bias(start, new, q.dtype, q.device))
+    for i in range(new):
+        expected = naive(q[i], k[: start + i + 1], v[: start + i + 1])
+        assert torch.allclose(found[i].double(), expected, atol=1e-5)
+
+
+def test_causal_bias() -> None:
+    inf = float("-inf")
+    bias = causal_bias(1, 3, torch.float32, torch.device("cpu"))
+    assert bias is not None
+    assert bias.tolist() == [[0, 0, inf, inf], [0, 0, 0, inf], [0, 0, 0, 0]]
+    assert causal_bias(9, 1, torch.float32, torch.device("cpu")) is None
+
+
+def test_decode_and_sequence_agree_in_bf16() -> None:
+    lengths = [3, 13]
+    q, k, v, table = decode_case(6, 2, 8, lengths)
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    found = decode(q, k, v, table, lengths)
+    for i, length in enumerate(lengths):
+        other = attend_sequence(q[i : i + 1], own(k, table[i], length), own(v, table[i], length), None)
+        assert torch.allclose(found[i].float(), other[0].float(), atol=0.05)

@@ -1,0 +1,136 @@
+"""Where adapters lie: what they need, that placing copies exactly them, and that nothing else is touched."""
+
+import pytest
+import torch
+
+from adapters.lora import MODULES, BaseShape, LoraWeights, ModuleKey
+from server.model.rank_rows import GROUPS, GroupLayout, RankRows, Run
+from tests.engine_kit import place, random_adapter
+
+SHAPE = BaseShape(
+    3,
+    {
+        "q_proj": (30, 36),
+        "k_proj": (10, 36),
+        "v_proj": (20, 36),
+        "o_proj": (36, 30),
+        "gate_proj": (50, 36),
+        "up_proj": (50, 36),
+        "down_proj": (36, 50),
+    },
+)
+CPU = torch.device("cpu")
+
+
+def pool(max_rank: int = 32, dtype: torch.dtype = torch.float32) -> RankRows:
+    return RankRows(SHAPE, max_rank=max_rank, dtype=dtype, device=CPU)
+
+
+def dense(rows: RankRows, layer: int, group: str, run: Run) -> dict[str, torch.Tensor]:
+    """What lies in an adapter's run, as each module's (out, in) matrix, scaling included."""
+    found = {}
+    unit = rows.layouts[group].unit
+    for module in run.rows.modules:
+        a = rows.a[group][layer, run.first_row + module.row :][: module.rank].double()
+        first = run.first_unit + module.unit
+        b = rows.b[group][layer, first : first + module.rank * module.out_features // unit].double()
+        found[module.module] = b.reshape(module.rank, module.out_features).t() @ a
+    return found
+
+
+def assert_holds(rows: RankRows, weights: LoraWeights, placement: dict[str, Run] | object) -> None:
+    assert isinstance(placement, dict)
+    seen = set()
+    for group, run in placement.items():
+        for layer in range(SHAPE.num_layers):
+            for name, matrix in dense(rows, layer, group, run).items():
+                module = weights.modules.get(ModuleKey(layer, name))
+                if module is None:
+                    assert not matrix.any()
+                    continue
+                seen.add(ModuleKey(layer, name))
+                expected = module.scaling * (module.b.double() @ module.a.double())
+                assert torch.allclose(matrix, expected, atol=1e-5)
+    assert seen == set(weights.modules)
+
+
+def test_layouts_are_the_fused_groups() -> None:
+    assert sum(GROUPS.values(), ()) == MODULES
+    qkv = GroupLayout.of("qkv", SHAPE)
+    assert (qkv.in_features, qkv.unit, qkv.units_per_token) == (36, 10, 6)
+    gate_up = GroupLayout.of("gate_up", SHAPE)
+    assert (gate_up.in_features, gate_up.unit, gate_up.units_per_token) == (36, 50, 2)
+
+
+def test_needs_follow_each_modules_rank() -> None:
+    ranks = {"q_proj": 4, "v_proj": 2, "down_proj": 3}
+    weights = random_adapter(SHAPE, 0, rank=lambda key: ranks[key.module], modules=ranks)
+    needs = pool().needs(weights)
+    assert set(needs) == {"qkv", "down"}
+    assert (needs["qkv"].num_rows, needs["qkv"].num_units) == (6, 4 * 3 + 2 * 2)
+    assert [(m.module, m.row, m.unit, m.out_start) for m in needs["qkv"].modules] == [
+        ("q_proj", 0, 0, 0),
+        ("v_proj", 4, 12, 40),
+    ]
+    assert (needs["down"].num_rows, needs["down"].num_units) == (3, 3)
+
+
+def test_a_module_needs_the_largest_of_its_layers_ranks() -> None:
+    weights = random_adapter(SHAPE, 0, rank=lambda key: 1 + 3 * key.layer, modules=["o_proj"])
+    assert pool().needs(weights)["o"].num_rows == 7
+
+
+def test_an_adapter_without_modules_needs_nothing() -> None:
+    assert pool().needs(LoraWeights({})) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_adapters_lie_exactly_in_their_rows(dtype: torch.dtype) -> None:
+    adapters = [
+        random_adapter(SHAPE, 0, rank=5),
+        random_adapter(SHAPE, 1, rank=lambda key: 1 + (key.layer * 5 + len(key.module)) % 4, dtype=dtype),
+        random_adapter(SHAPE, 2, rank=1, modules=["k_proj", "up_proj"], layers=[2], dtype=dtype),
+        random_adapter(SHAPE, 3, rank=8, modules=["v_proj"], layers=[0, 2]),
+    ]
+    rows = pool()
+    for weights, placement in zip(adapters, place(rows, adapters), strict=True):
+        assert_holds(rows, weights, placement)
+
+
+def test_placing_touches_no_other_row() -> None:
+    rows = pool()
+    (placement,) = place(rows, [random_adapter(SHAPE, 0, rank=3)])
+    for group, run in placement.items():
+        inside_a = slice(run.first_row, run.first_row + run.rows.num_rows)
+        inside_b = slice(run.first_unit, run.first_unit + run.rows.num_units)
+        for tensor, inside in ((rows.a[group], inside_a), (rows.b[group], inside_b)):
+            assert tensor[:, inside].isfinite().all()
+            touched = tensor.isfinite().any(-1).any(0)
+            assert touched.sum() == inside.stop - inside.start
+
+
+def test_rows_can_be_written_again() -> None:
+    rows = pool()
+    first, second = random_adapter(SHAPE, 0, rank=4), random_adapter(SHAPE, 1, rank=4, layers=[1])
+    (placement,) = place(rows, [first])
+    rows.place(second, placement)
+    assert_holds(rows, second, placement)
+
+
+def test_an_adapter_of_another_base_is_an_error() -> None:
+    features = dict(SHAPE.features) | {"o_proj": (36, 31)}
+    weights = random_adapter(BaseShape(3, features), 0, rank=2)
+    rows = pool()
+    placement = {group: Run(needs, 0, 0) for group, needs in rows.needs(weights).items()}
+    with pytest.raises(RuntimeError):
+        rows.place(weights, placement)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_are_what_is_allocated(dtype: torch.dtype) -> None:
+    rows = pool(max_rank=7, dtype=dtype)
+    allocated = sum(tensor.nbytes for tensor in (*rows.a.values(), *rows.b.values()))
+    assert allocated == 7 * RankRows.bytes_per_rank(SHAPE, dtype, CPU)
+    full = rows.needs(random_adapter(SHAPE, 0, rank=7))
+    assert all(full[group].num_rows == rows.a[group].shape[1] for group in GROUPS)
+    assert all(full[group].num_units == rows.b[group].shape[1] for group in GROUPS)

@@ -1,0 +1,47 @@
+"""Databases for the queue. SMOLORA_TEST_POSTGRES names an empty PostgreSQL database to run its tests on, too."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+from server.database import connect, migrate
+from server.training.jobs import Jobs
+from server.training.leases import Leases
+
+POSTGRES = os.environ.get("SMOLORA_TEST_POSTGRES")
+
+
+@pytest.fixture(params=["sqlite", *(["postgresql"] if POSTGRES else [])])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
+    """A database with all tables. Whatever is run on it compiles for PostgreSQL, too, or the test fails."""
+    if request.param == "sqlite":
+        engine = connect(tmp_path)
+    else:
+        assert POSTGRES is not None
+        engine = sa.create_engine(POSTGRES)
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+        migrate(engine)
+    sa.event.listen(engine, "before_execute", _compile_for_postgresql)
+    yield engine
+    engine.dispose()
+
+
+def _compile_for_postgresql(connection: sa.Connection, statement: Any, *_: object) -> None:
+    if isinstance(statement, sa.ClauseElement):
+        statement.compile(dialect=postgresql.dialect())  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture
+def jobs(engine: sa.Engine) -> Jobs:
+    return Jobs(engine)
+
+
+@pytest.fixture
+def leases(engine: sa.Engine) -> Leases:
+    return Leases(engine)
