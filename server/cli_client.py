@@ -1,4 +1,4 @@
-"""Commands that speak to a running server: `smolora generate`, `adapters`, `jobs`; `train` is in `server.cli_train`.
+"""Commands that speak to a running server: `smolora generate`, `adapters` and `jobs`; see also `server.cli_train`.
 
 Each works against any URL, with a key, and prints JSON for scripts with --json. What the server refuses is a line
 or several on stderr, and exit code 1. What is slow to import is imported when needed.
@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 INTERRUPTED = 130
+_ALL = 7  # linear modules of a layer
+_NUMBERS = ("rank", "size", "loss", "held out", "base's", "steps")
+_WHOLE = ("adapter", "job", "name", "status", *_NUMBERS)  # columns that stay on one line
 
 Document = Mapping[str, object]
 UrlOption = Annotated[str, typer.Option(envvar="SMOLORA_URL", help="Where the server is.")]
@@ -90,23 +93,21 @@ def adapters(as_json: JsonOption = False, url: UrlOption = DEFAULT_URL, api_key:
     if as_json:
         print_json({"adapters": found})
         return
-    table = _table("adapter", "aliases", "rank", "modules", "size", "loss", "base's", "from", "created")
+    table = _table("adapter", "aliases", "rank", "modules", "size", "loss", "base's")
     for adapter in found:
         names = {adapter["latest"]: ["latest"]}
         for alias, version in _of(adapter, "aliases").items():
             names.setdefault(version, []).append(alias)
         for version in cast("Sequence[Document]", adapter["versions"]):
-            metrics = _of(version, "metrics")
+            metrics, modules = _of(version, "metrics"), cast("Sequence[str]", version["target_modules"])
             table.add_row(
                 Text(f"{version['name']}@{version['version']}"),
                 Text(", ".join(names.get(version["version"], []))),
                 str(version["rank"]),
-                Text(", ".join(str(name).removesuffix("_proj") for name in _list(version, "target_modules"))),
+                ", ".join(name.removesuffix("_proj") for name in modules) if len(modules) < _ALL else "all-linear",
                 f"{cast('int', version['bytes']) / 1e6:,.1f} MB",
                 number(metrics.get("eval_loss")),
                 number(metrics.get("base_eval_loss")),
-                Text(str(version["job_id"] or "upload")),
-                _moment(version["created_at"]),
             )
     _show(table)
 
@@ -158,7 +159,7 @@ def print_json(document: Document) -> None:
 
 
 def _jobs_table(jobs: Sequence[Document]) -> Table:
-    table = _table("job", "name", "status", "steps", "loss", "held out", "base's", "adapter", "created")
+    table = _table("job", "name", "status", "steps", "loss", "held out", "base's", "adapter")
     for job in jobs:
         progress, metrics = _of(job, "progress"), _of(job, "metrics")
         status = str(job["status"])
@@ -174,7 +175,6 @@ def _jobs_table(jobs: Sequence[Document]) -> Table:
             number(metrics["eval_loss"]),
             number(metrics["base_eval_loss"]),
             Text(adapter),
-            _moment(job["created_at"]),
         )
     return table
 
@@ -182,8 +182,8 @@ def _jobs_table(jobs: Sequence[Document]) -> Table:
 def _table(*titles: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in titles:
-        is_number = title in ("rank", "size", "loss", "held out", "base's", "steps")
-        table.add_column(title, justify="right" if is_number else "left", overflow="fold")
+        justify: Literal["right", "left"] = "right" if title in _NUMBERS else "left"
+        table.add_column(title, justify=justify, overflow="fold", no_wrap=title in _WHOLE)
     return table
 
 
@@ -193,13 +193,5 @@ def _show(table: Table) -> None:
     console.print(table, width=None if console.is_terminal else 1000, crop=False)
 
 
-def _moment(value: object) -> str:
-    return str(value)[:16].replace("T", " ")
-
-
 def _of(document: Document, name: str) -> Mapping[str, object]:
     return cast("Mapping[str, object]", document[name])
-
-
-def _list(document: Document, name: str) -> Sequence[object]:
-    return cast("Sequence[object]", document[name])

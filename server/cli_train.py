@@ -138,7 +138,7 @@ def watch(client: "Client", job: Document, as_json: bool) -> int:
         typer.echo(f"smolora: the job goes on: smolora jobs {job['id']} --follow, or --cancel", err=True)
         return INTERRUPTED
     job = client.job(str(job["id"]))
-    print_json(job) if as_json else _show_end(job)
+    print_json(job) if as_json else _show_end(client, job)
     return 0 if job["status"] == "succeeded" else 1
 
 
@@ -162,14 +162,11 @@ def _validation(client: "Client", value: str) -> float | str:
 
 def _show_progress(client: "Client", job: Document) -> None:
     """A bar with the losses, and the job's messages above it."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[news]}", markup=False),
-    )
-    with Progress(*columns, console=Console(highlight=False)) as progress:
-        task = progress.add_task(str(job["id"]), total=None, news=str(job["status"]))
+    console = Console(highlight=False)
+    console.print(Text(f"{job['id']}: {job['name']}"))
+    columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[news]}", markup=False))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=None, news=str(job["status"]))
         _update(progress, task, job)
         looked_at = time.monotonic()
         for event in client.events(str(job["id"])):
@@ -199,12 +196,12 @@ def _update_losses(progress: Progress, task: TaskID, found: Document) -> None:
         if found.get(name) is not None:
             fields[name] = found[name]
     shown = {"loss": "train_loss", "held out": "eval_loss", "base": "base_eval_loss"}
-    losses = [f"{title} {number(fields[name])}" for title, name in shown.items() if name in fields]
+    losses = [f"{title} {fields[name]:.3f}" for title, name in shown.items() if name in fields]
     step = max(progress.tasks[task].completed, cast("float", found.get("step", 0)))
     progress.update(task, completed=step, news="  ".join([*losses, str(fields.get("speed", ""))]))
 
 
-def _show_end(job: Document) -> None:
+def _show_end(client: "Client", job: Document) -> None:
     console = Console(highlight=False)
     metrics = cast("Document", job["metrics"])
     if metrics["eval_loss"] is not None:
@@ -215,6 +212,9 @@ def _show_end(job: Document) -> None:
     elif job["adapter"] is not None:
         reference = "{name}@{version}".format(**cast("Document", job["adapter"]))
         console.print(Text(f'Try: smolora generate "…" --adapter {reference}'))
+    elif job["status"] == "succeeded":
+        gate = cast("Document", client.report(str(job["id"]))["gate"])
+        console.print(Text(f"No version was published: {gate['reason']}"))
 
 
 def _show_dry_run(answer: Document) -> None:

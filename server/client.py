@@ -93,6 +93,10 @@ class Client:
         """How the job stands."""
         return self._json("GET", _path("train", job_id))
 
+    def report(self, job_id: str) -> Document:
+        """The card of a job that has succeeded."""
+        return self._json("GET", _path("train", job_id, "report"))
+
     def jobs(self, status: str | None = None, limit: int = 100) -> list[Document]:
         """The newest jobs first."""
         params = {"limit": str(limit)} | ({"status": status} if status else {})
@@ -182,6 +186,8 @@ class Client:
             raise ClientError(f"{self.url} doesn't answer") from error
         except httpx.TransportError as error:
             raise ClientError(f"can't reach {self.url}: {error or type(error).__name__}") from error
+        except ValueError as error:  # NaN, or half a character, among them
+            raise ClientError(f"it can't be said in JSON: {error}") from error
 
 
 def _path(*parts: str) -> str:

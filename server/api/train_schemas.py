@@ -6,7 +6,7 @@ Bounds that the base or the data decide, and what rows look like, are `server.ap
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from adapters.expression import MAX_NAME
 from adapters.lora import MODULES
@@ -126,6 +126,15 @@ class TrainingBody(Body):
 class TrainBody(Body):
     """POST /train."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"name": "codes", "data": [{"prompt": "404 ", "completion": "Not Found"}], "lora": {"rank": 8}},
+                {"name": "tweets", "dataset": "ds-…", "validation": 0.1, "publish_if": "improves_base"},
+            ]
+        }
+    )
+
     name: str = Field(min_length=1, max_length=MAX_NAME, description="the adapter that becomes a version of it")
     data: Rows | None = Field(None, description="the rows; or give a dataset")
     dataset: str | None = Field(None, max_length=64, description="an id from POST /datasets, instead of data")
@@ -164,7 +173,7 @@ class PublishedAdapter(BaseModel):
     digest: str
 
 
-class JobRows(BaseModel):
+class RowCounts(BaseModel):
     """The rows as the job has them, tokenized."""
 
     digest: str
@@ -192,7 +201,7 @@ class JobAnswer(BaseModel):
     started_at: str | None
     finished_at: str | None
     config: dict[str, object] = Field(description="the body with every default filled in")
-    data: JobRows
+    data: RowCounts
     attempt: int = Field(description="how often a worker took it up")
 
 
@@ -230,7 +239,7 @@ class Estimate(BaseModel):
 class DryRunAnswer(BaseModel):
     dry_run: Literal[True]
     name: str
-    data: JobRows
+    data: RowCounts
     steps: int = Field(description="of the optimizer, in all")
     estimate: Estimate
     preview: list[PreviewRow]

@@ -4,7 +4,7 @@ What the rows decide is `server.api.submission`'s part.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from adapters.errors import FieldError, InvalidInput
 from adapters.expression import Term, parse, valid_name
@@ -30,8 +30,7 @@ def build_spec(body: TrainBody, library: Library, lease: Lease, max_length: int)
 
     `max_length` is what the base can read.
     """
-    library.check_name(body.name)
-    faults = [*_faults(body, max_length)]
+    faults = [*_name_faults(body.name, library), *_faults(body, max_length)]
     lora = LoraSpec(**body.lora.model_dump())
     parent = lease.parts[0] if lease.parts else None
     if parent is not None:
@@ -55,6 +54,14 @@ def build_spec(body: TrainBody, library: Library, lease: Lease, max_length: int)
         alias=body.alias,
         description=body.description,
     )
+
+
+def _name_faults(name: str, library: Library) -> Sequence[FieldError]:
+    try:
+        library.check_name(name)
+    except InvalidInput as error:
+        return error.errors
+    return ()
 
 
 def _faults(body: TrainBody, max_length: int) -> Iterator[FieldError]:

@@ -34,7 +34,7 @@ def adapter_config(spec: LoraSpec) -> LoraConfig:
 def initial_weights(spec: LoraSpec, base: BaseModel, seed: int) -> tuple[LoraWeights, LoraWeights | None]:
     """A and B of every targeted module, in fp32 on the CPU, and those that `TrainedRows` takes off again, or None.
 
-    For pissa some 15 s on the 135M base and two cores; the others take a moment.
+    For pissa some 15 s on the 135M base and two cores; the others take a second at most.
     """
     config, shape = adapter_config(spec), base.config.shape
     modules: dict[ModuleKey, LoraModule] = {}
@@ -82,8 +82,9 @@ def _principal(w: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor
 
 
 def _triangular(w: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    q, r = torch.linalg.qr(w)
-    return r[:rank].contiguous(), q[:, :rank].contiguous()
+    """A and B of W = Q R: its first r columns alone decide those of Q."""
+    q = torch.linalg.qr(w[:, :rank]).Q  # (out, r)
+    return q.t() @ w, q
 
 
 def _weight(base: BaseModel, key: ModuleKey) -> torch.Tensor:

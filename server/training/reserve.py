@@ -34,6 +34,8 @@ class Reserve:
         """Take up the space, unless that was done before. Whether it is there now."""
         if self._path.exists():
             return True
+        if self._num_free < 2 * RESERVE_BYTES:
+            return False
         beside = self._path.with_name(f"{FILE_NAME}.{os.getpid()}")
         try:
             with open(beside, "wb") as file:
@@ -65,10 +67,11 @@ class Reserve:
     @property
     def is_needed(self) -> bool:
         """Whether hardly anything can be written any more."""
-        try:
-            return shutil.disk_usage(self._home).free < _TOO_LITTLE_BYTES
-        except OSError:
-            return False
+        return self._num_free < _TOO_LITTLE_BYTES
+
+    @property
+    def _num_free(self) -> int:
+        return shutil.disk_usage(self._home).free
 
     def spend_on(self, work: Callable[[], _Result]) -> _Result:
         """`work`, which is short and may be done again: where it fails for want of space, the reserve goes."""

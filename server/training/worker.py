@@ -144,6 +144,8 @@ class Worker:
                     attempt.should_leave = True
                     child.ask_to_leave()
                 leaving += elapsed
+        child.listen()
+        attempt.progress, attempt.metrics = child.progress, child.metrics
         if code == EXIT_DONE:
             return None
         if code == EXIT_LEFT:
@@ -157,6 +159,7 @@ class Worker:
         leases, claim = self._leases, attempt.claim
         status = leases.status(claim.job_id)
         if not attempt.is_void and status is not None and not status.has_ended:
+            self._store(attempt.keep)
             if attempt.should_leave:
                 self._store(lambda: leases.release(claim))
             elif self._reserve.is_needed:
@@ -210,13 +213,17 @@ class _Attempt:
         self._has_ended.set()
         self._thread.join()
 
+    def keep(self) -> None:
+        """Keep the lease, and store how far the process is."""
+        self.wish = self._leases.heartbeat(self.claim, self._timing.lease, self.progress, self.metrics)
+
     def _run(self) -> None:
         due = 0.0
         while not self._has_ended.wait(self._timing.wish):
             try:
                 if time.monotonic() >= due:
                     due = time.monotonic() + self._timing.heartbeat
-                    self.wish = self._leases.heartbeat(self.claim, self._timing.lease, self.progress, self.metrics)
+                    self.keep()
                 else:
                     self.wish = self._leases.wish(self.claim)
             except Exception as error:  # the next one may succeed; if not, the lease is for others to take

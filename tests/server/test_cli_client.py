@@ -11,7 +11,6 @@ import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
-from adapters.catalog import Catalog
 from server.cli import app
 from server.database import connect
 from server.training.leases import Leases
@@ -121,9 +120,19 @@ def test_train_to_the_end(smolora: Run, worker: Callable[[Callable[[StandIn], ob
     job = json.loads(smolora("jobs", "--json", "--limit", "1").stdout)["jobs"][0]
     assert (job["config"]["lora"]["rank"], job["config"]["training"]["epochs"]) == (8, 2)
     assert (job["data"]["rows"], job["data"]["validation_rows"]) == (18, 2)
+    assert "codes@1" in smolora("adapters").stdout
     line = smolora("jobs", job["id"]).stdout.splitlines()[1]
     for part in (job["id"], "codes", "succeeded", "9/9", "0.5000", "0.7500", "3.0000", "codes@1"):
         assert part in line
+
+
+def test_a_gate_that_was_not_passed(
+    smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str
+) -> None:
+    worker(lambda stand_in: stand_in.succeed({"gate": {"reason": "its loss is not [below] the base's"}}))
+    result = smolora("train", rows, "--name", "codes", "--publish-if", "improves_base")
+    assert result.exit_code == 0
+    assert "No version was published: its loss is not [below] the base's" in result.stdout
 
 
 def test_train_for_scripts(smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str) -> None:
@@ -259,9 +268,3 @@ def test_nobody_there(smolora: Run) -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("smolora: can't reach http://127.0.0.1:9: ")
     assert result.stderr.count("\n") == 1
-
-
-def test_what_a_stand_in_published_is_listed(server: Running) -> None:
-    """The commands above really met the server's database."""
-    catalog = Catalog(connect(server.services.settings.home))
-    assert "codes" in [adapter.name for adapter in catalog.list()]

@@ -124,7 +124,7 @@ def test_events_of_no_job() -> None:
     ],
 )
 def test_something_else_listens_there(answer: tuple[int, str, bytes]) -> None:
-    with scripted(Script(answer)) as client, pytest.raises(ClientError, match="doesn't speak|answered"):
+    with scripted(Script(answer)) as client, pytest.raises(ClientError, match=r"doesn't speak|answered"):
         client.job("a")
 
 
@@ -155,3 +155,9 @@ def test_an_answer_that_fails_midway() -> None:
         pytest.raises(ClientError, match="broke off"),
     ):
         list(client.stream({"prompt": "a"}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), "\udcff"])
+def test_what_json_has_no_words_for(value: object) -> None:
+    with scripted(Script()) as client, pytest.raises(ClientError, match="JSON"):
+        client.generate({"prompt": value})

@@ -73,9 +73,7 @@ async def list_jobs(
     after: Annotated[str | None, Query(max_length=256, description="the last id of the page before")] = None,
 ) -> Response:
     """Jobs, the newest first. `next`, where it isn't null, is the next page's `after`."""
-    found = await to_thread.run_sync(services.jobs.list, status, limit + 1, after)
-    page = [job_document(job) for job in found[:limit]]
-    return wire.answer({"jobs": page, "next": found[limit - 1].id if len(found) > limit else None})
+    return await to_thread.run_sync(_page, services.jobs, status, limit, after)
 
 
 @router.get(
@@ -114,8 +112,7 @@ async def get_events(
 ) -> Response:
     """What happened to the job: messages, and the metrics of steps."""
     if _SSE not in request.headers.get("accept", "").lower():
-        found = await to_thread.run_sync(services.jobs.events, job_id, after, limit)
-        return wire.answer([event_document(event) for event in found])
+        return await to_thread.run_sync(_events, services.jobs, job_id, after, limit)
     await to_thread.run_sync(services.jobs.get, job_id)  # or there is none
     return EventStream(follow(services.jobs, job_id, after if last_id is None else last_id), _nothing)
 
@@ -187,6 +184,16 @@ def _dry_run(services: Services, body: TrainBody) -> dict[str, object]:
     with services.submissions.prepared(body) as prepared:
         estimate = services.estimator.estimate(prepared.spec, prepared.data)
         return dry_run_document(prepared, estimate, services.decode)
+
+
+def _page(jobs: Jobs, status: Status | None, size: int, after: str | None) -> Response:
+    found = jobs.list(status, size + 1, after)
+    page = [job_document(job) for job in found[:size]]
+    return wire.answer({"jobs": page, "next": found[size - 1].id if len(found) > size else None})
+
+
+def _events(jobs: Jobs, job_id: str, after: int, limit: int) -> Response:
+    return wire.answer([event_document(event) for event in jobs.events(job_id, after, limit)])
 
 
 async def _steer(move: Callable[[str], Job], job_id: str) -> Response:

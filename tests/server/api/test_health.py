@@ -54,6 +54,16 @@ async def test_the_document_knows_every_route_and_problem(client: httpx.AsyncCli
         "/adapters/{name}",
         "/adapters/{name}/{version}",
         "/adapters/{name}/{version}/download",
+        "/train",
+        "/train/{job_id}",
+        "/train/{job_id}/events",
+        "/train/{job_id}/cancel",
+        "/train/{job_id}/pause",
+        "/train/{job_id}/resume",
+        "/train/{job_id}/report",
+        "/train/{job_id}/download",
+        "/datasets",
+        "/datasets/{dataset_id}",
         "/health",
         "/ready",
         "/metrics",
@@ -67,5 +77,11 @@ async def test_the_document_knows_every_route_and_problem(client: httpx.AsyncCli
     body = document["components"]["schemas"]["GenerateBody"]
     assert body["examples"]
     assert body["properties"]["n"] == {**body["properties"]["n"], "minimum": 1, "maximum": 16, "default": 1}
-    assert "multipart/form-data" in document["paths"]["/adapters/{name}"]["post"]["requestBody"]["content"]
+    for path in ("/adapters/{name}", "/datasets"):
+        assert "multipart/form-data" in document["paths"][path]["post"]["requestBody"]["content"]
+    train = document["paths"]["/train"]["post"]
+    assert {"200", "202", "401", "404", "413", "422", "429", "503"} == set(train["responses"])
+    body = document["components"]["schemas"]["TrainBody"]
+    assert body["examples"]
+    assert body["properties"]["training"]["default"]["max_length"] == 512
     assert (await client.get("/docs")).status_code == 200

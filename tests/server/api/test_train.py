@@ -10,10 +10,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from server.model.weights import BaseModel
 from server.training.job_data import JobData
 from server.training.leases import Leases
+from server.training.model_card import model_card
+from server.training.report import build_report
 from tests.server.api.peft_files import as_parts, peft_files
 from tests.server.api.train_kit import CONFIG, ROWS, StandIn, train_body
+from tests.server.training.report_kit import FOUND, SPEC
 from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
@@ -401,6 +405,24 @@ async def test_adapters_have_their_own_download(client: httpx.AsyncClient, lease
     StandIn(leases).succeed(digest="0" * 64)
     response = await client.get(f"/train/{job_id}/download")
     assert "/adapters/codes/1/download" in response.json()["detail"]
+
+
+async def test_the_card_lies_in_the_download(
+    client: httpx.AsyncClient, leases: Leases, tiny_base: BaseModel
+) -> None:
+    digest = (await client.post("/adapters/up", files=as_parts(*peft_files()))).json()["digest"]
+    await submit(client)
+    report = build_report(SPEC, tiny_base, FOUND)
+    StandIn(leases).succeed(report, digest=digest)
+    for path, names in (("up/1", set()), ("codes/1", {"README.md"})):
+        response = await client.get(f"/adapters/{path}/download")
+        with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
+            assert archive.testzip() is None
+            assert set(archive.namelist()) == {"adapter_config.json", "adapter_model.safetensors"} | names
+            if names:
+                assert archive.read("README.md").decode() == model_card(report)
+    again = await client.post("/adapters/copy", files={"archive": ("a.zip", response.content)})
+    assert again.json()["digest"] == digest
 
 
 async def test_data_beyond_a_body_goes_through_datasets(client: httpx.AsyncClient) -> None:

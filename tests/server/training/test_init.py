@@ -183,7 +183,8 @@ def test_training_starts_at_the_base(init: Init, dtype: torch.dtype, tiny_base: 
     plain = model.logits(model.forward(token_ids, attention.positions, attention, NoAdapters()))
     assert (ours - plain).abs().max() == 0
     if init in TAKEN_OFF:
-        alone = model.logits(model.forward(token_ids, attention.positions, attention, rows_of(weights, base, None, dtype)))
+        share = rows_of(weights, base, None, dtype)
+        alone = model.logits(model.forward(token_ids, attention.positions, attention, share))
         assert (alone - plain).abs().max() > 0.5, "what is taken off is large"
 
 

@@ -352,17 +352,20 @@ def test_attempts_count_where_no_new_checkpoint_was_made(jobs: Jobs, leases: Lea
 def test_a_crash_lets_others_go_first_for_a_moment(jobs: Jobs, leases: Leases) -> None:
     submit(jobs, "j1")
     submit(jobs, "j2")
+    for _ in range(3):
+        leases.crashed(claim_first(leases), "ended with exit code 1", max_delay=0.0)
+    claim = claim_first(leases)
     start = time.monotonic()
-    leases.crashed(claim_first(leases), "ended with exit code 1", max_delay=0.2)
+    leases.crashed(claim, "ended with exit code 1")  # the fourth in a row: 0.1 · 2⁴ s
     job = jobs.get("j1")
     assert (job.status, job.error, job.position) == (Status.QUEUED, None, 1)
-    assert "attempt 1: ended with exit code 1" in messages(jobs, "j1")
+    assert "attempt 4: ended with exit code 1" in messages(jobs, "j1")
     assert claim_first(leases).job_id == "j2"
     assert leases.claim("w") is None
-    while (claim := leases.claim("w")) is None:
+    while (again := leases.claim("w")) is None:
         time.sleep(0.01)
-    assert claim == Claim("j1", 2, "w")
-    assert time.monotonic() - start >= 0.18
+    assert again == Claim("j1", 5, "w")
+    assert time.monotonic() - start >= 1.55
 
 
 def test_what_is_released_goes_back_to_its_old_place(jobs: Jobs, leases: Leases) -> None:

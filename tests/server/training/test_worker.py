@@ -220,6 +220,7 @@ def test_pause_and_resume_give_the_undisturbed_result(
             jobs.pause("j1")
             until(lambda: jobs.get("j1").status is Status.PAUSED)
             assert time.monotonic() - start < 3.0
+            assert jobs.get("j1").progress["step"] == steps_done(tmp_path, "j1")[-1][2]
             until(lambda: jobs.get("j2").status.has_ended)  # the worker was free
             jobs.resume("j1")
         until(lambda: jobs.get("j1").status.has_ended)
