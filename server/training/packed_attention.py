@@ -73,4 +73,4 @@ def _similar(lengths: Sequence[int]) -> list[list[tuple[int, int]]]:
     for length in lengths:
         groups.setdefault((length - 1).bit_length(), []).append((start, length))
         start += length
-    return [groups[size] for size in sorted(groups)]
+    return list(groups.values())

@@ -151,7 +151,7 @@ class _Attempt:
             run.checkpoint()
             raise
         latest = self._latest_evaluation(data)
-        gate = decide(spec.publish_if, outcome.tuned, outcome.base, latest)
+        gate = decide(spec.publish_if, outcome.tuned, outcome.base, latest, spec.method)
         adapter = None
         if outcome.weights is not None:
             config = adapter_config(spec.lora) if parent is None else parent.config

@@ -110,9 +110,9 @@ def test_train_to_the_end(smolora: Run, worker: Callable[[Callable[[StandIn], ob
         "started",
         "succeeded: codes@1",
         "9/9",
-        "loss 0.5000",
-        "held out 0.7500",
-        "base 3.0000",
+        "loss 0.500 ",
+        "held out 0.750 ",
+        "base 3.000 ",
     ):
         assert news in result.stdout
     assert "held-out loss 0.7500, the untouched base's 3.0000" in result.stdout

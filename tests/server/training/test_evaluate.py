@@ -15,7 +15,7 @@ from server.model.chat import ChatMessage, PromptEncoder
 from server.model.smollm import NoAdapters
 from server.model.weights import BaseModel
 from server.training.encoding import Reference, RowEncoder
-from server.training.evaluate import MORE_TOKENS, Evaluation, evaluate, exact_match
+from server.training.evaluate import MORE_TOKENS, Evaluation, _may_become, evaluate, exact_match
 from server.training.examples import Example, Examples
 from server.training.rows import CompletionRow, MessagesRow, Row, TextRow
 from tests.engine_kit import random_adapter
@@ -201,6 +201,26 @@ def test_a_completion_is_given_up_once_it_cannot_match(tiny_base: BaseModel, tin
     assert 0 < len(steps) < 20
 
 
+@pytest.mark.parametrize(
+    ("text", "may"),
+    [
+        ("", True),
+        (" \n", True),
+        ("  a", True),
+        ("a b", True),
+        ("\ta b c", True),
+        ("a b c \n", True),
+        ("a b c \nd", False),
+        ("a b cd", False),
+        ("a  b", False),
+        ("b", False),
+    ],
+)
+def test_what_may_still_become_the_reference(text: str, may: bool) -> None:
+    """Space before and after it is no fault; in it, it is."""
+    assert _may_become(text, "a b c") is may
+
+
 def test_between_steps(tiny_base: BaseModel) -> None:
     def stop() -> None:
         raise InterruptedError
@@ -218,7 +238,6 @@ def test_no_references_and_no_room(tiny_base: BaseModel) -> None:
 
 
 ROWS: tuple[Row, ...] = (
-    CompletionRow("Question: what is 7 * 8?\nAnswer:", " 56"),
     CompletionRow("The capital of France is", " Paris."),
     CompletionRow("2 + 2 =", " 4"),
     TextRow("The quick brown fox jumps over the lazy dog."),
@@ -233,32 +252,30 @@ ROWS: tuple[Row, ...] = (
 
 @pytest.mark.real
 def test_the_real_base(real_base: BaseModel, hf_base_dir: Path) -> None:
-    """Rows of all kinds, the base and an adapter; exact match on what the model really answers."""
+    """Rows of all kinds under the base and an adapter; exact match on what the adapter really answers."""
     reference = load_reference(hf_base_dir)
     encoder = RowEncoder(PromptEncoder(real_base.tokenizer), real_base.config.eos_token_ids[0])
     examples = encoder.encode_all(ROWS, 128).examples
     model = model_of(real_base)
     tuned = random_adapter(real_base.config.shape, 0, rank=8, modules=["v_proj"], layers=[3, 20], strength=0.3)
-    losses = []
-    for adapter in (None, tuned):
-        found = evaluate(model, NoAdapters() if adapter is None else rows_of(adapter, real_base), examples)
-        asked = encoder.references(ROWS)
-        assert len(asked) == 4
-        with merged(reference, [] if adapter is None else [(adapter, 1.0)]):
-            loss, accuracy, _ = measured(reference, examples)
-            limits = [one.num_tokens + MORE_TOKENS for one in asked]
-            answers = [
-                text_of(real_base, greedy(reference, real_base, one.prompt, limit))
-                for one, limit in zip(asked, limits, strict=True)
-            ]
-        assert found.loss == pytest.approx(loss, abs=1e-4)
-        assert found.accuracy == pytest.approx(accuracy, abs=1e-6)
-        losses.append(loss)
-        answered = [replace(one, text=answer) for one, answer in zip(asked, answers, strict=True)]
-        assert exact_match(real_base, adapter, answered) == 1
-        matches = [one.text.strip() == answer.strip() for one, answer in zip(asked, answers, strict=True)]
-        assert exact_match(real_base, adapter, asked) == sum(matches) / 4
-    assert abs(losses[0] - losses[1]) > 1e-3
+    plain = evaluate(model, NoAdapters(), examples)
+    assert plain.loss == pytest.approx(measured(reference, examples)[0], abs=1e-4)
+    found = evaluate(model, rows_of(tuned, real_base), examples)
+    asked = encoder.references(ROWS)
+    assert len(asked) == 3
+    with merged(reference, [(tuned, 1.0)]):
+        loss, accuracy, _ = measured(reference, examples)
+        answers = [
+            text_of(real_base, greedy(reference, real_base, one.prompt, one.num_tokens + MORE_TOKENS))
+            for one in asked
+        ]
+    assert found.loss == pytest.approx(loss, abs=1e-4)
+    assert found.accuracy == pytest.approx(accuracy, abs=1e-6)
+    assert abs(loss - plain.loss) > 1e-3
+    answered = [replace(one, text=answer) for one, answer in zip(asked, answers, strict=True)]
+    assert exact_match(real_base, tuned, answered) == 1
+    matches = [one.text.strip() == answer.strip() for one, answer in zip(asked, answers, strict=True)]
+    assert exact_match(real_base, tuned, asked) == sum(matches) / 3
 
 
 def test_which_adapter_it_is(tiny_base: BaseModel, tiny_base_dir: Path) -> None:

@@ -129,7 +129,7 @@ def test_killed_at_random_it_ends_as_if_undisturbed(
     """SIGKILL to the process of the job, or to the worker, whose process must then die as well."""
     num_steps, rng = 200, random.Random(1)
     submit_stub(tmp_path, jobs, "j1", steps=num_steps, seconds=0.01, every=7)
-    kills = ["worker", "child"] * 3
+    kills = ["worker", "child"] * 2
     rng.shuffle(kills)
     for kill in kills:
         with worker_process(tmp_path) as worker:
@@ -147,7 +147,7 @@ def test_killed_at_random_it_ends_as_if_undisturbed(
     with worker_process(tmp_path):
         until(lambda: jobs.get("j1").status.has_ended)
     job = check_published_once(jobs, engine, "j1", num_steps)
-    assert job.attempt >= 7
+    assert job.attempt >= 5
     assert job.error is None
     for token in range(1, job.attempt + 1):  # each attempt goes on from a checkpoint of those before
         mine = [step for other, _, step in steps_done(tmp_path, "j1") if other == token]

@@ -1,0 +1,131 @@
+"""A whole run on the tiny base: it learns, goes on from checkpoints to the same bytes, and keeps the best."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from http import HTTPStatus
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.lora import LoraWeights
+from server.model.chat import PromptEncoder
+from server.model.weights import BaseModel, digest_of
+from server.training.checkpoint import Checkpoints
+from server.training.encoding import RowEncoder
+from server.training.job_data import JobData
+from server.training.report import DataFacts
+from server.training.rows import CompletionRow
+from server.training.run import Outcome, Run
+from server.training.spec import JobSpec, LoraSpec, TrainingSpec
+from server.training.trainer import TrainingDiverged
+
+SPEC = JobSpec(
+    "codes",
+    lora=LoraSpec(rank=8, alpha=16.0),
+    training=TrainingSpec(epochs=10, learning_rate=1e-2, batch_size=4, max_length=48, checkpoint_steps=3),
+)
+
+
+class Disturbed(Exception):
+    """Stands for whatever ends an attempt."""
+
+
+class Listener:
+    """Notes what a run says, and may end it before a micro-batch."""
+
+    def __init__(self, end_before: int | None = None) -> None:
+        self.steps: list[int] = []
+        self.checkpoints: list[int] = []
+        self._left = end_before
+
+    def between(self) -> None:
+        if self._left is not None:
+            self._left -= 1
+            if self._left < 0:
+                raise Disturbed
+
+    def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
+        assert progress["total_steps"]
+
+    def metrics(self, message: str, data: Mapping[str, object]) -> None:
+        step = data["step"]
+        assert isinstance(step, int)
+        self.steps.append(step)
+
+    def checkpointed(self, step: int) -> None:
+        self.checkpoints.append(step)
+
+
+@pytest.fixture(scope="module")
+def data(tiny_base: BaseModel) -> JobData:
+    rows = [CompletionRow(str(s.value), f" {s.phrase}") for s in list(HTTPStatus)[:12]]
+    eos = tiny_base.config.eos_token_ids
+    encoder = RowEncoder(PromptEncoder(tiny_base.tokenizer), eos[0], eos)
+    examples = encoder.encode_all(rows, 48).examples
+    facts = DataFacts("d", len(rows), examples.num_tokens, examples.num_targets, 0, "d", len(rows))
+    return JobData(examples, examples, encoder.references(rows), facts)
+
+
+def run(
+    base: BaseModel, data: JobData, directory: Path, spec: JobSpec = SPEC, token: int = 1, end: int | None = None
+) -> tuple[Outcome, Listener]:
+    listener = Listener(end)
+    return Run(spec, data, base, Checkpoints(directory, token), listener).run(), listener
+
+
+def tensors(weights: LoraWeights | None) -> list[torch.Tensor]:
+    assert weights is not None
+    return [
+        tensor for key in sorted(weights.modules) for tensor in (weights.modules[key].a, weights.modules[key].b)
+    ]
+
+
+def test_it_learns_and_leaves_the_base_alone(tiny_base: BaseModel, data: JobData, tmp_path: Path) -> None:
+    before = digest_of(tiny_base.config, tiny_base.weights)
+    outcome, listener = run(tiny_base, data, tmp_path)
+    assert outcome.base is not None
+    assert outcome.tuned is not None
+    assert outcome.tuned.loss < 0.5 * outcome.base.loss
+    assert outcome.tuned.accuracy > outcome.base.accuracy
+    assert listener.steps == list(range(1, 31))
+    assert digest_of(tiny_base.config, tiny_base.weights) == before
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_disturbed_anywhere_it_ends_in_the_same_bytes(
+    tiny_base: BaseModel, data: JobData, tmp_path: Path, method: str, dropout: float
+) -> None:
+    spec = replace(SPEC, method=method, lora=replace(SPEC.lora, dropout=dropout))
+    whole, _ = run(tiny_base, data, tmp_path / "whole", spec)
+    token = 0
+    for end in (3, 16, 5, 4):
+        token += 1
+        with pytest.raises(Disturbed):
+            run(tiny_base, data, tmp_path / "parts", spec, token, end)
+    last, listener = run(tiny_base, data, tmp_path / "parts", spec, token + 1)
+    assert listener.steps[0] > 1, "it went on from a checkpoint"
+    if method == "full":
+        assert whole.tuned_base is not None
+        assert last.tuned_base is not None
+        pairs = zip(whole.tuned_base.weights.tensors(), last.tuned_base.weights.tensors(), strict=True)
+        assert all(torch.equal(first, second) for (_, first), (_, second) in pairs)
+    else:
+        assert all(map(torch.equal, tensors(whole.weights), tensors(last.weights)))
+    assert whole.tuned == last.tuned
+
+
+def test_the_best_evaluation_is_what_is_left(tiny_base: BaseModel, data: JobData, tmp_path: Path) -> None:
+    training = replace(SPEC.training, eval_steps=2, learning_rate=1e-2, early_stopping_patience=2)
+    outcome, _ = run(tiny_base, data, tmp_path, replace(SPEC, training=training))
+    curve = dict(outcome.counters.eval_curve)
+    assert outcome.tuned is not None
+    assert outcome.step == min(curve, key=lambda step: curve[step])
+    assert outcome.tuned.loss == pytest.approx(min(curve.values()), rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_fails_with_a_hint(tiny_base: BaseModel, data: JobData, tmp_path: Path) -> None:
+    training = replace(SPEC.training, learning_rate=1e20, warmup_ratio=0.0)
+    with pytest.raises(TrainingDiverged, match="learning_rate"):
+        run(tiny_base, data, tmp_path, replace(SPEC, training=training))
