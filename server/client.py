@@ -119,8 +119,8 @@ class Client:
             except ClientError as error:
                 if not error.may_pass or num_failures == len(self._retries):
                     raise
-            time.sleep(self._retries[num_failures])
-            num_failures += 1
+                num_failures += 1
+            time.sleep(self._retries[max(0, num_failures - 1)])
 
     def adapters(self) -> Iterator[Document]:
         """All adapters by name, with their versions."""

@@ -103,10 +103,14 @@ async def follow(
     jobs: Jobs,
     job_id: str,
     after: int,
+    is_ending: Callable[[], bool] = lambda: False,
     poll: float = _POLL_SECONDS,
     keep_alive: float = KEEP_ALIVE_SECONDS,
 ) -> AsyncIterator[bytes]:
-    """Server-sent events: those after `after`, then what happens, until the job has ended. Seconds."""
+    """Server-sent events: those after `after`, then what happens, until the job has ended, or the server is ending.
+
+    `poll` and `keep_alive` are seconds.
+    """
 
     def look(after: int) -> tuple[Status, list[Event]]:
         # the status first: what has ended then has no event that isn't read now
@@ -121,7 +125,7 @@ async def follow(
             after, sent_at = event.seq, time.monotonic()
         if len(found) == _EVENTS_AT_ONCE:
             continue
-        if status.has_ended:
+        if status.has_ended or is_ending():
             return
         if time.monotonic() - sent_at >= keep_alive:
             yield b": still there\n\n"

@@ -82,6 +82,11 @@ class AsyncEngine:
         return self._thread.is_alive() and not (self._is_dead or self._is_draining or self._is_stalled)
 
     @property
+    def draining(self) -> bool:
+        """Whether it takes nothing new, for good: the process is about to end."""
+        return self._is_draining
+
+    @property
     def dead(self) -> bool:
         """Whether the engine can't go on; the process should end."""
         return self._is_dead

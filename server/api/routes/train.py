@@ -114,7 +114,8 @@ async def get_events(
     if _SSE not in request.headers.get("accept", "").lower():
         return await to_thread.run_sync(_events, services.jobs, job_id, after, limit)
     await to_thread.run_sync(services.jobs.get, job_id)  # or there is none
-    return EventStream(follow(services.jobs, job_id, after if last_id is None else last_id), _nothing)
+    events = follow(services.jobs, job_id, after if last_id is None else last_id, lambda: services.engine.draining)
+    return EventStream(events, _nothing)
 
 
 @router.post(

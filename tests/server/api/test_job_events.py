@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from server.api.job_answers import follow
 from server.training.jobs import Jobs
 from server.training.leases import Leases
-from tests.server.api.fakes import Caller, until
+from tests.server.api.fakes import Caller, FakeEngine, until
 from tests.server.api.train_kit import StandIn, train_body
 
 pytestmark = pytest.mark.anyio
@@ -155,6 +155,15 @@ async def test_more_events_than_are_read_at_once(client: httpx.AsyncClient, jobs
     listener = Listener(jobs, job_id)
     await asyncio.wait_for(listener.task, 20)
     assert [seq for seq, _ in parse(b"".join(listener.pieces))] == list(range(1, 1203))
+
+
+async def test_a_server_that_ends(app: FastAPI, client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    job_id = await submit(client)
+    caller = Caller(app, f"/train/{job_id}/events", None, "GET", [(b"accept", b"text/event-stream")])
+    await until(lambda: len(caller.sent) >= 3)
+    engine.drain()
+    await asyncio.wait_for(caller.task, 5)
+    assert caller.sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
 
 
 async def test_a_listener_that_leaves(app: FastAPI, client: httpx.AsyncClient) -> None:
