@@ -107,7 +107,7 @@ async def follow(
     poll: float = _POLL_SECONDS,
     keep_alive: float = KEEP_ALIVE_SECONDS,
 ) -> AsyncIterator[bytes]:
-    """Server-sent events: those after `after`, then what happens, until the job has ended, or the server is ending.
+    """Server-sent events: those after `after`, then what happens until the job or the server ends.
 
     `poll` and `keep_alive` are seconds.
     """

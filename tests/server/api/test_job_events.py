@@ -13,15 +13,11 @@ from server.api.job_answers import follow
 from server.training.jobs import Jobs
 from server.training.leases import Leases
 from tests.server.api.fakes import Caller, FakeEngine, until
-from tests.server.api.train_kit import StandIn, train_body
+from tests.server.api.train_kit import StandIn, submit
 
 pytestmark = pytest.mark.anyio
 
 SSE = {"Accept": "text/event-stream"}
-
-
-async def submit(client: httpx.AsyncClient) -> str:
-    return str((await client.post("/train", json=train_body())).json()["id"])
 
 
 def parse(stream: bytes) -> list[tuple[int, dict[str, object]]]:

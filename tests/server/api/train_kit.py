@@ -2,6 +2,8 @@
 
 from http import HTTPStatus
 
+import httpx
+
 from adapters.catalog import NewVersion, Version
 from server.training.leases import Claim, Leases
 
@@ -49,6 +51,13 @@ def train_body(**fields: object) -> dict[str, object]:
     """Twenty rows for an adapter called "codes", and what else is asked for; None leaves a field out."""
     body = {"name": "codes", "data": ROWS, **fields}
     return {name: value for name, value in body.items() if value is not None}
+
+
+async def submit(client: httpx.AsyncClient, **fields: object) -> str:
+    """Queue a job; its id."""
+    response = await client.post("/train", json=train_body(**fields))
+    assert response.status_code == 202, response.text
+    return str(response.json()["id"])
 
 
 class StandIn:
