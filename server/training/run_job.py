@@ -9,7 +9,6 @@ import logging
 import shutil
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import cast
 
 from adapters.catalog import Catalog, NewVersion
@@ -41,9 +40,6 @@ from server.training.share import BusyFlag, Yielding
 from server.training.trained_rows import TrainedRows
 
 log = logging.getLogger("smolora.job")
-
-MODEL_NAME = "model"
-"""The folder of a job's fully fine-tuned model: a Hugging Face directory."""
 
 
 class Leave(Exception):
@@ -156,7 +152,7 @@ class _Attempt:
         if outcome.weights is not None:
             config = adapter_config(spec.lora) if parent is None else parent.config
             adapter = PeftAdapter(config, outcome.weights, self._base.name)
-        num_bytes = self._keep(adapter, outcome, directory)
+        num_bytes = self._keep(adapter, outcome)
         report = self._report(data, outcome, gate, adapter, latest, num_bytes)
         metrics = run.metrics | _final_metrics(outcome)
         publish = None
@@ -173,12 +169,12 @@ class _Attempt:
         if adapter is not None and publish is not None:
             self._store.put(adapter)  # once more: a delete may have raced with the publication
 
-    def _keep(self, adapter: PeftAdapter | None, outcome: Outcome, directory: Path) -> int:
+    def _keep(self, adapter: PeftAdapter | None, outcome: Outcome) -> int:
         """Store what was trained; its bytes."""
         if adapter is not None:
             return self._store.put(adapter)
         assert outcome.tuned_base is not None
-        place = directory / MODEL_NAME
+        place = self._files.model(self._job.id)
         if place.exists():  # of an attempt that ended after this
             shutil.rmtree(place)
         export_hugging_face(outcome.tuned_base, place)
