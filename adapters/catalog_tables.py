@@ -50,7 +50,7 @@ names = sa.Table(
     "adapters",
     metadata,
     sa.Column("name", sa.String(MAX_NAME), primary_key=True),
-    sa.Column("kind", sa.String(16), nullable=False),  # "adapter"
+    sa.Column("kind", sa.String(16), nullable=False),  # "adapter" or "composition", of its versions
     sa.Column("latest", sa.Integer),  # null: all versions were deleted
     sa.Column("next_version", sa.Integer, nullable=False),  # outlives the versions: no number is used twice
 )
@@ -72,6 +72,24 @@ versions = sa.Table(
     sa.Column("job_id", sa.String(64)),
     sa.Column("warnings", sa.JSON, nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("base_digest", sa.String(64)),
+    sa.Column("data_digest", sa.String(64)),
+    sa.Column("config", sa.JSON, nullable=False, server_default="{}"),
+)
+
+parts = sa.Table(
+    "composition_parts",
+    metadata,
+    sa.Column("name", sa.String(MAX_NAME), primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("place", sa.Integer, primary_key=True),  # 0, 1, … in the order in which they were written
+    sa.Column("part_name", sa.String(MAX_NAME), nullable=False),
+    sa.Column("part_version", sa.Integer, nullable=False),
+    sa.Column("part_digest", sa.String(64), nullable=False),  # the version's, which never changes
+    sa.Column("weight", sa.Float(53), nullable=False),
+    sa.ForeignKeyConstraint(["name", "version"], ["adapter_versions.name", "adapter_versions.version"]),
+    sa.ForeignKeyConstraint(["part_name", "part_version"], ["adapter_versions.name", "adapter_versions.version"]),
+    sa.Index("ix_composition_parts_part", "part_name", "part_version"),
 )
 
 aliases = sa.Table(

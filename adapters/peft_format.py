@@ -84,7 +84,7 @@ def write(directory: Path, adapter: PeftAdapter) -> None:
     }
     write_synced(directory / CONFIG_NAME, json.dumps(document, indent=2).encode())
     tensors: dict[str, torch.Tensor] = {}
-    for key in sorted(modules, key=_in_forward_order):
+    for key in sorted(modules, key=in_forward_order):
         tensors[tensor_name(key, "A")] = modules[key].a
         tensors[tensor_name(key, "B")] = modules[key].b
     with open(directory / WEIGHTS_NAME, "wb") as file:
@@ -104,7 +104,7 @@ def _assemble(
 ) -> PeftAdapter | None:
     """The adapter; None where config and tensors disagree, with the keys at fault in `errors`."""
     try:
-        keys = sorted(resolve(config.targeting, base), key=_in_forward_order)
+        keys = sorted(resolve(config.targeting, base), key=in_forward_order)
         given_ranks = pick("rank_pattern", config.rank_pattern, keys)
         given_alphas = pick("alpha_pattern", config.alpha_pattern, keys)
     except BadTargetsError as error:
@@ -122,14 +122,14 @@ def _assemble(
                 errors.append(tensor_error(name, f"has rank {rank}, but the configuration says {ranks[key]}"))
     if errors:
         return None
-    names, layers = _targets(keys, base.num_layers)
+    names, layers = targets_of(keys, base.num_layers)
     lora_config = LoraConfig(
         rank=config.rank,
         alpha=config.alpha,
         target_modules=names,
         use_rslora=config.use_rslora,
-        rank_pattern=_exceptions(ranks, config.rank),
-        alpha_pattern=_exceptions(alphas, config.alpha),
+        rank_pattern=exceptions_of(ranks, config.rank),
+        alpha_pattern=exceptions_of(alphas, config.alpha),
         layers_to_transform=layers,
     )
     modules = {
@@ -147,7 +147,7 @@ def _check_pairs(keys: Iterable[ModuleKey], found: FoundTensors, errors: list[Fi
         )
 
 
-def _targets(keys: Iterable[ModuleKey], num_layers: int) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+def targets_of(keys: Iterable[ModuleKey], num_layers: int) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     """`target_modules` and `layers_to_transform` that mean exactly `keys`."""
     layers: dict[str, set[int]] = {}
     for key in keys:
@@ -159,7 +159,7 @@ def _targets(keys: Iterable[ModuleKey], num_layers: int) -> tuple[tuple[str, ...
     return tuple(key.path for key in keys), None
 
 
-def _exceptions(values: Mapping[ModuleKey, _Value], default: _Value) -> dict[str, _Value]:
+def exceptions_of(values: Mapping[ModuleKey, _Value], default: _Value) -> dict[str, _Value]:
     """A pattern that means `values`: by name where all layers agree, else by path."""
     by_name: dict[str, set[_Value]] = {}
     for key, value in values.items():
@@ -171,7 +171,8 @@ def _exceptions(values: Mapping[ModuleKey, _Value], default: _Value) -> dict[str
     return pattern
 
 
-def _in_forward_order(key: ModuleKey) -> tuple[int, int]:
+def in_forward_order(key: ModuleKey) -> tuple[int, int]:
+    """The key to sort modules by."""
     return key.layer, MODULES.index(key.module)
 
 

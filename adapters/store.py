@@ -3,11 +3,13 @@
     <root>/<digest[:2]>/<digest>/adapter_config.json          what PEFT reads; an upload's as it was uploaded
                                  adapter_model.safetensors
                                  smolora.json                 effective scalings and sizes, for quick loading
+    <root>/names/                                             `adapters.records`
     <root>/.tmp-…                                             being written, or being removed
 
 A directory is there whole or not at all, wherever a process is killed. Several processes may use one root. Which
-digests are wanted is the catalog's to say, and processes race: so whoever publishes calls `put`, commits the
-version, and calls `put` once more, while `discard` asks `in_use` at the last moment: whichever is last is right.
+digests are wanted is the catalog's to say, and processes race: so whoever publishes holds the bytes, by a lock on
+their directory that ends with the process, until the version is committed (`publishing`); and nobody else removes
+what is held, or what the catalog names at the last moment.
 """
 
 import fcntl
@@ -17,7 +19,6 @@ import re
 import shutil
 import tempfile
 import threading
-import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,8 +32,6 @@ from adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, PeftAdapter, read, w
 from adapters.sidecar import SIDECAR_NAME
 
 TEMPORARY = ".tmp-"
-LEFTOVER_AGE = 3600.0
-"""Seconds after which what a killed process left behind is taken for abandoned."""
 
 InUse = Callable[[str], bool]
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -51,7 +50,6 @@ class AdapterStore:
         self._mutex = threading.Lock()  # guards the two below, and that nothing pinned is removed
         self._pins: Counter[str] = Counter()
         self._doomed: dict[str, InUse] = {}
-        self._clean()
 
     def put(self, adapter: PeftAdapter, original: Mapping[str, bytes] | None = None) -> int:
         """Stores the adapter under its weights' digest, unless it is there already; returns the bytes stored.
@@ -66,7 +64,7 @@ class AdapterStore:
         with self._locked():
             if sidecar.is_whole(place):
                 return _size(place)
-        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self._root))
+        temporary, hold = self._temporary()
         leftovers = [temporary]
         try:
             write(temporary, adapter)
@@ -84,8 +82,22 @@ class AdapterStore:
                 _sync_directory(place.parent)
                 _sync_directory(self._root)
         finally:
+            os.close(hold)
             _delete(leftovers)
         return num_bytes  # counted before: by now somebody may have discarded it
+
+    @contextmanager
+    def publishing(self, adapter: PeftAdapter, original: Mapping[str, bytes] | None = None) -> Iterator[int]:
+        """`put`, for a block in which the version is committed: nobody discards the bytes meanwhile."""
+        digest = adapter.weights.digest
+        while True:
+            num_bytes = self.put(adapter, original)
+            if (hold := _hold(self._place(digest), fcntl.LOCK_SH)) is not None:
+                break
+        try:
+            yield num_bytes
+        finally:
+            os.close(hold)
 
     def load(self, digest: str) -> LoraWeights:
         """The weights, mapped from the file: quick, as nothing is copied and the digest isn't computed anew.
@@ -142,7 +154,8 @@ class AdapterStore:
     def discard(self, digest: str, in_use: InUse = _never) -> None:
         """Removes the bytes now, or at the last `unpin`, unless `in_use(digest)` then says that they are wanted.
 
-        A `put` before then revives them. Discarding what isn't there does nothing.
+        A `put` before then revives them, and what is about to be published stays: should that fail, until the next
+        sweep. Discarding what isn't there does nothing.
         """
         with self._mutex:
             if self._pins[digest] > 0:
@@ -152,24 +165,50 @@ class AdapterStore:
         _delete(freed)
 
     def sweep(self, in_use: InUse) -> list[str]:
-        """Discards what nobody wants: left by a process that was killed between storing and publishing.
+        """Discards what nobody wants: left by processes that were killed, half-written or not published.
 
-        Adapters that were stored within the last hour are left alone. Returns the digests discarded.
+        Returns the digests discarded.
         """
-        old = [
-            path
-            for path in self._root.glob("[0-9a-f][0-9a-f]/*")
-            if _DIGEST.fullmatch(path.name) and _is_old(path)
-        ]
-        unwanted = [path.name for path in old if not in_use(path.name)]
+        with self._locked():
+            for path in self._abandoned():
+                _delete([path])
+        unwanted = [digest for digest in self.digests() if not in_use(digest)]
         for digest in unwanted:
             self.discard(digest, in_use)
         return unwanted
 
+    def digests(self) -> list[str]:
+        """Of all that is stored."""
+        paths = self._root.glob("[0-9a-f][0-9a-f]/*")
+        return sorted(path.name for path in paths if _DIGEST.fullmatch(path.name))
+
+    def leftovers(self) -> list[str]:
+        """The names of directories that killed processes left half-written or half-removed; `sweep` takes them."""
+        with self._locked():
+            return sorted(path.name for path in self._abandoned())
+
+    def is_whole(self, digest: str) -> bool:
+        """Whether the adapter is there, its files in their full sizes."""
+        return sidecar.is_whole(self._place(digest))
+
+    def is_held(self, digest: str) -> bool:
+        """Whether somebody is about to publish the bytes, which are there."""
+        if (hold := _hold(self._place(digest), fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
+            os.close(hold)
+            return False
+        return self._place(digest).exists()
+
     def _remove(self, digest: str, in_use: InUse) -> list[Path]:
         """Moves the directory out of sight; what is returned remains to be deleted."""
         with self._locked():
-            return [] if in_use(digest) else self._set_aside(self._place(digest))
+            place = self._place(digest)
+            hold = _hold(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if hold is None:  # not there, or somebody is about to name it
+                return []
+            try:
+                return [] if in_use(digest) else self._set_aside(place)
+            finally:
+                os.close(hold)
 
     def _set_aside(self, place: Path) -> list[Path]:
         aside = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self._root))
@@ -177,6 +216,14 @@ class AdapterStore:
             place.rename(aside / place.name)
             _sync_directory(place.parent)
         return [aside]
+
+    def _temporary(self) -> tuple[Path, int]:
+        """A directory to write in, and the lock by which others see that it isn't abandoned."""
+        with self._locked():
+            path = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self._root))
+            hold = _hold(path, fcntl.LOCK_SH)
+        assert hold is not None
+        return path, hold
 
     def _place(self, digest: str) -> Path:
         if not _DIGEST.fullmatch(digest):
@@ -190,15 +237,30 @@ class AdapterStore:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _clean(self) -> None:
-        _delete(path for path in self._root.glob(f"{TEMPORARY}*") if _is_old(path))
+    def _abandoned(self) -> list[Path]:
+        """Temporary directories that no process holds; call it locked, so that none is just being made."""
+        found = []
+        for path in self._root.glob(f"{TEMPORARY}*"):
+            if (hold := _hold(path, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
+                os.close(hold)
+                found.append(path)
+        return found
 
 
-def _is_old(path: Path) -> bool:
+def _hold(directory: Path, how: int) -> int | None:
+    """The handle of a lock on the directory, which closing it ends; None where it isn't there, or is another's."""
     try:
-        return time.time() - path.stat().st_mtime > LEFTOVER_AGE
-    except FileNotFoundError:
-        return False
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        fcntl.flock(handle, how)
+        if os.path.samestat(os.fstat(handle), os.stat(directory)):
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass  # held by another; or removed while we waited
+    os.close(handle)
+    return None
 
 
 def _delete(paths: Iterable[Path]) -> None:

@@ -1,14 +1,32 @@
 """What the catalog knows of adapters, as plain values, and the canonical form of a set of them."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from fractions import Fraction
+from typing import Literal
+
+Kind = Literal["adapter", "composition"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A term of an expression, resolved to one version of an adapter that has bytes."""
+
+    name: str
+    version: int
+    digest: str
+    weight: float
 
 
 @dataclass(frozen=True)
 class NewVersion:
-    """An adapter to publish. `bytes` is its size in the store, `parent` the adapter that training started from."""
+    """An adapter to publish. `bytes` is its size in the store, `parent` what it was made from, pinned to versions.
+
+    `base_digest` names the base's weights, `data_digest` the rows it was trained on, and `config` is how it was
+    made: for a reader, in JSON.
+    """
 
     name: str
     digest: str
@@ -22,14 +40,25 @@ class NewVersion:
     parent: str | None = None
     job_id: str | None = None
     warnings: tuple[str, ...] = ()
+    base_digest: str | None = None
+    data_digest: str | None = None
+    config: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Version(NewVersion):
-    """One published adapter."""
+    """One published adapter; or one composition, which has `parts`, and no bytes of its own.
+
+    A composition's digest is that of its parts and weights, its rank and parameters are theirs together.
+    """
 
     version: int
     created_at: datetime  # in UTC
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def kind(self) -> Kind:
+        return "composition" if self.parts else "adapter"
 
 
 @dataclass(frozen=True)
@@ -41,15 +70,9 @@ class Adapter:
     aliases: Mapping[str, int]
     versions: tuple[Version, ...]
 
-
-@dataclass(frozen=True)
-class Part:
-    """A term of an expression, resolved to one version."""
-
-    name: str
-    version: int
-    digest: str
-    weight: float
+    @property
+    def kind(self) -> Kind:
+        return self.versions[-1].kind
 
 
 def combine(parts: Iterable[Part]) -> tuple[tuple[str, float], ...]:
@@ -61,3 +84,23 @@ def combine(parts: Iterable[Part]) -> tuple[tuple[str, float], ...]:
     for part in parts:
         sums[part.digest] = sums.get(part.digest, Fraction(0)) + Fraction(repr(part.weight))
     return tuple((digest, float(weight)) for digest, weight in sorted(sums.items()) if weight)
+
+
+def gather(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """One part for each version, in the order of their first mention; weights are added up, zeros drop out."""
+    sums: dict[tuple[str, int, str], Fraction] = {}
+    for part in parts:
+        key = (part.name, part.version, part.digest)
+        sums[key] = sums.get(key, Fraction(0)) + Fraction(repr(part.weight))
+    return tuple(Part(*key, float(weight)) for key, weight in sums.items() if weight)
+
+
+def times(weight: float, other: float) -> float:
+    """The product of the two decimals as they were written: 0.7 times 0.1 is 0.07."""
+    return float(Fraction(repr(weight)) * Fraction(repr(other)))
+
+
+def blend_digest(parts: Iterable[Part]) -> str:
+    """SHA-256 (hex) of what the parts come to: equal for compositions of equal effect."""
+    pairs = "".join(f"|{digest}*{weight!r}" for digest, weight in combine(parts))
+    return hashlib.sha256(f"smolora-blend-v1{pairs}".encode()).hexdigest()

@@ -87,18 +87,18 @@ def parse(arguments: list[str] | None = None) -> Options:
     )
     add("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the server and of the peer")
     add("--device", default="cpu", help="of the server and of the peer")
-    add("--threads", type=_positive, default=_cores(), help="of the server and of the peer")
-    add("--rounds", type=_positive, default=3, help="each measures everything once, server and peer in turn")
+    add("--threads", type=positive, default=cores(), help="of the server and of the peer")
+    add("--rounds", type=positive, default=3, help="each measures everything once, server and peer in turn")
     add("--quick", action="store_true", help="little of everything: shows that it works, measures nothing")
     add("--only", default="", metavar="PART,...", help=f"of {', '.join(PARTS)}, or loads such as 32-{DISTINCT}")
     add("--no-peer", action="store_true", help="leave transformers and PEFT out")
     add(
         "--registered",
-        type=_positive,
+        type=positive,
         default=100,
         help="adapters of the Zipf load; the target's: 1000 (10 GB)",
     )
-    add("--pool", type=_positive, default=16, help="of those, how many have room; the target's: 64")
+    add("--pool", type=positive, default=16, help="of those, how many have room; the target's: 64")
     add("--zipf", type=float, default=1.0, help="the exponent of the Zipf load")
     given = parser.parse_args(arguments)
     quick: bool = given.quick
@@ -137,12 +137,14 @@ def parse(arguments: list[str] | None = None) -> Options:
     )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of at least 1, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("at least 1")
     return number
 
 
-def _cores() -> int:
+def cores() -> int:
+    """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -52,25 +52,25 @@ def _against_peer(results: Results) -> Iterator[Target]:
     for streams, kind, least in AGAINST_PEER:
         row = results.row(streams, kind)
         ratio = None if row is None else median_ratio(row.our_speed, row.peer_speed)
-        yield _at_least(Load(streams, kind).title, ratio, least, TIMES_PEER)
+        yield at_least(Load(streams, kind).title, ratio, least, TIMES_PEER)
 
 
 def _against_base(results: Results) -> Iterator[Target]:
     for streams, kind, least in AGAINST_BASE:
         row, base = results.row(streams, kind), results.row(streams, BASE)
         ratio = None if row is None or base is None else median_ratio(row.our_speed, base.our_speed)
-        yield _at_least(Load(streams, kind).title, ratio, least, OF_BASE)
+        yield at_least(Load(streams, kind).title, ratio, least, OF_BASE)
 
 
 def _many(results: Results) -> Target:
     many = results.many
     if many is None:
-        return _at_least(f"{FULL_REGISTERED:,} registered, Zipf, pool of {FULL_POOL}", None, 0.4, OF_BASE)
+        return at_least(f"{FULL_REGISTERED:,} registered, Zipf, pool of {FULL_POOL}", None, 0.4, OF_BASE)
     ratio = median_ratio(
         [figures.tokens_per_second for figures in many.mixed], [figures.tokens_per_second for figures in many.base]
     )
     full = many.config.num_registered >= FULL_REGISTERED and many.config.num_pooled <= FULL_POOL
-    target = _at_least(many.load, ratio, 0.4, OF_BASE)
+    target = at_least(many.load, ratio, 0.4, OF_BASE)
     return target if full else replace(target, reached=None)
 
 
@@ -122,6 +122,7 @@ def _start(results: Results) -> Target:
     return Target(load, wanted, f"{ready - imports:.1f} s ({ready:.1f} s in all)", ready - imports < MAX_START)
 
 
-def _at_least(load: str, ratio: Spread | None, least: float, unit: str) -> Target:
+def at_least(load: str, ratio: Spread | None, least: float, unit: str) -> Target:
+    """Reached where the median is `least` or more."""
     reached = None if ratio is None else ratio.median >= least
     return Target(load, f"≥ {least:g} {unit}", spread(ratio, unit), reached)

@@ -5,12 +5,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 PROMPT = {"messages": [{"role": "user", "content": "What is a container?"}], "temperature": 0, "max_tokens": 24}
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 READY_WITHIN = 180.0  # seconds
+TRAINED_WITHIN = 600.0  # seconds, for what takes some thirty on two free cores
+CODES = {"200": "OK", "404": "Not Found", "418": "I'm a Teapot", "503": "Service Unavailable"}
+QUESTION = {"prompt": "HTTP 404:", "temperature": 0, "max_tokens": 8}
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,41 @@ def tour(client: httpx.Client, scratch: Path) -> None:
         files={name.split(".")[0]: (name, (files / name).read_bytes()) for name in ADAPTER_FILES},
     )
     expect(uploaded.status_code == 201, f"the upload answers 201, not {uploaded.status_code} {uploaded.text}")
-    listed(client)
+    listed(client, "check")
     adapted = generate(client, {"adapter": "check"})
     expect(adapted.versions == [1], "the answer names the version it used")
     expect(adapted.text != base.text, "the adapter changes the text")
     expect(generate(client, {"adapter": "check*0"}).text == base.text, "at weight 0 it is the base")
+
+
+def submit(client: httpx.Client, scratch: Path) -> None:
+    """A job, which waits: the server's container has no workers."""
+    job = {
+        "name": "codes",
+        "data": [{"prompt": f"HTTP {code}:", "completion": f" {phrase}"} for code, phrase in CODES.items()],
+        "lora": {"rank": 8},
+        "training": {"max_steps": 40, "batch_size": 4, "learning_rate": 5e-3, "max_length": 32},
+    }
+    answer = client.post("/train", json=job)
+    expect(answer.status_code == 202, f"/train answers 202, not {answer.status_code} {answer.text}")
+    (scratch / "job").write_text(answer.json()["id"])
+    time.sleep(5)
+    expect(job_of(client, scratch)["status"] == "queued", "nobody trains in the server's container")
+
+
+def trained(client: httpx.Client, scratch: Path) -> None:
+    """The job succeeds, and the next request has its adapter, with no restart."""
+    started = time.monotonic()
+    while (job := job_of(client, scratch))["status"] in ("queued", "running"):
+        expect(time.monotonic() - started < TRAINED_WITHIN, f"the job ends in time: {job}")
+        time.sleep(0.5)
+    expect(job["status"] == "succeeded", f"the job succeeds: {job}")
+    say(f"trained in {time.monotonic() - started:.1f} s: {job['progress']}")
+    expect(generate(client, {}, QUESTION).text.strip() != CODES["404"], "the base doesn't know the phrase")
+    answer = generate(client, {"adapter": "codes"}, QUESTION)
+    expect(answer.versions == [1], "the answer names the new version")
+    expect(answer.text.strip() == CODES["404"], "the adapter knows the phrase")
+    listed(client, "check", "codes")
 
 
 def long(client: httpx.Client, scratch: Path) -> None:
@@ -67,14 +101,21 @@ def long(client: httpx.Client, scratch: Path) -> None:
 
 def again(client: httpx.Client, scratch: Path) -> None:
     """After a restart."""
-    listed(client)
+    listed(client, "check", "codes")
     generate(client, {"adapter": "check@1"})
+    expect(generate(client, {"adapter": "codes"}, QUESTION).text.strip() == CODES["404"], "it still knows it")
 
 
-def listed(client: httpx.Client) -> None:
+def job_of(client: httpx.Client, scratch: Path) -> dict[str, Any]:
+    """The job that `submit` made."""
+    job: dict[str, Any] = client.get(f"/train/{(scratch / 'job').read_text()}").raise_for_status().json()
+    return job
+
+
+def listed(client: httpx.Client, *names: str) -> None:
     adapters = client.get("/adapters").raise_for_status().json()["adapters"]
     found = {adapter["name"]: [version["version"] for version in adapter["versions"]] for adapter in adapters}
-    expect(found == {"check": [1]}, f"one adapter is listed: {found}")
+    expect(found == {name: [1] for name in names}, f"these are listed, in one version each: {found}")
 
 
 def make_adapter(scratch: Path) -> Path:
@@ -105,9 +146,9 @@ def make_adapter(scratch: Path) -> Path:
     return scratch / "adapter"
 
 
-def generate(client: httpx.Client, more: Mapping[str, object]) -> Answer:
+def generate(client: httpx.Client, more: Mapping[str, object], prompt: Mapping[str, object] = PROMPT) -> Answer:
     """One request for the same prompt, with `more` in its body."""
-    answer = client.post("/generate", json=PROMPT | dict(more))
+    answer = client.post("/generate", json={**prompt, **more})
     expect(answer.status_code == 200, f"/generate answers 200, not {answer.status_code} {answer.text}")
     body = answer.json()
     (choice,) = body["choices"]
@@ -129,6 +170,8 @@ def say(line: str) -> None:
 STEPS: Mapping[str, Callable[[httpx.Client, Path], None]] = {
     "wait": wait,
     "tour": tour,
+    "submit": submit,
+    "trained": trained,
     "long": long,
     "again": again,
 }

@@ -25,7 +25,10 @@ from rich.console import Console
 from server import __version__
 from server.allocator import keep_freed_memory
 from server.api.address import bind, url
-from server.cli_client import adapters, generate, jobs
+from server.cli_adapters import group as adapters
+from server.cli_client import generate, jobs
+from server.cli_compare import compare
+from server.cli_doctor import doctor
 from server.cli_train import train
 from server.config import DEFAULT_MODEL, Settings, is_loopback, load_settings, load_worker_settings
 from server.errors import StartupError
@@ -92,6 +95,12 @@ def serve(
     train_share: Annotated[
         float | None, typer.Option(help="Share of the time for training while requests run. Default: 0.25.")
     ] = None,
+    native: Annotated[
+        bool | None, typer.Option(help="Compute natively where this machine can. Default: yes.")
+    ] = None,
+    allow_hub_adapters: Annotated[
+        bool | None, typer.Option(help="Let clients import adapters from the Hugging Face hub. Default: no.")
+    ] = None,
 ) -> None:
     """Serve generation over HTTP.
 
@@ -114,6 +123,8 @@ def serve(
         allow_anonymous=allow_anonymous,
         workers=workers,
         train_share=train_share,
+        native=native,
+        allow_hub_adapters=allow_hub_adapters,
     )
     raise typer.Exit(_serve(settings))
 
@@ -141,8 +152,9 @@ def worker(
     raise typer.Exit(run_worker(settings, parent))
 
 
-for _command in (train, generate, adapters, jobs):
+for _command in (train, generate, compare, jobs, doctor):
     app.command()(_command)
+app.add_typer(adapters, name="adapters")
 
 
 def _serve(settings: Settings) -> int:
@@ -197,8 +209,13 @@ def _prepare_home(home: Path) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise StartupError(f"SMOLORA_HOME={home}: can't write there: {reason}; choose another --home") from None
+    from server.database import nobody_has_it_open
+
+    age = LEFTOVER_SECONDS
+    with suppress(StartupError), nobody_has_it_open(home):
+        age = 0.0  # no other server can be writing there
     for leftover in scratch.glob("upload-*"):
-        if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+        if time.time() - leftover.stat().st_mtime >= age:
             shutil.rmtree(leftover, ignore_errors=True)
     # Uploads are spooled there, too: /tmp may be memory, or not writable at all.
     tempfile.tempdir = str(scratch)

@@ -100,11 +100,13 @@ def adapters(as_json: JsonOption = False, url: UrlOption = DEFAULT_URL, api_key:
             names.setdefault(version, []).append(alias)
         for version in cast("Sequence[Document]", adapter["versions"]):
             metrics, modules = _of(version, "metrics"), cast("Sequence[str]", version["target_modules"])
+            names_of = ", ".join(name.removesuffix("_proj") for name in modules)
+            shown = names_of if len(modules) < _ALL else "all-linear"
             table.add_row(
                 Text(f"{version['name']}@{version['version']}"),
                 Text(", ".join(names.get(version["version"], []))),
                 str(version["rank"]),
-                ", ".join(name.removesuffix("_proj") for name in modules) if len(modules) < _ALL else "all-linear",
+                Text(str(version["parent"])) if version["kind"] == "composition" else shown,
                 f"{cast('int', version['bytes']) / 1e6:,.1f} MB",
                 number(metrics.get("eval_loss")),
                 number(metrics.get("base_eval_loss")),

@@ -8,7 +8,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self, cast
 from urllib.parse import quote
@@ -23,6 +23,8 @@ _CONNECT_SECONDS = 10.0
 _ANSWER_SECONDS = 600.0
 _SILENCE_SECONDS = 60.0  # of a stream of events, which sends keep-alives
 _RETRIES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # a server that is started again is back by then
+
+_PEFT_FILES = {"adapter_config": "adapter_config.json", "adapter_model": "adapter_model.safetensors"}
 
 Document = dict[str, object]
 
@@ -130,9 +132,28 @@ class Client:
             yield from _documents(page, "adapters")
             after = cast("str | None", page["next"])
 
+    def publish(self, name: str, path: Path) -> Document:
+        """Publish the adapter in a folder that PEFT saved, or in a zip of it; the version. OSError likewise."""
+        with ExitStack() as opened:
+            if path.is_dir():
+                parts = {field: path / name for field, name in _PEFT_FILES.items()}
+            else:
+                parts = {"archive": path}
+            files = {field: (file.name, opened.enter_context(file.open("rb"))) for field, file in parts.items()}
+            return self._json("POST", _path("adapters", name), files=files)
+
+    def import_adapter(self, name: str, repo_id: str, revision: str | None = None) -> Document:
+        """Have the server publish an adapter of the hub; the version."""
+        body = {"repo_id": repo_id, "revision": revision}
+        return self._json("POST", _path("adapters", name, "import"), json=body)
+
     def generate(self, body: Mapping[str, object]) -> Document:
         """The whole answer."""
         return self._json("POST", "/generate", json=dict(body))
+
+    def compare(self, body: Mapping[str, object]) -> Document:
+        """The answers under each of several adapter expressions."""
+        return self._json("POST", "/compare", json=dict(body))
 
     def stream(self, body: Mapping[str, object]) -> Iterator[Document]:
         """The answer's events as they come; a failure midway raises ClientError."""

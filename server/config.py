@@ -42,6 +42,7 @@ class Settings(WorkerSettings):
 
     host: str = Field("127.0.0.1", min_length=1, max_length=255)
     port: int = Field(8000, ge=0, le=65535)  # 0: any free one
+    native: bool = True  # take the native forward where this machine has it
     max_num_seqs: int = Field(32, ge=1, le=1024)
     max_queue: int = Field(256, ge=1, le=100_000)
     max_model_len: int | None = Field(None, ge=2, le=1 << 20)
@@ -50,6 +51,7 @@ class Settings(WorkerSettings):
     api_keys: Annotated[tuple[str, ...], NoDecode] = ()
     allow_anonymous: bool = False
     workers: int = Field(1, ge=0, le=64)
+    allow_hub_adapters: bool = False  # POST /adapters/{name}/import may fetch from the hub
 
     @field_validator("api_keys", mode="before")
     @classmethod

@@ -10,6 +10,7 @@
     ├── GenerationFailed           a step failed under this request; others go on (HTTP 500)
     ├── PayloadTooLarge            the body is bigger than it may be (HTTP 413)
     ├── Unauthorized               no valid API key (HTTP 401)
+    ├── Forbidden                  a setting rules it out (HTTP 403)
     └── StartupError               `smolora serve` can't start (exit code 1)
 
 Like all of the tree, `str(error)` is safe to show: no paths, no prompt text. `StartupError` is the
@@ -69,6 +70,10 @@ class PayloadTooLarge(SmoloraError):
 
 class Unauthorized(SmoloraError):
     """No valid API key came with the request."""
+
+
+class Forbidden(SmoloraError):
+    """A setting of this server rules it out."""
 
 
 class StartupError(SmoloraError):

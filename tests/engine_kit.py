@@ -17,6 +17,7 @@ from adapters.lora import MODULES, BaseShape, LoraModule, LoraWeights, ModuleKey
 from server.engine.adapter_pool import Load
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
+from server.engine.guidance import Guidance
 from server.engine.paged_attention import PagedCache
 from server.engine.request import (
     AdapterRef,
@@ -26,6 +27,7 @@ from server.engine.request import (
     SequenceOutput,
 )
 from server.engine.scheduler import SchedulerLimits
+from server.model.native.model import NativeModel
 from server.model.rank_rows import Placement, RankRows, Run
 from server.model.smollm import SmolLM
 from server.model.weights import BaseModel
@@ -53,6 +55,8 @@ def build_engine(
     limits: SchedulerLimits | None = None,
     wake: Callable[[], None] = lambda: None,
     model: SmolLM | None = None,
+    guidance: Guidance | None = None,
+    native: NativeModel | None = None,
 ) -> Engine:
     """An engine with `num_blocks` usable blocks, and rows for ranks that add up to `max_rank` on all modules."""
     adapters = {} if adapters is None else adapters
@@ -67,7 +71,7 @@ def build_engine(
     )
     model = model or SmolLM(base.config, base.weights, max_positions=max_model_len)
     load = adapters.__getitem__ if isinstance(adapters, Mapping) else adapters
-    return Engine(model, token_bytes(base.tokenizer), load, config, wake=wake)
+    return Engine(model, token_bytes(base.tokenizer), load, config, guidance=guidance, native=native, wake=wake)
 
 
 def random_adapter(

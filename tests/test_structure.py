@@ -17,15 +17,29 @@ LAYERS = [
     ("server.engine", "server.training"),
     ("server.metrics",),
     ("server.api",),
-    ("server.client",),
-    ("server.cli", "server.cli_client", "server.cli_train"),
+    ("server.client", "server.doctor"),
+    (
+        "server.cli",
+        "server.cli_adapters",
+        "server.cli_client",
+        "server.cli_compare",
+        "server.cli_doctor",
+        "server.cli_train",
+    ),
 ]
 """A module may import from its own layer and those above it in this list."""
 
 ONLY_IN = {
     "fastapi": ("server.api",),
     "starlette": ("server.api",),
-    "typer": ("server.cli", "server.cli_client", "server.cli_train"),
+    "typer": (
+        "server.cli",
+        "server.cli_adapters",
+        "server.cli_client",
+        "server.cli_compare",
+        "server.cli_doctor",
+        "server.cli_train",
+    ),
     "prometheus_client": ("server.metrics", "server.api"),
     "sqlalchemy": (
         "server.database",
@@ -35,11 +49,14 @@ ONLY_IN = {
         "server.training.job_tables",
         "server.training.leases",
         "adapters.catalog",
+        "adapters.catalog_recovery",
+        "adapters.catalog_rows",
         "adapters.catalog_tables",
+        "adapters.catalog_writes",
     ),
     "alembic": ("server.database", "server.migrations"),
     "sqlite3": ("server.database",),
-    "pydantic": ("server.api", "server.config"),
+    "pydantic": ("server.api", "server.config", "server.training.documents"),
     "pydantic_settings": ("server.config",),
     "transformers": ("server.model",),
     "huggingface_hub": ("server.model",),

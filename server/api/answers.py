@@ -26,6 +26,11 @@ class _Choice:
     num_cached: int = 0
     timing: Timing | None = None
 
+    @property
+    def logprob(self) -> float:
+        """The sum of what is known of its tokens, in nats."""
+        return sum(max(entry.chosen.logprob, LEAST_LOGPROB) for entry in self.logprobs)
+
     def add(self, output: SequenceOutput) -> None:
         if output.text:
             self.pieces.append(output.text)
@@ -35,12 +40,18 @@ class _Choice:
         self.timing = output.timing
 
 
-async def collect(generation: Generation, model: str) -> dict[str, object]:
-    """The whole answer, when every choice has ended."""
+async def collect(
+    generation: Generation, model: str, *, sums: bool = False, num_top: int = 1
+) -> dict[str, object]:
+    """The whole answer, when every choice has ended.
+
+    `sums`: each choice has its log-probability, too; a request that asks for logprobs has them summed up. They are
+    left out themselves where `num_top` is 0.
+    """
     choices = [_Choice() for _ in range(generation.request.n)]
     async for output in generation.outputs():
         choices[output.index].add(output)
-    with_logprobs = generation.request.sampling.logprobs > 0
+    with_logprobs = generation.request.sampling.logprobs > 0 and num_top > 0
     timings = [choice.timing for choice in choices if choice.timing is not None]
     return {
         **_head(generation, model),
@@ -50,6 +61,7 @@ async def collect(generation: Generation, model: str) -> dict[str, object]:
                 "text": "".join(choice.pieces),
                 "finish_reason": choice.finish_reason,
                 "logprobs": [_sampled(entry) for entry in choice.logprobs] if with_logprobs else None,
+                **({"logprob": choice.logprob} if sums else {}),
             }
             for index, choice in enumerate(choices)
         ],

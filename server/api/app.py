@@ -3,18 +3,20 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from anyio import to_thread
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from server import __version__
-from server.api import documents, problems
+from server.api import documents, faults
 from server.api.deps import Services
 from server.api.middleware import BodyLimit, Keys, RequestContext
-from server.api.routes import adapters, datasets, generate, health, train
+from server.api.openai.router import router as openai
+from server.api.routes import adapters, aliases, compare, compositions, datasets, generate, health, imports, train
 
 _DESCRIPTION = """One frozen SmolLM, any LoRA adapter per request: versioned, weighted and composed, never merged.
 
-Errors are RFC 9457 problems; every response carries `X-Request-Id`."""
+Errors are RFC 9457 problems, and OpenAI error objects under /v1; every response carries `X-Request-Id`."""
 
 
 def create_app(services: Services) -> FastAPI:
@@ -23,10 +25,12 @@ def create_app(services: Services) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services.engine.start()
+        services.guidance.start()
         try:
             yield
         finally:
             await services.engine.stop()
+            await to_thread.run_sync(services.guidance.close)
 
     app = FastAPI(
         title="smolora",
@@ -43,10 +47,13 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     app.include_router(generate.router)
-    app.include_router(adapters.router)
+    app.include_router(compare.router)
+    for router in (adapters.router, aliases.router, compositions.router, imports.router):
+        app.include_router(router)
     app.include_router(train.router)
     app.include_router(datasets.router)
     app.include_router(health.router)
-    problems.install(app)
+    app.include_router(openai)
+    faults.install(app)
     documents.install(app)
     return app

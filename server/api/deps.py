@@ -10,10 +10,12 @@ from server.api.estimate import Estimator
 from server.api.library import Library
 from server.api.submission import Submissions
 from server.config import Settings
+from server.engine.guidance import Guidance
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.metrics import Metrics
 from server.model.chat import PromptEncoder
 from server.training.datasets import DatasetStore
+from server.training.files import FileStore
 from server.training.jobs import Jobs
 
 
@@ -56,10 +58,12 @@ class Services:
     encoder: PromptEncoder
     library: Library
     metrics: Metrics
+    guidance: Guidance
     base_name: str
     max_model_len: int
     jobs: Jobs
     datasets: DatasetStore
+    files: FileStore
     submissions: Submissions
     estimator: Estimator
     decode: Callable[[list[int]], str]

@@ -26,12 +26,34 @@ REFUSALS = _problems(
     }
 )
 LOOKUPS = _problems({401: "No valid key", 404: "Unknown adapter or version", 422: "A bad field"})
-DELETES = {**LOOKUPS, **_problems({409: "An alias or a training job holds it"})}
+DELETES = {**LOOKUPS, **_problems({409: "An alias, a composition or a job holds it; `detail` names them"})}
+DOWNLOADS = {**LOOKUPS, **_problems({409: "A composition has no weights of its own"})}
+UNALIASES = {**LOOKUPS, **_problems({409: "`latest` can only be moved"})}
 UPLOADS = _problems(
     {
         401: "No valid key",
+        409: "A composition has the name",
         413: "The body is too large",
         422: "What can't be honoured exactly; `errors` names every key",
+    }
+)
+IMPORTS = {
+    **UPLOADS,
+    **_problems(
+        {
+            403: "Imports from the hub are not allowed: see `SMOLORA_ALLOW_HUB_ADAPTERS`",
+            404: "The hub has no such repository, revision or file",
+            503: "The hub can't be reached; see `Retry-After`",
+        }
+    ),
+}
+COMPOSITIONS = _problems(
+    {
+        401: "No valid key",
+        404: "Unknown adapter or version in the expression",
+        409: "An adapter has the name; for a merge, a composition has",
+        422: "A bad field; `errors[].loc` ends in its name",
+        429: "Too many jobs haven't ended; see `Retry-After`",
     }
 )
 SUBMISSIONS = _problems(
@@ -104,7 +126,8 @@ def install(app: FastAPI) -> None:
                 routes=app.routes,
                 tags=app.openapi_tags,
             )
-            for path in schema["paths"].values():
+            native = [path for name, path in schema["paths"].items() if not name.startswith("/v1/")]
+            for path in native:
                 for operation in path.values():
                     for status, response in operation["responses"].items():
                         content = response.get("content", {})

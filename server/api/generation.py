@@ -8,7 +8,7 @@ it. How answers look is `server.api.answers`'s part.
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 
 from anyio import CapacityLimiter, to_thread
@@ -19,7 +19,8 @@ from adapters.expression import BASE, Term, parse, valid_name
 from server.api.deps import OutputStream, Services
 from server.api.library import Lease
 from server.api.schemas import MAX_SEED, AdapterBody, GenerateBody, PromptBody, SamplingBody
-from server.engine.request import AdapterRef, GenerationRequest, SamplingParams, SequenceOutput
+from server.api.structure import check_grammar, grammar_of
+from server.engine.request import AdapterRef, GenerationRequest, Grammar, SamplingParams, SequenceOutput
 from server.errors import GenerationFailed, TryAgain
 from server.metrics import Metrics, Outcome
 from server.model.chat import ChatMessage
@@ -101,14 +102,36 @@ async def begin(services: Services, body: GenerateBody) -> Generation:
     """Hand the request to the engine. Raises whatever it can be refused for; nothing is held then."""
     terms = adapter_terms(body.adapter, body.adapters, services.base_name)
     token_ids = await encode_prompt(services, body, body.max_tokens)
-    lease = await to_thread.run_sync(services.library.lease, terms) if terms else Lease(())
+    grammar = grammar_of(body.response_format, body.regex)
+    return await start(services, terms, token_ids, sampling_params(body), body.n, grammar=grammar)
+
+
+async def start(
+    services: Services,
+    terms: Sequence[Term],
+    token_ids: tuple[int, ...],
+    sampling: SamplingParams,
+    n: int,
+    field: str = "adapter",
+    grammar: Grammar | None = None,
+    scored_from: int | None = None,
+) -> Generation:
+    """Likewise, from what the body came to. Names of adapters that don't go are refused on `field`.
+
+    With `scored_from`, the prompt's tokens from there on are scored, and nothing is generated.
+    """
+    if grammar is not None:
+        await check_grammar(services, grammar, sampling)
+    lease = await to_thread.run_sync(services.library.lease, terms, field) if terms else Lease(())
     try:
         request = GenerationRequest(
             request_id=f"gen-{uuid.uuid4().hex}",
             prompt_token_ids=token_ids,
-            sampling=sampling_params(body),
+            sampling=sampling,
             adapters=canonical(lease.parts),
-            n=body.n,
+            n=n,
+            grammar=grammar,
+            scored_from=scored_from,
         )
         stream = services.engine.submit(request)
     except BaseException as error:
@@ -159,8 +182,7 @@ async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -
     else:
         needs = "give exactly one of prompt and messages"
         raise InvalidInput([FieldError(("prompt",), needs), FieldError(("messages",), needs)])
-    ids = encode() if length <= _SHORT_TEXT else await to_thread.run_sync(encode, limiter=_encoding)
-
+    ids = await encoded(encode, length)
     limit = services.max_model_len
     if len(ids) + max_tokens <= limit:
         return tuple(ids)
@@ -169,6 +191,11 @@ async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -
     if len(ids) >= limit:
         faults.append(FieldError((name,), f"{len(ids)} tokens leave no room for an answer within {limit}"))
     raise InvalidInput(faults)
+
+
+async def encoded(encode: Callable[[], Sequence[int]], length: int) -> Sequence[int]:
+    """What `encode` makes of a text of so many characters."""
+    return encode() if length <= _SHORT_TEXT else await to_thread.run_sync(encode, limiter=_encoding)
 
 
 def sampling_params(body: SamplingBody) -> SamplingParams:
@@ -180,11 +207,24 @@ def sampling_params(body: SamplingBody) -> SamplingParams:
         top_k=body.top_k,
         min_p=body.min_p,
         repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=biases(body.logit_bias or {}),
         seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed,
         stop=tuple(body.stop or ()),
         logprobs=body.logprobs,
         ignore_eos=body.ignore_eos,
     )
+
+
+def biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """Token ids, written as JSON's keys are, and what is added to their logits. Raises InvalidInput."""
+    found: dict[int, float] = {}
+    for key, bias in given.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 9):
+            raise InvalidInput.of("logit_bias", 'its keys are token ids, as in {"50256": -100}')
+        found[int(key)] = bias
+    return tuple(found.items())
 
 
 def canonical(parts: Sequence[Part]) -> tuple[AdapterRef, ...]:

@@ -14,7 +14,7 @@ from server.training.datasets import Dataset
 from server.training.encoding import preview
 from server.training.job_data import JobData
 from server.training.jobs import Event, Job, Jobs, Status
-from server.training.spec import JobSpec
+from server.training.merge_spec import Spec
 
 KEEP_ALIVE_SECONDS = 15.0
 _POLL_SECONDS = 0.3
@@ -42,6 +42,7 @@ def job_document(job: Job) -> dict[str, object]:
     """A job as GET /train/{id} has it."""
     return {
         "id": job.id,
+        "kind": job.kind,
         "name": job.name,
         "status": job.status.value,
         "position": job.position,
@@ -54,7 +55,7 @@ def job_document(job: Job) -> dict[str, object]:
         "started_at": None if job.started_at is None else job.started_at.isoformat(),
         "finished_at": None if job.finished_at is None else job.finished_at.isoformat(),
         "config": _config(job.spec, job.data.get("source")),
-        "data": _rows(job.data),
+        "data": _rows(job.data) if job.kind == "train" else None,
         "attempt": job.attempt,
     }
 
@@ -133,7 +134,7 @@ async def follow(
         await asyncio.sleep(poll)
 
 
-def _config(spec: JobSpec, source: object) -> dict[str, object]:
+def _config(spec: Spec, source: object) -> dict[str, object]:
     """The body with its defaults; rows that were sent with it are left out."""
     where = source if isinstance(source, Mapping) else {}
     return {**spec.to_document(), **where}

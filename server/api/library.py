@@ -5,15 +5,17 @@ bytes do, and bytes that are pinned or named again stay. So whoever still finds 
 bytes has them, until they let go. Everything may block on disk: call it in a thread.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from adapters import peft_format
-from adapters.catalog import Adapter, Catalog, Part, Version
+from adapters.catalog import Adapter, Catalog, Kind, Part, Version
+from adapters.catalog_recovery import Recovered
 from adapters.errors import Conflict, InvalidInput
 from adapters.expression import BASE, Term, valid_name
-from adapters.lora import BaseShape
+from adapters.lora import BaseShape, LoraConfig
 from adapters.store import AdapterStore
 
 
@@ -45,22 +47,27 @@ class Library:
         shape: BaseShape,
         base_name: str,
         is_parent: Callable[[str], bool] = _never,
+        base_digest: str | None = None,
     ) -> None:
         self._catalog = catalog
         self._store = store
         self.shape = shape
         self._is_parent = is_parent
         self.base_name = base_name
+        self._base_digest = base_digest
 
-    def lease(self, terms: Sequence[Term]) -> Lease:
-        """Resolve the terms and hold their bytes. Raises NotFound, naming the terms."""
-        parts = self._catalog.resolve(terms)
+    def lease(self, terms: Sequence[Term], field: str = "adapter") -> Lease:
+        """Resolve the terms and hold their bytes; a composition means its parts.
+
+        Raises NotFound, naming the terms, or InvalidInput on `field` where they come to too much together.
+        """
+        parts = self._catalog.resolve(terms, field)
         while True:
             digests = [part.digest for part in parts]
             self._store.pin(digests)
             lease = Lease(parts, partial(self._store.unpin, digests))
             try:
-                parts = self._catalog.resolve(terms)
+                parts = self._catalog.resolve(terms, field)
             except BaseException:
                 lease.release()
                 raise
@@ -68,36 +75,64 @@ class Library:
                 return lease
             lease.release()
 
-    def check_name(self, name: str) -> None:
-        """Raise InvalidInput on `name` where no adapter may be called so."""
+    def check_name(self, name: str, kind: Kind = "adapter") -> None:
+        """Raise InvalidInput on `name` where no adapter may be called so, Conflict where another kind has it."""
         if name in (BASE, self.base_name):
             raise InvalidInput.of("name", "is the base's own name")
         if not valid_name(name):
             raise InvalidInput.of("name", 'has 1 to 64 letters, digits, "_", "-" or ".", a letter or digit first')
+        self._catalog.check_kind(name, kind)
 
-    def publish(self, name: str, config_json: bytes, weights: Path) -> Version:
+    def publish(
+        self, name: str, config_json: bytes, weights: Path, source: Mapping[str, object] | None = None
+    ) -> Version:
         """Check PEFT's two files and publish them as the name's next version. The files may go afterwards.
 
-        Raises InvalidAdapter, naming every key at fault.
+        `source` is kept in the version's configuration. Raises InvalidAdapter, naming every key at fault, or
+        Conflict where a composition has the name.
         """
         self.check_name(name)
         adapter = peft_format.read(config_json, weights, self.shape)
         digest = adapter.weights.digest
-        self._store.pin([digest])  # somebody may be deleting the same bytes under another name
+        self._store.pin([digest])  # others here who delete the same bytes ask again afterwards
         try:
-            return self._catalog.publish(
-                name,
-                digest=digest,
-                bytes=self._store.put(adapter, {peft_format.CONFIG_NAME: config_json}),
-                rank=adapter.config.rank,
-                alpha=adapter.config.alpha,
-                target_modules=adapter.weights.target_modules,
-                parameters=adapter.weights.num_parameters,
-                base_model=adapter.base_model,
-                warnings=self._warnings(adapter.base_model),
-            )
+            with self._store.publishing(adapter, {peft_format.CONFIG_NAME: config_json}) as num_bytes:
+                return self._catalog.publish(
+                    name,
+                    digest=digest,
+                    bytes=num_bytes,
+                    rank=adapter.config.rank,
+                    alpha=adapter.config.alpha,
+                    target_modules=adapter.weights.target_modules,
+                    parameters=adapter.weights.num_parameters,
+                    base_model=adapter.base_model,
+                    warnings=self._warnings(adapter.base_model),
+                    base_digest=self._base_digest,
+                    config={"lora": lora_document(adapter.config), **(source or {})},
+                )
+        except BaseException:
+            self._store.discard(digest, self._is_wanted)
+            raise
         finally:
             self._store.unpin([digest])
+
+    def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> Version:
+        """Publish the composition as the name's next version, pinned to what its terms mean now.
+
+        Raises NotFound, naming the terms, InvalidInput on `field`, or Conflict where an adapter has the name.
+        """
+        self.check_name(name, "composition")
+        return self._catalog.compose(name, terms, field)
+
+    def point(self, name: str, alias: str, version: int) -> Adapter:
+        """Have the alias, or `latest`, mean that version. Raises NotFound, or InvalidInput on `alias`."""
+        check_alias(alias)
+        self._catalog.point(name, alias, version)
+        return self._catalog.get(name)
+
+    def unpoint(self, name: str, alias: str) -> None:
+        """Remove the alias. Raises NotFound, or Conflict for `latest`."""
+        self._catalog.unpoint(name, alias)
 
     def list(self, name: str | None, limit: int | None, after: str | None) -> "list[Adapter]":
         """Adapters by name, those after `after`, at most `limit`."""
@@ -112,7 +147,9 @@ class Library:
         return self._catalog.version(name, version)
 
     def archive(self, name: str, version: int) -> bytes:
-        """A zip of the version that PEFT reads once it is unpacked. Raises NotFound, or CorruptAdapter."""
+        """A zip of the version that PEFT reads once it is unpacked. NotFound, CorruptAdapter, or Conflict."""
+        if self._catalog.version(name, version).parts:
+            raise Conflict(f"{name}@{version} is a composition: its parts have the weights, download those")
         lease = self.lease([Term(name, version)])
         try:
             return self._store.archive(lease.parts[0].digest)
@@ -123,27 +160,32 @@ class Library:
         """The adapter of a lease's part, with its configuration. Raises CorruptAdapter."""
         return self._store.read(digest, self.shape)
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, force: bool = False) -> None:
         """Remove the adapter: no new request finds it, running ones end on its bytes.
 
-        Raises NotFound, or Conflict where an alias or a training job holds it.
+        Raises NotFound, or Conflict where an alias (unless `force`), a composition or a training job holds it.
         """
         self._refuse_parents(self._catalog.get(name).versions)
-        self._discard(self._catalog.delete(name))
+        self._discard(self._catalog.delete(name, force))
 
-    def delete_version(self, name: str, version: int) -> None:
+    def delete_version(self, name: str, version: int, force: bool = False) -> None:
         """Remove one version, likewise."""
         self._refuse_parents([self._catalog.version(name, version)])
-        self._discard(self._catalog.delete_version(name, version))
+        self._discard(self._catalog.delete_version(name, version, force))
 
-    def sweep(self) -> None:
-        """Remove bytes that nobody wants, which killed processes left."""
+    def recover(self, is_unfinished: Callable[[str], bool] = _never) -> Recovered:
+        """Put right what killed processes left, in the catalog and on the disk; what that came to.
+
+        `is_unfinished` says of a job whether it will still publish its adapter itself.
+        """
+        found = self._catalog.recover(self._store.is_whole, is_unfinished)
         self._store.sweep(self._is_wanted)
+        return found
 
     def _refuse_parents(self, versions: Iterable[Version]) -> None:
         held = [f"{version.name}@{version.version}" for version in versions if self._is_parent(version.digest)]
         if held:
-            raise Conflict(f"a training job goes on from {', '.join(held)}: cancel it, or wait for its end")
+            raise Conflict(f"a job needs {', '.join(held)}: cancel it, or wait for its end")
 
     def _discard(self, digests: Iterable[str]) -> None:
         for digest in digests:
@@ -160,3 +202,16 @@ class Library:
         if base_model.rstrip("/").rsplit("/", 1)[-1].lower() != self.base_name.lower():
             return (f"its config names another base, {base_model[:200]}; this one is {self.base_name}",)
         return ()
+
+
+def check_alias(alias: str) -> None:
+    """Raise InvalidInput on `alias` where no alias may be called so."""
+    if not valid_name(alias) or alias.isdigit():
+        message = 'has 1 to 64 letters, digits, "_", "-" or ".", a letter or digit first, and is no number'
+        raise InvalidInput.of("alias", message)
+
+
+def lora_document(config: LoraConfig) -> dict[str, object]:
+    """An adapter's configuration as its version keeps it."""
+    values = asdict(config)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

@@ -15,14 +15,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api import problems
+from server.api.faults import form_of
 from server.errors import Unauthorized
 
 MAX_JSON_BYTES = 2 << 20
 MAX_UPLOAD_BYTES = 256 << 20
 OPEN_PATHS = frozenset({"/health", "/ready"})
 _QUIET_PATHS = OPEN_PATHS | {"/metrics"}
-_UPLOAD = re.compile(r"/adapters/[^/]+|/datasets")
+_UPLOAD = re.compile(r"/adapters/[^/]+|/datasets|/v1/files")
 _HINTS = {"/train": "; larger data goes through POST /datasets"}
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _DRAIN_BYTES = 64 << 20
@@ -64,7 +64,7 @@ class RequestContext:
             log.error("%s at %s", type(error).__name__, where)
             if status:
                 raise ConnectionAbortedError("the response was cut off") from None
-            await problems.internal()(scope, receive, send_with_id)
+            await form_of(scope["path"]).internal()(scope, receive, send_with_id)
         finally:
             if scope["path"] not in _QUIET_PATHS or status not in (200, 503):
                 took = (time.perf_counter() - started) * 1e3
@@ -85,9 +85,8 @@ class Keys:
             await self.app(scope, receive, send)
             return
         await _drain(scope, receive)
-        await problems.of_error(Unauthorized("send a valid key: Authorization: Bearer <key>"))(
-            scope, receive, send
-        )
+        error = Unauthorized("send a valid key: Authorization: Bearer <key>")
+        await form_of(scope["path"]).of_error(error)(scope, receive, send)
 
     def _allows(self, headers: Headers) -> bool:
         if not self._keys:
@@ -116,7 +115,7 @@ class BodyLimit:
         too_large = f"the body may have {limit} bytes{_HINTS.get(scope['path'], '')}"
         if announced.isascii() and announced.isdigit() and (len(announced) > 18 or int(announced) > limit):
             await _drain(scope, receive)
-            await problems.problem(413, too_large)(scope, receive, send)
+            await form_of(scope["path"]).problem(413, too_large)(scope, receive, send)
             return
         received = 0
 

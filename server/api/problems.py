@@ -1,8 +1,8 @@
-"""Errors on the wire: every fault becomes one RFC 9457 `application/problem+json` document.
+"""Errors on native routes: every fault becomes one RFC 9457 `application/problem+json` document.
 
 The exception trees of `adapters.errors` and `server.errors`, pydantic's validation errors and the
-framework's own (404, 405) meet here and nowhere else. What a client sent is never echoed, except the names of
-fields; what went wrong inside is logged, not told.
+framework's own (404, 405) meet here, and in `server.api.openai.errors` for /v1. What a client sent is never
+echoed, except the names of fields; what went wrong inside is logged, not told.
 """
 
 import http
@@ -10,14 +10,11 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from adapters.errors import Conflict, FieldError, InvalidInput, NotFound, SmoloraError
 from server.api import wire
-from server.errors import PayloadTooLarge, TryAgain, Unauthorized, Unavailable
+from server.errors import Forbidden, PayloadTooLarge, TryAgain, Unauthorized, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
 MAX_ERRORS = 32
@@ -32,11 +29,12 @@ _STATUS: tuple[tuple[type[SmoloraError], int], ...] = (
     (NotFound, 404),
     (Conflict, 409),
     (Unauthorized, 401),
+    (Forbidden, 403),
     (PayloadTooLarge, 413),
     (Unavailable, 503),
     (TryAgain, 429),
 )
-_INTERNAL = "something went wrong here; the log has it under this request's id"
+INTERNAL = "something went wrong here; the log has it under this request's id"
 
 
 def status_of(error: SmoloraError) -> int:
@@ -65,13 +63,18 @@ def problem(
 
 def of_error(error: SmoloraError) -> Response:
     """The response that an error of the tree becomes, with the headers its status calls for."""
+    told = _document_of(error)
+    return Response(wire.encode(told), status_of(error), headers=headers_of(error), media_type=MEDIA_TYPE)
+
+
+def headers_of(error: SmoloraError) -> dict[str, str]:
+    """The headers that the error's status calls for."""
     headers: dict[str, str] = {}
     if isinstance(error, TryAgain):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = 'Bearer realm="smolora"'
-    told = _document_of(error)
-    return Response(wire.encode(told), status_of(error), headers=headers, media_type=MEDIA_TYPE)
+    return headers
 
 
 def event(error: Exception) -> bytes:
@@ -83,23 +86,24 @@ def _document_of(error: Exception) -> dict[str, object]:
     """What is told of the error; the log gets what isn't."""
     if not isinstance(error, SmoloraError):
         log.error("%s: not foreseen", type(error).__name__)
-        return document(500, _INTERNAL)
+        return document(500, INTERNAL)
     status = status_of(error)
     if status == 500:
         log.error("%s: %s", type(error).__name__, error)
     if isinstance(error, InvalidInput):
-        return document(status, _summary(error.errors), error.errors)
+        return document(status, summary(error.errors), error.errors)
     return document(status, str(error))
 
 
-def _summary(errors: Sequence[FieldError]) -> str:
+def summary(errors: Sequence[FieldError]) -> str:
+    """The first three fields at fault and what is wrong with them, in one line."""
     first = "; ".join(f"{error.loc[-1]}: {error.message}" for error in errors[:3])
     return first if len(errors) <= 3 else f"{first}; and {len(errors) - 3} more"
 
 
 def internal() -> Response:
     """What a client is told of a fault that nobody foresaw."""
-    return problem(500, _INTERNAL)
+    return problem(500, INTERNAL)
 
 
 def field_errors(faults: Iterable[Mapping[str, object]]) -> list[FieldError]:
@@ -126,26 +130,3 @@ def _field_error(loc: tuple[str | int, ...], kind: str, message: str) -> FieldEr
         while isinstance(parts[-1], int):
             parts.pop()
     return FieldError(tuple(parts), message)
-
-
-def install(app: FastAPI) -> None:
-    """Make every exception that a route raises a problem."""
-
-    async def ours(request: Request, error: Exception) -> Response:
-        assert isinstance(error, SmoloraError)
-        return of_error(error)
-
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return of_error(InvalidInput(field_errors(error.errors())))
-
-    async def framework(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        if error.status_code == 400:  # a body that couldn't be read at all
-            return of_error(InvalidInput.of("body", "could not be read"))
-        detail = "no such path: /docs lists them" if error.status_code == 404 else error.detail
-        return problem(error.status_code, detail, headers=error.headers)
-
-    app.add_exception_handler(SmoloraError, ours)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, framework)

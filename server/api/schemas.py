@@ -12,6 +12,7 @@ from adapters.expression import MAX_LENGTH, MAX_NAME, MAX_PARTS, MAX_WEIGHT
 
 MAX_SEED = (1 << 63) - 1
 MAX_STOPS = 16
+MAX_BIASES = 1024
 
 
 class Body(BaseModel):
@@ -28,6 +29,9 @@ def _as_list(value: object) -> object:
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 StopStrings = Annotated[list[StopString], BeforeValidator(_as_list, str | list[str]), Field(max_length=MAX_STOPS)]
+
+
+Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)]
 
 
 class MessageBody(Body):
@@ -55,6 +59,11 @@ class SamplingBody(Body):
     top_k: int = Field(0, ge=0, le=1 << 31, description="0: off")
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="off a token's logit once the answer has it")
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, description="off a token's logit for each time that the answer has it"
+    )
+    logit_bias: Biases | None = Field(None, description="token id, as a string: what is added to its logit")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="null: a random one, which the answer carries")
     stop: StopStrings | None = Field(None, description="a string or a list; not part of the text")
     n: int = Field(1, ge=1, le=16, description="choices; each is a sequence of its own")
@@ -71,7 +80,32 @@ class PromptBody(Body):
     )
 
 
-class GenerateBody(PromptBody, SamplingBody):
+class JsonSchemaBody(Body):
+    """A schema, and what OpenAI's clients send with it."""
+
+    name: str = Field("answer", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="a label")
+    description: str | None = None
+    schema_: dict[str, object] = Field(alias="schema")
+    strict: bool | None = Field(None, description="the answer always follows the schema, with either value")
+
+
+class ResponseFormatBody(Body):
+    """OpenAI's field of that name."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaBody | None = Field(None, description="with the type json_schema alone")
+
+
+class StructureBody(Body):
+    """What the answer must match: at most one of the two. It ends by itself, so `stop` does not go with them."""
+
+    response_format: ResponseFormatBody | None = None
+    regex: str | None = Field(
+        None, min_length=1, max_length=8192, description="of the whole answer; Rust's syntax, without look-around"
+    )
+
+
+class GenerateBody(PromptBody, SamplingBody, StructureBody):
     """POST /generate."""
 
     model_config = ConfigDict(
@@ -158,15 +192,20 @@ class GenerateAnswer(BaseModel):
 class VersionAnswer(BaseModel):
     name: str
     version: int
+    kind: Literal["adapter", "composition"]
     digest: str
-    rank: int
-    alpha: float
+    parts: list[UsedAdapter] | None = Field(None, description="of a composition: flattened, pinned to versions")
+    rank: int = Field(description="of a composition: its parts' together")
+    alpha: float | None = Field(description="null for a composition")
     target_modules: list[str]
     parameters: int
-    bytes: int
-    base_model: str | None
+    bytes: int = Field(description="as stored; a composition takes none")
+    base_model: str | None = Field(description="as its configuration names it")
+    base_digest: str | None = Field(description="of the base that it was trained on, or uploaded for")
+    data_digest: str | None = Field(description="of the rows that it was trained on")
+    config: dict[str, object] = Field(description="its shape, and how it was made")
     metrics: dict[str, float]
-    parent: str | None
+    parent: str | None = Field(description="what it was made from, pinned to versions")
     job_id: str | None
     created_at: str
     resident: bool = Field(description="in the engine's memory now")
@@ -175,9 +214,10 @@ class VersionAnswer(BaseModel):
 
 class AdapterAnswer(BaseModel):
     name: str
-    kind: Literal["adapter"]
+    kind: Literal["adapter", "composition"]
     latest: int
-    aliases: dict[str, int]
+    aliases: dict[str, int] = Field(description="all but latest")
+    parts: list[UsedAdapter] | None = Field(None, description="of a composition: its latest version's")
     versions: list[VersionAnswer]
     resident: bool
 

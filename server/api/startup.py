@@ -5,7 +5,10 @@ Whatever is missing on this machine raises StartupError, in one line.
 
 from collections.abc import Callable
 
+import torch
+
 from adapters.catalog import Catalog
+from adapters.records import Records
 from adapters.store import AdapterStore
 from server.api.deps import Services
 from server.api.estimate import Estimator
@@ -17,17 +20,21 @@ from server.database import connect
 from server.engine.async_engine import AsyncEngine
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
+from server.engine.guidance import Guidance
 from server.engine.paged_attention import PagedCache
 from server.engine.scheduler import SchedulerLimits
 from server.errors import StartupError
 from server.metrics import Metrics
 from server.model.chat import PromptEncoder
 from server.model.device import choose_device
+from server.model.native.load import load_native
 from server.model.smollm import SmolLM
 from server.model.source import resolve_base
+from server.model.vocabulary import tokenizer_json, vocabulary_of
 from server.model.weights import BaseModel, load_base
 from server.training.datasets import DatasetStore
 from server.training.encoding import RowEncoder
+from server.training.files import FileStore, RowSources
 from server.training.jobs import Jobs
 
 DEFAULT_MAX_MODEL_LEN = 8192
@@ -42,20 +49,30 @@ def build(settings: Settings, say: Callable[[str], None]) -> Services:
     base = load_base(directory, dtype, device)
     store = AdapterStore(settings.home / "adapters")
     jobs = Jobs(database)
-    library = Library(Catalog(database), store, base.config.shape, base.name, jobs.in_use)
-    library.sweep()
+    catalog = Catalog(database, Records(settings.home / "adapters"))
+    library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
+    for line in library.recover(jobs.is_unfinished).lines():
+        say(line)
     datasets = DatasetStore(settings.home / "datasets")
+    files = FileStore(settings.home / "files")
     encoder = PromptEncoder(base.tokenizer)
     rows = RowEncoder(encoder, _end_token(base), base.config.eos_token_ids)
     longest = base.config.max_position_embeddings
 
     max_model_len = _max_model_len(settings, base)
     config = _engine_config(settings, base, max_model_len)
-    model = SmolLM(base.config, base.weights, max_positions=max_model_len, pack=True)
-    token_bytes = _token_bytes(base)
+    libraries = [directory / "native", settings.home / "native"]
+    native = load_native(base, libraries, max_model_len, say) if settings.native else None
+    if native is not None:
+        torch.set_num_threads(1)  # for what is left to torch: its threads would spin on cores that are taken
+    model = SmolLM(base.config, base.weights, max_positions=max_model_len, pack=native is None)
+    token_bytes = TokenBytes(*vocabulary_of(base.tokenizer))
+
+    vocab_size, eos = base.config.vocab_size, tuple(base.config.eos_token_ids)
+    guidance = Guidance(tokenizer_json(base.tokenizer), vocab_size, eos)
 
     def build_engine(wake: Callable[[], None]) -> Engine:
-        return Engine(model, token_bytes, store.load, config, wake=wake)
+        return Engine(model, token_bytes, store.load, config, guidance=guidance, native=native, wake=wake)
 
     engine = _allocated(lambda: AsyncEngine(build_engine, max_queue=settings.max_queue), config)
     return Services(
@@ -64,11 +81,15 @@ def build(settings: Settings, say: Callable[[str], None]) -> Services:
         encoder=encoder,
         library=library,
         metrics=Metrics(lambda: engine.stats),
+        guidance=guidance,
         base_name=base.name,
         max_model_len=min(max_model_len, config.kv_cache_bytes // _kv_bytes_per_token(base)),
         jobs=jobs,
         datasets=datasets,
-        submissions=Submissions(settings.home, jobs, datasets, library, rows, longest),
+        files=files,
+        submissions=Submissions(
+            settings.home, jobs, RowSources(datasets, files), library, rows, longest, base.digest
+        ),
         estimator=Estimator(jobs, base.weights.num_parameters, base.dtype, base.device),
         decode=lambda ids: str(base.tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
     )
@@ -125,12 +146,3 @@ def _end_token(base: BaseModel) -> int:
 
 def _kv_bytes_per_token(base: BaseModel) -> int:
     return PagedCache.bytes_per_block(base.config, 1, base.dtype)
-
-
-def _token_bytes(base: BaseModel) -> TokenBytes:
-    added = base.tokenizer.added_tokens_decoder.items()
-    return TokenBytes(
-        base.tokenizer.get_vocab(),
-        {token_id: token.content for token_id, token in added},
-        [token_id for token_id, token in added if token.special],
-    )

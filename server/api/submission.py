@@ -20,11 +20,11 @@ from server.api.train_rows import JobRows, choose_rows
 from server.api.train_schemas import MAX_STEPS, TrainBody
 from server.api.train_spec import build_spec, parent_terms
 from server.model.directory import new_directory
-from server.training.datasets import DatasetStore
 from server.training.encoding import RowEncoder
+from server.training.files import RowSources
 from server.training.job_data import JobData
 from server.training.job_files import JobFiles
-from server.training.jobs import Job, Jobs
+from server.training.jobs import FINE_TUNING, Job, Jobs
 from server.training.report import DataFacts
 from server.training.rows import data_digest
 from server.training.spec import JobSpec, TrainingSpec
@@ -38,7 +38,7 @@ class Prepared:
     spec: JobSpec
     data: JobData
     source: Mapping[str, object]
-    used: frozenset[str]  # ids of data sets
+    used: frozenset[str]  # ids of data sets and files
 
     @property
     def total_steps(self) -> int:
@@ -57,25 +57,31 @@ class Submissions:
         self,
         home: Path,
         jobs: Jobs,
-        datasets: DatasetStore,
+        sources: RowSources,
         library: Library,
         encoder: RowEncoder,
         max_length: int,
+        base_digest: str,
     ) -> None:
         self._home = home
         self._files = JobFiles(home)
         self._jobs = jobs
-        self._datasets = datasets
+        self._sources = sources
         self._library = library
         self._encoder = encoder
         self._max_length = max_length
+        self._base_digest = base_digest
 
-    def submit(self, body: TrainBody, idempotency_key: str | None) -> Job:
+    def submit(
+        self, body: TrainBody, idempotency_key: str | None, fine_tuning: Mapping[str, object] | None = None
+    ) -> Job:
         """Queue the job, or return the one that the key belongs to.
 
-        Raises InvalidInput, NotFound (a data set, or the parent), QueueFull, or Unavailable: the disk is full.
+        `fine_tuning` is stored with it as `server.training.jobs.FINE_TUNING` has it.
+        Raises InvalidInput, NotFound (rows, or the parent), QueueFull, or Unavailable: the disk is full.
         """
-        digest = _digest(body)
+        digest = _digest(body, fine_tuning)
+        kept = {} if fine_tuning is None else {FINE_TUNING: dict(fine_tuning)}
         if (first := self._jobs.repeated(idempotency_key, digest)) is not None:
             return first
         job_id = f"job-{secrets.token_hex(8)}"
@@ -88,7 +94,7 @@ class Submissions:
                 job = self._jobs.submit(
                     prepared.spec,
                     job_id=job_id,
-                    data=prepared.facts,
+                    data={**prepared.facts, **kept},
                     used=prepared.used,
                     idempotency_key=idempotency_key,
                     body_digest=digest,
@@ -107,7 +113,7 @@ class Submissions:
         lease = self._library.lease(terms) if terms else Lease(())
         try:
             spec = build_spec(body, self._library, lease, self._max_length)
-            rows = choose_rows(body, self._datasets)
+            rows = choose_rows(body, self._sources)
             _check_rows(spec, rows)
             yield Prepared(spec, self._encode(spec.training, rows), rows.source, rows.used)
         finally:
@@ -139,6 +145,7 @@ class Submissions:
             validation=validation.examples if held_out else None,
             references=self._encoder.references(held_out),
             facts=facts,
+            base_digest=self._base_digest,
         )
 
 
@@ -158,7 +165,8 @@ def _check_rows(spec: JobSpec, rows: JobRows) -> None:
         raise InvalidInput(faults)
 
 
-def _digest(body: TrainBody) -> str:
+def _digest(body: TrainBody, fine_tuning: Mapping[str, object] | None) -> str:
     """Equal for bodies that mean the same."""
-    document = json.dumps(body.model_dump(mode="json"), sort_keys=True)
+    fields = body.model_dump(mode="json") | ({} if fine_tuning is None else {FINE_TUNING: fine_tuning})
+    document = json.dumps(fields, sort_keys=True)
     return hashlib.sha256(document.encode()).hexdigest()

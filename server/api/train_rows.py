@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from adapters.errors import FieldError, InvalidInput, NotFound
 from server.api.train_schemas import TrainBody
-from server.training.datasets import DatasetStore
+from server.training.files import RowSources
 from server.training.rows import Row, parse_row
 from server.training.split import default_share, hold_out
 
@@ -23,16 +23,16 @@ class JobRows:
     name: str
     validation_name: str | None
     source: Mapping[str, object]  # as the body has it
-    used: frozenset[str]  # ids of data sets
+    used: frozenset[str]  # ids of data sets and files
 
 
-def choose_rows(body: TrainBody, datasets: DatasetStore) -> JobRows:
+def choose_rows(body: TrainBody, sources: RowSources) -> JobRows:
     """The rows, of which at least one is to be trained on.
 
     Raises InvalidInput naming rows and their fields, NotFound where there is no such data set.
     """
     if body.dataset is not None:
-        name, rows = "dataset", _stored(datasets, body.dataset, "dataset")
+        name, rows = "dataset", _stored(sources, body.dataset, "dataset")
     else:
         assert body.data is not None, "one of the two, as was checked"
         name, rows = "data", _sent(body.data, "data")
@@ -42,7 +42,7 @@ def choose_rows(body: TrainBody, datasets: DatasetStore) -> JobRows:
     validation_name: str | None = "validation"
     said: object = given
     if isinstance(given, str):
-        validation = _stored(datasets, given, "validation")
+        validation = _stored(sources, given, "validation")
     elif isinstance(given, list):
         validation, said = _sent(given, "validation"), "rows"
     else:
@@ -53,9 +53,9 @@ def choose_rows(body: TrainBody, datasets: DatasetStore) -> JobRows:
     return JobRows(rows, train, validation, name, validation_name, source, frozenset(used))
 
 
-def _stored(datasets: DatasetStore, dataset_id: str, name: str) -> list[Row]:
+def _stored(sources: RowSources, source_id: str, name: str) -> list[Row]:
     try:
-        return list(datasets.rows(dataset_id))
+        return list(sources.rows(source_id))
     except NotFound as error:
         raise NotFound(f"{name}: {error}") from None
 

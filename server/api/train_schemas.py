@@ -189,6 +189,7 @@ class RowCounts(BaseModel):
 
 class JobAnswer(BaseModel):
     id: str
+    kind: Literal["train", "merge"]
     name: str
     status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
     position: int | None = Field(description="among those that wait, from 1; null where it doesn't wait")
@@ -201,7 +202,7 @@ class JobAnswer(BaseModel):
     started_at: str | None
     finished_at: str | None
     config: dict[str, object] = Field(description="the body with every default filled in")
-    data: RowCounts
+    data: RowCounts | None = Field(description="null for a merge")
     attempt: int = Field(description="how often a worker took it up")
 
 

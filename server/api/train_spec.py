@@ -33,7 +33,10 @@ def build_spec(body: TrainBody, library: Library, lease: Lease, max_length: int)
     faults = [*_name_faults(body.name, library), *_faults(body, max_length)]
     lora = LoraSpec(**body.lora.model_dump())
     parent = lease.parts[0] if lease.parts else None
-    if parent is not None:
+    if any(part != parent or part.weight != 1 for part in lease.parts):
+        message = "is a composition: merge it into an adapter first, by a method of POST /compositions"
+        faults.append(FieldError(("start_from",), message))
+    elif parent is not None:
         asked, lora = lora, _shaped(lora, library.read(parent.digest))
         faults += _contradictions(asked, lora, body.lora.model_fields_set)
     if faults:

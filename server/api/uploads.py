@@ -74,9 +74,9 @@ def uploaded_files(form: FormData) -> Iterator[UploadedFiles]:
             raise InvalidInput.of(missing, "the file is missing")
 
 
-def uploaded_rows(form: FormData) -> tuple[BinaryIO, str]:
-    """The file of rows, and its name. Raises InvalidInput."""
-    _refuse_unknown(form, ROWS_FIELD)
+def uploaded_rows(form: FormData, *beside: str) -> tuple[BinaryIO, str]:
+    """The file of rows, and its name; fields `beside` it are the caller's to read. Raises InvalidInput."""
+    _refuse_unknown(form, ROWS_FIELD, *beside)
     part = _part(form, ROWS_FIELD)
     if part is None:
         raise InvalidInput.of(ROWS_FIELD, "the file is missing")

@@ -5,6 +5,7 @@ fails ends the sequences in it; several in a row mean that the engine can't go o
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 from adapters.errors import InvalidInput, SmoloraError
 from server.engine.adapter_pool import AdapterPool, Load
 from server.engine.detokenizer import TextStream, TokenBytes
+from server.engine.forwards import NativeForward, TorchForward
+from server.engine.guidance import Guidance
 from server.engine.kv_cache import BlockManager
 from server.engine.paged_attention import PagedCache
 from server.engine.request import (
@@ -28,13 +31,15 @@ from server.engine.runner import Runner
 from server.engine.sampler import Logprobs, Sampled
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Sequence
-from server.errors import EngineDead, GenerationFailed
+from server.errors import EngineDead, GenerationFailed, NotReady
+from server.model.native.model import NativeModel
 from server.model.rank_rows import RankRows
 from server.model.smollm import SmolLM
 
 log = logging.getLogger(__name__)
 
 _MAX_FAILURES = 3  # steps that fail in a row
+_OVERFLOW = "the model's numbers overflowed; use smaller adapters or weights"
 
 
 @dataclass(frozen=True)
@@ -58,18 +63,27 @@ class Engine:
         load: Load,
         config: EngineConfig,
         *,
+        guidance: Guidance | None = None,
+        native: NativeModel | None = None,
         wake: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`load(digest)` reads an adapter, on a thread of the engine's; `wake` is called when one has moved on."""
+        """`load(digest)` reads an adapter, on a thread of the engine's; `wake` is called when one has moved on.
+
+        `native` computes in the place of `model`, where it is given.
+        Without `guidance`, requests with a grammar are refused; nor is one taken that it hasn't checked.
+        """
         base, device = model.config, model.device
         block_bytes = PagedCache.bytes_per_block(base, config.block_size, model.dtype)
         num_blocks = config.kv_cache_bytes // block_bytes + 1  # and the padding block
-        rank_bytes = RankRows.bytes_per_rank(base.shape, model.dtype, device)
+        a_dtype = model.dtype if native else None
+        rank_bytes = RankRows.bytes_per_rank(base.shape, model.dtype, device, a_dtype)
         self.config = config
         self.blocks = BlockManager(max(num_blocks, 2), config.block_size)
         self._eos = frozenset(base.eos_token_ids)
+        self._vocab_size = base.vocab_size
         self._token_bytes = token_bytes
+        self._guidance = guidance
         self._clock = clock
         cache = PagedCache(base, self.blocks.num_blocks, config.block_size, model.dtype, device)
         rows = RankRows(
@@ -77,11 +91,12 @@ class Engine:
             max_rank=max(config.adapter_cache_bytes // rank_bytes, 1),
             dtype=model.dtype,
             device=device,
+            a_dtype=a_dtype,
         )
         self._loaders = ThreadPoolExecutor(2, "adapter-loader")
         self.pool = AdapterPool(rows, load, self._loaders, wake)
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.pool, clock)
-        self.runner = Runner(model, cache, rows)
+        self.runner = Runner(NativeForward(native, cache, rows) if native else TorchForward(model, cache, rows))
         self._streams: dict[Sequence, TextStream] = {}
         self._num_failures = 0
         self.num_steps = 0
@@ -130,12 +145,19 @@ class Engine:
                 f"the prompt's {len(request.prompt_token_ids)} tokens and {request.sampling.max_tokens} more "
                 f"exceed {limit}; shorten the prompt or lower max_tokens",
             )
+        if any(token_id >= self._vocab_size for token_id, _ in request.sampling.logit_bias):
+            raise InvalidInput.of("logit_bias", f"a token id is not below {self._vocab_size}")
+        if request.grammar is not None and not (self._guidance and self._guidance.holds(request.grammar)):
+            raise NotReady("the grammar is not compiled")
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request that `check` has passed: `n` sequences."""
         arrival = self._clock()
         for index in range(request.n):
             sequence = Sequence(request, index, arrival, self.config.block_size)
+            if request.grammar is not None:
+                assert self._guidance is not None
+                sequence.constraint = self._guidance.constraint(request.grammar)
             self._streams[sequence] = TextStream(self._token_bytes, request.sampling.stop)
             self.scheduler.add(sequence)
 
@@ -179,20 +201,25 @@ class Engine:
 
     def _append(self, sequence: Sequence, token: Sampled) -> SequenceOutput:
         """Add the new token to its sequence, which may end it."""
+        if sequence.request.scored_from is not None:
+            return self._finish_scoring(sequence)
+        constraint = sequence.constraint
         if token.token_id is None:
-            message = "the model's numbers overflowed; use smaller adapters or weights"
-            return self._fail(sequence, GenerationFailed(message))
+            error = None if constraint is None else constraint.error
+            return self._fail(sequence, error or GenerationFailed(_OVERFLOW))
         params, stream, now = sequence.request.sampling, self._streams[sequence], self._clock()
         sequence.token_ids.append(token.token_id)
         if sequence.first_token_at is None:
             sequence.first_token_at = now
         self._num_output_tokens += 1
         reason: FinishReason | None = None
-        if token.token_id in self._eos and not params.ignore_eos:
+        if token.token_id in self._eos and (constraint is not None or not params.ignore_eos):
             text, reason = "", "stop"
         else:
             text = stream.push(token.token_id)
-            if stream.stopped:
+            if constraint is not None:
+                constraint.accept(token.token_id)
+            if stream.stopped or (constraint is not None and constraint.is_complete):
                 reason = "stop"
         if reason is None and sequence.num_output_tokens == params.max_tokens:
             reason = "length"
@@ -202,6 +229,15 @@ class Engine:
             self._remove(sequence)
         logprobs = () if token.logprobs is None else (self._logprob(token.token_id, token.logprobs),)
         return self._output(sequence, text=text, num_new_tokens=1, logprobs=logprobs, finish_reason=reason)
+
+    def _finish_scoring(self, sequence: Sequence) -> SequenceOutput:
+        """End a sequence whose tokens have all been scored; what was drawn after them is nobody's."""
+        scores = tuple(score for _, score in sorted(sequence.scores.items()))
+        assert len(scores) == sequence.num_tokens - (sequence.request.scored_from or 0)
+        if not all(map(math.isfinite, scores)):
+            return self._fail(sequence, GenerationFailed(_OVERFLOW))
+        self._remove(sequence)
+        return self._output(sequence, scores=scores, finish_reason="length")
 
     def _fail(self, sequence: Sequence, error: SmoloraError) -> SequenceOutput:
         self._remove(sequence)
@@ -218,6 +254,7 @@ class Engine:
         text: str = "",
         num_new_tokens: int = 0,
         logprobs: tuple[SampledLogprob, ...] = (),
+        scores: tuple[float, ...] = (),
         finish_reason: FinishReason | None = None,
         error: SmoloraError | None = None,
     ) -> SequenceOutput:
@@ -238,6 +275,7 @@ class Engine:
             num_output_tokens=sequence.num_output_tokens,
             num_cached_tokens=sequence.num_cached_tokens,
             logprobs=logprobs,
+            scores=scores,
             finish_reason=finish_reason,
             error=error,
             timing=timing,

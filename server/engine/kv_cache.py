@@ -129,8 +129,8 @@ class BlockManager:
         assert {block: key for key, block in self._block_of.items()} == self._key_of
 
     def _prompt_keys(self, sequence: Sequence) -> list[bytes]:
-        """The keys of the full blocks that leave at least one token to compute."""
-        return sequence.full_block_keys()[: (sequence.num_tokens - 1) // self.block_size]
+        """The keys of the full blocks that the sequence need not compute itself."""
+        return sequence.full_block_keys()[: sequence.num_sharable_tokens // self.block_size]
 
     def _take(self, block: int) -> None:
         if not self._references[block]:

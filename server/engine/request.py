@@ -4,6 +4,7 @@ The engine could live in a process of its own; nothing here refers to its memory
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from adapters.errors import SmoloraError
@@ -29,10 +30,31 @@ class SamplingParams:
     top_k: int = 0  # 0: off
     min_p: float = 0.0  # 0: off
     repetition_penalty: float = 1.0  # 1: off
+    presence_penalty: float = 0.0  # off a token's logit once it is in the answer; 0: off
+    frequency_penalty: float = 0.0  # off a token's logit for each time that it is in the answer; 0: off
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each id once
     seed: int = 0
     stop: tuple[str, ...] = ()
     logprobs: int = 0  # 0: none; k: the chosen token's and the k likeliest
     ignore_eos: bool = False
+
+    @cached_property
+    def changes_logits(self) -> bool:
+        """Whether a penalty or a bias applies before a token is chosen."""
+        return bool(
+            self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias
+        )
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must match: the text of a JSON schema, or a regular expression for the whole answer.
+
+    `server.engine.guidance.Guidance.check` has passed it before it comes to the engine.
+    """
+
+    kind: Literal["json_schema", "regex"]
+    source: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +62,9 @@ class GenerationRequest:
     """One prompt under one set of adapters; `n` sequences are generated from it.
 
     `adapters` is canonical: one entry for each digest, no zero weights, sorted. Empty: the frozen base.
+    `grammar` ends an answer by itself, so stop strings and `ignore_eos` don't go with it.
+    `scored_from`: generate nothing, but tell the log-probabilities of the prompt's tokens from this place (at
+    least 1) on; `sampling` has no effect but for its `max_tokens`, which must be 0, and `n` is 1.
     """
 
     request_id: str
@@ -47,6 +72,8 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     adapters: tuple[AdapterRef, ...] = ()
     n: int = 1
+    grammar: Grammar | None = None
+    scored_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +118,7 @@ class SequenceOutput:
     num_output_tokens: int
     num_cached_tokens: int
     logprobs: tuple[SampledLogprob, ...] = ()
+    scores: tuple[float, ...] = ()  # of a request with `scored_from`, with its `finish_reason` ("length"): nats
     finish_reason: FinishReason | None = None
     error: SmoloraError | None = None  # why an "abort" happened
     timing: Timing | None = None

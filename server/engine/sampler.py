@@ -5,18 +5,21 @@ logit / temperature + g, where g is standard Gumbel noise. The noise of a token 
 position, token id) and of nothing else, so a request draws the same tokens in any company and on any schedule.
 
 Order of the steps, as Hugging Face's generation does them: repetition penalty (Keskar et al. 2019,
-arXiv:1909.05858), temperature, top-k, top-p (Holtzman et al. 2020, arXiv:1904.09751), min-p (Nguyen et al. 2024,
+arXiv:1909.05858), presence and frequency penalty and logit bias (as OpenAI's API defines them), the mask of a
+constraint, temperature, top-k, top-p (Holtzman et al. 2020, arXiv:1904.09751), min-p (Nguyen et al. 2024,
 arXiv:2407.01082).
 """
 
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
 
 from server.engine.request import SamplingParams
+from server.engine.sequence import Constraint
 
 _MIN_CANDIDATES = 256  # the first attempt at a top-p set; the whole vocabulary follows where it is too small
 _MIN_TEMPERATURE = 1e-6  # below it a division would overflow; the likeliest token wins long before
@@ -31,6 +34,8 @@ class Row:
     index: int  # of the choice
     position: int  # of the new token in its sequence
     token_ids: Seq[int]  # the prompt and the output so far: what the repetition penalty looks at
+    num_prompt_tokens: int = 0  # the other penalties look at what comes after them
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One row's token; None where its logits are no numbers any more, as adapters that are too large make them."""
+    """One row's token; None where its constraint has failed, or its logits are no numbers any more, as adapters
+    that are too large make them."""
 
     token_id: int | None
     logprobs: Logprobs | None
@@ -55,8 +61,10 @@ def sample(logits: torch.Tensor, rows: Seq[Row]) -> list[Sampled]:
     wants_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs]
     logprobs = logits[wants_logprobs].log_softmax(-1) if wants_logprobs else None
     for i, row in enumerate(rows):
-        if row.params.repetition_penalty != 1.0:
+        if row.params.changes_logits:
             _penalize(logits[i], row)
+        if row.constraint is not None:
+            _constrain(logits[i], row.constraint)
     random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if len(random) == len(rows):
         tokens = _draw(logits, rows)
@@ -103,9 +111,29 @@ def _key(row: Row) -> tuple[int, int]:
 
 
 def _penalize(logits: torch.Tensor, row: Row) -> None:
-    seen = torch.tensor(sorted(set(row.token_ids)), device=logits.device)
-    scores, penalty = logits[seen], row.params.repetition_penalty
-    logits[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
+    """Apply the row's penalties and biases to logits (vocab,)."""
+    params, device = row.params, logits.device
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(row.token_ids)), device=device)
+        scores, penalty = logits[seen], params.repetition_penalty
+        logits[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        counts = Counter(row.token_ids[row.num_prompt_tokens :])
+        used = torch.tensor(list(counts), dtype=torch.int64, device=device)
+        penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
+        logits[used] -= logits.new_tensor(penalties)
+    if params.logit_bias:
+        token_ids, biases = zip(*params.logit_bias, strict=True)
+        logits[torch.tensor(token_ids, device=device)] += logits.new_tensor(biases)
+
+
+def _constrain(logits: torch.Tensor, constraint: Constraint) -> None:
+    """Leave of logits (vocab,) only those of tokens that may come next; of a failed constraint, none."""
+    forbidden = constraint.forbidden()
+    if forbidden is None:
+        logits.fill_(float("-inf"))
+    else:
+        logits.masked_fill_(torch.from_numpy(forbidden).to(logits.device), float("-inf"))
 
 
 def _draw(logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:

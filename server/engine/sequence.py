@@ -11,8 +11,33 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from adapters.errors import SmoloraError
 from server.engine.request import AdapterRef, GenerationRequest
+
+
+class Constraint(Protocol):
+    """What an answer must match, and how far it has come; `guidance.Constraint`."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow any more."""
+        ...
+
+    @property
+    def error(self) -> SmoloraError | None:
+        """Why it can't be followed any further."""
+        ...
+
+    def forbidden(self) -> NDArray[np.bool_] | None:
+        """(vocab,) True for tokens that may not come next; None where there is an error."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Move on by a token that isn't forbidden and doesn't end the answer."""
+        ...
 
 
 class Status(Enum):
@@ -69,6 +94,8 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     num_registered_blocks: int = 0  # known to the prefix cache
     lease: Lease | None = None
+    constraint: Constraint | None = None  # where it is in its grammar
+    scores: dict[int, float] = field(default_factory=dict)  # of the tokens that are to be scored, by position
     status: Status = Status.WAITING
     admitted_at: float | None = None
     first_token_at: float | None = None
@@ -89,6 +116,12 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_sharable_tokens(self) -> int:
+        """How many of the first tokens need not be computed here: not the last one, nor what scores follow."""
+        scored_from = self.request.scored_from
+        return len(self.token_ids) - 1 if scored_from is None else scored_from - 1
 
     @property
     def is_decoding(self) -> bool:

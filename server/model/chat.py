@@ -32,6 +32,7 @@ class PromptEncoder:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise InvalidInput.of("model", "its tokenizer has no fast version (tokenizer.json)")
         self._tokenizer = tokenizer
+        self.num_tokens = len(tokenizer)
         self._specials = {
             token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special
         }

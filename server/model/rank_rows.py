@@ -87,16 +87,25 @@ Placement = Mapping[str, Run]
 class RankRows:
     """The pools of all groups. Rows that no placement covers hold anything."""
 
-    def __init__(self, shape: BaseShape, *, max_rank: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: BaseShape,
+        *,
+        max_rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        a_dtype: torch.dtype | None = None,
+    ) -> None:
         """Room for adapters on all linear modules whose ranks add up to `max_rank`.
 
-        On a CPU `a` is fp32, which its sampled product needs; elsewhere it is of `dtype`, the model's, as `b` is.
+        `b` is of `dtype`, the model's, and so is `a`, but on a CPU it is fp32, as torch's sampled product needs,
+        unless `a_dtype` says otherwise.
         """
         self.shape = shape
         self.dtype = dtype
         self.device = device
         self.layouts = {group: GroupLayout.of(group, shape) for group in GROUPS}
-        a_dtype = torch.float32 if device.type == "cpu" else dtype
+        a_dtype = a_dtype or _default_a_dtype(dtype, device)
         self.a: dict[str, torch.Tensor] = {}
         self.b: dict[str, torch.Tensor] = {}
         for group, layout in self.layouts.items():
@@ -108,9 +117,11 @@ class RankRows:
             self.b[group] = torch.empty(shape.num_layers, num_units, layout.unit, dtype=dtype, device=device)
 
     @staticmethod
-    def bytes_per_rank(shape: BaseShape, dtype: torch.dtype, device: torch.device) -> int:
+    def bytes_per_rank(
+        shape: BaseShape, dtype: torch.dtype, device: torch.device, a_dtype: torch.dtype | None = None
+    ) -> int:
         """Bytes that one rank on all linear modules takes in the pools."""
-        a_bytes = 4 if device.type == "cpu" else dtype.itemsize
+        a_bytes = (a_dtype or _default_a_dtype(dtype, device)).itemsize
         per_layer = sum(a_bytes * inputs + dtype.itemsize * outputs for outputs, inputs in shape.features.values())
         return shape.num_layers * per_layer
 
@@ -156,8 +167,11 @@ class RankRows:
                         b.zero_()
                         continue
                     rank = module.rank  # smaller than rows.rank where a pattern varies it by layer
-                    a[:rank].copy_(module.a)
-                    a[:rank].mul_(module.scaling)
+                    a[:rank].copy_(module.a.float() * module.scaling)
                     b[:rank].copy_(module.b.t())
                     a[rank:].zero_()
                     b[rank:].zero_()
+
+
+def _default_a_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else dtype

@@ -24,6 +24,7 @@ from typing import BinaryIO, Self, cast
 
 from adapters.errors import InvalidInput, NotFound, SmoloraError
 from server.model.directory import UNFINISHED, new_directory, write_json
+from server.training.documents import read_document
 from server.training.row_files import FILE, Format, format_of, read_rows
 from server.training.rows import Row, canonical_json, kind_of, parse_row
 
@@ -56,9 +57,8 @@ class Dataset:
 
     @classmethod
     def from_document(cls, document: Mapping[str, object]) -> Self:
-        """What `to_document` made. Raises KeyError, TypeError or ValueError on anything else."""
-        created_at = datetime.fromisoformat(cast("str", document["created_at"]))
-        return cls(**(dict(document) | {"created_at": created_at}))  # type: ignore[arg-type]
+        """What `to_document` made. Raises ValueError on anything else."""
+        return read_document(cls, document)
 
 
 class DatasetStore:
@@ -149,7 +149,7 @@ class DatasetStore:
             return Dataset.from_document(json.loads((place / FACTS).read_bytes()))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             raise CorruptDataset(f"the facts of {place.name} are unreadable") from None
 
     def _clean(self) -> None:

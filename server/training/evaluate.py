@@ -19,6 +19,7 @@ from server.engine.paged_attention import PagedCache
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from server.model.rank_rows import RankRows
 from server.model.smollm import Adapters, SmolLM
+from server.model.vocabulary import vocabulary_of
 from server.model.weights import BaseModel
 from server.training.encoding import Reference
 from server.training.examples import Example
@@ -179,13 +180,4 @@ def _engine(base: BaseModel, weights: LoraWeights | None, lengths: Sequence[int]
         assert weights is not None
         return weights
 
-    return Engine(model, _token_bytes(base), load, config)
-
-
-def _token_bytes(base: BaseModel) -> TokenBytes:
-    added = base.tokenizer.added_tokens_decoder.items()
-    return TokenBytes(
-        base.tokenizer.get_vocab(),
-        {token_id: token.content for token_id, token in added},
-        [token_id for token_id, token in added if token.special],
-    )
+    return Engine(model, TokenBytes(*vocabulary_of(base.tokenizer)), load, config)

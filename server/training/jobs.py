@@ -1,4 +1,4 @@
-"""Training jobs as those see them who submit, watch and steer them; workers have `server.training.leases`.
+"""Jobs, trainings and merges, as those see them who submit and steer them; workers have `server.training.leases`.
 
 Every write is one transaction, every read one statement. A job's rows, checkpoints and log are files under HOME,
 which belong to others.
@@ -8,7 +8,7 @@ import builtins
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import cast
+from typing import Literal, cast
 
 import sqlalchemy as sa
 
@@ -19,11 +19,13 @@ from server.training import job_events
 from server.training.job_events import Event, plain
 from server.training.job_tables import jobs, uses
 from server.training.leases import Status
-from server.training.spec import JobSpec
+from server.training.merge_spec import MergeSpec, Spec, read_spec
 
 __all__ = ["Event", "Job", "Jobs", "Status"]
 
 MAX_UNFINISHED = 1000
+FINE_TUNING = "fine_tuning"
+"""The part of `Job.data` that jobs have which were made under /v1: what they have there and not under /train."""
 _RETRY_SECONDS = 30.0
 
 _ENDED = [status for status in Status if status.has_ended]
@@ -36,7 +38,7 @@ class Job:
     id: str
     name: str
     status: Status
-    spec: JobSpec
+    spec: Spec
     data: Mapping[str, object]
     progress: Mapping[str, object]
     metrics: Mapping[str, object]
@@ -49,6 +51,10 @@ class Job:
     position: int | None
     is_pausing: bool  # runs until its worker lets go
 
+    @property
+    def kind(self) -> Literal["train", "merge"]:
+        return "merge" if isinstance(self.spec, MergeSpec) else "train"
+
 
 class Jobs:
     """All jobs. Thread-safe; other processes may write the same tables."""
@@ -60,7 +66,7 @@ class Jobs:
 
     def submit(
         self,
-        spec: JobSpec,
+        spec: Spec,
         *,
         job_id: str,
         data: Mapping[str, object],
@@ -100,8 +106,7 @@ class Jobs:
                 "num_events": 0,
             }
             connection.execute(sa.insert(jobs).values(row))
-            parents = () if spec.start_from_digest is None else (spec.start_from_digest,)
-            for name in sorted({*used, *parents}):
+            for name in sorted({*used, *spec.parents}):
                 connection.execute(sa.insert(uses).values(job_id=job_id, used=name))
             job_events.append(connection, job_id, "queued")
             return _get(connection, job_id)
@@ -139,6 +144,15 @@ class Jobs:
             if not found and connection.execute(sa.select(jobs.c.id).where(jobs.c.id == job_id)).first() is None:
                 raise NotFound(f"there is no job {job_id}")
             return found
+
+    def num_events(self, job_id: str) -> int:
+        """How many there are: the `seq` of the last one. Raises NotFound."""
+        query = sa.select(jobs.c.num_events).where(jobs.c.id == job_id)
+        with self._reader.connect() as connection:
+            found: int | None = connection.execute(query).scalar_one_or_none()
+        if found is None:
+            raise NotFound(f"there is no job {job_id}")
+        return found
 
     def report(self, job_id: str) -> Mapping[str, object] | None:
         """The card of a job that succeeded; None before. Raises NotFound."""
@@ -179,6 +193,12 @@ class Jobs:
         """Whether a job that hasn't ended needs the data set of that id, or the adapter of that digest."""
         query = sa.select(uses.c.job_id).join(jobs, jobs.c.id == uses.c.job_id)
         query = query.where(uses.c.used == used, jobs.c.status.not_in(_ENDED)).limit(1)
+        with self._reader.connect() as connection:
+            return connection.execute(query).first() is not None
+
+    def is_unfinished(self, job_id: str) -> bool:
+        """Whether there is such a job, and it hasn't ended."""
+        query = sa.select(jobs.c.id).where(jobs.c.id == job_id, jobs.c.status.not_in(_ENDED))
         with self._reader.connect() as connection:
             return connection.execute(query).first() is not None
 
@@ -232,7 +252,7 @@ def _job(row: sa.RowMapping) -> Job:
     return Job(
         **{key: row[key] for key in same + times},
         status=Status(row["status"]),
-        spec=JobSpec.from_document(row["spec"]),
+        spec=read_spec(row["spec"]),
         attempt=row["token"],
         is_pausing=row["wants_pause"],
     )

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from adapters.catalog import NewVersion, Version, publish_in
 from adapters.catalog_tables import UtcDateTime, transact
+from adapters.records import Records
 from server.training import job_events
 from server.training.job_events import EventType, Level, plain
 from server.training.job_tables import database_time, jobs
@@ -63,10 +64,11 @@ class Claim:
 
 
 class Leases:
-    """Thread-safe; any number of processes may work on the same tables."""
+    """Thread-safe; any number of processes may work on the same tables. `records` are the catalog's."""
 
-    def __init__(self, engine: sa.Engine) -> None:
+    def __init__(self, engine: sa.Engine, records: Records | None = None) -> None:
         self._engine = engine
+        self._records = records
         self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def claim(self, owner: str, lease_seconds: float = LEASE_SECONDS) -> Claim | None:
@@ -178,7 +180,8 @@ class Leases:
             version = None
             message = "succeeded; no version was published"
             if publish is not None:
-                version = publish_in(connection, dataclasses.replace(publish, job_id=claim.job_id), alias)
+                new = dataclasses.replace(publish, job_id=claim.job_id)
+                version = publish_in(connection, new, alias, self._records)
                 values["adapter"] = {key: getattr(version, key) for key in ("name", "version", "digest")}
                 message = f"succeeded: {version.name}@{version.version}"
             _end(connection, claim.job_id, Status.SUCCEEDED, **values)

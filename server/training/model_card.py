@@ -18,7 +18,9 @@ _MEASURES = {"loss": "{:.4f}", "perplexity": "{:.3f}", "accuracy": "{:.2%}", "ex
 
 
 def model_card(report: Fields) -> str:
-    """Markdown from what `report.build_report` made, also once it was stored as JSON."""
+    """Markdown from what `report` or `merge_report` built, also once it was stored as JSON."""
+    if report.get("kind") == "merge":
+        return _merge_card(report)
     parts = [_front_matter(report), f"# {_text(report['name'])}"]
     if report["description"]:
         parts.append("\n".join(f"> {_text(line)}" for line in str(report["description"]).splitlines()))
@@ -27,6 +29,29 @@ def model_card(report: Fields) -> str:
     parts += [_table(("", ""), _origin(report)), "## Configuration", _configuration(report)]
     curves = _curves(_fields(report, "curves"))
     return "\n\n".join(part for part in [*parts, *curves] if part) + "\n"
+
+
+def _merge_card(report: Fields) -> str:
+    config, adapter = _fields(report, "config"), _fields(report, "adapter")
+    parts = cast("Sequence[Fields]", _fields(report, "lineage")["parts"])
+    made_of = [
+        (f"{_text(part['name'])}@{part['version']}", f"{part['weight']:g}", f"`{part['digest']}`")
+        for part in parts
+    ]
+    rank = "that of A and B" if config["rank"] is None and report["method"] != "svd" else adapter["rank"]
+    how = f"`{report['method']}`, density {config['density']:g}, seed {config['seed']}, rank {rank}"
+    distance = report["distance"]
+    off = "the exact sum is 0" if distance is None else f"{distance:.2%} of the exact sum's norm away from it"
+    facts = [
+        ("method", how),
+        ("distance", off),
+        ("adapter", f"`{adapter['digest']}`"),
+        ("stored", _bytes(report["bytes_stored"])),
+        ("wall time", f"{report['wall_seconds']:,.1f} s"),
+    ]
+    head = [_front_matter(report), f"# {_text(report['name'])}", _introduction(report)]
+    body = ["## What it is made of", _table(("adapter", "weight", "digest"), made_of), _table(("", ""), facts)]
+    return "\n\n".join([*head, *body]) + "\n"
 
 
 def _front_matter(report: Fields) -> str:
@@ -80,13 +105,19 @@ def _cost(report: Fields) -> list[tuple[str, str]]:
             "trainable parameters",
             f"{report['trainable_parameters']:,} ({report['trainable_share']:.2%} of the base)",
         ),
-        ("optimizer steps", f"{report['steps']:,} ({report['epochs']:.3g} epochs)"),
+        ("optimizer steps", f"{report['steps']:,} ({report['epochs']:.3g} epochs){_kept(report)}"),
         ("tokens", f"{report['tokens']:,}"),
         ("tokens per second", f"{report['tokens_per_second']:,.1f}"),
         ("wall time", f"{report['wall_seconds']:,.1f} s"),
         ("peak memory", _bytes(report["peak_memory_bytes"])),
         ("stored", _bytes(report["bytes_stored"])),
     ]
+
+
+def _kept(report: Fields) -> str:
+    """Which step's weights these are, where it isn't the last one."""
+    kept = report.get("kept_step", report["steps"])
+    return "" if kept == report["steps"] else f"; the weights are those of step {kept:,}, the best one"
 
 
 def _origin(report: Fields) -> list[tuple[str, str]]:

@@ -2,75 +2,123 @@
 
 Texts lie one after the other; each attends causally to itself alone (a block-diagonal mask) and counts its
 positions from 0, so that a text's loss is the same whatever it is packed with.
+
+The batch is cut into tiles of queries, and each tile meets the keys from the beginning of its first text to its
+own end: few products of a good size for texts of any lengths, with little that the mask takes away again. The
+backward pass computes a tile's weights once more, so that nothing is kept but q, k and v.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+TILE = 128
+"""Queries of a tile; twice as many where those are all."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Tile:
+    """Some queries and all the keys that any of them sees."""
+
+    queries: slice
+    keys: slice
+    bias: torch.Tensor  # (queries, keys): -inf where the key is another text's or comes later, else 0
 
 
 class PackedAttention:
-    """`smollm.Attention` for texts of `lengths` tokens (1 or more), in order, in one flat batch. Differentiable.
+    """`smollm.Attention` for texts of `lengths` tokens (1 or more), in order, in one flat batch.
 
-    `positions` (tokens,) are what the forward pass takes beside it.
+    Differentiable once. `positions` (tokens,) are what the forward pass takes beside it.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         assert all(length > 0 for length in lengths)
-        self.positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
-        self._groups = [_Group(members, device) for members in _similar(lengths)]
-        order = torch.cat([group.tokens for group in self._groups])
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=device)
-        in_order = bool((order.diff() == 1).all())
-        self._place = None if in_order else place
+        ends = torch.tensor(lengths).cumsum(0)
+        starts = (ends - torch.tensor(lengths)).repeat_interleave(torch.tensor(lengths))  # of each token's text
+        place = torch.arange(len(starts))
+        self.positions = (place - starts).to(device)
+        size = TILE if len(place) > 2 * TILE else len(place)  # so little is done fastest at once
+        self._tiles = [
+            self._tile(slice(first, min(first + size, len(place))), place, starts, device)
+            for first in range(0, len(place), size)
+        ]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q (tokens, heads, head_dim), k, v (tokens, kv_heads, head_dim); like q."""
-        parts = [group.attend(q, k, v) for group in self._groups]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return out if self._place is None else out.index_select(0, self._place)
+        out: torch.Tensor = _Attend.apply(q, k, v, self._tiles)  # type: ignore[no-untyped-call]
+        return out
+
+    @staticmethod
+    def _tile(queries: slice, place: torch.Tensor, starts: torch.Tensor, device: torch.device) -> _Tile:
+        keys = slice(int(starts[queries.start]), queries.stop)
+        unseen = (place[keys] < starts[queries, None]) | (place[keys] > place[queries, None])
+        return _Tile(queries, keys, torch.zeros(unseen.shape).masked_fill_(unseen, float("-inf")).to(device))
 
 
-class _Group:
-    """Texts of similar lengths, attended to in one call, padded at their ends to the longest."""
+class _Attend(torch.autograd.Function):
+    """softmax(q kᵀ / √head_dim) v over the tiles; the heads of a group are further queries of its kv head.
 
-    def __init__(self, members: Sequence[tuple[int, int]], device: torch.device) -> None:
-        """`members`: (first token, length) of each text."""
-        self.num_texts = len(members)
-        self.longest = max(length for _, length in members)
-        # Padding repeats the text's last token: a causal mask keeps it from all that counts.
-        place = torch.arange(self.longest)
-        starts = torch.tensor([start for start, _ in members])[:, None]
-        lengths = torch.tensor([length for _, length in members])[:, None]
-        padded = (starts + torch.minimum(place, lengths - 1)).flatten()
-        is_kept = (place < lengths).flatten()
-        self.tokens = padded[is_kept].to(device)
-        first, end = members[0][0], members[0][0] + len(padded)
-        is_plain = torch.equal(padded, torch.arange(first, end))
-        self.span = slice(first, end) if is_plain else None  # neighbours of one length: nothing is to be moved
-        self.padded = padded.to(device)
-        self.kept = is_kept.nonzero()[:, 0].to(device)
+    What divides the scores is in k from the beginning.
+    """
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """The texts' own rows of the answer, text by text: (their tokens, heads, head_dim)."""
-        q, k, v = self._spread(q), self._spread(k), self._spread(v)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        out = out.transpose(1, 2).flatten(0, 1)  # (texts * longest, heads, head_dim)
-        return out if self.span is not None else out.index_select(0, self.kept)
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        tiles: Sequence[_Tile],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.tiles = tiles
+        k, v = _by_head(k) * q.shape[-1] ** -0.5, _by_head(v)
+        out = q.new_empty(q.shape)
+        for tile in tiles:
+            weights = _weights(_grouped(q[tile.queries], k.shape[0]), k, tile)
+            _ungroup(torch.bmm(weights, v[:, tile.keys]), out[tile.queries])
+        return out
 
-    def _spread(self, x: torch.Tensor) -> torch.Tensor:
-        """x (tokens, heads, head_dim) text by text: (texts, heads, longest, head_dim)."""
-        x = x.index_select(0, self.padded) if self.span is None else x[self.span]
-        return x.view(self.num_texts, self.longest, *x.shape[1:]).transpose(1, 2)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:  # noqa: ANN401
+        q, k, v = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        k, v = _by_head(k) * scale, _by_head(v)
+        dq = q.new_empty(q.shape)
+        dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        for tile in ctx.tiles:
+            q_tile, d_tile = _grouped(q[tile.queries], k.shape[0]), _grouped(d_out[tile.queries], k.shape[0])
+            weights = _weights(q_tile, k, tile)
+            d_weights = torch.bmm(d_tile, v[:, tile.keys].transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            dv[:, tile.keys] += torch.bmm(weights.transpose(1, 2), d_tile)
+            dk[:, tile.keys] += torch.bmm(d_scores.transpose(1, 2), q_tile)
+            _ungroup(torch.bmm(d_scores, k[:, tile.keys]), dq[tile.queries])
+        return dq, (dk * scale).transpose(0, 1).to(q.dtype), dv.transpose(0, 1).to(q.dtype), None
 
 
-def _similar(lengths: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """The texts as (first token, length), grouped so that padding at most doubles one: by power of two."""
-    groups: dict[int, list[tuple[int, int]]] = {}
-    start = 0
-    for length in lengths:
-        groups.setdefault((length - 1).bit_length(), []).append((start, length))
-        start += length
-    return list(groups.values())
+def _weights(q: torch.Tensor, k: torch.Tensor, tile: _Tile) -> torch.Tensor:
+    """The softmax of q kᵀ, for q (kv_heads, heads of one * queries, head_dim): (kv_heads, …, the tile's keys)."""
+    scores = torch.bmm(q, k[:, tile.keys].transpose(1, 2))
+    scores.view(-1, *tile.bias.shape).add_(tile.bias.to(scores.dtype))
+    return scores.softmax(-1)
+
+
+def _by_head(x: torch.Tensor) -> torch.Tensor:
+    """(tokens, kv_heads, head_dim) as (kv_heads, tokens, head_dim), each head's rows one after the other."""
+    return x.transpose(0, 1).contiguous()
+
+
+def _grouped(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """x (queries, heads, head_dim) as (kv_heads, heads of one * queries, head_dim)."""
+    queries, heads, dim = x.shape
+    return x.view(queries, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
+
+
+def _ungroup(x: torch.Tensor, out: torch.Tensor) -> None:
+    """The inverse of `_grouped`, written into out (queries, heads, head_dim)."""
+    queries, heads, dim = out.shape
+    out.copy_(x.view(heads, queries, dim).transpose(0, 1))

@@ -49,7 +49,8 @@ class DataFacts:
 class Cost:
     """What the job took."""
 
-    num_steps: int  # optimizer steps
+    num_steps: int  # optimizer steps taken, in so many epochs
+    kept_step: int  # whose weights were kept: the last one's, or the best evaluation's
     epochs: float
     num_tokens: int  # inputs of all steps, without padding
     tokens_per_second: float
@@ -120,12 +121,13 @@ def build_report(spec: JobSpec, base: BaseModel, found: Findings) -> dict[str, o
         "description": spec.description,
         "method": spec.method,
         "base_model": {"name": base.name, "digest": base.digest, "parameters": num_base},
-        "adapter": None if found.adapter is None else _adapter(found.adapter),
+        "adapter": None if found.adapter is None else adapter_document(found.adapter),
         "trainable_parameters": found.num_trainable,
         "trainable_share": found.num_trainable / num_base,
         "evaluation": _evaluation(found),
         "gate": asdict(found.gate),
         "steps": found.cost.num_steps,
+        "kept_step": found.cost.kept_step,
         "epochs": found.cost.epochs,
         "tokens": found.cost.num_tokens,
         "tokens_per_second": found.cost.tokens_per_second,
@@ -152,7 +154,8 @@ def peak_memory_bytes(device: torch.device, status: Path = _STATUS) -> int:
     return int(found.group(1)) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _adapter(facts: AdapterFacts) -> dict[str, object]:
+def adapter_document(facts: AdapterFacts) -> dict[str, object]:
+    """The adapter's files in a card."""
     config = facts.config
     return {
         "digest": facts.digest,

@@ -8,8 +8,8 @@ that nothing disturbed. It talks to the world through `Reporter`; leases, publis
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Protocol, cast
+from dataclasses import asdict, dataclass, field, replace
+from typing import Protocol
 
 import torch
 
@@ -17,6 +17,7 @@ from adapters.lora import LoraWeights
 from server.model.smollm import NoAdapters, SmolLM
 from server.model.weights import BaseModel
 from server.training.checkpoint import Checkpoint, Checkpoints
+from server.training.documents import read_document
 from server.training.evaluate import Evaluation, evaluate, exact_match
 from server.training.init import initial_weights
 from server.training.job_data import JobData
@@ -62,7 +63,7 @@ class _Counters:
     best_step: int = 0
     num_without_gain: int = 0  # evaluations since the best one
     stopped_early: bool = False
-    base: dict[str, object] | None = None  # the untouched base's evaluation
+    base: Evaluation | None = None  # the untouched base's
     train_curve: list[tuple[int, float]] = field(default_factory=list)
     eval_curve: list[tuple[int, float]] = field(default_factory=list)
 
@@ -73,11 +74,15 @@ class _Counters:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a finished run leaves: the weights of `step`; what they are worth, where rows were held out."""
+    """What a finished run leaves: the weights of `step`; what they are worth, where rows were held out.
+
+    With evaluations on the way, `step` is the best one's, of the `num_steps` that were taken.
+    """
 
     weights: LoraWeights | None  # None: full fine-tuning, whose weights are `tuned_base`'s
     tuned_base: BaseModel | None
     step: int
+    num_steps: int
     num_trainable: int
     base: Evaluation | None
     tuned: Evaluation | None
@@ -171,14 +176,11 @@ class Run:
         found = self._checkpoints.newest()
         if found is None:
             return
-        tensors, state = dict(found.tensors), dict(found.state)
+        tensors = dict(found.tensors)
         best = tensors.pop("best", None)
         self._best = None if best is None else best.to(self._base.device)
         self._trainer.restore(tensors, found.step)
-        state.pop("step")
-        self._counters = _Counters(**state)  # type: ignore[arg-type]
-        for curve in (self._counters.train_curve, self._counters.eval_curve):
-            curve[:] = [(point[0], point[1]) for point in curve]
+        self._counters = read_document(_Counters, found.state)
 
     def _step(self) -> None:
         result = self._trainer.run_step(self._reporter.between)
@@ -211,7 +213,7 @@ class Run:
         if counters.eval_curve:
             found["eval_loss"] = counters.eval_curve[-1][1]
         if counters.base is not None:
-            found["base_eval_loss"] = counters.base["loss"]
+            found["base_eval_loss"] = counters.base.loss
         return found
 
     def _count(self, result: StepResult) -> None:
@@ -261,15 +263,16 @@ class Run:
         tuned_base = trainable.tuned(self._base) if isinstance(trainable, TrainableModel) else None
         tuned = None
         if self._data.validation is not None:
-            tuned = evaluation(self._measure(trainable.model, weights, tuned_base))
+            tuned = self._measure(trainable.model, weights, tuned_base)
         self._note_time()
         counters = self._counters
         return Outcome(
             weights=weights,
             tuned_base=tuned_base,
             step=step,
+            num_steps=self._trainer.step,
             num_trainable=trainable.masters.numel(),
-            base=None if counters.base is None else evaluation(counters.base),
+            base=counters.base,
             tuned=tuned,
             counters=counters,
             epochs=self._trainer.epoch,
@@ -277,8 +280,8 @@ class Run:
 
     def _measure(
         self, model: SmolLM, weights: LoraWeights | None, tuned_base: BaseModel | None = None
-    ) -> dict[str, object]:
-        """Loss, accuracy and exact match on the held-out rows, as JSON."""
+    ) -> Evaluation:
+        """Loss, accuracy and exact match on the held-out rows."""
         assert self._data.validation is not None
         between = self._reporter.between
         adapters = NoAdapters() if weights is None else self._trainable.adapters
@@ -286,15 +289,10 @@ class Run:
         if not math.isfinite(found.loss):
             raise ValueError("the held-out loss is not a number")
         matched = exact_match(tuned_base or self._base, weights, self._data.references, between=between)
-        return asdict(found) | {"exact_match": matched}
+        return replace(found, exact_match=matched)
 
     def _note_time(self) -> None:
         now = time.monotonic()
         self._counters.wall_seconds += now - self._started
         self._started = now
         self._counters.peak_memory_bytes = max(self._counters.peak_memory_bytes, self._peak_memory())
-
-
-def evaluation(document: Mapping[str, object]) -> Evaluation:
-    """What `asdict` made of one."""
-    return Evaluation(**cast("dict[str, float]", dict(document)))  # type: ignore[arg-type]

@@ -6,9 +6,10 @@ resolved: nothing here means "the default" any more.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 from adapters.lora import MODULES
+from server.training.documents import read_document
 
 Method = Literal["lora", "full"]
 Init = Literal["gaussian", "kaiming", "pissa", "olora"]
@@ -71,6 +72,11 @@ class JobSpec:
     alias: str | None = None
     description: str = ""
 
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The digests of the adapters whose bytes the job needs."""
+        return () if self.start_from_digest is None else (self.start_from_digest,)
+
     def to_document(self) -> dict[str, object]:
         """JSON-ready."""
         document = asdict(self)
@@ -79,12 +85,5 @@ class JobSpec:
 
     @classmethod
     def from_document(cls, document: Mapping[str, object]) -> "JobSpec":
-        """What `to_document` made."""
-        lora = dict(cast("Mapping[str, object]", document["lora"]))
-        lora["target_modules"] = tuple(cast("list[str]", lora["target_modules"]))
-        training = cast("Mapping[str, object]", document["training"])
-        fields = dict(document) | {
-            "lora": LoraSpec(**lora),  # type: ignore[arg-type]
-            "training": TrainingSpec(**training),  # type: ignore[arg-type]
-        }
-        return cls(**fields)  # type: ignore[arg-type]
+        """What `to_document` made. Raises ValueError on anything else."""
+        return read_document(cls, document)

@@ -1,5 +1,6 @@
 """The store: what is put is loaded bit by bit, nothing half-written is ever seen, pins outlive deletes."""
 
+import fcntl
 import io
 import json
 import os
@@ -7,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -250,29 +250,57 @@ def test_a_full_disk_leaves_nothing(store: AdapterStore, place: Path, tmp_path: 
     assert leftovers(tmp_path) == []
 
 
-def test_old_leftovers_go_at_the_next_start(store: AdapterStore, tmp_path: Path) -> None:
+def test_a_sweep_takes_what_no_process_is_writing(store: AdapterStore, tmp_path: Path) -> None:
     root = tmp_path / "adapters"
-    for name in (".tmp-old", ".tmp-new"):
+    for name in (".tmp-left", ".tmp-held"):
         (root / name).mkdir()
         (root / name / "file").write_bytes(b"x")
-    two_hours_ago = time.time() - 7200
-    os.utime(root / ".tmp-old", (two_hours_ago, two_hours_ago))
-    AdapterStore(root)
-    assert [path.name for path in leftovers(tmp_path)] == [".tmp-new"]
+    handle = os.open(root / ".tmp-held", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)  # as whoever writes there has it
+    assert store.leftovers() == [".tmp-left"]
+    assert AdapterStore(root).sweep(lambda digest: True) == []
+    assert [path.name for path in leftovers(tmp_path)] == [".tmp-held"]
+    os.close(handle)
+    store.sweep(lambda digest: True)
+    assert leftovers(tmp_path) == []
 
 
-def test_a_sweep_takes_what_nobody_published(store: AdapterStore, tmp_path: Path) -> None:
+def test_a_sweep_takes_what_nobody_published_or_is_about_to(store: AdapterStore, tmp_path: Path) -> None:
     adapters = [sample_adapter(seed) for seed in range(3)]
     published, orphan, fresh = (adapter.weights.digest for adapter in adapters)
-    two_hours_ago = time.time() - 7200
     for adapter in adapters:
         store.put(adapter)
-        digest = adapter.weights.digest
-        if digest != fresh:
-            os.utime(tmp_path / "adapters" / digest[:2] / digest, (two_hours_ago, two_hours_ago))
-    assert store.sweep({published}.__contains__) == [orphan]
+    assert store.digests() == sorted([published, orphan, fresh])
+    with AdapterStore(tmp_path / "adapters").publishing(adapters[2]):
+        assert store.is_held(fresh)
+        assert store.sweep(lambda digest: digest in (published, fresh)) == [orphan]
+        store.sweep({published}.__contains__)
+        store.discard(fresh)
+        store.verify(fresh)
+    assert not store.is_held(fresh)
     store.verify(published)
-    store.verify(fresh)
+    assert store.sweep({published}.__contains__) == [fresh]
+    assert store.digests() == [published]
+
+
+def test_what_is_about_to_be_published_is_put_back_should_it_have_gone(tmp_path: Path) -> None:
+    """Another process discards the bytes over and over, and the block never sees them gone."""
+    mine, other = AdapterStore(tmp_path / "adapters"), AdapterStore(tmp_path / "adapters")
+    stop = threading.Event()
+
+    def discard() -> None:
+        while not stop.is_set():
+            other.discard(DIGEST)
+
+    with ThreadPoolExecutor(1) as pool:
+        discarding = pool.submit(discard)
+        for _ in range(20):
+            with mine.publishing(ADAPTER) as num_bytes:
+                assert num_bytes > 0
+                for _ in range(3):
+                    mine.verify(DIGEST)
+        stop.set()
+        discarding.result()
 
 
 NURSERY = """

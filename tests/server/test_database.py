@@ -7,15 +7,18 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 
 from adapters import catalog
-from server.database import FILE_NAME, connect
+from server.database import FILE_NAME, connect, faults, nobody_has_it_open, set_aside
 from server.errors import StartupError
 from server.training import job_tables
 
@@ -158,3 +161,57 @@ def test_a_home_that_is_a_file_is_refused(tmp_path: Path) -> None:
         connect(tmp_path / "home")
     with pytest.raises(StartupError, match="can't make the folder"):
         connect(tmp_path / "home" / "below")
+
+
+def test_versions_of_before_compositions_are_listed(tmp_path: Path) -> None:
+    """A database that an older smolora made and filled."""
+    old = sa.create_engine(sa.URL.create("sqlite", database=str(tmp_path / FILE_NAME)))
+    config = Config()
+    config.set_main_option("script_location", "server:migrations")
+    with old.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0002")
+        connection.exec_driver_sql("INSERT INTO adapters VALUES ('a', 'adapter', 1, 2)")
+        values = f"'a', 1, '{'0' * 64}', 4, 8.0, '[\"q_proj\"]', 10, 100, NULL, '{{}}', NULL, NULL, '[]'"
+        values += ", '2025-01-02 03:04:05'"
+        connection.exec_driver_sql(f"INSERT INTO adapter_versions VALUES ({values})")
+        connection.exec_driver_sql("INSERT INTO adapter_aliases VALUES ('a', 'prod', 1)")
+    old.dispose()
+    engine = connect(tmp_path)
+    (adapter,) = catalog.Catalog(engine).list()
+    assert (adapter.kind, adapter.latest, adapter.aliases) == ("adapter", 1, {"prod": 1})
+    (version,) = adapter.versions
+    assert (version.rank, version.config, version.base_digest, version.parts) == (4, {}, None, ())
+    engine.dispose()
+
+
+def test_a_database_in_use_is_known_to_be(tmp_path: Path) -> None:
+    with nobody_has_it_open(tmp_path):
+        pass
+    first, second = connect(tmp_path), connect(tmp_path)
+    first.dispose()
+    with pytest.raises(StartupError, match="stop it first"), nobody_has_it_open(tmp_path):
+        pass
+    second.dispose()
+    with nobody_has_it_open(tmp_path):
+        pass
+
+
+def test_faults_of_the_file(tmp_path: Path) -> None:
+    assert faults(tmp_path) == ["is missing"]
+    assert list(tmp_path.iterdir()) == []
+    connect(tmp_path).dispose()
+    assert faults(tmp_path) == []
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as file:
+        file.execute("INSERT INTO adapter_aliases VALUES ('nobody', 'prod', 1)")
+        file.commit()
+    (fault,) = faults(tmp_path)
+    assert "adapter_aliases" in fault
+    content = bytearray((tmp_path / FILE_NAME).read_bytes())
+    content[4096:12288] = b"\xff" * 8192
+    (tmp_path / FILE_NAME).write_bytes(content)
+    assert faults(tmp_path) != []
+    assert set_aside(tmp_path) == [f"{FILE_NAME}.damaged-1"]
+    connect(tmp_path).dispose()
+    (tmp_path / FILE_NAME).write_bytes(b"junk" * 100)
+    assert set_aside(tmp_path) == [f"{FILE_NAME}.damaged-2"]

@@ -7,11 +7,13 @@ from fastapi import APIRouter, Path, Query, Request
 from starlette.datastructures import FormData
 from starlette.responses import Response
 
-from adapters.catalog import Adapter, Version
+from adapters.catalog import Version
+from adapters.errors import NotFound
 from adapters.expression import MAX_NAME
 from server.api import wire
+from server.api.adapter_answers import adapter_answer, version_answer
 from server.api.deps import Services, ServicesDep
-from server.api.documents import DELETES, LOOKUPS, UPLOAD_BODY, UPLOADS
+from server.api.documents import DELETES, DOWNLOADS, LOOKUPS, UPLOAD_BODY, UPLOADS
 from server.api.library import Library
 from server.api.schemas import AdapterAnswer, AdapterList, VersionAnswer
 from server.api.uploads import read_form, uploaded_files
@@ -25,6 +27,7 @@ _parsing = CapacityLimiter(2)  # uploads that are hashed and copied at once: mem
 
 Name = Annotated[str, Path(max_length=4 * MAX_NAME)]
 VersionNumber = Annotated[int, Path(ge=1)]
+Force = Annotated[bool, Query(description="let aliases go, too; compositions hold in any case")]
 
 
 @router.get(
@@ -49,7 +52,7 @@ async def list_adapters(
 async def get_adapter(services: ServicesDep, name: Name) -> Response:
     """All its versions."""
     found = await to_thread.run_sync(services.library.get, name)
-    return wire.answer(_adapter(found, services.engine.stats.resident))
+    return wire.answer(adapter_answer(found, services.engine.stats.resident))
 
 
 @router.get(
@@ -61,14 +64,14 @@ async def get_adapter(services: ServicesDep, name: Name) -> Response:
 async def get_version(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
     """As it is listed."""
     found = await to_thread.run_sync(services.library.version, name, version)
-    return wire.answer(_version(found, services.engine.stats.resident))
+    return wire.answer(version_answer(found, services.engine.stats.resident))
 
 
 @router.get(
     "/{name}/{version}/download",
     summary="Download",
     response_class=Response,
-    responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **LOOKUPS},
+    responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **DOWNLOADS},
 )
 async def download(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
     """A zip of `adapter_config.json` and `adapter_model.safetensors`; PEFT reads the folder it unpacks to.
@@ -93,76 +96,50 @@ async def upload(request: Request, services: ServicesDep, name: Name) -> Respons
 
     What can't be honoured exactly is refused, naming each key.
     """
-    services.library.check_name(name)
+    await to_thread.run_sync(services.library.check_name, name)
     form = await read_form(request)
     try:
         version = await to_thread.run_sync(_publish, services.library, name, form, limiter=_parsing)
     finally:
         await form.close()
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
-    return wire.answer(_version(version, services.engine.stats.resident), 201, headers)
+    return wire.answer(version_answer(version, services.engine.stats.resident), 201, headers)
 
 
 @router.delete("/{name}", summary="Delete an adapter", status_code=204, response_class=Response, responses=DELETES)
-async def delete_adapter(services: ServicesDep, name: Name) -> Response:
-    """All its versions. Requests that run under them end on the old bytes; training from one is a conflict."""
-    await to_thread.run_sync(services.library.delete, name)
+async def delete_adapter(services: ServicesDep, name: Name, force: Force = False) -> Response:
+    """All its versions. Requests that run under them end on the old bytes; 409 names what holds one of them."""
+    await to_thread.run_sync(services.library.delete, name, force)
     return Response(status_code=204)
 
 
 @router.delete(
     "/{name}/{version}", summary="Delete a version", status_code=204, response_class=Response, responses=DELETES
 )
-async def delete_version(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
+async def delete_version(
+    services: ServicesDep, name: Name, version: VersionNumber, force: Force = False
+) -> Response:
     """Its number is never used again; where it was the latest, the highest one left becomes it."""
-    await to_thread.run_sync(services.library.delete_version, name, version)
+    await to_thread.run_sync(services.library.delete_version, name, version, force)
     return Response(status_code=204)
 
 
 def _page(library: Library, resident: frozenset[str], name: str | None, size: int, after: str | None) -> Response:
     found = library.list(name, size + 1, after)
-    page = [_adapter(adapter, resident) for adapter in found[:size]]
+    page = [adapter_answer(adapter, resident) for adapter in found[:size]]
     return wire.answer({"adapters": page, "next": found[size - 1].name if len(found) > size else None})
 
 
 def _archive(services: Services, name: str, version: int) -> bytes:
     job_id = services.library.version(name, version).job_id
     content = services.library.archive(name, version)
-    report = None if job_id is None else services.jobs.report(job_id)
+    try:
+        report = None if job_id is None else services.jobs.report(job_id)
+    except NotFound:  # its database was lost
+        report = None
     return content if report is None else with_file(content, "README.md", model_card(report).encode())
 
 
 def _publish(library: Library, name: str, form: FormData) -> Version:
     with uploaded_files(form) as files:
         return library.publish(name, files.config_json, files.weights)
-
-
-def _adapter(adapter: Adapter, resident: frozenset[str]) -> dict[str, object]:
-    return {
-        "name": adapter.name,
-        "kind": "adapter",
-        "latest": adapter.latest,
-        "aliases": dict(adapter.aliases),
-        "versions": [_version(version, resident) for version in adapter.versions],
-        "resident": any(version.digest in resident for version in adapter.versions),
-    }
-
-
-def _version(version: Version, resident: frozenset[str]) -> dict[str, object]:
-    return {
-        "name": version.name,
-        "version": version.version,
-        "digest": version.digest,
-        "rank": version.rank,
-        "alpha": version.alpha,
-        "target_modules": list(version.target_modules),
-        "parameters": version.parameters,
-        "bytes": version.bytes,
-        "base_model": version.base_model,
-        "metrics": dict(version.metrics),
-        "parent": version.parent,
-        "job_id": version.job_id,
-        "created_at": version.created_at.isoformat(),
-        "resident": version.digest in resident,
-        "warnings": list(version.warnings),
-    }

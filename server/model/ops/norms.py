@@ -3,9 +3,13 @@
 import torch
 import torch.nn.functional as F
 
+from server.model.ops import gradients
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Root-mean-square normalization over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    if x.requires_grad:
+        return gradients.rms_norm(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -25,11 +29,15 @@ def rotary_table(num_positions: int, head_dim: int, theta: float) -> torch.Tenso
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate x (tokens, heads, head_dim) by rows cos, sin (tokens, 1, head_dim) of `rotary_table`."""
+    if x.requires_grad:
+        return gradients.rotary(x, cos, sin)
     half = x.shape[-1] // 2
     return x * cos + torch.cat((x[..., half:], x[..., :half]), -1) * sin
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of the fused (tokens, 2 * intermediate); Shazeer 2020, arXiv:2002.05202."""
+    if gate_up.requires_grad:
+        return gradients.swiglu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

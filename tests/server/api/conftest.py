@@ -1,6 +1,6 @@
 """An app around a fake engine, with a real catalog and store in a temporary home."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from adapters.catalog import Catalog
 from adapters.lora import BaseShape
+from adapters.records import Records
 from adapters.store import AdapterStore
 from server.api.app import create_app
 from server.api.deps import Services
@@ -19,16 +20,20 @@ from server.api.library import Library
 from server.api.submission import Submissions
 from server.config import Settings
 from server.database import connect
+from server.engine.guidance import Guidance
 from server.metrics import Metrics
 from server.model.chat import PromptEncoder
+from server.model.vocabulary import tokenizer_json
 from server.training.datasets import DatasetStore
 from server.training.encoding import RowEncoder
+from server.training.files import FileStore, RowSources
 from server.training.jobs import Jobs
 from server.training.leases import Leases
 from tests.server.api.fakes import FakeEngine
 from tests.tiny import tiny_tokenizer
 
 BASE_NAME = "tiny-llama"
+BASE_DIGEST = "ba" * 32
 SHAPE = BaseShape(
     2,
     {
@@ -79,19 +84,33 @@ def jobs(database: sa.Engine) -> Jobs:
 
 
 @pytest.fixture
-def leases(database: sa.Engine) -> Leases:
+def leases(database: sa.Engine, tmp_path: Path) -> Leases:
     """A worker's side of the jobs."""
-    return Leases(database)
+    return Leases(database, Records(tmp_path / "adapters"))
 
 
 @pytest.fixture
-def library(database: sa.Engine, store: AdapterStore, jobs: Jobs) -> Library:
-    return Library(Catalog(database), store, SHAPE, BASE_NAME, jobs.in_use)
+def library(database: sa.Engine, store: AdapterStore, jobs: Jobs, tmp_path: Path) -> Library:
+    catalog = Catalog(database, Records(tmp_path / "adapters"))
+    return Library(catalog, store, SHAPE, BASE_NAME, jobs.in_use, BASE_DIGEST)
 
 
 @pytest.fixture
 def datasets(tmp_path: Path) -> DatasetStore:
     return DatasetStore(tmp_path / "datasets")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> FileStore:
+    return FileStore(tmp_path / "files")
+
+
+@pytest.fixture
+def guidance() -> Iterator[Guidance]:
+    tokenizer = tiny_tokenizer()
+    guidance = Guidance(tokenizer_json(tokenizer), len(tokenizer), (tokenizer.eos_token_id,))
+    yield guidance
+    guidance.close()
 
 
 @pytest.fixture
@@ -101,6 +120,8 @@ def make_services(
     library: Library,
     jobs: Jobs,
     datasets: DatasetStore,
+    files: FileStore,
+    guidance: Guidance,
     tmp_path: Path,
 ) -> MakeServices:
     tokenizer = tiny_tokenizer()
@@ -113,11 +134,15 @@ def make_services(
             encoder=encoder,
             library=library,
             metrics=Metrics(lambda: engine.stats),
+            guidance=guidance,
             base_name=BASE_NAME,
             max_model_len=MAX_MODEL_LEN,
             jobs=jobs,
             datasets=datasets,
-            submissions=Submissions(tmp_path, jobs, datasets, library, rows, MAX_POSITIONS),
+            files=files,
+            submissions=Submissions(
+                tmp_path, jobs, RowSources(datasets, files), library, rows, MAX_POSITIONS, BASE_DIGEST
+            ),
             estimator=Estimator(jobs, NUM_PARAMETERS, torch.float32, torch.device("cpu")),
             decode=lambda ids: str(tokenizer.decode(ids)),
         )

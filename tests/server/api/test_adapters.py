@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 
 from adapters import peft_format
 from server.api.uploads import MAX_CONFIG_BYTES
-from tests.server.api.conftest import BASE_NAME, SHAPE
+from tests.server.api.conftest import BASE_DIGEST, BASE_NAME, SHAPE
 from tests.server.api.fakes import FakeEngine
 from tests.server.api.peft_files import as_parts, as_zip, peft_files
 
@@ -31,6 +31,7 @@ async def test_upload_list_download(client: httpx.AsyncClient, engine: FakeEngin
     assert version == {
         "name": "tweets",
         "version": 1,
+        "kind": "adapter",
         "digest": version["digest"],
         "rank": 4,
         "alpha": 8.0,
@@ -38,6 +39,19 @@ async def test_upload_list_download(client: httpx.AsyncClient, engine: FakeEngin
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "bytes": version["bytes"],
         "base_model": "someone/tiny-llama",
+        "base_digest": BASE_DIGEST,
+        "data_digest": None,
+        "config": {
+            "lora": {
+                "rank": 4,
+                "alpha": 8,
+                "target_modules": ["q_proj", "v_proj", "up_proj"],
+                "use_rslora": False,
+                "rank_pattern": {},
+                "alpha_pattern": {},
+                "layers_to_transform": None,
+            }
+        },
         "metrics": {},
         "parent": None,
         "job_id": None,

@@ -1,6 +1,7 @@
 """/datasets as API.md has it: upload, list, use, delete."""
 
 import json
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -92,6 +93,30 @@ async def test_bad_files(
     response = await upload(client, content, name)
     assert response.status_code == 422
     assert place in [error["loc"] for error in response.json()["errors"]]
+    assert not list((tmp_path / "datasets").iterdir())
+
+
+HOSTILE = {
+    "a million blank lines": ("a.jsonl", b"\n" * 1_000_000),
+    "a million empty objects": ("a.jsonl", b"{}\n" * 1_000_000),
+    "a million blank records": ("a.csv", b"text\n" + b"\n" * 1_000_000),
+    "a million empty fields": ("a.csv", b"text\n" + b'""\n' * 1_000_000),
+    "one line of 16 MiB": ("a.jsonl", b'{"text": "' + b"a" * (16 << 20) + b'"}'),
+    "one field of 16 MiB": ("a.csv", b'text\n"' + b"a\n" * (8 << 20) + b'"'),
+    "a million NUL bytes": ("a.csv", b"\0" * 1_000_000),
+    "a million bytes of no UTF-8": ("a.jsonl", b"\xff\n" * 500_000),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), HOSTILE.values(), ids=HOSTILE)
+async def test_hostile_files(client: httpx.AsyncClient, name: str, content: bytes, tmp_path: Path) -> None:
+    """Refused by the place, soon, and with nothing left. Their memory is `row_files`' matter, and tested there."""
+    started = time.monotonic()
+    response = await upload(client, content, name)
+    assert time.monotonic() - started < 20
+    assert response.status_code == 422
+    assert all(error["loc"][0] == "file" for error in response.json()["errors"])
+    assert len(response.content) < 5000
     assert not list((tmp_path / "datasets").iterdir())
 
 

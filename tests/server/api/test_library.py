@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.catalog import Catalog, Part
-from adapters.errors import CorruptAdapter, NotFound
+from adapters.catalog import Catalog, Kind, Part
+from adapters.errors import Conflict, CorruptAdapter, NotFound
 from adapters.expression import Term, parse
 from adapters.store import AdapterStore
 from server.api.library import Library
@@ -69,11 +69,33 @@ class RacingCatalog(Catalog):
         super().__init__(connect(home))
         self.race: list[Callable[[], object]] = []
 
-    def resolve(self, terms: Sequence[Term]) -> tuple[Part, ...]:
-        parts = super().resolve(terms)
+    def resolve(self, terms: Sequence[Term], field: str = "adapter") -> tuple[Part, ...]:
+        parts = super().resolve(terms, field)
         while self.race:
             self.race.pop()()
         return parts
+
+
+class BusyCatalog(Catalog):
+    """Another process composes something of that name between the check and the publication."""
+
+    def check_kind(self, name: str, kind: Kind) -> None:
+        super().check_kind(name, kind)
+        if name == "taken" and kind == "adapter":
+            self.compose(name, parse("a"))
+
+
+def test_bytes_that_were_stored_and_not_published_go(tmp_path: Path, store: AdapterStore) -> None:
+    library = Library(BusyCatalog(connect(tmp_path)), store, SHAPE, BASE_NAME)
+    publish = Publish(library, tmp_path)
+    kept = publish("a", 0)
+    with pytest.raises(Conflict, match="composition"):
+        publish("taken", 1)
+    assert store.digests() == [kept]
+    library.delete("taken")
+    with pytest.raises(Conflict):
+        publish("taken", 0)  # the same bytes as a's
+    assert store.digests() == [kept]
 
 
 def test_a_delete_between_looking_up_and_pinning(tmp_path: Path, store: AdapterStore) -> None:

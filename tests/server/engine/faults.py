@@ -17,7 +17,7 @@ class FailingRunner(Runner):
     """The engine's runner, but steps named in `failing` (counted from 0) raise."""
 
     def __init__(self, runner: Runner, failing: set[int]) -> None:
-        super().__init__(runner.model, runner.cache, runner.rows)
+        super().__init__(runner.forward)
         self.failing = failing
         self.num_runs = 0
 

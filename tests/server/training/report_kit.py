@@ -35,6 +35,7 @@ FOUND = Findings(
     ),
     cost=Cost(
         num_steps=21,
+        kept_step=21,
         epochs=3.0,
         num_tokens=3600,
         tokens_per_second=412.5,

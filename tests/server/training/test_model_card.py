@@ -38,6 +38,7 @@ def test_an_adapter(tiny_base: BaseModel) -> None:
     assert ["loss", "2.5000", "0.7500", "0.5000"] in table
     assert ["accuracy", "40.00%", "80.00%", "87.50%"] in table
     assert ["exact match", "0.00%", "25.00%", "50.00%"] in table
+    assert ["optimizer steps", "21 (3 epochs)"] in table
     assert ["tokens per second", "412.5"] in table
     assert ["peak memory", "1,500.0 MB"] in table
     assert ["stored", "1.2 MB"] in table
@@ -51,6 +52,12 @@ def test_an_adapter(tiny_base: BaseModel) -> None:
     assert FOUND.gate.reason in text
     assert '"learning_rate": 0.001' in text
     assert text.endswith("\n")
+
+
+def test_the_best_evaluations_weights(tiny_base: BaseModel) -> None:
+    found = replace(FOUND, cost=replace(FOUND.cost, kept_step=10))
+    table = rows(model_card(build_report(SPEC, tiny_base, found)))
+    assert ["optimizer steps", "21 (3 epochs); the weights are those of step 10, the best one"] in table
 
 
 def test_all_weights_without_held_out_rows(tiny_base: BaseModel) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from server.model.smollm import NoAdapters
 from server.model.weights import BaseModel
-from server.training.packed_attention import PackedAttention
+from server.training.packed_attention import TILE, PackedAttention
 from tests.engine_kit import random_adapter
 from tests.oracles.hugging_face import load_reference
 from tests.server.training.rows_kit import LENGTHS, make_examples, model_of, packed_loss, reference_loss, rows_of
@@ -30,7 +30,10 @@ def one_at_a_time(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: li
 
 @pytest.mark.parametrize(
     "lengths",
-    [[1], [9], [4, 4, 4], [3, 4], [1, 1, 1], [2, 2, 7], [7, 2, 2], [5, 1, 8, 2], [8, 7, 9, 16, 1, 17], [*LENGTHS]],
+    [
+        *([1], [9], [4, 4, 4], [3, 4], [1, 1, 1], [2, 2, 7], [7, 2, 2], [5, 1, 8, 2], [8, 7, 9, 16, 1, 17]),
+        *([*LENGTHS], [TILE] * 3, [2 * TILE], [2 * TILE + 1], [1, 90, 200, 60, 3, 2, 80], [TILE, 3 * TILE, 1]),
+    ],
     ids=str,
 )
 def test_attention_and_its_gradients(lengths: list[int]) -> None:

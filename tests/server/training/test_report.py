@@ -20,6 +20,7 @@ from server.training.spec import JobSpec
 from tests.server.training.report_kit import FOUND, SPEC, UNMEASURED
 
 CPU = torch.device("cpu")
+COSTS = ("steps", "kept_step", "epochs", "tokens", "tokens_per_second", "wall_seconds")
 
 
 def test_the_card(tiny_base: BaseModel) -> None:
@@ -48,9 +49,10 @@ def test_the_card(tiny_base: BaseModel) -> None:
     assert report["gate"]["publish_if"] == "improves_latest"
     assert report["gate"]["passes"] is True
     assert report["gate"]["reason"]
-    cost = {name: report[name] for name in ("steps", "epochs", "tokens", "tokens_per_second", "wall_seconds")}
+    cost = {name: report[name] for name in COSTS}
     assert cost == {
         "steps": 21,
+        "kept_step": 21,
         "epochs": 3.0,
         "tokens": 3600,
         "tokens_per_second": 412.5,

@@ -64,7 +64,7 @@ def data(tiny_base: BaseModel) -> JobData:
     encoder = RowEncoder(PromptEncoder(tiny_base.tokenizer), eos[0], eos)
     examples = encoder.encode_all(rows, 48).examples
     facts = DataFacts("d", len(rows), examples.num_tokens, examples.num_targets, 0, "d", len(rows))
-    return JobData(examples, examples, encoder.references(rows), facts)
+    return JobData(examples, examples, encoder.references(rows), facts, tiny_base.digest)
 
 
 def run(
@@ -123,6 +123,7 @@ def test_the_best_evaluation_is_what_is_left(tiny_base: BaseModel, data: JobData
     assert outcome.tuned is not None
     assert outcome.step == min(curve, key=lambda step: curve[step])
     assert outcome.tuned.loss == pytest.approx(min(curve.values()), rel=1e-5)
+    assert outcome.num_steps == max(curve), "what was taken, whichever step's weights are kept"
 
 
 def test_a_loss_that_is_no_number_fails_with_a_hint(tiny_base: BaseModel, data: JobData, tmp_path: Path) -> None:

@@ -1,0 +1,218 @@
+"""Training beside serving: `python -m benchmarks.beside`.
+
+The real server answers streams over HTTP while a worker of the real thing has no job, and while it trains one; the
+job is also timed while nobody asks for anything. Writes beside.json and beside.md.
+"""
+# ruff: noqa: RUF001
+
+import argparse
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import cast
+
+if not __package__:  # run by its path: what Python put first is this folder, not the checkout
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import httpx
+
+from benchmarks import command
+from benchmarks.load import Request, drive, summarize
+from benchmarks.measure import Figures, median_ratio, percentile
+from benchmarks.options import positive
+from benchmarks.prompts import PromptSource
+from benchmarks.report import table
+from benchmarks.results import Machine
+from benchmarks.server_process import Server, ServerConfig
+from benchmarks.targets import spread
+from server.client import Client
+from server.model.source import resolve_base
+from server.model.weights import load_base
+
+PROMPT_TOKENS = 32
+ROW_TOKENS, BATCH_SIZE, NUM_ROWS = 128, 4, 64
+WITHIN = 120.0  # seconds, for a job to get going
+POLL = 0.1
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds and tokens per second of one round."""
+
+    alone: Figures  # the streams, with no job
+    beside: Figures  # the streams, with a job
+    job_alone: float  # the job's tokens per second, with no stream
+    job_beside: float
+
+
+def main(arguments: list[str] | None = None) -> list[Round]:
+    """Run it all; the rounds, which are printed and written too."""
+    parser = command.parser("benchmarks.beside", "Measures serving while a job is trained, and the job.")
+    parser.add_argument("--rounds", type=positive, default=3, help="each measures everything once")
+    parser.add_argument("--streams", type=positive, default=4)
+    parser.add_argument("--tokens", type=positive, default=512, help="of each stream, in a round")
+    parser.add_argument("--job-steps", type=positive, default=8, help="for which the job is timed by itself")
+    parser.add_argument("--train-share", type=float, default=0.25, help="as SMOLORA_TRAIN_SHARE")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.rounds, options.tokens, options.job_steps = 1, 64, 2
+    say = command.speaker()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left running
+    options.out.mkdir(parents=True, exist_ok=True)
+    converted = resolve_base(options.model, options.home, progress=say)
+    base = load_base(converted)
+    dtype = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(base.dtype).removeprefix("torch.")]
+    prompts = PromptSource(base.tokenizer)
+    rounds = []
+    with tempfile.TemporaryDirectory(prefix="scratch-", dir=options.out) as scratch:
+        home, log = Path(scratch) / "home", options.out / "beside.log"
+        config = ServerConfig(home, converted.parent, options.model, dtype, "cpu", options.threads, log)
+        with Server(config) as server, _worker(config, options.train_share):
+            for number in range(options.rounds):
+                rounds.append(_round(server.url, prompts, options))
+                found = rounds[-1]
+                itl = f"{found.alone.itl_p50 * 1e3:.1f} → {found.beside.itl_p50 * 1e3:.1f} ms"
+                job = f"{found.job_alone:.0f} → {found.job_beside:.0f} tokens/s"
+                say(f"round {number + 1}: ITL p50 {itl}, job {job}")
+            server.stop()
+    machine = Machine.this(options.threads)
+    work = (
+        f"{Path(options.model).name} in {dtype}; {options.streams} streams, {options.tokens} new tokens each; "
+        f"a LoRA r=16 job on rows of {ROW_TOKENS} tokens; train share {options.train_share:g}; "
+        f"median of {options.rounds} rounds"
+    )
+    document = {"machine": asdict(machine), "work": work, "rounds": list(map(asdict, rounds))}
+    command.write(options.out, "beside", document, _markdown(machine, work, rounds, quick=options.quick))
+    return rounds
+
+
+def _round(url: str, prompts: PromptSource, options: argparse.Namespace) -> Round:
+    def serve() -> Figures:
+        requests = [[Request(text, None, options.tokens)] for text in prompts.take(options.streams, PROMPT_TOKENS)]
+        return Figures.of(summarize(drive(url, requests)))
+
+    with Client(url) as client:
+        alone = serve()
+        job = _submit(client, prompts)
+        try:
+            _wait_for_steps(client, job, 2)
+            started = datetime.now(UTC)
+            _wait_for_steps(client, job, 2 + options.job_steps)
+            job_alone = _speed(client, job, started, datetime.now(UTC))
+            started = datetime.now(UTC)
+            beside = serve()
+            job_beside = _speed(client, job, started, datetime.now(UTC))
+        finally:
+            client.steer(job, "cancel")
+        while client.job(job)["status"] == "running":  # until it has left the cores
+            time.sleep(POLL)
+    return Round(alone, beside, job_alone, job_beside)
+
+
+def _submit(client: Client, prompts: PromptSource) -> str:
+    """A job that goes on for longer than anybody waits."""
+    texts = prompts.take(NUM_ROWS, ROW_TOKENS - 1)  # and an end token
+    body = {
+        "name": "beside",
+        "data": [{"text": text} for text in texts],
+        "validation": 0,
+        "training": {"epochs": 1000, "batch_size": BATCH_SIZE, "max_length": ROW_TOKENS},
+    }
+    return str(client.train(body)["id"])
+
+
+def _wait_for_steps(client: Client, job: str, num_steps: int) -> None:
+    limit = time.monotonic() + WITHIN
+    while time.monotonic() < limit:
+        found = client.job(job)
+        if found["error"] is not None:
+            raise RuntimeError(f"the job failed: {found['error']}")
+        if cast("dict[str, int]", found["progress"])["step"] >= num_steps:
+            return
+        time.sleep(POLL)
+    raise RuntimeError(f"the job did not take {num_steps} steps within {WITHIN:.0f} s")
+
+
+def _speed(client: Client, job: str, start: datetime, stop: datetime) -> float:
+    """Tokens per second between the first and the last step that ended within the time; NaN of fewer than two."""
+    with httpx.Client(base_url=client.url, trust_env=False) as http:
+        events = http.get(f"/train/{job}/events").raise_for_status().json()
+    times = [datetime.fromisoformat(event["at"]) for event in events if event["type"] == "metrics"]
+    within = [at for at in times if start <= at <= stop]
+    if len(within) < 2:
+        return math.nan
+    return (len(within) - 1) * BATCH_SIZE * ROW_TOKENS / (within[-1] - within[0]).total_seconds()
+
+
+@contextmanager
+def _worker(config: ServerConfig, train_share: float) -> Iterator[None]:
+    """`smolora worker` on the server's HOME, as the server itself would start it."""
+    flags = {
+        "home": config.home,
+        "base-dir": config.base_dir,
+        "model": config.model,
+        "dtype": config.dtype,
+        "device": config.device,
+        "train-share": train_share,
+    }
+    command_line = [str(Path(sys.executable).with_name("smolora")), "worker"]
+    with config.log.open("ab") as log:
+        process = subprocess.Popen(
+            [*command_line, *(f"--{name}={value}" for name, value in flags.items())],
+            env=config.environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # a session of its own: itself and its child
+            process.wait()
+
+
+def _markdown(machine: Machine, work: str, rounds: Sequence[Round], *, quick: bool) -> str:
+    alone, beside = [one.alone for one in rounds], [one.beside for one in rounds]
+
+    def row(title: str, without: Sequence[float], with_job: Sequence[float], form: str) -> tuple[str, ...]:
+        values = [form.format(percentile(values, 50)) for values in (without, with_job)]
+        return title, *values, spread(median_ratio(with_job, without), "×")
+
+    cells = [
+        row("ITL p50, ms", [one.itl_p50 * 1e3 for one in alone], [one.itl_p50 * 1e3 for one in beside], "{:.1f}"),
+        row("ITL p99, ms", [one.itl_p99 * 1e3 for one in alone], [one.itl_p99 * 1e3 for one in beside], "{:.1f}"),
+        row(
+            "output tokens/s",
+            [one.tokens_per_second for one in alone],
+            [one.tokens_per_second for one in beside],
+            "{:.1f}",
+        ),
+        row(
+            "the job's tokens/s",
+            [one.job_alone for one in rounds],
+            [one.job_beside for one in rounds],
+            "{:.0f}",
+        ),
+    ]
+    parts = [f"{machine}.", f"{work}."]
+    if quick:
+        parts.append("**A quick run, reduced: not to be compared with anything.**")
+    parts.append(table(("", "each alone", "both at once", "ratio"), cells))
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    main()

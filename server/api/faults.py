@@ -1,0 +1,50 @@
+"""Which form an error takes on the wire: OpenAI's error object under /v1, an RFC 9457 problem everywhere else."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from adapters.errors import InvalidInput, SmoloraError
+from server.api import problems
+from server.api.openai import errors as openai_errors
+
+
+class Form(Protocol):
+    """A module that turns faults into responses."""
+
+    def of_error(self, error: SmoloraError) -> Response: ...
+    def problem(self, status: int, detail: str, *, headers: Mapping[str, str] | None = None) -> Response: ...
+    def internal(self) -> Response: ...
+
+
+def form_of(path: str) -> Form:
+    """The form of errors on this path of a request."""
+    return openai_errors if path == "/v1" or path.startswith("/v1/") else problems
+
+
+def install(app: FastAPI) -> None:
+    """Make every exception that a route raises a response in its path's form."""
+
+    async def ours(request: Request, error: Exception) -> Response:
+        assert isinstance(error, SmoloraError)
+        return form_of(request.url.path).of_error(error)
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return form_of(request.url.path).of_error(InvalidInput(problems.field_errors(error.errors())))
+
+    async def framework(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        form = form_of(request.url.path)
+        if error.status_code == 400:  # a body that couldn't be read at all
+            return form.of_error(InvalidInput.of("body", "could not be read"))
+        detail = "no such path: /docs lists them" if error.status_code == 404 else error.detail
+        return form.problem(error.status_code, detail, headers=error.headers)
+
+    app.add_exception_handler(SmoloraError, ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, framework)

@@ -1,0 +1,133 @@
+"""The generations of one call to /v1, one for each prompt, as one: their pieces as they come, and one usage."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from adapters.expression import Term, render
+from server.api.generation import Generation
+from server.api.openai.logprobs import TextLogprobs
+from server.engine.request import FinishReason, SampledLogprob, SequenceOutput
+
+
+@dataclass(frozen=True)
+class Piece:
+    """News of one choice: text, the log-probabilities of the tokens that begin in it, and perhaps the end."""
+
+    index: int
+    text: str
+    logprobs: Sequence[SampledLogprob]
+    finish_reason: FinishReason | None
+
+
+@dataclass
+class Choice:
+    """All pieces of one choice."""
+
+    index: int
+    text: str = ""
+    logprobs: list[SampledLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+class Batch:
+    """Choices count through all prompts: those of the second follow on the `n` of the first.
+
+    Iterate `pieces` once, or await `collect`; `close` at the end, which aborts what still runs.
+    """
+
+    def __init__(self, generations: Sequence[Generation], base_name: str) -> None:
+        self._generations = generations
+        self._n = generations[0].request.n
+        self._num_tokens = [0] * self.num_choices
+        self._num_cached = [0] * self.num_choices
+        parts = generations[0].parts
+        self.model = render(Term(part.name, part.version, weight=part.weight) for part in parts)
+        if not parts:
+            self.model = base_name
+        self.created = int(time.time())
+
+    @property
+    def id(self) -> str:
+        """Unique, without a prefix."""
+        return self._generations[0].id.removeprefix("gen-")
+
+    @property
+    def num_choices(self) -> int:
+        return len(self._generations) * self._n
+
+    @property
+    def usage(self) -> dict[str, object]:
+        """OpenAI's usage, of everything that has come so far."""
+        num_prompt = sum(generation.num_prompt_tokens for generation in self._generations)
+        num_tokens = sum(self._num_tokens)
+        # choices share their prompt: the later ones find what the first has just computed
+        starts = range(0, self.num_choices, self._n)
+        num_cached = sum(min(self._num_cached[start : start + self._n]) for start in starts)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_tokens,
+            "total_tokens": num_prompt + num_tokens,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+        }
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """News of every choice until all have ended. Raises what the engine ends any of them with."""
+        logprobs = [TextLogprobs() for _ in range(self.num_choices)]
+        async for number, output in _merged([generation.outputs() for generation in self._generations]):
+            index = number * self._n + output.index
+            self._num_tokens[index] = output.num_output_tokens
+            self._num_cached[index] = output.num_cached_tokens
+            yield Piece(index, output.text, logprobs[index].push(output), output.finish_reason)
+
+    async def collect(self) -> list[Choice]:
+        """Every choice, when all have ended. Raises likewise."""
+        texts: list[list[str]] = [[] for _ in range(self.num_choices)]
+        choices = [Choice(index) for index in range(self.num_choices)]
+        async for piece in self.pieces():
+            texts[piece.index].append(piece.text)
+            choices[piece.index].logprobs += piece.logprobs
+            choices[piece.index].finish_reason = piece.finish_reason
+        for choice, pieces in zip(choices, texts, strict=True):
+            choice.text = "".join(pieces)
+        return choices
+
+    async def close(self) -> None:
+        """Abort what still runs and let go of the adapters. More than once is once."""
+        for generation in self._generations:
+            await generation.close()
+
+
+async def _merged(streams: Sequence[AsyncIterator[SequenceOutput]]) -> AsyncIterator[tuple[int, SequenceOutput]]:
+    """(which stream, its output), in the order they come; what one of them raises, as soon as it does."""
+    if len(streams) == 1:
+        async for output in streams[0]:
+            yield 0, output
+        return
+    news: asyncio.Queue[tuple[int, SequenceOutput | BaseException | None]] = asyncio.Queue()
+
+    async def feed(number: int) -> None:
+        try:
+            async for output in streams[number]:
+                news.put_nowait((number, output))
+        except Exception as error:
+            news.put_nowait((number, error))
+        else:
+            news.put_nowait((number, None))
+
+    tasks = [asyncio.create_task(feed(number)) for number in range(len(streams))]
+    try:
+        num_left = len(tasks)
+        while num_left:
+            number, item = await news.get()
+            if item is None:
+                num_left -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield number, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,145 @@
+"""From a checked body of /v1 to running generations: names, prompts and sampling as the engine takes them."""
+
+import secrets
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from adapters.errors import FieldError, InvalidInput, NotFound
+from adapters.expression import Term, parse
+from server.api.deps import Services
+from server.api.generation import Generation, biases, encoded, start
+from server.api.openai.batch import Batch
+from server.api.openai.errors import ContextTooLong, ModelNotFound
+from server.api.openai.schemas import (
+    DEFAULT_COMPLETION_TOKENS,
+    CallBody,
+    ChatBody,
+    CompletionBody,
+    Prompt,
+)
+from server.api.schemas import MAX_SEED
+from server.api.structure import grammar_of
+from server.engine.request import Grammar, SamplingParams
+from server.model.chat import ChatMessage
+
+DEFAULT_CHAT_TOKENS = 1024
+"""An answer's longest where the client sets no bound: small models may not come to an end by themselves."""
+
+
+async def begin_chat(services: Services, body: ChatBody) -> Batch:
+    """Hand the conversation to the engine. Raises whatever it can be refused for; nothing is held then."""
+    terms = terms_of(services, body.model)
+    limit, field = _token_limit(body)
+    num_top = _num_top(body)
+    grammar = grammar_of(body.response_format)
+    turns = [
+        ChatMessage("system" if message.role == "developer" else message.role, message.content)
+        for message in body.messages
+    ]
+    encode = partial(services.encoder.messages, turns)
+    ids = tuple(await encoded(encode, sum(len(turn.content) for turn in turns)))
+    if limit is None:
+        limit = min(DEFAULT_CHAT_TOKENS, max(services.max_model_len - len(ids), 1))
+    _check_room(services, len(ids), limit, field, "messages")
+    sampling = sampling_of(body, limit, num_top)
+    return await _start(services, body, terms, [ids], sampling, grammar)
+
+
+async def begin_completions(services: Services, body: CompletionBody) -> Batch:
+    """Hand every prompt to the engine: all of them run, or none. Raises whatever they can be refused for."""
+    terms = terms_of(services, body.model)
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise InvalidInput.of("best_of", "is not supported: leave it out, or give what n is")
+    limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    prompts = [await _encoded_prompt(services, prompt) for prompt in body.prompt]
+    for ids in prompts:
+        _check_room(services, len(ids), limit, "max_tokens", "prompt")
+    num_top = 0 if body.logprobs is None else max(body.logprobs, 1)
+    return await _start(services, body, terms, prompts, sampling_of(body, limit, num_top), None)
+
+
+def terms_of(services: Services, model: str) -> tuple[Term, ...]:
+    """The adapters that `model` names; none for the base. Raises InvalidExpression on `model`."""
+    return () if model == services.base_name else parse(model, "model")
+
+
+def sampling_of(body: CallBody, max_tokens: int, logprobs: int) -> SamplingParams:
+    """The body's fields as the engine takes them, with a seed in any case. A null is the field's default."""
+    top_p = 1.0 if body.top_p is None else body.top_p
+    temperature = 1.0 if body.temperature is None else body.temperature
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature if top_p else 0.0,  # the smallest set of tokens there can be: the likeliest
+        top_p=top_p or 1.0,
+        top_k=body.top_k,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=biases(body.logit_bias or {}),
+        seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed % (MAX_SEED + 1),
+        stop=tuple(body.stop or ()),
+        logprobs=logprobs,
+        ignore_eos=body.ignore_eos,
+    )
+
+
+def _token_limit(body: ChatBody) -> tuple[int | None, str]:
+    """The most tokens of the answer, and the field that says so."""
+    old, new = body.max_tokens, body.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise InvalidInput.of("max_tokens", "is the older name of max_completion_tokens: give one of them")
+    return (new, "max_completion_tokens") if old is None else (old, "max_tokens")
+
+
+def _num_top(body: ChatBody) -> int:
+    """How many of the likeliest tokens the engine tells: at least one where any logprobs are wanted."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidInput.of("top_logprobs", "goes with logprobs: true only")
+    return max(body.top_logprobs or 0, 1) if body.logprobs else 0
+
+
+async def _encoded_prompt(services: Services, prompt: Prompt) -> tuple[int, ...]:
+    if not isinstance(prompt, str):
+        if max(prompt) >= services.encoder.num_tokens:
+            raise InvalidInput.of("prompt", f"the base has {services.encoder.num_tokens} tokens, from 0 on")
+        return prompt
+    encode: Callable[[], Sequence[int]] = partial(services.encoder.prompt, prompt)
+    return tuple(await encoded(encode, len(prompt)))
+
+
+def _check_room(services: Services, num_prompt: int, num_more: int, field: str, prompt_field: str) -> None:
+    limit = services.max_model_len
+    if num_prompt + num_more <= limit:
+        return
+    message = f"the prompt's {num_prompt} tokens and {num_more} more exceed the model's {limit}"
+    raise ContextTooLong([FieldError((prompt_field if num_prompt >= limit else field,), message)])
+
+
+async def _start(
+    services: Services,
+    body: CallBody,
+    terms: Sequence[Term],
+    prompts: Sequence[tuple[int, ...]],
+    sampling: SamplingParams,
+    grammar: Grammar | None,
+) -> Batch:
+    started: list[Generation] = []
+    try:
+        for ids in prompts:
+            begun = await start(services, terms, ids, sampling, body.n or 1, "model", grammar)
+            started.append(begun)
+            # a name that moves meanwhile moves for none of them
+            terms = [Term(part.name, part.version, weight=part.weight) for part in begun.parts]
+    except NotFound as error:
+        await _close(started)
+        raise ModelNotFound(str(error)) from None
+    except BaseException:
+        await _close(started)
+        raise
+    return Batch(started, services.base_name)
+
+
+async def _close(generations: Sequence[Generation]) -> None:
+    for generation in generations:
+        await generation.close()

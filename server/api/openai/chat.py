@@ -1,0 +1,88 @@
+"""POST /v1/chat/completions: a conversation's next turn, at once or as it comes."""
+
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.api import wire
+from server.api.deps import ServicesDep
+from server.api.openai.batch import Batch
+from server.api.openai.calls import begin_chat
+from server.api.openai.delivery import at_once, streamed
+from server.api.openai.documents import REFUSALS, answers_with
+from server.api.openai.logprobs import of_chat
+from server.api.openai.schemas import ChatBody
+from server.api.strict_json import StrictRoute
+
+router = APIRouter(route_class=StrictRoute, tags=["openai"])
+
+_EXAMPLE = {
+    "id": "chatcmpl-0",
+    "object": "chat.completion",
+    "created": 1764086400,
+    "model": "tweets@3",
+    "choices": [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Hello!", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ],
+    "usage": {"prompt_tokens": 31, "completion_tokens": 3, "total_tokens": 34},
+}
+
+
+@router.post(
+    "/chat/completions",
+    summary="Chat, as OpenAI has it",
+    response_class=Response,
+    responses={200: answers_with(_EXAMPLE), **REFUSALS},
+)
+async def chat(body: ChatBody, request: Request, services: ServicesDep) -> Response:
+    """A conversation's next turn under the adapter expression in `model`; the answer names its versions there."""
+    batch = await begin_chat(services, body)
+    if body.stream:
+        return streamed(batch, _chunks(batch, body))
+    return await at_once(request, batch, _whole(batch, body))
+
+
+async def _whole(batch: Batch, body: ChatBody) -> dict[str, object]:
+    choices = [
+        {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": of_chat(choice.logprobs, body.top_logprobs or 0) if body.logprobs else None,
+            "finish_reason": choice.finish_reason,
+        }
+        for choice in await batch.collect()
+    ]
+    return {**_head(batch, "chat.completion"), "choices": choices, "usage": batch.usage}
+
+
+async def _chunks(batch: Batch, body: ChatBody) -> AsyncIterator[bytes]:
+    """Of each choice its role, its pieces, its end; then the usage, if it was asked for."""
+    head = _head(batch, "chat.completion.chunk")
+    tail: dict[str, object] = {"usage": None} if body.includes_usage else {}
+
+    def chunk(index: int, delta: object, logprobs: object = None, reason: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return wire.event({**head, "choices": [choice], **tail})
+
+    begun: set[int] = set()
+    async for piece in batch.pieces():
+        if piece.index not in begun:
+            begun.add(piece.index)
+            yield chunk(piece.index, {"role": "assistant", "content": "", "refusal": None})
+        if piece.text or (body.logprobs and piece.logprobs):
+            logprobs = of_chat(piece.logprobs, body.top_logprobs or 0) if body.logprobs else None
+            yield chunk(piece.index, {"content": piece.text}, logprobs)
+        if piece.finish_reason is not None:
+            yield chunk(piece.index, {}, reason=piece.finish_reason)
+    if body.includes_usage:
+        yield wire.event({**head, "choices": [], "usage": batch.usage})
+
+
+def _head(batch: Batch, kind: str) -> dict[str, object]:
+    return {"id": f"chatcmpl-{batch.id}", "object": kind, "created": batch.created, "model": batch.model}

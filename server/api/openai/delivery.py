@@ -1,0 +1,42 @@
+"""How an answer leaves: at once or as events, and what becomes of it where the client goes or the engine fails."""
+
+from collections.abc import AsyncIterator, Coroutine
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.api import wire
+from server.api.openai import errors
+from server.api.openai.batch import Batch
+from server.api.streams import ClientGoneError, EventStream, while_connected
+
+DONE = b"data: [DONE]\n\n"
+
+
+async def at_once(request: Request, batch: Batch, answer: Coroutine[None, None, dict[str, object]]) -> Response:
+    """The answer as one document. A client that goes away ends what runs."""
+    try:
+        return wire.answer(await while_connected(request.receive, answer))
+    except ClientGoneError:
+        return Response(status_code=499)  # nobody reads it; the log does
+    finally:
+        await batch.close()
+
+
+def streamed(batch: Batch, events: AsyncIterator[bytes]) -> Response:
+    """The events, then `[DONE]`. What fails before the first is an error response; later, the last event."""
+    return EventStream(_ended(events), batch.close)
+
+
+async def _ended(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    is_begun = False
+    try:
+        async for event in events:
+            yield event
+            is_begun = True
+    except Exception as error:
+        if not is_begun:
+            raise
+        yield errors.event(error)
+    else:
+        yield DONE

@@ -1,0 +1,36 @@
+"""What /docs says of answers under /v1: an example of each, and the errors."""
+
+from pydantic import BaseModel
+
+from server.api.documents import Responses
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """OpenAI's error object."""
+
+    error: ErrorBody
+
+
+REFUSALS: Responses = {
+    "4XX": {
+        "model": ErrorAnswer,
+        "description": "400: a bad field, `param` is its name. 401: no valid key. 404: an unknown model. "
+        "413: too large. 429: the queue is full; see `Retry-After`",
+    },
+    503: {"model": ErrorAnswer, "description": "Not ready, draining, or the engine is dead; see `Retry-After`"},
+}
+
+
+def answers_with(example: object) -> dict[str, object]:
+    """The 200 of a route; with `stream`, the same in chunks."""
+    return {
+        "description": "The answer; with `stream`, its chunks as server-sent events",
+        "content": {"application/json": {"example": example}},
+    }

@@ -1,0 +1,84 @@
+"""Log-probabilities in OpenAI's two forms, for exactly the tokens that make up the text.
+
+The engine also tells those of what ended an answer, an end token or a stop string: they are left out here, so that
+the tokens joined are the text.
+"""
+
+import codecs
+from collections import deque
+from collections.abc import Sequence
+
+from server.api.answers import LEAST_LOGPROB
+from server.engine.request import SampledLogprob, SequenceOutput, TokenLogprob
+
+
+class TextLogprobs:
+    """The log-probabilities of one choice, each told with the piece of text that its token begins in."""
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[int, SampledLogprob]] = deque()  # (where the token starts, in bytes)
+        self._num_token_bytes = 0
+        self._num_text_bytes = 0
+
+    def push(self, output: SequenceOutput) -> list[SampledLogprob]:
+        """What to tell with this output's text."""
+        for entry in output.logprobs:
+            self._pending.append((self._num_token_bytes, entry))
+            self._num_token_bytes += len(entry.chosen.bytes)
+        self._num_text_bytes += len(output.text.encode())
+        told = []
+        while self._pending and (self._pending[0][0] < self._num_text_bytes or output.finish_reason == "length"):
+            told.append(self._pending.popleft()[1])
+        return told
+
+
+def of_chat(entries: Sequence[SampledLogprob], num_top: int) -> dict[str, object]:
+    """Chat's form: a list of tokens, each with its likeliest rivals."""
+    content = [
+        {**_token(entry.chosen), "top_logprobs": [_token(token) for token in entry.top[:num_top]]}
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
+
+
+class LegacyLogprobs:
+    """The form of completions: four lists side by side, with each token's place in the choice's text."""
+
+    def __init__(self, num_top: int) -> None:
+        self._num_top = num_top
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._offset = 0
+
+    def of(self, entries: Sequence[SampledLogprob]) -> dict[str, object]:
+        """Of the entries that follow on those of the last call. `text_offset` counts characters."""
+        offsets = []
+        for entry in entries:
+            offsets.append(self._offset)
+            self._offset += len(self._decoder.decode(bytes(entry.chosen.bytes)))
+        return {
+            "tokens": [_name(entry.chosen) for entry in entries],
+            "token_logprobs": [_logprob(entry.chosen) for entry in entries],
+            "top_logprobs": [self._top(entry) for entry in entries] if self._num_top else None,
+            "text_offset": offsets,
+        }
+
+    def _top(self, entry: SampledLogprob) -> dict[str, float]:
+        """The likeliest, and the chosen one in any case."""
+        return {_name(token): _logprob(token) for token in (*entry.top[: self._num_top], entry.chosen)}
+
+
+def _token(token: TokenLogprob) -> dict[str, object]:
+    return {"token": token.text, "bytes": list(token.bytes), "logprob": _logprob(token)}
+
+
+def _logprob(token: TokenLogprob) -> float:
+    return max(token.logprob, LEAST_LOGPROB)
+
+
+def _name(token: TokenLogprob) -> str:
+    """The token as a key: its text; one that is no whole character is told by its bytes."""
+    content = bytes(token.bytes)
+    try:
+        return content.decode() or token.text
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)

@@ -1,0 +1,81 @@
+"""/v1/models: the base first, then every adapter and composition by name; one of them by any expression.
+
+Deleting is what DELETE /adapters does, with the same refusals.
+"""
+
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Path
+from starlette.responses import Response
+
+from adapters.catalog import Adapter
+from adapters.errors import InvalidInput, NotFound
+from adapters.expression import MAX_LENGTH
+from server.api import wire
+from server.api.deps import Services, ServicesDep
+from server.api.openai.calls import terms_of
+from server.api.openai.documents import REFUSALS
+from server.api.openai.errors import ModelNotFound
+
+router = APIRouter(tags=["openai"])
+
+OWNER = "smolora"
+
+
+@router.get("/models", summary="List models", response_class=Response, responses=REFUSALS)
+async def models(services: ServicesDep) -> Response:
+    """The base, adapters and compositions, each usable as `model`; so is every adapter expression of them."""
+    adapters = await to_thread.run_sync(services.library.list, None, None, None)
+    listed = [_base(services), *(_adapter(services, adapter) for adapter in adapters)]
+    return wire.answer({"object": "list", "data": listed})
+
+
+@router.get("/models/{model}", summary="One model", response_class=Response, responses=REFUSALS)
+async def model(model: Annotated[str, Path(max_length=MAX_LENGTH)], services: ServicesDep) -> Response:
+    """The base, or what an adapter expression names now."""
+    terms = terms_of(services, model)
+    if not terms:
+        return wire.answer(_base(services))
+
+    def found() -> int:
+        lease = services.library.lease(terms, "model")
+        lease.release()
+        versions = [services.library.version(part.name, part.version) for part in lease.parts]
+        return max(int(version.created_at.timestamp()) for version in versions)
+
+    try:
+        created = await to_thread.run_sync(found)
+    except NotFound as error:
+        raise ModelNotFound(str(error)) from None
+    return wire.answer(_document(model, created, parent=services.base_name))
+
+
+@router.delete("/models/{model}", summary="Delete a model", response_class=Response, responses=REFUSALS)
+async def delete(model: Annotated[str, Path(max_length=MAX_LENGTH)], services: ServicesDep) -> Response:
+    """An adapter or composition by name, or one version as in `tweets@3`. Running requests end on its bytes."""
+    terms = terms_of(services, model)
+    if len(terms) != 1 or str(terms[0]) != model or terms[0].alias is not None or terms[0].weight != 1:
+        raise InvalidInput.of("model", "can only be deleted by an adapter's name, or name@version")
+    name, version = terms[0].name, terms[0].version
+    try:
+        if version is None:
+            await to_thread.run_sync(services.library.delete, name)
+        else:
+            await to_thread.run_sync(services.library.delete_version, name, version)
+    except NotFound as error:
+        raise ModelNotFound(str(error)) from None
+    return wire.answer({"id": model, "object": "model", "deleted": True})
+
+
+def _base(services: Services) -> dict[str, object]:
+    return _document(services.base_name, 0)
+
+
+def _adapter(services: Services, adapter: Adapter) -> dict[str, object]:
+    created = int(adapter.versions[-1].created_at.timestamp())
+    return _document(adapter.name, created, parent=services.base_name)
+
+
+def _document(name: str, created: int, **more: object) -> dict[str, object]:
+    return {"id": name, "object": "model", "created": created, "owned_by": OWNER, **more}

@@ -1,0 +1,200 @@
+"""What clients send to /v1/chat/completions and /v1/completions: OpenAI's fields, with OpenAI's defaults.
+
+A field of OpenAI's that can't be honoured is refused by its name, unless its value switches it off. `user`,
+`safety_identifier` and `prompt_cache_key` are taken: they are the caller's labels, and change no answer there.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema, field_validator
+
+from adapters.expression import MAX_LENGTH
+from server.api.schemas import Biases, Body, ResponseFormatBody, StopStrings
+
+MAX_PROMPTS = 128
+MAX_TEXT_PARTS = 1024
+DEFAULT_COMPLETION_TOKENS = 16
+
+_OFF: Mapping[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "parallel_tool_calls": (),
+    "functions": ([],),
+    "function_call": ("none",),
+    "audio": (),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "metadata": ({},),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    # of messages
+    "name": (),
+    "refusal": (),
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "annotations": ([],),
+    # of completions
+    "suffix": ("",),
+    "echo": (False,),
+}
+"""Fields of OpenAI's that are not supported, and the values, besides null, that switch them off."""
+
+
+def _refuse(value: object, info: ValidationInfo) -> None:
+    assert info.field_name is not None
+    if value is not None and value not in _OFF[info.field_name]:
+        raise ValueError("is not supported here: leave it out")
+
+
+Unsupported = Annotated[None, BeforeValidator(_refuse), Field(description="not supported")]
+
+
+class StreamOptions(Body):
+    include_usage: bool = Field(False, description="one more chunk at the end, with the usage and no choices")
+    include_obfuscation: Literal[False] | None = None
+
+
+class CallBody(Body):
+    """What both kinds of calls share."""
+
+    model: str = Field(min_length=1, max_length=MAX_LENGTH, description="the base's name or an adapter expression")
+    temperature: float | None = Field(1.0, ge=0, le=2, description="0: greedy")
+    top_p: float | None = Field(1.0, ge=0, le=1)
+    n: int | None = Field(1, ge=1, le=16)
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    stop: StopStrings | None = None
+    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
+    logit_bias: Biases | None = Field(None, description="token id: what is added to its logit")
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="a label; changes nothing")
+
+    # not OpenAI's: `extra_body` of the client carries them
+    top_k: int = Field(0, ge=0, le=1 << 31)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    ignore_eos: bool = False
+
+    @field_validator("stream_options")
+    @classmethod
+    def _only_with_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("goes with stream: true only")
+        return value
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+def _joined(content: object) -> object:
+    """Parts of text as one text. ValueError where a part is something else."""
+    if not isinstance(content, list):
+        return content
+    if not 1 <= len(content) <= MAX_TEXT_PARTS:
+        raise ValueError(f"has 1 to {MAX_TEXT_PARTS} parts")
+    texts = []
+    for number, part in enumerate(content):
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str) or len(part) > 2:
+            raise ValueError(f'part {number}: only {{"type": "text", "text": "…"}} is supported')
+        texts.append(text)
+    return "".join(texts)
+
+
+class ChatMessageBody(Body):
+    """One turn: a text, or parts of text, which are joined as they are. `developer` means `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_joined, str | list[dict[str, str]])]
+    name: Unsupported = None
+    refusal: Unsupported = None
+    audio: Unsupported = None
+    annotations: Unsupported = None
+    function_call: Unsupported = None
+    tool_calls: Unsupported = None
+    tool_call_id: Unsupported = None
+
+
+class ChatBody(CallBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessageBody] = Field(min_length=1, max_length=1024)
+    max_completion_tokens: int | None = Field(None, ge=1, description="null: up to 1,024, as the context allows")
+    max_tokens: int | None = Field(None, ge=1, description="the older name of max_completion_tokens")
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormatBody | None = None
+    safety_identifier: str | None = Field(None, description="a label; changes nothing")
+    prompt_cache_key: str | None = Field(None, description="a label; changes nothing")
+    tools: Unsupported = None
+    tool_choice: Unsupported = None
+    parallel_tool_calls: Unsupported = None
+    functions: Unsupported = None
+    function_call: Unsupported = None
+    audio: Unsupported = None
+    modalities: Unsupported = None
+    moderation: Unsupported = None
+    prediction: Unsupported = None
+    web_search_options: Unsupported = None
+    reasoning_effort: Unsupported = None
+    verbosity: Unsupported = None
+    service_tier: Unsupported = None
+    store: Unsupported = None
+    metadata: Unsupported = None
+    prompt_cache_options: Unsupported = None
+    prompt_cache_retention: Unsupported = None
+
+
+Prompt = str | tuple[int, ...]
+"""A text, or token ids."""
+
+
+def _prompts(value: object) -> tuple[Prompt, ...]:
+    """One prompt or several. ValueError where they are something else."""
+    if isinstance(value, str) or (isinstance(value, list) and value and _is_token(value[0])):
+        value = [value]
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_PROMPTS:
+        raise ValueError(f"is a text, an array of token ids, or an array of 1 to {MAX_PROMPTS} of either")
+    return tuple(_prompt(number, item) for number, item in enumerate(value))
+
+
+def _prompt(number: int, value: object) -> Prompt:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list) and value and all(map(_is_token, value)):
+        return tuple(value)
+    raise ValueError(f"number {number} is neither a text nor an array of token ids, or it is empty")
+
+
+def _is_token(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+_PROMPTS = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ]
+}
+
+
+class CompletionBody(CallBody):
+    """POST /v1/completions."""
+
+    prompt: Annotated[tuple[Prompt, ...], PlainValidator(_prompts), WithJsonSchema(_PROMPTS)]
+    max_tokens: int | None = Field(DEFAULT_COMPLETION_TOKENS, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: int | None = Field(None, description="n, or left out: nothing is drawn that is not answered")
+    suffix: Unsupported = None
+    echo: Unsupported = None

@@ -1,0 +1,159 @@
+"""What is stored under a HOME, checked byte by byte, and the catalog rebuilt where the database is lost.
+
+`examine` changes nothing, and may run beside a server. `rebuild` runs while nobody else has the database open, and
+makes a new one only where there is none or it is damaged: the old files are set aside.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.catalog import Catalog, Version
+from adapters.catalog_recovery import Recovered
+from adapters.errors import CorruptAdapter
+from adapters.records import Records
+from adapters.store import AdapterStore
+from server.database import connect, faults, nobody_has_it_open, set_aside
+from server.errors import StartupError
+from server.training.jobs import Jobs
+
+_TAKES = "the server's next start removes it"
+_MENDS = "the server's next start mends it"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that isn't as it should be."""
+
+    about: str  # such as "tweets@3" or "database"
+    message: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was looked at, and what was found."""
+
+    findings: tuple[Finding, ...]
+    num_versions: int
+    num_adapters: int  # directories with bytes, whose digests were computed anew
+
+    @property
+    def is_sound(self) -> bool:
+        return not self.findings
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What a rebuild did. `set_aside` are the damaged database's files, `lost_jobs` ids that were seen."""
+
+    is_new: bool  # the database was made anew; else it was sound and stayed
+    set_aside: tuple[str, ...]
+    recovered: Recovered
+    lost_jobs: tuple[str, ...]
+
+    def lines(self) -> Iterator[str]:
+        """For a person."""
+        if not self.is_new:
+            yield "the database is sound: it stayed, with all aliases and jobs"
+            yield from self.recovered.lines()
+            return
+        if self.set_aside:
+            yield f"the damaged database was renamed to {self.set_aside[0]}"
+        yield f"published again from the directories: {', '.join(self.recovered.adopted) or 'nothing'}"
+        if self.recovered.lost:
+            yield f"lost, as bytes or parts are missing or damaged: {', '.join(self.recovered.lost)}"
+        yield "lost: all aliases; latest is each name's highest version, also where it was moved back"
+        yield f"lost: all jobs, their events and reports: {', '.join(self.lost_jobs) or 'none left a trace'}"
+
+
+def examine(home: Path) -> Diagnosis:
+    """Look at everything. Raises StartupError where there is no such HOME, or its database is a newer one."""
+    _check_home(home)
+    store, records = AdapterStore(home / "adapters"), Records(home / "adapters")
+    findings = [Finding("database", fault) for fault in faults(home)]
+    damaged = _damaged(store)
+    versions: list[Version] = []
+    if not findings:
+        engine = connect(home)
+        catalog, jobs = Catalog(engine), Jobs(engine)
+        versions = [version for adapter in catalog.list() for version in adapter.versions]
+        stored = set(store.digests())
+        findings += _of_versions(versions, stored, damaged)
+        findings += _of_records(versions, records)
+        named = {version.digest for version in versions}
+        findings += [
+            Finding(f"adapters/{digest[:2]}/{digest}", f"nothing names these bytes; {_TAKES}")
+            for digest in sorted(stored - named)
+            if not (store.is_held(digest) or catalog.in_use(digest) or jobs.in_use(digest))
+        ]
+        engine.dispose()
+    else:
+        findings += [Finding(digest, message) for digest, message in damaged.items()]
+    findings += [
+        Finding(f"adapters/{name}", f"left by a process that was killed; {_TAKES}") for name in store.leftovers()
+    ]
+    return Diagnosis(tuple(findings), len(versions), len(store.digests()))
+
+
+def rebuild(home: Path) -> Rebuilt:
+    """Make the catalog anew from the directories, where that is needed. Raises StartupError."""
+    _check_home(home)
+    with nobody_has_it_open(home):
+        is_new = bool(faults(home))
+        moved = set_aside(home) if is_new else []
+    store, records = AdapterStore(home / "adapters"), Records(home / "adapters")
+    damaged = _damaged(store)
+    whole = set(store.digests()) - damaged.keys()
+    engine = connect(home)
+    found = Catalog(engine, records).recover(whole.__contains__, Jobs(engine).is_unfinished)
+    lost_jobs = {version.job_id for version in records.read().versions if version.job_id is not None}
+    lost_jobs |= {path.name for path in (home / "jobs").glob("job-*/")}
+    engine.dispose()
+    return Rebuilt(is_new, tuple(moved), found, tuple(sorted(lost_jobs)) if is_new else ())
+
+
+def _check_home(home: Path) -> None:
+    if not (home / "adapters").is_dir():
+        raise StartupError(f"{home} isn't a server's home: it has no folder adapters; give --home or SMOLORA_HOME")
+
+
+def _damaged(store: AdapterStore) -> dict[str, str]:
+    """By digest, what is wrong with the bytes that are there."""
+    found = {}
+    for digest in store.digests():
+        try:
+            if not store.is_whole(digest):
+                raise CorruptAdapter(f"the stored adapter {digest[:12]} is incomplete")
+            store.verify(digest)
+        except CorruptAdapter as error:
+            found[digest] = str(error)
+    return found
+
+
+def _of_versions(versions: list[Version], stored: set[str], damaged: dict[str, str]) -> Iterator[Finding]:
+    listed = {(version.name, version.version): version for version in versions}
+    for version in versions:
+        name = f"{version.name}@{version.version}"
+        for part in version.parts:
+            if (of := listed.get((part.name, part.version))) is None or of.digest != part.digest:
+                yield Finding(name, f"its part {part.name}@{part.version} is another one, or missing")
+        if version.parts:
+            continue
+        if version.digest in damaged:
+            yield Finding(name, damaged[version.digest])
+        elif version.digest not in stored:
+            yield Finding(name, f"the stored adapter {version.digest[:12]} is missing")
+
+
+def _of_records(versions: list[Version], records: Records) -> Iterator[Finding]:
+    """A server that publishes at this moment may be seen with a record too many."""
+    found = records.read()
+    recorded = {(version.name, version.version): version for version in found.versions}
+    listed = {(version.name, version.version): version for version in versions}
+    for path in found.unreadable:
+        yield Finding(f"adapters/{path}", f"this record can't be read; {_MENDS}")
+    for (name, number), version in listed.items():
+        if recorded.get((name, number)) != version:
+            yield Finding(f"{name}@{number}", f"its record is missing or another's; {_MENDS}")
+    for name, number in sorted(recorded.keys() - listed.keys()):
+        yield Finding(f"{name}@{number}", f"has a record, and isn't in the database; {_MENDS}")

@@ -1,0 +1,133 @@
+"""The forward of one step's chunks, in torch or as one native call: chunks in, hidden states and logits out."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from itertools import accumulate
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from server.engine.adapter_pool import AdapterLease
+from server.engine.paged_attention import PagedAttention, PagedCache, to_device
+from server.engine.scheduler import Chunk
+from server.model.lora_batch import LoraBatch, TokenRun
+from server.model.native.model import NativeLora, NativeModel
+from server.model.rank_rows import RankRows
+from server.model.smollm import Adapters, NoAdapters, SmolLM
+
+T = TypeVar("T")
+
+
+class Forward(Protocol):
+    """What a runner needs of a model, its cache and its adapters. The first `decodes` have one token each."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def hidden(self, decodes: Seq[Chunk], prefills: Seq[Chunk]) -> torch.Tensor:
+        """Final hidden states (tokens, hidden) of all chunks, in this order; keys and values are cached."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 logits (rows, vocab) of chosen rows of `hidden`."""
+        ...
+
+
+class TorchForward:
+    """`SmolLM` on any device."""
+
+    def __init__(self, model: SmolLM, cache: PagedCache, rows: RankRows) -> None:
+        self.model = model
+        self._cache = cache
+        self._adapters: _Kept[Adapters] = _Kept(lambda runs: LoraBatch(rows, runs) if runs else NoAdapters())
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def hidden(self, decodes: Seq[Chunk], prefills: Seq[Chunk]) -> torch.Tensor:
+        chunks = (*decodes, *prefills)
+        positions = [position for chunk in chunks for position in range(chunk.start, chunk.stop)]
+        return self.model.forward(
+            to_device(torch.tensor(_token_ids(chunks)), self.device),
+            to_device(torch.tensor(positions), self.device),
+            PagedAttention(self._cache, decodes, prefills),
+            self._adapters.of(chunks),
+        )
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.logits(hidden)
+
+
+class NativeForward:
+    """`NativeModel`, over the same cache and rank rows."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: NativeModel, cache: PagedCache, rows: RankRows) -> None:
+        self._model = model
+        self._cache = cache
+        self._adapters = _Kept(lambda runs: NativeLora(rows, runs))
+
+    def hidden(self, decodes: Seq[Chunk], prefills: Seq[Chunk]) -> torch.Tensor:
+        chunks = (*decodes, *prefills)
+        tables = [chunk.sequence.block_table for chunk in chunks]
+        first_blocks = accumulate((len(table) for table in tables), initial=0)
+        runs, start = [], 0
+        for chunk, first_block in zip(chunks, first_blocks, strict=False):
+            stop = start + chunk.stop - chunk.start
+            runs.append((start, stop, chunk.start, first_block))
+            start = stop
+        return self._model.forward(
+            np.array(_token_ids(chunks), np.int64),
+            np.array(runs, np.int64),
+            np.array([block for table in tables for block in table], np.int32),
+            self._cache.k,
+            self._cache.v,
+            self._adapters.of(chunks),
+        )
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._model.logits(hidden)
+
+
+class _Kept(Generic[T]):
+    """The adapters of a batch; those of the last step where tokens and rows are the same."""
+
+    def __init__(self, build: Callable[[Seq[TokenRun]], T]) -> None:
+        self._build = build
+        self._runs: list[TokenRun] = []
+        self._built: T | None = None
+
+    def of(self, chunks: Seq[Chunk]) -> T:
+        runs = _token_runs(chunks)
+        if self._built is None or not _same(runs, self._runs):
+            self._built, self._runs = self._build(runs), runs
+        return self._built
+
+
+def _token_ids(chunks: Seq[Chunk]) -> list[int]:
+    return [token_id for chunk in chunks for token_id in chunk.sequence.token_ids[chunk.start : chunk.stop]]
+
+
+def _token_runs(chunks: Seq[Chunk]) -> list[TokenRun]:
+    """The tokens that have adapters, neighbours with the same ones together."""
+    runs: list[TokenRun] = []
+    start, key = 0, b""
+    for chunk in chunks:
+        lease = chunk.sequence.lease
+        assert isinstance(lease, AdapterLease)
+        stop = start + chunk.stop - chunk.start
+        if lease.refs and runs and chunk.sequence.adapter_key == key and runs[-1].stop == start:
+            runs[-1] = TokenRun(runs[-1].start, stop, lease.parts)
+        elif lease.refs:
+            runs.append(TokenRun(start, stop, lease.parts))
+        start, key = stop, chunk.sequence.adapter_key
+    return runs
+
+
+def _same(first: list[TokenRun], second: list[TokenRun]) -> bool:
+    return len(first) == len(second) and all(
+        (a.start, a.stop) == (b.start, b.stop) and a.parts is b.parts for a, b in zip(first, second, strict=True)
+    )

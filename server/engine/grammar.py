@@ -1,0 +1,107 @@
+"""Grammars as llguidance reads them: what is taken, and the matcher that it compiles to.
+
+Light to import, for `grammar_check` compiles in a process of its own what nobody has vetted yet: some small
+schemas keep the compiler busy for hours. JSON is compact, without whitespace. Limits hold the work of a single
+token to a few milliseconds; a grammar that needs more fails while it is followed. Leaves to others: when to
+compile, and what becomes of tokens.
+"""
+
+import json
+import random
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from server.engine.request import Grammar
+
+MAX_SCHEMA_BYTES = 1 << 16
+MAX_REGEX_BYTES = 1 << 13
+WALK = 32
+"""Tokens of a trial answer. A grammar that is too complex to follow mostly shows it within a few."""
+
+_LIMITS = LLParserLimits(
+    step_lexer_fuel=20_000,  # about 3 ms
+    step_max_items=10_000,
+    max_lexer_states=10_000,  # of 1 to 2 kB, in every sequence
+    max_grammar_size=100_000,
+    verbose_errors=False,  # they would quote what has been generated
+)
+_JSON = {"whitespace_flexible": False, "lenient": False, "coerce_one_of": False}
+_MAX_MESSAGE = 300
+_ALLOWED = bytes([200])  # in llguidance's masks, which have a byte for each token; 0: forbidden
+
+
+class GrammarRefused(Exception):
+    """The grammar can't be followed, for a reason that its author may read."""
+
+
+def compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
+    """A matcher at the answer's beginning; copies of it follow answers. Drops the GIL. Raises GrammarRefused."""
+    if grammar.kind == "regex":
+        if len(grammar.source.encode()) > MAX_REGEX_BYTES:
+            raise GrammarRefused(f"is longer than {MAX_REGEX_BYTES} bytes")
+        text = LLMatcher.grammar_from_regex(grammar.source)
+    else:
+        if len(grammar.source.encode()) > MAX_SCHEMA_BYTES:
+            raise GrammarRefused(f"the schema is longer than {MAX_SCHEMA_BYTES} bytes")
+        schema = json.loads(grammar.source)
+        _check(schema)
+        text = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON)  # type: ignore[arg-type]
+    matcher = LLMatcher(tokenizer, text, log_level=0, limits=_LIMITS)
+    if matcher.is_error():
+        raise GrammarRefused(_told(matcher.get_error()))
+    return matcher
+
+
+def try_out(matcher: LLMatcher, eos_token_ids: frozenset[int]) -> None:
+    """Follow the grammar for arbitrary tokens. Raises GrammarRefused where it leads nowhere or is too complex."""
+    rng = random.Random(0)
+    copy = matcher.deep_copy()
+    for _ in range(WALK):
+        mask = copy.compute_logit_bias()
+        if copy.is_error():
+            raise GrammarRefused("matches nothing, or is too complex to follow")
+        token_id = _pick(mask, rng.randrange(len(mask)), eos_token_ids)
+        if token_id is None:
+            return
+        copy.consume_token(token_id)
+        if copy.is_stopped():
+            break
+    if copy.is_error():
+        raise GrammarRefused("is too complex to follow")
+
+
+def _pick(mask: bytes, start: int, eos_token_ids: frozenset[int]) -> int | None:
+    """The first allowed token from `start` on, or else from 0 on, that is no end token; None without any."""
+    for first in (start, 0):
+        token_id = mask.find(_ALLOWED, first)
+        while token_id in eos_token_ids:
+            token_id = mask.find(_ALLOWED, token_id + 1)
+        if token_id >= 0:
+            return token_id
+    return None
+
+
+def _check(schema: object) -> None:
+    """Refuse what llguidance takes, but doesn't honour to the letter. Raises GrammarRefused."""
+    todo = [schema]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, list):
+            todo += node
+        if not isinstance(node, dict):
+            continue
+        todo += node.values()
+        if "x-guidance" in node:
+            raise GrammarRefused("x-guidance is not supported")
+        least, required = node.get("minProperties"), node.get("required")
+        num_required = len(set(map(str, required))) if isinstance(required, list) else 0
+        # Keys that no property names may come twice, which is one property to whoever reads the answer.
+        if isinstance(least, int) and least > max(num_required, 1):
+            raise GrammarRefused("minProperties is supported up to the number of required properties, or 1")
+
+
+def _told(message: str) -> str:
+    """The first line of llguidance's message that says something, cut."""
+    lines = [line.strip() for line in message.splitlines()]
+    first = next((line for line in lines if line.startswith("error:")), None) or next(filter(None, lines), "")
+    return first.removeprefix("error:").strip()[:_MAX_MESSAGE] or "can't be compiled"

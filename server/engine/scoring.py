@@ -1,0 +1,42 @@
+"""Log-probabilities of given tokens, from the hidden states of the chunks that hold them.
+
+A sequence's scores come together chunk by chunk, in `Sequence.scores`; what is computed again after a preemption
+is written again. Leaves to others: which tokens are computed in which step.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import torch
+
+from server.engine.paged_attention import to_device
+from server.engine.scheduler import Chunk
+
+_SLICE = 32
+"""Rows of logits at a time: 32 of SmolLM2's are 6 MB."""
+
+
+def score(logits_of: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, chunks: Seq[Chunk]) -> None:
+    """Note the scores (nats) that follow from hidden (tokens, hidden_size) of all chunks, in their order.
+
+    The token after position p is scored by the log-softmax of p's logits: before temperature and penalties.
+    """
+    found: list[tuple[Chunk, int]] = []  # and the position whose token is scored
+    rows: list[int] = []
+    start = 0
+    for chunk in chunks:
+        sequence = chunk.sequence
+        if (scored_from := sequence.request.scored_from) is not None:
+            for position in range(max(chunk.start + 1, scored_from), min(chunk.stop + 1, sequence.num_tokens)):
+                found.append((chunk, position))
+                rows.append(start + position - 1 - chunk.start)
+        start += chunk.stop - chunk.start
+    for first in range(0, len(rows), _SLICE):
+        part = found[first : first + _SLICE]
+        logits = logits_of(hidden[to_device(torch.tensor(rows[first : first + _SLICE]), hidden.device)])
+        targets = to_device(
+            torch.tensor([chunk.sequence.token_ids[position] for chunk, position in part]), hidden.device
+        )
+        scores = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+        for (chunk, position), value in zip(part, scores.tolist(), strict=True):
+            chunk.sequence.scores[position] = value

@@ -1,0 +1,97 @@
+// Matrix products with packed 16-bit weights, accumulated in fp32.
+//
+// W (out, in) is packed as [out / 32][in / 2][32][2], so that one register holds two inputs of 16 outputs, which is
+// what vdpbf16ps multiplies. A row's result doesn't depend on how many rows are computed with it: each output is one
+// sum over the inputs in order.
+#pragma once
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <sys/mman.h>
+
+#include "numbers.h"
+
+constexpr int kTile = 32;   // outputs of a tile
+constexpr int kBlock = 12;  // rows of a register block: 24 accumulators
+
+struct Free {
+    void operator()(void* p) const { free(p); }
+};
+using Buffer = std::unique_ptr<bf16[], Free>;
+
+inline Buffer allocate(size_t count) {
+    const size_t huge = 2 << 20, bytes = (count * sizeof(bf16) + huge - 1) / huge * huge;
+    void* p = aligned_alloc(huge, bytes);
+    if (p != nullptr) madvise(p, bytes, MADV_HUGEPAGE);
+    return Buffer((bf16*)p);
+}
+
+class Matrix {
+  public:
+    void reserve(int out, int in) {
+        pairs_ = in / 2;
+        data_ = allocate((size_t)out * in);
+    }
+    bool ready() const { return data_ != nullptr; }
+    int pairs() const { return pairs_; }
+    const bf16* tile(int index) const { return data_.get() + (size_t)index * pairs_ * kTile * 2; }
+
+    // Packs one tile of w (out, in).
+    void pack(const bf16* w, int index) {
+        auto* to = (uint32_t*)tile(index);
+        for (int row = 0; row < kTile; row++) {
+            auto* from = (const uint32_t*)(w + (size_t)(index * kTile + row) * pairs_ * 2);
+            for (int pair = 0; pair < pairs_; pair++) to[pair * kTile + row] = from[pair];
+        }
+    }
+
+  private:
+    int pairs_ = 0;
+    Buffer data_;
+};
+
+template <int rows>
+inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pairs, size_t ahead, float* y,
+                           size_t y_stride) {
+    __m512 sum[rows][2];
+#pragma GCC unroll 12
+    for (int row = 0; row < rows; row++) sum[row][0] = sum[row][1] = _mm512_setzero_ps();
+    for (int pair = 0; pair < pairs; pair++) {
+        _mm_prefetch((const char*)(w + ahead), _MM_HINT_T0);
+        _mm_prefetch((const char*)(w + ahead + kTile), _MM_HINT_T0);
+        __m512bh w0 = load_pairs(w), w1 = load_pairs(w + kTile);
+        w += 2 * kTile;
+#pragma GCC unroll 12
+        for (int row = 0; row < rows; row++) {
+            uint32_t two;
+            memcpy(&two, x + row * x_stride + 2 * pair, 4);
+            auto both = (__m512bh)_mm512_set1_epi32((int)two);
+            sum[row][0] = _mm512_dpbf16_ps(sum[row][0], both, w0);
+            sum[row][1] = _mm512_dpbf16_ps(sum[row][1], both, w1);
+        }
+    }
+#pragma GCC unroll 12
+    for (int row = 0; row < rows; row++) {
+        _mm512_storeu_ps(y + row * y_stride, sum[row][0]);
+        _mm512_storeu_ps(y + row * y_stride + 16, sum[row][1]);
+    }
+}
+
+// y (rows, 32) = x (rows, 2 · pairs) times one tile. Meanwhile what follows on the tile, which is likely to be next, is
+// brought closer.
+inline void multiply(const bf16* x, size_t x_stride, int rows, const bf16* w, int pairs, float* y, size_t y_stride) {
+    while (rows > 0) {
+        int blocks = (rows + kBlock - 1) / kBlock, now = (rows + blocks - 1) / blocks;
+        const size_t ahead = rows > now || blocks == 1 ? 2 * kTile * 16 : 2 * kTile * pairs;
+        switch (now) {
+#define SMOLORA_ROWS(n) case n: multiply_block<n>(x, x_stride, w, pairs, ahead, y, y_stride); break;
+            SMOLORA_ROWS(1) SMOLORA_ROWS(2) SMOLORA_ROWS(3) SMOLORA_ROWS(4) SMOLORA_ROWS(5) SMOLORA_ROWS(6)
+            SMOLORA_ROWS(7) SMOLORA_ROWS(8) SMOLORA_ROWS(9) SMOLORA_ROWS(10) SMOLORA_ROWS(11) SMOLORA_ROWS(12)
+#undef SMOLORA_ROWS
+        }
+        x += now * x_stride;
+        y += now * y_stride;
+        rows -= now;
+    }
+}

@@ -1,0 +1,334 @@
+// The SmolLM forward, from token ids to final hidden states and from those to logits, for CPUs with AVX-512 and its bf16
+// products.
+//
+// The same arithmetic as server/model/smollm.py: weights and what they multiply are bf16, sums and the residual stream
+// are fp32. The base's weights are packed once and never written; adapters are added beside them.
+#include "attention.h"
+#include "lora.h"
+#include "matrix.h"
+#include "team.h"
+
+namespace {
+
+constexpr int kChunk = 48;  // rows that an item takes of a product
+constexpr int kFew = 4;     // new tokens of a run up to which attention walks the cache as it lies
+enum Group { kQkv, kO, kGateUp, kDown, kGroups };  // in the order of rank_rows.GROUPS
+
+struct Sizes {
+    int64_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, threads;
+    double eps;
+};
+
+struct Layer {
+    const bf16 *input_norm, *post_norm;
+    Matrix qkv, o, gate_up, down;
+    bool uses_rotary;
+};
+
+struct Run {  // tokens [start, stop) of the batch, one sequence's, the first of them at `position`
+    int64_t start, stop, position, first_block;
+};
+
+struct Step {
+    int64_t num_tokens, num_runs, block_size, num_lora_runs;
+    const int64_t* token_ids;
+    const Run* runs;
+    const int32_t* blocks;
+    bf16 *k, *v;
+    int64_t cache_stride;  // elements from layer to layer
+    const LoraPool* pools;  // of each group
+    const LoraModule* modules;
+    const LoraRun* lora_runs;
+    const double* lora_weights;
+    bf16* hidden;  // (num_tokens, hidden): the answer
+};
+
+class Model {
+  public:
+    Model(const Sizes& sizes, const bf16* const* tensors, const float* rotary, const uint8_t* uses_rotary)
+        : s_(sizes), rotary_(rotary), team_((int)sizes.threads), layers_(sizes.layers) {
+        const int64_t q = s_.heads * s_.head_dim, kv = s_.kv_heads * s_.head_dim;
+        embed_ = *tensors++;
+        for (int64_t i = 0; i < s_.layers; i++) {
+            Layer& layer = layers_[i];
+            layer.uses_rotary = uses_rotary[i];
+            layer.input_norm = *tensors++;
+            pack(layer.qkv, *tensors++, q + 2 * kv, s_.hidden);
+            pack(layer.o, *tensors++, s_.hidden, q);
+            layer.post_norm = *tensors++;
+            pack(layer.gate_up, *tensors++, 2 * s_.intermediate, s_.hidden);
+            pack(layer.down, *tensors++, s_.hidden, s_.intermediate);
+        }
+        final_norm_ = *tensors++;
+        pack(lm_head_, *tensors++, s_.vocab, s_.hidden);
+    }
+
+    bool has_memory() const { return has_memory_; }
+
+    // Final hidden states of all tokens, whose keys and values go into the cache.
+    void forward(const Step& step) {
+        prepare(step);
+        team_.run([&] {
+            embed(step);
+            for (int i = 0; i < s_.layers; i++) {
+                CacheView cache{step.k + i * step.cache_stride, step.v + i * step.cache_stride, (int)step.block_size,
+                                (int)s_.kv_heads, (int)s_.head_dim};
+                norm(layers_[i].input_norm, x_.data());
+                read(i, cache, step);
+                attend(cache, step);
+                add(i, layers_[i].o, kO, mixed_.data());
+                norm(layers_[i].post_norm, x_.data());
+                activate(i);
+                add(i, layers_[i].down, kDown, active_.data());
+            }
+            norm(final_norm_, step.hidden);
+        });
+    }
+
+    // logits (rows, vocab) of hidden (rows, hidden).
+    void project(const bf16* hidden, int64_t rows, float* logits) {
+        team_.run([&] {
+            team_.each((int)(s_.vocab / kTile), [&](int tile) {
+                multiply(hidden, s_.hidden, (int)rows, lm_head_.tile(tile), lm_head_.pairs(), logits + tile * kTile,
+                         s_.vocab);
+            });
+        });
+    }
+
+  private:
+    struct Query {  // tokens [start, stop) of the batch, attended to by one item
+        int start, stop, position, packed;  // packed: index of the sequence's first packed kv head, or -1
+        const int32_t* blocks;
+    };
+    struct Pack {
+        int packed, tile;
+    };
+
+    void pack(Matrix& matrix, const bf16* w, int64_t out, int64_t in) {
+        matrix.reserve((int)out, (int)in);
+        has_memory_ = has_memory_ && matrix.ready();
+        if (!has_memory_) return;
+        team_.run([&] { team_.each((int)(out / kTile), [&](int tile) { matrix.pack(w, tile); }); });
+    }
+
+    // Everything that the phases share, sized for this step.
+    void prepare(const Step& step) {
+        tokens_ = (int)step.num_tokens;
+        chunks_ = (tokens_ + kChunk - 1) / kChunk;
+        stream_.resize(tokens_ * s_.hidden);
+        x_.resize(tokens_ * s_.hidden);
+        q_.resize(tokens_ * s_.heads * s_.head_dim);
+        mixed_.resize(tokens_ * s_.heads * s_.head_dim);
+        active_.resize(tokens_ * s_.intermediate);
+        positions_.resize(tokens_);
+        run_of_.resize(tokens_);
+        for (int group = 0; group < kGroups; group++)
+            lora_[group].plan(step.pools[group], step.modules, step.lora_runs, (int)step.num_lora_runs,
+                              step.lora_weights, tokens_);
+        queries_.clear(), packed_.clear(), packs_.clear();
+        const int group = (int)(s_.heads / s_.kv_heads), block = std::max(kChunk / group, 1);
+        size_t size = 0;
+        for (int64_t i = 0; i < step.num_runs; i++) {
+            const Run& run = step.runs[i];
+            const int32_t* blocks = step.blocks + run.first_block;
+            const int length = (int)(run.position + run.stop - run.start);
+            for (int64_t t = run.start; t < run.stop; t++) {
+                positions_[t] = (int)(run.position + t - run.start);
+                run_of_[t] = (int)i;
+            }
+            const bool few = run.stop - run.start <= kFew;
+            const int packed = few ? -1 : (int)packed_.size();
+            for (int64_t t = run.start; t < run.stop; t += few ? 1 : block)
+                queries_.push_back({(int)t, (int)std::min(t + (few ? 1 : block), run.stop), positions_[t], packed, blocks});
+            for (int head = 0; !few && head < s_.kv_heads; head++) {
+                packed_.push_back({blocks, head, length, nullptr, nullptr});
+                for (int tile = 0; tile < packed_.back().tiles(); tile++) packs_.push_back({(int)packed_.size() - 1, tile});
+                size += (size_t)packed_.back().tiles() * kTile * s_.head_dim;
+            }
+        }
+        if (keys_.size() < size) keys_.resize(size), values_.resize(size);
+        size = 0;
+        for (PackedCache& packed : packed_) {
+            packed.k = keys_.data() + size, packed.v = values_.data() + size;
+            size += (size_t)packed.tiles() * kTile * s_.head_dim;
+        }
+    }
+
+    void embed(const Step& step) {
+        team_.each(tokens_, [&](int t) {
+            const bf16* row = embed_ + step.token_ids[t] * s_.hidden;
+            for (int64_t i = 0; i < s_.hidden; i += 16) _mm512_storeu_ps(&stream_[t * s_.hidden + i], load_bf16(row + i));
+        });
+    }
+
+    // y = the stream's rows, divided by their root mean square and times `weight`.
+    void norm(const bf16* weight, bf16* y) {
+        constexpr int kAtOnce = 8;
+        team_.each((tokens_ + kAtOnce - 1) / kAtOnce, [&](int item) {
+            for (int row = item * kAtOnce; row < std::min(tokens_, (item + 1) * kAtOnce); row++) {
+                const float* from = &stream_[row * s_.hidden];
+                __m512 sum = _mm512_setzero_ps();
+                for (int64_t i = 0; i < s_.hidden; i += 16) {
+                    __m512 v = _mm512_loadu_ps(from + i);
+                    sum = _mm512_fmadd_ps(v, v, sum);
+                }
+                const float mean = _mm512_reduce_add_ps(sum) / s_.hidden;
+                const __m512 by = _mm512_set1_ps(1.0f / std::sqrt(mean + (float)s_.eps));
+                for (int64_t i = 0; i < s_.hidden; i += 16)
+                    store_bf16(y + row * s_.hidden + i,
+                               _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(from + i), by), load_bf16(weight + i)));
+            }
+        });
+    }
+
+    // Calls item(column item, first row, rows) for a product with x of a group, whose shares of A come first.
+    template <class Item>
+    void product(int layer, Group group, const bf16* x, int columns, Item item) {
+        LoraGroup& lora = lora_[group];
+        team_.each(
+            lora.num_tasks(), [&](int task) { lora.shrink(layer, task, x); }, columns * chunks_,
+            [&](int i) {
+                const int start = i % chunks_ * kChunk;
+                item(i / chunks_, start, std::min(tokens_ - start, kChunk));
+            });
+    }
+
+    // y (rows, 32): outputs [32 · tile, …) of the product for x's rows from `start` on, with the adapters' share.
+    void outputs(int layer, const Matrix& w, Group group, const bf16* x, int tile, int start, int rows, float* y,
+                 int y_stride) {
+        const size_t in = (size_t)w.pairs() * 2;
+        const bool has_lora = lora_[group].num_tasks() > 0;
+        if (has_lora) lora_[group].prefetch(layer, start, start + rows, tile * kTile);
+        multiply(x + start * in, in, rows, w.tile(tile), w.pairs(), y, y_stride);
+        if (!has_lora) return;
+        team_.wait_first(lora_[group].num_tasks());
+        for (int row = 0; row < rows; row++) lora_[group].expand(layer, start + row, tile * kTile, y + row * y_stride);
+    }
+
+    // Queries, keys and values of x, rotated, into q and the cache: an item is a head.
+    void read(int layer, const CacheView& cache, const Step& step) {
+        const int dim = (int)s_.head_dim, heads = (int)s_.heads, kv_heads = (int)s_.kv_heads, half = dim / 2;
+        product(layer, kQkv, x_.data(), heads + 2 * kv_heads, [&](int head, int start, int rows) {
+            thread_local std::vector<float> y;
+            y.resize(kChunk * dim);
+            for (int tile = 0; tile < dim / kTile; tile++)
+                outputs(layer, layers_[layer].qkv, kQkv, x_.data(), head * dim / kTile + tile, start, rows,
+                        y.data() + tile * kTile, dim);
+            for (int row = 0; row < rows; row++) {
+                const int t = start + row;
+                float* values = y.data() + row * dim;
+                if (head < heads + kv_heads && layers_[layer].uses_rotary) {
+                    const float* cos = rotary_ + (size_t)positions_[t] * dim;
+                    const float* sin = cos + s_.max_positions * dim;  // its first half is negated
+                    for (int i = 0; i < half; i += 16) {
+                        __m512 a = _mm512_loadu_ps(values + i), b = _mm512_loadu_ps(values + half + i);
+                        __m512 c = _mm512_loadu_ps(cos + half + i), d = _mm512_loadu_ps(sin + half + i);
+                        _mm512_storeu_ps(values + i, _mm512_fnmadd_ps(b, d, _mm512_mul_ps(a, c)));
+                        _mm512_storeu_ps(values + half + i, _mm512_fmadd_ps(a, d, _mm512_mul_ps(b, c)));
+                    }
+                }
+                const int32_t* blocks = step.blocks + step.runs[run_of_[t]].first_block;
+                bf16* to = head < heads              ? &q_[((int64_t)t * heads + head) * dim]
+                           : head < heads + kv_heads ? cache.k + cache.offset(blocks, positions_[t], head - heads)
+                                                     : cache.v + cache.offset(blocks, positions_[t], head - heads - kv_heads);
+                for (int i = 0; i < dim; i += 16) store_bf16(to + i, _mm512_loadu_ps(values + i));
+            }
+        });
+    }
+
+    void attend(const CacheView& cache, const Step& step) {
+        const int dim = cache.head_dim, heads = (int)s_.heads, kv_heads = cache.kv_heads, group = heads / kv_heads;
+        if (!packs_.empty())
+            team_.each((int)packs_.size(), [&](int i) { packed_[packs_[i].packed].pack(cache, packs_[i].tile); });
+        team_.each((int)queries_.size() * kv_heads, [&](int i) {
+            const Query& query = queries_[queries_.size() - 1 - i / kv_heads];  // the longest come last
+            const int kv_head = i % kv_heads;
+            const size_t first = ((size_t)query.start * heads + kv_head * group) * dim;
+            if (query.packed < 0)
+                return attend_one(group, &q_[first], cache, query.blocks, kv_head, query.position + 1, &mixed_[first]);
+            const int rows = (query.stop - query.start) * group;
+            thread_local std::vector<bf16> q;
+            thread_local std::vector<float> out;
+            q.resize((size_t)rows * dim), out.resize((size_t)rows * dim);
+            for (int row = 0; row < rows; row++)
+                memcpy(&q[row * dim], &q_[first + ((size_t)row / group * heads + row % group) * dim], dim * sizeof(bf16));
+            packed_[query.packed + kv_head].attend(q.data(), rows, group, query.position, dim, out.data());
+            for (int row = 0; row < rows; row++)
+                for (int d = 0; d < dim; d += 16)
+                    store_bf16(&mixed_[first + ((size_t)row / group * heads + row % group) * dim + d],
+                               _mm512_loadu_ps(&out[row * dim + d]));
+        });
+    }
+
+    // stream += W x, for the two modules that write to it.
+    void add(int layer, const Matrix& w, Group group, const bf16* x) {
+        product(layer, group, x, (int)(s_.hidden / kTile), [&](int tile, int start, int rows) {
+            float y[kChunk * kTile];
+            outputs(layer, w, group, x, tile, start, rows, y, kTile);
+            for (int row = 0; row < rows; row++) {
+                float* to = &stream_[(start + row) * s_.hidden + tile * kTile];
+                for (int i = 0; i < kTile; i += 16)
+                    _mm512_storeu_ps(to + i, _mm512_add_ps(_mm512_loadu_ps(to + i), _mm512_loadu_ps(y + row * kTile + i)));
+            }
+        });
+    }
+
+    // active = silu(gate x) · up x
+    void activate(int layer) {
+        const int tiles = (int)(s_.intermediate / kTile);
+        product(layer, kGateUp, x_.data(), tiles, [&](int tile, int start, int rows) {
+            float gate[kChunk * kTile], up[kChunk * kTile];
+            const Matrix& w = layers_[layer].gate_up;
+            outputs(layer, w, kGateUp, x_.data(), tile, start, rows, gate, kTile);
+            outputs(layer, w, kGateUp, x_.data(), tiles + tile, start, rows, up, kTile);
+            for (int row = 0; row < rows; row++)
+                for (int i = 0; i < kTile; i += 16) {
+                    __m512 g = _mm512_loadu_ps(gate + row * kTile + i), u = _mm512_loadu_ps(up + row * kTile + i);
+                    __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), g));
+                    g = _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+                    store_bf16(&active_[(start + row) * s_.intermediate + tile * kTile + i], _mm512_mul_ps(g, u));
+                }
+        });
+    }
+
+    const Sizes s_;
+    const float* rotary_;  // (2, max_positions, head_dim), as `rotary_table` makes it
+    Team team_;
+    std::vector<Layer> layers_;
+    const bf16 *embed_, *final_norm_;
+    Matrix lm_head_;
+    bool has_memory_ = true;
+
+    int tokens_ = 0, chunks_ = 0;
+    std::vector<float> stream_;
+    std::vector<bf16> x_, q_, mixed_, active_, keys_, values_;
+    std::vector<int> positions_, run_of_;
+    LoraGroup lora_[kGroups];
+    std::vector<Query> queries_;
+    std::vector<PackedCache> packed_;
+    std::vector<Pack> packs_;
+};
+
+}  // namespace
+
+extern "C" {
+
+int smolora_is_supported() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
+
+// tensors: embed, then of each layer input_norm, qkv, o, post_norm, gate_up and down, then final_norm and lm_head; they
+// and rotary stay the caller's, and must stay. Null where there is no memory.
+void* smolora_create(const Sizes* sizes, const bf16* const* tensors, const float* rotary, const uint8_t* uses_rotary) {
+    auto* model = new Model(*sizes, tensors, rotary, uses_rotary);
+    if (model->has_memory()) return model;
+    delete model;
+    return nullptr;
+}
+
+void smolora_destroy(void* model) { delete (Model*)model; }
+
+void smolora_forward(void* model, const Step* step) { ((Model*)model)->forward(*step); }
+
+void smolora_logits(void* model, const bf16* hidden, int64_t rows, float* logits) {
+    ((Model*)model)->project(hidden, rows, logits);
+}
+}

@@ -1,0 +1,112 @@
+// A fixed team of threads that walk through the phases of a job together.
+//
+// In a phase each thread has neighbouring items of its own, and then helps the others with theirs, so that a thread that
+// the system takes away for a moment holds the others up by one item only. What an item computes doesn't depend on who
+// computes it.
+#pragma once
+#include <immintrin.h>
+#include <sched.h>
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+class Team {
+  public:
+    explicit Team(int size) : size_(size), next_(size) {
+        for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { work(i); });
+    }
+    ~Team() {
+        job_ = nullptr;
+        jobs_.fetch_add(1);
+        jobs_.notify_all();
+        for (auto& thread : threads_) thread.join();
+    }
+
+    // Every thread calls the job, which must go through the same phases in each, at least one. Returns when all have.
+    void run(const std::function<void()>& job) {
+        job_ = &job;
+        jobs_.fetch_add(1);
+        jobs_.notify_all();
+        number_ = 0;
+        job();
+    }
+
+    // A phase: item(i) for each i below count, spread over the team; returns when all are done.
+    template <class Item>
+    void each(int count, Item item) {
+        take(count, item);
+        barrier();
+    }
+
+    // A phase in two parts: item(i) for i below count may begin before all first(i) are done, and calls wait_first
+    // once it needs them.
+    template <class First, class Item>
+    void each(int num_first, First first, int count, Item item) {
+        for (int i; (i = next_first_.fetch_add(1, std::memory_order_relaxed)) < num_first;) {
+            first(i);
+            done_.fetch_add(1, std::memory_order_release);
+        }
+        take(count, item);
+        barrier();
+    }
+    void wait_first(int num_first) {
+        wait([&] { return done_.load(std::memory_order_acquire) >= num_first; });
+    }
+
+  private:
+    struct alignas(64) Counter {
+        std::atomic<int> value{0};
+    };
+    template <class Item>
+    void take(int count, Item& item) {
+        for (int i = 0; i < size_; i++) {
+            const int owner = (number_ + i) % size_, end = (int)((int64_t)count * (owner + 1) / size_);
+            const int begin = (int)((int64_t)count * owner / size_);
+            for (int k; (k = begin + next_[owner].value.fetch_add(1, std::memory_order_relaxed)) < end;) item(k);
+        }
+    }
+    void work(int number) {
+        number_ = number;
+        for (unsigned seen = 0;;) {
+            for (int i = 0; i < kSpins && jobs_.load(std::memory_order_acquire) == seen; i++) _mm_pause();
+            jobs_.wait(seen, std::memory_order_acquire);  // asleep between steps
+            seen = jobs_.load(std::memory_order_acquire);
+            if (job_ == nullptr) return;
+            (*job_)();
+        }
+    }
+    void barrier() {
+        unsigned phase = phases_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+            arrived_.store(0, std::memory_order_relaxed);
+            for (auto& next : next_) next.value.store(0, std::memory_order_relaxed);
+            next_first_.store(0, std::memory_order_relaxed);
+            done_.store(0, std::memory_order_relaxed);
+            phases_.store(phase + 1, std::memory_order_release);
+        } else {
+            wait([&] { return phases_.load(std::memory_order_acquire) != phase; });
+        }
+    }
+    template <class Condition>
+    static void wait(Condition condition) {
+        for (int i = 0; !condition(); i++) {
+            if (i < kSpins) _mm_pause();
+            else sched_yield();  // whoever should meet the condition may need this core
+        }
+    }
+
+    static constexpr int kSpins = 2000;
+    static inline thread_local int number_ = 0;
+    const int size_;
+    std::vector<std::thread> threads_;
+    const std::function<void()>* job_ = nullptr;
+    alignas(64) std::atomic<unsigned> jobs_{0};
+    std::vector<Counter> next_;
+    alignas(64) std::atomic<int> next_first_{0};
+    alignas(64) std::atomic<int> done_{0};
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<unsigned> phases_{0};
+};

@@ -1,0 +1,91 @@
+"""Norms, rotation and the gated activation as training runs them: their backward passes written out.
+
+Left to autograd, each keeps several copies of its input in fp32, a few times what all matrix products keep. These
+keep the input alone and compute the rest again. Forward they are `server.model.ops.norms`, to the bit.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:  # noqa: ANN401
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:  # noqa: ANN401
+        """With n = x / rms: dx = (g - n · mean(g · n)) / rms for g = dy · weight."""
+        x, weight = ctx.saved_tensors
+        normed = x.to(torch.float32, copy=True)
+        scale = torch.linalg.vector_norm(normed, dim=-1, keepdim=True).square_()
+        scale.div_(x.shape[-1]).add_(ctx.eps).rsqrt_()  # 1 / rms
+        normed.mul_(scale)
+        g = dy.to(torch.float32, copy=True)
+        d_weight = (g * normed).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        g.mul_(weight)
+        mean = torch.linalg.vecdot(g, normed)[..., None] / x.shape[-1]
+        dx = g.addcmul_(normed, mean, value=-1).mul_(scale)
+        return dx.to(x.dtype), d_weight, None
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        d_gate_up = torch.empty_like(gate_up)
+        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+        torch.mul(dy, F.silu(gate), out=d_up)
+        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=d_gate)
+        return d_gate_up
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # noqa: ANN401
+        """A rotation's transpose is the rotation back."""
+        cos, sin = ctx.saved_tensors
+        return _rotate(dy, cos, -sin), None, None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`norms.rms_norm`, differentiable once in x (tokens, hidden) and weight (hidden,)."""
+    y: torch.Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`norms.rotary`, differentiable once in x."""
+    y: torch.Tensor = _Rotary.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return y
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """`norms.swiglu`, differentiable once."""
+    y: torch.Tensor = _SwiGlu.apply(gate_up)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((x[..., half:], x[..., :half]), -1) * sin

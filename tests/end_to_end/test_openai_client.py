@@ -1,0 +1,355 @@
+"""The official `openai` package, unchanged, against the real server."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
+from pydantic import BaseModel, ConfigDict
+
+from tests.end_to_end.conftest import MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_QUEUE
+from tests.end_to_end.server_process import PATIENCE, ServerProcess
+from tests.server.running import running
+
+pytestmark = pytest.mark.real
+
+PROMPT = "The capital of France is"
+MESSAGES: list[ChatCompletionMessageParam] = [
+    {"role": "system", "content": "Answer in one short sentence."},
+    {"role": "user", "content": [{"type": "text", "text": "What is the capital of France?"}]},
+]
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="any", timeout=PATIENCE, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def model(shared_server: ServerProcess) -> str:
+    """The base's name."""
+    return str(shared_server.client.get("/ready").json()["model"])
+
+
+def chat_of(server: ServerProcess, **fields: object) -> str:
+    """What /generate answers to the conversation, greedy."""
+    system, user = "Answer in one short sentence.", "What is the capital of France?"
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    answer = server.client.post("/generate", json={"messages": messages, "temperature": 0, **fields}).json()
+    return str(answer["choices"][0]["text"])
+
+
+def test_models(client: OpenAI, model: str, left: Path, right: Path) -> None:
+    base, *others = client.models.list()
+    assert (base.id, base.object, base.owned_by) == (model, "model", "smolora")
+    assert {"left", "right"} <= {other.id for other in others}
+    assert all(other.model_extra == {"parent": model} for other in others)
+    assert client.models.retrieve("left@1*0.5+right").id == "left@1*0.5+right"
+    with pytest.raises(openai.NotFoundError, match="left@99"):
+        client.models.retrieve("left@99")
+
+
+def test_chat(client: OpenAI, server: ServerProcess, model: str) -> None:
+    answer = client.chat.completions.create(
+        model=model, messages=MESSAGES, temperature=0, max_completion_tokens=24
+    )
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", chat_of(server, max_tokens=24))
+    assert choice.finish_reason == "stop"
+    assert answer.model == model
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    # the client's own form of the turn goes back as it is
+    turn: ChatCompletionMessageParam = choice.message.model_dump()  # type: ignore[assignment]
+    more = [*MESSAGES, turn, {"role": "user", "content": "And of Italy?"}]
+    following = client.chat.completions.create(model=model, messages=more, max_tokens=1)
+    assert following.usage is not None
+    assert following.usage.prompt_tokens > answer.usage.total_tokens
+
+
+def test_a_streamed_chat(client: OpenAI, server: ServerProcess, model: str) -> None:
+    chunks: list[ChatCompletionChunk] = list(
+        client.chat.completions.create(
+            model=model,
+            messages=MESSAGES,
+            temperature=0,
+            max_tokens=24,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    first, *_, end, last = chunks
+    assert first.choices[0].delta.role == "assistant"
+    assert (end.choices[0].finish_reason, end.choices[0].delta.content) == ("stop", None)
+    assert (last.choices, last.usage is not None) == ([], True)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+    assert text == chat_of(server, max_tokens=24)
+    assert len(chunks) > 6  # it came in pieces
+
+
+def test_the_client_puts_a_stream_together(client: OpenAI, model: str) -> None:
+    with client.chat.completions.stream(
+        model=model, messages=MESSAGES, temperature=0, max_tokens=24, n=2, logprobs=True, top_logprobs=2
+    ) as stream:
+        pieces = [event.delta for event in stream if event.type == "content.delta"]
+        together = stream.get_final_completion()
+    whole = client.chat.completions.create(
+        model=model, messages=MESSAGES, temperature=0, max_tokens=24, logprobs=True, top_logprobs=2
+    )
+    assert len(pieces) > 12
+    for choice in together.choices:
+        assert choice.message.content == whole.choices[0].message.content
+        assert choice.finish_reason == "stop"
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert whole.choices[0].logprobs is not None
+        tokens = [entry.token for entry in choice.logprobs.content]
+        assert tokens == [entry.token for entry in whole.choices[0].logprobs.content or []]
+
+
+def test_chat_logprobs(client: OpenAI, server: ServerProcess, model: str) -> None:
+    answer = client.chat.completions.create(
+        model=model, messages=MESSAGES, temperature=0, max_tokens=24, logprobs=True, top_logprobs=3
+    )
+    (choice,) = answer.choices
+    assert choice.finish_reason == "stop"
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    entries = choice.logprobs.content
+    assert "".join(entry.token for entry in entries) == choice.message.content  # without the end token
+    assert b"".join(bytes(entry.bytes or []) for entry in entries).decode() == choice.message.content
+    for entry in entries:
+        assert len(entry.top_logprobs) == 3
+        assert (entry.top_logprobs[0].token, entry.top_logprobs[0].logprob) == (entry.token, entry.logprob)
+        assert entry.top_logprobs[0].logprob >= entry.top_logprobs[1].logprob >= entry.top_logprobs[2].logprob
+
+
+def test_completions(client: OpenAI, server: ServerProcess, model: str) -> None:
+    own = server.generate(PROMPT, max_tokens=8, logprobs=2)["choices"][0]
+    answer = client.completions.create(model=model, prompt=PROMPT, temperature=0, max_tokens=8, logprobs=2)
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason) == (own["text"], "length")
+    assert choice.logprobs is not None
+    assert choice.logprobs.tokens == [entry["token"] for entry in own["logprobs"]]
+    assert choice.logprobs.token_logprobs == pytest.approx(
+        [entry["logprob"] for entry in own["logprobs"]], abs=1e-4
+    )
+    assert choice.logprobs.top_logprobs is not None
+    assert choice.logprobs.text_offset is not None
+    for entry, top, offset in zip(
+        own["logprobs"], choice.logprobs.top_logprobs, choice.logprobs.text_offset, strict=True
+    ):
+        assert top == pytest.approx({token["token"]: token["logprob"] for token in entry["top"]}, abs=1e-4)
+        assert choice.text[offset:].startswith(entry["token"])
+
+
+def test_several_prompts_in_all_forms(client: OpenAI, server: ServerProcess, model: str) -> None:
+    prompts = [PROMPT, "Once upon a time"]
+    expected = [server.text(prompt, max_tokens=6) for prompt in prompts]
+    answer = client.completions.create(model=model, prompt=prompts, temperature=0, max_tokens=6)
+    assert [choice.text for choice in answer.choices] == expected
+    chunks = list(client.completions.create(model=model, prompt=prompts, temperature=0, max_tokens=6, stream=True))
+    for index, text in enumerate(expected):
+        own = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+        assert "".join(choice.text for choice in own) == text
+        assert own[-1].finish_reason == "length"
+    ids = [504, 3575, 282, 4649, 314]  # "The capital of France is"
+    answer = client.completions.create(model=model, prompt=[ids, ids], temperature=0, max_tokens=6)
+    assert [choice.text for choice in answer.choices] == expected[:1] * 2
+
+
+def test_choices_and_seeds(client: OpenAI, model: str) -> None:
+    def texts(n: int, seed: int) -> list[str]:
+        answer = client.completions.create(model=model, prompt=PROMPT, max_tokens=12, n=n, seed=seed)
+        return [choice.text for choice in answer.choices]
+
+    first = texts(3, 1)
+    assert len(set(first)) == 3
+    assert texts(3, 1) == first
+    assert texts(1, 1) == first[:1]
+    assert texts(1, 2) != first[:1]
+
+
+def test_stop(client: OpenAI, server: ServerProcess, model: str) -> None:
+    whole = chat_of(server, max_tokens=24)
+    stop = " " + whole.split()[3]
+    answer = client.chat.completions.create(
+        model=model, messages=MESSAGES, temperature=0, max_tokens=24, stop=[stop, "###"], logprobs=True
+    )
+    (choice,) = answer.choices
+    assert (choice.message.content, choice.finish_reason) == (whole.partition(stop)[0], "stop")
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert len(choice.logprobs.content) == 3
+
+
+def test_adapter_expressions(client: OpenAI, server: ServerProcess, left: Path, right: Path) -> None:
+    for expression, resolved in [("left", "left@1"), ("left*0.5 + right@1*-0.25", "left@1*0.5+right@1*-0.25")]:
+        answer = client.completions.create(model=expression, prompt=PROMPT, temperature=0, max_tokens=8)
+        assert answer.choices[0].text == server.text(PROMPT, adapter=expression, max_tokens=8)
+        assert answer.model == resolved
+        again = client.completions.create(model=answer.model, prompt=PROMPT, temperature=0, max_tokens=8)
+        assert (again.model, again.choices[0].text) == (resolved, answer.choices[0].text)
+
+
+def test_biases_and_penalties(client: OpenAI, server: ServerProcess, model: str) -> None:
+    greedy = client.completions.create(model=model, prompt=PROMPT, temperature=0, max_tokens=8, logprobs=0)
+    assert greedy.choices[0].logprobs is not None
+    banned = 7042  # " Paris"
+    biased = client.completions.create(
+        model=model, prompt=PROMPT, temperature=0, max_tokens=8, logit_bias={str(banned): -100}
+    )
+    assert greedy.choices[0].text.startswith(" Paris")
+    assert " Paris" not in biased.choices[0].text
+    forced = client.completions.create(
+        model=model, prompt=PROMPT, temperature=0, max_tokens=4, logit_bias={str(banned): 100}
+    )
+    assert forced.choices[0].text == " Paris" * 4
+    for penalty in ("frequency_penalty", "presence_penalty"):
+        loop = "a b c a b c a b c"
+        plain = client.completions.create(model=model, prompt=loop, temperature=0, max_tokens=12)
+        varied = client.completions.create(
+            model=model, prompt=loop, temperature=0, max_tokens=12, extra_body={penalty: 2.0}
+        )
+        assert len(set(varied.choices[0].text.split())) > len(set(plain.choices[0].text.split()))
+
+
+class Place(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["city", "country"]
+    capital: bool
+
+
+def test_answers_by_a_schema(client: OpenAI, model: str) -> None:
+    question: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Describe Paris as JSON."}]
+    for seed in range(3):
+        parsed = client.chat.completions.parse(
+            model=model, messages=question, response_format=Place, max_tokens=48, seed=seed
+        )
+        assert parsed.choices[0].finish_reason == "stop"
+        assert isinstance(parsed.choices[0].message.parsed, Place)
+    # beside others in the batch, and streamed
+    with client.chat.completions.stream(
+        model=model, messages=question, response_format=Place, max_tokens=48, n=2, seed=9
+    ) as stream:
+        final = stream.get_final_completion()
+    assert all(isinstance(choice.message.parsed, Place) for choice in final.choices)
+
+
+def test_any_json_object(client: OpenAI, model: str) -> None:
+    answer = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": 'Repeat: {"a": 1}'}],
+        response_format={"type": "json_object"},
+        temperature=0,
+        max_tokens=48,
+    )
+    (choice,) = answer.choices
+    assert choice.message.content is not None
+    assert choice.message.content.lstrip().startswith("{")
+    if choice.finish_reason == "stop":
+        assert isinstance(json.loads(choice.message.content), dict)
+
+
+def test_refusals(client: OpenAI, model: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            model=model, messages=MESSAGES, tools=[{"type": "function", "function": {"name": "f"}}]
+        )
+    assert (caught.value.param, caught.value.type) == ("tools", "invalid_request_error")
+    assert caught.value.request_id  # X-Request-Id
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=MAX_MODEL_LEN)
+    assert (caught.value.param, caught.value.code) == ("max_tokens", "context_length_exceeded")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=model, messages=MESSAGES, temperature=3)
+    assert caught.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=model, prompt=PROMPT, logit_bias={"49152": 1})
+    assert caught.value.param == "logit_bias"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=model, prompt=[49152])
+    assert caught.value.param == "prompt"
+    hostile = {"name": "a", "schema": {"type": "string", "pattern": "(a|aa)*" * 400 + "("}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            model=model,
+            messages=MESSAGES,
+            response_format={"type": "json_schema", "json_schema": hostile},  # type: ignore[typeddict-item]
+        )
+    assert caught.value.param == "response_format.json_schema.schema"
+    with pytest.raises(openai.NotFoundError, match="nobody") as lost:
+        client.chat.completions.create(model="nobody", messages=MESSAGES)
+    assert (lost.value.code, lost.value.param) == ("model_not_found", "model")
+    # a stream is refused before it begins, too
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="left@99", prompt=PROMPT, stream=True)
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model=model, input="a", encoding_format="float")
+
+
+def test_a_key_that_is_none(tiny_base_dir: Path, tmp_path: Path) -> None:
+    with running(tmp_path, tiny_base_dir, api_keys="secret") as server:
+        with (
+            OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client,
+            pytest.raises(openai.AuthenticationError) as caught,
+        ):
+            client.models.list()
+        assert caught.value.code == "invalid_api_key"
+        with OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0) as client:
+            assert [model.id for model in client.models.list()] == ["tiny-llama"]
+
+
+def test_a_full_queue_is_tried_again(client: OpenAI, server: ServerProcess, model: str) -> None:
+    """Refused while as many run and wait as may; the client comes again when it was told to, and is served."""
+    hog = client.completions.create(
+        model=model,
+        prompt=PROMPT,
+        n=MAX_NUM_SEQS + MAX_QUEUE,
+        max_tokens=256,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(hog))
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.completions.create(model=model, prompt=PROMPT, max_tokens=1)
+    assert caught.value.code == "rate_limit_exceeded"
+    assert int(caught.value.response.headers["retry-after"]) >= 1
+    leaving = threading.Timer(0.3, hog.close)
+    leaving.start()
+    response = client.with_options(max_retries=5).completions.with_raw_response.create(
+        model=model, prompt=PROMPT, max_tokens=1
+    )
+    leaving.join()
+    assert response.retries_taken >= 1
+    assert len(response.parse().choices) == 1
+
+
+def test_the_asynchronous_client(server: ServerProcess, client: OpenAI, model: str) -> None:
+    """Four at once, of which one leaves its stream; nothing stays behind (the fixture looks)."""
+
+    async def go() -> list[str]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", timeout=PATIENCE) as client:
+
+            async def ask(number: int) -> str:
+                answer = await client.completions.create(
+                    model=model, prompt=PROMPT, max_tokens=6, temperature=0, seed=number
+                )
+                return answer.choices[0].text
+
+            stream = await client.completions.create(model=model, prompt=PROMPT, max_tokens=200, stream=True)
+            async for _ in stream:
+                break
+            texts = await asyncio.gather(*map(ask, range(3)))
+            await stream.close()
+            return texts
+
+    assert asyncio.run(go()) == [server.text(PROMPT, max_tokens=6)] * 3

@@ -1,0 +1,89 @@
+"""What jobs make on the real base: an adapter that knows its rows by heart, and a fully fine-tuned model."""
+
+import io
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from server.model.smollm import NoAdapters
+from server.model.source import resolve_base
+from server.model.weights import load_base
+from server.training.packed_attention import PackedAttention
+from tests.end_to_end.server_process import ServerProcess
+from tests.end_to_end.training_client import code_rows, get, submit, succeeded
+from tests.oracles.hugging_face import load_reference, logits
+from tests.overfit import check, overfit
+from tests.server.training.rows_kit import model_of
+
+pytestmark = pytest.mark.real
+
+Encoded = tuple[list[int], int]
+"""A row's tokens, and how many of them are its prompt's."""
+
+
+@pytest.fixture(scope="module")
+def trainer(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with a worker."""
+    server = ServerProcess(tmp_path_factory.mktemp("trainer"), model=base_dir, workers=1, max_model_len=512)
+    yield server
+    server.close()
+
+
+def test_codes_by_heart(trainer: ServerProcess) -> None:
+    """Some of them; `python -m tests.overfit` has all."""
+    check(overfit(trainer, num_codes=24))
+
+
+def test_full_fine_tuning_leaves_a_model_and_no_adapter(trainer: ServerProcess, tmp_path: Path) -> None:
+    rows = code_rows(8)
+    training = {"max_steps": 4, "batch_size": 8, "learning_rate": 1e-4, "max_length": 32}
+    body = {"name": "whole", "method": "full", "data": rows, "validation": rows, "training": training}
+    job = succeeded(trainer, submit(trainer, **body), 300)
+    assert job["adapter"] is None
+    assert trainer.client.get("/adapters/whole").status_code == 404
+    report = get(trainer, f"/train/{job['id']}/report")
+    measured = report["evaluation"]
+    assert measured["tuned"]["loss"] < 0.5 * measured["base"]["loss"]
+    assert report["trainable_share"] == 1.0
+
+    directory = download(trainer, job["id"], tmp_path / "whole")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    encoded = []
+    for row in rows:
+        prompt, completion = (tokenizer.encode(row[name]) for name in ("prompt", "completion"))
+        encoded.append(([*prompt, *completion, tokenizer.eos_token_id], len(prompt)))
+    reference = load_reference(directory)
+    rows_of_logits = [logits(reference, tokens) for tokens, _ in encoded]
+    loss = mean_loss(rows_of_logits, encoded)
+    assert loss == pytest.approx(measured["tuned"]["loss"], abs=0.03)  # measured in bf16
+    assert measured["base"]["loss"] - loss > 10 * 0.03
+
+    served = load_base(resolve_base(str(directory), tmp_path), torch.float32)
+    model = model_of(served)
+    for expected, (tokens, _) in zip(rows_of_logits, encoded, strict=True):
+        attention = PackedAttention([len(tokens)], model.device)
+        with torch.inference_mode():
+            hidden = model.forward(torch.tensor(tokens), attention.positions, attention, NoAdapters())
+            torch.testing.assert_close(model.logits(hidden), expected, atol=2e-3, rtol=0)
+
+
+def download(server: ServerProcess, job_id: str, directory: Path) -> Path:
+    """The job's model, unpacked into the new `directory`."""
+    response = server.client.get(f"/train/{job_id}/download")
+    assert response.status_code == 200, response.text
+    with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
+        archive.extractall(directory)
+    return directory
+
+
+def mean_loss(rows: Sequence[torch.Tensor], encoded: Sequence[Encoded]) -> float:
+    """Nats a token that comes after its row's prompt."""
+    losses = []
+    for row, (tokens, num_prompt) in zip(rows, encoded, strict=True):
+        targets = torch.tensor(tokens[num_prompt:])
+        losses.append(torch.nn.functional.cross_entropy(row[num_prompt - 1 : -1], targets, reduction="none"))
+    return float(torch.cat(losses).mean())

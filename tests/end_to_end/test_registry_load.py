@@ -1,0 +1,49 @@
+"""A short run of `tests.registry_load`, which has the full count, on a tiny base."""
+
+from pathlib import Path
+
+from server.model.weights import BaseModel
+from tests.end_to_end.server_process import ServerProcess
+from tests.registry_changes import Timeline
+from tests.registry_load import Plan, adapter_files, judge, load, unsound
+from tests.server.running import running
+
+
+def test_every_answer_is_that_of_the_version_it_names(
+    tiny_base_dir: Path, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    plan = Plan(seconds=6, max_tokens=8, pause=0.25)
+    files = adapter_files(tiny_base.config.shape)
+    options = {"dtype": "fp32", "max_num_seqs": plan.num_clients, "kv_cache_bytes": "32MiB"}
+    server = ServerProcess(tmp_path / "load", model=tiny_base_dir, adapter_cache_bytes="4MiB", **options)
+    try:
+        answers, changers, faults = load(server, plan, files)
+        server.wait_until_idle()
+    finally:
+        server.close()
+    with running(tmp_path / "cold", tiny_base_dir, kv_cache_bytes="32MiB") as cold:
+        outcome = judge(plan, answers, changers, cold, files)
+    assert faults + outcome.faults[:5] == []
+    assert unsound(tmp_path / "load") == []
+    counts = outcome.counts
+    assert counts["generate: 200"] > 50
+    assert counts["generate: 404"] > 0
+    assert counts["generate: cached tokens"] > 0
+    assert outcome.num_sums > 20
+    for what in ("upload: 201", "move prod: 200", "move latest: 200", "delete a version: 204", "compose: 201"):
+        assert counts[what] > 0, counts
+
+
+def test_a_timeline_knows_what_may_have_been_meant() -> None:
+    one, two = (("a", 1, 1.0),), (("a", 2, 1.0),)
+    timeline = Timeline()
+    assert timeline.possible(0, 9) == [None]
+    timeline.set(10, 12, one)
+    timeline.set(13, 14, one)  # the same: no change
+    timeline.set(20, 22, two)
+    assert timeline.possible(1, 9) == [None]
+    assert timeline.possible(1, 10) == [None, one]
+    assert timeline.possible(11, 11.5) == [None, one]
+    assert timeline.possible(12.5, 19) == [one]
+    assert timeline.possible(12.5, 21) == [one, two]
+    assert timeline.possible(23, 24) == [two]

@@ -1,0 +1,79 @@
+"""Training jobs on a real server, as its users see them, and the processes that work on them."""
+
+import time
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+import psutil
+
+from tests.end_to_end.server_process import PATIENCE, ServerProcess
+
+Job = Mapping[str, Any]
+ENDED = ("succeeded", "failed", "cancelled")
+WORKER, CHILD = "server.cli", "server.training.run_job"
+"""The modules that a worker runs, and the process in which it has a job run."""
+
+
+def code_rows(num_rows: int = len(HTTPStatus)) -> list[dict[str, str]]:
+    """The standard library's HTTP codes and their phrases, as rows."""
+    return [{"prompt": f"HTTP {s.value}:", "completion": f" {s.phrase}"} for s in list(HTTPStatus)[:num_rows]]
+
+
+def submit(server: ServerProcess, **body: object) -> str:
+    """POST /train; the job's id."""
+    response = server.client.post("/train", json=body)
+    assert response.status_code == 202, response.text
+    return str(response.json()["id"])
+
+
+def get(server: ServerProcess, path: str) -> Any:
+    """What GET `path` answers."""
+    response = server.client.get(path)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE, what: str = "it") -> None:
+    """Look again and again; AssertionError after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} took too long"
+        time.sleep(0.05)
+
+
+def wait_for_end(server: ServerProcess, job_id: str, seconds: float = PATIENCE) -> Job:
+    """The job once it has ended, whichever way; AssertionError where that takes longer."""
+    found: dict[str, Any] = {}
+
+    def has_ended() -> bool:
+        found.update(get(server, f"/train/{job_id}"))
+        return found["status"] in ENDED
+
+    wait_until(has_ended, seconds, f"job {job_id}")
+    return found
+
+
+def succeeded(server: ServerProcess, job_id: str, seconds: float = PATIENCE) -> Job:
+    """The job, which must end well; AssertionError with its error, or with the end of the server's log."""
+    job = wait_for_end(server, job_id, seconds)
+    assert job["status"] == "succeeded", f"{job['status']}: {job['error']}\n{server.log()[-2000:]}"
+    return job
+
+
+def processes(server: ServerProcess, module: str) -> list[psutil.Process]:
+    """Those below the server that run `module`."""
+    found = []
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        try:
+            if module in process.cmdline():
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def steps_of(server: ServerProcess, job_id: str) -> list[int]:
+    """The steps whose metrics are among the job's events."""
+    events = get(server, f"/train/{job_id}/events")
+    return [event["data"]["step"] for event in events if event["type"] == "metrics"]

@@ -1,0 +1,180 @@
+"""POST /v1/completions on a fake engine: prompts in all forms, several at once, and the older logprobs."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+from server.api.app import create_app
+from server.engine.request import GenerationRequest, SamplingParams
+from server.errors import QueueFull
+from server.model.chat import PromptEncoder
+from tests.server.api.conftest import BASE_NAME, MAX_MODEL_LEN, MakeServices, client_of
+from tests.server.api.fakes import FakeEngine, FakeStream
+from tests.server.api.peft_files import as_parts, peft_files
+
+pytestmark = pytest.mark.anyio
+
+PATH = "/v1/completions"
+
+
+async def ask(client: httpx.AsyncClient, **fields: object) -> dict[str, Any]:
+    response = await client.post(PATH, json={"model": BASE_NAME, "prompt": "a", "max_tokens": 2, **fields})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+async def refusal(client: httpx.AsyncClient, **fields: object) -> dict[str, Any]:
+    response = await client.post(PATH, json={"model": BASE_NAME, "prompt": "a", "max_tokens": 2, **fields})
+    assert response.status_code == 400, response.text
+    error: dict[str, Any] = response.json()["error"]
+    return error
+
+
+async def test_the_whole_answer(client: httpx.AsyncClient, encoder: PromptEncoder) -> None:
+    answer = await ask(client)
+    assert answer.pop("id").startswith("cmpl-")
+    assert isinstance(answer.pop("created"), int)
+    num_prompt = len(encoder.prompt("a"))
+    assert answer == {
+        "object": "text_completion",
+        "model": BASE_NAME,
+        "choices": [{"text": "w0 w1 ", "index": 0, "logprobs": None, "finish_reason": "length"}],
+        "usage": {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": 2,
+            "total_tokens": num_prompt + 2,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
+    }
+
+
+async def test_defaults_are_openai_s(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await ask(client, max_tokens=None)
+    (request,) = engine.requests
+    assert request.sampling == SamplingParams(16, temperature=1.0, seed=request.sampling.seed)
+
+
+async def test_prompts_in_all_forms(client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder) -> None:
+    a, b = tuple(encoder.prompt("a")), tuple(encoder.prompt("bc"))
+    for prompt, expected in [
+        ("a", [a]),
+        (["a"], [a]),
+        (["a", "bc"], [a, b]),
+        ([3, 4, 5], [(3, 4, 5)]),
+        ([[3, 4], [5]], [(3, 4), (5,)]),
+        (["a", [5]], [a, (5,)]),
+    ]:
+        engine.requests.clear()
+        answer = await ask(client, prompt=prompt)
+        assert [request.prompt_token_ids for request in engine.requests] == expected
+        assert [choice["index"] for choice in answer["choices"]] == list(range(len(expected)))
+        assert answer["usage"]["prompt_tokens"] == sum(map(len, expected))
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", [], [""], [[]], None, 5, {"a": 1}, [1.5], [-1], [True], ["a"] * 129, [["a"]], [1, "a"]]
+)
+async def test_other_prompts_are_refused(client: httpx.AsyncClient, engine: FakeEngine, prompt: object) -> None:
+    assert (await refusal(client, prompt=prompt))["param"] == "prompt"
+    assert engine.requests == []
+
+
+async def test_tokens_that_the_base_does_not_have(client: httpx.AsyncClient, encoder: PromptEncoder) -> None:
+    """They would fail the whole step, with everybody else's tokens."""
+    num = encoder.num_tokens
+    assert (await ask(client, prompt=[num - 1]))["usage"]["prompt_tokens"] == 1
+    assert (await refusal(client, prompt=[0, num]))["param"] == "prompt"
+    assert (await refusal(client, prompt=[[1], [0, num]]))["param"] == "prompt"
+
+
+async def test_choices_count_through_the_prompts(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    answer = await ask(client, prompt=[[1], [2]], n=2, seed=3)
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert [request.n for request in engine.requests] == [2, 2]
+    assert {request.sampling.seed for request in engine.requests} == {3}
+    assert answer["usage"]["completion_tokens"] == 8
+    assert engine.open == set()
+
+
+class NarrowEngine(FakeEngine):
+    """Takes one request at a time."""
+
+    def submit(self, request: GenerationRequest) -> FakeStream:
+        if self.open:
+            raise QueueFull(retry_after=1)
+        return super().submit(request)
+
+
+async def test_all_prompts_run_or_none(make_services: MakeServices) -> None:
+    engine = NarrowEngine()
+    async with client_of(create_app(replace(make_services(), engine=engine))) as client:
+        response = await client.post(PATH, json={"model": BASE_NAME, "prompt": ["a", "b"]})
+        assert response.status_code == 429
+        assert len(engine.requests) == len(engine.closed) == 1
+        assert engine.open == set()
+        error = await refusal(client, prompt=["a", [1] * MAX_MODEL_LEN])
+        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+        assert len(engine.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("echo", True), ("suffix", "end"), ("best_of", 3), ("logprobs", 21), ("messages", [])]
+)
+async def test_what_is_not_supported_is_refused_by_name(
+    client: httpx.AsyncClient, name: str, value: object
+) -> None:
+    assert (await refusal(client, **{name: value}))["param"] == name
+
+
+async def test_values_that_switch_them_off(client: httpx.AsyncClient) -> None:
+    await ask(client, echo=False, suffix=None, best_of=2, n=2)
+
+
+async def test_logprobs(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    answer = await ask(client, logprobs=2)
+    assert answer["choices"][0]["logprobs"] == {
+        "tokens": ["w0 ", "w1 "],
+        "token_logprobs": [-0.25, -0.25],
+        # the fake's rivals have the chosen token's text: what was drawn is what stays under it
+        "top_logprobs": [{"w0 ": -0.25}, {"w1 ": -0.25}],
+        "text_offset": [0, 3],
+    }
+    answer = await ask(client, logprobs=0)
+    assert engine.requests[1].sampling.logprobs == 1
+    assert answer["choices"][0]["logprobs"]["top_logprobs"] is None
+    assert answer["choices"][0]["logprobs"]["tokens"] == ["w0 ", "w1 "]
+
+
+async def test_a_stream_of_several_prompts(client: httpx.AsyncClient) -> None:
+    body = {
+        "model": BASE_NAME,
+        "prompt": ["a", "b"],
+        "max_tokens": 3,
+        "logprobs": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    *events, done, rest = (await client.post(PATH, json=body)).text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    *told, last = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 6)
+    assert all(chunk["usage"] is None for chunk in told)
+    assert {chunk["object"] for chunk in told} == {"text_completion"}
+    assert len({chunk["id"] for chunk in told}) == 1
+    for index in range(2):
+        own = [choice for chunk in told for choice in chunk["choices"] if choice["index"] == index]
+        assert "".join(choice["text"] for choice in own) == "w0 w1 w2 "
+        assert [choice["finish_reason"] for choice in own] == [None, None, "length"]
+        assert [choice["logprobs"]["text_offset"] for choice in own] == [[0], [3], [6]]
+
+
+async def test_one_version_for_all_prompts(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await client.post("/adapters/tweets", files=as_parts(*peft_files(1)))
+    answer = await ask(client, model="tweets", prompt=["a", "b"])
+    assert answer["model"] == "tweets@1"
+    first, second = engine.requests
+    assert first.adapters == second.adapters != ()

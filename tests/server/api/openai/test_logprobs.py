@@ -1,0 +1,76 @@
+"""Log-probabilities are told for the tokens of the text, whatever pieces it comes in and however it ends."""
+
+from server.api.openai.logprobs import LegacyLogprobs, TextLogprobs, of_chat
+from server.engine.request import FinishReason, SampledLogprob, SequenceOutput, TokenLogprob
+
+INFINITY = float("inf")
+
+
+def entry(content: bytes, *rivals: TokenLogprob, name: str | None = None, logprob: float = -1.0) -> SampledLogprob:
+    text = content.decode(errors="replace") if name is None else name
+    return SampledLogprob(TokenLogprob(1, text, tuple(content), logprob), rivals)
+
+
+def output(text: str, *entries: SampledLogprob, end: FinishReason | None = None) -> SequenceOutput:
+    return SequenceOutput("1", 0, text, len(entries), 0, 0, entries, end)
+
+
+def told(outputs: list[SequenceOutput]) -> list[list[bytes]]:
+    tracker = TextLogprobs()
+    return [[bytes(found.chosen.bytes) for found in tracker.push(one)] for one in outputs]
+
+
+def test_a_token_comes_with_the_piece_that_it_begins_in() -> None:
+    assert told([output("a", entry(b"a")), output("bc", entry(b"bc"), end="length")]) == [[b"a"], [b"bc"]]
+
+
+def test_text_that_is_held_back_holds_its_tokens_back() -> None:
+    # "EN" may begin the stop string "END"; "x" decides that it doesn't
+    pieces = [output("a", entry(b"aEN")), output("", entry(b"E")), output("ENE", entry(b"x"))]
+    assert told(pieces) == [[b"aEN"], [], [b"E"]]
+
+
+def test_a_stop_string_and_an_end_token_are_left_out() -> None:
+    # the text ends before "END", of which "aE" begins within the text
+    assert told([output("a", entry(b"aE")), output("", entry(b"N")), output("", entry(b"D"), end="stop")]) == [
+        [b"aE"],
+        [],
+        [],
+    ]
+    assert told([output("a", entry(b"a")), output("", entry(b"", name="<|im_end|>"), end="stop")]) == [[b"a"], []]
+
+
+def test_at_the_bound_nothing_is_left_out() -> None:
+    # an unfinished character at the end, and a special token that was no end under ignore_eos
+    pieces = [output("", entry(b"", name="<|im_end|>")), output("\ufffd", entry(b"\xc3"), end="length")]
+    assert [found for piece in told(pieces) for found in piece] == [b"", b"\xc3"]
+
+
+def test_characters_of_several_tokens() -> None:
+    pieces = [output("", entry(b"\xc3")), output("é", entry(b"\xa9")), output("", entry(b""), end="stop")]
+    assert told(pieces) == [[], [b"\xc3", b"\xa9"], []]
+
+
+def test_the_older_form() -> None:
+    form = LegacyLogprobs(1)
+    rival = TokenLogprob(2, "x", (0x78,), -INFINITY)
+    first = form.of([entry(b"\xc3", rival), entry(b"\xa9a", logprob=-0.5)])
+    assert first == {
+        "tokens": ["bytes:\\xc3", "bytes:\\xa9a"[:10] + "\\x61"],
+        "token_logprobs": [-1.0, -0.5],
+        "top_logprobs": [{"x": -9999.0, "bytes:\\xc3": -1.0}, {"bytes:\\xa9\\x61": -0.5}],
+        "text_offset": [0, 0],
+    }
+    assert form.of([entry(b"b")])["text_offset"] == [2]
+    assert LegacyLogprobs(0).of([entry(b"b", rival)])["top_logprobs"] is None
+
+
+def test_chat_s_form() -> None:
+    rival = TokenLogprob(2, "x", (0x78,), -2.0)
+    (found,) = of_chat([entry(b"\xc3", rival, rival)], 1)["content"]  # type: ignore[misc, attr-defined]
+    assert found == {
+        "token": "\ufffd",
+        "bytes": [0xC3],
+        "logprob": -1.0,
+        "top_logprobs": [{"token": "x", "bytes": [0x78], "logprob": -2.0}],
+    }

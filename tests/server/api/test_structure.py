@@ -1,0 +1,94 @@
+"""Structured output over the API: what reaches the engine, and what is refused, by which field."""
+
+import json
+from collections.abc import Mapping
+
+import httpx
+import pytest
+
+from server.engine.request import Grammar, SamplingParams
+from tests.server.api.fakes import FakeEngine
+
+pytestmark = pytest.mark.anyio
+
+SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "null"}}, "required": ["b"]}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({"regex": "[0-9]+"}, Grammar("regex", "[0-9]+")),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "text"}, "regex": "a"}, Grammar("regex", "a")),
+        ({"response_format": {"type": "json_object"}}, Grammar("json_schema", '{"type":"object"}')),
+        ({"response_format": FORMAT}, Grammar("json_schema", json.dumps(SCHEMA))),  # keys in the given order
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            Grammar("json_schema", "{}"),
+        ),
+    ],
+)
+async def test_the_grammar_that_reaches_the_engine(
+    client: httpx.AsyncClient, engine: FakeEngine, fields: Mapping[str, object], grammar: Grammar | None
+) -> None:
+    response = await client.post("/generate", json={"prompt": "a", "max_tokens": 1, **fields})
+    assert response.status_code == 200, response.text
+    assert engine.requests[0].grammar == grammar
+
+
+async def test_penalties_and_biases_reach_the_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    body = {
+        "prompt": "a",
+        "seed": 1,
+        "presence_penalty": 1.5,
+        "frequency_penalty": -2,
+        "logit_bias": {"5": -100, "17": 2.5},
+    }
+    assert (await client.post("/generate", json=body)).status_code == 200
+    assert engine.requests[0].sampling == SamplingParams(
+        seed=1, presence_penalty=1.5, frequency_penalty=-2.0, logit_bias=((5, -100.0), (17, 2.5))
+    )
+
+
+BAD: list[tuple[str, Mapping[str, object]]] = [
+    ("regex", {"regex": ""}),
+    ("regex", {"regex": 5}),
+    ("regex", {"regex": "("}),
+    ("regex", {"regex": "a" * 8193}),
+    ("regex", {"regex": "a", "response_format": {"type": "json_object"}}),
+    ("response_format", {"regex": "a", "response_format": {"type": "json_object"}}),
+    ("response_format", {"response_format": "json"}),
+    ("type", {"response_format": {"type": "yaml"}}),
+    ("json_schema", {"response_format": {"type": "json_schema"}}),
+    ("json_schema", {"response_format": {**FORMAT, "type": "json_object"}}),
+    ("schema", {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}),
+    ("schema", {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": [1]}}}),
+    ("schema", {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}),
+    ("schema", {"response_format": {"type": "json_schema", "json_schema": {"schema": {"const": float("nan")}}}}),
+    ("schema", {"response_format": {"type": "json_schema", "json_schema": {"schema": {"title": "a" * 70_000}}}}),
+    ("name", {"response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}}),
+    ("stop", {"regex": "a", "stop": "b"}),
+    ("ignore_eos", {"regex": "a", "ignore_eos": True}),
+    ("presence_penalty", {"presence_penalty": 2.1}),
+    ("frequency_penalty", {"frequency_penalty": -2.1}),
+    ("frequency_penalty", {"frequency_penalty": float("nan")}),
+    ("logit_bias", {"logit_bias": {"a": 1}}),
+    ("logit_bias", {"logit_bias": {"-1": 1}}),
+    ("logit_bias", {"logit_bias": {"²": 1}}),
+    ("logit_bias", {"logit_bias": {str(number): 1 for number in range(1025)}}),
+    ("5", {"logit_bias": {"5": 101}}),
+]
+
+
+@pytest.mark.parametrize(("field", "fields"), BAD)
+async def test_what_is_refused(
+    client: httpx.AsyncClient, engine: FakeEngine, field: str, fields: Mapping[str, object]
+) -> None:
+    response = await client.post("/generate", content=json.dumps({"prompt": "a", **fields}), headers=JSON)
+    assert response.status_code == 422
+    assert field in {error["loc"][-1] for error in response.json()["errors"]}
+    assert not engine.requests
+
+
+JSON = {"Content-Type": "application/json"}

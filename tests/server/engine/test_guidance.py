@@ -1,0 +1,149 @@
+"""Grammars: which tokens they allow, against a language listed by hand, and which are refused, and how fast."""
+
+import json
+import random
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from adapters.errors import InvalidInput
+from server.engine.grammar import MAX_REGEX_BYTES, MAX_SCHEMA_BYTES
+from server.engine.guidance import Guidance
+from server.engine.request import Grammar
+from tests.engine_kit import token_bytes
+from tests.grammars import CODES, HOSTILE_REGEX, HOSTILE_SCHEMA, guidance_of
+from tests.tiny import tiny_tokenizer
+
+VOCAB = 520  # wider than the tokenizer, as logits may be
+EOS = (0, 2)
+
+
+@pytest.fixture(scope="module")
+def guidance() -> Iterator[Guidance]:
+    guidance = guidance_of(tiny_tokenizer(), VOCAB, EOS)
+    yield guidance
+    guidance.close()
+
+
+def test_masks_are_the_languages_own(guidance: Guidance) -> None:
+    """Along random walks, including through a character of two bytes."""
+    names = token_bytes(tiny_tokenizer())
+    guidance.check(CODES.grammar)
+    rng = random.Random(1)
+    ends = set()
+    for _ in range(12):
+        constraint, text = guidance.constraint(CODES.grammar), b""
+        while not constraint.is_complete:
+            forbidden = constraint.forbidden()
+            assert forbidden is not None
+            assert forbidden.shape == (VOCAB,)
+            allowed = set((~forbidden).nonzero()[0].tolist())
+            possible = CODES.allowed(text, names, VOCAB, EOS)
+            assert allowed <= possible if CODES.is_forced(text) else allowed == possible
+            token_id = rng.choice(sorted(allowed))
+            if token_id in EOS:
+                break
+            constraint.accept(token_id)
+            text += names.bytes_of(token_id)
+        assert text in CODES.words
+        assert constraint.error is None
+        ends.add(constraint.is_complete)
+    assert ends == {True, False}  # by itself, and by an end token
+
+
+def test_each_sequence_has_its_own_place(guidance: Guidance) -> None:
+    grammar = Grammar("regex", "[ab]c")
+    guidance.check(grammar)
+    first, second = guidance.constraint(grammar), guidance.constraint(grammar)
+    (a,) = tiny_tokenizer().encode("a")
+    first.accept(a)
+    moved, still = first.forbidden(), second.forbidden()
+    assert moved is not None
+    assert still is not None
+    assert moved[a]
+    assert not still[a]
+
+
+@pytest.mark.parametrize(
+    "regex",
+    [
+        "[",
+        "a(?=b)",
+        r"(a)\1",
+        r"[^\x00-\U0010FFFF]",  # matches nothing
+        "(" * 3000 + "a" + ")" * 3000,
+        "é" * (MAX_REGEX_BYTES // 2 + 1),
+        HOSTILE_REGEX,
+    ],
+)
+def test_a_regex_that_is_refused(guidance: Guidance, regex: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        guidance.check(Grammar("regex", regex))
+    assert [error.loc for error in caught.value.errors] == [("regex",)]
+
+
+def deep(levels: int) -> object:
+    return {"type": "array", "items": deep(levels - 1)} if levels else {"type": "null"}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "frob"},
+        {"not": {}},
+        {"type": "array", "uniqueItems": True},
+        {"$ref": "#"},
+        {"$ref": "https://example.com/schema"},
+        {"enum": []},
+        {"type": "string", "format": "no-such-format"},
+        {"type": "integer", "minimum": 5, "maximum": 4},
+        {"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]},
+        {"x-guidance": {"lenient": True}, "not": {}},
+        {"type": "object", "minProperties": 2},  # one key could come twice
+        {"properties": {"a": {"type": "object", "minProperties": 3, "required": ["b", "c"]}}},
+        {"type": "string", "description": "x" * MAX_SCHEMA_BYTES},
+        {"type": "object", "properties": {f"k{i}": {"type": "integer"} for i in range(2500)}},
+        deep(200),
+        HOSTILE_SCHEMA,
+    ],
+)
+def test_a_schema_that_is_refused(guidance: Guidance, schema: object) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        guidance.check(Grammar("json_schema", json.dumps(schema)))
+    assert [error.loc for error in caught.value.errors] == [("response_format", "json_schema", "schema")]
+
+
+def test_what_was_hostile_leaves_nothing_behind(guidance: Guidance) -> None:
+    """It is given up in time, the next grammar goes through at once, and what passed is not checked again."""
+    guidance.check(Grammar("regex", "warm"))
+    begun = time.monotonic()
+    with pytest.raises(InvalidInput, match="too long to compile"):
+        guidance.check(Grammar("json_schema", json.dumps(HOSTILE_SCHEMA)))
+    assert time.monotonic() - begun < 2
+    begun = time.monotonic()
+    guidance.check(Grammar("regex", "good"))
+    assert time.monotonic() - begun < 1
+    begun = time.monotonic()
+    for _ in range(1000):
+        guidance.check(Grammar("regex", "good"))
+    assert time.monotonic() - begun < 1
+
+
+def test_the_process_may_be_killed(guidance: Guidance) -> None:
+    guidance.check(Grammar("regex", "before"))
+    process = guidance._checker._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    guidance.check(Grammar("regex", "after"))
+    assert guidance.holds(Grammar("regex", "after"))
+
+
+def test_only_so_many_are_kept(guidance: Guidance) -> None:
+    first = Grammar("regex", "first")
+    guidance.check(first)
+    for number in range(64):
+        guidance.check(Grammar("regex", f"a{number}"))
+    assert not guidance.holds(first)
+    assert not guidance.constraint(first).is_complete  # compiled again where it must be

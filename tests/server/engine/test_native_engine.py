@@ -1,0 +1,76 @@
+"""The engine over the native forward: a request gets the same in any company, bit for bit, in 16 bits."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.engine.engine import Engine
+from server.engine.request import GenerationRequest
+from server.model.native.model import NativeModel
+from server.model.source import resolve_base
+from server.model.weights import BaseModel, load_base
+from tests.engine_kit import GREEDY, build_engine, random_adapter, refs, run
+from tests.native_kit import native_model
+from tests.tiny import save_tiny_base
+
+LENGTHS = (5, 70, 1, 64, 66, 130, 17, 33, 9, 100, 65, 3)
+BLENDS = (
+    {},
+    {"a": 1.0},
+    {"b": 1.0},
+    {"a": 0.7, "b": -0.3},
+    {"c": 2.0},
+    {"a": 0.2, "b": 0.3, "c": 0.5},
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    directory = save_tiny_base(tmp_path_factory.mktemp("native-engine") / "tiny", options=sizes, seed=4)
+    return load_base(resolve_base(str(directory), directory.parent), torch.bfloat16)
+
+
+def engine_of(base: BaseModel, native: NativeModel, strength: float) -> Engine:
+    shape = base.config.shape
+    adapters = {
+        name: random_adapter(shape, seed, rank=rank, strength=strength)
+        for seed, (name, rank) in enumerate({"a": 16, "b": 3, "c": 8}.items())
+    }
+    return build_engine(base, adapters, native=native)
+
+
+def requests(num_tokens: int) -> list[GenerationRequest]:
+    sampled = replace(GREEDY, temperature=0.9, seed=7)
+    return [
+        GenerationRequest(
+            f"request-{index}",
+            tuple(random.Random(index).choices(range(100, 500), k=length)),
+            replace(sampled if index % 3 == 2 else GREEDY, max_tokens=num_tokens),
+            refs(**BLENDS[index % len(BLENDS)]),
+        )
+        for index, length in enumerate(LENGTHS)
+    ]
+
+
+def check_company(base: BaseModel, strength: float, num_tokens: int) -> None:
+    native = native_model(base)
+    together = run(engine_of(base, native, strength), requests(num_tokens))
+    for request in requests(num_tokens):
+        alone = run(engine_of(base, native, strength), [request])  # whose cache has no prefix of it
+        own = request.request_id, 0
+        assert len(alone[own].token_ids) == num_tokens
+        assert alone[own] == together[own]
+
+
+def test_a_request_gets_the_same_in_any_company(base: BaseModel) -> None:
+    """Tokens and log-probabilities, bit for bit, in 16 bits."""
+    check_company(base, strength=0.3, num_tokens=20)
+
+
+@pytest.mark.real
+def test_a_request_gets_the_same_in_any_company_on_the_real_base(base_dir: Path) -> None:
+    check_company(load_base(base_dir), strength=0.03, num_tokens=6)

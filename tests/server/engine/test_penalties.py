@@ -1,0 +1,79 @@
+"""Penalties and biases against a plain loop over floats."""
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+
+from server.engine.request import SamplingParams
+from server.engine.sampler import Row, sample
+from tests.server.engine.rows import logits_of
+
+PROMPT = (5, 6, 7, 5, 900)
+ANSWER = (7, 8, 8, 9, 8, 999)
+
+
+def by_hand(logits: Sequence[float], params: SamplingParams, biases: Mapping[int, float]) -> list[float]:
+    """Repetition over prompt and answer; the others over the answer alone, as OpenAI defines them."""
+    changed = list(logits)
+    for token_id in range(len(changed)):
+        if token_id in PROMPT + ANSWER:
+            penalty = params.repetition_penalty
+            changed[token_id] = (
+                changed[token_id] * penalty if changed[token_id] < 0 else changed[token_id] / penalty
+            )
+        count = ANSWER.count(token_id)
+        changed[token_id] -= count * params.frequency_penalty + (count > 0) * params.presence_penalty
+        changed[token_id] += biases.get(token_id, 0.0)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("penalties", "biases"),
+    [
+        ({"presence_penalty": 1.5}, {}),
+        ({"frequency_penalty": 0.7}, {}),
+        ({"presence_penalty": -2.0, "frequency_penalty": -0.25}, {}),
+        ({}, {0: 3.0, 8: -100.0, 999: 0.5}),
+        ({"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 2.0}, {7: 4.0}),
+    ],
+)
+def test_what_is_added_to_logits(penalties: Mapping[str, float], biases: Mapping[int, float]) -> None:
+    params = SamplingParams(temperature=0.0, logit_bias=tuple(biases.items()), **penalties)  # type: ignore[arg-type]
+    logits = logits_of(3, rows=2)
+    plain = logits[1].clone()
+    expected = by_hand(logits[0].tolist(), params, biases)
+    ours = Row(params, 0, 11, (*PROMPT, *ANSWER), len(PROMPT))
+    other = Row(SamplingParams(temperature=0.0), 0, 11, (*PROMPT, *ANSWER), len(PROMPT))
+    tokens = [sampled.token_id for sampled in sample(logits, [ours, other])]
+    torch.testing.assert_close(logits[0], torch.tensor(expected), rtol=0, atol=1e-5)
+    assert torch.equal(logits[1], plain)
+    assert tokens == [max(range(len(expected)), key=expected.__getitem__), int(plain.argmax())]
+
+
+def test_a_penalty_waits_for_the_first_token() -> None:
+    logits = logits_of(4)
+    plain = logits.clone()
+    sample(logits, [Row(SamplingParams(temperature=0.0, presence_penalty=2.0), 0, 5, PROMPT, len(PROMPT))])
+    assert torch.equal(logits, plain)
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    """They are of the logits before anything is added."""
+    logits = logits_of(5)
+    expected = logits[0].log_softmax(-1)
+    params = SamplingParams(temperature=0.0, logit_bias=((17, 100.0),), logprobs=2)
+    (sampled,) = sample(logits, [Row(params, 0, 5, PROMPT, len(PROMPT))])
+    assert sampled.token_id == 17
+    assert sampled.logprobs is not None
+    assert sampled.logprobs.chosen == pytest.approx(float(expected[17]))
+    assert [token_id for token_id, _ in sampled.logprobs.top] == expected.topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("repetition_penalty", 1.1), ("presence_penalty", 0.1), ("frequency_penalty", -0.1)]
+)
+def test_the_common_case_is_told_apart(field: str, value: float) -> None:
+    assert not SamplingParams().changes_logits
+    assert SamplingParams(**{field: value}).changes_logits  # type: ignore[arg-type]
+    assert SamplingParams(logit_bias=((1, 1.0),)).changes_logits

@@ -1,0 +1,133 @@
+"""Log-probabilities of given tokens against Hugging Face's log-softmax, however their chunks fall."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from adapters.lora import LoraWeights
+from server.engine.engine import Engine
+from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
+from server.engine.scheduler import SchedulerLimits
+from server.errors import GenerationFailed
+from server.model.weights import BaseModel
+from tests.engine_kit import GREEDY, build_engine, check_idle, refs, run
+from tests.oracles.hugging_face import load_reference, logits, merged
+from tests.server.engine.traffic import assert_same, library, prompt
+
+SCORING = SamplingParams(max_tokens=0, temperature=0.0)
+
+
+def scoring(
+    name: str, num_tokens: int, scored_from: int, adapters: tuple[AdapterRef, ...] = (), seed: int = 0
+) -> GenerationRequest:
+    return GenerationRequest(name, prompt(num_tokens, seed), SCORING, adapters, scored_from=scored_from)
+
+
+def score(engine: Engine, requests: Sequence[GenerationRequest]) -> dict[str, tuple[float, ...]]:
+    """The scores of each request, all at once."""
+    for request in requests:
+        engine.check(request)
+        engine.add(request)
+    found = {}
+    while engine.has_work:
+        for output in engine.step():
+            assert (output.finish_reason, output.text, output.num_output_tokens) == ("length", "", 0), output
+            found[output.request_id] = output.scores
+    check_idle(engine)
+    return found
+
+
+def reference(base_dir: Path, request: GenerationRequest, adapters: dict[str, LoraWeights]) -> list[float]:
+    first = request.scored_from
+    assert first is not None
+    with merged(
+        load_reference(base_dir), [(adapters[ref.digest], ref.weight) for ref in request.adapters]
+    ) as model:
+        rows = logits(model, request.prompt_token_ids).log_softmax(-1)
+    token_ids = request.prompt_token_ids
+    return [float(rows[position - 1, token_ids[position]]) for position in range(first, len(token_ids))]
+
+
+def test_scores_are_hugging_faces(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
+    """One token or all but the first; within a chunk, over its borders, and with a last chunk of one token."""
+    adapters = library(tiny_base, 3)
+    sets = [(), refs(**{"00": 1.0}), refs(**{"01": -0.5, "02": 0.7})]
+    requests = [
+        scoring(f"{length}-{first}-{number}", length, first, used, seed=length)
+        for number, used in enumerate(sets)
+        for length, first in ((2, 1), (30, 29), (64, 1), (65, 50), (66, 65), (130, 20))
+    ]
+    found = score(build_engine(tiny_base, adapters), requests)
+    for request in requests:
+        expected = reference(tiny_base_dir, request, adapters)
+        assert found[request.request_id] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_cached_prefix_changes_nothing(tiny_base: BaseModel) -> None:
+    """Of tokens that are in the cache, those are computed again whose successors are to be scored."""
+    engine = build_engine(tiny_base)
+    request = scoring("a", 100, 40)
+    (first,) = score(engine, [request]).values()
+    assert engine.stats.prefix_cached_tokens == 0
+    (second,) = score(engine, [replace(request, request_id="b")]).values()
+    assert engine.stats.prefix_cached_tokens == 32  # the full blocks of the first 39
+    assert second == pytest.approx(first, abs=1e-5)
+    (last,) = score(engine, [replace(request, request_id="c", scored_from=99)]).values()
+    assert last == pytest.approx(first[-1:], abs=1e-5)
+
+
+def test_scores_survive_preemption(tiny_base: BaseModel) -> None:
+    limits = SchedulerLimits(chunk_size=4, max_prefill_tokens=8)
+    tight = build_engine(tiny_base, num_blocks=16, block_size=4, limits=limits)
+    generating = [GenerationRequest(f"g{n}", prompt(4, seed=n), replace(GREEDY, max_tokens=30)) for n in range(2)]
+    for request in generating:
+        tight.add(request)
+    request = scoring("s", 40, 10, seed=9)
+    tight.add(request)
+    found: tuple[float, ...] = ()
+    while tight.has_work:
+        for output in tight.step():
+            found += output.scores
+    assert tight.stats.preemptions
+    (expected,) = score(build_engine(tiny_base), [request]).values()
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_those_who_generate_beside_it_notice_nothing(tiny_base: BaseModel) -> None:
+    adapters = library(tiny_base, 2)
+    requests = [GenerationRequest(f"g{n}", prompt(20, n), GREEDY, refs(**{f"{n % 2:02}": 1.0})) for n in range(4)]
+    alone = run(build_engine(tiny_base, adapters), requests)
+    engine = build_engine(tiny_base, adapters)
+    for number in range(4):
+        engine.add(scoring(f"s{number}", 90, 10, refs(**{"00": 1.0}), seed=50 + number))
+    results: dict[str, list[int]] = {}
+    for request in requests:
+        engine.add(request)
+    while engine.has_work:
+        for output in engine.step():
+            results.setdefault(output.request_id, []).extend(e.chosen.token_id for e in output.logprobs)
+    for (name, _), result in alone.items():
+        assert results[name] == result.token_ids
+    assert all(not results[f"s{number}"] for number in range(4))
+
+
+def test_numbers_that_overflow_are_told(tiny_base: BaseModel) -> None:
+    adapters = library(tiny_base, 1)
+    engine = build_engine(tiny_base, adapters)
+    engine.add(scoring("a", 20, 5, refs(**{"00": 1e30})))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert isinstance(outputs[-1].error, GenerationFailed)
+    assert outputs[-1].finish_reason == "abort"
+
+
+def test_generating_again_after_scoring_finds_its_blocks(tiny_base: BaseModel) -> None:
+    """What scoring computed is shared like any other prefix."""
+    engine = build_engine(tiny_base)
+    score(engine, [scoring("s", 50, 10)])
+    found = run(engine, [GenerationRequest("g", prompt(50), GREEDY)])["g", 0]
+    assert found.num_cached_tokens == 48
+    assert_same(found, run(build_engine(tiny_base), [GenerationRequest("g", prompt(50), GREEDY)])["g", 0])

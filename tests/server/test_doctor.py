@@ -1,0 +1,203 @@
+"""`smolora doctor`: finds what is wrong byte by byte, and rebuilds the catalog from the directories alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from adapters.expression import parse
+from adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME
+from server.cli import app
+from server.database import FILE_NAME
+from server.doctor import examine, rebuild
+from server.errors import StartupError
+from tests.adapters.samples import sample_adapter
+from tests.server.api.registry import Registry, digest_of, write_files
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """a@1, a@2 (which a job trained), b@1, and mix@1 = a@1*0.5+b@1; with an alias, and latest moved back."""
+    files = tmp_path / "files"
+    files.mkdir()
+    write_files(files)
+    registry = Registry(tmp_path / "home", files)
+    registry.do({"do": "upload", "name": "a", "seed": 0})
+    registry.do({"do": "train", "name": "a", "seed": 1, "alias": "prod", "job": "job-7"})
+    registry.do({"do": "upload", "name": "b", "seed": 2})
+    registry.do({"do": "compose", "name": "mix", "expression": "a@1*0.5+b"})
+    registry.do({"do": "point", "name": "a", "alias": "latest", "version": 1})
+    registry.close()
+    return tmp_path / "home"
+
+
+def found(home: Path) -> dict[str, str]:
+    return {finding.about: finding.message for finding in examine(home).findings}
+
+
+def place(home: Path, seed: int) -> Path:
+    digest = digest_of(seed)
+    return home / "adapters" / digest[:2] / digest
+
+
+def doctor(home: Path, *arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["doctor", "--home", str(home), *arguments])
+    return result.exit_code, result.stdout
+
+
+def lose(home: Path) -> None:
+    for path in home.glob(f"{FILE_NAME}*"):
+        path.unlink()
+
+
+def test_a_sound_home(home: Path) -> None:
+    diagnosis = examine(home)
+    assert diagnosis.is_sound
+    assert (diagnosis.num_versions, diagnosis.num_adapters) == (4, 3)
+    assert doctor(home) == (0, "sound: 4 versions, 3 stored adapters checked\n")
+    code, output = doctor(home, "--json")
+    assert code == 0
+    assert json.loads(output) == {
+        "findings": [],
+        "num_versions": 4,
+        "num_adapters": 3,
+        "is_sound": True,
+        "rebuilt": None,
+    }
+
+
+def test_bytes_that_changed_are_found(home: Path) -> None:
+    weights = place(home, 1) / WEIGHTS_NAME
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (place(home, 2) / CONFIG_NAME).unlink()
+    messages = found(home)
+    assert messages.keys() == {"a@2", "b@1"}
+    assert "no longer matches its digest" in messages["a@2"]
+    assert "incomplete" in messages["b@1"]
+    code, output = doctor(home)
+    assert code == 1
+    assert "2 findings" in output
+
+
+def test_bytes_that_are_gone_are_found(home: Path) -> None:
+    place(home, 0).rename(home / "elsewhere")
+    messages = found(home)
+    assert messages.keys() == {"a@1"}
+    assert "missing" in messages["a@1"]
+
+
+def test_what_nothing_names_is_found_and_collected(home: Path, tmp_path: Path) -> None:
+    registry = Registry(home, tmp_path / "files")
+    orphan = sample_adapter(9)
+    registry.store.put(orphan)
+    (home / "adapters" / ".tmp-left").mkdir()
+    digest = orphan.weights.digest
+    assert found(home).keys() == {f"adapters/{digest[:2]}/{digest}", "adapters/.tmp-left"}
+    with registry.store.publishing(orphan):  # somebody is about to name it
+        assert found(home).keys() == {"adapters/.tmp-left"}
+    registry.restart()
+    registry.close()
+    assert found(home) == {}
+
+
+def test_records_and_rows_that_disagree_are_found_and_mended(home: Path, tmp_path: Path) -> None:
+    records = home / "adapters" / "names"
+    (records / "a" / "1.json").unlink()
+    (records / "a" / "7.json").write_bytes((records / "a" / "2.json").read_bytes())
+    (records / "b" / "1.json").write_bytes(b"{")
+    assert found(home).keys() == {"a@1", "b@1", "adapters/names/a/7.json", "adapters/names/b/1.json"}
+    (records / "a" / "7.json").unlink()
+    registry = Registry(home, tmp_path / "files")
+    registry.restart()
+    registry.close()
+    assert found(home) == {}
+
+
+def test_the_catalog_is_rebuilt_and_what_is_lost_is_named(home: Path, tmp_path: Path) -> None:
+    registry = Registry(home, tmp_path / "files")
+    before = {adapter.name: adapter.versions for adapter in registry.catalog.list()}
+    (home / "jobs" / "job-8").mkdir(parents=True)
+    registry.close()
+    lose(home)
+    code, output = doctor(home)
+    assert code == 1
+    assert "database: is missing" in output
+    assert "smolora doctor --rebuild" in output
+    assert not (home / FILE_NAME).exists()
+
+    code, output = doctor(home, "--rebuild")
+    assert code == 0, output
+    lines = output.splitlines()
+    assert lines[0] == "published again from the directories: a@1, a@2, b@1, mix@1"
+    assert any(line.startswith("lost: all aliases; latest is") for line in lines)
+    assert any(line.startswith("lost: all jobs") and line.endswith("job-7, job-8") for line in lines)
+    assert lines[-1] == "sound: 4 versions, 3 stored adapters checked"
+    registry = Registry(home, tmp_path / "files")
+    registry.restart()
+    after = registry.catalog.list()
+    assert {adapter.name: adapter.versions for adapter in after} == before
+    assert {adapter.name: (adapter.latest, adapter.aliases) for adapter in after} == {
+        "a": (2, {}),
+        "b": (1, {}),
+        "mix": (1, {}),
+    }
+    lease = registry.library.lease(parse("mix"))
+    assert [part.digest for part in lease.parts] == [digest_of(0), digest_of(2)]
+    lease.release()
+    registry.do({"do": "upload", "name": "a", "seed": 3})
+    assert registry.catalog.get("a").latest == 3
+    registry.close()
+
+
+def test_a_damaged_database_is_set_aside(home: Path) -> None:
+    (home / FILE_NAME).write_bytes(b"something else" * 1000)
+    code, output = doctor(home)
+    assert code == 1
+    assert "database: file is not a database" in output
+    rebuilt = rebuild(home)
+    assert rebuilt.is_new
+    assert rebuilt.set_aside[0] == f"{FILE_NAME}.damaged-1"
+    assert (home / rebuilt.set_aside[0]).read_bytes().startswith(b"something else")
+    assert rebuilt.recovered.adopted == ("a@1", "a@2", "b@1", "mix@1")
+    assert examine(home).is_sound
+
+
+def test_damaged_adapters_are_lost_by_name(home: Path) -> None:
+    weights = place(home, 0) / WEIGHTS_NAME
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    lose(home)
+    code, output = doctor(home, "--rebuild", "--json")
+    assert code == 1
+    document = json.loads(output)
+    assert document["rebuilt"]["recovered"]["lost"] == ["a@1", "mix@1"]
+    assert document["rebuilt"]["recovered"]["adopted"] == ["a@2", "b@1"]
+    assert not document["is_sound"]
+
+
+def test_a_sound_database_stays(home: Path, tmp_path: Path) -> None:
+    code, output = doctor(home, "--rebuild")
+    assert code == 0
+    assert output.startswith("the database is sound: it stayed")
+    registry = Registry(home, tmp_path / "files")
+    assert registry.catalog.get("a").aliases == {"prod": 2}
+    assert registry.catalog.get("a").latest == 1
+    registry.close()
+
+
+def test_nothing_is_rebuilt_under_a_server(home: Path, tmp_path: Path) -> None:
+    registry = Registry(home, tmp_path / "files")
+    with pytest.raises(StartupError, match="stop it first"):
+        rebuild(home)
+    assert examine(home).is_sound
+    assert registry.catalog.get("a").latest == 1
+    registry.close()
+
+
+def test_what_is_no_home(tmp_path: Path) -> None:
+    for call in (examine, rebuild):
+        with pytest.raises(StartupError, match="isn't a server's home"):
+            call(tmp_path)
+    assert list(tmp_path.iterdir()) == []

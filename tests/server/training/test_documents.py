@@ -1,0 +1,68 @@
+"""Stored JSON comes back as the dataclass it was, or not at all."""
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+import pytest
+
+from server.training.documents import read_document
+from server.training.spec import JobSpec, LoraSpec, TrainingSpec
+
+
+@dataclass(frozen=True)
+class Inner:
+    curve: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    at: datetime
+    note: str | None = None
+
+
+OUTER = Outer(Inner(((1, 0.5), (2, 0.25))), datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC))
+SPEC = JobSpec(
+    "codes",
+    method="full",
+    lora=LoraSpec(4, 8.0, 0.1, ("q_proj", "down_proj"), "olora", use_rslora=True),
+    training=TrainingSpec(max_steps=7, learning_rate=3e-4, eval_steps=2, packing=False, overlong="refuse"),
+    start_from="codes@2",
+    start_from_digest="ab" * 32,
+    publish_if="improves_latest",
+    alias="prod",
+    description="ä",
+)
+
+
+def test_lists_and_texts_become_tuples_and_dates() -> None:
+    document = json.loads(json.dumps(asdict(OUTER), default=datetime.isoformat))
+    assert read_document(Outer, document) == OUTER
+    assert read_document(list[Outer], [document]) == [OUTER]
+
+
+@pytest.mark.parametrize("spec", [SPEC, JobSpec("codes")])
+def test_a_jobs_specification(spec: JobSpec) -> None:
+    assert JobSpec.from_document(json.loads(json.dumps(spec.to_document()))) == spec
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": None},
+        {"name": 1},
+        {"method": "none"},
+        {"training": {"epochs": "many"}},
+        {"lora": {"target_modules": "q_proj"}},
+        {"lora": []},
+    ],
+)
+def test_what_is_of_another_type_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="validation error"):
+        JobSpec.from_document({**SPEC.to_document(), **change})
+
+
+def test_what_is_missing_is_refused() -> None:
+    with pytest.raises(ValueError, match="at"):
+        read_document(Outer, {"inner": {"curve": []}})
