@@ -22,9 +22,11 @@ help:
 serve: $(READY)
 	@exec $(BIN)/smolora serve $(ARGS)
 
-# Threads of torch that wait by spinning bring a busy machine of few cores to a crawl.
+# What runs in one process goes in parallel; real servers get the machine for themselves. Threads of torch that wait
+# by spinning bring a busy machine of few cores to a crawl.
 test: check
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/end_to_end $(ARGS)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/end_to_end $(ARGS)
 
 check: $(READY_DEV)
 	@$(BIN)/ruff check .

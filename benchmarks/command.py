@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.options import cores, positive
+from benchmarks.results import finite
 
 Say = Callable[[str], None]
 
@@ -43,6 +44,6 @@ def speaker() -> Say:
 
 def write(out: Path, name: str, document: object, report: str) -> None:
     """NAME.json and NAME.md under `out`; the report is printed too."""
-    (out / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    (out / f"{name}.json").write_text(json.dumps(finite(document), indent=2) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(report, encoding="utf-8")
     print(report)

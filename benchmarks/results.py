@@ -154,7 +154,7 @@ class Results:
     def write(self, path: Path, targets: Sequence[Mapping[str, object]]) -> None:
         """As JSON; a figure that could not be taken is null."""
         document = {**asdict(self), "targets": targets}
-        path.write_text(json.dumps(_finite(document), indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(finite(document), indent=2) + "\n", encoding="utf-8")
 
 
 def cpu_name() -> str:
@@ -165,11 +165,12 @@ def cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
+    """The value as JSON can hold it: what is no number is None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

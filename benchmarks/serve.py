@@ -119,8 +119,8 @@ def _prepare(options: Options, scratch: Path, say: Callable[[str], None]) -> Bas
 def _server_config(options: Options, bases: Bases, home: Path, num_resident: int) -> ServerConfig:
     """Of a server with room for so many adapters."""
     dtype, device = DTYPES[options.dtype], torch.device(options.device)
-    # as the native forward keeps them
-    per_rank = RankRows.bytes_per_rank(bases.config.shape, dtype, device, dtype)
+    is_native = dtype is torch.bfloat16 and device.type == "cpu"  # how the native forward keeps them
+    per_rank = RankRows.bytes_per_rank(bases.config.shape, dtype, device, is_native)
     return ServerConfig(
         home=home,
         base_dir=bases.converted.parent,

@@ -108,5 +108,5 @@ HOSTILE_SCHEMA: Schema = {
 }
 """Compiling it takes longer than anybody has waited."""
 
-HOSTILE_REGEX = "(?:.{0,2000}a.{0,2000}b){5}"
+HOSTILE_REGEX = "((a{0,50}b{0,50}){0,50}c?){0,50}"
 """Quickly compiled, and its states outgrow any memory within a few tokens."""

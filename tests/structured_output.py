@@ -65,7 +65,7 @@ class Pace:
 
     def __str__(self) -> str:
         return (
-            f"pauses of {NUM_STREAMS} streams: median {self.median_alone * 1e3:.1f} ms alone, "
+            f"pauses between tokens: median {self.median_alone * 1e3:.1f} ms alone, "
             f"{self.median_beside * 1e3:.1f} ms beside hostile grammars, at most {self.longest_beside:.2f} s; "
             f"{len(self.refused_after)} of them, within {max(self.refused_after):.2f} s: {dict(self.statuses)}"
         )
@@ -111,9 +111,9 @@ def fault_of(server: ServerProcess, name: str, schema: Schema, seed: int) -> tup
     return "stop", None
 
 
-def pace(server: ServerProcess, seconds: float) -> Pace:
+def pace(server: ServerProcess, seconds: float, num_streams: int = NUM_STREAMS) -> Pace:
     """Let the streams run for so long alone, and as long beside one hostile grammar after the other."""
-    times: list[list[float]] = [[] for _ in range(NUM_STREAMS)]
+    times: list[list[float]] = [[] for _ in range(num_streams)]
     is_over = threading.Event()
 
     def listen(number: int) -> None:
@@ -126,8 +126,8 @@ def pace(server: ServerProcess, seconds: float) -> Pace:
                     if is_over.is_set():
                         break
 
-    with ThreadPoolExecutor(NUM_STREAMS) as pool:
-        listeners = [pool.submit(listen, number) for number in range(NUM_STREAMS)]
+    with ThreadPoolExecutor(num_streams) as pool:
+        listeners = [pool.submit(listen, number) for number in range(num_streams)]
         try:
             while not all(times):
                 time.sleep(0.01)

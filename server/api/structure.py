@@ -29,14 +29,14 @@ def grammar_of(form: ResponseFormatBody | None, regex: str | None = None) -> Gra
         raise InvalidInput([FieldError(("response_format", "json_schema"), message)])
     if form.json_schema is None:
         return Grammar("json_schema", _ANY_OBJECT) if form.type == "json_object" else None
-    source, message = "", None
+    source, message = "", ""
     try:
         source = json.dumps(form.json_schema.schema_, allow_nan=False)
         if len(source) > MAX_SCHEMA_BYTES:
             message = f"is longer than {MAX_SCHEMA_BYTES} bytes"
     except ValueError:
         message = "has a number that JSON does not have"
-    if message is not None:
+    if message:
         raise InvalidInput([FieldError(("response_format", "json_schema", "schema"), message)])
     return Grammar("json_schema", source)
 

@@ -76,8 +76,7 @@ class Engine:
         base, device = model.config, model.device
         block_bytes = PagedCache.bytes_per_block(base, config.block_size, model.dtype)
         num_blocks = config.kv_cache_bytes // block_bytes + 1  # and the padding block
-        a_dtype = model.dtype if native else None
-        rank_bytes = RankRows.bytes_per_rank(base.shape, model.dtype, device, a_dtype)
+        rank_bytes = RankRows.bytes_per_rank(base.shape, model.dtype, device, native is not None)
         self.config = config
         self.blocks = BlockManager(max(num_blocks, 2), config.block_size)
         self._eos = frozenset(base.eos_token_ids)
@@ -91,7 +90,7 @@ class Engine:
             max_rank=max(config.adapter_cache_bytes // rank_bytes, 1),
             dtype=model.dtype,
             device=device,
-            a_dtype=a_dtype,
+            native=native is not None,
         )
         self._loaders = ThreadPoolExecutor(2, "adapter-loader")
         self.pool = AdapterPool(rows, load, self._loaders, wake)

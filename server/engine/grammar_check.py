@@ -22,17 +22,18 @@ from llguidance import LLTokenizer
 
 from server.engine.grammar import GrammarRefused, compiled, try_out
 from server.engine.request import Grammar
-from server.errors import NotReady, QueueFull
+from server.errors import NotReady
 
 CPU_SECONDS = 0.4
 """Of one grammar. Real ones take milliseconds."""
-WALL_SECONDS = 1.0
+WALL_SECONDS = 0.9
 """Likewise, on a machine that is busy."""
 
 _MEMORY = 1 << 30  # bytes of address space
-_NICE = 10
+_NICE, _NICER = 5, 15
+_NICER_AFTER = 0.05  # seconds: real grammars are through by then
+_DEATH_SECONDS = 0.7  # what the news of a child's end may take on a busy machine
 _START_SECONDS = 20.0
-_TURN_SECONDS = 0.8  # what a grammar may wait for others
 _TOO_HARD = "takes too long to compile: make it simpler"
 
 
@@ -45,7 +46,6 @@ class GrammarChecker:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._answers = bytearray()
-        self._is_ready = False
         self._closed = False
 
     def start(self) -> None:
@@ -60,19 +60,18 @@ class GrammarChecker:
             self._kill()
 
     def check(self, grammar: Grammar) -> None:
-        """Blocks for WALL_SECONDS at most, once it runs. Raises GrammarRefused, QueueFull or NotReady."""
-        if not self._lock.acquire(timeout=_TURN_SECONDS if self._is_ready else _START_SECONDS):
-            raise QueueFull("too many grammars wait to be compiled")
-        try:
+        """Blocks for about WALL_SECONDS at most, and for those before it. Raises GrammarRefused or NotReady."""
+        with self._lock:
             for _ in range(2):  # it may have been killed since
                 process = self._running()
                 assert process.stdin is not None
                 with suppress(OSError):
                     process.stdin.write(_line([grammar.kind, grammar.source]))
                     process.stdin.flush()
-                    answer = self._read(process, WALL_SECONDS + 0.5)
+                    answer = self._read(process, WALL_SECONDS + _DEATH_SECONDS)
                     if answer is None and not _has_died(process):
                         self._kill()
+                        threading.Thread(target=self.start, name="grammar-check", daemon=True).start()
                         raise GrammarRefused(_TOO_HARD)
                     if answer:
                         raise GrammarRefused(answer)
@@ -80,8 +79,6 @@ class GrammarChecker:
                         return
                 self._kill()
             raise NotReady("grammars can't be compiled now")
-        finally:
-            self._lock.release()
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._closed:
@@ -98,10 +95,10 @@ class GrammarChecker:
             assert process.stdin is not None
             process.stdin.write(self._setup)
             process.stdin.flush()
-            self._is_ready = self._read(process, _START_SECONDS) == ""
+            is_ready = self._read(process, _START_SECONDS) == ""
         except OSError:
-            self._is_ready = False
-        if not self._is_ready:
+            is_ready = False
+        if not is_ready:
             self._kill()
             raise NotReady("grammars can't be compiled now")
         return process
@@ -125,7 +122,7 @@ class GrammarChecker:
         return str(json.loads(line))
 
     def _kill(self) -> None:
-        process, self._process, self._is_ready = self._process, None, False
+        process, self._process = self._process, None
         if process is None:
             return
         process.kill()
@@ -160,9 +157,21 @@ def serve() -> None:
         child = os.fork()
         if not child:
             _compile(tokenizer, Grammar(*json.loads(line)), frozenset(eos_token_ids))
-        _, status = os.waitpid(child, 0)
-        if status:
+        if _status_of(child):
             _answer(_TOO_HARD)
+
+
+def _status_of(child: int) -> int:
+    """Wait for the child's end. One that takes long gives way to everybody."""
+    until = time.monotonic() + _NICER_AFTER
+    while time.monotonic() < until:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.001)
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, child, _NICER)
+    return os.waitpid(child, 0)[1]
 
 
 def _compile(tokenizer: LLTokenizer, grammar: Grammar, eos_token_ids: frozenset[int]) -> NoReturn:

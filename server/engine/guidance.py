@@ -21,8 +21,10 @@ from adapters.errors import FieldError, InvalidInput
 from server.engine.grammar import GrammarRefused, compiled
 from server.engine.grammar_check import GrammarChecker
 from server.engine.request import Grammar
+from server.errors import QueueFull
 
 _NUM_KEPT = 64  # compiled grammars
+_TURN_SECONDS = 5.0  # what a grammar may wait for others
 _NICE = 10
 
 
@@ -65,7 +67,8 @@ class Guidance:
         self._eos = list(eos_token_ids)
         self._checker = GrammarChecker(tokenizer, vocab_size, eos_token_ids)
         self._compiler = ThreadPoolExecutor(1, "grammar-compiler", _step_back)
-        self._lock = threading.Lock()
+        self._turn = threading.Lock()  # of who is having a grammar checked
+        self._lock = threading.Lock()  # of what is kept
         self._tokenizer: LLTokenizer | None = None
         self._kept: OrderedDict[Grammar, LLMatcher] = OrderedDict()  # the one used last comes last
 
@@ -79,14 +82,22 @@ class Guidance:
         self._compiler.shutdown(wait=True, cancel_futures=True)
 
     def check(self, grammar: Grammar) -> None:
-        """Vet and compile, which may block for a second. InvalidInput on the grammar's field, or TryAgain."""
-        if self._find(grammar) is not None:
+        """Vet and compile, which may block for a second or two, and for those before it. Safe in any thread.
+
+        Raises InvalidInput on the grammar's field, or TryAgain.
+        """
+        if self.holds(grammar):
             return
+        if not self._turn.acquire(timeout=_TURN_SECONDS):
+            raise QueueFull("too many grammars wait to be compiled")
         try:
-            self._checker.check(grammar)
-            self._compiler.submit(self._compile, grammar).result()
+            if not self.holds(grammar):
+                self._checker.check(grammar)
+                self._compiler.submit(self._compile, grammar).result()
         except GrammarRefused as error:
             raise refusal(grammar, str(error)) from None
+        finally:
+            self._turn.release()
 
     def holds(self, grammar: Grammar) -> bool:
         """Whether the grammar was checked lately."""

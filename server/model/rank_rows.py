@@ -27,6 +27,10 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 """The modules that read the same input, in the order in which their outputs are fused."""
 
 
+NATIVE_TILE = 32
+"""Outputs that the native forward computes together."""
+
+
 @dataclass(frozen=True)
 class GroupLayout:
     """The sizes of one group of a base: what `GROUPS` is, in features."""
@@ -94,18 +98,20 @@ class RankRows:
         max_rank: int,
         dtype: torch.dtype,
         device: torch.device,
-        a_dtype: torch.dtype | None = None,
+        native: bool = False,
     ) -> None:
         """Room for adapters on all linear modules whose ranks add up to `max_rank`.
 
-        `b` is of `dtype`, the model's, and so is `a`, but on a CPU it is fp32, as torch's sampled product needs,
-        unless `a_dtype` says otherwise.
+        `b` is of `dtype`, the model's, and so is `a`, but on a CPU it is fp32, as torch's sampled product needs.
+        `native` lays them out for the native forward: `a` in `dtype`, and each module's B as (out / 32, rank, 32),
+        so that what one of its tiles needs lies together.
         """
         self.shape = shape
         self.dtype = dtype
         self.device = device
         self.layouts = {group: GroupLayout.of(group, shape) for group in GROUPS}
-        a_dtype = a_dtype or _default_a_dtype(dtype, device)
+        self._native = native
+        a_dtype = _a_dtype(dtype, device, native)
         self.a: dict[str, torch.Tensor] = {}
         self.b: dict[str, torch.Tensor] = {}
         for group, layout in self.layouts.items():
@@ -117,11 +123,9 @@ class RankRows:
             self.b[group] = torch.empty(shape.num_layers, num_units, layout.unit, dtype=dtype, device=device)
 
     @staticmethod
-    def bytes_per_rank(
-        shape: BaseShape, dtype: torch.dtype, device: torch.device, a_dtype: torch.dtype | None = None
-    ) -> int:
+    def bytes_per_rank(shape: BaseShape, dtype: torch.dtype, device: torch.device, native: bool = False) -> int:
         """Bytes that one rank on all linear modules takes in the pools."""
-        a_bytes = (a_dtype or _default_a_dtype(dtype, device)).itemsize
+        a_bytes = _a_dtype(dtype, device, native).itemsize
         per_layer = sum(a_bytes * inputs + dtype.itemsize * outputs for outputs, inputs in shape.features.values())
         return shape.num_layers * per_layer
 
@@ -161,6 +165,8 @@ class RankRows:
                     a = self.a[group][layer, first_row : first_row + rows.rank]  # (rank, in)
                     b = self.b[group][layer, first_unit : first_unit + rows.rank * (rows.out_features // unit)]
                     b = b.view(rows.rank, rows.out_features)
+                    if self._native:
+                        b = b.view(-1, rows.rank, NATIVE_TILE)  # (out / 32, rank, 32)
                     module = weights.modules.get(ModuleKey(layer, rows.module))
                     if module is None:
                         a.zero_()
@@ -168,10 +174,14 @@ class RankRows:
                         continue
                     rank = module.rank  # smaller than rows.rank where a pattern varies it by layer
                     a[:rank].copy_(module.a.float() * module.scaling)
-                    b[:rank].copy_(module.b.t())
                     a[rank:].zero_()
-                    b[rank:].zero_()
+                    if self._native:
+                        b[:, :rank].copy_(module.b.reshape(-1, NATIVE_TILE, rank).transpose(1, 2))
+                        b[:, rank:].zero_()
+                    else:
+                        b[:rank].copy_(module.b.t())
+                        b[rank:].zero_()
 
 
-def _default_a_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "cpu" else dtype
+def _a_dtype(dtype: torch.dtype, device: torch.device, native: bool) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" and not native else dtype

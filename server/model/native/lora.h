@@ -1,7 +1,7 @@
 // The low-rank share of each token's adapters: Σ weight · B (A x), over the rank rows that it uses.
 //
-// A's rows carry their adapter's scaling. A pool holds A as (rows, in) and B, transposed: row r of a module's B is
-// `out_features` long and starts `r · out_features` after the module's offset.
+// A's rows carry their adapter's scaling. A pool holds A as (rows, in), and each module's B as (out / 32, rank, 32) from
+// the module's offset on, so that what a tile of outputs needs lies together.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -113,8 +113,8 @@ class LoraGroup {
                 const LoraModule& module = modules_[i];
                 const int64_t inside = column - module.out_start;
                 if (inside < 0 || inside >= module.out_features) continue;
-                const bf16* b = pool_.b + layer * pool_.b_stride + module.offset + inside;
-                for (int64_t row = 0; row < module.rank; row++) visit(b + row * module.out_features, hidden[module.row + row]);
+                const bf16* b = pool_.b + layer * pool_.b_stride + module.offset + inside * module.rank;
+                for (int64_t row = 0; row < module.rank; row++) visit(b + row * 32, hidden[module.row + row]);
             }
             hidden += part.num_rows;
         }

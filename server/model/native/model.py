@@ -17,12 +17,12 @@ from server.model.config import ModelConfig
 from server.model.lora_batch import TokenRun
 from server.model.native.library import NativeUnavailable
 from server.model.ops.norms import rotary_table
-from server.model.rank_rows import GROUPS, Placement, RankRows
+from server.model.rank_rows import GROUPS, NATIVE_TILE, Placement, RankRows
 from server.model.weights import BaseWeights
 
 Ints = npt.NDArray[np.int64]
 _GROUPS = tuple(GROUPS)
-_TILE = 32
+_TILE = NATIVE_TILE
 _MAX_GROUP = 8  # query heads of a kv head
 
 

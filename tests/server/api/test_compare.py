@@ -63,7 +63,13 @@ async def test_what_the_engine_is_asked(
     engine.script = scoring
     await upload(client, "tweets", 1)
     messages = [{"role": "user", "content": "Hi"}]
-    body = {"messages": messages, "adapters": ["base", "tweets"], "score": ["Yes"], "regex": "w.*", "max_tokens": 8}
+    body = {
+        "messages": messages,
+        "adapters": ["base", "tweets"],
+        "score": ["Yes"],
+        "regex": "w.*",
+        "max_tokens": 8,
+    }
     response = await client.post("/compare", json=body)
     assert response.status_code == 200, response.text
     prompt = tuple(encoder.messages([ChatMessage("user", "Hi")]))
@@ -72,7 +78,8 @@ async def test_what_the_engine_is_asked(
     seed = answers[0].sampling.seed
     for request in answers:
         assert request.prompt_token_ids == prompt
-        assert request.sampling == SamplingParams(max_tokens=8, seed=seed, logprobs=1)  # the same random stream for all
+        # the same random stream for all
+        assert request.sampling == SamplingParams(max_tokens=8, seed=seed, logprobs=1)
         assert request.grammar == Grammar("regex", "w.*")
     for request in scores:
         assert request.prompt_token_ids == prompt + tuple(encoder.continuation("Yes"))

@@ -81,7 +81,9 @@ def test_beside_others_nothing_changes(tiny_base: BaseModel, guidance: Guidance)
 def test_a_preempted_sequence_goes_on_where_it_was(tiny_base: BaseModel, guidance: Guidance) -> None:
     limits = SchedulerLimits(chunk_size=4, max_prefill_tokens=16)
     requests = [
-        structured(f"r{number}", replace(SAMPLED, seed=number, max_tokens=30), prompt_token_ids=prompt(10, seed=number))
+        structured(
+            f"r{number}", replace(SAMPLED, seed=number, max_tokens=30), prompt_token_ids=prompt(10, seed=number)
+        )
         for number in range(6)
     ]
     tight = build_engine(tiny_base, num_blocks=12, block_size=4, limits=limits, guidance=guidance)

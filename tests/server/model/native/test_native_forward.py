@@ -79,7 +79,7 @@ class Pair:
                 shape, 2, rank=lambda key: 1 + (7 * key.layer + len(key.module)) % 11, strength=strength
             ),
         ]
-        rows = RankRows(shape, max_rank=64, dtype=torch.bfloat16, device=CPU, a_dtype=torch.bfloat16)
+        rows = RankRows(shape, max_rank=64, dtype=torch.bfloat16, device=CPU, native=True)
         exact_rows = RankRows(shape, max_rank=64, dtype=torch.float32, device=CPU)
         return cls(
             base,
