@@ -22,11 +22,9 @@ help:
 serve: $(READY)
 	@exec $(BIN)/smolora serve $(ARGS)
 
-# What runs in one process goes in parallel; real servers get the machine for themselves. Threads of torch that wait
-# by spinning bring a busy machine of few cores to a crawl.
+# Threads of torch that wait by spinning bring a busy machine of few cores to a crawl.
 test: check
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/end_to_end $(ARGS)
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/end_to_end $(ARGS)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(READY_DEV)
 	@$(BIN)/ruff check .

@@ -34,8 +34,8 @@ def trainer(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def test_codes_by_heart(trainer: ServerProcess) -> None:
-    """Some of them; `python -m tests.overfit` has all."""
-    check(overfit(trainer, num_codes=24))
+    """A few of them, which takes more epochs; `python -m tests.overfit` has all."""
+    check(overfit(trainer, num_codes=12, epochs=24))
 
 
 def test_full_fine_tuning_leaves_a_model_and_no_adapter(trainer: ServerProcess, tmp_path: Path) -> None:
