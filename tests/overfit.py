@@ -27,7 +27,7 @@ LIMIT = 300.0
 """Seconds for it all, on two cores."""
 TRAINING: Mapping[str, object] = {"learning_rate": 3e-3, "max_length": 32}
 EPOCHS = 12
-"""Of two steps each, for all codes. Found by trying: the fewest tokens after which nothing is missed, and a third more."""
+"""Of two steps each, for all codes. Found by trying: the fewest with nothing missed, and a third more."""
 
 
 @dataclass(frozen=True)
