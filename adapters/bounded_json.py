@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from typing import NoReturn
 
 
@@ -50,7 +51,7 @@ def _finite(digits: str) -> float:
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise BadJsonError(f"has the key '{printable(twice)}' twice")
     return members

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 import httpx
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 READY_WITHIN = 120.0  # seconds
 POLL = 0.01

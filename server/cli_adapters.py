@@ -1,7 +1,7 @@
 """`smolora adapters`: list them, and `smolora adapters import`: publish one from a folder, a zip, or the hub."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -51,5 +51,5 @@ def import_adapter(
         print_json(version)
         return
     typer.echo(f"{version['name']}@{version['version']}: rank {version['rank']}, digest {version['digest']}")
-    for warning in version["warnings"]:  # type: ignore[attr-defined]
+    for warning in cast("list[str]", version["warnings"]):
         typer.echo(f"smolora: {warning}", err=True)

@@ -30,6 +30,11 @@ KeyOption = Annotated[
     str | None, typer.Option(envvar="SMOLORA_API_KEY", help="A key, where the server asks for one.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Send it as a user's message, not as plain text.")]
+MaxTokensOption = Annotated[int | None, typer.Option(help="Default: 64.")]
+TemperatureOption = Annotated[float | None, typer.Option(help="0: greedy. Default: 0.7.")]
+TopPOption = Annotated[float | None, typer.Option(help="Default: 1.")]
+StopOption = Annotated[list[str] | None, typer.Option(help="End before this text; may be given more than once.")]
 
 
 @contextmanager
@@ -48,34 +53,29 @@ def connected(url: str, api_key: str | None) -> "Iterator[Client]":
         raise typer.Exit(INTERRUPTED) from None
 
 
+def start_of(prompt: str, chat: bool) -> dict[str, object]:
+    """What the answer goes on from: the text, or a user's message."""
+    return {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+
+
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     adapter: Annotated[
         str | None, typer.Option("--adapter", "-a", help="Such as tweets, tweets@3 or tweets*0.7+movies*0.3.")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Send it as a user's message, not as plain text.")] = False,
-    max_tokens: Annotated[int | None, typer.Option(help="Default: 64.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0: greedy. Default: 0.7.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Default: 1.")] = None,
+    chat: ChatOption = False,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     seed: Annotated[int | None, typer.Option(help="Default: a random one.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be given more than once.")
-    ] = None,
+    stop: StopOption = None,
     as_json: JsonOption = False,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
 ) -> None:
     """Generate text, under an adapter, a weighted blend of several, or none."""
-    start: object = [{"role": "user", "content": prompt}] if chat else prompt
-    body = given(
-        adapter=adapter,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        stop=stop or None,
-        **{"messages" if chat else "prompt": start},
-    )
+    sampling = given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop or None)
+    body = {**start_of(prompt, chat), **given(adapter=adapter), **sampling}
     with connected(url, api_key) as client:
         if as_json:
             print_json(client.generate(body))

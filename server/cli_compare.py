@@ -8,7 +8,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from server.cli_client import DEFAULT_URL, JsonOption, KeyOption, UrlOption, connected, given, print_json
+from server.cli_client import (
+    DEFAULT_URL,
+    ChatOption,
+    JsonOption,
+    KeyOption,
+    MaxTokensOption,
+    StopOption,
+    TemperatureOption,
+    TopPOption,
+    UrlOption,
+    connected,
+    given,
+    print_json,
+    start_of,
+)
 
 _WIDE = 3
 """Up to so many answers stand beside each other; more stand below each other."""
@@ -24,30 +38,19 @@ def compare(
         list[str] | None,
         typer.Option("--score", "-s", help="How likely is this continuation? May be given more than once."),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Send it as a user's message, not as plain text.")] = False,
-    max_tokens: Annotated[int | None, typer.Option(help="Default: 64.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0: greedy. Default: 0.7.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Default: 1.")] = None,
+    chat: ChatOption = False,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     seed: Annotated[int | None, typer.Option(help="Default: a random one, the same for all.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be given more than once.")
-    ] = None,
+    stop: StopOption = None,
     as_json: JsonOption = False,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
 ) -> None:
     """Answer one prompt under several adapters at once, and show how likely each finds its answer."""
-    start: object = [{"role": "user", "content": prompt}] if chat else prompt
-    body = given(
-        adapters=adapter,
-        score=score or None,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        stop=stop or None,
-        **{"messages" if chat else "prompt": start},
-    )
+    sampling = given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop or None)
+    body = {**start_of(prompt, chat), **given(adapters=adapter, score=score or None), **sampling}
     with connected(url, api_key) as client:
         answer = client.compare(body)
     if as_json:

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Self, cast
+from typing import BinaryIO, Self, TypedDict, Unpack, cast
 from urllib.parse import quote
 
 import httpx
@@ -27,6 +27,16 @@ _RETRIES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # a server that is started aga
 _PEFT_FILES = {"adapter_config": "adapter_config.json", "adapter_model": "adapter_model.safetensors"}
 
 Document = dict[str, object]
+
+
+class _Options(TypedDict, total=False):
+    """What a request may have, as httpx takes it."""
+
+    json: Mapping[str, object]
+    params: Mapping[str, str]
+    headers: Mapping[str, str]
+    files: Mapping[str, tuple[str, BinaryIO]]
+    timeout: httpx.Timeout
 
 
 class ClientError(Exception):
@@ -186,7 +196,7 @@ class Client:
                     raise
         return work()
 
-    def _json(self, method: str, path: str, **options: object) -> Document:
+    def _json(self, method: str, path: str, **options: Unpack[_Options]) -> Document:
         with self._open(method, path, **options) as response:
             response.read()
             try:
@@ -195,10 +205,10 @@ class Client:
                 raise ClientError(f"{self.url} doesn't speak smolora's API") from None
 
     @contextmanager
-    def _open(self, method: str, path: str, **options: object) -> Iterator[httpx.Response]:
+    def _open(self, method: str, path: str, **options: Unpack[_Options]) -> Iterator[httpx.Response]:
         """The response once its headers are there. Raises ClientError, also for what fails while it is read."""
         try:
-            with self._http.stream(method, path, **options) as response:  # type: ignore[arg-type]
+            with self._http.stream(method, path, **options) as response:
                 if response.is_error:
                     response.read()
                     raise ClientError(_reason(response), response.status_code)

@@ -32,7 +32,7 @@ def create_app(services: Services) -> FastAPI:
             await services.engine.stop()
             await to_thread.run_sync(services.guidance.close)
 
-    app = FastAPI(
+    app = documents.App(
         title="smolora",
         version=__version__,
         description=_DESCRIPTION,
@@ -55,5 +55,4 @@ def create_app(services: Services) -> FastAPI:
     app.include_router(health.router)
     app.include_router(openai)
     faults.install(app)
-    documents.install(app)
     return app

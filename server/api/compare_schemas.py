@@ -1,5 +1,6 @@
 """What clients send to POST /compare, and are sent; `server.api.schemas` has the parts and the rules."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -42,7 +43,7 @@ class ScoreAnswer(BaseModel):
 
 class CompareResult(GenerateAnswer):
     adapter: str = Field(description="the expression, as it was sent")
-    choices: list[ComparedChoice]  # type: ignore[assignment]  # it has more
+    choices: Sequence[ComparedChoice]
     logprob: float = Field(description="the first choice's")
     scores: list[ScoreAnswer] | None
 

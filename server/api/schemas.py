@@ -4,6 +4,7 @@ These are wire types: `server.api.generation` turns a checked body into the engi
 hand (a model for each token would cost more than the token); their classes here only document them.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -184,7 +185,7 @@ class GenerateAnswer(BaseModel):
     model: str
     adapters: list[UsedAdapter]
     seed: int
-    choices: list[Choice]
+    choices: Sequence[Choice]
     usage: Usage
     timing: TimingAnswer
 

@@ -4,22 +4,27 @@ import io
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _CHUNK = 1 << 20
 
 
-class _Pipe:
+class _Pipe(io.RawIOBase):
     """A file that is written to, and emptied. Without `seek`, so that zipfile doesn't go back in it."""
 
     def __init__(self) -> None:
         self._written = bytearray()
 
-    def write(self, data: bytes) -> int:
-        self._written += data
-        return len(data)
+    def writable(self) -> bool:
+        return True
 
-    def flush(self) -> None:
-        """Nothing is held back."""
+    def write(self, data: "ReadableBuffer") -> int:
+        view = memoryview(data)
+        self._written += view
+        return view.nbytes
 
     def take(self) -> bytes:
         taken = bytes(self._written)
@@ -41,7 +46,7 @@ def zipped(directory: Path) -> Iterator[bytes]:
     Raises OSError where one vanishes meanwhile.
     """
     pipe = _Pipe()
-    with zipfile.ZipFile(pipe, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
+    with zipfile.ZipFile(pipe, "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(directory.iterdir()):
             if not path.is_file():
                 continue

@@ -8,10 +8,14 @@ compile, and what becomes of tokens.
 
 import json
 import random
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from server.engine.request import Grammar
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions  # of its types alone
 
 MAX_SCHEMA_BYTES = 1 << 16
 MAX_REGEX_BYTES = 1 << 13
@@ -25,7 +29,7 @@ _LIMITS = LLParserLimits(
     max_grammar_size=100_000,
     verbose_errors=False,  # they would quote what has been generated
 )
-_JSON = {"whitespace_flexible": False, "lenient": False, "coerce_one_of": False}
+_JSON: "JsonCompileOptions" = {"whitespace_flexible": False, "lenient": False, "coerce_one_of": False}
 _MAX_MESSAGE = 300
 _ALLOWED = bytes([200])  # in llguidance's masks, which have a byte for each token; 0: forbidden
 
@@ -45,7 +49,7 @@ def compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
             raise GrammarRefused(f"the schema is longer than {MAX_SCHEMA_BYTES} bytes")
         schema = json.loads(grammar.source)
         _check(schema)
-        text = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON)  # type: ignore[arg-type]
+        text = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON)
     matcher = LLMatcher(tokenizer, text, log_level=0, limits=_LIMITS)
     if matcher.is_error():
         raise GrammarRefused(_told(matcher.get_error()))

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from server.model.ops.autograd import apply
+
 CHUNK = 256
 """Tokens whose logits exist at one time."""
 
@@ -46,5 +48,4 @@ def cross_entropy_sum(hidden: torch.Tensor, head: torch.Tensor, targets: torch.T
 
     hidden (tokens, hidden size), head (vocab, hidden size). Differentiable once, in hidden and head.
     """
-    loss: torch.Tensor = _CrossEntropySum.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
-    return loss
+    return apply(_CrossEntropySum, hidden, head, targets)

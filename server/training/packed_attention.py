@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from server.model.ops.autograd import apply
+
 TILE = 128
 """Queries of a tile; twice as many where those are all."""
 
@@ -48,8 +50,7 @@ class PackedAttention:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q (tokens, heads, head_dim), k, v (tokens, kv_heads, head_dim); like q."""
-        out: torch.Tensor = _Attend.apply(q, k, v, self._tiles)  # type: ignore[no-untyped-call]
-        return out
+        return apply(_Attend, q, k, v, self._tiles)
 
     @staticmethod
     def _tile(queries: slice, place: torch.Tensor, starts: torch.Tensor, device: torch.device) -> _Tile:

@@ -21,6 +21,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from adapters.lora import BaseShape, LoraModule, LoraWeights, ModuleKey
+from server.model.ops.autograd import apply
 from server.model.rank_rows import GROUPS
 from server.training.dropout import Dropout
 
@@ -136,8 +137,7 @@ class TrainedRows:
         kept, factor = None, 1.0
         if self.dropout is not None:
             kept, factor = self.dropout.kept(layer, group, x), self.dropout.factor
-        share: torch.Tensor = _AddLora.apply(y, x, kept, factor, found.a, found.b)  # type: ignore[no-untyped-call]
-        return share
+        return apply(_AddLora, y, x, kept, factor, found.a, found.b)
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -178,8 +178,8 @@ def test_lists_are_paged_by_name(catalog: Catalog) -> None:
     publish(catalog, "0gone")
     catalog.delete("0gone")
 
-    def names(**page: object) -> list[str]:
-        return [adapter.name for adapter in catalog.list(**page)]  # type: ignore[arg-type]
+    def names(name: str | None = None, limit: int | None = None, after: str | None = None) -> list[str]:
+        return [adapter.name for adapter in catalog.list(name, limit, after)]
 
     assert names() == ["a", "b", "c", "d"]
     assert names(limit=2) == ["a", "b"]

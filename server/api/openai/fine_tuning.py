@@ -6,12 +6,12 @@ from itertools import islice
 from typing import Annotated
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter, Header, Path, Query, Request
+from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import Response
 
 from adapters.errors import InvalidInput, NotFound
 from server.api import wire
-from server.api.deps import Services, ServicesDep
+from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.documents import Responses
 from server.api.openai.documents import REFUSALS
 from server.api.openai.errors import ModelNotFound
@@ -52,15 +52,7 @@ _JOB: Responses = {200: {"model": FineTuningJob}, **REFUSALS}
 async def create(
     body: FineTuningBody,
     services: ServicesDep,
-    key: Annotated[
-        str | None,
-        Header(
-            alias="Idempotency-Key",
-            min_length=1,
-            max_length=255,
-            description="makes a repeat of this request return the first one's job",
-        ),
-    ] = None,
+    key: IdempotencyKey = None,
 ) -> Response:
     """Queue a job. The adapter is called `suffix`, and is its next version where there is one of that name."""
     job = await to_thread.run_sync(_submit, services, body, key, limiter=_preparing)

@@ -3,14 +3,14 @@
 from typing import Annotated
 
 from anyio import to_thread
-from fastapi import APIRouter, Header, Path
+from fastapi import APIRouter, Path
 from starlette.responses import Response
 
 from adapters.expression import MAX_NAME, parse
 from server.api import wire
 from server.api.adapter_answers import version_answer
 from server.api.composition_schemas import CompositionBody
-from server.api.deps import ServicesDep
+from server.api.deps import IdempotencyKey, ServicesDep
 from server.api.documents import COMPOSITIONS
 from server.api.job_answers import job_document
 from server.api.merging import FIELD, recipe_of, submit_merge
@@ -36,15 +36,7 @@ async def compose(
     services: ServicesDep,
     name: Annotated[str, Path(max_length=4 * MAX_NAME)],
     body: CompositionBody,
-    key: Annotated[
-        str | None,
-        Header(
-            alias="Idempotency-Key",
-            min_length=1,
-            max_length=255,
-            description="of a merge: makes a repeat of this request return the first one's job",
-        ),
-    ] = None,
+    key: IdempotencyKey = None,
 ) -> Response:
     """Store an expression, pinned to the versions that it means now; it is then an adapter's name everywhere.
 

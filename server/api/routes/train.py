@@ -9,7 +9,7 @@ from starlette.responses import Response, StreamingResponse
 
 from adapters.errors import Conflict, NotFound
 from server.api import wire
-from server.api.deps import Services, ServicesDep
+from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.documents import JOB_LOOKUPS, JOB_MOVES, SUBMISSIONS
 from server.api.job_answers import dry_run_document, event_document, follow, job_document
 from server.api.streams import EventStream
@@ -47,15 +47,7 @@ async def submit(
     dry_run: Annotated[
         bool, Query(description="check everything and say what it comes to; queue nothing")
     ] = False,
-    key: Annotated[
-        str | None,
-        Header(
-            alias="Idempotency-Key",
-            min_length=1,
-            max_length=255,
-            description="makes a repeat of this request return the first one's job",
-        ),
-    ] = None,
+    key: IdempotencyKey = None,
 ) -> Response:
     """Queue a training job. Its rows are split and tokenized at once, so that what is wrong is said at once."""
     if dry_run:

@@ -42,7 +42,10 @@ def load_library(directories: Sequence[Path], say: Callable[[str], None] = lambd
     if path is None:
         say("compiling the native forward, once")
         path = compile_library(directories[-1])
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeUnavailable(f"{path.name} can't be loaded: {error}") from None
     library.smolora_create.restype = ctypes.c_void_p
     library.smolora_create.argtypes = [ctypes.c_void_p] * 4
     library.smolora_destroy.argtypes = [ctypes.c_void_p]
@@ -81,6 +84,8 @@ def compile_library(directory: Path) -> Path:
                 capture_output=True,
                 timeout=_COMPILED_WITHIN,
             )
+            with made.open("rb") as file:
+                os.fsync(file.fileno())
             os.replace(made, target)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()

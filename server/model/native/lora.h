@@ -81,7 +81,7 @@ class LoraGroup {
         for (int token = start, last = -1; token < stop; token++) {
             if (run_of_[token] == last || run_of_[token] < 0) continue;
             last = run_of_[token];
-            for_rows(layer, token, column, [](const bf16* b, float) { _mm_prefetch((const char*)b, _MM_HINT_T0); });
+            for_rows(layer, token, column, [](const bf16* b, const float*) { _mm_prefetch((const char*)b, _MM_HINT_T0); });
         }
     }
 
@@ -89,9 +89,9 @@ class LoraGroup {
     void expand(int layer, int token, int64_t column, float* y) const {
         if (run_of_[token] < 0) return;
         __m512 y0 = _mm512_loadu_ps(y), y1 = _mm512_loadu_ps(y + 16);
-        for_rows(layer, token, column, [&](const bf16* b, float hidden) {
-            y0 = _mm512_fmadd_ps(_mm512_set1_ps(hidden), load_bf16(b), y0);
-            y1 = _mm512_fmadd_ps(_mm512_set1_ps(hidden), load_bf16(b + 16), y1);
+        for_rows(layer, token, column, [&](const bf16* b, const float* hidden) {
+            y0 = _mm512_fmadd_ps(_mm512_set1_ps(*hidden), load_bf16(b), y0);
+            y1 = _mm512_fmadd_ps(_mm512_set1_ps(*hidden), load_bf16(b + 16), y1);
         });
         _mm512_storeu_ps(y, y0);
         _mm512_storeu_ps(y + 16, y1);
@@ -102,7 +102,7 @@ class LoraGroup {
     struct Task {
         int token, part, row, rows, hidden;
     };
-    // Calls visit(where B's outputs from `column` on lie, the product with A) for each row of the token's adapters.
+    // Calls visit(where B's outputs from `column` on lie, where the product with A does) for each row of the token's adapters.
     template <class Visit>
     void for_rows(int layer, int token, int64_t column, Visit visit) const {
         const LoraRun& run = runs_[run_of_[token]];
@@ -114,7 +114,7 @@ class LoraGroup {
                 const int64_t inside = column - module.out_start;
                 if (inside < 0 || inside >= module.out_features) continue;
                 const bf16* b = pool_.b + layer * pool_.b_stride + module.offset + inside * module.rank;
-                for (int64_t row = 0; row < module.rank; row++) visit(b + row * 32, hidden[module.row + row]);
+                for (int64_t row = 0; row < module.rank; row++) visit(b + row * 32, hidden + module.row + row);
             }
             hidden += part.num_rows;
         }

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from server.model.ops.autograd import apply
+
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
@@ -58,34 +60,32 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        return rotate(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # noqa: ANN401
         """A rotation's transpose is the rotation back."""
         cos, sin = ctx.saved_tensors
-        return _rotate(dy, cos, -sin), None, None
+        return rotate(dy, cos, -sin), None, None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`norms.rms_norm`, differentiable once in x (tokens, hidden) and weight (hidden,)."""
-    y: torch.Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-    return y
+    return apply(_RmsNorm, x, weight, eps)
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """`norms.rotary`, differentiable once in x."""
-    y: torch.Tensor = _Rotary.apply(x, cos, sin)  # type: ignore[no-untyped-call]
-    return y
+    return apply(_Rotary, x, cos, sin)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """`norms.swiglu`, differentiable once."""
-    y: torch.Tensor = _SwiGlu.apply(gate_up)  # type: ignore[no-untyped-call]
-    return y
+    return apply(_SwiGlu, gate_up)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The rotation itself, of `norms.rotary`."""
     half = x.shape[-1] // 2
     return x * cos + torch.cat((x[..., half:], x[..., :half]), -1) * sin

@@ -31,8 +31,7 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Rotate x (tokens, heads, head_dim) by rows cos, sin (tokens, 1, head_dim) of `rotary_table`."""
     if x.requires_grad:
         return gradients.rotary(x, cos, sin)
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((x[..., half:], x[..., :half]), -1) * sin
+    return gradients.rotate(x, cos, sin)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:

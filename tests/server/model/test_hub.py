@@ -1,10 +1,8 @@
 """Downloads, with the hub's own client, from a hub of one model on this machine."""
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,8 @@ from server.errors import StartupError
 from server.model.hub import download
 from server.model.source import resolve_base
 from server.model.weights import load_base, read_manifest
+from tests.fake_hub import COMMIT, HubHandler, serving
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 UNWANTED = {
     "pytorch_model.bin": b"pickle",
     "run.py": b"code",
@@ -28,47 +26,23 @@ def hub_of(directory: Path, asked: list[str]) -> Iterator[str]:
     """Serve the files of `directory` as owner/tiny, and more that nobody should ask for; yields the endpoint."""
     files = {file.name: file.read_bytes() for file in directory.iterdir()} | UNWANTED
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
+    class Handler(HubHandler):
+        def find(self) -> tuple[bytes | None, str]:
             asked.append(self.path)
             if self.path.startswith(f"/api/models/owner/tiny/tree/{COMMIT}"):
                 tree = [
                     {"type": "file", "path": name, "oid": "0" * 40, "size": len(b)} for name, b in files.items()
                 ]
-                self.answer(json.dumps(tree).encode())
-            elif self.path.startswith("/api/models/owner/tiny"):
+                return json.dumps(tree).encode(), ""
+            if self.path.startswith("/api/models/owner/tiny"):
                 siblings = [{"rfilename": name} for name in files]
-                self.answer(json.dumps({"id": "owner/tiny", "sha": COMMIT, "siblings": siblings}).encode())
-            elif self.path.startswith(f"/owner/tiny/resolve/{COMMIT}/"):
-                self.answer(files[self.path.removeprefix(f"/owner/tiny/resolve/{COMMIT}/")])
-            else:
-                self.send_response(404)
-                self.send_header("X-Error-Code", "RepoNotFound")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
+                return json.dumps({"id": "owner/tiny", "sha": COMMIT, "siblings": siblings}).encode(), ""
+            if self.path.startswith(f"/owner/tiny/resolve/{COMMIT}/"):
+                return files[self.path.removeprefix(f"/owner/tiny/resolve/{COMMIT}/")], ""
+            return None, "RepoNotFound"
 
-        do_HEAD = do_GET  # noqa: N815 (the base class's spelling)
-
-        def answer(self, body: bytes) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", f'"{self.path.rsplit("/", 1)[1]}"')
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, *args: object) -> None:
-            """Quiet."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Handler) as endpoint:
+        yield endpoint
 
 
 def test_one_commit_of_safetensors_and_json_only_then_offline(tiny_base_dir: Path, tmp_path: Path) -> None:
