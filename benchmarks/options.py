@@ -25,6 +25,7 @@ class Options:
     quick: bool
     only: frozenset[str]
     peer: bool
+    native: bool  # whether the server may take its native forward
     streams: tuple[int, ...]
     prompt_tokens: int
     max_tokens: int
@@ -92,6 +93,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     add("--quick", action="store_true", help="little of everything: shows that it works, measures nothing")
     add("--only", default="", metavar="PART,...", help=f"of {', '.join(PARTS)}, or loads such as 32-{DISTINCT}")
     add("--no-peer", action="store_true", help="leave transformers and PEFT out")
+    add("--torch", action="store_true", help="have the server compute in torch, not natively")
     add(
         "--registered",
         type=positive,
@@ -118,6 +120,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         quick=quick,
         only=only,
         peer=not given.no_peer,
+        native=not given.torch,
         streams=streams,
         prompt_tokens=32 if quick else 120,
         max_tokens=8 if quick else 64,

@@ -119,7 +119,7 @@ def _prepare(options: Options, scratch: Path, say: Callable[[str], None]) -> Bas
 def _server_config(options: Options, bases: Bases, home: Path, num_resident: int) -> ServerConfig:
     """Of a server with room for so many adapters."""
     dtype, device = DTYPES[options.dtype], torch.device(options.device)
-    is_native = dtype is torch.bfloat16 and device.type == "cpu"  # how the native forward keeps them
+    is_native = options.native and dtype is torch.bfloat16 and device.type == "cpu"
     per_rank = RankRows.bytes_per_rank(bases.config.shape, dtype, device, is_native)
     return ServerConfig(
         home=home,
@@ -129,6 +129,7 @@ def _server_config(options: Options, bases: Bases, home: Path, num_resident: int
         device=options.device,
         threads=options.threads,
         log=options.out / LOG,
+        native=options.native,
         adapter_cache_bytes=max(num_resident * RANK * per_rank, 1 << 20),  # less is refused
     )
 

@@ -35,6 +35,7 @@ class ServerConfig:
     threads: int
     log: Path
     adapter_cache_bytes: int | None = None
+    native: bool = True
 
     @property
     def environment(self) -> dict[str, str]:
@@ -54,7 +55,12 @@ class ServerConfig:
             "workers": 0,
         }
         given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-        return [str(Path(sys.executable).with_name("smolora")), "serve", *given]
+        return [
+            str(Path(sys.executable).with_name("smolora")),
+            "serve",
+            *given,
+            *([] if self.native else ["--no-native"]),
+        ]
 
 
 class Server:
