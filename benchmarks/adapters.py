@@ -5,6 +5,7 @@ Every one is tried on every set's held-out sentences, beside the untouched base,
 package is, the blend of all four, and full fine-tuning on one set. Writes adapters.json, adapters.md and .png.
 """
 
+import ctypes
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from benchmarks.results import Machine
 from benchmarks.sentiment import Score, Trained, blend, classify, examples_of, score, train
 from server.allocator import keep_freed_memory
 from server.model.device import choose_device
+from server.model.native.load import find_library
 from server.model.smollm import Adapters, NoAdapters, SmolLM
 from server.model.source import resolve_base
 from server.model.weights import BaseModel, load_base
@@ -61,7 +63,7 @@ def main(arguments: list[str] | None = None) -> Results:
     source = source_directory(options.cache, say)
     sets = read_sets(source, num_train=options.train_rows, num_tuning=0, num_test=options.test_rows)
     base = load_base(resolve_base(options.model, options.home, progress=say), choose_device("cpu", "auto")[1])
-    trial = _Trial(base, sets, say)
+    trial = _Trial(base, sets, say, find_library(base, [options.home / "native"], say))
     trial.run(source)
     sizes = {
         rated.name: {
@@ -86,10 +88,13 @@ def main(arguments: list[str] | None = None) -> Results:
 
 
 class _Trial:
-    def __init__(self, base: BaseModel, sets: Sequence[RatingSet], say: command.Say) -> None:
+    def __init__(
+        self, base: BaseModel, sets: Sequence[RatingSet], say: command.Say, library: ctypes.CDLL | None
+    ) -> None:
         self._base = base
         self._sets = sets
         self._say = say
+        self._library = library
         self.scores: dict[str, dict[str, Score]] = {}
         self.seconds: dict[str, float] = {}
 
@@ -125,7 +130,7 @@ class _Trial:
             lora=LoraSpec(rank=RANK, alpha=2 * RANK),
             training=TrainingSpec(epochs=EPOCHS, learning_rate=rate),
         )
-        trained = train(self._base, spec, examples_of(self._base, rated.train), self._say)
+        trained = train(self._base, spec, examples_of(self._base, rated.train), self._say, self._library)
         self.seconds[name] = sum(step.seconds for step in trained.steps)
         return trained
 

@@ -27,6 +27,7 @@ from benchmarks.sentiment import Trained, classify, examples_of, score, train
 from server.allocator import keep_freed_memory
 from server.model.device import choose_device
 from server.model.export import export_hugging_face
+from server.model.native.load import find_library
 from server.model.source import resolve_base
 from server.model.weights import BaseModel, load_base
 from server.training.evaluate import evaluate
@@ -77,6 +78,7 @@ class _Job:
     data: str
     counts: tuple[int, int, int]  # of rows to train on, to choose the learning rate by, and to test on
     threads: int
+    native: Path  # where native code is compiled to
 
 
 def main(arguments: list[str] | None = None) -> list[Outcome]:
@@ -93,11 +95,11 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
     source = source_directory(options.cache, say)
     converted = resolve_base(options.model, options.home, progress=say)
     num_train, num_tuning, num_test = (16, 8, 8) if options.quick else (options.rows, 60, 150)
-    outcomes = []
+    outcomes, native = [], options.home / "native"
     for rank in (*RANKS, 0):
         for rate in RATES["lora" if rank else "full"][: 1 if options.quick else None]:
             counts = (num_train, num_tuning, num_test)
-            job = _Job(Trial(rank, rate), converted, source, options.data, counts, options.threads)
+            job = _Job(Trial(rank, rate), converted, source, options.data, counts, options.threads, native)
             outcomes.append(_in_a_process(job))
             found = outcomes[-1]
             say(
@@ -147,7 +149,8 @@ def _run(job: _Job) -> Outcome:
         lora=LoraSpec(rank=trial.rank or 1, alpha=2 * (trial.rank or 1)),
         training=TrainingSpec(epochs=1, learning_rate=trial.learning_rate),
     )
-    trained = train(base, spec, examples_of(base, rated.train), lambda line: None)
+    library = find_library(base, [job.native], print)
+    trained = train(base, spec, examples_of(base, rated.train), lambda line: None, library)
     memory = peak_memory_bytes(base.device)
     num_trainable = trained.trainable.masters.numel()
     return Outcome(

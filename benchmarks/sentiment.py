@@ -1,5 +1,6 @@
 """The task of the training benchmarks: say whether a sentence is positive, as the likelier of two completions."""
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +18,7 @@ from server.training.packed_attention import PackedAttention
 from server.training.packing import pack
 from server.training.rows import CompletionRow
 from server.training.spec import JobSpec
-from server.training.trainables import TrainableModel, TrainableRows
-from server.training.trained_rows import TrainedRows
+from server.training.trainables import TrainableModel, TrainableRows, trainable_rows
 from server.training.trainer import StepResult, Trainer
 
 LABELS = (" negative", " positive")
@@ -70,15 +70,22 @@ def examples_of(base: BaseModel, sentences: Sequence[Rated]) -> Examples:
     return encoder.encode_all(rows, MAX_LENGTH).examples
 
 
-def train(base: BaseModel, spec: JobSpec, examples: Examples, say: Callable[[str], None]) -> Trained:
-    """Train as a job does, without its evaluations and checkpoints."""
+def train(
+    base: BaseModel,
+    spec: JobSpec,
+    examples: Examples,
+    say: Callable[[str], None],
+    library: ctypes.CDLL | None = None,
+) -> Trained:
+    """Train as a job does, without its evaluations and checkpoints; with native code where that is given."""
     trainable: TrainableRows | TrainableModel
     if spec.method == "full":
         trainable = TrainableModel(base, max_length=MAX_LENGTH)
     else:
         start, taken_off = initial_weights(spec.lora, base, spec.training.seed)
-        rows = TrainedRows(start, base.config.shape, base.dtype, base.device, taken_off)
-        trainable = TrainableRows(base, rows, max_length=MAX_LENGTH, dropout=spec.lora.dropout)
+        trainable = trainable_rows(
+            base, start, taken_off, max_length=MAX_LENGTH, dropout=spec.lora.dropout, library=library
+        )
     trainer = Trainer(trainable, examples, spec.training)
     steps = []
     while trainer.step < trainer.total_steps:

@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser = command.parser("benchmarks.train", "Measures training, and transformers and PEFT in turn with it.")
     parser.add_argument("--rounds", type=positive, default=3, help="each measures every work once on both sides")
     parser.add_argument("--only", nargs="+", choices=keys, default=keys, help="works to measure")
+    parser.add_argument("--torch", action="store_true", help="smolora without its native code")
     options = parser.parse_args(arguments)
     if options.quick:
         options.rounds = 1
@@ -106,7 +107,9 @@ def _measure(
             rows = _rows(work, text)
             sides: tuple[Side, Side] = ("ours", "peer") if (number + index) % 2 == 0 else ("peer", "ours")
             for side in sides:
-                measured = measure(side, Run(work.method, rows, work.batch_size, places[side], options.threads))
+                native = None if options.torch else options.home / "native"
+                run = Run(work.method, rows, work.batch_size, places[side], options.threads, native)
+                measured = measure(side, run)
                 found.setdefault((work.key, side), []).append(measured)
                 speed, memory = measured.tokens_per_second, measured.peak_rss / 1e9
                 say(f"round {number + 1}: {work.title}: {side} {speed:.0f} tokens/s, {memory:.2f} GB")
@@ -142,6 +145,7 @@ def _markdown(machine: Machine, rows: Sequence[Row], wishes: Sequence[Target], o
     work = (
         f"{Path(options.model).name} in bf16; r=16 on all seven linear modules, AdamW; tokens without padding; "
         f"median of {options.rounds} rounds in turn, each in a fresh process"
+        + ("; smolora without its native code" if options.torch else "")
     )
     head = (
         "work",

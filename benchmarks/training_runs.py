@@ -19,13 +19,13 @@ from typing import Literal
 import torch
 
 from server.allocator import keep_freed_memory
+from server.model.native.load import find_library
 from server.model.weights import load_base
 from server.training.examples import Example
 from server.training.init import initial_weights
 from server.training.report import peak_memory_bytes
 from server.training.spec import LoraSpec, Method, TrainingSpec
-from server.training.trainables import TrainableModel, TrainableRows
-from server.training.trained_rows import TrainedRows
+from server.training.trainables import TrainableModel, TrainableRows, trainable_rows
 from server.training.trainer import Trainer, shuffled
 
 RANK, ALPHA = 16, 32
@@ -44,6 +44,7 @@ class Run:
     batch_size: int
     base: Path  # ours: a converted base; the peer's: a Hugging Face directory
     threads: int
+    native: Path | None = None  # ours: where native code is compiled to; None: torch's
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def _ours(run: Run) -> Measured:
         trainable = TrainableModel(base, max_length=longest)
     else:
         start, _ = initial_weights(LoraSpec(rank=RANK, alpha=ALPHA), base, seed=0)
-        rows = TrainedRows(start, base.config.shape, base.dtype, base.device)
-        trainable = TrainableRows(base, rows, max_length=longest, dropout=0.0)
+        library = find_library(base, [run.native], print) if run.native else None
+        trainable = trainable_rows(base, start, None, max_length=longest, dropout=0.0, library=library)
     examples = [Example(tuple(row), (False,) + (True,) * (len(row) - 1)) for row in run.rows]
     spec = TrainingSpec(
         epochs=1,

@@ -139,11 +139,20 @@ def worker(
     train_share: Annotated[
         float | None, typer.Option(help="Share of the time for training while requests run. Default: 0.25.")
     ] = None,
+    native: Annotated[
+        bool | None, typer.Option(help="Compute natively where this machine can. Default: yes.")
+    ] = None,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train queued jobs, one at a time, until told to stop; `serve` runs workers of its own (SMOLORA_WORKERS)."""
     settings = load_worker_settings(
-        home=home, model=model, base_dir=base_dir, device=device, dtype=dtype, train_share=train_share
+        home=home,
+        model=model,
+        base_dir=base_dir,
+        device=device,
+        dtype=dtype,
+        train_share=train_share,
+        native=native,
     )
     from server.training.worker import run_worker
 

@@ -34,6 +34,7 @@ class WorkerSettings(BaseSettings):
     base_dir: Path | None = None
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
     dtype: Dtype = "auto"
+    native: bool = True  # compute natively where this machine can
     train_share: float = Field(0.25, ge=0, le=1)  # of the time that training takes while requests run
 
 
@@ -42,7 +43,6 @@ class Settings(WorkerSettings):
 
     host: str = Field("127.0.0.1", min_length=1, max_length=255)
     port: int = Field(8000, ge=0, le=65535)  # 0: any free one
-    native: bool = True  # take the native forward where this machine has it
     max_num_seqs: int = Field(32, ge=1, le=1024)
     max_queue: int = Field(256, ge=1, le=100_000)
     max_model_len: int | None = Field(None, ge=2, le=1 << 20)
@@ -103,8 +103,10 @@ def load_worker_settings(**flags: Flag) -> WorkerSettings:
 
 def to_flags(settings: WorkerSettings) -> list[str]:
     """The flags of `smolora worker` that `load_worker_settings` turns into the same settings."""
-    values = {name: getattr(settings, name) for name in WorkerSettings.model_fields}
-    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
+    values = {name.replace("_", "-"): getattr(settings, name) for name in WorkerSettings.model_fields}
+    switches = [f"--{'' if value else 'no-'}{name}" for name, value in values.items() if isinstance(value, bool)]
+    others = {name: value for name, value in values.items() if not isinstance(value, bool | None)}
+    return switches + [f"--{name}={value}" for name, value in others.items()]
 
 
 def _load(kind: type[_Settings], flags: Mapping[str, Flag]) -> _Settings:

@@ -15,6 +15,7 @@ import torch
 
 import server
 from adapters.lora import LoraConfig
+from server.model.native.library import source_digest
 from server.model.weights import BaseModel
 from server.training.evaluate import Evaluation
 from server.training.gate import Gate
@@ -70,13 +71,15 @@ class Environment:
     versions: Mapping[str, str]
 
     @classmethod
-    def of(cls, base: BaseModel) -> "Environment":
-        """This process's, training on `base`."""
+    def of(cls, base: BaseModel, *, is_native: bool = False) -> "Environment":
+        """This process's, training on `base`, with native code or torch's."""
         versions = {
             "smolora": server.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
         }
+        if is_native:
+            versions["native"] = source_digest()
         return cls(
             device=str(base.device),
             dtype=_DTYPES[base.dtype],

@@ -5,6 +5,7 @@ that nothing disturbed. It talks to the world through `Reporter`; leases, publis
 `server.training.run_job`'s.
 """
 
+import ctypes
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -22,8 +23,7 @@ from server.training.evaluate import Evaluation, evaluate, exact_match
 from server.training.init import initial_weights
 from server.training.job_data import JobData
 from server.training.spec import JobSpec
-from server.training.trainables import TrainableModel, TrainableRows
-from server.training.trained_rows import TrainedRows
+from server.training.trainables import TrainableModel, TrainableRows, trainable_rows
 from server.training.trainer import StepResult, Trainer
 
 CHECKPOINT_SECONDS = 30.0
@@ -91,7 +91,10 @@ class Outcome:
 
 
 class Run:
-    """One attempt at a job. `start` is the adapter that the job goes on from, where it names one."""
+    """One attempt at a job. `start` is the adapter that the job goes on from, where it names one.
+
+    `library` is the native code, where this machine has it.
+    """
 
     def __init__(
         self,
@@ -102,6 +105,7 @@ class Run:
         reporter: Reporter,
         *,
         start: LoraWeights | None = None,
+        library: ctypes.CDLL | None = None,
         peak_memory: Callable[[], int] = lambda: 0,
     ) -> None:
         self._spec = spec
@@ -110,7 +114,7 @@ class Run:
         self._checkpoints = checkpoints
         self._reporter = reporter
         self._peak_memory = peak_memory
-        self._trainable = self._make_trainable(start)
+        self._trainable = self._make_trainable(start, library)
         self._trainer = Trainer(self._trainable, data.train, spec.training)
         self._best: torch.Tensor | None = None
         self._counters = _Counters()
@@ -131,6 +135,11 @@ class Run:
             self._trainable.end_step()
             raise
         return self._finish()
+
+    @property
+    def is_native(self) -> bool:
+        """Whether native code computes its steps."""
+        return isinstance(self._trainable, TrainableRows) and self._trainable.is_native
 
     def checkpoint(self) -> None:
         """Store where the run is: after its last whole step."""
@@ -163,14 +172,18 @@ class Run:
         """Positions that the model must know."""
         return self._spec.training.max_length
 
-    def _make_trainable(self, start: LoraWeights | None) -> TrainableRows | TrainableModel:
+    def _make_trainable(
+        self, start: LoraWeights | None, library: ctypes.CDLL | None
+    ) -> TrainableRows | TrainableModel:
         if self._spec.method == "full":
             return TrainableModel(self._base, max_length=self._longest)
         taken_off = None
         if start is None:
             start, taken_off = initial_weights(self._spec.lora, self._base, self._spec.training.seed)
-        rows = TrainedRows(start, self._base.config.shape, self._base.dtype, self._base.device, taken_off)
-        return TrainableRows(self._base, rows, max_length=self._longest, dropout=self._spec.lora.dropout)
+        dropout = self._spec.lora.dropout
+        return trainable_rows(
+            self._base, start, taken_off, max_length=self._longest, dropout=dropout, library=library
+        )
 
     def _go_on_from_checkpoint(self) -> None:
         found = self._checkpoints.newest()

@@ -6,6 +6,7 @@ another attempt would repeat as a failure. Anything else that goes wrong is left
 it tried again.
 """
 
+import ctypes
 import logging
 import sys
 
@@ -17,6 +18,7 @@ from server.allocator import keep_freed_memory
 from server.config import WorkerSettings
 from server.database import connect
 from server.model.device import choose_device
+from server.model.native.load import find_library
 from server.model.source import resolve_base
 from server.model.weights import BaseModel, load_base
 from server.training.child import EXIT_DONE, EXIT_LEFT, Assignment, WorkerLink
@@ -44,7 +46,8 @@ def main(argument: str) -> int:
     claim = Claim(assignment.job_id, assignment.token, assignment.owner)
     reserve = Reserve(settings.home)
     try:
-        job, base = Jobs(database).get(claim.job_id), _load(settings)
+        job = Jobs(database).get(claim.job_id)
+        base, library = _load(settings)
         store = AdapterStore(settings.home / "adapters")
         yielding = Yielding(BusyFlag(settings.home).read, settings.train_share)
         reporter = JobReporter(link, leases, claim, yielding)
@@ -52,7 +55,16 @@ def main(argument: str) -> int:
             run_merge(job.spec, claim, leases, store, base, reporter)
         else:
             TrainingAttempt(
-                job, job.spec, claim, leases, Catalog(database), store, base, reporter, settings.home
+                job,
+                job.spec,
+                claim,
+                leases,
+                Catalog(database),
+                store,
+                base,
+                reporter,
+                settings.home,
+                library,
             ).run()
     except Leave:
         return EXIT_LEFT
@@ -70,10 +82,13 @@ def main(argument: str) -> int:
     return EXIT_DONE
 
 
-def _load(settings: WorkerSettings) -> BaseModel:
-    """The base that the server serves, in the same dtype."""
+def _load(settings: WorkerSettings) -> tuple[BaseModel, ctypes.CDLL | None]:
+    """The base that the server serves, in the same dtype, and the native code, if wanted and to be had."""
     device, dtype = choose_device(settings.device, settings.dtype)
-    return load_base(resolve_base(settings.model, settings.home, settings.base_dir), dtype, device)
+    directory = resolve_base(settings.model, settings.home, settings.base_dir)
+    base = load_base(directory, dtype, device)
+    places = [directory / "native", settings.home / "native"]
+    return base, find_library(base, places, log.info) if settings.native else None
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The adapter's bytes go to the store first; its version, the card and the job's e
 `server.training.run_job` starts it, and knows how it ended.
 """
 
+import ctypes
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -49,7 +50,9 @@ class TrainingAttempt:
         base: BaseModel,
         reporter: JobReporter,
         home: Path,
+        library: ctypes.CDLL | None = None,
     ) -> None:
+        """`library` is the native code, where this machine has it."""
         self._job = job
         self._spec = spec
         self._claim = claim
@@ -60,6 +63,7 @@ class TrainingAttempt:
         self._results = FileStore(home / "files")
         self._base = base
         self._reporter = reporter
+        self._library = library
 
     def run(self) -> None:
         spec, directory = self._spec, self._files.directory(self._job.id)
@@ -75,6 +79,7 @@ class TrainingAttempt:
             Checkpoints(self._files.checkpoints(self._job.id), self._claim.token),
             self._reporter,
             start=None if parent is None else parent.weights,
+            library=self._library,
             peak_memory=lambda: peak_memory_bytes(self._base.device),
         )
         try:
@@ -89,7 +94,7 @@ class TrainingAttempt:
             config = adapter_config(spec.lora) if parent is None else parent.config
             adapter = PeftAdapter(config, outcome.weights, self._base.name)
         num_bytes = self._keep(adapter, outcome)
-        report = self._report(data, outcome, gate, adapter, latest, num_bytes)
+        report = self._report(data, outcome, gate, adapter, latest, num_bytes, is_native=run.is_native)
         metrics = run.metrics | _final_metrics(outcome)
         publish = None
         if adapter is not None and gate.passes:
@@ -143,6 +148,8 @@ class TrainingAttempt:
         adapter: PeftAdapter | None,
         latest: Evaluation | None,
         num_bytes: int,
+        *,
+        is_native: bool,
     ) -> dict[str, object]:
         counters = outcome.counters
         facts = None
@@ -160,7 +167,7 @@ class TrainingAttempt:
                 peak_memory_bytes=counters.peak_memory_bytes,
                 bytes_stored=num_bytes,
             ),
-            environment=Environment.of(self._base),
+            environment=Environment.of(self._base, is_native=is_native),
             num_trainable=outcome.num_trainable,
             adapter=facts,
             gate=gate,

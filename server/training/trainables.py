@@ -3,24 +3,46 @@
 Both look the same to `trainer.Trainer`: flat fp32 masters, flat fp32 gradients, and a model to run.
 """
 
+import ctypes
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import torch
 
+from adapters.lora import LoraWeights
+from server.model.native.library import NativeUnavailable
+from server.model.native.training import ROW_UNIT
 from server.model.smollm import Adapters, NoAdapters, SmolLM
 from server.model.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights
 from server.training.dropout import Dropout
+from server.training.native_pass import NativePass
+from server.training.packed_attention import PackedAttention
 from server.training.trained_rows import TrainedRows
+
+log = logging.getLogger("smolora.training")
 
 
 class TrainableRows:
-    """An adapter: the base is read, never written."""
+    """An adapter: the base is read, never written. `native` computes in the place of torch, where it is given."""
 
-    def __init__(self, base: BaseModel, rows: TrainedRows, *, max_length: int, dropout: float) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        rows: TrainedRows,
+        *,
+        max_length: int,
+        dropout: float,
+        native: NativePass | None = None,
+    ) -> None:
         self.rows = rows
         self.model = SmolLM(base.config, base.weights, max_positions=max_length)
         self._dropout = dropout
+        self._native = native
+
+    @property
+    def is_native(self) -> bool:
+        return self._native is not None
 
     @property
     def adapters(self) -> Adapters:
@@ -37,8 +59,16 @@ class TrainableRows:
     def refresh(self) -> None:
         self.rows.refresh()
 
+    def forward(self, token_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        if self._native is not None:
+            return self._native.forward(token_ids, lengths)
+        return _forward(self.model, self.rows, token_ids, lengths)
+
     def collect_gradients(self) -> None:
-        self.rows.collect_gradients()
+        if self._native is not None:
+            self._native.backward()
+        else:
+            self.rows.collect_gradients()
 
     def begin_micro_batch(self, seed: int, step: int, rows: Sequence[int], lengths: Sequence[int]) -> None:
         if self._dropout:
@@ -46,6 +76,28 @@ class TrainableRows:
 
     def end_step(self) -> None:
         self.rows.dropout = None
+
+
+def trainable_rows(
+    base: BaseModel,
+    start: LoraWeights,
+    taken_off: LoraWeights | None,
+    *,
+    max_length: int,
+    dropout: float,
+    library: ctypes.CDLL | None = None,
+) -> TrainableRows:
+    """An adapter that begins as `start`, less `taken_off`; native where `library` covers the base."""
+    shape, dtype, device = base.config.shape, base.dtype, base.device
+    if library is not None:
+        rows = TrainedRows(start, shape, dtype, device, taken_off, row_unit=ROW_UNIT)
+        try:
+            native = NativePass(library, base, rows, max_length=max_length)
+            return TrainableRows(base, rows, max_length=max_length, dropout=dropout, native=native)
+        except NativeUnavailable as reason:
+            log.info("nothing native: %s; torch trains, more slowly", reason)
+    rows = TrainedRows(start, shape, dtype, device, taken_off)
+    return TrainableRows(base, rows, max_length=max_length, dropout=dropout)
 
 
 class TrainableModel:
@@ -58,6 +110,9 @@ class TrainableModel:
         self._leaves = [tensor for _, tensor in self.weights.tensors()]
         self.masters = torch.cat([leaf.detach().float().flatten() for leaf in self._leaves])
         self.gradients = torch.zeros_like(self.masters)
+
+    def forward(self, token_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        return _forward(self.model, self.adapters, token_ids, lengths)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -84,6 +139,11 @@ class TrainableModel:
     def _split(self, flat: torch.Tensor) -> list[torch.Tensor]:
         pieces = torch.split(flat, [leaf.numel() for leaf in self._leaves])
         return [piece.view(leaf.shape) for piece, leaf in zip(pieces, self._leaves, strict=True)]
+
+
+def _forward(model: SmolLM, adapters: Adapters, token_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    attention = PackedAttention(lengths, model.device)
+    return model.forward(token_ids, attention.positions, attention, adapters)
 
 
 def _copy(weights: BaseWeights) -> BaseWeights:

@@ -14,6 +14,7 @@ keep little. The leaves hold the same difference with the large terms gone, as a
 It is what is published, too, and exactly 0 before the first step.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from server.training.dropout import Dropout
 
 
 @dataclass(frozen=True, eq=False)
-class _Module:
+class TrainedModule:
     """One module: where its share lies in the group's, and its part of `masters` and `gradients`, as views."""
 
     key: ModuleKey
@@ -42,7 +43,7 @@ class _Module:
 
 
 @dataclass(frozen=True, eq=False)
-class _Group:
+class TrainedGroup:
     """One layer's group with its leaves: of all its A (rows, in) and all its Bᵀ (rows, out).
 
     The leaf of A holds the scalings as well, as the rows do that are served. That of B has each module's part
@@ -50,9 +51,14 @@ class _Group:
     for each module.
     """
 
-    modules: tuple[_Module, ...]
+    modules: tuple[TrainedModule, ...]
     a: torch.Tensor
     b: torch.Tensor
+
+
+GroupKey = tuple[int, str]  # layer, a key of GROUPS
+Gradients = Mapping[GroupKey, tuple[torch.Tensor, torch.Tensor]]
+"""Of a layer's group's leaves."""
 
 
 class _AddLora(torch.autograd.Function):
@@ -106,32 +112,36 @@ class TrainedRows:
         dtype: torch.dtype,
         device: torch.device,
         frozen: LoraWeights | None = None,
+        *,
+        row_unit: int = 1,
     ) -> None:
         """Start from `weights`, whose scalings stay as they are; the forward computes in `dtype`.
 
-        `frozen` is what is taken off again: A₀ and B₀ of the same modules, ranks and scalings.
+        `frozen` is what is taken off again: A₀ and B₀ of the same modules, ranks and scalings. A module's rows
+        begin at a multiple of `row_unit` in their group's leaves; rows between are zero.
         """
+        self._row_unit = row_unit
         self.dropout: Dropout | None = None
         self.masters = torch.zeros(weights.num_parameters, device=device)
         self.gradients = torch.zeros_like(self.masters)
-        self._groups: dict[tuple[int, str], _Group] = {}
+        self.groups: dict[GroupKey, TrainedGroup] = {}
         self._end = 0  # of what `masters` holds so far
         for layer in range(shape.num_layers):
             for name in GROUPS:
                 group = self._make_group(layer, name, weights, shape, dtype, frozen)
                 if group is not None:
-                    self._groups[layer, name] = group
+                    self.groups[layer, name] = group
         assert self._end == weights.num_parameters, "an adapter of another base"
         self.refresh()
 
     @property
     def leaves(self) -> list[torch.Tensor]:
         """What the forward reads and autograd fills."""
-        return [leaf for group in self._groups.values() for leaf in (group.a, group.b)]
+        return [leaf for group in self.groups.values() for leaf in (group.a, group.b)]
 
     def add(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y (tokens, out) plus the adapter's share for x (tokens, in)."""
-        found = self._groups.get((layer, group))
+        found = self.groups.get((layer, group))
         if found is None:
             return y
         kept, factor = None, 1.0
@@ -142,7 +152,7 @@ class TrainedRows:
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the masters to what the forward reads."""
-        for group in self._groups.values():
+        for group in self.groups.values():
             for module in group.modules:
                 a, b = _published(module)
                 group.a[module.rows] = a * module.scaling
@@ -151,24 +161,31 @@ class TrainedRows:
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Add the leaves' gradients to `gradients`, and clear them and the dropout."""
+        found: dict[GroupKey, tuple[torch.Tensor, torch.Tensor]] = {}
+        for key, group in self.groups.items():
+            if group.a.grad is not None and group.b.grad is not None:
+                found[key] = group.a.grad, group.b.grad
+            group.a.grad = group.b.grad = None
+        self.add_gradients(found)
+
+    @torch.no_grad()
+    def add_gradients(self, found: Gradients) -> None:
+        """Add these to `gradients`, and clear the dropout."""
         self.dropout = None
-        for group in self._groups.values():
-            if group.a.grad is None or group.b.grad is None:
-                continue
-            for module in group.modules:
+        for key, (d_a, d_b) in found.items():
+            for module in self.groups[key].modules:
                 rank = module.a.shape[0]
-                d_rows = group.a.grad[module.rows]
+                d_rows = d_a[module.rows]
                 module.d_a.add_(d_rows[:rank], alpha=module.scaling)
                 if module.start is not None:
                     module.d_a.add_(d_rows[rank:], alpha=module.scaling)  # A lies in A - A₀ as well
-                module.d_b.add_(group.b.grad[module.rows, module.features][:rank].t())
-            group.a.grad = group.b.grad = None
+                module.d_b.add_(d_b[module.rows, module.features][:rank].t())
 
     @torch.no_grad()
     def weights(self) -> LoraWeights:
         """The adapter as it is now, in fp32: copies. Of twice the rank where something is taken off."""
         modules: dict[ModuleKey, LoraModule] = {}
-        for group in self._groups.values():
+        for group in self.groups.values():
             for module in group.modules:
                 a, b = (tensor.to("cpu", copy=True) for tensor in _published(module))
                 modules[module.key] = LoraModule(a, b, module.scaling)
@@ -182,7 +199,7 @@ class TrainedRows:
         shape: BaseShape,
         dtype: torch.dtype,
         frozen: LoraWeights | None,
-    ) -> _Group | None:
+    ) -> TrainedGroup | None:
         modules, row, feature = [], 0, 0
         device = self.masters.device
         for module_name in GROUPS[name]:
@@ -195,17 +212,17 @@ class TrainedRows:
             start = None if frozen is None else _in_fp32(frozen.modules[key], device)
             num_rows = given.rank if start is None else 2 * given.rank
             rows = slice(row, row + num_rows)
-            row = rows.stop
+            row = -(-rows.stop // self._row_unit) * self._row_unit
             a, d_a = self._take(given.a)
             b, d_b = self._take(given.b)
-            modules.append(_Module(key, rows, features, given.scaling, a, b, d_a, d_b, start))
+            modules.append(TrainedModule(key, rows, features, given.scaling, a, b, d_a, d_b, start))
         if not modules:
             return None
 
         def leaf(*size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=dtype, device=device, requires_grad=True)
 
-        return _Group(tuple(modules), leaf(row, modules[0].a.shape[1]), leaf(row, feature))
+        return TrainedGroup(tuple(modules), leaf(row, modules[0].a.shape[1]), leaf(row, feature))
 
     def _take(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The next part of `masters`, filled with `tensor`, and the one of `gradients`."""
@@ -216,7 +233,7 @@ class TrainedRows:
         return master, self.gradients[part].view(tensor.shape)
 
 
-def _published(module: _Module) -> tuple[torch.Tensor, torch.Tensor]:
+def _published(module: TrainedModule) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of an ordinary LoRA that does what the masters do; masters themselves where they are one."""
     a, b, start = module.a, module.b, module.start
     if start is None:

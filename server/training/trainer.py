@@ -19,7 +19,6 @@ from adapters.errors import SmoloraError
 from server.model.smollm import Adapters, SmolLM
 from server.training.examples import Example
 from server.training.loss import cross_entropy_sum
-from server.training.packed_attention import PackedAttention
 from server.training.packing import pack
 from server.training.schedule import learning_rate
 from server.training.spec import TrainingSpec
@@ -48,8 +47,12 @@ class Trainable(Protocol):
         """Copy the masters to what the forward reads."""
         ...
 
+    def forward(self, token_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Final hidden states (tokens, hidden), differentiable, of texts of `lengths`, one after the other."""
+        ...
+
     def collect_gradients(self) -> None:
-        """Add what the last backward pass left to `gradients`."""
+        """Add what the last backward pass left to `gradients`; it has to have been `forward`'s."""
         ...
 
     def begin_micro_batch(self, seed: int, step: int, rows: Sequence[int], lengths: Sequence[int]) -> None:
@@ -163,8 +166,7 @@ class Trainer:
         device = model.device
         self.trainable.begin_micro_batch(self.spec.seed, self.step, rows, lengths)
         token_ids = torch.tensor([token for example in examples for token in example.token_ids], device=device)
-        attention = PackedAttention(lengths, device)
-        hidden = model.forward(token_ids, attention.positions, attention, self.trainable.adapters)
+        hidden = self.trainable.forward(token_ids, lengths)
         before, targets = counted(examples)
         share = cross_entropy_sum(
             hidden.index_select(0, torch.tensor(before, device=device)),

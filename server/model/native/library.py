@@ -16,7 +16,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-SOURCES = ("step.cpp", "attention.h", "lora.h", "matrix.h", "numbers.h", "team.h")
+UNITS = ("step.cpp", "train.cpp")
+HEADERS = ("attention.h", "lora.h", "matrix.h", "numbers.h", "panels.h", "team.h", "text_attention.h")
 FLAGS = (
     "-std=c++20",
     "-O3",
@@ -54,17 +55,29 @@ def load_library(directories: Sequence[Path], say: Callable[[str], None] = lambd
     library.smolora_forward.restype = None
     library.smolora_logits.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     library.smolora_logits.restype = None
+    library.smolora_training_create.restype = ctypes.c_void_p
+    library.smolora_training_create.argtypes = [ctypes.c_void_p] * 4
+    library.smolora_training_destroy.argtypes = [ctypes.c_void_p]
+    library.smolora_training_destroy.restype = None
+    for run in (library.smolora_training_forward, library.smolora_training_backward):
+        run.argtypes = [ctypes.c_void_p] * 3
+        run.restype = None
     if not library.smolora_is_supported():
         raise NativeUnavailable("this processor or system lacks a part of AVX-512")
     return library
 
 
+def source_digest() -> str:
+    """What decides what the library computes: its source and how it is compiled."""
+    sha = hashlib.sha256(" ".join(FLAGS).encode())
+    for source in (*UNITS, *HEADERS):
+        sha.update((Path(__file__).parent / source).read_bytes())
+    return sha.hexdigest()[:16]
+
+
 def library_name() -> str:
     """The file name of the library of this source."""
-    sha = hashlib.sha256(" ".join(FLAGS).encode())
-    for source in SOURCES:
-        sha.update((Path(__file__).parent / source).read_bytes())
-    return f"smolora-step-{sha.hexdigest()[:16]}.so"
+    return f"smolora-{source_digest()}.so"
 
 
 def compile_library(directory: Path) -> Path:
@@ -77,9 +90,9 @@ def compile_library(directory: Path) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".native-") as scratch:
             made = Path(scratch) / target.name
-            source = Path(__file__).parent / SOURCES[0]
+            units = [str(Path(__file__).parent / unit) for unit in UNITS]
             subprocess.run(  # noqa: S603 (our own source, a compiler from the path)
-                [compiler, *FLAGS, str(source), "-o", str(made)],
+                [compiler, *FLAGS, *units, "-o", str(made)],
                 check=True,
                 capture_output=True,
                 timeout=_COMPILED_WITHIN,

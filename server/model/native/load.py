@@ -1,5 +1,6 @@
-"""The native form of a base, where this machine and the base allow it."""
+"""The native code and the native form of a base, where this machine and the base allow them."""
 
+import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,18 +11,28 @@ from server.model.native.model import NativeModel
 from server.model.weights import BaseModel
 
 
-def load_native(
-    base: BaseModel, directories: Sequence[Path], max_positions: int, say: Callable[[str], None]
-) -> NativeModel | None:
-    """The native form of a base in bf16 on a CPU; None, after saying why, where the torch path has to serve.
+def find_library(base: BaseModel, directories: Sequence[Path], say: Callable[[str], None]) -> ctypes.CDLL | None:
+    """The library, for a base in bf16 on a CPU; None, after saying why, where torch has to do instead.
 
-    The library is looked for in `directories`, and made in the last where none has it. It takes as many threads as
-    torch does.
+    It is looked for in `directories`, and made in the last where none has it.
     """
     if base.device.type != "cpu" or base.dtype is not torch.bfloat16:
         return None  # nothing that it is for
     try:
-        library = load_library(directories, say)
+        return load_library(directories, say)
+    except NativeUnavailable as reason:
+        say(f"nothing native: {reason}; torch does it, more slowly")
+        return None
+
+
+def load_native(
+    base: BaseModel, directories: Sequence[Path], max_positions: int, say: Callable[[str], None]
+) -> NativeModel | None:
+    """The native form of a base for serving, or None, as `find_library`. It takes as many threads as torch."""
+    library = find_library(base, directories, say)
+    if library is None:
+        return None
+    try:
         return NativeModel(
             library, base.config, base.weights, max_positions=max_positions, num_threads=torch.get_num_threads()
         )

@@ -51,12 +51,15 @@ class Matrix {
     Buffer data_;
 };
 
-template <int rows>
+template <bool add, int rows>
 inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pairs, size_t ahead, float* y,
                            size_t y_stride) {
     __m512 sum[rows][2];
 #pragma GCC unroll 12
-    for (int row = 0; row < rows; row++) sum[row][0] = sum[row][1] = _mm512_setzero_ps();
+    for (int row = 0; row < rows; row++) {
+        sum[row][0] = add ? _mm512_loadu_ps(y + row * y_stride) : _mm512_setzero_ps();
+        sum[row][1] = add ? _mm512_loadu_ps(y + row * y_stride + 16) : _mm512_setzero_ps();
+    }
     for (int pair = 0; pair < pairs; pair++) {
         _mm_prefetch((const char*)(w + ahead), _MM_HINT_T0);
         _mm_prefetch((const char*)(w + ahead + kTile), _MM_HINT_T0);
@@ -78,14 +81,15 @@ inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pa
     }
 }
 
-// y (rows, 32) = x (rows, 2 · pairs) times one tile. Meanwhile what follows on the tile, which is likely to be next, is
-// brought closer.
+// y (rows, 32) = x (rows, 2 · pairs) times one tile, or that added to it. Meanwhile what follows on the tile, which is
+// likely to be next, is brought closer.
+template <bool add = false>
 inline void multiply(const bf16* x, size_t x_stride, int rows, const bf16* w, int pairs, float* y, size_t y_stride) {
     while (rows > 0) {
         int blocks = (rows + kBlock - 1) / kBlock, now = (rows + blocks - 1) / blocks;
         const size_t ahead = rows > now || blocks == 1 ? 2 * kTile * 16 : 2 * kTile * pairs;
         switch (now) {
-#define SMOLORA_ROWS(n) case n: multiply_block<n>(x, x_stride, w, pairs, ahead, y, y_stride); break;
+#define SMOLORA_ROWS(n) case n: multiply_block<add, n>(x, x_stride, w, pairs, ahead, y, y_stride); break;
             SMOLORA_ROWS(1) SMOLORA_ROWS(2) SMOLORA_ROWS(3) SMOLORA_ROWS(4) SMOLORA_ROWS(5) SMOLORA_ROWS(6)
             SMOLORA_ROWS(7) SMOLORA_ROWS(8) SMOLORA_ROWS(9) SMOLORA_ROWS(10) SMOLORA_ROWS(11) SMOLORA_ROWS(12)
 #undef SMOLORA_ROWS

@@ -102,7 +102,7 @@ class NativeModel:
         num_threads: int,
     ) -> None:
         """Packs the weights. Raises NativeUnavailable for a base that it does not cover, and MemoryError."""
-        _check(config, weights)
+        check_base(config, weights)
         self._library = library
         self._vocab_size = config.vocab_size
         self._hidden_size = config.hidden_size
@@ -124,11 +124,13 @@ class NativeModel:
         for layer in weights.layers:
             tensors += [layer.input_norm, layer.qkv, layer.o, layer.post_norm, layer.gate_up, layer.down]
         tensors += [weights.final_norm, weights.lm_head]
+        rotated = uses_rotary(config)
         pointers = (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
-        uses_rotary = [layer not in config.nope_layers for layer in range(config.num_layers)]
-        rotated = (ctypes.c_uint8 * config.num_layers)(*uses_rotary)
         self._model = library.smolora_create(
-            ctypes.addressof(sizes), ctypes.addressof(pointers), self._rotary.data_ptr(), ctypes.addressof(rotated)
+            ctypes.addressof(sizes),
+            ctypes.addressof(pointers),
+            self._rotary.data_ptr(),
+            ctypes.addressof(rotated),
         )
         if not self._model:
             raise MemoryError("no memory for the packed weights")
@@ -197,7 +199,14 @@ def _table(rows: Sequence[tuple[int, ...]], columns: int) -> Ints:
     return np.array(rows, np.int64).reshape(-1, columns)
 
 
-def _check(config: ModelConfig, weights: BaseWeights) -> None:
+def uses_rotary(config: ModelConfig) -> "ctypes.Array[ctypes.c_uint8]":
+    """A flag for each layer."""
+    flags = [layer not in config.nope_layers for layer in range(config.num_layers)]
+    return (ctypes.c_uint8 * config.num_layers)(*flags)
+
+
+def check_base(config: ModelConfig, weights: BaseWeights) -> None:
+    """Raises NativeUnavailable where the native code doesn't cover a base."""
     if any(tensor.dtype is not torch.bfloat16 or tensor.device.type != "cpu" for _, tensor in weights.tensors()):
         raise NativeUnavailable("it computes in bf16 on a CPU alone")
     if any(not tensor.is_contiguous() for _, tensor in weights.tensors()):

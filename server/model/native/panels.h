@@ -1,0 +1,89 @@
+// Tiles for `multiply`, packed as they are needed from 16-bit matrices that lie row after row.
+//
+// A tile is packed once for all rows that it meets, at a few hundredths of their cost, so that nothing has to be kept twice.
+#pragma once
+#include <vector>
+
+#include "matrix.h"
+
+using Panel = std::vector<uint32_t>;  // [pairs][32], as one tile of a Matrix
+
+// 16 registers of 16 numbers of 32 bits, turned over.
+inline void transpose16(__m512i* r) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {  // in r[i] and each fourth after it, quarter j is column 4 j + i of four rows
+        __m512i a = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        __m512i c = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88), d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+        t[i] = _mm512_shuffle_i32x4(a, c, 0x88), t[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
+        t[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd), t[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) r[i] = t[i];
+}
+
+inline __mmask16 first(int count) { return (__mmask16)(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1); }
+
+// A tile whose outputs are `outputs` (at most 32) rows of w, of `depth` numbers each, an even number; the rest is zero.
+inline void pack_rows(const bf16* w, size_t stride, int outputs, int depth, uint32_t* to) {
+    for (int half = 0; half < kTile; half += 16)
+        for (int pair = 0; pair < depth / 2; pair += 16) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++)
+                r[i] = half + i < outputs
+                           ? _mm512_maskz_loadu_epi32(first(depth / 2 - pair), w + (half + i) * stride + 2 * pair)
+                           : _mm512_setzero_si512();
+            transpose16(r);
+            for (int i = 0; i < std::min(16, depth / 2 - pair); i++)
+                _mm512_storeu_si512(to + (pair + i) * kTile + half, r[i]);
+        }
+}
+
+// A tile whose outputs are 32 columns of w, which has `depth` rows; an odd depth is filled up with zeros.
+inline void pack_columns(const bf16* w, size_t stride, int depth, uint32_t* to) {
+    alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int row = 0; row < depth; row += 2, w += 2 * stride, to += kTile) {
+        _mm_prefetch((const char*)(w + 16 * stride), _MM_HINT_T0);
+        _mm_prefetch((const char*)(w + 17 * stride), _MM_HINT_T0);
+        __m512i a = _mm512_loadu_si512(w);
+        __m512i b = row + 1 < depth ? _mm512_loadu_si512(w + stride) : _mm512_setzero_si512();
+        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
+        _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, high, b));
+    }
+}
+
+// to (columns, ·) = from (rows, columns) turned over; columns in sixteens. An odd number of rows is filled up with zeros.
+inline void transpose(const bf16* from, size_t stride, int rows, int columns, bf16* to, size_t to_stride) {
+    for (int row = 0; row < rows; row += 32)
+        for (int column = 0; column < columns; column += 16) {
+            const bf16* corner = from + row * stride + column;
+            const int left = rows - row;
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) {
+                auto load = [&](int k) {
+                    if (k >= left) return _mm512_setzero_si512();
+                    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(corner + k * stride)));
+                };
+                r[i] = _mm512_or_si512(load(2 * i), _mm512_slli_epi32(load(2 * i + 1), 16));
+            }
+            transpose16(r);
+            for (int i = 0; i < 16; i++)
+                _mm512_mask_storeu_epi32(to + (column + i) * to_stride + row, first((left + 1) / 2), r[i]);
+        }
+}
+
+// y (rows, 32) of a packed tile; `multiply` of matrix.h.
+template <bool add = false>
+inline void multiply(const bf16* x, size_t x_stride, int rows, const Panel& panel, int pairs, float* y, size_t y_stride) {
+    multiply<add>(x, x_stride, rows, (const bf16*)panel.data(), pairs, y, y_stride);
+}
