@@ -1,14 +1,30 @@
-"""The native forward for tests: compiled once into the cache, or the reason to skip."""
+"""The native code for tests: compiled once into the cache, or the reason to skip; and what it is compared with."""
 
 import ctypes
+from collections.abc import Mapping
 
 import pytest
 import torch
 
 from server.model.native.library import NativeUnavailable, load_library
 from server.model.native.model import NativeModel
-from server.model.weights import BaseModel
+from server.model.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights
 from tests.conftest import CACHE
+
+SHAPES: Mapping[str, tuple[str, Mapping[str, object]]] = {
+    "one group": ("llama", {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}),
+    "grouped": ("llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "hidden_size": 96}),
+    "eight to one": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 64}),
+    "untied": (
+        "llama",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "tie_word_embeddings": False},
+    ),
+    "no rotary in a layer": (
+        "smollm3",
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "no_rope_layers": [1, 0, 1]},
+    ),
+}
+"""Architectures and options of tiny bases that the native code covers."""
 
 
 def native_library() -> ctypes.CDLL:
@@ -24,3 +40,10 @@ def native_model(base: BaseModel, max_positions: int = 512, num_threads: int = 2
     return NativeModel(
         native_library(), base.config, base.weights, max_positions=max_positions, num_threads=num_threads
     )
+
+
+def widened(weights: BaseWeights) -> BaseWeights:
+    """The same values in fp32."""
+    layers = (LayerWeights(*(getattr(layer, name).float() for name in LAYER_TENSORS)) for layer in weights.layers)
+    lm_head = weights.lm_head.float()
+    return BaseWeights(weights.embed.float(), tuple(layers), weights.final_norm.float(), lm_head)

@@ -1,7 +1,7 @@
 """Calls the native forward and backward pass of a training batch: what `train.cpp` reads, laid out.
 
 It does what `SmolLM.forward` does with `PackedAttention` and `TrainedRows`, and what autograd does after it. What
-is multiplied is bf16; sums, the residual stream and its gradient are fp32, so that its results lie closer to fp32's
+is multiplied is bf16; sums, the residual stream and its gradient are fp32, so that results lie closer to fp32's
 than those of torch's bf16 path. They depend neither on the number of threads nor on chance.
 """
 

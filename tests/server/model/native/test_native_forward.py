@@ -24,24 +24,11 @@ from server.model.smollm import NoAdapters, SmolLM
 from server.model.source import resolve_base
 from server.model.weights import BaseModel, load_base
 from tests.engine_kit import place, random_adapter
-from tests.native_kit import native_library
+from tests.native_kit import SHAPES, native_library, widened
 from tests.tiny import save_tiny_base
 
 CPU = torch.device("cpu")
 MAX_POSITIONS = 512
-SHAPES = {
-    "one group": ("llama", {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}),
-    "grouped": ("llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "hidden_size": 96}),
-    "eight to one": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 64}),
-    "untied": (
-        "llama",
-        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "tie_word_embeddings": False},
-    ),
-    "no rotary in a layer": (
-        "smollm3",
-        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "no_rope_layers": [1, 0, 1]},
-    ),
-}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +70,7 @@ class Pair:
         exact_rows = RankRows(shape, max_rank=64, dtype=torch.float32, device=CPU)
         return cls(
             base,
-            SmolLM(base.config, _widened(base), max_positions=MAX_POSITIONS),
+            SmolLM(base.config, widened(base.weights), max_positions=MAX_POSITIONS),
             NativeModel(library, base.config, base.weights, max_positions=MAX_POSITIONS, num_threads=2),
             rows,
             exact_rows,
@@ -162,18 +149,6 @@ class Cache:
 
     def table(self, length: int) -> list[int]:
         return [self._free.pop() for _ in range(-(-length // self.block_size))]
-
-
-def _widened(base: BaseModel) -> object:
-    return type(base.weights)(
-        base.weights.embed.float(),
-        tuple(
-            type(layer)(*(getattr(layer, name).float() for name in layer.__dataclass_fields__))
-            for layer in base.weights.layers
-        ),
-        base.weights.final_norm.float(),
-        base.weights.lm_head.float(),
-    )
 
 
 def sequences_of(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[list[int]]:

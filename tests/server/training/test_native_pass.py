@@ -1,0 +1,266 @@
+"""The native passes beside torch's: hidden states and gradients, on tiny bases and on the real one."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.lora import LoraModule, LoraWeights
+from server.model.source import resolve_base
+from server.model.weights import BaseModel, load_base
+from server.training.checkpoint import Checkpoints
+from server.training.examples import Example
+from server.training.init import initial_weights
+from server.training.job_data import DataFacts, JobData
+from server.training.loss import cross_entropy_sum
+from server.training.run import Run
+from server.training.spec import Init, JobSpec, LoraSpec, TrainingSpec
+from server.training.trainables import TrainableRows, trainable_rows
+from server.training.trainer import Trainer
+from tests.engine_kit import random_adapter
+from tests.native_kit import SHAPES, native_library, widened
+from tests.server.training.test_run import Disturbed, Listener, tensors
+from tests.tiny import save_tiny_base
+
+MAX_LENGTH = 160
+LENGTHS = (5, 1, 33, 32, 100, 2, 31)
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    return native_library()
+
+
+@pytest.fixture(scope="module", params=list(SHAPES))
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    return _tiny(tmp_path_factory.mktemp("native"), request.param)
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    return _tiny(tmp_path_factory.mktemp("native"), "grouped")
+
+
+def _tiny(directory: Path, shape: str, **options: object) -> BaseModel:
+    architecture, given = SHAPES[shape]
+    saved = save_tiny_base(directory / "tiny", architecture, {**given, "initializer_range": 0.06, **options}, seed=3)
+    return load_base(resolve_base(str(saved), directory), torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Passed:
+    hidden: torch.Tensor
+    gradients: torch.Tensor  # of all A and B
+    masters: torch.Tensor
+
+
+def pass_through(
+    base: BaseModel,
+    start: LoraWeights,
+    token_ids: Sequence[int],
+    lengths: Sequence[int],
+    library: ctypes.CDLL | None,
+    taken_off: LoraWeights | None = None,
+    dropout: float = 0.0,
+) -> Passed:
+    """One micro-batch, whose loss is over every token but each text's first."""
+    trainable = trainable_rows(base, start, taken_off, max_length=MAX_LENGTH, dropout=dropout, library=library)
+    assert trainable.is_native == (library is not None)
+    trainable.begin_micro_batch(0, 0, list(range(len(lengths))), lengths)
+    hidden = trainable.forward(torch.tensor(token_ids), lengths)
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    places = [place for place in range(1, len(token_ids)) if place not in starts]
+    chosen = hidden.index_select(0, torch.tensor(places) - 1)
+    targets = torch.tensor(token_ids)[places]
+    torch.autograd.backward(cross_entropy_sum(chosen, trainable.model.lm_head.weight, targets) / len(places))
+    trainable.collect_gradients()
+    return Passed(hidden.detach().float(), trainable.gradients.clone(), trainable.masters.clone())
+
+
+def in_fp32(base: BaseModel) -> BaseModel:
+    return replace(base, weights=widened(base.weights))
+
+
+def tokens(base: BaseModel, lengths: Sequence[int]) -> list[int]:
+    generator = torch.Generator().manual_seed(7)
+    found: list[int] = torch.randint(0, base.config.vocab_size, (sum(lengths),), generator=generator).tolist()
+    return found
+
+
+def uneven(base: BaseModel) -> LoraWeights:
+    """Ranks from 1 to 40; a layer without some modules, and one without any."""
+    modules = random_adapter(
+        base.config.shape,
+        5,
+        rank=lambda key: (1, 3, 16, 17, 40)[(3 * key.layer + len(key.module)) % 5],
+        strength=0.3,
+    ).modules
+    kept = {
+        key: LoraModule(module.a.bfloat16().float(), module.b.bfloat16().float(), 1.0)
+        for key, module in modules.items()
+        if key.layer != 1 and not (key.layer == 2 and key.module in ("k_proj", "o_proj", "up_proj"))
+    }
+    return LoraWeights(kept)
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_they_are_closer_to_fp32_than_torchs_16_bits(
+    base: BaseModel, library: ctypes.CDLL, dropout: float
+) -> None:
+    token_ids, start = tokens(base, LENGTHS), uneven(base)
+    exact = pass_through(in_fp32(base), start, token_ids, LENGTHS, None, dropout=dropout)
+    in_torch = pass_through(base, start, token_ids, LENGTHS, None, dropout=dropout)
+    native = pass_through(base, start, token_ids, LENGTHS, library, dropout=dropout)
+    assert off(native.hidden, exact.hidden) < min(0.02, off(in_torch.hidden, exact.hidden))
+    assert off(native.gradients, exact.gradients) < min(0.03, off(in_torch.gradients, exact.gradients))
+
+
+def test_every_modules_gradients(grouped: BaseModel, library: ctypes.CDLL) -> None:
+    """One by one: a module that hardly counts in the norm of all is held to its own."""
+    token_ids = tokens(grouped, LENGTHS)
+    adapter = random_adapter(grouped.config.shape, 6, rank=8, strength=0.3)
+    for key in adapter.modules:
+        start = LoraWeights({key: adapter.modules[key]})
+        exact = pass_through(in_fp32(grouped), start, token_ids, LENGTHS, None)
+        native = pass_through(grouped, start, token_ids, LENGTHS, library)
+        assert off(native.gradients, exact.gradients) < 0.03, key
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_share_that_is_taken_off(grouped: BaseModel, library: ctypes.CDLL, init: Init) -> None:
+    start, taken_off = initial_weights(LoraSpec(rank=4, init=init), grouped, seed=0)
+    assert taken_off is not None
+    token_ids = tokens(grouped, LENGTHS)
+    exact = pass_through(in_fp32(grouped), start, token_ids, LENGTHS, None, taken_off)
+    native = pass_through(grouped, start, token_ids, LENGTHS, library, taken_off)
+    assert off(native.hidden, exact.hidden) < 0.02
+    assert off(native.gradients, exact.gradients) < 0.03
+
+
+def test_neither_threads_nor_chance_change_a_bit(grouped: BaseModel, library: ctypes.CDLL) -> None:
+    lengths = (70, 128, 9, 150, 160, 33)
+    token_ids, start = tokens(grouped, lengths), uneven(grouped)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2, 3, 5, 2):
+            torch.set_num_threads(number)
+            found.append(pass_through(grouped, start, token_ids, lengths, library))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert torch.equal(other.hidden, found[0].hidden)
+        assert torch.equal(other.gradients, found[0].gradients)
+
+
+def test_a_text_is_the_same_in_any_company(grouped: BaseModel, library: ctypes.CDLL) -> None:
+    token_ids, start = tokens(grouped, LENGTHS), uneven(grouped)
+    together = pass_through(grouped, start, token_ids, LENGTHS, library).hidden
+    at = 0
+    for length in LENGTHS:
+        if length > 1:
+            alone = pass_through(grouped, start, token_ids[at : at + length], (length,), library).hidden
+            assert torch.equal(alone, together[at : at + length])
+        at += length
+
+
+def test_one_pass_after_the_other(grouped: BaseModel, library: ctypes.CDLL) -> None:
+    """A larger batch, then a smaller one: nothing of the first is left in the second, and gradients add up."""
+    start = uneven(grouped)
+    trainable = trainable_rows(grouped, start, None, max_length=MAX_LENGTH, dropout=0.0, library=library)
+    small = pass_through(grouped, start, tokens(grouped, (9, 4)), (9, 4), library)
+    large = pass_through(grouped, start, tokens(grouped, LENGTHS), LENGTHS, library)
+    for lengths, expected in ((LENGTHS, large), ((9, 4), small)):
+        trainable.gradients.zero_()
+        _again(trainable, tokens(grouped, lengths), lengths)
+        assert torch.equal(trainable.gradients, expected.gradients)
+    _again(trainable, tokens(grouped, LENGTHS), LENGTHS)
+    torch.testing.assert_close(trainable.gradients, small.gradients + large.gradients)
+
+
+def _again(trainable: TrainableRows, token_ids: Sequence[int], lengths: Sequence[int]) -> None:
+    hidden = trainable.forward(torch.tensor(token_ids), lengths)
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    places = [place for place in range(1, len(token_ids)) if place not in starts]
+    targets = torch.tensor(token_ids)[places]
+    chosen = hidden.index_select(0, torch.tensor(places) - 1)
+    torch.autograd.backward(cross_entropy_sum(chosen, trainable.model.lm_head.weight, targets) / len(places))
+    trainable.collect_gradients()
+
+
+def test_torch_trains_what_native_code_does_not_cover(
+    tmp_path: Path, library: ctypes.CDLL, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = _tiny(tmp_path, "one group", intermediate_size=72)
+    with caplog.at_level("INFO"):
+        trainable = trainable_rows(
+            base, random_adapter(base.config.shape, 0), None, max_length=64, dropout=0.0, library=library
+        )
+    assert not trainable.is_native
+    assert "intermediate_size is no multiple of 32" in caplog.text
+
+
+def test_disturbed_anywhere_it_ends_in_the_same_bytes(
+    grouped: BaseModel, library: ctypes.CDLL, tmp_path: Path
+) -> None:
+    """A job's run, with native code: other bytes than torch's, and always the same ones."""
+    ids = [[status.value % 256, 7, 9 + index] for index, status in enumerate(list(HTTPStatus)[:12])]
+    examples = [Example(tuple(row), (False, True, True)) for row in ids]
+    facts = DataFacts("d", len(ids), 36, 24, 0, "d", len(ids))
+    data = JobData(examples, None, (), facts, grouped.digest)
+    lora = LoraSpec(rank=4, dropout=0.2)
+    training = TrainingSpec(epochs=5, learning_rate=1e-2, batch_size=4, max_length=16, checkpoint_steps=2)
+    spec = JobSpec("codes", lora=lora, training=training)
+
+    def run(directory: str, token: int, end: int | None, native: bool = True) -> LoraWeights | None:
+        checkpoints = Checkpoints(tmp_path / directory, token)
+        given = library if native else None
+        job = Run(spec, data, grouped, checkpoints, Listener(end), library=given)
+        assert job.is_native == native
+        return job.run().weights
+
+    whole = run("whole", 1, None)
+    for token, end in enumerate((3, 6, 4), 1):
+        with pytest.raises(Disturbed):
+            run("parts", token, end)
+    last = run("parts", 9, None)
+    for found, expected in zip(tensors(last), tensors(whole), strict=True):
+        assert torch.equal(found, expected)
+    in_torch = run("torch", 1, None, native=False)
+    assert any(not torch.equal(a, b) for a, b in zip(tensors(in_torch), tensors(whole), strict=True))
+
+
+def test_the_real_base(base_dir: Path, real_base: BaseModel, library: ctypes.CDLL) -> None:
+    """Real text: hidden states and gradients are closer to fp32 than torch's bf16, and ten steps lose as much."""
+    base = load_base(base_dir, torch.bfloat16)
+    tokenizer = base.tokenizer
+    texts: list[list[int]] = [
+        tokenizer.encode(f"{status.value} {status.phrase}: {status.description}.") for status in HTTPStatus
+    ]
+    texts = [text for text in texts if len(text) > 6][:12]
+    lengths = [len(text) for text in texts]
+    flat = [token for text in texts for token in text]
+    start, _ = initial_weights(LoraSpec(rank=16, alpha=32), base, seed=0)
+    exact = pass_through(real_base, start, flat, lengths, None)
+    in_torch = pass_through(base, start, flat, lengths, None)
+    native = pass_through(base, start, flat, lengths, library)
+    assert off(native.hidden, exact.hidden) < min(0.02, off(in_torch.hidden, exact.hidden))
+    assert off(native.gradients, exact.gradients) < off(in_torch.gradients, exact.gradients)
+
+    examples = [Example(tuple(text), (False, *[True] * (len(text) - 1))) for text in texts]
+    spec = TrainingSpec(max_steps=10, learning_rate=1e-3, batch_size=4, max_length=MAX_LENGTH, warmup_ratio=0.0)
+    losses = []
+    for model, given in ((real_base, None), (base, library)):
+        trainable = trainable_rows(model, start, None, max_length=MAX_LENGTH, dropout=0.0, library=given)
+        trainer = Trainer(trainable, examples, spec)
+        losses.append([trainer.run_step().loss for _ in range(10)])
+    assert losses[1][-1] < 0.5 * losses[1][0], "it learns"
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=0.05, rtol=0.02)
