@@ -1,12 +1,12 @@
 """An adapter's training passes as two native calls, in the place of torch's forward and autograd."""
 
 import ctypes
-from collections.abc import Sequence
 
 import torch
 
 from server.model.native.training import ROW_UNIT, NativeGroup, NativeRows, NativeTraining
 from server.model.weights import BaseModel
+from server.training.micro_batch import MicroBatch
 from server.training.trained_rows import TrainedGroup, TrainedRows
 
 
@@ -17,7 +17,6 @@ class NativePass:
         """Raises NativeUnavailable for a base that the native code does not cover."""
         self._rows = rows
         self._groups = {key: _native(group) for key, group in rows.groups.items()}
-        self._hidden: torch.Tensor | None = None
         self._training = NativeTraining(
             library,
             base.config,
@@ -27,8 +26,17 @@ class NativePass:
             num_threads=torch.get_num_threads(),
         )
 
-    def forward(self, token_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Final hidden states (tokens, hidden): a leaf, whose gradient `backward` takes."""
+    def accumulate(self, batch: MicroBatch, factor: float) -> float:
+        """Add `factor` times the gradients of the batch's summed loss to those of the rows; that loss."""
+        hidden = self.forward(batch)
+        before = torch.tensor(batch.before)
+        loss, d_rows = self._training.loss(hidden[before], torch.tensor(batch.targets), factor)
+        self._training.backward(torch.zeros_like(hidden).index_copy_(0, before, d_rows))
+        self._rows.add_gradients({key: (group.d_a, group.d_b) for key, group in self._groups.items()})
+        return loss
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """Final hidden states (tokens, hidden)."""
         kept, factor = None, 1.0
         dropout = self._rows.dropout
         if dropout is not None:
@@ -37,16 +45,7 @@ class NativePass:
                 (layer, name): dropout.kept(layer, name, group.a.new_empty(0, group.a.shape[1]))
                 for (layer, name), group in self._groups.items()
             }
-        self._hidden = self._training.forward(token_ids, lengths, kept, factor).requires_grad_()
-        return self._hidden
-
-    def backward(self) -> None:
-        """Add the gradients to those of the rows."""
-        assert self._hidden is not None, "no forward pass"
-        assert self._hidden.grad is not None, "no gradient has come back"
-        self._training.backward(self._hidden.grad)
-        self._hidden = None
-        self._rows.add_gradients({key: (group.d_a, group.d_b) for key, group in self._groups.items()})
+        return self._training.forward(torch.tensor(batch.token_ids), batch.lengths, kept, factor)
 
 
 def _native(group: TrainedGroup) -> NativeGroup:

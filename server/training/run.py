@@ -139,7 +139,7 @@ class Run:
     @property
     def is_native(self) -> bool:
         """Whether native code computes its steps."""
-        return isinstance(self._trainable, TrainableRows) and self._trainable.is_native
+        return isinstance(self._trainable, TrainableRows) and self._trainable.native is not None
 
     def checkpoint(self) -> None:
         """Store where the run is: after its last whole step."""

@@ -16,6 +16,8 @@ from server.model.native.training import ROW_UNIT
 from server.model.smollm import Adapters, NoAdapters, SmolLM
 from server.model.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights
 from server.training.dropout import Dropout
+from server.training.loss import cross_entropy_sum
+from server.training.micro_batch import MicroBatch
 from server.training.native_pass import NativePass
 from server.training.packed_attention import PackedAttention
 from server.training.trained_rows import TrainedRows
@@ -37,12 +39,8 @@ class TrainableRows:
     ) -> None:
         self.rows = rows
         self.model = SmolLM(base.config, base.weights, max_positions=max_length)
+        self.native = native
         self._dropout = dropout
-        self._native = native
-
-    @property
-    def is_native(self) -> bool:
-        return self._native is not None
 
     @property
     def adapters(self) -> Adapters:
@@ -59,16 +57,16 @@ class TrainableRows:
     def refresh(self) -> None:
         self.rows.refresh()
 
-    def forward(self, token_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        if self._native is not None:
-            return self._native.forward(token_ids, lengths)
-        return _forward(self.model, self.rows, token_ids, lengths)
+    def accumulate(self, batch: MicroBatch, factor: float) -> float:
+        if self.native is not None:
+            return self.native.accumulate(batch, factor)
+        loss = _backward(self.model, self.rows, batch, factor)
+        self.collect_gradients()
+        return loss
 
     def collect_gradients(self) -> None:
-        if self._native is not None:
-            self._native.backward()
-        else:
-            self.rows.collect_gradients()
+        """Add what torch's backward pass left to `gradients`."""
+        self.rows.collect_gradients()
 
     def begin_micro_batch(self, seed: int, step: int, rows: Sequence[int], lengths: Sequence[int]) -> None:
         if self._dropout:
@@ -111,8 +109,10 @@ class TrainableModel:
         self.masters = torch.cat([leaf.detach().float().flatten() for leaf in self._leaves])
         self.gradients = torch.zeros_like(self.masters)
 
-    def forward(self, token_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        return _forward(self.model, self.adapters, token_ids, lengths)
+    def accumulate(self, batch: MicroBatch, factor: float) -> float:
+        loss = _backward(self.model, self.adapters, batch, factor)
+        self.collect_gradients()
+        return loss
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -121,6 +121,7 @@ class TrainableModel:
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
+        """Add what torch's backward pass left to `gradients`."""
         for leaf, gradient in zip(self._leaves, self._split(self.gradients), strict=True):
             if leaf.grad is not None:
                 gradient += leaf.grad
@@ -141,9 +142,19 @@ class TrainableModel:
         return [piece.view(leaf.shape) for piece, leaf in zip(pieces, self._leaves, strict=True)]
 
 
-def _forward(model: SmolLM, adapters: Adapters, token_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    attention = PackedAttention(lengths, model.device)
-    return model.forward(token_ids, attention.positions, attention, adapters)
+def _backward(model: SmolLM, adapters: Adapters, batch: MicroBatch, factor: float) -> float:
+    """torch's forward and backward pass over `factor` times the batch's summed loss; that loss."""
+    device = model.device
+    attention = PackedAttention(batch.lengths, device)
+    token_ids = torch.tensor(batch.token_ids, device=device)
+    hidden = model.forward(token_ids, attention.positions, attention, adapters)
+    loss = cross_entropy_sum(
+        hidden.index_select(0, torch.tensor(batch.before, device=device)),
+        model.lm_head.weight,
+        torch.tensor(batch.targets, device=device),
+    )
+    torch.autograd.backward(loss * factor)
+    return float(loss.detach())
 
 
 def _copy(weights: BaseWeights) -> BaseWeights:

@@ -18,7 +18,7 @@ import torch
 from adapters.errors import SmoloraError
 from server.model.smollm import Adapters, SmolLM
 from server.training.examples import Example
-from server.training.loss import cross_entropy_sum
+from server.training.micro_batch import MicroBatch
 from server.training.packing import pack
 from server.training.schedule import learning_rate
 from server.training.spec import TrainingSpec
@@ -47,12 +47,8 @@ class Trainable(Protocol):
         """Copy the masters to what the forward reads."""
         ...
 
-    def forward(self, token_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Final hidden states (tokens, hidden), differentiable, of texts of `lengths`, one after the other."""
-        ...
-
-    def collect_gradients(self) -> None:
-        """Add what the last backward pass left to `gradients`; it has to have been `forward`'s."""
+    def accumulate(self, batch: MicroBatch, factor: float) -> float:
+        """Add `factor` times the gradients of the batch's summed loss to `gradients`; that loss, in nats."""
         ...
 
     def begin_micro_batch(self, seed: int, step: int, rows: Sequence[int], lengths: Sequence[int]) -> None:
@@ -161,22 +157,9 @@ class Trainer:
 
     def _backward(self, rows: Sequence[int], num_targets: int) -> float:
         """Add the gradients of the rows' share of the step's loss; that share."""
-        model, examples = self.trainable.model, [self._examples[row] for row in rows]
-        lengths = [len(example.token_ids) for example in examples]
-        device = model.device
-        self.trainable.begin_micro_batch(self.spec.seed, self.step, rows, lengths)
-        token_ids = torch.tensor([token for example in examples for token in example.token_ids], device=device)
-        hidden = self.trainable.forward(token_ids, lengths)
-        before, targets = counted(examples)
-        share = cross_entropy_sum(
-            hidden.index_select(0, torch.tensor(before, device=device)),
-            model.lm_head.weight,
-            torch.tensor(targets, device=device),
-        )
-        loss = share / num_targets
-        torch.autograd.backward(loss)
-        self.trainable.collect_gradients()
-        return float(loss.detach())
+        batch = MicroBatch.of([self._examples[row] for row in rows])
+        self.trainable.begin_micro_batch(self.spec.seed, self.step, rows, batch.lengths)
+        return self.trainable.accumulate(batch, 1 / num_targets) / num_targets
 
     def _clip(self) -> float:
         """Scale the gradients so that their norm is at most `max_grad_norm`; the norm that they had."""
@@ -212,17 +195,3 @@ def shuffled(num_rows: int, seed: int, epoch: int) -> list[int]:
     order = list(range(num_rows))
     random.Random(f"smolora/{seed}/{epoch}").shuffle(order)
     return order
-
-
-def counted(examples: Sequence[Example]) -> tuple[list[int], list[int]]:
-    """Where in the flat batch of `examples` a counted token is predicted from, and which token that is."""
-    before: list[int] = []
-    targets: list[int] = []
-    start = 0
-    for example in examples:
-        for place in range(1, len(example.token_ids)):
-            if example.is_target[place]:
-                before.append(start + place - 1)
-                targets.append(example.token_ids[place])
-        start += len(example.token_ids)
-    return before, targets

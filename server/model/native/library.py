@@ -62,6 +62,13 @@ def load_library(directories: Sequence[Path], say: Callable[[str], None] = lambd
     for run in (library.smolora_training_forward, library.smolora_training_backward):
         run.argtypes = [ctypes.c_void_p] * 3
         run.restype = None
+    library.smolora_training_loss.restype = ctypes.c_double
+    library.smolora_training_loss.argtypes = [
+        *[ctypes.c_void_p] * 3,
+        ctypes.c_int64,
+        ctypes.c_double,
+        ctypes.c_void_p,
+    ]
     if not library.smolora_is_supported():
         raise NativeUnavailable("this processor or system lacks a part of AVX-512")
     return library

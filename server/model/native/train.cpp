@@ -13,10 +13,13 @@ namespace {
 
 constexpr int kProductRows = 256;  // rows of the batch that an item takes of a product, at most
 constexpr int kRows = 64;          // rows that an item takes of what goes row by row, at most
+constexpr int kLossRows = 256;     // rows whose logits exist at one time
+constexpr int kLossParts = 16;     // of the vocabulary, whose shares of the logits' gradient are summed in order
+constexpr int kLossDepth = 512;    // tokens of the vocabulary that are multiplied at one time
 enum Group { kQkv, kO, kGateUp, kDown, kGroups };  // in the order of rank_rows.GROUPS
 
 struct Sizes {
-    int64_t hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, threads;
+    int64_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, threads;
     double eps;
 };
 
@@ -63,6 +66,7 @@ class Training {
                 *to = *tensors++;
         }
         final_norm_ = *tensors++;
+        head_ = *tensors++;
         q_ = s_.heads * s_.head_dim, kv_ = s_.kv_heads * s_.head_dim, wide_ = q_ + 2 * kv_;
     }
 
@@ -95,7 +99,79 @@ class Training {
         });
     }
 
+    // The summed cross-entropy of `targets` under softmax(hidden headᵀ), and `factor` times its gradient in hidden (rows,
+    // hidden). No more than kLossRows rows have their logits at one time.
+    double loss(const bf16* hidden, const int64_t* targets, int64_t rows, double factor, bf16* d_hidden) {
+        double sum = 0;
+        for (int64_t start = 0; start < rows; start += kLossRows) {
+            const int now = (int)std::min<int64_t>(kLossRows, rows - start);
+            logits_.resize(now * s_.vocab), shares_.resize(kLossParts * now * s_.hidden);
+            top_.resize(now), lost_.resize(now);
+            team_.run([&] {
+                some_loss(hidden + start * s_.hidden, targets + start, now, (float)factor, d_hidden + start * s_.hidden);
+            });
+            for (float of : lost_) sum += of;
+        }
+        return sum;
+    }
+
   private:
+    void some_loss(const bf16* hidden, const int64_t* targets, int rows, float factor, bf16* d_hidden) {
+        const int tiles = (int)(s_.vocab / kTile);
+        team_.each(tiles, [&](int tile) {
+            thread_local Panel panel;
+            panel.resize(s_.hidden / 2 * kTile);
+            pack_rows(head_ + tile * kTile * s_.hidden, s_.hidden, kTile, (int)s_.hidden, panel.data());
+            multiply(hidden, s_.hidden, rows, panel, (int)s_.hidden / 2, &logits_[tile * kTile], s_.vocab);
+        });
+        team_.each(rows, [&](int row) {  // top: the logarithm of the softmax's divisor
+            const float* of = &logits_[row * s_.vocab];
+            __m512 most = _mm512_loadu_ps(of), sum = _mm512_setzero_ps();
+            for (int64_t i = 16; i < s_.vocab; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(of + i));
+            const float shift = _mm512_reduce_max_ps(most);
+            for (int64_t i = 0; i < s_.vocab; i += 16)
+                sum = _mm512_add_ps(sum, exp16(_mm512_sub_ps(_mm512_loadu_ps(of + i), _mm512_set1_ps(shift))));
+            top_[row] = shift + std::log(_mm512_reduce_add_ps(sum));
+            lost_[row] = top_[row] - of[targets[row]];
+        });
+        team_.each(kLossParts, [&](int part) {
+            const int64_t end = (int64_t)tiles * (part + 1) / kLossParts * kTile;
+            float* share = &shares_[(int64_t)part * rows * s_.hidden];
+            std::fill_n(share, rows * s_.hidden, 0.0f);
+            for (int64_t first = (int64_t)tiles * part / kLossParts * kTile; first < end; first += kLossDepth)
+                add_share(targets, rows, factor, first, (int)std::min<int64_t>(kLossDepth, end - first), share);
+        });
+        team_.each(rows, [&](int row) {
+            for (int64_t i = row * s_.hidden; i < (row + 1) * s_.hidden; i += 16) {
+                __m512 sum = _mm512_loadu_ps(&shares_[i]);
+                for (int64_t part = 1; part < kLossParts; part++)
+                    sum = _mm512_add_ps(sum, _mm512_loadu_ps(&shares_[part * rows * s_.hidden + i]));
+                store_bf16(d_hidden + i, sum);
+            }
+        });
+    }
+
+    // share (rows, hidden) += factor · (softmax - one-hot) times head, for `count` tokens of the vocabulary.
+    void add_share(const int64_t* targets, int rows, float factor, int64_t first, int count, float* share) {
+        thread_local std::vector<bf16> d_logits;
+        thread_local Panel panel;
+        d_logits.resize(kLossRows * kLossDepth), panel.resize(kLossDepth / 2 * kTile);
+        for (int row = 0; row < rows; row++) {
+            const float* of = &logits_[row * s_.vocab + first];
+            bf16* to = &d_logits[row * kLossDepth];
+            for (int i = 0; i < count; i += 16) {
+                __m512 p = exp16(_mm512_sub_ps(_mm512_loadu_ps(of + i), _mm512_set1_ps(top_[row])));
+                const int64_t place = targets[row] - first - i;
+                if (place >= 0 && place < 16) p = _mm512_mask_sub_ps(p, (__mmask16)(1 << place), p, _mm512_set1_ps(1.0f));
+                store_bf16(to + i, _mm512_mul_ps(p, _mm512_set1_ps(factor)));
+            }
+        }
+        for (int64_t column = 0; column < s_.hidden; column += kTile) {
+            pack_columns(head_ + first * s_.hidden + column, s_.hidden, count, panel.data());
+            multiply<true>(d_logits.data(), kLossDepth, rows, panel, count / 2, share + column, s_.hidden);
+        }
+    }
+
     // Everything that the phases share, sized for this batch.
     void prepare(const Batch& batch) {
         tokens_ = (int)batch.num_tokens;
@@ -514,7 +590,7 @@ class Training {
     const float* rotary_;  // (2, max_positions, head_dim), as `rotary_table` makes it
     Team team_;
     std::vector<Layer> layers_;
-    const bf16 *embed_, *final_norm_;
+    const bf16 *embed_, *final_norm_, *head_;
 
     int tokens_ = 0, product_chunks_ = 0, row_chunks_ = 0, across_ = 0;  // across: tokens, in thirty-twos
     std::vector<Kept> kept_;
@@ -525,14 +601,15 @@ class Training {
     std::vector<float> dq_, dk_, dv_;  // (tokens, heads, dim): of each query head
     std::vector<bf16> d_low_, turned_, d_turned_;  // of the newest group: dy Bᵀ; x Aᵀ and dy Bᵀ as (rows of A, tokens)
     std::vector<int> positions_;
+    std::vector<float> logits_, top_, lost_, shares_;  // of the loss: (rows, vocab), (rows,), (rows,), (parts, rows, hidden)
 };
 
 }  // namespace
 
 extern "C" {
 
-// tensors: embed, then of each layer input_norm, qkv, o, post_norm, gate_up and down, then final_norm; they and rotary stay
-// the caller's, and must stay.
+// tensors: embed, then of each layer input_norm, qkv, o, post_norm, gate_up and down, then final_norm and lm_head; they and
+// rotary stay the caller's, and must stay.
 void* smolora_training_create(const Sizes* sizes, const bf16* const* tensors, const float* rotary, const uint8_t* uses_rotary) {
     return new Training(*sizes, tensors, rotary, uses_rotary);
 }
@@ -543,5 +620,10 @@ void smolora_training_forward(void* training, const Batch* batch, bf16* hidden) 
 
 void smolora_training_backward(void* training, const Batch* batch, const bf16* d_hidden) {
     ((Training*)training)->backward(*batch, d_hidden);
+}
+
+double smolora_training_loss(void* training, const bf16* hidden, const int64_t* targets, int64_t rows, double factor,
+                             bf16* d_hidden) {
+    return ((Training*)training)->loss(hidden, targets, rows, factor, d_hidden);
 }
 }

@@ -52,11 +52,8 @@ class NativeGroup:
 
 class _Sizes(ctypes.Structure):
     _fields_ = (
-        *(
-            (name, ctypes.c_int64)
-            for name in ("hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim")
-        ),
-        *((name, ctypes.c_int64) for name in ("max_positions", "threads")),
+        *((name, ctypes.c_int64) for name in ("vocab", "hidden", "intermediate", "layers", "heads", "kv_heads")),
+        *((name, ctypes.c_int64) for name in ("head_dim", "max_positions", "threads")),
         ("eps", ctypes.c_double),
     )
 
@@ -106,6 +103,7 @@ class NativeTraining:
         self._batch = _Batch()
         self._inputs: tuple[object, ...] = ()
         sizes = _Sizes(
+            config.vocab_size,
             config.hidden_size,
             config.intermediate_size,
             config.num_layers,
@@ -119,7 +117,7 @@ class NativeTraining:
         tensors = [weights.embed]
         for layer in weights.layers:
             tensors += [layer.input_norm, layer.qkv, layer.o, layer.post_norm, layer.gate_up, layer.down]
-        tensors.append(weights.final_norm)
+        tensors += [weights.final_norm, weights.lm_head]
         rotated = uses_rotary(config)
         pointers = (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
         self._training = library.smolora_training_create(
@@ -158,6 +156,17 @@ class NativeTraining:
         )
         self._library.smolora_training_forward(self._training, ctypes.addressof(self._batch), hidden.data_ptr())
         return hidden
+
+    def loss(self, hidden: torch.Tensor, targets: torch.Tensor, factor: float) -> tuple[float, torch.Tensor]:
+        """The summed cross-entropy (nats) of targets (rows,) under softmax(hidden · headᵀ), and `factor` times its
+        gradient in hidden (rows, hidden size), bf16.
+        """
+        hidden, targets = hidden.contiguous(), targets.to(torch.int64).contiguous()
+        d_hidden = torch.empty_like(hidden)
+        lost: float = self._library.smolora_training_loss(
+            self._training, hidden.data_ptr(), targets.data_ptr(), len(targets), factor, d_hidden.data_ptr()
+        )
+        return lost, d_hidden
 
     def backward(self, d_hidden: torch.Tensor) -> None:
         """The gradients of all groups, from the one of the last `forward`'s answer, of its shape and dtype."""

@@ -8,18 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from adapters.lora import LoraModule, LoraWeights
+from server.model.native.training import NativeTraining
 from server.model.source import resolve_base
 from server.model.weights import BaseModel, load_base
 from server.training.checkpoint import Checkpoints
 from server.training.examples import Example
 from server.training.init import initial_weights
 from server.training.job_data import DataFacts, JobData
-from server.training.loss import cross_entropy_sum
+from server.training.micro_batch import MicroBatch
+from server.training.packed_attention import PackedAttention
 from server.training.run import Run
 from server.training.spec import Init, JobSpec, LoraSpec, TrainingSpec
-from server.training.trainables import TrainableRows, trainable_rows
+from server.training.trainables import trainable_rows
 from server.training.trainer import Trainer
 from tests.engine_kit import random_adapter
 from tests.native_kit import SHAPES, native_library, widened
@@ -47,15 +50,17 @@ def grouped(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 def _tiny(directory: Path, shape: str, **options: object) -> BaseModel:
     architecture, given = SHAPES[shape]
-    saved = save_tiny_base(directory / "tiny", architecture, {**given, "initializer_range": 0.06, **options}, seed=3)
+    saved = save_tiny_base(
+        directory / "tiny", architecture, {**given, "initializer_range": 0.06, **options}, seed=3
+    )
     return load_base(resolve_base(str(saved), directory), torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Passed:
     hidden: torch.Tensor
+    loss: float  # nats per counted token
     gradients: torch.Tensor  # of all A and B
-    masters: torch.Tensor
 
 
 def pass_through(
@@ -69,16 +74,27 @@ def pass_through(
 ) -> Passed:
     """One micro-batch, whose loss is over every token but each text's first."""
     trainable = trainable_rows(base, start, taken_off, max_length=MAX_LENGTH, dropout=dropout, library=library)
-    assert trainable.is_native == (library is not None)
+    assert (trainable.native is not None) == (library is not None)
     trainable.begin_micro_batch(0, 0, list(range(len(lengths))), lengths)
-    hidden = trainable.forward(torch.tensor(token_ids), lengths)
-    starts = [sum(lengths[:index]) for index in range(len(lengths))]
-    places = [place for place in range(1, len(token_ids)) if place not in starts]
-    chosen = hidden.index_select(0, torch.tensor(places) - 1)
-    targets = torch.tensor(token_ids)[places]
-    torch.autograd.backward(cross_entropy_sum(chosen, trainable.model.lm_head.weight, targets) / len(places))
-    trainable.collect_gradients()
-    return Passed(hidden.detach().float(), trainable.gradients.clone(), trainable.masters.clone())
+    batch = batch_of(token_ids, lengths)
+    if trainable.native is not None:
+        hidden = trainable.native.forward(batch)
+    else:
+        attention = PackedAttention(lengths, torch.device("cpu"))
+        with torch.no_grad():
+            hidden = trainable.model.forward(
+                torch.tensor(token_ids), attention.positions, attention, trainable.adapters
+            )
+    loss = trainable.accumulate(batch, 1 / len(batch.targets)) / len(batch.targets)
+    return Passed(hidden.float(), loss, trainable.gradients.clone())
+
+
+def batch_of(token_ids: Sequence[int], lengths: Sequence[int]) -> MicroBatch:
+    examples, start = [], 0
+    for length in lengths:
+        examples.append(Example(tuple(token_ids[start : start + length]), (False, *[True] * (length - 1))))
+        start += length
+    return MicroBatch.of(examples)
 
 
 def in_fp32(base: BaseModel) -> BaseModel:
@@ -120,6 +136,7 @@ def test_they_are_closer_to_fp32_than_torchs_16_bits(
     in_torch = pass_through(base, start, token_ids, LENGTHS, None, dropout=dropout)
     native = pass_through(base, start, token_ids, LENGTHS, library, dropout=dropout)
     assert off(native.hidden, exact.hidden) < min(0.02, off(in_torch.hidden, exact.hidden))
+    assert abs(native.loss - exact.loss) < 2e-3
     assert off(native.gradients, exact.gradients) < min(0.03, off(in_torch.gradients, exact.gradients))
 
 
@@ -180,20 +197,10 @@ def test_one_pass_after_the_other(grouped: BaseModel, library: ctypes.CDLL) -> N
     large = pass_through(grouped, start, tokens(grouped, LENGTHS), LENGTHS, library)
     for lengths, expected in ((LENGTHS, large), ((9, 4), small)):
         trainable.gradients.zero_()
-        _again(trainable, tokens(grouped, lengths), lengths)
+        trainable.accumulate(batch_of(tokens(grouped, lengths), lengths), 1 / (sum(lengths) - len(lengths)))
         assert torch.equal(trainable.gradients, expected.gradients)
-    _again(trainable, tokens(grouped, LENGTHS), LENGTHS)
+    trainable.accumulate(batch_of(tokens(grouped, LENGTHS), LENGTHS), 1 / (sum(LENGTHS) - len(LENGTHS)))
     torch.testing.assert_close(trainable.gradients, small.gradients + large.gradients)
-
-
-def _again(trainable: TrainableRows, token_ids: Sequence[int], lengths: Sequence[int]) -> None:
-    hidden = trainable.forward(torch.tensor(token_ids), lengths)
-    starts = [sum(lengths[:index]) for index in range(len(lengths))]
-    places = [place for place in range(1, len(token_ids)) if place not in starts]
-    targets = torch.tensor(token_ids)[places]
-    chosen = hidden.index_select(0, torch.tensor(places) - 1)
-    torch.autograd.backward(cross_entropy_sum(chosen, trainable.model.lm_head.weight, targets) / len(places))
-    trainable.collect_gradients()
 
 
 def test_torch_trains_what_native_code_does_not_cover(
@@ -204,7 +211,7 @@ def test_torch_trains_what_native_code_does_not_cover(
         trainable = trainable_rows(
             base, random_adapter(base.config.shape, 0), None, max_length=64, dropout=0.0, library=library
         )
-    assert not trainable.is_native
+    assert trainable.native is None
     assert "intermediate_size is no multiple of 32" in caplog.text
 
 
@@ -264,3 +271,22 @@ def test_the_real_base(base_dir: Path, real_base: BaseModel, library: ctypes.CDL
         losses.append([trainer.run_step().loss for _ in range(10)])
     assert losses[1][-1] < 0.5 * losses[1][0], "it learns"
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=0.05, rtol=0.02)
+
+
+def test_the_loss_of_more_rows_than_have_their_logits_at_one_time(
+    base_dir: Path, real_base: BaseModel, library: ctypes.CDLL
+) -> None:
+    """300 rows of the real head: torch's cross-entropy in fp32, and its gradient."""
+    base = load_base(base_dir, torch.bfloat16)
+    training = NativeTraining(library, base.config, base.weights, {}, max_positions=64, num_threads=2)
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(300, base.config.hidden_size, generator=generator).bfloat16()
+    targets = torch.randint(0, base.config.vocab_size, (300,), generator=generator)
+    targets[:4] = torch.tensor([0, 15, 16, base.config.vocab_size - 1])
+    loss, d_hidden = training.loss(hidden, targets, 0.5)
+    leaf = hidden.float().requires_grad_()
+    expected = F.cross_entropy(leaf @ real_base.weights.lm_head.t(), targets, reduction="sum")
+    torch.autograd.backward(0.5 * expected)
+    assert leaf.grad is not None
+    assert abs(loss - float(expected.detach())) < 1e-5 * float(expected.detach())
+    assert off(d_hidden.float(), leaf.grad) < 0.005
