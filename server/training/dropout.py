@@ -25,7 +25,10 @@ class Dropout:
         self._texts = list(zip(streams, lengths, strict=True))
 
     def kept(self, layer: int, group: str, x: torch.Tensor) -> torch.Tensor:
-        """Which features of x (tokens, in) stay: a mask like it. The same every time that it is asked for."""
+        """Which features of a group's inputs stay: a mask (tokens, in), where x (·, in) lies.
+
+        The same every time that it is asked for.
+        """
         masks = [
             torch.empty(length, x.shape[1]).bernoulli_(
                 self._keep, generator=stream("dropout", *name, layer, group)

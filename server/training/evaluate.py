@@ -5,6 +5,8 @@
 Which rows, and what becomes of the numbers, is the caller's.
 """
 
+import ctypes
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +19,8 @@ from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
 from server.engine.paged_attention import PagedCache
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
+from server.model.native.library import NativeUnavailable
+from server.model.native.model import NativeModel
 from server.model.rank_rows import RankRows
 from server.model.smollm import Adapters, SmolLM
 from server.model.vocabulary import vocabulary_of
@@ -35,6 +39,9 @@ MAX_CACHED_TOKENS = 8192
 """Keys and values that completions keep at one time, unless a single one needs more: 190 MB on the 135M base."""
 MAX_LOSS = 700.0
 """Nats, beyond which a perplexity would not be a finite number."""
+
+
+log = logging.getLogger("smolora.training")
 
 
 @dataclass(frozen=True)
@@ -105,12 +112,14 @@ def exact_match(
     references: Sequence[Reference],
     *,
     between: Callable[[], None] = _go_on,
+    library: ctypes.CDLL | None = None,
 ) -> float | None:
     """The share of references that greedy completions equal, both stripped of whitespace around them.
 
     A completion ends at an end token, or `MORE_TOKENS` after the reference's length; it is given up at the first
     token with which it can't become equal any more. A prompt that leaves no room for one in the base's context
     counts as missed. None where there are no references. `between` is called before each step of the engine.
+    With `library`, native code computes the steps where it covers the base.
     """
     limit = base.config.max_position_embeddings
     requests: dict[str, GenerationRequest] = {}
@@ -122,7 +131,7 @@ def exact_match(
             sampling = SamplingParams(min(reference.num_tokens + MORE_TOKENS, room), temperature=0.0)
             requests[str(number)] = GenerationRequest(str(number), reference.prompt, sampling, adapters)
             wanted[str(number)] = reference.text.strip()
-    num_matched = _count_matches(base, weights, requests, wanted, between) if requests else 0
+    num_matched = _count_matches(base, weights, requests, wanted, between, library) if requests else 0
     return num_matched / len(references) if references else None
 
 
@@ -132,8 +141,10 @@ def _count_matches(
     requests: dict[str, GenerationRequest],
     wanted: dict[str, str],
     between: Callable[[], None],
+    library: ctypes.CDLL | None,
 ) -> int:
-    engine = _engine(base, weights, [len(r.prompt_token_ids) + r.sampling.max_tokens for r in requests.values()])
+    lengths = [len(r.prompt_token_ids) + r.sampling.max_tokens for r in requests.values()]
+    engine = _engine(base, weights, lengths, library)
     texts = dict.fromkeys(requests, "")
     num_matched = 0
     try:
@@ -164,15 +175,26 @@ def _may_become(text: str, wanted: str) -> bool:
     return wanted.startswith(begun) or begun.rstrip() == wanted
 
 
-def _engine(base: BaseModel, weights: LoraWeights | None, lengths: Sequence[int]) -> Engine:
+def _engine(
+    base: BaseModel, weights: LoraWeights | None, lengths: Sequence[int], library: ctypes.CDLL | None
+) -> Engine:
     """An engine for sequences of up to `lengths` tokens, over the base as it lies in memory."""
     longest = max(lengths)
+    native = None
+    if library is not None:
+        try:
+            native = NativeModel(
+                library, base.config, base.weights, max_positions=longest, num_threads=torch.get_num_threads()
+            )
+        except NativeUnavailable as reason:
+            log.info("nothing native: %s; torch completes, more slowly", reason)
     rank = 1 if weights is None else weights.max_rank
+    rank_bytes = RankRows.bytes_per_rank(base.config.shape, base.dtype, base.device, native is not None)
     cached = max(longest + EngineConfig.block_size, min(sum(lengths), MAX_CACHED_TOKENS))
     config = EngineConfig(
         max_model_len=longest,
         kv_cache_bytes=cached * PagedCache.bytes_per_block(base.config, 1, base.dtype),
-        adapter_cache_bytes=rank * RankRows.bytes_per_rank(base.config.shape, base.dtype, base.device),
+        adapter_cache_bytes=rank * rank_bytes,
     )
     model = SmolLM(base.config, base.weights, max_positions=longest)
 
@@ -180,4 +202,4 @@ def _engine(base: BaseModel, weights: LoraWeights | None, lengths: Sequence[int]
         assert weights is not None
         return weights
 
-    return Engine(model, TokenBytes(*vocabulary_of(base.tokenizer)), load, config)
+    return Engine(model, TokenBytes(*vocabulary_of(base.tokenizer)), load, config, native=native)

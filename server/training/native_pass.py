@@ -42,8 +42,7 @@ class NativePass:
         if dropout is not None:
             factor = dropout.factor
             kept = {
-                (layer, name): dropout.kept(layer, name, group.a.new_empty(0, group.a.shape[1]))
-                for (layer, name), group in self._groups.items()
+                (layer, name): dropout.kept(layer, name, group.a) for (layer, name), group in self._groups.items()
             }
         return self._training.forward(torch.tensor(batch.token_ids), batch.lengths, kept, factor)
 

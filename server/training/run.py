@@ -114,7 +114,8 @@ class Run:
         self._checkpoints = checkpoints
         self._reporter = reporter
         self._peak_memory = peak_memory
-        self._trainable = self._make_trainable(start, library)
+        self._library = library
+        self._trainable = self._make_trainable(start)
         self._trainer = Trainer(self._trainable, data.train, spec.training)
         self._best: torch.Tensor | None = None
         self._counters = _Counters()
@@ -172,9 +173,7 @@ class Run:
         """Positions that the model must know."""
         return self._spec.training.max_length
 
-    def _make_trainable(
-        self, start: LoraWeights | None, library: ctypes.CDLL | None
-    ) -> TrainableRows | TrainableModel:
+    def _make_trainable(self, start: LoraWeights | None) -> TrainableRows | TrainableModel:
         if self._spec.method == "full":
             return TrainableModel(self._base, max_length=self._longest)
         taken_off = None
@@ -182,7 +181,7 @@ class Run:
             start, taken_off = initial_weights(self._spec.lora, self._base, self._spec.training.seed)
         dropout = self._spec.lora.dropout
         return trainable_rows(
-            self._base, start, taken_off, max_length=self._longest, dropout=dropout, library=library
+            self._base, start, taken_off, max_length=self._longest, dropout=dropout, library=self._library
         )
 
     def _go_on_from_checkpoint(self) -> None:
@@ -301,7 +300,9 @@ class Run:
         found = evaluate(model, adapters, self._data.validation, between=between)
         if not math.isfinite(found.loss):
             raise ValueError("the held-out loss is not a number")
-        matched = exact_match(tuned_base or self._base, weights, self._data.references, between=between)
+        matched = exact_match(
+            tuned_base or self._base, weights, self._data.references, between=between, library=self._library
+        )
         return replace(found, exact_match=matched)
 
     def _note_time(self) -> None:

@@ -13,12 +13,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from adapters.lora import LoraModule, LoraWeights
 from server.model.chat import ChatMessage, PromptEncoder
 from server.model.smollm import NoAdapters
-from server.model.weights import BaseModel
+from server.model.weights import BaseModel, load_base
 from server.training.encoding import Reference, RowEncoder
 from server.training.evaluate import MORE_TOKENS, Evaluation, _may_become, evaluate, exact_match
 from server.training.examples import Example, Examples
 from server.training.rows import CompletionRow, MessagesRow, Row, TextRow
 from tests.engine_kit import random_adapter
+from tests.native_kit import native_library
 from tests.oracles.hugging_face import linear, load_reference, logits, merged
 from tests.server.training.rows_kit import make_examples, model_of, rows_of
 
@@ -276,6 +277,28 @@ def test_the_real_base(real_base: BaseModel, hf_base_dir: Path) -> None:
     assert exact_match(real_base, tuned, answered) == 1
     matches = [one.text.strip() == answer.strip() for one, answer in zip(asked, answers, strict=True)]
     assert exact_match(real_base, tuned, asked) == sum(matches) / 3
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_exact_match_in_native_code(
+    base_dir: Path, real_base: BaseModel, hf_base_dir: Path, with_adapter: bool
+) -> None:
+    """On what the adapter answers in fp32, over its first tokens, and on what it doesn't."""
+    library, base = native_library(), load_base(base_dir, torch.bfloat16)
+    reference = load_reference(hf_base_dir)
+    encoder = RowEncoder(PromptEncoder(base.tokenizer), base.config.eos_token_ids[0])
+    tuned = random_adapter(base.config.shape, 0, rank=8, modules=["v_proj"], layers=[3, 20], strength=0.3)
+    asked = encoder.references(ROWS)
+    with merged(reference, [(tuned, 1.0)] if with_adapter else []):
+        texts = [
+            text_of(real_base, greedy(reference, real_base, one.prompt, one.num_tokens + MORE_TOKENS))
+            for one in asked
+        ]
+    answered = [replace(one, text=text) for one, text in zip(asked, texts, strict=True)]
+    others = [replace(one, text=f"{text} no") for one, text in zip(asked, texts, strict=True)]
+    weights = tuned if with_adapter else None
+    assert exact_match(base, weights, [*answered, *others], library=library) == 0.5
 
 
 def test_which_adapter_it_is(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
