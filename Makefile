@@ -29,6 +29,7 @@ test: check
 check: $(READY_DEV)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run --Werror server/model/native/*.h server/model/native/*.cpp
 	@$(BIN)/mypy
 
 bench: $(READY_DEV)

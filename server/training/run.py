@@ -9,7 +9,7 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Protocol
 
 import torch
@@ -22,6 +22,7 @@ from server.training.documents import read_document
 from server.training.evaluate import Evaluation, evaluate, exact_match
 from server.training.init import initial_weights
 from server.training.job_data import JobData
+from server.training.outcome import Counters, Outcome
 from server.training.spec import JobSpec
 from server.training.trainables import TrainableModel, TrainableRows, trainable_rows
 from server.training.trainer import StepResult, Trainer
@@ -48,46 +49,6 @@ class Reporter(Protocol):
     def checkpointed(self, step: int) -> None:
         """A checkpoint of that step is on the disk."""
         ...
-
-
-@dataclass
-class _Counters:
-    """What a run has counted so far; part of each checkpoint."""
-
-    num_tokens: int = 0
-    timed_tokens: int = 0  # those of all steps but each attempt's first, and the seconds inside them
-    timed_seconds: float = 0.0
-    wall_seconds: float = 0.0
-    peak_memory_bytes: int = 0
-    best_loss: float | None = None
-    best_step: int = 0
-    num_without_gain: int = 0  # evaluations since the best one
-    stopped_early: bool = False
-    base: Evaluation | None = None  # the untouched base's
-    train_curve: list[tuple[int, float]] = field(default_factory=list)
-    eval_curve: list[tuple[int, float]] = field(default_factory=list)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.timed_tokens / self.timed_seconds if self.timed_seconds else 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What a finished run leaves: the weights of `step`; what they are worth, where rows were held out.
-
-    With evaluations on the way, `step` is the best one's, of the `num_steps` that were taken.
-    """
-
-    weights: LoraWeights | None  # None: full fine-tuning, whose weights are `tuned_base`'s
-    tuned_base: BaseModel | None
-    step: int
-    num_steps: int
-    num_trainable: int
-    base: Evaluation | None
-    tuned: Evaluation | None
-    counters: _Counters
-    epochs: float
 
 
 class Run:
@@ -118,7 +79,7 @@ class Run:
         self._trainable = self._make_trainable(start)
         self._trainer = Trainer(self._trainable, data.train, spec.training)
         self._best: torch.Tensor | None = None
-        self._counters = _Counters()
+        self._counters = Counters()
         self._started = time.monotonic()
         self._last_checkpoint = self._started
         self._is_first_step = True
@@ -192,7 +153,7 @@ class Run:
         best = tensors.pop("best", None)
         self._best = None if best is None else best.to(self._base.device)
         self._trainer.restore(tensors, found.step)
-        self._counters = read_document(_Counters, found.state)
+        self._counters = read_document(Counters, found.state)
 
     def _step(self) -> None:
         result = self._trainer.run_step(self._reporter.between)

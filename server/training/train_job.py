@@ -29,8 +29,9 @@ from server.training.job_files import JobFiles
 from server.training.job_reporter import JobReporter, Leave
 from server.training.jobs import FINE_TUNING, Job
 from server.training.leases import Claim, Leases
+from server.training.outcome import Outcome
 from server.training.report import AdapterFacts, Cost, Environment, Findings, build_report, peak_memory_bytes
-from server.training.run import Outcome, Run
+from server.training.run import Run
 from server.training.spec import JobSpec
 from server.training.step_metrics import step_metrics_csv
 from server.training.trained_rows import TrainedRows

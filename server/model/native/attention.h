@@ -27,8 +27,10 @@ inline __m512 sums16(const __m512* v) {
         __m512d a = _mm512_castps_pd(two[2 * i]), b = _mm512_castps_pd(two[2 * i + 1]);
         four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
     }
-    __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x44), _mm512_shuffle_f32x4(four[0], four[1], 0xee));
-    __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x44), _mm512_shuffle_f32x4(four[2], four[3], 0xee));
+    __m512 a =
+        _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x44), _mm512_shuffle_f32x4(four[0], four[1], 0xee));
+    __m512 b =
+        _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x44), _mm512_shuffle_f32x4(four[2], four[3], 0xee));
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
 }
 
@@ -60,7 +62,8 @@ void attend_one(const bf16* q, const CacheView& cache, const int32_t* blocks, in
     offsets.resize(stride);
     for (int start = 0; start < length; start += cache.block_size) {
         const size_t first = cache.offset(blocks, start, kv_head), step = (size_t)cache.kv_heads * dim;
-        for (int i = start; i < std::min(start + cache.block_size, length); i++) offsets[i] = first + (i - start) * step;
+        for (int i = start; i < std::min(start + cache.block_size, length); i++)
+            offsets[i] = first + (i - start) * step;
     }
     for (int i = length; i < stride; i++) offsets[i] = offsets[length - 1];
     const float scale = 1.0f / std::sqrt((float)dim);
@@ -75,7 +78,8 @@ void attend_one(const bf16* q, const CacheView& cache, const int32_t* blocks, in
             for (int i = 0; i < 16; i++) {
                 sum[i] = _mm512_setzero_ps();
                 for (int d = 0; d < dim; d += 32)
-                    sum[i] = _mm512_dpbf16_ps(sum[i], load_pairs(q + head * dim + d), load_pairs(cache.k + offsets[start + i] + d));
+                    sum[i] = _mm512_dpbf16_ps(sum[i], load_pairs(q + head * dim + d),
+                                              load_pairs(cache.k + offsets[start + i] + d));
             }
             _mm512_storeu_ps(scores.data() + head * stride + start, sums16(sum));
         }
@@ -102,12 +106,14 @@ void attend_one(const bf16* q, const CacheView& cache, const int32_t* blocks, in
     }
 }
 
-inline void attend_one(
-    int group, const bf16* q, const CacheView& cache, const int32_t* blocks, int kv_head, int length, bf16* out) {
+inline void attend_one(int group, const bf16* q, const CacheView& cache, const int32_t* blocks, int kv_head, int length,
+                       bf16* out) {
     switch (group) {
-#define SMOLORA_GROUP(n) case n: return attend_one<n>(q, cache, blocks, kv_head, length, out);
-        SMOLORA_GROUP(1) SMOLORA_GROUP(2) SMOLORA_GROUP(3) SMOLORA_GROUP(4)
-        SMOLORA_GROUP(5) SMOLORA_GROUP(6) SMOLORA_GROUP(7) SMOLORA_GROUP(8)
+#define SMOLORA_GROUP(n) \
+    case n: return attend_one<n>(q, cache, blocks, kv_head, length, out);
+        SMOLORA_GROUP(1)
+        SMOLORA_GROUP(2)
+        SMOLORA_GROUP(3) SMOLORA_GROUP(4) SMOLORA_GROUP(5) SMOLORA_GROUP(6) SMOLORA_GROUP(7) SMOLORA_GROUP(8)
 #undef SMOLORA_GROUP
     }
 }
@@ -148,7 +154,8 @@ struct PackedCache {
         const int width = used * kTile;
         thread_local std::vector<float> scores;
         thread_local std::vector<bf16> weights;
-        if (scores.size() < (size_t)rows * width) scores.resize((size_t)rows * width), weights.resize((size_t)rows * width);
+        if (scores.size() < (size_t)rows * width)
+            scores.resize((size_t)rows * width), weights.resize((size_t)rows * width);
         for (int tile = 0; tile < used; tile++)
             multiply(q, dim, rows, k + (size_t)tile * kTile * dim, dim / 2, scores.data() + tile * kTile, width);
         std::vector<float> total(rows);

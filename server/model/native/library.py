@@ -17,7 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 UNITS = ("step.cpp", "train.cpp")
-HEADERS = ("attention.h", "lora.h", "matrix.h", "numbers.h", "panels.h", "team.h", "text_attention.h")
+HEADERS = (
+    *("attention.h", "lora.h", "loss.h", "matrix.h", "numbers.h"),
+    *("panels.h", "team.h", "text_attention.h"),
+)
 FLAGS = (
     "-std=c++20",
     "-O3",

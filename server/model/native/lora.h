@@ -1,7 +1,7 @@
 // The low-rank share of each token's adapters: Σ weight · B (A x), over the rank rows that it uses.
 //
-// A's rows carry their adapter's scaling. A pool holds A as (rows, in), and each module's B as (out / 32, rank, 32) from
-// the module's offset on, so that what a tile of outputs needs lies together.
+// A's rows carry their adapter's scaling. A pool holds A as (rows, in), and each module's B as (out / 32, rank, 32)
+// from the module's offset on, so that what a tile of outputs needs lies together.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -81,7 +81,8 @@ class LoraGroup {
         for (int token = start, last = -1; token < stop; token++) {
             if (run_of_[token] == last || run_of_[token] < 0) continue;
             last = run_of_[token];
-            for_rows(layer, token, column, [](const bf16* b, const float*) { _mm_prefetch((const char*)b, _MM_HINT_T0); });
+            for_rows(layer, token, column,
+                     [](const bf16* b, const float*) { _mm_prefetch((const char*)b, _MM_HINT_T0); });
         }
     }
 
@@ -102,7 +103,8 @@ class LoraGroup {
     struct Task {
         int token, part, row, rows, hidden;
     };
-    // Calls visit(where B's outputs from `column` on lie, where the product with A does) for each row of the token's adapters.
+    // Calls visit(where B's outputs from `column` on lie, where the product with A does) for each row of the token's
+    // adapters.
     template <class Visit>
     void for_rows(int layer, int token, int64_t column, Visit visit) const {
         const LoraRun& run = runs_[run_of_[token]];

@@ -4,11 +4,13 @@
 // what vdpbf16ps multiplies. A row's result doesn't depend on how many rows are computed with it: each output is one
 // sum over the inputs in order.
 #pragma once
+#include <sys/mman.h>
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <sys/mman.h>
+#include <utility>
 
 #include "numbers.h"
 
@@ -85,15 +87,13 @@ inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pa
 // likely to be next, is brought closer.
 template <bool add = false>
 inline void multiply(const bf16* x, size_t x_stride, int rows, const bf16* w, int pairs, float* y, size_t y_stride) {
+    static constexpr auto kByRows = []<int... rows>(std::integer_sequence<int, rows...>) {
+        return std::array{multiply_block<add, rows + 1>...};
+    }(std::make_integer_sequence<int, kBlock>{});
     while (rows > 0) {
         int blocks = (rows + kBlock - 1) / kBlock, now = (rows + blocks - 1) / blocks;
         const size_t ahead = rows > now || blocks == 1 ? 2 * kTile * 16 : 2 * kTile * pairs;
-        switch (now) {
-#define SMOLORA_ROWS(n) case n: multiply_block<add, n>(x, x_stride, w, pairs, ahead, y, y_stride); break;
-            SMOLORA_ROWS(1) SMOLORA_ROWS(2) SMOLORA_ROWS(3) SMOLORA_ROWS(4) SMOLORA_ROWS(5) SMOLORA_ROWS(6)
-            SMOLORA_ROWS(7) SMOLORA_ROWS(8) SMOLORA_ROWS(9) SMOLORA_ROWS(10) SMOLORA_ROWS(11) SMOLORA_ROWS(12)
-#undef SMOLORA_ROWS
-        }
+        kByRows[now - 1](x, x_stride, w, pairs, ahead, y, y_stride);
         x += now * x_stride;
         y += now * y_stride;
         rows -= now;

@@ -1,6 +1,7 @@
 // Tiles for `multiply`, packed as they are needed from 16-bit matrices that lie row after row.
 //
-// A tile is packed once for all rows that it meets, at a few hundredths of their cost, so that nothing has to be kept twice.
+// A tile is packed once for all rows that it meets, at a few hundredths of their cost, so that nothing has to be kept
+// twice.
 #pragma once
 #include <vector>
 
@@ -23,7 +24,8 @@ inline void transpose16(__m512i* r) {
     }
     for (int i = 0; i < 4; i++) {  // in r[i] and each fourth after it, quarter j is column 4 j + i of four rows
         __m512i a = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-        __m512i c = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88), d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+        __m512i c = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88),
+                d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
         t[i] = _mm512_shuffle_i32x4(a, c, 0x88), t[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
         t[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd), t[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
     }
@@ -62,7 +64,8 @@ inline void pack_columns(const bf16* w, size_t stride, int depth, uint32_t* to) 
     }
 }
 
-// to (columns, ·) = from (rows, columns) turned over; columns in sixteens. An odd number of rows is filled up with zeros.
+// to (columns, ·) = from (rows, columns) turned over; columns in sixteens. An odd number of rows is filled up with
+// zeros.
 inline void transpose(const bf16* from, size_t stride, int rows, int columns, bf16* to, size_t to_stride) {
     for (int row = 0; row < rows; row += 32)
         for (int column = 0; column < columns; column += 16) {
@@ -84,6 +87,7 @@ inline void transpose(const bf16* from, size_t stride, int rows, int columns, bf
 
 // y (rows, 32) of a packed tile; `multiply` of matrix.h.
 template <bool add = false>
-inline void multiply(const bf16* x, size_t x_stride, int rows, const Panel& panel, int pairs, float* y, size_t y_stride) {
+inline void multiply(const bf16* x, size_t x_stride, int rows, const Panel& panel, int pairs, float* y,
+                     size_t y_stride) {
     multiply<add>(x, x_stride, rows, (const bf16*)panel.data(), pairs, y, y_stride);
 }

@@ -1,5 +1,5 @@
-// The SmolLM forward, from token ids to final hidden states and from those to logits, for CPUs with AVX-512 and its bf16
-// products.
+// The SmolLM forward, from token ids to final hidden states and from those to logits, for CPUs with AVX-512 and its
+// bf16 products.
 //
 // The same arithmetic as server/model/smollm.py: weights and what they multiply are bf16, sums and the residual stream
 // are fp32. The base's weights are packed once and never written; adapters are added beside them.
@@ -35,7 +35,7 @@ struct Step {
     const Run* runs;
     const int32_t* blocks;
     bf16 *k, *v;
-    int64_t cache_stride;  // elements from layer to layer
+    int64_t cache_stride;   // elements from layer to layer
     const LoraPool* pools;  // of each group
     const LoraModule* modules;
     const LoraRun* lora_runs;
@@ -75,7 +75,7 @@ class Model {
                                 (int)s_.kv_heads, (int)s_.head_dim};
                 norm(layers_[i].input_norm, x_.data());
                 read(i, cache, step);
-                attend(cache, step);
+                attend(cache);
                 add(i, layers_[i].o, kO, mixed_.data());
                 norm(layers_[i].post_norm, x_.data());
                 activate(i);
@@ -96,7 +96,7 @@ class Model {
     }
 
   private:
-    struct Query {  // tokens [start, stop) of the batch, attended to by one item
+    struct Query {                          // tokens [start, stop) of the batch, attended to by one item
         int start, stop, position, packed;  // packed: index of the sequence's first packed kv head, or -1
         const int32_t* blocks;
     };
@@ -139,10 +139,12 @@ class Model {
             const bool few = run.stop - run.start <= kFew;
             const int packed = few ? -1 : (int)packed_.size();
             for (int64_t t = run.start; t < run.stop; t += few ? 1 : block)
-                queries_.push_back({(int)t, (int)std::min(t + (few ? 1 : block), run.stop), positions_[t], packed, blocks});
+                queries_.push_back(
+                    {(int)t, (int)std::min(t + (few ? 1 : block), run.stop), positions_[t], packed, blocks});
             for (int head = 0; !few && head < s_.kv_heads; head++) {
                 packed_.push_back({blocks, head, length, nullptr, nullptr});
-                for (int tile = 0; tile < packed_.back().tiles(); tile++) packs_.push_back({(int)packed_.size() - 1, tile});
+                for (int tile = 0; tile < packed_.back().tiles(); tile++)
+                    packs_.push_back({(int)packed_.size() - 1, tile});
                 size += (size_t)packed_.back().tiles() * kTile * s_.head_dim;
             }
         }
@@ -157,7 +159,8 @@ class Model {
     void embed(const Step& step) {
         team_.each(tokens_, [&](int t) {
             const bf16* row = embed_ + step.token_ids[t] * s_.hidden;
-            for (int64_t i = 0; i < s_.hidden; i += 16) _mm512_storeu_ps(&stream_[t * s_.hidden + i], load_bf16(row + i));
+            for (int64_t i = 0; i < s_.hidden; i += 16)
+                _mm512_storeu_ps(&stream_[t * s_.hidden + i], load_bf16(row + i));
         });
     }
 
@@ -228,15 +231,16 @@ class Model {
                     }
                 }
                 const int32_t* blocks = step.blocks + step.runs[run_of_[t]].first_block;
-                bf16* to = head < heads              ? &q_[((int64_t)t * heads + head) * dim]
-                           : head < heads + kv_heads ? cache.k + cache.offset(blocks, positions_[t], head - heads)
-                                                     : cache.v + cache.offset(blocks, positions_[t], head - heads - kv_heads);
+                bf16* to = head < heads ? &q_[((int64_t)t * heads + head) * dim]
+                           : head < heads + kv_heads
+                               ? cache.k + cache.offset(blocks, positions_[t], head - heads)
+                               : cache.v + cache.offset(blocks, positions_[t], head - heads - kv_heads);
                 for (int i = 0; i < dim; i += 16) store_bf16(to + i, _mm512_loadu_ps(values + i));
             }
         });
     }
 
-    void attend(const CacheView& cache, const Step& step) {
+    void attend(const CacheView& cache) {
         const int dim = cache.head_dim, heads = (int)s_.heads, kv_heads = cache.kv_heads, group = heads / kv_heads;
         if (!packs_.empty())
             team_.each((int)packs_.size(), [&](int i) { packed_[packs_[i].packed].pack(cache, packs_[i].tile); });
@@ -251,7 +255,8 @@ class Model {
             thread_local std::vector<float> out;
             q.resize((size_t)rows * dim), out.resize((size_t)rows * dim);
             for (int row = 0; row < rows; row++)
-                memcpy(&q[row * dim], &q_[first + ((size_t)row / group * heads + row % group) * dim], dim * sizeof(bf16));
+                memcpy(&q[row * dim], &q_[first + ((size_t)row / group * heads + row % group) * dim],
+                       dim * sizeof(bf16));
             packed_[query.packed + kv_head].attend(q.data(), rows, group, query.position, dim, out.data());
             for (int row = 0; row < rows; row++)
                 for (int d = 0; d < dim; d += 16)
@@ -268,7 +273,8 @@ class Model {
             for (int row = 0; row < rows; row++) {
                 float* to = &stream_[(start + row) * s_.hidden + tile * kTile];
                 for (int i = 0; i < kTile; i += 16)
-                    _mm512_storeu_ps(to + i, _mm512_add_ps(_mm512_loadu_ps(to + i), _mm512_loadu_ps(y + row * kTile + i)));
+                    _mm512_storeu_ps(to + i,
+                                     _mm512_add_ps(_mm512_loadu_ps(to + i), _mm512_loadu_ps(y + row * kTile + i)));
             }
         });
     }

@@ -1,8 +1,8 @@
 // A fixed team of threads that walk through the phases of a job together.
 //
-// In a phase each thread has neighbouring items of its own, and then helps the others with theirs, so that a thread that
-// the system takes away for a moment holds the others up by one item only. What an item computes doesn't depend on who
-// computes it.
+// In a phase each thread has neighbouring items of its own, and then helps the others with theirs, so that a thread
+// that the system takes away for a moment holds the others up by one item only. What an item computes doesn't depend on
+// who computes it.
 #pragma once
 #include <immintrin.h>
 #include <sched.h>
@@ -93,8 +93,10 @@ class Team {
     template <class Condition>
     static void wait(Condition condition) {
         for (int i = 0; !condition(); i++) {
-            if (i < kSpins) _mm_pause();
-            else sched_yield();  // whoever should meet the condition may need this core
+            if (i < kSpins)
+                _mm_pause();
+            else
+                sched_yield();  // whoever should meet the condition may need this core
         }
     }
 

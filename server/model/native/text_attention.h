@@ -32,15 +32,16 @@ inline void pack_all_columns(const bf16* x, const Text& text, Panel& to) {
 }
 
 // y (rows, keys up to a multiple of 32) = x (rows, dim) times packed rows.
-inline void against_rows(const bf16* x, size_t stride, int rows, const Panel& panel, int keys, int dim, float* y, int width) {
+inline void against_rows(const bf16* x, size_t stride, int rows, const Panel& panel, int keys, int dim, float* y,
+                         int width) {
     for (int tile = 0; tile * kTile < keys; tile++)
-        multiply(x, stride, rows, (const bf16*)(panel.data() + (size_t)tile * dim / 2 * kTile), dim / 2, y + tile * kTile,
-                 width);
+        multiply(x, stride, rows, (const bf16*)(panel.data() + (size_t)tile * dim / 2 * kTile), dim / 2,
+                 y + tile * kTile, width);
 }
 
 // y (rows, dim) = x (rows, keys), an odd number filled up with zeros, times packed columns.
-inline void against_columns(const bf16* x, int width, int rows, const Panel& panel, int keys, const Text& text, float* y,
-                            size_t y_stride) {
+inline void against_columns(const bf16* x, int width, int rows, const Panel& panel, int keys, const Text& text,
+                            float* y, size_t y_stride) {
     const size_t size = (size_t)(text.length + 1) / 2 * kTile;
     for (int tile = 0; tile < text.dim / kTile; tile++)
         multiply(x, width, rows, (const bf16*)(panel.data() + tile * size), (keys + 1) / 2, y + tile * kTile, y_stride);
@@ -75,8 +76,8 @@ inline void attend_text(const Text& text, bf16* out, size_t out_stride) {
 }
 
 // Gradients dq, dk, dv (length, dim), rows `stride` apart, from that of out.
-inline void attend_text_backward(const Text& text, const bf16* d_out, size_t d_out_stride, float* dq, float* dk, float* dv,
-                                 size_t stride) {
+inline void attend_text_backward(const Text& text, const bf16* d_out, size_t d_out_stride, float* dq, float* dk,
+                                 float* dv, size_t stride) {
     thread_local Panel k, v, k_columns, panel;
     thread_local std::vector<float> scores, d_weights;
     thread_local std::vector<bf16> weights, d_scores, turned;
@@ -110,7 +111,8 @@ inline void attend_text_backward(const Text& text, const bf16* d_out, size_t d_o
             const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum)), scale = _mm512_set1_ps(text.scale());
             for (int i = 0; i < seen; i += 16) {
                 __m512 weight = _mm512_mul_ps(_mm512_loadu_ps(p + i), scale);
-                store_bf16(&d_scores[row * width + i], _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_loadu_ps(dp + i), mean)));
+                store_bf16(&d_scores[row * width + i],
+                           _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_loadu_ps(dp + i), mean)));
             }
             std::fill(&weights[row * width] + seen, &weights[row * width] + width, 0);
             std::fill(&d_scores[row * width] + seen, &d_scores[row * width] + width, 0);

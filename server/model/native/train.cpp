@@ -1,21 +1,19 @@
-// A training step's forward and backward pass, from token ids to final hidden states and from their gradients to those of
-// the adapter's A and B, for CPUs with AVX-512 and its bf16 products.
+// A training step's forward and backward pass, from token ids to final hidden states and from their gradients to those
+// of the adapter's A and B, for CPUs with AVX-512 and its bf16 products.
 //
-// The same arithmetic as server/model/smollm.py with server/training/trained_rows.py: what is multiplied is bf16, sums, the
-// residual stream and its gradient are fp32. The base's weights are read where they lie. Each number is one sum in a fixed
-// order, so that results depend neither on the number of threads nor on chance.
+// The same arithmetic as server/model/smollm.py with server/training/trained_rows.py: what is multiplied is bf16, sums,
+// the residual stream and its gradient are fp32. The base's weights are read where they lie. Each number is one sum in
+// a fixed order, so that results depend neither on the number of threads nor on chance.
 #include <functional>
 
+#include "loss.h"
 #include "team.h"
 #include "text_attention.h"
 
 namespace {
 
-constexpr int kProductRows = 256;  // rows of the batch that an item takes of a product, at most
-constexpr int kRows = 64;          // rows that an item takes of what goes row by row, at most
-constexpr int kLossRows = 256;     // rows whose logits exist at one time
-constexpr int kLossParts = 16;     // of the vocabulary, whose shares of the logits' gradient are summed in order
-constexpr int kLossDepth = 512;    // tokens of the vocabulary that are multiplied at one time
+constexpr int kProductRows = 256;                  // rows of the batch that an item takes of a product, at most
+constexpr int kRows = 64;                          // rows that an item takes of what goes row by row, at most
 enum Group { kQkv, kO, kGateUp, kDown, kGroups };  // in the order of rank_rows.GROUPS
 
 struct Sizes {
@@ -40,7 +38,7 @@ struct Batch {  // texts one after the other; text i has the tokens [starts[i], 
     int64_t num_tokens, num_texts;
     const int64_t *token_ids, *starts;
     const Lora* lora;  // (layers, kGroups)
-    double factor;  // of the features that are kept
+    double factor;     // of the features that are kept
 };
 
 struct Layer {
@@ -48,10 +46,10 @@ struct Layer {
     bool uses_rotary;
 };
 
-struct Kept {  // of one layer, from the forward pass for the backward pass
-    std::vector<float> in, middle;  // the residual stream before attention and before the feed-forward
+struct Kept {                               // of one layer, from the forward pass for the backward pass
+    std::vector<float> in, middle;          // the residual stream before attention and before the feed-forward
     std::vector<bf16> qkv, mixed, gate_up;  // queries and keys are rotated
-    std::vector<bf16> hidden[kGroups];  // x Aᵀ
+    std::vector<bf16> hidden[kGroups];      // x Aᵀ
 };
 
 class Training {
@@ -66,7 +64,7 @@ class Training {
                 *to = *tensors++;
         }
         final_norm_ = *tensors++;
-        head_ = *tensors++;
+        loss_ = Loss(&team_, *tensors++, s_.vocab, s_.hidden);
         q_ = s_.heads * s_.head_dim, kv_ = s_.kv_heads * s_.head_dim, wide_ = q_ + 2 * kv_;
     }
 
@@ -80,7 +78,8 @@ class Training {
                         _mm512_storeu_ps(&kept_[0].in[t * s_.hidden + i],
                                          load_bf16(embed_ + batch.token_ids[t] * s_.hidden + i));
             });
-            for (int i = 0; i < s_.layers; i++) forward(i, batch, i + 1 < s_.layers ? kept_[i + 1].in.data() : last_.data());
+            for (int i = 0; i < s_.layers; i++)
+                forward(i, batch, i + 1 < s_.layers ? kept_[i + 1].in.data() : last_.data());
             each_rows([&](int start, int rows) { norm(last_.data(), final_norm_, start, rows, hidden); });
         });
     }
@@ -99,79 +98,12 @@ class Training {
         });
     }
 
-    // The summed cross-entropy of `targets` under softmax(hidden headᵀ), and `factor` times its gradient in hidden (rows,
-    // hidden). No more than kLossRows rows have their logits at one time.
+    // See `Loss`.
     double loss(const bf16* hidden, const int64_t* targets, int64_t rows, double factor, bf16* d_hidden) {
-        double sum = 0;
-        for (int64_t start = 0; start < rows; start += kLossRows) {
-            const int now = (int)std::min<int64_t>(kLossRows, rows - start);
-            logits_.resize(now * s_.vocab), shares_.resize(kLossParts * now * s_.hidden);
-            top_.resize(now), lost_.resize(now);
-            team_.run([&] {
-                some_loss(hidden + start * s_.hidden, targets + start, now, (float)factor, d_hidden + start * s_.hidden);
-            });
-            for (float of : lost_) sum += of;
-        }
-        return sum;
+        return loss_.run(hidden, targets, rows, factor, d_hidden);
     }
 
   private:
-    void some_loss(const bf16* hidden, const int64_t* targets, int rows, float factor, bf16* d_hidden) {
-        const int tiles = (int)(s_.vocab / kTile);
-        team_.each(tiles, [&](int tile) {
-            thread_local Panel panel;
-            panel.resize(s_.hidden / 2 * kTile);
-            pack_rows(head_ + tile * kTile * s_.hidden, s_.hidden, kTile, (int)s_.hidden, panel.data());
-            multiply(hidden, s_.hidden, rows, panel, (int)s_.hidden / 2, &logits_[tile * kTile], s_.vocab);
-        });
-        team_.each(rows, [&](int row) {  // top: the logarithm of the softmax's divisor
-            const float* of = &logits_[row * s_.vocab];
-            __m512 most = _mm512_loadu_ps(of), sum = _mm512_setzero_ps();
-            for (int64_t i = 16; i < s_.vocab; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(of + i));
-            const float shift = _mm512_reduce_max_ps(most);
-            for (int64_t i = 0; i < s_.vocab; i += 16)
-                sum = _mm512_add_ps(sum, exp16(_mm512_sub_ps(_mm512_loadu_ps(of + i), _mm512_set1_ps(shift))));
-            top_[row] = shift + std::log(_mm512_reduce_add_ps(sum));
-            lost_[row] = top_[row] - of[targets[row]];
-        });
-        team_.each(kLossParts, [&](int part) {
-            const int64_t end = (int64_t)tiles * (part + 1) / kLossParts * kTile;
-            float* share = &shares_[(int64_t)part * rows * s_.hidden];
-            std::fill_n(share, rows * s_.hidden, 0.0f);
-            for (int64_t first = (int64_t)tiles * part / kLossParts * kTile; first < end; first += kLossDepth)
-                add_share(targets, rows, factor, first, (int)std::min<int64_t>(kLossDepth, end - first), share);
-        });
-        team_.each(rows, [&](int row) {
-            for (int64_t i = row * s_.hidden; i < (row + 1) * s_.hidden; i += 16) {
-                __m512 sum = _mm512_loadu_ps(&shares_[i]);
-                for (int64_t part = 1; part < kLossParts; part++)
-                    sum = _mm512_add_ps(sum, _mm512_loadu_ps(&shares_[part * rows * s_.hidden + i]));
-                store_bf16(d_hidden + i, sum);
-            }
-        });
-    }
-
-    // share (rows, hidden) += factor · (softmax - one-hot) times head, for `count` tokens of the vocabulary.
-    void add_share(const int64_t* targets, int rows, float factor, int64_t first, int count, float* share) {
-        thread_local std::vector<bf16> d_logits;
-        thread_local Panel panel;
-        d_logits.resize(kLossRows * kLossDepth), panel.resize(kLossDepth / 2 * kTile);
-        for (int row = 0; row < rows; row++) {
-            const float* of = &logits_[row * s_.vocab + first];
-            bf16* to = &d_logits[row * kLossDepth];
-            for (int i = 0; i < count; i += 16) {
-                __m512 p = exp16(_mm512_sub_ps(_mm512_loadu_ps(of + i), _mm512_set1_ps(top_[row])));
-                const int64_t place = targets[row] - first - i;
-                if (place >= 0 && place < 16) p = _mm512_mask_sub_ps(p, (__mmask16)(1 << place), p, _mm512_set1_ps(1.0f));
-                store_bf16(to + i, _mm512_mul_ps(p, _mm512_set1_ps(factor)));
-            }
-        }
-        for (int64_t column = 0; column < s_.hidden; column += kTile) {
-            pack_columns(head_ + first * s_.hidden + column, s_.hidden, count, panel.data());
-            multiply<true>(d_logits.data(), kLossDepth, rows, panel, count / 2, share + column, s_.hidden);
-        }
-    }
-
     // Everything that the phases share, sized for this batch.
     void prepare(const Batch& batch) {
         tokens_ = (int)batch.num_tokens;
@@ -180,7 +112,8 @@ class Training {
             Kept& kept = kept_[i];
             kept.in.resize(t * s_.hidden), kept.middle.resize(t * s_.hidden);
             kept.qkv.resize(t * wide_), kept.mixed.resize(t * q_), kept.gate_up.resize(t * 2 * s_.intermediate);
-            for (int group = 0; group < kGroups; group++) kept.hidden[group].resize(t * batch.lora[i * kGroups + group].rows);
+            for (int group = 0; group < kGroups; group++)
+                kept.hidden[group].resize(t * batch.lora[i * kGroups + group].rows);
         }
         int64_t most = 0;
         for (int64_t i = 0; i < s_.layers * kGroups; i++) most = std::max(most, batch.lora[i].rows);
@@ -193,7 +126,8 @@ class Training {
         for (auto* d : {&dq_, &dk_, &dv_}) d->resize(t * q_);
         positions_.resize(t);
         for (int64_t text = 0; text < batch.num_texts; text++)
-            for (int64_t i = batch.starts[text]; i < batch.starts[text + 1]; i++) positions_[i] = (int)(i - batch.starts[text]);
+            for (int64_t i = batch.starts[text]; i < batch.starts[text + 1]; i++)
+                positions_[i] = (int)(i - batch.starts[text]);
         product_chunks_ = (tokens_ + kProductRows - 1) / kProductRows;
         row_chunks_ = (tokens_ + kRows - 1) / kRows;
         row_chunks_ = (row_chunks_ + (int)s_.threads - 1) / (int)s_.threads * (int)s_.threads;
@@ -204,17 +138,21 @@ class Training {
         const Lora* lora = batch.lora + index * kGroups;
         Kept& kept = kept_[index];
         const int dim = (int)s_.head_dim, tiles = (int)(s_.intermediate / kTile);
+        auto low = [&](Group group, const bf16* x, int64_t in, int start, int rows) {
+            x = met(lora[group], batch, x, in, start, rows);
+            shrink(lora[group], x, in, start, rows, kept.hidden[group].data());
+        };
 
         each_rows([&](int start, int rows) {
             norm(kept.in.data(), layer.input_norm, start, rows, x_.data());
-            shrink(lora[kQkv], met(lora[kQkv], batch, x_.data(), s_.hidden, start, rows), s_.hidden, start, rows, kept.hidden[kQkv].data());
+            low(kQkv, x_.data(), s_.hidden, start, rows);
         });
         each_product((int)(wide_ / dim), [&](int head, int start, int rows) {  // an item is a head
             thread_local std::vector<float> y;
             y.resize(kProductRows * dim);
             for (int i = 0; i < dim; i += kTile)
-                outputs(layer.qkv, s_.hidden, wide_, lora[kQkv], x_.data(), kept.hidden[kQkv].data(), head * dim + i, start,
-                        rows, y.data() + i, dim);
+                outputs(layer.qkv, s_.hidden, wide_, lora[kQkv], x_.data(), kept.hidden[kQkv].data(), head * dim + i,
+                        start, rows, y.data() + i, dim);
             for (int row = 0; row < rows; row++) {
                 float* of = y.data() + row * dim;
                 if (layer.uses_rotary && head < s_.heads + s_.kv_heads) rotate(of, positions_[start + row], 1.0f);
@@ -226,31 +164,27 @@ class Training {
             const int64_t text = i / s_.heads;
             attend_text(view(kept, batch, text, head), &kept.mixed[batch.starts[text] * q_ + head * dim], q_);
         });
-        each_rows([&](int start, int rows) {
-            shrink(lora[kO], met(lora[kO], batch, kept.mixed.data(), q_, start, rows), q_, start, rows, kept.hidden[kO].data());
-        });
+        each_rows([&](int start, int rows) { low(kO, kept.mixed.data(), q_, start, rows); });
         add(layer.o, q_, lora[kO], kept.mixed.data(), kept.hidden[kO].data(), kept.in.data(), kept.middle.data());
 
         each_rows([&](int start, int rows) {
             norm(kept.middle.data(), layer.post_norm, start, rows, x_.data());
-            shrink(lora[kGateUp], met(lora[kGateUp], batch, x_.data(), s_.hidden, start, rows), s_.hidden, start, rows, kept.hidden[kGateUp].data());
+            low(kGateUp, x_.data(), s_.hidden, start, rows);
         });
         each_product(tiles, [&](int tile, int start, int rows) {
             thread_local std::vector<float> y;
             y.resize(kProductRows * kTile);
             for (int part : {tile, tiles + tile}) {
-                outputs(layer.gate_up, s_.hidden, 2 * s_.intermediate, lora[kGateUp], x_.data(), kept.hidden[kGateUp].data(),
-                        part * kTile, start, rows, y.data(), kTile);
+                outputs(layer.gate_up, s_.hidden, 2 * s_.intermediate, lora[kGateUp], x_.data(),
+                        kept.hidden[kGateUp].data(), part * kTile, start, rows, y.data(), kTile);
                 for (int row = 0; row < rows; row++)
                     store(&y[row * kTile], kTile, &kept.gate_up[(start + row) * 2 * s_.intermediate + part * kTile]);
             }
             activate(kept, tile * kTile, kTile, start, rows);
         });
-        each_rows([&](int start, int rows) {
-            const bf16* x = met(lora[kDown], batch, active_.data(), s_.intermediate, start, rows);
-            shrink(lora[kDown], x, s_.intermediate, start, rows, kept.hidden[kDown].data());
-        });
-        add(layer.down, s_.intermediate, lora[kDown], active_.data(), kept.hidden[kDown].data(), kept.middle.data(), out);
+        each_rows([&](int start, int rows) { low(kDown, active_.data(), s_.intermediate, start, rows); });
+        add(layer.down, s_.intermediate, lora[kDown], active_.data(), kept.hidden[kDown].data(), kept.middle.data(),
+            out);
     }
 
     void backward(int index, const Batch& batch) {
@@ -259,43 +193,48 @@ class Training {
         const Kept& kept = kept_[index];
         const int dim = (int)s_.head_dim;
         const int64_t hidden = s_.hidden, intermediate = s_.intermediate;
+        auto low = [&](Group group, const bf16* x, int64_t in, const bf16* dy, int64_t out, int start, int rows) {
+            met(lora[group], batch, x, in, start, rows);
+            shrink_backward(lora[group], dy, out, start, rows, kept.hidden[group].data());
+        };
 
         each_rows([&](int start, int rows) {
             activate(kept, 0, (int)intermediate, start, rows);
             store(&stream_[start * hidden], rows * hidden, &dy_[start * hidden]);
-            met(lora[kDown], batch, active_.data(), intermediate, start, rows);
-            shrink_backward(lora[kDown], dy_.data(), hidden, start, rows, kept.hidden[kDown].data());
+            low(kDown, active_.data(), intermediate, dy_.data(), hidden, start, rows);
         });
-        each_gradient(lora[kDown], active_.data(), intermediate, dy_.data(), hidden, [&](int tile, int start, int rows) {
-            thread_local std::vector<float> y;
-            y.resize(kProductRows * kTile);
-            inputs(layer.down, intermediate, hidden, lora[kDown], batch, dy_.data(), tile * kTile, start, rows, y.data(), kTile);
-            for (int row = 0; row < rows; row++) {
-                const int64_t at = (start + row) * 2 * intermediate + tile * kTile;
-                activate_backward(&kept.gate_up[at], &y[row * kTile], &d_gate_up_[at]);
-            }
-        });
+        each_gradient(lora[kDown], active_.data(), intermediate, dy_.data(), hidden,
+                      [&](int tile, int start, int rows) {
+                          thread_local std::vector<float> y;
+                          y.resize(kProductRows * kTile);
+                          inputs(layer.down, intermediate, hidden, lora[kDown], batch, dy_.data(), tile * kTile, start,
+                                 rows, y.data(), kTile);
+                          for (int row = 0; row < rows; row++) {
+                              const int64_t at = (start + row) * 2 * intermediate + tile * kTile;
+                              activate_backward(&kept.gate_up[at], &y[row * kTile], &d_gate_up_[at]);
+                          }
+                      });
         each_rows([&](int start, int rows) {
             norm(kept.middle.data(), layer.post_norm, start, rows, x_.data());
-            met(lora[kGateUp], batch, x_.data(), hidden, start, rows);
-            shrink_backward(lora[kGateUp], d_gate_up_.data(), 2 * intermediate, start, rows, kept.hidden[kGateUp].data());
+            low(kGateUp, x_.data(), hidden, d_gate_up_.data(), 2 * intermediate, start, rows);
         });
-        each_gradient(lora[kGateUp], x_.data(), hidden, d_gate_up_.data(), 2 * intermediate, [&](int tile, int start, int rows) {
-            inputs(layer.gate_up, hidden, 2 * intermediate, lora[kGateUp], batch, d_gate_up_.data(), tile * kTile, start, rows,
-                   &dx_[start * hidden + tile * kTile], hidden);
-        });
+        each_gradient(lora[kGateUp], x_.data(), hidden, d_gate_up_.data(), 2 * intermediate,
+                      [&](int tile, int start, int rows) {
+                          inputs(layer.gate_up, hidden, 2 * intermediate, lora[kGateUp], batch, d_gate_up_.data(),
+                                 tile * kTile, start, rows, &dx_[start * hidden + tile * kTile], hidden);
+                      });
 
         each_rows([&](int start, int rows) {
             norm_backward(kept.middle.data(), layer.post_norm, start, rows);
             store(&stream_[start * hidden], rows * hidden, &dy_[start * hidden]);
-            met(lora[kO], batch, kept.mixed.data(), q_, start, rows);
-            shrink_backward(lora[kO], dy_.data(), hidden, start, rows, kept.hidden[kO].data());
+            low(kO, kept.mixed.data(), q_, dy_.data(), hidden, start, rows);
         });
         each_gradient(lora[kO], kept.mixed.data(), q_, dy_.data(), hidden, [&](int tile, int start, int rows) {
             thread_local std::vector<float> y;
             y.resize(kProductRows * kTile);
             inputs(layer.o, q_, hidden, lora[kO], batch, dy_.data(), tile * kTile, start, rows, y.data(), kTile);
-            for (int row = 0; row < rows; row++) store(&y[row * kTile], kTile, &d_mixed_[(start + row) * q_ + tile * kTile]);
+            for (int row = 0; row < rows; row++)
+                store(&y[row * kTile], kTile, &d_mixed_[(start + row) * q_ + tile * kTile]);
         });
         team_.each((int)(batch.num_texts * s_.heads), [&](int i) {
             const int head = (int)(i % s_.heads);
@@ -305,8 +244,7 @@ class Training {
         each_rows([&](int start, int rows) {
             gather_heads(layer, start, rows);
             norm(kept.in.data(), layer.input_norm, start, rows, x_.data());
-            met(lora[kQkv], batch, x_.data(), hidden, start, rows);
-            shrink_backward(lora[kQkv], d_qkv_.data(), wide_, start, rows, kept.hidden[kQkv].data());
+            low(kQkv, x_.data(), hidden, d_qkv_.data(), wide_, start, rows);
         });
         each_gradient(lora[kQkv], x_.data(), hidden, d_qkv_.data(), wide_, [&](int tile, int start, int rows) {
             if (index == 0) return;  // embeddings are frozen
@@ -347,7 +285,8 @@ class Training {
         if (start < tokens_) item(i / product_chunks_, start, std::min(rows, tokens_ - start));
     }
 
-    // Beside the items of dx, by tiles of `in`, those of A's and B's gradients, for x (tokens, in) and dy (tokens, out).
+    // Beside the items of dx, by tiles of `in`, those of A's and B's gradients, for x (tokens, in) and dy (tokens,
+    // out).
     template <class Item>
     void each_gradient(const Lora& lora, const bf16* x, int64_t in, const bf16* dy, int64_t out, Item item) {
         const int products = (int)(in / kTile) * product_chunks_, of_a = lora.rows ? (int)(in / kTile) : 0;
@@ -380,8 +319,8 @@ class Training {
     }
 
     // y (rows, 32): outputs [column, column + 32) of x Wᵀ + (x Aᵀ) B.
-    void outputs(const bf16* w, int64_t in, int64_t out, const Lora& lora, const bf16* x, const bf16* low, int64_t column,
-                 int start, int rows, float* y, int64_t y_stride) {
+    void outputs(const bf16* w, int64_t in, int64_t out, const Lora& lora, const bf16* x, const bf16* low,
+                 int64_t column, int start, int rows, float* y, int64_t y_stride) {
         thread_local Panel panel;
         panel.resize(in / 2 * kTile);
         pack_rows(w + column * in, in, kTile, (int)in, panel.data());
@@ -390,12 +329,13 @@ class Training {
         if (module == nullptr) return;
         panel.resize(std::max<int64_t>(in, module->rank) / 2 * kTile);
         pack_columns(lora.b + module->row * out + column, out, (int)module->rank, panel.data());
-        multiply<true>(low + start * lora.rows + module->row, lora.rows, rows, panel, (int)module->rank / 2, y, y_stride);
+        multiply<true>(low + start * lora.rows + module->row, lora.rows, rows, panel, (int)module->rank / 2, y,
+                       y_stride);
     }
 
     // y (rows, 32): features [column, column + 32) of dy W + (dy Bᵀ) A.
-    void inputs(const bf16* w, int64_t in, int64_t out, const Lora& lora, const Batch& batch, const bf16* dy, int64_t column,
-                int start, int rows, float* y, int64_t y_stride) {
+    void inputs(const bf16* w, int64_t in, int64_t out, const Lora& lora, const Batch& batch, const bf16* dy,
+                int64_t column, int start, int rows, float* y, int64_t y_stride) {
         thread_local Panel panel;
         panel.resize(std::max(out, lora.rows) / 2 * kTile);
         pack_columns(w + column, in, (int)out, panel.data());
@@ -433,7 +373,8 @@ class Training {
     }
 
     // out = in + x Wᵀ + (x Aᵀ) B, for the two modules that write to the residual stream.
-    void add(const bf16* w, int64_t width, const Lora& lora, const bf16* x, const bf16* low, const float* in, float* out) {
+    void add(const bf16* w, int64_t width, const Lora& lora, const bf16* x, const bf16* low, const float* in,
+             float* out) {
         each_product((int)(s_.hidden / kTile), [&](int tile, int start, int rows) {
             thread_local std::vector<float> y;
             y.resize(kProductRows * kTile);
@@ -441,7 +382,8 @@ class Training {
             for (int row = 0; row < rows; row++)
                 for (int i = 0; i < kTile; i += 16) {
                     const int64_t at = (start + row) * s_.hidden + tile * kTile + i;
-                    _mm512_storeu_ps(out + at, _mm512_add_ps(_mm512_loadu_ps(in + at), _mm512_loadu_ps(&y[row * kTile + i])));
+                    _mm512_storeu_ps(out + at,
+                                     _mm512_add_ps(_mm512_loadu_ps(in + at), _mm512_loadu_ps(&y[row * kTile + i])));
                 }
         });
     }
@@ -450,8 +392,8 @@ class Training {
     static void shrink(const Lora& lora, const bf16* x, int64_t in, int start, int rows, bf16* low) {
         thread_local Panel panel;
         for (int64_t row = 0; row < lora.rows; row += kTile)
-            low_rank(lora.a + row * in, in, (int)std::min<int64_t>(kTile, lora.rows - row), in, x + start * in, in, rows, panel,
-                     low + start * lora.rows + row, lora.rows);
+            low_rank(lora.a + row * in, in, (int)std::min<int64_t>(kTile, lora.rows - row), in, x + start * in, in,
+                     rows, panel, low + start * lora.rows + row, lora.rows);
     }
 
     // d_low = dy Bᵀ; both it and x Aᵀ (`low`) are kept turned over as well.
@@ -462,16 +404,17 @@ class Training {
             const LoraModule& module = lora.modules[i];
             for (int64_t row = 0; row < module.rank; row += kTile)
                 low_rank(lora.b + (module.row + row) * out + module.out_start, out,
-                         (int)std::min<int64_t>(kTile, module.rank - row), module.out_features, dy + start * out + module.out_start,
-                         out, rows, panel, &d_low_[start * lora.rows + module.row + row], lora.rows);
+                         (int)std::min<int64_t>(kTile, module.rank - row), module.out_features,
+                         dy + start * out + module.out_start, out, rows, panel,
+                         &d_low_[start * lora.rows + module.row + row], lora.rows);
         }
         transpose(&d_low_[start * lora.rows], lora.rows, rows, (int)lora.rows, &d_turned_[start], across_);
         transpose(low + start * lora.rows, lora.rows, rows, (int)lora.rows, &turned_[start], across_);
     }
 
     // y (rows, outputs) = x (rows, depth) times `outputs` rows of w, 16 or 32.
-    static void low_rank(const bf16* w, int64_t w_stride, int outputs, int64_t depth, const bf16* x, int64_t x_stride, int rows,
-                         Panel& panel, bf16* y, int64_t y_stride) {
+    static void low_rank(const bf16* w, int64_t w_stride, int outputs, int64_t depth, const bf16* x, int64_t x_stride,
+                         int rows, Panel& panel, bf16* y, int64_t y_stride) {
         thread_local std::vector<float> sums;
         sums.resize(kRows * kTile);
         panel.resize(depth / 2 * kTile);
@@ -502,7 +445,8 @@ class Training {
 
     float inverse_rms(const float* row) const {
         __m512 sum = _mm512_setzero_ps();
-        for (int64_t i = 0; i < s_.hidden; i += 16) sum = _mm512_fmadd_ps(_mm512_loadu_ps(row + i), _mm512_loadu_ps(row + i), sum);
+        for (int64_t i = 0; i < s_.hidden; i += 16)
+            sum = _mm512_fmadd_ps(_mm512_loadu_ps(row + i), _mm512_loadu_ps(row + i), sum);
         return 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / s_.hidden + (float)s_.eps);
     }
 
@@ -511,11 +455,13 @@ class Training {
         for (int64_t at = start * s_.hidden; at < (start + rows) * s_.hidden; at += s_.hidden) {
             const __m512 by = _mm512_set1_ps(inverse_rms(x + at));
             for (int64_t i = 0; i < s_.hidden; i += 16)
-                store_bf16(y + at + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + at + i), by), load_bf16(weight + i)));
+                store_bf16(y + at + i,
+                           _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + at + i), by), load_bf16(weight + i)));
         }
     }
 
-    // stream += the norm's gradient in its rows of x, from `dx_`: (g - n · mean(g · n)) / rms for n = x / rms, g = dx · weight.
+    // stream += the norm's gradient in its rows of x, from `dx_`: (g - n · mean(g · n)) / rms for n = x / rms, g = dx ·
+    // weight.
     void norm_backward(const float* x, const bf16* weight, int start, int rows) {
         for (int64_t at = start * s_.hidden; at < (start + rows) * s_.hidden; at += s_.hidden) {
             const __m512 by = _mm512_set1_ps(inverse_rms(x + at));
@@ -534,7 +480,8 @@ class Training {
     }
 
     static __m512 sigmoid(__m512 x) {
-        return _mm512_div_ps(_mm512_set1_ps(1), _mm512_add_ps(_mm512_set1_ps(1), exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+        return _mm512_div_ps(_mm512_set1_ps(1),
+                             _mm512_add_ps(_mm512_set1_ps(1), exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
     }
 
     // active = silu(gate) · up, for some of its columns
@@ -552,7 +499,8 @@ class Training {
     // The gradients of a tile of gate and of up from that of active.
     void activate_backward(const bf16* gate, const float* d_active, bf16* d_gate) const {
         for (int i = 0; i < kTile; i += 16) {
-            __m512 g = load_bf16(gate + i), u = load_bf16(gate + s_.intermediate + i), d = _mm512_loadu_ps(d_active + i);
+            __m512 g = load_bf16(gate + i), u = load_bf16(gate + s_.intermediate + i),
+                   d = _mm512_loadu_ps(d_active + i);
             __m512 share = sigmoid(g), silu = _mm512_mul_ps(g, share);
             // silu' = share · (1 + g · (1 - share))
             __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1), share), share);
@@ -561,7 +509,8 @@ class Training {
         }
     }
 
-    // d_qkv, from each query head's gradients: turned back, those of keys and values summed over the heads that share them.
+    // d_qkv, from each query head's gradients: turned back, those of keys and values summed over the heads that share
+    // them.
     void gather_heads(const Layer& layer, int start, int rows) {
         const int64_t dim = s_.head_dim, group = s_.heads / s_.kv_heads;
         thread_local std::vector<float> sum;
@@ -587,36 +536,39 @@ class Training {
 
     const Sizes s_;
     int64_t q_, kv_, wide_;  // features of queries, of keys, and of queries, keys and values
-    const float* rotary_;  // (2, max_positions, head_dim), as `rotary_table` makes it
+    const float* rotary_;    // (2, max_positions, head_dim), as `rotary_table` makes it
     Team team_;
     std::vector<Layer> layers_;
-    const bf16 *embed_, *final_norm_, *head_;
+    const bf16 *embed_, *final_norm_;
+    Loss loss_;
 
     int tokens_ = 0, product_chunks_ = 0, row_chunks_ = 0, across_ = 0;  // across: tokens, in thirty-twos
     std::vector<Kept> kept_;
-    std::vector<float> last_;  // the residual stream after the last layer
-    std::vector<float> stream_, dx_;  // the gradients of the residual stream, and of what a norm gave
+    std::vector<float> last_;             // the residual stream after the last layer
+    std::vector<float> stream_, dx_;      // the gradients of the residual stream, and of what a norm gave
     std::vector<bf16> x_, active_, met_;  // what a norm and the activation gave, and what A met of it, the newest
     std::vector<bf16> dy_, d_mixed_, d_qkv_, d_gate_up_;
-    std::vector<float> dq_, dk_, dv_;  // (tokens, heads, dim): of each query head
+    std::vector<float> dq_, dk_, dv_;              // (tokens, heads, dim): of each query head
     std::vector<bf16> d_low_, turned_, d_turned_;  // of the newest group: dy Bᵀ; x Aᵀ and dy Bᵀ as (rows of A, tokens)
     std::vector<int> positions_;
-    std::vector<float> logits_, top_, lost_, shares_;  // of the loss: (rows, vocab), (rows,), (rows,), (parts, rows, hidden)
 };
 
 }  // namespace
 
 extern "C" {
 
-// tensors: embed, then of each layer input_norm, qkv, o, post_norm, gate_up and down, then final_norm and lm_head; they and
-// rotary stay the caller's, and must stay.
-void* smolora_training_create(const Sizes* sizes, const bf16* const* tensors, const float* rotary, const uint8_t* uses_rotary) {
+// tensors: embed, then of each layer input_norm, qkv, o, post_norm, gate_up and down, then final_norm and lm_head; they
+// and rotary stay the caller's, and must stay.
+void* smolora_training_create(const Sizes* sizes, const bf16* const* tensors, const float* rotary,
+                              const uint8_t* uses_rotary) {
     return new Training(*sizes, tensors, rotary, uses_rotary);
 }
 
 void smolora_training_destroy(void* training) { delete (Training*)training; }
 
-void smolora_training_forward(void* training, const Batch* batch, bf16* hidden) { ((Training*)training)->forward(*batch, hidden); }
+void smolora_training_forward(void* training, const Batch* batch, bf16* hidden) {
+    ((Training*)training)->forward(*batch, hidden);
+}
 
 void smolora_training_backward(void* training, const Batch* batch, const bf16* d_hidden) {
     ((Training*)training)->backward(*batch, d_hidden);

@@ -23,7 +23,7 @@ from server.training.packed_attention import PackedAttention
 from server.training.run import Run
 from server.training.spec import Init, JobSpec, LoraSpec, TrainingSpec
 from server.training.trainables import trainable_rows
-from server.training.trainer import Trainer
+from server.training.trainer import Trainer, TrainingDiverged
 from tests.engine_kit import random_adapter
 from tests.native_kit import SHAPES, native_library, widened
 from tests.server.training.test_run import Disturbed, Listener, tensors
@@ -201,6 +201,17 @@ def test_one_pass_after_the_other(grouped: BaseModel, library: ctypes.CDLL) -> N
         assert torch.equal(trainable.gradients, expected.gradients)
     trainable.accumulate(batch_of(tokens(grouped, LENGTHS), LENGTHS), 1 / (sum(LENGTHS) - len(LENGTHS)))
     torch.testing.assert_close(trainable.gradients, small.gradients + large.gradients)
+
+
+def test_a_loss_that_is_no_number_says_so(grouped: BaseModel, library: ctypes.CDLL) -> None:
+    modules = random_adapter(grouped.config.shape, 0, rank=4).modules
+    for value in (float("nan"), float("inf"), 1e38):
+        wild = LoraWeights({key: LoraModule(m.a, torch.full_like(m.b, value), 1.0) for key, m in modules.items()})
+        trainable = trainable_rows(grouped, wild, None, max_length=64, dropout=0.0, library=library)
+        assert trainable.native is not None
+        examples = [Example((3, 4, 5, 6), (False, True, True, True))]
+        with pytest.raises(TrainingDiverged, match="not a number in step 1"):
+            Trainer(trainable, examples, TrainingSpec(max_steps=1, max_length=64)).run_step()
 
 
 def test_torch_trains_what_native_code_does_not_cover(

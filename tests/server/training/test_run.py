@@ -14,9 +14,10 @@ from server.model.weights import BaseModel, digest_of
 from server.training.checkpoint import Checkpoints
 from server.training.encoding import RowEncoder
 from server.training.job_data import JobData
+from server.training.outcome import Outcome
 from server.training.report import DataFacts
 from server.training.rows import CompletionRow
-from server.training.run import Outcome, Run
+from server.training.run import Run
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 from server.training.trainer import TrainingDiverged
 

@@ -149,11 +149,14 @@ def test_killed_everything_below_ends_and_the_next_one_goes_on(tmp_path: Path) -
 
 def test_the_command_is_a_worker_with_the_same_settings(tmp_path: Path) -> None:
     """It ends by SIGTERM, and is gone at once when its parent is another process."""
-    settings = load_worker_settings(home=tmp_path / "a home", train_share=0.5, device="cpu")
+    settings = load_worker_settings(home=tmp_path / "a home", train_share=0.5, device="cpu", native=False)
     command = worker_command(settings)
-    flags = dict(flag.removeprefix("--").split("=", 1) for flag in command[5:])
+    given = [flag.removeprefix("--") for flag in command[5:]]
+    assert "no-native" in given
+    flags = dict(flag.split("=", 1) for flag in given if "=" in flag)
     assert flags.pop("parent") == str(os.getpid())
-    assert load_worker_settings(**{name.replace("-", "_"): value for name, value in flags.items()}) == settings
+    named = {name.replace("-", "_"): value for name, value in flags.items()}
+    assert load_worker_settings(**named, native=False) == settings
     assert "base-dir" not in flags
     log = tmp_path / "log"
     with open(log, "wb") as output:
