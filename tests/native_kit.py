@@ -1,12 +1,14 @@
 """The native code for tests: compiled once into the cache, or the reason to skip; and what it is compared with."""
 
 import ctypes
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 
-from server.model.native.library import NativeUnavailable, load_library
+from server.model.native.library import NativeUnavailable, library_name, load_library
 from server.model.native.model import NativeModel
 from server.model.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights
 from tests.conftest import CACHE
@@ -33,6 +35,17 @@ def native_library() -> ctypes.CDLL:
         return load_library([CACHE / "native"])
     except NativeUnavailable as reason:
         pytest.skip(f"no native forward here: {reason}")
+
+
+def lend_native(home: Path) -> None:
+    """Put the compiled library, where there can be one, under a server's HOME: it needn't compile it again."""
+    try:
+        load_library([CACHE / "native"])
+    except NativeUnavailable:
+        return
+    (home / "native").mkdir(exist_ok=True)
+    if not (home / "native" / library_name()).exists():
+        shutil.copy2(CACHE / "native" / library_name(), home / "native")
 
 
 def native_model(base: BaseModel, max_positions: int = 512, num_threads: int = 2) -> NativeModel:

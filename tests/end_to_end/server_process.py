@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
+from tests.native_kit import lend_native
 
 PATIENCE = 120.0
 """Seconds for anything that should take a few; machines that run tests are busy."""
@@ -46,6 +47,7 @@ class ServerProcess:
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.client = httpx.Client(base_url=self.url, headers=self.headers, timeout=PATIENCE, trust_env=False)
         home.mkdir(parents=True, exist_ok=True)
+        lend_native(home)
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 command(home=home, port=self.port, **flags),
