@@ -27,8 +27,8 @@ LIMIT = 300.0
 """Seconds for it all, on two cores."""
 TRAINING: Mapping[str, object] = {"learning_rate": 2e-3, "warmup_ratio": 0.2, "max_length": 32}
 EPOCHS = 16
-"""Of two steps each, for all codes. Found by trying: nothing is missed with any of three seeds, nor in torch, in bf16
-or fp32; at 3e-3, after the usual warm-up, some runs leave again what they knew."""
+"""Of two steps each, for all codes. Found by trying: nothing is missed with any of three seeds, nor in torch, in
+bf16 or fp32; at 3e-3, after the usual warm-up, some runs leave again what they knew."""
 
 
 @dataclass(frozen=True)
