@@ -17,6 +17,7 @@ SHAPES: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "one group": ("llama", {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}),
     "grouped": ("llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "hidden_size": 96}),
     "eight to one": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 64}),
+    "wide heads": ("llama", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}),
     "untied": (
         "llama",
         {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "tie_word_embeddings": False},
@@ -34,7 +35,7 @@ def native_library() -> ctypes.CDLL:
     try:
         return load_library([CACHE / "native"])
     except NativeUnavailable as reason:
-        pytest.skip(f"no native forward here: {reason}")
+        pytest.skip(f"nothing native here: {reason}")
 
 
 def lend_native(home: Path) -> None:

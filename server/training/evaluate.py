@@ -19,7 +19,6 @@ from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
 from server.engine.paged_attention import PagedCache
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
-from server.model.native.library import NativeUnavailable
 from server.model.native.model import NativeModel
 from server.model.rank_rows import RankRows
 from server.model.smollm import Adapters, SmolLM
@@ -119,7 +118,7 @@ def exact_match(
     A completion ends at an end token, or `MORE_TOKENS` after the reference's length; it is given up at the first
     token with which it can't become equal any more. A prompt that leaves no room for one in the base's context
     counts as missed. None where there are no references. `between` is called before each step of the engine.
-    With `library`, native code computes the steps where it covers the base.
+    With `library`, native code computes the steps.
     """
     limit = base.config.max_position_embeddings
     requests: dict[str, GenerationRequest] = {}
@@ -180,14 +179,7 @@ def _engine(
 ) -> Engine:
     """An engine for sequences of up to `lengths` tokens, over the base as it lies in memory."""
     longest = max(lengths)
-    native = None
-    if library is not None:
-        try:
-            native = NativeModel(
-                library, base.config, base.weights, max_positions=longest, num_threads=torch.get_num_threads()
-            )
-        except NativeUnavailable as reason:
-            log.info("nothing native: %s; torch completes, more slowly", reason)
+    native = None if library is None else _native(base, longest, library)
     rank = 1 if weights is None else weights.max_rank
     rank_bytes = RankRows.bytes_per_rank(base.config.shape, base.dtype, base.device, native is not None)
     cached = max(longest + EngineConfig.block_size, min(sum(lengths), MAX_CACHED_TOKENS))
@@ -203,3 +195,14 @@ def _engine(
         return weights
 
     return Engine(model, TokenBytes(*vocabulary_of(base.tokenizer)), load, config, native=native)
+
+
+def _native(base: BaseModel, max_positions: int, library: ctypes.CDLL) -> NativeModel | None:
+    """None where its copy of the weights doesn't fit into memory."""
+    try:
+        return NativeModel(
+            library, base.config, base.weights, max_positions=max_positions, num_threads=torch.get_num_threads()
+        )
+    except MemoryError as reason:
+        log.info("%s: torch completes, more slowly", reason)
+        return None

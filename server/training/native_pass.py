@@ -14,7 +14,7 @@ class NativePass:
     """The passes of one base and of rows in units of `ROW_UNIT`, whose leaves are read where they lie."""
 
     def __init__(self, library: ctypes.CDLL, base: BaseModel, rows: TrainedRows, *, max_length: int) -> None:
-        """Raises NativeUnavailable for a base that the native code does not cover."""
+        """Raises NativeUnavailable for a base that native code doesn't cover, and MemoryError."""
         self._rows = rows
         self._groups = {key: _native(group) for key, group in rows.groups.items()}
         self._training = NativeTraining(
@@ -29,8 +29,8 @@ class NativePass:
     def accumulate(self, batch: MicroBatch, factor: float) -> float:
         """Add `factor` times the gradients of the batch's summed loss to those of the rows; that loss."""
         hidden = self.forward(batch)
-        before = torch.tensor(batch.before)
-        loss, d_rows = self._training.loss(hidden[before], torch.tensor(batch.targets), factor)
+        before = torch.tensor(batch.before, dtype=torch.int64)
+        loss, d_rows = self._training.loss(hidden[before], torch.tensor(batch.targets, dtype=torch.int64), factor)
         self._training.backward(torch.zeros_like(hidden).index_copy_(0, before, d_rows))
         self._rows.add_gradients({key: (group.d_a, group.d_b) for key, group in self._groups.items()})
         return loss
@@ -44,7 +44,9 @@ class NativePass:
             kept = {
                 (layer, name): dropout.kept(layer, name, group.a) for (layer, name), group in self._groups.items()
             }
-        return self._training.forward(torch.tensor(batch.token_ids), batch.lengths, kept, factor)
+        return self._training.forward(
+            torch.tensor(batch.token_ids, dtype=torch.int64), batch.lengths, kept, factor
+        )
 
 
 def _native(group: TrainedGroup) -> NativeGroup:

@@ -20,6 +20,9 @@ class Counters:
     best_step: int = 0
     num_without_gain: int = 0  # evaluations since the best one
     stopped_early: bool = False
+    computed_by: list[str] = field(
+        default_factory=list
+    )  # "torch" or native source's digest; another where it changed
     base: Evaluation | None = None  # the untouched base's
     train_curve: list[tuple[int, float]] = field(default_factory=list)
     eval_curve: list[tuple[int, float]] = field(default_factory=list)

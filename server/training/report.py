@@ -15,7 +15,6 @@ import torch
 
 import server
 from adapters.lora import LoraConfig
-from server.model.native.library import source_digest
 from server.model.weights import BaseModel
 from server.training.evaluate import Evaluation
 from server.training.gate import Gate
@@ -69,23 +68,23 @@ class Environment:
     threads: int
     instructions: str  # what torch's CPU kernels use
     versions: Mapping[str, str]
+    computed_by: Sequence[str] = ("torch",)  # or the digest of native source; several where attempts differed
 
     @classmethod
-    def of(cls, base: BaseModel, *, is_native: bool = False) -> "Environment":
-        """This process's, training on `base`, with native code or torch's."""
+    def of(cls, base: BaseModel, computed_by: Sequence[str] = ("torch",)) -> "Environment":
+        """This process's, training on `base`."""
         versions = {
             "smolora": server.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
         }
-        if is_native:
-            versions["native"] = source_digest()
         return cls(
             device=str(base.device),
             dtype=_DTYPES[base.dtype],
             threads=torch.get_num_threads(),
             instructions=torch.backends.cpu.get_cpu_capability(),
             versions=versions,
+            computed_by=tuple(computed_by),
         )
 
 

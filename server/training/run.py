@@ -6,6 +6,7 @@ that nothing disturbed. It talks to the world through `Reporter`; leases, publis
 """
 
 import ctypes
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from typing import Protocol
 import torch
 
 from adapters.lora import LoraWeights
+from server.model.native.library import source_digest
 from server.model.smollm import NoAdapters, SmolLM
 from server.model.weights import BaseModel
 from server.training.checkpoint import Checkpoint, Checkpoints
@@ -26,6 +28,8 @@ from server.training.outcome import Counters, Outcome
 from server.training.spec import JobSpec
 from server.training.trainables import TrainableModel, TrainableRows, trainable_rows
 from server.training.trainer import StepResult, Trainer
+
+log = logging.getLogger("smolora.training")
 
 CHECKPOINT_SECONDS = 30.0
 """Between checkpoints, where the job doesn't say after how many steps."""
@@ -54,7 +58,7 @@ class Reporter(Protocol):
 class Run:
     """One attempt at a job. `start` is the adapter that the job goes on from, where it names one.
 
-    `library` is the native code, where this machine has it.
+    `library` is the native code, where this machine has it and it covers the base.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class Run:
     def run(self) -> Outcome:
         """Train to the end and measure. Raises TrainingDiverged, or what the reporter raises."""
         self._go_on_from_checkpoint()
+        self._note_who_computes()
         if self._counters.base is None and self._data.validation is not None:
             model = SmolLM(self._base.config, self._base.weights, max_positions=self._longest)
             self._counters.base = self._measure(model, None)
@@ -97,11 +102,6 @@ class Run:
             self._trainable.end_step()
             raise
         return self._finish()
-
-    @property
-    def is_native(self) -> bool:
-        """Whether native code computes its steps."""
-        return isinstance(self._trainable, TrainableRows) and self._trainable.native is not None
 
     def checkpoint(self) -> None:
         """Store where the run is: after its last whole step."""
@@ -154,6 +154,14 @@ class Run:
         self._best = None if best is None else best.to(self._base.device)
         self._trainer.restore(tensors, found.step)
         self._counters = read_document(Counters, found.state)
+
+    def _note_who_computes(self) -> None:
+        """Other code than an attempt before had ends in other bytes, which the card has to say."""
+        now, before = "torch" if self._library is None else source_digest(), self._counters.computed_by
+        if before and before[-1] != now:
+            log.warning("goes on with %s what %s began: the bytes won't be those of either", now, before[-1])
+        if not before or before[-1] != now:
+            before.append(now)
 
     def _step(self) -> None:
         result = self._trainer.run_step(self._reporter.between)

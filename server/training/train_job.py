@@ -95,7 +95,7 @@ class TrainingAttempt:
             config = adapter_config(spec.lora) if parent is None else parent.config
             adapter = PeftAdapter(config, outcome.weights, self._base.name)
         num_bytes = self._keep(adapter, outcome)
-        report = self._report(data, outcome, gate, adapter, latest, num_bytes, is_native=run.is_native)
+        report = self._report(data, outcome, gate, adapter, latest, num_bytes)
         metrics = run.metrics | _final_metrics(outcome)
         publish = None
         if adapter is not None and gate.passes:
@@ -149,8 +149,6 @@ class TrainingAttempt:
         adapter: PeftAdapter | None,
         latest: Evaluation | None,
         num_bytes: int,
-        *,
-        is_native: bool,
     ) -> dict[str, object]:
         counters = outcome.counters
         facts = None
@@ -168,7 +166,7 @@ class TrainingAttempt:
                 peak_memory_bytes=counters.peak_memory_bytes,
                 bytes_stored=num_bytes,
             ),
-            environment=Environment.of(self._base, is_native=is_native),
+            environment=Environment.of(self._base, counters.computed_by),
             num_trainable=outcome.num_trainable,
             adapter=facts,
             gate=gate,

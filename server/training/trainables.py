@@ -5,13 +5,11 @@ Both look the same to `trainer.Trainer`: flat fp32 masters, flat fp32 gradients,
 
 import ctypes
 import dataclasses
-import logging
 from collections.abc import Sequence
 
 import torch
 
 from adapters.lora import LoraWeights
-from server.model.native.library import NativeUnavailable
 from server.model.native.training import ROW_UNIT
 from server.model.smollm import Adapters, NoAdapters, SmolLM
 from server.model.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights
@@ -21,8 +19,6 @@ from server.training.micro_batch import MicroBatch
 from server.training.native_pass import NativePass
 from server.training.packed_attention import PackedAttention
 from server.training.trained_rows import TrainedRows
-
-log = logging.getLogger("smolora.training")
 
 
 class TrainableRows:
@@ -85,17 +81,11 @@ def trainable_rows(
     dropout: float,
     library: ctypes.CDLL | None = None,
 ) -> TrainableRows:
-    """An adapter that begins as `start`, less `taken_off`; native where `library` covers the base."""
-    shape, dtype, device = base.config.shape, base.dtype, base.device
-    if library is not None:
-        rows = TrainedRows(start, shape, dtype, device, taken_off, row_unit=ROW_UNIT)
-        try:
-            native = NativePass(library, base, rows, max_length=max_length)
-            return TrainableRows(base, rows, max_length=max_length, dropout=dropout, native=native)
-        except NativeUnavailable as reason:
-            log.info("nothing native: %s; torch trains, more slowly", reason)
-    rows = TrainedRows(start, shape, dtype, device, taken_off)
-    return TrainableRows(base, rows, max_length=max_length, dropout=dropout)
+    """An adapter that begins as `start`, less `taken_off`; native where `library` is given: see `find_library`."""
+    row_unit = 1 if library is None else ROW_UNIT
+    rows = TrainedRows(start, base.config.shape, base.dtype, base.device, taken_off, row_unit=row_unit)
+    native = None if library is None else NativePass(library, base, rows, max_length=max_length)
+    return TrainableRows(base, rows, max_length=max_length, dropout=dropout, native=native)
 
 
 class TrainableModel:
@@ -146,12 +136,12 @@ def _backward(model: SmolLM, adapters: Adapters, batch: MicroBatch, factor: floa
     """torch's forward and backward pass over `factor` times the batch's summed loss; that loss."""
     device = model.device
     attention = PackedAttention(batch.lengths, device)
-    token_ids = torch.tensor(batch.token_ids, device=device)
+    token_ids = torch.tensor(batch.token_ids, dtype=torch.int64, device=device)
     hidden = model.forward(token_ids, attention.positions, attention, adapters)
     loss = cross_entropy_sum(
-        hidden.index_select(0, torch.tensor(batch.before, device=device)),
+        hidden.index_select(0, torch.tensor(batch.before, dtype=torch.int64, device=device)),
         model.lm_head.weight,
-        torch.tensor(batch.targets, device=device),
+        torch.tensor(batch.targets, dtype=torch.int64, device=device),
     )
     torch.autograd.backward(loss * factor)
     return float(loss.detach())

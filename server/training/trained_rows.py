@@ -2,7 +2,7 @@
 
 `masters` is one flat fp32 vector of every module's A and B, which the optimizer moves in place. The forward pass
 reads copies in the compute dtype, the leaves: two for each layer's group, of its A and of its B.
-`collect_gradients` adds theirs up in a flat fp32 vector after every micro-batch, so that no sum over micro-batches
+`add_gradients` adds theirs up in a flat fp32 vector after every micro-batch, so that no sum over micro-batches
 is rounded to 16 bits.
 
 An adapter that starts with a share B₀A₀ of W itself (PiSSA, OLoRA) gets it taken off again by frozen rows, so
@@ -102,7 +102,7 @@ class _AddLora(torch.autograd.Function):
 class TrainedRows:
     """The parameters of one adapter in training.
 
-    `dropout` is set for one micro-batch; `collect_gradients` ends it, so that it is off in evaluations.
+    `dropout` is set for one micro-batch; `add_gradients` ends it, so that it is off in evaluations.
     """
 
     def __init__(

@@ -38,14 +38,14 @@ inline __m512 sums16(const __m512* v) {
 // returns their sum.
 inline float exponentials(float* scores, int count, float scale) {
     const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    auto valid = [&](int i) { return (__mmask16)(count - i >= 16 ? 0xffff : (1 << (count - i)) - 1); };
     __m512 top = none;
-    for (int i = 0; i < count; i += 16) top = _mm512_max_ps(top, _mm512_mask_loadu_ps(none, valid(i), scores + i));
+    for (int i = 0; i < count; i += 16)
+        top = _mm512_max_ps(top, _mm512_mask_loadu_ps(none, first_lanes(count - i), scores + i));
     const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(top)), by = _mm512_set1_ps(scale);
     __m512 sum = _mm512_setzero_ps();
     for (int i = 0; i < count; i += 16) {
         __m512 x = exp16(_mm512_mul_ps(by, _mm512_sub_ps(_mm512_loadu_ps(scores + i), shift)));
-        x = _mm512_maskz_mov_ps(valid(i), x);
+        x = _mm512_maskz_mov_ps(first_lanes(count - i), x);
         _mm512_storeu_ps(scores + i, x);
         sum = _mm512_add_ps(sum, x);
     }

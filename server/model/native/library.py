@@ -1,4 +1,4 @@
-"""Compiles the native forward once for this version of its source, and loads it.
+"""Compiles the native code once for this version of its source, and loads it.
 
 The library is looked for in the directories given, and made in the last one where none has it: written beside
 and renamed, under a name that changes with its source. Where it can't be had (no compiler, another kind of
@@ -18,7 +18,7 @@ from pathlib import Path
 
 UNITS = ("step.cpp", "train.cpp")
 HEADERS = (
-    *("attention.h", "lora.h", "loss.h", "matrix.h", "numbers.h"),
+    *("attention.h", "layers.h", "lora.h", "loss.h", "matrix.h", "numbers.h"),
     *("panels.h", "team.h", "text_attention.h"),
 )
 FLAGS = (
@@ -32,7 +32,7 @@ _COMPILED_WITHIN = 300.0  # seconds
 
 
 class NativeUnavailable(Exception):
-    """Why the native forward can't be used here; the torch path can."""
+    """Why the native code can't be used here; torch can."""
 
 
 def load_library(directories: Sequence[Path], say: Callable[[str], None] = lambda line: None) -> ctypes.CDLL:
@@ -44,7 +44,7 @@ def load_library(directories: Sequence[Path], say: Callable[[str], None] = lambd
     name = library_name()
     path = next((directory / name for directory in directories if (directory / name).is_file()), None)
     if path is None:
-        say("compiling the native forward, once")
+        say("compiling the native code, once")
         path = compile_library(directories[-1])
     try:
         library = ctypes.CDLL(str(path))
@@ -64,13 +64,13 @@ def load_library(directories: Sequence[Path], say: Callable[[str], None] = lambd
     library.smolora_training_destroy.restype = None
     for run in (library.smolora_training_forward, library.smolora_training_backward):
         run.argtypes = [ctypes.c_void_p] * 3
-        run.restype = None
-    library.smolora_training_loss.restype = ctypes.c_double
+        run.restype = ctypes.c_int
+    library.smolora_training_loss.restype = ctypes.c_int
     library.smolora_training_loss.argtypes = [
         *[ctypes.c_void_p] * 3,
         ctypes.c_int64,
         ctypes.c_double,
-        ctypes.c_void_p,
+        *[ctypes.c_void_p] * 2,
     ]
     if not library.smolora_is_supported():
         raise NativeUnavailable("this processor or system lacks a part of AVX-512")

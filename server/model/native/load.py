@@ -6,19 +6,22 @@ from pathlib import Path
 
 import torch
 
+from server.model.native.base import check_base
 from server.model.native.library import NativeUnavailable, load_library
 from server.model.native.model import NativeModel
 from server.model.weights import BaseModel
 
 
 def find_library(base: BaseModel, directories: Sequence[Path], say: Callable[[str], None]) -> ctypes.CDLL | None:
-    """The library, for a base in bf16 on a CPU; None, after saying why, where torch has to do instead.
+    """The library, for a base in bf16 on a CPU; None, after saying why, where torch has to do
+    instead: the base may not be covered either.
 
     It is looked for in `directories`, and made in the last where none has it.
     """
     if base.device.type != "cpu" or base.dtype is not torch.bfloat16:
         return None  # nothing that it is for
     try:
+        check_base(base.config, base.weights)
         return load_library(directories, say)
     except NativeUnavailable as reason:
         say(f"nothing native: {reason}; torch does it, more slowly")
@@ -32,10 +35,6 @@ def load_native(
     library = find_library(base, directories, say)
     if library is None:
         return None
-    try:
-        return NativeModel(
-            library, base.config, base.weights, max_positions=max_positions, num_threads=torch.get_num_threads()
-        )
-    except NativeUnavailable as reason:
-        say(f"no native forward: {reason}; torch serves, more slowly")
-        return None
+    return NativeModel(
+        library, base.config, base.weights, max_positions=max_positions, num_threads=torch.get_num_threads()
+    )

@@ -14,8 +14,9 @@
 
 #include "numbers.h"
 
-constexpr int kTile = 32;   // outputs of a tile
-constexpr int kBlock = 12;  // rows of a register block: 24 accumulators
+constexpr int kTile = 32;               // outputs of a tile
+constexpr int kBlock = 12;              // rows of a register block: 24 accumulators
+constexpr int kAhead = 16 * 2 * kTile;  // numbers of a tile by which it is fetched in advance
 
 struct Free {
     void operator()(void* p) const { free(p); }
@@ -54,8 +55,7 @@ class Matrix {
 };
 
 template <bool add, int rows>
-inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pairs, size_t ahead, float* y,
-                           size_t y_stride) {
+inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pairs, float* y, size_t y_stride) {
     __m512 sum[rows][2];
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++) {
@@ -63,8 +63,8 @@ inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pa
         sum[row][1] = add ? _mm512_loadu_ps(y + row * y_stride + 16) : _mm512_setzero_ps();
     }
     for (int pair = 0; pair < pairs; pair++) {
-        _mm_prefetch((const char*)(w + ahead), _MM_HINT_T0);
-        _mm_prefetch((const char*)(w + ahead + kTile), _MM_HINT_T0);
+        _mm_prefetch((const char*)(w + kAhead), _MM_HINT_T0);
+        _mm_prefetch((const char*)(w + kAhead + kTile), _MM_HINT_T0);
         __m512bh w0 = load_pairs(w), w1 = load_pairs(w + kTile);
         w += 2 * kTile;
 #pragma GCC unroll 12
@@ -83,8 +83,7 @@ inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pa
     }
 }
 
-// y (rows, 32) = x (rows, 2 · pairs) times one tile, or that added to it. Meanwhile what follows on the tile, which is
-// likely to be next, is brought closer.
+// y (rows, 32) = x (rows, 2 · pairs) times one tile, or that added to it.
 template <bool add = false>
 inline void multiply(const bf16* x, size_t x_stride, int rows, const bf16* w, int pairs, float* y, size_t y_stride) {
     static constexpr auto kByRows = []<int... rows>(std::integer_sequence<int, rows...>) {
@@ -92,8 +91,7 @@ inline void multiply(const bf16* x, size_t x_stride, int rows, const bf16* w, in
     }(std::make_integer_sequence<int, kBlock>{});
     while (rows > 0) {
         int blocks = (rows + kBlock - 1) / kBlock, now = (rows + blocks - 1) / blocks;
-        const size_t ahead = rows > now || blocks == 1 ? 2 * kTile * 16 : 2 * kTile * pairs;
-        kByRows[now - 1](x, x_stride, w, pairs, ahead, y, y_stride);
+        kByRows[now - 1](x, x_stride, w, pairs, y, y_stride);
         x += now * x_stride;
         y += now * y_stride;
         rows -= now;

@@ -15,23 +15,13 @@ import torch
 
 from server.model.config import ModelConfig
 from server.model.lora_batch import TokenRun
-from server.model.native.library import NativeUnavailable
+from server.model.native.base import BaseArguments, check_base
 from server.model.ops.norms import rotary_table
-from server.model.rank_rows import GROUPS, NATIVE_TILE, Placement, RankRows
+from server.model.rank_rows import GROUPS, Placement, RankRows
 from server.model.weights import BaseWeights
 
 Ints = npt.NDArray[np.int64]
 _GROUPS = tuple(GROUPS)
-_TILE = NATIVE_TILE
-_MAX_GROUP = 8  # query heads of a kv head
-
-
-class _Sizes(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("vocab", "hidden", "intermediate", "layers", "heads", "kv_heads")),
-        *((name, ctypes.c_int64) for name in ("head_dim", "max_positions", "threads")),
-        ("eps", ctypes.c_double),
-    )
 
 
 class _Pool(ctypes.Structure):
@@ -107,31 +97,9 @@ class NativeModel:
         self._vocab_size = config.vocab_size
         self._hidden_size = config.hidden_size
         self._weights = weights  # some are read where they lie
-        self._rotary = rotary_table(max_positions, config.head_dim, config.rope_theta).contiguous()
-        sizes = _Sizes(
-            config.vocab_size,
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_layers,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            max_positions,
-            num_threads,
-            config.rms_norm_eps,
-        )
-        tensors = [weights.embed]
-        for layer in weights.layers:
-            tensors += [layer.input_norm, layer.qkv, layer.o, layer.post_norm, layer.gate_up, layer.down]
-        tensors += [weights.final_norm, weights.lm_head]
-        rotated = uses_rotary(config)
-        pointers = (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
-        self._model = library.smolora_create(
-            ctypes.addressof(sizes),
-            ctypes.addressof(pointers),
-            self._rotary.data_ptr(),
-            ctypes.addressof(rotated),
-        )
+        self._rotary = rotary_table(max_positions, config.head_dim, config.rope_theta)
+        arguments = BaseArguments(config, weights, self._rotary, num_threads)
+        self._model = library.smolora_create(*arguments.addresses)
         if not self._model:
             raise MemoryError("no memory for the packed weights")
         # Not at the process' end: a step might still be running in it.
@@ -197,27 +165,3 @@ def _describe(rows: RankRows, placement: Placement, group: str, modules: list[tu
 
 def _table(rows: Sequence[tuple[int, ...]], columns: int) -> Ints:
     return np.array(rows, np.int64).reshape(-1, columns)
-
-
-def uses_rotary(config: ModelConfig) -> "ctypes.Array[ctypes.c_uint8]":
-    """A flag for each layer."""
-    flags = [layer not in config.nope_layers for layer in range(config.num_layers)]
-    return (ctypes.c_uint8 * config.num_layers)(*flags)
-
-
-def check_base(config: ModelConfig, weights: BaseWeights) -> None:
-    """Raises NativeUnavailable where the native code doesn't cover a base."""
-    if any(tensor.dtype is not torch.bfloat16 or tensor.device.type != "cpu" for _, tensor in weights.tensors()):
-        raise NativeUnavailable("it computes in bf16 on a CPU alone")
-    if any(not tensor.is_contiguous() for _, tensor in weights.tensors()):
-        raise NativeUnavailable("it needs contiguous weights")
-    for name, size in (
-        ("vocab_size", config.vocab_size),
-        ("hidden_size", config.hidden_size),
-        ("intermediate_size", config.intermediate_size),
-        ("head_dim", config.head_dim),
-    ):
-        if size % _TILE:
-            raise NativeUnavailable(f"{name} is no multiple of {_TILE}")
-    if config.num_heads // config.num_kv_heads > _MAX_GROUP:
-        raise NativeUnavailable(f"more than {_MAX_GROUP} query heads share a kv head")

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 using bf16 = uint16_t;
 
@@ -14,6 +15,10 @@ inline __m512 load_bf16(const bf16* p) {  // 16 of them, widened
 inline void store_bf16(bf16* p, __m512 x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
 
 inline __m512bh load_pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+inline __mmask16 first_lanes(int count) {
+    return (__mmask16)(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
+}
 
 // e^x within 2 ulp: 2^n · e^r with |r| ≤ ln(2)/2 and e^r by its Taylor polynomial of degree 6. NaN stays NaN.
 inline __m512 exp16(__m512 x) {

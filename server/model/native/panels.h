@@ -32,8 +32,6 @@ inline void transpose16(__m512i* r) {
     for (int i = 0; i < 16; i++) r[i] = t[i];
 }
 
-inline __mmask16 first(int count) { return (__mmask16)(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1); }
-
 // A tile whose outputs are `outputs` (at most 32) rows of w, of `depth` numbers each, an even number; the rest is zero.
 inline void pack_rows(const bf16* w, size_t stride, int outputs, int depth, uint32_t* to) {
     for (int half = 0; half < kTile; half += 16)
@@ -41,7 +39,7 @@ inline void pack_rows(const bf16* w, size_t stride, int outputs, int depth, uint
             __m512i r[16];
             for (int i = 0; i < 16; i++)
                 r[i] = half + i < outputs
-                           ? _mm512_maskz_loadu_epi32(first(depth / 2 - pair), w + (half + i) * stride + 2 * pair)
+                           ? _mm512_maskz_loadu_epi32(first_lanes(depth / 2 - pair), w + (half + i) * stride + 2 * pair)
                            : _mm512_setzero_si512();
             transpose16(r);
             for (int i = 0; i < std::min(16, depth / 2 - pair); i++)
@@ -81,7 +79,7 @@ inline void transpose(const bf16* from, size_t stride, int rows, int columns, bf
             }
             transpose16(r);
             for (int i = 0; i < 16; i++)
-                _mm512_mask_storeu_epi32(to + (column + i) * to_stride + row, first((left + 1) / 2), r[i]);
+                _mm512_mask_storeu_epi32(to + (column + i) * to_stride + row, first_lanes((left + 1) / 2), r[i]);
         }
 }
 

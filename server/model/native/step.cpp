@@ -4,6 +4,7 @@
 // The same arithmetic as server/model/smollm.py: weights and what they multiply are bf16, sums and the residual stream
 // are fp32. The base's weights are packed once and never written; adapters are added beside them.
 #include "attention.h"
+#include "layers.h"
 #include "lora.h"
 #include "matrix.h"
 #include "team.h"
@@ -12,13 +13,6 @@ namespace {
 
 constexpr int kChunk = 48;  // rows that an item takes of a product
 constexpr int kFew = 4;     // new tokens of a run up to which attention walks the cache as it lies
-enum Group { kQkv, kO, kGateUp, kDown, kGroups };  // in the order of rank_rows.GROUPS
-
-struct Sizes {
-    int64_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, threads;
-    double eps;
-};
-
 struct Layer {
     const bf16 *input_norm, *post_norm;
     Matrix qkv, o, gate_up, down;
@@ -168,19 +162,8 @@ class Model {
     void norm(const bf16* weight, bf16* y) {
         constexpr int kAtOnce = 8;
         team_.each((tokens_ + kAtOnce - 1) / kAtOnce, [&](int item) {
-            for (int row = item * kAtOnce; row < std::min(tokens_, (item + 1) * kAtOnce); row++) {
-                const float* from = &stream_[row * s_.hidden];
-                __m512 sum = _mm512_setzero_ps();
-                for (int64_t i = 0; i < s_.hidden; i += 16) {
-                    __m512 v = _mm512_loadu_ps(from + i);
-                    sum = _mm512_fmadd_ps(v, v, sum);
-                }
-                const float mean = _mm512_reduce_add_ps(sum) / s_.hidden;
-                const __m512 by = _mm512_set1_ps(1.0f / std::sqrt(mean + (float)s_.eps));
-                for (int64_t i = 0; i < s_.hidden; i += 16)
-                    store_bf16(y + row * s_.hidden + i,
-                               _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(from + i), by), load_bf16(weight + i)));
-            }
+            for (int row = item * kAtOnce; row < std::min(tokens_, (item + 1) * kAtOnce); row++)
+                rms_norm(&stream_[row * s_.hidden], weight, s_.hidden, s_.eps, y + row * s_.hidden);
         });
     }
 
@@ -210,7 +193,7 @@ class Model {
 
     // Queries, keys and values of x, rotated, into q and the cache: an item is a head.
     void read(int layer, const CacheView& cache, const Step& step) {
-        const int dim = (int)s_.head_dim, heads = (int)s_.heads, kv_heads = (int)s_.kv_heads, half = dim / 2;
+        const int dim = (int)s_.head_dim, heads = (int)s_.heads, kv_heads = (int)s_.kv_heads;
         product(layer, kQkv, x_.data(), heads + 2 * kv_heads, [&](int head, int start, int rows) {
             thread_local std::vector<float> y;
             y.resize(kChunk * dim);
@@ -220,16 +203,8 @@ class Model {
             for (int row = 0; row < rows; row++) {
                 const int t = start + row;
                 float* values = y.data() + row * dim;
-                if (head < heads + kv_heads && layers_[layer].uses_rotary) {
-                    const float* cos = rotary_ + (size_t)positions_[t] * dim;
-                    const float* sin = cos + s_.max_positions * dim;  // its first half is negated
-                    for (int i = 0; i < half; i += 16) {
-                        __m512 a = _mm512_loadu_ps(values + i), b = _mm512_loadu_ps(values + half + i);
-                        __m512 c = _mm512_loadu_ps(cos + half + i), d = _mm512_loadu_ps(sin + half + i);
-                        _mm512_storeu_ps(values + i, _mm512_fnmadd_ps(b, d, _mm512_mul_ps(a, c)));
-                        _mm512_storeu_ps(values + half + i, _mm512_fmadd_ps(a, d, _mm512_mul_ps(b, c)));
-                    }
-                }
+                if (head < heads + kv_heads && layers_[layer].uses_rotary)
+                    rotate(values, rotary_, s_.max_positions, dim, positions_[t], false);
                 const int32_t* blocks = step.blocks + step.runs[run_of_[t]].first_block;
                 bf16* to = head < heads ? &q_[((int64_t)t * heads + head) * dim]
                            : head < heads + kv_heads
@@ -290,9 +265,7 @@ class Model {
             for (int row = 0; row < rows; row++)
                 for (int i = 0; i < kTile; i += 16) {
                     __m512 g = _mm512_loadu_ps(gate + row * kTile + i), u = _mm512_loadu_ps(up + row * kTile + i);
-                    __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), g));
-                    g = _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
-                    store_bf16(&active_[(start + row) * s_.intermediate + tile * kTile + i], _mm512_mul_ps(g, u));
+                    store_bf16(&active_[(start + row) * s_.intermediate + tile * kTile + i], _mm512_mul_ps(silu(g), u));
                 }
         });
     }

@@ -25,8 +25,9 @@ class Team {
         for (auto& thread : threads_) thread.join();
     }
 
-    // Every thread calls the job, which must go through the same phases in each, at least one. Returns when all have.
-    void run(const std::function<void()>& job) {
+    // Every thread calls the job, which must go through the same phases in each, at least one. Returns when all phases
+    // are done; nothing may follow the last one in a job. What an item throws ends the process.
+    void run(const std::function<void()>& job) noexcept {
         job_ = &job;
         jobs_.fetch_add(1);
         jobs_.notify_all();
@@ -68,7 +69,7 @@ class Team {
             for (int k; (k = begin + next_[owner].value.fetch_add(1, std::memory_order_relaxed)) < end;) item(k);
         }
     }
-    void work(int number) {
+    void work(int number) noexcept {
         number_ = number;
         for (unsigned seen = 0;;) {
             for (int i = 0; i < kSpins && jobs_.load(std::memory_order_acquire) == seen; i++) _mm_pause();

@@ -4,22 +4,17 @@
 // The same arithmetic as server/model/smollm.py with server/training/trained_rows.py: what is multiplied is bf16, sums,
 // the residual stream and its gradient are fp32. The base's weights are read where they lie. Each number is one sum in
 // a fixed order, so that results depend neither on the number of threads nor on chance.
-#include <functional>
+#include <new>
 
+#include "layers.h"
 #include "loss.h"
 #include "team.h"
 #include "text_attention.h"
 
 namespace {
 
-constexpr int kProductRows = 256;                  // rows of the batch that an item takes of a product, at most
-constexpr int kRows = 64;                          // rows that an item takes of what goes row by row, at most
-enum Group { kQkv, kO, kGateUp, kDown, kGroups };  // in the order of rank_rows.GROUPS
-
-struct Sizes {
-    int64_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, threads;
-    double eps;
-};
+constexpr int kProductRows = 256;  // rows of the batch that an item takes of a product, at most
+constexpr int kRows = 64;          // rows that an item takes of what goes row by row, at most
 
 struct LoraModule {  // ranks in sixteens; the rest of what the features meet in B is zero
     int64_t row, rank, out_start, out_features;
@@ -46,7 +41,7 @@ struct Layer {
     bool uses_rotary;
 };
 
-struct Kept {                               // of one layer, from the forward pass for the backward pass
+struct Saved {                              // of one layer, from the forward pass for the backward pass
     std::vector<float> in, middle;          // the residual stream before attention and before the feed-forward
     std::vector<bf16> qkv, mixed, gate_up;  // queries and keys are rotated
     std::vector<bf16> hidden[kGroups];      // x Aᵀ
@@ -55,7 +50,7 @@ struct Kept {                               // of one layer, from the forward pa
 class Training {
   public:
     Training(const Sizes& sizes, const bf16* const* tensors, const float* rotary, const uint8_t* uses_rotary)
-        : s_(sizes), rotary_(rotary), team_((int)sizes.threads), layers_(sizes.layers), kept_(sizes.layers) {
+        : s_(sizes), rotary_(rotary), team_((int)sizes.threads), layers_(sizes.layers), saved_(sizes.layers) {
         embed_ = *tensors++;
         for (int64_t i = 0; i < s_.layers; i++) {
             Layer& layer = layers_[i];
@@ -75,11 +70,11 @@ class Training {
             each_rows([&](int start, int rows) {
                 for (int t = start; t < start + rows; t++)
                     for (int64_t i = 0; i < s_.hidden; i += 16)
-                        _mm512_storeu_ps(&kept_[0].in[t * s_.hidden + i],
+                        _mm512_storeu_ps(&saved_[0].in[t * s_.hidden + i],
                                          load_bf16(embed_ + batch.token_ids[t] * s_.hidden + i));
             });
             for (int i = 0; i < s_.layers; i++)
-                forward(i, batch, i + 1 < s_.layers ? kept_[i + 1].in.data() : last_.data());
+                forward(i, batch, i + 1 < s_.layers ? saved_[i + 1].in.data() : last_.data());
             each_rows([&](int start, int rows) { norm(last_.data(), final_norm_, start, rows, hidden); });
         });
     }
@@ -109,11 +104,11 @@ class Training {
         tokens_ = (int)batch.num_tokens;
         const int64_t t = tokens_;
         for (int64_t i = 0; i < s_.layers; i++) {
-            Kept& kept = kept_[i];
-            kept.in.resize(t * s_.hidden), kept.middle.resize(t * s_.hidden);
-            kept.qkv.resize(t * wide_), kept.mixed.resize(t * q_), kept.gate_up.resize(t * 2 * s_.intermediate);
+            Saved& saved = saved_[i];
+            saved.in.resize(t * s_.hidden), saved.middle.resize(t * s_.hidden);
+            saved.qkv.resize(t * wide_), saved.mixed.resize(t * q_), saved.gate_up.resize(t * 2 * s_.intermediate);
             for (int group = 0; group < kGroups; group++)
-                kept.hidden[group].resize(t * batch.lora[i * kGroups + group].rows);
+                saved.hidden[group].resize(t * batch.lora[i * kGroups + group].rows);
         }
         int64_t most = 0;
         for (int64_t i = 0; i < s_.layers * kGroups; i++) most = std::max(most, batch.lora[i].rows);
@@ -136,39 +131,39 @@ class Training {
     void forward(int index, const Batch& batch, float* out) {
         const Layer& layer = layers_[index];
         const Lora* lora = batch.lora + index * kGroups;
-        Kept& kept = kept_[index];
+        Saved& saved = saved_[index];
         const int dim = (int)s_.head_dim, tiles = (int)(s_.intermediate / kTile);
         auto low = [&](Group group, const bf16* x, int64_t in, int start, int rows) {
             x = met(lora[group], batch, x, in, start, rows);
-            shrink(lora[group], x, in, start, rows, kept.hidden[group].data());
+            shrink(lora[group], x, in, start, rows, saved.hidden[group].data());
         };
 
         each_rows([&](int start, int rows) {
-            norm(kept.in.data(), layer.input_norm, start, rows, x_.data());
+            norm(saved.in.data(), layer.input_norm, start, rows, x_.data());
             low(kQkv, x_.data(), s_.hidden, start, rows);
         });
         each_product((int)(wide_ / dim), [&](int head, int start, int rows) {  // an item is a head
             thread_local std::vector<float> y;
             y.resize(kProductRows * dim);
             for (int i = 0; i < dim; i += kTile)
-                outputs(layer.qkv, s_.hidden, wide_, lora[kQkv], x_.data(), kept.hidden[kQkv].data(), head * dim + i,
+                outputs(layer.qkv, s_.hidden, wide_, lora[kQkv], x_.data(), saved.hidden[kQkv].data(), head * dim + i,
                         start, rows, y.data() + i, dim);
             for (int row = 0; row < rows; row++) {
                 float* of = y.data() + row * dim;
-                if (layer.uses_rotary && head < s_.heads + s_.kv_heads) rotate(of, positions_[start + row], 1.0f);
-                store(of, dim, &kept.qkv[(start + row) * wide_ + head * dim]);
+                if (layer.uses_rotary && head < s_.heads + s_.kv_heads) turn(of, start + row, false);
+                store(of, dim, &saved.qkv[(start + row) * wide_ + head * dim]);
             }
         });
         team_.each((int)(batch.num_texts * s_.heads), [&](int i) {
             const int head = (int)(i % s_.heads);
             const int64_t text = i / s_.heads;
-            attend_text(view(kept, batch, text, head), &kept.mixed[batch.starts[text] * q_ + head * dim], q_);
+            attend_text(view(saved, batch, text, head), &saved.mixed[batch.starts[text] * q_ + head * dim], q_);
         });
-        each_rows([&](int start, int rows) { low(kO, kept.mixed.data(), q_, start, rows); });
-        add(layer.o, q_, lora[kO], kept.mixed.data(), kept.hidden[kO].data(), kept.in.data(), kept.middle.data());
+        each_rows([&](int start, int rows) { low(kO, saved.mixed.data(), q_, start, rows); });
+        add(layer.o, q_, lora[kO], saved.mixed.data(), saved.hidden[kO].data(), saved.in.data(), saved.middle.data());
 
         each_rows([&](int start, int rows) {
-            norm(kept.middle.data(), layer.post_norm, start, rows, x_.data());
+            norm(saved.middle.data(), layer.post_norm, start, rows, x_.data());
             low(kGateUp, x_.data(), s_.hidden, start, rows);
         });
         each_product(tiles, [&](int tile, int start, int rows) {
@@ -176,30 +171,30 @@ class Training {
             y.resize(kProductRows * kTile);
             for (int part : {tile, tiles + tile}) {
                 outputs(layer.gate_up, s_.hidden, 2 * s_.intermediate, lora[kGateUp], x_.data(),
-                        kept.hidden[kGateUp].data(), part * kTile, start, rows, y.data(), kTile);
+                        saved.hidden[kGateUp].data(), part * kTile, start, rows, y.data(), kTile);
                 for (int row = 0; row < rows; row++)
-                    store(&y[row * kTile], kTile, &kept.gate_up[(start + row) * 2 * s_.intermediate + part * kTile]);
+                    store(&y[row * kTile], kTile, &saved.gate_up[(start + row) * 2 * s_.intermediate + part * kTile]);
             }
-            activate(kept, tile * kTile, kTile, start, rows);
+            activate(saved, tile * kTile, kTile, start, rows);
         });
         each_rows([&](int start, int rows) { low(kDown, active_.data(), s_.intermediate, start, rows); });
-        add(layer.down, s_.intermediate, lora[kDown], active_.data(), kept.hidden[kDown].data(), kept.middle.data(),
+        add(layer.down, s_.intermediate, lora[kDown], active_.data(), saved.hidden[kDown].data(), saved.middle.data(),
             out);
     }
 
     void backward(int index, const Batch& batch) {
         const Layer& layer = layers_[index];
         const Lora* lora = batch.lora + index * kGroups;
-        const Kept& kept = kept_[index];
+        const Saved& saved = saved_[index];
         const int dim = (int)s_.head_dim;
         const int64_t hidden = s_.hidden, intermediate = s_.intermediate;
         auto low = [&](Group group, const bf16* x, int64_t in, const bf16* dy, int64_t out, int start, int rows) {
             met(lora[group], batch, x, in, start, rows);
-            shrink_backward(lora[group], dy, out, start, rows, kept.hidden[group].data());
+            shrink_backward(lora[group], dy, out, start, rows, saved.hidden[group].data());
         };
 
         each_rows([&](int start, int rows) {
-            activate(kept, 0, (int)intermediate, start, rows);
+            activate(saved, 0, (int)intermediate, start, rows);
             store(&stream_[start * hidden], rows * hidden, &dy_[start * hidden]);
             low(kDown, active_.data(), intermediate, dy_.data(), hidden, start, rows);
         });
@@ -211,11 +206,11 @@ class Training {
                                  rows, y.data(), kTile);
                           for (int row = 0; row < rows; row++) {
                               const int64_t at = (start + row) * 2 * intermediate + tile * kTile;
-                              activate_backward(&kept.gate_up[at], &y[row * kTile], &d_gate_up_[at]);
+                              activate_backward(&saved.gate_up[at], &y[row * kTile], &d_gate_up_[at]);
                           }
                       });
         each_rows([&](int start, int rows) {
-            norm(kept.middle.data(), layer.post_norm, start, rows, x_.data());
+            norm(saved.middle.data(), layer.post_norm, start, rows, x_.data());
             low(kGateUp, x_.data(), hidden, d_gate_up_.data(), 2 * intermediate, start, rows);
         });
         each_gradient(lora[kGateUp], x_.data(), hidden, d_gate_up_.data(), 2 * intermediate,
@@ -225,11 +220,11 @@ class Training {
                       });
 
         each_rows([&](int start, int rows) {
-            norm_backward(kept.middle.data(), layer.post_norm, start, rows);
+            norm_backward(saved.middle.data(), layer.post_norm, start, rows);
             store(&stream_[start * hidden], rows * hidden, &dy_[start * hidden]);
-            low(kO, kept.mixed.data(), q_, dy_.data(), hidden, start, rows);
+            low(kO, saved.mixed.data(), q_, dy_.data(), hidden, start, rows);
         });
-        each_gradient(lora[kO], kept.mixed.data(), q_, dy_.data(), hidden, [&](int tile, int start, int rows) {
+        each_gradient(lora[kO], saved.mixed.data(), q_, dy_.data(), hidden, [&](int tile, int start, int rows) {
             thread_local std::vector<float> y;
             y.resize(kProductRows * kTile);
             inputs(layer.o, q_, hidden, lora[kO], batch, dy_.data(), tile * kTile, start, rows, y.data(), kTile);
@@ -239,11 +234,11 @@ class Training {
         team_.each((int)(batch.num_texts * s_.heads), [&](int i) {
             const int head = (int)(i % s_.heads);
             const int64_t text = i / s_.heads, at = batch.starts[text] * q_ + head * dim;
-            attend_text_backward(view(kept, batch, text, head), &d_mixed_[at], q_, &dq_[at], &dk_[at], &dv_[at], q_);
+            attend_text_backward(view(saved, batch, text, head), &d_mixed_[at], q_, &dq_[at], &dk_[at], &dv_[at], q_);
         });
         each_rows([&](int start, int rows) {
             gather_heads(layer, start, rows);
-            norm(kept.in.data(), layer.input_norm, start, rows, x_.data());
+            norm(saved.in.data(), layer.input_norm, start, rows, x_.data());
             low(kQkv, x_.data(), hidden, d_qkv_.data(), wide_, start, rows);
         });
         each_gradient(lora[kQkv], x_.data(), hidden, d_qkv_.data(), wide_, [&](int tile, int start, int rows) {
@@ -252,12 +247,12 @@ class Training {
                    &dx_[start * hidden + tile * kTile], hidden);
         });
         if (index == 0) return;
-        each_rows([&](int start, int rows) { norm_backward(kept.in.data(), layer.input_norm, start, rows); });
+        each_rows([&](int start, int rows) { norm_backward(saved.in.data(), layer.input_norm, start, rows); });
     }
 
-    Text view(const Kept& kept, const Batch& batch, int64_t text, int head) const {
+    Text view(const Saved& saved, const Batch& batch, int64_t text, int head) const {
         const int64_t start = batch.starts[text];
-        const bf16* row = &kept.qkv[start * wide_];
+        const bf16* row = &saved.qkv[start * wide_];
         const int64_t kv_head = head / (s_.heads / s_.kv_heads);
         return {row + head * s_.head_dim,
                 row + q_ + kv_head * s_.head_dim,
@@ -416,55 +411,32 @@ class Training {
     static void low_rank(const bf16* w, int64_t w_stride, int outputs, int64_t depth, const bf16* x, int64_t x_stride,
                          int rows, Panel& panel, bf16* y, int64_t y_stride) {
         thread_local std::vector<float> sums;
-        sums.resize(kRows * kTile);
+        sums.resize(rows * kTile);
         panel.resize(depth / 2 * kTile);
         pack_rows(w, w_stride, outputs, (int)depth, panel.data());
-        for (int at = 0; at < rows; at += kRows) {
-            const int now = std::min(kRows, rows - at);
-            multiply(x + at * x_stride, x_stride, now, panel, (int)depth / 2, sums.data(), kTile);
-            for (int row = 0; row < now; row++) store(&sums[row * kTile], outputs, y + (at + row) * y_stride);
-        }
+        multiply(x, x_stride, rows, panel, (int)depth / 2, sums.data(), kTile);
+        for (int row = 0; row < rows; row++) store(&sums[row * kTile], outputs, y + row * y_stride);
     }
 
     static void store(const float* from, int64_t count, bf16* to) {
         for (int64_t i = 0; i < count; i += 16) store_bf16(to + i, _mm512_loadu_ps(from + i));
     }
 
-    // A head's numbers at a position, turned by their angles times `direction`, 1 or -1.
-    void rotate(float* of, int position, float direction) const {
-        const int64_t half = s_.head_dim / 2;
-        const float* cos = rotary_ + position * s_.head_dim + half;
-        const float* sin = cos + s_.max_positions * s_.head_dim;
-        for (int64_t i = 0; i < half; i += 16) {
-            __m512 a = _mm512_loadu_ps(of + i), b = _mm512_loadu_ps(of + half + i);
-            __m512 c = _mm512_loadu_ps(cos + i), d = _mm512_mul_ps(_mm512_loadu_ps(sin + i), _mm512_set1_ps(direction));
-            _mm512_storeu_ps(of + i, _mm512_fnmadd_ps(b, d, _mm512_mul_ps(a, c)));
-            _mm512_storeu_ps(of + half + i, _mm512_fmadd_ps(a, d, _mm512_mul_ps(b, c)));
-        }
-    }
-
-    float inverse_rms(const float* row) const {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t i = 0; i < s_.hidden; i += 16)
-            sum = _mm512_fmadd_ps(_mm512_loadu_ps(row + i), _mm512_loadu_ps(row + i), sum);
-        return 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / s_.hidden + (float)s_.eps);
-    }
-
     // y = rows of x, divided by their root mean square and times `weight`.
     void norm(const float* x, const bf16* weight, int start, int rows, bf16* y) const {
-        for (int64_t at = start * s_.hidden; at < (start + rows) * s_.hidden; at += s_.hidden) {
-            const __m512 by = _mm512_set1_ps(inverse_rms(x + at));
-            for (int64_t i = 0; i < s_.hidden; i += 16)
-                store_bf16(y + at + i,
-                           _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + at + i), by), load_bf16(weight + i)));
-        }
+        for (int64_t at = start * s_.hidden; at < (start + rows) * s_.hidden; at += s_.hidden)
+            rms_norm(x + at, weight, s_.hidden, s_.eps, y + at);
+    }
+
+    void turn(float* values, int token, bool back) const {
+        rotate(values, rotary_, s_.max_positions, s_.head_dim, positions_[token], back);
     }
 
     // stream += the norm's gradient in its rows of x, from `dx_`: (g - n · mean(g · n)) / rms for n = x / rms, g = dx ·
     // weight.
     void norm_backward(const float* x, const bf16* weight, int start, int rows) {
         for (int64_t at = start * s_.hidden; at < (start + rows) * s_.hidden; at += s_.hidden) {
-            const __m512 by = _mm512_set1_ps(inverse_rms(x + at));
+            const __m512 by = _mm512_set1_ps(inverse_rms(x + at, s_.hidden, s_.eps));
             __m512 sum = _mm512_setzero_ps();
             for (int64_t i = 0; i < s_.hidden; i += 16) {
                 __m512 g = _mm512_mul_ps(_mm512_loadu_ps(&dx_[at + i]), load_bf16(weight + i));
@@ -479,19 +451,13 @@ class Training {
         }
     }
 
-    static __m512 sigmoid(__m512 x) {
-        return _mm512_div_ps(_mm512_set1_ps(1),
-                             _mm512_add_ps(_mm512_set1_ps(1), exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-    }
-
     // active = silu(gate) · up, for some of its columns
-    void activate(const Kept& kept, int column, int columns, int start, int rows) {
+    void activate(const Saved& saved, int column, int columns, int start, int rows) {
         for (int row = start; row < start + rows; row++) {
-            const bf16 *gate = &kept.gate_up[row * 2 * s_.intermediate + column], *up = gate + s_.intermediate;
+            const bf16 *gate = &saved.gate_up[row * 2 * s_.intermediate + column], *up = gate + s_.intermediate;
             for (int i = 0; i < columns; i += 16) {
                 __m512 g = load_bf16(gate + i);
-                store_bf16(&active_[row * s_.intermediate + column + i],
-                           _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), load_bf16(up + i)));
+                store_bf16(&active_[row * s_.intermediate + column + i], _mm512_mul_ps(silu(g), load_bf16(up + i)));
             }
         }
     }
@@ -501,11 +467,11 @@ class Training {
         for (int i = 0; i < kTile; i += 16) {
             __m512 g = load_bf16(gate + i), u = load_bf16(gate + s_.intermediate + i),
                    d = _mm512_loadu_ps(d_active + i);
-            __m512 share = sigmoid(g), silu = _mm512_mul_ps(g, share);
+            __m512 share = sigmoid(g), gated = _mm512_mul_ps(g, share);
             // silu' = share · (1 + g · (1 - share))
-            __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1), share), share);
+            __m512 slope = _mm512_fmadd_ps(gated, _mm512_sub_ps(_mm512_set1_ps(1), share), share);
             store_bf16(d_gate + i, _mm512_mul_ps(_mm512_mul_ps(d, u), slope));
-            store_bf16(d_gate + s_.intermediate + i, _mm512_mul_ps(d, silu));
+            store_bf16(d_gate + s_.intermediate + i, _mm512_mul_ps(d, gated));
         }
     }
 
@@ -524,7 +490,7 @@ class Training {
                     for (int64_t h = 1; h < heads; h++) all = _mm512_add_ps(all, _mm512_loadu_ps(from + h * dim + i));
                     _mm512_storeu_ps(&sum[i], all);
                 }
-                if (rotated && layer.uses_rotary) rotate(sum.data(), positions_[row], -1.0f);
+                if (rotated && layer.uses_rotary) turn(sum.data(), row, true);
                 store(sum.data(), dim, to);
                 to += dim;
             };
@@ -543,7 +509,7 @@ class Training {
     Loss loss_;
 
     int tokens_ = 0, product_chunks_ = 0, row_chunks_ = 0, across_ = 0;  // across: tokens, in thirty-twos
-    std::vector<Kept> kept_;
+    std::vector<Saved> saved_;
     std::vector<float> last_;             // the residual stream after the last layer
     std::vector<float> stream_, dx_;      // the gradients of the residual stream, and of what a norm gave
     std::vector<bf16> x_, active_, met_;  // what a norm and the activation gave, and what A met of it, the newest
@@ -553,6 +519,16 @@ class Training {
     std::vector<int> positions_;
 };
 
+template <class Call>
+int is_done(Call call) {
+    try {
+        call();
+    } catch (const std::bad_alloc&) {
+        return 0;
+    }
+    return 1;
+}
+
 }  // namespace
 
 extern "C" {
@@ -561,21 +537,27 @@ extern "C" {
 // and rotary stay the caller's, and must stay.
 void* smolora_training_create(const Sizes* sizes, const bf16* const* tensors, const float* rotary,
                               const uint8_t* uses_rotary) {
-    return new Training(*sizes, tensors, rotary, uses_rotary);
+    try {
+        return new Training(*sizes, tensors, rotary, uses_rotary);
+    } catch (const std::exception&) {
+        return nullptr;
+    }
 }
 
 void smolora_training_destroy(void* training) { delete (Training*)training; }
 
-void smolora_training_forward(void* training, const Batch* batch, bf16* hidden) {
-    ((Training*)training)->forward(*batch, hidden);
+// The others answer 0 where there is no memory for the batch, else 1.
+
+int smolora_training_forward(void* training, const Batch* batch, bf16* hidden) {
+    return is_done([&] { ((Training*)training)->forward(*batch, hidden); });
 }
 
-void smolora_training_backward(void* training, const Batch* batch, const bf16* d_hidden) {
-    ((Training*)training)->backward(*batch, d_hidden);
+int smolora_training_loss(void* training, const bf16* hidden, const int64_t* targets, int64_t rows, double factor,
+                          bf16* d_hidden, double* loss) {
+    return is_done([&] { *loss = ((Training*)training)->loss(hidden, targets, rows, factor, d_hidden); });
 }
 
-double smolora_training_loss(void* training, const bf16* hidden, const int64_t* targets, int64_t rows, double factor,
-                             bf16* d_hidden) {
-    return ((Training*)training)->loss(hidden, targets, rows, factor, d_hidden);
+int smolora_training_backward(void* training, const Batch* batch, const bf16* d_hidden) {
+    return is_done([&] { ((Training*)training)->backward(*batch, d_hidden); });
 }
 }

@@ -7,17 +7,16 @@ than those of torch's bf16 path. They depend neither on the number of threads no
 
 import ctypes
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from server.model.config import ModelConfig
-from server.model.native.library import NativeUnavailable
-from server.model.native.model import check_base, uses_rotary
+from server.model.native.base import BaseArguments, check_base
 from server.model.ops.norms import rotary_table
-from server.model.rank_rows import GROUPS, NATIVE_TILE
+from server.model.rank_rows import GROUPS
 from server.model.weights import BaseWeights
 
 ROW_UNIT = 16
@@ -48,14 +47,6 @@ class NativeGroup:
     modules: Sequence[NativeRows]
     d_a: torch.Tensor  # fp32, like a
     d_b: torch.Tensor
-
-
-class _Sizes(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("vocab", "hidden", "intermediate", "layers", "heads", "kv_heads")),
-        *((name, ctypes.c_int64) for name in ("head_dim", "max_positions", "threads")),
-        ("eps", ctypes.c_double),
-    )
 
 
 class _Lora(ctypes.Structure):
@@ -89,12 +80,15 @@ class NativeTraining:
         max_positions: int,
         num_threads: int,
     ) -> None:
-        """Reads weights and groups where they lie. Raises NativeUnavailable for a base that it does not cover."""
+        """Reads weights and groups where they lie. Raises NativeUnavailable for a base that it does not cover, and
+        MemoryError, as all methods do.
+        """
         check_base(config, weights)
         self._library = library
+        self._vocab_size = config.vocab_size
         self._hidden_size = config.hidden_size
         self._weights = weights
-        self._rotary = rotary_table(max_positions, config.head_dim, config.rope_theta).contiguous()
+        self._rotary = rotary_table(max_positions, config.head_dim, config.rope_theta)
         self._groups = groups
         self._tables = [_modules(group) for group in groups.values()]  # held, since C++ reads them
         self._lora = (_Lora * (config.num_layers * len(GROUPS)))()
@@ -102,30 +96,10 @@ class NativeTraining:
             self._lora[_place(key)] = _describe(group, table)
         self._batch = _Batch()
         self._inputs: tuple[object, ...] = ()
-        sizes = _Sizes(
-            config.vocab_size,
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_layers,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            max_positions,
-            num_threads,
-            config.rms_norm_eps,
-        )
-        tensors = [weights.embed]
-        for layer in weights.layers:
-            tensors += [layer.input_norm, layer.qkv, layer.o, layer.post_norm, layer.gate_up, layer.down]
-        tensors += [weights.final_norm, weights.lm_head]
-        rotated = uses_rotary(config)
-        pointers = (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
-        self._training = library.smolora_training_create(
-            ctypes.addressof(sizes),
-            ctypes.addressof(pointers),
-            self._rotary.data_ptr(),
-            ctypes.addressof(rotated),
-        )
+        arguments = BaseArguments(config, weights, self._rotary, num_threads)
+        self._training = library.smolora_training_create(*arguments.addresses)
+        if not self._training:
+            raise MemoryError("no memory for the native passes")
         weakref.finalize(self, library.smolora_training_destroy, self._training).atexit = False
 
     def forward(
@@ -140,7 +114,10 @@ class NativeTraining:
         `kept` are masks (tokens, in) of each group: what dropout keeps of what A meets, which is multiplied by
         `factor`.
         """
-        token_ids = token_ids.to(torch.int64).contiguous()
+        token_ids = token_ids.contiguous()
+        if sum(lengths) != len(token_ids) or not 0 < min(lengths) <= max(lengths) <= self._rotary.shape[1]:
+            raise ValueError(f"texts of {list(lengths)} tokens: {len(token_ids)} were given")
+        self._check_ids(token_ids)
         starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
         hidden = torch.empty(len(token_ids), self._hidden_size, dtype=torch.bfloat16)
         self._inputs = (token_ids, starts, kept)  # held until the backward pass
@@ -154,24 +131,48 @@ class NativeTraining:
             ctypes.addressof(self._lora),
             factor,
         )
-        self._library.smolora_training_forward(self._training, ctypes.addressof(self._batch), hidden.data_ptr())
+        self._call(self._library.smolora_training_forward, ctypes.addressof(self._batch), hidden.data_ptr())
         return hidden
 
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor, factor: float) -> tuple[float, torch.Tensor]:
         """The summed cross-entropy (nats) of targets (rows,) under softmax(hidden · headᵀ), and `factor` times its
         gradient in hidden (rows, hidden size), bf16.
         """
-        hidden, targets = hidden.contiguous(), targets.to(torch.int64).contiguous()
-        d_hidden = torch.empty_like(hidden)
-        lost: float = self._library.smolora_training_loss(
-            self._training, hidden.data_ptr(), targets.data_ptr(), len(targets), factor, d_hidden.data_ptr()
+        hidden, targets = hidden.contiguous(), targets.contiguous()
+        self._check_hidden(hidden, len(targets))
+        self._check_ids(targets)
+        d_hidden, loss = torch.empty_like(hidden), ctypes.c_double()
+        self._call(
+            self._library.smolora_training_loss,
+            hidden.data_ptr(),
+            targets.data_ptr(),
+            len(targets),
+            factor,
+            d_hidden.data_ptr(),
+            ctypes.addressof(loss),
         )
-        return lost, d_hidden
+        return loss.value, d_hidden
 
     def backward(self, d_hidden: torch.Tensor) -> None:
         """The gradients of all groups, from the one of the last `forward`'s answer, of its shape and dtype."""
         d_hidden = d_hidden.contiguous()
-        self._library.smolora_training_backward(self._training, ctypes.addressof(self._batch), d_hidden.data_ptr())
+        self._check_hidden(d_hidden, self._batch.num_tokens)
+        self._call(self._library.smolora_training_backward, ctypes.addressof(self._batch), d_hidden.data_ptr())
+        self._inputs = ()
+
+    def _call(self, function: Callable[..., int], *arguments: object) -> None:
+        if not function(self._training, *arguments):
+            raise MemoryError("no memory for a batch in native code")
+
+    def _check_ids(self, ids: torch.Tensor) -> None:
+        """C++ would read anywhere."""
+        is_known = not len(ids) or 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size
+        if ids.dtype is not torch.int64 or not is_known:
+            raise ValueError("token ids must be int64, and of the vocabulary")
+
+    def _check_hidden(self, hidden: torch.Tensor, rows: int) -> None:
+        if hidden.dtype is not torch.bfloat16 or hidden.shape != (rows, self._hidden_size):
+            raise ValueError(f"hidden states must be bf16, of shape ({rows}, {self._hidden_size})")
 
 
 def _place(key: GroupKey) -> int:
@@ -183,8 +184,6 @@ def _modules(group: NativeGroup) -> np.ndarray[tuple[int, ...], np.dtype[np.int6
     for module in group.modules:
         if module.row % ROW_UNIT or module.num_rows % ROW_UNIT:
             raise ValueError(f"rows of a module must come in units of {ROW_UNIT}")
-        if module.out_start % NATIVE_TILE or module.out_features % NATIVE_TILE:
-            raise NativeUnavailable(f"a module's outputs are no multiple of {NATIVE_TILE}")
     rows = [(m.row, m.num_rows, m.out_start, m.out_features) for m in group.modules]
     return np.array(rows, np.int64).reshape(-1, 4)
 

@@ -1,5 +1,6 @@
 """Evaluations against transformers: loss and accuracy row by row, greedy completions by its own `generate`."""
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -299,6 +300,20 @@ def test_exact_match_in_native_code(
     others = [replace(one, text=f"{text} no") for one, text in zip(asked, texts, strict=True)]
     weights = tuned if with_adapter else None
     assert exact_match(base, weights, [*answered, *others], library=library) == 0.5
+
+
+def test_exact_match_where_there_is_no_memory_for_native_code(
+    tiny_base: BaseModel, tiny_base_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none_left(*given: object, **named: object) -> None:
+        raise MemoryError("no memory for the packed weights")
+
+    monkeypatch.setattr("server.training.evaluate.NativeModel", none_left)
+    one = replace(first_reference(tiny_base, tiny_base_dir, "Not"), num_tokens=12 - MORE_TOKENS)
+    with caplog.at_level("INFO"):
+        found = exact_match(tiny_base, None, [one], library=ctypes.CDLL(None))
+    assert found == exact_match(tiny_base, None, [one]) == 1
+    assert "no memory for the packed weights: torch completes" in caplog.text
 
 
 def test_which_adapter_it_is(tiny_base: BaseModel, tiny_base_dir: Path) -> None:

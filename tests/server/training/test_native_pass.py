@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from adapters.lora import LoraModule, LoraWeights
+from server.model.native.library import NativeUnavailable, source_digest
+from server.model.native.load import find_library
 from server.model.native.training import NativeTraining
 from server.model.source import resolve_base
 from server.model.weights import BaseModel, load_base
@@ -19,18 +21,20 @@ from server.training.examples import Example
 from server.training.init import initial_weights
 from server.training.job_data import DataFacts, JobData
 from server.training.micro_batch import MicroBatch
+from server.training.outcome import Outcome
 from server.training.packed_attention import PackedAttention
 from server.training.run import Run
 from server.training.spec import Init, JobSpec, LoraSpec, TrainingSpec
 from server.training.trainables import trainable_rows
 from server.training.trainer import Trainer, TrainingDiverged
+from tests.conftest import CACHE
 from tests.engine_kit import random_adapter
 from tests.native_kit import SHAPES, native_library, widened
 from tests.server.training.test_run import Disturbed, Listener, tensors
 from tests.tiny import save_tiny_base
 
 MAX_LENGTH = 160
-LENGTHS = (5, 1, 33, 32, 100, 2, 31)
+LENGTHS = (5, 1, 33, 32, 100, 3, 31)  # an odd number in all
 
 
 @pytest.fixture(scope="module")
@@ -170,11 +174,12 @@ def test_neither_threads_nor_chance_change_a_bit(grouped: BaseModel, library: ct
     try:
         for number in (1, 2, 3, 5, 2):
             torch.set_num_threads(number)
-            found.append(pass_through(grouped, start, token_ids, lengths, library))
+            found.append(pass_through(grouped, start, token_ids, lengths, library, dropout=0.1))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert torch.equal(other.hidden, found[0].hidden)
+        assert other.loss == found[0].loss
         assert torch.equal(other.gradients, found[0].gradients)
 
 
@@ -214,20 +219,36 @@ def test_a_loss_that_is_no_number_says_so(grouped: BaseModel, library: ctypes.CD
             Trainer(trainable, examples, TrainingSpec(max_steps=1, max_length=64)).run_step()
 
 
-def test_torch_trains_what_native_code_does_not_cover(
-    tmp_path: Path, library: ctypes.CDLL, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_base_that_native_code_does_not_cover_is_torchs(tmp_path: Path, library: ctypes.CDLL) -> None:
     base = _tiny(tmp_path, "one group", intermediate_size=72)
-    with caplog.at_level("INFO"):
-        trainable = trainable_rows(
-            base, random_adapter(base.config.shape, 0), None, max_length=64, dropout=0.0, library=library
-        )
-    assert trainable.native is None
-    assert "intermediate_size is no multiple of 32" in caplog.text
+    said: list[str] = []
+    assert find_library(base, [CACHE / "native"], said.append) is None
+    assert said == ["nothing native: intermediate_size is no multiple of 32; torch does it, more slowly"]
+    with pytest.raises(NativeUnavailable, match="intermediate_size"):
+        NativeTraining(library, base.config, base.weights, {}, max_positions=64, num_threads=1)
+
+
+def test_what_would_be_read_outside_is_refused(grouped: BaseModel, library: ctypes.CDLL) -> None:
+    training = NativeTraining(library, grouped.config, grouped.weights, {}, max_positions=8, num_threads=1)
+    vocab, size = grouped.config.vocab_size, grouped.config.hidden_size
+    for ids, lengths in (([3] * 9, [9]), ([3] * 4, [3]), ([3, 4], [2, 0]), ([vocab], [1]), ([-1], [1])):
+        with pytest.raises(ValueError, match=r"texts of|of the vocabulary"):
+            training.forward(torch.tensor(ids), lengths)
+    with pytest.raises(ValueError, match="int64"):
+        training.forward(torch.tensor([3], dtype=torch.int32), [1])
+    hidden = training.forward(torch.tensor([3, 4]), [2])
+    with pytest.raises(ValueError, match="of the vocabulary"):
+        training.loss(hidden, torch.tensor([0, vocab]), 1.0)
+    for wrong in (hidden.float(), hidden[:1], hidden[:, : size // 2]):
+        with pytest.raises(ValueError, match="hidden states must be"):
+            training.loss(wrong, torch.tensor([0, 1]), 1.0)
+        with pytest.raises(ValueError, match="hidden states must be"):
+            training.backward(wrong)
+    assert training.loss(hidden[:0], torch.tensor([], dtype=torch.int64), 1.0)[0] == 0
 
 
 def test_disturbed_anywhere_it_ends_in_the_same_bytes(
-    grouped: BaseModel, library: ctypes.CDLL, tmp_path: Path
+    grouped: BaseModel, library: ctypes.CDLL, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A job's run, with native code: other bytes than torch's, and always the same ones."""
     ids = [[status.value % 256, 7, 9 + index] for index, status in enumerate(list(HTTPStatus)[:12])]
@@ -238,22 +259,34 @@ def test_disturbed_anywhere_it_ends_in_the_same_bytes(
     training = TrainingSpec(epochs=5, learning_rate=1e-2, batch_size=4, max_length=16, checkpoint_steps=2)
     spec = JobSpec("codes", lora=lora, training=training)
 
-    def run(directory: str, token: int, end: int | None, native: bool = True) -> LoraWeights | None:
-        checkpoints = Checkpoints(tmp_path / directory, token)
+    def run(directory: str, token: int, end: int | None = None, native: bool = True) -> tuple[Outcome, Listener]:
+        checkpoints, listener = Checkpoints(tmp_path / directory, token), Listener(end)
         given = library if native else None
-        job = Run(spec, data, grouped, checkpoints, Listener(end), library=given)
-        assert job.is_native == native
-        return job.run().weights
+        return Run(spec, data, grouped, checkpoints, listener, library=given).run(), listener
 
-    whole = run("whole", 1, None)
+    whole, _ = run("whole", 1)
     for token, end in enumerate((3, 6, 4), 1):
         with pytest.raises(Disturbed):
             run("parts", token, end)
-    last = run("parts", 9, None)
-    for found, expected in zip(tensors(last), tensors(whole), strict=True):
-        assert torch.equal(found, expected)
-    in_torch = run("torch", 1, None, native=False)
-    assert any(not torch.equal(a, b) for a, b in zip(tensors(in_torch), tensors(whole), strict=True))
+    last, listener = run("parts", 9)
+    assert listener.steps[0] > 1, "it went on from a checkpoint"
+    assert equal(last, whole)
+    assert last.counters.computed_by == [source_digest()]
+
+    in_torch, _ = run("torch", 1, native=False)
+    assert not equal(in_torch, whole)
+    with pytest.raises(Disturbed):
+        run("both", 1, 8, native=False)
+    with caplog.at_level("WARNING"):
+        both, listener = run("both", 2)
+    assert listener.steps[0] > 1
+    assert both.counters.computed_by == ["torch", source_digest()]
+    assert "the bytes won't be those of either" in caplog.text
+
+
+def equal(one: Outcome, other: Outcome) -> bool:
+    pairs = zip(tensors(one.weights), tensors(other.weights), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_the_real_base(base_dir: Path, real_base: BaseModel, library: ctypes.CDLL) -> None:

@@ -26,7 +26,7 @@ def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
 def test_it_is_made_whole_and_under_its_name_alone(tmp_path: Path) -> None:
     said: list[str] = []
     load_library([tmp_path / "nothing", tmp_path / "made"], said.append)
-    assert said == ["compiling the native forward, once"]
+    assert said == ["compiling the native code, once"]
     assert [path.name for path in (tmp_path / "made").iterdir()] == [library_name()]
 
 
