@@ -68,7 +68,13 @@ def submit(client: httpx.Client, scratch: Path) -> None:
         "name": "codes",
         "data": [{"prompt": f"HTTP {code}:", "completion": f" {phrase}"} for code, phrase in CODES.items()],
         "lora": {"rank": 8},
-        "training": {"max_steps": 40, "batch_size": 4, "learning_rate": 5e-3, "max_length": 32},
+        "training": {
+            "max_steps": 40,
+            "batch_size": 4,
+            "learning_rate": 2e-3,
+            "warmup_ratio": 0.2,
+            "max_length": 32,
+        },
     }
     answer = client.post("/train", json=job)
     expect(answer.status_code == 202, f"/train answers 202, not {answer.status_code} {answer.text}")
