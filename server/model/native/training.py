@@ -154,11 +154,11 @@ class NativeTraining:
         return loss.value, d_hidden
 
     def backward(self, d_hidden: torch.Tensor) -> None:
-        """The gradients of all groups, from the one of the last `forward`'s answer, of its shape and dtype."""
+        """The gradients of all groups, from the one of the last `forward`'s answer, like it; once."""
         d_hidden = d_hidden.contiguous()
         self._check_hidden(d_hidden, self._batch.num_tokens)
         self._call(self._library.smolora_training_backward, ctypes.addressof(self._batch), d_hidden.data_ptr())
-        self._inputs = ()
+        self._batch, self._inputs = _Batch(), ()
 
     def _call(self, function: Callable[..., int], *arguments: object) -> None:
         if not function(self._training, *arguments):

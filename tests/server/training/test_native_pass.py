@@ -244,6 +244,9 @@ def test_what_would_be_read_outside_is_refused(grouped: BaseModel, library: ctyp
             training.loss(wrong, torch.tensor([0, 1]), 1.0)
         with pytest.raises(ValueError, match="hidden states must be"):
             training.backward(wrong)
+    training.backward(hidden)
+    with pytest.raises(ValueError, match="hidden states must be"):
+        training.backward(hidden)  # what it needs is let go
     assert training.loss(hidden[:0], torch.tensor([], dtype=torch.int64), 1.0)[0] == 0
 
 
