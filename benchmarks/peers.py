@@ -10,7 +10,7 @@ import resource
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -137,8 +137,8 @@ class _PeerModels:
     def __init__(self, config: PeerConfig) -> None:
         warnings.simplefilter("ignore")
         torch.set_num_threads(config.threads)
-        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        for quiet in (transformers_logging.set_verbosity_error, transformers_logging.disable_progress_bar):
+            cast("Callable[[], None]", quiet)()
         self._config = config
         self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(config.base)
         self._plain = cast(_Model, self._load())

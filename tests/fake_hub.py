@@ -1,6 +1,7 @@
 """The ground of a Hugging Face hub on this machine: what it has is its handler's part."""
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,12 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class HubHandler(BaseHTTPRequestHandler):
+class HubHandler(BaseHTTPRequestHandler, ABC):
     """Answers GET and HEAD alike, by `find`."""
 
+    @abstractmethod
     def find(self) -> tuple[bytes | None, str]:
         """The body of `path`, or None and the hub's code for what isn't there."""
-        raise NotImplementedError
 
     def do_GET(self) -> None:
         body, error = self.find()

@@ -153,9 +153,16 @@ class Changer:
         for key, version in ((self.name, self._latest), (f"{self.name}@{ALIAS}", self._alias)):
             self.timelines[key].set(began, ended, None if version is None else ((self.name, version, 1.0),))
 
-    def _send(self, client: httpx.Client, method: str, path: str, **more: object) -> tuple[float, httpx.Response]:
+    def _send(
+        self,
+        client: httpx.Client,
+        method: str,
+        path: str,
+        json: object = None,
+        files: Mapping[str, tuple[str, bytes]] | None = None,
+    ) -> tuple[float, httpx.Response]:
         began = time.monotonic()
-        return began, client.request(method, path, **more)  # type: ignore[arg-type]
+        return began, client.request(method, path, json=json, files=files)
 
     def _expect(self, what: str, response: httpx.Response, *statuses: int) -> bool:
         """Whether it was done; anything but these statuses is a fault."""

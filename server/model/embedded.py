@@ -7,7 +7,9 @@ would need a llama.cpp build.
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer
@@ -65,7 +67,8 @@ def _tokenizer(file: Path, max_length: int) -> PreTrainedTokenizerBase:
     found = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     backend = json.loads(found.backend_tokenizer.to_str())
     backend |= {"normalizer": None, "pre_tokenizer": PRE_TOKENIZER, "post_processor": None}
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    make = cast("Callable[..., PreTrainedTokenizerBase]", PreTrainedTokenizerFast)  # transformers types it not
+    return make(
         tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
         bos_token=found.bos_token,
         eos_token=found.eos_token,

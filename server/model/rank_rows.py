@@ -25,6 +25,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "down": ("down_proj",),
 }
 """The modules that read the same input, in the order in which their outputs are fused."""
+GroupKey = tuple[int, str]
+"""A layer and a key of `GROUPS`."""
 
 
 NATIVE_TILE = 32

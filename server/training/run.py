@@ -156,8 +156,9 @@ class Run:
         self._counters = read_document(Counters, found.state)
 
     def _note_who_computes(self) -> None:
-        """Other code than an attempt before had ends in other bytes, which the card has to say."""
-        now, before = "torch" if self._library is None else source_digest(), self._counters.computed_by
+        """Steps by other code than an attempt before had end in other bytes, which the card has to say."""
+        is_native = isinstance(self._trainable, TrainableRows) and self._trainable.native is not None
+        now, before = source_digest() if is_native else "torch", self._counters.computed_by
         if before and before[-1] != now:
             log.warning("goes on with %s what %s began: the bytes won't be those of either", now, before[-1])
         if not before or before[-1] != now:

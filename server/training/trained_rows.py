@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from adapters.lora import BaseShape, LoraModule, LoraWeights, ModuleKey
 from server.model.ops.autograd import apply
-from server.model.rank_rows import GROUPS
+from server.model.rank_rows import GROUPS, GroupKey
 from server.training.dropout import Dropout
 
 
@@ -56,7 +56,6 @@ class TrainedGroup:
     b: torch.Tensor
 
 
-GroupKey = tuple[int, str]  # layer, a key of GROUPS
 Gradients = Mapping[GroupKey, tuple[torch.Tensor, torch.Tensor]]
 """Of a layer's group's leaves."""
 

@@ -16,7 +16,6 @@ from typing import Protocol
 import torch
 
 from adapters.errors import SmoloraError
-from server.model.smollm import Adapters, SmolLM
 from server.training.examples import Example
 from server.training.micro_batch import MicroBatch
 from server.training.packing import pack
@@ -33,12 +32,8 @@ class TrainingDiverged(SmoloraError):
 
 
 class Trainable(Protocol):
-    """What is trained: flat fp32 masters, and the model and adapters that read copies of them."""
+    """What is trained: flat fp32 masters, and a model that reads copies of them."""
 
-    @property
-    def model(self) -> SmolLM: ...
-    @property
-    def adapters(self) -> Adapters: ...
     @property
     def masters(self) -> torch.Tensor: ...
     @property

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from random import Random
+from typing import cast
 
 import pytest
 import sqlalchemy as sa
@@ -325,10 +327,10 @@ def test_combine_is_canonical() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(D[:3]), st.decimals(-100, 100, places=3)), max_size=16), st.randoms())
 @settings(deadline=None)
-def test_combine_adds_up_exactly_in_any_order(pairs: list[tuple[str, float]], random: object) -> None:
+def test_combine_adds_up_exactly_in_any_order(pairs: list[tuple[str, float]], random: Random) -> None:
     parts = [Part("a", 1, digest, float(weight)) for digest, weight in pairs]
     combined = combine(parts)
-    random.shuffle(parts)  # type: ignore[attr-defined]
+    random.shuffle(parts)
     assert combine(parts) == combined
     sums = {digest: sum(weight for other, weight in pairs if other == digest) for digest, _ in pairs}
     assert dict(combined) == {digest: float(total) for digest, total in sums.items() if total}
@@ -336,7 +338,7 @@ def test_combine_adds_up_exactly_in_any_order(pairs: list[tuple[str, float]], ra
 
 
 def test_the_tables_and_queries_are_postgresql_too() -> None:
-    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    dialect = cast("Callable[[], sa.Dialect]", postgresql.dialect)()
     for table in module.metadata.sorted_tables:
         assert "CREATE TABLE" in str(sa.schema.CreateTable(table).compile(dialect=dialect))
     query = sa.union_all(*(lookup(i, term) for i, term in enumerate(parse("a+a@1+a@prod"))))

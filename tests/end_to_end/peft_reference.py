@@ -10,11 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from tests.oracles.hugging_face import linear, load_reference
 
@@ -30,6 +32,12 @@ class Generated:
     logits: torch.Tensor
 
 
+class _Generates(Protocol):
+    """What transformers' models do, which it leaves untyped."""
+
+    def generate(self, **options: object) -> GenerateDecoderOnlyOutput: ...
+
+
 class Reference:
     """The base as transformers runs it. Adapters are on it only inside a `with`."""
 
@@ -41,7 +49,7 @@ class Reference:
         """The likeliest continuation of each prompt, until the end token or `max_tokens`, in one batch."""
         batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True)
         with torch.inference_mode(), _quiet():
-            out = self._model.generate(  # type: ignore[operator]
+            out = cast("_Generates", self._model).generate(
                 **batch,
                 max_new_tokens=max_tokens,
                 do_sample=False,

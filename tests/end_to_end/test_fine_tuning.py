@@ -10,7 +10,7 @@ from pathlib import Path
 import openai
 import pytest
 from openai import OpenAI
-from openai.types.fine_tuning import FineTuningJob
+from openai.types.fine_tuning import FineTuningJob, SupervisedHyperparametersParam
 
 from tests.end_to_end.server_process import PATIENCE, ServerProcess
 from tests.end_to_end.training_client import code_rows, get, wait_until
@@ -72,7 +72,7 @@ def test_from_upload_to_use(client: OpenAI, server: ServerProcess) -> None:
     rows = client.files.create(file=("codes.jsonl", content), purpose="fine-tune")
     held_out = client.files.create(file=("held-out.jsonl", chat_rows(4)), purpose="fine-tune")
     assert client.files.content(rows.id).read() == content
-    asked = {"n_epochs": 4, "batch_size": 4, "learning_rate_multiplier": 2}
+    asked: SupervisedHyperparametersParam = {"n_epochs": 4, "batch_size": 4, "learning_rate_multiplier": 2}
     job = client.fine_tuning.jobs.create(
         model=server.client.get("/ready").json()["model"],
         training_file=rows.id,
@@ -80,7 +80,7 @@ def test_from_upload_to_use(client: OpenAI, server: ServerProcess) -> None:
         suffix="codes",
         seed=3,
         metadata={"who": "a test"},
-        method={"type": "supervised", "supervised": {"hyperparameters": asked}},  # type: ignore[typeddict-item]
+        method={"type": "supervised", "supervised": {"hyperparameters": asked}},
     )
     assert job.fine_tuned_model is None
     with pytest.raises(openai.ConflictError):

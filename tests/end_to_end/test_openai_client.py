@@ -5,12 +5,13 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
+from openai.types.shared_params.response_format_json_schema import JSONSchema
 from pydantic import BaseModel, ConfigDict
 
 from tests.end_to_end.conftest import MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_QUEUE
@@ -67,7 +68,7 @@ def test_chat(client: OpenAI, server: ServerProcess, model: str) -> None:
     assert answer.usage is not None
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     # the client's own form of the turn goes back as it is
-    turn: ChatCompletionMessageParam = choice.message.model_dump()  # type: ignore[assignment]
+    turn = cast("ChatCompletionMessageParam", choice.message.model_dump())
     more = [*MESSAGES, turn, {"role": "user", "content": "And of Italy?"}]
     following = client.chat.completions.create(model=model, messages=more, max_tokens=1)
     assert following.usage is not None
@@ -273,12 +274,12 @@ def test_refusals(client: OpenAI, model: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model=model, prompt=[49152])
     assert caught.value.param == "prompt"
-    hostile = {"name": "a", "schema": {"type": "string", "pattern": "(a|aa)*" * 400 + "("}}
+    hostile: JSONSchema = {"name": "a", "schema": {"type": "string", "pattern": "(a|aa)*" * 400 + "("}}
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(
             model=model,
             messages=MESSAGES,
-            response_format={"type": "json_schema", "json_schema": hostile},  # type: ignore[typeddict-item]
+            response_format={"type": "json_schema", "json_schema": hostile},
         )
     assert caught.value.param == "response_format.json_schema.schema"
     with pytest.raises(openai.NotFoundError, match="nobody") as lost:

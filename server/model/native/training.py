@@ -16,13 +16,11 @@ import torch
 from server.model.config import ModelConfig
 from server.model.native.base import BaseArguments, check_base
 from server.model.ops.norms import rotary_table
-from server.model.rank_rows import GROUPS
+from server.model.rank_rows import GROUPS, GroupKey
 from server.model.weights import BaseWeights
 
 ROW_UNIT = 16
 """A module's rows in a group's A and B begin at a multiple of it; those that fill it up are zero."""
-
-GroupKey = tuple[int, str]  # layer, a key of GROUPS
 
 
 @dataclass(frozen=True)

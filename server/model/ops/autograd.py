@@ -1,5 +1,6 @@
 """torch's own autograd functions, typed."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -7,4 +8,4 @@ import torch
 
 def apply(function: type[torch.autograd.Function], *inputs: object) -> torch.Tensor:
     """`function.apply(*inputs)` of a function with one tensor for its answer; torch leaves it untyped."""
-    return cast("torch.Tensor", function.apply(*inputs))  # type: ignore[no-untyped-call]
+    return cast("Callable[..., torch.Tensor]", function.apply)(*inputs)

@@ -133,7 +133,9 @@ async def test_an_unknown_adapter_is_404_and_holds_nothing(client: httpx.AsyncCl
     assert (len(engine.requests), engine.open) == (1, set())
 
 
-async def test_a_queue_that_fills_up_midway_refuses_all(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_a_queue_that_fills_up_midway_refuses_all(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     taken = engine.submit
 
     def submit(request: GenerationRequest) -> FakeStream:
@@ -141,7 +143,7 @@ async def test_a_queue_that_fills_up_midway_refuses_all(client: httpx.AsyncClien
             raise QueueFull
         return taken(request)
 
-    engine.submit = submit  # type: ignore[method-assign]
+    monkeypatch.setattr(engine, "submit", submit)
     body = {"prompt": "a", "adapters": ["base"] * 4, "max_tokens": 1}
     response = await client.post("/compare", json=body)
     assert response.status_code == 429

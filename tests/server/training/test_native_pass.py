@@ -17,12 +17,13 @@ from server.model.native.training import NativeTraining
 from server.model.source import resolve_base
 from server.model.weights import BaseModel, load_base
 from server.training.checkpoint import Checkpoints
-from server.training.examples import Example
+from server.training.examples import Example, Examples
 from server.training.init import initial_weights
-from server.training.job_data import DataFacts, JobData
+from server.training.job_data import JobData
 from server.training.micro_batch import MicroBatch
 from server.training.outcome import Outcome
 from server.training.packed_attention import PackedAttention
+from server.training.report import DataFacts
 from server.training.run import Run
 from server.training.spec import Init, JobSpec, LoraSpec, TrainingSpec
 from server.training.trainables import trainable_rows
@@ -257,7 +258,7 @@ def test_disturbed_anywhere_it_ends_in_the_same_bytes(
     ids = [[status.value % 256, 7, 9 + index] for index, status in enumerate(list(HTTPStatus)[:12])]
     examples = [Example(tuple(row), (False, True, True)) for row in ids]
     facts = DataFacts("d", len(ids), 36, 24, 0, "d", len(ids))
-    data = JobData(examples, None, (), facts, grouped.digest)
+    data = JobData(Examples(examples), None, (), facts, grouped.digest)
     lora = LoraSpec(rank=4, dropout=0.2)
     training = TrainingSpec(epochs=5, learning_rate=1e-2, batch_size=4, max_length=16, checkpoint_steps=2)
     spec = JobSpec("codes", lora=lora, training=training)
@@ -285,6 +286,10 @@ def test_disturbed_anywhere_it_ends_in_the_same_bytes(
     assert listener.steps[0] > 1
     assert both.counters.computed_by == ["torch", source_digest()]
     assert "the bytes won't be those of either" in caplog.text
+
+    full = replace(spec, method="full", training=replace(training, learning_rate=1e-4, max_steps=2))
+    of_all = Run(full, data, grouped, Checkpoints(tmp_path / "full", 1), Listener(None), library=library).run()
+    assert of_all.counters.computed_by == ["torch"], "native code has no steps of full fine-tuning"
 
 
 def equal(one: Outcome, other: Outcome) -> bool:

@@ -43,7 +43,7 @@ async def chunks(client: httpx.AsyncClient, **fields: object) -> list[dict[str, 
 
 
 def encoded(encoder: PromptEncoder, *turns: tuple[str, str]) -> tuple[int, ...]:
-    return tuple(encoder.messages([ChatMessage(role, content) for role, content in turns]))  # type: ignore[arg-type]
+    return tuple(encoder.messages([ChatMessage(role, content) for role, content in turns]))
 
 
 async def test_the_whole_answer(client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder) -> None:

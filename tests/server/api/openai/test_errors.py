@@ -8,6 +8,7 @@ from adapters.errors import Conflict, FieldError, InvalidInput, NotFound, Smolor
 from server.api.app import create_app
 from server.api.middleware import MAX_JSON_BYTES
 from server.api.openai import errors
+from server.engine.request import GenerationRequest, SequenceOutput
 from server.errors import EngineDead, GenerationFailed, QueueFull
 from tests.server.api.conftest import BASE_NAME, MakeServices, client_of
 from tests.server.api.fakes import Caller, FakeEngine, failing, until
@@ -149,10 +150,10 @@ async def test_a_failure_before_anything_is_streamed_is_an_answer(
 
 
 async def test_a_fault_that_nobody_foresaw_tells_nothing(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    def script(request: object) -> list[object]:
+    def script(request: GenerationRequest) -> list[SequenceOutput]:
         raise RuntimeError("/home/me said: prompt")
 
-    engine.script = script  # type: ignore[assignment]
+    engine.script = script
     response = await client.post(CHAT, json=HELLO)
     assert response.status_code == 500
     assert "prompt" not in response.text

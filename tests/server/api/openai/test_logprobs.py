@@ -1,5 +1,7 @@
 """Log-probabilities are told for the tokens of the text, whatever pieces it comes in and however it ends."""
 
+from typing import cast
+
 from server.api.openai.logprobs import LegacyLogprobs, TextLogprobs, of_chat
 from server.engine.request import FinishReason, SampledLogprob, SequenceOutput, TokenLogprob
 
@@ -12,7 +14,7 @@ def entry(content: bytes, *rivals: TokenLogprob, name: str | None = None, logpro
 
 
 def output(text: str, *entries: SampledLogprob, end: FinishReason | None = None) -> SequenceOutput:
-    return SequenceOutput("1", 0, text, len(entries), 0, 0, entries, end)
+    return SequenceOutput("1", 0, text, len(entries), 0, 0, entries, finish_reason=end)
 
 
 def told(outputs: list[SequenceOutput]) -> list[list[bytes]]:
@@ -67,7 +69,7 @@ def test_the_older_form() -> None:
 
 def test_chat_s_form() -> None:
     rival = TokenLogprob(2, "x", (0x78,), -2.0)
-    (found,) = of_chat([entry(b"\xc3", rival, rival)], 1)["content"]  # type: ignore[misc, attr-defined]
+    (found,) = cast("list[object]", of_chat([entry(b"\xc3", rival, rival)], 1)["content"])
     assert found == {
         "token": "\ufffd",
         "bytes": [0xC3],
