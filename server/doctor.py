@@ -13,7 +13,7 @@ from adapters.catalog_recovery import Recovered
 from adapters.errors import CorruptAdapter
 from adapters.records import Records
 from adapters.store import AdapterStore
-from server.database import connect, faults, nobody_has_it_open, set_aside
+from server.database import build_of, connect, faults, nobody_has_it_open, set_aside
 from server.errors import StartupError
 from server.training.jobs import Jobs
 
@@ -36,6 +36,7 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     num_versions: int
     num_adapters: int  # directories with bytes, whose digests were computed anew
+    database: str | None  # the release of SQLite and its kind of journal; None where it couldn't be opened
 
     @property
     def is_sound(self) -> bool:
@@ -73,8 +74,10 @@ def examine(home: Path) -> Diagnosis:
     findings = [Finding("database", fault) for fault in faults(home)]
     damaged = _damaged(store)
     versions: list[Version] = []
+    database = None
     if not findings:
         engine = connect(home)
+        database = str(build_of(engine))
         catalog, jobs = Catalog(engine), Jobs(engine)
         versions = [version for adapter in catalog.list() for version in adapter.versions]
         stored = set(store.digests())
@@ -92,7 +95,7 @@ def examine(home: Path) -> Diagnosis:
     findings += [
         Finding(f"adapters/{name}", f"left by a process that was killed; {_TAKES}") for name in store.leftovers()
     ]
-    return Diagnosis(tuple(findings), len(versions), len(store.digests()))
+    return Diagnosis(tuple(findings), len(versions), len(store.digests()), database)
 
 
 def rebuild(home: Path) -> Rebuilt:

@@ -12,7 +12,15 @@ MAX_LINES = 300
 
 LAYERS = [
     ("adapters",),
-    ("server.allocator", "server.config", "server.database", "server.errors", "server.migrations"),
+    (
+        "server.allocator",
+        "server.config",
+        "server.database",
+        "server.errors",
+        "server.home",
+        "server.migrations",
+        "server.sqlite",
+    ),
     ("server.model",),
     ("server.engine", "server.training"),
     ("server.metrics",),
@@ -55,7 +63,8 @@ ONLY_IN = {
         "adapters.catalog_writes",
     ),
     "alembic": ("server.database", "server.migrations"),
-    "sqlite3": ("server.database",),
+    "sqlite3": ("server.database", "server.sqlite"),
+    "pysqlite3": ("server.sqlite",),
     "pydantic": ("server.api", "server.config", "server.training.documents"),
     "pydantic_settings": ("server.config",),
     "transformers": ("server.model",),

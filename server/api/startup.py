@@ -16,7 +16,7 @@ from server.api.library import Library
 from server.api.sizing import cache_sizes, free_bytes
 from server.api.submission import Submissions
 from server.config import Settings
-from server.database import connect
+from server.database import build_of, connect
 from server.engine.async_engine import AsyncEngine
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
@@ -45,6 +45,7 @@ def build(settings: Settings, say: Callable[[str], None]) -> Services:
     device, dtype = choose_device(settings.device, settings.dtype)
     directory = resolve_base(settings.model, settings.home, settings.base_dir, say)
     database = connect(settings.home)
+    say(f"the database is {build_of(database)}")
     say(f"loading {settings.model} on {device} in {str(dtype).removeprefix('torch.')}")
     base = load_base(directory, dtype, device)
     store = AdapterStore(settings.home / "adapters")

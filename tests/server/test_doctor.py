@@ -12,6 +12,7 @@ from server.cli import app
 from server.database import FILE_NAME
 from server.doctor import examine, rebuild
 from server.errors import StartupError
+from server.sqlite import driver
 from tests.adapters.samples import sample_adapter
 from tests.server.api.registry import Registry, digest_of, write_files
 
@@ -55,10 +56,17 @@ def test_a_sound_home(home: Path) -> None:
     diagnosis = examine(home)
     assert diagnosis.is_sound
     assert (diagnosis.num_versions, diagnosis.num_adapters) == (4, 3)
-    assert doctor(home) == (0, "sound: 4 versions, 3 stored adapters checked\n")
+    database = f"SQLite {driver.sqlite_version} with a "
+    code, output = doctor(home)
+    assert code == 0
+    first, last = output.splitlines()
+    assert first.startswith(f"database: {database}")
+    assert last == "sound: 4 versions, 3 stored adapters checked"
     code, output = doctor(home, "--json")
     assert code == 0
-    assert json.loads(output) == {
+    document = json.loads(output)
+    assert document.pop("database").startswith(database)
+    assert document == {
         "findings": [],
         "num_versions": 4,
         "num_adapters": 3,

@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import os
-import sqlite3
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from adapters.catalog import NewVersion
+from server.sqlite import driver
 from server.training.child import EXIT_DONE, EXIT_LEFT, Assignment, WorkerLink
 from server.training.leases import Claim, LeaseLost, Leases
 from server.training.reserve import DISK_FULL, Reserve
@@ -24,10 +24,11 @@ from server.training.reserve import DISK_FULL, Reserve
 
 def connect(home: Path) -> sa.Engine:
     """As server.database does, without the migrations, which take longer than a stub's whole life."""
-    engine = sa.create_engine(f"sqlite:///{home.absolute()}/smolora.db", connect_args={"timeout": 15})
+    url = f"sqlite:///{home.absolute()}/smolora.db"
+    engine = sa.create_engine(url, module=driver, connect_args={"timeout": 15})
 
     @sa.event.listens_for(engine, "connect")
-    def configure(connection: sqlite3.Connection, _: object) -> None:
+    def configure(connection: driver.Connection, _: object) -> None:
         connection.isolation_level = None
         connection.execute("PRAGMA synchronous=FULL")
 

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import sqlalchemy as sa
 
 from adapters.catalog import Catalog
 from server.database import connect
+from server.sqlite import driver
 from server.training.jobs import Job, Jobs, Status
 from server.training.leases import Leases
 from server.training.reserve import DISK_FULL, FILE_NAME
@@ -71,8 +71,8 @@ def stop(home: Path, *pids: int) -> None:
     while True:
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
-        database = sqlite3.connect(home / "smolora.db", timeout=0.1)
-        with closing(database), suppress(sqlite3.OperationalError):
+        database = driver.connect(home / "smolora.db", timeout=0.1)
+        with closing(database), suppress(driver.OperationalError):
             database.execute("BEGIN IMMEDIATE")
             return
         for pid in pids:
