@@ -24,6 +24,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from server.errors import StartupError
+from server.home import make
 from server.sqlite import Build, JournalMode, driver, safe_journal_mode
 
 if TYPE_CHECKING:
@@ -44,10 +45,7 @@ def connect(home: Path, journal_mode: JournalMode | None = None) -> sa.Engine:
     others go by that. Raises StartupError where the file can't be opened, or was written by a newer smolora.
     """
     path = home / FILE_NAME
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StartupError(f"can't make the folder {home}: {error.strerror}") from error
+    make(home)
     url = sa.URL.create("sqlite", database=str(path.absolute()))
     engine = sa.create_engine(url, module=driver, connect_args={"timeout": BUSY_SECONDS}, pool_size=16)
     sa.event.listen(engine, "connect", _configure)

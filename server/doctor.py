@@ -15,6 +15,7 @@ from adapters.records import Records
 from adapters.store import AdapterStore
 from server.database import build_of, connect, faults, nobody_has_it_open, set_aside
 from server.errors import StartupError
+from server.home import serving
 from server.training.jobs import Jobs
 
 _TAKES = "the server's next start removes it"
@@ -101,6 +102,11 @@ def examine(home: Path) -> Diagnosis:
 def rebuild(home: Path) -> Rebuilt:
     """Make the catalog anew from the directories, where that is needed. Raises StartupError."""
     _check_home(home)
+    with serving(home):  # so that no server starts meanwhile
+        return _rebuild(home)
+
+
+def _rebuild(home: Path) -> Rebuilt:
     with nobody_has_it_open(home):
         is_new = bool(faults(home))
         moved = set_aside(home) if is_new else []

@@ -266,9 +266,9 @@ def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
 
 def test_a_home_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "home").write_text("")
-    with pytest.raises(StartupError, match="can't make the folder"):
+    with pytest.raises(StartupError, match="can't write there"):
         connect(tmp_path / "home")
-    with pytest.raises(StartupError, match="can't make the folder"):
+    with pytest.raises(StartupError, match="can't write there"):
         connect(tmp_path / "home" / "below")
 
 
