@@ -26,6 +26,7 @@ from server.cli_adapters import group as adapters
 from server.cli_client import generate, jobs
 from server.cli_compare import compare
 from server.cli_doctor import doctor
+from server.cli_prune import prune
 from server.cli_train import train
 from server.config import (
     DEFAULT_MODEL,
@@ -106,6 +107,12 @@ def serve(
     native: Annotated[
         bool | None, typer.Option(help="Compute natively where this machine can. Default: yes.")
     ] = None,
+    retain_jobs: Annotated[
+        float | None,
+        typer.Option(
+            help="Days after which ended jobs lose their rows, checkpoints, models and logs. Default: 0, never."
+        ),
+    ] = None,
     allow_hub_adapters: Annotated[
         bool | None, typer.Option(help="Let clients import adapters from the Hugging Face hub. Default: no.")
     ] = None,
@@ -132,6 +139,7 @@ def serve(
         workers=workers,
         train_share=train_share,
         native=native,
+        retain_jobs=retain_jobs,
         allow_hub_adapters=allow_hub_adapters,
     )
     forget_keys()
@@ -170,7 +178,7 @@ def worker(
     raise typer.Exit(run_worker(settings, parent))
 
 
-for _command in (train, generate, compare, jobs, doctor):
+for _command in (train, generate, compare, jobs, doctor, prune):
     app.command()(_command)
 app.add_typer(adapters, name="adapters")
 

@@ -55,6 +55,7 @@ class Settings(WorkerSettings):
     api_keys: Annotated[tuple[str, ...], NoDecode] = ()
     allow_anonymous: bool = False
     workers: int = Field(1, ge=0, le=64)
+    retain_jobs: float = Field(0.0, ge=0, le=36_500)  # days for which ended jobs keep their files; 0: for good
     allow_hub_adapters: bool = False  # POST /adapters/{name}/import may fetch from the hub
 
     @field_validator("api_keys", mode="before")

@@ -32,6 +32,7 @@ LAYERS = [
         "server.cli_client",
         "server.cli_compare",
         "server.cli_doctor",
+        "server.cli_prune",
         "server.cli_train",
     ),
 ]
@@ -46,6 +47,7 @@ ONLY_IN = {
         "server.cli_client",
         "server.cli_compare",
         "server.cli_doctor",
+        "server.cli_prune",
         "server.cli_train",
     ),
     "prometheus_client": ("server.metrics", "server.api"),

@@ -69,6 +69,7 @@ JOB_LOOKUPS = _problems({401: "No valid key", 404: "Unknown job", 422: "A bad fi
 JOB_MOVES = _problems(
     {401: "No valid key", 404: "Unknown job, or it left no such thing", 409: "Not in the job's status"}
 )
+JOB_REMOVALS = _problems({401: "No valid key", 404: "Unknown job", 409: "The job hasn't ended"})
 DATASETS = _problems({401: "No valid key", 404: "Unknown data set", 409: "A job that hasn't ended needs it"})
 DATASET_UPLOADS = _problems(
     {

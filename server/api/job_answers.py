@@ -54,6 +54,7 @@ def job_document(job: Job) -> dict[str, object]:
         "created_at": job.created_at.isoformat(),
         "started_at": None if job.started_at is None else job.started_at.isoformat(),
         "finished_at": None if job.finished_at is None else job.finished_at.isoformat(),
+        "files_removed_at": None if job.files_removed_at is None else job.files_removed_at.isoformat(),
         "config": _config(job.spec, job.data.get("source")),
         "data": _rows(job.data) if job.kind == "train" else None,
         "attempt": job.attempt,

@@ -12,7 +12,7 @@ from typing import Literal, cast
 
 import sqlalchemy as sa
 
-from adapters.catalog_tables import transact
+from adapters.catalog_tables import UtcDateTime, transact
 from adapters.errors import Conflict, InvalidInput, NotFound
 from server.errors import QueueFull
 from server.training import job_events
@@ -47,6 +47,7 @@ class Job:
     created_at: datetime  # in UTC, as the others
     started_at: datetime | None
     finished_at: datetime | None
+    files_removed_at: datetime | None
     attempt: int
     position: int | None
     is_pausing: bool  # runs until its worker lets go
@@ -202,6 +203,34 @@ class Jobs:
         with self._reader.connect() as connection:
             return connection.execute(query).first() is not None
 
+    def remove_files(self, job_id: str) -> None:
+        """Store that an ended job's files are no more, before they go; the first time counts.
+
+        Raises NotFound, or Conflict where it hasn't ended.
+        """
+        with self._engine.begin() as connection:
+            mine = jobs.c.id == job_id
+            status = connection.execute(sa.select(jobs.c.status).where(mine)).scalar_one_or_none()
+            if status is None:
+                raise NotFound(f"there is no job {job_id}")
+            if not Status(status).has_ended:
+                raise Conflict(f"the job is {status}: cancel it first, or wait for its end")
+            at = sa.func.coalesce(jobs.c.files_removed_at, sa.literal(datetime.now(UTC), UtcDateTime()))
+            connection.execute(sa.update(jobs).where(mine).values(files_removed_at=at))
+
+    def with_files(self, before: datetime) -> builtins.list[str]:
+        """The jobs that ended before then and still have their files, the oldest first."""
+        query = sa.select(jobs.c.id).where(jobs.c.files_removed_at.is_(None), jobs.c.finished_at < before)
+        with self._reader.connect() as connection:
+            return list(connection.execute(query.order_by(jobs.c.finished_at)).scalars())
+
+    def without_files(self, job_ids: Iterable[str]) -> builtins.list[str]:
+        """Those whose files are no more."""
+        query = sa.select(jobs.c.id).where(jobs.c.files_removed_at.is_not(None))
+        with self._reader.connect() as connection:
+            found = set(connection.execute(query).scalars())
+        return [job_id for job_id in job_ids if job_id in found]
+
     def _steer(self, job_id: str, moves: Mapping[Status, tuple[Mapping[str, object], str] | None]) -> Job:
         """Change the job as `moves` says for its status, with that event; Conflict where it says nothing."""
         with self._engine.begin() as connection:
@@ -248,7 +277,7 @@ def _repeated(connection: sa.Connection, key: str | None, body_digest: str) -> J
 
 def _job(row: sa.RowMapping) -> Job:
     same = ("id", "name", "data", "progress", "metrics", "adapter", "error", "position")
-    times = ("created_at", "started_at", "finished_at")
+    times = ("created_at", "started_at", "finished_at", "files_removed_at")
     return Job(
         **{key: row[key] for key in same + times},
         status=Status(row["status"]),

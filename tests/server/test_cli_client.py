@@ -164,6 +164,19 @@ def test_detach_and_steer(smolora: Run, rows: str) -> None:
     assert "cancelled" in followed.stdout
 
 
+def test_files_of_a_job_that_has_ended(smolora: Run, server: Running, rows: str) -> None:
+    job_id = smolora("train", rows, "--name", "codes", "--detach").stdout.strip()
+    refused = smolora("jobs", job_id, "--delete")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("smolora: the job is queued: cancel it first")
+    assert smolora("jobs", job_id, "--cancel").exit_code == 0
+    directory = server.services.settings.home / "jobs" / job_id
+    assert directory.exists()
+    job = json.loads(smolora("jobs", job_id, "--delete", "--json").stdout)
+    assert (job["status"], job["files_removed_at"] is None) == ("cancelled", False)
+    assert not directory.exists()
+
+
 def test_every_option_of_train(smolora: Run, rows: str, tmp_path: Path) -> None:
     held_out = tmp_path / "held-out.csv"
     held_out.write_text("text\nNot Found\n")
@@ -254,6 +267,8 @@ def test_what_the_command_refuses(smolora: Run, rows: str, tmp_path: Path) -> No
     assert "No such file" in missing.stderr
     assert smolora("jobs", "--cancel").exit_code == 2
     assert smolora("jobs", "a", "--cancel", "--pause").exit_code == 2
+    assert smolora("jobs", "--delete").exit_code == 2
+    assert smolora("jobs", "a", "--delete", "--pause").exit_code == 2
 
 
 def test_without_a_key(smolora: Run) -> None:

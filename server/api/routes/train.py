@@ -10,7 +10,7 @@ from starlette.responses import Response, StreamingResponse
 from adapters.errors import Conflict, NotFound
 from server.api import wire
 from server.api.deps import IdempotencyKey, Services, ServicesDep
-from server.api.documents import JOB_LOOKUPS, JOB_MOVES, SUBMISSIONS
+from server.api.documents import JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS, SUBMISSIONS
 from server.api.job_answers import dry_run_document, event_document, follow, job_document
 from server.api.streams import EventStream
 from server.api.strict_json import StrictRoute
@@ -18,6 +18,7 @@ from server.api.train_schemas import DryRunAnswer, EventAnswer, JobAnswer, JobLi
 from server.api.zips import zipped
 from server.training.job_files import JobFiles
 from server.training.jobs import Job, Jobs, Status
+from server.training.retention import Retention
 
 router = APIRouter(prefix="/train", route_class=StrictRoute, tags=["train"])
 
@@ -166,11 +167,26 @@ async def download(services: ServicesDep, job_id: JobId) -> Response:
         )
         raise NotFound(f"only full fine-tuning leaves a model; see {where}")
     _refuse_unfinished(job, "model")
+    if job.files_removed_at is not None:
+        raise NotFound("the job's files were removed, and its model with them")
     directory = JobFiles(services.settings.home).model(job_id)
     if not await to_thread.run_sync(directory.is_dir):
         raise NotFound("the model is no longer stored")
     headers = {"Content-Disposition": f'attachment; filename="{job.name}-{job.id}.zip"'}
     return StreamingResponse(zipped(directory), media_type="application/zip", headers=headers)
+
+
+@router.delete(
+    "/{job_id}", summary="Remove a job's files", status_code=204, response_class=Response, responses=JOB_REMOVALS
+)
+async def remove_files(services: ServicesDep, job_id: JobId) -> Response:
+    """Remove the rows, checkpoints, model and log of a job that has ended.
+
+    Its record, events and card stay, as do the versions that it published and the data sets that it used. Asked
+    again, it answers the same.
+    """
+    await to_thread.run_sync(Retention(services.settings.home, services.jobs).remove, job_id)
+    return Response(status_code=204)
 
 
 def _dry_run(services: Services, body: TrainBody) -> dict[str, object]:

@@ -72,6 +72,7 @@ def test_a_job_comes_back_as_it_was_submitted(jobs: Jobs) -> None:
         created_at=job.created_at,
         started_at=None,
         finished_at=None,
+        files_removed_at=None,
         attempt=0,
         position=1,
         is_pausing=False,
