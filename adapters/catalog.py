@@ -6,6 +6,7 @@ what SQLite and PostgreSQL have in common. The bytes are the store's: here they 
 
 import builtins
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import sqlalchemy as sa
 
@@ -13,7 +14,7 @@ from adapters import catalog_rows, catalog_writes
 from adapters.catalog_recovery import Recovered, recover
 from adapters.catalog_rows import LATEST, MAX_VERSION, adapters_of, select_adapters, select_versions, version_of
 from adapters.catalog_tables import aliases, metadata, names, transact, versions
-from adapters.catalog_writes import compose_in, drop_in, point_in, publish_in, unpoint_in
+from adapters.catalog_writes import compose_in, drop_in, point_in, publish_in, recording, unpoint_in
 from adapters.errors import Conflict, NotFound
 from adapters.expression import Term
 from adapters.records import Records
@@ -31,6 +32,7 @@ __all__ = [
     "combine",
     "metadata",
     "publish_in",
+    "recording",
 ]
 
 
@@ -86,7 +88,8 @@ class Catalog:
             data_digest=data_digest,
             config=dict(config or {}),
         )
-        return transact(self._engine, lambda connection: publish_in(connection, new, records=self._records))
+        with recording(self._engine, self._records) as records:
+            return transact(self._engine, lambda connection: publish_in(connection, new, records=records))
 
     def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> Version:
         """Adds the next version of the composition `name`, its parts pinned to the versions that they mean now.
@@ -94,7 +97,8 @@ class Catalog:
         Compositions among the terms are replaced by their own parts. Raises NotFound as `resolve` does,
         InvalidInput on `field`, or Conflict where an adapter has the name.
         """
-        return transact(self._engine, lambda connection: compose_in(connection, name, terms, field, self._records))
+        with recording(self._engine, self._records) as records:
+            return transact(self._engine, lambda connection: compose_in(connection, name, terms, field, records))
 
     def list(self, name: str | None = None, limit: int | None = None, after: str | None = None) -> list[Adapter]:
         """Adapters by name: the one called `name` or all, at most `limit`, those after the name `after`."""
@@ -176,5 +180,8 @@ class Catalog:
     def _drop(self, name: str, version: int | None, force: bool) -> builtins.list[str]:
         numbers, digests = transact(self._engine, lambda connection: drop_in(connection, name, version, force))
         if (records := self._records) is not None:
-            transact(self._engine, lambda _: records.remove(name, numbers))
+            with suppress(
+                OSError
+            ):  # there is no room: the versions are gone all the same, the next start tidies up
+                transact(self._engine, lambda _: records.remove(name, numbers))
         return digests

@@ -87,8 +87,13 @@ class AdapterStore:
         return num_bytes  # counted before: by now somebody may have discarded it
 
     @contextmanager
-    def publishing(self, adapter: PeftAdapter, original: Mapping[str, bytes] | None = None) -> Iterator[int]:
-        """`put`, for a block in which the version is committed: nobody discards the bytes meanwhile."""
+    def publishing(
+        self, adapter: PeftAdapter, in_use: InUse, original: Mapping[str, bytes] | None = None
+    ) -> Iterator[int]:
+        """`put`, for a block in which the version is committed: nobody discards the bytes meanwhile.
+
+        Where the block fails they are discarded, unless `in_use(digest)` says that they are wanted all the same.
+        """
         digest = adapter.weights.digest
         while True:
             num_bytes = self.put(adapter, original)
@@ -96,8 +101,11 @@ class AdapterStore:
                 break
         try:
             yield num_bytes
-        finally:
+        except BaseException:
             os.close(hold)
+            self.discard(digest, in_use)
+            raise
+        os.close(hold)
 
     def load(self, digest: str) -> LoraWeights:
         """The weights, mapped from the file: quick, as nothing is copied and the digest isn't computed anew.

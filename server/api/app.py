@@ -46,7 +46,7 @@ def create_app(services: Services) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
-            Middleware(RequestContext),
+            Middleware(RequestContext, home=services.settings.home),
             Middleware(Keys, keys=services.settings.api_keys),
             Middleware(BodyLimit),
         ],

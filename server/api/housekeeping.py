@@ -24,8 +24,7 @@ async def keep_house(retention: Retention, retain_days: float, interval: float =
 
 
 def _tidy(retention: Retention, retain_days: float) -> None:
-    if not retain_days:
-        retention.finish()
-    elif removals := retention.prune(datetime.now(UTC) - timedelta(days=retain_days)):
+    retention.finish()
+    if retain_days and (removals := retention.prune(datetime.now(UTC) - timedelta(days=retain_days))):
         num_bytes = sum(removal.num_bytes for removal in removals)
         log.info("removed the files of %d ended jobs, %d bytes", len(removals), num_bytes)

@@ -96,7 +96,8 @@ class Library:
         digest = adapter.weights.digest
         self._store.pin([digest])  # others here who delete the same bytes ask again afterwards
         try:
-            with self._store.publishing(adapter, {peft_format.CONFIG_NAME: config_json}) as num_bytes:
+            original = {peft_format.CONFIG_NAME: config_json}
+            with self._store.publishing(adapter, self._is_wanted, original) as num_bytes:
                 return self._catalog.publish(
                     name,
                     digest=digest,
@@ -110,9 +111,6 @@ class Library:
                     base_digest=self._base_digest,
                     config={"lora": lora_document(adapter.config), **(source or {})},
                 )
-        except BaseException:
-            self._store.discard(digest, self._is_wanted)
-            raise
         finally:
             self._store.unpin([digest])
 

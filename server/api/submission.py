@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from adapters.errors import FieldError, InvalidInput
-from server.api.full_disk import full_disk_is_unavailable
 from server.api.library import Lease, Library
 from server.api.train_rows import JobRows, choose_rows
 from server.api.train_schemas import MAX_STEPS, TrainBody
@@ -63,7 +62,6 @@ class Submissions:
         max_length: int,
         base_digest: str,
     ) -> None:
-        self._home = home
         self._files = JobFiles(home)
         self._jobs = jobs
         self._sources = sources
@@ -78,7 +76,7 @@ class Submissions:
         """Queue the job, or return the one that the key belongs to.
 
         `fine_tuning` is stored with it as `server.training.jobs.FINE_TUNING` has it.
-        Raises InvalidInput, NotFound (rows, or the parent), QueueFull, or Unavailable: the disk is full.
+        Raises InvalidInput, NotFound (rows, or the parent) or QueueFull; OSError where nothing can be stored.
         """
         digest = _digest(body, fine_tuning)
         kept = {} if fine_tuning is None else {FINE_TUNING: dict(fine_tuning)}
@@ -87,7 +85,7 @@ class Submissions:
         job_id = f"job-{secrets.token_hex(8)}"
         directory = self._files.directory(job_id)
         # the parent's bytes are held until the job itself holds them
-        with full_disk_is_unavailable(self._home), self.prepared(body) as prepared:
+        with self.prepared(body) as prepared:
             try:
                 with new_directory(directory) as unfinished:
                     prepared.data.save(unfinished)

@@ -14,7 +14,7 @@ from typing import cast
 
 import sqlalchemy as sa
 
-from adapters.catalog import NewVersion, Version, publish_in
+from adapters.catalog import NewVersion, Version, publish_in, recording
 from adapters.catalog_tables import UtcDateTime, transact
 from adapters.records import Records
 from server.training import job_events
@@ -181,14 +181,15 @@ class Leases:
             message = "succeeded; no version was published"
             if publish is not None:
                 new = dataclasses.replace(publish, job_id=claim.job_id)
-                version = publish_in(connection, new, alias, self._records)
+                version = publish_in(connection, new, alias, records)
                 values["adapter"] = {key: getattr(version, key) for key in ("name", "version", "digest")}
                 message = f"succeeded: {version.name}@{version.version}"
             _end(connection, claim.job_id, Status.SUCCEEDED, **values)
             job_events.append(connection, claim.job_id, message)
             return version
 
-        return transact(self._engine, work)
+        with recording(self._engine, self._records) as records:
+            return transact(self._engine, work)
 
     def fail(self, claim: Claim, error: str) -> None:
         """End the job for good, with a reason that is safe to show. Raises LeaseLost."""

@@ -7,7 +7,7 @@ an attempt that was cut off is simply done once more. `server.training.run_job` 
 import math
 import time
 
-from adapters.catalog import NewVersion, combine
+from adapters.catalog import Catalog, NewVersion, combine
 from adapters.merge import config_of, merge
 from adapters.merge_distance import distance
 from adapters.peft_format import PeftAdapter
@@ -21,7 +21,13 @@ from server.training.run import Reporter
 
 
 def run_merge(
-    spec: MergeSpec, claim: Claim, leases: Leases, store: AdapterStore, base: BaseModel, reporter: Reporter
+    spec: MergeSpec,
+    claim: Claim,
+    leases: Leases,
+    catalog: Catalog,
+    store: AdapterStore,
+    base: BaseModel,
+    reporter: Reporter,
 ) -> None:
     """Merge and publish, or raise what the reporter raises, LeaseLost, or CorruptAdapter."""
     started = time.monotonic()
@@ -39,7 +45,7 @@ def run_merge(
     adapter = PeftAdapter(config_of(weights, base.config.num_layers), weights, base.name)
     off = distance(adapters, weights)
     metrics = {"distance": off} if math.isfinite(off) else {}
-    with store.publishing(adapter) as num_bytes:
+    with store.publishing(adapter, catalog.in_use) as num_bytes:
         findings = MergeFindings(
             adapter=adapter,
             distance=metrics.get("distance"),

@@ -35,6 +35,7 @@ class Retention:
         self._reserve.spend_on(lambda: self._jobs.remove_files(job_id))
         num_bytes = self._files.num_bytes(job_id)
         self._files.remove(job_id)
+        self._reserve.fill()
         return num_bytes
 
     def prune(self, before: datetime, dry_run: bool = False) -> list[Removal]:
@@ -49,6 +50,7 @@ class Retention:
         return removals
 
     def finish(self) -> None:
-        """Remove what is left of files that were removed: by who was killed, or wrote on for a moment."""
+        """Remove what is left of removed files, by who was killed or wrote on for a moment; fill the reserve."""
         for job_id in self._jobs.without_files(self._files.stored()):
             self._files.remove(job_id)
+        self._reserve.fill()

@@ -52,7 +52,7 @@ def main(argument: str) -> int:
         yielding = Yielding(BusyFlag(settings.home).read, settings.train_share)
         reporter = JobReporter(link, leases, claim, yielding)
         if isinstance(job.spec, MergeSpec):
-            run_merge(job.spec, claim, leases, store, base, reporter)
+            run_merge(job.spec, claim, leases, Catalog(database), store, base, reporter)
         else:
             TrainingAttempt(
                 job,

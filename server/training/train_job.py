@@ -100,11 +100,11 @@ class TrainingAttempt:
         publish = None
         if adapter is not None and gate.passes:
             publish = self._new_version(adapter, num_bytes, metrics, data.facts.digest)
-        if FINE_TUNING in self._job.data:
-            counters = outcome.counters
-            csv = step_metrics_csv(counters.train_curve, counters.eval_curve, outcome.step, outcome.tuned)
-            self._results.put_results(self._job.id, csv)
-        with nullcontext() if adapter is None else self._store.publishing(adapter):
+        with nullcontext() if adapter is None else self._store.publishing(adapter, self._catalog.in_use):
+            if FINE_TUNING in self._job.data:
+                counters = outcome.counters
+                csv = step_metrics_csv(counters.train_curve, counters.eval_curve, outcome.step, outcome.tuned)
+                self._results.put_results(self._job.id, csv)
             self._leases.succeed(
                 self._claim,
                 progress=run.progress | {"eta_seconds": 0.0},

@@ -271,7 +271,7 @@ def test_a_sweep_takes_what_nobody_published_or_is_about_to(store: AdapterStore,
     for adapter in adapters:
         store.put(adapter)
     assert store.digests() == sorted([published, orphan, fresh])
-    with AdapterStore(tmp_path / "adapters").publishing(adapters[2]):
+    with AdapterStore(tmp_path / "adapters").publishing(adapters[2], {published}.__contains__):
         assert store.is_held(fresh)
         assert store.sweep(lambda digest: digest in (published, fresh)) == [orphan]
         store.sweep({published}.__contains__)
@@ -281,6 +281,14 @@ def test_a_sweep_takes_what_nobody_published_or_is_about_to(store: AdapterStore,
     store.verify(published)
     assert store.sweep({published}.__contains__) == [fresh]
     assert store.digests() == [published]
+
+
+def test_what_could_not_be_published_goes_unless_it_is_wanted(store: AdapterStore) -> None:
+    for wanted in ([DIGEST], []):
+        with pytest.raises(ValueError, match="no commit"), store.publishing(ADAPTER, wanted.__contains__):
+            raise ValueError("no commit")
+        assert store.digests() == wanted
+        assert not store.is_held(DIGEST)
 
 
 def test_what_is_about_to_be_published_is_put_back_should_it_have_gone(tmp_path: Path) -> None:
@@ -295,7 +303,7 @@ def test_what_is_about_to_be_published_is_put_back_should_it_have_gone(tmp_path:
     with ThreadPoolExecutor(1) as pool:
         discarding = pool.submit(discard)
         for _ in range(20):
-            with mine.publishing(ADAPTER) as num_bytes:
+            with mine.publishing(ADAPTER, {DIGEST}.__contains__) as num_bytes:
                 assert num_bytes > 0
                 for _ in range(3):
                     mine.verify(DIGEST)

@@ -104,7 +104,7 @@ def test_what_nothing_names_is_found_and_collected(home: Path, tmp_path: Path) -
     (home / "adapters" / ".tmp-left").mkdir()
     digest = orphan.weights.digest
     assert found(home).keys() == {f"adapters/{digest[:2]}/{digest}", "adapters/.tmp-left"}
-    with registry.store.publishing(orphan):  # somebody is about to name it
+    with registry.store.publishing(orphan, registry.catalog.in_use):  # somebody is about to name it
         assert found(home).keys() == {"adapters/.tmp-left"}
     registry.restart()
     registry.close()

@@ -24,7 +24,10 @@ REFUSALS: Responses = {
         "description": "400: a bad field, `param` is its name. 401: no valid key. 404: an unknown model. "
         "413: too large. 429: the queue is full; see `Retry-After`",
     },
-    503: {"model": ErrorAnswer, "description": "Not ready, draining, or the engine is dead; see `Retry-After`"},
+    503: {
+        "model": ErrorAnswer,
+        "description": "Not ready, draining, the engine is dead or the disk is full; see `Retry-After`",
+    },
 }
 
 

@@ -11,7 +11,6 @@ from starlette.responses import Response, StreamingResponse
 from adapters.errors import Conflict, InvalidInput
 from server.api import wire
 from server.api.deps import Services, ServicesDep
-from server.api.full_disk import full_disk_is_unavailable
 from server.api.openai.documents import REFUSALS
 from server.api.openai.fine_tuning_objects import file_object, page_object
 from server.api.openai.fine_tuning_schemas import FileAnswer, FileDeleted, Page
@@ -59,12 +58,11 @@ _BODY = {
 )
 async def upload(request: Request, services: ServicesDep) -> Response:
     """Check every line and keep the file. The same bytes again are another file."""
-    with full_disk_is_unavailable(services.settings.home):
-        form = await read_form(request)
-        try:
-            file = await to_thread.run_sync(_put, services.files, form, limiter=_checking)
-        finally:
-            await form.close()
+    form = await read_form(request)
+    try:
+        file = await to_thread.run_sync(_put, services.files, form, limiter=_checking)
+    finally:
+        await form.close()
     return wire.answer(file_object(file))
 
 

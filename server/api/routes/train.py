@@ -10,7 +10,7 @@ from starlette.responses import Response, StreamingResponse
 from adapters.errors import Conflict, NotFound
 from server.api import wire
 from server.api.deps import IdempotencyKey, Services, ServicesDep
-from server.api.documents import JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS, SUBMISSIONS
+from server.api.documents import JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS, JOB_RESULTS, SUBMISSIONS
 from server.api.job_answers import dry_run_document, event_document, follow, job_document
 from server.api.streams import EventStream
 from server.api.strict_json import StrictRoute
@@ -145,7 +145,7 @@ async def resume(services: ServicesDep, job_id: JobId) -> Response:
     "/{job_id}/report",
     summary="The adapter card",
     response_class=Response,
-    responses={200: {"model": dict[str, object]}, **JOB_MOVES},
+    responses={200: {"model": dict[str, object]}, **JOB_RESULTS},
 )
 async def get_report(services: ServicesDep, job_id: JobId) -> Response:
     """Base against tuned, cost, data, configuration and curves. 409 until the job has ended, 404 if it failed."""
@@ -156,7 +156,7 @@ async def get_report(services: ServicesDep, job_id: JobId) -> Response:
     "/{job_id}/download",
     summary="Download a full model",
     response_class=Response,
-    responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **JOB_MOVES},
+    responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **JOB_RESULTS},
 )
 async def download(services: ServicesDep, job_id: JobId) -> Response:
     """A zip of the Hugging Face directory that full fine-tuning made. Adapters are under /adapters."""

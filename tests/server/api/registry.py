@@ -96,7 +96,7 @@ class Registry:
             spec = self.jobs.get(claim.job_id).spec
             assert isinstance(spec, JobSpec)
             adapter = sample_adapter(spec.training.seed)
-            with self.store.publishing(adapter) as num_bytes:
+            with self.store.publishing(adapter, self.catalog.in_use) as num_bytes:
                 new = NewVersion(
                     name=spec.name,
                     digest=adapter.weights.digest,

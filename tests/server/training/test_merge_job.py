@@ -82,7 +82,7 @@ def test_it_publishes_an_ordinary_version(
 ) -> None:
     spec = merge_spec(catalog, EXPRESSION, TIES)
     listener = Listener()
-    run_merge(spec, claimed(jobs, leases, spec), leases, store, tiny_base, listener)
+    run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, listener)
 
     adapters = [(store.load(digest), weight) for digest, weight in combine(spec.parts)]
     expected = merge(adapters, TIES)
@@ -106,7 +106,7 @@ def test_it_publishes_an_ordinary_version(
 @pytest.mark.usefixtures("parts")
 def test_its_card(jobs: Jobs, leases: Leases, catalog: Catalog, store: AdapterStore, tiny_base: BaseModel) -> None:
     spec = merge_spec(catalog, EXPRESSION, Recipe("svd", rank=8))
-    run_merge(spec, claimed(jobs, leases, spec), leases, store, tiny_base, Listener())
+    run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, Listener())
     report = jobs.report("m1")
     assert report is not None
     assert report["kind"] == "merge"
@@ -131,7 +131,7 @@ def test_what_cancels_out_has_no_distance(
     assert left.weights.digest != halved.weights.digest
     publish(catalog, store, "half", halved)
     spec = merge_spec(catalog, "left+half*-2", Recipe("magnitude_prune", 0.5))
-    run_merge(spec, claimed(jobs, leases, spec), leases, store, tiny_base, Listener())
+    run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, Listener())
     report = jobs.report("m1")
     assert report is not None
     assert report["distance"] is None
@@ -147,13 +147,13 @@ def test_cut_off_anywhere_it_ends_in_the_same_bytes(
     spec = merge_spec(catalog, EXPRESSION, Recipe("dare_ties", 0.5, seed=after, rank=3))
     claim = claimed(jobs, leases, spec)
     with pytest.raises(Cut):
-        run_merge(spec, claim, leases, store, tiny_base, Listener(end_after=after))
+        run_merge(spec, claim, leases, catalog, store, tiny_base, Listener(end_after=after))
     with pytest.raises(NotFound):
         catalog.get("merged")
     leases.crashed(claim, "cut off", max_delay=0.0)
     second = leases.claim("worker")
     assert second is not None
-    run_merge(spec, second, leases, store, tiny_base, Listener())
+    run_merge(spec, second, leases, catalog, store, tiny_base, Listener())
     expected = merge([(store.load(digest), weight) for digest, weight in combine(spec.parts)], spec.recipe)
     assert [version.digest for version in catalog.get("merged").versions] == [expected.digest]
 
@@ -166,7 +166,7 @@ def test_who_lost_the_job_publishes_nothing(
     claim = claimed(jobs, leases, spec)
     jobs.cancel("m1")
     with pytest.raises(LeaseLost):
-        run_merge(spec, claim, leases, store, tiny_base, Listener())
+        run_merge(spec, claim, leases, catalog, store, tiny_base, Listener())
     assert jobs.get("m1").status is Status.CANCELLED
     with pytest.raises(NotFound):
         catalog.get("merged")
@@ -182,7 +182,7 @@ def test_a_part_that_changed_on_the_disk(
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(CorruptAdapter):
-        run_merge(spec, claimed(jobs, leases, spec), leases, store, tiny_base, Listener())
+        run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, Listener())
 
 
 @pytest.mark.usefixtures("parts")
