@@ -12,6 +12,7 @@ from server.cli import app
 from server.database import FILE_NAME
 from server.doctor import examine, rebuild
 from server.errors import StartupError
+from server.home import serving
 from server.sqlite import driver
 from tests.adapters.samples import sample_adapter
 from tests.server.api.registry import Registry, digest_of, write_files
@@ -202,6 +203,8 @@ def test_nothing_is_rebuilt_under_a_server(home: Path, tmp_path: Path) -> None:
     assert examine(home).is_sound
     assert registry.catalog.get("a").latest == 1
     registry.close()
+    with serving(home), pytest.raises(StartupError, match="is served already"):  # by one that is just starting
+        rebuild(home)
 
 
 def test_what_is_no_home(tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ NEW = NewVersion(
     metrics={"eval_loss": 1.5},
 )
 
+OVER = -1.0
+"""Seconds from now: of a lease that has run out."""
+
 
 def claim_first(leases: Leases, lease_seconds: float = 60.0, owner: str = "w") -> Claim:
     claim = leases.claim(owner, lease_seconds)
@@ -184,12 +187,10 @@ def test_a_job_is_claimed_once_however_many_want_it(jobs: Jobs, leases: Leases) 
 
 def test_a_lease_runs_out_unless_it_is_kept(jobs: Jobs, leases: Leases) -> None:
     submit(jobs, "j1")
-    first = claim_first(leases, 0.3)
-    for _ in range(4):
-        time.sleep(0.1)
-        assert leases.heartbeat(first, 0.3, {"step": 1}, {"train_loss": 2.0}) is Wish.GO_ON
+    first = claim_first(leases, OVER)
+    assert leases.heartbeat(first, 60, {"step": 1}, {"train_loss": 2.0}) is Wish.GO_ON
     assert leases.claim("w2", 60) is None
-    time.sleep(0.35)
+    assert leases.heartbeat(first, OVER) is Wish.GO_ON
     second = claim_first(leases, 60, "w2")
     assert second == Claim("j1", 2, "w2")
     job = jobs.get("j1")
@@ -200,8 +201,7 @@ def test_a_lease_runs_out_unless_it_is_kept(jobs: Jobs, leases: Leases) -> None:
 
 def test_a_worker_that_lost_its_lease_changes_nothing(jobs: Jobs, leases: Leases, engine: sa.Engine) -> None:
     submit(jobs, "j1")
-    stale = claim_first(leases, 0.0)
-    time.sleep(0.01)
+    stale = claim_first(leases, OVER)
     claim_first(leases)
     before = jobs.get("j1"), jobs.events("j1")
     writes: list[Callable[[], object]] = [
@@ -224,7 +224,7 @@ def test_a_worker_that_lost_its_lease_changes_nothing(jobs: Jobs, leases: Leases
 
 def test_a_worker_that_comes_back_before_others_goes_on(jobs: Jobs, leases: Leases) -> None:
     submit(jobs, "j1")
-    claim = claim_first(leases, 0.0)
+    claim = claim_first(leases, OVER)
     assert leases.heartbeat(claim, 60) is Wish.GO_ON
     assert leases.claim("w2") is None
     succeed(leases, claim)
@@ -308,10 +308,9 @@ def test_no_steps_metrics_are_stored_twice(jobs: Jobs, leases: Leases) -> None:
             for step in steps
         ]
 
-    first = claim_first(leases, 0.0)
+    first = claim_first(leases, OVER)
     assert run(first, range(1, 8)) == [True] * 7
     leases.checkpointed(first, 4)
-    time.sleep(0.01)
     second = claim_first(leases)
     assert leases.add_event(second, "goes on from step 4", data={"step": 4})
     assert run(second, range(5, 10)) == [False] * 3 + [True] * 2
@@ -350,23 +349,26 @@ def test_attempts_count_where_no_new_checkpoint_was_made(jobs: Jobs, leases: Lea
     assert jobs.events("j1")[-1].message == job.error
 
 
-def test_a_crash_lets_others_go_first_for_a_moment(jobs: Jobs, leases: Leases) -> None:
+def test_a_crash_lets_others_go_first_for_a_moment(jobs: Jobs, leases: Leases, engine: sa.Engine) -> None:
     submit(jobs, "j1")
     submit(jobs, "j2")
     for _ in range(3):
         leases.crashed(claim_first(leases), "ended with exit code 1", max_delay=0.0)
     claim = claim_first(leases)
-    start = time.monotonic()
     leases.crashed(claim, "ended with exit code 1")  # the fourth in a row: 0.1 · 2⁴ s
+    with engine.connect() as connection:
+        left = sa.select(job_tables.jobs.c.lease_until - job_tables.database_time())
+        seconds = connection.execute(left.where(job_tables.jobs.c.id == "j1")).scalar_one()
+    assert 0 < seconds <= 1.6
     job = jobs.get("j1")
     assert (job.status, job.error, job.position) == (Status.QUEUED, None, 1)
     assert "attempt 4: ended with exit code 1" in messages(jobs, "j1")
     assert claim_first(leases).job_id == "j2"
     assert leases.claim("w") is None
-    while (again := leases.claim("w")) is None:
-        time.sleep(0.01)
-    assert again == Claim("j1", 5, "w")
-    assert time.monotonic() - start >= 1.55
+    with engine.begin() as connection:  # as time does
+        passed = sa.update(job_tables.jobs).where(job_tables.jobs.c.id == "j1")
+        connection.execute(passed.values(lease_until=job_tables.database_time() + OVER))
+    assert leases.claim("w") == Claim("j1", 5, "w")
 
 
 def test_what_is_released_goes_back_to_its_old_place(jobs: Jobs, leases: Leases) -> None:
@@ -420,11 +422,10 @@ def test_a_pause_can_be_taken_back(jobs: Jobs, leases: Leases) -> None:
 def test_a_pause_outlives_the_worker(jobs: Jobs, leases: Leases) -> None:
     for job_id in ("j1", "j2"):
         submit(jobs, job_id)
-        claim = claim_first(leases, 0.0)
+        claim = claim_first(leases, OVER)
         jobs.pause(job_id)
         if job_id == "j2":
             leases.crashed(claim, "killed by SIGKILL")
-        time.sleep(0.01)
         assert leases.claim("w2") is None
         assert jobs.get(job_id).status is Status.PAUSED
         assert leases.wish(claim) is Wish.LOST
@@ -449,7 +450,7 @@ def test_cancel_ends_a_job_at_once(jobs: Jobs, leases: Leases, engine: sa.Engine
 @pytest.mark.parametrize("end", ["succeed", "fail", "cancel"])
 def test_what_has_ended_stays_so(jobs: Jobs, leases: Leases, end: str) -> None:
     submit(jobs, "j1")
-    claim = claim_first(leases, 0.0)
+    claim = claim_first(leases, OVER)
     {
         "succeed": lambda: succeed(leases, claim),
         "fail": lambda: leases.fail(claim, "no"),
@@ -459,7 +460,6 @@ def test_what_has_ended_stays_so(jobs: Jobs, leases: Leases, end: str) -> None:
     for steer in (jobs.cancel, jobs.pause, jobs.resume):
         with pytest.raises(Conflict, match=f"it is {before[0].status}"):
             steer("j1")
-    time.sleep(0.01)
     assert leases.claim("w") is None
     assert (jobs.get("j1"), jobs.events("j1")) == before
     assert before[0].status.has_ended
