@@ -180,8 +180,6 @@ class Catalog:
     def _drop(self, name: str, version: int | None, force: bool) -> builtins.list[str]:
         numbers, digests = transact(self._engine, lambda connection: drop_in(connection, name, version, force))
         if (records := self._records) is not None:
-            with suppress(
-                OSError
-            ):  # there is no room: the versions are gone all the same, the next start tidies up
+            with suppress(OSError):  # no room, say: they are gone all the same, and the next start tidies up
                 transact(self._engine, lambda _: records.remove(name, numbers))
         return digests

@@ -54,4 +54,4 @@ def prune(
     for removal in removals:
         typer.echo(f"{removal.job_id}: {removal.num_bytes:,} bytes")
     outcome = "would be removed" if dry_run else "removed"
-    typer.echo(f"{len(removals)} jobs, {num_bytes:,} bytes {outcome}")
+    typer.echo(f"{num_bytes:,} bytes of {len(removals)} job{'s' if len(removals) != 1 else ''} {outcome}")

@@ -53,7 +53,7 @@ def test_what_a_job_was_writing_when_it_was_ended(server: ServerProcess) -> None
     assert server.client.post(f"/train/{job_id}/cancel").status_code == 200
     assert server.client.delete(f"/train/{job_id}").status_code == 204
     wait_until(lambda: not processes(server, CHILD))
-    assert prune(server)[-1].endswith(" bytes removed")
+    assert prune(server)[-1].endswith(" removed")
     assert not folder(server, job_id).exists()
 
 
@@ -68,7 +68,7 @@ def test_beside_the_server_and_by_itself(server: ServerProcess, tiny_base_dir: P
             assert folder(server, ended[0]).exists()
             first, last = prune(server)
             assert first.startswith(f"{ended[0]}: ")
-            assert last.startswith("1 jobs, ")
+            assert last.endswith(" bytes of 1 job removed")
             assert not folder(server, ended[0]).exists()
     server.terminate()
     assert server.exit_code() == 0

@@ -51,19 +51,19 @@ def stored(home: Path) -> list[str]:
 def test_all_that_have_ended(tmp_path: Path, jobs: Jobs) -> None:
     """While others have the database open: it needs no quiet."""
     listed = "j1: 1,234 bytes\nj2: 1,234 bytes\n"
-    assert prune(tmp_path, "--dry-run") == f"{listed}2 jobs, 2,468 bytes would be removed\n"
+    assert prune(tmp_path, "--dry-run") == f"{listed}2,468 bytes of 2 jobs would be removed\n"
     assert stored(tmp_path) == ["j1", "j2", "j3"]
-    assert prune(tmp_path) == f"{listed}2 jobs, 2,468 bytes removed\n"
+    assert prune(tmp_path) == f"{listed}2,468 bytes of 2 jobs removed\n"
     assert stored(tmp_path) == ["j3"]
-    assert prune(tmp_path) == "0 jobs, 0 bytes removed\n"
+    assert prune(tmp_path) == "0 bytes of 0 jobs removed\n"
     assert [job.id for job in jobs.list()] == ["j3", "j2", "j1"]
 
 
 def test_by_age(tmp_path: Path, jobs: Jobs) -> None:
-    assert prune(tmp_path, "--older-than", "5") == "0 jobs, 0 bytes removed\n"
+    assert prune(tmp_path, "--older-than", "5") == "0 bytes of 0 jobs removed\n"
     dry = json.loads(prune(tmp_path, "--dry-run", "--json", SMOLORA_RETAIN_JOBS="3"))
     assert dry == {"dry_run": True, "jobs": [{"job_id": "j1", "num_bytes": 1234}], "num_bytes": 1234}
-    assert prune(tmp_path, SMOLORA_RETAIN_JOBS="3").endswith("1 jobs, 1,234 bytes removed\n")
+    assert prune(tmp_path, SMOLORA_RETAIN_JOBS="3").endswith("1,234 bytes of 1 job removed\n")
     assert stored(tmp_path) == ["j2", "j3"]
 
 
