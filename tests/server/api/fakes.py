@@ -103,7 +103,7 @@ class FakeEngine:
         self.open: set[str] = set()
         self.closed: list[str] = []
         self.resident: frozenset[str] = frozenset()
-        self.started = self.stopped = self.draining = self.loading = self.dead = False
+        self.started = self.stopped = self.draining = self.loading = self.dead = self.hung = False
 
     def start(self) -> None:
         self.started = True
