@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from server.model.ops.linear import Linear, can_pack
+from tests.native_kit import needs_packed_products
 
-packs = pytest.mark.skipif(
-    not can_pack(torch.zeros(1, 1, dtype=torch.bfloat16)), reason="this CPU or torch build can't pack weights"
-)
+
+@pytest.fixture
+def packs() -> None:
+    needs_packed_products()
 
 
 def test_fp32_is_never_packed() -> None:
@@ -15,9 +17,11 @@ def test_fp32_is_never_packed() -> None:
     assert Linear(torch.zeros(2, 2), pack=True)._packed is None
 
 
-@pytest.mark.parametrize("pack", [False, pytest.param(True, marks=packs)])
+@pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 32, 33, 200])
 def test_any_number_of_tokens(tokens: int, pack: bool) -> None:
+    if pack:
+        needs_packed_products()
     weight, x = torch.randn(48, 40).bfloat16(), torch.randn(tokens, 40).bfloat16()
     with torch.inference_mode():
         y = Linear(weight, pack=pack)(x)
@@ -26,7 +30,7 @@ def test_any_number_of_tokens(tokens: int, pack: bool) -> None:
     assert (y.double() - exact).abs().max() <= 2**-7 * exact.abs().max()  # one rounding to bf16
 
 
-@packs
+@pytest.mark.usefixtures("packs")
 def test_gradients_go_through_the_plain_weight() -> None:
     weight, x = torch.randn(8, 4).bfloat16(), torch.randn(2, 4).bfloat16().requires_grad_()
     Linear(weight, pack=True)(x).sum().backward()
@@ -34,7 +38,7 @@ def test_gradients_go_through_the_plain_weight() -> None:
     assert torch.allclose(x.grad, weight.sum(0).expand(2, 4), atol=0.1)
 
 
-@packs
+@pytest.mark.usefixtures("packs")
 def test_packing_leaves_the_weight_as_it_is() -> None:
     weight = torch.randn(64, 32).bfloat16()
     before = weight.clone()
