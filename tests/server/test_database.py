@@ -4,7 +4,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -118,11 +117,14 @@ def test_processes_may_open_a_new_database_at_once(tmp_path: Path) -> None:
 
 
 def test_a_writer_waits_for_another_and_readers_for_none(engine: sa.Engine) -> None:
-    def write(next_version: int) -> float:
-        start = time.monotonic()
+    order: list[str] = []
+    begins = threading.Event()
+
+    def write() -> None:
+        begins.set()
         with engine.begin() as connection:
-            connection.exec_driver_sql(f"UPDATE adapters SET next_version = {next_version}")
-        return time.monotonic() - start
+            order.append("the second writes")
+            connection.exec_driver_sql("UPDATE adapters SET next_version = 3")
 
     with engine.begin() as connection:
         connection.exec_driver_sql("INSERT INTO adapters VALUES ('a', 'adapter', NULL, 1)")
@@ -130,14 +132,13 @@ def test_a_writer_waits_for_another_and_readers_for_none(engine: sa.Engine) -> N
     with ThreadPoolExecutor(1) as pool:
         with engine.begin() as connection:
             connection.exec_driver_sql("UPDATE adapters SET next_version = 2")
-            waiting = pool.submit(write, 3)
-            time.sleep(0.3)
-            start = time.monotonic()
+            waiting = pool.submit(write)
+            assert begins.wait(30)
             with reader.connect() as other:
                 assert other.exec_driver_sql("SELECT next_version FROM adapters").scalar() == 1
-            assert time.monotonic() - start < 0.25
-            assert not waiting.done()
-        assert waiting.result() >= 0.25
+            order.append("the first ends")
+        waiting.result()
+    assert order == ["the first ends", "the second writes"]
     with reader.connect() as other:
         assert other.exec_driver_sql("SELECT next_version FROM adapters").scalar() == 3
 

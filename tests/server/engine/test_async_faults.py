@@ -4,16 +4,17 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 
-from adapters.errors import CorruptAdapter
+from adapters.errors import CorruptAdapter, SmoloraError
 from adapters.lora import LoraWeights
 from server.engine.sampler import Sampled
 from server.engine.scheduler import Chunk, SchedulerLimits, Step
 from server.engine.sequence import Sequence
-from server.errors import EngineDead, GenerationFailed
+from server.errors import EngineDead, GenerationFailed, QueueFull
 from server.model.weights import BaseModel
 from tests.engine_kit import build_engine, check_idle, random_adapter, run
 from tests.server.engine.async_bench import LONG, Bench, collect, errors_of, eventually, on_loop, outcome, request
@@ -61,14 +62,12 @@ def test_requests_that_come_while_it_dies_end_too(tiny_base: BaseModel) -> None:
 
     async def main() -> None:
         async with bench as engine:
-            tasks = []
-            for i in range(200):
-                try:
-                    tasks.append(asyncio.create_task(outcome(engine.submit(request(str(i))))))
-                except EngineDead:
-                    break
-                await asyncio.sleep(0.0005)
-            assert len(tasks) < 200
+            tasks: list[asyncio.Task[SmoloraError | None]] = []
+            while not engine.dead:
+                with suppress(EngineDead, QueueFull):
+                    tasks.append(asyncio.create_task(outcome(engine.submit(request(str(len(tasks)))))))
+                await asyncio.sleep(0)
+            assert tasks
             for error in await asyncio.gather(*tasks):
                 assert isinstance(error, GenerationFailed | EngineDead)
 
@@ -114,8 +113,21 @@ def test_a_cold_adapter_does_not_stall_the_others(tiny_base: BaseModel, slow_loa
     on_loop(main())
 
 
+class Watched(threading.Condition):
+    """Tells whether somebody waits for it."""
+
+    is_waiting = False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.is_waiting = True
+        found = super().wait(timeout)
+        self.is_waiting = False
+        return found
+
+
 def test_the_engine_sleeps_while_it_waits_for_an_adapter(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
     bench = Bench(tiny_base, slow_load)
+    news = bench.asynchronous._news = Watched()
     num_steps = 0
     schedule = bench.engine.scheduler.schedule
 
@@ -131,15 +143,12 @@ def test_the_engine_sleeps_while_it_waits_for_an_adapter(tiny_base: BaseModel, s
         async with bench as engine:
             cold = asyncio.create_task(collect(engine.submit(request("cold", {"00": 0.5, "01": 0.5}))))
             await eventually(lambda: slow_load.num_started == 2)
-            await asyncio.sleep(0.2)
+            await eventually(lambda: news.is_waiting)
             assert num_steps <= 3
             slow_load.go.set()
             await cold
             assert num_steps <= 3 + 16 + 6
-            await asyncio.sleep(0.1)
-            before = num_steps
-            await asyncio.sleep(0.1)
-            assert num_steps == before, "it works on nothing"
+            await eventually(lambda: news.is_waiting)
 
     on_loop(main())
 
