@@ -9,15 +9,19 @@
     └── CorruptAdapter             stored bytes that no longer match their digest (HTTP 500)
 
 `server.errors` adds the branches that concern a running server. One handler in `server.api` turns the
-whole tree into HTTP.
+whole tree into HTTP. All of it can be pickled, with its attributes and its cause.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
 class SmoloraError(Exception):
     """Whatever smolora raises on purpose. `str(error)` is safe to show: no paths, no prompt text."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # An exception's own would call the constructor with the finished message, and drop the cause.
+        return _restored, (type(self), self.args, vars(self), _portable(self.__cause__))
 
 
 @dataclass(frozen=True)
@@ -61,3 +65,24 @@ class Conflict(SmoloraError):
 
 class CorruptAdapter(SmoloraError):
     """Stored bytes are missing or no longer match the digest that names them."""
+
+
+def _restored(
+    kind: type[SmoloraError],
+    args: tuple[object, ...],
+    attributes: Mapping[str, object],
+    cause: BaseException | None,
+) -> SmoloraError:
+    """The error as it was, without its constructor."""
+    error = kind.__new__(kind, *args)  # which sets `args`
+    vars(error).update(attributes)
+    if cause is not None:
+        error.__cause__ = cause
+    return error
+
+
+def _portable(cause: BaseException | None) -> BaseException | None:
+    """The cause as it can be pickled: one from a library in words, for it may not come out again."""
+    if cause is None or isinstance(cause, SmoloraError) or type(cause).__module__ == "builtins":
+        return cause
+    return RuntimeError(f"{type(cause).__name__}: {cause}")

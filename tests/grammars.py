@@ -110,3 +110,8 @@ HOSTILE_SCHEMA: Schema = {
 
 HOSTILE_REGEX = "((a{0,50}b{0,50}){0,50}c?){0,50}"
 """Quickly compiled, and its states outgrow any memory within a few tokens."""
+
+
+def growing(beginning: int = 60) -> Grammar:
+    """Passes every check, for it begins with so many z; as long as no d comes, it soon outgrows any limit."""
+    return Grammar("regex", f"z{{{beginning}}}{HOSTILE_REGEX}d")

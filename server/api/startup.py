@@ -23,6 +23,7 @@ from server.engine.engine import Engine, EngineConfig
 from server.engine.guidance import Guidance
 from server.engine.paged_attention import PagedCache
 from server.engine.scheduler import SchedulerLimits
+from server.engine.watchdog import Watchdog
 from server.errors import StartupError
 from server.metrics import Metrics
 from server.model.chat import PromptEncoder
@@ -40,7 +41,7 @@ from server.training.jobs import Jobs
 DEFAULT_MAX_MODEL_LEN = 8192
 
 
-def build(settings: Settings, say: Callable[[str], None]) -> Services:
+def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | None = None) -> Services:
     """The services, with an engine that isn't started. `say` is told before each thing that takes a while."""
     device, dtype = choose_device(settings.device, settings.dtype)
     directory = resolve_base(settings.model, settings.home, settings.base_dir, say)
@@ -75,7 +76,7 @@ def build(settings: Settings, say: Callable[[str], None]) -> Services:
     def build_engine(wake: Callable[[], None]) -> Engine:
         return Engine(model, token_bytes, store.load, config, guidance=guidance, native=native, wake=wake)
 
-    engine = _allocated(lambda: AsyncEngine(build_engine, max_queue=settings.max_queue), config)
+    engine = _allocated(lambda: AsyncEngine(build_engine, max_queue=settings.max_queue, watchdog=watchdog), config)
     return Services(
         settings=settings,
         engine=engine,

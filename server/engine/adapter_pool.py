@@ -98,6 +98,8 @@ class AdapterPool:
         self._executor = executor
         self._wake = wake
         self._adapters: OrderedDict[str, _Adapter] = OrderedDict()  # least recently used first
+        self._num_freed = 0
+        self._settling: list[_Adapter] = []  # given up, perhaps while their rows were being filled
         self._spaces: dict[_Space, Extents] = {}
         for group in rows.layouts:
             self._spaces[group, "rows"] = Extents(rows.a[group].shape[1])
@@ -113,6 +115,14 @@ class AdapterPool:
         return sum(
             extents.capacity - extents.num_free for (_, kind), extents in self._spaces.items() if kind == "rows"
         )
+
+    @property
+    def num_freed(self) -> int:
+        """Grows whenever a lease that lacked room may fare otherwise: rows came free, or it lost some it had."""
+        filling = [adapter for adapter in self._settling if not adapter.is_idle]
+        self._num_freed += len(self._settling) - len(filling)
+        self._settling = filling
+        return self._num_freed
 
     def lease(self, refs: tuple[AdapterRef, ...]) -> AdapterLease:
         """A new lease, which `advance` brings on its way and `release` ends."""
@@ -154,6 +164,8 @@ class AdapterPool:
             if lease.is_held:
                 adapter.num_leases -= 1
                 assert adapter.num_leases >= 0, "a lease was released twice"
+                if not adapter.num_leases:
+                    self._settling.append(adapter)
                 self._adapters.move_to_end(adapter.digest)  # it was in use until now
             elif not adapter.num_wanting and adapter.placement is None and self._has(adapter):
                 del self._adapters[adapter.digest]  # it was read for this lease alone
@@ -199,9 +211,13 @@ class AdapterPool:
         return any(_size(adapters, space) > extents.capacity for space, extents in self._spaces.items())
 
     def _hold(self, adapters: Sequence[_Adapter]) -> bool:
-        """Place what is not placed, evicting the least recently used that nobody holds; all or none."""
+        """Place what is not placed, evicting the least recently used that nobody holds; all or none.
+
+        Those that a waiting lease wants go last: they would be read again.
+        """
         missing = [adapter for adapter in adapters if adapter.placement is None]
         idle = [a for a in self._adapters.values() if a.is_idle and a not in adapters]
+        idle.sort(key=lambda adapter: adapter.num_wanting > 0)
         for space, extents in self._spaces.items():
             if _size(missing, space) > extents.num_free + _size(idle, space):
                 return False
@@ -209,8 +225,10 @@ class AdapterPool:
             if not idle:  # enough rows, but not in one run
                 self._drop_idle(adapters)
                 return False
-            self._drop(idle.pop(0))
+            evicted = idle.pop(0)
+            self._drop(evicted)
             self.num_evictions += 1
+            self._num_freed += evicted.num_wanting > 0  # whoever waits must have it read again
         for adapter in missing:
             self._place(adapter)
         for adapter in adapters:
@@ -223,6 +241,7 @@ class AdapterPool:
             if adapter.is_idle:
                 self._drop(adapter)
                 self.num_evictions += 1
+                self._num_freed += 1
 
     def _allocate_all(self, adapters: Sequence[_Adapter]) -> bool:
         """Rows for all or none: whoever begins anew after an eviction can't be in its own way."""

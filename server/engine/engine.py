@@ -218,6 +218,8 @@ class Engine:
             text = stream.push(token.token_id)
             if constraint is not None:
                 constraint.accept(token.token_id)
+                if constraint.error is not None:  # said even where this token would have been the last
+                    return self._fail(sequence, constraint.error)
             if stream.stopped or (constraint is not None and constraint.is_complete):
                 reason = "stop"
         if reason is None and sequence.num_output_tokens == params.max_tokens:

@@ -25,7 +25,7 @@ WALK = 32
 _LIMITS = LLParserLimits(
     step_lexer_fuel=20_000,  # about 3 ms
     step_max_items=10_000,
-    max_lexer_states=10_000,  # of 1 to 2 kB, in every sequence
+    max_lexer_states=10_000,  # of 1 to 2 kB; copies of a matcher share them
     max_grammar_size=100_000,
     verbose_errors=False,  # they would quote what has been generated
 )

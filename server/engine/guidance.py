@@ -9,9 +9,13 @@ answers look like is `grammar`'s part.
 import os
 import sys
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -26,14 +30,30 @@ from server.errors import QueueFull
 _NUM_KEPT = 64  # compiled grammars
 _TURN_SECONDS = 5.0  # what a grammar may wait for others
 _NICE = 10
+_QUICK = 0.02
+"""Seconds of the processor: what compiles faster may be compiled again on the engine's thread."""
+
+
+@dataclass
+class _Kept:
+    """A compiled grammar that was vetted. Copies of its matcher share what they have learnt of it so far, which is
+    limited: an answer that reaches the limit spoils it for all of them."""
+
+    matcher: LLMatcher
+    seconds: float  # of the processor, that compiling it took
+    is_spoilt: bool = False
 
 
 class Constraint:
     """Where one sequence is in its grammar. The engine's thread owns it."""
 
-    def __init__(self, grammar: Grammar, matcher: LLMatcher) -> None:
+    def __init__(self, grammar: Grammar, kept: _Kept, compile_anew: Callable[[], LLMatcher]) -> None:
         self._grammar = grammar
-        self._matcher = matcher
+        self._kept = kept
+        self._compile_anew = compile_anew
+        self._matcher = kept.matcher.deep_copy()
+        self._token_ids: list[int] = []
+        self._is_alone = False
 
     @property
     def is_complete(self) -> bool:
@@ -50,11 +70,25 @@ class Constraint:
     def forbidden(self) -> NDArray[np.bool_] | None:
         """(vocab,) True for tokens that may not come next; None where there is an error."""
         mask = self._matcher.compute_logit_bias()
+        if self._matcher.is_error():
+            self._go_on_alone()
+            mask = self._matcher.compute_logit_bias()
         return None if self._matcher.is_error() else np.frombuffer(mask, dtype=np.uint8) == 0
 
     def accept(self, token_id: int) -> None:
         """Move on by a token that isn't forbidden and doesn't end the answer."""
+        self._token_ids.append(token_id)
         self._matcher.consume_token(token_id)
+        if self._matcher.is_error():
+            self._go_on_alone()
+
+    def _go_on_alone(self) -> None:
+        """Follow the answer anew with a matcher that nobody shares: the limit may have been reached by others."""
+        self._kept.is_spoilt = True
+        if not self._is_alone and self._kept.seconds < _QUICK:
+            self._is_alone = True
+            self._matcher = self._compile_anew()
+            self._matcher.consume_tokens(self._token_ids)
 
 
 class Guidance:
@@ -70,7 +104,7 @@ class Guidance:
         self._turn = threading.Lock()  # of who is having a grammar checked
         self._lock = threading.Lock()  # of what is kept
         self._tokenizer: LLTokenizer | None = None
-        self._kept: OrderedDict[Grammar, LLMatcher] = OrderedDict()  # the one used last comes last
+        self._kept: OrderedDict[Grammar, _Kept] = OrderedDict()  # the one used last comes last
 
     def start(self) -> None:
         """Prepare, in the background, what the first grammar would wait for."""
@@ -86,14 +120,15 @@ class Guidance:
 
         Raises InvalidInput on the grammar's field, or TryAgain.
         """
-        if self.holds(grammar):
+        if self._is_usable(grammar):
             return
         if not self._turn.acquire(timeout=_TURN_SECONDS):
             raise QueueFull("too many grammars wait to be compiled")
         try:
             if not self.holds(grammar):
                 self._checker.check(grammar)
-                self._compiler.submit(self._compile, grammar).result()
+            if not self._is_usable(grammar):
+                self._compiler.submit(self._keep, grammar).result()
         except GrammarRefused as error:
             raise refusal(grammar, str(error)) from None
         finally:
@@ -105,23 +140,33 @@ class Guidance:
 
     def constraint(self, grammar: Grammar) -> Constraint:
         """A new sequence's, of a grammar that `check` has passed."""
-        matcher = self._find(grammar) or self._compile(grammar)  # it may have had to make room since
-        return Constraint(grammar, matcher.deep_copy())
+        kept = self._find(grammar) or self._keep(grammar)  # it may have had to make room since
+        return Constraint(grammar, kept, partial(self._compile, grammar))
 
-    def _find(self, grammar: Grammar) -> LLMatcher | None:
+    def _is_usable(self, grammar: Grammar) -> bool:
+        kept = self._find(grammar)
+        return kept is not None and not kept.is_spoilt
+
+    def _find(self, grammar: Grammar) -> _Kept | None:
         with self._lock:
-            matcher = self._kept.get(grammar)
-            if matcher is not None:
+            kept = self._kept.get(grammar)
+            if kept is not None:
                 self._kept.move_to_end(grammar)
-            return matcher
+            return kept
 
-    def _compile(self, grammar: Grammar) -> LLMatcher:
-        matcher = compiled(self._ready_tokenizer(), grammar)
+    def _keep(self, grammar: Grammar) -> _Kept:
+        begun = time.thread_time()
+        matcher = self._compile(grammar)
+        kept = _Kept(matcher, time.thread_time() - begun)
         with self._lock:
-            self._kept[grammar] = matcher
+            self._kept[grammar] = kept
+            self._kept.move_to_end(grammar)
             if len(self._kept) > _NUM_KEPT:
                 self._kept.popitem(last=False)
-        return matcher
+        return kept
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        return compiled(self._ready_tokenizer(), grammar)
 
     def _ready_tokenizer(self) -> LLTokenizer:
         if self._tokenizer is None:

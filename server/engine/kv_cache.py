@@ -20,6 +20,7 @@ class BlockManager:
             raise ValueError("the cache needs at least one block besides the padding block")
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.num_freed = 0  # times that a sequence gave blocks back: until then, whoever lacked some still does
         self._references = [0] * num_blocks
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
@@ -109,6 +110,7 @@ class BlockManager:
         for key in self._prompt_keys(sequence):
             if self._computing.get(key) is sequence:
                 del self._computing[key]
+        self.num_freed += bool(sequence.block_table)
         for block in reversed(sequence.block_table):
             self._references[block] -= 1
             assert self._references[block] >= 0, "a block was freed twice"

@@ -11,8 +11,10 @@ arXiv:2407.01082).
 """
 
 import hashlib
+import math
 import struct
 from collections import Counter
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -21,7 +23,7 @@ import torch
 from server.engine.request import SamplingParams
 from server.engine.sequence import Constraint
 
-_MIN_CANDIDATES = 256  # the first attempt at a top-p set; the whole vocabulary follows where it is too small
+_MIN_CANDIDATES = 256  # the first attempt at a top-p set; the whole vocabulary follows for a row that wants more
 _MIN_TEMPERATURE = 1e-6  # below it a division would overflow; the likeliest token wins long before
 _INT32 = 1 << 32
 
@@ -139,48 +141,79 @@ def _constrain(logits: torch.Tensor, constraint: Constraint) -> None:
 def _draw(logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
     """Gumbel-max over what the rows' filters leave of logits (rows, vocab): token ids (rows,)."""
     temperature = logits.new_tensor([max(row.params.temperature, _MIN_TEMPERATURE) for row in rows])
-    logits = logits / temperature[:, None]
-    filtered = [i for i, row in enumerate(rows) if row.params.top_k or row.params.top_p < 1]
-    whole = [i for i, row in enumerate(rows) if not (row.params.top_k or row.params.top_p < 1)]
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    if whole:
-        chosen = logits[whole] if filtered else logits
-        every_token = torch.arange(logits.shape[1], device=logits.device)[None]
-        chosen_rows = [rows[i] for i in whole]
-        tokens[whole] = (_min_p(chosen, chosen_rows) + gumbel(chosen_rows, every_token)).argmax(-1)
-    if filtered:
-        chosen_rows = [rows[i] for i in filtered]
-        scores, candidates = _candidates(logits[filtered], chosen_rows)
-        best = (_min_p(scores, chosen_rows) + gumbel(chosen_rows, candidates)).argmax(-1, keepdim=True)
-        tokens[filtered] = candidates.gather(1, best)[:, 0]
+    for members, scores, token_ids in _candidates(logits / temperature[:, None], rows):
+        chosen = [rows[i] for i in members]
+        best = (_min_p(scores, chosen) + gumbel(chosen, token_ids)).argmax(-1, keepdim=True)
+        tokens[members] = token_ids.expand(len(members), -1).gather(1, best)[:, 0]
     return tokens
 
 
-def _candidates(logits: torch.Tensor, rows: Seq[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What top-k and top-p leave, best first: (scores, token ids), each (rows, n); -inf where filtered out."""
+def _candidates(logits: torch.Tensor, rows: Seq[Row]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """What top-k and top-p leave of logits (rows, vocab), for rows that sort out as many tokens together.
+
+    Yields the rows' indices, their scores (rows, n), -inf where filtered out, and token ids (rows or 1, n).
+    """
     vocab = logits.shape[1]
-    top_k = torch.tensor([row.params.top_k or vocab for row in rows], device=logits.device)[:, None]
-    top_p = logits.new_tensor([row.params.top_p for row in rows])[:, None]
-    num = max([_MIN_CANDIDATES, *(row.params.top_k for row in rows)])
-    while True:
-        num = min(num, vocab)
-        scores, token_ids = logits.topk(num, dim=-1)  # (rows, num)
-        scores = scores.masked_fill(torch.arange(num, device=logits.device) >= top_k, float("-inf"))
-        # The mass that top-p divides: what top-k left, or the whole vocabulary's.
-        total = torch.where(top_k < vocab, scores.logsumexp(-1, True), logits.logsumexp(-1, True))
-        mass = (scores - total).exp().cumsum(-1)
-        if num == vocab or bool(((mass[:, -1:] >= top_p) | (top_k <= num)).all()):
-            before = torch.cat((torch.zeros_like(mass[:, :1]), mass[:, :-1]), -1)
-            return scores.masked_fill((before >= top_p) & (top_p < 1), float("-inf")), token_ids
-        num = vocab
+    todo: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        todo.setdefault(_num_candidates(row.params, vocab), []).append(i)
+    while todo:
+        num, members = todo.popitem()
+        chosen = logits if len(members) == len(rows) else logits[members]
+        if not num:
+            yield members, chosen, torch.arange(vocab, device=logits.device)[None]
+            continue
+        scores, token_ids, is_short = _filtered(chosen, [rows[i].params for i in members], num)
+        if any(is_short):
+            todo[vocab] = todo.get(vocab, []) + [i for i, short in zip(members, is_short, strict=True) if short]
+            enough = [j for j, short in enumerate(is_short) if not short]
+            members, scores, token_ids = [members[j] for j in enough], scores[enough], token_ids[enough]
+        if members:
+            yield members, scores, token_ids
+
+
+def _num_candidates(params: SamplingParams, vocab: int) -> int:
+    """How many of the likeliest tokens are sorted out first; 0 where no filter wants it.
+
+    The row's alone to say: with another number, equals come in another order and sums are rounded otherwise.
+    """
+    if not (params.top_k or params.top_p < 1):
+        return 0
+    return min(max(_MIN_CANDIDATES, 1 << (params.top_k - 1).bit_length()), vocab)
+
+
+def _filtered(
+    logits: torch.Tensor, params: Seq[SamplingParams], num: int
+) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+    """The `num` likeliest tokens of each row, best first, as scores (-inf where filtered out) and token ids, each
+    (rows, num); and which rows' top-p wants more than these.
+    """
+    vocab = logits.shape[1]
+    top_ks = [min(one.top_k or vocab, vocab) for one in params]
+    top_k = torch.tensor(top_ks, device=logits.device)[:, None]
+    top_p = logits.new_tensor([one.top_p for one in params])[:, None]
+    scores, token_ids = logits.topk(num, dim=-1)
+    scores = scores.masked_fill(torch.arange(num, device=logits.device) >= top_k, float("-inf"))
+    # The mass that top-p divides: what top-k left, or the whole vocabulary's. By softmax, which sums up each row
+    # in one order; torch's sums share a row among threads where it is alone.
+    probabilities = scores.softmax(-1)
+    if num < max(top_ks):
+        probabilities = torch.where(top_k <= num, probabilities, logits.softmax(-1).gather(1, token_ids))
+    mass = probabilities.cumsum(-1)
+    is_short = (mass[:, -1:] < top_p) & (top_k > num)
+    before = torch.cat((torch.zeros_like(mass[:, :1]), mass[:, :-1]), -1)
+    scores = scores.masked_fill((before >= top_p) & (top_p < 1), float("-inf"))
+    return scores, token_ids, is_short[:, 0].tolist()
 
 
 def _min_p(scores: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
     """Drop what is less likely than min_p times the likeliest token."""
     if not any(row.params.min_p for row in rows):
         return scores
-    # log(0) = -inf: a row without min-p keeps everything.
-    log_min_p = scores.new_tensor([row.params.min_p for row in rows]).log()[:, None]
+    # A row without min-p keeps everything.
+    least = [math.log(row.params.min_p) if row.params.min_p else float("-inf") for row in rows]
+    log_min_p = scores.new_tensor(least)[:, None]
     return scores.masked_fill(scores < scores.amax(-1, keepdim=True) + log_min_p, float("-inf"))
 
 

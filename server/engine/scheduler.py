@@ -6,28 +6,20 @@ multiples of `chunk_size`, whatever the load.
 
 Fairness: waiting sequences queue by adapter set, and the sets take turns, so a hot adapter can't hold back a cold
 one. A set whose turn it is but for which there is no room yet may be passed over, at most `max_bypass` times;
-then nothing else is admitted before it. When blocks run out the youngest running sequence is preempted: it
-gives everything back and is computed anew, from what the prefix cache still has.
+then nothing else is admitted before it. It is tried again only when something has been freed. When blocks run
+out the youngest running sequence is preempted: it gives everything back and is computed anew, from what the
+prefix cache still has.
 """
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
 
 from adapters.errors import SmoloraError
 from server.engine.kv_cache import BlockManager
-from server.engine.request import AdapterRef
-from server.engine.sequence import Lease, Sequence, Status
-
-
-class Adapters(Protocol):
-    """What the scheduler needs of `adapter_pool.AdapterPool`."""
-
-    def lease(self, refs: tuple[AdapterRef, ...]) -> Lease:
-        """A new hold on a set of adapters, not ready yet."""
-        ...
+from server.engine.sequence import Sequence, Status
+from server.engine.waiting import Adapters, WaitingSet
 
 
 @dataclass(frozen=True)
@@ -83,14 +75,6 @@ class _Verdict(Enum):
     FAILED = "failed"
 
 
-@dataclass
-class _Queue:
-    """The waiting sequences of one adapter set, in order of arrival."""
-
-    sequences: deque[Sequence] = field(default_factory=deque)
-    num_bypassed: int = 0
-
-
 class Scheduler:
     """Holds every sequence from `add` until `finish`, and decides who computes what."""
 
@@ -107,7 +91,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self._adapters = adapters
         self._clock = clock
-        self._queues: OrderedDict[bytes, _Queue] = OrderedDict()  # the set whose turn is next comes first
+        self._queues: OrderedDict[bytes, WaitingSet] = OrderedDict()  # the set whose turn is next comes first
 
     @property
     def num_waiting(self) -> int:
@@ -125,7 +109,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. It must fit the cache alone: its prompt and all tokens that it may add."""
-        self._queues.setdefault(sequence.adapter_key, _Queue()).sequences.append(sequence)
+        self._queues.setdefault(sequence.adapter_key, WaitingSet()).sequences.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and give back what it holds."""
@@ -185,7 +169,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._give_back(sequence)
         sequence.status = Status.WAITING
-        queue = self._queues.setdefault(sequence.adapter_key, _Queue())
+        queue = self._queues.setdefault(sequence.adapter_key, WaitingSet())
         queue.sequences.appendleft(sequence)
         self._queues.move_to_end(sequence.adapter_key, last=False)
         self.num_preemptions += 1
@@ -198,13 +182,13 @@ class Scheduler:
 
     def _admit(self, chunks: list[Chunk], failed: list[Failed], budget: int) -> None:
         """Admit waiting sequences, a set at a time in turn, while the step has room for their first chunk."""
-        lacking_room: list[_Queue] = []
+        lacking_room: list[WaitingSet] = []
         turn = deque(self._queues)
         while turn and budget > 0 and len(self.running) < self.limits.max_num_seqs:
             key = turn.popleft()
             queue = self._queues[key]
-            sequence = queue.sequences[0]
-            match self._try_admit(sequence):
+            sequence = queue.first
+            match self._try_admit(queue):
                 case _Verdict.ADMITTED:
                     queue.sequences.popleft()
                     queue.num_bypassed = 0
@@ -236,16 +220,18 @@ class Scheduler:
                     pass
         self._look_ahead(turn)
 
-    def _try_admit(self, sequence: Sequence) -> "_Verdict":
-        if sequence.lease is None:
-            sequence.lease = self._adapters.lease(sequence.request.adapters)
-        if not sequence.lease.advance():
-            if sequence.lease.error is not None:
+    def _try_admit(self, queue: WaitingSet) -> "_Verdict":
+        if queue.lacks_room:
+            return _Verdict.NO_ROOM
+        sequence, lease = queue.first, queue.advance(self._adapters)
+        if not lease.ready:
+            if lease.error is not None:
                 return _Verdict.FAILED
-            return _Verdict.NO_ROOM if sequence.lease.lacks_room else _Verdict.WAITS
+            return _Verdict.NO_ROOM if lease.lacks_room else _Verdict.WAITS
         if self.blocks.is_being_computed(sequence):
             return _Verdict.WAITS
         if not self.blocks.admit(sequence, num_spare_blocks=self._num_promised_blocks()):
+            queue.lacks(self.blocks, self.blocks.num_freed)
             return _Verdict.NO_ROOM
         if sequence.admitted_at is None:
             sequence.admitted_at = self._clock()
@@ -280,8 +266,5 @@ class Scheduler:
     def _look_ahead(self, keys: deque[bytes]) -> None:
         """Have the adapters of the next sets read while others run, as many as could run at once."""
         for key in list(keys)[: self.limits.max_num_seqs]:
-            sequence = self._queues[key].sequences[0]
-            if sequence.lease is None:
-                sequence.lease = self._adapters.lease(sequence.request.adapters)
-            if sequence.lease.error is None:
-                sequence.lease.advance()
+            if not self._queues[key].lacks_room:
+                self._queues[key].advance(self._adapters)

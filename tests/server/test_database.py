@@ -228,8 +228,10 @@ def test_processes_may_open_a_new_database_at_once(tmp_path: Path) -> None:
 @JOURNALS
 def test_a_writer_waits_for_another_and_readers_for_none(engine: sa.Engine) -> None:
     order: list[str] = []
+    begins = threading.Event()
 
     def write() -> None:
+        begins.set()
         with engine.begin() as connection:
             order.append("second")
             connection.exec_driver_sql("UPDATE adapters SET next_version = 3")
@@ -244,6 +246,7 @@ def test_a_writer_waits_for_another_and_readers_for_none(engine: sa.Engine) -> N
         with engine.begin() as connection:
             connection.exec_driver_sql("UPDATE adapters SET next_version = 2")
             waiting = pool.submit(write)
+            assert begins.wait(30)
             assert [read() for _ in range(100)] == [1] * 100
             order.append("first")
         waiting.result()

@@ -27,6 +27,7 @@ class FakeLease:
 
     def release(self) -> None:
         if self.is_held:
+            self.gate.num_freed += bool(self.refs)
             self.gate.holds.subtract(ref.digest for ref in self.refs)
             self.is_held = False
 
@@ -42,6 +43,7 @@ class FakeAdapters:
     holds: Counter[str] = field(default_factory=Counter)
     loaded: list[str] = field(default_factory=list)  # least recently loaded first
     loading: dict[str, int] = field(default_factory=dict)  # steps to go
+    num_freed: int = 0
 
     def lease(self, refs: tuple[AdapterRef, ...]) -> FakeLease:
         return FakeLease(self, refs, is_held=not refs)
@@ -77,5 +79,6 @@ class FakeAdapters:
             idle = [digest for digest in self.loaded if digest not in held]
             while len(self.loaded) > self.capacity and idle:
                 self.loaded.remove(idle.pop(0))
+                self.num_freed += 1  # whoever waits may have to load it again
             lease.is_held = True
         return lease.is_held

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from server.engine.kv_cache import BlockManager
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
-from server.engine.scheduler import Adapters, Scheduler, SchedulerLimits, Step
+from server.engine.scheduler import Scheduler, SchedulerLimits, Step
 from server.engine.sequence import Sequence, Status
+from server.engine.waiting import Adapters
 
 Content = tuple[bytes, tuple[int, ...]]
 

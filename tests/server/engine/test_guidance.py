@@ -9,10 +9,10 @@ import pytest
 
 from adapters.errors import InvalidInput
 from server.engine.grammar import MAX_REGEX_BYTES, MAX_SCHEMA_BYTES
-from server.engine.guidance import Guidance
+from server.engine.guidance import Constraint, Guidance
 from server.engine.request import Grammar
 from tests.engine_kit import token_bytes
-from tests.grammars import CODES, HOSTILE_REGEX, HOSTILE_SCHEMA, guidance_of
+from tests.grammars import CODES, HOSTILE_REGEX, HOSTILE_SCHEMA, growing, guidance_of
 from tests.tiny import tiny_tokenizer
 
 VOCAB = 520  # wider than the tokenizer, as logits may be
@@ -138,6 +138,45 @@ def test_the_process_may_be_killed(guidance: Guidance) -> None:
     process.wait()
     guidance.check(Grammar("regex", "after"))
     assert guidance.holds(Grammar("regex", "after"))
+
+
+def follow(constraint: Constraint, seed: int, max_tokens: int = 600, avoid: str = "d") -> int:
+    """Accept arbitrary tokens without `avoid`; how many it were until nothing could be accepted any more."""
+    names, rng = token_bytes(tiny_tokenizer()), random.Random(seed)
+    for num in range(max_tokens):
+        forbidden = constraint.forbidden()
+        if forbidden is None:
+            return num
+        allowed = [token_id for token_id in (~forbidden).nonzero()[0].tolist() if token_id not in EOS]
+        constraint.accept(rng.choice([t for t in allowed if avoid.encode() not in names.bytes_of(t)]))
+        if constraint.error is not None:
+            return num + 1
+    return max_tokens
+
+
+def test_what_grows_too_complex_says_so(guidance: Guidance) -> None:
+    grammar = growing(61)
+    guidance.check(grammar)
+    constraint = guidance.constraint(grammar)
+    assert 61 < follow(constraint, 0) < 600
+    assert constraint.error is not None
+    assert [fault.loc for fault in constraint.error.errors] == [("regex",)]
+    assert not constraint.is_complete
+
+
+def test_an_answer_that_grew_too_complex_spoils_no_other(guidance: Guidance) -> None:
+    """Neither those that are under way, nor those to come, of which each alone would not have grown so far."""
+    grammar, enough = growing(62), 75
+    guidance.check(grammar)
+    early, late = guidance.constraint(grammar), guidance.constraint(grammar)
+    assert follow(early, 1, max_tokens=65) == 65
+    assert follow(guidance.constraint(grammar), 2) < 600
+    assert follow(early, 1, max_tokens=enough - 65) == enough - 65
+    assert follow(late, 5, max_tokens=enough) == enough
+    for _ in range(2):
+        guidance.check(grammar)
+        assert follow(guidance.constraint(grammar), 5, max_tokens=enough) == enough
+    assert follow(guidance.constraint(grammar), 2) < 600, "the limit itself is as it was"
 
 
 def test_only_so_many_are_kept(guidance: Guidance) -> None:

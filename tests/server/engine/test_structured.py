@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from adapters.errors import InvalidInput
 from server.engine.engine import Engine
@@ -126,28 +128,40 @@ def test_the_last_token_may_be_the_end(tiny_base: BaseModel, guidance: Guidance)
     assert (found.finish_reason, len(found.text)) == ("stop", 3)
 
 
-def test_what_becomes_too_complex_ends_alone(tiny_base: BaseModel, guidance: Guidance) -> None:
-    """A grammar that fails while it is followed is its request's fault; others go on."""
+class Failing:
+    """A grammar that can't be followed beyond so many tokens."""
 
-    class Failing:
-        is_complete = False
-        error = InvalidInput.of("regex", "became too complex to follow: make it simpler")
+    is_complete = False
 
-        def forbidden(self) -> None:
-            return None
+    def __init__(self, num_tokens: int, vocab_size: int) -> None:
+        self._num_left = num_tokens
+        self._vocab_size = vocab_size
 
-        def accept(self, token_id: int) -> None:
-            raise AssertionError
+    @property
+    def error(self) -> InvalidInput | None:
+        too_complex = InvalidInput.of("regex", "became too complex to follow: make it simpler")
+        return None if self._num_left > 0 else too_complex
 
+    def forbidden(self) -> NDArray[np.bool_] | None:
+        return np.zeros(self._vocab_size, dtype=bool) if self._num_left > 0 else None
+
+    def accept(self, token_id: int) -> None:
+        self._num_left -= 1
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 3])  # of at most three
+def test_what_becomes_too_complex_ends_alone(tiny_base: BaseModel, guidance: Guidance, num_tokens: int) -> None:
+    """A grammar that fails while it is followed is its request's fault, which is said; others go on."""
     engine = build_engine(tiny_base, guidance=guidance)
-    engine.add(replace(structured("bad"), sampling=PLAIN))
-    engine.add(replace(structured("good"), sampling=PLAIN))
+    engine.add(structured("bad", replace(PLAIN, max_tokens=3, logit_bias=((EOS, -100.0),))))
+    engine.add(structured("good"))
     (bad, good) = engine.scheduler.sequences()
-    bad.constraint = Failing()
+    bad.constraint = Failing(num_tokens, tiny_base.config.vocab_size)
     outputs = []
     while engine.has_work:
         outputs += engine.step()
     ends = {output.request_id: output for output in outputs if output.finish_reason}
+    assert ends["bad"].finish_reason == "abort"
     assert isinstance(ends["bad"].error, InvalidInput)
     assert ends["good"].finish_reason == "stop"
     assert good.num_output_tokens

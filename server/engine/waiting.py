@@ -1,0 +1,71 @@
+"""The sequences of one adapter set that wait to be admitted, and whether it is worth trying."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from server.engine.request import AdapterRef
+from server.engine.sequence import Lease, Sequence
+
+
+class Room(Protocol):
+    """Something that sequences hold parts of: blocks, or adapters' rows."""
+
+    @property
+    def num_freed(self) -> int:
+        """Grows whenever a part comes free: until then, whoever lacked room is tried in vain."""
+        ...
+
+
+class Adapters(Room, Protocol):
+    """What the scheduler needs of `adapter_pool.AdapterPool`."""
+
+    def lease(self, refs: tuple[AdapterRef, ...]) -> Lease:
+        """A new hold on a set of adapters, not ready yet."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A sequence that lacked room, of what, and how much had been freed of it by then."""
+
+    sequence: Sequence
+    room: Room
+    num_freed: int
+
+
+@dataclass
+class WaitingSet:
+    """The waiting sequences of one adapter set, in order of arrival; there is always one."""
+
+    sequences: deque[Sequence] = field(default_factory=deque)
+    num_bypassed: int = 0
+    _refusal: _Refusal | None = None
+
+    @property
+    def first(self) -> Sequence:
+        return self.sequences[0]
+
+    @property
+    def lacks_room(self) -> bool:
+        """Whether the first one lacked room and nothing has been freed since: trying again would be in vain."""
+        refusal = self._refusal
+        return (
+            refusal is not None and refusal.sequence is self.first and refusal.num_freed == refusal.room.num_freed
+        )
+
+    def lacks(self, room: Room, num_freed: int) -> None:
+        """The first one lacked `room`, of which so much had been freed when it was tried."""
+        self._refusal = _Refusal(self.first, room, num_freed)
+
+    def advance(self, adapters: Adapters) -> Lease:
+        """Bring the first one's adapters on their way, as far as that goes without waiting."""
+        sequence = self.first
+        if sequence.lease is None:
+            sequence.lease = adapters.lease(sequence.request.adapters)
+        num_freed = adapters.num_freed  # before: the attempt may itself free what is in its way
+        if sequence.lease.error is None:
+            sequence.lease.advance()
+        if sequence.lease.lacks_room:
+            self.lacks(adapters, num_freed)
+        return sequence.lease
