@@ -108,11 +108,25 @@ class AdapterStore:
 
     def read(self, digest: str, base: BaseShape) -> PeftAdapter:
         """The adapter with its configuration, checked as an upload is. Raises CorruptAdapter."""
-        place = self._place(digest)
         try:
-            return read((place / CONFIG_NAME).read_bytes(), place / WEIGHTS_NAME, base)
+            return self._read(digest, base)
         except (OSError, InvalidAdapter) as error:
             raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
+
+    def fits(self, digest: str, base: BaseShape) -> bool:
+        """Whether the adapter could be uploaded for a base of these shapes. Raises CorruptAdapter."""
+        self.load(digest)  # or it is damaged, which says nothing about shapes
+        try:
+            self._read(digest, base)
+        except InvalidAdapter:
+            return False
+        except OSError as error:
+            raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
+        return True
+
+    def _read(self, digest: str, base: BaseShape) -> PeftAdapter:
+        place = self._place(digest)
+        return read((place / CONFIG_NAME).read_bytes(), place / WEIGHTS_NAME, base)
 
     def verify(self, digest: str) -> None:
         """Reads all bytes and raises CorruptAdapter unless they have the digest."""

@@ -18,6 +18,7 @@ REFUSALS = _problems(
     {
         401: "No valid key",
         404: "Unknown adapter or version",
+        409: "An adapter was made for a base of other shapes",
         413: "The body is too large",
         422: "A bad field; `errors[].loc` ends in its name",
         429: "The queue is full; see `Retry-After`",
@@ -50,7 +51,7 @@ COMPOSITIONS = _problems(
     {
         401: "No valid key",
         404: "Unknown adapter or version in the expression",
-        409: "An adapter has the name; for a merge, a composition has",
+        409: "An adapter has the name (for a merge: a composition), or a part was made for a base of other shapes",
         422: "A bad field; `errors[].loc` ends in its name",
         429: "Too many jobs haven't ended; see `Retry-After`",
     }
@@ -59,6 +60,7 @@ SUBMISSIONS = _problems(
     {
         401: "No valid key",
         404: "Unknown data set, or unknown adapter in `start_from`",
+        409: "A composition has the name, or `start_from` was made for a base of other shapes",
         413: "The body is too large: larger data goes through POST /datasets",
         422: "A bad field or row; `errors[].loc` ends in its name",
         429: "Too many jobs haven't ended; see `Retry-After`",

@@ -72,6 +72,7 @@ def dry_run_document(
         "estimate": asdict(estimate),
         "preview": _preview(prepared.data, decode),
         "config": _config(prepared.spec, prepared.source),
+        "warnings": list(prepared.warnings),
     }
 
 

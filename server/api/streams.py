@@ -1,7 +1,7 @@
 """Clients that wait or listen, and leave: whoever is gone, streamed to or not, is noticed at once."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from typing import TypeVar
 
 from starlette.responses import Response
@@ -56,10 +56,17 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        close: Callable[[], Awaitable[None]],
+        headers: Iterable[tuple[str, str]] = (),
+    ) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        for name, value in headers:
+            self.headers.append(name, value)
         self._events = events
         self._close = close
 

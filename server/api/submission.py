@@ -39,6 +39,7 @@ class Prepared:
     data: JobData
     source: Mapping[str, object]
     used: frozenset[str]  # ids of data sets and files
+    warnings: tuple[str, ...]  # of the adapter to go on from
 
     @property
     def total_steps(self) -> int:
@@ -78,7 +79,8 @@ class Submissions:
         """Queue the job, or return the one that the key belongs to.
 
         `fine_tuning` is stored with it as `server.training.jobs.FINE_TUNING` has it.
-        Raises InvalidInput, NotFound (rows, or the parent), QueueFull, or Unavailable: the disk is full.
+        Raises InvalidInput, NotFound (rows, or the parent), Conflict (the parent is of another base's shapes),
+        QueueFull, or Unavailable: the disk is full.
         """
         digest = _digest(body, fine_tuning)
         kept = {} if fine_tuning is None else {FINE_TUNING: dict(fine_tuning)}
@@ -98,6 +100,7 @@ class Submissions:
                     used=prepared.used,
                     idempotency_key=idempotency_key,
                     body_digest=digest,
+                    warnings=prepared.warnings,
                 )
             except BaseException:
                 shutil.rmtree(directory, ignore_errors=True)
@@ -115,7 +118,8 @@ class Submissions:
             spec = build_spec(body, self._library, lease, self._max_length)
             rows = choose_rows(body, self._sources)
             _check_rows(spec, rows)
-            yield Prepared(spec, self._encode(spec.training, rows), rows.source, rows.used)
+            data = self._encode(spec.training, rows)
+            yield Prepared(spec, data, rows.source, rows.used, lease.warnings)
         finally:
             lease.release()
 

@@ -73,8 +73,11 @@ class Jobs:
         used: Iterable[str] = (),
         idempotency_key: str | None = None,
         body_digest: str = "",
+        warnings: Iterable[str] = (),
     ) -> Job:
         """Queue a job whose files are in place; `used` are the ids and digests that must not be deleted meanwhile.
+
+        `warnings` become its first events.
 
         A key that was used before returns its job (of another `id`: the new files are unwanted), and raises
         InvalidInput where the body was another one. Raises QueueFull where too many jobs haven't ended.
@@ -109,6 +112,8 @@ class Jobs:
             for name in sorted({*used, *spec.parents}):
                 connection.execute(sa.insert(uses).values(job_id=job_id, used=name))
             job_events.append(connection, job_id, "queued")
+            for text in warnings:
+                job_events.append(connection, job_id, text, level="warning")
             return _get(connection, job_id)
 
         return transact(self._engine, work)

@@ -1,6 +1,6 @@
 """How an answer leaves: at once or as events, and what becomes of it where the client goes or the engine fails."""
 
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,12 +11,17 @@ from server.api.openai.batch import Batch
 from server.api.streams import ClientGoneError, EventStream, while_connected
 
 DONE = b"data: [DONE]\n\n"
+WARNING = "X-Smolora-Warning"
+"""A header for each warning about an adapter: OpenAI's answers have no field for it."""
 
 
 async def at_once(request: Request, batch: Batch, answer: Coroutine[None, None, dict[str, object]]) -> Response:
     """The answer as one document. A client that goes away ends what runs."""
     try:
-        return wire.answer(await while_connected(request.receive, answer))
+        response = wire.answer(await while_connected(request.receive, answer))
+        for name, value in _warnings(batch):
+            response.headers.append(name, value)
+        return response
     except ClientGoneError:
         return Response(status_code=499)  # nobody reads it; the log does
     finally:
@@ -25,7 +30,13 @@ async def at_once(request: Request, batch: Batch, answer: Coroutine[None, None, 
 
 def streamed(batch: Batch, events: AsyncIterator[bytes]) -> Response:
     """The events, then `[DONE]`. What fails before the first is an error response; later, the last event."""
-    return EventStream(_ended(events), batch.close)
+    return EventStream(_ended(events), batch.close, _warnings(batch))
+
+
+def _warnings(batch: Batch) -> Iterator[tuple[str, str]]:
+    """As headers, which are ASCII: names of bases may not be."""
+    for text in batch.warnings:
+        yield WARNING, text.encode("ascii", "backslashreplace").decode()
 
 
 async def _ended(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

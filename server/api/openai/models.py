@@ -38,16 +38,11 @@ async def model(model: Annotated[str, Path(max_length=MAX_LENGTH)], services: Se
     if not terms:
         return wire.answer(_base(services))
 
-    def found() -> int:
-        lease = services.library.lease(terms, "model")
-        lease.release()
-        versions = [services.library.version(part.name, part.version) for part in lease.parts]
-        return max(int(version.created_at.timestamp()) for version in versions)
-
     try:
-        created = await to_thread.run_sync(found)
+        versions = await to_thread.run_sync(services.library.named, terms, "model")
     except NotFound as error:
         raise ModelNotFound(str(error)) from None
+    created = max(int(version.created_at.timestamp()) for version in versions)
     return wire.answer(_document(model, created, parent=services.base_name))
 
 

@@ -30,8 +30,10 @@ def sample(
     return PeftAdapter(config, LoraWeights(modules), "tiny-llama")
 
 
-def publish(catalog: Catalog, store: AdapterStore, name: str, adapter: PeftAdapter) -> Version:
-    """The adapter as the name's next version."""
+def publish(
+    catalog: Catalog, store: AdapterStore, name: str, adapter: PeftAdapter, base_digest: str | None = None
+) -> Version:
+    """The adapter as the name's next version, made on the base of that digest."""
     return catalog.publish(
         name,
         digest=adapter.weights.digest,
@@ -40,6 +42,8 @@ def publish(catalog: Catalog, store: AdapterStore, name: str, adapter: PeftAdapt
         alpha=adapter.config.alpha,
         target_modules=adapter.weights.target_modules,
         parameters=adapter.weights.num_parameters,
+        base_model=adapter.base_model,
+        base_digest=base_digest,
     )
 
 
