@@ -5,9 +5,9 @@ bytes do, and bytes that are pinned or named again stay. So whoever still finds 
 bytes has them, until they let go. Everything may block on disk: call it in a thread.
 """
 
-import builtins
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -173,21 +173,25 @@ class Library:
         """Remove the alias. Raises NotFound, or Conflict for `latest`."""
         self._catalog.unpoint(name, alias)
 
-    def list(self, name: str | None, limit: int | None, after: str | None) -> builtins.list[Adapter]:
-        """Adapters by name, those after `after`, at most `limit`."""
-        found = self._catalog.list(name=name, limit=limit, after=after)
-        return [replace(adapter, versions=tuple(map(self._told, adapter.versions))) for adapter in found]
+    def page(self, name: str | None, limit: int, after: str | None) -> tuple[list[Adapter], str | None]:
+        """Adapters by name, those after `after`, at most `limit`; and the next page's `after`, if there is one."""
+        found = [self._all_told(adapter) for adapter in self._catalog.list(name=name, limit=limit, after=after)]
+        has_more = len(found) == limit and name is None and self._catalog.has_after(found[-1].name)
+        return found, found[-1].name if has_more else None
+
+    def latest_dates(self) -> dict[str, datetime]:
+        """All names, each with the moment at which what it means now was made."""
+        return self._catalog.latest_dates()
 
     def get(self, name: str) -> Adapter:
         """All versions of one adapter. Raises NotFound."""
-        adapter = self._catalog.get(name)
-        return replace(adapter, versions=tuple(map(self._told, adapter.versions)))
+        return self._all_told(self._catalog.get(name))
 
     def version(self, name: str, version: int) -> Version:
         """One of them. Raises NotFound."""
         return self._told(self._catalog.version(name, version))
 
-    def named(self, terms: Sequence[Term], field: str = "adapter") -> builtins.list[Version]:
+    def named(self, terms: Sequence[Term], field: str = "adapter") -> list[Version]:
         """The versions that an expression means now, whether they go with the base or not. Raises as `lease`."""
         parts = self._catalog.resolve(terms, field)
         return [self.version(part.name, part.version) for part in parts]
@@ -253,6 +257,9 @@ class Library:
         found = self.version(name, version)
         same_base = found.base_digest is not None and found.base_digest == self._base.digest
         return _Fit(same_base or self._store.fits(digest, self.shape), found.warnings)
+
+    def _all_told(self, adapter: Adapter) -> Adapter:
+        return replace(adapter, versions=tuple(map(self._told, adapter.versions)))
 
     def _told(self, version: Version) -> Version:
         """With all that is to be told of it beside this base."""

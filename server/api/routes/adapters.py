@@ -125,9 +125,8 @@ async def delete_version(
 
 
 def _page(library: Library, resident: frozenset[str], name: str | None, size: int, after: str | None) -> Response:
-    found = library.list(name, size + 1, after)
-    page = [adapter_answer(adapter, resident) for adapter in found[:size]]
-    return wire.answer({"adapters": page, "next": found[size - 1].name if len(found) > size else None})
+    found, following = library.page(name, size, after)
+    return wire.answer({"adapters": [adapter_answer(adapter, resident) for adapter in found], "next": following})
 
 
 def _archive(services: Services, name: str, version: int) -> bytes:
