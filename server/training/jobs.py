@@ -8,7 +8,7 @@ import builtins
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import sqlalchemy as sa
 
@@ -21,7 +21,7 @@ from server.training.job_tables import jobs, uses
 from server.training.leases import Status
 from server.training.merge_spec import MergeSpec, Spec, read_spec
 
-__all__ = ["Event", "Job", "Jobs", "Status"]
+__all__ = ["Event", "Job", "Jobs", "Standing", "Status"]
 
 MAX_UNFINISHED = 1000
 FINE_TUNING = "fine_tuning"
@@ -54,6 +54,13 @@ class Job:
     @property
     def kind(self) -> Literal["train", "merge"]:
         return "merge" if isinstance(self.spec, MergeSpec) else "train"
+
+
+class Standing(NamedTuple):
+    """What tells whether there is news of a job."""
+
+    status: Status
+    num_events: int  # the `seq` of the last one
 
 
 class Jobs:
@@ -158,6 +165,13 @@ class Jobs:
         if found is None:
             raise NotFound(f"there is no job {job_id}")
         return found
+
+    def standings(self, job_ids: Iterable[str]) -> dict[str, Standing]:
+        """Of those of the jobs that there are."""
+        query = sa.select(jobs.c.id, jobs.c.status, jobs.c.num_events).where(jobs.c.id.in_(list(job_ids)))
+        with self._reader.connect() as connection:
+            rows = connection.execute(query).all()
+        return {row.id: Standing(Status(row.status), row.num_events) for row in rows}
 
     def report(self, job_id: str) -> Mapping[str, object] | None:
         """The card of a job that succeeded; None before. Raises NotFound."""
