@@ -220,7 +220,7 @@ async def test_many_clients_ask_the_database_once(
     await asyncio.wait_for(asyncio.gather(*(caller.task for caller in callers)), 5)
 
 
-async def test_names_are_resolved_while_many_follow_and_the_other_way_round(
+async def test_followers_have_threads_of_their_own(
     app: FastAPI, client: httpx.AsyncClient, leases: Leases
 ) -> None:
     callers = await followers_of(app, await submit(client))
