@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import BinaryIO
 
 from adapters import peft_format
 from adapters.catalog import Adapter, Catalog, Kind, Part, Version
@@ -196,13 +197,16 @@ class Library:
         parts = self._catalog.resolve(terms, field)
         return [self.version(part.name, part.version) for part in parts]
 
-    def archive(self, name: str, version: int) -> bytes:
-        """A zip of the version that PEFT reads once it is unpacked. NotFound, CorruptAdapter, or Conflict."""
+    def open(self, name: str, version: int) -> dict[str, BinaryIO]:
+        """The version's two files, to read and close; they outlive a delete.
+
+        Raises NotFound, CorruptAdapter, or Conflict where it is a composition.
+        """
         if self._catalog.version(name, version).parts:
             raise Conflict(f"{name}@{version} is a composition: its parts have the weights, download those")
         lease = self._hold([Term(name, version)])
         try:
-            return self._store.archive(lease.parts[0].digest)
+            return self._store.open(lease.parts[0].digest)
         finally:
             lease.release()
 

@@ -1,13 +1,15 @@
 """/train: submit jobs, watch and steer them, and what came of them. Disk and tokenizer work in threads."""
 
 from collections.abc import Callable
+from pathlib import Path as FilePath
 from typing import Annotated
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Header, Path, Query, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from adapters.errors import Conflict, NotFound
+from adapters.open_files import open_all
 from server.api import wire
 from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.documents import JOB_LOOKUPS, JOB_MOVES, SUBMISSIONS
@@ -15,7 +17,7 @@ from server.api.job_answers import dry_run_document, event_document, job_documen
 from server.api.streams import EventStream
 from server.api.strict_json import StrictRoute
 from server.api.train_schemas import DryRunAnswer, EventAnswer, JobAnswer, JobList, TrainBody
-from server.api.zips import zipped
+from server.api.zips import StoredZip, zip_download
 from server.training.job_files import JobFiles
 from server.training.jobs import Job, Jobs, Status
 
@@ -168,11 +170,8 @@ async def download(services: ServicesDep, job_id: JobId) -> Response:
         )
         raise NotFound(f"only full fine-tuning leaves a model; see {where}")
     _refuse_unfinished(job, "model")
-    directory = JobFiles(services.settings.home).model(job_id)
-    if not await to_thread.run_sync(directory.is_dir):
-        raise NotFound("the model is no longer stored")
-    headers = {"Content-Disposition": f'attachment; filename="{job.name}-{job.id}.zip"'}
-    return StreamingResponse(zipped(directory), media_type="application/zip", headers=headers)
+    archive = await to_thread.run_sync(_model, JobFiles(services.settings.home).model(job_id))
+    return zip_download(archive, f"{job.name}-{job.id}")
 
 
 def _dry_run(services: Services, body: TrainBody) -> dict[str, object]:
@@ -198,6 +197,13 @@ def _events(jobs: Jobs, path: str, job_id: str, after: int, limit: int) -> Respo
 
 async def _steer(move: Callable[[str], Job], job_id: str) -> Response:
     return wire.answer(job_document(await to_thread.run_sync(move, job_id)))
+
+
+def _model(directory: FilePath) -> StoredZip:
+    try:
+        return StoredZip(open_all({path.name: path for path in sorted(directory.iterdir()) if path.is_file()}))
+    except FileNotFoundError:
+        raise NotFound("the model is no longer stored") from None
 
 
 def _report(jobs: Jobs, job_id: str) -> object:
