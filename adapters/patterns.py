@@ -120,9 +120,7 @@ def _match_there(patterns: Sequence[Pattern], names: Sequence[str], budget: Budg
             raise BadPatternError(index, f"is no regular expression that Python reads: {row}")
         table.append(row)
     if len(lines) <= len(patterns):
-        message = (
-            f"with what is before it, this takes too much: {CPU_SECONDS:g} s, or a gigabyte, are there for all"
-        )
+        message = f"takes too much: all expressions together have {CPU_SECONDS:g} s of a processor, and 1 GiB"
         raise BadPatternError(min(len(table), len(patterns) - 1), message)
     budget.seconds -= float(lines[-1])
     return table
