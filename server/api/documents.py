@@ -60,7 +60,7 @@ SUBMISSIONS = _problems(
     {
         401: "No valid key",
         404: "Unknown data set, or unknown adapter in `start_from`",
-        409: "A composition has the name, or `start_from` was made for a base of other shapes",
+        409: "A composition has the name, or `start_from` (or the latest to improve) is of another base's shapes",
         413: "The body is too large: larger data goes through POST /datasets",
         422: "A bad field or row; `errors[].loc` ends in its name",
         429: "Too many jobs haven't ended; see `Retry-After`",

@@ -9,11 +9,12 @@ import json
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from adapters.errors import FieldError, InvalidInput
+from adapters.errors import FieldError, InvalidInput, NotFound
+from adapters.expression import Term
 from server.api.full_disk import full_disk_is_unavailable
 from server.api.library import Lease, Library
 from server.api.train_rows import JobRows, choose_rows
@@ -79,8 +80,8 @@ class Submissions:
         """Queue the job, or return the one that the key belongs to.
 
         `fine_tuning` is stored with it as `server.training.jobs.FINE_TUNING` has it.
-        Raises InvalidInput, NotFound (rows, or the parent), Conflict (the parent is of another base's shapes),
-        QueueFull, or Unavailable: the disk is full.
+        Raises InvalidInput, NotFound (rows, or the parent), Conflict (the parent, or a latest version to be
+        improved on, is of another base's shapes), QueueFull, or Unavailable: the disk is full.
         """
         digest = _digest(body, fine_tuning)
         kept = {} if fine_tuning is None else {FINE_TUNING: dict(fine_tuning)}
@@ -118,6 +119,9 @@ class Submissions:
             spec = build_spec(body, self._library, lease, self._max_length)
             rows = choose_rows(body, self._sources)
             _check_rows(spec, rows)
+            if spec.publish_if == "improves_latest":  # which is measured, too: it must go with the base
+                with suppress(NotFound):
+                    self._library.lease([Term(spec.name)], "name").release()
             data = self._encode(spec.training, rows)
             yield Prepared(spec, data, rows.source, rows.used, lease.warnings)
         finally:

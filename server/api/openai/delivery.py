@@ -8,11 +8,10 @@ from starlette.responses import Response
 from server.api import wire
 from server.api.openai import errors
 from server.api.openai.batch import Batch
+from server.api.openai.documents import WARNING
 from server.api.streams import ClientGoneError, EventStream, while_connected
 
 DONE = b"data: [DONE]\n\n"
-WARNING = "X-Smolora-Warning"
-"""A header for each warning about an adapter: OpenAI's answers have no field for it."""
 
 
 async def at_once(request: Request, batch: Batch, answer: Coroutine[None, None, dict[str, object]]) -> Response:

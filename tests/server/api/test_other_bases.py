@@ -201,6 +201,11 @@ async def test_other_shapes_are_a_conflict(
         await client.post("/compositions/m", json={"expression": adapter}),
         await client.post("/compositions/m", json={"expression": adapter, "method": "ties"}),
     ]
+    if adapter == "a":
+        gate = {"data": ROWS, "validation": 0.1, "publish_if": "improves_latest"}
+        refused.append(await client.post("/train", json={"name": "a", **gate}))
+        assert (await client.post("/train", json={"name": "b", **gate})).status_code == 202
+        assert (await client.post("/train", json={"name": "new", **gate})).status_code == 202
     if "+" not in adapter:
         refused += [
             await client.post("/train", json={**row, "start_from": adapter}),
