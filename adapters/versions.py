@@ -85,14 +85,16 @@ class Origin:
 
     @classmethod
     def of(cls, versions: Iterable[Version]) -> "Origin":
-        """That of whatever is made of `versions`, and what to keep with it; theirs is told by themselves."""
+        """That of whatever is made of `versions`, and what to keep with it: what was kept with them, too."""
         found = tuple(versions)
+        told = [f"{version.name}@{version.version}: {text}" for version in found for text in version.warnings]
         models, digests = {version.base_model for version in found}, {version.base_digest for version in found}
-        differ = len(digests - {None}) > 1
+        if len(digests - {None}) > 1:
+            told.append("its parts were made on different bases")
         return cls(
             base_model=models.pop() if len(models) == 1 else None,
             base_digest=digests.pop() if len(digests) == 1 else None,
-            warnings=("its parts were made on different bases",) if differ else (),
+            warnings=tuple(told),
         )
 
 

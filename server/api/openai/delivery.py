@@ -12,6 +12,7 @@ from server.api.openai.documents import WARNING
 from server.api.streams import ClientGoneError, EventStream, while_connected
 
 DONE = b"data: [DONE]\n\n"
+_MAX_WARNINGS, _MAX_WARNING = 8, 400  # headers, and characters of one
 
 
 async def at_once(request: Request, batch: Batch, answer: Coroutine[None, None, dict[str, object]]) -> Response:
@@ -33,9 +34,12 @@ def streamed(batch: Batch, events: AsyncIterator[bytes]) -> Response:
 
 
 def _warnings(batch: Batch) -> Iterator[tuple[str, str]]:
-    """As headers, which are ASCII: names of bases may not be."""
-    for text in batch.warnings:
-        yield WARNING, text.encode("ascii", "backslashreplace").decode()
+    """As headers, which are ASCII (names of bases may not be) and not too long for anybody's buffer."""
+    texts = batch.warnings[:_MAX_WARNINGS]
+    if len(batch.warnings) > len(texts):
+        texts = (*texts[:-1], f"and {len(batch.warnings) - len(texts) + 1} more: see GET /adapters")
+    for text in texts:
+        yield WARNING, text.encode("ascii", "backslashreplace").decode()[:_MAX_WARNING]
 
 
 async def _ended(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

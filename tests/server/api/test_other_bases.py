@@ -157,6 +157,19 @@ async def test_openai_clients_find_it_in_a_header(
     assert "warning" not in response.text
 
 
+async def test_headers_are_bounded(serve: Serve) -> None:
+    long = "é" * 900
+    for number in range(9):
+        await publish(serve(), f"a{number}", seed=number, base=f"{long}{number}")
+    body = {"model": "+".join(f"a{number}*0.1" for number in range(9)), "prompt": "Hi", "max_tokens": 1}
+    response = await serve().post("/v1/completions", json=body)
+    found = response.headers.get_list("x-smolora-warning")
+    assert len(found) == 8
+    assert [line[:4] for line in found[:7]] == [f"a{number}@1" for number in range(7)]
+    assert found[7].startswith("and 2 more")
+    assert all(len(line) <= 400 for line in found)
+
+
 async def test_what_an_upload_says_of_itself_is_told_too(serve: Serve) -> None:
     client = serve()
     await publish(client, "a", base="someone/other")

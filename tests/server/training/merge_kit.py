@@ -1,6 +1,6 @@
 """Adapters of a tiny base in a store and a catalog, and merge jobs that name them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -31,7 +31,12 @@ def sample(
 
 
 def publish(
-    catalog: Catalog, store: AdapterStore, name: str, adapter: PeftAdapter, base_digest: str | None = None
+    catalog: Catalog,
+    store: AdapterStore,
+    name: str,
+    adapter: PeftAdapter,
+    base_digest: str | None = None,
+    warnings: Sequence[str] = (),
 ) -> Version:
     """The adapter as the name's next version, made on the base of that digest."""
     return catalog.publish(
@@ -44,6 +49,7 @@ def publish(
         parameters=adapter.weights.num_parameters,
         base_model=adapter.base_model,
         base_digest=base_digest,
+        warnings=warnings,
     )
 
 

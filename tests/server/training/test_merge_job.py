@@ -135,6 +135,19 @@ def test_it_was_made_where_its_parts_were(
     assert store.read(version.digest, tiny_base.config.shape).base_model == "another"
 
 
+def test_it_is_told_what_is_told_of_its_parts(
+    jobs: Jobs, leases: Leases, catalog: Catalog, store: AdapterStore, tiny_base: BaseModel
+) -> None:
+    left, right = samples(tiny_base).values()
+    publish(catalog, store, "left", left, tiny_base.digest, ["its config names another base"])
+    publish(catalog, store, "right", right, tiny_base.digest)
+    spec = merge_spec(catalog, EXPRESSION, TIES)
+    run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, Listener())
+    version = catalog.version("merged", 1)
+    assert version.warnings == ("left@1: its config names another base",)
+    assert (version.base_model, version.base_digest) == (tiny_base.name, tiny_base.digest)
+
+
 @pytest.mark.usefixtures("parts")
 def test_its_card(jobs: Jobs, leases: Leases, catalog: Catalog, store: AdapterStore, tiny_base: BaseModel) -> None:
     spec = merge_spec(catalog, EXPRESSION, Recipe("svd", rank=8))
