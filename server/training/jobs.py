@@ -157,15 +157,6 @@ class Jobs:
                 raise NotFound(f"there is no job {job_id}")
             return found
 
-    def num_events(self, job_id: str) -> int:
-        """How many there are: the `seq` of the last one. Raises NotFound."""
-        query = sa.select(jobs.c.num_events).where(jobs.c.id == job_id)
-        with self._reader.connect() as connection:
-            found: int | None = connection.execute(query).scalar_one_or_none()
-        if found is None:
-            raise NotFound(f"there is no job {job_id}")
-        return found
-
     def standings(self, job_ids: Iterable[str]) -> dict[str, Standing]:
         """Of those of the jobs that there are."""
         query = sa.select(jobs.c.id, jobs.c.status, jobs.c.num_events).where(jobs.c.id.in_(list(job_ids)))
