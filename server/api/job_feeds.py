@@ -176,9 +176,11 @@ class JobFeeds:
                 continue
             standing, events = found[job_id]
             is_first = feed.last is None
-            if feed.last is None:
-                feed.last = standing.num_events  # what was before is read by whoever wants it
-            feed.add(events)
+            if events:
+                feed.add(events)
+            else:  # at first what was before is read by whoever wants it, and later there is nothing
+                feed.last = standing.num_events
+            assert feed.last is not None
             is_behind = feed.last < standing.num_events
             feed.has_ended = standing.status.has_ended and not is_behind
             has_more |= is_behind

@@ -33,11 +33,11 @@ class FakeJobs:
         self.failure: Exception | None = None
         self.num_looks = 0
         self.reads: list[tuple[str, int]] = []
-        self.threads: set[str] = set()
+        self.threads: set[int] = set()
 
     def standings(self, job_ids: Sequence[str]) -> dict[str, Standing]:
         self.num_looks += 1
-        self.threads.add(threading.current_thread().name)
+        self.threads.add(threading.get_ident())
         if self.failure is not None:
             raise self.failure
         return {
@@ -48,6 +48,7 @@ class FakeJobs:
 
     def events(self, job_id: str, after: int, limit: int) -> list[Event]:
         self.reads.append((job_id, after))
+        self.threads.add(threading.get_ident())
         seqs = range(after + 1, min(after + limit, self.num_events[job_id]) + 1)
         return [Event(seq, datetime.now(UTC), "info", "message", f"{job_id} {seq}", {}) for seq in seqs]
 
@@ -174,6 +175,25 @@ async def test_faults_reach_every_follower_and_the_next_begins_anew() -> None:
     await until(lambda: not feeds.is_polling)
 
 
+async def test_events_that_are_gone_end_the_streams_of_those_who_want_them() -> None:
+    class Gone(FakeJobs):
+        def events(self, job_id: str, after: int, limit: int) -> list[Event]:
+            return [event for event in super().events(job_id, after, limit) if event.seq <= 2]
+
+    jobs = Gone(a=5)
+    feeds = JobFeeds(jobs, poll=0.001)
+    behind, there = Listener(feeds, "a"), Listener(feeds, "a", after=5)
+    with pytest.raises(NotFound):
+        await behind.task
+    assert behind.seqs == [1, 2]
+    jobs.num_events["a"] = 6
+    looks = jobs.num_looks
+    with pytest.raises(NotFound):
+        await there.task
+    assert jobs.num_looks < looks + 50
+    await until(lambda: not feeds.is_polling)
+
+
 async def test_what_ends_the_server_ends_the_streams() -> None:
     jobs = FakeJobs(a=1)
     is_ending = False
@@ -188,8 +208,9 @@ async def test_followers_take_few_threads() -> None:
     jobs = FakeJobs(a=1)
     feeds = JobFeeds(jobs, poll=0.001)
     listeners = [Listener(feeds, "a") for _ in range(NUM_FOLLOWERS)]
-    await until(lambda: jobs.num_looks > 50)
+    await until(lambda: jobs.num_looks > 50 and all(listener.seqs for listener in listeners))
     assert len(jobs.threads) <= 2
+    assert threading.get_ident() not in jobs.threads
     jobs.ended.add("a")
     await asyncio.gather(*(listener.task for listener in listeners))
 
