@@ -175,7 +175,7 @@ class JobFeeds:
                 self._fail(feed, NotFound(f"there is no job {job_id}"))
                 continue
             standing, events = found[job_id]
-            is_first = feed.last is None
+            before = feed.last
             if events:
                 feed.add(events)
             else:  # at first what was before is read by whoever wants it, and later there is nothing
@@ -184,7 +184,7 @@ class JobFeeds:
             is_behind = feed.last < standing.num_events
             feed.has_ended = standing.status.has_ended and not is_behind
             has_more |= is_behind
-            if is_first or events or feed.has_ended or self.is_ending():
+            if feed.last != before or feed.has_ended or self.is_ending():
                 feed.notify()
         return has_more
 
