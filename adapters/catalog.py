@@ -7,6 +7,7 @@ what SQLite and PostgreSQL have in common. The bytes are the store's: here they 
 import builtins
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 
 import sqlalchemy as sa
 
@@ -109,6 +110,17 @@ class Catalog:
             chosen = chosen.where(names.c.name > after)
         with self._reader.connect() as connection:
             return adapters_of(connection.execute(select_adapters(chosen)).mappings())
+
+    def has_after(self, name: str) -> bool:
+        """Whether there is an adapter whose name comes after this one."""
+        query = sa.select(names.c.name).where(names.c.latest.is_not(None), names.c.name > name).limit(1)
+        with self._reader.connect() as connection:
+            return connection.execute(query).first() is not None
+
+    def latest_dates(self) -> dict[str, datetime]:
+        """All names, each with the moment at which its latest version was made."""
+        with self._reader.connect() as connection:
+            return {row.name: row.created_at for row in connection.execute(catalog_rows.select_latest())}
 
     def get(self, name: str) -> Adapter:
         """The adapter called `name`. Raises NotFound."""

@@ -18,7 +18,7 @@ from adapters.catalog_tables import aliases, names, parts, transact, versions
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import MAX_NAME, Term, render, valid_name
 from adapters.records import Recorder, Records
-from adapters.versions import Kind, NewVersion, Part, Version, blend_digest, combine, gather
+from adapters.versions import Kind, NewVersion, Origin, Part, Version, blend_digest, combine, gather
 
 
 @contextmanager
@@ -185,7 +185,7 @@ def _versions_of(connection: sa.Connection, leaves: Sequence[Part]) -> list[Vers
 def _blend(name: str, number: int, leaves: tuple[Part, ...], of: Sequence[Version]) -> Version:
     """What is listed of a composition: that of its parts together, where that has a meaning."""
     by_digest = {version.digest: version for version in of}.values()  # equal bytes take their rows once
-    bases, models = {version.base_digest for version in of}, {version.base_model for version in of}
+    origin = Origin.of(of)
     return Version(
         name=name,
         digest=blend_digest(leaves),
@@ -194,8 +194,9 @@ def _blend(name: str, number: int, leaves: tuple[Part, ...], of: Sequence[Versio
         target_modules=tuple(dict.fromkeys(module for version in of for module in version.target_modules)),
         parameters=sum(version.parameters for version in by_digest),
         bytes=0,
-        base_model=models.pop() if len(models) == 1 else None,
-        base_digest=bases.pop() if len(bases) == 1 else None,
+        base_model=origin.base_model,
+        base_digest=origin.base_digest,
+        warnings=origin.warnings,
         parent=render(Term(part.name, part.version, weight=part.weight) for part in leaves),
         version=number,
         created_at=datetime.now(UTC),

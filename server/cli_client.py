@@ -80,10 +80,13 @@ def generate(
         if as_json:
             print_json(client.generate(body))
             return
+        warnings: Sequence[str] = ()
         for event in client.stream(body):
             typer.echo(event.get("text", ""), nl=False)
             sys.stdout.flush()
+            warnings = cast("Sequence[str]", event.get("warnings", warnings))
         typer.echo()
+        print_warnings(warnings)
 
 
 def adapters(as_json: JsonOption = False, url: UrlOption = DEFAULT_URL, api_key: KeyOption = None) -> None:
@@ -163,6 +166,12 @@ def number(value: object) -> str:
 def print_json(document: Document) -> None:
     """One document on standard output, and nothing else."""
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_warnings(texts: Sequence[str]) -> None:
+    """What the server says of the adapters, on standard error: each line once."""
+    for text in dict.fromkeys(texts):
+        typer.echo(f"smolora: {text}", err=True)
 
 
 def _jobs_table(jobs: Sequence[Document]) -> Table:

@@ -41,6 +41,7 @@ LAYERS = [
 ONLY_IN = {
     "fastapi": ("server.api",),
     "starlette": ("server.api",),
+    "python_multipart": ("server.api",),
     "typer": (
         "server.cli",
         "server.cli_adapters",

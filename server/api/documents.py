@@ -18,6 +18,7 @@ REFUSALS = _problems(
     {
         401: "No valid key",
         404: "Unknown adapter or version",
+        409: "An adapter was made for a base of other shapes",
         413: "The body is too large",
         422: "A bad field; `errors[].loc` ends in its name",
         429: "The queue is full; see `Retry-After`",
@@ -53,7 +54,7 @@ COMPOSITIONS = FULL_DISK | _problems(
     {
         401: "No valid key",
         404: "Unknown adapter or version in the expression",
-        409: "An adapter has the name; for a merge, a composition has",
+        409: "An adapter has the name (for a merge: a composition), or a part was made for a base of other shapes",
         422: "A bad field; `errors[].loc` ends in its name",
         429: "Too many jobs haven't ended; see `Retry-After`",
     }
@@ -62,6 +63,7 @@ SUBMISSIONS = FULL_DISK | _problems(
     {
         401: "No valid key",
         404: "Unknown data set, or unknown adapter in `start_from`",
+        409: "A composition has the name, or `start_from` (or the latest to improve) is of another base's shapes",
         413: "The body is too large: larger data goes through POST /datasets",
         422: "A bad field or row; `errors[].loc` ends in its name",
         429: "Too many jobs haven't ended; see `Retry-After`",

@@ -41,7 +41,8 @@ def submit_merge(
 ) -> Job:
     """Queue the job that makes the name's next version, or return the one that the key belongs to.
 
-    Raises InvalidInput, NotFound (a part), Conflict (a composition has the name) or QueueFull.
+    Raises InvalidInput, NotFound (a part), Conflict (a composition has the name, or a part is of another base's
+    shapes) or QueueFull.
     """
     library.check_name(name)
     digest = _digest(name, body)
@@ -59,6 +60,7 @@ def submit_merge(
             data={"total_steps": num_modules},
             idempotency_key=idempotency_key,
             body_digest=digest,
+            warnings=lease.warnings,
         )
     finally:
         lease.release()

@@ -12,6 +12,7 @@ from adapters.records import Records
 from adapters.store import AdapterStore
 from server.api.deps import Services
 from server.api.estimate import Estimator
+from server.api.job_feeds import JobFeeds
 from server.api.library import Library
 from server.api.sizing import cache_sizes, free_bytes
 from server.api.submission import Submissions
@@ -87,6 +88,7 @@ def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | N
         base_name=base.name,
         max_model_len=min(max_model_len, config.kv_cache_bytes // _kv_bytes_per_token(base)),
         jobs=jobs,
+        feeds=JobFeeds(jobs, lambda: engine.draining),
         datasets=datasets,
         files=files,
         submissions=Submissions(

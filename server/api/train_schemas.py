@@ -246,6 +246,7 @@ class DryRunAnswer(BaseModel):
     estimate: Estimate
     preview: list[PreviewRow]
     config: dict[str, object]
+    warnings: list[str] = Field(description="of start_from, such as that it was made on another base")
 
 
 class DatasetAnswer(BaseModel):

@@ -8,7 +8,7 @@ import builtins
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import sqlalchemy as sa
 
@@ -21,7 +21,7 @@ from server.training.job_tables import jobs, uses
 from server.training.leases import Status
 from server.training.merge_spec import MergeSpec, Spec, read_spec
 
-__all__ = ["Event", "Job", "Jobs", "Status"]
+__all__ = ["Event", "Job", "Jobs", "Standing", "Status"]
 
 MAX_UNFINISHED = 1000
 FINE_TUNING = "fine_tuning"
@@ -57,6 +57,13 @@ class Job:
         return "merge" if isinstance(self.spec, MergeSpec) else "train"
 
 
+class Standing(NamedTuple):
+    """What tells whether there is news of a job."""
+
+    status: Status
+    num_events: int  # the `seq` of the last one
+
+
 class Jobs:
     """All jobs. Thread-safe; other processes may write the same tables."""
 
@@ -74,8 +81,11 @@ class Jobs:
         used: Iterable[str] = (),
         idempotency_key: str | None = None,
         body_digest: str = "",
+        warnings: Iterable[str] = (),
     ) -> Job:
         """Queue a job whose files are in place; `used` are the ids and digests that must not be deleted meanwhile.
+
+        `warnings` become its first events.
 
         A key that was used before returns its job (of another `id`: the new files are unwanted), and raises
         InvalidInput where the body was another one. Raises QueueFull where too many jobs haven't ended.
@@ -110,6 +120,8 @@ class Jobs:
             for name in sorted({*used, *spec.parents}):
                 connection.execute(sa.insert(uses).values(job_id=job_id, used=name))
             job_events.append(connection, job_id, "queued")
+            for text in warnings:
+                job_events.append(connection, job_id, text, level="warning")
             return _get(connection, job_id)
 
         return transact(self._engine, work)
@@ -146,14 +158,12 @@ class Jobs:
                 raise NotFound(f"there is no job {job_id}")
             return found
 
-    def num_events(self, job_id: str) -> int:
-        """How many there are: the `seq` of the last one. Raises NotFound."""
-        query = sa.select(jobs.c.num_events).where(jobs.c.id == job_id)
+    def standings(self, job_ids: Iterable[str]) -> dict[str, Standing]:
+        """Of those of the jobs that there are."""
+        query = sa.select(jobs.c.id, jobs.c.status, jobs.c.num_events).where(jobs.c.id.in_(list(job_ids)))
         with self._reader.connect() as connection:
-            found: int | None = connection.execute(query).scalar_one_or_none()
-        if found is None:
-            raise NotFound(f"there is no job {job_id}")
-        return found
+            rows = connection.execute(query).all()
+        return {row.id: Standing(Status(row.status), row.num_events) for row in rows}
 
     def report(self, job_id: str) -> Mapping[str, object] | None:
         """The card of a job that succeeded; None before. Raises NotFound."""

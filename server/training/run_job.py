@@ -49,17 +49,18 @@ def main(argument: str) -> int:
         job = Jobs(database).get(claim.job_id)
         base, library = _load(settings)
         store = AdapterStore(settings.home / "adapters")
+        catalog = Catalog(database)
         yielding = Yielding(BusyFlag(settings.home).read, settings.train_share)
         reporter = JobReporter(link, leases, claim, yielding)
         if isinstance(job.spec, MergeSpec):
-            run_merge(job.spec, claim, leases, Catalog(database), store, base, reporter)
+            run_merge(job.spec, claim, leases, catalog, store, base, reporter)
         else:
             TrainingAttempt(
                 job,
                 job.spec,
                 claim,
                 leases,
-                Catalog(database),
+                catalog,
                 store,
                 base,
                 reporter,

@@ -86,6 +86,21 @@ def test_generate(smolora: Run) -> None:
     assert chat["usage"]["prompt_tokens"] > answer["usage"]["prompt_tokens"]
 
 
+def test_what_was_made_on_another_base_is_said(smolora: Run, server: Running) -> None:
+    files = as_parts(*peft_files(seed=1, base_model="someone/else", shape=server.services.library.shape))
+    headers = {"Authorization": "Bearer secret"}
+    httpx.post(f"{server.url}/adapters/stray", files=files, headers=headers, trust_env=False).raise_for_status()
+    compare = ("compare", "404", "-a", "base", "-a", "stray", "-a", "stray*0.5", "--max-tokens", "1")
+    for command in (("generate", "404", "-a", "stray", "--max-tokens", "1"), compare):
+        result = smolora(*command)
+        assert result.exit_code == 0, result.output
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("smolora: stray@1: ")
+        assert "someone/else" in line
+        assert "someone/else" not in result.stdout
+    assert smolora("generate", "404", "-a", "up", "--max-tokens", "1").stderr == ""
+
+
 def test_adapters(smolora: Run) -> None:
     listed = json.loads(smolora("adapters", "--json").stdout)["adapters"]
     assert "up" in [adapter["name"] for adapter in listed]

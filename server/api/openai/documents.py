@@ -4,6 +4,9 @@ from pydantic import BaseModel
 
 from server.api.documents import Responses
 
+WARNING = "X-Smolora-Warning"
+"""A header for each warning about an adapter: OpenAI's answers have no field for it."""
+
 
 class ErrorBody(BaseModel):
     message: str
@@ -36,4 +39,10 @@ def answers_with(example: object) -> dict[str, object]:
     return {
         "description": "The answer; with `stream`, its chunks as server-sent events",
         "content": {"application/json": {"example": example}},
+        "headers": {
+            WARNING: {
+                "schema": {"type": "string"},
+                "description": "of an adapter, such as one made on another base",
+            }
+        },
     }

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from huggingface_hub import ModelCard
 from adapters.catalog import Catalog, combine
 from adapters.errors import CorruptAdapter, NotFound
 from adapters.merge import Recipe, merge
-from adapters.peft_format import WEIGHTS_NAME
+from adapters.peft_format import WEIGHTS_NAME, PeftAdapter
 from adapters.store import AdapterStore
 from server.model.weights import BaseModel
 from server.training.jobs import Jobs, Status
@@ -65,8 +66,13 @@ def store(tmp_path: Path) -> AdapterStore:
 
 @pytest.fixture
 def parts(catalog: Catalog, store: AdapterStore, tiny_base: BaseModel) -> None:
-    publish(catalog, store, "left", sample(tiny_base.config.shape, 1))
-    publish(catalog, store, "right", sample(tiny_base.config.shape, 2, names=("q_proj", "down_proj")))
+    for name, adapter in samples(tiny_base).items():
+        publish(catalog, store, name, adapter, tiny_base.digest)
+
+
+def samples(base: BaseModel) -> dict[str, PeftAdapter]:
+    shape = base.config.shape
+    return {"left": sample(shape, 1), "right": sample(shape, 2, names=("q_proj", "down_proj"))}
 
 
 def claimed(jobs: Jobs, leases: Leases, spec: MergeSpec, job_id: str = "m1") -> Claim:
@@ -101,6 +107,45 @@ def test_it_publishes_an_ordinary_version(
     stored = store.read(expected.digest, tiny_base.config.shape)
     assert stored.weights.digest == expected.digest
     assert stored.base_model == tiny_base.name
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "merged", "is_mixed"),
+    [("0b" * 32, "0b" * 32, "0b" * 32, False), ("0b" * 32, "0c" * 32, None, True), (None, None, None, False)],
+)
+def test_it_was_made_where_its_parts_were(
+    left: str | None,
+    right: str | None,
+    merged: str | None,
+    is_mixed: bool,
+    jobs: Jobs,
+    leases: Leases,
+    catalog: Catalog,
+    store: AdapterStore,
+    tiny_base: BaseModel,
+) -> None:
+    """On a base that happens to be served now, parts of another one don't become its own."""
+    for (name, adapter), digest in zip(samples(tiny_base).items(), (left, right), strict=True):
+        publish(catalog, store, name, replace(adapter, base_model="another"), digest)
+    spec = merge_spec(catalog, EXPRESSION, TIES)
+    run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, Listener())
+    version = catalog.version("merged", 1)
+    assert (version.base_model, version.base_digest) == ("another", merged)
+    assert bool(version.warnings) == is_mixed
+    assert store.read(version.digest, tiny_base.config.shape).base_model == "another"
+
+
+def test_it_is_told_what_is_told_of_its_parts(
+    jobs: Jobs, leases: Leases, catalog: Catalog, store: AdapterStore, tiny_base: BaseModel
+) -> None:
+    left, right = samples(tiny_base).values()
+    publish(catalog, store, "left", left, tiny_base.digest, ["its config names another base"])
+    publish(catalog, store, "right", right, tiny_base.digest)
+    spec = merge_spec(catalog, EXPRESSION, TIES)
+    run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, Listener())
+    version = catalog.version("merged", 1)
+    assert version.warnings == ("left@1: its config names another base",)
+    assert (version.base_model, version.base_digest) == (tiny_base.name, tiny_base.digest)
 
 
 @pytest.mark.usefixtures("parts")
