@@ -183,11 +183,11 @@ class Catalog:
         with self._reader.connect() as connection:
             return catalog_writes.is_named(connection, digest)
 
-    def recover(self, is_stored: Callable[[str], bool], is_unfinished: Callable[[str], bool]) -> Recovered:
+    def recover(self, is_stored: Callable[[str], bool], is_known: Callable[[str], bool]) -> Recovered:
         """See `catalog_recovery`. Nothing without records."""
         if self._records is None:
             return Recovered()
-        return recover(self._engine, self._records, is_stored, is_unfinished)
+        return recover(self._engine, self._records, is_stored, is_known)
 
     def _drop(self, name: str, version: int | None, force: bool) -> builtins.list[str]:
         numbers, digests = transact(self._engine, lambda connection: drop_in(connection, name, version, force))

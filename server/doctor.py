@@ -114,7 +114,7 @@ def _rebuild(home: Path) -> Rebuilt:
     damaged = _damaged(store)
     whole = set(store.digests()) - damaged.keys()
     engine = connect(home)
-    found = Catalog(engine, records).recover(whole.__contains__, Jobs(engine).is_unfinished)
+    found = Catalog(engine, records).recover(whole.__contains__, Jobs(engine).is_known)
     lost_jobs = {version.job_id for version in records.read().versions if version.job_id is not None}
     lost_jobs |= {path.name for path in (home / "jobs").glob("job-*/")}
     engine.dispose()

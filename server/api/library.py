@@ -225,12 +225,12 @@ class Library:
         self._refuse_parents([self._catalog.version(name, version)])
         self._discard(self._catalog.delete_version(name, version, force))
 
-    def recover(self, is_unfinished: Callable[[str], bool] = _never) -> Recovered:
+    def recover(self, is_known: Callable[[str], bool] = _never) -> Recovered:
         """Put right what killed processes left, in the catalog and on the disk; what that came to.
 
-        `is_unfinished` says of a job whether it will still publish its adapter itself.
+        `is_known` says of a job whether the database knows it.
         """
-        found = self._catalog.recover(self._store.is_whole, is_unfinished)
+        found = self._catalog.recover(self._store.is_whole, is_known)
         self._store.sweep(self._is_wanted)
         return found
 

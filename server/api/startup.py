@@ -54,7 +54,7 @@ def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | N
     jobs = Jobs(database)
     catalog = Catalog(database, Records(settings.home / "adapters"))
     library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
-    for line in library.recover(jobs.is_unfinished).lines():
+    for line in library.recover(jobs.is_known).lines():
         say(line)
     datasets = DatasetStore(settings.home / "datasets")
     files = FileStore(settings.home / "files")

@@ -207,9 +207,9 @@ class Jobs:
         with self._reader.connect() as connection:
             return connection.execute(query).first() is not None
 
-    def is_unfinished(self, job_id: str) -> bool:
-        """Whether there is such a job, and it hasn't ended."""
-        query = sa.select(jobs.c.id).where(jobs.c.id == job_id, jobs.c.status.not_in(_ENDED))
+    def is_known(self, job_id: str) -> bool:
+        """Whether there is such a job, ended or not."""
+        query = sa.select(jobs.c.id).where(jobs.c.id == job_id)
         with self._reader.connect() as connection:
             return connection.execute(query).first() is not None
 

@@ -60,7 +60,7 @@ class Registry:
         self.library = Library(self.catalog, self.store, SHAPE, "tiny", self.jobs.in_use)
 
     def restart(self) -> None:
-        self.library.recover(self.jobs.is_unfinished)
+        self.library.recover(self.jobs.is_known)
         self.work()
 
     def close(self) -> None:

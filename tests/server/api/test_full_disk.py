@@ -221,7 +221,7 @@ async def test_whatever_room_is_left(
             num_refused += 1
             now = await stored(client, small_disk)
             assert changed(before, now) == {}, f"with {num_refused - 1} pages"
-            assert library.recover(jobs.is_unfinished).lines() == ()
+            assert library.recover(jobs.is_known).lines() == ()
             now = await stored(client, small_disk)
             assert changed(before, now) == {}, f"with {num_refused - 1} pages, after a start"
     assert num_refused > 3

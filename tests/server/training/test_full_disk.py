@@ -102,7 +102,7 @@ def test_a_publication_is_there_whole_or_not_at_all(disk: Path, engine: sa.Engin
         num_refused += 1
         make_room(disk)
         assert files(disk) == before, f"with {num_refused - 1} pages"
-        assert catalog.recover(store.is_whole, jobs.is_unfinished).lines() == ()
+        assert catalog.recover(store.is_whole, jobs.is_known).lines() == ()
         assert [adapter.name for adapter in catalog.list()] == ["left", "right"]
     assert num_refused > 3
     assert catalog.get("merged").latest == 1

@@ -5,14 +5,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from adapters.catalog import Catalog, NewVersion
+from adapters.catalog import Catalog, NewVersion, publish_in
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term
+from adapters.records import Recorder, Records
 from server.errors import QueueFull
 from server.training import job_tables
 from server.training.jobs import Job, Jobs, Status
@@ -267,6 +269,23 @@ def test_success_is_all_or_nothing(jobs: Jobs, leases: Leases, engine: sa.Engine
     with pytest.raises(LeaseLost):
         succeed(leases, claim)
     assert len(Catalog(engine).get("tweets").versions) == 1
+
+
+def test_a_job_that_was_cancelled_is_not_published_after_all(
+    jobs: Jobs, leases: Leases, engine: sa.Engine, tmp_path: Path
+) -> None:
+    """Its worker was killed between the version's record and the commit, and the user didn't wait for another."""
+    records = Records(tmp_path / "adapters")
+    submit(jobs, "j1")
+    claim = claim_first(leases)
+    with engine.connect() as connection:  # which is closed without a commit
+        publish_in(connection, replace(NEW, job_id=claim.job_id), records=Recorder(records))
+    assert len(records.read().versions) == 1
+    jobs.cancel("j1")
+    catalog = Catalog(engine, records)
+    assert catalog.recover(lambda digest: True, jobs.is_known).num_dropped == 1
+    assert catalog.list() == []
+    assert records.read().versions == ()
 
 
 def test_many_publish_one_new_name_at_once(jobs: Jobs, leases: Leases, engine: sa.Engine) -> None:
