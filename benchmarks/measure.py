@@ -71,8 +71,12 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread | None:
-    """Of each round's ratio, so that a machine that drifts between rounds doesn't show; None without pairs."""
-    ratios = [above / below for above, below in zip(numerators, denominators, strict=False)]
+    """Of each round's ratio, so that a machine that drifts between rounds doesn't show; None without pairs.
+
+    A round that has no figure has no ratio.
+    """
+    pairs = zip(numerators, denominators, strict=False)
+    ratios = [above / below for above, below in pairs if math.isfinite(above) and math.isfinite(below)]
     return Spread.of(ratios) if ratios else None
 
 

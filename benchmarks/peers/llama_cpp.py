@@ -1,8 +1,8 @@
 """llama.cpp's server over HTTP, on the same weights in bf16, or quantized from them.
 
 It has every setting that we have: as many slots as there are streams, continuous batching, adapters per request
-with a scale each. Flash attention, which may or may not help, is tried. Requests under different adapters wait for
-each other: that is its way.
+with a scale each. What may or may not help is tried. Requests under different adapters wait for each other: that
+is its way.
 """
 
 import os
@@ -23,7 +23,12 @@ from server.allocator import KEEP_BYTES
 TUNABLES = f"glibc.malloc.mmap_threshold={KEEP_BYTES}:glibc.malloc.trim_threshold={2**64 - 1}"
 """What `keep_freed_memory` sets, for a process that can't call it."""
 
-VARIANTS = {"flash attention on": "on", "flash attention off": "off"}
+VARIANTS = {
+    f"flash attention {attention}, {cache} per slot": ("--flash-attn", attention, *flags)
+    for attention in ("on", "off")
+    for cache, flags in (("cache apart", ("--no-kv-unified",)), ("cache shared", ("--kv-unified",)))
+}
+"""What may or may not help it, as flags."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class LlamaCppConfig:
     slots: int
     tokens_per_slot: int
     log: Path
-    attention: str = next(iter(VARIANTS))
+    variant: str = next(iter(VARIANTS))
     weights: str = "bf16"
 
     @property
@@ -46,10 +51,10 @@ class LlamaCppConfig:
             "threads-batch": self.threads,
             "parallel": self.slots,
             "ctx-size": self.slots * self.tokens_per_slot,
-            "flash-attn": VARIANTS[self.attention],
             "cache-ram": 0,  # copies of slots that no prompt would ever use again
         }
         given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+        given += VARIANTS[self.variant]
         if self.adapters:
             files = ",".join(map(str, self.adapters.values()))
             given += ["--lora", files, "--lora-init-without-apply"]
@@ -65,7 +70,7 @@ class LlamaCppServer:
         self._server = ServerProcess(config.command, environment, config.log, "/health")
         self._wire = LlamaCpp(list(config.adapters))
         name = LLAMA_CPP if config.weights == "bf16" else f"{LLAMA_CPP}, {config.weights}"
-        settings = f"{config.slots} slots, {config.attention}, host prompt cache off, our allocator's settings"
+        settings = f"{config.slots} slots, {config.variant}, host prompt cache off, our allocator's settings"
         self.facts = Facts(name, config.peer.version, True, settings, trial or {}, not config.adapters)
 
     @property

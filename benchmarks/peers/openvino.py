@@ -1,7 +1,7 @@
 """OpenVINO GenAI's continuous batching on the same weights in bf16, in a process and an environment of its own.
 
 It is asked through a pipe and generates in process, without HTTP. Adapters hold for the whole batch: one adapter
-or one blend at a time, for however many streams. The precision of its cached keys and values is tried.
+or one blend at a time, for however many streams. What may or may not help is tried.
 """
 
 import json
@@ -21,7 +21,12 @@ from benchmarks.serving.systems import DISTINCT, Facts, Load, Streams
 from benchmarks.serving.wires import Part
 
 NAME = "OpenVINO GenAI"
-VARIANTS = {"cached keys and values in u8 (its default)": "u8", "cached keys and values in bf16": "bf16"}
+VARIANTS = {
+    f"cached keys and values in {cache}, {tokens} tokens a step": (cache, tokens)
+    for cache in ("u8", "bf16")
+    for tokens in (256, 1024)
+}
+"""What may or may not help it; the first is its default."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -34,7 +39,7 @@ class OpenVinoConfig:
     threads: int
     slots: int
     log: Path
-    cache: str = next(iter(VARIANTS))
+    variant: str = next(iter(VARIANTS))
 
 
 class OpenVino:
@@ -45,7 +50,7 @@ class OpenVino:
         self._log = config.log
         self._scaling = config.scaling
         self._names = list(config.adapters)
-        settings = f"{config.slots} sequences, inference in bf16, {config.cache}, our allocator's settings"
+        settings = f"{config.slots} sequences, inference in bf16, {config.variant}, our allocator's settings"
         self.facts = Facts(NAME, config.peer.version, False, settings, trial or {})
         with config.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -57,6 +62,7 @@ class OpenVino:
                 stderr=log,
                 text=True,
             )
+        cache, tokens = VARIANTS[config.variant]
         self._call(
             {
                 "model": str(config.model.resolve()),
@@ -66,7 +72,8 @@ class OpenVino:
                 },
                 "threads": config.threads,
                 "sequences": config.slots,
-                "cache": VARIANTS[config.cache],
+                "cache": cache,
+                "step_tokens": tokens,
             }
         )
 

@@ -16,7 +16,6 @@ import openvino_genai
 from server.allocator import keep_freed_memory
 
 CACHE_GIGABYTES = 2
-BATCH_TOKENS = 512  # of prompts and sequences, in a step; its default, 256, is slower
 
 
 class _Output(Protocol):
@@ -49,7 +48,7 @@ class Child:
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.cache_size = CACHE_GIGABYTES
         scheduler.max_num_seqs = settings["sequences"]
-        scheduler.max_num_batched_tokens = BATCH_TOKENS
+        scheduler.max_num_batched_tokens = settings["step_tokens"]  # of prompts and sequences
         scheduler.dynamic_split_fuse = True  # prompts in chunks beside running sequences
         scheduler.enable_prefix_caching = False  # no prompt comes twice
         properties: dict[str, object] = {

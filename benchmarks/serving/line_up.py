@@ -90,7 +90,7 @@ def _llama_cpp(options: Options, inputs: Inputs, peer: MadePeer, say: Say) -> li
         tokens_per_slot=2 * (options.prompt_tokens + options.max_tokens),
         log=inputs.log.with_name("llama.cpp.log"),
     )
-    variants = {way: replace(config, attention=way) for way in llama_cpp.VARIANTS}
+    variants = {way: replace(config, variant=way) for way in llama_cpp.VARIANTS}
     best, trial = _tried(LLAMA_CPP, options, inputs, {way: _starter(each) for way, each in variants.items()}, say)
     chosen = variants[best]
     quantized = [
@@ -107,7 +107,7 @@ def _openvino(options: Options, inputs: Inputs, peer: MadePeer, say: Say) -> Var
     config = OpenVinoConfig(
         *(peer, model, inputs.adapters, ALPHA / RANK, options.threads, max(options.streams), log),
     )
-    variants = {way: replace(config, cache=way) for way in openvino.VARIANTS}
+    variants = {way: replace(config, variant=way) for way in openvino.VARIANTS}
     starts: dict[str, Variant] = {way: _ov_starter(each) for way, each in variants.items()}
     best, trial = _tried(openvino.NAME, options, inputs, starts, say)
     return _ov_starter(variants[best], trial)
@@ -129,6 +129,7 @@ def _tried(
         return next(iter(variants)), {}
     trials: list[Streams] = []
     for streams in (min(options.streams), max(options.streams)):
-        texts = inputs.prompts.take(streams, options.prompt_tokens)
-        trials.append([[Request(text, (), options.max_tokens)] for text in texts])
+        texts = inputs.prompts.take(streams * options.requests_of(streams), options.prompt_tokens)
+        requests = [Request(text, (), options.max_tokens) for text in texts]
+        trials.append([requests[stream::streams] for stream in range(streams)])
     return fastest(name, variants, trials, say)

@@ -13,6 +13,8 @@ from benchmarks.tables import gigabytes, milliseconds, number, rounds, spread, t
 from benchmarks.targets import target_table
 
 CANNOT, NOT_ASKED = "can't", "–"
+LEAST_SAME = 0.4
+"""Of the answers to a load: that so few begin alike is no matter of near ties."""
 
 
 def markdown(results: Results) -> str:
@@ -179,7 +181,8 @@ def _agreement(results: Results) -> Iterator[str]:
         if same:
             yield (
                 f"Answers of {facts.name} that begin as ours do: {sum(same) / len(same):.0%} "
-                f"({min(same):.0%}–{max(same):.0%} by load); in 16 bits the last bits of a sum move near ties."
+                f"({min(same):.0%}–{max(same):.0%} by load); in 16 bits the last bits of a sum move near ties"
+                + (", **but not so often: it computes something else**." if min(same) < LEAST_SAME else ".")
             )
 
 

@@ -86,17 +86,20 @@ class LlamaCpp:
 
     def body(self, request: Request) -> dict[str, object]:
         assert not request.temperature, "only greedy requests are compared"
-        body: dict[str, object] = {
+        return {
             "prompt": request.prompt,
             "n_predict": request.max_tokens,
             "temperature": 0.0,
             "samplers": ["temperature"],  # the others would cost it time and change nothing
             "ignore_eos": True,
+            "lora": [{"id": number, "scale": scale} for number, scale in self._scales(request.parts).items()],
             "stream": True,
         }
-        if request.parts:
-            body["lora"] = [{"id": self._ids[part.name], "scale": part.weight} for part in request.parts]
-        return body
+
+    def _scales(self, parts: Sequence[Part]) -> dict[int, float]:
+        """By adapter; those that aren't named have none, but where none is named all are applied in full."""
+        named = {self._ids[part.name]: part.weight for part in parts}
+        return named or dict.fromkeys(list(self._ids.values())[:1], 0.0)
 
     def read(self, event: Mapping[str, object]) -> str | Usage:
         if not event["stop"]:

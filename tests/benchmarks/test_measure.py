@@ -33,6 +33,8 @@ def test_a_ratio_is_the_median_of_the_rounds_own_ratios() -> None:
     # the machine halves its speed in the last round; the medians' ratio would be 20/10
     assert median_ratio([20.0, 30.0, 10.0], [10.0, 10.0, 5.0]) == Spread(2.0, 2.0, 3.0)
     assert median_ratio([20.0], []) is None
+    assert median_ratio([math.nan, 20.0, 8.0], [10.0, math.nan, 4.0]) == Spread(2.0, 2.0, 2.0)
+    assert median_ratio([math.nan], [10.0]) is None
 
 
 def test_runs_are_joined() -> None:

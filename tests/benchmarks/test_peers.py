@@ -136,7 +136,8 @@ def test_llama_cpp_gets_every_setting(tmp_path: Path) -> None:
     )
     line = " ".join(config.command)
     for flags in (
-        "--threads 2 --threads-batch 2 --parallel 32 --ctx-size 3200 --flash-attn on --cache-ram 0",
+        "--threads 2 --threads-batch 2 --parallel 32 --ctx-size 3200 --cache-ram 0",
+        "--flash-attn on --no-kv-unified",
         "--lora a.gguf,b.gguf --lora-init-without-apply",
     ):
         assert flags in line

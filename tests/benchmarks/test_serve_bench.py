@@ -73,7 +73,9 @@ def test_a_request_is_spelled_for_each_server() -> None:
     wire = LlamaCpp(["a", "b"])
     theirs = wire.body(Request("p", blend, 3))
     assert theirs["lora"] == [{"id": 1, "scale": 0.7}, {"id": 0, "scale": 0.3}]
-    assert "lora" not in wire.body(Request("p", (), 3))
+    # an empty list would mean all of them, in full
+    assert wire.body(Request("p", (), 3))["lora"] == [{"id": 0, "scale": 0.0}]
+    assert LlamaCpp([]).body(Request("p", (), 3))["lora"] == []
     for body in (ours, theirs):
         assert (body["prompt"], body["ignore_eos"], body["stream"]) == ("p", True, True)
 
