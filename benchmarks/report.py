@@ -23,7 +23,6 @@ from benchmarks.training import adapters_report, beside_report, methods_report, 
 from benchmarks.training.peer import COMPILED, EAGER
 
 BEGIN, END = "<!-- figures: made by python -m benchmarks.report -->", "<!-- /figures -->"
-HEADLINES = ("1-base", "1-one", "1-blends", "32-base", "32-one", "32-distinct", "32-blends")
 INTRODUCTION = """# Benchmarks
 
 Made by `python -m benchmarks.report` from the results of the commands below; nothing here is written by hand.
@@ -114,7 +113,6 @@ def figures(found: Found) -> str:
     """The README's: a table, a chart, and what training comes to in a few lines."""
     parts = ["## How fast"]
     if (serve := found.serve) is not None:
-        rows = [row for row in serve.rows if row.load.key in HEADLINES]
         targets = [target for target in serving_targets(serve) if target.reached is not None]
         reached = sum(bool(target.reached) for target in targets)
         over = [facts.name for facts in serve.systems if facts.over_http]
@@ -125,7 +123,7 @@ def figures(found: Found) -> str:
             f"{settings.max_tokens} new tokens, adapters of rank 16 on all seven linear modules; median "
             f"(lowest–highest) of {settings.rounds} rounds in turn. {', '.join(over)}: over HTTP, the client on "
             "the same cores; the others in process.",
-            serving.speed_table(serve, rows),
+            serving.speed_table(serve, serving.headlines(serve)),
             "![Output tokens per second by load and system](docs/serve.png)",
             f"{reached} of the {len(targets)} targets that were measured are reached. "
             "[docs/benchmarks.md](docs/benchmarks.md) has them all, the missed ones too, with latencies, settings "
@@ -148,7 +146,7 @@ def with_figures(readme: str, text: str) -> str:
 def charts(found: Found, docs: Path) -> None:
     """A PNG for each part that has one."""
     docs.mkdir(exist_ok=True)
-    if found.serve is not None and found.serve.rows:
+    if found.serve is not None and serving.headlines(found.serve):
         serving.chart(found.serve, docs / "serve.png")
     if found.train is not None:
         train_report.chart(found.train, docs / "train.png")

@@ -13,6 +13,7 @@ from benchmarks.tables import gigabytes, milliseconds, number, rounds, spread, t
 from benchmarks.targets import target_table
 
 CANNOT, NOT_ASKED = "can't", "–"
+HEADLINES = ("1-base", "1-one", "1-blends", "32-base", "32-one", "32-distinct", "32-blends")
 LEAST_SAME = 0.4
 """Of the answers to a load: that so few begin alike is no matter of near ties."""
 
@@ -47,21 +48,26 @@ def speed_table(results: Results, rows: Sequence[Row] | None = None) -> str:
     return _by_system(results, lambda figures: figures.tokens_per_second, number, rows)
 
 
+def headlines(results: Results) -> list[Row]:
+    """The loads with one stream, and with the most."""
+    return [row for row in results.rows if row.load.key in HEADLINES]
+
+
 def chart(results: Results, path: Path) -> None:
-    """Output tokens per second by load and system, medians with their ranges, as a PNG."""
+    """Output tokens per second of the headline loads by system, medians with their ranges, as a PNG."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot
 
-    systems = results.systems
+    systems, rows = results.systems, headlines(results)
     colors = ("#2a6f97", "#e09f3e", "#f2cc8f", "#f4e3c1", "#81b29a", "#c9ada7", "#9db4c0")
     height = 0.85 / len(systems)
-    size = (8, 0.16 * len(results.rows) * len(systems) + 1.2)
+    size = (8, 0.13 * len(rows) * len(systems) + 1.2)
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     for place, facts in enumerate(systems):
         name = facts.name
-        for index, row in enumerate(results.rows):
+        for index, row in enumerate(rows):
             y = index - 0.425 + height * (place + 0.5)
             speeds = row.speed(name)
             if not speeds:
@@ -75,12 +81,12 @@ def chart(results: Results, path: Path) -> None:
             axes.barh(y, found.median, height, color=colors[place % len(colors)], label=label)
             axes.errorbar(found.median, y, xerr=error, color="#333333", linewidth=0.8)
             axes.text(found.high, y, f" {found.median:.0f}", va="center", fontsize=6)
-    axes.set_yticks(range(len(results.rows)), [row.load.title for row in results.rows])
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(rows)), [row.load.title for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("output tokens per second, all streams together")
     axes.set_title(f"{results.settings.model}, {results.settings.dtype}; {results.machine.cpu}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False, fontsize=7)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
