@@ -27,6 +27,9 @@ INTRODUCTION = """# Benchmarks
 
 Made by `python -m benchmarks.report` from the results of the commands below; nothing here is written by hand.
 
+To measure anew, on a machine that does nothing else: once `python -m benchmarks.peers make llama.cpp openvino`,
+then `python -m benchmarks.serve`, `.train`, `.methods`, `.adapters` and `.beside`, then this command.
+
 - Every figure is the median of its rounds, with the lowest and the highest beside it. A ratio is the median of the
   rounds' own ratios: absolute figures drift between runs and machines.
 - All systems of a table were measured in one run, in turn, on the same weights, prompts or rows, and threads. A

@@ -6,6 +6,7 @@ For figures that mean something the machine must be otherwise idle.
 """
 
 import argparse
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,12 +21,15 @@ from benchmarks import command
 from benchmarks.command import Made, Say, positive
 from benchmarks.machine import Machine
 from benchmarks.prompts import library_text
+from benchmarks.training.peer import COMPILED
 from benchmarks.training.runs import Measured, Run, Side, measure
 from benchmarks.training.train_report import Results, Row, markdown
 from benchmarks.training.works import WORKS, Work, reduced, rows_of
 from server.model.export import export_hugging_face
 from server.model.source import resolve_base
 from server.model.weights import load_base
+
+COMPILERS = ("c++", "g++", "clang++")
 
 
 def main(arguments: list[str] | None = None) -> Results:
@@ -40,6 +44,9 @@ def main(arguments: list[str] | None = None) -> Results:
     say = command.speaker()
     options.out.mkdir(parents=True, exist_ok=True)
     works = [reduced(work) if options.quick else work for work in WORKS if work.key in options.only]
+    if not any(map(shutil.which, COMPILERS)):
+        say("there is no C++ compiler: what torch.compile would make of the peer is left out")
+        works = [work.without(COMPILED) for work in works]
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=options.out) as scratch:
         rows = _measure(works, Path(scratch), options, say)
     results = Results(

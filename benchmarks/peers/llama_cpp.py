@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.allocation import KEPT, TUNABLES
 from benchmarks.measure import Run
 from benchmarks.peers.gguf_files import write_adapter
 from benchmarks.peers.venvs import LLAMA_CPP, MadePeer
@@ -18,10 +19,6 @@ from benchmarks.serving.load import drive, summarize
 from benchmarks.serving.process import ServerProcess, threads_environment
 from benchmarks.serving.systems import BASE, Facts, Load, Streams
 from benchmarks.serving.wires import LlamaCpp
-from server.allocator import KEEP_BYTES
-
-TUNABLES = f"glibc.malloc.mmap_threshold={KEEP_BYTES}:glibc.malloc.trim_threshold={2**64 - 1}"
-"""What `keep_freed_memory` sets, for a process that can't call it."""
 
 VARIANTS = {
     f"flash attention {attention}, {cache} per slot": ("--flash-attn", attention, *flags)
@@ -70,7 +67,7 @@ class LlamaCppServer:
         self._server = ServerProcess(config.command, environment, config.log, "/health")
         self._wire = LlamaCpp(list(config.adapters))
         name = LLAMA_CPP if config.weights == "bf16" else f"{LLAMA_CPP}, {config.weights}"
-        settings = f"{config.slots} slots, {config.variant}, host prompt cache off, our allocator's settings"
+        settings = f"{config.slots} slots, {config.variant}, host prompt cache off, {KEPT}"
         self.facts = Facts(name, config.peer.version, True, settings, trial or {}, not config.adapters)
 
     @property

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from benchmarks.allocation import described
 from benchmarks.machine import peak_rss
 from benchmarks.measure import Run
 from benchmarks.peers.venvs import MadePeer
@@ -50,8 +51,6 @@ class OpenVino:
         self._log = config.log
         self._scaling = config.scaling
         self._names = list(config.adapters)
-        settings = f"{config.slots} sequences, inference in bf16, {config.variant}, our allocator's settings"
-        self.facts = Facts(NAME, config.peer.version, False, settings, trial or {})
         with config.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [str(config.peer.python), "-m", "benchmarks.peers.openvino_child"],
@@ -63,7 +62,7 @@ class OpenVino:
                 text=True,
             )
         cache, tokens = VARIANTS[config.variant]
-        self._call(
+        started = self._call(
             {
                 "model": str(config.model.resolve()),
                 "adapters": {
@@ -76,6 +75,10 @@ class OpenVino:
                 "step_tokens": tokens,
             }
         )
+
+        kept = described(bool(started["keeps_freed_memory"]))
+        settings = f"{config.slots} sequences, inference in bf16, {config.variant}, {kept}"
+        self.facts = Facts(NAME, config.peer.version, False, settings, trial or {})
 
     @property
     def peak_rss(self) -> int:

@@ -13,6 +13,7 @@ from typing import Protocol, cast
 
 import openvino_genai
 
+from benchmarks.allocation import keeps_freed_memory
 from server.allocator import keep_freed_memory
 
 CACHE_GIGABYTES = 2
@@ -129,7 +130,7 @@ def main() -> None:
         command = json.loads(line)
         if child is None:
             child = Child(command)
-            answer: object = {}
+            answer: object = {"keeps_freed_memory": keeps_freed_memory()}
         else:
             answer = child.run([tuple(part) for part in command["adapters"]], command["streams"])
         answers.write(json.dumps(answer) + "\n")

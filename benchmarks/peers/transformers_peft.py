@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.allocation import described, keeps_freed_memory
 from benchmarks.machine import peak_rss
 from benchmarks.measure import Run, differences, join
 from benchmarks.serving.systems import BLENDS, Facts, Load, Streams
@@ -66,11 +67,11 @@ class TransformersPeft:
         self._process = context.Process(target=_serve, args=(config, theirs), daemon=True)
         self._process.start()
         theirs.close()
-        self._call(None)
+        kept = bool(self._call(None))
         for name, directory in adapters.items():
             self.load_adapter(name, directory, keep=True)
         versions = ", ".join(f"{package} {version(package)}" for package in ("transformers", "peft", "torch"))
-        settings = "adapters in bf16, no padding, our allocator's settings"
+        settings = f"adapters in bf16, no padding, {described(kept)}"
         self.facts = Facts(NAME, versions, False, settings, {})
 
     @property
@@ -227,7 +228,7 @@ def _serve(config: PeerConfig, connection: Connection) -> None:
         try:
             if models is None:
                 models = _PeerModels(config)
-                result = True
+                result = keeps_freed_memory()
             elif isinstance(command, Generate):
                 result = models.generate(command)
             elif isinstance(command, LoadAdapter):

@@ -11,12 +11,13 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
+from benchmarks.allocation import keeps_freed_memory
 from benchmarks.measure import Figure
 from benchmarks.training.peer import ALPHA, LEARNING_RATE, PEERS, RANK, Peer, PeerSide
 from server.allocator import keep_freed_memory
@@ -57,6 +58,7 @@ class Measured:
     loss: Figure  # of the first step, whose rows are the same for all sides
     warm_up: Figure  # seconds of the steps that aren't timed; under torch.compile, of compiling
     native: bool = False  # computed by our native code
+    keeps_memory: bool = True  # under our allocator's settings
 
 
 def measure(side: Side, run: Run) -> Measured:
@@ -83,7 +85,8 @@ def _child(side: Side, run: Run, connection: Connection) -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(run.compiled)
         keep_freed_memory()  # as a job's process does
         torch.set_num_threads(run.threads)
-        connection.send(_peer(PEERS[side], run) if side in PEERS else _ours(run, native=side == NATIVE))
+        measured = _peer(PEERS[side], run) if side in PEERS else _ours(run, native=side == NATIVE)
+        connection.send(replace(measured, keeps_memory=keeps_freed_memory()))
     except Exception:
         connection.send(traceback.format_exc())
 

@@ -139,4 +139,6 @@ def _notes(results: Results) -> Iterator[str]:
             )
         if not all(one.native for one in row.figures.get(NATIVE, ())):
             line += "; **native code was not to be had: ours was computed in torch**"
+        if not all(one.keeps_memory for figures in row.figures.values() for one in figures):
+            line += "; **not all sides had our allocator's settings**"
         yield line + "."

@@ -24,6 +24,9 @@ class Work:
     speeds: dict[Side, float]
     most_memory: float | None = None  # of the compiled peer's
 
+    def without(self, *left_out: Side) -> "Work":
+        return replace(self, sides=tuple(side for side in self.sides if side not in left_out))
+
 
 WORKS = (
     Work(
@@ -66,6 +69,6 @@ def rows_of(work: Work, text: Sequence[int]) -> list[list[int]]:
 
 def reduced(work: Work) -> Work:
     """The same for a quick run, without the sides that take long whatever the size, or do what another does."""
-    sides = tuple(side for side in work.sides if side != COMPILED and (side != TORCH or NATIVE not in work.sides))
+    left = work.without(COMPILED, *([TORCH] if NATIVE in work.sides else []))
     shortest, longest = min(work.shortest, 8), min(work.longest, 24)
-    return replace(work, batch_size=2, shortest=shortest, longest=longest, steps=1, sides=sides)
+    return replace(left, batch_size=2, shortest=shortest, longest=longest, steps=1)

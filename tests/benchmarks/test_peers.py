@@ -4,6 +4,9 @@ What needs a peer's own environment is skipped where `python -m benchmarks.peers
 """
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -14,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.allocation import TUNABLES
 from benchmarks.peers import gguf_files, llama_cpp, openvino, venvs
 from benchmarks.peers.__main__ import main as peers_command
 from benchmarks.peers.llama_cpp import LlamaCppConfig, LlamaCppServer
@@ -23,12 +27,12 @@ from benchmarks.peers.venvs import LLAMA_CPP, MARK, OPENVINO
 from benchmarks.serving.adapter_files import ALPHA, RANK, Sizes, write_adapter
 from benchmarks.serving.systems import BASE, BLENDS, DISTINCT, ONE, Load, System
 from benchmarks.serving.wires import Part, Request
-from server.allocator import KEEP_BYTES
 from server.model.export import export_hugging_face
 from server.model.weights import BaseModel
 from tests.conftest import CACHE
 from tests.tiny import save_tiny_base
 
+ROOT = Path(__file__).parents[2]
 PROMPT = "404 Not Found. Nothing matches the given URI"
 
 
@@ -141,8 +145,6 @@ def test_llama_cpp_gets_every_setting(tmp_path: Path) -> None:
         "--lora a.gguf,b.gguf --lora-init-without-apply",
     ):
         assert flags in line
-    assert f"mmap_threshold={KEEP_BYTES}:" in llama_cpp.TUNABLES
-    assert KEEP_BYTES == 256 << 20
 
 
 def test_a_peer_made_in_part_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,6 +158,22 @@ def test_a_peer_made_in_part_is_none(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         peers_command(["make", "vllm"])
     assert "vllm" in capsys.readouterr().err
+
+
+def test_the_allocators_settings_reach_a_peer() -> None:
+    """Of a process of its own: as it is, after our call, and under what is set for one that can't call it."""
+    probe = "from benchmarks.allocation import keeps_freed_memory as kept; print(kept())"
+    call = "from server.allocator import keep_freed_memory; keep_freed_memory();"
+
+    def found(code: str, **environment: str) -> str:
+        command = [sys.executable, "-c", code]
+        return subprocess.run(
+            command, env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    assert found(probe) == "False"
+    assert found(f"{call} {probe}") == "True"
+    assert found(probe, GLIBC_TUNABLES=TUNABLES) == "True"
 
 
 @pytest.mark.real

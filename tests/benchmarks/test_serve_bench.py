@@ -201,6 +201,8 @@ def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.Captu
     assert [list(row.figures) for row in found.rows] == [["smolora", peft]] * 3 + [["smolora"]]
     assert found.missing == {"llama.cpp": "it is measured in bf16 on a CPU"}
     assert min(found.peak_rss.values()) > 100e6
+    assert "our allocator's settings" in found.systems[1].settings
+    assert "not our" not in found.systems[1].settings
     assert found.many is not None
     assert found.many.verdicts == {"exact": 12, "tie": 0, "wrong": 0}
     assert found.many.control["wrong"] > 0

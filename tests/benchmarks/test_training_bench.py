@@ -298,6 +298,7 @@ def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.Captu
     losses = [one.loss for found in row.figures.values() for one in found]
     assert max(losses) == pytest.approx(min(losses), rel=0.005), "the same rows, before any step"
     assert min(one.peak_rss for found in row.figures.values() for one in found) > 100e6
+    assert all(one.keeps_memory for found in row.figures.values() for one in found), "the peers, too"
     document = json.loads((out / "train.json").read_text())
     assert document["rows"][0]["work"]["key"] == "short"
     assert "measures nothing" not in capsys.readouterr().out
