@@ -1,7 +1,8 @@
 """OpenVINO GenAI's continuous batching on the same weights in bf16, in a process and an environment of its own.
 
 It is asked through a pipe and generates in process, without HTTP. Adapters hold for the whole batch: one adapter
-or one blend at a time, for however many streams. What may or may not help is tried.
+or one blend at a time, for however many streams; the base has a pipeline that knows of none. What may or may not
+help is tried.
 """
 
 import json
@@ -75,9 +76,9 @@ class OpenVino:
                 "step_tokens": tokens,
             }
         )
-
         kept = described(bool(started["keeps_freed_memory"]))
-        settings = f"{config.slots} sequences, inference in bf16, {config.variant}, {kept}"
+        pipelines = "a pipeline for the base and one for adapters"
+        settings = f"{pipelines}, {config.slots} sequences, inference in bf16, {config.variant}, {kept}"
         self.facts = Facts(NAME, config.peer.version, False, settings, trial or {})
 
     @property

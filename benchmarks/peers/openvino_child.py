@@ -41,35 +41,50 @@ class _Pipeline(Protocol):
 
 
 class Child:
-    """A pipeline, and the adapters that it was told of."""
+    """Two pipelines: a plain one, and one with adapters once they are asked for, whose graph is another."""
 
     def __init__(self, settings: Mapping[str, object]) -> None:
-        files = cast("Mapping[str, str]", settings["adapters"])
-        self._adapters = {name: openvino_genai.Adapter(file) for name, file in files.items()}
+        self._settings = settings
+        self._plain = self._made(None)
+        self._adapters: dict[str, object] = {}
+        self._adapted: _Pipeline | None = None
+        self._last_parts: object = None
+
+    def _made(self, adapters: object) -> _Pipeline:
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.cache_size = CACHE_GIGABYTES
-        scheduler.max_num_seqs = settings["sequences"]
-        scheduler.max_num_batched_tokens = settings["step_tokens"]  # of prompts and sequences
+        scheduler.max_num_seqs = self._settings["sequences"]
+        scheduler.max_num_batched_tokens = self._settings["step_tokens"]  # of prompts and sequences
         scheduler.dynamic_split_fuse = True  # prompts in chunks beside running sequences
         scheduler.enable_prefix_caching = False  # no prompt comes twice
         properties: dict[str, object] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "bf16",
-            "INFERENCE_NUM_THREADS": settings["threads"],
-            "KV_CACHE_PRECISION": settings["cache"],
+            "INFERENCE_NUM_THREADS": self._settings["threads"],
+            "KV_CACHE_PRECISION": self._settings["cache"],
         }
-        if self._adapters:
-            properties["adapters"] = openvino_genai.AdapterConfig(list(self._adapters.values()))
-        made = openvino_genai.ContinuousBatchingPipeline(settings["model"], scheduler, "CPU", properties)
-        self._pipeline = cast(_Pipeline, made)
-        self._last_parts: object = None
+        if adapters is not None:
+            properties["adapters"] = adapters
+        model = self._settings["model"]
+        return cast(_Pipeline, openvino_genai.ContinuousBatchingPipeline(model, scheduler, "CPU", properties))
+
+    def _pipeline_for(self, parts: Sequence[tuple[str, float]]) -> _Pipeline:
+        """Ready for requests under these adapters."""
+        if not parts:
+            return self._plain
+        if self._adapted is None:
+            files = cast("Mapping[str, str]", self._settings["adapters"])
+            self._adapters = {name: openvino_genai.Adapter(file) for name, file in files.items()}
+            self._adapted = self._made(openvino_genai.AdapterConfig(list(self._adapters.values())))
+        if parts != self._last_parts:
+            # requests that are added go under the adapters of the last call of `generate`
+            self._adapted.generate(["A"], [self._config(1, parts)])
+            self._last_parts = parts
+        return self._adapted
 
     def run(self, parts: Sequence[tuple[str, float]], streams: Sequence[Sequence[tuple[str, int]]]) -> object:
         """All streams at once, each one's requests one after the other."""
-        if self._adapters and parts != self._last_parts:
-            # requests that are added go under the adapters of the last call of `generate`
-            self._pipeline.generate(["A"], [self._config(1, parts)])
-            self._last_parts = parts
+        pipeline = self._pipeline_for(parts)
         queues = [list(requests) for requests in streams]
         tokens: list[list[list[int]]] = [[] for _ in streams]
         times: list[list[list[float]]] = [[] for _ in streams]
@@ -82,11 +97,11 @@ class Child:
                     prompt, max_tokens = queue.pop(0)
                     tokens[stream].append([])
                     times[stream].append([time.perf_counter()])
-                    handles[stream] = self._pipeline.add_request(number, prompt, self._config(max_tokens, parts))
+                    handles[stream] = pipeline.add_request(number, prompt, self._config(max_tokens, parts))
                     number += 1
-            if not self._pipeline.has_non_finished_requests():
+            if not pipeline.has_non_finished_requests():
                 break
-            self._pipeline.step()
+            pipeline.step()
             now = time.perf_counter()
             for stream, handle in enumerate(handles):
                 if handle is not None and handle.can_read():
@@ -96,7 +111,7 @@ class Child:
                     wanted = streams[stream][len(tokens[stream]) - 1][1]
                     if len(tokens[stream][-1]) >= wanted:
                         handles[stream] = None
-        decode = self._pipeline.get_tokenizer().decode
+        decode = pipeline.get_tokenizer().decode
         texts = [decode(ids) for answers in tokens for ids in answers]
         seconds = time.perf_counter() - started
         answers = [answer for stream in times for answer in stream]
@@ -114,9 +129,9 @@ class Child:
         config.ignore_eos = True
         config.do_sample = False
         config.apply_chat_template = False
-        if self._adapters:
+        if parts:
             pairs = [(self._adapters[name], scale) for name, scale in parts]
-            config.adapters = openvino_genai.AdapterConfig(pairs) if pairs else openvino_genai.AdapterConfig()
+            config.adapters = openvino_genai.AdapterConfig(pairs)
         return config
 
 

@@ -71,7 +71,7 @@ class TransformersPeft:
         for name, directory in adapters.items():
             self.load_adapter(name, directory, keep=True)
         versions = ", ".join(f"{package} {version(package)}" for package in ("transformers", "peft", "torch"))
-        settings = f"adapters in bf16, no padding, {described(kept)}"
+        settings = f"adapters in bf16, no padding, two copies of the base, {described(kept)}"
         self.facts = Facts(NAME, versions, False, settings, {})
 
     @property

@@ -104,9 +104,8 @@ def _openvino(options: Options, inputs: Inputs, peer: MadePeer, say: Say) -> Var
     log = inputs.log.with_name("openvino.log")
     say("exporting the base for OpenVINO: about a minute")
     model = openvino.export(peer, inputs.base, inputs.scratch / "openvino", log)
-    config = OpenVinoConfig(
-        *(peer, model, inputs.adapters, ALPHA / RANK, options.threads, max(options.streams), log),
-    )
+    needed = dict(list(inputs.adapters.items())[:2])  # of one adapter, and of a blend: more at a time it can't
+    config = OpenVinoConfig(*(peer, model, needed, ALPHA / RANK, options.threads, max(options.streams), log))
     variants = {way: replace(config, variant=way) for way in openvino.VARIANTS}
     starts: dict[str, Variant] = {way: _ov_starter(each) for way, each in variants.items()}
     best, trial = _tried(openvino.NAME, options, inputs, starts, say)
