@@ -110,12 +110,14 @@ class OpenVino:
 
     def stop(self) -> None:
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         try:
             self._process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process.stdout.close()
 
     def _scaled(self, parts: Sequence[Part]) -> list[tuple[str, float]]:
         return [(part.name, part.weight * self._scaling) for part in parts]

@@ -177,6 +177,7 @@ def test_the_allocators_settings_reach_a_peer() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own call
 @pytest.mark.parametrize("name", [LLAMA_CPP, OPENVINO])
 def test_a_peer_answers_as_transformers_does(name: str, hf_base_dir: Path, tmp_path: Path) -> None:
     """Base, one adapter and a blend, two streams at once; 16 bits may leave a near tie, so most must agree."""
