@@ -21,9 +21,12 @@ from benchmarks.serving.systems import BASE, Facts, Load, Streams
 from benchmarks.serving.wires import LlamaCpp
 
 VARIANTS = {
-    f"flash attention {attention}, {cache} per slot": ("--flash-attn", attention, *flags)
+    f"flash attention {attention}, {cache}": ("--flash-attn", attention, *flags)
     for attention in ("on", "off")
-    for cache, flags in (("cache apart", ("--no-kv-unified",)), ("cache shared", ("--kv-unified",)))
+    for cache, flags in (
+        ("a cache per slot", ("--no-kv-unified",)),
+        ("one cache for all slots", ("--kv-unified",)),
+    )
 }
 """What may or may not help it, as flags."""
 
