@@ -121,7 +121,8 @@ async def send(client: httpx.AsyncClient, wire: Wire, exchange: Exchange) -> Non
 
 
 def http_client(url: str) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    # a connection each: one that is kept may be closed by the server just as the next request is sent
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     return httpx.AsyncClient(base_url=url, timeout=TIMEOUT, limits=limits, trust_env=False, verify=False)
 
 
