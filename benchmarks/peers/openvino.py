@@ -19,7 +19,7 @@ from benchmarks.machine import peak_rss
 from benchmarks.measure import Run
 from benchmarks.peers.venvs import MadePeer
 from benchmarks.serving.process import threads_environment
-from benchmarks.serving.systems import DISTINCT, Facts, Load, Streams
+from benchmarks.serving.systems import BASE, BLENDS, ONE, Facts, Load, Streams
 from benchmarks.serving.wires import Part
 
 NAME = "OpenVINO GenAI"
@@ -51,7 +51,6 @@ class OpenVino:
         """`trial` is what was tried before. RuntimeError, with the end of its log, where it fails."""
         self._log = config.log
         self._scaling = config.scaling
-        self._names = list(config.adapters)
         with config.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [str(config.peer.python), "-m", "benchmarks.peers.openvino_child"],
@@ -86,8 +85,8 @@ class OpenVino:
         return peak_rss(self._process.pid)
 
     def can(self, load: Load) -> bool:
-        parts = load.parts(self._names or ["any"])
-        return load.kind != DISTINCT and len(set(parts)) == 1 and (bool(self._names) or not parts[0])
+        """What goes under the same adapters for all streams."""
+        return load.kind in (BASE, ONE) or load == Load(1, BLENDS)
 
     def run(self, streams: Streams) -> Run:
         """ValueError where the streams don't all go under the same adapters."""

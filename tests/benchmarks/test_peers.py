@@ -113,19 +113,15 @@ def test_what_a_peer_can_do() -> None:
     """By what it offers a request, not by how long it would take."""
     loads = [Load(1, BASE), Load(1, BLENDS), Load(4, ONE), Load(4, DISTINCT), Load(4, BLENDS)]
 
-    def can(kind: type[System], names: list[str], *, base_only: bool = False) -> list[bool]:
+    def can(kind: type[System], *, base_only: bool = False) -> list[bool]:
         system = kind.__new__(kind)
-        system.__dict__ |= {
-            "_names": names,
-            "facts": llama_cpp.Facts("", "", True, "", {}, base_only),
-        }
+        system.__dict__["facts"] = llama_cpp.Facts("", "", True, "", {}, base_only)
         return [system.can(load) for load in loads]
 
-    names = ["a", "b", "c", "d"]
-    assert can(LlamaCppServer, names) == [True] * 5
-    assert can(LlamaCppServer, [], base_only=True) == [True, False, False, False, False]
-    assert can(OpenVino, names) == [True, True, True, False, False]
-    assert can(TransformersPeft, names) == [True, False, True, True, False]
+    assert can(LlamaCppServer) == [True] * 5
+    assert can(LlamaCppServer, base_only=True) == [True, False, False, False, False]
+    assert can(OpenVino) == [True, True, True, False, False]
+    assert can(TransformersPeft) == [True, False, True, True, False]
 
 
 def test_llama_cpp_gets_every_setting(tmp_path: Path) -> None:
