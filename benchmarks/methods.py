@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> Results:
     parser.add_argument("--rows", type=positive, default=2400, help="to train on, once, in steps of 8")
     parser.add_argument("--tuning-rows", type=positive, default=250, help="that choose the learning rates")
     parser.add_argument("--test-rows", type=positive, default=1000)
-    parser.add_argument("--seeds", type=positive, default=3, help="that are tested, from 1 on")
+    parser.add_argument("--seeds", type=int, choices=range(1, 6), default=3, help="tested, from 1 on")
     options = parser.parse_args(arguments)
     if options.quick:
         options.rows, options.tuning_rows, options.test_rows, options.seeds = 16, 8, 8, 1
