@@ -9,27 +9,27 @@ those must be found wrong, or the check sees nothing.
 
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
 import torch
 
-from benchmarks.adapter_files import Sizes, write_adapter
-from benchmarks.load import TIMEOUT, Answer, Request, drive, summarize
+from benchmarks.command import Say
 from benchmarks.measure import Figures, percentile
 from benchmarks.prompts import PromptSource
-from benchmarks.server_process import Server, ServerConfig
+from benchmarks.serving.adapter_files import Sizes, write_adapter
+from benchmarks.serving.load import TIMEOUT, Answer, drive, summarize
+from benchmarks.serving.server_process import Server, ServerConfig
+from benchmarks.serving.wires import Part, Request, Smolora
 
 NEAR_TIE = {"fp32": 1e-3, "bf16": 0.3, "fp16": 0.05}
 """Nats between two tokens that count as level, by dtype: logits are tens, and are rounded to the dtype's step."""
 
 Verdict = str
 """exact, tie (left the reference at a near tie) or wrong."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ def measure(
     answers: list[Answer] = []
     base: list[Figures] = []
     mixed: list[Figures] = []
+    wire = Smolora()
     with Server(server_config) as server:
         _register(server, config.num_registered, sizes, scratch, say)
         most_resident = 0
@@ -93,11 +94,11 @@ def measure(
             say(f"{config.num_registered} adapters, round {index + 1} of {config.num_rounds}")
             for is_base in (True, False) if index % 2 == 0 else (False, True):
                 requests = [
-                    Request(text, None if is_base else name, config.max_tokens)
+                    Request(text, () if is_base else (Part(name),), config.max_tokens)
                     for text, name in zip(texts, adapters, strict=True)
                 ]
                 streams = [requests[stream :: config.num_streams] for stream in range(config.num_streams)]
-                found = drive(server.url, streams)
+                found = drive(server.url, wire, streams)
                 (base_answers if is_base else answers).extend(found)
                 (base if is_base else mixed).append(Figures.of(summarize(found)))
                 most_resident = max(most_resident, int(server.metrics()["smolora_adapters_resident"]))
@@ -116,7 +117,7 @@ def measure(
         config,
         tuple(base),
         tuple(mixed),
-        len({answer.request.adapter for answer in answers}),
+        len({answer.request.parts for answer in answers}),
         int(counted["smolora_adapter_loads_total"]),
         int(counted["smolora_adapter_evictions_total"]),
         most_resident,
@@ -158,19 +159,21 @@ def _register(server: Server, count: int, sizes: Sizes, scratch: Path, say: Say)
 
 def _references(server: Server, requests: Sequence[Request], config: ManyConfig) -> dict[Request, list[Token]]:
     """The requests again, by as many adapters at a time as stay resident together."""
-    by_adapter: dict[str | None, list[Request]] = {}
+    by_adapter: dict[tuple[Part, ...], list[Request]] = {}
     for request in requests:
-        by_adapter.setdefault(request.adapter, []).append(request)
+        by_adapter.setdefault(request.parts, []).append(request)
     adapters = list(by_adapter)
     size = max(config.num_pooled // 2, 1)
     references: dict[Request, list[Token]] = {}
+    wire = Smolora()
     with (
         httpx.Client(base_url=server.url, timeout=TIMEOUT, trust_env=False) as client,
         ThreadPoolExecutor(config.num_streams) as threads,
     ):
 
         def answer(request: Request) -> list[Token]:
-            response = client.post("/generate", json=request.body(logprobs=5)).raise_for_status()
+            body = wire.body(replace(request, logprobs=5)) | {"stream": False}
+            response = client.post(wire.path, json=body).raise_for_status()
             return [_token(entry) for entry in response.json()["choices"][0]["logprobs"]]
 
         for start in range(0, len(adapters), size):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from adapters.lora import LoraModule, LoraWeights
-from benchmarks.ratings import Rated
+from benchmarks.training.ratings import Rated
 from server.model.chat import PromptEncoder
 from server.model.smollm import Adapters, SmolLM
 from server.model.weights import BaseModel

@@ -6,23 +6,29 @@ different blend for each row of a batch, is left out. Tokenizing and detokenizin
 """
 
 import multiprocessing
-import resource
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self, cast
+from typing import Protocol, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.allocation import described, keeps_freed_memory
+from benchmarks.machine import peak_rss
 from benchmarks.measure import Run, differences, join
+from benchmarks.serving.systems import BLENDS, Facts, Load, Streams
+from benchmarks.serving.wires import Request
+from server.allocator import keep_freed_memory
+
+NAME = "transformers + PEFT"
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,9 @@ class PeerConfig:
 
 @dataclass(frozen=True)
 class Generate:
-    """Batches, one after the other: under no adapter, one for all rows, or one for each row."""
+    """A batch: under no adapter, one for all rows, or one for each row."""
 
-    batches: tuple[tuple[str, ...], ...]
+    prompts: tuple[str, ...]
     adapters: str | tuple[str, ...] | None
     max_tokens: int
 
@@ -49,52 +55,60 @@ class LoadAdapter:
     name: str
     directory: Path
     keep: bool
-    low_memory: bool = False  # PEFT's low_cpu_mem_usage
 
 
-class Peer:
-    """The peer's process; a context manager."""
+class TransformersPeft:
+    """The peer's process."""
 
-    def __init__(self, config: PeerConfig) -> None:
+    def __init__(self, config: PeerConfig, adapters: Mapping[str, Path]) -> None:
+        """`adapters` are PEFT directories, by the names that requests use."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(config, theirs), daemon=True)
         self._process.start()
         theirs.close()
-        self._call(None)
+        kept = bool(self._call(None))
+        for name, directory in adapters.items():
+            self.load_adapter(name, directory, keep=True)
+        versions = ", ".join(f"{package} {version(package)}" for package in ("transformers", "peft", "torch"))
+        settings = f"adapters in bf16, no padding, two copies of the base, {described(kept)}"
+        self.facts = Facts(NAME, versions, False, settings, {})
 
-    def generate(
-        self, batches: Sequence[Sequence[str]], adapters: str | Sequence[str] | None, max_tokens: int
-    ) -> Run:
-        names = adapters if adapters is None or isinstance(adapters, str) else tuple(adapters)
-        run = self._call(Generate(tuple(map(tuple, batches)), names, max_tokens))
-        assert isinstance(run, Run)
-        return run
+    @property
+    def peak_rss(self) -> int:
+        return peak_rss(self._process.pid or 0)
 
-    def load_adapter(self, name: str, directory: Path, *, keep: bool = False, low_memory: bool = False) -> float:
+    def can(self, load: Load) -> bool:
+        """A blend must be made into an adapter first: none can be asked for by a request."""
+        return load.kind != BLENDS
+
+    def run(self, streams: Streams) -> Run:
+        """In batches: the streams' first requests, then their second ones, as it has no queue."""
+        batches = list(zip(*streams, strict=True))
+        runs = [self._batch(batch) for batch in batches]
+        whole = join(runs)
+        # its texts come batch by batch
+        texts = [whole.texts[index :: len(streams)] for index in range(len(streams))]
+        return replace(whole, texts=tuple(text for stream in texts for text in stream))
+
+    def load_adapter(self, name: str, directory: Path, *, keep: bool = False) -> float:
         """Seconds that `load_adapter` took."""
-        seconds = self._call(LoadAdapter(name, directory, keep, low_memory))
+        seconds = self._call(LoadAdapter(name, directory, keep))
         assert isinstance(seconds, float)
         return seconds
 
-    def stop(self) -> int:
-        """Ends the process; returns its peak RSS in bytes."""
-        peak = self._call("stop")
+    def stop(self) -> None:
+        self._call("stop")
         self._process.join()
-        assert isinstance(peak, int)
-        return peak
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
         self._connection.close()
-        self._process.close()
+
+    def _batch(self, requests: Sequence[Request]) -> Run:
+        names = [request.parts[0].name for request in requests if request.parts]
+        together = None if not names else names[0] if len(set(names)) == 1 else tuple(names)
+        prompts = tuple(request.prompt for request in requests)
+        run = self._call(Generate(prompts, together, requests[0].max_tokens))
+        assert isinstance(run, Run)
+        return run
 
     def _call(self, command: object) -> object:
         with suppress(BrokenPipeError):  # the reason is there to be read
@@ -136,6 +150,7 @@ class _PeerModels:
 
     def __init__(self, config: PeerConfig) -> None:
         warnings.simplefilter("ignore")
+        keep_freed_memory()  # as our server does
         torch.set_num_threads(config.threads)
         for quiet in (transformers_logging.set_verbosity_error, transformers_logging.disable_progress_bar):
             cast("Callable[[], None]", quiet)()
@@ -154,7 +169,7 @@ class _PeerModels:
                 self._peft.set_adapter(command.adapters)
             else:
                 extra["adapter_names"] = list(command.adapters)
-        return join([self._batch(model, batch, command.max_tokens, extra) for batch in command.batches])
+        return self._batch(model, command.prompts, command.max_tokens, extra)
 
     def load_adapter(self, command: LoadAdapter) -> float:
         if self._peft is None:
@@ -169,9 +184,7 @@ class _PeerModels:
             self._peft = cast(_PeftModel, wrapped.requires_grad_(False).train(False))
             return seconds
         started = time.perf_counter()
-        self._peft.load_adapter(
-            command.directory, command.name, autocast_adapter_dtype=False, low_cpu_mem_usage=command.low_memory
-        )
+        self._peft.load_adapter(command.directory, command.name, autocast_adapter_dtype=False)
         seconds = time.perf_counter() - started
         if not command.keep:
             self._peft.delete_adapter(command.name)
@@ -215,13 +228,13 @@ def _serve(config: PeerConfig, connection: Connection) -> None:
         try:
             if models is None:
                 models = _PeerModels(config)
-                result = True
+                result = keeps_freed_memory()
             elif isinstance(command, Generate):
                 result = models.generate(command)
             elif isinstance(command, LoadAdapter):
                 result = models.load_adapter(command)
             else:
-                result = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+                result = True
         except Exception:
             result = traceback.format_exc()
         connection.send(result)
