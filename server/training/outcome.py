@@ -44,7 +44,7 @@ class Counters:
         return found
 
     def note_held_out(self, step: int, loss: float, patience: int | None) -> bool:
-        """Add an evaluation to the curve; whether it is the best so far. `patience` others in a row end the run."""
+        """Add an evaluation to the curve; whether it is the best so far. `patience` others in a row end it all."""
         self.eval_curve.append((step, loss))
         if self.best_loss is None or loss < self.best_loss:
             self.best_loss, self.best_step, self.num_without_gain = loss, step, 0

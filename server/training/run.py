@@ -96,8 +96,8 @@ class Run:
             self._counters.base = base = self._measure(model, None)
             if not base.is_finite:
                 raise LossNotFinite(
-                    "the untouched base's loss on the held-out rows is not a number: its weights are damaged, or too "
-                    "large for its dtype; set SMOLORA_DTYPE to fp32, or take another SMOLORA_MODEL, and submit again"
+                    "the untouched base's loss on the held-out rows is not a number: its weights are damaged, or "
+                    "too large for its dtype; set SMOLORA_DTYPE=fp32 or another SMOLORA_MODEL, and submit again"
                 )
         try:
             self._report_step()

@@ -3,7 +3,7 @@
 Started by `server.training.worker`, which keeps the lease. Here the base is loaded, `train_job` or `merge_job`
 does the work, and how the job ended is stored: success and the new version in one transaction, a failure that
 another attempt would repeat as a failure. Anything else that goes wrong is left to the exit code: the worker has
-it tried again.
+it tried again, or ends where the base can't be loaded, which is no job's fault.
 """
 
 import ctypes
@@ -17,11 +17,12 @@ from adapters.store import AdapterStore
 from server.allocator import keep_freed_memory
 from server.config import WorkerSettings
 from server.database import connect
+from server.errors import StartupError
 from server.model.device import choose_device
 from server.model.native.load import find_library
 from server.model.source import resolve_base
 from server.model.weights import BaseModel, load_base
-from server.training.child import EXIT_DONE, EXIT_LEFT, Assignment, WorkerLink
+from server.training.child import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Assignment, WorkerLink
 from server.training.job_reporter import JobReporter, Leave
 from server.training.jobs import Jobs
 from server.training.leases import Claim, LeaseLost, Leases
@@ -41,13 +42,18 @@ def main(argument: str) -> int:
     link = WorkerLink(assignment)
     keep_freed_memory()
     settings = WorkerSettings.model_validate(dict(assignment.settings))
+    try:
+        base, library = _load(settings)
+    except Exception as error:
+        log.exception("the base can't be loaded")
+        link.cannot_work(str(error) if isinstance(error, StartupError) else repr(error))
+        return EXIT_NO_BASE
     database = connect(settings.home)
     leases = Leases(database, Records(settings.home / "adapters"))
     claim = Claim(assignment.job_id, assignment.token, assignment.owner)
     reserve = Reserve(settings.home)
     try:
         job = Jobs(database).get(claim.job_id)
-        base, library = _load(settings)
         store = AdapterStore(settings.home / "adapters")
         yielding = Yielding(BusyFlag(settings.home).read, settings.train_share)
         reporter = JobReporter(link, leases, claim, yielding)

@@ -1,4 +1,7 @@
-"""Databases for the queue, and a HOME to train in. SMOLORA_TEST_POSTGRES names an empty PostgreSQL database to run its tests on, too."""
+"""Databases for the queue, and a HOME to train in.
+
+SMOLORA_TEST_POSTGRES names an empty PostgreSQL database to run the queue's tests on, too.
+"""
 
 import os
 from collections.abc import Iterator
