@@ -410,7 +410,7 @@ def test_leftovers_of_ended_jobs_go(tmp_path: Path, jobs: Jobs, leases: Leases) 
 
 
 def test_the_worker_outlives_trouble_with_the_database(
-    tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases
+    tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases, caplog: pytest.LogCaptureFixture
 ) -> None:
     submit_stub(tmp_path, jobs, "j1", steps=3)
     with engine.begin() as connection:
@@ -424,7 +424,7 @@ def test_the_worker_outlives_trouble_with_the_database(
 
     healed = False
     with working(tmp_path, Patched(engine)):
-        time.sleep(0.5)
+        until(lambda: caplog.messages.count("can't work just now") > 1)
         with engine.begin() as connection:
             connection.exec_driver_sql("ALTER TABLE away RENAME TO jobs")
         healed = True
