@@ -18,7 +18,7 @@ from server.allocator import keep_freed_memory
 from server.config import WorkerSettings
 from server.database import connect
 from server.errors import StartupError
-from server.model.device import choose_device
+from server.model.device import choose_device, training_dtype
 from server.model.native.load import find_library
 from server.model.source import resolve_base
 from server.model.weights import BaseModel, load_base
@@ -89,10 +89,12 @@ def main(argument: str) -> int:
 
 
 def _load(settings: WorkerSettings) -> tuple[BaseModel, ctypes.CDLL | None]:
-    """The base that the server serves, in the same dtype, and the native code, if wanted and to be had."""
+    """The base that the server serves, in the dtype to train in, and the native code, if wanted and to be had."""
     device, dtype = choose_device(settings.device, settings.dtype)
     directory = resolve_base(settings.model, settings.home, settings.base_dir)
-    base = load_base(directory, dtype, device)
+    base = load_base(directory, training_dtype(dtype), device)
+    if base.dtype is not dtype:
+        log.info("computes in fp32 in the place of SMOLORA_DTYPE=fp16, in which gradients would vanish")
     places = [directory / "native", settings.home / "native"]
     return base, find_library(base, places, log.info) if settings.native else None
 

@@ -1,4 +1,4 @@
-"""A real worker whose base goes away while it waits, and comes back."""
+"""A real worker: what it trains in, and a base that goes away while it waits, and comes back."""
 
 import json
 import os
@@ -26,7 +26,7 @@ PATIENCE = 240.0
 @contextmanager
 def working(shop: Shop, model: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """`smolora worker`; what it says goes to HOME/said."""
-    flags = [f"--home={shop.home}", f"--model={model}", "--dtype=fp32", "--no-native"]
+    flags = [f"--home={shop.home}", f"--model={model}", "--dtype=fp16", "--no-native"]
     with open(shop.home / "said", "wb") as said:
         process = subprocess.Popen(
             [sys.executable, "-m", "server.cli", "worker", *flags],
@@ -40,7 +40,7 @@ def working(shop: Shop, model: Path) -> Iterator["subprocess.Popen[bytes]"]:
         process.wait()
 
 
-def test_jobs_wait_for_a_worker_with_a_base(shop: Shop) -> None:
+def test_it_trains_in_fp32_and_jobs_wait_for_a_base(shop: Shop) -> None:
     model, away = shop.home / "base", shop.home / "away"
     shutil.copytree(shop.base.directory, model)
     data = job_data(shop.base, num_held_out=0)
@@ -48,6 +48,9 @@ def test_jobs_wait_for_a_worker_with_a_base(shop: Shop) -> None:
     with working(shop, model) as worker:
         until(lambda: shop.jobs.get("first").status.has_ended, PATIENCE)
         assert shop.jobs.get("first").status is Status.SUCCEEDED
+        report = shop.jobs.report("first")
+        assert report is not None
+        assert report["environment"]["dtype"] == "fp32", "fp16 without loss scaling loses gradients"
         model.rename(away)
         for job_id in ("second", "third"):
             shop.submit(replace(SPEC, name=job_id), data, job_id)
