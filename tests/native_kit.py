@@ -38,11 +38,18 @@ def native_library() -> ctypes.CDLL:
         pytest.skip(f"nothing native here: {reason}")
 
 
-def lend_native(home: Path) -> None:
-    """Put the compiled library, where there can be one, under a server's HOME: it needn't compile it again."""
+def has_native() -> bool:
+    """Whether native code runs on this machine."""
     try:
         load_library([CACHE / "native"])
     except NativeUnavailable:
+        return False
+    return True
+
+
+def lend_native(home: Path) -> None:
+    """Put the compiled library, where there can be one, under a server's HOME: it needn't compile it again."""
+    if not has_native():
         return
     (home / "native").mkdir(exist_ok=True)
     if not (home / "native" / library_name()).exists():
