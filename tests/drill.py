@@ -25,7 +25,7 @@ Base = Literal["tiny", "real"]
 NAME = "codes"
 NUM_ROWS = 48
 TRAINING: Mapping[Base, Mapping[str, object]] = {
-    "tiny": {"epochs": 20, "batch_size": 4, "eval_steps": 3, "checkpoint_steps": 10, "learning_rate": 1e-2},
+    "tiny": {"epochs": 10, "batch_size": 4, "eval_steps": 3, "checkpoint_steps": 10, "learning_rate": 1e-2},
     "real": {"epochs": 4, "batch_size": 8, "eval_steps": 3, "checkpoint_steps": 2, "learning_rate": 3e-3},
 }
 TIMES = ("wall_seconds", "tokens_per_second", "peak_memory_bytes")

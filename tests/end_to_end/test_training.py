@@ -73,5 +73,5 @@ def test_a_failed_job_keeps_its_error_and_its_log(drill: Drill) -> None:
 
 def read_log(directory: Path) -> str:
     """What the job's process said. Of a failed job nothing else than rows and this is kept."""
-    assert not (directory / CHECKPOINTS_NAME).exists()
+    wait_until(lambda: not (directory / CHECKPOINTS_NAME).exists())
     return (directory / LOG_NAME).read_text(encoding="utf-8")
