@@ -33,7 +33,7 @@ def move(server: ServerProcess, job_id: str, verb: str) -> None:
 def test_paused_and_killed_it_ends_in_the_undisturbed_bytes(drill: Drill) -> None:
     """Paused on its way and resumed; then the server is killed, with which its worker and that one's job die."""
     job_id = drill.submit()
-    wait_until(lambda: len(steps_of(drill.server, job_id)) > 20)
+    wait_until(lambda: len(steps_of(drill.server, job_id)) > 5)
     move(drill.server, job_id, "pause")
     wait_until(lambda: get(drill.server, f"/train/{job_id}")["status"] == "paused", 10)
     assert len(steps_of(drill.server, job_id)) < drill.num_steps, "it was paused on its way"
