@@ -1,6 +1,7 @@
-"""What ends an attempt for good, once, with a reason that says what to do: another one would end the same way."""
+"""What an attempt goes on from, and what ends it for good, with a reason: another one would end the same way."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from server.model.weights import BaseModel
 from server.training.evaluate import LossNotFinite
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 from server.training.trainer import TrainingDiverged
+from tests.oracles.hugging_face import load_reference, merged
 from tests.server.training.attempt_kit import Shop, job_data
 from tests.server.training.merge_kit import sample
+from tests.server.training.rows_kit import distance, reference_loss
 
 SPEC = JobSpec(
     "codes",
@@ -23,6 +26,35 @@ SPEC = JobSpec(
 )
 OVERFLOWING = replace(SPEC.training, max_steps=1, learning_rate=1e38, warmup_ratio=0.0)
 """The first step's loss is a number; what it makes of the weights isn't."""
+
+
+def test_it_goes_on_from_an_adapter(shop: Shop, tiny_base: BaseModel, tiny_base_dir: Path) -> None:
+    """The first step's loss is transformers' under that adapter, whose shape is published, with its name."""
+    parent = sample(tiny_base.config.shape, 1, rank=3, alpha=5.0, names=("q_proj", "down_proj"))
+    assert shop.publish("up", parent).version == 1
+    data = job_data(tiny_base)
+    training = replace(SPEC.training, batch_size=len(data.train))
+    digest = parent.weights.digest
+    shop.submit(replace(SPEC, training=training, start_from="up@1", start_from_digest=digest), data)
+    shop.attempt()
+
+    reference = load_reference(tiny_base_dir)
+    alone = float(reference_loss(reference, data.train))
+    with merged(reference, [(parent.weights, 1.0)]):
+        expected = float(reference_loss(reference, data.train))
+    assert abs(expected - alone) > 0.1
+    first = next(event for event in shop.jobs.events("job") if event.type == "metrics")
+    assert first.data["train_loss"] == pytest.approx(expected, abs=1e-4)
+
+    version = shop.catalog.version("codes", 1)
+    assert (version.rank, version.alpha, version.parent) == (3, 5.0, "up@1")
+    assert set(version.target_modules) == {"q_proj", "down_proj"}
+    assert version.digest != digest
+    tuned = shop.store.load(version.digest)
+    assert distance(tuned, parent.weights) < 0.2, "two small steps away"
+    report = shop.jobs.report("job")
+    assert report is not None
+    assert report["lineage"] == {"start_from": "up@1", "digest": digest}
 
 
 def broken(base: BaseModel) -> BaseModel:
