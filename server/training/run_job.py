@@ -45,9 +45,7 @@ def main(argument: str) -> int:
     try:
         base, library = _load(settings)
     except Exception as error:
-        log.exception("the base can't be loaded")
-        link.cannot_work(str(error) if isinstance(error, StartupError) else repr(error))
-        return EXIT_NO_BASE
+        return _end_without_base(link, error)
     database = connect(settings.home)
     leases = Leases(database, Records(settings.home / "adapters"))
     claim = Claim(assignment.job_id, assignment.token, assignment.owner)
@@ -77,6 +75,8 @@ def main(argument: str) -> int:
     except LeaseLost:
         log.warning("the job is no longer this worker's")
         return EXIT_LEFT
+    except StartupError as error:  # a file of the base, by now
+        return _end_without_base(link, error)
     except Exception as error:
         log.exception("the attempt failed")
         if reserve.is_disk_full(error):
@@ -86,6 +86,13 @@ def main(argument: str) -> int:
         else:
             return 1
     return EXIT_DONE
+
+
+def _end_without_base(link: WorkerLink, error: Exception) -> int:
+    """Tell the worker, not the job: `error` may name paths. The exit code."""
+    log.error("the base can't be loaded", exc_info=error)
+    link.cannot_work(str(error) if isinstance(error, StartupError) else repr(error))
+    return EXIT_NO_BASE
 
 
 def _load(settings: WorkerSettings) -> tuple[BaseModel, ctypes.CDLL | None]:

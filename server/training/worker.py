@@ -162,7 +162,9 @@ class Worker:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def _end_without_base(self, claim: Claim, reason: str | None) -> None:
-        log.error("the base can't be loaded, so this worker ends, and jobs wait: %s", reason)
+        log.error(
+            "the base can't be loaded, so this worker ends, and jobs wait: %s", reason or "see the job's log"
+        )
         self._exit_code = EXIT_NO_BASE
         self.stop()
         self._store(lambda: self._leases.add_event(claim, NO_BASE, level="warning"))
