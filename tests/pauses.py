@@ -98,9 +98,8 @@ def _struck(drill: Drill, job_id: str, by_signal: bool) -> Struck:
     return Struck(by_signal, states[-1]["step"], states[-1]["unreported"] is not None)
 
 
-def pause_at_random(drill: Drill, num_pauses: int) -> str:
-    """One after the other; what was seen, in a line. AssertionError as `Drill.check`."""
-    started = time.monotonic()
+def pause_at_random(drill: Drill, num_pauses: int) -> list[Struck]:
+    """One after the other, every third one by a signal."""
     struck: list[Struck] = []
     for number in range(1, num_pauses + 1):
         struck.append(strike(drill, by_signal=number % 3 == 0))
@@ -108,14 +107,7 @@ def pause_at_random(drill: Drill, num_pauses: int) -> str:
         where = "in the evaluation of" if struck[-1].in_evaluation else "after"
         sys.stdout.write(f"{number}: {how} {where} step {struck[-1].step} of {drill.jobs[-1]}\n")
         sys.stdout.flush()
-    drill.check()
-    return (
-        f"{drill.base} base: {num_pauses} pauses, {sum(one.by_signal for one in struck)} of them by SIGTERM, "
-        f"{sum(one.in_evaluation for one in struck)} in a step's evaluation, "
-        f"{sum(one.step == drill.num_steps for one in struck)} after the last step, "
-        f"during {len(drill.jobs) - 1} jobs, in {time.monotonic() - started:.0f} s: "
-        f"all ended in the undisturbed bytes ({drill.digest[:16]}), events and numbers"
-    )
+    return struck
 
 
 def main() -> None:
@@ -127,11 +119,19 @@ def main() -> None:
     base: Base = arguments.base
     with tempfile.TemporaryDirectory() as directory:
         drill = Drill.begin(base, Path(directory), arguments.seed)
+        started = time.monotonic()
         try:
-            said = pause_at_random(drill, arguments.pauses)
+            struck = pause_at_random(drill, arguments.pauses)
+            drill.check()
         finally:
             drill.server.close()
-    sys.stdout.write(f"{said}\n")
+    sys.stdout.write(
+        f"{base} base: {len(struck)} pauses, {sum(one.by_signal for one in struck)} of them by SIGTERM, "
+        f"{sum(one.in_evaluation for one in struck)} in a step's evaluation, "
+        f"{sum(one.step == drill.num_steps for one in struck)} after the last step, "
+        f"during {len(drill.jobs) - 1} jobs, in {time.monotonic() - started:.0f} s: "
+        f"all ended in the undisturbed bytes ({drill.digest[:16]}), events and numbers\n"
+    )
 
 
 if __name__ == "__main__":

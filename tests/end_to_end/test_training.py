@@ -11,8 +11,7 @@ import pytest
 
 from server.training.job_files import CHECKPOINTS_NAME, LOG_NAME
 from tests.drill import Drill
-from tests.end_to_end.server_process import ServerProcess
-from tests.end_to_end.training_client import code_rows, get, steps_of, submit, wait_for_end, wait_until
+from tests.end_to_end.training_client import code_rows, get, submit, wait_for_end, wait_until
 from tests.kill_nine import kill
 from tests.pauses import pause_at_random
 
@@ -25,26 +24,13 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
     drill.server.close()
 
 
-def move(server: ServerProcess, job_id: str, verb: str) -> None:
-    response = server.client.post(f"/train/{job_id}/{verb}")
-    assert response.status_code == 200, response.text
-
-
 def test_paused_and_killed_it_ends_in_the_undisturbed_bytes(drill: Drill) -> None:
-    """Paused on its way and resumed; then the server is killed, with which its worker and that one's job die."""
-    job_id = drill.submit()
-    wait_until(lambda: len(steps_of(drill.server, job_id)) > 5)
-    move(drill.server, job_id, "pause")
-    wait_until(lambda: get(drill.server, f"/train/{job_id}")["status"] == "paused", 10)
-    assert len(steps_of(drill.server, job_id)) < drill.num_steps, "it was paused on its way"
-    move(drill.server, job_id, "resume")
-    kill(drill, "server", alone=True, after_attempt=1)
-    drill.check()
-
-
-def test_paused_at_random_it_ends_in_the_undisturbed_bytes(drill: Drill) -> None:
-    """With its events and numbers; one of the pauses is a SIGTERM to the worker."""
+    """Paused on its way, one time by a SIGTERM to the worker; then the server is killed, with which its worker and
+    that one's job die.
+    """
     pause_at_random(drill, 3)
+    kill(drill, "server", alone=True)
+    drill.check()
 
 
 def test_a_failed_job_keeps_its_error_and_its_log(drill: Drill) -> None:
