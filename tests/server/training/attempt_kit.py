@@ -98,6 +98,11 @@ def job_data(base: BaseModel, num_rows: int = 8, num_held_out: int = 3, num_refe
     return JobData(examples, validation, references, facts, base.digest)
 
 
+def _standing_still() -> sa.ColumnElement[float]:
+    """A clock by which nothing takes time: what was let go can be claimed at once."""
+    return sa.literal(1e9, sa.Float(53))
+
+
 @dataclass
 class Shop:
     """A HOME with its queue, catalog and store, for jobs of one base."""
@@ -113,7 +118,7 @@ class Shop:
 
     def __post_init__(self) -> None:
         records = Records(self.home / "adapters")
-        self.jobs, self.leases = Jobs(self.engine), Leases(self.engine, records)
+        self.jobs, self.leases = Jobs(self.engine), Leases(self.engine, records, now=_standing_still)
         self.catalog = Catalog(self.engine, records)
         self.store, self.files = AdapterStore(self.home / "adapters"), JobFiles(self.home)
 
