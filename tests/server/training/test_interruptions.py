@@ -1,6 +1,7 @@
 """Ended at any moment, by will or by force, a job goes on to every number that an undisturbed one leaves."""
 
 from dataclasses import replace
+from itertools import count
 
 import pytest
 
@@ -39,11 +40,17 @@ def submit(shop: Shop, spec: JobSpec, data: JobData, name: str) -> None:
 @pytest.mark.parametrize("how", ["leave", "kill"])
 @pytest.mark.parametrize("spec", JOBS.values(), ids=JOBS)
 def test_ended_at_each_moment_in_turn(shop: Shop, data: JobData, spec: JobSpec, how: Interruption) -> None:
+    """How many there are differs by a few: the adapter is read meanwhile that completes the held-out prompts."""
     submit(shop, spec, data, "whole")
-    num_moments = shop.attempt().num_moments
+    least = shop.attempt().num_moments // 2
     expected = shop.result("whole")
-    for moment in range(num_moments):
+    for moment in count():
         submit(shop, spec, data, name := f"at-{moment}")
         shop.attempt(moment, how)
-        shop.attempt()
-        assert shop.result(name) == expected, f"moment {moment} of {num_moments}"
+        if has_ended := shop.jobs.get(name).status.has_ended:
+            assert moment > least
+        else:
+            shop.attempt()
+        assert shop.result(name) == expected, f"moment {moment}"
+        if has_ended:
+            break
