@@ -63,13 +63,20 @@ def needs_packed_products() -> None:
         give_up("this processor or build of torch can't pack weights")
 
 
-def lend_native(home: Path) -> None:
-    """Put the compiled library, where there can be one, under a server's HOME: it needn't compile it again."""
+def has_native() -> bool:
+    """Whether native code runs on this machine. Raises NativeUnavailable where it must."""
     try:
         load_library([CACHE / "native"])
     except NativeUnavailable:
         if is_required():
             raise
+        return False
+    return True
+
+
+def lend_native(home: Path) -> None:
+    """Put the compiled library, where there can be one, under a server's HOME: it needn't compile it again."""
+    if not has_native():
         return
     (home / "native").mkdir(exist_ok=True)
     if not (home / "native" / library_name()).exists():

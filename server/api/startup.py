@@ -28,7 +28,7 @@ from server.engine.watchdog import Watchdog
 from server.errors import StartupError
 from server.metrics import Metrics
 from server.model.chat import PromptEncoder
-from server.model.device import choose_device
+from server.model.device import choose_device, training_dtype
 from server.model.native.load import load_native
 from server.model.smollm import SmolLM
 from server.model.source import resolve_base
@@ -94,7 +94,7 @@ def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | N
         submissions=Submissions(
             settings.home, jobs, RowSources(datasets, files), library, rows, longest, base.digest
         ),
-        estimator=Estimator(jobs, base.weights.num_parameters, base.dtype, base.device),
+        estimator=Estimator(jobs, base.weights.num_parameters, training_dtype(base.dtype), base.device),
         decode=lambda ids: str(base.tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
     )
 

@@ -3,7 +3,7 @@
 Started by `server.training.worker`, which keeps the lease. Here the base is loaded, `train_job` or `merge_job`
 does the work, and how the job ended is stored: success and the new version in one transaction, a failure that
 another attempt would repeat as a failure. Anything else that goes wrong is left to the exit code: the worker has
-it tried again.
+it tried again, or ends where the base can't be loaded, which is no job's fault.
 """
 
 import ctypes
@@ -17,11 +17,12 @@ from adapters.store import AdapterStore
 from server.allocator import keep_freed_memory
 from server.config import WorkerSettings
 from server.database import connect
-from server.model.device import choose_device
+from server.errors import StartupError
+from server.model.device import choose_device, training_dtype
 from server.model.native.load import find_library
 from server.model.source import resolve_base
 from server.model.weights import BaseModel, load_base
-from server.training.child import EXIT_DONE, EXIT_LEFT, Assignment, WorkerLink
+from server.training.child import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Assignment, WorkerLink
 from server.training.job_reporter import JobReporter, Leave
 from server.training.jobs import Jobs
 from server.training.leases import Claim, LeaseLost, Leases
@@ -41,13 +42,16 @@ def main(argument: str) -> int:
     link = WorkerLink(assignment)
     keep_freed_memory()
     settings = WorkerSettings.model_validate(dict(assignment.settings))
+    try:
+        base, library = _load(settings)
+    except Exception as error:
+        return _end_without_base(link, error)
     database = connect(settings.home)
     leases = Leases(database, Records(settings.home / "adapters"))
     claim = Claim(assignment.job_id, assignment.token, assignment.owner)
     reserve = Reserve(settings.home)
     try:
         job = Jobs(database).get(claim.job_id)
-        base, library = _load(settings)
         store = AdapterStore(settings.home / "adapters")
         catalog = Catalog(database)
         yielding = Yielding(BusyFlag(settings.home).read, settings.train_share)
@@ -72,6 +76,8 @@ def main(argument: str) -> int:
     except LeaseLost:
         log.warning("the job is no longer this worker's")
         return EXIT_LEFT
+    except StartupError as error:  # a file of the base, by now
+        return _end_without_base(link, error)
     except Exception as error:
         log.exception("the attempt failed")
         if reserve.is_disk_full(error):
@@ -83,11 +89,20 @@ def main(argument: str) -> int:
     return EXIT_DONE
 
 
+def _end_without_base(link: WorkerLink, error: Exception) -> int:
+    """Tell the worker, not the job: `error` may name paths. The exit code."""
+    log.error("the base can't be loaded", exc_info=error)
+    link.cannot_work(str(error) if isinstance(error, StartupError) else repr(error))
+    return EXIT_NO_BASE
+
+
 def _load(settings: WorkerSettings) -> tuple[BaseModel, ctypes.CDLL | None]:
-    """The base that the server serves, in the same dtype, and the native code, if wanted and to be had."""
+    """The base that the server serves, in the dtype to train in, and the native code, if wanted and to be had."""
     device, dtype = choose_device(settings.device, settings.dtype)
     directory = resolve_base(settings.model, settings.home, settings.base_dir)
-    base = load_base(directory, dtype, device)
+    base = load_base(directory, training_dtype(dtype), device)
+    if base.dtype is not dtype:
+        log.info("computes in fp32 in the place of SMOLORA_DTYPE=fp16, in which gradients would vanish")
     places = [directory / "native", settings.home / "native"]
     return base, find_library(base, places, log.info) if settings.native else None
 

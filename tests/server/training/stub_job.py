@@ -2,7 +2,8 @@
 
 HOME/jobs/<id>/plan.json says how: `steps`, `seconds` of each, a checkpoint `every` so many; `hang_at` a step,
 `crash_at` one in the first attempt, `deaf` to being asked to leave, `hold` until the file `go` is there before
-publishing, and `full` fails with a full disk at that step. HOME/jobs/<id>/steps gets a line for each step.
+publishing, `linger` so many seconds after that, before the file `tidy` is made, and `full` fails with a full disk
+at that step. HOME/jobs/<id>/steps gets a line for each step.
 """
 
 import errno
@@ -103,6 +104,9 @@ def work(directory: Path, link: WorkerLink, leases: Leases, claim: Claim) -> int
     leases.succeed(
         claim, progress=progress, metrics={"train_loss": 1 / step}, report={"steps": step}, publish=adapter
     )
+    if "linger" in plan:
+        time.sleep(plan["linger"])
+        (directory / "tidy").touch()
     return EXIT_DONE
 
 
