@@ -22,7 +22,7 @@ class Counters:
     stopped_early: bool = False
     computed_by: list[str] = field(
         default_factory=list
-    )  # steps: "torch" or native source's digest; more if changed
+    )  # steps: "torch", or native source's digest and its compiler; more if changed
     base: Evaluation | None = None  # the untouched base's
     train_curve: list[tuple[int, float]] = field(default_factory=list)
     eval_curve: list[tuple[int, float]] = field(default_factory=list)
