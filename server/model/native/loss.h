@@ -81,7 +81,7 @@ class Loss {
     // share (rows, hidden) += factor · (softmax - one-hot) times head, for some tiles of the vocabulary.
     void add_share(const int64_t* targets, int rows, float factor, int first, int count, float* share) {
         constexpr int kDepth = kLossTiles * kTile;
-        Scratch& scratch = scratch_[Team::number()];
+        LossScratch& scratch = scratch_[Team::number()];
         bf16* d_logits = room(scratch.d_logits, rows * kDepth);
         uint32_t* panel = room(scratch.panel, kDepth / 2 * kTile);
         for (int tile = 0; tile < count; tile++)
@@ -101,7 +101,7 @@ class Loss {
         }
     }
 
-    struct alignas(64) Scratch {  // of one thread
+    struct alignas(64) LossScratch {  // of one thread
         Panel panel;
         std::vector<bf16> d_logits;
     };
@@ -112,5 +112,5 @@ class Loss {
     std::vector<float> most_, sums_;  // (rows, tiles): of each tile, the greatest logit and the sum of e^(logit - it)
     std::vector<float> divisors_, lost_;  // of each row: the logarithm of the softmax's divisor, and the loss
     std::vector<float> shares_;           // (parts, rows, hidden): of the gradient
-    std::vector<Scratch> scratch_;
+    std::vector<LossScratch> scratch_;
 };

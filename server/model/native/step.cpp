@@ -15,13 +15,13 @@ namespace {
 constexpr int kChunk = 48;  // rows that an item takes of a product
 constexpr int kFew = 4;     // new tokens of a run up to which attention walks the cache as it lies
 
-struct Layer {
+struct ServeLayer {
     const bf16 *input_norm, *post_norm;
     Matrix qkv, o, gate_up, down;
     bool uses_rotary;
 };
 
-struct alignas(64) Scratch {  // of one thread
+struct alignas(64) ServeScratch {  // of one thread
     AttentionScratch attention;
     std::vector<float> y;
     std::vector<bf16> q;
@@ -34,7 +34,7 @@ class Model {
         const int64_t q = s_.heads * s_.head_dim, kv = s_.kv_heads * s_.head_dim;
         embed_ = *tensors++;
         for (int64_t i = 0; i < s_.layers; i++) {
-            Layer& layer = layers_[i];
+            ServeLayer& layer = layers_[i];
             layer.uses_rotary = uses_rotary[i];
             layer.input_norm = *tensors++;
             pack(layer.qkv, *tensors++, q + 2 * kv, s_.hidden);
@@ -257,12 +257,12 @@ class Model {
         });
     }
 
-    Scratch& scratch() { return scratch_[Team::number()]; }
+    ServeScratch& scratch() { return scratch_[Team::number()]; }
 
     const BaseSizes s_;
     const float* rotary_;  // (2, max_positions, head_dim), as `rotary_table` makes it
     Team team_;
-    std::vector<Layer> layers_;
+    std::vector<ServeLayer> layers_;
     const bf16 *embed_, *final_norm_;
     Matrix lm_head_;
 
@@ -274,7 +274,7 @@ class Model {
     std::vector<Query> queries_;
     std::vector<PackedCache> packed_;
     std::vector<Pack> packs_;
-    std::vector<Scratch> scratch_;
+    std::vector<ServeScratch> scratch_;
 };
 
 }  // namespace

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kRows = 64;  // rows that an item takes of what goes row by row, at most
 
-struct Layer {
+struct TrainLayer {
     const bf16 *input_norm, *qkv, *o, *post_norm, *gate_up, *down;
     bool uses_rotary;
 };
@@ -26,7 +26,7 @@ struct Saved {                              // of one layer, from the forward pa
     std::vector<bf16> hidden[kGroups];      // x Aᵀ
 };
 
-struct alignas(64) Scratch {  // of one thread
+struct alignas(64) TrainScratch {  // of one thread
     ProductScratch product;
     TextScratch text;
     std::vector<float> y;
@@ -43,7 +43,7 @@ class Training {
           scratch_(sizes.threads) {
         embed_ = *tensors++;
         for (int64_t i = 0; i < s_.layers; i++) {
-            Layer& layer = layers_[i];
+            TrainLayer& layer = layers_[i];
             layer.uses_rotary = uses_rotary[i];
             for (auto* to : {&layer.input_norm, &layer.qkv, &layer.o, &layer.post_norm, &layer.gate_up, &layer.down})
                 *to = *tensors++;
@@ -128,7 +128,7 @@ class Training {
     }
 
     void forward(int index, const TrainBatch& batch, float* out) {
-        const Layer& layer = layers_[index];
+        const TrainLayer& layer = layers_[index];
         const TrainGroup* lora = batch.lora + index * kGroups;
         Saved& saved = saved_[index];
         const int dim = (int)s_.head_dim, tiles = (int)(s_.intermediate / kTile);
@@ -182,7 +182,7 @@ class Training {
     }
 
     void backward(int index, const TrainBatch& batch) {
-        const Layer& layer = layers_[index];
+        const TrainLayer& layer = layers_[index];
         const TrainGroup* lora = batch.lora + index * kGroups;
         const Saved& saved = saved_[index];
         const int dim = (int)s_.head_dim;
@@ -299,7 +299,7 @@ class Training {
         });
     }
 
-    Scratch& scratch() { return scratch_[Team::number()]; }
+    TrainScratch& scratch() { return scratch_[Team::number()]; }
 
     // A tile of x's gradient, from d_low_ and dy.
     void inputs(const bf16* w, int64_t in, int64_t out, const TrainGroup& lora, const bf16* dy, int tile, int start,
@@ -364,7 +364,7 @@ class Training {
 
     // d_qkv, from each query head's gradients: turned back, those of keys and values summed over the heads that share
     // them.
-    void gather_heads(const Layer& layer, int start, int rows) {
+    void gather_heads(const TrainLayer& layer, int start, int rows) {
         const int64_t dim = s_.head_dim, group = s_.heads / s_.kv_heads;
         float* sum = room(scratch().y, dim);
         for (int row = start; row < start + rows; row++) {
@@ -385,7 +385,7 @@ class Training {
     int64_t q_, kv_, wide_;  // features of queries, of keys, and of queries, keys and values
     const float* rotary_;    // (2, max_positions, head_dim), as `rotary_table` makes it
     Team team_;
-    std::vector<Layer> layers_;
+    std::vector<TrainLayer> layers_;
     const bf16 *embed_, *final_norm_;
     Loss loss_;
 
@@ -398,7 +398,7 @@ class Training {
     std::vector<float> dq_, dk_, dv_;              // (tokens, heads, dim): of each query head
     std::vector<bf16> d_low_, turned_, d_turned_;  // of the newest group: dy Bᵀ; x Aᵀ and dy Bᵀ as (rows of A, tokens)
     std::vector<int> positions_;
-    std::vector<Scratch> scratch_;
+    std::vector<TrainScratch> scratch_;
     TrainBatch batch_{};
     bool has_passed_ = false;  // whether `batch_` went forward and not yet backward
 };

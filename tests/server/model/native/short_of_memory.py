@@ -17,6 +17,7 @@ from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
 from server.errors import GenerationFailed
 from server.model.native.library import load_library
+from server.model.native.load import load_native
 from server.model.native.model import NativeLora, NativeModel
 from server.model.native.training import NativeTraining
 from server.model.rank_rows import RankRows
@@ -54,6 +55,10 @@ def main(base_dir: str, library_dir: str) -> None:
     model = model_of(2)
     with no_more_than(100 * MB), pytest.raises(MemoryError):
         model_of(64)  # stacks of 8 MB each: some threads start, and must end again
+    reasons: list[str] = []
+    with no_more_than(15 * MB):  # each packed matrix takes 2
+        assert load_native(base, [Path(library_dir)], LONG, reasons.append) is None
+    assert reasons == ["nothing native: no memory for it in native code; torch does it, more slowly"]
     said("threads")
 
     rows = RankRows(config.shape, max_rank=1, dtype=torch.bfloat16, device=torch.device("cpu"), native=True)

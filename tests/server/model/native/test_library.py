@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from server.model.native import library as module
-from server.model.native.abi import layout
+from server.model.native.abi import STRUCTURES, layout
 from server.model.native.library import (
     FLAGS,
     NativeUnavailable,
@@ -267,6 +267,19 @@ def test_whatever_the_umask_others_may_not_write(tmp_path: Path, quick: None) ->
         os.umask(before)
     for place in (tmp_path / "home", tmp_path / "home" / library_name()):
         assert place.stat().st_mode & 0o777 == 0o755
+
+
+def test_all_of_its_source_decides_its_name() -> None:
+    """A file that is left out would leave an old library in use."""
+    files = {path.name for path in module.SOURCE.iterdir() if path.suffix in (".cpp", ".h", ".map")}
+    assert {*module.UNITS, *module.HEADERS, module._EXPORTS} == files
+
+
+def test_no_two_structs_have_one_name() -> None:
+    source = "".join((module.SOURCE / name).read_text() for name in (*module.UNITS, *module.HEADERS))
+    names = re.findall(r"^ *(?:struct|class)(?: alignas\(\d+\))? (\w+)[^;]*\{", source, re.MULTILINE)
+    assert len(names) == len(set(names)) > 30
+    assert {structure.__name__ for structure in STRUCTURES} < set(names)
 
 
 def test_only_its_entries_are_seen(compiled: Path) -> None:
