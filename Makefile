@@ -14,12 +14,12 @@ USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 .PHONY: help serve test check sanitize bench clean
 
 help:
-	@echo 'make serve   set everything up and serve on http://127.0.0.1:8000'
-	@echo 'make test    linters, types and all tests'
-	@echo 'make check   linters and types only'
-	@echo 'make sanitize   the tests of native code, with sanitizers of addresses and threads'
-	@echo 'make bench   the benchmark, over HTTP'
-	@echo 'make clean   drop .venv and caches; data/ stays'
+	@echo 'make serve     set everything up and serve on http://127.0.0.1:8000'
+	@echo 'make test      linters, types and all tests'
+	@echo 'make check     linters and types only'
+	@echo 'make sanitize  the tests of native code, under sanitizers'
+	@echo 'make bench     the benchmark, over HTTP'
+	@echo 'make clean     drop .venv and caches; data/ stays'
 
 serve: $(READY)
 	@exec $(BIN)/smolora serve $(ARGS)
