@@ -1,4 +1,5 @@
-// Memory and threads that can't be had, each request in turn: the call fails, and nothing else.
+// Memory and threads that can't be had, each request in turn: the call fails, and nothing else. Teams are of three, so
+// that one thread may have started when the next one can't.
 #include "faults.h"
 #include "tiny_base.h"
 
@@ -37,7 +38,7 @@ TEST(a_step_of_serving_without_memory) {
     std::vector<float> logits((size_t)(tables.num_tokens * base.sizes.vocab));
     for (int failing : {1, 1000}) {
         fail_each_in_turn(failing, [&] {
-            const Native fresh = Native::serving(base, 2);
+            const Native fresh = Native::serving(base, 3);
             if (fresh.status != kOk) return fresh.status;
             const int status = smolora_forward(fresh.object.get(), &tables, error);
             if (status == kOk)
@@ -72,7 +73,7 @@ TEST(a_step_of_training_without_memory) {
     const auto expected = texts.gradients;
     for (int failing : {1, 1000})
         fail_each_in_turn(failing, [&] {
-            const Native fresh = Native::training(base, 2);
+            const Native fresh = Native::training(base, 3);
             if (fresh.status != kOk) return fresh.status;
             const int status = pass(fresh);
             if (status == kOk) return status;

@@ -160,9 +160,9 @@ TEST(tables_of_any_numbers) {
         const size_t chosen = (size_t)random.below((int64_t)numbers.size());
         int64_t& number = *numbers[chosen];
         const int64_t before = number;
-        const int64_t others[] = {-1,        before + 1, before - 1, before + 16,        before - 32,
-                                  0,         before * 2, 1ll << 31,  1ll << 40,          INT64_MAX,
-                                  INT64_MIN, 16,         1ll << 62,  INT64_MAX - before, random.below(100)};
+        const int64_t others[] = {-1,         before + 1,         before - 1,       before + 16,      before - 32, 0,
+                                  before * 2, 1ll << 31,          1ll << 40,        INT64_MAX,        INT64_MIN,   16,
+                                  1ll << 62,  INT64_MAX - before, base.sizes.vocab, random.below(100)};
         number = others[random.below(std::size(others))];
         char error[kErrorSize] = "";
         int status;
