@@ -27,7 +27,7 @@ void fail_each_in_turn(int failing, Work work) {
 
 TEST(a_step_of_serving_without_memory) {
     Random random(1);
-    const TinyBase base(random);
+    const TinyBase base(random, 1);
     Step step(base, 4, 40);
     for (int i = 0; i < 4; i++) step.add(i, 0, 5 * i + 2);
     ServeStep tables = step.tables();
@@ -55,7 +55,7 @@ TEST(a_step_of_serving_without_memory) {
 
 TEST(a_step_of_training_without_memory) {
     Random random(1);
-    const TinyBase base(random);
+    const TinyBase base(random, 1);
     Texts texts(base, {5, 33, 20}, true);
     const TrainBatch batch = texts.batch();
     std::vector<bf16> d_hidden(texts.hidden.size());
