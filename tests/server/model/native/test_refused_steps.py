@@ -1,4 +1,4 @@
-"""Steps of serving that would read or write outside of what there is: each kind is refused, and the next one runs."""
+"""Steps of serving that would read or write outside of what there is: each kind is refused; the next one runs."""
 
 import ctypes
 from collections.abc import Callable
