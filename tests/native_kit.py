@@ -78,7 +78,7 @@ def lend_native(home: Path) -> None:
     """Put the compiled library, where there can be one, under a server's HOME: it needn't compile it again."""
     if not has_native():
         return
-    (home / "native").mkdir(exist_ok=True)
+    (home / "native").mkdir(mode=0o755, exist_ok=True)  # others may not write there, whatever the umask
     if not (home / "native" / library_name()).exists():
         shutil.copy2(CACHE / "native" / library_name(), home / "native")
 

@@ -21,7 +21,7 @@ class Counters:
     best_step: int = 0
     num_without_gain: int = 0  # evaluations since the best one
     stopped_early: bool = False
-    computed_by: list[str] = field(default_factory=list)  # "torch" or native source's digest; more if changed
+    computed_by: list[str] = field(default_factory=list)  # "torch" or native source and compiler; more if changed
     base: Evaluation | None = None  # the untouched base's
     unreported: StepResult | None = None  # the last step's, until it is evaluated (where due) and told of
     train_curve: list[tuple[int, float]] = field(default_factory=list)

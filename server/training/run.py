@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from adapters.lora import LoraWeights
-from server.model.native.library import source_digest
+from server.model.native.library import computed_by
 from server.model.smollm import NoAdapters, SmolLM
 from server.model.weights import BaseModel
 from server.training.checkpoint import Checkpoint, Checkpoints
@@ -163,7 +163,8 @@ class Run:
     def _note_who_computes(self) -> None:
         """Steps by other code than an attempt before had end in other bytes, which the card has to say."""
         is_native = isinstance(self._trainable, TrainableRows) and self._trainable.native is not None
-        now, before = source_digest() if is_native else "torch", self._counters.computed_by
+        now = computed_by(self._library) if is_native and self._library is not None else "torch"
+        before = self._counters.computed_by
         if before and before[-1] != now:
             log.warning("goes on with %s what %s began: the bytes won't be those of either", now, before[-1])
         if not before or before[-1] != now:
