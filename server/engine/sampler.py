@@ -160,13 +160,14 @@ def _candidates(logits: torch.Tensor, rows: Seq[Row]) -> Iterator[tuple[list[int
         todo.setdefault(_num_candidates(row.params, vocab), []).append(i)
     while todo:
         num, members = todo.popitem()
-        chosen = logits if len(members) == len(rows) else logits[members]
+        chosen = logits if len(members) == len(rows) else logits[members]  # members are in order
         if not num:
             yield members, chosen, torch.arange(vocab, device=logits.device)[None]
             continue
         scores, token_ids, is_short = _filtered(chosen, [rows[i].params for i in members], num)
         if any(is_short):
-            todo[vocab] = todo.get(vocab, []) + [i for i, short in zip(members, is_short, strict=True) if short]
+            short_ones = [i for i, short in zip(members, is_short, strict=True) if short]
+            todo[vocab] = sorted(todo.get(vocab, []) + short_ones)
             enough = [j for j, short in enumerate(is_short) if not short]
             members, scores, token_ids = [members[j] for j in enough], scores[enough], token_ids[enough]
         if members:
