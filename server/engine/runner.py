@@ -10,11 +10,12 @@ from collections.abc import Sequence as Seq
 import torch
 
 from server.engine.forwards import Forward
-from server.engine.paged_attention import to_device
-from server.engine.sampler import Row, Sampled, sample
+from server.engine.logits import Row
+from server.engine.sampler import Sampled, sample
 from server.engine.scheduler import Chunk
 from server.engine.scoring import score
 from server.engine.sequence import Sequence
+from server.model.device import ints_beside
 
 
 class Runner:
@@ -41,7 +42,7 @@ class Runner:
             return []
         sampling = [chunk.sequence for chunk in ordered if chunk.samples]
         if len(last) < hidden.shape[0]:
-            hidden = hidden[to_device(torch.tensor(last), self.forward.device)]
+            hidden = hidden[ints_beside(hidden, last)]
         rows = [
             Row(s.request.sampling, s.index, s.num_tokens, s.token_ids, s.num_prompt_tokens, s.constraint)
             for s in sampling

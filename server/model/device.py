@@ -2,6 +2,7 @@
 
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,3 +48,20 @@ def cpu_flags(text: str | None = None) -> frozenset[str]:
             return frozenset()
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     return frozenset(found.group(1).split()) if found else frozenset()
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device; through pinned memory and without waiting where that is another memory."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def ints_beside(tensor: torch.Tensor, values: Sequence[int]) -> torch.Tensor:
+    """The values in int64 on the tensor's device, by `to_device`."""
+    return to_device(torch.tensor(values, dtype=torch.int64), tensor.device)
+
+
+def floats_beside(tensor: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
+    """The values in the tensor's dtype on its device, by `to_device`."""
+    return to_device(torch.tensor(values, dtype=tensor.dtype), tensor.device)

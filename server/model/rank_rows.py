@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from adapters.lora import BaseShape, LoraWeights, ModuleKey
+from server.model.uploads import Uploads
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -113,6 +114,7 @@ class RankRows:
         self.device = device
         self.layouts = {group: GroupLayout.of(group, shape) for group in GROUPS}
         self._native = native
+        self._uploads = None if device.type == "cpu" else Uploads(device)
         a_dtype = _a_dtype(dtype, device, native)
         self.a: dict[str, torch.Tensor] = {}
         self.b: dict[str, torch.Tensor] = {}
@@ -152,37 +154,50 @@ class RankRows:
 
     @torch.inference_mode()
     def place(self, weights: LoraWeights, placement: Placement) -> None:
-        """Copy an adapter into its rows. Other rows are not touched, so they may be in use meanwhile.
+        """Copy an adapter into its rows, which may be read once this has returned.
 
+        Other rows are not touched, so they may be in use meanwhile; a GPU copies beside what it computes.
         Raises ValueError or RuntimeError for an adapter of another base.
         """
         if any(key.layer >= self.shape.num_layers for key in weights.modules):
             raise ValueError("the adapter has more layers than the base")
+        staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         for group, run in placement.items():
-            unit = self.layouts[group].unit
-            for layer in range(self.shape.num_layers):
-                for rows in run.rows.modules:
-                    first_row = run.first_row + rows.row
-                    first_unit = run.first_unit + rows.unit
-                    a = self.a[group][layer, first_row : first_row + rows.rank]  # (rank, in)
-                    b = self.b[group][layer, first_unit : first_unit + rows.rank * (rows.out_features // unit)]
-                    b = b.view(rows.rank, rows.out_features)
-                    if self._native:
-                        b = b.view(-1, rows.rank, NATIVE_TILE)  # (out / 32, rank, 32)
-                    module = weights.modules.get(ModuleKey(layer, rows.module))
-                    if module is None:
-                        a.zero_()
-                        b.zero_()
-                        continue
-                    rank = module.rank  # smaller than rows.rank where a pattern varies it by layer
-                    a[:rank].copy_(module.a.float() * module.scaling)
-                    a[rank:].zero_()
-                    if self._native:
-                        b[:, :rank].copy_(module.b.reshape(-1, NATIVE_TILE, rank).transpose(1, 2))
-                        b[:, rank:].zero_()
-                    else:
-                        b[:rank].copy_(module.b.t())
-                        b[rank:].zero_()
+            a = self.a[group][:, run.first_row : run.first_row + run.rows.num_rows]
+            b = self.b[group][:, run.first_unit : run.first_unit + run.rows.num_units]
+            if self._uploads is None:
+                self._fill(weights, run.rows, a, b)
+            else:
+                host_a, host_b = (torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True) for rows in (a, b))
+                self._fill(weights, run.rows, host_a, host_b)
+                staged += [(host_a, a), (host_b, b)]
+        if self._uploads is not None:
+            self._uploads.copy(staged)
+
+    def _fill(self, weights: LoraWeights, group: GroupRows, a_rows: torch.Tensor, b_units: torch.Tensor) -> None:
+        """Write all of a run: a_rows (layers, rows, in) and b_units (layers, units, unit)."""
+        unit = b_units.shape[2]
+        for layer in range(self.shape.num_layers):
+            for rows in group.modules:
+                a = a_rows[layer, rows.row : rows.row + rows.rank]  # (rank, in)
+                b = b_units[layer, rows.unit : rows.unit + rows.rank * (rows.out_features // unit)]
+                b = b.view(rows.rank, rows.out_features)
+                if self._native:
+                    b = b.view(-1, rows.rank, NATIVE_TILE)  # (out / 32, rank, 32)
+                module = weights.modules.get(ModuleKey(layer, rows.module))
+                if module is None:
+                    a.zero_()
+                    b.zero_()
+                    continue
+                rank = module.rank  # smaller than rows.rank where a pattern varies it by layer
+                a[:rank].copy_(module.a.float() * module.scaling)
+                a[rank:].zero_()
+                if self._native:
+                    b[:, :rank].copy_(module.b.reshape(-1, NATIVE_TILE, rank).transpose(1, 2))
+                    b[:, rank:].zero_()
+                else:
+                    b[:rank].copy_(module.b.t())
+                    b[rank:].zero_()
 
 
 def _a_dtype(dtype: torch.dtype, device: torch.device, native: bool) -> torch.dtype:

@@ -11,7 +11,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from server.engine.sampler import Row, _candidates, sample
+from server.engine.logits import Row
+from server.engine.sampler import _candidates, sample
 from tests.server.engine.rows import row
 
 VOCAB = 3000
@@ -68,6 +69,7 @@ def plain(**asked: float) -> Params:
 @example([plain(border=60), plain(top_k=400)])
 @example([plain(top_k=5), plain(top_k=400)])
 @example([plain(top_k=50, border=5), plain(border=2000, spread=0.3)])  # one falls back to the whole vocabulary
+@example([plain(top_k=2999), plain(border=2000, spread=0.3), plain(top_k=2999, seed=2)])  # others began with it
 def test_a_row_draws_the_same_in_any_company(many: list[Params]) -> None:
     logits, rows = rows_of(many)
     together = sample(logits.clone(), rows)
