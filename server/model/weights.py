@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from server.errors import StartupError
 from server.model.checkpoint import read_json, read_tokenizer
 from server.model.config import ModelConfig
+from server.model.gpu import room_for
 
 MANIFEST = "smolora.json"
 WEIGHTS = "base.safetensors"
@@ -123,14 +124,15 @@ def load_base(directory: Path, dtype: torch.dtype | None = None, device: torch.d
     """Load a converted base. On a CPU, in the file's own dtype (or None), its tensors are views of the file.
 
     Such views must not be written to: a write would go to a private copy of the page, and be lost.
-    Raises StartupError where the directory is no converted base or can't be read.
+    Raises StartupError where the directory is no converted base, can't be read, or has no room on the device.
     """
     manifest = read_manifest(directory)
     if manifest is None:
         raise StartupError(f"{directory.name} is not a converted base model")
     tokenizer = read_tokenizer(directory)
     config = read_config(directory, tokenizer)
-    weights = load_weights(directory, config, dtype, torch.device(device))
+    with room_for("the base", torch.device(device)):
+        weights = load_weights(directory, config, dtype, torch.device(device))
     return BaseModel(manifest.name, directory, config, weights, tokenizer, manifest.digest)
 
 

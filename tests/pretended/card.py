@@ -45,12 +45,13 @@ class Card:
     main: Counts = field(default_factory=Counts)
     pools: Counts = field(default_factory=Counts)
     name: str = "Pretended GPU"
-    capability: tuple[int, int] = (9, 0)
+    capabilities: tuple[tuple[int, int], ...] = ((9, 0),)  # of each device; the first is the one that is used
     total_bytes: int = 24 << 30
     free_bytes: int = 22 << 30
     reserved_bytes: int = 0  # the most that was
     memory_fraction: float = 1.0
     num_emptied: int = 0  # times that freed memory was given back
+    is_full: bool = False  # nothing more can lie on it
     gate: threading.Event = field(default_factory=threading.Event)  # cleared: copies of side streams don't end
 
     def __post_init__(self) -> None:
@@ -112,6 +113,7 @@ class Event:
 class _Here(threading.local):
     """Of this thread."""
 
+    card: Card | None = None
     counts: Counts | None = None
     stream: Stream | None = None
 
@@ -152,7 +154,9 @@ def stream_of(tensor: torch.Tensor) -> Stream | None:
 
 
 def mark(tensor: torch.Tensor, *, on_card: bool, pinned: bool = False) -> torch.Tensor:
-    """Say where the tensor lies; the tensor."""
+    """Say where the tensor lies; the tensor. Raises what torch does where the card is full."""
+    if on_card and here.card is not None and here.card.is_full:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
     storage = storage_of(tensor)
     if storage is not None:
         vars(storage).update(is_on_card=on_card, is_pinned=pinned, made_on=here.stream)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -32,7 +33,7 @@ def pretended_cuda(card: Card | None = None) -> Iterator[Card]:
 
     def submit_with_card(pool: ThreadPoolExecutor, task: Callable[..., Any], /, *a: Any, **k: Any) -> Future[Any]:
         def with_card() -> Any:
-            with _speaking_to(card.pools):
+            with _speaking_to(card, card.pools):
                 return task(*a, **k)
 
         return submit(pool, with_card)
@@ -41,22 +42,27 @@ def pretended_cuda(card: Card | None = None) -> Iterator[Card]:
         for name, answer in _answers(card).items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
         stack.enter_context(patch.object(ThreadPoolExecutor, "submit", submit_with_card))
-        stack.enter_context(_speaking_to(card.main))
+        stack.enter_context(_speaking_to(card, card.main))
         yield card
 
 
 @contextmanager
-def _speaking_to(counts: Counts) -> Iterator[None]:
-    before, here.counts = here.counts, counts
+def _speaking_to(card: Card, counts: Counts) -> Iterator[None]:
+    before = here.card, here.counts
+    here.card, here.counts = card, counts
     try:
         with Functions(), Operations():
             yield
     finally:
-        here.counts = before
+        here.card, here.counts = before
 
 
 def _answers(card: Card) -> dict[str, Callable[..., Any]]:
     """What stands in for functions of `torch.cuda`, by name."""
+
+    def capability(device: torch.device | int = 0) -> tuple[int, int]:
+        index = device if isinstance(device, int) else device.index or 0
+        return card.capabilities[index]
 
     def set_fraction(fraction: float, device: object = None) -> None:
         card.memory_fraction = fraction
@@ -65,9 +71,11 @@ def _answers(card: Card) -> dict[str, Callable[..., Any]]:
         card.num_emptied += 1
 
     return {
-        "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "get_device_capability": lambda device=None: card.capability,
+        "is_available": lambda: bool(card.capabilities),
+        "device_count": lambda: len(card.capabilities),
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device=0: SimpleNamespace(major=capability(device)[0]),
+        "get_device_capability": capability,
         "get_device_name": lambda device=None: card.name,
         "get_arch_list": lambda: ["sm_75", "sm_80", "sm_86", "sm_90", "compute_90"],
         "mem_get_info": lambda device=None: (card.free_bytes, card.total_bytes),
