@@ -130,7 +130,7 @@ def _engine_config(settings: Settings, base: BaseModel, max_model_len: int) -> E
         max_model_len=max_model_len,
         kv_cache_bytes=sizes.kv_cache,
         adapter_cache_bytes=sizes.adapter_cache,
-        scheduler=SchedulerLimits(max_num_seqs=settings.max_num_seqs),
+        scheduler=SchedulerLimits.on(base.device.type, settings.max_num_seqs),
     )
 
 

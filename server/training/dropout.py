@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from server.model.device import to_device
 from server.training.streams import stream
 
 Stream = tuple[int | str, ...]
@@ -35,4 +36,4 @@ class Dropout:
             )
             for name, length in self._texts
         ]
-        return torch.cat(masks).to(x.device).bool()
+        return to_device(torch.cat(masks).bool(), x.device)

@@ -19,6 +19,8 @@ from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
 from server.engine.paged_attention import PagedCache
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
+from server.engine.scheduler import SchedulerLimits
+from server.model.device import to_device
 from server.model.native.model import NativeModel
 from server.model.rank_rows import RankRows
 from server.model.smollm import Adapters, SmolLM
@@ -93,16 +95,16 @@ def _micro_batch(model: SmolLM, adapters: Adapters, batch: Sequence[Example]) ->
     token_ids = torch.tensor([token for example in batch for token in example.token_ids])
     is_target = torch.tensor([flag for example in batch for flag in example.is_target])
     counted = is_target.nonzero()[:, 0]  # never a row's first token, so the one before it is of the same row
-    targets = token_ids[counted].to(device)
+    targets = to_device(token_ids[counted], device)
     attention = PackedAttention([len(example.token_ids) for example in batch], device)
-    hidden = model.forward(token_ids.to(device), attention.positions, attention, adapters)
-    hidden = hidden[(counted - 1).to(device)]  # (counted, hidden)
-    loss, num_right = 0.0, 0
+    hidden = model.forward(to_device(token_ids, device), attention.positions, attention, adapters)
+    hidden = hidden[to_device(counted - 1, device)]  # (counted, hidden)
+    losses, nums_right = [], []
     for rows, chosen in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
         logits = model.logits(rows)  # (chunk, vocab), fp32
-        loss += float(torch.nn.functional.cross_entropy(logits, chosen, reduction="sum"))
-        num_right += int((logits.argmax(-1) == chosen).sum())
-    return loss, num_right, len(targets)
+        losses.append(torch.nn.functional.cross_entropy(logits, chosen, reduction="sum"))
+        nums_right.append((logits.argmax(-1) == chosen).sum())
+    return sum(torch.stack(losses).tolist()), sum(torch.stack(nums_right).tolist()), len(targets)
 
 
 def exact_match(
@@ -187,6 +189,7 @@ def _engine(
         max_model_len=longest,
         kv_cache_bytes=cached * PagedCache.bytes_per_block(base.config, 1, base.dtype),
         adapter_cache_bytes=rank * rank_bytes,
+        scheduler=SchedulerLimits.on(base.device.type),
     )
     model = SmolLM(base.config, base.weights, max_positions=longest)
 

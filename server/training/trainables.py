@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from adapters.lora import LoraWeights
+from server.model.device import ints_beside
 from server.model.native.training import ROW_UNIT
 from server.model.smollm import Adapters, NoAdapters, SmolLM
 from server.model.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights
@@ -134,14 +135,12 @@ class TrainableModel:
 
 def _backward(model: SmolLM, adapters: Adapters, batch: MicroBatch, factor: float) -> float:
     """torch's forward and backward pass over `factor` times the batch's summed loss; that loss."""
-    device = model.device
-    attention = PackedAttention(batch.lengths, device)
-    token_ids = torch.tensor(batch.token_ids, dtype=torch.int64, device=device)
-    hidden = model.forward(token_ids, attention.positions, attention, adapters)
+    attention = PackedAttention(batch.lengths, model.device)
+    hidden = model.forward(ints_beside(model.embed, batch.token_ids), attention.positions, attention, adapters)
     loss = cross_entropy_sum(
-        hidden.index_select(0, torch.tensor(batch.before, dtype=torch.int64, device=device)),
+        hidden.index_select(0, ints_beside(hidden, batch.before)),
         model.lm_head.weight,
-        torch.tensor(batch.targets, dtype=torch.int64, device=device),
+        ints_beside(hidden, batch.targets),
     )
     torch.autograd.backward(loss * factor)
     return float(loss.detach())

@@ -17,14 +17,12 @@ import torch
 
 from adapters.errors import SmoloraError
 from server.training.examples import Example
-from server.training.micro_batch import MicroBatch
+from server.training.micro_batch import MicroBatch, max_tokens
 from server.training.packing import pack
 from server.training.schedule import learning_rate
 from server.training.spec import TrainingSpec
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-MICRO_BATCH_TOKENS = 512
-"""Tokens whose activations exist at one time, unless a single row is longer: as fast as more, in less memory."""
 
 
 class TrainingDiverged(SmoloraError):
@@ -145,7 +143,7 @@ class Trainer:
     def _micro_batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
         """The rows, a micro-batch at a time."""
         lengths = [len(self._examples[row].token_ids) for row in rows]
-        capacity = max(MICRO_BATCH_TOKENS, self.spec.max_length)
+        capacity = max(max_tokens(self.trainable.masters.device), self.spec.max_length)
         bins = pack(lengths, capacity) if self.spec.packing else [[i] for i in range(len(rows))]
         for members in bins:
             yield [rows[i] for i in members]
