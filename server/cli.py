@@ -95,6 +95,9 @@ def serve(
     train_share: Annotated[
         float | None, typer.Option(help="Share of the time for training while requests run. Default: 0.25.")
     ] = None,
+    train_memory: Annotated[
+        float | None, typer.Option(help="Share of a GPU's memory for all workers' training. Default: 0.5.")
+    ] = None,
     native: Annotated[
         bool | None, typer.Option(help="Compute natively where this machine can. Default: yes.")
     ] = None,
@@ -123,6 +126,7 @@ def serve(
         allow_anonymous=allow_anonymous,
         workers=workers,
         train_share=train_share,
+        train_memory=train_memory,
         native=native,
         allow_hub_adapters=allow_hub_adapters,
     )
@@ -139,6 +143,9 @@ def worker(
     train_share: Annotated[
         float | None, typer.Option(help="Share of the time for training while requests run. Default: 0.25.")
     ] = None,
+    train_memory: Annotated[
+        float | None, typer.Option(help="Share of a GPU's memory for a job. Default: what is free.")
+    ] = None,
     native: Annotated[
         bool | None, typer.Option(help="Compute natively where this machine can. Default: yes.")
     ] = None,
@@ -152,6 +159,7 @@ def worker(
         device=device,
         dtype=dtype,
         train_share=train_share,
+        train_memory=train_memory,
         native=native,
     )
     from server.training.worker import run_worker
@@ -202,7 +210,7 @@ def _serve(settings: Settings) -> int:
         if not settings.api_keys and not is_loopback(settings.host):
             say("anybody who reaches this port can use it: no API keys are set")
 
-    supervisor = Supervisor(settings.workers, worker_command(settings))
+    supervisor = Supervisor(settings.workers, worker_command(settings.of_a_worker))
     return run(create_app(services), services.engine, bound, announce, supervisor, flag)
 
 

@@ -18,6 +18,8 @@ from server.errors import StartupError
 PREFIX = "SMOLORA_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
+_TRAIN_MEMORY = 0.5  # beside a server
+
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Flag = str | int | float | bool | Path | None
 
@@ -36,6 +38,9 @@ class WorkerSettings(BaseSettings):
     dtype: Dtype = "auto"
     native: bool = True  # compute natively where this machine can
     train_share: float = Field(0.25, ge=0, le=1)  # of the time that training takes while requests run
+    # of a GPU's memory that training may take: that of all of a server's workers (None: half), or a worker's own
+    # elsewhere (None: what is free)
+    train_memory: float | None = Field(None, gt=0, lt=1)
 
 
 class Settings(WorkerSettings):
@@ -52,6 +57,17 @@ class Settings(WorkerSettings):
     allow_anonymous: bool = False
     workers: int = Field(1, ge=0, le=64)
     allow_hub_adapters: bool = False  # POST /adapters/{name}/import may fetch from the hub
+
+    @property
+    def training_memory(self) -> float:
+        """The share of a GPU's memory that is left to the workers, all together."""
+        return (self.train_memory or _TRAIN_MEMORY) if self.workers else 0.0
+
+    @property
+    def of_a_worker(self) -> WorkerSettings:
+        """What each of the workers is told."""
+        share = self.training_memory / self.workers if self.workers else None
+        return self.model_copy(update={"train_memory": share})
 
     @field_validator("api_keys", mode="before")
     @classmethod

@@ -1,16 +1,18 @@
-"""How long a training job may take: by the speed of the last one of its kind, else by a matrix product's.
+"""How long a training job may take: by the speed of the last one of its kind on this device, else a product's.
 
 A first job's estimate is good to a factor of two or so. That the server's requests come first isn't counted.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
+from server.model.gpu import gpu_of
 from server.training.job_data import JobData
-from server.training.jobs import Jobs, Status
+from server.training.jobs import Job, Jobs, Status
 from server.training.spec import JobSpec, Method
 
 _PASSES = {"lora": 2, "full": 3}
@@ -55,10 +57,19 @@ class Estimator:
         """(trained tokens per second, where that is known from)."""
         for job in self._jobs.list(Status.SUCCEEDED, _SEEN_JOBS):
             rate = job.progress.get("tokens_per_second")
-            if job.spec.method == method and isinstance(rate, int | float) and rate > 0:
+            if job.spec.method != method or not isinstance(rate, int | float) or rate <= 0:
+                continue
+            if self._was_here(job):
                 return float(rate), "an earlier job"
         flops = 2.0 * self._num_parameters * _PASSES[method]
         return _EFFICIENCY * self._flops_per_second() / flops, "a matrix product"
+
+    def _was_here(self, job: Job) -> bool:
+        """Whether it ran on a device like this one, by its card."""
+        card = self._jobs.report(job.id) or {}
+        environment = cast("Mapping[str, object]", card.get("environment", {}))
+        there = environment.get("gpu") or environment.get("device", "cpu")  # older cards name no GPU
+        return there == (str(gpu_of(self._device)) if self._device.type == "cuda" else "cpu")
 
     def _flops_per_second(self) -> float:
         a = torch.ones(_ROWS, _IN, dtype=self._dtype, device=self._device)

@@ -7,14 +7,16 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from server.config import Settings
+from server.engine.scheduler import SchedulerLimits
+from server.errors import StartupError
+from server.model.config import ModelConfig
 
 _SHARE = 8
-"""Each cache takes at most one part in so many of the memory that is free: others live on the machine, too."""
-_SHARE_OF_CUDA = 3  # where the card is ours
+"""On a CPU each cache takes at most one part in so many of the memory that is free: others live there, too."""
 _MIN_ADAPTER_BYTES, _MAX_ADAPTER_BYTES = 64 << 20, 8 << 30
+_PROCESS_BYTES = 512 << 20
+"""What each process takes of a GPU besides tensors: its context, and what lies between them."""
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -27,27 +29,67 @@ class CacheSizes:
     adapter_cache: int
 
 
-def cache_sizes(
-    settings: Settings, free: int, *, is_cuda: bool, kv_bytes_per_token: int, max_model_len: int
-) -> CacheSizes:
-    """The settings' sizes, else a share of the `free` bytes.
+def cpu_caches(settings: Settings, free: int, one: int) -> CacheSizes:
+    """The settings' sizes, else a share each of the `free` bytes.
 
-    For keys and values never less than one full sequence needs, nor more than all that run at once do.
+    For keys and values never less than `one` full sequence needs, nor more than all that run at once do.
     """
-    share = free // (_SHARE_OF_CUDA if is_cuda else _SHARE)
-    one = max_model_len * kv_bytes_per_token
-    kv_cache = min(max(share, one), settings.max_num_seqs * one)
-    adapter_cache = min(max(share, _MIN_ADAPTER_BYTES), _MAX_ADAPTER_BYTES)
-    return CacheSizes(int(settings.kv_cache_bytes or kv_cache), int(settings.adapter_cache_bytes or adapter_cache))
+    share = free // _SHARE
+    return CacheSizes(
+        int(settings.kv_cache_bytes or min(max(share, one), settings.max_num_seqs * one)),
+        int(settings.adapter_cache_bytes or min(max(share, _MIN_ADAPTER_BYTES), _MAX_ADAPTER_BYTES)),
+    )
 
 
-def free_bytes(device: torch.device) -> int:
-    """What the device has free now; on a CPU also what the container's limit leaves."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
+def gpu_caches(settings: Settings, free: int, total: int, one: int, step: int) -> CacheSizes:
+    """The settings' sizes, else two thirds and one third of what is left of a GPU's `free` bytes: without
+    training's share of the `total`, the `step` bytes that a step's tensors take, and what processes take.
+
+    At least and at most as much as of `cpu_caches`. Raises StartupError where that isn't left.
+    """
+    left = free - int(settings.training_memory * total) - step - (1 + settings.workers) * _PROCESS_BYTES
+    keys_and_values = min(max(left * 2 // 3, one), settings.max_num_seqs * one)
+    kv_cache = int(settings.kv_cache_bytes or keys_and_values)
+    adapters = min(max(left - kv_cache, _MIN_ADAPTER_BYTES), _MAX_ADAPTER_BYTES)
+    adapter_cache = int(settings.adapter_cache_bytes or adapters)
+    if kv_cache + adapter_cache > left and not (settings.kv_cache_bytes and settings.adapter_cache_bytes):
+        raise StartupError(
+            f"the GPU has {_mb(free)} free, and {_mb(max(left, 0))} without training's share and a step; "
+            f"caches of {_mb(kv_cache)} and {_mb(adapter_cache)} are the least: lower SMOLORA_MAX_MODEL_LEN, "
+            "SMOLORA_MAX_NUM_SEQS or SMOLORA_TRAIN_MEMORY, or train elsewhere (SMOLORA_WORKERS=0)"
+        )
+    return CacheSizes(kv_cache, adapter_cache)
+
+
+def gpu_share(settings: Settings, total: int) -> float:
+    """What part of a GPU of `total` bytes the server's tensors may take: what training leaves."""
+    if not settings.workers:
+        return 1.0
+    return max(0.0, 1 - settings.training_memory - (1 + settings.workers) * _PROCESS_BYTES / total)
+
+
+def step_bytes(base: ModelConfig, itemsize: int, limits: SchedulerLimits, max_model_len: int) -> int:
+    """What a step's tensors take on a GPU, at most and all at once.
+
+    Decodes gather a layer's keys and values, padded to the longest; beside them lie their scores, and the widest
+    activations of all tokens.
+    """
+    rows, tokens = limits.max_num_seqs, limits.max_num_seqs + limits.max_prefill_tokens
+    gathered = 2 * base.kv_size + 3 * base.num_heads  # with scores, weights and a mask's copy, a position
+    activations = 4 * base.hidden_size + 2 * (base.q_size + 2 * base.kv_size) + 5 * base.intermediate_size
+    bias = 2 * limits.chunk_size * max_model_len * (base.num_heads // base.num_kv_heads)  # of one prompt's chunk
+    logits = 6 * 4 * rows * base.vocab_size  # fp32, sorted, as probabilities, with noise
+    return itemsize * (rows * max_model_len * gathered + tokens * activations + bias) + logits
+
+
+def free_bytes() -> int:
+    """What the machine has free now, and the container's limit leaves."""
     found = [size for size in (_meminfo(), _cgroup()) if size is not None]
     return min(found) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB"
 
 
 def _meminfo(file: Path = _MEMINFO) -> int | None:

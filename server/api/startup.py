@@ -13,7 +13,7 @@ from adapters.store import AdapterStore
 from server.api.deps import Services
 from server.api.estimate import Estimator
 from server.api.library import Library
-from server.api.sizing import cache_sizes, free_bytes
+from server.api.sizing import cpu_caches, free_bytes, gpu_caches, gpu_share, step_bytes
 from server.api.submission import Submissions
 from server.config import Settings
 from server.database import connect
@@ -27,6 +27,7 @@ from server.errors import StartupError
 from server.metrics import Metrics
 from server.model.chat import PromptEncoder
 from server.model.device import choose_device
+from server.model.gpu import is_out_of_memory, limit_memory, room_for
 from server.model.native.load import load_native
 from server.model.smollm import SmolLM
 from server.model.source import resolve_base
@@ -43,6 +44,9 @@ DEFAULT_MAX_MODEL_LEN = 8192
 def build(settings: Settings, say: Callable[[str], None]) -> Services:
     """The services, with an engine that isn't started. `say` is told before each thing that takes a while."""
     device, dtype = choose_device(settings.device, settings.dtype)
+    if device.type == "cuda":
+        with room_for("another process", device):
+            limit_memory(device, gpu_share(settings, torch.cuda.mem_get_info(device)[1]))
     directory = resolve_base(settings.model, settings.home, settings.base_dir, say)
     database = connect(settings.home)
     say(f"loading {settings.model} on {device} in {str(dtype).removeprefix('torch.')}")
@@ -100,7 +104,7 @@ def _allocated(make: Callable[[], AsyncEngine], config: EngineConfig) -> AsyncEn
     try:
         return make()
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise StartupError(
             f"no memory for caches of {config.kv_cache_bytes} and {config.adapter_cache_bytes} bytes: "
@@ -118,19 +122,19 @@ def _max_model_len(settings: Settings, base: BaseModel) -> int:
 
 
 def _engine_config(settings: Settings, base: BaseModel, max_model_len: int) -> EngineConfig:
-    block_size = EngineConfig.block_size
-    sizes = cache_sizes(
-        settings,
-        free_bytes(base.device),
-        is_cuda=base.device.type == "cuda",
-        kv_bytes_per_token=_kv_bytes_per_token(base),
-        max_model_len=-(-max_model_len // block_size) * block_size,
-    )
+    block_size, limits = EngineConfig.block_size, SchedulerLimits.on(base.device.type, settings.max_num_seqs)
+    padded_len = -(-max_model_len // block_size) * block_size
+    one = padded_len * _kv_bytes_per_token(base)
+    if base.device.type == "cpu":
+        sizes = cpu_caches(settings, free_bytes(), one)
+    else:
+        needed = step_bytes(base.config, base.dtype.itemsize, limits, padded_len)
+        sizes = gpu_caches(settings, *torch.cuda.mem_get_info(base.device), one, needed)
     return EngineConfig(
         max_model_len=max_model_len,
         kv_cache_bytes=sizes.kv_cache,
         adapter_cache_bytes=sizes.adapter_cache,
-        scheduler=SchedulerLimits.on(base.device.type, settings.max_num_seqs),
+        scheduler=limits,
     )
 
 

@@ -177,10 +177,11 @@ class Engine:
             return outputs
         try:
             sampled = self.runner.run(step.chunks)
-        except Exception:
+        except Exception as reason:
             log.exception("a step failed")
             self._num_failures += 1
             error = GenerationFailed("the engine failed in a step of this request; try it again")
+            error = reason if isinstance(reason, GenerationFailed) else error
             outputs += [self._fail(chunk.sequence, error) for chunk in step.chunks]
             return outputs + (self.abort_all(EngineDead()) if self.is_dead else [])
         self._num_failures = 0

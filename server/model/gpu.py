@@ -79,6 +79,11 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
+def torch_on(device: torch.device) -> str:
+    """What computes where native code doesn't: torch, with the GPU's name, since its kernels round as it does."""
+    return "torch" if device.type == "cpu" else f"torch on {gpu_of(device).name}"
+
+
 def driver_version(file: Path = _DRIVER) -> str | None:
     """The NVIDIA driver's; None where the system doesn't say."""
     try:
@@ -89,11 +94,22 @@ def driver_version(file: Path = _DRIVER) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's memory didn't suffice; torch says it in several ways."""
-    words = ("out of memory", "STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or (
+    """Whether memory didn't suffice, a GPU's or the machine's; torch says it in several ways."""
+    words = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
+
+
+def limit_memory(device: torch.device, share: float) -> None:
+    """Have torch run out of a GPU's memory at this share of it, in this process; without effect on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def empty_cache() -> None:
+    """Give back what torch keeps of GPUs' memory for later tensors: what is free may lie in pieces."""
+    torch.cuda.empty_cache()
 
 
 @contextmanager

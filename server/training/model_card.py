@@ -135,7 +135,9 @@ def _origin(report: Fields) -> list[tuple[str, str]]:
         rows.append(("held out", f"{data['validation_rows']:,} rows{shared}, `{data['validation_digest']}`"))
     versions = ", ".join(f"{name} {version}" for name, version in _fields(environment, "versions").items())
     machine = f"{environment['device']} ({environment['instructions']}), {environment['threads']} threads"
-    computed_by = ", then ".join(cast("Sequence[str]", environment["computed_by"]))
+    if gpu := environment.get("gpu"):  # older cards know of none
+        machine = f"{_text(gpu)} ({environment['device']})"
+    computed_by = ", then ".join(map(_text, cast("Sequence[str]", environment["computed_by"])))
     rows += [("device", f"{machine}, {environment['dtype']}"), ("computed by", computed_by)]
     rows.append(("versions", _text(versions)))
     return rows

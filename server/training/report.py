@@ -15,6 +15,7 @@ import torch
 
 import server
 from adapters.lora import LoraConfig
+from server.model.gpu import driver_version, gpu_of
 from server.model.weights import BaseModel
 from server.training.evaluate import Evaluation
 from server.training.gate import Gate
@@ -69,6 +70,7 @@ class Environment:
     instructions: str  # what torch's CPU kernels use
     versions: Mapping[str, str]
     computed_by: Sequence[str] = ("torch",)  # or the digest of native source; several where attempts differed
+    gpu: str | None = None  # what the device is, where it is none of a CPU's
 
     @classmethod
     def of(cls, base: BaseModel, computed_by: Sequence[str] = ("torch",)) -> "Environment":
@@ -78,8 +80,13 @@ class Environment:
             "python": platform.python_version(),
             "torch": torch.__version__,
         }
+        gpu = None
+        if base.device.type == "cuda":
+            gpu = str(gpu_of(base.device))
+            versions |= {"cuda": torch.version.cuda or "unknown", "driver": driver_version() or "unknown"}
         return cls(
             device=str(base.device),
+            gpu=gpu,
             dtype=_DTYPES[base.dtype],
             threads=torch.get_num_threads(),
             instructions=torch.backends.cpu.get_cpu_capability(),
@@ -145,9 +152,10 @@ def build_report(spec: JobSpec, base: BaseModel, found: Findings) -> dict[str, o
 
 
 def peak_memory_bytes(device: torch.device, status: Path = _STATUS) -> int:
-    """The most memory that this process ever held: the card's, or resident memory with mapped weights in it."""
+    """The most memory that this process ever held: of a GPU, what was taken from it, also between tensors; else
+    resident memory, with mapped weights in it."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     try:
         # Of this program alone; what getrusage tells begins with what the process was before its exec.
         found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from adapters.lora import LoraWeights
+from server.model.gpu import torch_on
 from server.model.native.library import source_digest
 from server.model.smollm import NoAdapters, SmolLM
 from server.model.weights import BaseModel
@@ -156,9 +157,9 @@ class Run:
         self._counters = read_document(Counters, found.state)
 
     def _note_who_computes(self) -> None:
-        """Steps by other code than an attempt before had end in other bytes, which the card has to say."""
+        """Steps by other code or devices than an attempt before had end in other bytes: the card says so."""
         is_native = isinstance(self._trainable, TrainableRows) and self._trainable.native is not None
-        now, before = source_digest() if is_native else "torch", self._counters.computed_by
+        now, before = source_digest() if is_native else torch_on(self._base.device), self._counters.computed_by
         if before and before[-1] != now:
             log.warning("goes on with %s what %s began: the bytes won't be those of either", now, before[-1])
         if not before or before[-1] != now:

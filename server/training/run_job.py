@@ -18,6 +18,7 @@ from server.allocator import keep_freed_memory
 from server.config import WorkerSettings
 from server.database import connect
 from server.model.device import choose_device
+from server.model.gpu import is_out_of_memory, limit_memory
 from server.model.native.load import find_library
 from server.model.source import resolve_base
 from server.model.weights import BaseModel, load_base
@@ -26,10 +27,15 @@ from server.training.job_reporter import JobReporter, Leave
 from server.training.jobs import Jobs
 from server.training.leases import Claim, LeaseLost, Leases
 from server.training.merge_job import run_merge
-from server.training.merge_spec import MergeSpec
+from server.training.merge_spec import MergeSpec, Spec
 from server.training.reserve import DISK_FULL, Reserve
 from server.training.share import BusyFlag, Yielding
 from server.training.train_job import TrainingAttempt
+
+OUT_OF_MEMORY = (
+    "the job ran out of memory: set training.packing to false, so that it computes a row at a time, lower "
+    "training.max_length or lora.rank, or have the server leave more of its GPU to training (SMOLORA_TRAIN_MEMORY)"
+)
 
 log = logging.getLogger("smolora.job")
 
@@ -47,7 +53,7 @@ def main(argument: str) -> int:
     reserve = Reserve(settings.home)
     try:
         job = Jobs(database).get(claim.job_id)
-        base, library = _load(settings)
+        base, library = _load(settings, job.spec)
         store = AdapterStore(settings.home / "adapters")
         yielding = Yielding(BusyFlag(settings.home).read, settings.train_share)
         reporter = JobReporter(link, leases, claim, yielding)
@@ -77,15 +83,24 @@ def main(argument: str) -> int:
             reserve.spend_on(lambda: leases.fail(claim, DISK_FULL))
         elif isinstance(error, SmoloraError):
             leases.fail(claim, str(error))
+        elif is_out_of_memory(error):
+            leases.fail(claim, OUT_OF_MEMORY)
         else:
             return 1
     return EXIT_DONE
 
 
-def _load(settings: WorkerSettings) -> tuple[BaseModel, ctypes.CDLL | None]:
-    """The base that the server serves, in the same dtype, and the native code, if wanted and to be had."""
-    device, dtype = choose_device(settings.device, settings.dtype)
+def _load(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL | None]:
+    """The base that the server serves, in the same dtype, and the native code, if wanted and to be had.
+
+    A merge wants no more of it than its names and sizes: its weights stay in their file.
+    """
     directory = resolve_base(settings.model, settings.home, settings.base_dir)
+    if isinstance(spec, MergeSpec):
+        return load_base(directory), None
+    device, dtype = choose_device(settings.device, settings.dtype)
+    if settings.train_memory is not None:
+        limit_memory(device, settings.train_memory)
     base = load_base(directory, dtype, device)
     places = [directory / "native", settings.home / "native"]
     return base, find_library(base, places, log.info) if settings.native else None

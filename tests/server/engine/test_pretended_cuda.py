@@ -1,14 +1,21 @@
 """The engine over a pretended card: no mixed devices, the CPU's answers, and few waits and kernels a step."""
 
+import logging
 import random
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
+import torch
 
 from server.engine.engine import Engine
 from server.engine.guidance import Guidance
 from server.engine.request import GenerationRequest, Grammar, SamplingParams, SequenceOutput
+from server.engine.runner import Runner
+from server.engine.scheduler import Chunk
+from server.engine.sequence import Sequence as SequenceState
+from server.errors import GenerationFailed
 from server.model.weights import BaseModel
 from tests.engine_kit import GREEDY, Results, build_engine, check_idle, refs, run
 from tests.grammars import guidance_of
@@ -253,3 +260,54 @@ def test_rows_are_not_read_before_their_copy_has_ended(tiny_base: BaseModel) -> 
     tokens = [output.logprobs[0].chosen.token_id for output in outputs if output.request_id == "cold"]
     assert tokens == expected.token_ids
     assert engine.stats.adapter_evictions == 1
+
+
+def test_a_step_without_memory_fails_its_requests_and_begins_anew(tiny_base: BaseModel) -> None:
+    """The next ones are answered; a load without memory is no damaged adapter."""
+    adapters = library(tiny_base)
+    request = GenerationRequest("r", prompt(20), GREEDY)
+    adapted = replace(request, request_id="a", adapters=refs(**{"04": 1.0}))
+    with pretended_cuda() as card:
+        engine = build_engine(on_card(tiny_base), adapters)
+        card.is_full = True
+        failed = run(engine, [request])["r", 0]
+        assert isinstance(failed.error, GenerationFailed)
+        assert "memory ran out" in str(failed.error)
+        assert card.num_emptied == 1
+        cold = run(engine, [adapted])["a", 0]
+        assert isinstance(cold.error, GenerationFailed)
+        assert "no memory" in str(cold.error)
+        card.is_full = False
+        found = run(engine, [request, adapted])
+        engine.close()
+    assert_all_same(found, run(build_engine(tiny_base, adapters), [request, adapted]))
+
+
+class Starved:
+    """A forward that holds a tensor when memory runs out, and a cache that looks whether it is still held."""
+
+    def __init__(self) -> None:
+        self.held: weakref.ref[torch.Tensor] | None = None
+        self.was_held: list[bool] = []
+
+    def hidden(self, decodes: Sequence[Chunk], prefills: Sequence[Chunk]) -> torch.Tensor:
+        hidden = torch.zeros(8)
+        self.held = weakref.ref(hidden)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def empty_cache(self) -> None:
+        assert self.held is not None
+        self.was_held.append(self.held() is not None)
+
+
+def test_the_cache_is_emptied_once_the_steps_tensors_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    starved = Starved()
+    monkeypatch.setattr(torch.cuda, "empty_cache", starved.empty_cache)
+    monkeypatch.setattr(logging.getLogger("server.engine.runner"), "disabled", True)  # pytest keeps what is logged
+    sequence = SequenceState(GenerationRequest("r", (1, 2), PLAIN), 0, 0.0, 16)
+    with pytest.raises(GenerationFailed, match="memory ran out"):
+        Runner(starved).run([Chunk(sequence, 0, 2)])
+    assert starved.was_held == [False]

@@ -54,6 +54,21 @@ def test_an_adapter(tiny_base: BaseModel) -> None:
     assert text.endswith("\n")
 
 
+def test_what_computed_it(tiny_base: BaseModel) -> None:
+    assert ["device", "cpu (AVX512), 2 threads, bf16"] in rows(model_card(build_report(SPEC, tiny_base, FOUND)))
+    gpu = replace(
+        FOUND.environment,
+        device="cuda:0",
+        gpu="NVIDIA L4, compute capability 8.9",
+        computed_by=("torch", "torch on NVIDIA L4"),
+        versions={"torch": "2.13.0", "cuda": "13.0", "driver": "580.65.06"},
+    )
+    table = rows(model_card(build_report(SPEC, tiny_base, replace(FOUND, environment=gpu))))
+    assert ["device", "NVIDIA L4, compute capability 8.9 (cuda:0), bf16"] in table
+    assert ["computed by", "torch, then torch on NVIDIA L4"] in table
+    assert ["versions", "torch 2.13.0, cuda 13.0, driver 580.65.06"] in table
+
+
 def test_the_best_evaluations_weights(tiny_base: BaseModel) -> None:
     found = replace(FOUND, cost=replace(FOUND.cost, kept_step=10))
     table = rows(model_card(build_report(SPEC, tiny_base, found)))

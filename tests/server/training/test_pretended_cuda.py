@@ -21,6 +21,7 @@ from server.training.run import Run
 from server.training.spec import Init, JobSpec, LoraSpec, Method, TrainingSpec
 from server.training.trainables import TrainableModel, TrainableRows, trainable_rows
 from server.training.trainer import Trainer
+from tests.pretended.card import Card
 from tests.pretended.cuda import on_card, pretended_cuda
 from tests.server.training.rows_kit import make_examples
 
@@ -110,6 +111,21 @@ def test_it_goes_on_from_a_checkpoint(kind: str, tiny_base: BaseModel, data: Job
         assert Checkpoints(tmp_path / "parts", 3).newest() is not None
         parts = tensors(run(base, data, spec, tmp_path / "parts"))
     assert all(map(torch.equal, whole, parts))
+
+
+def test_going_on_elsewhere_is_flagged(
+    tiny_base: BaseModel, data: JobData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the CPU to a card, and from there to another kind of card."""
+    spec = replace(SPEC, training=replace(SPEC.training, epochs=12))
+    with pytest.raises(Left):
+        run(tiny_base, data, spec, tmp_path, left=25)
+    with pretended_cuda(Card(name="NVIDIA L4")), pytest.raises(Left):
+        run(on_card(tiny_base), data, spec, tmp_path, left=6)
+    with pretended_cuda(Card(name="NVIDIA H100")):
+        outcome = run(on_card(tiny_base), data, spec, tmp_path)
+    assert outcome.counters.computed_by == ["torch", "torch on NVIDIA L4", "torch on NVIDIA H100"]
+    assert "goes on with torch on NVIDIA H100 what torch on NVIDIA L4 began" in caplog.text
 
 
 def trainable_of(base: BaseModel, method: Method, init: Init, dropout: float) -> TrainableRows | TrainableModel:

@@ -17,6 +17,8 @@ from server.training.evaluate import Evaluation
 from server.training.gate import Gate, decide
 from server.training.report import MAX_POINTS, AdapterFacts, Environment, build_report, peak_memory_bytes
 from server.training.spec import JobSpec
+from tests.pretended.card import Card
+from tests.pretended.cuda import on_card, pretended_cuda
 from tests.server.training.report_kit import FOUND, SPEC, UNMEASURED
 
 CPU = torch.device("cpu")
@@ -133,6 +135,15 @@ def test_the_environment(tiny_base: BaseModel) -> None:
     assert set(found.versions) == {"smolora", "python", "torch"}
     with pytest.raises(KeyError):
         Environment.of(replace(tiny_base, weights=replace(tiny_base.weights, embed=torch.zeros(1).double())))
+
+
+def test_the_environment_of_a_gpu(tiny_base: BaseModel) -> None:
+    with pretended_cuda(Card(name="NVIDIA L4", capabilities=((8, 9),), reserved_bytes=123)):
+        found = Environment.of(on_card(tiny_base), ("torch on NVIDIA L4",))
+        peak = peak_memory_bytes(torch.device("cuda"))
+    assert (found.device, found.gpu) == ("cuda", "NVIDIA L4, compute capability 8.9")
+    assert set(found.versions) == {"smolora", "python", "torch", "cuda", "driver"}
+    assert peak == 123, "what was taken from the GPU, not what tensors took of that"
 
 
 def test_pissa_says_what_is_published(tiny_base: BaseModel) -> None:
