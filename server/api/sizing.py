@@ -48,7 +48,8 @@ def gpu_caches(settings: Settings, free: int, total: int, one: int, step: int) -
     At least and at most as much as of `cpu_caches`. Raises StartupError where that isn't left.
     """
     left = free - int(settings.training_memory * total) - step - (1 + settings.workers) * _PROCESS_BYTES
-    keys_and_values = min(max(left * 2 // 3, one), settings.max_num_seqs * one)
+    most = min(left * 2 // 3, left - _MIN_ADAPTER_BYTES)
+    keys_and_values = min(max(most, one), settings.max_num_seqs * one)
     kv_cache = int(settings.kv_cache_bytes or keys_and_values)
     adapters = min(max(left - kv_cache, _MIN_ADAPTER_BYTES), _MAX_ADAPTER_BYTES)
     adapter_cache = int(settings.adapter_cache_bytes or adapters)
