@@ -1,4 +1,4 @@
-"""The engine over a pretended card: no mixed devices, the CPU's answers, and few waits and kernels a step."""
+"""The engine over a pretended card: no mixed devices, and the CPU's answers."""
 
 import logging
 import random
@@ -21,16 +21,8 @@ from tests.engine_kit import GREEDY, Results, build_engine, check_idle, refs, ru
 from tests.grammars import guidance_of
 from tests.pretended.card import Card
 from tests.pretended.cuda import on_card, pretended_cuda
+from tests.server.engine.step_kit import EVERYTHING, LETTERS, PENALIZED, PLAIN, SAMPLED, rows, sharing
 from tests.server.engine.traffic import TIGHT, assert_same, library, prompt, requests_of_all_kinds
-
-NUM_ROWS = 8
-LETTERS = Grammar("regex", "[a-z ]{40}")
-PLAIN = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
-SAMPLED = replace(PLAIN, temperature=0.8, top_p=0.9, min_p=0.01)
-PENALIZED = replace(
-    PLAIN, repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.1, logit_bias=((5, 1.0), (9, -1.0))
-)
-EVERYTHING = replace(PENALIZED, temperature=1.5, top_p=0.999, min_p=0.001, logprobs=5, ignore_eos=False)
 
 
 @pytest.fixture(scope="module")
@@ -39,107 +31,6 @@ def guidance(tiny_base: BaseModel) -> Iterator[Guidance]:
     guidance.check(LETTERS)
     yield guidance
     guidance.close()
-
-
-def decoding(engine: Engine, requests: list[GenerationRequest]) -> None:
-    """Step until every request is generating, and once more."""
-    for request in requests:
-        engine.check(request)
-        engine.add(request)
-    running = engine.scheduler.running
-    while len(running) < len(requests) or not all(sequence.is_decoding for sequence in running):
-        engine.step()
-    engine.step()
-
-
-def rows(
-    sampling: SamplingParams = PLAIN, *, num_parts: int = 0, grammar: Grammar | None = None
-) -> list[GenerationRequest]:
-    """As many requests, each with its own prompt, seed and adapters."""
-    found = []
-    for i in range(NUM_ROWS):
-        parts = {f"{(i + part) % 16:02}": 1.0 / num_parts for part in range(num_parts)}
-        found.append(
-            GenerationRequest(
-                f"r{i}", prompt(20 + i, seed=i), replace(sampling, seed=i), refs(**parts), grammar=grammar
-            )
-        )
-    return found
-
-
-def sharing(sampling: SamplingParams) -> list[GenerationRequest]:
-    """The same under one adapter, each asking for another number of likely tokens."""
-    return [
-        replace(
-            request,
-            adapters=refs(**{"00": 1.0}),
-            sampling=replace(request.sampling, logprobs=i % 4, top_k=(0, 3, 300, 511)[i % 4]),
-        )
-        for i, request in enumerate(rows(sampling))
-    ]
-
-
-@pytest.mark.parametrize(
-    ("requests", "num_waits", "num_kernels"),
-    [
-        pytest.param(rows(), 1, 126, id="plain"),
-        pytest.param(rows(num_parts=1), 1, 201, id="mixed"),
-        pytest.param(rows(num_parts=2), 1, 213, id="blends"),
-        pytest.param(rows(replace(SAMPLED, top_k=50)), 1, 168, id="sampled"),
-        pytest.param(rows(SAMPLED), 2, 175, id="top-p alone"),
-        pytest.param(rows(PENALIZED), 1, 138, id="penalties"),
-        pytest.param(rows(replace(PLAIN, logprobs=5)), 2, 132, id="logprobs"),
-        pytest.param(rows(replace(PLAIN, ignore_eos=False), grammar=LETTERS), 1, 134, id="grammar"),
-        pytest.param(sharing(SAMPLED), 3, 271, id="many kinds"),
-        pytest.param(rows(EVERYTHING, num_parts=1, grammar=LETTERS), 3, 276, id="everything"),
-    ],
-)
-def test_what_a_decode_step_costs(
-    tiny_base: BaseModel,
-    guidance: Guidance,
-    requests: list[GenerationRequest],
-    num_waits: int,
-    num_kernels: int,
-) -> None:
-    """Waits don't grow with rows or layers, of which there are 8 and 3; of kernels a layer of the base has 37."""
-    with pretended_cuda() as card:
-        engine = build_engine(on_card(tiny_base), library(tiny_base), guidance=guidance)
-        decoding(engine, requests)
-        for _ in range(3):
-            card.main.clear()
-            engine.step()
-            assert card.main.num_waits <= num_waits, card.main.waits
-            assert card.main.num_kernels <= num_kernels, card.main.kernels
-        assert len(engine.scheduler.running) == NUM_ROWS
-        engine.close()
-
-
-def test_values_are_multiplied_not_summed_position_by_position(tiny_base: BaseModel) -> None:
-    """A GPU's kernel for bags walks through each of them in one thread: bags of positions are too long for it."""
-    with pretended_cuda() as card:
-        engine = build_engine(on_card(tiny_base))
-        decoding(engine, rows())
-        card.main.clear()
-        engine.step()
-        engine.close()
-    assert not [name for name in card.main.kernels if "embedding_bag" in name]
-    assert card.main.kernels["aten::bmm"] == 2 * tiny_base.config.num_layers
-
-
-def test_a_step_that_reads_prompts_scores_and_decodes_waits_twice(tiny_base: BaseModel) -> None:
-    """For the scores of 90 tokens, and for the next tokens."""
-    with pretended_cuda() as card:
-        engine = build_engine(on_card(tiny_base), library(tiny_base))
-        decoding(engine, rows(replace(PLAIN, max_tokens=30), num_parts=1))
-        scored = GenerationRequest("scored", prompt(60, seed=1), SamplingParams(max_tokens=0), scored_from=1)
-        for request in (scored, replace(scored, request_id="other", adapters=refs(**{"01": 1.0}))):
-            engine.add(request)
-        engine.add(GenerationRequest("read", prompt(60, seed=2), PLAIN))
-        while engine.scheduler.num_waiting:
-            card.main.clear()
-            engine.step()
-            assert card.main.num_waits <= 2, card.main.waits
-        engine.close()
 
 
 def both(base: BaseModel, requests: list[GenerationRequest], **options: object) -> tuple[Results, Results, Engine]:
@@ -217,20 +108,6 @@ def test_scores(tiny_base: BaseModel) -> None:
     for name, scores in expected.items():
         assert len(scores) > 30
         assert found[name] == pytest.approx(scores, abs=1e-4)
-
-
-def test_an_adapter_comes_in_one_copy_a_pool(tiny_base: BaseModel) -> None:
-    """Of A and of B of four groups, pinned: only the thread that loads it waits, once, for the last of them."""
-    with pretended_cuda() as card:
-        engine = build_engine(on_card(tiny_base), library(tiny_base))
-        decoding(engine, rows(replace(PLAIN, max_tokens=200)))
-        card.main.clear()
-        engine.add(GenerationRequest("cold", prompt(9), PLAIN, refs(**{"04": 1.0})))
-        while engine.stats.num_waiting:
-            engine.step()
-        engine.close()
-    assert card.pools.num_uploads == 8
-    assert [what for what, _ in card.pools.waits.elements()] == ["event"]
 
 
 def test_rows_are_not_read_before_their_copy_has_ended(tiny_base: BaseModel) -> None:

@@ -1,96 +1,31 @@
 """Training over a pretended card: no mixed devices, the CPU's bytes, and few waits and kernels a micro-batch."""
 
-from collections.abc import Mapping
-from dataclasses import replace
-from http import HTTPStatus
 from pathlib import Path
 
 import pytest
 import torch
 
-from server.model.chat import PromptEncoder
+from server.model.smollm import NoAdapters, SmolLM
 from server.model.weights import BaseModel
 from server.training.checkpoint import Checkpoints
-from server.training.encoding import RowEncoder
+from server.training.evaluate import evaluate
 from server.training.init import initial_weights
-from server.training.job_data import JobData
-from server.training.outcome import Outcome
-from server.training.report import DataFacts
-from server.training.rows import CompletionRow
-from server.training.run import Run
-from server.training.spec import Init, JobSpec, LoraSpec, Method, TrainingSpec
+from server.training.spec import Init, LoraSpec, Method, TrainingSpec
 from server.training.trainables import TrainableModel, TrainableRows, trainable_rows
 from server.training.trainer import Trainer
 from tests.pretended.card import Card
 from tests.pretended.cuda import on_card, pretended_cuda
+from tests.server.training.codes_kit import KINDS, SPEC, Left, longer, run, tensors
 from tests.server.training.rows_kit import make_examples
-
-SPEC = JobSpec(
-    "codes",
-    lora=LoraSpec(rank=8, alpha=16.0),
-    training=TrainingSpec(epochs=2, learning_rate=1e-2, batch_size=4, max_length=48, checkpoint_steps=2),
-)
-DROPOUT = LoraSpec(rank=8, dropout=0.2)
-KINDS: Mapping[str, JobSpec] = {
-    "lora": SPEC,
-    "dropout": replace(SPEC, lora=DROPOUT),
-    "pissa": replace(SPEC, lora=LoraSpec(rank=8, init="pissa")),
-    "full": replace(SPEC, method="full", training=replace(SPEC.training, learning_rate=1e-3)),
-}
-
-
-class Left(Exception):
-    """Stands for whatever ends an attempt."""
-
-
-class Listener:
-    """Lets a run go on for so many micro-batches."""
-
-    def __init__(self, left: int | None = None) -> None:
-        self.left = left
-
-    def between(self) -> None:
-        if self.left is not None:
-            self.left -= 1
-            if self.left < 0:
-                raise Left
-
-    def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None: ...
-
-    def metrics(self, message: str, data: Mapping[str, object]) -> None: ...
-
-    def checkpointed(self, step: int) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def data(tiny_base: BaseModel) -> JobData:
-    rows = [CompletionRow(str(s.value), f" {s.phrase}") for s in list(HTTPStatus)[:10]]
-    eos = tiny_base.config.eos_token_ids
-    encoder = RowEncoder(PromptEncoder(tiny_base.tokenizer), eos[0], eos)
-    examples = encoder.encode_all(rows, 48).examples
-    facts = DataFacts("d", len(rows), examples.num_tokens, examples.num_targets, 0, "d", len(rows))
-    return JobData(examples, examples, encoder.references(rows), facts, tiny_base.digest)
-
-
-def run(base: BaseModel, data: JobData, spec: JobSpec, directory: Path, left: int | None = None) -> Outcome:
-    return Run(spec, data, base, Checkpoints(directory, 1 if left is None else 2), Listener(left)).run()
-
-
-def tensors(outcome: Outcome) -> list[torch.Tensor]:
-    """Of the adapter, or of all weights; on the CPU."""
-    if outcome.weights is not None:
-        return [tensor for _, module in sorted(outcome.weights.modules.items()) for tensor in (module.a, module.b)]
-    assert outcome.tuned_base is not None
-    return [tensor.detach().to("cpu", copy=True) for _, tensor in outcome.tuned_base.weights.tensors()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_ends_in_the_cpus_bytes(kind: str, tiny_base: BaseModel, data: JobData, tmp_path: Path) -> None:
+def test_a_run_ends_in_the_cpus_bytes(kind: str, tiny_base: BaseModel, tmp_path: Path) -> None:
     """Evaluations with completions by the engine included; so few tokens are laid out alike on both."""
     spec = KINDS[kind]
-    expected = run(tiny_base, data, spec, tmp_path / "cpu")
+    expected = run(tiny_base, spec, tmp_path / "cpu")
     with pretended_cuda():
-        found = run(on_card(tiny_base), data, spec, tmp_path / "card")
+        found = run(on_card(tiny_base), spec, tmp_path / "card")
         found_tensors = tensors(found)
     assert all(map(torch.equal, found_tensors, tensors(expected)))
     for ours, theirs in ((found.base, expected.base), (found.tuned, expected.tuned)):
@@ -101,29 +36,29 @@ def test_a_run_ends_in_the_cpus_bytes(kind: str, tiny_base: BaseModel, data: Job
 
 
 @pytest.mark.parametrize("kind", ["dropout", "full"])
-def test_it_goes_on_from_a_checkpoint(kind: str, tiny_base: BaseModel, data: JobData, tmp_path: Path) -> None:
-    spec = replace(KINDS[kind], training=replace(KINDS[kind].training, epochs=6))
+def test_it_goes_on_from_a_checkpoint(kind: str, tiny_base: BaseModel, tmp_path: Path) -> None:
+    spec = longer(KINDS[kind], 6)
     with pretended_cuda():
         base = on_card(tiny_base)
-        whole = tensors(run(base, data, spec, tmp_path / "whole"))
+        whole = tensors(run(base, spec, tmp_path / "whole"))
         with pytest.raises(Left):
-            run(base, data, spec, tmp_path / "parts", left=25)
+            run(base, spec, tmp_path / "parts", left=25)
         assert Checkpoints(tmp_path / "parts", 3).newest() is not None
-        parts = tensors(run(base, data, spec, tmp_path / "parts"))
+        parts = tensors(run(base, spec, tmp_path / "parts"))
     assert all(map(torch.equal, whole, parts))
 
 
 def test_going_on_elsewhere_is_flagged(
-    tiny_base: BaseModel, data: JobData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_base: BaseModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """From the CPU to a card, and from there to another kind of card."""
-    spec = replace(SPEC, training=replace(SPEC.training, epochs=12))
+    spec = longer(SPEC, 12)
     with pytest.raises(Left):
-        run(tiny_base, data, spec, tmp_path, left=25)
+        run(tiny_base, spec, tmp_path, left=25)
     with pretended_cuda(Card(name="NVIDIA L4")), pytest.raises(Left):
-        run(on_card(tiny_base), data, spec, tmp_path, left=6)
+        run(on_card(tiny_base), spec, tmp_path, left=6)
     with pretended_cuda(Card(name="NVIDIA H100")):
-        outcome = run(on_card(tiny_base), data, spec, tmp_path)
+        outcome = run(on_card(tiny_base), spec, tmp_path)
     assert outcome.counters.computed_by == ["torch", "torch on NVIDIA L4", "torch on NVIDIA H100"]
     assert "goes on with torch on NVIDIA H100 what torch on NVIDIA L4 began" in caplog.text
 
@@ -159,3 +94,18 @@ def test_what_a_step_of_a_micro_batch_costs(
     groups = 4 * tiny_base.config.num_layers
     masks = {torch.bool: groups} if dropout else {}
     assert dict(card.main.uploads) == {torch.int64: 4, **masks}, "tokens, texts, places and targets; masks"
+
+
+def test_an_evaluation_waits_twice_a_micro_batch(tiny_base: BaseModel) -> None:
+    """For its losses and for what was right, however many tokens' logits exist at one time."""
+    examples = make_examples([500] * 8)
+    expected = evaluate(SmolLM(tiny_base.config, tiny_base.weights, max_positions=512), NoAdapters(), examples)
+    with pretended_cuda() as card:
+        base = on_card(tiny_base)
+        model = SmolLM(base.config, base.weights, max_positions=512)
+        card.main.clear()
+        found = evaluate(model, NoAdapters(), examples)
+    assert expected.num_tokens > 4 * 256
+    assert card.main.num_waits == 2 * 2, card.main.waits
+    assert (found.accuracy, found.num_tokens) == (expected.accuracy, expected.num_tokens)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
