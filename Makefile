@@ -10,13 +10,14 @@ READY := $(VENV)/.ready-$(LOCKED)
 READY_DEV := $(VENV)/.ready-dev-$(LOCKED_DEV)
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help serve test check bench clean
+.PHONY: help serve test check bench gpu clean
 
 help:
 	@echo 'make serve   set everything up and serve on http://127.0.0.1:8000'
 	@echo 'make test    linters, types and all tests'
 	@echo 'make check   linters and types only'
 	@echo 'make bench   the benchmark, over HTTP'
+	@echo 'make gpu     the tests that need a GPU, and the benchmark on it'
 	@echo 'make clean   drop .venv and caches; data/ stays'
 
 serve: $(READY)
@@ -34,6 +35,9 @@ check: $(READY_DEV)
 
 bench: $(READY_DEV)
 	@exec $(BIN)/python benchmarks/serve.py $(ARGS)
+
+gpu: $(READY_DEV)
+	@exec $(BIN)/python -m tests.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

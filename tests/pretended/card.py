@@ -64,8 +64,9 @@ class Stream:
     The main stream is None, and does everything at once.
     """
 
-    def __init__(self, card: Card) -> None:
-        self._card = card
+    def __init__(self, device: object = None) -> None:
+        assert here.card is not None
+        self._card = here.card
         self._copies: list[Callable[[], object]] = []
         self._lock = threading.Lock()
         self._knows_main = threading.local()

@@ -82,7 +82,7 @@ def _answers(card: Card) -> dict[str, Callable[..., Any]]:
         "max_memory_reserved": lambda device=None: card.reserved_bytes,
         "set_per_process_memory_fraction": set_fraction,
         "empty_cache": empty_cache,
-        "Stream": lambda device=None: Stream(card),
+        "Stream": Stream,
         "Event": Event,
         "stream": on_stream,
         "default_stream": lambda device=None: None,
