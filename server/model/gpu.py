@@ -104,7 +104,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def limit_memory(device: torch.device, share: float) -> None:
     """Have torch run out of a GPU's memory at this share of it, in this process; without effect on a CPU."""
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(share, device)
+        torch.cuda.set_per_process_memory_fraction(share, device.index)  # which may be None: the current one
 
 
 def empty_cache() -> None:

@@ -64,7 +64,9 @@ def _answers(card: Card) -> dict[str, Callable[..., Any]]:
         index = device if isinstance(device, int) else device.index or 0
         return card.capabilities[index]
 
-    def set_fraction(fraction: float, device: object = None) -> None:
+    def set_fraction(fraction: float, device: torch.device | int | None = None) -> None:
+        if isinstance(device, torch.device) and device.index is None:
+            raise ValueError("Expected a torch.device with a specified index")  # as torch does, here alone
         card.memory_fraction = fraction
 
     def empty_cache() -> None:
