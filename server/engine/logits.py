@@ -37,6 +37,8 @@ def penalize(logits: torch.Tensor, rows: Seq[Row]) -> None:
     seen, used, biased = _Places(), _Places(), _Places()  # with penalties, what is taken off, what is added
     for i, row in enumerate(rows):
         params = row.params
+        if not params.changes_logits:
+            continue
         if params.repetition_penalty != 1:
             tokens = set(row.token_ids)
             seen.add(i * vocab, tokens, [params.repetition_penalty] * len(tokens))

@@ -34,7 +34,8 @@ from server.training.train_job import TrainingAttempt
 
 OUT_OF_MEMORY = (
     "the job ran out of memory: set training.packing to false, so that it computes a row at a time, lower "
-    "training.max_length or lora.rank, or have the server leave more of its GPU to training (SMOLORA_TRAIN_MEMORY)"
+    "training.max_length or lora.rank, take method lora in the place of full, or have the server leave more of "
+    "its GPU to training (SMOLORA_TRAIN_MEMORY)"
 )
 
 log = logging.getLogger("smolora.job")

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server import cli
-from server.config import PREFIX, Settings, is_loopback, load_settings
+from server.config import PREFIX, Settings, is_loopback, load_settings, to_flags
 from server.errors import StartupError
 
 
@@ -42,9 +42,17 @@ def test_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings(port=1234).port == 1234  # a flag wins
 
 
+@pytest.mark.parametrize(("given", "share"), [({}, 0.5), ({"workers": 2}, 0.25), ({"train_memory": 0.3}, 0.3)])
+def test_workers_share_what_is_trainings(given: dict[str, float], share: float) -> None:
+    told = load_settings(**given).of_a_worker
+    assert told.train_memory == pytest.approx(share)
+    assert f"--train-memory={share}" in to_flags(told)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("train_memory", 1.0),
         ("dtype", "int8"),
         ("device", "tpu"),
         ("port", 70000),
