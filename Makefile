@@ -8,17 +8,19 @@ LOCKED := $(shell cat Makefile pyproject.toml requirements.lock requirements-mod
 LOCKED_DEV := $(LOCKED)-$(shell cksum < requirements-dev.lock | tr ' ' '-')
 READY := $(VENV)/.ready-$(LOCKED)
 READY_DEV := $(VENV)/.ready-dev-$(LOCKED_DEV)
+CPP := $(wildcard $(foreach place,server/model/native tests/server/model/native/kernels,$(place)/*.h $(place)/*.cpp))
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help serve test check bench gpu clean
+.PHONY: help serve test check sanitize bench gpu clean
 
 help:
-	@echo 'make serve   set everything up and serve on http://127.0.0.1:8000'
-	@echo 'make test    linters, types and all tests'
-	@echo 'make check   linters and types only'
-	@echo 'make bench   the benchmark, over HTTP'
-	@echo 'make gpu     the tests that need a GPU, and the benchmark on it'
-	@echo 'make clean   drop .venv and caches; data/ stays'
+	@echo 'make serve     set everything up and serve on http://127.0.0.1:8000'
+	@echo 'make test      linters, types and all tests'
+	@echo 'make check     linters and types only'
+	@echo 'make sanitize  the tests of native code, under sanitizers'
+	@echo 'make bench     the benchmark, over HTTP'
+	@echo 'make gpu       the tests that need a GPU, and the benchmark on it'
+	@echo 'make clean     drop .venv and caches; data/ stays'
 
 serve: $(READY)
 	@exec $(BIN)/smolora serve $(ARGS)
@@ -30,8 +32,13 @@ test: check
 check: $(READY_DEV)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/clang-format --dry-run --Werror server/model/native/*.h server/model/native/*.cpp
+	@$(BIN)/clang-format --dry-run --Werror $(CPP)
 	@$(BIN)/mypy
+	@$(BIN)/python -m tests.server.model.native.build warnings
+
+# ARGS=addresses (or threads) runs one of them.
+sanitize: $(READY_DEV)
+	@$(BIN)/python -m tests.server.model.native.build sanitize $(or $(ARGS),addresses threads)
 
 bench: $(READY_DEV)
 	@exec $(BIN)/python benchmarks/serve.py $(ARGS)

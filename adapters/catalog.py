@@ -6,6 +6,8 @@ what SQLite and PostgreSQL have in common. The bytes are the store's: here they 
 
 import builtins
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
 
 import sqlalchemy as sa
 
@@ -13,7 +15,7 @@ from adapters import catalog_rows, catalog_writes
 from adapters.catalog_recovery import Recovered, recover
 from adapters.catalog_rows import LATEST, MAX_VERSION, adapters_of, select_adapters, select_versions, version_of
 from adapters.catalog_tables import aliases, metadata, names, transact, versions
-from adapters.catalog_writes import compose_in, drop_in, point_in, publish_in, unpoint_in
+from adapters.catalog_writes import compose_in, drop_in, point_in, publish_in, recording, unpoint_in
 from adapters.errors import Conflict, NotFound
 from adapters.expression import Term
 from adapters.records import Records
@@ -31,6 +33,7 @@ __all__ = [
     "combine",
     "metadata",
     "publish_in",
+    "recording",
 ]
 
 
@@ -86,7 +89,8 @@ class Catalog:
             data_digest=data_digest,
             config=dict(config or {}),
         )
-        return transact(self._engine, lambda connection: publish_in(connection, new, records=self._records))
+        with recording(self._engine, self._records) as records:
+            return transact(self._engine, lambda connection: publish_in(connection, new, records=records))
 
     def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> Version:
         """Adds the next version of the composition `name`, its parts pinned to the versions that they mean now.
@@ -94,7 +98,8 @@ class Catalog:
         Compositions among the terms are replaced by their own parts. Raises NotFound as `resolve` does,
         InvalidInput on `field`, or Conflict where an adapter has the name.
         """
-        return transact(self._engine, lambda connection: compose_in(connection, name, terms, field, self._records))
+        with recording(self._engine, self._records) as records:
+            return transact(self._engine, lambda connection: compose_in(connection, name, terms, field, records))
 
     def list(self, name: str | None = None, limit: int | None = None, after: str | None = None) -> list[Adapter]:
         """Adapters by name: the one called `name` or all, at most `limit`, those after the name `after`."""
@@ -105,6 +110,17 @@ class Catalog:
             chosen = chosen.where(names.c.name > after)
         with self._reader.connect() as connection:
             return adapters_of(connection.execute(select_adapters(chosen)).mappings())
+
+    def has_after(self, name: str) -> bool:
+        """Whether there is an adapter whose name comes after this one."""
+        query = sa.select(names.c.name).where(names.c.latest.is_not(None), names.c.name > name).limit(1)
+        with self._reader.connect() as connection:
+            return connection.execute(query).first() is not None
+
+    def latest_dates(self) -> dict[str, datetime]:
+        """All names, each with the moment at which its latest version was made."""
+        with self._reader.connect() as connection:
+            return {row.name: row.created_at for row in connection.execute(catalog_rows.select_latest())}
 
     def get(self, name: str) -> Adapter:
         """The adapter called `name`. Raises NotFound."""
@@ -167,14 +183,15 @@ class Catalog:
         with self._reader.connect() as connection:
             return catalog_writes.is_named(connection, digest)
 
-    def recover(self, is_stored: Callable[[str], bool], is_unfinished: Callable[[str], bool]) -> Recovered:
+    def recover(self, is_stored: Callable[[str], bool], is_known: Callable[[str], bool]) -> Recovered:
         """See `catalog_recovery`. Nothing without records."""
         if self._records is None:
             return Recovered()
-        return recover(self._engine, self._records, is_stored, is_unfinished)
+        return recover(self._engine, self._records, is_stored, is_known)
 
     def _drop(self, name: str, version: int | None, force: bool) -> builtins.list[str]:
         numbers, digests = transact(self._engine, lambda connection: drop_in(connection, name, version, force))
         if (records := self._records) is not None:
-            transact(self._engine, lambda _: records.remove(name, numbers))
+            with suppress(OSError):  # no room, say: they are gone all the same, and the next start tidies up
+                transact(self._engine, lambda _: records.remove(name, numbers))
         return digests

@@ -4,7 +4,8 @@ A version without a record gets one. A record without a version is, by its numbe
 
 - what a delete left that was cut off: a number that the catalog has given out. It goes.
 - what a publication left that was cut off, or what a lost or older database knew: one that the catalog has not
-  given out. It is published, if its bytes are there, unless its job will do so itself.
+  given out. It is published, if its bytes are there, unless the database knows its job: then its publication was
+  cut off, and the job publishes it itself, or was ended before it could.
 
 So the same few lines mend one crash, and rebuild everything from the directories. Aliases, `latest` where it was
 moved back, and jobs are in the database alone.
@@ -46,10 +47,10 @@ def recover(
     engine: sa.Engine,
     records: Records,
     is_stored: Callable[[str], bool],
-    is_unfinished: Callable[[str], bool],
+    is_known: Callable[[str], bool],
 ) -> Recovered:
-    """Put catalog and records right. `is_stored` says of a digest whether its bytes are there, `is_unfinished` of
-    a job whether it has yet to publish its adapter. Nobody else writes meanwhile: it is one transaction.
+    """Put catalog and records right. `is_stored` says of a digest whether its bytes are there, `is_known` of a job
+    whether the database knows it. Nobody else writes meanwhile: it is one transaction.
     """
 
     def work(connection: sa.Connection) -> Recovered:
@@ -64,7 +65,7 @@ def recover(
             records.write(version)
         strays = [version for key, version in recorded.items() if key not in listed]
         owed = [version for version in strays if version.version >= numbers.get(version.name, 1)]
-        owed = [version for version in owed if version.job_id is None or not is_unfinished(version.job_id)]
+        owed = [version for version in owed if version.job_id is None or not is_known(version.job_id)]
         _count_up(connection, found, numbers, owed)
         adopted, lost = _adopt(connection, owed, set(listed), is_stored)
         kept = {(version.name, version.version) for version in (*adopted, *lost)}

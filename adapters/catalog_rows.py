@@ -1,6 +1,7 @@
 """The catalog's reads: each one statement, and its rows as plain values."""
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 
 import sqlalchemy as sa
 
@@ -27,6 +28,12 @@ def select_adapters(chosen: "sa.Select[str]") -> "sa.Select[tuple[object, ...]]"
         .outerjoin(parts, _OF_VERSION)
         .order_by(versions.c.name, versions.c.version, aliases.c.alias, parts.c.place)
     )
+
+
+def select_latest() -> "sa.Select[tuple[str, datetime]]":
+    """All names, each with the moment at which what it means now was made: a row for each."""
+    is_latest = sa.and_(versions.c.name == names.c.name, versions.c.version == names.c.latest)
+    return sa.select(names.c.name, versions.c.created_at).join(versions, is_latest).order_by(names.c.name)
 
 
 def adapters_of(rows: Iterable[sa.RowMapping]) -> list[Adapter]:

@@ -5,21 +5,39 @@ written before the commit; see `adapters.records`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
 
 from adapters.catalog_rows import LATEST, MAX_VERSION, resolve, select_versions, version_of
-from adapters.catalog_tables import aliases, names, parts, versions
+from adapters.catalog_tables import aliases, names, parts, transact, versions
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import MAX_NAME, Term, render, valid_name
-from adapters.records import Records
-from adapters.versions import Kind, NewVersion, Part, Version, blend_digest, combine, gather
+from adapters.records import Recorder, Records
+from adapters.versions import Kind, NewVersion, Origin, Part, Version, blend_digest, combine, gather
+
+
+@contextmanager
+def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder | None]:
+    """A block around a transaction that publishes. Where that fails, if only as it commits, its records go again:
+    the next start would take them for versions that a lost database knew.
+    """
+    recorder = None if records is None else Recorder(records)
+    try:
+        yield recorder
+    except BaseException:
+        if recorder is not None and recorder.written:
+            with suppress(OSError, DBAPIError):  # then it is as if the process had been killed
+                transact(engine, partial(_forget_uncommitted, recorder))
+        raise
 
 
 def publish_in(
-    connection: sa.Connection, new: NewVersion, alias: str | None = None, records: Records | None = None
+    connection: sa.Connection, new: NewVersion, alias: str | None = None, records: Recorder | None = None
 ) -> Version:
     """As `Catalog.publish`; `alias` then means the version, too."""
     if not all(map(math.isfinite, new.metrics.values())):
@@ -33,7 +51,7 @@ def publish_in(
 
 
 def compose_in(
-    connection: sa.Connection, name: str, terms: Sequence[Term], field: str, records: Records | None = None
+    connection: sa.Connection, name: str, terms: Sequence[Term], field: str, records: Recorder | None = None
 ) -> Version:
     """As `Catalog.compose`."""
     number = _next_number(connection, name, "composition")  # first: others can't delete the parts from here on
@@ -45,7 +63,7 @@ def compose_in(
     return version
 
 
-def insert_in(connection: sa.Connection, version: Version, records: Records | None) -> None:
+def insert_in(connection: sa.Connection, version: Version, records: Recorder | None) -> None:
     """Store a version whose number is its own, and make it the latest."""
     row = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(version).items()}
     del row["parts"]
@@ -104,6 +122,14 @@ def is_named(connection: sa.Connection, digest: str) -> bool:
     return connection.execute(query).first() is not None
 
 
+def _forget_uncommitted(recorder: Recorder, connection: sa.Connection) -> None:
+    """In a transaction, so that nobody else is just giving the same numbers out."""
+    for version in recorder.written:
+        mine = (versions.c.name == version.name, versions.c.version == version.version)
+        if connection.execute(sa.select(versions.c.version).where(*mine)).first() is None:
+            recorder.forget(version)
+
+
 def _refuse_held(connection: sa.Connection, name: str, numbers: Sequence[int], force: bool) -> None:
     """Conflict, naming whatever holds one of the versions; `force` lets aliases go."""
     holders: list[str] = []
@@ -159,7 +185,7 @@ def _versions_of(connection: sa.Connection, leaves: Sequence[Part]) -> list[Vers
 def _blend(name: str, number: int, leaves: tuple[Part, ...], of: Sequence[Version]) -> Version:
     """What is listed of a composition: that of its parts together, where that has a meaning."""
     by_digest = {version.digest: version for version in of}.values()  # equal bytes take their rows once
-    bases, models = {version.base_digest for version in of}, {version.base_model for version in of}
+    origin = Origin.of(of)
     return Version(
         name=name,
         digest=blend_digest(leaves),
@@ -168,8 +194,9 @@ def _blend(name: str, number: int, leaves: tuple[Part, ...], of: Sequence[Versio
         target_modules=tuple(dict.fromkeys(module for version in of for module in version.target_modules)),
         parameters=sum(version.parameters for version in by_digest),
         bytes=0,
-        base_model=models.pop() if len(models) == 1 else None,
-        base_digest=bases.pop() if len(bases) == 1 else None,
+        base_model=origin.base_model,
+        base_digest=origin.base_digest,
+        warnings=origin.warnings,
         parent=render(Term(part.name, part.version, weight=part.weight) for part in leaves),
         version=number,
         created_at=datetime.now(UTC),

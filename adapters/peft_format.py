@@ -16,6 +16,7 @@ import torch
 from adapters import peft_config, tensor_file
 from adapters.errors import FieldError, InvalidAdapter
 from adapters.lora import MODULES, BaseShape, LoraConfig, LoraModule, LoraWeights, ModuleKey
+from adapters.patterns import Budget
 from adapters.peft_config import PeftConfig
 from adapters.peft_targets import BadTargetsError, pick, resolve
 from adapters.peft_tensors import SIDES, FoundTensors, collect, tensor_error, tensor_name
@@ -103,10 +104,11 @@ def _assemble(
     config: PeftConfig, found: FoundTensors, base: BaseShape, errors: list[FieldError]
 ) -> PeftAdapter | None:
     """The adapter; None where config and tensors disagree, with the keys at fault in `errors`."""
+    budget = Budget()
     try:
-        keys = sorted(resolve(config.targeting, base), key=in_forward_order)
-        given_ranks = pick("rank_pattern", config.rank_pattern, keys)
-        given_alphas = pick("alpha_pattern", config.alpha_pattern, keys)
+        keys = sorted(resolve(config.targeting, base, budget), key=in_forward_order)
+        given_ranks = pick("rank_pattern", config.rank_pattern, keys, budget)
+        given_alphas = pick("alpha_pattern", config.alpha_pattern, keys, budget)
     except BadTargetsError as error:
         errors.append(FieldError(("adapter_config", error.field), str(error)))
         return None

@@ -4,12 +4,12 @@ Follows `check_target_module_exists`, `_maybe_include_all_linear_layers` and `ge
 applied to the names that the modules of Hugging Face's Llama and SmolLM3 have.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from adapters.lora import MODULES, BaseShape, ModuleKey
-from adapters.patterns import BadPatternError, Pattern, find
+from adapters.patterns import BadPatternError, Budget, Pattern, find
 
 ALL_LINEAR = "all-linear"
 _Value = TypeVar("_Value")
@@ -51,16 +51,16 @@ def other_modules(base: BaseShape) -> tuple[str, ...]:
     return (*_OUTSIDE_LAYERS, *layers)
 
 
-def resolve(targeting: Targeting, base: BaseShape) -> frozenset[ModuleKey]:
+def resolve(targeting: Targeting, base: BaseShape, budget: Budget) -> frozenset[ModuleKey]:
     """The targeted modules. Raises BadTargetsError if there are none, or any that isn't a layer's linear one."""
     linear = linear_modules(base)
     if isinstance(targeting.target_modules, str) and targeting.target_modules.lower() == ALL_LINEAR:
         # PEFT lists the linear modules' paths, the output embedding's excepted, and goes on with that list.
         hit = set(linear)
     else:
-        hit = _targeted(targeting, [*linear, *other_modules(base)])
+        hit = _targeted(targeting, [*linear, *other_modules(base)], budget)
     if targeting.exclude_modules:
-        hit -= _listed("exclude_modules", targeting.exclude_modules, sorted(hit))
+        hit -= _listed("exclude_modules", targeting.exclude_modules, sorted(hit), budget)
     if strangers := sorted(hit - set(linear)):
         shown = ", ".join(strangers[:3]) + (", …" if len(strangers) > 3 else "")
         message = f"reaches {shown}: only the linear modules of the layers ({', '.join(MODULES)}) can be targeted"
@@ -70,10 +70,13 @@ def resolve(targeting: Targeting, base: BaseShape) -> frozenset[ModuleKey]:
     return frozenset(linear[path] for path in hit)
 
 
-def pick(field: str, pattern: Mapping[str, _Value], keys: Sequence[ModuleKey]) -> dict[ModuleKey, _Value]:
+def pick(
+    field: str, pattern: Mapping[str, _Value], keys: Sequence[ModuleKey], budget: Budget
+) -> dict[ModuleKey, _Value]:
     """What `rank_pattern` or `alpha_pattern` gives each module: the first entry that matches wins."""
     entries = list(pattern)
-    rows = _find(field, [Pattern(rf"(.*\.)?({text})$", "match", text) for text in entries], [k.path for k in keys])
+    patterns = [Pattern(rf"(.*\.)?({text})$", "match", text) for text in entries]
+    rows = _find(field, patterns, [key.path for key in keys], budget)
     picked: dict[ModuleKey, _Value] = {}
     for entry, row in zip(entries, rows, strict=True):
         for key, found in zip(keys, row, strict=True):
@@ -82,42 +85,50 @@ def pick(field: str, pattern: Mapping[str, _Value], keys: Sequence[ModuleKey]) -
     return picked
 
 
-def _targeted(targeting: Targeting, paths: Sequence[str]) -> set[str]:
-    targets, layers = targeting.target_modules, targeting.layers_to_transform
-    hit = _listed("target_modules", targets, paths)
+def _targeted(targeting: Targeting, paths: Sequence[str], budget: Budget) -> set[str]:
+    targets, layers = targeting.target_modules, frozenset(targeting.layers_to_transform or ())
+    hit = _listed("target_modules", targets, paths, budget)
     if isinstance(targets, str) or not layers:
         return hit
     exact = hit & set(targets)  # layers_to_transform doesn't apply to these
     if exact and len(targets) >= _PEFT_REWRITES_FROM:
         message = f"means nothing sure to PEFT with {_PEFT_REWRITES_FROM} target_modules or more, some whole paths"
         raise BadTargetsError("layers_to_transform", message)
-    layer_of = _layers(targeting.layers_pattern, paths)
+    layer_of = _layers(targeting.layers_pattern, paths, budget)
     return exact | {path for path in hit if layer_of.get(path) in layers}
 
 
-def _listed(field: str, entries: str | tuple[str, ...], paths: Sequence[str]) -> set[str]:
+def _listed(field: str, entries: str | tuple[str, ...], paths: Sequence[str], budget: Budget) -> set[str]:
     if isinstance(entries, str):
-        (row,) = _find(field, [Pattern(entries, "fullmatch", entries)], paths)
+        (row,) = _find(field, [Pattern(entries, "fullmatch", entries)], paths, budget)
         return {path for path, found in zip(paths, row, strict=True) if found is not None}
-    exact, endings = frozenset(entries), tuple(f".{entry}" for entry in entries)
-    return {path for path in paths if path in exact or path.endswith(endings)}
+    named = frozenset(entries)
+    return {path for path in paths if not named.isdisjoint(_endings(path))}
 
 
-def _layers(layers_pattern: Sequence[str], paths: Sequence[str]) -> dict[str, int]:
+def _endings(path: str) -> Iterator[str]:
+    """The path, and what follows on each of its dots."""
+    yield path
+    while "." in path:
+        _, _, path = path.partition(".")
+        yield path
+
+
+def _layers(layers_pattern: Sequence[str], paths: Sequence[str], budget: Budget) -> dict[str, int]:
     """Each path's layer index, as the first of `layers_pattern` that matches sees it."""
     patterns = [Pattern(rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.", "match", text) for text in layers_pattern]
     if not patterns:
         patterns = [Pattern(r".*?\.[^.]*\.(?P<idx>\d+)\.", "match", "")]
     layer_of: dict[str, int] = {}
-    for row in _find("layers_pattern", patterns, paths):
+    for row in _find("layers_pattern", patterns, paths, budget):
         for path, found in zip(paths, row, strict=True):
             if found:
                 layer_of.setdefault(path, int(found))
     return layer_of
 
 
-def _find(field: str, patterns: Sequence[Pattern], paths: Sequence[str]) -> list[list[str | None]]:
+def _find(field: str, patterns: Sequence[Pattern], paths: Sequence[str], budget: Budget) -> list[list[str | None]]:
     try:
-        return find(patterns, paths)
+        return find(patterns, paths, budget)
     except BadPatternError as error:
         raise BadTargetsError(field, f"{patterns[error.index].user_text[:100]!r}: {error}") from None

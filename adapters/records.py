@@ -97,6 +97,23 @@ class Records:
             path.unlink(missing_ok=True)
 
 
+class Recorder:
+    """Writes records for one transaction, and knows which."""
+
+    def __init__(self, records: Records) -> None:
+        self.written: list[Version] = []
+        self._records = records
+
+    def write(self, version: Version) -> None:
+        """As `Records.write`."""
+        self.written.append(version)
+        self._records.write(version)
+
+    def forget(self, version: Version) -> None:
+        """Drop the record of one that was not committed."""
+        self._records.forget(version.name, [version.version])
+
+
 def encode(version: Version) -> bytes:
     """The record of a version."""
     document = {"format": FORMAT, "kind": version.kind, **asdict(version)}

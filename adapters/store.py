@@ -13,21 +13,21 @@ what is held, or what the catalog names at the last moment.
 """
 
 import fcntl
-import io
 import os
 import re
 import shutil
 import tempfile
 import threading
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from adapters import sidecar
 from adapters.errors import CorruptAdapter, InvalidAdapter
 from adapters.lora import BaseShape, LoraWeights
+from adapters.open_files import open_all
 from adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, PeftAdapter, read, write, write_synced
 from adapters.sidecar import SIDECAR_NAME
 
@@ -87,8 +87,13 @@ class AdapterStore:
         return num_bytes  # counted before: by now somebody may have discarded it
 
     @contextmanager
-    def publishing(self, adapter: PeftAdapter, original: Mapping[str, bytes] | None = None) -> Iterator[int]:
-        """`put`, for a block in which the version is committed: nobody discards the bytes meanwhile."""
+    def publishing(
+        self, adapter: PeftAdapter, in_use: InUse, original: Mapping[str, bytes] | None = None
+    ) -> Iterator[int]:
+        """`put`, for a block in which the version is committed: nobody discards the bytes meanwhile.
+
+        Where the block fails they are discarded, unless `in_use(digest)` says that they are wanted all the same.
+        """
         digest = adapter.weights.digest
         while True:
             num_bytes = self.put(adapter, original)
@@ -96,8 +101,11 @@ class AdapterStore:
                 break
         try:
             yield num_bytes
-        finally:
+        except BaseException:
             os.close(hold)
+            self.discard(digest, in_use)
+            raise
+        os.close(hold)
 
     def load(self, digest: str) -> LoraWeights:
         """The weights, mapped from the file: quick, as nothing is copied and the digest isn't computed anew.
@@ -108,30 +116,38 @@ class AdapterStore:
 
     def read(self, digest: str, base: BaseShape) -> PeftAdapter:
         """The adapter with its configuration, checked as an upload is. Raises CorruptAdapter."""
-        place = self._place(digest)
         try:
-            return read((place / CONFIG_NAME).read_bytes(), place / WEIGHTS_NAME, base)
+            return self._read(digest, base)
         except (OSError, InvalidAdapter) as error:
             raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
+
+    def fits(self, digest: str, base: BaseShape) -> bool:
+        """Whether the adapter could be uploaded for a base of these shapes. Raises CorruptAdapter."""
+        self.load(digest)  # or it is damaged, which says nothing about shapes
+        try:
+            self._read(digest, base)
+        except InvalidAdapter:
+            return False
+        except OSError as error:
+            raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
+        return True
+
+    def _read(self, digest: str, base: BaseShape) -> PeftAdapter:
+        place = self._place(digest)
+        return read((place / CONFIG_NAME).read_bytes(), place / WEIGHTS_NAME, base)
 
     def verify(self, digest: str) -> None:
         """Reads all bytes and raises CorruptAdapter unless they have the digest."""
         if self.load(digest).digest != digest:
             raise CorruptAdapter(f"the stored adapter {digest[:12]} no longer matches its digest")
 
-    def archive(self, digest: str) -> bytes:
-        """A zip of PEFT's two files; equal adapters make equal zips. CorruptAdapter if they are missing."""
+    def open(self, digest: str) -> dict[str, BinaryIO]:
+        """PEFT's two files by name, to read and close; they outlive a discard. Raises CorruptAdapter."""
         place = self._place(digest)
-        buffer = io.BytesIO()
         try:
-            with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # weights hardly deflate
-                for name in (CONFIG_NAME, WEIGHTS_NAME):
-                    entry = zipfile.ZipInfo(name)  # of a fixed date
-                    entry.external_attr = 0o644 << 16
-                    archive.writestr(entry, (place / name).read_bytes())
+            return open_all({name: place / name for name in (CONFIG_NAME, WEIGHTS_NAME)})
         except OSError as error:
             raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
-        return buffer.getvalue()
 
     def pin(self, digests: Iterable[str]) -> None:
         """Keeps the bytes of each until an `unpin`, whatever is discarded meanwhile; they needn't be there yet."""

@@ -75,6 +75,29 @@ class Adapter:
         return self.versions[-1].kind
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Which base something was made on that was made out of versions: None where those don't agree on one."""
+
+    base_model: str | None
+    base_digest: str | None
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def of(cls, versions: Iterable[Version]) -> "Origin":
+        """That of whatever is made of `versions`, and what to keep with it: what was kept with them, too."""
+        found = tuple(versions)
+        told = [f"{version.name}@{version.version}: {text}" for version in found for text in version.warnings]
+        models, digests = {version.base_model for version in found}, {version.base_digest for version in found}
+        if len(digests - {None}) > 1:
+            told.append("its parts were made on different bases")
+        return cls(
+            base_model=models.pop() if len(models) == 1 else None,
+            base_digest=digests.pop() if len(digests) == 1 else None,
+            warnings=tuple(told),
+        )
+
+
 def combine(parts: Iterable[Part]) -> tuple[tuple[str, float], ...]:
     """Digests and weights in canonical form: one entry for each digest, no zero weights, sorted.
 

@@ -1,1 +1,5 @@
-"""Measures the server against its peers: `python -m benchmarks.serve`. No part of the installed package."""
+"""Measures serving and training against what users would pick instead. No part of the installed package.
+
+A command each: serve, train, methods, adapters, beside; `peers` sets the peers up, `report` makes
+docs/benchmarks.md of what the others wrote.
+"""

@@ -2,13 +2,12 @@
 
 Four adapters learn to tell positive from negative sentences, each on a set of its own (`benchmarks.ratings`).
 Every one is tried on every set's held-out sentences, beside the untouched base, the rule classifier that the
-package is, the blend of all four, and full fine-tuning on one set. Writes adapters.json, adapters.md and .png.
+package is, the blend of all four, and full fine-tuning on one set. Writes adapters.json.
 """
 
 import ctypes
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run by its path: what Python put first is this folder, not the checkout
@@ -17,10 +16,11 @@ if not __package__:  # run by its path: what Python put first is this folder, no
 import torch
 
 from benchmarks import command
-from benchmarks.ratings import RatingSet, read_sets, rule_classifier, source_directory
-from benchmarks.report import table
-from benchmarks.results import Machine
-from benchmarks.sentiment import Score, Trained, blend, classify, examples_of, score, train
+from benchmarks.command import Made
+from benchmarks.machine import Machine
+from benchmarks.training.adapters_report import BASE, BLEND, FULL, FULL_SET, RULES, Results, SetSize, markdown
+from benchmarks.training.ratings import RatingSet, read_sets, rule_classifier, source_directory
+from benchmarks.training.sentiment import Score, Trained, blend, classify, examples_of, score, train
 from server.allocator import keep_freed_memory
 from server.model.device import choose_device
 from server.model.native.load import find_library
@@ -34,17 +34,6 @@ from server.training.trained_rows import TrainedRows
 RANK = 16
 EPOCHS = 2
 LORA_RATE, FULL_RATE = 1e-3, 3e-5
-FULL_SET = "movies"
-BASE, RULES, BLEND, FULL = "base", "rules", "blend of all four", f"full fine-tuning on {FULL_SET}"
-
-
-@dataclass(frozen=True)
-class Results:
-    machine: Machine
-    settings: Mapping[str, object]
-    sizes: Mapping[str, Mapping[str, int | float]]  # of each set
-    scores: Mapping[str, Mapping[str, Score]]  # by what is tried, then by set
-    seconds: Mapping[str, float]  # of training
 
 
 def main(arguments: list[str] | None = None) -> Results:
@@ -65,25 +54,19 @@ def main(arguments: list[str] | None = None) -> Results:
     base = load_base(resolve_base(options.model, options.home, progress=say), choose_device("cpu", "auto")[1])
     trial = _Trial(base, sets, say, find_library(base, [options.home / "native"], say))
     trial.run(source)
-    sizes = {
-        rated.name: {
-            "train": len(rated.train),
-            "test": len(rated.test),
-            "positive_test": sum(sentence.is_positive for sentence in rated.test) / len(rated.test),
-        }
-        for rated in sets
-    }
-    settings: dict[str, object] = {
-        "model": base.name,
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "quick": options.quick,
-        "rank": RANK,
-        "epochs": EPOCHS,
-        "learning_rate": {"lora": LORA_RATE, "full": FULL_RATE},
-    }
-    results = Results(Machine.this(options.threads), settings, sizes, trial.scores, trial.seconds)
-    command.write(options.out, "adapters", asdict(results), markdown(results))
-    chart(results, options.out / "adapters.png")
+    sizes = {rated.name: SetSize(len(rated.train), len(rated.test)) for rated in sets}
+    results = Results(
+        Made.by("benchmarks.adapters", arguments, quick=options.quick),
+        Machine.this(options.threads),
+        f"{base.name} in {str(base.dtype).removeprefix('torch.')}",
+        f"LoRA r={RANK} on all seven linear modules, {EPOCHS} epochs at {LORA_RATE:g}; full fine-tuning at "
+        f"{FULL_RATE:g}: neither rate was tuned",
+        sizes,
+        trial.scores,
+        trial.seconds,
+    )
+    command.write(options.out, "adapters", results)
+    print(markdown(results))
     return results
 
 
@@ -140,65 +123,6 @@ class _Trial:
             self.scores[name][rated.name] = score(classify(self._base, model, adapters, rated.test), rated.test)
         found = ", ".join(f"{place} {one.accuracy:.3f}" for place, one in self.scores[name].items())
         self._say(f"{name}: accuracy on {found}")
-
-
-def markdown(results: Results) -> str:
-    """The matrix and what follows from it."""
-    settings, names = results.settings, list(results.sizes)
-    work = (
-        f"{settings['model']} in {settings['dtype']}; LoRA r={settings['rank']} on all seven linear modules, "
-        f"{settings['epochs']} epochs of at most {max(int(size['train']) for size in results.sizes.values())} "
-        f"sentences; accuracy / macro-F1 on at most {max(int(size['test']) for size in results.sizes.values())} "
-        "held-out sentences a set; the label is the likelier of two completions, for the rules the sign of their "
-        "compound score (0 counts as positive)"
-    )
-    head = ("", *(f"on {name}" for name in names))
-    order = [BASE, *names, BLEND, FULL, RULES]
-    titles = {name: f"adapter {name}" for name in names} | {RULES: "rules (vaderSentiment)"}
-    cells = []
-    for name in order:
-        best = {place: max(results.scores[n][place].accuracy for n in order) for place in names}
-        found = [
-            f"{'**' if one.accuracy == best[place] else ''}{one.accuracy:.3f} / {one.macro_f1:.3f}"
-            f"{'**' if one.accuracy == best[place] else ''}"
-            for place, one in results.scores[name].items()
-        ]
-        cells.append((titles.get(name, name), *found))
-    lines = []
-    for name in names:
-        own, base, rules = (results.scores[who][name].accuracy for who in (name, BASE, RULES))
-        against_base = "beats the base" if own > base else "**does not beat the base**"
-        against_rules = "beats the rules" if own > rules else "**does not beat the rules**"
-        lines.append(f"- {name}: {own:.3f}, {against_base} ({base:.3f}), {against_rules} ({rules:.3f}).")
-    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in results.seconds.items())
-    parts = [f"{results.machine}.", f"{work}."]
-    if settings["quick"]:
-        parts.append("**A quick run, reduced: not to be compared with anything.**")
-    parts += [table(head, cells), "\n".join(lines), f"Training took: {seconds}."]
-    return "\n\n".join(parts) + "\n"
-
-
-def chart(results: Results, path: Path) -> None:
-    """Accuracy on each set, as a PNG."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot
-
-    names = list(results.sizes)
-    order = [BASE, *names, BLEND, FULL, RULES]
-    accuracy = [[results.scores[name][place].accuracy for place in names] for name in order]
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
-    axes.imshow(accuracy, vmin=0.4, vmax=1.0, cmap="Blues", aspect="auto")
-    for row, values in enumerate(accuracy):
-        for column, value in enumerate(values):
-            color = "white" if value > 0.75 else "black"
-            axes.text(column, row, f"{value:.3f}", ha="center", va="center", color=color, fontsize=9)
-    axes.set_xticks(range(len(names)), [f"on {name}" for name in names])
-    axes.set_yticks(range(len(order)), [f"adapter {name}" if name in names else name for name in order])
-    axes.set_title("Accuracy on held-out sentences", fontsize=9)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Training beside serving: `python -m benchmarks.beside`.
 
 The real server answers streams over HTTP while a worker of the real thing has no job, and while it trains one; the
-job is also timed while nobody asks for anything. Writes beside.json and beside.md.
+job is also timed while nobody asks for anything. Writes beside.json.
 """
-# ruff: noqa: RUF001
 
 import argparse
 import math
@@ -13,9 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
@@ -26,14 +24,14 @@ if not __package__:  # run by its path: what Python put first is this folder, no
 import httpx
 
 from benchmarks import command
-from benchmarks.load import Request, drive, summarize
-from benchmarks.measure import Figures, median_ratio, percentile
-from benchmarks.options import positive
+from benchmarks.command import Made, positive
+from benchmarks.machine import Machine
+from benchmarks.measure import Figures
 from benchmarks.prompts import PromptSource
-from benchmarks.report import table
-from benchmarks.results import Machine
-from benchmarks.server_process import Server, ServerConfig
-from benchmarks.targets import spread
+from benchmarks.serving.load import drive, summarize
+from benchmarks.serving.server_process import Server, ServerConfig
+from benchmarks.serving.wires import Request, Smolora
+from benchmarks.training.beside_report import Results, Round, markdown
 from server.client import Client
 from server.model.source import resolve_base
 from server.model.weights import load_base
@@ -44,18 +42,8 @@ WITHIN = 120.0  # seconds, for a job to get going
 POLL = 0.1
 
 
-@dataclass(frozen=True)
-class Round:
-    """Seconds and tokens per second of one round."""
-
-    alone: Figures  # the streams, with no job
-    beside: Figures  # the streams, with a job
-    job_alone: float  # the job's tokens per second, with no stream
-    job_beside: float
-
-
-def main(arguments: list[str] | None = None) -> list[Round]:
-    """Run it all; the rounds, which are printed and written too."""
+def main(arguments: list[str] | None = None) -> Results:
+    """Run it all; the results, which are printed and written too."""
     parser = command.parser("benchmarks.beside", "Measures serving while a job is trained, and the job.")
     parser.add_argument("--rounds", type=positive, default=3, help="each measures everything once")
     parser.add_argument("--streams", type=positive, default=4)
@@ -84,21 +72,21 @@ def main(arguments: list[str] | None = None) -> list[Round]:
                 job = f"{found.job_alone:.0f} → {found.job_beside:.0f} tokens/s"
                 say(f"round {number + 1}: ITL p50 {itl}, job {job}")
             server.stop()
-    machine = Machine.this(options.threads)
     work = (
         f"{Path(options.model).name} in {dtype}; {options.streams} streams, {options.tokens} new tokens each; "
-        f"a LoRA r=16 job on rows of {ROW_TOKENS} tokens; train share {options.train_share:g}; "
-        f"median of {options.rounds} rounds"
+        f"a LoRA r=16 job on rows of {ROW_TOKENS} tokens; train share {options.train_share:g}"
     )
-    document = {"machine": asdict(machine), "work": work, "rounds": list(map(asdict, rounds))}
-    command.write(options.out, "beside", document, _markdown(machine, work, rounds, quick=options.quick))
-    return rounds
+    made = Made.by("benchmarks.beside", arguments, quick=options.quick)
+    results = Results(made, Machine.this(options.threads), work, tuple(rounds))
+    command.write(options.out, "beside", results)
+    print(markdown(results))
+    return results
 
 
 def _round(url: str, prompts: PromptSource, options: argparse.Namespace) -> Round:
     def serve() -> Figures:
-        requests = [[Request(text, None, options.tokens)] for text in prompts.take(options.streams, PROMPT_TOKENS)]
-        return Figures.of(summarize(drive(url, requests)))
+        requests = [[Request(text, (), options.tokens)] for text in prompts.take(options.streams, PROMPT_TOKENS)]
+        return Figures.of(summarize(drive(url, Smolora(), requests)))
 
     with Client(url) as client:
         alone = serve()
@@ -182,36 +170,6 @@ def _worker(config: ServerConfig, train_share: float) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # a session of its own: itself and its child
             process.wait()
-
-
-def _markdown(machine: Machine, work: str, rounds: Sequence[Round], *, quick: bool) -> str:
-    alone, beside = [one.alone for one in rounds], [one.beside for one in rounds]
-
-    def row(title: str, without: Sequence[float], with_job: Sequence[float], form: str) -> tuple[str, ...]:
-        values = [form.format(percentile(values, 50)) for values in (without, with_job)]
-        return title, *values, spread(median_ratio(with_job, without), "×")
-
-    cells = [
-        row("ITL p50, ms", [one.itl_p50 * 1e3 for one in alone], [one.itl_p50 * 1e3 for one in beside], "{:.1f}"),
-        row("ITL p99, ms", [one.itl_p99 * 1e3 for one in alone], [one.itl_p99 * 1e3 for one in beside], "{:.1f}"),
-        row(
-            "output tokens/s",
-            [one.tokens_per_second for one in alone],
-            [one.tokens_per_second for one in beside],
-            "{:.1f}",
-        ),
-        row(
-            "the job's tokens/s",
-            [one.job_alone for one in rounds],
-            [one.job_beside for one in rounds],
-            "{:.0f}",
-        ),
-    ]
-    parts = [f"{machine}.", f"{work}."]
-    if quick:
-        parts.append("**A quick run, reduced: not to be compared with anything.**")
-    parts.append(table(("", "each alone", "both at once", "ratio"), cells))
-    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,16 +1,36 @@
-"""What the commands of the training benchmarks have in common: their flags, and how they say what they do."""
+"""What the commands of the benchmarks have in common: flags, saying what they do, and files of results."""
 
 import argparse
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from benchmarks.options import cores, positive
-from benchmarks.results import finite
+from pydantic import TypeAdapter
 
 Say = Callable[[str], None]
+T = TypeVar("T")
+
+QUICK = "**A quick run, reduced: not to be compared with anything.**"
+
+
+@dataclass(frozen=True)
+class Made:
+    """How results came to be."""
+
+    command: str
+    day: str  # of the end of the run
+    quick: bool
+
+    @classmethod
+    def by(cls, program: str, arguments: list[str] | None, *, quick: bool) -> "Made":
+        given = sys.argv[1:] if arguments is None else arguments
+        return cls(" ".join(["python -m", program, *given]), time.strftime("%Y-%m-%d"), quick)
 
 
 def parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -25,7 +45,7 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
         "--home", type=Path, default=Path("data"), help="whose converted base is used; made there if missing"
     )
     made.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where the results are written")
-    made.add_argument("--threads", type=positive, default=cores(), help="of torch")
+    made.add_argument("--threads", type=positive, default=cores(), help="of ours and of every peer")
     made.add_argument(
         "--quick", action="store_true", help="little of everything: shows that it works, measures nothing"
     )
@@ -42,8 +62,42 @@ def speaker() -> Say:
     return say
 
 
-def write(out: Path, name: str, document: object, report: str) -> None:
-    """NAME.json and NAME.md under `out`; the report is printed too."""
-    (out / f"{name}.json").write_text(json.dumps(finite(document), indent=2) + "\n", encoding="utf-8")
-    (out / f"{name}.md").write_text(report, encoding="utf-8")
-    print(report)
+def write(out: Path, name: str, results: object) -> None:
+    """NAME.json under `out`; a figure that could not be taken is null. It is whole or not there."""
+    document = finite(TypeAdapter(type(results)).dump_python(results, mode="python"))
+    unfinished = out / f".{name}.json"
+    unfinished.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
+    unfinished.replace(out / f"{name}.json")
+
+
+def read(out: Path, name: str, kind: type[T]) -> T | None:
+    """What `write` wrote, or None where there is nothing. ValidationError where it is of another shape."""
+    try:
+        text = (out / f"{name}.json").read_bytes()
+    except FileNotFoundError:
+        return None
+    return TypeAdapter(kind).validate_json(text)
+
+
+def finite(value: object) -> object:
+    """The value as JSON can hold it: what is no number is None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def positive(text: str) -> int:
+    """A number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

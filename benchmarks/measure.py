@@ -4,6 +4,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
+Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A number, or NaN where it could not be taken: null in JSON."""
 
 
 @dataclass(frozen=True)
@@ -15,17 +21,18 @@ class Run:
     first_token: tuple[float, ...]  # of each answer: from its request to its first token
     gaps: tuple[float, ...]  # between the tokens of an answer, of all answers
     texts: tuple[str, ...] = field(default=(), repr=False)
+    num_cached_tokens: int = 0  # of the prompts, that a cache of prefixes knew
 
 
 @dataclass(frozen=True)
 class Figures:
     """The figures of one run that are reported. Times are in seconds."""
 
-    tokens_per_second: float
-    ttft_p50: float
-    ttft_p99: float
-    itl_p50: float
-    itl_p99: float
+    tokens_per_second: Figure
+    ttft_p50: Figure
+    ttft_p99: Figure
+    itl_p50: Figure
+    itl_p99: Figure
 
     @classmethod
     def of(cls, run: Run) -> "Figures":
@@ -64,8 +71,12 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread | None:
-    """Of each round's ratio, so that a machine that drifts between rounds doesn't show; None without pairs."""
-    ratios = [above / below for above, below in zip(numerators, denominators, strict=False)]
+    """Of each round's ratio, so that a machine that drifts between rounds doesn't show; None without pairs.
+
+    A round that has no figure has no ratio.
+    """
+    pairs = zip(numerators, denominators, strict=False)
+    ratios = [above / below for above, below in pairs if math.isfinite(above) and math.isfinite(below)]
     return Spread.of(ratios) if ratios else None
 
 
@@ -81,8 +92,37 @@ def join(runs: Sequence[Run]) -> Run:
         _chain(run.first_token for run in runs),
         _chain(run.gaps for run in runs),
         tuple(chain.from_iterable(run.texts for run in runs)),
+        sum(run.num_cached_tokens for run in runs),
     )
 
 
 def _chain(parts: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
     return tuple(chain.from_iterable(parts))
+
+
+STUDENTS_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Its 97.5 % point by the number of values."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, and half of the interval that holds it in 95 % of cases; NaN of a single value."""
+
+    mean: float
+    half: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Interval":
+        mean = sum(values) / len(values)
+        if len(values) < 2:
+            return cls(mean, math.nan)
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+        return cls(mean, STUDENTS_T[len(values)] * deviation / math.sqrt(len(values)))
+
+    def text(self, form: str) -> str:
+        return form.format(self.mean) + ("" if math.isnan(self.half) else f" ± {form.format(self.half)}")
+
+
+def standard_error(share: float, count: int) -> float:
+    """Of a share found among `count` cases: sqrt(p (1 - p) / n)."""
+    return math.sqrt(share * (1 - share) / count)

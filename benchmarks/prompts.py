@@ -1,7 +1,7 @@
 """Prompts of an exact number of tokens, cut from the standard library's docstrings.
 
-No two of them begin alike, so a cache of prefixes can't help; all of a kind are equally long, so a peer that pads
-its batches loses nothing. The same interpreter and tokenizer give the same prompts.
+No two of them have a first block alike, so a cache of prefixes can't help; all of a kind are equally long, so a
+peer that pads its batches loses nothing. The same interpreter and tokenizer give the same prompts.
 """
 
 import ast
@@ -36,13 +36,14 @@ def library_text() -> str:
 class PromptSource:
     """Hands out each prompt once."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None, *, many: bool = False) -> None:
+        """`many`: thousands of them, which may share their first tokens, though never a block."""
         self._tokenizer = tokenizer
         self._words = (library_text() if text is None else text).split()
         self._starts = self._start_positions()
         self._used: set[tuple[int, ...]] = set()
         # A small vocabulary has too few first tokens; a block that differs will do.
-        self._num_distinct = 1 if len(tokenizer) > 10_000 else BLOCK_TOKENS // 2
+        self._num_distinct = 1 if len(tokenizer) > 10_000 and not many else BLOCK_TOKENS // 2
 
     def take(self, count: int, num_tokens: int) -> list[str]:
         """`count` new prompts that encode to `num_tokens` tokens each. ValueError where there are no more."""

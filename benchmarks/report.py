@@ -1,151 +1,197 @@
-"""The results for people: Markdown on the terminal and for the README, and a chart."""
-# ruff: noqa: RUF001
+"""Makes docs/benchmarks.md, its charts, and the README's figures: `python -m benchmarks.report`.
 
-import math
-from collections.abc import Sequence
+From what the benchmarks wrote under --out. What was not measured is said to be missing; a quick run is refused.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
-from benchmarks.many_adapters import summary
-from benchmarks.measure import median_ratio, percentile
-from benchmarks.results import BASE, BLENDS, LongPrompts, Results, Row
-from benchmarks.targets import OF_BASE, TIMES_P50, TIMES_PEER, Target, spread
+if not __package__:  # run by its path: what Python put first is this folder, not the checkout
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks import command
+from benchmarks.command import Made
+from benchmarks.measure import median_ratio
+from benchmarks.serving import report as serving
+from benchmarks.serving.results import Results as Serving
+from benchmarks.serving.targets import evaluate as serving_targets
+from benchmarks.training import adapters_report, beside_report, methods_report, train_report
+from benchmarks.training.peer import COMPILED, EAGER
+
+BEGIN, END = "<!-- figures: made by python -m benchmarks.report -->", "<!-- /figures -->"
+INTRODUCTION = """# Benchmarks
+
+Made by `python -m benchmarks.report` from the results of the commands below; nothing here is written by hand.
+
+To measure anew, on a machine that does nothing else: once `python -m benchmarks.peers make llama.cpp openvino`,
+then `python -m benchmarks.serve`, `.train`, `.methods`, `.adapters` and `.beside`, then this command.
+
+- Every figure is the median of its rounds, with the lowest and the highest beside it. A ratio is the median of the
+  rounds' own ratios: absolute figures drift between runs and machines.
+- All systems of a table were measured in one run, in turn, on the same weights, prompts or rows, and threads. A
+  peer gets every setting that we get, the allocator's included; where it isn't clear which setting suits it, both
+  are tried first and the faster one is taken.
+- Targets are ratios to a peer, or to ourselves. Those that are missed are shown, too.
+- ik_llama.cpp is no peer here, as no package brings it. Where it was measured by hand it was faster than llama.cpp
+  for one stream of quantized weights, and slower for many streams.
+"""
 
 
-def markdown(results: Results, targets: Sequence[Target]) -> str:
-    """Tables of loads and of targets, and lines on what no table holds."""
-    settings = results.settings
-    work = (
-        f"{settings.model} in {settings.dtype}; distinct prompts of {settings.prompt_tokens} tokens, "
-        f"{settings.max_tokens} new tokens, greedy, streamed over HTTP (PEFT: in process); adapters r=16 on all "
-        f"seven linear modules; {_rounds(settings.rounds)}, server and peer in turn"
+T = TypeVar("T")
+
+
+class _HasMade(Protocol):
+    @property
+    def made(self) -> Made: ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """What has been measured."""
+
+    serve: Serving | None
+    train: train_report.Results | None
+    methods: methods_report.Results | None
+    adapters: adapters_report.Results | None
+    beside: beside_report.Results | None
+
+    @classmethod
+    def read(cls, out: Path) -> "Found":
+        """SystemExit where a result is of a quick run."""
+        found = cls(
+            command.read(out, "serve", Serving),
+            command.read(out, "train", train_report.Results),
+            command.read(out, "methods", methods_report.Results),
+            command.read(out, "adapters", adapters_report.Results),
+            command.read(out, "beside", beside_report.Results),
+        )
+        every: tuple[_HasMade | None, ...] = (
+            found.serve,
+            found.train,
+            found.methods,
+            found.adapters,
+            found.beside,
+        )
+        if quick := [one.made.command for one in every if one is not None and one.made.quick]:
+            raise SystemExit(f"a quick run measures nothing and is published nowhere: {', '.join(quick)}")
+        return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write all of it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Makes docs/benchmarks.md.")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where the results are")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where benchmarks.md and the charts go")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="whose figures are replaced")
+    options = parser.parse_args(arguments)
+    found = Found.read(options.out)
+    text = page(found)
+    readme = with_figures(options.readme.read_text(encoding="utf-8"), figures(found))
+    charts(found, options.docs)
+    (options.docs / "benchmarks.md").write_text(text, encoding="utf-8")
+    options.readme.write_text(readme, encoding="utf-8")
+    print(f"wrote {options.docs / 'benchmarks.md'}, its charts and the figures of {options.readme}")
+
+
+def page(found: Found) -> str:
+    """docs/benchmarks.md."""
+    parts = [INTRODUCTION.strip()]
+    parts += _section("Serving", "serve", found.serve, serving.markdown, "Output tokens per second by load")
+    parts += _section("Training", "train", found.train, train_report.markdown, "Tokens per second and memory")
+    parts += _section(
+        "LoRA against full fine-tuning", "methods", found.methods, methods_report.markdown, "Methods compared"
     )
-    parts = [f"{results.machine}.", f"{work}."]
-    if settings.quick:
-        parts.append("**A quick run, reduced: not to be compared with anything.**")
-    if results.rows:
-        parts.append(_load_table(results))
-    parts.append(table(("target", "wanted", "measured", "reached"), [_target_cells(target) for target in targets]))
-    lines = _notes(results)
-    if lines:
-        parts.append("\n".join(f"- {line}" for line in lines))
+    parts += _section(
+        "Useful adapters", "adapters", found.adapters, adapters_report.markdown, "Accuracy of adapters"
+    )
+    parts += _section("Training beside serving", "beside", found.beside, beside_report.markdown, None)
     return "\n\n".join(parts) + "\n"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+def figures(found: Found) -> str:
+    """The README's: a table, a chart, and what training comes to in a few lines."""
+    parts = ["## How fast"]
+    if (serve := found.serve) is not None:
+        targets = [target for target in serving_targets(serve) if target.reached is not None]
+        reached = sum(bool(target.reached) for target in targets)
+        over = [facts.name for facts in serve.systems if facts.over_http]
+        settings = serve.settings
+        parts += [
+            f"Output tokens per second on {serve.machine.threads} threads of an {serve.machine.cpu}, no GPU; "
+            f"{settings.model} in {settings.dtype}, prompts of {settings.prompt_tokens} tokens, "
+            f"{settings.max_tokens} new tokens, adapters of rank 16 on all seven linear modules; median "
+            f"(lowest–highest) of {settings.rounds} rounds in turn. {', '.join(over)}: over HTTP, the client on "
+            "the same cores; the others in process.",
+            serving.speed_table(serve, serving.headlines(serve)),
+            "![Output tokens per second by load and system](docs/serve.png)",
+            f"{reached} of the {len(targets)} targets that were measured are reached. "
+            "[docs/benchmarks.md](docs/benchmarks.md) has them all, the missed ones too, with latencies, settings "
+            "and versions.",
+        ]
+    parts += ["## What training brings, and costs", "\n".join(f"- {line}" for line in _training_lines(found))]
+    parts.append("All of it, with intervals and what each was run with: [docs/benchmarks.md](docs/benchmarks.md).")
+    return "\n\n".join(parts)
 
 
-def chart(results: Results, path: Path) -> None:
-    """Output tokens per second of each load, ours and the peer's, as a PNG."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot
-
-    rows = results.rows
-    figure, axes = pyplot.subplots(figsize=(8, 0.55 * len(rows) + 1.4), layout="constrained")
-    ours_label, peer_label = "smolora, over HTTP", "transformers + PEFT"
-    for index, row in enumerate(rows):
-        first = index == 0
-        ours, peer = percentile(row.our_speed, 50), percentile(row.peer_speed, 50)
-        axes.barh(index - 0.2, ours, 0.38, color="#2a6f97", label=ours_label if first else None)
-        axes.text(ours, index - 0.2, f" {ours:.0f}", va="center", fontsize=8)
-        if not math.isnan(peer):
-            axes.barh(index + 0.2, peer, 0.38, color="#c9ada7", label=peer_label if first else None)
-            axes.text(peer, index + 0.2, f" {peer:.0f}", va="center", fontsize=8)
-        else:
-            cannot = row.load.kind == BLENDS and row.load.streams > 1
-            why = " PEFT can't" if cannot else " PEFT: not measured"
-            axes.text(0, index + 0.2, why, va="center", fontsize=8, color="#777777")
-    axes.set_yticks(range(len(rows)), [row.load.title for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("output tokens per second, all streams together")
-    axes.set_title(f"{results.settings.model}, {results.settings.dtype}; {results.machine.cpu}", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+def with_figures(readme: str, text: str) -> str:
+    """The README with its figures replaced. ValueError where its marks are missing."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the README has no {BEGIN} … {END}")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
-def _load_table(results: Results) -> str:
-    head = (
-        *("load", "smolora, tokens/s", "PEFT, tokens/s", TIMES_PEER, OF_BASE),
-        *("TTFT p50 / p99, ms", "ITL p50 / p99, ms", "PEFT: TTFT, ITL p50, ms"),
-    )
-    return table(head, [_load_cells(results, row) for row in results.rows])
+def charts(found: Found, docs: Path) -> None:
+    """A PNG for each part that has one."""
+    docs.mkdir(exist_ok=True)
+    if found.serve is not None and serving.headlines(found.serve):
+        serving.chart(found.serve, docs / "serve.png")
+    if found.train is not None:
+        train_report.chart(found.train, docs / "train.png")
+    if found.methods is not None:
+        methods_report.chart(found.methods, docs / "methods.png")
+    if found.adapters is not None:
+        adapters_report.chart(found.adapters, docs / "adapters.png")
 
 
-def _load_cells(results: Results, row: Row) -> list[str]:
-    base = results.row(row.load.streams, BASE)
-    of_base = None if base is None or base is row else median_ratio(row.our_speed, base.our_speed)
-    peer = "–"
-    if row.peer:
-        peer = f"{_ms([f.ttft_p50 for f in row.peer])}, {_ms([f.itl_p50 for f in row.peer])}"
-    return [
-        row.load.title,
-        _speed(row.our_speed),
-        _speed(row.peer_speed),
-        spread(median_ratio(row.our_speed, row.peer_speed), "×"),
-        spread(of_base, "").replace(" ", "") if of_base is not None else "–",
-        f"{_ms([f.ttft_p50 for f in row.ours])} / {_ms([f.ttft_p99 for f in row.ours])}",
-        f"{_ms([f.itl_p50 for f in row.ours])} / {_ms([f.itl_p99 for f in row.ours])}",
-        peer,
-    ]
+def _section(title: str, name: str, results: T | None, render: Callable[[T], str], chart: str | None) -> list[str]:
+    if results is None:
+        return [f"## {title}", f"Not measured yet: `python -m benchmarks.{name}`."]
+    image = [f"![{chart}]({name}.png)"] if chart else []
+    return [f"## {title}", render(results).strip(), *image]
 
 
-def _target_cells(target: Target) -> list[str]:
-    reached = {True: "yes", False: "**no**", None: "–"}[target.reached]
-    return [target.load, target.wanted, target.measured, reached]
+def _training_lines(found: Found) -> Iterator[str]:
+    if found.train is not None:
+        for row in found.train.rows:
+            ratios = [
+                f"{ratio.median:.2f} × ({ratio.low:.2f}–{ratio.high:.2f}) {name}"
+                for side, name in ((EAGER, "the eager peer"), (COMPILED, "the compiled one"))
+                if (ratio := median_ratio(row.speed(row.ours), row.speed(side))) is not None
+            ]
+            yield f"{row.work.title}: {' and '.join(ratios)} in tokens per second (transformers and PEFT)."
+    if found.methods is not None:
+        full, *lora = found.methods.compared
+        best = max(lora, key=lambda one: one.test_accuracy.mean)
+        yield (
+            f"Accuracy on {found.methods.counts[2]:,} held-out sentences of {found.methods.data}: full "
+            f"fine-tuning {full.test_accuracy.text('{:.3f}')}, {best.title} {best.test_accuracy.text('{:.3f}')} "
+            f"(95 % over {len(full.outcomes)} seeds)."
+        )
+    if found.adapters is not None:
+        base, blend = (found.adapters.scores[name] for name in (adapters_report.BASE, adapters_report.BLEND))
+        own = ", ".join(
+            f"{name} {found.adapters.scores[name][name].accuracy:.3f} (base {base[name].accuracy:.3f}, "
+            f"blend of all {blend[name].accuracy:.3f})"
+            for name in found.adapters.sizes
+        )
+        yield f"Accuracy of adapters on their own sets, standard errors of one to three points each: {own}."
 
 
-def _notes(results: Results) -> list[str]:
-    lines: list[str] = []
-    if (cold := results.cold) is not None:
-        line = f"Cold adapter: {_ms(cold.ours)} ms on the first request, {_ms(cold.queue)} ms of it in the queue"
-        if cold.load_adapter:
-            low = _ms(cold.load_adapter_low_memory)
-            line += f"; PEFT's load_adapter {_ms(cold.load_adapter)} ms, with low_cpu_mem_usage {low} ms"
-        lines.append(line + f" (medians of {len(cold.ours)}).")
-    if (long := results.long_prompts) is not None:
-        lines.append(_long_line(long))
-    if results.many is not None:
-        lines.append(summary(results.many))
-    if results.server_peak_rss is not None:
-        line = f"Peak RSS: server {results.server_peak_rss / 1e9:.2f} GB"
-        if results.peer_peak_rss is not None:
-            line += f", peer {results.peer_peak_rss / 1e9:.2f} GB (two copies of the base)"
-        lines.append(line + ".")
-    same = [f"{row.same_start:.0%} ({row.load.title})" for row in results.rows if row.same_start is not None]
-    if same:
-        lines.append(f"Answers that begin as the peer's do: {', '.join(same)}.")
-    cached = sum(row.cached_tokens for row in results.rows)
-    if results.rows:
-        lines.append(f"Prompt tokens that the prefix cache knew already: {cached}.")
-    return lines
-
-
-def _long_line(long: LongPrompts) -> str:
-    ratio = spread(median_ratio(long.itl_p99, long.itl_p50), TIMES_P50)
-    return (
-        f"{long.streams} running streams while a prompt of {long.prompt_tokens:,} tokens arrives "
-        f"every {long.every:g} s: "
-        f"ITL p50 {_ms(long.itl_p50)} ms, p99 {_ms(long.itl_p99)} ms ({ratio}); "
-        f"undisturbed p50 {_ms(long.quiet_p50)} ms, p99 {_ms(long.quiet_p99)} ms."
-    )
-
-
-def _speed(values: Sequence[float]) -> str:
-    return f"{percentile(values, 50):.1f}" if values else "–"
-
-
-def _ms(seconds: Sequence[float]) -> str:
-    milliseconds = percentile(seconds, 50) * 1e3
-    if math.isnan(milliseconds):
-        return "–"
-    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.1f}"
-
-
-def _rounds(count: int) -> str:
-    return f"median of {count} rounds" if count > 1 else "one round"
+if __name__ == "__main__":
+    main()

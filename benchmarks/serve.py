@@ -1,16 +1,16 @@
 """The serving benchmark: `python -m benchmarks.serve`, or `make bench`.
 
-Starts the real server, drives it over HTTP from this process, and runs transformers and PEFT on the same weights,
-prompts and threads in turn with it, never at once. Prints tables in Markdown and whether the targets are reached;
-writes serve.json, serve.md and serve.png. For figures that mean something the machine must be otherwise idle.
+Starts the real server, drives it over HTTP from this process, and runs what users would pick instead on the same
+weights, prompts and threads in turn with it, never at once. Prints tables in Markdown and whether the targets are
+reached; writes serve.json. For figures that mean something the machine must be otherwise idle.
 """
 
 import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 if not __package__:  # run by its path: what Python put first is this folder, not the checkout
@@ -19,108 +19,123 @@ if not __package__:  # run by its path: what Python put first is this folder, no
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks import many_adapters, report
-from benchmarks.adapter_files import RANK, Sizes, write_adapter
-from benchmarks.many_adapters import Many, ManyConfig
-from benchmarks.options import Options, parse
-from benchmarks.peers import Peer, PeerConfig
+from benchmarks import command
+from benchmarks.command import Made, Say
+from benchmarks.machine import Machine
+from benchmarks.peers.transformers_peft import TransformersPeft
 from benchmarks.prompts import PromptSource
-from benchmarks.results import Machine, Results, Settings, Start
-from benchmarks.rounds import Rounds
-from benchmarks.server_process import Server, ServerConfig, import_seconds
-from benchmarks.targets import evaluate
-from server.model.config import ModelConfig
+from benchmarks.serving import many_adapters, report
+from benchmarks.serving.adapter_files import RANK, Sizes, write_adapter
+from benchmarks.serving.line_up import Inputs, line_up
+from benchmarks.serving.many_adapters import Many, ManyConfig
+from benchmarks.serving.options import Options, parse
+from benchmarks.serving.own_parts import OwnParts
+from benchmarks.serving.results import Results, Settings, Start
+from benchmarks.serving.rounds import Rounds
+from benchmarks.serving.server_process import Server, ServerConfig, import_seconds
+from benchmarks.serving.systems import OurServer
 from server.model.export import export_hugging_face
 from server.model.rank_rows import RankRows
 from server.model.source import resolve_base
-from server.model.weights import load_base
+from server.model.weights import BaseModel, load_base
 
-LOG = "server.log"
+LOG = "serve.log"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Bases:
-    """One base three ways."""
+    """One base twice."""
 
     converted: Path  # the server's
-    hugging_face: Path  # the peer's: the same weights
-    config: ModelConfig
+    hugging_face: Path  # the peers': the same weights
+    base: BaseModel
 
 
 def main(arguments: list[str] | None = None) -> Results:
     """Run it all; the results, which are printed and written too."""
     options = parse(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left running
-    started = time.perf_counter()
-    say = _speaker(started)
+    say = command.speaker()
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / LOG).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=options.out) as scratch:
-        results = _measure(options, Path(scratch), say)
-    targets = evaluate(results)
-    text = report.markdown(results, targets)
-    results.write(options.out / "serve.json", [asdict(target) for target in targets])
-    (options.out / "serve.md").write_text(text, encoding="utf-8")
-    if results.rows:
-        report.chart(results, options.out / "serve.png")
-    say(f"done; {options.out} holds serve.json, serve.md and serve.png")
-    print(text)
+        results = _measure(
+            options, Path(scratch), Made.by("benchmarks.serve", arguments, quick=options.quick), say
+        )
+    command.write(options.out, "serve", results)
+    say(f"done; {options.out / 'serve.json'} holds what was found")
+    print(report.markdown(results))
     return results
 
 
-def _measure(options: Options, scratch: Path, say: Callable[[str], None]) -> Results:
+def _measure(options: Options, scratch: Path, made: Made, say: Say) -> Results:
     bases = _prepare(options, scratch, say)
     sizes = Sizes.read(bases.hugging_face)
-    prompts = PromptSource(AutoTokenizer.from_pretrained(bases.hugging_face, model_max_length=1 << 30))
-    name = Path(options.model).name
+    tokenizer = AutoTokenizer.from_pretrained(bases.hugging_face, model_max_length=1 << 30)
+    prompts = PromptSource(tokenizer)
     settings = Settings(
-        *(name, options.dtype, options.device, options.rounds, options.prompt_tokens, options.max_tokens),
-        quick=options.quick,
+        *(Path(options.model).name, options.dtype, options.device, options.rounds),
+        *(options.prompt_tokens, options.max_tokens),
+        bases.base.weights.num_parameters * DTYPES[options.dtype].itemsize,
     )
-    results = Results(Machine.this(options.threads), settings)
-    num_cold = options.cold * options.rounds
+    results = Results(made, Machine.this(options.threads), settings)
     # all have room: what the loads use must not be evicted by those that are measured cold
-    server_config = _server_config(options, bases, scratch / "home", options.num_adapters + num_cold)
+    server_config = _server_config(options, bases, scratch / "home", options.num_adapters + options.num_cold)
     if options.wants("start"):
         results.start = _starts(options, server_config, say)
-    if options.loads or any(map(options.wants, ("ttft", "cold", "long"))):
+    if options.in_rounds:
         say("writing adapters")
         directories = [
             write_adapter(scratch / f"adapter-{index}", sizes, seed=index)
-            for index in range(options.num_adapters + num_cold)
+            for index in range(options.num_adapters + options.num_cold)
         ]
-        with Server(server_config) as server:
-            if options.peer:
-                say("starting the peer")
-                with Peer(
-                    PeerConfig(bases.hugging_face, DTYPES[options.dtype], options.device, options.threads)
-                ) as peer:
-                    Rounds(options, sizes, prompts, directories, server, peer, say).run(results)
-                    results.peer_peak_rss = peer.stop()
-            else:
-                Rounds(options, sizes, prompts, directories, server, None, say).run(results)
-            server.stop()
-            results.server_peak_rss = server.peak_rss
+        adapters = {directory.name: directory for directory in directories[: options.num_adapters]}
+        inputs = Inputs(bases.hugging_face, DTYPES[options.dtype], adapters, prompts, scratch, options.out / LOG)
+        with ExitStack() as stack:
+            server = stack.enter_context(Server(server_config))
+            ours = OurServer(server, f"smolora {version('smolora')}")
+            stack.callback(ours.stop)
+            torch_config = replace(server_config, home=scratch / "torch-home", native=False)
+            peers, results.missing = line_up(options, inputs, torch_config, stack, say)
+            systems = [ours, *peers]
+            for system in systems:
+                if isinstance(system, OurServer):
+                    for name, directory in adapters.items():
+                        system.server.upload(name, directory)
+            peft = next((peer for peer in peers if isinstance(peer, TransformersPeft)), None)
+            own = OwnParts(
+                options,
+                sizes.max_positions,
+                prompts,
+                PromptSource(tokenizer, many=True),
+                directories[options.num_adapters :],
+                ours,
+                peft,
+                say,
+            )
+            Rounds(options, prompts, list(adapters), systems, own, say).run(results)
+            results.systems = [system.facts for system in systems]
+            results.peak_rss = {system.facts.name: system.peak_rss for system in systems}
     if options.wants("many"):
         results.many = _many(options, bases, sizes, prompts, scratch, say)
     return results
 
 
-def _prepare(options: Options, scratch: Path, say: Callable[[str], None]) -> Bases:
+def _prepare(options: Options, scratch: Path, say: Say) -> Bases:
     """The converted base, made the first time, and the same weights as a Hugging Face directory."""
     converted = resolve_base(options.model, options.home, progress=say)
     base = load_base(converted)
-    say("exporting the base for the peer")
+    say("exporting the base for the peers")
     export_hugging_face(base, scratch / "base", DTYPES[options.dtype])
-    return Bases(converted, scratch / "base", base.config)
+    return Bases(converted, scratch / "base", base)
 
 
 def _server_config(options: Options, bases: Bases, home: Path, num_resident: int) -> ServerConfig:
     """Of a server with room for so many adapters."""
     dtype, device = DTYPES[options.dtype], torch.device(options.device)
-    is_native = options.native and dtype is torch.bfloat16 and device.type == "cpu"
-    per_rank = RankRows.bytes_per_rank(bases.config.shape, dtype, device, is_native)
+    is_native = dtype is torch.bfloat16 and device.type == "cpu"
+    per_rank = RankRows.bytes_per_rank(bases.base.config.shape, dtype, device, is_native)
     return ServerConfig(
         home=home,
         base_dir=bases.converted.parent,
@@ -129,12 +144,11 @@ def _server_config(options: Options, bases: Bases, home: Path, num_resident: int
         device=options.device,
         threads=options.threads,
         log=options.out / LOG,
-        native=options.native,
         adapter_cache_bytes=max(num_resident * RANK * per_rank, 1 << 20),  # less is refused
     )
 
 
-def _starts(options: Options, config: ServerConfig, say: Callable[[str], None]) -> Start:
+def _starts(options: Options, config: ServerConfig, say: Say) -> Start:
     ready, imports = [], []
     for index in range(options.starts):
         say(f"start {index + 1} of {options.starts}")
@@ -145,14 +159,7 @@ def _starts(options: Options, config: ServerConfig, say: Callable[[str], None]) 
     return Start(tuple(ready), tuple(imports))
 
 
-def _many(
-    options: Options,
-    bases: Bases,
-    sizes: Sizes,
-    prompts: PromptSource,
-    scratch: Path,
-    say: Callable[[str], None],
-) -> Many:
+def _many(options: Options, bases: Bases, sizes: Sizes, prompts: PromptSource, scratch: Path, say: Say) -> Many:
     config = ManyConfig(
         *(options.registered, options.pool, options.zipf),
         *(options.many_streams, options.many_requests, options.many_rounds),
@@ -160,13 +167,6 @@ def _many(
     )
     server_config = _server_config(options, bases, scratch / "many-home", options.pool)
     return many_adapters.measure(config, server_config, sizes, prompts, scratch, say)
-
-
-def _speaker(started: float) -> Callable[[str], None]:
-    def say(line: str) -> None:
-        print(f"[{time.perf_counter() - started:6.1f} s] {line}", file=sys.stderr, flush=True)
-
-    return say
 
 
 if __name__ == "__main__":

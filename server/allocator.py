@@ -8,7 +8,7 @@ tokens takes 1.2 ms so, and 0.16 ms where freed blocks are kept.
 import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
-_KEEP_BYTES = 1 << 28  # no activation of a step is larger; bigger blocks are the caches', mapped once
+KEEP_BYTES = 1 << 28  # no activation of a step is larger; bigger blocks are the caches', mapped once
 _NEVER = -1  # a training step frees a gigabyte at its end, and the next one needs it again
 
 
@@ -18,4 +18,4 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # not glibc
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    return bool(mallopt(_M_MMAP_THRESHOLD, KEEP_BYTES) and mallopt(_M_TRIM_THRESHOLD, _NEVER))

@@ -11,10 +11,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  # pip would refuse; a checkout on
     sys.exit(f"smolora needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
 import logging
-import os
-import shutil
-import tempfile
-import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -29,15 +26,23 @@ from server.cli_adapters import group as adapters
 from server.cli_client import generate, jobs
 from server.cli_compare import compare
 from server.cli_doctor import doctor
+from server.cli_prune import prune
 from server.cli_train import train
-from server.config import DEFAULT_MODEL, Settings, is_loopback, load_settings, load_worker_settings
+from server.config import (
+    DEFAULT_MODEL,
+    Settings,
+    forget_keys,
+    hide_keys,
+    is_loopback,
+    load_settings,
+    load_worker_settings,
+)
 from server.errors import StartupError
+from server.home import make, prepare, serving
 
 SWITCH_INTERVAL = 0.0005
 """Seconds for which a thread may keep the GIL when another wants it. The engine's thread lets go of it in every
 kernel, and with Python's 5 ms would wait that long to get it back from the event loop, many times a step."""
-
-LEFTOVER_SECONDS = 3600.0
 
 app = typer.Typer(
     name="smolora",
@@ -84,7 +89,11 @@ def serve(
     ] = None,
     api_keys: Annotated[
         str | None,
-        typer.Option(help="Comma-separated keys, one of which every request must bring. Default: none needed."),
+        typer.Option(
+            help="Comma-separated keys, one of which every request must bring; @FILE reads them from a file. "
+            "Whoever watches may see a flag for a moment: better in the file or in SMOLORA_API_KEYS. "
+            "Default: none needed."
+        ),
     ] = None,
     allow_anonymous: Annotated[
         bool | None, typer.Option(help="Serve without keys off the loopback, too. Default: no.")
@@ -100,6 +109,12 @@ def serve(
     ] = None,
     native: Annotated[
         bool | None, typer.Option(help="Compute natively where this machine can. Default: yes.")
+    ] = None,
+    retain_jobs: Annotated[
+        float | None,
+        typer.Option(
+            help="Days after which ended jobs lose their rows, checkpoints, models and logs. Default: 0, never."
+        ),
     ] = None,
     allow_hub_adapters: Annotated[
         bool | None, typer.Option(help="Let clients import adapters from the Hugging Face hub. Default: no.")
@@ -128,8 +143,10 @@ def serve(
         train_share=train_share,
         train_memory=train_memory,
         native=native,
+        retain_jobs=retain_jobs,
         allow_hub_adapters=allow_hub_adapters,
     )
+    forget_keys()
     raise typer.Exit(_serve(settings))
 
 
@@ -169,7 +186,7 @@ def worker(
     raise typer.Exit(run_worker(settings, parent))
 
 
-for _command in (train, generate, compare, jobs, doctor):
+for _command in (train, generate, compare, jobs, doctor, prune):
     app.command()(_command)
 app.add_typer(adapters, name="adapters")
 
@@ -178,12 +195,20 @@ def _serve(settings: Settings) -> int:
     """Everything from the settings to the exit code."""
     sys.setswitchinterval(SWITCH_INTERVAL)
     keep_freed_memory()
-    _prepare_home(settings.home)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def say(line: str) -> None:
         console.print(f"smolora: {line}", markup=False)
 
+    if not make(settings.home):
+        say(f"{settings.home} is another user's, or open to others: they may read what is stored there")
+    with serving(settings.home):
+        prepare(settings.home)
+        return _serve_at(settings, say)
+
+
+def _serve_at(settings: Settings, say: Callable[[str], None]) -> int:
+    """The same, in a home that is ready and nobody else's."""
     bound = bind(settings.host, settings.port)
     say("loading libraries")
     from server.api import logs
@@ -214,32 +239,9 @@ def _serve(settings: Settings) -> int:
     return run(create_app(services), services.engine, bound, announce, supervisor, flag)
 
 
-def _prepare_home(home: Path) -> None:
-    """Make HOME, try writing there, and clear what killed processes left. Raises StartupError."""
-    scratch = home.absolute() / "tmp"
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=scratch) as probe:
-            probe.write(bytes(1 << 16))
-            probe.flush()
-            os.fsync(probe.fileno())
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StartupError(f"SMOLORA_HOME={home}: can't write there: {reason}; choose another --home") from None
-    from server.database import nobody_has_it_open
-
-    age = LEFTOVER_SECONDS
-    with suppress(StartupError), nobody_has_it_open(home):
-        age = 0.0  # no other server can be writing there
-    for leftover in scratch.glob("upload-*"):
-        if time.time() - leftover.stat().st_mtime >= age:
-            shutil.rmtree(leftover, ignore_errors=True)
-    # Uploads are spooled there, too: /tmp may be memory, or not writable at all.
-    tempfile.tempdir = str(scratch)
-
-
 def main() -> None:
     """The entry point of the `smolora` script."""
+    hide_keys()
     try:
         app()
     except StartupError as error:

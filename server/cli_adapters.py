@@ -5,7 +5,16 @@ from typing import Annotated, cast
 
 import typer
 
-from server.cli_client import DEFAULT_URL, JsonOption, KeyOption, UrlOption, adapters, connected, print_json
+from server.cli_client import (
+    DEFAULT_URL,
+    JsonOption,
+    KeyOption,
+    UrlOption,
+    adapters,
+    connected,
+    print_json,
+    print_warnings,
+)
 
 group = typer.Typer(invoke_without_command=True, help="List the adapters with their versions; or import one.")
 
@@ -51,5 +60,4 @@ def import_adapter(
         print_json(version)
         return
     typer.echo(f"{version['name']}@{version['version']}: rank {version['rank']}, digest {version['digest']}")
-    for warning in cast("list[str]", version["warnings"]):
-        typer.echo(f"smolora: {warning}", err=True)
+    print_warnings(cast("list[str]", version["warnings"]))

@@ -80,10 +80,13 @@ def generate(
         if as_json:
             print_json(client.generate(body))
             return
+        warnings: Sequence[str] = ()
         for event in client.stream(body):
             typer.echo(event.get("text", ""), nl=False)
             sys.stdout.flush()
+            warnings = cast("Sequence[str]", event.get("warnings", warnings))
         typer.echo()
+        print_warnings(warnings)
 
 
 def adapters(as_json: JsonOption = False, url: UrlOption = DEFAULT_URL, api_key: KeyOption = None) -> None:
@@ -120,6 +123,9 @@ def jobs(
     cancel: Annotated[bool, typer.Option("--cancel", help="End the job.")] = False,
     pause: Annotated[bool, typer.Option("--pause", help="Have it wait until it is resumed.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Let it go on.")] = False,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Remove the rows, checkpoints, model and log of one that has ended.")
+    ] = False,
     status: Annotated[str | None, typer.Option(help="Only jobs that are queued, running, paused, …")] = None,
     limit: Annotated[int, typer.Option(help="At most so many.")] = 20,
     as_json: JsonOption = False,
@@ -128,13 +134,15 @@ def jobs(
 ) -> None:
     """List training jobs, the newest first; or show, watch and steer one."""
     moves = [name for name, is_set in (("cancel", cancel), ("pause", pause), ("resume", resume)) if is_set]
-    if len(moves) > 1 or ((moves or follow) and job_id is None):
+    if len(moves) + delete > 1 or ((moves or follow or delete) and job_id is None):
         raise typer.BadParameter("give a job, and one thing to do with it")
     with connected(url, api_key) as client:
         if job_id is None:
             found = client.jobs(status, limit)
             print_json({"jobs": found}) if as_json else _show(_jobs_table(found))
             return
+        if delete:
+            client.remove_files(job_id)
         job = client.steer(job_id, moves[0]) if moves else client.job(job_id)
         if follow:
             from server.cli_train import watch
@@ -158,6 +166,12 @@ def number(value: object) -> str:
 def print_json(document: Document) -> None:
     """One document on standard output, and nothing else."""
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_warnings(texts: Sequence[str]) -> None:
+    """What the server says of the adapters, on standard error: each line once."""
+    for text in dict.fromkeys(texts):
+        typer.echo(f"smolora: {text}", err=True)
 
 
 def _jobs_table(jobs: Sequence[Document]) -> Table:

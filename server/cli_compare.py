@@ -21,6 +21,7 @@ from server.cli_client import (
     connected,
     given,
     print_json,
+    print_warnings,
     start_of,
 )
 
@@ -65,6 +66,7 @@ def compare(
     if score:
         console.print()
         console.print(_scores(results, score), width=width, crop=False)
+    print_warnings([text for result in results for text in cast("Sequence[str]", result["warnings"])])
 
 
 def _beside(results: Sequence[Mapping[str, object]]) -> Table:

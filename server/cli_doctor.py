@@ -38,6 +38,8 @@ def doctor(
     else:
         for line in rebuilt.lines() if rebuilt else ():
             typer.echo(line)
+        if found.database is not None:
+            typer.echo(f"database: {found.database}")
         for finding in found.findings:
             typer.echo(f"{finding.about}: {finding.message}")
         verdict = "sound" if found.is_sound else f"{len(found.findings)} findings"

@@ -118,6 +118,11 @@ class Client:
         """`cancel`, `pause` or `resume` the job; how it stands then."""
         return self._json("POST", _path("train", job_id, move))
 
+    def remove_files(self, job_id: str) -> None:
+        """Remove an ended job's rows, checkpoints, model and log."""
+        with self._open("DELETE", _path("train", job_id)) as response:
+            response.read()
+
     def events(self, job_id: str, after: int = 0) -> Iterator[Document]:
         """The job's events as they happen, until it has ended. A connection that breaks is made again."""
         last, num_failures = after, 0

@@ -6,6 +6,8 @@ where the hardware is known (`server.model`, `server.engine`).
 """
 
 import ipaddress
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
@@ -19,6 +21,7 @@ PREFIX = "SMOLORA_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 _TRAIN_MEMORY = 0.5  # beside a server
+_KEY_FLAGS = {"--api-keys": f"{PREFIX}API_KEYS", "--api-key": f"{PREFIX}API_KEY"}  # a server's, and a client's
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Flag = str | int | float | bool | Path | None
@@ -56,6 +59,7 @@ class Settings(WorkerSettings):
     api_keys: Annotated[tuple[str, ...], NoDecode] = ()
     allow_anonymous: bool = False
     workers: int = Field(1, ge=0, le=64)
+    retain_jobs: float = Field(0.0, ge=0, le=36_500)  # days for which ended jobs keep their files; 0: for good
     allow_hub_adapters: bool = False  # POST /adapters/{name}/import may fetch from the hub
 
     @property
@@ -72,10 +76,19 @@ class Settings(WorkerSettings):
     @field_validator("api_keys", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
-        """Commas separate keys; blanks around them don't count."""
-        if isinstance(value, str):
-            return tuple(key for part in value.split(",") if (key := part.strip()))
-        return value
+        """Commas separate keys, in a file lines as well; blanks around them don't count."""
+        if not isinstance(value, str):
+            return value
+        if not value.startswith("@"):
+            return _keys_in(value)
+        try:
+            keys = _keys_in(Path(value[1:]).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise ValueError(f"can't read the file {value[1:]}: {reason}") from None
+        if not keys:
+            raise ValueError(f"the file {value[1:]} has no keys")
+        return keys
 
     @field_validator("api_keys", mode="after")
     @classmethod
@@ -92,6 +105,10 @@ class Settings(WorkerSettings):
                 f"or {PREFIX}ALLOW_ANONYMOUS=1 (--allow-anonymous) to serve without keys"
             )
         return self
+
+
+def _keys_in(text: str) -> tuple[str, ...]:
+    return tuple(key for part in text.replace("\n", ",").split(",") if (key := part.strip()))
 
 
 _Settings = TypeVar("_Settings", bound=WorkerSettings)
@@ -115,6 +132,32 @@ def load_settings(**flags: Flag) -> Settings:
 def load_worker_settings(**flags: Flag) -> WorkerSettings:
     """As `load_settings`."""
     return _load(WorkerSettings, flags)
+
+
+def hide_keys() -> None:
+    """Start this program anew, where it was given keys as flags, with them in its environment instead.
+
+    A command line is shown to every user of the machine, by `ps`; an environment to the process's own user alone.
+    """
+    kept, moved = [sys.executable], dict[str, str]()
+    arguments = iter(sys.orig_argv[1:])
+    for argument in arguments:
+        flag, has_value, value = argument.partition("=")
+        given = value if has_value else None
+        if argument == "--":
+            kept += [argument, *arguments]
+        elif flag in _KEY_FLAGS and (given is not None or (given := next(arguments, None)) is not None):
+            moved[_KEY_FLAGS[flag]] = given
+        else:
+            kept.append(argument)
+    if moved:
+        os.execve(sys.executable, kept, {**os.environ, **moved})  # noqa: S606 it is this program
+
+
+def forget_keys() -> None:
+    """Take them out of the environment, once the settings have been read: no child process gets them."""
+    for name in _KEY_FLAGS.values():
+        os.environ.pop(name, None)
 
 
 def to_flags(settings: WorkerSettings) -> list[str]:

@@ -1,56 +1,67 @@
 """The database under HOME: one SQLite file, brought up to date whenever it is opened.
 
-Every committed write survives a power cut (WAL, synchronous=FULL), readers never wait for writers, and a writer
-waits for another one up to `BUSY_SECONDS`. A transaction takes the write lock as it begins, so that it can't
-fail halfway because another process wrote meanwhile. Single reads run without a transaction (isolation level
-AUTOCOMMIT) and take no lock. Which tables there are is said in `server.migrations`.
+Every committed write survives a power cut (synchronous=FULL), and a writer waits for another one up to
+`BUSY_SECONDS`. A transaction takes the write lock as it begins, so that it can't fail halfway because another
+process wrote meanwhile. Single reads run without a transaction (isolation level AUTOCOMMIT): with a write-ahead
+log they wait for nobody, with a rollback journal for the moment in which somebody commits. Which of the two it is,
+`server.sqlite` says; which tables there are, `server.migrations`.
 """
 
 import fcntl
+import logging
 import os
-import sqlite3
 import weakref
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from server.errors import StartupError
+from server.home import make
+from server.sqlite import Build, JournalMode, driver, safe_journal_mode
+
+if TYPE_CHECKING:
+    import sqlite3
 
 FILE_NAME = "smolora.db"
 LOCK_NAME = "smolora.db.lock"
 USERS_NAME = "smolora.db.users"  # locked by every process that has the database open, for as long as it has
 BUSY_SECONDS = 15
 
+log = logging.getLogger("smolora.database")
 
-def connect(home: Path) -> sa.Engine:
+
+def connect(home: Path, journal_mode: JournalMode | None = None) -> sa.Engine:
     """The database in `home`, which is made if need be, with all migrations run. Thread-safe; see SQLAlchemy.
 
-    Raises StartupError where the file can't be opened, or was written by a newer smolora.
+    Who opens it alone chooses its journal, by default one that is safe with the driver; all
+    others go by that. Raises StartupError where the file can't be opened, or was written by a newer smolora.
     """
     path = home / FILE_NAME
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StartupError(f"can't make the folder {home}: {error.strerror}") from error
+    make(home)
     url = sa.URL.create("sqlite", database=str(path.absolute()))
-    engine = sa.create_engine(url, connect_args={"timeout": BUSY_SECONDS}, pool_size=16)
+    engine = sa.create_engine(url, module=driver, connect_args={"timeout": BUSY_SECONDS}, pool_size=16)
     sa.event.listen(engine, "connect", _configure)
     sa.event.listen(engine, "begin", _begin)
     try:
         users = os.open(home / USERS_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         unused = weakref.finalize(engine, os.close, users)
         sa.event.listen(engine, "engine_disposed", lambda _: unused())
-        fcntl.flock(users, fcntl.LOCK_SH)
         with open(home / LOCK_NAME, "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two who turn one new file to WAL at once would both fail
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time gets this far
+            fcntl.flock(users, fcntl.LOCK_SH)
+            if _is_alone(users):
+                _set_journal_mode(engine, journal_mode or safe_journal_mode(driver.sqlite_version_info))
             migrate(engine)
+        if not (build := build_of(engine)).is_sound:
+            log.warning("%s", build)
     except CommandError as error:
         engine.dispose()
         raise StartupError(f"{path} was written by a newer version of smolora ({error})") from error
@@ -61,18 +72,25 @@ def connect(home: Path) -> sa.Engine:
     return engine
 
 
+def build_of(engine: sa.Engine) -> Build:
+    """What drives the database."""
+    with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
+    return Build(driver.sqlite_version, str(mode))
+
+
 def faults(home: Path) -> list[str]:
     """What is wrong with the file itself, however it is filled; nothing where it is sound. Changes nothing."""
     path = home / FILE_NAME
     if not path.exists():
         return ["is missing"]
     try:
-        with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
+        with closing(driver.connect(path, timeout=BUSY_SECONDS)) as connection:
             found = [str(line) for (line,) in connection.execute("PRAGMA integrity_check(20)") if line != "ok"]
             for table, row, parent, _ in connection.execute("PRAGMA foreign_key_check"):
                 found.append(f"row {row} of {table} refers to what {parent} doesn't have")
             connection.execute("SELECT version_num FROM alembic_version")
-    except sqlite3.Error as error:
+    except driver.Error as error:
         return [str(error)]
     return found
 
@@ -97,7 +115,7 @@ def set_aside(home: Path) -> list[str]:
     while (home / f"{FILE_NAME}.damaged-{number}").exists():
         number += 1
     moved = []
-    for suffix in ("", "-wal", "-shm"):
+    for suffix in ("", "-wal", "-shm", "-journal"):
         if (path := home / f"{FILE_NAME}{suffix}").exists():
             path.rename(home / f"{FILE_NAME}.damaged-{number}{suffix}")
             moved.append(f"{FILE_NAME}.damaged-{number}{suffix}")
@@ -113,11 +131,31 @@ def migrate(engine: sa.Engine) -> None:
         command.upgrade(config, "head")
 
 
-def _configure(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:
-    """Sets what SQLite keeps for each connection; the first one of all turns the file to WAL, for good."""
+def _is_alone(users: int) -> bool:
+    """Whether nobody else has the database open, by the lock that all its users share; this one goes on to."""
+    try:
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        fcntl.flock(users, fcntl.LOCK_SH)
+    return True
+
+
+def _set_journal_mode(engine: sa.Engine, mode: JournalMode) -> None:
+    """Turns the file to that journal, unless a stranger, who takes no lock of ours, has it open."""
+    with (
+        suppress(OperationalError),
+        engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection,
+    ):
+        connection.exec_driver_sql(f"PRAGMA journal_mode={mode}")
+
+
+def _configure(connection: "sqlite3.Connection", _: ConnectionPoolEntry) -> None:
+    """Sets what SQLite keeps for each connection."""
     connection.isolation_level = None  # Python's sqlite3 must not begin transactions of its own
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

@@ -13,8 +13,9 @@ from adapters.catalog_recovery import Recovered
 from adapters.errors import CorruptAdapter
 from adapters.records import Records
 from adapters.store import AdapterStore
-from server.database import connect, faults, nobody_has_it_open, set_aside
+from server.database import build_of, connect, faults, nobody_has_it_open, set_aside
 from server.errors import StartupError
+from server.home import serving
 from server.training.jobs import Jobs
 
 _TAKES = "the server's next start removes it"
@@ -36,6 +37,7 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     num_versions: int
     num_adapters: int  # directories with bytes, whose digests were computed anew
+    database: str | None  # the release of SQLite and its kind of journal; None where it couldn't be opened
 
     @property
     def is_sound(self) -> bool:
@@ -73,8 +75,10 @@ def examine(home: Path) -> Diagnosis:
     findings = [Finding("database", fault) for fault in faults(home)]
     damaged = _damaged(store)
     versions: list[Version] = []
+    database = None
     if not findings:
         engine = connect(home)
+        database = str(build_of(engine))
         catalog, jobs = Catalog(engine), Jobs(engine)
         versions = [version for adapter in catalog.list() for version in adapter.versions]
         stored = set(store.digests())
@@ -92,12 +96,17 @@ def examine(home: Path) -> Diagnosis:
     findings += [
         Finding(f"adapters/{name}", f"left by a process that was killed; {_TAKES}") for name in store.leftovers()
     ]
-    return Diagnosis(tuple(findings), len(versions), len(store.digests()))
+    return Diagnosis(tuple(findings), len(versions), len(store.digests()), database)
 
 
 def rebuild(home: Path) -> Rebuilt:
     """Make the catalog anew from the directories, where that is needed. Raises StartupError."""
     _check_home(home)
+    with serving(home):  # so that no server starts meanwhile
+        return _rebuild(home)
+
+
+def _rebuild(home: Path) -> Rebuilt:
     with nobody_has_it_open(home):
         is_new = bool(faults(home))
         moved = set_aside(home) if is_new else []
@@ -105,7 +114,7 @@ def rebuild(home: Path) -> Rebuilt:
     damaged = _damaged(store)
     whole = set(store.digests()) - damaged.keys()
     engine = connect(home)
-    found = Catalog(engine, records).recover(whole.__contains__, Jobs(engine).is_unfinished)
+    found = Catalog(engine, records).recover(whole.__contains__, Jobs(engine).is_known)
     lost_jobs = {version.job_id for version in records.read().versions if version.job_id is not None}
     lost_jobs |= {path.name for path in (home / "jobs").glob("job-*/")}
     engine.dispose()

@@ -4,9 +4,9 @@
     ├── TryAgain                   refused now, welcome later; has `retry_after`
     │   ├── QueueFull              as many requests wait as may (HTTP 429)
     │   └── Unavailable            nothing can be served now (HTTP 503)
-    │       ├── NotReady           the model isn't loaded, or the engine makes no progress
+    │       ├── NotReady           the model isn't loaded yet
     │       ├── Draining           the process is about to end
-    │       └── EngineDead         the engine can't go on; the process will exit
+    │       └── EngineDead         the engine has failed, or hangs; the process will exit
     ├── GenerationFailed           a step failed under this request; others go on (HTTP 500)
     ├── PayloadTooLarge            the body is bigger than it may be (HTTP 413)
     ├── Unauthorized               no valid API key (HTTP 401)
@@ -43,7 +43,7 @@ class Unavailable(TryAgain):
 
 
 class NotReady(Unavailable):
-    """The model isn't loaded yet, or the engine makes no progress."""
+    """The model isn't loaded yet."""
 
     default_message = "the server is not ready"
 

@@ -1,15 +1,22 @@
-"""The native code for tests: compiled once into the cache, or the reason to skip; and what it is compared with."""
+"""The native code for tests: compiled once into the cache, or the reason to skip; and what it is compared with.
+
+Every test that a machine may be too old for asks here. REQUIRE_NATIVE=1 says that this one isn't: what would be
+skipped fails.
+"""
 
 import ctypes
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 
 from server.model.native.library import NativeUnavailable, library_name, load_library
 from server.model.native.model import NativeModel
+from server.model.ops.linear import can_pack
 from server.model.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights
 from tests.conftest import CACHE
 
@@ -30,21 +37,48 @@ SHAPES: Mapping[str, tuple[str, Mapping[str, object]]] = {
 """Architectures and options of tiny bases that the native code covers."""
 
 
+def is_required() -> bool:
+    """Whether this machine is known to have what native code needs."""
+    return os.environ.get("REQUIRE_NATIVE") == "1"
+
+
+def give_up(reason: object) -> NoReturn:
+    """Skip the test; fail it where nothing may be skipped."""
+    if is_required():
+        pytest.fail(f"REQUIRE_NATIVE=1, but {reason}")
+    pytest.skip(f"nothing native here: {reason}")
+
+
 def native_library() -> ctypes.CDLL:
-    """Skips the test where this machine has none."""
+    """Gives the test up where this machine has none."""
     try:
         return load_library([CACHE / "native"])
     except NativeUnavailable as reason:
-        pytest.skip(f"nothing native here: {reason}")
+        give_up(reason)
+
+
+def needs_packed_products() -> None:
+    """Give the test up where torch has no product of packed 16-bit weights."""
+    if not can_pack(torch.zeros(1, 1, dtype=torch.bfloat16)):
+        give_up("this processor or build of torch can't pack weights")
+
+
+def has_native() -> bool:
+    """Whether native code runs on this machine. Raises NativeUnavailable where it must."""
+    try:
+        load_library([CACHE / "native"])
+    except NativeUnavailable:
+        if is_required():
+            raise
+        return False
+    return True
 
 
 def lend_native(home: Path) -> None:
     """Put the compiled library, where there can be one, under a server's HOME: it needn't compile it again."""
-    try:
-        load_library([CACHE / "native"])
-    except NativeUnavailable:
+    if not has_native():
         return
-    (home / "native").mkdir(exist_ok=True)
+    (home / "native").mkdir(mode=0o755, exist_ok=True)  # others may not write there, whatever the umask
     if not (home / "native" / library_name()).exists():
         shutil.copy2(CACHE / "native" / library_name(), home / "native")
 

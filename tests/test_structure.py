@@ -12,7 +12,15 @@ MAX_LINES = 300
 
 LAYERS = [
     ("adapters",),
-    ("server.allocator", "server.config", "server.database", "server.errors", "server.migrations"),
+    (
+        "server.allocator",
+        "server.config",
+        "server.database",
+        "server.errors",
+        "server.home",
+        "server.migrations",
+        "server.sqlite",
+    ),
     ("server.model",),
     ("server.engine", "server.training"),
     ("server.metrics",),
@@ -24,6 +32,7 @@ LAYERS = [
         "server.cli_client",
         "server.cli_compare",
         "server.cli_doctor",
+        "server.cli_prune",
         "server.cli_train",
     ),
 ]
@@ -32,12 +41,14 @@ LAYERS = [
 ONLY_IN = {
     "fastapi": ("server.api",),
     "starlette": ("server.api",),
+    "python_multipart": ("server.api",),
     "typer": (
         "server.cli",
         "server.cli_adapters",
         "server.cli_client",
         "server.cli_compare",
         "server.cli_doctor",
+        "server.cli_prune",
         "server.cli_train",
     ),
     "prometheus_client": ("server.metrics", "server.api"),
@@ -55,7 +66,8 @@ ONLY_IN = {
         "adapters.catalog_writes",
     ),
     "alembic": ("server.database", "server.migrations"),
-    "sqlite3": ("server.database",),
+    "sqlite3": ("server.database", "server.sqlite"),
+    "pysqlite3": ("server.sqlite",),
     "pydantic": ("server.api", "server.config", "server.training.documents"),
     "pydantic_settings": ("server.config",),
     "transformers": ("server.model",),

@@ -50,6 +50,9 @@ TINY: dict[str, object] = {
 }
 """The default sizes; keys are those of a Hugging Face config."""
 
+NATIVE_SIZES: Mapping[str, object] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+"""On top of the default sizes: those of a base that native code covers, as its default path has it."""
+
 
 def save_tiny_base(
     directory: Path, architecture: str = "llama", options: Mapping[str, object] | None = None, seed: int = 0

@@ -113,6 +113,7 @@ def _head(generation: Generation, model: str) -> dict[str, object]:
             for part in generation.parts
         ],
         "seed": generation.request.sampling.seed,
+        "warnings": list(generation.warnings),
     }
 
 

@@ -1,5 +1,6 @@
 """The ASGI application, from services that exist already; importing or building it touches nothing outside."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -10,9 +11,11 @@ from starlette.middleware import Middleware
 from server import __version__
 from server.api import documents, faults
 from server.api.deps import Services
+from server.api.housekeeping import keep_house
 from server.api.middleware import BodyLimit, Keys, RequestContext
 from server.api.openai.router import router as openai
 from server.api.routes import adapters, aliases, compare, compositions, datasets, generate, health, imports, train
+from server.training.retention import Retention
 
 _DESCRIPTION = """One frozen SmolLM, any LoRA adapter per request: versioned, weighted and composed, never merged.
 
@@ -26,9 +29,12 @@ def create_app(services: Services) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services.engine.start()
         services.guidance.start()
+        retention = Retention(services.settings.home, services.jobs)
+        housekeeping = asyncio.create_task(keep_house(retention, services.settings.retain_jobs))
         try:
             yield
         finally:
+            housekeeping.cancel()
             await services.engine.stop()
             await to_thread.run_sync(services.guidance.close)
 
@@ -40,7 +46,7 @@ def create_app(services: Services) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
-            Middleware(RequestContext),
+            Middleware(RequestContext, home=services.settings.home),
             Middleware(Keys, keys=services.settings.api_keys),
             Middleware(BodyLimit),
         ],

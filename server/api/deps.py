@@ -7,6 +7,7 @@ from typing import Annotated, Protocol, cast
 from fastapi import Depends, Header, Request
 
 from server.api.estimate import Estimator
+from server.api.job_feeds import JobFeeds
 from server.api.library import Library
 from server.api.submission import Submissions
 from server.config import Settings
@@ -41,6 +42,8 @@ class EngineClient(Protocol):
     @property
     def dead(self) -> bool: ...
     @property
+    def hung(self) -> bool: ...
+    @property
     def num_in_flight(self) -> int: ...
     @property
     def stats(self) -> EngineStats: ...
@@ -62,6 +65,7 @@ class Services:
     base_name: str
     max_model_len: int
     jobs: Jobs
+    feeds: JobFeeds
     datasets: DatasetStore
     files: FileStore
     submissions: Submissions

@@ -18,17 +18,21 @@ REFUSALS = _problems(
     {
         401: "No valid key",
         404: "Unknown adapter or version",
+        409: "An adapter was made for a base of other shapes",
         413: "The body is too large",
         422: "A bad field; `errors[].loc` ends in its name",
         429: "The queue is full; see `Retry-After`",
         503: "Not ready, draining, or the engine is dead; see `Retry-After`",
     }
 )
+FULL_DISK = _problems({503: "The disk is full; see `Retry-After`"})
+"""Of whatever writes."""
 LOOKUPS = _problems({401: "No valid key", 404: "Unknown adapter or version", 422: "A bad field"})
-DELETES = {**LOOKUPS, **_problems({409: "An alias, a composition or a job holds it; `detail` names them"})}
+ALIASES = {**LOOKUPS, **FULL_DISK}
+DELETES = {**ALIASES, **_problems({409: "An alias, a composition or a job holds it; `detail` names them"})}
 DOWNLOADS = {**LOOKUPS, **_problems({409: "A composition has no weights of its own"})}
-UNALIASES = {**LOOKUPS, **_problems({409: "`latest` can only be moved"})}
-UPLOADS = _problems(
+UNALIASES = {**ALIASES, **_problems({409: "`latest` can only be moved"})}
+UPLOADS = FULL_DISK | _problems(
     {
         401: "No valid key",
         409: "A composition has the name",
@@ -42,40 +46,41 @@ IMPORTS = {
         {
             403: "Imports from the hub are not allowed: see `SMOLORA_ALLOW_HUB_ADAPTERS`",
             404: "The hub has no such repository, revision or file",
-            503: "The hub can't be reached; see `Retry-After`",
+            503: "The hub can't be reached, or the disk is full; see `Retry-After`",
         }
     ),
 }
-COMPOSITIONS = _problems(
+COMPOSITIONS = FULL_DISK | _problems(
     {
         401: "No valid key",
         404: "Unknown adapter or version in the expression",
-        409: "An adapter has the name; for a merge, a composition has",
+        409: "An adapter has the name (for a merge: a composition), or a part was made for a base of other shapes",
         422: "A bad field; `errors[].loc` ends in its name",
         429: "Too many jobs haven't ended; see `Retry-After`",
     }
 )
-SUBMISSIONS = _problems(
+SUBMISSIONS = FULL_DISK | _problems(
     {
         401: "No valid key",
         404: "Unknown data set, or unknown adapter in `start_from`",
+        409: "A composition has the name, or `start_from` (or the latest to improve) is of another base's shapes",
         413: "The body is too large: larger data goes through POST /datasets",
         422: "A bad field or row; `errors[].loc` ends in its name",
         429: "Too many jobs haven't ended; see `Retry-After`",
-        503: "The disk is full; see `Retry-After`",
     }
 )
 JOB_LOOKUPS = _problems({401: "No valid key", 404: "Unknown job", 422: "A bad field"})
-JOB_MOVES = _problems(
+JOB_RESULTS = _problems(
     {401: "No valid key", 404: "Unknown job, or it left no such thing", 409: "Not in the job's status"}
 )
+JOB_MOVES = {**JOB_RESULTS, **FULL_DISK}
+JOB_REMOVALS = FULL_DISK | _problems({401: "No valid key", 404: "Unknown job", 409: "The job hasn't ended"})
 DATASETS = _problems({401: "No valid key", 404: "Unknown data set", 409: "A job that hasn't ended needs it"})
-DATASET_UPLOADS = _problems(
+DATASET_UPLOADS = FULL_DISK | _problems(
     {
         401: "No valid key",
         413: "The file is too large",
         422: "Bad lines; `errors[].loc` is file, line, field",
-        503: "The disk is full; see `Retry-After`",
     }
 )
 

@@ -36,6 +36,7 @@ class Generation:
     def __init__(self, request: GenerationRequest, lease: Lease, stream: OutputStream, metrics: Metrics) -> None:
         self.request = request
         self.parts = lease.parts
+        self.warnings = lease.warnings
         self._lease = lease
         self._stream = stream
         self._metrics = metrics

@@ -1,24 +1,16 @@
-"""How jobs, their events, dry runs and data sets look as JSON, and events as they happen."""
+"""How jobs, their events, dry runs and data sets look as JSON."""
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
-from anyio import to_thread
-
-from server.api import wire
 from server.api.estimate import Estimate
 from server.api.submission import Prepared
 from server.training.datasets import Dataset
 from server.training.encoding import preview
 from server.training.job_data import JobData
-from server.training.jobs import Event, Job, Jobs, Status
+from server.training.jobs import Event, Job
 from server.training.merge_spec import Spec
 
-KEEP_ALIVE_SECONDS = 15.0
-_POLL_SECONDS = 0.3
-_EVENTS_AT_ONCE = 500
 _PREVIEWED_ROWS = 3
 _PREVIEWED_TOKENS = 200
 
@@ -54,6 +46,7 @@ def job_document(job: Job) -> dict[str, object]:
         "created_at": job.created_at.isoformat(),
         "started_at": None if job.started_at is None else job.started_at.isoformat(),
         "finished_at": None if job.finished_at is None else job.finished_at.isoformat(),
+        "files_removed_at": None if job.files_removed_at is None else job.files_removed_at.isoformat(),
         "config": _config(job.spec, job.data.get("source")),
         "data": _rows(job.data) if job.kind == "train" else None,
         "attempt": job.attempt,
@@ -72,6 +65,7 @@ def dry_run_document(
         "estimate": asdict(estimate),
         "preview": _preview(prepared.data, decode),
         "config": _config(prepared.spec, prepared.source),
+        "warnings": list(prepared.warnings),
     }
 
 
@@ -98,40 +92,6 @@ def event_document(event: Event) -> dict[str, object]:
         "message": event.message,
         "data": event.data,
     }
-
-
-async def follow(
-    jobs: Jobs,
-    job_id: str,
-    after: int,
-    is_ending: Callable[[], bool] = lambda: False,
-    poll: float = _POLL_SECONDS,
-    keep_alive: float = KEEP_ALIVE_SECONDS,
-) -> AsyncIterator[bytes]:
-    """Server-sent events: those after `after`, then what happens until the job or the server ends.
-
-    `poll` and `keep_alive` are seconds.
-    """
-
-    def look(after: int) -> tuple[Status, list[Event]]:
-        # the status first: what has ended then has no event that isn't read now
-        return jobs.get(job_id).status, jobs.events(job_id, after, _EVENTS_AT_ONCE)
-
-    yield b": the job's events\n\n"  # so that headers don't wait for the first of them
-    sent_at = time.monotonic()
-    while True:
-        status, found = await to_thread.run_sync(look, after)
-        for event in found:
-            yield b"id: %d\n" % event.seq + wire.event(event_document(event))
-            after, sent_at = event.seq, time.monotonic()
-        if len(found) == _EVENTS_AT_ONCE:
-            continue
-        if status.has_ended or is_ending():
-            return
-        if time.monotonic() - sent_at >= keep_alive:
-            yield b": still there\n\n"
-            sent_at = time.monotonic()
-        await asyncio.sleep(poll)
 
 
 def _config(spec: Spec, source: object) -> dict[str, object]:

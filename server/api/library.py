@@ -6,9 +6,11 @@ bytes has them, until they let go. Everything may block on disk: call it in a th
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import BinaryIO
 
 from adapters import peft_format
 from adapters.catalog import Adapter, Catalog, Kind, Part, Version
@@ -17,13 +19,21 @@ from adapters.errors import Conflict, InvalidInput
 from adapters.expression import BASE, Term, valid_name
 from adapters.lora import BaseShape, LoraConfig
 from adapters.store import AdapterStore
+from adapters.versions import gather
+from server.api.base_match import ServedBase
+
+_MAX_FITS = 10_000
 
 
 class Lease:
-    """Resolved parts whose bytes stay while it is held. `release` may be called more than once."""
+    """Resolved parts whose bytes stay while it is held. `release` may be called more than once.
+
+    `warnings` are what whoever uses them should know, each with the version that it is about.
+    """
 
     def __init__(self, parts: tuple[Part, ...], release: Callable[[], None] = lambda: None) -> None:
         self.parts = parts
+        self.warnings: tuple[str, ...] = ()
         self._release: Callable[[], None] | None = release
 
     def release(self) -> None:
@@ -31,6 +41,14 @@ class Lease:
         if (release := self._release) is not None:
             self._release = None
             release()
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How a version goes with the base: whether its shapes do, and what is to be told."""
+
+    is_usable: bool
+    warnings: tuple[str, ...]
 
 
 def _never(digest: str) -> bool:
@@ -53,14 +71,29 @@ class Library:
         self._store = store
         self.shape = shape
         self._is_parent = is_parent
-        self.base_name = base_name
-        self._base_digest = base_digest
+        self._base = ServedBase(base_name, base_digest)
+        self._fit = lru_cache(_MAX_FITS)(self._find_fit)  # versions never change
+
+    @property
+    def base_name(self) -> str:
+        return self._base.name
 
     def lease(self, terms: Sequence[Term], field: str = "adapter") -> Lease:
-        """Resolve the terms and hold their bytes; a composition means its parts.
+        """Resolve the terms and hold their bytes, to be used beside the base; a composition means its parts.
 
-        Raises NotFound, naming the terms, or InvalidInput on `field` where they come to too much together.
+        Raises NotFound, naming the terms, InvalidInput on `field` where they come to too much together, or
+        Conflict, naming the versions that were made for a base of other shapes.
         """
+        lease = self._hold(terms, field)
+        try:
+            lease.warnings = self._check(lease.parts)
+        except BaseException:
+            lease.release()
+            raise
+        return lease
+
+    def _hold(self, terms: Sequence[Term], field: str = "adapter") -> Lease:
+        """`lease`, for whoever doesn't need them to go with the base."""
         parts = self._catalog.resolve(terms, field)
         while True:
             digests = [part.digest for part in parts]
@@ -96,8 +129,9 @@ class Library:
         digest = adapter.weights.digest
         self._store.pin([digest])  # others here who delete the same bytes ask again afterwards
         try:
-            with self._store.publishing(adapter, {peft_format.CONFIG_NAME: config_json}) as num_bytes:
-                return self._catalog.publish(
+            original = {peft_format.CONFIG_NAME: config_json}
+            with self._store.publishing(adapter, self._is_wanted, original) as num_bytes:
+                version = self._catalog.publish(
                     name,
                     digest=digest,
                     bytes=num_bytes,
@@ -106,53 +140,71 @@ class Library:
                     target_modules=adapter.weights.target_modules,
                     parameters=adapter.weights.num_parameters,
                     base_model=adapter.base_model,
-                    warnings=self._warnings(adapter.base_model),
-                    base_digest=self._base_digest,
+                    warnings=self._base.upload_warnings(adapter.base_model),
+                    base_digest=self._base.digest,
                     config={"lora": lora_document(adapter.config), **(source or {})},
                 )
-        except BaseException:
-            self._store.discard(digest, self._is_wanted)
-            raise
+                return self._told(version)
         finally:
             self._store.unpin([digest])
 
     def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> Version:
         """Publish the composition as the name's next version, pinned to what its terms mean now.
 
-        Raises NotFound, naming the terms, InvalidInput on `field`, or Conflict where an adapter has the name.
+        Raises NotFound, naming the terms, InvalidInput on `field`, or Conflict where an adapter has the name, or
+        one of the parts was made for a base of other shapes.
         """
         self.check_name(name, "composition")
-        return self._catalog.compose(name, terms, field)
+        lease = self.lease(terms, field)
+        try:
+            pinned = [Term(part.name, part.version, weight=part.weight) for part in gather(lease.parts)]
+            return self._told(self._catalog.compose(name, pinned, field))
+        finally:
+            lease.release()
 
     def point(self, name: str, alias: str, version: int) -> Adapter:
         """Have the alias, or `latest`, mean that version. Raises NotFound, or InvalidInput on `alias`."""
         check_alias(alias)
         self._catalog.point(name, alias, version)
-        return self._catalog.get(name)
+        return self.get(name)
 
     def unpoint(self, name: str, alias: str) -> None:
         """Remove the alias. Raises NotFound, or Conflict for `latest`."""
         self._catalog.unpoint(name, alias)
 
-    def list(self, name: str | None, limit: int | None, after: str | None) -> "list[Adapter]":
-        """Adapters by name, those after `after`, at most `limit`."""
-        return self._catalog.list(name=name, limit=limit, after=after)
+    def page(self, name: str | None, limit: int, after: str | None) -> tuple[list[Adapter], str | None]:
+        """Adapters by name, those after `after`, at most `limit`; and the next page's `after`, if there is one."""
+        found = [self._all_told(adapter) for adapter in self._catalog.list(name=name, limit=limit, after=after)]
+        has_more = len(found) == limit and name is None and self._catalog.has_after(found[-1].name)
+        return found, found[-1].name if has_more else None
+
+    def latest_dates(self) -> dict[str, datetime]:
+        """All names, each with the moment at which what it means now was made."""
+        return self._catalog.latest_dates()
 
     def get(self, name: str) -> Adapter:
         """All versions of one adapter. Raises NotFound."""
-        return self._catalog.get(name)
+        return self._all_told(self._catalog.get(name))
 
     def version(self, name: str, version: int) -> Version:
         """One of them. Raises NotFound."""
-        return self._catalog.version(name, version)
+        return self._told(self._catalog.version(name, version))
 
-    def archive(self, name: str, version: int) -> bytes:
-        """A zip of the version that PEFT reads once it is unpacked. NotFound, CorruptAdapter, or Conflict."""
+    def named(self, terms: Sequence[Term], field: str = "adapter") -> list[Version]:
+        """The versions that an expression means now, whether they go with the base or not. Raises as `lease`."""
+        parts = self._catalog.resolve(terms, field)
+        return [self.version(part.name, part.version) for part in parts]
+
+    def open(self, name: str, version: int) -> dict[str, BinaryIO]:
+        """The version's two files, to read and close; they outlive a delete.
+
+        Raises NotFound, CorruptAdapter, or Conflict where it is a composition.
+        """
         if self._catalog.version(name, version).parts:
             raise Conflict(f"{name}@{version} is a composition: its parts have the weights, download those")
-        lease = self.lease([Term(name, version)])
+        lease = self._hold([Term(name, version)])
         try:
-            return self._store.archive(lease.parts[0].digest)
+            return self._store.open(lease.parts[0].digest)
         finally:
             lease.release()
 
@@ -173,12 +225,12 @@ class Library:
         self._refuse_parents([self._catalog.version(name, version)])
         self._discard(self._catalog.delete_version(name, version, force))
 
-    def recover(self, is_unfinished: Callable[[str], bool] = _never) -> Recovered:
+    def recover(self, is_known: Callable[[str], bool] = _never) -> Recovered:
         """Put right what killed processes left, in the catalog and on the disk; what that came to.
 
-        `is_unfinished` says of a job whether it will still publish its adapter itself.
+        `is_known` says of a job whether the database knows it.
         """
-        found = self._catalog.recover(self._store.is_whole, is_unfinished)
+        found = self._catalog.recover(self._store.is_whole, is_known)
         self._store.sweep(self._is_wanted)
         return found
 
@@ -195,13 +247,26 @@ class Library:
         # a job may have been taken in after it was asked whether there is one: its parent's bytes stay
         return self._catalog.in_use(digest) or self._is_parent(digest)
 
-    def _warnings(self, base_model: str | None) -> tuple[str, ...]:
-        """What a reader of the listing should know: whose weights the adapter was trained beside."""
-        if not base_model:
-            return ("its config doesn't say which base it was trained on",)
-        if base_model.rstrip("/").rsplit("/", 1)[-1].lower() != self.base_name.lower():
-            return (f"its config names another base, {base_model[:200]}; this one is {self.base_name}",)
-        return ()
+    def _check(self, parts: Iterable[Part]) -> tuple[str, ...]:
+        """The warnings of all parts. Raises Conflict where one doesn't go with the base."""
+        fits = {f"{part.name}@{part.version}": self._fit(part.name, part.version, part.digest) for part in parts}
+        if misfits := [reference for reference, fit in fits.items() if not fit.is_usable]:
+            raise Conflict(f"made for a base of other shapes than {self.base_name}: {', '.join(misfits)}")
+        return tuple(f"{reference}: {text}" for reference, fit in fits.items() for text in fit.warnings)
+
+    def _find_fit(self, name: str, version: int, digest: str) -> _Fit:
+        """Raises NotFound, or CorruptAdapter; `digest` is held."""
+        found = self.version(name, version)
+        same_base = found.base_digest is not None and found.base_digest == self._base.digest
+        return _Fit(same_base or self._store.fits(digest, self.shape), found.warnings)
+
+    def _all_told(self, adapter: Adapter) -> Adapter:
+        return replace(adapter, versions=tuple(map(self._told, adapter.versions)))
+
+    def _told(self, version: Version) -> Version:
+        """With all that is to be told of it beside this base."""
+        warnings = self._base.warnings(version)
+        return version if warnings == version.warnings else replace(version, warnings=warnings)
 
 
 def check_alias(alias: str) -> None:

@@ -11,7 +11,7 @@ import secrets
 from adapters.catalog import combine
 from adapters.errors import FieldError, InvalidInput
 from adapters.expression import parse
-from adapters.merge import Recipe, WeightedAdapters, check
+from adapters.merge import Method, Recipe, WeightedAdapters, check
 from server.api.composition_schemas import CompositionBody
 from server.api.library import Lease, Library
 from server.training.jobs import Job, Jobs
@@ -19,6 +19,7 @@ from server.training.merge_spec import MergeSpec
 
 FIELD = "expression"
 DEFAULT_DENSITY = 0.5
+SEEDED: tuple[Method, ...] = ("dare_linear", "dare_ties")
 
 
 def recipe_of(body: CompositionBody) -> Recipe | None:
@@ -28,6 +29,8 @@ def recipe_of(body: CompositionBody) -> Recipe | None:
         if given:
             raise InvalidInput([FieldError((name,), "an exact sum has none: leave it out") for name in given])
         return None
+    if body.seed is not None and body.method not in SEEDED:
+        raise InvalidInput.of("seed", f"{body.method} draws nothing at random: leave it out")
     density = body.density
     if body.method == "svd":
         if density not in (None, 1):
@@ -41,7 +44,8 @@ def submit_merge(
 ) -> Job:
     """Queue the job that makes the name's next version, or return the one that the key belongs to.
 
-    Raises InvalidInput, NotFound (a part), Conflict (a composition has the name) or QueueFull.
+    Raises InvalidInput, NotFound (a part), Conflict (a composition has the name, or a part is of another base's
+    shapes) or QueueFull.
     """
     library.check_name(name)
     digest = _digest(name, body)
@@ -59,6 +63,7 @@ def submit_merge(
             data={"total_steps": num_modules},
             idempotency_key=idempotency_key,
             body_digest=digest,
+            warnings=lease.warnings,
         )
     finally:
         lease.release()

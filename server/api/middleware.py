@@ -10,13 +10,15 @@ import time
 import traceback
 import uuid
 from contextvars import ContextVar
+from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.faults import form_of
-from server.errors import Unauthorized
+from server.errors import Unauthorized, Unavailable
+from server.training.reserve import Reserve
 
 MAX_JSON_BYTES = 2 << 20
 MAX_UPLOAD_BYTES = 256 << 20
@@ -27,16 +29,21 @@ _HINTS = {"/train": "; larger data goes through POST /datasets"}
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _DRAIN_BYTES = 64 << 20
 _DRAIN_SECONDS = 10.0
+_DISK_FULL = Unavailable("the server's disk is full", retry_after=60.0)
 
 log = logging.getLogger("smolora.api")
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 
 class RequestContext:
-    """Gives every request an id, every response X-Request-Id, and the log one line without anybody's text."""
+    """Gives every request an id, every response X-Request-Id, and the log one line without anybody's text.
 
-    def __init__(self, app: ASGIApp) -> None:
+    What nobody foresaw becomes a 500 here, and a disk without room under `home` a 503, whichever route it was.
+    """
+
+    def __init__(self, app: ASGIApp, home: Path) -> None:
         self.app = app
+        self._reserve = Reserve(home)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,7 +71,9 @@ class RequestContext:
             log.error("%s at %s", type(error).__name__, where)
             if status:
                 raise ConnectionAbortedError("the response was cut off") from None
-            await form_of(scope["path"]).internal()(scope, receive, send_with_id)
+            form = form_of(scope["path"])
+            response = form.of_error(_DISK_FULL) if self._reserve.is_disk_full(error) else form.internal()
+            await response(scope, receive, send_with_id)
         finally:
             if scope["path"] not in _QUIET_PATHS or status not in (200, 503):
                 took = (time.perf_counter() - started) * 1e3

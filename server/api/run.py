@@ -3,13 +3,15 @@
 SIGTERM or SIGINT drains: /ready says 503, nothing new is taken, what runs ends within DRAIN_SECONDS, then exit
 code 0; a second signal doesn't wait. Training workers start once everything is ready, and are told to let go of
 their jobs as soon as draining begins. An engine that can't go on is shown on /ready for a moment, then exit
-code 1.
+code 1; where its thread hangs, nothing waits for that.
 """
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -40,7 +42,13 @@ def run(
 ) -> int:
     """Serve until told to stop; the exit code. `announce` is called once everything is ready."""
     process = Process(app, engine, bound, supervisor=supervisor, flag=flag)
-    return asyncio.run(process.run(announce))
+    code = asyncio.run(process.run(announce))
+    if engine.hung:  # an ordinary exit would wait for its threads
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 class _Server(uvicorn.Server):

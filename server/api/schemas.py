@@ -185,6 +185,7 @@ class GenerateAnswer(BaseModel):
     model: str
     adapters: list[UsedAdapter]
     seed: int
+    warnings: list[str] = Field(description="of the adapters, such as one that was made on another base")
     choices: Sequence[Choice]
     usage: Usage
     timing: TimingAnswer
@@ -210,7 +211,7 @@ class VersionAnswer(BaseModel):
     job_id: str | None
     created_at: str
     resident: bool = Field(description="in the engine's memory now")
-    warnings: list[str]
+    warnings: list[str] = Field(description="such as that it was made on another base; most have none")
 
 
 class AdapterAnswer(BaseModel):

@@ -12,21 +12,23 @@ from adapters.records import Records
 from adapters.store import AdapterStore
 from server.api.deps import Services
 from server.api.estimate import Estimator
+from server.api.job_feeds import JobFeeds
 from server.api.library import Library
 from server.api.sizing import cpu_caches, free_bytes, gpu_caches, gpu_share, step_bytes
 from server.api.submission import Submissions
 from server.config import Settings
-from server.database import connect
+from server.database import build_of, connect
 from server.engine.async_engine import AsyncEngine
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
 from server.engine.guidance import Guidance
 from server.engine.paged_attention import PagedCache
 from server.engine.scheduler import SchedulerLimits
+from server.engine.watchdog import Watchdog
 from server.errors import StartupError
 from server.metrics import Metrics
 from server.model.chat import PromptEncoder
-from server.model.device import choose_device
+from server.model.device import choose_device, training_dtype
 from server.model.gpu import is_out_of_memory, limit_memory, room_for
 from server.model.native.load import load_native
 from server.model.smollm import SmolLM
@@ -41,7 +43,7 @@ from server.training.jobs import Jobs
 DEFAULT_MAX_MODEL_LEN = 8192
 
 
-def build(settings: Settings, say: Callable[[str], None]) -> Services:
+def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | None = None) -> Services:
     """The services, with an engine that isn't started. `say` is told before each thing that takes a while."""
     device, dtype = choose_device(settings.device, settings.dtype)
     if device.type == "cuda":
@@ -49,13 +51,14 @@ def build(settings: Settings, say: Callable[[str], None]) -> Services:
             limit_memory(device, gpu_share(settings, torch.cuda.mem_get_info(device)[1]))
     directory = resolve_base(settings.model, settings.home, settings.base_dir, say)
     database = connect(settings.home)
+    say(f"the database is {build_of(database)}")
     say(f"loading {settings.model} on {device} in {str(dtype).removeprefix('torch.')}")
     base = load_base(directory, dtype, device)
     store = AdapterStore(settings.home / "adapters")
     jobs = Jobs(database)
     catalog = Catalog(database, Records(settings.home / "adapters"))
     library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
-    for line in library.recover(jobs.is_unfinished).lines():
+    for line in library.recover(jobs.is_known).lines():
         say(line)
     datasets = DatasetStore(settings.home / "datasets")
     files = FileStore(settings.home / "files")
@@ -78,7 +81,7 @@ def build(settings: Settings, say: Callable[[str], None]) -> Services:
     def build_engine(wake: Callable[[], None]) -> Engine:
         return Engine(model, token_bytes, store.load, config, guidance=guidance, native=native, wake=wake)
 
-    engine = _allocated(lambda: AsyncEngine(build_engine, max_queue=settings.max_queue), config)
+    engine = _allocated(lambda: AsyncEngine(build_engine, max_queue=settings.max_queue, watchdog=watchdog), config)
     return Services(
         settings=settings,
         engine=engine,
@@ -89,12 +92,13 @@ def build(settings: Settings, say: Callable[[str], None]) -> Services:
         base_name=base.name,
         max_model_len=min(max_model_len, config.kv_cache_bytes // _kv_bytes_per_token(base)),
         jobs=jobs,
+        feeds=JobFeeds(jobs, lambda: engine.draining),
         datasets=datasets,
         files=files,
         submissions=Submissions(
             settings.home, jobs, RowSources(datasets, files), library, rows, longest, base.digest
         ),
-        estimator=Estimator(jobs, base.weights.num_parameters, base.dtype, base.device),
+        estimator=Estimator(jobs, base.weights.num_parameters, training_dtype(base.dtype), base.device),
         decode=lambda ids: str(base.tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
     )
 

@@ -1,15 +1,18 @@
-"""Clients that wait or listen, and leave: whoever is gone, streamed to or not, is noticed at once."""
+"""Clients that wait, listen or download, and leave: whoever is gone is noticed at once."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from server.api import problems
 
 T = TypeVar("T")
+
+_reading = CapacityLimiter(4)  # pieces of downloads that are read at once: other threads have more urgent things
 
 
 class ClientGoneError(Exception):
@@ -47,6 +50,48 @@ async def _cancel(task: "asyncio.Future[T]") -> None:
         task.exception()  # it has been looked at: asyncio need not complain
 
 
+class Download(Response):
+    """So many bytes, each piece read once the one before is sent. `close` runs at the end, whatever the end is.
+
+    What fails before the first piece is an ordinary error response; what fails later cuts the answer off.
+    """
+
+    def __init__(
+        self,
+        pieces: Iterator[bytes],
+        length: int,
+        media_type: str,
+        headers: Mapping[str, str],
+        close: Callable[[], None],
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self.media_type = media_type
+        self.init_headers({**headers, "Content-Length": str(length)})
+        self._pieces = pieces
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await while_connected(receive, self._send(send))
+        except ClientGoneError:
+            pass
+        finally:
+            self._close()
+
+    async def _send(self, send: Send) -> None:
+        piece: bytes | None = await self._next()
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        while piece is not None:
+            if piece:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            piece = await self._next()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _next(self) -> bytes | None:
+        return await to_thread.run_sync(next, self._pieces, None, limiter=_reading)
+
+
 class EventStream(Response):
     """Server-sent events. `close` runs at the end, whatever the end is, even where nothing was ever sent.
 
@@ -56,10 +101,17 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        close: Callable[[], Awaitable[None]],
+        headers: Iterable[tuple[str, str]] = (),
+    ) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        for name, value in headers:
+            self.headers.append(name, value)
         self._events = events
         self._close = close
 

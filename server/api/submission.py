@@ -9,12 +9,12 @@ import json
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from adapters.errors import FieldError, InvalidInput
-from server.api.full_disk import full_disk_is_unavailable
+from adapters.errors import FieldError, InvalidInput, NotFound
+from adapters.expression import Term
 from server.api.library import Lease, Library
 from server.api.train_rows import JobRows, choose_rows
 from server.api.train_schemas import MAX_STEPS, TrainBody
@@ -39,6 +39,7 @@ class Prepared:
     data: JobData
     source: Mapping[str, object]
     used: frozenset[str]  # ids of data sets and files
+    warnings: tuple[str, ...]  # of the adapter to go on from
 
     @property
     def total_steps(self) -> int:
@@ -63,7 +64,6 @@ class Submissions:
         max_length: int,
         base_digest: str,
     ) -> None:
-        self._home = home
         self._files = JobFiles(home)
         self._jobs = jobs
         self._sources = sources
@@ -78,7 +78,8 @@ class Submissions:
         """Queue the job, or return the one that the key belongs to.
 
         `fine_tuning` is stored with it as `server.training.jobs.FINE_TUNING` has it.
-        Raises InvalidInput, NotFound (rows, or the parent), QueueFull, or Unavailable: the disk is full.
+        Raises InvalidInput, NotFound (rows, or the parent), Conflict (the parent, or a latest version to be
+        improved on, is of another base's shapes), QueueFull; OSError where nothing can be stored.
         """
         digest = _digest(body, fine_tuning)
         kept = {} if fine_tuning is None else {FINE_TUNING: dict(fine_tuning)}
@@ -87,7 +88,7 @@ class Submissions:
         job_id = f"job-{secrets.token_hex(8)}"
         directory = self._files.directory(job_id)
         # the parent's bytes are held until the job itself holds them
-        with full_disk_is_unavailable(self._home), self.prepared(body) as prepared:
+        with self.prepared(body) as prepared:
             try:
                 with new_directory(directory) as unfinished:
                     prepared.data.save(unfinished)
@@ -98,6 +99,7 @@ class Submissions:
                     used=prepared.used,
                     idempotency_key=idempotency_key,
                     body_digest=digest,
+                    warnings=prepared.warnings,
                 )
             except BaseException:
                 shutil.rmtree(directory, ignore_errors=True)
@@ -115,7 +117,11 @@ class Submissions:
             spec = build_spec(body, self._library, lease, self._max_length)
             rows = choose_rows(body, self._sources)
             _check_rows(spec, rows)
-            yield Prepared(spec, self._encode(spec.training, rows), rows.source, rows.used)
+            if spec.publish_if == "improves_latest":  # which is measured, too: it must go with the base
+                with suppress(NotFound):
+                    self._library.lease([Term(spec.name)], "name").release()
+            data = self._encode(spec.training, rows)
+            yield Prepared(spec, data, rows.source, rows.used, lease.warnings)
         finally:
             lease.release()
 

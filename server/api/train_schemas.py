@@ -87,13 +87,15 @@ Rows = Annotated[list[object], Field(min_length=1), WithJsonSchema(_ROWS)]
 
 
 class LoraBody(Body):
-    """The adapter's shape. With `start_from` it is the parent's."""
+    """The adapter's shape. With `start_from` it is the parent's; full fine-tuning has none."""
 
     rank: int = Field(16, ge=1, le=MAX_RANK)
     alpha: float = Field(32.0, gt=0, le=65536)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: TargetModules = Field(MODULES, description=f'"{ALL_LINEAR}", or names of linear modules')
-    init: Init = Field("gaussian", description="pissa and olora are published with twice the rank")
+    init: Init = Field(
+        "gaussian", description="of a new adapter; pissa and olora are published with twice the rank"
+    )
     use_rslora: bool = Field(False, description="scale by alpha/√rank instead of alpha/rank")
 
 
@@ -201,6 +203,7 @@ class JobAnswer(BaseModel):
     created_at: str
     started_at: str | None
     finished_at: str | None
+    files_removed_at: str | None = Field(description="null while its rows, checkpoints, model and log are stored")
     config: dict[str, object] = Field(description="the body with every default filled in")
     data: RowCounts | None = Field(description="null for a merge")
     attempt: int = Field(description="how often a worker took it up")
@@ -245,6 +248,7 @@ class DryRunAnswer(BaseModel):
     estimate: Estimate
     preview: list[PreviewRow]
     config: dict[str, object]
+    warnings: list[str] = Field(description="of start_from, such as that it was made on another base")
 
 
 class DatasetAnswer(BaseModel):

@@ -81,6 +81,11 @@ def _faults(body: TrainBody, max_length: int) -> Iterator[FieldError]:
         message = 'has 1 to 64 letters, digits, "_", "-" or ".", a letter or digit first, and is no number'
         yield FieldError(("alias",), message)
     if body.method == "full":
+        if body.lora.model_fields_set:
+            yield FieldError(("lora",), "full fine-tuning trains no adapter: leave it out, or set method to lora")
+        if body.publish_if != "always":
+            message = "full fine-tuning publishes no version that it could hold back: leave it out"
+            yield FieldError(("publish_if",), message)
         if body.alias is not None:
             yield FieldError(("alias",), "full fine-tuning publishes no version that it could point to")
         if body.start_from is not None:
@@ -100,7 +105,9 @@ def _shaped(lora: LoraSpec, parent: PeftAdapter) -> LoraSpec:
 
 
 def _contradictions(asked: LoraSpec, shaped: LoraSpec, given: Collection[str]) -> Iterator[FieldError]:
-    """What was given and can't be had: an adapter keeps its shape."""
+    """What was given and can't be had: an adapter keeps its shape, and training goes on from where it ended."""
+    if "init" in given:
+        yield FieldError(("lora", "init"), "is for a new adapter, and start_from has begun: leave it out")
     for name in given:
         if (value := getattr(shaped, name)) != getattr(asked, name):
             shown = ", ".join(value) if isinstance(value, tuple) else value

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
@@ -28,6 +29,7 @@ ARCHIVE_FIELD = archives.FIELD
 ROWS_FIELD = row_files.FILE
 MAX_CONFIG_BYTES = 1 << 20
 _CHUNK = 1 << 20
+_CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"iso-8859-1")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class UploadedFiles:
 
 async def read_form(request: Request) -> FormData:
     """The multipart body, spooled to disk. Close it. Raises InvalidInput where it is none."""
+    _, parameters = parse_options_header(request.headers.get("content-type"))
+    if parameters.get(b"charset", b"utf-8").lower() not in _CHARSETS:
+        # Python knows codecs that raise whatever they like, or decode to what can't be encoded again
+        raise InvalidInput.of("body", "has a charset that forms don't have: leave it out, names are UTF-8")
     try:
         return await request.form(max_files=8, max_fields=8, max_part_size=MAX_CONFIG_BYTES)
     except HTTPException as error:

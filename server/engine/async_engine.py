@@ -1,10 +1,12 @@
 """The engine behind an event loop: one thread steps it, others send it messages and await its news.
 
 The thread and the loop share an inbox, under a condition, and snapshots that are replaced whole; everything else
-of the engine is the thread's alone. Outputs go over to the loop a step at a time.
+of the engine is the thread's alone. Outputs go over to the loop a step at a time. The loop watches the thread:
+where it has died or hangs, everybody in flight is told so, and the engine is dead.
 """
 
 import asyncio
+import itertools
 import logging
 import threading
 import time
@@ -15,11 +17,13 @@ from functools import partial
 from adapters.errors import SmoloraError
 from server.engine.engine import Engine
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
+from server.engine.watchdog import Watchdog
 from server.errors import Draining, EngineDead, NotReady, QueueFull
 
 log = logging.getLogger(__name__)
 
-_STALLED_AFTER = 60.0  # seconds in one step after which the engine counts as making no progress
+_WATCH_SECONDS = 0.25  # between two looks at the thread
+_STOP_SECONDS = 0.005  # likewise, while it is awaited
 _STATS_INTERVAL = 0.05  # seconds between snapshots while steps follow each other
 
 
@@ -59,7 +63,15 @@ class OutputStream:
 class AsyncEngine:
     """One engine and its thread. `start`, `submit` and the streams belong to one event loop."""
 
-    def __init__(self, build: Callable[[Callable[[], None]], Engine], *, max_queue: int = 256) -> None:
+    def __init__(
+        self,
+        build: Callable[[Callable[[], None]], Engine],
+        *,
+        max_queue: int = 256,
+        watchdog: Watchdog | None = None,
+        watch_seconds: float = _WATCH_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`build(wake)` makes the engine, at once; it calls `wake` from any thread when it may have work."""
         self._engine = build(self._wake)
         self._max_in_flight = self._engine.config.scheduler.max_num_seqs + max_queue
@@ -69,8 +81,13 @@ class AsyncEngine:
         self._is_stopping = False
         self._is_draining = False
         self._is_dead = False
+        self._is_hung = False
         self._stats = self._engine.stats
-        self._step_started: float | None = None
+        self._watchdog = watchdog or Watchdog()
+        self._watch_seconds = watch_seconds
+        self._clock = clock
+        self._watching: asyncio.Task[None] | None = None
+        self._step: int | None = None  # the step under way, counted from 0
         self._streams: dict[str, OutputStream] = {}
         self._num_in_flight = 0  # sequences
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -79,7 +96,7 @@ class AsyncEngine:
     @property
     def ready(self) -> bool:
         """Whether a request sent now would be taken and worked on."""
-        return self._thread.is_alive() and not (self._is_dead or self._is_draining or self._is_stalled)
+        return self._thread.is_alive() and not (self._is_dead or self._is_draining)
 
     @property
     def draining(self) -> bool:
@@ -90,6 +107,11 @@ class AsyncEngine:
     def dead(self) -> bool:
         """Whether the engine can't go on; the process should end."""
         return self._is_dead
+
+    @property
+    def hung(self) -> bool:
+        """Whether it is dead because a step doesn't end: nobody may wait for its thread."""
+        return self._is_hung
 
     @property
     def num_in_flight(self) -> int:
@@ -104,16 +126,20 @@ class AsyncEngine:
         """Start the thread. Call it once, on the event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self._watching = self._loop.create_task(self._watch())
 
     async def stop(self) -> None:
-        """End what runs and the thread."""
+        """End what runs and the thread, but for one that hangs."""
         with self._news:
             self._is_stopping = True
             self._news.notify()
-        if self._thread.ident is not None:
-            await asyncio.to_thread(self._thread.join)
+        while self._thread.is_alive() and not self._is_hung:
+            await asyncio.sleep(_STOP_SECONDS)
+        if self._watching is not None:
+            self._watching.cancel()
         self._fail_all(Draining())
-        self._engine.close()
+        if not self._is_hung:
+            self._engine.close()
 
     def drain(self) -> None:
         """Take no new requests; those in flight go on."""
@@ -135,10 +161,17 @@ class AsyncEngine:
         self._send(request)
         return stream
 
-    @property
-    def _is_stalled(self) -> bool:
-        started = self._step_started
-        return started is not None and time.monotonic() - started > _STALLED_AFTER
+    async def _watch(self) -> None:
+        """Notice what the thread itself can't tell: that it has died, or that it hangs."""
+        while not (self._is_dead or self._is_stopping) or self._thread.is_alive():
+            await asyncio.sleep(self._watch_seconds)
+            self._is_hung = self._watchdog.look(self._step, self._clock())
+            if self._is_hung:
+                log.critical("a step of the engine has taken more than %.0f s", self._watchdog.limit)
+            if self._is_hung or not (self._thread.is_alive() or self._is_stopping):
+                self._is_dead = True
+                self._fail_all(EngineDead())
+                return
 
     def _abandon(self, request_id: str) -> None:
         if request_id in self._streams:
@@ -177,7 +210,7 @@ class AsyncEngine:
         """The thread: take messages, step, hand outputs over; wait where there is nothing to do."""
         try:
             self._step_until_stopped()
-        except Exception:
+        except BaseException:  # some of what libraries raise is no Exception
             log.exception("the engine's thread failed")
             self._is_dead = True
         if self._is_dead:
@@ -186,24 +219,25 @@ class AsyncEngine:
     def _step_until_stopped(self) -> None:
         last_snapshot = 0.0
         has_progress = False
-        while True:
+        for step in itertools.count():
             with self._news:
                 while not (self._inbox or self._is_woken or self._is_stopping or has_progress):
                     self._news.wait()
-                if self._is_stopping:
+                if self._is_stopping or self._is_dead:
                     return
                 messages = list(self._inbox)
                 self._inbox.clear()
                 self._is_woken = False
+            self._step = step
             for message in messages:
                 if isinstance(message, str):
                     self._engine.abort(message)
                 else:
                     self._engine.add(message)
             num_steps = self._engine.num_steps
-            self._step_started = now = time.monotonic()
+            now = time.monotonic()
             outputs = self._engine.step()
-            self._step_started = None
+            self._step = None
             # A step that computed nothing waits for an adapter: the loader wakes us, so does any message.
             has_progress = self._engine.has_work and (self._engine.num_steps > num_steps or bool(outputs))
             if not has_progress or now - last_snapshot > _STATS_INTERVAL:

@@ -46,6 +46,15 @@ def choose_device(
     return chosen, _DTYPES[dtype]
 
 
+def training_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What training computes in, where `dtype` serves: the same, but fp32 for fp16.
+
+    Gradients vanish in fp16's range unless losses are scaled. Scaling takes a state that every checkpoint has to
+    carry, and skips steps; fp32 needs neither, and is what `auto` means on cards without bf16.
+    """
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
 def cpu_flags(text: str | None = None) -> frozenset[str]:
     """The first CPU's features as Linux names them; empty where it does not say. `text` stands in for its file."""
     if text is None:

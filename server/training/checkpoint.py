@@ -44,18 +44,19 @@ class Checkpoints:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Store it and then remove the older ones. Raises OSError, with nothing half-written left."""
+        place = self._directory / f"{self._token}-{checkpoint.step}"
+        if place.exists():
+            return  # this attempt has stored that step
         self._directory.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self._directory))
-        place = self._directory / f"{self._token}-{checkpoint.step}"
         try:
             save_file(dict(checkpoint.tensors), unfinished / _TENSORS)
             text = json.dumps({"step": checkpoint.step, **checkpoint.state}, allow_nan=False)
             (unfinished / _STATE).write_text(text, encoding="utf-8")
             for path in (unfinished / _TENSORS, unfinished / _STATE, unfinished):
                 _sync(path)
-            if not place.exists():  # of the same token and step: the same bytes
-                unfinished.rename(place)
-                _sync(self._directory)
+            unfinished.rename(place)
+            _sync(self._directory)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         for _, _, older in self._stored()[:-1]:

@@ -2,8 +2,9 @@
 
 Down go the assignment, as the last argument, and SIGTERM: checkpoint and leave. Up, through a pipe, come lines:
 each says that the process makes progress, and may say how far it is. The process ends with EXIT_DONE once it
-has stored how the job ended, with EXIT_LEFT once it has left as asked; whatever else it ends with means another
-attempt. It is killed where the worker dies, or the job is no longer the worker's.
+has stored how the job ended, with EXIT_LEFT once it has left as asked, and with EXIT_NO_BASE, having said why,
+where the fault is not the job's: no process of this worker could work on any. Whatever else it ends with means
+another attempt. It is killed where the worker dies, or the job is no longer the worker's.
 """
 
 import json
@@ -20,7 +21,9 @@ from server.training.parent import end_with_parent
 
 EXIT_DONE = 0
 EXIT_LEFT = 75
+EXIT_NO_BASE = 78
 MAX_LINE = 4096  # bytes that a pipe takes whole or not at all (PIPE_BUF)
+MAX_REASON = 600  # characters, of which JSON makes up to six bytes each
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,16 @@ class WorkerLink:
     ) -> None:
         """Say that there is progress, at least once a micro-step, and now and then how far the job is."""
         news = {"progress": progress, "metrics": metrics}
-        said = {key: value for key, value in news.items() if value is not None}
+        self._say({key: value for key, value in news.items() if value is not None})
+
+    def cannot_work(self, reason: str) -> None:
+        """Say why the process ends with EXIT_NO_BASE; for the worker's log alone."""
+        self._say({"reason": reason[:MAX_REASON]})
+
+    def _say(self, said: Mapping[str, object]) -> None:
         line = (json.dumps(said, allow_nan=False) if said else "").encode() + b"\n"
         if len(line) > MAX_LINE:
-            raise ValueError(f"more than {MAX_LINE} bytes of progress and metrics")
+            raise ValueError(f"more than {MAX_LINE} bytes to say")
         try:
             os.write(self._pipe, line)
         except BlockingIOError:  # the worker doesn't read just now; it needs the newest line only
@@ -89,6 +98,7 @@ class Child:
         """Raises OSError where it can't be started."""
         self.progress: Mapping[str, object] | None = None
         self.metrics: Mapping[str, object] | None = None
+        self.reason: str | None = None  # why it can't work on any job
         self._rest = b""
         log.parent.mkdir(parents=True, exist_ok=True)
         self._pipe, theirs = os.pipe()
@@ -129,6 +139,7 @@ class Child:
             said = json.loads(line)
             self.progress = said.get("progress", self.progress)
             self.metrics = said.get("metrics", self.metrics)
+            self.reason = said.get("reason", self.reason)
         return bool(lines)
 
     def ask_to_leave(self) -> None:

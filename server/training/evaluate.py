@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from adapters.errors import SmoloraError
 from adapters.lora import LoraWeights
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
@@ -45,6 +46,10 @@ MAX_LOSS = 700.0
 log = logging.getLogger("smolora.training")
 
 
+class LossNotFinite(SmoloraError):
+    """What trained weights are to be compared with has a held-out loss that is no number."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What was measured. `exact_match` is a share of the completions asked for; None where none was."""
@@ -54,6 +59,11 @@ class Evaluation:
     num_rows: int
     num_tokens: int  # counted
     exact_match: float | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss is a number that others can be compared with."""
+        return math.isfinite(self.loss)
 
     @property
     def perplexity(self) -> float:

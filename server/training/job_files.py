@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from server.training.leases import Status
@@ -37,6 +38,22 @@ class JobFiles:
     def drop_checkpoints(self, job_id: str) -> None:
         """For a job that has ended."""
         shutil.rmtree(self.checkpoints(job_id), ignore_errors=True)
+
+    def stored(self) -> list[str]:
+        """The jobs that have a folder."""
+        return sorted(path.name for path in self._root.glob("*/"))
+
+    def num_bytes(self, job_id: str) -> int:
+        """Of all that is stored of the job."""
+        total = 0
+        for path in self.directory(job_id).rglob("*"):
+            with suppress(FileNotFoundError):  # it is being removed
+                total += path.stat().st_size if path.is_file() else 0
+        return total
+
+    def remove(self, job_id: str) -> None:
+        """All of it, for a job whose record says so."""
+        shutil.rmtree(self.directory(job_id), ignore_errors=True)
 
     def sweep(self, status: Callable[[str], Status | None]) -> None:
         """Remove checkpoints of jobs that have ended, and old folders of jobs that were never submitted."""

@@ -8,11 +8,11 @@ import builtins
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import sqlalchemy as sa
 
-from adapters.catalog_tables import transact
+from adapters.catalog_tables import UtcDateTime, transact
 from adapters.errors import Conflict, InvalidInput, NotFound
 from server.errors import QueueFull
 from server.training import job_events
@@ -21,7 +21,7 @@ from server.training.job_tables import jobs, uses
 from server.training.leases import Status
 from server.training.merge_spec import MergeSpec, Spec, read_spec
 
-__all__ = ["Event", "Job", "Jobs", "Status"]
+__all__ = ["Event", "Job", "Jobs", "Standing", "Status"]
 
 MAX_UNFINISHED = 1000
 FINE_TUNING = "fine_tuning"
@@ -47,6 +47,7 @@ class Job:
     created_at: datetime  # in UTC, as the others
     started_at: datetime | None
     finished_at: datetime | None
+    files_removed_at: datetime | None
     attempt: int
     position: int | None
     is_pausing: bool  # runs until its worker lets go
@@ -54,6 +55,13 @@ class Job:
     @property
     def kind(self) -> Literal["train", "merge"]:
         return "merge" if isinstance(self.spec, MergeSpec) else "train"
+
+
+class Standing(NamedTuple):
+    """What tells whether there is news of a job."""
+
+    status: Status
+    num_events: int  # the `seq` of the last one
 
 
 class Jobs:
@@ -73,8 +81,11 @@ class Jobs:
         used: Iterable[str] = (),
         idempotency_key: str | None = None,
         body_digest: str = "",
+        warnings: Iterable[str] = (),
     ) -> Job:
         """Queue a job whose files are in place; `used` are the ids and digests that must not be deleted meanwhile.
+
+        `warnings` become its first events.
 
         A key that was used before returns its job (of another `id`: the new files are unwanted), and raises
         InvalidInput where the body was another one. Raises QueueFull where too many jobs haven't ended.
@@ -109,6 +120,8 @@ class Jobs:
             for name in sorted({*used, *spec.parents}):
                 connection.execute(sa.insert(uses).values(job_id=job_id, used=name))
             job_events.append(connection, job_id, "queued")
+            for text in warnings:
+                job_events.append(connection, job_id, text, level="warning")
             return _get(connection, job_id)
 
         return transact(self._engine, work)
@@ -145,14 +158,12 @@ class Jobs:
                 raise NotFound(f"there is no job {job_id}")
             return found
 
-    def num_events(self, job_id: str) -> int:
-        """How many there are: the `seq` of the last one. Raises NotFound."""
-        query = sa.select(jobs.c.num_events).where(jobs.c.id == job_id)
+    def standings(self, job_ids: Iterable[str]) -> dict[str, Standing]:
+        """Of those of the jobs that there are."""
+        query = sa.select(jobs.c.id, jobs.c.status, jobs.c.num_events).where(jobs.c.id.in_(list(job_ids)))
         with self._reader.connect() as connection:
-            found: int | None = connection.execute(query).scalar_one_or_none()
-        if found is None:
-            raise NotFound(f"there is no job {job_id}")
-        return found
+            rows = connection.execute(query).all()
+        return {row.id: Standing(Status(row.status), row.num_events) for row in rows}
 
     def report(self, job_id: str) -> Mapping[str, object] | None:
         """The card of a job that succeeded; None before. Raises NotFound."""
@@ -196,11 +207,39 @@ class Jobs:
         with self._reader.connect() as connection:
             return connection.execute(query).first() is not None
 
-    def is_unfinished(self, job_id: str) -> bool:
-        """Whether there is such a job, and it hasn't ended."""
-        query = sa.select(jobs.c.id).where(jobs.c.id == job_id, jobs.c.status.not_in(_ENDED))
+    def is_known(self, job_id: str) -> bool:
+        """Whether there is such a job, ended or not."""
+        query = sa.select(jobs.c.id).where(jobs.c.id == job_id)
         with self._reader.connect() as connection:
             return connection.execute(query).first() is not None
+
+    def remove_files(self, job_id: str) -> None:
+        """Store that an ended job's files are no more, before they go; the first time counts.
+
+        Raises NotFound, or Conflict where it hasn't ended.
+        """
+        with self._engine.begin() as connection:
+            mine = jobs.c.id == job_id
+            status = connection.execute(sa.select(jobs.c.status).where(mine)).scalar_one_or_none()
+            if status is None:
+                raise NotFound(f"there is no job {job_id}")
+            if not Status(status).has_ended:
+                raise Conflict(f"the job is {status}: cancel it first, or wait for its end")
+            at = sa.func.coalesce(jobs.c.files_removed_at, sa.literal(datetime.now(UTC), UtcDateTime()))
+            connection.execute(sa.update(jobs).where(mine).values(files_removed_at=at))
+
+    def with_files(self, before: datetime) -> builtins.list[str]:
+        """The jobs that ended before then and still have their files, the oldest first."""
+        query = sa.select(jobs.c.id).where(jobs.c.files_removed_at.is_(None), jobs.c.finished_at < before)
+        with self._reader.connect() as connection:
+            return list(connection.execute(query.order_by(jobs.c.finished_at)).scalars())
+
+    def without_files(self, job_ids: Iterable[str]) -> builtins.list[str]:
+        """Those whose files are no more."""
+        query = sa.select(jobs.c.id).where(jobs.c.files_removed_at.is_not(None))
+        with self._reader.connect() as connection:
+            found = set(connection.execute(query).scalars())
+        return [job_id for job_id in job_ids if job_id in found]
 
     def _steer(self, job_id: str, moves: Mapping[Status, tuple[Mapping[str, object], str] | None]) -> Job:
         """Change the job as `moves` says for its status, with that event; Conflict where it says nothing."""
@@ -248,7 +287,7 @@ def _repeated(connection: sa.Connection, key: str | None, body_digest: str) -> J
 
 def _job(row: sa.RowMapping) -> Job:
     same = ("id", "name", "data", "progress", "metrics", "adapter", "error", "position")
-    times = ("created_at", "started_at", "finished_at")
+    times = ("created_at", "started_at", "finished_at", "files_removed_at")
     return Job(
         **{key: row[key] for key in same + times},
         status=Status(row["status"]),

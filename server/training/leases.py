@@ -6,7 +6,7 @@ publish, overwrite or double anything. The jobs themselves are in `server.traini
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum, StrEnum, auto
@@ -14,7 +14,7 @@ from typing import cast
 
 import sqlalchemy as sa
 
-from adapters.catalog import NewVersion, Version, publish_in
+from adapters.catalog import NewVersion, Version, publish_in, recording
 from adapters.catalog_tables import UtcDateTime, transact
 from adapters.records import Records
 from server.training import job_events
@@ -24,6 +24,9 @@ from server.training.job_tables import database_time, jobs
 LEASE_SECONDS = 10.0
 MAX_STALLED_ATTEMPTS = 25
 MAX_CRASH_DELAY = 5.0
+
+Time = sa.ColumnElement[float]
+Clock = Callable[[], Time]
 
 
 class Status(StrEnum):
@@ -46,6 +49,7 @@ class Wish(Enum):
 
     GO_ON = auto()
     PAUSE = auto()  # checkpoint and let go
+    ENDED = auto()  # the job has ended, as the holder had it: tidy up
     CANCEL = auto()  # the job was cancelled: drop everything
     LOST = auto()  # the job is somebody else's: drop everything
 
@@ -64,18 +68,22 @@ class Claim:
 
 
 class Leases:
-    """Thread-safe; any number of processes may work on the same tables. `records` are the catalog's."""
+    """Thread-safe; any number of processes may work on the same tables. `records` are the catalog's.
 
-    def __init__(self, engine: sa.Engine, records: Records | None = None) -> None:
+    `now` is the clock that all of them go by.
+    """
+
+    def __init__(self, engine: sa.Engine, records: Records | None = None, now: Clock = database_time) -> None:
         self._engine = engine
         self._records = records
+        self._now = now
         self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def claim(self, owner: str, lease_seconds: float = LEASE_SECONDS) -> Claim | None:
         """The first job in the queue that is nobody's: it waits, or its worker stopped answering."""
 
         def work(connection: sa.Connection) -> Claim | None:
-            query = _claimable().with_for_update(skip_locked=True)
+            query = _claimable(self._now()).with_for_update(skip_locked=True)
             while (row := connection.execute(query).first()) is not None:
                 if row.wants_pause:
                     paused = {"status": Status.PAUSED, "wants_pause": False}
@@ -88,12 +96,13 @@ class Leases:
                     job_events.append(connection, row.id, reason, level="error")
                 else:
                     claim = Claim(row.id, row.token + 1, owner)
-                    _start(connection, claim, lease_seconds, is_orphan=row.status == Status.RUNNING)
+                    until = self._now() + lease_seconds
+                    _start(connection, claim, until, is_orphan=row.status == Status.RUNNING)
                     return claim
             return None
 
         with self._reader.connect() as connection:  # takes no lock, unlike the transaction
-            if connection.execute(_claimable()).first() is None:
+            if connection.execute(_claimable(self._now())).first() is None:
                 return None
         return transact(self._engine, work)
 
@@ -116,7 +125,7 @@ class Leases:
         metrics: Mapping[str, object] | None = None,
     ) -> Wish:
         """Keep the job for `lease_seconds` from now, and store how far it is; what is wanted of the holder."""
-        values: dict[str, object] = {"lease_until": database_time() + lease_seconds}
+        values: dict[str, object] = {"lease_until": self._now() + lease_seconds}
         values |= {"progress": plain(progress)} if progress is not None else {}
         values |= {"metrics": plain(metrics)} if metrics is not None else {}
         with self._engine.begin() as connection:
@@ -181,14 +190,15 @@ class Leases:
             message = "succeeded; no version was published"
             if publish is not None:
                 new = dataclasses.replace(publish, job_id=claim.job_id)
-                version = publish_in(connection, new, alias, self._records)
+                version = publish_in(connection, new, alias, records)
                 values["adapter"] = {key: getattr(version, key) for key in ("name", "version", "digest")}
                 message = f"succeeded: {version.name}@{version.version}"
             _end(connection, claim.job_id, Status.SUCCEEDED, **values)
             job_events.append(connection, claim.job_id, message)
             return version
 
-        return transact(self._engine, work)
+        with recording(self._engine, self._records) as records:
+            return transact(self._engine, work)
 
     def fail(self, claim: Claim, error: str) -> None:
         """End the job for good, with a reason that is safe to show. Raises LeaseLost."""
@@ -206,7 +216,7 @@ class Leases:
             _hold(connection, claim)
             attempts = jobs.c.stalled_attempts
             uncounted = sa.case((attempts > 0, attempts - 1), else_=attempts)
-            _let_go(connection, claim.job_id, 0.0, {"stalled_attempts": uncounted})
+            _let_go(connection, claim.job_id, self._now(), {"stalled_attempts": uncounted})
 
     def crashed(self, claim: Claim, reason: str, max_delay: float = MAX_CRASH_DELAY) -> None:
         """The attempt ended badly: the job is queued for another one, after a moment that doubles each time.
@@ -218,17 +228,18 @@ class Leases:
             query = sa.select(jobs.c.stalled_attempts).where(jobs.c.id == claim.job_id)
             num_stalled = connection.execute(query).scalar_one()
             job_events.append(connection, claim.job_id, f"attempt {claim.token}: {reason}", level="warning")
-            _let_go(connection, claim.job_id, min(0.1 * 2**num_stalled, max_delay), {"crash": reason})
+            delay = min(0.1 * 2**num_stalled, max_delay)
+            _let_go(connection, claim.job_id, self._now() + delay, {"crash": reason})
 
 
-def _start(connection: sa.Connection, claim: Claim, lease_seconds: float, is_orphan: bool) -> None:
-    """Gives the job to the claim. `is_orphan`: it was running, and its worker stopped answering."""
+def _start(connection: sa.Connection, claim: Claim, until: Time, is_orphan: bool) -> None:
+    """Gives the job to the claim, for a while. `is_orphan`: it was running, and its worker stopped answering."""
     now = sa.literal(datetime.now(UTC), UtcDateTime())
     values = {
         "status": Status.RUNNING,
         "owner": claim.owner,
         "token": claim.token,
-        "lease_until": database_time() + lease_seconds,
+        "lease_until": until,
         "stalled_attempts": jobs.c.stalled_attempts + 1,
         "started_at": sa.func.coalesce(jobs.c.started_at, now),
     }
@@ -245,24 +256,24 @@ def _hold(connection: sa.Connection, claim: Claim) -> None:
         raise LeaseLost(f"job {claim.job_id} is no longer this worker's")
 
 
-def _let_go(connection: sa.Connection, job_id: str, delay: float, values: Mapping[str, object]) -> None:
-    """Puts a job that is held back into the queue, for others to claim after `delay` seconds, or pauses it."""
+def _let_go(connection: sa.Connection, job_id: str, until: Time, values: Mapping[str, object]) -> None:
+    """Puts a job that is held back into the queue, for others to claim after `until`, or pauses it."""
     mine = jobs.c.id == job_id
     pauses = connection.execute(sa.select(jobs.c.wants_pause).where(mine)).scalar_one()
     general: dict[str, object] = {
         "status": Status.PAUSED if pauses else Status.QUEUED,
         "wants_pause": False,
-        "lease_until": database_time() + delay,
+        "lease_until": until,
     }
     connection.execute(sa.update(jobs).where(mine).values(general | dict(values)))
     job_events.append(connection, job_id, "paused" if pauses else "back in the queue")
 
 
-def _claimable() -> "sa.Select[str, str, int, bool, int, str | None]":
+def _claimable(now: Time) -> "sa.Select[str, str, int, bool, int, str | None]":
     """The first job that waits, or whose lease ran out."""
     is_open = jobs.c.status.in_([Status.QUEUED, Status.RUNNING])
     columns = (jobs.c.id, jobs.c.status, jobs.c.token, jobs.c.wants_pause, jobs.c.stalled_attempts, jobs.c.crash)
-    query = sa.select(*columns).where(is_open, jobs.c.lease_until <= database_time())
+    query = sa.select(*columns).where(is_open, jobs.c.lease_until <= now)
     return query.order_by(jobs.c.number).limit(1)
 
 
@@ -275,9 +286,11 @@ def _wish(connection: sa.Connection, claim: Claim) -> Wish:
     row = connection.execute(query).first()
     if row is None or row.token != claim.token:
         return Wish.LOST
-    if row.status != Status.RUNNING:
-        return Wish.CANCEL if row.status == Status.CANCELLED else Wish.LOST
-    return Wish.PAUSE if row.wants_pause else Wish.GO_ON
+    if row.status == Status.RUNNING:
+        return Wish.PAUSE if row.wants_pause else Wish.GO_ON
+    if row.status == Status.CANCELLED:
+        return Wish.CANCEL
+    return Wish.ENDED if Status(row.status).has_ended else Wish.LOST
 
 
 def _end(connection: sa.Connection, job_id: str, status: Status, **values: object) -> None:

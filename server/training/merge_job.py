@@ -7,11 +7,12 @@ an attempt that was cut off is simply done once more. `server.training.run_job` 
 import math
 import time
 
-from adapters.catalog import NewVersion, combine
+from adapters.catalog import Catalog, NewVersion, combine
 from adapters.merge import config_of, merge
 from adapters.merge_distance import distance
 from adapters.peft_format import PeftAdapter
 from adapters.store import AdapterStore
+from adapters.versions import Origin
 from server.model.weights import BaseModel
 from server.training.leases import Claim, Leases
 from server.training.merge_report import MergeFindings, build_merge_report
@@ -21,7 +22,13 @@ from server.training.run import Reporter
 
 
 def run_merge(
-    spec: MergeSpec, claim: Claim, leases: Leases, store: AdapterStore, base: BaseModel, reporter: Reporter
+    spec: MergeSpec,
+    claim: Claim,
+    leases: Leases,
+    catalog: Catalog,
+    store: AdapterStore,
+    base: BaseModel,
+    reporter: Reporter,
 ) -> None:
     """Merge and publish, or raise what the reporter raises, LeaseLost, or CorruptAdapter."""
     started = time.monotonic()
@@ -36,10 +43,13 @@ def run_merge(
         reporter.progress({"step": done, "total_steps": total}, {})
 
     weights = merge(adapters, spec.recipe, between)
-    adapter = PeftAdapter(config_of(weights, base.config.num_layers), weights, base.name)
+    # that of the parts, which needn't be the base that happens to be served
+    origin = Origin.of(catalog.version(part.name, part.version) for part in spec.parts)
+    base_model = base.name if origin.base_digest == base.digest else origin.base_model
+    adapter = PeftAdapter(config_of(weights, base.config.num_layers), weights, base_model)
     off = distance(adapters, weights)
     metrics = {"distance": off} if math.isfinite(off) else {}
-    with store.publishing(adapter) as num_bytes:
+    with store.publishing(adapter, catalog.in_use) as num_bytes:
         findings = MergeFindings(
             adapter=adapter,
             distance=metrics.get("distance"),
@@ -60,10 +70,11 @@ def run_merge(
                 target_modules=weights.target_modules,
                 parameters=weights.num_parameters,
                 bytes=num_bytes,
-                base_model=base.name,
+                base_model=base_model,
                 metrics=metrics,
                 parent=spec.expression,
-                base_digest=base.digest,
+                base_digest=origin.base_digest,
+                warnings=origin.warnings,
                 config=spec.to_document(),
             ),
         )

@@ -4,7 +4,8 @@ import ctypes
 
 import torch
 
-from server.model.native.training import ROW_UNIT, NativeGroup, NativeRows, NativeTraining
+from server.model.native.abi import ROW_UNIT
+from server.model.native.training import NativeGroup, NativeRows, NativeTraining
 from server.model.weights import BaseModel
 from server.training.micro_batch import MicroBatch
 from server.training.trained_rows import TrainedGroup, TrainedRows

@@ -69,7 +69,7 @@ class Environment:
     threads: int
     instructions: str  # what torch's CPU kernels use
     versions: Mapping[str, str]
-    computed_by: Sequence[str] = ("torch",)  # or the digest of native source; several where attempts differed
+    computed_by: Sequence[str] = ("torch",)  # or native source and its compiler; several where attempts differed
     gpu: str | None = None  # what the device is, where it is none of a CPU's
 
     @classmethod

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from adapters.errors import SmoloraError
+
 FILE_NAME = "reserve"
 RESERVE_BYTES = 1 << 20
 DISK_FULL = "the disk is full: free some space under SMOLORA_HOME and submit the job again"
@@ -79,6 +81,8 @@ class Reserve:
             time.sleep(wait)
             try:
                 return work()
+            except SmoloraError:  # it did what it should
+                raise
             except Exception as error:
                 if not self.is_disk_full(error):
                     raise

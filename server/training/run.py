@@ -7,7 +7,6 @@ that nothing disturbed. It talks to the world through `Reporter`; leases, publis
 
 import ctypes
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -17,18 +16,18 @@ import torch
 
 from adapters.lora import LoraWeights
 from server.model.gpu import torch_on
-from server.model.native.library import source_digest
+from server.model.native.library import computed_by
 from server.model.smollm import NoAdapters, SmolLM
 from server.model.weights import BaseModel
 from server.training.checkpoint import Checkpoint, Checkpoints
 from server.training.documents import read_document
-from server.training.evaluate import Evaluation, evaluate, exact_match
+from server.training.evaluate import Evaluation, LossNotFinite, evaluate, exact_match
 from server.training.init import initial_weights
 from server.training.job_data import JobData
 from server.training.outcome import Counters, Outcome
 from server.training.spec import JobSpec
 from server.training.trainables import TrainableModel, TrainableRows, trainable_rows
-from server.training.trainer import StepResult, Trainer
+from server.training.trainer import StepResult, Trainer, TrainingDiverged
 
 log = logging.getLogger("smolora.training")
 
@@ -90,13 +89,19 @@ class Run:
         self._is_first_step = True
 
     def run(self) -> Outcome:
-        """Train to the end and measure. Raises TrainingDiverged, or what the reporter raises."""
+        """Train to the end and measure. Raises TrainingDiverged, LossNotFinite, or what the reporter raises."""
         self._go_on_from_checkpoint()
         self._note_who_computes()
         if self._counters.base is None and self._data.validation is not None:
             model = SmolLM(self._base.config, self._base.weights, max_positions=self._longest)
-            self._counters.base = self._measure(model, None)
+            self._counters.base = base = self._measure(model, None)
+            if not base.is_finite:
+                raise LossNotFinite(
+                    "the untouched base's loss on the held-out rows is not a number: its weights are damaged, or "
+                    "too large for its dtype; set SMOLORA_DTYPE=fp32 or another SMOLORA_MODEL, and submit again"
+                )
         try:
+            self._report_step()
             while self._trainer.step < self._trainer.total_steps and not self._counters.stopped_early:
                 self._step()
         except BaseException:
@@ -105,7 +110,7 @@ class Run:
         return self._finish()
 
     def checkpoint(self) -> None:
-        """Store where the run is: after its last whole step."""
+        """Store where the run is: after its last optimizer step."""
         trainer, counters = self._trainer, self._counters
         self._note_time()
         tensors = dict(trainer.state())
@@ -159,7 +164,9 @@ class Run:
     def _note_who_computes(self) -> None:
         """Steps by other code or devices than an attempt before had end in other bytes: the card says so."""
         is_native = isinstance(self._trainable, TrainableRows) and self._trainable.native is not None
-        now, before = source_digest() if is_native else torch_on(self._base.device), self._counters.computed_by
+        is_on_library = is_native and self._library is not None
+        now = computed_by(self._library) if is_on_library else torch_on(self._base.device)
+        before = self._counters.computed_by
         if before and before[-1] != now:
             log.warning("goes on with %s what %s began: the bytes won't be those of either", now, before[-1])
         if not before or before[-1] != now:
@@ -168,6 +175,16 @@ class Run:
     def _step(self) -> None:
         result = self._trainer.run_step(self._reporter.between)
         self._count(result)
+        self._report_step()
+
+    def _report_step(self) -> None:
+        """Evaluate the last step's weights where that is due, and tell of the step, unless that has been done.
+
+        An attempt may end in the middle. What it found out by then is dropped, and the next one begins here.
+        """
+        counters, result = self._counters, self._counters.unreported
+        if result is None:
+            return
         data: dict[str, object] = {
             "step": result.step,
             "train_loss": result.loss,
@@ -175,29 +192,19 @@ class Run:
             "gradient_norm": result.gradient_norm,
         }
         message = f"step {result.step}: loss {result.loss:.4f}"
-        spec = self._spec.training
-        is_last = self._trainer.step == self._trainer.total_steps
-        if spec.eval_steps and (self._trainer.step % spec.eval_steps == 0 or is_last):
-            loss = self._evaluate_now()
+        loss = self._held_out_loss() if self._is_evaluation_due() else None
+        if loss is not None:
             data["eval_loss"] = loss
             message += f", held-out {loss:.4f}"
         self._reporter.metrics(message, data)
-        self._reporter.progress(self.progress, self.metrics)
+        if loss is not None and counters.note_held_out(
+            result.step, loss, self._spec.training.early_stopping_patience
+        ):
+            self._best = self._trainable.masters.clone()
+        counters.unreported = None
+        self._reporter.progress(self.progress, counters.newest_losses)
         if self._is_checkpoint_due():
             self.checkpoint()
-
-    @property
-    def metrics(self) -> dict[str, object]:
-        """The newest losses."""
-        counters = self._counters
-        found: dict[str, object] = {}
-        if counters.train_curve:
-            found["train_loss"] = counters.train_curve[-1][1]
-        if counters.eval_curve:
-            found["eval_loss"] = counters.eval_curve[-1][1]
-        if counters.base is not None:
-            found["base_eval_loss"] = counters.base.loss
-        return found
 
     def _count(self, result: StepResult) -> None:
         counters = self._counters
@@ -207,25 +214,18 @@ class Run:
             counters.timed_seconds += result.seconds
         self._is_first_step = False
         counters.train_curve.append((result.step, result.loss))
+        counters.unreported = result
 
-    def _evaluate_now(self) -> float:
-        """The held-out loss of the present weights, which are kept where it is the lowest so far."""
+    def _is_evaluation_due(self) -> bool:
+        every, step = self._spec.training.eval_steps, self._trainer.step
+        return every is not None and (step % every == 0 or step == self._trainer.total_steps)
+
+    def _held_out_loss(self) -> float:
+        """Of the present weights."""
         assert self._data.validation is not None, "eval_steps without held-out rows"
-        found = evaluate(
-            self._trainable.model,
-            self._trainable.adapters,
-            self._data.validation,
-            between=self._reporter.between,
-        )
-        counters, patience = self._counters, self._spec.training.early_stopping_patience
-        counters.eval_curve.append((self._trainer.step, found.loss))
-        if counters.best_loss is None or found.loss < counters.best_loss:
-            counters.best_loss, counters.best_step = found.loss, self._trainer.step
-            counters.num_without_gain = 0
-            self._best = self._trainable.masters.clone()
-        else:
-            counters.num_without_gain += 1
-            counters.stopped_early = patience is not None and counters.num_without_gain >= patience
+        trainable, between = self._trainable, self._reporter.between
+        found = evaluate(trainable.model, trainable.adapters, self._data.validation, between=between)
+        self._check_finite(found)
         return found.loss
 
     def _is_checkpoint_due(self) -> bool:
@@ -247,6 +247,7 @@ class Run:
         tuned = None
         if self._data.validation is not None:
             tuned = self._measure(trainable.model, weights, tuned_base)
+            self._check_finite(tuned)
         self._note_time()
         counters = self._counters
         return Outcome(
@@ -264,17 +265,22 @@ class Run:
     def _measure(
         self, model: SmolLM, weights: LoraWeights | None, tuned_base: BaseModel | None = None
     ) -> Evaluation:
-        """Loss, accuracy and exact match on the held-out rows."""
+        """Loss, accuracy and, where the loss is a number, exact match on the held-out rows."""
         assert self._data.validation is not None
         between = self._reporter.between
         adapters = NoAdapters() if weights is None else self._trainable.adapters
         found = evaluate(model, adapters, self._data.validation, between=between)
-        if not math.isfinite(found.loss):
-            raise ValueError("the held-out loss is not a number")
+        if not found.is_finite:
+            return found
         matched = exact_match(
             tuned_base or self._base, weights, self._data.references, between=between, library=self._library
         )
         return replace(found, exact_match=matched)
+
+    def _check_finite(self, found: Evaluation) -> None:
+        if not found.is_finite:
+            what = f"the held-out loss is not a number after step {self._trainer.step}"
+            raise TrainingDiverged.found(what, self._spec.training)
 
     def _note_time(self) -> None:
         now = time.monotonic()

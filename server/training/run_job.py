@@ -3,7 +3,7 @@
 Started by `server.training.worker`, which keeps the lease. Here the base is loaded, `train_job` or `merge_job`
 does the work, and how the job ended is stored: success and the new version in one transaction, a failure that
 another attempt would repeat as a failure. Anything else that goes wrong is left to the exit code: the worker has
-it tried again.
+it tried again, or ends where the base can't be loaded, which is no job's fault.
 """
 
 import ctypes
@@ -17,12 +17,13 @@ from adapters.store import AdapterStore
 from server.allocator import keep_freed_memory
 from server.config import WorkerSettings
 from server.database import connect
-from server.model.device import choose_device
+from server.errors import StartupError
+from server.model.device import choose_device, training_dtype
 from server.model.gpu import is_out_of_memory, limit_memory
 from server.model.native.load import find_library
 from server.model.source import resolve_base
 from server.model.weights import BaseModel, load_base
-from server.training.child import EXIT_DONE, EXIT_LEFT, Assignment, WorkerLink
+from server.training.child import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Assignment, WorkerLink
 from server.training.job_reporter import JobReporter, Leave
 from server.training.jobs import Jobs
 from server.training.leases import Claim, LeaseLost, Leases
@@ -56,17 +57,18 @@ def main(argument: str) -> int:
         job = Jobs(database).get(claim.job_id)
         base, library = _load(settings, job.spec)
         store = AdapterStore(settings.home / "adapters")
+        catalog = Catalog(database)
         yielding = Yielding(BusyFlag(settings.home).read, settings.train_share)
         reporter = JobReporter(link, leases, claim, yielding)
         if isinstance(job.spec, MergeSpec):
-            run_merge(job.spec, claim, leases, store, base, reporter)
+            run_merge(job.spec, claim, leases, catalog, store, base, reporter)
         else:
             TrainingAttempt(
                 job,
                 job.spec,
                 claim,
                 leases,
-                Catalog(database),
+                catalog,
                 store,
                 base,
                 reporter,
@@ -78,6 +80,8 @@ def main(argument: str) -> int:
     except LeaseLost:
         log.warning("the job is no longer this worker's")
         return EXIT_LEFT
+    except StartupError as error:
+        return _end_without_base(link, error)
     except Exception as error:
         log.exception("the attempt failed")
         if reserve.is_disk_full(error):
@@ -91,8 +95,25 @@ def main(argument: str) -> int:
     return EXIT_DONE
 
 
+def _end_without_base(link: WorkerLink, error: StartupError) -> int:
+    """Tell the worker, not the job: `error` may name paths. The exit code."""
+    log.error("the base can't be loaded", exc_info=error)
+    link.cannot_work(str(error))
+    return EXIT_NO_BASE
+
+
 def _load(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL | None]:
-    """The base that the server serves, in the same dtype, and the native code, if wanted and to be had.
+    """What the job needs, or a StartupError, whatever was wrong."""
+    try:
+        return _base_for(settings, spec)
+    except StartupError:
+        raise
+    except Exception as error:
+        raise StartupError(repr(error)) from error
+
+
+def _base_for(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL | None]:
+    """The base that the server serves, in the dtype to train in, and the native code, if wanted and to be had.
 
     A merge wants no more of it than its names and sizes: its weights stay in their file.
     """
@@ -102,7 +123,9 @@ def _load(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL 
     device, dtype = choose_device(settings.device, settings.dtype)
     if settings.train_memory is not None:
         limit_memory(device, settings.train_memory)
-    base = load_base(directory, dtype, device)
+    base = load_base(directory, training_dtype(dtype), device)
+    if base.dtype is not dtype:
+        log.info("computes in fp32 in the place of SMOLORA_DTYPE=fp16, in which gradients would vanish")
     places = [directory / "native", settings.home / "native"]
     return base, find_library(base, places, log.info) if settings.native else None
 

@@ -1,7 +1,8 @@
 """Keeps a number of worker processes alive for as long as this one lives.
 
 The workers are in this process's group, and end with it however it ends (`server.training.parent`). One that
-dies is started again, after a moment that doubles while they die young.
+dies is started again, after a moment that doubles while they die young. One that ended because the base can't be
+loaded is too, after longer: the jobs' events tell of each try.
 """
 
 import logging
@@ -10,15 +11,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from server.config import WorkerSettings, to_flags
+from server.training.child import EXIT_NO_BASE
 
 FIRST_DELAY = 0.25
 MAX_DELAY = 4.0  # so that a dead worker's job is claimed again in time
+FIRST_NO_BASE_DELAY = 30.0
+MAX_NO_BASE_DELAY = 600.0
 GRACE_SECONDS = 25.0  # for workers to let go of their jobs: more than they grant the processes of these
 
 _YOUNG_SECONDS = 10.0
+_YOUNG_NO_BASE_SECONDS = 60.0  # it takes a while to find out that there is none
 _TICK_SECONDS = 0.1
 
 log = logging.getLogger("smolora.supervisor")
@@ -32,9 +37,16 @@ def worker_command(settings: WorkerSettings) -> list[str]:
 class Supervisor:
     """`num_workers` processes that run `command`; none until `start`."""
 
-    def __init__(self, num_workers: int, command: Sequence[str], grace_seconds: float = GRACE_SECONDS) -> None:
+    def __init__(
+        self,
+        num_workers: int,
+        command: Sequence[str],
+        grace_seconds: float = GRACE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._slots = [_Slot(command) for _ in range(num_workers)]
         self._grace_seconds = grace_seconds
+        self._clock = clock
         self._is_stopping = threading.Event()
         self._is_hurried = False
         # It starts the processes, so it must live as long as they: see `end_with_parent`.
@@ -68,15 +80,15 @@ class Supervisor:
         while not self._is_stopping.wait(_TICK_SECONDS):
             for slot in self._slots:
                 try:
-                    slot.tend(time.monotonic())
+                    slot.tend(self._clock())
                 except OSError as error:
                     log.warning("can't start a worker: %s", error.strerror)
         running = [slot.process for slot in self._slots if slot.process is not None]
         for process in running:
             process.terminate()
-        deadline = time.monotonic() + self._grace_seconds
+        deadline = self._clock() + self._grace_seconds
         while any(process.poll() is None for process in running):
-            if self._is_hurried or time.monotonic() > deadline:
+            if self._is_hurried or self._clock() > deadline:
                 log.warning("workers didn't end in time: killed")
                 for process in running:
                     process.kill()
@@ -97,8 +109,13 @@ class _Slot:
         """Start a worker if there is none and it is time. Raises OSError."""
         if self.process is not None and (code := self.process.poll()) is not None:
             log.warning("worker %d ended with exit code %d", self.process.pid, code)
-            is_young = now - self._started_at < _YOUNG_SECONDS
-            self._delay = min(2 * self._delay, MAX_DELAY) if is_young else FIRST_DELAY
+            first, most, young = FIRST_DELAY, MAX_DELAY, _YOUNG_SECONDS
+            if code == EXIT_NO_BASE:
+                first, most, young = FIRST_NO_BASE_DELAY, MAX_NO_BASE_DELAY, _YOUNG_NO_BASE_SECONDS
+            is_young = now - self._started_at < young
+            self._delay = min(max(2 * self._delay, first), most) if is_young else first
+            if code == EXIT_NO_BASE:
+                log.error("training waits: a worker can't load the base; the next try is in %g s", self._delay)
             self._next_start = now + self._delay
             self.process = None
         if self.process is None and now >= self._next_start:

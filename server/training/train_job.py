@@ -20,25 +20,28 @@ from server.model.export import export_hugging_face
 from server.model.smollm import SmolLM
 from server.model.weights import BaseModel
 from server.training.checkpoint import Checkpoints
-from server.training.evaluate import Evaluation, evaluate
+from server.training.evaluate import Evaluation, LossNotFinite, evaluate
 from server.training.files import FileStore
 from server.training.gate import Gate, decide
 from server.training.init import adapter_config
 from server.training.job_data import JobData
 from server.training.job_files import JobFiles
-from server.training.job_reporter import JobReporter, Leave
+from server.training.job_reporter import Leave
 from server.training.jobs import FINE_TUNING, Job
 from server.training.leases import Claim, Leases
 from server.training.outcome import Outcome
 from server.training.report import AdapterFacts, Cost, Environment, Findings, build_report, peak_memory_bytes
-from server.training.run import Run
+from server.training.run import Reporter, Run
 from server.training.spec import JobSpec
 from server.training.step_metrics import step_metrics_csv
 from server.training.trained_rows import TrainedRows
 
 
 class TrainingAttempt:
-    """Trains and publishes, or raises Leave (having checkpointed), LeaseLost, or what went wrong."""
+    """Trains and publishes, or raises Leave (having checkpointed), LeaseLost, or what went wrong.
+
+    A SmoloraError is what another attempt would run into as well, such as a Conflict about the name.
+    """
 
     def __init__(
         self,
@@ -49,7 +52,7 @@ class TrainingAttempt:
         catalog: Catalog,
         store: AdapterStore,
         base: BaseModel,
-        reporter: JobReporter,
+        reporter: Reporter,
         home: Path,
         library: ctypes.CDLL | None = None,
     ) -> None:
@@ -70,6 +73,8 @@ class TrainingAttempt:
         spec, directory = self._spec, self._files.directory(self._job.id)
         data = JobData.load(directory)
         data.check_base(self._base)
+        if spec.method == "lora":
+            self._catalog.check_kind(spec.name, "adapter")  # it was one's when the job was submitted
         parent = None
         if spec.start_from_digest is not None:
             parent = self._store.read(spec.start_from_digest, self._base.config.shape)
@@ -96,15 +101,15 @@ class TrainingAttempt:
             adapter = PeftAdapter(config, outcome.weights, self._base.name)
         num_bytes = self._keep(adapter, outcome)
         report = self._report(data, outcome, gate, adapter, latest, num_bytes)
-        metrics = run.metrics | _final_metrics(outcome)
+        metrics = outcome.counters.newest_losses | _final_metrics(outcome)
         publish = None
         if adapter is not None and gate.passes:
             publish = self._new_version(adapter, num_bytes, metrics, data.facts.digest)
-        if FINE_TUNING in self._job.data:
-            counters = outcome.counters
-            csv = step_metrics_csv(counters.train_curve, counters.eval_curve, outcome.step, outcome.tuned)
-            self._results.put_results(self._job.id, csv)
-        with nullcontext() if adapter is None else self._store.publishing(adapter):
+        with nullcontext() if adapter is None else self._store.publishing(adapter, self._catalog.in_use):
+            if FINE_TUNING in self._job.data:
+                counters = outcome.counters
+                csv = step_metrics_csv(counters.train_curve, counters.eval_curve, outcome.step, outcome.tuned)
+                self._results.put_results(self._job.id, csv)
             self._leases.succeed(
                 self._claim,
                 progress=run.progress | {"eta_seconds": 0.0},
@@ -131,15 +136,24 @@ class TrainingAttempt:
         """How the name's latest version does on the held-out rows, where the gate asks."""
         if self._spec.publish_if != "improves_latest" or data.validation is None:
             return None
+        name = self._spec.name
         try:
-            (part,) = self._catalog.resolve([Term(self._spec.name)])
+            parts = self._catalog.resolve([Term(name)])
         except NotFound:
             return None
+        self._catalog.check_kind(name, "adapter")  # it may have become a composition's since
+        (part,) = parts
         rows = TrainedRows(
             self._store.load(part.digest), self._base.config.shape, self._base.dtype, self._base.device
         )
         model = SmolLM(self._base.config, self._base.weights, max_positions=self._spec.training.max_length)
-        return evaluate(model, rows, data.validation, between=self._reporter.between)
+        found = evaluate(model, rows, data.validation, between=self._reporter.between)
+        if not found.is_finite:
+            raise LossNotFinite(
+                f"the held-out loss of {name}@{part.version} is not a number, so that nothing improves on it: "
+                "delete that version, or submit again with publish_if always or improves_base"
+            )
+        return found
 
     def _report(
         self,

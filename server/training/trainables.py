@@ -11,7 +11,7 @@ import torch
 
 from adapters.lora import LoraWeights
 from server.model.device import ints_beside
-from server.model.native.training import ROW_UNIT
+from server.model.native.abi import ROW_UNIT
 from server.model.smollm import Adapters, NoAdapters, SmolLM
 from server.model.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights
 from server.training.dropout import Dropout

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
@@ -27,6 +27,13 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 class TrainingDiverged(SmoloraError):
     """The loss is no number any more: nothing of this run is worth publishing."""
+
+    @classmethod
+    def found(cls, what: str, spec: TrainingSpec) -> Self:
+        """`what` isn't a number; with what to do about it."""
+        return cls(
+            f"{what}: lower training.learning_rate (now {spec.learning_rate:g}) or raise training.warmup_ratio"
+        )
 
 
 class Trainable(Protocol):
@@ -109,10 +116,7 @@ class Trainer:
         )
         norm = self._clip()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingDiverged(
-                f"the loss is not a number in step {self.step + 1}: lower training.learning_rate "
-                f"(now {self.spec.learning_rate:g}) or raise training.warmup_ratio"
-            )
+            raise TrainingDiverged.found(f"the loss is not a number in step {self.step + 1}", self.spec)
         self._update(rate)
         self.step += 1
         self.trainable.refresh()

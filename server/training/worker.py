@@ -2,9 +2,9 @@
 
 The worker itself stays small and never blocks: it keeps the lease, by a thread of its own, since a training
 step may take longer than a lease; it tells the process to leave when the job is paused or the worker is
-stopped; and it kills the process when the job was cancelled or lost, or when no sign of progress comes any
-more. What training is, only the process knows (`server.training.run_job`); they talk as `server.training.child`
-says.
+stopped; it kills the process when the job was cancelled or lost, or when no sign of progress comes any more; and
+it ends where the base can't be loaded, so that jobs wait for a worker that can. What training is, only the process
+knows (`server.training.run_job`); they talk as `server.training.child` says.
 """
 
 import logging
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from server.config import WorkerSettings
 from server.database import connect
-from server.training.child import EXIT_DONE, EXIT_LEFT, Child
+from server.training.child import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Child
 from server.training.job_files import JobFiles
 from server.training.leases import LEASE_SECONDS, MAX_CRASH_DELAY, Claim, LeaseLost, Leases, Wish
 from server.training.parent import end_with_parent, has_lost_parent
@@ -28,6 +28,7 @@ from server.training.reserve import DISK_FULL, Reserve
 
 COMMAND = (sys.executable, "-P", "-m", "server.training.run_job")
 NICENESS = 10
+NO_BASE = "a worker can't load the base: its log says why, and the job waits for one that can"
 
 _TICK_SECONDS = 0.05
 
@@ -44,7 +45,7 @@ class Timing:
     poll: float = 0.5  # between looks for a job
     hung: float = 300.0  # without a sign of progress, until the process counts as hung
     leave: float = 20.0  # for a process to checkpoint and leave, until it is killed, where the worker must end
-    pause: float = 120.0  # the same where it needn't
+    pause: float = 120.0  # the same where it needn't, and for one to tidy up after its job's end
     max_crash_delay: float = MAX_CRASH_DELAY
     trouble: float = 2.0  # after the database couldn't be used
 
@@ -72,16 +73,18 @@ class Worker:
         self._reserve = Reserve(home)
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
         self._is_stopping = False
+        self._exit_code = 0
 
     def stop(self) -> None:
         """Have `run` end once the job in hand was released. Safe in a signal's handler."""
         self._is_stopping = True
 
-    def run(self) -> None:
-        """Work until stopped."""
+    def run(self) -> int:
+        """Work until stopped, or until the base can't be loaded; the exit code: 0 or EXIT_NO_BASE."""
         self._try(lambda: self._files.sweep(self._leases.status))
         while not self._is_stopping:
             self._try(self._work)
+        return self._exit_code
 
     def _try(self, work: Callable[[], None]) -> None:
         """The worker outlives whatever happens to the database or the disk."""
@@ -139,6 +142,8 @@ class Worker:
             patience = timing.leave if self._is_stopping else timing.pause
             if attempt.is_void or leaving > patience or quiet > timing.hung:
                 child.kill()
+            elif attempt.wish is Wish.ENDED:
+                leaving += elapsed
             elif attempt.wish is Wish.PAUSE or self._is_stopping:
                 if not attempt.should_leave:
                     attempt.should_leave = True
@@ -148,11 +153,21 @@ class Worker:
         attempt.progress, attempt.metrics = child.progress, child.metrics
         if code == EXIT_DONE:
             return None
-        if code == EXIT_LEFT:
+        if code == EXIT_NO_BASE:
+            self._end_without_base(attempt.claim, child.reason)
+        if code in (EXIT_LEFT, EXIT_NO_BASE):
             attempt.should_leave = True
         if quiet > timing.hung:
             return f"no sign of progress for {timing.hung:g} s"
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+    def _end_without_base(self, claim: Claim, reason: str | None) -> None:
+        log.error(
+            "the base can't be loaded, so this worker ends, and jobs wait: %s", reason or "see the job's log"
+        )
+        self._exit_code = EXIT_NO_BASE
+        self.stop()
+        self._store(lambda: self._leases.add_event(claim, NO_BASE, level="warning"))
 
     def _conclude(self, attempt: "_Attempt", reason: str | None) -> None:
         """Store how the attempt ended, where the process itself hasn't, and tidy up."""
@@ -172,7 +187,7 @@ class Worker:
         if status is not None and status.has_ended:
             self._files.drop_checkpoints(claim.job_id)
 
-    def _store(self, write: Callable[[], None]) -> None:
+    def _store(self, write: Callable[[], object]) -> None:
         try:
             self._reserve.spend_on(write)
         except LeaseLost:
@@ -228,12 +243,15 @@ class _Attempt:
                     self.wish = self._leases.wish(self.claim)
             except Exception as error:  # the next one may succeed; if not, the lease is for others to take
                 log.warning("no heartbeat: %s", error)
-            if self.is_void:
+            if self.is_void or self.wish is Wish.ENDED:
                 return
 
 
 def run_worker(settings: WorkerSettings, parent: int | None = None, command: Sequence[str] = COMMAND) -> int:
-    """Work until SIGTERM or SIGINT, or until the process `parent` dies; the exit code. Raises StartupError."""
+    """Work until SIGTERM or SIGINT, until the process `parent` dies, or as `Worker.run`; the exit code.
+
+    Raises StartupError.
+    """
     if parent is not None:
         end_with_parent(parent)
     engine = connect(settings.home)
@@ -243,6 +261,6 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
-    worker.run()
+    code = worker.run()
     engine.dispose()
-    return 0
+    return code

@@ -52,8 +52,8 @@ class Home:
             warnings=["é"],
         )
 
-    def recover(self, lost: Collection[str] = (), unfinished: Collection[str] = ()) -> Recovered:
-        return recover(self.engine, self.records, lambda digest: digest not in lost, unfinished.__contains__)
+    def recover(self, lost: Collection[str] = (), known: Collection[str] = ()) -> Recovered:
+        return recover(self.engine, self.records, lambda digest: digest not in lost, known.__contains__)
 
     def names(self) -> list[str]:
         return [f"{v.name}@{v.version}" for adapter in self.catalog.list() for v in adapter.versions]
@@ -183,7 +183,7 @@ def test_a_publication_that_was_cut_off_is_done_or_never_was(home: Home) -> None
 
 def test_a_job_whose_publication_was_cut_off_publishes_once(home: Home) -> None:
     cut_off_publication(home, "a", job_id="job-1")
-    assert home.recover(unfinished={"job-1"}) == Recovered(num_dropped=1)
+    assert home.recover(known={"job-1"}) == Recovered(num_dropped=1)
     assert home.names() == []
     assert home.publish("a", job_id="job-1").version == 1
     assert home.recover() == Recovered()

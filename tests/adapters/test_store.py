@@ -1,14 +1,12 @@
 """The store: what is put is loaded bit by bit, nothing half-written is ever seen, pins outlive deletes."""
 
 import fcntl
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -77,16 +75,35 @@ def test_putting_again_changes_nothing(store: AdapterStore, place: Path) -> None
     assert {path: path.stat().st_ino for path in place.iterdir()} == before
 
 
-def test_what_is_stored_and_archived_is_read_by_peft(store: AdapterStore, tmp_path: Path) -> None:
+def opened(store: AdapterStore, digest: str) -> dict[str, bytes]:
+    """The files' contents, by name."""
+    contents = {}
+    for name, file in store.open(digest).items():
+        with file:
+            contents[name] = file.read()
+    return contents
+
+
+def test_what_is_stored_is_read_by_peft(store: AdapterStore, tmp_path: Path) -> None:
     store.put(ADAPTER)
-    archive = store.archive(DIGEST)
-    with zipfile.ZipFile(io.BytesIO(archive)) as file:
-        assert file.namelist() == [CONFIG_NAME, WEIGHTS_NAME]
-        file.extractall(tmp_path / "unpacked")
-    assert_same(ADAPTER.weights, live(loaded(tmp_path / "unpacked")))
+    contents = opened(store, DIGEST)
+    assert list(contents) == [CONFIG_NAME, WEIGHTS_NAME]
+    (tmp_path / "copy").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert_same(ADAPTER.weights, live(loaded(tmp_path / "copy")))
     other = AdapterStore(tmp_path / "other")
     other.put(ADAPTER)
-    assert other.archive(DIGEST) == archive
+    assert opened(other, DIGEST) == contents
+
+
+def test_open_files_outlive_a_discard(store: AdapterStore) -> None:
+    store.put(ADAPTER)
+    contents, files = opened(store, DIGEST), store.open(DIGEST)
+    store.discard(DIGEST)
+    for name, file in files.items():
+        with file:
+            assert file.read() == contents[name]
 
 
 def test_an_upload_keeps_its_config(store: AdapterStore, place: Path) -> None:
@@ -100,7 +117,7 @@ def test_an_upload_keeps_its_config(store: AdapterStore, place: Path) -> None:
 
 
 def test_what_is_missing_or_broken_is_said_so(store: AdapterStore, place: Path) -> None:
-    for call in (store.load, store.verify, store.archive):
+    for call in (store.load, store.verify, store.open):
         with pytest.raises(CorruptAdapter, match=DIGEST[:12]):
             call(DIGEST)
     store.put(ADAPTER)
@@ -136,7 +153,7 @@ def test_putting_mends_what_lost_a_file(lost: str, store: AdapterStore, place: P
     (place / lost).unlink()
     store.put(ADAPTER)
     store.verify(DIGEST)
-    assert store.archive(DIGEST)
+    assert all(opened(store, DIGEST).values())
     assert leftovers(tmp_path) == []
 
 
@@ -271,7 +288,7 @@ def test_a_sweep_takes_what_nobody_published_or_is_about_to(store: AdapterStore,
     for adapter in adapters:
         store.put(adapter)
     assert store.digests() == sorted([published, orphan, fresh])
-    with AdapterStore(tmp_path / "adapters").publishing(adapters[2]):
+    with AdapterStore(tmp_path / "adapters").publishing(adapters[2], {published}.__contains__):
         assert store.is_held(fresh)
         assert store.sweep(lambda digest: digest in (published, fresh)) == [orphan]
         store.sweep({published}.__contains__)
@@ -281,6 +298,14 @@ def test_a_sweep_takes_what_nobody_published_or_is_about_to(store: AdapterStore,
     store.verify(published)
     assert store.sweep({published}.__contains__) == [fresh]
     assert store.digests() == [published]
+
+
+def test_what_could_not_be_published_goes_unless_it_is_wanted(store: AdapterStore) -> None:
+    for wanted in ([DIGEST], []):
+        with pytest.raises(ValueError, match="no commit"), store.publishing(ADAPTER, wanted.__contains__):
+            raise ValueError("no commit")
+        assert store.digests() == wanted
+        assert not store.is_held(DIGEST)
 
 
 def test_what_is_about_to_be_published_is_put_back_should_it_have_gone(tmp_path: Path) -> None:
@@ -295,7 +320,7 @@ def test_what_is_about_to_be_published_is_put_back_should_it_have_gone(tmp_path:
     with ThreadPoolExecutor(1) as pool:
         discarding = pool.submit(discard)
         for _ in range(20):
-            with mine.publishing(ADAPTER) as num_bytes:
+            with mine.publishing(ADAPTER, {DIGEST}.__contains__) as num_bytes:
                 assert num_bytes > 0
                 for _ in range(3):
                     mine.verify(DIGEST)
@@ -351,7 +376,7 @@ def test_killed_anywhere_leaves_whole_adapters_only(tmp_path: Path) -> None:
             for path in root.glob("[0-9a-f][0-9a-f]/*"):
                 assert_equal(store.load(path.name), adapters[path.name].weights)
                 store.verify(path.name)
-                store.archive(path.name)
+                opened(store, path.name)
                 seen += 1
             for path in leftovers(tmp_path):
                 shutil.rmtree(path)

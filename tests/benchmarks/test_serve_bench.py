@@ -1,9 +1,7 @@
-"""The benchmark's own arithmetic, and one reduced run of it on a tiny base."""
-# ruff: noqa: RUF001
+"""The serving benchmark's parts, and one reduced run of it on a tiny base."""
 
 import json
-import math
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,91 +9,125 @@ import torch
 from transformers import AutoTokenizer
 
 from adapters.peft_format import read
-from benchmarks import report, serve
-from benchmarks.adapter_files import RANK, Sizes, write_adapter
-from benchmarks.load import Answer, Exchange, Request, summarize
-from benchmarks.many_adapters import Token, judge
-from benchmarks.measure import Figures, Run, Spread, join, median_ratio, percentile
-from benchmarks.options import parse
+from benchmarks import serve
+from benchmarks.measure import Run
 from benchmarks.prompts import PromptSource, library_text
-from benchmarks.results import (
-    BASE,
-    BLENDS,
-    DISTINCT,
-    Cold,
-    FirstToken,
-    Load,
-    LongPrompts,
-    Machine,
-    Results,
-    Row,
-    Settings,
-    Start,
-)
-from benchmarks.targets import Target, evaluate
+from benchmarks.serving.adapter_files import RANK, Sizes, write_adapter
+from benchmarks.serving.load import Answer, Exchange, summarize
+from benchmarks.serving.many_adapters import Token, judge
+from benchmarks.serving.options import PEERS, parse
+from benchmarks.serving.page_cache import drop, read_seconds
+from benchmarks.serving.systems import BLENDS, DISTINCT, ONE, Facts, Load, Streams, fastest
+from benchmarks.serving.wires import LlamaCpp, Part, Request, Smolora, Usage, Wire, expression
 from server.model.weights import BaseModel
 
 
-def figures(speed: float) -> Figures:
-    return Figures(speed, 0.1, 0.2, 0.01, 0.05)
+def event(data: Mapping[str, object]) -> bytes:
+    return f"data: {json.dumps(data)}\n\n".encode()
 
 
-def row(streams: int, kind: str, ours: list[float], peer: list[float]) -> Row:
-    return Row(Load(streams, kind), tuple(map(figures, ours)), tuple(map(figures, peer)), 0, None)
-
-
-def results(rows: list[Row], *, quick: bool = False) -> Results:
-    machine = Machine("A CPU", 2, 2, 8 << 30, "3.11", {"torch": "2"})
-    return Results(machine, Settings("tiny", "bf16", "cpu", 3, 120, 64, quick), rows)
-
-
-def find(targets: list[Target], load: str, wanted: str) -> Target:
-    return next(target for target in targets if target.load == load and target.wanted == wanted)
-
-
-def test_percentiles() -> None:
-    values = [5.0, 1.0, 4.0, 2.0, 3.0]
-    assert [percentile(values, percent) for percent in (0, 50, 90, 100)] == [1.0, 3.0, 4.6, 5.0]
-    assert percentile([7.0], 99) == 7.0
-    assert math.isnan(percentile([], 50))
-
-
-def test_a_ratio_is_the_median_of_the_rounds_own_ratios() -> None:
-    # the machine halves its speed in the last round; the medians' ratio would be 20/10
-    assert median_ratio([20.0, 30.0, 10.0], [10.0, 10.0, 5.0]) == Spread(2.0, 2.0, 3.0)
-    assert median_ratio([20.0], []) is None
-
-
-def test_runs_are_joined() -> None:
-    run = Run(8, 2.0, (0.5,), (0.1, 0.3), ("a",))
-    joined = join([run, replace(run, seconds=6.0, texts=("b",))])
-    assert joined == Run(16, 8.0, (0.5, 0.5), (0.1, 0.3, 0.1, 0.3), ("a", "b"))
-    assert Figures.of(joined).tokens_per_second == 2.0
+def exchanged(whole: bytes, cut: int) -> Exchange:
+    """A request whose answer came in two chunks."""
+    return Exchange(Request("p", (), 3), sent=10.0, ended=14.0, chunks=[(11.0, whole[:cut]), (14.0, whole[cut:])])
 
 
 def test_a_stream_is_read_whatever_its_chunks_are() -> None:
-    def event(data: object) -> bytes:
-        return f"data: {json.dumps(data)}\n\n".encode()
-
     usage = {"prompt_tokens": 7, "completion_tokens": 3, "cached_tokens": 1}
     last = {"index": 0, "finish_reason": "length", "usage": usage, "timing": {"queue_ms": 250.0}}
     first = event({"index": 0, "text": "a"})
     whole = first + event({"index": 0, "text": "b\n\n"}) + event(last) + b"data: [DONE]\n\n"
-    cut = len(first) + 5  # amid the second event
-    chunks = [(11.0, whole[:cut]), (14.0, whole[cut:])]
-    exchange = Exchange(Request("p", None, 3), sent=10.0, ended=14.0, chunks=chunks)
-    answer = Answer.of(exchange)
+    answer = Answer.of(exchanged(whole, len(first) + 5), Smolora())  # cut amid the second event
     assert answer.text == "ab\n\n"
     assert answer.arrivals == (11.0, 14.0)
-    assert (answer.num_tokens, answer.num_prompt_tokens, answer.num_cached_tokens) == (3, 7, 1)
-    assert answer.queue_seconds == 0.25
-    assert summarize([answer]) == Run(3, 4.0, (1.0,), (3.0,), ("ab\n\n",))
+    assert answer.usage == Usage(3, 7, 1, 0.25)
+    assert summarize([answer]) == Run(3, 4.0, (1.0,), (3.0,), ("ab\n\n",), 1)
 
 
-def test_a_failed_stream_is_an_error() -> None:
-    exchange = Exchange(Request("p", None, 3), chunks=[(0.0, b'event: error\ndata: {"title":"overloaded"}\n\n')])
+def test_a_stream_of_llama_cpp_is_read() -> None:
+    first = event({"index": 0, "content": "a", "tokens": [5], "stop": False})
+    last = event(
+        {"content": "", "stop": True, "tokens_predicted": 2, "tokens_evaluated": 7, "timings": {"cache_n": 4}}
+    )
+    whole = first + b": a sign of life\n\n" + event({"content": "b", "tokens": [6], "stop": False}) + last
+    answer = Answer.of(exchanged(whole, len(first)), LlamaCpp([]))
+    assert (answer.text, answer.arrivals, answer.usage) == ("ab", (11.0, 14.0), Usage(2, 7, 4))
+
+
+@pytest.mark.parametrize(
+    ("wire", "failure"),
+    [
+        (Smolora(), b'event: error\ndata: {"title":"overloaded"}\n\n'),
+        (LlamaCpp([]), b'error: {"message":"overloaded"}\n\n'),
+    ],
+)
+def test_a_failed_stream_is_an_error(wire: Wire, failure: bytes) -> None:
     with pytest.raises(RuntimeError, match="overloaded"):
-        Answer.of(exchange)
+        Answer.of(Exchange(Request("p", (), 3), chunks=[(0.0, failure)]), wire)
+
+
+def test_a_request_is_spelled_for_each_server() -> None:
+    blend = (Part("b", 0.7), Part("a", 0.3))
+    assert [expression(parts) for parts in ((), (Part("a"),), blend)] == [None, "a", "b*0.7+a*0.3"]
+    ours = Smolora().body(Request("p", blend, 3, temperature=0.7, top_p=0.9, logprobs=5))
+    assert (ours["adapter"], ours["temperature"], ours["top_p"], ours["logprobs"]) == ("b*0.7+a*0.3", 0.7, 0.9, 5)
+    wire = LlamaCpp(["a", "b"])
+    theirs = wire.body(Request("p", blend, 3))
+    assert theirs["lora"] == [{"id": 1, "scale": 0.7}, {"id": 0, "scale": 0.3}]
+    # an empty list would mean all of them, in full
+    assert wire.body(Request("p", (), 3))["lora"] == [{"id": 0, "scale": 0.0}]
+    assert LlamaCpp([]).body(Request("p", (), 3))["lora"] == []
+    for body in (ours, theirs):
+        assert (body["prompt"], body["ignore_eos"], body["stream"]) == ("p", True, True)
+
+
+def test_the_adapters_of_a_load() -> None:
+    names = ["a", "b", "c"]
+    assert Load(2, ONE).parts(names) == [(Part("a"),), (Part("a"),)]
+    assert Load(2, DISTINCT).parts(names) == [(Part("a"),), (Part("b"),)]
+    assert Load(3, BLENDS).parts(names)[2] == (Part("c", 0.7), Part("a", 0.3))
+
+
+class Fake:
+    """A system of a given speed."""
+
+    peak_rss = 0
+
+    def __init__(self, seconds: tuple[float, float], ended: list[str], name: str) -> None:
+        self.facts = Facts(name, "", True, "", {})
+        self._seconds = seconds
+        self._ended = ended
+
+    def can(self, load: Load) -> bool:
+        return True
+
+    def run(self, streams: Streams) -> Run:
+        return Run(12, self._seconds[len(streams) > 1], (), ())
+
+    def stop(self) -> None:
+        self._ended.append(self.facts.name)
+
+
+def test_a_peer_gets_the_settings_that_suit_it() -> None:
+    """One is twice as fast for one stream, the other three times as fast for many."""
+    request = Request("p", (), 3)
+    ended: list[str] = []
+    variants = {
+        "on": lambda: Fake((1.0, 6.0), ended, "on"),
+        "off": lambda: Fake((2.0, 2.0), ended, "off"),
+    }
+    best, speeds = fastest("peer", variants, [[[request]], [[request], [request]]], lambda line: None)
+    assert (best, speeds) == ("off", {"on": (12.0, 2.0), "off": (6.0, 6.0)})
+    assert ended == ["on", "off"]
+
+
+def test_the_page_cache_forgets_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(1 << 22))
+    assert read_seconds(file) > 0
+    if not drop(file):
+        pytest.skip("this file system keeps its files in memory")
+    assert read_seconds(file) > 0
+    assert drop(file), "it was read again, and is forgotten again"
 
 
 def test_answers_are_judged() -> None:
@@ -113,56 +145,6 @@ def test_answers_are_judged() -> None:
     assert judge("Once upon a time", reference, 0.3) == "wrong"
     assert judge("Once up\ufffd", reference, 0.3) == "exact"  # as far as it can be told
     assert judge("Ones\ufffd", reference, 0.3) == "wrong"
-
-
-def test_targets_are_judged_by_the_figures() -> None:
-    rows = [
-        row(1, BASE, [20.0, 20.0], [10.0, 12.0]),
-        row(32, BASE, [100.0, 110.0], [60.0, 60.0]),
-        row(32, DISTINCT, [90.0, 90.0], [10.0, 10.0]),
-        row(32, BLENDS, [40.0, 40.0], []),
-    ]
-    found = results(rows)
-    found.cold = Cold((0.05,), (0.04,), (0.3,), (0.2,))
-    found.first_token = FirstToken((0.1,), (0.05,))
-    found.long_prompts = LongPrompts(4, 1024, 1.0, (0.01,), (0.02,), (0.02,), (0.07,))
-    found.start = Start((6.0, 7.0, 8.0), (5.0, 5.0, 5.0))
-    targets = evaluate(found)
-    reached = [(target.load, target.reached) for target in targets]
-    assert reached == [
-        ("1 stream, base", True),
-        ("1 stream, 1 adapter", None),
-        ("32 streams, base", False),
-        ("32 streams, 1 adapter", None),
-        ("32 streams, 32 adapters", True),
-        ("32 streams, 32 adapters", True),
-        ("32 streams, 32 blends of two", False),
-        ("1,000 registered, Zipf, pool of 64", None),
-        ("its answers", None),
-        ("a cold adapter", True),
-        ("1 stream, time to first token", False),
-        ("ITL p99 while prompts of 1,024 tokens arrive", True),
-        ("start to ready, converted base", True),
-    ]
-    assert find(targets, "32 streams, base", "≥ 2 × PEFT").measured == "1.75 × PEFT (1.67–1.83)"
-    cold = find(targets, "a cold adapter", "≥ 5 × faster than load_adapter")
-    assert cold.measured == "6.0 × (50 against 300 ms)"
-
-
-def test_a_quick_run_reaches_nothing() -> None:
-    targets = evaluate(results([row(1, BASE, [20.0], [1.0])], quick=True))
-    assert {target.reached for target in targets} == {None}
-    assert targets[0].measured == "20.00 × PEFT"
-
-
-def test_the_tables() -> None:
-    found = results([row(8, BASE, [80.0], [40.0]), row(8, BLENDS, [60.0], [])])
-    text = report.markdown(found, evaluate(found))
-    assert "A CPU, 2 cores, 8 GiB; 2 threads" in text
-    assert "| 8 streams, base | 80.0 | 40.0 | 2.00 × | – | 100 / 200 | 10.0 / 50.0 | 100, 10.0 |" in text
-    assert "| 8 streams, 8 blends of two | 60.0 | – | – | 0.75 | 100 / 200 | 10.0 / 50.0 | – |" in text
-    assert "| 8 |" not in text
-    assert report.table(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
 
 def test_prompts_are_distinct_and_of_one_length(tiny_base_dir: Path) -> None:
@@ -193,35 +175,47 @@ def test_adapter_files_are_peft_adapters(tmp_path: Path, tiny_base_dir: Path, ti
 def test_options(capsys: pytest.CaptureFixture[str]) -> None:
     full = parse([])
     assert [load.key for load in full.loads][:4] == ["1-base", "1-one", "1-blends", "8-base"]
-    assert full.num_adapters == 32
-    some = parse(["--only", "32-base,cold"])
+    assert (full.num_adapters, full.peers, full.registered, full.pool) == (32, PEERS, 1000, 64)
+    some = parse(["--only", "32-base,cold", "--peers", "none"])
     assert [load.key for load in some.loads] == ["32-base"]
-    assert (some.wants("cold"), some.wants("many"), some.num_adapters) == (True, False, 2)
-    with pytest.raises(SystemExit):
-        parse(["--only", "33-base"])
-    assert "33-base" in capsys.readouterr().err
+    assert (some.wants("cold"), some.wants("many"), some.num_adapters, some.peers) == (True, False, 2, ())
+    assert parse(["--only", "many"]).in_rounds is False
+    for wrong in (["--only", "33-base"], ["--peers", "vllm"]):
+        with pytest.raises(SystemExit):
+            parse(wrong)
+        assert wrong[1] in capsys.readouterr().err
 
 
-def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path) -> None:
+def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    parts = "1-base,2-base,2-distinct,2-blends,cold,long,many"
+    loads = "1-base,2-base,2-distinct,2-blends"
     places = ["--model", str(tiny_base_dir), "--home", str(tmp_path / "home"), "--out", str(out)]
-    found = serve.main(["--quick", "--only", parts, "--dtype", "fp32", "--threads", "1", *places])
-    assert [row.load.key for row in found.rows] == parts.split(",")[:4]
+    places += ["--cache", str(tmp_path / "cache")]
+    parts = ["--only", f"{loads},ttft,ways,cold,long,overload,many", "--peers", "peft,llama.cpp"]
+    found = serve.main(["--quick", "--dtype", "fp32", "--threads", "1", *parts, *places])
+    assert [row.load.key for row in found.rows] == loads.split(",")
     assert all(row.cached_tokens == 0 for row in found.rows)
-    # one share of answers each, where PEFT can: fp32 makes them the same
-    assert [row.same_start for row in found.rows] == [1.0, 1.0, 1.0, None]
+    peft = "transformers + PEFT"
+    # PEFT has no blends; fp32 makes all other answers the same
+    assert [row.same_start for row in found.rows] == [{peft: 1.0}, {peft: 1.0}, {peft: 1.0}, {}]
+    assert [list(row.figures) for row in found.rows] == [["smolora", peft]] * 3 + [["smolora"]]
+    assert found.missing == {"llama.cpp": "it is measured in bf16 on a CPU"}
+    assert min(found.peak_rss.values()) > 100e6
+    assert "our allocator's settings" in found.systems[1].settings
+    assert "not our" not in found.systems[1].settings
     assert found.many is not None
     assert found.many.verdicts == {"exact": 12, "tie": 0, "wrong": 0}
     assert found.many.control["wrong"] > 0
     assert found.many.num_distinct <= found.many.loads <= found.many.evictions + found.many.most_resident
     assert found.cold is not None
-    assert min(found.cold.load_adapter) > 0
+    assert min(found.cold.load_adapter + found.cold.read_cached) > 0
     assert found.long_prompts is not None
     assert found.long_prompts.itl_p99[0] >= found.long_prompts.itl_p50[0] > 0
-    document = json.loads((out / "serve.json").read_text())
-    assert [row["load"]["kind"] for row in document["rows"]] == ["base", "base", "distinct", "blends"]
-    assert document["server_peak_rss"] > 0
-    assert (out / "serve.png").read_bytes().startswith(b"\x89PNG")
-    assert (out / "serve.md").read_text().count("| ---") > 0
-    assert sorted(path.name for path in out.iterdir()) == ["serve.json", "serve.md", "serve.png", "server.log"]
+    assert [ways.streams for ways in found.ways] == [1, 4]
+    assert min(found.ways[0].greedy + found.ways[0].sampled + found.ways[0].logprobs) > 0
+    assert found.overload is not None
+    assert found.overload.offered[0] == pytest.approx(5 * found.overload.peak[0] / 8)
+    assert 0 < found.overload.goodput[0] < 2 * found.overload.peak[0]
+    assert "measures nothing" not in capsys.readouterr().out
+    assert json.loads((out / "serve.json").read_text())["made"]["quick"] is True
+    assert sorted(path.name for path in out.iterdir()) == ["serve.json", "serve.log"]

@@ -1,24 +1,33 @@
 """The training benchmarks' own arithmetic, and one reduced run of the speed's on a tiny base."""
-# ruff: noqa: RUF001
 
 import io
 import json
+import math
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import methods_report, train
-from benchmarks.methods import Outcome, Trial, best
-from benchmarks.ratings import FILES, NESTED, PACKAGE, Rated, read_sets, rule_classifier
-from benchmarks.results import Machine
-from benchmarks.sentiment import LABELS, blend, classify, examples_of, prompt_of, score
-from benchmarks.train import WORKS, Row
-from benchmarks.training_runs import Measured
+from benchmarks import methods, train
+from benchmarks.training import adapters_report, beside_report, methods_report, train_report
+from benchmarks.training.adapters_report import SetSize
+from benchmarks.training.methods_report import Compared
+from benchmarks.training.methods_run import Outcome, Place, Trial, outcome_of
+from benchmarks.training.peer import COMPILED, EAGER, IGNORED, PACKED, load, packed, padded
+from benchmarks.training.rate_search import best_rate
+from benchmarks.training.ratings import FILES, NESTED, PACKAGE, Rated, read_sets, rule_classifier
+from benchmarks.training.runs import NATIVE, TORCH, Measured
+from benchmarks.training.sentiment import LABELS, Score, blend, classify, examples_of, prompt_of, score
+from benchmarks.training.train_report import Row
+from benchmarks.training.works import WORKS
+from server.errors import StartupError
 from server.model.smollm import NoAdapters, SmolLM
-from server.model.weights import BaseModel
+from server.model.source import resolve_base
+from server.model.weights import BaseModel, load_base
 from server.training.trained_rows import TrainedRows
+from tests.benchmarks.kit import MACHINE, figures, made
 from tests.engine_kit import random_adapter
 
 CPU = torch.device("cpu")
@@ -123,40 +132,219 @@ def test_the_label_is_the_likelier_completion(real_base: BaseModel) -> None:
     assert sum(example.is_target) == 2, "the label and the end token"
 
 
+ROWS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [30, 31, 32, 33, 34]]
+
+
+def test_packed_rows_are_kept_apart(tiny_base_dir: Path) -> None:
+    """The packing peer's loss and gradients are the padding one's; rows that run into each other would show."""
+    model = load(tiny_base_dir, "full").float()
+
+    def loss_and_gradient(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        gradient = model.get_parameter("model.layers.0.self_attn.k_proj.weight").grad
+        assert gradient is not None
+        return loss.detach(), gradient.clone()
+
+    together, alone = dict(packed(ROWS)), dict(padded(ROWS, 7))
+    for found, expected in zip(loss_and_gradient(together), loss_and_gradient(alone), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    joined = together | {"position_ids": torch.arange(15)[None]}
+    assert abs(loss_and_gradient(joined)[0] - loss_and_gradient(alone)[0]) > 1e-3
+    longer, _ = loss_and_gradient(dict(padded(ROWS, 12)))
+    torch.testing.assert_close(longer, loss_and_gradient(alone)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_what_the_peers_are_given() -> None:
+    found = padded(ROWS[:2], 7)
+    assert found["labels"][1].tolist() == [20, 21, 22, *[IGNORED] * 4]
+    assert found["attention_mask"].sum() == 10
+    assert "attention_mask" not in padded([[1, 2], [3, 4]], 2)
+    found = packed(ROWS[:2])
+    assert found["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 20, 21, 22]]
+    assert found["labels"][0].tolist() == [IGNORED, 6, 7, 8, 9, 10, 11, IGNORED, 21, 22]
+    assert found["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 0, 1, 2]]
+
+
 def measured(speed: float, memory: int) -> Measured:
-    return Measured(speed, memory, 3.0)
+    return Measured(speed, memory, 3.0, 1.0, native=True)
+
+
+def trained(rows: list[Row], *, quick: bool = False) -> train_report.Results:
+    return train_report.Results(made(quick=quick), MACHINE, "tiny", 2, rows)
 
 
 def test_the_speed_targets() -> None:
     work = next(work for work in WORKS if work.most_memory is not None)
-    row = Row(work, (measured(260, 2), measured(240, 2)), (measured(200, 5), measured(100, 5)))
-    speed, memory = train.targets(row, quick=False)
-    assert (speed.measured, speed.reached) == ("1.85 × PEFT (1.30–2.40)", True)
-    assert (memory.wanted, memory.reached) == ("≤ 0.5 of PEFT's peak RSS", True)
-    assert [target.reached for target in train.targets(row, quick=True)] == [None, None]
+    row = Row(
+        work,
+        {
+            NATIVE: (measured(260, 2), measured(240, 2)),
+            TORCH: (measured(150, 2), measured(150, 2)),
+            EAGER: (measured(150, 4), measured(120, 4)),
+            COMPILED: (measured(200, 5), measured(100, 5)),
+        },
+    )
+    speed, memory = train_report.evaluate(trained([row]))
+    assert (speed.wanted, speed.measured) == ("≥ 2.4 × peer, compiled", "1.85 × peer, compiled (1.30–2.40)")
+    assert speed.reached is False
+    assert (memory.measured, memory.reached) == ("0.40 of the peak RSS of: peer, compiled", False)
+    assert [target.reached for target in train_report.evaluate(trained([row], quick=True))] == [None, None]
+    text = train_report.markdown(trained([row]))
+    assert "| LoRA, 4 × 512 tokens | 250 (240–260) | 150 | 135 (120–150) | – | 150 (100–200) |" in text
+    assert "It pads short rows to the longest of their batch" in text
+    assert "native code was not to be had" not in text
 
 
-def test_methods_are_compared_at_their_best_rates() -> None:
-    def outcome(rank: int, rate: float, tuning: float, test: float, accuracy: float) -> Outcome:
-        return Outcome(
-            Trial(rank, rate), 1000 * (rank or 100), 0.5, 10**9, 10**7, 10.0, 400.0, tuning, test, accuracy
-        )
-
-    outcomes = [outcome(8, 1e-3, 0.5, 0.6, 0.9), outcome(8, 2e-3, 0.4, 0.7, 0.8), outcome(0, 1e-5, 0.3, 0.5, 0.85)]
-    assert [found.trial for found in best(outcomes)] == [Trial(0, 1e-5), Trial(8, 2e-3)]
-    text = methods_report.markdown(Machine("A CPU", 2, 2, 8 << 30, "3.11", {}), "work", outcomes, quick=False)
-    assert "| LoRA, r=8 | 8,000 (50.0%) | 1.00 GB | 10 MB | 10 s | 400 | 0.002 | 0.7000 | 0.800 |" in text
-    assert "LoRA, r=8, tuning loss by learning rate: 0.001: 0.5000, 0.002: 0.4000." in text
-    assert "held-out accuracy: the best LoRA (LoRA, r=8: 0.8000) does not beat full (0.8500)." in text
+def test_every_work_is_held_to_the_compiled_peer() -> None:
+    assert {work.key: work.speeds for work in WORKS} == {
+        "8x128": {COMPILED: 2.2},
+        "4x512": {COMPILED: 2.4},
+        "full": {COMPILED: 1.8},
+        "short": {EAGER: 4.0, PACKED: 2.5, COMPILED: 3.0},
+    }
+    assert all(set(work.speeds) < set(work.sides) for work in WORKS)
+    assert [work.key for work in WORKS if TORCH not in work.sides] == [], "full is torch's; LoRA shows both"
 
 
-def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path) -> None:
+def test_a_rate_is_found_inside_its_grid() -> None:
+    asked: list[float] = []
+
+    def loss_at(rate: float, best: float) -> float:
+        asked.append(rate)
+        return (math.log2(rate) - math.log2(best)) ** 2
+
+    found, losses = best_rate(1.0, lambda rate: loss_at(rate, 1.2))
+    assert (found, sorted(losses)) == (1.0, [0.5, 1.0, 2.0])
+    found, losses = best_rate(1.0, lambda rate: loss_at(rate, 8.0))
+    assert (found, sorted(losses)) == (8.0, [0.5, 1.0, 2.0, 4.0, 8.0, 16.0])
+    found, losses = best_rate(1.0, lambda rate: loss_at(rate, 0.2))
+    assert (found, sorted(losses)) == (0.25, [0.125, 0.25, 0.5, 1.0, 2.0])
+    assert len(asked) == 3 + 6 + 5, "no rate twice"
+
+
+def test_a_rate_that_diverges_is_the_worst() -> None:
+    found, losses = best_rate(1.0, lambda rate: math.nan if rate > 0.3 else 1 / rate)
+    assert (found, losses[0.5], losses[0.125]) == (0.25, math.inf, 8.0)
+    with pytest.raises(RuntimeError, match="no best learning rate from 1 to 64"):
+        best_rate(2.0, lambda rate: 1 / rate, most=7)
+
+
+def outcome(rank: int, seed: int, loss: float, accuracy: float, speed: float = 400.0) -> Outcome:
+    trial = Trial(rank, 1e-3, seed, 2400, 0, 1000)
+    by = "native code" if rank else "torch"
+    return Outcome(trial, 1000 * (rank or 100), 0.5, 10**9, 10**7, 10.0, speed, math.nan, loss, accuracy, by)
+
+
+def test_methods_are_compared_with_intervals() -> None:
+    full = Compared(0, 5e-5, {5e-5: 0.3}, tuple(outcome(0, s, 0.30, 0.88 + s / 100, 200.0) for s in (1, 2, 3)))
+    near = Compared(8, 1e-3, {5e-4: 0.5, 1e-3: 0.4, 2e-3: 0.6}, tuple(outcome(8, s, 0.35, 0.9) for s in (1, 2, 3)))
+    results = methods_report.Results(
+        made(),
+        MACHINE,
+        "tiny",
+        "movies",
+        (2400, 250, 1000),
+        [full, near],
+        outcome(16, 1, math.nan, math.nan, 300.0),
+    )
+    text = methods_report.markdown(results)
+    row = "| LoRA, r=8 | 8,000 (50.0%) | 1.00 GB | 10 MB | 10 s | 400 | 0.001 | 0.3500 ± 0.0000 | 0.900 ± 0.000 |"
+    assert row in text
+    assert "2,400 sentences of movies, once, in 300 steps of 8 rows" in text
+    assert "LoRA, r=8, tuning loss by learning rate: 0.0005: 0.5000, 0.001: 0.4000, 0.002: 0.6000." in text
+    assert "held-out loss: the best LoRA (LoRA, r=8: 0.3500 ± 0.0000) is not better than full (0.3000" in text
+    # 0.90 ± 0.025: the same mean can't be told from it
+    assert "held-out accuracy: the best LoRA (LoRA, r=8: 0.9000 ± 0.0000) can't be told from full" in text
+    assert "One standard error of 1,000 test sentences is 0.9 points of accuracy" in text
+    assert "computed by native code, trains 2.00 × as many tokens a second as full fine-tuning, computed" in text
+    assert "LoRA, r=16 computed by torch: 1.50 ×." in text
+
+
+def test_accuracies_have_their_standard_errors() -> None:
+    sizes = {"tweets": SetSize(500, 250)}
+    names = [adapters_report.BASE, "tweets", adapters_report.BLEND, adapters_report.FULL, adapters_report.RULES]
+    scores = {
+        name: {"tweets": Score(accuracy, 0.8)}
+        for name, accuracy in zip(names, (0.80, 0.90, 0.85, 0.8, 0.93), strict=True)
+    }
+    results = adapters_report.Results(made(), MACHINE, "tiny", "as it is", sizes, scores, {})
+    text = adapters_report.markdown(results)
+    assert "| base | 0.800 ± 0.025 / 0.800 |" in text
+    assert "| rules (vaderSentiment) | **0.930 ± 0.016 / 0.800** |" in text
+    assert "tweets: 0.900, beats the base (0.800), **does not beat** the rules (0.930, by less than two" in text
+    assert "One standard error of such an accuracy is 1.6 to 2.5 points" in text
+
+
+def test_the_targets_beside_serving() -> None:
+    rounds = tuple(
+        beside_report.Round(figures(300.0), figures(200.0), alone, beside)
+        for alone, beside in ((500.0, 110.0), (500.0, 100.0), (500.0, 120.0))
+    )
+    results = beside_report.Results(made(), MACHINE, "work", rounds)
+    speed, gaps = beside_report.evaluate(results)
+    assert (speed.measured, speed.reached) == ("0.22 of its speed alone (0.20–0.24)", True)
+    assert (gaps.wanted, gaps.reached) == ("≤ 1.5 × that without it", True)
+    text = beside_report.markdown(results)
+    assert "| the job's tokens/s | 500 | 110 (100–120) | 0.22 × (0.20–0.24) |" in text
+
+
+def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     places = ["--model", str(tiny_base_dir), "--home", str(tmp_path / "home"), "--out", str(out)]
-    (row,) = train.main(["--quick", "--only", "short", "--threads", "1", *places])
-    assert row.ours[0].loss == pytest.approx(row.peer[0].loss, rel=0.005), "the same rows, before any step"
-    assert min(row.ours[0].peak_rss, row.peer[0].peak_rss) > 100e6
+    (row,) = train.main(["--quick", "--only", "short", "--threads", "1", *places]).rows
+    assert list(row.figures) == [NATIVE, EAGER, PACKED], "compiling takes a minute"
+    losses = [one.loss for found in row.figures.values() for one in found]
+    assert max(losses) == pytest.approx(min(losses), rel=0.005), "the same rows, before any step"
+    assert min(one.peak_rss for found in row.figures.values() for one in found) > 100e6
+    assert all(one.keeps_memory for found in row.figures.values() for one in found), "the peers, too"
     document = json.loads((out / "train.json").read_text())
     assert document["rows"][0]["work"]["key"] == "short"
-    assert "measures nothing" not in (out / "train.md").read_text()
-    assert sorted(path.name for path in out.iterdir()) == ["train.json", "train.md"]
+    assert "measures nothing" not in capsys.readouterr().out
+    assert [path.name for path in out.iterdir()] == ["train.json"]
+
+
+def test_methods_are_compared_at_rates_that_others_chose() -> None:
+    """The rate comes from one seed's loss on the tuning rows alone; what is tested is other seeds."""
+    asked: list[Trial] = []
+    best = {0: 1e-4, 8: 5e-4, 16: 2.5e-4, 32: 2e-3}
+
+    def run(trial: Trial) -> Outcome:
+        asked.append(trial)
+        loss = abs(math.log2(trial.learning_rate / best[trial.rank]))
+        return replace(outcome(trial.rank, trial.seed, loss, 0.9), trial=trial, tuning_loss=loss)
+
+    compared, in_torch = methods.compare(run, (2400, 250, 1000), num_seeds=3)
+    assert {one.rank: one.rate for one in compared} == pytest.approx(best)
+    for one in compared:
+        rates = list(one.losses)
+        assert rates[0] < one.rate < rates[-1], "no optimum on the edge"
+        tried = [trial for trial in asked if trial.rank == one.rank and trial.native]
+        tuned, tested = tried[: len(rates)], tried[len(rates) :]
+        assert {(trial.seed, trial.num_tuning, trial.num_test) for trial in tuned} == {(0, 250, 0)}
+        assert [(trial.seed, trial.num_tuning, trial.num_test) for trial in tested] == [
+            (s, 0, 1000) for s in (1, 2, 3)
+        ]
+        assert {trial.learning_rate for trial in tested} == {one.rate}
+        assert tuple(found.trial for found in one.outcomes) == tuple(tested)
+    assert (in_torch.trial.rank, in_torch.trial.native, in_torch.trial.learning_rate) == (16, False, 2.5e-4)
+
+
+def test_a_run_is_kept_for_what_it_was_run_with(tmp_path: Path, source: Path, tiny_base_dir: Path) -> None:
+    base = resolve_base(str(tiny_base_dir), tmp_path / "home")
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    place = Place(base, load_base(base).digest, source, "movies", 1, tmp_path / "native", kept)
+    trial = Trial(4, 1e-3, 1, 16, 8, 0)
+    found, before = outcome_of(trial, place)
+    assert not before
+    assert (found.num_trainable, found.computed_by) == (11_136, "torch")  # 3 layers · 4 · the sums of in and out
+    assert 0 < found.tuning_loss < 10
+    assert math.isnan(found.test_accuracy), "nothing was to be tested"
+    again, before = outcome_of(trial, place)
+    assert before
+    assert (again.trial, again.tuning_loss, again.seconds) == (trial, found.tuning_loss, found.seconds)
+    other = replace(place, digest="another", base=tmp_path / "nowhere")
+    with pytest.raises(StartupError):  # it would be run anew
+        outcome_of(trial, other)

@@ -1,4 +1,4 @@
-"""What the served answers are held to: transformers and PEFT on the same weights, in fp32, in this process.
+"""What the served answers are held to: transformers and PEFT on the same weights, mostly in fp32, in this process.
 
 Nothing of the product is imported: adapters are made, trained, saved and loaded by PEFT, and blends are dense sums
 that are read from PEFT's files.
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from tests.oracles.hugging_face import linear, load_reference
+from tests.oracles.hugging_face import linear, load_reference, logits
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -41,8 +41,8 @@ class _Generates(Protocol):
 class Reference:
     """The base as transformers runs it. Adapters are on it only inside a `with`."""
 
-    def __init__(self, directory: Path) -> None:
-        self._model = load_reference(directory)
+    def __init__(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+        self._model = load_reference(directory, dtype)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, padding_side="left")
 
     def greedy(self, prompts: Sequence[str], max_tokens: int) -> list[Generated]:
@@ -63,6 +63,12 @@ class Reference:
     def texts(self, prompts: Sequence[str], max_tokens: int) -> list[str]:
         """`greedy`, as texts."""
         return [answer.text for answer in self.greedy(prompts, max_tokens)]
+
+    def logprobs(self, prompt: str, answer: Sequence[int]) -> torch.Tensor:
+        """(tokens, vocab) in nats: before each token of the answer, given those before it."""
+        prompt_ids = self.tokenizer.encode(prompt)
+        rows = logits(self._model, (*prompt_ids, *answer))[len(prompt_ids) - 1 : -1]
+        return rows.double().log_softmax(-1)
 
     def make_adapter(self, directory: Path, config: LoraConfig, seed: int) -> Path:
         """Save a random adapter with PEFT, B not zero; returns `directory`."""
@@ -89,7 +95,7 @@ class Reference:
 
     @contextmanager
     def adapter(self, directory: Path) -> Iterator[None]:
-        """`greedy` is under the adapter that PEFT loads from `directory`; a warning of PEFT's is an error."""
+        """All is under the adapter that PEFT loads from `directory`; a warning of PEFT's is an error."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
             tuned = PeftModel.from_pretrained(self._model, str(directory)).eval()
@@ -100,7 +106,7 @@ class Reference:
 
     @contextmanager
     def blend(self, parts: Iterable[tuple[Path, float]]) -> Iterator[None]:
-        """`greedy` is on weights W + Σ weight · alpha/r · B A, summed up in fp64."""
+        """All is on weights W + Σ weight · alpha/r · B A, summed up in fp64; of a reference in fp32."""
         kept: dict[str, torch.Tensor] = {}
         for directory, weight in parts:
             for path, delta in _deltas(directory):

@@ -1,10 +1,13 @@
 """An adapter from PEFT's files to PEFT's files: uploaded, listed, served, replaced, deleted while it runs."""
 
 import io
+import socket
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -54,6 +57,41 @@ def test_what_peft_saved_is_served_and_what_is_downloaded_peft_loads(
     again = server.client.post("/adapters/copy", files={"archive": ("left.zip", download.content)})
     assert again.status_code == 201
     assert again.json()["digest"] == version["digest"]
+
+
+def test_downloads_that_are_taken_slowly_fill_no_memory(
+    server: ServerProcess, reference: Reference, adapter_files: AdapterFiles, tmp_path: Path
+) -> None:
+    directory = adapter_files.make(13, rank=64)
+    size = (directory / WEIGHTS).stat().st_size
+    assert size > 25_000_000
+    server.upload("large", directory)
+    path = "/adapters/large/1/download"
+    whole = server.client.get(path).content
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        archive.extractall(tmp_path)
+    with reference.adapter(tmp_path):  # PEFT's from_pretrained reads it
+        assert server.texts(PROMPTS[:1], adapter="large", max_tokens=4) == reference.texts(PROMPTS[:1], 4)
+
+    process = psutil.Process(server.process.pid)
+    before = process.memory_info().rss
+    with ExitStack() as connections:
+        clients = [
+            connections.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(8)
+        ]
+        for client in clients:
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        pieces = [client.recv(1000) for client in clients]  # all are being sent, and nobody takes the rest
+        assert process.memory_info().rss - before < 2 * size, "eight copies would be 250 MB"
+        for client in clients[1:]:
+            client.close()
+        while piece := clients[0].recv(1 << 20):
+            pieces.append(piece)
+    first, rest = pieces[0], b"".join(pieces[8:])
+    head, _, start = first.partition(b"\r\n\r\n")
+    assert f"content-length: {len(whole)}".encode() in head.lower()
+    assert start + rest == whole
+    assert server.client.delete("/adapters/large").status_code == 204
 
 
 def test_a_stream_outlives_its_adapter(server: ServerProcess, adapter_files: AdapterFiles) -> None:

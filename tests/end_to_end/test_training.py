@@ -1,6 +1,6 @@
 """Jobs on a real server with a real worker: disturbed by will and by force they end as if nothing had happened.
 
-On a tiny base, a few kills only: `python -m tests.kill_nine` has more of them.
+On a tiny base, a few kills and pauses only: `python -m tests.kill_nine` and `python -m tests.pauses` have more.
 """
 
 import json
@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from server.training.job_files import CHECKPOINTS_NAME, LOG_NAME
-from tests.end_to_end.server_process import ServerProcess
-from tests.end_to_end.training_client import code_rows, get, steps_of, submit, wait_for_end, wait_until
-from tests.kill_nine import Drill
+from tests.drill import Drill
+from tests.end_to_end.training_client import code_rows, get, submit, wait_for_end, wait_until
+from tests.kill_nine import kill
+from tests.pauses import pause_at_random
 
 
 @pytest.fixture(scope="module")
@@ -23,39 +24,34 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
     drill.server.close()
 
 
-def move(server: ServerProcess, job_id: str, verb: str) -> None:
-    response = server.client.post(f"/train/{job_id}/{verb}")
-    assert response.status_code == 200, response.text
-
-
 def test_paused_and_killed_it_ends_in_the_undisturbed_bytes(drill: Drill) -> None:
-    """Paused on its way and resumed; then the server is killed, with which its worker and that one's job die."""
-    job_id = drill.submit()
-    wait_until(lambda: len(steps_of(drill.server, job_id)) > 20)
-    move(drill.server, job_id, "pause")
-    wait_until(lambda: get(drill.server, f"/train/{job_id}")["status"] == "paused", 10)
-    assert len(steps_of(drill.server, job_id)) < drill.num_steps, "it was paused on its way"
-    move(drill.server, job_id, "resume")
-    drill.kill("server", alone=True, after_attempt=1)
+    """Paused on its way, one time by a SIGTERM to the worker; then the server is killed, with which its worker and
+    that one's job die.
+    """
+    pause_at_random(drill, 3)
+    kill(drill, "server", alone=True)
     drill.check()
 
 
 def test_a_failed_job_keeps_its_error_and_its_log(drill: Drill) -> None:
-    """One whose loss is no number any more, and one whose rows are another base's tokens."""
+    """Those whose loss is no number any more, and one whose rows are another base's tokens."""
     server, body = drill.server, {"name": "failing", "data": code_rows(4)}
     diverging = submit(server, **body, training={"learning_rate": 1e20, "warmup_ratio": 0.0})
+    at_the_end = {"learning_rate": 1e38, "warmup_ratio": 0.0, "max_steps": 1}
+    diverged = submit(server, **body, validation=code_rows(2), training=at_the_end)
     strange = submit(server, **body)
     stored = server.home / "jobs" / strange / "data.json"
     stored.write_text(json.dumps(json.loads(stored.read_text()) | {"base_digest": "ab" * 32}))
     for job_id, reason, hint in (
         (diverging, "the loss is not a number", "lower training.learning_rate"),
+        (diverged, "the held-out loss is not a number after step 1", "lower training.learning_rate"),
         (strange, "tokenized for another base (abababababab)", "SMOLORA_MODEL"),
     ):
         job = wait_for_end(server, job_id)
         assert job["status"] == "failed"
         assert reason in job["error"]
         assert hint in job["error"]
-        assert job["adapter"] is None
+        assert (job["adapter"], job["attempt"]) == (None, 1)
         assert reason in read_log(server.home / "jobs" / job_id)
         assert get(server, f"/train/{job_id}/events")[-1]["level"] == "error"
     assert server.client.get("/adapters/failing").status_code == 404
@@ -63,5 +59,5 @@ def test_a_failed_job_keeps_its_error_and_its_log(drill: Drill) -> None:
 
 def read_log(directory: Path) -> str:
     """What the job's process said. Of a failed job nothing else than rows and this is kept."""
-    assert not (directory / CHECKPOINTS_NAME).exists()
+    wait_until(lambda: not (directory / CHECKPOINTS_NAME).exists())
     return (directory / LOG_NAME).read_text(encoding="utf-8")

@@ -71,9 +71,3 @@ def processes(server: ServerProcess, module: str) -> list[psutil.Process]:
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
     return found
-
-
-def steps_of(server: ServerProcess, job_id: str) -> list[int]:
-    """The steps whose metrics are among the job's events."""
-    events = get(server, f"/train/{job_id}/events")
-    return [event["data"]["step"] for event in events if event["type"] == "metrics"]

@@ -1,5 +1,7 @@
 """The command as people meet it: one line for whatever keeps it from starting, and quick help."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +34,32 @@ def test_what_keeps_it_from_starting_is_one_line(tmp_path: Path, arguments: list
     assert result.stdout == ""
     assert result.stderr.startswith(f"smolora: {line}")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seen", "key"),
+    [
+        (["serve", "--api-keys=k1,k2", "--port", "1"], ["serve", "--port", "1"], "k1,k2"),
+        (["serve", "--api-keys", "k1", "--port=1"], ["serve", "--port=1"], "k1"),
+        (["serve", "--api-keys", "", "x"], ["serve", "x"], ""),
+        (["serve", "--api-keys"], ["serve", "--api-keys"], "from outside"),  # refused later on
+        (["serve", "--port", "1"], ["serve", "--port", "1"], "from outside"),
+        (["serve", "--", "--api-keys=k1"], ["serve", "--", "--api-keys=k1"], "from outside"),
+    ],
+)
+def test_keys_leave_the_command_line(arguments: list[str], seen: list[str], key: str) -> None:
+    code = """
+import json, os, sys
+from server.config import hide_keys
+hide_keys()
+with open("/proc/self/cmdline") as file:
+    print(json.dumps([os.getpid(), os.environ["SMOLORA_API_KEYS"], file.read().split("\\0")[3:-1]]))
+"""
+    command = [sys.executable, "-c", code, *arguments]
+    environment = os.environ | {"SMOLORA_API_KEYS": "from outside"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        output, _ = process.communicate(timeout=60)
+    assert json.loads(output) == [process.pid, key, seen]
 
 
 def test_help_imports_nothing_slow() -> None:

@@ -86,6 +86,21 @@ def test_generate(smolora: Run) -> None:
     assert chat["usage"]["prompt_tokens"] > answer["usage"]["prompt_tokens"]
 
 
+def test_what_was_made_on_another_base_is_said(smolora: Run, server: Running) -> None:
+    files = as_parts(*peft_files(seed=1, base_model="someone/else", shape=server.services.library.shape))
+    headers = {"Authorization": "Bearer secret"}
+    httpx.post(f"{server.url}/adapters/stray", files=files, headers=headers, trust_env=False).raise_for_status()
+    compare = ("compare", "404", "-a", "base", "-a", "stray", "-a", "stray*0.5", "--max-tokens", "1")
+    for command in (("generate", "404", "-a", "stray", "--max-tokens", "1"), compare):
+        result = smolora(*command)
+        assert result.exit_code == 0, result.output
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("smolora: stray@1: ")
+        assert "someone/else" in line
+        assert "someone/else" not in result.stdout
+    assert smolora("generate", "404", "-a", "up", "--max-tokens", "1").stderr == ""
+
+
 def test_adapters(smolora: Run) -> None:
     listed = json.loads(smolora("adapters", "--json").stdout)["adapters"]
     assert "up" in [adapter["name"] for adapter in listed]
@@ -162,6 +177,19 @@ def test_detach_and_steer(smolora: Run, rows: str) -> None:
     followed = smolora("jobs", job_id, "--follow")
     assert followed.exit_code == 1
     assert "cancelled" in followed.stdout
+
+
+def test_files_of_a_job_that_has_ended(smolora: Run, server: Running, rows: str) -> None:
+    job_id = smolora("train", rows, "--name", "codes", "--detach").stdout.strip()
+    refused = smolora("jobs", job_id, "--delete")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("smolora: the job is queued: cancel it first")
+    assert smolora("jobs", job_id, "--cancel").exit_code == 0
+    directory = server.services.settings.home / "jobs" / job_id
+    assert directory.exists()
+    job = json.loads(smolora("jobs", job_id, "--delete", "--json").stdout)
+    assert (job["status"], job["files_removed_at"] is None) == ("cancelled", False)
+    assert not directory.exists()
 
 
 def test_every_option_of_train(smolora: Run, rows: str, tmp_path: Path) -> None:
@@ -254,6 +282,8 @@ def test_what_the_command_refuses(smolora: Run, rows: str, tmp_path: Path) -> No
     assert "No such file" in missing.stderr
     assert smolora("jobs", "--cancel").exit_code == 2
     assert smolora("jobs", "a", "--cancel", "--pause").exit_code == 2
+    assert smolora("jobs", "--delete").exit_code == 2
+    assert smolora("jobs", "a", "--delete", "--pause").exit_code == 2
 
 
 def test_without_a_key(smolora: Run) -> None:

@@ -1,12 +1,14 @@
 """Settings: the contract's defaults, what comes from where, and one line for each fault."""
 
 import inspect
+import os
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from server import cli
-from server.config import PREFIX, Settings, is_loopback, load_settings, to_flags
+from server.config import PREFIX, Settings, forget_keys, is_loopback, load_settings, to_flags
 from server.errors import StartupError
 
 
@@ -71,6 +73,30 @@ def test_a_bad_value_is_one_line_with_both_names(name: str, value: str | int) ->
     message = str(caught.value)
     assert message.startswith(f"SMOLORA_{name.upper()} (--{name.replace('_', '-')}): ")
     assert "\n" not in message
+
+
+def test_keys_out_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines or commas between them; what can't be read, or has none, is no way to serve without keys."""
+    file = tmp_path / "keys"
+    file.write_text("one\n\n two , three\r\n")
+    assert load_settings(api_keys=f"@{file}").api_keys == ("one", "two", "three")
+    monkeypatch.setenv("SMOLORA_API_KEYS", f"@{file}")
+    assert load_settings().api_keys == ("one", "two", "three")
+    for content, reason in ((b"", "has no keys"), (b"a b\n", "without blanks"), (b"\xff\xfe", "no text")):
+        file.write_bytes(content)
+        with pytest.raises(StartupError, match=rf"SMOLORA_API_KEYS \(--api-keys\): .*{reason}"):
+            load_settings()
+    file.unlink()
+    with pytest.raises(StartupError, match=f"can't read the file {file}: No such file"):
+        load_settings()
+
+
+def test_no_child_gets_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOLORA_API_KEYS", "one")
+    monkeypatch.setenv("SMOLORA_API_KEY", "one")
+    monkeypatch.setenv("SMOLORA_PORT", "1")
+    forget_keys()
+    assert [name for name in os.environ if name.startswith("SMOLORA_")] == ["SMOLORA_PORT"]
 
 
 def test_keys_never_show_in_the_error() -> None:

@@ -12,6 +12,8 @@ from server.cli import app
 from server.database import FILE_NAME
 from server.doctor import examine, rebuild
 from server.errors import StartupError
+from server.home import serving
+from server.sqlite import driver
 from tests.adapters.samples import sample_adapter
 from tests.server.api.registry import Registry, digest_of, write_files
 
@@ -55,10 +57,17 @@ def test_a_sound_home(home: Path) -> None:
     diagnosis = examine(home)
     assert diagnosis.is_sound
     assert (diagnosis.num_versions, diagnosis.num_adapters) == (4, 3)
-    assert doctor(home) == (0, "sound: 4 versions, 3 stored adapters checked\n")
+    database = f"SQLite {driver.sqlite_version} with a "
+    code, output = doctor(home)
+    assert code == 0
+    first, last = output.splitlines()
+    assert first.startswith(f"database: {database}")
+    assert last == "sound: 4 versions, 3 stored adapters checked"
     code, output = doctor(home, "--json")
     assert code == 0
-    assert json.loads(output) == {
+    document = json.loads(output)
+    assert document.pop("database").startswith(database)
+    assert document == {
         "findings": [],
         "num_versions": 4,
         "num_adapters": 3,
@@ -96,7 +105,7 @@ def test_what_nothing_names_is_found_and_collected(home: Path, tmp_path: Path) -
     (home / "adapters" / ".tmp-left").mkdir()
     digest = orphan.weights.digest
     assert found(home).keys() == {f"adapters/{digest[:2]}/{digest}", "adapters/.tmp-left"}
-    with registry.store.publishing(orphan):  # somebody is about to name it
+    with registry.store.publishing(orphan, registry.catalog.in_use):  # somebody is about to name it
         assert found(home).keys() == {"adapters/.tmp-left"}
     registry.restart()
     registry.close()
@@ -194,6 +203,8 @@ def test_nothing_is_rebuilt_under_a_server(home: Path, tmp_path: Path) -> None:
     assert examine(home).is_sound
     assert registry.catalog.get("a").latest == 1
     registry.close()
+    with serving(home), pytest.raises(StartupError, match="is served already"):  # by one that is just starting
+        rebuild(home)
 
 
 def test_what_is_no_home(tmp_path: Path) -> None:

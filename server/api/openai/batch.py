@@ -46,6 +46,7 @@ class Batch:
         self.model = render(Term(part.name, part.version, weight=part.weight) for part in parts)
         if not parts:
             self.model = base_name
+        self.warnings = generations[0].warnings
         self.created = int(time.time())
 
     @property

@@ -4,6 +4,9 @@ from pydantic import BaseModel
 
 from server.api.documents import Responses
 
+WARNING = "X-Smolora-Warning"
+"""A header for each warning about an adapter: OpenAI's answers have no field for it."""
+
 
 class ErrorBody(BaseModel):
     message: str
@@ -24,7 +27,10 @@ REFUSALS: Responses = {
         "description": "400: a bad field, `param` is its name. 401: no valid key. 404: an unknown model. "
         "413: too large. 429: the queue is full; see `Retry-After`",
     },
-    503: {"model": ErrorAnswer, "description": "Not ready, draining, or the engine is dead; see `Retry-After`"},
+    503: {
+        "model": ErrorAnswer,
+        "description": "Not ready, draining, the engine is dead or the disk is full; see `Retry-After`",
+    },
 }
 
 
@@ -33,4 +39,10 @@ def answers_with(example: object) -> dict[str, object]:
     return {
         "description": "The answer; with `stream`, its chunks as server-sent events",
         "content": {"application/json": {"example": example}},
+        "headers": {
+            WARNING: {
+                "schema": {"type": "string"},
+                "description": "of an adapter, such as one made on another base",
+            }
+        },
     }

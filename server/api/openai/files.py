@@ -1,20 +1,20 @@
 """/v1/files: rows to train on, and jobs' results. Everything on disk happens in threads."""
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, BinaryIO, Literal
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Path, Query, Request
 from starlette.datastructures import FormData
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from adapters.errors import Conflict, InvalidInput
 from server.api import wire
 from server.api.deps import Services, ServicesDep
-from server.api.full_disk import full_disk_is_unavailable
 from server.api.openai.documents import REFUSALS
 from server.api.openai.fine_tuning_objects import file_object, page_object
 from server.api.openai.fine_tuning_schemas import FileAnswer, FileDeleted, Page
+from server.api.streams import Download
 from server.api.uploads import read_form, uploaded_rows
 from server.training.files import FileStore, Purpose, StoredFile
 
@@ -59,12 +59,11 @@ _BODY = {
 )
 async def upload(request: Request, services: ServicesDep) -> Response:
     """Check every line and keep the file. The same bytes again are another file."""
-    with full_disk_is_unavailable(services.settings.home):
-        form = await read_form(request)
-        try:
-            file = await to_thread.run_sync(_put, services.files, form, limiter=_checking)
-        finally:
-            await form.close()
+    form = await read_form(request)
+    try:
+        file = await to_thread.run_sync(_put, services.files, form, limiter=_checking)
+    finally:
+        await form.close()
     return wire.answer(file_object(file))
 
 
@@ -103,11 +102,10 @@ async def get_content(services: ServicesDep, file_id: FileId) -> Response:
     """The file itself."""
     file, content = await to_thread.run_sync(_open, services.files, file_id)
     ending = "csv" if file.format == "csv" else "jsonl"
-    headers = {
-        "Content-Length": str(file.bytes),
-        "Content-Disposition": f'attachment; filename="{file.id}.{ending}"',  # its own name may hold anything
-    }
-    return StreamingResponse(_chunks(content), media_type=_MEDIA_TYPES[file.format], headers=headers)
+    # its own name may hold anything
+    headers = {"Content-Disposition": f'attachment; filename="{file.id}.{ending}"'}
+    pieces = iter(partial(content.read, _CHUNK), b"")
+    return Download(pieces, file.bytes, _MEDIA_TYPES[file.format], headers, content.close)
 
 
 @router.delete(
@@ -144,12 +142,6 @@ def _page(files: FileStore, purpose: Purpose | None, limit: int, order: str, aft
 
 def _open(files: FileStore, file_id: str) -> tuple[StoredFile, BinaryIO]:
     return files.get(file_id), files.open(file_id)
-
-
-def _chunks(content: BinaryIO) -> Iterator[bytes]:
-    with content:
-        while chunk := content.read(_CHUNK):
-            yield chunk
 
 
 def _delete(services: Services, file_id: str) -> None:

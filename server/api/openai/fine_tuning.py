@@ -207,7 +207,7 @@ def _metadata_filter(request: Request) -> Callable[[Job], bool]:
 
 def _events_page(jobs: Jobs, job_id: str, limit: int, after: str | None) -> Response:
     _get(jobs, job_id)
-    last = jobs.num_events(job_id)  # they are numbered without gaps
+    last = jobs.standings([job_id])[job_id].num_events  # they are numbered without gaps
     if after is not None:
         last = min(last, event_seq(job_id, after) - 1)
     first = max(0, last - limit)

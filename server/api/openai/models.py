@@ -3,13 +3,13 @@
 Deleting is what DELETE /adapters does, with the same refusals.
 """
 
+from datetime import datetime
 from typing import Annotated
 
 from anyio import to_thread
 from fastapi import APIRouter, Path
 from starlette.responses import Response
 
-from adapters.catalog import Adapter
 from adapters.errors import InvalidInput, NotFound
 from adapters.expression import MAX_LENGTH
 from server.api import wire
@@ -26,9 +26,9 @@ OWNER = "smolora"
 @router.get("/models", summary="List models", response_class=Response, responses=REFUSALS)
 async def models(services: ServicesDep) -> Response:
     """The base, adapters and compositions, each usable as `model`; so is every adapter expression of them."""
-    adapters = await to_thread.run_sync(services.library.list, None, None, None)
-    listed = [_base(services), *(_adapter(services, adapter) for adapter in adapters)]
-    return wire.answer({"object": "list", "data": listed})
+    dates = await to_thread.run_sync(services.library.latest_dates)
+    listed = [_adapter(services, name, created_at) for name, created_at in dates.items()]
+    return wire.answer({"object": "list", "data": [_base(services), *listed]})
 
 
 @router.get("/models/{model}", summary="One model", response_class=Response, responses=REFUSALS)
@@ -38,17 +38,11 @@ async def model(model: Annotated[str, Path(max_length=MAX_LENGTH)], services: Se
     if not terms:
         return wire.answer(_base(services))
 
-    def found() -> int:
-        lease = services.library.lease(terms, "model")
-        lease.release()
-        versions = [services.library.version(part.name, part.version) for part in lease.parts]
-        return max(int(version.created_at.timestamp()) for version in versions)
-
     try:
-        created = await to_thread.run_sync(found)
+        versions = await to_thread.run_sync(services.library.named, terms, "model")
     except NotFound as error:
         raise ModelNotFound(str(error)) from None
-    return wire.answer(_document(model, created, parent=services.base_name))
+    return wire.answer(_adapter(services, model, max(version.created_at for version in versions)))
 
 
 @router.delete("/models/{model}", summary="Delete a model", response_class=Response, responses=REFUSALS)
@@ -72,9 +66,8 @@ def _base(services: Services) -> dict[str, object]:
     return _document(services.base_name, 0)
 
 
-def _adapter(services: Services, adapter: Adapter) -> dict[str, object]:
-    created = int(adapter.versions[-1].created_at.timestamp())
-    return _document(adapter.name, created, parent=services.base_name)
+def _adapter(services: Services, name: str, created_at: datetime) -> dict[str, object]:
+    return _document(name, int(created_at.timestamp()), parent=services.base_name)
 
 
 def _document(name: str, created: int, **more: object) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """/adapters: list, upload, download, delete. Everything on disk happens in threads."""
 
-from typing import Annotated
+from io import BytesIO
+from typing import Annotated, BinaryIO
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Path, Query, Request
@@ -17,7 +18,7 @@ from server.api.documents import DELETES, DOWNLOADS, LOOKUPS, UPLOAD_BODY, UPLOA
 from server.api.library import Library
 from server.api.schemas import AdapterAnswer, AdapterList, VersionAnswer
 from server.api.uploads import read_form, uploaded_files
-from server.api.zips import with_file
+from server.api.zips import StoredZip, zip_download
 from server.training.model_card import model_card
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
@@ -78,9 +79,8 @@ async def download(services: ServicesDep, name: Name, version: VersionNumber) ->
 
     With the card of the job that trained it as `README.md`.
     """
-    content = await to_thread.run_sync(_archive, services, name, version)
-    headers = {"Content-Disposition": f'attachment; filename="{name}-{version}.zip"'}
-    return Response(content, media_type="application/zip", headers=headers)
+    archive = await to_thread.run_sync(_archive, services, name, version)
+    return zip_download(archive, f"{name}-{version}")
 
 
 @router.post(
@@ -125,19 +125,18 @@ async def delete_version(
 
 
 def _page(library: Library, resident: frozenset[str], name: str | None, size: int, after: str | None) -> Response:
-    found = library.list(name, size + 1, after)
-    page = [adapter_answer(adapter, resident) for adapter in found[:size]]
-    return wire.answer({"adapters": page, "next": found[size - 1].name if len(found) > size else None})
+    found, following = library.page(name, size, after)
+    return wire.answer({"adapters": [adapter_answer(adapter, resident) for adapter in found], "next": following})
 
 
-def _archive(services: Services, name: str, version: int) -> bytes:
+def _archive(services: Services, name: str, version: int) -> StoredZip:
     job_id = services.library.version(name, version).job_id
-    content = services.library.archive(name, version)
     try:
         report = None if job_id is None else services.jobs.report(job_id)
     except NotFound:  # its database was lost
         report = None
-    return content if report is None else with_file(content, "README.md", model_card(report).encode())
+    card: dict[str, BinaryIO] = {} if report is None else {"README.md": BytesIO(model_card(report).encode())}
+    return StoredZip(services.library.open(name, version) | card)
 
 
 def _publish(library: Library, name: str, form: FormData) -> Version:

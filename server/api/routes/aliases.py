@@ -11,7 +11,7 @@ from adapters.expression import MAX_NAME
 from server.api import wire
 from server.api.adapter_answers import adapter_answer
 from server.api.deps import ServicesDep
-from server.api.documents import LOOKUPS, UNALIASES
+from server.api.documents import ALIASES, UNALIASES
 from server.api.schemas import AdapterAnswer, Body
 from server.api.strict_json import StrictRoute
 
@@ -30,7 +30,7 @@ class AliasBody(Body):
     "/{name}/aliases/{alias}",
     summary="Set an alias",
     response_class=Response,
-    responses={200: {"model": AdapterAnswer}, **LOOKUPS},
+    responses={200: {"model": AdapterAnswer}, **ALIASES},
 )
 async def put_alias(services: ServicesDep, name: Name, alias: Name, body: AliasBody) -> Response:
     """Have the alias, new or not, mean a version. `latest` is one, too: so it is moved back, or forth.

@@ -11,7 +11,6 @@ from adapters.errors import Conflict
 from server.api import wire
 from server.api.deps import Services, ServicesDep
 from server.api.documents import DATASET_BODY, DATASET_UPLOADS, DATASETS
-from server.api.full_disk import full_disk_is_unavailable
 from server.api.job_answers import dataset_document
 from server.api.train_schemas import DatasetAnswer, DatasetList
 from server.api.uploads import read_form, uploaded_rows
@@ -34,12 +33,11 @@ DatasetId = Annotated[str, Path(max_length=256)]
 )
 async def upload(request: Request, services: ServicesDep) -> Response:
     """Check every line of a JSONL or CSV file and keep its rows, under an id that follows from them."""
-    with full_disk_is_unavailable(services.settings.home):
-        form = await read_form(request)
-        try:
-            dataset = await to_thread.run_sync(_put, services.datasets, form, limiter=_checking)
-        finally:
-            await form.close()
+    form = await read_form(request)
+    try:
+        dataset = await to_thread.run_sync(_put, services.datasets, form, limiter=_checking)
+    finally:
+        await form.close()
     return wire.answer(dataset_document(dataset), 201, {"Location": f"/datasets/{dataset.id}"})
 
 

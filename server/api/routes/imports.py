@@ -16,7 +16,6 @@ from server.api.adapter_answers import version_answer
 from server.api.archives import MAX_WEIGHTS_BYTES
 from server.api.deps import ServicesDep
 from server.api.documents import IMPORTS
-from server.api.full_disk import full_disk_is_unavailable
 from server.api.library import Library
 from server.api.schemas import Body, VersionAnswer
 from server.api.strict_json import StrictRoute
@@ -74,15 +73,13 @@ async def import_adapter(
     if not services.settings.allow_hub_adapters:
         raise Forbidden("imports from the hub are off: SMOLORA_ALLOW_HUB_ADAPTERS=1 allows them")
     await to_thread.run_sync(services.library.check_name, name)
-    version = await to_thread.run_sync(
-        _import, services.library, services.settings.home, fetch, name, body, limiter=_fetching
-    )
+    version = await to_thread.run_sync(_import, services.library, fetch, name, body, limiter=_fetching)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
     return wire.answer(version_answer(version, services.engine.stats.resident), 201, headers)
 
 
-def _import(library: Library, home: FilePath, fetch: Fetch, name: str, body: ImportBody) -> Version:
-    with full_disk_is_unavailable(home), TemporaryDirectory(prefix="upload-") as scratch:
+def _import(library: Library, fetch: Fetch, name: str, body: ImportBody) -> Version:
+    with TemporaryDirectory(prefix="upload-") as scratch:
         found = fetch(
             body.repo_id,
             body.revision,

@@ -1,23 +1,26 @@
 """/train: submit jobs, watch and steer them, and what came of them. Disk and tokenizer work in threads."""
 
 from collections.abc import Callable
+from pathlib import Path as FilePath
 from typing import Annotated
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Header, Path, Query, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from adapters.errors import Conflict, NotFound
+from adapters.open_files import open_all
 from server.api import wire
 from server.api.deps import IdempotencyKey, Services, ServicesDep
-from server.api.documents import JOB_LOOKUPS, JOB_MOVES, SUBMISSIONS
-from server.api.job_answers import dry_run_document, event_document, follow, job_document
+from server.api.documents import JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS, JOB_RESULTS, SUBMISSIONS
+from server.api.job_answers import dry_run_document, event_document, job_document
 from server.api.streams import EventStream
 from server.api.strict_json import StrictRoute
 from server.api.train_schemas import DryRunAnswer, EventAnswer, JobAnswer, JobList, TrainBody
-from server.api.zips import zipped
+from server.api.zips import StoredZip, zip_download
 from server.training.job_files import JobFiles
 from server.training.jobs import Job, Jobs, Status
+from server.training.retention import Retention
 
 router = APIRouter(prefix="/train", route_class=StrictRoute, tags=["train"])
 
@@ -84,6 +87,9 @@ async def get_job(services: ServicesDep, job_id: JobId) -> Response:
         200: {
             "model": list[EventAnswer],
             "description": f"The events; with `Accept: {_SSE}`, each as it happens, until the job ends",
+            "headers": {
+                "Link": {"schema": {"type": "string"}, "description": 'rel="next", where the list is cut'}
+            },
             "content": {_SSE: {"example": 'id: 2\ndata: {"seq":2,"type":"message","message":"started"}\n\n'}},
         },
         **JOB_LOOKUPS,
@@ -102,12 +108,11 @@ async def get_events(
         Header(alias="Last-Event-ID", ge=0, lt=1 << 31, description="a stream's `after`, where it was cut off"),
     ] = None,
 ) -> Response:
-    """What happened to the job: messages, and the metrics of steps."""
+    """What happened to the job: messages, and the metrics of steps. `Link` has what follows a list that is cut."""
     if _SSE not in request.headers.get("accept", "").lower():
-        return await to_thread.run_sync(_events, services.jobs, job_id, after, limit)
-    await to_thread.run_sync(services.jobs.get, job_id)  # or there is none
-    events = follow(services.jobs, job_id, after if last_id is None else last_id, lambda: services.engine.draining)
-    return EventStream(events, _nothing)
+        return await to_thread.run_sync(_events, services.jobs, request.url.path, job_id, after, limit)
+    follower = services.feeds.follow(job_id, after if last_id is None else last_id)
+    return EventStream(follower.stream(), follower.close)
 
 
 @router.post(
@@ -144,7 +149,7 @@ async def resume(services: ServicesDep, job_id: JobId) -> Response:
     "/{job_id}/report",
     summary="The adapter card",
     response_class=Response,
-    responses={200: {"model": dict[str, object]}, **JOB_MOVES},
+    responses={200: {"model": dict[str, object]}, **JOB_RESULTS},
 )
 async def get_report(services: ServicesDep, job_id: JobId) -> Response:
     """Base against tuned, cost, data, configuration and curves. 409 until the job has ended, 404 if it failed."""
@@ -155,7 +160,7 @@ async def get_report(services: ServicesDep, job_id: JobId) -> Response:
     "/{job_id}/download",
     summary="Download a full model",
     response_class=Response,
-    responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **JOB_MOVES},
+    responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **JOB_RESULTS},
 )
 async def download(services: ServicesDep, job_id: JobId) -> Response:
     """A zip of the Hugging Face directory that full fine-tuning made. Adapters are under /adapters."""
@@ -166,11 +171,23 @@ async def download(services: ServicesDep, job_id: JobId) -> Response:
         )
         raise NotFound(f"only full fine-tuning leaves a model; see {where}")
     _refuse_unfinished(job, "model")
-    directory = JobFiles(services.settings.home).model(job_id)
-    if not await to_thread.run_sync(directory.is_dir):
-        raise NotFound("the model is no longer stored")
-    headers = {"Content-Disposition": f'attachment; filename="{job.name}-{job.id}.zip"'}
-    return StreamingResponse(zipped(directory), media_type="application/zip", headers=headers)
+    if job.files_removed_at is not None:
+        raise NotFound("the job's files were removed, and its model with them")
+    archive = await to_thread.run_sync(_model, JobFiles(services.settings.home).model(job_id))
+    return zip_download(archive, f"{job.name}-{job.id}")
+
+
+@router.delete(
+    "/{job_id}", summary="Remove a job's files", status_code=204, response_class=Response, responses=JOB_REMOVALS
+)
+async def remove_files(services: ServicesDep, job_id: JobId) -> Response:
+    """Remove the rows, checkpoints, model and log of a job that has ended.
+
+    Its record, events and card stay, as do the versions that it published and the data sets that it used. Asked
+    again, it answers the same.
+    """
+    await to_thread.run_sync(Retention(services.settings.home, services.jobs).remove, job_id)
+    return Response(status_code=204)
 
 
 def _dry_run(services: Services, body: TrainBody) -> dict[str, object]:
@@ -185,12 +202,24 @@ def _page(jobs: Jobs, status: Status | None, size: int, after: str | None) -> Re
     return wire.answer({"jobs": page, "next": found[size - 1].id if len(found) > size else None})
 
 
-def _events(jobs: Jobs, job_id: str, after: int, limit: int) -> Response:
-    return wire.answer([event_document(event) for event in jobs.events(job_id, after, limit)])
+def _events(jobs: Jobs, path: str, job_id: str, after: int, limit: int) -> Response:
+    found = jobs.events(job_id, after, limit + 1)
+    headers = {}
+    if len(found) > limit:
+        query = f"after={found[limit - 1].seq}" + ("" if limit == MAX_EVENTS else f"&limit={limit}")
+        headers["Link"] = f'<{path}?{query}>; rel="next"'
+    return wire.answer([event_document(event) for event in found[:limit]], headers=headers)
 
 
 async def _steer(move: Callable[[str], Job], job_id: str) -> Response:
     return wire.answer(job_document(await to_thread.run_sync(move, job_id)))
+
+
+def _model(directory: FilePath) -> StoredZip:
+    try:
+        return StoredZip(open_all({path.name: path for path in sorted(directory.iterdir()) if path.is_file()}))
+    except FileNotFoundError:
+        raise NotFound("the model is no longer stored") from None
 
 
 def _report(jobs: Jobs, job_id: str) -> object:
@@ -208,7 +237,3 @@ def _refuse_unfinished(job: Job, what: str) -> None:
         raise Conflict(f"the job is {job.status}: its {what} is there once it has succeeded")
     if job.status is not Status.SUCCEEDED:
         raise NotFound(f"the job has no {what}: its status is {job.status}")
-
-
-async def _nothing() -> None:
-    """A stream of events holds nothing that would have to be let go."""

@@ -3,11 +3,19 @@
 // A run of few new tokens walks the cache as it lies. For more of them keys and values are packed once, like
 // weights, and products of matrices take over.
 #pragma once
+#include <array>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "matrix.h"
+
+struct AttentionScratch {  // of one thread
+    std::vector<float> scores, total;
+    std::vector<bf16> weights;
+    std::vector<size_t> offsets;  // of each position
+};
 
 struct CacheView {  // one layer's, (num_blocks, block_size, kv_heads, head_dim)
     bf16 *k, *v;
@@ -54,12 +62,11 @@ inline float exponentials(float* scores, int count, float scale) {
 
 // One token's queries of one kv head, q (group, head_dim), over `length` positions; out is like q.
 template <int group>
-void attend_one(const bf16* q, const CacheView& cache, const int32_t* blocks, int kv_head, int length, bf16* out) {
+void attend_one(const bf16* q, const CacheView& cache, const int32_t* blocks, int kv_head, int length, bf16* out,
+                AttentionScratch& scratch) {
     const int dim = cache.head_dim, stride = (length + 15) / 16 * 16;
-    thread_local std::vector<float> scores;
-    thread_local std::vector<size_t> offsets;  // of each position
-    if (scores.size() < (size_t)group * stride) scores.resize((size_t)group * stride);
-    offsets.resize(stride);
+    float* scores = room(scratch.scores, (size_t)group * stride);
+    size_t* offsets = room(scratch.offsets, stride);
     for (int start = 0; start < length; start += cache.block_size) {
         const size_t first = cache.offset(blocks, start, kv_head), step = (size_t)cache.kv_heads * dim;
         for (int i = start; i < std::min(start + cache.block_size, length); i++)
@@ -81,11 +88,11 @@ void attend_one(const bf16* q, const CacheView& cache, const int32_t* blocks, in
                     sum[i] = _mm512_dpbf16_ps(sum[i], load_pairs(q + head * dim + d),
                                               load_pairs(cache.k + offsets[start + i] + d));
             }
-            _mm512_storeu_ps(scores.data() + head * stride + start, sums16(sum));
+            _mm512_storeu_ps(scores + head * stride + start, sums16(sum));
         }
     }
     float total[group];
-    for (int head = 0; head < group; head++) total[head] = exponentials(scores.data() + head * stride, length, scale);
+    for (int head = 0; head < group; head++) total[head] = exponentials(scores + head * stride, length, scale);
     for (int d = 0; d < dim; d += 32) {
         __m512 sum[group][2];
         for (int head = 0; head < group; head++) sum[head][0] = sum[head][1] = _mm512_setzero_ps();
@@ -107,15 +114,11 @@ void attend_one(const bf16* q, const CacheView& cache, const int32_t* blocks, in
 }
 
 inline void attend_one(int group, const bf16* q, const CacheView& cache, const int32_t* blocks, int kv_head, int length,
-                       bf16* out) {
-    switch (group) {
-#define SMOLORA_GROUP(n) \
-    case n: return attend_one<n>(q, cache, blocks, kv_head, length, out);
-        SMOLORA_GROUP(1)
-        SMOLORA_GROUP(2)
-        SMOLORA_GROUP(3) SMOLORA_GROUP(4) SMOLORA_GROUP(5) SMOLORA_GROUP(6) SMOLORA_GROUP(7) SMOLORA_GROUP(8)
-#undef SMOLORA_GROUP
-    }
+                       bf16* out, AttentionScratch& scratch) {
+    static constexpr auto kByGroup = []<int... group>(std::integer_sequence<int, group...>) {
+        return std::array{attend_one<group + 1>...};
+    }(std::make_integer_sequence<int, kMaxGroup>{});
+    kByGroup[group - 1](q, cache, blocks, kv_head, length, out, scratch);
 }
 
 // The keys and values of one sequence and kv head, packed as `Matrix` packs weights.
@@ -149,26 +152,25 @@ struct PackedCache {
     }
 
     // q (rows, head_dim), `group` rows a token, whose first token is at `position`; out is like q.
-    void attend(const bf16* q, int rows, int group, int position, int dim, float* out) const {
+    void attend(const bf16* q, int rows, int group, int position, int dim, float* out,
+                AttentionScratch& scratch) const {
         const int used = (position + (rows - 1) / group + kTile) / kTile;  // tiles that any row sees
         const int width = used * kTile;
-        thread_local std::vector<float> scores;
-        thread_local std::vector<bf16> weights;
-        if (scores.size() < (size_t)rows * width)
-            scores.resize((size_t)rows * width), weights.resize((size_t)rows * width);
+        float* scores = room(scratch.scores, (size_t)rows * width);
+        bf16* weights = room(scratch.weights, (size_t)rows * width);
+        float* total = room(scratch.total, rows);
         for (int tile = 0; tile < used; tile++)
-            multiply(q, dim, rows, k + (size_t)tile * kTile * dim, dim / 2, scores.data() + tile * kTile, width);
-        std::vector<float> total(rows);
+            multiply(q, dim, rows, k + (size_t)tile * kTile * dim, dim / 2, scores + tile * kTile, width);
         for (int row = 0; row < rows; row++) {
-            float* own = scores.data() + (size_t)row * width;
+            float* own = scores + (size_t)row * width;
             const int seen = position + row / group + 1;
             total[row] = exponentials(own, seen, 1.0f / std::sqrt((float)dim));
-            bf16* to = weights.data() + (size_t)row * width;
+            bf16* to = weights + (size_t)row * width;
             for (int i = 0; i < width; i += 16)
                 store_bf16(to + i, i < seen ? _mm512_loadu_ps(own + i) : _mm512_setzero_ps());
         }
         for (int d = 0; d < dim; d += kTile)
-            multiply(weights.data(), width, rows, v + (size_t)d * tiles() * kTile, width / 2, out + d, dim);
+            multiply(weights, width, rows, v + (size_t)d * tiles() * kTile, width / 2, out + d, dim);
         for (int row = 0; row < rows; row++)
             for (int d = 0; d < dim; d++) out[row * dim + d] /= total[row];
     }

@@ -1,7 +1,10 @@
 """Compiles the native code once for this version of its source, and loads it.
 
-The library is looked for in the directories given, and made in the last one where none has it: written beside
-and renamed, under a name that changes with its source. Where it can't be had (no compiler, another kind of
+The library is looked for in the directories given, and made in the last one where none has one to use: one that
+others may have written is refused, one that can't be loaded (half a file, another system's C library) is made
+anew. It is compiled in a directory of its own and renamed once it could be loaded, under a name that changes with
+its source and flags. The flags name the instructions, and none is taken from the machine that compiles: a HOME may
+be shared by machines whose processors differ. Where there can be no library (no compiler, another kind of
 processor) the torch path serves; `NativeUnavailable` says why.
 """
 
@@ -15,20 +18,31 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-UNITS = ("step.cpp", "train.cpp")
+from server.model.native.abi import declare, difference
+
+T = TypeVar("T")
+
+SOURCE = Path(__file__).parent
+UNITS = ("abi.cpp", "step.cpp", "train.cpp")
 HEADERS = (
-    *("attention.h", "layers.h", "lora.h", "loss.h", "matrix.h", "numbers.h"),
-    *("panels.h", "team.h", "text_attention.h"),
+    *("abi.h", "attention.h", "checks.h", "guard.h", "layers.h", "lora.h", "loss.h", "matrix.h", "numbers.h"),
+    *("panels.h", "products.h", "team.h", "text_attention.h"),
 )
 FLAGS = (
-    "-std=c++20",
-    "-O3",
+    *("-std=c++20", "-O3"),
+    "-ffp-contract=off",  # a multiplication and an addition are rounded apart, whatever the compiler
     *("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
-    *("-shared", "-fPIC", "-pthread", "-static-libstdc++", "-static-libgcc"),
+    *("-fPIC", "-pthread", "-fvisibility=hidden"),
+    "-ftls-model=initial-exec",  # else a thread's first use may need memory, and glibc ends the process without
 )
+_EXPORTS = "exports.map"
+_LINK = ("-shared", "-static-libstdc++", "-static-libgcc")
 COMPILERS = ("g++", "clang++", "c++")
 _COMPILED_WITHIN = 300.0  # seconds
+_DIGEST_SIZE = 32  # bytes, after a library that was compiled
+_WRITABLE = 0o022  # by a group or by everyone
 
 
 class NativeUnavailable(Exception):
@@ -36,52 +50,33 @@ class NativeUnavailable(Exception):
 
 
 def load_library(directories: Sequence[Path], say: Callable[[str], None] = lambda line: None) -> ctypes.CDLL:
-    """The library, compiled first where no directory has it. Raises NativeUnavailable."""
+    """The library, compiled first where no directory has one to use. Raises NativeUnavailable."""
     if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
         raise NativeUnavailable("it is written for Linux on x86-64")
     if "avx512_bf16" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
         raise NativeUnavailable("this processor has no AVX-512 bf16 products")
-    name = library_name()
-    path = next((directory / name for directory in directories if (directory / name).is_file()), None)
-    if path is None:
-        say("compiling the native code, once")
-        path = compile_library(directories[-1])
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NativeUnavailable(f"{path.name} can't be loaded: {error}") from None
-    library.smolora_create.restype = ctypes.c_void_p
-    library.smolora_create.argtypes = [ctypes.c_void_p] * 4
-    library.smolora_destroy.argtypes = [ctypes.c_void_p]
-    library.smolora_destroy.restype = None
-    library.smolora_forward.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    library.smolora_forward.restype = None
-    library.smolora_logits.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-    library.smolora_logits.restype = None
-    library.smolora_training_create.restype = ctypes.c_void_p
-    library.smolora_training_create.argtypes = [ctypes.c_void_p] * 4
-    library.smolora_training_destroy.argtypes = [ctypes.c_void_p]
-    library.smolora_training_destroy.restype = None
-    for run in (library.smolora_training_forward, library.smolora_training_backward):
-        run.argtypes = [ctypes.c_void_p] * 3
-        run.restype = ctypes.c_int
-    library.smolora_training_loss.restype = ctypes.c_int
-    library.smolora_training_loss.argtypes = [
-        *[ctypes.c_void_p] * 3,
-        ctypes.c_int64,
-        ctypes.c_double,
-        *[ctypes.c_void_p] * 2,
-    ]
-    if not library.smolora_is_supported():
-        raise NativeUnavailable("this processor or system lacks a part of AVX-512")
-    return library
+    for path in (directory / library_name() for directory in directories):
+        if not os.path.lexists(path):
+            continue
+        try:
+            _check_owners(path.parent, path)
+            return _load(path)
+        except NativeUnavailable as reason:
+            say(f"native code is not taken from {path.parent}: {reason}")
+    say("compiling the native code, once")
+    return _compile(directories[-1], _load)
+
+
+def compile_library(directory: Path) -> None:
+    """Compile it into the directory, for another process to load. Raises NativeUnavailable where that fails."""
+    _compile(directory, lambda path: None)
 
 
 def source_digest() -> str:
     """What decides what the library computes: its source and how it is compiled."""
-    sha = hashlib.sha256(" ".join(FLAGS).encode())
-    for source in (*UNITS, *HEADERS):
-        sha.update((Path(__file__).parent / source).read_bytes())
+    sha = hashlib.sha256(" ".join((*FLAGS, *_LINK)).encode())
+    for source in (*UNITS, *HEADERS, _EXPORTS):
+        sha.update((SOURCE / source).read_bytes())
     return sha.hexdigest()[:16]
 
 
@@ -90,32 +85,99 @@ def library_name() -> str:
     return f"smolora-{source_digest()}.so"
 
 
-def compile_library(directory: Path) -> Path:
-    """Compile it into the directory. Raises NativeUnavailable where that fails."""
+def computed_by(library: ctypes.CDLL) -> str:
+    """What its results' bits depend on: the source, and the compiler with its version and flags."""
+    return f"{source_digest()} ({library.smolora_compiler().decode()})"
+
+
+def flags_of_units(flags: Sequence[str] = FLAGS) -> list[str]:
+    """Those with which each unit is compiled, so that it can say so."""
+    return [*flags, f'-DSMOLORA_FLAGS="{" ".join(flags)}"']
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        if not _is_whole(path):
+            raise NativeUnavailable("it can't be loaded: a part of the file is missing or damaged")
+        library = ctypes.CDLL(str(path))
+        declare(library)
+        other = difference(library)
+    except (OSError, AttributeError) as error:
+        raise NativeUnavailable(f"it can't be loaded: {error}") from None
+    if other is not None:
+        raise NativeUnavailable(f"it was made for another layout: {other}")
+    if not library.smolora_is_supported():
+        raise NativeUnavailable("this processor or system lacks a part of AVX-512")
+    return library
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether it ends in the digest of what is before: half a library may load, and end the process later."""
+    content = path.read_bytes()
+    return hashlib.sha256(content[:-_DIGEST_SIZE]).digest() == content[-_DIGEST_SIZE:]
+
+
+def _check_owners(*paths: Path) -> None:
+    """Raises NativeUnavailable where others than this user and root may write to one of them, links followed."""
+    try:
+        for place in (path.resolve(strict=True) for path in paths):
+            for real in (place, place.parent) if place.is_file() else (place,):
+                status = real.stat()
+                if status.st_uid not in (0, os.geteuid()):
+                    raise NativeUnavailable(f"{real} belongs to another user")
+                if status.st_mode & _WRITABLE:
+                    raise NativeUnavailable(f"others may write to {real}")
+    except (OSError, RuntimeError) as error:
+        raise NativeUnavailable(f"it can't be read: {error}") from None
+
+
+def _compile(directory: Path, use: Callable[[Path], T]) -> T:
+    """Compile into the directory; what `use` makes of the new file, which gets its name after that."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise NativeUnavailable(f"no C++ compiler ({', '.join(COMPILERS)})")
-    target = directory / library_name()
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        _keep_others_out(directory)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".native-") as scratch:
-            made = Path(scratch) / target.name
-            units = [str(Path(__file__).parent / unit) for unit in UNITS]
+            made = Path(scratch) / library_name()
+            units = [str(SOURCE / unit) for unit in UNITS]
             subprocess.run(  # noqa: S603 (our own source, a compiler from the path)
-                [compiler, *FLAGS, *units, "-o", str(made)],
+                [
+                    compiler,
+                    *flags_of_units(),
+                    *units,
+                    *_LINK,
+                    f"-Wl,--version-script={SOURCE / _EXPORTS}",
+                    "-o",
+                    str(made),
+                ],
                 check=True,
                 capture_output=True,
                 timeout=_COMPILED_WITHIN,
             )
-            with made.open("rb") as file:
+            made.chmod(0o755)  # whatever the umask is
+            with made.open("r+b") as file:
+                digest = hashlib.sha256(file.read()).digest()
+                file.write(digest)
+                file.flush()
                 os.fsync(file.fileno())
-            os.replace(made, target)
+            found = use(made)
+            os.replace(made, directory / made.name)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
         raise NativeUnavailable(f"the compiler failed: {lines[0] if lines else error.returncode}") from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeUnavailable(f"it can't be compiled: {error}") from None
-    return target
+    return found
+
+
+def _keep_others_out(directory: Path) -> None:
+    """Take others' right to write away from a directory of this user's; raises NativeUnavailable for another's."""
+    status = directory.stat()
+    if status.st_uid == os.geteuid() and status.st_mode & _WRITABLE:
+        directory.chmod(status.st_mode & 0o7777 & ~_WRITABLE)
+    _check_owners(directory)
 
 
 if __name__ == "__main__":  # as the image is built: python -m server.model.native.library DIRECTORY

@@ -35,6 +35,10 @@ def load_native(
     library = find_library(base, directories, say)
     if library is None:
         return None
-    return NativeModel(
-        library, base.config, base.weights, max_positions=max_positions, num_threads=torch.get_num_threads()
-    )
+    try:
+        return NativeModel(
+            library, base.config, base.weights, max_positions=max_positions, num_threads=torch.get_num_threads()
+        )
+    except MemoryError as reason:
+        say(f"nothing native: {reason}; torch does it, more slowly")
+        return None

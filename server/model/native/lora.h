@@ -8,38 +8,22 @@
 
 #include "numbers.h"
 
-struct LoraModule {
-    int64_t rank, row, offset, out_start, out_features;  // row: from the part's first; offset: into the layer's B
-};
-struct LoraPart {  // one adapter of a run, in one group
-    int64_t first_row, num_rows, first_module, num_modules;
-};
-struct LoraRun {  // tokens [start, stop), which share their adapters
-    int64_t start, stop, first_part, num_parts;
-};
-struct LoraPool {  // of one group
-    const bf16* a;
-    const bf16* b;
-    int64_t a_stride, b_stride, in;  // elements from layer to layer; elements of a row of A
-    const LoraPart* parts;
-};
-
 // The products with A of one group in one layer, and where each token finds its own.
 class LoraGroup {
   public:
-    void plan(const LoraPool& pool, const LoraModule* modules, const LoraRun* runs, int num_runs, const double* weights,
-              int num_tokens) {
-        pool_ = pool, modules_ = modules, runs_ = runs, weights_ = weights;
+    void plan(const LoraPool& pool, const LoraModule* modules, const LoraSegment* segments, int num_segments,
+              const double* weights, int num_tokens) {
+        pool_ = pool, modules_ = modules, segments_ = segments, weights_ = weights;
         tasks_.clear();
-        run_of_.assign(num_tokens, -1);
+        segment_of_.assign(num_tokens, -1);
         first_.assign(num_tokens, 0);
         int size = 0;
-        for (int index = 0; index < num_runs; index++) {
-            const LoraRun& run = runs[index];
-            for (int64_t token = run.start; token < run.stop; token++) {
-                run_of_[token] = index;
+        for (int index = 0; index < num_segments; index++) {
+            const LoraSegment& segment = segments[index];
+            for (int64_t token = segment.start; token < segment.stop; token++) {
+                segment_of_[token] = index;
                 first_[token] = size;
-                for (int64_t part = run.first_part; part < run.first_part + run.num_parts; part++)
+                for (int64_t part = segment.first_part; part < segment.first_part + segment.num_parts; part++)
                     for (int64_t row = 0; row < pool.parts[part].num_rows; row += kRows) {
                         int rows = (int)std::min<int64_t>(kRows, pool.parts[part].num_rows - row);
                         tasks_.push_back({(int)token, (int)part, (int)row, rows, size});
@@ -79,8 +63,8 @@ class LoraGroup {
     // Brings closer what `expand` will read for the tokens [start, stop).
     void prefetch(int layer, int start, int stop, int64_t column) const {
         for (int token = start, last = -1; token < stop; token++) {
-            if (run_of_[token] == last || run_of_[token] < 0) continue;
-            last = run_of_[token];
+            if (segment_of_[token] == last || segment_of_[token] < 0) continue;
+            last = segment_of_[token];
             for_rows(layer, token, column,
                      [](const bf16* b, const float*) { _mm_prefetch((const char*)b, _MM_HINT_T0); });
         }
@@ -88,7 +72,7 @@ class LoraGroup {
 
     // Adds the token's share to y, which holds outputs [column, column + 32) of the group, all of one module.
     void expand(int layer, int token, int64_t column, float* y) const {
-        if (run_of_[token] < 0) return;
+        if (segment_of_[token] < 0) return;
         __m512 y0 = _mm512_loadu_ps(y), y1 = _mm512_loadu_ps(y + 16);
         for_rows(layer, token, column, [&](const bf16* b, const float* hidden) {
             y0 = _mm512_fmadd_ps(_mm512_set1_ps(*hidden), load_bf16(b), y0);
@@ -107,9 +91,9 @@ class LoraGroup {
     // adapters.
     template <class Visit>
     void for_rows(int layer, int token, int64_t column, Visit visit) const {
-        const LoraRun& run = runs_[run_of_[token]];
+        const LoraSegment& segment = segments_[segment_of_[token]];
         const float* hidden = hidden_.data() + first_[token];
-        for (int64_t index = run.first_part; index < run.first_part + run.num_parts; index++) {
+        for (int64_t index = segment.first_part; index < segment.first_part + segment.num_parts; index++) {
             const LoraPart& part = pool_.parts[index];
             for (int64_t i = part.first_module; i < part.first_module + part.num_modules; i++) {
                 const LoraModule& module = modules_[i];
@@ -124,9 +108,9 @@ class LoraGroup {
 
     LoraPool pool_{};
     const LoraModule* modules_ = nullptr;
-    const LoraRun* runs_ = nullptr;
+    const LoraSegment* segments_ = nullptr;
     const double* weights_ = nullptr;
     std::vector<Task> tasks_;
-    std::vector<int> run_of_, first_;
+    std::vector<int> segment_of_, first_;
     std::vector<float> hidden_;
 };

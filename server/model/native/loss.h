@@ -16,7 +16,7 @@ class Loss {
   public:
     Loss() = default;
     Loss(Team* team, const bf16* head, int64_t vocab, int64_t hidden)
-        : team_(team), head_(head), vocab_(vocab), hidden_(hidden) {}
+        : team_(team), head_(head), vocab_(vocab), hidden_(hidden), scratch_(team->size()) {}
 
     // The summed cross-entropy of `targets` under softmax(hidden headᵀ), and `factor` times its gradient in hidden
     // (rows, hidden). No more than kLossRows rows have their logits at one time.
@@ -40,9 +40,8 @@ class Loss {
     void of_rows(const bf16* hidden, const int64_t* targets, int rows, float factor, bf16* d_hidden) {
         const int tiles = (int)(vocab_ / kTile);
         team_->each(tiles, [&](int tile) {
-            thread_local Panel panel;
-            panel.resize(hidden_ / 2 * kTile);
-            pack_rows(head_ + tile * kTile * hidden_, hidden_, kTile, (int)hidden_, panel.data());
+            uint32_t* panel = room(scratch_[Team::number()].panel, hidden_ / 2 * kTile);
+            pack_rows(head_ + tile * kTile * hidden_, hidden_, kTile, (int)hidden_, panel);
             float* of = &logits_[(int64_t)tile * rows * kTile];
             multiply(hidden, hidden_, rows, panel, (int)hidden_ / 2, of, kTile);
             for (int row = 0; row < rows; row++, of += kTile) {
@@ -82,9 +81,9 @@ class Loss {
     // share (rows, hidden) += factor · (softmax - one-hot) times head, for some tiles of the vocabulary.
     void add_share(const int64_t* targets, int rows, float factor, int first, int count, float* share) {
         constexpr int kDepth = kLossTiles * kTile;
-        thread_local std::vector<bf16> d_logits;
-        thread_local Panel panel;
-        d_logits.resize(kLossRows * kDepth), panel.resize(kDepth / 2 * kTile);
+        LossScratch& scratch = scratch_[Team::number()];
+        bf16* d_logits = room(scratch.d_logits, rows * kDepth);
+        uint32_t* panel = room(scratch.panel, kDepth / 2 * kTile);
         for (int tile = 0; tile < count; tile++)
             for (int row = 0; row < rows; row++) {
                 const float* of = &logits_[((int64_t)(first + tile) * rows + row) * kTile];
@@ -97,11 +96,15 @@ class Loss {
                 }
             }
         for (int64_t column = 0; column < hidden_; column += kTile) {
-            pack_columns(head_ + first * kTile * hidden_ + column, hidden_, count * kTile, panel.data());
-            multiply<true>(d_logits.data(), kDepth, rows, panel, count * kTile / 2, share + column, hidden_);
+            pack_columns(head_ + first * kTile * hidden_ + column, hidden_, count * kTile, panel);
+            multiply<true>(d_logits, kDepth, rows, panel, count * kTile / 2, share + column, hidden_);
         }
     }
 
+    struct alignas(64) LossScratch {  // of one thread
+        Panel panel;
+        std::vector<bf16> d_logits;
+    };
     Team* team_ = nullptr;
     const bf16* head_ = nullptr;  // (vocab, hidden)
     int64_t vocab_ = 0, hidden_ = 0;
@@ -109,4 +112,5 @@ class Loss {
     std::vector<float> most_, sums_;  // (rows, tiles): of each tile, the greatest logit and the sum of e^(logit - it)
     std::vector<float> divisors_, lost_;  // of each row: the logarithm of the softmax's divisor, and the loss
     std::vector<float> shares_;           // (parts, rows, hidden): of the gradient
+    std::vector<LossScratch> scratch_;
 };

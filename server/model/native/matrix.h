@@ -10,11 +10,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <utility>
+#include <vector>
 
 #include "numbers.h"
 
-constexpr int kTile = 32;               // outputs of a tile
 constexpr int kBlock = 12;              // rows of a register block: 24 accumulators
 constexpr int kAhead = 16 * 2 * kTile;  // numbers of a tile by which it is fetched in advance
 
@@ -26,8 +27,16 @@ using Buffer = std::unique_ptr<bf16[], Free>;
 inline Buffer allocate(size_t count) {
     const size_t huge = 2 << 20, bytes = (count * sizeof(bf16) + huge - 1) / huge * huge;
     void* p = aligned_alloc(huge, bytes);
-    if (p != nullptr) madvise(p, bytes, MADV_HUGEPAGE);
+    if (p == nullptr) throw std::bad_alloc();
+    madvise(p, bytes, MADV_HUGEPAGE);
     return Buffer((bf16*)p);
+}
+
+// Room in v for `count` numbers at least, which may be anything.
+template <class T>
+T* room(std::vector<T>& v, size_t count) {
+    if (v.size() < count) v.resize(count);
+    return v.data();
 }
 
 class Matrix {
@@ -36,7 +45,6 @@ class Matrix {
         pairs_ = in / 2;
         data_ = allocate((size_t)out * in);
     }
-    bool ready() const { return data_ != nullptr; }
     int pairs() const { return pairs_; }
     const bf16* tile(int index) const { return data_.get() + (size_t)index * pairs_ * kTile * 2; }
 

@@ -15,7 +15,8 @@ import torch
 
 from server.model.config import ModelConfig
 from server.model.lora_batch import TokenRun
-from server.model.native.base import BaseArguments, check_base
+from server.model.native.abi import LoraModule, LoraPart, LoraPool, LoraSegment, ServeRun, ServeStep, call, columns
+from server.model.native.base import check_base, create
 from server.model.ops.norms import rotary_table
 from server.model.rank_rows import GROUPS, Placement, RankRows
 from server.model.weights import BaseWeights
@@ -24,36 +25,19 @@ Ints = npt.NDArray[np.int64]
 _GROUPS = tuple(GROUPS)
 
 
-class _Pool(ctypes.Structure):
-    _fields_ = (
-        ("a", ctypes.c_void_p),
-        ("b", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("a_stride", "b_stride", "inputs")),
-        ("parts", ctypes.c_void_p),
-    )
-
-
-class _Step(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("num_tokens", "num_runs", "block_size", "num_lora_runs")),
-        *((name, ctypes.c_void_p) for name in ("token_ids", "runs", "blocks", "k", "v")),
-        ("cache_stride", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("pools", "modules", "lora_runs", "lora_weights", "hidden")),
-    )
-
-
 class NativeLora:
     """Where the adapters of one flat batch lie: what `LoraBatch` is to the torch path."""
 
     def __init__(self, rows: RankRows, runs: Sequence[TokenRun]) -> None:
         """`runs` in order of their tokens; tokens outside them have no adapter."""
+        self._rows = rows  # read where they lie
         modules: list[tuple[int, ...]] = []
         parts: dict[str, list[tuple[int, ...]]] = {group: [] for group in _GROUPS}
         weights: list[float] = []
-        lora_runs: list[tuple[int, ...]] = []
+        segments: list[tuple[int, ...]] = []
         known: dict[tuple[int, str], tuple[int, ...]] = {}
         for run in runs:
-            lora_runs.append((run.start, run.stop, len(weights), len(run.parts)))
+            segments.append((run.start, run.stop, len(weights), len(run.parts)))
             for placement, weight in run.parts:
                 weights.append(weight)
                 for group in _GROUPS:
@@ -61,17 +45,19 @@ class NativeLora:
                     if key not in known:
                         known[key] = _describe(rows, placement, group, modules)
                     parts[group].append(known[key])
-        self.num_runs = len(lora_runs)
-        self.modules = _table(modules, 5)
-        self.runs = _table(lora_runs, 4)
+        self.modules = _table(modules, LoraModule)
+        self.segments = _table(segments, LoraSegment)
         self.weights = np.array(weights, np.float64)
-        self._parts = [_table(parts[group], 4) for group in _GROUPS]
-        self.pools = (_Pool * len(_GROUPS))()
+        self._parts = [_table(parts[group], LoraPart) for group in _GROUPS]
+        self.pools = (LoraPool * len(_GROUPS))()
         for index, group in enumerate(_GROUPS):
             a, b = rows.a[group], rows.b[group]
-            self.pools[index] = _Pool(
+            if not (a.dtype == b.dtype == torch.bfloat16 and a.is_contiguous() and b.is_contiguous()):
+                raise ValueError("rank rows must be bf16 and contiguous: made with native=True")
+            self.pools[index] = LoraPool(
                 a.data_ptr(),
                 b.data_ptr(),
+                a.shape[0],
                 a.stride(0),
                 b.stride(0),
                 a.shape[2],
@@ -94,14 +80,10 @@ class NativeModel:
         """Packs the weights. Raises NativeUnavailable for a base that it does not cover, and MemoryError."""
         check_base(config, weights)
         self._library = library
-        self._vocab_size = config.vocab_size
-        self._hidden_size = config.hidden_size
+        self._config = config
         self._weights = weights  # some are read where they lie
         self._rotary = rotary_table(max_positions, config.head_dim, config.rope_theta)
-        arguments = BaseArguments(config, weights, self._rotary, num_threads)
-        self._model = library.smolora_create(*arguments.addresses)
-        if not self._model:
-            raise MemoryError("no memory for the packed weights")
+        self._model = create(library.smolora_create, config, weights, self._rotary, num_threads)
         # Not at the process' end: a step might still be running in it.
         weakref.finalize(self, library.smolora_destroy, self._model).atexit = False
 
@@ -118,35 +100,61 @@ class NativeModel:
 
         token_ids (tokens,); runs (runs, 4): a run's first token, the one after its last, the position of its
         first, and where its sequence's block table starts in `blocks`; caches (layers, num_blocks, block_size,
-        kv_heads, head_dim).
+        kv_heads, head_dim). Raises ValueError where anything of it would be read or written outside of what is
+        there, and MemoryError; the model can be used on after either.
         """
-        hidden = torch.empty(len(token_ids), self._hidden_size, dtype=torch.bfloat16)
-        step = _Step(
-            len(token_ids),
-            len(runs),
-            k_cache.shape[2],
-            lora.num_runs,
-            token_ids.ctypes.data,
-            runs.ctypes.data,
-            blocks.ctypes.data,
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            k_cache.stride(0),
-            ctypes.addressof(lora.pools),
-            lora.modules.ctypes.data,
-            lora.runs.ctypes.data,
-            lora.weights.ctypes.data,
-            hidden.data_ptr(),
+        token_ids, runs = np.ascontiguousarray(token_ids), np.ascontiguousarray(runs)
+        blocks = np.ascontiguousarray(blocks)
+        if token_ids.dtype != np.int64 or runs.dtype != np.int64 or blocks.dtype != np.int32:
+            raise ValueError("token ids and runs must be int64, and blocks int32")
+        if runs.ndim != 2 or runs.shape[1] != columns(ServeRun):
+            raise ValueError(f"runs must be of {columns(ServeRun)} numbers each")
+        self._check_cache(k_cache)
+        self._check_cache(v_cache)
+        if k_cache.shape != v_cache.shape:
+            raise ValueError("keys and values must have caches of one shape")
+        hidden = torch.empty(token_ids.size, self._config.hidden_size, dtype=torch.bfloat16)
+        step = ServeStep(
+            num_tokens=token_ids.size,
+            num_runs=len(runs),
+            token_ids=token_ids.ctypes.data,
+            runs=runs.ctypes.data,
+            blocks=blocks.ctypes.data,
+            num_table_blocks=blocks.size,
+            k=k_cache.data_ptr(),
+            v=v_cache.data_ptr(),
+            num_blocks=k_cache.shape[1],
+            block_size=k_cache.shape[2],
+            pools=ctypes.addressof(lora.pools),
+            modules=lora.modules.ctypes.data,
+            segments=lora.segments.ctypes.data,
+            weights=lora.weights.ctypes.data,
+            num_modules=len(lora.modules),
+            num_segments=len(lora.segments),
+            num_parts=len(lora.weights),
+            hidden=hidden.data_ptr(),
         )
-        self._library.smolora_forward(self._model, ctypes.addressof(step))
+        call(self._library.smolora_forward, self._model, ctypes.addressof(step))
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 logits (rows, vocab) of the chosen rows of `forward`'s answer, hidden (rows, hidden)."""
+        size = self._config.hidden_size
+        if hidden.dtype is not torch.bfloat16 or hidden.ndim != 2 or hidden.shape[1] != size:
+            raise ValueError(f"hidden states must be bf16, of shape (rows, {size})")
         hidden = hidden.contiguous()
-        logits = torch.empty(hidden.shape[0], self._vocab_size)
-        self._library.smolora_logits(self._model, hidden.data_ptr(), hidden.shape[0], logits.data_ptr())
+        logits = torch.empty(hidden.shape[0], self._config.vocab_size)
+        call(self._library.smolora_logits, self._model, hidden.data_ptr(), hidden.shape[0], logits.data_ptr())
         return logits
+
+    def _check_cache(self, cache: torch.Tensor) -> None:
+        config = self._config
+        shape = (config.num_layers, *cache.shape[1:3], config.num_kv_heads, config.head_dim)
+        if cache.dtype is not torch.bfloat16 or cache.shape != shape or not cache.is_contiguous():
+            raise ValueError(
+                f"a cache must be bf16, contiguous, and of {config.num_layers} layers, {config.num_kv_heads} kv "
+                f"heads and a head_dim of {config.head_dim}"
+            )
 
 
 def _describe(rows: RankRows, placement: Placement, group: str, modules: list[tuple[int, ...]]) -> tuple[int, ...]:
@@ -163,5 +171,6 @@ def _describe(rows: RankRows, placement: Placement, group: str, modules: list[tu
     return (run.first_row, run.rows.num_rows, first, len(run.rows.modules))
 
 
-def _table(rows: Sequence[tuple[int, ...]], columns: int) -> Ints:
-    return np.array(rows, np.int64).reshape(-1, columns)
+def _table(rows: Sequence[tuple[int, ...]], structure: type[ctypes.Structure]) -> Ints:
+    """An array of the structure, all of whose fields are int64."""
+    return np.array(rows, np.int64).reshape(-1, columns(structure))

@@ -2,11 +2,9 @@
 #pragma once
 #include <immintrin.h>
 
-#include <cstddef>
-#include <cstdint>
 #include <initializer_list>
 
-using bf16 = uint16_t;
+#include "abi.h"
 
 inline __m512 load_bf16(const bf16* p) {  // 16 of them, widened
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
@@ -20,7 +18,7 @@ inline __mmask16 first_lanes(int count) {
     return (__mmask16)(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
 }
 
-// e^x within 2 ulp: 2^n · e^r with |r| ≤ ln(2)/2 and e^r by its Taylor polynomial of degree 6. NaN stays NaN.
+// e^x within 3 ulp: 2^n · e^r with |r| ≤ ln(2)/2 and e^r by its Taylor polynomial of degree 6. NaN stays NaN.
 inline __m512 exp16(__m512 x) {
     x = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), x));
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);

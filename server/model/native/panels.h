@@ -3,8 +3,6 @@
 // A tile is packed once for all rows that it meets, at a few hundredths of their cost, so that nothing has to be kept
 // twice.
 #pragma once
-#include <vector>
-
 #include "matrix.h"
 
 using Panel = std::vector<uint32_t>;  // [pairs][32], as one tile of a Matrix
@@ -85,7 +83,7 @@ inline void transpose(const bf16* from, size_t stride, int rows, int columns, bf
 
 // y (rows, 32) of a packed tile; `multiply` of matrix.h.
 template <bool add = false>
-inline void multiply(const bf16* x, size_t x_stride, int rows, const Panel& panel, int pairs, float* y,
+inline void multiply(const bf16* x, size_t x_stride, int rows, const uint32_t* panel, int pairs, float* y,
                      size_t y_stride) {
-    multiply<add>(x, x_stride, rows, (const bf16*)panel.data(), pairs, y, y_stride);
+    multiply<add>(x, x_stride, rows, (const bf16*)panel, pairs, y, y_stride);
 }

@@ -4,6 +4,7 @@
 // The same arithmetic as server/model/smollm.py: weights and what they multiply are bf16, sums and the residual stream
 // are fp32. The base's weights are packed once and never written; adapters are added beside them.
 #include "attention.h"
+#include "checks.h"
 #include "layers.h"
 #include "lora.h"
 #include "matrix.h"
@@ -13,38 +14,27 @@ namespace {
 
 constexpr int kChunk = 48;  // rows that an item takes of a product
 constexpr int kFew = 4;     // new tokens of a run up to which attention walks the cache as it lies
-struct Layer {
+
+struct ServeLayer {
     const bf16 *input_norm, *post_norm;
     Matrix qkv, o, gate_up, down;
     bool uses_rotary;
 };
 
-struct Run {  // tokens [start, stop) of the batch, one sequence's, the first of them at `position`
-    int64_t start, stop, position, first_block;
-};
-
-struct Step {
-    int64_t num_tokens, num_runs, block_size, num_lora_runs;
-    const int64_t* token_ids;
-    const Run* runs;
-    const int32_t* blocks;
-    bf16 *k, *v;
-    int64_t cache_stride;   // elements from layer to layer
-    const LoraPool* pools;  // of each group
-    const LoraModule* modules;
-    const LoraRun* lora_runs;
-    const double* lora_weights;
-    bf16* hidden;  // (num_tokens, hidden): the answer
+struct alignas(64) ServeScratch {  // of one thread
+    AttentionScratch attention;
+    std::vector<float> y;
+    std::vector<bf16> q;
 };
 
 class Model {
   public:
-    Model(const Sizes& sizes, const bf16* const* tensors, const float* rotary, const uint8_t* uses_rotary)
-        : s_(sizes), rotary_(rotary), team_((int)sizes.threads), layers_(sizes.layers) {
+    Model(const BaseSizes& sizes, const bf16* const* tensors, const float* rotary, const uint8_t* uses_rotary)
+        : s_(sizes), rotary_(rotary), team_((int)sizes.threads), layers_(sizes.layers), scratch_(sizes.threads) {
         const int64_t q = s_.heads * s_.head_dim, kv = s_.kv_heads * s_.head_dim;
         embed_ = *tensors++;
         for (int64_t i = 0; i < s_.layers; i++) {
-            Layer& layer = layers_[i];
+            ServeLayer& layer = layers_[i];
             layer.uses_rotary = uses_rotary[i];
             layer.input_norm = *tensors++;
             pack(layer.qkv, *tensors++, q + 2 * kv, s_.hidden);
@@ -57,15 +47,15 @@ class Model {
         pack(lm_head_, *tensors++, s_.vocab, s_.hidden);
     }
 
-    bool has_memory() const { return has_memory_; }
-
     // Final hidden states of all tokens, whose keys and values go into the cache.
-    void forward(const Step& step) {
+    void forward(const ServeStep& step) {
+        check_step(s_, step);
         prepare(step);
+        const int64_t layer_size = step.num_blocks * step.block_size * s_.kv_heads * s_.head_dim;
         team_.run([&] {
             embed(step);
             for (int i = 0; i < s_.layers; i++) {
-                CacheView cache{step.k + i * step.cache_stride, step.v + i * step.cache_stride, (int)step.block_size,
+                CacheView cache{step.k + i * layer_size, step.v + i * layer_size, (int)step.block_size,
                                 (int)s_.kv_heads, (int)s_.head_dim};
                 norm(layers_[i].input_norm, x_.data());
                 read(i, cache, step);
@@ -81,6 +71,7 @@ class Model {
 
     // logits (rows, vocab) of hidden (rows, hidden).
     void project(const bf16* hidden, int64_t rows, float* logits) {
+        if (rows < 0 || rows > kMaxTokens) refuse("%ld rows", rows);
         team_.run([&] {
             team_.each((int)(s_.vocab / kTile), [&](int tile) {
                 multiply(hidden, s_.hidden, (int)rows, lm_head_.tile(tile), lm_head_.pairs(), logits + tile * kTile,
@@ -100,13 +91,11 @@ class Model {
 
     void pack(Matrix& matrix, const bf16* w, int64_t out, int64_t in) {
         matrix.reserve((int)out, (int)in);
-        has_memory_ = has_memory_ && matrix.ready();
-        if (!has_memory_) return;
         team_.run([&] { team_.each((int)(out / kTile), [&](int tile) { matrix.pack(w, tile); }); });
     }
 
     // Everything that the phases share, sized for this step.
-    void prepare(const Step& step) {
+    void prepare(const ServeStep& step) {
         tokens_ = (int)step.num_tokens;
         chunks_ = (tokens_ + kChunk - 1) / kChunk;
         stream_.resize(tokens_ * s_.hidden);
@@ -117,13 +106,13 @@ class Model {
         positions_.resize(tokens_);
         run_of_.resize(tokens_);
         for (int group = 0; group < kGroups; group++)
-            lora_[group].plan(step.pools[group], step.modules, step.lora_runs, (int)step.num_lora_runs,
-                              step.lora_weights, tokens_);
+            lora_[group].plan(step.pools[group], step.modules, step.segments, (int)step.num_segments, step.weights,
+                              tokens_);
         queries_.clear(), packed_.clear(), packs_.clear();
         const int group = (int)(s_.heads / s_.kv_heads), block = std::max(kChunk / group, 1);
         size_t size = 0;
         for (int64_t i = 0; i < step.num_runs; i++) {
-            const Run& run = step.runs[i];
+            const ServeRun& run = step.runs[i];
             const int32_t* blocks = step.blocks + run.first_block;
             const int length = (int)(run.position + run.stop - run.start);
             for (int64_t t = run.start; t < run.stop; t++) {
@@ -142,15 +131,14 @@ class Model {
                 size += (size_t)packed_.back().tiles() * kTile * s_.head_dim;
             }
         }
-        if (keys_.size() < size) keys_.resize(size), values_.resize(size);
-        size = 0;
+        bf16 *k = room(keys_, size), *v = room(values_, size);
         for (PackedCache& packed : packed_) {
-            packed.k = keys_.data() + size, packed.v = values_.data() + size;
-            size += (size_t)packed.tiles() * kTile * s_.head_dim;
+            packed.k = k, packed.v = v;
+            k += (size_t)packed.tiles() * kTile * s_.head_dim, v += (size_t)packed.tiles() * kTile * s_.head_dim;
         }
     }
 
-    void embed(const Step& step) {
+    void embed(const ServeStep& step) {
         team_.each(tokens_, [&](int t) {
             const bf16* row = embed_ + step.token_ids[t] * s_.hidden;
             for (int64_t i = 0; i < s_.hidden; i += 16)
@@ -192,17 +180,16 @@ class Model {
     }
 
     // Queries, keys and values of x, rotated, into q and the cache: an item is a head.
-    void read(int layer, const CacheView& cache, const Step& step) {
+    void read(int layer, const CacheView& cache, const ServeStep& step) {
         const int dim = (int)s_.head_dim, heads = (int)s_.heads, kv_heads = (int)s_.kv_heads;
         product(layer, kQkv, x_.data(), heads + 2 * kv_heads, [&](int head, int start, int rows) {
-            thread_local std::vector<float> y;
-            y.resize(kChunk * dim);
+            float* y = room(scratch().y, kChunk * dim);
             for (int tile = 0; tile < dim / kTile; tile++)
                 outputs(layer, layers_[layer].qkv, kQkv, x_.data(), head * dim / kTile + tile, start, rows,
-                        y.data() + tile * kTile, dim);
+                        y + tile * kTile, dim);
             for (int row = 0; row < rows; row++) {
                 const int t = start + row;
-                float* values = y.data() + row * dim;
+                float* values = y + row * dim;
                 if (head < heads + kv_heads && layers_[layer].uses_rotary)
                     rotate(values, rotary_, s_.max_positions, dim, positions_[t], false);
                 const int32_t* blocks = step.blocks + step.runs[run_of_[t]].first_block;
@@ -224,19 +211,19 @@ class Model {
             const int kv_head = i % kv_heads;
             const size_t first = ((size_t)query.start * heads + kv_head * group) * dim;
             if (query.packed < 0)
-                return attend_one(group, &q_[first], cache, query.blocks, kv_head, query.position + 1, &mixed_[first]);
+                return attend_one(group, &q_[first], cache, query.blocks, kv_head, query.position + 1, &mixed_[first],
+                                  scratch().attention);
             const int rows = (query.stop - query.start) * group;
-            thread_local std::vector<bf16> q;
-            thread_local std::vector<float> out;
-            q.resize((size_t)rows * dim), out.resize((size_t)rows * dim);
+            bf16* q = room(scratch().q, (size_t)rows * dim);
+            float* out = room(scratch().y, (size_t)rows * dim);
             for (int row = 0; row < rows; row++)
                 memcpy(&q[row * dim], &q_[first + ((size_t)row / group * heads + row % group) * dim],
                        dim * sizeof(bf16));
-            packed_[query.packed + kv_head].attend(q.data(), rows, group, query.position, dim, out.data());
+            packed_[query.packed + kv_head].attend(q, rows, group, query.position, dim, out, scratch().attention);
             for (int row = 0; row < rows; row++)
                 for (int d = 0; d < dim; d += 16)
                     store_bf16(&mixed_[first + ((size_t)row / group * heads + row % group) * dim + d],
-                               _mm512_loadu_ps(&out[row * dim + d]));
+                               _mm512_loadu_ps(out + row * dim + d));
         });
     }
 
@@ -270,13 +257,14 @@ class Model {
         });
     }
 
-    const Sizes s_;
+    ServeScratch& scratch() { return scratch_[Team::number()]; }
+
+    const BaseSizes s_;
     const float* rotary_;  // (2, max_positions, head_dim), as `rotary_table` makes it
     Team team_;
-    std::vector<Layer> layers_;
+    std::vector<ServeLayer> layers_;
     const bf16 *embed_, *final_norm_;
     Matrix lm_head_;
-    bool has_memory_ = true;
 
     int tokens_ = 0, chunks_ = 0;
     std::vector<float> stream_;
@@ -286,28 +274,25 @@ class Model {
     std::vector<Query> queries_;
     std::vector<PackedCache> packed_;
     std::vector<Pack> packs_;
+    std::vector<ServeScratch> scratch_;
 };
 
 }  // namespace
 
-extern "C" {
-
-int smolora_is_supported() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
-
-// tensors: embed, then of each layer input_norm, qkv, o, post_norm, gate_up and down, then final_norm and lm_head; they
-// and rotary stay the caller's, and must stay. Null where there is no memory.
-void* smolora_create(const Sizes* sizes, const bf16* const* tensors, const float* rotary, const uint8_t* uses_rotary) {
-    auto* model = new Model(*sizes, tensors, rotary, uses_rotary);
-    if (model->has_memory()) return model;
-    delete model;
-    return nullptr;
+int smolora_create(const BaseSizes* sizes, const bf16* const* tensors, const float* rotary, const uint8_t* uses_rotary,
+                   void** model, char* error) {
+    return guarded(error, [&] {
+        check_sizes(*sizes);
+        *model = new Model(*sizes, tensors, rotary, uses_rotary);
+    });
 }
 
 void smolora_destroy(void* model) { delete (Model*)model; }
 
-void smolora_forward(void* model, const Step* step) { ((Model*)model)->forward(*step); }
-
-void smolora_logits(void* model, const bf16* hidden, int64_t rows, float* logits) {
-    ((Model*)model)->project(hidden, rows, logits);
+int smolora_forward(void* model, const ServeStep* step, char* error) {
+    return guarded(error, [&] { ((Model*)model)->forward(*step); });
 }
+
+int smolora_logits(void* model, const bf16* hidden, int64_t rows, float* logits, char* error) {
+    return guarded(error, [&] { ((Model*)model)->project(hidden, rows, logits); });
 }

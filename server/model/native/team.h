@@ -9,36 +9,46 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <thread>
+#include <utility>
 #include <vector>
 
 class Team {
   public:
+    // Throws std::system_error where a thread can't be started, and std::bad_alloc.
     explicit Team(int size) : size_(size), next_(size) {
-        for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { work(i); });
+        try {
+            for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { work(i); });
+        } catch (...) {
+            end();
+            throw;
+        }
     }
-    ~Team() {
-        job_ = nullptr;
-        jobs_.fetch_add(1);
-        jobs_.notify_all();
-        for (auto& thread : threads_) thread.join();
-    }
+    ~Team() { end(); }
+
+    int size() const { return size_; }
+    // Which of the team's threads this is, in a job: from 0, the caller of `run`, up to size - 1.
+    static int number() { return number_; }
 
     // Every thread calls the job, which must go through the same phases in each, at least one. Returns when all phases
-    // are done; nothing may follow the last one in a job. What an item throws ends the process.
-    void run(const std::function<void()>& job) noexcept {
+    // are done; nothing may follow the last one in a job. Once an item throws, the rest of the items is left out, and
+    // what it threw, the first of all, is thrown here. Only items may throw.
+    void run(const std::function<void()>& job) {
         job_ = &job;
+        has_failed_.store(false, std::memory_order_relaxed);
         jobs_.fetch_add(1);
         jobs_.notify_all();
         number_ = 0;
         job();
+        if (has_failed_.load(std::memory_order_relaxed)) std::rethrow_exception(std::exchange(failure_, nullptr));
     }
 
     // A phase: item(i) for each i below count, spread over the team; returns when all are done.
     template <class Item>
     void each(int count, Item item) {
-        take(count, item);
+        attempt([&] { take(count, item); });
         barrier();
     }
 
@@ -46,27 +56,43 @@ class Team {
     // once it needs them.
     template <class First, class Item>
     void each(int num_first, First first, int count, Item item) {
-        for (int i; (i = next_first_.fetch_add(1, std::memory_order_relaxed)) < num_first;) {
-            first(i);
-            done_.fetch_add(1, std::memory_order_release);
-        }
-        take(count, item);
+        attempt([&] {
+            for (int i; goes_on() && (i = next_first_.fetch_add(1, std::memory_order_relaxed)) < num_first;) {
+                first(i);
+                done_.fetch_add(1, std::memory_order_release);
+            }
+            take(count, item);
+        });
         barrier();
     }
     void wait_first(int num_first) {
-        wait([&] { return done_.load(std::memory_order_acquire) >= num_first; });
+        bool is_done = false;
+        wait([&] { return (is_done = done_.load(std::memory_order_acquire) >= num_first) || !goes_on(); });
+        if (!is_done) throw Abandoned();
     }
 
   private:
+    struct Abandoned {};  // ends an item that waits for one that failed
     struct alignas(64) Counter {
         std::atomic<int> value{0};
     };
+    bool goes_on() const { return !has_failed_.load(std::memory_order_relaxed); }
+    // The first failure of a job is kept for `run`, which sees it behind the phase's barrier.
+    template <class Items>
+    void attempt(Items items) noexcept {
+        try {
+            items();
+        } catch (...) {
+            if (!has_failed_.exchange(true, std::memory_order_relaxed)) failure_ = std::current_exception();
+        }
+    }
     template <class Item>
     void take(int count, Item& item) {
         for (int i = 0; i < size_; i++) {
             const int owner = (number_ + i) % size_, end = (int)((int64_t)count * (owner + 1) / size_);
             const int begin = (int)((int64_t)count * owner / size_);
-            for (int k; (k = begin + next_[owner].value.fetch_add(1, std::memory_order_relaxed)) < end;) item(k);
+            for (int k; goes_on() && (k = begin + next_[owner].value.fetch_add(1, std::memory_order_relaxed)) < end;)
+                item(k);
         }
     }
     void work(int number) noexcept {
@@ -78,6 +104,12 @@ class Team {
             if (job_ == nullptr) return;
             (*job_)();
         }
+    }
+    void end() {
+        job_ = nullptr;
+        jobs_.fetch_add(1);
+        jobs_.notify_all();
+        for (auto& thread : threads_) thread.join();
     }
     void barrier() {
         unsigned phase = phases_.load(std::memory_order_relaxed);
@@ -106,6 +138,8 @@ class Team {
     const int size_;
     std::vector<std::thread> threads_;
     const std::function<void()>* job_ = nullptr;
+    std::exception_ptr failure_;
+    std::atomic<bool> has_failed_{false};
     alignas(64) std::atomic<unsigned> jobs_{0};
     std::vector<Counter> next_;
     alignas(64) std::atomic<int> next_first_{0};

@@ -8,6 +8,12 @@
 
 constexpr int kQueries = 32;  // of a block
 
+struct TextScratch {  // of one thread
+    Panel k, v, k_columns, panel;
+    std::vector<float> scores, d_weights, y;
+    std::vector<bf16> weights, d_scores, turned;
+};
+
 struct Text {  // one head's queries, keys and values: rows of `dim` numbers, `stride` apart
     const bf16 *q, *k, *v;
     size_t stride;
@@ -18,48 +24,47 @@ struct Text {  // one head's queries, keys and values: rows of `dim` numbers, `s
 };
 
 // Of many tiles, one after the other: outputs are the rows of x, or its columns.
-inline void pack_all_rows(const bf16* x, const Text& text, Panel& to) {
-    to.resize((size_t)text.tiles() * text.dim / 2 * kTile);
+inline uint32_t* pack_all_rows(const bf16* x, const Text& text, Panel& panel) {
+    uint32_t* to = room(panel, (size_t)text.tiles() * text.dim / 2 * kTile);
     for (int tile = 0; tile < text.tiles(); tile++)
         pack_rows(x + tile * kTile * text.stride, text.stride, std::min(kTile, text.length - tile * kTile), text.dim,
-                  to.data() + (size_t)tile * text.dim / 2 * kTile);
+                  to + (size_t)tile * text.dim / 2 * kTile);
+    return to;
 }
-inline void pack_all_columns(const bf16* x, const Text& text, Panel& to) {
+inline uint32_t* pack_all_columns(const bf16* x, const Text& text, Panel& panel) {
     const size_t size = (size_t)(text.length + 1) / 2 * kTile;
-    to.resize(text.dim / kTile * size);
+    uint32_t* to = room(panel, text.dim / kTile * size);
     for (int tile = 0; tile < text.dim / kTile; tile++)
-        pack_columns(x + tile * kTile, text.stride, text.length, to.data() + tile * size);
+        pack_columns(x + tile * kTile, text.stride, text.length, to + tile * size);
+    return to;
 }
 
 // y (rows, keys up to a multiple of 32) = x (rows, dim) times packed rows.
-inline void against_rows(const bf16* x, size_t stride, int rows, const Panel& panel, int keys, int dim, float* y,
+inline void against_rows(const bf16* x, size_t stride, int rows, const uint32_t* panel, int keys, int dim, float* y,
                          int width) {
     for (int tile = 0; tile * kTile < keys; tile++)
-        multiply(x, stride, rows, (const bf16*)(panel.data() + (size_t)tile * dim / 2 * kTile), dim / 2,
-                 y + tile * kTile, width);
+        multiply(x, stride, rows, panel + (size_t)tile * dim / 2 * kTile, dim / 2, y + tile * kTile, width);
 }
 
 // y (rows, dim) = x (rows, keys), an odd number filled up with zeros, times packed columns.
-inline void against_columns(const bf16* x, int width, int rows, const Panel& panel, int keys, const Text& text,
+inline void against_columns(const bf16* x, int width, int rows, const uint32_t* panel, int keys, const Text& text,
                             float* y, size_t y_stride) {
     const size_t size = (size_t)(text.length + 1) / 2 * kTile;
     for (int tile = 0; tile < text.dim / kTile; tile++)
-        multiply(x, width, rows, (const bf16*)(panel.data() + tile * size), (keys + 1) / 2, y + tile * kTile, y_stride);
+        multiply(x, width, rows, panel + tile * size, (keys + 1) / 2, y + tile * kTile, y_stride);
 }
 
 // out (length, dim), rows `out_stride` apart.
-inline void attend_text(const Text& text, bf16* out, size_t out_stride) {
-    thread_local Panel k, v;
-    thread_local std::vector<float> scores, y;
-    thread_local std::vector<bf16> weights;
-    pack_all_rows(text.k, text, k);
-    pack_all_columns(text.v, text, v);
-    y.resize(kQueries * text.dim);
+inline void attend_text(const Text& text, bf16* out, size_t out_stride, TextScratch& scratch) {
+    const uint32_t* k = pack_all_rows(text.k, text, scratch.k);
+    const uint32_t* v = pack_all_columns(text.v, text, scratch.v);
+    float* y = room(scratch.y, kQueries * text.dim);
     for (int start = 0; start < text.length; start += kQueries) {
         const int rows = std::min(kQueries, text.length - start), keys = start + rows;
         const int width = (keys + kTile - 1) / kTile * kTile;
-        scores.resize(rows * width), weights.resize(rows * width);
-        against_rows(text.q + start * text.stride, text.stride, rows, k, keys, text.dim, scores.data(), width);
+        float* scores = room(scratch.scores, rows * width);
+        bf16* weights = room(scratch.weights, rows * width);
+        against_rows(text.q + start * text.stride, text.stride, rows, k, keys, text.dim, scores, width);
         float sums[kQueries];
         for (int row = 0; row < rows; row++) {
             float* of = &scores[row * width];
@@ -67,7 +72,7 @@ inline void attend_text(const Text& text, bf16* out, size_t out_stride) {
             std::fill(of + (start + row + 16) / 16 * 16, of + width, 0.0f);
             for (int i = 0; i < width; i += 16) store_bf16(&weights[row * width + i], _mm512_loadu_ps(of + i));
         }
-        against_columns(weights.data(), width, rows, v, keys, text, y.data(), text.dim);
+        against_columns(weights, width, rows, v, keys, text, y, text.dim);
         for (int row = 0; row < rows; row++)
             for (int i = 0; i < text.dim; i += 16)
                 store_bf16(out + (start + row) * out_stride + i,
@@ -77,14 +82,11 @@ inline void attend_text(const Text& text, bf16* out, size_t out_stride) {
 
 // Gradients dq, dk, dv (length, dim), rows `stride` apart, from that of out.
 inline void attend_text_backward(const Text& text, const bf16* d_out, size_t d_out_stride, float* dq, float* dk,
-                                 float* dv, size_t stride) {
-    thread_local Panel k, v, k_columns, panel;
-    thread_local std::vector<float> scores, d_weights;
-    thread_local std::vector<bf16> weights, d_scores, turned;
-    pack_all_rows(text.k, text, k);
-    pack_all_rows(text.v, text, v);
-    pack_all_columns(text.k, text, k_columns);
-    panel.resize(kQueries / 2 * kTile);
+                                 float* dv, size_t stride, TextScratch& scratch) {
+    const uint32_t* k = pack_all_rows(text.k, text, scratch.k);
+    const uint32_t* v = pack_all_rows(text.v, text, scratch.v);
+    const uint32_t* k_columns = pack_all_columns(text.k, text, scratch.k_columns);
+    uint32_t* panel = room(scratch.panel, kQueries / 2 * kTile);
     for (int row = 0; row < text.length; row++) {
         std::fill_n(dk + row * stride, text.dim, 0.0f);
         std::fill_n(dv + row * stride, text.dim, 0.0f);
@@ -93,10 +95,10 @@ inline void attend_text_backward(const Text& text, const bf16* d_out, size_t d_o
         const int rows = std::min(kQueries, text.length - start), keys = start + rows;
         const int width = (keys + kTile - 1) / kTile * kTile;
         const bf16 *q = text.q + start * text.stride, *from = d_out + start * d_out_stride;
-        for (auto* of : {&scores, &d_weights}) of->resize(rows * width);
-        for (auto* of : {&weights, &d_scores}) of->resize(rows * width);
-        against_rows(q, text.stride, rows, k, keys, text.dim, scores.data(), width);
-        against_rows(from, d_out_stride, rows, v, keys, text.dim, d_weights.data(), width);
+        float *scores = room(scratch.scores, rows * width), *d_weights = room(scratch.d_weights, rows * width);
+        bf16 *weights = room(scratch.weights, rows * width), *d_scores = room(scratch.d_scores, rows * width);
+        against_rows(q, text.stride, rows, k, keys, text.dim, scores, width);
+        against_rows(from, d_out_stride, rows, v, keys, text.dim, d_weights, width);
         for (int row = 0; row < rows; row++) {
             float *p = &scores[row * width], *dp = &d_weights[row * width];
             const __m512 by = _mm512_set1_ps(1 / exponentials(p, start + row + 1, text.scale()));
@@ -117,13 +119,13 @@ inline void attend_text_backward(const Text& text, const bf16* d_out, size_t d_o
             std::fill(&weights[row * width] + seen, &weights[row * width] + width, 0);
             std::fill(&d_scores[row * width] + seen, &d_scores[row * width] + width, 0);
         }
-        against_columns(d_scores.data(), width, rows, k_columns, keys, text, dq + start * stride, stride);
-        turned.resize(width * kQueries);
-        auto add_turned = [&](const std::vector<bf16>& x, const bf16* y, size_t y_stride, float* to) {
-            transpose(x.data(), width, rows, width, turned.data(), kQueries);
+        against_columns(d_scores, width, rows, k_columns, keys, text, dq + start * stride, stride);
+        bf16* turned = room(scratch.turned, width * kQueries);
+        auto add_turned = [&](const bf16* x, const bf16* y, size_t y_stride, float* to) {
+            transpose(x, width, rows, width, turned, kQueries);
             for (int i = 0; i < text.dim; i += kTile) {
-                pack_columns(y + i, y_stride, rows, panel.data());
-                multiply<true>(turned.data(), kQueries, keys, panel, (rows + 1) / 2, to + i, stride);
+                pack_columns(y + i, y_stride, rows, panel);
+                multiply<true>(turned, kQueries, keys, panel, (rows + 1) / 2, to + i, stride);
             }
         };
         add_turned(d_scores, q, text.stride, dk);

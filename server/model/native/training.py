@@ -7,20 +7,18 @@ than those of torch's bf16 path. They depend neither on the number of threads no
 
 import ctypes
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from server.model.config import ModelConfig
-from server.model.native.base import BaseArguments, check_base
+from server.model.native.abi import TrainBatch, TrainGroup, TrainModule, call, columns
+from server.model.native.base import check_base, create
 from server.model.ops.norms import rotary_table
-from server.model.rank_rows import GROUPS, GroupKey
+from server.model.rank_rows import GROUPS, GroupKey, GroupLayout
 from server.model.weights import BaseWeights
-
-ROW_UNIT = 16
-"""A module's rows in a group's A and B begin at a multiple of it; those that fill it up are zero."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +45,6 @@ class NativeGroup:
     d_b: torch.Tensor
 
 
-class _Lora(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("a", "b", "d_a", "d_b")),
-        ("rows", ctypes.c_int64),
-        ("modules", ctypes.c_void_p),
-        ("num_modules", ctypes.c_int64),
-        ("kept", ctypes.c_void_p),
-    )
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("num_tokens", "num_texts")),
-        *((name, ctypes.c_void_p) for name in ("token_ids", "starts", "lora")),
-        ("factor", ctypes.c_double),
-    )
-
-
 class NativeTraining:
     """The native passes of one base and one adapter in training. Called by one thread at a time."""
 
@@ -78,8 +58,10 @@ class NativeTraining:
         max_positions: int,
         num_threads: int,
     ) -> None:
-        """Reads weights and groups where they lie. Raises NativeUnavailable for a base that it does not cover, and
-        MemoryError, as all methods do.
+        """Reads weights and groups where they lie. Raises NativeUnavailable for a base that it does not cover.
+
+        All methods raise MemoryError, and ValueError where anything would be read or written outside of what was
+        given; they can be called again after either.
         """
         check_base(config, weights)
         self._library = library
@@ -89,15 +71,13 @@ class NativeTraining:
         self._rotary = rotary_table(max_positions, config.head_dim, config.rope_theta)
         self._groups = groups
         self._tables = [_modules(group) for group in groups.values()]  # held, since C++ reads them
-        self._lora = (_Lora * (config.num_layers * len(GROUPS)))()
+        self._lora = (TrainGroup * (config.num_layers * len(GROUPS)))()
         for (key, group), table in zip(groups.items(), self._tables, strict=True):
+            _check_group(config, key, group)
             self._lora[_place(key)] = _describe(group, table)
-        self._batch = _Batch()
+        self._num_tokens = 0  # of the last forward pass
         self._inputs: tuple[object, ...] = ()
-        arguments = BaseArguments(config, weights, self._rotary, num_threads)
-        self._training = library.smolora_training_create(*arguments.addresses)
-        if not self._training:
-            raise MemoryError("no memory for the native passes")
+        self._training = create(library.smolora_training_create, config, weights, self._rotary, num_threads)
         weakref.finalize(self, library.smolora_training_destroy, self._training).atexit = False
 
     def forward(
@@ -112,24 +92,24 @@ class NativeTraining:
         `kept` are masks (tokens, in) of each group: what dropout keeps of what A meets, which is multiplied by
         `factor`.
         """
+        self._num_tokens = 0
         token_ids = token_ids.contiguous()
-        if sum(lengths) != len(token_ids) or not 0 < min(lengths) <= max(lengths) <= self._rotary.shape[1]:
-            raise ValueError(f"texts of {list(lengths)} tokens: {len(token_ids)} were given")
         self._check_ids(token_ids)
         starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
         hidden = torch.empty(len(token_ids), self._hidden_size, dtype=torch.bfloat16)
-        self._inputs = (token_ids, starts, kept)  # held until the backward pass
-        for key in self._groups:
-            self._lora[_place(key)].kept = None if kept is None else kept[key].data_ptr()
-        self._batch = _Batch(
-            len(token_ids),
-            len(lengths),
-            token_ids.data_ptr(),
-            starts.ctypes.data,
-            ctypes.addressof(self._lora),
-            factor,
+        for key, group in self._groups.items():
+            self._lora[_place(key)].kept = None if kept is None else _mask(kept[key], len(token_ids), group)
+        batch = TrainBatch(
+            num_tokens=len(token_ids),
+            num_texts=len(lengths),
+            token_ids=token_ids.data_ptr(),
+            starts=starts.ctypes.data,
+            lora=ctypes.addressof(self._lora),
+            factor=factor,
         )
-        self._call(self._library.smolora_training_forward, ctypes.addressof(self._batch), hidden.data_ptr())
+        call(self._library.smolora_training_forward, self._training, ctypes.addressof(batch), hidden.data_ptr())
+        self._num_tokens = len(token_ids)
+        self._inputs = (token_ids, starts, kept)  # held until the backward pass
         return hidden
 
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor, factor: float) -> tuple[float, torch.Tensor]:
@@ -140,8 +120,9 @@ class NativeTraining:
         self._check_hidden(hidden, len(targets))
         self._check_ids(targets)
         d_hidden, loss = torch.empty_like(hidden), ctypes.c_double()
-        self._call(
+        call(
             self._library.smolora_training_loss,
+            self._training,
             hidden.data_ptr(),
             targets.data_ptr(),
             len(targets),
@@ -154,19 +135,13 @@ class NativeTraining:
     def backward(self, d_hidden: torch.Tensor) -> None:
         """The gradients of all groups, from the one of the last `forward`'s answer, like it; once."""
         d_hidden = d_hidden.contiguous()
-        self._check_hidden(d_hidden, self._batch.num_tokens)
-        self._call(self._library.smolora_training_backward, ctypes.addressof(self._batch), d_hidden.data_ptr())
-        self._batch, self._inputs = _Batch(), ()
-
-    def _call(self, function: Callable[..., int], *arguments: object) -> None:
-        if not function(self._training, *arguments):
-            raise MemoryError("no memory for a batch in native code")
+        self._check_hidden(d_hidden, self._num_tokens)
+        call(self._library.smolora_training_backward, self._training, d_hidden.data_ptr())
+        self._num_tokens, self._inputs = 0, ()
 
     def _check_ids(self, ids: torch.Tensor) -> None:
-        """C++ would read anywhere."""
-        is_known = not len(ids) or 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size
-        if ids.dtype is not torch.int64 or not is_known:
-            raise ValueError("token ids must be int64, and of the vocabulary")
+        if ids.dtype is not torch.int64 or ids.ndim != 1:
+            raise ValueError("token ids must be int64, in one row")
 
     def _check_hidden(self, hidden: torch.Tensor, rows: int) -> None:
         if hidden.dtype is not torch.bfloat16 or hidden.shape != (rows, self._hidden_size):
@@ -179,15 +154,35 @@ def _place(key: GroupKey) -> int:
 
 
 def _modules(group: NativeGroup) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    for module in group.modules:
-        if module.row % ROW_UNIT or module.num_rows % ROW_UNIT:
-            raise ValueError(f"rows of a module must come in units of {ROW_UNIT}")
     rows = [(m.row, m.num_rows, m.out_start, m.out_features) for m in group.modules]
-    return np.array(rows, np.int64).reshape(-1, 4)
+    return np.array(rows, np.int64).reshape(-1, columns(TrainModule))
 
 
-def _describe(group: NativeGroup, table: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> _Lora:
-    return _Lora(
+def _check_group(config: ModelConfig, key: GroupKey, group: NativeGroup) -> None:
+    """Raises ValueError; rows and features of modules are checked with each batch."""
+    layout = GroupLayout.of(key[1], config.shape)
+    a_shape = (len(group.a), layout.in_features)
+    b_shape = (len(group.a), sum(layout.out_features.values()))
+    for name, tensor, shape, dtype in (
+        ("a", group.a, a_shape, torch.bfloat16),
+        ("b", group.b, b_shape, torch.bfloat16),
+        ("d_a", group.d_a, a_shape, torch.float32),
+        ("d_b", group.d_b, b_shape, torch.float32),
+    ):
+        if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous():
+            raise ValueError(f"{name} of {key} must be {dtype}, contiguous, and of shape {shape}")
+
+
+def _mask(kept: torch.Tensor, num_tokens: int, group: NativeGroup) -> int:
+    """Where it lies. Raises ValueError."""
+    shape = (num_tokens, group.a.shape[1])
+    if kept.shape != shape or kept.dtype not in (torch.bool, torch.uint8) or not kept.is_contiguous():
+        raise ValueError(f"masks must be of bytes, contiguous, and of shape {shape}")
+    return kept.data_ptr()
+
+
+def _describe(group: NativeGroup, table: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> TrainGroup:
+    return TrainGroup(
         group.a.data_ptr(),
         group.b.data_ptr(),
         group.d_a.data_ptr(),

@@ -16,6 +16,7 @@ from adapters.store import AdapterStore
 from server.api.app import create_app
 from server.api.deps import Services
 from server.api.estimate import Estimator
+from server.api.job_feeds import JobFeeds
 from server.api.library import Library
 from server.api.submission import Submissions
 from server.config import Settings
@@ -138,6 +139,7 @@ def make_services(
             base_name=BASE_NAME,
             max_model_len=MAX_MODEL_LEN,
             jobs=jobs,
+            feeds=JobFeeds(jobs, lambda: engine.draining),
             datasets=datasets,
             files=files,
             submissions=Submissions(

@@ -103,7 +103,8 @@ class FakeEngine:
         self.open: set[str] = set()
         self.closed: list[str] = []
         self.resident: frozenset[str] = frozenset()
-        self.started = self.stopped = self.draining = self.loading = self.dead = False
+        self.num_looks = 0  # at whether it is ready
+        self.started = self.stopped = self.draining = self.loading = self.dead = self.hung = False
 
     def start(self) -> None:
         self.started = True
@@ -135,6 +136,7 @@ class FakeEngine:
 
     @property
     def ready(self) -> bool:
+        self.num_looks += 1
         return not (self.dead or self.draining or self.loading)
 
     @property

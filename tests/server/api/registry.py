@@ -60,7 +60,7 @@ class Registry:
         self.library = Library(self.catalog, self.store, SHAPE, "tiny", self.jobs.in_use)
 
     def restart(self) -> None:
-        self.library.recover(self.jobs.is_unfinished)
+        self.library.recover(self.jobs.is_known)
         self.work()
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ class Registry:
             spec = self.jobs.get(claim.job_id).spec
             assert isinstance(spec, JobSpec)
             adapter = sample_adapter(spec.training.seed)
-            with self.store.publishing(adapter) as num_bytes:
+            with self.store.publishing(adapter, self.catalog.in_use) as num_bytes:
                 new = NewVersion(
                     name=spec.name,
                     digest=adapter.weights.digest,

@@ -36,6 +36,7 @@ async def test_the_whole_answer(client: httpx.AsyncClient, encoder: PromptEncode
         "model": BASE_NAME,
         "adapters": [],
         "seed": 5,
+        "warnings": [],
         "choices": [{"index": 0, "text": "w0 w1 w2 ", "finish_reason": "length", "logprobs": None}],
         "usage": {
             "prompt_tokens": len(encoder.prompt("Not Found")),

@@ -3,13 +3,15 @@
 import asyncio
 import json
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from fastapi import FastAPI
 
-from server.api.job_answers import follow
+from server.api.job_feeds import JobFeeds
+from server.training import job_tables
 from server.training.jobs import Jobs
 from server.training.leases import Leases
 from tests.server.api.fakes import Caller, FakeEngine, until
@@ -62,6 +64,39 @@ async def test_as_json(client: httpx.AsyncClient, leases: Leases) -> None:
     assert (await client.get(f"/train/{job_id}/events?after=5")).json() == []
 
 
+async def test_a_list_that_is_cut_has_a_link(client: httpx.AsyncClient, leases: Leases) -> None:
+    path = f"/train/{await finished(client, leases)}/events"
+    found: list[int] = []
+    following: str | None = f"{path}?limit=2"
+    while following is not None:
+        response = await client.get(following)
+        found += [event["seq"] for event in response.json()]
+        following = response.links.get("next", {}).get("url")
+    assert found == [1, 2, 3, 4, 5]
+    for query in ("", "?after=3", "?limit=5", "?after=2&limit=3", "?after=9&limit=1"):
+        assert "link" not in (await client.get(f"{path}{query}")).headers, "nothing follows"
+
+
+async def test_ten_thousand_events(client: httpx.AsyncClient, database: sa.Engine) -> None:
+    job_id = await submit(client)
+    row = {
+        "job_id": job_id,
+        "at": datetime.now(UTC),
+        "level": "info",
+        "type": "metrics",
+        "message": "",
+        "data": {},
+    }
+    with database.begin() as connection:
+        connection.execute(sa.insert(job_tables.events), [row | {"seq": seq} for seq in range(2, 10_003)])
+    response = await client.get(f"/train/{job_id}/events")
+    assert [event["seq"] for event in response.json()] == list(range(1, 10_001))
+    assert response.headers["link"] == f'</train/{job_id}/events?after=10000>; rel="next"'
+    rest = await client.get(response.links["next"]["url"])
+    assert [event["seq"] for event in rest.json()] == [10_001, 10_002]
+    assert "link" not in rest.headers
+
+
 @pytest.mark.parametrize("query", ["after=-1", "after=x", "after=4294967296", "limit=0", "limit=10001"])
 async def test_bad_queries(client: httpx.AsyncClient, query: str) -> None:
     response = await client.get(f"/train/{await submit(client)}/events?{query}")
@@ -111,8 +146,10 @@ class Listener:
         self.task = asyncio.ensure_future(self._listen(jobs, job_id, after))
 
     async def _listen(self, jobs: Jobs, job_id: str, after: int) -> None:
-        async for piece in follow(jobs, job_id, after, poll=0.005, keep_alive=0.05):
+        follower = JobFeeds(jobs, poll=0.005, keep_alive=0.05).follow(job_id, after)
+        async for piece in follower.stream():
             self.pieces.append(piece)
+        await follower.close()
 
     @property
     def messages(self) -> Sequence[object]:

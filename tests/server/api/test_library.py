@@ -59,7 +59,7 @@ def test_publishing_again_revives_what_is_leased(library: Library, store: Adapte
 def test_bytes_that_vanished_are_corrupt(library: Library, store: AdapterStore, publish: Publish) -> None:
     store.discard(publish("a", 0))
     with pytest.raises(CorruptAdapter):
-        library.archive("a", 1)
+        library.open("a", 1)
 
 
 class RacingCatalog(Catalog):

@@ -144,6 +144,7 @@ async def test_a_key_makes_it_once(client: httpx.AsyncClient) -> None:
         ("rank", {"method": "ties", "expression": "left+wide"}),
         ("density", {"density": 0.5}),
         ("seed", {"seed": 0}),
+        *(("seed", {"method": method, "seed": 0}) for method in ("ties", "magnitude_prune", "svd")),
         ("rank", {"rank": 4}),
         ("expression", {"method": "ties", "expression": "left*"}),
         ("expression", {"method": "ties", "expression": "base"}),

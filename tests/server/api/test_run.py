@@ -143,8 +143,7 @@ async def test_workers_start_when_it_is_ready_and_end_with_it(app: FastAPI, engi
     engine.loading = True
     process = Process(app, engine, bind("127.0.0.1", 0), supervisor=supervisor)
     ended = asyncio.create_task(process.run(lambda: None))
-    await until(lambda: engine.started)
-    await asyncio.sleep(0.2)
+    await until(lambda: engine.num_looks > 3)
     assert not supervisor.is_running
     engine.loading = False
     await until(lambda: len(supervisor.pids) == 1)
@@ -155,15 +154,23 @@ async def test_workers_start_when_it_is_ready_and_end_with_it(app: FastAPI, engi
         os.kill(supervisor.pids[0], 0)
 
 
-async def test_a_second_signal_does_not_wait_for_workers(app: FastAPI, engine: FakeEngine) -> None:
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-    supervisor = Supervisor(1, (sys.executable, "-S", "-c", deaf))
+DEAF = """
+import pathlib, signal, sys, time
+here = pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: (here / "asked").touch())
+(here / "up").touch()
+while True:
+    time.sleep(60)
+"""
+
+
+async def test_a_second_signal_does_not_wait_for_workers(app: FastAPI, engine: FakeEngine, tmp_path: Path) -> None:
+    supervisor = Supervisor(1, (sys.executable, "-S", "-c", DEAF, str(tmp_path)))
     process = Process(app, engine, bind("127.0.0.1", 0), supervisor=supervisor)
     ended = asyncio.create_task(process.run(lambda: None))
-    await until(lambda: len(supervisor.pids) == 1)
-    await asyncio.sleep(0.3)
+    await until((tmp_path / "up").exists)
     os.kill(os.getpid(), signal.SIGTERM)
-    await asyncio.sleep(0.5)
+    await until((tmp_path / "asked").exists)
     assert not ended.done()
     os.kill(os.getpid(), signal.SIGTERM)
     assert await asyncio.wait_for(ended, 5) == 0

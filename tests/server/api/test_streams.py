@@ -56,6 +56,7 @@ async def test_pieces_then_an_end_for_each_choice_then_done(client: httpx.AsyncC
         "model": BASE_NAME,
         "adapters": [{"name": "tweets", "version": 1, "digest": digest, "weight": 0.5}],
         "seed": 9,
+        "warnings": [],
     }
 
 

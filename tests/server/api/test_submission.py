@@ -38,10 +38,17 @@ class MeddlingJobs(Jobs):
         used: Iterable[str] = (),
         idempotency_key: str | None = None,
         body_digest: str = "",
+        warnings: Iterable[str] = (),
     ) -> Job:
         self.meddle()
         return super().submit(
-            spec, job_id=job_id, data=data, used=used, idempotency_key=idempotency_key, body_digest=body_digest
+            spec,
+            job_id=job_id,
+            data=data,
+            used=used,
+            idempotency_key=idempotency_key,
+            body_digest=body_digest,
+            warnings=warnings,
         )
 
 

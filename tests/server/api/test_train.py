@@ -64,6 +64,7 @@ async def test_a_body_of_name_and_data(client: httpx.AsyncClient, tmp_path: Path
         "created_at": job["created_at"],
         "started_at": None,
         "finished_at": None,
+        "files_removed_at": None,
         "config": {**CONFIG, "dataset": None, "validation": 0.1},
         "data": {
             "digest": job["data"]["digest"],

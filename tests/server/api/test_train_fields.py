@@ -168,6 +168,42 @@ async def test_full_fine_tuning_has_no_adapter(client: httpx.AsyncClient, field:
     assert await refused(client, train_body(method="full") | {field: "up"}, tmp_path) == [[field]]
 
 
+async def errors_of(client: httpx.AsyncClient, **body: object) -> dict[tuple[str, ...], str]:
+    """What is refused, and how it is said."""
+    response = await client.post("/train", json=train_body(**body))
+    assert response.status_code in (202, 422), response.text
+    return {tuple(error["loc"]): error["message"] for error in response.json().get("errors", [])}
+
+
+@pytest.mark.parametrize("lora", [{"rank": 8}, {"rank": 16}, {"dropout": 0.1, "init": "pissa"}])
+async def test_full_fine_tuning_takes_no_shape_of_an_adapter(
+    client: httpx.AsyncClient, lora: dict[str, object]
+) -> None:
+    """Not the default one either: whoever gives it expects an adapter."""
+    (said,) = (await errors_of(client, method="full", lora=lora)).items()
+    assert said[0] == ("lora",)
+    assert "leave it out, or set method to lora" in said[1]
+    assert not await errors_of(client, method="full", lora={})
+    assert not await errors_of(client, method="full", publish_if="always")
+
+
+@pytest.mark.parametrize("gate", ["improves_base", "improves_latest"])
+async def test_full_fine_tuning_has_no_gate(client: httpx.AsyncClient, gate: str) -> None:
+    (said,) = (await errors_of(client, method="full", publish_if=gate)).items()
+    assert said[0] == ("publish_if",)
+    assert "leave it out" in said[1]
+
+
+@pytest.mark.parametrize("init", ["gaussian", "kaiming", "pissa", "olora"])
+async def test_what_starts_from_an_adapter_has_no_other_start(client: httpx.AsyncClient, init: str) -> None:
+    await client.post("/adapters/up", files=as_parts(*peft_files()))
+    (said,) = (await errors_of(client, start_from="up", lora={"init": init, "dropout": 0.1})).items()
+    assert said[0] == ("lora", "init")
+    assert "leave it out" in said[1]
+    assert not await errors_of(client, start_from=BASE_NAME, lora={"init": init})
+    assert not await errors_of(client, start_from="up", lora={"dropout": 0.1})
+
+
 async def test_nothing_of_a_row_comes_back(client: httpx.AsyncClient) -> None:
     secret = "xyzzy"
     rows = [{"prompt": secret, "completion": [secret]}, {"messages": [{"role": secret, "content": secret}]}]

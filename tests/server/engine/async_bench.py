@@ -38,6 +38,8 @@ class Bench:
         max_queue: int = 256,
         failing: set[int] | None = None,
         num_blocks: int = 256,
+        watch_seconds: float = 0.25,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_schedules = 0
 
@@ -46,7 +48,7 @@ class Bench:
             engine.runner = FailingRunner(engine.runner, failing or set())
             return engine
 
-        self.asynchronous = AsyncEngine(build, max_queue=max_queue)
+        self.asynchronous = AsyncEngine(build, max_queue=max_queue, watch_seconds=watch_seconds, clock=clock)
         self.engine = self.asynchronous._engine
         assert isinstance(self.engine.runner, FailingRunner)
         self.runner = self.engine.runner

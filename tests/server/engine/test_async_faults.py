@@ -1,21 +1,22 @@
 """The engine's thread when steps fail, adapters are slow or broken, or it hangs."""
 
 import asyncio
-from collections.abc import Awaitable, Iterator
+import threading
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 
-from adapters.errors import CorruptAdapter
+from adapters.errors import CorruptAdapter, SmoloraError
 from adapters.lora import LoraWeights
-from server.engine import async_engine
 from server.engine.sampler import Sampled
 from server.engine.scheduler import Chunk, SchedulerLimits, Step
 from server.engine.sequence import Sequence
-from server.errors import EngineDead, GenerationFailed, NotReady
+from server.errors import EngineDead, GenerationFailed, QueueFull
 from server.model.weights import BaseModel
-from tests.engine_kit import Result, build_engine, check_idle, random_adapter, run
+from tests.engine_kit import build_engine, check_idle, random_adapter, run
 from tests.server.engine.async_bench import LONG, Bench, collect, errors_of, eventually, on_loop, outcome, request
 from tests.server.engine.faults import BrokenScheduler, FailingRunner, SlowLoad
 from tests.server.engine.traffic import assert_same
@@ -61,14 +62,12 @@ def test_requests_that_come_while_it_dies_end_too(tiny_base: BaseModel) -> None:
 
     async def main() -> None:
         async with bench as engine:
-            tasks = []
-            for i in range(200):
-                try:
-                    tasks.append(asyncio.create_task(outcome(engine.submit(request(str(i))))))
-                except EngineDead:
-                    break
-                await asyncio.sleep(0.0005)
-            assert len(tasks) < 200
+            tasks: list[asyncio.Task[SmoloraError | None]] = []
+            while not engine.dead:
+                with suppress(EngineDead, QueueFull):
+                    tasks.append(asyncio.create_task(outcome(engine.submit(request(str(len(tasks)))))))
+                await asyncio.sleep(0)
+            assert tasks
             for error in await asyncio.gather(*tasks):
                 assert isinstance(error, GenerationFailed | EngineDead)
 
@@ -114,8 +113,21 @@ def test_a_cold_adapter_does_not_stall_the_others(tiny_base: BaseModel, slow_loa
     on_loop(main())
 
 
+class Watched(threading.Condition):
+    """Tells whether somebody waits for it."""
+
+    is_waiting = False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.is_waiting = True
+        found = super().wait(timeout)
+        self.is_waiting = False
+        return found
+
+
 def test_the_engine_sleeps_while_it_waits_for_an_adapter(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
     bench = Bench(tiny_base, slow_load)
+    news = bench.asynchronous._news = Watched()
     num_steps = 0
     schedule = bench.engine.scheduler.schedule
 
@@ -131,15 +143,12 @@ def test_the_engine_sleeps_while_it_waits_for_an_adapter(tiny_base: BaseModel, s
         async with bench as engine:
             cold = asyncio.create_task(collect(engine.submit(request("cold", {"00": 0.5, "01": 0.5}))))
             await eventually(lambda: slow_load.num_started == 2)
-            await asyncio.sleep(0.2)
+            await eventually(lambda: news.is_waiting)
             assert num_steps <= 3
             slow_load.go.set()
             await cold
             assert num_steps <= 3 + 16 + 6
-            await asyncio.sleep(0.1)
-            before = num_steps
-            await asyncio.sleep(0.1)
-            assert num_steps == before, "it works on nothing"
+            await eventually(lambda: news.is_waiting)
 
     on_loop(main())
 
@@ -186,28 +195,106 @@ def test_a_broken_adapter_fails_its_own_requests(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
-def test_a_step_that_takes_too_long_is_not_ready(
-    tiny_base: BaseModel, slow_load: SlowLoad, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(async_engine, "_STALLED_AFTER", 0.05)
-    bench = Bench(tiny_base)
+def hang(bench: Bench, go: threading.Event) -> threading.Event:
+    """From now on its steps wait for `go`; what is returned is set when the first one does."""
+    hangs = threading.Event()
 
     class Hanging(FailingRunner):
         def run(self, chunks: Seq[Chunk]) -> list[tuple[Sequence, Sampled]]:
-            assert slow_load.go.wait(30)
+            hangs.set()
+            assert go.wait(30)
             return super().run(chunks)
 
     bench.engine.runner = Hanging(bench.engine.runner, set())
+    return hangs
+
+
+class Clock:
+    """Half a second later at each look, once it goes."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.goes = False
+
+    def __call__(self) -> float:
+        self.now += 0.5 * self.goes
+        return self.now
+
+
+def test_a_step_that_hangs_ends_everything(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
+    """Whoever runs or waits is told so, nothing new is taken, and nobody waits for the thread."""
+    clock = Clock()
+    bench = Bench(tiny_base, limits=SchedulerLimits(max_num_seqs=1), watch_seconds=0.001, clock=clock)
 
     async def main() -> None:
         async with bench as engine:
-            task: Awaitable[dict[int, Result]] = asyncio.create_task(collect(engine.submit(request("a"))))
-            await eventually(lambda: not engine.ready)
-            with pytest.raises(NotReady):
-                engine.submit(request("b"))
-            assert not engine.dead
-            slow_load.go.set()
-            await task
-            await eventually(lambda: engine.ready)
+            running = engine.submit(replace(request("running"), sampling=LONG))
+            await anext(running)
+            hangs = hang(bench, slow_load.go)
+            waiting = engine.submit(request("waiting", n=2))
+            await eventually(hangs.is_set)
+            clock.goes = True
+            for stream in (running, waiting):
+                with pytest.raises(EngineDead):
+                    async for _ in stream:
+                        pass
+            assert 30 < clock.now < 32
+            assert engine.dead
+            assert engine.hung
+            assert not engine.ready
+            assert engine.num_in_flight == 0
+            with pytest.raises(EngineDead):
+                engine.submit(request("late"))
+        assert not slow_load.go.is_set(), "it was stopped without the thread"
+
+    on_loop(main())
+    slow_load.go.set()
+    bench.asynchronous._thread.join(10)
+    assert not bench.asynchronous._thread.is_alive(), "it ends when the step does"
+    bench.engine.close()
+
+
+def test_a_step_that_hangs_while_the_process_ends(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
+    clock = Clock()
+    bench = Bench(tiny_base, watch_seconds=0.001, clock=clock)
+
+    async def main() -> None:
+        async with bench as engine:
+            hangs = hang(bench, slow_load.go)
+            stream = engine.submit(request("a"))
+            await eventually(hangs.is_set)
+            clock.goes = True
+            engine.drain()
+            await engine.stop()
+            assert engine.hung
+            with pytest.raises(EngineDead):
+                await collect(stream)
+
+    on_loop(main())
+    slow_load.go.set()
+    bench.asynchronous._thread.join(10)
+    bench.engine.close()
+
+
+def test_a_thread_that_is_gone_is_noticed(tiny_base: BaseModel) -> None:
+    """By an exception that is none of Python's ordinary ones, as a panic in a library is."""
+
+    class Panic(BaseException):
+        pass
+
+    class Panicking(FailingRunner):
+        def run(self, chunks: Seq[Chunk]) -> list[tuple[Sequence, Sampled]]:
+            raise Panic("a secret of the library")
+
+    async def main() -> None:
+        bench = Bench(tiny_base)
+        async with bench as engine:
+            bench.engine.runner = Panicking(bench.engine.runner, set())
+            async with asyncio.timeout(2):
+                with pytest.raises(EngineDead):
+                    await collect(engine.submit(request("a")))
+            await eventually(lambda: not engine.ready, 2)
+            assert engine.dead
+            assert not engine.hung
 
     on_loop(main())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from server.errors import StartupError
-from server.model.device import choose_device, cpu_flags
+from server.model.device import choose_device, cpu_flags, training_dtype
 
 PLAIN = frozenset({"avx2", "fma"})
 HAS_CUDA = torch.cuda.is_available()
@@ -60,3 +60,9 @@ def test_flags_are_read_as_linux_lists_them() -> None:
     assert cpu_flags(intel) == {"fpu", "avx2", "avx512_bf16"}
     assert cpu_flags("processor : 0\nFeatures\t: fp asimd bf16\n") == {"fp", "asimd", "bf16"}
     assert cpu_flags("nothing of the kind") == frozenset()
+
+
+def test_nothing_is_trained_in_fp16() -> None:
+    assert training_dtype(torch.float16) is torch.float32
+    assert training_dtype(torch.bfloat16) is torch.bfloat16
+    assert training_dtype(torch.float32) is torch.float32

@@ -1,4 +1,7 @@
-"""Databases for the queue. SMOLORA_TEST_POSTGRES names an empty PostgreSQL database to run its tests on, too."""
+"""Databases for the queue, and a HOME to train in.
+
+SMOLORA_TEST_POSTGRES names an empty PostgreSQL database to run the queue's tests on, too.
+"""
 
 import os
 from collections.abc import Iterator
@@ -10,8 +13,10 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
 from server.database import connect, migrate
+from server.model.weights import BaseModel
 from server.training.jobs import Jobs
 from server.training.leases import Leases
+from tests.server.training.attempt_kit import Shop
 
 POSTGRES = os.environ.get("SMOLORA_TEST_POSTGRES")
 
@@ -45,3 +50,10 @@ def jobs(engine: sa.Engine) -> Jobs:
 @pytest.fixture
 def leases(engine: sa.Engine) -> Leases:
     return Leases(engine)
+
+
+@pytest.fixture
+def shop(tmp_path: Path, tiny_base: BaseModel) -> Iterator[Shop]:
+    engine = connect(tmp_path)
+    yield Shop(tmp_path, engine, tiny_base)
+    engine.dispose()

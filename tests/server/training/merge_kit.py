@@ -1,6 +1,6 @@
 """Adapters of a tiny base in a store and a catalog, and merge jobs that name them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -30,8 +30,15 @@ def sample(
     return PeftAdapter(config, LoraWeights(modules), "tiny-llama")
 
 
-def publish(catalog: Catalog, store: AdapterStore, name: str, adapter: PeftAdapter) -> Version:
-    """The adapter as the name's next version."""
+def publish(
+    catalog: Catalog,
+    store: AdapterStore,
+    name: str,
+    adapter: PeftAdapter,
+    base_digest: str | None = None,
+    warnings: Sequence[str] = (),
+) -> Version:
+    """The adapter as the name's next version, made on the base of that digest."""
     return catalog.publish(
         name,
         digest=adapter.weights.digest,
@@ -40,6 +47,9 @@ def publish(catalog: Catalog, store: AdapterStore, name: str, adapter: PeftAdapt
         alpha=adapter.config.alpha,
         target_modules=adapter.weights.target_modules,
         parameters=adapter.weights.num_parameters,
+        base_model=adapter.base_model,
+        base_digest=base_digest,
+        warnings=warnings,
     )
 
 

@@ -2,14 +2,14 @@
 
 HOME/jobs/<id>/plan.json says how: `steps`, `seconds` of each, a checkpoint `every` so many; `hang_at` a step,
 `crash_at` one in the first attempt, `deaf` to being asked to leave, `hold` until the file `go` is there before
-publishing, and `full` fails with a full disk at that step. HOME/jobs/<id>/steps gets a line for each step.
+publishing, `linger` so many seconds after that, before the file `tidy` is made, and `full` fails with a full disk
+at that step. HOME/jobs/<id>/steps gets a line for each step.
 """
 
 import errno
 import hashlib
 import json
 import os
-import sqlite3
 import sys
 import time
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from adapters.catalog import NewVersion
+from server.sqlite import driver
 from server.training.child import EXIT_DONE, EXIT_LEFT, Assignment, WorkerLink
 from server.training.leases import Claim, LeaseLost, Leases
 from server.training.reserve import DISK_FULL, Reserve
@@ -24,10 +25,11 @@ from server.training.reserve import DISK_FULL, Reserve
 
 def connect(home: Path) -> sa.Engine:
     """As server.database does, without the migrations, which take longer than a stub's whole life."""
-    engine = sa.create_engine(f"sqlite:///{home.absolute()}/smolora.db", connect_args={"timeout": 15})
+    url = f"sqlite:///{home.absolute()}/smolora.db"
+    engine = sa.create_engine(url, module=driver, connect_args={"timeout": 15})
 
     @sa.event.listens_for(engine, "connect")
-    def configure(connection: sqlite3.Connection, _: object) -> None:
+    def configure(connection: driver.Connection, _: object) -> None:
         connection.isolation_level = None
         connection.execute("PRAGMA synchronous=FULL")
 
@@ -102,6 +104,9 @@ def work(directory: Path, link: WorkerLink, leases: Leases, claim: Claim) -> int
     leases.succeed(
         claim, progress=progress, metrics={"train_loss": 1 / step}, report={"steps": step}, publish=adapter
     )
+    if "linger" in plan:
+        time.sleep(plan["linger"])
+        (directory / "tidy").touch()
     return EXIT_DONE
 
 

@@ -133,6 +133,12 @@ def test_ten_steps_are_pefts(
     check_ten_steps(peft_model(tiny_base_dir, **options), tiny_base, examples, replace(SPEC, packing=packing))
 
 
+def test_ten_steps_from_an_adapter_are_pefts(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
+    """As a job has it that starts from one: B isn't 0."""
+    tuned = randomize(peft_model(tiny_base_dir, **OPTIONS["three modules"]), std=0.05)
+    check_ten_steps(tuned, tiny_base, make_examples([9, 17, 5, 30, 12, 26, 8, 21, 14, 33, 6, 19]))
+
+
 def test_the_optimizer_is_torchs(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
     """Given PEFT's gradients in each of ten steps, the weights are those of torch's AdamW."""
     examples, options = make_examples([9, 17, 5, 30, 12, 26, 8, 21]), OPTIONS["all"]

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import pytest
 
 from server.training.documents import read_document
+from server.training.outcome import Counters
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 
 
@@ -66,3 +67,10 @@ def test_what_is_of_another_type_is_refused(change: dict[str, object]) -> None:
 def test_what_is_missing_is_refused() -> None:
     with pytest.raises(ValueError, match="at"):
         read_document(Outer, {"inner": {"curve": []}})
+
+
+def test_counters_of_an_older_checkpoint() -> None:
+    """From before a step could be unreported."""
+    document = asdict(Counters(num_tokens=3, eval_curve=[(2, 1.5)]))
+    del document["unreported"]
+    assert read_document(Counters, document) == Counters(num_tokens=3, eval_curve=[(2, 1.5)])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel
 
 from adapters.lora import LoraModule, LoraWeights
@@ -22,22 +21,9 @@ from server.training.rows import CompletionRow, MessagesRow, Row, TextRow
 from tests.engine_kit import random_adapter
 from tests.native_kit import native_library
 from tests.oracles.hugging_face import linear, load_reference, logits, merged
-from tests.server.training.rows_kit import make_examples, model_of, rows_of
+from tests.server.training.rows_kit import make_examples, measured, model_of, rows_of
 
 PROMPTS = ("404", "The server", "Not", "OK")
-
-
-def measured(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[float, float, int]:
-    """(mean loss, accuracy, counted tokens), one row at a time."""
-    losses: list[torch.Tensor] = []
-    is_right: list[torch.Tensor] = []
-    for example in examples:
-        targets = torch.tensor(example.token_ids[1:], dtype=torch.int64)
-        is_target = torch.tensor(example.is_target[1:], dtype=torch.bool)
-        predicted = logits(model, example.token_ids)[:-1]
-        losses.append(F.cross_entropy(predicted, targets, reduction="none")[is_target])
-        is_right.append((predicted.argmax(-1) == targets)[is_target])
-    return float(torch.cat(losses).mean()), float(torch.cat(is_right).float().mean()), len(torch.cat(losses))
 
 
 def greedy(model: PreTrainedModel, base: BaseModel, prompt: Sequence[int], max_new_tokens: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from huggingface_hub import ModelCard
 from adapters.catalog import Catalog, combine
 from adapters.errors import CorruptAdapter, NotFound
 from adapters.merge import Recipe, merge
-from adapters.peft_format import WEIGHTS_NAME
+from adapters.peft_format import WEIGHTS_NAME, PeftAdapter
 from adapters.store import AdapterStore
 from server.model.weights import BaseModel
 from server.training.jobs import Jobs, Status
@@ -65,8 +66,13 @@ def store(tmp_path: Path) -> AdapterStore:
 
 @pytest.fixture
 def parts(catalog: Catalog, store: AdapterStore, tiny_base: BaseModel) -> None:
-    publish(catalog, store, "left", sample(tiny_base.config.shape, 1))
-    publish(catalog, store, "right", sample(tiny_base.config.shape, 2, names=("q_proj", "down_proj")))
+    for name, adapter in samples(tiny_base).items():
+        publish(catalog, store, name, adapter, tiny_base.digest)
+
+
+def samples(base: BaseModel) -> dict[str, PeftAdapter]:
+    shape = base.config.shape
+    return {"left": sample(shape, 1), "right": sample(shape, 2, names=("q_proj", "down_proj"))}
 
 
 def claimed(jobs: Jobs, leases: Leases, spec: MergeSpec, job_id: str = "m1") -> Claim:
@@ -82,7 +88,7 @@ def test_it_publishes_an_ordinary_version(
 ) -> None:
     spec = merge_spec(catalog, EXPRESSION, TIES)
     listener = Listener()
-    run_merge(spec, claimed(jobs, leases, spec), leases, store, tiny_base, listener)
+    run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, listener)
 
     adapters = [(store.load(digest), weight) for digest, weight in combine(spec.parts)]
     expected = merge(adapters, TIES)
@@ -103,10 +109,49 @@ def test_it_publishes_an_ordinary_version(
     assert stored.base_model == tiny_base.name
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "merged", "is_mixed"),
+    [("0b" * 32, "0b" * 32, "0b" * 32, False), ("0b" * 32, "0c" * 32, None, True), (None, None, None, False)],
+)
+def test_it_was_made_where_its_parts_were(
+    left: str | None,
+    right: str | None,
+    merged: str | None,
+    is_mixed: bool,
+    jobs: Jobs,
+    leases: Leases,
+    catalog: Catalog,
+    store: AdapterStore,
+    tiny_base: BaseModel,
+) -> None:
+    """On a base that happens to be served now, parts of another one don't become its own."""
+    for (name, adapter), digest in zip(samples(tiny_base).items(), (left, right), strict=True):
+        publish(catalog, store, name, replace(adapter, base_model="another"), digest)
+    spec = merge_spec(catalog, EXPRESSION, TIES)
+    run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, Listener())
+    version = catalog.version("merged", 1)
+    assert (version.base_model, version.base_digest) == ("another", merged)
+    assert bool(version.warnings) == is_mixed
+    assert store.read(version.digest, tiny_base.config.shape).base_model == "another"
+
+
+def test_it_is_told_what_is_told_of_its_parts(
+    jobs: Jobs, leases: Leases, catalog: Catalog, store: AdapterStore, tiny_base: BaseModel
+) -> None:
+    left, right = samples(tiny_base).values()
+    publish(catalog, store, "left", left, tiny_base.digest, ["its config names another base"])
+    publish(catalog, store, "right", right, tiny_base.digest)
+    spec = merge_spec(catalog, EXPRESSION, TIES)
+    run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, Listener())
+    version = catalog.version("merged", 1)
+    assert version.warnings == ("left@1: its config names another base",)
+    assert (version.base_model, version.base_digest) == (tiny_base.name, tiny_base.digest)
+
+
 @pytest.mark.usefixtures("parts")
 def test_its_card(jobs: Jobs, leases: Leases, catalog: Catalog, store: AdapterStore, tiny_base: BaseModel) -> None:
     spec = merge_spec(catalog, EXPRESSION, Recipe("svd", rank=8))
-    run_merge(spec, claimed(jobs, leases, spec), leases, store, tiny_base, Listener())
+    run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, Listener())
     report = jobs.report("m1")
     assert report is not None
     assert report["kind"] == "merge"
@@ -131,7 +176,7 @@ def test_what_cancels_out_has_no_distance(
     assert left.weights.digest != halved.weights.digest
     publish(catalog, store, "half", halved)
     spec = merge_spec(catalog, "left+half*-2", Recipe("magnitude_prune", 0.5))
-    run_merge(spec, claimed(jobs, leases, spec), leases, store, tiny_base, Listener())
+    run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, Listener())
     report = jobs.report("m1")
     assert report is not None
     assert report["distance"] is None
@@ -147,13 +192,13 @@ def test_cut_off_anywhere_it_ends_in_the_same_bytes(
     spec = merge_spec(catalog, EXPRESSION, Recipe("dare_ties", 0.5, seed=after, rank=3))
     claim = claimed(jobs, leases, spec)
     with pytest.raises(Cut):
-        run_merge(spec, claim, leases, store, tiny_base, Listener(end_after=after))
+        run_merge(spec, claim, leases, catalog, store, tiny_base, Listener(end_after=after))
     with pytest.raises(NotFound):
         catalog.get("merged")
     leases.crashed(claim, "cut off", max_delay=0.0)
     second = leases.claim("worker")
     assert second is not None
-    run_merge(spec, second, leases, store, tiny_base, Listener())
+    run_merge(spec, second, leases, catalog, store, tiny_base, Listener())
     expected = merge([(store.load(digest), weight) for digest, weight in combine(spec.parts)], spec.recipe)
     assert [version.digest for version in catalog.get("merged").versions] == [expected.digest]
 
@@ -166,7 +211,7 @@ def test_who_lost_the_job_publishes_nothing(
     claim = claimed(jobs, leases, spec)
     jobs.cancel("m1")
     with pytest.raises(LeaseLost):
-        run_merge(spec, claim, leases, store, tiny_base, Listener())
+        run_merge(spec, claim, leases, catalog, store, tiny_base, Listener())
     assert jobs.get("m1").status is Status.CANCELLED
     with pytest.raises(NotFound):
         catalog.get("merged")
@@ -182,7 +227,7 @@ def test_a_part_that_changed_on_the_disk(
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(CorruptAdapter):
-        run_merge(spec, claimed(jobs, leases, spec), leases, store, tiny_base, Listener())
+        run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, Listener())
 
 
 @pytest.mark.usefixtures("parts")

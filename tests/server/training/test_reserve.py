@@ -3,9 +3,7 @@
 import errno
 import os
 import sqlite3
-import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,27 +15,13 @@ from server.training.jobs import Jobs, Status
 from server.training.leases import Leases
 from server.training.reserve import DISK_FULL, FILE_NAME, RESERVE_BYTES, Reserve
 from tests.server.training.job_kit import submit
+from tests.small_disk import fill, make_room, mounted
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "smolora-test", str(tmp_path)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("nothing can be mounted here")
-    yield tmp_path
-    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-
-
-def fill(disk: Path) -> None:
-    """Leaves no byte."""
-    with open(disk / "filling", "ab", buffering=0) as file:
-        for size in (1 << 16, 1 << 12, 1):
-            with suppress(OSError):
-                while file.write(b"x" * size):
-                    pass
-    with pytest.raises(OSError, match="No space left"), open(disk / "filling", "ab", buffering=0) as file:
-        file.write(b"x")
+    with mounted(tmp_path, 4):
+        yield tmp_path
 
 
 def test_it_takes_space_once(tmp_path: Path) -> None:
@@ -112,7 +96,7 @@ def test_a_failure_is_recorded_on_a_full_disk(small_disk: Path) -> None:
     fill(small_disk)
     assert not reserve.fill()
     assert not list(small_disk.glob("reserve*"))
-    (small_disk / "filling").unlink()  # somebody made room
+    make_room(small_disk)
     assert reserve.fill()
     claim = leases.claim("w")
     assert claim is not None

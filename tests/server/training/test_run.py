@@ -20,6 +20,9 @@ from server.training.rows import CompletionRow
 from server.training.run import Run
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 from server.training.trainer import TrainingDiverged
+from tests.oracles.hugging_face import load_reference, merged
+from tests.server.training.attempt_kit import job_data
+from tests.server.training.rows_kit import measured
 
 SPEC = JobSpec(
     "codes",
@@ -125,6 +128,54 @@ def test_the_best_evaluation_is_what_is_left(tiny_base: BaseModel, data: JobData
     assert outcome.step == min(curve, key=lambda step: curve[step])
     assert outcome.tuned.loss == pytest.approx(min(curve.values()), rel=1e-5)
     assert outcome.num_steps == max(curve), "what was taken, whichever step's weights are kept"
+
+
+def test_it_stops_where_patience_ends(tiny_base: BaseModel, tmp_path: Path) -> None:
+    """At the same losses as a run without patience has, and with the weights of one that ends at the best step."""
+    data = job_data(tiny_base, num_rows=12, num_held_out=4)  # others than those that it learns by heart
+    training = replace(SPEC.training, eval_steps=2, learning_rate=2e-3, schedule="constant", warmup_ratio=0.0)
+    patient, _ = run(tiny_base, data, tmp_path / "patient", replace(SPEC, training=training))
+    curve, patience = patient.counters.eval_curve, 2
+    best, stop = curve[0], 0
+    for number, point in enumerate(curve):
+        best = min(best, point, key=lambda of: of[1])
+        if number - curve.index(best) == patience:
+            stop = number
+            break
+    assert 0 < curve.index(best) < stop < len(curve) - 1, "it gained at first, and there was more to come"
+
+    hasty = replace(training, early_stopping_patience=patience)
+    outcome, listener = run(tiny_base, data, tmp_path / "hasty", replace(SPEC, training=hasty))
+    assert outcome.counters.eval_curve == curve[: stop + 1]
+    assert (outcome.step, outcome.num_steps) == (best[0], curve[stop][0])
+    assert listener.steps == list(range(1, curve[stop][0] + 1))
+    short = replace(training, max_steps=best[0], eval_steps=None)
+    expected, _ = run(tiny_base, data, tmp_path / "short", replace(SPEC, training=short))
+    assert all(map(torch.equal, tensors(outcome.weights), tensors(expected.weights)))
+
+
+@pytest.mark.parametrize("eval_steps", [None, 4])
+def test_the_last_evaluation_is_transformers(
+    tiny_base: BaseModel, tiny_base_dir: Path, data: JobData, tmp_path: Path, eval_steps: int | None
+) -> None:
+    """Of the base and of the adapter that is left, each row by itself; also where the last step isn't due."""
+    training = replace(SPEC.training, max_steps=6, eval_steps=eval_steps)
+    outcome, _ = run(tiny_base, data, tmp_path, replace(SPEC, training=training))
+    assert [step for step, _ in outcome.counters.eval_curve] == ([4, 6] if eval_steps else [])
+    assert outcome.weights is not None
+    assert data.validation is not None
+    reference = load_reference(tiny_base_dir)
+    before = measured(reference, data.validation)
+    with merged(reference, [(outcome.weights, 1.0)]):
+        after = measured(reference, data.validation)
+    for found, (loss, accuracy, num_tokens) in ((outcome.base, before), (outcome.tuned, after)):
+        assert found is not None
+        assert found.loss == pytest.approx(loss, abs=1e-4)
+        assert found.accuracy == pytest.approx(accuracy, abs=1e-6)
+        assert (found.num_tokens, found.num_rows) == (num_tokens, len(data.validation))
+    assert after[0] < before[0] - 1
+    if eval_steps:
+        assert dict(outcome.counters.eval_curve)[outcome.step] == pytest.approx(after[0], abs=1e-4)
 
 
 def test_a_loss_that_is_no_number_fails_with_a_hint(tiny_base: BaseModel, data: JobData, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import pytest
 
 from server.config import load_worker_settings
 from server.database import connect
+from server.training.child import EXIT_NO_BASE
 from server.training.jobs import Jobs, Status
-from server.training.supervisor import Supervisor, worker_command
+from server.training.supervisor import MAX_DELAY, Supervisor, worker_command
 from tests.server.training.job_kit import STUB, final_digest, steps_done, submit_stub, until
 
 ROOT = Path(__file__).parents[3]
@@ -29,6 +30,23 @@ stub = ["-m", "tests.server.training.stub_worker", home, str(os.getpid()), "1.5"
 Supervisor(2, [sys.executable, *stub, *command]).start()
 time.sleep(60)
 """
+
+
+class Clock:
+    """Stands still until a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._num_looks = 0
+
+    def __call__(self) -> float:
+        self._num_looks += 1
+        return self.now
+
+    def wait_for_looks(self) -> None:
+        """Until who goes by it has seen the time, and acted on it."""
+        seen = self._num_looks
+        until(lambda: self._num_looks > seen + 2)
 
 
 @contextmanager
@@ -80,37 +98,73 @@ def test_the_dead_are_replaced(tmp_path: Path) -> None:
             os.kill(pid, 0)
 
 
+def ending(path: Path, code: int = 0) -> tuple[str, ...]:
+    """A command that notes in a file that it was started, and ends."""
+    return (sys.executable, "-S", "-c", f"open({str(path)!r}, 'a').write('x'); raise SystemExit({code})")
+
+
+def starts_at(path: Path, code: int, seconds: Sequence[float]) -> None:
+    """By a clock that only the test moves, what `ending` runs is started at these times and at no other."""
+    clock = Clock()
+    supervisor = Supervisor(1, ending(path, code), clock=clock)
+    supervisor.start()
+    try:
+        for number, second in enumerate(seconds):
+            if number:
+                clock.now = second - 0.01
+                clock.wait_for_looks()
+                assert len(path.read_text()) == number, f"it was started before {second} s"
+            clock.now = second
+            until(lambda number=number: path.exists() and len(path.read_text()) > number)  # type: ignore[misc]
+            until(lambda: not supervisor.pids)
+    finally:
+        stop(supervisor)
+    assert len(path.read_text()) == len(seconds)
+
+
 def test_what_dies_at_once_is_not_started_all_the_time(tmp_path: Path) -> None:
-    path = tmp_path / "starts"
-    supervisor = Supervisor(1, (sys.executable, "-S", "-c", f"open({str(path)!r}, 'a').write('x')"))
-    supervisor.start()
-    time.sleep(3.0)
-    stop(supervisor)
-    assert 2 <= len(path.read_text()) <= 4  # at 0, 0.5, 1.5 and 3.5 s, and what starting takes
+    starts_at(tmp_path / "starts", 0, [0.0, 0.5, 1.5, 3.5, 7.5, 11.5])
 
 
-def test_a_command_that_is_not_there_is_no_disaster() -> None:
-    supervisor = Supervisor(1, ("/nowhere/python",))
+def test_who_has_no_base_is_started_again_much_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    starts_at(tmp_path / "starts", EXIT_NO_BASE, [0.0, 30.0, 90.0, 210.0, 450.0, 930.0, 1530.0, 2130.0])
+    said = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert said[0] == "training waits: a worker can't load the base; the next try is in 30 s"
+    assert [float(line.split()[-2]) for line in said[:6]] == [30, 60, 120, 240, 480, 600]
+
+
+def test_a_command_that_is_not_there_is_no_disaster(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    supervisor = Supervisor(1, ("/nowhere/python",), clock=clock)
     supervisor.start()
-    time.sleep(0.3)
+    clock.wait_for_looks()
     assert supervisor.pids == []
+    assert caplog.messages == ["can't start a worker: No such file or directory"]
+    clock.now = MAX_DELAY
+    until(lambda: len(caplog.messages) == 2)
     stop(supervisor)
 
 
 @pytest.mark.parametrize("is_hurried", [False, True])
-def test_what_doesnt_end_is_killed(is_hurried: bool) -> None:
-    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
-    supervisor = Supervisor(1, (sys.executable, "-S", "-c", code), grace_seconds=60.0 if is_hurried else 0.3)
+def test_what_doesnt_end_is_killed(is_hurried: bool, tmp_path: Path) -> None:
+    """Once its time is over, or at a second signal."""
+    deaf = f"signal.signal(signal.SIGTERM, signal.SIG_IGN); open({str(tmp_path / 'deaf')!r}, 'w'); time.sleep(60)"
+    clock = Clock()
+    command = (sys.executable, "-S", "-c", f"import signal, time; {deaf}")
+    supervisor = Supervisor(1, command, grace_seconds=25.0, clock=clock)
     supervisor.start()
-    until(lambda: supervisor.pids)
-    time.sleep(0.5)  # it ignores the signal by now
-    start = time.monotonic()
+    until((tmp_path / "deaf").exists)
     supervisor.ask_to_stop()
+    clock.wait_for_looks()
+    clock.now = 24.9
+    clock.wait_for_looks()
+    assert supervisor.is_running
+    assert supervisor.pids
     if is_hurried:
-        time.sleep(0.3)
         supervisor.hurry()
+    else:
+        clock.now = 25.1
     until(lambda: not supervisor.is_running)
-    assert 0.25 < time.monotonic() - start < 2.0
 
 
 def test_none_are_started_where_none_are_wanted() -> None:

@@ -1,11 +1,12 @@
 """Workers and the processes of jobs: ended by will or by force, each job ends once, in the same state."""
 
+import logging
 import os
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -17,15 +18,30 @@ import sqlalchemy as sa
 
 from adapters.catalog import Catalog
 from server.database import connect
+from server.sqlite import driver
+from server.training.child import EXIT_NO_BASE
 from server.training.jobs import Job, Jobs, Status
 from server.training.leases import Leases
 from server.training.reserve import DISK_FULL, FILE_NAME
-from server.training.worker import Timing
+from server.training.worker import Timing, Worker
 from tests.server.training.job_kit import STUB, final_digest, steps_done, submit_stub, until, working
 from tests.server.training.stub_worker import FAST
 
 WORKER = ("-m", "tests.server.training.stub_worker")
 ROOT = Path(__file__).parents[3]
+
+NO_BASE = (
+    sys.executable,
+    "-S",
+    "-c",
+    """
+import json, os, sys
+reason = json.dumps({"reason": "SMOLORA_MODEL=/srv/base: not there"})
+os.write(json.loads(sys.argv[-1])["pipe"], reason.encode() + b"\\n")
+sys.exit(78)
+""",
+)
+"""A job's process that has nothing to train on."""
 
 LIGHT = """
 import json, sqlite3, sys
@@ -45,6 +61,20 @@ def engine(tmp_path: Path) -> Iterator[sa.Engine]:
     engine = connect(tmp_path)
     yield engine
     engine.dispose()
+
+
+def exit_code(home: Path, leases: Leases, command: tuple[str, ...]) -> int:
+    """Of a worker that ends by itself."""
+    worker = Worker(home, leases, {"home": str(home)}, command=command, timing=FAST)
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(worker.run()), daemon=True)
+    thread.start()
+    try:
+        until(lambda: codes)
+    finally:
+        worker.stop()
+        thread.join(30)
+    return codes[0]
 
 
 @contextmanager
@@ -71,8 +101,8 @@ def stop(home: Path, *pids: int) -> None:
     while True:
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
-        database = sqlite3.connect(home / "smolora.db", timeout=0.1)
-        with closing(database), suppress(sqlite3.OperationalError):
+        database = driver.connect(home / "smolora.db", timeout=0.1)
+        with closing(database), suppress(driver.OperationalError):
             database.execute("BEGIN IMMEDIATE")
             return
         for pid in pids:
@@ -296,6 +326,46 @@ def test_what_always_crashes_fails_and_keeps_its_log(tmp_path: Path, jobs: Jobs,
     assert (tmp_path / "jobs/j1/log.txt").read_text() == "a reason\n" * 25
 
 
+def test_who_has_succeeded_may_tidy_up(
+    tmp_path: Path, jobs: Jobs, leases: Leases, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The worker looks at what is wanted of it many times meanwhile."""
+    caplog.set_level(logging.INFO, "smolora.worker")
+    submit_stub(tmp_path, jobs, "j1", steps=3, linger=0.5)
+    with working(tmp_path, leases):
+        until(lambda: "job j1: succeeded" in caplog.messages)
+    assert (tmp_path / "jobs/j1/tidy").exists()
+
+
+def test_who_has_succeeded_may_not_linger_for_ever(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+    submit_stub(tmp_path, jobs, "j1", steps=3, linger=1000)
+    submit_stub(tmp_path, jobs, "j2", name="j2", steps=3)
+    with working(tmp_path, leases, replace(FAST, pause=0.3, hung=1000.0)):
+        until(lambda: jobs.get("j2").status is Status.SUCCEEDED)
+    assert jobs.get("j1").status is Status.SUCCEEDED
+
+
+def test_a_worker_without_a_base_takes_no_more_jobs(
+    tmp_path: Path, jobs: Jobs, leases: Leases, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says why, where only its operator reads it. What it had goes back, and didn't count as an attempt."""
+    for job_id in ("j1", "j2"):
+        submit_stub(tmp_path, jobs, job_id)
+    for attempt in range(1, 31):
+        assert exit_code(tmp_path, leases, NO_BASE) == EXIT_NO_BASE
+        assert "SMOLORA_MODEL=/srv/base: not there" in caplog.messages[-1]
+        assert (jobs.get("j1").status, jobs.get("j1").attempt, jobs.get("j1").position) == (
+            Status.QUEUED,
+            attempt,
+            1,
+        )
+    assert (jobs.get("j2").status, jobs.get("j2").attempt) == (Status.QUEUED, 0)
+    events = jobs.events("j1")
+    assert [event.level for event in events].count("warning") == 30
+    assert not any("/srv" in event.message for event in events)
+    assert any("can't load the base" in event.message for event in events)
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
@@ -340,7 +410,7 @@ def test_leftovers_of_ended_jobs_go(tmp_path: Path, jobs: Jobs, leases: Leases) 
 
 
 def test_the_worker_outlives_trouble_with_the_database(
-    tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases
+    tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases, caplog: pytest.LogCaptureFixture
 ) -> None:
     submit_stub(tmp_path, jobs, "j1", steps=3)
     with engine.begin() as connection:
@@ -354,7 +424,7 @@ def test_the_worker_outlives_trouble_with_the_database(
 
     healed = False
     with working(tmp_path, Patched(engine)):
-        time.sleep(0.5)
+        until(lambda: caplog.messages.count("can't work just now") > 1)
         with engine.begin() as connection:
             connection.exec_driver_sql("ALTER TABLE away RENAME TO jobs")
         healed = True

@@ -1,19 +1,34 @@
 """How the native library is found, made and done without."""
 
+import hashlib
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from server.model.native.library import NativeUnavailable, compile_library, library_name, load_library
+from server.model.native import library as module
+from server.model.native.abi import STRUCTURES, layout
+from server.model.native.library import (
+    FLAGS,
+    NativeUnavailable,
+    compile_library,
+    computed_by,
+    library_name,
+    load_library,
+    source_digest,
+)
 from server.model.native.load import load_native
 from server.model.weights import BaseModel
 from tests.conftest import CACHE
 from tests.native_kit import native_library
 
+pytestmark = pytest.mark.usefixtures("compiled")
 
-@pytest.fixture(autouse=True)
-def only_where_it_runs() -> None:
-    native_library()
+COMPILING = "compiling the native code, once"
+REAL_COMPILER = shutil.which("g++") or "c++"
 
 
 def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
@@ -26,7 +41,7 @@ def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
 def test_it_is_made_whole_and_under_its_name_alone(tmp_path: Path) -> None:
     said: list[str] = []
     load_library([tmp_path / "nothing", tmp_path / "made"], said.append)
-    assert said == ["compiling the native code, once"]
+    assert said == [COMPILING]
     assert [path.name for path in (tmp_path / "made").iterdir()] == [library_name()]
 
 
@@ -36,20 +51,142 @@ def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pyte
         load_library([tmp_path / "made"])
 
 
-def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = tmp_path / "g++"
-    compiler.write_text("#!/bin/sh\necho it is broken >&2\nexit 3\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+def test_a_compiler_that_fails(tmp_path: Path, compiler: Callable[[str], None]) -> None:
+    compiler("echo it is broken >&2; exit 3")
     with pytest.raises(NativeUnavailable, match="it is broken"):
         compile_library(tmp_path / "made")
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_a_file_that_is_no_library(tmp_path: Path) -> None:
-    (tmp_path / library_name()).write_bytes(b"half of it")
+@pytest.mark.parametrize("size", [0, 10, 3000, -1])
+def test_half_a_file_is_made_anew(tmp_path: Path, compiled: Path, quick: None, size: int) -> None:
+    """Loading a part of a library may end the process: it is known before that."""
+    (tmp_path / library_name()).write_bytes(compiled.read_bytes()[:size])
+    said: list[str] = []
+    load_library([tmp_path], said.append)
+    reason = "it can't be loaded: a part of the file is missing or damaged"
+    assert said == [f"native code is not taken from {tmp_path}: {reason}", COMPILING]
+    assert (tmp_path / library_name()).read_bytes() == compiled.read_bytes()
+
+
+def test_a_damaged_file_is_made_anew(tmp_path: Path, compiled: Path, quick: None) -> None:
+    content = bytearray(compiled.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / library_name()).write_bytes(content)
+    said: list[str] = []
+    load_library([tmp_path], said.append)
+    assert [line.rpartition(": ")[2] for line in said] == ["a part of the file is missing or damaged", COMPILING]
+
+
+def stub(path: Path, source: str, *options: str) -> None:
+    """A library of our name with other contents, whole."""
+    path.parent.mkdir(exist_ok=True)
+    command = [REAL_COMPILER, "-shared", "-fPIC", "-x", "c", "-", "-o", str(path), *options]
+    subprocess.run(command, input=source, text=True, check=True)
+    content = path.read_bytes()
+    path.write_bytes(content + hashlib.sha256(content).digest())
+
+
+def entries(numbers: dict[str, int]) -> str:
+    """C of all entries, which do nothing, with another layout."""
+    header = (module.SOURCE / "abi.h").read_text()
+    names = set(re.findall(r"smolora_\w+(?=\()", header)) - {"smolora_layout"}
+    assert len(names) == 11
+    rows = "".join(f'{{"{name}", {value}}}, ' for name, value in numbers.items())
+    return (
+        "static const struct { const char *name; long value; } all[] = {" + rows + "{0, 0}};\n"
+        "const void *smolora_layout() { return all; }\n"
+        + "".join(f"int {name}() {{ return 1; }}\n" for name in names)
+    )
+
+
+def test_the_same_layout_is_taken(tmp_path: Path) -> None:
+    """Of the stub, so that the tests below fail for what they change."""
+    stub(tmp_path / library_name(), entries(layout()))
+    said: list[str] = []
+    load_library([tmp_path], said.append)
+    assert said == []
+
+
+@pytest.mark.parametrize("name", ["kRowUnit", "ServeStep", "ServeStep.hidden", "group down", "kNoMemory"])
+def test_another_layout_is_made_anew(tmp_path: Path, quick: None, name: str) -> None:
+    value = layout()[name]
+    stub(tmp_path / library_name(), entries({**layout(), name: value + 8}))
+    said: list[str] = []
+    library = load_library([tmp_path], said.append)
+    reason = f"it was made for another layout: {name} is {value + 8}, not {value}"
+    assert said == [f"native code is not taken from {tmp_path}: {reason}", COMPILING]
+    assert library.smolora_compiler(), "what was compiled is loaded, though the other one had its name"
+
+
+@pytest.mark.parametrize("change", [{"ServeStep.news": 0}, {}])
+def test_fields_that_one_side_lacks(tmp_path: Path, change: dict[str, int]) -> None:
+    numbers = {**layout(), **change}
+    if not change:
+        del numbers["LoraPart.num_rows"]
+    stub(tmp_path / library_name(), entries(numbers))
+    with pytest.raises(
+        NativeUnavailable, match=r"layout: (ServeStep.news is 0, not None|LoraPart.num_rows is None)"
+    ):
+        module._load(tmp_path / library_name())
+
+
+@pytest.mark.parametrize(
+    "source", ["int smolora_layout;", "int puts_of_a_later_libc(); int f() { return puts_of_a_later_libc(); }"]
+)
+def test_what_does_not_load_is_made_anew(tmp_path: Path, compiled: Path, quick: None, source: str) -> None:
+    """Another library, or one that needs symbols that this system's libraries don't have."""
+    stub(tmp_path / library_name(), source, "-Wl,-z,now")
+    said: list[str] = []
+    load_library([tmp_path], said.append)
+    assert len(said) == 2
+    assert "it can't be loaded: " in said[0]
+    assert "undefined symbol" in said[0]
+    assert (tmp_path / library_name()).read_bytes() == compiled.read_bytes()
+
+
+def test_one_that_was_just_made_and_does_not_load_gets_no_name(
+    tmp_path: Path, compiler: Callable[[str], None]
+) -> None:
+    compiler('echo nothing >"$last"')
     with pytest.raises(NativeUnavailable, match="can't be loaded"):
-        load_library([tmp_path])
+        load_library([tmp_path / "made"])
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_all_of_its_source_decides_its_name() -> None:
+    """A file that is left out would leave an old library in use."""
+    files = {path.name for path in module.SOURCE.iterdir() if path.suffix in (".cpp", ".h", ".map")}
+    assert {*module.UNITS, *module.HEADERS, module._EXPORTS} == files
+
+
+def test_no_two_structs_have_one_name() -> None:
+    source = "".join((module.SOURCE / name).read_text() for name in (*module.UNITS, *module.HEADERS))
+    names = re.findall(r"^ *(?:struct|class)(?: alignas\(\d+\))? (\w+)[^;]*\{", source, re.MULTILINE)
+    assert len(names) == len(set(names)) > 30
+    assert {structure.__name__ for structure in STRUCTURES} < set(names)
+
+
+def test_only_its_entries_are_seen(compiled: Path) -> None:
+    listed = subprocess.run(["nm", "-D", "--defined-only", compiled], capture_output=True, text=True, check=True)
+    seen = {line.split()[-1] for line in listed.stdout.splitlines()}
+    assert seen == set(re.findall(r"smolora_\w+(?=\()", (module.SOURCE / "abi.h").read_text()))
+
+
+def test_a_threads_first_use_needs_no_memory(compiled: Path) -> None:
+    """glibc ends the process where it has none for a thread's variables, or for their destructors."""
+    dynamic = subprocess.run(["readelf", "--dynamic", compiled], capture_output=True, text=True, check=True)
+    assert "STATIC_TLS" in dynamic.stdout
+    needed = subprocess.run(["nm", "-D", "--undefined-only", compiled], capture_output=True, text=True, check=True)
+    assert "thread_atexit" not in needed.stdout
+
+
+def test_it_says_what_computes() -> None:
+    said = computed_by(native_library())
+    assert said.startswith(source_digest())
+    assert re.search(r"\((g\+\+|.*[Cc]lang) \d+\.\d+", said)
+    assert " ".join(FLAGS) in said
+    assert "-ffp-contract=off" in FLAGS
 
 
 def test_other_dtypes_are_torchs_and_nothing_is_said_of_it(tiny_base: BaseModel, tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+"""The machine and the software that figures were taken with, as they are printed beside them."""
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("smolora", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Machine:
+    cpu: str
+    cores: int
+    threads: int
+    memory: int  # bytes
+    python: str
+    compiler: str
+    commit: str  # of this checkout; "" where there is no git
+    packages: dict[str, str]
+
+    @classmethod
+    def this(cls, threads: int) -> "Machine":
+        packages = {name: version(name) for name in PACKAGES}
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return cls(
+            cpu_name(),
+            os.cpu_count() or 1,
+            threads,
+            memory,
+            platform.python_version(),
+            _first_line("c++", "--version"),
+            _commit(),
+            packages,
+        )
+
+    def __str__(self) -> str:
+        packages = ", ".join(f"{name} {number}" for name, number in self.packages.items())
+        found = [
+            f"{self.cpu}, {self.cores} cores, {self.memory / 2**30:.0f} GiB; {self.threads} threads",
+            f"Python {self.python}, {packages}",
+            *([self.compiler] if self.compiler else []),
+            *([f"commit {self.commit}"] if self.commit else []),
+        ]
+        return "; ".join(found)
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
+def peak_rss(pid: int) -> int:
+    """Bytes that a process has held at most, without its children; 0 where the system doesn't tell."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def _commit() -> str:
+    found = _first_line("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
+    changed = _first_line("git", "-C", str(Path(__file__).parent), "status", "--porcelain", "-uno")
+    return f"{found} with changes" if found and changed else found
+
+
+def _first_line(*command: str) -> str:
+    """What the command prints first; "" where there is no such program, or it fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else ""

@@ -1,0 +1,1 @@
+"""What users would pick instead: how each is set up, started and asked."""

@@ -1,0 +1,104 @@
+"""llama.cpp's server over HTTP, on the same weights in bf16, or quantized from them.
+
+It has every setting that we have: as many slots as there are streams, continuous batching, adapters per request
+with a scale each. What may or may not help is tried. Requests under different adapters wait for each other: that
+is its way.
+"""
+
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.allocation import KEPT, TUNABLES
+from benchmarks.measure import Run
+from benchmarks.peers.gguf_files import write_adapter
+from benchmarks.peers.venvs import LLAMA_CPP, MadePeer
+from benchmarks.serving.load import drive, summarize
+from benchmarks.serving.process import ServerProcess, threads_environment
+from benchmarks.serving.systems import BASE, Facts, Load, Streams
+from benchmarks.serving.wires import LlamaCpp
+
+VARIANTS = {
+    f"flash attention {attention}, {cache}": ("--flash-attn", attention, *flags)
+    for attention in ("on", "off")
+    for cache, flags in (
+        ("a cache per slot", ("--no-kv-unified",)),
+        ("one cache for all slots", ("--kv-unified",)),
+    )
+}
+"""What may or may not help it, as flags."""
+
+
+@dataclass(frozen=True)
+class LlamaCppConfig:
+    peer: MadePeer
+    model: Path  # a GGUF file
+    adapters: Mapping[str, Path]  # GGUF files by name; none: it serves the base alone
+    threads: int
+    slots: int
+    tokens_per_slot: int
+    log: Path
+    variant: str = next(iter(VARIANTS))
+    weights: str = "bf16"
+
+    @property
+    def command(self) -> list[str]:
+        flags = {
+            "model": self.model,
+            "threads": self.threads,
+            "threads-batch": self.threads,
+            "parallel": self.slots,
+            "ctx-size": self.slots * self.tokens_per_slot,
+            "cache-ram": 0,  # copies of slots that no prompt would ever use again
+        }
+        given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+        given += VARIANTS[self.variant]
+        if self.adapters:
+            files = ",".join(map(str, self.adapters.values()))
+            given += ["--lora", files, "--lora-init-without-apply"]
+        return [str(self.peer.program("llama-server")), *given]
+
+
+class LlamaCppServer:
+    """A running one."""
+
+    def __init__(self, config: LlamaCppConfig, trial: dict[str, tuple[float, ...]] | None = None) -> None:
+        """`trial` is what was tried before."""
+        environment = os.environ | threads_environment(config.threads) | {"GLIBC_TUNABLES": TUNABLES}
+        self._server = ServerProcess(config.command, environment, config.log, "/health")
+        self._wire = LlamaCpp(list(config.adapters))
+        name = LLAMA_CPP if config.weights == "bf16" else f"{LLAMA_CPP}, {config.weights}"
+        settings = f"{config.slots} slots, {config.variant}, host prompt cache off, {KEPT}"
+        self.facts = Facts(name, config.peer.version, True, settings, trial or {}, not config.adapters)
+
+    @property
+    def peak_rss(self) -> int:
+        return self._server.peak_rss
+
+    def can(self, load: Load) -> bool:
+        return load.kind == BASE or not self.facts.base_only
+
+    def run(self, streams: Streams) -> Run:
+        return summarize(drive(self._server.url, self._wire, streams))
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
+def quantize(peer: MadePeer, model: Path, weights: str) -> Path:
+    """The same model in fewer bits, such as Q8_0, beside it."""
+    file = model.with_name(f"{model.stem}-{weights}.gguf")
+    command = [str(peer.program("llama-quantize")), "--allow-requantize", str(model), str(file), weights]
+    subprocess.run(command, check=True, capture_output=True)
+    return file
+
+
+def adapter_files(base: Path, directories: Mapping[str, Path], place: Path) -> dict[str, Path]:
+    """PEFT adapters of `base` as GGUF files in the new folder `place`, by name."""
+    place.mkdir()
+    files = {name: place / f"{name}.gguf" for name in directories}
+    for name, directory in directories.items():
+        write_adapter(base, directory, files[name])
+    return files

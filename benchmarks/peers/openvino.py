@@ -1,0 +1,147 @@
+"""OpenVINO GenAI's continuous batching on the same weights in bf16, in a process and an environment of its own.
+
+It is asked through a pipe and generates in process, without HTTP. Adapters hold for the whole batch: one adapter
+or one blend at a time, for however many streams; the base has a pipeline that knows of none. What may or may not
+help is tried.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from benchmarks.allocation import described
+from benchmarks.machine import peak_rss
+from benchmarks.measure import Run
+from benchmarks.peers.venvs import MadePeer
+from benchmarks.serving.process import threads_environment
+from benchmarks.serving.systems import BASE, BLENDS, ONE, Facts, Load, Streams
+from benchmarks.serving.wires import Part
+
+NAME = "OpenVINO GenAI"
+VARIANTS = {
+    f"cached keys and values in {cache}, {tokens} tokens a step": (cache, tokens)
+    for cache in ("u8", "bf16")
+    for tokens in (256, 1024)
+}
+"""What may or may not help it; the first is its default."""
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class OpenVinoConfig:
+    peer: MadePeer
+    model: Path  # as `export` wrote it
+    adapters: Mapping[str, Path]  # PEFT directories by name
+    scaling: float  # of them all: alpha over rank, which their files don't say
+    threads: int
+    slots: int
+    log: Path
+    variant: str = next(iter(VARIANTS))
+
+
+class OpenVino:
+    """A running one."""
+
+    def __init__(self, config: OpenVinoConfig, trial: dict[str, tuple[float, ...]] | None = None) -> None:
+        """`trial` is what was tried before. RuntimeError, with the end of its log, where it fails."""
+        self._log = config.log
+        self._scaling = config.scaling
+        with config.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [str(config.peer.python), "-m", "benchmarks.peers.openvino_child"],
+                cwd=ROOT,
+                env=os.environ | threads_environment(config.threads),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        cache, tokens = VARIANTS[config.variant]
+        started = self._call(
+            {
+                "model": str(config.model.resolve()),
+                "adapters": {
+                    name: str(place.resolve() / "adapter_model.safetensors")
+                    for name, place in config.adapters.items()
+                },
+                "threads": config.threads,
+                "sequences": config.slots,
+                "cache": cache,
+                "step_tokens": tokens,
+            }
+        )
+        kept = described(bool(started["keeps_freed_memory"]))
+        pipelines = "a pipeline for the base and one for adapters"
+        settings = f"{pipelines}, {config.slots} sequences, inference in bf16, {config.variant}, {kept}"
+        self.facts = Facts(NAME, config.peer.version, False, settings, trial or {})
+
+    @property
+    def peak_rss(self) -> int:
+        return peak_rss(self._process.pid)
+
+    def can(self, load: Load) -> bool:
+        """What goes under the same adapters for all streams."""
+        return load.kind in (BASE, ONE) or load == Load(1, BLENDS)
+
+    def run(self, streams: Streams) -> Run:
+        """ValueError where the streams don't all go under the same adapters."""
+        (parts,) = {request.parts for requests in streams for request in requests}
+        found = self._call(
+            {
+                "adapters": self._scaled(parts),
+                "streams": [
+                    [(request.prompt, request.max_tokens) for request in requests] for requests in streams
+                ],
+            }
+        )
+        return Run(
+            cast(int, found["num_tokens"]),
+            cast(float, found["seconds"]),
+            tuple(cast("list[float]", found["first_token"])),
+            tuple(cast("list[float]", found["gaps"])),
+            tuple(cast("list[str]", found["texts"])),
+        )
+
+    def stop(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def _scaled(self, parts: Sequence[Part]) -> list[tuple[str, float]]:
+        return [(part.name, part.weight * self._scaling) for part in parts]
+
+    def _call(self, command: Mapping[str, object]) -> dict[str, object]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.kill()
+            raise RuntimeError(f"{NAME} failed:\n{self._log.read_text(errors='replace')[-2000:]}")
+        found: dict[str, object] = json.loads(line)
+        return found
+
+
+def export(peer: MadePeer, base: Path, place: Path, log: Path) -> Path:
+    """The Hugging Face model in `base` as OpenVINO's, its weights in the type that they have; about a minute."""
+    command = [str(peer.program("optimum-cli")), "export", "openvino", "--task", "text-generation-with-past"]
+    command += ["--model", str(base), str(place)]
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    with log.open("ab") as file:
+        done = subprocess.run(command, env=os.environ | offline, stdout=file, stderr=file, check=False)
+    if done.returncode != 0:
+        shutil.rmtree(place, ignore_errors=True)
+        raise RuntimeError(f"exporting to OpenVINO failed:\n{log.read_text(errors='replace')[-2000:]}")
+    return place

@@ -1,0 +1,134 @@
+"""Who takes part: starts the peers that were asked for, each under the settings that suit it best."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from benchmarks.command import Say
+from benchmarks.peers import gguf_files, llama_cpp, openvino, venvs
+from benchmarks.peers.llama_cpp import LlamaCppConfig, LlamaCppServer
+from benchmarks.peers.openvino import OpenVino, OpenVinoConfig
+from benchmarks.peers.transformers_peft import PeerConfig, TransformersPeft
+from benchmarks.peers.venvs import LLAMA_CPP, OPENVINO, MadePeer
+from benchmarks.prompts import PromptSource
+from benchmarks.serving.adapter_files import ALPHA, RANK
+from benchmarks.serving.options import PEFT, TORCH, Options
+from benchmarks.serving.server_process import Server, ServerConfig
+from benchmarks.serving.systems import OurServer, Streams, System, Variant, fastest
+from benchmarks.serving.wires import Request
+
+QUANTIZED = ("Q8_0", "Q4_1")
+Trial = dict[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all of them are given."""
+
+    base: Path  # a Hugging Face directory
+    dtype: torch.dtype
+    adapters: Mapping[str, Path]  # PEFT directories by name
+    prompts: PromptSource
+    scratch: Path
+    log: Path
+
+
+def line_up(
+    options: Options, inputs: Inputs, torch_config: ServerConfig, stack: ExitStack, say: Say
+) -> tuple[list[System], dict[str, str]]:
+    """Those that run, to be ended by `stack`; and why each of the others was left out."""
+    systems: list[System] = []
+    missing: dict[str, str] = {}
+
+    def add(system: System) -> None:
+        stack.callback(system.stop)
+        systems.append(system)
+
+    makers: dict[str, Callable[[MadePeer], list[Variant]]] = {
+        LLAMA_CPP: lambda peer: _llama_cpp(options, inputs, peer, say),
+        OPENVINO: lambda peer: [_openvino(options, inputs, peer, say)],
+    }
+    for name, make in makers.items():
+        if name not in options.peers:
+            continue
+        peer = venvs.find(options.cache, name)
+        if inputs.dtype is not torch.bfloat16 or options.device != "cpu":
+            missing[name] = "it is measured in bf16 on a CPU"
+        elif peer is None:
+            missing[name] = f"it has not been made: python -m benchmarks.peers make {name}"
+        else:
+            say(f"starting {name}")
+            for start in make(peer):
+                add(start())
+            continue
+        say(f"{name} is left out: {missing[name]}")
+    if PEFT in options.peers:
+        say("starting transformers and PEFT")
+        config = PeerConfig(inputs.base, inputs.dtype, options.device, options.threads)
+        add(TransformersPeft(config, inputs.adapters))
+    if TORCH in options.peers:
+        say("starting our server without its native code")
+        server = stack.enter_context(Server(torch_config))
+        add(OurServer(server, f"smolora {version('smolora')}", "smolora in torch", "SMOLORA_NATIVE=0"))
+    return systems, missing
+
+
+def _llama_cpp(options: Options, inputs: Inputs, peer: MadePeer, say: Say) -> list[Variant]:
+    model = inputs.scratch / "base-bf16.gguf"
+    gguf_files.write_base(inputs.base, model)
+    files = llama_cpp.adapter_files(inputs.base, inputs.adapters, inputs.scratch / "gguf-adapters")
+    config = LlamaCppConfig(
+        peer=peer,
+        model=model,
+        adapters=files,
+        threads=options.threads,
+        slots=max(options.streams),
+        tokens_per_slot=2 * (options.prompt_tokens + options.max_tokens),
+        log=inputs.log.with_name("llama.cpp.log"),
+    )
+    variants = {way: replace(config, variant=way) for way in llama_cpp.VARIANTS}
+    best, trial = _tried(LLAMA_CPP, options, inputs, {way: _starter(each) for way, each in variants.items()}, say)
+    chosen = variants[best]
+    quantized = [
+        replace(chosen, model=llama_cpp.quantize(peer, model, weights), adapters={}, weights=weights)
+        for weights in QUANTIZED
+    ]
+    return [_starter(chosen, trial), *map(_starter, quantized)]
+
+
+def _openvino(options: Options, inputs: Inputs, peer: MadePeer, say: Say) -> Variant:
+    log = inputs.log.with_name("openvino.log")
+    say("exporting the base for OpenVINO: about a minute")
+    model = openvino.export(peer, inputs.base, inputs.scratch / "openvino", log)
+    needed = dict(list(inputs.adapters.items())[:2])  # of one adapter, and of a blend: more at a time it can't
+    config = OpenVinoConfig(*(peer, model, needed, ALPHA / RANK, options.threads, max(options.streams), log))
+    variants = {way: replace(config, variant=way) for way in openvino.VARIANTS}
+    starts: dict[str, Variant] = {way: _ov_starter(each) for way, each in variants.items()}
+    best, trial = _tried(openvino.NAME, options, inputs, starts, say)
+    return _ov_starter(variants[best], trial)
+
+
+def _starter(config: LlamaCppConfig, trial: Trial | None = None) -> Variant:
+    return lambda: LlamaCppServer(config, trial)
+
+
+def _ov_starter(config: OpenVinoConfig, trial: Trial | None = None) -> Variant:
+    return lambda: OpenVino(config, trial)
+
+
+def _tried(
+    name: str, options: Options, inputs: Inputs, variants: Mapping[str, Variant], say: Say
+) -> tuple[str, Trial]:
+    """The fastest for one stream and for the most; a quick run takes the first."""
+    if options.quick:
+        return next(iter(variants)), {}
+    trials: list[Streams] = []
+    for streams in (min(options.streams), max(options.streams)):
+        texts = inputs.prompts.take(streams * options.requests_of(streams), options.prompt_tokens)
+        requests = [Request(text, (), options.max_tokens) for text in texts]
+        trials.append([requests[stream::streams] for stream in range(streams)])
+    return fastest(name, variants, trials, say)

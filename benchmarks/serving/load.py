@@ -1,0 +1,189 @@
+"""The load: streamed requests over HTTP, from this process alone.
+
+A stream sends its next request when the last one has ended. While requests run, nothing is done but noting when
+which bytes came; what they say is read afterwards, so that the client takes little of the cores that it shares
+with the server.
+"""
+
+import asyncio
+import gc
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import httpx
+
+from benchmarks.measure import Run, differences
+from benchmarks.serving.wires import Request, Usage, Wire
+
+TIMEOUT = 900.0  # seconds without a byte
+
+
+@dataclass
+class Exchange:
+    """One request on its way: the bytes that came, and when."""
+
+    request: Request
+    sent: float = 0.0
+    ended: float = 0.0
+    chunks: list[tuple[float, bytes]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a stream said. Times are those of `time.perf_counter`."""
+
+    request: Request
+    sent: float
+    ended: float
+    arrivals: tuple[float, ...]  # of each piece of text, which is a token but for a few
+    text: str
+    usage: Usage | None  # None where the stream was cut off
+
+    @classmethod
+    def of(cls, exchange: Exchange, wire: Wire) -> "Answer":
+        """RuntimeError where the server reported a failure."""
+        arrivals: list[float] = []
+        pieces: list[str] = []
+        usage: Usage | None = None
+        for at, event in _events(exchange.chunks):
+            if event == b"data: [DONE]" or event.startswith(b":"):  # the end, or a sign of life
+                continue
+            if not event.startswith(b"data: "):
+                raise RuntimeError(f"a stream failed: {event.decode()}")
+            found = wire.read(json.loads(event.removeprefix(b"data: ")))
+            if isinstance(found, Usage):
+                usage = found
+            else:
+                arrivals.append(at)
+                pieces.append(found)
+        return cls(exchange.request, exchange.sent, exchange.ended, tuple(arrivals), "".join(pieces), usage)
+
+    @property
+    def first_token(self) -> float:
+        """Seconds from sending the request to the first text, or to the end where no text came."""
+        return (self.arrivals[0] if self.arrivals else self.ended) - self.sent
+
+
+def drive(url: str, wire: Wire, streams: Sequence[Sequence[Request]]) -> list[Answer]:
+    """Run the streams at once, each one's requests one after the other; the answers, stream by stream."""
+    with without_collector():
+        exchanges = asyncio.run(_drive(url, wire, streams))
+    answers = [Answer.of(exchange, wire) for exchange in exchanges]
+    for answer in answers:
+        if answer.usage is None or answer.usage.num_tokens != answer.request.max_tokens:
+            raise RuntimeError(f"{answer.usage} came instead of {answer.request.max_tokens} tokens")
+    return answers
+
+
+def interfere(
+    url: str, wire: Wire, running: Sequence[Request], arriving: Sequence[Request], every: float
+) -> tuple[list[float], list[float], list[float]]:
+    """Gaps between tokens of `running` streams: alone, and while a request of `arriving` comes `every` seconds.
+
+    The first gaps are of as many seconds as lie between two arrivals. What still runs at the end is cut off. Last
+    come the arriving requests' times to their first token.
+    """
+    with without_collector():
+        exchanges, arrived, quiet, start, stop = asyncio.run(_interfere(url, wire, running, arriving, every))
+    alone: list[float] = []
+    disturbed: list[float] = []
+    for exchange in exchanges:
+        arrivals = Answer.of(exchange, wire).arrivals
+        alone += differences([at for at in arrivals if quiet <= at < start])
+        disturbed += differences([at for at in arrivals if start <= at <= stop])
+    return alone, disturbed, [Answer.of(exchange, wire).first_token for exchange in arrived]
+
+
+def summarize(answers: Sequence[Answer]) -> Run:
+    usages = [answer.usage for answer in answers if answer.usage is not None]
+    return Run(
+        sum(usage.num_tokens for usage in usages),
+        max(answer.ended for answer in answers) - min(answer.sent for answer in answers),
+        tuple(answer.first_token for answer in answers),
+        tuple(gap for answer in answers for gap in differences(answer.arrivals)),
+        tuple(answer.text for answer in answers),
+        sum(usage.num_cached_tokens for usage in usages),
+    )
+
+
+async def send(client: httpx.AsyncClient, wire: Wire, exchange: Exchange) -> None:
+    """RuntimeError where the answer is no stream."""
+    exchange.sent = time.perf_counter()
+    async with client.stream("POST", wire.path, json=wire.body(exchange.request)) as response:
+        if response.status_code != 200:
+            raise RuntimeError(f"{response.status_code}: {(await response.aread()).decode()}")
+        async for chunk in response.aiter_raw():
+            exchange.chunks.append((time.perf_counter(), chunk))
+    exchange.ended = exchange.chunks[-1][0]
+
+
+def http_client(url: str) -> httpx.AsyncClient:
+    # a connection each: one that is kept may be closed by the server just as the next request is sent
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx.AsyncClient(base_url=url, timeout=TIMEOUT, limits=limits, trust_env=False, verify=False)
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """A collection amid a run would show as a gap between tokens."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+async def _drive(url: str, wire: Wire, streams: Sequence[Sequence[Request]]) -> list[Exchange]:
+    async with http_client(url) as client:
+
+        async def follow(requests: Sequence[Request]) -> list[Exchange]:
+            exchanges = [Exchange(request) for request in requests]
+            for exchange in exchanges:
+                await send(client, wire, exchange)
+            return exchanges
+
+        done = await asyncio.gather(*map(follow, streams))
+    return [exchange for exchanges in done for exchange in exchanges]
+
+
+async def _interfere(
+    url: str, wire: Wire, running: Sequence[Request], arriving: Sequence[Request], every: float
+) -> tuple[list[Exchange], list[Exchange], float, float, float]:
+    async with http_client(url) as client:
+        exchanges = [Exchange(request) for request in running]
+        tasks = [asyncio.create_task(send(client, wire, exchange)) for exchange in exchanges]
+        while not all(exchange.chunks for exchange in exchanges):
+            await asyncio.sleep(0.01)
+            if any(task.done() for task in tasks):
+                await asyncio.gather(*tasks)
+                raise RuntimeError("a stream ended before the others began")
+        quiet = time.perf_counter()
+        await asyncio.sleep(every)
+        start = time.perf_counter()
+        arrived = [Exchange(request) for request in arriving]
+        arrivals = []
+        for exchange in arrived:
+            arrivals.append(asyncio.create_task(send(client, wire, exchange)))
+            await asyncio.sleep(every)
+        await asyncio.gather(*arrivals)
+        stop = time.perf_counter()
+        for task in tasks:
+            task.cancel()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+    for end in ends:
+        if isinstance(end, Exception):
+            raise end
+    return exchanges, arrived, quiet, start, stop
+
+
+def _events(chunks: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """Each event with the time at which its last byte came."""
+    rest = b""
+    for at, chunk in chunks:
+        *events, rest = (rest + chunk).split(b"\n\n")
+        for event in events:
+            yield at, event

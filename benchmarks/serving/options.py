@@ -1,0 +1,136 @@
+"""The command line of the serving benchmark, and what it comes to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import command
+from benchmarks.command import positive
+from benchmarks.peers.venvs import LLAMA_CPP, OPENVINO
+from benchmarks.serving.systems import BASE, BLENDS, DISTINCT, KINDS, ONE, Load
+
+PARTS = ("loads", "ttft", "ways", "cold", "long", "overload", "many", "start")
+"""What `--only` may name, besides single loads such as 32-distinct."""
+PEFT, TORCH = "peft", "torch"
+PEERS = (LLAMA_CPP, OPENVINO, PEFT, TORCH)
+"""What `--peers` may name; torch is our own server without its native code."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that a run depends on. Quick runs differ from full ones here alone."""
+
+    model: str
+    home: Path  # holds the converted base, or will
+    out: Path
+    cache: Path  # holds the peers that were made
+    dtype: str
+    device: str
+    threads: int
+    rounds: int
+    quick: bool
+    only: frozenset[str]
+    peers: tuple[str, ...]
+    streams: tuple[int, ...]
+    prompt_tokens: int
+    max_tokens: int
+    starts: int
+    first_tokens: int  # requests a round for the time to first token
+    cold: int  # pairs of adapters a round
+    long_prompts: int  # a round
+    long_every: float  # seconds
+    long_streams: int
+    long_tokens: int
+    overload_seconds: float
+    registered: int
+    pool: int
+    zipf: float
+    many_rounds: int
+    many_streams: int
+    many_requests: int  # of a stream, in a round
+
+    @property
+    def loads(self) -> list[Load]:
+        """Those to run; with one stream, all-distinct adapters are one adapter."""
+        every = [Load(streams, kind) for streams in self.streams for kind in KINDS]
+        return [
+            load for load in every if load != Load(1, DISTINCT) and (self.wants("loads") or load.key in self.only)
+        ]
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether anything is wanted that the rounds measure."""
+        return bool(self.loads) or any(map(self.wants, ("ttft", "ways", "cold", "long", "overload")))
+
+    @property
+    def num_adapters(self) -> int:
+        """Adapters that the loads need."""
+        return max([2, *(load.streams for load in self.loads if load.kind in (DISTINCT, BLENDS))])
+
+    @property
+    def num_cold(self) -> int:
+        return 2 * self.cold * self.rounds if self.wants("cold") else 0
+
+    def wants(self, part: str) -> bool:
+        return not self.only or part in self.only
+
+    @staticmethod
+    def requests_of(streams: int) -> int:
+        """How many requests each stream makes, one after the other: short runs are noisy."""
+        return 4 if streams == 1 else 2 if streams < 16 else 1
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    """Ends the process with a line on what is wrong, or with the help."""
+    parser = command.parser(
+        "benchmarks.serve", "Measures the server over HTTP, and what users would pick instead in turn with it."
+    )
+    add = parser.add_argument
+    add("--cache", type=Path, default=Path(".cache"), help="where `python -m benchmarks.peers` made the peers")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the server and of the peers")
+    add("--device", default="cpu", help="of the server and of transformers")
+    add("--rounds", type=positive, default=3, help="each measures everything once, all systems in turn")
+    add("--only", default="", metavar="PART,...", help=f"of {', '.join(PARTS)}, or loads such as 32-{DISTINCT}")
+    add("--peers", default=",".join(PEERS), metavar="PEER,...", help="or none")
+    add("--registered", type=positive, default=1000, help="adapters of the Zipf load (10 MB each)")
+    add("--pool", type=positive, default=64, help="of those, how many have room")
+    add("--zipf", type=float, default=1.0, help="the exponent of the Zipf load")
+    given = parser.parse_args(arguments)
+    quick: bool = given.quick
+    streams = (1, 2, 4) if quick else (1, 8, 32)
+    only = frozenset(part for part in given.only.split(",") if part)
+    known = {*PARTS, *(Load(count, kind).key for count in streams for kind in (BASE, ONE, DISTINCT, BLENDS))}
+    if unknown := only - known:
+        parser.error(f"--only: no {', '.join(sorted(unknown))} among {', '.join(sorted(known))}")
+    peers = tuple(peer for peer in given.peers.split(",") if peer not in ("", "none"))
+    if strange := set(peers) - set(PEERS):
+        parser.error(f"--peers: no {', '.join(sorted(strange))} among {', '.join(PEERS)}")
+    return Options(
+        model=given.model,
+        home=given.home,
+        out=given.out,
+        cache=given.cache,
+        dtype=given.dtype,
+        device=given.device,
+        threads=given.threads,
+        rounds=1 if quick else given.rounds,
+        quick=quick,
+        only=only,
+        peers=peers,
+        streams=streams,
+        prompt_tokens=32 if quick else 120,
+        max_tokens=8 if quick else 64,
+        starts=1 if quick else 3,
+        first_tokens=2 if quick else 5,
+        cold=1 if quick else 5,
+        long_prompts=2 if quick else 8,
+        long_every=0.3 if quick else 1.0,
+        long_streams=2 if quick else 4,
+        long_tokens=256 if quick else 1000,
+        overload_seconds=1.5 if quick else 60.0,
+        registered=min(given.registered, 12) if quick else given.registered,
+        pool=min(given.pool, 4) if quick else given.pool,
+        zipf=given.zipf,
+        many_rounds=1 if quick else min(given.rounds, 3),
+        many_streams=4 if quick else 32,
+        many_requests=3 if quick else 4,
+    )

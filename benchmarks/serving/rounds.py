@@ -1,0 +1,122 @@
+"""The rounds: each measures everything once, all systems in turn, with prompts that nobody has seen.
+
+Who goes first changes from load to load and from round to round, so that a machine that gets slower or faster
+favours nobody. While one works, the others wait for a message and take no time.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from benchmarks.command import Say
+from benchmarks.measure import Figures, Run, percentile
+from benchmarks.prompts import PromptSource
+from benchmarks.serving.bandwidth import bandwidth
+from benchmarks.serving.options import Options
+from benchmarks.serving.own_parts import OwnParts
+from benchmarks.serving.results import Results, Row
+from benchmarks.serving.systems import BASE, OURS, Load, System
+from benchmarks.serving.wires import Request
+
+SAME_START = 20
+"""Characters that make a beginning."""
+
+
+class Rounds:
+    """`systems` has ours first; `names` are the adapters that all of them know."""
+
+    def __init__(
+        self,
+        options: Options,
+        prompts: PromptSource,
+        names: Sequence[str],
+        systems: Sequence[System],
+        own: OwnParts,
+        say: Say,
+    ) -> None:
+        self._options = options
+        self._prompts = prompts
+        self._names = names
+        self._systems = systems
+        self._own = own
+        self._say = say
+        self._figures: dict[Load, dict[str, list[Figures]]] = defaultdict(lambda: defaultdict(list))
+        self._cached: dict[Load, int] = defaultdict(int)
+        self._same: dict[Load, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+        self._first: dict[str, list[float]] = defaultdict(list)
+
+    def run(self, results: Results) -> None:
+        """All of it; what was measured is put into `results`."""
+        options = self._options
+        self._warm_up()
+        speeds = []
+        for number in range(options.rounds):
+            speeds.append(bandwidth(options.threads, 1 << (24 if options.quick else 30)))
+            for index, load in enumerate(options.loads):
+                self._say(f"round {number + 1} of {options.rounds}: {load.title}")
+                self._load(load, self._in_turn(number + index))
+            if options.wants("ttft"):
+                self._say(f"round {number + 1}: time to first token")
+                self._first_tokens(self._in_turn(number))
+            self._own.round(number)
+        results.bandwidth = tuple(speeds)
+        results.rows = [self._row(load) for load in options.loads]
+        results.first_token = {name: tuple(seconds) for name, seconds in self._first.items()}
+        self._own.finish(results)
+
+    def _in_turn(self, shift: int) -> list[System]:
+        shift %= len(self._systems)
+        return [*self._systems[shift:], *self._systems[:shift]]
+
+    def _warm_up(self) -> None:
+        """Every adapter is resident and every kernel has run before anything counts."""
+        self._say("warming up")
+        streams = max(self._options.streams)
+        adapters = Load(min(len(self._names), streams), "distinct")
+        for system in self._systems:
+            for load in (Load(1, BASE), Load(streams, BASE), Load(1, "one"), Load(streams, "one"), adapters):
+                if system.can(load):
+                    self._run(system, load, self._take(load.streams), 4)
+
+    def _load(self, load: Load, systems: Sequence[System]) -> None:
+        """The same prompts for all."""
+        texts = self._take(load.streams * self._options.requests_of(load.streams))
+        runs: dict[str, Run] = {}
+        for system in systems:
+            if system.can(load):
+                name = system.facts.name
+                runs[name] = self._run(system, load, texts, self._options.max_tokens)
+                self._figures[load][name].append(Figures.of(runs[name]))
+                self._say(f"  {name}: {self._figures[load][name][-1].tokens_per_second:.1f} tokens/s")
+        ours = runs[OURS]
+        self._cached[load] += ours.num_cached_tokens
+        for name, run in runs.items():
+            if name != OURS:
+                pairs = zip(ours.texts, run.texts, strict=True)
+                self._same[load][name] += [our[:SAME_START] == their[:SAME_START] for our, their in pairs]
+
+    def _run(self, system: System, load: Load, texts: Sequence[str], max_tokens: int) -> Run:
+        parts = load.parts(self._names)
+        return system.run(
+            [
+                [Request(text, parts[stream], max_tokens) for text in texts[stream :: load.streams]]
+                for stream in range(load.streams)
+            ]
+        )
+
+    def _first_tokens(self, systems: Sequence[System]) -> None:
+        texts = self._take(self._options.first_tokens)
+        for system in systems:
+            found = [system.run([[Request(text, (), 1)]]).first_token[0] for text in texts]
+            self._first[system.facts.name].append(percentile(found, 50))
+
+    def _row(self, load: Load) -> Row:
+        figures = self._figures[load]
+        return Row(
+            load,
+            {system.facts.name: tuple(figures[system.facts.name]) for system in self._systems if system.can(load)},
+            self._cached[load],
+            {name: sum(same) / len(same) for name, same in self._same[load].items()},
+        )
+
+    def _take(self, count: int) -> list[str]:
+        return self._prompts.take(count, self._options.prompt_tokens)

@@ -1,0 +1,98 @@
+"""The server under test: the real `smolora serve`, in a process and a HOME of its own."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from benchmarks.serving.process import READY_WITHIN, ServerProcess, threads_environment
+
+IMPORTS = (
+    "import server.cli, server.api.app, server.api.logs, server.api.run, server.api.startup; print(flush=True)"
+)
+"""What `serve` imports before it does anything, and a sign that this is done."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    home: Path
+    base_dir: Path  # the folder that holds the converted base
+    model: str
+    dtype: str  # fp32, bf16 or fp16
+    device: str
+    threads: int
+    log: Path
+    adapter_cache_bytes: int | None = None
+    native: bool = True
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process' environment without any setting of the server's, and those of the run."""
+        own = {name: value for name, value in os.environ.items() if not name.startswith("SMOLORA_")}
+        return own | threads_environment(self.threads)
+
+    @property
+    def command(self) -> list[str]:
+        flags = {
+            "home": self.home,
+            "base-dir": self.base_dir,
+            "model": self.model,
+            "dtype": self.dtype,
+            "device": self.device,
+            "adapter-cache-bytes": self.adapter_cache_bytes,
+            "workers": 0,
+        }
+        given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+        return [
+            str(Path(sys.executable).with_name("smolora")),
+            "serve",
+            *given,
+            *([] if self.native else ["--no-native"]),
+        ]
+
+
+class Server(ServerProcess):
+    """Running and ready once it is made; a context manager that ends it."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        super().__init__(config.command, config.environment, config.log, "/ready")
+        self._home = config.home
+
+    def upload(self, name: str, directory: Path) -> str:
+        """Publish the PEFT adapter in `directory`; its digest."""
+        fields = {"adapter_config": "adapter_config.json", "adapter_model": "adapter_model.safetensors"}
+        files = {field: (file, (directory / file).read_bytes()) for field, file in fields.items()}
+        answer = httpx.post(f"{self.url}/adapters/{name}", files=files, timeout=READY_WITHIN, trust_env=False)
+        if answer.status_code != 201:
+            raise RuntimeError(f"uploading {name}: {answer.status_code}: {answer.text}")
+        return str(answer.json()["digest"])
+
+    def stored(self, digest: str) -> Path:
+        """The file that holds an adapter's tensors."""
+        return self._home / "adapters" / digest[:2] / digest / "adapter_model.safetensors"
+
+    def metrics(self) -> Mapping[str, float]:
+        """The metrics without labels, by name."""
+        lines = httpx.get(f"{self.url}/metrics", trust_env=False).text.splitlines()
+        pairs = (line.split(" ") for line in lines if not line.startswith("#") and "{" not in line)
+        return {name: float(value) for name, value in pairs}
+
+
+def import_seconds(threads: int) -> float:
+    """How long a new interpreter takes until it has imported what the server needs."""
+    environment = os.environ | threads_environment(threads)
+    started = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", IMPORTS], env=environment, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        seconds = time.perf_counter() - started
+    if process.returncode:
+        raise RuntimeError("what the server needs can't be imported")
+    return seconds

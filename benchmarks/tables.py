@@ -1,0 +1,45 @@
+"""Markdown tables, and figures as they stand in them: a median, and its range over the rounds."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from benchmarks.measure import Spread, percentile
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def with_range(values: Sequence[float], form: Callable[[float], str]) -> str:
+    """median (lowest–highest), the median alone of one value, or – of none."""
+    found = [value for value in values if not math.isnan(value)]
+    if not found:
+        return "–"
+    median, low, high = (form(value) for value in (percentile(found, 50), min(found), max(found)))
+    return median if low == high else f"{median} ({low}–{high})"
+
+
+def spread(value: Spread | None, unit: str) -> str:
+    """A ratio with its range over the rounds."""
+    if value is None:
+        return "–"
+    text = f"{value.median:.2f} {unit}".rstrip()
+    return text if f"{value.low:.2f}" == f"{value.high:.2f}" else f"{text} ({value.low:.2f}–{value.high:.2f})"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def milliseconds(seconds: float) -> str:
+    return number(seconds * 1e3)
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def rounds(count: int) -> str:
+    return f"median (lowest–highest) of {count} rounds" if count > 1 else "one round"

@@ -1,0 +1,144 @@
+"""The training benchmark's results for people: tables in Markdown, and a chart."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.command import QUICK, Made
+from benchmarks.machine import Machine
+from benchmarks.measure import median_ratio, percentile
+from benchmarks.tables import gigabytes, number, rounds, table, with_range
+from benchmarks.targets import Target, at_least, at_most, target_table, unmeasured
+from benchmarks.training.peer import COMPILED, EAGER, PACKED
+from benchmarks.training.runs import NATIVE, TORCH, Measured, Side
+from benchmarks.training.works import Work
+
+SIDES = (NATIVE, TORCH, EAGER, PACKED, COMPILED)
+MEANING = (
+    "The peer is transformers, with PEFT where adapters are trained: bf16 adapters, the fused AdamW, our "
+    "allocator's settings. It pads short rows to the longest of their batch; *packing* lays them out one after "
+    "the other, told apart by `position_ids` alone; *compiled* is under `torch.compile`, padded to one length for "
+    "all, the time to compile not counted. smolora's full fine-tuning is computed in torch."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A work's figures by side, an entry for each round."""
+
+    work: Work
+    figures: dict[Side, tuple[Measured, ...]]
+
+    @property
+    def ours(self) -> Side:
+        """What runs by default."""
+        return NATIVE if NATIVE in self.figures else TORCH
+
+    def speed(self, side: Side) -> list[float]:
+        return [one.tokens_per_second for one in self.figures.get(side, ())]
+
+    def memory(self, side: Side) -> list[float]:
+        return [float(one.peak_rss) for one in self.figures.get(side, ())]
+
+
+@dataclass(frozen=True)
+class Results:
+    made: Made
+    machine: Machine
+    model: str
+    rounds: int
+    rows: list[Row]
+
+
+def evaluate(results: Results) -> list[Target]:
+    """What each work is meant to reach, and whether it does; a quick run reaches nothing and misses nothing."""
+    found = [target for row in results.rows for target in _targets(row)]
+    return unmeasured(found) if results.made.quick else found
+
+
+def markdown(results: Results) -> str:
+    """Speeds, memory and targets."""
+    work = (
+        f"{results.model} in bf16; r=16 on all seven linear modules, AdamW; tokens per second without padding; "
+        f"{rounds(results.rounds)}, all sides in turn, each in a fresh process"
+    )
+    parts = [f"`{results.made.command}`, {results.made.day}. {results.machine}.", f"{work}. {MEANING}"]
+    if results.made.quick:
+        parts.append(QUICK)
+    parts += ["Tokens per second:", speed_table(results)]
+    memory = [
+        [row.work.title, *(with_range(row.memory(side), gigabytes) for side in SIDES)] for row in results.rows
+    ]
+    parts += ["Peak RSS, for the compiled peer with what compiling takes:", table(("work", *SIDES), memory)]
+    parts += ["What is wanted, and what it reaches:", target_table(evaluate(results))]
+    parts.append("\n".join(f"- {line}" for line in _notes(results)))
+    return "\n\n".join(parts) + "\n"
+
+
+def speed_table(results: Results) -> str:
+    cells = [[row.work.title, *(with_range(row.speed(side), number) for side in SIDES)] for row in results.rows]
+    return table(("work", *SIDES), cells)
+
+
+def chart(results: Results, path: Path) -> None:
+    """Tokens per second and peak memory of each side, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    colors = ("#2a6f97", "#9db4c0", "#c9ada7", "#81b29a", "#e09f3e")
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 0.9 * len(results.rows) + 1.4), layout="constrained")
+    height = 0.85 / len(SIDES)
+    for axes, title, scale in zip(panels, ("tokens per second", "peak RSS, GB"), (1.0, 1e9), strict=True):
+        for place, side in enumerate(SIDES):
+            for index, row in enumerate(results.rows):
+                values = row.speed(side) if scale == 1.0 else row.memory(side)
+                if not values:
+                    continue
+                y = index - 0.425 + height * (place + 0.5)
+                value = percentile(values, 50) / scale
+                error = [[value - min(values) / scale], [max(values) / scale - value]]
+                axes.barh(y, value, height, color=colors[place])
+                axes.errorbar(value, y, xerr=error, color="#333333", linewidth=0.8)
+        axes.set_yticks(range(len(results.rows)), [row.work.title for row in results.rows], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(title, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[1].set_yticklabels([])
+    handles = [Patch(color=color) for color in colors]
+    figure.legend(handles, SIDES, loc="outside lower center", ncols=len(SIDES), frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _targets(row: Row) -> Iterator[Target]:
+    for side, least in row.work.speeds.items():
+        ratio = median_ratio(row.speed(row.ours), row.speed(side))
+        yield at_least(row.work.title, ratio, least, f"× {side}")
+    if row.work.most_memory is not None:
+        ratio = median_ratio(row.memory(row.ours), row.memory(COMPILED))
+        yield at_most(row.work.title, ratio, round(row.work.most_memory, 2), f"of the peak RSS of: {COMPILED}")
+
+
+def _notes(results: Results) -> Iterator[str]:
+    for row in results.rows:
+        ratios = [
+            f"{ratio.median:.2f} × {side}"
+            for side in SIDES
+            if side != row.ours and (ratio := median_ratio(row.speed(row.ours), row.speed(side))) is not None
+        ]
+        losses = [one.loss for figures in row.figures.values() for one in figures]
+        apart = max(losses) / min(losses) - 1
+        line = f"{row.work.title}: ours is {', '.join(ratios)}; first losses differ by {apart:.2%} at most"
+        compiling = [one.warm_up for one in row.figures.get(COMPILED, ())]
+        if compiling:
+            line += (
+                f"; compiling took {with_range(compiling, number)} s (later rounds find some of it on the disk)"
+            )
+        if not all(one.native for one in row.figures.get(NATIVE, ())):
+            line += "; **native code was not to be had: ours was computed in torch**"
+        if not all(one.keeps_memory for figures in row.figures.values() for one in figures):
+            line += "; **not all sides had our allocator's settings**"
+        yield line + "."

@@ -1,0 +1,80 @@
+"""HOME, the folder with everything that is stored: its owner's alone, and served by one process at a time."""
+
+import fcntl
+import os
+import shutil
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from server.errors import StartupError
+
+LOCK_NAME = "server.lock"
+
+
+def make(home: Path) -> bool:
+    """Make the folder if need be, and shut everybody else out of it; whether they are out. Raises StartupError.
+
+    A folder of another user, such as a volume that a group shares, keeps its mode.
+    """
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = home.stat()
+        if found.st_uid == os.geteuid() and not found.st_mode & stat.S_ISVTX:  # which /tmp has
+            with suppress(OSError):  # of file systems without modes
+                home.chmod(0o700)
+        return not home.stat().st_mode & 0o077
+    except OSError as error:
+        raise _cannot_write(home, error) from None
+
+
+@contextmanager
+def serving(home: Path) -> Iterator[None]:
+    """A block in which no other process serves `home`. Raises StartupError where one does.
+
+    Two would delete each other's bytes: what a request or an upload holds, its own process alone knows. The lock
+    goes with this process, however it ends: its children don't inherit the handle.
+    """
+    try:
+        handle = os.open(home / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise _cannot_write(home, error) from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = os.read(handle, 1024).decode(errors="replace").strip() or "another process"
+            raise StartupError(
+                f"SMOLORA_HOME={home} is served already, by {other}: stop that one, or choose another --home"
+            ) from None
+        with suppress(OSError):  # no space for who it is
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def prepare(home: Path) -> None:
+    """Try writing there, and clear what killed servers left; for who is `serving` it. Raises StartupError."""
+    scratch = home.absolute() / "tmp"
+    try:
+        scratch.mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=scratch) as probe:
+            probe.write(bytes(1 << 16))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise _cannot_write(home, error) from None
+    for leftover in scratch.glob("upload-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    # Uploads are spooled there, too: /tmp may be memory, or not writable at all.
+    tempfile.tempdir = str(scratch)
+
+
+def _cannot_write(home: Path, error: OSError) -> StartupError:
+    reason = error.strerror or str(error)
+    return StartupError(f"SMOLORA_HOME={home}: can't write there: {reason}; choose another --home")

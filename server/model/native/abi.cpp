@@ -1,0 +1,70 @@
+// What the library says of itself: how its structs lie, which compiler made it, and whether this processor can run it.
+#include "abi.h"
+
+namespace {
+
+// The fields of each struct in their order, with their offsets, before its size.
+#define AT(type, field) {#type "." #field, sizeof(type::field) == 8 ? (int64_t)offsetof(type, field) : -1}
+#define SIZE(type) {#type, sizeof(type)}
+// clang-format off
+constexpr Number kLayout[] = {
+    AT(BaseSizes, vocab), AT(BaseSizes, hidden), AT(BaseSizes, intermediate), AT(BaseSizes, layers),
+    AT(BaseSizes, heads), AT(BaseSizes, kv_heads), AT(BaseSizes, head_dim), AT(BaseSizes, max_positions),
+    AT(BaseSizes, threads), AT(BaseSizes, eps), SIZE(BaseSizes),
+    AT(ServeRun, start), AT(ServeRun, stop), AT(ServeRun, position), AT(ServeRun, first_block), SIZE(ServeRun),
+    AT(LoraModule, rank), AT(LoraModule, row), AT(LoraModule, offset), AT(LoraModule, out_start),
+    AT(LoraModule, out_features), SIZE(LoraModule),
+    AT(LoraPart, first_row), AT(LoraPart, num_rows), AT(LoraPart, first_module), AT(LoraPart, num_modules),
+    SIZE(LoraPart),
+    AT(LoraSegment, start), AT(LoraSegment, stop), AT(LoraSegment, first_part), AT(LoraSegment, num_parts),
+    SIZE(LoraSegment),
+    AT(LoraPool, a), AT(LoraPool, b), AT(LoraPool, layers), AT(LoraPool, a_stride), AT(LoraPool, b_stride),
+    AT(LoraPool, in), AT(LoraPool, parts), SIZE(LoraPool),
+    AT(ServeStep, num_tokens), AT(ServeStep, num_runs), AT(ServeStep, token_ids), AT(ServeStep, runs),
+    AT(ServeStep, blocks), AT(ServeStep, num_table_blocks), AT(ServeStep, k), AT(ServeStep, v),
+    AT(ServeStep, num_blocks), AT(ServeStep, block_size), AT(ServeStep, pools), AT(ServeStep, modules),
+    AT(ServeStep, segments), AT(ServeStep, weights), AT(ServeStep, num_modules), AT(ServeStep, num_segments),
+    AT(ServeStep, num_parts), AT(ServeStep, hidden), SIZE(ServeStep),
+    AT(TrainModule, row), AT(TrainModule, rank), AT(TrainModule, out_start), AT(TrainModule, out_features),
+    SIZE(TrainModule),
+    AT(TrainGroup, a), AT(TrainGroup, b), AT(TrainGroup, d_a), AT(TrainGroup, d_b), AT(TrainGroup, rows),
+    AT(TrainGroup, modules), AT(TrainGroup, num_modules), AT(TrainGroup, kept), SIZE(TrainGroup),
+    AT(TrainBatch, num_tokens), AT(TrainBatch, num_texts), AT(TrainBatch, token_ids), AT(TrainBatch, starts),
+    AT(TrainBatch, lora), AT(TrainBatch, factor), SIZE(TrainBatch),
+    {"kTile", kTile}, {"kRowUnit", kRowUnit}, {"kMaxGroup", kMaxGroup}, {"kErrorSize", kErrorSize},
+    {"group qkv", kQkv}, {"group o", kO}, {"group gate_up", kGateUp}, {"group down", kDown}, {"kOk", kOk},
+    {"kNoMemory", kNoMemory}, {"kInvalid", kInvalid}, {"kFailed", kFailed},
+    {nullptr, 0},
+};
+// clang-format on
+
+// Whether each struct has the fields that are listed, in this order, of eight bytes each, and no others.
+constexpr bool is_dense() {
+    int64_t offset = 0;
+    for (const Number* number = kLayout; *number->name != 'k'; number++) {  // constants follow
+        if (number->value != offset) return false;
+        bool is_field = false;
+        for (const char* c = number->name; *c; c++) is_field = is_field || *c == '.';
+        offset = is_field ? offset + 8 : 0;
+    }
+    return true;
+}
+static_assert(is_dense(), "structs of abi.h have other fields than are listed here, or padding");
+
+}  // namespace
+
+const Number* smolora_layout() { return kLayout; }
+
+const char* smolora_compiler() {
+#ifdef __clang__
+    return __VERSION__ " " SMOLORA_FLAGS;
+#else
+    return "g++ " __VERSION__ " " SMOLORA_FLAGS;
+#endif
+}
+
+int smolora_is_supported() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
+}

@@ -1,0 +1,122 @@
+// What crosses the seam between Python and C++: structs, constants and the library's entries.
+//
+// Every field takes eight bytes, so that no padding has to be agreed on. `smolora_layout` lists offsets, sizes and
+// constants; abi.py declares the same structs and compares its own list with the library's when it is loaded.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+using bf16 = uint16_t;
+
+constexpr int kTile = 32;        // outputs of a packed tile: sizes of the base are multiples of it
+constexpr int kRowUnit = 16;     // a module's rows in training begin at a multiple of it, and are one
+constexpr int kMaxGroup = 8;     // query heads that share a kv head, at most
+constexpr int kErrorSize = 256;  // bytes of an error's text, its end included
+
+enum Group { kQkv, kO, kGateUp, kDown, kGroups };  // in the order of rank_rows.GROUPS
+
+enum Status {  // what an entry answers
+    kOk,
+    kNoMemory,  // or no thread: the same call may succeed later
+    kInvalid,   // the arguments; nothing was computed
+    kFailed,
+};
+
+struct BaseSizes {
+    int64_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, threads;
+    double eps;
+};
+
+// Serving.
+
+struct ServeRun {  // tokens [start, stop) of the step, one sequence's, the first of them at `position`
+    int64_t start, stop, position, first_block;  // first_block: where its block table begins in `blocks`
+};
+
+struct LoraModule {
+    int64_t rank, row, offset, out_start, out_features;  // row: from the part's first; offset: into the layer's B
+};
+
+struct LoraPart {  // one weighted adapter of a segment, in one group
+    int64_t first_row, num_rows, first_module, num_modules;
+};
+
+struct LoraSegment {  // tokens [start, stop) under the same parts
+    int64_t start, stop, first_part, num_parts;
+};
+
+struct LoraPool {  // of one group: a (layers, rows, in), b; strides are elements from layer to layer
+    const bf16 *a, *b;
+    int64_t layers, a_stride, b_stride, in;
+    const LoraPart* parts;
+};
+
+struct ServeStep {
+    int64_t num_tokens, num_runs;
+    const int64_t* token_ids;
+    const ServeRun* runs;
+    const int32_t* blocks;  // the runs' block tables, one after the other
+    int64_t num_table_blocks;
+    bf16 *k, *v;  // (layers, num_blocks, block_size, kv_heads, head_dim)
+    int64_t num_blocks, block_size;
+    const LoraPool* pools;  // of each group
+    const LoraModule* modules;
+    const LoraSegment* segments;
+    const double* weights;  // of each part
+    int64_t num_modules, num_segments, num_parts;
+    bf16* hidden;  // (num_tokens, hidden): the answer
+};
+
+// Training.
+
+struct TrainModule {  // `rank` rows of A and B, in units of kRowUnit; B is zero outside the module's features
+    int64_t row, rank, out_start, out_features;
+};
+
+struct TrainGroup {  // one layer's group: A (rows, in), B (rows, out), and where their gradients go
+    const bf16 *a, *b;
+    float *d_a, *d_b;
+    int64_t rows;
+    const TrainModule* modules;
+    int64_t num_modules;
+    const uint8_t* kept;  // (tokens, in): which features of x A meets, or null for all
+};
+
+struct TrainBatch {  // texts one after the other; text i has the tokens [starts[i], starts[i + 1])
+    int64_t num_tokens, num_texts;
+    const int64_t *token_ids, *starts;
+    const TrainGroup* lora;  // (layers, kGroups)
+    double factor;           // of the features that are kept
+};
+
+// What smolora_layout lists.
+struct Number {
+    const char* name;
+    int64_t value;
+};
+
+#define SMOLORA_ENTRY extern "C" __attribute__((visibility("default")))
+
+SMOLORA_ENTRY const Number* smolora_layout();  // sizes, offsets and constants; the last name is null
+SMOLORA_ENTRY const char* smolora_compiler();  // which compiler made this library, with which flags
+SMOLORA_ENTRY int smolora_is_supported();      // by this processor
+
+// Each of the following answers a Status, and where it isn't kOk `error` (kErrorSize bytes) says why. After a failure
+// what was created can be used on: a step that failed may be tried again.
+
+// tensors: embed, then of each layer input_norm, qkv, o, post_norm, gate_up and down, then final_norm and lm_head; they
+// and rotary stay the caller's, and must stay.
+SMOLORA_ENTRY int smolora_create(const BaseSizes* sizes, const bf16* const* tensors, const float* rotary,
+                                 const uint8_t* uses_rotary, void** model, char* error);
+SMOLORA_ENTRY void smolora_destroy(void* model);
+SMOLORA_ENTRY int smolora_forward(void* model, const ServeStep* step, char* error);
+SMOLORA_ENTRY int smolora_logits(void* model, const bf16* hidden, int64_t rows, float* logits, char* error);
+
+SMOLORA_ENTRY int smolora_training_create(const BaseSizes* sizes, const bf16* const* tensors, const float* rotary,
+                                          const uint8_t* uses_rotary, void** training, char* error);
+SMOLORA_ENTRY void smolora_training_destroy(void* training);
+// What the batch leads to must stay until the backward pass, which comes once after each forward pass, or not at all.
+SMOLORA_ENTRY int smolora_training_forward(void* training, const TrainBatch* batch, bf16* hidden, char* error);
+SMOLORA_ENTRY int smolora_training_loss(void* training, const bf16* hidden, const int64_t* targets, int64_t rows,
+                                        double factor, bf16* d_hidden, double* loss, char* error);
+SMOLORA_ENTRY int smolora_training_backward(void* training, const bf16* d_hidden, char* error);

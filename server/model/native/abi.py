@@ -1,0 +1,166 @@
+"""What crosses the seam between Python and C++, as `abi.h` has it, and how its entries are called.
+
+A library is taken only if sizes, offsets and constants are the same on both sides. A call that fails raises
+MemoryError where there was no memory or no thread for it, ValueError for arguments that would have it read or
+write outside of what it was given, RuntimeError for anything else; what was called can be used on after each.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator
+
+from server.model.rank_rows import GROUPS, NATIVE_TILE
+
+ROW_UNIT = 16
+"""A module's rows in a trained group's A and B begin at a multiple of it; those that fill it up are zero."""
+MAX_GROUP = 8
+"""Query heads that share a kv head, at most."""
+
+_ERROR_SIZE = 256  # bytes of an error's text
+_FAILURES: tuple[tuple[str, type[Exception]], ...] = (
+    ("kNoMemory", MemoryError),
+    ("kInvalid", ValueError),
+    ("kFailed", RuntimeError),
+)  # of the statuses 1, 2, 3
+
+
+class BaseSizes(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("vocab", "hidden", "intermediate", "layers", "heads", "kv_heads")),
+        *((name, ctypes.c_int64) for name in ("head_dim", "max_positions", "threads")),
+        ("eps", ctypes.c_double),
+    )
+
+
+class ServeRun(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("start", "stop", "position", "first_block"))
+
+
+class LoraModule(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("rank", "row", "offset", "out_start", "out_features"))
+
+
+class LoraPart(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("first_row", "num_rows", "first_module", "num_modules"))
+
+
+class LoraSegment(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("start", "stop", "first_part", "num_parts"))
+
+
+class LoraPool(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "b")),
+        *((name, ctypes.c_int64) for name in ("layers", "a_stride", "b_stride", "in")),
+        ("parts", ctypes.c_void_p),
+    )
+
+
+class ServeStep(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("num_tokens", "num_runs")),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "runs", "blocks")),
+        ("num_table_blocks", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("k", "v")),
+        *((name, ctypes.c_int64) for name in ("num_blocks", "block_size")),
+        *((name, ctypes.c_void_p) for name in ("pools", "modules", "segments", "weights")),
+        *((name, ctypes.c_int64) for name in ("num_modules", "num_segments", "num_parts")),
+        ("hidden", ctypes.c_void_p),
+    )
+
+
+class TrainModule(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("row", "rank", "out_start", "out_features"))
+
+
+class TrainGroup(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "b", "d_a", "d_b")),
+        ("rows", ctypes.c_int64),
+        ("modules", ctypes.c_void_p),
+        ("num_modules", ctypes.c_int64),
+        ("kept", ctypes.c_void_p),
+    )
+
+
+class TrainBatch(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("num_tokens", "num_texts")),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "starts", "lora")),
+        ("factor", ctypes.c_double),
+    )
+
+
+class Number(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), ("value", ctypes.c_int64))
+
+
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    *(BaseSizes, ServeRun, LoraModule, LoraPart, LoraSegment, LoraPool, ServeStep),
+    *(TrainModule, TrainGroup, TrainBatch),
+)
+
+
+def layout() -> dict[str, int]:
+    """Offsets, sizes and constants as Python has them, by the names that `smolora_layout` gives them."""
+    numbers = {
+        "kTile": NATIVE_TILE,
+        "kRowUnit": ROW_UNIT,
+        "kMaxGroup": MAX_GROUP,
+        "kErrorSize": _ERROR_SIZE,
+        "kOk": 0,
+    }
+    numbers |= {name: status for status, (name, _) in enumerate(_FAILURES, 1)}
+    numbers |= {f"group {name}": index for index, name in enumerate(GROUPS)}
+    for structure in STRUCTURES:
+        numbers[structure.__name__] = ctypes.sizeof(structure)
+        for name, *_ in structure._fields_:
+            numbers[f"{structure.__name__}.{name}"] = getattr(structure, name).offset
+    return numbers
+
+
+def columns(structure: type[ctypes.Structure]) -> int:
+    """Numbers of eight bytes that make one of it."""
+    return ctypes.sizeof(structure) // 8
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Give the library's entries their types. Raises AttributeError where it lacks one."""
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.smolora_layout.restype = ctypes.POINTER(Number)
+    library.smolora_layout.argtypes = []
+    library.smolora_compiler.restype = ctypes.c_char_p
+    library.smolora_compiler.argtypes = []
+    for entry in (library.smolora_destroy, library.smolora_training_destroy):
+        entry.restype = None
+        entry.argtypes = [pointer]
+    for entry in (library.smolora_create, library.smolora_training_create):
+        entry.argtypes = [pointer] * 6
+    library.smolora_forward.argtypes = [pointer] * 3
+    library.smolora_logits.argtypes = [pointer, pointer, number, pointer, pointer]
+    library.smolora_training_forward.argtypes = [pointer] * 4
+    library.smolora_training_loss.argtypes = [*[pointer] * 3, number, ctypes.c_double, *[pointer] * 3]
+    library.smolora_training_backward.argtypes = [pointer] * 3
+
+
+def difference(library: ctypes.CDLL) -> str | None:
+    """In what the layout of a library that was declared differs from this one; None where it is the same."""
+    theirs, ours = dict(_numbers(library)), layout()
+    for name in (*theirs, *ours):
+        if theirs.get(name) != ours.get(name):
+            return f"{name} is {theirs.get(name)}, not {ours.get(name)}"
+    return None
+
+
+def call(function: Callable[..., int], *arguments: object) -> None:
+    """Call an entry that answers a status; the last argument, the error's text, is added here."""
+    error = ctypes.create_string_buffer(_ERROR_SIZE)
+    status = function(*arguments, error)
+    if status:
+        raise _FAILURES[status - 1][1](error.value.decode(errors="replace"))
+
+
+def _numbers(library: ctypes.CDLL) -> Iterator[tuple[str, int]]:
+    for number in library.smolora_layout():
+        if number.name is None:
+            return
+        yield number.name.decode(), number.value

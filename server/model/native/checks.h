@@ -1,0 +1,148 @@
+// What an entry is given, checked before it is used: native code would read and write anywhere.
+#pragma once
+#include <limits>
+
+#include "guard.h"
+
+constexpr int64_t kMaxTokens = 1 << 20;  // of a step or a batch: items are counted by ints
+
+// Of a group's modules, in all: what they read and what they write, for each token.
+inline int64_t in_features(const BaseSizes& sizes, int group) {
+    return group == kO ? sizes.heads * sizes.head_dim : group == kDown ? sizes.intermediate : sizes.hidden;
+}
+inline int64_t out_features(const BaseSizes& sizes, int group) {
+    return group == kQkv      ? (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
+           : group == kGateUp ? 2 * sizes.intermediate
+                              : sizes.hidden;
+}
+
+// Whether [first, first + count) lies in [0, size).
+inline bool is_within(int64_t first, int64_t count, int64_t size) {
+    return first >= 0 && count >= 0 && count <= size && first <= size - count;
+}
+
+inline void check_sizes(const BaseSizes& sizes) {
+    for (int64_t size : {sizes.vocab, sizes.hidden, sizes.intermediate, sizes.head_dim})
+        if (size < 1 || size % kTile) refuse("sizes of the base must be multiples of %d, not %ld", kTile, size);
+    const int64_t group = sizes.kv_heads < 1 ? 0 : sizes.heads / sizes.kv_heads;
+    if (group < 1 || group > kMaxGroup || sizes.heads % sizes.kv_heads)
+        refuse("%ld query heads and %ld kv heads", sizes.heads, sizes.kv_heads);
+    if (sizes.layers < 1 || sizes.max_positions < 1 || sizes.threads < 1)
+        refuse("%ld layers, %ld positions, %ld threads", sizes.layers, sizes.max_positions, sizes.threads);
+}
+
+inline void check_ids(const BaseSizes& sizes, const int64_t* ids, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (ids[i] < 0 || ids[i] >= sizes.vocab)
+            refuse("token id %ld is not one of the vocabulary of %ld", ids[i], sizes.vocab);
+}
+
+inline void check_runs(const BaseSizes& sizes, const ServeStep& step) {
+    if (step.num_runs < 0 || step.block_size < 1) refuse("%ld runs, blocks of %ld", step.num_runs, step.block_size);
+    int64_t next = 0;
+    for (int64_t i = 0; i < step.num_runs; i++) {
+        const ServeRun& run = step.runs[i];
+        if (run.start != next || run.stop <= run.start || run.stop > step.num_tokens)
+            refuse("run %ld has the tokens [%ld, %ld) of %ld, after %ld", i, run.start, run.stop, step.num_tokens,
+                   next);
+        next = run.stop;
+        if (!is_within(run.position, run.stop - run.start, sizes.max_positions))
+            refuse("run %ld has %ld tokens from position %ld on, of %ld", i, run.stop - run.start, run.position,
+                   sizes.max_positions);
+        const int64_t length = run.position + run.stop - run.start;
+        const int64_t num_blocks = (length + step.block_size - 1) / step.block_size;
+        if (!is_within(run.first_block, num_blocks, step.num_table_blocks))
+            refuse("run %ld needs %ld blocks from %ld on, of a table of %ld", i, num_blocks, run.first_block,
+                   step.num_table_blocks);
+        for (int64_t k = run.first_block; k < run.first_block + num_blocks; k++)
+            if (step.blocks[k] < 0 || step.blocks[k] >= step.num_blocks)
+                refuse("block %d of run %ld is not one of the cache's %ld", step.blocks[k], i, step.num_blocks);
+    }
+    if (next != step.num_tokens) refuse("runs of %ld tokens for %ld", next, step.num_tokens);
+}
+
+// The parts of one group.
+inline void check_parts(const BaseSizes& sizes, const ServeStep& step, int group) {
+    const LoraPool& pool = step.pools[group];
+    const int64_t out = out_features(sizes, group);
+    if (pool.in != in_features(sizes, group) || pool.layers != sizes.layers || pool.a_stride < 0)
+        refuse("group %d has rows of %ld numbers in %ld layers", group, pool.in, pool.layers);
+    for (int64_t index = 0; index < step.num_parts; index++) {
+        const LoraPart& part = pool.parts[index];
+        if (!is_within(part.first_row, part.num_rows, pool.a_stride / pool.in))
+            refuse("part %ld of group %d has %ld rows from %ld on, of %ld", index, group, part.num_rows, part.first_row,
+                   pool.a_stride / pool.in);
+        if (!is_within(part.first_module, part.num_modules, step.num_modules))
+            refuse("part %ld of group %d has %ld modules from %ld on, of %ld", index, group, part.num_modules,
+                   part.first_module, step.num_modules);
+        for (int64_t i = part.first_module; i < part.first_module + part.num_modules; i++) {
+            const LoraModule& module = step.modules[i];
+            if (!is_within(module.row, module.rank, part.num_rows))
+                refuse("module %ld has %ld rows from %ld on, of %ld", i, module.rank, module.row, part.num_rows);
+            if (!is_within(module.out_start, module.out_features, out) || module.out_start % kTile ||
+                module.out_features % kTile)
+                refuse("module %ld has %ld outputs from %ld on, of %ld", i, module.out_features, module.out_start, out);
+            if (!is_within(module.offset, module.out_features * module.rank, pool.b_stride))
+                refuse("module %ld begins at %ld of B's %ld numbers a layer", i, module.offset, pool.b_stride);
+        }
+    }
+}
+
+inline void check_lora(const BaseSizes& sizes, const ServeStep& step) {
+    int64_t next = 0;
+    for (int64_t i = 0; i < step.num_segments; i++) {
+        const LoraSegment& segment = step.segments[i];
+        if (segment.start < next || segment.stop < segment.start || segment.stop > step.num_tokens)
+            refuse("segment %ld has the tokens [%ld, %ld) of %ld, after %ld", i, segment.start, segment.stop,
+                   step.num_tokens, next);
+        next = segment.stop;
+        if (!is_within(segment.first_part, segment.num_parts, step.num_parts))
+            refuse("segment %ld has %ld parts from %ld on, of %ld", i, segment.num_parts, segment.first_part,
+                   step.num_parts);
+    }
+    for (int group = 0; group < kGroups; group++) {
+        check_parts(sizes, step, group);
+        int64_t num_products = 0;  // counted by an int
+        for (int64_t i = 0; i < step.num_segments; i++) {
+            const LoraSegment& segment = step.segments[i];
+            for (int64_t part = segment.first_part; part < segment.first_part + segment.num_parts; part++)
+                num_products += (segment.stop - segment.start) * step.pools[group].parts[part].num_rows;
+        }
+        if (num_products > std::numeric_limits<int>::max()) refuse("%ld products with rows of A", num_products);
+    }
+}
+
+inline void check_step(const BaseSizes& sizes, const ServeStep& step) {
+    if (step.num_tokens < 1 || step.num_tokens > kMaxTokens) refuse("a step of %ld tokens", step.num_tokens);
+    check_ids(sizes, step.token_ids, step.num_tokens);
+    check_runs(sizes, step);
+    check_lora(sizes, step);
+}
+
+inline void check_group(const BaseSizes& sizes, const TrainGroup& lora, int group) {
+    if (lora.rows < 0 || lora.rows % kRowUnit) refuse("%ld rows: they come in units of %d", lora.rows, kRowUnit);
+    for (int64_t i = 0; i < lora.num_modules; i++) {
+        const TrainModule& module = lora.modules[i];
+        if (!is_within(module.row, module.rank, lora.rows) || module.row % kRowUnit || module.rank % kRowUnit)
+            refuse("module %ld has %ld rows from %ld on, of %ld: they come in units of %d", i, module.rank, module.row,
+                   lora.rows, kRowUnit);
+        if (!is_within(module.out_start, module.out_features, out_features(sizes, group)) || module.out_start % kTile ||
+            module.out_features % kTile)
+            refuse("module %ld has %ld outputs from %ld on, of %ld", i, module.out_features, module.out_start,
+                   out_features(sizes, group));
+    }
+}
+
+inline void check_batch(const BaseSizes& sizes, const TrainBatch& batch) {
+    if (batch.num_texts < 1 || batch.starts[0] != 0 || batch.starts[batch.num_texts] != batch.num_tokens)
+        refuse("texts of %ld tokens in all: %ld were given", batch.num_texts < 1 ? 0 : batch.starts[batch.num_texts],
+               batch.num_tokens);
+    for (int64_t i = 0; i < batch.num_texts; i++) {
+        const int64_t length = batch.starts[i + 1] - batch.starts[i];
+        if (length < 1 || length > sizes.max_positions)
+            refuse("texts of 1 to %ld tokens, not of %ld", sizes.max_positions, length);
+    }
+    if (batch.num_tokens > kMaxTokens) refuse("texts of %ld tokens in all", batch.num_tokens);
+    check_ids(sizes, batch.token_ids, batch.num_tokens);
+    for (int64_t i = 0; i < sizes.layers * kGroups; i++) check_group(sizes, batch.lora[i], (int)(i % kGroups));
+}

@@ -1,0 +1,114 @@
+// The products of training: a base's matrix W (out, in), which is packed tile by tile, and a group's A and B beside it.
+//
+// y = x Wᵀ + (x Aᵀ) B, with x Aᵀ called lora_hidden. All matrices are given whole, and a call computes `rows` rows from
+// the row `start` on. Features of x that dropout keeps are multiplied by a factor before they meet A.
+#pragma once
+#include "checks.h"
+#include "layers.h"
+#include "panels.h"
+
+constexpr int kProductRows = 256;  // rows that are computed at once, at most
+
+struct ProductScratch {  // of one thread
+    Panel panel, low_rank_panel, columns;
+    std::vector<float> low_rank, share;
+};
+
+inline const TrainModule* module_at(const TrainGroup& lora, int64_t column) {
+    for (int64_t i = 0; i < lora.num_modules; i++) {
+        const TrainModule& module = lora.modules[i];
+        if (column >= module.out_start && column < module.out_start + module.out_features) return &module;
+    }
+    return nullptr;
+}
+
+inline __mmask16 are_kept(const uint8_t* flags) {  // of sixteen
+    const __m128i x = _mm_loadu_si128((const __m128i*)flags);
+    return _mm_test_epi8_mask(x, x);
+}
+
+// y = what dropout keeps of x (tokens, in), times `factor`.
+inline void keep(const uint8_t* kept, double factor, const bf16* x, int64_t in, int start, int rows, bf16* y) {
+    const __m512 by = _mm512_set1_ps((float)factor);
+    for (int64_t i = start * in; i < (start + rows) * in; i += 16)
+        store_bf16(y + i, _mm512_maskz_mul_ps(are_kept(kept + i), load_bf16(x + i), by));
+}
+
+// y (rows, outputs) = x (rows, depth) times `outputs` rows of w, 16 or 32.
+inline void multiply_low_rank(const bf16* w, int64_t w_stride, int outputs, int64_t depth, const bf16* x,
+                              int64_t x_stride, int rows, bf16* y, int64_t y_stride, ProductScratch& scratch) {
+    float* sums = room(scratch.low_rank, rows * kTile);
+    uint32_t* panel = room(scratch.low_rank_panel, depth / 2 * kTile);
+    pack_rows(w, w_stride, outputs, (int)depth, panel);
+    multiply(x, x_stride, rows, panel, (int)depth / 2, sums, kTile);
+    for (int row = 0; row < rows; row++) round_to_bf16(sums + row * kTile, outputs, y + row * y_stride);
+}
+
+// lora_hidden (tokens, rows of A) = x Aᵀ
+inline void shrink(const TrainGroup& lora, const bf16* x, int64_t in, int start, int rows, bf16* lora_hidden,
+                   ProductScratch& scratch) {
+    for (int64_t row = 0; row < lora.rows; row += kTile)
+        multiply_low_rank(lora.a + row * in, in, (int)std::min<int64_t>(kTile, lora.rows - row), in, x + start * in, in,
+                          rows, lora_hidden + start * lora.rows + row, lora.rows, scratch);
+}
+
+// d_lora_hidden (tokens, rows of A) = dy Bᵀ
+inline void shrink_backward(const TrainGroup& lora, const bf16* dy, int64_t out, int start, int rows,
+                            bf16* d_lora_hidden, ProductScratch& scratch) {
+    for (int64_t i = 0; i < lora.num_modules; i++) {
+        const TrainModule& module = lora.modules[i];
+        for (int64_t row = 0; row < module.rank; row += kTile)
+            multiply_low_rank(lora.b + (module.row + row) * out + module.out_start, out,
+                              (int)std::min<int64_t>(kTile, module.rank - row), module.out_features,
+                              dy + start * out + module.out_start, out, rows,
+                              d_lora_hidden + start * lora.rows + module.row + row, lora.rows, scratch);
+    }
+}
+
+// y (rows, 32): outputs [column, column + 32) of x Wᵀ + lora_hidden B.
+inline void product(const bf16* w, int64_t in, int64_t out, const TrainGroup& lora, const bf16* x,
+                    const bf16* lora_hidden, int64_t column, int start, int rows, float* y, int64_t y_stride,
+                    ProductScratch& scratch) {
+    uint32_t* panel = room(scratch.panel, in / 2 * kTile);
+    pack_rows(w + column * in, in, kTile, (int)in, panel);
+    multiply(x + start * in, in, rows, panel, (int)in / 2, y, y_stride);
+    const TrainModule* module = module_at(lora, column);
+    if (module == nullptr) return;
+    panel = room(scratch.panel, module->rank / 2 * kTile);
+    pack_columns(lora.b + module->row * out + column, out, (int)module->rank, panel);
+    multiply<true>(lora_hidden + start * lora.rows + module->row, lora.rows, rows, panel, (int)module->rank / 2, y,
+                   y_stride);
+}
+
+// y (rows, 32): features [column, column + 32) of x's gradient, dy W + d_lora_hidden A.
+inline void product_backward(const bf16* w, int64_t in, int64_t out, const TrainGroup& lora, double factor,
+                             const bf16* dy, const bf16* d_lora_hidden, int64_t column, int start, int rows, float* y,
+                             int64_t y_stride, ProductScratch& scratch) {
+    uint32_t* panel = room(scratch.panel, std::max(out, lora.rows) / 2 * kTile);
+    pack_columns(w + column, in, (int)out, panel);
+    multiply(dy + start * out, out, rows, panel, (int)out / 2, y, y_stride);
+    if (lora.rows == 0) return;
+    const bf16* low = d_lora_hidden + start * lora.rows;
+    const int pairs = (int)lora.rows / 2;
+    pack_columns(lora.a + column, in, (int)lora.rows, panel);
+    if (lora.kept == nullptr) return multiply<true>(low, lora.rows, rows, panel, pairs, y, y_stride);
+    float* share = room(scratch.share, rows * kTile);
+    multiply(low, lora.rows, rows, panel, pairs, share, kTile);
+    const __m512 by = _mm512_set1_ps((float)factor);
+    for (int row = 0; row < rows; row++)
+        for (int i = 0; i < kTile; i += 16) {
+            float* to = y + row * y_stride + i;
+            const __m512 more = _mm512_mul_ps(_mm512_loadu_ps(share + row * kTile + i), by);
+            const __mmask16 kept = are_kept(lora.kept + (start + row) * in + column + i);
+            _mm512_storeu_ps(to, _mm512_mask_add_ps(_mm512_loadu_ps(to), kept, _mm512_loadu_ps(to), more));
+        }
+}
+
+// y (outputs, 32): columns [column, column + 32) of the sum over tokens of x_T (outputs, tokens) times dy (tokens,
+// out), the gradient of A or B. An odd number of tokens is filled up with zeros.
+inline void multiply_over_tokens(const bf16* x_T, int64_t x_stride, int outputs, const bf16* dy, int64_t out,
+                                 int64_t column, int tokens, float* y, int64_t y_stride, ProductScratch& scratch) {
+    uint32_t* panel = room(scratch.columns, (tokens + 1) / 2 * kTile);
+    pack_columns(dy + column, out, tokens, panel);
+    multiply(x_T, x_stride, outputs, panel, (tokens + 1) / 2, y, y_stride);
+}

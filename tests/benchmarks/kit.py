@@ -1,0 +1,32 @@
+"""Results made up for the tests of reports and targets."""
+
+from benchmarks.command import Made
+from benchmarks.machine import Machine
+from benchmarks.measure import Figures
+from benchmarks.serving.results import Results, Row, Settings
+from benchmarks.serving.systems import OURS, Facts, Load
+
+MACHINE = Machine("A CPU", 2, 2, 8 << 30, "3.11", "c++ 12", "abc", {"torch": "2"})
+LLAMA_CPP, OPENVINO = "llama.cpp", "OpenVINO GenAI"
+
+
+def made(*, quick: bool = False) -> Made:
+    return Made("python -m benchmarks.x", "2026-01-01", quick)
+
+
+def figures(speed: float, itl: float = 0.01) -> Figures:
+    return Figures(speed, 0.1, 0.2, itl, 0.05)
+
+
+def row(streams: int, kind: str, **speeds: list[float]) -> Row:
+    """`ours`, `llama` and `openvino`: tokens per second of each round."""
+    names = {"ours": OURS, "llama": LLAMA_CPP, "openvino": OPENVINO}
+    found = {names[key]: tuple(map(figures, values)) for key, values in speeds.items()}
+    return Row(Load(streams, kind), found, 0, {LLAMA_CPP: 0.75} if "llama" in speeds else {})
+
+
+def results(rows: list[Row], *, quick: bool = False) -> Results:
+    settings = Settings("tiny", "bf16", "cpu", 3, 120, 64, 270_000_000)
+    names = (OURS, LLAMA_CPP, OPENVINO)
+    systems = [Facts(name, "1", name != OPENVINO, "its defaults", {}) for name in names]
+    return Results(made(quick=quick), MACHINE, settings, systems, {"ik": "no package"}, rows)

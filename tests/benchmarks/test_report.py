@@ -1,0 +1,126 @@
+"""docs/benchmarks.md and the README's figures are made of what the benchmarks wrote, and of nothing else."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks import command, report
+from benchmarks.serving.results import Results
+from benchmarks.serving.systems import BASE, BLENDS
+from benchmarks.training import adapters_report, beside_report, methods_report, train_report
+from benchmarks.training.adapters_report import SetSize
+from benchmarks.training.methods_report import Compared
+from benchmarks.training.methods_run import Outcome, Trial
+from benchmarks.training.peer import COMPILED, EAGER
+from benchmarks.training.runs import NATIVE, Measured
+from benchmarks.training.sentiment import Score
+from benchmarks.training.train_report import Row
+from benchmarks.training.works import WORKS
+from tests.benchmarks.kit import MACHINE, figures, made, results, row
+
+README = f"# smolora\n\nBefore.\n\n{report.BEGIN}\n## How fast\n\nOld.\n{report.END}\n\n## Reading on\n"
+
+
+def serving(*, quick: bool = False) -> Results:
+    loads = [
+        row(1, BASE, ours=[170.0, 160.0], llama=[100.0, 100.0], openvino=[110.0, 110.0]),
+        row(8, BASE, ours=[500.0, 500.0], llama=[280.0, 280.0]),
+        row(32, BLENDS, ours=[600.0, 600.0], llama=[50.0, 50.0]),
+    ]
+    return results(loads, quick=quick)
+
+
+def write_all(out: Path) -> None:
+    command.write(out, "serve", serving())
+    speeds = {side: (Measured(speed, 10**9, 3.0, 1.0, True),) for side, speed in ((NATIVE, 300.0), (EAGER, 150.0))}
+    trained = Row(WORKS[0], speeds | {COMPILED: (Measured(200.0, 10**9, 3.0, 90.0),)})
+    command.write(out, "train", train_report.Results(made(), MACHINE, "tiny", 1, [trained]))
+    runs = [
+        [
+            Outcome(
+                Trial(rank, 1e-3, s, 2400, 0, 1000), 9, 0.5, 10**9, 10**7, 9.0, 99.0, math.nan, 0.3, 0.9, "torch"
+            )
+            for s in (1, 2, 3)
+        ]
+        for rank in (0, 8)
+    ]
+    compared = [Compared(one[0].trial.rank, 1e-3, {1e-3: 0.3}, tuple(one)) for one in runs]
+    counts = (2400, 250, 1000)
+    command.write(
+        out, "methods", methods_report.Results(made(), MACHINE, "tiny", "movies", counts, compared, runs[1][0])
+    )
+    names = (adapters_report.BASE, "tweets", adapters_report.BLEND, adapters_report.FULL, adapters_report.RULES)
+    scores = {name: {"tweets": Score(0.9, 0.8)} for name in names}
+    sizes = {"tweets": SetSize(500, 250)}
+    command.write(out, "adapters", adapters_report.Results(made(), MACHINE, "tiny", "so", sizes, scores, {}))
+    beside = (beside_report.Round(figures(300.0), figures(200.0), 500.0, math.nan),)
+    command.write(out, "beside", beside_report.Results(made(), MACHINE, "work", beside))
+
+
+def run(tmp_path: Path) -> tuple[str, str]:
+    """docs/benchmarks.md and the README, of what is under `out`."""
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    report.main(["--out", str(tmp_path / "out"), "--docs", str(tmp_path / "docs"), "--readme", str(readme)])
+    return (tmp_path / "docs/benchmarks.md").read_text(), readme.read_text()
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    place = tmp_path / "out"
+    place.mkdir()
+    return place
+
+
+def test_everything_is_made_of_the_results(tmp_path: Path, out: Path) -> None:
+    write_all(out)
+    page, readme = run(tmp_path)
+    for heading in (
+        "## Serving",
+        "## Training",
+        "## LoRA against full fine-tuning",
+        "## Useful adapters",
+        "## Training beside serving",
+    ):
+        assert heading in page
+    assert page.count("`python -m benchmarks.x`, 2026-01-01. A CPU, 2 cores") == 5
+    assert "Not measured yet" not in page
+    assert "| 8 streams, base | 500 | 280 | can't |" in page
+    assert "| 1 stream, base | ≥ 1.6 × llama.cpp | 1.65 × llama.cpp (1.60–1.70) | yes |" in page
+    assert "| the job's tokens/s | 500 | – | – |" in page
+    for name in ("serve", "train", "methods", "adapters"):
+        assert f"]({name}.png)" in page
+        assert (tmp_path / f"docs/{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert readme.startswith(f"# smolora\n\nBefore.\n\n{report.BEGIN}\n## How fast\n")
+    assert readme.endswith(f"{report.END}\n\n## Reading on\n")
+    assert "Old." not in readme
+    assert "| 1 stream, base | 165 (160–170) | 100 | 110 |" in readme
+    assert "8 streams" not in readme, "the long table is in docs/"
+    assert readme.count("| ---") == 4, "one table: a column for the load and three for systems"
+    assert "LoRA, 8 × 128 tokens: 2.00 × (2.00–2.00) the eager peer and 1.50 × (1.50–1.50) the compiled" in readme
+    assert "full fine-tuning 0.900 ± 0.000, LoRA, r=8 0.900 ± 0.000 (95 % over 3 seeds)" in readme
+
+
+def test_what_was_not_measured_is_said(tmp_path: Path, out: Path) -> None:
+    command.write(out, "serve", serving())
+    page, readme = run(tmp_path)
+    assert "Not measured yet: `python -m benchmarks.methods`." in page
+    assert "LoRA, r=8" not in readme
+
+
+def test_a_quick_run_is_published_nowhere(tmp_path: Path, out: Path) -> None:
+    command.write(out, "serve", serving(quick=True))
+    with pytest.raises(SystemExit, match="a quick run measures nothing"):
+        run(tmp_path)
+    assert not (tmp_path / "docs").exists()
+    assert (tmp_path / "README.md").read_text() == README
+
+
+def test_figures_are_replaced_where_they_stand() -> None:
+    once = report.with_figures(README, "## New")
+    assert report.with_figures(once, "## New") == once
+    with pytest.raises(ValueError, match="the README has no"):
+        report.with_figures("# smolora\n", "## New")
+    readme = Path(__file__).parents[2] / "README.md"
+    assert report.with_figures(readme.read_text(), "## New").count("## How fast") == 0

@@ -1,0 +1,69 @@
+"""A real server's HOME and keys: its own alone, while it runs and once it was killed."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.end_to_end.server_process import ServerProcess, command
+from tests.end_to_end.test_processes import last_line
+from tests.end_to_end.training_client import CHILD, WORKER, code_rows, processes, submit, wait_until
+
+KEY = "a-key-that-nobody-sees"
+
+
+def start(home: Path, base: Path) -> ServerProcess:
+    return ServerProcess(
+        home, key=KEY, api_keys=KEY, model=base, dtype="fp32", workers=1, adapter_cache_bytes="4MiB"
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that an older server made."""
+    home = tmp_path_factory.mktemp("served")
+    home.chmod(0o755)
+    return home
+
+
+@pytest.fixture(scope="module")
+def server(home: Path, tiny_base_dir: Path) -> Iterator[ServerProcess]:
+    server = start(home, tiny_base_dir)
+    yield server
+    server.close()
+
+
+def test_others_are_shut_out(server: ServerProcess) -> None:
+    assert server.home.stat().st_mode & 0o7777 == 0o700
+
+
+def test_nobody_sees_the_keys(server: ServerProcess) -> None:
+    """Not by `ps`, and not in the environment of a worker, or of the process in which a job runs."""
+    training = {"max_steps": 100_000, "batch_size": 2, "max_length": 32}
+    job_id = submit(server, name="codes", data=code_rows(8), training=training)
+    wait_until(lambda: bool(processes(server, CHILD)))
+    assert KEY not in " ".join(psutil.Process(server.process.pid).cmdline())
+    for process in processes(server, WORKER) + processes(server, CHILD):
+        assert KEY not in " ".join(process.cmdline()), process
+        assert KEY not in str(process.environ()), process
+    assert server.client.post(f"/train/{job_id}/cancel").status_code == 200
+
+
+def test_a_second_server_is_refused_until_the_first_was_killed(
+    server: ServerProcess, home: Path, tiny_base_dir: Path
+) -> None:
+    """With kill -9, of it alone: what it had started may live on for a moment."""
+    line = last_line(command(home=home, port=0, model=tiny_base_dir))
+    assert line.startswith(f"smolora: SMOLORA_HOME={home} is served already, by process {server.process.pid} on ")
+    assert "--home" in line
+    assert server.client.get("/ready").status_code == 200
+    os.kill(server.process.pid, signal.SIGKILL)
+    server.process.wait()
+    again = start(home, tiny_base_dir)
+    try:
+        assert again.client.get("/adapters").json()["adapters"] == []
+    finally:
+        again.close()

@@ -1,0 +1,171 @@
+"""Every example of README.md, as it stands there, run in order against a server, prints what it shows.
+
+- A block is `console` (lines that begin with `$ ` are a shell's, those below are what it prints), `python` (lines
+  that begin with `# -> ` are what it prints), or has a comment `<!-- not run: why -->` above it.
+- A block's commands are one shell, the blocks are one folder and one server, which is new and the default one.
+- In what is shown, `…` is anything. A number of two decimals or more is any such number, and one of twelve digits
+  or more any such: what is measured, and what is drawn at random. Blanks and line ends don't count.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.server_process import ServerProcess, environment
+
+pytestmark = pytest.mark.real
+
+ROOT = Path(__file__).parent.parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SECONDS = 300.0
+"""For one block."""
+
+_BLOCK = re.compile(r"(?P<above>[^\n]*)\n```(?P<kind>[^\n]*)\n(?P<text>.*?)\n```$", re.DOTALL | re.MULTILINE)
+_NOT_RUN = re.compile(r"<!-- not run: .+ -->")
+_MEASURED = re.compile(r"-?\d+\.\d{2,}|\d{12,}")
+
+
+@dataclass(frozen=True)
+class Block:
+    line: int
+    kind: str
+    text: str
+    is_run: bool
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """All fenced blocks, in order."""
+    for found in _BLOCK.finditer(text):
+        line = text.count("\n", 0, found.start("kind")) + 1
+        yield Block(line, found["kind"], found["text"], _NOT_RUN.fullmatch(found["above"].strip()) is None)
+
+
+def commands(block: Block) -> list[tuple[str, str]]:
+    """(command, what it prints) of a `console` block."""
+    found: list[tuple[list[str], list[str]]] = []
+    goes_on = False
+    for line in block.text.split("\n"):
+        if goes_on or line.startswith("$ "):
+            if not goes_on:
+                found.append(([], []))
+            found[-1][0].append(line if goes_on else line.removeprefix("$ "))
+            goes_on = line.endswith("\\")
+        else:
+            found[-1][1].append(line)
+    return [("\n".join(typed), "\n".join(printed)) for typed, printed in found]
+
+
+def matches(shown: str, printed: str) -> bool:
+    """Whether the one stands for the other."""
+    rest = "".join(printed.split())
+    first, *others = ("".join(part.split()) for part in shown.split("…"))
+    if not (head := _pattern(first).match(rest)):
+        return False
+    if not others:
+        return head.end() == len(rest)
+    rest = rest[head.end() :]
+    for part in others[:-1]:
+        if not (found := _pattern(part).search(rest)):
+            return False
+        rest = rest[found.end() :]
+    return re.search(_pattern(others[-1]).pattern + r"\Z", rest) is not None
+
+
+def _pattern(shown: str) -> re.Pattern[str]:
+    texts, numbers = _MEASURED.split(shown), _MEASURED.findall(shown)
+    kinds = [r"-?\d+\.\d+(?:e-?\d+)?" if "." in number else r"\d+" for number in numbers]
+    return re.compile("".join(re.escape(text) + kind for text, kind in zip(texts, [*kinds, ""], strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "expected"),
+    [
+        ("a b\n c", "ab c", True),
+        ("ab", "abc", False),
+        ("", "", True),
+        ("", "x", False),
+        ("a…c…e", "abcde", True),
+        ("a…c…e", "abcdef", False),
+        ("…e", "e", True),
+        ("a…", "a", True),
+        ("a…c", "ab", False),
+        ('{"x":0.25}', '{"x":17.125}', True),
+        ('{"x":0.25}', '{"x":17}', False),
+        ('{"weight":0.7}', '{"weight":0.8}', False),
+        ('{"seed":123456789012}', '{"seed":5}', True),
+        ('{"n":12}', '{"n":13}', False),
+        ("(a.b)", "(aXb)", False),
+    ],
+)
+def test_what_is_compared(shown: str, printed: str, expected: bool) -> None:
+    assert matches(shown, printed) is expected
+
+
+def test_every_block_is_run_or_says_why_not() -> None:
+    found = list(blocks(README))
+    assert len(found) == README.count("\n```") / 2
+    assert {block.kind for block in found if block.is_run} == {"console", "python"}
+    for block in found:
+        shows_commands = block.kind != "console" or block.text.startswith("$ ")
+        assert shows_commands, f"line {block.line} begins with no command"
+
+
+class Reader:
+    """Who does what README says, in a folder in which what it names is there, with the server at `url`."""
+
+    def __init__(self, folder: Path, server: ServerProcess) -> None:
+        self._folder = folder
+        self._address = server.url.removeprefix("http://")
+        self._environment = environment() | {"SMOLORA_URL": server.url, "COLUMNS": "200"}
+        (folder / ".venv").symlink_to(sys.prefix)
+        shutil.copytree(ROOT / "examples", folder / "examples")
+
+    def run(self, block: Block) -> None:
+        """AssertionError where something else is printed than shown, or a command fails."""
+        if block.kind == "python":
+            lines = block.text.split("\n")
+            shown = "\n".join(line.removeprefix("# -> ") for line in lines if line.startswith("# -> "))
+            self._compare(block, "the program", shown, self._printed(block, [sys.executable, "-c", block.text]))
+            return
+        typed = commands(block)
+        script = "set -e\n" + "\nprintf '\\0'\n".join(command for command, _ in typed) + "\nprintf '\\0'\n"
+        outputs = self._printed(block, ["bash", "-c", script]).split("\0")
+        for (command, shown), printed in zip(typed, outputs[:-1], strict=True):
+            self._compare(block, command, shown, printed)
+
+    def _printed(self, block: Block, arguments: list[str]) -> str:
+        arguments[-1] = re.sub(r"(localhost|127\.0\.0\.1):8000", self._address, arguments[-1])
+        done = subprocess.run(
+            arguments,
+            cwd=self._folder,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, f"README.md:{block.line}: exit code {done.returncode}\n{done.stdout}"
+        return done.stdout.replace(self._address, "127.0.0.1:8000")
+
+    @staticmethod
+    def _compare(block: Block, command: str, shown: str, printed: str) -> None:
+        message = f"README.md:{block.line}: {command}\n--- prints\n{printed}\n--- and not\n{shown}"
+        assert matches(shown, printed), message
+
+
+def test_readme(base_dir: Path, tmp_path: Path) -> None:
+    server = ServerProcess(tmp_path / "data", base_dir=base_dir, workers=1)
+    try:
+        reader = Reader(tmp_path, server)
+        for block in blocks(README):
+            if block.is_run:
+                reader.run(block)
+    finally:
+        server.close()

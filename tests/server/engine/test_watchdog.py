@@ -1,0 +1,79 @@
+"""When a step counts as stalled: never one that works on, whatever the clock says."""
+
+import pytest
+
+from server.engine.watchdog import Watchdog
+
+TICK = 0.25
+
+
+class Watched:
+    """A watchdog whose looks are `TICK` seconds apart while the process runs."""
+
+    def __init__(self, **limits: float) -> None:
+        self.watchdog = Watchdog(**limits)
+        self.now = 1000.0
+
+    def run(self, step: int | None, seconds: float) -> bool:
+        """Whether it barked in these seconds of one step, or of none."""
+        barked = False
+        for _ in range(round(seconds / TICK)):
+            self.now += TICK
+            barked |= self.watchdog.look(step, self.now)
+        return barked
+
+    def stop(self, seconds: float) -> None:
+        """The process does not run."""
+        self.now += seconds
+
+
+def test_a_step_is_stalled_after_half_a_minute() -> None:
+    watched = Watched()
+    assert not watched.run(0, 30.0)
+    assert watched.run(0, 1.0)
+
+
+def test_it_is_given_twenty_times_the_longest_before_it() -> None:
+    watched = Watched()
+    for step, seconds in enumerate((0.5, 5.0)):
+        assert not watched.run(step, seconds + TICK)
+    assert watched.watchdog.limit == 30.0  # the longer one has not ended
+    assert not watched.run(2, 1.0)
+    assert not watched.run(3, 100.0)
+    assert watched.watchdog.limit == 100.0
+    assert watched.run(3, 1.0)
+
+
+def test_a_step_is_no_measure_of_itself() -> None:
+    watched = Watched(least_seconds=2.0)
+    assert watched.run(0, 3.0)
+    assert watched.watchdog.limit == 2.0
+
+
+@pytest.mark.parametrize("step", [None, 7])
+def test_nothing_stalls_between_steps_or_in_short_ones(step: int | None) -> None:
+    watched = Watched(least_seconds=2.0)
+    for number in range(100):
+        assert not watched.run(None if step is None else number, 1.0)
+    assert watched.watchdog.limit == (2.0 if step is None else 20 * (1.0 - TICK))
+
+
+def test_time_in_which_the_process_was_stopped_is_nobodys() -> None:
+    """It neither makes the step old nor, afterwards, a long one of it."""
+    watched = Watched(least_seconds=10.0)
+    assert not watched.run(0, 4.0)
+    watched.stop(3600.0)
+    assert not watched.run(0, 4.0)
+    assert not watched.run(1, 0.0)
+    watched.stop(3600.0)
+    assert not watched.run(1, 0.5)
+    assert watched.watchdog.limit <= 20 * (4.0 + 4.0 + 1.0)
+    assert not watched.run(2, 0.5)
+
+
+def test_work_before_and_after_a_stop_adds_up() -> None:
+    watched = Watched(least_seconds=10.0)
+    assert not watched.run(0, 6.0)
+    watched.stop(100.0)
+    assert not watched.run(0, 2.5)
+    assert watched.run(0, 2.5)

@@ -1,0 +1,92 @@
+"""Builds the tests of the native code's kernels, which are C++, and checks that code in other ways.
+
+`python -m tests.server.model.native.build warnings` compiles the library's units with warnings as errors, by each
+compiler that is there; `... sanitize addresses threads` runs the tests with sanitizers. A program is kept in the
+cache under what it was made of.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from server.model.native.library import FLAGS, SOURCE, UNITS, flags_of_units, load_library
+from tests.conftest import CACHE
+
+KERNELS = Path(__file__).parent / "kernels"
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+_LINK = ("-pthread", "-static-libstdc++", "-Wl,--wrap=pthread_create,--wrap=aligned_alloc")
+_DEBUG = ("-O1", "-g1", "-fno-omit-frame-pointer")
+SANITIZERS = {
+    "addresses": (*_DEBUG, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "threads": (*_DEBUG, "-fsanitize=thread"),
+}
+
+
+def build(*more: str) -> Path:
+    """The program that runs the tests, compiled with the library's own flags and `more`."""
+    compiler = compilers()[0]
+    flags = [*flags_of_units((*FLAGS, *more)), *WARNINGS, f"-I{SOURCE}", f"-I{KERNELS}"]
+    made_of = hashlib.sha256(repr((compiler, flags, _LINK)).encode())
+    for path in (*(SOURCE / unit for unit in UNITS), *sorted(SOURCE.glob("*.h")), *sorted(KERNELS.iterdir())):
+        made_of.update(path.read_bytes())
+    program = CACHE / "native-tests" / made_of.hexdigest()[:16]
+    if program.exists():
+        return program
+    program.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=program.parent) as scratch:
+        tests = Path(scratch) / "tests.cpp"  # in one, since they need the same templates
+        tests.write_text("".join(f'#include "{path.name}"\n' for path in sorted(KERNELS.glob("test_*.cpp"))))
+        units = [tests, KERNELS / "check.cpp", KERNELS / "faults.cpp", *(SOURCE / unit for unit in UNITS)]
+        objects = [str(Path(scratch) / f"{unit.stem}.o") for unit in units]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            commands = (
+                [compiler, *flags, "-c", str(unit), "-o", made] for unit, made in zip(units, objects, strict=True)
+            )
+            list(threads.map(run, commands))
+        made = Path(scratch) / "program"
+        run([compiler, *more, *objects, *_LINK, "-o", str(made)])
+        os.replace(made, program)
+    return program
+
+
+def compilers() -> list[str]:
+    """Those that are there, by their paths; first the one that compiles the library."""
+    return [path for name in ("g++", "clang++") if (path := shutil.which(name))]
+
+
+def check_warnings() -> None:
+    """Compile the units with warnings as errors, making nothing; elsewhere than on x86-64 they can't be."""
+    if platform.machine() != "x86_64" or not compilers():
+        sys.stderr.write("skipped: warnings of C++, for want of a compiler for x86-64\n")
+        return
+    for compiler in compilers():
+        for unit in UNITS:
+            run([compiler, *flags_of_units(), *WARNINGS, "-fsyntax-only", str(SOURCE / unit)])
+
+
+def sanitize(*names: str) -> None:
+    """Run all tests with the sanitizers named. Raises NativeUnavailable where the native code can't run."""
+    load_library([CACHE / "native"])
+    for name in names:
+        # GCC aligns the stacks of this check to 32 bytes, and stores vectors of 64 bytes there (its bug 110027).
+        environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+        # The thread sanitizer knows no addresses as random as newer kernels make them.
+        subprocess.run(["setarch", "--addr-no-randomize", build(*SANITIZERS[name])], check=True, env=environment)
+
+
+def run(command: Sequence[str]) -> None:
+    """Raises RuntimeError with what a compiler said."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed:\n{done.stderr[:4000]}")
+
+
+if __name__ == "__main__":
+    {"warnings": check_warnings, "sanitize": sanitize}[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,82 @@
+#include "loss.h"
+
+#include "check.h"
+
+static void check_loss(int rows, int vocab, int hidden, int threads) {
+    Random random(rows * 1000 + vocab + hidden);
+    const auto head = random_bf16(random, (size_t)vocab * hidden), x = random_bf16(random, (size_t)rows * hidden);
+    std::vector<int64_t> targets(rows);
+    for (auto& target : targets) target = random.below(vocab);
+    targets[0] = vocab - 1, targets[rows - 1] = 0;
+    const double factor = 0.37;
+    std::vector<bf16> first;
+    double first_loss = 0;
+    for (int size = 1; size <= threads; size++) {
+        Team team(size);
+        Loss loss(&team, head.data(), vocab, hidden);
+        Fenced<bf16> d_hidden((size_t)rows * hidden);
+        const double found = loss.run(x.data(), targets.data(), rows, factor, d_hidden.data());
+        d_hidden.check("the gradient");
+        if (size == 1) {
+            first.assign(d_hidden.data(), d_hidden.data() + rows * hidden), first_loss = found;
+            continue;
+        }
+        expect(found == first_loss && !memcmp(first.data(), d_hidden.data(), first.size() * sizeof(bf16)),
+               "%d threads compute something else", size);
+    }
+
+    double exact_loss = 0, loss_error = 0;
+    for (int row = 0; row < rows; row++) {
+        std::vector<double> p(vocab);
+        double most = -INFINITY, size = 0, sum = 0;
+        for (int token = 0; token < vocab; token++) {
+            double magnitude = 0;
+            for (int i = 0; i < hidden; i++) {
+                const double product = (double)to_float(x[row * hidden + i]) * to_float(head[token * hidden + i]);
+                p[token] += product, magnitude += std::abs(product);
+            }
+            most = std::max(most, p[token]), size = std::max(size, magnitude);
+        }
+        const double logit = p[targets[row]];
+        for (double of : p) sum += std::exp(of - most);
+        const double divisor = most + std::log(sum);
+        // Of a logit, of the logarithm of the sum of their powers, and of both roundings to fp32.
+        const double logit_error = sum_error(hidden) * size;
+        const double divisor_error = logit_error + kExp + sum_error(4) + 2 * kU32 * std::abs(divisor);
+        exact_loss += divisor - logit;
+        loss_error += logit_error + divisor_error + kU32 * std::abs(divisor - logit);
+        std::vector<double> error(vocab);
+        for (int token = 0; token < vocab; token++) {
+            p[token] = std::exp(p[token] - divisor);
+            error[token] = p[token] * (logit_error + divisor_error + 2 * kU32 * (std::abs(divisor) + size) + kExp);
+            if (token == targets[row]) p[token] -= 1, error[token] += kU32;
+            p[token] *= factor, error[token] = factor * (error[token] + 2 * kU32 * std::abs(p[token] / factor));
+            error[token] += kU16 * (std::abs(p[token]) + error[token]);
+        }
+        for (int i = 0; i < hidden; i++) {
+            double exact = 0, bound = 0;
+            for (int token = 0; token < vocab; token++) {
+                const double weight = to_float(head[token * hidden + i]);
+                exact += p[token] * weight;
+                bound += (error[token] + sum_error(vocab + 16) * std::abs(p[token])) * std::abs(weight);
+            }
+            expect_near(to_float(first[row * hidden + i]), exact, bound + kU16 * (std::abs(exact) + bound),
+                        "%d rows, vocabulary of %d: (%d, %d)", rows, vocab, row, i);
+        }
+    }
+    expect_near(first_loss, exact_loss, loss_error, "the loss of %d rows, vocabulary of %d", rows, vocab);
+}
+
+TEST(loss_and_its_gradient) {
+    for (int rows : {1, 2, 15, 16, 17}) check_loss(rows, 96, 32, 3);
+    for (int vocab : {32, 64, 512, 544, 1056}) check_loss(5, vocab, 64, 3);  // parts and groups of tiles, and less
+    check_loss(9, 8320, 96, 2);                                              // more tiles in a part than go at once
+    for (int rows : {kLossRows - 1, kLossRows, kLossRows + 1}) check_loss(rows, 64, 32, 2);
+}
+
+TEST(loss_of_nothing) {
+    Team team(2);
+    const std::vector<bf16> head(32 * 32);
+    Loss loss(&team, head.data(), 32, 32);
+    expect(loss.run(nullptr, nullptr, 0, 1, nullptr) == 0, "no rows have a loss");
+}

@@ -1,0 +1,229 @@
+// A base of random weights, and steps of serving and training over it through the library's entries, every buffer of
+// just the size that it must have.
+#pragma once
+#include <memory>
+
+#include "abi.h"
+#include "check.h"
+
+// Ends the test where the entry doesn't answer kOk.
+#define SUCCEED(entry, ...)                                                       \
+    do {                                                                          \
+        char error[kErrorSize] = "";                                              \
+        expect(entry(__VA_ARGS__, error) == kOk, "%s failed: %s", #entry, error); \
+    } while (false)
+
+struct TinyBase {
+    BaseSizes sizes{64, 96, 64, 2, 6, 2, 32, 80, 1, 1e-5};  // heads in groups of three
+    std::vector<std::vector<bf16>> tensors;
+    std::vector<const bf16*> addresses;
+    std::vector<float> rotary;
+    std::vector<uint8_t> uses_rotary{1, 0};
+
+    explicit TinyBase(Random& random, int64_t layers = 2) {
+        sizes.layers = layers;
+        const int64_t q = sizes.heads * sizes.head_dim, kv = sizes.kv_heads * sizes.head_dim;
+        auto add = [&](int64_t out, int64_t in) {
+            tensors.push_back(random_bf16(random, (size_t)(out * in), out == 1 ? 1 : 2 / std::sqrt((double)in)));
+        };
+        add(sizes.vocab, sizes.hidden);
+        for (int64_t layer = 0; layer < sizes.layers; layer++) {
+            add(1, sizes.hidden), add(q + 2 * kv, sizes.hidden), add(sizes.hidden, q);
+            add(1, sizes.hidden), add(2 * sizes.intermediate, sizes.hidden), add(sizes.hidden, sizes.intermediate);
+        }
+        add(1, sizes.hidden), add(sizes.vocab, sizes.hidden);
+        for (const auto& tensor : tensors) addresses.push_back(tensor.data());
+        rotary.resize((size_t)(2 * sizes.max_positions * sizes.head_dim));
+        for (int64_t i = 0; i < sizes.max_positions * sizes.head_dim; i++) {
+            const int64_t position = i / sizes.head_dim, d = i % sizes.head_dim, half = sizes.head_dim / 2;
+            const double angle = (double)position * std::pow(1e4, -(double)(d % half) / (double)half);
+            rotary[i] = (float)std::cos(angle);
+            rotary[sizes.max_positions * sizes.head_dim + i] = (float)(d < half ? -std::sin(angle) : std::sin(angle));
+        }
+    }
+    int64_t in(int group) const {
+        return group == kO ? sizes.heads * sizes.head_dim : group == kDown ? sizes.intermediate : sizes.hidden;
+    }
+    // Of each module of a group.
+    std::vector<int64_t> outs(int group) const {
+        const int64_t q = sizes.heads * sizes.head_dim, kv = sizes.kv_heads * sizes.head_dim;
+        if (group == kQkv) return {q, kv, kv};
+        if (group == kGateUp) return {sizes.intermediate, sizes.intermediate};
+        return {sizes.hidden};
+    }
+    int64_t out(int group) const {
+        int64_t sum = 0;
+        for (int64_t of : outs(group)) sum += of;
+        return sum;
+    }
+};
+
+// What serves or trains over a base, which must outlive it.
+struct Native {
+    std::unique_ptr<void, void (*)(void*)> object{nullptr, nullptr};
+    int status;
+
+    static Native serving(const TinyBase& base, int threads) {
+        return Native(base, threads, smolora_create, smolora_destroy);
+    }
+    static Native training(const TinyBase& base, int threads) {
+        return Native(base, threads, smolora_training_create, smolora_training_destroy);
+    }
+
+  private:
+    Native(const TinyBase& base, int threads, decltype(&smolora_create) create, void (*destroy)(void*)) {
+        BaseSizes sizes = base.sizes;
+        sizes.threads = threads;
+        void* created = nullptr;
+        char error[kErrorSize] = "";
+        status = create(&sizes, base.addresses.data(), base.rotary.data(), base.uses_rotary.data(), &created, error);
+        object = {created, destroy};
+    }
+};
+
+// One step of several sequences, some of them with adapters, and the cache that it is over.
+struct Step {
+    static constexpr int64_t kBlockSize = 8;
+    const BaseSizes sizes;
+    int64_t num_blocks = 0;
+    std::vector<bf16> k, v, hidden;
+    std::vector<int64_t> token_ids;
+    std::vector<ServeRun> runs;
+    std::vector<int32_t> blocks;
+    std::vector<LoraModule> modules;
+    std::vector<LoraPart> parts[kGroups];
+    std::vector<LoraSegment> segments;
+    std::vector<double> weights;
+    std::vector<bf16> a[kGroups], b[kGroups];
+    std::vector<LoraPool> pools;
+
+    // Two adapters lie in the pools. Sequences have up to `longest` tokens in the cache.
+    Step(const TinyBase& base, int num_sequences, int64_t longest)
+        : sizes(base.sizes), pools(kGroups), each_((longest + kBlockSize - 1) / kBlockSize) {
+        Random random(7);
+        num_blocks = num_sequences * each_ + 1;
+        k.resize((size_t)(sizes.layers * num_blocks * kBlockSize * sizes.kv_heads * sizes.head_dim), 0x7fc0), v = k;
+        for (int i = 0; i < num_sequences; i++)
+            for (int64_t block = 0; block < each_; block++)
+                tables_.push_back((int32_t)(num_blocks - 1 - (i + block * num_sequences)));
+        for (int group = 0; group < kGroups; group++) {
+            int64_t row = 0, offset = 0;
+            for (int64_t rank : {16, 3}) {
+                LoraPart part{row, 0, (int64_t)modules.size(), 0};
+                int64_t out_start = 0;
+                for (int64_t out : base.outs(group)) {
+                    modules.push_back({rank, part.num_rows, offset, out_start, out});
+                    part.num_rows += rank, part.num_modules++, offset += rank * out, out_start += out;
+                }
+                adapters_[group].push_back(part);
+                row += part.num_rows;
+            }
+            a[group] = random_bf16(random, (size_t)(sizes.layers * row * base.in(group)), 0.1);
+            b[group] = random_bf16(random, (size_t)(sizes.layers * offset), 0.1);
+            pools[group] = {a[group].data(), b[group].data(), sizes.layers, row * base.in(group),
+                            offset,          base.in(group),  nullptr};
+        }
+    }
+
+    // The next step: tokens [from, to) of the sequence `index`. Odd sequences are under adapters.
+    void add(int index, int64_t from, int64_t to) {
+        const int64_t start = (int64_t)token_ids.size();
+        Random random(index);
+        for (int64_t position = 0; position < to; position++) {
+            const int64_t id = random.below(sizes.vocab);
+            if (position >= from) token_ids.push_back(id);
+        }
+        runs.push_back({start, start + to - from, from, (int64_t)blocks.size()});
+        const int64_t used = (to + kBlockSize - 1) / kBlockSize;
+        blocks.insert(blocks.end(), tables_.begin() + index * each_, tables_.begin() + index * each_ + used);
+        if (index % 2 == 0) return;
+        segments.push_back({start, start + to - from, (int64_t)weights.size(), index % 4 == 1 ? 1 : 2});
+        for (int i = 0; i < segments.back().num_parts; i++) {
+            weights.push_back(i ? -0.5 : 1.0);
+            for (int group = 0; group < kGroups; group++) parts[group].push_back(adapters_[group][i]);
+        }
+    }
+    void clear() {
+        token_ids.clear(), runs.clear(), blocks.clear(), segments.clear(), weights.clear();
+        for (auto& of : parts) of.clear();
+    }
+
+    ServeStep tables() {
+        hidden.assign(token_ids.size() * sizes.hidden, 0);
+        for (int group = 0; group < kGroups; group++) pools[group].parts = parts[group].data();
+        return {(int64_t)token_ids.size(),
+                (int64_t)runs.size(),
+                token_ids.data(),
+                runs.data(),
+                blocks.data(),
+                (int64_t)blocks.size(),
+                k.data(),
+                v.data(),
+                num_blocks,
+                kBlockSize,
+                pools.data(),
+                modules.data(),
+                segments.data(),
+                weights.data(),
+                (int64_t)modules.size(),
+                (int64_t)segments.size(),
+                (int64_t)weights.size(),
+                hidden.data()};
+    }
+
+  private:
+    int64_t each_;  // blocks of a sequence
+    std::vector<int32_t> tables_;
+    std::vector<LoraPart> adapters_[kGroups];
+};
+
+// One batch of texts, an adapter with uneven ranks and one group without any rows, and its gradients.
+struct Texts {
+    int64_t num_tokens;
+    std::vector<int64_t> token_ids, starts{0};
+    std::vector<bf16> hidden;
+    std::vector<TrainGroup> lora;
+    std::vector<std::vector<TrainModule>> modules;
+    std::vector<std::vector<bf16>> weights;
+    std::vector<std::vector<float>> gradients;
+    std::vector<std::vector<uint8_t>> kept;
+    double factor = 1;
+
+    Texts(const TinyBase& base, const std::vector<int64_t>& lengths, bool has_dropout) {
+        Random random(11);
+        for (int64_t length : lengths) starts.push_back(starts.back() + length);
+        num_tokens = starts.back();
+        for (int64_t i = 0; i < num_tokens; i++) token_ids.push_back(random.below(base.sizes.vocab));
+        hidden.resize((size_t)(num_tokens * base.sizes.hidden));
+        const int64_t num_groups = base.sizes.layers * kGroups;
+        modules.resize(num_groups);
+        for (int64_t i = 0; i < num_groups; i++) {
+            const int group = (int)(i % kGroups);
+            int64_t row = 0, out_start = 0;
+            for (int64_t out : base.outs(group)) {
+                const int64_t rank = i == kO ? 0 : row ? 16 : 32;
+                if (rank) modules[i].push_back({row, rank, out_start, out});
+                row += rank, out_start += out;
+            }
+            weights.push_back(random_bf16(random, (size_t)(row * base.in(group)), 0.2));
+            weights.emplace_back(row * out_start);
+            for (const TrainModule& module : modules[i])
+                for (int64_t r = module.row; r < module.row + module.rank; r++)
+                    for (int64_t c = module.out_start; c < module.out_start + module.out_features; c++)
+                        weights.back()[r * out_start + c] = to_bf16((float)random.uniform(-0.2, 0.2));
+            gradients.emplace_back(row * base.in(group)), gradients.emplace_back(row * out_start);
+            kept.emplace_back(has_dropout ? num_tokens * base.in(group) : 0);
+            for (auto& of : kept.back()) of = (uint8_t)(random.below(4) > 0);
+            lora.push_back({nullptr, nullptr, nullptr, nullptr, row, nullptr, (int64_t)modules[i].size(), nullptr});
+        }
+        for (int64_t i = 0; i < num_groups; i++) {
+            lora[i].a = weights[2 * i].data(), lora[i].b = weights[2 * i + 1].data();
+            lora[i].d_a = gradients[2 * i].data(), lora[i].d_b = gradients[2 * i + 1].data();
+            lora[i].modules = modules[i].data(), lora[i].kept = has_dropout ? kept[i].data() : nullptr;
+        }
+        if (has_dropout) factor = 4.0 / 3;
+    }
+    TrainBatch batch() const {
+        return {num_tokens, (int64_t)starts.size() - 1, token_ids.data(), starts.data(), lora.data(), factor};
+    }
+};

@@ -1,0 +1,41 @@
+"""Each kernel against a slow exact form of it, and whole steps by way of the library's entries: all of it in C++.
+
+A program with the library's own source in it runs them, compiled as the library is. What whole bases compute is
+held to torch by the tests of the passes.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.native_kit import native_library
+from tests.server.model.native.build import KERNELS, build
+
+NAMES = [
+    name
+    for path in sorted(KERNELS.glob("test_*.cpp"))
+    for name in re.findall(r"^TEST\((\w+)\)", path.read_text(encoding="utf-8"), re.MULTILINE)
+]
+
+
+@pytest.fixture(scope="module")
+def program() -> Path:
+    native_library()
+    return build()
+
+
+def test_names_are_found_and_differ() -> None:
+    assert len(NAMES) == len(set(NAMES)) > 30
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels(program: Path, name: str) -> None:
+    done = subprocess.run([program, name], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == f"passed {name}\n"
+
+
+def test_a_name_that_is_not_there_is_no_success(program: Path) -> None:
+    assert subprocess.run([program, "nothing"], capture_output=True).returncode != 0

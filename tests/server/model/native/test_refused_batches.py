@@ -1,0 +1,121 @@
+"""Batches of training that would read or write outside of what there is: refused, and the next one runs."""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from server.model.native.training import NativeGroup, NativeRows, NativeTraining
+from server.model.rank_rows import GROUPS, GroupKey, GroupLayout
+from server.model.source import resolve_base
+from server.model.weights import BaseModel, load_base
+from tests.native_kit import SHAPES, native_library
+from tests.tiny import save_tiny_base
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    return native_library()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    architecture, options = SHAPES["grouped"]
+    directory = save_tiny_base(tmp_path_factory.mktemp("refused") / "tiny", architecture, options, seed=3)
+    return load_base(resolve_base(str(directory), directory.parent), torch.bfloat16)
+
+
+def groups_of(base: BaseModel) -> dict[GroupKey, NativeGroup]:
+    groups = {}
+    for layer in range(base.config.num_layers):
+        for name in GROUPS:
+            layout = GroupLayout.of(name, base.config.shape)
+            modules, row, out_start = [], 0, 0
+            for out in layout.out_features.values():
+                modules.append(NativeRows(row, 16, out_start, out))
+                row, out_start = row + 16, out_start + out
+            a, b = (torch.zeros(row, size, dtype=torch.bfloat16) for size in (layout.in_features, out_start))
+            groups[layer, name] = NativeGroup(a, b, modules, a.float(), b.float())
+    return groups
+
+
+def training_of(
+    base: BaseModel, library: ctypes.CDLL, changed: NativeGroup | None = None, key: GroupKey = (1, "qkv")
+) -> NativeTraining:
+    groups = groups_of(base)
+    if changed is not None:
+        groups[key] = changed
+    return NativeTraining(library, base.config, base.weights, groups, max_positions=8, num_threads=1)
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "reason"),
+    [
+        (0, {"row": 8}, "module 0 has 16 rows from 8 on, of 48: they come in units of 16"),
+        (0, {"num_rows": 8}, "module 0 has 8 rows"),
+        (2, {"num_rows": 32}, "module 2 has 32 rows from 32 on, of 48"),
+        (1, {"row": -16}, "module 1 has 16 rows from -16 on"),
+        (2, {"out_start": 288}, "module 2 has 64 outputs from 288 on, of 320"),
+        (1, {"out_start": -32}, "module 1 has 64 outputs from -32 on"),
+        (1, {"out_start": 200}, "module 1 has 64 outputs from 200 on"),
+        (1, {"out_features": 40}, "module 1 has 40 outputs"),
+        (1, {"out_features": -32}, "module 1 has -32 outputs"),
+    ],
+)
+def test_modules_in_training(
+    base: BaseModel, library: ctypes.CDLL, index: int, change: dict[str, int], reason: str
+) -> None:
+    group = groups_of(base)[1, "qkv"]
+    modules = list(group.modules)
+    modules[index] = replace(modules[index], **change)
+    training = training_of(base, library, replace(group, modules=modules))
+    with pytest.raises(ValueError, match=reason):
+        training.forward(torch.tensor([3, 4]), [2])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("a", lambda x: x.float()),
+        ("a", lambda x: x[:, :64].contiguous()),
+        ("b", lambda x: x[:16]),
+        ("b", lambda x: x.t().contiguous().t()),
+        ("d_a", lambda x: x.bfloat16()),
+        ("d_b", lambda x: x[:, 32:].contiguous()),
+    ],
+)
+def test_matrices_in_training(
+    base: BaseModel, library: ctypes.CDLL, name: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    group = groups_of(base)[1, "qkv"]
+    wrong = replace(group, **{name: change(getattr(group, name))})
+    with pytest.raises(ValueError, match=rf"{name} of \(1, 'qkv'\) must be"):
+        training_of(base, library, wrong)
+
+
+def test_a_batch_of_training(base: BaseModel, library: ctypes.CDLL) -> None:
+    """Ids and lengths are those of test_native_pass; here is what masks must be; it goes on after each."""
+    training = training_of(base, library)
+    token_ids = torch.tensor([3, 4, 5])
+    keys = groups_of(base)
+    masks = {key: torch.ones(3, group.a.shape[1], dtype=torch.bool) for key, group in keys.items()}
+    expected = training.forward(token_ids, [2, 1], masks)
+    for wrong in (masks[1, "o"][:2], masks[1, "o"].float(), masks[1, "o"].t().contiguous().t()):
+        with pytest.raises(ValueError, match="masks must be of bytes"):
+            training.forward(token_ids, [2, 1], {**masks, (1, "o"): wrong})
+        assert torch.equal(training.forward(token_ids, [2, 1], masks), expected)
+        training.backward(expected)
+    training.forward(token_ids, [2, 1], masks)
+    with pytest.raises(ValueError, match=r"token id 512 is not one of the vocabulary of 512"):
+        training.forward(torch.tensor([3, 512, 5]), [2, 1], masks)
+    with pytest.raises(ValueError, match="hidden states must be"):
+        training.backward(expected)  # the batch that was refused has taken the place of the one before
+
+
+def test_no_texts(base: BaseModel, library: ctypes.CDLL) -> None:
+    training = training_of(base, library)
+    for token_ids, lengths in (([], []), ([3], []), ([], [1])):
+        with pytest.raises(ValueError, match="texts of"):
+            training.forward(torch.tensor(token_ids, dtype=torch.int64), lengths)

@@ -1,0 +1,142 @@
+"""A process whose engine hangs in native code, or that was stopped for a while: what those in flight are told, and
+how it ends. `tests.hanging_server` is the process.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.end_to_end.server_process import free_port
+from tests.hanging_server import HANG, IN_THE_MIDDLE, LET_GO, LONG, SLOW
+
+LEAST_SECONDS = 3.0
+PATIENCE = 60.0
+BODY = {"prompt": "a", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+CHAT = {"model": "base", "messages": [{"role": "user", "content": "a"}], "max_tokens": 300}
+
+
+class Process:
+    """The server, and a client of it."""
+
+    def __init__(self, home: Path, model: Path) -> None:
+        self.home = home
+        port = free_port()
+        flags = {"home": home, "model": model, "port": port, "least-seconds": LEAST_SECONDS}
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "tests.hanging_server",
+                *(f"--{name}={value}" for name, value in flags.items()),
+            ],
+            stderr=subprocess.DEVNULL,
+        )
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, trust_env=False)
+
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < deadline, what
+            assert self.process.poll() is None, "it has ended"
+            time.sleep(0.02)
+
+    def is_ready(self) -> bool:
+        try:
+            return self.client.get("/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def num_requests(self) -> int:
+        """Of those that run or wait."""
+        lines = self.client.get("/metrics").text.splitlines()
+        names = ("smolora_requests_running ", "smolora_requests_waiting ")
+        return sum(int(float(line.split()[1])) for line in lines if line.startswith(names))
+
+    def close(self) -> None:
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def server(tiny_base_dir: Path, tmp_path: Path) -> Iterator[Process]:
+    server = Process(tmp_path, tiny_base_dir)
+    try:
+        server.wait_until(server.is_ready, "it was not ready in time")
+        yield server
+    finally:
+        server.close()
+
+
+def last_event(text: str) -> str:
+    return text.removesuffix("\n\n").rpartition("\n\n")[2]
+
+
+def test_an_engine_that_hangs_in_native_code(server: Process) -> None:
+    """All in flight are told, and those that wait; /ready says so; then workers let go, and the process ends."""
+    asked: list[tuple[str, str, dict[str, Any]]] = [
+        ("slow", "/generate", {**BODY, "seed": SLOW, "stream": True}),
+        ("hanging", "/generate", {**BODY, "seed": HANG, "stream": True}),
+        ("stream", "/generate", {**BODY, "stream": True}),
+        ("chat stream", "/v1/chat/completions", {**CHAT, "stream": True}),
+        ("whole", "/generate", BODY),
+        ("chat", "/v1/chat/completions", CHAT),
+        ("waiting", "/generate", {**BODY, "stream": True}),
+        ("waiting chat", "/v1/chat/completions", {**CHAT, "stream": True}),
+        ("waiting whole", "/compare", {**BODY, "adapters": ["base"]}),
+    ]
+    answers: dict[str, Future[httpx.Response]] = {}
+    with ThreadPoolExecutor(len(asked)) as pool:
+        for num, (name, path, body) in enumerate(asked, 1):
+            answers[name] = pool.submit(server.client.post, path, json=body)
+            server.wait_until(lambda num=num: server.num_requests() == num, "it did not begin")  # type: ignore[misc]
+        server.wait_until(lambda: server.client.get("/ready").status_code == 503, "it was never noticed")
+        refused = server.client.get("/ready")
+        assert refused.json()["detail"] == "the engine has stopped"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert server.client.get("/health").status_code == 200
+        assert server.client.post("/generate", json=BODY).status_code == 503
+        assert server.process.wait(timeout=15) == 1
+    assert (server.home / LET_GO).exists()
+    found = {name: answer.result() for name, answer in answers.items()}
+    for name in ("slow", "hanging", "stream"):
+        assert found[name].status_code == 200
+        event, _, data = last_event(found[name].text).partition("\n")
+        assert event == "event: error"
+        assert json.loads(data.removeprefix("data: "))["status"] == 503
+    assert found["chat stream"].status_code == 200
+    told = json.loads(last_event(found["chat stream"].text).removeprefix("data: "))
+    assert told["error"]["code"] == "service_unavailable"
+    for name in ("whole", "waiting", "waiting whole"):
+        assert found[name].status_code == 503, found[name].text
+        assert int(found[name].headers["retry-after"]) >= 1
+        assert found[name].headers["content-type"] == "application/problem+json"
+    for name in ("chat", "waiting chat"):
+        assert found[name].status_code == 503, found[name].text
+        assert found[name].json()["error"]["code"] == "service_unavailable"
+
+
+def test_a_process_that_was_stopped_goes_on(server: Process) -> None:
+    """It was for longer than a step may take, in the middle of one."""
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.client.post, "/generate", json={**BODY, "max_tokens": 40, "seed": LONG})
+        server.wait_until((server.home / IN_THE_MIDDLE).exists, "it did not begin")
+        os.kill(server.process.pid, signal.SIGSTOP)
+        time.sleep(LEAST_SECONDS + 1)
+        os.kill(server.process.pid, signal.SIGCONT)
+        assert answer.result().status_code == 200, answer.result().text
+    assert server.client.get("/ready").status_code == 200
+    assert not (server.home / LET_GO).exists()
+    server.process.terminate()
+    assert server.process.wait(timeout=15) == 0

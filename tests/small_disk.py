@@ -1,0 +1,41 @@
+"""File systems that are really full, where this process may mount one."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+FILLING = "filling"
+
+
+@contextmanager
+def mounted(place: Path, megabytes: int) -> Iterator[Path]:
+    """`place` as a file system of that size. Skips the test, saying why, where nothing can be mounted."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "smolora-test", str(place)]
+    ended = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        pytest.skip(f"no full disk to test on: {ended.stderr.strip() or 'mount failed'}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(disk: Path, leave: int = 0) -> None:
+    """Leave no byte, or so many (a multiple of 4,096)."""
+    with open(disk / FILLING, "ab", buffering=0) as file:
+        for size in (1 << 16, 1 << 12, 1):
+            with suppress(OSError):
+                while file.write(b"x" * size):
+                    pass
+    with pytest.raises(OSError, match="No space left"), open(disk / FILLING, "ab", buffering=0) as file:
+        file.write(b"x")
+    os.truncate(disk / FILLING, (disk / FILLING).stat().st_size - leave)
+
+
+def make_room(disk: Path) -> None:
+    """As somebody who deletes what they need no more."""
+    (disk / FILLING).unlink()
