@@ -14,6 +14,9 @@ from xml.etree import ElementTree
 
 import torch
 
+from benchmarks import command
+from benchmarks.serving import report as serving
+from benchmarks.serving.results import Results
 from server.errors import StartupError
 from server.model.device import choose_device
 from server.model.gpu import driver_version, gpu_of
@@ -22,9 +25,9 @@ ROOT = Path(__file__).parent.parent
 Run = Callable[[Sequence[str]], int]
 
 
-def run(command: Sequence[str]) -> int:
-    """Its exit code."""
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+def run(words: Sequence[str]) -> int:
+    """The command's exit code."""
+    return subprocess.run(words, cwd=ROOT, check=False).returncode
 
 
 def card(device: torch.device) -> str:
@@ -59,15 +62,15 @@ def main(arguments: Sequence[str] | None = None, run: Run = run) -> int:
         return 1
     out: Path = given.out
     out.mkdir(parents=True, exist_ok=True)
-    for old in ("tests.xml", "serve.md"):
+    for old in ("tests.xml", "serve.json"):
         (out / old).unlink(missing_ok=True)
     tests = run([sys.executable, "-m", "pytest", "-m", "cuda", f"--junitxml={out / 'tests.xml'}", "tests"])
     name = "bf16" if dtype is torch.bfloat16 else "fp32"
     flags = ["--device=cuda", f"--dtype={name}", f"--out={out}"]
-    benchmark = run([sys.executable, "benchmarks/serve.py", *flags, *for_benchmark])
+    benchmark = run([sys.executable, "-m", "benchmarks.serve", *flags, *for_benchmark])
     lines = [f"# {card(device)}", f"{datetime.now(UTC):%Y-%m-%d}: {outcome(out / 'tests.xml')}."]
-    measured = out / "serve.md"
-    lines.append(measured.read_text(encoding="utf-8") if measured.is_file() else "The benchmark didn't end.")
+    measured = command.read(out, "serve", Results)
+    lines.append("The benchmark didn't end." if measured is None else serving.markdown(measured))
     (out / "gpu.md").write_text("\n\n".join(lines), encoding="utf-8")
     sys.stdout.write(f"{lines[0]}\n{lines[1]}\nThe report: {out / 'gpu.md'}\n")
     return 1 if tests or benchmark else 0

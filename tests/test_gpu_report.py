@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu import ROOT, main
+from benchmarks import command
+from tests.benchmarks.kit import results, row
+from tests.gpu import main
 from tests.pretended.card import Card
 from tests.pretended.cuda import pretended_cuda
 
@@ -29,25 +31,25 @@ def test_the_report_names_the_card(
 ) -> None:
     commands: list[Sequence[str]] = []
 
-    def run(command: Sequence[str]) -> int:
-        commands.append(command)
-        if "pytest" in command:
+    def run(words: Sequence[str]) -> int:
+        commands.append(words)
+        if "pytest" in words:
             (tmp_path / "tests.xml").write_text(JUNIT)
             return codes[0]
         if not codes[1]:
-            (tmp_path / "serve.md").write_text("| load | tokens/s |")
+            command.write(tmp_path, "serve", results([row(1, "base", ours=[123.4] * 3)]))
         return codes[1]
 
     with pretended_cuda(Card(name="NVIDIA L4", capabilities=((8, 9),))):
         assert main([f"--out={tmp_path}", "--quick", "--rounds=1"], run) == max(codes)
     tests, benchmark = commands
     assert tests[1:5] == ["-m", "pytest", "-m", "cuda"]
-    assert (ROOT / benchmark[1]).is_file()
-    assert benchmark[2:] == ["--device=cuda", "--dtype=bf16", f"--out={tmp_path}", "--quick", "--rounds=1"]
+    assert benchmark[1:3] == ["-m", "benchmarks.serve"]
+    assert benchmark[3:] == ["--device=cuda", "--dtype=bf16", f"--out={tmp_path}", "--quick", "--rounds=1"]
     report = (tmp_path / "gpu.md").read_text()
     assert report.startswith("# NVIDIA L4, compute capability 8.9, 24 GiB; driver ")
     assert f"torch {torch.__version__}" in report.splitlines()[0]
     assert "8 tests passed, 2 failed, 2 were skipped." in report
-    assert ("| load | tokens/s |" in report) is (not codes[1])
+    assert ("123.4" in report) is (not codes[1])
     assert ("The benchmark didn't end." in report) is bool(codes[1])
     assert "NVIDIA L4" in capsys.readouterr().out

@@ -164,8 +164,8 @@ class Run:
     def _note_who_computes(self) -> None:
         """Steps by other code or devices than an attempt before had end in other bytes: the card says so."""
         is_native = isinstance(self._trainable, TrainableRows) and self._trainable.native is not None
-        is_on_library = is_native and self._library is not None
-        now = computed_by(self._library) if is_on_library else torch_on(self._base.device)
+        library = self._library if is_native else None
+        now = torch_on(self._base.device) if library is None else computed_by(library)
         before = self._counters.computed_by
         if before and before[-1] != now:
             log.warning("goes on with %s what %s began: the bytes won't be those of either", now, before[-1])
