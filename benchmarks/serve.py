@@ -34,10 +34,10 @@ from benchmarks.serving.results import Results, Settings, Start
 from benchmarks.serving.rounds import Rounds
 from benchmarks.serving.server_process import Server, ServerConfig, import_seconds
 from benchmarks.serving.systems import OurServer
-from server.model.export import export_hugging_face
+from server.model.base.export import export_hugging_face
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
 from server.model.rank_rows import RankRows
-from server.model.source import resolve_base
-from server.model.weights import BaseModel, load_base
 
 LOG = "serve.log"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

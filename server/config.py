@@ -1,6 +1,6 @@
 """Every setting of the server, from `SMOLORA_` environment variables and from `serve`'s flags.
 
-Built once by `server.cli` and passed in; nothing else reads the environment. A flag wins over its
+Built once by `server.cli.main` and passed in; nothing else reads the environment. A flag wins over its
 variable, and an empty variable counts as unset. What the defaults `auto` and null come to is decided
 where the hardware is known (`server.model`, `server.engine`).
 """

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.catalog import Catalog, Version
-from adapters.catalog_recovery import Recovered
+from adapters.catalog.catalog import Catalog, Version
+from adapters.catalog.records import Records
+from adapters.catalog.recovery import Recovered
 from adapters.errors import CorruptAdapter
-from adapters.records import Records
-from adapters.store import AdapterStore
+from adapters.store.store import AdapterStore
 from server.database import build_of, connect, faults, nobody_has_it_open, set_aside
 from server.errors import StartupError
 from server.home import serving
-from server.training.jobs import Jobs
+from server.training.queue.jobs import Jobs
 
 _TAKES = "the server's next start removes it"
 _MENDS = "the server's next start mends it"

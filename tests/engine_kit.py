@@ -17,7 +17,6 @@ from adapters.lora import MODULES, BaseShape, LoraModule, LoraWeights, ModuleKey
 from server.engine.adapter_pool import Load
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
-from server.engine.guidance import Guidance
 from server.engine.paged_attention import PagedCache
 from server.engine.request import (
     AdapterRef,
@@ -27,10 +26,11 @@ from server.engine.request import (
     SequenceOutput,
 )
 from server.engine.scheduler import SchedulerLimits
+from server.engine.structured.guidance import Guidance
+from server.model.base.weights import BaseModel
 from server.model.native.model import NativeModel
 from server.model.rank_rows import Placement, RankRows, Run
 from server.model.smollm import SmolLM
-from server.model.weights import BaseModel
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, logprobs=1)
 

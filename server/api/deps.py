@@ -6,18 +6,18 @@ from typing import Annotated, Protocol, cast
 
 from fastapi import Depends, Header, Request
 
-from server.api.estimate import Estimator
-from server.api.job_feeds import JobFeeds
-from server.api.library import Library
-from server.api.submission import Submissions
+from server.api.adapters.library import Library
+from server.api.train.estimate import Estimator
+from server.api.train.feeds import JobFeeds
+from server.api.train.submission import Submissions
 from server.config import Settings
-from server.engine.guidance import Guidance
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
+from server.engine.structured.guidance import Guidance
 from server.metrics import Metrics
-from server.model.chat import PromptEncoder
-from server.training.datasets import DatasetStore
-from server.training.files import FileStore
-from server.training.jobs import Jobs
+from server.model.text.chat import PromptEncoder
+from server.training.data.datasets import DatasetStore
+from server.training.data.files import FileStore
+from server.training.queue.jobs import Jobs
 
 
 class OutputStream(Protocol):

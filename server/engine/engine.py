@@ -15,7 +15,6 @@ from adapters.errors import InvalidInput, SmoloraError
 from server.engine.adapter_pool import AdapterPool, Load
 from server.engine.detokenizer import TextStream, TokenBytes
 from server.engine.forwards import NativeForward, TorchForward
-from server.engine.guidance import Guidance
 from server.engine.kv_cache import BlockManager
 from server.engine.paged_attention import PagedCache
 from server.engine.request import (
@@ -31,6 +30,7 @@ from server.engine.runner import Runner
 from server.engine.sampler import Logprobs, Sampled
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Sequence
+from server.engine.structured.guidance import Guidance
 from server.errors import EngineDead, GenerationFailed, NotReady
 from server.model.native.model import NativeModel
 from server.model.rank_rows import RankRows

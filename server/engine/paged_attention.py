@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from server.engine.scheduler import Chunk
-from server.model.config import ModelConfig
+from server.model.base.config import ModelConfig
 from server.model.device import to_device
 from server.model.ops.attention import (
     DecodePlan,

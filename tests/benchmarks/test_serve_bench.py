@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from adapters.peft_format import read
+from adapters.peft.files import read
 from benchmarks import serve
 from benchmarks.measure import Run
 from benchmarks.prompts import PromptSource, library_text
@@ -19,7 +19,7 @@ from benchmarks.serving.options import PEERS, parse
 from benchmarks.serving.page_cache import drop, read_seconds
 from benchmarks.serving.systems import BLENDS, DISTINCT, ONE, Facts, Load, Streams, fastest
 from benchmarks.serving.wires import LlamaCpp, Part, Request, Smolora, Usage, Wire, expression
-from server.model.weights import BaseModel
+from server.model.base.weights import BaseModel
 
 
 def event(data: Mapping[str, object]) -> bytes:

@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 
-from server.model.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights
+from server.model.base.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights
 from tests.pretended.card import Card, Counts, Event, Stream, here, on_stream
 from tests.pretended.modes import CUDA, Functions, Operations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from server import cli
+from server.cli import main as cli
 from server.config import PREFIX, Settings, forget_keys, is_loopback, load_settings, to_flags
 from server.errors import StartupError
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import torch
 
-from server.model.config import ModelConfig
+from server.model.base.config import ModelConfig
+from server.model.base.weights import BaseWeights
 from server.model.native.abi import MAX_GROUP, BaseSizes, call
 from server.model.native.library import NativeUnavailable
 from server.model.rank_rows import NATIVE_TILE
-from server.model.weights import BaseWeights
 
 
 def create(

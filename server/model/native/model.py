@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from server.model.config import ModelConfig
+from server.model.base.config import ModelConfig
+from server.model.base.weights import BaseWeights
 from server.model.lora_batch import TokenRun
 from server.model.native.abi import LoraModule, LoraPart, LoraPool, LoraSegment, ServeRun, ServeStep, call, columns
 from server.model.native.base import check_base, create
 from server.model.ops.norms import rotary_table
 from server.model.rank_rows import GROUPS, Placement, RankRows
-from server.model.weights import BaseWeights
 
 Ints = npt.NDArray[np.int64]
 _GROUPS = tuple(GROUPS)

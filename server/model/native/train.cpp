@@ -1,7 +1,7 @@
 // A training step's forward and backward pass, from token ids to final hidden states and from their gradients to those
 // of the adapter's A and B, for CPUs with AVX-512 and its bf16 products.
 //
-// The same arithmetic as server/model/smollm.py with server/training/trained_rows.py: what is multiplied is bf16, sums,
+// The same arithmetic as server/model/smollm.py with server/training/passes/trained_rows.py: what is multiplied is bf16, sums,
 // the residual stream and its gradient are fp32. The base's weights are read where they lie. Each number is one sum in
 // a fixed order, so that results depend neither on the number of threads nor on chance.
 #include "checks.h"

@@ -9,27 +9,27 @@ import sqlalchemy as sa
 import torch
 from fastapi import FastAPI
 
-from adapters.catalog import Catalog
+from adapters.catalog.catalog import Catalog
+from adapters.catalog.records import Records
 from adapters.lora import BaseShape
-from adapters.records import Records
-from adapters.store import AdapterStore
+from adapters.store.store import AdapterStore
+from server.api.adapters.library import Library
 from server.api.app import create_app
 from server.api.deps import Services
-from server.api.estimate import Estimator
-from server.api.job_feeds import JobFeeds
-from server.api.library import Library
-from server.api.submission import Submissions
+from server.api.train.estimate import Estimator
+from server.api.train.feeds import JobFeeds
+from server.api.train.submission import Submissions
 from server.config import Settings
 from server.database import connect
-from server.engine.guidance import Guidance
+from server.engine.structured.guidance import Guidance
 from server.metrics import Metrics
-from server.model.chat import PromptEncoder
-from server.model.vocabulary import tokenizer_json
-from server.training.datasets import DatasetStore
-from server.training.encoding import RowEncoder
-from server.training.files import FileStore, RowSources
-from server.training.jobs import Jobs
-from server.training.leases import Leases
+from server.model.text.chat import PromptEncoder
+from server.model.text.vocabulary import tokenizer_json
+from server.training.data.datasets import DatasetStore
+from server.training.data.encoding import RowEncoder
+from server.training.data.files import FileStore, RowSources
+from server.training.queue.jobs import Jobs
+from server.training.queue.leases import Leases
 from tests.server.api.fakes import FakeEngine
 from tests.tiny import tiny_tokenizer
 

@@ -5,7 +5,7 @@ import json
 import httpx
 import pytest
 
-from server.model.chat import PromptEncoder
+from server.model.text.chat import PromptEncoder
 from tests.server.api.conftest import MAX_MODEL_LEN
 from tests.server.api.fakes import FakeEngine
 

@@ -10,8 +10,8 @@ from adapters.lora import LoraWeights
 from server.engine.engine import Engine
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from server.engine.scheduler import SchedulerLimits
+from server.model.base.weights import BaseModel
 from server.model.smollm import SmolLM
-from server.model.weights import BaseModel
 from tests.engine_kit import (
     GREEDY,
     build_engine,

@@ -16,15 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from adapters.catalog import Catalog, combine
+from adapters.catalog.catalog import Catalog, combine
 from adapters.errors import InvalidInput
 from adapters.expression import parse
 from adapters.lora import LoraWeights
 from server.database import connect
+from server.model.base.weights import BaseModel
 from server.model.lora_batch import Parts
 from server.model.rank_rows import Placement, RankRows
 from server.model.smollm import SmolLM
-from server.model.weights import BaseModel
 from tests.engine_kit import place, random_adapter
 from tests.oracles.hugging_face import load_reference, logits, merged
 from tests.paged import paged_logits

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from adapters.lora import LoraWeights
+from server.model.base.weights import BaseModel, load_base
 from server.model.rank_rows import RankRows
 from server.model.smollm import SmolLM
-from server.model.weights import BaseModel, load_base
 from tests.engine_kit import place, random_adapter
 from tests.oracles.hugging_face import load_reference, logits, merged
 from tests.paged import paged_logits

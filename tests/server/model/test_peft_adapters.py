@@ -7,12 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
-from adapters import peft_format
 from adapters.lora import LoraWeights
+from adapters.peft import files as peft_format
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
 from server.model.rank_rows import RankRows
 from server.model.smollm import SmolLM
-from server.model.source import resolve_base
-from server.model.weights import BaseModel, load_base
 from tests.adapters.oracle import adapted
 from tests.engine_kit import place
 from tests.oracles.hugging_face import load_reference, logits

@@ -16,12 +16,12 @@ import torch
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
 from server.errors import GenerationFailed
+from server.model.base.weights import load_base
 from server.model.native.library import load_library
 from server.model.native.load import load_native
 from server.model.native.model import NativeLora, NativeModel
 from server.model.native.training import NativeTraining
 from server.model.rank_rows import RankRows
-from server.model.weights import load_base
 from tests.engine_kit import GREEDY, build_engine, run
 
 LONG = 16000  # tokens, whose numbers take some 25 MB

@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from server.model.config import ModelConfig
+from server.model.base.config import ModelConfig
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
 from server.model.lora_batch import LoraBatch, TokenRun
 from server.model.native.library import NativeUnavailable
 from server.model.native.model import NativeLora, NativeModel
 from server.model.rank_rows import Placement, RankRows
 from server.model.smollm import NoAdapters, SmolLM
-from server.model.source import resolve_base
-from server.model.weights import BaseModel, load_base
 from tests.engine_kit import place, random_adapter
 from tests.native_kit import SHAPES, native_library, widened
 from tests.tiny import save_tiny_base

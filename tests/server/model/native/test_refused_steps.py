@@ -9,12 +9,12 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
 from server.model.lora_batch import TokenRun
 from server.model.native.abi import LoraModule, LoraPart, columns
 from server.model.native.model import NativeLora, NativeModel
 from server.model.rank_rows import RankRows
-from server.model.source import resolve_base
-from server.model.weights import BaseModel, load_base
 from tests.engine_kit import place, random_adapter
 from tests.native_kit import SHAPES, native_library
 from tests.tiny import save_tiny_base
