@@ -1,1 +1,1 @@
-"""What adapters are called: names, versions, aliases and compositions, in a database and in records beside the bytes."""
+"""Names, versions, aliases and compositions of adapters: in a database, and in records beside the bytes."""

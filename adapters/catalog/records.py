@@ -9,8 +9,6 @@ tells from others. Writers are within a transaction of the catalog, which lets i
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -18,12 +16,13 @@ from datetime import datetime
 from pathlib import Path
 
 from adapters.catalog.versions import Part, Version
+from adapters.durable import UNFINISHED, new_file, sync
 from adapters.expression import valid_name
 
 FOLDER = "names"
 FORMAT = 1
 _NEXT = "next"
-_TEMPORARY = ".tmp-"
+_UNFINISHED = (f"{UNFINISHED}*", ".tmp-*")  # the latter by older releases
 _TUPLES = ("target_modules", "warnings")
 
 
@@ -50,9 +49,10 @@ class Records:
         place = self._root / version.name
         if not place.is_dir():
             place.mkdir(parents=True, exist_ok=True)
-            _sync(self._root.parent)
-            _sync(self._root)
-        _write(place / f"{version.version}.json", encode(version))
+            sync(self._root.parent)
+            sync(self._root)
+        with new_file(place / f"{version.version}.json") as unfinished:
+            unfinished.write_bytes(encode(version))
 
     def remove(self, name: str, numbers: list[int]) -> None:
         """Drop the records of these versions. That their numbers were given out stays known."""
@@ -62,14 +62,15 @@ class Records:
         if not gone:
             return
         if max(gone) == max(there) and _read_next(place) <= max(gone):
-            _write(place / _NEXT, b"%d" % (max(gone) + 1))
+            with new_file(place / _NEXT) as unfinished:
+                unfinished.write_bytes(b"%d" % (max(gone) + 1))
         self.forget(name, gone)
 
     def forget(self, name: str, numbers: list[int]) -> None:
         """Drop the records of versions that never were."""
         for number in numbers:
             (self._root / name / f"{number}.json").unlink(missing_ok=True)
-        _sync(self._root / name)
+        sync(self._root / name)
 
     def read(self) -> Found:
         """All records, by name and number."""
@@ -93,8 +94,9 @@ class Records:
 
     def clean(self) -> None:
         """Drop what killed writers left; only for one who knows that nobody is writing."""
-        for path in self._root.glob(f"*/{_TEMPORARY}*"):
-            path.unlink(missing_ok=True)
+        for pattern in _UNFINISHED:
+            for path in self._root.glob(f"*/{pattern}"):
+                path.unlink(missing_ok=True)
 
 
 class Recorder:
@@ -140,25 +142,3 @@ def _read_next(place: Path) -> int:
     with suppress(OSError, ValueError):
         return int((place / _NEXT).read_bytes())
     return 1
-
-
-def _write(path: Path, data: bytes) -> None:
-    handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(handle)
-        Path(name).rename(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from adapters.durable import sync
 from adapters.errors import CorruptAdapter, InvalidAdapter
 from adapters.lora import BaseShape, LoraWeights
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, PeftAdapter, read, write, write_synced
@@ -71,7 +72,7 @@ class AdapterStore:
             if original and CONFIG_NAME in original:
                 write_synced(temporary / CONFIG_NAME, original[CONFIG_NAME])
             write_synced(temporary / SIDECAR_NAME, sidecar.describe(adapter.weights, temporary))
-            _sync_directory(temporary)
+            sync(temporary)
             with self._locked():
                 if sidecar.is_whole(place):  # another thread or process was quicker
                     return _size(place)
@@ -79,8 +80,8 @@ class AdapterStore:
                 leftovers += self._set_aside(place)
                 place.parent.mkdir(exist_ok=True)
                 temporary.rename(place)
-                _sync_directory(place.parent)
-                _sync_directory(self._root)
+                sync(place.parent)
+                sync(self._root)
         finally:
             os.close(hold)
             _delete(leftovers)
@@ -230,7 +231,7 @@ class AdapterStore:
         aside = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self._root))
         with suppress(FileNotFoundError):
             place.rename(aside / place.name)
-            _sync_directory(place.parent)
+            sync(place.parent)
         return [aside]
 
     def _temporary(self) -> tuple[Path, int]:
@@ -289,11 +290,3 @@ def _delete(paths: Iterable[Path]) -> None:
 
 def _size(place: Path) -> int:
     return sum(path.stat().st_size for path in place.iterdir())
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

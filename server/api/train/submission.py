@@ -13,13 +13,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from adapters.durable import new_directory
 from adapters.errors import FieldError, InvalidInput, NotFound
 from adapters.expression import Term
 from server.api.adapters.library import Lease, Library
 from server.api.train.rows import JobRows, choose_rows
 from server.api.train.schemas import MAX_STEPS, TrainBody
 from server.api.train.spec import build_spec, parent_terms
-from server.model.base.directory import new_directory
 from server.training.data.encoding import RowEncoder
 from server.training.data.files import RowSources
 from server.training.data.job_data import JobData

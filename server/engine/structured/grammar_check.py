@@ -1,9 +1,9 @@
 """Compiles grammars of strangers where they can do no harm: in a process of their own, within limits.
 
-`python -m server.engine.structured.grammar_check` reads a tokenizer and then grammars, and forks a child for each of them,
-which compiles it and tries it out; limits of time and memory, or an overflow of its stack, end that child alone.
-It is niced below serving, and ends when its standard input does. `GrammarChecker` is the other end. Both speak
-lines of JSON.
+`python -m server.engine.structured.grammar_check` reads a tokenizer and then grammars, and forks a child for each
+of them, which compiles it and tries it out; limits of time and memory, or an overflow of its stack, end that child
+alone. It is niced below serving, and ends when its standard input does. `GrammarChecker` is the other end. Both
+speak lines of JSON.
 """
 
 import json

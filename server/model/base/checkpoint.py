@@ -1,8 +1,7 @@
 """A base model as it is found: configuration, tokenizer and tensors under their Hugging Face names.
 
 `open_directory` reads a Hugging Face directory (safetensors, in one file or sharded). The tokenizer is exactly
-what tokenizer.json says; nothing that comes with a model is executed. Converting it is `server.model.base.convert`'s
-part.
+what tokenizer.json says; nothing that comes with a model is executed. Converting it is `convert.py`'s part.
 """
 
 import json

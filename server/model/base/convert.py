@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from adapters.durable import new_directory, write_json
 from server.errors import StartupError
 from server.model.base.aligned import PlannedTensor, write_aligned
 from server.model.base.checkpoint import Checkpoint, StoredTensor, read_json
 from server.model.base.config import ModelConfig
-from server.model.base.directory import new_directory, write_json
 from server.model.base.layout import layout
 from server.model.base.weights import FORMAT, MANIFEST, WEIGHTS, Manifest, digest_of, load_weights
 

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters.durable import remove_unfinished
 from server.errors import StartupError
 from server.model.base.checkpoint import Checkpoint, open_directory
 from server.model.base.convert import convert
-from server.model.base.directory import remove_unfinished
 from server.model.base.embedded import EMBEDDED, find_gguf, open_gguf
 from server.model.base.hub import Snapshot, download
 from server.model.base.weights import MANIFEST, read_manifest

@@ -12,9 +12,7 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -22,16 +20,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Self, cast
 
-from adapters.errors import InvalidInput, NotFound, SmoloraError
-from server.model.base.directory import UNFINISHED, new_directory, write_json
+from adapters.durable import UNFINISHED, new_directory, write_json
+from adapters.errors import InvalidInput, SmoloraError
+from server.training.data.record_store import RecordStore
 from server.training.data.row_files import FILE, Format, format_of, read_rows
 from server.training.data.rows import Row, canonical_json, kind_of, parse_row
 from server.training.documents import read_document
 
 ROWS = "rows.jsonl"
 FACTS = "dataset.json"
-LEFTOVER_AGE = 3600.0
-"""Seconds after which what a killed process left behind is taken for abandoned."""
 _ID = re.compile(r"ds-[0-9a-f]{32}")
 
 
@@ -65,9 +62,10 @@ class DatasetStore:
     """The data sets under one root. Thread-safe."""
 
     def __init__(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
         self._root = root
-        self._clean()
+        self._records = RecordStore(
+            root, _ID, FACTS, Dataset.from_document, "no data set has this id", CorruptDataset
+        )
 
     def put(self, stream: BinaryIO, filename: str) -> Dataset:
         """Check all rows and store them; the format is the file name's ending.
@@ -104,64 +102,28 @@ class DatasetStore:
 
     def get(self, dataset_id: str) -> Dataset:
         """Raises NotFound."""
-        dataset = self._read(self._place(dataset_id))
-        if dataset is None:
-            raise NotFound("no data set has this id")
-        return dataset
+        return self._records.get(dataset_id)
 
     def list(self) -> list[Dataset]:
         """All of them, newest first."""
-        found = [self._read(path) for path in self._root.iterdir() if _ID.fullmatch(path.name)]
-        kept = [dataset for dataset in found if dataset is not None]
-        return sorted(kept, key=lambda dataset: (dataset.created_at, dataset.id), reverse=True)
+        return self._records.list()
 
     def rows(self, dataset_id: str) -> Iterator[Row]:
         """The rows in their order. Raises NotFound at once; CorruptDataset, at the latest at the end."""
-        return _checked_rows(self._place(dataset_id) / ROWS, self.get(dataset_id))
+        return _checked_rows(self._records.place(dataset_id) / ROWS, self.get(dataset_id))
 
     def delete(self, dataset_id: str) -> None:
         """Raises NotFound. Who is reading its rows now reads on."""
-        aside = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=self._root))
-        try:
-            self._place(dataset_id).rename(aside / "deleted")
-        except FileNotFoundError:
-            raise NotFound("no data set has this id") from None
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        self._records.delete(dataset_id)
 
     def _publish(self, rows: Path, dataset: Dataset) -> Dataset:
-        place = self._place(dataset.id)
-        existing = self._read(place)
+        existing = self._records.find(dataset.id)
         if existing is not None:
             return existing
-        with new_directory(place) as directory:
+        with new_directory(self._records.place(dataset.id)) as directory:
             os.replace(rows, directory / ROWS)
             write_json(directory / FACTS, dataset.to_document())
-        return self._read(place) or dataset  # another process may have been quicker
-
-    def _place(self, dataset_id: str) -> Path:
-        if not _ID.fullmatch(dataset_id):
-            raise NotFound("no data set has this id")
-        return self._root / dataset_id
-
-    def _read(self, place: Path) -> Dataset | None:
-        try:
-            return Dataset.from_document(json.loads((place / FACTS).read_bytes()))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError):
-            raise CorruptDataset(f"the facts of {place.name} are unreadable") from None
-
-    def _clean(self) -> None:
-        for path in self._root.glob(f"{UNFINISHED}*"):
-            try:
-                is_old = time.time() - path.stat().st_mtime > LEFTOVER_AGE
-            except FileNotFoundError:
-                continue
-            if is_old and path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            elif is_old:
-                path.unlink(missing_ok=True)
+        return self._records.find(dataset.id) or dataset  # another process may have been quicker
 
 
 class _Counted:

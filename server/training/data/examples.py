@@ -4,8 +4,6 @@ A file is safetensors of three flat tensors: `token_ids` int32 and `is_target` u
 `offsets` int64, where each row starts and the last one ends.
 """
 
-import os
-import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,8 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
+
+from adapters.durable import new_file
 
 
 @dataclass(frozen=True)
@@ -77,23 +77,14 @@ class Examples(Sequence[Example]):
         return (self[index] for index in range(len(self)))
 
     def save(self, path: Path) -> None:
-        """Write the file beside `path`, wait until it is on the disk, and rename it. Raises OSError."""
+        """Write the file, whole or not at all. Raises OSError."""
         tensors: dict[str, npt.NDArray[np.generic]] = {
             "token_ids": np.array(self._token_ids, np.int32),
             "is_target": np.array(self._is_target, np.uint8),
             "offsets": np.array(self._offsets, np.int64),
         }
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        os.close(handle)
-        unfinished = Path(name)
-        try:
+        with new_file(path) as unfinished:
             save_file(tensors, unfinished)
-            unfinished.chmod(0o644)
-            _sync(unfinished)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        _sync(path.parent)
 
     @classmethod
     def load(cls, path: Path) -> "Examples":
@@ -114,11 +105,3 @@ def save_examples(path: Path, examples: Iterable[Example]) -> None:
 def load_examples(path: Path) -> Examples:
     """As `Examples.load`."""
     return Examples.load(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

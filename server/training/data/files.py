@@ -9,21 +9,19 @@ is checked before an uploaded file is there, and again as it is read. Who uses a
 """
 
 import hashlib
-import json
 import re
 import secrets
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import BinaryIO, Literal, Self, cast
 
+from adapters.durable import new_directory, write_json
 from adapters.errors import InvalidInput, NotFound, SmoloraError
-from server.model.base.directory import UNFINISHED, new_directory, write_json
 from server.training.data.datasets import DatasetStore
+from server.training.data.record_store import RecordStore
 from server.training.data.row_files import FILE, Format, read_rows
 from server.training.data.rows import Row
 from server.training.documents import read_document
@@ -35,7 +33,6 @@ FACTS = "file.json"
 MAX_FILENAME = 255
 _ID = re.compile(r"file-[A-Za-z0-9-]{1,80}")
 _CHUNK = 1 << 20
-_LEFTOVER_SECONDS = 3600.0
 
 
 class CorruptFile(SmoloraError):
@@ -68,9 +65,7 @@ class FileStore:
     """The files under one root. Thread-safe."""
 
     def __init__(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        self._root = root
-        self._clean()
+        self._records = RecordStore(root, _ID, FACTS, StoredFile.from_document, "no file has this id", CorruptFile)
 
     def put(self, stream: BinaryIO, filename: str) -> StoredFile:
         """Keep rows to train on, as CSV where the name ends so, else as JSONL.
@@ -80,7 +75,7 @@ class FileStore:
         name = PurePath(filename).name[:MAX_FILENAME] or "rows.jsonl"
         file_format: Format = "csv" if name.lower().endswith(".csv") else "jsonl"
         file_id = f"{PREFIX}{secrets.token_hex(12)}"
-        with new_directory(self._root / file_id) as directory:
+        with new_directory(self._records.place(file_id)) as directory:
             content = directory / CONTENT
             with content.open("wb") as copy:
                 shutil.copyfileobj(stream, copy, _CHUNK)
@@ -101,32 +96,27 @@ class FileStore:
         digest = hashlib.sha256(content).hexdigest()
         name, size = f"{job_id}.csv", len(content)
         file = StoredFile(file_id, name, "fine-tune-results", "csv", size, digest, datetime.now(UTC))
-        with new_directory(self._root / file_id) as directory:
+        with new_directory(self._records.place(file_id)) as directory:
             (directory / CONTENT).write_bytes(content)
             write_json(directory / FACTS, file.to_document())
         return self.get(file_id)
 
     def get(self, file_id: str) -> StoredFile:
         """Raises NotFound."""
-        file = self._read(self._place(file_id))
-        if file is None:
-            raise NotFound("no file has this id")
-        return file
+        return self._records.get(file_id)
 
     def has(self, file_id: str) -> bool:
         """Whether it is there."""
-        return (self._place(file_id) / FACTS).exists()
+        return self._records.has(file_id)
 
     def list(self) -> list[StoredFile]:
         """All of them, newest first."""
-        found = [self._read(path) for path in self._root.iterdir() if _ID.fullmatch(path.name)]
-        kept = [file for file in found if file is not None]
-        return sorted(kept, key=lambda file: (file.created_at, file.id), reverse=True)
+        return self._records.list()
 
     def open(self, file_id: str) -> BinaryIO:
         """The bytes, to read and close; they outlive a delete. Raises NotFound."""
         try:
-            return (self._place(file_id) / CONTENT).open("rb")
+            return (self._records.place(file_id) / CONTENT).open("rb")
         except FileNotFoundError:
             raise NotFound("no file has this id") from None
 
@@ -139,36 +129,7 @@ class FileStore:
 
     def delete(self, file_id: str) -> None:
         """Raises NotFound. Who is reading it now reads on."""
-        aside = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=self._root))
-        try:
-            self._place(file_id).rename(aside / "deleted")
-        except FileNotFoundError:
-            raise NotFound("no file has this id") from None
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-
-    def _place(self, file_id: str) -> Path:
-        if not _ID.fullmatch(file_id):
-            raise NotFound("no file has this id")
-        return self._root / file_id
-
-    def _read(self, place: Path) -> StoredFile | None:
-        try:
-            return StoredFile.from_document(json.loads((place / FACTS).read_bytes()))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError):
-            raise CorruptFile(f"the facts of {place.name} are unreadable") from None
-
-    def _clean(self) -> None:
-        """Remove what killed processes left half-written."""
-        for path in self._root.glob(f"{UNFINISHED}*"):
-            try:
-                age = time.time() - path.stat().st_mtime
-            except FileNotFoundError:
-                continue
-            if age > _LEFTOVER_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+        self._records.delete(file_id)
 
 
 class RowSources:

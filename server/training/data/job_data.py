@@ -7,11 +7,11 @@ HOME/jobs/<id>/train.safetensors        rows to train on
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from adapters.durable import new_file
 from adapters.errors import SmoloraError
 from server.model.base.weights import BaseModel
 from server.training.data.encoding import Reference
@@ -55,12 +55,8 @@ class JobData:
             "facts": asdict(self.facts),
             "references": [asdict(r) for r in self.references],
         }
-        unfinished = directory / f".{_REST}"
-        with open(unfinished, "w", encoding="utf-8") as file:
-            json.dump(rest, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(directory / _REST)
+        with new_file(directory / _REST) as unfinished:
+            unfinished.write_text(json.dumps(rest), encoding="utf-8")
 
     @classmethod
     def load(cls, directory: Path) -> "JobData":

@@ -5,7 +5,7 @@
     {"text": "…"}                           trained on all of it
 
 `parse_row` takes what a JSON parser made and leaves nothing of it unchecked: every fault names its field, and no
-message quotes a row's text. Tokens are `server.training.data.encoding`'s part, files `server.training.data.row_files`'s.
+message quotes a row's text. Tokens are `encoding.py`'s part, files `row_files.py`'s.
 """
 
 import hashlib

@@ -2,7 +2,7 @@
 
     <checkpoints>/<token>-<step>/   state.safetensors   masters and moments, now and at the best evaluation
                                     state.json          the step, the best loss, patience, what was measured so far
-    <checkpoints>/.tmp-…            being written, or being removed
+    <checkpoints>/.unfinished-…     being written
 
 `token` is the claim's fencing token: a worker that lost its job writes beside, never over, what its successor
 wrote. The newest is the one of the highest token, then of the highest step. Older ones are removed when a newer
@@ -10,10 +10,8 @@ one is in place.
 """
 
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from adapters.durable import new_directory
 
 _NAME = re.compile(r"(\d+)-(\d+)")
 _TENSORS, _STATE = "state.safetensors", "state.json"
@@ -47,18 +47,10 @@ class Checkpoints:
         place = self._directory / f"{self._token}-{checkpoint.step}"
         if place.exists():
             return  # this attempt has stored that step
-        self._directory.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self._directory))
-        try:
+        with new_directory(place) as unfinished:
             save_file(dict(checkpoint.tensors), unfinished / _TENSORS)
             text = json.dumps({"step": checkpoint.step, **checkpoint.state}, allow_nan=False)
             (unfinished / _STATE).write_text(text, encoding="utf-8")
-            for path in (unfinished / _TENSORS, unfinished / _STATE, unfinished):
-                _sync(path)
-            unfinished.rename(place)
-            _sync(self._directory)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
         for _, _, older in self._stored()[:-1]:
             shutil.rmtree(older, ignore_errors=True)
 
@@ -78,11 +70,3 @@ class Checkpoints:
             return []
         found = ((_NAME.fullmatch(path.name), path) for path in self._directory.iterdir())
         return sorted((int(match[1]), int(match[2]), path) for match, path in found if match is not None)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Jobs, trainings and merges, as those see them who submit and steer them; workers have `server.training.queue.leases`.
+"""Jobs, trainings and merges, as those see them who submit and steer them; workers have `leases.py`.
 
 Every write is one transaction, every read one statement. A job's rows, checkpoints and log are files under HOME,
 which belong to others.

@@ -2,7 +2,7 @@
 
 Every write names the claim's fencing token and counts only while no later claim was made and the job wasn't
 cancelled; otherwise it changes nothing and raises LeaseLost. So a worker that was stopped for an hour can't
-publish, overwrite or double anything. The jobs themselves are in `server.training.queue.jobs`; nothing here needs torch.
+publish, overwrite or double anything. The jobs themselves are in `jobs.py`; nothing here needs torch.
 """
 
 import dataclasses

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from adapters.durable import new_file, remove_abandoned
 from adapters.errors import SmoloraError
 
 FILE_NAME = "reserve"
@@ -38,15 +39,11 @@ class Reserve:
             return True
         if self._num_free < 2 * RESERVE_BYTES:
             return False
-        beside = self._path.with_name(f"{FILE_NAME}.{os.getpid()}")
+        remove_abandoned(self._home)
         try:
-            with open(beside, "wb") as file:
-                file.write(os.urandom(RESERVE_BYTES))  # nothing that a file system could squeeze
-                file.flush()
-                os.fsync(file.fileno())
-            beside.rename(self._path)
+            with new_file(self._path) as unfinished:
+                unfinished.write_bytes(os.urandom(RESERVE_BYTES))  # nothing that a file system could squeeze
         except OSError:
-            beside.unlink(missing_ok=True)
             return False
         return True
 

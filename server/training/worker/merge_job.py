@@ -1,7 +1,7 @@
 """One attempt at a merge job: load the pinned parts, merge them, publish the result.
 
 There are no checkpoints: a merge takes seconds to minutes, and the same parts make the same bytes again, so that
-an attempt that was cut off is simply done once more. `server.training.worker.run_job` starts it, and knows how it ended.
+an attempt that was cut off is simply done once more. `run_job.py` starts it, and knows how it ended.
 """
 
 import math

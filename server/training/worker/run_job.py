@@ -1,6 +1,6 @@
 """The process in which one attempt at a job runs: `python -m server.training.worker.run_job ASSIGNMENT`.
 
-Started by `server.training.worker.worker`, which keeps the lease. Here the base is loaded, `train_job` or `merge_job`
+Started by `worker.py`, which keeps the lease. Here the base is loaded, `train_job` or `merge_job`
 does the work, and how the job ended is stored: success and the new version in one transaction, a failure that
 another attempt would repeat as a failure. Anything else that goes wrong is left to the exit code: the worker has
 it tried again, or ends where the base can't be loaded, which is no job's fault.

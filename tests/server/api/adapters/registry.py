@@ -1,8 +1,8 @@
 """The registry on a disk, done things to from outside; also as a process that is killed in the middle of one.
 
-`python -m tests.server.api.adapters.registry FILES` reads a line of JSON for each thing to do, forks a process that
-does it and dies at its n-th step (a file that is opened, renamed or removed, a lock, a commit), and says how that
-ended.
+`python -m tests.server.api.adapters.registry FILES` reads a line of JSON for each thing to do, forks a process
+that does it and dies at its n-th step (a file that is opened, renamed or removed, a lock, a commit), and says how
+that ended.
 """
 
 import json

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapters.durable import UNFINISHED
 from server.errors import StartupError
 from server.model.base.checkpoint import open_directory
 from server.model.base.convert import convert
-from server.model.base.directory import UNFINISHED
 from server.model.base.hub import Snapshot
 from server.model.base.source import resolve_base
 from server.model.base.weights import MANIFEST, WEIGHTS, load_base, read_manifest

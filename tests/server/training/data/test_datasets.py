@@ -11,9 +11,9 @@ from typing import BinaryIO, cast
 
 import pytest
 
+from adapters.durable import ABANDONED_AFTER, UNFINISHED
 from adapters.errors import InvalidInput, NotFound
-from server.model.base.directory import UNFINISHED
-from server.training.data.datasets import FACTS, LEFTOVER_AGE, ROWS, CorruptDataset, Dataset, DatasetStore
+from server.training.data.datasets import FACTS, ROWS, CorruptDataset, Dataset, DatasetStore
 from server.training.data.rows import CompletionRow, Row, TextRow, data_digest
 
 JSONL = b'{"prompt": "200", "completion": "OK"}\n{"prompt": "404", "completion": "Not Found"}\n'
@@ -142,7 +142,7 @@ def test_missing_rows_and_damaged_facts_are_noticed(store: DatasetStore, tmp_pat
 
 def test_what_a_killed_process_left_goes_when_it_is_old(tmp_path: Path) -> None:
     root = tmp_path / "datasets"
-    for age, name in ((0, "new"), (LEFTOVER_AGE + 60, "old")):
+    for age, name in ((0, "new"), (ABANDONED_AFTER + 60, "old")):
         (root / f"{UNFINISHED}{name}").mkdir(parents=True)
         (root / f"{UNFINISHED}{name}-file").touch()
         for path in root.glob(f"*{name}*"):
