@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from server.config import load_worker_settings
+from server.config import WorkerSettings, load
 
 
 def doctor(
@@ -29,7 +29,7 @@ def doctor(
     """Check the digests of all stored adapters, the database, and that neither has what the other lacks."""
     from server import doctor as practice
 
-    place = load_worker_settings(home=home).home
+    place = load(WorkerSettings, home=home).home
     rebuilt = practice.rebuild(place) if rebuild else None
     found = practice.examine(place)
     if as_json:

@@ -13,7 +13,6 @@ if sys.version_info < (3, 11):  # noqa: UP036  # pip would refuse; a checkout on
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,17 +24,10 @@ from server.cli.adapters import group as adapters
 from server.cli.client import generate, jobs
 from server.cli.compare import compare
 from server.cli.doctor import doctor
+from server.cli.options import with_flags
 from server.cli.prune import prune
 from server.cli.train import train
-from server.config import (
-    DEFAULT_MODEL,
-    Settings,
-    forget_keys,
-    hide_keys,
-    is_loopback,
-    load_settings,
-    load_worker_settings,
-)
+from server.config import Settings, WorkerSettings, forget_keys, hide_keys, is_loopback
 from server.errors import StartupError
 from server.home import make, prepare, serving
 from server.serve.address import bind, url
@@ -61,124 +53,20 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command()
-def serve(
-    home: Annotated[
-        Path | None, typer.Option(help="Everything stored: adapters, converted base. Default: ./data.")
-    ] = None,
-    host: Annotated[str | None, typer.Option(help="Where to listen. Default: 127.0.0.1.")] = None,
-    port: Annotated[int | None, typer.Option(help="Where to listen; 0: any free port. Default: 8000.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help=f"The base: {DEFAULT_MODEL}, a local directory or a hub id. Default: {DEFAULT_MODEL}."),
-    ] = None,
-    base_dir: Annotated[Path | None, typer.Option(help="Where a converted base is looked for first.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. Default: auto.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16. Default: auto.")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one batch. Default: 32.")] = None,
-    max_queue: Annotated[
-        int | None, typer.Option(help="Sequences that may wait for a place in it. Default: 256.")
-    ] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(help="Prompt and answer, in tokens. Default: the model's, at most 8192.")
-    ] = None,
-    kv_cache_bytes: Annotated[
-        str | None, typer.Option(help="Memory for keys and values, such as 2GiB. Default: by the machine.")
-    ] = None,
-    adapter_cache_bytes: Annotated[
-        str | None, typer.Option(help="Memory for resident adapters. Default: by the machine.")
-    ] = None,
-    api_keys: Annotated[
-        str | None,
-        typer.Option(
-            help="Comma-separated keys, one of which every request must bring; @FILE reads them from a file. "
-            "Whoever watches may see a flag for a moment: better in the file or in SMOLORA_API_KEYS. "
-            "Default: none needed."
-        ),
-    ] = None,
-    allow_anonymous: Annotated[
-        bool | None, typer.Option(help="Serve without keys off the loopback, too. Default: no.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Training worker processes to supervise. Default: 1.")
-    ] = None,
-    train_share: Annotated[
-        float | None, typer.Option(help="Share of the time for training while requests run. Default: 0.25.")
-    ] = None,
-    train_memory: Annotated[
-        float | None, typer.Option(help="Share of a GPU's memory for all workers' training. Default: 0.5.")
-    ] = None,
-    native: Annotated[
-        bool | None, typer.Option(help="Compute natively where this machine can. Default: yes.")
-    ] = None,
-    retain_jobs: Annotated[
-        float | None,
-        typer.Option(
-            help="Days after which ended jobs lose their rows, checkpoints, models and logs. Default: 0, never."
-        ),
-    ] = None,
-    allow_hub_adapters: Annotated[
-        bool | None, typer.Option(help="Let clients import adapters from the Hugging Face hub. Default: no.")
-    ] = None,
-) -> None:
+@with_flags(Settings)
+def serve(settings: Settings) -> None:
     """Serve generation over HTTP.
 
     Each flag is also an environment variable: SMOLORA_MAX_NUM_SEQS for --max-num-seqs, and so on.
     """
-    settings = load_settings(
-        home=home,
-        host=host,
-        port=port,
-        model=model,
-        base_dir=base_dir,
-        device=device,
-        dtype=dtype,
-        max_num_seqs=max_num_seqs,
-        max_queue=max_queue,
-        max_model_len=max_model_len,
-        kv_cache_bytes=kv_cache_bytes,
-        adapter_cache_bytes=adapter_cache_bytes,
-        api_keys=api_keys,
-        allow_anonymous=allow_anonymous,
-        workers=workers,
-        train_share=train_share,
-        train_memory=train_memory,
-        native=native,
-        retain_jobs=retain_jobs,
-        allow_hub_adapters=allow_hub_adapters,
-    )
     forget_keys()
     raise typer.Exit(_serve(settings))
 
 
 @app.command()
-def worker(
-    home: Annotated[Path | None, typer.Option(help="The server's. Default: ./data.")] = None,
-    model: Annotated[str | None, typer.Option(help="The server's base.")] = None,
-    base_dir: Annotated[Path | None, typer.Option(help="Where a converted base is looked for first.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. Default: auto.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16. Default: auto.")] = None,
-    train_share: Annotated[
-        float | None, typer.Option(help="Share of the time for training while requests run. Default: 0.25.")
-    ] = None,
-    train_memory: Annotated[
-        float | None, typer.Option(help="Share of a GPU's memory for a job. Default: what is free.")
-    ] = None,
-    native: Annotated[
-        bool | None, typer.Option(help="Compute natively where this machine can. Default: yes.")
-    ] = None,
-    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
-) -> None:
+@with_flags(WorkerSettings)
+def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(hidden=True)] = None) -> None:
     """Train queued jobs, one at a time, until told to stop; `serve` runs workers of its own (SMOLORA_WORKERS)."""
-    settings = load_worker_settings(
-        home=home,
-        model=model,
-        base_dir=base_dir,
-        device=device,
-        dtype=dtype,
-        train_share=train_share,
-        train_memory=train_memory,
-        native=native,
-    )
     from server.training.worker.worker import run_worker
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s[%(process)d] %(message)s")

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from server.config import load_worker_settings
+from server.config import WorkerSettings, load
 
 
 def prune(
@@ -39,7 +39,7 @@ def prune(
     from server.training.queue.jobs import Jobs
     from server.training.queue.retention import Retention
 
-    place = load_worker_settings(home=home).home
+    place = load(WorkerSettings, home=home).home
     if not (place / FILE_NAME).exists():
         raise StartupError(f"{place} isn't a server's home: it has no {FILE_NAME}; give --home or SMOLORA_HOME")
     engine = connect(place)

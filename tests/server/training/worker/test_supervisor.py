@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from server.config import load_worker_settings
+from server.config import WorkerSettings, load
 from server.database import connect
 from server.training.queue.jobs import Jobs, Status
 from server.training.worker.child import EXIT_NO_BASE
@@ -203,14 +203,14 @@ def test_killed_everything_below_ends_and_the_next_one_goes_on(tmp_path: Path) -
 
 def test_the_command_is_a_worker_with_the_same_settings(tmp_path: Path) -> None:
     """It ends by SIGTERM, and is gone at once when its parent is another process."""
-    settings = load_worker_settings(home=tmp_path / "a home", train_share=0.5, device="cpu", native=False)
+    settings = load(WorkerSettings, home=tmp_path / "a home", train_share=0.5, device="cpu", native=False)
     command = worker_command(settings)
     given = [flag.removeprefix("--") for flag in command[5:]]
     assert "no-native" in given
     flags = dict(flag.split("=", 1) for flag in given if "=" in flag)
     assert flags.pop("parent") == str(os.getpid())
     named = {name.replace("-", "_"): value for name, value in flags.items()}
-    assert load_worker_settings(**named, native=False) == settings
+    assert load(WorkerSettings, **named, native=False) == settings
     assert "base-dir" not in flags
     log = tmp_path / "log"
     with open(log, "wb") as output:
