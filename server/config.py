@@ -1,8 +1,8 @@
 """Every setting of the server, from `SMOLORA_` environment variables and from `serve`'s flags.
 
 Built once by the command line, which makes a flag of each field, and passed in; nothing else reads the
-environment. A flag wins over its variable, and an empty variable counts as unset. What the defaults `auto` and null
-come to is decided where the hardware is known (`server.model`, `server.engine`).
+environment. A flag wins over its variable, and an empty variable counts as unset. What `auto` and None come to is
+decided where the hardware is known (`server.model`, `server.engine`).
 """
 
 import ipaddress

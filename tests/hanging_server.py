@@ -22,8 +22,8 @@ from server.engine.watchdog import Watchdog
 from server.serve.address import bind
 from server.serve.process import run
 from server.serve.startup import build
-from server.training.worker.share import BusyFlag
 from server.training.worker.supervisor import Supervisor
+from server.training.worker.yielding import BusyFlag
 
 HANG, LONG, SLOW = 666, 667, 668
 AFTER = 30

@@ -1,9 +1,10 @@
 """What routes work with: built once at start-up, handed to the app, reached through `ServicesDep`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Protocol, cast
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Header, Request
 
 from server.api.adapters.library import Library
@@ -50,6 +51,14 @@ class EngineClient(Protocol):
 
 
 @dataclass(frozen=True)
+class Limiters:
+    """How many threads may do at once, over all routes, what costs cores and memory that the engine wants."""
+
+    preparing: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))  # bodies that are tokenized
+    checking: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))  # files of rows
+
+
+@dataclass(frozen=True)
 class Services:
     """Everything a route may need.
 
@@ -71,6 +80,7 @@ class Services:
     submissions: Submissions
     estimator: Estimator
     decode: Callable[[list[int]], str]
+    limiters: Limiters = field(default_factory=Limiters)
 
 
 def get_services(request: Request) -> Services:

@@ -103,8 +103,8 @@ def _serve_at(settings: Settings, say: Callable[[str], None]) -> int:
     from server.serve import logs
     from server.serve.process import run
     from server.serve.startup import build
-    from server.training.worker.share import BusyFlag
     from server.training.worker.supervisor import Supervisor, worker_command
+    from server.training.worker.yielding import BusyFlag
 
     try:
         services = build(settings, say)

@@ -20,8 +20,8 @@ from fastapi import FastAPI
 
 from server.api.deps import EngineClient
 from server.serve.address import cannot_listen
-from server.training.worker.share import BusyFlag
 from server.training.worker.supervisor import Supervisor
+from server.training.worker.yielding import BusyFlag
 
 DRAIN_SECONDS = 30.0
 _FLUSH_SECONDS = 3  # for answers that are on their way when nothing runs any more

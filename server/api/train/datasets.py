@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from fastapi import APIRouter, Path, Request
 from starlette.datastructures import FormData
 from starlette.responses import Response
@@ -18,7 +18,6 @@ from server.training.data.datasets import Dataset, DatasetStore
 
 router = APIRouter(prefix="/datasets", tags=["train"])
 
-_checking = CapacityLimiter(2)  # files that are checked at once: the cores are the engine's
 
 DatasetId = Annotated[str, Path(max_length=256)]
 
@@ -35,7 +34,7 @@ async def upload(request: Request, services: ServicesDep) -> Response:
     """Check every line of a JSONL or CSV file and keep its rows, under an id that follows from them."""
     form = await read_form(request)
     try:
-        dataset = await to_thread.run_sync(_put, services.datasets, form, limiter=_checking)
+        dataset = await to_thread.run_sync(_put, services.datasets, form, limiter=services.limiters.checking)
     finally:
         await form.close()
     return wire.answer(dataset_document(dataset), 201, {"Location": f"/datasets/{dataset.id}"})

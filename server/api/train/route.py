@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path as FilePath
 from typing import Annotated
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from fastapi import APIRouter, Header, Path, Query, Request
 from starlette.responses import Response
 
@@ -27,7 +27,6 @@ router = APIRouter(prefix="/train", route_class=StrictRoute, tags=["train"])
 MAX_PAGE = 1000
 MAX_EVENTS = 10_000
 _SSE = "text/event-stream"
-_preparing = CapacityLimiter(2)  # bodies that are tokenized at once: cores and memory are the engine's
 
 JobId = Annotated[str, Path(max_length=256)]
 EventNumber = Annotated[int, Query(ge=0, lt=1 << 31, description="only those with a higher seq")]
@@ -54,9 +53,9 @@ async def submit(
 ) -> Response:
     """Queue a training job. Its rows are split and tokenized at once, so that what is wrong is said at once."""
     if dry_run:
-        document = await to_thread.run_sync(_dry_run, services, body, limiter=_preparing)
+        document = await to_thread.run_sync(_dry_run, services, body, limiter=services.limiters.preparing)
         return wire.answer(document)
-    job = await to_thread.run_sync(services.submissions.submit, body, key, limiter=_preparing)
+    job = await to_thread.run_sync(services.submissions.submit, body, key, limiter=services.limiters.preparing)
     return wire.answer(job_document(job), 202, {"Location": f"/train/{job.id}"})
 
 

@@ -80,16 +80,16 @@ def evaluate(
     examples: Sequence[Example],
     *,
     max_tokens: int = MAX_TOKENS,
-    between: Callable[[], None] = _go_on,
+    yield_or_leave: Callable[[], None] = _go_on,
 ) -> Evaluation:
     """Loss and accuracy over the tokens of `examples` that are trained on, of which there must be some.
 
-    `between` is called before each micro-batch and may raise to end it all. The result depends on `max_tokens` by
+    `yield_or_leave` is called before each micro-batch, and may raise to end it. The result depends on `max_tokens` by
     rounding alone. A loss that isn't finite is returned as it is.
     """
     loss, num_right, num_tokens = 0.0, 0, 0
     for indices in pack([len(example.token_ids) for example in examples], max_tokens):
-        between()
+        yield_or_leave()
         batch = [examples[index] for index in indices]
         found = _micro_batch(model, adapters, batch)
         loss, num_right, num_tokens = loss + found[0], num_right + found[1], num_tokens + found[2]
@@ -122,14 +122,14 @@ def exact_match(
     weights: LoraWeights | None,
     references: Sequence[Reference],
     *,
-    between: Callable[[], None] = _go_on,
+    yield_or_leave: Callable[[], None] = _go_on,
     library: ctypes.CDLL | None = None,
 ) -> float | None:
     """The share of references that greedy completions equal, both stripped of whitespace around them.
 
     A completion ends at an end token, or `MORE_TOKENS` after the reference's length; it is given up at the first
     token with which it can't become equal any more. A prompt that leaves no room for one in the base's context
-    counts as missed. None where there are no references. `between` is called before each step of the engine.
+    counts as missed. None where there are no references. `yield_or_leave` is called before each step of the engine.
     With `library`, native code computes the steps.
     """
     limit = base.config.max_position_embeddings
@@ -142,7 +142,7 @@ def exact_match(
             sampling = SamplingParams(min(reference.num_tokens + MORE_TOKENS, room), temperature=0.0)
             requests[str(number)] = GenerationRequest(str(number), reference.prompt, sampling, adapters)
             wanted[str(number)] = reference.text.strip()
-    num_matched = _count_matches(base, weights, requests, wanted, between, library) if requests else 0
+    num_matched = _count_matches(base, weights, requests, wanted, yield_or_leave, library) if requests else 0
     return num_matched / len(references) if references else None
 
 
@@ -151,7 +151,7 @@ def _count_matches(
     weights: LoraWeights | None,
     requests: dict[str, GenerationRequest],
     wanted: dict[str, str],
-    between: Callable[[], None],
+    yield_or_leave: Callable[[], None],
     library: ctypes.CDLL | None,
 ) -> int:
     lengths = [len(r.prompt_token_ids) + r.sampling.max_tokens for r in requests.values()]
@@ -162,7 +162,7 @@ def _count_matches(
         for request in requests.values():
             engine.add(request)
         while engine.has_work:
-            between()
+            yield_or_leave()
             outputs = engine.step()
             for output in outputs:
                 if output.error is not None:

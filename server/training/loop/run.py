@@ -38,7 +38,7 @@ CHECKPOINT_SECONDS = 30.0
 class Reporter(Protocol):
     """Who listens to a run. Any of these may raise to end it; what was checkpointed stays."""
 
-    def between(self) -> None:
+    def yield_or_leave(self) -> None:
         """Called at least once a micro-batch: yields to serving, and leaves where that is wanted."""
         ...
 
@@ -173,7 +173,7 @@ class Run:
             before.append(now)
 
     def _step(self) -> None:
-        result = self._trainer.run_step(self._reporter.between)
+        result = self._trainer.run_step(self._reporter.yield_or_leave)
         self._count(result)
         self._report_step()
 
@@ -223,8 +223,8 @@ class Run:
     def _held_out_loss(self) -> float:
         """Of the present weights."""
         assert self._data.validation is not None, "eval_steps without held-out rows"
-        trainable, between = self._trainable, self._reporter.between
-        found = evaluate(trainable.model, trainable.adapters, self._data.validation, between=between)
+        trainable, yield_or_leave = self._trainable, self._reporter.yield_or_leave
+        found = evaluate(trainable.model, trainable.adapters, self._data.validation, yield_or_leave=yield_or_leave)
         self._check_finite(found)
         return found.loss
 
@@ -267,13 +267,17 @@ class Run:
     ) -> Evaluation:
         """Loss, accuracy and, where the loss is a number, exact match on the held-out rows."""
         assert self._data.validation is not None
-        between = self._reporter.between
+        yield_or_leave = self._reporter.yield_or_leave
         adapters = NoAdapters() if weights is None else self._trainable.adapters
-        found = evaluate(model, adapters, self._data.validation, between=between)
+        found = evaluate(model, adapters, self._data.validation, yield_or_leave=yield_or_leave)
         if not found.is_finite:
             return found
         matched = exact_match(
-            tuned_base or self._base, weights, self._data.references, between=between, library=self._library
+            tuned_base or self._base,
+            weights,
+            self._data.references,
+            yield_or_leave=yield_or_leave,
+            library=self._library,
         )
         return replace(found, exact_match=matched)
 

@@ -93,8 +93,8 @@ class Trainer:
         """Passes over the data so far."""
         return self.step / self._steps_per_epoch
 
-    def run_step(self, between: Callable[[], None] = lambda: None) -> StepResult:
-        """One optimizer step. `between` is called before each micro-batch; what it raises leaves the step undone.
+    def run_step(self, yield_or_leave: Callable[[], None] = lambda: None) -> StepResult:
+        """One optimizer step. `yield_or_leave` is called before each micro-batch: the step is undone if it raises.
 
         Raises TrainingDiverged where the loss or a gradient is not finite.
         """
@@ -107,7 +107,7 @@ class Trainer:
         paused = 0.0
         for micro_batch in self._micro_batches(rows):
             before = time.perf_counter()
-            between()
+            yield_or_leave()
             paused += time.perf_counter() - before
             loss += self._backward(micro_batch, num_targets)
         self.trainable.end_step()

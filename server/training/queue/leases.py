@@ -44,7 +44,7 @@ class Status(StrEnum):
         return self in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
 
 
-class Wish(Enum):
+class Directive(Enum):
     """What the world wants of whoever holds a claim."""
 
     GO_ON = auto()
@@ -106,10 +106,10 @@ class Leases:
                 return None
         return transact(self._engine, work)
 
-    def wish(self, claim: Claim) -> Wish:
+    def directive(self, claim: Claim) -> Directive:
         """What is wanted of the claim's holder: one read, no lock."""
         with self._reader.connect() as connection:
-            return _wish(connection, claim)
+            return _directive(connection, claim)
 
     def status(self, job_id: str) -> Status | None:
         """Where the job stands; None: there is no such job."""
@@ -123,14 +123,14 @@ class Leases:
         lease_seconds: float = LEASE_SECONDS,
         progress: Mapping[str, object] | None = None,
         metrics: Mapping[str, object] | None = None,
-    ) -> Wish:
+    ) -> Directive:
         """Keep the job for `lease_seconds` from now, and store how far it is; what is wanted of the holder."""
         values: dict[str, object] = {"lease_until": self._now() + lease_seconds}
         values |= {"progress": plain(progress)} if progress is not None else {}
         values |= {"metrics": plain(metrics)} if metrics is not None else {}
         with self._engine.begin() as connection:
             connection.execute(sa.update(jobs).where(_held(claim)).values(values))
-            return _wish(connection, claim)
+            return _directive(connection, claim)
 
     def add_event(
         self,
@@ -208,7 +208,7 @@ class Leases:
             job_events.append(connection, claim.job_id, error, level="error")
 
     def release(self, claim: Claim) -> None:
-        """Let the job go, as asked: it is paused if that was the wish, else queued at its old place.
+        """Let the job go, as asked: it is paused if that was the directive, else queued at its old place.
 
         The attempt doesn't count as one without a new checkpoint. Raises LeaseLost.
         """
@@ -281,16 +281,16 @@ def _held(claim: Claim) -> sa.ColumnElement[bool]:
     return sa.and_(jobs.c.id == claim.job_id, jobs.c.token == claim.token, jobs.c.status == Status.RUNNING)
 
 
-def _wish(connection: sa.Connection, claim: Claim) -> Wish:
+def _directive(connection: sa.Connection, claim: Claim) -> Directive:
     query = sa.select(jobs.c.status, jobs.c.token, jobs.c.wants_pause).where(jobs.c.id == claim.job_id)
     row = connection.execute(query).first()
     if row is None or row.token != claim.token:
-        return Wish.LOST
+        return Directive.LOST
     if row.status == Status.RUNNING:
-        return Wish.PAUSE if row.wants_pause else Wish.GO_ON
+        return Directive.PAUSE if row.wants_pause else Directive.GO_ON
     if row.status == Status.CANCELLED:
-        return Wish.CANCEL
-    return Wish.ENDED if Status(row.status).has_ended else Wish.LOST
+        return Directive.CANCEL
+    return Directive.ENDED if Status(row.status).has_ended else Directive.LOST
 
 
 def _end(connection: sa.Connection, job_id: str, status: Status, **values: object) -> None:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from server.training.queue.leases import Claim, Leases
-from server.training.worker.child import WorkerLink
-from server.training.worker.share import Yielding
+from server.training.worker.job_pipe import WorkerLink
+from server.training.worker.yielding import Yielding
 
 
 class Leave(Exception):
@@ -12,7 +12,7 @@ class Leave(Exception):
 
 
 class JobReporter:
-    """`run.Reporter` over the worker's pipe and the database; `between` raises Leave."""
+    """`run.Reporter` over the worker's pipe and the database; `yield_or_leave` raises Leave."""
 
     def __init__(self, link: WorkerLink, leases: Leases, claim: Claim, yielding: Yielding) -> None:
         self._link = link
@@ -20,7 +20,7 @@ class JobReporter:
         self._claim = claim
         self._yielding = yielding
 
-    def between(self) -> None:
+    def yield_or_leave(self) -> None:
         self._link.beat()
         self._yielding.pause(self._goes_on)
         if self._link.should_leave:

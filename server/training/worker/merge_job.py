@@ -34,15 +34,15 @@ def run_merge(
     started = time.monotonic()
     adapters = []
     for digest, weight in combine(spec.parts):
-        reporter.between()
+        reporter.yield_or_leave()
         store.verify(digest)
         adapters.append((store.load(digest), weight))
 
-    def between(done: int, total: int) -> None:
-        reporter.between()
+    def yield_or_leave(done: int, total: int) -> None:
+        reporter.yield_or_leave()
         reporter.progress({"step": done, "total_steps": total}, {})
 
-    weights = merge(adapters, spec.recipe, between)
+    weights = merge(adapters, spec.recipe, yield_or_leave)
     # that of the parts, which needn't be the base that happens to be served
     origin = Origin.of(catalog.version(part.name, part.version) for part in spec.parts)
     base_model = base.name if origin.base_digest == base.digest else origin.base_model

@@ -27,11 +27,11 @@ from server.training.merge_spec import MergeSpec, Spec
 from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Claim, LeaseLost, Leases
 from server.training.queue.reserve import DISK_FULL, Reserve
-from server.training.worker.child import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Assignment, WorkerLink
+from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Assignment, WorkerLink
 from server.training.worker.job_reporter import JobReporter, Leave
 from server.training.worker.merge_job import run_merge
-from server.training.worker.share import BusyFlag, Yielding
 from server.training.worker.train_job import TrainingAttempt
+from server.training.worker.yielding import BusyFlag, Yielding
 
 OUT_OF_MEMORY = (
     "the job ran out of memory: set training.packing to false, so that it computes a row at a time, lower "

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from server.config import WorkerSettings, to_flags
-from server.training.worker.child import EXIT_NO_BASE
+from server.training.worker.job_pipe import EXIT_NO_BASE
 
 FIRST_DELAY = 0.25
 MAX_DELAY = 4.0  # so that a dead worker's job is claimed again in time

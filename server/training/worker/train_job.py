@@ -154,7 +154,7 @@ class TrainingAttempt:
             self._store.load(part.digest), self._base.config.shape, self._base.dtype, self._base.device
         )
         model = SmolLM(self._base.config, self._base.weights, max_positions=self._spec.training.max_length)
-        found = evaluate(model, rows, data.validation, between=self._reporter.between)
+        found = evaluate(model, rows, data.validation, yield_or_leave=self._reporter.yield_or_leave)
         if not found.is_finite:
             raise LossNotFinite(
                 f"the held-out loss of {name}@{part.version} is not a number, so that nothing improves on it: "

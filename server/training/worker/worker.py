@@ -4,7 +4,7 @@ The worker itself stays small and never blocks: it keeps the lease, by a thread 
 step may take longer than a lease; it tells the process to leave when the job is paused or the worker is
 stopped; it kills the process when the job was cancelled or lost, or when no sign of progress comes any more; and
 it ends where the base can't be loaded, so that jobs wait for a worker that can. What training is, only the process
-knows (`server.training.worker.run_job`); they talk as `server.training.worker.child` says.
+knows (`server.training.worker.run_job`); they talk as `server.training.worker.job_pipe` says.
 """
 
 import logging
@@ -21,9 +21,9 @@ from pathlib import Path
 from server.config import WorkerSettings
 from server.database import connect
 from server.training.queue.job_files import JobFiles
-from server.training.queue.leases import LEASE_SECONDS, MAX_CRASH_DELAY, Claim, LeaseLost, Leases, Wish
+from server.training.queue.leases import LEASE_SECONDS, MAX_CRASH_DELAY, Claim, Directive, LeaseLost, Leases
 from server.training.queue.reserve import DISK_FULL, Reserve
-from server.training.worker.child import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Child
+from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Child
 from server.training.worker.parent import end_with_parent, has_lost_parent
 
 COMMAND = (sys.executable, "-P", "-m", "server.training.worker.run_job")
@@ -41,7 +41,7 @@ class Timing:
 
     lease: float = LEASE_SECONDS
     heartbeat: float = 2.5  # between writes that keep the lease
-    wish: float = 0.25  # between looks at what is wanted
+    directive: float = 0.25  # between looks at what is asked of the job
     poll: float = 0.5  # between looks for a job
     hung: float = 300.0  # without a sign of progress, until the process counts as hung
     leave: float = 20.0  # for a process to checkpoint and leave, until it is killed, where the worker must end
@@ -142,9 +142,9 @@ class Worker:
             patience = timing.leave if self._is_stopping else timing.pause
             if attempt.is_void or leaving > patience or quiet > timing.hung:
                 child.kill()
-            elif attempt.wish is Wish.ENDED:
+            elif attempt.directive is Directive.ENDED:
                 leaving += elapsed
-            elif attempt.wish is Wish.PAUSE or self._is_stopping:
+            elif attempt.directive is Directive.PAUSE or self._is_stopping:
                 if not attempt.should_leave:
                     attempt.should_leave = True
                     child.ask_to_leave()
@@ -207,7 +207,7 @@ class _Attempt:
 
     def __init__(self, leases: Leases, claim: Claim, timing: Timing) -> None:
         self.claim = claim
-        self.wish = Wish.GO_ON
+        self.directive = Directive.GO_ON
         self.should_leave = False
         self.progress: Mapping[str, object] | None = None
         self.metrics: Mapping[str, object] | None = None
@@ -219,7 +219,7 @@ class _Attempt:
     @property
     def is_void(self) -> bool:
         """Whether nothing that comes of it counts any more."""
-        return self.wish in (Wish.CANCEL, Wish.LOST)
+        return self.directive in (Directive.CANCEL, Directive.LOST)
 
     def __enter__(self) -> None:
         self._thread.start()
@@ -230,20 +230,20 @@ class _Attempt:
 
     def keep(self) -> None:
         """Keep the lease, and store how far the process is."""
-        self.wish = self._leases.heartbeat(self.claim, self._timing.lease, self.progress, self.metrics)
+        self.directive = self._leases.heartbeat(self.claim, self._timing.lease, self.progress, self.metrics)
 
     def _run(self) -> None:
         due = 0.0
-        while not self._has_ended.wait(self._timing.wish):
+        while not self._has_ended.wait(self._timing.directive):
             try:
                 if time.monotonic() >= due:
                     due = time.monotonic() + self._timing.heartbeat
                     self.keep()
                 else:
-                    self.wish = self._leases.wish(self.claim)
+                    self.directive = self._leases.directive(self.claim)
             except Exception as error:  # the next one may succeed; if not, the lease is for others to take
                 log.warning("no heartbeat: %s", error)
-            if self.is_void or self.wish is Wish.ENDED:
+            if self.is_void or self.directive is Directive.ENDED:
                 return
 
 

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Annotated, BinaryIO, Literal
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from fastapi import APIRouter, Path, Query, Request
 from starlette.datastructures import FormData
 from starlette.responses import Response
@@ -22,7 +22,6 @@ router = APIRouter(prefix="/files", tags=["openai"])
 
 MAX_PAGE = 10_000
 _CHUNK = 1 << 16
-_checking = CapacityLimiter(2)  # files that are checked at once: the cores are the engine's
 
 _PURPOSE = "purpose"
 
@@ -61,7 +60,7 @@ async def upload(request: Request, services: ServicesDep) -> Response:
     """Check every line and keep the file. The same bytes again are another file."""
     form = await read_form(request)
     try:
-        file = await to_thread.run_sync(_put, services.files, form, limiter=_checking)
+        file = await to_thread.run_sync(_put, services.files, form, limiter=services.limiters.checking)
     finally:
         await form.close()
     return wire.answer(file_object(file))

@@ -68,7 +68,7 @@ def kept_fields(body: FineTuningBody, base_name: str) -> dict[str, object]:
     }
 
 
-def in_their_words(error: InvalidInput) -> InvalidInput:
+def with_openai_field_names(error: InvalidInput) -> InvalidInput:
     """The faults that POST /train would name, by the names of OpenAI's fields."""
     return InvalidInput([FieldError(_renamed(fault.loc), fault.message) for fault in error.errors])
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Annotated
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import Response
 
@@ -19,11 +19,11 @@ from server.api.openai.fine_tuning.objects import (
     checkpoint_object,
     event_object,
     event_seq,
-    in_their_words,
     job_object,
     kept_fields,
     page_object,
     train_body,
+    with_openai_field_names,
 )
 from server.api.openai.fine_tuning.schemas import (
     FineTuningBody,
@@ -40,7 +40,6 @@ router = APIRouter(prefix="/fine_tuning/jobs", route_class=StrictRoute, tags=["o
 
 MAX_PAGE = 1000
 _BATCH = 100
-_preparing = CapacityLimiter(2)  # bodies that are tokenized at once: cores and memory are the engine's
 
 JobId = Annotated[str, Path(max_length=256)]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="of a page")]
@@ -55,7 +54,7 @@ async def create(
     key: IdempotencyKey = None,
 ) -> Response:
     """Queue a job. The adapter is called `suffix`, and is its next version where there is one of that name."""
-    job = await to_thread.run_sync(_submit, services, body, key, limiter=_preparing)
+    job = await to_thread.run_sync(_submit, services, body, key, limiter=services.limiters.preparing)
     return _answer(services, job)
 
 
@@ -120,7 +119,7 @@ def _submit(services: Services, body: FineTuningBody, key: str | None) -> Job:
     try:
         return services.submissions.submit(submitted, key, kept_fields(body, services.base_name))
     except InvalidInput as error:
-        raise in_their_words(error) from None
+        raise with_openai_field_names(error) from None
     except NotFound as error:
         files = {"training_file": body.training_file, "validation_file": body.validation_file}
         for field, file_id in files.items():

@@ -45,7 +45,7 @@ class Listener:
     def __init__(self, left: int | None = None) -> None:
         self.left = left
 
-    def between(self) -> None:
+    def yield_or_leave(self) -> None:
         if self.left is not None:
             self.left -= 1
             if self.left < 0:

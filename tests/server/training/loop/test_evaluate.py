@@ -89,7 +89,7 @@ def test_between_micro_batches(tiny_base: BaseModel) -> None:
         NoAdapters(),
         make_examples((5, 6, 7)),
         max_tokens=1,
-        between=lambda: calls.append(None),
+        yield_or_leave=lambda: calls.append(None),
     )
     assert len(calls) == 3
 
@@ -97,7 +97,7 @@ def test_between_micro_batches(tiny_base: BaseModel) -> None:
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        evaluate(model_of(tiny_base), NoAdapters(), make_examples(), between=stop)
+        evaluate(model_of(tiny_base), NoAdapters(), make_examples(), yield_or_leave=stop)
 
 
 def test_no_counted_token(tiny_base: BaseModel) -> None:
@@ -185,7 +185,7 @@ def test_a_completion_is_given_up_once_it_cannot_match(tiny_base: BaseModel, tin
     wrong = first_reference(tiny_base, tiny_base_dir, "404", ("b" if first == "a" else "a") * 300)
     assert wrong.num_tokens > 100
     steps: list[None] = []
-    assert exact_match(tiny_base, None, [wrong], between=lambda: steps.append(None)) == 0
+    assert exact_match(tiny_base, None, [wrong], yield_or_leave=lambda: steps.append(None)) == 0
     assert 0 < len(steps) < 20
 
 
@@ -214,7 +214,7 @@ def test_between_steps(tiny_base: BaseModel) -> None:
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        exact_match(tiny_base, None, [Reference((3, 4, 5), "x", 1)], between=stop)
+        exact_match(tiny_base, None, [Reference((3, 4, 5), "x", 1)], yield_or_leave=stop)
 
 
 def test_no_references_and_no_room(tiny_base: BaseModel) -> None:

@@ -43,7 +43,7 @@ class Listener:
         self.checkpoints: list[int] = []
         self._left = end_before
 
-    def between(self) -> None:
+    def yield_or_leave(self) -> None:
         if self._left is not None:
             self._left -= 1
             if self._left < 0:

@@ -18,7 +18,7 @@ from adapters.expression import Term
 from server.errors import QueueFull
 from server.training.queue import tables as job_tables
 from server.training.queue.jobs import Job, Jobs, Status
-from server.training.queue.leases import Claim, LeaseLost, Leases, Wish
+from server.training.queue.leases import Claim, Directive, LeaseLost, Leases
 from server.training.spec import JobSpec, LoraSpec
 from tests.server.training.job_kit import submit
 
@@ -210,7 +210,7 @@ def test_a_lease_runs_out_unless_it_is_kept(jobs: Jobs, leases: Leases, clock: C
     first = claim_first(leases, 10)
     for _ in range(4):
         clock.now += 9
-        assert leases.heartbeat(first, 10, {"step": 1}, {"train_loss": 2.0}) is Wish.GO_ON
+        assert leases.heartbeat(first, 10, {"step": 1}, {"train_loss": 2.0}) is Directive.GO_ON
     clock.now += 9.9
     assert leases.claim("w2", 60) is None
     clock.now += 0.2
@@ -239,8 +239,8 @@ def test_a_worker_that_lost_its_lease_changes_nothing(jobs: Jobs, leases: Leases
     for write in writes:
         with pytest.raises(LeaseLost):
             write()
-    assert leases.heartbeat(stale, 60, {"step": 5}) is Wish.LOST
-    assert leases.wish(stale) is Wish.LOST
+    assert leases.heartbeat(stale, 60, {"step": 5}) is Directive.LOST
+    assert leases.directive(stale) is Directive.LOST
     assert (jobs.get("j1"), jobs.events("j1")) == before
     assert Catalog(engine).list() == []
 
@@ -248,7 +248,7 @@ def test_a_worker_that_lost_its_lease_changes_nothing(jobs: Jobs, leases: Leases
 def test_a_worker_that_comes_back_before_others_goes_on(jobs: Jobs, leases: Leases) -> None:
     submit(jobs, "j1")
     claim = claim_first(leases, 0.0)
-    assert leases.heartbeat(claim, 60) is Wish.GO_ON
+    assert leases.heartbeat(claim, 60) is Directive.GO_ON
     assert leases.claim("w2") is None
     succeed(leases, claim)
 
@@ -412,7 +412,7 @@ def test_what_is_released_goes_back_to_its_old_place(jobs: Jobs, leases: Leases)
     claim = claim_first(leases)
     leases.release(claim)
     assert [jobs.get(f"j{i}").position for i in range(3)] == [1, 2, 3]
-    assert leases.wish(claim) is Wish.LOST
+    assert leases.directive(claim) is Directive.LOST
     assert claim_first(leases).job_id == "j0"
 
 
@@ -425,7 +425,7 @@ def test_pause_and_resume(jobs: Jobs, leases: Leases) -> None:
     job = jobs.pause("j0")
     assert (job.status, job.is_pausing) == (Status.RUNNING, True)
     assert jobs.pause("j0") == job
-    assert leases.wish(claim) is leases.heartbeat(claim) is Wish.PAUSE
+    assert leases.directive(claim) is leases.heartbeat(claim) is Directive.PAUSE
     leases.release(claim)
     job = jobs.get("j0")
     assert (job.status, job.is_pausing, job.position) == (Status.PAUSED, False, None)
@@ -449,7 +449,7 @@ def test_a_pause_can_be_taken_back(jobs: Jobs, leases: Leases) -> None:
     claim = claim_first(leases)
     jobs.pause("j1")
     assert jobs.resume("j1").is_pausing is False
-    assert leases.wish(claim) is Wish.GO_ON
+    assert leases.directive(claim) is Directive.GO_ON
     leases.release(claim)  # it was on its way out
     assert jobs.get("j1").status is Status.QUEUED
 
@@ -463,7 +463,7 @@ def test_a_pause_outlives_the_worker(jobs: Jobs, leases: Leases) -> None:
             leases.crashed(claim, "killed by SIGKILL")
         assert leases.claim("w2") is None
         assert jobs.get(job_id).status is Status.PAUSED
-        assert leases.wish(claim) is Wish.LOST
+        assert leases.directive(claim) is Directive.LOST
 
 
 def test_cancel_ends_a_job_at_once(jobs: Jobs, leases: Leases, engine: sa.Engine) -> None:
@@ -475,7 +475,7 @@ def test_cancel_ends_a_job_at_once(jobs: Jobs, leases: Leases, engine: sa.Engine
         job = jobs.cancel(f"j{i}")
         assert job.status is Status.CANCELLED
         assert job.finished_at is not None
-    assert leases.wish(claim) is leases.heartbeat(claim) is Wish.CANCEL
+    assert leases.directive(claim) is leases.heartbeat(claim) is Directive.CANCEL
     with pytest.raises(LeaseLost):
         succeed(leases, claim)
     assert Catalog(engine).list() == []
@@ -491,7 +491,7 @@ def test_what_has_ended_stays_so(jobs: Jobs, leases: Leases, end: str) -> None:
         "fail": lambda: leases.fail(claim, "no"),
         "cancel": lambda: jobs.cancel("j1"),
     }[end]()
-    assert leases.wish(claim) is (Wish.CANCEL if end == "cancel" else Wish.ENDED)
+    assert leases.directive(claim) is (Directive.CANCEL if end == "cancel" else Directive.ENDED)
     before = jobs.get("j1"), jobs.events("j1")
     for steer in (jobs.cancel, jobs.pause, jobs.resume):
         with pytest.raises(Conflict, match=f"it is {before[0].status}"):

@@ -54,7 +54,7 @@ class Reporter:
     on_metrics: Callable[[], object] = lambda: None
     num_moments: int = 0
 
-    def between(self) -> None:
+    def yield_or_leave(self) -> None:
         self._moment()
 
     def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:

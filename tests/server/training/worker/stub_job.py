@@ -20,7 +20,7 @@ from adapters.catalog.catalog import NewVersion
 from server.sqlite import driver
 from server.training.queue.leases import Claim, LeaseLost, Leases
 from server.training.queue.reserve import DISK_FULL, Reserve
-from server.training.worker.child import EXIT_DONE, EXIT_LEFT, Assignment, WorkerLink
+from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, Assignment, WorkerLink
 
 
 def connect(home: Path) -> sa.Engine:

@@ -13,7 +13,7 @@ from server.training.worker.worker import Timing, Worker
 FAST = Timing(
     lease=30.0,
     heartbeat=0.2,
-    wish=0.05,
+    directive=0.05,
     poll=0.05,
     hung=20.0,
     leave=3.0,

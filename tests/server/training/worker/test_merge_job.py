@@ -39,7 +39,7 @@ class Listener:
         self.steps: list[object] = []
         self._end_after = end_after
 
-    def between(self) -> None:
+    def yield_or_leave(self) -> None:
         if self._end_after is not None and len(self.steps) >= self._end_after:
             raise Cut
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from server.api.train.answers import job_document
 from server.training.queue.jobs import Status
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
-from server.training.worker.child import EXIT_NO_BASE
+from server.training.worker.job_pipe import EXIT_NO_BASE
 from tests.server.training.job_kit import until
 from tests.server.training.worker.attempt_kit import Shop, job_data
 

@@ -14,7 +14,7 @@ import pytest
 from server.config import WorkerSettings, load
 from server.database import connect
 from server.training.queue.jobs import Jobs, Status
-from server.training.worker.child import EXIT_NO_BASE
+from server.training.worker.job_pipe import EXIT_NO_BASE
 from server.training.worker.supervisor import MAX_DELAY, Supervisor, worker_command
 from tests.server.training.job_kit import STUB, final_digest, steps_done, submit_stub, until
 

@@ -22,7 +22,7 @@ from server.sqlite import driver
 from server.training.queue.jobs import Job, Jobs, Status
 from server.training.queue.leases import Leases
 from server.training.queue.reserve import DISK_FULL, FILE_NAME
-from server.training.worker.child import EXIT_NO_BASE
+from server.training.worker.job_pipe import EXIT_NO_BASE
 from server.training.worker.worker import Timing, Worker
 from tests.server.training.job_kit import STUB, final_digest, steps_done, submit_stub, until, working
 from tests.server.training.worker.stub_worker import FAST

@@ -1,4 +1,4 @@
-"""Both ends of the thread between a worker and the process in which a job runs. Standard library only.
+"""Both ends of the pipe between a worker and the process in which a job runs. Standard library only.
 
 Down go the assignment, as the last argument, and SIGTERM: checkpoint and leave. Up, through a pipe, come lines:
 each says that the process makes progress, and may say how far it is. The process ends with EXIT_DONE once it
