@@ -25,6 +25,7 @@ from server.engine.scheduler import SchedulerLimits
 from server.engine.structured.guidance import Guidance
 from server.engine.watchdog import Watchdog
 from server.errors import StartupError
+from server.home import Home
 from server.metrics import Metrics
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
@@ -54,21 +55,22 @@ def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | N
     say(f"the database is {build_of(database)}")
     say(f"loading {settings.model} on {device} in {str(dtype).removeprefix('torch.')}")
     base = load_base(directory, dtype, device)
-    store = AdapterStore(settings.home / "adapters")
+    home = Home(settings.home)
+    store = AdapterStore(home.adapters)
     jobs = Jobs(database)
-    catalog = Catalog(database, Records(settings.home / "adapters"))
+    catalog = Catalog(database, Records(home.adapters))
     library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
     for line in library.recover(jobs.is_known).lines():
         say(line)
-    datasets = DatasetStore(settings.home / "datasets")
-    files = FileStore(settings.home / "files")
+    datasets = DatasetStore(home.datasets)
+    files = FileStore(home.files)
     encoder = PromptEncoder(base.tokenizer)
     rows = RowEncoder(encoder, _end_token(base), base.config.eos_token_ids)
     longest = base.config.max_position_embeddings
 
     max_model_len = _max_model_len(settings, base)
     config = _engine_config(settings, base, max_model_len)
-    libraries = [directory / "native", settings.home / "native"]
+    libraries = [directory / "native", home.native]
     native = load_native(base, libraries, max_model_len, say) if settings.native else None
     if native is not None:
         torch.set_num_threads(1)  # for what is left to torch: its threads would spin on cores that are taken

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from adapters.durable import remove_unfinished
 from server.errors import StartupError
+from server.home import Home
 from server.model.base.checkpoint import Checkpoint, open_directory
 from server.model.base.convert import convert
 from server.model.base.embedded import EMBEDDED, find_gguf, open_gguf
@@ -59,7 +60,7 @@ def resolve_base(
         source = _source(model, fetch)
     except OSError as error:
         raise StartupError(f"SMOLORA_MODEL={model} can't be read: {error.strerror or error}") from error
-    models = home / "models"
+    models = Home(home).models
     places = [models / source.key] if base_dir is None else [base_dir / source.key, base_dir, models / source.key]
     if (found := _find(places, source.key)) is not None:
         return found

@@ -84,8 +84,8 @@ def evaluate(
 ) -> Evaluation:
     """Loss and accuracy over the tokens of `examples` that are trained on, of which there must be some.
 
-    `yield_or_leave` is called before each micro-batch, and may raise to end it. The result depends on `max_tokens` by
-    rounding alone. A loss that isn't finite is returned as it is.
+    `yield_or_leave` is called before each micro-batch, and may raise. By `max_tokens` the result differs only in its
+    roundings. A loss that isn't finite is returned as it is.
     """
     loss, num_right, num_tokens = 0.0, 0, 0
     for indices in pack([len(example.token_ids) for example in examples], max_tokens):
@@ -129,7 +129,8 @@ def exact_match(
 
     A completion ends at an end token, or `MORE_TOKENS` after the reference's length; it is given up at the first
     token with which it can't become equal any more. A prompt that leaves no room for one in the base's context
-    counts as missed. None where there are no references. `yield_or_leave` is called before each step of the engine.
+    counts as missed. None where there are no references. `yield_or_leave` is called before each step of the
+    engine.
     With `library`, native code computes the steps.
     """
     limit = base.config.max_position_embeddings

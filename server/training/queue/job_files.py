@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from server.home import Home
 from server.training.queue.leases import Status
 
 LOG_NAME = "log.txt"
@@ -19,7 +20,7 @@ class JobFiles:
     """The folders of all jobs of one HOME."""
 
     def __init__(self, home: Path) -> None:
-        self._root = home / "jobs"
+        self._root = Home(home).jobs
 
     def directory(self, job_id: str) -> Path:
         return self._root / job_id

@@ -18,6 +18,7 @@ from server.allocator import keep_freed_memory
 from server.config import WorkerSettings
 from server.database import connect
 from server.errors import StartupError
+from server.home import Home
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device, training_dtype
@@ -50,13 +51,14 @@ def main(argument: str) -> int:
     keep_freed_memory()
     settings = WorkerSettings.model_validate(dict(assignment.settings))
     database = connect(settings.home)
-    leases = Leases(database, Records(settings.home / "adapters"))
+    home = Home(settings.home)
+    leases = Leases(database, Records(home.adapters))
     claim = Claim(assignment.job_id, assignment.token, assignment.owner)
     reserve = Reserve(settings.home)
     try:
         job = Jobs(database).get(claim.job_id)
         base, library = _load(settings, job.spec)
-        store = AdapterStore(settings.home / "adapters")
+        store = AdapterStore(home.adapters)
         catalog = Catalog(database)
         yielding = Yielding(BusyFlag(settings.home).read, settings.train_share)
         reporter = JobReporter(link, leases, claim, yielding)
@@ -126,7 +128,7 @@ def _base_for(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.C
     base = load_base(directory, training_dtype(dtype), device)
     if base.dtype is not dtype:
         log.info("computes in fp32 in the place of SMOLORA_DTYPE=fp16, in which gradients would vanish")
-    places = [directory / "native", settings.home / "native"]
+    places = [directory / "native", Home(settings.home).native]
     return base, find_library(base, places, log.info) if settings.native else None
 
 

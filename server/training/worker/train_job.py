@@ -16,6 +16,7 @@ from adapters.errors import NotFound
 from adapters.expression import Term
 from adapters.peft.files import PeftAdapter
 from adapters.store.store import AdapterStore
+from server.home import Home
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel
 from server.model.smollm import SmolLM
@@ -71,7 +72,7 @@ class TrainingAttempt:
         self._catalog = catalog
         self._files = JobFiles(home)
         self._store = store
-        self._results = FileStore(home / "files")
+        self._results = FileStore(Home(home).files)
         self._base = base
         self._reporter = reporter
         self._library = library
