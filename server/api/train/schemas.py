@@ -11,7 +11,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from adapters.expression import MAX_NAME
 from adapters.lora import MODULES
 from server.api.schemas import MAX_SEED, Body
-from server.training.spec import Init, Method, Overlong, PublishIf, Schedule
+from server.training.spec import (
+    LEARNING_RATES,
+    Init,
+    JobSpec,
+    LoraSpec,
+    Method,
+    Overlong,
+    PublishIf,
+    Schedule,
+    TrainingSpec,
+)
 
 MAX_RANK = 256
 MAX_STEPS = 1_000_000
@@ -89,40 +99,51 @@ Rows = Annotated[list[object], Field(min_length=1), WithJsonSchema(_ROWS)]
 class LoraBody(Body):
     """The adapter's shape. With `start_from` it is the parent's; full fine-tuning has none."""
 
-    rank: int = Field(16, ge=1, le=MAX_RANK)
-    alpha: float = Field(32.0, gt=0, le=65536)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: TargetModules = Field(MODULES, description=f'"{ALL_LINEAR}", or names of linear modules')
-    init: Init = Field(
-        "gaussian", description="of a new adapter; pissa and olora are published with twice the rank"
+    rank: int = Field(LoraSpec.rank, ge=1, le=MAX_RANK)
+    alpha: float = Field(LoraSpec.alpha, gt=0, le=65536)
+    dropout: float = Field(LoraSpec.dropout, ge=0, lt=1)
+    target_modules: TargetModules = Field(
+        LoraSpec.target_modules, description=f'"{ALL_LINEAR}", or names of linear modules'
     )
-    use_rslora: bool = Field(False, description="scale by alpha/√rank instead of alpha/rank")
+    init: Init = Field(
+        LoraSpec.init, description="of a new adapter; pissa and olora are published with twice the rank"
+    )
+    use_rslora: bool = Field(LoraSpec.use_rslora, description="scale by alpha/√rank instead of alpha/rank")
 
 
 class TrainingBody(Body):
     """How it is trained."""
 
-    epochs: int = Field(3, ge=1, le=10_000)
-    max_steps: Steps | None = Field(None, description="optimizer steps, instead of epochs")
+    epochs: int = Field(TrainingSpec.epochs, ge=1, le=10_000)
+    max_steps: Steps | None = Field(TrainingSpec.max_steps, description="optimizer steps, instead of epochs")
     learning_rate: float | None = Field(
-        None, gt=0, description="the highest of the schedule; null: 1e-3 for lora, 3e-5 for full"
+        None,
+        gt=0,
+        description="the highest of the schedule; null: "
+        + ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items()),
     )
-    batch_size: int = Field(8, ge=1, le=4096, description="rows of an optimizer step")
-    max_length: int = Field(512, ge=2, le=1 << 20, description="tokens of a row; the base may allow fewer")
-    schedule: Schedule = "cosine"
-    warmup_ratio: float = Field(0.05, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0, le=10)
-    max_grad_norm: float = Field(1.0, gt=0)
-    seed: int = Field(0, ge=0, le=MAX_SEED)
+    batch_size: int = Field(TrainingSpec.batch_size, ge=1, le=4096, description="rows of an optimizer step")
+    max_length: int = Field(
+        TrainingSpec.max_length, ge=2, le=1 << 20, description="tokens of a row; the base may allow fewer"
+    )
+    schedule: Schedule = TrainingSpec.schedule
+    warmup_ratio: float = Field(TrainingSpec.warmup_ratio, ge=0, le=1)
+    weight_decay: float = Field(TrainingSpec.weight_decay, ge=0, le=10)
+    max_grad_norm: float = Field(TrainingSpec.max_grad_norm, gt=0)
+    seed: int = Field(TrainingSpec.seed, ge=0, le=MAX_SEED)
     eval_steps: Steps | None = Field(
-        None, description="measure the held-out loss this often, and keep the best weights; null: at the end only"
+        TrainingSpec.eval_steps,
+        description="measure the held-out loss this often, and keep the best weights; null: at the end only",
     )
-    checkpoint_steps: Steps | None = Field(None, description="null: about every 30 seconds")
+    checkpoint_steps: Steps | None = Field(
+        TrainingSpec.checkpoint_steps, description="null: about every 30 seconds"
+    )
     early_stopping_patience: Steps | None = Field(
-        None, description="end after this many evaluations without a lower loss; needs eval_steps"
+        TrainingSpec.early_stopping_patience,
+        description="end after this many evaluations without a lower loss; needs eval_steps",
     )
-    packing: bool = Field(True, description="lay several short rows out as one")
-    overlong: Overlong = Field("truncate", description="what becomes of rows beyond max_length")
+    packing: bool = Field(TrainingSpec.packing, description="lay several short rows out as one")
+    overlong: Overlong = Field(TrainingSpec.overlong, description="what becomes of rows beyond max_length")
 
 
 class TrainBody(Body):
@@ -143,15 +164,15 @@ class TrainBody(Body):
     validation: Validation = Field(
         None, description="a share to hold out, rows, or a data set's id; null: 0.1 from 20 rows up, else none"
     )
-    method: Method = Field("lora", description="full: every weight of a private copy, never published")
+    method: Method = Field(JobSpec.method, description="full: every weight of a private copy, never published")
     lora: LoraBody = LoraBody.model_validate({})
     training: TrainingBody = TrainingBody.model_validate({})
     start_from: str | None = Field(
         None, max_length=2 * MAX_NAME + 1, description="an adapter to go on from: name, name@3 or name@alias"
     )
-    publish_if: PublishIf = Field("always", description="what the held-out loss must be below")
+    publish_if: PublishIf = Field(JobSpec.publish_if, description="what the held-out loss must be below")
     alias: str | None = Field(None, min_length=1, max_length=MAX_NAME, description="points to the new version")
-    description: str = Field("", max_length=MAX_DESCRIPTION)
+    description: str = Field(JobSpec.description, max_length=MAX_DESCRIPTION)
 
 
 class Progress(BaseModel):

@@ -84,9 +84,8 @@ def evaluate(
 ) -> Evaluation:
     """Loss and accuracy over the tokens of `examples` that are trained on, of which there must be some.
 
-    `yield_or_leave` is called before each micro-batch, and may raise. By `max_tokens` the result differs only in its
-    roundings. A loss that isn't finite is returned as it is.
-    """
+    `yield_or_leave` is called before each micro-batch, and may raise. `max_tokens` changes the result by rounding
+    alone."""
     loss, num_right, num_tokens = 0.0, 0, 0
     for indices in pack([len(example.token_ids) for example in examples], max_tokens):
         yield_or_leave()
