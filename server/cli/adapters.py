@@ -1,20 +1,28 @@
 """`smolora adapters`: list them, and `smolora adapters import`: publish one from a folder, a zip, or the hub."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
+from rich.text import Text
 
-from server.cli.client import (
+from server.cli.common import (
     DEFAULT_URL,
+    Document,
     JsonOption,
     KeyOption,
     UrlOption,
-    adapters,
     connected,
+    number,
+    part_of,
     print_json,
     print_warnings,
+    show,
+    table_of,
 )
+
+_ALL = 7  # linear modules of a layer
 
 group = typer.Typer(invoke_without_command=True, help="List the adapters with their versions; or import one.")
 
@@ -24,7 +32,34 @@ def _list(
     context: typer.Context, as_json: JsonOption = False, url: UrlOption = DEFAULT_URL, api_key: KeyOption = None
 ) -> None:
     if context.invoked_subcommand is None:
-        adapters(as_json, url, api_key)
+        _print_all(as_json, url, api_key)
+
+
+def _print_all(as_json: bool, url: str, api_key: str | None) -> None:
+    with connected(url, api_key) as client:
+        found = list(client.adapters())
+    if as_json:
+        print_json({"adapters": found})
+        return
+    table = table_of("adapter", "aliases", "rank", "modules", "size", "loss", "base's")
+    for adapter in found:
+        names = {adapter["latest"]: ["latest"]}
+        for alias, version in part_of(adapter, "aliases").items():
+            names.setdefault(version, []).append(alias)
+        for version in cast("Sequence[Document]", adapter["versions"]):
+            metrics, modules = part_of(version, "metrics"), cast("Sequence[str]", version["target_modules"])
+            names_of = ", ".join(name.removesuffix("_proj") for name in modules)
+            shown = names_of if len(modules) < _ALL else "all-linear"
+            table.add_row(
+                Text(f"{version['name']}@{version['version']}"),
+                Text(", ".join(names.get(version["version"], []))),
+                str(version["rank"]),
+                Text(str(version["parent"])) if version["kind"] == "composition" else shown,
+                f"{cast('int', version['bytes']) / 1e6:,.1f} MB",
+                number(metrics.get("eval_loss")),
+                number(metrics.get("base_eval_loss")),
+            )
+    show(table)
 
 
 @group.command("import")

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from server.cli.client import (
+from server.cli.common import (
     DEFAULT_URL,
     ChatOption,
     JsonOption,

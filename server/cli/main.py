@@ -1,6 +1,5 @@
-"""The command line: `smolora serve` and `smolora worker`, and the commands that speak to a server.
+"""The command line: `smolora serve` and `smolora worker`; the other commands have a file each.
 
-The latter are in `server.cli.client` and `server.cli.train`.
 `--help` is instant, so what is slow to import is imported when needed.
 Whatever keeps the server from starting is one line on stderr and exit code 1.
 """
@@ -21,9 +20,10 @@ from rich.console import Console
 from server import __version__
 from server.allocator import keep_freed_memory
 from server.cli.adapters import group as adapters
-from server.cli.client import generate, jobs
 from server.cli.compare import compare
 from server.cli.doctor import doctor
+from server.cli.generate import generate
+from server.cli.jobs import jobs
 from server.cli.options import with_flags
 from server.cli.prune import prune
 from server.cli.train import train

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from server.cli.client import (
+from server.cli.common import (
     DEFAULT_URL,
     INTERRUPTED,
     JsonOption,

@@ -22,12 +22,11 @@ from server.api.train.schemas import MAX_STEPS, TrainBody
 from server.api.train.spec import build_spec, parent_terms
 from server.training.data.encoding import RowEncoder
 from server.training.data.files import RowSources
-from server.training.data.job_data import JobData
+from server.training.data.job_data import DataFacts, JobData
 from server.training.data.rows import data_digest
 from server.training.data.split import overlap
 from server.training.queue.job_files import JobFiles
 from server.training.queue.jobs import FINE_TUNING, Job, Jobs
-from server.training.reports.report import DataFacts
 from server.training.spec import JobSpec, TrainingSpec
 
 

@@ -17,13 +17,27 @@ from server.model.base.weights import BaseModel
 from server.training.data.encoding import Reference
 from server.training.data.examples import Examples, load_examples, save_examples
 from server.training.documents import read_document
-from server.training.reports.report import DataFacts
 
 _TRAIN, _VALIDATION, _REST = "train.safetensors", "validation.safetensors", "data.json"
 
 
 class AnotherBase(SmoloraError):
     """The rows are tokens of another base than the one that is to be trained on."""
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The rows: those of training, and those held out. Digests are `rows.data_digest`'s."""
+
+    digest: str
+    num_rows: int
+    num_tokens: int  # inputs of one pass
+    num_targets: int  # tokens that are trained on
+    num_truncated: int
+    validation_digest: str | None = None
+    num_validation_rows: int = 0
+    num_validation_truncated: int = 0
+    num_overlapping: int = 0  # held-out rows that are training rows too
 
 
 @dataclass(frozen=True)

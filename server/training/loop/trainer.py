@@ -17,9 +17,9 @@ import torch
 
 from adapters.errors import SmoloraError
 from server.training.data.examples import Example
-from server.training.loop.micro_batch import MicroBatch, max_tokens
 from server.training.loop.packing import pack
 from server.training.loop.schedule import learning_rate
+from server.training.passes.micro_batch import MicroBatch, max_tokens
 from server.training.spec import TrainingSpec
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8

@@ -7,7 +7,7 @@ import torch
 from server.model.base.weights import BaseModel
 from server.model.native.abi import ROW_UNIT
 from server.model.native.training import NativeGroup, NativeRows, NativeTraining
-from server.training.loop.micro_batch import MicroBatch
+from server.training.passes.micro_batch import MicroBatch
 from server.training.passes.trained_rows import TrainedGroup, TrainedRows
 
 

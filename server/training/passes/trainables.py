@@ -14,9 +14,9 @@ from server.model.base.weights import LAYER_TENSORS, BaseModel, BaseWeights, Lay
 from server.model.device import ints_beside
 from server.model.native.abi import ROW_UNIT
 from server.model.smollm import Adapters, NoAdapters, SmolLM
-from server.training.loop.micro_batch import MicroBatch
 from server.training.passes.dropout import Dropout
 from server.training.passes.loss import cross_entropy_sum
+from server.training.passes.micro_batch import MicroBatch
 from server.training.passes.native_pass import NativePass
 from server.training.passes.packed_attention import PackedAttention
 from server.training.passes.trained_rows import TrainedRows

@@ -17,6 +17,7 @@ import server
 from adapters.lora import LoraConfig
 from server.model.base.weights import BaseModel
 from server.model.gpu import driver_version, gpu_of
+from server.training.data.job_data import DataFacts
 from server.training.loop.evaluate import Evaluation
 from server.training.reports.gate import Gate
 from server.training.spec import JobSpec
@@ -29,21 +30,6 @@ _STATUS = Path("/proc/self/status")
 
 Curve = Sequence[tuple[int, float]]
 """(optimizer steps done, value), in order."""
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """The rows: those of training, and those held out. Digests are `rows.data_digest`'s."""
-
-    digest: str
-    num_rows: int
-    num_tokens: int  # inputs of one pass
-    num_targets: int  # tokens that are trained on
-    num_truncated: int
-    validation_digest: str | None = None
-    num_validation_rows: int = 0
-    num_validation_truncated: int = 0
-    num_overlapping: int = 0  # held-out rows that are training rows too
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ import torch
 from server.model.base.weights import BaseModel
 from server.model.text.chat import PromptEncoder
 from server.training.data.encoding import RowEncoder
-from server.training.data.job_data import JobData
+from server.training.data.job_data import DataFacts, JobData
 from server.training.data.rows import CompletionRow
 from server.training.loop.checkpoint import Checkpoints
 from server.training.loop.outcome import Outcome
 from server.training.loop.run import Run
-from server.training.reports.report import DataFacts
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 
 SPEC = JobSpec(

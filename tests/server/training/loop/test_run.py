@@ -12,13 +12,12 @@ from adapters.lora import LoraWeights
 from server.model.base.weights import BaseModel, digest_of
 from server.model.text.chat import PromptEncoder
 from server.training.data.encoding import RowEncoder
-from server.training.data.job_data import JobData
+from server.training.data.job_data import DataFacts, JobData
 from server.training.data.rows import CompletionRow
 from server.training.loop.checkpoint import Checkpoints
 from server.training.loop.outcome import Outcome
 from server.training.loop.run import Run
 from server.training.loop.trainer import TrainingDiverged
-from server.training.reports.report import DataFacts
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 from tests.oracles.hugging_face import load_reference, merged
 from tests.server.training.data.rows_kit import measured

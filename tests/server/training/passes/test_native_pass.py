@@ -17,16 +17,15 @@ from server.model.native.library import NativeUnavailable, computed_by
 from server.model.native.load import find_library
 from server.model.native.training import NativeTraining
 from server.training.data.examples import Example, Examples
-from server.training.data.job_data import JobData
+from server.training.data.job_data import DataFacts, JobData
 from server.training.loop.checkpoint import Checkpoints
-from server.training.loop.micro_batch import MicroBatch
 from server.training.loop.outcome import Outcome
 from server.training.loop.run import Run
 from server.training.loop.trainer import Trainer, TrainingDiverged
 from server.training.passes.init import initial_weights
+from server.training.passes.micro_batch import MicroBatch
 from server.training.passes.packed_attention import PackedAttention
 from server.training.passes.trainables import trainable_rows
-from server.training.reports.report import DataFacts
 from server.training.spec import Init, JobSpec, LoraSpec, TrainingSpec
 from tests.conftest import CACHE
 from tests.engine_kit import random_adapter

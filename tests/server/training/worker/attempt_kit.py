@@ -19,12 +19,11 @@ from adapters.store.store import AdapterStore
 from server.model.base.weights import BaseModel
 from server.model.text.chat import PromptEncoder
 from server.training.data.encoding import RowEncoder
-from server.training.data.job_data import JobData
+from server.training.data.job_data import DataFacts, JobData
 from server.training.data.rows import CompletionRow
 from server.training.queue.job_files import JobFiles
 from server.training.queue.jobs import Job, Jobs
 from server.training.queue.leases import Claim, Leases
-from server.training.reports.report import DataFacts
 from server.training.spec import JobSpec
 from server.training.worker.job_reporter import Leave
 from server.training.worker.train_job import TrainingAttempt
