@@ -13,13 +13,16 @@ router = APIRouter(tags=["health"])
 
 @router.get("/health", summary="Can the process answer?")
 async def health() -> Response:
-    """200 while it can. Needs no key."""
+    """200 while the process can serve. No key needed."""
     return wire.answer({"status": "ok"})
 
 
 @router.get("/ready", summary="Can it serve?")
 async def ready(services: ServicesDep) -> Response:
-    """200 while the model is loaded, the engine makes progress and the process isn't draining. Needs no key."""
+    """200 while the model is loaded, the engine makes progress and the server is not shutting down.
+
+    No key needed.
+    """
     if services.engine.dead:
         raise EngineDead
     if not services.engine.ready:

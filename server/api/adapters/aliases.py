@@ -33,9 +33,11 @@ class AliasBody(Body):
     responses={200: {"model": AdapterAnswer}, **ALIASES},
 )
 async def put_alias(services: ServicesDep, name: Name, alias: Name, body: AliasBody) -> Response:
-    """Have the alias, new or not, mean a version. `latest` is one, too: so it is moved back, or forth.
+    """Point an alias at a version, creating the alias if need be.
 
-    Requests that were accepted before go on under what the alias meant then.
+    `latest` is an alias too: moving it back is a rollback.
+
+    Requests that were already accepted keep the version that the alias meant then.
     """
     adapter = await to_thread.run_sync(services.library.point, name, alias, body.version)
     return wire.answer(adapter_answer(adapter, services.engine.stats.resident))
@@ -49,6 +51,6 @@ async def put_alias(services: ServicesDep, name: Name, alias: Name, body: AliasB
     responses=UNALIASES,
 )
 async def delete_alias(services: ServicesDep, name: Name, alias: Name) -> Response:
-    """The version stays. `latest` can be moved only."""
+    """Delete an alias; its version stays. `latest` can be moved but not deleted."""
     await to_thread.run_sync(services.library.unpoint, name, alias)
     return Response(status_code=204)

@@ -38,10 +38,11 @@ async def compose(
     body: CompositionBody,
     key: IdempotencyKey = None,
 ) -> Response:
-    """Store an expression, pinned to the versions that it means now; it is then an adapter's name everywhere.
+    """Store an adapter expression under a name, pinned to the versions that it means now.
 
-    Compositions within it are replaced by their parts. Whatever it is made of can't be deleted before it. With a
-    `method`, a job merges the parts instead, into the next version of the ordinary adapter `name`.
+    The name then works wherever an adapter's does. Compositions within it are replaced by their parts, and
+    none of its parts can be deleted before it. With a `method`, a job merges the parts instead, and publishes
+    the result as the next version of the adapter `name`.
     """
     if (recipe := recipe_of(body)) is not None:
         job = await to_thread.run_sync(submit_merge, services.jobs, services.library, name, body, recipe, key)

@@ -66,9 +66,10 @@ async def import_adapter(
     name: Annotated[str, Path(max_length=4 * MAX_NAME)],
     body: ImportBody,
 ) -> Response:
-    """Publish an adapter of the Hugging Face hub as the name's next version; `config` says which commit it is.
+    """Import an adapter from the Hugging Face hub as the next version of the name.
 
-    Its two files alone are fetched, and checked as those of an upload are.
+    Only its two files are fetched, and they are checked like an upload. `config` says which commit they came
+    from.
     """
     if not services.settings.allow_hub_adapters:
         raise Forbidden("imports from the hub are off: SMOLORA_ALLOW_HUB_ADAPTERS=1 allows them")

@@ -42,7 +42,10 @@ async def list_adapters(
         str | None, Query(max_length=MAX_NAME, description="the last name of the page before")
     ] = None,
 ) -> Response:
-    """Adapters by name, with all their versions. `next`, where it isn't null, is the next page's `after`."""
+    """List adapters by name, with all their versions.
+
+    If `next` is not null, pass it as `after` for the next page.
+    """
     resident = services.engine.stats.resident
     return await to_thread.run_sync(_page, services.library, resident, name, limit or MAX_PAGE, after)
 
@@ -51,7 +54,7 @@ async def list_adapters(
     "/{name}", summary="One adapter", response_class=Response, responses={200: {"model": AdapterAnswer}, **LOOKUPS}
 )
 async def get_adapter(services: ServicesDep, name: Name) -> Response:
-    """All its versions."""
+    """Get an adapter with all its versions."""
     found = await to_thread.run_sync(services.library.get, name)
     return wire.answer(adapter_answer(found, services.engine.stats.resident))
 
@@ -63,7 +66,7 @@ async def get_adapter(services: ServicesDep, name: Name) -> Response:
     responses={200: {"model": VersionAnswer}, **LOOKUPS},
 )
 async def get_version(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
-    """As it is listed."""
+    """Get one version of an adapter."""
     found = await to_thread.run_sync(services.library.version, name, version)
     return wire.answer(version_answer(found, services.engine.stats.resident))
 
@@ -75,9 +78,10 @@ async def get_version(services: ServicesDep, name: Name, version: VersionNumber)
     responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **DOWNLOADS},
 )
 async def download(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
-    """A zip of `adapter_config.json` and `adapter_model.safetensors`; PEFT reads the folder it unpacks to.
+    """Download a version as a zip with `adapter_config.json` and `adapter_model.safetensors`, which PEFT can
+    load.
 
-    With the card of the job that trained it as `README.md`.
+    If a job trained it, the zip also has its card as `README.md`.
     """
     archive = await to_thread.run_sync(_archive, services, name, version)
     return zip_download(archive, f"{name}-{version}")
@@ -92,9 +96,9 @@ async def download(services: ServicesDep, name: Name, version: VersionNumber) ->
     openapi_extra={"requestBody": UPLOAD_BODY},
 )
 async def upload(request: Request, services: ServicesDep, name: Name) -> Response:
-    """Publish a PEFT adapter as the name's next version, which becomes its latest.
+    """Upload a PEFT adapter as the next version of the name. It becomes the latest.
 
-    What can't be honoured exactly is refused, naming each key.
+    An adapter that can't be used exactly is refused, with the name of each key that is at fault.
     """
     await to_thread.run_sync(services.library.check_name, name)
     form = await read_form(request)
@@ -108,7 +112,10 @@ async def upload(request: Request, services: ServicesDep, name: Name) -> Respons
 
 @router.delete("/{name}", summary="Delete an adapter", status_code=204, response_class=Response, responses=DELETES)
 async def delete_adapter(services: ServicesDep, name: Name, force: Force = False) -> Response:
-    """All its versions. Requests that run under them end on the old bytes; 409 names what holds one of them."""
+    """Delete an adapter with all its versions.
+
+    Requests that are running finish with the old weights. 409 says what still needs one of the versions.
+    """
     await to_thread.run_sync(services.library.delete, name, force)
     return Response(status_code=204)
 
@@ -119,7 +126,10 @@ async def delete_adapter(services: ServicesDep, name: Name, force: Force = False
 async def delete_version(
     services: ServicesDep, name: Name, version: VersionNumber, force: Force = False
 ) -> Response:
-    """Its number is never used again; where it was the latest, the highest one left becomes it."""
+    """Delete one version.
+
+    Its number is never used again; if it was the latest, the highest remaining one is now.
+    """
     await to_thread.run_sync(services.library.delete_version, name, version, force)
     return Response(status_code=204)
 

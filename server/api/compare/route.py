@@ -21,7 +21,9 @@ router = APIRouter(route_class=StrictRoute, tags=["generate"])
     responses={200: {"model": CompareAnswer, "description": "An answer for each expression"}, **REFUSALS},
 )
 async def compare_adapters(body: CompareBody, request: Request, services: ServicesDep) -> Response:
-    """Answer one prompt under up to 16 expressions in one batch, and score given continuations under each."""
+    """Answer one prompt under up to 16 adapter expressions in one batch, and score given continuations under
+    each.
+    """
     comparison = await compare(services, body)
     try:
         answer = await while_connected(request.receive, comparison.collect())

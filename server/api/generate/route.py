@@ -36,7 +36,9 @@ _EVENTS = (
     },
 )
 async def generate(body: GenerateBody, request: Request, services: ServicesDep) -> Response:
-    """Go on from a prompt or a conversation, under an adapter, a weighted composition of several, or none."""
+    """Generate text from a prompt or a conversation: with an adapter, a weighted composition of several, or
+    none.
+    """
     generation = await begin(services, body)
     if body.stream:
         return EventStream(answers.stream(generation, services.base_name), generation.close)

@@ -31,7 +31,7 @@ DatasetId = Annotated[str, Path(max_length=256)]
     openapi_extra={"requestBody": DATASET_BODY},
 )
 async def upload(request: Request, services: ServicesDep) -> Response:
-    """Check every line of a JSONL or CSV file and keep its rows, under an id that follows from them."""
+    """Upload a JSONL or CSV file of rows. Every line is checked. The same rows always get the same id."""
     form = await read_form(request)
     try:
         dataset = await to_thread.run_sync(_put, services.datasets, form, limiter=services.limiters.checking)
@@ -44,7 +44,7 @@ async def upload(request: Request, services: ServicesDep) -> Response:
     "", summary="List data sets", response_class=Response, responses={200: {"model": DatasetList}, **DATASETS}
 )
 async def list_datasets(services: ServicesDep) -> Response:
-    """All of them, the newest first."""
+    """List data sets, newest first."""
     found = await to_thread.run_sync(services.datasets.list)
     return wire.answer({"datasets": [dataset_document(dataset) for dataset in found]})
 
@@ -56,7 +56,7 @@ async def list_datasets(services: ServicesDep) -> Response:
     responses={200: {"model": DatasetAnswer}, **DATASETS},
 )
 async def get_dataset(services: ServicesDep, dataset_id: DatasetId) -> Response:
-    """What is known of it."""
+    """Get a data set's size, format and digest."""
     return wire.answer(dataset_document(await to_thread.run_sync(services.datasets.get, dataset_id)))
 
 
@@ -64,7 +64,7 @@ async def get_dataset(services: ServicesDep, dataset_id: DatasetId) -> Response:
     "/{dataset_id}", summary="Delete a data set", status_code=204, response_class=Response, responses=DATASETS
 )
 async def delete_dataset(services: ServicesDep, dataset_id: DatasetId) -> Response:
-    """Jobs that have ended don't need it any more."""
+    """Delete a data set. Jobs that have ended don't need it any more."""
     await to_thread.run_sync(_delete, services, dataset_id)
     return Response(status_code=204)
 

@@ -51,7 +51,10 @@ async def submit(
     ] = False,
     key: IdempotencyKey = None,
 ) -> Response:
-    """Queue a training job. Its rows are split and tokenized at once, so that what is wrong is said at once."""
+    """Submit a training job.
+
+    Its rows are split and tokenized before it is queued, so errors in them are reported here.
+    """
     if dry_run:
         document = await to_thread.run_sync(_dry_run, services, body, limiter=services.limiters.preparing)
         return wire.answer(document)
@@ -66,7 +69,7 @@ async def list_jobs(
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="of a page")] = 100,
     after: Annotated[str | None, Query(max_length=256, description="the last id of the page before")] = None,
 ) -> Response:
-    """Jobs, the newest first. `next`, where it isn't null, is the next page's `after`."""
+    """List jobs, newest first. If `next` is not null, pass it as `after` for the next page."""
     return await to_thread.run_sync(_page, services.jobs, status, limit, after)
 
 
@@ -74,7 +77,7 @@ async def list_jobs(
     "/{job_id}", summary="One job", response_class=Response, responses={200: {"model": JobAnswer}, **JOB_LOOKUPS}
 )
 async def get_job(services: ServicesDep, job_id: JobId) -> Response:
-    """Where it stands."""
+    """Get a job."""
     return wire.answer(job_document(await to_thread.run_sync(services.jobs.get, job_id)))
 
 
@@ -107,7 +110,10 @@ async def get_events(
         Header(alias="Last-Event-ID", ge=0, lt=1 << 31, description="a stream's `after`, where it was cut off"),
     ] = None,
 ) -> Response:
-    """What happened to the job: messages, and the metrics of steps. `Link` has what follows a list that is cut."""
+    """List a job's events: messages, and metrics of steps.
+
+    A `Link` header leads to the rest of a list that is cut.
+    """
     if _SSE not in request.headers.get("accept", "").lower():
         return await to_thread.run_sync(_events, services.jobs, request.url.path, job_id, after, limit)
     follower = services.feeds.follow(job_id, after if last_id is None else last_id)
@@ -121,7 +127,7 @@ async def get_events(
     responses={200: {"model": JobAnswer}, **JOB_MOVES},
 )
 async def cancel(services: ServicesDep, job_id: JobId) -> Response:
-    """End the job; one that runs stops within a micro-step."""
+    """Cancel a job. A running one stops within a micro-batch."""
     return await _steer(services.jobs.cancel, job_id)
 
 
@@ -129,7 +135,10 @@ async def cancel(services: ServicesDep, job_id: JobId) -> Response:
     "/{job_id}/pause", summary="Pause", response_class=Response, responses={200: {"model": JobAnswer}, **JOB_MOVES}
 )
 async def pause(services: ServicesDep, job_id: JobId) -> Response:
-    """Have it wait for a resume; one that runs drops its unfinished step, and is `paused` once it is stored."""
+    """Pause a job until it is resumed.
+
+    A running one drops its unfinished step, and is `paused` once it is stored.
+    """
     return await _steer(services.jobs.pause, job_id)
 
 
@@ -140,7 +149,7 @@ async def pause(services: ServicesDep, job_id: JobId) -> Response:
     responses={200: {"model": JobAnswer}, **JOB_MOVES},
 )
 async def resume(services: ServicesDep, job_id: JobId) -> Response:
-    """Queue a paused job again, at its old place."""
+    """Resume a paused job. It returns to its old place in the queue."""
     return await _steer(services.jobs.resume, job_id)
 
 
@@ -151,7 +160,10 @@ async def resume(services: ServicesDep, job_id: JobId) -> Response:
     responses={200: {"model": dict[str, object]}, **JOB_RESULTS},
 )
 async def get_report(services: ServicesDep, job_id: JobId) -> Response:
-    """Base against tuned, cost, data, configuration and curves. 409 until the job has ended, 404 if it failed."""
+    """Get a job's report: base against tuned, cost, data, configuration and loss curves.
+
+    409 until the job has ended; 404 if it failed.
+    """
     return wire.answer(await to_thread.run_sync(_report, services.jobs, job_id))
 
 
@@ -162,7 +174,7 @@ async def get_report(services: ServicesDep, job_id: JobId) -> Response:
     responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **JOB_RESULTS},
 )
 async def download(services: ServicesDep, job_id: JobId) -> Response:
-    """A zip of the Hugging Face directory that full fine-tuning made. Adapters are under /adapters."""
+    """Download the Hugging Face directory that full fine-tuning made, as a zip. Adapters are under /adapters."""
     job = await to_thread.run_sync(services.jobs.get, job_id)
     if job.spec.method != "full":
         where = (
@@ -182,8 +194,8 @@ async def download(services: ServicesDep, job_id: JobId) -> Response:
 async def remove_files(services: ServicesDep, job_id: JobId) -> Response:
     """Remove the rows, checkpoints, model and log of a job that has ended.
 
-    Its record, events and card stay, as do the versions that it published and the data sets that it used. Asked
-    again, it answers the same.
+    Its record, events and report stay, and so do the versions that it published and the data sets that it
+    used. Repeating the request gives the same answer.
     """
     await to_thread.run_sync(Retention(services.settings.home, services.jobs).remove, job_id)
     return Response(status_code=204)

@@ -57,7 +57,7 @@ _BODY = {
     openapi_extra={"requestBody": _BODY},
 )
 async def upload(request: Request, services: ServicesDep) -> Response:
-    """Check every line and keep the file. The same bytes again are another file."""
+    """Upload a file of rows. Every line is checked. Uploading the same bytes again makes another file."""
     form = await read_form(request)
     try:
         file = await to_thread.run_sync(_put, services.files, form, limiter=services.limiters.checking)
@@ -76,7 +76,7 @@ async def list_files(
     order: Annotated[Literal["asc", "desc"], Query(description="by date; desc: the newest first")] = "desc",
     after: Annotated[str | None, Query(max_length=256, description="the last id of the page before")] = None,
 ) -> Response:
-    """Uploads and results."""
+    """List files: uploads, and the results of jobs."""
     return await to_thread.run_sync(_page, services.files, purpose, limit, order, after)
 
 
@@ -84,7 +84,7 @@ async def list_files(
     "/{file_id}", summary="One file", response_class=Response, responses={200: {"model": FileAnswer}, **REFUSALS}
 )
 async def get_file(services: ServicesDep, file_id: FileId) -> Response:
-    """What is known of it."""
+    """Get a file's name, purpose and size."""
     return wire.answer(file_object(await to_thread.run_sync(services.files.get, file_id)))
 
 
@@ -98,7 +98,7 @@ async def get_file(services: ServicesDep, file_id: FileId) -> Response:
     },
 )
 async def get_content(services: ServicesDep, file_id: FileId) -> Response:
-    """The file itself."""
+    """Download a file's content."""
     file, content = await to_thread.run_sync(_open, services.files, file_id)
     ending = "csv" if file.format == "csv" else "jsonl"
     # its own name may hold anything
@@ -114,7 +114,7 @@ async def get_content(services: ServicesDep, file_id: FileId) -> Response:
     responses={200: {"model": FileDeleted}, **REFUSALS},
 )
 async def delete_file(services: ServicesDep, file_id: FileId) -> Response:
-    """Jobs that have ended don't need it any more."""
+    """Delete a file. Jobs that have ended don't need it any more."""
     await to_thread.run_sync(_delete, services, file_id)
     return wire.answer({"id": file_id, "object": "file", "deleted": True})
 

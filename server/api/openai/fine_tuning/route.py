@@ -53,7 +53,7 @@ async def create(
     services: ServicesDep,
     key: IdempotencyKey = None,
 ) -> Response:
-    """Queue a job. The adapter is called `suffix`, and is its next version where there is one of that name."""
+    """Create a fine-tuning job. It publishes the next version of the adapter `suffix`."""
     job = await to_thread.run_sync(_submit, services, body, key, limiter=services.limiters.preparing)
     return _answer(services, job)
 
@@ -62,13 +62,16 @@ async def create(
     "", summary="List jobs", response_class=Response, responses={200: {"model": Page[FineTuningJob]}, **REFUSALS}
 )
 async def list_jobs(request: Request, services: ServicesDep, limit: Limit = 20, after: After = None) -> Response:
-    """The newest first; `metadata[key]=value` leaves those that have it, `metadata=null` those that have none."""
+    """List jobs, newest first.
+
+    `metadata[key]=value` filters by metadata; `metadata=null` selects jobs without any.
+    """
     return await to_thread.run_sync(_jobs_page, services, limit, after, _metadata_filter(request))
 
 
 @router.get("/{job_id}", summary="One job", response_class=Response, responses=_JOB)
 async def retrieve(services: ServicesDep, job_id: JobId) -> Response:
-    """Where it stands."""
+    """Get a job."""
     return _answer(services, await to_thread.run_sync(_get, services.jobs, job_id))
 
 
@@ -79,7 +82,7 @@ async def retrieve(services: ServicesDep, job_id: JobId) -> Response:
     responses={200: {"model": Page[FineTuningEvent]}, **REFUSALS},
 )
 async def list_events(services: ServicesDep, job_id: JobId, limit: Limit = 20, after: After = None) -> Response:
-    """What happened to it, the newest first."""
+    """List a job's events, newest first."""
     return await to_thread.run_sync(_events_page, services.jobs, job_id, limit, after)
 
 
@@ -92,25 +95,25 @@ async def list_events(services: ServicesDep, job_id: JobId, limit: Limit = 20, a
 async def list_checkpoints(
     services: ServicesDep, job_id: JobId, limit: Limit = 10, after: After = None
 ) -> Response:
-    """The models that it made: the version that it published, once it has succeeded."""
+    """List the models that a job made: the version that it published, once it has succeeded."""
     return await to_thread.run_sync(_checkpoints_page, services.jobs, job_id, after)
 
 
 @router.post("/{job_id}/cancel", summary="Cancel", response_class=Response, responses=_JOB)
 async def cancel(services: ServicesDep, job_id: JobId) -> Response:
-    """End the job; one that runs stops within a micro-step."""
+    """Cancel a job. A running one stops within a micro-batch."""
     return await _steer(services, services.jobs.cancel, job_id)
 
 
 @router.post("/{job_id}/pause", summary="Pause", response_class=Response, responses=_JOB)
 async def pause(services: ServicesDep, job_id: JobId) -> Response:
-    """Have it wait for a resume; one that runs is `paused` once its checkpoint is stored."""
+    """Pause a job until it is resumed. A running one is `paused` once its checkpoint is stored."""
     return await _steer(services, services.jobs.pause, job_id)
 
 
 @router.post("/{job_id}/resume", summary="Resume", response_class=Response, responses=_JOB)
 async def resume(services: ServicesDep, job_id: JobId) -> Response:
-    """Queue a paused job again, at its old place."""
+    """Resume a paused job. It returns to its old place in the queue."""
     return await _steer(services, services.jobs.resume, job_id)
 
 
