@@ -3,9 +3,9 @@
     <root>/names/<name>/<version>.json        all that the catalog knows of the version, but for aliases
     <root>/names/<name>/next                  the number that comes next, where it can't be told from those
 
-A record is written before its version is committed and goes after its deletion was. So whoever was answered finds
-what they were told after any crash; what was cut off may have left a record too many, which `catalog_recovery`
-tells from others. Writers are within a transaction of the catalog, which lets in one at a time.
+A record is written before its version is committed, and removed after the version's deletion is. So what a client
+was told is still true after a crash. An interrupted change may leave a record too many: `recovery.py` handles it.
+Writers are within a transaction of the catalog, so there is one at a time.
 """
 
 import json

@@ -1,13 +1,13 @@
 """Brings the catalog and its records together again: after a crash, and where the database is lost.
 
-A version without a record gets one. A record without a version is, by its number,
+A version without a record gets one. For a record without a version there are two cases:
 
-- what a delete left that was cut off: a number that the catalog has given out. It goes.
-- what a publication left that was cut off, or what a lost or older database knew: one that the catalog has not
-  given out. It is published, if its bytes are there, unless the database knows its job: then its publication was
-  cut off, and the job publishes it itself, or was ended before it could.
+- The catalog has given out its number. Then a delete was interrupted, and the record is removed.
+- The catalog has not. Then a publication was interrupted, or the database was lost or restored from an older copy.
+  The version is published if its bytes are there. The exception is a record whose job the database knows: the job
+  publishes it itself, or was ended before it could.
 
-So the same few lines mend one crash, and rebuild everything from the directories. Aliases, `latest` where it was
+So the same few lines repair one crash, and rebuild everything from the directories. Aliases, `latest` where it was
 moved back, and jobs are in the database alone.
 """
 

@@ -40,8 +40,8 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One row's token; None where its constraint has failed, or its logits are no numbers any more, as adapters
-    that are too large make them."""
+    """One row's token. None if its constraint has failed, or if its logits are NaN or infinite, which adapters of
+    very large weights can cause."""
 
     token_id: int | None
     logprobs: Logprobs | None

@@ -1,5 +1,5 @@
-// A training step's forward and backward pass, from token ids to final hidden states and from their gradients to those
-// of the adapter's A and B, for CPUs with AVX-512 and its bf16 products.
+// The forward pass of a training step, from token ids to final hidden states, and its backward pass, from the gradients
+// of those to the gradients of the adapter's A and B. For CPUs with AVX-512 and its bf16 products.
 //
 // The same arithmetic as server/model/smollm.py with server/training/passes/trained_rows.py: what is multiplied is
 // bf16, sums, the residual stream and its gradient are fp32. The base's weights are read where they lie. Each number is
@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int kRows = 64;  // rows that an item takes of what goes row by row, at most
+constexpr int kRows = 64;  // at most so many rows are one item of work, where rows are computed one by one
 
 struct TrainLayer {
     const bf16 *input_norm, *qkv, *o, *post_norm, *gate_up, *down;
@@ -21,7 +21,7 @@ struct TrainLayer {
 };
 
 struct Saved {                                 // of one layer, from the forward pass for the backward pass
-    std::vector<float> in, middle;             // the residual stream before attention and before the feed-forward
+    std::vector<float> in, middle;             // the residual stream before attention, and before the feed-forward
     std::vector<bf16> qkv, attn_out, gate_up;  // queries and keys are rotated
     std::vector<bf16> hidden[kGroups];         // x Aᵀ
 };
@@ -311,7 +311,7 @@ class Training {
                          y_stride, scratch().product);
     }
 
-    // What A meets of x (tokens, in): x itself, or the features that dropout keeps, put into lora_input_.
+    // What A is multiplied with: x (tokens, in), or with dropout a copy in lora_input_ of which features are dropped.
     const bf16* met(const TrainGroup& lora, const TrainBatch& batch, const bf16* x, int64_t in, int start, int rows) {
         if (lora.kept == nullptr) return x;
         keep(lora.kept, batch.factor, x, in, start, rows, lora_input_.data());
@@ -353,7 +353,7 @@ class Training {
         rotate(values, rotary_, s_.max_positions, s_.head_dim, positions_[token], back);
     }
 
-    // stream += the norm's gradient in its rows of x, from `dx_`.
+    // d_residual += the norm's gradient with respect to x, given dx_, the gradient of its output.
     void norm_backward(const float* x, const bf16* weight, int start, int rows) {
         for (int64_t at = start * s_.hidden; at < (start + rows) * s_.hidden; at += s_.hidden)
             rms_norm_backward(x + at, weight, s_.hidden, s_.eps, &dx_[at], &d_residual_[at]);
@@ -367,8 +367,8 @@ class Training {
         }
     }
 
-    // d_qkv, from each query head's gradients: turned back, those of keys and values summed over the heads that share
-    // them.
+    // d_qkv from dq_, dk_ and dv_, which have a gradient for each query head: rotations are undone, and the gradients
+    // of keys and values are summed over the query heads that share them.
     void gather_heads(const TrainLayer& layer, int start, int rows) {
         const int64_t dim = s_.head_dim, group = s_.heads / s_.kv_heads;
         float* sum = room(scratch().y, dim);
@@ -398,12 +398,12 @@ class Training {
     std::vector<Saved> saved_;
     std::vector<float> last_;             // the residual stream after the last layer
     std::vector<float> d_residual_, dx_;  // the gradients of the residual stream, and of what a norm gave
-    std::vector<bf16> x_, active_,
-        lora_input_;  // what a norm and the activation gave, and what A met of it, the newest
+    std::vector<bf16> x_, active_;        // the newest outputs of a norm and of the activation
+    std::vector<bf16> lora_input_;        // the same after dropout, where there is any: what A is multiplied with
     std::vector<bf16> dy_, d_attn_out_, d_qkv_, d_gate_up_;
     std::vector<float> dq_, dk_, dv_;  // (tokens, heads, dim): of each query head
-    std::vector<bf16> d_lora_hidden_, lora_hidden_T_,
-        d_lora_hidden_T_;  // of the newest group: dy Bᵀ; x Aᵀ and dy Bᵀ as (rows of A, tokens)
+    // Of the newest group: dy Bᵀ (tokens, rows of A), and both x Aᵀ and dy Bᵀ as (rows of A, tokens).
+    std::vector<bf16> d_lora_hidden_, lora_hidden_T_, d_lora_hidden_T_;
     std::vector<int> positions_;
     std::vector<TrainScratch> scratch_;
     TrainBatch batch_{};

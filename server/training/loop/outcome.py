@@ -13,8 +13,8 @@ class Counters:
     """What a run has counted so far; part of each checkpoint."""
 
     num_tokens: int = 0
-    timed_tokens: int = 0  # those of all steps but each attempt's first, and the seconds inside them
-    timed_seconds: float = 0.0
+    timed_tokens: int = 0  # of the steps that are timed: all but the first of each attempt
+    timed_seconds: float = 0.0  # inside those steps
     wall_seconds: float = 0.0
     peak_memory_bytes: int = 0
     best_loss: float | None = None

@@ -162,13 +162,20 @@ class Run:
         self._counters = read_document(Counters, found.state)
 
     def _note_who_computes(self) -> None:
-        """Steps by other code or devices than an attempt before had end in other bytes: the card says so."""
+        """Record what computes this attempt's steps.
+
+        If attempts differ in it, the bytes are neither's alone, and the card lists all of them.
+        """
         is_native = isinstance(self._trainable, TrainableRows) and self._trainable.native is not None
         library = self._library if is_native else None
         now = torch_on(self._base.device) if library is None else computed_by(library)
         before = self._counters.computed_by
         if before and before[-1] != now:
-            log.warning("goes on with %s what %s began: the bytes won't be those of either", now, before[-1])
+            log.warning(
+                "continues with %s a job that %s began: the result will differ from either's alone",
+                now,
+                before[-1],
+            )
         if not before or before[-1] != now:
             before.append(now)
 

@@ -1,4 +1,4 @@
-"""What one forward and backward pass is over: whole rows, one after the other."""
+"""What one forward and backward pass is over: whole examples, one after the other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,19 @@ from server.training.data.examples import Example
 
 
 def max_tokens(device: torch.device) -> int:
-    """Tokens whose activations exist at one time, unless one row is longer: as fast as more, in less memory."""
+    """At most so many tokens are a micro-batch, unless one example is longer: more cost memory, not time."""
     return 512 if device.type == "cpu" else 4096
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Token ids of all rows, and where in them a counted token is predicted from, and which token that is."""
+    """All examples' tokens, one after the other, and which of them are predicted.
+
+    `targets[i]` is predicted from the hidden state at `before[i]`, the place before it.
+    """
 
     token_ids: Sequence[int]
-    lengths: Sequence[int]  # of the rows
+    lengths: Sequence[int]  # of the examples
     before: Sequence[int]  # places in token_ids, all different
     targets: Sequence[int]
 

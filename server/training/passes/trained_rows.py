@@ -46,9 +46,8 @@ class TrainedModule:
 class TrainedGroup:
     """One layer's group with its leaves: of all its A (rows, in) and all its Bᵀ (rows, out).
 
-    The leaf of A holds the scalings as well, as the rows do that are served. That of B has each module's part
-    where its features meet its rows, and is zero elsewhere: one product for the group costs less than a narrow one
-    for each module.
+    The leaf of A includes the scalings, as served rows do. The leaf of B is block diagonal, with a block for each
+    module: one product for the whole group is cheaper than a narrow one for each module.
     """
 
     modules: tuple[TrainedModule, ...]
@@ -63,7 +62,7 @@ Gradients = Mapping[GroupKey, tuple[torch.Tensor, torch.Tensor]]
 class _AddLora(torch.autograd.Function):
     """y + x Aᵀ B, in place on y, for the leaves A (rows, in) and B (rows, out).
 
-    Of x, the features that aren't kept are dropped, and the others multiplied by `factor`.
+    Dropout: features of x that aren't kept are set to zero, and the others multiplied by `factor`.
     """
 
     @staticmethod

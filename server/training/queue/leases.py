@@ -45,17 +45,17 @@ class Status(StrEnum):
 
 
 class Directive(Enum):
-    """What the world wants of whoever holds a claim."""
+    """What the queue asks of the worker that holds a claim."""
 
     GO_ON = auto()
     PAUSE = auto()  # checkpoint and let go
-    ENDED = auto()  # the job has ended, as the holder had it: tidy up
+    ENDED = auto()  # this worker's own attempt has ended the job: tidy up
     CANCEL = auto()  # the job was cancelled: drop everything
-    LOST = auto()  # the job is somebody else's: drop everything
+    LOST = auto()  # another worker has the job: drop everything
 
 
 class LeaseLost(Exception):
-    """The job is somebody else's by now, or has ended: whoever held it must stop, and has changed nothing."""
+    """Another worker has the job by now, or it has ended. Nothing was written; the holder must stop."""
 
 
 @dataclass(frozen=True)
