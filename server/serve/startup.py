@@ -3,7 +3,8 @@
 Whatever is missing on this machine raises StartupError, in one line.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ from server.api.train.submission import Submissions
 from server.config import Settings
 from server.database import build_of, connect
 from server.engine.async_engine import AsyncEngine
+from server.engine.backend import Backend, NativeBackend, TorchBackend
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
 from server.engine.paged_attention import PagedCache
@@ -70,18 +72,14 @@ def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | N
 
     max_model_len = _max_model_len(settings, base)
     config = _engine_config(settings, base, max_model_len)
-    libraries = [directory / "native", home.native]
-    native = load_native(base, libraries, max_model_len, say) if settings.native else None
-    if native is not None:
-        torch.set_num_threads(1)  # for what is left to torch: its threads would spin on cores that are taken
-    model = SmolLM(base.config, base.weights, max_positions=max_model_len, pack=native is None)
+    backend = _backend(settings, base, [directory / "native", home.native], max_model_len, say)
     token_bytes = TokenBytes(*vocabulary_of(base.tokenizer))
 
     vocab_size, eos = base.config.vocab_size, tuple(base.config.eos_token_ids)
     guidance = Guidance(tokenizer_json(base.tokenizer), vocab_size, eos)
 
     def build_engine(wake: Callable[[], None]) -> Engine:
-        return Engine(model, token_bytes, store.load, config, guidance=guidance, native=native, wake=wake)
+        return Engine(backend, token_bytes, store.load, config, guidance=guidance, wake=wake)
 
     engine = _allocated(lambda: AsyncEngine(build_engine, max_queue=settings.max_queue, watchdog=watchdog), config)
     return Services(
@@ -103,6 +101,17 @@ def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | N
         estimator=Estimator(jobs, base.weights.num_parameters, training_dtype(base.dtype), base.device),
         decode=lambda ids: str(base.tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
     )
+
+
+def _backend(
+    settings: Settings, base: BaseModel, libraries: Sequence[Path], max_positions: int, say: Callable[[str], None]
+) -> Backend:
+    """Native where settings, machine and base allow it, else torch's."""
+    native = load_native(base, libraries, max_positions, say) if settings.native else None
+    if native is None:
+        return TorchBackend(SmolLM(base.config, base.weights, max_positions=max_positions, pack=True))
+    torch.set_num_threads(1)  # for what is left to torch: its threads would spin on cores that are taken
+    return NativeBackend(native)
 
 
 def _allocated(make: Callable[[], AsyncEngine], config: EngineConfig) -> AsyncEngine:

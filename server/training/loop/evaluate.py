@@ -16,15 +16,14 @@ import torch
 
 from adapters.errors import SmoloraError
 from adapters.lora import LoraWeights
+from server.engine.backend import Backend, NativeBackend, TorchBackend
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
-from server.engine.paged_attention import PagedCache
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from server.engine.scheduler import SchedulerLimits
 from server.model.base.weights import BaseModel
 from server.model.device import to_device
 from server.model.native.model import NativeModel
-from server.model.rank_rows import RankRows
 from server.model.smollm import Adapters, SmolLM
 from server.model.text.vocabulary import vocabulary_of
 from server.training.data.encoding import Reference
@@ -191,31 +190,35 @@ def _engine(
 ) -> Engine:
     """An engine for sequences of up to `lengths` tokens, over the base as it lies in memory."""
     longest = max(lengths)
-    native = None if library is None else _native(base, longest, library)
-    rank = 1 if weights is None else weights.max_rank
-    rank_bytes = RankRows.bytes_per_rank(base.config.shape, base.dtype, base.device, native is not None)
+    backend = _backend(base, longest, library)
     cached = max(longest + EngineConfig.block_size, min(sum(lengths), MAX_CACHED_TOKENS))
     config = EngineConfig(
         max_model_len=longest,
-        kv_cache_bytes=cached * PagedCache.bytes_per_block(base.config, 1, base.dtype),
-        adapter_cache_bytes=rank * rank_bytes,
+        kv_cache_bytes=cached * backend.bytes_per_block(1),
+        adapter_cache_bytes=(1 if weights is None else weights.max_rank) * backend.bytes_per_rank,
         scheduler=SchedulerLimits.on(base.device.type),
     )
-    model = SmolLM(base.config, base.weights, max_positions=longest)
 
     def load(digest: str) -> LoraWeights:
         assert weights is not None
         return weights
 
-    return Engine(model, TokenBytes(*vocabulary_of(base.tokenizer)), load, config, native=native)
+    return Engine(backend, TokenBytes(*vocabulary_of(base.tokenizer)), load, config)
 
 
-def _native(base: BaseModel, max_positions: int, library: ctypes.CDLL) -> NativeModel | None:
-    """None where its copy of the weights doesn't fit into memory."""
-    try:
-        return NativeModel(
-            library, base.config, base.weights, max_positions=max_positions, num_threads=torch.get_num_threads()
-        )
-    except MemoryError as reason:
-        log.info("%s: torch completes, more slowly", reason)
-        return None
+def _backend(base: BaseModel, max_positions: int, library: ctypes.CDLL | None) -> Backend:
+    """The library's; torch's without one, and where the library's copy of the weights doesn't fit into memory."""
+    if library is not None:
+        try:
+            return NativeBackend(
+                NativeModel(
+                    library,
+                    base.config,
+                    base.weights,
+                    max_positions=max_positions,
+                    num_threads=torch.get_num_threads(),
+                )
+            )
+        except MemoryError as reason:
+            log.info("%s: torch completes, more slowly", reason)
+    return TorchBackend(SmolLM(base.config, base.weights, max_positions=max_positions))

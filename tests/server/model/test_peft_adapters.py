@@ -11,7 +11,7 @@ from adapters.lora import LoraWeights
 from adapters.peft import files as peft_format
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
-from server.model.rank_rows import RankRows
+from server.model.rank_rows import RankRows, RowFormat
 from server.model.smollm import SmolLM
 from tests.adapters.oracle import adapted
 from tests.engine_kit import place
@@ -78,7 +78,12 @@ def peft_adapter(
 
 
 def rows_of(base: BaseModel, max_rank: int) -> RankRows:
-    return RankRows(base.config.shape, max_rank=max_rank, dtype=base.dtype, device=base.device)
+    return RankRows(
+        base.config.shape,
+        max_rank=max_rank,
+        row_format=RowFormat.of_torch(base.dtype, base.device),
+        device=base.device,
+    )
 
 
 def assert_agrees(

@@ -20,8 +20,8 @@ from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.lora_batch import LoraBatch, TokenRun
 from server.model.native.library import NativeUnavailable
-from server.model.native.model import NativeLora, NativeModel
-from server.model.rank_rows import Placement, RankRows
+from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel
+from server.model.rank_rows import Placement, RankRows, RowFormat
 from server.model.smollm import NoAdapters, SmolLM
 from tests.engine_kit import place, random_adapter
 from tests.native_kit import SHAPES, native_library, widened
@@ -66,8 +66,8 @@ class Pair:
                 shape, 2, rank=lambda key: 1 + (7 * key.layer + len(key.module)) % 11, strength=strength
             ),
         ]
-        rows = RankRows(shape, max_rank=64, dtype=torch.bfloat16, device=CPU, native=True)
-        exact_rows = RankRows(shape, max_rank=64, dtype=torch.float32, device=CPU)
+        rows = RankRows(shape, max_rank=64, row_format=ROW_FORMAT, device=CPU)
+        exact_rows = RankRows(shape, max_rank=64, row_format=RowFormat.of_torch(torch.float32, CPU), device=CPU)
         return cls(
             base,
             SmolLM(base.config, widened(base.weights), max_positions=MAX_POSITIONS),

@@ -8,7 +8,7 @@ import torch
 from adapters.lora import LoraModule, LoraWeights, ModuleKey
 from server.model.base.weights import BaseModel
 from server.model.lora_batch import LoraBatch, TokenRun
-from server.model.rank_rows import GROUPS, RankRows
+from server.model.rank_rows import GROUPS, RankRows, RowFormat
 from server.model.smollm import NoAdapters
 from server.training.passes.dropout import Dropout
 from server.training.passes.trained_rows import TrainedRows
@@ -139,7 +139,7 @@ def test_what_is_served_afterwards(name: str) -> None:
         TrainedRows(ADAPTERS[name], SHAPE, torch.float32, CPU),
         TrainedRows(near(ADAPTERS[name]), SHAPE, torch.float32, CPU, ADAPTERS[name]),
     ):
-        pool = RankRows(SHAPE, max_rank=32, dtype=torch.float32, device=CPU)
+        pool = RankRows(SHAPE, max_rank=32, row_format=RowFormat.of_torch(torch.float32, CPU), device=CPU)
         (placement,) = place(pool, [rows.weights()])
         batch = LoraBatch(pool, [TokenRun(0, 9, ((placement, 1.0),))])
         for layer in range(SHAPE.num_layers):
