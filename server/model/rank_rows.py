@@ -34,8 +34,7 @@ GroupKey = tuple[int, str]
 class RowFormat:
     """How rank rows are stored: as the products over them want it, which a backend knows.
 
-    B of a module is (rank, out), or with a `tile` (out / tile, rank, tile), so that what a tile of outputs needs lies
-    together.
+    A module's B is (rank, out), or with a `tile` (out / tile, rank, tile), which keeps a tile's numbers together.
     """
 
     a: torch.dtype

@@ -16,8 +16,6 @@ import torch
 
 from adapters.lora import LoraWeights
 from server.model.base.weights import BaseModel
-from server.model.gpu import torch_on
-from server.model.native.library import computed_by
 from server.model.smollm import NoAdapters, SmolLM
 from server.training.data.job_data import JobData
 from server.training.documents import read_document
@@ -166,10 +164,7 @@ class Run:
 
         If attempts differ in it, the bytes are neither's alone, and the card lists all of them.
         """
-        is_native = isinstance(self._trainable, TrainableRows) and self._trainable.native is not None
-        library = self._library if is_native else None
-        now = torch_on(self._base.device) if library is None else computed_by(library)
-        before = self._counters.computed_by
+        now, before = self._trainable.passes.computed_by, self._counters.computed_by
         if before and before[-1] != now:
             log.warning(
                 "continues with %s a job that %s began: the result will differ from either's alone",

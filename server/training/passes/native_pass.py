@@ -6,16 +6,18 @@ import torch
 
 from server.model.base.weights import BaseModel
 from server.model.native.abi import ROW_UNIT
+from server.model.native.library import computed_by
 from server.model.native.training import NativeGroup, NativeRows, NativeTraining
 from server.training.passes.micro_batch import MicroBatch
 from server.training.passes.trained_rows import TrainedGroup, TrainedRows
 
 
 class NativePass:
-    """The passes of one base and of rows in units of `ROW_UNIT`, whose leaves are read where they lie."""
+    """`torch_pass.Pass` of one base and of rows in units of `ROW_UNIT`, whose leaves are read where they lie."""
 
     def __init__(self, library: ctypes.CDLL, base: BaseModel, rows: TrainedRows, *, max_length: int) -> None:
         """Raises NativeUnavailable for a base that native code doesn't cover, and MemoryError."""
+        self.computed_by = computed_by(library)
         self._rows = rows
         self._groups = {key: _native(group) for key, group in rows.groups.items()}
         self._training = NativeTraining(

@@ -11,32 +11,24 @@ import torch
 
 from adapters.lora import LoraWeights
 from server.model.base.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights
-from server.model.device import ints_beside
 from server.model.native.abi import ROW_UNIT
 from server.model.smollm import Adapters, NoAdapters, SmolLM
 from server.training.passes.dropout import Dropout
-from server.training.passes.loss import cross_entropy_sum
 from server.training.passes.micro_batch import MicroBatch
 from server.training.passes.native_pass import NativePass
-from server.training.passes.packed_attention import PackedAttention
+from server.training.passes.torch_pass import Pass, TorchPass
 from server.training.passes.trained_rows import TrainedRows
 
 
 class TrainableRows:
-    """An adapter: the base is read, never written. `native` computes in the place of torch, where it is given."""
+    """An adapter: the base is read, never written. `passes` computes; torch where it is None."""
 
     def __init__(
-        self,
-        base: BaseModel,
-        rows: TrainedRows,
-        *,
-        max_length: int,
-        dropout: float,
-        native: NativePass | None = None,
+        self, base: BaseModel, rows: TrainedRows, *, max_length: int, dropout: float, passes: Pass | None = None
     ) -> None:
         self.rows = rows
         self.model = SmolLM(base.config, base.weights, max_positions=max_length)
-        self.native = native
+        self.passes: Pass = TorchPass(self.model, rows, self.collect_gradients) if passes is None else passes
         self._dropout = dropout
 
     @property
@@ -55,11 +47,7 @@ class TrainableRows:
         self.rows.refresh()
 
     def accumulate(self, batch: MicroBatch, factor: float) -> float:
-        if self.native is not None:
-            return self.native.accumulate(batch, factor)
-        loss = _backward(self.model, self.rows, batch, factor)
-        self.collect_gradients()
-        return loss
+        return self.passes.accumulate(batch, factor)
 
     def collect_gradients(self) -> None:
         """Add what torch's backward pass left to `gradients`."""
@@ -85,8 +73,8 @@ def trainable_rows(
     """An adapter that begins as `start`, less `taken_off`; native where `library` is given: see `find_library`."""
     row_unit = 1 if library is None else ROW_UNIT
     rows = TrainedRows(start, base.config.shape, base.dtype, base.device, taken_off, row_unit=row_unit)
-    native = None if library is None else NativePass(library, base, rows, max_length=max_length)
-    return TrainableRows(base, rows, max_length=max_length, dropout=dropout, native=native)
+    passes = None if library is None else NativePass(library, base, rows, max_length=max_length)
+    return TrainableRows(base, rows, max_length=max_length, dropout=dropout, passes=passes)
 
 
 class TrainableModel:
@@ -99,11 +87,10 @@ class TrainableModel:
         self._leaves = [tensor for _, tensor in self.weights.tensors()]
         self.masters = torch.cat([leaf.detach().float().flatten() for leaf in self._leaves])
         self.gradients = torch.zeros_like(self.masters)
+        self.passes: Pass = TorchPass(self.model, self.adapters, self.collect_gradients)
 
     def accumulate(self, batch: MicroBatch, factor: float) -> float:
-        loss = _backward(self.model, self.adapters, batch, factor)
-        self.collect_gradients()
-        return loss
+        return self.passes.accumulate(batch, factor)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -131,19 +118,6 @@ class TrainableModel:
     def _split(self, flat: torch.Tensor) -> list[torch.Tensor]:
         pieces = torch.split(flat, [leaf.numel() for leaf in self._leaves])
         return [piece.view(leaf.shape) for piece, leaf in zip(pieces, self._leaves, strict=True)]
-
-
-def _backward(model: SmolLM, adapters: Adapters, batch: MicroBatch, factor: float) -> float:
-    """torch's forward and backward pass over `factor` times the batch's summed loss; that loss."""
-    attention = PackedAttention(batch.lengths, model.device)
-    hidden = model.forward(ints_beside(model.embed, batch.token_ids), attention.positions, attention, adapters)
-    loss = cross_entropy_sum(
-        hidden.index_select(0, ints_beside(hidden, batch.before)),
-        model.lm_head.weight,
-        ints_beside(hidden, batch.targets),
-    )
-    torch.autograd.backward(loss * factor)
-    return float(loss.detach())
 
 
 def _copy(weights: BaseWeights) -> BaseWeights:

@@ -24,7 +24,8 @@ from server.training.loop.run import Run
 from server.training.loop.trainer import Trainer, TrainingDiverged
 from server.training.passes.init import initial_weights
 from server.training.passes.micro_batch import MicroBatch
-from server.training.passes.packed_attention import PackedAttention
+from server.training.passes.native_pass import NativePass
+from server.training.passes.torch_pass import TorchPass
 from server.training.passes.trainables import trainable_rows
 from server.training.spec import Init, JobSpec, LoraSpec, TrainingSpec
 from tests.conftest import CACHE
@@ -78,17 +79,11 @@ def pass_through(
 ) -> Passed:
     """One micro-batch, whose loss is over every token but each text's first."""
     trainable = trainable_rows(base, start, taken_off, max_length=MAX_LENGTH, dropout=dropout, library=library)
-    assert (trainable.native is not None) == (library is not None)
+    assert isinstance(trainable.passes, TorchPass if library is None else NativePass)
     trainable.begin_micro_batch(0, 0, list(range(len(lengths))), lengths)
     batch = batch_of(token_ids, lengths)
-    if trainable.native is not None:
-        hidden = trainable.native.forward(batch)
-    else:
-        attention = PackedAttention(lengths, torch.device("cpu"))
-        with torch.no_grad():
-            hidden = trainable.model.forward(
-                torch.tensor(token_ids), attention.positions, attention, trainable.adapters
-            )
+    with torch.no_grad():
+        hidden = trainable.passes.forward(batch)
     loss = trainable.accumulate(batch, 1 / len(batch.targets)) / len(batch.targets)
     return Passed(hidden.float(), loss, trainable.gradients.clone())
 
@@ -213,7 +208,7 @@ def test_a_loss_that_is_no_number_says_so(grouped: BaseModel, library: ctypes.CD
     for value in (float("nan"), float("inf"), 1e38):
         wild = LoraWeights({key: LoraModule(m.a, torch.full_like(m.b, value), 1.0) for key, m in modules.items()})
         trainable = trainable_rows(grouped, wild, None, max_length=64, dropout=0.0, library=library)
-        assert trainable.native is not None
+        assert isinstance(trainable.passes, NativePass)
         examples = [Example((3, 4, 5, 6), (False, True, True, True))]
         with pytest.raises(TrainingDiverged, match="not a number in step 1"):
             Trainer(trainable, examples, TrainingSpec(max_steps=1, max_length=64)).run_step()
