@@ -2,9 +2,10 @@
 
 import inspect
 from collections.abc import Callable
+from operator import getitem
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, get_args
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from pydantic.fields import FieldInfo
@@ -36,7 +37,7 @@ def with_flags(kind: type[SettingsT]) -> Callable[[Callable[..., None]], Callabl
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    option = Annotated[_type(field) | None, typer.Option(help=_help(field))]
+    option = getitem(cast("Any", Annotated), (_type(field) | None, typer.Option(help=_help(field))))
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
 
 
