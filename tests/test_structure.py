@@ -35,7 +35,7 @@ LAYERS = [
 """A module may import from its own layer and those above it in this list."""
 
 ONLY_IN = {
-    "fastapi": ("server.api",),
+    "fastapi": ("server.api", "server.serve.process"),
     "starlette": ("server.api",),
     "python_multipart": ("server.api",),
     "uvicorn": ("server.serve",),
@@ -45,7 +45,7 @@ ONLY_IN = {
     "alembic": ("server.database", "server.migrations"),
     "sqlite3": ("server.database", "server.sqlite"),
     "pysqlite3": ("server.sqlite",),
-    "pydantic": ("server.api", "server.config", "server.training.documents"),
+    "pydantic": ("server.api", "server.cli.options", "server.config", "server.training.documents"),
     "pydantic_settings": ("server.config",),
     "transformers": ("server.model",),
     "huggingface_hub": ("server.model",),

@@ -166,11 +166,7 @@ class Run:
         """
         now, before = self._trainable.passes.computed_by, self._counters.computed_by
         if before and before[-1] != now:
-            log.warning(
-                "continues with %s a job that %s began: the result will differ from either's alone",
-                now,
-                before[-1],
-            )
+            log.warning("continues with %s what %s began: the bytes won't be those of either", now, before[-1])
         if not before or before[-1] != now:
             before.append(now)
 

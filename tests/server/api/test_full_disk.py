@@ -21,8 +21,8 @@ from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Leases
 from server.training.queue.reserve import Reserve
 from tests.server.api.adapters.peft_files import as_parts, peft_files
-from tests.server.api.conftest import MakeServices, client_of
 from tests.server.api.train_kit import ROWS, StandIn, submit, train_body
+from tests.server.conftest import MakeServices, client_of
 from tests.small_disk import fill, make_room, mounted
 
 pytestmark = pytest.mark.anyio

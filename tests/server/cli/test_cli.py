@@ -11,7 +11,7 @@ import pytest
 
 def smolora(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-c", "from server.cli import main; main()", *arguments],
+        [sys.executable, "-c", "from server.cli.main import main; main()", *arguments],
         capture_output=True,
         text=True,
         timeout=60,

@@ -15,7 +15,7 @@ from server.model.base.weights import BaseModel
 from server.serve.startup import build
 from server.sqlite import driver
 from tests.server.api.adapters.peft_files import as_parts, peft_files
-from tests.server.api.conftest import client_of
+from tests.server.conftest import client_of
 
 pytestmark = pytest.mark.anyio
 

@@ -16,7 +16,7 @@ from server.training.worker.worker import Timing, Worker
 from tests.server.training.worker.stub_worker import FAST
 
 HERE = Path(__file__).parent
-STUB = (sys.executable, str(HERE / "stub_job.py"))
+STUB = (sys.executable, str(HERE / "worker" / "stub_job.py"))
 
 
 def submit(jobs: Jobs, job_id: str, name: str = "tweets") -> Job:

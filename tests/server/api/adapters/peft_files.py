@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 
 from adapters.lora import BaseShape
-from tests.server.api.conftest import SHAPE
+from tests.server.conftest import SHAPE
 
 PATHS = {"q_proj": "self_attn", "v_proj": "self_attn", "up_proj": "mlp"}
 

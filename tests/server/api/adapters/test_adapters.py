@@ -13,8 +13,8 @@ from safetensors.torch import load, save
 from adapters.peft import files as peft_format
 from server.api.uploads import MAX_CONFIG_BYTES
 from tests.server.api.adapters.peft_files import as_parts, as_zip, peft_files
-from tests.server.api.conftest import BASE_DIGEST, BASE_NAME, SHAPE
 from tests.server.api.fakes import FakeEngine
+from tests.server.conftest import BASE_DIGEST, BASE_NAME, SHAPE
 
 pytestmark = pytest.mark.anyio
 

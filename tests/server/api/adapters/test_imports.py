@@ -17,7 +17,7 @@ from server.api.app import create_app
 from server.model.base.hub_adapter import fetch_adapter
 from tests.adapter_hub import COMMIT, REPO, hub_of
 from tests.server.api.adapters.peft_files import peft_files
-from tests.server.api.conftest import MakeServices, client_of
+from tests.server.conftest import MakeServices, client_of
 
 pytestmark = pytest.mark.anyio
 

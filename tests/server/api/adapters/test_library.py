@@ -13,7 +13,7 @@ from adapters.store.store import AdapterStore
 from server.api.adapters.library import Library
 from server.database import connect
 from tests.server.api.adapters.peft_files import peft_files
-from tests.server.api.conftest import BASE_NAME, SHAPE
+from tests.server.conftest import BASE_NAME, SHAPE
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from adapters.catalog.catalog import Catalog, NewVersion, publish_in
 from adapters.expression import parse
-from tests.server.api.conftest import BASE_DIGEST, BASE_NAME
+from tests.server.conftest import BASE_DIGEST, BASE_NAME
 
 pytestmark = pytest.mark.anyio
 

@@ -12,8 +12,8 @@ from server.training.merge_spec import MergeSpec
 from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Leases
 from tests.server.api.adapters.peft_files import as_parts, peft_files
-from tests.server.api.conftest import BASE_NAME
 from tests.server.api.train_kit import StandIn, submit
+from tests.server.conftest import BASE_NAME
 
 pytestmark = pytest.mark.anyio
 

@@ -22,9 +22,9 @@ from server.training.data.encoding import RowEncoder
 from server.training.data.files import FileStore, RowSources
 from server.training.queue.jobs import Jobs
 from tests.server.api.adapters.peft_files import as_parts, peft_files
-from tests.server.api.conftest import BASE_DIGEST, BASE_NAME, MAX_POSITIONS, SHAPE, MakeServices, client_of
 from tests.server.api.fakes import FakeEngine
 from tests.server.api.train_kit import ROWS
+from tests.server.conftest import BASE_DIGEST, BASE_NAME, MAX_POSITIONS, SHAPE, MakeServices, client_of
 from tests.server.running import running
 from tests.tiny import save_tiny_base, tiny_tokenizer
 

@@ -9,9 +9,9 @@ from fastapi import FastAPI
 from server.engine.request import GenerationRequest, Grammar, SamplingParams, SequenceOutput
 from server.errors import GenerationFailed, QueueFull
 from server.model.text.chat import ChatMessage, PromptEncoder
-from tests.server.api.conftest import BASE_NAME, MAX_MODEL_LEN
 from tests.server.api.fakes import Caller, FakeEngine, FakeStream, failing, until, words
 from tests.server.api.generate.test_generate import upload
+from tests.server.conftest import BASE_NAME, MAX_MODEL_LEN
 
 pytestmark = pytest.mark.anyio
 

@@ -12,8 +12,8 @@ from server.engine.request import AdapterRef, SamplingParams
 from server.errors import EngineDead, GenerationFailed, QueueFull
 from server.model.text.chat import ChatMessage, PromptEncoder
 from tests.server.api.adapters.peft_files import as_parts, peft_files
-from tests.server.api.conftest import BASE_NAME
 from tests.server.api.fakes import FakeEngine, failing, piece, until
+from tests.server.conftest import BASE_NAME
 
 pytestmark = pytest.mark.anyio
 

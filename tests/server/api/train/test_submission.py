@@ -16,8 +16,8 @@ from server.training.data.datasets import Dataset, DatasetStore
 from server.training.queue.jobs import Job, Jobs
 from server.training.spec import JobSpec
 from tests.server.api.adapters.peft_files import as_parts, peft_files
-from tests.server.api.conftest import client_of
 from tests.server.api.train_kit import train_body
+from tests.server.conftest import client_of
 
 pytestmark = pytest.mark.anyio
 

@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from tests.server.api.adapters.peft_files import as_parts, peft_files
-from tests.server.api.conftest import BASE_NAME, MAX_POSITIONS
 from tests.server.api.train_kit import ROWS, train_body
+from tests.server.conftest import BASE_NAME, MAX_POSITIONS
 
 pytestmark = pytest.mark.anyio
 

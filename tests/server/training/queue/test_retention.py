@@ -19,7 +19,7 @@ from tests.server.training.job_kit import submit
 from tests.server.training.worker import stub_job
 
 KILLED = 9
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 DAY = timedelta(days=1)
 
 

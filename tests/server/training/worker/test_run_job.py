@@ -22,7 +22,7 @@ from tests.server.training.worker.stub_worker import FAST
 
 STARVED = (
     "import sys, torch\n"
-    "from server.training import run_job, train_job\n"
+    "from server.training.worker import run_job, train_job\n"
     "def run(self):\n"
     "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')\n"
     "train_job.TrainingAttempt.run = run\n"

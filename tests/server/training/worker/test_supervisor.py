@@ -18,7 +18,7 @@ from server.training.worker.job_pipe import EXIT_NO_BASE
 from server.training.worker.supervisor import MAX_DELAY, Supervisor, worker_command
 from tests.server.training.job_kit import STUB, final_digest, steps_done, submit_stub, until
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 SLEEPER = (sys.executable, "-S", "-c", "import time; time.sleep(60)")
 

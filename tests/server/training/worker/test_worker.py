@@ -28,7 +28,7 @@ from tests.server.training.job_kit import STUB, final_digest, steps_done, submit
 from tests.server.training.worker.stub_worker import FAST
 
 WORKER = ("-m", "tests.server.training.worker.stub_worker")
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 NO_BASE = (
     sys.executable,

@@ -12,9 +12,9 @@ from pydantic import TypeAdapter
 from server.training.data.files import FileStore
 from server.training.queue.leases import Leases
 from tests.server.api.adapters.peft_files import as_parts, peft_files
-from tests.server.api.conftest import BASE_NAME
 from tests.server.api.openai.fine_tuning.test_files import upload
 from tests.server.api.train_kit import ROWS, StandIn, submit
+from tests.server.conftest import BASE_NAME
 
 pytestmark = pytest.mark.anyio
 
