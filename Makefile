@@ -11,7 +11,7 @@ READY_DEV := $(VENV)/.ready-dev-$(LOCKED_DEV)
 CPP := $(wildcard $(foreach place,server/model/native tests/server/model/native/kernels,$(place)/*.h $(place)/*.cpp))
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help serve test check sanitize bench clean
+.PHONY: help serve test check sanitize bench gpu clean
 
 help:
 	@echo 'make serve     set everything up and serve on http://127.0.0.1:8000'
@@ -19,6 +19,7 @@ help:
 	@echo 'make check     linters and types only'
 	@echo 'make sanitize  the tests of native code, under sanitizers'
 	@echo 'make bench     the benchmark, over HTTP'
+	@echo 'make gpu       the tests that need a GPU, and the benchmark on it'
 	@echo 'make clean     drop .venv and caches; data/ stays'
 
 serve: $(READY)
@@ -41,6 +42,9 @@ sanitize: $(READY_DEV)
 
 bench: $(READY_DEV)
 	@exec $(BIN)/python benchmarks/serve.py $(ARGS)
+
+gpu: $(READY_DEV)
+	@exec $(BIN)/python -m tests.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

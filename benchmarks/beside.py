@@ -33,8 +33,8 @@ from benchmarks.serving.server_process import Server, ServerConfig
 from benchmarks.serving.wires import Request, Smolora
 from benchmarks.training.beside_report import Results, Round, markdown
 from server.client import Client
-from server.model.source import resolve_base
-from server.model.weights import load_base
+from server.model.base.source import resolve_base
+from server.model.base.weights import load_base
 
 PROMPT_TOKENS = 32
 ROW_TOKENS, BATCH_SIZE, NUM_ROWS = 128, 4, 64

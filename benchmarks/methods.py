@@ -21,8 +21,8 @@ from benchmarks.training.methods_report import Compared, Results, markdown
 from benchmarks.training.methods_run import Outcome, Place, Trial, outcome_of
 from benchmarks.training.rate_search import best_rate
 from benchmarks.training.ratings import FILES, source_directory
-from server.model.source import resolve_base
-from server.model.weights import load_base
+from server.model.base.source import resolve_base
+from server.model.base.weights import load_base
 from server.training.spec import Method
 
 RANKS = (8, 16, 32)

@@ -34,10 +34,11 @@ from benchmarks.serving.results import Results, Settings, Start
 from benchmarks.serving.rounds import Rounds
 from benchmarks.serving.server_process import Server, ServerConfig, import_seconds
 from benchmarks.serving.systems import OurServer
-from server.model.export import export_hugging_face
-from server.model.rank_rows import RankRows
-from server.model.source import resolve_base
-from server.model.weights import BaseModel, load_base
+from server.model.base.export import export_hugging_face
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
+from server.model.native.model import ROW_FORMAT
+from server.model.rank_rows import RowFormat
 
 LOG = "serve.log"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -135,7 +136,8 @@ def _server_config(options: Options, bases: Bases, home: Path, num_resident: int
     """Of a server with room for so many adapters."""
     dtype, device = DTYPES[options.dtype], torch.device(options.device)
     is_native = dtype is torch.bfloat16 and device.type == "cpu"
-    per_rank = RankRows.bytes_per_rank(bases.base.config.shape, dtype, device, is_native)
+    row_format = ROW_FORMAT if is_native else RowFormat.of_torch(dtype, device)
+    per_rank = row_format.bytes_per_rank(bases.base.config.shape)
     return ServerConfig(
         home=home,
         base_dir=bases.converted.parent,

@@ -11,7 +11,7 @@ NOT_MEASURED = "–"
 
 @dataclass(frozen=True)
 class Target:
-    """One wish. `reached` is None where it was not measured, or not at the size that it is about."""
+    """One aim. `reached` is None where it was not measured, or not at the size that it is about."""
 
     load: str
     wanted: str

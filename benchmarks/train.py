@@ -25,9 +25,9 @@ from benchmarks.training.peer import COMPILED
 from benchmarks.training.runs import Measured, Run, Side, measure
 from benchmarks.training.train_report import Results, Row, markdown
 from benchmarks.training.works import WORKS, Work, reduced, rows_of
-from server.model.export import export_hugging_face
-from server.model.source import resolve_base
-from server.model.weights import load_base
+from server.model.base.export import export_hugging_face
+from server.model.base.source import resolve_base
+from server.model.base.weights import load_base
 
 COMPILERS = ("c++", "g++", "clang++")
 

@@ -1,14 +1,13 @@
 """Every setting of the server, from `SMOLORA_` environment variables and from `serve`'s flags.
 
-Built once by `server.cli` and passed in; nothing else reads the environment. A flag wins over its
-variable, and an empty variable counts as unset. What the defaults `auto` and null come to is decided
-where the hardware is known (`server.model`, `server.engine`).
+Built once by the command line, which makes a flag of each field, and passed in; nothing else reads the
+environment. A flag wins over its variable, and an empty variable counts as unset. What `auto` and None come to is
+decided where the hardware is known (`server.model`, `server.engine`).
 """
 
 import ipaddress
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -20,6 +19,7 @@ from server.errors import StartupError
 PREFIX = "SMOLORA_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
+_TRAIN_MEMORY = 0.5  # beside a server
 _KEY_FLAGS = {"--api-keys": f"{PREFIX}API_KEYS", "--api-key": f"{PREFIX}API_KEY"}  # a server's, and a client's
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
@@ -33,30 +33,69 @@ class WorkerSettings(BaseSettings):
         env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", hide_input_in_errors=True
     )
 
-    home: Path = Path("./data")
-    model: str = Field(DEFAULT_MODEL, min_length=1, max_length=4096)
-    base_dir: Path | None = None
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
-    dtype: Dtype = "auto"
-    native: bool = True  # compute natively where this machine can
-    train_share: float = Field(0.25, ge=0, le=1)  # of the time that training takes while requests run
+    home: Path = Field(Path("data"), description="Everything stored: adapters, jobs, the converted base.")
+    model: str = Field(
+        DEFAULT_MODEL,
+        min_length=1,
+        max_length=4096,
+        description=f"The base: {DEFAULT_MODEL}, a local directory or a hub id.",
+    )
+    base_dir: Path | None = Field(None, description="Where a converted base is looked for first.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$", description="auto, cpu, cuda or cuda:N.")
+    dtype: Dtype = Field("auto", description="auto, fp32, bf16 or fp16.")
+    native: bool = Field(True, description="Compute natively where this machine can.")
+    train_share: float = Field(0.25, ge=0, le=1, description="Share of the time for training while requests run.")
+    train_memory: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of a GPU's memory for training: of all of a server's workers together (default: half), "
+        "or of a worker elsewhere (default: what is free).",
+    )
 
 
 class Settings(WorkerSettings):
     """One field for each variable; `kv_cache_bytes` and `adapter_cache_bytes` also read "2GiB" and the like."""
 
-    host: str = Field("127.0.0.1", min_length=1, max_length=255)
-    port: int = Field(8000, ge=0, le=65535)  # 0: any free one
-    max_num_seqs: int = Field(32, ge=1, le=1024)
-    max_queue: int = Field(256, ge=1, le=100_000)
-    max_model_len: int | None = Field(None, ge=2, le=1 << 20)
-    kv_cache_bytes: ByteSize | None = Field(None, ge=1 << 20)
-    adapter_cache_bytes: ByteSize | None = Field(None, ge=1 << 20)
-    api_keys: Annotated[tuple[str, ...], NoDecode] = ()
-    allow_anonymous: bool = False
-    workers: int = Field(1, ge=0, le=64)
-    retain_jobs: float = Field(0.0, ge=0, le=36_500)  # days for which ended jobs keep their files; 0: for good
-    allow_hub_adapters: bool = False  # POST /adapters/{name}/import may fetch from the hub
+    host: str = Field("127.0.0.1", min_length=1, max_length=255, description="Where to listen.")
+    port: int = Field(8000, ge=0, le=65535, description="Where to listen; 0: any free port.")
+    max_num_seqs: int = Field(32, ge=1, le=1024, description="Sequences in one batch.")
+    max_queue: int = Field(256, ge=1, le=100_000, description="Sequences that may wait for a place in it.")
+    max_model_len: int | None = Field(
+        None, ge=2, le=1 << 20, description="Prompt and answer, in tokens. Default: the model's, at most 8192."
+    )
+    kv_cache_bytes: ByteSize | None = Field(
+        None, ge=1 << 20, description="Memory for keys and values, such as 2GiB. Default: by the machine."
+    )
+    adapter_cache_bytes: ByteSize | None = Field(
+        None, ge=1 << 20, description="Memory for resident adapters. Default: by the machine."
+    )
+    api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Comma-separated keys, one of which every request must bring; @FILE reads them from a file. "
+        "Whoever watches may see a flag for a moment: better in the file or in SMOLORA_API_KEYS. "
+        "Default: none needed.",
+    )
+    allow_anonymous: bool = Field(False, description="Serve without keys off the loopback, too.")
+    workers: int = Field(1, ge=0, le=64, description="Training worker processes to supervise.")
+    retain_jobs: float = Field(
+        0,
+        ge=0,
+        le=36_500,
+        description="Days after which ended jobs lose their rows, checkpoints, models and logs; 0: never.",
+    )
+    allow_hub_adapters: bool = Field(False, description="Let clients import adapters from the Hugging Face hub.")
+
+    @property
+    def training_memory(self) -> float:
+        """The share of a GPU's memory that is left to the workers, all together."""
+        return (self.train_memory or _TRAIN_MEMORY) if self.workers else 0.0
+
+    @property
+    def of_a_worker(self) -> WorkerSettings:
+        """What each of the workers is told."""
+        share = self.training_memory / self.workers if self.workers else None
+        return self.model_copy(update={"train_memory": share})
 
     @field_validator("api_keys", mode="before")
     @classmethod
@@ -96,7 +135,7 @@ def _keys_in(text: str) -> tuple[str, ...]:
     return tuple(key for part in text.replace("\n", ",").split(",") if (key := part.strip()))
 
 
-_Settings = TypeVar("_Settings", bound=WorkerSettings)
+SettingsT = TypeVar("SettingsT", bound=WorkerSettings)
 
 
 def is_loopback(host: str) -> bool:
@@ -109,14 +148,12 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def load_settings(**flags: Flag) -> Settings:
+def load(kind: type[SettingsT], **flags: Flag) -> SettingsT:
     """The settings, with the flags that are not None on top. Raises StartupError in one line."""
-    return _load(Settings, flags)
-
-
-def load_worker_settings(**flags: Flag) -> WorkerSettings:
-    """As `load_settings`."""
-    return _load(WorkerSettings, flags)
+    try:
+        return kind.model_validate({name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        raise StartupError("; ".join(_explain(fault["loc"], fault["msg"]) for fault in error.errors())) from None
 
 
 def hide_keys() -> None:
@@ -146,18 +183,11 @@ def forget_keys() -> None:
 
 
 def to_flags(settings: WorkerSettings) -> list[str]:
-    """The flags of `smolora worker` that `load_worker_settings` turns into the same settings."""
+    """The flags of `smolora worker` that `load` turns into the same settings."""
     values = {name.replace("_", "-"): getattr(settings, name) for name in WorkerSettings.model_fields}
     switches = [f"--{'' if value else 'no-'}{name}" for name, value in values.items() if isinstance(value, bool)]
     others = {name: value for name, value in values.items() if not isinstance(value, bool | None)}
     return switches + [f"--{name}={value}" for name, value in others.items()]
-
-
-def _load(kind: type[_Settings], flags: Mapping[str, Flag]) -> _Settings:
-    try:
-        return kind.model_validate({name: value for name, value in flags.items() if value is not None})
-    except ValidationError as error:
-        raise StartupError("; ".join(_explain(fault["loc"], fault["msg"]) for fault in error.errors())) from None
 
 
 def _explain(loc: tuple[int | str, ...], message: str) -> str:

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.catalog import Catalog, Version
-from adapters.catalog_recovery import Recovered
+from adapters.catalog.catalog import Catalog, Version
+from adapters.catalog.records import Records
+from adapters.catalog.recovery import Recovered
 from adapters.errors import CorruptAdapter
-from adapters.records import Records
-from adapters.store import AdapterStore
+from adapters.store.store import AdapterStore
 from server.database import build_of, connect, faults, nobody_has_it_open, set_aside
 from server.errors import StartupError
-from server.home import serving
-from server.training.jobs import Jobs
+from server.home import Home, serving
+from server.training.queue.jobs import Jobs
 
 _TAKES = "the server's next start removes it"
 _MENDS = "the server's next start mends it"
@@ -71,7 +71,7 @@ class Rebuilt:
 def examine(home: Path) -> Diagnosis:
     """Look at everything. Raises StartupError where there is no such HOME, or its database is a newer one."""
     _check_home(home)
-    store, records = AdapterStore(home / "adapters"), Records(home / "adapters")
+    store, records = AdapterStore(Home(home).adapters), Records(Home(home).adapters)
     findings = [Finding("database", fault) for fault in faults(home)]
     damaged = _damaged(store)
     versions: list[Version] = []
@@ -110,19 +110,19 @@ def _rebuild(home: Path) -> Rebuilt:
     with nobody_has_it_open(home):
         is_new = bool(faults(home))
         moved = set_aside(home) if is_new else []
-    store, records = AdapterStore(home / "adapters"), Records(home / "adapters")
+    store, records = AdapterStore(Home(home).adapters), Records(Home(home).adapters)
     damaged = _damaged(store)
     whole = set(store.digests()) - damaged.keys()
     engine = connect(home)
     found = Catalog(engine, records).recover(whole.__contains__, Jobs(engine).is_known)
     lost_jobs = {version.job_id for version in records.read().versions if version.job_id is not None}
-    lost_jobs |= {path.name for path in (home / "jobs").glob("job-*/")}
+    lost_jobs |= {path.name for path in Home(home).jobs.glob("job-*/")}
     engine.dispose()
     return Rebuilt(is_new, tuple(moved), found, tuple(sorted(lost_jobs)) if is_new else ())
 
 
 def _check_home(home: Path) -> None:
-    if not (home / "adapters").is_dir():
+    if not Home(home).adapters.is_dir():
         raise StartupError(f"{home} isn't a server's home: it has no folder adapters; give --home or SMOLORA_HOME")
 
 

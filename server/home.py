@@ -8,11 +8,49 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from server.errors import StartupError
 
 LOCK_NAME = "server.lock"
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where things lie under HOME, but for the database and the single files of `reserve` and `yielding`."""
+
+    path: Path
+
+    @property
+    def adapters(self) -> Path:
+        """Bytes by digest, and records by name."""
+        return self.path / "adapters"
+
+    @property
+    def jobs(self) -> Path:
+        """A folder for each job."""
+        return self.path / "jobs"
+
+    @property
+    def datasets(self) -> Path:
+        """A folder for each uploaded data set."""
+        return self.path / "datasets"
+
+    @property
+    def files(self) -> Path:
+        """A folder for each file of /v1, uploads and jobs' results."""
+        return self.path / "files"
+
+    @property
+    def models(self) -> Path:
+        """Converted bases, by name."""
+        return self.path / "models"
+
+    @property
+    def native(self) -> Path:
+        """Compiled native code."""
+        return self.path / "native"
 
 
 def make(home: Path) -> bool:

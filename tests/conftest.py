@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.model.embedded import EMBEDDED
-from server.model.export import export_hugging_face
-from server.model.source import resolve_base
-from server.model.weights import BaseModel, load_base
+from server.model.base.embedded import EMBEDDED
+from server.model.base.export import export_hugging_face
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
 from tests.tiny import save_tiny_base
 
 CACHE = Path(__file__).parent.parent / ".cache"

@@ -12,9 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from adapters.store import AdapterStore
-from server.model.embedded import EMBEDDED
-from server.model.source import resolve_base
+from adapters.store.store import AdapterStore
+from server.model.base.embedded import EMBEDDED
+from server.model.base.source import resolve_base
 from tests.conftest import CACHE
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import CHILD, ENDED, code_rows, get, processes, submit, succeeded

@@ -15,10 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from adapters.errors import SmoloraError
 from adapters.lora import MODULES, BaseShape, LoraModule, LoraWeights, ModuleKey
 from server.engine.adapter_pool import Load
+from server.engine.backend import Backend, NativeBackend, TorchBackend
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
-from server.engine.guidance import Guidance
-from server.engine.paged_attention import PagedCache
 from server.engine.request import (
     AdapterRef,
     FinishReason,
@@ -27,10 +26,11 @@ from server.engine.request import (
     SequenceOutput,
 )
 from server.engine.scheduler import SchedulerLimits
+from server.engine.structured.guidance import Guidance
+from server.model.base.weights import BaseModel
 from server.model.native.model import NativeModel
 from server.model.rank_rows import Placement, RankRows, Run
 from server.model.smollm import SmolLM
-from server.model.weights import BaseModel
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, logprobs=1)
 
@@ -60,8 +60,11 @@ def build_engine(
 ) -> Engine:
     """An engine with `num_blocks` usable blocks, and rows for ranks that add up to `max_rank` on all modules."""
     adapters = {} if adapters is None else adapters
-    rank_bytes = RankRows.bytes_per_rank(base.config.shape, base.dtype, base.device)
-    block_bytes = PagedCache.bytes_per_block(base.config, block_size, base.dtype)
+    model = model or SmolLM(base.config, base.weights, max_positions=max_model_len)
+    backend: Backend = TorchBackend(model)
+    rank_bytes, block_bytes = backend.bytes_per_rank, backend.bytes_per_block(block_size)
+    if native is not None:
+        backend = NativeBackend(native)
     config = EngineConfig(
         max_model_len=max_model_len,
         kv_cache_bytes=num_blocks * block_bytes,
@@ -69,9 +72,8 @@ def build_engine(
         block_size=block_size,
         scheduler=limits or SchedulerLimits(),
     )
-    model = model or SmolLM(base.config, base.weights, max_positions=max_model_len)
     load = adapters.__getitem__ if isinstance(adapters, Mapping) else adapters
-    return Engine(model, token_bytes(base.tokenizer), load, config, guidance=guidance, native=native, wake=wake)
+    return Engine(backend, token_bytes(base.tokenizer), load, config, guidance=guidance, wake=wake)
 
 
 def random_adapter(

@@ -5,9 +5,9 @@ from collections.abc import Collection, Mapping, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from server.engine.detokenizer import TokenBytes
-from server.engine.guidance import Guidance
 from server.engine.request import Grammar
-from server.model.vocabulary import tokenizer_json
+from server.engine.structured.guidance import Guidance
+from server.model.text.vocabulary import tokenizer_json
 
 Schema = Mapping[str, object]
 

@@ -11,10 +11,7 @@ import sys
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
-from server.api.address import bind
 from server.api.app import create_app
-from server.api.run import run
-from server.api.startup import build
 from server.config import Settings
 from server.engine.async_engine import AsyncEngine
 from server.engine.runner import Runner
@@ -22,8 +19,11 @@ from server.engine.sampler import Sampled
 from server.engine.scheduler import Chunk
 from server.engine.sequence import Sequence
 from server.engine.watchdog import Watchdog
-from server.training.share import BusyFlag
-from server.training.supervisor import Supervisor
+from server.serve.address import bind
+from server.serve.process import run
+from server.serve.startup import build
+from server.training.worker.supervisor import Supervisor
+from server.training.worker.yielding import BusyFlag
 
 HANG, LONG, SLOW = 666, 667, 668
 AFTER = 30

@@ -19,13 +19,13 @@ import psutil
 import torch
 
 from adapters.lora import MODULES, LoraConfig, LoraModule, LoraWeights
-from adapters.peft_format import PeftAdapter
-from adapters.store import AdapterStore
+from adapters.peft.files import PeftAdapter
+from adapters.store.store import AdapterStore
 from server.engine.engine import Engine
 from server.engine.request import AdapterRef, GenerationRequest
 from server.engine.scheduler import SchedulerLimits
-from server.model.source import resolve_base
-from server.model.weights import BaseModel, load_base
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
 from tests.engine_kit import GREEDY, Result, build_engine, check_idle, random_adapter
 from tests.oracles.hugging_face import assert_greedy, load_reference, logits, merged
 from tests.tiny import save_tiny_base

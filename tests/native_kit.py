@@ -14,10 +14,10 @@ from typing import NoReturn
 import pytest
 import torch
 
+from server.model.base.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights
 from server.model.native.library import NativeUnavailable, library_name, load_library
 from server.model.native.model import NativeModel
 from server.model.ops.linear import can_pack
-from server.model.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights
 from tests.conftest import CACHE
 
 SHAPES: Mapping[str, tuple[str, Mapping[str, object]]] = {

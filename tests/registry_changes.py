@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from tests.server.api.peft_files import as_parts
+from tests.server.api.adapters.peft_files import as_parts
 
 Leaves = tuple[tuple[str, int, float], ...]  # name, version, weight
 Files = tuple[bytes, bytes]

@@ -13,7 +13,8 @@ import httpx
 from benchmarks.serving.process import READY_WITHIN, ServerProcess, threads_environment
 
 IMPORTS = (
-    "import server.cli, server.api.app, server.api.logs, server.api.run, server.api.startup; print(flush=True)"
+    "import server.cli.main, server.api.app, server.serve.logs, server.serve.process, server.serve.startup; "
+    "print(flush=True)"
 )
 """What `serve` imports before it does anything, and a sign that this is done."""
 

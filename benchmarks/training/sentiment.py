@@ -8,18 +8,18 @@ import torch
 
 from adapters.lora import LoraModule, LoraWeights
 from benchmarks.training.ratings import Rated
-from server.model.chat import PromptEncoder
+from server.model.base.weights import BaseModel
 from server.model.smollm import Adapters, SmolLM
-from server.model.weights import BaseModel
-from server.training.encoding import RowEncoder
-from server.training.examples import Examples
-from server.training.init import initial_weights
-from server.training.packed_attention import PackedAttention
-from server.training.packing import pack
-from server.training.rows import CompletionRow
+from server.model.text.chat import PromptEncoder
+from server.training.data.encoding import RowEncoder
+from server.training.data.examples import Examples
+from server.training.data.rows import CompletionRow
+from server.training.loop.packing import pack
+from server.training.loop.trainer import StepResult, Trainer
+from server.training.passes.init import initial_weights
+from server.training.passes.packed_attention import PackedAttention
+from server.training.passes.trainables import TrainableModel, TrainableRows, trainable_rows
 from server.training.spec import JobSpec
-from server.training.trainables import TrainableModel, TrainableRows, trainable_rows
-from server.training.trainer import StepResult, Trainer
 
 LABELS = (" negative", " positive")
 MAX_LENGTH = 128

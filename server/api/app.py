@@ -9,13 +9,18 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from server import __version__
-from server.api import documents, faults
+from server.api import documents, faults, health
+from server.api.adapters import aliases, compositions, imports
+from server.api.adapters import route as adapters
+from server.api.compare import route as compare
 from server.api.deps import Services
-from server.api.housekeeping import keep_house
+from server.api.generate import route as generate
 from server.api.middleware import BodyLimit, Keys, RequestContext
 from server.api.openai.router import router as openai
-from server.api.routes import adapters, aliases, compare, compositions, datasets, generate, health, imports, train
-from server.training.retention import Retention
+from server.api.train import datasets
+from server.api.train import route as train
+from server.api.train.housekeeping import keep_house
+from server.training.queue.retention import Retention
 
 _DESCRIPTION = """One frozen SmolLM, any LoRA adapter per request: versioned, weighted and composed, never merged.
 

@@ -1,23 +1,24 @@
 """What routes work with: built once at start-up, handed to the app, reached through `ServicesDep`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Protocol, cast
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Header, Request
 
-from server.api.estimate import Estimator
-from server.api.job_feeds import JobFeeds
-from server.api.library import Library
-from server.api.submission import Submissions
+from server.api.adapters.library import Library
+from server.api.train.estimate import Estimator
+from server.api.train.feeds import JobFeeds
+from server.api.train.submission import Submissions
 from server.config import Settings
-from server.engine.guidance import Guidance
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
+from server.engine.structured.guidance import Guidance
 from server.metrics import Metrics
-from server.model.chat import PromptEncoder
-from server.training.datasets import DatasetStore
-from server.training.files import FileStore
-from server.training.jobs import Jobs
+from server.model.text.chat import PromptEncoder
+from server.training.data.datasets import DatasetStore
+from server.training.data.files import FileStore
+from server.training.queue.jobs import Jobs
 
 
 class OutputStream(Protocol):
@@ -50,6 +51,14 @@ class EngineClient(Protocol):
 
 
 @dataclass(frozen=True)
+class Limiters:
+    """How many threads may do at once, over all routes, what costs cores and memory that the engine wants."""
+
+    preparing: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))  # bodies that are tokenized
+    checking: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))  # files of rows
+
+
+@dataclass(frozen=True)
 class Services:
     """Everything a route may need.
 
@@ -71,6 +80,7 @@ class Services:
     submissions: Submissions
     estimator: Estimator
     decode: Callable[[list[int]], str]
+    limiters: Limiters = field(default_factory=Limiters)
 
 
 def get_services(request: Request) -> Services:

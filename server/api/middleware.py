@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.faults import form_of
 from server.errors import Unauthorized, Unavailable
-from server.training.reserve import Reserve
+from server.training.queue.reserve import Reserve
 
 MAX_JSON_BYTES = 2 << 20
 MAX_UPLOAD_BYTES = 256 << 20

@@ -1,6 +1,6 @@
 """What clients send and are sent, as pydantic sees it: bounds on every field, nothing coerced, nothing ignored.
 
-These are wire types: `server.api.generation` turns a checked body into the engine's own. Answers are built by
+These are wire types: `generate/generation.py` turns a checked body into the engine's own. Answers are built by
 hand (a model for each token would cost more than the token); their classes here only document them.
 """
 

@@ -1,8 +1,8 @@
 """An adapter's two files, or a file of rows, out of what a client sent, without trusting any of it.
 
 A body is spooled to disk while it comes in, and an adapter's tensors are copied into a file of their own, which
-whoever reads them can map. Archives are `server.api.archives`'s part, what the files mean is
-`adapters.peft_format`'s and `server.training.row_files`'s.
+whoever reads them can map. Archives are `server.api.adapters.archives`'s part, what the files mean is
+`adapters.peft.files`'s and `server.training.data.row_files`'s.
 """
 
 import shutil
@@ -19,9 +19,9 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from adapters.errors import FieldError, InvalidInput
-from adapters.peft_format import WEIGHTS_NAME
-from server.api import archives
-from server.training import row_files
+from adapters.peft.files import WEIGHTS_NAME
+from server.api.adapters import archives
+from server.training.data import row_files
 
 CONFIG_FIELD = "adapter_config"
 WEIGHTS_FIELD = "adapter_model"

@@ -14,41 +14,12 @@ from adapters.errors import CorruptAdapter, InvalidInput, SmoloraError
 from adapters.lora import LoraWeights
 from server.engine.extents import Extents
 from server.engine.request import AdapterRef
+from server.engine.resident import Adapter
 from server.model.lora_batch import Parts
-from server.model.rank_rows import Needs, Placement, RankRows, Run
+from server.model.rank_rows import RankRows, Run
 
 Load = Callable[[str], LoraWeights]
 _Space = tuple[str, str]  # (group, "rows" or "units"): one of the pool's tensors
-
-
-@dataclass(eq=False)
-class _Adapter:
-    """One adapter that is resident or on its way. It has rows exactly while `placement` is set.
-
-    It is kept while any lease wants it, held or waiting, or while it has rows that nobody needs.
-    """
-
-    digest: str
-    reading: Future[LoraWeights]
-    weights: LoraWeights | None = None  # between being read and being placed
-    needs: Needs = field(default_factory=dict)
-    placement: Placement | None = None
-    placing: Future[None] | None = None
-    num_wanting: int = 0
-    num_leases: int = 0
-
-    @property
-    def is_placed(self) -> bool:
-        return self.placing is not None and self.placing.done() and not self.failed
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether its rows can be given to others."""
-        return not self.num_leases and self.placing is not None and self.placing.done()
-
-    @property
-    def failed(self) -> bool:
-        return self.placing is not None and self.placing.done() and self.placing.exception() is not None
 
 
 @dataclass(eq=False)
@@ -57,7 +28,7 @@ class AdapterLease:
 
     pool: "AdapterPool" = field(repr=False)
     refs: tuple[AdapterRef, ...]
-    adapters: tuple[_Adapter, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
     is_held: bool = False
     lacks_room: bool = False
     error: SmoloraError | None = None
@@ -97,9 +68,9 @@ class AdapterPool:
         self._load = load
         self._executor = executor
         self._wake = wake
-        self._adapters: OrderedDict[str, _Adapter] = OrderedDict()  # least recently used first
+        self._adapters: OrderedDict[str, Adapter] = OrderedDict()  # least recently used first
         self._num_freed = 0
-        self._settling: list[_Adapter] = []  # given up, perhaps while their rows were being filled
+        self._settling: list[Adapter] = []  # given up, perhaps while their rows were being filled
         self._spaces: dict[_Space, Extents] = {}
         for group in rows.layouts:
             self._spaces[group, "rows"] = Extents(rows.a[group].shape[1])
@@ -134,8 +105,7 @@ class AdapterPool:
         Sets `error` where it never will be: an adapter can't be read, or the set is larger than the pool.
         """
         if lease.is_held:
-            if any(adapter.failed for adapter in lease.adapters):
-                lease.error = CorruptAdapter("An adapter of this request could not be loaded.")
+            lease.error = next(filter(None, (adapter.failure for adapter in lease.adapters)), None)
             return lease.ready
         if lease.error is not None:
             return False
@@ -171,7 +141,7 @@ class AdapterPool:
                 del self._adapters[adapter.digest]  # it was read for this lease alone
         lease.adapters, lease.is_held, lease._parts = (), False, None
 
-    def _want(self, lease: AdapterLease) -> tuple[_Adapter, ...]:
+    def _want(self, lease: AdapterLease) -> tuple[Adapter, ...]:
         """The lease's adapters; those that are not there begin to be read."""
         adapters = tuple(self._find(ref.digest) for ref in lease.refs)
         for adapter in adapters:
@@ -179,23 +149,23 @@ class AdapterPool:
         lease.adapters = adapters
         return adapters
 
-    def _has(self, adapter: _Adapter) -> bool:
+    def _has(self, adapter: Adapter) -> bool:
         """Whether it was not dropped, and perhaps read anew, since a lease found it."""
         return self._adapters.get(adapter.digest) is adapter
 
-    def _find(self, digest: str) -> _Adapter:
+    def _find(self, digest: str) -> Adapter:
         adapter = self._adapters.get(digest)
-        if adapter is not None and adapter.failed and not adapter.num_leases:
+        if adapter is not None and adapter.failure and not adapter.num_leases:
             self._drop(adapter)
             adapter = None
         if adapter is None:
             reading = self._executor.submit(self._load, digest)
             reading.add_done_callback(lambda _: self._wake())
-            adapter = self._adapters[digest] = _Adapter(digest, reading)
+            adapter = self._adapters[digest] = Adapter(digest, reading)
         self._adapters.move_to_end(digest)
         return adapter
 
-    def _finish_reading(self, adapter: _Adapter) -> SmoloraError | None:
+    def _finish_reading(self, adapter: Adapter) -> SmoloraError | None:
         failure = adapter.reading.exception()
         if failure is not None:
             self._adapters.pop(adapter.digest, None)  # the next request tries again
@@ -207,10 +177,10 @@ class AdapterPool:
             adapter.needs = self.rows.needs(adapter.weights)
         return None
 
-    def _is_too_large(self, adapters: Sequence[_Adapter]) -> bool:
+    def _is_too_large(self, adapters: Sequence[Adapter]) -> bool:
         return any(_size(adapters, space) > extents.capacity for space, extents in self._spaces.items())
 
-    def _hold(self, adapters: Sequence[_Adapter]) -> bool:
+    def _hold(self, adapters: Sequence[Adapter]) -> bool:
         """Place what is not placed, evicting the least recently used that nobody holds; all or none.
 
         Those that a waiting lease wants go last: they would be read again.
@@ -235,7 +205,7 @@ class AdapterPool:
             adapter.num_leases += 1
         return True
 
-    def _drop_idle(self, adapters: Sequence[_Adapter]) -> None:
+    def _drop_idle(self, adapters: Sequence[Adapter]) -> None:
         """Give up what a set has of its own, which may lie in the way of the rest: next time, all are placed."""
         for adapter in adapters:
             if adapter.is_idle:
@@ -243,7 +213,7 @@ class AdapterPool:
                 self.num_evictions += 1
                 self._num_freed += 1
 
-    def _allocate_all(self, adapters: Sequence[_Adapter]) -> bool:
+    def _allocate_all(self, adapters: Sequence[Adapter]) -> bool:
         """Rows for all or none: whoever begins anew after an eviction can't be in its own way."""
         for i, adapter in enumerate(adapters):
             if not self._allocate(adapter):
@@ -252,7 +222,7 @@ class AdapterPool:
                 return False
         return True
 
-    def _allocate(self, adapter: _Adapter) -> bool:
+    def _allocate(self, adapter: Adapter) -> bool:
         starts: dict[_Space, int] = {}
         for space, extents in self._spaces.items():
             if length := _size([adapter], space):
@@ -268,7 +238,7 @@ class AdapterPool:
         }
         return True
 
-    def _place(self, adapter: _Adapter) -> None:
+    def _place(self, adapter: Adapter) -> None:
         assert adapter.weights is not None
         assert adapter.placement is not None
         adapter.placing = self._executor.submit(self.rows.place, adapter.weights, adapter.placement)
@@ -278,18 +248,18 @@ class AdapterPool:
         adapter.reading.set_result(LoraWeights({}))
         self.num_loads += 1
 
-    def _free_rows(self, adapter: _Adapter) -> None:
+    def _free_rows(self, adapter: Adapter) -> None:
         for group, run in (adapter.placement or {}).items():
             self._spaces[group, "rows"].release(run.first_row, run.rows.num_rows)
             self._spaces[group, "units"].release(run.first_unit, run.rows.num_units)
         adapter.placement = None
 
-    def _drop(self, adapter: _Adapter) -> None:
+    def _drop(self, adapter: Adapter) -> None:
         self._free_rows(adapter)
         del self._adapters[adapter.digest]
 
 
-def _size(adapters: Sequence[_Adapter], space: _Space) -> int:
+def _size(adapters: Sequence[Adapter], space: _Space) -> int:
     group, kind = space
     total = 0
     for adapter in adapters:

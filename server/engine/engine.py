@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 
 from adapters.errors import InvalidInput, SmoloraError
 from server.engine.adapter_pool import AdapterPool, Load
+from server.engine.backend import Backend
 from server.engine.detokenizer import TextStream, TokenBytes
-from server.engine.forwards import NativeForward, TorchForward
-from server.engine.guidance import Guidance
 from server.engine.kv_cache import BlockManager
-from server.engine.paged_attention import PagedCache
 from server.engine.request import (
     EngineStats,
     FinishReason,
@@ -31,10 +29,8 @@ from server.engine.runner import Runner
 from server.engine.sampler import Logprobs, Sampled
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Sequence
+from server.engine.structured.guidance import Guidance
 from server.errors import EngineDead, GenerationFailed, NotReady
-from server.model.native.model import NativeModel
-from server.model.rank_rows import RankRows
-from server.model.smollm import SmolLM
 
 log = logging.getLogger(__name__)
 
@@ -58,44 +54,34 @@ class Engine:
 
     def __init__(
         self,
-        model: SmolLM,
+        backend: Backend,
         token_bytes: TokenBytes,
         load: Load,
         config: EngineConfig,
         *,
         guidance: Guidance | None = None,
-        native: NativeModel | None = None,
         wake: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`load(digest)` reads an adapter, on a thread of the engine's; `wake` is called when one has moved on.
 
-        `native` computes in the place of `model`, where it is given.
         Without `guidance`, requests with a grammar are refused; nor is one taken that it hasn't checked.
         """
-        base, device = model.config, model.device
-        block_bytes = PagedCache.bytes_per_block(base, config.block_size, model.dtype)
-        num_blocks = config.kv_cache_bytes // block_bytes + 1  # and the padding block
-        rank_bytes = RankRows.bytes_per_rank(base.shape, model.dtype, device, native is not None)
+        num_blocks = (
+            config.kv_cache_bytes // backend.bytes_per_block(config.block_size) + 1
+        )  # and the padding block
         self.config = config
         self.blocks = BlockManager(max(num_blocks, 2), config.block_size)
-        self._eos = frozenset(base.eos_token_ids)
-        self._vocab_size = base.vocab_size
+        self._eos = frozenset(backend.config.eos_token_ids)
+        self._vocab_size = backend.config.vocab_size
         self._token_bytes = token_bytes
         self._guidance = guidance
         self._clock = clock
-        cache = PagedCache(base, self.blocks.num_blocks, config.block_size, model.dtype, device)
-        rows = RankRows(
-            base.shape,
-            max_rank=max(config.adapter_cache_bytes // rank_bytes, 1),
-            dtype=model.dtype,
-            device=device,
-            native=native is not None,
-        )
+        rows = backend.rank_rows(max(config.adapter_cache_bytes // backend.bytes_per_rank, 1))
         self._loaders = ThreadPoolExecutor(2, "adapter-loader")
         self.pool = AdapterPool(rows, load, self._loaders, wake)
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.pool, clock)
-        self.runner = Runner(NativeForward(native, cache, rows) if native else TorchForward(model, cache, rows))
+        self.runner = Runner(backend.forward(self.blocks.num_blocks, config.block_size, rows))
         self._streams: dict[Sequence, TextStream] = {}
         self._num_failures = 0
         self.num_steps = 0
@@ -177,10 +163,11 @@ class Engine:
             return outputs
         try:
             sampled = self.runner.run(step.chunks)
-        except Exception:
+        except Exception as reason:
             log.exception("a step failed")
             self._num_failures += 1
             error = GenerationFailed("the engine failed in a step of this request; try it again")
+            error = reason if isinstance(reason, GenerationFailed) else error
             outputs += [self._fail(chunk.sequence, error) for chunk in step.chunks]
             return outputs + (self.abort_all(EngineDead()) if self.is_dead else [])
         self._num_failures = 0

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from server.engine.adapter_pool import AdapterLease
-from server.engine.paged_attention import PagedAttention, PagedCache, to_device
+from server.engine.paged_attention import PagedAttention, PagedCache
 from server.engine.scheduler import Chunk
+from server.model.device import to_device
 from server.model.lora_batch import LoraBatch, TokenRun
 from server.model.native.model import NativeLora, NativeModel
 from server.model.rank_rows import RankRows
@@ -21,9 +22,6 @@ T = TypeVar("T")
 
 class Forward(Protocol):
     """What a runner needs of a model, its cache and its adapters. The first `decodes` have one token each."""
-
-    @property
-    def device(self) -> torch.device: ...
 
     def hidden(self, decodes: Seq[Chunk], prefills: Seq[Chunk]) -> torch.Tensor:
         """Final hidden states (tokens, hidden) of all chunks, in this order; keys and values are cached."""
@@ -42,16 +40,12 @@ class TorchForward:
         self._cache = cache
         self._adapters: _Kept[Adapters] = _Kept(lambda runs: LoraBatch(rows, runs) if runs else NoAdapters())
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
     def hidden(self, decodes: Seq[Chunk], prefills: Seq[Chunk]) -> torch.Tensor:
         chunks = (*decodes, *prefills)
         positions = [position for chunk in chunks for position in range(chunk.start, chunk.stop)]
         return self.model.forward(
-            to_device(torch.tensor(_token_ids(chunks)), self.device),
-            to_device(torch.tensor(positions), self.device),
+            to_device(torch.tensor(_token_ids(chunks)), self.model.device),
+            to_device(torch.tensor(positions), self.model.device),
             PagedAttention(self._cache, decodes, prefills),
             self._adapters.of(chunks),
         )
@@ -62,8 +56,6 @@ class TorchForward:
 
 class NativeForward:
     """`NativeModel`, over the same cache and rank rows."""
-
-    device = torch.device("cpu")
 
     def __init__(self, model: NativeModel, cache: PagedCache, rows: RankRows) -> None:
         self._model = model

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from server.engine.scheduler import Chunk
-from server.model.config import ModelConfig
+from server.model.base.config import ModelConfig
+from server.model.device import to_device
 from server.model.ops.attention import (
     DecodePlan,
     attend_decode,
@@ -101,6 +102,7 @@ class PagedAttention:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             dtype=self._cache.k.dtype,
+            gather_values=device.type != "cpu",
         )
 
     def _run(self, chunk: Chunk, start: int) -> _Run:
@@ -120,10 +122,3 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     # torch.zeros writes every page; numpy's zeros are pages that the system clears when they are first touched.
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device; through pinned memory and without waiting where that is another memory."""
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -4,17 +4,23 @@ All chunks go as one flat batch: decodes first, then prompts, each ordered so th
 adapters are neighbours and those that are alone come first.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence as Seq
 
 import torch
 
 from server.engine.forwards import Forward
-from server.engine.paged_attention import to_device
-from server.engine.sampler import Row, Sampled, sample
+from server.engine.logits import Row
+from server.engine.sampler import Sampled, sample
 from server.engine.scheduler import Chunk
 from server.engine.scoring import score
 from server.engine.sequence import Sequence
+from server.errors import GenerationFailed
+from server.model.device import ints_beside
+from server.model.gpu import empty_cache, is_out_of_memory
+
+log = logging.getLogger(__name__)
 
 
 class Runner:
@@ -23,9 +29,22 @@ class Runner:
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
 
-    @torch.inference_mode()
     def run(self, chunks: Seq[Chunk]) -> list[tuple[Sequence, Sampled]]:
-        """Compute the chunks; the next token of each sequence whose chunk reaches its end, in any order."""
+        """Compute the chunks; the next token of each sequence whose chunk reaches its end, in any order.
+
+        Raises GenerationFailed where the device's memory runs out; its cache then begins anew.
+        """
+        try:
+            return self._run(chunks)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            log.exception("lower SMOLORA_MAX_NUM_SEQS, SMOLORA_KV_CACHE_BYTES or SMOLORA_ADAPTER_CACHE_BYTES")
+        empty_cache()  # now that the error is gone, and with it the step's tensors
+        raise GenerationFailed("the device's memory ran out in a step of this request; try it again")
+
+    @torch.inference_mode()
+    def _run(self, chunks: Seq[Chunk]) -> list[tuple[Sequence, Sampled]]:
         decodes = _neighbours([chunk for chunk in chunks if chunk.is_decode])
         prefills = _neighbours([chunk for chunk in chunks if not chunk.is_decode])
         ordered = (*decodes, *prefills)
@@ -41,7 +60,7 @@ class Runner:
             return []
         sampling = [chunk.sequence for chunk in ordered if chunk.samples]
         if len(last) < hidden.shape[0]:
-            hidden = hidden[to_device(torch.tensor(last), self.forward.device)]
+            hidden = hidden[ints_beside(hidden, last)]
         rows = [
             Row(s.request.sampling, s.index, s.num_tokens, s.token_ids, s.num_prompt_tokens, s.constraint)
             for s in sampling

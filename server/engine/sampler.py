@@ -4,40 +4,30 @@ Sampling is Gumbel-max (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030): the
 logit / temperature + g, where g is standard Gumbel noise. The noise of a token is a hash of (seed, choice index,
 position, token id) and of nothing else, so a request draws the same tokens in any company and on any schedule.
 
-Order of the steps, as Hugging Face's generation does them: repetition penalty (Keskar et al. 2019,
-arXiv:1909.05858), presence and frequency penalty and logit bias (as OpenAI's API defines them), the mask of a
-constraint, temperature, top-k, top-p (Holtzman et al. 2020, arXiv:1904.09751), min-p (Nguyen et al. 2024,
-arXiv:2407.01082).
+Before it come the changes of `logits`, then temperature, top-k, top-p (Holtzman et al. 2020, arXiv:1904.09751) and
+min-p (Nguyen et al. 2024, arXiv:2407.01082), in the order of Hugging Face's generation.
+
+The host waits for the device at most three times, whatever rows ask for: to know which of them top-p wants more
+of, for the tokens with the ids of likely ones, and for log-probabilities.
 """
 
 import hashlib
 import math
 import struct
-from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
+from server.engine.logits import Row, constrain, penalize
 from server.engine.request import SamplingParams
-from server.engine.sequence import Constraint
+from server.model.device import floats_beside, ints_beside, to_device
 
 _MIN_CANDIDATES = 256  # the first attempt at a top-p set; the whole vocabulary follows for a row that wants more
 _MIN_TEMPERATURE = 1e-6  # below it a division would overflow; the likeliest token wins long before
 _INT32 = 1 << 32
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """What decides one row's token, besides its logits."""
-
-    params: SamplingParams
-    index: int  # of the choice
-    position: int  # of the new token in its sequence
-    token_ids: Seq[int]  # the prompt and the output so far: what the repetition penalty looks at
-    num_prompt_tokens: int = 0  # the other penalties look at what comes after them
-    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -50,39 +40,40 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One row's token; None where its constraint has failed, or its logits are no numbers any more, as adapters
-    that are too large make them."""
+    """One row's token. None if its constraint has failed, or if its logits are NaN or infinite, which adapters of
+    very large weights can cause."""
 
     token_id: int | None
     logprobs: Logprobs | None
 
 
 def sample(logits: torch.Tensor, rows: Seq[Row]) -> list[Sampled]:
-    """The next token of each row of logits (rows, vocab), fp32, which are overwritten."""
+    """The next token of each row of logits (rows, vocab), fp32 and contiguous, which are overwritten."""
     assert logits.shape[0] == len(rows)
     wants_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs]
-    logprobs = logits[wants_logprobs].log_softmax(-1) if wants_logprobs else None
-    for i, row in enumerate(rows):
-        if row.params.changes_logits:
-            _penalize(logits[i], row)
-        if row.constraint is not None:
-            _constrain(logits[i], row.constraint)
+    logprobs = _chosen(logits, wants_logprobs).log_softmax(-1) if wants_logprobs else None
+    penalize(logits, rows)
+    constrain(logits, rows)
     random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if len(random) == len(rows):
         tokens = _draw(logits, rows)
     else:
         tokens = logits.argmax(-1)
         if random:
-            tokens[random] = _draw(logits[random], [rows[i] for i in random])
+            drawn = _draw(_chosen(logits, random), [rows[i] for i in random])
+            tokens[ints_beside(logits, random)] = drawn
     # NaN and infinity are the first that argmax finds.
     is_number = logits.gather(1, tokens[:, None])[:, 0].isfinite()
-    token_ids = [None if token_id < 0 else token_id for token_id in tokens.where(is_number, -1).tolist()]
+    tokens = tokens.where(is_number, -1)
     found: dict[int, Logprobs] = {}
-    if logprobs is not None:
-        for i, row_logprobs in zip(wants_logprobs, logprobs, strict=True):
-            if (token_id := token_ids[i]) is not None:
-                found[i] = _logprobs(row_logprobs, token_id, rows[i].params.logprobs)
-    return [Sampled(token_id, found.get(i)) for i, token_id in enumerate(token_ids)]
+    if logprobs is None:
+        token_ids = tokens.tolist()
+    else:
+        token_ids, found = _with_logprobs(tokens, logprobs, wants_logprobs, rows)
+    return [
+        Sampled(None, None) if token_id < 0 else Sampled(token_id, found.get(i))
+        for i, token_id in enumerate(token_ids)
+    ]
 
 
 def gumbel(rows: Seq[Row], token_ids: torch.Tensor) -> torch.Tensor:
@@ -91,7 +82,7 @@ def gumbel(rows: Seq[Row], token_ids: torch.Tensor) -> torch.Tensor:
     A 32-bit mix of the token id and two words of the row's key (multipliers of "lowbias32", Wellons 2018). The
     23 highest bits make a uniform strictly between 0 and 1.
     """
-    keys = torch.tensor([_key(row) for row in rows], dtype=torch.int32, device=token_ids.device)  # (rows, 2)
+    keys = to_device(torch.tensor([_key(row) for row in rows], dtype=torch.int32), token_ids.device)  # (rows, 2)
     x = token_ids.to(torch.int32) ^ keys[:, :1]
     x = (x ^ _shift_right(x, 16)) * 0x7FEB352D
     x = x ^ keys[:, 1:]
@@ -112,40 +103,14 @@ def _key(row: Row) -> tuple[int, int]:
     return first, second
 
 
-def _penalize(logits: torch.Tensor, row: Row) -> None:
-    """Apply the row's penalties and biases to logits (vocab,)."""
-    params, device = row.params, logits.device
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(row.token_ids)), device=device)
-        scores, penalty = logits[seen], params.repetition_penalty
-        logits[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
-    if params.presence_penalty or params.frequency_penalty:
-        counts = Counter(row.token_ids[row.num_prompt_tokens :])
-        used = torch.tensor(list(counts), dtype=torch.int64, device=device)
-        penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
-        logits[used] -= logits.new_tensor(penalties)
-    if params.logit_bias:
-        token_ids, biases = zip(*params.logit_bias, strict=True)
-        logits[torch.tensor(token_ids, device=device)] += logits.new_tensor(biases)
-
-
-def _constrain(logits: torch.Tensor, constraint: Constraint) -> None:
-    """Leave of logits (vocab,) only those of tokens that may come next; of a failed constraint, none."""
-    forbidden = constraint.forbidden()
-    if forbidden is None:
-        logits.fill_(float("-inf"))
-    else:
-        logits.masked_fill_(torch.from_numpy(forbidden).to(logits.device), float("-inf"))
-
-
 def _draw(logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
     """Gumbel-max over what the rows' filters leave of logits (rows, vocab): token ids (rows,)."""
-    temperature = logits.new_tensor([max(row.params.temperature, _MIN_TEMPERATURE) for row in rows])
+    temperature = floats_beside(logits, [max(row.params.temperature, _MIN_TEMPERATURE) for row in rows])
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for members, scores, token_ids in _candidates(logits / temperature[:, None], rows):
         chosen = [rows[i] for i in members]
         best = (_min_p(scores, chosen) + gumbel(chosen, token_ids)).argmax(-1, keepdim=True)
-        tokens[members] = token_ids.expand(len(members), -1).gather(1, best)[:, 0]
+        tokens[ints_beside(logits, members)] = token_ids.expand(len(members), -1).gather(1, best)[:, 0]
     return tokens
 
 
@@ -155,23 +120,26 @@ def _candidates(logits: torch.Tensor, rows: Seq[Row]) -> Iterator[tuple[list[int
     Yields the rows' indices, their scores (rows, n), -inf where filtered out, and token ids (rows or 1, n).
     """
     vocab = logits.shape[1]
-    todo: dict[int, list[int]] = {}
+    groups: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
-        todo.setdefault(_num_candidates(row.params, vocab), []).append(i)
-    while todo:
-        num, members = todo.popitem()
-        chosen = logits if len(members) == len(rows) else logits[members]  # members are in order
-        if not num:
-            yield members, chosen, torch.arange(vocab, device=logits.device)[None]
-            continue
-        scores, token_ids, is_short = _filtered(chosen, [rows[i].params for i in members], num)
-        if any(is_short):
-            short_ones = [i for i, short in zip(members, is_short, strict=True) if short]
-            todo[vocab] = sorted(todo.get(vocab, []) + short_ones)
-            enough = [j for j, short in enumerate(is_short) if not short]
-            members, scores, token_ids = [members[j] for j in enough], scores[enough], token_ids[enough]
+        groups.setdefault(_num_candidates(row.params, vocab), []).append(i)
+    if unfiltered := groups.pop(0, None):
+        yield unfiltered, _chosen(logits, unfiltered), torch.arange(vocab, device=logits.device)[None]
+    whole = groups.pop(vocab, [])
+    for num, members in groups.items():
+        scores, token_ids, is_short = _filtered(_chosen(logits, members), [rows[i].params for i in members], num)
+        if is_short is not None:  # of the group without top-k alone: the host waits once
+            flags = is_short.tolist()
+            whole += [i for i, short in zip(members, flags, strict=True) if short]
+            enough = [j for j, short in enumerate(flags) if not short]
+            members = [members[j] for j in enough]
+            scores, token_ids = _chosen(scores, enough), _chosen(token_ids, enough)
         if members:
             yield members, scores, token_ids
+    if whole:
+        whole.sort()
+        scores, token_ids, _ = _filtered(_chosen(logits, whole), [rows[i].params for i in whole], vocab)
+        yield whole, scores, token_ids
 
 
 def _num_candidates(params: SamplingParams, vocab: int) -> int:
@@ -186,14 +154,14 @@ def _num_candidates(params: SamplingParams, vocab: int) -> int:
 
 def _filtered(
     logits: torch.Tensor, params: Seq[SamplingParams], num: int
-) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The `num` likeliest tokens of each row, best first, as scores (-inf where filtered out) and token ids, each
-    (rows, num); and which rows' top-p wants more than these.
+    (rows, num); and which rows' top-p wants more than these, (rows,), or None where none can.
     """
     vocab = logits.shape[1]
     top_ks = [min(one.top_k or vocab, vocab) for one in params]
-    top_k = torch.tensor(top_ks, device=logits.device)[:, None]
-    top_p = logits.new_tensor([one.top_p for one in params])[:, None]
+    top_k = ints_beside(logits, top_ks)[:, None]
+    top_p = floats_beside(logits, [one.top_p for one in params])[:, None]
     scores, token_ids = logits.topk(num, dim=-1)
     scores = scores.masked_fill(torch.arange(num, device=logits.device) >= top_k, float("-inf"))
     # The mass that top-p divides: what top-k left, or the whole vocabulary's. By softmax, which sums up each row
@@ -202,10 +170,9 @@ def _filtered(
     if num < max(top_ks):
         probabilities = torch.where(top_k <= num, probabilities, logits.softmax(-1).gather(1, token_ids))
     mass = probabilities.cumsum(-1)
-    is_short = (mass[:, -1:] < top_p) & (top_k > num)
+    is_short = ((mass[:, -1:] < top_p) & (top_k > num))[:, 0] if num < max(top_ks) else None
     before = torch.cat((torch.zeros_like(mass[:, :1]), mass[:, :-1]), -1)
-    scores = scores.masked_fill((before >= top_p) & (top_p < 1), float("-inf"))
-    return scores, token_ids, is_short[:, 0].tolist()
+    return scores.masked_fill((before >= top_p) & (top_p < 1), float("-inf")), token_ids, is_short
 
 
 def _min_p(scores: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
@@ -214,10 +181,33 @@ def _min_p(scores: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
         return scores
     # A row without min-p keeps everything.
     least = [math.log(row.params.min_p) if row.params.min_p else float("-inf") for row in rows]
-    log_min_p = scores.new_tensor(least)[:, None]
+    log_min_p = floats_beside(scores, least)[:, None]
     return scores.masked_fill(scores < scores.amax(-1, keepdim=True) + log_min_p, float("-inf"))
 
 
-def _logprobs(logprobs: torch.Tensor, token_id: int, num_top: int) -> Logprobs:
-    values, token_ids = logprobs.topk(min(num_top, logprobs.shape[0]))
-    return Logprobs(float(logprobs[token_id]), tuple(zip(token_ids.tolist(), values.tolist(), strict=True)))
+def _with_logprobs(
+    tokens: torch.Tensor, logprobs: torch.Tensor, members: list[int], rows: Seq[Row]
+) -> tuple[list[int], dict[int, Logprobs]]:
+    """The tokens (rows,) of all rows; and what `members` of them want of log-probabilities (members, vocab)."""
+    groups: dict[int, list[int]] = {}  # by how many they want
+    for place, i in enumerate(members):
+        groups.setdefault(min(rows[i].params.logprobs, logprobs.shape[1]), []).append(place)
+    own = _chosen(tokens, members).clamp(min=0)
+    ints, floats = [tokens], [logprobs.gather(1, own[:, None])[:, 0]]
+    for num, places in groups.items():
+        best = _chosen(logprobs, places).topk(num)
+        ints.append(best.indices.flatten())
+        floats.append(best.values.flatten())
+    next_ints, next_floats = iter(torch.cat(ints).tolist()), iter(torch.cat(floats).tolist())
+    token_ids, chosen = list(islice(next_ints, len(rows))), list(islice(next_floats, len(members)))
+    found: dict[int, Logprobs] = {}
+    for num, places in groups.items():
+        for place in places:
+            top = zip(islice(next_ints, num), islice(next_floats, num), strict=True)
+            found[members[place]] = Logprobs(chosen[place], tuple(top))
+    return token_ids, found
+
+
+def _chosen(tensor: torch.Tensor, members: list[int]) -> torch.Tensor:
+    """These rows of the tensor, which are in order; itself where they are all."""
+    return tensor if len(members) == tensor.shape[0] else tensor[ints_beside(tensor, members)]

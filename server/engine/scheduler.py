@@ -15,6 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Self
 
 from adapters.errors import SmoloraError
 from server.engine.kv_cache import BlockManager
@@ -30,6 +31,13 @@ class SchedulerLimits:
     chunk_size: int = 64  # tokens of one prompt, at most, in one step
     max_prefill_tokens: int = 512  # of all prompts, in a step without decodes
     max_bypass: int = 32  # admissions past a set that waits for room
+
+    @classmethod
+    def on(cls, device_type: str, max_num_seqs: int = 32) -> Self:
+        """The defaults suit "cpu"; on "cuda" eight times as much takes hardly longer."""
+        if device_type == "cpu":
+            return cls(max_num_seqs)
+        return cls(max_num_seqs, chunk_size=512, max_prefill_tokens=4096)
 
 
 @dataclass(frozen=True, eq=False)

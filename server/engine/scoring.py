@@ -9,8 +9,8 @@ from collections.abc import Sequence as Seq
 
 import torch
 
-from server.engine.paged_attention import to_device
 from server.engine.scheduler import Chunk
+from server.model.device import ints_beside
 
 _SLICE = 32
 """Rows of logits at a time: 32 of SmolLM2's are 6 MB."""
@@ -31,12 +31,13 @@ def score(logits_of: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tenso
                 found.append((chunk, position))
                 rows.append(start + position - 1 - chunk.start)
         start += chunk.stop - chunk.start
-    for first in range(0, len(rows), _SLICE):
-        part = found[first : first + _SLICE]
-        logits = logits_of(hidden[to_device(torch.tensor(rows[first : first + _SLICE]), hidden.device)])
-        targets = to_device(
-            torch.tensor([chunk.sequence.token_ids[position] for chunk, position in part]), hidden.device
-        )
-        scores = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
-        for (chunk, position), value in zip(part, scores.tolist(), strict=True):
-            chunk.sequence.scores[position] = value
+    if not found:
+        return
+    index = ints_beside(hidden, rows)
+    targets = ints_beside(hidden, [chunk.sequence.token_ids[position] for chunk, position in found])
+    scores = []
+    for part, chosen in zip(torch.split(index, _SLICE), torch.split(targets, _SLICE), strict=True):
+        logits = logits_of(hidden[part])
+        scores.append(logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1))
+    for (chunk, position), value in zip(found, torch.cat(scores).tolist(), strict=True):
+        chunk.sequence.scores[position] = value

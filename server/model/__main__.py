@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from server.errors import StartupError
-from server.model.embedded import EMBEDDED
-from server.model.source import resolve_base
+from server.model.base.embedded import EMBEDDED
+from server.model.base.source import resolve_base
 
 
 def main() -> int:

@@ -1,12 +1,17 @@
 """Where the model runs and in which dtype, and whether this machine can do it."""
 
+import logging
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from server.errors import StartupError
+from server.model.gpu import Cuda
+
+log = logging.getLogger("smolora.device")
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "avx10_2", "bf16"})  # the last one is Arm's
@@ -14,22 +19,25 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def choose_device(
-    device: str, dtype: str, flags: frozenset[str] | None = None
+    device: str, dtype: str, flags: frozenset[str] | None = None, cuda: Cuda | None = None
 ) -> tuple[torch.device, torch.dtype]:
     """Turn the settings `auto`, `cpu`, `cuda`, `cuda:N` and `auto`, `fp32`, `bf16`, `fp16` into torch's.
 
-    `flags` are the CPU's (None: this machine's). Raises StartupError where the machine lacks what is asked for.
+    `flags` are the CPU's, `cuda` what torch says of GPUs (None: this machine's). Raises StartupError where the
+    machine lacks what is asked for.
     """
-    with_cuda = torch.cuda.is_available()
-    chosen = torch.device("cuda" if with_cuda else "cpu") if device == "auto" else torch.device(device)
+    cuda = Cuda.of_this_machine() if cuda is None and device != "cpu" else cuda
+    chosen = torch.device(device if device != "auto" else "cuda" if cuda and cuda.gpus else "cpu")
     if chosen.type == "cuda":
-        count = torch.cuda.device_count() if with_cuda else 0
-        if (chosen.index or 0) >= count:
-            raise StartupError(f"SMOLORA_DEVICE={device}: torch {torch.__version__} finds {count} CUDA devices")
+        assert cuda is not None
+        gpu = cuda.check(device, chosen)
+        # It may build a plan for each length of keys, of which a decode has a new one at every token.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         if dtype == "auto":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-            return chosen, torch.bfloat16 if native else torch.float32
+            return chosen, torch.bfloat16 if gpu.has_bf16 else torch.float32
         return chosen, _DTYPES[dtype]
+    if cuda is not None and cuda.trouble:
+        log.warning("no GPU is used: %s", cuda.trouble)
     flags = cpu_flags() if flags is None else flags
     if platform.machine() in ("x86_64", "AMD64") and flags and "avx2" not in flags:
         raise StartupError("this CPU has no AVX2, which smolora needs (x86-64 since about 2015, or Arm)")
@@ -56,3 +64,20 @@ def cpu_flags(text: str | None = None) -> frozenset[str]:
             return frozenset()
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     return frozenset(found.group(1).split()) if found else frozenset()
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device; through pinned memory and without waiting where that is another memory."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def ints_beside(tensor: torch.Tensor, values: Sequence[int]) -> torch.Tensor:
+    """The values in int64 on the tensor's device, by `to_device`."""
+    return to_device(torch.tensor(values, dtype=torch.int64), tensor.device)
+
+
+def floats_beside(tensor: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
+    """The values in the tensor's dtype on its device, by `to_device`."""
+    return to_device(torch.tensor(values, dtype=tensor.dtype), tensor.device)

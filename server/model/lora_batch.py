@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from server.model.ops.lora import csr_pairs, expand_sampled, shrink_block, shrink_sampled
+from server.model.device import to_device
+from server.model.ops.lora import Pairs, expand_sampled, shrink_block, shrink_sampled
 from server.model.rank_rows import GroupLayout, Placement, RankRows, Run
 
 MIN_BLOCK = 64
@@ -66,7 +67,7 @@ class _SampledShrink:
     """Tokens of many short runs, and the (token, row) pairs that they need."""
 
     tokens: slice
-    pairs: torch.Tensor  # CSR (tokens, rows)
+    pairs: Pairs
 
     def __call__(self, x: torch.Tensor, a_rows: torch.Tensor) -> torch.Tensor:
         return shrink_sampled(x[self.tokens], a_rows, self.pairs)
@@ -147,7 +148,7 @@ def _tokens(runs: Sequence[TokenRun], device: torch.device) -> slice | torch.Ten
         return slice(0, 0)
     if all(before.stop == after.start for before, after in pairwise(runs)):
         return slice(runs[0].start, runs[-1].stop)
-    return torch.cat([torch.arange(run.start, run.stop) for run in runs]).to(device)
+    return to_device(torch.cat([torch.arange(run.start, run.stop) for run in runs]), device)
 
 
 def _plan_short(runs: Sequence[TokenRun], group: str, layout: GroupLayout, rows: RankRows) -> _Short:
@@ -190,7 +191,7 @@ def _plan_shrinks(
         if any(token_rows for _, token_rows in singles):
             counts = [sum(part.stop - part.start for part in parts) for num, parts in singles for _ in range(num)]
             columns = [np.arange(r.start, r.stop) for num, parts in singles for _ in range(num) for r in parts]
-            pairs = csr_pairs(
+            pairs = Pairs(
                 _to(np.concatenate(([0], np.cumsum(counts))), rows.device),
                 _to(np.concatenate(columns), rows.device),
                 rows.a[group].shape[1],
@@ -237,7 +238,4 @@ def _entries(parts: Sequence[tuple[Run, float]], layout: GroupLayout) -> tuple[_
 
 
 def _to(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)

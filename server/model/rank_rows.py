@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from adapters.lora import BaseShape, LoraWeights, ModuleKey
+from server.model.uploads import Uploads
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -29,8 +30,27 @@ GroupKey = tuple[int, str]
 """A layer and a key of `GROUPS`."""
 
 
-NATIVE_TILE = 32
-"""Outputs that the native forward computes together."""
+@dataclass(frozen=True)
+class RowFormat:
+    """How rank rows are stored: as the products over them want it, which a backend knows.
+
+    A module's B is (rank, out), or with a `tile` (out / tile, rank, tile), which keeps a tile's numbers together.
+    """
+
+    a: torch.dtype
+    b: torch.dtype
+    tile: int | None = None
+
+    @classmethod
+    def of_torch(cls, dtype: torch.dtype, device: torch.device) -> "RowFormat":
+        """For `lora_batch`. On a CPU A is fp32, which torch's sampled product needs."""
+        return cls(torch.float32 if device.type == "cpu" else dtype, dtype)
+
+    def bytes_per_rank(self, shape: BaseShape) -> int:
+        """Bytes that one rank on all linear modules takes in the pools."""
+        sizes = shape.features.values()
+        per_layer = sum(self.a.itemsize * inputs + self.b.itemsize * outputs for outputs, inputs in sizes)
+        return shape.num_layers * per_layer
 
 
 @dataclass(frozen=True)
@@ -93,43 +113,24 @@ Placement = Mapping[str, Run]
 class RankRows:
     """The pools of all groups. Rows that no placement covers hold anything."""
 
-    def __init__(
-        self,
-        shape: BaseShape,
-        *,
-        max_rank: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        native: bool = False,
-    ) -> None:
-        """Room for adapters on all linear modules whose ranks add up to `max_rank`.
-
-        `b` is of `dtype`, the model's, and so is `a`, but on a CPU it is fp32, as torch's sampled product needs.
-        `native` lays them out for the native forward: `a` in `dtype`, and each module's B as (out / 32, rank, 32),
-        so that what one of its tiles needs lies together.
-        """
+    def __init__(self, shape: BaseShape, *, max_rank: int, row_format: RowFormat, device: torch.device) -> None:
+        """Room for adapters on all linear modules whose ranks add up to `max_rank`."""
         self.shape = shape
-        self.dtype = dtype
+        self.format = row_format
         self.device = device
         self.layouts = {group: GroupLayout.of(group, shape) for group in GROUPS}
-        self._native = native
-        a_dtype = _a_dtype(dtype, device, native)
+        self._uploads = None if device.type == "cpu" else Uploads(device)
         self.a: dict[str, torch.Tensor] = {}
         self.b: dict[str, torch.Tensor] = {}
         for group, layout in self.layouts.items():
             num_rows = max_rank * len(layout.modules)
             num_units = max_rank * layout.units_per_token
             self.a[group] = torch.empty(
-                shape.num_layers, num_rows, layout.in_features, dtype=a_dtype, device=device
+                shape.num_layers, num_rows, layout.in_features, dtype=row_format.a, device=device
             )
-            self.b[group] = torch.empty(shape.num_layers, num_units, layout.unit, dtype=dtype, device=device)
-
-    @staticmethod
-    def bytes_per_rank(shape: BaseShape, dtype: torch.dtype, device: torch.device, native: bool = False) -> int:
-        """Bytes that one rank on all linear modules takes in the pools."""
-        a_bytes = _a_dtype(dtype, device, native).itemsize
-        per_layer = sum(a_bytes * inputs + dtype.itemsize * outputs for outputs, inputs in shape.features.values())
-        return shape.num_layers * per_layer
+            self.b[group] = torch.empty(
+                shape.num_layers, num_units, layout.unit, dtype=row_format.b, device=device
+            )
 
     def needs(self, weights: LoraWeights) -> dict[str, GroupRows]:
         """The rows and units that an adapter takes in each group's pool."""
@@ -152,38 +153,47 @@ class RankRows:
 
     @torch.inference_mode()
     def place(self, weights: LoraWeights, placement: Placement) -> None:
-        """Copy an adapter into its rows. Other rows are not touched, so they may be in use meanwhile.
+        """Copy an adapter into its rows, which may be read once this has returned.
 
+        Other rows are not touched, so they may be in use meanwhile; a GPU copies beside what it computes.
         Raises ValueError or RuntimeError for an adapter of another base.
         """
         if any(key.layer >= self.shape.num_layers for key in weights.modules):
             raise ValueError("the adapter has more layers than the base")
+        staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         for group, run in placement.items():
-            unit = self.layouts[group].unit
-            for layer in range(self.shape.num_layers):
-                for rows in run.rows.modules:
-                    first_row = run.first_row + rows.row
-                    first_unit = run.first_unit + rows.unit
-                    a = self.a[group][layer, first_row : first_row + rows.rank]  # (rank, in)
-                    b = self.b[group][layer, first_unit : first_unit + rows.rank * (rows.out_features // unit)]
-                    b = b.view(rows.rank, rows.out_features)
-                    if self._native:
-                        b = b.view(-1, rows.rank, NATIVE_TILE)  # (out / 32, rank, 32)
-                    module = weights.modules.get(ModuleKey(layer, rows.module))
-                    if module is None:
-                        a.zero_()
-                        b.zero_()
-                        continue
-                    rank = module.rank  # smaller than rows.rank where a pattern varies it by layer
-                    a[:rank].copy_(module.a.float() * module.scaling)
-                    a[rank:].zero_()
-                    if self._native:
-                        b[:, :rank].copy_(module.b.reshape(-1, NATIVE_TILE, rank).transpose(1, 2))
-                        b[:, rank:].zero_()
-                    else:
-                        b[:rank].copy_(module.b.t())
-                        b[rank:].zero_()
+            a = self.a[group][:, run.first_row : run.first_row + run.rows.num_rows]
+            b = self.b[group][:, run.first_unit : run.first_unit + run.rows.num_units]
+            if self._uploads is None:
+                self._fill(weights, run.rows, a, b)
+            else:
+                host_a, host_b = (torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True) for rows in (a, b))
+                self._fill(weights, run.rows, host_a, host_b)
+                staged += [(host_a, a), (host_b, b)]
+        if self._uploads is not None:
+            self._uploads.copy(staged)
 
-
-def _a_dtype(dtype: torch.dtype, device: torch.device, native: bool) -> torch.dtype:
-    return torch.float32 if device.type == "cpu" and not native else dtype
+    def _fill(self, weights: LoraWeights, group: GroupRows, a_rows: torch.Tensor, b_units: torch.Tensor) -> None:
+        """Write all of a run: a_rows (layers, rows, in) and b_units (layers, units, unit)."""
+        unit, tile = b_units.shape[2], self.format.tile
+        for layer in range(self.shape.num_layers):
+            for rows in group.modules:
+                a = a_rows[layer, rows.row : rows.row + rows.rank]  # (rank, in)
+                b = b_units[layer, rows.unit : rows.unit + rows.rank * (rows.out_features // unit)]
+                b = b.view(rows.rank, rows.out_features)
+                if tile is not None:
+                    b = b.view(-1, rows.rank, tile)
+                module = weights.modules.get(ModuleKey(layer, rows.module))
+                if module is None:
+                    a.zero_()
+                    b.zero_()
+                    continue
+                rank = module.rank  # smaller than rows.rank where a pattern varies it by layer
+                a[:rank].copy_(module.a.float() * module.scaling)
+                a[rank:].zero_()
+                if tile is not None:
+                    b[:, :rank].copy_(module.b.reshape(-1, tile, rank).transpose(1, 2))
+                    b[:, rank:].zero_()
+                else:
+                    b[:rank].copy_(module.b.t())
+                    b[rank:].zero_()

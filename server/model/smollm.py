@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from server.model.config import ModelConfig
+from server.model.base.config import ModelConfig
+from server.model.base.weights import BaseWeights, LayerWeights
 from server.model.ops.linear import Linear
 from server.model.ops.norms import rms_norm, rotary, rotary_table, swiglu
-from server.model.weights import BaseWeights, LayerWeights
 
 
 class Attention(Protocol):

@@ -6,9 +6,9 @@ A job's stored document says which kind it is: a merge's has `"kind": "merge"`, 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from adapters.catalog.versions import Part
 from adapters.expression import Term, render
-from adapters.merge import Method, Recipe
-from adapters.versions import Part
+from adapters.merging.merge import Method, Recipe
 from server.training.documents import read_document
 from server.training.spec import JobSpec
 

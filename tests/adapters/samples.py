@@ -3,7 +3,7 @@
 import torch
 
 from adapters.lora import BaseShape, LoraConfig, LoraModule, LoraWeights, ModuleKey
-from adapters.peft_format import PeftAdapter
+from adapters.peft.files import PeftAdapter
 
 SHAPE = BaseShape(
     3,

@@ -23,10 +23,10 @@ from benchmarks.training.sentiment import LABELS, Score, blend, classify, exampl
 from benchmarks.training.train_report import Row
 from benchmarks.training.works import WORKS
 from server.errors import StartupError
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
 from server.model.smollm import NoAdapters, SmolLM
-from server.model.source import resolve_base
-from server.model.weights import BaseModel, load_base
-from server.training.trained_rows import TrainedRows
+from server.training.passes.trained_rows import TrainedRows
 from tests.benchmarks.kit import MACHINE, figures, made
 from tests.engine_kit import random_adapter
 
@@ -121,7 +121,7 @@ def test_the_label_is_the_likelier_completion(real_base: BaseModel) -> None:
         for label in LABELS:
             ids = torch.tensor(real_base.tokenizer.encode(prompt_of(sentence) + label))
             prompt = len(real_base.tokenizer.encode(prompt_of(sentence)))
-            from server.training.packed_attention import PackedAttention
+            from server.training.passes.packed_attention import PackedAttention
 
             attention = PackedAttention([len(ids)], CPU)
             with torch.no_grad():

@@ -8,15 +8,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-from adapters.peft_format import write
+from adapters.peft.files import write
 from server.database import FILE_NAME
-from server.model.weights import BaseModel
+from server.model.base.weights import BaseModel
 from server.sqlite import driver
-from server.training.reserve import DISK_FULL
+from server.training.queue.reserve import DISK_FULL
 from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
 from tests.end_to_end.server_process import PATIENCE, ServerProcess, command, environment
 from tests.end_to_end.training_client import code_rows, get, submit, succeeded, wait_for_end, wait_until
-from tests.server.training.merge_kit import sample
+from tests.server.training.worker.merge_kit import sample
 from tests.small_disk import fill, make_room, mounted
 
 TRAINING = {"max_steps": 4, "batch_size": 2, "max_length": 32}

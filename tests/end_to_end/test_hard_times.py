@@ -13,7 +13,7 @@ import pytest
 from tests.end_to_end.conftest import MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_QUEUE, AdapterFiles
 from tests.end_to_end.peft_reference import Reference
 from tests.end_to_end.server_process import PATIENCE, ServerProcess
-from tests.server.api import conftest as fake_server
+from tests.server import conftest as fake_server
 from tests.server.api.test_bad_fields import BAD, body_with
 
 pytestmark = pytest.mark.real

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from adapters.merge import Recipe, merge
-from adapters.peft_format import PeftAdapter, write
-from adapters.store import AdapterStore
-from server.model.weights import BaseModel
+from adapters.merging.merge import Recipe, merge
+from adapters.peft.files import PeftAdapter, write
+from adapters.store.store import AdapterStore
+from server.model.base.weights import BaseModel
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import CHILD, get, processes, succeeded, wait_until
-from tests.server.training.merge_kit import sample
+from tests.server.training.worker.merge_kit import sample
 
 PROMPTS = ["HTTP 404:", "The request", "a"]
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from server.model.base.source import resolve_base
+from server.model.base.weights import load_base
 from server.model.smollm import NoAdapters
-from server.model.source import resolve_base
-from server.model.weights import load_base
-from server.training.packed_attention import PackedAttention
+from server.training.passes.packed_attention import PackedAttention
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows, get, submit, succeeded
 from tests.oracles.hugging_face import load_reference, logits
 from tests.overfit import check, overfit
-from tests.server.training.rows_kit import model_of
+from tests.server.training.data.rows_kit import model_of
 
 pytestmark = pytest.mark.real
 

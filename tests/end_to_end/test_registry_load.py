@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from server.model.weights import BaseModel
+from server.model.base.weights import BaseModel
 from tests.end_to_end.server_process import ServerProcess
 from tests.registry_changes import Timeline
 from tests.registry_load import Plan, adapter_files, judge, load, unsound

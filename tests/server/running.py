@@ -11,8 +11,8 @@ import uvicorn
 
 from server.api.app import create_app
 from server.api.deps import Services
-from server.api.startup import build
 from server.config import Settings
+from server.serve.startup import build
 
 
 class Running:

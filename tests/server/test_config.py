@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from server import cli
-from server.config import PREFIX, Settings, forget_keys, is_loopback, load_settings
+from server.cli import main as cli
+from server.config import PREFIX, Settings, forget_keys, is_loopback, load, to_flags
 from server.errors import StartupError
 
 
@@ -19,7 +19,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_defaults_are_the_contracts() -> None:
-    settings = load_settings()
+    settings = load(Settings)
     assert str(settings.home) == "data"
     assert (settings.host, settings.port, settings.model) == ("127.0.0.1", 8000, "smollm2-135m-instruct")
     assert (settings.device, settings.dtype) == ("auto", "auto")
@@ -35,18 +35,26 @@ def test_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMOLORA_KV_CACHE_BYTES", "2GiB")
     monkeypatch.setenv("SMOLORA_MAX_MODEL_LEN", "")  # as compose passes what isn't set
     monkeypatch.setenv("SMOLORA_ALLOW_ANONYMOUS", "1")
-    settings = load_settings(port=None, max_queue=7)
+    settings = load(Settings, port=None, max_queue=7)
     assert (settings.port, settings.max_queue) == (9000, 7)
     assert settings.api_keys == ("one", "two")
     assert settings.kv_cache_bytes == 2 << 30
     assert settings.max_model_len is None
     assert settings.allow_anonymous
-    assert load_settings(port=1234).port == 1234  # a flag wins
+    assert load(Settings, port=1234).port == 1234  # a flag wins
+
+
+@pytest.mark.parametrize(("given", "share"), [({}, 0.5), ({"workers": 2}, 0.25), ({"train_memory": 0.3}, 0.3)])
+def test_workers_share_what_is_trainings(given: dict[str, float], share: float) -> None:
+    told = load(Settings, **given).of_a_worker
+    assert told.train_memory == pytest.approx(share)
+    assert f"--train-memory={share}" in to_flags(told)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("train_memory", 1.0),
         ("dtype", "int8"),
         ("device", "tpu"),
         ("port", 70000),
@@ -61,7 +69,7 @@ def test_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_bad_value_is_one_line_with_both_names(name: str, value: str | int) -> None:
     with pytest.raises(StartupError) as caught:
-        load_settings(**{name: value})
+        load(Settings, **{name: value})
     message = str(caught.value)
     assert message.startswith(f"SMOLORA_{name.upper()} (--{name.replace('_', '-')}): ")
     assert "\n" not in message
@@ -71,16 +79,16 @@ def test_keys_out_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Lines or commas between them; what can't be read, or has none, is no way to serve without keys."""
     file = tmp_path / "keys"
     file.write_text("one\n\n two , three\r\n")
-    assert load_settings(api_keys=f"@{file}").api_keys == ("one", "two", "three")
+    assert load(Settings, api_keys=f"@{file}").api_keys == ("one", "two", "three")
     monkeypatch.setenv("SMOLORA_API_KEYS", f"@{file}")
-    assert load_settings().api_keys == ("one", "two", "three")
+    assert load(Settings).api_keys == ("one", "two", "three")
     for content, reason in ((b"", "has no keys"), (b"a b\n", "without blanks"), (b"\xff\xfe", "no text")):
         file.write_bytes(content)
         with pytest.raises(StartupError, match=rf"SMOLORA_API_KEYS \(--api-keys\): .*{reason}"):
-            load_settings()
+            load(Settings)
     file.unlink()
     with pytest.raises(StartupError, match=f"can't read the file {file}: No such file"):
-        load_settings()
+        load(Settings)
 
 
 def test_no_child_gets_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,22 +101,22 @@ def test_no_child_gets_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_keys_never_show_in_the_error() -> None:
     with pytest.raises(StartupError) as caught:
-        load_settings(api_keys="very secret", port=-1)
+        load(Settings, api_keys="very secret", port=-1)
     assert "very" not in str(caught.value)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org"])
 def test_off_the_loopback_needs_keys_or_a_word(host: str) -> None:
     with pytest.raises(StartupError, match="SMOLORA_API_KEYS"):
-        load_settings(host=host)
-    assert load_settings(host=host, api_keys="k").api_keys == ("k",)
-    assert load_settings(host=host, allow_anonymous=True).allow_anonymous
+        load(Settings, host=host)
+    assert load(Settings, host=host, api_keys="k").api_keys == ("k",)
+    assert load(Settings, host=host, allow_anonymous=True).allow_anonymous
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
 def test_loopback_needs_none(host: str) -> None:
     assert is_loopback(host)
-    assert load_settings(host=host).api_keys == ()
+    assert load(Settings, host=host).api_keys == ()
 
 
 def test_every_setting_is_a_flag() -> None:

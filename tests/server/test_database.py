@@ -15,11 +15,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 
-from adapters import catalog
+from adapters.catalog import catalog
 from server.database import FILE_NAME, build_of, connect, faults, nobody_has_it_open, set_aside
 from server.errors import StartupError
 from server.sqlite import JournalMode, driver, has_wal_reset_bug
-from server.training import job_tables
+from server.training.queue import tables as job_tables
 
 JOURNALS = pytest.mark.parametrize("journal", ["wal", "delete"])
 

@@ -7,15 +7,15 @@ import pytest
 from typer.testing import CliRunner
 
 from adapters.expression import parse
-from adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME
-from server.cli import app
+from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME
+from server.cli.main import app
 from server.database import FILE_NAME
 from server.doctor import examine, rebuild
 from server.errors import StartupError
 from server.home import serving
 from server.sqlite import driver
 from tests.adapters.samples import sample_adapter
-from tests.server.api.registry import Registry, digest_of, write_files
+from tests.server.api.adapters.registry import Registry, digest_of, write_files
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from adapters.expression import Term, render
-from server.api.generation import Generation
+from server.api.generate.generation import Generation
 from server.api.openai.logprobs import TextLogprobs
 from server.engine.request import FinishReason, SampledLogprob, SequenceOutput
 

@@ -7,7 +7,8 @@ from functools import partial
 from adapters.errors import FieldError, InvalidInput, NotFound
 from adapters.expression import Term, parse
 from server.api.deps import Services
-from server.api.generation import Generation, biases, encoded, start
+from server.api.generate.generation import Generation, biases, encoded, start
+from server.api.generate.structure import grammar_of
 from server.api.openai.batch import Batch
 from server.api.openai.errors import ContextTooLong, ModelNotFound
 from server.api.openai.schemas import (
@@ -18,9 +19,8 @@ from server.api.openai.schemas import (
     Prompt,
 )
 from server.api.schemas import MAX_SEED
-from server.api.structure import grammar_of
 from server.engine.request import Grammar, SamplingParams
-from server.model.chat import ChatMessage
+from server.model.text.chat import ChatMessage
 
 DEFAULT_CHAT_TOKENS = 1024
 """An answer's longest where the client sets no bound: small models may not come to an end by themselves."""

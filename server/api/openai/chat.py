@@ -41,7 +41,10 @@ _EXAMPLE = {
     responses={200: answers_with(_EXAMPLE), **REFUSALS},
 )
 async def chat(body: ChatBody, request: Request, services: ServicesDep) -> Response:
-    """A conversation's next turn under the adapter expression in `model`; the answer names its versions there."""
+    """Generate the next message of a conversation.
+
+    `model` is an adapter expression; the answer names its versions.
+    """
     batch = await begin_chat(services, body)
     if body.stream:
         return streamed(batch, _chunks(batch, body))

@@ -35,7 +35,7 @@ _EXAMPLE = {
     responses={200: answers_with(_EXAMPLE), **REFUSALS},
 )
 async def completions(body: CompletionBody, request: Request, services: ServicesDep) -> Response:
-    """Go on from each prompt under the adapter expression in `model`; the answer names its versions there."""
+    """Continue each prompt. `model` is an adapter expression; the answer names its versions."""
     batch = await begin_completions(services, body)
     if body.stream:
         return streamed(batch, _chunks(batch, body))

@@ -8,7 +8,7 @@ import codecs
 from collections import deque
 from collections.abc import Sequence
 
-from server.api.answers import LEAST_LOGPROB
+from server.api.generate.answers import LEAST_LOGPROB
 from server.engine.request import SampledLogprob, SequenceOutput, TokenLogprob
 
 

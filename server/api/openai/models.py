@@ -25,7 +25,10 @@ OWNER = "smolora"
 
 @router.get("/models", summary="List models", response_class=Response, responses=REFUSALS)
 async def models(services: ServicesDep) -> Response:
-    """The base, adapters and compositions, each usable as `model`; so is every adapter expression of them."""
+    """List the base, adapters and compositions.
+
+    Each can be used as `model`, and so can every adapter expression.
+    """
     dates = await to_thread.run_sync(services.library.latest_dates)
     listed = [_adapter(services, name, created_at) for name, created_at in dates.items()]
     return wire.answer({"object": "list", "data": [_base(services), *listed]})
@@ -33,7 +36,7 @@ async def models(services: ServicesDep) -> Response:
 
 @router.get("/models/{model}", summary="One model", response_class=Response, responses=REFUSALS)
 async def model(model: Annotated[str, Path(max_length=MAX_LENGTH)], services: ServicesDep) -> Response:
-    """The base, or what an adapter expression names now."""
+    """Get the base, or what an adapter expression means now."""
     terms = terms_of(services, model)
     if not terms:
         return wire.answer(_base(services))
@@ -47,7 +50,10 @@ async def model(model: Annotated[str, Path(max_length=MAX_LENGTH)], services: Se
 
 @router.delete("/models/{model}", summary="Delete a model", response_class=Response, responses=REFUSALS)
 async def delete(model: Annotated[str, Path(max_length=MAX_LENGTH)], services: ServicesDep) -> Response:
-    """An adapter or composition by name, or one version as in `tweets@3`. Running requests end on its bytes."""
+    """Delete an adapter or composition by name, or one version, as in `tweets@3`.
+
+    Running requests finish with it.
+    """
     terms = terms_of(services, model)
     if len(terms) != 1 or str(terms[0]) != model or terms[0].alias is not None or terms[0].weight != 1:
         raise InvalidInput.of("model", "can only be deleted by an adapter's name, or name@version")

@@ -2,7 +2,9 @@
 
 from fastapi import APIRouter
 
-from server.api.openai import chat, completions, files, fine_tuning, models
+from server.api.openai import chat, completions, models
+from server.api.openai.fine_tuning import files
+from server.api.openai.fine_tuning import route as fine_tuning
 
 router = APIRouter(prefix="/v1")
 router.include_router(models.router)

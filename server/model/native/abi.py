@@ -8,8 +8,10 @@ write outside of what it was given, RuntimeError for anything else; what was cal
 import ctypes
 from collections.abc import Callable, Iterator
 
-from server.model.rank_rows import GROUPS, NATIVE_TILE
+from server.model.rank_rows import GROUPS
 
+TILE = 32
+"""Outputs that are computed together."""
 ROW_UNIT = 16
 """A module's rows in a trained group's A and B begin at a multiple of it; those that fill it up are zero."""
 MAX_GROUP = 8
@@ -103,7 +105,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
 def layout() -> dict[str, int]:
     """Offsets, sizes and constants as Python has them, by the names that `smolora_layout` gives them."""
     numbers = {
-        "kTile": NATIVE_TILE,
+        "kTile": TILE,
         "kRowUnit": ROW_UNIT,
         "kMaxGroup": MAX_GROUP,
         "kErrorSize": _ERROR_SIZE,

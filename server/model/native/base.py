@@ -5,11 +5,10 @@ from collections.abc import Callable
 
 import torch
 
-from server.model.config import ModelConfig
-from server.model.native.abi import MAX_GROUP, BaseSizes, call
+from server.model.base.config import ModelConfig
+from server.model.base.weights import BaseWeights
+from server.model.native.abi import MAX_GROUP, TILE, BaseSizes, call
 from server.model.native.library import NativeUnavailable
-from server.model.rank_rows import NATIVE_TILE
-from server.model.weights import BaseWeights
 
 
 def create(
@@ -57,7 +56,7 @@ def check_base(config: ModelConfig, weights: BaseWeights) -> None:
         ("intermediate_size", config.intermediate_size),
         ("head_dim", config.head_dim),
     ):
-        if size % NATIVE_TILE:
-            raise NativeUnavailable(f"{name} is no multiple of {NATIVE_TILE}")
+        if size % TILE:
+            raise NativeUnavailable(f"{name} is no multiple of {TILE}")
     if config.num_heads // config.num_kv_heads > MAX_GROUP:
         raise NativeUnavailable(f"more than {MAX_GROUP} query heads share a kv head")

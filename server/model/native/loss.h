@@ -25,8 +25,8 @@ class Loss {
         for (int64_t start = 0; start < rows; start += kLossRows) {
             const int now = (int)std::min<int64_t>(kLossRows, rows - start);
             logits_.resize(now * vocab_), shares_.resize(kLossParts * now * hidden_);
-            for (auto* of : {&most_, &sums_}) of->resize(now * (vocab_ / kTile));
-            divisors_.resize(now), lost_.resize(now);
+            for (auto* of : {&tile_max_, &sums_}) of->resize(now * (vocab_ / kTile));
+            logsumexp_.resize(now), lost_.resize(now);
             team_->run([&] {
                 of_rows(hidden + start * hidden_, targets + start, now, (float)factor, d_hidden + start * hidden_);
             });
@@ -49,17 +49,17 @@ class Loss {
                 const float most = _mm512_reduce_max_ps(_mm512_max_ps(a, b));
                 const __m512 shift = _mm512_set1_ps(most);
                 const __m512 sum = _mm512_add_ps(exp16(_mm512_sub_ps(a, shift)), exp16(_mm512_sub_ps(b, shift)));
-                most_[row * tiles + tile] = most, sums_[row * tiles + tile] = _mm512_reduce_add_ps(sum);
+                tile_max_[row * tiles + tile] = most, sums_[row * tiles + tile] = _mm512_reduce_add_ps(sum);
             }
         });
         team_->each(rows, [&](int row) {
-            const float *most = &most_[row * tiles], *sums = &sums_[row * tiles];
+            const float *most = &tile_max_[row * tiles], *sums = &sums_[row * tiles];
             const float top = *std::max_element(most, most + tiles);
             double sum = 0;
             for (int tile = 0; tile < tiles; tile++) sum += sums[tile] * std::exp(most[tile] - top);
-            divisors_[row] = top + (float)std::log(sum);
+            logsumexp_[row] = top + (float)std::log(sum);
             const int64_t target = targets[row];
-            lost_[row] = divisors_[row] - logits_[(target / kTile * rows + row) * kTile + target % kTile];
+            lost_[row] = logsumexp_[row] - logits_[(target / kTile * rows + row) * kTile + target % kTile];
         });
         team_->each(kLossParts, [&](int part) {
             const int end = (int)((int64_t)tiles * (part + 1) / kLossParts);
@@ -88,7 +88,7 @@ class Loss {
             for (int row = 0; row < rows; row++) {
                 const float* of = &logits_[((int64_t)(first + tile) * rows + row) * kTile];
                 for (int i = 0; i < kTile; i += 16) {
-                    __m512 p = exp16(_mm512_sub_ps(_mm512_loadu_ps(of + i), _mm512_set1_ps(divisors_[row])));
+                    __m512 p = exp16(_mm512_sub_ps(_mm512_loadu_ps(of + i), _mm512_set1_ps(logsumexp_[row])));
                     const int64_t place = targets[row] - (first + tile) * kTile - i;
                     const auto one = (__mmask16)(place >= 0 && place < 16 ? 1 << place : 0);
                     p = _mm512_mask_sub_ps(p, one, p, _mm512_set1_ps(1.0f));
@@ -108,9 +108,10 @@ class Loss {
     Team* team_ = nullptr;
     const bf16* head_ = nullptr;  // (vocab, hidden)
     int64_t vocab_ = 0, hidden_ = 0;
-    std::vector<float> logits_;       // (tiles, rows, 32)
-    std::vector<float> most_, sums_;  // (rows, tiles): of each tile, the greatest logit and the sum of e^(logit - it)
-    std::vector<float> divisors_, lost_;  // of each row: the logarithm of the softmax's divisor, and the loss
-    std::vector<float> shares_;           // (parts, rows, hidden): of the gradient
+    std::vector<float> logits_;  // (tiles, rows, 32)
+    std::vector<float> tile_max_,
+        sums_;  // (rows, tiles): of each tile, the greatest logit and the sum of e^(logit - it)
+    std::vector<float> logsumexp_, lost_;  // of each row: the logarithm of the softmax's divisor, and the loss
+    std::vector<float> shares_;            // (parts, rows, hidden): of the gradient
     std::vector<LossScratch> scratch_;
 };

@@ -13,16 +13,30 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from server.model.config import ModelConfig
+from server.model.base.config import ModelConfig
+from server.model.base.weights import BaseWeights
 from server.model.lora_batch import TokenRun
-from server.model.native.abi import LoraModule, LoraPart, LoraPool, LoraSegment, ServeRun, ServeStep, call, columns
+from server.model.native.abi import (
+    TILE,
+    LoraModule,
+    LoraPart,
+    LoraPool,
+    LoraSegment,
+    ServeRun,
+    ServeStep,
+    call,
+    columns,
+)
 from server.model.native.base import check_base, create
 from server.model.ops.norms import rotary_table
-from server.model.rank_rows import GROUPS, Placement, RankRows
-from server.model.weights import BaseWeights
+from server.model.rank_rows import GROUPS, Placement, RankRows, RowFormat
 
 Ints = npt.NDArray[np.int64]
 _GROUPS = tuple(GROUPS)
+
+
+ROW_FORMAT = RowFormat(torch.bfloat16, torch.bfloat16, TILE)
+"""How the native forward wants rank rows."""
 
 
 class NativeLora:
@@ -52,8 +66,8 @@ class NativeLora:
         self.pools = (LoraPool * len(_GROUPS))()
         for index, group in enumerate(_GROUPS):
             a, b = rows.a[group], rows.b[group]
-            if not (a.dtype == b.dtype == torch.bfloat16 and a.is_contiguous() and b.is_contiguous()):
-                raise ValueError("rank rows must be bf16 and contiguous: made with native=True")
+            if rows.format != ROW_FORMAT or not (a.is_contiguous() and b.is_contiguous()):
+                raise ValueError("rank rows must be contiguous and as ROW_FORMAT has them")
             self.pools[index] = LoraPool(
                 a.data_ptr(),
                 b.data_ptr(),
@@ -80,7 +94,7 @@ class NativeModel:
         """Packs the weights. Raises NativeUnavailable for a base that it does not cover, and MemoryError."""
         check_base(config, weights)
         self._library = library
-        self._config = config
+        self.config = config
         self._weights = weights  # some are read where they lie
         self._rotary = rotary_table(max_positions, config.head_dim, config.rope_theta)
         self._model = create(library.smolora_create, config, weights, self._rotary, num_threads)
@@ -113,7 +127,7 @@ class NativeModel:
         self._check_cache(v_cache)
         if k_cache.shape != v_cache.shape:
             raise ValueError("keys and values must have caches of one shape")
-        hidden = torch.empty(token_ids.size, self._config.hidden_size, dtype=torch.bfloat16)
+        hidden = torch.empty(token_ids.size, self.config.hidden_size, dtype=torch.bfloat16)
         step = ServeStep(
             num_tokens=token_ids.size,
             num_runs=len(runs),
@@ -139,16 +153,16 @@ class NativeModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 logits (rows, vocab) of the chosen rows of `forward`'s answer, hidden (rows, hidden)."""
-        size = self._config.hidden_size
+        size = self.config.hidden_size
         if hidden.dtype is not torch.bfloat16 or hidden.ndim != 2 or hidden.shape[1] != size:
             raise ValueError(f"hidden states must be bf16, of shape (rows, {size})")
         hidden = hidden.contiguous()
-        logits = torch.empty(hidden.shape[0], self._config.vocab_size)
+        logits = torch.empty(hidden.shape[0], self.config.vocab_size)
         call(self._library.smolora_logits, self._model, hidden.data_ptr(), hidden.shape[0], logits.data_ptr())
         return logits
 
     def _check_cache(self, cache: torch.Tensor) -> None:
-        config = self._config
+        config = self.config
         shape = (config.num_layers, *cache.shape[1:3], config.num_kv_heads, config.head_dim)
         if cache.dtype is not torch.bfloat16 or cache.shape != shape or not cache.is_contiguous():
             raise ValueError(

@@ -1,13 +1,13 @@
-// Tiles for `multiply`, packed as they are needed from 16-bit matrices that lie row after row.
+// Packs tiles of row-major bf16 matrices for `multiply`, each when it is needed.
 //
-// A tile is packed once for all rows that it meets, at a few hundredths of their cost, so that nothing has to be kept
-// twice.
+// A packed tile is multiplied with many rows. Packing costs a few hundredths of that, so no second, packed copy of the
+// weights has to be kept.
 #pragma once
 #include "matrix.h"
 
 using Panel = std::vector<uint32_t>;  // [pairs][32], as one tile of a Matrix
 
-// 16 registers of 16 numbers of 32 bits, turned over.
+// Transposes 16 registers of 16 numbers of 32 bits.
 inline void transpose16(__m512i* r) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -30,7 +30,7 @@ inline void transpose16(__m512i* r) {
     for (int i = 0; i < 16; i++) r[i] = t[i];
 }
 
-// A tile whose outputs are `outputs` (at most 32) rows of w, of `depth` numbers each, an even number; the rest is zero.
+// Packs a tile from `outputs` (at most 32) rows of w, each of `depth` numbers, which is even. Missing rows are zero.
 inline void pack_rows(const bf16* w, size_t stride, int outputs, int depth, uint32_t* to) {
     for (int half = 0; half < kTile; half += 16)
         for (int pair = 0; pair < depth / 2; pair += 16) {
@@ -45,7 +45,7 @@ inline void pack_rows(const bf16* w, size_t stride, int outputs, int depth, uint
         }
 }
 
-// A tile whose outputs are 32 columns of w, which has `depth` rows; an odd depth is filled up with zeros.
+// Packs a tile from 32 columns of w, which has `depth` rows. An odd depth is padded with zeros.
 inline void pack_columns(const bf16* w, size_t stride, int depth, uint32_t* to) {
     alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -60,8 +60,8 @@ inline void pack_columns(const bf16* w, size_t stride, int depth, uint32_t* to) 
     }
 }
 
-// to (columns, ·) = from (rows, columns) turned over; columns in sixteens. An odd number of rows is filled up with
-// zeros.
+// to (columns, ·) = the transpose of from (rows, columns); columns is a multiple of 16. An odd number of rows is padded
+// with zeros.
 inline void transpose(const bf16* from, size_t stride, int rows, int columns, bf16* to, size_t to_stride) {
     for (int row = 0; row < rows; row += 32)
         for (int column = 0; column < columns; column += 16) {

@@ -58,12 +58,12 @@ class Model {
                 CacheView cache{step.k + i * layer_size, step.v + i * layer_size, (int)step.block_size,
                                 (int)s_.kv_heads, (int)s_.head_dim};
                 norm(layers_[i].input_norm, x_.data());
-                read(i, cache, step);
+                project_qkv_to_cache(i, cache, step);
                 attend(cache);
-                add(i, layers_[i].o, kO, mixed_.data());
+                project_residual(i, layers_[i].o, kO, attn_out_.data());
                 norm(layers_[i].post_norm, x_.data());
                 activate(i);
-                add(i, layers_[i].down, kDown, active_.data());
+                project_residual(i, layers_[i].down, kDown, active_.data());
             }
             norm(final_norm_, step.hidden);
         });
@@ -98,10 +98,10 @@ class Model {
     void prepare(const ServeStep& step) {
         tokens_ = (int)step.num_tokens;
         chunks_ = (tokens_ + kChunk - 1) / kChunk;
-        stream_.resize(tokens_ * s_.hidden);
+        residual_.resize(tokens_ * s_.hidden);
         x_.resize(tokens_ * s_.hidden);
         q_.resize(tokens_ * s_.heads * s_.head_dim);
-        mixed_.resize(tokens_ * s_.heads * s_.head_dim);
+        attn_out_.resize(tokens_ * s_.heads * s_.head_dim);
         active_.resize(tokens_ * s_.intermediate);
         positions_.resize(tokens_);
         run_of_.resize(tokens_);
@@ -142,7 +142,7 @@ class Model {
         team_.each(tokens_, [&](int t) {
             const bf16* row = embed_ + step.token_ids[t] * s_.hidden;
             for (int64_t i = 0; i < s_.hidden; i += 16)
-                _mm512_storeu_ps(&stream_[t * s_.hidden + i], load_bf16(row + i));
+                _mm512_storeu_ps(&residual_[t * s_.hidden + i], load_bf16(row + i));
         });
     }
 
@@ -151,7 +151,7 @@ class Model {
         constexpr int kAtOnce = 8;
         team_.each((tokens_ + kAtOnce - 1) / kAtOnce, [&](int item) {
             for (int row = item * kAtOnce; row < std::min(tokens_, (item + 1) * kAtOnce); row++)
-                rms_norm(&stream_[row * s_.hidden], weight, s_.hidden, s_.eps, y + row * s_.hidden);
+                rms_norm(&residual_[row * s_.hidden], weight, s_.hidden, s_.eps, y + row * s_.hidden);
         });
     }
 
@@ -168,8 +168,8 @@ class Model {
     }
 
     // y (rows, 32): outputs [32 · tile, …) of the product for x's rows from `start` on, with the adapters' share.
-    void outputs(int layer, const Matrix& w, Group group, const bf16* x, int tile, int start, int rows, float* y,
-                 int y_stride) {
+    void forward_tile(int layer, const Matrix& w, Group group, const bf16* x, int tile, int start, int rows, float* y,
+                      int y_stride) {
         const size_t in = (size_t)w.pairs() * 2;
         const bool has_lora = lora_[group].num_tasks() > 0;
         if (has_lora) lora_[group].prefetch(layer, start, start + rows, tile * kTile);
@@ -180,13 +180,13 @@ class Model {
     }
 
     // Queries, keys and values of x, rotated, into q and the cache: an item is a head.
-    void read(int layer, const CacheView& cache, const ServeStep& step) {
+    void project_qkv_to_cache(int layer, const CacheView& cache, const ServeStep& step) {
         const int dim = (int)s_.head_dim, heads = (int)s_.heads, kv_heads = (int)s_.kv_heads;
         product(layer, kQkv, x_.data(), heads + 2 * kv_heads, [&](int head, int start, int rows) {
             float* y = room(scratch().y, kChunk * dim);
             for (int tile = 0; tile < dim / kTile; tile++)
-                outputs(layer, layers_[layer].qkv, kQkv, x_.data(), head * dim / kTile + tile, start, rows,
-                        y + tile * kTile, dim);
+                forward_tile(layer, layers_[layer].qkv, kQkv, x_.data(), head * dim / kTile + tile, start, rows,
+                             y + tile * kTile, dim);
             for (int row = 0; row < rows; row++) {
                 const int t = start + row;
                 float* values = y + row * dim;
@@ -211,8 +211,8 @@ class Model {
             const int kv_head = i % kv_heads;
             const size_t first = ((size_t)query.start * heads + kv_head * group) * dim;
             if (query.packed < 0)
-                return attend_one(group, &q_[first], cache, query.blocks, kv_head, query.position + 1, &mixed_[first],
-                                  scratch().attention);
+                return attend_one(group, &q_[first], cache, query.blocks, kv_head, query.position + 1,
+                                  &attn_out_[first], scratch().attention);
             const int rows = (query.stop - query.start) * group;
             bf16* q = room(scratch().q, (size_t)rows * dim);
             float* out = room(scratch().y, (size_t)rows * dim);
@@ -222,18 +222,18 @@ class Model {
             packed_[query.packed + kv_head].attend(q, rows, group, query.position, dim, out, scratch().attention);
             for (int row = 0; row < rows; row++)
                 for (int d = 0; d < dim; d += 16)
-                    store_bf16(&mixed_[first + ((size_t)row / group * heads + row % group) * dim + d],
+                    store_bf16(&attn_out_[first + ((size_t)row / group * heads + row % group) * dim + d],
                                _mm512_loadu_ps(out + row * dim + d));
         });
     }
 
     // stream += W x, for the two modules that write to it.
-    void add(int layer, const Matrix& w, Group group, const bf16* x) {
+    void project_residual(int layer, const Matrix& w, Group group, const bf16* x) {
         product(layer, group, x, (int)(s_.hidden / kTile), [&](int tile, int start, int rows) {
             float y[kChunk * kTile];
-            outputs(layer, w, group, x, tile, start, rows, y, kTile);
+            forward_tile(layer, w, group, x, tile, start, rows, y, kTile);
             for (int row = 0; row < rows; row++) {
-                float* to = &stream_[(start + row) * s_.hidden + tile * kTile];
+                float* to = &residual_[(start + row) * s_.hidden + tile * kTile];
                 for (int i = 0; i < kTile; i += 16)
                     _mm512_storeu_ps(to + i,
                                      _mm512_add_ps(_mm512_loadu_ps(to + i), _mm512_loadu_ps(y + row * kTile + i)));
@@ -247,8 +247,8 @@ class Model {
         product(layer, kGateUp, x_.data(), tiles, [&](int tile, int start, int rows) {
             float gate[kChunk * kTile], up[kChunk * kTile];
             const Matrix& w = layers_[layer].gate_up;
-            outputs(layer, w, kGateUp, x_.data(), tile, start, rows, gate, kTile);
-            outputs(layer, w, kGateUp, x_.data(), tiles + tile, start, rows, up, kTile);
+            forward_tile(layer, w, kGateUp, x_.data(), tile, start, rows, gate, kTile);
+            forward_tile(layer, w, kGateUp, x_.data(), tiles + tile, start, rows, up, kTile);
             for (int row = 0; row < rows; row++)
                 for (int i = 0; i < kTile; i += 16) {
                     __m512 g = _mm512_loadu_ps(gate + row * kTile + i), u = _mm512_loadu_ps(up + row * kTile + i);
@@ -267,8 +267,8 @@ class Model {
     Matrix lm_head_;
 
     int tokens_ = 0, chunks_ = 0;
-    std::vector<float> stream_;
-    std::vector<bf16> x_, q_, mixed_, active_, keys_, values_;
+    std::vector<float> residual_;
+    std::vector<bf16> x_, q_, attn_out_, active_, keys_, values_;
     std::vector<int> positions_, run_of_;
     LoraGroup lora_[kGroups];
     std::vector<Query> queries_;

@@ -1,9 +1,9 @@
-// A training step's forward and backward pass, from token ids to final hidden states and from their gradients to those
-// of the adapter's A and B, for CPUs with AVX-512 and its bf16 products.
+// The forward pass of a training step, from token ids to final hidden states, and its backward pass, from the gradients
+// of those to the gradients of the adapter's A and B. For CPUs with AVX-512 and its bf16 products.
 //
-// The same arithmetic as server/model/smollm.py with server/training/trained_rows.py: what is multiplied is bf16, sums,
-// the residual stream and its gradient are fp32. The base's weights are read where they lie. Each number is one sum in
-// a fixed order, so that results depend neither on the number of threads nor on chance.
+// The same arithmetic as server/model/smollm.py with server/training/passes/trained_rows.py: what is multiplied is
+// bf16, sums, the residual stream and its gradient are fp32. The base's weights are read where they lie. Each number is
+// one sum in a fixed order, so that results depend neither on the number of threads nor on chance.
 #include "checks.h"
 #include "layers.h"
 #include "loss.h"
@@ -13,17 +13,17 @@
 
 namespace {
 
-constexpr int kRows = 64;  // rows that an item takes of what goes row by row, at most
+constexpr int kRows = 64;  // at most so many rows are one item of work, where rows are computed one by one
 
 struct TrainLayer {
     const bf16 *input_norm, *qkv, *o, *post_norm, *gate_up, *down;
     bool uses_rotary;
 };
 
-struct Saved {                              // of one layer, from the forward pass for the backward pass
-    std::vector<float> in, middle;          // the residual stream before attention and before the feed-forward
-    std::vector<bf16> qkv, mixed, gate_up;  // queries and keys are rotated
-    std::vector<bf16> hidden[kGroups];      // x Aᵀ
+struct Saved {                                 // of one layer, from the forward pass for the backward pass
+    std::vector<float> in, middle;             // the residual stream before attention, and before the feed-forward
+    std::vector<bf16> qkv, attn_out, gate_up;  // queries and keys are rotated
+    std::vector<bf16> hidden[kGroups];         // x Aᵀ
 };
 
 struct alignas(64) TrainScratch {  // of one thread
@@ -81,7 +81,7 @@ class Training {
             each_rows([&](int start, int rows) {
                 for (int64_t i = start * s_.hidden; i < (start + rows) * s_.hidden; i += 16) {
                     _mm512_storeu_ps(&dx_[i], load_bf16(d_hidden + i));
-                    _mm512_storeu_ps(&stream_[i], _mm512_setzero_ps());
+                    _mm512_storeu_ps(&d_residual_[i], _mm512_setzero_ps());
                 }
                 norm_backward(last_.data(), final_norm_, start, rows);
             });
@@ -105,18 +105,18 @@ class Training {
         for (int64_t i = 0; i < s_.layers; i++) {
             Saved& saved = saved_[i];
             saved.in.resize(t * s_.hidden), saved.middle.resize(t * s_.hidden);
-            saved.qkv.resize(t * wide_), saved.mixed.resize(t * q_), saved.gate_up.resize(t * 2 * s_.intermediate);
+            saved.qkv.resize(t * wide_), saved.attn_out.resize(t * q_), saved.gate_up.resize(t * 2 * s_.intermediate);
             for (int group = 0; group < kGroups; group++)
                 saved.hidden[group].resize(t * batch.lora[i * kGroups + group].rows);
         }
         int64_t most = 0;
         for (int64_t i = 0; i < s_.layers * kGroups; i++) most = std::max(most, batch.lora[i].rows);
         across_ = (tokens_ + 31) / 32 * 32;
-        turned_.resize(most * across_), d_turned_.resize(most * across_), d_low_.resize(most * t);
-        last_.resize(t * s_.hidden), stream_.resize(t * s_.hidden), dx_.resize(t * s_.hidden);
-        x_.resize(t * s_.hidden), dy_.resize(t * s_.hidden), d_mixed_.resize(t * q_), d_qkv_.resize(t * wide_);
+        lora_hidden_T_.resize(most * across_), d_lora_hidden_T_.resize(most * across_), d_lora_hidden_.resize(most * t);
+        last_.resize(t * s_.hidden), d_residual_.resize(t * s_.hidden), dx_.resize(t * s_.hidden);
+        x_.resize(t * s_.hidden), dy_.resize(t * s_.hidden), d_attn_out_.resize(t * q_), d_qkv_.resize(t * wide_);
         active_.resize(t * s_.intermediate), d_gate_up_.resize(t * 2 * s_.intermediate);
-        met_.resize(t * std::max({s_.hidden, s_.intermediate, q_}));
+        lora_input_.resize(t * std::max({s_.hidden, s_.intermediate, q_}));
         for (auto* d : {&dq_, &dk_, &dv_}) d->resize(t * q_);
         positions_.resize(t);
         for (int64_t text = 0; text < batch.num_texts; text++)
@@ -132,14 +132,14 @@ class Training {
         const TrainGroup* lora = batch.lora + index * kGroups;
         Saved& saved = saved_[index];
         const int dim = (int)s_.head_dim, tiles = (int)(s_.intermediate / kTile);
-        auto low = [&](Group group, const bf16* x, int64_t in, int start, int rows) {
+        auto lora_hidden = [&](Group group, const bf16* x, int64_t in, int start, int rows) {
             x = met(lora[group], batch, x, in, start, rows);
             shrink(lora[group], x, in, start, rows, saved.hidden[group].data(), scratch().product);
         };
 
         each_rows([&](int start, int rows) {
             norm(saved.in.data(), layer.input_norm, start, rows, x_.data());
-            low(kQkv, x_.data(), s_.hidden, start, rows);
+            lora_hidden(kQkv, x_.data(), s_.hidden, start, rows);
         });
         each_product((int)(wide_ / dim), [&](int head, int start, int rows) {  // an item is a head
             float* y = room(scratch().y, kProductRows * dim);
@@ -155,15 +155,16 @@ class Training {
         team_.each((int)(batch.num_texts * s_.heads), [&](int i) {
             const int head = (int)(i % s_.heads);
             const int64_t text = i / s_.heads;
-            attend_text(view(saved, batch, text, head), &saved.mixed[batch.starts[text] * q_ + head * dim], q_,
+            attend_text(view(saved, batch, text, head), &saved.attn_out[batch.starts[text] * q_ + head * dim], q_,
                         scratch().text);
         });
-        each_rows([&](int start, int rows) { low(kO, saved.mixed.data(), q_, start, rows); });
-        add(layer.o, q_, lora[kO], saved.mixed.data(), saved.hidden[kO].data(), saved.in.data(), saved.middle.data());
+        each_rows([&](int start, int rows) { lora_hidden(kO, saved.attn_out.data(), q_, start, rows); });
+        project_residual(layer.o, q_, lora[kO], saved.attn_out.data(), saved.hidden[kO].data(), saved.in.data(),
+                         saved.middle.data());
 
         each_rows([&](int start, int rows) {
             norm(saved.middle.data(), layer.post_norm, start, rows, x_.data());
-            low(kGateUp, x_.data(), s_.hidden, start, rows);
+            lora_hidden(kGateUp, x_.data(), s_.hidden, start, rows);
         });
         each_product(tiles, [&](int tile, int start, int rows) {
             float* y = room(scratch().y, kProductRows * kTile);
@@ -176,9 +177,9 @@ class Training {
             }
             activate(saved, tile * kTile, kTile, start, rows);
         });
-        each_rows([&](int start, int rows) { low(kDown, active_.data(), s_.intermediate, start, rows); });
-        add(layer.down, s_.intermediate, lora[kDown], active_.data(), saved.hidden[kDown].data(), saved.middle.data(),
-            out);
+        each_rows([&](int start, int rows) { lora_hidden(kDown, active_.data(), s_.intermediate, start, rows); });
+        project_residual(layer.down, s_.intermediate, lora[kDown], active_.data(), saved.hidden[kDown].data(),
+                         saved.middle.data(), out);
     }
 
     void backward(int index, const TrainBatch& batch) {
@@ -187,20 +188,21 @@ class Training {
         const Saved& saved = saved_[index];
         const int dim = (int)s_.head_dim;
         const int64_t hidden = s_.hidden, intermediate = s_.intermediate;
-        auto low = [&](Group group, const bf16* x, int64_t in, const bf16* dy, int64_t out, int start, int rows) {
+        auto lora_hidden = [&](Group group, const bf16* x, int64_t in, const bf16* dy, int64_t out, int start,
+                               int rows) {
             met(lora[group], batch, x, in, start, rows);
-            low_backward(lora[group], dy, out, start, rows, saved.hidden[group].data());
+            lora_hidden_backward(lora[group], dy, out, start, rows, saved.hidden[group].data());
         };
 
         each_rows([&](int start, int rows) {
             activate(saved, 0, (int)intermediate, start, rows);
-            round_to_bf16(&stream_[start * hidden], rows * hidden, &dy_[start * hidden]);
-            low(kDown, active_.data(), intermediate, dy_.data(), hidden, start, rows);
+            round_to_bf16(&d_residual_[start * hidden], rows * hidden, &dy_[start * hidden]);
+            lora_hidden(kDown, active_.data(), intermediate, dy_.data(), hidden, start, rows);
         });
         each_gradient(
             lora[kDown], active_.data(), intermediate, dy_.data(), hidden, [&](int tile, int start, int rows) {
                 float* y = room(scratch().y, kProductRows * kTile);
-                inputs(layer.down, intermediate, hidden, lora[kDown], dy_.data(), tile, start, rows, y, kTile);
+                backward_tile(layer.down, intermediate, hidden, lora[kDown], dy_.data(), tile, start, rows, y, kTile);
                 for (int row = 0; row < rows; row++) {
                     const int64_t at = (start + row) * 2 * intermediate + tile * kTile;
                     swiglu_backward(&saved.gate_up[at], &saved.gate_up[at + intermediate], y + row * kTile, kTile,
@@ -209,40 +211,40 @@ class Training {
             });
         each_rows([&](int start, int rows) {
             norm(saved.middle.data(), layer.post_norm, start, rows, x_.data());
-            low(kGateUp, x_.data(), hidden, d_gate_up_.data(), 2 * intermediate, start, rows);
+            lora_hidden(kGateUp, x_.data(), hidden, d_gate_up_.data(), 2 * intermediate, start, rows);
         });
         each_gradient(lora[kGateUp], x_.data(), hidden, d_gate_up_.data(), 2 * intermediate,
                       [&](int tile, int start, int rows) {
-                          inputs(layer.gate_up, hidden, 2 * intermediate, lora[kGateUp], d_gate_up_.data(), tile, start,
-                                 rows, &dx_[start * hidden + tile * kTile], hidden);
+                          backward_tile(layer.gate_up, hidden, 2 * intermediate, lora[kGateUp], d_gate_up_.data(), tile,
+                                        start, rows, &dx_[start * hidden + tile * kTile], hidden);
                       });
 
         each_rows([&](int start, int rows) {
             norm_backward(saved.middle.data(), layer.post_norm, start, rows);
-            round_to_bf16(&stream_[start * hidden], rows * hidden, &dy_[start * hidden]);
-            low(kO, saved.mixed.data(), q_, dy_.data(), hidden, start, rows);
+            round_to_bf16(&d_residual_[start * hidden], rows * hidden, &dy_[start * hidden]);
+            lora_hidden(kO, saved.attn_out.data(), q_, dy_.data(), hidden, start, rows);
         });
-        each_gradient(lora[kO], saved.mixed.data(), q_, dy_.data(), hidden, [&](int tile, int start, int rows) {
+        each_gradient(lora[kO], saved.attn_out.data(), q_, dy_.data(), hidden, [&](int tile, int start, int rows) {
             float* y = room(scratch().y, kProductRows * kTile);
-            inputs(layer.o, q_, hidden, lora[kO], dy_.data(), tile, start, rows, y, kTile);
+            backward_tile(layer.o, q_, hidden, lora[kO], dy_.data(), tile, start, rows, y, kTile);
             for (int row = 0; row < rows; row++)
-                round_to_bf16(y + row * kTile, kTile, &d_mixed_[(start + row) * q_ + tile * kTile]);
+                round_to_bf16(y + row * kTile, kTile, &d_attn_out_[(start + row) * q_ + tile * kTile]);
         });
         team_.each((int)(batch.num_texts * s_.heads), [&](int i) {
             const int head = (int)(i % s_.heads);
             const int64_t text = i / s_.heads, at = batch.starts[text] * q_ + head * dim;
-            attend_text_backward(view(saved, batch, text, head), &d_mixed_[at], q_, &dq_[at], &dk_[at], &dv_[at], q_,
+            attend_text_backward(view(saved, batch, text, head), &d_attn_out_[at], q_, &dq_[at], &dk_[at], &dv_[at], q_,
                                  scratch().text);
         });
         each_rows([&](int start, int rows) {
             gather_heads(layer, start, rows);
             norm(saved.in.data(), layer.input_norm, start, rows, x_.data());
-            low(kQkv, x_.data(), hidden, d_qkv_.data(), wide_, start, rows);
+            lora_hidden(kQkv, x_.data(), hidden, d_qkv_.data(), wide_, start, rows);
         });
         each_gradient(lora[kQkv], x_.data(), hidden, d_qkv_.data(), wide_, [&](int tile, int start, int rows) {
             if (index == 0) return;  // embeddings are frozen
-            inputs(layer.qkv, hidden, wide_, lora[kQkv], d_qkv_.data(), tile, start, rows,
-                   &dx_[start * hidden + tile * kTile], hidden);
+            backward_tile(layer.qkv, hidden, wide_, lora[kQkv], d_qkv_.data(), tile, start, rows,
+                          &dx_[start * hidden + tile * kTile], hidden);
         });
         if (index == 0) return;
         each_rows([&](int start, int rows) { norm_backward(saved.in.data(), layer.input_norm, start, rows); });
@@ -288,39 +290,40 @@ class Training {
             if (i < products) return product_item(i, item);
             if (i < products + of_a) {
                 const int64_t column = (int64_t)(i - products) * kTile;
-                return multiply_over_tokens(d_turned_.data(), across_, (int)lora.rows, lora.kept ? met_.data() : x, in,
-                                            column, tokens_, lora.d_a + column, in, scratch().product);
+                return multiply_over_tokens(d_lora_hidden_T_.data(), across_, (int)lora.rows,
+                                            lora.kept ? lora_input_.data() : x, in, column, tokens_, lora.d_a + column,
+                                            in, scratch().product);
             }
             const int64_t column = (int64_t)(i - products - of_a) * kTile;
             const TrainModule* module = module_at(lora, column);
             if (module == nullptr) return;
-            multiply_over_tokens(&turned_[module->row * across_], across_, (int)module->rank, dy, out, column, tokens_,
-                                 lora.d_b + module->row * out + column, out, scratch().product);
+            multiply_over_tokens(&lora_hidden_T_[module->row * across_], across_, (int)module->rank, dy, out, column,
+                                 tokens_, lora.d_b + module->row * out + column, out, scratch().product);
         });
     }
 
     TrainScratch& scratch() { return scratch_[Team::number()]; }
 
-    // A tile of x's gradient, from d_low_ and dy.
-    void inputs(const bf16* w, int64_t in, int64_t out, const TrainGroup& lora, const bf16* dy, int tile, int start,
-                int rows, float* y, int64_t y_stride) {
-        product_backward(w, in, out, lora, batch_.factor, dy, d_low_.data(), tile * kTile, start, rows, y, y_stride,
-                         scratch().product);
+    // A tile of x's gradient, from d_lora_hidden_ and dy.
+    void backward_tile(const bf16* w, int64_t in, int64_t out, const TrainGroup& lora, const bf16* dy, int tile,
+                       int start, int rows, float* y, int64_t y_stride) {
+        product_backward(w, in, out, lora, batch_.factor, dy, d_lora_hidden_.data(), tile * kTile, start, rows, y,
+                         y_stride, scratch().product);
     }
 
-    // What A meets of x (tokens, in): x itself, or the features that dropout keeps, put into met_.
+    // What A is multiplied with: x (tokens, in), or with dropout a copy in lora_input_ of which features are dropped.
     const bf16* met(const TrainGroup& lora, const TrainBatch& batch, const bf16* x, int64_t in, int start, int rows) {
         if (lora.kept == nullptr) return x;
-        keep(lora.kept, batch.factor, x, in, start, rows, met_.data());
-        return met_.data();
+        keep(lora.kept, batch.factor, x, in, start, rows, lora_input_.data());
+        return lora_input_.data();
     }
 
     // out = in + x Wᵀ + (x Aᵀ) B, for the two modules that write to the residual stream.
-    void add(const bf16* w, int64_t width, const TrainGroup& lora, const bf16* x, const bf16* low, const float* in,
-             float* out) {
+    void project_residual(const bf16* w, int64_t width, const TrainGroup& lora, const bf16* x, const bf16* lora_hidden,
+                          const float* in, float* out) {
         each_product((int)(s_.hidden / kTile), [&](int tile, int start, int rows) {
             float* y = room(scratch().y, kProductRows * kTile);
-            product(w, width, s_.hidden, lora, x, low, tile * kTile, start, rows, y, kTile, scratch().product);
+            product(w, width, s_.hidden, lora, x, lora_hidden, tile * kTile, start, rows, y, kTile, scratch().product);
             for (int row = 0; row < rows; row++)
                 for (int i = 0; i < kTile; i += 16) {
                     const int64_t at = (start + row) * s_.hidden + tile * kTile + i;
@@ -330,12 +333,14 @@ class Training {
         });
     }
 
-    // d_low_ = dy Bᵀ; both it and x Aᵀ (`low`) are kept turned over as well.
-    void low_backward(const TrainGroup& lora, const bf16* dy, int64_t out, int start, int rows, const bf16* low) {
+    // d_lora_hidden_ = dy Bᵀ; both it and x Aᵀ (`lora_hidden`) are kept turned over as well.
+    void lora_hidden_backward(const TrainGroup& lora, const bf16* dy, int64_t out, int start, int rows,
+                              const bf16* lora_hidden) {
         if (lora.rows == 0) return;
-        shrink_backward(lora, dy, out, start, rows, d_low_.data(), scratch().product);
-        transpose(&d_low_[start * lora.rows], lora.rows, rows, (int)lora.rows, &d_turned_[start], across_);
-        transpose(low + start * lora.rows, lora.rows, rows, (int)lora.rows, &turned_[start], across_);
+        shrink_backward(lora, dy, out, start, rows, d_lora_hidden_.data(), scratch().product);
+        transpose(&d_lora_hidden_[start * lora.rows], lora.rows, rows, (int)lora.rows, &d_lora_hidden_T_[start],
+                  across_);
+        transpose(lora_hidden + start * lora.rows, lora.rows, rows, (int)lora.rows, &lora_hidden_T_[start], across_);
     }
 
     // y = rows of x, divided by their root mean square and times `weight`.
@@ -348,10 +353,10 @@ class Training {
         rotate(values, rotary_, s_.max_positions, s_.head_dim, positions_[token], back);
     }
 
-    // stream += the norm's gradient in its rows of x, from `dx_`.
+    // d_residual += the norm's gradient with respect to x, given dx_, the gradient of its output.
     void norm_backward(const float* x, const bf16* weight, int start, int rows) {
         for (int64_t at = start * s_.hidden; at < (start + rows) * s_.hidden; at += s_.hidden)
-            rms_norm_backward(x + at, weight, s_.hidden, s_.eps, &dx_[at], &stream_[at]);
+            rms_norm_backward(x + at, weight, s_.hidden, s_.eps, &dx_[at], &d_residual_[at]);
     }
 
     // active = silu(gate) · up, for some of its columns
@@ -362,8 +367,8 @@ class Training {
         }
     }
 
-    // d_qkv, from each query head's gradients: turned back, those of keys and values summed over the heads that share
-    // them.
+    // d_qkv from dq_, dk_ and dv_, which have a gradient for each query head: rotations are undone, and the gradients
+    // of keys and values are summed over the query heads that share them.
     void gather_heads(const TrainLayer& layer, int start, int rows) {
         const int64_t dim = s_.head_dim, group = s_.heads / s_.kv_heads;
         float* sum = room(scratch().y, dim);
@@ -392,11 +397,13 @@ class Training {
     int tokens_ = 0, product_chunks_ = 0, row_chunks_ = 0, across_ = 0;  // across: tokens, in thirty-twos
     std::vector<Saved> saved_;
     std::vector<float> last_;             // the residual stream after the last layer
-    std::vector<float> stream_, dx_;      // the gradients of the residual stream, and of what a norm gave
-    std::vector<bf16> x_, active_, met_;  // what a norm and the activation gave, and what A met of it, the newest
-    std::vector<bf16> dy_, d_mixed_, d_qkv_, d_gate_up_;
-    std::vector<float> dq_, dk_, dv_;              // (tokens, heads, dim): of each query head
-    std::vector<bf16> d_low_, turned_, d_turned_;  // of the newest group: dy Bᵀ; x Aᵀ and dy Bᵀ as (rows of A, tokens)
+    std::vector<float> d_residual_, dx_;  // the gradients of the residual stream, and of what a norm gave
+    std::vector<bf16> x_, active_;        // the newest outputs of a norm and of the activation
+    std::vector<bf16> lora_input_;        // the same after dropout, where there is any: what A is multiplied with
+    std::vector<bf16> dy_, d_attn_out_, d_qkv_, d_gate_up_;
+    std::vector<float> dq_, dk_, dv_;  // (tokens, heads, dim): of each query head
+    // Of the newest group: dy Bᵀ (tokens, rows of A), and both x Aᵀ and dy Bᵀ as (rows of A, tokens).
+    std::vector<bf16> d_lora_hidden_, lora_hidden_T_, d_lora_hidden_T_;
     std::vector<int> positions_;
     std::vector<TrainScratch> scratch_;
     TrainBatch batch_{};

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from server.model.config import ModelConfig
+from server.model.base.config import ModelConfig
+from server.model.base.weights import BaseWeights
 from server.model.native.abi import TrainBatch, TrainGroup, TrainModule, call, columns
 from server.model.native.base import check_base, create
 from server.model.ops.norms import rotary_table
 from server.model.rank_rows import GROUPS, GroupKey, GroupLayout
-from server.model.weights import BaseWeights
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ arXiv:2305.13245). Two cases:
 - `attend_sequence`: any number of new tokens of one sequence over that sequence's keys.
 - `attend_decode`: one new token for each of many sequences, over block tables of different lengths at once.
 
-`plan_decode` builds once a step the indices that every layer's `attend_decode` uses.
+`plan_decode` builds once a step the indices that every layer's `attend_decode` uses. Values are summed as they
+lie, which suits a CPU, or are gathered as keys are and multiplied: a GPU's kernel for the former walks through
+all positions of a head in one thread.
 """
 
 from dataclasses import dataclass
@@ -17,14 +19,22 @@ import torch.nn.functional as F
 
 
 @dataclass(frozen=True, eq=False)
+class ValueRows:
+    """Where every head's values lie in a layer's cache, which is read as (slots * kv_heads, head_dim)."""
+
+    rows: torch.Tensor  # (sequences * heads * max_positions,)
+    bags: torch.Tensor  # (sequences * heads + 1,): where each head's rows start
+
+
+@dataclass(frozen=True, eq=False)
 class DecodePlan:
     """Indices of one step's decode attention, the same for all layers."""
 
     block_table: torch.Tensor  # (sequences * max_blocks,): padded with block 0
     beyond: torch.Tensor  # (sequences, 1, max_positions): whether a position does not exist
-    value_rows: torch.Tensor  # (sequences * heads * max_positions,): rows of the cache as (slots * kv_heads, dim)
-    bags: torch.Tensor  # (sequences * heads + 1,): where each head's rows start
+    kv_of_head: torch.Tensor  # (heads,)
     head_of: torch.Tensor  # (heads, kv_heads, 1): the softmax scale at the head's kv head, else 0
+    value_rows: ValueRows | None  # None: values are gathered
 
 
 def plan_decode(
@@ -36,6 +46,7 @@ def plan_decode(
     num_kv_heads: int,
     head_dim: int,
     dtype: torch.dtype,
+    gather_values: bool,
 ) -> DecodePlan:
     """The plan for sequences of `lengths` (sequences,) positions in block_table (sequences, max_blocks)."""
     device = block_table.device
@@ -44,35 +55,56 @@ def plan_decode(
     beyond = positions >= lengths[:, None]  # (sequences, positions)
 
     kv_of_head = torch.arange(num_heads, device=device) // (num_heads // num_kv_heads)
-    slots = block_table.repeat_interleave(block_size, dim=1) * block_size + positions % block_size
-    slots.masked_fill_(beyond, 0)  # zero there; beyond the end lies what an earlier owner left, perhaps NaN
-    value_rows = slots[:, None] * num_kv_heads + kv_of_head[:, None]  # (sequences, heads, positions)
-    head_of = F.one_hot(kv_of_head, num_kv_heads).to(dtype)[..., None] * head_dim**-0.5
-    bags = torch.arange(num_sequences * num_heads + 1, device=device) * positions.shape[0]
-    return DecodePlan(block_table.flatten(), beyond[:, None], value_rows.flatten(), bags, head_of)
+    is_own = kv_of_head[:, None] == torch.arange(num_kv_heads, device=device)  # (heads, kv_heads)
+    head_of = is_own.to(dtype)[..., None] * head_dim**-0.5
+    value_rows = None
+    if not gather_values:
+        slots = block_table.repeat_interleave(block_size, dim=1) * block_size + positions % block_size
+        slots.masked_fill_(beyond, 0)  # zero there; beyond the end lies what an earlier owner left, perhaps NaN
+        rows = slots[:, None] * num_kv_heads + kv_of_head[:, None]  # (sequences, heads, positions)
+        bags = torch.arange(num_sequences * num_heads + 1, device=device) * positions.shape[0]
+        value_rows = ValueRows(rows.flatten(), bags)
+    return DecodePlan(block_table.flatten(), beyond[:, None], kv_of_head, head_of, value_rows)
 
 
 def attend_decode(plan: DecodePlan, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
     """q (sequences, heads, head_dim), one token each, over the caches of its layer; like q.
 
     Each query is spread over all kv heads, zero but for its own, so that one batched product with the gathered
-    keys, contiguous as they lie in the cache, gives the scores of all heads. Values are summed where they lie.
+    keys, contiguous as they lie in the cache, gives the scores of all heads.
     """
     num_sequences, heads, dim = q.shape
-    keys = k_cache.flatten(1).index_select(0, plan.block_table)  # (sequences * max_blocks, block * kv_heads * dim)
-    keys = keys.view(num_sequences, plan.beyond.shape[-1], -1)  # (sequences, positions, kv_heads * dim)
+    keys = _gather(plan, k_cache)
     spread = (q[:, :, None] * plan.head_of).view(num_sequences, heads, -1)  # (sequences, heads, kv_heads * dim)
     scores = torch.bmm(spread, keys.transpose(1, 2)).masked_fill_(plan.beyond, float("-inf"))
     weights = scores.softmax(-1)  # (sequences, heads, positions)
+    if plan.value_rows is None:
+        return _sum_gathered(plan, weights, v_cache)
     values = F.embedding_bag(
-        plan.value_rows,
+        plan.value_rows.rows,
         v_cache.view(-1, dim),
-        plan.bags,
+        plan.value_rows.bags,
         mode="sum",
         per_sample_weights=weights.view(-1),
         include_last_offset=True,
     )
     return values.view(num_sequences, heads, dim)
+
+
+def _sum_gathered(plan: DecodePlan, weights: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+    """The values' weighted sums (sequences, heads, head_dim): each head keeps those of its own kv head."""
+    num_sequences, heads, _ = weights.shape
+    values = _gather(plan, v_cache)
+    values.masked_fill_(plan.beyond.transpose(1, 2), 0)  # not even a weight of 0 takes NaN away
+    sums = torch.bmm(weights, values).view(num_sequences, heads, *v_cache.shape[2:])
+    own = plan.kv_of_head[None, :, None, None].expand(num_sequences, heads, 1, v_cache.shape[3])
+    return sums.gather(2, own).squeeze(2)
+
+
+def _gather(plan: DecodePlan, cache: torch.Tensor) -> torch.Tensor:
+    """A copy of the sequences' blocks of a layer's keys or values: (sequences, positions, kv_heads * head_dim)."""
+    blocks = cache.flatten(1).index_select(0, plan.block_table)  # (sequences * max_blocks, block * kv_heads * dim)
+    return blocks.view(plan.beyond.shape[0], plan.beyond.shape[-1], -1)
 
 
 def attend_sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -3,7 +3,7 @@
     y = W x  +  ((x · A_rowsᵀ) ∘ gates) · B_rows
 
 `add_dense` is that line, for every row of the pool: the oracle. What runs follows the ranks really used:
-`add_block` multiplies a run of tokens by one adapter's rows, and `add_sampled` walks (token, row) pairs, for
+`shrink_block` multiplies a run of tokens by one adapter's rows, and `shrink_sampled` walks (token, row) pairs, for
 tokens that share their adapters with few others. All are differentiable, and none knows what an adapter is.
 
 Measured on 2 cores (AVX-512) at 32 tokens of 32 adapters: pairs cost a quarter of the dense line and half of
@@ -11,6 +11,8 @@ a batched product over gathered rows, because nothing is copied.
 """
 
 import warnings
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -33,18 +35,41 @@ def shrink_block(x: torch.Tensor, a_rows: torch.Tensor, weight: float, dtype: to
     return (hidden if weight == 1.0 else hidden * weight).to(dtype)
 
 
-def shrink_sampled(x: torch.Tensor, a_rows: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-    """x[token] · a_rows[row] for each pair (token, row), in the order of `pairs`: (num_pairs,) of a_rows' dtype.
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """(token, row) pairs: token t has the rows rows[offsets[t] : offsets[t + 1]], of a pool of `num_rows`."""
 
-    x (tokens, in), a_rows (rows, in); `pairs` is a sparse CSR tensor (tokens, rows), whose values are ignored.
+    offsets: torch.Tensor  # (tokens + 1,)
+    rows: torch.Tensor  # (num_pairs,)
+    num_rows: int
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """Each pair's token (num_pairs,)."""
+        tokens = torch.arange(self.offsets.shape[0] - 1, device=self.offsets.device)
+        # Without the size, a GPU would have to say it first.
+        return torch.repeat_interleave(tokens, self.offsets.diff(), output_size=self.rows.shape[0])
+
+    @cached_property
+    def csr(self) -> torch.Tensor:
+        """As a sparse tensor (tokens, num_rows), whose values are nothing."""
+        values = torch.zeros(self.rows.shape[0], device=self.rows.device)
+        size = (self.offsets.shape[0] - 1, self.num_rows)
+        with warnings.catch_warnings():  # torch announces once that CSR is in beta
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
+            return torch.sparse_csr_tensor(self.offsets, self.rows, values, size=size, check_invariants=False)
+
+
+def shrink_sampled(x: torch.Tensor, a_rows: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """x[token] · a_rows[row] for each of `pairs`, in their order: (num_pairs,) of a_rows' dtype.
+
+    x (tokens, in), a_rows (rows, in).
     """
     x = x.to(a_rows.dtype)
     if x.device.type == "cpu" and x.dtype is torch.float32:
-        products: torch.Tensor = torch.sparse.sampled_addmm(pairs, x, a_rows.t(), beta=0.0)
+        products: torch.Tensor = torch.sparse.sampled_addmm(pairs.csr, x, a_rows.t(), beta=0.0)
         return products.values()
-    counts = pairs.crow_indices().diff()
-    tokens = torch.repeat_interleave(torch.arange(x.shape[0], device=x.device), counts)
-    return (x[tokens] * a_rows[pairs.col_indices()]).sum(-1)
+    return (x[pairs.tokens] * a_rows[pairs.rows]).sum(-1)
 
 
 def expand_sampled(
@@ -58,13 +83,3 @@ def expand_sampled(
     return F.embedding_bag(
         unit_index, b_units, bags, mode="sum", per_sample_weights=hidden, include_last_offset=True
     )
-
-
-def csr_pairs(offsets: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """The CSR tensor that `shrink_sampled` takes: token t has the rows rows[offsets[t] : offsets[t + 1]]."""
-    values = torch.zeros(rows.shape[0], device=rows.device)
-    with warnings.catch_warnings():  # torch announces once that CSR is in beta
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
-        return torch.sparse_csr_tensor(
-            offsets, rows, values, size=(offsets.shape[0] - 1, num_rows), check_invariants=False
-        )

@@ -5,9 +5,9 @@ import json
 import httpx
 import pytest
 
-from server.model.chat import PromptEncoder
-from tests.server.api.conftest import MAX_MODEL_LEN
+from server.model.text.chat import PromptEncoder
 from tests.server.api.fakes import FakeEngine
+from tests.server.conftest import MAX_MODEL_LEN
 
 pytestmark = pytest.mark.anyio
 

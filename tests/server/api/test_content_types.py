@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.types import Message
 
-from tests.server.api.peft_files import peft_files
+from tests.server.api.adapters.peft_files import peft_files
 
 pytestmark = pytest.mark.anyio
 

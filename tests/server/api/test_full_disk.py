@@ -12,17 +12,17 @@ import pytest
 import sqlalchemy as sa
 from fastapi import FastAPI
 
+from server.api.adapters.imports import get_fetch
+from server.api.adapters.library import Library
 from server.api.app import create_app
-from server.api.library import Library
-from server.api.routes.imports import get_fetch
-from server.model.hub_adapter import HubAdapter
-from server.training.job_files import JobFiles
-from server.training.jobs import Jobs
-from server.training.leases import Leases
-from server.training.reserve import Reserve
-from tests.server.api.conftest import MakeServices, client_of
-from tests.server.api.peft_files import as_parts, peft_files
+from server.model.base.hub_adapter import HubAdapter
+from server.training.queue.job_files import JobFiles
+from server.training.queue.jobs import Jobs
+from server.training.queue.leases import Leases
+from server.training.queue.reserve import Reserve
+from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.train_kit import ROWS, StandIn, submit, train_body
+from tests.server.conftest import MakeServices, client_of
 from tests.small_disk import fill, make_room, mounted
 
 pytestmark = pytest.mark.anyio

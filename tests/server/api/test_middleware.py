@@ -9,8 +9,8 @@ from fastapi import FastAPI
 
 from server.api.app import create_app
 from server.engine.request import GenerationRequest, SequenceOutput
-from tests.server.api.conftest import MakeServices, client_of
 from tests.server.api.fakes import FakeEngine
+from tests.server.conftest import MakeServices, client_of
 
 pytestmark = pytest.mark.anyio
 MIB = 1 << 20

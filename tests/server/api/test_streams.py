@@ -8,9 +8,9 @@ from fastapi import FastAPI
 
 from server.engine.request import GenerationRequest, SequenceOutput
 from server.errors import GenerationFailed
-from tests.server.api.conftest import BASE_NAME
+from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import Caller, FakeEngine, failing, piece, until
-from tests.server.api.peft_files import as_parts, peft_files
+from tests.server.conftest import BASE_NAME
 
 pytestmark = pytest.mark.anyio
 

@@ -4,8 +4,8 @@ from http import HTTPStatus
 
 import httpx
 
-from adapters.catalog import NewVersion, Version
-from server.training.leases import Claim, Leases
+from adapters.catalog.catalog import NewVersion, Version
+from server.training.queue.leases import Claim, Leases
 
 ROWS: list[dict[str, object]] = [
     {"prompt": f"{status.value} ", "completion": status.phrase} for status in list(HTTPStatus)[:20]

@@ -9,7 +9,7 @@ from server.engine.runner import Runner
 from server.engine.sampler import Sampled
 from server.engine.scheduler import Chunk, Step
 from server.engine.sequence import Sequence
-from server.model.weights import BaseModel
+from server.model.base.weights import BaseModel
 from tests.server.engine.traffic import library
 
 

@@ -9,7 +9,7 @@ import torch
 from adapters.lora import MODULES, BaseShape, LoraModule, LoraWeights, ModuleKey
 from server.engine.adapter_pool import AdapterLease, AdapterPool
 from server.engine.request import AdapterRef
-from server.model.rank_rows import RankRows
+from server.model.rank_rows import RankRows, RowFormat
 from tests.engine_kit import check_pool
 
 SHAPE = BaseShape(2, dict.fromkeys(MODULES, (4, 4)) | {"q_proj": (8, 4)})
@@ -63,7 +63,12 @@ class Bench:
         self.executor = HandExecutor()
         self.num_wakes = 0
         self.num_reads = 0
-        rows = RankRows(SHAPE, max_rank=max_rank, dtype=torch.float32, device=torch.device("cpu"))
+        rows = RankRows(
+            SHAPE,
+            max_rank=max_rank,
+            row_format=RowFormat(torch.float32, torch.float32),
+            device=torch.device("cpu"),
+        )
         self.pool = AdapterPool(rows, self.load, self.executor, self.wake)
 
     def wake(self) -> None:

@@ -11,8 +11,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from server.engine.logits import Row
 from server.engine.request import SamplingParams
-from server.engine.sampler import Row
 
 VOCAB = 1000
 

@@ -12,7 +12,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
 from server.errors import Draining, NotReady, QueueFull
-from server.model.weights import BaseModel
+from server.model.base.weights import BaseModel
 from tests.engine_kit import build_engine, check_idle, run
 from tests.server.engine.async_bench import LONG, Bench, collect, eventually, on_loop, request
 from tests.server.engine.traffic import assert_same, library, requests_of_all_kinds

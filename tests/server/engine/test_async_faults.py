@@ -15,7 +15,7 @@ from server.engine.sampler import Sampled
 from server.engine.scheduler import Chunk, SchedulerLimits, Step
 from server.engine.sequence import Sequence
 from server.errors import EngineDead, GenerationFailed, QueueFull
-from server.model.weights import BaseModel
+from server.model.base.weights import BaseModel
 from tests.engine_kit import build_engine, check_idle, random_adapter, run
 from tests.server.engine.async_bench import LONG, Bench, collect, errors_of, eventually, on_loop, outcome, request
 from tests.server.engine.faults import BrokenScheduler, FailingRunner, SlowLoad

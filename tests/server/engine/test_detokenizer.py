@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from server.engine.detokenizer import TextStream, TokenBytes, _byte_characters
-from server.model.checkpoint import read_tokenizer
+from server.model.base.checkpoint import read_tokenizer
 from tests.engine_kit import token_bytes
 from tests.tiny import tiny_tokenizer
 

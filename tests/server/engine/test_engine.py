@@ -11,8 +11,8 @@ import torch
 
 from adapters.lora import LoraWeights
 from server.engine.request import GenerationRequest
+from server.model.base.weights import BaseModel
 from server.model.smollm import SmolLM
-from server.model.weights import BaseModel
 from tests.engine_kit import (
     GREEDY,
     Result,

@@ -9,7 +9,7 @@ from server.engine.engine import Engine
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
 from server.errors import EngineDead, GenerationFailed
-from server.model.weights import BaseModel
+from server.model.base.weights import BaseModel
 from tests.engine_kit import (
     GREEDY,
     build_engine,

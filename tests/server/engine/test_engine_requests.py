@@ -7,11 +7,12 @@ import pytest
 
 from adapters.errors import InvalidInput
 from adapters.lora import LoraWeights
+from server.engine.backend import TorchBackend
 from server.engine.engine import Engine
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from server.engine.scheduler import SchedulerLimits
+from server.model.base.weights import BaseModel
 from server.model.smollm import SmolLM
-from server.model.weights import BaseModel
 from tests.engine_kit import (
     GREEDY,
     build_engine,
@@ -196,7 +197,7 @@ def test_timing_is_by_the_engines_clock(tiny_base: BaseModel) -> None:
     now = [0.0]
     plain = build_engine(tiny_base, limits=SchedulerLimits(max_num_seqs=1))
     engine = Engine(
-        SmolLM(tiny_base.config, tiny_base.weights, max_positions=plain.config.max_model_len),
+        TorchBackend(SmolLM(tiny_base.config, tiny_base.weights, max_positions=plain.config.max_model_len)),
         token_bytes(tiny_base.tokenizer),
         lambda digest: LoraWeights({}),
         plain.config,

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from adapters.errors import InvalidInput
-from server.engine.grammar import MAX_REGEX_BYTES, MAX_SCHEMA_BYTES
-from server.engine.guidance import Constraint, Guidance
 from server.engine.request import Grammar
+from server.engine.structured.grammar import MAX_REGEX_BYTES, MAX_SCHEMA_BYTES
+from server.engine.structured.guidance import Constraint, Guidance
 from tests.engine_kit import token_bytes
 from tests.grammars import CODES, HOSTILE_REGEX, HOSTILE_SCHEMA, growing, guidance_of
 from tests.tiny import tiny_tokenizer

@@ -9,9 +9,9 @@ import torch
 
 from server.engine.engine import Engine
 from server.engine.request import GenerationRequest
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
 from server.model.native.model import NativeModel
-from server.model.source import resolve_base
-from server.model.weights import BaseModel, load_base
 from tests.engine_kit import GREEDY, build_engine, random_adapter, refs, run
 from tests.native_kit import native_model
 from tests.tiny import save_tiny_base

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import pytest
 import torch
 
+from server.engine.logits import Row
 from server.engine.request import SamplingParams
-from server.engine.sampler import Row, sample
+from server.engine.sampler import sample
 from tests.server.engine.rows import logits_of
 
 PROMPT = (5, 6, 7, 5, 900)

@@ -11,7 +11,8 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from server.engine.sampler import Row, _candidates, _min_p, sample
+from server.engine.logits import Row
+from server.engine.sampler import _candidates, _min_p, sample
 from tests.server.engine.rows import VOCAB, kept_by_transformers, logits_of, row
 
 

@@ -11,7 +11,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from server.engine.sampler import Row, _candidates, sample
+from server.engine.logits import Row
+from server.engine.sampler import _candidates, sample
 from tests.server.engine.rows import row
 
 VOCAB = 3000

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from adapters.errors import InvalidInput
 from server.engine.engine import Engine
-from server.engine.guidance import Guidance
 from server.engine.request import GenerationRequest, Grammar, SamplingParams
 from server.engine.scheduler import SchedulerLimits
+from server.engine.structured.guidance import Guidance
 from server.errors import NotReady
-from server.model.weights import BaseModel
+from server.model.base.weights import BaseModel
 from tests.engine_kit import GREEDY, build_engine, check_idle, refs, run, token_bytes
 from tests.grammars import BOUNDED, CODES, guidance_of
 from tests.oracles.hugging_face import load_reference, logits, merged

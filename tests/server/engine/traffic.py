@@ -8,7 +8,7 @@ import pytest
 from adapters.lora import MODULES, LoraWeights
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
-from server.model.weights import BaseModel
+from server.model.base.weights import BaseModel
 from tests.engine_kit import (
     GREEDY,
     Result,

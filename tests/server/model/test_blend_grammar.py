@@ -16,15 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from adapters.catalog import Catalog, combine
+from adapters.catalog.catalog import Catalog, combine
 from adapters.errors import InvalidInput
 from adapters.expression import parse
 from adapters.lora import LoraWeights
 from server.database import connect
+from server.model.base.weights import BaseModel
 from server.model.lora_batch import Parts
-from server.model.rank_rows import Placement, RankRows
+from server.model.rank_rows import Placement, RankRows, RowFormat
 from server.model.smollm import SmolLM
-from server.model.weights import BaseModel
 from tests.engine_kit import place, random_adapter
 from tests.oracles.hugging_face import load_reference, logits, merged
 from tests.paged import paged_logits
@@ -118,7 +118,12 @@ def world(tiny_base: BaseModel, tiny_base_dir: Path, tmp_path_factory: pytest.Te
     catalog.point("9th", "best", 1)
     for name, terms in MIXES.items():
         catalog.compose(name, parse("+".join(f"{reference}*{weight}" for reference, weight in terms)))
-    rows = RankRows(tiny_base.config.shape, max_rank=96, dtype=torch.float32, device=tiny_base.device)
+    rows = RankRows(
+        tiny_base.config.shape,
+        max_rank=96,
+        row_format=RowFormat.of_torch(torch.float32, tiny_base.device),
+        device=tiny_base.device,
+    )
     placements = place(rows, adapters)
     return World(
         catalog=catalog,

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from adapters.lora import LoraWeights
-from server.model.rank_rows import RankRows
+from server.model.base.weights import BaseModel, load_base
+from server.model.rank_rows import RankRows, RowFormat
 from server.model.smollm import SmolLM
-from server.model.weights import BaseModel, load_base
 from tests.engine_kit import place, random_adapter
 from tests.oracles.hugging_face import load_reference, logits, merged
 from tests.paged import paged_logits
@@ -42,7 +42,12 @@ def library(base: BaseModel) -> list[LoraWeights]:
 def test_a_batch_of_blends(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
     """All at once, in random chunks; each one's logits are those of its own merged model."""
     adapters, reference = library(tiny_base), load_reference(tiny_base_dir)
-    rows = RankRows(tiny_base.config.shape, max_rank=128, dtype=torch.float32, device=tiny_base.device)
+    rows = RankRows(
+        tiny_base.config.shape,
+        max_rank=128,
+        row_format=RowFormat.of_torch(torch.float32, tiny_base.device),
+        device=tiny_base.device,
+    )
     placements = place(rows, adapters)
     rng = random.Random(0)
     token_ids = [[rng.randrange(512) for _ in range(rng.randint(20, 90))] for _ in BLENDS]
@@ -60,7 +65,12 @@ def test_a_batch_of_blends(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
 def test_bf16_stays_near(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
     base = load_base(tiny_base.directory, torch.bfloat16)
     adapters, reference = library(tiny_base), load_reference(tiny_base_dir)
-    rows = RankRows(base.config.shape, max_rank=128, dtype=torch.bfloat16, device=base.device)
+    rows = RankRows(
+        base.config.shape,
+        max_rank=128,
+        row_format=RowFormat.of_torch(torch.bfloat16, base.device),
+        device=base.device,
+    )
     placements = place(rows, adapters)
     token_ids = [[(11 * i + 3 * n) % 512 for i in range(24)] for n in range(len(BLENDS))]
     parts = [tuple((placements[i], weight) for i, weight in blend) for blend in BLENDS]
@@ -82,7 +92,9 @@ def test_the_real_base(real_base: BaseModel, hf_base_dir: Path) -> None:
         random_adapter(shape, 2, rank=8, layers=range(10, 20), strength=0.05),
     ]
     blends: list[tuple[tuple[int, float], ...]] = [((0, 0.7), (1, 0.3)), ((0, 1.0), (1, -0.5), (2, 1.5)), ()]
-    rows = RankRows(shape, max_rank=40, dtype=torch.float32, device=real_base.device)
+    rows = RankRows(
+        shape, max_rank=40, row_format=RowFormat.of_torch(torch.float32, real_base.device), device=real_base.device
+    )
     placements = place(rows, adapters)
     ids = list(
         real_base.tokenizer("In the beginning the universe was created. This has made a lot of")["input_ids"]

@@ -41,7 +41,9 @@ def test_no_avx2_is_one_line() -> None:
 @pytest.mark.skipif(HAS_CUDA, reason="there is one")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_a_gpu_that_is_not_there_is_one_line(device: str) -> None:
-    with pytest.raises(StartupError, match=rf"^SMOLORA_DEVICE={device}: torch .* finds 0 CUDA devices$"):
+    with pytest.raises(
+        StartupError, match=rf"^SMOLORA_DEVICE={device}: torch .* finds 0 CUDA devices: .* SMOLORA_DEVICE=cpu$"
+    ):
         choose_device(device, "auto")
 
 

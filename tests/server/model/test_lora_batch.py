@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from adapters.lora import MODULES, BaseShape, LoraWeights, ModuleKey
 from server.model.lora_batch import MIN_BLOCK, MIN_DENSE, LoraBatch, Parts, TokenRun
 from server.model.ops.lora import add_dense
-from server.model.rank_rows import GROUPS, RankRows
+from server.model.rank_rows import GROUPS, RankRows, RowFormat
 from tests.engine_kit import place, random_adapter
 from tests.server.model.test_rank_rows import CPU, SHAPE
 
@@ -28,7 +28,7 @@ Blend = tuple[tuple[int, float], ...]  # (adapter, weight)
 
 def pool(dtype: torch.dtype = torch.float32) -> tuple[RankRows, list[Parts]]:
     """The adapters in a pool, each as the only part with weight 1."""
-    rows = RankRows(SHAPE, max_rank=96, dtype=dtype, device=CPU)
+    rows = RankRows(SHAPE, max_rank=96, row_format=RowFormat.of_torch(dtype, CPU), device=CPU)
     return rows, [((placement, 1.0),) for placement in place(rows, ADAPTERS)]
 
 
@@ -221,7 +221,7 @@ def test_output_sizes_of_any_ratio(unit_sizes: tuple[int, int, int]) -> None:
         features[name] = (out, 36)
     shape = BaseShape(1, features)
     weights = random_adapter(shape, 0, rank=3, modules=MODULES[:3])
-    rows = RankRows(shape, max_rank=16, dtype=torch.float32, device=CPU)
+    rows = RankRows(shape, max_rank=16, row_format=RowFormat.of_torch(torch.float32, CPU), device=CPU)
     (placement,) = place(rows, [weights])
     for length in (1, MIN_DENSE, MIN_BLOCK):
         x = torch.randn(length, 36)

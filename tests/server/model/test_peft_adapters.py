@@ -7,12 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
-from adapters import peft_format
 from adapters.lora import LoraWeights
-from server.model.rank_rows import RankRows
+from adapters.peft import files as peft_format
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
+from server.model.rank_rows import RankRows, RowFormat
 from server.model.smollm import SmolLM
-from server.model.source import resolve_base
-from server.model.weights import BaseModel, load_base
 from tests.adapters.oracle import adapted
 from tests.engine_kit import place
 from tests.oracles.hugging_face import load_reference, logits
@@ -78,7 +78,12 @@ def peft_adapter(
 
 
 def rows_of(base: BaseModel, max_rank: int) -> RankRows:
-    return RankRows(base.config.shape, max_rank=max_rank, dtype=base.dtype, device=base.device)
+    return RankRows(
+        base.config.shape,
+        max_rank=max_rank,
+        row_format=RowFormat.of_torch(base.dtype, base.device),
+        device=base.device,
+    )
 
 
 def assert_agrees(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adapters.lora import MODULES, BaseShape, LoraWeights, ModuleKey
-from server.model.rank_rows import GROUPS, GroupLayout, RankRows, Run
+from server.model.rank_rows import GROUPS, GroupLayout, RankRows, RowFormat, Run
 from tests.engine_kit import place, random_adapter
 
 SHAPE = BaseShape(
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def pool(max_rank: int = 32, dtype: torch.dtype = torch.float32) -> RankRows:
-    return RankRows(SHAPE, max_rank=max_rank, dtype=dtype, device=CPU)
+    return RankRows(SHAPE, max_rank=max_rank, row_format=RowFormat.of_torch(dtype, CPU), device=CPU)
 
 
 def dense(rows: RankRows, layer: int, group: str, run: Run) -> dict[str, torch.Tensor]:
@@ -130,7 +130,7 @@ def test_an_adapter_of_another_base_is_an_error() -> None:
 def test_bytes_are_what_is_allocated(dtype: torch.dtype) -> None:
     rows = pool(max_rank=7, dtype=dtype)
     allocated = sum(tensor.nbytes for tensor in (*rows.a.values(), *rows.b.values()))
-    assert allocated == 7 * RankRows.bytes_per_rank(SHAPE, dtype, CPU)
+    assert allocated == 7 * RowFormat.of_torch(dtype, CPU).bytes_per_rank(SHAPE)
     full = rows.needs(random_adapter(SHAPE, 0, rank=7))
     assert all(full[group].num_rows == rows.a[group].shape[1] for group in GROUPS)
     assert all(full[group].num_units == rows.b[group].shape[1] for group in GROUPS)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from server.engine.request import GenerationRequest
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
 from server.model.smollm import SmolLM
-from server.model.source import resolve_base
-from server.model.weights import BaseModel, load_base
 from tests.engine_kit import GREEDY, build_engine, check_idle, run
 from tests.oracles.hugging_face import assert_greedy, load_reference, logits
 from tests.paged import paged_logits

@@ -13,10 +13,10 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
 from server.database import connect, migrate
-from server.model.weights import BaseModel
-from server.training.jobs import Jobs
-from server.training.leases import Leases
-from tests.server.training.attempt_kit import Shop
+from server.model.base.weights import BaseModel
+from server.training.queue.jobs import Jobs
+from server.training.queue.leases import Leases
+from tests.server.training.worker.attempt_kit import Shop
 
 POSTGRES = os.environ.get("SMOLORA_TEST_POSTGRES")
 

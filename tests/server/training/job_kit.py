@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from server.training.jobs import Job, Jobs
-from server.training.leases import Leases
+from server.training.queue.jobs import Job, Jobs
+from server.training.queue.leases import Leases
 from server.training.spec import JobSpec
-from server.training.worker import Timing, Worker
-from tests.server.training.stub_worker import FAST
+from server.training.worker.worker import Timing, Worker
+from tests.server.training.worker.stub_worker import FAST
 
 HERE = Path(__file__).parent
-STUB = (sys.executable, str(HERE / "stub_job.py"))
+STUB = (sys.executable, str(HERE / "worker" / "stub_job.py"))
 
 
 def submit(jobs: Jobs, job_id: str, name: str = "tweets") -> Job:

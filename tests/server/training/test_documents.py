@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pytest
 
 from server.training.documents import read_document
-from server.training.outcome import Counters
+from server.training.loop.outcome import Counters
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 
 

@@ -7,10 +7,10 @@ import httpx
 import pytest
 
 from server.engine.request import AdapterRef, Grammar, SamplingParams
-from server.model.chat import ChatMessage, PromptEncoder
-from tests.server.api.conftest import BASE_NAME, MAX_MODEL_LEN
+from server.model.text.chat import ChatMessage, PromptEncoder
+from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import FakeEngine
-from tests.server.api.peft_files import as_parts, peft_files
+from tests.server.conftest import BASE_NAME, MAX_MODEL_LEN
 
 pytestmark = pytest.mark.anyio
 

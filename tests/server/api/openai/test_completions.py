@@ -10,10 +10,10 @@ import pytest
 from server.api.app import create_app
 from server.engine.request import GenerationRequest, SamplingParams
 from server.errors import QueueFull
-from server.model.chat import PromptEncoder
-from tests.server.api.conftest import BASE_NAME, MAX_MODEL_LEN, MakeServices, client_of
+from server.model.text.chat import PromptEncoder
+from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import FakeEngine, FakeStream
-from tests.server.api.peft_files import as_parts, peft_files
+from tests.server.conftest import BASE_NAME, MAX_MODEL_LEN, MakeServices, client_of
 
 pytestmark = pytest.mark.anyio
 

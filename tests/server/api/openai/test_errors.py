@@ -10,8 +10,8 @@ from server.api.middleware import MAX_JSON_BYTES
 from server.api.openai import errors
 from server.engine.request import GenerationRequest, SequenceOutput
 from server.errors import EngineDead, GenerationFailed, QueueFull
-from tests.server.api.conftest import BASE_NAME, MakeServices, client_of
 from tests.server.api.fakes import Caller, FakeEngine, failing, until
+from tests.server.conftest import BASE_NAME, MakeServices, client_of
 
 pytestmark = pytest.mark.anyio
 

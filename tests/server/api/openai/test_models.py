@@ -3,8 +3,8 @@
 import httpx
 import pytest
 
-from tests.server.api.conftest import BASE_NAME
-from tests.server.api.peft_files import as_parts, peft_files
+from tests.server.api.adapters.peft_files import as_parts, peft_files
+from tests.server.conftest import BASE_NAME
 
 pytestmark = pytest.mark.anyio
 

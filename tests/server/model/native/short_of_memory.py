@@ -16,12 +16,12 @@ import torch
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
 from server.errors import GenerationFailed
+from server.model.base.weights import load_base
 from server.model.native.library import load_library
 from server.model.native.load import load_native
-from server.model.native.model import NativeLora, NativeModel
+from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel
 from server.model.native.training import NativeTraining
 from server.model.rank_rows import RankRows
-from server.model.weights import load_base
 from tests.engine_kit import GREEDY, build_engine, run
 
 LONG = 16000  # tokens, whose numbers take some 25 MB
@@ -61,7 +61,7 @@ def main(base_dir: str, library_dir: str) -> None:
     assert reasons == ["nothing native: no memory for it in native code; torch does it, more slowly"]
     said("threads")
 
-    rows = RankRows(config.shape, max_rank=1, dtype=torch.bfloat16, device=torch.device("cpu"), native=True)
+    rows = RankRows(config.shape, max_rank=1, row_format=ROW_FORMAT, device=torch.device("cpu"))
     shape = (config.num_layers, LONG // 16, 16, config.num_kv_heads, config.head_dim)
     k, v = (torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2))
     lora, blocks = NativeLora(rows, []), np.arange(LONG // 16, dtype=np.int32)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from server.model.base.weights import BaseModel
 from server.model.native import library as module
 from server.model.native.abi import STRUCTURES, layout
 from server.model.native.library import (
@@ -21,7 +22,6 @@ from server.model.native.library import (
     source_digest,
 )
 from server.model.native.load import load_native
-from server.model.weights import BaseModel
 from tests.conftest import CACHE
 from tests.native_kit import native_library
 

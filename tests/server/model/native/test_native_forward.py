@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from server.model.config import ModelConfig
+from server.model.base.config import ModelConfig
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
 from server.model.lora_batch import LoraBatch, TokenRun
 from server.model.native.library import NativeUnavailable
-from server.model.native.model import NativeLora, NativeModel
-from server.model.rank_rows import Placement, RankRows
+from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel
+from server.model.rank_rows import Placement, RankRows, RowFormat
 from server.model.smollm import NoAdapters, SmolLM
-from server.model.source import resolve_base
-from server.model.weights import BaseModel, load_base
 from tests.engine_kit import place, random_adapter
 from tests.native_kit import SHAPES, native_library, widened
 from tests.tiny import save_tiny_base
@@ -66,8 +66,8 @@ class Pair:
                 shape, 2, rank=lambda key: 1 + (7 * key.layer + len(key.module)) % 11, strength=strength
             ),
         ]
-        rows = RankRows(shape, max_rank=64, dtype=torch.bfloat16, device=CPU, native=True)
-        exact_rows = RankRows(shape, max_rank=64, dtype=torch.float32, device=CPU)
+        rows = RankRows(shape, max_rank=64, row_format=ROW_FORMAT, device=CPU)
+        exact_rows = RankRows(shape, max_rank=64, row_format=RowFormat.of_torch(torch.float32, CPU), device=CPU)
         return cls(
             base,
             SmolLM(base.config, widened(base.weights), max_positions=MAX_POSITIONS),

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
 from server.model.native.training import NativeGroup, NativeRows, NativeTraining
 from server.model.rank_rows import GROUPS, GroupKey, GroupLayout
-from server.model.source import resolve_base
-from server.model.weights import BaseModel, load_base
 from tests.native_kit import SHAPES, native_library
 from tests.tiny import save_tiny_base
 

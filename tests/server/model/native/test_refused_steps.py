@@ -9,12 +9,12 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
 from server.model.lora_batch import TokenRun
 from server.model.native.abi import LoraModule, LoraPart, columns
-from server.model.native.model import NativeLora, NativeModel
-from server.model.rank_rows import RankRows
-from server.model.source import resolve_base
-from server.model.weights import BaseModel, load_base
+from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel
+from server.model.rank_rows import RankRows, RowFormat
 from tests.engine_kit import place, random_adapter
 from tests.native_kit import SHAPES, native_library
 from tests.tiny import save_tiny_base
@@ -65,9 +65,7 @@ class Step:
 
     @classmethod
     def of(cls, base: BaseModel) -> "Step":
-        rows = RankRows(
-            base.config.shape, max_rank=8, dtype=torch.bfloat16, device=torch.device("cpu"), native=True
-        )
+        rows = RankRows(base.config.shape, max_rank=8, row_format=ROW_FORMAT, device=torch.device("cpu"))
         return cls(base, rows)
 
     def run(self, model: NativeModel) -> torch.Tensor:
@@ -197,8 +195,10 @@ def test_a_step_of_serving(base: BaseModel, model: NativeModel, kind: str) -> No
 
 
 def test_rank_rows_that_are_laid_out_for_torch(base: BaseModel) -> None:
-    rows = RankRows(base.config.shape, max_rank=8, dtype=torch.bfloat16, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="native=True"):
+    cpu = torch.device("cpu")
+    in_torch = RowFormat.of_torch(torch.bfloat16, cpu)
+    rows = RankRows(base.config.shape, max_rank=8, row_format=in_torch, device=cpu)
+    with pytest.raises(ValueError, match="ROW_FORMAT"):
         NativeLora(rows, [])
 
 

@@ -40,7 +40,13 @@ def decode_case(
 
 
 def decode(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, lengths: list[int]
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: torch.Tensor,
+    lengths: list[int],
+    *,
+    gather_values: bool = False,
 ) -> torch.Tensor:
     plan = plan_decode(
         table,
@@ -50,6 +56,7 @@ def decode(
         num_kv_heads=k.shape[2],
         head_dim=q.shape[2],
         dtype=q.dtype,
+        gather_values=gather_values,
     )
     return attend_decode(plan, q, k, v)
 
@@ -58,27 +65,40 @@ def own(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
     return cache[table].flatten(0, 1)[:length]
 
 
+@pytest.mark.parametrize("gather_values", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 8), (3, 1, 10), (4, 4, 6), (1, 1, 2)])
-def test_decode(heads: int, kv_heads: int, dim: int) -> None:
+def test_decode(heads: int, kv_heads: int, dim: int, gather_values: bool) -> None:
     lengths = [1, 4, 5, 17, 8]
     q, k, v, table = decode_case(heads, kv_heads, dim, lengths)
-    found = decode(q, k, v, table, lengths)
+    found = decode(q, k, v, table, lengths, gather_values=gather_values)
     for i, length in enumerate(lengths):
         expected = naive(q[i], own(k, table[i], length), own(v, table[i], length))
         assert torch.allclose(found[i].double(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+def test_both_ways_to_sum_values_agree(dtype: torch.dtype, atol: float) -> None:
+    """In bf16 they round the same sums of products: by one step of numbers around 1 at most."""
+    lengths = [1, 4, 37, 64]
+    q, k, v, table = decode_case(6, 2, 8, lengths)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    as_they_lie = decode(q, k, v, table, lengths, gather_values=False).float()
+    gathered = decode(q, k, v, table, lengths, gather_values=True).float()
+    assert (gathered - as_they_lie).abs().max() <= atol * as_they_lie.abs().max()
+
+
+@pytest.mark.parametrize("gather_values", [False, True])
 @pytest.mark.parametrize("stale", [float("nan"), float("inf"), float("-inf"), 3e38])
-def test_what_an_earlier_sequence_left_behind_has_no_effect(stale: float) -> None:
+def test_what_an_earlier_sequence_left_behind_has_no_effect(stale: float, gather_values: bool) -> None:
     """A block's positions beyond a sequence's length hold whatever its last owner wrote, NaN included."""
     lengths = [1, 6, 9]
     q, k, v, table = decode_case(4, 2, 8, lengths)
-    clean = decode(q, k, v, table, lengths)
+    clean = decode(q, k, v, table, lengths, gather_values=gather_values)
     for i, length in enumerate(lengths):
         count = -(-length // BLOCK)
         last, used = table[i, count - 1], length - (count - 1) * BLOCK
         k[last, used:], v[last, used:] = stale, stale
-    assert torch.equal(decode(q, k, v, table, lengths), clean)
+    assert torch.equal(decode(q, k, v, table, lengths, gather_values=gather_values), clean)
 
 
 @pytest.mark.parametrize(("start", "new"), [(0, 1), (0, 5), (7, 1), (7, 5)])

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from server.model.ops.lora import add_dense, csr_pairs, expand_sampled, shrink_block, shrink_sampled
+from server.model.ops.lora import Pairs, add_dense, expand_sampled, shrink_block, shrink_sampled
 from tests.rounding import sum_of_rounded_bound
 
 
@@ -13,13 +13,13 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> to
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def random_pairs(tokens: int, rows: int, seed: int = 0) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    """CSR pairs in no order within a token; some tokens have none."""
+def random_pairs(tokens: int, rows: int, seed: int = 0) -> tuple[Pairs, list[tuple[int, int]]]:
+    """Pairs in no order within a token; some tokens have none."""
     rng = random.Random(seed)
     chosen = [rng.sample(range(rows), rng.choice((0, 0, 1, 3, rows))) for _ in range(tokens)]
     offsets = torch.tensor([0, *(len(part) for part in chosen)]).cumsum(0)
     pairs = [(token, row) for token, part in enumerate(chosen) for row in part]
-    return csr_pairs(offsets, torch.tensor([row for _, row in pairs]), rows), pairs
+    return Pairs(offsets, torch.tensor([row for _, row in pairs]), rows), pairs
 
 
 def test_add_dense_is_the_definition() -> None:
@@ -41,9 +41,9 @@ def test_add_dense_is_the_definition() -> None:
 def test_shrink_sampled_computes_the_pairs_in_their_order(dtype: torch.dtype) -> None:
     """As near to the exact sums as roundings allow; not so near to sums too large by 3 %, or short of a term."""
     x, a = normal(9, 16, dtype=dtype), normal(6, 16, seed=1, dtype=dtype)
-    csr, pairs = random_pairs(9, 6)
+    chosen, pairs = random_pairs(9, 6)
     terms = torch.stack([x[token].double() * a[row].double() for token, row in pairs])
-    found = shrink_sampled(x, a, csr)
+    found = shrink_sampled(x, a, chosen)
     assert found.dtype is dtype
     bound = sum_of_rounded_bound(terms) if dtype is torch.bfloat16 else torch.tensor(1e-5)
     assert ((found.double() - terms.sum(-1)).abs() <= bound).all()
@@ -54,16 +54,16 @@ def test_shrink_sampled_computes_the_pairs_in_their_order(dtype: torch.dtype) ->
 def test_shrink_sampled_reads_no_other_row() -> None:
     x, a = normal(2, 8, dtype=torch.float32), normal(4, 8, seed=1, dtype=torch.float32)
     a[0] = float("nan")
-    csr = csr_pairs(torch.tensor([0, 2, 3]), torch.tensor([3, 1, 2]), 4)
+    chosen = Pairs(torch.tensor([0, 2, 3]), torch.tensor([3, 1, 2]), 4)
     expected = torch.stack([x[0] @ a[3], x[0] @ a[1], x[1] @ a[2]])
-    assert torch.allclose(shrink_sampled(x, a, csr), expected, atol=1e-5)
+    assert torch.allclose(shrink_sampled(x, a, chosen), expected, atol=1e-5)
 
 
 def test_a_tensor_of_mixed_dtypes_is_computed_in_that_of_a() -> None:
     x, a = normal(4, 8, dtype=torch.bfloat16), normal(3, 8, seed=1, dtype=torch.float32)
-    csr, pairs = random_pairs(4, 3)
+    chosen, pairs = random_pairs(4, 3)
     expected = torch.stack([x[token].float() @ a[row] for token, row in pairs])
-    assert torch.allclose(shrink_sampled(x, a, csr), expected, atol=1e-5)
+    assert torch.allclose(shrink_sampled(x, a, chosen), expected, atol=1e-5)
     assert torch.allclose(shrink_block(x, a, 2.5, torch.float32), 2.5 * (x.float() @ a.t()), atol=1e-5)
     assert shrink_block(x, a, 1.0, torch.bfloat16).dtype is torch.bfloat16
 
@@ -90,16 +90,16 @@ def test_all_forms_are_differentiable() -> None:
     x, a, b = (normal(4, 6, dtype=torch.float32), normal(3, 6, seed=1), normal(3, 5, seed=2, dtype=torch.float32))
     a = a.float()
     gates = torch.zeros(4, 3)
-    csr, pairs = random_pairs(4, 3, seed=3)
+    chosen, pairs = random_pairs(4, 3, seed=3)
     for token, row in pairs:
         gates[token, row] = 1.0
     leaves = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
     dense = add_dense(torch.zeros(4, 5), *leaves, gates)
     expected = torch.autograd.grad(dense.square().sum(), leaves)
 
-    hidden = shrink_sampled(leaves[0], leaves[1], csr)
+    hidden = shrink_sampled(leaves[0], leaves[1], chosen)
     offsets = torch.tensor([sum(token < t for token, _ in pairs) for t in range(5)])
-    sampled = expand_sampled(hidden, leaves[2], csr.col_indices(), offsets)
+    sampled = expand_sampled(hidden, leaves[2], chosen.rows, offsets)
     assert torch.allclose(sampled, dense, atol=1e-5)
     found = torch.autograd.grad(sampled.square().sum(), leaves)
     for ours, theirs in zip(found, expected, strict=True):

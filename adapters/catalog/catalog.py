@@ -1,0 +1,198 @@
+"""Names, versions, aliases and compositions of adapters, in tables of their own over an Engine that is given.
+
+Every write is one transaction, done again if it clashes with another's; every read is one statement. The SQL is
+what SQLite and PostgreSQL have in common. The bytes are the store's: here they are digests only.
+"""
+
+import builtins
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from adapters.catalog import reads as catalog_rows
+from adapters.catalog import writes as catalog_writes
+from adapters.catalog.reads import LATEST, MAX_VERSION, adapters_of, select_adapters, select_versions, version_of
+from adapters.catalog.records import Records
+from adapters.catalog.recovery import Recovered, recover
+from adapters.catalog.tables import aliases, metadata, names, transact, versions
+from adapters.catalog.versions import Adapter, Kind, NewVersion, Part, Version, combine
+from adapters.catalog.writes import compose_in, drop_in, point_in, publish_in, recording, unpoint_in
+from adapters.errors import Conflict, NotFound
+from adapters.expression import Term
+
+__all__ = [
+    "LATEST",
+    "Adapter",
+    "Catalog",
+    "Kind",
+    "NewVersion",
+    "Part",
+    "Version",
+    "aliases",
+    "combine",
+    "metadata",
+    "publish_in",
+    "recording",
+]
+
+
+class Catalog:
+    """All adapters by name. Thread-safe; other processes may write the same tables.
+
+    `records` keeps a copy of every version outside the database. None: nothing is to be rebuilt from.
+    """
+
+    def __init__(self, engine: sa.Engine, records: Records | None = None) -> None:
+        self._engine = engine
+        self._records = records
+        # A read is one statement, so it needs no transaction around it.
+        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    def publish(
+        self,
+        name: str,
+        *,
+        digest: str,
+        rank: int,
+        alpha: float,
+        target_modules: Sequence[str],
+        parameters: int,
+        bytes: int,  # noqa: A002 as in Version and in the API
+        base_model: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        parent: str | None = None,
+        job_id: str | None = None,
+        warnings: Sequence[str] = (),
+        base_digest: str | None = None,
+        data_digest: str | None = None,
+        config: Mapping[str, object] | None = None,
+    ) -> Version:
+        """Adds the next version of `name`, which may be new, and makes it the latest.
+
+        Raises InvalidInput for a bad name, Conflict where a composition has it.
+        """
+        new = NewVersion(
+            name=name,
+            digest=digest,
+            rank=rank,
+            alpha=float(alpha),
+            target_modules=tuple(target_modules),
+            parameters=parameters,
+            bytes=bytes,
+            base_model=base_model,
+            metrics=dict(metrics or {}),
+            parent=parent,
+            job_id=job_id,
+            warnings=tuple(warnings),
+            base_digest=base_digest,
+            data_digest=data_digest,
+            config=dict(config or {}),
+        )
+        with recording(self._engine, self._records) as records:
+            return transact(self._engine, lambda connection: publish_in(connection, new, records=records))
+
+    def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> Version:
+        """Adds the next version of the composition `name`, its parts pinned to the versions that they mean now.
+
+        Compositions among the terms are replaced by their own parts. Raises NotFound as `resolve` does,
+        InvalidInput on `field`, or Conflict where an adapter has the name.
+        """
+        with recording(self._engine, self._records) as records:
+            return transact(self._engine, lambda connection: compose_in(connection, name, terms, field, records))
+
+    def list(self, name: str | None = None, limit: int | None = None, after: str | None = None) -> list[Adapter]:
+        """Adapters by name: the one called `name` or all, at most `limit`, those after the name `after`."""
+        chosen = sa.select(names.c.name).where(names.c.latest.is_not(None)).order_by(names.c.name).limit(limit)
+        if name is not None:
+            chosen = chosen.where(names.c.name == name)
+        if after is not None:
+            chosen = chosen.where(names.c.name > after)
+        with self._reader.connect() as connection:
+            return adapters_of(connection.execute(select_adapters(chosen)).mappings())
+
+    def has_after(self, name: str) -> bool:
+        """Whether there is an adapter whose name comes after this one."""
+        query = sa.select(names.c.name).where(names.c.latest.is_not(None), names.c.name > name).limit(1)
+        with self._reader.connect() as connection:
+            return connection.execute(query).first() is not None
+
+    def latest_dates(self) -> dict[str, datetime]:
+        """All names, each with the moment at which its latest version was made."""
+        with self._reader.connect() as connection:
+            return {row.name: row.created_at for row in connection.execute(catalog_rows.select_latest())}
+
+    def get(self, name: str) -> Adapter:
+        """The adapter called `name`. Raises NotFound."""
+        found = self.list(name)
+        if not found:
+            raise NotFound(f"no adapter is called '{name}'")
+        return found[0]
+
+    def version(self, name: str, version: int) -> Version:
+        """One version. Raises NotFound."""
+        if version <= MAX_VERSION:
+            query = select_versions(versions.c.name == name, versions.c.version == version)
+            with self._reader.connect() as connection:
+                rows = connection.execute(query).mappings().all()
+            if rows:
+                return version_of(rows)
+        raise NotFound(f"'{name}' has no version {version}")
+
+    def check_kind(self, name: str, kind: Kind) -> None:
+        """Raises Conflict where the name has versions of another kind."""
+        query = sa.select(names.c.kind).where(names.c.name == name, names.c.latest.is_not(None))
+        with self._reader.connect() as connection:
+            catalog_writes.refuse_other_kind(name, connection.execute(query).scalar_one_or_none(), kind)
+
+    def resolve(self, terms: Sequence[Term], field: str = "adapter") -> tuple[Part, ...]:
+        """What each term means at this moment, in the order of the terms, by one indexed query.
+
+        A composition means its parts, whose weights are multiplied by the term's. Raises NotFound, naming every
+        term that means nothing, or InvalidInput on `field` where the parts are too many, or a weight too large.
+        """
+        if not terms:
+            return ()
+        with self._reader.connect() as connection:
+            return catalog_rows.resolve(connection, terms, field)
+
+    def point(self, name: str, alias: str, version: int) -> None:
+        """Makes the alias, or `latest`, mean that version from now on. Raises NotFound."""
+        transact(self._engine, lambda connection: point_in(connection, name, alias, version))
+
+    def unpoint(self, name: str, alias: str) -> None:
+        """Removes the alias. Raises NotFound, or Conflict for `latest`."""
+        if alias == LATEST:
+            raise Conflict("latest can't be removed, only moved")
+        transact(self._engine, lambda connection: unpoint_in(connection, name, alias))
+
+    def delete(self, name: str, force: bool = False) -> builtins.list[str]:
+        """Removes all versions of `name`; returns the digests that no version has any more.
+
+        Raises NotFound, or Conflict where an alias or a composition holds one of them, which it names. `force`
+        removes the aliases, too.
+        """
+        return self._drop(name, None, force)
+
+    def delete_version(self, name: str, version: int, force: bool = False) -> builtins.list[str]:
+        """Removes one version; if it was the latest, the highest left becomes it. Otherwise as `delete`."""
+        return self._drop(name, version, force)
+
+    def in_use(self, digest: str) -> bool:
+        """Whether any version has this digest."""
+        with self._reader.connect() as connection:
+            return catalog_writes.is_named(connection, digest)
+
+    def recover(self, is_stored: Callable[[str], bool], is_known: Callable[[str], bool]) -> Recovered:
+        """See `catalog_recovery`. Nothing without records."""
+        if self._records is None:
+            return Recovered()
+        return recover(self._engine, self._records, is_stored, is_known)
+
+    def _drop(self, name: str, version: int | None, force: bool) -> builtins.list[str]:
+        numbers, digests = transact(self._engine, lambda connection: drop_in(connection, name, version, force))
+        if (records := self._records) is not None:
+            with suppress(OSError):  # no room, say: they are gone all the same, and the next start tidies up
+                transact(self._engine, lambda _: records.remove(name, numbers))
+        return digests

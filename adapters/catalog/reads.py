@@ -1,0 +1,117 @@
+"""The catalog's reads: each one statement, and its rows as plain values."""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from adapters.catalog.tables import aliases, names, parts, versions
+from adapters.catalog.versions import Adapter, Part, Version, gather, times
+from adapters.errors import InvalidInput, NotFound
+from adapters.expression import MAX_PARTS, MAX_WEIGHT, Term
+
+LATEST = "latest"
+MAX_VERSION = 2**31 - 1
+
+_PART = (parts.c.place, parts.c.part_name, parts.c.part_version, parts.c.part_digest, parts.c.weight)
+_OF_VERSION = sa.and_(parts.c.name == versions.c.name, parts.c.version == versions.c.version)
+
+
+def select_adapters(chosen: "sa.Select[str]") -> "sa.Select[tuple[object, ...]]":
+    """Adapters of the chosen names, a row for each version, alias and part: `adapters_of` puts them together."""
+    aliased = sa.and_(aliases.c.name == versions.c.name, aliases.c.version == versions.c.version)
+    return (
+        sa.select(versions, names.c.latest, aliases.c.alias, *_PART)
+        .where(versions.c.name.in_(chosen))
+        .join(names, names.c.name == versions.c.name)
+        .outerjoin(aliases, aliased)
+        .outerjoin(parts, _OF_VERSION)
+        .order_by(versions.c.name, versions.c.version, aliases.c.alias, parts.c.place)
+    )
+
+
+def select_latest() -> "sa.Select[tuple[str, datetime]]":
+    """All names, each with the moment at which what it means now was made: a row for each."""
+    is_latest = sa.and_(versions.c.name == names.c.name, versions.c.version == names.c.latest)
+    return sa.select(names.c.name, versions.c.created_at).join(versions, is_latest).order_by(names.c.name)
+
+
+def adapters_of(rows: Iterable[sa.RowMapping]) -> list[Adapter]:
+    """Rows of `select_adapters`, grouped by name."""
+    latest: dict[str, int] = {}
+    by_version: dict[str, dict[int, list[sa.RowMapping]]] = {}
+    by_alias: dict[str, dict[str, int]] = {}
+    for row in rows:
+        name, number = row["name"], row["version"]
+        latest[name] = row["latest"]
+        by_version.setdefault(name, {}).setdefault(number, []).append(row)
+        if row["alias"] is not None:
+            by_alias.setdefault(name, {})[row["alias"]] = number
+    return [
+        Adapter(name, latest[name], by_alias.get(name, {}), tuple(map(version_of, found.values())))
+        for name, found in by_version.items()
+    ]
+
+
+def select_versions(*which: sa.ColumnElement[bool]) -> "sa.Select[tuple[object, ...]]":
+    """Versions, a row for each part of one: `version_of` puts those of one version together."""
+    query = sa.select(versions, *_PART).where(*which).outerjoin(parts, _OF_VERSION)
+    return query.order_by(versions.c.name, versions.c.version, parts.c.place)
+
+
+def version_of(rows: Sequence[sa.RowMapping]) -> Version:
+    """All rows of one version."""
+    fields = {column.name: rows[0][column.name] for column in versions.columns}
+    fields |= {key: tuple(fields[key]) for key in ("target_modules", "warnings")}
+    found = {row["place"]: row for row in rows if row["place"] is not None}  # once for each alias
+    return Version(**fields, parts=tuple(_part(found[place], 1.0) for place in sorted(found)))
+
+
+def resolve(connection: sa.Connection, terms: Sequence[Term], field: str) -> tuple[Part, ...]:
+    """See `Catalog.resolve`."""
+    known = [(place, term) for place, term in enumerate(terms) if (term.version or 0) <= MAX_VERSION]
+    rows: Sequence[sa.RowMapping] = ()
+    if known:
+        rows = connection.execute(sa.union_all(*(lookup(place, term) for place, term in known))).mappings().all()
+    found = {row["term"] for row in rows}
+    if missing := [term.reference for place, term in enumerate(terms) if place not in found]:
+        raise NotFound(f"no such adapter, version or alias: {', '.join(dict.fromkeys(missing))}")
+    leaves = tuple(_leaf(row, terms[row["term"]]) for row in sorted(rows, key=_order))
+    _check_leaves(leaves, field)
+    return leaves
+
+
+def lookup(place: int, term: Term) -> "sa.Select[tuple[object, ...]]":
+    """Rows of (term, version, digest, part) if the term means a version: one, or one for each of its parts."""
+    here = sa.literal_column(str(place), sa.Integer).label("term")
+    query = sa.select(here, versions.c.version, versions.c.digest, *_PART).where(versions.c.name == term.name)
+    if term.version is not None:
+        return query.where(versions.c.version == term.version).outerjoin(parts, _OF_VERSION)
+    table, means = (names, names.c.latest) if term.alias in (None, LATEST) else (aliases, aliases.c.version)
+    query = query.join(table, sa.and_(table.c.name == versions.c.name, means == versions.c.version))
+    query = query.outerjoin(parts, _OF_VERSION)
+    return query if table is names else query.where(aliases.c.alias == term.alias)
+
+
+def _order(row: sa.RowMapping) -> tuple[int, int]:
+    return row["term"], row["place"] or 0
+
+
+def _leaf(row: sa.RowMapping, term: Term) -> Part:
+    if row["place"] is None:
+        return Part(term.name, row["version"], row["digest"], term.weight)
+    return _part(row, term.weight)
+
+
+def _part(row: sa.RowMapping, weight: float) -> Part:
+    weight = row["weight"] if weight == 1.0 else times(row["weight"], weight)
+    return Part(row["part_name"], row["part_version"], row["part_digest"], weight)
+
+
+def _check_leaves(leaves: Sequence[Part], field: str) -> None:
+    """Compositions within an expression multiply and add up, beyond what its grammar could see."""
+    if (count := len(gather(leaves))) > MAX_PARTS:
+        raise InvalidInput.of(field, f"its compositions come to {count} adapters; at most {MAX_PARTS} may be")
+    if any(abs(part.weight) > MAX_WEIGHT for part in leaves):
+        limit = f"{MAX_WEIGHT:g}"
+        raise InvalidInput.of(field, f"weights, multiplied through compositions, go from -{limit} to {limit}")

@@ -1,0 +1,129 @@
+"""Brings the catalog and its records together again: after a crash, and where the database is lost.
+
+A version without a record gets one. For a record without a version there are two cases:
+
+- The catalog has given out its number. Then a delete was interrupted, and the record is removed.
+- The catalog has not. Then a publication was interrupted, or the database was lost or restored from an older copy.
+  The version is published if its bytes are there. The exception is a record whose job the database knows: the job
+  publishes it itself, or was ended before it could.
+
+So the same few lines repair one crash, and rebuild everything from the directories. Aliases, `latest` where it was
+moved back, and jobs are in the database alone.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from adapters.catalog.reads import select_versions, version_of
+from adapters.catalog.records import Found, Records
+from adapters.catalog.tables import names, transact
+from adapters.catalog.versions import Version
+from adapters.catalog.writes import insert_in
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What was put right: "name@version" each. `adopted` were published, `lost` can't be: something is missing."""
+
+    adopted: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+    num_written: int = 0  # records that versions lacked
+    num_dropped: int = 0  # records of versions that are no more
+
+    def lines(self) -> tuple[str, ...]:
+        """What a person should know of it; nothing where nothing was missing."""
+        found = []
+        if self.adopted:
+            again = f"the database didn't know {_listed_names(self.adopted)}: published again"
+            found.append(f"{again}; where it is a new one, aliases and jobs are lost")
+        if self.lost:
+            found.append(f"the bytes, or the parts, of {_listed_names(self.lost)} are missing or damaged: lost")
+        return tuple(found)
+
+
+def recover(
+    engine: sa.Engine,
+    records: Records,
+    is_stored: Callable[[str], bool],
+    is_known: Callable[[str], bool],
+) -> Recovered:
+    """Put catalog and records right. `is_stored` says of a digest whether its bytes are there, `is_known` of a job
+    whether the database knows it. Nobody else writes meanwhile: it is one transaction.
+    """
+
+    def work(connection: sa.Connection) -> Recovered:
+        records.clean()
+        found = records.read()
+        listed = _listed(connection)
+        rows = connection.execute(sa.select(names.c.name, names.c.next_version))
+        numbers: dict[str, int] = {row.name: row.next_version for row in rows}
+        recorded = {(version.name, version.version): version for version in found.versions}
+        missing = [version for key, version in listed.items() if recorded.get(key) != version]
+        for version in missing:
+            records.write(version)
+        strays = [version for key, version in recorded.items() if key not in listed]
+        owed = [version for version in strays if version.version >= numbers.get(version.name, 1)]
+        owed = [version for version in owed if version.job_id is None or not is_known(version.job_id)]
+        _count_up(connection, found, numbers, owed)
+        adopted, lost = _adopt(connection, owed, set(listed), is_stored)
+        kept = {(version.name, version.version) for version in (*adopted, *lost)}
+        dropped = [version for version in strays if (version.name, version.version) not in kept]
+        for version in dropped:
+            is_new = version.version >= numbers.get(version.name, 1)
+            (records.forget if is_new else records.remove)(version.name, [version.version])
+        return Recovered(_names(adopted), _names(lost), len(missing), len(dropped))
+
+    return transact(engine, work)
+
+
+def _listed(connection: sa.Connection) -> dict[tuple[str, int], Version]:
+    rows: dict[tuple[str, int], list[sa.RowMapping]] = {}
+    for row in connection.execute(select_versions()).mappings():
+        rows.setdefault((row["name"], row["version"]), []).append(row)
+    return {key: version_of(of) for key, of in rows.items()}
+
+
+def _count_up(
+    connection: sa.Connection, found: Found, numbers: Mapping[str, int], owed: Iterable[Version]
+) -> None:
+    """Numbers that were given out are not given out again, of versions that are gone, too."""
+    wanted = {name: (number, "adapter") for name, number in found.next_versions.items()}
+    for version in owed:
+        number, _ = wanted.get(version.name, (1, ""))
+        wanted[version.name] = max(number, version.version + 1), version.kind
+    for name, (number, kind) in wanted.items():
+        if name not in numbers and number > 1:
+            connection.execute(sa.insert(names).values(name=name, kind=kind, next_version=number))
+        elif number > numbers.get(name, number):
+            connection.execute(sa.update(names).where(names.c.name == name).values(next_version=number))
+
+
+def _adopt(
+    connection: sa.Connection,
+    owed: Iterable[Version],
+    listed: set[tuple[str, int]],
+    is_stored: Callable[[str], bool],
+) -> tuple[list[Version], list[Version]]:
+    """Publish what can be, as it was; the rest is lost. Compositions come after what they are made of."""
+    adopted: list[Version] = []
+    lost: list[Version] = []
+    for version in sorted(owed, key=lambda version: (bool(version.parts), version.name, version.version)):
+        parts = {(part.name, part.version) for part in version.parts}
+        if parts <= listed if parts else is_stored(version.digest):
+            insert_in(connection, version, None)
+            listed.add((version.name, version.version))
+            adopted.append(version)
+        else:
+            lost.append(version)
+    return adopted, lost
+
+
+def _listed_names(names: tuple[str, ...], limit: int = 20) -> str:
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def _names(found: Iterable[Version]) -> tuple[str, ...]:
+    return tuple(f"{version.name}@{version.version}" for version in found)

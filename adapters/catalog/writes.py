@@ -1,0 +1,221 @@
+"""The catalog's writes, each within a transaction that `catalog_tables.transact` began.
+
+For whoever writes tables of their own in the same transaction; `catalog.Catalog` is for all others. Records are
+written before the commit; see `adapters.catalog.records`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from functools import partial
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
+
+from adapters.catalog.reads import LATEST, MAX_VERSION, resolve, select_versions, version_of
+from adapters.catalog.records import Recorder, Records
+from adapters.catalog.tables import aliases, names, parts, transact, versions
+from adapters.catalog.versions import Kind, NewVersion, Origin, Part, Version, blend_digest, combine, gather
+from adapters.errors import Conflict, InvalidInput, NotFound
+from adapters.expression import MAX_NAME, Term, render, valid_name
+
+
+@contextmanager
+def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder | None]:
+    """A block around a transaction that publishes. Where that fails, if only as it commits, its records go again:
+    the next start would take them for versions that a lost database knew.
+    """
+    recorder = None if records is None else Recorder(records)
+    try:
+        yield recorder
+    except BaseException:
+        if recorder is not None and recorder.written:
+            with suppress(OSError, DBAPIError):  # then it is as if the process had been killed
+                transact(engine, partial(_forget_uncommitted, recorder))
+        raise
+
+
+def publish_in(
+    connection: sa.Connection, new: NewVersion, alias: str | None = None, records: Recorder | None = None
+) -> Version:
+    """As `Catalog.publish`; `alias` then means the version, too."""
+    if not all(map(math.isfinite, new.metrics.values())):
+        raise ValueError("metrics must be finite")
+    number = _next_number(connection, new.name, "adapter")
+    version = Version(**vars(new), version=number, created_at=datetime.now(UTC))
+    insert_in(connection, version, records)
+    if alias is not None and alias != LATEST:
+        _point(connection, new.name, alias, number)
+    return version
+
+
+def compose_in(
+    connection: sa.Connection, name: str, terms: Sequence[Term], field: str, records: Recorder | None = None
+) -> Version:
+    """As `Catalog.compose`."""
+    number = _next_number(connection, name, "composition")  # first: others can't delete the parts from here on
+    leaves = gather(resolve(connection, terms, field))
+    if not combine(leaves):
+        raise InvalidInput.of(field, "comes to nothing but the base: give adapters whose weights don't cancel out")
+    version = _blend(name, number, leaves, _versions_of(connection, leaves))
+    insert_in(connection, version, records)
+    return version
+
+
+def insert_in(connection: sa.Connection, version: Version, records: Recorder | None) -> None:
+    """Store a version whose number is its own, and make it the latest."""
+    row = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(version).items()}
+    del row["parts"]
+    connection.execute(sa.insert(versions).values(row))
+    for place, part in enumerate(version.parts):
+        values = {"part_name": part.name, "part_version": part.version, "part_digest": part.digest}
+        values |= {"name": version.name, "version": version.version, "place": place, "weight": part.weight}
+        connection.execute(sa.insert(parts).values(values))
+    moved = {"latest": version.version, "kind": version.kind}
+    connection.execute(sa.update(names).where(names.c.name == version.name).values(moved))
+    if records is not None:
+        records.write(version)
+
+
+def point_in(connection: sa.Connection, name: str, alias: str, version: int) -> None:
+    """As `Catalog.point`."""
+    _lock(connection, name)
+    which = (versions.c.name == name, versions.c.version == _bounded(version))
+    if connection.execute(sa.select(versions.c.version).where(*which)).first() is None:
+        raise NotFound(f"'{name}' has no version {version}")
+    if alias == LATEST:
+        connection.execute(sa.update(names).where(names.c.name == name).values(latest=version))
+    else:
+        _point(connection, name, alias, version)
+
+
+def unpoint_in(connection: sa.Connection, name: str, alias: str) -> None:
+    """As `Catalog.unpoint`."""
+    mine = sa.and_(aliases.c.name == name, aliases.c.alias == alias)
+    if connection.execute(sa.delete(aliases).where(mine)).rowcount == 0:
+        raise NotFound(f"'{name}' has no alias '{alias}'")
+
+
+def drop_in(connection: sa.Connection, name: str, version: int | None, force: bool) -> tuple[list[int], list[str]]:
+    """As `Catalog.delete` and `delete_version`: the numbers that went, and the digests that nothing names now."""
+    _lock(connection, name)
+    which = versions.c.name == name
+    if version is not None:
+        which = sa.and_(which, versions.c.version == _bounded(version))
+    doomed = connection.execute(sa.select(versions.c.version, versions.c.digest).where(which)).all()
+    if not doomed:
+        raise NotFound(f"no adapter is called '{name}', or it has no such version")
+    numbers = [number for number, _ in doomed]
+    _refuse_held(connection, name, numbers, force)
+    connection.execute(sa.delete(aliases).where(aliases.c.name == name, aliases.c.version.in_(numbers)))
+    connection.execute(sa.delete(parts).where(parts.c.name == name, parts.c.version.in_(numbers)))
+    connection.execute(sa.delete(versions).where(which))
+    _mend_latest(connection, name)
+    digests = sorted({digest for _, digest in doomed})
+    return numbers, [digest for digest in digests if not is_named(connection, digest)]
+
+
+def is_named(connection: sa.Connection, digest: str) -> bool:
+    """Whether any version has this digest."""
+    query = sa.select(versions.c.digest).where(versions.c.digest == digest).limit(1)
+    return connection.execute(query).first() is not None
+
+
+def _forget_uncommitted(recorder: Recorder, connection: sa.Connection) -> None:
+    """In a transaction, so that nobody else is just giving the same numbers out."""
+    for version in recorder.written:
+        mine = (versions.c.name == version.name, versions.c.version == version.version)
+        if connection.execute(sa.select(versions.c.version).where(*mine)).first() is None:
+            recorder.forget(version)
+
+
+def _refuse_held(connection: sa.Connection, name: str, numbers: Sequence[int], force: bool) -> None:
+    """Conflict, naming whatever holds one of the versions; `force` lets aliases go."""
+    holders: list[str] = []
+    if not force:
+        held = sa.select(aliases.c.alias).where(aliases.c.name == name, aliases.c.version.in_(numbers))
+        holders += [f"the alias {name}@{alias}" for alias in connection.execute(held.order_by("alias")).scalars()]
+    blends = sa.select(parts.c.name, parts.c.version).distinct()
+    blends = blends.where(parts.c.part_name == name, parts.c.part_version.in_(numbers))
+    rows = connection.execute(blends.order_by(parts.c.name, parts.c.version))
+    holders += [f"the composition {row.name}@{row.version}" for row in rows]
+    if holders:
+        raise Conflict(f"held by {', '.join(holders[:20])}{', …' if len(holders) > 20 else ''}")
+
+
+def _mend_latest(connection: sa.Connection, name: str) -> None:
+    """Where `latest` names a version that went, the highest left becomes it."""
+    theirs = versions.c.name == name
+    left = sa.select(sa.func.max(versions.c.version)).where(theirs).scalar_subquery()
+    is_gone = names.c.latest.not_in(sa.select(versions.c.version).where(theirs))
+    connection.execute(sa.update(names).where(names.c.name == name, is_gone).values(latest=left))
+
+
+def _next_number(connection: sa.Connection, name: str, kind: Kind) -> int:
+    """Counts the name's number up, and locks the name. InvalidInput, or Conflict where it is of another kind."""
+    if not valid_name(name):
+        message = f"1 to {MAX_NAME} letters, digits, '_', '-' or '.', a letter or digit first; not 'base'"
+        raise InvalidInput.of("name", message)
+    mine = names.c.name == name
+    counted = sa.update(names).where(mine).values(next_version=names.c.next_version + 1)
+    if connection.execute(counted).rowcount == 0:
+        connection.execute(sa.insert(names).values(name=name, kind=kind, next_version=2))
+    row = connection.execute(sa.select(names).where(mine)).one()
+    refuse_other_kind(name, row.kind if row.latest is not None else None, kind)
+    number: int = row.next_version - 1
+    return number
+
+
+def refuse_other_kind(name: str, existing: str | None, kind: Kind) -> None:
+    """Conflict where `name` has versions, of the kind `existing`, and would get one of another kind."""
+    if existing is not None and existing != kind:
+        owner = "a composition" if existing == "composition" else "an adapter"
+        raise Conflict(f"'{name}' is the name of {owner}: choose another one, or delete that first")
+
+
+def _versions_of(connection: sa.Connection, leaves: Sequence[Part]) -> list[Version]:
+    found = []
+    for part in leaves:
+        mine = (versions.c.name == part.name, versions.c.version == part.version)
+        found.append(version_of(connection.execute(select_versions(*mine)).mappings().all()))
+    return found
+
+
+def _blend(name: str, number: int, leaves: tuple[Part, ...], of: Sequence[Version]) -> Version:
+    """What is listed of a composition: that of its parts together, where that has a meaning."""
+    by_digest = {version.digest: version for version in of}.values()  # equal bytes take their rows once
+    origin = Origin.of(of)
+    return Version(
+        name=name,
+        digest=blend_digest(leaves),
+        rank=sum(version.rank for version in by_digest),
+        alpha=0.0,
+        target_modules=tuple(dict.fromkeys(module for version in of for module in version.target_modules)),
+        parameters=sum(version.parameters for version in by_digest),
+        bytes=0,
+        base_model=origin.base_model,
+        base_digest=origin.base_digest,
+        warnings=origin.warnings,
+        parent=render(Term(part.name, part.version, weight=part.weight) for part in leaves),
+        version=number,
+        created_at=datetime.now(UTC),
+        parts=leaves,
+    )
+
+
+def _point(connection: sa.Connection, name: str, alias: str, version: int) -> None:
+    """Makes the alias of `name` mean the version, whatever it meant before."""
+    moved = sa.update(aliases).where(aliases.c.name == name, aliases.c.alias == alias).values(version=version)
+    if connection.execute(moved).rowcount == 0:
+        connection.execute(sa.insert(aliases).values(name=name, alias=alias, version=version))
+
+
+def _bounded(version: int) -> int:
+    """The number, or that of no version where a database could not hold it."""
+    return version if version <= MAX_VERSION else 0
+
+
+def _lock(connection: sa.Connection, name: str) -> None:
+    """Keeps others from writing versions of `name` until the end of the transaction."""
+    connection.execute(sa.select(names.c.name).where(names.c.name == name).with_for_update())

@@ -1,0 +1,1 @@
+"""Several adapters become one new adapter."""

@@ -1,0 +1,205 @@
+"""Merges: several weighted adapters become one new, ordinary adapter, in fp32, with scaling 1 throughout.
+
+An exact weighted sum needs none of this: the server adds adapters up for each request. These methods change what
+is added: they prune it, settle conflicts of sign, or squeeze it into a lower rank.
+
+    ties             keep each adapter's largest entries, elect a sign for each place by their sum, and average
+                     those that have it (Yadav et al. 2023, arXiv:2306.01708)
+    dare_linear      drop entries at random, scale what is left by 1/density, add up (Yu et al. 2023,
+                     arXiv:2311.03099)
+    dare_ties        drop at random likewise, then elect and average as ties does
+    magnitude_prune  keep each adapter's largest entries, add up
+    svd              the best approximation of the weighted sum that has the rank (Eckart and Young 1936)
+
+The names are those of PEFT's `add_weighted_adapter`, and so are two readings of the first four. Without a rank
+they work on A and on B apart, each weighted by √|weight · scaling|: quick, but one adapter's B then meets others'
+A. With a rank they work on the products scaling · B A, and the result is factored again (PEFT's "…_svd"). Unlike
+PEFT, a negative weight means the negated adapter from the first step on, one adapter alone is pruned as well, and
+neither mixed targets nor rank-stabilized scalings leave anything out. What is drawn at random follows from seed,
+adapter and module alone. Names, jobs and files are others' business.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from adapters.errors import InvalidInput
+from adapters.lora import LoraConfig, LoraModule, LoraWeights, ModuleKey
+from adapters.peft.files import exceptions_of, in_forward_order, targets_of
+
+Method = Literal["ties", "dare_linear", "dare_ties", "magnitude_prune", "svd"]
+Side = Literal["A", "B", "BA"]
+
+WeightedAdapters = Sequence[tuple[LoraWeights, float]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to merge. `density` is the share of entries that are kept, above 0 and at most 1; svd keeps all.
+
+    `rank` is the result's: with it, products are merged; without, A's and B's (svd: the largest rank of any part).
+    """
+
+    method: Method
+    density: float = 1.0
+    seed: int = 0
+    rank: int | None = None
+
+    @property
+    def merges_products(self) -> bool:
+        return self.method == "svd" or self.rank is not None
+
+
+def check(adapters: WeightedAdapters, recipe: Recipe) -> None:
+    """Raise InvalidInput on `rank` where A's and B's can't be merged entry by entry."""
+    if recipe.merges_products:
+        return
+    ranks: dict[ModuleKey, int] = {}
+    for weights, _ in adapters:
+        for key, module in weights.modules.items():
+            if (rank := ranks.setdefault(key, module.rank)) != module.rank:
+                raise InvalidInput.of(
+                    "rank",
+                    f"the parts have ranks {rank} and {module.rank} in {key.path}, so that their factors can't be "
+                    f"compared: set a rank, and {recipe.method} works on the products and factors them again",
+                )
+
+
+def merge(
+    adapters: WeightedAdapters, recipe: Recipe, between: Callable[[int, int], None] = lambda done, total: None
+) -> LoraWeights:
+    """The merged adapter, on the CPU; it targets what any of the parts targets. Their order doesn't matter.
+
+    `between` hears, after each module, how many are done and how many there are; it may raise. Raises InvalidInput
+    as `check` does, or on `expression` where entries are too large for fp32.
+    """
+    check(adapters, recipe)
+    parts = sorted(adapters, key=lambda part: (part[0].digest, part[1]))
+    keys = sorted({key for weights, _ in parts for key in weights.modules})
+    rank = recipe.rank or max((weights.max_rank for weights, _ in parts), default=0)
+    modules: dict[ModuleKey, LoraModule] = {}
+    for key in keys:
+        here = [
+            _Part(weights.digest, key, weights.modules[key], weight)
+            for weights, weight in parts
+            if key in weights.modules
+        ]
+        a, b = _merged_products(here, recipe, rank) if recipe.merges_products else _merged_factors(here, recipe)
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise InvalidInput.of("expression", f"comes to more than fp32 can hold in {key.path}")
+        modules[key] = LoraModule(a.contiguous(), b.contiguous(), 1.0)
+        between(len(modules), len(keys))
+    return LoraWeights(modules)
+
+
+def config_of(weights: LoraWeights, num_layers: int) -> LoraConfig:
+    """The configuration of weights whose scalings are all 1, as `merge` makes them; `num_layers` is the base's."""
+    assert all(module.scaling == 1.0 for module in weights.modules.values())
+    names, layers = targets_of(sorted(weights.modules, key=in_forward_order), num_layers)
+    rank = weights.max_rank
+    pattern = exceptions_of({key: module.rank for key, module in weights.modules.items()}, rank)
+    alphas = {key: float(rank) for key, rank in pattern.items()}
+    return LoraConfig(
+        rank, float(rank), names, rank_pattern=pattern, alpha_pattern=alphas, layers_to_transform=layers
+    )
+
+
+def kept(recipe: Recipe, digest: str, key: ModuleKey, side: Side, shape: torch.Size) -> torch.Tensor:
+    """Where DARE keeps the adapter's entries: `shape`, bool, each with probability `recipe.density`."""
+    name = f"smolora-dare|{recipe.seed}|{digest}|{key.layer}|{key.module}|{side}"
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < recipe.density
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One adapter at one module."""
+
+    digest: str
+    key: ModuleKey
+    module: LoraModule
+    weight: float
+
+    @property
+    def a(self) -> torch.Tensor:  # (r, in)
+        return self.module.a.float()
+
+    @property
+    def b(self) -> torch.Tensor:  # (out, r)
+        return self.module.b.float()
+
+
+def _merged_factors(parts: Sequence[_Part], recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, in) and B (out, r), merged apart. The root of a weight goes to either side, its sign to A's."""
+    weights = [part.weight * part.module.scaling for part in parts]
+    roots = [math.sqrt(abs(weight)) for weight in weights]
+    signed = [math.copysign(root, weight) for root, weight in zip(roots, weights, strict=True)]
+    a = _combined([part.a for part in parts], signed, parts, recipe, "A")
+    b = _combined([part.b for part in parts], roots, parts, recipe, "B")
+    return a, b
+
+
+def _merged_products(parts: Sequence[_Part], recipe: Recipe, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (rank, in) and B (out, rank) nearest to the merged scaling · B A."""
+    if recipe.method == "svd":
+        a = torch.cat([part.a for part in parts])
+        b = torch.cat([part.weight * part.module.scaling * part.b for part in parts], dim=1)
+        return _factored(a, b, rank)
+    products = [part.module.scaling * (part.b @ part.a) for part in parts]
+    merged = _combined(products, [part.weight for part in parts], parts, recipe, "BA")
+    return _factored(torch.eye(merged.shape[1]), merged, rank)
+
+
+def _combined(
+    tensors: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    parts: Sequence[_Part],
+    recipe: Recipe,
+    side: Side,
+) -> torch.Tensor:
+    """What the recipe makes of the parts' tensors, all of one shape."""
+    pruned = []
+    for tensor, weight, part in zip(tensors, weights, parts, strict=True):
+        if recipe.method in ("ties", "magnitude_prune"):
+            mask = _largest(tensor, recipe.density)
+        else:
+            mask = kept(recipe, part.digest, part.key, side, tensor.shape) / recipe.density
+        pruned.append(mask * math.copysign(1.0, weight) * tensor)
+    stacked = torch.stack(pruned)  # (parts, …)
+    weighted = stacked * torch.tensor(weights).abs().view(-1, *(1 for _ in tensors[0].shape))
+    if recipe.method not in ("ties", "dare_ties"):
+        return weighted.sum(0)
+    elected = torch.where(stacked.sum(0) >= 0, 1.0, -1.0)  # the sign with the larger total
+    agrees = stacked.sign() == elected
+    return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def _largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
+    """1 at the `density` share of entries with the largest magnitudes, the first of equal ones, else 0."""
+    order = tensor.abs().flatten().argsort(descending=True, stable=True)
+    mask = torch.zeros(tensor.numel())
+    mask[order[: int(density * tensor.numel())]] = 1.0
+    return mask.view(tensor.shape)
+
+
+def _factored(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (rank, in) and B (out, rank) whose product is nearest to b @ a; what the rank doesn't need is 0.
+
+    The singular values are in B. Of each row of A the largest entry is positive, which makes the factors unique.
+    """
+    q_in, r_in = torch.linalg.qr(a.T)  # a = r_inᵀ q_inᵀ
+    q_out, r_out = torch.linalg.qr(b)
+    core = r_out @ r_in.T
+    if not core.isfinite().all():  # LAPACK would give up on it
+        return a.new_full((rank, a.shape[1]), math.nan), b.new_full((len(b), rank), math.nan)
+    u, s, vh = torch.linalg.svd(core, full_matrices=False)
+    u, vh = (q_out @ u * s)[:, :rank], (vh @ q_in.T)[:rank]
+    signs = vh.gather(1, vh.abs().argmax(1, keepdim=True)).sign()
+    missing = rank - len(vh)
+    new_a = torch.cat((vh * signs, vh.new_zeros(max(missing, 0), vh.shape[1])))
+    new_b = torch.cat((u * signs.T, u.new_zeros(len(u), max(missing, 0))), dim=1)
+    return new_a, new_b

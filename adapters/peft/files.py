@@ -1,0 +1,195 @@
+"""PEFT's two files, adapter_config.json and adapter_model.safetensors: read and checked, and written.
+
+Anything that PEFT saved for a base of these sizes and that is plain LoRA on the layers' linear modules reads
+exactly. Whatever else is refused, each offending key by name. What is written, PEFT loads.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TypeVar
+
+import torch
+
+from adapters.errors import FieldError, InvalidAdapter
+from adapters.lora import MODULES, BaseShape, LoraConfig, LoraModule, LoraWeights, ModuleKey
+from adapters.peft import config as peft_config
+from adapters.peft import tensor_file
+from adapters.peft.config import PeftConfig
+from adapters.peft.patterns import Budget
+from adapters.peft.targets import BadTargetsError, pick, resolve
+from adapters.peft.tensor_file import TensorFileError
+from adapters.peft.tensors import SIDES, FoundTensors, collect, tensor_error, tensor_name
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+MAX_ERRORS = 2000
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, eq=False)
+class PeftAdapter:
+    """An adapter as it is published: `config` describes `weights`; `base_model` is the name it was trained on."""
+
+    config: LoraConfig
+    weights: LoraWeights
+    base_model: str | None = None
+
+
+def read(config_json: bytes, tensors: bytes | Path, base: BaseShape) -> PeftAdapter:
+    """Reads what PEFT saved, from bytes or from a file, to which the tensors then stay mapped.
+
+    Raises InvalidAdapter with one error for each key at fault: ("adapter_config", key) or ("adapter_model", name).
+    """
+    errors: list[FieldError] = []
+    config = peft_config.parse(config_json, errors)
+    found = FoundTensors()
+    try:
+        buffer = tensor_file.map_file(tensors) if isinstance(tensors, Path) else tensor_file.copy_bytes(tensors)
+        found = collect(tensor_file.read_header(buffer), buffer, base, errors)
+    except TensorFileError as error:
+        errors.append(FieldError(("adapter_model",), str(error)))
+        config = None  # there is nothing to hold it to
+    adapter = None if config is None else _assemble(config, found, base, errors)
+    if config is None:
+        _check_pairs({key for key, _ in found.names}, found, errors)
+    if adapter is None or errors:
+        raise InvalidAdapter(_cut(errors))
+    return adapter
+
+
+def write(directory: Path, adapter: PeftAdapter) -> None:
+    """Writes both files, and syncs them to disk. ValueError if the config doesn't describe the weights."""
+    config, modules = adapter.config, adapter.weights.modules
+    for key, module in modules.items():
+        said = (config.rank_of(key), config.scaling_of(key))
+        if not config.targets(key) or said != (module.rank, module.scaling):
+            raise ValueError(f"the config says otherwise than the weights of {key.path}")
+    document = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base_model,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": _shortest(config.alpha),
+        "lora_dropout": 0.0,
+        "target_modules": list(config.target_modules),
+        "layers_to_transform": None if config.layers_to_transform is None else list(config.layers_to_transform),
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": {key: _shortest(alpha) for key, alpha in config.alpha_pattern.items()},
+        "use_rslora": config.use_rslora,
+        "bias": "none",
+        "init_lora_weights": True,
+    }
+    write_synced(directory / CONFIG_NAME, json.dumps(document, indent=2).encode())
+    tensors: dict[str, torch.Tensor] = {}
+    for key in sorted(modules, key=in_forward_order):
+        tensors[tensor_name(key, "A")] = modules[key].a
+        tensors[tensor_name(key, "B")] = modules[key].b
+    with open(directory / WEIGHTS_NAME, "wb") as file:
+        tensor_file.write(file, tensors)
+        _sync(file)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a file and syncs it to disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        _sync(file)
+
+
+def _assemble(
+    config: PeftConfig, found: FoundTensors, base: BaseShape, errors: list[FieldError]
+) -> PeftAdapter | None:
+    """The adapter; None where config and tensors disagree, with the keys at fault in `errors`."""
+    budget = Budget()
+    try:
+        keys = sorted(resolve(config.targeting, base, budget), key=in_forward_order)
+        given_ranks = pick("rank_pattern", config.rank_pattern, keys, budget)
+        given_alphas = pick("alpha_pattern", config.alpha_pattern, keys, budget)
+    except BadTargetsError as error:
+        errors.append(FieldError(("adapter_config", error.field), str(error)))
+        return None
+    ranks = {key: given_ranks.get(key, config.rank) for key in keys}
+    alphas = {key: given_alphas.get(key, config.alpha) for key in keys}
+    _check_pairs(keys, found, errors)
+    for (key, side), name in found.names.items():
+        if key not in ranks:
+            errors.append(tensor_error(name, "is for a module that the configuration doesn't target"))
+        elif (tensor := found.tensors.get((key, side))) is not None:
+            rank = tensor.shape[SIDES.index(side)]
+            if rank != ranks[key]:
+                errors.append(tensor_error(name, f"has rank {rank}, but the configuration says {ranks[key]}"))
+    if errors:
+        return None
+    names, layers = targets_of(keys, base.num_layers)
+    lora_config = LoraConfig(
+        rank=config.rank,
+        alpha=config.alpha,
+        target_modules=names,
+        use_rslora=config.use_rslora,
+        rank_pattern=exceptions_of(ranks, config.rank),
+        alpha_pattern=exceptions_of(alphas, config.alpha),
+        layers_to_transform=layers,
+    )
+    modules = {
+        key: LoraModule(found.tensors[key, "A"], found.tensors[key, "B"], lora_config.scaling_of(key))
+        for key in keys
+    }
+    return PeftAdapter(lora_config, LoraWeights(modules), config.base_model)
+
+
+def _check_pairs(keys: Iterable[ModuleKey], found: FoundTensors, errors: list[FieldError]) -> None:
+    """PEFT saves both tensors of each targeted module; one that lacks would be left as it was initialized."""
+    for key in keys:
+        errors.extend(
+            tensor_error(tensor_name(key, side), "is missing") for side in SIDES if (key, side) not in found.names
+        )
+
+
+def targets_of(keys: Iterable[ModuleKey], num_layers: int) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """`target_modules` and `layers_to_transform` that mean exactly `keys`."""
+    layers: dict[str, set[int]] = {}
+    for key in keys:
+        layers.setdefault(key.module, set()).add(key.layer)
+    names = tuple(name for name in MODULES if name in layers)
+    first = layers[names[0]]
+    if all(layers[name] == first for name in names):
+        return names, None if len(first) == num_layers else tuple(sorted(first))
+    return tuple(key.path for key in keys), None
+
+
+def exceptions_of(values: Mapping[ModuleKey, _Value], default: _Value) -> dict[str, _Value]:
+    """A pattern that means `values`: by name where all layers agree, else by path."""
+    by_name: dict[str, set[_Value]] = {}
+    for key, value in values.items():
+        by_name.setdefault(key.module, set()).add(value)
+    pattern: dict[str, _Value] = {}
+    for key, value in values.items():
+        if value != default:
+            pattern[key.module if len(by_name[key.module]) == 1 else key.path] = value
+    return pattern
+
+
+def in_forward_order(key: ModuleKey) -> tuple[int, int]:
+    """The key to sort modules by."""
+    return key.layer, MODULES.index(key.module)
+
+
+def _shortest(number: float) -> int | float:
+    return int(number) if number.is_integer() else number
+
+
+def _cut(errors: list[FieldError]) -> list[FieldError]:
+    more = len(errors) - MAX_ERRORS
+    return (
+        errors if more <= 0 else [*errors[:MAX_ERRORS], FieldError(("adapter_model",), f"has {more} more faults")]
+    )
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())

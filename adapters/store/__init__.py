@@ -1,0 +1,1 @@
+"""Where adapters' bytes lie: immutable directories, named by digest."""

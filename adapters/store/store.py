@@ -1,0 +1,292 @@
+"""The bytes of adapters: immutable directories named by digest, published by one rename.
+
+    <root>/<digest[:2]>/<digest>/adapter_config.json          what PEFT reads; an upload's as it was uploaded
+                                 adapter_model.safetensors
+                                 smolora.json                 effective scalings and sizes, for quick loading
+    <root>/names/                                             `adapters.catalog.records`
+    <root>/.tmp-…                                             being written, or being removed
+
+A directory is there whole or not at all, wherever a process is killed. Several processes may use one root. Which
+digests are wanted is the catalog's to say, and processes race: so whoever publishes holds the bytes, by a lock on
+their directory that ends with the process, until the version is committed (`publishing`); and nobody else removes
+what is held, or what the catalog names at the last moment.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from adapters.durable import sync
+from adapters.errors import CorruptAdapter, InvalidAdapter
+from adapters.lora import BaseShape, LoraWeights
+from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, PeftAdapter, read, write, write_synced
+from adapters.store import sidecar
+from adapters.store.open_files import open_all
+from adapters.store.sidecar import SIDECAR_NAME
+
+TEMPORARY = ".tmp-"
+
+InUse = Callable[[str], bool]
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def _never(digest: str) -> bool:
+    return False
+
+
+class AdapterStore:
+    """The adapters under one root. Thread-safe; pins count within this process."""
+
+    def __init__(self, root: Path) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        self._root = root
+        self._mutex = threading.Lock()  # guards the two below, and that nothing pinned is removed
+        self._pins: Counter[str] = Counter()
+        self._doomed: dict[str, InUse] = {}
+
+    def put(self, adapter: PeftAdapter, original: Mapping[str, bytes] | None = None) -> int:
+        """Stores the adapter under its weights' digest, unless it is there already; returns the bytes stored.
+
+        `original` may hold the adapter_config.json that was uploaded, which is kept as it is; the tensors are
+        always written anew, the same bytes in our order. Of two adapters with one digest, the first one's stay.
+        """
+        digest = adapter.weights.digest
+        place = self._place(digest)
+        with self._mutex:
+            self._doomed.pop(digest, None)
+        with self._locked():
+            if sidecar.is_whole(place):
+                return _size(place)
+        temporary, hold = self._temporary()
+        leftovers = [temporary]
+        try:
+            write(temporary, adapter)
+            if original and CONFIG_NAME in original:
+                write_synced(temporary / CONFIG_NAME, original[CONFIG_NAME])
+            write_synced(temporary / SIDECAR_NAME, sidecar.describe(adapter.weights, temporary))
+            sync(temporary)
+            with self._locked():
+                if sidecar.is_whole(place):  # another thread or process was quicker
+                    return _size(place)
+                num_bytes = _size(temporary)
+                leftovers += self._set_aside(place)
+                place.parent.mkdir(exist_ok=True)
+                temporary.rename(place)
+                sync(place.parent)
+                sync(self._root)
+        finally:
+            os.close(hold)
+            _delete(leftovers)
+        return num_bytes  # counted before: by now somebody may have discarded it
+
+    @contextmanager
+    def publishing(
+        self, adapter: PeftAdapter, in_use: InUse, original: Mapping[str, bytes] | None = None
+    ) -> Iterator[int]:
+        """`put`, for a block in which the version is committed: nobody discards the bytes meanwhile.
+
+        Where the block fails they are discarded, unless `in_use(digest)` says that they are wanted all the same.
+        """
+        digest = adapter.weights.digest
+        while True:
+            num_bytes = self.put(adapter, original)
+            if (hold := _hold(self._place(digest), fcntl.LOCK_SH)) is not None:
+                break
+        try:
+            yield num_bytes
+        except BaseException:
+            os.close(hold)
+            self.discard(digest, in_use)
+            raise
+        os.close(hold)
+
+    def load(self, digest: str) -> LoraWeights:
+        """The weights, mapped from the file: quick, as nothing is copied and the digest isn't computed anew.
+
+        They outlive a discard. Raises CorruptAdapter if the bytes are missing or don't fit together.
+        """
+        return sidecar.load(self._place(digest), digest)
+
+    def read(self, digest: str, base: BaseShape) -> PeftAdapter:
+        """The adapter with its configuration, checked as an upload is. Raises CorruptAdapter."""
+        try:
+            return self._read(digest, base)
+        except (OSError, InvalidAdapter) as error:
+            raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
+
+    def fits(self, digest: str, base: BaseShape) -> bool:
+        """Whether the adapter could be uploaded for a base of these shapes. Raises CorruptAdapter."""
+        self.load(digest)  # or it is damaged, which says nothing about shapes
+        try:
+            self._read(digest, base)
+        except InvalidAdapter:
+            return False
+        except OSError as error:
+            raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
+        return True
+
+    def _read(self, digest: str, base: BaseShape) -> PeftAdapter:
+        place = self._place(digest)
+        return read((place / CONFIG_NAME).read_bytes(), place / WEIGHTS_NAME, base)
+
+    def verify(self, digest: str) -> None:
+        """Reads all bytes and raises CorruptAdapter unless they have the digest."""
+        if self.load(digest).digest != digest:
+            raise CorruptAdapter(f"the stored adapter {digest[:12]} no longer matches its digest")
+
+    def open(self, digest: str) -> dict[str, BinaryIO]:
+        """PEFT's two files by name, to read and close; they outlive a discard. Raises CorruptAdapter."""
+        place = self._place(digest)
+        try:
+            return open_all({name: place / name for name in (CONFIG_NAME, WEIGHTS_NAME)})
+        except OSError as error:
+            raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
+
+    def pin(self, digests: Iterable[str]) -> None:
+        """Keeps the bytes of each until an `unpin`, whatever is discarded meanwhile; they needn't be there yet."""
+        with self._mutex:
+            self._pins.update(digests)
+
+    def unpin(self, digests: Iterable[str]) -> None:
+        """Takes back one `pin` of each; what was discarded meanwhile goes with its last one."""
+        freed: list[Path] = []
+        with self._mutex:
+            for digest in digests:
+                self._pins[digest] -= 1
+                assert self._pins[digest] >= 0, "unpinned more often than pinned"
+                if self._pins[digest] == 0:
+                    del self._pins[digest]
+                    if digest in self._doomed:
+                        freed += self._remove(digest, self._doomed.pop(digest))
+        _delete(freed)
+
+    def discard(self, digest: str, in_use: InUse = _never) -> None:
+        """Removes the bytes now, or at the last `unpin`, unless `in_use(digest)` then says that they are wanted.
+
+        A `put` before then revives them, and what is about to be published stays: should that fail, until the next
+        sweep. Discarding what isn't there does nothing.
+        """
+        with self._mutex:
+            if self._pins[digest] > 0:
+                self._doomed[digest] = in_use
+                return
+            freed = self._remove(digest, in_use)
+        _delete(freed)
+
+    def sweep(self, in_use: InUse) -> list[str]:
+        """Discards what nobody wants: left by processes that were killed, half-written or not published.
+
+        Returns the digests discarded.
+        """
+        with self._locked():
+            for path in self._abandoned():
+                _delete([path])
+        unwanted = [digest for digest in self.digests() if not in_use(digest)]
+        for digest in unwanted:
+            self.discard(digest, in_use)
+        return unwanted
+
+    def digests(self) -> list[str]:
+        """Of all that is stored."""
+        paths = self._root.glob("[0-9a-f][0-9a-f]/*")
+        return sorted(path.name for path in paths if _DIGEST.fullmatch(path.name))
+
+    def leftovers(self) -> list[str]:
+        """The names of directories that killed processes left half-written or half-removed; `sweep` takes them."""
+        with self._locked():
+            return sorted(path.name for path in self._abandoned())
+
+    def is_whole(self, digest: str) -> bool:
+        """Whether the adapter is there, its files in their full sizes."""
+        return sidecar.is_whole(self._place(digest))
+
+    def is_held(self, digest: str) -> bool:
+        """Whether somebody is about to publish the bytes, which are there."""
+        if (hold := _hold(self._place(digest), fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
+            os.close(hold)
+            return False
+        return self._place(digest).exists()
+
+    def _remove(self, digest: str, in_use: InUse) -> list[Path]:
+        """Moves the directory out of sight; what is returned remains to be deleted."""
+        with self._locked():
+            place = self._place(digest)
+            hold = _hold(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if hold is None:  # not there, or somebody is about to name it
+                return []
+            try:
+                return [] if in_use(digest) else self._set_aside(place)
+            finally:
+                os.close(hold)
+
+    def _set_aside(self, place: Path) -> list[Path]:
+        aside = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self._root))
+        with suppress(FileNotFoundError):
+            place.rename(aside / place.name)
+            sync(place.parent)
+        return [aside]
+
+    def _temporary(self) -> tuple[Path, int]:
+        """A directory to write in, and the lock by which others see that it isn't abandoned."""
+        with self._locked():
+            path = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self._root))
+            hold = _hold(path, fcntl.LOCK_SH)
+        assert hold is not None
+        return path, hold
+
+    def _place(self, digest: str) -> Path:
+        if not _DIGEST.fullmatch(digest):
+            raise ValueError("a digest is 64 hexadecimal digits")
+        return self._root / digest[:2] / digest
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process at a time; held for a few file operations only."""
+        with open(self._root / ".lock", "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _abandoned(self) -> list[Path]:
+        """Temporary directories that no process holds; call it locked, so that none is just being made."""
+        found = []
+        for path in self._root.glob(f"{TEMPORARY}*"):
+            if (hold := _hold(path, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
+                os.close(hold)
+                found.append(path)
+        return found
+
+
+def _hold(directory: Path, how: int) -> int | None:
+    """The handle of a lock on the directory, which closing it ends; None where it isn't there, or is another's."""
+    try:
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        fcntl.flock(handle, how)
+        if os.path.samestat(os.fstat(handle), os.stat(directory)):
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass  # held by another; or removed while we waited
+    os.close(handle)
+    return None
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _size(place: Path) -> int:
+    return sum(path.stat().st_size for path in place.iterdir())

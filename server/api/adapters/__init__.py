@@ -1,0 +1,1 @@
+"""/adapters and /compositions: the routes, what they take and answer, and adapters by name."""

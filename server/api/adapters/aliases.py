@@ -1,0 +1,56 @@
+"""/adapters/{name}/aliases: names for versions that move atomically; moving `latest` back is the rollback."""
+
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Path
+from pydantic import Field
+from starlette.responses import Response
+
+from adapters.expression import MAX_NAME
+from server.api import wire
+from server.api.adapters.answers import adapter_answer
+from server.api.deps import ServicesDep
+from server.api.documents import ALIASES, UNALIASES
+from server.api.schemas import AdapterAnswer, Body
+from server.api.strict_json import StrictRoute
+
+router = APIRouter(prefix="/adapters", tags=["adapters"], route_class=StrictRoute)
+
+Name = Annotated[str, Path(max_length=4 * MAX_NAME)]
+
+
+class AliasBody(Body):
+    """PUT /adapters/{name}/aliases/{alias}."""
+
+    version: int = Field(ge=1, description="the one that the alias means from now on")
+
+
+@router.put(
+    "/{name}/aliases/{alias}",
+    summary="Set an alias",
+    response_class=Response,
+    responses={200: {"model": AdapterAnswer}, **ALIASES},
+)
+async def put_alias(services: ServicesDep, name: Name, alias: Name, body: AliasBody) -> Response:
+    """Point an alias at a version, creating the alias if need be.
+
+    `latest` is an alias too: moving it back is a rollback.
+
+    Requests that were already accepted keep the version that the alias meant then.
+    """
+    adapter = await to_thread.run_sync(services.library.point, name, alias, body.version)
+    return wire.answer(adapter_answer(adapter, services.engine.stats.resident))
+
+
+@router.delete(
+    "/{name}/aliases/{alias}",
+    summary="Remove an alias",
+    status_code=204,
+    response_class=Response,
+    responses=UNALIASES,
+)
+async def delete_alias(services: ServicesDep, name: Name, alias: Name) -> Response:
+    """Delete an alias; its version stays. `latest` can be moved but not deleted."""
+    await to_thread.run_sync(services.library.unpoint, name, alias)
+    return Response(status_code=204)

@@ -1,0 +1,47 @@
+"""Whether adapters were made on the base that is served, as far as their records say.
+
+Bytes fit or they don't; whose weights they were trained beside shows in no byte. So the digest of that base is
+kept with every version, and a name that an uploaded file gives for it.
+"""
+
+from dataclasses import dataclass
+
+from adapters.catalog.versions import Version
+
+_SHOWN = 200  # characters of a base's name, which may be the client's
+
+
+@dataclass(frozen=True)
+class ServedBase:
+    """The base that is served. `digest` is that of its weights; None: unknown, and nothing is compared with it."""
+
+    name: str
+    digest: str | None = None
+
+    def goes_by(self, name: str) -> bool:
+        """Whether a file that gives this name, a path or a hub id, seems to mean this base."""
+        return name.rstrip("/").rsplit("/", 1)[-1].lower() == self.name.lower()
+
+    def upload_warnings(self, base_model: str | None) -> tuple[str, ...]:
+        """What to keep with an upload that gives `base_model` as its base. True whatever is served later."""
+        if not base_model:
+            return ("its config doesn't say which base it was trained on",)
+        if not self.goes_by(base_model):
+            return (f"its config names another base, {base_model[:_SHOWN]}; it was uploaded for {self.name}",)
+        return ()
+
+    def warnings(self, version: Version) -> tuple[str, ...]:
+        """What to tell of a version beside this base: all that was kept, and whether it was made on another one.
+
+        Versions from before digests were kept, and compositions of parts from several bases, are told by name.
+        """
+        made_on = version.base_digest
+        if made_on is not None:
+            if self.digest is None or self.digest == made_on:
+                return version.warnings
+            named = "" if version.base_model is None else f"{version.base_model[:_SHOWN]}, "
+            other = f"another base ({named}digest {made_on[:12]})"
+            return (*version.warnings, f"it was made on {other} than {self.name} (digest {self.digest[:12]})")
+        if version.warnings or not version.base_model or self.goes_by(version.base_model):
+            return version.warnings
+        return (f"it was made on another base, {version.base_model[:_SHOWN]}, than {self.name}",)

@@ -1,0 +1,52 @@
+"""/compositions: weighted sums of adapters under a name, and merges, which make new adapters out of several."""
+
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Path
+from starlette.responses import Response
+
+from adapters.expression import MAX_NAME, parse
+from server.api import wire
+from server.api.adapters.answers import version_answer
+from server.api.adapters.composition_schemas import CompositionBody
+from server.api.adapters.merging import FIELD, recipe_of, submit_merge
+from server.api.deps import IdempotencyKey, ServicesDep
+from server.api.documents import COMPOSITIONS
+from server.api.schemas import VersionAnswer
+from server.api.strict_json import StrictRoute
+from server.api.train.answers import job_document
+from server.api.train.schemas import JobAnswer
+
+router = APIRouter(prefix="/compositions", tags=["adapters"], route_class=StrictRoute)
+
+
+@router.post(
+    "/{name}",
+    summary="Name a composition",
+    status_code=201,
+    response_class=Response,
+    responses={
+        201: {"model": VersionAnswer, "description": "The composition's next version"},
+        202: {"model": JobAnswer, "description": "With a `method`: the job that merges; `Location` has its path"},
+        **COMPOSITIONS,
+    },
+)
+async def compose(
+    services: ServicesDep,
+    name: Annotated[str, Path(max_length=4 * MAX_NAME)],
+    body: CompositionBody,
+    key: IdempotencyKey = None,
+) -> Response:
+    """Store an adapter expression under a name, pinned to the versions that it means now.
+
+    The name then works wherever an adapter's does. Compositions within it are replaced by their parts, and
+    none of its parts can be deleted before it. With a `method`, a job merges the parts instead, and publishes
+    the result as the next version of the adapter `name`.
+    """
+    if (recipe := recipe_of(body)) is not None:
+        job = await to_thread.run_sync(submit_merge, services.jobs, services.library, name, body, recipe, key)
+        return wire.answer(job_document(job), 202, {"Location": f"/train/{job.id}"})
+    version = await to_thread.run_sync(services.library.compose, name, parse(body.expression, FIELD), FIELD)
+    headers = {"Location": f"/adapters/{version.name}/{version.version}"}
+    return wire.answer(version_answer(version, services.engine.stats.resident), 201, headers)

@@ -1,0 +1,282 @@
+"""Adapters by name: the catalog's names and the store's bytes as one thing that doesn't tear.
+
+A name resolves in the catalog, its bytes lie in the store, and others may delete both in between. Names go before
+bytes do, and bytes that are pinned or named again stay. So whoever still finds the name after having pinned its
+bytes has them, until they let go. Everything may block on disk: call it in a thread.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import BinaryIO
+
+from adapters.catalog.catalog import Adapter, Catalog, Kind, Part, Version
+from adapters.catalog.recovery import Recovered
+from adapters.catalog.versions import gather
+from adapters.errors import Conflict, InvalidInput
+from adapters.expression import BASE, Term, valid_name
+from adapters.lora import BaseShape, LoraConfig
+from adapters.peft import files as peft_format
+from adapters.store.store import AdapterStore
+from server.api.adapters.base_match import ServedBase
+
+_MAX_FITS = 10_000
+
+
+class Lease:
+    """Resolved parts whose bytes stay while it is held. `release` may be called more than once.
+
+    `warnings` are what whoever uses them should know, each with the version that it is about.
+    """
+
+    def __init__(self, parts: tuple[Part, ...], release: Callable[[], None] = lambda: None) -> None:
+        self.parts = parts
+        self.warnings: tuple[str, ...] = ()
+        self._release: Callable[[], None] | None = release
+
+    def release(self) -> None:
+        """Let go of the bytes; those of a deleted version go with the last lease on them."""
+        if (release := self._release) is not None:
+            self._release = None
+            release()
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How a version goes with the base: whether its shapes do, and what is to be told."""
+
+    is_usable: bool
+    warnings: tuple[str, ...]
+
+
+def _never(digest: str) -> bool:
+    return False
+
+
+class Library:
+    """The adapters for one base. `is_parent` says of a digest whether training goes on from it just now."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        store: AdapterStore,
+        shape: BaseShape,
+        base_name: str,
+        is_parent: Callable[[str], bool] = _never,
+        base_digest: str | None = None,
+    ) -> None:
+        self._catalog = catalog
+        self._store = store
+        self.shape = shape
+        self._is_parent = is_parent
+        self._base = ServedBase(base_name, base_digest)
+        self._fit = lru_cache(_MAX_FITS)(self._find_fit)  # versions never change
+
+    @property
+    def base_name(self) -> str:
+        return self._base.name
+
+    def lease(self, terms: Sequence[Term], field: str = "adapter") -> Lease:
+        """Resolve the terms and hold their bytes, to be used beside the base; a composition means its parts.
+
+        Raises NotFound, naming the terms, InvalidInput on `field` where they come to too much together, or
+        Conflict, naming the versions that were made for a base of other shapes.
+        """
+        lease = self._hold(terms, field)
+        try:
+            lease.warnings = self._check(lease.parts)
+        except BaseException:
+            lease.release()
+            raise
+        return lease
+
+    def _hold(self, terms: Sequence[Term], field: str = "adapter") -> Lease:
+        """`lease`, for whoever doesn't need them to go with the base."""
+        parts = self._catalog.resolve(terms, field)
+        while True:
+            digests = [part.digest for part in parts]
+            self._store.pin(digests)
+            lease = Lease(parts, partial(self._store.unpin, digests))
+            try:
+                parts = self._catalog.resolve(terms, field)
+            except BaseException:
+                lease.release()
+                raise
+            if parts == lease.parts:
+                return lease
+            lease.release()
+
+    def check_name(self, name: str, kind: Kind = "adapter") -> None:
+        """Raise InvalidInput on `name` where no adapter may be called so, Conflict where another kind has it."""
+        if name in (BASE, self.base_name):
+            raise InvalidInput.of("name", "is the base's own name")
+        if not valid_name(name):
+            raise InvalidInput.of("name", 'has 1 to 64 letters, digits, "_", "-" or ".", a letter or digit first')
+        self._catalog.check_kind(name, kind)
+
+    def publish(
+        self, name: str, config_json: bytes, weights: Path, source: Mapping[str, object] | None = None
+    ) -> Version:
+        """Check PEFT's two files and publish them as the name's next version. The files may go afterwards.
+
+        `source` is kept in the version's configuration. Raises InvalidAdapter, naming every key at fault, or
+        Conflict where a composition has the name.
+        """
+        self.check_name(name)
+        adapter = peft_format.read(config_json, weights, self.shape)
+        digest = adapter.weights.digest
+        self._store.pin([digest])  # others here who delete the same bytes ask again afterwards
+        try:
+            original = {peft_format.CONFIG_NAME: config_json}
+            with self._store.publishing(adapter, self._is_wanted, original) as num_bytes:
+                version = self._catalog.publish(
+                    name,
+                    digest=digest,
+                    bytes=num_bytes,
+                    rank=adapter.config.rank,
+                    alpha=adapter.config.alpha,
+                    target_modules=adapter.weights.target_modules,
+                    parameters=adapter.weights.num_parameters,
+                    base_model=adapter.base_model,
+                    warnings=self._base.upload_warnings(adapter.base_model),
+                    base_digest=self._base.digest,
+                    config={"lora": lora_document(adapter.config), **(source or {})},
+                )
+                return self._told(version)
+        finally:
+            self._store.unpin([digest])
+
+    def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> Version:
+        """Publish the composition as the name's next version, pinned to what its terms mean now.
+
+        Raises NotFound, naming the terms, InvalidInput on `field`, or Conflict where an adapter has the name, or
+        one of the parts was made for a base of other shapes.
+        """
+        self.check_name(name, "composition")
+        lease = self.lease(terms, field)
+        try:
+            pinned = [Term(part.name, part.version, weight=part.weight) for part in gather(lease.parts)]
+            return self._told(self._catalog.compose(name, pinned, field))
+        finally:
+            lease.release()
+
+    def point(self, name: str, alias: str, version: int) -> Adapter:
+        """Have the alias, or `latest`, mean that version. Raises NotFound, or InvalidInput on `alias`."""
+        check_alias(alias)
+        self._catalog.point(name, alias, version)
+        return self.get(name)
+
+    def unpoint(self, name: str, alias: str) -> None:
+        """Remove the alias. Raises NotFound, or Conflict for `latest`."""
+        self._catalog.unpoint(name, alias)
+
+    def page(self, name: str | None, limit: int, after: str | None) -> tuple[list[Adapter], str | None]:
+        """Adapters by name, those after `after`, at most `limit`; and the next page's `after`, if there is one."""
+        found = [self._all_told(adapter) for adapter in self._catalog.list(name=name, limit=limit, after=after)]
+        has_more = len(found) == limit and name is None and self._catalog.has_after(found[-1].name)
+        return found, found[-1].name if has_more else None
+
+    def latest_dates(self) -> dict[str, datetime]:
+        """All names, each with the moment at which what it means now was made."""
+        return self._catalog.latest_dates()
+
+    def get(self, name: str) -> Adapter:
+        """All versions of one adapter. Raises NotFound."""
+        return self._all_told(self._catalog.get(name))
+
+    def version(self, name: str, version: int) -> Version:
+        """One of them. Raises NotFound."""
+        return self._told(self._catalog.version(name, version))
+
+    def named(self, terms: Sequence[Term], field: str = "adapter") -> list[Version]:
+        """The versions that an expression means now, whether they go with the base or not. Raises as `lease`."""
+        parts = self._catalog.resolve(terms, field)
+        return [self.version(part.name, part.version) for part in parts]
+
+    def open(self, name: str, version: int) -> dict[str, BinaryIO]:
+        """The version's two files, to read and close; they outlive a delete.
+
+        Raises NotFound, CorruptAdapter, or Conflict where it is a composition.
+        """
+        if self._catalog.version(name, version).parts:
+            raise Conflict(f"{name}@{version} is a composition: its parts have the weights, download those")
+        lease = self._hold([Term(name, version)])
+        try:
+            return self._store.open(lease.parts[0].digest)
+        finally:
+            lease.release()
+
+    def read(self, digest: str) -> peft_format.PeftAdapter:
+        """The adapter of a lease's part, with its configuration. Raises CorruptAdapter."""
+        return self._store.read(digest, self.shape)
+
+    def delete(self, name: str, force: bool = False) -> None:
+        """Remove the adapter: no new request finds it, running ones end on its bytes.
+
+        Raises NotFound, or Conflict where an alias (unless `force`), a composition or a training job holds it.
+        """
+        self._refuse_parents(self._catalog.get(name).versions)
+        self._discard(self._catalog.delete(name, force))
+
+    def delete_version(self, name: str, version: int, force: bool = False) -> None:
+        """Remove one version, likewise."""
+        self._refuse_parents([self._catalog.version(name, version)])
+        self._discard(self._catalog.delete_version(name, version, force))
+
+    def recover(self, is_known: Callable[[str], bool] = _never) -> Recovered:
+        """Put right what killed processes left, in the catalog and on the disk; what that came to.
+
+        `is_known` says of a job whether the database knows it.
+        """
+        found = self._catalog.recover(self._store.is_whole, is_known)
+        self._store.sweep(self._is_wanted)
+        return found
+
+    def _refuse_parents(self, versions: Iterable[Version]) -> None:
+        held = [f"{version.name}@{version.version}" for version in versions if self._is_parent(version.digest)]
+        if held:
+            raise Conflict(f"a job needs {', '.join(held)}: cancel it, or wait for its end")
+
+    def _discard(self, digests: Iterable[str]) -> None:
+        for digest in digests:
+            self._store.discard(digest, self._is_wanted)
+
+    def _is_wanted(self, digest: str) -> bool:
+        # a job may have been taken in after it was asked whether there is one: its parent's bytes stay
+        return self._catalog.in_use(digest) or self._is_parent(digest)
+
+    def _check(self, parts: Iterable[Part]) -> tuple[str, ...]:
+        """The warnings of all parts. Raises Conflict where one doesn't go with the base."""
+        fits = {f"{part.name}@{part.version}": self._fit(part.name, part.version, part.digest) for part in parts}
+        if misfits := [reference for reference, fit in fits.items() if not fit.is_usable]:
+            raise Conflict(f"made for a base of other shapes than {self.base_name}: {', '.join(misfits)}")
+        return tuple(f"{reference}: {text}" for reference, fit in fits.items() for text in fit.warnings)
+
+    def _find_fit(self, name: str, version: int, digest: str) -> _Fit:
+        """Raises NotFound, or CorruptAdapter; `digest` is held."""
+        found = self.version(name, version)
+        same_base = found.base_digest is not None and found.base_digest == self._base.digest
+        return _Fit(same_base or self._store.fits(digest, self.shape), found.warnings)
+
+    def _all_told(self, adapter: Adapter) -> Adapter:
+        return replace(adapter, versions=tuple(map(self._told, adapter.versions)))
+
+    def _told(self, version: Version) -> Version:
+        """With all that is to be told of it beside this base."""
+        warnings = self._base.warnings(version)
+        return version if warnings == version.warnings else replace(version, warnings=warnings)
+
+
+def check_alias(alias: str) -> None:
+    """Raise InvalidInput on `alias` where no alias may be called so."""
+    if not valid_name(alias) or alias.isdigit():
+        message = 'has 1 to 64 letters, digits, "_", "-" or ".", a letter or digit first, and is no number'
+        raise InvalidInput.of("alias", message)
+
+
+def lora_document(config: LoraConfig) -> dict[str, object]:
+    """An adapter's configuration as its version keeps it."""
+    values = asdict(config)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

@@ -1,0 +1,154 @@
+"""/adapters: list, upload, download, delete. Everything on disk happens in threads."""
+
+from io import BytesIO
+from typing import Annotated, BinaryIO
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import APIRouter, Path, Query, Request
+from starlette.datastructures import FormData
+from starlette.responses import Response
+
+from adapters.catalog.catalog import Version
+from adapters.errors import NotFound
+from adapters.expression import MAX_NAME
+from server.api import wire
+from server.api.adapters.answers import adapter_answer, version_answer
+from server.api.adapters.library import Library
+from server.api.deps import Services, ServicesDep
+from server.api.documents import DELETES, DOWNLOADS, LOOKUPS, UPLOAD_BODY, UPLOADS
+from server.api.schemas import AdapterAnswer, AdapterList, VersionAnswer
+from server.api.uploads import read_form, uploaded_files
+from server.api.zips import StoredZip, zip_download
+from server.training.reports.model_card import model_card
+
+router = APIRouter(prefix="/adapters", tags=["adapters"])
+
+MAX_PAGE = 10_000
+_parsing = CapacityLimiter(2)  # uploads that are hashed and copied at once: memory and cores are the engine's
+
+Name = Annotated[str, Path(max_length=4 * MAX_NAME)]
+VersionNumber = Annotated[int, Path(ge=1)]
+Force = Annotated[bool, Query(description="let aliases go, too; compositions hold in any case")]
+
+
+@router.get(
+    "", summary="List adapters", response_class=Response, responses={200: {"model": AdapterList}, **LOOKUPS}
+)
+async def list_adapters(
+    services: ServicesDep,
+    name: Annotated[str | None, Query(max_length=MAX_NAME, description="only this one")] = None,
+    limit: Annotated[int | None, Query(ge=1, le=MAX_PAGE, description="of a page")] = None,
+    after: Annotated[
+        str | None, Query(max_length=MAX_NAME, description="the last name of the page before")
+    ] = None,
+) -> Response:
+    """List adapters by name, with all their versions.
+
+    If `next` is not null, pass it as `after` for the next page.
+    """
+    resident = services.engine.stats.resident
+    return await to_thread.run_sync(_page, services.library, resident, name, limit or MAX_PAGE, after)
+
+
+@router.get(
+    "/{name}", summary="One adapter", response_class=Response, responses={200: {"model": AdapterAnswer}, **LOOKUPS}
+)
+async def get_adapter(services: ServicesDep, name: Name) -> Response:
+    """Get an adapter with all its versions."""
+    found = await to_thread.run_sync(services.library.get, name)
+    return wire.answer(adapter_answer(found, services.engine.stats.resident))
+
+
+@router.get(
+    "/{name}/{version}",
+    summary="One version",
+    response_class=Response,
+    responses={200: {"model": VersionAnswer}, **LOOKUPS},
+)
+async def get_version(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
+    """Get one version of an adapter."""
+    found = await to_thread.run_sync(services.library.version, name, version)
+    return wire.answer(version_answer(found, services.engine.stats.resident))
+
+
+@router.get(
+    "/{name}/{version}/download",
+    summary="Download",
+    response_class=Response,
+    responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **DOWNLOADS},
+)
+async def download(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
+    """Download a version as a zip with `adapter_config.json` and `adapter_model.safetensors`, which PEFT can
+    load.
+
+    If a job trained it, the zip also has its card as `README.md`.
+    """
+    archive = await to_thread.run_sync(_archive, services, name, version)
+    return zip_download(archive, f"{name}-{version}")
+
+
+@router.post(
+    "/{name}",
+    summary="Upload",
+    status_code=201,
+    response_class=Response,
+    responses={201: {"model": VersionAnswer, "description": "Published"}, **UPLOADS},
+    openapi_extra={"requestBody": UPLOAD_BODY},
+)
+async def upload(request: Request, services: ServicesDep, name: Name) -> Response:
+    """Upload a PEFT adapter as the next version of the name. It becomes the latest.
+
+    An adapter that can't be used exactly is refused, with the name of each key that is at fault.
+    """
+    await to_thread.run_sync(services.library.check_name, name)
+    form = await read_form(request)
+    try:
+        version = await to_thread.run_sync(_publish, services.library, name, form, limiter=_parsing)
+    finally:
+        await form.close()
+    headers = {"Location": f"/adapters/{version.name}/{version.version}"}
+    return wire.answer(version_answer(version, services.engine.stats.resident), 201, headers)
+
+
+@router.delete("/{name}", summary="Delete an adapter", status_code=204, response_class=Response, responses=DELETES)
+async def delete_adapter(services: ServicesDep, name: Name, force: Force = False) -> Response:
+    """Delete an adapter with all its versions.
+
+    Requests that are running finish with the old weights. 409 says what still needs one of the versions.
+    """
+    await to_thread.run_sync(services.library.delete, name, force)
+    return Response(status_code=204)
+
+
+@router.delete(
+    "/{name}/{version}", summary="Delete a version", status_code=204, response_class=Response, responses=DELETES
+)
+async def delete_version(
+    services: ServicesDep, name: Name, version: VersionNumber, force: Force = False
+) -> Response:
+    """Delete one version.
+
+    Its number is never used again; if it was the latest, the highest remaining one is now.
+    """
+    await to_thread.run_sync(services.library.delete_version, name, version, force)
+    return Response(status_code=204)
+
+
+def _page(library: Library, resident: frozenset[str], name: str | None, size: int, after: str | None) -> Response:
+    found, following = library.page(name, size, after)
+    return wire.answer({"adapters": [adapter_answer(adapter, resident) for adapter in found], "next": following})
+
+
+def _archive(services: Services, name: str, version: int) -> StoredZip:
+    job_id = services.library.version(name, version).job_id
+    try:
+        report = None if job_id is None else services.jobs.report(job_id)
+    except NotFound:  # its database was lost
+        report = None
+    card: dict[str, BinaryIO] = {} if report is None else {"README.md": BytesIO(model_card(report).encode())}
+    return StoredZip(services.library.open(name, version) | card)
+
+
+def _publish(library: Library, name: str, form: FormData) -> Version:
+    with uploaded_files(form) as files:
+        return library.publish(name, files.config_json, files.weights)

@@ -1,0 +1,1 @@
+"""POST /compare: one prompt under several adapter expressions."""

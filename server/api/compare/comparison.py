@@ -1,0 +1,130 @@
+"""One prompt under several adapter expressions at once: their answers, and how likely each finds given texts.
+
+Every answer and every text to be scored is a request of its own, handed to the engine together with all others, so
+that they share steps, and of each expression's prompt the keys and values. The answers draw from the same random
+stream. A comparison is whole or refused.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from adapters.errors import FieldError, InvalidInput
+from adapters.expression import Term
+from server.api.compare.schemas import CompareBody
+from server.api.deps import Services
+from server.api.generate import answers
+from server.api.generate.generation import (
+    Generation,
+    adapter_terms,
+    encode_prompt,
+    encoded,
+    sampling_params,
+    start,
+)
+from server.api.generate.structure import grammar_of
+from server.engine.request import SamplingParams
+
+_SCORING = SamplingParams(max_tokens=0, temperature=0.0)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What runs for one expression."""
+
+    expression: str
+    answer: Generation
+    scores: tuple[Generation, ...]
+
+
+class Comparison:
+    """One accepted comparison. Await `collect` once; `close` at the end, which aborts what still runs."""
+
+    def __init__(
+        self, compared: Sequence[_Compared], texts: Sequence[str] | None, num_top: int, model: str
+    ) -> None:
+        self._compared = tuple(compared)
+        self._texts = texts
+        self._num_top = num_top
+        self._model = model
+
+    async def collect(self) -> dict[str, object]:
+        """The whole answer. Raises what the engine ends any of the requests with."""
+        tasks = [asyncio.ensure_future(self._result(compared)) for compared in self._compared]
+        try:
+            return {"results": await asyncio.gather(*tasks)}
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def close(self) -> None:
+        """Let go of everything. More than once is once."""
+        await _close([generation for one in self._compared for generation in (one.answer, *one.scores)])
+
+    async def _result(self, compared: _Compared) -> dict[str, object]:
+        answer = await answers.collect(compared.answer, self._model, sums=True, num_top=self._num_top)
+        choices = answer["choices"]
+        assert isinstance(choices, list)
+        scores = None
+        if self._texts is not None:
+            scored = zip(self._texts, compared.scores, strict=True)
+            scores = [await _score(text, generation) for text, generation in scored]
+        return {"adapter": compared.expression, **answer, "logprob": choices[0]["logprob"], "scores": scores}
+
+
+async def compare(services: Services, body: CompareBody) -> Comparison:
+    """Hand everything to the engine. Raises whatever it can be refused for; nothing is held then."""
+    terms = [_terms(services, expression) for expression in body.adapters]
+    prompt = await encode_prompt(services, body, body.max_tokens)
+    continuations = [await _continuation(services, len(prompt), text) for text in body.score or ()]
+    grammar = grammar_of(body.response_format, body.regex)
+    sampling = replace(sampling_params(body), logprobs=max(body.logprobs, 1))
+    started: list[Generation] = []
+    compared: list[_Compared] = []
+    try:
+        for expression, named in zip(body.adapters, terms, strict=True):
+            answer = await start(services, named, prompt, sampling, body.n, "adapters", grammar)
+            started.append(answer)
+            # a name that moves meanwhile moves for none of them
+            pinned = [Term(part.name, part.version, weight=part.weight) for part in answer.parts]
+            scores = []
+            for continuation in continuations:
+                token_ids = prompt + continuation
+                scoring = await start(
+                    services, pinned, token_ids, _SCORING, 1, "adapters", scored_from=len(prompt)
+                )
+                started.append(scoring)
+                scores.append(scoring)
+            compared.append(_Compared(expression, answer, tuple(scores)))
+    except BaseException:
+        await _close(started)
+        raise
+    return Comparison(compared, body.score, body.logprobs, services.base_name)
+
+
+def _terms(services: Services, expression: str) -> tuple[Term, ...]:
+    try:
+        return adapter_terms(expression, None, services.base_name)
+    except InvalidInput as error:
+        raise InvalidInput([FieldError(("adapters",), fault.message) for fault in error.errors]) from None
+
+
+async def _continuation(services: Services, num_prompt_tokens: int, text: str) -> tuple[int, ...]:
+    token_ids = await encoded(partial(services.encoder.continuation, text), len(text))
+    if num_prompt_tokens + len(token_ids) > services.max_model_len:
+        message = f"a text's {len(token_ids)} tokens and the prompt's exceed the model's {services.max_model_len}"
+        raise InvalidInput.of("score", message)
+    return tuple(token_ids)
+
+
+async def _score(text: str, generation: Generation) -> dict[str, object]:
+    scores: tuple[float, ...] = ()
+    async for output in generation.outputs():
+        scores += output.scores
+    return {"text": text, "logprob": sum(scores), "num_tokens": len(scores)}
+
+
+async def _close(generations: Sequence[Generation]) -> None:
+    for generation in generations:
+        await generation.close()

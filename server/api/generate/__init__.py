@@ -1,0 +1,1 @@
+"""POST /generate: the route, what it takes and answers, and the request that it becomes."""

@@ -1,0 +1,146 @@
+"""How an answer looks: one JSON document, or events while it comes.
+
+Runs for every piece of text of every stream, so it is plain dictionaries.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from server.api import wire
+from server.api.generate.generation import Generation
+from server.engine.request import FinishReason, SampledLogprob, SequenceOutput, Timing, TokenLogprob
+
+DONE = b"data: [DONE]\n\n"
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON does not have."""
+
+
+@dataclass
+class _Choice:
+    """What has been generated of one choice."""
+
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[SampledLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    num_tokens: int = 0
+    num_cached: int = 0
+    timing: Timing | None = None
+
+    @property
+    def logprob(self) -> float:
+        """The sum of what is known of its tokens, in nats."""
+        return sum(max(entry.chosen.logprob, LEAST_LOGPROB) for entry in self.logprobs)
+
+    def add(self, output: SequenceOutput) -> None:
+        if output.text:
+            self.pieces.append(output.text)
+        self.logprobs += output.logprobs
+        self.finish_reason = output.finish_reason
+        self.num_tokens, self.num_cached = output.num_output_tokens, output.num_cached_tokens
+        self.timing = output.timing
+
+
+async def collect(
+    generation: Generation, model: str, *, sums: bool = False, num_top: int = 1
+) -> dict[str, object]:
+    """The whole answer, when every choice has ended.
+
+    `sums`: each choice has its log-probability, too; a request that asks for logprobs has them summed up. They are
+    left out themselves where `num_top` is 0.
+    """
+    choices = [_Choice() for _ in range(generation.request.n)]
+    async for output in generation.outputs():
+        choices[output.index].add(output)
+    with_logprobs = generation.request.sampling.logprobs > 0 and num_top > 0
+    timings = [choice.timing for choice in choices if choice.timing is not None]
+    return {
+        **_head(generation, model),
+        "choices": [
+            {
+                "index": index,
+                "text": "".join(choice.pieces),
+                "finish_reason": choice.finish_reason,
+                "logprobs": [_sampled(entry) for entry in choice.logprobs] if with_logprobs else None,
+                **({"logprob": choice.logprob} if sums else {}),
+            }
+            for index, choice in enumerate(choices)
+        ],
+        "usage": _usage(
+            generation,
+            sum(choice.num_tokens for choice in choices),
+            # choices share their prompt: the later ones find what the first has just computed
+            min(choice.num_cached for choice in choices),
+        ),
+        "timing": _timing(timings),
+    }
+
+
+async def stream(generation: Generation, model: str) -> AsyncIterator[bytes]:
+    """Server-sent events: each piece of text, one last event for each choice, then `[DONE]`.
+
+    Logprobs come with the piece of text that their tokens completed, or with the last event.
+    """
+    with_logprobs = generation.request.sampling.logprobs > 0
+    pending: dict[int, list[dict[str, object]]] = {}
+    async for output in generation.outputs():
+        if with_logprobs:
+            pending.setdefault(output.index, []).extend(map(_sampled, output.logprobs))
+        if output.text:
+            piece: dict[str, object] = {"index": output.index, "text": output.text}
+            if with_logprobs:
+                piece["logprobs"] = pending.pop(output.index)
+            yield wire.event(piece)
+        if output.finish_reason is not None:
+            last = {
+                "index": output.index,
+                "finish_reason": output.finish_reason,
+                "usage": _usage(generation, output.num_output_tokens, output.num_cached_tokens),
+                "timing": _timing([output.timing] if output.timing else []),
+                **_head(generation, model),
+            }
+            if rest := pending.pop(output.index, None):
+                last["logprobs"] = rest
+            yield wire.event(last)
+    yield DONE
+
+
+def _head(generation: Generation, model: str) -> dict[str, object]:
+    return {
+        "id": generation.id,
+        "model": model,
+        "adapters": [
+            {"name": part.name, "version": part.version, "digest": part.digest, "weight": part.weight}
+            for part in generation.parts
+        ],
+        "seed": generation.request.sampling.seed,
+        "warnings": list(generation.warnings),
+    }
+
+
+def _usage(generation: Generation, num_tokens: int, num_cached: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": generation.num_prompt_tokens,
+        "completion_tokens": num_tokens,
+        "cached_tokens": num_cached,
+    }
+
+
+def _timing(timings: Sequence[Timing]) -> dict[str, float]:
+    """Of all choices: when the first began, when the first token came, when the last one ended."""
+    return {
+        "queue_ms": _ms(min((timing.queue for timing in timings), default=0.0)),
+        "ttft_ms": _ms(min((timing.first_token for timing in timings), default=0.0)),
+        "total_ms": _ms(max((timing.total for timing in timings), default=0.0)),
+    }
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)
+
+
+def _sampled(entry: SampledLogprob) -> dict[str, object]:
+    return {**_token(entry.chosen), "top": [_token(token) for token in entry.top]}
+
+
+def _token(token: TokenLogprob) -> dict[str, object]:
+    return {"token": token.text, "bytes": list(token.bytes), "logprob": max(token.logprob, LEAST_LOGPROB)}

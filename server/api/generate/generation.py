@@ -1,0 +1,233 @@
+"""From a checked body to a running request, and its outputs until its end.
+
+`begin` does all that can be refused: the prompt is encoded, names are resolved to bytes that then stay, and the
+engine takes the request or says why not. From there on `Generation` watches over it, and whoever began it closes
+it. How answers look is `server.api.generate.answers`'s part.
+"""
+
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
+
+from anyio import CapacityLimiter, to_thread
+
+from adapters.catalog.catalog import Part, combine
+from adapters.errors import FieldError, InvalidInput
+from adapters.expression import BASE, Term, parse, valid_name
+from server.api.adapters.library import Lease
+from server.api.deps import OutputStream, Services
+from server.api.generate.structure import check_grammar, grammar_of
+from server.api.schemas import MAX_SEED, AdapterBody, GenerateBody, PromptBody, SamplingBody
+from server.engine.request import AdapterRef, GenerationRequest, Grammar, SamplingParams, SequenceOutput
+from server.errors import GenerationFailed, TryAgain
+from server.metrics import Metrics, Outcome
+from server.model.text.chat import ChatMessage
+
+_SHORT_TEXT = 2048
+"""Characters that are encoded on the spot (about a millisecond); longer texts go to a thread."""
+_encoding = CapacityLimiter(2)  # long texts cost seconds of a core that the engine wants, too
+
+
+class Generation:
+    """One accepted request. Iterate `outputs` once; `close` at the end, which aborts what still runs."""
+
+    def __init__(self, request: GenerationRequest, lease: Lease, stream: OutputStream, metrics: Metrics) -> None:
+        self.request = request
+        self.parts = lease.parts
+        self.warnings = lease.warnings
+        self._lease = lease
+        self._stream = stream
+        self._metrics = metrics
+        self._names = {part.name for part in lease.parts} or {BASE}
+        self._started = time.perf_counter()
+        self._num_tokens = 0
+        self._num_running = request.n
+        self._outcome: Outcome = "cancelled"
+        self._closed = False
+        metrics.accepted(self._names)
+
+    @property
+    def id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    async def outputs(self) -> AsyncIterator[SequenceOutput]:
+        """News of every choice until all have ended. Raises what the engine ends one with, or GenerationFailed."""
+        last: dict[int, float] = {}
+        try:
+            async for output in self._stream:
+                if output.error is not None:
+                    raise output.error
+                if output.num_new_tokens:
+                    self._observe(output, last)
+                if output.finish_reason is not None:
+                    self._num_running -= 1
+                    if output.timing is not None:
+                        self._metrics.observe_queue(output.timing.queue)
+                yield output
+            if self._num_running:
+                raise GenerationFailed("the engine ended this request early")
+        except Exception:
+            self._outcome = "failed"
+            raise
+        self._outcome = "completed"
+
+    async def close(self) -> None:
+        """Abort what still runs and let go of the adapters. More than once is once."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            await self._stream.aclose()
+        finally:
+            self._lease.release()
+            took = time.perf_counter() - self._started
+            self._metrics.ended(self._outcome, took, self._names, self._num_tokens)
+
+    def _observe(self, output: SequenceOutput, last: dict[int, float]) -> None:
+        now = time.perf_counter()
+        self._num_tokens += output.num_new_tokens
+        if output.index in last:
+            self._metrics.observe_inter_token((now - last[output.index]) / output.num_new_tokens)
+        elif not last:
+            self._metrics.observe_first_token(now - self._started)
+        last[output.index] = now
+
+
+async def begin(services: Services, body: GenerateBody) -> Generation:
+    """Hand the request to the engine. Raises whatever it can be refused for; nothing is held then."""
+    terms = adapter_terms(body.adapter, body.adapters, services.base_name)
+    token_ids = await encode_prompt(services, body, body.max_tokens)
+    grammar = grammar_of(body.response_format, body.regex)
+    return await start(services, terms, token_ids, sampling_params(body), body.n, grammar=grammar)
+
+
+async def start(
+    services: Services,
+    terms: Sequence[Term],
+    token_ids: tuple[int, ...],
+    sampling: SamplingParams,
+    n: int,
+    field: str = "adapter",
+    grammar: Grammar | None = None,
+    scored_from: int | None = None,
+) -> Generation:
+    """Likewise, from what the body came to. Names of adapters that don't go are refused on `field`.
+
+    With `scored_from`, the prompt's tokens from there on are scored, and nothing is generated.
+    """
+    if grammar is not None:
+        await check_grammar(services, grammar, sampling)
+    lease = await to_thread.run_sync(services.library.lease, terms, field) if terms else Lease(())
+    try:
+        request = GenerationRequest(
+            request_id=f"gen-{uuid.uuid4().hex}",
+            prompt_token_ids=token_ids,
+            sampling=sampling,
+            adapters=canonical(lease.parts),
+            n=n,
+            grammar=grammar,
+            scored_from=scored_from,
+        )
+        stream = services.engine.submit(request)
+    except BaseException as error:
+        lease.release()
+        if isinstance(error, TryAgain):
+            services.metrics.refused()
+        raise
+    return Generation(request, lease, stream, services.metrics)
+
+
+def adapter_terms(expression: str | None, parts: Sequence[AdapterBody] | None, base_name: str) -> tuple[Term, ...]:
+    """The adapters asked for, as they are named; none for the base. Raises InvalidInput."""
+    if expression is not None and parts is not None:
+        raise InvalidInput([FieldError((name,), "give adapter or adapters, not both") for name in _ADAPTER_FIELDS])
+    if parts is not None:
+        faults = [fault for index, part in enumerate(parts) for fault in _part_faults(index, part)]
+        if faults:
+            raise InvalidInput(faults)
+        return tuple(Term(part.name, part.version, part.alias, part.weight) for part in parts)
+    if expression is None or expression == base_name:
+        return ()
+    return parse(expression, "adapter")
+
+
+_ADAPTER_FIELDS = ("adapter", "adapters")
+
+
+def _part_faults(index: int, part: AdapterBody) -> list[FieldError]:
+    faults = []
+    if not valid_name(part.name):
+        message = "the base is always in the sum: leave it out" if part.name == BASE else "not an adapter's name"
+        faults.append(FieldError(("adapters", index, "name"), message))
+    if part.version is not None and part.alias is not None:
+        faults.append(FieldError(("adapters", index, "alias"), "give version or alias, not both"))
+    return faults
+
+
+async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -> tuple[int, ...]:
+    """The prompt's tokens. Raises InvalidInput where there isn't exactly one prompt, or it leaves no room."""
+    encode: Callable[[], Sequence[int]]
+    if body.messages is not None and body.prompt is None:
+        turns = [ChatMessage(message.role, message.content) for message in body.messages]
+        name, length = "messages", sum(len(turn.content) for turn in turns)
+        encode = partial(services.encoder.messages, turns)
+    elif body.prompt is not None and body.messages is None:
+        name, length = "prompt", len(body.prompt)
+        encode = partial(services.encoder.prompt, body.prompt)
+    else:
+        needs = "give exactly one of prompt and messages"
+        raise InvalidInput([FieldError(("prompt",), needs), FieldError(("messages",), needs)])
+    ids = await encoded(encode, length)
+    limit = services.max_model_len
+    if len(ids) + max_tokens <= limit:
+        return tuple(ids)
+    message = f"the prompt's {len(ids)} tokens and {max_tokens} more exceed the model's {limit}"
+    faults = [FieldError(("max_tokens",), message)]
+    if len(ids) >= limit:
+        faults.append(FieldError((name,), f"{len(ids)} tokens leave no room for an answer within {limit}"))
+    raise InvalidInput(faults)
+
+
+async def encoded(encode: Callable[[], Sequence[int]], length: int) -> Sequence[int]:
+    """What `encode` makes of a text of so many characters."""
+    return encode() if length <= _SHORT_TEXT else await to_thread.run_sync(encode, limiter=_encoding)
+
+
+def sampling_params(body: SamplingBody) -> SamplingParams:
+    """The body's fields as the engine takes them, with a seed in any case."""
+    return SamplingParams(
+        max_tokens=body.max_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=biases(body.logit_bias or {}),
+        seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed,
+        stop=tuple(body.stop or ()),
+        logprobs=body.logprobs,
+        ignore_eos=body.ignore_eos,
+    )
+
+
+def biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """Token ids, written as JSON's keys are, and what is added to their logits. Raises InvalidInput."""
+    found: dict[int, float] = {}
+    for key, bias in given.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 9):
+            raise InvalidInput.of("logit_bias", 'its keys are token ids, as in {"50256": -100}')
+        found[int(key)] = bias
+    return tuple(found.items())
+
+
+def canonical(parts: Sequence[Part]) -> tuple[AdapterRef, ...]:
+    """The parts as the engine's cache and batch tell them apart."""
+    return tuple(AdapterRef(digest, weight) for digest, weight in combine(parts))

@@ -1,0 +1,36 @@
+"""GET /health, /ready and /metrics: is the process there, can it serve, what has it done."""
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from server.api import wire
+from server.api.deps import ServicesDep
+from server.errors import EngineDead, NotReady
+from server.metrics import CONTENT_TYPE
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/health", summary="Can the process answer?")
+async def health() -> Response:
+    """200 while the process can serve. No key needed."""
+    return wire.answer({"status": "ok"})
+
+
+@router.get("/ready", summary="Can it serve?")
+async def ready(services: ServicesDep) -> Response:
+    """200 while the model is loaded, the engine makes progress and the server is not shutting down.
+
+    No key needed.
+    """
+    if services.engine.dead:
+        raise EngineDead
+    if not services.engine.ready:
+        raise NotReady(retry_after=5)
+    return wire.answer({"status": "ready", "model": services.base_name})
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(services: ServicesDep) -> Response:
+    """Counters, gauges and histograms in Prometheus' text format."""
+    return Response(services.metrics.render(), media_type=CONTENT_TYPE)

@@ -1,0 +1,81 @@
+"""/datasets: upload rows once, train on them often. Everything on disk happens in threads."""
+
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Path, Request
+from starlette.datastructures import FormData
+from starlette.responses import Response
+
+from adapters.errors import Conflict
+from server.api import wire
+from server.api.deps import Services, ServicesDep
+from server.api.documents import DATASET_BODY, DATASET_UPLOADS, DATASETS
+from server.api.train.answers import dataset_document
+from server.api.train.schemas import DatasetAnswer, DatasetList
+from server.api.uploads import read_form, uploaded_rows
+from server.training.data.datasets import Dataset, DatasetStore
+
+router = APIRouter(prefix="/datasets", tags=["train"])
+
+
+DatasetId = Annotated[str, Path(max_length=256)]
+
+
+@router.post(
+    "",
+    summary="Upload a data set",
+    status_code=201,
+    response_class=Response,
+    responses={201: {"model": DatasetAnswer, "description": "Stored, or stored before"}, **DATASET_UPLOADS},
+    openapi_extra={"requestBody": DATASET_BODY},
+)
+async def upload(request: Request, services: ServicesDep) -> Response:
+    """Upload a JSONL or CSV file of rows. Every line is checked. The same rows always get the same id."""
+    form = await read_form(request)
+    try:
+        dataset = await to_thread.run_sync(_put, services.datasets, form, limiter=services.limiters.checking)
+    finally:
+        await form.close()
+    return wire.answer(dataset_document(dataset), 201, {"Location": f"/datasets/{dataset.id}"})
+
+
+@router.get(
+    "", summary="List data sets", response_class=Response, responses={200: {"model": DatasetList}, **DATASETS}
+)
+async def list_datasets(services: ServicesDep) -> Response:
+    """List data sets, newest first."""
+    found = await to_thread.run_sync(services.datasets.list)
+    return wire.answer({"datasets": [dataset_document(dataset) for dataset in found]})
+
+
+@router.get(
+    "/{dataset_id}",
+    summary="One data set",
+    response_class=Response,
+    responses={200: {"model": DatasetAnswer}, **DATASETS},
+)
+async def get_dataset(services: ServicesDep, dataset_id: DatasetId) -> Response:
+    """Get a data set's size, format and digest."""
+    return wire.answer(dataset_document(await to_thread.run_sync(services.datasets.get, dataset_id)))
+
+
+@router.delete(
+    "/{dataset_id}", summary="Delete a data set", status_code=204, response_class=Response, responses=DATASETS
+)
+async def delete_dataset(services: ServicesDep, dataset_id: DatasetId) -> Response:
+    """Delete a data set. Jobs that have ended don't need it any more."""
+    await to_thread.run_sync(_delete, services, dataset_id)
+    return Response(status_code=204)
+
+
+def _put(datasets: DatasetStore, form: FormData) -> Dataset:
+    file, filename = uploaded_rows(form)
+    return datasets.put(file, filename)
+
+
+def _delete(services: Services, dataset_id: str) -> None:
+    services.datasets.get(dataset_id)  # or there is none
+    if services.jobs.in_use(dataset_id):
+        raise Conflict("a training job that hasn't ended needs this data set: cancel it, or wait for its end")
+    services.datasets.delete(dataset_id)

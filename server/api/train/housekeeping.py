@@ -1,0 +1,30 @@
+"""What the server does now and then, by itself: ended jobs lose their files where RETAIN_JOBS says so."""
+
+import asyncio
+import logging
+from datetime import UTC, datetime, timedelta
+
+from anyio import to_thread
+
+from server.training.queue.retention import Retention
+
+INTERVAL_SECONDS = 3600.0
+
+log = logging.getLogger("smolora.housekeeping")
+
+
+async def keep_house(retention: Retention, retain_days: float, interval: float = INTERVAL_SECONDS) -> None:
+    """Look at once, and again each time so many seconds have passed; until cancelled."""
+    while True:
+        try:
+            await to_thread.run_sync(_tidy, retention, retain_days)
+        except Exception:  # the disk, or the database: the next look may go well
+            log.exception("can't remove the files of ended jobs just now")
+        await asyncio.sleep(interval)
+
+
+def _tidy(retention: Retention, retain_days: float) -> None:
+    retention.finish()
+    if retain_days and (removals := retention.prune(datetime.now(UTC) - timedelta(days=retain_days))):
+        num_bytes = sum(removal.num_bytes for removal in removals)
+        log.info("removed the files of %d ended jobs, %d bytes", len(removals), num_bytes)

@@ -1,0 +1,177 @@
+"""From a checked body to a job in the queue: its rows split, tokenized and stored beside its specification.
+
+Everything that POST /train can refuse is refused here, before anything is stored, and a job is in the queue only
+once its files are on the disk. Everything blocks, on disk or on the tokenizer: call it in a thread.
+"""
+
+import hashlib
+import json
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from adapters.durable import new_directory
+from adapters.errors import FieldError, InvalidInput, NotFound
+from adapters.expression import Term
+from server.api.adapters.library import Lease, Library
+from server.api.train.rows import JobRows, choose_rows
+from server.api.train.schemas import MAX_STEPS, TrainBody
+from server.api.train.spec import build_spec, parent_terms
+from server.training.data.encoding import RowEncoder
+from server.training.data.files import RowSources
+from server.training.data.job_data import DataFacts, JobData
+from server.training.data.rows import data_digest
+from server.training.data.split import overlap
+from server.training.queue.job_files import JobFiles
+from server.training.queue.jobs import FINE_TUNING, Job, Jobs
+from server.training.spec import JobSpec, TrainingSpec
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that could be queued. `source` says where the rows came from, as the body did."""
+
+    spec: JobSpec
+    data: JobData
+    source: Mapping[str, object]
+    used: frozenset[str]  # ids of data sets and files
+    warnings: tuple[str, ...]  # of the adapter to go on from
+
+    @property
+    def total_steps(self) -> int:
+        return self.spec.training.total_steps(len(self.data.train))
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """What is stored of the data with the job's record."""
+        return asdict(self.data.facts) | {"total_steps": self.total_steps, "source": dict(self.source)}
+
+
+class Submissions:
+    """Takes jobs for one base. `max_length` is what the base can read, in tokens."""
+
+    def __init__(
+        self,
+        home: Path,
+        jobs: Jobs,
+        sources: RowSources,
+        library: Library,
+        encoder: RowEncoder,
+        max_length: int,
+        base_digest: str,
+    ) -> None:
+        self._files = JobFiles(home)
+        self._jobs = jobs
+        self._sources = sources
+        self._library = library
+        self._encoder = encoder
+        self._max_length = max_length
+        self._base_digest = base_digest
+
+    def submit(
+        self, body: TrainBody, idempotency_key: str | None, fine_tuning: Mapping[str, object] | None = None
+    ) -> Job:
+        """Queue the job, or return the one that the key belongs to.
+
+        `fine_tuning` is stored with it as `server.training.queue.jobs.FINE_TUNING` has it.
+        Raises InvalidInput, NotFound (rows, or the parent), Conflict (the parent, or a latest version to be
+        improved on, is of another base's shapes), QueueFull; OSError where nothing can be stored.
+        """
+        digest = _digest(body, fine_tuning)
+        kept = {} if fine_tuning is None else {FINE_TUNING: dict(fine_tuning)}
+        if (first := self._jobs.repeated(idempotency_key, digest)) is not None:
+            return first
+        job_id = f"job-{secrets.token_hex(8)}"
+        directory = self._files.directory(job_id)
+        # the parent's bytes are held until the job itself holds them
+        with self.prepared(body) as prepared:
+            try:
+                with new_directory(directory) as unfinished:
+                    prepared.data.save(unfinished)
+                job = self._jobs.submit(
+                    prepared.spec,
+                    job_id=job_id,
+                    data={**prepared.facts, **kept},
+                    used=prepared.used,
+                    idempotency_key=idempotency_key,
+                    body_digest=digest,
+                    warnings=prepared.warnings,
+                )
+            except BaseException:
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
+        if job.id != job_id:  # somebody was quicker with the same key
+            shutil.rmtree(directory, ignore_errors=True)
+        return job
+
+    @contextmanager
+    def prepared(self, body: TrainBody) -> Iterator[Prepared]:
+        """Everything but the queue; nothing is stored. Raises as `submit` does."""
+        terms = parent_terms(body, self._library.base_name)
+        lease = self._library.lease(terms) if terms else Lease(())
+        try:
+            spec = build_spec(body, self._library, lease, self._max_length)
+            rows = choose_rows(body, self._sources)
+            _check_rows(spec, rows)
+            if spec.publish_if == "improves_latest":  # which is measured, too: it must go with the base
+                with suppress(NotFound):
+                    self._library.lease([Term(spec.name)], "name").release()
+            data = self._encode(spec.training, rows)
+            yield Prepared(spec, data, rows.source, rows.used, lease.warnings)
+        finally:
+            lease.release()
+
+    def _encode(self, training: TrainingSpec, rows: JobRows) -> JobData:
+        length, overlong, held_out = training.max_length, training.overlong, rows.validation
+        try:
+            train = self._encoder.encode_all(rows.train, length, overlong, (rows.name,))
+            loc = (rows.validation_name or rows.name,)
+            validation = self._encoder.encode_all(held_out, length, overlong, loc)
+        except InvalidInput:
+            if rows.validation_name is None:  # a share: the faults are to count rows as they were sent
+                self._encoder.encode_all(rows.rows, length, overlong, (rows.name,))
+            raise
+        facts = DataFacts(
+            digest=data_digest(rows.train),
+            num_rows=len(rows.train),
+            num_tokens=train.examples.num_tokens,
+            num_targets=train.examples.num_targets,
+            num_truncated=train.num_truncated,
+            validation_digest=data_digest(held_out) if held_out else None,
+            num_validation_rows=len(held_out),
+            num_validation_truncated=validation.num_truncated,
+            num_overlapping=overlap(rows.train, held_out),
+        )
+        return JobData(
+            train=train.examples,
+            validation=validation.examples if held_out else None,
+            references=self._encoder.references(held_out),
+            facts=facts,
+            base_digest=self._base_digest,
+        )
+
+
+def _check_rows(spec: JobSpec, rows: JobRows) -> None:
+    """Raises InvalidInput on what can't be had from so many rows."""
+    faults = []
+    training = spec.training
+    if not rows.validation:
+        needs = "needs held-out rows: set validation"
+        if spec.publish_if != "always":
+            faults.append(FieldError(("publish_if",), needs))
+        if training.eval_steps is not None:
+            faults.append(FieldError(("training", "eval_steps"), needs))
+    if (steps := training.total_steps(len(rows.train))) > MAX_STEPS:
+        faults.append(FieldError(("training", "epochs"), f"come to {steps} steps; there may be {MAX_STEPS}"))
+    if faults:
+        raise InvalidInput(faults)
+
+
+def _digest(body: TrainBody, fine_tuning: Mapping[str, object] | None) -> str:
+    """Equal for bodies that mean the same."""
+    fields = body.model_dump(mode="json") | ({} if fine_tuning is None else {FINE_TUNING: fine_tuning})
+    document = json.dumps(fields, sort_keys=True)
+    return hashlib.sha256(document.encode()).hexdigest()

@@ -1,0 +1,5 @@
+"""`python -m server.cli` is `smolora`."""
+
+from server.cli.main import main
+
+main()

@@ -1,0 +1,97 @@
+"""What the commands that speak to a running server have in common: options, the connection, tables.
+
+Each works against any URL, with a key, and prints JSON for scripts with --json. What the server refuses is a line
+or several on stderr, and exit code 1. What is slow to import is imported when needed.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from server.client import Client
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+INTERRUPTED = 130
+_NUMBERS = ("rank", "size", "loss", "held out", "base's", "steps")
+_WHOLE = ("adapter", "job", "name", "status", *_NUMBERS)  # columns that stay on one line
+
+Document = Mapping[str, object]
+UrlOption = Annotated[str, typer.Option(envvar="SMOLORA_URL", help="Where the server is.")]
+KeyOption = Annotated[
+    str | None, typer.Option(envvar="SMOLORA_API_KEY", help="A key, where the server asks for one.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Send it as a user's message, not as plain text.")]
+MaxTokensOption = Annotated[int | None, typer.Option(help="Default: 64.")]
+TemperatureOption = Annotated[float | None, typer.Option(help="0: greedy. Default: 0.7.")]
+TopPOption = Annotated[float | None, typer.Option(help="Default: 1.")]
+StopOption = Annotated[list[str] | None, typer.Option(help="End before this text; may be given more than once.")]
+
+
+@contextmanager
+def connected(url: str, api_key: str | None) -> "Iterator[Client]":
+    """A client; what the server refuses ends the command."""
+    from server.client import Client, ClientError
+
+    try:
+        with Client(url, api_key) as client:
+            yield client
+    except ClientError as error:
+        for line in str(error).splitlines():
+            typer.echo(f"smolora: {line}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def start_of(prompt: str, chat: bool) -> dict[str, object]:
+    """What the answer goes on from: the text, or a user's message."""
+    return {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+
+
+def given(**options: object) -> dict[str, object]:
+    """Those that aren't None: what is left out is the server's to decide."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def number(value: object) -> str:
+    """A loss for a table."""
+    return f"{value:.4f}" if isinstance(value, int | float) else ""
+
+
+def print_json(document: Document) -> None:
+    """One document on standard output, and nothing else."""
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_warnings(texts: Sequence[str]) -> None:
+    """What the server says of the adapters, on standard error: each line once."""
+    for text in dict.fromkeys(texts):
+        typer.echo(f"smolora: {text}", err=True)
+
+
+def table_of(*titles: str) -> Table:
+    """An empty one; numbers stand on the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        justify: Literal["right", "left"] = "right" if title in _NUMBERS else "left"
+        table.add_column(title, justify=justify, overflow="fold", no_wrap=title in _WHOLE)
+    return table
+
+
+def show(table: Table) -> None:
+    """Print it."""
+    console = Console(highlight=False)
+    # a script that reads it gets each row on one line, however wide
+    console.print(table, width=None if console.is_terminal else 1000, crop=False)
+
+
+def part_of(document: Document, name: str) -> Mapping[str, object]:
+    """An object within a document."""
+    return cast("Mapping[str, object]", document[name])

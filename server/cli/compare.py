@@ -1,0 +1,115 @@
+"""`smolora compare`: one prompt under several adapter expressions, side by side."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from server.cli.common import (
+    DEFAULT_URL,
+    ChatOption,
+    JsonOption,
+    KeyOption,
+    MaxTokensOption,
+    StopOption,
+    TemperatureOption,
+    TopPOption,
+    UrlOption,
+    connected,
+    given,
+    print_json,
+    print_warnings,
+    start_of,
+)
+
+_WIDE = 3
+"""Up to so many answers stand beside each other; more stand below each other."""
+
+
+def compare(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    adapter: Annotated[
+        list[str],
+        typer.Option("--adapter", "-a", help="Such as base, tweets@3 or a*0.7+b*0.3; give several."),
+    ],
+    score: Annotated[
+        list[str] | None,
+        typer.Option("--score", "-s", help="How likely is this continuation? May be given more than once."),
+    ] = None,
+    chat: ChatOption = False,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    seed: Annotated[int | None, typer.Option(help="Default: a random one, the same for all.")] = None,
+    stop: StopOption = None,
+    as_json: JsonOption = False,
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = None,
+) -> None:
+    """Answer one prompt under several adapters at once, and show how likely each finds its answer."""
+    sampling = given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop or None)
+    body = {**start_of(prompt, chat), **given(adapters=adapter, score=score or None), **sampling}
+    with connected(url, api_key) as client:
+        answer = client.compare(body)
+    if as_json:
+        print_json(answer)
+        return
+    results = cast("Sequence[Mapping[str, object]]", answer["results"])
+    console = Console(highlight=False)
+    # a script that reads it gets each line whole, however wide
+    width = None if console.is_terminal else 1000
+    is_narrow = console.is_terminal and len(results) <= _WIDE
+    console.print(_beside(results) if is_narrow else _below(results), width=width, crop=False)
+    if score:
+        console.print()
+        console.print(_scores(results, score), width=width, crop=False)
+    print_warnings([text for result in results for text in cast("Sequence[str]", result["warnings"])])
+
+
+def _beside(results: Sequence[Mapping[str, object]]) -> Table:
+    table = Table(pad_edge=False, header_style="bold")
+    for result in results:
+        table.add_column(Text(str(result["adapter"])), ratio=1, overflow="fold")
+    table.add_row(*(_text(result) for result in results), end_section=True)
+    table.add_row(*(_summary(result) for result in results))
+    return table
+
+
+def _below(results: Sequence[Mapping[str, object]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", show_lines=True)
+    for title in ("adapter", "log-probability", "answer"):
+        table.add_column(title, overflow="fold", no_wrap=title == "log-probability")
+    for result in results:
+        table.add_row(Text(str(result["adapter"])), _summary(result), _text(result))
+    return table
+
+
+def _scores(results: Sequence[Mapping[str, object]], texts: Sequence[str]) -> Table:
+    """The log-probability of each text under each adapter; the highest of a row stands out."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("text")
+    for result in results:
+        table.add_column(Text(str(result["adapter"])), justify="right")
+    for number, text in enumerate(texts):
+        scores = [cast("Sequence[Mapping[str, float]]", result["scores"])[number] for result in results]
+        values = [score["logprob"] for score in scores]
+        styles = ["bold" if value == max(values) else "" for value in values]
+        numbers = [Text(f"{value:.2f}", style) for value, style in zip(values, styles, strict=True)]
+        table.add_row(Text(text), *numbers)
+    return table
+
+
+def _choice(result: Mapping[str, object]) -> Mapping[str, object]:
+    return cast("Sequence[Mapping[str, object]]", result["choices"])[0]
+
+
+def _text(result: Mapping[str, object]) -> Text:
+    return Text(str(_choice(result)["text"]).strip())
+
+
+def _summary(result: Mapping[str, object]) -> Text:
+    usage = cast("Mapping[str, int]", result["usage"])
+    return Text(f"{cast('float', result['logprob']):.2f} over {usage['completion_tokens']} tokens", "dim")

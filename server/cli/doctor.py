@@ -1,0 +1,50 @@
+"""`smolora doctor`: is everything under HOME as it should be, and what to do where it isn't.
+
+Exit code 0: sound; 1: something was found, or couldn't be looked at. What is slow to import is imported when
+needed.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.config import WorkerSettings, load
+
+
+def doctor(
+    home: Annotated[Path | None, typer.Option(help="The server's. Default: ./data.")] = None,
+    rebuild: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild",
+            help="Where the database is missing or damaged, make it anew from the adapters' directories. "
+            "Aliases and jobs are lost then. Stop the server first.",
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Check the digests of all stored adapters, the database, and that neither has what the other lacks."""
+    from server import doctor as practice
+
+    place = load(WorkerSettings, home=home).home
+    rebuilt = practice.rebuild(place) if rebuild else None
+    found = practice.examine(place)
+    if as_json:
+        document = asdict(found) | {"is_sound": found.is_sound, "rebuilt": asdict(rebuilt) if rebuilt else None}
+        typer.echo(json.dumps(document))
+    else:
+        for line in rebuilt.lines() if rebuilt else ():
+            typer.echo(line)
+        if found.database is not None:
+            typer.echo(f"database: {found.database}")
+        for finding in found.findings:
+            typer.echo(f"{finding.about}: {finding.message}")
+        verdict = "sound" if found.is_sound else f"{len(found.findings)} findings"
+        typer.echo(f"{verdict}: {found.num_versions} versions, {found.num_adapters} stored adapters checked")
+        if any(finding.about == "database" for finding in found.findings):
+            typer.echo("smolora doctor --rebuild makes a new database from the directories")
+    if not found.is_sound:
+        raise typer.Exit(1)

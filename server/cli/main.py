@@ -1,0 +1,137 @@
+"""The command line: `smolora serve` and `smolora worker`; the other commands have a file each.
+
+`--help` is instant, so what is slow to import is imported when needed.
+Whatever keeps the server from starting is one line on stderr and exit code 1.
+"""
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  # pip would refuse; a checkout on the path would not
+    sys.exit(f"smolora needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from server import __version__
+from server.allocator import keep_freed_memory
+from server.cli.adapters import group as adapters
+from server.cli.compare import compare
+from server.cli.doctor import doctor
+from server.cli.generate import generate
+from server.cli.jobs import jobs
+from server.cli.options import with_flags
+from server.cli.prune import prune
+from server.cli.train import train
+from server.config import Settings, WorkerSettings, forget_keys, hide_keys, is_loopback
+from server.errors import StartupError
+from server.home import make, prepare, serving
+from server.serve.address import bind, url
+
+SWITCH_INTERVAL = 0.0005
+"""Seconds for which a thread may keep the GIL when another wants it. The engine's thread lets go of it in every
+kernel, and with Python's 5 ms would wait that long to get it back from the event loop, many times a step."""
+
+app = typer.Typer(
+    name="smolora",
+    help="One frozen SmolLM, any LoRA adapter per request: train, serve, version, blend, and never merge.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+@with_flags(Settings)
+def serve(settings: Settings) -> None:
+    """Serve generation over HTTP.
+
+    Each flag is also an environment variable: SMOLORA_MAX_NUM_SEQS for --max-num-seqs, and so on.
+    """
+    forget_keys()
+    raise typer.Exit(_serve(settings))
+
+
+@app.command()
+@with_flags(WorkerSettings)
+def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(hidden=True)] = None) -> None:
+    """Train queued jobs, one at a time, until told to stop; `serve` runs workers of its own (SMOLORA_WORKERS)."""
+    from server.training.worker.worker import run_worker
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s[%(process)d] %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    raise typer.Exit(run_worker(settings, parent))
+
+
+for _command in (train, generate, compare, jobs, doctor, prune):
+    app.command()(_command)
+app.add_typer(adapters, name="adapters")
+
+
+def _serve(settings: Settings) -> int:
+    """Everything from the settings to the exit code."""
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    keep_freed_memory()
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(line: str) -> None:
+        console.print(f"smolora: {line}", markup=False)
+
+    if not make(settings.home):
+        say(f"{settings.home} is another user's, or open to others: they may read what is stored there")
+    with serving(settings.home):
+        prepare(settings.home)
+        return _serve_at(settings, say)
+
+
+def _serve_at(settings: Settings, say: Callable[[str], None]) -> int:
+    """The same, in a home that is ready and nobody else's."""
+    bound = bind(settings.host, settings.port)
+    say("loading libraries")
+    from server.api.app import create_app
+    from server.serve import logs
+    from server.serve.process import run
+    from server.serve.startup import build
+    from server.training.worker.supervisor import Supervisor, worker_command
+    from server.training.worker.yielding import BusyFlag
+
+    try:
+        services = build(settings, say)
+        flag = BusyFlag(settings.home)
+    except OSError as error:
+        raise StartupError(f"{error.filename or settings.home}: {error.strerror or error}") from error
+    logs.set_up()
+
+    def announce() -> None:
+        address = url(bound, settings.host)
+        key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_keys else ""
+        body = '{"messages": [{"role": "user", "content": "What is LoRA?"}]}'
+        with suppress(OSError):  # whoever started it may have stopped reading
+            typer.echo(f"smolora: {services.base_name} is ready at {address} (its API: {address}/docs). Try:")
+            typer.echo(f"  curl -s {address}/generate{key} -H 'Content-Type: application/json' -d '{body}'")
+        if not settings.api_keys and not is_loopback(settings.host):
+            say("anybody who reaches this port can use it: no API keys are set")
+
+    supervisor = Supervisor(settings.workers, worker_command(settings.of_a_worker))
+    return run(create_app(services), services.engine, bound, announce, supervisor, flag)
+
+
+def main() -> None:
+    """The entry point of the `smolora` script."""
+    hide_keys()
+    try:
+        app()
+    except StartupError as error:
+        typer.echo(f"smolora: {error}", err=True)
+        sys.exit(1)

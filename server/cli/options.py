@@ -1,0 +1,56 @@
+"""A flag for each field of the settings, so that each is spelled once, in `server.config`."""
+
+import inspect
+from collections.abc import Callable
+from operator import getitem
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, cast, get_args
+
+import typer
+from pydantic.fields import FieldInfo
+
+from server.config import Flag, SettingsT, load
+
+
+def with_flags(kind: type[SettingsT]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of `run(settings)`, with a flag for each field of `kind`, none of them required.
+
+    Further parameters of `run` are flags as Typer reads them. Raises StartupError on what is no such setting.
+    """
+
+    def decorate(run: Callable[..., None]) -> Callable[..., None]:
+        _, *others = inspect.signature(run, eval_str=True).parameters.values()
+        flags = [_parameter(name, field) for name, field in kind.model_fields.items()]
+
+        def command(**given: Flag) -> None:
+            rest = {other.name: given.pop(other.name) for other in others}
+            run(load(kind, **given), **rest)
+
+        command.__name__, command.__doc__ = run.__name__, run.__doc__
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [*flags, *(other.replace(kind=inspect.Parameter.KEYWORD_ONLY) for other in others)]
+        )
+        return command
+
+    return decorate
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    option = getitem(cast("Any", Annotated), (_type(field) | None, typer.Option(help=_help(field))))
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
+
+
+def _type(field: FieldInfo) -> type:
+    """As the command line takes it; the settings make of a text what they need."""
+    kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not NoneType]
+    return next((kind for kind in (bool, int, float, Path) if kinds == [kind]), str)
+
+
+def _help(field: FieldInfo) -> str:
+    """With the default, where the field has one: what None stands for, its description says."""
+    default = field.default
+    if default is None or default == ():
+        return field.description or ""
+    shown = {True: "yes", False: "no"}[default] if isinstance(default, bool) else f"{default}"
+    return f"{field.description} Default: {shown}."

@@ -1,0 +1,57 @@
+"""`smolora prune`: make room by removing what ended jobs left, on HOME itself, whether or not a server is running.
+
+What is slow to import is imported when needed.
+"""
+
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.config import WorkerSettings, load
+
+
+def prune(
+    home: Annotated[Path | None, typer.Option(help="The server's. Default: ./data.")] = None,
+    older_than: Annotated[
+        float,
+        typer.Option(
+            envvar="SMOLORA_RETAIN_JOBS",
+            min=0,
+            max=36_500,
+            metavar="DAYS",
+            help="Only of jobs that ended so long ago. Default: SMOLORA_RETAIN_JOBS, else 0: of all.",
+        ),
+    ] = 0.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Remove the rows, checkpoints, models and logs of jobs that have ended.
+
+    Their records, events and cards stay, as do all versions of adapters, and data sets. Models of full fine-tuning
+    go: download them first.
+    """
+    from server.database import FILE_NAME, connect
+    from server.errors import StartupError
+    from server.training.queue.jobs import Jobs
+    from server.training.queue.retention import Retention
+
+    place = load(WorkerSettings, home=home).home
+    if not (place / FILE_NAME).exists():
+        raise StartupError(f"{place} isn't a server's home: it has no {FILE_NAME}; give --home or SMOLORA_HOME")
+    engine = connect(place)
+    before = datetime.now(UTC) - timedelta(days=older_than)
+    removals = Retention(place, Jobs(engine)).prune(before, dry_run)
+    engine.dispose()
+    num_bytes = sum(removal.num_bytes for removal in removals)
+    if as_json:
+        jobs = [asdict(removal) for removal in removals]
+        typer.echo(json.dumps({"dry_run": dry_run, "jobs": jobs, "num_bytes": num_bytes}))
+        return
+    for removal in removals:
+        typer.echo(f"{removal.job_id}: {removal.num_bytes:,} bytes")
+    outcome = "would be removed" if dry_run else "removed"
+    typer.echo(f"{num_bytes:,} bytes of {len(removals)} job{'s' if len(removals) != 1 else ''} {outcome}")

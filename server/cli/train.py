@@ -1,0 +1,234 @@
+"""`smolora train`: upload rows, submit a job, and watch it to its end."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from server.cli.common import (
+    DEFAULT_URL,
+    INTERRUPTED,
+    JsonOption,
+    KeyOption,
+    UrlOption,
+    connected,
+    given,
+    number,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from server.client import Client
+
+_LOOK_SECONDS = 1.0  # between looks at the job, whose events come at every step
+_TRAINED_STYLE = "bold green"
+
+Document = Mapping[str, object]
+
+
+def train(
+    data: Annotated[str, typer.Argument(help="A .jsonl or .csv file, or a data set's id.")],
+    name: Annotated[str, typer.Option(help="The adapter that becomes a version of it.")],
+    validation: Annotated[
+        str | None,
+        typer.Option(help="A share to hold out, a file, or a data set's id. Default: 0.1 from 20 rows up."),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="lora or full. Default: lora.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Default: 16.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Default: 32.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Default: 0.")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="all-linear, or names with commas between. Default: all-linear.")
+    ] = None,
+    init: Annotated[str | None, typer.Option(help="gaussian, kaiming, pissa or olora. Default: gaussian.")] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha/√rank.")] = False,
+    epochs: Annotated[int | None, typer.Option(help="Default: 3.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: 1e-3; full: 3e-5.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of an optimizer step. Default: 8.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a row. Default: 512.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="cosine, linear or constant. Default: cosine.")] = None,
+    warmup_ratio: Annotated[float | None, typer.Option(help="Default: 0.05.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Default: 0.")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Default: 1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Default: 0.")] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="Measure this often and keep the best weights.")] = None,
+    checkpoint_steps: Annotated[int | None, typer.Option(help="Default: about every 30 s.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Evaluations without a gain, until it ends early.")] = None,
+    packing: Annotated[bool, typer.Option(help="Lay short rows out together.")] = True,
+    overlong: Annotated[str | None, typer.Option(help="truncate or refuse. Default: truncate.")] = None,
+    start_from: Annotated[str | None, typer.Option(help="An adapter to go on from, such as tweets@2.")] = None,
+    publish_if: Annotated[
+        str | None, typer.Option(help="always, improves_base or improves_latest. Default: always.")
+    ] = None,
+    alias: Annotated[str | None, typer.Option(help="Points to the new version.")] = None,
+    description: Annotated[str | None, typer.Option(help="For the adapter's card.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything; train nothing.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Don't wait for the job's end.")] = False,
+    as_json: JsonOption = False,
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = None,
+) -> None:
+    """Train an adapter on rows of prompt and completion, messages, or text.
+
+    Exit code 0 once it has succeeded, 1 where it hasn't. Interrupting only stops watching: the job goes on.
+    """
+    modules = target_modules if target_modules in (None, "all-linear") else str(target_modules).split(",")
+    lora = given(
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=modules,
+        init=init,
+        use_rslora=rslora or None,
+    )
+    training = given(
+        epochs=epochs,
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        max_length=max_length,
+        schedule=schedule,
+        warmup_ratio=warmup_ratio,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        seed=seed,
+        eval_steps=eval_steps,
+        checkpoint_steps=checkpoint_steps,
+        early_stopping_patience=patience,
+        packing=None if packing else False,
+        overlong=overlong,
+    )
+    with connected(url, api_key) as client:
+        body = given(
+            name=name,
+            dataset=_dataset(client, data),
+            validation=None if validation is None else _validation(client, validation),
+            method=method,
+            lora=lora,
+            training=training,
+            start_from=start_from,
+            publish_if=publish_if,
+            alias=alias,
+            description=description,
+        )
+        answer = client.train(body, dry_run)
+        if dry_run:
+            print_json(answer) if as_json else _show_dry_run(answer)
+        elif detach:
+            print_json(answer) if as_json else typer.echo(answer["id"])
+        else:
+            raise typer.Exit(watch(client, answer, as_json))
+
+
+def watch(client: "Client", job: Document, as_json: bool) -> int:
+    """Follow the job to its end, on a bar or in silence; the exit code."""
+    try:
+        if as_json:
+            for _ in client.events(str(job["id"])):
+                pass
+        else:
+            _show_progress(client, job)
+    except KeyboardInterrupt:
+        typer.echo(f"smolora: the job goes on: smolora jobs {job['id']} --follow, or --cancel", err=True)
+        return INTERRUPTED
+    job = client.job(str(job["id"]))
+    print_json(job) if as_json else _show_end(client, job)
+    return 0 if job["status"] == "succeeded" else 1
+
+
+def _dataset(client: "Client", data: str) -> str:
+    """The id of the data set that `data` is or becomes."""
+    path = Path(data)
+    if data.startswith("ds-") and not path.exists():
+        return data
+    try:
+        return str(client.upload(path)["id"])
+    except OSError as error:
+        raise typer.BadParameter(f"{data}: {error.strerror}") from None
+
+
+def _validation(client: "Client", value: str) -> float | str:
+    try:
+        return float(value)
+    except ValueError:
+        return _dataset(client, value)
+
+
+def _show_progress(client: "Client", job: Document) -> None:
+    """A bar with the losses, and the job's messages above it."""
+    console = Console(highlight=False)
+    console.print(Text(f"{job['id']}: {job['name']}"))
+    columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[news]}", markup=False))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=None, news=str(job["status"]))
+        _update(progress, task, job)
+        looked_at = time.monotonic()
+        for event in client.events(str(job["id"])):
+            is_metrics = event["type"] == "metrics"
+            if not is_metrics:
+                style = {"error": "red", "warning": "yellow"}.get(str(event["level"]), "")
+                progress.console.print(Text(str(event["message"]), style=style))
+            if not is_metrics or time.monotonic() - looked_at > _LOOK_SECONDS:
+                _update(progress, task, client.job(str(job["id"])))
+                looked_at = time.monotonic()
+            if is_metrics:
+                _update_losses(progress, task, cast("Document", event["data"]))
+
+
+def _update(progress: Progress, task: TaskID, job: Document) -> None:
+    at = cast("Document", job["progress"])
+    parts = [f"{at['tokens_per_second']:,.0f} tokens/s"] if at["tokens_per_second"] else [str(job["status"])]
+    if at["eta_seconds"]:
+        parts.append(f"{at['eta_seconds']:,.0f} s left")
+    progress.update(task, speed=", ".join(parts), total=cast("float", at["total_steps"]))
+    _update_losses(progress, task, {"step": at["step"], **cast("Document", job["metrics"])})
+
+
+def _update_losses(progress: Progress, task: TaskID, found: Document) -> None:
+    fields = progress.tasks[task].fields
+    for name in ("train_loss", "eval_loss", "base_eval_loss"):
+        if found.get(name) is not None:
+            fields[name] = found[name]
+    shown = {"loss": "train_loss", "held out": "eval_loss", "base": "base_eval_loss"}
+    losses = [f"{title} {fields[name]:.3f}" for title, name in shown.items() if name in fields]
+    step = max(progress.tasks[task].completed, cast("float", found.get("step", 0)))
+    progress.update(task, completed=step, news="  ".join([*losses, str(fields.get("speed", ""))]))
+
+
+def _show_end(client: "Client", job: Document) -> None:
+    console = Console(highlight=False)
+    metrics = cast("Document", job["metrics"])
+    if metrics["eval_loss"] is not None:
+        base = number(metrics["base_eval_loss"])
+        console.print(f"held-out loss {number(metrics['eval_loss'])}, the untouched base's {base}")
+    if job["error"]:
+        console.print(Text(str(job["error"]), style="red"))
+    elif job["adapter"] is not None:
+        reference = "{name}@{version}".format(**cast("Document", job["adapter"]))
+        console.print(Text(f'Try: smolora generate "…" --adapter {reference}'))
+    elif job["status"] == "succeeded":
+        gate = cast("Document", client.report(str(job["id"]))["gate"])
+        console.print(Text(f"No version was published: {gate['reason']}"))
+
+
+def _show_dry_run(answer: Document) -> None:
+    console = Console(highlight=False)
+    data, estimate = cast("Document", answer["data"]), cast("Document", answer["estimate"])
+    console.print(
+        f"{data['rows']:,} rows to train on, {data['validation_rows']:,} held out; "
+        f"{data['truncated']:,} and {data['validation_truncated']:,} truncated"
+    )
+    console.print(f"{data['tokens']:,} tokens, of which {data['trained_tokens']:,} are trained on")
+    seconds, rate = cast("float", estimate["seconds"]), cast("float", estimate["tokens_per_second"])
+    console.print(f"{answer['steps']:,} steps: about {seconds:,.0f} s at {rate:,.0f} tokens/s")
+    for row in cast("list[Document]", answer["preview"]):
+        text = Text(f"row {row['row']}: ", style="dim")
+        for token in cast("list[Document]", row["tokens"]):
+            text.append(str(token["text"]), style=_TRAINED_STYLE if token["trained"] else "")
+        console.print(text if not row["more"] else text.append(f" … {row['more']} more", style="dim"))

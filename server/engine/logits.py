@@ -1,0 +1,103 @@
+"""What changes a step's logits before tokens are chosen from them: penalties, biases and constraints.
+
+In this order, as Hugging Face's generation applies them: repetition penalty (Keskar et al. 2019,
+arXiv:1909.05858), presence and frequency penalty and logit bias (as OpenAI's API defines them), the mask of a
+constraint. Each is done for all rows at once, so that a device gets its numbers in one copy.
+"""
+
+from collections import Counter
+from collections.abc import Collection
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from server.engine.request import SamplingParams
+from server.engine.sequence import Constraint
+from server.model.device import floats_beside, to_device
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """What decides one row's token, besides its logits."""
+
+    params: SamplingParams
+    index: int  # of the choice
+    position: int  # of the new token in its sequence
+    token_ids: Seq[int]  # the prompt and the output so far: what the repetition penalty looks at
+    num_prompt_tokens: int = 0  # the other penalties look at what comes after them
+    constraint: Constraint | None = None
+
+
+def penalize(logits: torch.Tensor, rows: Seq[Row]) -> None:
+    """Apply the rows' penalties and biases to logits (rows, vocab), each kind of all rows at once."""
+    flat, vocab = logits.view(-1), logits.shape[1]
+    seen, used, biased = _Places(), _Places(), _Places()  # with penalties, what is taken off, what is added
+    for i, row in enumerate(rows):
+        params = row.params
+        if not params.changes_logits:
+            continue
+        if params.repetition_penalty != 1:
+            tokens = set(row.token_ids)
+            seen.add(i * vocab, tokens, [params.repetition_penalty] * len(tokens))
+        if params.presence_penalty or params.frequency_penalty:
+            counts = Counter(row.token_ids[row.num_prompt_tokens :])
+            penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
+            used.add(i * vocab, counts, penalties)
+        if params.logit_bias:
+            biased.add(i * vocab, *zip(*params.logit_bias, strict=True))
+    if seen:
+        index, penalty = seen.on(logits)
+        scores = flat[index]
+        flat[index] = torch.where(scores < 0, scores * penalty, scores / penalty)
+    if used:
+        index, penalty = used.on(logits)
+        flat[index] -= penalty
+    if biased:
+        index, bias = biased.on(logits)
+        flat[index] += bias
+
+
+class _Places:
+    """Places in flat logits, with a number for each."""
+
+    def __init__(self) -> None:
+        self._places: list[NDArray[np.int64]] = []
+        self._values: list[float] = []
+
+    def add(self, start: int, token_ids: Collection[int], values: Seq[float]) -> None:
+        """Of the row that begins at `start`."""
+        self._places.append(np.fromiter(token_ids, np.int64, len(token_ids)) + start)
+        self._values += values
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+    def on(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The places and the numbers, where and as `logits` are."""
+        places = torch.from_numpy(np.concatenate(self._places))
+        return to_device(places, logits.device), floats_beside(logits, self._values)
+
+
+def constrain(logits: torch.Tensor, rows: Seq[Row]) -> None:
+    """Leave of logits (rows, vocab) only those of tokens that may come next: none of a failed constraint's row."""
+    masks: dict[int, NDArray[np.bool_]] = {}
+    for i, row in enumerate(rows):
+        if row.constraint is not None:
+            forbidden = row.constraint.forbidden()
+            if forbidden is None:
+                logits[i].fill_(float("-inf"))
+            else:
+                masks[i] = forbidden
+    if masks:
+        for i, mask in zip(masks, _together(list(masks.values()), logits.device), strict=True):
+            logits[i].masked_fill_(mask, float("-inf"))
+
+
+def _together(arrays: Seq[NDArray[np.bool_]], device: torch.device) -> Seq[torch.Tensor]:
+    """The arrays, all of one shape, on the device: by one copy where that is another memory."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    return to_device(torch.from_numpy(np.stack(arrays)), device).unbind()

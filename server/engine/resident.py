@@ -1,0 +1,44 @@
+"""One adapter of the pool, from its first reading until its rows are given to others."""
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from adapters.errors import CorruptAdapter, SmoloraError
+from adapters.lora import LoraWeights
+from server.errors import GenerationFailed
+from server.model.gpu import is_out_of_memory
+from server.model.rank_rows import Needs, Placement
+
+
+@dataclass(eq=False)
+class Adapter:
+    """One adapter that is resident or on its way. It has rows exactly while `placement` is set.
+
+    It is kept while any lease wants it, held or waiting, or while it has rows that nobody needs.
+    """
+
+    digest: str
+    reading: Future[LoraWeights]
+    weights: LoraWeights | None = None  # between being read and being placed
+    needs: Needs = field(default_factory=dict)
+    placement: Placement | None = None
+    placing: Future[None] | None = None
+    num_wanting: int = 0
+    num_leases: int = 0
+
+    @property
+    def is_placed(self) -> bool:
+        return self.placing is not None and self.placing.done() and self.failure is None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether its rows can be given to others."""
+        return not self.num_leases and self.placing is not None and self.placing.done()
+
+    @property
+    def failure(self) -> SmoloraError | None:
+        """Why it could not be placed."""
+        reason = self.placing.exception() if self.placing is not None and self.placing.done() else None
+        if reason is not None and is_out_of_memory(reason):
+            return GenerationFailed("the device has no memory for an adapter of this request now; try it again")
+        return None if reason is None else CorruptAdapter("An adapter of this request could not be loaded.")

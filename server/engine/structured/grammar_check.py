@@ -1,0 +1,203 @@
+"""Compiles grammars of strangers where they can do no harm: in a process of their own, within limits.
+
+`python -m server.engine.structured.grammar_check` reads a tokenizer and then grammars, and forks a child for each
+of them, which compiles it and tries it out; limits of time and memory, or an overflow of its stack, end that child
+alone. It is niced below serving, and ends when its standard input does. `GrammarChecker` is the other end. Both
+speak lines of JSON.
+"""
+
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import NoReturn
+
+from llguidance import LLTokenizer
+
+from server.engine.request import Grammar
+from server.engine.structured.grammar import GrammarRefused, compiled, try_out
+from server.errors import NotReady
+
+CPU_SECONDS = 0.4
+"""Of one grammar. Real ones take milliseconds."""
+WALL_SECONDS = 0.9
+"""Likewise, on a machine that is busy."""
+
+_MEMORY = 1 << 30  # bytes of address space
+_NICE, _NICER = 5, 15
+_NICER_AFTER = 0.05  # seconds: real grammars are through by then
+_DEATH_SECONDS = 0.7  # what the news of a child's end may take on a busy machine
+_START_SECONDS = 20.0
+_TOO_HARD = "takes too long to compile: make it simpler"
+
+
+class GrammarChecker:
+    """The process, started when asked to or when first needed, and again after it died. Safe in any thread."""
+
+    def __init__(self, tokenizer: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        """`tokenizer`: the text of a Hugging Face tokenizer.json."""
+        self._setup = _line([tokenizer, vocab_size, list(eos_token_ids)])
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._answers = bytearray()
+        self._closed = False
+
+    def start(self) -> None:
+        """Have the process ready before the first grammar comes. Returns when it is."""
+        with self._lock, suppress(NotReady):
+            self._running()
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._closed = True
+            self._kill()
+
+    def check(self, grammar: Grammar) -> None:
+        """Blocks for about WALL_SECONDS at most, and for those before it. Raises GrammarRefused or NotReady."""
+        with self._lock:
+            for _ in range(2):  # it may have been killed since
+                process = self._running()
+                assert process.stdin is not None
+                with suppress(OSError):
+                    process.stdin.write(_line([grammar.kind, grammar.source]))
+                    process.stdin.flush()
+                    answer = self._read(process, WALL_SECONDS + _DEATH_SECONDS)
+                    if answer is None and not _has_died(process):
+                        self._kill()
+                        threading.Thread(target=self.start, name="grammar-check", daemon=True).start()
+                        raise GrammarRefused(_TOO_HARD)
+                    if answer:
+                        raise GrammarRefused(answer)
+                    if answer is not None:
+                        return
+                self._kill()
+            raise NotReady("grammars can't be compiled now")
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._closed:
+            raise NotReady("grammars can't be compiled now")
+        if self._process is not None:
+            return self._process
+        self._answers.clear()
+        command = [sys.executable, "-m", "server.engine.structured.grammar_check"]
+        try:
+            process = subprocess.Popen(  # noqa: S603  # nothing of it comes from outside
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+            self._process = process
+            assert process.stdin is not None
+            process.stdin.write(self._setup)
+            process.stdin.flush()
+            is_ready = self._read(process, _START_SECONDS) == ""
+        except OSError:
+            is_ready = False
+        if not is_ready:
+            self._kill()
+            raise NotReady("grammars can't be compiled now")
+        return process
+
+    def _read(self, process: subprocess.Popen[bytes], seconds: float) -> str | None:
+        """The next answer; None where the process has died or takes too long."""
+        assert process.stdout is not None
+        deadline = time.monotonic() + seconds
+        poll = select.poll()  # select.select takes no descriptors from 1024 on
+        poll.register(process.stdout, select.POLLIN)
+        while b"\n" not in self._answers:
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(left * 1e3):
+                return None
+            read = os.read(process.stdout.fileno(), 1 << 16)
+            if not read:
+                return None
+            self._answers += read
+        line, _, rest = self._answers.partition(b"\n")
+        self._answers = rest
+        return str(json.loads(line))
+
+    def _kill(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with suppress(OSError):
+                pipe.close()
+
+
+def _has_died(process: subprocess.Popen[bytes]) -> bool:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(0.1)
+        return True
+    return False
+
+
+def serve() -> None:
+    """The process: a setup, then a grammar and its answer, until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server's to act on
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError):
+        os.nice(_NICE)
+    lines = sys.stdin.buffer
+    setup = lines.readline()
+    if not setup:
+        return
+    source, vocab_size, eos_token_ids = json.loads(setup)
+    tokenizer = LLTokenizer(source, n_vocab=vocab_size, eos_token=eos_token_ids)
+    _answer("")
+    for line in iter(lines.readline, b""):
+        child = os.fork()
+        if not child:
+            _compile(tokenizer, Grammar(*json.loads(line)), frozenset(eos_token_ids))
+        if _status_of(child):
+            _answer(_TOO_HARD)
+
+
+def _status_of(child: int) -> int:
+    """Wait for the child's end. One that takes long gives way to everybody."""
+    until = time.monotonic() + _NICER_AFTER
+    while time.monotonic() < until:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.001)
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, child, _NICER)
+    return os.waitpid(child, 0)[1]
+
+
+def _compile(tokenizer: LLTokenizer, grammar: Grammar, eos_token_ids: frozenset[int]) -> NoReturn:
+    """The child: answers and ends, or is killed."""
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    try:
+        try_out(compiled(tokenizer, grammar), eos_token_ids)
+    except GrammarRefused as refusal:
+        _answer(str(refusal))
+    except BaseException:  # whatever it makes of it: llguidance's panics are no Exceptions
+        _answer("can't be compiled")
+    else:
+        _answer("")
+    os._exit(0)
+
+
+def _answer(text: str) -> None:
+    os.write(1, _line(text))
+
+
+def _line(document: object) -> bytes:
+    return json.dumps(document).encode() + b"\n"
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,1 @@
+"""The base's weights: found, converted once, and mapped from then on."""

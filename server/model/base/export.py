@@ -1,0 +1,46 @@
+"""Writes a base as a Hugging Face directory, for transformers, PEFT and whoever downloads it."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from adapters.durable import new_directory, write_json
+from server.model.base.checkpoint import read_json
+from server.model.base.config import ModelConfig
+from server.model.base.layout import layout
+from server.model.base.weights import MANIFEST, WEIGHTS, BaseModel, BaseWeights
+
+
+def export_hugging_face(base: BaseModel, directory: Path, dtype: torch.dtype | None = None) -> None:
+    """Write `base` as the new directory `directory`, its weights in `dtype` (None: as they are loaded).
+
+    For other weights of the same sizes, such as fine-tuned ones: `dataclasses.replace(base, weights=...)`.
+    Raises OSError.
+    """
+    dtype = dtype or base.dtype
+    with new_directory(directory) as unfinished:
+        state = {name: _owned(tensor, dtype) for name, tensor in split(base.config, base.weights)}
+        save_file(state, unfinished / "model.safetensors", metadata={"format": "pt"})
+        for file in base.directory.iterdir():
+            if file.is_file() and file.name not in (WEIGHTS, MANIFEST):
+                shutil.copyfile(file, unfinished / file.name)
+        config = read_json(unfinished / "config.json")
+        config.pop("torch_dtype", None)  # the older spelling of the next line
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        write_json(unfinished / "config.json", config)
+
+
+def split(config: ModelConfig, weights: BaseWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights under their Hugging Face names, as views of the stacked tensors; a tied head is left out."""
+    tensors = dict(weights.tensors())
+    for stack in layout(config):
+        rows = torch.split(tensors[stack.name], stack.rows)
+        yield from zip((part.name for part in stack.parts), rows, strict=True)
+
+
+def _owned(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy that shares its memory with no other tensor, as safetensors asks for."""
+    return tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()

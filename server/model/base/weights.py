@@ -1,0 +1,182 @@
+"""A base model in memory: its frozen tensors in the layout that the forward uses, its tokenizer and its identity.
+
+Weights are mapped from the converted file, not copied: processes that load the same base on a CPU share one copy
+of its pages. Asking for another dtype or device than the file's makes a copy of one's own. Where a base comes from
+is `server.model.base.source`'s part, the file itself `server.model.base.convert`'s.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerBase
+
+from server.errors import StartupError
+from server.model.base.checkpoint import read_json, read_tokenizer
+from server.model.base.config import ModelConfig
+from server.model.gpu import room_for
+
+MANIFEST = "smolora.json"
+WEIGHTS = "base.safetensors"
+FORMAT = 1
+"""The version of the converted layout; a directory of another one is converted anew."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWeights:
+    """One decoder layer. Matrices are (out, in); those that read the same input are stacked along `out`."""
+
+    input_norm: torch.Tensor  # (hidden,)
+    qkv: torch.Tensor  # (q + kv + kv, hidden)
+    o: torch.Tensor  # (hidden, q)
+    post_norm: torch.Tensor  # (hidden,)
+    gate_up: torch.Tensor  # (2 * intermediate, hidden)
+    down: torch.Tensor  # (hidden, intermediate)
+
+
+LAYER_TENSORS = ("input_norm", "qkv", "o", "post_norm", "gate_up", "down")
+"""The fields of `LayerWeights`, in the order in which the file holds them and the forward reads them."""
+
+
+@dataclass(frozen=True, eq=False)
+class BaseWeights:
+    """Every tensor of a base. `lm_head` is `embed` itself where the base ties them."""
+
+    embed: torch.Tensor  # (vocab, hidden)
+    layers: tuple[LayerWeights, ...]
+    final_norm: torch.Tensor  # (hidden,)
+    lm_head: torch.Tensor  # (vocab, hidden)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each tensor once, with its name in the converted file."""
+        yield "embed", self.embed
+        for index, layer in enumerate(self.layers):
+            for field in LAYER_TENSORS:
+                yield f"layers.{index}.{field}", getattr(layer, field)
+        yield "final_norm", self.final_norm
+        if self.lm_head is not self.embed:
+            yield "lm_head", self.lm_head
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.numel() for _, tensor in self.tensors())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for _, tensor in self.tensors())
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """A loaded base. `digest` names the stored weights and sizes, whatever dtype they were loaded as."""
+
+    name: str
+    directory: Path
+    config: ModelConfig
+    weights: BaseWeights
+    tokenizer: PreTrainedTokenizerBase
+    digest: str  # SHA-256, hex
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.embed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.embed.device
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a converted directory says of itself, in `smolora.json`."""
+
+    format: int
+    key: str  # the name of its directory under HOME/models, wherever it lies now
+    name: str
+    digest: str
+    origin: str  # the directory or hub id it was converted from
+    revision: str | None  # the hub's commit
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The directory's manifest; None where it is no converted base, or one of another format."""
+    if not (directory / MANIFEST).is_file():
+        return None
+    fields = read_json(directory / MANIFEST)
+    if fields.get("format") != FORMAT:
+        return None
+    revision = fields.get("revision")
+    return Manifest(
+        format=FORMAT,
+        key=str(fields.get("key")),
+        name=str(fields.get("name")),
+        digest=str(fields.get("digest")),
+        origin=str(fields.get("origin")),
+        revision=None if revision is None else str(revision),
+    )
+
+
+def load_base(directory: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> BaseModel:
+    """Load a converted base. On a CPU, in the file's own dtype (or None), its tensors are views of the file.
+
+    Such views must not be written to: a write would go to a private copy of the page, and be lost.
+    Raises StartupError where the directory is no converted base, can't be read, or has no room on the device.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise StartupError(f"{directory.name} is not a converted base model")
+    tokenizer = read_tokenizer(directory)
+    config = read_config(directory, tokenizer)
+    with room_for("the base", torch.device(device)):
+        weights = load_weights(directory, config, dtype, torch.device(device))
+    return BaseModel(manifest.name, directory, config, weights, tokenizer, manifest.digest)
+
+
+def read_config(directory: Path, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
+    """The sizes of the converted base in `directory`."""
+    generation = directory / "generation_config.json"
+    return ModelConfig.of(
+        read_json(directory / "config.json"),
+        read_json(generation) if generation.is_file() else {},
+        tokenizer.eos_token_id,
+    )
+
+
+def load_weights(
+    directory: Path, config: ModelConfig, dtype: torch.dtype | None, device: torch.device
+) -> BaseWeights:
+    """The tensors of a converted base, mapped, then cast and moved where asked for."""
+    try:
+        with safe_open(directory / WEIGHTS, framework="pt") as file:
+
+            def get(name: str) -> torch.Tensor:
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor.to(device=device, dtype=dtype)  # the same tensor where nothing changes
+
+            return _assemble(config, get)
+    except (SafetensorError, OSError) as error:
+        raise StartupError(f"the converted base in {directory.name} can't be read: {error}") from error
+
+
+def _assemble(config: ModelConfig, get: Callable[[str], torch.Tensor]) -> BaseWeights:
+    embed = get("embed")
+    layers = [
+        LayerWeights(*(get(f"layers.{index}.{field}") for field in LAYER_TENSORS))
+        for index in range(config.num_layers)
+    ]
+    lm_head = embed if config.tie_word_embeddings else get("lm_head")
+    return BaseWeights(embed, tuple(layers), get("final_norm"), lm_head)
+
+
+def digest_of(config: ModelConfig, weights: BaseWeights) -> str:
+    """SHA-256 (hex) over the sizes and every tensor's name, dtype, shape and bytes; about 1 s per GB."""
+    sizes = asdict(config) | {"nope_layers": sorted(config.nope_layers)}
+    sha = hashlib.sha256(b"smolora-base-v1" + json.dumps(sizes, sort_keys=True).encode())
+    for name, tensor in weights.tensors():
+        sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

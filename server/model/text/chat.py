@@ -1,0 +1,200 @@
+"""Text and chat messages → token ids, the way the base's own tokenizer reads them.
+
+Promises: ordinary texts and messages give exactly the ids of the tokenizer and its chat template. The
+template's special tokens are real ones, while what looks like one inside a user's text is encoded as plain
+text, so that no text can end its own turn. Long texts don't hold the GIL, so they can be encoded in another
+thread while the engine's goes on. Leaves to others: how long a prompt may be, and HTTP.
+"""
+
+import json
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from adapters.errors import InvalidInput
+from server.model.text.turns import ChatMessage, Disguise
+
+__all__ = ["ChatMessage", "PromptEncoder"]
+
+Span = tuple[int, int]
+"""Characters of a text, from the first to after the last."""
+
+
+class PromptEncoder:
+    """Encodes prompts for one base. Safe to call from several threads at once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise InvalidInput.of("model", "its tokenizer has no fast version (tokenizer.json)")
+        self._tokenizer = tokenizer
+        self.num_tokens = len(tokenizer)
+        self._specials = {
+            token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        longest_first = sorted(self._specials, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._next_special = re.compile(rf"\s*+({self._special.pattern})")
+        # transformers switches a flag of its one Tokenizer for every call, which threads can't share: each
+        # of ours keeps its flag.
+        source = _untrimmed(tokenizer.backend_tokenizer.to_str())
+        self._marked = _fixed_copy(source, specials_are_text=False)
+        self._plain = _fixed_copy(source, specials_are_text=True)
+
+    def prompt(self, text: str) -> Sequence[int]:
+        """`text` as it is, with whatever the tokenizer puts before every text."""
+        return _encode(self._plain, text, add_special_tokens=True)
+
+    def continuation(self, text: str) -> Sequence[int]:
+        """`text` as it is, to be joined to what was encoded before it."""
+        return _encode(self._plain, text, add_special_tokens=False)
+
+    def messages(self, messages: Sequence[ChatMessage]) -> Sequence[int]:
+        """The conversation through the base's chat template, up to where the assistant's next turn begins.
+
+        Raises InvalidInput on `messages` where the base has no template, or the template refuses them.
+        """
+        if not any(self._special.search(message.content) for message in messages):
+            return _encode(self._marked, self._render(messages), add_special_tokens=False)
+        disguise = Disguise(messages, self._special)
+        ids: list[int] = []
+        for text, is_special in self._cut(self._render(disguise.messages)):
+            if is_special:
+                ids.append(self._specials[text])
+            else:
+                ids += _encode(self._plain, disguise.restore(text), add_special_tokens=False)
+        return ids
+
+    def conversation(
+        self, messages: Sequence[ChatMessage], end_token_ids: Collection[int]
+    ) -> tuple[list[int], list[range]]:
+        """A whole conversation, and which of its tokens are the assistant's: a range for each of its turns.
+
+        A turn is its text and the end token that the template puts after it, if that is one of `end_token_ids`;
+        of its header it has nothing. The ids are the template's own, but that no token lies across the border of
+        a turn: where one would, each side is encoded apart, as they are when the assistant's turn is generated.
+        Raises InvalidInput as `messages` does, and where the template does more to a turn than trimming it.
+        """
+        disguise = Disguise(messages, self._special)
+        rendered = self._render(disguise.messages, is_whole=True)
+        turns = disguise.find_turns(rendered, self._render(disguise.outline(), is_whole=True))
+        if turns is None:
+            message = "the base's chat template rewrites the assistant's turns; send prompt and completion"
+            raise InvalidInput.of("messages", message)
+        turns = [(start, self._after_end_token(rendered, end, end_token_ids)) for start, end in turns]
+        specials = [match.span() for match in self._special.finditer(rendered)]
+        points = [point for span in (*turns, *specials) for point in span]
+        text, moved = disguise.restore_at(rendered, points)
+        borders = sorted({moved[point] for turn in turns for point in turn})
+        if disguise.hides_nothing:
+            ids, starts = _encode_apart(self._marked, text, borders)
+        else:
+            ids, starts = self._encode_lookalikes(
+                text, [(moved[start], moved[end]) for start, end in specials], borders
+            )
+        ranges = [range(*(bisect_left(starts, moved[point]) for point in turn)) for turn in turns]
+        return ids, ranges
+
+    def _encode_lookalikes(
+        self, text: str, specials: Sequence[Span], borders: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Only `specials` are special tokens; the texts between them are encoded each on its own, as plain."""
+        ids: list[int] = []
+        starts: list[int] = []
+        cuts = [0, *(point for span in specials for point in span), len(text)]
+        for number, (first, last) in enumerate(pairwise(cuts)):
+            if number % 2:
+                found, where = [self._specials[text[first:last]]], [0]
+            else:
+                found, where = _encode_apart(self._plain, text[first:last], _inside(borders, first, last))
+            ids += found
+            starts += [first + start for start in where]
+        return ids, starts
+
+    def _after_end_token(self, rendered: str, position: int, end_token_ids: Collection[int]) -> int:
+        """Where the end token ends that follows on `position`, after white space at most; else `position`."""
+        match = self._next_special.match(rendered, position)
+        return match.end() if match and self._specials[match.group(1)] in end_token_ids else position
+
+    def _cut(self, rendered: str) -> Iterator[tuple[str, bool]]:
+        """The special tokens of a rendering, and the texts between them: (text, whether it is a special token).
+
+        A tokenizer also cuts a text at its special tokens first and encodes what is between them apart, so
+        encoding these pieces differs from encoding it whole only in what counts as special.
+        """
+        start = 0
+        for match in self._special.finditer(rendered):
+            yield rendered[start : match.start()], False
+            yield match.group(), True
+            start = match.end()
+        yield rendered[start:], False
+
+    def _render(self, messages: Sequence[ChatMessage], is_whole: bool = False) -> str:
+        """Up to where the assistant's next turn begins; a whole conversation ends with its last turn."""
+        if not self._tokenizer.chat_template:
+            raise InvalidInput.of("messages", "this base has no chat template; send a prompt")
+        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=not is_whole
+            )
+        except TemplateError:  # its text may quote the messages
+            raise InvalidInput.of("messages", "the base's chat template can't take these turns") from None
+        return str(rendered)
+
+
+def _untrimmed(source: str) -> str:
+    """The tokenizer as JSON, with each token's white space counted as its own."""
+    document = json.loads(source)
+    last = document["post_processor"] or {}
+    for step in (last, *last.get("processors", ())):
+        if "trim_offsets" in step:
+            step["trim_offsets"] = False
+    return json.dumps(document)
+
+
+def _fixed_copy(source: str, specials_are_text: bool) -> Tokenizer:
+    copy = Tokenizer.from_str(source)
+    copy.encode_special_tokens = specials_are_text
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Sequence[int]:
+    # encode() holds the GIL for as long as it runs (seconds for a megabyte); the batched form lets it go
+    encoding = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+    ids: list[int] = encoding.ids
+    return ids
+
+
+def _encode_apart(tokenizer: Tokenizer, text: str, borders: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(ids, where each token starts), of which none lies across one of the ascending `borders`."""
+    encoding = tokenizer.encode_batch([text], add_special_tokens=False)[0]
+    offsets = encoding.offsets  # made anew whenever it is asked for
+    starts = [start for start, _ in offsets]
+    crossed = [border for border in borders if _lies_across(offsets, border)]
+    if not crossed:
+        return encoding.ids, starts
+    ids: list[int] = []
+    starts = []
+    for first, last in pairwise([0, *crossed, len(text)]):
+        found, where = _encode_apart(tokenizer, text[first:last], _inside(borders, first, last))
+        ids += found
+        starts += [first + start for start in where]
+    return ids, starts
+
+
+def _inside(borders: Sequence[int], first: int, last: int) -> list[int]:
+    """Those of the ascending `borders` that lie between the two, counted from `first`."""
+    return [border - first for border in borders[bisect_right(borders, first) : bisect_left(borders, last)]]
+
+
+def _lies_across(offsets: Sequence[Span], border: int) -> bool:
+    """Whether a token does. `offsets` ascend."""
+    place = bisect_left(offsets, (border, 0)) - 1  # the last token that starts before it
+    return place >= 0 and offsets[place][1] > border

@@ -1,0 +1,145 @@
+"""The process around the app: uvicorn in this process, from the first connection to a clean end.
+
+SIGTERM or SIGINT drains: /ready says 503, nothing new is taken, what runs ends within DRAIN_SECONDS, then exit
+code 0; a second signal doesn't wait. Training workers start once everything is ready, and are told to let go of
+their jobs as soon as draining begins. An engine that can't go on is shown on /ready for a moment, then exit
+code 1; where its thread hangs, nothing waits for that.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from server.api.deps import EngineClient
+from server.serve.address import cannot_listen
+from server.training.worker.supervisor import Supervisor
+from server.training.worker.yielding import BusyFlag
+
+DRAIN_SECONDS = 30.0
+_FLUSH_SECONDS = 3  # for answers that are on their way when nothing runs any more
+_DEAD_SECONDS = 2.0  # so that whoever probes /ready sees why
+_KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep an idle connection, so that they close it
+_POLL_SECONDS = 0.05
+
+log = logging.getLogger("smolora.run")
+
+
+def run(
+    app: FastAPI,
+    engine: EngineClient,
+    bound: socket.socket,
+    announce: Callable[[], None],
+    supervisor: Supervisor,
+    flag: BusyFlag,
+) -> int:
+    """Serve until told to stop; the exit code. `announce` is called once everything is ready."""
+    process = Process(app, engine, bound, supervisor=supervisor, flag=flag)
+    code = asyncio.run(process.run(announce))
+    if engine.hung:  # an ordinary exit would wait for its threads
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # they are ours: uvicorn would stop listening at once and end by the signal
+
+
+class Process:
+    """One run of the server. `drain_seconds` is the time that running requests get to end."""
+
+    def __init__(
+        self,
+        app: FastAPI,
+        engine: EngineClient,
+        bound: socket.socket,
+        drain_seconds: float = DRAIN_SECONDS,
+        supervisor: Supervisor | None = None,
+        flag: BusyFlag | None = None,
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=_FLUSH_SECONDS,
+        )
+        self._server = _Server(config)
+        self._engine = engine
+        self._bound = bound
+        self._drain_seconds = drain_seconds
+        self._supervisor = supervisor or Supervisor(0, ())
+        self._flag = flag
+        self._num_signals = 0
+
+    async def run(self, announce: Callable[[], None]) -> int:
+        """Serve until told to stop; the exit code."""
+        try:
+            return await self._run(announce)
+        finally:
+            self._supervisor.ask_to_stop()
+            while self._supervisor.is_running:
+                if self._num_signals > 1:
+                    self._supervisor.hurry()
+                await asyncio.sleep(_POLL_SECONDS)
+
+    async def _run(self, announce: Callable[[], None]) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+        serving = asyncio.create_task(self._server.serve(sockets=[self._bound]))
+        announced = False
+        while not (serving.done() or self._num_signals or self._engine.dead):
+            if not announced and self._server.started and self._engine.ready:
+                announced = True
+                self._supervisor.start()
+                announce()
+            await self._tick()
+        self._supervisor.ask_to_stop()
+        if self._engine.dead:
+            log.critical("the engine can't go on: exiting")
+            await asyncio.sleep(_DEAD_SECONDS)
+        elif self._num_signals:
+            await self._drain()
+        self._server.should_exit = True
+        try:
+            await serving
+        except OSError as error:  # the address was taken between binding and listening
+            await self._engine.stop()
+            host, port = self._bound.getsockname()[:2]
+            raise cannot_listen(host, port, error) from None
+        return 1 if self._engine.dead else 0
+
+    async def _tick(self) -> None:
+        """A moment, at whose start trainers are told how busy the engine is."""
+        if self._flag is not None:
+            self._flag.set(self._engine.num_in_flight)
+        await asyncio.sleep(_POLL_SECONDS)
+
+    def _signalled(self) -> None:
+        self._num_signals += 1
+
+    async def _drain(self) -> None:
+        """Let what runs end; what doesn't in time is told so."""
+        log.info("draining: taking nothing new")
+        self._engine.drain()
+        deadline = asyncio.get_running_loop().time() + self._drain_seconds
+        while self._num_signals == 1 and asyncio.get_running_loop().time() < deadline:
+            if not self._engine.num_in_flight or self._engine.dead:
+                return
+            await self._tick()
+        await self._engine.stop()

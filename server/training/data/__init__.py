@@ -1,0 +1,1 @@
+"""What is trained on: rows in files, checked, tokenized, split and stored."""

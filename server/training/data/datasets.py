@@ -1,0 +1,152 @@
+"""Uploaded data sets: checked rows under an id that follows from them, published by one rename.
+
+    <root>/ds-<32 hex digits>/rows.jsonl      a line of canonical JSON for each row
+                              dataset.json    counts, dates, the digest of all rows
+
+The id begins the digest of the rows in their order, so that the same rows are one data set, from whichever format
+they came; the first upload's facts stay. Several processes may use one root. Who uses a data set is the caller's
+to know: `delete` asks nobody.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO, Self, cast
+
+from adapters.durable import UNFINISHED, new_directory, write_json
+from adapters.errors import InvalidInput, SmoloraError
+from server.training.data.record_store import RecordStore
+from server.training.data.row_files import FILE, Format, format_of, read_rows
+from server.training.data.rows import Row, canonical_json, kind_of, parse_row
+from server.training.documents import read_document
+
+ROWS = "rows.jsonl"
+FACTS = "dataset.json"
+_ID = re.compile(r"ds-[0-9a-f]{32}")
+
+
+class CorruptDataset(SmoloraError):
+    """Stored rows are missing, or no longer match the digest that names them."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What is known of a data set. `bytes` and `format` are the upload's."""
+
+    id: str
+    format: Format
+    num_rows: int
+    bytes: int
+    created_at: datetime  # UTC
+    kinds: Mapping[str, int]  # rows of each shape: completion, messages, text
+    digest: str  # as rows.data_digest
+
+    def to_document(self) -> dict[str, object]:
+        """JSON-ready."""
+        return asdict(self) | {"created_at": self.created_at.isoformat(), "kinds": dict(self.kinds)}
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, object]) -> Self:
+        """What `to_document` made. Raises ValueError on anything else."""
+        return read_document(cls, document)
+
+
+class DatasetStore:
+    """The data sets under one root. Thread-safe."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._records = RecordStore(
+            root, _ID, FACTS, Dataset.from_document, "no data set has this id", CorruptDataset
+        )
+
+    def put(self, stream: BinaryIO, filename: str) -> Dataset:
+        """Check all rows and store them; the format is the file name's ending.
+
+        Raises InvalidInput with the lines and fields at fault, OSError where the disk is full: nothing stays then.
+        """
+        file_format = format_of(filename)
+        counted = _Counted(stream)
+        handle, name = tempfile.mkstemp(prefix=UNFINISHED, dir=self._root)
+        unfinished = Path(name)
+        try:
+            kinds: Counter[str] = Counter()
+            digest = hashlib.sha256()
+            with open(handle, "wb") as file:
+                for row in read_rows(cast("BinaryIO", counted), file_format):
+                    line = canonical_json(row) + b"\n"
+                    digest.update(line)
+                    file.write(line)
+                    kinds[kind_of(row)] += 1
+            if not kinds:
+                raise InvalidInput.of(FILE, "has no rows")
+            dataset = Dataset(
+                id=f"ds-{digest.hexdigest()[:32]}",
+                format=file_format,
+                num_rows=kinds.total(),
+                bytes=counted.num_bytes,
+                created_at=datetime.now(UTC),
+                kinds=dict(sorted(kinds.items())),
+                digest=digest.hexdigest(),
+            )
+            return self._publish(unfinished, dataset)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def get(self, dataset_id: str) -> Dataset:
+        """Raises NotFound."""
+        return self._records.get(dataset_id)
+
+    def list(self) -> list[Dataset]:
+        """All of them, newest first."""
+        return self._records.list()
+
+    def rows(self, dataset_id: str) -> Iterator[Row]:
+        """The rows in their order. Raises NotFound at once; CorruptDataset, at the latest at the end."""
+        return _checked_rows(self._records.place(dataset_id) / ROWS, self.get(dataset_id))
+
+    def delete(self, dataset_id: str) -> None:
+        """Raises NotFound. Who is reading its rows now reads on."""
+        self._records.delete(dataset_id)
+
+    def _publish(self, rows: Path, dataset: Dataset) -> Dataset:
+        existing = self._records.find(dataset.id)
+        if existing is not None:
+            return existing
+        with new_directory(self._records.place(dataset.id)) as directory:
+            os.replace(rows, directory / ROWS)
+            write_json(directory / FACTS, dataset.to_document())
+        return self._records.find(dataset.id) or dataset  # another process may have been quicker
+
+
+class _Counted:
+    """A stream whose bytes are counted as they are read."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.num_bytes = 0
+        self._stream = stream
+
+    def readline(self, limit: int) -> bytes:
+        line = self._stream.readline(limit)
+        self.num_bytes += len(line)
+        return line
+
+
+def _checked_rows(path: Path, dataset: Dataset) -> Iterator[Row]:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                digest.update(line)
+                yield parse_row(json.loads(line))
+    except (OSError, ValueError, InvalidInput):
+        raise CorruptDataset(f"the rows of {dataset.id} are missing or unreadable") from None
+    if digest.hexdigest() != dataset.digest:
+        raise CorruptDataset(f"the rows of {dataset.id} no longer match its digest")

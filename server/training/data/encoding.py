@@ -1,0 +1,158 @@
+"""Rows → tokens, and which of them are trained on.
+
+    prompt, completion   encoded apart, the prompt as /generate encodes it; trained on: completion and end token
+    messages             through the base's chat template; trained on: each of the assistant's texts and its end
+                         token, but no header
+    text                 trained on: all of it, and the end token
+
+What is too long is cut from the right, and then loses its end token too. Nobody's text is a special token. The
+first token of a row is never trained on: nothing comes before it.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from adapters.errors import FieldError, InvalidInput
+from server.model.text.chat import PromptEncoder
+from server.training.data.examples import Example, Examples
+from server.training.data.rows import CompletionRow, MessagesRow, Row, TextRow
+from server.training.spec import Overlong
+
+MAX_TOKENS = 1 << 26
+"""Of all rows of a job: 320 MiB of memory."""
+MAX_FAULTS = 20
+"""Rows at fault that are named."""
+MAX_REFERENCES = 200
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a greedy completion of a row is compared with."""
+
+    prompt: tuple[int, ...]
+    text: str
+    num_tokens: int  # of `text`
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """All rows of a job, in their order."""
+
+    examples: Examples
+    num_truncated: int
+
+
+class RowEncoder:
+    """Encodes rows for one base. Safe to call from several threads at once."""
+
+    def __init__(self, encoder: PromptEncoder, eos_token_id: int, end_token_ids: Collection[int] = ()) -> None:
+        """`eos_token_id` is appended to rows; any of `end_token_ids` may end an assistant's turn too."""
+        self._encoder = encoder
+        self._eos = eos_token_id
+        self._ends = frozenset({eos_token_id, *end_token_ids})
+
+    def encode(self, row: Row, max_length: int, overlong: Overlong = "truncate") -> Example:
+        """The row in at most `max_length` tokens.
+
+        Raises InvalidInput on the row's field where it is longer and `overlong` is refuse, where nothing is left
+        to train on, or where the base's chat template can't take the messages.
+        """
+        return self._encode(row, max_length, overlong)[0]
+
+    def encode_all(
+        self,
+        rows: Iterable[Row],
+        max_length: int,
+        overlong: Overlong = "truncate",
+        loc: tuple[str | int, ...] = ("data",),
+    ) -> EncodedRows:
+        """Every row. Raises InvalidInput that names the rows at fault, counted from 0: (*loc, row, field)."""
+        examples = Examples()
+        num_truncated = 0
+        faults: list[FieldError] = []
+        for number, row in enumerate(rows):
+            try:
+                example, is_truncated = self._encode(row, max_length, overlong)
+            except InvalidInput as error:
+                faults += [
+                    FieldError((*loc, number, *fault.loc), f"row {number}: {fault.message}")
+                    for fault in error.errors
+                ]
+                if len(faults) >= MAX_FAULTS:
+                    break
+                continue
+            examples.append(example)
+            num_truncated += is_truncated
+            if examples.num_tokens > MAX_TOKENS:
+                raise InvalidInput([FieldError(loc, f"has more than {MAX_TOKENS} tokens")])
+        if faults:
+            raise InvalidInput(faults[:MAX_FAULTS])
+        return EncodedRows(examples, num_truncated)
+
+    def reference(self, row: Row) -> Reference | None:
+        """The completion, or the assistant's last turn, and what comes before it; None for a text."""
+        if isinstance(row, CompletionRow):
+            prompt, text = self._encoder.prompt(row.prompt), row.completion
+        elif isinstance(row, MessagesRow) and len(row.messages) > 1:
+            prompt, text = self._encoder.messages(row.messages[:-1]), row.messages[-1].content
+        else:
+            return None
+        return Reference(tuple(prompt), text, len(self._encoder.continuation(text)))
+
+    def references(self, rows: Iterable[Row], limit: int = MAX_REFERENCES) -> list[Reference]:
+        """Those of the first `limit` rows that have one."""
+        found = (self.reference(row) for row in rows)
+        return list(islice((reference for reference in found if reference is not None), limit))
+
+    def _encode(self, row: Row, max_length: int, overlong: Overlong) -> tuple[Example, bool]:
+        """(the example, whether it was truncated)."""
+        token_ids, targets, field = self._whole(row)
+        num_tokens = len(token_ids)
+        if num_tokens > max_length and overlong == "refuse":
+            raise InvalidInput.of(field, f"has {num_tokens} tokens, more than max_length {max_length}")
+        del token_ids[max_length:]
+        is_target = [False] * len(token_ids)
+        for span in targets:
+            kept = range(max(span.start, 1), min(span.stop, max_length))
+            is_target[kept.start : kept.stop] = [True] * len(kept)
+        if not any(is_target):
+            within = f"within max_length {max_length} of {num_tokens} tokens"
+            raise InvalidInput.of(field, f"leaves nothing to train on {within}")
+        return Example(tuple(token_ids), tuple(is_target)), num_tokens > max_length
+
+    def _whole(self, row: Row) -> tuple[list[int], Sequence[range], str]:
+        """(all tokens up to the last that is trained on, those that are, the field that they come from)."""
+        if isinstance(row, MessagesRow):
+            token_ids, turns = self._encoder.conversation(row.messages, self._ends)
+            last = turns[-1]
+            del token_ids[last.stop :]
+            if not last or token_ids[-1] not in self._ends:  # the template ends no turn
+                token_ids.append(self._eos)
+                turns[-1] = range(last.start, len(token_ids))
+            return token_ids, turns, "messages"
+        if isinstance(row, TextRow):
+            token_ids = [*self._encoder.prompt(row.text), self._eos]
+            return token_ids, [range(len(token_ids))], "text"
+        prompt = self._encoder.prompt(row.prompt)
+        token_ids = [*prompt, *self._encoder.continuation(row.completion), self._eos]
+        return token_ids, [range(len(prompt), len(token_ids))], "completion"
+
+
+def preview(example: Example, decode: Callable[[list[int]], str]) -> list[tuple[str, bool]]:
+    """The tokens for a person, in order: (text, whether it is trained on). Special tokens are shown by name.
+
+    `decode` is the tokenizer's. Tokens that hold parts of one character are shown as one, as the last of them.
+    """
+    shown: list[tuple[str, bool]] = []
+    pending: list[int] = []
+    for place, (token, is_target) in enumerate(zip(example.token_ids, example.is_target, strict=True)):
+        pending.append(token)
+        text = decode(pending)
+        following = example.is_target[place + 1 : place + 2]
+        is_alike = following == (is_target,) or (place == 0 and len(following) == 1)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and is_alike and len(pending) < 4:  # a character's bytes
+            continue
+        shown.append((text, is_target))
+        pending = []
+    return shown

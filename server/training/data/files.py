@@ -1,0 +1,174 @@
+"""Files as OpenAI's clients know them: bytes under an id of their own, published by one rename.
+
+    <root>/file-…/content      the bytes as they came
+                  file.json    name, purpose, size, date
+
+Unlike data sets, two uploads of the same bytes are two files, and what is read back is what was sent. Every row
+is checked before an uploaded file is there, and again as it is read. Who uses a file is the caller's to know:
+`delete` asks nobody. Several processes may use one root.
+"""
+
+import hashlib
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePath
+from typing import BinaryIO, Literal, Self, cast
+
+from adapters.durable import new_directory, write_json
+from adapters.errors import InvalidInput, NotFound, SmoloraError
+from server.training.data.datasets import DatasetStore
+from server.training.data.record_store import RecordStore
+from server.training.data.row_files import FILE, Format, read_rows
+from server.training.data.rows import Row
+from server.training.documents import read_document
+
+Purpose = Literal["fine-tune", "fine-tune-results"]
+PREFIX = "file-"
+CONTENT = "content"
+FACTS = "file.json"
+MAX_FILENAME = 255
+_ID = re.compile(r"file-[A-Za-z0-9-]{1,80}")
+_CHUNK = 1 << 20
+
+
+class CorruptFile(SmoloraError):
+    """A stored file is missing in part, or can't be read any more."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """What is known of a file. `format` is how its rows are read, for results as well."""
+
+    id: str
+    filename: str
+    purpose: Purpose
+    format: Format
+    bytes: int
+    sha256: str
+    created_at: datetime  # UTC
+
+    def to_document(self) -> dict[str, object]:
+        """JSON-ready."""
+        return asdict(self) | {"created_at": self.created_at.isoformat()}
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, object]) -> Self:
+        """What `to_document` made. Raises ValueError on anything else."""
+        return read_document(cls, document)
+
+
+class FileStore:
+    """The files under one root. Thread-safe."""
+
+    def __init__(self, root: Path) -> None:
+        self._records = RecordStore(root, _ID, FACTS, StoredFile.from_document, "no file has this id", CorruptFile)
+
+    def put(self, stream: BinaryIO, filename: str) -> StoredFile:
+        """Keep rows to train on, as CSV where the name ends so, else as JSONL.
+
+        Raises InvalidInput with the lines and fields at fault, OSError where the disk is full: nothing stays then.
+        """
+        name = PurePath(filename).name[:MAX_FILENAME] or "rows.jsonl"
+        file_format: Format = "csv" if name.lower().endswith(".csv") else "jsonl"
+        file_id = f"{PREFIX}{secrets.token_hex(12)}"
+        with new_directory(self._records.place(file_id)) as directory:
+            content = directory / CONTENT
+            with content.open("wb") as copy:
+                shutil.copyfileobj(stream, copy, _CHUNK)
+            with content.open("rb") as copy:
+                read = _Hashed(copy)
+                if not sum(1 for _ in read_rows(cast("BinaryIO", read), file_format)):
+                    raise InvalidInput.of(FILE, "has no rows")
+            size = content.stat().st_size
+            file = StoredFile(
+                file_id, name, "fine-tune", file_format, size, read.digest.hexdigest(), datetime.now(UTC)
+            )
+            write_json(directory / FACTS, file.to_document())
+        return file
+
+    def put_results(self, job_id: str, content: bytes) -> StoredFile:
+        """Keep a job's results, a CSV; those that an earlier attempt at the job left stay as they are."""
+        file_id = results_id(job_id)
+        digest = hashlib.sha256(content).hexdigest()
+        name, size = f"{job_id}.csv", len(content)
+        file = StoredFile(file_id, name, "fine-tune-results", "csv", size, digest, datetime.now(UTC))
+        with new_directory(self._records.place(file_id)) as directory:
+            (directory / CONTENT).write_bytes(content)
+            write_json(directory / FACTS, file.to_document())
+        return self.get(file_id)
+
+    def get(self, file_id: str) -> StoredFile:
+        """Raises NotFound."""
+        return self._records.get(file_id)
+
+    def has(self, file_id: str) -> bool:
+        """Whether it is there."""
+        return self._records.has(file_id)
+
+    def list(self) -> list[StoredFile]:
+        """All of them, newest first."""
+        return self._records.list()
+
+    def open(self, file_id: str) -> BinaryIO:
+        """The bytes, to read and close; they outlive a delete. Raises NotFound."""
+        try:
+            return (self._records.place(file_id) / CONTENT).open("rb")
+        except FileNotFoundError:
+            raise NotFound("no file has this id") from None
+
+    def rows(self, file_id: str) -> Iterator[Row]:
+        """The rows in their order. Raises NotFound at once; CorruptFile, at the latest at the end."""
+        file = self.get(file_id)
+        if file.purpose != "fine-tune":
+            raise NotFound("no file of rows has this id")
+        return _checked_rows(self.open(file_id), file)
+
+    def delete(self, file_id: str) -> None:
+        """Raises NotFound. Who is reading it now reads on."""
+        self._records.delete(file_id)
+
+
+class RowSources:
+    """Rows by the id of an uploaded file or of a data set, whichever it is."""
+
+    def __init__(self, datasets: DatasetStore, files: FileStore) -> None:
+        self._datasets = datasets
+        self._files = files
+
+    def rows(self, source_id: str) -> Iterator[Row]:
+        """The rows in their order. Raises NotFound at once."""
+        store = self._files if source_id.startswith(PREFIX) else self._datasets
+        return store.rows(source_id)
+
+
+def results_id(job_id: str) -> str:
+    """The id of the file that holds the job's results, once there are any."""
+    return f"{PREFIX}{job_id}"
+
+
+class _Hashed:
+    """A stream whose bytes are hashed as they are read."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.digest = hashlib.sha256()
+        self._stream = stream
+
+    def readline(self, limit: int) -> bytes:
+        line = self._stream.readline(limit)
+        self.digest.update(line)
+        return line
+
+
+def _checked_rows(content: BinaryIO, file: StoredFile) -> Iterator[Row]:
+    with content:
+        read = _Hashed(content)
+        try:
+            yield from read_rows(cast("BinaryIO", read), file.format)
+        except (OSError, InvalidInput):
+            raise CorruptFile(f"the rows of {file.id} are unreadable") from None
+    if read.digest.hexdigest() != file.sha256:
+        raise CorruptFile(f"the rows of {file.id} no longer match its digest")

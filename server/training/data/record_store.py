@@ -1,0 +1,91 @@
+"""Directories under one root, each with an id and a record: what data sets and files have in common.
+
+<root>/<id>/<record's file>      JSON; a directory with it is whole
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from adapters.durable import remove_abandoned, remove_directory
+from adapters.errors import NotFound, SmoloraError
+
+
+class StoredRecord(Protocol):
+    """What a record says at the least."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def created_at(self) -> datetime: ...
+
+
+R = TypeVar("R", bound=StoredRecord)
+
+
+class RecordStore(Generic[R]):
+    """The directories under one root. Thread-safe; several processes may use one root."""
+
+    def __init__(
+        self,
+        root: Path,
+        ids: re.Pattern[str],
+        file_name: str,
+        decode: Callable[[Mapping[str, object]], R],
+        missing: str,
+        corrupt: type[SmoloraError],
+    ) -> None:
+        """`decode` raises ValueError on what is no record; `missing` says what no id names."""
+        root.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(root)
+        self._root = root
+        self._ids = ids
+        self._file_name = file_name
+        self._decode = decode
+        self._missing = missing
+        self._corrupt = corrupt
+
+    def place(self, record_id: str) -> Path:
+        """Its directory, whether or not it is there. Raises NotFound for what can't be an id."""
+        if not self._ids.fullmatch(record_id):
+            raise NotFound(self._missing)
+        return self._root / record_id
+
+    def find(self, record_id: str) -> R | None:
+        """The record, or None. Raises NotFound for what can't be an id, and what `corrupt` is."""
+        return self._read(self.place(record_id))
+
+    def get(self, record_id: str) -> R:
+        """Raises NotFound."""
+        record = self.find(record_id)
+        if record is None:
+            raise NotFound(self._missing)
+        return record
+
+    def has(self, record_id: str) -> bool:
+        """Whether it is there."""
+        return (self.place(record_id) / self._file_name).exists()
+
+    def list(self) -> list[R]:
+        """All of them, newest first."""
+        found = [self._read(path) for path in self._root.iterdir() if self._ids.fullmatch(path.name)]
+        kept = [record for record in found if record is not None]
+        return sorted(kept, key=lambda record: (record.created_at, record.id), reverse=True)
+
+    def delete(self, record_id: str) -> None:
+        """Raises NotFound. Who is reading it now reads on."""
+        try:
+            remove_directory(self.place(record_id))
+        except FileNotFoundError:
+            raise NotFound(self._missing) from None
+
+    def _read(self, place: Path) -> R | None:
+        try:
+            return self._decode(json.loads((place / self._file_name).read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            raise self._corrupt(f"the facts of {place.name} are unreadable") from None

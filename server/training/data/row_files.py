@@ -1,0 +1,211 @@
+"""Rows out of uploaded files, line by line: JSONL, or CSV whose first line names the columns.
+
+A file is never held whole: a line (a record, in CSV) has at most `MAX_LINE` bytes, a file `MAX_LINES` lines, blank
+ones too, and reading ends once `MAX_FAULTS` are found, or the lines at fault are as long as one may be. Each fault
+names the field, and the line on which its record begins. What a row may be is `server.training.data.rows`'s part.
+"""
+
+import codecs
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import BinaryIO, Literal, NoReturn, get_args
+
+from adapters.errors import FieldError, InvalidInput
+from server.training.data.rows import Row, parse_row
+
+Format = Literal["jsonl", "csv"]
+MAX_LINE = 1 << 20
+MAX_LINES = 200_000
+MAX_FAULTS = 20
+FILE = "file"
+"""Where a fault is that lies in no field; the upload's name in a form."""
+COLUMNS = (("prompt", "completion"), ("messages",), ("text",))
+"""What a CSV file may hold, in any order; `messages` as JSON."""
+
+
+def format_of(filename: str) -> Format:
+    """By the name's ending. Raises InvalidInput on `file`."""
+    ending = PurePath(filename).suffix.lower().removeprefix(".")
+    for known in get_args(Format):
+        if ending == known:
+            found: Format = known
+            return found
+    raise InvalidInput.of(FILE, "its name must end in .jsonl or .csv")
+
+
+def read_rows(stream: BinaryIO, file_format: Format) -> Iterator[Row]:
+    """The rows as they come. Raises InvalidInput, after the good rows between the first fault and the last.
+
+    Use nothing of a file until this has ended.
+    """
+    return read_jsonl(stream) if file_format == "jsonl" else read_csv(stream)
+
+
+def read_jsonl(stream: BinaryIO) -> Iterator[Row]:
+    """One JSON object a line, in UTF-8; blank lines count for nothing. As `read_rows`."""
+    faults = _Faults()
+    lines = _Lines(stream, faults)
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            row = parse_row(parse_json(line))
+        except InvalidInput as error:
+            faults.add(lines.number, error, len(line))
+            continue
+        yield row
+    faults.raise_if_any()
+
+
+def read_csv(stream: BinaryIO) -> Iterator[Row]:
+    """Comma-separated, quoted by `"`, in UTF-8; blank records count for nothing. As `read_rows`.
+
+    A field may be as long as the csv module lets it be: 131,072 characters.
+    """
+    faults = _Faults()
+    lines = _Lines(stream, faults, stops=True)
+    records = _records(lines, faults)
+    columns = next(records, [])
+    names = tuple(name.strip() for name in columns)
+    if not any(len(names) == len(known) and set(names) == set(known) for known in COLUMNS):
+        choices = ", or ".join(" and ".join(known) for known in COLUMNS)
+        faults.stop(1, f"the first line must name the columns {choices}, and no others")
+    for fields in records:
+        if not fields:
+            continue
+        try:
+            if len(fields) != len(names):
+                raise InvalidInput.of(FILE, f"has {len(fields)} fields, not {len(names)}")
+            value: dict[str, object] = dict(zip(names, fields, strict=True))
+            if "messages" in value:
+                value["messages"] = parse_json(fields[0], "messages")
+            row = parse_row(value)
+        except InvalidInput as error:
+            faults.add(lines.first, error, sum(map(len, fields)))
+            continue
+        yield row
+    faults.raise_if_any()
+
+
+def parse_json(text: str, field: str = FILE) -> object:
+    """Strictly: no NaN, no key twice, no bottomless nesting. Raises InvalidInput on `field`."""
+    try:
+        value: object = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+    except InvalidInput as error:
+        raise InvalidInput.of(field, error.errors[0].message) from None
+    except json.JSONDecodeError as error:
+        reason = error.msg.removesuffix(" at")
+        raise InvalidInput.of(field, f"is not JSON: {reason} at character {error.pos + 1}") from None
+    except (RecursionError, ValueError):  # ValueError: a number of thousands of digits
+        raise InvalidInput.of(field, "is not JSON that can be a row") from None
+    return value
+
+
+def _refuse_constant(name: str) -> object:
+    raise InvalidInput.of(FILE, f"is not JSON: {name} is no JSON number")
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise InvalidInput.of(FILE, "has an object with the same field twice")
+    return found
+
+
+class _Faults:
+    """What is wrong with a file so far."""
+
+    def __init__(self) -> None:
+        self._found: list[FieldError] = []
+        self._length = 0
+
+    def add(self, line: int, error: InvalidInput, length: int = 0) -> None:
+        """Keep the faults of a line of `length` characters; raises InvalidInput with all where that is enough."""
+        self._length += length
+        self._found += [
+            FieldError(
+                (FILE, line, *fault.loc) if fault.loc != (FILE,) else (FILE,), f"line {line}: {fault.message}"
+            )
+            for fault in error.errors
+        ]
+        if len(self._found) >= MAX_FAULTS or self._length > MAX_LINE:
+            self.raise_if_any()
+
+    def stop(self, line: int, message: str) -> NoReturn:
+        """Raises InvalidInput with all faults and this one, after which nothing can be read."""
+        self.add(line, InvalidInput.of(FILE, message))
+        raise InvalidInput(self._found)
+
+    def raise_if_any(self) -> None:
+        if self._found:
+            raise InvalidInput(self._found[:MAX_FAULTS])
+
+
+class _Lines:
+    """The lines of a file as text, each with its end. Faulty ones are left out, or stop the reading."""
+
+    def __init__(self, stream: BinaryIO, faults: _Faults, stops: bool = False) -> None:
+        self.number = 0
+        """Of the line that came last."""
+        self.first = 1
+        """Of the line that the record began with, after `begin_record`."""
+        self._record_bytes = 0
+        self._stream = stream
+        self._faults = faults
+        self._stops = stops
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        while True:
+            line = self._stream.readline(MAX_LINE + 1)
+            if not line:
+                raise StopIteration
+            self.number += 1
+            if self.number > MAX_LINES:
+                self._faults.stop(self.number, f"a file may have {MAX_LINES} lines, blank ones too")
+            if len(line) > MAX_LINE:
+                self._faults.stop(self.number, f"is longer than {MAX_LINE} bytes")
+            if self.number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            self._record_bytes += len(line)
+            if self._stops and self._record_bytes > MAX_LINE:
+                self._faults.stop(self.first, f"the record is longer than {MAX_LINE} bytes: is a quote left open?")
+            fault = self._fault(line)
+            if fault is None:
+                return line.decode()
+            if self._stops:
+                self._faults.stop(self.number, fault)
+            self._faults.add(self.number, InvalidInput.of(FILE, fault))
+
+    def begin_record(self) -> None:
+        """Count the bytes from here."""
+        self.first = self.number + 1
+        self._record_bytes = 0
+
+    def _fault(self, line: bytes) -> str | None:
+        if b"\0" in line:
+            return f"has a NUL byte, at byte {line.index(0) + 1}"
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            return f"is not UTF-8, at byte {error.start + 1}"
+        return None
+
+
+def _records(lines: _Lines, faults: _Faults) -> Iterator[list[str]]:
+    reader = csv.reader(lines, strict=True)
+    while True:
+        lines.begin_record()
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # the module advises programmers here
+            reason = "a carriage return outside quotes" if "new-line" in str(error) else str(error)
+            faults.stop(lines.first, f"is not CSV: {reason}")
+        yield fields

@@ -1,0 +1,158 @@
+"""One row of training data, in its three shapes, and the canonical JSON that it is hashed by.
+
+    {"prompt": "…", "completion": "…"}      trained on the completion
+    {"messages": [{"role", "content"}, …]}  trained on what the assistant says
+    {"text": "…"}                           trained on all of it
+
+`parse_row` takes what a JSON parser made and leaves nothing of it unchecked: every fault names its field, and no
+message quotes a row's text. Tokens are `encoding.py`'s part, files `row_files.py`'s.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from adapters.errors import FieldError, InvalidInput
+from server.model.text.chat import ChatMessage
+
+ROLES = ("system", "user", "assistant")
+MAX_TURNS = 1024
+MAX_FAULTS = 8
+"""Faults that are named of one row."""
+SHAPES = "a row has prompt and completion, or messages, or text"
+
+
+@dataclass(frozen=True)
+class CompletionRow:
+    """A prompt and what should follow it. Neither is empty."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class MessagesRow:
+    """A conversation that the assistant ends; none of the assistant's turns is empty."""
+
+    messages: tuple[ChatMessage, ...]
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """A text that isn't empty."""
+
+    text: str
+
+
+Row = CompletionRow | MessagesRow | TextRow
+Kind = Literal["completion", "messages", "text"]
+
+
+def kind_of(row: Row) -> Kind:
+    """Which of the three shapes it has."""
+    if isinstance(row, CompletionRow):
+        return "completion"
+    return "messages" if isinstance(row, MessagesRow) else "text"
+
+
+def parse_row(value: object) -> Row:
+    """A row out of parsed JSON. Raises InvalidInput with up to `MAX_FAULTS` faults; each `loc` ends in a field."""
+    if not isinstance(value, Mapping):
+        raise InvalidInput.of("row", f"must be an object: {SHAPES}")
+    if "prompt" in value or "completion" in value:
+        names: tuple[str, ...] = ("prompt", "completion")
+    elif "messages" in value:
+        names = ("messages",)
+    elif "text" in value:
+        names = ("text",)
+    else:
+        raise InvalidInput.of("prompt", f"is missing: {SHAPES}")
+    faults = _unknown(value, names, f"is not a field beside {' and '.join(names)}")
+    faults += [FieldError((name,), "is missing") for name in names if name not in value]
+    if faults:
+        raise InvalidInput(faults[:MAX_FAULTS])
+    if "messages" in names:
+        return MessagesRow(_messages(value["messages"]))
+    faults = [FieldError((name,), fault) for name in names if (fault := _text_fault(value[name]))]
+    if faults:
+        raise InvalidInput(faults)
+    return TextRow(value["text"]) if "text" in names else CompletionRow(value["prompt"], value["completion"])
+
+
+def canonical_json(row: Row) -> bytes:
+    """The row as JSON in one way only (RFC 8785): keys sorted, no spaces, UTF-8, nothing escaped needlessly."""
+    if isinstance(row, CompletionRow):
+        document: dict[str, object] = {"prompt": row.prompt, "completion": row.completion}
+    elif isinstance(row, MessagesRow):
+        document = {"messages": [{"role": turn.role, "content": turn.content} for turn in row.messages]}
+    else:
+        document = {"text": row.text}
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def row_digest(row: Row) -> bytes:
+    """SHA-256 of the canonical JSON: equal for equal rows alone."""
+    return hashlib.sha256(canonical_json(row)).digest()
+
+
+def data_digest(rows: Iterable[Row]) -> str:
+    """SHA-256, in hexadecimal, of all rows in their order: a line of canonical JSON each."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(canonical_json(row) + b"\n")
+    return digest.hexdigest()
+
+
+def _messages(value: object) -> tuple[ChatMessage, ...]:
+    if not isinstance(value, list) or not value:
+        raise InvalidInput.of("messages", "must be a list of turns")
+    if len(value) > MAX_TURNS:
+        raise InvalidInput.of("messages", f"has {len(value)} turns, more than {MAX_TURNS}")
+    faults: list[FieldError] = []
+    turns: list[ChatMessage] = []
+    for index, turn in enumerate(value):
+        found = _turn_faults(turn)
+        faults += [FieldError(("messages", index, *fault.loc), fault.message) for fault in found]
+        if len(faults) >= MAX_FAULTS:
+            break
+        if not found:
+            turns.append(ChatMessage(turn["role"], turn["content"]))
+    if not faults and turns[-1].role != "assistant":
+        faults.append(FieldError(("messages",), "must end with a turn of the assistant, to be trained on"))
+    if faults:
+        raise InvalidInput(faults[:MAX_FAULTS])
+    return tuple(turns)
+
+
+def _turn_faults(turn: object) -> list[FieldError]:
+    if not isinstance(turn, Mapping):
+        return [FieldError(("role",), "is missing: a turn is an object with role and content")]
+    faults = _unknown(turn, ("role", "content"), "is not a field of a turn")
+    role = turn.get("role")
+    if role not in ROLES:
+        faults.append(FieldError(("role",), f"must be {', '.join(ROLES[:-1])} or {ROLES[-1]}"))
+    fault = _text_fault(turn.get("content"), may_be_empty=role != "assistant")
+    if fault:
+        faults.append(FieldError(("content",), fault))
+    return faults
+
+
+def _unknown(value: Mapping[object, object], known: tuple[str, ...], message: str) -> list[FieldError]:
+    names = [str(name)[:64] for name in value if name not in known][:MAX_FAULTS]
+    # half a surrogate pair can't be put into an answer
+    return [FieldError((name.encode("utf-8", "backslashreplace").decode(),), message) for name in names]
+
+
+def _text_fault(value: object, may_be_empty: bool = False) -> str | None:
+    """What is wrong with a text, if anything is."""
+    if not isinstance(value, str):
+        return "must be a text"
+    if not value and not may_be_empty:
+        return "must not be empty"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "has half of a surrogate pair, which is no character"
+    return None

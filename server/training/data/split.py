@@ -1,0 +1,43 @@
+"""Which rows are held out for validation: by content alone, so that the same rows always give the same split."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from adapters.errors import InvalidInput
+from server.training.data.rows import Row, row_digest
+
+DEFAULT_SHARE = 0.1
+MIN_ROWS = 20
+"""Rows from which on `DEFAULT_SHARE` is held out where the request doesn't say."""
+
+
+def default_share(num_rows: int) -> float:
+    """What is held out where the request doesn't say."""
+    return DEFAULT_SHARE if num_rows >= MIN_ROWS else 0.0
+
+
+def hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+    """(train, validation), both in the order given, with no row in both.
+
+    Held out are the max(1, round(share · n)) rows with the smallest SHA-256 of their canonical JSON, and all
+    duplicates of these, so that it may be a few more; a share of 0 holds out none. Raises InvalidInput on
+    `validation` where that leaves no row to train on.
+    """
+    if not 0 <= share < 1 or not math.isfinite(share):
+        raise InvalidInput.of("validation", "a share is at least 0 and below 1")
+    if share == 0:
+        return list(rows), []
+    digests = [row_digest(row) for row in rows]
+    num_held_out = max(1, round(share * len(rows)))
+    # of equal rows, all or none: whatever is as small as the last one counted
+    last = max(sorted(digests)[:num_held_out], default=b"")
+    train = [row for row, digest in zip(rows, digests, strict=True) if digest > last]
+    if not train:
+        raise InvalidInput.of("validation", "leaves no row to train on; send more rows, or a share of 0")
+    return train, [row for row, digest in zip(rows, digests, strict=True) if digest <= last]
+
+
+def overlap(train: Iterable[Row], validation: Iterable[Row]) -> int:
+    """How many rows of `validation` are in `train` too."""
+    known = {row_digest(row) for row in train}
+    return sum(row_digest(row) in known for row in validation)

@@ -1,0 +1,1 @@
+"""One job from its data to its adapter: optimizer steps, evaluation, checkpoints."""

@@ -1,0 +1,72 @@
+"""A job's checkpoints on disk: whole or not there, wherever a process is killed.
+
+    <checkpoints>/<token>-<step>/   state.safetensors   masters and moments, now and at the best evaluation
+                                    state.json          the step, the best loss, patience, what was measured so far
+    <checkpoints>/.unfinished-…     being written
+
+`token` is the claim's fencing token: a worker that lost its job writes beside, never over, what its successor
+wrote. The newest is the one of the highest token, then of the highest step. Older ones are removed when a newer
+one is in place.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from adapters.durable import new_directory
+
+_NAME = re.compile(r"(\d+)-(\d+)")
+_TENSORS, _STATE = "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Everything that a run goes on from. `state` is JSON; no random state is among it: there is none."""
+
+    step: int
+    tensors: Mapping[str, torch.Tensor]
+    state: Mapping[str, object]
+
+
+class Checkpoints:
+    """Those of one job, written under one fencing token."""
+
+    def __init__(self, directory: Path, token: int) -> None:
+        self._directory = directory
+        self._token = token
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Store it and then remove the older ones. Raises OSError, with nothing half-written left."""
+        place = self._directory / f"{self._token}-{checkpoint.step}"
+        if place.exists():
+            return  # this attempt has stored that step
+        with new_directory(place) as unfinished:
+            save_file(dict(checkpoint.tensors), unfinished / _TENSORS)
+            text = json.dumps({"step": checkpoint.step, **checkpoint.state}, allow_nan=False)
+            (unfinished / _STATE).write_text(text, encoding="utf-8")
+        for _, _, older in self._stored()[:-1]:
+            shutil.rmtree(older, ignore_errors=True)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest that can be read; None before the first."""
+        for _, step, place in reversed(self._stored()):
+            try:
+                state = json.loads((place / _STATE).read_text(encoding="utf-8"))
+                return Checkpoint(step, load_file(place / _TENSORS), state)
+            except (OSError, ValueError, SafetensorError):  # being removed by another worker
+                continue
+        return None
+
+    def _stored(self) -> list[tuple[int, int, Path]]:
+        """(token, step, directory), the oldest first."""
+        if not self._directory.is_dir():
+            return []
+        found = ((_NAME.fullmatch(path.name), path) for path in self._directory.iterdir())
+        return sorted((int(match[1]), int(match[2]), path) for match, path in found if match is not None)

@@ -1,0 +1,291 @@
+"""One job from its data to its adapter: train, evaluate, keep checkpoints, and say what came of it.
+
+`Run` goes on from the newest checkpoint, wherever the last attempt ended, and arrives at the same weights as a run
+that nothing disturbed. It talks to the world through `Reporter`; leases, publishing and processes are
+`server.training.worker.run_job`'s.
+"""
+
+import ctypes
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Protocol
+
+import torch
+
+from adapters.lora import LoraWeights
+from server.model.base.weights import BaseModel
+from server.model.smollm import NoAdapters, SmolLM
+from server.training.data.job_data import JobData
+from server.training.documents import read_document
+from server.training.loop.checkpoint import Checkpoint, Checkpoints
+from server.training.loop.evaluate import Evaluation, LossNotFinite, evaluate, exact_match
+from server.training.loop.outcome import Counters, Outcome
+from server.training.loop.trainer import StepResult, Trainer, TrainingDiverged
+from server.training.passes.init import initial_weights
+from server.training.passes.trainables import TrainableModel, TrainableRows, trainable_rows
+from server.training.spec import JobSpec
+
+log = logging.getLogger("smolora.training")
+
+CHECKPOINT_SECONDS = 30.0
+"""Between checkpoints, where the job doesn't say after how many steps."""
+
+
+class Reporter(Protocol):
+    """Who listens to a run. Any of these may raise to end it; what was checkpointed stays."""
+
+    def yield_or_leave(self) -> None:
+        """Called at least once a micro-batch: yields to serving, and leaves where that is wanted."""
+        ...
+
+    def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
+        """How far the run is, after each step."""
+        ...
+
+    def metrics(self, message: str, data: Mapping[str, object]) -> None:
+        """Measurements of the step `data["step"]`."""
+        ...
+
+    def checkpointed(self, step: int) -> None:
+        """A checkpoint of that step is on the disk."""
+        ...
+
+
+class Run:
+    """One attempt at a job. `start` is the adapter that the job goes on from, where it names one.
+
+    `library` is the native code, where this machine has it and it covers the base.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        data: JobData,
+        base: BaseModel,
+        checkpoints: Checkpoints,
+        reporter: Reporter,
+        *,
+        start: LoraWeights | None = None,
+        library: ctypes.CDLL | None = None,
+        peak_memory: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._spec = spec
+        self._data = data
+        self._base = base
+        self._checkpoints = checkpoints
+        self._reporter = reporter
+        self._peak_memory = peak_memory
+        self._library = library
+        self._trainable = self._make_trainable(start)
+        self._trainer = Trainer(self._trainable, data.train, spec.training)
+        self._best: torch.Tensor | None = None
+        self._counters = Counters()
+        self._started = time.monotonic()
+        self._last_checkpoint = self._started
+        self._is_first_step = True
+
+    def run(self) -> Outcome:
+        """Train to the end and measure. Raises TrainingDiverged, LossNotFinite, or what the reporter raises."""
+        self._go_on_from_checkpoint()
+        self._note_who_computes()
+        if self._counters.base is None and self._data.validation is not None:
+            model = SmolLM(self._base.config, self._base.weights, max_positions=self._longest)
+            self._counters.base = base = self._measure(model, None)
+            if not base.is_finite:
+                raise LossNotFinite(
+                    "the untouched base's loss on the held-out rows is not a number: its weights are damaged, or "
+                    "too large for its dtype; set SMOLORA_DTYPE=fp32 or another SMOLORA_MODEL, and submit again"
+                )
+        try:
+            self._report_step()
+            while self._trainer.step < self._trainer.total_steps and not self._counters.stopped_early:
+                self._step()
+        except BaseException:
+            self._trainable.end_step()
+            raise
+        return self._finish()
+
+    def checkpoint(self) -> None:
+        """Store where the run is: after its last optimizer step."""
+        trainer, counters = self._trainer, self._counters
+        self._note_time()
+        tensors = dict(trainer.state())
+        if self._best is not None:
+            tensors["best"] = self._best
+        self._checkpoints.save(Checkpoint(trainer.step, tensors, asdict(counters)))
+        self._last_checkpoint = time.monotonic()
+        self._reporter.checkpointed(trainer.step)
+
+    @property
+    def progress(self) -> dict[str, object]:
+        """As `GET /train/{id}` shows it."""
+        trainer, counters = self._trainer, self._counters
+        left = (trainer.total_steps - trainer.step) * (counters.num_tokens / max(1, trainer.step))
+        rate = counters.tokens_per_second
+        return {
+            "step": trainer.step,
+            "total_steps": trainer.total_steps,
+            "epoch": round(trainer.epoch, 4),
+            "tokens": counters.num_tokens,
+            "tokens_per_second": round(rate, 1),
+            "eta_seconds": round(left / rate, 1) if rate else None,
+        }
+
+    @property
+    def _longest(self) -> int:
+        """Positions that the model must know."""
+        return self._spec.training.max_length
+
+    def _make_trainable(self, start: LoraWeights | None) -> TrainableRows | TrainableModel:
+        if self._spec.method == "full":
+            return TrainableModel(self._base, max_length=self._longest)
+        taken_off = None
+        if start is None:
+            start, taken_off = initial_weights(self._spec.lora, self._base, self._spec.training.seed)
+        dropout = self._spec.lora.dropout
+        return trainable_rows(
+            self._base, start, taken_off, max_length=self._longest, dropout=dropout, library=self._library
+        )
+
+    def _go_on_from_checkpoint(self) -> None:
+        found = self._checkpoints.newest()
+        if found is None:
+            return
+        tensors = dict(found.tensors)
+        best = tensors.pop("best", None)
+        self._best = None if best is None else best.to(self._base.device)
+        self._trainer.restore(tensors, found.step)
+        self._counters = read_document(Counters, found.state)
+
+    def _note_who_computes(self) -> None:
+        """Record what computes this attempt's steps.
+
+        If attempts differ in it, the bytes are neither's alone, and the card lists all of them.
+        """
+        now, before = self._trainable.passes.computed_by, self._counters.computed_by
+        if before and before[-1] != now:
+            log.warning("continues with %s what %s began: the bytes won't be those of either", now, before[-1])
+        if not before or before[-1] != now:
+            before.append(now)
+
+    def _step(self) -> None:
+        result = self._trainer.run_step(self._reporter.yield_or_leave)
+        self._count(result)
+        self._report_step()
+
+    def _report_step(self) -> None:
+        """Evaluate the last step's weights where that is due, and tell of the step, unless that has been done.
+
+        An attempt may end in the middle. What it found out by then is dropped, and the next one begins here.
+        """
+        counters, result = self._counters, self._counters.unreported
+        if result is None:
+            return
+        data: dict[str, object] = {
+            "step": result.step,
+            "train_loss": result.loss,
+            "learning_rate": result.learning_rate,
+            "gradient_norm": result.gradient_norm,
+        }
+        message = f"step {result.step}: loss {result.loss:.4f}"
+        loss = self._held_out_loss() if self._is_evaluation_due() else None
+        if loss is not None:
+            data["eval_loss"] = loss
+            message += f", held-out {loss:.4f}"
+        self._reporter.metrics(message, data)
+        if loss is not None and counters.note_held_out(
+            result.step, loss, self._spec.training.early_stopping_patience
+        ):
+            self._best = self._trainable.masters.clone()
+        counters.unreported = None
+        self._reporter.progress(self.progress, counters.newest_losses)
+        if self._is_checkpoint_due():
+            self.checkpoint()
+
+    def _count(self, result: StepResult) -> None:
+        counters = self._counters
+        counters.num_tokens += result.num_tokens
+        if not self._is_first_step:  # it warms caches up
+            counters.timed_tokens += result.num_tokens
+            counters.timed_seconds += result.seconds
+        self._is_first_step = False
+        counters.train_curve.append((result.step, result.loss))
+        counters.unreported = result
+
+    def _is_evaluation_due(self) -> bool:
+        every, step = self._spec.training.eval_steps, self._trainer.step
+        return every is not None and (step % every == 0 or step == self._trainer.total_steps)
+
+    def _held_out_loss(self) -> float:
+        """Of the present weights."""
+        assert self._data.validation is not None, "eval_steps without held-out rows"
+        trainable, yield_or_leave = self._trainable, self._reporter.yield_or_leave
+        found = evaluate(trainable.model, trainable.adapters, self._data.validation, yield_or_leave=yield_or_leave)
+        self._check_finite(found)
+        return found.loss
+
+    def _is_checkpoint_due(self) -> bool:
+        every = self._spec.training.checkpoint_steps
+        if every is not None:
+            return self._trainer.step % every == 0
+        return time.monotonic() - self._last_checkpoint >= CHECKPOINT_SECONDS
+
+    def _finish(self) -> Outcome:
+        self.checkpoint()  # so that what follows can be done again
+        trainable = self._trainable
+        step = self._trainer.step
+        if self._best is not None:
+            trainable.masters.copy_(self._best)
+            trainable.refresh()
+            step = self._counters.best_step
+        weights = trainable.rows.weights() if isinstance(trainable, TrainableRows) else None
+        tuned_base = trainable.tuned(self._base) if isinstance(trainable, TrainableModel) else None
+        tuned = None
+        if self._data.validation is not None:
+            tuned = self._measure(trainable.model, weights, tuned_base)
+            self._check_finite(tuned)
+        self._note_time()
+        counters = self._counters
+        return Outcome(
+            weights=weights,
+            tuned_base=tuned_base,
+            step=step,
+            num_steps=self._trainer.step,
+            num_trainable=trainable.masters.numel(),
+            base=counters.base,
+            tuned=tuned,
+            counters=counters,
+            epochs=self._trainer.epoch,
+        )
+
+    def _measure(
+        self, model: SmolLM, weights: LoraWeights | None, tuned_base: BaseModel | None = None
+    ) -> Evaluation:
+        """Loss, accuracy and, where the loss is a number, exact match on the held-out rows."""
+        assert self._data.validation is not None
+        yield_or_leave = self._reporter.yield_or_leave
+        adapters = NoAdapters() if weights is None else self._trainable.adapters
+        found = evaluate(model, adapters, self._data.validation, yield_or_leave=yield_or_leave)
+        if not found.is_finite:
+            return found
+        matched = exact_match(
+            tuned_base or self._base,
+            weights,
+            self._data.references,
+            yield_or_leave=yield_or_leave,
+            library=self._library,
+        )
+        return replace(found, exact_match=matched)
+
+    def _check_finite(self, found: Evaluation) -> None:
+        if not found.is_finite:
+            what = f"the held-out loss is not a number after step {self._trainer.step}"
+            raise TrainingDiverged.found(what, self._spec.training)
+
+    def _note_time(self) -> None:
+        now = time.monotonic()
+        self._counters.wall_seconds += now - self._started
+        self._started = now
+        self._counters.peak_memory_bytes = max(self._counters.peak_memory_bytes, self._peak_memory())

@@ -1,0 +1,194 @@
+"""The training loop's arithmetic: one optimizer step after another, each decided by the step's number alone.
+
+Which rows a step takes follows from (seed, epoch), and so do its dropout masks: there is no random state to carry
+over, and a run that goes on from a checkpoint ends in the same bytes as one that was never stopped. Rows of a step
+are laid out in micro-batches by their lengths; the loss is the sum over all counted tokens of the step divided by
+their number, however they are laid out. Jobs, checkpoints on disk and evaluation are the callers'.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+
+from adapters.errors import SmoloraError
+from server.training.data.examples import Example
+from server.training.loop.packing import pack
+from server.training.loop.schedule import learning_rate
+from server.training.passes.micro_batch import MicroBatch, max_tokens
+from server.training.spec import TrainingSpec
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+
+
+class TrainingDiverged(SmoloraError):
+    """The loss is no number any more: nothing of this run is worth publishing."""
+
+    @classmethod
+    def found(cls, what: str, spec: TrainingSpec) -> Self:
+        """`what` isn't a number; with what to do about it."""
+        return cls(
+            f"{what}: lower training.learning_rate (now {spec.learning_rate:g}) or raise training.warmup_ratio"
+        )
+
+
+class Trainable(Protocol):
+    """What is trained: flat fp32 masters, and a model that reads copies of them."""
+
+    @property
+    def masters(self) -> torch.Tensor: ...
+    @property
+    def gradients(self) -> torch.Tensor: ...
+    def refresh(self) -> None:
+        """Copy the masters to what the forward reads."""
+        ...
+
+    def accumulate(self, batch: MicroBatch, factor: float) -> float:
+        """Add `factor` times the gradients of the batch's summed loss to `gradients`; that loss, in nats."""
+        ...
+
+    def begin_micro_batch(self, seed: int, step: int, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """The next forward pass is over these rows of the data: where dropout masks come from."""
+        ...
+
+    def end_step(self) -> None:
+        """No more training passes for now: no dropout in what follows."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did. The loss is nats per counted token, before the step."""
+
+    step: int  # counted from 1
+    loss: float
+    learning_rate: float
+    gradient_norm: float  # before clipping
+    num_tokens: int  # non-padding inputs
+    seconds: float
+
+
+class Trainer:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over one trainable and encoded rows."""
+
+    def __init__(self, trainable: Trainable, examples: Sequence[Example], spec: TrainingSpec) -> None:
+        if not examples:
+            raise ValueError("there are no rows to train on")
+        self.trainable = trainable
+        self.spec = spec
+        self.step = 0  # optimizer steps done
+        self.total_steps = spec.total_steps(len(examples))
+        self._examples = examples
+        self._order: tuple[int, list[int]] = (-1, [])
+        self._mean = torch.zeros_like(trainable.masters)
+        self._square = torch.zeros_like(trainable.masters)
+        self._optimizer = self._make_optimizer()
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self.step / self._steps_per_epoch
+
+    def run_step(self, yield_or_leave: Callable[[], None] = lambda: None) -> StepResult:
+        """One optimizer step. `yield_or_leave` is called before each micro-batch: the step is undone if it raises.
+
+        Raises TrainingDiverged where the loss or a gradient is not finite.
+        """
+        started = time.perf_counter()
+        rows = self._rows(self.step)
+        num_targets = sum(sum(self._examples[row].is_target) for row in rows)
+        num_tokens = sum(len(self._examples[row].token_ids) for row in rows)
+        self.trainable.gradients.zero_()
+        loss = 0.0
+        paused = 0.0
+        for micro_batch in self._micro_batches(rows):
+            before = time.perf_counter()
+            yield_or_leave()
+            paused += time.perf_counter() - before
+            loss += self._backward(micro_batch, num_targets)
+        self.trainable.end_step()
+        rate = learning_rate(
+            self.step, self.total_steps, self.spec.learning_rate, self.spec.schedule, self.spec.warmup_ratio
+        )
+        norm = self._clip()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingDiverged.found(f"the loss is not a number in step {self.step + 1}", self.spec)
+        self._update(rate)
+        self.step += 1
+        self.trainable.refresh()
+        return StepResult(self.step, loss, rate, norm, num_tokens, time.perf_counter() - started - paused)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that decides the rest of the run: the masters and AdamW's moments, as they are (not copies)."""
+        return {"masters": self.trainable.masters, "mean": self._mean, "square": self._square}
+
+    def restore(self, state: Mapping[str, torch.Tensor], step: int) -> None:
+        """Go on from `state` after `step` optimizer steps."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+        self.step = step
+        self.trainable.refresh()
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return -(-len(self._examples) // self.spec.batch_size)
+
+    def _rows(self, step: int) -> list[int]:
+        """The rows of one optimizer step, in the shuffled order of its epoch."""
+        epoch, place = divmod(step, self._steps_per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, shuffled(len(self._examples), self.spec.seed, epoch))
+        return self._order[1][place * self.spec.batch_size : (place + 1) * self.spec.batch_size]
+
+    def _micro_batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        """The rows, a micro-batch at a time."""
+        lengths = [len(self._examples[row].token_ids) for row in rows]
+        capacity = max(max_tokens(self.trainable.masters.device), self.spec.max_length)
+        bins = pack(lengths, capacity) if self.spec.packing else [[i] for i in range(len(rows))]
+        for members in bins:
+            yield [rows[i] for i in members]
+
+    def _backward(self, rows: Sequence[int], num_targets: int) -> float:
+        """Add the gradients of the rows' share of the step's loss; that share."""
+        batch = MicroBatch.of([self._examples[row] for row in rows])
+        self.trainable.begin_micro_batch(self.spec.seed, self.step, rows, batch.lengths)
+        return self.trainable.accumulate(batch, 1 / num_targets) / num_targets
+
+    def _clip(self) -> float:
+        """Scale the gradients so that their norm is at most `max_grad_norm`; the norm that they had."""
+        gradients = self.trainable.gradients
+        norm = float(gradients.norm())
+        if norm > self.spec.max_grad_norm:
+            gradients.mul_(self.spec.max_grad_norm / (norm + 1e-6))
+        return norm
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        """torch's, in one pass over memory, around moments that are ours to store."""
+        masters = self.trainable.masters
+        optimizer = torch.optim.AdamW(
+            [masters], betas=BETAS, eps=EPSILON, weight_decay=self.spec.weight_decay, fused=True
+        )
+        optimizer.state[masters] = {
+            "step": torch.zeros((), device=masters.device),
+            "exp_avg": self._mean,
+            "exp_avg_sq": self._square,
+        }
+        return optimizer
+
+    def _update(self, rate: float) -> None:
+        masters, optimizer = self.trainable.masters, self._optimizer
+        optimizer.state[masters]["step"].fill_(self.step)
+        optimizer.param_groups[0]["lr"] = rate
+        masters.grad = self.trainable.gradients
+        optimizer.step()
+
+
+def shuffled(num_rows: int, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch takes the rows."""
+    order = list(range(num_rows))
+    random.Random(f"smolora/{seed}/{epoch}").shuffle(order)
+    return order

@@ -1,0 +1,1 @@
+"""Forward, loss and backward of a micro-batch, and what is trained by them."""

@@ -1,0 +1,67 @@
+"""An adapter's training passes as two native calls, in the place of torch's forward and autograd."""
+
+import ctypes
+
+import torch
+
+from server.model.base.weights import BaseModel
+from server.model.native.abi import ROW_UNIT
+from server.model.native.library import computed_by
+from server.model.native.training import NativeGroup, NativeRows, NativeTraining
+from server.training.passes.micro_batch import MicroBatch
+from server.training.passes.trained_rows import TrainedGroup, TrainedRows
+
+
+class NativePass:
+    """`torch_pass.Pass` of one base and of rows in units of `ROW_UNIT`, whose leaves are read where they lie."""
+
+    def __init__(self, library: ctypes.CDLL, base: BaseModel, rows: TrainedRows, *, max_length: int) -> None:
+        """Raises NativeUnavailable for a base that native code doesn't cover, and MemoryError."""
+        self.computed_by = computed_by(library)
+        self._rows = rows
+        self._groups = {key: _native(group) for key, group in rows.groups.items()}
+        self._training = NativeTraining(
+            library,
+            base.config,
+            base.weights,
+            self._groups,
+            max_positions=max_length,
+            num_threads=torch.get_num_threads(),
+        )
+
+    def accumulate(self, batch: MicroBatch, factor: float) -> float:
+        """Add `factor` times the gradients of the batch's summed loss to those of the rows; that loss."""
+        hidden = self.forward(batch)
+        before = torch.tensor(batch.before, dtype=torch.int64)
+        loss, d_rows = self._training.loss(hidden[before], torch.tensor(batch.targets, dtype=torch.int64), factor)
+        self._training.backward(torch.zeros_like(hidden).index_copy_(0, before, d_rows))
+        self._rows.add_gradients({key: (group.d_a, group.d_b) for key, group in self._groups.items()})
+        return loss
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """Final hidden states (tokens, hidden)."""
+        kept, factor = None, 1.0
+        dropout = self._rows.dropout
+        if dropout is not None:
+            factor = dropout.factor
+            kept = {
+                (layer, name): dropout.kept(layer, name, group.a) for (layer, name), group in self._groups.items()
+            }
+        return self._training.forward(
+            torch.tensor(batch.token_ids, dtype=torch.int64), batch.lengths, kept, factor
+        )
+
+
+def _native(group: TrainedGroup) -> NativeGroup:
+    modules = [
+        NativeRows(
+            module.rows.start,
+            -(-(module.rows.stop - module.rows.start) // ROW_UNIT) * ROW_UNIT,
+            module.features.start,
+            module.features.stop - module.features.start,
+        )
+        for module in group.modules
+    ]
+    a, b = group.a.detach(), group.b.detach()
+    d_a, d_b = (torch.zeros(leaf.shape, dtype=torch.float32) for leaf in (a, b))
+    return NativeGroup(a, b, modules, d_a, d_b)

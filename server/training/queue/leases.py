@@ -1,0 +1,298 @@
+"""A worker's side of the queue: claim a job for a while, keep it by heartbeats, end it or let it go.
+
+Every write names the claim's fencing token and counts only while no later claim was made and the job wasn't
+cancelled; otherwise it changes nothing and raises LeaseLost. So a worker that was stopped for an hour can't
+publish, overwrite or double anything. The jobs themselves are in `jobs.py`; nothing here needs torch.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum, StrEnum, auto
+from typing import cast
+
+import sqlalchemy as sa
+
+from adapters.catalog.catalog import NewVersion, Version, publish_in, recording
+from adapters.catalog.records import Records
+from adapters.catalog.tables import UtcDateTime, transact
+from server.training.queue import events as job_events
+from server.training.queue.events import EventType, Level, plain
+from server.training.queue.tables import database_time, jobs
+
+LEASE_SECONDS = 10.0
+MAX_STALLED_ATTEMPTS = 25
+MAX_CRASH_DELAY = 5.0
+
+Time = sa.ColumnElement[float]
+Clock = Callable[[], Time]
+
+
+class Status(StrEnum):
+    """Where a job stands. The last three are for good."""
+
+    QUEUED = "queued"  # waits for a worker, for the first time or again
+    RUNNING = "running"  # a worker has it, or had it when it died
+    PAUSED = "paused"  # waits for somebody to resume it
+    SUCCEEDED = "succeeded"  # trained, and published if its gate let it
+    FAILED = "failed"  # can't be done; `error` says why
+    CANCELLED = "cancelled"  # somebody ended it
+
+    @property
+    def has_ended(self) -> bool:
+        return self in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
+
+
+class Directive(Enum):
+    """What the queue asks of the worker that holds a claim."""
+
+    GO_ON = auto()
+    PAUSE = auto()  # checkpoint and let go
+    ENDED = auto()  # this worker's own attempt has ended the job: tidy up
+    CANCEL = auto()  # the job was cancelled: drop everything
+    LOST = auto()  # another worker has the job: drop everything
+
+
+class LeaseLost(Exception):
+    """Another worker has the job by now, or it has ended. Nothing was written; the holder must stop."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One attempt at a job. `token` counts the job's claims from 1."""
+
+    job_id: str
+    token: int
+    owner: str
+
+
+class Leases:
+    """Thread-safe; any number of processes may work on the same tables. `records` are the catalog's.
+
+    `now` is the clock that all of them go by.
+    """
+
+    def __init__(self, engine: sa.Engine, records: Records | None = None, now: Clock = database_time) -> None:
+        self._engine = engine
+        self._records = records
+        self._now = now
+        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    def claim(self, owner: str, lease_seconds: float = LEASE_SECONDS) -> Claim | None:
+        """The first job in the queue that is nobody's: it waits, or its worker stopped answering."""
+
+        def work(connection: sa.Connection) -> Claim | None:
+            query = _claimable(self._now()).with_for_update(skip_locked=True)
+            while (row := connection.execute(query).first()) is not None:
+                if row.wants_pause:
+                    paused = {"status": Status.PAUSED, "wants_pause": False}
+                    connection.execute(sa.update(jobs).where(jobs.c.id == row.id).values(paused))
+                    job_events.append(connection, row.id, "paused")
+                elif row.stalled_attempts >= MAX_STALLED_ATTEMPTS:
+                    reason = f"{row.stalled_attempts} attempts in a row made no new checkpoint"
+                    reason += f"; the last one: {row.crash}" if row.crash else ""
+                    _end(connection, row.id, Status.FAILED, error=reason)
+                    job_events.append(connection, row.id, reason, level="error")
+                else:
+                    claim = Claim(row.id, row.token + 1, owner)
+                    until = self._now() + lease_seconds
+                    _start(connection, claim, until, is_orphan=row.status == Status.RUNNING)
+                    return claim
+            return None
+
+        with self._reader.connect() as connection:  # takes no lock, unlike the transaction
+            if connection.execute(_claimable(self._now())).first() is None:
+                return None
+        return transact(self._engine, work)
+
+    def directive(self, claim: Claim) -> Directive:
+        """What is wanted of the claim's holder: one read, no lock."""
+        with self._reader.connect() as connection:
+            return _directive(connection, claim)
+
+    def status(self, job_id: str) -> Status | None:
+        """Where the job stands; None: there is no such job."""
+        with self._reader.connect() as connection:
+            found = connection.execute(sa.select(jobs.c.status).where(jobs.c.id == job_id)).scalar_one_or_none()
+        return None if found is None else Status(found)
+
+    def heartbeat(
+        self,
+        claim: Claim,
+        lease_seconds: float = LEASE_SECONDS,
+        progress: Mapping[str, object] | None = None,
+        metrics: Mapping[str, object] | None = None,
+    ) -> Directive:
+        """Keep the job for `lease_seconds` from now, and store how far it is; what is wanted of the holder."""
+        values: dict[str, object] = {"lease_until": self._now() + lease_seconds}
+        values |= {"progress": plain(progress)} if progress is not None else {}
+        values |= {"metrics": plain(metrics)} if metrics is not None else {}
+        with self._engine.begin() as connection:
+            connection.execute(sa.update(jobs).where(_held(claim)).values(values))
+            return _directive(connection, claim)
+
+    def add_event(
+        self,
+        claim: Claim,
+        message: str,
+        *,
+        level: Level = "info",
+        type: EventType = "message",  # noqa: A002 as in Event and in the API
+        data: Mapping[str, object] | None = None,
+    ) -> bool:
+        """Store an event; whether it was stored. Raises LeaseLost.
+
+        One of metrics has `data["step"]`, and there is at most one for a step: it is dropped where metrics of this
+        or a later step are stored, by an attempt that went further than its last checkpoint.
+        """
+        with self._engine.begin() as connection:
+            _hold(connection, claim)
+            if type == "metrics":
+                step = cast("Mapping[str, int]", data)["step"]
+                is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.metrics_step < step)
+                if connection.execute(sa.update(jobs).where(is_new).values(metrics_step=step)).rowcount == 0:
+                    return False
+            job_events.append(connection, claim.job_id, message, level=level, type=type, data=data)
+            return True
+
+    def checkpointed(self, claim: Claim, step: int) -> None:
+        """A checkpoint of that step is safely stored; a new one lets attempts count from 0. Raises LeaseLost."""
+        with self._engine.begin() as connection:
+            _hold(connection, claim)
+            is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.checkpoint_step < step)
+            values = {"checkpoint_step": step, "stalled_attempts": 0}
+            connection.execute(sa.update(jobs).where(is_new).values(values))
+
+    def succeed(
+        self,
+        claim: Claim,
+        *,
+        progress: Mapping[str, object],
+        metrics: Mapping[str, object],
+        report: Mapping[str, object],
+        publish: NewVersion | None = None,
+        alias: str | None = None,
+    ) -> Version | None:
+        """End the job well and publish its adapter, whose bytes are in the store: all of it, or LeaseLost.
+
+        `publish` None: no version, as the report says. `alias` then means the new version, as `latest` does.
+        """
+
+        def work(connection: sa.Connection) -> Version | None:
+            _hold(connection, claim)
+            values: dict[str, object] = {
+                "progress": plain(progress),
+                "metrics": plain(metrics),
+                "report": plain(report),
+            }
+            version = None
+            message = "succeeded; no version was published"
+            if publish is not None:
+                new = dataclasses.replace(publish, job_id=claim.job_id)
+                version = publish_in(connection, new, alias, records)
+                values["adapter"] = {key: getattr(version, key) for key in ("name", "version", "digest")}
+                message = f"succeeded: {version.name}@{version.version}"
+            _end(connection, claim.job_id, Status.SUCCEEDED, **values)
+            job_events.append(connection, claim.job_id, message)
+            return version
+
+        with recording(self._engine, self._records) as records:
+            return transact(self._engine, work)
+
+    def fail(self, claim: Claim, error: str) -> None:
+        """End the job for good, with a reason that is safe to show. Raises LeaseLost."""
+        with self._engine.begin() as connection:
+            _hold(connection, claim)
+            _end(connection, claim.job_id, Status.FAILED, error=error)
+            job_events.append(connection, claim.job_id, error, level="error")
+
+    def release(self, claim: Claim) -> None:
+        """Let the job go, as asked: it is paused if that was the directive, else queued at its old place.
+
+        The attempt doesn't count as one without a new checkpoint. Raises LeaseLost.
+        """
+        with self._engine.begin() as connection:
+            _hold(connection, claim)
+            attempts = jobs.c.stalled_attempts
+            uncounted = sa.case((attempts > 0, attempts - 1), else_=attempts)
+            _let_go(connection, claim.job_id, self._now(), {"stalled_attempts": uncounted})
+
+    def crashed(self, claim: Claim, reason: str, max_delay: float = MAX_CRASH_DELAY) -> None:
+        """The attempt ended badly: the job is queued for another one, after a moment that doubles each time.
+
+        Raises LeaseLost.
+        """
+        with self._engine.begin() as connection:
+            _hold(connection, claim)
+            query = sa.select(jobs.c.stalled_attempts).where(jobs.c.id == claim.job_id)
+            num_stalled = connection.execute(query).scalar_one()
+            job_events.append(connection, claim.job_id, f"attempt {claim.token}: {reason}", level="warning")
+            delay = min(0.1 * 2**num_stalled, max_delay)
+            _let_go(connection, claim.job_id, self._now() + delay, {"crash": reason})
+
+
+def _start(connection: sa.Connection, claim: Claim, until: Time, is_orphan: bool) -> None:
+    """Gives the job to the claim, for a while. `is_orphan`: it was running, and its worker stopped answering."""
+    now = sa.literal(datetime.now(UTC), UtcDateTime())
+    values = {
+        "status": Status.RUNNING,
+        "owner": claim.owner,
+        "token": claim.token,
+        "lease_until": until,
+        "stalled_attempts": jobs.c.stalled_attempts + 1,
+        "started_at": sa.func.coalesce(jobs.c.started_at, now),
+    }
+    connection.execute(sa.update(jobs).where(jobs.c.id == claim.job_id).values(values))
+    message = "started" if claim.token == 1 else f"started again (attempt {claim.token})"
+    message = f"its worker stopped answering; {message}" if is_orphan else message
+    job_events.append(connection, claim.job_id, message, level="warning" if is_orphan else "info")
+
+
+def _hold(connection: sa.Connection, claim: Claim) -> None:
+    """Locks the job's row until the end of the transaction. Raises LeaseLost."""
+    held = sa.update(jobs).where(_held(claim)).values(owner=claim.owner)
+    if connection.execute(held).rowcount == 0:
+        raise LeaseLost(f"job {claim.job_id} is no longer this worker's")
+
+
+def _let_go(connection: sa.Connection, job_id: str, until: Time, values: Mapping[str, object]) -> None:
+    """Puts a job that is held back into the queue, for others to claim after `until`, or pauses it."""
+    mine = jobs.c.id == job_id
+    pauses = connection.execute(sa.select(jobs.c.wants_pause).where(mine)).scalar_one()
+    general: dict[str, object] = {
+        "status": Status.PAUSED if pauses else Status.QUEUED,
+        "wants_pause": False,
+        "lease_until": until,
+    }
+    connection.execute(sa.update(jobs).where(mine).values(general | dict(values)))
+    job_events.append(connection, job_id, "paused" if pauses else "back in the queue")
+
+
+def _claimable(now: Time) -> "sa.Select[str, str, int, bool, int, str | None]":
+    """The first job that waits, or whose lease ran out."""
+    is_open = jobs.c.status.in_([Status.QUEUED, Status.RUNNING])
+    columns = (jobs.c.id, jobs.c.status, jobs.c.token, jobs.c.wants_pause, jobs.c.stalled_attempts, jobs.c.crash)
+    query = sa.select(*columns).where(is_open, jobs.c.lease_until <= now)
+    return query.order_by(jobs.c.number).limit(1)
+
+
+def _held(claim: Claim) -> sa.ColumnElement[bool]:
+    return sa.and_(jobs.c.id == claim.job_id, jobs.c.token == claim.token, jobs.c.status == Status.RUNNING)
+
+
+def _directive(connection: sa.Connection, claim: Claim) -> Directive:
+    query = sa.select(jobs.c.status, jobs.c.token, jobs.c.wants_pause).where(jobs.c.id == claim.job_id)
+    row = connection.execute(query).first()
+    if row is None or row.token != claim.token:
+        return Directive.LOST
+    if row.status == Status.RUNNING:
+        return Directive.PAUSE if row.wants_pause else Directive.GO_ON
+    if row.status == Status.CANCELLED:
+        return Directive.CANCEL
+    return Directive.ENDED if Status(row.status).has_ended else Directive.LOST
+
+
+def _end(connection: sa.Connection, job_id: str, status: Status, **values: object) -> None:
+    general: dict[str, object] = {"status": status, "wants_pause": False, "finished_at": datetime.now(UTC)}
+    connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(general | values))

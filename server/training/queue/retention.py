@@ -1,0 +1,56 @@
+"""The end of jobs' files: rows, checkpoints, models and logs, when somebody asks or when they are old enough.
+
+A job's record, events and card stay, as do the versions that it published and the data sets that it used. First
+its record says that the files are gone, then they go: what a kill leaves of them, `finish` and `prune` remove. Any
+number of processes may do any of it at once.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from server.training.queue.job_files import JobFiles
+from server.training.queue.jobs import Jobs
+from server.training.queue.reserve import Reserve
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A job's files, and what they took up."""
+
+    job_id: str
+    num_bytes: int
+
+
+class Retention:
+    """The files of all jobs of one HOME."""
+
+    def __init__(self, home: Path, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self._files = JobFiles(home)
+        self._reserve = Reserve(home)
+
+    def remove(self, job_id: str) -> int:
+        """Remove an ended job's files, also on a full disk; their bytes. Raises NotFound, Conflict."""
+        self._reserve.spend_on(lambda: self._jobs.remove_files(job_id))
+        num_bytes = self._files.num_bytes(job_id)
+        self._files.remove(job_id)
+        self._reserve.fill()
+        return num_bytes
+
+    def prune(self, before: datetime, dry_run: bool = False) -> list[Removal]:
+        """Remove the files of all jobs that ended before then, the oldest first; what went, or would go."""
+        unfinished = self._jobs.without_files(self._files.stored())
+        removals = []
+        for job_id in [*unfinished, *self._jobs.with_files(before)]:
+            num_bytes = self._files.num_bytes(job_id)
+            if not dry_run:
+                self.remove(job_id)
+            removals.append(Removal(job_id, num_bytes))
+        return removals
+
+    def finish(self) -> None:
+        """Remove what is left of removed files, by who was killed or wrote on for a moment; fill the reserve."""
+        for job_id in self._jobs.without_files(self._files.stored()):
+            self._files.remove(job_id)
+        self._reserve.fill()

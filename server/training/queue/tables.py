@@ -1,0 +1,84 @@
+"""The tables of training jobs, and the clock that their leases go by.
+
+`number` is a job's place in the queue, for good: whatever goes back to the queue goes back to its old place.
+"""
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+
+from adapters.catalog.tables import UtcDateTime
+from adapters.expression import MAX_NAME
+
+metadata = sa.MetaData()
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("id", sa.String(64), nullable=False, unique=True),
+    sa.Column("name", sa.String(MAX_NAME), nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("data", sa.JSON, nullable=False),
+    sa.Column("progress", sa.JSON, nullable=False),
+    sa.Column("metrics", sa.JSON, nullable=False),
+    sa.Column("adapter", sa.JSON(none_as_null=True)),
+    sa.Column("report", sa.JSON(none_as_null=True)),
+    sa.Column("error", sa.Text),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("started_at", UtcDateTime),
+    sa.Column("finished_at", UtcDateTime),
+    sa.Column("idempotency_key", sa.String(255), unique=True),
+    sa.Column("body_digest", sa.String(64)),
+    sa.Column("owner", sa.String(255)),  # the worker that claimed it last
+    sa.Column("token", sa.Integer, nullable=False),  # how often it was claimed; an older one lost it
+    sa.Column("lease_until", sa.Float(53), nullable=False),  # by `database_time`: nobody claims it before
+    sa.Column("wants_pause", sa.Boolean, nullable=False),  # of a running job: its worker should let go
+    sa.Column("stalled_attempts", sa.Integer, nullable=False),  # claims since the last new checkpoint
+    sa.Column("crash", sa.Text),  # how the last attempt that ended badly did
+    sa.Column("checkpoint_step", sa.Integer, nullable=False),  # of the newest checkpoint; -1: none
+    sa.Column("metrics_step", sa.Integer, nullable=False),  # of the newest metrics event; -1: none
+    sa.Column("num_events", sa.Integer, nullable=False),
+    sa.Column("files_removed_at", UtcDateTime),  # its rows, checkpoints, model and log; null while they are there
+    sa.Index("ix_jobs_status_number", "status", "number"),
+)
+
+uses = sa.Table(
+    "job_uses",
+    metadata,
+    sa.Column("job_id", sa.String(64), sa.ForeignKey("jobs.id"), primary_key=True),
+    sa.Column("used", sa.String(255), primary_key=True, index=True),  # a data set's id, or an adapter's digest
+)
+
+events = sa.Table(
+    "job_events",
+    metadata,
+    sa.Column("job_id", sa.String(64), sa.ForeignKey("jobs.id"), primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True),  # 1, 2, … within its job
+    sa.Column("at", UtcDateTime, nullable=False),
+    sa.Column("level", sa.String(16), nullable=False),
+    sa.Column("type", sa.String(16), nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("data", sa.JSON, nullable=False),
+)
+
+
+class database_time(FunctionElement[float]):  # noqa: N801 as SQL functions are
+    """Seconds since 1970 by the database's clock, at this moment rather than at the transaction's start."""
+
+    type = sa.Float(53)
+    inherit_cache = True
+
+
+@compiles(database_time)
+def _postgresql_time(element: database_time, compiler: SQLCompiler, **_: Any) -> str:  # noqa: ANN401
+    return "CAST(extract(epoch FROM clock_timestamp()) AS DOUBLE PRECISION)"
+
+
+@compiles(database_time, "sqlite")
+def _sqlite_time(element: database_time, compiler: SQLCompiler, **_: Any) -> str:  # noqa: ANN401
+    return "((julianday('now') - 2440587.5) * 86400.0)"

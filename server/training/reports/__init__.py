@@ -1,0 +1,1 @@
+"""What came of a job: gate, card and metrics."""

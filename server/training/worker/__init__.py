@@ -1,0 +1,1 @@
+"""Processes that take jobs from the queue and run them."""

@@ -1,0 +1,40 @@
+"""What a job's process tells the world while it works: the worker through a pipe, readers through the database."""
+
+from collections.abc import Mapping
+
+from server.training.queue.leases import Claim, Leases
+from server.training.worker.job_pipe import WorkerLink
+from server.training.worker.yielding import Yielding
+
+
+class Leave(Exception):
+    """The worker wants this process to checkpoint and end."""
+
+
+class JobReporter:
+    """`run.Reporter` over the worker's pipe and the database; `yield_or_leave` raises Leave."""
+
+    def __init__(self, link: WorkerLink, leases: Leases, claim: Claim, yielding: Yielding) -> None:
+        self._link = link
+        self._leases = leases
+        self._claim = claim
+        self._yielding = yielding
+
+    def yield_or_leave(self) -> None:
+        self._link.beat()
+        self._yielding.pause(self._goes_on)
+        if self._link.should_leave:
+            raise Leave
+
+    def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
+        self._link.beat(progress, metrics)
+
+    def metrics(self, message: str, data: Mapping[str, object]) -> None:
+        self._leases.add_event(self._claim, message, type="metrics", data=data)
+
+    def checkpointed(self, step: int) -> None:
+        self._leases.checkpointed(self._claim, step)
+
+    def _goes_on(self) -> bool:
+        self._link.beat()
+        return not self._link.should_leave

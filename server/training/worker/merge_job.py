@@ -1,0 +1,80 @@
+"""One attempt at a merge job: load the pinned parts, merge them, publish the result.
+
+There are no checkpoints: a merge takes seconds to minutes, and the same parts make the same bytes again, so that
+an attempt that was cut off is simply done once more. `run_job.py` starts it, and knows how it ended.
+"""
+
+import math
+import time
+
+from adapters.catalog.catalog import Catalog, NewVersion, combine
+from adapters.catalog.versions import Origin
+from adapters.merging.distance import distance
+from adapters.merging.merge import config_of, merge
+from adapters.peft.files import PeftAdapter
+from adapters.store.store import AdapterStore
+from server.model.base.weights import BaseModel
+from server.training.loop.run import Reporter
+from server.training.merge_spec import MergeSpec
+from server.training.queue.leases import Claim, Leases
+from server.training.reports.merge_report import MergeFindings, build_merge_report
+from server.training.reports.report import peak_memory_bytes
+
+
+def run_merge(
+    spec: MergeSpec,
+    claim: Claim,
+    leases: Leases,
+    catalog: Catalog,
+    store: AdapterStore,
+    base: BaseModel,
+    reporter: Reporter,
+) -> None:
+    """Merge and publish, or raise what the reporter raises, LeaseLost, or CorruptAdapter."""
+    started = time.monotonic()
+    adapters = []
+    for digest, weight in combine(spec.parts):
+        reporter.yield_or_leave()
+        store.verify(digest)
+        adapters.append((store.load(digest), weight))
+
+    def yield_or_leave(done: int, total: int) -> None:
+        reporter.yield_or_leave()
+        reporter.progress({"step": done, "total_steps": total}, {})
+
+    weights = merge(adapters, spec.recipe, yield_or_leave)
+    # that of the parts, which needn't be the base that happens to be served
+    origin = Origin.of(catalog.version(part.name, part.version) for part in spec.parts)
+    base_model = base.name if origin.base_digest == base.digest else origin.base_model
+    adapter = PeftAdapter(config_of(weights, base.config.num_layers), weights, base_model)
+    off = distance(adapters, weights)
+    metrics = {"distance": off} if math.isfinite(off) else {}
+    with store.publishing(adapter, catalog.in_use) as num_bytes:
+        findings = MergeFindings(
+            adapter=adapter,
+            distance=metrics.get("distance"),
+            wall_seconds=time.monotonic() - started,
+            peak_memory_bytes=peak_memory_bytes(base.device),
+            bytes_stored=num_bytes,
+        )
+        leases.succeed(
+            claim,
+            progress={"step": len(weights.modules), "total_steps": len(weights.modules), "eta_seconds": 0.0},
+            metrics=dict(metrics),
+            report=build_merge_report(spec, base, findings),
+            publish=NewVersion(
+                name=spec.name,
+                digest=weights.digest,
+                rank=adapter.config.rank,
+                alpha=adapter.config.alpha,
+                target_modules=weights.target_modules,
+                parameters=weights.num_parameters,
+                bytes=num_bytes,
+                base_model=base_model,
+                metrics=metrics,
+                parent=spec.expression,
+                base_digest=origin.base_digest,
+                warnings=origin.warnings,
+                config=spec.to_document(),
+            ),
+        )

@@ -1,0 +1,136 @@
+"""The process in which one attempt at a job runs: `python -m server.training.worker.run_job ASSIGNMENT`.
+
+Started by `worker.py`, which keeps the lease. Here the base is loaded, `train_job` or `merge_job`
+does the work, and how the job ended is stored: success and the new version in one transaction, a failure that
+another attempt would repeat as a failure. Anything else that goes wrong is left to the exit code: the worker has
+it tried again, or ends where the base can't be loaded, which is no job's fault.
+"""
+
+import ctypes
+import logging
+import sys
+
+from adapters.catalog.catalog import Catalog
+from adapters.catalog.records import Records
+from adapters.errors import SmoloraError
+from adapters.store.store import AdapterStore
+from server.allocator import keep_freed_memory
+from server.config import WorkerSettings
+from server.database import connect
+from server.errors import StartupError
+from server.home import Home
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
+from server.model.device import choose_device, training_dtype
+from server.model.gpu import is_out_of_memory, limit_memory
+from server.model.native.load import find_library
+from server.training.merge_spec import MergeSpec, Spec
+from server.training.queue.jobs import Jobs
+from server.training.queue.leases import Claim, LeaseLost, Leases
+from server.training.queue.reserve import DISK_FULL, Reserve
+from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Assignment, WorkerLink
+from server.training.worker.job_reporter import JobReporter, Leave
+from server.training.worker.merge_job import run_merge
+from server.training.worker.train_job import TrainingAttempt
+from server.training.worker.yielding import BusyFlag, Yielding
+
+OUT_OF_MEMORY = (
+    "the job ran out of memory: set training.packing to false, so that it computes a row at a time, lower "
+    "training.max_length or lora.rank, take method lora in the place of full, or have the server leave more of "
+    "its GPU to training (SMOLORA_TRAIN_MEMORY)"
+)
+
+log = logging.getLogger("smolora.job")
+
+
+def main(argument: str) -> int:
+    """Run the assignment; the exit code that the worker reads."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    assignment = Assignment.from_argument(argument)
+    link = WorkerLink(assignment)
+    keep_freed_memory()
+    settings = WorkerSettings.model_validate(dict(assignment.settings))
+    database = connect(settings.home)
+    home = Home(settings.home)
+    leases = Leases(database, Records(home.adapters))
+    claim = Claim(assignment.job_id, assignment.token, assignment.owner)
+    reserve = Reserve(settings.home)
+    try:
+        job = Jobs(database).get(claim.job_id)
+        base, library = _load(settings, job.spec)
+        store = AdapterStore(home.adapters)
+        catalog = Catalog(database)
+        yielding = Yielding(BusyFlag(settings.home).read, settings.train_share)
+        reporter = JobReporter(link, leases, claim, yielding)
+        if isinstance(job.spec, MergeSpec):
+            run_merge(job.spec, claim, leases, catalog, store, base, reporter)
+        else:
+            TrainingAttempt(
+                job,
+                job.spec,
+                claim,
+                leases,
+                catalog,
+                store,
+                base,
+                reporter,
+                settings.home,
+                library,
+            ).run()
+    except Leave:
+        return EXIT_LEFT
+    except LeaseLost:
+        log.warning("the job is no longer this worker's")
+        return EXIT_LEFT
+    except StartupError as error:
+        return _end_without_base(link, error)
+    except Exception as error:
+        log.exception("the attempt failed")
+        if reserve.is_disk_full(error):
+            reserve.spend_on(lambda: leases.fail(claim, DISK_FULL))
+        elif isinstance(error, SmoloraError):
+            leases.fail(claim, str(error))
+        elif is_out_of_memory(error):
+            leases.fail(claim, OUT_OF_MEMORY)
+        else:
+            return 1
+    return EXIT_DONE
+
+
+def _end_without_base(link: WorkerLink, error: StartupError) -> int:
+    """Tell the worker, not the job: `error` may name paths. The exit code."""
+    log.error("the base can't be loaded", exc_info=error)
+    link.cannot_work(str(error))
+    return EXIT_NO_BASE
+
+
+def _load(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL | None]:
+    """What the job needs, or a StartupError, whatever was wrong."""
+    try:
+        return _base_for(settings, spec)
+    except StartupError:
+        raise
+    except Exception as error:
+        raise StartupError(repr(error)) from error
+
+
+def _base_for(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL | None]:
+    """The base that the server serves, in the dtype to train in, and the native code, if wanted and to be had.
+
+    A merge wants no more of it than its names and sizes: its weights stay in their file.
+    """
+    directory = resolve_base(settings.model, settings.home, settings.base_dir)
+    if isinstance(spec, MergeSpec):
+        return load_base(directory), None
+    device, dtype = choose_device(settings.device, settings.dtype)
+    if settings.train_memory is not None:
+        limit_memory(device, settings.train_memory)
+    base = load_base(directory, training_dtype(dtype), device)
+    if base.dtype is not dtype:
+        log.info("computes in fp32 in the place of SMOLORA_DTYPE=fp16, in which gradients would vanish")
+    places = [directory / "native", Home(settings.home).native]
+    return base, find_library(base, places, log.info) if settings.native else None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

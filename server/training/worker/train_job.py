@@ -1,0 +1,235 @@
+"""One attempt at a training job: `Run` does the work, and what came of it is stored and published.
+
+The adapter's bytes go to the store first; its version, the card and the job's end are then one transaction.
+`server.training.worker.run_job` starts it, and knows how it ended.
+"""
+
+import ctypes
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import cast
+
+from adapters.catalog.catalog import Catalog, NewVersion
+from adapters.errors import NotFound
+from adapters.expression import Term
+from adapters.peft.files import PeftAdapter
+from adapters.store.store import AdapterStore
+from server.home import Home
+from server.model.base.export import export_hugging_face
+from server.model.base.weights import BaseModel
+from server.model.smollm import SmolLM
+from server.training.data.files import FileStore
+from server.training.data.job_data import JobData
+from server.training.loop.checkpoint import Checkpoints
+from server.training.loop.evaluate import Evaluation, LossNotFinite, evaluate
+from server.training.loop.outcome import Outcome
+from server.training.loop.run import Reporter, Run
+from server.training.passes.init import adapter_config
+from server.training.passes.trained_rows import TrainedRows
+from server.training.queue.job_files import JobFiles
+from server.training.queue.jobs import FINE_TUNING, Job
+from server.training.queue.leases import Claim, Leases
+from server.training.reports.gate import Gate, decide
+from server.training.reports.report import (
+    AdapterFacts,
+    Cost,
+    Environment,
+    Findings,
+    build_report,
+    peak_memory_bytes,
+)
+from server.training.reports.step_metrics import step_metrics_csv
+from server.training.spec import JobSpec
+from server.training.worker.job_reporter import Leave
+
+
+class TrainingAttempt:
+    """Trains and publishes, or raises Leave (having checkpointed), LeaseLost, or what went wrong.
+
+    A SmoloraError is what another attempt would run into as well, such as a Conflict about the name.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        spec: JobSpec,
+        claim: Claim,
+        leases: Leases,
+        catalog: Catalog,
+        store: AdapterStore,
+        base: BaseModel,
+        reporter: Reporter,
+        home: Path,
+        library: ctypes.CDLL | None = None,
+    ) -> None:
+        """`library` is the native code, where this machine has it."""
+        self._job = job
+        self._spec = spec
+        self._claim = claim
+        self._leases = leases
+        self._catalog = catalog
+        self._files = JobFiles(home)
+        self._store = store
+        self._results = FileStore(Home(home).files)
+        self._base = base
+        self._reporter = reporter
+        self._library = library
+
+    def run(self) -> None:
+        spec, directory = self._spec, self._files.directory(self._job.id)
+        data = JobData.load(directory)
+        data.check_base(self._base)
+        if spec.method == "lora":
+            self._catalog.check_kind(spec.name, "adapter")  # it was one's when the job was submitted
+        parent = None
+        if spec.start_from_digest is not None:
+            parent = self._store.read(spec.start_from_digest, self._base.config.shape)
+        run = Run(
+            spec,
+            data,
+            self._base,
+            Checkpoints(self._files.checkpoints(self._job.id), self._claim.token),
+            self._reporter,
+            start=None if parent is None else parent.weights,
+            library=self._library,
+            peak_memory=lambda: peak_memory_bytes(self._base.device),
+        )
+        try:
+            outcome = run.run()
+        except Leave:
+            run.checkpoint()
+            raise
+        latest = self._latest_evaluation(data)
+        gate = decide(spec.publish_if, outcome.tuned, outcome.base, latest, spec.method)
+        adapter = None
+        if outcome.weights is not None:
+            config = adapter_config(spec.lora) if parent is None else parent.config
+            adapter = PeftAdapter(config, outcome.weights, self._base.name)
+        num_bytes = self._keep(adapter, outcome)
+        report = self._report(data, outcome, gate, adapter, latest, num_bytes)
+        metrics = outcome.counters.newest_losses | _final_metrics(outcome)
+        publish = None
+        if adapter is not None and gate.passes:
+            publish = self._new_version(adapter, num_bytes, metrics, data.facts.digest)
+        with nullcontext() if adapter is None else self._store.publishing(adapter, self._catalog.in_use):
+            if FINE_TUNING in self._job.data:
+                counters = outcome.counters
+                csv = step_metrics_csv(counters.train_curve, counters.eval_curve, outcome.step, outcome.tuned)
+                self._results.put_results(self._job.id, csv)
+            self._leases.succeed(
+                self._claim,
+                progress=run.progress | {"eta_seconds": 0.0},
+                metrics=metrics,
+                report=report,
+                publish=publish,
+                alias=spec.alias,
+            )
+        if adapter is not None and publish is None:
+            self._store.discard(adapter.weights.digest, self._catalog.in_use)
+
+    def _keep(self, adapter: PeftAdapter | None, outcome: Outcome) -> int:
+        """Store what was trained; its bytes."""
+        if adapter is not None:
+            return self._store.put(adapter)
+        assert outcome.tuned_base is not None
+        place = self._files.model(self._job.id)
+        if place.exists():  # of an attempt that ended after this
+            shutil.rmtree(place)
+        export_hugging_face(outcome.tuned_base, place)
+        return sum(path.stat().st_size for path in place.iterdir())
+
+    def _latest_evaluation(self, data: JobData) -> Evaluation | None:
+        """How the name's latest version does on the held-out rows, where the gate asks."""
+        if self._spec.publish_if != "improves_latest" or data.validation is None:
+            return None
+        name = self._spec.name
+        try:
+            parts = self._catalog.resolve([Term(name)])
+        except NotFound:
+            return None
+        self._catalog.check_kind(name, "adapter")  # it may have become a composition's since
+        (part,) = parts
+        rows = TrainedRows(
+            self._store.load(part.digest), self._base.config.shape, self._base.dtype, self._base.device
+        )
+        model = SmolLM(self._base.config, self._base.weights, max_positions=self._spec.training.max_length)
+        found = evaluate(model, rows, data.validation, yield_or_leave=self._reporter.yield_or_leave)
+        if not found.is_finite:
+            raise LossNotFinite(
+                f"the held-out loss of {name}@{part.version} is not a number, so that nothing improves on it: "
+                "delete that version, or submit again with publish_if always or improves_base"
+            )
+        return found
+
+    def _report(
+        self,
+        data: JobData,
+        outcome: Outcome,
+        gate: Gate,
+        adapter: PeftAdapter | None,
+        latest: Evaluation | None,
+        num_bytes: int,
+    ) -> dict[str, object]:
+        counters = outcome.counters
+        facts = None
+        if adapter is not None:
+            facts = AdapterFacts(adapter.weights.digest, adapter.config, adapter.weights.num_parameters)
+        findings = Findings(
+            data=data.facts,
+            cost=Cost(
+                num_steps=outcome.num_steps,
+                kept_step=outcome.step,
+                epochs=outcome.epochs,
+                num_tokens=counters.num_tokens,
+                tokens_per_second=counters.tokens_per_second,
+                wall_seconds=counters.wall_seconds,
+                peak_memory_bytes=counters.peak_memory_bytes,
+                bytes_stored=num_bytes,
+            ),
+            environment=Environment.of(self._base, counters.computed_by),
+            num_trainable=outcome.num_trainable,
+            adapter=facts,
+            gate=gate,
+            curves={"train_loss": counters.train_curve, "eval_loss": counters.eval_curve},
+            base=outcome.base,
+            tuned=outcome.tuned,
+            latest=latest,
+        )
+        return build_report(self._spec, self._base, findings)
+
+    def _new_version(
+        self, adapter: PeftAdapter, num_bytes: int, metrics: Mapping[str, object], data_digest: str
+    ) -> NewVersion:
+        return NewVersion(
+            name=self._spec.name,
+            digest=adapter.weights.digest,
+            rank=adapter.config.rank,
+            alpha=adapter.config.alpha,
+            target_modules=adapter.weights.target_modules,
+            parameters=adapter.weights.num_parameters,
+            bytes=num_bytes,
+            base_model=self._base.name,
+            metrics=cast("Mapping[str, float]", {k: v for k, v in metrics.items() if isinstance(v, int | float)}),
+            parent=self._spec.start_from,
+            job_id=self._job.id,
+            base_digest=self._base.digest,
+            data_digest=data_digest,
+            config=self._spec.to_document(),
+        )
+
+
+def _final_metrics(outcome: Outcome) -> dict[str, object]:
+    """The published weights' measures beside the base's, by the names that `GET /train/{id}` has."""
+    found: dict[str, object] = {}
+    for prefix, evaluation in (("", outcome.tuned), ("base_", outcome.base)):
+        if evaluation is not None:
+            measures = {
+                "eval_loss": evaluation.loss,
+                "eval_perplexity": evaluation.perplexity,
+                "eval_accuracy": evaluation.accuracy,
+                "eval_exact_match": evaluation.exact_match,
+            }
+            found |= {prefix + name: value for name, value in measures.items() if value is not None}
+    return found

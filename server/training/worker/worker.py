@@ -1,0 +1,266 @@
+"""The worker: claims one job after another and has each run in a fresh process, so that its memory is its own.
+
+The worker itself stays small and never blocks: it keeps the lease, by a thread of its own, since a training
+step may take longer than a lease; it tells the process to leave when the job is paused or the worker is
+stopped; it kills the process when the job was cancelled or lost, or when no sign of progress comes any more; and
+it ends where the base can't be loaded, so that jobs wait for a worker that can. What training is, only the process
+knows (`server.training.worker.run_job`); they talk as `server.training.worker.job_pipe` says.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.config import WorkerSettings
+from server.database import connect
+from server.training.queue.job_files import JobFiles
+from server.training.queue.leases import LEASE_SECONDS, MAX_CRASH_DELAY, Claim, Directive, LeaseLost, Leases
+from server.training.queue.reserve import DISK_FULL, Reserve
+from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Child
+from server.training.worker.parent import end_with_parent, has_lost_parent
+
+COMMAND = (sys.executable, "-P", "-m", "server.training.worker.run_job")
+NICENESS = 10
+NO_BASE = "a worker can't load the base: its log says why, and the job waits for one that can"
+
+_TICK_SECONDS = 0.05
+
+log = logging.getLogger("smolora.worker")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a worker waits for what, in seconds."""
+
+    lease: float = LEASE_SECONDS
+    heartbeat: float = 2.5  # between writes that keep the lease
+    directive: float = 0.25  # between looks at what is asked of the job
+    poll: float = 0.5  # between looks for a job
+    hung: float = 300.0  # without a sign of progress, until the process counts as hung
+    leave: float = 20.0  # for a process to checkpoint and leave, until it is killed, where the worker must end
+    pause: float = 120.0  # the same where it needn't, and for one to tidy up after its job's end
+    max_crash_delay: float = MAX_CRASH_DELAY
+    trouble: float = 2.0  # after the database couldn't be used
+
+
+class Worker:
+    """One worker of one HOME. `run` belongs to the main thread; `stop` may be called from anywhere."""
+
+    def __init__(
+        self,
+        home: Path,
+        leases: Leases,
+        settings: Mapping[str, object],
+        *,
+        command: Sequence[str] = COMMAND,
+        timing: Timing | None = None,
+        parent: int | None = None,
+    ) -> None:
+        """`command` runs a job and is handed `settings`; `parent` is the process without which the worker ends."""
+        self._leases = leases
+        self._settings = settings
+        self._command = command
+        self._timing = timing or Timing()
+        self._parent = parent
+        self._files = JobFiles(home)
+        self._reserve = Reserve(home)
+        self._owner = f"{socket.gethostname()}:{os.getpid()}"
+        self._is_stopping = False
+        self._exit_code = 0
+
+    def stop(self) -> None:
+        """Have `run` end once the job in hand was released. Safe in a signal's handler."""
+        self._is_stopping = True
+
+    def run(self) -> int:
+        """Work until stopped, or until the base can't be loaded; the exit code: 0 or EXIT_NO_BASE."""
+        self._try(lambda: self._files.sweep(self._leases.status))
+        while not self._is_stopping:
+            self._try(self._work)
+        return self._exit_code
+
+    def _try(self, work: Callable[[], None]) -> None:
+        """The worker outlives whatever happens to the database or the disk."""
+        try:
+            work()
+        except Exception:
+            log.exception("can't work just now")
+            self._sleep(self._timing.trouble)
+
+    def _work(self) -> None:
+        self._reserve.fill()
+        claim = self._leases.claim(self._owner, self._timing.lease)
+        if claim is None:
+            self._sleep(self._timing.poll)
+        else:
+            self._work_on(claim)
+
+    def _work_on(self, claim: Claim) -> None:
+        """One attempt at a job, to its end."""
+        log.info("job %s: attempt %d", claim.job_id, claim.token)
+        attempt = _Attempt(self._leases, claim, self._timing)
+        try:
+            child = Child(
+                self._command,
+                self._files.log(claim.job_id),
+                job_id=claim.job_id,
+                token=claim.token,
+                owner=claim.owner,
+                settings=self._settings,
+            )
+        except OSError as error:
+            self._conclude(attempt, f"could not start: {error.strerror}")
+            return
+        try:
+            with attempt:
+                reason = self._watch(child, attempt)
+        finally:
+            child.close()
+        self._conclude(attempt, reason)
+
+    def _watch(self, child: Child, attempt: "_Attempt") -> str | None:
+        """Wait for the end of the process, or bring it about; how it ended badly, None where it didn't."""
+        timing = self._timing
+        quiet = leaving = 0.0
+        before = time.monotonic()
+        while (code := child.wait(_TICK_SECONDS)) is None:
+            now = time.monotonic()
+            elapsed = min(now - before, 1.0)  # a worker that was stopped itself says nothing about the process
+            before = now
+            quiet = 0.0 if child.listen() else quiet + elapsed
+            attempt.progress, attempt.metrics = child.progress, child.metrics
+            if self._parent is not None and has_lost_parent(self._parent):
+                child.close()
+                os._exit(1)
+            patience = timing.leave if self._is_stopping else timing.pause
+            if attempt.is_void or leaving > patience or quiet > timing.hung:
+                child.kill()
+            elif attempt.directive is Directive.ENDED:
+                leaving += elapsed
+            elif attempt.directive is Directive.PAUSE or self._is_stopping:
+                if not attempt.should_leave:
+                    attempt.should_leave = True
+                    child.ask_to_leave()
+                leaving += elapsed
+        child.listen()
+        attempt.progress, attempt.metrics = child.progress, child.metrics
+        if code == EXIT_DONE:
+            return None
+        if code == EXIT_NO_BASE:
+            self._end_without_base(attempt.claim, child.reason)
+        if code in (EXIT_LEFT, EXIT_NO_BASE):
+            attempt.should_leave = True
+        if quiet > timing.hung:
+            return f"no sign of progress for {timing.hung:g} s"
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+    def _end_without_base(self, claim: Claim, reason: str | None) -> None:
+        log.error(
+            "the base can't be loaded, so this worker ends, and jobs wait: %s", reason or "see the job's log"
+        )
+        self._exit_code = EXIT_NO_BASE
+        self.stop()
+        self._store(lambda: self._leases.add_event(claim, NO_BASE, level="warning"))
+
+    def _conclude(self, attempt: "_Attempt", reason: str | None) -> None:
+        """Store how the attempt ended, where the process itself hasn't, and tidy up."""
+        leases, claim = self._leases, attempt.claim
+        status = leases.status(claim.job_id)
+        if not attempt.is_void and status is not None and not status.has_ended:
+            self._store(attempt.keep)
+            if attempt.should_leave:
+                self._store(lambda: leases.release(claim))
+            elif self._reserve.is_needed:
+                self._store(lambda: leases.fail(claim, DISK_FULL))
+            else:
+                reason = reason or "ended without a result"
+                self._store(lambda: leases.crashed(claim, reason, self._timing.max_crash_delay))
+            status = leases.status(claim.job_id)
+        log.info("job %s: %s%s", claim.job_id, status, f" ({reason})" if reason else "")
+        if status is not None and status.has_ended:
+            self._files.drop_checkpoints(claim.job_id)
+
+    def _store(self, write: Callable[[], object]) -> None:
+        try:
+            self._reserve.spend_on(write)
+        except LeaseLost:
+            log.warning("the job is another worker's by now")
+
+    def _sleep(self, seconds: float) -> None:
+        """Wait, but not once the worker was stopped. (An Event would deadlock if a signal's handler set it.)"""
+        until = time.monotonic() + seconds
+        while not self._is_stopping and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, _TICK_SECONDS))
+            if self._parent is not None and has_lost_parent(self._parent):
+                os._exit(1)
+
+
+class _Attempt:
+    """A claim while it is worked on: within `with`, a thread keeps the lease and asks what is wanted."""
+
+    def __init__(self, leases: Leases, claim: Claim, timing: Timing) -> None:
+        self.claim = claim
+        self.directive = Directive.GO_ON
+        self.should_leave = False
+        self.progress: Mapping[str, object] | None = None
+        self.metrics: Mapping[str, object] | None = None
+        self._leases = leases
+        self._timing = timing
+        self._has_ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    @property
+    def is_void(self) -> bool:
+        """Whether nothing that comes of it counts any more."""
+        return self.directive in (Directive.CANCEL, Directive.LOST)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._has_ended.set()
+        self._thread.join()
+
+    def keep(self) -> None:
+        """Keep the lease, and store how far the process is."""
+        self.directive = self._leases.heartbeat(self.claim, self._timing.lease, self.progress, self.metrics)
+
+    def _run(self) -> None:
+        due = 0.0
+        while not self._has_ended.wait(self._timing.directive):
+            try:
+                if time.monotonic() >= due:
+                    due = time.monotonic() + self._timing.heartbeat
+                    self.keep()
+                else:
+                    self.directive = self._leases.directive(self.claim)
+            except Exception as error:  # the next one may succeed; if not, the lease is for others to take
+                log.warning("no heartbeat: %s", error)
+            if self.is_void or self.directive is Directive.ENDED:
+                return
+
+
+def run_worker(settings: WorkerSettings, parent: int | None = None, command: Sequence[str] = COMMAND) -> int:
+    """Work until SIGTERM or SIGINT, until the process `parent` dies, or as `Worker.run`; the exit code.
+
+    Raises StartupError.
+    """
+    if parent is not None:
+        end_with_parent(parent)
+    engine = connect(settings.home)
+    os.nice(NICENESS)
+    worker = Worker(
+        settings.home, Leases(engine), settings.model_dump(mode="json"), command=command, parent=parent
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop())
+    code = worker.run()
+    engine.dispose()
+    return code

@@ -1,0 +1,345 @@
+"""Names, versions and aliases: numbers never come back, latest moves, and nothing is torn under concurrency."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from random import Random
+from typing import cast
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import IntegrityError
+
+from adapters.catalog import catalog as module
+from adapters.catalog.catalog import Catalog, Part, Version, combine
+from adapters.catalog.reads import lookup
+from adapters.errors import Conflict, InvalidInput, NotFound
+from adapters.expression import Term, parse
+from server.database import connect
+
+D = [f"{i:064x}" for i in range(20)]
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[sa.Engine]:
+    engine = connect(tmp_path)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def catalog(engine: sa.Engine) -> Catalog:
+    return Catalog(engine)
+
+
+def publish(catalog: Catalog, name: str, digest: str = D[0]) -> Version:
+    return catalog.publish(
+        name, digest=digest, rank=4, alpha=8, target_modules=("q_proj",), parameters=1 << 40, bytes=1 << 41
+    )
+
+
+def test_a_version_comes_back_as_it_was_published(catalog: Catalog) -> None:
+    before = datetime.now(UTC)
+    version = catalog.publish(
+        "tweets",
+        digest=D[3],
+        rank=16,
+        alpha=0.1,
+        target_modules=["q_proj", "down_proj"],
+        parameters=5_000_000_000,
+        bytes=20_000_000_001,
+        base_model="smollm2-135m-instruct",
+        metrics={"eval_loss": 1.25, "steps": 3},
+        parent="codes@2",
+        job_id="01J",
+        warnings=["an 'odd' one", "é"],
+    )
+    assert catalog.version("tweets", 1) == version
+    assert version == Version(
+        name="tweets",
+        version=1,
+        digest=D[3],
+        rank=16,
+        alpha=0.1,
+        target_modules=("q_proj", "down_proj"),
+        parameters=5_000_000_000,
+        bytes=20_000_000_001,
+        created_at=version.created_at,
+        base_model="smollm2-135m-instruct",
+        metrics={"eval_loss": 1.25, "steps": 3},
+        parent="codes@2",
+        job_id="01J",
+        warnings=("an 'odd' one", "é"),
+    )
+    assert before <= version.created_at <= datetime.now(UTC)
+    assert version.created_at.utcoffset() == timedelta(0)
+
+
+def test_publishing_counts_up_and_moves_latest(catalog: Catalog) -> None:
+    assert [publish(catalog, "a", D[i]).version for i in range(3)] == [1, 2, 3]
+    assert publish(catalog, "b").version == 1
+    adapter = catalog.get("a")
+    assert adapter.latest == 3
+    assert [version.digest for version in adapter.versions] == D[:3]
+    assert adapter.aliases == {}
+
+
+@pytest.mark.parametrize("name", ["", "base", "a b", "-a", "x" * 65, "a/b"])
+def test_bad_names_are_refused(name: str, catalog: Catalog) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        publish(catalog, name)
+    assert caught.value.errors[0].loc == ("name",)
+    assert catalog.list() == []
+
+
+def test_metrics_are_numbers_that_json_has(catalog: Catalog) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        catalog.publish(
+            "a",
+            digest=D[0],
+            rank=1,
+            alpha=1,
+            target_modules=[],
+            parameters=1,
+            bytes=1,
+            metrics={"x": float("nan")},
+        )
+
+
+def test_deleting_the_latest_moves_it_to_the_highest_left(catalog: Catalog) -> None:
+    for i in range(4):
+        publish(catalog, "a", D[i])
+    assert catalog.delete_version("a", 2) == [D[1]]
+    assert catalog.get("a").latest == 4
+    assert catalog.delete_version("a", 4) == [D[3]]
+    assert catalog.get("a").latest == 3
+    assert catalog.delete_version("a", 3) == [D[2]]
+    assert catalog.get("a").latest == 1
+    assert catalog.delete_version("a", 1) == [D[0]]
+    with pytest.raises(NotFound):
+        catalog.get("a")
+    assert catalog.list() == []
+
+
+def test_latest_stays_where_it_was_put(catalog: Catalog) -> None:
+    """It may name an older version (a roll-back); deleting others doesn't move it."""
+    for i in range(3):
+        publish(catalog, "a", D[i])
+    catalog.point("a", "latest", 2)
+    catalog.delete_version("a", 3)
+    assert catalog.get("a").latest == 2
+    assert catalog.resolve([Term("a")])[0].version == 2
+
+
+def test_numbers_never_come_back(catalog: Catalog) -> None:
+    publish(catalog, "a")
+    publish(catalog, "a")
+    catalog.delete_version("a", 2)
+    assert publish(catalog, "a").version == 3
+    catalog.delete("a")
+    assert publish(catalog, "a").version == 4
+    assert [version.version for version in catalog.get("a").versions] == [4]
+
+
+def test_deletes_return_what_no_version_has_any_more(catalog: Catalog) -> None:
+    for name, digest in (("a", D[0]), ("a", D[1]), ("a", D[0]), ("b", D[1]), ("a", D[2])):
+        publish(catalog, name, digest)
+    assert catalog.delete_version("a", 1) == []  # a@3 has the same bytes
+    assert catalog.in_use(D[0])
+    assert catalog.delete("a") == [D[0], D[2]]  # b@1 has D[1]
+    assert not catalog.in_use(D[0])
+    assert catalog.delete("b") == [D[1]]
+
+
+def test_what_is_not_there(catalog: Catalog) -> None:
+    publish(catalog, "a")
+    for call in (
+        lambda: catalog.get("b"),
+        lambda: catalog.version("a", 2),
+        lambda: catalog.version("a", -1),
+        lambda: catalog.version("a", 10**30),
+        lambda: catalog.delete("b"),
+        lambda: catalog.delete_version("a", 2),
+        lambda: catalog.delete_version("a", 10**30),
+        lambda: catalog.delete_version("b", 1),
+    ):
+        with pytest.raises(NotFound):
+            call()
+    assert catalog.list("b") == []
+
+
+def test_lists_are_paged_by_name(catalog: Catalog) -> None:
+    for name in ("b", "a", "d", "c", "b"):
+        publish(catalog, name)
+    publish(catalog, "0gone")
+    catalog.delete("0gone")
+
+    def names(name: str | None = None, limit: int | None = None, after: str | None = None) -> list[str]:
+        return [adapter.name for adapter in catalog.list(name, limit, after)]
+
+    assert names() == ["a", "b", "c", "d"]
+    assert names(limit=2) == ["a", "b"]
+    assert names(limit=2, after="b") == ["c", "d"]
+    assert names(after="bb") == ["c", "d"]
+    assert names(limit=0) == []
+    assert names(name="b") == ["b"]
+    assert names(name="b", after="b") == []
+    assert [version.version for version in catalog.list("b")[0].versions] == [1, 2]
+
+
+def test_terms_resolve_in_their_order(catalog: Catalog) -> None:
+    for i in range(3):
+        publish(catalog, "a", D[i])
+    publish(catalog, "b", D[9])
+    catalog.point("a", "prod", 2)
+    parts = catalog.resolve(parse("b*0.5 + a + a@1*-1 + a@prod + a@latest + b@1"))
+    assert parts == (
+        Part("b", 1, D[9], 0.5),
+        Part("a", 3, D[2], 1.0),
+        Part("a", 1, D[0], -1.0),
+        Part("a", 2, D[1], 1.0),
+        Part("a", 3, D[2], 1.0),
+        Part("b", 1, D[9], 1.0),
+    )
+    assert catalog.resolve(()) == ()
+    assert catalog.get("a").aliases == {"prod": 2}
+
+
+def test_unknown_terms_are_all_named(catalog: Catalog) -> None:
+    publish(catalog, "a")
+    with pytest.raises(NotFound) as caught:
+        catalog.resolve(parse(f"x+a+a@2+a@prod+x+b@1+a@{10**30}"))
+    assert str(caught.value).endswith(f": x, a@2, a@prod, b@1, a@{10**30}")
+    with pytest.raises(NotFound):
+        catalog.resolve([Term("a", 10**30)])
+
+
+def test_resolving_is_one_indexed_query(catalog: Catalog, engine: sa.Engine) -> None:
+    publish(catalog, "a")
+    catalog.point("a", "prod", 1)
+    seen: list[tuple[str, object]] = []
+    sa.event.listen(engine, "before_cursor_execute", lambda *args: seen.append((args[2], args[3])))
+    catalog.resolve(parse("+".join(["a", "a@1", "a@prod"] * 5)))
+    ((statement, parameters),) = seen
+    with engine.connect() as connection:
+        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
+    steps = [row[3] for row in plan if "adapter" in row[3] or "composition" in row[3]]
+    assert len(steps) == 25 + 15  # each looks for parts, too
+    assert all(step.startswith("SEARCH") for step in steps)
+
+
+def test_what_an_alias_names_is_not_deleted(catalog: Catalog) -> None:
+    publish(catalog, "a", D[0])
+    publish(catalog, "a", D[1])
+    catalog.point("a", "prod", 1)
+    for call in (lambda: catalog.delete_version("a", 1), lambda: catalog.delete("a")):
+        with pytest.raises(Conflict, match="a@prod"):
+            call()
+    assert len(catalog.get("a").versions) == 2
+    assert catalog.delete_version("a", 2) == [D[1]]
+    assert catalog.get("a").latest == 1
+
+
+def test_threads_publish_distinct_versions(catalog: Catalog) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        numbers = sorted(pool.map(lambda i: publish(catalog, f"n{i % 2}", D[i % 20]).version, range(40)))
+    assert numbers == sorted([*range(1, 21)] * 2)
+    assert catalog.get("n0").latest == 20
+
+
+def test_a_clash_is_tried_again(catalog: Catalog, engine: sa.Engine) -> None:
+    """Between our look and our insert another writer takes the name. SQLite rules that out, so it is faked."""
+    clashes = ["", ""]
+
+    def clash(connection: sa.Connection, cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith("INSERT INTO adapters ") and clashes:
+            clashes.pop()
+            raise IntegrityError(statement, None, Exception("another writer was first"))
+
+    sa.event.listen(engine, "before_cursor_execute", clash)
+    assert publish(catalog, "a").version == 1
+    assert clashes == []
+    assert len(catalog.get("a").versions) == 1
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from adapters.catalog.catalog import Catalog
+from server.database import connect
+catalog = Catalog(connect(Path(sys.argv[1])))
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(25):
+    version = catalog.publish("shared", digest="0" * 64, rank=1, alpha=1, target_modules=[], parameters=1, bytes=1)
+    if i % 5 == 4:
+        catalog.delete_version("shared", version.version)
+    print(version.version, flush=True)
+"""
+
+
+def test_processes_publish_distinct_versions_also_when_killed(tmp_path: Path) -> None:
+    """Three processes open a database that isn't there yet, and publish at once; one of them is killed."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    streams = [(process.stdin, process.stdout) for process in processes]
+    numbers: list[int] = []
+    for _, stdout in streams:
+        assert stdout is not None
+        assert stdout.readline() == "ready\n"
+    for stdin, _ in streams:
+        assert stdin is not None
+        print("go", file=stdin, flush=True)
+    first = processes[0].stdout
+    assert first is not None
+    numbers += [int(first.readline()) for _ in range(5)]
+    processes[0].kill()
+    for process in processes:
+        output, _ = process.communicate()
+        numbers += map(int, output.split())
+    assert [process.returncode for process in processes[1:]] == [0, 0]
+    assert len(numbers) == len(set(numbers)) >= 55
+    engine = connect(tmp_path)
+    adapter = Catalog(engine).get("shared")
+    assert adapter.latest == adapter.versions[-1].version
+    published = {version.version for version in adapter.versions}
+    assert len(published - set(numbers)) <= 1  # committed, and killed before it said so
+    engine.dispose()
+
+
+def test_combine_is_canonical() -> None:
+    parts = [Part("a", 1, D[2], 0.1), Part("b", 1, D[1], 2.0), Part("c", 7, D[2], 0.2)]
+    assert combine(parts) == ((D[1], 2.0), (D[2], 0.3))
+    assert combine([*parts, Part("d", 1, D[2], -0.3)]) == ((D[1], 2.0),)
+    assert combine([Part("a", 1, D[0], 0.0), Part("a", 1, D[1], -0.0)]) == ()
+    assert combine([]) == ()
+
+
+@given(st.lists(st.tuples(st.sampled_from(D[:3]), st.decimals(-100, 100, places=3)), max_size=16), st.randoms())
+@settings(deadline=None)
+def test_combine_adds_up_exactly_in_any_order(pairs: list[tuple[str, float]], random: Random) -> None:
+    parts = [Part("a", 1, digest, float(weight)) for digest, weight in pairs]
+    combined = combine(parts)
+    random.shuffle(parts)
+    assert combine(parts) == combined
+    sums = {digest: sum(weight for other, weight in pairs if other == digest) for digest, _ in pairs}
+    assert dict(combined) == {digest: float(total) for digest, total in sums.items() if total}
+    assert [digest for digest, _ in combined] == sorted(dict(combined))
+
+
+def test_the_tables_and_queries_are_postgresql_too() -> None:
+    dialect = cast("Callable[[], sa.Dialect]", postgresql.dialect)()
+    for table in module.metadata.sorted_tables:
+        assert "CREATE TABLE" in str(sa.schema.CreateTable(table).compile(dialect=dialect))
+    query = sa.union_all(*(lookup(i, term) for i, term in enumerate(parse("a+a@1+a@prod"))))
+    assert str(query.compile(dialect=dialect)).count("UNION ALL") == 2

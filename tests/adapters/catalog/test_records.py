@@ -1,0 +1,235 @@
+"""Records hold all that the catalog knows, and what was cut off anywhere is told from what was answered."""
+
+from collections.abc import Collection, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from adapters.catalog.catalog import Catalog, NewVersion, Part, Version
+from adapters.catalog.records import Records, decode, encode
+from adapters.catalog.recovery import Recovered, recover
+from adapters.catalog.tables import transact
+from adapters.catalog.writes import drop_in, publish_in
+from adapters.expression import parse
+from server.database import FILE_NAME, connect
+
+D = [f"{i:064x}" for i in range(20)]
+
+
+class Home:
+    """A catalog with records, whose database can be lost."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.records = Records(root / "adapters")
+        self.open()
+
+    def open(self) -> None:
+        self.engine = connect(self.root)
+        self.catalog = Catalog(self.engine, self.records)
+
+    def lose(self) -> None:
+        self.engine.dispose()
+        for path in self.root.glob(f"{FILE_NAME}*"):
+            path.unlink()
+        self.open()
+
+    def publish(self, name: str, digest: str = D[0], job_id: str | None = None) -> Version:
+        return self.catalog.publish(
+            name,
+            digest=digest,
+            rank=4,
+            alpha=8,
+            target_modules=("q_proj",),
+            parameters=10,
+            bytes=100,
+            job_id=job_id,
+            metrics={"eval_loss": 0.1},
+            base_digest=D[9],
+            config={"lora": {"rank": 4, "names": ["q_proj"]}},
+            warnings=["é"],
+        )
+
+    def recover(self, lost: Collection[str] = (), known: Collection[str] = ()) -> Recovered:
+        return recover(self.engine, self.records, lambda digest: digest not in lost, known.__contains__)
+
+    def names(self) -> list[str]:
+        return [f"{v.name}@{v.version}" for adapter in self.catalog.list() for v in adapter.versions]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Home]:
+    home = Home(tmp_path)
+    yield home
+    home.engine.dispose()
+
+
+def new(name: str, job_id: str | None = None) -> NewVersion:
+    return NewVersion(name, D[7], 1, 1.0, ("q_proj",), 1, 1, job_id=job_id)
+
+
+class Killed(BaseException):
+    """In the place of a kill: the transaction isn't committed."""
+
+
+def cut_off_publication(home: Home, name: str, job_id: str | None = None) -> None:
+    """The record is written, and the process is killed before the commit."""
+
+    def work(connection: sa.Connection) -> None:
+        publish_in(connection, new(name, job_id), records=home.records)
+        raise Killed
+
+    with pytest.raises(Killed):
+        transact(home.engine, work)
+
+
+def test_a_record_is_the_version() -> None:
+    version = Version(
+        name="a.b-c",
+        version=12,
+        digest=D[1],
+        rank=3,
+        alpha=0.1,
+        target_modules=("q_proj", "up_proj"),
+        parameters=1 << 40,
+        bytes=1 << 41,
+        base_model="bäse",
+        metrics={"eval_loss": 1.25, "steps": 3},
+        parent="x@1*0.5+y@2",
+        job_id="job-1",
+        warnings=("one", "two"),
+        base_digest=D[2],
+        data_digest=D[3],
+        config={"lora": {"names": ["a"], "none": None}},
+        created_at=datetime(2025, 3, 4, 5, 6, 7, 89, tzinfo=UTC),
+        parts=(Part("x", 1, D[4], 0.5), Part("y", 2, D[5], 1.0)),
+    )
+    assert decode(encode(version)) == version
+
+
+def test_everything_comes_back_but_for_aliases_and_where_latest_was(home: Home) -> None:
+    for digest in D[:3]:
+        home.publish("a", digest, job_id="job-x")
+    home.publish("b", D[3])
+    home.catalog.compose("mix", parse("a@2*0.5 + b*-0.25"))
+    home.catalog.compose("mix", parse("mix*2 + a@1"))
+    home.catalog.point("a", "prod", 2)
+    home.catalog.point("a", "latest", 1)
+    home.catalog.point("mix", "latest", 1)
+    before = {adapter.name: adapter.versions for adapter in home.catalog.list()}
+    home.lose()
+    assert home.catalog.list() == []
+    assert home.recover() == Recovered(adopted=("a@1", "a@2", "a@3", "b@1", "mix@1", "mix@2"))
+    after = home.catalog.list()
+    assert {adapter.name: adapter.versions for adapter in after} == before
+    assert {adapter.name: adapter.latest for adapter in after} == {"a": 3, "b": 1, "mix": 2}
+    assert all(adapter.aliases == {} for adapter in after)
+    assert [adapter.kind for adapter in after] == ["adapter", "adapter", "composition"]
+    assert home.recover() == Recovered()
+
+
+def test_numbers_of_what_was_deleted_stay_given_out(home: Home) -> None:
+    for _ in range(3):
+        home.publish("a")
+    home.publish("gone")
+    home.catalog.delete("gone")
+    home.catalog.delete_version("a", 3)
+    home.catalog.delete_version("a", 2)
+    home.lose()
+    home.recover()
+    assert home.names() == ["a@1"]
+    assert home.publish("a").version == 4
+    assert home.publish("gone").version == 2
+    home.lose()
+    home.recover()
+    assert home.names() == ["a@1", "a@4", "gone@2"]
+
+
+def test_versions_of_before_there_were_records_get_theirs(home: Home) -> None:
+    without = Catalog(home.engine)
+    for digest in D[:2]:
+        without.publish("a", digest=digest, rank=1, alpha=1, target_modules=[], parameters=1, bytes=1)
+    assert home.recover() == Recovered(num_written=2)
+    home.lose()
+    assert home.recover().adopted == ("a@1", "a@2")
+
+
+def test_a_record_that_was_damaged_is_written_anew(home: Home) -> None:
+    version = home.publish("a")
+    path = home.root / "adapters" / "names" / "a" / "1.json"
+    for broken in (b"", b"{", encode(version).replace(b'"rank": 4', b'"rank": 5'), b'{"format": 99}'):
+        path.write_bytes(broken)
+        assert home.recover() == Recovered(num_written=1)
+        assert decode(path.read_bytes()) == version
+    assert home.records.read().unreadable == ()
+    path.write_bytes(b"{")
+    assert home.records.read().unreadable == ("names/a/1.json",)
+
+
+def test_a_publication_that_was_cut_off_is_done_or_never_was(home: Home) -> None:
+    """Whoever uploaded got no answer: either will do, but the listing and the records must agree."""
+    home.publish("a")
+    cut_off_publication(home, "a")
+    assert home.names() == ["a@1"]
+    assert home.recover() == Recovered(adopted=("a@2",))
+    assert home.catalog.get("a").latest == 2
+    cut_off_publication(home, "first")
+    assert home.recover(lost={D[7]}).lost == ("first@1",)
+    assert home.names() == ["a@1", "a@2"]
+    assert home.publish("first").version == 2
+
+
+def test_a_job_whose_publication_was_cut_off_publishes_once(home: Home) -> None:
+    cut_off_publication(home, "a", job_id="job-1")
+    assert home.recover(known={"job-1"}) == Recovered(num_dropped=1)
+    assert home.names() == []
+    assert home.publish("a", job_id="job-1").version == 1
+    assert home.recover() == Recovered()
+
+
+def test_a_delete_that_was_cut_off_is_done(home: Home) -> None:
+    for digest in D[:2]:
+        home.publish("a", digest)
+    transact(home.engine, lambda connection: drop_in(connection, "a", 2, force=False))  # and killed here
+    assert home.recover() == Recovered(num_dropped=1)
+    assert home.names() == ["a@1"]
+    home.lose()
+    home.recover()
+    assert home.names() == ["a@1"]
+    assert home.publish("a").version == 3
+
+
+def test_an_older_database_is_brought_up_to_date(home: Home) -> None:
+    home.publish("a", D[0])
+    home.engine.dispose()
+    old = (home.root / FILE_NAME).read_bytes()
+    home.open()
+    home.publish("a", D[1])
+    home.publish("a", D[2])
+    home.catalog.delete_version("a", 2)
+    home.publish("b", D[3])
+    home.engine.dispose()
+    (home.root / FILE_NAME).write_bytes(old)
+    home.open()
+    assert home.recover() == Recovered(adopted=("a@3", "b@1"))
+    assert home.publish("a").version == 4
+
+
+def test_what_has_lost_its_bytes_takes_its_compositions_along(home: Home) -> None:
+    home.publish("a", D[0])
+    home.publish("b", D[1])
+    home.catalog.compose("good", parse("b*2"))
+    home.catalog.compose("bad", parse("a+b"))
+    home.lose()
+    assert home.recover(lost={D[0]}) == Recovered(adopted=("b@1", "good@1"), lost=("a@1", "bad@1"))
+    assert home.names() == ["b@1", "good@1"]
+
+
+def test_writers_that_were_killed_leave_nothing(home: Home) -> None:
+    home.publish("a")
+    left = home.root / "adapters" / "names" / "a" / ".tmp-x"
+    left.write_bytes(b"{")
+    home.recover()
+    assert not left.exists()

@@ -1,0 +1,389 @@
+"""The store: what is put is loaded bit by bit, nothing half-written is ever seen, pins outlive deletes."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.errors import CorruptAdapter
+from adapters.lora import LoraWeights
+from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, read
+from adapters.store.store import AdapterStore
+from tests.adapters.oracle import assert_same, live, loaded
+from tests.adapters.samples import SHAPE, sample_adapter
+
+ADAPTER = sample_adapter()
+DIGEST = ADAPTER.weights.digest
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "adapters")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Where `ADAPTER` is stored."""
+    return tmp_path / "adapters" / DIGEST[:2] / DIGEST
+
+
+def leftovers(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "adapters").glob(".tmp-*"))
+
+
+def assert_equal(weights: LoraWeights, others: LoraWeights) -> None:
+    assert weights.modules.keys() == others.modules.keys()
+    for key, module in weights.modules.items():
+        assert torch.equal(module.a, others.modules[key].a)
+        assert torch.equal(module.b, others.modules[key].b)
+        assert module.scaling == others.modules[key].scaling
+
+
+def test_what_is_put_is_loaded(store: AdapterStore, place: Path, tmp_path: Path) -> None:
+    num_bytes = store.put(ADAPTER)
+    assert num_bytes == sum(path.stat().st_size for path in place.iterdir())
+    assert_equal(store.load(DIGEST), ADAPTER.weights)
+    store.verify(DIGEST)
+    assert sorted(path.name for path in place.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME, "smolora.json"]
+    assert leftovers(tmp_path) == []
+
+
+def test_mixed_dtypes_and_odd_scalings_are_kept(store: AdapterStore) -> None:
+    adapter = sample_adapter(rank=3)
+    modules = {
+        key: type(m)(m.a.half(), m.b.to(torch.bfloat16), m.scaling) for key, m in adapter.weights.modules.items()
+    }
+    mixed = type(adapter)(adapter.config, LoraWeights(modules))
+    store.put(mixed)
+    loaded_weights = store.load(mixed.weights.digest)
+    assert_equal(loaded_weights, mixed.weights)
+    assert {(m.a.dtype, m.b.dtype) for m in loaded_weights.modules.values()} == {(torch.float16, torch.bfloat16)}
+
+
+def test_putting_again_changes_nothing(store: AdapterStore, place: Path) -> None:
+    first = store.put(ADAPTER)
+    before = {path: path.stat().st_ino for path in place.iterdir()}
+    assert store.put(sample_adapter(base_model="another"), {CONFIG_NAME: b"{}"}) == first
+    assert {path: path.stat().st_ino for path in place.iterdir()} == before
+
+
+def opened(store: AdapterStore, digest: str) -> dict[str, bytes]:
+    """The files' contents, by name."""
+    contents = {}
+    for name, file in store.open(digest).items():
+        with file:
+            contents[name] = file.read()
+    return contents
+
+
+def test_what_is_stored_is_read_by_peft(store: AdapterStore, tmp_path: Path) -> None:
+    store.put(ADAPTER)
+    contents = opened(store, DIGEST)
+    assert list(contents) == [CONFIG_NAME, WEIGHTS_NAME]
+    (tmp_path / "copy").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert_same(ADAPTER.weights, live(loaded(tmp_path / "copy")))
+    other = AdapterStore(tmp_path / "other")
+    other.put(ADAPTER)
+    assert opened(other, DIGEST) == contents
+
+
+def test_open_files_outlive_a_discard(store: AdapterStore) -> None:
+    store.put(ADAPTER)
+    contents, files = opened(store, DIGEST), store.open(DIGEST)
+    store.discard(DIGEST)
+    for name, file in files.items():
+        with file:
+            assert file.read() == contents[name]
+
+
+def test_an_upload_keeps_its_config(store: AdapterStore, place: Path) -> None:
+    text = (
+        b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "revision": "x"}'
+    )
+    store.put(ADAPTER, {CONFIG_NAME: text, WEIGHTS_NAME: b"is written anew"})
+    assert (place / CONFIG_NAME).read_bytes() == text
+    assert read(text, place / WEIGHTS_NAME, SHAPE).weights.digest == DIGEST
+    store.verify(DIGEST)
+
+
+def test_what_is_missing_or_broken_is_said_so(store: AdapterStore, place: Path) -> None:
+    for call in (store.load, store.verify, store.open):
+        with pytest.raises(CorruptAdapter, match=DIGEST[:12]):
+            call(DIGEST)
+    store.put(ADAPTER)
+    weights = place / WEIGHTS_NAME
+    whole = weights.read_bytes()
+
+    weights.write_bytes(whole[:-4] + b"\0\0\0\1")
+    store.load(DIGEST)  # quick, so it can't know
+    with pytest.raises(CorruptAdapter, match="no longer matches its digest"):
+        store.verify(DIGEST)
+    for broken in (b"", whole[:100], whole[:-1], b"\xff" * 100):
+        weights.write_bytes(broken)
+        with pytest.raises(CorruptAdapter, match="missing or unreadable"):
+            store.load(DIGEST)
+    weights.write_bytes(whole)
+    sidecar = place / "smolora.json"
+    document = json.loads(sidecar.read_bytes())
+    for changed in (
+        b"",
+        b"[]",
+        b"{}",
+        json.dumps(document | {"format": 99}).encode(),
+        b'{"format": 1, "modules": [[1]]}',
+    ):
+        sidecar.write_bytes(changed)
+        with pytest.raises(CorruptAdapter, match="missing or unreadable"):
+            store.load(DIGEST)
+
+
+@pytest.mark.parametrize("lost", [CONFIG_NAME, WEIGHTS_NAME, "smolora.json"])
+def test_putting_mends_what_lost_a_file(lost: str, store: AdapterStore, place: Path, tmp_path: Path) -> None:
+    store.put(ADAPTER)
+    (place / lost).unlink()
+    store.put(ADAPTER)
+    store.verify(DIGEST)
+    assert all(opened(store, DIGEST).values())
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("digest", ["", "..", "../../etc", "A" * 64, "0" * 63, "0" * 64 + "\n"])
+def test_only_digests_are_names(digest: str, store: AdapterStore) -> None:
+    with pytest.raises(ValueError, match="64 hexadecimal digits"):
+        store.load(digest)
+
+
+def test_discard_removes_now(store: AdapterStore, place: Path, tmp_path: Path) -> None:
+    store.put(ADAPTER)
+    weights = store.load(DIGEST)
+    store.discard(DIGEST)
+    assert not place.exists()
+    assert leftovers(tmp_path) == []
+    assert_equal(weights, ADAPTER.weights)  # what was loaded outlives it
+    with pytest.raises(CorruptAdapter):
+        store.load(DIGEST)
+    store.discard(DIGEST)
+
+
+def test_a_pinned_adapter_outlives_its_discard_until_the_last_unpin(store: AdapterStore, place: Path) -> None:
+    store.put(ADAPTER)
+    store.pin([DIGEST, DIGEST])
+    store.pin([DIGEST])
+    store.discard(DIGEST)
+    for _ in range(2):
+        store.unpin([DIGEST])
+        assert_equal(store.load(DIGEST), ADAPTER.weights)
+    store.unpin([DIGEST])
+    assert not place.exists()
+
+
+def test_unpinning_without_a_discard_keeps(store: AdapterStore, place: Path) -> None:
+    store.put(ADAPTER)
+    store.pin([DIGEST])
+    store.unpin([DIGEST])
+    assert place.exists()
+
+
+def test_putting_revives_what_is_discarded_and_pinned(store: AdapterStore, place: Path) -> None:
+    store.pin([DIGEST])  # before it is there: whoever is about to put it
+    store.put(ADAPTER)
+    store.discard(DIGEST)
+    store.put(ADAPTER)
+    store.unpin([DIGEST])
+    assert place.exists()
+
+
+def test_what_is_in_use_again_when_its_turn_comes_is_kept(store: AdapterStore, place: Path) -> None:
+    wanted = {DIGEST}
+    store.put(ADAPTER)
+    store.discard(DIGEST, wanted.__contains__)
+    assert place.exists()
+    wanted.clear()
+    store.pin([DIGEST])
+    store.discard(DIGEST, wanted.__contains__)
+    wanted.add(DIGEST)  # another process published the same bytes
+    store.unpin([DIGEST])
+    assert place.exists()
+
+
+def test_put_and_discard_at_once_end_whole_or_gone(store: AdapterStore, place: Path, tmp_path: Path) -> None:
+    """The last word is the catalog's: once the bytes are wanted and put once more, they stay."""
+    other_process = AdapterStore(tmp_path / "adapters")
+    for _ in range(40):
+        wanted: set[str] = set()
+
+        def publish(wanted: set[str] = wanted) -> None:
+            other_process.put(ADAPTER)
+            wanted.add(DIGEST)
+            other_process.put(ADAPTER)
+
+        with ThreadPoolExecutor(4) as pool:
+            jobs = [pool.submit(publish), pool.submit(other_process.put, ADAPTER)]
+            jobs += [pool.submit(store.discard, DIGEST, wanted.__contains__) for _ in range(2)]
+        for job in jobs:
+            job.result()
+        store.verify(DIGEST)
+        store.discard(DIGEST)
+    assert leftovers(tmp_path) == []
+
+
+def test_many_threads_put_one_adapter(store: AdapterStore, tmp_path: Path) -> None:
+    barrier = threading.Barrier(6)
+
+    def put(_: int) -> int:
+        barrier.wait()
+        return store.put(sample_adapter(seed=5))
+
+    with ThreadPoolExecutor(6) as pool:
+        sizes = set(pool.map(put, range(6)))
+    assert len(sizes) == 1
+    store.verify(sample_adapter(seed=5).weights.digest)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_full_disk_leaves_nothing(store: AdapterStore, place: Path, tmp_path: Path) -> None:
+    """Seen as the file size limit of a process of its own, which a test can have."""
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from adapters.store.store import AdapterStore\n"
+        "from tests.adapters.samples import sample_adapter\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+        "try: AdapterStore(Path(sys.argv[1])).put(sample_adapter())\n"
+        "except OSError: sys.exit(7)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "adapters")], check=False)
+    assert run.returncode == 7
+    assert not place.exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_a_sweep_takes_what_no_process_is_writing(store: AdapterStore, tmp_path: Path) -> None:
+    root = tmp_path / "adapters"
+    for name in (".tmp-left", ".tmp-held"):
+        (root / name).mkdir()
+        (root / name / "file").write_bytes(b"x")
+    handle = os.open(root / ".tmp-held", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)  # as whoever writes there has it
+    assert store.leftovers() == [".tmp-left"]
+    assert AdapterStore(root).sweep(lambda digest: True) == []
+    assert [path.name for path in leftovers(tmp_path)] == [".tmp-held"]
+    os.close(handle)
+    store.sweep(lambda digest: True)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_sweep_takes_what_nobody_published_or_is_about_to(store: AdapterStore, tmp_path: Path) -> None:
+    adapters = [sample_adapter(seed) for seed in range(3)]
+    published, orphan, fresh = (adapter.weights.digest for adapter in adapters)
+    for adapter in adapters:
+        store.put(adapter)
+    assert store.digests() == sorted([published, orphan, fresh])
+    with AdapterStore(tmp_path / "adapters").publishing(adapters[2], {published}.__contains__):
+        assert store.is_held(fresh)
+        assert store.sweep(lambda digest: digest in (published, fresh)) == [orphan]
+        store.sweep({published}.__contains__)
+        store.discard(fresh)
+        store.verify(fresh)
+    assert not store.is_held(fresh)
+    store.verify(published)
+    assert store.sweep({published}.__contains__) == [fresh]
+    assert store.digests() == [published]
+
+
+def test_what_could_not_be_published_goes_unless_it_is_wanted(store: AdapterStore) -> None:
+    for wanted in ([DIGEST], []):
+        with pytest.raises(ValueError, match="no commit"), store.publishing(ADAPTER, wanted.__contains__):
+            raise ValueError("no commit")
+        assert store.digests() == wanted
+        assert not store.is_held(DIGEST)
+
+
+def test_what_is_about_to_be_published_is_put_back_should_it_have_gone(tmp_path: Path) -> None:
+    """Another process discards the bytes over and over, and the block never sees them gone."""
+    mine, other = AdapterStore(tmp_path / "adapters"), AdapterStore(tmp_path / "adapters")
+    stop = threading.Event()
+
+    def discard() -> None:
+        while not stop.is_set():
+            other.discard(DIGEST)
+
+    with ThreadPoolExecutor(1) as pool:
+        discarding = pool.submit(discard)
+        for _ in range(20):
+            with mine.publishing(ADAPTER, {DIGEST}.__contains__) as num_bytes:
+                assert num_bytes > 0
+                for _ in range(3):
+                    mine.verify(DIGEST)
+        stop.set()
+        discarding.result()
+
+
+NURSERY = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from adapters.store.store import AdapterStore
+from tests.adapters.samples import sample_adapter
+torch.set_num_threads(1)
+root = Path(sys.argv[1])
+adapters = [sample_adapter(seed, rank=64) for seed in range(4)]
+print("ready", flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        store = AdapterStore(root)
+        while True:
+            for adapter in adapters:
+                store.put(adapter)
+                store.discard(adapter.weights.digest)
+                store.put(adapter)
+                store.discard(adapter.weights.digest)
+    time.sleep(float(line))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print("killed", flush=True)
+"""
+"""Forks a process that never ceases to put and discard, and kills it after as many seconds as it reads."""
+
+
+def test_killed_anywhere_leaves_whole_adapters_only(tmp_path: Path) -> None:
+    root = tmp_path / "adapters"
+    adapters = {
+        adapter.weights.digest: adapter for adapter in (sample_adapter(seed, rank=64) for seed in range(4))
+    }
+    seen = halves = 0
+    nursery = subprocess.Popen(
+        [sys.executable, "-c", NURSERY, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert nursery.stdin is not None
+    assert nursery.stdout is not None
+    with nursery:
+        assert nursery.stdout.readline() == "ready\n"
+        for attempt in range(60):
+            print(0.01 + 0.0011 * attempt, file=nursery.stdin, flush=True)
+            assert nursery.stdout.readline() == "killed\n"
+            store = AdapterStore(root)
+            for path in root.glob("[0-9a-f][0-9a-f]/*"):
+                assert_equal(store.load(path.name), adapters[path.name].weights)
+                store.verify(path.name)
+                opened(store, path.name)
+                seen += 1
+            for path in leftovers(tmp_path):
+                shutil.rmtree(path)
+                halves += 1
+        nursery.stdin.close()
+    assert seen > 0, "every kill came too early to see anything"
+    assert halves > 0, "every kill came between two writes"
+    for digest, adapter in adapters.items():  # and all goes on from there
+        store.put(adapter)
+        store.verify(digest)

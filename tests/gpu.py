@@ -1,0 +1,80 @@
+"""`python -m tests.gpu`, or `make gpu`: all that needs a GPU in one command, and a report that says which it was.
+
+Runs the tests marked `cuda`, then the serving benchmark on that GPU, to which further options are passed on
+(`make gpu ARGS=--quick`). The report is gpu.md in --out, beside what the benchmark writes.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+
+from benchmarks import command
+from benchmarks.serving import report as serving
+from benchmarks.serving.results import Results
+from server.errors import StartupError
+from server.model.device import choose_device
+from server.model.gpu import driver_version, gpu_of
+
+ROOT = Path(__file__).parent.parent
+Run = Callable[[Sequence[str]], int]
+
+
+def run(words: Sequence[str]) -> int:
+    """The command's exit code."""
+    return subprocess.run(words, cwd=ROOT, check=False).returncode
+
+
+def card(device: torch.device) -> str:
+    """The GPU, and what drives it."""
+    _, total = torch.cuda.mem_get_info(device)
+    drives = f"driver {driver_version() or 'unknown'}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+    return f"{gpu_of(device)}, {total / 2**30:.0f} GiB; {drives}"
+
+
+def outcome(junit: Path) -> str:
+    """What the tests came to, by pytest's account."""
+    if not junit.is_file():
+        return "the tests didn't run"
+    suite = ElementTree.parse(junit).getroot().find("testsuite")
+    assert suite is not None
+    total, failed, errors, skipped = (
+        int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")
+    )
+    bad = failed + errors
+    return f"{total - bad - skipped} tests passed, {bad} failed, {skipped} were skipped"
+
+
+def main(arguments: Sequence[str] | None = None, run: Run = run) -> int:
+    """The exit code: 0 where all tests passed and the benchmark ran."""
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out" / "gpu", help="for the report")
+    given, for_benchmark = parser.parse_known_args(arguments)
+    try:
+        device, dtype = choose_device("cuda", "auto")
+    except StartupError as error:
+        sys.stderr.write(f"make gpu: {error}\n")
+        return 1
+    out: Path = given.out
+    out.mkdir(parents=True, exist_ok=True)
+    for old in ("tests.xml", "serve.json"):
+        (out / old).unlink(missing_ok=True)
+    tests = run([sys.executable, "-m", "pytest", "-m", "cuda", f"--junitxml={out / 'tests.xml'}", "tests"])
+    name = "bf16" if dtype is torch.bfloat16 else "fp32"
+    flags = ["--device=cuda", f"--dtype={name}", f"--out={out}"]
+    benchmark = run([sys.executable, "-m", "benchmarks.serve", *flags, *for_benchmark])
+    lines = [f"# {card(device)}", f"{datetime.now(UTC):%Y-%m-%d}: {outcome(out / 'tests.xml')}."]
+    measured = command.read(out, "serve", Results)
+    lines.append("The benchmark didn't end." if measured is None else serving.markdown(measured))
+    (out / "gpu.md").write_text("\n\n".join(lines), encoding="utf-8")
+    sys.stdout.write(f"{lines[0]}\n{lines[1]}\nThe report: {out / 'gpu.md'}\n")
+    return 1 if tests or benchmark else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

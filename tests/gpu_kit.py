@@ -1,0 +1,24 @@
+"""What tests on a real GPU share. `make gpu` runs them, where there is one."""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+
+NEEDS_GPU = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def waits(work: Callable[[], object]) -> list[str]:
+    """What torch says of each time that the host waits for the GPU during `work`."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return [f"{warning.filename}:{warning.lineno}" for warning in said if "synchronizing" in str(warning.message)]

@@ -1,0 +1,1 @@
+"""Hardware that isn't there, for tests of the code that uses it."""

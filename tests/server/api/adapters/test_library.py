@@ -1,0 +1,154 @@
+"""Names and bytes stay together while others publish and delete."""
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from adapters.catalog.catalog import Catalog, Kind, Part
+from adapters.errors import Conflict, CorruptAdapter, NotFound
+from adapters.expression import Term, parse
+from adapters.store.store import AdapterStore
+from server.api.adapters.library import Library
+from server.database import connect
+from tests.server.api.adapters.peft_files import peft_files
+from tests.server.conftest import BASE_NAME, SHAPE
+
+
+@pytest.fixture
+def publish(library: Library, tmp_path: Path) -> "Publish":
+    return Publish(library, tmp_path)
+
+
+class Publish:
+    def __init__(self, library: Library, directory: Path) -> None:
+        self._library = library
+        self._files: dict[int, tuple[bytes, Path]] = {}
+        for seed in range(2):
+            config, weights = peft_files(seed)
+            self._files[seed] = (config, directory / f"weights-{seed}")
+            self._files[seed][1].write_bytes(weights)
+
+    def __call__(self, name: str, seed: int) -> str:
+        return self._library.publish(name, *self._files[seed]).digest
+
+
+def test_a_lease_outlives_a_delete(library: Library, store: AdapterStore, publish: Publish) -> None:
+    digest = publish("a", 0)
+    lease = library.lease(parse("a"))
+    library.delete("a")
+    with pytest.raises(NotFound):
+        library.lease(parse("a"))
+    store.verify(digest)
+    lease.release()
+    lease.release()  # once more is nothing
+    with pytest.raises(CorruptAdapter):
+        store.load(digest)
+
+
+def test_publishing_again_revives_what_is_leased(library: Library, store: AdapterStore, publish: Publish) -> None:
+    digest = publish("a", 0)
+    lease = library.lease(parse("a"))
+    library.delete("a")
+    assert publish("b", 0) == digest
+    lease.release()
+    store.verify(digest)
+
+
+def test_bytes_that_vanished_are_corrupt(library: Library, store: AdapterStore, publish: Publish) -> None:
+    store.discard(publish("a", 0))
+    with pytest.raises(CorruptAdapter):
+        library.open("a", 1)
+
+
+class RacingCatalog(Catalog):
+    """Deletes and publishes anew between a lookup and whoever looked."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__(connect(home))
+        self.race: list[Callable[[], object]] = []
+
+    def resolve(self, terms: Sequence[Term], field: str = "adapter") -> tuple[Part, ...]:
+        parts = super().resolve(terms, field)
+        while self.race:
+            self.race.pop()()
+        return parts
+
+
+class BusyCatalog(Catalog):
+    """Another process composes something of that name between the check and the publication."""
+
+    def check_kind(self, name: str, kind: Kind) -> None:
+        super().check_kind(name, kind)
+        if name == "taken" and kind == "adapter":
+            self.compose(name, parse("a"))
+
+
+def test_bytes_that_were_stored_and_not_published_go(tmp_path: Path, store: AdapterStore) -> None:
+    library = Library(BusyCatalog(connect(tmp_path)), store, SHAPE, BASE_NAME)
+    publish = Publish(library, tmp_path)
+    kept = publish("a", 0)
+    with pytest.raises(Conflict, match="composition"):
+        publish("taken", 1)
+    assert store.digests() == [kept]
+    library.delete("taken")
+    with pytest.raises(Conflict):
+        publish("taken", 0)  # the same bytes as a's
+    assert store.digests() == [kept]
+
+
+def test_a_delete_between_looking_up_and_pinning(tmp_path: Path, store: AdapterStore) -> None:
+    catalog = RacingCatalog(tmp_path)
+    library = Library(catalog, store, SHAPE, BASE_NAME)
+    publish = Publish(library, tmp_path)
+    publish("a", 0)
+    catalog.race = [lambda: publish("a", 1), lambda: library.delete("a")]  # the last one first
+    lease = library.lease(parse("a"))
+    assert lease.parts[0].version == 2
+    store.verify(lease.parts[0].digest)
+    catalog.race = [lambda: library.delete("a")]
+    lease.release()
+    with pytest.raises(NotFound, match="no such adapter"):
+        library.lease(parse("a"))
+
+
+def test_readers_never_meet_half_an_adapter(library: Library, store: AdapterStore, publish: Publish) -> None:
+    """Two writers publish and delete the same two names and bytes while readers lease and read."""
+    publish("x", 0)
+    faults: list[BaseException] = []
+    stop = threading.Event()
+
+    def write(name: str, seed: int) -> None:
+        try:
+            for _ in range(8):
+                publish(name, seed)
+                library.delete(name)
+        except BaseException as error:
+            faults.append(error)
+
+    def read() -> None:
+        try:
+            while not stop.is_set():
+                for name in ("a", "b", "x"):
+                    try:
+                        lease = library.lease(parse(name))
+                    except NotFound:
+                        assert name != "x"
+                        continue
+                    store.load(lease.parts[0].digest)
+                    lease.release()
+        except BaseException as error:
+            faults.append(error)
+
+    writers = [threading.Thread(target=write, args=args) for args in (("a", 0), ("b", 0), ("c", 1))]
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for thread in [*writers, *readers]:
+        thread.start()
+    for thread in writers:
+        thread.join()
+    stop.set()
+    for thread in readers:
+        thread.join()
+    assert faults == []
+    store.verify(library.lease(parse("x")).parts[0].digest)

@@ -1,0 +1,167 @@
+"""POST /compare: what is asked of the engine, how it is answered, and that it is whole or refused."""
+
+from collections.abc import Iterable, Mapping
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from server.engine.request import GenerationRequest, Grammar, SamplingParams, SequenceOutput
+from server.errors import GenerationFailed, QueueFull
+from server.model.text.chat import ChatMessage, PromptEncoder
+from tests.server.api.fakes import Caller, FakeEngine, FakeStream, failing, until, words
+from tests.server.api.generate.test_generate import upload
+from tests.server.conftest import BASE_NAME, MAX_MODEL_LEN
+
+pytestmark = pytest.mark.anyio
+
+
+def scoring(request: GenerationRequest) -> Iterable[SequenceOutput]:
+    """Words; where scores are asked for, a half for the first token, one for the second, and so on."""
+    if request.scored_from is None:
+        yield from words(request)
+        return
+    num_tokens = len(request.prompt_token_ids) - request.scored_from
+    scores = tuple(-0.5 * (number + 1) for number in range(num_tokens))
+    yield SequenceOutput(request.request_id, 0, "", 0, 0, 0, scores=scores, finish_reason="length")
+
+
+async def test_the_whole_answer(client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder) -> None:
+    engine.script = scoring
+    digest = await upload(client, "tweets", 1)
+    texts = [" Found", "?"]
+    body = {
+        "prompt": "Not",
+        "adapters": ["base", "tweets*0.5", BASE_NAME],
+        "score": texts,
+        "max_tokens": 2,
+        "n": 2,
+        "seed": 3,
+    }
+    response = await client.post("/compare", json=body)
+    assert response.status_code == 200, response.text
+    results = response.json()["results"]
+    assert [result["adapter"] for result in results] == ["base", "tweets*0.5", BASE_NAME]
+    parts = [{"name": "tweets", "version": 1, "digest": digest, "weight": 0.5}]
+    assert [result["adapters"] for result in results] == [[], parts, []]
+    lengths = [len(encoder.continuation(text)) for text in texts]
+    for result in results:
+        assert (result["model"], result["seed"], result["logprob"]) == (BASE_NAME, 3, -0.5)
+        assert [choice["logprob"] for choice in result["choices"]] == [-0.5, -0.5]
+        assert [choice["text"] for choice in result["choices"]] == ["w0 w1 ", "w0 w1 "]
+        assert [choice["logprobs"] for choice in result["choices"]] == [None, None]
+        assert result["scores"] == [
+            {"text": text, "logprob": -0.25 * length * (length + 1), "num_tokens": length}
+            for text, length in zip(texts, lengths, strict=True)
+        ]
+    assert not engine.open
+
+
+async def test_what_the_engine_is_asked(
+    client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder
+) -> None:
+    engine.script = scoring
+    await upload(client, "tweets", 1)
+    messages = [{"role": "user", "content": "Hi"}]
+    body = {
+        "messages": messages,
+        "adapters": ["base", "tweets"],
+        "score": ["Yes"],
+        "regex": "w.*",
+        "max_tokens": 8,
+    }
+    response = await client.post("/compare", json=body)
+    assert response.status_code == 200, response.text
+    prompt = tuple(encoder.messages([ChatMessage("user", "Hi")]))
+    answers = [request for request in engine.requests if request.scored_from is None]
+    scores = [request for request in engine.requests if request.scored_from is not None]
+    seed = answers[0].sampling.seed
+    for request in answers:
+        assert request.prompt_token_ids == prompt
+        # the same random stream for all
+        assert request.sampling == SamplingParams(max_tokens=8, seed=seed, logprobs=1)
+        assert request.grammar == Grammar("regex", "w.*")
+    for request in scores:
+        assert request.prompt_token_ids == prompt + tuple(encoder.continuation("Yes"))
+        assert (request.scored_from, request.sampling.max_tokens, request.grammar) == (len(prompt), 0, None)
+    assert [request.adapters for request in answers] == [request.adapters for request in scores]
+    assert len(set(answers)) == 2
+
+
+async def test_logprobs_are_told_where_they_are_wanted(client: httpx.AsyncClient) -> None:
+    body = {"prompt": "a", "adapters": ["base"], "max_tokens": 2, "logprobs": 2}
+    (result,) = (await client.post("/compare", json=body)).json()["results"]
+    assert [len(entry["top"]) for entry in result["choices"][0]["logprobs"]] == [2, 2]
+    assert result["scores"] is None
+
+
+BAD: list[tuple[str, Mapping[str, object]]] = [
+    ("adapters", {}),
+    ("adapters", {"adapters": []}),
+    ("adapters", {"adapters": "base"}),
+    ("adapters", {"adapters": ["base"] * 17}),
+    ("adapters", {"adapters": ["base", "a++b"]}),
+    ("adapters", {"adapters": ["base", ""]}),
+    ("adapters", {"adapters": [None]}),
+    ("adapter", {"adapters": ["base"], "adapter": "base"}),
+    ("stream", {"adapters": ["base"], "stream": True}),
+    ("score", {"adapters": ["base"], "score": []}),
+    ("score", {"adapters": ["base"], "score": "a"}),
+    ("score", {"adapters": ["base"], "score": ["a", ""]}),
+    ("score", {"adapters": ["base"], "score": ["a"] * 17}),
+    ("score", {"adapters": ["base"], "max_tokens": 1, "score": ["q" * MAX_MODEL_LEN]}),
+    ("max_tokens", {"adapters": ["base"], "max_tokens": MAX_MODEL_LEN}),
+    ("temperature", {"adapters": ["base"], "temperature": 6}),
+    ("stop", {"adapters": ["base"], "regex": "a", "stop": "a"}),
+]
+
+
+@pytest.mark.parametrize(("field", "fields"), BAD)
+async def test_what_is_refused(
+    client: httpx.AsyncClient, engine: FakeEngine, field: str, fields: Mapping[str, object]
+) -> None:
+    response = await client.post("/compare", json={"prompt": "a", **fields})
+    assert response.status_code == 422, response.text
+    assert field in {error["loc"][-1] for error in response.json()["errors"]}
+    assert not engine.open
+
+
+async def test_an_unknown_adapter_is_404_and_holds_nothing(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    response = await client.post("/compare", json={"prompt": "a", "adapters": ["base", "nobody@7"]})
+    assert response.status_code == 404
+    assert "nobody" in response.json()["detail"]
+    assert (len(engine.requests), engine.open) == (1, set())
+
+
+async def test_a_queue_that_fills_up_midway_refuses_all(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = engine.submit
+
+    def submit(request: GenerationRequest) -> FakeStream:
+        if len(engine.requests) == 3:
+            raise QueueFull
+        return taken(request)
+
+    monkeypatch.setattr(engine, "submit", submit)
+    body = {"prompt": "a", "adapters": ["base"] * 4, "max_tokens": 1}
+    response = await client.post("/compare", json=body)
+    assert response.status_code == 429
+    assert "Retry-After" in response.headers
+    assert (len(engine.closed), engine.open) == (3, set())
+
+
+async def test_one_that_fails_fails_all(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.script = failing(1, GenerationFailed("the engine failed"))
+    response = await client.post("/compare", json={"prompt": "a", "adapters": ["base", "base"]})
+    assert response.status_code == 500
+    assert not engine.open
+
+
+async def test_who_leaves_frees_everything(app: FastAPI, engine: FakeEngine) -> None:
+    engine.hold_after = 1
+    caller = Caller(app, "/compare", {"prompt": "a", "adapters": ["base"] * 3, "score": ["b"]})
+    await until(lambda: len(engine.open) == 6)
+    caller.hang_up()
+    await caller.task
+    assert not engine.open

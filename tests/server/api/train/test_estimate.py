@@ -1,0 +1,54 @@
+"""The speed that a job's estimate goes by: of an earlier one on a device like this, else a product's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.api.train.estimate import Estimator
+from server.database import connect
+from server.training.queue.jobs import Jobs
+from server.training.queue.leases import Leases
+from server.training.spec import JobSpec
+from tests.pretended.card import Card
+from tests.pretended.cuda import pretended_cuda
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+L4 = {"device": "cuda:0", "gpu": "NVIDIA L4, compute capability 8.9"}
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Jobs:
+    return Jobs(connect(tmp_path))
+
+
+def has_trained(jobs: Jobs, tokens_per_second: float, environment: dict[str, object]) -> None:
+    """A job has succeeded at that speed, the newest of all."""
+    leases, number = Leases(jobs._engine), len(jobs.list())
+    jobs.submit(JobSpec(f"a{number}"), job_id=f"job-{number}", data={})
+    claim = leases.claim("worker")
+    assert claim is not None
+    report = {"environment": environment}
+    leases.succeed(claim, progress={"tokens_per_second": tokens_per_second}, metrics={}, report=report)
+
+
+def speed(jobs: Jobs, device: torch.device) -> tuple[float, str]:
+    return Estimator(jobs, 1_000_000, torch.float32, device)._speed("lora")
+
+
+def test_devices_are_not_mixed(jobs: Jobs) -> None:
+    has_trained(jobs, 100.0, {"device": "cpu", "gpu": None})
+    has_trained(jobs, 9000.0, L4)
+    assert speed(jobs, CPU) == (100.0, "an earlier job")
+    with pretended_cuda(Card(name="NVIDIA L4", capabilities=((8, 9),))):
+        assert speed(jobs, CUDA) == (9000.0, "an earlier job")
+    with pretended_cuda(Card(name="NVIDIA H100")):
+        assert speed(jobs, CUDA)[1] == "a matrix product"
+
+
+def test_older_cards_name_no_gpu(jobs: Jobs) -> None:
+    has_trained(jobs, 100.0, {"device": "cpu"})
+    has_trained(jobs, 9000.0, {"device": "cuda"})
+    assert speed(jobs, CPU) == (100.0, "an earlier job")
+    with pretended_cuda():
+        assert speed(jobs, CUDA)[1] == "a matrix product"

@@ -1,0 +1,92 @@
+"""Ended jobs lose their files by themselves, again and again, whatever goes wrong in between."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from server.api.train.housekeeping import keep_house
+from server.training.queue.job_files import JobFiles
+from server.training.queue.jobs import Jobs
+from server.training.queue.retention import Removal, Retention
+from server.training.spec import JobSpec
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def house_kept(retention: Retention, retain_days: float) -> AsyncIterator[None]:
+    task = asyncio.create_task(keep_house(retention, retain_days, interval=0.01))
+    try:
+        yield
+        assert not task.done()
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def end(jobs: Jobs, home: Path, job_id: str) -> Path:
+    """A job that has ended; its folder."""
+    jobs.submit(JobSpec("codes"), job_id=job_id, data={})
+    directory = JobFiles(home).directory(job_id)
+    directory.mkdir(parents=True)
+    (directory / "data.json").write_text("{}")
+    jobs.cancel(job_id)
+    return directory
+
+
+async def test_again_and_again(tmp_path: Path, jobs: Jobs) -> None:
+    first, waits = end(jobs, tmp_path, "j1"), tmp_path / "jobs" / "j0"
+    jobs.submit(JobSpec("codes"), job_id="j0", data={})
+    waits.mkdir()
+    async with house_kept(Retention(tmp_path, jobs), 1e-9):
+        await until(lambda: not first.exists())
+        second = end(jobs, tmp_path, "j2")
+        await until(lambda: not second.exists())
+    assert waits.exists()
+
+
+async def test_never_by_default(tmp_path: Path, jobs: Jobs) -> None:
+    kept, removed = end(jobs, tmp_path, "j1"), end(jobs, tmp_path, "j2")
+    jobs.remove_files("j2")  # and killed before they were gone
+    async with house_kept(Retention(tmp_path, jobs), 0.0):
+        await until(lambda: not removed.exists())
+    assert kept.exists()
+    assert jobs.get("j1").files_removed_at is None
+
+
+async def test_not_before_their_time(tmp_path: Path, jobs: Jobs) -> None:
+    kept, removed = end(jobs, tmp_path, "j1"), end(jobs, tmp_path, "j2")
+    jobs.remove_files("j2")
+    async with house_kept(Retention(tmp_path, jobs), 1.0):
+        await until(lambda: not removed.exists())
+    assert kept.exists()
+
+
+class Unlucky(Retention):
+    """The first time something is in the way."""
+
+    has_failed = False
+
+    def prune(self, before: datetime, dry_run: bool = False) -> list[Removal]:
+        if not self.has_failed:
+            self.has_failed = True
+            raise OSError("the disk is away for a moment")
+        return super().prune(before, dry_run)
+
+
+async def test_a_fault_is_not_the_end(tmp_path: Path, jobs: Jobs, caplog: pytest.LogCaptureFixture) -> None:
+    directory = end(jobs, tmp_path, "j1")
+    async with house_kept(Unlucky(tmp_path, jobs), 1e-9):
+        await until(lambda: not directory.exists())
+    assert "can't remove the files" in caplog.text

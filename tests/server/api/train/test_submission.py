@@ -1,0 +1,135 @@
+"""Submissions while others delete, repeat, or the disk fills up: a whole job or nothing."""
+
+import asyncio
+import errno
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import httpx
+import pytest
+import sqlalchemy as sa
+from fastapi import FastAPI
+
+from adapters.errors import CorruptAdapter, NotFound
+from server.api.adapters.library import Library
+from server.training.data.datasets import Dataset, DatasetStore
+from server.training.queue.jobs import Job, Jobs
+from server.training.spec import JobSpec
+from tests.server.api.adapters.peft_files import as_parts, peft_files
+from tests.server.api.train_kit import train_body
+from tests.server.conftest import client_of
+
+pytestmark = pytest.mark.anyio
+
+
+class MeddlingJobs(Jobs):
+    """Lets others act at the last moment before a job is queued."""
+
+    def __init__(self, database: sa.Engine) -> None:
+        super().__init__(database)
+        self.meddle: Callable[[], object] = lambda: None
+
+    def submit(
+        self,
+        spec: JobSpec,
+        *,
+        job_id: str,
+        data: Mapping[str, object],
+        used: Iterable[str] = (),
+        idempotency_key: str | None = None,
+        body_digest: str = "",
+        warnings: Iterable[str] = (),
+    ) -> Job:
+        self.meddle()
+        return super().submit(
+            spec,
+            job_id=job_id,
+            data=data,
+            used=used,
+            idempotency_key=idempotency_key,
+            body_digest=body_digest,
+            warnings=warnings,
+        )
+
+
+@pytest.fixture
+def jobs(database: sa.Engine) -> MeddlingJobs:
+    return MeddlingJobs(database)
+
+
+def no_room() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+async def test_a_parent_that_is_deleted_meanwhile(
+    client: httpx.AsyncClient, jobs: MeddlingJobs, library: Library
+) -> None:
+    """Its name goes, as nothing held it yet; its bytes stay for the job, and go with it."""
+    digest = (await client.post("/adapters/up", files=as_parts(*peft_files()))).json()["digest"]
+    jobs.meddle = lambda: library.delete("up")
+    response = await client.post("/train", json=train_body(start_from="up"))
+    assert response.status_code == 202
+    with pytest.raises(NotFound):
+        library.get("up")
+    assert library.read(digest).config.rank == 2
+    assert jobs.in_use(digest)
+
+
+async def test_nothing_holds_the_parent_without_a_job(client: httpx.AsyncClient, library: Library) -> None:
+    digest = (await client.post("/adapters/up", files=as_parts(*peft_files()))).json()["digest"]
+    dry = await client.post("/train?dry_run=true", json=train_body(start_from="up"))
+    refused = await client.post("/train", json=train_body(start_from="up", data=[{"text": ""}]))
+    assert (dry.status_code, refused.status_code) == (200, 422)
+    library.delete("up")
+    with pytest.raises(CorruptAdapter):
+        library.read(digest)
+
+
+async def test_a_disk_that_fills_up(client: httpx.AsyncClient, jobs: MeddlingJobs, tmp_path: Path) -> None:
+    jobs.meddle = no_room
+    response = await client.post("/train", json=train_body())
+    assert response.status_code == 503
+    assert "disk is full" in response.json()["detail"]
+    assert int(response.headers["retry-after"]) > 1
+    assert not list(tmp_path.glob("jobs/*"))
+    assert (await client.get("/train")).json()["jobs"] == []
+
+
+async def test_whatever_else_goes_wrong(client: httpx.AsyncClient, jobs: MeddlingJobs, tmp_path: Path) -> None:
+    def fail() -> None:
+        raise RuntimeError("nobody foresaw it")
+
+    jobs.meddle = fail
+    assert (await client.post("/train", json=train_body())).status_code == 500
+    assert not list(tmp_path.glob("jobs/*"))
+
+
+class FullStore(DatasetStore):
+    """On a disk without room."""
+
+    def put(self, stream: object, filename: str) -> Dataset:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class TestDatasets:
+    @pytest.fixture
+    def datasets(self, tmp_path: Path) -> DatasetStore:
+        return FullStore(tmp_path / "datasets")
+
+    async def test_an_upload_to_a_full_disk(self, client: httpx.AsyncClient) -> None:
+        response = await client.post("/datasets", files={"file": ("a.jsonl", b'{"text": "a"}')})
+        assert response.status_code == 503
+        assert "disk is full" in response.json()["detail"]
+
+
+async def test_one_key_at_the_same_time(app: FastAPI, tmp_path: Path) -> None:
+    async with client_of(app) as client:
+        requests = [
+            client.post("/train", json=train_body(), headers={"Idempotency-Key": "once"}) for _ in range(4)
+        ]
+        responses = await asyncio.gather(*requests)
+        assert [response.status_code for response in responses] == [202] * 4
+        ids = {response.json()["id"] for response in responses}
+        assert len(ids) == 1
+        assert [path.name for path in tmp_path.glob("jobs/*")] == list(ids)
+        assert len((await client.get("/train")).json()["jobs"]) == 1

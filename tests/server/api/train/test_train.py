@@ -1,0 +1,288 @@
+"""POST /train, as API.md has it: rows, defaults, repeats, dry runs and parents."""
+
+import hashlib
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.training.data.job_data import JobData
+from server.training.queue.leases import Leases
+from tests.server.api.adapters.peft_files import as_parts, peft_files
+from tests.server.api.train_kit import CONFIG, ROWS, StandIn, submit, train_body
+from tests.tiny import tiny_tokenizer
+
+pytestmark = pytest.mark.anyio
+
+
+def held_out(rows: list[dict[str, object]], count: int) -> list[dict[str, object]]:
+    """The rows with the smallest SHA-256 of their canonical JSON, in their order: API.md's rule, done by hand."""
+
+    def digest(row: dict[str, object]) -> bytes:
+        text = json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).digest()
+
+    chosen = sorted(rows, key=digest)[:count]
+    return [row for row in rows if row in chosen]
+
+
+def tokens(row: dict[str, object]) -> list[int]:
+    tokenizer = tiny_tokenizer()
+    pieces = [tokenizer.encode(str(row[name]), add_special_tokens=False) for name in ("prompt", "completion")]
+    return [*pieces[0], *pieces[1], tokenizer.eos_token_id]
+
+
+async def test_a_body_of_name_and_data(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    response = await client.post("/train", json=train_body())
+    assert response.status_code == 202
+    job = response.json()
+    assert response.headers["location"] == f"/train/{job['id']}"
+    created = datetime.fromisoformat(job["created_at"])
+    assert timedelta() <= datetime.now(UTC) - created < timedelta(minutes=1)
+    validation = held_out(ROWS, 2)
+    train = [row for row in ROWS if row not in validation]
+    assert job == {
+        "id": job["id"],
+        "kind": "train",
+        "name": "codes",
+        "status": "queued",
+        "position": 1,
+        "pausing": False,
+        "progress": {
+            "step": 0,
+            "total_steps": 3 * 3,
+            "epoch": 0.0,
+            "tokens": 0,
+            "tokens_per_second": None,
+            "eta_seconds": None,
+        },
+        "metrics": {"train_loss": None, "eval_loss": None, "base_eval_loss": None},
+        "adapter": None,
+        "error": None,
+        "created_at": job["created_at"],
+        "started_at": None,
+        "finished_at": None,
+        "files_removed_at": None,
+        "config": {**CONFIG, "dataset": None, "validation": 0.1},
+        "data": {
+            "digest": job["data"]["digest"],
+            "rows": 18,
+            "tokens": sum(len(tokens(row)) for row in train),
+            "trained_tokens": job["data"]["trained_tokens"],
+            "truncated": 0,
+            "validation_digest": job["data"]["validation_digest"],
+            "validation_rows": 2,
+            "validation_truncated": 0,
+            "overlap": 0,
+        },
+        "attempt": 0,
+    }
+    assert (await client.get(f"/train/{job['id']}")).json() == job
+    assert (await client.get("/train")).json() == {"jobs": [job], "next": None}
+
+    stored = JobData.load(tmp_path / "jobs" / job["id"])
+    assert [list(example.token_ids) for example in stored.train] == [tokens(row) for row in train]
+    assert stored.validation is not None
+    assert [list(example.token_ids) for example in stored.validation] == [tokens(row) for row in validation]
+    assert [reference.text for reference in stored.references] == [row["completion"] for row in validation]
+    assert job["data"]["trained_tokens"] == sum(sum(example.is_target) for example in stored.train)
+    assert not list(tmp_path.glob("jobs/.*"))
+
+
+async def test_everything_said(client: httpx.AsyncClient) -> None:
+    lora = {"rank": 8, "alpha": 16, "dropout": 0.1, "target_modules": ["v_proj", "q_proj"], "init": "olora"}
+    training: dict[str, object] = {
+        "epochs": 5,
+        "max_steps": 7,
+        "learning_rate": 0.01,
+        "batch_size": 4,
+        "max_length": 64,
+    }
+    training |= {"schedule": "linear", "warmup_ratio": 0.5, "weight_decay": 0.1, "max_grad_norm": 0.5, "seed": 3}
+    training |= {"eval_steps": 2, "checkpoint_steps": 5, "early_stopping_patience": 2, "packing": False}
+    training |= {"overlong": "refuse"}
+    more = {"publish_if": "improves_base", "alias": "prod", "description": "codes → phrases"}
+    body = train_body(validation=0.25, lora=lora | {"use_rslora": True}, training=training, **more)
+    job = (await client.post("/train", json=body)).json()
+    assert job["config"] == {
+        **CONFIG,
+        **more,
+        "lora": {**lora, "target_modules": ["q_proj", "v_proj"], "alpha": 16.0, "use_rslora": True},
+        "training": training,
+        "dataset": None,
+        "validation": 0.25,
+    }
+    assert job["progress"]["total_steps"] == 7
+    assert job["data"]["validation_rows"] == 5
+
+
+async def test_full_has_its_own_rate(client: httpx.AsyncClient) -> None:
+    job = (await client.post("/train", json=train_body(method="full"))).json()
+    assert job["config"]["training"]["learning_rate"] == 3e-5
+
+
+@pytest.mark.parametrize(
+    ("count", "validation", "expected"),
+    [(19, None, 0), (20, None, 2), (20, 0, 0), (20, 0.5, 10), (5, 0.01, 1), (20, ROWS[:3], 3)],
+)
+async def test_what_is_held_out(client: httpx.AsyncClient, count: int, validation: object, expected: int) -> None:
+    body = train_body(data=ROWS[:count]) | ({} if validation is None else {"validation": validation})
+    data = (await client.post("/train", json=body)).json()["data"]
+    assert data["validation_rows"] == expected
+    assert data["rows"] == (count if isinstance(validation, list) else count - expected)
+    assert data["overlap"] == (3 if isinstance(validation, list) else 0)
+    assert (data["validation_digest"] is None) == (expected == 0)
+
+
+async def test_data_sets_instead_of_rows(client: httpx.AsyncClient) -> None:
+    ids = []
+    for rows in (ROWS[:12], ROWS[10:15]):
+        content = "\n".join(map(json.dumps, rows)).encode()
+        ids.append((await client.post("/datasets", files={"file": ("a.jsonl", content)})).json()["id"])
+    job = (await client.post("/train", json=train_body(data=None, dataset=ids[0], validation=ids[1]))).json()
+    assert (job["data"]["rows"], job["data"]["validation_rows"], job["data"]["overlap"]) == (12, 5, 2)
+    assert (job["config"]["dataset"], job["config"]["validation"]) == (ids[0], ids[1])
+    inline = (await client.post("/train", json=train_body(data=ROWS[:12], validation=ROWS[10:15]))).json()
+    assert inline["data"] == job["data"]
+
+
+@pytest.mark.parametrize("field", ["dataset", "validation"])
+async def test_no_such_data_set(client: httpx.AsyncClient, field: str, tmp_path: Path) -> None:
+    fields: dict[str, object] = {"data": None} if field == "dataset" else {}
+    response = await client.post("/train", json=train_body(**fields) | {field: "ds-" + "0" * 32})
+    assert response.status_code == 404
+    assert response.json()["detail"].startswith(field)
+    assert not list(tmp_path.glob("jobs/*"))
+
+
+async def test_a_repeat_returns_the_first_job(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    headers = {"Idempotency-Key": "once"}
+    first = await client.post("/train", json=train_body(), headers=headers)
+    again = await client.post("/train", json=train_body(method="lora", validation=None), headers=headers)
+    assert again.status_code == 202
+    assert again.json() == first.json()
+    assert again.headers["location"] == first.headers["location"]
+    other = await client.post("/train", json=train_body(name="other"), headers=headers)
+    assert other.status_code == 422
+    assert other.json()["errors"][0]["loc"] == ["Idempotency-Key"]
+    assert (await client.post("/train", json=train_body())).json()["id"] != first.json()["id"]
+    assert len(list(tmp_path.glob("jobs/*"))) == 2
+
+
+async def test_a_key_is_not_for_dry_runs(client: httpx.AsyncClient) -> None:
+    headers = {"Idempotency-Key": "once"}
+    for _ in range(2):
+        response = await client.post("/train?dry_run=true", json=train_body(), headers=headers)
+        assert response.status_code == 200
+    assert (await client.post("/train", json=train_body(name="other"), headers=headers)).status_code == 202
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256])
+async def test_keys_have_bounds(client: httpx.AsyncClient, key: str) -> None:
+    response = await client.post("/train", json=train_body(), headers={"Idempotency-Key": key})
+    assert response.status_code == 422
+    assert response.json()["errors"][0]["loc"] == ["Idempotency-Key"]
+
+
+async def test_a_dry_run(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    long = {"prompt": "404 ", "completion": "Not Found " * 20}
+    body = train_body(data=[*ROWS[:4], long], training={"max_length": 16, "batch_size": 2})
+    response = await client.post("/train?dry_run=true", json=body)
+    assert response.status_code == 200
+    answer = response.json()
+    assert answer["dry_run"] is True
+    assert answer["steps"] == 3 * 3
+    assert (answer["data"]["rows"], answer["data"]["truncated"]) == (5, 1)
+    assert answer["data"]["tokens"] == sum(len(tokens(row)) for row in ROWS[:4]) + 16
+    assert answer["estimate"]["seconds"] == pytest.approx(
+        3 * answer["data"]["tokens"] / answer["estimate"]["tokens_per_second"]
+    )
+    assert answer["estimate"]["basis"] == "a matrix product"
+    assert [row["row"] for row in answer["preview"]] == [0, 1, 2]
+    for row, shown in zip(ROWS, answer["preview"], strict=False):
+        assert shown["more"] == 0
+        texts = {
+            trained: "".join(token["text"] for token in shown["tokens"] if token["trained"] is trained)
+            for trained in (False, True)
+        }
+        assert texts == {False: row["prompt"], True: f"{row['completion']}<|im_end|>"}
+    assert answer["config"]["training"]["max_length"] == 16
+    assert (await client.get("/train")).json()["jobs"] == []
+    assert not list(tmp_path.glob("jobs/*"))
+
+
+async def test_an_estimate_from_an_earlier_job(client: httpx.AsyncClient, leases: Leases) -> None:
+    await submit(client)
+    StandIn(leases).succeed()
+    response = await client.post("/train?dry_run=true", json=train_body(validation=0.5))
+    answer = response.json()
+    data, estimate = answer["data"], answer["estimate"]
+    assert (estimate["tokens_per_second"], estimate["basis"]) == (250.0, "an earlier job")
+    # three epochs, and the held-out rows twice, at twice the speed
+    num_held_out = sum(len(tokens(row)) for row in held_out(ROWS, 10))
+    assert estimate["seconds"] == pytest.approx(3 * data["tokens"] / 250 + 2 * num_held_out / 500)
+    full = await client.post("/train?dry_run=true", json=train_body(method="full"))
+    assert full.json()["estimate"]["basis"] == "a matrix product"
+
+
+async def test_going_on_from_an_adapter(client: httpx.AsyncClient) -> None:
+    version = (await client.post("/adapters/up", files=as_parts(*peft_files(rank=4)))).json()
+    job = (await client.post("/train", json=train_body(start_from="up"))).json()
+    await client.post("/adapters/up", files=as_parts(*peft_files(seed=1, rank=2)))
+    config = job["config"]
+    assert (config["start_from"], config["start_from_digest"]) == ("up@1", version["digest"])
+    assert config["lora"] == {
+        **CONFIG["lora"],  # type: ignore[dict-item]
+        "rank": 4,
+        "alpha": 8.0,
+        "target_modules": ["q_proj", "v_proj", "up_proj"],
+    }
+    later = (await client.post("/train", json=train_body(start_from="up@latest"))).json()
+    assert later["config"]["start_from"] == "up@2"
+    same = train_body(start_from="up@1", lora={"rank": 4, "dropout": 0.5})
+    assert (await client.post("/train", json=same)).status_code == 202
+    other = await client.post("/train", json=train_body(start_from="up@1", lora={"rank": 16}))
+    assert other.status_code == 422
+    assert other.json()["errors"][0]["loc"] == ["lora", "rank"]
+    for name in ("base", "tiny-llama"):
+        base = (await client.post("/train", json=train_body(start_from=name))).json()
+        assert base["config"]["start_from"] is None
+
+
+@pytest.mark.parametrize("start_from", ["nobody", "up@2", "up@prod"])
+async def test_no_such_parent(client: httpx.AsyncClient, start_from: str) -> None:
+    await client.post("/adapters/up", files=as_parts(*peft_files()))
+    response = await client.post("/train", json=train_body(start_from=start_from))
+    assert response.status_code == 404
+    assert start_from in response.json()["detail"]
+
+
+async def test_a_parent_in_use_stays(client: httpx.AsyncClient, leases: Leases) -> None:
+    for seed in range(2):
+        await client.post("/adapters/up", files=as_parts(*peft_files(seed)))
+    job_id = await submit(client, start_from="up@1")
+    for path in ("/adapters/up", "/adapters/up/1"):
+        response = await client.delete(path)
+        assert response.status_code == 409
+        assert "up@1" in response.json()["detail"]
+    assert (await client.delete("/adapters/up/2")).status_code == 204
+    assert (await client.post(f"/train/{job_id}/cancel")).status_code == 200
+    assert (await client.delete("/adapters/up")).status_code == 204
+
+
+async def test_data_beyond_a_body_goes_through_datasets(client: httpx.AsyncClient) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = await client.post("/train", content=b" " * ((2 << 20) + 1), headers=headers)
+    assert response.status_code == 413
+    assert "/datasets" in response.json()["detail"]
+
+
+async def test_as_many_jobs_as_may_wait(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    for _ in range(20):
+        await submit(client)
+    response = await client.post("/train", json=train_body())
+    assert response.status_code == 429
+    assert int(response.headers["retry-after"]) >= 1
+    assert len(list(tmp_path.glob("jobs/*"))) == 20

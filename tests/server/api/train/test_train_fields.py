@@ -1,0 +1,212 @@
+"""Every field and row of POST /train that can't be honoured is a 422 that names it, and leaves nothing behind."""
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.server.api.adapters.peft_files import as_parts, peft_files
+from tests.server.api.train_kit import ROWS, train_body
+from tests.server.conftest import BASE_NAME, MAX_POSITIONS
+
+pytestmark = pytest.mark.anyio
+
+ROW = {"prompt": "a", "completion": "b"}
+LORA: list[tuple[str, object]] = [
+    *(("rank", value) for value in (0, -1, 257, 1.5, "8", True, None)),
+    *(("alpha", value) for value in (0, -1, 1e9, "32", None, float("nan"), float("inf"))),
+    *(("dropout", value) for value in (-0.1, 1, 1.5, "0", None, float("nan"))),
+    *(("target_modules", value) for value in ("all", "", "q_proj", [], ["lm_head"], ["q_proj", "q_proj"], [5])),
+    *(("target_modules", value) for value in (None, {}, ["q_proj", None], [["q_proj"]], ["all-linear"])),
+    *(("init", value) for value in ("", "zeros", None, 1, True)),
+    *(("use_rslora", value) for value in (1, "true", None)),
+    ("r", 8),
+]
+TRAINING: list[tuple[str, object]] = [
+    *(("epochs", value) for value in (0, -1, 1.5, "3", None, True, 10**6, 10**30)),
+    *(("max_steps", value) for value in (0, -1, 1.5, "3", 10**6 + 1)),
+    *(("learning_rate", value) for value in (0, -1e-3, "1e-3", True, float("nan"), float("inf"), 10**400)),
+    *(("batch_size", value) for value in (0, -1, 1.5, "8", None, 4097)),
+    *(("max_length", value) for value in (0, 1, 1.5, "8", None, MAX_POSITIONS + 1, 1 << 40)),
+    *(("schedule", value) for value in ("", "step", None, 1)),
+    *(("warmup_ratio", value) for value in (-0.1, 1.1, "0", None, float("nan"))),
+    *(("weight_decay", value) for value in (-0.1, 11, None, float("inf"))),
+    *(("max_grad_norm", value) for value in (0, -1, None, "1", float("nan"))),
+    *(("seed", value) for value in (-1, 1 << 63, 1.0, "0", None)),
+    *(("eval_steps", value) for value in (0, -1, "5", 1.5, True)),
+    *(("checkpoint_steps", value) for value in (0, -1, "5", 1.5)),
+    *(("early_stopping_patience", value) for value in (0, -1, "5", 1.5, 3)),  # 3: without eval_steps
+    *(("packing", value) for value in (1, "true", None)),
+    *(("overlong", value) for value in ("", "drop", None)),
+    ("optimizer", "sgd"),
+]
+OUTER: list[tuple[str, object]] = [
+    *(("name", value) for value in ("", "a b", "-a", "x" * 65, "base", BASE_NAME, 5, None, "a/b")),
+    *(("data", value) for value in ([], "text", {}, 5, "ds-0")),
+    *(("validation", value) for value in (-0.1, 1, 1.5, True, [], {}, float("nan"), 10**400)),
+    *(("method", value) for value in ("", "qlora", None, 1)),
+    *(("lora", value) for value in (None, [], "all", 5)),
+    *(("training", value) for value in (None, [], 5)),
+    *(("start_from", value) for value in ("", "a b", "a*0.5", "a+b", "a@0", 5, "x" * 500)),
+    *(("publish_if", value) for value in ("", "never", None, True)),
+    *(("alias", value) for value in ("", "a b", "7", "base", "x" * 65, 5)),
+    *(("description", value) for value in (5, None, "x" * 2001)),
+    ("dataset", "x" * 65),
+    ("dataset", 5),
+    ("base", "other"),
+    ("", 1),
+]
+
+
+async def refused(client: httpx.AsyncClient, body: object, home: Path) -> list[list[str | int]]:
+    """Where the faults are."""
+    content = json.dumps(body)  # with NaN and Infinity, as Python writes them
+    response = await client.post("/train", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 422, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    assert len(response.content) < 10_000
+    assert not list(home.glob("jobs/*"))
+    errors = response.json()["errors"]
+    assert all(error["message"] for error in errors)
+    return [error["loc"] for error in errors]
+
+
+@pytest.mark.parametrize(("field", "value"), LORA, ids=repr)
+async def test_bad_lora(client: httpx.AsyncClient, field: str, value: object, tmp_path: Path) -> None:
+    assert ["lora", field] in await refused(client, train_body(lora={field: value}), tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), TRAINING, ids=repr)
+async def test_bad_training(client: httpx.AsyncClient, field: str, value: object, tmp_path: Path) -> None:
+    assert ["training", field] in await refused(client, train_body(training={field: value}), tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), OUTER, ids=repr)
+async def test_bad_fields(client: httpx.AsyncClient, field: str, value: object, tmp_path: Path) -> None:
+    places = await refused(client, train_body() | {field: value}, tmp_path)
+    assert field in [place[-1] for place in places]
+
+
+@pytest.mark.parametrize(
+    ("row", "place"),
+    [
+        (5, ["data"]),
+        ("text", ["data"]),
+        (None, ["data"]),
+        ([], ["data"]),
+        ({}, ["data", 1, "prompt"]),
+        ({"prompt": "a"}, ["data", 1, "completion"]),
+        ({"completion": "a"}, ["data", 1, "prompt"]),
+        ({"prompt": "a", "completion": ""}, ["data", 1, "completion"]),
+        ({"prompt": "", "completion": "a"}, ["data", 1, "prompt"]),
+        ({"prompt": "a", "completion": 5}, ["data", 1, "completion"]),
+        ({"prompt": "a", "completion": "b", "text": "c"}, ["data", 1, "text"]),
+        ({"text": ""}, ["data", 1, "text"]),
+        ({"text": None}, ["data", 1, "text"]),
+        ({"messages": []}, ["data", 1, "messages"]),
+        ({"messages": [{"role": "user", "content": "a"}]}, ["data", 1, "messages"]),
+        ({"messages": [{"role": "robot", "content": "a"}]}, ["data", 1, "messages", 0, "role"]),
+        ({"messages": [{"role": "assistant", "content": ""}]}, ["data", 1, "messages", 0, "content"]),
+    ],
+)
+async def test_bad_rows(client: httpx.AsyncClient, row: object, place: list[str | int], tmp_path: Path) -> None:
+    assert place in await refused(client, train_body(data=[ROW, row]), tmp_path)
+    place = ["validation", *place[1:]]
+    assert place in await refused(client, train_body(validation=[ROW, row]), tmp_path)
+
+
+async def test_faults_of_many_rows(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    places = await refused(client, train_body(data=[{"text": "a"}, *[{"text": ""}] * 5000]), tmp_path)
+    assert places == [["data", number, "text"] for number in range(1, 21)]
+
+
+async def test_rows_are_counted_as_they_were_sent(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    """Whichever of them are held out."""
+    rows = [{"prompt": f"{number} " * (30 if number % 3 else 1), "completion": "b"} for number in range(12)]
+    body = train_body(data=rows, validation=0.5, training={"max_length": 8})
+    expected = [["data", number, "completion"] for number in range(12) if number % 3]
+    assert await refused(client, body, tmp_path) == expected
+
+
+async def test_what_is_too_long_can_be_refused(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    rows = [*ROWS[:3], {"text": "Not Found " * 50}]
+    body = train_body(data=rows, training={"max_length": 16, "overlong": "refuse"})
+    assert await refused(client, body, tmp_path) == [["data", 3, "text"]]
+
+
+@pytest.mark.parametrize("fields", [{}, {"data": [ROW], "dataset": "ds-" + "0" * 32}])
+async def test_data_or_dataset(client: httpx.AsyncClient, fields: dict[str, object], tmp_path: Path) -> None:
+    assert await refused(client, {"name": "codes", **fields}, tmp_path) == [["data"], ["dataset"]]
+
+
+async def test_a_share_that_leaves_nothing(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    assert await refused(client, train_body(data=[ROW] * 5, validation=0.2), tmp_path) == [["validation"]]
+
+
+@pytest.mark.parametrize("gate", ["improves_base", "improves_latest"])
+async def test_a_gate_needs_validation(client: httpx.AsyncClient, gate: str, tmp_path: Path) -> None:
+    assert await refused(client, train_body(data=ROWS[:19], publish_if=gate), tmp_path) == [["publish_if"]]
+    assert await refused(client, train_body(validation=0, publish_if=gate), tmp_path) == [["publish_if"]]
+    response = await client.post("/train", json=train_body(publish_if=gate))
+    assert response.status_code == 202
+
+
+async def test_evaluations_need_validation(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    body = train_body(validation=0, training={"eval_steps": 2})
+    assert await refused(client, body, tmp_path) == [["training", "eval_steps"]]
+
+
+async def test_more_steps_than_may_be(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    body = train_body(data=[ROW] * 200, training={"epochs": 10_000, "batch_size": 1}, validation=0)
+    assert await refused(client, body, tmp_path) == [["training", "epochs"]]
+
+
+@pytest.mark.parametrize("field", ["alias", "start_from"])
+async def test_full_fine_tuning_has_no_adapter(client: httpx.AsyncClient, field: str, tmp_path: Path) -> None:
+    await client.post("/adapters/up", files=as_parts(*peft_files()))
+    assert await refused(client, train_body(method="full") | {field: "up"}, tmp_path) == [[field]]
+
+
+async def errors_of(client: httpx.AsyncClient, **body: object) -> dict[tuple[str, ...], str]:
+    """What is refused, and how it is said."""
+    response = await client.post("/train", json=train_body(**body))
+    assert response.status_code in (202, 422), response.text
+    return {tuple(error["loc"]): error["message"] for error in response.json().get("errors", [])}
+
+
+@pytest.mark.parametrize("lora", [{"rank": 8}, {"rank": 16}, {"dropout": 0.1, "init": "pissa"}])
+async def test_full_fine_tuning_takes_no_shape_of_an_adapter(
+    client: httpx.AsyncClient, lora: dict[str, object]
+) -> None:
+    """Not the default one either: whoever gives it expects an adapter."""
+    (said,) = (await errors_of(client, method="full", lora=lora)).items()
+    assert said[0] == ("lora",)
+    assert "leave it out, or set method to lora" in said[1]
+    assert not await errors_of(client, method="full", lora={})
+    assert not await errors_of(client, method="full", publish_if="always")
+
+
+@pytest.mark.parametrize("gate", ["improves_base", "improves_latest"])
+async def test_full_fine_tuning_has_no_gate(client: httpx.AsyncClient, gate: str) -> None:
+    (said,) = (await errors_of(client, method="full", publish_if=gate)).items()
+    assert said[0] == ("publish_if",)
+    assert "leave it out" in said[1]
+
+
+@pytest.mark.parametrize("init", ["gaussian", "kaiming", "pissa", "olora"])
+async def test_what_starts_from_an_adapter_has_no_other_start(client: httpx.AsyncClient, init: str) -> None:
+    await client.post("/adapters/up", files=as_parts(*peft_files()))
+    (said,) = (await errors_of(client, start_from="up", lora={"init": init, "dropout": 0.1})).items()
+    assert said[0] == ("lora", "init")
+    assert "leave it out" in said[1]
+    assert not await errors_of(client, start_from=BASE_NAME, lora={"init": init})
+    assert not await errors_of(client, start_from="up", lora={"dropout": 0.1})
+
+
+async def test_nothing_of_a_row_comes_back(client: httpx.AsyncClient) -> None:
+    secret = "xyzzy"
+    rows = [{"prompt": secret, "completion": [secret]}, {"messages": [{"role": secret, "content": secret}]}]
+    response = await client.post("/train", json=train_body(data=rows, validation=secret * 3, start_from=None))
+    assert response.status_code == 422
+    assert secret not in response.text

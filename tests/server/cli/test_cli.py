@@ -1,0 +1,72 @@
+"""The command as people meet it: one line for whatever keeps it from starting, and quick help."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def smolora(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", "from server.cli.main import main; main()", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--dtype", "int8"], "SMOLORA_DTYPE (--dtype): "),
+        (["--host", "0.0.0.0"], "0.0.0.0 can be reached from elsewhere: set SMOLORA_API_KEYS"),
+        (["--home", "/dev/null/x"], "SMOLORA_HOME=/dev/null/x: can't write there: "),
+        (["--port", "0", "--host", "192.0.2.1", "--api-keys", "k"], "can't listen on 192.0.2.1, port 0: "),
+    ],
+)
+def test_what_keeps_it_from_starting_is_one_line(tmp_path: Path, arguments: list[str], line: str) -> None:
+    result = smolora("serve", "--home", str(tmp_path), *arguments)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"smolora: {line}")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seen", "key"),
+    [
+        (["serve", "--api-keys=k1,k2", "--port", "1"], ["serve", "--port", "1"], "k1,k2"),
+        (["serve", "--api-keys", "k1", "--port=1"], ["serve", "--port=1"], "k1"),
+        (["serve", "--api-keys", "", "x"], ["serve", "x"], ""),
+        (["serve", "--api-keys"], ["serve", "--api-keys"], "from outside"),  # refused later on
+        (["serve", "--port", "1"], ["serve", "--port", "1"], "from outside"),
+        (["serve", "--", "--api-keys=k1"], ["serve", "--", "--api-keys=k1"], "from outside"),
+    ],
+)
+def test_keys_leave_the_command_line(arguments: list[str], seen: list[str], key: str) -> None:
+    code = """
+import json, os, sys
+from server.config import hide_keys
+hide_keys()
+with open("/proc/self/cmdline") as file:
+    print(json.dumps([os.getpid(), os.environ["SMOLORA_API_KEYS"], file.read().split("\\0")[3:-1]]))
+"""
+    command = [sys.executable, "-c", code, *arguments]
+    environment = os.environ | {"SMOLORA_API_KEYS": "from outside"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        output, _ = process.communicate(timeout=60)
+    assert json.loads(output) == [process.pid, key, seen]
+
+
+def test_help_imports_nothing_slow() -> None:
+    slow = {"torch", "transformers", "fastapi", "sqlalchemy"}
+    code = f"import sys, server.cli.main; print(sorted({slow} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout == "[]\n"
+    assert "serve" in smolora("--help").stdout
+    assert "--max-num-seqs" in smolora("serve", "--help").stdout.replace("\n", "")
+    assert smolora("--version").stdout == "0.1.0\n"

@@ -1,0 +1,89 @@
+"""`smolora adapters import` from a folder and from a zip, against a real server on a tiny base."""
+
+import io
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from safetensors.torch import load
+from typer.testing import CliRunner, Result
+
+from server.cli.main import app
+from tests.server.api.adapters.peft_files import as_zip, peft_files
+from tests.server.running import Running, running
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_base_dir: Path) -> Iterator[Running]:
+    with running(tmp_path_factory.mktemp("home"), tiny_base_dir) as server:
+        yield server
+
+
+@pytest.fixture
+def smolora(server: Running) -> Run:
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(app, arguments, env={"SMOLORA_URL": server.url, "COLUMNS": "200"})
+
+    return run
+
+
+@pytest.fixture
+def files(server: Running) -> tuple[bytes, bytes]:
+    return peft_files(3, shape=server.services.library.shape, base_model="someone/else")
+
+
+def test_a_folder_and_a_zip_come_back_byte_for_byte(
+    smolora: Run, server: Running, files: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    config, weights = files
+    (tmp_path / "adapter_config.json").write_bytes(config)
+    (tmp_path / "adapter_model.safetensors").write_bytes(weights)
+    (tmp_path / "README.md").write_text("# no business of ours")
+    result = smolora("adapters", "import", str(tmp_path), "--name", "up")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("up@1: rank 2, digest ")
+    assert "someone/else" in result.stderr  # the warning
+
+    content = httpx.get(f"{server.url}/adapters/up/1/download", trust_env=False).content
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        assert archive.read("adapter_config.json") == config
+        stored, sent = load(archive.read("adapter_model.safetensors")), load(weights)
+    assert all(stored[name].numpy().tobytes() == sent[name].numpy().tobytes() for name in sent)
+
+    for number, packed in ((2, content), (3, as_zip(config, weights))):
+        (tmp_path / "adapter.zip").write_bytes(packed)
+        result = smolora("adapters", "import", str(tmp_path / "adapter.zip"), "--name", "up", "--json")
+        version = json.loads(result.stdout)
+        assert (version["version"], version["digest"]) == (number, version["digest"])
+    listed = json.loads(smolora("adapters", "--json").stdout)["adapters"]
+    assert len({version["digest"] for version in listed[0]["versions"]}) == 1
+    assert len(list((server.services.settings.home / "adapters").glob("??/*"))) == 1
+
+    composed = httpx.post(f"{server.url}/compositions/mix", json={"expression": "up@1*0.5"}, trust_env=False)
+    assert composed.status_code == 201
+    shown = smolora("adapters").stdout
+    assert "mix@1" in shown
+    assert "up@1*0.5" in shown
+
+
+def test_what_does_not_go_is_said_in_a_line(smolora: Run, files: tuple[bytes, bytes], tmp_path: Path) -> None:
+    config, _ = files
+    (tmp_path / "adapter_config.json").write_bytes(config)
+    missing = smolora("adapters", "import", str(tmp_path), "--name", "x")
+    assert missing.exit_code == 1
+    assert "adapter_model.safetensors: No such file" in missing.stderr
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"junk")
+    broken = smolora("adapters", "import", str(tmp_path), "--name", "x")
+    assert broken.exit_code == 1
+    assert broken.stderr.startswith("smolora: adapter_model")
+    nowhere = smolora("adapters", "import", "owner/tweets", "--name", "x")
+    assert nowhere.exit_code == 2
+    assert "--hub" in nowhere.stderr
+    refused = smolora("adapters", "import", "owner/tweets", "--name", "x", "--hub")
+    assert refused.exit_code == 1
+    assert "SMOLORA_ALLOW_HUB_ADAPTERS" in refused.stderr

@@ -1,0 +1,300 @@
+"""The commands that speak to a server, against a real one on a tiny base; a stand-in does the training."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from http import HTTPStatus
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner, Result
+
+from server.cli.main import app
+from server.database import connect
+from server.training.queue.leases import Leases
+from tests.server.api.adapters.peft_files import as_parts, peft_files
+from tests.server.api.train_kit import StandIn
+from tests.server.running import Running, running
+
+ROWS = [{"prompt": f"{status.value} ", "completion": status.phrase} for status in list(HTTPStatus)[:20]]
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_base_dir: Path) -> Iterator[Running]:
+    with running(tmp_path_factory.mktemp("home"), tiny_base_dir, api_keys="secret") as server:
+        files = as_parts(*peft_files(shape=server.services.library.shape))
+        headers = {"Authorization": "Bearer secret"}
+        response = httpx.post(f"{server.url}/adapters/up", files=files, headers=headers, trust_env=False)
+        assert response.status_code == 201, response.text
+        yield server
+
+
+@pytest.fixture
+def smolora(server: Running) -> Run:
+    """Runs a command against the server, by the environment's address and key."""
+
+    def run(*arguments: str, environment: Mapping[str, str] | None = None) -> Result:
+        own = {"SMOLORA_URL": server.url, "SMOLORA_API_KEY": "secret", "COLUMNS": "200"}
+        return CliRunner().invoke(app, arguments, env={**own, **(environment or {})})
+
+    return run
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    return str(path)
+
+
+@pytest.fixture
+def worker(server: Running) -> Iterator[Callable[[Callable[[StandIn], object]], None]]:
+    """Has the next job done by `work`, on a thread."""
+    leases = Leases(connect(server.services.settings.home))
+    threads = []
+
+    def start(work: Callable[[StandIn], object]) -> None:
+        def run() -> None:
+            deadline = time.monotonic() + 30
+            while (claim := leases.claim("stand-in")) is None:
+                assert time.monotonic() < deadline, "no job was submitted"
+                time.sleep(0.01)
+            work(StandIn(leases, claim))
+
+        threads.append(threading.Thread(target=run))
+        threads[-1].start()
+
+    yield start
+    for thread in threads:
+        thread.join(30)
+
+
+def test_generate(smolora: Run) -> None:
+    options = ("--max-tokens", "8", "--temperature", "0")
+    plain = smolora("generate", "404 Not", *options)
+    assert plain.exit_code == 0, plain.output
+    answer = json.loads(smolora("generate", "404 Not", *options, "--json").stdout)
+    assert plain.stdout == f"{answer['choices'][0]['text']}\n"
+    tuned = json.loads(smolora("generate", "404 Not", *options, "-a", "up*3", "--json").stdout)
+    assert tuned["adapters"][0] | {"digest": ""} == {"name": "up", "version": 1, "digest": "", "weight": 3.0}
+    assert tuned["choices"] != answer["choices"]
+    chat = json.loads(smolora("generate", "404 Not", *options, "--chat", "--stop", "x", "--json").stdout)
+    assert chat["usage"]["prompt_tokens"] > answer["usage"]["prompt_tokens"]
+
+
+def test_what_was_made_on_another_base_is_said(smolora: Run, server: Running) -> None:
+    files = as_parts(*peft_files(seed=1, base_model="someone/else", shape=server.services.library.shape))
+    headers = {"Authorization": "Bearer secret"}
+    httpx.post(f"{server.url}/adapters/stray", files=files, headers=headers, trust_env=False).raise_for_status()
+    compare = ("compare", "404", "-a", "base", "-a", "stray", "-a", "stray*0.5", "--max-tokens", "1")
+    for command in (("generate", "404", "-a", "stray", "--max-tokens", "1"), compare):
+        result = smolora(*command)
+        assert result.exit_code == 0, result.output
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("smolora: stray@1: ")
+        assert "someone/else" in line
+        assert "someone/else" not in result.stdout
+    assert smolora("generate", "404", "-a", "up", "--max-tokens", "1").stderr == ""
+
+
+def test_adapters(smolora: Run) -> None:
+    listed = json.loads(smolora("adapters", "--json").stdout)["adapters"]
+    assert "up" in [adapter["name"] for adapter in listed]
+    result = smolora("adapters")
+    assert result.exit_code == 0
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("up@1")]
+    assert "latest" in line
+    assert "q, v, up" in line
+
+
+def test_train_to_the_end(smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str) -> None:
+    def work(stand_in: StandIn) -> None:
+        for step in range(1, 4):
+            stand_in.step(step, 3.0 / step)
+        stand_in.succeed(digest="1" * 64)
+
+    worker(work)
+    result = smolora("train", rows, "--name", "codes", "--rank", "8", "--epochs", "2")
+    assert result.exit_code == 0, result.output
+    for news in (
+        "queued",
+        "started",
+        "succeeded: codes@1",
+        "9/9",
+        "loss 0.500 ",
+        "held out 0.750 ",
+        "base 3.000 ",
+    ):
+        assert news in result.stdout
+    assert "held-out loss 0.7500, the untouched base's 3.0000" in result.stdout
+    assert "--adapter codes@1" in result.stdout
+    job = json.loads(smolora("jobs", "--json", "--limit", "1").stdout)["jobs"][0]
+    assert (job["config"]["lora"]["rank"], job["config"]["training"]["epochs"]) == (8, 2)
+    assert (job["data"]["rows"], job["data"]["validation_rows"]) == (18, 2)
+    assert "codes@1" in smolora("adapters").stdout
+    line = smolora("jobs", job["id"]).stdout.splitlines()[1]
+    for part in (job["id"], "codes", "succeeded", "9/9", "0.5000", "0.7500", "3.0000", "codes@1"):
+        assert part in line
+
+
+def test_a_gate_that_was_not_passed(
+    smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str
+) -> None:
+    worker(lambda stand_in: stand_in.succeed({"gate": {"reason": "its loss is not [below] the base's"}}))
+    result = smolora("train", rows, "--name", "codes", "--publish-if", "improves_base")
+    assert result.exit_code == 0
+    assert "No version was published: its loss is not [below] the base's" in result.stdout
+
+
+def test_train_for_scripts(smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str) -> None:
+    worker(lambda stand_in: stand_in.fail("it is only a test"))
+    result = smolora("train", rows, "--name", "codes", "--json")
+    assert result.exit_code == 1
+    job = json.loads(result.stdout)
+    assert (job["status"], job["error"]) == ("failed", "it is only a test")
+
+
+def test_a_failure_is_told(smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str) -> None:
+    worker(lambda stand_in: stand_in.fail("the loss [is] not a number"))
+    result = smolora("train", rows, "--name", "codes")
+    assert result.exit_code == 1
+    assert "the loss [is] not a number" in result.stdout
+
+
+def test_detach_and_steer(smolora: Run, rows: str) -> None:
+    job_id = smolora("train", rows, "--name", "codes", "--detach").stdout.strip()
+    assert json.loads(smolora("jobs", job_id, "--json").stdout)["status"] == "queued"
+    assert job_id in smolora("jobs", "--status", "queued").stdout
+    assert json.loads(smolora("jobs", job_id, "--pause", "--json").stdout)["status"] == "paused"
+    assert json.loads(smolora("jobs", job_id, "--resume", "--json").stdout)["status"] == "queued"
+    assert "cancelled" in smolora("jobs", job_id, "--cancel").stdout
+    again = smolora("jobs", job_id, "--cancel")
+    assert (again.exit_code, again.stderr) == (1, "smolora: the job has ended: it is cancelled\n")
+    followed = smolora("jobs", job_id, "--follow")
+    assert followed.exit_code == 1
+    assert "cancelled" in followed.stdout
+
+
+def test_files_of_a_job_that_has_ended(smolora: Run, server: Running, rows: str) -> None:
+    job_id = smolora("train", rows, "--name", "codes", "--detach").stdout.strip()
+    refused = smolora("jobs", job_id, "--delete")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("smolora: the job is queued: cancel it first")
+    assert smolora("jobs", job_id, "--cancel").exit_code == 0
+    directory = server.services.settings.home / "jobs" / job_id
+    assert directory.exists()
+    job = json.loads(smolora("jobs", job_id, "--delete", "--json").stdout)
+    assert (job["status"], job["files_removed_at"] is None) == ("cancelled", False)
+    assert not directory.exists()
+
+
+def test_every_option_of_train(smolora: Run, rows: str, tmp_path: Path) -> None:
+    held_out = tmp_path / "held-out.csv"
+    held_out.write_text("text\nNot Found\n")
+    options = {
+        "validation": str(held_out),
+        "rank": 4,
+        "alpha": 8,
+        "dropout": 0.25,
+        "target-modules": "q_proj,v_proj",
+        "init": "kaiming",
+        "max-steps": 7,
+        "learning-rate": 0.5,
+        "batch-size": 3,
+        "max-length": 33,
+        "schedule": "linear",
+        "warmup-ratio": 0.5,
+        "weight-decay": 0.125,
+        "max-grad-norm": 2,
+        "seed": 5,
+        "eval-steps": 2,
+        "checkpoint-steps": 6,
+        "patience": 4,
+        "overlong": "refuse",
+        "publish-if": "improves_base",
+        "alias": "prod",
+        "description": "codes",
+        "epochs": 9,
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    result = smolora("train", rows, "--name=codes", *flags, "--rslora", "--no-packing", "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    config = answer["config"]
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.25, "target_modules": ["q_proj", "v_proj"], "init": "kaiming"}
+    assert config["lora"] == lora | {"use_rslora": True}
+    training = {name.replace("-", "_"): value for name, value in options.items()}
+    training |= {"early_stopping_patience": 4, "packing": False}
+    assert config["training"] == {name: training[name] for name in config["training"]}
+    top = ("publish_if", "alias", "description")
+    assert {name: config[name] for name in top} == {name: training[name] for name in top}
+    assert (answer["data"]["rows"], answer["data"]["validation_rows"]) == (20, 1)
+
+
+def test_a_dry_run_for_people(smolora: Run, rows: str) -> None:
+    result = smolora("train", rows, "--name", "codes", "--validation", "0.5", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "10 rows to train on, 10 held out; 0 and 0 truncated" in result.stdout
+    assert "6 steps: about" in result.stdout
+    assert "<|im_end|>" in result.stdout
+
+
+def test_a_data_set_by_its_id(smolora: Run, server: Running, rows: str) -> None:
+    answer = json.loads(smolora("train", rows, "--name", "codes", "--dry-run", "--json").stdout)
+    dataset = answer["config"]["dataset"]
+    again = json.loads(smolora("train", dataset, "--name", "codes", "--dry-run", "--json").stdout)
+    assert again["data"] == answer["data"]
+
+
+def test_start_from(smolora: Run, rows: str) -> None:
+    answer = json.loads(smolora("train", rows, "--name=more", "--start-from=up", "--dry-run", "--json").stdout)
+    assert answer["config"]["start_from"] == "up@1"
+
+
+def test_full(smolora: Run, rows: str) -> None:
+    answer = json.loads(smolora("train", rows, "--name=all", "--method=full", "--dry-run", "--json").stdout)
+    assert answer["config"]["training"]["learning_rate"] == 3e-5
+
+
+def test_what_the_server_refuses(smolora: Run, tmp_path: Path, rows: str) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a"}\n{"text": 5}\n{"txt": "a"}\n')
+    result = smolora("train", str(bad), "--name", "codes")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("smolora: file.2.text: line 2: ")
+    assert "smolora: file.3." in result.stderr
+    result = smolora("train", rows, "--name", "a b", "--rank", "0")
+    assert result.exit_code == 1
+    assert "lora.rank: " in result.stderr
+    result = smolora("generate", "a", "--adapter", "nobody")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "nobody" in result.stderr
+    assert smolora("jobs", "nothing").exit_code == 1
+
+
+def test_what_the_command_refuses(smolora: Run, rows: str, tmp_path: Path) -> None:
+    missing = smolora("train", str(tmp_path / "nothing.jsonl"), "--name", "codes")
+    assert missing.exit_code == 2
+    assert "No such file" in missing.stderr
+    assert smolora("jobs", "--cancel").exit_code == 2
+    assert smolora("jobs", "a", "--cancel", "--pause").exit_code == 2
+    assert smolora("jobs", "--delete").exit_code == 2
+    assert smolora("jobs", "a", "--delete", "--pause").exit_code == 2
+
+
+def test_without_a_key(smolora: Run) -> None:
+    result = smolora("jobs", environment={"SMOLORA_API_KEY": ""})
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "key" in result.stderr
+    assert smolora("jobs", "--api-key", "secret", environment={"SMOLORA_API_KEY": ""}).exit_code == 0
+
+
+def test_nobody_there(smolora: Run) -> None:
+    result = smolora("jobs", "--url", "http://127.0.0.1:9")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("smolora: can't reach http://127.0.0.1:9: ")
+    assert result.stderr.count("\n") == 1

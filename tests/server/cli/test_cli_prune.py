@@ -1,0 +1,74 @@
+"""`smolora prune`: what it removes from a HOME, and what it says of that."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from typer.testing import CliRunner
+
+from server.cli.main import app
+from server.database import connect
+from server.errors import StartupError
+from server.training.queue.job_files import JobFiles
+from server.training.queue.jobs import Jobs
+from server.training.spec import JobSpec
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[sa.Engine]:
+    engine = connect(tmp_path)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, engine: sa.Engine) -> Jobs:
+    """j1 ended four days ago, j2 just now, j3 hasn't; each has a folder with 1,234 bytes."""
+    jobs = Jobs(engine)
+    for job_id in ("j1", "j2", "j3"):
+        jobs.submit(JobSpec("codes"), job_id=job_id, data={})
+        JobFiles(tmp_path).directory(job_id).mkdir(parents=True)
+        JobFiles(tmp_path).log(job_id).write_bytes(bytes(1234))
+    jobs.cancel("j1")
+    jobs.cancel("j2")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE jobs SET finished_at = datetime('now', '-4 days') WHERE id = 'j1'")
+    return jobs
+
+
+def prune(home: Path, *arguments: str, **environment: str) -> str:
+    result = CliRunner().invoke(app, ["prune", "--home", str(home), *arguments], env=environment)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def stored(home: Path) -> list[str]:
+    return sorted(path.name for path in (home / "jobs").iterdir())
+
+
+def test_all_that_have_ended(tmp_path: Path, jobs: Jobs) -> None:
+    """While others have the database open: it needs no quiet."""
+    listed = "j1: 1,234 bytes\nj2: 1,234 bytes\n"
+    assert prune(tmp_path, "--dry-run") == f"{listed}2,468 bytes of 2 jobs would be removed\n"
+    assert stored(tmp_path) == ["j1", "j2", "j3"]
+    assert prune(tmp_path) == f"{listed}2,468 bytes of 2 jobs removed\n"
+    assert stored(tmp_path) == ["j3"]
+    assert prune(tmp_path) == "0 bytes of 0 jobs removed\n"
+    assert [job.id for job in jobs.list()] == ["j3", "j2", "j1"]
+
+
+def test_by_age(tmp_path: Path, jobs: Jobs) -> None:
+    assert prune(tmp_path, "--older-than", "5") == "0 bytes of 0 jobs removed\n"
+    dry = json.loads(prune(tmp_path, "--dry-run", "--json", SMOLORA_RETAIN_JOBS="3"))
+    assert dry == {"dry_run": True, "jobs": [{"job_id": "j1", "num_bytes": 1234}], "num_bytes": 1234}
+    assert prune(tmp_path, SMOLORA_RETAIN_JOBS="3").endswith("1,234 bytes of 1 job removed\n")
+    assert stored(tmp_path) == ["j2", "j3"]
+
+
+def test_what_is_no_home(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["prune", "--home", str(tmp_path)])
+    assert isinstance(result.exception, StartupError)
+    assert "isn't a server's home" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []

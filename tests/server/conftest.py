@@ -1,0 +1,168 @@
+"""An app around a fake engine, with a real catalog and store in a temporary home."""
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import sqlalchemy as sa
+import torch
+from fastapi import FastAPI
+
+from adapters.catalog.catalog import Catalog
+from adapters.catalog.records import Records
+from adapters.lora import BaseShape
+from adapters.store.store import AdapterStore
+from server.api.adapters.library import Library
+from server.api.app import create_app
+from server.api.deps import Services
+from server.api.train.estimate import Estimator
+from server.api.train.feeds import JobFeeds
+from server.api.train.submission import Submissions
+from server.config import Settings
+from server.database import connect
+from server.engine.structured.guidance import Guidance
+from server.metrics import Metrics
+from server.model.text.chat import PromptEncoder
+from server.model.text.vocabulary import tokenizer_json
+from server.training.data.datasets import DatasetStore
+from server.training.data.encoding import RowEncoder
+from server.training.data.files import FileStore, RowSources
+from server.training.queue.jobs import Jobs
+from server.training.queue.leases import Leases
+from tests.server.api.fakes import FakeEngine
+from tests.tiny import tiny_tokenizer
+
+BASE_NAME = "tiny-llama"
+BASE_DIGEST = "ba" * 32
+SHAPE = BaseShape(
+    2,
+    {
+        "q_proj": (16, 16),
+        "k_proj": (8, 16),
+        "v_proj": (8, 16),
+        "o_proj": (16, 16),
+        "gate_proj": (24, 16),
+        "up_proj": (24, 16),
+        "down_proj": (16, 24),
+    },
+)
+MAX_MODEL_LEN = 96
+MAX_POSITIONS = 512
+NUM_PARAMETERS = 1_000_000
+
+MakeServices = Callable[..., Services]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def encoder() -> PromptEncoder:
+    return PromptEncoder(tiny_tokenizer())
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "adapters")
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> sa.Engine:
+    return connect(tmp_path)
+
+
+@pytest.fixture
+def jobs(database: sa.Engine) -> Jobs:
+    return Jobs(database, max_unfinished=20)
+
+
+@pytest.fixture
+def leases(database: sa.Engine, tmp_path: Path) -> Leases:
+    """A worker's side of the jobs."""
+    return Leases(database, Records(tmp_path / "adapters"))
+
+
+@pytest.fixture
+def library(database: sa.Engine, store: AdapterStore, jobs: Jobs, tmp_path: Path) -> Library:
+    catalog = Catalog(database, Records(tmp_path / "adapters"))
+    return Library(catalog, store, SHAPE, BASE_NAME, jobs.in_use, BASE_DIGEST)
+
+
+@pytest.fixture
+def datasets(tmp_path: Path) -> DatasetStore:
+    return DatasetStore(tmp_path / "datasets")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> FileStore:
+    return FileStore(tmp_path / "files")
+
+
+@pytest.fixture
+def guidance() -> Iterator[Guidance]:
+    tokenizer = tiny_tokenizer()
+    guidance = Guidance(tokenizer_json(tokenizer), len(tokenizer), (tokenizer.eos_token_id,))
+    yield guidance
+    guidance.close()
+
+
+@pytest.fixture
+def make_services(
+    engine: FakeEngine,
+    encoder: PromptEncoder,
+    library: Library,
+    jobs: Jobs,
+    datasets: DatasetStore,
+    files: FileStore,
+    guidance: Guidance,
+    tmp_path: Path,
+) -> MakeServices:
+    tokenizer = tiny_tokenizer()
+    rows = RowEncoder(encoder, tokenizer.eos_token_id)
+
+    def make(**settings: object) -> Services:
+        return Services(
+            settings=Settings.model_validate({"home": tmp_path, **settings}),
+            engine=engine,
+            encoder=encoder,
+            library=library,
+            metrics=Metrics(lambda: engine.stats),
+            guidance=guidance,
+            base_name=BASE_NAME,
+            max_model_len=MAX_MODEL_LEN,
+            jobs=jobs,
+            feeds=JobFeeds(jobs, lambda: engine.draining),
+            datasets=datasets,
+            files=files,
+            submissions=Submissions(
+                tmp_path, jobs, RowSources(datasets, files), library, rows, MAX_POSITIONS, BASE_DIGEST
+            ),
+            estimator=Estimator(jobs, NUM_PARAMETERS, torch.float32, torch.device("cpu")),
+            decode=lambda ids: str(tokenizer.decode(ids)),
+        )
+
+    return make
+
+
+@pytest.fixture
+def app(make_services: MakeServices) -> FastAPI:
+    return create_app(make_services())
+
+
+def client_of(app: FastAPI) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(app) as client:
+        yield client

@@ -1,0 +1,110 @@
+"""What a step costs on a card: how often the host waits for it, and how much it is told."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.structured.guidance import Guidance
+from server.model.base.weights import BaseModel
+from tests.engine_kit import build_engine, refs
+from tests.grammars import guidance_of
+from tests.pretended.cuda import on_card, pretended_cuda
+from tests.server.engine.step_kit import (
+    EVERYTHING,
+    LETTERS,
+    NUM_ROWS,
+    PENALIZED,
+    PLAIN,
+    SAMPLED,
+    decoding,
+    rows,
+    sharing,
+)
+from tests.server.engine.traffic import library, prompt
+
+
+@pytest.fixture(scope="module")
+def guidance(tiny_base: BaseModel) -> Iterator[Guidance]:
+    guidance = guidance_of(tiny_base.tokenizer, tiny_base.config.vocab_size, (2,))
+    guidance.check(LETTERS)
+    yield guidance
+    guidance.close()
+
+
+@pytest.mark.parametrize(
+    ("requests", "num_waits", "num_kernels"),
+    [
+        pytest.param(rows(), 1, 126, id="plain"),
+        pytest.param(rows(num_parts=1), 1, 201, id="mixed"),
+        pytest.param(rows(num_parts=2), 1, 213, id="blends"),
+        pytest.param(rows(replace(SAMPLED, top_k=50)), 1, 168, id="sampled"),
+        pytest.param(rows(SAMPLED), 2, 175, id="top-p alone"),
+        pytest.param(rows(PENALIZED), 1, 138, id="penalties"),
+        pytest.param(rows(replace(PLAIN, logprobs=5)), 2, 132, id="logprobs"),
+        pytest.param(rows(replace(PLAIN, ignore_eos=False), grammar=LETTERS), 1, 134, id="grammar"),
+        pytest.param(sharing(SAMPLED), 3, 271, id="many kinds"),
+        pytest.param(rows(EVERYTHING, num_parts=1, grammar=LETTERS), 3, 276, id="everything"),
+    ],
+)
+def test_what_a_decode_step_costs(
+    tiny_base: BaseModel,
+    guidance: Guidance,
+    requests: list[GenerationRequest],
+    num_waits: int,
+    num_kernels: int,
+) -> None:
+    """Waits don't grow with rows or layers, of which there are 8 and 3; of kernels a layer of the base has 37."""
+    with pretended_cuda() as card:
+        engine = build_engine(on_card(tiny_base), library(tiny_base), guidance=guidance)
+        decoding(engine, requests)
+        for _ in range(3):
+            card.main.clear()
+            engine.step()
+            assert card.main.num_waits <= num_waits, card.main.waits
+            assert card.main.num_kernels <= num_kernels, card.main.kernels
+        assert len(engine.scheduler.running) == NUM_ROWS
+        engine.close()
+
+
+def test_values_are_multiplied_not_summed_position_by_position(tiny_base: BaseModel) -> None:
+    """A GPU's kernel for bags walks through each of them in one thread: bags of positions are too long for it."""
+    with pretended_cuda() as card:
+        engine = build_engine(on_card(tiny_base))
+        decoding(engine, rows())
+        card.main.clear()
+        engine.step()
+        engine.close()
+    assert not [name for name in card.main.kernels if "embedding_bag" in name]
+    assert card.main.kernels["aten::bmm"] == 2 * tiny_base.config.num_layers
+
+
+def test_a_step_that_reads_prompts_scores_and_decodes_waits_twice(tiny_base: BaseModel) -> None:
+    """For the scores of 90 tokens, and for the next tokens."""
+    with pretended_cuda() as card:
+        engine = build_engine(on_card(tiny_base), library(tiny_base))
+        decoding(engine, rows(replace(PLAIN, max_tokens=30), num_parts=1))
+        scored = GenerationRequest("scored", prompt(60, seed=1), SamplingParams(max_tokens=0), scored_from=1)
+        for request in (scored, replace(scored, request_id="other", adapters=refs(**{"01": 1.0}))):
+            engine.add(request)
+        engine.add(GenerationRequest("read", prompt(60, seed=2), PLAIN))
+        while engine.scheduler.num_waiting:
+            card.main.clear()
+            engine.step()
+            assert card.main.num_waits <= 2, card.main.waits
+        engine.close()
+
+
+def test_an_adapter_comes_in_one_copy_a_pool(tiny_base: BaseModel) -> None:
+    """Of A and of B of four groups, pinned: only the thread that loads it waits, once, for the last of them."""
+    with pretended_cuda() as card:
+        engine = build_engine(on_card(tiny_base), library(tiny_base))
+        decoding(engine, rows(replace(PLAIN, max_tokens=200)))
+        card.main.clear()
+        engine.add(GenerationRequest("cold", prompt(9), PLAIN, refs(**{"04": 1.0})))
+        while engine.stats.num_waiting:
+            engine.step()
+        engine.close()
+    assert card.pools.num_uploads == 8
+    assert [what for what, _ in card.pools.waits.elements()] == ["event"]

@@ -1,0 +1,204 @@
+"""Where bases are found, that each is converted once, and what is left when a process dies or the disk is full."""
+
+import fcntl
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.durable import UNFINISHED
+from server.errors import StartupError
+from server.model.base.checkpoint import open_directory
+from server.model.base.convert import convert
+from server.model.base.hub import Snapshot
+from server.model.base.source import resolve_base
+from server.model.base.weights import MANIFEST, WEIGHTS, load_base, read_manifest
+from tests.tiny import save_tiny_base
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def no_hub(model: str) -> Snapshot:
+    raise AssertionError(f"asked the hub for {model}")
+
+
+def directories(home: Path) -> set[str]:
+    return {path.name for path in (home / "models").iterdir() if path.is_dir()}
+
+
+def test_a_directory_is_converted_once(tiny_base_dir: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    first = resolve_base(str(tiny_base_dir), tmp_path, progress=told.append, fetch=no_hub)
+    assert told == ["Converting tiny-llama"]
+    assert load_base(first).name == "tiny-llama"
+    assert resolve_base(str(tiny_base_dir), tmp_path, progress=told.append) == first
+    assert len(told) == 1
+    assert resolve_base(str(first), tmp_path / "elsewhere") == first  # converted already
+
+
+def test_a_changed_directory_is_converted_anew_and_the_old_one_dropped(tmp_path: Path) -> None:
+    directory = save_tiny_base(tmp_path / "mine")
+    first = load_base(resolve_base(str(directory), tmp_path))
+    save_tiny_base(directory, seed=1)
+    second = load_base(resolve_base(str(directory), tmp_path))
+    assert first.name == second.name == "mine"
+    assert first.digest != second.digest
+    assert directories(tmp_path) == {second.directory.name}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_base_directory_is_looked_in_first_and_not_written_to(
+    tiny_base_dir: Path, tmp_path: Path, inside: bool
+) -> None:
+    carried = resolve_base(str(tiny_base_dir), tmp_path / "image")
+    base_dir = carried.parent if inside else carried
+    before = sorted(path.stat().st_mtime_ns for path in base_dir.rglob("*"))
+    home = tmp_path / "home"
+    assert resolve_base(str(tiny_base_dir), home, base_dir) == carried
+    assert not home.exists()
+    other = save_tiny_base(tmp_path / "other", seed=3)
+    assert resolve_base(str(other), home, base_dir).parent == home / "models"
+    assert sorted(path.stat().st_mtime_ns for path in base_dir.rglob("*")) == before
+
+
+def test_a_hub_id_is_fetched_once_and_its_commit_recorded(tiny_base_dir: Path, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def fetch(model: str) -> Snapshot:
+        asked.append(model)
+        return Snapshot(tiny_base_dir, COMMIT)
+
+    told: list[str] = []
+    found = resolve_base("owner/Tiny-Llama", tmp_path, progress=told.append, fetch=fetch)
+    assert told == ["Fetching owner/Tiny-Llama from the hub", "Converting Tiny-Llama"]
+    manifest = read_manifest(found)
+    assert manifest is not None
+    assert (manifest.name, manifest.origin, manifest.revision) == ("Tiny-Llama", "owner/Tiny-Llama", COMMIT)
+    assert resolve_base("owner/Tiny-Llama", tmp_path, fetch=no_hub) == found
+    assert asked == ["owner/Tiny-Llama"]
+
+
+@pytest.mark.parametrize("model", ["no-such-name", "./missing", "/missing", "a/b/c", "../up", "owner/na me"])
+def test_a_model_that_can_be_nothing(model: str, tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"not a directory, not a hub id"):
+        resolve_base(model, tmp_path, fetch=no_hub)
+
+
+def test_two_processes_at_once(tiny_base_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "server.model", "--home", str(tmp_path), "--model", str(tiny_base_dir)]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    answers = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0, 0], answers
+    (found,) = {answer[0].strip() for answer in answers}
+    assert sum("Converting" in answer[1] for answer in answers) == 1
+    assert load_base(Path(found)).config.num_layers == 3
+    assert directories(tmp_path) == {Path(found).name}
+
+
+def test_one_waits_while_another_converts(tiny_base_dir: Path, tmp_path: Path) -> None:
+    made = resolve_base(str(tiny_base_dir), tmp_path / "other")
+    models = tmp_path / "home" / "models"
+    models.mkdir(parents=True)
+    told: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        with (models / f".{made.name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            waiting = pool.submit(resolve_base, str(tiny_base_dir), tmp_path / "home", progress=told.append)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.5)
+            shutil.copytree(made, models / made.name)
+        assert waiting.result(timeout=10) == models / made.name
+    assert told == []
+
+
+def test_whoever_is_slower_keeps_the_other_ones_directory(tiny_base_dir: Path, tmp_path: Path) -> None:
+    """Without the lock (another machine on the same file system), the rename decides."""
+    target = tmp_path / "models" / "tiny"
+    convert(open_directory(tiny_base_dir), target, "tiny", "here")
+    before = (target / WEIGHTS).stat().st_ino
+    convert(open_directory(tiny_base_dir), target, "tiny", "here")
+    assert (target / WEIGHTS).stat().st_ino == before
+    assert directories(tmp_path) == {"tiny"}
+
+
+def test_a_failure_midway_leaves_nothing(tiny_base_dir: Path, tmp_path: Path) -> None:
+    checkpoint = open_directory(tiny_base_dir)
+    last = checkpoint.tensors["model.norm.weight"]
+
+    def fail() -> torch.Tensor:
+        raise OSError(28, "No space left on device")
+
+    broken = {**checkpoint.tensors, "model.norm.weight": type(last)(last.shape, last.dtype, fail)}
+    with pytest.raises(OSError, match="No space left"):
+        convert(type(checkpoint)(checkpoint.config, {}, checkpoint.tokenizer, broken), tmp_path / "x", "x", "here")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_cleared(tiny_base_dir: Path, tmp_path: Path) -> None:
+    found = resolve_base(str(tiny_base_dir), tmp_path)
+    left = found.parent / f"{UNFINISHED}{found.name}-abc"
+    shutil.copytree(found, left)
+    (found / MANIFEST).unlink()  # as if removing an old format had been cut short
+    assert resolve_base(str(tiny_base_dir), tmp_path) == found
+    assert not left.exists()
+    assert read_manifest(found) is not None
+
+
+def test_another_format_is_converted_anew(tiny_base_dir: Path, tmp_path: Path) -> None:
+    found = resolve_base(str(tiny_base_dir), tmp_path)
+    manifest = found / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 0'))
+    (found / "leftover").touch()
+    assert resolve_base(str(tiny_base_dir), tmp_path) == found
+    assert read_manifest(found) is not None
+    assert not (found / "leftover").exists()
+
+
+def full_disk(model: str) -> Snapshot:
+    raise OSError(28, "No space left on device")
+
+
+def read_only(model: str) -> Snapshot:
+    raise OSError(30, "Read-only file system")
+
+
+@pytest.mark.parametrize(
+    ("fetch", "reason"), [(full_disk, "the disk is full"), (read_only, "Read-only file system")]
+)
+def test_a_home_that_can_not_be_written(tmp_path: Path, fetch: Callable[[str], Snapshot], reason: str) -> None:
+    with pytest.raises(StartupError, match=rf"^SMOLORA_HOME={tmp_path}: .*: {reason}$"):
+        resolve_base("owner/name", tmp_path, fetch=fetch)
+
+
+def test_a_home_that_is_a_file(tiny_base_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").touch()
+    with pytest.raises(StartupError, match="SMOLORA_HOME="):
+        resolve_base(str(tiny_base_dir), tmp_path / "home")
+
+
+def test_any_user_may_read_what_was_converted(tiny_base_dir: Path, tmp_path: Path) -> None:
+    """An image is built by root and run by another user."""
+    umask = os.umask(0o077)
+    try:
+        found = resolve_base(str(tiny_base_dir), tmp_path)
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(found.stat().st_mode) == 0o755
+    assert {stat.S_IMODE(file.stat().st_mode) for file in found.iterdir()} == {0o644}
+
+
+def test_the_command_reports_a_fault_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "server.model", "--home", str(tmp_path), "--model", "nothing-there"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("smolora: SMOLORA_MODEL=nothing-there: ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,221 @@
+"""The process around the app: addresses, draining, dying. Real sockets and real signals, in this process."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from server.errors import StartupError
+from server.serve.address import bind, url
+from server.serve.process import Process
+from server.training.worker.supervisor import Supervisor
+from server.training.worker.yielding import BusyFlag
+from tests.server.api.fakes import FakeEngine, until
+
+pytestmark = pytest.mark.anyio
+
+
+class Running:
+    """A server on a free port, and a client of it."""
+
+    def __init__(self, client: httpx.AsyncClient, ended: "asyncio.Task[int]") -> None:
+        self.client = client
+        self.ended = ended
+
+    async def exit_code(self) -> int:
+        async with asyncio.timeout(10):
+            return await self.ended
+
+
+@asynccontextmanager
+async def serving(app: FastAPI, engine: FakeEngine, drain_seconds: float = 30.0) -> AsyncIterator[Running]:
+    bound = bind("127.0.0.1", 0)
+    announced = asyncio.Event()
+    process = Process(app, engine, bound, drain_seconds)
+    ended = asyncio.create_task(process.run(announced.set))
+    async with httpx.AsyncClient(base_url=url(bound, "127.0.0.1"), timeout=10) as client:
+        async with asyncio.timeout(10):
+            await announced.wait()
+        try:
+            yield Running(client, ended)
+        finally:
+            if not ended.done():
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+                await ended
+
+
+async def test_it_answers_and_ends_by_a_signal(app: FastAPI, engine: FakeEngine) -> None:
+    async with serving(app, engine) as server:
+        assert engine.started
+        answer = await server.client.post("/generate", json={"prompt": "a", "max_tokens": 2})
+        assert answer.json()["choices"][0]["text"] == "w0 w1 "
+        os.kill(os.getpid(), signal.SIGINT)
+        assert await server.exit_code() == 0
+        assert engine.stopped
+
+
+async def test_nothing_is_announced_before_it_is_ready(app: FastAPI, engine: FakeEngine) -> None:
+    engine.loading = True
+    bound = bind("127.0.0.1", 0)
+    announced = asyncio.Event()
+    ended = asyncio.create_task(Process(app, engine, bound).run(announced.set))
+    async with httpx.AsyncClient(base_url=url(bound, "127.0.0.1")) as client:
+        await until(lambda: engine.started)
+        async with asyncio.timeout(5):
+            while True:
+                with suppress(httpx.ConnectError):
+                    assert (await client.get("/ready")).status_code == 503
+                    break
+        assert not announced.is_set()
+        engine.loading = False
+        await asyncio.wait_for(announced.wait(), 5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await asyncio.wait_for(ended, 10) == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_draining_lets_what_runs_end(app: FastAPI, engine: FakeEngine, stream: bool) -> None:
+    engine.hold_after = 1
+    body = {"prompt": "a", "max_tokens": 3, "stream": stream}
+    async with serving(app, engine) as server:
+        running = asyncio.create_task(server.client.post("/generate", json=body))
+        await until(lambda: len(engine.open) == 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await until(lambda: engine.draining)
+        for method, path in (("GET", "/ready"), ("POST", "/generate")):
+            response = await server.client.request(method, path, json=body)
+            assert response.status_code == 503
+            assert int(response.headers["retry-after"]) >= 1
+        assert (await server.client.get("/health")).status_code == 200
+        assert not server.ended.done()
+        engine.held.set()
+        answer = await running
+        assert answer.text.endswith("data: [DONE]\n\n") if stream else answer.json()["choices"]
+        assert await server.exit_code() == 0
+
+
+async def test_what_does_not_end_in_time_is_told_so(app: FastAPI, engine: FakeEngine) -> None:
+    engine.hold_after = 1
+    async with serving(app, engine, drain_seconds=0.2) as server:
+        streamed = asyncio.create_task(server.client.post("/generate", json={"prompt": "a", "stream": True}))
+        whole = asyncio.create_task(server.client.post("/generate", json={"prompt": "a"}))
+        await until(lambda: len(engine.open) == 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert "event: error" in (await streamed).text
+        assert (await whole).status_code == 503
+        assert await server.exit_code() == 0
+
+
+async def test_a_second_signal_does_not_wait(app: FastAPI, engine: FakeEngine) -> None:
+    engine.hold_after = 0
+    async with serving(app, engine) as server:
+        running = asyncio.create_task(server.client.post("/generate", json={"prompt": "a"}))
+        await until(lambda: len(engine.open) == 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await until(lambda: engine.draining)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (await running).status_code == 503
+        assert await server.exit_code() == 0
+
+
+async def test_a_dead_engine_fails_everything_and_the_process(app: FastAPI, engine: FakeEngine) -> None:
+    engine.hold_after = 0
+    async with serving(app, engine) as server:
+        running = asyncio.create_task(server.client.post("/generate", json={"prompt": "a"}))
+        await until(lambda: len(engine.open) == 1)
+        engine.die()
+        assert (await running).status_code == 503
+        assert (await server.client.get("/ready")).status_code == 503
+        assert await server.exit_code() == 1
+
+
+async def test_workers_start_when_it_is_ready_and_end_with_it(app: FastAPI, engine: FakeEngine) -> None:
+    supervisor = Supervisor(1, ("sleep", "60"))
+    engine.loading = True
+    process = Process(app, engine, bind("127.0.0.1", 0), supervisor=supervisor)
+    ended = asyncio.create_task(process.run(lambda: None))
+    await until(lambda: engine.num_looks > 3)
+    assert not supervisor.is_running
+    engine.loading = False
+    await until(lambda: len(supervisor.pids) == 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await asyncio.wait_for(ended, 10) == 0
+    assert not supervisor.is_running
+    with pytest.raises(ProcessLookupError):
+        os.kill(supervisor.pids[0], 0)
+
+
+DEAF = """
+import pathlib, signal, sys, time
+here = pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: (here / "asked").touch())
+(here / "up").touch()
+while True:
+    time.sleep(60)
+"""
+
+
+async def test_a_second_signal_does_not_wait_for_workers(app: FastAPI, engine: FakeEngine, tmp_path: Path) -> None:
+    supervisor = Supervisor(1, (sys.executable, "-S", "-c", DEAF, str(tmp_path)))
+    process = Process(app, engine, bind("127.0.0.1", 0), supervisor=supervisor)
+    ended = asyncio.create_task(process.run(lambda: None))
+    await until((tmp_path / "up").exists)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await until((tmp_path / "asked").exists)
+    assert not ended.done()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await asyncio.wait_for(ended, 5) == 0
+
+
+async def test_trainers_are_told_while_requests_run(app: FastAPI, engine: FakeEngine, tmp_path: Path) -> None:
+    engine.hold_after = 0
+    serving, training = BusyFlag(tmp_path), BusyFlag(tmp_path)
+    bound = bind("127.0.0.1", 0)
+    ended = asyncio.create_task(Process(app, engine, bound, flag=serving).run(lambda: None))
+    await until(lambda: engine.started)
+    async with httpx.AsyncClient(base_url=url(bound, "127.0.0.1"), timeout=10) as client:
+        running = asyncio.create_task(client.post("/generate", json={"prompt": "a", "max_tokens": 2}))
+        await until(lambda: training.read() == 1)
+        engine.held.set()
+        await running
+        await until(lambda: training.read() == 0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await asyncio.wait_for(ended, 10) == 0
+
+
+def test_a_taken_port_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StartupError, match=f"port {port} on 127.0.0.1 is taken"):
+            bind("127.0.0.1", port)
+
+
+async def test_a_port_taken_between_binding_and_listening(app: FastAPI, engine: FakeEngine) -> None:
+    with bind("127.0.0.1", 0) as bound, socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(bound.getsockname())
+        other.listen()
+        with pytest.raises(StartupError, match="is taken"):
+            await Process(app, engine, bound).run(lambda: None)
+        assert engine.stopped
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_an_address_that_is_not_ours(host: str) -> None:
+    with pytest.raises(StartupError, match="can't listen on"):
+        bind(host, 0)
+
+
+def test_urls() -> None:
+    with bind("127.0.0.1", 0) as bound:
+        assert url(bound, "127.0.0.1") == f"http://127.0.0.1:{bound.getsockname()[1]}"
+        assert url(bound, "::1").startswith("http://[::1]:")

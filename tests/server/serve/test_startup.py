@@ -1,0 +1,95 @@
+"""Everything wired together, on a tiny base: from settings to an answer under an uploaded adapter."""
+
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.api.app import create_app
+from server.api.deps import Services
+from server.config import Settings
+from server.errors import StartupError
+from server.model.base.weights import BaseModel
+from server.serve.startup import build
+from server.sqlite import driver
+from tests.server.api.adapters.peft_files import as_parts, peft_files
+from tests.server.conftest import client_of
+
+pytestmark = pytest.mark.anyio
+
+
+def settings(home: Path, model: Path, **others: object) -> Settings:
+    return Settings.model_validate(
+        {
+            "home": home,
+            "model": str(model),
+            "device": "cpu",
+            "dtype": "fp32",
+            "adapter_cache_bytes": "4MiB",
+            **others,
+        }
+    )
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+async def services(tmp_path: Path, tiny_base_dir: Path, said: list[str]) -> AsyncIterator[Services]:
+    services = build(settings(tmp_path / "home", tiny_base_dir), said.append)
+    services.engine.start()
+    yield services
+    await services.engine.stop()
+
+
+@pytest.fixture
+async def client(services: Services) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(create_app(services)) as client:
+        yield client
+
+
+async def test_from_settings_to_answers(
+    client: httpx.AsyncClient, services: Services, said: list[str], tiny_base_dir: Path, tiny_base: BaseModel
+) -> None:
+    assert said[0] == "Converting tiny-llama"
+    assert said[1].startswith(f"the database is SQLite {driver.sqlite_version} with a ")
+    assert said[2:] == [f"loading {tiny_base_dir} on cpu in float32"]
+    assert (services.base_name, services.max_model_len) == ("tiny-llama", 512)
+    body = {"prompt": "404 Not", "max_tokens": 8, "temperature": 0}
+    base = (await client.post("/generate", json=body)).json()
+    assert base["model"] == "tiny-llama"
+
+    files = as_parts(*peft_files(shape=tiny_base.config.shape))
+    assert (await client.post("/adapters/a", files=files)).status_code == 201
+    tuned = (await client.post("/generate", json={**body, "adapter": "a*3"})).json()
+    assert tuned["choices"] != base["choices"]
+    assert (await client.post("/generate", json=body)).json()["choices"] == base["choices"]
+    assert (await client.get("/adapters/a/1")).json()["resident"] is True
+
+
+async def test_a_second_start_finds_everything(services: Services, said: list[str]) -> None:
+    started = time.perf_counter()
+    again = build(services.settings, said.append)
+    assert time.perf_counter() - started < 3
+    assert sum(line.startswith("Converting") for line in said) == 1
+    await again.engine.stop()
+
+
+async def test_a_shorter_length(tmp_path: Path, tiny_base_dir: Path) -> None:
+    services = build(settings(tmp_path, tiny_base_dir, max_model_len=40), print)
+    assert services.max_model_len == 40
+    await services.engine.stop()
+
+
+def test_caches_larger_than_any_memory(tmp_path: Path, tiny_base_dir: Path) -> None:
+    with pytest.raises(StartupError, match="SMOLORA_KV_CACHE_BYTES"):
+        build(settings(tmp_path, tiny_base_dir, kv_cache_bytes=1 << 55), print)
+
+
+def test_longer_than_the_model(tmp_path: Path, tiny_base_dir: Path) -> None:
+    with pytest.raises(StartupError, match="ends at 512 tokens"):
+        build(settings(tmp_path, tiny_base_dir, max_model_len=513), print)

@@ -1,0 +1,59 @@
+"""A server's start on a pretended GPU: what it takes of it, and what it says where there isn't enough."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.config import Settings
+from server.errors import StartupError
+from server.serve.sizing import gpu_share
+from server.serve.startup import build
+from tests.pretended.card import Card, is_on_card
+from tests.pretended.cuda import pretended_cuda
+
+pytestmark = pytest.mark.anyio
+
+GIB = 1 << 30
+
+
+def settings(home: Path, model: Path, **others: object) -> Settings:
+    return Settings.model_validate({"home": home, "model": str(model), "device": "cuda", **others})
+
+
+async def test_it_takes_its_share(tmp_path: Path, tiny_base_dir: Path) -> None:
+    """Caches of a size that was asked for, steps of a GPU's, everything on the card, in bf16."""
+    given = settings(tmp_path, tiny_base_dir, kv_cache_bytes="4MiB", adapter_cache_bytes="4MiB")
+    with pretended_cuda() as card:
+        services = build(given, lambda line: None)
+        assert card.memory_fraction == gpu_share(given, card.total_bytes) == pytest.approx(0.5 - 1 / 24)
+        engine = services.engine._engine
+        assert (engine.config.scheduler.chunk_size, engine.config.scheduler.max_prefill_tokens) == (512, 4096)
+        pools = (*engine.pool.rows.a.values(), *engine.pool.rows.b.values())
+        assert all(is_on_card(pool) and pool.dtype is torch.bfloat16 for pool in pools)
+        await services.engine.stop()
+
+
+async def test_caches_are_what_training_leaves(tmp_path: Path, tiny_base_dir: Path) -> None:
+    """Of 3 GiB, of which 2.8 are free: half is training's, 1 GiB the processes', and a step takes some."""
+    with pretended_cuda(Card(total_bytes=3 * GIB, free_bytes=int(2.8 * GIB))):
+        services = build(settings(tmp_path, tiny_base_dir, max_num_seqs=1024), lambda line: None)
+        config = services.engine._engine.config
+        await services.engine.stop()
+    assert 0.1 * GIB < config.kv_cache_bytes + config.adapter_cache_bytes < 0.3 * GIB
+
+
+@pytest.mark.parametrize(
+    ("card", "says"),
+    [
+        (Card(is_full=True), "no room for the base"),
+        (Card(total_bytes=2 * GIB, free_bytes=GIB // 2), "SMOLORA_TRAIN_MEMORY, or train elsewhere"),
+        (Card(name="Tesla P100", capabilities=((6, 0),)), "can't use Tesla P100"),
+        (Card(capabilities=()), "finds 0 CUDA devices"),
+    ],
+    ids=["full", "little left", "too old", "missing"],
+)
+def test_what_is_lacking_is_one_line(card: Card, says: str, tmp_path: Path, tiny_base_dir: Path) -> None:
+    with pretended_cuda(card), pytest.raises(StartupError, match=says) as caught:
+        build(settings(tmp_path, tiny_base_dir), lambda line: None)
+    assert "\n" not in str(caught.value)

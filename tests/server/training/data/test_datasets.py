@@ -1,0 +1,161 @@
+"""Data sets: one id for the same rows, all or nothing on disk, and no quiet damage."""
+
+import io
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import pytest
+
+from adapters.durable import ABANDONED_AFTER, UNFINISHED
+from adapters.errors import InvalidInput, NotFound
+from server.training.data.datasets import FACTS, ROWS, CorruptDataset, Dataset, DatasetStore
+from server.training.data.rows import CompletionRow, Row, TextRow, data_digest
+
+JSONL = b'{"prompt": "200", "completion": "OK"}\n{"prompt": "404", "completion": "Not Found"}\n'
+CSV = b"\xef\xbb\xbfcompletion,prompt\r\nOK,200\r\nNot Found,404\r\n"
+ROWS_OF_BOTH: list[Row] = [CompletionRow("200", "OK"), CompletionRow("404", "Not Found")]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DatasetStore:
+    return DatasetStore(tmp_path / "datasets")
+
+
+def put(store: DatasetStore, data: bytes, name: str = "a.jsonl") -> Dataset:
+    return store.put(io.BytesIO(data), name)
+
+
+def files(store: DatasetStore, tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "datasets").iterdir())
+
+
+def test_what_was_put_is_there(store: DatasetStore, tmp_path: Path) -> None:
+    dataset = put(store, JSONL + b'{"text": "a"}\n')
+    assert dataset.id == f"ds-{data_digest([*ROWS_OF_BOTH, TextRow('a')])[:32]}"
+    assert (dataset.format, dataset.num_rows, dataset.bytes) == ("jsonl", 3, len(JSONL) + 14)
+    assert dataset.kinds == {"completion": 2, "text": 1}
+    assert abs(dataset.created_at.timestamp() - time.time()) < 60
+    assert store.get(dataset.id) == dataset
+    assert list(store.rows(dataset.id)) == [*ROWS_OF_BOTH, TextRow("a")]
+    assert store.list() == [dataset]
+    again = DatasetStore(tmp_path / "datasets")
+    assert again.list() == [dataset]
+    assert json.dumps(dataset.to_document())
+
+
+def test_the_same_rows_are_one_data_set(store: DatasetStore, tmp_path: Path) -> None:
+    first = put(store, JSONL)
+    assert put(store, CSV, "b.csv") == first
+    assert put(store, JSONL.replace(b"\n", b"\r\n\r\n").replace(b": ", b":")) == first
+    assert put(store, JSONL + JSONL).id != first.id
+    assert put(store, b"".join(JSONL.splitlines(keepends=True)[::-1])).id != first.id  # the order counts
+    assert len(files(store, tmp_path)) == 3
+
+
+def test_newest_first(store: DatasetStore) -> None:
+    names = [put(store, b'{"text": "%d"}' % i).id for i in range(3)]
+    assert [dataset.id for dataset in store.list()] == names[::-1]
+
+
+def test_a_deleted_one_is_gone_and_may_come_back(store: DatasetStore, tmp_path: Path) -> None:
+    dataset = put(store, JSONL)
+    reading = store.rows(dataset.id)
+    assert next(reading) == ROWS_OF_BOTH[0]
+    store.delete(dataset.id)
+    assert list(reading) == ROWS_OF_BOTH[1:]  # who reads reads on
+    assert store.list() == []
+    assert files(store, tmp_path) == []
+    for use in (store.get, store.rows, store.delete):
+        with pytest.raises(NotFound):
+            cast("Callable[[str], object]", use)(dataset.id)
+    assert put(store, CSV, "b.csv").id == dataset.id
+    assert store.get(dataset.id).format == "csv"
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../datasets", "ds-", "ds-" + "G" * 32, "ds-" + "0" * 32 + "\n", "/"]
+)
+def test_an_id_is_no_path(store: DatasetStore, name: str) -> None:
+    for use in (store.get, store.rows, store.delete):
+        with pytest.raises(NotFound):
+            cast("Callable[[str], object]", use)(name)
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "loc"),
+    [
+        (b"", "a.jsonl", ("file",)),
+        (b"\n\n", "a.jsonl", ("file",)),
+        (b"text\n", "a.csv", ("file",)),
+        (JSONL, "a.txt", ("file",)),
+        (JSONL + b"{}", "a.jsonl", ("file", 3, "prompt")),
+        (CSV + b"x,\n", "a.csv", ("file", 4, "prompt")),
+    ],
+)
+def test_a_bad_file_leaves_nothing(
+    store: DatasetStore, tmp_path: Path, data: bytes, name: str, loc: tuple[str | int, ...]
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        put(store, data, name)
+    assert caught.value.errors[0].loc == loc
+    assert files(store, tmp_path) == []
+
+
+class Failing(io.BytesIO):
+    """Ends in an error where others end."""
+
+    def readline(self, size: int | None = -1) -> bytes:
+        line = super().readline(size)
+        if not line:
+            raise OSError(28, "No space left on device")
+        return line
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(store: DatasetStore, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space"):
+        store.put(cast("BinaryIO", Failing(JSONL)), "a.jsonl")
+    assert files(store, tmp_path) == []
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"prompt":', b'{"text":"a"}\n', JSONL[:-1], b"\xff"])
+def test_damaged_rows_are_noticed(store: DatasetStore, tmp_path: Path, damage: bytes) -> None:
+    dataset = put(store, JSONL)
+    (tmp_path / "datasets" / dataset.id / ROWS).write_bytes(damage)
+    with pytest.raises(CorruptDataset):
+        list(store.rows(dataset.id))
+
+
+def test_missing_rows_and_damaged_facts_are_noticed(store: DatasetStore, tmp_path: Path) -> None:
+    dataset = put(store, JSONL)
+    (tmp_path / "datasets" / dataset.id / ROWS).unlink()
+    with pytest.raises(CorruptDataset):
+        list(store.rows(dataset.id))
+    (tmp_path / "datasets" / dataset.id / FACTS).write_text("{}")
+    with pytest.raises(CorruptDataset):
+        store.get(dataset.id)
+
+
+def test_what_a_killed_process_left_goes_when_it_is_old(tmp_path: Path) -> None:
+    root = tmp_path / "datasets"
+    for age, name in ((0, "new"), (ABANDONED_AFTER + 60, "old")):
+        (root / f"{UNFINISHED}{name}").mkdir(parents=True)
+        (root / f"{UNFINISHED}{name}-file").touch()
+        for path in root.glob(f"*{name}*"):
+            os.utime(path, (time.time() - age,) * 2)
+    assert DatasetStore(root).list() == []
+    assert sorted(path.name for path in root.iterdir()) == [f"{UNFINISHED}new", f"{UNFINISHED}new-file"]
+
+
+def test_many_at_once_store_one(store: DatasetStore, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        found = list(
+            pool.map(lambda _: DatasetStore(tmp_path / "datasets").put(io.BytesIO(JSONL), "a.jsonl"), range(16))
+        )
+    assert len({dataset.id for dataset in found}) == 1
+    assert files(store, tmp_path) == [found[0].id]
+    assert list(store.rows(found[0].id)) == ROWS_OF_BOTH

@@ -1,0 +1,230 @@
+"""Rows as tokens and targets, against the tokenizer's own ids put together by hand."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from adapters.errors import InvalidInput
+from server.model.base.checkpoint import read_tokenizer
+from server.model.text.chat import ChatMessage, PromptEncoder
+from server.training.data import encoding
+from server.training.data.encoding import Reference, RowEncoder, preview
+from server.training.data.examples import Example
+from server.training.data.rows import CompletionRow, MessagesRow, Row, TextRow
+from tests.server.training.data.test_rows import ROWS
+from tests.tiny import tiny_tokenizer
+
+BOS, EOS = 1, 2  # the tiny and the real tokenizer's <|im_start|> and <|im_end|>
+LONG = 1 << 20
+TEXTS = [
+    "Not Found",
+    " leading",
+    "trailing \n",
+    "\n\n",
+    "Ünïcödé 日本語 🦜",
+    "a\x00b",
+    "x<|im_end|>y",
+    "<|im_start|>",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
+    return RowEncoder(PromptEncoder(tokenizer), EOS)
+
+
+def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def targets(example: Example) -> list[int]:
+    return [token for token, is_target in zip(example.token_ids, example.is_target, strict=True) if is_target]
+
+
+def chat(*contents: str) -> MessagesRow:
+    roles = ["user", "assistant"]
+    return MessagesRow(tuple(ChatMessage(roles[i % 2], content) for i, content in enumerate(contents)))
+
+
+def check_rows(tokenizer: PreTrainedTokenizerBase, rows: RowEncoder, text: str) -> None:
+    prompt, completion = plain(tokenizer, "404: "), plain(tokenizer, text)
+    example = rows.encode(CompletionRow("404: ", text), LONG)
+    assert list(example.token_ids) == [*prompt, *completion, EOS]
+    assert list(example.is_target) == [False] * len(prompt) + [True] * (len(completion) + 1)
+
+    example = rows.encode(CompletionRow(text, "404: "), LONG)
+    assert list(example.token_ids) == [*completion, *prompt, EOS]
+    assert targets(example) == [*prompt, EOS]
+
+    example = rows.encode(TextRow(text), LONG)
+    assert list(example.token_ids) == [*completion, EOS]
+    assert list(example.is_target) == [False] + [True] * len(completion)
+
+    # a turn's text is encoded as it would be generated, right after the header
+    example = rows.encode(chat(text, text, "and?", text), LONG)
+    assert targets(example) == [*completion, EOS, *completion, EOS]
+    assert example.token_ids[-1] == EOS
+    header = [BOS, *plain(tokenizer, "assistant\n")]
+    first = example.is_target.index(True)
+    assert list(example.token_ids[first - len(header) : first]) == header
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_is_trained_on(tokenizer: PreTrainedTokenizerBase, rows: RowEncoder, text: str) -> None:
+    check_rows(tokenizer, rows, text)
+
+
+@pytest.mark.real
+def test_what_is_trained_on_with_the_real_tokenizer(base_dir: Path) -> None:
+    tokenizer = read_tokenizer(base_dir)
+    rows = RowEncoder(PromptEncoder(tokenizer), EOS)
+    for text in TEXTS:
+        check_rows(tokenizer, rows, text)
+    example = rows.encode(chat("What is 404?", "Not Found"), LONG)
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 404?"}, {"role": "assistant", "content": "Not Found"}]
+    )["input_ids"]
+    assert [*example.token_ids, *plain(tokenizer, "\n")] == whole  # the template's last line break trains nothing
+    assert preview(example, partial(tokenizer.decode, clean_up_tokenization_spaces=False))[-4:] == [
+        ("\n", False),
+        ("Not", True),
+        (" Found", True),
+        ("<|im_end|>", True),
+    ]
+
+
+def test_the_prompt_has_what_the_tokenizer_puts_before_every_text() -> None:
+    backend = tiny_tokenizer().backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", BOS)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
+    rows = RowEncoder(PromptEncoder(tokenizer), EOS)
+    for example in (rows.encode(CompletionRow("404", "OK"), LONG), rows.encode(TextRow("404"), LONG)):
+        assert [example.token_ids[0], example.token_ids.count(BOS)] == [BOS, 1]
+    assert rows.encode(TextRow("404"), LONG).is_target[:2] == (False, True)
+
+
+@given(row=ROWS, max_length=st.integers(1, 60))
+def test_cut_from_the_right(rows: RowEncoder, row: Row, max_length: int) -> None:
+    whole = rows.encode(row, LONG)
+    assert whole.token_ids[-1] == EOS
+    assert whole.is_target[-1]
+    if not any(whole.is_target[:max_length]):
+        with pytest.raises(InvalidInput, match="leaves nothing to train on"):
+            rows.encode(row, max_length)
+        return
+    example = rows.encode(row, max_length)
+    assert example == Example(whole.token_ids[:max_length], whole.is_target[:max_length])
+    too_long = len(whole.token_ids) > max_length
+    assert rows.encode_all([row], max_length).num_truncated == too_long
+    if too_long:
+        with pytest.raises(InvalidInput, match="more than max_length"):
+            rows.encode(row, max_length, "refuse")
+    else:
+        assert rows.encode(row, max_length, "refuse") == whole
+
+
+def test_a_row_that_just_fits_is_not_truncated(rows: RowEncoder) -> None:
+    row = chat("404", "Not Found")
+    length = len(rows.encode(row, LONG).token_ids)
+    assert rows.encode_all([row], length, "refuse").num_truncated == 0
+    assert rows.encode_all([row], length - 1).num_truncated == 1
+
+
+def test_all_rows_in_their_order(rows: RowEncoder) -> None:
+    given_rows: list[Row] = [CompletionRow("404", "Not Found"), TextRow("OK " * 40), chat("200", "OK")]
+    encoded = rows.encode_all(given_rows, 80)
+    assert list(encoded.examples) == [rows.encode(row, 80) for row in given_rows]
+    assert encoded.num_truncated == 1
+    assert list(rows.encode_all([], 50).examples) == []
+
+
+def test_rows_at_fault_are_named(rows: RowEncoder) -> None:
+    given_rows: list[Row] = [
+        TextRow("OK"),
+        CompletionRow("404 " * 40, "Not Found"),
+        TextRow("OK"),
+        chat("1 " * 99, "2"),
+    ]
+    with pytest.raises(InvalidInput) as caught:
+        rows.encode_all(given_rows, 20, loc=("validation",))
+    assert [error.loc for error in caught.value.errors] == [
+        ("validation", 1, "completion"),
+        ("validation", 3, "messages"),
+    ]
+    assert caught.value.errors[0].message.startswith("row 1: leaves nothing to train on within max_length 20 of ")
+    with pytest.raises(InvalidInput) as caught:
+        rows.encode_all([TextRow("OK OK OK")] * 1000, 2, "refuse")
+    assert len(caught.value.errors) == encoding.MAX_FAULTS
+
+
+def test_too_many_tokens_are_refused(rows: RowEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "MAX_TOKENS", 10)
+    length = len(rows.encode(TextRow("OK"), LONG).token_ids)
+    assert len(rows.encode_all([TextRow("OK")] * (10 // length), LONG).examples) == 10 // length
+    with pytest.raises(InvalidInput, match="more than 10 tokens"):
+        rows.encode_all([TextRow("OK")] * (10 // length + 1), LONG)
+
+
+@pytest.mark.parametrize(
+    ("end", "ends", "expected"),
+    [
+        ("<|endoftext|>", (0,), [0]),  # another of the base's end tokens: as the template has it
+        ("<|endoftext|>", (), [EOS]),  # no end token of the base: its own, so that generation ends
+        ("\n", (), [EOS]),
+        ("", (), [EOS]),
+    ],
+)
+def test_templates_that_end_turns_otherwise(end: str, ends: tuple[int, ...], expected: list[int]) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '" + end.replace("\n", "\\n") + "' }}{% endfor %}"
+    )
+    rows = RowEncoder(PromptEncoder(tokenizer), EOS, ends)
+    example = rows.encode(chat("404", "Not Found"), LONG)
+    assert targets(example) == [*plain(tokenizer, "Not Found"), *expected]
+    assert example.token_ids[: -1 - len(plain(tokenizer, "Not Found"))] == tuple(
+        tokenizer("user: 404" + end + "assistant: ", add_special_tokens=False)["input_ids"]
+    )
+
+
+def test_references(tokenizer: PreTrainedTokenizerBase, rows: RowEncoder) -> None:
+    encoder = PromptEncoder(tokenizer)
+    row = chat("404", "Not Found", "200", "OK")
+    length = len(plain(tokenizer, "OK"))
+    assert rows.reference(CompletionRow("200", "OK")) == Reference(tuple(plain(tokenizer, "200")), "OK", length)
+    assert rows.reference(row) == Reference(tuple(encoder.messages(row.messages[:3])), "OK", length)
+    assert rows.reference(TextRow("OK")) is None
+    assert rows.reference(MessagesRow((ChatMessage("assistant", "OK"),))) is None
+    mixed: list[Row] = [TextRow("a"), *(CompletionRow(str(i), "b") for i in range(5))]
+    assert rows.references(mixed, limit=2) == [rows.reference(mixed[1]), rows.reference(mixed[2])]
+
+
+@given(row=ROWS)
+def test_a_preview_shows_everything(tokenizer: PreTrainedTokenizerBase, rows: RowEncoder, row: Row) -> None:
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    example = rows.encode(row, LONG)
+    shown = preview(example, decode)
+    assert "".join(text for text, _ in shown) == decode(list(example.token_ids))
+    if not isinstance(row, TextRow):  # whose first token, no target, may be part of a character
+        assert decode(targets(example)) == "".join(text for text, is_target in shown if is_target)
+    if "\N{REPLACEMENT CHARACTER}" not in decode(list(example.token_ids)):
+        assert all("\N{REPLACEMENT CHARACTER}" not in text for text, _ in shown)
+
+
+def test_a_preview_of_a_cut_character(tokenizer: PreTrainedTokenizerBase, rows: RowEncoder) -> None:
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    token_ids = plain(tokenizer, "OK 🦜")
+    assert len(plain(tokenizer, "🦜")) > 2
+    shown = preview(rows.encode(TextRow("OK 🦜"), len(token_ids) - 1), decode)
+    assert shown[-1] == ("\N{REPLACEMENT CHARACTER}", True)

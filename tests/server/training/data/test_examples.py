@@ -1,0 +1,66 @@
+"""Tokenized rows come back from memory and from disk as they went in."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from server.training.data.examples import Example, Examples, load_examples, save_examples
+
+
+@st.composite
+def examples(draw: st.DrawFn) -> Example:
+    token_ids = draw(st.lists(st.integers(0, 2**31 - 1), max_size=8))
+    flags = draw(st.lists(st.booleans(), min_size=len(token_ids), max_size=len(token_ids)))
+    return Example(tuple(token_ids), tuple([False, *flags[1:]][: len(token_ids)]))
+
+
+@given(st.lists(examples(), max_size=6))
+def test_comes_back(tmp_path_factory: pytest.TempPathFactory, given_examples: list[Example]) -> None:
+    path = tmp_path_factory.mktemp("examples") / "train.safetensors"
+    save_examples(path, given_examples)
+    for held in (Examples(given_examples), load_examples(path)):
+        assert list(held) == given_examples
+        assert held[:] == given_examples
+        assert [held[i] for i in range(-len(held), 0)] == given_examples
+        assert held.lengths == [len(example.token_ids) for example in given_examples]
+        assert held.num_tokens == sum(held.lengths)
+        assert held.num_targets == sum(sum(example.is_target) for example in given_examples)
+    again = path.with_name("again")
+    load_examples(path).save(again)
+    assert again.read_bytes() == path.read_bytes()
+    assert sorted(path.parent.iterdir()) == [again, path]
+
+
+def test_the_file_is_as_it_is_said(tmp_path: Path) -> None:
+    save_examples(tmp_path / "a", [Example((7, 8, 9), (False, True, True)), Example((5,), (False,))])
+    tensors = load_file(tmp_path / "a")
+    assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in tensors.items()} == {
+        "token_ids": (np.dtype("int32"), [7, 8, 9, 5]),
+        "is_target": (np.dtype("uint8"), [0, 1, 1, 0]),
+        "offsets": (np.dtype("int64"), [0, 3, 4]),
+    }
+
+
+def test_there_is_nothing_beyond_the_end() -> None:
+    held = Examples([Example((1,), (False,))])
+    for index in (1, -2):
+        with pytest.raises(IndexError):
+            held[index]
+
+
+def test_a_first_token_is_no_target() -> None:
+    with pytest.raises(AssertionError):
+        Example((1, 2), (True, True))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    save_examples(path, [Example((1,), (False,))])
+    with pytest.raises(OverflowError):
+        save_examples(path, [Example((1 << 40,), (False,))])
+    assert load_examples(path)[0].token_ids == (1,)
+    assert list(tmp_path.iterdir()) == [path]

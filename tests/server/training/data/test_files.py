@@ -1,0 +1,134 @@
+"""Uploaded files: kept as they came, each upload its own, whole or not there."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from adapters.errors import InvalidInput, NotFound
+from server.training.data.datasets import DatasetStore
+from server.training.data.files import CONTENT, FACTS, CorruptFile, FileStore, RowSources, results_id
+from server.training.data.rows import CompletionRow, TextRow
+
+CONTENTS = b'{"completion": "Not Found", "prompt":"404 "}\n\n{"text": "caf\xc3\xa9"}\n'
+ROWS = [CompletionRow("404 ", "Not Found"), TextRow("café")]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FileStore:
+    return FileStore(tmp_path / "files")
+
+
+def test_what_was_sent_is_read_back(store: FileStore, tmp_path: Path) -> None:
+    file = store.put(io.BytesIO(CONTENTS), "codes.jsonl")
+    for reader in (store, FileStore(tmp_path / "files")):  # the second as after a restart
+        assert reader.get(file.id) == file
+        assert reader.has(file.id)
+        with reader.open(file.id) as content:
+            assert content.read() == CONTENTS
+        assert list(reader.rows(file.id)) == ROWS
+    assert (file.filename, file.purpose, file.bytes) == ("codes.jsonl", "fine-tune", len(CONTENTS))
+
+
+def test_the_same_bytes_twice_are_two_files(store: FileStore) -> None:
+    first, second = (store.put(io.BytesIO(CONTENTS), "codes.jsonl") for _ in range(2))
+    assert first.id != second.id
+    assert store.list() == [second, first]
+    store.delete(first.id)
+    assert store.list() == [second]
+    assert list(store.rows(second.id)) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("filename", "content", "kept"),
+    [
+        ("a.csv", b"prompt,completion\n404 ,Not Found\n", "a.csv"),
+        ("A.CSV", b"completion,prompt\nNot Found,404 \n", "A.CSV"),
+        ("upload", b'{"prompt": "404 ", "completion": "Not Found"}', "upload"),  # as clients call unnamed bytes
+        ("../../etc/a.txt", b'{"prompt": "404 ", "completion": "Not Found"}', "a.txt"),
+        ("", b'{"prompt": "404 ", "completion": "Not Found"}', "rows.jsonl"),
+    ],
+)
+def test_formats_and_names(store: FileStore, filename: str, content: bytes, kept: str) -> None:
+    file = store.put(io.BytesIO(content), filename)
+    assert file.filename == kept
+    assert list(store.rows(file.id)) == ROWS[:1]
+
+
+@pytest.mark.parametrize(
+    ("content", "loc"),
+    [
+        (b"", ("file",)),
+        (b"\n\n", ("file",)),
+        (b'{"text": "a"}\n{"text": ""}\n', ("file", 2, "text")),
+        (b'{"messages": [{"role": "tool", "content": "a"}]}', ("file", 1, "messages", 0, "role")),
+    ],
+)
+def test_bad_rows_leave_nothing(
+    store: FileStore, tmp_path: Path, content: bytes, loc: tuple[str | int, ...]
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        store.put(io.BytesIO(content), "a.jsonl")
+    assert caught.value.errors[0].loc == loc
+    assert list((tmp_path / "files").iterdir()) == []
+
+
+def test_results_once(store: FileStore) -> None:
+    file = store.put_results("job-1", b"step\n1\n")
+    again = store.put_results("job-1", b"step\n2\n")
+    assert again == file == store.get(results_id("job-1"))
+    assert file.purpose == "fine-tune-results"
+    with store.open(file.id) as content:
+        assert content.read() == b"step\n1\n"
+    with pytest.raises(NotFound):
+        store.rows(file.id)
+
+
+@pytest.mark.parametrize("file_id", ["file-no", "file-../files", "..", "", "ds-" + "0" * 32])
+def test_unknown_files(store: FileStore, file_id: str) -> None:
+    for look in (store.get, store.open, store.rows, store.delete):
+        with pytest.raises(NotFound):
+            look(file_id)
+
+
+def test_a_reader_outlives_a_delete(store: FileStore) -> None:
+    file = store.put(io.BytesIO(CONTENTS), "codes.jsonl")
+    with store.open(file.id) as content:
+        store.delete(file.id)
+        assert content.read() == CONTENTS
+    assert not store.has(file.id)
+
+
+def test_what_a_killed_process_left(store: FileStore, tmp_path: Path) -> None:
+    root = tmp_path / "files"
+    for name, age in ((".unfinished-file-1", 7200), (".unfinished-file-2", 60)):
+        (root / name).mkdir()
+        then = (root / name).stat().st_mtime - age
+        os.utime(root / name, (then, then))
+    (root / "file-half").mkdir()  # its facts are missing: it was never there
+    assert FileStore(root).list() == []
+    assert sorted(path.name for path in root.iterdir()) == [".unfinished-file-2", "file-half"]
+
+
+def test_damage_is_said(store: FileStore, tmp_path: Path) -> None:
+    file = store.put(io.BytesIO(CONTENTS), "codes.jsonl")
+    place = tmp_path / "files" / file.id
+    (place / CONTENT).write_bytes(CONTENTS[:-20])
+    with pytest.raises(CorruptFile):
+        list(store.rows(file.id))
+    (place / FACTS).write_text(json.dumps({"id": file.id}))
+    with pytest.raises(CorruptFile):
+        store.get(file.id)
+
+
+def test_rows_of_either_kind(store: FileStore, tmp_path: Path) -> None:
+    datasets = DatasetStore(tmp_path / "datasets")
+    sources = RowSources(datasets, store)
+    file = store.put(io.BytesIO(CONTENTS), "codes.jsonl")
+    dataset = datasets.put(io.BytesIO(CONTENTS), "codes.jsonl")
+    assert list(sources.rows(file.id)) == list(sources.rows(dataset.id)) == ROWS
+    for unknown in ("file-no", "ds-no", "no"):
+        with pytest.raises(NotFound):
+            sources.rows(unknown)

@@ -1,0 +1,267 @@
+"""Files of rows: what was written is read, what is wrong is named by line and field, and nothing runs away."""
+
+import csv
+import io
+import json
+import time
+import tracemalloc
+from collections.abc import Iterator
+from typing import BinaryIO, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapters.errors import InvalidInput
+from server.training.data.row_files import (
+    MAX_FAULTS,
+    MAX_LINE,
+    MAX_LINES,
+    Format,
+    format_of,
+    read_csv,
+    read_jsonl,
+    read_rows,
+)
+from server.training.data.rows import CompletionRow, MessagesRow, Row, TextRow, canonical_json
+from tests.server.training.data.test_rows import ROWS, TEXT
+
+Loc = tuple[str | int, ...]
+
+
+def jsonl(data: bytes) -> list[Row]:
+    return list(read_jsonl(io.BytesIO(data)))
+
+
+def csv_rows(data: bytes) -> list[Row]:
+    return list(read_csv(io.BytesIO(data)))
+
+
+def faults(data: bytes, file_format: Format) -> list[tuple[Loc, str]]:
+    with pytest.raises(InvalidInput) as caught:
+        list(read_rows(io.BytesIO(data), file_format))
+    return [(error.loc, error.message) for error in caught.value.errors]
+
+
+@given(st.lists(ROWS), st.booleans(), st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.booleans())
+def test_jsonl_reads_what_was_written(
+    rows: list[Row], ascii_only: bool, end: bytes, bom: bool, last: bool
+) -> None:
+    documents = [json.loads(canonical_json(row)) for row in rows]
+    data = end.join(json.dumps(document, ensure_ascii=ascii_only).encode() for document in documents)
+    assert jsonl(b"\xef\xbb\xbf" * bom + data + end * last) == rows
+
+
+@given(
+    st.lists(st.tuples(TEXT, TEXT)), st.sampled_from(["\n", "\r\n"]), st.booleans(), st.booleans(), st.booleans()
+)
+def test_csv_reads_what_was_written(
+    pairs: list[tuple[str, str]], end: str, bom: bool, swapped: bool, all_quoted: bool
+) -> None:
+    left_out = "\0" if all_quoted else "\0\r"  # the module's writer may leave a carriage return unquoted
+    kept = [["".join(c for c in text if c not in left_out) or "x" for text in pair] for pair in pairs]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator=end, quoting=csv.QUOTE_ALL if all_quoted else csv.QUOTE_MINIMAL)
+    writer.writerows(row[::-1] if swapped else row for row in [["prompt", "completion"], *kept])
+    data = text.getvalue().encode("utf-8-sig" if bom else "utf-8")
+    assert csv_rows(data) == [CompletionRow(prompt, completion) for prompt, completion in kept]
+
+
+def test_the_other_csv_columns() -> None:
+    assert csv_rows(b'text\n"a ""b"", c"\n\nd\n') == [TextRow('a "b", c'), TextRow("d")]
+    row = csv_rows(b'messages\n"[{""role"": ""assistant"", ""content"": ""OK""}]"\n')[0]
+    assert isinstance(row, MessagesRow)
+    assert row.messages[0].content == "OK"
+
+
+def test_rows_of_several_shapes_may_share_a_jsonl_file() -> None:
+    data = b'\n{"text": "a"}\n  \n{"prompt": "b", "completion": "c"}\n\n'
+    assert jsonl(data) == [TextRow("a"), CompletionRow("b", "c")]
+
+
+def test_nothing_is_no_fault_here() -> None:
+    assert jsonl(b"") == jsonl(b"\n\n") == csv_rows(b"text\n") == []
+
+
+@pytest.mark.parametrize(
+    ("line", "loc", "message"),
+    [
+        (b'{"text": ""}', ("file", 2, "text"), "line 2: must not be empty"),
+        (b'{"text": 1}', ("file", 2, "text"), "line 2: must be a text"),
+        (b'{"prompt": "a"}', ("file", 2, "completion"), "line 2: is missing"),
+        (b'{"text": "a", "label": 1}', ("file", 2, "label"), "line 2: is not a field beside text"),
+        (
+            b'{"messages": [{"role": "x", "content": ""}]}',
+            ("file", 2, "messages", 0, "role"),
+            "line 2: must be system",
+        ),
+        (b'"text"', ("file", 2, "row"), "line 2: must be an object"),
+        (b'{"text": "a"', ("file",), "line 2: is not JSON: Expecting ',' delimiter at character"),
+        (b'{"text": "a"} {}', ("file",), "line 2: is not JSON: Extra data at character 15"),
+        (b'{"text": NaN}', ("file",), "line 2: is not JSON: NaN is no JSON number"),
+        (b'{"text": -Infinity}', ("file",), "line 2: is not JSON: -Infinity is no JSON number"),
+        (b'{"text": "a", "text": "b"}', ("file",), "line 2: has an object with the same field twice"),
+        (b'{"text": "\\ud800"}', ("file", 2, "text"), "line 2: has half of a surrogate pair"),
+        (b'{"text": "a\0"}', ("file",), "line 2: has a NUL byte, at byte 12"),
+        (b'{"text": "\xff"}', ("file",), "line 2: is not UTF-8, at byte 11"),
+        (b'{"text": "\xed\xa0\x80"}', ("file",), "line 2: is not UTF-8, at byte 11"),
+        (b'{"text": "a\tb"}', ("file",), "line 2: is not JSON: Invalid control character at character 12"),
+        (b"[" * 100_000, ("file",), "line 2: is not JSON that can be a row"),
+        (b'{"text":' * 100_000, ("file",), "line 2: is not JSON that can be a row"),
+        (b"9" * 100_000, ("file",), "line 2: is not JSON that can be a row"),
+        (b"x" * (MAX_LINE + 1), ("file",), f"line 2: is longer than {MAX_LINE} bytes"),
+    ],
+)
+def test_a_bad_line_is_named(line: bytes, loc: Loc, message: str) -> None:
+    ((found, said),) = faults(b'{"text": "good"}\n' + line + b'\n{"text": "good"}\n', "jsonl")
+    assert found == loc
+    assert said.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("data", "loc", "message"),
+    [
+        (b"", ("file",), "line 1: the first line must name the columns"),
+        (b"\n", ("file",), "line 1: the first line must name the columns"),
+        (b"id,text\n1,a\n", ("file",), "line 1: the first line must name the columns"),
+        (b"text,text\na,b\n", ("file",), "line 1: the first line must name the columns"),
+        (b"prompt;completion\na;b\n", ("file",), "line 1: the first line must name the columns"),
+        (b"prompt\na\n", ("file",), "line 1: the first line must name the columns"),
+        (b"prompt,completion\na,b\na\n", ("file",), "line 3: has 1 fields, not 2"),
+        (b"prompt,completion\na,b,c\n", ("file",), "line 2: has 3 fields, not 2"),
+        (b"prompt,completion\na,\n", ("file", 2, "completion"), "line 2: must not be empty"),
+        (b'text\n"a\n\nb"\n""\n', ("file", 5, "text"), "line 5: must not be empty"),
+        (b'text\n"a"b\n', ("file",), "line 2: is not CSV: ',' expected after '\"'"),
+        (b'text\nx\n"a\nb\n', ("file",), "line 3: is not CSV: unexpected end of data"),
+        (b"text\na\rb\n", ("file",), "line 2: is not CSV: a carriage return outside quotes"),
+        (b"text\na\0b\n", ("file",), "line 2: has a NUL byte, at byte 2"),
+        (b'text\n"a\n\xc3("\n', ("file",), "line 3: is not UTF-8, at byte 1"),
+        (b"text\n" + b"a" * 131_073, ("file",), "line 2: is not CSV: field larger than field limit"),
+        (b"messages\n[]\n", ("file", 2, "messages"), "line 2: must be a list of turns"),
+        (b"messages\nhello\n", ("file", 2, "messages"), "line 2: is not JSON: Expecting value"),
+        (b"\xff\xfet\0e\0x\0t\0\n\0", ("file",), "line 1: has a NUL byte"),
+    ],
+)
+def test_a_bad_record_is_named(data: bytes, loc: Loc, message: str) -> None:
+    ((found, said),) = faults(data, "csv")
+    assert found == loc
+    assert said.startswith(message)
+
+
+def test_good_lines_between_bad_ones_are_read_on() -> None:
+    found = faults(b'{}\n\xff\n{"text": "a"}\n{"text": ""}\n', "jsonl")
+    assert [said.split(":")[0] for _, said in found] == ["line 1", "line 2", "line 4"]
+
+
+def test_no_fault_quotes_the_file() -> None:
+    for data in (b'{"prompt": "secret", "completion": ""}\n{"secret\n"secret"\n\xffsecret\n', b"secret,secret\n"):
+        for file_format in ("jsonl", "csv"):
+            assert "secret" not in str(faults(data, cast("Format", file_format)))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("a.jsonl", "jsonl"), ("B.CSV", "csv"), ("a.csv.jsonl", "jsonl"), ("../x/y.csv", "csv")]
+)
+def test_the_name_says_the_format(name: str, expected: str) -> None:
+    assert format_of(name) == expected
+
+
+@pytest.mark.parametrize("name", ["", "csv", ".csv", "a.json", "a.jsonl.gz", "a.csv/"[:-1] + " "])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        format_of(name)
+    assert caught.value.errors[0].loc == ("file",)
+
+
+class Endless:
+    """A file of `num_bytes` that is never held: a head, then one chunk over and over. Counts what is read."""
+
+    def __init__(self, chunk: bytes, num_bytes: int = 1 << 28, head: bytes = b"") -> None:
+        self.num_read = 0
+        self._pieces = self._chunks(head, chunk, num_bytes)
+        self._held = b""
+
+    def readline(self, limit: int) -> bytes:
+        while b"\n" not in self._held and len(self._held) < limit:
+            piece = next(self._pieces, b"")
+            if not piece:
+                break
+            self._held += piece
+        end = min(limit, self._held.find(b"\n") + 1 or limit)
+        line, self._held = self._held[:end], self._held[end:]
+        self.num_read += len(line)
+        return line
+
+    @staticmethod
+    def _chunks(head: bytes, chunk: bytes, num_bytes: int) -> Iterator[bytes]:
+        yield head or chunk
+        for _ in range(num_bytes // len(chunk)):
+            yield chunk
+
+
+HOSTILE: dict[str, tuple[Format, bytes, bytes]] = {  # format, head, what follows over and over
+    "one line of 256 MiB": ("jsonl", b"", b"a" * (1 << 16)),
+    "one string of 256 MiB": ("jsonl", b'{"text": "', b"a" * (1 << 16)),
+    "blank lines": ("jsonl", b"", b"\n"),
+    "empty objects": ("jsonl", b"", b"{}\n"),
+    "NUL": ("jsonl", b"", b"\0" * (1 << 16)),
+    "NUL lines": ("jsonl", b"", b"\0\n"),
+    "no UTF-8": ("jsonl", b"", b"\xff\n"),
+    "nested lists": ("jsonl", b"", b"[" * (1 << 19) + b"\n"),
+    "wide lists": ("jsonl", b"", b"[" + b"[]," * (1 << 18) + b"[]]\n"),
+    "wide objects": ("jsonl", b"", b"{" + b",".join(b'"%d":0' % i for i in range(90_000)) + b"}\n"),
+    "tiny rows": ("jsonl", b"", b'{"text":"a"}\n'),
+    "an open quote": ("csv", b'text\n"', b"a\n"),
+    "an open quote in a long line": ("csv", b'text\n"', b"a" * (1 << 16)),
+    "a record of quoted fields": ("csv", b'text\n"', b'a\n","'),
+    "a record of long fields": ("csv", b'text\n"', b"a" * 1000 + b'\n","'),
+    "escaped quotes": ("csv", b'text\n"', b'""' * (1 << 15)),
+    "commas": ("csv", b"text\n", b"," * (1 << 16)),
+    "rows of commas": ("csv", b"prompt,completion\n", b",\n"),
+    "blank records": ("csv", b"text\n", b"\n"),
+    "short records": ("csv", b"text\n", b"a\n"),
+    "a header without end": ("csv", b"", b"text," * (1 << 12)),
+    "carriage returns": ("csv", b"text\n", b"\r" * (1 << 16)),
+}
+
+
+def read_hostile(name: str) -> None:
+    file_format, head, chunk = HOSTILE[name]
+    stream = Endless(chunk, head=head)
+    with pytest.raises(InvalidInput) as caught:
+        for _ in read_rows(cast("BinaryIO", stream), file_format):
+            pass
+    assert len(caught.value.errors) <= MAX_FAULTS
+    assert stream.num_read <= 4 * MAX_LINE  # of 256 MiB
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_take_bounded_time(name: str) -> None:
+    started = time.perf_counter()
+    read_hostile(name)
+    assert time.perf_counter() - started < 20
+
+
+@pytest.mark.parametrize(
+    "name", ["one line of 256 MiB", "wide objects", "a record of long fields", "commas", "NUL"]
+)
+def test_hostile_files_take_bounded_memory(name: str) -> None:
+    tracemalloc.start()
+    try:
+        read_hostile(name)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 40 * MAX_LINE
+
+
+def test_as_many_lines_as_may_be() -> None:
+    rows = sum(1 for _ in read_jsonl(io.BytesIO(b'{"text":"a"}\n' * MAX_LINES)))
+    assert rows == MAX_LINES
+    assert "line 200001" in faults(b"\n" * (MAX_LINES + 1), "jsonl")[0][1]
+
+
+def test_a_line_as_long_as_may_be() -> None:
+    text = "a" * (MAX_LINE - len('{"text":""}\n'))
+    assert jsonl(b'{"text":"%s"}\n' % text.encode()) == [TextRow(text)]
+    assert "longer" in faults(b'{"text":"%sa"}\n' % text.encode(), "jsonl")[0][1]

@@ -1,0 +1,135 @@
+"""Rows as they come from JSON: taken whole, or refused with the field's name and none of its text."""
+
+import hashlib
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapters.errors import InvalidInput
+from server.model.text.chat import ChatMessage
+from server.training.data.rows import (
+    MAX_FAULTS,
+    CompletionRow,
+    MessagesRow,
+    Row,
+    TextRow,
+    canonical_json,
+    data_digest,
+    kind_of,
+    parse_row,
+    row_digest,
+)
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+TURN = st.builds(ChatMessage, st.sampled_from(["system", "user", "assistant"]), TEXT)
+ROWS: st.SearchStrategy[Row] = st.one_of(
+    st.builds(CompletionRow, TEXT, TEXT),
+    st.builds(TextRow, TEXT),
+    st.builds(
+        lambda turns, last: MessagesRow((*turns, ChatMessage("assistant", last))), st.lists(TURN, max_size=4), TEXT
+    ),
+)
+
+
+def faults(value: object) -> list[tuple[str | int, ...]]:
+    with pytest.raises(InvalidInput) as caught:
+        parse_row(value)
+    return [error.loc for error in caught.value.errors]
+
+
+def turns(*contents: object) -> dict[str, object]:
+    roles = ["user", "assistant"]
+    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
+
+
+def test_the_three_shapes() -> None:
+    assert parse_row({"prompt": "200", "completion": "OK"}) == CompletionRow("200", "OK")
+    assert parse_row({"text": "200 OK"}) == TextRow("200 OK")
+    assert parse_row(turns("200", "OK")) == MessagesRow(
+        (ChatMessage("user", "200"), ChatMessage("assistant", "OK"))
+    )
+    assert [kind_of(parse_row(row)) for row in ({"text": "a"}, turns("a", "b"))] == ["text", "messages"]
+    assert kind_of(CompletionRow("a", "b")) == "completion"
+
+
+def test_white_space_is_text_and_users_may_say_nothing() -> None:
+    assert parse_row({"prompt": "\n", "completion": " "}) == CompletionRow("\n", " ")
+    assert isinstance(parse_row(turns("", "OK")), MessagesRow)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, [("row",)]),
+        ("text", [("row",)]),
+        ([], [("row",)]),
+        ({}, [("prompt",)]),
+        ({"prompt": "a"}, [("completion",)]),
+        ({"completion": "a"}, [("prompt",)]),
+        ({"prompt": "a", "completion": "b", "text": "c"}, [("text",)]),
+        ({"messages": [], "text": "c"}, [("text",)]),
+        ({"text": "a", "label": 1}, [("label",)]),
+        ({"prompt": "", "completion": ""}, [("prompt",), ("completion",)]),
+        ({"prompt": 1, "completion": None}, [("prompt",), ("completion",)]),
+        ({"prompt": "a", "completion": ["b"]}, [("completion",)]),
+        ({"text": "a\ud800"}, [("text",)]),
+        ({"text": True}, [("text",)]),
+        ({"messages": "hi"}, [("messages",)]),
+        ({"messages": []}, [("messages",)]),
+        ({"messages": ["hi"]}, [("messages", 0, "role")]),
+        (turns("hi"), [("messages",)]),
+        (turns("hi", ""), [("messages", 1, "content")]),
+        (turns("hi", None), [("messages", 1, "content")]),
+        (turns("hi", "\udfff"), [("messages", 1, "content")]),
+        ({"messages": [{"role": "tool", "content": "x"}]}, [("messages", 0, "role")]),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, [("messages", 0, "role")]),
+        ({"messages": [{"role": "assistant"}]}, [("messages", 0, "content")]),
+        ({"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, [("messages", 0, "weight")]),
+        ({"messages": [{"role": "user", "content": "x"}] * 1025}, [("messages",)]),
+    ],
+)
+def test_faults_are_named(value: object, expected: list[tuple[str | int, ...]]) -> None:
+    assert faults(value) == expected
+
+
+def test_faults_are_bounded() -> None:
+    assert len(faults({"text": "a"} | {str(i): i for i in range(1000)})) == MAX_FAULTS
+    assert len(faults({"messages": [{"role": 1, "content": 2}] * 1000})) == MAX_FAULTS
+    assert all(len(loc[-1]) == 64 for loc in faults({"text": "a", "x" * 9999: 1}) if isinstance(loc[-1], str))
+
+
+def test_no_message_quotes_the_text() -> None:
+    for value in ({"prompt": "secret", "completion": ""}, {"messages": [{"role": "secret", "content": "secret"}]}):
+        with pytest.raises(InvalidInput) as caught:
+            parse_row(value)
+        assert "secret" not in str(caught.value)
+
+
+def test_a_strange_fields_name_can_be_answered() -> None:
+    (loc,) = faults({"text": "a", "\ud800": 1})
+    assert json.dumps(loc, ensure_ascii=False).encode()
+
+
+@given(ROWS)
+def test_canonical_json_is_one_form_and_reads_back(row: Row) -> None:
+    data = canonical_json(row)
+    document = json.loads(data)
+    assert parse_row(document) == row
+    # the order in which a client writes its fields does not show
+    assert canonical_json(parse_row(dict(reversed(document.items())))) == data
+    assert data == json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def test_canonical_json_to_the_byte() -> None:
+    assert canonical_json(CompletionRow("é\n", '"\x00')) == b'{"completion":"\\"\\u0000","prompt":"\xc3\xa9\\n"}'
+    row = MessagesRow((ChatMessage("assistant", "/"),))
+    assert canonical_json(row) == b'{"messages":[{"content":"/","role":"assistant"}]}'
+    assert row_digest(TextRow("a")).hex() == hashlib.sha256(b'{"text":"a"}').hexdigest()
+
+
+def test_the_data_digest_is_of_rows_in_order() -> None:
+    rows: list[Row] = [TextRow("a"), CompletionRow("b", "c")]
+    assert data_digest(rows) == hashlib.sha256(b'{"text":"a"}\n{"completion":"c","prompt":"b"}\n').hexdigest()
+    assert data_digest(rows[::-1]) != data_digest(rows)

@@ -1,0 +1,81 @@
+"""Training on a GPU: it learns as on the CPU, ends in the same bytes when it was stopped, and seldom waits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.model.base.weights import BaseModel, load_base
+from server.model.device import choose_device
+from server.model.gpu import is_out_of_memory, limit_memory
+from server.training.loop.trainer import Trainer
+from server.training.passes.init import initial_weights
+from server.training.passes.trainables import trainable_rows
+from server.training.reports.report import Environment, peak_memory_bytes
+from server.training.spec import LoraSpec, TrainingSpec
+from tests.gpu_kit import NEEDS_GPU, waits
+from tests.server.training.data.rows_kit import make_examples
+from tests.server.training.loop.codes_kit import KINDS, Left, longer, run, tensors
+
+pytestmark = NEEDS_GPU
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_base: BaseModel) -> BaseModel:
+    """The tiny base in fp32, on the GPU."""
+    device, dtype = choose_device("cuda", "fp32")
+    return load_base(tiny_base.directory, dtype, device)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_as_on_the_cpu(kind: str, tiny: BaseModel, tiny_base: BaseModel, tmp_path: Path) -> None:
+    expected = run(tiny_base, KINDS[kind], tmp_path / "cpu")
+    found = run(tiny, KINDS[kind], tmp_path / "gpu")
+    for (step, ours), (_, theirs) in zip(found.counters.train_curve, expected.counters.train_curve, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3), step
+    assert found.base is not None
+    assert expected.base is not None
+    assert found.base.loss == pytest.approx(expected.base.loss, rel=1e-4)
+    assert found.counters.computed_by == [f"torch on {torch.cuda.get_device_name()}"]
+
+
+@pytest.mark.parametrize("kind", ["dropout", "pissa", "full"])
+def test_stopped_and_gone_on_with_it_ends_in_the_same_bytes(kind: str, tiny: BaseModel, tmp_path: Path) -> None:
+    spec = longer(KINDS[kind], 6)
+    whole = tensors(run(tiny, spec, tmp_path / "whole"))
+    with pytest.raises(Left):
+        run(tiny, spec, tmp_path / "parts", left=25)
+    parts = tensors(run(tiny, spec, tmp_path / "parts"))
+    assert all(map(torch.equal, whole, parts))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_step_waits_as_seldom_as_on_the_pretended_card(tiny: BaseModel, dropout: float) -> None:
+    start, taken_off = initial_weights(LoraSpec(), tiny, 0)
+    trainable = trainable_rows(tiny, start, taken_off, max_length=512, dropout=dropout)
+    trainer = Trainer(trainable, make_examples([500] * 8), TrainingSpec(batch_size=8, max_length=512))
+    trainer.run_step()
+    found = waits(trainer.run_step)
+    assert 1 <= len(found) <= 3, found
+
+
+def test_a_share_is_kept_to(tiny: BaseModel) -> None:
+    """And running out of it is told from other faults."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    _, total = torch.cuda.mem_get_info(device)
+    torch.cuda.empty_cache()
+    limit_memory(device, torch.cuda.memory_reserved(device) / total + 0.01)
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            torch.empty(int(0.02 * total), dtype=torch.uint8, device=device)
+    finally:
+        limit_memory(device, 1.0)
+    assert is_out_of_memory(caught.value)
+
+
+def test_what_a_card_says_of_it(tiny: BaseModel) -> None:
+    environment = Environment.of(tiny)
+    assert environment.gpu is not None
+    assert torch.cuda.get_device_name() in environment.gpu
+    assert environment.versions["cuda"] == torch.version.cuda
+    assert peak_memory_bytes(tiny.device) >= tiny.weights.num_bytes

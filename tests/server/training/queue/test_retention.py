@@ -1,0 +1,192 @@
+"""Jobs' files by age, and removals that are killed anywhere: all of it there, or none."""
+
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from adapters.errors import Conflict, NotFound
+from server.database import connect
+from server.training.queue.job_files import JobFiles
+from server.training.queue.jobs import Jobs, Status
+from server.training.queue.leases import Leases
+from server.training.queue.retention import Retention
+from tests.server.training.job_kit import submit
+from tests.server.training.worker import stub_job
+
+KILLED = 9
+ROOT = Path(__file__).parents[4]
+DAY = timedelta(days=1)
+
+
+@pytest.fixture
+def retention(tmp_path: Path, jobs: Jobs) -> Retention:
+    return Retention(tmp_path, jobs)
+
+
+def leave_files(home: Path, job_id: str) -> None:
+    """1,500 bytes in three folders."""
+    files = JobFiles(home)
+    (files.checkpoints(job_id) / "1-10").mkdir(parents=True)
+    files.model(job_id).mkdir()
+    for path in (files.log(job_id), files.checkpoints(job_id) / "1-10" / "state.json", files.model(job_id) / "m"):
+        path.write_bytes(bytes(500))
+
+
+def end(engine: sa.Engine, jobs: Jobs, home: Path, job_id: str, at: datetime) -> None:
+    submit(jobs, job_id)
+    leave_files(home, job_id)
+    jobs.cancel(job_id)
+    with engine.begin() as connection:
+        statement = sa.text("UPDATE jobs SET finished_at = :at WHERE id = :id").bindparams(
+            sa.bindparam("at", at, sa.DateTime(timezone=True)), id=job_id
+        )
+        connection.execute(statement)
+
+
+def stored(home: Path) -> list[str]:
+    return sorted(path.name for path in (home / "jobs").iterdir())
+
+
+def test_by_age(tmp_path: Path, engine: sa.Engine, jobs: Jobs, retention: Retention) -> None:
+    now = datetime.now(UTC)
+    for days in (1, 3, 5):
+        end(engine, jobs, tmp_path, f"ended-{days}", now - days * DAY)
+    submit(jobs, "waits")
+    leave_files(tmp_path, "waits")
+    everything = ["ended-1", "ended-3", "ended-5", "waits"]
+    assert retention.prune(now - 6 * DAY) == []
+    found = retention.prune(now - 2 * DAY, dry_run=True)
+    assert [(removal.job_id, removal.num_bytes) for removal in found] == [("ended-5", 1500), ("ended-3", 1500)]
+    assert stored(tmp_path) == everything
+    assert retention.prune(now - 2 * DAY) == found
+    assert stored(tmp_path) == ["ended-1", "waits"]
+    assert retention.prune(now - 2 * DAY) == []
+    assert [removal.job_id for removal in retention.prune(now)] == ["ended-1"]
+    assert stored(tmp_path) == ["waits"]
+    assert jobs.get("waits").files_removed_at is None
+    removed_at = jobs.get("ended-1").files_removed_at
+    assert removed_at is not None
+    assert now <= removed_at <= datetime.now(UTC)
+    assert [event.message for event in jobs.events("ended-1")] == ["queued", "cancelled"]
+
+
+def test_what_may_not_go(tmp_path: Path, jobs: Jobs, leases: Leases, retention: Retention) -> None:
+    submit(jobs, "j1")
+    leave_files(tmp_path, "j1")
+    assert leases.claim("w") is not None
+    with pytest.raises(Conflict, match="the job is running: cancel it first"):
+        retention.remove("j1")
+    with pytest.raises(NotFound):
+        retention.remove("j2")
+    assert stored(tmp_path) == ["j1"]
+    jobs.cancel("j1")
+    assert retention.remove("j1") == 1500
+    assert retention.remove("j1") == 0
+
+
+def test_what_a_late_process_wrote_goes_later(tmp_path: Path, jobs: Jobs, retention: Retention) -> None:
+    """The process of a cancelled job may be in the middle of a checkpoint when its files are removed."""
+    submit(jobs, "j1")
+    submit(jobs, "j2")
+    jobs.cancel("j1")
+    jobs.cancel("j2")
+    retention.remove("j1")
+    leave_files(tmp_path, "j1")
+    leave_files(tmp_path, "j2")
+    retention.finish()
+    assert stored(tmp_path) == ["j2"]
+    leave_files(tmp_path, "j1")
+    (removal,) = retention.prune(datetime.now(UTC) - DAY)
+    assert (removal.job_id, removal.num_bytes) == ("j1", 1500)
+    assert stored(tmp_path) == ["j2"]
+
+
+REMOVER = """
+import os, sys
+from pathlib import Path
+import sqlalchemy as sa
+from server.training.queue.jobs import Jobs
+from server.training.queue.retention import Retention
+from tests.server.training.worker.stub_job import connect  # the quick one
+
+STEPS = {"open", "os.remove", "os.rmdir", "os.scandir", "statement"}
+
+def remove(home, last):
+    engine = connect(home)
+    retention = Retention(home, Jobs(engine))
+    count = 0
+
+    def step(event, *_):
+        nonlocal count
+        count += event in STEPS
+        if count == last:
+            os._exit(9)
+
+    for event in ("before_cursor_execute", "after_cursor_execute", "commit"):
+        sa.event.listen(engine, event, lambda *_: step("statement"))
+    sys.addaudithook(step)
+    retention.remove("j1")
+
+for line in sys.stdin:
+    home, last = line.split()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            remove(Path(home), int(last))
+            code = 0
+        finally:
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_killed_anywhere_all_of_it_is_there_or_none(tmp_path: Path) -> None:
+    original = make_home(tmp_path / "original")
+    kept: list[int] = []
+    gone: list[int] = []
+    command = [sys.executable, "-c", REMOVER]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as remover:
+        assert remover.stdin is not None
+        assert remover.stdout is not None
+        code = KILLED
+        while code == KILLED:
+            last = len(kept) + len(gone) + 1
+            home = shutil.copytree(original, tmp_path / str(last))
+            print(home, last, file=remover.stdin, flush=True)
+            code = int(remover.stdout.readline())
+            engine = stub_job.connect(home)
+            jobs = Jobs(engine)
+            Retention(home, jobs).finish()  # as a server does when it starts
+            job = jobs.get("j1")
+            engine.dispose()
+            assert job.status is Status.CANCELLED
+            if job.files_removed_at is None:
+                assert files_of(home) == files_of(original)
+                kept.append(last)
+            else:
+                assert not JobFiles(home).directory("j1").exists()
+                gone.append(last)
+    assert code == 0
+    assert len(kept) > 3
+    assert len(gone) > 8
+    assert max(kept) < min(gone)
+
+
+def make_home(home: Path) -> Path:
+    engine = connect(home)
+    submit(Jobs(engine), "j1")
+    leave_files(home, "j1")
+    Jobs(engine).cancel("j1")
+    engine.dispose()
+    return home
+
+
+def files_of(home: Path) -> list[str]:
+    return sorted(path.name for path in (home / "jobs" / "j1").rglob("*"))

@@ -1,0 +1,126 @@
+"""The README.md of an adapter, as a hub and a Markdown reader see it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+
+from server.model.base.weights import BaseModel
+from server.training.reports.model_card import model_card
+from server.training.reports.report import build_report
+from server.training.spec import JobSpec
+from tests.server.training.reports.report_kit import FOUND, SPEC, UNMEASURED
+
+READER = MarkdownIt("commonmark").enable("table")
+
+
+def rows(text: str) -> list[list[str]]:
+    """All rows of all tables, as a reader sees them."""
+    found: list[list[str]] = []
+    for token in READER.parse(text.split("---\n", 2)[2]):
+        if token.type == "tr_open":
+            found.append([])
+        elif token.type == "inline" and token.level == 4 and found:
+            found[-1].append("".join(child.content for child in token.children or ()))
+    return found
+
+
+def test_an_adapter(tiny_base: BaseModel) -> None:
+    text = model_card(json.loads(json.dumps(build_report(SPEC, tiny_base, FOUND))))
+    card = ModelCard(text)
+    assert card.data.base_model == "tiny-llama"
+    assert card.data.library_name == "peft"
+    assert card.data.tags == ["smolora", "lora"]
+    table = rows(text)
+    assert ["", "untouched base", "version before", "this"] in table
+    assert ["loss", "2.5000", "0.7500", "0.5000"] in table
+    assert ["accuracy", "40.00%", "80.00%", "87.50%"] in table
+    assert ["exact match", "0.00%", "25.00%", "50.00%"] in table
+    assert ["optimizer steps", "21 (3 epochs)"] in table
+    assert ["tokens per second", "412.5"] in table
+    assert ["peak memory", "1,500.0 MB"] in table
+    assert ["stored", "1.2 MB"] in table
+    assert ["base", f"tiny-llama, {tiny_base.digest}"] in table
+    assert ["started from", f"tweets@2, {'cd' * 32}"] in table
+    assert ["adapter", "12" * 32] in table
+    assert ["data", f"54 rows, 2 of them truncated, {'ab' * 32}"] in table
+    assert ["held out", f"6 rows, 3 of them training rows too, {'ef' * 32}"] in table
+    assert ["21", "0.5"] in table, "the curve's last point"
+    assert "rank 8, alpha 16, on `q_proj`, `v_proj`." in text
+    assert FOUND.gate.reason in text
+    assert '"learning_rate": 0.001' in text
+    assert text.endswith("\n")
+
+
+def test_what_computed_it(tiny_base: BaseModel) -> None:
+    assert ["device", "cpu (AVX512), 2 threads, bf16"] in rows(model_card(build_report(SPEC, tiny_base, FOUND)))
+    gpu = replace(
+        FOUND.environment,
+        device="cuda:0",
+        gpu="NVIDIA L4, compute capability 8.9",
+        computed_by=("torch", "torch on NVIDIA L4"),
+        versions={"torch": "2.13.0", "cuda": "13.0", "driver": "580.65.06"},
+    )
+    table = rows(model_card(build_report(SPEC, tiny_base, replace(FOUND, environment=gpu))))
+    assert ["device", "NVIDIA L4, compute capability 8.9 (cuda:0), bf16"] in table
+    assert ["computed by", "torch, then torch on NVIDIA L4"] in table
+    assert ["versions", "torch 2.13.0, cuda 13.0, driver 580.65.06"] in table
+
+
+def test_the_best_evaluations_weights(tiny_base: BaseModel) -> None:
+    found = replace(FOUND, cost=replace(FOUND.cost, kept_step=10))
+    table = rows(model_card(build_report(SPEC, tiny_base, found)))
+    assert ["optimizer steps", "21 (3 epochs); the weights are those of step 10, the best one"] in table
+
+
+def test_all_weights_without_held_out_rows(tiny_base: BaseModel) -> None:
+    found = replace(UNMEASURED, adapter=None, curves={})
+    text = model_card(build_report(JobSpec(name="all", method="full"), tiny_base, found))
+    card = ModelCard(text)
+    assert card.data.library_name == "transformers"
+    assert "All weights of tiny-llama, fine-tuned." in text
+    assert "no rows were held out" in text
+    assert "started from" not in text
+
+
+def test_what_was_not_measured_has_no_row(tiny_base: BaseModel) -> None:
+    assert FOUND.base is not None
+    assert FOUND.tuned is not None
+    base, tuned = (replace(evaluation, exact_match=None) for evaluation in (FOUND.base, FOUND.tuned))
+    table = rows(model_card(build_report(SPEC, tiny_base, replace(FOUND, base=base, tuned=tuned, latest=None))))
+    assert ["loss", "2.5000", "0.5000"] in table
+    assert not any(row[0] == "exact match" for row in table)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        "# Heading\n\n| a | b |\n|---|---|\n| 1 | 2 |",
+        "<script>alert(1)</script> <img src=x onerror=y> &amp;",
+        "[click](https://example.org) ![see](x.png) <https://example.org> `code` **bold** ~~gone~~",
+        "---\nbase_model: other\n---",
+        "- item\n+ item\n* item\n1. item\n23) item\n\n    indented\n> quoted\n```\nfence",
+        "title\n===\nother\n---",
+        "tab\tand\x00control\u2028lines",
+    ],
+)
+def test_a_description_is_only_text(description: str, tiny_base: BaseModel) -> None:
+    plain = model_card(build_report(replace(SPEC, description="x"), tiny_base, FOUND))
+    text = model_card(build_report(replace(SPEC, description=description), tiny_base, FOUND))
+    assert ModelCard(text).data.to_dict() == ModelCard(plain).data.to_dict()
+    start = text.split("---\n", 2)[2]
+    quote = start[start.index(">") : start.index("\n\nA LoRA adapter")]
+    kinds = {token.type for token in READER.parse(quote)}
+    inline = {child.type for token in READER.parse(quote) for child in token.children or ()}
+    assert kinds <= {"blockquote_open", "blockquote_close", "paragraph_open", "paragraph_close", "inline"}
+    assert inline <= {"text", "softbreak", "text_special"}
+    assert text.count("\n## ") == plain.count("\n## ")
+
+
+def test_a_bases_name_is_only_text(tiny_base: BaseModel) -> None:
+    name = 'a|b"\n: <i>c</i>'
+    text = model_card(build_report(SPEC, replace(tiny_base, name=name), FOUND))
+    assert ModelCard(text).data.base_model == name
+    assert ["base", f'a|b" : <i>c</i>, {tiny_base.digest}'] in rows(text)

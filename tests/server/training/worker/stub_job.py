@@ -1,0 +1,114 @@
+"""Stands in for `server.training.worker.run_job`: counts steps, each of which decides the next one's state.
+
+HOME/jobs/<id>/plan.json says how: `steps`, `seconds` of each, a checkpoint `every` so many; `hang_at` a step,
+`crash_at` one in the first attempt, `deaf` to being asked to leave, `hold` until the file `go` is there before
+publishing, `linger` so many seconds after that, before the file `tidy` is made, and `full` fails with a full disk
+at that step. HOME/jobs/<id>/steps gets a line for each step.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from adapters.catalog.catalog import NewVersion
+from server.sqlite import driver
+from server.training.queue.leases import Claim, LeaseLost, Leases
+from server.training.queue.reserve import DISK_FULL, Reserve
+from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, Assignment, WorkerLink
+
+
+def connect(home: Path) -> sa.Engine:
+    """As server.database does, without the migrations, which take longer than a stub's whole life."""
+    url = f"sqlite:///{home.absolute()}/smolora.db"
+    engine = sa.create_engine(url, module=driver, connect_args={"timeout": 15})
+
+    @sa.event.listens_for(engine, "connect")
+    def configure(connection: driver.Connection, _: object) -> None:
+        connection.isolation_level = None
+        connection.execute("PRAGMA synchronous=FULL")
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def main() -> int:
+    assignment = Assignment.from_argument(sys.argv[-1])
+    link = WorkerLink(assignment)
+    home = Path(str(assignment.settings["home"]))
+    claim = Claim(assignment.job_id, assignment.token, assignment.owner)
+    leases = Leases(connect(home))
+    os.write(1, f"attempt {claim.token} speaking\n".encode())
+    try:
+        return work(home / "jobs" / claim.job_id, link, leases, claim)
+    except LeaseLost:
+        return 76
+    except OSError as error:
+        reserve = Reserve(home)
+        if not reserve.is_disk_full(error):
+            raise
+        reserve.spend_on(lambda: leases.fail(claim, DISK_FULL))
+        return EXIT_DONE
+
+
+def work(directory: Path, link: WorkerLink, leases: Leases, claim: Claim) -> int:
+    plan = json.loads((directory / "plan.json").read_text())
+    checkpoints = directory / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+
+    def checkpoint() -> None:
+        beside = checkpoints / f"beside-{os.getpid()}"
+        beside.write_text(state)
+        beside.rename(checkpoints / f"{claim.token}-{step}")
+        leases.checkpointed(claim, step)
+
+    step, state = 0, ""
+    stored = {int(path.name.split("-")[1]): path for path in checkpoints.glob("[0-9]*-*")}
+    if stored:
+        step = max(stored)
+        state = stored[step].read_text()
+    while step < plan["steps"]:
+        step += 1
+        if step == plan.get("hang_at"):
+            time.sleep(1000)
+        if step == plan.get("crash_at") and claim.token == 1:
+            os._exit(3)
+        if step == plan.get("full"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        time.sleep(plan.get("seconds", 0.0))
+        state = hashlib.sha256(f"{state} {step}".encode()).hexdigest()
+        with open(directory / "steps", "a") as file:
+            file.write(f"{claim.token} {os.getpid()} {step}\n")
+        link.beat({"step": step, "total_steps": plan["steps"]}, {"train_loss": 1 / step})
+        leases.add_event(claim, f"step {step}", type="metrics", data={"step": step, "train_loss": 1 / step})
+        if step % plan.get("every", 10) == 0:
+            checkpoint()
+        if link.should_leave and not plan.get("deaf"):
+            checkpoint()
+            return EXIT_LEFT
+    while plan.get("hold") and not (directory / "go").exists():
+        link.beat()
+        time.sleep(0.01)
+    adapter = NewVersion(
+        name="tweets", digest=state, rank=4, alpha=8, target_modules=("q_proj",), parameters=1, bytes=1
+    )
+    progress: dict[str, object] = {"step": step, "total_steps": step}
+    leases.succeed(
+        claim, progress=progress, metrics={"train_loss": 1 / step}, report={"steps": step}, publish=adapter
+    )
+    if "linger" in plan:
+        time.sleep(plan["linger"])
+        (directory / "tidy").touch()
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

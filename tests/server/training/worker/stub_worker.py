@@ -1,0 +1,31 @@
+"""A worker process with the times of tests, which has jobs run by a command: HOME PARENT LEASE COMMAND…"""
+
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from server.database import connect
+from server.training.queue.leases import Leases
+from server.training.worker.parent import end_with_parent
+from server.training.worker.worker import Timing, Worker
+
+FAST = Timing(
+    lease=30.0,
+    heartbeat=0.2,
+    directive=0.05,
+    poll=0.05,
+    hung=20.0,
+    leave=3.0,
+    pause=3.0,
+    max_crash_delay=0.05,
+    trouble=0.1,
+)
+
+if __name__ == "__main__":
+    home, parent, timing = Path(sys.argv[1]), int(sys.argv[2]), replace(FAST, lease=float(sys.argv[3]))
+    end_with_parent(parent)
+    leases = Leases(connect(home))
+    worker = Worker(home, leases, {"home": str(home)}, command=sys.argv[4:], timing=timing, parent=parent)
+    signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+    worker.run()

@@ -1,0 +1,123 @@
+"""What an attempt goes on from, and what ends it for good, with a reason: another one would end the same way."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.errors import Conflict
+from adapters.expression import Term
+from adapters.lora import LoraModule, LoraWeights
+from adapters.peft.files import PeftAdapter
+from server.model.base.weights import BaseModel
+from server.training.loop.evaluate import LossNotFinite
+from server.training.loop.trainer import TrainingDiverged
+from server.training.spec import JobSpec, LoraSpec, TrainingSpec
+from tests.oracles.hugging_face import load_reference, merged
+from tests.server.training.data.rows_kit import distance, reference_loss
+from tests.server.training.worker.attempt_kit import Shop, job_data
+from tests.server.training.worker.merge_kit import sample
+
+SPEC = JobSpec(
+    "codes",
+    lora=LoraSpec(rank=2),
+    training=TrainingSpec(max_steps=2, learning_rate=1e-3, batch_size=4, max_length=48),
+)
+OVERFLOWING = replace(SPEC.training, max_steps=1, learning_rate=1e38, warmup_ratio=0.0)
+"""The first step's loss is a number; what it makes of the weights isn't."""
+
+
+def test_it_goes_on_from_an_adapter(shop: Shop, tiny_base: BaseModel, tiny_base_dir: Path) -> None:
+    """The first step's loss is transformers' under that adapter, whose shape is published, with its name."""
+    parent = sample(tiny_base.config.shape, 1, rank=3, alpha=5.0, names=("q_proj", "down_proj"))
+    assert shop.publish("up", parent).version == 1
+    data = job_data(tiny_base)
+    training = replace(SPEC.training, batch_size=len(data.train))
+    digest = parent.weights.digest
+    shop.submit(replace(SPEC, training=training, start_from="up@1", start_from_digest=digest), data)
+    shop.attempt()
+
+    reference = load_reference(tiny_base_dir)
+    alone = float(reference_loss(reference, data.train))
+    with merged(reference, [(parent.weights, 1.0)]):
+        expected = float(reference_loss(reference, data.train))
+    assert abs(expected - alone) > 0.1
+    first = next(event for event in shop.jobs.events("job") if event.type == "metrics")
+    assert first.data["train_loss"] == pytest.approx(expected, abs=1e-4)
+
+    version = shop.catalog.version("codes", 1)
+    assert (version.rank, version.alpha, version.parent) == (3, 5.0, "up@1")
+    assert set(version.target_modules) == {"q_proj", "down_proj"}
+    assert version.digest != digest
+    tuned = shop.store.load(version.digest)
+    assert distance(tuned, parent.weights) < 0.2, "two small steps away"
+    report = shop.jobs.report("job")
+    assert report is not None
+    assert report["lineage"] == {"start_from": "up@1", "digest": digest}
+
+
+def broken(base: BaseModel) -> BaseModel:
+    """Every hidden state of it is NaN."""
+    weights = replace(base.weights, final_norm=torch.full_like(base.weights.final_norm, torch.nan))
+    return replace(base, weights=weights)
+
+
+def test_a_base_whose_loss_is_no_number(shop: Shop, tiny_base: BaseModel) -> None:
+    shop.submit(SPEC, job_data(tiny_base))
+    shop.base = broken(tiny_base)
+    with pytest.raises(LossNotFinite, match=r"base's loss on the held-out rows is not a number.*SMOLORA_DTYPE"):
+        shop.attempt()
+
+
+@pytest.mark.parametrize("eval_steps", [None, 1])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_evaluation_whose_loss_is_no_number(
+    shop: Shop, tiny_base: BaseModel, eval_steps: int | None, method: str
+) -> None:
+    """The final one, or one on the way."""
+    training = replace(OVERFLOWING, eval_steps=eval_steps)
+    shop.submit(replace(SPEC, method=method, training=training), job_data(tiny_base))
+    with pytest.raises(TrainingDiverged, match=r"held-out loss is not a number after step 1: lower training\.lea"):
+        shop.attempt()
+    assert [event.type for event in shop.jobs.events("job")].count("metrics") == (eval_steps is None)
+
+
+def test_a_latest_version_whose_loss_is_no_number(shop: Shop, tiny_base: BaseModel) -> None:
+    adapter = sample(tiny_base.config.shape, 1)
+    modules = {k: LoraModule(m.a, m.b * 1e38, m.scaling) for k, m in adapter.weights.modules.items()}
+    shop.publish("codes", PeftAdapter(adapter.config, LoraWeights(modules), "tiny-llama"))
+    shop.submit(replace(SPEC, publish_if="improves_latest"), job_data(tiny_base))
+    with pytest.raises(LossNotFinite, match=r"codes@1 is not a number.*publish_if"):
+        shop.attempt()
+
+
+@pytest.mark.parametrize("expression", ["left*0.5+right*0.5", "left"])
+@pytest.mark.parametrize("publish_if", ["always", "improves_latest"])
+def test_a_name_that_became_a_compositions(
+    shop: Shop, tiny_base: BaseModel, publish_if: str, expression: str
+) -> None:
+    """It is noticed before the first step, not after the last one."""
+    for seed, name in enumerate(("left", "right")):
+        shop.publish(name, sample(tiny_base.config.shape, seed))
+    shop.submit(replace(SPEC, publish_if=publish_if), job_data(tiny_base))
+    shop.catalog.compose("codes", [Term(part.partition("*")[0], weight=0.5) for part in expression.split("+")])
+    with pytest.raises(Conflict, match="'codes' is the name of a composition: choose another one"):
+        shop.attempt()
+    assert not [event for event in shop.jobs.events("job") if event.type == "metrics"]
+
+
+def test_a_name_that_becomes_a_compositions_during_the_job(shop: Shop, tiny_base: BaseModel) -> None:
+    shop.publish("left", sample(tiny_base.config.shape, 1))
+    shop.submit(replace(SPEC, publish_if="improves_latest"), job_data(tiny_base))
+    terms = [Term("left", weight=0.5), Term("left", weight=0.25)]
+    with pytest.raises(Conflict, match="'codes' is the name of a composition"):
+        shop.attempt(on_metrics=lambda: shop.catalog.compose("codes", terms))
+
+
+def test_full_fine_tuning_needs_no_name(shop: Shop, tiny_base: BaseModel) -> None:
+    shop.publish("left", sample(tiny_base.config.shape, 1))
+    shop.submit(replace(SPEC, method="full"), job_data(tiny_base))
+    shop.catalog.compose("codes", [Term("left", weight=0.5)])
+    shop.attempt()
+    assert shop.jobs.get("job").status == "succeeded"

@@ -1,0 +1,439 @@
+"""Workers and the processes of jobs: ended by will or by force, each job ends once, in the same state."""
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from adapters.catalog.catalog import Catalog
+from server.database import connect
+from server.sqlite import driver
+from server.training.queue.jobs import Job, Jobs, Status
+from server.training.queue.leases import Leases
+from server.training.queue.reserve import DISK_FULL, FILE_NAME
+from server.training.worker.job_pipe import EXIT_NO_BASE
+from server.training.worker.worker import Timing, Worker
+from tests.server.training.job_kit import STUB, final_digest, steps_done, submit_stub, until, working
+from tests.server.training.worker.stub_worker import FAST
+
+WORKER = ("-m", "tests.server.training.worker.stub_worker")
+ROOT = Path(__file__).parents[4]
+
+NO_BASE = (
+    sys.executable,
+    "-S",
+    "-c",
+    """
+import json, os, sys
+reason = json.dumps({"reason": "SMOLORA_MODEL=/srv/base: not there"})
+os.write(json.loads(sys.argv[-1])["pipe"], reason.encode() + b"\\n")
+sys.exit(78)
+""",
+)
+"""A job's process that has nothing to train on."""
+
+LIGHT = """
+import json, sqlite3, sys
+assignment = json.loads(sys.argv[-1])
+home, job_id = assignment["settings"]["home"], assignment["job_id"]
+with open(f"{home}/runs", "a") as file:
+    file.write(job_id + "\\n")
+claim = job_id, assignment["token"]
+with sqlite3.connect(f"{home}/smolora.db", timeout=15) as database:
+    database.execute("UPDATE jobs SET status = 'succeeded' WHERE id = ? AND token = ?", claim)
+"""
+"""A job that notes that it ran, and ends: it takes milliseconds."""
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[sa.Engine]:
+    engine = connect(tmp_path)
+    yield engine
+    engine.dispose()
+
+
+def exit_code(home: Path, leases: Leases, command: tuple[str, ...]) -> int:
+    """Of a worker that ends by itself."""
+    worker = Worker(home, leases, {"home": str(home)}, command=command, timing=FAST)
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(worker.run()), daemon=True)
+    thread.start()
+    try:
+        until(lambda: codes)
+    finally:
+        worker.stop()
+        thread.join(30)
+    return codes[0]
+
+
+@contextmanager
+def worker_process(
+    home: Path, command: tuple[str, ...] = STUB, lease: float = 1.5
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """A worker of its own process, killed at the end if it still runs."""
+    arguments = [sys.executable, *WORKER, str(home), str(os.getpid()), str(lease), *command]
+    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def child_of(home: Path, job_id: str) -> int:
+    """The process that did the job's last step."""
+    return steps_done(home, job_id)[-1][1]
+
+
+def stop(home: Path, *pids: int) -> None:
+    """SIGSTOP, at a moment when they don't hold the database's lock, with which they would stop everybody."""
+    while True:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        database = driver.connect(home / "smolora.db", timeout=0.1)
+        with closing(database), suppress(driver.OperationalError):
+            database.execute("BEGIN IMMEDIATE")
+            return
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def check_published_once(jobs: Jobs, engine: sa.Engine, job_id: str, num_steps: int) -> Job:
+    """The job ended as an undisturbed one does, and no step's metrics are there twice."""
+    job = jobs.get(job_id)
+    assert job.status is Status.SUCCEEDED
+    versions = [version for adapter in Catalog(engine).list() for version in adapter.versions]
+    (mine,) = [version for version in versions if version.job_id == job_id]
+    assert mine.digest == final_digest(num_steps)
+    assert job.adapter == {"name": mine.name, "version": mine.version, "digest": mine.digest}
+    steps = [event.data["step"] for event in jobs.events(job_id, limit=10_000) if event.type == "metrics"]
+    assert steps == list(range(1, num_steps + 1))
+    return job
+
+
+def test_a_job_is_worked_on_and_published(tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases) -> None:
+    submit_stub(tmp_path, jobs, "j1", steps=30, every=10)
+    with working(tmp_path, leases):
+        until(lambda: jobs.get("j1").status.has_ended)
+        until(lambda: not (tmp_path / "jobs/j1/checkpoints").exists())
+    job = check_published_once(jobs, engine, "j1", 30)
+    assert (job.attempt, job.progress, job.metrics) == (1, {"step": 30, "total_steps": 30}, {"train_loss": 1 / 30})
+    assert [step for _, _, step in steps_done(tmp_path, "j1")] == list(range(1, 31))
+    assert (tmp_path / "jobs/j1/log.txt").read_text() == "attempt 1 speaking\n"
+    assert (tmp_path / FILE_NAME).stat().st_size == 1 << 20
+
+
+def test_progress_shows_while_it_runs(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+    submit_stub(tmp_path, jobs, "j1", steps=10_000, seconds=0.01, every=10_000)
+    with working(tmp_path, leases):
+        until(lambda: jobs.get("j1").progress.get("step", 0) > 20)  # type: ignore[operator]
+        job = jobs.get("j1")
+        assert job.progress["total_steps"] == 10_000
+        assert 0 < job.metrics["train_loss"] < 0.1  # type: ignore[operator]
+        jobs.cancel("j1")
+
+
+def test_killed_at_random_it_ends_as_if_undisturbed(
+    tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases
+) -> None:
+    """SIGKILL to the process of the job, or to the worker, whose process must then die as well."""
+    num_steps, rng = 200, random.Random(1)
+    submit_stub(tmp_path, jobs, "j1", steps=num_steps, seconds=0.01, every=7)
+    kills = ["worker", "child"] * 2
+    rng.shuffle(kills)
+    for kill in kills:
+        with worker_process(tmp_path) as worker:
+            seen = len(steps_done(tmp_path, "j1"))
+            until(lambda seen=seen: len(steps_done(tmp_path, "j1")) > seen)  # type: ignore[misc]
+            time.sleep(rng.uniform(0, 0.15))
+            child = child_of(tmp_path, "j1")
+            if kill == "child":
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+                until(lambda: jobs.get("j1").attempt > steps_done(tmp_path, "j1")[-1][0])
+            worker.kill()
+            until(lambda child=child: not is_alive(child), 2.0)  # type: ignore[misc]
+    assert jobs.get("j1").status is Status.RUNNING
+    with worker_process(tmp_path):
+        until(lambda: jobs.get("j1").status.has_ended)
+    job = check_published_once(jobs, engine, "j1", num_steps)
+    assert job.attempt >= 5
+    assert job.error is None
+    for token in range(1, job.attempt + 1):  # each attempt goes on from a checkpoint of those before
+        mine = [step for other, _, step in steps_done(tmp_path, "j1") if other == token]
+        assert mine == list(range(mine[0], mine[0] + len(mine))) if mine else True
+        assert not mine or mine[0] % 7 == 1
+
+
+@pytest.mark.parametrize("where", ["between steps", "before publishing"])
+def test_a_stopped_worker_cant_publish_when_it_wakes(
+    tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases, where: str
+) -> None:
+    """SIGSTOP to the worker and its process, past the lease; another worker ends the job; SIGCONT."""
+    late = where == "before publishing"
+    num_steps = 20 if late else 60
+    submit_stub(tmp_path, jobs, "j1", steps=num_steps, seconds=0.0 if late else 0.02, every=5, hold=late)
+    with worker_process(tmp_path) as worker:
+        until(lambda: len(steps_done(tmp_path, "j1")) >= (num_steps if late else 8))
+        child = child_of(tmp_path, "j1")
+        stop(tmp_path, worker.pid, child)
+        (tmp_path / "jobs/j1/go").touch()
+        with working(tmp_path, leases):
+            until(lambda: jobs.get("j1").status.has_ended)
+            before = check_published_once(jobs, engine, "j1", num_steps), jobs.events("j1")
+            assert before[0].attempt == 2
+            os.kill(child, signal.SIGCONT)
+            os.kill(worker.pid, signal.SIGCONT)
+            until(lambda: not is_alive(child))
+        assert (check_published_once(jobs, engine, "j1", num_steps), jobs.events("j1")) == before
+        submit_stub(tmp_path, jobs, "j2", steps=3)  # the worker itself is as good as ever
+        until(lambda: jobs.get("j2").status.has_ended)
+        check_published_once(jobs, engine, "j2", 3)
+
+
+def test_a_worker_that_was_stopped_alone_stops_what_runs(
+    tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases
+) -> None:
+    """Its process goes on without it, until it learns from the database that the job is another's."""
+    submit_stub(tmp_path, jobs, "j1", steps=100, seconds=0.02, every=5)
+    with worker_process(tmp_path) as worker:
+        until(lambda: len(steps_done(tmp_path, "j1")) >= 8)
+        child = child_of(tmp_path, "j1")
+        stop(tmp_path, worker.pid)
+        with working(tmp_path, leases):
+            until(lambda: jobs.get("j1").attempt == 2)
+            until(lambda: not is_alive(child))
+            until(lambda: jobs.get("j1").status.has_ended)
+        check_published_once(jobs, engine, "j1", 100)
+
+
+def test_two_workers_and_fifty_jobs(tmp_path: Path, jobs: Jobs) -> None:
+    for i in range(50):
+        submit_stub(tmp_path, jobs, f"j{i}")
+    command = (sys.executable, "-S", "-c", LIGHT)
+    with worker_process(tmp_path, command, 30), worker_process(tmp_path, command, 30):
+        until(lambda: all(job.status is Status.SUCCEEDED for job in jobs.list()))
+    assert sorted((tmp_path / "runs").read_text().split()) == sorted(f"j{i}" for i in range(50))
+    assert {job.attempt for job in jobs.list()} == {1}
+
+
+def test_pause_and_resume_give_the_undisturbed_result(
+    tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases
+) -> None:
+    submit_stub(tmp_path, jobs, "j1", steps=60, seconds=0.01, every=1000)
+    submit_stub(tmp_path, jobs, "j2", steps=1)
+    with working(tmp_path, leases):
+        for _ in range(2):
+            seen = len(steps_done(tmp_path, "j1"))
+            until(lambda seen=seen: len(steps_done(tmp_path, "j1")) > seen + 3)  # type: ignore[misc]
+            start = time.monotonic()
+            jobs.pause("j1")
+            until(lambda: jobs.get("j1").status is Status.PAUSED)
+            assert time.monotonic() - start < 3.0
+            assert jobs.get("j1").progress["step"] == steps_done(tmp_path, "j1")[-1][2]
+            until(lambda: jobs.get("j2").status.has_ended)  # the worker was free
+            jobs.resume("j1")
+        until(lambda: jobs.get("j1").status.has_ended)
+    assert check_published_once(jobs, engine, "j1", 60).attempt == 3
+    assert [step for _, _, step in steps_done(tmp_path, "j1")] == list(range(1, 61))  # no step was done twice
+
+
+def test_cancel_ends_what_runs(tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases) -> None:
+    submit_stub(tmp_path, jobs, "j1", steps=10_000, seconds=0.01, every=5)
+    with working(tmp_path, leases):
+        until(lambda: len(steps_done(tmp_path, "j1")) > 8)
+        start = time.monotonic()
+        assert jobs.cancel("j1").status is Status.CANCELLED
+        until(lambda: not is_alive(child_of(tmp_path, "j1")))
+        assert time.monotonic() - start < 3.0
+        until(lambda: not (tmp_path / "jobs/j1/checkpoints").exists())
+    assert jobs.get("j1").status is Status.CANCELLED
+    assert Catalog(engine).list() == []
+
+
+def test_a_stopped_worker_puts_its_job_back(tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases) -> None:
+    for job_id in ("j1", "j2"):
+        submit_stub(tmp_path, jobs, job_id, steps=40, seconds=0.02, every=1000)
+    with worker_process(tmp_path, lease=30) as worker:
+        until(lambda: len(steps_done(tmp_path, "j1")) > 3)
+        worker.terminate()
+        assert worker.wait(30) == 0
+    job = jobs.get("j1")
+    assert (job.status, job.position) == (Status.QUEUED, 1)
+    with working(tmp_path, leases):
+        until(lambda: jobs.get("j1").status.has_ended)
+        assert jobs.get("j2").status is not Status.SUCCEEDED
+    assert [step for _, _, step in steps_done(tmp_path, "j1")] == list(range(1, 41))
+    check_published_once(jobs, engine, "j1", 40)
+
+
+def test_what_wont_leave_is_killed(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+    submit_stub(tmp_path, jobs, "j1", steps=10_000, seconds=0.01, every=10, deaf=True)
+    with working(tmp_path, leases, replace(FAST, pause=0.5)):
+        until(lambda: len(steps_done(tmp_path, "j1")) > 15)
+        jobs.pause("j1")
+        until(lambda: jobs.get("j1").status is Status.PAUSED)
+        assert not is_alive(child_of(tmp_path, "j1"))
+    assert (tmp_path / "jobs/j1/checkpoints").exists()
+
+
+def test_a_hung_step_is_ended(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+    submit_stub(tmp_path, jobs, "j1", steps=30, every=10, hang_at=25)
+    with working(tmp_path, leases, replace(FAST, hung=1.5)):
+        until(lambda: jobs.get("j1").attempt == 2)
+        jobs.cancel("j1")
+    warnings = [event.message for event in jobs.events("j1") if event.level == "warning"]
+    assert warnings == ["attempt 1: no sign of progress for 1.5 s"]
+
+
+def test_a_crash_is_not_the_end(tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases) -> None:
+    submit_stub(tmp_path, jobs, "j1", steps=30, every=10, crash_at=25)
+    with working(tmp_path, leases):
+        until(lambda: jobs.get("j1").status.has_ended)
+    check_published_once(jobs, engine, "j1", 30)
+    assert "attempt 1: ended with exit code 3" in [event.message for event in jobs.events("j1")]
+    assert [step for token, _, step in steps_done(tmp_path, "j1") if token == 2] == list(range(21, 31))
+
+
+def test_what_always_crashes_fails_and_keeps_its_log(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+    submit_stub(tmp_path, jobs, "j1")
+    command = (sys.executable, "-S", "-c", "import sys; sys.exit('a reason')")
+    with working(tmp_path, leases, replace(FAST, max_crash_delay=0.0), command):
+        until(lambda: jobs.get("j1").status.has_ended)
+    job = jobs.get("j1")
+    assert (job.status, job.attempt) == (Status.FAILED, 25)
+    assert job.error == "25 attempts in a row made no new checkpoint; the last one: ended with exit code 1"
+    assert (tmp_path / "jobs/j1/log.txt").read_text() == "a reason\n" * 25
+
+
+def test_who_has_succeeded_may_tidy_up(
+    tmp_path: Path, jobs: Jobs, leases: Leases, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The worker looks at what is wanted of it many times meanwhile."""
+    caplog.set_level(logging.INFO, "smolora.worker")
+    submit_stub(tmp_path, jobs, "j1", steps=3, linger=0.5)
+    with working(tmp_path, leases):
+        until(lambda: "job j1: succeeded" in caplog.messages)
+    assert (tmp_path / "jobs/j1/tidy").exists()
+
+
+def test_who_has_succeeded_may_not_linger_for_ever(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+    submit_stub(tmp_path, jobs, "j1", steps=3, linger=1000)
+    submit_stub(tmp_path, jobs, "j2", name="j2", steps=3)
+    with working(tmp_path, leases, replace(FAST, pause=0.3, hung=1000.0)):
+        until(lambda: jobs.get("j2").status is Status.SUCCEEDED)
+    assert jobs.get("j1").status is Status.SUCCEEDED
+
+
+def test_a_worker_without_a_base_takes_no_more_jobs(
+    tmp_path: Path, jobs: Jobs, leases: Leases, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says why, where only its operator reads it. What it had goes back, and didn't count as an attempt."""
+    for job_id in ("j1", "j2"):
+        submit_stub(tmp_path, jobs, job_id)
+    for attempt in range(1, 31):
+        assert exit_code(tmp_path, leases, NO_BASE) == EXIT_NO_BASE
+        assert "SMOLORA_MODEL=/srv/base: not there" in caplog.messages[-1]
+        assert (jobs.get("j1").status, jobs.get("j1").attempt, jobs.get("j1").position) == (
+            Status.QUEUED,
+            attempt,
+            1,
+        )
+    assert (jobs.get("j2").status, jobs.get("j2").attempt) == (Status.QUEUED, 0)
+    events = jobs.events("j1")
+    assert [event.level for event in events].count("warning") == 30
+    assert not any("/srv" in event.message for event in events)
+    assert any("can't load the base" in event.message for event in events)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("pass", "ended without a result"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL"),
+        (None, "could not start: No such file or directory"),
+    ],
+)
+def test_other_ways_to_end_badly(
+    tmp_path: Path, jobs: Jobs, leases: Leases, code: str | None, reason: str
+) -> None:
+    submit_stub(tmp_path, jobs, "j1")
+    command = ("/nowhere/python",) if code is None else (sys.executable, "-S", "-c", code)
+    with working(tmp_path, leases, command=command):
+        until(lambda: jobs.get("j1").attempt == 2)
+        jobs.cancel("j1")
+    assert f"attempt 1: {reason}" in [event.message for event in jobs.events("j1")]
+
+
+def test_a_full_disk_fails_the_job_with_that_reason(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+    submit_stub(tmp_path, jobs, "j1", steps=30, every=10, full=15)
+    with working(tmp_path, leases):
+        until(lambda: jobs.get("j1").status.has_ended)
+        until(lambda: not (tmp_path / "jobs/j1/checkpoints").exists())
+    assert (jobs.get("j1").status, jobs.get("j1").error) == (Status.FAILED, DISK_FULL)
+
+
+def test_leftovers_of_ended_jobs_go(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+    for job_id in ("waiting", "ended"):
+        submit_stub(tmp_path, jobs, job_id)
+        jobs.pause(job_id)
+    jobs.cancel("ended")
+    for name in ("waiting", "ended", "old orphan", "new orphan"):
+        (tmp_path / "jobs" / name / "checkpoints/1-5").mkdir(parents=True)
+    os.utime(tmp_path / "jobs/old orphan", (0, 0))
+    with working(tmp_path, leases):
+        until(lambda: not (tmp_path / "jobs/old orphan").exists())
+    assert (tmp_path / "jobs/waiting/checkpoints/1-5").exists()
+    assert (tmp_path / "jobs/new orphan/checkpoints/1-5").exists()
+    assert not (tmp_path / "jobs/ended/checkpoints").exists()
+    assert (tmp_path / "jobs/ended/plan.json").exists()
+
+
+def test_the_worker_outlives_trouble_with_the_database(
+    tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases, caplog: pytest.LogCaptureFixture
+) -> None:
+    submit_stub(tmp_path, jobs, "j1", steps=3)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE jobs RENAME TO away")
+    with pytest.raises(sa.exc.OperationalError):
+        leases.claim("w")
+
+    class Patched(Leases):
+        def status(self, job_id: str) -> Status | None:  # the sweep comes before the loop
+            return Status.QUEUED if not healed else super().status(job_id)
+
+    healed = False
+    with working(tmp_path, Patched(engine)):
+        until(lambda: caplog.messages.count("can't work just now") > 1)
+        with engine.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE away RENAME TO jobs")
+        healed = True
+        until(lambda: jobs.get("j1").status.has_ended)
+    check_published_once(jobs, engine, "j1", 3)
+
+
+def test_a_dead_workers_job_is_claimed_again_within_fifteen_seconds() -> None:
+    """With the times that are used: its lease, a look for jobs, and a worker's start, which may run meanwhile."""
+    timing = Timing()
+    assert timing.lease + timing.poll <= 11.0
+    assert timing.heartbeat * 3 < timing.lease  # two may be missed

@@ -1,0 +1,139 @@
+"""The flag and the pauses, by a clock that only sleeping moves."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from server.training.worker.yielding import BusyFlag, Yielding
+
+
+class Clock:
+    """Moves when somebody sleeps, or works."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds > 0
+        self.now += seconds
+
+
+def test_others_read_what_was_set(tmp_path: Path) -> None:
+    serving, training = BusyFlag(tmp_path), BusyFlag(tmp_path)
+    assert training.read() == 0  # never set
+    for number in (3, 32, 0, 70_000):
+        serving.set(number)
+        assert training.read() == min(number, 65_535)
+    code = "import sys; from pathlib import Path; from server.training.worker.yielding import BusyFlag; "
+    code += "print(BusyFlag(Path(sys.argv[1])).read())"
+    serving.set(7)
+    found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, check=True)
+    assert found.stdout == b"7\n"
+    serving.close()
+    training.close()
+
+
+def test_a_flag_that_nobody_renews_is_idle(tmp_path: Path) -> None:
+    clock = Clock()
+    serving, training = BusyFlag(tmp_path, clock), BusyFlag(tmp_path, clock)
+    serving.set(4)
+    clock.now += 1.9
+    assert training.read() == 4
+    clock.now += 0.2
+    assert training.read() == 0
+    serving.set(4)  # the same number: renewed
+    assert training.read() == 4
+    clock.now -= 500  # another machine's clock, or this one's after a restart
+    assert training.read() == 0
+
+
+def test_an_idle_server_writes_nothing_and_a_busy_one_seldom(tmp_path: Path) -> None:
+    clock = Clock()
+    flag = BusyFlag(tmp_path, clock)
+
+    def is_written(number: int) -> bool:
+        os.utime(tmp_path / "serving", (0, 0))
+        flag.set(number)
+        return (tmp_path / "serving").stat().st_mtime > 0
+
+    assert not is_written(0)
+    written = []
+    for _ in range(20):
+        written.append(is_written(1))
+        clock.now += 0.1
+    assert written.count(True) == 4
+    assert is_written(2)
+    assert is_written(0)
+    clock.now += 100
+    assert not is_written(0)
+
+
+def test_a_read_takes_microseconds(tmp_path: Path) -> None:
+    flag = BusyFlag(tmp_path)
+    start = time.perf_counter()
+    for _ in range(1000):
+        flag.read()
+    assert time.perf_counter() - start < 0.1
+
+
+def run(share: float, num_running: Callable[[float], int], step: float, seconds: float) -> tuple[float, float]:
+    """Work in steps for that time; how much of it was work, and how much `pause` said was not."""
+    clock = Clock()
+    yielding = Yielding(lambda: num_running(clock.now - 1000), share, clock=clock, sleep=clock.sleep)
+    worked = paused = 0.0
+    while clock.now - 1000 < seconds:
+        clock.now += step
+        worked += step
+        paused += yielding.pause()
+    return worked / (clock.now - 1000), paused / (clock.now - 1000)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("step", [0.003, 0.2, 9.0])
+def test_the_share_is_kept_while_requests_run(share: float, step: float) -> None:
+    worked, paused = run(share, lambda now: 4, step, 1000.0)
+    assert worked == pytest.approx(share, abs=0.02)
+    assert worked + paused == pytest.approx(1.0)
+
+
+def test_nothing_is_given_away_while_none_run() -> None:
+    assert run(0.25, lambda now: 0, 0.2, 100.0) == (pytest.approx(1.0), 0.0)
+
+
+def test_half_the_time_requests() -> None:
+    """Ten seconds each, in turns: all of one half, a quarter of the other."""
+    worked, _ = run(0.25, lambda now: int(now / 10) % 2, 0.2, 1000.0)
+    assert worked == pytest.approx(0.5 + 0.125, abs=0.02)
+
+
+def test_it_wakes_when_the_requests_end_or_it_is_told_to() -> None:
+    clock = Clock()
+    running = 1
+    yielding = Yielding(lambda: running, 0.1, clock=clock, sleep=clock.sleep)
+    clock.now += 10.0
+    calls = 0
+
+    def go_on() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls < 20
+
+    assert 0.3 < yielding.pause(go_on) < 0.5  # of 90 s
+    clock.now += 10.0
+    running = 0
+    assert yielding.pause() == 0.0
+
+
+def test_a_share_of_nothing_waits_for_the_end_of_requests() -> None:
+    clock = Clock()
+    yielding = Yielding(lambda: int(clock.now < 5000), 0.0, clock=clock, sleep=clock.sleep)
+    assert yielding.pause() == pytest.approx(4000.0, abs=0.1)
+    assert yielding.pause() == 0.0

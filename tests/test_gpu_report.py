@@ -1,0 +1,55 @@
+"""`make gpu`: what it runs, and what its report says."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import command
+from tests.benchmarks.kit import results, row
+from tests.gpu import main
+from tests.pretended.card import Card
+from tests.pretended.cuda import pretended_cuda
+
+JUNIT = '<testsuites><testsuite tests="12" failures="1" errors="1" skipped="2"></testsuite></testsuites>'
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(command: Sequence[str]) -> int:
+        raise AssertionError(command)
+
+    assert main([f"--out={tmp_path}"], run) == 1
+    assert capsys.readouterr().err.startswith("make gpu: SMOLORA_DEVICE=cuda: torch ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 1)])
+def test_the_report_names_the_card(
+    codes: tuple[int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[Sequence[str]] = []
+
+    def run(words: Sequence[str]) -> int:
+        commands.append(words)
+        if "pytest" in words:
+            (tmp_path / "tests.xml").write_text(JUNIT)
+            return codes[0]
+        if not codes[1]:
+            command.write(tmp_path, "serve", results([row(1, "base", ours=[123.4] * 3)]))
+        return codes[1]
+
+    with pretended_cuda(Card(name="NVIDIA L4", capabilities=((8, 9),))):
+        assert main([f"--out={tmp_path}", "--quick", "--rounds=1"], run) == max(codes)
+    tests, benchmark = commands
+    assert tests[1:5] == ["-m", "pytest", "-m", "cuda"]
+    assert benchmark[1:3] == ["-m", "benchmarks.serve"]
+    assert benchmark[3:] == ["--device=cuda", "--dtype=bf16", f"--out={tmp_path}", "--quick", "--rounds=1"]
+    report = (tmp_path / "gpu.md").read_text()
+    assert report.startswith("# NVIDIA L4, compute capability 8.9, 24 GiB; driver ")
+    assert f"torch {torch.__version__}" in report.splitlines()[0]
+    assert "8 tests passed, 2 failed, 2 were skipped." in report
+    assert ("| 123 " in report) is (not codes[1])
+    assert ("The benchmark didn't end." in report) is bool(codes[1])
+    assert "NVIDIA L4" in capsys.readouterr().out

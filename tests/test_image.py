@@ -1,0 +1,117 @@
+"""The container's files: what compose makes of them, with and without a GPU. docker/check builds and runs them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).parent.parent
+DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
+
+
+def compose_command() -> list[str] | None:
+    """What runs compose here: docker's plugin, or the program of its own."""
+    for command in (["docker", "compose"], ["docker-compose"]):
+        program = shutil.which(command[0])
+        if program and subprocess.run([*command, "version"], capture_output=True, check=False).returncode == 0:
+            return command
+    return None
+
+
+def resolved() -> Mapping[str, Any]:
+    """The services as compose resolves them, all profiles together; as YAML alone where there is no compose."""
+    command = compose_command()
+    if command is None:
+        return yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SMOLORA_")}
+    told = [*command, "--profile", "gpu", "config", "--format", "json"]
+    done = subprocess.run(told, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)["services"]
+
+
+@pytest.fixture(scope="module")
+def services() -> Mapping[str, Any]:
+    return resolved()
+
+
+def stages() -> dict[str, str]:
+    """Each named stage of the Dockerfile, and what it begins with."""
+    return {name: base for base, name in re.findall(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, re.MULTILINE)}
+
+
+def test_every_image_is_built_by_the_services_that_start_with_it(services: Mapping[str, Any]) -> None:
+    """Nothing is pulled: `docker compose up server-gpu` alone builds what it runs."""
+    for name, service in services.items():
+        needed = [name, *service.get("depends_on", ())]
+        built = {services[other]["image"] for other in needed if "build" in services[other]}
+        assert service["image"] in built, name
+
+
+def test_the_gpus_image_is_another_one(services: Mapping[str, Any]) -> None:
+    server, gpu = services["server"], services["server-gpu"]
+    assert gpu["image"] != server["image"]
+    assert gpu["build"]["args"] == {"TORCH": "torch-cuda"}
+    assert "TORCH" not in server["build"].get("args", {})
+    (device,) = gpu["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    assert gpu["environment"]["SMOLORA_DEVICE"] == "cuda", "without one, a start says so instead of using the CPU"
+
+
+def test_without_a_gpu_it_does_not_restart_for_ever(services: Mapping[str, Any]) -> None:
+    assert services["server"]["restart"] == "unless-stopped"
+    assert re.fullmatch(r"on-failure:\d", services["server-gpu"]["restart"])
+
+
+def test_both_stages_of_torch_lead_to_the_same_build() -> None:
+    found = stages()
+    assert re.search(r"^ARG TORCH=torch$", DOCKERFILE.split("FROM")[0], re.MULTILINE)
+    assert found["build"] == "${TORCH}"
+    assert found["torch-cuda"] == "torch"
+
+
+def test_no_cpu_build_of_the_house_gets_into_the_gpus_image(tmp_path: Path) -> None:
+    (pattern,) = re.findall(r"^RUN rm -f /wheels/(.*)$", DOCKERFILE, re.MULTILINE)
+    names = {
+        "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl",
+        "torch-2.13.0+cu130-cp311-cp311-manylinux_2_28_x86_64.whl",
+        "triton-3.7.0-cp311-cp311-manylinux_2_28_x86_64.whl",
+    }
+    for name in names:
+        (tmp_path / name).touch()
+    subprocess.run(["sh", "-c", f"rm -f {tmp_path}/{pattern}"], check=True)
+    assert names - {path.name for path in tmp_path.iterdir()} == {name for name in names if "+cpu" in name}
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_a_torch_without_cuda_ends_the_build_of_the_gpus_image_with_a_reason() -> None:
+    (check,) = re.findall(r'^RUN (\[ -z "\$\{NEEDS_CUDA.*)$', DOCKERFILE, re.MULTILINE)
+    python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    told = ["sh", "-c", check]
+    assert subprocess.run(told, env={"PATH": python}, check=False).returncode == 0
+    needed = {"PATH": python, "NEEDS_CUDA": "1"}
+    found = subprocess.run(told, env=needed, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "has no CUDA here: put a wheel that has into docker/wheels" in found.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_container_that_sees_no_gpu_says_so(tmp_path: Path, services: Mapping[str, Any]) -> None:
+    """The server with the service's settings, in a process instead of a container: exit code 1 and one line."""
+    given = {name: str(value) for name, value in services["server-gpu"]["environment"].items() if value}
+    given = {name: value for name, value in given.items() if "$" not in value}
+    environment = {**os.environ, **given, "SMOLORA_HOME": str(tmp_path), "SMOLORA_PORT": "0"}
+    told = [sys.executable, "-m", "server.cli", "serve"]
+    done = subprocess.run(told, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "SMOLORA_DEVICE=cuda: torch" in done.stderr
+    assert "finds 0 CUDA devices" in done.stderr
+    assert "Traceback" not in done.stderr
