@@ -9,13 +9,16 @@ LOCKED_DEV := $(LOCKED)-$(shell cksum < requirements-dev.lock | tr ' ' '-')
 READY := $(VENV)/.ready-$(LOCKED)
 READY_DEV := $(VENV)/.ready-dev-$(LOCKED_DEV)
 CPP := $(wildcard $(foreach place,server/model/native tests/server/model/native/kernels,$(place)/*.h $(place)/*.cpp))
+# Threads of torch that wait by spinning bring a busy machine of few cores to a crawl.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help serve test check sanitize bench gpu clean
+.PHONY: help serve test slow check sanitize bench gpu clean
 
 help:
 	@echo 'make serve     set everything up and serve on http://127.0.0.1:8000'
-	@echo 'make test      linters, types and all tests'
+	@echo 'make test      linters, types and tests'
+	@echo 'make slow      the tests that take minutes: rounds of faults, reduced benchmarks'
 	@echo 'make check     linters and types only'
 	@echo 'make sanitize  the tests of native code, under sanitizers'
 	@echo 'make bench     the benchmark, over HTTP'
@@ -25,9 +28,11 @@ help:
 serve: $(READY)
 	@exec $(BIN)/smolora serve $(ARGS)
 
-# Threads of torch that wait by spinning bring a busy machine of few cores to a crawl.
 test: check
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+slow: $(READY_DEV)
+	@$(PYTEST) -m slow $(ARGS)
 
 check: $(READY_DEV)
 	@$(BIN)/ruff check .

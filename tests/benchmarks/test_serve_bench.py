@@ -186,6 +186,7 @@ def test_options(capsys: pytest.CaptureFixture[str]) -> None:
         assert wrong[1] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     loads = "1-base,2-base,2-distinct,2-blends"

@@ -290,6 +290,7 @@ def test_the_targets_beside_serving() -> None:
     assert "| the job's tokens/s | 500 | 110 (100–120) | 0.22 × (0.20–0.24) |" in text
 
 
+@pytest.mark.slow
 def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     places = ["--model", str(tiny_base_dir), "--home", str(tmp_path / "home"), "--out", str(out)]

@@ -24,6 +24,7 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
     drill.server.close()
 
 
+@pytest.mark.slow
 def test_paused_and_killed_it_ends_in_the_undisturbed_bytes(drill: Drill) -> None:
     """Paused on its way, one time by a SIGTERM to the worker; then the server is killed, with which its worker and
     that one's job die.

@@ -300,6 +300,7 @@ def test_the_registry_does_as_its_model(files: Path, nursery: Nursery) -> None:
     run_state_machine_as_test(Machine, settings=settings(max_examples=10, stateful_step_count=25, deadline=None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["upload", "train", "compose", "delete"])
 def test_killed_at_every_step(op: str, files: Path, nursery: Nursery, tmp_path: Path) -> None:
     """All steps of one thing, one after the other, until it gets done before its death."""

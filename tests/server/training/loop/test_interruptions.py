@@ -37,6 +37,7 @@ def submit(shop: Shop, spec: JobSpec, data: JobData, name: str) -> None:
     shop.submit(replace(spec, name=name), data, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["leave", "kill"])
 @pytest.mark.parametrize("spec", JOBS.values(), ids=JOBS)
 def test_ended_at_each_moment_in_turn(shop: Shop, data: JobData, spec: JobSpec, how: Interruption) -> None:

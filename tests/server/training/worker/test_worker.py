@@ -153,6 +153,7 @@ def test_progress_shows_while_it_runs(tmp_path: Path, jobs: Jobs, leases: Leases
         jobs.cancel("j1")
 
 
+@pytest.mark.slow
 def test_killed_at_random_it_ends_as_if_undisturbed(
     tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases
 ) -> None:
