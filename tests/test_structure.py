@@ -45,7 +45,7 @@ ONLY_IN = {
     "alembic": ("server.database", "server.migrations"),
     "sqlite3": ("server.database", "server.sqlite"),
     "pysqlite3": ("server.sqlite",),
-    "pydantic": ("server.api", "server.cli.options", "server.config", "server.training.documents"),
+    "pydantic": ("server.api", "server.config", "server.training.documents"),
     "pydantic_settings": ("server.config",),
     "transformers": ("server.model",),
     "huggingface_hub": ("server.model",),

@@ -8,9 +8,8 @@ from types import NoneType
 from typing import Annotated, Any, cast, get_args
 
 import typer
-from pydantic.fields import FieldInfo
 
-from server.config import Flag, SettingsT, load
+from server.config import Flag, SettingsT, WorkerSettings, load
 
 
 def with_flags(kind: type[SettingsT]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -21,7 +20,7 @@ def with_flags(kind: type[SettingsT]) -> Callable[[Callable[..., None]], Callabl
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
         _, *others = inspect.signature(run, eval_str=True).parameters.values()
-        flags = [_parameter(name, field) for name, field in kind.model_fields.items()]
+        flags = [_parameter(kind, name) for name in kind.model_fields]
 
         def command(**given: Flag) -> None:
             rest = {other.name: given.pop(other.name) for other in others}
@@ -36,19 +35,21 @@ def with_flags(kind: type[SettingsT]) -> Callable[[Callable[..., None]], Callabl
     return decorate
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    option = getitem(cast("Any", Annotated), (_type(field) | None, typer.Option(help=_help(field))))
+def _parameter(kind: type[WorkerSettings], name: str) -> inspect.Parameter:
+    option = getitem(cast("Any", Annotated), (_type(kind, name) | None, typer.Option(help=_help(kind, name))))
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
 
 
-def _type(field: FieldInfo) -> type:
+def _type(of: type[WorkerSettings], name: str) -> type:
     """As the command line takes it; the settings make of a text what they need."""
+    field = of.model_fields[name]
     kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not NoneType]
     return next((kind for kind in (bool, int, float, Path) if kinds == [kind]), str)
 
 
-def _help(field: FieldInfo) -> str:
+def _help(kind: type[WorkerSettings], name: str) -> str:
     """With the default, where the field has one: what None stands for, its description says."""
+    field = kind.model_fields[name]
     default = field.default
     if default is None or default == ():
         return field.description or ""

@@ -216,7 +216,7 @@ def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.Captu
     assert min(found.ways[0].greedy + found.ways[0].sampled + found.ways[0].logprobs) > 0
     assert found.overload is not None
     assert found.overload.offered[0] == pytest.approx(5 * found.overload.peak[0] / 8)
-    assert 0 < found.overload.goodput[0] < 5 * found.overload.peak[0]  # both of a moment: they vary
+    assert 0 < found.overload.goodput[0] < 2 * found.overload.peak[0]
     assert "measures nothing" not in capsys.readouterr().out
     assert json.loads((out / "serve.json").read_text())["made"]["quick"] is True
     assert sorted(path.name for path in out.iterdir()) == ["serve.json", "serve.log"]
