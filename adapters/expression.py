@@ -49,9 +49,20 @@ class Term:
         return self.name if self.alias is None else f"{self.name}@{self.alias}"
 
 
-def valid_name(name: str) -> bool:
-    """Whether an adapter may be called so. "base" is the frozen model's name and never an adapter's."""
-    return len(name) <= MAX_NAME and name != BASE and _NAME.fullmatch(name) is not None
+def name_fault(name: str) -> str | None:
+    """Why no adapter may be called so, if none may. "base" is the frozen model's name and never an adapter's."""
+    if name == BASE:
+        return "is the base's own name"
+    if len(name) > MAX_NAME or _NAME.fullmatch(name) is None:
+        return f'has 1 to {MAX_NAME} letters, digits, "_", "-" or ".", a letter or digit first'
+    return None
+
+
+def alias_fault(alias: str) -> str | None:
+    """Why no alias may be called so, if none may."""
+    if alias.isdigit():
+        return "is a number, which names a version: an alias has a letter"
+    return name_fault(alias)
 
 
 def parse(text: str, field: str = "adapter") -> tuple[Term, ...]:

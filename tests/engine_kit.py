@@ -170,7 +170,7 @@ def check_idle(engine: Engine) -> None:
     assert engine.blocks.num_used_blocks == 0
     assert not engine._streams
     check_pool(engine)
-    assert all(adapter.num_leases == 0 for adapter in engine.pool._adapters.values())
+    assert all(adapter.num_holds == 0 for adapter in engine.pool._adapters.values())
 
 
 def check_pool(engine: Engine) -> None:

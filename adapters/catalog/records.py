@@ -17,7 +17,7 @@ from pathlib import Path
 
 from adapters.catalog.versions import Part, Version
 from adapters.durable import UNFINISHED, new_file, sync
-from adapters.expression import valid_name
+from adapters.expression import name_fault
 
 FOLDER = "names"
 FORMAT = 1
@@ -78,7 +78,7 @@ class Records:
         numbers: dict[str, int] = {}
         unreadable: list[str] = []
         for place in sorted(self._root.iterdir()) if self._root.is_dir() else ():
-            if not valid_name(place.name):
+            if name_fault(place.name):
                 continue
             numbers[place.name] = _read_next(place)
             paths = ((number, path) for path in place.glob("*.json") if (number := _number(path)) is not None)

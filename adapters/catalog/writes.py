@@ -18,7 +18,7 @@ from adapters.catalog.records import Recorder, Records
 from adapters.catalog.tables import aliases, names, parts, transact, versions
 from adapters.catalog.versions import Kind, NewVersion, Origin, Part, Version, blend_digest, combine, gather
 from adapters.errors import Conflict, InvalidInput, NotFound
-from adapters.expression import MAX_NAME, Term, render, valid_name
+from adapters.expression import Term, name_fault, render
 
 
 @contextmanager
@@ -154,9 +154,8 @@ def _mend_latest(connection: sa.Connection, name: str) -> None:
 
 def _next_number(connection: sa.Connection, name: str, kind: Kind) -> int:
     """Counts the name's number up, and locks the name. InvalidInput, or Conflict where it is of another kind."""
-    if not valid_name(name):
-        message = f"1 to {MAX_NAME} letters, digits, '_', '-' or '.', a letter or digit first; not 'base'"
-        raise InvalidInput.of("name", message)
+    if fault := name_fault(name):
+        raise InvalidInput.of("name", fault)
     mine = names.c.name == name
     counted = sa.update(names).where(mine).values(next_version=names.c.next_version + 1)
     if connection.execute(counted).rowcount == 0:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from adapters.errors import FieldError
-from adapters.peft.bounded_json import BadJsonError, parse_object, printable
 from adapters.peft.targets import Targeting
+from adapters.strict_json import BadJsonError, parse_object, printable
 
 MAX_BYTES = 1 << 20
 MAX_BASE_NAME = 1000

@@ -13,7 +13,7 @@ from typing import IO
 
 import torch
 
-from adapters.peft.bounded_json import BadJsonError, parse_object, printable
+from adapters.strict_json import BadJsonError, parse_object, printable
 
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that adapters may have. Entries of others are listed, but `TensorEntry.view` refuses them."""

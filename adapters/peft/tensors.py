@@ -9,8 +9,8 @@ import torch
 
 from adapters.errors import FieldError
 from adapters.lora import MODULES, BaseShape, ModuleKey
-from adapters.peft.bounded_json import printable
 from adapters.peft.tensor_file import DTYPES, TensorEntry
+from adapters.strict_json import printable
 
 Side = Literal["A", "B"]
 SIDES: tuple[Side, Side] = ("A", "B")

@@ -7,7 +7,7 @@ from typing import Annotated, Protocol, cast
 from anyio import CapacityLimiter
 from fastapi import Depends, Header, Request
 
-from server.api.adapters.library import Library
+from adapters.library import Library
 from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
 from server.api.train.submission import Submissions

@@ -51,25 +51,35 @@ class AdapterBody(Body):
     weight: float = Field(1.0, ge=-MAX_WEIGHT, le=MAX_WEIGHT)
 
 
-class SamplingBody(Body):
-    """How tokens are chosen."""
+class SamplingFields(Body):
+    """How tokens are chosen, as our routes and OpenAI's have it in common. A null is the field's default."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int = Field(0, ge=0, le=1 << 31, description="0: off")
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Biases | None = Field(None, description="token id, as a string: what is added to its logit")
+    seed: int | None
+    stop: StopStrings | None = Field(None, description="a string or a list; not part of the text")
+    ignore_eos: bool = False
+
+
+class SamplingBody(SamplingFields):
+    """How tokens are chosen by our own routes."""
 
     max_tokens: int = Field(64, ge=1, description="prompt + max_tokens may not exceed MAX_MODEL_LEN")
     temperature: float = Field(0.7, ge=0, le=5, description="0: greedy")
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, le=1 << 31, description="0: off")
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="off a token's logit once the answer has it")
     frequency_penalty: float = Field(
         0.0, ge=-2, le=2, description="off a token's logit for each time that the answer has it"
     )
-    logit_bias: Biases | None = Field(None, description="token id, as a string: what is added to its logit")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="null: a random one, which the answer carries")
-    stop: StopStrings | None = Field(None, description="a string or a list; not part of the text")
     n: int = Field(1, ge=1, le=16, description="choices; each is a sequence of its own")
     logprobs: int = Field(0, ge=0, le=20, description="this many likeliest tokens beside each chosen one; 0: none")
-    ignore_eos: bool = False
 
 
 class PromptBody(Body):

@@ -1,6 +1,6 @@
 """Which adapters are resident: least recently used out, never one that a request holds.
 
-A request's adapters are held all or none, as a `Lease`: one that had some and waited for others could wait for
+A request's adapters are held all or none, as a `Hold`: one that had some and waited for others could wait for
 ever. A cold adapter is read and its rows are filled by an executor's threads, while other requests run; the pool
 itself is touched by the engine's thread alone.
 """
@@ -23,8 +23,8 @@ _Space = tuple[str, str]  # (group, "rows" or "units"): one of the pool's tensor
 
 
 @dataclass(eq=False)
-class AdapterLease:
-    """A hold on a set of adapters (`sequence.Lease`). Before `is_held`, `adapters` are only being read."""
+class AdapterHold:
+    """A hold on a set of adapters (`sequence.Hold`). Before `is_held`, `adapters` are only being read."""
 
     pool: "AdapterPool" = field(repr=False)
     refs: tuple[AdapterRef, ...]
@@ -46,7 +46,7 @@ class AdapterLease:
 
     @property
     def parts(self) -> Parts:
-        """Where the adapters lie, with their weights; only of a lease that is ready."""
+        """Where the adapters lie, with their weights; only of a hold that is ready."""
         if self._parts is None:
             placements = [adapter.placement for adapter in self.adapters]
             self._parts = tuple(
@@ -54,7 +54,7 @@ class AdapterLease:
                 for placement, ref in zip(placements, self.refs, strict=True)
                 if placement is not None
             )
-            assert len(self._parts) == len(self.refs), "a lease without rows was used"
+            assert len(self._parts) == len(self.refs), "a hold without rows was used"
         return self._parts
 
 
@@ -89,73 +89,73 @@ class AdapterPool:
 
     @property
     def num_freed(self) -> int:
-        """Grows whenever a lease that lacked room may fare otherwise: rows came free, or it lost some it had."""
+        """Grows whenever a hold that lacked room may fare otherwise: rows came free, or it lost some it had."""
         filling = [adapter for adapter in self._settling if not adapter.is_idle]
         self._num_freed += len(self._settling) - len(filling)
         self._settling = filling
         return self._num_freed
 
-    def lease(self, refs: tuple[AdapterRef, ...]) -> AdapterLease:
-        """A new lease, which `advance` brings on its way and `release` ends."""
-        return AdapterLease(self, refs, is_held=not refs)
+    def hold(self, refs: tuple[AdapterRef, ...]) -> AdapterHold:
+        """A new hold, which `advance` brings on its way and `release` ends."""
+        return AdapterHold(self, refs, is_held=not refs)
 
-    def advance(self, lease: AdapterLease) -> bool:
-        """Do what can be done without waiting for the lease to become ready; whether it is.
+    def advance(self, hold: AdapterHold) -> bool:
+        """Do what can be done without waiting for the hold to become ready; whether it is.
 
         Sets `error` where it never will be: an adapter can't be read, or the set is larger than the pool.
         """
-        if lease.is_held:
-            lease.error = next(filter(None, (adapter.failure for adapter in lease.adapters)), None)
-            return lease.ready
-        if lease.error is not None:
+        if hold.is_held:
+            hold.error = next(filter(None, (adapter.failure for adapter in hold.adapters)), None)
+            return hold.ready
+        if hold.error is not None:
             return False
-        lease.lacks_room = False
-        adapters = self._want(lease)
+        hold.lacks_room = False
+        adapters = self._want(hold)
         if not all(adapter.reading.done() for adapter in adapters):
             return False
         for adapter in adapters:
-            lease.error = lease.error or self._finish_reading(adapter)
-        if lease.error is None and self._is_too_large(adapters):
-            lease.error = InvalidInput.of(
+            hold.error = hold.error or self._finish_reading(adapter)
+        if hold.error is None and self._is_too_large(adapters):
+            hold.error = InvalidInput.of(
                 "adapter",
                 "these adapters together need more memory than ADAPTER_CACHE_BYTES; use fewer or smaller ones",
             )
-        if lease.error is None:
-            lease.is_held = self._hold(adapters)
-            if not lease.is_held:
-                lease.lacks_room = True
-                self._want(lease)  # those that gave up their own rows are read again
-        return lease.ready
+        if hold.error is None:
+            hold.is_held = self._take_rows(adapters)
+            if not hold.is_held:
+                hold.lacks_room = True
+                self._want(hold)  # those that gave up their own rows are read again
+        return hold.ready
 
-    def release(self, lease: AdapterLease) -> None:
+    def release(self, hold: AdapterHold) -> None:
         """Give up the hold; the adapters stay resident until their room is needed."""
-        for adapter in lease.adapters:
+        for adapter in hold.adapters:
             adapter.num_wanting -= 1
-            if lease.is_held:
-                adapter.num_leases -= 1
-                assert adapter.num_leases >= 0, "a lease was released twice"
-                if not adapter.num_leases:
+            if hold.is_held:
+                adapter.num_holds -= 1
+                assert adapter.num_holds >= 0, "a hold was released twice"
+                if not adapter.num_holds:
                     self._settling.append(adapter)
                 self._adapters.move_to_end(adapter.digest)  # it was in use until now
             elif not adapter.num_wanting and adapter.placement is None and self._has(adapter):
-                del self._adapters[adapter.digest]  # it was read for this lease alone
-        lease.adapters, lease.is_held, lease._parts = (), False, None
+                del self._adapters[adapter.digest]  # it was read for this hold alone
+        hold.adapters, hold.is_held, hold._parts = (), False, None
 
-    def _want(self, lease: AdapterLease) -> tuple[Adapter, ...]:
-        """The lease's adapters; those that are not there begin to be read."""
-        adapters = tuple(self._find(ref.digest) for ref in lease.refs)
+    def _want(self, hold: AdapterHold) -> tuple[Adapter, ...]:
+        """The hold's adapters; those that are not there begin to be read."""
+        adapters = tuple(self._find(ref.digest) for ref in hold.refs)
         for adapter in adapters:
-            adapter.num_wanting += adapter not in lease.adapters
-        lease.adapters = adapters
+            adapter.num_wanting += adapter not in hold.adapters
+        hold.adapters = adapters
         return adapters
 
     def _has(self, adapter: Adapter) -> bool:
-        """Whether it was not dropped, and perhaps read anew, since a lease found it."""
+        """Whether it was not dropped, and perhaps read anew, since a hold found it."""
         return self._adapters.get(adapter.digest) is adapter
 
     def _find(self, digest: str) -> Adapter:
         adapter = self._adapters.get(digest)
-        if adapter is not None and adapter.failure and not adapter.num_leases:
+        if adapter is not None and adapter.failure and not adapter.num_holds:
             self._drop(adapter)
             adapter = None
         if adapter is None:
@@ -180,10 +180,10 @@ class AdapterPool:
     def _is_too_large(self, adapters: Sequence[Adapter]) -> bool:
         return any(_size(adapters, space) > extents.capacity for space, extents in self._spaces.items())
 
-    def _hold(self, adapters: Sequence[Adapter]) -> bool:
+    def _take_rows(self, adapters: Sequence[Adapter]) -> bool:
         """Place what is not placed, evicting the least recently used that nobody holds; all or none.
 
-        Those that a waiting lease wants go last: they would be read again.
+        Those that a waiting hold wants go last: they would be read again.
         """
         missing = [adapter for adapter in adapters if adapter.placement is None]
         idle = [a for a in self._adapters.values() if a.is_idle and a not in adapters]
@@ -202,7 +202,7 @@ class AdapterPool:
         for adapter in missing:
             self._place(adapter)
         for adapter in adapters:
-            adapter.num_leases += 1
+            adapter.num_holds += 1
         return True
 
     def _drop_idle(self, adapters: Sequence[Adapter]) -> None:

@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
-from server.engine.adapter_pool import AdapterLease
+from server.engine.adapter_pool import AdapterHold
 from server.engine.paged_attention import PagedAttention, PagedCache
 from server.engine.scheduler import Chunk
 from server.model.device import to_device
@@ -108,13 +108,13 @@ def _token_runs(chunks: Seq[Chunk]) -> list[TokenRun]:
     runs: list[TokenRun] = []
     start, key = 0, b""
     for chunk in chunks:
-        lease = chunk.sequence.lease
-        assert isinstance(lease, AdapterLease)
+        hold = chunk.sequence.hold
+        assert isinstance(hold, AdapterHold)
         stop = start + chunk.stop - chunk.start
-        if lease.refs and runs and chunk.sequence.adapter_key == key and runs[-1].stop == start:
-            runs[-1] = TokenRun(runs[-1].start, stop, lease.parts)
-        elif lease.refs:
-            runs.append(TokenRun(start, stop, lease.parts))
+        if hold.refs and runs and chunk.sequence.adapter_key == key and runs[-1].stop == start:
+            runs[-1] = TokenRun(runs[-1].start, stop, hold.parts)
+        elif hold.refs:
+            runs.append(TokenRun(start, stop, hold.parts))
         start, key = stop, chunk.sequence.adapter_key
     return runs
 

@@ -14,7 +14,7 @@ from server.model.rank_rows import Needs, Placement
 class Adapter:
     """One adapter that is resident or on its way. It has rows exactly while `placement` is set.
 
-    It is kept while any lease wants it, held or waiting, or while it has rows that nobody needs.
+    It is kept while any hold wants it, held or waiting, or while it has rows that nobody needs.
     """
 
     digest: str
@@ -24,7 +24,7 @@ class Adapter:
     placement: Placement | None = None
     placing: Future[None] | None = None
     num_wanting: int = 0
-    num_leases: int = 0
+    num_holds: int = 0
 
     @property
     def is_placed(self) -> bool:
@@ -33,7 +33,7 @@ class Adapter:
     @property
     def is_idle(self) -> bool:
         """Whether its rows can be given to others."""
-        return not self.num_leases and self.placing is not None and self.placing.done()
+        return not self.num_holds and self.placing is not None and self.placing.done()
 
     @property
     def failure(self) -> SmoloraError | None:

@@ -184,9 +184,9 @@ class Scheduler:
 
     def _give_back(self, sequence: Sequence) -> None:
         self.blocks.free(sequence)
-        if sequence.lease is not None:
-            sequence.lease.release()
-            sequence.lease = None
+        if sequence.hold is not None:
+            sequence.hold.release()
+            sequence.hold = None
 
     def _admit(self, chunks: list[Chunk], failed: list[Failed], budget: int) -> None:
         """Admit waiting sequences, a set at a time in turn, while the step has room for their first chunk."""
@@ -218,9 +218,9 @@ class Scheduler:
                     else:
                         return
                 case _Verdict.FAILED:
-                    assert sequence.lease is not None
-                    assert sequence.lease.error is not None
-                    failed.append(Failed(sequence, sequence.lease.error))
+                    assert sequence.hold is not None
+                    assert sequence.hold.error is not None
+                    failed.append(Failed(sequence, sequence.hold.error))
                     self.finish(sequence)
                     if key in self._queues:
                         turn.append(key)
@@ -231,11 +231,11 @@ class Scheduler:
     def _try_admit(self, queue: WaitingSet) -> "_Verdict":
         if queue.lacks_room:
             return _Verdict.NO_ROOM
-        sequence, lease = queue.first, queue.advance(self._adapters)
-        if not lease.ready:
-            if lease.error is not None:
+        sequence, hold = queue.first, queue.advance(self._adapters)
+        if not hold.ready:
+            if hold.error is not None:
                 return _Verdict.FAILED
-            return _Verdict.NO_ROOM if lease.lacks_room else _Verdict.WAITS
+            return _Verdict.NO_ROOM if hold.lacks_room else _Verdict.WAITS
         if self.blocks.is_being_computed(sequence):
             return _Verdict.WAITS
         if not self.blocks.admit(sequence, num_spare_blocks=self._num_promised_blocks()):
@@ -261,15 +261,15 @@ class Scheduler:
 
     def _give_way(self, sequence: Sequence) -> bool:
         """Let go of adapters that others hold while they wait, which the sequence may need; whether any did."""
-        leases = []
+        holds = []
         for queue in self._queues.values():
             for other in queue.sequences:
-                if other is not sequence and other.lease is not None and other.lease.is_held:
-                    leases.append(other.lease)
-                    other.lease = None
-        for lease in leases:
-            lease.release()
-        return bool(leases)
+                if other is not sequence and other.hold is not None and other.hold.is_held:
+                    holds.append(other.hold)
+                    other.hold = None
+        for hold in holds:
+            hold.release()
+        return bool(holds)
 
     def _look_ahead(self, keys: deque[bytes]) -> None:
         """Have the adapters of the next sets read while others run, as many as could run at once."""

@@ -48,7 +48,7 @@ class Status(Enum):
     FINISHED = "finished"
 
 
-class Lease(Protocol):
+class Hold(Protocol):
     """A hold on all of a sequence's adapters, or on none of them yet."""
 
     @property
@@ -72,7 +72,7 @@ class Lease(Protocol):
         ...
 
     def advance(self) -> bool:
-        """Do what can be done without waiting; whether the lease is ready now."""
+        """Do what can be done without waiting; whether the hold is ready now."""
         ...
 
     def release(self) -> None:
@@ -93,7 +93,7 @@ class Sequence:
     num_cached_tokens: int = 0  # of the prompt, found in the cache at the first admission
     block_table: list[int] = field(default_factory=list)
     num_registered_blocks: int = 0  # known to the prefix cache
-    lease: Lease | None = None
+    hold: Hold | None = None
     constraint: Constraint | None = None  # where it is in its grammar
     scores: dict[int, float] = field(default_factory=dict)  # of the tokens that are to be scored, by position
     status: Status = Status.WAITING

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from server.engine.request import AdapterRef
-from server.engine.sequence import Lease, Sequence
+from server.engine.sequence import Hold, Sequence
 
 
 class Room(Protocol):
@@ -20,7 +20,7 @@ class Room(Protocol):
 class Adapters(Room, Protocol):
     """What the scheduler needs of `adapter_pool.AdapterPool`."""
 
-    def lease(self, refs: tuple[AdapterRef, ...]) -> Lease:
+    def hold(self, refs: tuple[AdapterRef, ...]) -> Hold:
         """A new hold on a set of adapters, not ready yet."""
         ...
 
@@ -58,14 +58,14 @@ class WaitingSet:
         """The first one lacked `room`, of which so much had been freed when it was tried."""
         self._refusal = _Refusal(self.first, room, num_freed)
 
-    def advance(self, adapters: Adapters) -> Lease:
+    def advance(self, adapters: Adapters) -> Hold:
         """Bring the first one's adapters on their way, as far as that goes without waiting."""
         sequence = self.first
-        if sequence.lease is None:
-            sequence.lease = adapters.lease(sequence.request.adapters)
+        if sequence.hold is None:
+            sequence.hold = adapters.hold(sequence.request.adapters)
         num_freed = adapters.num_freed  # before: the attempt may itself free what is in its way
-        if sequence.lease.error is None:
-            sequence.lease.advance()
-        if sequence.lease.lacks_room:
+        if sequence.hold.error is None:
+            sequence.hold.advance()
+        if sequence.hold.lacks_room:
             self.lacks(adapters, num_freed)
-        return sequence.lease
+        return sequence.hold

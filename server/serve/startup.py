@@ -10,8 +10,8 @@ import torch
 
 from adapters.catalog.catalog import Catalog
 from adapters.catalog.records import Records
+from adapters.library import Library
 from adapters.store.store import AdapterStore
-from server.api.adapters.library import Library
 from server.api.deps import Services
 from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds

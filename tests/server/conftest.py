@@ -11,9 +11,9 @@ from fastapi import FastAPI
 
 from adapters.catalog.catalog import Catalog
 from adapters.catalog.records import Records
+from adapters.library import Library
 from adapters.lora import BaseShape
 from adapters.store.store import AdapterStore
-from server.api.adapters.library import Library
 from server.api.app import create_app
 from server.api.deps import Services
 from server.api.train.estimate import Estimator

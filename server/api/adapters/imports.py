@@ -11,10 +11,10 @@ from starlette.responses import Response
 
 from adapters.catalog.catalog import Version
 from adapters.expression import MAX_NAME
+from adapters.library import Library
 from server.api import wire
 from server.api.adapters.answers import version_answer
 from server.api.adapters.archives import MAX_WEIGHTS_BYTES
-from server.api.adapters.library import Library
 from server.api.deps import ServicesDep
 from server.api.documents import IMPORTS
 from server.api.schemas import Body, VersionAnswer

@@ -11,9 +11,9 @@ import secrets
 from adapters.catalog.catalog import combine
 from adapters.errors import FieldError, InvalidInput
 from adapters.expression import parse
+from adapters.library import Library, Pinned
 from adapters.merging.merge import Method, Recipe, WeightedAdapters, check
 from server.api.adapters.composition_schemas import CompositionBody
-from server.api.adapters.library import Lease, Library
 from server.training.merge_spec import MergeSpec
 from server.training.queue.jobs import Job, Jobs
 
@@ -52,25 +52,25 @@ def submit_merge(
     if (first := jobs.repeated(idempotency_key, digest)) is not None:
         return first
     # the parts' bytes are held until the job itself holds them
-    lease = library.lease(parse(body.expression, FIELD), FIELD)
+    pinned = library.pin(parse(body.expression, FIELD), FIELD)
     try:
-        adapters = _weighted(library, lease)
+        adapters = _weighted(library, pinned)
         check(adapters, recipe)
         num_modules = len({key for weights, _ in adapters for key in weights.modules})
         return jobs.submit(
-            MergeSpec(name, lease.parts, recipe),
+            MergeSpec(name, pinned.parts, recipe),
             job_id=f"job-{secrets.token_hex(8)}",
             data={"total_steps": num_modules},
             idempotency_key=idempotency_key,
             body_digest=digest,
-            warnings=lease.warnings,
+            warnings=pinned.warnings,
         )
     finally:
-        lease.release()
+        pinned.release()
 
 
-def _weighted(library: Library, lease: Lease) -> WeightedAdapters:
-    weighted = combine(lease.parts)
+def _weighted(library: Library, pinned: Pinned) -> WeightedAdapters:
+    weighted = combine(pinned.parts)
     if not weighted:
         message = "comes to nothing but the base: give adapters whose weights don't cancel out"
         raise InvalidInput.of(FIELD, message)

@@ -11,9 +11,9 @@ from starlette.responses import Response
 from adapters.catalog.catalog import Version
 from adapters.errors import NotFound
 from adapters.expression import MAX_NAME
+from adapters.library import Library
 from server.api import wire
 from server.api.adapters.answers import adapter_answer, version_answer
-from server.api.adapters.library import Library
 from server.api.deps import Services, ServicesDep
 from server.api.documents import DELETES, DOWNLOADS, LOOKUPS, UPLOAD_BODY, UPLOADS
 from server.api.schemas import AdapterAnswer, AdapterList, VersionAnswer

@@ -7,7 +7,7 @@ stream. A comparison is whole or refused.
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from adapters.errors import FieldError, InvalidInput
@@ -20,9 +20,9 @@ from server.api.generate.generation import (
     adapter_terms,
     encode_prompt,
     encoded,
-    sampling_params,
     start,
 )
+from server.api.generate.sampling import sampling_params
 from server.api.generate.structure import grammar_of
 from server.engine.request import SamplingParams
 
@@ -79,7 +79,7 @@ async def compare(services: Services, body: CompareBody) -> Comparison:
     prompt = await encode_prompt(services, body, body.max_tokens)
     continuations = [await _continuation(services, len(prompt), text) for text in body.score or ()]
     grammar = grammar_of(body.response_format, body.regex)
-    sampling = replace(sampling_params(body), logprobs=max(body.logprobs, 1))
+    sampling = sampling_params(body, body.max_tokens, max(body.logprobs, 1))
     started: list[Generation] = []
     compared: list[_Compared] = []
     try:

@@ -5,21 +5,21 @@ engine takes the request or says why not. From there on `Generation` watches ove
 it. How answers look is `server.api.generate.answers`'s part.
 """
 
-import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
 from anyio import CapacityLimiter, to_thread
 
 from adapters.catalog.catalog import Part, combine
 from adapters.errors import FieldError, InvalidInput
-from adapters.expression import BASE, Term, parse, valid_name
-from server.api.adapters.library import Lease
+from adapters.expression import BASE, Term, name_fault, parse
+from adapters.library import Pinned
 from server.api.deps import OutputStream, Services
+from server.api.generate.sampling import context_faults, sampling_params
 from server.api.generate.structure import check_grammar, grammar_of
-from server.api.schemas import MAX_SEED, AdapterBody, GenerateBody, PromptBody, SamplingBody
+from server.api.schemas import AdapterBody, GenerateBody, PromptBody
 from server.engine.request import AdapterRef, GenerationRequest, Grammar, SamplingParams, SequenceOutput
 from server.errors import GenerationFailed, TryAgain
 from server.metrics import Metrics, Outcome
@@ -33,14 +33,14 @@ _encoding = CapacityLimiter(2)  # long texts cost seconds of a core that the eng
 class Generation:
     """One accepted request. Iterate `outputs` once; `close` at the end, which aborts what still runs."""
 
-    def __init__(self, request: GenerationRequest, lease: Lease, stream: OutputStream, metrics: Metrics) -> None:
+    def __init__(self, request: GenerationRequest, pinned: Pinned, stream: OutputStream, metrics: Metrics) -> None:
         self.request = request
-        self.parts = lease.parts
-        self.warnings = lease.warnings
-        self._lease = lease
+        self.parts = pinned.parts
+        self.warnings = pinned.warnings
+        self._pinned = pinned
         self._stream = stream
         self._metrics = metrics
-        self._names = {part.name for part in lease.parts} or {BASE}
+        self._names = {part.name for part in pinned.parts} or {BASE}
         self._started = time.perf_counter()
         self._num_tokens = 0
         self._num_running = request.n
@@ -85,7 +85,7 @@ class Generation:
         try:
             await self._stream.aclose()
         finally:
-            self._lease.release()
+            self._pinned.release()
             took = time.perf_counter() - self._started
             self._metrics.ended(self._outcome, took, self._names, self._num_tokens)
 
@@ -104,7 +104,8 @@ async def begin(services: Services, body: GenerateBody) -> Generation:
     terms = adapter_terms(body.adapter, body.adapters, services.base_name)
     token_ids = await encode_prompt(services, body, body.max_tokens)
     grammar = grammar_of(body.response_format, body.regex)
-    return await start(services, terms, token_ids, sampling_params(body), body.n, grammar=grammar)
+    sampling = sampling_params(body, body.max_tokens, body.logprobs)
+    return await start(services, terms, token_ids, sampling, body.n, grammar=grammar)
 
 
 async def start(
@@ -123,24 +124,24 @@ async def start(
     """
     if grammar is not None:
         await check_grammar(services, grammar, sampling)
-    lease = await to_thread.run_sync(services.library.lease, terms, field) if terms else Lease(())
+    pinned = await to_thread.run_sync(services.library.pin, terms, field) if terms else Pinned(())
     try:
         request = GenerationRequest(
             request_id=f"gen-{uuid.uuid4().hex}",
             prompt_token_ids=token_ids,
             sampling=sampling,
-            adapters=canonical(lease.parts),
+            adapters=canonical(pinned.parts),
             n=n,
             grammar=grammar,
             scored_from=scored_from,
         )
         stream = services.engine.submit(request)
     except BaseException as error:
-        lease.release()
+        pinned.release()
         if isinstance(error, TryAgain):
             services.metrics.refused()
         raise
-    return Generation(request, lease, stream, services.metrics)
+    return Generation(request, pinned, stream, services.metrics)
 
 
 def adapter_terms(expression: str | None, parts: Sequence[AdapterBody] | None, base_name: str) -> tuple[Term, ...]:
@@ -162,8 +163,8 @@ _ADAPTER_FIELDS = ("adapter", "adapters")
 
 def _part_faults(index: int, part: AdapterBody) -> list[FieldError]:
     faults = []
-    if not valid_name(part.name):
-        message = "the base is always in the sum: leave it out" if part.name == BASE else "not an adapter's name"
+    if fault := name_fault(part.name):
+        message = "the base is always in the sum: leave it out" if part.name == BASE else fault
         faults.append(FieldError(("adapters", index, "name"), message))
     if part.version is not None and part.alias is not None:
         faults.append(FieldError(("adapters", index, "alias"), "give version or alias, not both"))
@@ -184,48 +185,14 @@ async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -
         needs = "give exactly one of prompt and messages"
         raise InvalidInput([FieldError(("prompt",), needs), FieldError(("messages",), needs)])
     ids = await encoded(encode, length)
-    limit = services.max_model_len
-    if len(ids) + max_tokens <= limit:
-        return tuple(ids)
-    message = f"the prompt's {len(ids)} tokens and {max_tokens} more exceed the model's {limit}"
-    faults = [FieldError(("max_tokens",), message)]
-    if len(ids) >= limit:
-        faults.append(FieldError((name,), f"{len(ids)} tokens leave no room for an answer within {limit}"))
-    raise InvalidInput(faults)
+    if faults := context_faults(len(ids), max_tokens, services.max_model_len, "max_tokens", name):
+        raise InvalidInput(faults)
+    return tuple(ids)
 
 
 async def encoded(encode: Callable[[], Sequence[int]], length: int) -> Sequence[int]:
     """What `encode` makes of a text of so many characters."""
     return encode() if length <= _SHORT_TEXT else await to_thread.run_sync(encode, limiter=_encoding)
-
-
-def sampling_params(body: SamplingBody) -> SamplingParams:
-    """The body's fields as the engine takes them, with a seed in any case."""
-    return SamplingParams(
-        max_tokens=body.max_tokens,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        min_p=body.min_p,
-        repetition_penalty=body.repetition_penalty,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        logit_bias=biases(body.logit_bias or {}),
-        seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed,
-        stop=tuple(body.stop or ()),
-        logprobs=body.logprobs,
-        ignore_eos=body.ignore_eos,
-    )
-
-
-def biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-    """Token ids, written as JSON's keys are, and what is added to their logits. Raises InvalidInput."""
-    found: dict[int, float] = {}
-    for key, bias in given.items():
-        if not (key.isascii() and key.isdigit() and len(key) <= 9):
-            raise InvalidInput.of("logit_bias", 'its keys are token ids, as in {"50256": -100}')
-        found[int(key)] = bias
-    return tuple(found.items())
 
 
 def canonical(parts: Sequence[Part]) -> tuple[AdapterRef, ...]:

@@ -1,13 +1,13 @@
 """From a checked body of /v1 to running generations: names, prompts and sampling as the engine takes them."""
 
-import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from adapters.errors import FieldError, InvalidInput, NotFound
+from adapters.errors import InvalidInput, NotFound
 from adapters.expression import Term, parse
 from server.api.deps import Services
-from server.api.generate.generation import Generation, biases, encoded, start
+from server.api.generate.generation import Generation, encoded, start
+from server.api.generate.sampling import context_faults, sampling_params
 from server.api.generate.structure import grammar_of
 from server.api.openai.batch import Batch
 from server.api.openai.errors import ContextTooLong, ModelNotFound
@@ -18,7 +18,6 @@ from server.api.openai.schemas import (
     CompletionBody,
     Prompt,
 )
-from server.api.schemas import MAX_SEED
 from server.engine.request import Grammar, SamplingParams
 from server.model.text.chat import ChatMessage
 
@@ -41,7 +40,7 @@ async def begin_chat(services: Services, body: ChatBody) -> Batch:
     if limit is None:
         limit = min(DEFAULT_CHAT_TOKENS, max(services.max_model_len - len(ids), 1))
     _check_room(services, len(ids), limit, field, "messages")
-    sampling = sampling_of(body, limit, num_top)
+    sampling = sampling_params(body, limit, num_top)
     return await _start(services, body, terms, [ids], sampling, grammar)
 
 
@@ -55,33 +54,12 @@ async def begin_completions(services: Services, body: CompletionBody) -> Batch:
     for ids in prompts:
         _check_room(services, len(ids), limit, "max_tokens", "prompt")
     num_top = 0 if body.logprobs is None else max(body.logprobs, 1)
-    return await _start(services, body, terms, prompts, sampling_of(body, limit, num_top), None)
+    return await _start(services, body, terms, prompts, sampling_params(body, limit, num_top), None)
 
 
 def terms_of(services: Services, model: str) -> tuple[Term, ...]:
     """The adapters that `model` names; none for the base. Raises InvalidExpression on `model`."""
     return () if model == services.base_name else parse(model, "model")
-
-
-def sampling_of(body: CallBody, max_tokens: int, logprobs: int) -> SamplingParams:
-    """The body's fields as the engine takes them, with a seed in any case. A null is the field's default."""
-    top_p = 1.0 if body.top_p is None else body.top_p
-    temperature = 1.0 if body.temperature is None else body.temperature
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature if top_p else 0.0,  # the smallest set of tokens there can be: the likeliest
-        top_p=top_p or 1.0,
-        top_k=body.top_k,
-        min_p=body.min_p,
-        repetition_penalty=body.repetition_penalty,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias=biases(body.logit_bias or {}),
-        seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed % (MAX_SEED + 1),
-        stop=tuple(body.stop or ()),
-        logprobs=logprobs,
-        ignore_eos=body.ignore_eos,
-    )
 
 
 def _token_limit(body: ChatBody) -> tuple[int | None, str]:
@@ -109,11 +87,8 @@ async def _encoded_prompt(services: Services, prompt: Prompt) -> tuple[int, ...]
 
 
 def _check_room(services: Services, num_prompt: int, num_more: int, field: str, prompt_field: str) -> None:
-    limit = services.max_model_len
-    if num_prompt + num_more <= limit:
-        return
-    message = f"the prompt's {num_prompt} tokens and {num_more} more exceed the model's {limit}"
-    raise ContextTooLong([FieldError((prompt_field if num_prompt >= limit else field,), message)])
+    if faults := context_faults(num_prompt, num_more, services.max_model_len, field, prompt_field):
+        raise ContextTooLong(faults)
 
 
 async def _start(

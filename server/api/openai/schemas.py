@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema, field_validator
 
 from adapters.expression import MAX_LENGTH
-from server.api.schemas import Biases, Body, ResponseFormatBody, StopStrings
+from server.api.schemas import Body, ResponseFormatBody, SamplingFields
 
 MAX_PROMPTS = 128
 MAX_TEXT_PARTS = 1024
@@ -61,27 +61,19 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class CallBody(Body):
-    """What both kinds of calls share."""
+class CallBody(SamplingFields):
+    """What both kinds of calls share. `extra_body` of OpenAI's client carries the fields that aren't OpenAI's."""
 
     model: str = Field(min_length=1, max_length=MAX_LENGTH, description="the base's name or an adapter expression")
     temperature: float | None = Field(1.0, ge=0, le=2, description="0: greedy")
     top_p: float | None = Field(1.0, ge=0, le=1)
     n: int | None = Field(1, ge=1, le=16)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stop: StopStrings | None = None
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
-    logit_bias: Biases | None = Field(None, description="token id: what is added to its logit")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="a label; changes nothing")
-
-    # not OpenAI's: `extra_body` of the client carries them
-    top_k: int = Field(0, ge=0, le=1 << 31)
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
-    ignore_eos: bool = False
 
     @field_validator("stream_options")
     @classmethod

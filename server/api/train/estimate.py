@@ -6,9 +6,10 @@ A first job's estimate is good to a factor of two or so. That the server's reque
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import torch
+from pydantic import Field
 
 from server.model.gpu import gpu_of
 from server.training.data.job_data import JobData
@@ -23,13 +24,16 @@ _ROWS, _IN, _OUT = 1024, 576, 1536
 _SEEN_JOBS = 50
 
 
+Basis = Literal["an earlier job", "a matrix product"]
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Of a job that has the machine for itself."""
 
     seconds: float
     tokens_per_second: float
-    basis: Literal["an earlier job", "a matrix product"]
+    basis: Annotated[Basis, Field(description="where the speed is known from")]
 
 
 class Estimator:
@@ -53,7 +57,7 @@ class Estimator:
             seconds += num_evaluations * data.validation.num_tokens / (rate * _PASSES[spec.method])
         return Estimate(seconds, rate, basis)
 
-    def _speed(self, method: Method) -> tuple[float, Literal["an earlier job", "a matrix product"]]:
+    def _speed(self, method: Method) -> tuple[float, Basis]:
         """(trained tokens per second, where that is known from)."""
         for job in self._jobs.list(Status.SUCCEEDED, _SEEN_JOBS):
             rate = job.progress.get("tokens_per_second")

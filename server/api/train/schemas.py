@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from adapters.expression import MAX_NAME
 from adapters.lora import MODULES
 from server.api.schemas import MAX_SEED, Body
+from server.api.train.estimate import Estimate
 from server.training.spec import (
     LEARNING_RATES,
     Init,
@@ -253,12 +254,6 @@ class PreviewRow(BaseModel):
     row: int = Field(description="counted from 0 among those that are trained on")
     tokens: list[PreviewToken]
     more: int = Field(description="tokens that aren't shown")
-
-
-class Estimate(BaseModel):
-    seconds: float
-    tokens_per_second: float
-    basis: Literal["an earlier job", "a matrix product"] = Field(description="where the speed is known from")
 
 
 class DryRunAnswer(BaseModel):

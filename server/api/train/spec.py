@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 
 from adapters.errors import FieldError, InvalidInput
-from adapters.expression import Term, parse, valid_name
+from adapters.expression import Term, alias_fault, parse
+from adapters.library import Library, Pinned
 from adapters.peft.files import PeftAdapter
-from server.api.adapters.library import Lease, Library
 from server.api.train.schemas import TrainBody
 from server.training.spec import LEARNING_RATES, JobSpec, LoraSpec, TrainingSpec
 
@@ -25,15 +25,15 @@ def parent_terms(body: TrainBody, base_name: str) -> tuple[Term, ...]:
     return terms
 
 
-def build_spec(body: TrainBody, library: Library, lease: Lease, max_length: int) -> JobSpec:
-    """The specification; `lease` is on the parent, or on nothing. Raises InvalidInput naming every field at fault.
+def build_spec(body: TrainBody, library: Library, pinned: Pinned, max_length: int) -> JobSpec:
+    """The specification; `pinned` is the parent, or nothing. Raises InvalidInput naming every field at fault.
 
     `max_length` is what the base can read.
     """
     faults = [*_name_faults(body.name, library), *_faults(body, max_length)]
     lora = LoraSpec(**body.lora.model_dump())
-    parent = lease.parts[0] if lease.parts else None
-    if any(part != parent or part.weight != 1 for part in lease.parts):
+    parent = pinned.parts[0] if pinned.parts else None
+    if any(part != parent or part.weight != 1 for part in pinned.parts):
         message = "is a composition: merge it into an adapter first, by a method of POST /compositions"
         faults.append(FieldError(("start_from",), message))
     elif parent is not None:
@@ -77,9 +77,8 @@ def _faults(body: TrainBody, max_length: int) -> Iterator[FieldError]:
     if training.early_stopping_patience is not None and training.eval_steps is None:
         message = "counts evaluations: set training.eval_steps"
         yield FieldError(("training", "early_stopping_patience"), message)
-    if body.alias is not None and (not valid_name(body.alias) or body.alias.isdigit()):
-        message = 'has 1 to 64 letters, digits, "_", "-" or ".", a letter or digit first, and is no number'
-        yield FieldError(("alias",), message)
+    if body.alias is not None and (fault := alias_fault(body.alias)):
+        yield FieldError(("alias",), fault)
     if body.method == "full":
         if body.lora.model_fields_set:
             yield FieldError(("lora",), "full fine-tuning trains no adapter: leave it out, or set method to lora")

@@ -16,7 +16,7 @@ from pathlib import Path
 from adapters.durable import new_directory
 from adapters.errors import FieldError, InvalidInput, NotFound
 from adapters.expression import Term
-from server.api.adapters.library import Lease, Library
+from adapters.library import Library, Pinned
 from server.api.train.rows import JobRows, choose_rows
 from server.api.train.schemas import MAX_STEPS, TrainBody
 from server.api.train.spec import build_spec, parent_terms
@@ -111,18 +111,18 @@ class Submissions:
     def prepared(self, body: TrainBody) -> Iterator[Prepared]:
         """Everything but the queue; nothing is stored. Raises as `submit` does."""
         terms = parent_terms(body, self._library.base_name)
-        lease = self._library.lease(terms) if terms else Lease(())
+        pinned = self._library.pin(terms) if terms else Pinned(())
         try:
-            spec = build_spec(body, self._library, lease, self._max_length)
+            spec = build_spec(body, self._library, pinned, self._max_length)
             rows = choose_rows(body, self._sources)
             _check_rows(spec, rows)
             if spec.publish_if == "improves_latest":  # which is measured, too: it must go with the base
                 with suppress(NotFound):
-                    self._library.lease([Term(spec.name)], "name").release()
+                    self._library.pin([Term(spec.name)], "name").release()
             data = self._encode(spec.training, rows)
-            yield Prepared(spec, data, rows.source, rows.used, lease.warnings)
+            yield Prepared(spec, data, rows.source, rows.used, pinned.warnings)
         finally:
-            lease.release()
+            pinned.release()
 
     def _encode(self, training: TrainingSpec, rows: JobRows) -> JobData:
         length, overlong, held_out = training.max_length, training.overlong, rows.validation

@@ -7,11 +7,11 @@ names the field, and the line on which its record begins. What a row may be is `
 
 import codecs
 import csv
-import json
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import BinaryIO, Literal, NoReturn, get_args
 
+from adapters import strict_json
 from adapters.errors import FieldError, InvalidInput
 from server.training.data.rows import Row, parse_row
 
@@ -51,7 +51,7 @@ def read_jsonl(stream: BinaryIO) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = parse_row(parse_json(line))
+            row = parse_row(_json(line.rstrip(), FILE))
         except InvalidInput as error:
             faults.add(lines.number, error, len(line))
             continue
@@ -80,7 +80,7 @@ def read_csv(stream: BinaryIO) -> Iterator[Row]:
                 raise InvalidInput.of(FILE, f"has {len(fields)} fields, not {len(names)}")
             value: dict[str, object] = dict(zip(names, fields, strict=True))
             if "messages" in value:
-                value["messages"] = parse_json(fields[0], "messages")
+                value["messages"] = _json(fields[0], "messages")
             row = parse_row(value)
         except InvalidInput as error:
             faults.add(lines.first, error, sum(map(len, fields)))
@@ -89,29 +89,12 @@ def read_csv(stream: BinaryIO) -> Iterator[Row]:
     faults.raise_if_any()
 
 
-def parse_json(text: str, field: str = FILE) -> object:
-    """Strictly: no NaN, no key twice, no bottomless nesting. Raises InvalidInput on `field`."""
+def _json(text: str, field: str) -> object:
+    """Raises InvalidInput on `field`."""
     try:
-        value: object = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
-    except InvalidInput as error:
-        raise InvalidInput.of(field, error.errors[0].message) from None
-    except json.JSONDecodeError as error:
-        reason = error.msg.removesuffix(" at")
-        raise InvalidInput.of(field, f"is not JSON: {reason} at character {error.pos + 1}") from None
-    except (RecursionError, ValueError):  # ValueError: a number of thousands of digits
-        raise InvalidInput.of(field, "is not JSON that can be a row") from None
-    return value
-
-
-def _refuse_constant(name: str) -> object:
-    raise InvalidInput.of(FILE, f"is not JSON: {name} is no JSON number")
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise InvalidInput.of(FILE, "has an object with the same field twice")
-    return found
+        return strict_json.parse(text)
+    except strict_json.BadJsonError as error:
+        raise InvalidInput.of(field, str(error)) from None
 
 
 class _Faults:

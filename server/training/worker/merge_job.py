@@ -7,12 +7,11 @@ an attempt that was cut off is simply done once more. `run_job.py` starts it, an
 import math
 import time
 
-from adapters.catalog.catalog import Catalog, NewVersion, combine
-from adapters.catalog.versions import Origin
+from adapters.catalog.catalog import NewVersion, combine
+from adapters.library import Library
 from adapters.merging.distance import distance
 from adapters.merging.merge import config_of, merge
 from adapters.peft.files import PeftAdapter
-from adapters.store.store import AdapterStore
 from server.model.base.weights import BaseModel
 from server.training.loop.run import Reporter
 from server.training.merge_spec import MergeSpec
@@ -25,8 +24,7 @@ def run_merge(
     spec: MergeSpec,
     claim: Claim,
     leases: Leases,
-    catalog: Catalog,
-    store: AdapterStore,
+    library: Library,
     base: BaseModel,
     reporter: Reporter,
 ) -> None:
@@ -35,8 +33,8 @@ def run_merge(
     adapters = []
     for digest, weight in combine(spec.parts):
         reporter.yield_or_leave()
-        store.verify(digest)
-        adapters.append((store.load(digest), weight))
+        library.verify(digest)
+        adapters.append((library.load(digest), weight))
 
     def yield_or_leave(done: int, total: int) -> None:
         reporter.yield_or_leave()
@@ -44,12 +42,12 @@ def run_merge(
 
     weights = merge(adapters, spec.recipe, yield_or_leave)
     # that of the parts, which needn't be the base that happens to be served
-    origin = Origin.of(catalog.version(part.name, part.version) for part in spec.parts)
+    origin = library.origin(spec.parts)
     base_model = base.name if origin.base_digest == base.digest else origin.base_model
     adapter = PeftAdapter(config_of(weights, base.config.num_layers), weights, base_model)
     off = distance(adapters, weights)
     metrics = {"distance": off} if math.isfinite(off) else {}
-    with store.publishing(adapter, catalog.in_use) as num_bytes:
+    with library.publishing(adapter) as num_bytes:
         findings = MergeFindings(
             adapter=adapter,
             distance=metrics.get("distance"),

@@ -13,6 +13,7 @@ import sys
 from adapters.catalog.catalog import Catalog
 from adapters.catalog.records import Records
 from adapters.errors import SmoloraError
+from adapters.library import Library
 from adapters.store.store import AdapterStore
 from server.allocator import keep_freed_memory
 from server.config import WorkerSettings
@@ -56,27 +57,17 @@ def main(argument: str) -> int:
     claim = Claim(assignment.job_id, assignment.token, assignment.owner)
     reserve = Reserve(settings.home)
     try:
-        job = Jobs(database).get(claim.job_id)
-        base, library = _load(settings, job.spec)
-        store = AdapterStore(home.adapters)
-        catalog = Catalog(database)
+        jobs = Jobs(database)
+        job = jobs.get(claim.job_id)
+        base, native = _load(settings, job.spec)
+        catalog, store = Catalog(database), AdapterStore(home.adapters)
+        library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
         yielding = Yielding(BusyFlag(settings.home).read, settings.train_share)
         reporter = JobReporter(link, leases, claim, yielding)
         if isinstance(job.spec, MergeSpec):
-            run_merge(job.spec, claim, leases, catalog, store, base, reporter)
+            run_merge(job.spec, claim, leases, library, base, reporter)
         else:
-            TrainingAttempt(
-                job,
-                job.spec,
-                claim,
-                leases,
-                catalog,
-                store,
-                base,
-                reporter,
-                settings.home,
-                library,
-            ).run()
+            TrainingAttempt(job, job.spec, claim, leases, library, base, reporter, settings.home, native).run()
     except Leave:
         return EXIT_LEFT
     except LeaseLost:

@@ -11,11 +11,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
-from adapters.catalog.catalog import Catalog, NewVersion
+from adapters.catalog.catalog import NewVersion
 from adapters.errors import NotFound
 from adapters.expression import Term
+from adapters.library import Library
 from adapters.peft.files import PeftAdapter
-from adapters.store.store import AdapterStore
 from server.home import Home
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel
@@ -57,35 +57,33 @@ class TrainingAttempt:
         spec: JobSpec,
         claim: Claim,
         leases: Leases,
-        catalog: Catalog,
-        store: AdapterStore,
+        library: Library,
         base: BaseModel,
         reporter: Reporter,
         home: Path,
-        library: ctypes.CDLL | None = None,
+        native: ctypes.CDLL | None = None,
     ) -> None:
-        """`library` is the native code, where this machine has it."""
+        """`native` is the compiled code, where this machine has it."""
         self._job = job
         self._spec = spec
         self._claim = claim
         self._leases = leases
-        self._catalog = catalog
+        self._library = library
         self._files = JobFiles(home)
-        self._store = store
         self._results = FileStore(Home(home).files)
         self._base = base
         self._reporter = reporter
-        self._library = library
+        self._native = native
 
     def run(self) -> None:
         spec, directory = self._spec, self._files.directory(self._job.id)
         data = JobData.load(directory)
         data.check_base(self._base)
         if spec.method == "lora":
-            self._catalog.check_kind(spec.name, "adapter")  # it was one's when the job was submitted
+            self._library.check_name(spec.name)  # it was one's when the job was submitted
         parent = None
         if spec.start_from_digest is not None:
-            parent = self._store.read(spec.start_from_digest, self._base.config.shape)
+            parent = self._library.read(spec.start_from_digest)
         run = Run(
             spec,
             data,
@@ -93,7 +91,7 @@ class TrainingAttempt:
             Checkpoints(self._files.checkpoints(self._job.id), self._claim.token),
             self._reporter,
             start=None if parent is None else parent.weights,
-            library=self._library,
+            library=self._native,
             peak_memory=lambda: peak_memory_bytes(self._base.device),
         )
         try:
@@ -113,7 +111,7 @@ class TrainingAttempt:
         publish = None
         if adapter is not None and gate.passes:
             publish = self._new_version(adapter, num_bytes, metrics, data.facts.digest)
-        with nullcontext() if adapter is None else self._store.publishing(adapter, self._catalog.in_use):
+        with nullcontext() if adapter is None else self._library.publishing(adapter):
             if FINE_TUNING in self._job.data:
                 counters = outcome.counters
                 csv = step_metrics_csv(counters.train_curve, counters.eval_curve, outcome.step, outcome.tuned)
@@ -127,12 +125,12 @@ class TrainingAttempt:
                 alias=spec.alias,
             )
         if adapter is not None and publish is None:
-            self._store.discard(adapter.weights.digest, self._catalog.in_use)
+            self._library.discard(adapter.weights.digest)
 
     def _keep(self, adapter: PeftAdapter | None, outcome: Outcome) -> int:
         """Store what was trained; its bytes."""
         if adapter is not None:
-            return self._store.put(adapter)
+            return self._library.keep(adapter)
         assert outcome.tuned_base is not None
         place = self._files.model(self._job.id)
         if place.exists():  # of an attempt that ended after this
@@ -146,16 +144,18 @@ class TrainingAttempt:
             return None
         name = self._spec.name
         try:
-            parts = self._catalog.resolve([Term(name)])
+            pinned = self._library.pin([Term(name)])
         except NotFound:
             return None
-        self._catalog.check_kind(name, "adapter")  # it may have become a composition's since
-        (part,) = parts
-        rows = TrainedRows(
-            self._store.load(part.digest), self._base.config.shape, self._base.dtype, self._base.device
-        )
-        model = SmolLM(self._base.config, self._base.weights, max_positions=self._spec.training.max_length)
-        found = evaluate(model, rows, data.validation, yield_or_leave=self._reporter.yield_or_leave)
+        try:
+            self._library.check_name(name)  # it may have become a composition's since
+            (part,) = pinned.parts
+            weights = self._library.load(part.digest)
+            rows = TrainedRows(weights, self._base.config.shape, self._base.dtype, self._base.device)
+            model = SmolLM(self._base.config, self._base.weights, max_positions=self._spec.training.max_length)
+            found = evaluate(model, rows, data.validation, yield_or_leave=self._reporter.yield_or_leave)
+        finally:
+            pinned.release()
         if not found.is_finite:
             raise LossNotFinite(
                 f"the held-out loss of {name}@{part.version} is not a number, so that nothing improves on it: "

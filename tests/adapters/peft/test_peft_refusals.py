@@ -129,10 +129,10 @@ def test_config_keys_that_must_be_there(key: str, files: tuple[Config, Tensors])
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "no JSON"),
+        (b"", "not JSON"),
         (b"\xff\xfe", "UTF-8"),
         (b"[]", "must be a JSON object"),
-        (b'{"r": 4', "line 1, column 8"),
+        (b'{"r": 4', "character 8"),
         (b'{"r": NaN}', "NaN"),
         (b'{"r": -Infinity}', "-Infinity"),
         (b'{"lora_alpha": 1e999}', "too large"),

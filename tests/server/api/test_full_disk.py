@@ -12,8 +12,8 @@ import pytest
 import sqlalchemy as sa
 from fastapi import FastAPI
 
+from adapters.library import Library
 from server.api.adapters.imports import get_fetch
-from server.api.adapters.library import Library
 from server.api.app import create_app
 from server.model.base.hub_adapter import HubAdapter
 from server.training.queue.job_files import JobFiles

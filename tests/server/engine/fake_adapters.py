@@ -9,8 +9,8 @@ from server.engine.request import AdapterRef
 
 
 @dataclass(eq=False)
-class FakeLease:
-    """A hold in `FakeAdapters` (`sequence.Lease`)."""
+class FakeHold:
+    """A hold in `FakeAdapters` (`sequence.Hold`)."""
 
     gate: "FakeAdapters"
     refs: tuple[AdapterRef, ...]
@@ -45,8 +45,8 @@ class FakeAdapters:
     loading: dict[str, int] = field(default_factory=dict)  # steps to go
     num_freed: int = 0
 
-    def lease(self, refs: tuple[AdapterRef, ...]) -> FakeLease:
-        return FakeLease(self, refs, is_held=not refs)
+    def hold(self, refs: tuple[AdapterRef, ...]) -> FakeHold:
+        return FakeHold(self, refs, is_held=not refs)
 
     def tick(self) -> None:
         for digest in list(self.loading):
@@ -55,30 +55,30 @@ class FakeAdapters:
                 del self.loading[digest]
                 self.loaded.append(digest)
 
-    def advance(self, lease: FakeLease) -> bool:
-        digests = [ref.digest for ref in lease.refs]
-        if lease.is_held or lease.error is not None:
-            return lease.is_held
+    def advance(self, hold: FakeHold) -> bool:
+        digests = [ref.digest for ref in hold.refs]
+        if hold.is_held or hold.error is not None:
+            return hold.is_held
         if len(digests) > self.capacity:
-            lease.error = InvalidInput.of("adapter", "too many")
+            hold.error = InvalidInput.of("adapter", "too many")
             return False
         for digest in digests:
             if digest not in self.loaded and digest not in self.loading:
                 self.loading[digest] = self.rng.randint(1, self.max_load_steps)
         if any(digest in self.loading for digest in digests):
-            lease.lacks_room = False
+            hold.lacks_room = False
             return False
         if self.failing.intersection(digests):
             self.loaded = [digest for digest in self.loaded if digest not in self.failing]
-            lease.error = CorruptAdapter("it is broken")
+            hold.error = CorruptAdapter("it is broken")
             return False
         held = {digest for digest, count in self.holds.items() if count} | set(digests)
-        lease.lacks_room = len(held) > self.capacity
-        if not lease.lacks_room:
+        hold.lacks_room = len(held) > self.capacity
+        if not hold.lacks_room:
             self.holds.update(digests)
             idle = [digest for digest in self.loaded if digest not in held]
             while len(self.loaded) > self.capacity and idle:
                 self.loaded.remove(idle.pop(0))
                 self.num_freed += 1  # whoever waits may have to load it again
-            lease.is_held = True
-        return lease.is_held
+            hold.is_held = True
+        return hold.is_held

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from adapters.lora import MODULES, BaseShape, LoraModule, LoraWeights, ModuleKey
-from server.engine.adapter_pool import AdapterLease, AdapterPool
+from server.engine.adapter_pool import AdapterHold, AdapterPool
 from server.engine.request import AdapterRef
 from server.model.rank_rows import RankRows, RowFormat
 from tests.engine_kit import check_pool
@@ -81,16 +81,16 @@ class Bench:
             raise found
         return found
 
-    def lease(self, *digests: str) -> AdapterLease:
-        return self.pool.lease(tuple(AdapterRef(digest) for digest in sorted(digests)))
+    def hold(self, *digests: str) -> AdapterHold:
+        return self.pool.hold(tuple(AdapterRef(digest) for digest in sorted(digests)))
 
-    def ready(self, *digests: str) -> AdapterLease:
-        """A lease that is ready, however long that takes."""
-        lease = self.lease(*digests)
+    def ready(self, *digests: str) -> AdapterHold:
+        """A hold that is ready, however long that takes."""
+        hold = self.hold(*digests)
         for _ in range(10):
-            if lease.advance():
+            if hold.advance():
                 self.check()
-                return lease
+                return hold
             assert self.executor.tasks, "it waits for nothing"
             self.executor.run_all()
         raise AssertionError("it never became ready")

@@ -122,8 +122,8 @@ class Simulation:
         for chunk in step.chunks:
             sequence = chunk.sequence
             assert sequence.status is Status.RUNNING
-            assert sequence.lease is not None
-            assert sequence.lease.ready, "a sequence runs before its adapters are there"
+            assert sequence.hold is not None
+            assert sequence.hold.ready, "a sequence runs before its adapters are there"
             assert chunk.start == sequence.num_computed_tokens < chunk.stop <= sequence.num_tokens
             assert chunk.stop == sequence.num_tokens or chunk.stop % limits.chunk_size == 0
             assert chunk.stop - chunk.start <= limits.chunk_size
@@ -149,4 +149,4 @@ class Simulation:
         assert all(s.status is Status.WAITING and not s.block_table for s in waiting)
         assert len(waiting) == self.scheduler.num_waiting
         assert all(any(owner is s for s in running) for owner in self.blocks._computing.values())
-        assert all(s.lease is None and not s.block_table for s in (*self.finished, *self.failed))
+        assert all(s.hold is None and not s.block_table for s in (*self.finished, *self.failed))

@@ -11,45 +11,45 @@ from tests.server.engine.pool_bench import Bench, adapter
 
 def test_a_cold_adapter_is_read_then_placed_and_wakes_each_time() -> None:
     bench = Bench({"a": adapter(1.0)}, 2)
-    lease = bench.lease("a")
-    assert not lease.advance()
+    hold = bench.hold("a")
+    assert not hold.advance()
     assert len(bench.executor.tasks) == 1
-    assert not lease.advance(), "asking again starts nothing new"
+    assert not hold.advance(), "asking again starts nothing new"
     assert len(bench.executor.tasks) == 1
     bench.executor.run_one()
     assert bench.num_wakes == 1
-    assert not lease.advance()
-    assert lease.is_held
-    assert not lease.ready
+    assert not hold.advance()
+    assert hold.is_held
+    assert not hold.ready
     assert bench.pool.resident == frozenset()
     bench.executor.run_one()
     assert bench.num_wakes == 2
-    assert lease.advance()
+    assert hold.advance()
     assert bench.pool.resident == {"a"}
     assert (bench.pool.num_loads, bench.pool.num_evictions) == (1, 0)
     bench.check()
 
 
 def test_the_base_needs_no_rows() -> None:
-    lease = Bench({}, 1).lease()
-    assert lease.advance()
-    assert lease.parts == ()
+    hold = Bench({}, 1).hold()
+    assert hold.advance()
+    assert hold.parts == ()
 
 
 def test_parts_have_each_adapters_place_and_weight() -> None:
     bench = Bench({"a": adapter(1.0), "b": adapter(2.0)}, 4)
-    lease = bench.pool.lease((AdapterRef("a", 0.5), AdapterRef("b", -2.0)))
+    hold = bench.pool.hold((AdapterRef("a", 0.5), AdapterRef("b", -2.0)))
     bench.ready("a", "b")
-    assert lease.advance()
-    assert [weight for _, weight in lease.parts] == [0.5, -2.0]
-    for (placement, _), digest in zip(lease.parts, "ab", strict=True):
+    assert hold.advance()
+    assert [weight for _, weight in hold.parts] == [0.5, -2.0]
+    for (placement, _), digest in zip(hold.parts, "ab", strict=True):
         assert placement is bench.pool._adapters[digest].placement
 
 
 def test_what_stays_resident_is_not_read_again() -> None:
     bench = Bench({"a": adapter(1.0)}, 1)
     bench.ready("a").release()
-    assert bench.lease("a").advance()
+    assert bench.hold("a").advance()
     assert bench.num_reads == 1
 
 
@@ -75,7 +75,7 @@ def test_use_lasts_until_the_release() -> None:
 def test_what_is_held_is_never_evicted() -> None:
     bench = Bench({name: adapter(float(i)) for i, name in enumerate("abc")}, 2)
     first, second = bench.ready("a"), bench.ready("b")
-    third = bench.lease("c")
+    third = bench.hold("c")
     third.advance()
     bench.executor.run_all()
     assert not third.advance()
@@ -95,7 +95,7 @@ def test_all_or_none() -> None:
     """Two sets that overlap where only one fits: neither holds a part of what the other needs."""
     bench = Bench({name: adapter(float(i)) for i, name in enumerate("abcd")}, 3)
     first = bench.ready("a", "b")
-    second = bench.lease("b", "c", "d")
+    second = bench.hold("b", "c", "d")
     second.advance()
     bench.executor.run_all()
     assert not second.advance()
@@ -110,13 +110,13 @@ def test_all_or_none() -> None:
 
 def test_a_set_larger_than_the_pool_is_refused() -> None:
     bench = Bench({"a": adapter(1.0, rank=2), "b": adapter(2.0, rank=2)}, 3)
-    lease = bench.lease("a", "b")
-    lease.advance()
+    hold = bench.hold("a", "b")
+    hold.advance()
     bench.executor.run_all()
-    assert not lease.advance()
-    assert isinstance(lease.error, InvalidInput)
-    assert lease.error.errors[0].loc == ("adapter",)
-    lease.release()
+    assert not hold.advance()
+    assert isinstance(hold.error, InvalidInput)
+    assert hold.error.errors[0].loc == ("adapter",)
+    hold.release()
     assert not bench.pool._adapters, "what was read for it alone is dropped"
     bench.ready("a").release()
 
@@ -139,23 +139,23 @@ def test_an_adapter_in_the_way_of_its_own_set_does_not_block_it_for_ever() -> No
     spacer = bench.ready("s")
     bench.ready("x").release()
     spacer.release()
-    filler = bench.lease("s")  # s is resident but idle: it can be evicted
+    filler = bench.hold("s")  # s is resident but idle: it can be evicted
     filler.release()
     bench.ready("x", "y")
     assert bench.pool.resident == {"x", "y"}
 
 
-def test_a_failed_read_fails_its_lease_and_the_next_one_tries_again() -> None:
+def test_a_failed_read_fails_its_hold_and_the_next_one_tries_again() -> None:
     bench = Bench({"a": CorruptAdapter("gone"), "b": adapter(1.0)}, 2)
-    lease, other = bench.lease("a", "b"), bench.lease("b")
-    lease.advance()
+    hold, other = bench.hold("a", "b"), bench.hold("b")
+    hold.advance()
     other.advance()
     bench.executor.run_all()
-    assert not lease.advance()
-    assert str(lease.error) == "gone"
-    assert not lease.advance()
-    assert len(bench.executor.tasks) == 0, "a lease that has failed reads nothing more"
-    lease.release()
+    assert not hold.advance()
+    assert str(hold.error) == "gone"
+    assert not hold.advance()
+    assert len(bench.executor.tasks) == 0, "a hold that has failed reads nothing more"
+    hold.release()
     other.advance()
     bench.executor.run_all()
     assert other.advance(), "b is fine"
@@ -168,13 +168,13 @@ def test_a_failed_read_fails_its_lease_and_the_next_one_tries_again() -> None:
 )
 def test_the_reason_shown_is_safe(fault: Exception) -> None:
     bench = Bench({"a": fault}, 2)
-    lease = bench.lease("a")
-    lease.advance()
+    hold = bench.hold("a")
+    hold.advance()
     bench.executor.run_all()
-    lease.advance()
-    assert lease.error is not None
-    assert "secret" not in str(lease.error)
-    assert isinstance(lease.error, NotFound if isinstance(fault, NotFound) else CorruptAdapter)
+    hold.advance()
+    assert hold.error is not None
+    assert "secret" not in str(hold.error)
+    assert isinstance(hold.error, NotFound if isinstance(fault, NotFound) else CorruptAdapter)
 
 
 @pytest.mark.parametrize(
@@ -188,12 +188,12 @@ def test_the_reason_shown_is_safe(fault: Exception) -> None:
 )
 def test_an_adapter_of_another_base_fails_and_leaves_no_rows_behind(misfit: LoraWeights) -> None:
     bench = Bench({"misfit": misfit, "a": adapter(1.0), "b": adapter(2.0)}, 2)
-    first, second = bench.lease("misfit"), bench.lease("a", "misfit")
-    for lease in (first, second):
+    first, second = bench.hold("misfit"), bench.hold("a", "misfit")
+    for hold in (first, second):
         for _ in range(4):
-            lease.advance()
+            hold.advance()
             bench.executor.run_all()
-        assert isinstance(lease.error, CorruptAdapter)
+        assert isinstance(hold.error, CorruptAdapter)
         assert "misfit" not in bench.pool.resident
     first.release()
     second.release()
@@ -204,7 +204,7 @@ def test_an_adapter_of_another_base_fails_and_leaves_no_rows_behind(misfit: Lora
 def test_an_abort_does_not_restart_anothers_read() -> None:
     """Clients that give up while a slow adapter is read must not keep the others waiting for ever."""
     bench = Bench({"a": adapter(1.0), "b": adapter(2.0)}, 4)
-    first, second = bench.lease("a"), bench.lease("a", "b")
+    first, second = bench.hold("a"), bench.hold("a", "b")
     first.advance()
     second.advance()
     assert len(bench.executor.tasks) == 2
@@ -221,11 +221,11 @@ def test_an_abort_does_not_restart_anothers_read() -> None:
 def test_what_was_read_for_an_aborted_request_alone_is_dropped() -> None:
     bench = Bench({"a": adapter(1.0)}, 1)
     for num_done in (0, 1):
-        lease = bench.lease("a")
-        lease.advance()
+        hold = bench.hold("a")
+        hold.advance()
         if num_done:
             bench.executor.run_all()
-        lease.release()
+        hold.release()
         assert not bench.pool._adapters
     bench.executor.run_all()
     bench.ready("a")
@@ -233,13 +233,13 @@ def test_what_was_read_for_an_aborted_request_alone_is_dropped() -> None:
 
 def test_an_abort_while_rows_are_filled_keeps_them_until_that_is_over() -> None:
     bench = Bench({"a": adapter(1.0), "b": adapter(2.0)}, 1)
-    first = bench.lease("a")
+    first = bench.hold("a")
     first.advance()
     bench.executor.run_all()
     first.advance()
     assert first.is_held
     first.release()
-    second = bench.lease("b")
+    second = bench.hold("b")
     second.advance()
     assert len(bench.executor.tasks) == 2  # a being placed, b being read
     bench.executor.run_one(1)
@@ -255,18 +255,18 @@ def test_an_abort_while_rows_are_filled_keeps_them_until_that_is_over() -> None:
 
 def test_an_adapter_without_modules() -> None:
     bench = Bench({"nothing": LoraWeights({}), "a": adapter(1.0)}, 1)
-    lease = bench.ready("a", "nothing")
-    assert [len(placement) for placement, _ in lease.parts] == [4, 0]
-    lease.release()
-    again = bench.lease("nothing")
+    hold = bench.ready("a", "nothing")
+    assert [len(placement) for placement, _ in hold.parts] == [4, 0]
+    hold.release()
+    again = bench.hold("nothing")
     assert again.advance()
     again.release()
 
 
-def test_leases_of_the_same_adapter_share_its_rows() -> None:
+def test_holds_of_the_same_adapter_share_its_rows() -> None:
     bench = Bench({"a": adapter(1.0)}, 1)
     first, second = bench.ready("a"), bench.ready("a")
     assert first.parts[0][0] is second.parts[0][0]
     first.release()
     assert second.ready
-    assert bench.pool._adapters["a"].num_leases == 1
+    assert bench.pool._adapters["a"].num_holds == 1

@@ -53,7 +53,7 @@ def check_end(bench: Bench) -> None:
     bench.executor.run_all()
     bench.check()
     for entry in bench.pool._adapters.values():
-        assert (entry.num_leases, entry.num_wanting) == (0, 0)
+        assert (entry.num_holds, entry.num_wanting) == (0, 0)
         assert entry.placement is not None, "something read is kept for nobody"
 
 

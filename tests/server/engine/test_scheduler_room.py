@@ -2,7 +2,7 @@
 
 import random
 
-from server.engine.adapter_pool import AdapterLease, AdapterPool
+from server.engine.adapter_pool import AdapterHold, AdapterPool
 from server.engine.kv_cache import BlockManager
 from server.engine.scheduler import SchedulerLimits
 from server.engine.sequence import Sequence
@@ -14,13 +14,13 @@ NUM_SETS = 60
 
 
 class CountingPool(AdapterPool):
-    """Counts attempts to bring a lease on."""
+    """Counts attempts to bring a hold on."""
 
     num_attempts = 0
 
-    def advance(self, lease: AdapterLease) -> bool:
-        self.num_attempts += bool(lease.refs)
-        return super().advance(lease)
+    def advance(self, hold: AdapterHold) -> bool:
+        self.num_attempts += bool(hold.refs)
+        return super().advance(hold)
 
 
 class CountingBlocks(BlockManager):
@@ -142,8 +142,8 @@ def test_an_adapter_given_up_while_it_was_placed_makes_room_when_it_is() -> None
         sim.step()
         while len(bench.executor.tasks) > 1:
             bench.executor.run_one(1)
-    assert waiting.lease is not None
-    assert waiting.lease.lacks_room
+    assert waiting.hold is not None
+    assert waiting.hold.lacks_room
     bench.executor.run_all()
     for _ in range(6):
         sim.step()
@@ -157,7 +157,7 @@ def test_what_a_waiting_set_wants_is_evicted_last() -> None:
     bench.ready("a").release()  # rank 1, least recently used
     bench.ready("b").release()  # rank 2
     holder = bench.ready("c")  # rank 3: all rows are taken
-    waiting = bench.lease("a", "d")  # rank 4 more
+    waiting = bench.hold("a", "d")  # rank 4 more
     waiting.advance()
     bench.executor.run_all()
     assert not waiting.advance()

@@ -20,9 +20,9 @@ import torch
 from adapters.catalog.catalog import Catalog, NewVersion
 from adapters.catalog.records import Records
 from adapters.expression import parse
+from adapters.library import Library
 from adapters.peft import files as peft_format
 from adapters.store.store import AdapterStore
-from server.api.adapters.library import Library
 from server.database import FILE_NAME, connect
 from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Leases

@@ -9,8 +9,8 @@ import pytest
 from adapters.catalog.catalog import Catalog, Kind, Part
 from adapters.errors import Conflict, CorruptAdapter, NotFound
 from adapters.expression import Term, parse
+from adapters.library import Library
 from adapters.store.store import AdapterStore
-from server.api.adapters.library import Library
 from server.database import connect
 from tests.server.api.adapters.peft_files import peft_files
 from tests.server.conftest import BASE_NAME, SHAPE
@@ -36,23 +36,23 @@ class Publish:
 
 def test_a_lease_outlives_a_delete(library: Library, store: AdapterStore, publish: Publish) -> None:
     digest = publish("a", 0)
-    lease = library.lease(parse("a"))
+    pinned = library.pin(parse("a"))
     library.delete("a")
     with pytest.raises(NotFound):
-        library.lease(parse("a"))
+        library.pin(parse("a"))
     store.verify(digest)
-    lease.release()
-    lease.release()  # once more is nothing
+    pinned.release()
+    pinned.release()  # once more is nothing
     with pytest.raises(CorruptAdapter):
         store.load(digest)
 
 
 def test_publishing_again_revives_what_is_leased(library: Library, store: AdapterStore, publish: Publish) -> None:
     digest = publish("a", 0)
-    lease = library.lease(parse("a"))
+    pinned = library.pin(parse("a"))
     library.delete("a")
     assert publish("b", 0) == digest
-    lease.release()
+    pinned.release()
     store.verify(digest)
 
 
@@ -104,17 +104,17 @@ def test_a_delete_between_looking_up_and_pinning(tmp_path: Path, store: AdapterS
     publish = Publish(library, tmp_path)
     publish("a", 0)
     catalog.race = [lambda: publish("a", 1), lambda: library.delete("a")]  # the last one first
-    lease = library.lease(parse("a"))
-    assert lease.parts[0].version == 2
-    store.verify(lease.parts[0].digest)
+    pinned = library.pin(parse("a"))
+    assert pinned.parts[0].version == 2
+    store.verify(pinned.parts[0].digest)
     catalog.race = [lambda: library.delete("a")]
-    lease.release()
+    pinned.release()
     with pytest.raises(NotFound, match="no such adapter"):
-        library.lease(parse("a"))
+        library.pin(parse("a"))
 
 
 def test_readers_never_meet_half_an_adapter(library: Library, store: AdapterStore, publish: Publish) -> None:
-    """Two writers publish and delete the same two names and bytes while readers lease and read."""
+    """Two writers publish and delete the same two names and bytes while readers pin and read."""
     publish("x", 0)
     faults: list[BaseException] = []
     stop = threading.Event()
@@ -132,12 +132,12 @@ def test_readers_never_meet_half_an_adapter(library: Library, store: AdapterStor
             while not stop.is_set():
                 for name in ("a", "b", "x"):
                     try:
-                        lease = library.lease(parse(name))
+                        pinned = library.pin(parse(name))
                     except NotFound:
                         assert name != "x"
                         continue
-                    store.load(lease.parts[0].digest)
-                    lease.release()
+                    store.load(pinned.parts[0].digest)
+                    pinned.release()
         except BaseException as error:
             faults.append(error)
 
@@ -151,4 +151,4 @@ def test_readers_never_meet_half_an_adapter(library: Library, store: AdapterStor
     for thread in readers:
         thread.join()
     assert faults == []
-    store.verify(library.lease(parse("x")).parts[0].digest)
+    store.verify(library.pin(parse("x")).parts[0].digest)

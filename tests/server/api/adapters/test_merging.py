@@ -5,9 +5,9 @@ import pytest
 
 from adapters.catalog.catalog import Part, combine
 from adapters.expression import parse
+from adapters.library import Library
 from adapters.merging.merge import Recipe, merge
 from adapters.store.store import AdapterStore
-from server.api.adapters.library import Library
 from server.training.merge_spec import MergeSpec
 from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Leases
@@ -194,9 +194,9 @@ async def test_the_same_bytes_under_two_names_are_one_part(
     """Their weights are added up, as everywhere."""
     await upload(client, "left", 1)
     await upload(client, "copy", 1)
-    lease = library.lease(parse("left*0.5+copy*0.25"))
-    adapters = [(store.load(digest), weight) for digest, weight in combine(lease.parts)]
-    lease.release()
+    pinned = library.pin(parse("left*0.5+copy*0.25"))
+    adapters = [(store.load(digest), weight) for digest, weight in combine(pinned.parts)]
+    pinned.release()
     assert [weight for _, weight in adapters] == [0.75]
     assert (
         merge(adapters, Recipe("ties", 0.5)).digest == merge([(adapters[0][0], 0.75)], Recipe("ties", 0.5)).digest

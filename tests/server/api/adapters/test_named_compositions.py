@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from adapters.expression import parse
-from server.api.adapters.library import Library
+from adapters.library import Library
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.adapters.test_aliases import point, upload, used
 from tests.server.api.fakes import FakeEngine
@@ -230,11 +230,11 @@ async def test_a_running_request_outlives_its_composition(
 ) -> None:
     await upload(client, "a", 0)
     version = await composed(client, "mix", "a*0.5")
-    lease = library.lease(parse("mix"))
+    pinned = library.pin(parse("mix"))
     assert (await client.delete("/adapters/mix")).status_code == 204
     assert (await client.delete("/adapters/a")).status_code == 204
-    assert library.read(lease.parts[0].digest).weights.digest == lease.parts[0].digest
+    assert library.read(pinned.parts[0].digest).weights.digest == pinned.parts[0].digest
     assert version["parts"] == [
-        {"name": "a", "version": 1, "digest": lease.parts[0].digest, "weight": 0.5},
+        {"name": "a", "version": 1, "digest": pinned.parts[0].digest, "weight": 0.5},
     ]
-    lease.release()
+    pinned.release()

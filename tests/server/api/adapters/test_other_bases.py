@@ -11,9 +11,9 @@ import sqlalchemy as sa
 
 from adapters.catalog.catalog import Catalog
 from adapters.catalog.records import Records
+from adapters.library import Library
 from adapters.lora import BaseShape
 from adapters.store.store import AdapterStore
-from server.api.adapters.library import Library
 from server.api.app import create_app
 from server.api.train.submission import Submissions
 from server.model.text.chat import PromptEncoder

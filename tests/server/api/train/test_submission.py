@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from fastapi import FastAPI
 
 from adapters.errors import CorruptAdapter, NotFound
-from server.api.adapters.library import Library
+from adapters.library import Library
 from server.training.data.datasets import Dataset, DatasetStore
 from server.training.queue.jobs import Job, Jobs
 from server.training.spec import JobSpec

@@ -27,7 +27,7 @@ from server.training.queue.leases import Claim, Leases
 from server.training.spec import JobSpec
 from server.training.worker.job_reporter import Leave
 from server.training.worker.train_job import TrainingAttempt
-from tests.server.training.worker.merge_kit import publish
+from tests.server.training.worker.merge_kit import library_of, publish
 
 TIMES = ("wall_seconds", "tokens_per_second", "peak_memory_bytes")
 """What a report says of time and memory: no two attempts agree on them."""
@@ -143,9 +143,8 @@ class Shop:
         job = self.jobs.get(claim.job_id)
         assert isinstance(job.spec, JobSpec)
         reporter = Reporter(self.leases, claim, end_at, how, on_metrics)
-        attempt = TrainingAttempt(
-            job, job.spec, claim, self.leases, self.catalog, self.store, self.base, reporter, self.home
-        )
+        library = library_of(self.catalog, self.store, self.base)
+        attempt = TrainingAttempt(job, job.spec, claim, self.leases, library, self.base, reporter, self.home)
         try:
             attempt.run()
         except Leave:

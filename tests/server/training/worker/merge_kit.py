@@ -6,10 +6,12 @@ import torch
 
 from adapters.catalog.catalog import Catalog, Part, Version
 from adapters.expression import parse
+from adapters.library import Library
 from adapters.lora import MODULES, BaseShape, LoraConfig, LoraModule, LoraWeights, ModuleKey
 from adapters.merging.merge import Recipe
 from adapters.peft.files import PeftAdapter
 from adapters.store.store import AdapterStore
+from server.model.base.weights import BaseModel
 from server.training.merge_spec import MergeSpec
 
 
@@ -28,6 +30,11 @@ def sample(
             b = torch.randn(num_out, rank, generator=generator) / rank**0.5
             modules[key] = LoraModule(a, b, config.scaling_of(key))
     return PeftAdapter(config, LoraWeights(modules), "tiny-llama")
+
+
+def library_of(catalog: Catalog, store: AdapterStore, base: BaseModel) -> Library:
+    """The adapters as a worker of that base has them."""
+    return Library(catalog, store, base.config.shape, base.name, base_digest=base.digest)
 
 
 def publish(

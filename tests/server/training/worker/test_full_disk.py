@@ -19,7 +19,7 @@ from server.training.queue.jobs import Jobs, Status
 from server.training.queue.leases import Leases
 from server.training.queue.reserve import DISK_FULL, Reserve
 from server.training.worker.merge_job import run_merge
-from tests.server.training.worker.merge_kit import merge_spec, publish, sample
+from tests.server.training.worker.merge_kit import library_of, merge_spec, publish, sample
 from tests.server.training.worker.test_merge_job import Listener
 from tests.small_disk import fill, make_room, mounted
 
@@ -93,7 +93,9 @@ def test_a_publication_is_there_whole_or_not_at_all(disk: Path, engine: sa.Engin
         with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
             connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
         fill(disk, 2 * PAGE * num_refused)
-        work = partial(run_merge, spec, claim, leases, catalog, store, tiny_base, Listener())
+        work = partial(
+            run_merge, spec, claim, leases, library_of(catalog, store, tiny_base), tiny_base, Listener()
+        )
         if fits(reserve, work):
             break
         reserve.spend_on(partial(leases.fail, claim, DISK_FULL))

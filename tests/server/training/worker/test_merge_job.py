@@ -22,7 +22,7 @@ from server.training.reports.model_card import model_card
 from server.training.spec import JobSpec
 from server.training.worker.merge_job import run_merge
 from tests.server.training.job_kit import submit
-from tests.server.training.worker.merge_kit import merge_spec, publish, sample, spec_of
+from tests.server.training.worker.merge_kit import library_of, merge_spec, publish, sample, spec_of
 
 TIES = Recipe("ties", 0.5, seed=3)
 EXPRESSION = "left*0.7+right@1*-0.25"
@@ -88,7 +88,9 @@ def test_it_publishes_an_ordinary_version(
 ) -> None:
     spec = merge_spec(catalog, EXPRESSION, TIES)
     listener = Listener()
-    run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, listener)
+    run_merge(
+        spec, claimed(jobs, leases, spec), leases, library_of(catalog, store, tiny_base), tiny_base, listener
+    )
 
     adapters = [(store.load(digest), weight) for digest, weight in combine(spec.parts)]
     expected = merge(adapters, TIES)
@@ -128,7 +130,9 @@ def test_it_was_made_where_its_parts_were(
     for (name, adapter), digest in zip(samples(tiny_base).items(), (left, right), strict=True):
         publish(catalog, store, name, replace(adapter, base_model="another"), digest)
     spec = merge_spec(catalog, EXPRESSION, TIES)
-    run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, Listener())
+    run_merge(
+        spec, claimed(jobs, leases, spec), leases, library_of(catalog, store, tiny_base), tiny_base, Listener()
+    )
     version = catalog.version("merged", 1)
     assert (version.base_model, version.base_digest) == ("another", merged)
     assert bool(version.warnings) == is_mixed
@@ -142,7 +146,9 @@ def test_it_is_told_what_is_told_of_its_parts(
     publish(catalog, store, "left", left, tiny_base.digest, ["its config names another base"])
     publish(catalog, store, "right", right, tiny_base.digest)
     spec = merge_spec(catalog, EXPRESSION, TIES)
-    run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, Listener())
+    run_merge(
+        spec, claimed(jobs, leases, spec), leases, library_of(catalog, store, tiny_base), tiny_base, Listener()
+    )
     version = catalog.version("merged", 1)
     assert version.warnings == ("left@1: its config names another base",)
     assert (version.base_model, version.base_digest) == (tiny_base.name, tiny_base.digest)
@@ -151,7 +157,9 @@ def test_it_is_told_what_is_told_of_its_parts(
 @pytest.mark.usefixtures("parts")
 def test_its_card(jobs: Jobs, leases: Leases, catalog: Catalog, store: AdapterStore, tiny_base: BaseModel) -> None:
     spec = merge_spec(catalog, EXPRESSION, Recipe("svd", rank=8))
-    run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, Listener())
+    run_merge(
+        spec, claimed(jobs, leases, spec), leases, library_of(catalog, store, tiny_base), tiny_base, Listener()
+    )
     report = jobs.report("m1")
     assert report is not None
     assert report["kind"] == "merge"
@@ -176,7 +184,9 @@ def test_what_cancels_out_has_no_distance(
     assert left.weights.digest != halved.weights.digest
     publish(catalog, store, "half", halved)
     spec = merge_spec(catalog, "left+half*-2", Recipe("magnitude_prune", 0.5))
-    run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, Listener())
+    run_merge(
+        spec, claimed(jobs, leases, spec), leases, library_of(catalog, store, tiny_base), tiny_base, Listener()
+    )
     report = jobs.report("m1")
     assert report is not None
     assert report["distance"] is None
@@ -192,13 +202,13 @@ def test_cut_off_anywhere_it_ends_in_the_same_bytes(
     spec = merge_spec(catalog, EXPRESSION, Recipe("dare_ties", 0.5, seed=after, rank=3))
     claim = claimed(jobs, leases, spec)
     with pytest.raises(Cut):
-        run_merge(spec, claim, leases, catalog, store, tiny_base, Listener(end_after=after))
+        run_merge(spec, claim, leases, library_of(catalog, store, tiny_base), tiny_base, Listener(end_after=after))
     with pytest.raises(NotFound):
         catalog.get("merged")
     leases.crashed(claim, "cut off", max_delay=0.0)
     second = leases.claim("worker")
     assert second is not None
-    run_merge(spec, second, leases, catalog, store, tiny_base, Listener())
+    run_merge(spec, second, leases, library_of(catalog, store, tiny_base), tiny_base, Listener())
     expected = merge([(store.load(digest), weight) for digest, weight in combine(spec.parts)], spec.recipe)
     assert [version.digest for version in catalog.get("merged").versions] == [expected.digest]
 
@@ -211,7 +221,7 @@ def test_who_lost_the_job_publishes_nothing(
     claim = claimed(jobs, leases, spec)
     jobs.cancel("m1")
     with pytest.raises(LeaseLost):
-        run_merge(spec, claim, leases, catalog, store, tiny_base, Listener())
+        run_merge(spec, claim, leases, library_of(catalog, store, tiny_base), tiny_base, Listener())
     assert jobs.get("m1").status is Status.CANCELLED
     with pytest.raises(NotFound):
         catalog.get("merged")
@@ -227,7 +237,9 @@ def test_a_part_that_changed_on_the_disk(
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(CorruptAdapter):
-        run_merge(spec, claimed(jobs, leases, spec), leases, catalog, store, tiny_base, Listener())
+        run_merge(
+            spec, claimed(jobs, leases, spec), leases, library_of(catalog, store, tiny_base), tiny_base, Listener()
+        )
 
 
 @pytest.mark.usefixtures("parts")

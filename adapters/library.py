@@ -6,26 +6,27 @@ bytes has them, until they let go. Everything may block on disk: call it in a th
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
+from adapters.base_match import ServedBase
 from adapters.catalog.catalog import Adapter, Catalog, Kind, Part, Version
 from adapters.catalog.recovery import Recovered
-from adapters.catalog.versions import gather
+from adapters.catalog.versions import Origin, gather
 from adapters.errors import Conflict, InvalidInput
-from adapters.expression import BASE, Term, valid_name
-from adapters.lora import BaseShape, LoraConfig
+from adapters.expression import BASE, Term, alias_fault, name_fault
+from adapters.lora import BaseShape, LoraConfig, LoraWeights
 from adapters.peft import files as peft_format
 from adapters.store.store import AdapterStore
-from server.api.adapters.base_match import ServedBase
 
 _MAX_FITS = 10_000
 
 
-class Lease:
+class Pinned:
     """Resolved parts whose bytes stay while it is held. `release` may be called more than once.
 
     `warnings` are what whoever uses them should know, each with the version that it is about.
@@ -37,7 +38,7 @@ class Lease:
         self._release: Callable[[], None] | None = release
 
     def release(self) -> None:
-        """Let go of the bytes; those of a deleted version go with the last lease on them."""
+        """Let go of the bytes; those of a deleted version go when nobody holds them any more."""
         if (release := self._release) is not None:
             self._release = None
             release()
@@ -78,42 +79,40 @@ class Library:
     def base_name(self) -> str:
         return self._base.name
 
-    def lease(self, terms: Sequence[Term], field: str = "adapter") -> Lease:
+    def pin(self, terms: Sequence[Term], field: str = "adapter") -> Pinned:
         """Resolve the terms and hold their bytes, to be used beside the base; a composition means its parts.
 
         Raises NotFound, naming the terms, InvalidInput on `field` where they come to too much together, or
         Conflict, naming the versions that were made for a base of other shapes.
         """
-        lease = self._hold(terms, field)
+        pinned = self._hold(terms, field)
         try:
-            lease.warnings = self._check(lease.parts)
+            pinned.warnings = self._check(pinned.parts)
         except BaseException:
-            lease.release()
+            pinned.release()
             raise
-        return lease
+        return pinned
 
-    def _hold(self, terms: Sequence[Term], field: str = "adapter") -> Lease:
-        """`lease`, for whoever doesn't need them to go with the base."""
+    def _hold(self, terms: Sequence[Term], field: str = "adapter") -> Pinned:
+        """`pin`, for whoever doesn't need them to go with the base."""
         parts = self._catalog.resolve(terms, field)
         while True:
             digests = [part.digest for part in parts]
             self._store.pin(digests)
-            lease = Lease(parts, partial(self._store.unpin, digests))
+            pinned = Pinned(parts, partial(self._store.unpin, digests))
             try:
                 parts = self._catalog.resolve(terms, field)
             except BaseException:
-                lease.release()
+                pinned.release()
                 raise
-            if parts == lease.parts:
-                return lease
-            lease.release()
+            if parts == pinned.parts:
+                return pinned
+            pinned.release()
 
     def check_name(self, name: str, kind: Kind = "adapter") -> None:
         """Raise InvalidInput on `name` where no adapter may be called so, Conflict where another kind has it."""
-        if name in (BASE, self.base_name):
-            raise InvalidInput.of("name", "is the base's own name")
-        if not valid_name(name):
-            raise InvalidInput.of("name", 'has 1 to 64 letters, digits, "_", "-" or ".", a letter or digit first')
+        if fault := name_fault(BASE if name == self.base_name else name):
+            raise InvalidInput.of("name", fault)
         self._catalog.check_kind(name, kind)
 
     def publish(
@@ -155,16 +154,17 @@ class Library:
         one of the parts was made for a base of other shapes.
         """
         self.check_name(name, "composition")
-        lease = self.lease(terms, field)
+        pinned = self.pin(terms, field)
         try:
-            pinned = [Term(part.name, part.version, weight=part.weight) for part in gather(lease.parts)]
-            return self._told(self._catalog.compose(name, pinned, field))
+            versions = [Term(part.name, part.version, weight=part.weight) for part in gather(pinned.parts)]
+            return self._told(self._catalog.compose(name, versions, field))
         finally:
-            lease.release()
+            pinned.release()
 
     def point(self, name: str, alias: str, version: int) -> Adapter:
         """Have the alias, or `latest`, mean that version. Raises NotFound, or InvalidInput on `alias`."""
-        check_alias(alias)
+        if fault := alias_fault(alias):
+            raise InvalidInput.of("alias", fault)
         self._catalog.point(name, alias, version)
         return self.get(name)
 
@@ -191,7 +191,7 @@ class Library:
         return self._told(self._catalog.version(name, version))
 
     def named(self, terms: Sequence[Term], field: str = "adapter") -> list[Version]:
-        """The versions that an expression means now, whether they go with the base or not. Raises as `lease`."""
+        """The versions that an expression means now, whether they go with the base or not. Raises as `pin`."""
         parts = self._catalog.resolve(terms, field)
         return [self.version(part.name, part.version) for part in parts]
 
@@ -202,14 +202,38 @@ class Library:
         """
         if self._catalog.version(name, version).parts:
             raise Conflict(f"{name}@{version} is a composition: its parts have the weights, download those")
-        lease = self._hold([Term(name, version)])
+        pinned = self._hold([Term(name, version)])
         try:
-            return self._store.open(lease.parts[0].digest)
+            return self._store.open(pinned.parts[0].digest)
         finally:
-            lease.release()
+            pinned.release()
+
+    def keep(self, adapter: peft_format.PeftAdapter) -> int:
+        """Store its bytes, which go with the next sweep or `discard` unless a version names them; how many."""
+        return self._store.put(adapter)
+
+    def publishing(self, adapter: peft_format.PeftAdapter) -> AbstractContextManager[int]:
+        """`keep`, for a block in which a version that names the bytes is committed; where it fails, they go."""
+        return self._store.publishing(adapter, self._is_wanted)
+
+    def discard(self, digest: str) -> None:
+        """Remove bytes that were kept, unless somebody wants them."""
+        self._discard([digest])
+
+    def load(self, digest: str) -> LoraWeights:
+        """The weights of bytes that are held, whatever base they are for. Raises CorruptAdapter."""
+        return self._store.load(digest)
+
+    def verify(self, digest: str) -> None:
+        """Read all bytes. Raises CorruptAdapter unless they have the digest."""
+        self._store.verify(digest)
+
+    def origin(self, parts: Iterable[Part]) -> Origin:
+        """Where what is made of the parts comes from. Raises NotFound."""
+        return Origin.of(self._catalog.version(part.name, part.version) for part in parts)
 
     def read(self, digest: str) -> peft_format.PeftAdapter:
-        """The adapter of a lease's part, with its configuration. Raises CorruptAdapter."""
+        """The adapter of a pinned part, with its configuration. Raises CorruptAdapter."""
         return self._store.read(digest, self.shape)
 
     def delete(self, name: str, force: bool = False) -> None:
@@ -267,13 +291,6 @@ class Library:
         """With all that is to be told of it beside this base."""
         warnings = self._base.warnings(version)
         return version if warnings == version.warnings else replace(version, warnings=warnings)
-
-
-def check_alias(alias: str) -> None:
-    """Raise InvalidInput on `alias` where no alias may be called so."""
-    if not valid_name(alias) or alias.isdigit():
-        message = 'has 1 to 64 letters, digits, "_", "-" or ".", a letter or digit first, and is no number'
-        raise InvalidInput.of("alias", message)
 
 
 def lora_document(config: LoraConfig) -> dict[str, object]:

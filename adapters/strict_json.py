@@ -1,4 +1,4 @@
-"""JSON from strangers: one object, in UTF-8, of bounded depth, without NaN, infinities or repeated keys."""
+"""JSON from strangers: in UTF-8, of bounded depth, without NaN, infinities or repeated keys."""
 
 import json
 import math
@@ -7,25 +7,34 @@ from typing import NoReturn
 
 
 class BadJsonError(ValueError):
-    """The text is no such object. The message is safe to show."""
+    """The text is no such JSON. The message is safe to show, and goes on from the name of what was read."""
+
+
+def parse(text: str) -> object:
+    """The value that `text` holds. Raises BadJsonError."""
+    try:
+        value: object = json.loads(
+            text, parse_constant=_refuse_constant, object_pairs_hook=_unique, parse_float=_finite
+        )
+    except BadJsonError:
+        raise
+    except RecursionError:
+        raise BadJsonError("is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        reason = error.msg.removesuffix(" at")
+        raise BadJsonError(f"is not JSON: {reason} at {line}character {error.colno}") from None
+    except ValueError:  # an integer of thousands of digits
+        raise BadJsonError("holds a number that is too long") from None
+    return value
 
 
 def parse_object(data: bytes) -> dict[str, object]:
     """The object that `data` holds. Raises BadJsonError."""
     try:
-        value: object = json.loads(
-            data.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique, parse_float=_finite
-        )
-    except BadJsonError:
-        raise
+        value = parse(data.decode("utf-8"))
     except UnicodeDecodeError:
         raise BadJsonError("is not UTF-8 text") from None
-    except RecursionError:
-        raise BadJsonError("is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise BadJsonError(f"is no JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except ValueError:  # an integer of thousands of digits
-        raise BadJsonError("holds a number that is too long") from None
     if not isinstance(value, dict):
         raise BadJsonError("must be a JSON object")
     return value
@@ -38,7 +47,7 @@ def printable(text: str, limit: int = 200) -> str:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise BadJsonError(f"holds {name}, which is no JSON number")
+    raise BadJsonError(f"is not JSON: {name} is no JSON number")
 
 
 def _finite(digits: str) -> float:

@@ -1,0 +1,57 @@
+"""From a body's fields to the engine's: how tokens are chosen, and how many there may be."""
+
+import secrets
+from collections.abc import Mapping
+
+from adapters.errors import FieldError, InvalidInput
+from server.api.schemas import MAX_SEED, SamplingFields
+from server.engine.request import SamplingParams
+
+
+def sampling_params(body: SamplingFields, max_tokens: int, logprobs: int) -> SamplingParams:
+    """The body's fields as the engine takes them, with a seed in any case. Raises InvalidInput."""
+    top_p = 1.0 if body.top_p is None else body.top_p
+    temperature = 1.0 if body.temperature is None else body.temperature
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature if top_p else 0.0,  # the smallest set of tokens there can be: the likeliest
+        top_p=top_p or 1.0,
+        top_k=body.top_k,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=_biases(body.logit_bias or {}),
+        seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed % (MAX_SEED + 1),
+        stop=tuple(body.stop or ()),
+        logprobs=logprobs,
+        ignore_eos=body.ignore_eos,
+    )
+
+
+def context_faults(
+    num_prompt: int, num_more: int, limit: int, field: str, prompt_field: str
+) -> tuple[FieldError, ...]:
+    """What is wrong where a prompt of so many tokens and `num_more` exceed the model's `limit`; else nothing.
+
+    The first is on the prompt's field where no answer fits behind it, else on the one that bounds the answer.
+    """
+    if num_prompt + num_more <= limit:
+        return ()
+    told = FieldError((field,), f"the prompt's {num_prompt} tokens and {num_more} more exceed the model's {limit}")
+    if num_prompt < limit:
+        return (told,)
+    return (
+        FieldError((prompt_field,), f"{num_prompt} tokens leave no room for an answer within the model's {limit}"),
+        told,
+    )
+
+
+def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """Token ids, written as JSON's keys are, and what is added to their logits."""
+    found: dict[int, float] = {}
+    for key, bias in given.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 9):
+            raise InvalidInput.of("logit_bias", 'its keys are token ids, as in {"50256": -100}')
+        found[int(key)] = bias
+    return tuple(found.items())
