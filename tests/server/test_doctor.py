@@ -153,7 +153,7 @@ def test_the_catalog_is_rebuilt_and_what_is_lost_is_named(home: Path, tmp_path: 
         "b": (1, {}),
         "mix": (1, {}),
     }
-    lease = registry.library.lease(parse("mix"))
+    lease = registry.library.pin(parse("mix"))
     assert [part.digest for part in lease.parts] == [digest_of(0), digest_of(2)]
     lease.release()
     registry.do({"do": "upload", "name": "a", "seed": 3})
