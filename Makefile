@@ -8,7 +8,7 @@ LOCKED := $(shell cat Makefile pyproject.toml requirements.lock requirements-mod
 LOCKED_DEV := $(LOCKED)-$(shell cksum < requirements-dev.lock | tr ' ' '-')
 READY := $(VENV)/.ready-$(LOCKED)
 READY_DEV := $(VENV)/.ready-dev-$(LOCKED_DEV)
-CPP := $(wildcard $(foreach place,server/model/native tests/server/model/native/kernels,$(place)/*.h $(place)/*.cpp))
+CPP := $(shell find server tests -name '*.h' -o -name '*.cpp')
 # Threads of torch that wait by spinning bring a busy machine of few cores to a crawl.
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'

@@ -29,8 +29,8 @@ from benchmarks.machine import Machine
 from benchmarks.measure import Figures
 from benchmarks.prompts import PromptSource
 from benchmarks.serving.load import drive, summarize
-from benchmarks.serving.server_process import Server, ServerConfig
-from benchmarks.serving.wires import Request, Smolora
+from benchmarks.serving.systems.server_process import Server, ServerConfig
+from benchmarks.serving.systems.wires import Request, Smolora
 from benchmarks.training.beside_report import Results, Round, markdown
 from server.client import Client
 from server.model.base.source import resolve_base

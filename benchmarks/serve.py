@@ -26,14 +26,14 @@ from benchmarks.peers.transformers_peft import TransformersPeft
 from benchmarks.prompts import PromptSource
 from benchmarks.serving import many_adapters, report
 from benchmarks.serving.adapter_files import RANK, Sizes, write_adapter
-from benchmarks.serving.line_up import Inputs, line_up
 from benchmarks.serving.many_adapters import Many, ManyConfig
 from benchmarks.serving.options import Options, parse
 from benchmarks.serving.own_parts import OwnParts
 from benchmarks.serving.results import Results, Settings, Start
 from benchmarks.serving.rounds import Rounds
-from benchmarks.serving.server_process import Server, ServerConfig, import_seconds
-from benchmarks.serving.systems import OurServer
+from benchmarks.serving.systems.line_up import Inputs, line_up
+from benchmarks.serving.systems.server_process import Server, ServerConfig, import_seconds
+from benchmarks.serving.systems.systems import OurServer
 from server.model.base.export import export_hugging_face
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base

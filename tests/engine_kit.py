@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from adapters.errors import SmoloraError
 from adapters.lora import MODULES, BaseShape, LoraModule, LoraWeights, ModuleKey
-from server.engine.adapter_pool import Load
+from server.engine.adapter_pool.pool import Load
 from server.engine.backend import Backend, NativeBackend, TorchBackend
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig

@@ -15,7 +15,7 @@ from server.api.app import create_app
 from server.config import Settings
 from server.engine.async_engine import AsyncEngine
 from server.engine.runner import Runner
-from server.engine.sampler import Sampled
+from server.engine.sampling.sampler import Sampled
 from server.engine.scheduler import Chunk
 from server.engine.sequence import Sequence
 from server.engine.watchdog import Watchdog

@@ -5,6 +5,7 @@ skipped fails.
 """
 
 import ctypes
+import fcntl
 import os
 import shutil
 from collections.abc import Mapping
@@ -52,7 +53,7 @@ def give_up(reason: object) -> NoReturn:
 def native_library() -> ctypes.CDLL:
     """Gives the test up where this machine has none."""
     try:
-        return load_library([CACHE / "native"])
+        return _cached_library()
     except NativeUnavailable as reason:
         give_up(reason)
 
@@ -66,12 +67,20 @@ def needs_packed_products() -> None:
 def has_native() -> bool:
     """Whether native code runs on this machine. Raises NativeUnavailable where it must."""
     try:
-        load_library([CACHE / "native"])
+        _cached_library()
     except NativeUnavailable:
         if is_required():
             raise
         return False
     return True
+
+
+def _cached_library() -> ctypes.CDLL:
+    """Compiled by one process of a test run, while the others wait for it. Raises NativeUnavailable."""
+    CACHE.mkdir(exist_ok=True)
+    with open(CACHE / "native.lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return load_library([CACHE / "native"])
 
 
 def lend_native(home: Path) -> None:

@@ -18,9 +18,9 @@ from benchmarks.allocation import described
 from benchmarks.machine import peak_rss
 from benchmarks.measure import Run
 from benchmarks.peers.venvs import MadePeer
-from benchmarks.serving.process import threads_environment
-from benchmarks.serving.systems import BASE, BLENDS, ONE, Facts, Load, Streams
-from benchmarks.serving.wires import Part
+from benchmarks.serving.systems.process import threads_environment
+from benchmarks.serving.systems.systems import BASE, BLENDS, ONE, Facts, Load, Streams
+from benchmarks.serving.systems.wires import Part
 
 NAME = "OpenVINO GenAI"
 VARIANTS = {

@@ -24,8 +24,8 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.allocation import described, keeps_freed_memory
 from benchmarks.machine import peak_rss
 from benchmarks.measure import Run, differences, join
-from benchmarks.serving.systems import BLENDS, Facts, Load, Streams
-from benchmarks.serving.wires import Request
+from benchmarks.serving.systems.systems import BLENDS, Facts, Load, Streams
+from benchmarks.serving.systems.wires import Request
 from server.allocator import keep_freed_memory
 
 NAME = "transformers + PEFT"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import httpx
 
 from benchmarks.measure import Run, differences
-from benchmarks.serving.wires import Request, Usage, Wire
+from benchmarks.serving.systems.wires import Request, Usage, Wire
 
 TIMEOUT = 900.0  # seconds without a byte
 

@@ -22,8 +22,8 @@ from benchmarks.measure import Figures, percentile
 from benchmarks.prompts import PromptSource
 from benchmarks.serving.adapter_files import Sizes, write_adapter
 from benchmarks.serving.load import TIMEOUT, Answer, drive, summarize
-from benchmarks.serving.server_process import Server, ServerConfig
-from benchmarks.serving.wires import Part, Request, Smolora
+from benchmarks.serving.systems.server_process import Server, ServerConfig
+from benchmarks.serving.systems.wires import Part, Request, Smolora
 
 NEAR_TIE = {"fp32": 1e-3, "bf16": 0.3, "fp16": 0.05}
 """Nats between two tokens that count as level, by dtype: logits are tens, and are rounded to the dtype's step."""

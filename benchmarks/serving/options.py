@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks import command
 from benchmarks.command import positive
 from benchmarks.peers.venvs import LLAMA_CPP, OPENVINO
-from benchmarks.serving.systems import BASE, BLENDS, DISTINCT, KINDS, ONE, Load
+from benchmarks.serving.systems.systems import BASE, BLENDS, DISTINCT, KINDS, ONE, Load
 
 PARTS = ("loads", "ttft", "ways", "cold", "long", "overload", "many", "start")
 """What `--only` may name, besides single loads such as 32-distinct."""

@@ -14,7 +14,7 @@ import httpx
 
 from benchmarks.measure import Figure, percentile
 from benchmarks.serving.load import Answer, Exchange, http_client, send, without_collector
-from benchmarks.serving.wires import Request, Wire
+from benchmarks.serving.systems.wires import Request, Wire
 
 TIMES = 5.0
 LEFT_OUT = 1 / 12

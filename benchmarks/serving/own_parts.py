@@ -14,8 +14,8 @@ from benchmarks.serving.options import Options
 from benchmarks.serving.overload import Overload
 from benchmarks.serving.page_cache import drop, read_seconds
 from benchmarks.serving.results import Cold, LongPrompts, Results, Ways
-from benchmarks.serving.systems import OurServer
-from benchmarks.serving.wires import Part, Request, Smolora, Usage
+from benchmarks.serving.systems.systems import OurServer
+from benchmarks.serving.systems.wires import Part, Request, Smolora, Usage
 
 GREEDY = Request("", (), 0)
 WAYS = {

@@ -7,7 +7,7 @@ from benchmarks.command import QUICK
 from benchmarks.measure import Figures, median_ratio
 from benchmarks.serving.many_adapters import summary
 from benchmarks.serving.results import Cold, LongPrompts, Results, Row
-from benchmarks.serving.systems import BASE, OURS, Facts
+from benchmarks.serving.systems.systems import BASE, OURS, Facts
 from benchmarks.serving.targets import evaluate
 from benchmarks.tables import gigabytes, milliseconds, number, rounds, spread, table, with_range
 from benchmarks.targets import target_table

@@ -10,7 +10,7 @@ from benchmarks.machine import Machine
 from benchmarks.measure import Figure, Figures
 from benchmarks.serving.many_adapters import Many
 from benchmarks.serving.overload import Overload
-from benchmarks.serving.systems import OURS, Facts, Load
+from benchmarks.serving.systems.systems import OURS, Facts, Load
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from benchmarks.serving.bandwidth import bandwidth
 from benchmarks.serving.options import Options
 from benchmarks.serving.own_parts import OwnParts
 from benchmarks.serving.results import Results, Row
-from benchmarks.serving.systems import BASE, OURS, Load, System
-from benchmarks.serving.wires import Request
+from benchmarks.serving.systems.systems import BASE, OURS, Load, System
+from benchmarks.serving.systems.wires import Request
 
 SAME_START = 20
 """Characters that make a beginning."""

@@ -7,7 +7,7 @@ from benchmarks.measure import median_ratio, percentile
 from benchmarks.peers.openvino import NAME as OPENVINO
 from benchmarks.peers.venvs import LLAMA_CPP
 from benchmarks.serving.results import Results
-from benchmarks.serving.systems import BASE, BLENDS, DISTINCT, ONE, OURS, Load
+from benchmarks.serving.systems.systems import BASE, BLENDS, DISTINCT, ONE, OURS, Load
 from benchmarks.tables import milliseconds, spread, with_range
 from benchmarks.targets import NOT_MEASURED, Target, at_least, at_most, unmeasured
 

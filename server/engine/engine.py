@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from adapters.errors import InvalidInput, SmoloraError
-from server.engine.adapter_pool import AdapterPool, Load
+from server.engine.adapter_pool.pool import AdapterPool, Load
 from server.engine.backend import Backend
 from server.engine.detokenizer import TextStream, TokenBytes
 from server.engine.kv_cache import BlockManager
@@ -26,7 +26,7 @@ from server.engine.request import (
     TokenLogprob,
 )
 from server.engine.runner import Runner
-from server.engine.sampler import Logprobs, Sampled
+from server.engine.sampling.sampler import Logprobs, Sampled
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Sequence
 from server.engine.structured.guidance import Guidance

@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
-from server.engine.adapter_pool import AdapterHold
+from server.engine.adapter_pool.pool import AdapterHold
 from server.engine.paged_attention import PagedAttention, PagedCache
 from server.engine.scheduler import Chunk
 from server.model.device import to_device

@@ -11,10 +11,10 @@ from collections.abc import Sequence as Seq
 import torch
 
 from server.engine.forwards import Forward
-from server.engine.logits import Row
-from server.engine.sampler import Sampled, sample
+from server.engine.sampling.logits import LogitsRow
+from server.engine.sampling.sampler import Sampled, sample
+from server.engine.sampling.scoring import score
 from server.engine.scheduler import Chunk
-from server.engine.scoring import score
 from server.engine.sequence import Sequence
 from server.errors import GenerationFailed
 from server.model.device import ints_beside
@@ -62,7 +62,7 @@ class Runner:
         if len(last) < hidden.shape[0]:
             hidden = hidden[ints_beside(hidden, last)]
         rows = [
-            Row(s.request.sampling, s.index, s.num_tokens, s.token_ids, s.num_prompt_tokens, s.constraint)
+            LogitsRow(s.request.sampling, s.index, s.num_tokens, s.token_ids, s.num_prompt_tokens, s.constraint)
             for s in sampling
         ]
         return list(zip(sampling, sample(self.forward.logits(hidden), rows), strict=True))

@@ -4,7 +4,7 @@ from benchmarks.command import Made
 from benchmarks.machine import Machine
 from benchmarks.measure import Figures
 from benchmarks.serving.results import Results, Row, Settings
-from benchmarks.serving.systems import OURS, Facts, Load
+from benchmarks.serving.systems.systems import OURS, Facts, Load
 
 MACHINE = Machine("A CPU", 2, 2, 8 << 30, "3.11", "c++ 12", "abc", {"torch": "2"})
 LLAMA_CPP, OPENVINO = "llama.cpp", "OpenVINO GenAI"

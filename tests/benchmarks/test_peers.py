@@ -25,8 +25,8 @@ from benchmarks.peers.openvino import OpenVino, OpenVinoConfig
 from benchmarks.peers.transformers_peft import TransformersPeft
 from benchmarks.peers.venvs import LLAMA_CPP, MARK, OPENVINO
 from benchmarks.serving.adapter_files import ALPHA, RANK, Sizes, write_adapter
-from benchmarks.serving.systems import BASE, BLENDS, DISTINCT, ONE, Load, System
-from benchmarks.serving.wires import Part, Request
+from benchmarks.serving.systems.systems import BASE, BLENDS, DISTINCT, ONE, Load, System
+from benchmarks.serving.systems.wires import Part, Request
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel
 from tests.conftest import CACHE

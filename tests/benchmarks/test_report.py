@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import command, report
 from benchmarks.serving.results import Results
-from benchmarks.serving.systems import BASE, BLENDS
+from benchmarks.serving.systems.systems import BASE, BLENDS
 from benchmarks.training import adapters_report, beside_report, methods_report, train_report
 from benchmarks.training.adapters_report import SetSize
 from benchmarks.training.methods_report import Compared

@@ -17,8 +17,8 @@ from benchmarks.serving.load import Answer, Exchange, summarize
 from benchmarks.serving.many_adapters import Token, judge
 from benchmarks.serving.options import PEERS, parse
 from benchmarks.serving.page_cache import drop, read_seconds
-from benchmarks.serving.systems import BLENDS, DISTINCT, ONE, Facts, Load, Streams, fastest
-from benchmarks.serving.wires import LlamaCpp, Part, Request, Smolora, Usage, Wire, expression
+from benchmarks.serving.systems.systems import BLENDS, DISTINCT, ONE, Facts, Load, Streams, fastest
+from benchmarks.serving.systems.wires import LlamaCpp, Part, Request, Smolora, Usage, Wire, expression
 from server.model.base.weights import BaseModel
 
 

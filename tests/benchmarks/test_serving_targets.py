@@ -7,7 +7,7 @@ import pytest
 from benchmarks.serving import report
 from benchmarks.serving.overload import Overload
 from benchmarks.serving.results import Cold, LongPrompts, Results, Start, Ways
-from benchmarks.serving.systems import BASE, BLENDS, DISTINCT, ONE, OURS
+from benchmarks.serving.systems.systems import BASE, BLENDS, DISTINCT, ONE, OURS
 from benchmarks.serving.targets import evaluate
 from benchmarks.targets import Target
 from tests.benchmarks.kit import LLAMA_CPP, figures, results, row

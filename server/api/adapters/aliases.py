@@ -13,7 +13,7 @@ from server.api.adapters.answers import adapter_answer
 from server.api.deps import ServicesDep
 from server.api.documents import ALIASES, UNALIASES
 from server.api.schemas import AdapterAnswer, Body
-from server.api.strict_json import StrictRoute
+from server.api.strict_route import StrictRoute
 
 router = APIRouter(prefix="/adapters", tags=["adapters"], route_class=StrictRoute)
 

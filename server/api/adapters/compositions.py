@@ -14,7 +14,7 @@ from server.api.adapters.merging import FIELD, recipe_of, submit_merge
 from server.api.deps import IdempotencyKey, ServicesDep
 from server.api.documents import COMPOSITIONS
 from server.api.schemas import VersionAnswer
-from server.api.strict_json import StrictRoute
+from server.api.strict_route import StrictRoute
 from server.api.train.answers import job_document
 from server.api.train.schemas import JobAnswer
 

@@ -18,7 +18,7 @@ from server.api.adapters.archives import MAX_WEIGHTS_BYTES
 from server.api.deps import ServicesDep
 from server.api.documents import IMPORTS
 from server.api.schemas import Body, VersionAnswer
-from server.api.strict_json import StrictRoute
+from server.api.strict_route import StrictRoute
 from server.api.uploads import MAX_CONFIG_BYTES
 from server.errors import Forbidden
 from server.model.base.hub_adapter import HubAdapter, fetch_adapter

@@ -9,7 +9,7 @@ from server.api.compare.schemas import CompareAnswer, CompareBody
 from server.api.deps import ServicesDep
 from server.api.documents import REFUSALS
 from server.api.streams import ClientGoneError, while_connected
-from server.api.strict_json import StrictRoute
+from server.api.strict_route import StrictRoute
 
 router = APIRouter(route_class=StrictRoute, tags=["generate"])
 

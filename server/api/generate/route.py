@@ -10,7 +10,7 @@ from server.api.generate import answers
 from server.api.generate.generation import begin
 from server.api.schemas import GenerateAnswer, GenerateBody
 from server.api.streams import ClientGoneError, EventStream, while_connected
-from server.api.strict_json import StrictRoute
+from server.api.strict_route import StrictRoute
 
 router = APIRouter(route_class=StrictRoute, tags=["generate"])
 

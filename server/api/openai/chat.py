@@ -13,7 +13,7 @@ from server.api.openai.delivery import at_once, streamed
 from server.api.openai.documents import REFUSALS, answers_with
 from server.api.openai.logprobs import of_chat
 from server.api.openai.schemas import ChatBody
-from server.api.strict_json import StrictRoute
+from server.api.strict_route import StrictRoute
 
 router = APIRouter(route_class=StrictRoute, tags=["openai"])
 

@@ -14,7 +14,7 @@ from server.api import wire
 from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.documents import JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS, JOB_RESULTS, SUBMISSIONS
 from server.api.streams import EventStream
-from server.api.strict_json import StrictRoute
+from server.api.strict_route import StrictRoute
 from server.api.train.answers import dry_run_document, event_document, job_document
 from server.api.train.schemas import DryRunAnswer, EventAnswer, JobAnswer, JobList, TrainBody
 from server.api.zips import StoredZip, zip_download

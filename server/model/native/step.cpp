@@ -3,12 +3,12 @@
 //
 // The same arithmetic as server/model/smollm.py: weights and what they multiply are bf16, sums and the residual stream
 // are fp32. The base's weights are packed once and never written; adapters are added beside them.
-#include "attention.h"
-#include "checks.h"
-#include "layers.h"
-#include "lora.h"
-#include "matrix.h"
-#include "team.h"
+#include "kernels/attention.h"
+#include "kernels/layers.h"
+#include "kernels/lora.h"
+#include "kernels/matrix.h"
+#include "kernels/team.h"
+#include "seam/checks.h"
 
 namespace {
 

@@ -8,7 +8,7 @@ that nothing disturbed. It talks to the world through `Reporter`; leases, publis
 import ctypes
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Protocol
 
@@ -17,10 +17,11 @@ import torch
 from adapters.lora import LoraWeights
 from server.model.base.weights import BaseModel
 from server.model.smollm import NoAdapters, SmolLM
+from server.training.data.encoding import Reference
 from server.training.data.job_data import JobData
 from server.training.documents import read_document
 from server.training.loop.checkpoint import Checkpoint, Checkpoints
-from server.training.loop.evaluate import Evaluation, LossNotFinite, evaluate, exact_match
+from server.training.loop.evaluate import Evaluation, LossNotFinite, evaluate
 from server.training.loop.outcome import Counters, Outcome
 from server.training.loop.trainer import StepResult, Trainer, TrainingDiverged
 from server.training.passes.init import initial_weights
@@ -31,6 +32,10 @@ log = logging.getLogger("smolora.training")
 
 CHECKPOINT_SECONDS = 30.0
 """Between checkpoints, where the job doesn't say after how many steps."""
+
+
+ExactMatch = Callable[[BaseModel, LoraWeights | None, Sequence[Reference], Callable[[], None]], float | None]
+"""The share of references that the base with the weights completes exactly; what is called before each step."""
 
 
 class Reporter(Protocol):
@@ -66,6 +71,7 @@ class Run:
         base: BaseModel,
         checkpoints: Checkpoints,
         reporter: Reporter,
+        exact_match: ExactMatch,
         *,
         start: LoraWeights | None = None,
         library: ctypes.CDLL | None = None,
@@ -76,6 +82,7 @@ class Run:
         self._base = base
         self._checkpoints = checkpoints
         self._reporter = reporter
+        self._exact_match = exact_match
         self._peak_memory = peak_memory
         self._library = library
         self._trainable = self._make_trainable(start)
@@ -270,13 +277,7 @@ class Run:
         found = evaluate(model, adapters, self._data.validation, yield_or_leave=yield_or_leave)
         if not found.is_finite:
             return found
-        matched = exact_match(
-            tuned_base or self._base,
-            weights,
-            self._data.references,
-            yield_or_leave=yield_or_leave,
-            library=self._library,
-        )
+        matched = self._exact_match(tuned_base or self._base, weights, self._data.references, yield_or_leave)
         return replace(found, exact_match=matched)
 
     def _check_finite(self, found: Evaluation) -> None:

@@ -8,6 +8,7 @@ import ctypes
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -42,6 +43,7 @@ from server.training.reports.report import (
 )
 from server.training.reports.step_metrics import step_metrics_csv
 from server.training.spec import JobSpec
+from server.training.worker.exact_match import exact_match
 from server.training.worker.job_reporter import Leave
 
 
@@ -90,6 +92,7 @@ class TrainingAttempt:
             self._base,
             Checkpoints(self._files.checkpoints(self._job.id), self._claim.token),
             self._reporter,
+            partial(exact_match, library=self._native),
             start=None if parent is None else parent.weights,
             library=self._native,
             peak_memory=lambda: peak_memory_bytes(self._base.device),

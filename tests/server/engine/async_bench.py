@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from adapters.errors import SmoloraError
 from adapters.lora import LoraWeights
-from server.engine.adapter_pool import Load
+from server.engine.adapter_pool.pool import Load
 from server.engine.async_engine import AsyncEngine, OutputStream
 from server.engine.engine import Engine
 from server.engine.request import GenerationRequest

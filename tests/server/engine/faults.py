@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from adapters.lora import LoraWeights
 from server.engine.engine import Engine
 from server.engine.runner import Runner
-from server.engine.sampler import Sampled
+from server.engine.sampling.sampler import Sampled
 from server.engine.scheduler import Chunk, Step
 from server.engine.sequence import Sequence
 from server.model.base.weights import BaseModel

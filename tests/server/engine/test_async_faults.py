@@ -11,7 +11,7 @@ import pytest
 
 from adapters.errors import CorruptAdapter, SmoloraError
 from adapters.lora import LoraWeights
-from server.engine.sampler import Sampled
+from server.engine.sampling.sampler import Sampled
 from server.engine.scheduler import Chunk, SchedulerLimits, Step
 from server.engine.sequence import Sequence
 from server.errors import EngineDead, GenerationFailed, QueueFull

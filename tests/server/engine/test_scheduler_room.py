@@ -2,11 +2,11 @@
 
 import random
 
-from server.engine.adapter_pool import AdapterHold, AdapterPool
+from server.engine.adapter_pool.pool import AdapterHold, AdapterPool
 from server.engine.kv_cache import BlockManager
 from server.engine.scheduler import SchedulerLimits
 from server.engine.sequence import Sequence
-from tests.server.engine.pool_bench import Bench, adapter
+from tests.server.engine.adapter_pool.pool_bench import Bench, adapter
 from tests.server.engine.simulation import Simulation
 from tests.server.engine.small import SIZE, unlike
 

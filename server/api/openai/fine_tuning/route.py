@@ -32,7 +32,7 @@ from server.api.openai.fine_tuning.schemas import (
     FineTuningJob,
     Page,
 )
-from server.api.strict_json import StrictRoute
+from server.api.strict_route import StrictRoute
 from server.training.data.files import FileStore, results_id
 from server.training.queue.jobs import FINE_TUNING, Job, Jobs
 

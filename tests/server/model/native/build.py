@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from server.model.native.library import FLAGS, SOURCE, UNITS, flags_of_units, load_library
+from server.model.native.library import FLAGS, HEADERS, SOURCE, UNITS, flags_of_units, load_library
 from tests.conftest import CACHE
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -34,7 +34,7 @@ def build(*more: str) -> Path:
     compiler = compilers()[0]
     flags = [*flags_of_units((*FLAGS, *more)), *WARNINGS, f"-I{SOURCE}", f"-I{KERNELS}"]
     made_of = hashlib.sha256(repr((compiler, flags, _LINK)).encode())
-    for path in (*(SOURCE / unit for unit in UNITS), *sorted(SOURCE.glob("*.h")), *sorted(KERNELS.iterdir())):
+    for path in (*(SOURCE / name for name in (*UNITS, *HEADERS)), *sorted(KERNELS.iterdir())):
         made_of.update(path.read_bytes())
     program = CACHE / "native-tests" / made_of.hexdigest()[:16]
     if program.exists():
@@ -68,7 +68,7 @@ def check_warnings() -> None:
         return
     for compiler in compilers():
         for unit in UNITS:
-            run([compiler, *flags_of_units(), *WARNINGS, "-fsyntax-only", str(SOURCE / unit)])
+            run([compiler, *flags_of_units(), *WARNINGS, f"-I{SOURCE}", "-fsyntax-only", str(SOURCE / unit)])
 
 
 def sanitize(*names: str) -> None:

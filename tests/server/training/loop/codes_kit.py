@@ -16,6 +16,7 @@ from server.training.loop.checkpoint import Checkpoints
 from server.training.loop.outcome import Outcome
 from server.training.loop.run import Run
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
+from server.training.worker.exact_match import exact_match
 
 SPEC = JobSpec(
     "codes",
@@ -69,7 +70,8 @@ def data_of(base: BaseModel) -> JobData:
 
 def run(base: BaseModel, spec: JobSpec, directory: Path, left: int | None = None) -> Outcome:
     """An attempt, with what an earlier one left in the directory; Left where it ends before its end."""
-    return Run(spec, data_of(base), base, Checkpoints(directory, 1 if left is None else 2), Listener(left)).run()
+    checkpoints = Checkpoints(directory, 1 if left is None else 2)
+    return Run(spec, data_of(base), base, checkpoints, Listener(left), exact_match).run()
 
 
 def tensors(outcome: Outcome) -> list[torch.Tensor]:

@@ -17,7 +17,8 @@ from server.model.text.chat import ChatMessage, PromptEncoder
 from server.training.data.encoding import Reference, RowEncoder
 from server.training.data.examples import Example, Examples
 from server.training.data.rows import CompletionRow, MessagesRow, Row, TextRow
-from server.training.loop.evaluate import MORE_TOKENS, Evaluation, _may_become, evaluate, exact_match
+from server.training.loop.evaluate import Evaluation, evaluate
+from server.training.worker.exact_match import MORE_TOKENS, _may_become, exact_match
 from tests.engine_kit import random_adapter
 from tests.native_kit import native_library
 from tests.oracles.hugging_face import linear, load_reference, logits, merged
@@ -294,7 +295,7 @@ def test_exact_match_where_there_is_no_memory_for_native_code(
     def none_left(*given: object, **named: object) -> None:
         raise MemoryError("no memory for the packed weights")
 
-    monkeypatch.setattr("server.training.loop.evaluate.NativeModel", none_left)
+    monkeypatch.setattr("server.training.worker.exact_match.NativeModel", none_left)
     one = replace(first_reference(tiny_base, tiny_base_dir, "Not"), num_tokens=12 - MORE_TOKENS)
     with caplog.at_level("INFO"):
         found = exact_match(tiny_base, None, [one], library=ctypes.CDLL(None))

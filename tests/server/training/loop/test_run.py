@@ -19,6 +19,7 @@ from server.training.loop.outcome import Outcome
 from server.training.loop.run import Run
 from server.training.loop.trainer import TrainingDiverged
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
+from server.training.worker.exact_match import exact_match
 from tests.oracles.hugging_face import load_reference, merged
 from tests.server.training.data.rows_kit import measured
 from tests.server.training.worker.attempt_kit import job_data
@@ -74,7 +75,7 @@ def run(
     base: BaseModel, data: JobData, directory: Path, spec: JobSpec = SPEC, token: int = 1, end: int | None = None
 ) -> tuple[Outcome, Listener]:
     listener = Listener(end)
-    return Run(spec, data, base, Checkpoints(directory, token), listener).run(), listener
+    return Run(spec, data, base, Checkpoints(directory, token), listener, exact_match).run(), listener
 
 
 def tensors(weights: LoraWeights | None) -> list[torch.Tensor]:

@@ -28,6 +28,7 @@ from server.training.passes.native_pass import NativePass
 from server.training.passes.torch_pass import TorchPass
 from server.training.passes.trainables import trainable_rows
 from server.training.spec import Init, JobSpec, LoraSpec, TrainingSpec
+from server.training.worker.exact_match import exact_match
 from tests.conftest import CACHE
 from tests.engine_kit import random_adapter
 from tests.native_kit import SHAPES, native_library, widened
@@ -260,7 +261,7 @@ def test_disturbed_anywhere_it_ends_in_the_same_bytes(
     def run(directory: str, token: int, end: int | None = None, native: bool = True) -> tuple[Outcome, Listener]:
         checkpoints, listener = Checkpoints(tmp_path / directory, token), Listener(end)
         given = library if native else None
-        return Run(spec, data, grouped, checkpoints, listener, library=given).run(), listener
+        return Run(spec, data, grouped, checkpoints, listener, exact_match, library=given).run(), listener
 
     whole, _ = run("whole", 1)
     for token, end in enumerate((3, 6, 4), 1):
@@ -282,7 +283,8 @@ def test_disturbed_anywhere_it_ends_in_the_same_bytes(
     assert "the bytes won't be those of either" in caplog.text
 
     full = replace(spec, method="full", training=replace(training, learning_rate=1e-4, max_steps=2))
-    of_all = Run(full, data, grouped, Checkpoints(tmp_path / "full", 1), Listener(None), library=library).run()
+    checkpoints = Checkpoints(tmp_path / "full", 1)
+    of_all = Run(full, data, grouped, checkpoints, Listener(None), exact_match, library=library).run()
     assert of_all.counters.computed_by == ["torch"], "native code has no steps of full fine-tuning"
 
 

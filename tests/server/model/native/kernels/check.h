@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "abi.h"
+#include "seam/abi.h"
 
 constexpr double kU32 = 1.0 / (1 << 24);  // how far off, relatively, rounding to fp32 may be
 constexpr double kU16 = 1.0 / (1 << 8);   // and to bf16

@@ -1,4 +1,4 @@
-#include "layers.h"
+#include "kernels/layers.h"
 
 #include "check.h"
 

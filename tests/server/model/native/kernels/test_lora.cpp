@@ -1,4 +1,4 @@
-#include "lora.h"
+#include "kernels/lora.h"
 
 #include "check.h"
 

@@ -1,4 +1,4 @@
-#include "loss.h"
+#include "kernels/loss.h"
 
 #include "check.h"
 

@@ -1,5 +1,5 @@
 #include "check.h"
-#include "matrix.h"
+#include "kernels/matrix.h"
 
 TEST(matrix_packs_tiles) {
     Random random(1);

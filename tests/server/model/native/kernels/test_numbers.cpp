@@ -1,7 +1,7 @@
 #include <limits>
 
 #include "check.h"
-#include "layers.h"
+#include "kernels/layers.h"
 
 static float lane(__m512 x, int i) {
     float all[16];

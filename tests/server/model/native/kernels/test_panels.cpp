@@ -1,5 +1,5 @@
 #include "check.h"
-#include "panels.h"
+#include "kernels/panels.h"
 
 TEST(transpose16_turns_over) {
     uint32_t x[16][16], y[16][16];

@@ -1,4 +1,4 @@
-#include "products.h"
+#include "kernels/products.h"
 
 #include "check.h"
 

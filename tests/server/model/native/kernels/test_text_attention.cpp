@@ -1,4 +1,4 @@
-#include "text_attention.h"
+#include "kernels/text_attention.h"
 
 #include "check.h"
 #include "exact_attention.h"

@@ -3,8 +3,8 @@
 #pragma once
 #include <memory>
 
-#include "abi.h"
 #include "check.h"
+#include "seam/abi.h"
 
 // Ends the test where the entry doesn't answer kOk.
 #define SUCCEED(entry, ...)                                                       \

@@ -14,7 +14,6 @@ constexpr int kLossTiles = 16;  // of the vocabulary that are multiplied with th
 
 class Loss {
   public:
-    Loss() = default;
     Loss(Team* team, const bf16* head, int64_t vocab, int64_t hidden)
         : team_(team), head_(head), vocab_(vocab), hidden_(hidden), scratch_(team->size()) {}
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from adapters.errors import CorruptAdapter, InvalidInput, SmoloraError
 from adapters.lora import LoraWeights
-from server.engine.extents import Extents
+from server.engine.adapter_pool.extents import Extents
+from server.engine.adapter_pool.resident import Adapter
 from server.engine.request import AdapterRef
-from server.engine.resident import Adapter
 from server.model.lora_batch import Parts
 from server.model.rank_rows import RankRows, Run
 

@@ -6,7 +6,7 @@ import torch
 from adapters.errors import CorruptAdapter, InvalidInput, NotFound
 from adapters.lora import MODULES, LoraModule, LoraWeights, ModuleKey
 from server.engine.request import AdapterRef
-from tests.server.engine.pool_bench import Bench, adapter
+from tests.server.engine.adapter_pool.pool_bench import Bench, adapter
 
 
 def test_a_cold_adapter_is_read_then_placed_and_wakes_each_time() -> None:

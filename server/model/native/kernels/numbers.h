@@ -4,7 +4,7 @@
 
 #include <initializer_list>
 
-#include "abi.h"
+#include "seam/abi.h"
 
 inline __m512 load_bf16(const bf16* p) {  // 16 of them, widened
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));

@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from server.engine.sampler import gumbel, sample
-from tests.server.engine.rows import kept_by_transformers, row
+from server.engine.sampling.sampler import gumbel, sample
+from tests.server.engine.sampling.rows import kept_by_transformers, row
 
 
 def test_the_stream_is_decided_by_seed_choice_and_position_alone() -> None:

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import pytest
 import torch
 
-from server.engine.logits import Row
 from server.engine.request import SamplingParams
-from server.engine.sampler import sample
-from tests.server.engine.rows import logits_of
+from server.engine.sampling.logits import LogitsRow
+from server.engine.sampling.sampler import sample
+from tests.server.engine.sampling.rows import logits_of
 
 PROMPT = (5, 6, 7, 5, 900)
 ANSWER = (7, 8, 8, 9, 8, 999)
@@ -44,8 +44,8 @@ def test_what_is_added_to_logits(penalties: Mapping[str, float], biases: Mapping
     logits = logits_of(3, rows=2)
     plain = logits[1].clone()
     expected = by_hand(logits[0].tolist(), params, biases)
-    ours = Row(params, 0, 11, (*PROMPT, *ANSWER), len(PROMPT))
-    other = Row(SamplingParams(temperature=0.0), 0, 11, (*PROMPT, *ANSWER), len(PROMPT))
+    ours = LogitsRow(params, 0, 11, (*PROMPT, *ANSWER), len(PROMPT))
+    other = LogitsRow(SamplingParams(temperature=0.0), 0, 11, (*PROMPT, *ANSWER), len(PROMPT))
     tokens = [sampled.token_id for sampled in sample(logits, [ours, other])]
     torch.testing.assert_close(logits[0], torch.tensor(expected), rtol=0, atol=1e-5)
     assert torch.equal(logits[1], plain)
@@ -55,7 +55,7 @@ def test_what_is_added_to_logits(penalties: Mapping[str, float], biases: Mapping
 def test_a_penalty_waits_for_the_first_token() -> None:
     logits = logits_of(4)
     plain = logits.clone()
-    sample(logits, [Row(SamplingParams(temperature=0.0, presence_penalty=2.0), 0, 5, PROMPT, len(PROMPT))])
+    sample(logits, [LogitsRow(SamplingParams(temperature=0.0, presence_penalty=2.0), 0, 5, PROMPT, len(PROMPT))])
     assert torch.equal(logits, plain)
 
 
@@ -64,7 +64,7 @@ def test_log_probabilities_are_the_models_own() -> None:
     logits = logits_of(5)
     expected = logits[0].log_softmax(-1)
     params = SamplingParams(temperature=0.0, logit_bias=((17, 100.0),), logprobs=2)
-    (sampled,) = sample(logits, [Row(params, 0, 5, PROMPT, len(PROMPT))])
+    (sampled,) = sample(logits, [LogitsRow(params, 0, 5, PROMPT, len(PROMPT))])
     assert sampled.token_id == 17
     assert sampled.logprobs is not None
     assert sampled.logprobs.chosen == pytest.approx(float(expected[17]))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from adapters.lora import MODULES, BaseShape, LoraModule, LoraWeights, ModuleKey
-from server.engine.adapter_pool import AdapterHold, AdapterPool
+from server.engine.adapter_pool.pool import AdapterHold, AdapterPool
 from server.engine.request import AdapterRef
 from server.model.rank_rows import RankRows, RowFormat
 from tests.engine_kit import check_pool

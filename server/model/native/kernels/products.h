@@ -3,9 +3,9 @@
 // y = x Wᵀ + (x Aᵀ) B, with x Aᵀ called lora_hidden. All matrices are given whole, and a call computes `rows` rows from
 // the row `start` on. Features of x that dropout keeps are multiplied by a factor before they meet A.
 #pragma once
-#include "checks.h"
 #include "layers.h"
 #include "panels.h"
+#include "seam/checks.h"
 
 constexpr int kProductRows = 256;  // rows that are computed at once, at most
 

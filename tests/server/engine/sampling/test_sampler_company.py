@@ -11,9 +11,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from server.engine.logits import Row
-from server.engine.sampler import _candidates, sample
-from tests.server.engine.rows import row
+from server.engine.sampling.logits import LogitsRow
+from server.engine.sampling.sampler import _candidates, sample
+from tests.server.engine.sampling.rows import row
 
 VOCAB = 3000
 Params = dict[str, float]
@@ -48,7 +48,7 @@ row_params = st.fixed_dictionaries(
 )
 
 
-def rows_of(many: Sequence[Params]) -> tuple[torch.Tensor, list[Row]]:
+def rows_of(many: Sequence[Params]) -> tuple[torch.Tensor, list[LogitsRow]]:
     """Logits (rows, vocab) and what is asked for of each."""
     logits = torch.stack([coarse_logits(i, asked["spread"]) for i, asked in enumerate(many)])
     rows = []
@@ -80,7 +80,7 @@ def test_a_row_draws_the_same_in_any_company(many: list[Params]) -> None:
         assert alone == together[i]  # the log-probabilities, too
 
 
-def candidates_of(logits: torch.Tensor, rows: Sequence[Row]) -> list[dict[int, float]]:
+def candidates_of(logits: torch.Tensor, rows: Sequence[LogitsRow]) -> list[dict[int, float]]:
     """Of each row, the tokens that its filters leave, in order, and their scores."""
     found: list[dict[int, float]] = [{} for _ in rows]
     for members, scores, token_ids in _candidates(logits, rows):

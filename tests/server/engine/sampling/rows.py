@@ -11,24 +11,24 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from server.engine.logits import Row
 from server.engine.request import SamplingParams
+from server.engine.sampling.logits import LogitsRow
 
 VOCAB = 1000
 
 
 def row(
     *, index: int = 0, position: int = 5, token_ids: Sequence[int] = (1,), seed: int = 0, **params: float
-) -> Row:
+) -> LogitsRow:
     given_params = {"temperature": 1.0, **params}
-    return Row(SamplingParams(seed=seed, **given_params), index, position, token_ids)  # type: ignore[arg-type]
+    return LogitsRow(SamplingParams(seed=seed, **given_params), index, position, token_ids)  # type: ignore[arg-type]
 
 
 def logits_of(seed: int, rows: int = 1, vocab: int = VOCAB, spread: float = 3.0) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * spread
 
 
-def kept_by_transformers(logits: torch.Tensor, one: Row) -> set[int]:
+def kept_by_transformers(logits: torch.Tensor, one: LogitsRow) -> set[int]:
     params = one.params
     warpers = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
     if params.top_k:

@@ -17,9 +17,9 @@ from benchmarks.peers.venvs import LLAMA_CPP, OPENVINO, MadePeer
 from benchmarks.prompts import PromptSource
 from benchmarks.serving.adapter_files import ALPHA, RANK
 from benchmarks.serving.options import PEFT, TORCH, Options
-from benchmarks.serving.server_process import Server, ServerConfig
-from benchmarks.serving.systems import OurServer, Streams, System, Variant, fastest
-from benchmarks.serving.wires import Request
+from benchmarks.serving.systems.server_process import Server, ServerConfig
+from benchmarks.serving.systems.systems import OurServer, Streams, System, Variant, fastest
+from benchmarks.serving.systems.wires import Request
 
 QUANTIZED = ("Q8_0", "Q4_1")
 Trial = dict[str, tuple[float, ...]]

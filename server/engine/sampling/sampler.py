@@ -21,8 +21,8 @@ from itertools import islice
 
 import torch
 
-from server.engine.logits import Row, constrain, penalize
 from server.engine.request import SamplingParams
+from server.engine.sampling.logits import LogitsRow, constrain, penalize
 from server.model.device import floats_beside, ints_beside, to_device
 
 _MIN_CANDIDATES = 256  # the first attempt at a top-p set; the whole vocabulary follows for a row that wants more
@@ -47,7 +47,7 @@ class Sampled:
     logprobs: Logprobs | None
 
 
-def sample(logits: torch.Tensor, rows: Seq[Row]) -> list[Sampled]:
+def sample(logits: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
     """The next token of each row of logits (rows, vocab), fp32 and contiguous, which are overwritten."""
     assert logits.shape[0] == len(rows)
     wants_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs]
@@ -76,7 +76,7 @@ def sample(logits: torch.Tensor, rows: Seq[Row]) -> list[Sampled]:
     ]
 
 
-def gumbel(rows: Seq[Row], token_ids: torch.Tensor) -> torch.Tensor:
+def gumbel(rows: Seq[LogitsRow], token_ids: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise for token_ids (rows, n) or (1, n): (rows, n) fp32, decided by row and token alone.
 
     A 32-bit mix of the token id and two words of the row's key (multipliers of "lowbias32", Wellons 2018). The
@@ -97,13 +97,13 @@ def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 
-def _key(row: Row) -> tuple[int, int]:
+def _key(row: LogitsRow) -> tuple[int, int]:
     data = struct.pack("<Qqq", row.params.seed, row.index, row.position)
     first, second = struct.unpack("<ii", hashlib.blake2b(data, digest_size=8).digest())
     return first, second
 
 
-def _draw(logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
+def _draw(logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
     """Gumbel-max over what the rows' filters leave of logits (rows, vocab): token ids (rows,)."""
     temperature = floats_beside(logits, [max(row.params.temperature, _MIN_TEMPERATURE) for row in rows])
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
@@ -114,7 +114,9 @@ def _draw(logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
     return tokens
 
 
-def _candidates(logits: torch.Tensor, rows: Seq[Row]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+def _candidates(
+    logits: torch.Tensor, rows: Seq[LogitsRow]
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """What top-k and top-p leave of logits (rows, vocab), for rows that sort out as many tokens together.
 
     Yields the rows' indices, their scores (rows, n), -inf where filtered out, and token ids (rows or 1, n).
@@ -175,7 +177,7 @@ def _filtered(
     return scores.masked_fill((before >= top_p) & (top_p < 1), float("-inf")), token_ids, is_short
 
 
-def _min_p(scores: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
+def _min_p(scores: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
     """Drop what is less likely than min_p times the likeliest token."""
     if not any(row.params.min_p for row in rows):
         return scores
@@ -186,7 +188,7 @@ def _min_p(scores: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
 
 
 def _with_logprobs(
-    tokens: torch.Tensor, logprobs: torch.Tensor, members: list[int], rows: Seq[Row]
+    tokens: torch.Tensor, logprobs: torch.Tensor, members: list[int], rows: Seq[LogitsRow]
 ) -> tuple[list[int], dict[int, Logprobs]]:
     """The tokens (rows,) of all rows; and what `members` of them want of log-probabilities (members, vocab)."""
     groups: dict[int, list[int]] = {}  # by how many they want

@@ -11,12 +11,12 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from server.engine.logits import Row
-from server.engine.sampler import _candidates, _min_p, sample
-from tests.server.engine.rows import VOCAB, kept_by_transformers, logits_of, row
+from server.engine.sampling.logits import LogitsRow
+from server.engine.sampling.sampler import _candidates, _min_p, sample
+from tests.server.engine.sampling.rows import VOCAB, kept_by_transformers, logits_of, row
 
 
-def kept(logits: torch.Tensor, one: Row) -> set[int]:
+def kept(logits: torch.Tensor, one: LogitsRow) -> set[int]:
     """The tokens that the row's filters leave."""
     scaled = logits / one.params.temperature
     ((_, scores, token_ids),) = _candidates(scaled[None], [one])

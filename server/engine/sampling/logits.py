@@ -20,7 +20,7 @@ from server.model.device import floats_beside, to_device
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class LogitsRow:
     """What decides one row's token, besides its logits."""
 
     params: SamplingParams
@@ -31,7 +31,7 @@ class Row:
     constraint: Constraint | None = None
 
 
-def penalize(logits: torch.Tensor, rows: Seq[Row]) -> None:
+def penalize(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
     """Apply the rows' penalties and biases to logits (rows, vocab), each kind of all rows at once."""
     flat, vocab = logits.view(-1), logits.shape[1]
     seen, used, biased = _Places(), _Places(), _Places()  # with penalties, what is taken off, what is added
@@ -81,7 +81,7 @@ class _Places:
         return to_device(places, logits.device), floats_beside(logits, self._values)
 
 
-def constrain(logits: torch.Tensor, rows: Seq[Row]) -> None:
+def constrain(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
     """Leave of logits (rows, vocab) only those of tokens that may come next: none of a failed constraint's row."""
     masks: dict[int, NDArray[np.bool_]] = {}
     for i, row in enumerate(rows):

@@ -7,8 +7,8 @@ from typing import Protocol
 from benchmarks.command import Say
 from benchmarks.measure import Figure, Run
 from benchmarks.serving.load import drive, summarize
-from benchmarks.serving.server_process import Server
-from benchmarks.serving.wires import Part, Request, Smolora
+from benchmarks.serving.systems.server_process import Server
+from benchmarks.serving.systems.wires import Part, Request, Smolora
 
 BASE, ONE, DISTINCT, BLENDS = "base", "one", "distinct", "blends"
 KINDS = (BASE, ONE, DISTINCT, BLENDS)

@@ -1,0 +1,162 @@
+// What the two passes over a training batch share: the base as it lies, the buffers of a batch, and how its rows are
+// dealt out to threads.
+#pragma once
+
+#include "kernels/layers.h"
+#include "kernels/products.h"
+#include "kernels/team.h"
+#include "kernels/text_attention.h"
+#include "seam/checks.h"
+
+namespace {
+
+constexpr int kRows = 64;  // at most so many rows are one item of work, where rows are computed one by one
+
+struct TrainLayer {
+    const bf16 *input_norm, *qkv, *o, *post_norm, *gate_up, *down;
+    bool uses_rotary;
+};
+
+struct Saved {                                 // of one layer, from the forward pass for the backward pass
+    std::vector<float> in, middle;             // the residual stream before attention, and before the feed-forward
+    std::vector<bf16> qkv, attn_out, gate_up;  // queries and keys are rotated
+    std::vector<bf16> hidden[kGroups];         // x Aᵀ
+};
+
+struct alignas(64) TrainScratch {  // of one thread
+    ProductScratch product;
+    TextScratch text;
+    std::vector<float> y;
+};
+
+class TrainPass {
+  protected:
+    TrainPass(const BaseSizes& sizes, const bf16* const* tensors, const float* rotary, const uint8_t* uses_rotary)
+        : s_(sizes),
+          rotary_(rotary),
+          team_((int)sizes.threads),
+          layers_(sizes.layers),
+          saved_(sizes.layers),
+          scratch_(sizes.threads) {
+        embed_ = *tensors++;
+        for (int64_t i = 0; i < s_.layers; i++) {
+            TrainLayer& layer = layers_[i];
+            layer.uses_rotary = uses_rotary[i];
+            for (auto* to : {&layer.input_norm, &layer.qkv, &layer.o, &layer.post_norm, &layer.gate_up, &layer.down})
+                *to = *tensors++;
+        }
+        final_norm_ = *tensors++;
+        lm_head_ = *tensors++;
+        q_ = s_.heads * s_.head_dim, kv_ = s_.kv_heads * s_.head_dim, wide_ = q_ + 2 * kv_;
+    }
+
+    // Everything that the phases share, sized for this batch.
+    void prepare(const TrainBatch& batch) {
+        tokens_ = (int)batch.num_tokens;
+        const int64_t t = tokens_;
+        for (int64_t i = 0; i < s_.layers; i++) {
+            Saved& saved = saved_[i];
+            saved.in.resize(t * s_.hidden), saved.middle.resize(t * s_.hidden);
+            saved.qkv.resize(t * wide_), saved.attn_out.resize(t * q_), saved.gate_up.resize(t * 2 * s_.intermediate);
+            for (int group = 0; group < kGroups; group++)
+                saved.hidden[group].resize(t * batch.lora[i * kGroups + group].rows);
+        }
+        int64_t most = 0;
+        for (int64_t i = 0; i < s_.layers * kGroups; i++) most = std::max(most, batch.lora[i].rows);
+        across_ = (tokens_ + 31) / 32 * 32;
+        lora_hidden_T_.resize(most * across_), d_lora_hidden_T_.resize(most * across_), d_lora_hidden_.resize(most * t);
+        last_.resize(t * s_.hidden), d_residual_.resize(t * s_.hidden), dx_.resize(t * s_.hidden);
+        x_.resize(t * s_.hidden), dy_.resize(t * s_.hidden), d_attn_out_.resize(t * q_), d_qkv_.resize(t * wide_);
+        active_.resize(t * s_.intermediate), d_gate_up_.resize(t * 2 * s_.intermediate);
+        lora_input_.resize(t * std::max({s_.hidden, s_.intermediate, q_}));
+        for (auto* d : {&dq_, &dk_, &dv_}) d->resize(t * q_);
+        positions_.resize(t);
+        for (int64_t text = 0; text < batch.num_texts; text++)
+            for (int64_t i = batch.starts[text]; i < batch.starts[text + 1]; i++)
+                positions_[i] = (int)(i - batch.starts[text]);
+        product_chunks_ = (tokens_ + kProductRows - 1) / kProductRows;
+        row_chunks_ = (tokens_ + kRows - 1) / kRows;
+        row_chunks_ = (row_chunks_ + (int)s_.threads - 1) / (int)s_.threads * (int)s_.threads;
+    }
+
+    // item(first row, rows) over the batch, beginning with even rows.
+    template <class Item>
+    void each_rows(Item item) {
+        const int rows = ((tokens_ + row_chunks_ - 1) / row_chunks_ + 1) / 2 * 2;
+        team_.each((tokens_ + rows - 1) / rows, [&](int i) { item(i * rows, std::min(rows, tokens_ - i * rows)); });
+    }
+
+    // item(column item, first row, rows) over the batch.
+    template <class Item>
+    void each_product(int columns, Item item) {
+        team_.each(columns * product_chunks_, [&](int i) { product_item(i, item); });
+    }
+    template <class Item>
+    void product_item(int i, Item& item) {
+        const int rows = (tokens_ + product_chunks_ - 1) / product_chunks_, start = i % product_chunks_ * rows;
+        if (start < tokens_) item(i / product_chunks_, start, std::min(rows, tokens_ - start));
+    }
+
+    TrainScratch& scratch() { return scratch_[Team::number()]; }
+
+    Text view(const Saved& saved, const TrainBatch& batch, int64_t text, int head) const {
+        const int64_t start = batch.starts[text];
+        const bf16* row = &saved.qkv[start * wide_];
+        const int64_t kv_head = head / (s_.heads / s_.kv_heads);
+        return {row + head * s_.head_dim,
+                row + q_ + kv_head * s_.head_dim,
+                row + q_ + kv_ + kv_head * s_.head_dim,
+                (size_t)wide_,
+                (int)(batch.starts[text + 1] - start),
+                (int)s_.head_dim};
+    }
+
+    // y = rows of x, divided by their root mean square and times `weight`.
+    void norm(const float* x, const bf16* weight, int start, int rows, bf16* y) const {
+        for (int64_t at = start * s_.hidden; at < (start + rows) * s_.hidden; at += s_.hidden)
+            rms_norm(x + at, weight, s_.hidden, s_.eps, y + at);
+    }
+
+    void turn(float* values, int token, bool back) const {
+        rotate(values, rotary_, s_.max_positions, s_.head_dim, positions_[token], back);
+    }
+
+    // active = silu(gate) · up, for some of its columns
+    void activate(const Saved& saved, int column, int columns, int start, int rows) {
+        for (int row = start; row < start + rows; row++) {
+            const bf16 *gate = &saved.gate_up[row * 2 * s_.intermediate + column], *up = gate + s_.intermediate;
+            swiglu(gate, up, columns, &active_[row * s_.intermediate + column]);
+        }
+    }
+
+    // What A is multiplied with: x (tokens, in), or with dropout a copy in lora_input_ of which features are dropped.
+    const bf16* met(const TrainGroup& lora, const TrainBatch& batch, const bf16* x, int64_t in, int start, int rows) {
+        if (lora.kept == nullptr) return x;
+        keep(lora.kept, batch.factor, x, in, start, rows, lora_input_.data());
+        return lora_input_.data();
+    }
+
+    const BaseSizes s_;
+    int64_t q_, kv_, wide_;  // features of queries, of keys, and of queries, keys and values
+    const float* rotary_;    // (2, max_positions, head_dim), as `rotary_table` makes it
+    Team team_;
+    std::vector<TrainLayer> layers_;
+    const bf16 *embed_, *final_norm_, *lm_head_;
+
+    int tokens_ = 0, product_chunks_ = 0, row_chunks_ = 0, across_ = 0;  // across: tokens, in thirty-twos
+    std::vector<Saved> saved_;
+    std::vector<float> last_;             // the residual stream after the last layer
+    std::vector<float> d_residual_, dx_;  // the gradients of the residual stream, and of what a norm gave
+    std::vector<bf16> x_, active_;        // the newest outputs of a norm and of the activation
+    std::vector<bf16> lora_input_;        // the same after dropout, where there is any: what A is multiplied with
+    std::vector<bf16> dy_, d_attn_out_, d_qkv_, d_gate_up_;
+    std::vector<float> dq_, dk_, dv_;  // (tokens, heads, dim): of each query head
+    // Of the newest group: dy Bᵀ (tokens, rows of A), and both x Aᵀ and dy Bᵀ as (rows of A, tokens).
+    std::vector<bf16> d_lora_hidden_, lora_hidden_T_, d_lora_hidden_T_;
+    std::vector<int> positions_;
+    std::vector<TrainScratch> scratch_;
+    TrainBatch batch_{};
+    bool has_passed_ = false;  // whether `batch_` went forward and not yet backward
+};
+
+}  // namespace
