@@ -9,11 +9,12 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from server import __version__
-from server.api import documents, faults, health
+from server.api import documents, health
 from server.api.adapters import aliases, compositions, imports
 from server.api.adapters import route as adapters
 from server.api.compare import route as compare
 from server.api.deps import Services
+from server.api.errors import faults
 from server.api.generate import route as generate
 from server.api.middleware import BodyLimit, Keys, RequestContext
 from server.api.openai.router import router as openai

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from fastapi import FastAPI
 
-from server.api import problems
+from server.api.errors import problems
 from server.api.schemas import Problem
 
 Responses = dict[int | str, dict[str, object]]

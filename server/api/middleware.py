@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.faults import form_of
+from server.api.errors.faults import form_of
 from server.errors import Unauthorized, Unavailable
 from server.training.queue.reserve import Reserve
 

@@ -8,7 +8,7 @@ from anyio import CapacityLimiter, to_thread
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from server.api import problems
+from server.api.errors import problems
 
 T = TypeVar("T")
 

@@ -20,8 +20,8 @@ class StrictRequest(Request):
         body = await self.body()
         try:
             parsed: object = from_json(body, allow_inf_nan=True)
-        except ValueError:
-            raise json.JSONDecodeError("malformed", "", 0) from None
+        except ValueError as error:  # which says what, at which line and column, and nothing of the text
+            raise json.JSONDecodeError(str(error), "", 0) from None
         return parsed
 
 

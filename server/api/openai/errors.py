@@ -1,6 +1,6 @@
 """Errors under /v1: every fault becomes one OpenAI error object, `{"error": {message, type, param, code}}`.
 
-The same functions as `server.api.problems` has for all other paths; `server.api.faults` chooses between the two.
+The same functions as `server.api.errors.problems` has for all other paths; `server.api.errors.faults` chooses.
 A bad field is 400, which the official client knows as BadRequestError, where the native routes say 422.
 """
 
@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from starlette.responses import Response
 
 from adapters.errors import Conflict, FieldError, InvalidInput, NotFound, SmoloraError
-from server.api import problems, wire
+from server.api import wire
+from server.api.errors import problems
 from server.errors import PayloadTooLarge, TryAgain, Unauthorized, Unavailable
 
 log = logging.getLogger("smolora.api")

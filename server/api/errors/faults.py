@@ -5,11 +5,13 @@ from typing import Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from adapters.errors import InvalidInput, SmoloraError
-from server.api import problems
+from server.api.errors import problems
 from server.api.openai import errors as openai_errors
 
 
@@ -26,6 +28,14 @@ def form_of(path: str) -> Form:
     return openai_errors if path == "/v1" or path.startswith("/v1/") else problems
 
 
+def _body_of(request: Request) -> type[BaseModel] | None:
+    """The model of the route's JSON body, if it has one."""
+    route = request.scope.get("route")
+    field = route.body_field if isinstance(route, APIRoute) else None
+    annotation = None if field is None else field.field_info.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
 def install(app: FastAPI) -> None:
     """Make every exception that a route raises a response in its path's form."""
 
@@ -35,7 +45,8 @@ def install(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return form_of(request.url.path).of_error(InvalidInput(problems.field_errors(error.errors())))
+        found = problems.field_errors(error.errors(), _body_of(request))
+        return form_of(request.url.path).of_error(InvalidInput(found))
 
     async def framework(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

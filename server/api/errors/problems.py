@@ -10,10 +10,12 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from adapters.errors import Conflict, FieldError, InvalidInput, NotFound, SmoloraError
 from server.api import wire
+from server.api.errors.near_names import unknown_field
 from server.errors import Forbidden, PayloadTooLarge, TryAgain, Unauthorized, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
@@ -106,24 +108,33 @@ def internal() -> Response:
     return problem(500, INTERNAL)
 
 
-def field_errors(faults: Iterable[Mapping[str, object]]) -> list[FieldError]:
-    """pydantic's errors as ours: no inputs, no "body" in front, list indices only before a field's name."""
+def field_errors(faults: Iterable[Mapping[str, object]], body: type[BaseModel] | None = None) -> list[FieldError]:
+    """pydantic's errors as ours: no inputs, no "body" in front, list indices only before a field's name.
+
+    `body` is the model of the request's JSON, whose fields unknown ones are compared with.
+    """
     found: dict[FieldError, None] = {}
     for fault in faults:
         loc = fault["loc"]
         assert isinstance(loc, tuple)
-        found[_field_error(loc, str(fault["type"]), str(fault["msg"]))] = None
+        found[_field_error(loc, fault, body)] = None
         if len(found) == MAX_ERRORS:
             break
     return list(found)
 
 
-def _field_error(loc: tuple[str | int, ...], kind: str, message: str) -> FieldError:
-    message = message.removeprefix("Value error, ")
-    if kind == "json_invalid" or loc == ("body",):
+def _field_error(
+    loc: tuple[str | int, ...], fault: Mapping[str, object], body: type[BaseModel] | None
+) -> FieldError:
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "json_invalid":
+        context = fault["ctx"]
+        assert isinstance(context, dict)
+        return FieldError(("body",), f"is not JSON: {context['error']}")
+    if loc == ("body",):
         return FieldError(("body",), "must be a JSON object, sent with Content-Type: application/json")
-    if kind == "extra_forbidden":
-        message = "no such field"
+    if fault["type"] == "extra_forbidden":
+        message = unknown_field(loc[1:], body)
     parts = [part if isinstance(part, int) else part[:MAX_NAME] for part in loc[1:]] or list(loc)
     if isinstance(parts[-1], int) and any(isinstance(part, str) for part in parts):
         message = f"item {parts[-1]}: {message}"

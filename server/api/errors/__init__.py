@@ -1,0 +1,1 @@
+"""What clients are told of faults: its form by path, its status, its fields."""

@@ -1,0 +1,62 @@
+"""What an unknown name was meant to be: `promt` is near `prompt`, `epochs` belongs under `training`."""
+
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from typing import get_args
+
+from pydantic import BaseModel
+
+_CUTOFF = 0.7  # of difflib's ratio: a letter left out, doubled or swapped in a word of five or more
+
+
+def near(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like `name`, if any is."""
+    return next(iter(get_close_matches(name, list(known), 1, _CUTOFF)), None)
+
+
+def unknown_field(loc: tuple[str | int, ...], body: type[BaseModel] | None) -> str:
+    """What to tell of a field that `body` doesn't have where it stood; `loc` is its place within the body."""
+    name = str(loc[-1])
+    here = None if body is None else _model_at(body, loc[:-1])
+    if body is None or here is None:
+        return "no such field"
+    if elsewhere := [path for path, model in _models(body) if model is not here and name in _names(model)]:
+        return f"no such field here: it belongs {f'under {elsewhere[0]}' if elsewhere[0] else 'at the top level'}"
+    meant = near(name, _names(here))
+    return "no such field" if meant is None else f"no such field: did you mean {meant}?"
+
+
+def _names(model: type[BaseModel]) -> set[str]:
+    return {field.alias or name for name, field in model.model_fields.items()}
+
+
+def _model_at(model: type[BaseModel], path: tuple[str | int, ...]) -> type[BaseModel] | None:
+    """The model of the object at the path; None where a path isn't one of fields with models."""
+    for part in path:
+        if isinstance(part, int):
+            continue
+        found = dict(_inner(model)).get(part)
+        if found is None:
+            return None
+        model = found
+    return model
+
+
+def _models(body: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """`body` and all within it, each with its path."""
+    yield prefix, body
+    for name, model in _inner(body):
+        yield from _models(model, f"{prefix}.{name}" if prefix else name)
+
+
+def _inner(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
+    """The fields that are objects, or lists of them, with their models."""
+    for name, field in model.model_fields.items():
+        if (found := _model_in(field.annotation)) is not None:
+            yield field.alias or name, found
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
