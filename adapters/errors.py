@@ -1,4 +1,4 @@
-"""The root of the exception tree.
+"""All errors that a user may meet, as one tree.
 
     SmoloraError
     ├── InvalidInput               a user's fault, with the fields at fault (HTTP 422)

@@ -15,14 +15,12 @@ from decimal import Decimal
 from typing import NoReturn
 
 from adapters.errors import FieldError, InvalidExpression
+from adapters.names import BASE, MAX_NAME, NAME
 
-BASE = "base"
 MAX_PARTS = 16
 MAX_WEIGHT = 100.0
-MAX_NAME = 64
 MAX_LENGTH = 4096
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _DECIMAL = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
 
@@ -47,22 +45,6 @@ class Term:
         if self.version is not None:
             return f"{self.name}@{self.version}"
         return self.name if self.alias is None else f"{self.name}@{self.alias}"
-
-
-def name_fault(name: str) -> str | None:
-    """Why no adapter may be called so, if none may. "base" is the frozen model's name and never an adapter's."""
-    if name == BASE:
-        return "is the base's own name"
-    if len(name) > MAX_NAME or _NAME.fullmatch(name) is None:
-        return f'has 1 to {MAX_NAME} letters, digits, "_", "-" or ".", a letter or digit first'
-    return None
-
-
-def alias_fault(alias: str) -> str | None:
-    """Why no alias may be called so, if none may."""
-    if alias.isdigit():
-        return "is a number, which names a version: an alias has a letter"
-    return name_fault(alias)
 
 
 def parse(text: str, field: str = "adapter") -> tuple[Term, ...]:
@@ -123,7 +105,7 @@ class _Parser:
         return Term(name, version, alias, weight)
 
     def word(self, what: str) -> str:
-        match = _NAME.match(self.text, self.at)
+        match = NAME.match(self.text, self.at)
         if match is None:
             self.fail_here(f"expected {what}, which starts with a letter or digit, not {self.found()}")
         if len(match[0]) > MAX_NAME:

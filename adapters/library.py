@@ -1,4 +1,4 @@
-"""Adapters by name: the catalog's names and the store's bytes as one thing that doesn't tear.
+"""Adapters by name: the catalog's names and the store's bytes together. A name that is found has its bytes.
 
 A name resolves in the catalog, its bytes lie in the store, and others may delete both in between. Names go before
 bytes do, and bytes that are pinned or named again stay. So whoever still finds the name after having pinned its
@@ -18,8 +18,9 @@ from adapters.catalog.catalog import Adapter, Catalog, Kind, Part, Version
 from adapters.catalog.recovery import Recovered
 from adapters.catalog.versions import Origin, gather
 from adapters.errors import Conflict, InvalidInput
-from adapters.expression import BASE, Term, alias_fault, name_fault
+from adapters.expression import Term
 from adapters.lora import BaseShape, LoraConfig, LoraWeights
+from adapters.names import BASE, alias_fault, name_fault
 from adapters.peft import files as peft_format
 from adapters.store.store import AdapterStore
 

@@ -11,8 +11,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from adapters.catalog import reads as catalog_rows
-from adapters.catalog import writes as catalog_writes
+from adapters.catalog import reads, writes
 from adapters.catalog.reads import LATEST, MAX_VERSION, adapters_of, select_adapters, select_versions, version_of
 from adapters.catalog.records import Records
 from adapters.catalog.recovery import Recovered, recover
@@ -121,7 +120,7 @@ class Catalog:
     def latest_dates(self) -> dict[str, datetime]:
         """All names, each with the moment at which its latest version was made."""
         with self._reader.connect() as connection:
-            return {row.name: row.created_at for row in connection.execute(catalog_rows.select_latest())}
+            return {row.name: row.created_at for row in connection.execute(reads.select_latest())}
 
     def get(self, name: str) -> Adapter:
         """The adapter called `name`. Raises NotFound."""
@@ -144,7 +143,7 @@ class Catalog:
         """Raises Conflict where the name has versions of another kind."""
         query = sa.select(names.c.kind).where(names.c.name == name, names.c.latest.is_not(None))
         with self._reader.connect() as connection:
-            catalog_writes.refuse_other_kind(name, connection.execute(query).scalar_one_or_none(), kind)
+            writes.refuse_other_kind(name, connection.execute(query).scalar_one_or_none(), kind)
 
     def resolve(self, terms: Sequence[Term], field: str = "adapter") -> tuple[Part, ...]:
         """What each term means at this moment, in the order of the terms, by one indexed query.
@@ -155,7 +154,7 @@ class Catalog:
         if not terms:
             return ()
         with self._reader.connect() as connection:
-            return catalog_rows.resolve(connection, terms, field)
+            return reads.resolve(connection, terms, field)
 
     def point(self, name: str, alias: str, version: int) -> None:
         """Makes the alias, or `latest`, mean that version from now on. Raises NotFound."""
@@ -182,7 +181,7 @@ class Catalog:
     def in_use(self, digest: str) -> bool:
         """Whether any version has this digest."""
         with self._reader.connect() as connection:
-            return catalog_writes.is_named(connection, digest)
+            return writes.is_named(connection, digest)
 
     def recover(self, is_stored: Callable[[str], bool], is_known: Callable[[str], bool]) -> Recovered:
         """See `catalog_recovery`. Nothing without records."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from adapters.catalog.versions import Part, Version
 from adapters.durable import UNFINISHED, new_file, sync
-from adapters.expression import name_fault
+from adapters.names import name_fault
 
 FOLDER = "names"
 FORMAT = 1

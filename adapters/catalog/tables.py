@@ -10,7 +10,7 @@ from typing import TypeVar
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from adapters.expression import MAX_NAME
+from adapters.names import MAX_NAME
 
 MAX_ATTEMPTS = 20
 

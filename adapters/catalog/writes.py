@@ -1,4 +1,4 @@
-"""The catalog's writes, each within a transaction that `catalog_tables.transact` began.
+"""The catalog's writes, each within a transaction that `tables.transact` began.
 
 For whoever writes tables of their own in the same transaction; `catalog.Catalog` is for all others. Records are
 written before the commit; see `adapters.catalog.records`.
@@ -18,7 +18,8 @@ from adapters.catalog.records import Recorder, Records
 from adapters.catalog.tables import aliases, names, parts, transact, versions
 from adapters.catalog.versions import Kind, NewVersion, Origin, Part, Version, blend_digest, combine, gather
 from adapters.errors import Conflict, InvalidInput, NotFound
-from adapters.expression import Term, name_fault, render
+from adapters.expression import Term, render
+from adapters.names import name_fault
 
 
 @contextmanager

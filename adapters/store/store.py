@@ -29,7 +29,7 @@ from adapters.errors import CorruptAdapter, InvalidAdapter
 from adapters.lora import BaseShape, LoraWeights
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, PeftAdapter, read, write, write_synced
 from adapters.store import sidecar
-from adapters.store.open_files import open_all
+from adapters.store.open_all import open_all
 from adapters.store.sidecar import SIDECAR_NAME
 
 TEMPORARY = ".tmp-"

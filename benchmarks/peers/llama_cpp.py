@@ -16,7 +16,7 @@ from benchmarks.measure import Run
 from benchmarks.peers.gguf_files import write_adapter
 from benchmarks.peers.venvs import LLAMA_CPP, MadePeer
 from benchmarks.serving.load import drive, summarize
-from benchmarks.serving.systems.process import ServerProcess, threads_environment
+from benchmarks.serving.systems.http_server import ServerProcess, threads_environment
 from benchmarks.serving.systems.systems import BASE, Facts, Load, Streams
 from benchmarks.serving.systems.wires import LlamaCpp
 

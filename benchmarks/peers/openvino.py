@@ -18,7 +18,7 @@ from benchmarks.allocation import described
 from benchmarks.machine import peak_rss
 from benchmarks.measure import Run
 from benchmarks.peers.venvs import MadePeer
-from benchmarks.serving.systems.process import threads_environment
+from benchmarks.serving.systems.http_server import threads_environment
 from benchmarks.serving.systems.systems import BASE, BLENDS, ONE, Facts, Load, Streams
 from benchmarks.serving.systems.wires import Part
 

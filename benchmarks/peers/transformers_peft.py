@@ -1,4 +1,4 @@
-"""The peer: transformers and PEFT on the same weights, prompts and threads, in a process of their own.
+"""One of the peers: transformers and PEFT on the same weights, prompts and threads, in a process of their own.
 
 PEFT is run as fast as it goes without merging: bf16 adapters (`autocast_adapter_dtype=False`), batches without
 padding, no end token to look for, `adapter_names=` for a batch of several adapters. What it can't do, such as a

@@ -9,7 +9,8 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from server import __version__
-from server.api import documents, health
+from server.api import health
+from server.api import openapi as documents
 from server.api.adapters import aliases, compositions, imports
 from server.api.adapters import route as adapters
 from server.api.compare import route as compare

@@ -1,4 +1,4 @@
-"""What the next step computes. Plain Python, no torch; the clock is the caller's.
+"""What the next step computes: admission, turns, chunks, preemption. Plain Python, no torch.
 
 Running sequences come first, oldest first: one token for each that decodes, one chunk for each that still reads
 its prompt, as far as the step's prefill budget goes. What is left of it admits waiting ones. Chunk borders are
@@ -20,7 +20,7 @@ from typing import Self
 from adapters.errors import SmoloraError
 from server.engine.kv_cache import BlockManager
 from server.engine.sequence import Sequence, Status
-from server.engine.waiting import Adapters, WaitingSet
+from server.engine.waiting_set import Adapters, WaitingSet
 
 
 @dataclass(frozen=True)

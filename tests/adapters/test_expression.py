@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.errors import InvalidExpression
-from adapters.expression import MAX_PARTS, Term, name_fault, parse, render
+from adapters.expression import MAX_PARTS, Term, parse, render
+from adapters.names import name_fault
 
 FIRST = string.ascii_letters + string.digits
 NAMES = st.builds(str.__add__, st.sampled_from(FIRST), st.text(FIRST + "_-.", max_size=63)).filter("base".__ne__)

@@ -1,1 +1,1 @@
-"""What is measured: this server and its peers, each as a process that is spoken to over HTTP."""
+"""What is measured: this server and its peers, each in a process of its own."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.serving.systems.process import READY_WITHIN, ServerProcess, threads_environment
+from benchmarks.serving.systems.http_server import READY_WITHIN, ServerProcess, threads_environment
 
 IMPORTS = (
     "import server.cli.main, server.api.app, server.serve.logs, server.serve.process, server.serve.startup; "

@@ -1,1 +1,1 @@
-"""/adapters and /compositions: the routes, what they take and answer, and adapters by name."""
+"""/adapters and /compositions: the routes, and what they take and answer."""

@@ -7,12 +7,13 @@ from fastapi import APIRouter, Path
 from pydantic import Field
 from starlette.responses import Response
 
-from adapters.expression import MAX_NAME
+from adapters.names import MAX_NAME
 from server.api import wire
 from server.api.adapters.answers import adapter_answer
+from server.api.adapters.schemas import AdapterAnswer
 from server.api.deps import ServicesDep
-from server.api.documents import ALIASES, UNALIASES
-from server.api.schemas import AdapterAnswer, Body
+from server.api.openapi import ALIASES, UNALIASES
+from server.api.schemas import Body
 from server.api.strict_route import StrictRoute
 
 router = APIRouter(prefix="/adapters", tags=["adapters"], route_class=StrictRoute)

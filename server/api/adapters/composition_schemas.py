@@ -5,7 +5,7 @@ from pydantic import ConfigDict, Field
 from adapters.expression import MAX_LENGTH
 from adapters.merging.merge import Method
 from server.api.schemas import MAX_SEED, Body
-from server.api.train.schemas import MAX_RANK
+from server.api.train.schemas import MAX_TRAINED_RANK
 
 
 class CompositionBody(Body):
@@ -33,7 +33,7 @@ class CompositionBody(Body):
     rank: int | None = Field(
         None,
         ge=1,
-        le=MAX_RANK,
+        le=MAX_TRAINED_RANK,
         description="the new adapter's: with it, the products B·A are merged and factored again; null: A and B "
         "are merged apart, which needs parts of equal ranks (svd: the largest rank of the parts)",
     )

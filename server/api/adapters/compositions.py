@@ -6,14 +6,15 @@ from anyio import to_thread
 from fastapi import APIRouter, Path
 from starlette.responses import Response
 
-from adapters.expression import MAX_NAME, parse
+from adapters.expression import parse
+from adapters.names import MAX_NAME
 from server.api import wire
 from server.api.adapters.answers import version_answer
 from server.api.adapters.composition_schemas import CompositionBody
 from server.api.adapters.merging import FIELD, recipe_of, submit_merge
+from server.api.adapters.schemas import VersionAnswer
 from server.api.deps import IdempotencyKey, ServicesDep
-from server.api.documents import COMPOSITIONS
-from server.api.schemas import VersionAnswer
+from server.api.openapi import COMPOSITIONS
 from server.api.strict_route import StrictRoute
 from server.api.train.answers import job_document
 from server.api.train.schemas import JobAnswer

@@ -10,14 +10,15 @@ from pydantic import Field
 from starlette.responses import Response
 
 from adapters.catalog.catalog import Version
-from adapters.expression import MAX_NAME
 from adapters.library import Library
+from adapters.names import MAX_NAME
 from server.api import wire
 from server.api.adapters.answers import version_answer
 from server.api.adapters.archives import MAX_WEIGHTS_BYTES
+from server.api.adapters.schemas import VersionAnswer
 from server.api.deps import ServicesDep
-from server.api.documents import IMPORTS
-from server.api.schemas import Body, VersionAnswer
+from server.api.openapi import IMPORTS
+from server.api.schemas import Body
 from server.api.strict_route import StrictRoute
 from server.api.uploads import MAX_CONFIG_BYTES
 from server.errors import Forbidden

@@ -10,13 +10,13 @@ from starlette.responses import Response
 
 from adapters.catalog.catalog import Version
 from adapters.errors import NotFound
-from adapters.expression import MAX_NAME
 from adapters.library import Library
+from adapters.names import MAX_NAME
 from server.api import wire
 from server.api.adapters.answers import adapter_answer, version_answer
+from server.api.adapters.schemas import AdapterAnswer, AdapterList, VersionAnswer
 from server.api.deps import Services, ServicesDep
-from server.api.documents import DELETES, DOWNLOADS, LOOKUPS, UPLOAD_BODY, UPLOADS
-from server.api.schemas import AdapterAnswer, AdapterList, VersionAnswer
+from server.api.openapi import DELETES, DOWNLOADS, LOOKUPS, UPLOAD_BODY, UPLOADS
 from server.api.uploads import read_form, uploaded_files
 from server.api.zips import StoredZip, zip_download
 from server.training.reports.model_card import model_card

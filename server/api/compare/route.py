@@ -7,7 +7,7 @@ from server.api import wire
 from server.api.compare.comparison import compare
 from server.api.compare.schemas import CompareAnswer, CompareBody
 from server.api.deps import ServicesDep
-from server.api.documents import REFUSALS
+from server.api.openapi import REFUSALS
 from server.api.streams import ClientGoneError, while_connected
 from server.api.strict_route import StrictRoute
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.expression import MAX_LENGTH
-from server.api.schemas import Choice, GenerateAnswer, PromptBody, SamplingBody, StructureBody
+from server.api.generate.schemas import Choice, GenerateAnswer, PromptBody, SamplingBody, StructureBody
 
 MAX_COMPARED = 16
 MAX_SCORED = 16

@@ -14,12 +14,13 @@ from anyio import CapacityLimiter, to_thread
 
 from adapters.catalog.catalog import Part, combine
 from adapters.errors import FieldError, InvalidInput
-from adapters.expression import BASE, Term, name_fault, parse
+from adapters.expression import Term, parse
 from adapters.library import Pinned
+from adapters.names import BASE, name_fault
 from server.api.deps import OutputStream, Services
 from server.api.generate.sampling import context_faults, sampling_params
+from server.api.generate.schemas import AdapterBody, GenerateBody, PromptBody
 from server.api.generate.structure import check_grammar, grammar_of
-from server.api.schemas import AdapterBody, GenerateBody, PromptBody
 from server.engine.request import AdapterRef, GenerationRequest, Grammar, SamplingParams, SequenceOutput
 from server.errors import GenerationFailed, TryAgain
 from server.metrics import Metrics, Outcome

@@ -5,10 +5,10 @@ from starlette.responses import Response
 
 from server.api import wire
 from server.api.deps import ServicesDep
-from server.api.documents import REFUSALS
 from server.api.generate import answers
 from server.api.generate.generation import begin
-from server.api.schemas import GenerateAnswer, GenerateBody
+from server.api.generate.schemas import GenerateAnswer, GenerateBody
+from server.api.openapi import REFUSALS
 from server.api.streams import ClientGoneError, EventStream, while_connected
 from server.api.strict_route import StrictRoute
 

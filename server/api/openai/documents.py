@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel
 
-from server.api.documents import Responses
+from server.api.openapi import Responses
 
 WARNING = "X-Smolora-Warning"
 """A header for each warning about an adapter: OpenAI's answers have no field for it."""

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from adapters.errors import Conflict
 from server.api import wire
 from server.api.deps import Services, ServicesDep
-from server.api.documents import DATASET_BODY, DATASET_UPLOADS, DATASETS
+from server.api.openapi import DATASET_BODY, DATASET_UPLOADS, DATASETS
 from server.api.train.answers import dataset_document
 from server.api.train.schemas import DatasetAnswer, DatasetList
 from server.api.uploads import read_form, uploaded_rows

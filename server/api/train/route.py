@@ -9,10 +9,10 @@ from fastapi import APIRouter, Header, Path, Query, Request
 from starlette.responses import Response
 
 from adapters.errors import Conflict, NotFound
-from adapters.store.open_files import open_all
+from adapters.store.open_all import open_all
 from server.api import wire
 from server.api.deps import IdempotencyKey, Services, ServicesDep
-from server.api.documents import JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS, JOB_RESULTS, SUBMISSIONS
+from server.api.openapi import JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS, JOB_RESULTS, SUBMISSIONS
 from server.api.streams import EventStream
 from server.api.strict_route import StrictRoute
 from server.api.train.answers import dry_run_document, event_document, job_document

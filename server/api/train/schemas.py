@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from adapters.expression import MAX_NAME
 from adapters.lora import MODULES
+from adapters.names import MAX_NAME
 from server.api.schemas import MAX_SEED, Body
 from server.api.train.estimate import Estimate
 from server.training.spec import (
@@ -24,7 +24,7 @@ from server.training.spec import (
     TrainingSpec,
 )
 
-MAX_RANK = 256
+MAX_TRAINED_RANK = 256
 MAX_STEPS = 1_000_000
 MAX_DESCRIPTION = 2000
 ALL_LINEAR = "all-linear"
@@ -100,7 +100,7 @@ Rows = Annotated[list[object], Field(min_length=1), WithJsonSchema(_ROWS)]
 class LoraBody(Body):
     """The adapter's shape. With `start_from` it is the parent's; full fine-tuning has none."""
 
-    rank: int = Field(LoraSpec.rank, ge=1, le=MAX_RANK)
+    rank: int = Field(LoraSpec.rank, ge=1, le=MAX_TRAINED_RANK)
     alpha: float = Field(LoraSpec.alpha, gt=0, le=65536)
     dropout: float = Field(LoraSpec.dropout, ge=0, lt=1)
     target_modules: TargetModules = Field(

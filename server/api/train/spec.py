@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 
 from adapters.errors import FieldError, InvalidInput
-from adapters.expression import Term, alias_fault, parse
+from adapters.expression import Term, parse
 from adapters.library import Library, Pinned
+from adapters.names import alias_fault
 from adapters.peft.files import PeftAdapter
 from server.api.train.schemas import TrainBody
 from server.training.spec import LEARNING_RATES, JobSpec, LoraSpec, TrainingSpec

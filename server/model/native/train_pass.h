@@ -5,7 +5,7 @@
 #include "kernels/layers.h"
 #include "kernels/products.h"
 #include "kernels/team.h"
-#include "kernels/text_attention.h"
+#include "kernels/training_attention.h"
 #include "seam/checks.h"
 
 namespace {

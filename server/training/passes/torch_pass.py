@@ -1,4 +1,4 @@
-"""A training pass: forward, loss and backward of a micro-batch. What it is to the rest, and its form in torch."""
+"""Forward, loss and backward of a micro-batch: the protocol of all passes, and the pass in torch."""
 
 from collections.abc import Callable
 from typing import Protocol

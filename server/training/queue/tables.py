@@ -11,7 +11,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
 from adapters.catalog.tables import UtcDateTime
-from adapters.expression import MAX_NAME
+from adapters.names import MAX_NAME
 
 metadata = sa.MetaData()
 

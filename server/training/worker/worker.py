@@ -28,7 +28,7 @@ from server.training.worker.parent import end_with_parent, has_lost_parent
 
 COMMAND = (sys.executable, "-P", "-m", "server.training.worker.run_job")
 NICENESS = 10
-NO_BASE = "a worker can't load the base: its log says why, and the job waits for one that can"
+NO_BASE_EVENT = "a worker can't load the base: its log says why, and the job waits for one that can"
 
 _TICK_SECONDS = 0.05
 
@@ -167,7 +167,7 @@ class Worker:
         )
         self._exit_code = EXIT_NO_BASE
         self.stop()
-        self._store(lambda: self._leases.add_event(claim, NO_BASE, level="warning"))
+        self._store(lambda: self._leases.add_event(claim, NO_BASE_EVENT, level="warning"))
 
     def _conclude(self, attempt: "_Attempt", reason: str | None) -> None:
         """Store how the attempt ended, where the process itself hasn't, and tidy up."""

@@ -13,7 +13,7 @@ from server.engine.kv_cache import BlockManager
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from server.engine.scheduler import Scheduler, SchedulerLimits, Step
 from server.engine.sequence import Sequence, Status
-from server.engine.waiting import Adapters
+from server.engine.waiting_set import Adapters
 
 Content = tuple[bytes, tuple[int, ...]]
 

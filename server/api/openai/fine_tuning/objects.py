@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from adapters.errors import FieldError, InvalidInput
-from adapters.expression import BASE
+from adapters.names import BASE
 from server.api.openai.fine_tuning.schemas import FineTuningBody, HyperparametersBody
 from server.api.train.schemas import TrainBody
 from server.training.data.files import StoredFile, results_id

@@ -12,7 +12,6 @@ from starlette.responses import Response
 from adapters.errors import InvalidInput, NotFound
 from server.api import wire
 from server.api.deps import IdempotencyKey, Services, ServicesDep
-from server.api.documents import Responses
 from server.api.openai.documents import REFUSALS
 from server.api.openai.errors import ModelNotFound
 from server.api.openai.fine_tuning.objects import (
@@ -32,6 +31,7 @@ from server.api.openai.fine_tuning.schemas import (
     FineTuningJob,
     Page,
 )
+from server.api.openapi import Responses
 from server.api.strict_route import StrictRoute
 from server.training.data.files import FileStore, results_id
 from server.training.queue.jobs import FINE_TUNING, Job, Jobs

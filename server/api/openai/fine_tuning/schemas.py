@@ -8,7 +8,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
-from adapters.expression import MAX_NAME
+from adapters.names import MAX_NAME
 from server.api.schemas import MAX_SEED, Body
 
 MAX_PAIRS, MAX_KEY, MAX_VALUE = 16, 64, 512

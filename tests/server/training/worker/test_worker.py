@@ -30,7 +30,7 @@ from tests.server.training.worker.stub_worker import FAST
 WORKER = ("-m", "tests.server.training.worker.stub_worker")
 ROOT = Path(__file__).parents[4]
 
-NO_BASE = (
+NO_BASE_EVENT = (
     sys.executable,
     "-S",
     "-c",
@@ -353,7 +353,7 @@ def test_a_worker_without_a_base_takes_no_more_jobs(
     for job_id in ("j1", "j2"):
         submit_stub(tmp_path, jobs, job_id)
     for attempt in range(1, 31):
-        assert exit_code(tmp_path, leases, NO_BASE) == EXIT_NO_BASE
+        assert exit_code(tmp_path, leases, NO_BASE_EVENT) == EXIT_NO_BASE
         assert "SMOLORA_MODEL=/srv/base: not there" in caplog.messages[-1]
         assert (jobs.get("j1").status, jobs.get("j1").attempt, jobs.get("j1").position) == (
             Status.QUEUED,

@@ -1,4 +1,4 @@
-#include "kernels/text_attention.h"
+#include "kernels/training_attention.h"
 
 #include "check.h"
 #include "exact_attention.h"

@@ -1,4 +1,4 @@
-"""The sequences of one adapter set that wait to be admitted, and whether it is worth trying."""
+"""The sequences of one adapter set that wait to be admitted, and whether admitting one may succeed now."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ class _Refusal:
 
 @dataclass
 class WaitingSet:
-    """The waiting sequences of one adapter set, in order of arrival; there is always one."""
+    """The waiting sequences of one adapter set, in order of arrival; it is never empty."""
 
     sequences: deque[Sequence] = field(default_factory=deque)
     num_bypassed: int = 0
