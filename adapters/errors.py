@@ -31,6 +31,14 @@ class FieldError:
     loc: tuple[str | int, ...]
     message: str
 
+    def __str__(self) -> str:
+        return sentence(self.loc, self.message)
+
+
+def sentence(loc: Sequence[str | int], message: str) -> str:
+    """A field at fault, for people. Within a file the message says where: "line 2: text is missing"."""
+    return message if len(loc) > 1 and loc[0] == "file" else f"{'.'.join(map(str, loc))}: {message}"
+
 
 class InvalidInput(SmoloraError):
     """A request that can't be honoured as it is; `errors` names every field at fault."""
@@ -38,7 +46,7 @@ class InvalidInput(SmoloraError):
     def __init__(self, errors: Sequence[FieldError]) -> None:
         if not errors:
             raise ValueError("InvalidInput needs at least one FieldError")
-        super().__init__("; ".join(f"{error.loc[-1]}: {error.message}" for error in errors))
+        super().__init__("; ".join(map(str, errors)))
         self.errors = tuple(errors)
 
     @classmethod

@@ -1,11 +1,22 @@
 """What adapters and aliases may be called."""
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 BASE = "base"
 """Names the frozen model, never an adapter."""
 MAX_NAME = 64
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+_CUTOFF = 0.7
+"""Of difflib's ratio: a letter left out, doubled or swapped in a word of five or more."""
+
+
+def near(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like `name`, if any is."""
+    return next(iter(get_close_matches(name, list(known), 1, _CUTOFF)), None)
 
 
 def name_fault(name: str) -> str | None:

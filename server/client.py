@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import httpx
 
+from adapters.errors import sentence
 from server.config import is_loopback
 
 ENDED = frozenset({"succeeded", "failed", "cancelled"})
@@ -253,8 +254,7 @@ def _reason(response: httpx.Response) -> str:
     """A problem in a line or several: each error with its place."""
     try:
         problem = response.json()
-        errors = [(error["loc"], error["message"]) for error in problem["errors"]]
-        lines = [f"{'.'.join(map(str, loc))}: {message}" for loc, message in errors]
+        lines = [sentence(error["loc"], error["message"]) for error in problem["errors"]]
         return "\n".join(lines) or str(problem["detail"])
     except (ValueError, LookupError, TypeError):
         return f"{response.url.host} answered {response.status_code} {response.reason_phrase}"

@@ -14,12 +14,14 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from adapters.names import near
 from server.errors import StartupError
 
 PREFIX = "SMOLORA_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 _TRAIN_MEMORY = 0.5  # beside a server
+_OTHER_VARIABLES = (f"{PREFIX}URL", f"{PREFIX}API_KEY")  # of the commands that speak to a server
 _KEY_FLAGS = {"--api-keys": f"{PREFIX}API_KEYS", "--api-key": f"{PREFIX}API_KEY"}  # a server's, and a client's
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
@@ -154,6 +156,17 @@ def load(kind: type[SettingsT], **flags: Flag) -> SettingsT:
         return kind.model_validate({name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
         raise StartupError("; ".join(_explain(fault["loc"], fault["msg"]) for fault in error.errors())) from None
+
+
+def unknown_variables() -> list[str]:
+    """What to tell of each variable that looks like a setting and is none."""
+    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields} | set(_OTHER_VARIABLES)
+    found = []
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known:
+            meant = near(name, known)
+            found.append(f"{name} is no setting{'' if meant is None else f': did you mean {meant}?'}")
+    return found
 
 
 def hide_keys() -> None:

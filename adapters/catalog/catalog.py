@@ -125,9 +125,10 @@ class Catalog:
     def get(self, name: str) -> Adapter:
         """The adapter called `name`. Raises NotFound."""
         found = self.list(name)
-        if not found:
-            raise NotFound(f"no adapter is called '{name}'")
-        return found[0]
+        if found:
+            return found[0]
+        with self._reader.connect() as connection:
+            raise NotFound(reads.why_missing(connection, Term(name)))
 
     def version(self, name: str, version: int) -> Version:
         """One version. Raises NotFound."""
@@ -137,7 +138,8 @@ class Catalog:
                 rows = connection.execute(query).mappings().all()
             if rows:
                 return version_of(rows)
-        raise NotFound(f"'{name}' has no version {version}")
+        with self._reader.connect() as connection:
+            raise NotFound(reads.why_missing(connection, Term(name, version)))
 
     def check_kind(self, name: str, kind: Kind) -> None:
         """Raises Conflict where the name has versions of another kind."""

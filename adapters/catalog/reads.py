@@ -9,9 +9,12 @@ from adapters.catalog.tables import aliases, names, parts, versions
 from adapters.catalog.versions import Adapter, Part, Version, gather, times
 from adapters.errors import InvalidInput, NotFound
 from adapters.expression import MAX_PARTS, MAX_WEIGHT, Term
+from adapters.names import near
 
 LATEST = "latest"
 MAX_VERSION = 2**31 - 1
+_NEAR_AMONG = 10_000  # names that a misspelt one is compared with
+_SHOWN = 10  # aliases
 
 _PART = (parts.c.place, parts.c.part_name, parts.c.part_version, parts.c.part_digest, parts.c.weight)
 _OF_VERSION = sa.and_(parts.c.name == versions.c.name, parts.c.version == versions.c.version)
@@ -74,8 +77,8 @@ def resolve(connection: sa.Connection, terms: Sequence[Term], field: str) -> tup
     if known:
         rows = connection.execute(sa.union_all(*(lookup(place, term) for place, term in known))).mappings().all()
     found = {row["term"] for row in rows}
-    if missing := [term.reference for place, term in enumerate(terms) if place not in found]:
-        raise NotFound(f"no such adapter, version or alias: {', '.join(dict.fromkeys(missing))}")
+    if missing := [term for place, term in enumerate(terms) if place not in found]:
+        raise NotFound("; ".join(dict.fromkeys(why_missing(connection, term) for term in missing)))
     leaves = tuple(_leaf(row, terms[row["term"]]) for row in sorted(rows, key=_order))
     _check_leaves(leaves, field)
     return leaves
@@ -91,6 +94,20 @@ def lookup(place: int, term: Term) -> "sa.Select[tuple[object, ...]]":
     query = query.join(table, sa.and_(table.c.name == versions.c.name, means == versions.c.version))
     query = query.outerjoin(parts, _OF_VERSION)
     return query if table is names else query.where(aliases.c.alias == term.alias)
+
+
+def why_missing(connection: sa.Connection, term: Term) -> str:
+    """What is wrong with a term that names nothing, and what was perhaps meant."""
+    latest = connection.execute(sa.select(names.c.latest).where(names.c.name == term.name)).scalar()
+    if latest is None:
+        known = sa.select(names.c.name).where(names.c.latest.is_not(None)).limit(_NEAR_AMONG)
+        meant = near(term.name, connection.execute(known).scalars())
+        return f"no such adapter: {term.name}{'' if meant is None else f' (did you mean {meant}?)'}"
+    if term.version is not None:
+        return f"{term.name} has no version {term.version} (latest is {latest})"
+    mine = sa.select(aliases.c.alias).where(aliases.c.name == term.name).order_by(aliases.c.alias).limit(_SHOWN)
+    others = ", ".join(connection.execute(mine).scalars())
+    return f"{term.name} has no alias {term.alias} ({f'it has {others}' if others else 'it has none but latest'})"
 
 
 def _order(row: sa.RowMapping) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from functools import partial
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from adapters.catalog.reads import LATEST, MAX_VERSION, resolve, select_versions, version_of
+from adapters.catalog.reads import LATEST, MAX_VERSION, resolve, select_versions, version_of, why_missing
 from adapters.catalog.records import Recorder, Records
 from adapters.catalog.tables import aliases, names, parts, transact, versions
 from adapters.catalog.versions import Kind, NewVersion, Origin, Part, Version, blend_digest, combine, gather
@@ -84,7 +84,7 @@ def point_in(connection: sa.Connection, name: str, alias: str, version: int) -> 
     _lock(connection, name)
     which = (versions.c.name == name, versions.c.version == _bounded(version))
     if connection.execute(sa.select(versions.c.version).where(*which)).first() is None:
-        raise NotFound(f"'{name}' has no version {version}")
+        raise NotFound(why_missing(connection, Term(name, version)))
     if alias == LATEST:
         connection.execute(sa.update(names).where(names.c.name == name).values(latest=version))
     else:
@@ -95,7 +95,7 @@ def unpoint_in(connection: sa.Connection, name: str, alias: str) -> None:
     """As `Catalog.unpoint`."""
     mine = sa.and_(aliases.c.name == name, aliases.c.alias == alias)
     if connection.execute(sa.delete(aliases).where(mine)).rowcount == 0:
-        raise NotFound(f"'{name}' has no alias '{alias}'")
+        raise NotFound(why_missing(connection, Term(name, alias=alias)))
 
 
 def drop_in(connection: sa.Connection, name: str, version: int | None, force: bool) -> tuple[list[int], list[str]]:
@@ -106,7 +106,7 @@ def drop_in(connection: sa.Connection, name: str, version: int | None, force: bo
         which = sa.and_(which, versions.c.version == _bounded(version))
     doomed = connection.execute(sa.select(versions.c.version, versions.c.digest).where(which)).all()
     if not doomed:
-        raise NotFound(f"no adapter is called '{name}', or it has no such version")
+        raise NotFound(why_missing(connection, Term(name, version)))
     numbers = [number for number, _ in doomed]
     _refuse_held(connection, name, numbers, force)
     connection.execute(sa.delete(aliases).where(aliases.c.name == name, aliases.c.version.in_(numbers)))
@@ -134,15 +134,22 @@ def _forget_uncommitted(recorder: Recorder, connection: sa.Connection) -> None:
 def _refuse_held(connection: sa.Connection, name: str, numbers: Sequence[int], force: bool) -> None:
     """Conflict, naming whatever holds one of the versions; `force` lets aliases go."""
     holders: list[str] = []
+    has_aliases = False
     if not force:
         held = sa.select(aliases.c.alias).where(aliases.c.name == name, aliases.c.version.in_(numbers))
         holders += [f"the alias {name}@{alias}" for alias in connection.execute(held.order_by("alias")).scalars()]
+        has_aliases = bool(holders)
     blends = sa.select(parts.c.name, parts.c.version).distinct()
     blends = blends.where(parts.c.part_name == name, parts.c.part_version.in_(numbers))
     rows = connection.execute(blends.order_by(parts.c.name, parts.c.version))
-    holders += [f"the composition {row.name}@{row.version}" for row in rows]
-    if holders:
-        raise Conflict(f"held by {', '.join(holders[:20])}{', …' if len(holders) > 20 else ''}")
+    blended = [f"the composition {row.name}@{row.version}" for row in rows]
+    holders += blended
+    if not holders:
+        return
+    helps = ["?force=true deletes aliases with it"] if has_aliases else []
+    helps += ["delete the compositions first"] if blended else []
+    shown = f"{', '.join(holders[:20])}{', …' if len(holders) > 20 else ''}"
+    raise Conflict(f"held by {shown}: {'; '.join(helps)}")
 
 
 def _mend_latest(connection: sa.Connection, name: str) -> None:

@@ -27,7 +27,7 @@ from server.cli.jobs import jobs
 from server.cli.options import with_flags
 from server.cli.prune import prune
 from server.cli.train import train
-from server.config import Settings, WorkerSettings, forget_keys, hide_keys, is_loopback
+from server.config import Settings, WorkerSettings, forget_keys, hide_keys, is_loopback, unknown_variables
 from server.errors import StartupError
 from server.home import make, prepare, serving
 from server.serve.address import bind, url
@@ -88,6 +88,8 @@ def _serve(settings: Settings) -> int:
     def say(line: str) -> None:
         console.print(f"smolora: {line}", markup=False)
 
+    for line in unknown_variables():
+        say(line)
     if not make(settings.home):
         say(f"{settings.home} is another user's, or open to others: they may read what is stored there")
     with serving(settings.home):

@@ -33,5 +33,7 @@ def url(bound: socket.socket, host: str) -> str:
 def cannot_listen(host: str, port: int, error: OSError) -> StartupError:
     """The error of the system in the words of the settings."""
     if error.errno == errno.EADDRINUSE:
-        return StartupError(f"port {port} on {host} is taken: stop what listens there, or choose another --port")
+        return StartupError(
+            f"port {port} on {host} is taken: stop what listens there, or choose another (SMOLORA_PORT, --port)"
+        )
     return StartupError(f"can't listen on {host}, port {port}: {error.strerror or error}")

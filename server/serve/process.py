@@ -135,7 +135,9 @@ class Process:
 
     async def _drain(self) -> None:
         """Let what runs end; what doesn't in time is told so."""
-        log.info("draining: taking nothing new")
+        left = self._engine.num_in_flight
+        waits = f"waiting at most {self._drain_seconds:.0f} s for {left} running sequences" if left else "nothing runs"
+        log.info("draining: taking nothing new, %s; a second signal (Ctrl-C) stops at once", waits)
         self._engine.drain()
         deadline = asyncio.get_running_loop().time() + self._drain_seconds
         while self._num_signals == 1 and asyncio.get_running_loop().time() < deadline:

@@ -1,17 +1,11 @@
 """What an unknown name was meant to be: `promt` is near `prompt`, `epochs` belongs under `training`."""
 
-from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
+from collections.abc import Iterator
 from typing import get_args
 
 from pydantic import BaseModel
 
-_CUTOFF = 0.7  # of difflib's ratio: a letter left out, doubled or swapped in a word of five or more
-
-
-def near(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like `name`, if any is."""
-    return next(iter(get_close_matches(name, list(known), 1, _CUTOFF)), None)
+from adapters.names import near
 
 
 def unknown_field(loc: tuple[str | int, ...], body: type[BaseModel] | None) -> str:

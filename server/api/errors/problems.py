@@ -99,7 +99,7 @@ def _document_of(error: Exception) -> dict[str, object]:
 
 def summary(errors: Sequence[FieldError]) -> str:
     """The first three fields at fault and what is wrong with them, in one line."""
-    first = "; ".join(f"{error.loc[-1]}: {error.message}" for error in errors[:3])
+    first = "; ".join(map(str, errors[:3]))
     return first if len(errors) <= 3 else f"{first}; and {len(errors) - 3} more"
 
 

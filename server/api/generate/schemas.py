@@ -1,6 +1,6 @@
 """What POST /generate takes and answers.
 
-Answers are built by hand (a model for each token would cost more than the token); their classes only document them.
+Answers are built by hand (a model for each token would cost more than the token); their classes document them.
 """
 
 from collections.abc import Sequence

@@ -77,7 +77,7 @@ def read_csv(stream: BinaryIO) -> Iterator[Row]:
             continue
         try:
             if len(fields) != len(names):
-                raise InvalidInput.of(FILE, f"has {len(fields)} fields, not {len(names)}")
+                raise InvalidInput.of(FILE, f"{_columns(len(fields))}, where the first line names {len(names)}")
             value: dict[str, object] = dict(zip(names, fields, strict=True))
             if "messages" in value:
                 value["messages"] = _json(fields[0], "messages")
@@ -87,6 +87,10 @@ def read_csv(stream: BinaryIO) -> Iterator[Row]:
             continue
         yield row
     faults.raise_if_any()
+
+
+def _columns(number: int) -> str:
+    return "has 1 column" if number == 1 else f"has {number} columns"
 
 
 def _json(text: str, field: str) -> object:
@@ -107,12 +111,12 @@ class _Faults:
     def add(self, line: int, error: InvalidInput, length: int = 0) -> None:
         """Keep the faults of a line of `length` characters; raises InvalidInput with all where that is enough."""
         self._length += length
-        self._found += [
-            FieldError(
-                (FILE, line, *fault.loc) if fault.loc != (FILE,) else (FILE,), f"line {line}: {fault.message}"
-            )
-            for fault in error.errors
-        ]
+        for fault in error.errors:
+            if fault.loc == (FILE,):
+                self._found.append(FieldError((FILE,), f"line {line}: {fault.message}"))
+            else:
+                field = ".".join(map(str, fault.loc))
+                self._found.append(FieldError((FILE, line, *fault.loc), f"line {line}: {field} {fault.message}"))
         if len(self._found) >= MAX_FAULTS or self._length > MAX_LINE:
             self.raise_if_any()
 

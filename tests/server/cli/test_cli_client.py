@@ -265,8 +265,8 @@ def test_what_the_server_refuses(smolora: Run, tmp_path: Path, rows: str) -> Non
     bad.write_text('{"text": "a"}\n{"text": 5}\n{"txt": "a"}\n')
     result = smolora("train", str(bad), "--name", "codes")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("smolora: file.2.text: line 2: ")
-    assert "smolora: file.3." in result.stderr
+    assert result.stderr.startswith("smolora: line 2: text ")
+    assert "smolora: line 3: txt is not a field" in result.stderr
     result = smolora("train", rows, "--name", "a b", "--rank", "0")
     assert result.exit_code == 1
     assert "lora.rank: " in result.stderr

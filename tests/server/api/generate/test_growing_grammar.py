@@ -39,7 +39,7 @@ def problem(loc: list[str]) -> dict[str, Any]:
         "type": "about:blank",
         "title": "Unprocessable Entity",
         "status": 422,
-        "detail": f"{loc[-1]}: {MESSAGE}",
+        "detail": f"{'.'.join(loc)}: {MESSAGE}",
         "errors": [{"loc": loc, "message": MESSAGE}],
     }
 
