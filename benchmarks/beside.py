@@ -32,7 +32,7 @@ from benchmarks.serving.load import drive, summarize
 from benchmarks.serving.systems.server_process import Server, ServerConfig
 from benchmarks.serving.systems.wires import Request, Smolora
 from benchmarks.training.beside_report import Results, Round, markdown
-from server.client import Client
+from server.client.client import Client
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
 

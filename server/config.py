@@ -158,6 +158,17 @@ def load(kind: type[SettingsT], **flags: Flag) -> SettingsT:
         raise StartupError("; ".join(_explain(fault["loc"], fault["msg"]) for fault in error.errors())) from None
 
 
+def local_url() -> str:
+    """Where a server of this machine with these variables listens."""
+    try:
+        port = (
+            Settings.model_fields["port"].default if not (given := os.environ.get(f"{PREFIX}PORT")) else int(given)
+        )
+    except ValueError:
+        raise StartupError(f"{PREFIX}PORT: must be a number") from None
+    return f"http://127.0.0.1:{port}"
+
+
 def unknown_variables() -> list[str]:
     """What to tell of each variable that looks like a setting and is none."""
     known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields} | set(_OTHER_VARIABLES)

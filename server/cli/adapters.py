@@ -1,14 +1,15 @@
-"""`smolora adapters`: list them, and `smolora adapters import`: publish one from a folder, a zip, or the hub."""
+"""`smolora adapters`: list, show, import, download, delete, and point aliases."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
+from rich.table import Table
 from rich.text import Text
 
 from server.cli.common import (
-    DEFAULT_URL,
     Document,
     JsonOption,
     KeyOption,
@@ -24,25 +25,28 @@ from server.cli.common import (
 
 _ALL = 7  # linear modules of a layer
 
-group = typer.Typer(invoke_without_command=True, help="List the adapters with their versions; or import one.")
+group = typer.Typer(invoke_without_command=True, help="List the adapters with their versions; or work on one.")
+
+ReferenceArgument = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Such as tweets or tweets@2.")]
 
 
 @group.callback()
 def _list(
-    context: typer.Context, as_json: JsonOption = False, url: UrlOption = DEFAULT_URL, api_key: KeyOption = None
+    context: typer.Context, as_json: JsonOption = False, url: UrlOption = None, api_key: KeyOption = None
 ) -> None:
     if context.invoked_subcommand is None:
         _print_all(as_json, url, api_key)
 
 
-def _print_all(as_json: bool, url: str, api_key: str | None) -> None:
+def _print_all(as_json: bool, url: str | None, api_key: str | None) -> None:
     with connected(url, api_key) as client:
         found = list(client.adapters())
-    if as_json:
-        print_json({"adapters": found})
-        return
+    print_json({"adapters": found}) if as_json else show(_table(found))
+
+
+def _table(adapters: Sequence[Document]) -> Table:
     table = table_of("adapter", "aliases", "rank", "modules", "size", "loss", "base's")
-    for adapter in found:
+    for adapter in adapters:
         names = {adapter["latest"]: ["latest"]}
         for alias, version in part_of(adapter, "aliases").items():
             names.setdefault(version, []).append(alias)
@@ -59,7 +63,91 @@ def _print_all(as_json: bool, url: str, api_key: str | None) -> None:
                 number(metrics.get("eval_loss")),
                 number(metrics.get("base_eval_loss")),
             )
-    show(table)
+    return table
+
+
+def _parsed(reference: str) -> tuple[str, int | None]:
+    """(name, version)."""
+    name, _, version = reference.partition("@")
+    if "@" in reference and not version.isdigit():
+        raise typer.BadParameter(f"{reference}: give a version's number behind the @, such as {name}@1")
+    return name, int(version) if version else None
+
+
+@group.command("show")
+def show_adapter(
+    reference: ReferenceArgument, as_json: JsonOption = False, url: UrlOption = None, api_key: KeyOption = None
+) -> None:
+    """Show an adapter's versions, or what one version was made from and how."""
+    name, number_of = _parsed(reference)
+    with connected(url, api_key) as client:
+        found = client.adapter(name) if number_of is None else client.version(name, number_of)
+    if as_json:
+        print_json(found)
+    elif number_of is None:
+        show(_table([found]))
+    else:
+        for field, value in found.items():
+            if value not in (None, [], {}):
+                typer.echo(
+                    f"{field}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+                )
+
+
+@group.command()
+def delete(
+    reference: ReferenceArgument,
+    force: Annotated[bool, typer.Option("--force", help="Delete the aliases that hold it, too.")] = False,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Delete one version, or an adapter with all its versions. Requests that use it end as they began."""
+    name, number_of = _parsed(reference)
+    with connected(url, api_key) as client:
+        client.delete_adapter(name, number_of, force)
+    typer.echo(f"{reference} is deleted")
+
+
+@group.command()
+def download(
+    reference: ReferenceArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The zip to write. Default: NAME-VERSION.zip.")
+    ] = None,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Download a version as a zip; PEFT reads the folder that it unpacks to."""
+    name, number_of = _parsed(reference)
+    with connected(url, api_key) as client:
+        version = cast("int", client.adapter(name)["latest"]) if number_of is None else number_of
+        target = output or Path(f"{name}-{version}.zip")
+        try:
+            client.download(name, version, target)
+        except OSError as error:
+            typer.echo(f"smolora: {error.filename}: {error.strerror}", err=True)
+            raise typer.Exit(1) from None
+    typer.echo(str(target))
+
+
+@group.command()
+def alias(
+    name: Annotated[str, typer.Argument(help="The adapter.")],
+    alias: Annotated[str, typer.Argument(help="Such as prod; latest is one, too.")],
+    version: Annotated[int | None, typer.Argument(help="The version that it means from now on.")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the alias.")] = False,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Point an alias at a version, or remove it. To roll back, point latest at an earlier version."""
+    if remove == (version is not None):
+        raise typer.BadParameter("give a version, or --remove")
+    with connected(url, api_key) as client:
+        if version is None:
+            client.unpoint(name, alias)
+        else:
+            client.point(name, alias, version)
+    typer.echo(f"{name}@{alias} is removed" if version is None else f"{name}@{alias} is {name}@{version} now")
 
 
 @group.command("import")
@@ -77,7 +165,7 @@ def import_adapter(
         str | None, typer.Option(help="Of the hub's: a commit, tag or branch. Default: the newest commit.")
     ] = None,
     as_json: JsonOption = False,
-    url: UrlOption = DEFAULT_URL,
+    url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
     """Publish an adapter as the name's next version. What can't be honoured is refused, naming each key."""

@@ -13,16 +13,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from server.client import Client
+from server.config import local_url
 
-DEFAULT_URL = "http://127.0.0.1:8000"
+if TYPE_CHECKING:
+    from server.client.client import Client
+
 INTERRUPTED = 130
-_NUMBERS = ("rank", "size", "loss", "held out", "base's", "steps")
-_WHOLE = ("adapter", "job", "name", "status", *_NUMBERS)  # columns that stay on one line
+_NUMBERS = ("rank", "rows", "size", "loss", "held out", "base's", "steps")
+_WHOLE = ("adapter", "data set", "job", "name", "status", *_NUMBERS)  # columns that stay on one line
 
 Document = Mapping[str, object]
-UrlOption = Annotated[str, typer.Option(envvar="SMOLORA_URL", help="Where the server is.")]
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="SMOLORA_URL", help="Where the server is. Default: this machine, at SMOLORA_PORT, else 8000."
+    ),
+]
 KeyOption = Annotated[
     str | None, typer.Option(envvar="SMOLORA_API_KEY", help="A key, where the server asks for one.")
 ]
@@ -35,12 +41,13 @@ StopOption = Annotated[list[str] | None, typer.Option(help="End before this text
 
 
 @contextmanager
-def connected(url: str, api_key: str | None) -> "Iterator[Client]":
+def connected(url: str | None, api_key: str | None) -> "Iterator[Client]":
     """A client; what the server refuses ends the command."""
-    from server.client import Client, ClientError
+    from server.client.client import Client
+    from server.client.connection import ClientError
 
     try:
-        with Client(url, api_key) as client:
+        with Client(url or local_url(), api_key) as client:
             yield client
     except ClientError as error:
         for line in str(error).splitlines():
@@ -86,10 +93,11 @@ def table_of(*titles: str) -> Table:
 
 
 def show(table: Table) -> None:
-    """Print it."""
+    """Print it. Ids and numbers stay whole, on a terminal too narrow for them as well."""
     console = Console(highlight=False)
     # a script that reads it gets each row on one line, however wide
-    console.print(table, width=None if console.is_terminal else 1000, crop=False)
+    width = max(console.width, console.measure(table).minimum) if console.is_terminal else 1000
+    console.print(table, width=width, crop=False)
 
 
 def part_of(document: Document, name: str) -> Mapping[str, object]:

@@ -9,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from server.cli.common import (
-    DEFAULT_URL,
     ChatOption,
     JsonOption,
     KeyOption,
@@ -46,7 +45,7 @@ def compare(
     seed: Annotated[int | None, typer.Option(help="Default: a random one, the same for all.")] = None,
     stop: StopOption = None,
     as_json: JsonOption = False,
-    url: UrlOption = DEFAULT_URL,
+    url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
     """Answer one prompt under several adapters at once, and show how likely each finds its answer."""

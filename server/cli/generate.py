@@ -7,7 +7,6 @@ from typing import Annotated, cast
 import typer
 
 from server.cli.common import (
-    DEFAULT_URL,
     ChatOption,
     JsonOption,
     KeyOption,
@@ -36,7 +35,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Default: a random one.")] = None,
     stop: StopOption = None,
     as_json: JsonOption = False,
-    url: UrlOption = DEFAULT_URL,
+    url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
     """Generate text, under an adapter, a weighted blend of several, or none."""

@@ -9,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from server.cli.common import (
-    DEFAULT_URL,
     Document,
     JsonOption,
     KeyOption,
@@ -36,7 +35,7 @@ def jobs(
     status: Annotated[str | None, typer.Option(help="Only jobs that are queued, running, paused, …")] = None,
     limit: Annotated[int, typer.Option(help="At most so many.")] = 20,
     as_json: JsonOption = False,
-    url: UrlOption = DEFAULT_URL,
+    url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
     """List training jobs, the newest first; or show, watch and steer one."""

@@ -20,7 +20,10 @@ from rich.console import Console
 from server import __version__
 from server.allocator import keep_freed_memory
 from server.cli.adapters import group as adapters
+from server.cli.chat import chat
 from server.cli.compare import compare
+from server.cli.compose import compose
+from server.cli.datasets import group as datasets
 from server.cli.doctor import doctor
 from server.cli.generate import generate
 from server.cli.jobs import jobs
@@ -40,7 +43,6 @@ app = typer.Typer(
     name="smolora",
     help="One frozen SmolLM, any LoRA adapter per request: train, serve, version, blend, and never merge.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -74,9 +76,10 @@ def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(
     raise typer.Exit(run_worker(settings, parent))
 
 
-for _command in (train, generate, compare, jobs, doctor, prune):
+for _command in (train, generate, chat, compare, compose, jobs, doctor, prune):
     app.command()(_command)
 app.add_typer(adapters, name="adapters")
+app.add_typer(datasets, name="datasets")
 
 
 def _serve(settings: Settings) -> int:

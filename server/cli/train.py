@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from server.cli.common import (
-    DEFAULT_URL,
     INTERRUPTED,
     JsonOption,
     KeyOption,
@@ -23,7 +22,7 @@ from server.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from server.client import Client
+    from server.client.client import Client
 
 _LOOK_SECONDS = 1.0  # between looks at the job, whose events come at every step
 _TRAINED_STYLE = "bold green"
@@ -71,7 +70,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything; train nothing.")] = False,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Don't wait for the job's end.")] = False,
     as_json: JsonOption = False,
-    url: UrlOption = DEFAULT_URL,
+    url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
     """Train an adapter on rows of prompt and completion, messages, or text.

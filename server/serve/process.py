@@ -136,7 +136,9 @@ class Process:
     async def _drain(self) -> None:
         """Let what runs end; what doesn't in time is told so."""
         left = self._engine.num_in_flight
-        waits = f"waiting at most {self._drain_seconds:.0f} s for {left} running sequences" if left else "nothing runs"
+        waits = (
+            f"waiting at most {self._drain_seconds:.0f} s for {left} running sequences" if left else "nothing runs"
+        )
         log.info("draining: taking nothing new, %s; a second signal (Ctrl-C) stops at once", waits)
         self._engine.drain()
         deadline = asyncio.get_running_loop().time() + self._drain_seconds

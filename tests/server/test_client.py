@@ -8,7 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from server.client import Client, ClientError
+from server.client.client import Client
+from server.client.connection import ClientError
 
 
 class Script:

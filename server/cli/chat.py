@@ -1,0 +1,68 @@
+"""`smolora chat`: a conversation with the base, under an adapter, a blend, or none."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from server.cli.common import (
+    KeyOption,
+    MaxTokensOption,
+    TemperatureOption,
+    TopPOption,
+    UrlOption,
+    connected,
+    given,
+)
+
+if TYPE_CHECKING:
+    from server.client.client import Client
+
+
+def chat(
+    message: Annotated[
+        str | None, typer.Argument(help="One message, and its answer. Without it: a conversation, until Ctrl-D.")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", "-a", help="Such as tweets, tweets@3 or tweets*0.7+movies*0.3.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="What the answers should be like.")] = None,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    seed: Annotated[int | None, typer.Option(help="Default: a random one.")] = None,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Chat with the base, through its chat template."""
+    options = given(adapter=adapter, max_tokens=max_tokens or 512, temperature=temperature, top_p=top_p, seed=seed)
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    with connected(url, api_key) as client:
+        while (said := message if message is not None else _said()) is not None:
+            turns.append({"role": "user", "content": said})
+            turns.append({"role": "assistant", "content": _answer(client, {"messages": turns, **options})})
+            if message is not None:
+                return
+
+
+def _said() -> str | None:
+    """The next message; None at the end."""
+    while True:
+        if sys.stdin.isatty():
+            typer.echo("> ", nl=False)
+        if not (line := sys.stdin.readline()):
+            return None
+        if line.strip():
+            return line.rstrip("\n")
+
+
+def _answer(client: "Client", body: dict[str, object]) -> str:
+    """Print the answer as it comes; the whole of it."""
+    text = ""
+    for event in client.stream(body):
+        piece = str(event.get("text", ""))
+        text += piece
+        typer.echo(piece, nl=False)
+        sys.stdout.flush()
+    typer.echo()
+    return text

@@ -1,0 +1,70 @@
+"""`smolora datasets`: list them, upload one, delete one."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+from rich.text import Text
+
+from server.cli.common import (
+    JsonOption,
+    KeyOption,
+    UrlOption,
+    connected,
+    part_of,
+    print_json,
+    show,
+    table_of,
+)
+
+group = typer.Typer(invoke_without_command=True, help="List the data sets; upload or delete one.")
+
+
+@group.callback()
+def _list(
+    context: typer.Context, as_json: JsonOption = False, url: UrlOption = None, api_key: KeyOption = None
+) -> None:
+    if context.invoked_subcommand is not None:
+        return
+    with connected(url, api_key) as client:
+        found = client.datasets()
+    if as_json:
+        print_json({"datasets": found})
+        return
+    table = table_of("data set", "rows", "size", "kinds", "created")
+    for dataset in found:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in part_of(dataset, "kinds").items() if count)
+        size = f"{cast('int', dataset['bytes']) / 1e3:,.1f} kB"
+        table.add_row(Text(str(dataset["id"])), f"{dataset['rows']:,}", size, kinds, str(dataset["created_at"]))
+    show(table)
+
+
+@group.command()
+def upload(
+    path: Annotated[Path, typer.Argument(help="A .jsonl or .csv file.")],
+    as_json: JsonOption = False,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Upload rows, to train on them more than once. The same rows have the same id."""
+    with connected(url, api_key) as client:
+        try:
+            dataset: Mapping[str, object] = client.upload(path)
+        except OSError as error:
+            typer.echo(f"smolora: {path}: {error.strerror}", err=True)
+            raise typer.Exit(1) from None
+    print_json(dataset) if as_json else typer.echo(f"{dataset['id']}: {dataset['rows']:,} rows")
+
+
+@group.command()
+def delete(
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="As listed.")],
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Delete data sets. Jobs that have ended don't need them any more."""
+    with connected(url, api_key) as client:
+        for dataset_id in cast("Sequence[str]", ids):
+            client.delete_dataset(dataset_id)
+            typer.echo(f"{dataset_id} is deleted")

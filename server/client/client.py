@@ -1,0 +1,183 @@
+"""A client of a running server, over HTTP: what the command line is made of, and scripts may use.
+
+Blocking and small: one method for each thing to do, plain JSON in and out. What the server refuses, and a server
+that can't be reached, raise ClientError with a line for people.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import cast
+
+import httpx
+
+from server.client.connection import CONNECT_SECONDS, ClientError, Connection, Document, path_of, server_sent
+
+ENDED = frozenset({"succeeded", "failed", "cancelled"})
+
+_SILENCE_SECONDS = 60.0  # of a stream of events, which sends keep-alives
+_PEFT_FILES = {"adapter_config": "adapter_config.json", "adapter_model": "adapter_model.safetensors"}
+
+
+class Client(Connection):
+    """A method for each thing to do."""
+
+    def upload(self, path: Path) -> Document:
+        """Store the rows of a JSONL or CSV file; the data set. Raises OSError where it can't be read."""
+        with path.open("rb") as file:
+            return self.json("POST", "/datasets", files={"file": (path.name, file)})
+
+    def train(self, body: Mapping[str, object], dry_run: bool = False) -> Document:
+        """Submit a job; how it stands. Where the answer gets lost it is asked for again: there is one job only."""
+        headers = {"Idempotency-Key": uuid.uuid4().hex}
+        params = {"dry_run": "true"} if dry_run else {}
+
+        def post() -> Document:
+            return self.json("POST", "/train", json=dict(body), headers=headers, params=params)
+
+        try:
+            return post()
+        except ClientError as error:
+            if error.status is not None or isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout):
+                raise
+        return self.again(post)
+
+    def job(self, job_id: str) -> Document:
+        """How the job stands."""
+        return self.json("GET", path_of("train", job_id))
+
+    def report(self, job_id: str) -> Document:
+        """The card of a job that has succeeded."""
+        return self.json("GET", path_of("train", job_id, "report"))
+
+    def jobs(self, status: str | None = None, limit: int = 100) -> list[Document]:
+        """The newest jobs first."""
+        params = {"limit": str(limit)} | ({"status": status} if status else {})
+        return _documents(self.json("GET", "/train", params=params), "jobs")
+
+    def steer(self, job_id: str, move: str) -> Document:
+        """`cancel`, `pause` or `resume` the job; how it stands then."""
+        return self.json("POST", path_of("train", job_id, move))
+
+    def remove_files(self, job_id: str) -> None:
+        """Remove an ended job's rows, checkpoints, model and log."""
+        self.nothing("DELETE", path_of("train", job_id))
+
+    def events(self, job_id: str, after: int = 0) -> Iterator[Document]:
+        """The job's events as they happen, until it has ended. A connection that breaks is made again."""
+        last, num_failures = after, 0
+        while True:
+            try:
+                for event in self._stream_events(job_id, last):
+                    last, num_failures = cast("int", event["seq"]), 0
+                    yield event
+                if self.job(job_id)["status"] in ENDED:
+                    return
+            except ClientError as error:
+                if not error.may_pass or num_failures == len(self.retries):
+                    raise
+                num_failures += 1
+            time.sleep(self.retries[max(0, num_failures - 1)])
+
+    def adapters(self) -> Iterator[Document]:
+        """All adapters by name, with their versions."""
+        after: str | None = ""
+        while after is not None:
+            page = self.json("GET", "/adapters", params={"limit": "500", "after": after})
+            yield from _documents(page, "adapters")
+            after = cast("str | None", page["next"])
+
+    def adapter(self, name: str) -> Document:
+        """One adapter with its versions."""
+        return self.json("GET", path_of("adapters", name))
+
+    def version(self, name: str, version: int) -> Document:
+        """One version of it."""
+        return self.json("GET", path_of("adapters", name, str(version)))
+
+    def delete_adapter(self, name: str, version: int | None = None, force: bool = False) -> None:
+        """Delete one version, or all; with `force`, the aliases that hold them too."""
+        path = path_of("adapters", name) if version is None else path_of("adapters", name, str(version))
+        self.nothing("DELETE", path, params={"force": "true"} if force else {})
+
+    def download(self, name: str, version: int, target: Path) -> None:
+        """Write a zip that PEFT reads, once unpacked: beside the target first, and renamed. OSError likewise."""
+        part = target.with_name(f"{target.name}.part")
+        try:
+            path = path_of("adapters", name, str(version), "download")
+            with self.open("GET", path) as response, part.open("wb") as file:
+                for piece in response.iter_bytes():
+                    file.write(piece)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def point(self, name: str, alias: str, version: int) -> Document:
+        """Have the alias, or `latest`, mean that version; the adapter."""
+        return self.json("PUT", path_of("adapters", name, "aliases", alias), json={"version": version})
+
+    def unpoint(self, name: str, alias: str) -> None:
+        """Remove the alias."""
+        self.nothing("DELETE", path_of("adapters", name, "aliases", alias))
+
+    def compose(self, name: str, body: Mapping[str, object]) -> Document:
+        """Name a blend, or, where the body has a `method`, queue a merge: the version, or the job."""
+        return self.json("POST", path_of("compositions", name), json=dict(body))
+
+    def datasets(self) -> list[Document]:
+        """The newest data sets first."""
+        return _documents(self.json("GET", "/datasets"), "datasets")
+
+    def delete_dataset(self, dataset_id: str) -> None:
+        """Remove a data set that no job needs."""
+        self.nothing("DELETE", path_of("datasets", dataset_id))
+
+    def publish(self, name: str, path: Path) -> Document:
+        """Publish the adapter in a folder that PEFT saved, or in a zip of it; the version. OSError likewise."""
+        with ExitStack() as opened:
+            if path.is_dir():
+                parts = {field: path / name for field, name in _PEFT_FILES.items()}
+            else:
+                parts = {"archive": path}
+            files = {field: (file.name, opened.enter_context(file.open("rb"))) for field, file in parts.items()}
+            return self.json("POST", path_of("adapters", name), files=files)
+
+    def import_adapter(self, name: str, repo_id: str, revision: str | None = None) -> Document:
+        """Have the server publish an adapter of the hub; the version."""
+        body = {"repo_id": repo_id, "revision": revision}
+        return self.json("POST", path_of("adapters", name, "import"), json=body)
+
+    def generate(self, body: Mapping[str, object]) -> Document:
+        """The whole answer."""
+        return self.json("POST", "/generate", json=dict(body))
+
+    def compare(self, body: Mapping[str, object]) -> Document:
+        """The answers under each of several adapter expressions."""
+        return self.json("POST", "/compare", json=dict(body))
+
+    def stream(self, body: Mapping[str, object]) -> Iterator[Document]:
+        """The answer's events as they come; a failure midway raises ClientError."""
+        with self.open("POST", "/generate", json={**body, "stream": True}) as response:
+            for name, data in server_sent(response.iter_lines()):
+                if data == "[DONE]":
+                    return
+                document = cast("Document", json.loads(data))
+                if name == "error":
+                    raise ClientError(str(document.get("detail")), cast("int", document.get("status")))
+                yield document
+        raise ClientError("the answer broke off")
+
+    def _stream_events(self, job_id: str, after: int) -> Iterator[Document]:
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
+        timeout = httpx.Timeout(_SILENCE_SECONDS, connect=CONNECT_SECONDS)
+        with self.open("GET", path_of("train", job_id, "events"), headers=headers, timeout=timeout) as response:
+            for name, data in server_sent(response.iter_lines()):
+                if name != "error":  # then the stream ends, and is opened again
+                    yield json.loads(data)
+
+
+def _documents(page: Document, name: str) -> list[Document]:
+    return cast("list[Document]", page[name])

@@ -1,0 +1,143 @@
+"""A connection to a server: requests, their errors in words, what is tried again, server-sent events."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import BinaryIO, Self, TypedDict, Unpack, cast
+from urllib.parse import quote
+
+import httpx
+
+from adapters.errors import sentence
+from server.config import is_loopback
+
+_URL_VARIABLE = "SMOLORA_URL"
+CONNECT_SECONDS = 10.0
+_ANSWER_SECONDS = 600.0
+_RETRIES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # a server that is started again is back by then
+
+Document = dict[str, object]
+
+
+class Options(TypedDict, total=False):
+    """What a request may have, as httpx takes it."""
+
+    json: Mapping[str, object]
+    params: Mapping[str, str]
+    headers: Mapping[str, str]
+    files: Mapping[str, tuple[str, BinaryIO]]
+    timeout: httpx.Timeout
+
+
+class ClientError(Exception):
+    """The server said no, or nothing. `status` is HTTP's, None where there was no answer."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the server may be back in a moment."""
+        return self.status in (None, 502, 503, 504)
+
+
+class Connection:
+    """To the server at `url`; close it, or use it in a `with`."""
+
+    def __init__(self, url: str, api_key: str | None = None, retries: tuple[float, ...] = _RETRIES) -> None:
+        """`retries` are the seconds to wait before each new attempt, where one helps. Raises ClientError."""
+        self.url = url.rstrip("/")
+        self.retries = retries
+        try:
+            parts = httpx.URL(url)
+            if parts.scheme not in ("http", "https") or not parts.host:
+                raise httpx.InvalidURL("no scheme or host")
+            self._http = httpx.Client(
+                base_url=self.url,
+                headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+                timeout=httpx.Timeout(_ANSWER_SECONDS, connect=CONNECT_SECONDS),
+                trust_env=not is_loopback(parts.host),  # no proxy leads back here
+            )
+        except (httpx.InvalidURL, UnicodeError):
+            raise ClientError(f"{url} is no address of a server, such as http://127.0.0.1:8000") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def again(self, work: Callable[[], Document]) -> Document:
+        """The work's result, as soon as the server is back."""
+        for wait in self.retries:
+            time.sleep(wait)
+            try:
+                return work()
+            except ClientError as error:
+                if not error.may_pass:
+                    raise
+        return work()
+
+    def json(self, method: str, path: str, **options: Unpack[Options]) -> Document:
+        with self.open(method, path, **options) as response:
+            response.read()
+            try:
+                return cast("Document", response.json())
+            except ValueError:
+                raise ClientError(f"{self.url} doesn't speak smolora's API") from None
+
+    def nothing(self, method: str, path: str, **options: Unpack[Options]) -> None:
+        with self.open(method, path, **options) as response:
+            response.read()
+
+    @contextmanager
+    def open(self, method: str, path: str, **options: Unpack[Options]) -> Iterator[httpx.Response]:
+        """The response once its headers are there. Raises ClientError, also for what fails while it is read."""
+        try:
+            with self._http.stream(method, path, **options) as response:
+                if response.is_error:
+                    response.read()
+                    raise ClientError(_reason(response), response.status_code)
+                yield response
+        except httpx.TimeoutException as error:
+            raise ClientError(f"{self.url} doesn't answer") from error
+        except httpx.TransportError as error:
+            reason = f"can't reach {self.url}: {error or type(error).__name__}"
+            if isinstance(error, httpx.ConnectError):
+                reason += f"; is it running? `smolora serve` starts it, {_URL_VARIABLE} or --url says where it is"
+            raise ClientError(reason) from error
+        except ValueError as error:  # NaN, or half a character, among them
+            raise ClientError(f"it can't be said in JSON: {error}") from error
+
+
+def path_of(*parts: str) -> str:
+    return "".join(f"/{quote(part, safe='')}" for part in parts)
+
+
+def server_sent(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
+    """(name, data) of each server-sent event; comments are left out."""
+    name, data = "message", ""
+    for line in lines:
+        field, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if field == "event":
+            name = value
+        elif field == "data":
+            data += value
+        elif not line and data:
+            yield name, data
+            name, data = "message", ""
+
+
+def _reason(response: httpx.Response) -> str:
+    """A problem in a line or several: each error with its place."""
+    try:
+        problem = response.json()
+        lines = [sentence(error["loc"], error["message"]) for error in problem["errors"]]
+        return "\n".join(lines) or str(problem["detail"])
+    except (ValueError, LookupError, TypeError):
+        return f"{response.url.host} answered {response.status_code} {response.reason_phrase}"
