@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from adapters.errors import SmoloraError
 from adapters.lora import MODULES, BaseShape, LoraModule, LoraWeights, ModuleKey
-from server.engine.adapter_pool.pool import Load
+from server.engine.adapter_pool.pool import AdapterPool, Load
 from server.engine.backend import Backend, NativeBackend, TorchBackend
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig
@@ -169,15 +169,15 @@ def check_idle(engine: Engine) -> None:
     engine.blocks.check([])
     assert engine.blocks.num_used_blocks == 0
     assert not engine._streams
-    check_pool(engine)
+    check_pool(engine.pool)
     assert all(adapter.num_holds == 0 for adapter in engine.pool._adapters.values())
 
 
-def check_pool(engine: Engine) -> None:
+def check_pool(pool: AdapterPool) -> None:
     """Assert that the pool's free rows are exactly those that no resident adapter covers."""
-    for (group, kind), extents in engine.pool._spaces.items():
+    for (group, kind), extents in pool._spaces.items():
         covered: set[int] = set()
-        for adapter in engine.pool._adapters.values():
+        for adapter in pool._adapters.values():
             if adapter.placement is None or group not in adapter.placement:
                 continue
             place = adapter.placement[group]

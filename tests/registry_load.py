@@ -174,8 +174,14 @@ def main() -> int:
             cold.close()
         outcome.faults += faults + unsound(home)
     counts = dict(sorted(outcome.counts.items()))
-    report = {"seconds": plan.seconds, "clients": plan.num_clients, "compared_sums": outcome.num_sums, **counts}
-    report |= {"faults": len(outcome.faults), "first_faults": outcome.faults[:10]}
+    report = {
+        "seconds": plan.seconds,
+        "clients": plan.num_clients,
+        "compared_sums": outcome.num_sums,
+        **counts,
+        "faults": len(outcome.faults),
+        "first_faults": outcome.faults[:10],
+    }
     sys.stdout.write(json.dumps(report, indent=1) + "\n")
     return 1 if outcome.faults else 0
 

@@ -38,7 +38,7 @@ def attention_bound(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
     output is (U |o|).
     """
     q, k, v = q.double(), k.double(), v.double()
-    scale = q.shape[0] ** -0.5
+    scale: float = q.shape[0] ** -0.5
     scores = k @ q * scale
     weights = scores.softmax(0)
     out = weights @ v

@@ -31,11 +31,13 @@ def resolved() -> Mapping[str, Any]:
     """The services as compose resolves them, all profiles together; as YAML alone where there is no compose."""
     command = compose_command()
     if command is None:
-        return yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+        written: Mapping[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+        return written
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SMOLORA_")}
     told = [*command, "--profile", "gpu", "config", "--format", "json"]
     done = subprocess.run(told, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)["services"]
+    found: Mapping[str, Any] = json.loads(done.stdout)["services"]
+    return found
 
 
 @pytest.fixture(scope="module")

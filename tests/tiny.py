@@ -89,7 +89,7 @@ def tiny_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerBase:
     )
     texts = [f"{status.value} {status.phrase}. {status.description}" for status in HTTPStatus]
     backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",

@@ -1,7 +1,9 @@
 """PEFT as the reference: tiny bases of odd sizes, adapters on them, and what PEFT's live layers hold."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -11,9 +13,10 @@ from transformers import LlamaForCausalLM, PreTrainedModel, SmolLM3ForCausalLM
 from transformers import SmolLM3Config as HfSmolLM3Config
 
 from adapters.lora import MODULES, BaseShape, LoraWeights
+from tests.oracles.hugging_face import linear
 
 NUM_LAYERS = 3
-SIZES: dict[str, object] = {
+SIZES: dict[str, Any] = {
     "vocab_size": 71,
     "hidden_size": 36,
     "intermediate_size": 50,
@@ -35,13 +38,18 @@ Live = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
 def tiny_llama(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LlamaForCausalLM(HfLlamaConfig(**SIZES)).to(dtype).eval()
+        model = LlamaForCausalLM(HfLlamaConfig(**SIZES))
+    torch.nn.Module.to(model, dtype)  # the types of transformers' own are wrong
+    model.eval()
+    return model
 
 
 def tiny_smollm3() -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return SmolLM3ForCausalLM(HfSmolLM3Config(**SIZES, no_rope_layer_interval=2)).eval()
+        model = SmolLM3ForCausalLM(HfSmolLM3Config(**SIZES, no_rope_layer_interval=2))
+    model.eval()
+    return model
 
 
 def shape_of(model: PreTrainedModel) -> BaseShape:
@@ -67,7 +75,7 @@ def saved(directory: Path, config: LoraConfig, model: PreTrainedModel | None = N
     tuned = adapted(model or tiny_llama(), config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tuned.save_pretrained(directory)
+        tuned.save_pretrained(str(directory))
     return tuned, directory
 
 
@@ -79,12 +87,24 @@ def loaded(directory: Path, model: PreTrainedModel | None = None) -> PeftModel:
         return PeftModel.from_pretrained(model or tiny_llama(), directory, autocast_adapter_dtype=False).eval()
 
 
+def lora_layers(tuned: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+    """PEFT's layers and their paths in the base."""
+    for path, module in tuned.get_submodule("base_model.model").named_modules():
+        if isinstance(module, LoraLayer):
+            yield path, module
+
+
+def matrices(layer: LoraLayer, name: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of one of the layer's adapters."""
+    return linear(layer.lora_A, name).weight, linear(layer.lora_B, name).weight
+
+
 def live(tuned: PeftModel) -> Live:
     layers: Live = {}
-    for path, module in tuned.base_model.model.named_modules():
-        if isinstance(module, LoraLayer) and "default" in module.scaling:
-            a, b = module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach()
-            layers[path] = (a, b, module.scaling["default"])
+    for path, layer in lora_layers(tuned):
+        if "default" in layer.scaling:
+            a, b = matrices(layer)
+            layers[path] = (a.detach(), b.detach(), layer.scaling["default"])
     return layers
 
 
@@ -102,4 +122,5 @@ def assert_same(weights: LoraWeights, layers: Live) -> None:
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=torch.arange(1, 20).unsqueeze(0)).logits
+        out: torch.Tensor = model(input_ids=torch.arange(1, 20).unsqueeze(0)).logits
+    return out

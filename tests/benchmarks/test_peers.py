@@ -25,11 +25,12 @@ from benchmarks.peers.openvino import OpenVino, OpenVinoConfig
 from benchmarks.peers.transformers_peft import TransformersPeft
 from benchmarks.peers.venvs import LLAMA_CPP, MARK, OPENVINO
 from benchmarks.serving.adapter_files import ALPHA, RANK, Sizes, write_adapter
-from benchmarks.serving.systems.systems import BASE, BLENDS, DISTINCT, ONE, Load, System
+from benchmarks.serving.systems.systems import BASE, BLENDS, DISTINCT, ONE, Facts, Load, System
 from benchmarks.serving.systems.wires import Part, Request
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel
 from tests.conftest import CACHE
+from tests.oracles.hugging_face import generate
 from tests.tiny import save_tiny_base
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +67,7 @@ def test_a_base_written_as_gguf_is_read_back_by_transformers(base: Path, tmp_pat
     found = AutoTokenizer.from_pretrained(tmp_path, gguf_file="base.gguf")
     ids = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False)["input_ids"]
     assert found(PROMPT, add_special_tokens=False)["input_ids"] == ids[0].tolist()
-    assert found.convert_ids_to_tokens(range(512)) == tokenizer.convert_ids_to_tokens(range(512))
+    assert found.convert_ids_to_tokens([*range(512)]) == tokenizer.convert_ids_to_tokens([*range(512)])
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-4, rtol=1e-4)
 
@@ -115,7 +116,7 @@ def test_what_a_peer_can_do() -> None:
 
     def can(kind: type[System], *, base_only: bool = False) -> list[bool]:
         system = kind.__new__(kind)
-        system.__dict__["facts"] = llama_cpp.Facts("", "", True, "", {}, base_only)
+        system.__dict__["facts"] = Facts("", "", True, "", {}, base_only)
         return [system.can(load) for load in loads]
 
     assert can(LlamaCppServer) == [True] * 5
@@ -220,8 +221,8 @@ def _answers(base: Path, adapters: dict[str, Path], texts: list[str]) -> list[li
         found = []
         for text in texts:
             inputs = tokenizer(text, return_tensors="pt")
-            ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0]
-            found.append(tokenizer.decode(ids[inputs["input_ids"].shape[1] :]))
+            ids = generate(model, **inputs, max_new_tokens=5, do_sample=False)[0]
+            found.append(str(tokenizer.decode(ids[inputs["input_ids"].shape[1] :])))
         return found
 
     unchanged = answers(plain)

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from tests.oracles.hugging_face import linear, load_reference, logits
 
@@ -56,6 +56,7 @@ class Reference:
                 output_logits=True,
                 return_dict_in_generate=True,
             )
+        assert out.logits is not None
         logits = torch.stack(out.logits, dim=1)  # (prompts, tokens, vocab)
         new_ids = out.sequences[:, batch["input_ids"].shape[1] :].tolist()
         return [self._generated(ids, rows) for ids, rows in zip(new_ids, logits, strict=True)]

@@ -74,7 +74,7 @@ def test_it_trains_beside_serving(gpu_server: ServerProcess) -> None:
 def test_a_job_for_which_its_share_is_too_small_fails_once(base_dir: Path, tmp_path: Path) -> None:
     """A gigabyte for the training of all weights: enough to load the base, and not for their fp32 masters."""
     share = 1e9 / torch.cuda.mem_get_info()[1]
-    flags = {"model": base_dir, "device": "cuda", "workers": 1, "train_memory": share}
+    flags: dict[str, Any] = {"model": base_dir, "device": "cuda", "workers": 1, "train_memory": share}
     server = ServerProcess(tmp_path / "home", kv_cache_bytes=64 << 20, adapter_cache_bytes=64 << 20, **flags)
     try:
         body = {

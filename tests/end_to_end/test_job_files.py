@@ -3,6 +3,7 @@
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from tests.end_to_end.training_client import CHILD, code_rows, get, processes, s
 TRAINING = {"max_steps": 4, "batch_size": 2, "max_length": 32}
 
 
-def start(home: Path, base: Path, **flags: object) -> ServerProcess:
+def start(home: Path, base: Path, **flags: Any) -> ServerProcess:
     return ServerProcess(home, model=base, dtype="fp32", workers=1, adapter_cache_bytes="4MiB", **flags)
 
 

@@ -69,7 +69,7 @@ def test_chat(client: OpenAI, server: ServerProcess, model: str) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     # the client's own form of the turn goes back as it is
     turn = cast("ChatCompletionMessageParam", choice.message.model_dump())
-    more = [*MESSAGES, turn, {"role": "user", "content": "And of Italy?"}]
+    more: list[ChatCompletionMessageParam] = [*MESSAGES, turn, {"role": "user", "content": "And of Italy?"}]
     following = client.chat.completions.create(model=model, messages=more, max_tokens=1)
     assert following.usage is not None
     assert following.usage.prompt_tokens > answer.usage.total_tokens

@@ -1,6 +1,7 @@
 """A short run of `tests.registry_load`, which has the full count, on a tiny base."""
 
 from pathlib import Path
+from typing import Any
 
 from server.model.base.weights import BaseModel
 from tests.end_to_end.server_process import ServerProcess
@@ -14,7 +15,7 @@ def test_every_answer_is_that_of_the_version_it_names(
 ) -> None:
     plan = Plan(seconds=6, max_tokens=8, pause=0.25)
     files = adapter_files(tiny_base.config.shape)
-    options = {"dtype": "fp32", "max_num_seqs": plan.num_clients, "kv_cache_bytes": "32MiB"}
+    options: dict[str, Any] = {"dtype": "fp32", "max_num_seqs": plan.num_clients, "kv_cache_bytes": "32MiB"}
     server = ServerProcess(tmp_path / "load", model=tiny_base_dir, adapter_cache_bytes="4MiB", **options)
     try:
         answers, changers, faults = load(server, plan, files)

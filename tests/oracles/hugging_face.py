@@ -4,9 +4,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from adapters.lora import LoraWeights
 
@@ -17,14 +18,36 @@ def load_reference(directory: Path, dtype: torch.dtype = torch.float32) -> PreTr
     """The Hugging Face model of a directory, for inference."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    return model.eval().requires_grad_(requires_grad=False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    model.eval()
+    return model.requires_grad_(requires_grad=False)
 
 
 def linear(model: torch.nn.Module, path: str) -> torch.nn.Linear:
     module = model.get_submodule(path)
     assert isinstance(module, torch.nn.Linear)
     return module
+
+
+def templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> BatchEncoding:
+    """A conversation's tokens, as transformers puts it through the tokenizer's template."""
+    found = tokenizer.apply_chat_template(messages, **options)
+    assert isinstance(found, BatchEncoding)
+    return found
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], **options: Any) -> str:
+    """The tokenizer's own text of a sequence, in which no space is tidied away."""
+    text = tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False, **options)
+    assert isinstance(text, str)
+    return text
+
+
+def generate(model: torch.nn.Module, **options: Any) -> torch.Tensor:
+    """What a Hugging Face model generates, after what it was given."""
+    found = cast("Any", model).generate(**options)  # which `PreTrainedModel` lacks
+    assert isinstance(found, torch.Tensor)
+    return found
 
 
 @contextmanager

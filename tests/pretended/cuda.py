@@ -51,7 +51,7 @@ def _speaking_to(card: Card, counts: Counts) -> Iterator[None]:
     before = here.card, here.counts
     here.card, here.counts = card, counts
     try:
-        with Functions(), Operations():
+        with Functions(), Operations():  # type: ignore[no-untyped-call]  # torch's own `__init__`
             yield
     finally:
         here.card, here.counts = before

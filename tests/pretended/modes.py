@@ -120,9 +120,9 @@ class Functions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func == _Tensor.device.__get__:  # type: ignore[attr-defined]
+        if func == _Tensor.device.__get__:
             return CUDA if is_on_card(args[0]) else CPU
-        if func == _Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+        if func == _Tensor.is_cuda.__get__:  # type: ignore[attr-defined]  # a descriptor, for all that
             return is_on_card(args[0])
         if func is _Tensor.pin_memory:
             return mark(args[0].clone(), on_card=False, pinned=True)

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -55,8 +55,8 @@ def document(value: object, status: int = 200) -> tuple[int, str, bytes]:
     return status, "application/json", json.dumps(value).encode()
 
 
-def stream(*events: object, rest: bytes = b"") -> tuple[int, str, bytes]:
-    lines = [f"id: {event['seq']}\ndata: {json.dumps(event)}\n\n" for event in events]  # type: ignore[index]
+def stream(*events: Mapping[str, object], rest: bytes = b"") -> tuple[int, str, bytes]:
+    lines = [f"id: {event['seq']}\ndata: {json.dumps(event)}\n\n" for event in events]
     return 200, "text/event-stream", b": hello\n\n" + "".join(lines).encode() + rest
 
 

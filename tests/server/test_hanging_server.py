@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,15 @@ def test_an_engine_that_hangs_in_native_code(server: Process) -> None:
         ("waiting chat", "/v1/chat/completions", {**CHAT, "stream": True}),
         ("waiting whole", "/compare", {**BODY, "adapters": ["base"]}),
     ]
+
+    def has(num: int) -> bool:
+        return server.num_requests() == num
+
     answers: dict[str, Future[httpx.Response]] = {}
     with ThreadPoolExecutor(len(asked)) as pool:
         for num, (name, path, body) in enumerate(asked, 1):
             answers[name] = pool.submit(server.client.post, path, json=body)
-            server.wait_until(lambda num=num: server.num_requests() == num, "it did not begin")  # type: ignore[misc]
+            server.wait_until(partial(has, num), "it did not begin")
         server.wait_until(lambda: server.client.get("/ready").status_code == 503, "it was never noticed")
         refused = server.client.get("/ready")
         assert refused.json()["detail"] == "the engine has stopped"

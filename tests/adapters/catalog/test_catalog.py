@@ -223,7 +223,7 @@ def test_unknown_terms_are_all_named(catalog: Catalog) -> None:
 def test_resolving_is_one_indexed_query(catalog: Catalog, engine: sa.Engine) -> None:
     publish(catalog, "a")
     catalog.point("a", "prod", 1)
-    seen: list[tuple[str, object]] = []
+    seen: list[tuple[str, tuple[object, ...]]] = []
     sa.event.listen(engine, "before_cursor_execute", lambda *args: seen.append((args[2], args[3])))
     catalog.resolve(parse("+".join(["a", "a@1", "a@prod"] * 5)))
     ((statement, parameters),) = seen
@@ -238,7 +238,8 @@ def test_what_an_alias_names_is_not_deleted(catalog: Catalog) -> None:
     publish(catalog, "a", D[0])
     publish(catalog, "a", D[1])
     catalog.point("a", "prod", 1)
-    for call in (lambda: catalog.delete_version("a", 1), lambda: catalog.delete("a")):
+    calls: list[Callable[[], object]] = [lambda: catalog.delete_version("a", 1), lambda: catalog.delete("a")]
+    for call in calls:
         with pytest.raises(Conflict, match="a@prod"):
             call()
     assert len(catalog.get("a").versions) == 2

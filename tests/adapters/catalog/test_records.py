@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from adapters.catalog.catalog import Catalog, NewVersion, Part, Version
-from adapters.catalog.records import Records, decode, encode
+from adapters.catalog.records import Recorder, Records, decode, encode
 from adapters.catalog.recovery import Recovered, recover
 from adapters.catalog.tables import transact
 from adapters.catalog.writes import drop_in, publish_in
@@ -78,7 +78,7 @@ def cut_off_publication(home: Home, name: str, job_id: str | None = None) -> Non
     """The record is written, and the process is killed before the commit."""
 
     def work(connection: sa.Connection) -> None:
-        publish_in(connection, new(name, job_id), records=home.records)
+        publish_in(connection, new(name, job_id), records=Recorder(home.records))
         raise Killed
 
     with pytest.raises(Killed):

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -11,12 +12,12 @@ from peft.tuners.lora import LoraLayer
 
 from adapters.lora import MODULES, LoraModule, LoraWeights, ModuleKey
 from adapters.merging.merge import Recipe, Side, kept
-from tests.adapters.oracle import tiny_llama
+from tests.adapters.oracle import lora_layers, matrices, tiny_llama
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
 
-def lora(rank: int = 4, alpha: float = 8, targets: Sequence[str] = TARGETS, **options: object) -> LoraConfig:
+def lora(rank: int = 4, alpha: int = 8, targets: Sequence[str] = TARGETS, **options: Any) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), **options)
 
 
@@ -40,8 +41,8 @@ def weights_of(tuned: PeftModel, name: str) -> LoraWeights:
     for path, layer in _layers(tuned, name):
         key = ModuleKey(int(path.split(".")[2]), path.rpartition(".")[2])
         assert key.path == path
-        a, b = layer.lora_A[name].weight.detach().clone(), layer.lora_B[name].weight.detach().clone()
-        modules[key] = LoraModule(a, b, layer.scaling[name])
+        a, b = matrices(layer, name)
+        modules[key] = LoraModule(a.detach().clone(), b.detach().clone(), layer.scaling[name])
     return LoraWeights(modules)
 
 
@@ -107,10 +108,10 @@ def factors(weights: LoraWeights) -> dict[ModuleKey, torch.Tensor]:
 
 def _layers(tuned: PeftModel, name: str | None = None) -> list[tuple[str, LoraLayer]]:
     return [
-        (path, module)
-        for path, module in tuned.base_model.model.named_modules()
-        if isinstance(module, LoraLayer) and path.rpartition(".")[2] in MODULES
-        if name is None or name in module.lora_A
+        (path, layer)
+        for path, layer in lora_layers(tuned)
+        if path.rpartition(".")[2] in MODULES
+        if name is None or name in layer.lora_A
     ]
 
 

@@ -16,6 +16,7 @@ from adapters.lora import ModuleKey
 from adapters.peft.files import CONFIG_NAME, MAX_ERRORS, WEIGHTS_NAME, read
 from adapters.peft.tensors import tensor_name
 from tests.adapters.oracle import loaded, saved, shape_of, tiny_llama
+from tests.oracles.hugging_face import linear
 
 BASE = shape_of(tiny_llama())
 A = tensor_name(ModuleKey(1, "q_proj"), "A")
@@ -230,7 +231,8 @@ def test_the_list_of_faults_is_bounded(files: tuple[Config, Tensors]) -> None:
 
 @pytest.mark.parametrize("key", ["use_dora", "lora_bias"])
 def test_variants_that_peft_saved_are_refused(key: str, tmp_path: Path) -> None:
-    _, directory = saved(tmp_path, PeftLoraConfig(r=2, target_modules=["q_proj"], **{key: True}))
+    variant: dict[str, Any] = {key: True}
+    _, directory = saved(tmp_path, PeftLoraConfig(r=2, target_modules=["q_proj"], **variant))
     found = faults((directory / CONFIG_NAME).read_bytes(), (directory / WEIGHTS_NAME).read_bytes())
     assert ("adapter_config", key) in found
     assert sum(loc[0] == "adapter_model" for loc in found) == 3  # the magnitude or bias of each layer
@@ -239,11 +241,12 @@ def test_variants_that_peft_saved_are_refused(key: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("init", "moves"), [("pissa", True), ("olora", True), ("gaussian", False), ("mica", False), (True, False)]
 )
-def test_what_is_refused_is_what_moves_the_frozen_weights(init: str | bool, moves: bool, tmp_path: Path) -> None:
+def test_what_is_refused_is_what_moves_the_frozen_weights(init: Any, moves: bool, tmp_path: Path) -> None:
     """The reason for the rule about `init_lora_weights`, seen in PEFT itself when it loads the files."""
     _, directory = saved(tmp_path, PeftLoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init))
-    before = tiny_llama().model.layers[0].self_attn.q_proj.weight
-    after = loaded(directory).base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    path = "model.layers.0.self_attn.q_proj"
+    before = linear(tiny_llama(), path).weight
+    after = linear(loaded(directory), f"base_model.model.{path}.base_layer").weight
     assert torch.equal(before, after) != moves
     config, tensors = (directory / CONFIG_NAME).read_bytes(), directory / WEIGHTS_NAME
     if moves:

@@ -46,7 +46,7 @@ def peft_says(targeting: Targeting) -> set[str]:
     entries = targeting.target_modules
     config = PeftLoraConfig(target_modules=entries if isinstance(entries, str) else list(entries))
     excluded = targeting.exclude_modules
-    config.exclude_modules = (excluded if isinstance(excluded, str) else set(excluded)) or None
+    config.exclude_modules = (excluded if isinstance(excluded, str) else list(excluded)) or None
     layers = targeting.layers_to_transform
     config.layers_to_transform = None if layers is None else list(layers)
     config.layers_pattern = list(targeting.layers_pattern) or None
@@ -89,7 +89,7 @@ def test_expressions_target_as_in_peft(targets: str, excluded: str | tuple[str, 
 @settings(max_examples=25, deadline=None)
 def test_patterns_are_picked_as_in_peft(pattern: dict[str, int]) -> None:
     keys = list(LINEAR.values())
-    expected = {key: pattern[name] for key in keys if (name := get_pattern_key(pattern, key.path)) in pattern}
+    expected = {key: pattern[name] for key in keys if (name := get_pattern_key([*pattern], key.path)) in pattern}
     assert pick("rank_pattern", pattern, keys, Budget()) == expected
 
 

@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -228,7 +229,7 @@ def test_put_and_discard_at_once_end_whole_or_gone(store: AdapterStore, place: P
             other_process.put(ADAPTER)
 
         with ThreadPoolExecutor(4) as pool:
-            jobs = [pool.submit(publish), pool.submit(other_process.put, ADAPTER)]
+            jobs: list[Future[Any]] = [pool.submit(publish), pool.submit(other_process.put, ADAPTER)]
             jobs += [pool.submit(store.discard, DIGEST, wanted.__contains__) for _ in range(2)]
         for job in jobs:
             job.result()

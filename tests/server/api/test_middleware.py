@@ -40,7 +40,7 @@ async def test_each_key_opens(locked: httpx.AsyncClient, key: str) -> None:
 async def test_without_one_everything_is_shut(
     locked: httpx.AsyncClient, header: str | None, method: str, path: str
 ) -> None:
-    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+    headers = {} if header is None else {b"Authorization": header.encode("latin-1")}
     response = await locked.request(method, path, headers=headers)
     assert response.status_code == 401
     assert response.headers["www-authenticate"].startswith("Bearer")
@@ -64,7 +64,7 @@ async def test_a_sane_request_id_is_kept(client: httpx.AsyncClient, given: str) 
 
 @pytest.mark.parametrize("given", ["", "a b", "x" * 129, "a\xe9", "<script>"])
 async def test_any_other_is_replaced(client: httpx.AsyncClient, given: str) -> None:
-    response = await client.get("/health", headers={"X-Request-Id": given.encode("latin-1")})
+    response = await client.get("/health", headers={b"X-Request-Id": given.encode("latin-1")})
     assert len(response.headers["x-request-id"]) == 32
 
 

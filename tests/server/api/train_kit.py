@@ -1,6 +1,7 @@
 """Bodies of POST /train, and a stand-in for a worker."""
 
 from http import HTTPStatus
+from typing import Any
 
 import httpx
 
@@ -10,7 +11,7 @@ from server.training.queue.leases import Claim, Leases
 ROWS: list[dict[str, object]] = [
     {"prompt": f"{status.value} ", "completion": status.phrase} for status in list(HTTPStatus)[:20]
 ]
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "name": "codes",
     "method": "lora",
     "lora": {

@@ -7,7 +7,7 @@ from adapters.lora import LoraWeights
 from server.engine.engine import Engine
 from server.engine.runner import Runner
 from server.engine.sampling.sampler import Sampled
-from server.engine.scheduler import Chunk, Step
+from server.engine.scheduler import Chunk, Scheduler, Step
 from server.engine.sequence import Sequence
 from server.model.base.weights import BaseModel
 from tests.server.engine.traffic import library
@@ -28,14 +28,11 @@ class FailingRunner(Runner):
         return super().run(chunks)
 
 
-class BrokenScheduler:
-    """Raises in the thread, outside of what a step catches."""
+class BrokenScheduler(Scheduler):
+    """The engine's scheduler, but it raises in the thread, outside of what a step catches."""
 
     def __init__(self, engine: Engine) -> None:
-        self._scheduler = engine.scheduler
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._scheduler, name)
+        self.__dict__ = vars(engine.scheduler)
 
     def schedule(self) -> Step:
         raise AssertionError("an invariant is broken")

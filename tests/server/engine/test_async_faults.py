@@ -80,7 +80,7 @@ def test_a_thread_that_fails_fails_everything(tiny_base: BaseModel) -> None:
         async with bench as engine:
             stream = engine.submit(replace(request("a"), sampling=LONG))
             await anext(stream)
-            bench.engine.scheduler = BrokenScheduler(bench.engine)  # type: ignore[assignment]
+            bench.engine.scheduler = BrokenScheduler(bench.engine)
             with pytest.raises(EngineDead):
                 async for _ in stream:
                     pass
@@ -137,7 +137,7 @@ def test_the_engine_sleeps_while_it_waits_for_an_adapter(tiny_base: BaseModel, s
             num_steps += 1
             return schedule()
 
-    bench.engine.scheduler = Counting(bench.engine)  # type: ignore[assignment]
+    bench.engine.scheduler = Counting(bench.engine)
 
     async def main() -> None:
         async with bench as engine:

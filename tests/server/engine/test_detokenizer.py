@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from server.engine.detokenizer import TextStream, TokenBytes, _byte_characters
 from server.model.base.checkpoint import read_tokenizer
 from tests.engine_kit import token_bytes
+from tests.oracles.hugging_face import decoded
 from tests.tiny import tiny_tokenizer
 
 TEXTS = [
@@ -45,12 +46,6 @@ def pieces(tokens: TokenBytes, token_ids: Sequence[int], stop: Sequence[str] = (
     return [*(stream.push(token_id) for token_id in token_ids), stream.finish()]
 
 
-def decoded(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text
-
-
 def test_random_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     """Mostly broken UTF-8 and special tokens: still exactly the tokenizer's text."""
     rng = random.Random(0)
@@ -62,7 +57,7 @@ def test_random_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         source = bytes_alone if trial % 2 else range(len(tokenizer))
         token_ids = rng.choices(source, k=rng.randint(0, 60)) + rng.choices(tokenizer.all_special_ids, k=3)
         rng.shuffle(token_ids)
-        text = decoded(tokenizer, token_ids)
+        text = decoded(tokenizer, token_ids, skip_special_tokens=True)
         assert "".join(pieces(tokens, token_ids)) == text
         num_broken += "\ufffd" in text
     assert num_broken > 100
@@ -73,7 +68,7 @@ def test_every_token(tokenizer: PreTrainedTokenizerBase) -> None:
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     assert special == set(range(17))
     for token_id in range(len(tokenizer)):
-        text = decoded(tokenizer, [token_id])
+        text = decoded(tokenizer, [token_id], skip_special_tokens=True)
         assert tokens.bytes_of(token_id).decode(errors="replace") == text
         if token_id in special:
             assert text == ""
@@ -91,7 +86,7 @@ def test_whole_characters_as_soon_as_they_are_whole(tokenizer: PreTrainedTokeniz
     tokens = token_bytes(tokenizer)
     token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     found = pieces(tokens, token_ids)
-    assert "".join(found) == decoded(tokenizer, token_ids)
+    assert "".join(found) == decoded(tokenizer, token_ids, skip_special_tokens=True)
     assert "\ufffd" not in "".join(found)
     so_far = b""
     for i, token_id in enumerate(token_ids):

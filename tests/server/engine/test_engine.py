@@ -4,12 +4,14 @@ import hashlib
 import random
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from adapters.lora import LoraWeights
+from server.engine.engine import Engine
 from server.engine.request import GenerationRequest
 from server.model.base.weights import BaseModel
 from server.model.smollm import SmolLM
@@ -31,6 +33,10 @@ def sha256(base: BaseModel) -> str:
         sha.update(name.encode())
         sha.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def check_blocks(engine: Engine) -> None:
+    engine.blocks.check(engine.scheduler.running)
 
 
 def alone(
@@ -68,7 +74,7 @@ def test_thirty_two_requests_at_once_equal_themselves_alone(tiny_base: BaseModel
             engine,
             requests,
             arrivals=random.Random(seed),
-            after_step=lambda engine=engine: engine.blocks.check(engine.scheduler.running),  # type: ignore[misc]
+            after_step=partial(check_blocks, engine),
         )
         check_idle(engine)
         assert engine.stats.preemptions > 0

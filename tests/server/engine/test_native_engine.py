@@ -17,7 +17,7 @@ from tests.native_kit import native_model
 from tests.tiny import save_tiny_base
 
 LENGTHS = (5, 70, 1, 64, 66, 130, 17, 33, 9, 100, 65, 3)
-BLENDS = (
+BLENDS: tuple[dict[str, float], ...] = (
     {},
     {"a": 1.0},
     {"b": 1.0},

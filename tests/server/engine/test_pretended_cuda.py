@@ -5,6 +5,7 @@ import random
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -33,14 +34,14 @@ def guidance(tiny_base: BaseModel) -> Iterator[Guidance]:
     guidance.close()
 
 
-def both(base: BaseModel, requests: list[GenerationRequest], **options: object) -> tuple[Results, Results, Engine]:
+def both(base: BaseModel, requests: list[GenerationRequest], **options: Any) -> tuple[Results, Results, Engine]:
     """What the CPU answers, and what the pretended card does, with the same engine's options."""
     adapters = library(base)
-    on_cpu = build_engine(base, adapters, **options)  # type: ignore[arg-type]
+    on_cpu = build_engine(base, adapters, **options)
     expected = run(on_cpu, requests, arrivals=random.Random(0))
     on_cpu.close()
     with pretended_cuda():
-        engine = build_engine(on_card(base), adapters, **options)  # type: ignore[arg-type]
+        engine = build_engine(on_card(base), adapters, **options)
         found = run(engine, requests, arrivals=random.Random(0))
         engine.close()
     check_idle(engine)

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.tiny import save_tiny_base
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-CASES: dict[str, dict[str, object]] = {
+CASES: dict[str, dict[str, Any]] = {
     **{f"rank_{rank}": {"r": rank, "lora_alpha": 2 * rank, "target_modules": ALL} for rank in (1, 4, 8, 16, 64)},
     "all_linear": {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"},
     "rslora": {"r": 16, "lora_alpha": 12, "target_modules": ALL, "use_rslora": True},
@@ -62,13 +63,13 @@ CASES: dict[str, dict[str, object]] = {
 
 
 def peft_adapter(
-    hugging_face: Path, directory: Path, options: dict[str, object], base: BaseModel
+    hugging_face: Path, directory: Path, options: dict[str, Any], base: BaseModel
 ) -> tuple[PeftModel, LoraWeights]:
     """PEFT's live model of a random adapter, and what we read of the files that it saved."""
     tuned = adapted(load_reference(hugging_face), LoraConfig(task_type="CAUSAL_LM", **options))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tuned.save_pretrained(directory)
+        tuned.save_pretrained(str(directory))
     read = peft_format.read(
         (directory / "adapter_config.json").read_bytes(),
         directory / "adapter_model.safetensors",

@@ -83,6 +83,7 @@ def test_the_shares_of_server_and_workers_add_up(total: int, workers: int, train
     """Whatever lies on the card when the caches are sized: enough is left for the training of all workers."""
     settings = Settings.model_validate({"workers": workers, "train_memory": train_memory})
     job = settings.of_a_worker.train_memory
+    assert job is not None
     assert job == pytest.approx((train_memory or 0.5) / workers)
     for used in (GIB, 2 * GIB):
         caches = gpu_caches(settings, total - used, total, SEQUENCE, STEP)

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.api.deps import Services
 from server.config import Settings
+from server.engine.async_engine import AsyncEngine
+from server.engine.engine import Engine
 from server.errors import StartupError
 from server.serve.sizing import gpu_share
 from server.serve.startup import build
@@ -21,13 +24,18 @@ def settings(home: Path, model: Path, **others: object) -> Settings:
     return Settings.model_validate({"home": home, "model": str(model), "device": "cuda", **others})
 
 
+def engine_of(services: Services) -> Engine:
+    assert isinstance(services.engine, AsyncEngine)
+    return services.engine._engine
+
+
 async def test_it_takes_its_share(tmp_path: Path, tiny_base_dir: Path) -> None:
     """Caches of a size that was asked for, steps of a GPU's, everything on the card, in bf16."""
     given = settings(tmp_path, tiny_base_dir, kv_cache_bytes="4MiB", adapter_cache_bytes="4MiB")
     with pretended_cuda() as card:
         services = build(given, lambda line: None)
         assert card.memory_fraction == gpu_share(given, card.total_bytes) == pytest.approx(0.5 - 1 / 24)
-        engine = services.engine._engine
+        engine = engine_of(services)
         assert (engine.config.scheduler.chunk_size, engine.config.scheduler.max_prefill_tokens) == (512, 4096)
         pools = (*engine.pool.rows.a.values(), *engine.pool.rows.b.values())
         assert all(is_on_card(pool) and pool.dtype is torch.bfloat16 for pool in pools)
@@ -38,7 +46,7 @@ async def test_caches_are_what_training_leaves(tmp_path: Path, tiny_base_dir: Pa
     """Of 3 GiB, of which 2.8 are free: half is training's, 1 GiB the processes', and a step takes some."""
     with pretended_cuda(Card(total_bytes=3 * GIB, free_bytes=int(2.8 * GIB))):
         services = build(settings(tmp_path, tiny_base_dir, max_num_seqs=1024), lambda line: None)
-        config = services.engine._engine.config
+        config = engine_of(services).config
         await services.engine.stop()
     assert 0.1 * GIB < config.kv_cache_bytes + config.adapter_cache_bytes < 0.3 * GIB
 

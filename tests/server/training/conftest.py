@@ -39,7 +39,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine
 
 def _compile_for_postgresql(connection: sa.Connection, statement: Any, *_: object) -> None:
     if isinstance(statement, sa.ClauseElement):
-        statement.compile(dialect=postgresql.dialect())  # type: ignore[no-untyped-call]
+        statement.compile(dialect=postgresql.dialect())
 
 
 @pytest.fixture

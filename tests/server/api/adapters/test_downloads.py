@@ -101,7 +101,7 @@ def test_a_zip_as_another_program_reads_it(tmp_path: Path) -> None:
     assert [(out / name).read_bytes() for name in ("0.bin", "1.bin")] == [PATTERN, b"more"]
 
 
-class Sparse(io.RawIOBase):
+class Sparse(io.BytesIO):
     """A file of which nothing but the size is there."""
 
     def __init__(self, size: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,7 +16,8 @@ from safetensors.torch import load
 from server.api.adapters.imports import get_fetch
 from server.api.app import create_app
 from server.model.base.hub_adapter import fetch_adapter
-from tests.adapter_hub import COMMIT, REPO, hub_of
+from tests.adapter_hub import REPO, hub_of
+from tests.fake_hub import COMMIT
 from tests.server.api.adapters.peft_files import peft_files
 from tests.server.conftest import MakeServices, client_of
 
@@ -87,8 +89,9 @@ async def test_two_files_of_one_commit_and_nothing_else(
 
 
 async def test_the_newest_commit_and_a_given_one(app: FastAPI, client: httpx.AsyncClient) -> None:
+    bodies: list[dict[str, Any]] = [{}, {"revision": None}, {"revision": COMMIT}]
     with hub(app, FILES):
-        for number, body in enumerate(({}, {"revision": None}, {"revision": COMMIT}), 1):
+        for number, body in enumerate(bodies, 1):
             version = (await ask(client, **body)).json()
             assert (version["version"], version["config"]["source"]["revision"]) == (number, COMMIT)
 
@@ -111,7 +114,7 @@ async def test_what_does_not_go(
     app: FastAPI,
     client: httpx.AsyncClient,
     files: dict[str, bytes],
-    body: dict[str, object],
+    body: dict[str, Any],
     status: int,
     field: str | None,
     tmp_path: Path,

@@ -138,7 +138,7 @@ async def test_forms_without_a_file(client: httpx.AsyncClient) -> None:
         ([("file", ("a.jsonl", JSONL)), ("file", ("b.jsonl", JSONL))], "file"),
         ({"file": (None, JSONL)}, "file"),
     ):
-        response = await client.post("/datasets", files=files)  # type: ignore[arg-type]
+        response = await client.post("/datasets", files=files)
         assert response.status_code == 422
         assert response.json()["errors"][0]["loc"] == [field]
     response = await client.post("/datasets", json={"file": "a"})

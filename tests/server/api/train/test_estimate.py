@@ -1,5 +1,6 @@
 """The speed that a job's estimate goes by: of an earlier one on a device like this, else a product's."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def jobs(tmp_path: Path) -> Jobs:
     return Jobs(connect(tmp_path))
 
 
-def has_trained(jobs: Jobs, tokens_per_second: float, environment: dict[str, object]) -> None:
+def has_trained(jobs: Jobs, tokens_per_second: float, environment: Mapping[str, object]) -> None:
     """A job has succeeded at that speed, the newest of all."""
     leases, number = Leases(jobs._engine), len(jobs.list())
     jobs.submit(JobSpec(f"a{number}"), job_id=f"job-{number}", data={})

@@ -96,7 +96,7 @@ async def test_one_look_for_all_followers() -> None:
 async def test_it_ends_with_the_last_follower_and_begins_anew() -> None:
     jobs = FakeJobs(a=1)
     feeds = JobFeeds(jobs, poll=60)  # so that it isn't the time that ends it
-    assert not feeds.is_polling
+    assert (feeds.is_polling, jobs.num_looks) == (False, 0)
     first, second = Listener(feeds, "a"), Listener(feeds, "a")
     await until(lambda: first.seqs == second.seqs == [1])
     first.task.cancel()
@@ -245,9 +245,13 @@ async def test_followers_have_threads_of_their_own(
     callers = await followers_of(app, await submit(client))
     worker = StandIn(leases)
     release = threading.Event()
+
+    async def take_a_thread() -> None:
+        await to_thread.run_sync(release.wait)
+
     async with anyio.create_task_group() as tasks:
         for _ in range(int(to_thread.current_default_thread_limiter().total_tokens)):
-            tasks.start_soon(to_thread.run_sync, release.wait)
+            tasks.start_soon(take_a_thread)
         try:
             await until(lambda: all(_num_events(caller) == 2 for caller in callers))
         finally:

@@ -128,7 +128,10 @@ async def test_data_sets_stay_and_keys_still_name_the_job(
 
 async def test_jobs_of_v1_stay_readable(client: httpx.AsyncClient, leases: Leases, job_files: JobFiles) -> None:
     content = "\n".join(map(json.dumps, ROWS)).encode()
-    parts = {"file": ("a.jsonl", content), "purpose": (None, "fine-tune")}
+    parts: dict[str, tuple[str | None, str | bytes]] = {
+        "file": ("a.jsonl", content),
+        "purpose": (None, "fine-tune"),
+    }
     file_id = (await client.post("/v1/files", files=parts)).json()["id"]
     created = await client.post("/v1/fine_tuning/jobs", json={"model": "base", "training_file": file_id})
     job_id = created.json()["id"]

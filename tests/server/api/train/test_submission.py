@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from adapters.errors import CorruptAdapter, NotFound
 from adapters.library import Library
 from server.training.data.datasets import Dataset, DatasetStore
+from server.training.merge_spec import MergeSpec
 from server.training.queue.jobs import Job, Jobs
 from server.training.spec import JobSpec
 from tests.server.api.adapters.peft_files import as_parts, peft_files
@@ -31,7 +32,7 @@ class MeddlingJobs(Jobs):
 
     def submit(
         self,
-        spec: JobSpec,
+        spec: JobSpec | MergeSpec,
         *,
         job_id: str,
         data: Mapping[str, object],

@@ -234,7 +234,7 @@ async def test_going_on_from_an_adapter(client: httpx.AsyncClient) -> None:
     config = job["config"]
     assert (config["start_from"], config["start_from_digest"]) == ("up@1", version["digest"])
     assert config["lora"] == {
-        **CONFIG["lora"],  # type: ignore[dict-item]
+        **CONFIG["lora"],
         "rank": 4,
         "alpha": 8.0,
         "target_modules": ["q_proj", "v_proj", "up_proj"],

@@ -13,45 +13,51 @@ from tests.server.conftest import BASE_NAME, MAX_POSITIONS
 pytestmark = pytest.mark.anyio
 
 ROW = {"prompt": "a", "completion": "b"}
+
+
+def each(field: str, *values: object) -> list[tuple[str, object]]:
+    return [(field, value) for value in values]
+
+
 LORA: list[tuple[str, object]] = [
-    *(("rank", value) for value in (0, -1, 257, 1.5, "8", True, None)),
-    *(("alpha", value) for value in (0, -1, 1e9, "32", None, float("nan"), float("inf"))),
-    *(("dropout", value) for value in (-0.1, 1, 1.5, "0", None, float("nan"))),
-    *(("target_modules", value) for value in ("all", "", "q_proj", [], ["lm_head"], ["q_proj", "q_proj"], [5])),
-    *(("target_modules", value) for value in (None, {}, ["q_proj", None], [["q_proj"]], ["all-linear"])),
-    *(("init", value) for value in ("", "zeros", None, 1, True)),
-    *(("use_rslora", value) for value in (1, "true", None)),
+    *each("rank", 0, -1, 257, 1.5, "8", True, None),
+    *each("alpha", 0, -1, 1e9, "32", None, float("nan"), float("inf")),
+    *each("dropout", -0.1, 1, 1.5, "0", None, float("nan")),
+    *each("target_modules", "all", "", "q_proj", [], ["lm_head"], ["q_proj", "q_proj"], [5]),
+    *each("target_modules", None, {}, ["q_proj", None], [["q_proj"]], ["all-linear"]),
+    *each("init", "", "zeros", None, 1, True),
+    *each("use_rslora", 1, "true", None),
     ("r", 8),
 ]
 TRAINING: list[tuple[str, object]] = [
-    *(("epochs", value) for value in (0, -1, 1.5, "3", None, True, 10**6, 10**30)),
-    *(("max_steps", value) for value in (0, -1, 1.5, "3", 10**6 + 1)),
-    *(("learning_rate", value) for value in (0, -1e-3, "1e-3", True, float("nan"), float("inf"), 10**400)),
-    *(("batch_size", value) for value in (0, -1, 1.5, "8", None, 4097)),
-    *(("max_length", value) for value in (0, 1, 1.5, "8", None, MAX_POSITIONS + 1, 1 << 40)),
-    *(("schedule", value) for value in ("", "step", None, 1)),
-    *(("warmup_ratio", value) for value in (-0.1, 1.1, "0", None, float("nan"))),
-    *(("weight_decay", value) for value in (-0.1, 11, None, float("inf"))),
-    *(("max_grad_norm", value) for value in (0, -1, None, "1", float("nan"))),
-    *(("seed", value) for value in (-1, 1 << 63, 1.0, "0", None)),
-    *(("eval_steps", value) for value in (0, -1, "5", 1.5, True)),
-    *(("checkpoint_steps", value) for value in (0, -1, "5", 1.5)),
-    *(("early_stopping_patience", value) for value in (0, -1, "5", 1.5, 3)),  # 3: without eval_steps
-    *(("packing", value) for value in (1, "true", None)),
-    *(("overlong", value) for value in ("", "drop", None)),
+    *each("epochs", 0, -1, 1.5, "3", None, True, 10**6, 10**30),
+    *each("max_steps", 0, -1, 1.5, "3", 10**6 + 1),
+    *each("learning_rate", 0, -1e-3, "1e-3", True, float("nan"), float("inf"), 10**400),
+    *each("batch_size", 0, -1, 1.5, "8", None, 4097),
+    *each("max_length", 0, 1, 1.5, "8", None, MAX_POSITIONS + 1, 1 << 40),
+    *each("schedule", "", "step", None, 1),
+    *each("warmup_ratio", -0.1, 1.1, "0", None, float("nan")),
+    *each("weight_decay", -0.1, 11, None, float("inf")),
+    *each("max_grad_norm", 0, -1, None, "1", float("nan")),
+    *each("seed", -1, 1 << 63, 1.0, "0", None),
+    *each("eval_steps", 0, -1, "5", 1.5, True),
+    *each("checkpoint_steps", 0, -1, "5", 1.5),
+    *each("early_stopping_patience", 0, -1, "5", 1.5, 3),  # 3: without eval_steps
+    *each("packing", 1, "true", None),
+    *each("overlong", "", "drop", None),
     ("optimizer", "sgd"),
 ]
 OUTER: list[tuple[str, object]] = [
-    *(("name", value) for value in ("", "a b", "-a", "x" * 65, "base", BASE_NAME, 5, None, "a/b")),
-    *(("data", value) for value in ([], "text", {}, 5, "ds-0")),
-    *(("validation", value) for value in (-0.1, 1, 1.5, True, [], {}, float("nan"), 10**400)),
-    *(("method", value) for value in ("", "qlora", None, 1)),
-    *(("lora", value) for value in (None, [], "all", 5)),
-    *(("training", value) for value in (None, [], 5)),
-    *(("start_from", value) for value in ("", "a b", "a*0.5", "a+b", "a@0", 5, "x" * 500)),
-    *(("publish_if", value) for value in ("", "never", None, True)),
-    *(("alias", value) for value in ("", "a b", "7", "base", "x" * 65, 5)),
-    *(("description", value) for value in (5, None, "x" * 2001)),
+    *each("name", "", "a b", "-a", "x" * 65, "base", BASE_NAME, 5, None, "a/b"),
+    *each("data", [], "text", {}, 5, "ds-0"),
+    *each("validation", -0.1, 1, 1.5, True, [], {}, float("nan"), 10**400),
+    *each("method", "", "qlora", None, 1),
+    *each("lora", None, [], "all", 5),
+    *each("training", None, [], 5),
+    *each("start_from", "", "a b", "a*0.5", "a+b", "a@0", 5, "x" * 500),
+    *each("publish_if", "", "never", None, True),
+    *each("alias", "", "a b", "7", "base", "x" * 65, 5),
+    *each("description", 5, None, "x" * 2001),
     ("dataset", "x" * 65),
     ("dataset", 5),
     ("base", "other"),

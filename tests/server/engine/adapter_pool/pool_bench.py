@@ -97,7 +97,7 @@ class Bench:
 
     def check(self) -> None:
         """The extents are consistent, and what is resident lies where its placement says."""
-        check_pool(self)  # type: ignore[arg-type]
+        check_pool(self.pool)
         for digest in self.pool.resident:
             weights = self.library[digest]
             assert isinstance(weights, LoraWeights)

@@ -1,6 +1,7 @@
 """Rows for the sampler, and what transformers' filters make of them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import (
@@ -18,10 +19,10 @@ VOCAB = 1000
 
 
 def row(
-    *, index: int = 0, position: int = 5, token_ids: Sequence[int] = (1,), seed: int = 0, **params: float
+    *, index: int = 0, position: int = 5, token_ids: Sequence[int] = (1,), seed: int = 0, **params: Any
 ) -> LogitsRow:
-    given_params = {"temperature": 1.0, **params}
-    return LogitsRow(SamplingParams(seed=seed, **given_params), index, position, token_ids)  # type: ignore[arg-type]
+    asked: dict[str, Any] = {"temperature": 1.0, **params}
+    return LogitsRow(SamplingParams(seed=seed, **asked), index, position, token_ids)
 
 
 def logits_of(seed: int, rows: int = 1, vocab: int = VOCAB, spread: float = 3.0) -> torch.Tensor:
@@ -37,5 +38,5 @@ def kept_by_transformers(logits: torch.Tensor, one: LogitsRow) -> set[int]:
         warpers.append(TopPLogitsWarper(params.top_p))
     if params.min_p:
         warpers.append(MinPLogitsWarper(params.min_p))
-    scores = warpers(torch.tensor([[0]]), logits[None].clone())
+    scores = warpers(torch.LongTensor([[0]]), logits[None].clone())
     return set(scores[0].isfinite().nonzero()[:, 0].tolist())

@@ -1,6 +1,7 @@
 """Penalties and biases against a plain loop over floats."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -39,8 +40,8 @@ def by_hand(logits: Sequence[float], params: SamplingParams, biases: Mapping[int
         ({"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 2.0}, {7: 4.0}),
     ],
 )
-def test_what_is_added_to_logits(penalties: Mapping[str, float], biases: Mapping[int, float]) -> None:
-    params = SamplingParams(temperature=0.0, logit_bias=tuple(biases.items()), **penalties)  # type: ignore[arg-type]
+def test_what_is_added_to_logits(penalties: Mapping[str, Any], biases: Mapping[int, float]) -> None:
+    params = SamplingParams(temperature=0.0, logit_bias=tuple(biases.items()), **penalties)
     logits = logits_of(3, rows=2)
     plain = logits[1].clone()
     expected = by_hand(logits[0].tolist(), params, biases)
@@ -76,5 +77,6 @@ def test_log_probabilities_are_the_models_own() -> None:
 )
 def test_the_common_case_is_told_apart(field: str, value: float) -> None:
     assert not SamplingParams().changes_logits
-    assert SamplingParams(**{field: value}).changes_logits  # type: ignore[arg-type]
+    params: dict[str, Any] = {field: value}
+    assert SamplingParams(**params).changes_logits
     assert SamplingParams(logit_bias=((1, 1.0),)).changes_logits

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -125,10 +126,10 @@ def test_more_logprobs_than_tokens() -> None:
 @pytest.mark.parametrize(
     "how", [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"min_p": 0.1, "repetition_penalty": 1.3}]
 )
-def test_logits_that_are_no_numbers_have_no_token(what: float, how: dict[str, float]) -> None:
+def test_logits_that_are_no_numbers_have_no_token(what: float, how: dict[str, Any]) -> None:
     logits = logits_of(8, rows=4)
     logits[0], logits[2, 77] = what, what
-    rows = [row(logprobs=2, **how), row(logprobs=2), row(logprobs=2, **how), row(temperature=0.0)]  # type: ignore[arg-type]
+    rows = [row(logprobs=2, **how), row(logprobs=2), row(logprobs=2, **how), row(temperature=0.0)]
     found = sample(logits.clone(), rows)
     assert [found[i].token_id for i in (0, 2)] == [None, None]
     assert [found[i].logprobs for i in (0, 2)] == [None, None]

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def largest_gap(noise: torch.Tensor) -> float:
     expected = (-(-values).exp()).exp()
     steps = torch.arange(n + 1, dtype=torch.float64) / n
     gap = max(float((steps[1:] - expected).max()), float((expected - steps[:-1]).max()))
-    return gap * n**0.5
+    return gap * math.sqrt(n)
 
 
 @pytest.mark.parametrize("kind", ["tokens", "seeds", "positions", "choices"])
@@ -48,7 +49,8 @@ def test_the_noise_is_standard_gumbel(kind: str) -> None:
         noise = gumbel([row(seed=3)], torch.arange(200_000)[None])
     else:
         name = {"seeds": "seed", "positions": "position", "choices": "index"}[kind]
-        noise = gumbel([row(**{name: value}) for value in range(20_000)], torch.tensor([[42]]))  # type: ignore[arg-type]
+        streams: list[dict[str, Any]] = [{name: value} for value in range(20_000)]
+        noise = gumbel([row(**stream) for stream in streams], torch.tensor([[42]]))
     assert largest_gap(noise) < 1.95
     euler = 0.5772156649
     n = noise.numel()
@@ -82,13 +84,12 @@ def test_every_bit_of_the_uniform_is_fair() -> None:
         assert chi < freedom + 4 * (2 * freedom) ** 0.5 + 8
 
 
-def chi_square(tokens: Sequence[int], probabilities: torch.Tensor) -> float:
+def chi_square(tokens: Sequence[int | None], probabilities: torch.Tensor) -> float:
     counts = Counter(tokens)
-    assert all(probabilities[token] > 0 for token in counts), "a token that can't be"
+    assert all(token is not None and probabilities[token] > 0 for token in counts), "a token that can't be"
+    shares: list[float] = probabilities.tolist()
     return sum(
-        (counts[token] - len(tokens) * p) ** 2 / (len(tokens) * p)
-        for token, p in enumerate(probabilities.tolist())
-        if p > 0
+        (counts[token] - len(tokens) * p) ** 2 / (len(tokens) * p) for token, p in enumerate(shares) if p > 0
     )
 
 
@@ -104,7 +105,7 @@ def chi_square(tokens: Sequence[int], probabilities: torch.Tensor) -> float:
     ],
     ids=str,
 )
-def test_draws_follow_the_softmax(params: dict[str, float], over: str) -> None:
+def test_draws_follow_the_softmax(params: dict[str, Any], over: str) -> None:
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.7, 0.2])
     base = row(seed=11, **params)
     allowed = kept_by_transformers(logits, base)
@@ -115,7 +116,8 @@ def test_draws_follow_the_softmax(params: dict[str, float], over: str) -> None:
     if over == "seed":
         rows = [replace(base, params=replace(base.params, seed=value)) for value in range(num)]
     else:
-        rows = [replace(base, **{over: value}) for value in range(num)]  # type: ignore[arg-type]
+        changes: list[dict[str, Any]] = [{over: value} for value in range(num)]
+        rows = [replace(base, **change) for change in changes]
     tokens = [s.token_id for s in sample(logits.repeat(num, 1), rows)]
     freedom = len(allowed) - 1
     assert chi_square(tokens, probabilities) < freedom + 3.1 * (2 * freedom) ** 0.5 + 6

@@ -23,7 +23,8 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_calls_fail_alone(base_dir: Path) -> None:
-    command = [sys.executable, "-m", "tests.server.model.native.short_of_memory", base_dir, CACHE / "native"]
+    paths = [str(base_dir), str(CACHE / "native")]
+    command = [sys.executable, "-m", "tests.server.model.native.short_of_memory", *paths]
     # What is let go goes back to the system, and threads reserve nothing.
     returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **returned})

@@ -84,7 +84,7 @@ class Pair:
 
     def runs(self, placements: list[Placement], lengths: Sequence[int]) -> list[TokenRun]:
         """The base for the first sequence, then an adapter, a blend with a negative weight, another; again."""
-        blends = ([], [(0, 1.0)], [(0, 0.5), (1, -0.7), (2, 1.5)], [(1, 1.0)])
+        blends: list[list[tuple[int, float]]] = [[], [(0, 1.0)], [(0, 0.5), (1, -0.7), (2, 1.5)], [(1, 1.0)]]
         runs, start = [], 0
         for index, length in enumerate(lengths):
             if blend := blends[index % len(blends)]:
@@ -171,7 +171,11 @@ def native_logits(
     found: list[list[torch.Tensor]] = [[] for _ in sequences]
     starts = [0] * len(sequences)
     for step in range(max(map(len, cuts))):
-        ids, runs, blocks, lengths, start = [], [], [], [], 0
+        ids: list[int] = []
+        runs: list[tuple[int, int, int, int]] = []
+        blocks: list[int] = []
+        lengths: list[int] = []
+        start = 0
         for index, sequence in enumerate(sequences):
             stop = cuts[index][step] if step < len(cuts[index]) else starts[index]
             piece = sequence[starts[index] : stop]

@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,8 @@ def test_matrices_in_training(
     base: BaseModel, library: ctypes.CDLL, name: str, change: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
     group = groups_of(base)[1, "qkv"]
-    wrong = replace(group, **{name: change(getattr(group, name))})
+    changed: dict[str, Any] = {name: change(getattr(group, name))}
+    wrong = replace(group, **changed)
     with pytest.raises(ValueError, match=rf"{name} of \(1, 'qkv'\) must be"):
         training_of(base, library, wrong)
 

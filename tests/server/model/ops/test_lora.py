@@ -94,7 +94,7 @@ def test_all_forms_are_differentiable() -> None:
     for token, row in pairs:
         gates[token, row] = 1.0
     leaves = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
-    dense = add_dense(torch.zeros(4, 5), *leaves, gates)
+    dense = add_dense(torch.zeros(4, 5), leaves[0], leaves[1], leaves[2], gates)
     expected = torch.autograd.grad(dense.square().sum(), leaves)
 
     hidden = shrink_sampled(leaves[0], leaves[1], chosen)

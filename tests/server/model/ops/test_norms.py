@@ -37,7 +37,10 @@ def test_rotary_turns_pairs_by_position_times_frequency() -> None:
 def test_products_of_rotated_vectors_depend_on_distance_alone() -> None:
     table = rotary_table(100, 16, 10_000.0)
     q, k = torch.randn(1, 1, 16).expand(3, 1, 16), torch.randn(1, 1, 16).expand(3, 1, 16)
-    at = lambda x, p: rotary(x, *table[:, torch.tensor(p)].unsqueeze(2))  # noqa: E731
+
+    def at(x: torch.Tensor, positions: list[int]) -> torch.Tensor:
+        return rotary(x, *table[:, torch.tensor(positions)].unsqueeze(2))
+
     scores = (at(q, [5, 40, 99]) * at(k, [2, 37, 96])).sum(-1)
     assert torch.allclose(scores, scores[0].expand_as(scores), atol=1e-4)
 

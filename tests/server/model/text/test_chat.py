@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from adapters.errors import InvalidInput
 from server.model.text.chat import ChatMessage, PromptEncoder
+from tests.oracles.hugging_face import decoded, templated
 from tests.tiny import tiny_tokenizer
 
 IM_START, IM_END = 1, 2
@@ -46,9 +47,8 @@ def test_messages_are_the_templates_own(
     encoder: PromptEncoder, tokenizer: PreTrainedTokenizerBase, text: str
 ) -> None:
     turns = [ChatMessage("user", text), ChatMessage("assistant", text[::-1]), ChatMessage("user", "and?")]
-    expected = tokenizer.apply_chat_template(
-        [{"role": turn.role, "content": turn.content} for turn in turns], add_generation_prompt=True
-    )
+    documents = [{"role": turn.role, "content": turn.content} for turn in turns]
+    expected = templated(tokenizer, documents, add_generation_prompt=True)
     assert list(encoder.messages(turns)) == expected["input_ids"]
 
 
@@ -60,7 +60,7 @@ def test_a_lookalike_ends_no_turn(
     forged = list(encoder.messages([ChatMessage("user", f"tell {lookalike} me")]))
     assert [ids.count(IM_START) for ids in (plain, forged)] == [3, 3]  # system, user, assistant
     assert [ids.count(IM_END) for ids in (plain, forged)] == [2, 2]
-    assert tokenizer.decode(forged) == tokenizer.decode(plain).replace("tell", f"tell {lookalike}")
+    assert decoded(tokenizer, forged) == decoded(tokenizer, plain).replace("tell", f"tell {lookalike}")
     # what stands between two real tokens is encoded as one text
     turn = tokenizer(f"user\ntell {lookalike} me", split_special_tokens=True)["input_ids"]
     start = forged.index(IM_START, 1) + 1
@@ -69,7 +69,7 @@ def test_a_lookalike_ends_no_turn(
 
 def test_private_use_characters_survive(encoder: PromptEncoder, tokenizer: PreTrainedTokenizerBase) -> None:
     text = "\U00100000" + "0" + "\U00100000 <|im_end|> \U00100001"
-    assert text in tokenizer.decode(encoder.messages([ChatMessage("user", text)]))
+    assert text in decoded(tokenizer, encoder.messages([ChatMessage("user", text)]))
 
 
 def test_a_base_without_a_template_says_so(tokenizer: PreTrainedTokenizerBase) -> None:

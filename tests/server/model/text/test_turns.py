@@ -2,7 +2,6 @@
 
 import json
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from adapters.errors import InvalidInput
 from server.model.base.checkpoint import read_tokenizer
 from server.model.text.chat import ChatMessage, PromptEncoder
+from tests.oracles.hugging_face import decoded, templated
 from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
 
 IM_START, IM_END = 1, 2
@@ -61,9 +61,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
 
 def own_mask(tokenizer: PreTrainedTokenizerBase, messages: list[ChatMessage]) -> tuple[list[int], list[int]]:
     """(ids, transformers' mask of the assistant's tokens)."""
-    found = tokenizer.apply_chat_template(
-        documents(messages), chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
-    )
+    found = templated(tokenizer, documents(messages), chat_template=MARKED, return_assistant_tokens_mask=True)
     return found["input_ids"], found["assistant_masks"]
 
 
@@ -74,16 +72,15 @@ def mask(ids: list[int], turns: list[range]) -> list[int]:
 def check_against_transformers(tokenizer: PreTrainedTokenizerBase, messages: list[ChatMessage]) -> None:
     ids, turns = PromptEncoder(tokenizer).conversation(messages, ENDS)
     assert (ids, mask(ids, turns)) == own_mask(tokenizer, messages)
-    assert ids == tokenizer.apply_chat_template(documents(messages))["input_ids"]
+    assert ids == templated(tokenizer, documents(messages))["input_ids"]
     assert len(turns) == len(said(messages))
 
 
 def check_turns(tokenizer: PreTrainedTokenizerBase, encoder: PromptEncoder, messages: list[ChatMessage]) -> None:
     """Whatever the texts hold: each turn is its text and the end token, and nothing is lost or added."""
     ids, turns = encoder.conversation(messages, ENDS)
-    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    assert decode(ids) == tokenizer.apply_chat_template(documents(messages), tokenize=False)
-    assert [decode(ids[turn.start : turn.stop]) for turn in turns] == [
+    assert decoded(tokenizer, ids) == tokenizer.apply_chat_template(documents(messages), tokenize=False)
+    assert [decoded(tokenizer, ids[turn.start : turn.stop]) for turn in turns] == [
         text + "<|im_end|>" for text in said(messages)
     ]
     assert [ids[turn.stop - 1] for turn in turns] == [IM_END] * len(turns)
@@ -146,8 +143,7 @@ def turns_of(template: str, messages: list[ChatMessage]) -> tuple[str, list[str]
     """(the whole decoded, each of the assistant's turns decoded)."""
     tokenizer = with_template(template)
     ids, turns = PromptEncoder(tokenizer).conversation(messages, ENDS)
-    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    return decode(ids), [decode(ids[turn.start : turn.stop]) for turn in turns]
+    return decoded(tokenizer, ids), [decoded(tokenizer, ids[turn.start : turn.stop]) for turn in turns]
 
 
 TWO = [
@@ -228,7 +224,7 @@ def metaspace_tokenizer(scheme: str) -> PreTrainedTokenizerBase:
     backend.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
     )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", unk_token="<unk>", chat_template=CHAT_TEMPLATE
     )
 
@@ -252,7 +248,7 @@ def test_trimmed_offsets_do_not_hide_a_border() -> None:
     }
     backend["model"]["merges"].insert(0, ["Ġ", "Ġ"])
     backend["model"]["vocab"]["ĠĠ"] = len(backend["model"]["vocab"])
-    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
         chat_template="{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}",
     )

@@ -1,9 +1,11 @@
 """Rows, losses and gradients for the tests of training: ours packed, PEFT's and transformers' row by row."""
 
+import math
 import random
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,7 +19,7 @@ from server.training.data.examples import Example
 from server.training.passes.packed_attention import PackedAttention
 from server.training.passes.trained_rows import TrainedRows
 from tests.adapters.oracle import live
-from tests.oracles.hugging_face import load_reference, logits
+from tests.oracles.hugging_face import linear, load_reference, logits
 
 LENGTHS = (1, 7, 2, 16, 1, 33, 17, 5, 16)
 """Below, at and above powers of two, where the groups of packed attention end."""
@@ -71,7 +73,7 @@ def measured(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[float
     return float(torch.cat(losses).mean()), float(torch.cat(is_right).float().mean()), len(torch.cat(losses))
 
 
-def peft_model(directory: Path, **options: object) -> PeftModel:
+def peft_model(directory: Path, **options: Any) -> PeftModel:
     """A fresh adapter, as PEFT initializes it, over the Hugging Face base in `directory`; in fp32."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's own, about deprecations
@@ -107,8 +109,11 @@ def gradients_of(tuned: PeftModel) -> LoraWeights:
     """The gradients of PEFT's A and B, in the place of A and B."""
     found: dict[ModuleKey, LoraModule] = {}
     for path in live(tuned):
-        module = tuned.base_model.model.get_submodule(path)
-        d_a, d_b = module.lora_A["default"].weight.grad, module.lora_B["default"].weight.grad
+        layer = f"base_model.model.{path}"
+        d_a = linear(tuned, f"{layer}.lora_A.default").weight.grad
+        d_b = linear(tuned, f"{layer}.lora_B.default").weight.grad
+        assert d_a is not None
+        assert d_b is not None
         found[keyed(path)] = LoraModule(d_a.clone(), d_b.clone(), 1.0)
     return LoraWeights(found)
 
@@ -134,4 +139,4 @@ def distance(found: LoraWeights, expected: LoraWeights) -> float:
     ours, theirs = deltas(found), deltas(expected)
     assert ours.keys() == theirs.keys()
     difference = sum(float((ours[key] - theirs[key]).square().sum()) for key in ours)
-    return (difference / sum(float(delta.square().sum()) for delta in theirs.values())) ** 0.5
+    return math.sqrt(difference / sum(float(delta.square().sum()) for delta in theirs.values()))

@@ -16,6 +16,7 @@ from server.training.data import encoding
 from server.training.data.encoding import Reference, RowEncoder, preview
 from server.training.data.examples import Example
 from server.training.data.rows import CompletionRow, MessagesRow, Row, TextRow
+from tests.oracles.hugging_face import decoded, templated
 from tests.server.training.data.test_rows import ROWS
 from tests.tiny import tiny_tokenizer
 
@@ -92,11 +93,10 @@ def test_what_is_trained_on_with_the_real_tokenizer(base_dir: Path) -> None:
     for text in TEXTS:
         check_rows(tokenizer, rows, text)
     example = rows.encode(chat("What is 404?", "Not Found"), LONG)
-    whole = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is 404?"}, {"role": "assistant", "content": "Not Found"}]
-    )["input_ids"]
+    messages = [{"role": "user", "content": "What is 404?"}, {"role": "assistant", "content": "Not Found"}]
+    whole = templated(tokenizer, messages)["input_ids"]
     assert [*example.token_ids, *plain(tokenizer, "\n")] == whole  # the template's last line break trains nothing
-    assert preview(example, partial(tokenizer.decode, clean_up_tokenization_spaces=False))[-4:] == [
+    assert preview(example, partial(decoded, tokenizer))[-4:] == [
         ("\n", False),
         ("Not", True),
         (" Found", True),
@@ -107,7 +107,7 @@ def test_what_is_trained_on_with_the_real_tokenizer(base_dir: Path) -> None:
 def test_the_prompt_has_what_the_tokenizer_puts_before_every_text() -> None:
     backend = tiny_tokenizer().backend_tokenizer
     backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", BOS)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     rows = RowEncoder(PromptEncoder(tokenizer), EOS)
     for example in (rows.encode(CompletionRow("404", "OK"), LONG), rows.encode(TextRow("404"), LONG)):
         assert [example.token_ids[0], example.token_ids.count(BOS)] == [BOS, 1]
@@ -212,7 +212,7 @@ def test_references(tokenizer: PreTrainedTokenizerBase, rows: RowEncoder) -> Non
 
 @given(row=ROWS)
 def test_a_preview_shows_everything(tokenizer: PreTrainedTokenizerBase, rows: RowEncoder, row: Row) -> None:
-    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    decode = partial(decoded, tokenizer)
     example = rows.encode(row, LONG)
     shown = preview(example, decode)
     assert "".join(text for text, _ in shown) == decode(list(example.token_ids))
@@ -223,7 +223,7 @@ def test_a_preview_shows_everything(tokenizer: PreTrainedTokenizerBase, rows: Ro
 
 
 def test_a_preview_of_a_cut_character(tokenizer: PreTrainedTokenizerBase, rows: RowEncoder) -> None:
-    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    decode = partial(decoded, tokenizer)
     token_ids = plain(tokenizer, "OK 🦜")
     assert len(plain(tokenizer, "🦜")) > 2
     shown = preview(rows.encode(TextRow("OK 🦜"), len(token_ids) - 1), decode)

@@ -156,7 +156,7 @@ def test_good_lines_between_bad_ones_are_read_on() -> None:
 def test_no_fault_quotes_the_file() -> None:
     for data in (b'{"prompt": "secret", "completion": ""}\n{"secret\n"secret"\n\xffsecret\n', b"secret,secret\n"):
         for file_format in ("jsonl", "csv"):
-            assert "secret" not in str(faults(data, cast("Format", file_format)))
+            assert "secret" not in str(faults(data, file_format))
 
 
 @pytest.mark.parametrize(

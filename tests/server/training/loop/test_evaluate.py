@@ -21,7 +21,7 @@ from server.training.loop.evaluate import Evaluation, evaluate
 from server.training.worker.exact_match import MORE_TOKENS, _may_become, exact_match
 from tests.engine_kit import random_adapter
 from tests.native_kit import native_library
-from tests.oracles.hugging_face import linear, load_reference, logits, merged
+from tests.oracles.hugging_face import generate, linear, load_reference, logits, merged
 from tests.server.training.data.rows_kit import make_examples, measured, model_of, rows_of
 
 PROMPTS = ("404", "The server", "Not", "OK")
@@ -34,7 +34,7 @@ def greedy(model: PreTrainedModel, base: BaseModel, prompt: Sequence[int], max_n
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(ends), pad_token_id=0
     )
     ids = torch.tensor([list(prompt)])
-    found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    found = generate(model, input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
     new: list[int] = found[0, len(prompt) :].tolist()
     return new[:-1] if new[-1] in ends else new
 

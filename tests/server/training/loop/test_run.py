@@ -18,7 +18,7 @@ from server.training.loop.checkpoint import Checkpoints
 from server.training.loop.outcome import Outcome
 from server.training.loop.run import Run
 from server.training.loop.trainer import TrainingDiverged
-from server.training.spec import JobSpec, LoraSpec, TrainingSpec
+from server.training.spec import JobSpec, LoraSpec, Method, TrainingSpec
 from server.training.worker.exact_match import exact_match
 from tests.oracles.hugging_face import load_reference, merged
 from tests.server.training.data.rows_kit import measured
@@ -99,7 +99,7 @@ def test_it_learns_and_leaves_the_base_alone(tiny_base: BaseModel, data: JobData
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_disturbed_anywhere_it_ends_in_the_same_bytes(
-    tiny_base: BaseModel, data: JobData, tmp_path: Path, method: str, dropout: float
+    tiny_base: BaseModel, data: JobData, tmp_path: Path, method: Method, dropout: float
 ) -> None:
     spec = replace(SPEC, method=method, lora=replace(SPEC.lora, dropout=dropout))
     whole, _ = run(tiny_base, data, tmp_path / "whole", spec)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 from adapters.lora import MODULES, LoraModule, LoraWeights, ModuleKey
 from adapters.peft import files as peft_format
@@ -45,7 +45,8 @@ def weight(base: BaseModel, key: ModuleKey) -> torch.Tensor:
     for name in GROUPS[group]:
         out = base.config.shape.features[name][0]
         if name == key.module:
-            return getattr(base.weights.layers[key.layer], group)[start : start + out].double()
+            fused: torch.Tensor = getattr(base.weights.layers[key.layer], group)
+            return fused[start : start + out].double()
         start += out
     raise AssertionError(key)
 
@@ -199,14 +200,16 @@ def test_trained_and_published_as_pefts_converted_files(
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], 1e-3, weight_decay=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tuned.peft_config["default"].init_lora_weights = True
-        tuned.save_pretrained(tmp_path / "start")
+        config = tuned.peft_config["default"]
+        assert isinstance(config, LoraConfig)
+        config.init_lora_weights = True
+        tuned.save_pretrained(str(tmp_path / "start"))
         for _ in range(5):
             optimizer.zero_grad()
             reference_loss(tuned, examples).backward()
             optimizer.step()
         tuned.save_pretrained(
-            tmp_path / "trained", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+            str(tmp_path / "trained"), path_initial_model_for_weight_conversion=str(tmp_path / "start")
         )
     converted = read(tmp_path / "trained", tiny_base)
 
@@ -275,7 +278,7 @@ def test_large_terms_do_not_cancel_in_16_bits(init: Init, tiny_base: BaseModel) 
     def error(weights: LoraWeights) -> float:
         found = in_16_bits(weights, x)
         wrong = sum(float((found[key] - exact[key]).square().sum()) for key in exact)
-        return (wrong / sum(float(out.square().sum()) for out in exact.values())) ** 0.5
+        return math.sqrt(wrong / sum(float(out.square().sum()) for out in exact.values()))
 
     assert error(ours) <= 0.01
     assert error(theirs) >= 0.2

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -126,8 +127,8 @@ def test_lists_have_the_newest_first(jobs: Jobs, leases: Leases) -> None:
     claim_first(leases)
     jobs.cancel("j3")
 
-    def ids(**page: object) -> list[str]:
-        return [job.id for job in jobs.list(**page)]  # type: ignore[arg-type]
+    def ids(**page: Any) -> list[str]:
+        return [job.id for job in jobs.list(**page)]
 
     assert ids() == ["j4", "j3", "j2", "j1", "j0"]
     assert ids(limit=2) == ["j4", "j3"]
@@ -148,7 +149,11 @@ def test_a_key_makes_a_repeat_return_the_first_job(jobs: Jobs) -> None:
     assert jobs.repeated("k", "body") == first
     assert jobs.repeated(None, "body") is None
     assert send("j3", "other", "body").id == "j3"
-    for call in (lambda: send("j4", "k", "other body"), lambda: jobs.repeated("k", "other body")):
+    calls: list[Callable[[], object]] = [
+        lambda: send("j4", "k", "other body"),
+        lambda: jobs.repeated("k", "other body"),
+    ]
+    for call in calls:
         with pytest.raises(InvalidInput) as caught:
             call()
         assert caught.value.errors[0].loc == ("Idempotency-Key",)
@@ -277,8 +282,9 @@ def test_success_is_all_or_nothing(jobs: Jobs, leases: Leases, engine: sa.Engine
     submit(jobs, "j1")
     claim = claim_first(leases)
     before = jobs.get("j1"), jobs.events("j1")
-    faults = [replace(NEW, name="base"), replace(NEW, metrics={"x": float("nan")}), replace(NEW, rank=None)]
-    for new in faults:  # type: ignore[assignment]
+    faults: list[dict[str, Any]] = [{"name": "base"}, {"metrics": {"x": float("nan")}}, {"rank": None}]
+    for fault in faults:
+        new = replace(NEW, **fault)
         with pytest.raises((InvalidInput, ValueError, sa.exc.IntegrityError)):
             succeed(leases, claim, new, "prod")
     with pytest.raises(ValueError, match="JSON"):
@@ -486,11 +492,12 @@ def test_cancel_ends_a_job_at_once(jobs: Jobs, leases: Leases, engine: sa.Engine
 def test_what_has_ended_stays_so(jobs: Jobs, leases: Leases, end: str) -> None:
     submit(jobs, "j1")
     claim = claim_first(leases, 0.0)
-    {
+    ends: dict[str, Callable[[], object]] = {
         "succeed": lambda: succeed(leases, claim),
         "fail": lambda: leases.fail(claim, "no"),
         "cancel": lambda: jobs.cancel("j1"),
-    }[end]()
+    }
+    ends[end]()
     assert leases.directive(claim) is (Directive.CANCEL if end == "cancel" else Directive.ENDED)
     before = jobs.get("j1"), jobs.events("j1")
     for steer in (jobs.cancel, jobs.pause, jobs.resume):
@@ -522,7 +529,7 @@ def test_status_is_one_read(jobs: Jobs, leases: Leases) -> None:
 
 
 def test_the_tables_are_postgresql_too() -> None:
-    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    dialect = postgresql.dialect()
     for table in job_tables.metadata.sorted_tables:
         assert "CREATE TABLE" in str(sa.schema.CreateTable(table).compile(dialect=dialect))
     assert "clock_timestamp()" in str(sa.select(job_tables.database_time()).compile(dialect=dialect))

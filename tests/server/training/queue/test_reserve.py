@@ -98,9 +98,9 @@ def test_a_failure_is_recorded_on_a_full_disk(small_disk: Path) -> None:
     assert not list(small_disk.glob("reserve*"))
     make_room(small_disk)
     assert reserve.fill()
-    claim = leases.claim("w")
-    assert claim is not None
-    assert claim.job_id == "j2"
+    following = leases.claim("w")
+    assert following is not None
+    assert following.job_id == "j2"
     with engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA integrity_check").scalar_one() == "ok"
     engine.dispose()

@@ -30,9 +30,9 @@ def rows(text: str) -> list[list[str]]:
 def test_an_adapter(tiny_base: BaseModel) -> None:
     text = model_card(json.loads(json.dumps(build_report(SPEC, tiny_base, FOUND))))
     card = ModelCard(text)
-    assert card.data.base_model == "tiny-llama"
-    assert card.data.library_name == "peft"
-    assert card.data.tags == ["smolora", "lora"]
+    assert card.data["base_model"] == "tiny-llama"
+    assert card.data["library_name"] == "peft"
+    assert card.data["tags"] == ["smolora", "lora"]
     table = rows(text)
     assert ["", "untouched base", "version before", "this"] in table
     assert ["loss", "2.5000", "0.7500", "0.5000"] in table
@@ -79,7 +79,7 @@ def test_all_weights_without_held_out_rows(tiny_base: BaseModel) -> None:
     found = replace(UNMEASURED, adapter=None, curves={})
     text = model_card(build_report(JobSpec(name="all", method="full"), tiny_base, found))
     card = ModelCard(text)
-    assert card.data.library_name == "transformers"
+    assert card.data["library_name"] == "transformers"
     assert "All weights of tiny-llama, fine-tuned." in text
     assert "no rows were held out" in text
     assert "started from" not in text
@@ -122,5 +122,5 @@ def test_a_description_is_only_text(description: str, tiny_base: BaseModel) -> N
 def test_a_bases_name_is_only_text(tiny_base: BaseModel) -> None:
     name = 'a|b"\n: <i>c</i>'
     text = model_card(build_report(SPEC, replace(tiny_base, name=name), FOUND))
-    assert ModelCard(text).data.base_model == name
+    assert ModelCard(text).data["base_model"] == name
     assert ["base", f'a|b" : <i>c</i>, {tiny_base.digest}'] in rows(text)

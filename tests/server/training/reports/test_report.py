@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_the_card(tiny_base: BaseModel) -> None:
 def test_full_fine_tuning_from_the_base_without_held_out_rows(tiny_base: BaseModel) -> None:
     spec = JobSpec(name="all", method="full")
     found = replace(UNMEASURED, adapter=None, num_trainable=tiny_base.weights.num_parameters)
-    report = build_report(spec, tiny_base, found)
+    report: dict[str, Any] = build_report(spec, tiny_base, found)
     assert report["adapter"] is None
     assert report["trainable_share"] == 1.0
     assert report["evaluation"] is None
@@ -107,7 +108,7 @@ def test_what_was_not_asked_for_is_null(tiny_base: BaseModel) -> None:
 def test_long_curves_are_thinned_out(num_points: int, tiny_base: BaseModel) -> None:
     curve = [(step, 1.0 / (1 + step)) for step in range(num_points)]
     found = replace(FOUND, curves={"train_loss": curve, "eval_loss": []})
-    report = build_report(SPEC, tiny_base, found)
+    report: dict[str, Any] = build_report(SPEC, tiny_base, found)
     points = report["curves"]["train_loss"]
     assert len(points) == min(num_points, MAX_POINTS)
     assert points[0] == [0, 1.0]
@@ -149,7 +150,7 @@ def test_the_environment_of_a_gpu(tiny_base: BaseModel) -> None:
 def test_pissa_says_what_is_published(tiny_base: BaseModel) -> None:
     adapter = AdapterFacts("12" * 32, LoraConfig(16, 32.0, ("q_proj",)), 10_000)
     found = replace(FOUND, adapter=adapter, gate=Gate("always", True, "published whatever its loss is"))
-    report = build_report(SPEC, tiny_base, found)
+    report: dict[str, Any] = build_report(SPEC, tiny_base, found)
     assert report["adapter"]["rank"] == 16
     assert report["adapter"]["parameters"] == 10_000
     assert report["trainable_parameters"] == 5000

@@ -13,7 +13,7 @@ from adapters.peft.files import PeftAdapter
 from server.model.base.weights import BaseModel
 from server.training.loop.evaluate import LossNotFinite
 from server.training.loop.trainer import TrainingDiverged
-from server.training.spec import JobSpec, LoraSpec, TrainingSpec
+from server.training.spec import JobSpec, LoraSpec, Method, PublishIf, TrainingSpec
 from tests.oracles.hugging_face import load_reference, merged
 from tests.server.training.data.rows_kit import distance, reference_loss
 from tests.server.training.worker.attempt_kit import Shop, job_data
@@ -73,7 +73,7 @@ def test_a_base_whose_loss_is_no_number(shop: Shop, tiny_base: BaseModel) -> Non
 @pytest.mark.parametrize("eval_steps", [None, 1])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_an_evaluation_whose_loss_is_no_number(
-    shop: Shop, tiny_base: BaseModel, eval_steps: int | None, method: str
+    shop: Shop, tiny_base: BaseModel, eval_steps: int | None, method: Method
 ) -> None:
     """The final one, or one on the way."""
     training = replace(OVERFLOWING, eval_steps=eval_steps)
@@ -95,7 +95,7 @@ def test_a_latest_version_whose_loss_is_no_number(shop: Shop, tiny_base: BaseMod
 @pytest.mark.parametrize("expression", ["left*0.5+right*0.5", "left"])
 @pytest.mark.parametrize("publish_if", ["always", "improves_latest"])
 def test_a_name_that_became_a_compositions(
-    shop: Shop, tiny_base: BaseModel, publish_if: str, expression: str
+    shop: Shop, tiny_base: BaseModel, publish_if: PublishIf, expression: str
 ) -> None:
     """It is noticed before the first step, not after the last one."""
     for seed, name in enumerate(("left", "right")):

@@ -169,7 +169,7 @@ def test_its_card(jobs: Jobs, leases: Leases, catalog: Catalog, store: AdapterSt
     assert lineage["expression"] == "left@1*0.7+right@1*-0.25"
     assert [part["digest"] for part in lineage["parts"]] == [part.digest for part in spec.parts]
     text = model_card(json.loads(json.dumps(report)))
-    assert ModelCard(text).data.tags == ["smolora", "svd"]
+    assert ModelCard(text).data["tags"] == ["smolora", "svd"]
     assert "| right@1 | -0.25 |" in text
     assert "| distance | 0.00% of the exact sum's norm away from it |" in text
 

@@ -50,7 +50,9 @@ def test_it_trains_in_fp32_and_jobs_wait_for_a_base(shop: Shop) -> None:
         assert shop.jobs.get("first").status is Status.SUCCEEDED
         report = shop.jobs.report("first")
         assert report is not None
-        assert report["environment"]["dtype"] == "fp32", "fp16 without loss scaling loses gradients"
+        environment = report["environment"]
+        assert isinstance(environment, dict)
+        assert environment["dtype"] == "fp32", "fp16 without loss scaling loses gradients"
         model.rename(away)
         for job_id in ("second", "third"):
             shop.submit(replace(SPEC, name=job_id), data, job_id)

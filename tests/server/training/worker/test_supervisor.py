@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,10 @@ def ending(path: Path, code: int = 0) -> tuple[str, ...]:
     return (sys.executable, "-S", "-c", f"open({str(path)!r}, 'a').write('x'); raise SystemExit({code})")
 
 
+def was_started(path: Path, times: int) -> bool:
+    return path.exists() and len(path.read_text()) >= times
+
+
 def starts_at(path: Path, code: int, seconds: Sequence[float]) -> None:
     """By a clock that only the test moves, what `ending` runs is started at these times and at no other."""
     clock = Clock()
@@ -115,7 +120,7 @@ def starts_at(path: Path, code: int, seconds: Sequence[float]) -> None:
                 clock.wait_for_looks()
                 assert len(path.read_text()) == number, f"it was started before {second} s"
             clock.now = second
-            until(lambda number=number: path.exists() and len(path.read_text()) > number)  # type: ignore[misc]
+            until(partial(was_started, path, number + 1))
             until(lambda: not supervisor.pids)
     finally:
         stop(supervisor)

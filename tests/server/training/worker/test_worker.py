@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,21 @@ def check_published_once(jobs: Jobs, engine: sa.Engine, job_id: str, num_steps: 
     return job
 
 
+def step_of(job: Job) -> int:
+    step = job.progress.get("step", 0)
+    assert isinstance(step, int)
+    return step
+
+
+def has_done(home: Path, num_steps: int) -> bool:
+    """Whether j1 has done as many, those that were done again counted again."""
+    return len(steps_done(home, "j1")) >= num_steps
+
+
+def is_gone(process_id: int) -> bool:
+    return not is_alive(process_id)
+
+
 def test_a_job_is_worked_on_and_published(tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases) -> None:
     submit_stub(tmp_path, jobs, "j1", steps=30, every=10)
     with working(tmp_path, leases):
@@ -146,10 +162,12 @@ def test_a_job_is_worked_on_and_published(tmp_path: Path, engine: sa.Engine, job
 def test_progress_shows_while_it_runs(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
     submit_stub(tmp_path, jobs, "j1", steps=10_000, seconds=0.01, every=10_000)
     with working(tmp_path, leases):
-        until(lambda: jobs.get("j1").progress.get("step", 0) > 20)  # type: ignore[operator]
+        until(lambda: step_of(jobs.get("j1")) > 20)
         job = jobs.get("j1")
         assert job.progress["total_steps"] == 10_000
-        assert 0 < job.metrics["train_loss"] < 0.1  # type: ignore[operator]
+        loss = job.metrics["train_loss"]
+        assert isinstance(loss, float)
+        assert 0 < loss < 0.1
         jobs.cancel("j1")
 
 
@@ -165,7 +183,7 @@ def test_killed_at_random_it_ends_as_if_undisturbed(
     for kill in kills:
         with worker_process(tmp_path) as worker:
             seen = len(steps_done(tmp_path, "j1"))
-            until(lambda seen=seen: len(steps_done(tmp_path, "j1")) > seen)  # type: ignore[misc]
+            until(partial(has_done, tmp_path, seen + 1))
             time.sleep(rng.uniform(0, 0.15))
             child = child_of(tmp_path, "j1")
             if kill == "child":
@@ -173,7 +191,7 @@ def test_killed_at_random_it_ends_as_if_undisturbed(
                     os.kill(child, signal.SIGKILL)
                 until(lambda: jobs.get("j1").attempt > steps_done(tmp_path, "j1")[-1][0])
             worker.kill()
-            until(lambda child=child: not is_alive(child), 2.0)  # type: ignore[misc]
+            until(partial(is_gone, child), 2.0)
     assert jobs.get("j1").status is Status.RUNNING
     with worker_process(tmp_path):
         until(lambda: jobs.get("j1").status.has_ended)
@@ -246,7 +264,7 @@ def test_pause_and_resume_give_the_undisturbed_result(
     with working(tmp_path, leases):
         for _ in range(2):
             seen = len(steps_done(tmp_path, "j1"))
-            until(lambda seen=seen: len(steps_done(tmp_path, "j1")) > seen + 3)  # type: ignore[misc]
+            until(partial(has_done, tmp_path, seen + 4))
             start = time.monotonic()
             jobs.pause("j1")
             until(lambda: jobs.get("j1").status is Status.PAUSED)

@@ -105,7 +105,9 @@ def test_the_share_is_kept_while_requests_run(share: float, step: float) -> None
 
 
 def test_nothing_is_given_away_while_none_run() -> None:
-    assert run(0.25, lambda now: 0, 0.2, 100.0) == (pytest.approx(1.0), 0.0)
+    worked, paused = run(0.25, lambda now: 0, 0.2, 100.0)
+    assert worked == pytest.approx(1.0)
+    assert paused == 0.0
 
 
 def test_half_the_time_requests() -> None:

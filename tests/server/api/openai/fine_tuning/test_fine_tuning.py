@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -179,7 +180,7 @@ async def test_lists(client: httpx.AsyncClient) -> None:
         ids.append((await create(client, metadata=each)).id)
         await submit(client)
 
-    async def page(**query: object) -> tuple[list[int], bool]:
+    async def page(**query: Any) -> tuple[list[int], bool]:
         answer = (await client.get(JOBS, params=query)).json()
         return [ids.index(job["id"]) for job in answer["data"]], answer["has_more"]
 
