@@ -102,12 +102,12 @@ def why_missing(connection: sa.Connection, term: Term) -> str:
     if latest is None:
         known = sa.select(names.c.name).where(names.c.latest.is_not(None)).limit(_NEAR_AMONG)
         meant = near(term.name, connection.execute(known).scalars())
-        return f"no such adapter: {term.name}{'' if meant is None else f' (did you mean {meant}?)'}"
+        return f"no such adapter: {term.reference}{'' if meant is None else f' (did you mean {meant}?)'}"
     if term.version is not None:
-        return f"{term.name} has no version {term.version} (latest is {latest})"
+        return f"no such version: {term.reference} (latest is {latest})"
     mine = sa.select(aliases.c.alias).where(aliases.c.name == term.name).order_by(aliases.c.alias).limit(_SHOWN)
     others = ", ".join(connection.execute(mine).scalars())
-    return f"{term.name} has no alias {term.alias} ({f'it has {others}' if others else 'it has none but latest'})"
+    return f"no such alias: {term.reference} ({term.name} has {others or 'none but latest'})"
 
 
 def _order(row: sa.RowMapping) -> tuple[int, int]:

@@ -213,9 +213,18 @@ def test_terms_resolve_in_their_order(catalog: Catalog) -> None:
 
 def test_unknown_terms_are_all_named(catalog: Catalog) -> None:
     publish(catalog, "a")
+    publish(catalog, "tweets")
+    catalog.point("a", "stable", 1)
     with pytest.raises(NotFound) as caught:
-        catalog.resolve(parse(f"x+a+a@2+a@prod+x+b@1+a@{10**30}"))
-    assert str(caught.value).endswith(f": x, a@2, a@prod, b@1, a@{10**30}")
+        catalog.resolve(parse(f"x+a+a@2+a@prod+x+twets@1+tweets@prod+a@{10**30}"))
+    assert str(caught.value).split("; ") == [
+        "no such adapter: x",
+        "no such version: a@2 (latest is 1)",
+        "no such alias: a@prod (a has stable)",
+        "no such adapter: twets@1 (did you mean tweets?)",
+        "no such alias: tweets@prod (tweets has none but latest)",
+        f"no such version: a@{10**30} (latest is 1)",
+    ]
     with pytest.raises(NotFound):
         catalog.resolve([Term("a", 10**30)])
 
@@ -306,8 +315,9 @@ def test_processes_publish_distinct_versions_also_when_killed(tmp_path: Path) ->
     numbers += [int(first.readline()) for _ in range(5)]
     processes[0].kill()
     for process in processes:
-        output, _ = process.communicate()
-        numbers += map(int, output.split())
+        with process:
+            assert process.stdout is not None
+            numbers += map(int, process.stdout.read().split())  # `communicate` would lose what is buffered here
     assert [process.returncode for process in processes[1:]] == [0, 0]
     assert len(numbers) == len(set(numbers)) >= 55
     engine = connect(tmp_path)
