@@ -21,7 +21,7 @@ PREFIX = "SMOLORA_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 _TRAIN_MEMORY = 0.5  # beside a server
-_OTHER_VARIABLES = (f"{PREFIX}URL", f"{PREFIX}API_KEY")  # of the commands that speak to a server
+_OTHER_VARIABLES = ("URL", "API_KEY")  # of the commands that speak to a server
 _KEY_FLAGS = {"--api-keys": f"{PREFIX}API_KEYS", "--api-key": f"{PREFIX}API_KEY"}  # a server's, and a client's
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
@@ -171,12 +171,12 @@ def local_url() -> str:
 
 def unknown_variables() -> list[str]:
     """What to tell of each variable that looks like a setting and is none."""
-    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields} | set(_OTHER_VARIABLES)
+    known = {*map(str.upper, Settings.model_fields), *_OTHER_VARIABLES}
     found = []
-    for name in sorted(os.environ):
-        if name.startswith(PREFIX) and name not in known:
+    for name in sorted(variable[len(PREFIX) :] for variable in os.environ if variable.startswith(PREFIX)):
+        if name not in known:
             meant = near(name, known)
-            found.append(f"{name} is no setting{'' if meant is None else f': did you mean {meant}?'}")
+            found.append(f"{PREFIX}{name} is no setting" + (f": did you mean {PREFIX}{meant}?" if meant else ""))
     return found
 
 

@@ -137,7 +137,9 @@ def test_rooms_are_small() -> None:
         for kind in kinds
         for path in (ROOT / place).rglob(kind)
     )
-    sizes = Counter(path.parent for path in files if not path.name.startswith("__") and path.parent.name != "versions")
+    sizes = Counter(
+        path.parent for path in files if not path.name.startswith("__") and path.parent.name != "versions"
+    )
     assert {str(room): size for room, size in sizes.items() if size > MAX_FILES} == {}
 
 

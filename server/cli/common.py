@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from server.client.client import Client
 
 INTERRUPTED = 130
+_SCRIPTS_WIDTH = 1000
 _NUMBERS = ("rank", "rows", "size", "loss", "held out", "base's", "steps")
 _WHOLE = ("adapter", "data set", "job", "name", "status", *_NUMBERS)  # columns that stay on one line
 
@@ -96,7 +97,8 @@ def show(table: Table) -> None:
     """Print it. Ids and numbers stay whole, on a terminal too narrow for them as well."""
     console = Console(highlight=False)
     # a script that reads it gets each row on one line, however wide
-    width = max(console.width, console.measure(table).minimum) if console.is_terminal else 1000
+    needed = console.measure(table, options=console.options.update_width(_SCRIPTS_WIDTH)).minimum
+    width = max(console.width, needed) if console.is_terminal else _SCRIPTS_WIDTH
     console.print(table, width=width, crop=False)
 
 

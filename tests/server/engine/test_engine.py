@@ -66,6 +66,7 @@ def test_thirty_two_requests_at_once_equal_themselves_alone(tiny_base: BaseModel
     adapters, requests = library(tiny_base), requests_of_all_kinds(tiny_base, 32)
     model = SmolLM(tiny_base.config, tiny_base.weights, max_positions=512)
     expected = {request.request_id: alone(tiny_base, model, adapters, request) for request in requests}
+    num_preemptions = 0  # how many there are depends on how soon adapters have been read
     for seed in range(3):
         engine = build_engine(
             tiny_base, adapters, model=model, num_blocks=24, block_size=8, max_rank=40, limits=TIGHT
@@ -77,11 +78,12 @@ def test_thirty_two_requests_at_once_equal_themselves_alone(tiny_base: BaseModel
             after_step=partial(check_blocks, engine),
         )
         check_idle(engine)
-        assert engine.stats.preemptions > 0
+        num_preemptions += engine.stats.preemptions
         assert engine.stats.adapter_evictions > 0
         engine.close()
         for (request_id, index), found in results.items():
             assert_same(found, expected[request_id][index])
+    assert num_preemptions > 0
     greedy = [r for r in requests if r.sampling.temperature == 0 and r.sampling.repetition_penalty == 1]
     assert len(greedy) >= 12
     assert_follows_the_merged_model(

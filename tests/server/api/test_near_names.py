@@ -1,0 +1,78 @@
+"""Names that aren't known: what an error says that they were perhaps meant to be."""
+
+import httpx
+import pytest
+
+from server.config import unknown_variables
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "loc", "message"),
+    [
+        ("/generate", {"promt": "a"}, ["promt"], "no such field: did you mean prompt?"),
+        ("/generate", {"prompt": "a", "adaptor": "x"}, ["adaptor"], "no such field: did you mean adapter?"),
+        ("/generate", {"prompt": "a", "zzzz": 1}, ["zzzz"], "no such field"),
+        (
+            "/generate",
+            {"messages": [{"role": "user", "contnet": "a"}]},
+            None,
+            "no such field: did you mean content?",
+        ),
+        ("/train", {"name": "a", "epochs": 3}, ["epochs"], "no such field here: it belongs under training"),
+        ("/train", {"name": "a", "rank": 8}, ["rank"], "no such field here: it belongs under lora"),
+        (
+            "/train",
+            {"name": "a", "training": {"learnign_rate": 1}},
+            ["training", "learnign_rate"],
+            "no such field: did you mean learning_rate?",
+        ),
+        (
+            "/train",
+            {"name": "a", "training": {"publish_if": "always"}},
+            ["training", "publish_if"],
+            "no such field here: it belongs at the top level",
+        ),
+        ("/compare", {"prompt": "a", "adapter": "x"}, ["adapter"], "no such field: did you mean adapters?"),
+    ],
+)
+async def test_unknown_fields(
+    client: httpx.AsyncClient, path: str, body: dict[str, object], loc: list[str] | None, message: str
+) -> None:
+    response = await client.post(path, json=body)
+    assert response.status_code == 422
+    found = {tuple(error["loc"]): error["message"] for error in response.json()["errors"]}
+    assert message in (found.values() if loc is None else [found[tuple(loc)]])
+
+
+async def test_unknown_fields_of_openais(client: httpx.AsyncClient) -> None:
+    body = {"model": "base", "prompt": "a", "max_token": 5}
+    response = await client.post("/v1/completions", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "max_token: no such field: did you mean max_tokens?"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": "a",}', "is not JSON: trailing comma at line 1 column 16"),
+        (b'{"prompt": "a"\n "n": 2}', "is not JSON: expected `,` or `}` at line 2 column 2"),
+        (b"prompt=a", "is not JSON: expected value at line 1 column 1"),
+    ],
+)
+async def test_bad_json_says_where(client: httpx.AsyncClient, content: bytes, message: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = await client.post("/generate", content=content, headers=headers)
+    assert response.status_code == 422
+    assert response.json()["errors"] == [{"loc": ["body"], "message": message}]
+
+
+def test_variables_that_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert unknown_variables() == []
+    for name in ("SMOLORA_PROT", "SMOLORA_URL", "SMOLORA_PORT", "SMOLORA_XYZ"):
+        monkeypatch.setenv(name, "1")
+    assert unknown_variables() == [
+        "SMOLORA_PROT is no setting: did you mean SMOLORA_PORT?",
+        "SMOLORA_XYZ is no setting",
+    ]

@@ -1,0 +1,129 @@
+"""`smolora adapters`, `compose`, `datasets` and `chat` against a real server on a tiny base."""
+
+import io
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from server.cli import common
+from server.cli.main import app
+from tests.server.api.adapters.peft_files import as_zip, peft_files
+from tests.server.running import Running, running
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_base_dir: Path) -> Iterator[Running]:
+    with running(tmp_path_factory.mktemp("home"), tiny_base_dir) as server:
+        yield server
+
+
+@pytest.fixture
+def smolora(server: Running) -> Run:
+    def run(*arguments: str, environment: Mapping[str, str | None] | None = None, said: str = "") -> Result:
+        own = {"SMOLORA_URL": server.url, "COLUMNS": "200", **(environment or {})}
+        return CliRunner().invoke(app, arguments, env=own, input=said)
+
+    return run
+
+
+def publish(smolora: Run, server: Running, folder: Path, name: str, seeds: tuple[int, ...]) -> None:
+    for seed in seeds:
+        files = peft_files(seed, shape=server.services.library.shape)
+        (folder / "adapter.zip").write_bytes(as_zip(*files))
+        result = smolora("adapters", "import", str(folder / "adapter.zip"), "--name", name)
+        assert result.exit_code == 0, result.output
+
+
+def test_an_adapters_life(smolora: Run, server: Running, tmp_path: Path) -> None:
+    publish(smolora, server, tmp_path, "life", (1, 2))
+    assert smolora("adapters", "show", "life").stdout.count("life@") == 2
+    version = json.loads(smolora("adapters", "show", "life@2", "--json").stdout)
+    assert f"digest: {version['digest']}" in smolora("adapters", "show", "life@2").stdout
+
+    target = tmp_path / "down.zip"
+    assert smolora("adapters", "download", "life@1", "-o", str(target)).stdout == f"{target}\n"
+    with zipfile.ZipFile(io.BytesIO(target.read_bytes())) as archive:
+        assert "adapter_model.safetensors" in archive.namelist()
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")] == []
+
+    assert smolora("adapters", "alias", "life", "latest", "1").stdout == "life@latest is life@1 now\n"
+    assert smolora("adapters", "alias", "life", "prod", "2").exit_code == 0
+    held = smolora("adapters", "delete", "life@2")
+    assert held.exit_code == 1
+    assert "held by the alias life@prod: ?force=true deletes aliases with it" in held.stderr
+    assert smolora("adapters", "alias", "life", "prod", "--remove").stdout == "life@prod is removed\n"
+    assert smolora("adapters", "delete", "life@2").stdout == "life@2 is deleted\n"
+    assert smolora("adapters", "delete", "life").exit_code == 0
+    gone = smolora("adapters", "show", "life")
+    assert (gone.exit_code, gone.stderr) == (1, "smolora: no such adapter: life\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("show", "a@b"), ("delete", "a@"), ("alias", "a", "prod"), ("download", "a@x")]
+)
+def test_what_is_no_version_is_said_before_anything_is_sent(smolora: Run, arguments: tuple[str, ...]) -> None:
+    result = smolora("adapters", *arguments, environment={"SMOLORA_URL": "http://127.0.0.1:9"})
+    assert result.exit_code == 2
+    assert "version" in result.stderr
+
+
+def test_a_blend_gets_a_name(smolora: Run, server: Running, tmp_path: Path) -> None:
+    publish(smolora, server, tmp_path, "left", (3,))
+    publish(smolora, server, tmp_path, "right", (4,))
+    assert smolora("compose", "mix", "left*0.5+right*0.25").stdout == "mix@1: left@1*0.5+right@1*0.25\n"
+    held = smolora("adapters", "delete", "left")
+    assert "the composition mix@1: delete the compositions first" in held.stderr
+    near = smolora("generate", "a", "--adapter", "rihgt")
+    assert near.stderr == "smolora: no such adapter: rihgt (did you mean right?)\n"
+    queued = smolora("compose", "merged", "left+right", "--method", "ties", "--density", "0.5", "--detach")
+    assert queued.stdout.startswith("job-")
+
+
+def test_data_sets(smolora: Run, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n{"text": "b"}\n')
+    dataset_id, said = smolora("datasets", "upload", str(rows)).stdout.split(": ")
+    assert said == "2 rows\n"
+    assert dataset_id in smolora("datasets").stdout
+    assert smolora("datasets", "delete", dataset_id).stdout == f"{dataset_id} is deleted\n"
+    assert json.loads(smolora("datasets", "--json").stdout) == {"datasets": []}
+    assert smolora("datasets", "upload", str(tmp_path / "nothing")).exit_code == 1
+
+
+def test_a_conversation_keeps_what_was_said(smolora: Run, server: Running) -> None:
+    one = smolora("chat", "hello", "--max-tokens", "4", "--seed", "1")
+    assert one.exit_code == 0, one.output
+    before = server.services.engine.stats.prefix_cached_tokens
+    two = smolora("chat", "--max-tokens", "4", "--seed", "1", said="hello\n\nand now?\n")
+    assert two.exit_code == 0, two.output
+    assert two.stdout.startswith(one.stdout)
+    assert len(two.stdout) > len(one.stdout)
+    assert server.services.engine.stats.prefix_cached_tokens > before
+
+
+def test_without_an_address_it_is_this_machines_port(smolora: Run, server: Running) -> None:
+    port = server.url.rpartition(":")[2]
+    assert smolora("adapters", environment={"SMOLORA_URL": None, "SMOLORA_PORT": port}).exit_code == 0
+    nobody = smolora("adapters", environment={"SMOLORA_URL": None, "SMOLORA_PORT": "9"})
+    assert nobody.exit_code == 1
+    assert nobody.stderr.startswith("smolora: can't reach http://127.0.0.1:9: ")
+    assert "is it running?" in nobody.stderr
+
+
+def test_a_narrow_terminal_cuts_no_ids_and_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id, steps = "job-ecf323e5d9aab912", "150/150"
+    output = io.StringIO()
+    console = Console(file=output, width=40, force_terminal=True, color_system=None, highlight=False)
+    monkeypatch.setattr(common, "Console", lambda **options: console)
+    table = common.table_of("job", "name", "status", "steps", "loss", "held out", "base's", "adapter")
+    table.add_row(job_id, "codes", "succeeded", steps, "0.0012", "2.6352", "4.5973", "codes@1")
+    common.show(table)
+    for shown in (job_id, steps, "succeeded", "2.6352", "codes@1"):
+        assert shown in output.getvalue()
