@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from server.client.client import Client
 
 INTERRUPTED = 130
-_SCRIPTS_WIDTH = 1000
+SCRIPTS_WIDTH = 1000
+"""Of tables that no terminal shows: a script that reads one gets each row on one line."""
 _NUMBERS = ("rank", "rows", "size", "loss", "held out", "base's", "steps")
 _WHOLE = ("adapter", "data set", "job", "name", "status", *_NUMBERS)  # columns that stay on one line
 
@@ -96,10 +98,12 @@ def table_of(*titles: str) -> Table:
 def show(table: Table) -> None:
     """Print it. Ids and numbers stay whole, on a terminal too narrow for them as well."""
     console = Console(highlight=False)
-    # a script that reads it gets each row on one line, however wide
-    needed = console.measure(table, options=console.options.update_width(_SCRIPTS_WIDTH)).minimum
-    width = max(console.width, needed) if console.is_terminal else _SCRIPTS_WIDTH
-    console.print(table, width=width, crop=False)
+    for column in table.columns:
+        if column.no_wrap:
+            column.min_width = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
+    needed = sum((column.min_width or 1) + 2 for column in table.columns)
+    console.width = max(console.width, needed) if console.is_terminal else SCRIPTS_WIDTH
+    console.print(table, crop=False)
 
 
 def part_of(document: Document, name: str) -> Mapping[str, object]:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from server.cli.common import (
+    SCRIPTS_WIDTH,
     ChatOption,
     JsonOption,
     KeyOption,
@@ -58,13 +59,13 @@ def compare(
         return
     results = cast("Sequence[Mapping[str, object]]", answer["results"])
     console = Console(highlight=False)
-    # a script that reads it gets each line whole, however wide
-    width = None if console.is_terminal else 1000
+    if not console.is_terminal:
+        console.width = SCRIPTS_WIDTH
     is_narrow = console.is_terminal and len(results) <= _WIDE
-    console.print(_beside(results) if is_narrow else _below(results), width=width, crop=False)
+    console.print(_beside(results) if is_narrow else _below(results), crop=False)
     if score:
         console.print()
-        console.print(_scores(results, score), width=width, crop=False)
+        console.print(_scores(results, score), crop=False)
     print_warnings([text for result in results for text in cast("Sequence[str]", result["warnings"])])
 
 
