@@ -35,6 +35,7 @@ LAYERS = [
 
 ONLY_IN = {
     "fastapi": ("server.api", "server.serve.process"),
+    "fastapi_offline": ("server.api.pages",),
     "starlette": ("server.api",),
     "python_multipart": ("server.api",),
     "uvicorn": ("server.serve",),

@@ -9,8 +9,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from server import __version__
-from server.api import health
-from server.api import openapi as documents
+from server.api import health, openapi, pages
 from server.api.adapters import aliases, compositions, imports
 from server.api.adapters import route as adapters
 from server.api.compare import route as compare
@@ -45,11 +44,12 @@ def create_app(services: Services) -> FastAPI:
             await services.engine.stop()
             await to_thread.run_sync(services.guidance.close)
 
-    app = documents.App(
+    app = openapi.App(
         title="smolora",
         version=__version__,
         description=_DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
@@ -66,6 +66,8 @@ def create_app(services: Services) -> FastAPI:
     app.include_router(train.router)
     app.include_router(datasets.router)
     app.include_router(health.router)
+    app.include_router(pages.router)
+    app.mount(pages.ASSETS_PATH, pages.assets)
     app.include_router(openai)
     faults.install(app)
     return app

@@ -22,8 +22,10 @@ from server.training.queue.reserve import Reserve
 
 MAX_JSON_BYTES = 2 << 20
 MAX_UPLOAD_BYTES = 256 << 20
-OPEN_PATHS = frozenset({"/health", "/ready"})
-_QUIET_PATHS = OPEN_PATHS | {"/metrics"}
+_PROBES = frozenset({"/health", "/ready"})
+_QUIET_PATHS = _PROBES | {"/metrics"}
+OPEN_PATHS = _PROBES | {"/", "/docs", "/redoc", "/openapi.json"}
+"""What is answered without a key, with all below /docs."""
 _UPLOAD = re.compile(r"/adapters/[^/]+|/datasets|/v1/files")
 _HINTS = {"/train": "; larger data goes through POST /datasets"}
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -90,7 +92,7 @@ class Keys:
         self._keys = tuple(key.encode() for key in keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._allows(Headers(scope=scope)):
+        if scope["type"] != "http" or _is_open(scope["path"]) or self._allows(Headers(scope=scope)):
             await self.app(scope, receive, send)
             return
         await _drain(scope, receive)
@@ -105,6 +107,10 @@ class Keys:
         # every key is compared in full, so that the time taken says nothing
         matches = [hmac.compare_digest(token, key) for key in self._keys]
         return scheme.lower() == "bearer" and any(matches)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith("/docs/")
 
 
 class BodyLimit:

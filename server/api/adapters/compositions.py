@@ -6,6 +6,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Path
 from starlette.responses import Response
 
+from adapters.errors import NotFound
 from adapters.expression import parse
 from adapters.names import MAX_NAME
 from server.api import wire
@@ -20,6 +21,12 @@ from server.api.train.answers import job_document
 from server.api.train.schemas import JobAnswer
 
 router = APIRouter(prefix="/compositions", tags=["adapters"], route_class=StrictRoute)
+
+
+@router.get("", include_in_schema=False)
+async def list_compositions() -> Response:
+    """Raises NotFound, which says where they are."""
+    raise NotFound("compositions are listed with the adapters: GET /adapters")
 
 
 @router.post(

@@ -84,4 +84,3 @@ async def test_the_document_knows_every_route_and_problem(client: httpx.AsyncCli
     body = document["components"]["schemas"]["TrainBody"]
     assert body["examples"]
     assert body["properties"]["training"]["default"]["max_length"] == 512
-    assert (await client.get("/docs")).status_code == 200

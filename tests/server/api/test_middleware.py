@@ -35,7 +35,7 @@ async def test_each_key_opens(locked: httpx.AsyncClient, key: str) -> None:
 )
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", "/generate"), ("GET", "/adapters"), ("GET", "/metrics"), ("GET", "/docs"), ("GET", "/nowhere")],
+    [("POST", "/generate"), ("GET", "/adapters"), ("GET", "/metrics"), ("GET", "/nowhere")],
 )
 async def test_without_one_everything_is_shut(
     locked: httpx.AsyncClient, header: str | None, method: str, path: str
@@ -48,8 +48,8 @@ async def test_without_one_everything_is_shut(
     assert response.headers["x-request-id"]
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready"])
-async def test_health_and_ready_stay_open(locked: httpx.AsyncClient, path: str) -> None:
+@pytest.mark.parametrize("path", ["/health", "/ready", "/", "/docs", "/redoc", "/openapi.json"])
+async def test_probes_and_pages_stay_open(locked: httpx.AsyncClient, path: str) -> None:
     assert (await locked.get(path)).status_code == 200
 
 

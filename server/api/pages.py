@@ -1,0 +1,66 @@
+"""What a browser or `curl` finds without a key: `/`, and the API's own pages, /docs and /redoc.
+
+Their scripts and styles are those that the package fastapi-offline brings: nothing is fetched from elsewhere.
+"""
+
+from pathlib import Path
+
+import fastapi_offline
+from fastapi import APIRouter
+from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
+from starlette.responses import HTMLResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from server import __version__
+from server.api import wire
+from server.api.deps import ServicesDep
+
+ASSETS_PATH = "/docs/assets"
+_OPENAPI = "/openapi.json"
+_TITLE = "smolora"
+
+router = APIRouter(include_in_schema=False)
+assets = StaticFiles(directory=Path(fastapi_offline.__file__).parent / "static")
+"""To be mounted at ASSETS_PATH."""
+
+
+@router.get("/")
+async def root(services: ServicesDep) -> Response:
+    """Say what runs here, and where to look."""
+    return wire.answer(
+        {
+            "service": "smolora",
+            "version": __version__,
+            "model": services.base_name,
+            "ready": "/ready",
+            "docs": "/docs",
+            "adapters": "/adapters",
+            "generate": "POST /generate",
+            "train": "POST /train",
+            "openai": "/v1",
+        }
+    )
+
+
+@router.get("/docs")
+async def docs() -> HTMLResponse:
+    """Swagger UI."""
+    return get_swagger_ui_html(
+        openapi_url=_OPENAPI,
+        title=_TITLE,
+        swagger_js_url=f"{ASSETS_PATH}/swagger-ui-bundle.js",
+        swagger_css_url=f"{ASSETS_PATH}/swagger-ui.css",
+        swagger_favicon_url=f"{ASSETS_PATH}/favicon.png",
+    )
+
+
+@router.get("/redoc")
+async def redoc() -> HTMLResponse:
+    """ReDoc."""
+    return get_redoc_html(
+        openapi_url=_OPENAPI,
+        title=_TITLE,
+        redoc_js_url=f"{ASSETS_PATH}/redoc.standalone.js",
+        redoc_favicon_url=f"{ASSETS_PATH}/favicon.png",
+        with_google_fonts=False,
+    )
