@@ -24,6 +24,10 @@ from server.cli.common import (
 if TYPE_CHECKING:
     from server.client.client import Client
 
+_WORSE = (
+    "It is no better than the untouched base: try a lower --learning-rate or fewer --epochs, or have such "
+    "versions held back with --publish-if improves_base."
+)
 _LOOK_SECONDS = 1.0  # between looks at the job, whose events come at every step
 _TRAINED_STYLE = "bold green"
 
@@ -163,6 +167,8 @@ def _show_progress(client: "Client", job: Document) -> None:
     """A bar with the losses, and the job's messages above it."""
     console = Console(highlight=False)
     console.print(Text(f"{job['id']}: {job['name']}"))
+    if job["data"] is not None:
+        console.print(Text(_counts(cast("Document", job["data"]))))
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[news]}", markup=False))
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=None, news=str(job["status"]))
@@ -178,6 +184,20 @@ def _show_progress(client: "Client", job: Document) -> None:
                 looked_at = time.monotonic()
             if is_metrics:
                 _update_losses(progress, task, cast("Document", event["data"]))
+
+
+def _counts(data: Document) -> str:
+    """What is trained on and what is held out, in a line."""
+    rows, held_out = cast("int", data["rows"]), cast("int", data["validation_rows"])
+    truncated = cast("int", data["truncated"]) + cast("int", data["validation_truncated"])
+    counts = f"{_rows(rows)} to train on, " + (
+        f"{held_out:,} held out" if held_out else "none held out: nothing will say how good the adapter is"
+    )
+    return f"{counts}; {_rows(truncated)} truncated" if truncated else counts
+
+
+def _rows(number: int) -> str:
+    return f"{number:,} row{'' if number == 1 else 's'}"
 
 
 def _update(progress: Progress, task: TaskID, job: Document) -> None:
@@ -206,6 +226,8 @@ def _show_end(client: "Client", job: Document) -> None:
     if metrics["eval_loss"] is not None:
         base = number(metrics["base_eval_loss"])
         console.print(f"held-out loss {number(metrics['eval_loss'])}, the untouched base's {base}")
+        if not cast("float", metrics["eval_loss"]) < cast("float", metrics["base_eval_loss"]):
+            console.print(Text(_WORSE, style="bold red"))
     if job["error"]:
         console.print(Text(str(job["error"]), style="red"))
     elif job["adapter"] is not None:
@@ -219,10 +241,7 @@ def _show_end(client: "Client", job: Document) -> None:
 def _show_dry_run(answer: Document) -> None:
     console = Console(highlight=False)
     data, estimate = cast("Document", answer["data"]), cast("Document", answer["estimate"])
-    console.print(
-        f"{data['rows']:,} rows to train on, {data['validation_rows']:,} held out; "
-        f"{data['truncated']:,} and {data['validation_truncated']:,} truncated"
-    )
+    console.print(_counts(data))
     console.print(f"{data['tokens']:,} tokens, of which {data['trained_tokens']:,} are trained on")
     seconds, rate = cast("float", estimate["seconds"]), cast("float", estimate["tokens_per_second"])
     console.print(f"{answer['steps']:,} steps: about {seconds:,.0f} s at {rate:,.0f} tokens/s")
