@@ -168,13 +168,12 @@ def _section(title: str, name: str, results: T | None, render: Callable[[T], str
 
 def _training_lines(found: Found) -> Iterator[str]:
     if found.train is not None:
+        works = []
         for row in found.train.rows:
-            ratios = [
-                f"{ratio.median:.2f} × ({ratio.low:.2f}–{ratio.high:.2f}) {name}"
-                for side, name in ((EAGER, "the eager peer"), (COMPILED, "the compiled one"))
-                if (ratio := median_ratio(row.speed(row.ours), row.speed(side))) is not None
-            ]
-            yield f"{row.work.title}: {' and '.join(ratios)} in tokens per second (transformers and PEFT)."
+            found_ratios = (median_ratio(row.speed(row.ours), row.speed(side)) for side in (EAGER, COMPILED))
+            ratios = [f"{ratio.median:.2f} ×" for ratio in found_ratios if ratio is not None]
+            works.append(f"{row.work.title} {' and '.join(ratios)}")
+        yield f"Tokens per second against PEFT, eager and compiled: {'; '.join(works)}."
     if found.methods is not None:
         full, *lora = found.methods.compared
         best = max(lora, key=lambda one: one.test_accuracy.mean)
@@ -186,11 +185,11 @@ def _training_lines(found: Found) -> Iterator[str]:
     if found.adapters is not None:
         base, blend = (found.adapters.scores[name] for name in (adapters_report.BASE, adapters_report.BLEND))
         own = ", ".join(
-            f"{name} {found.adapters.scores[name][name].accuracy:.3f} (base {base[name].accuracy:.3f}, "
-            f"blend of all {blend[name].accuracy:.3f})"
+            f"{name} {base[name].accuracy:.3f} → {found.adapters.scores[name][name].accuracy:.3f} "
+            f"({blend[name].accuracy:.3f})"
             for name in found.adapters.sizes
         )
-        yield f"Accuracy of adapters on their own sets, standard errors of one to three points each: {own}."
+        yield f"Accuracy of the base → its adapter (a blend of all), ± one to three points: {own}."
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Every example of README.md, as it stands there, run in order against a server, prints what it shows.
+"""Every example of README.md and of the pages of docs that go on from it prints what it shows.
+
+They are run as they stand there, in order, against a server.
 
 - A block is `console` (lines that begin with `$ ` are a shell's, those below are what it prints), `python` (lines
   that begin with `# -> ` are what it prints), or has a comment `<!-- not run: why -->` above it.
@@ -22,7 +24,8 @@ from tests.end_to_end.server_process import ServerProcess, environment
 pytestmark = pytest.mark.real
 
 ROOT = Path(__file__).parent.parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "docs/training.md", "docs/adapters.md", "docs/settings.md")
+"""In this order, against one server."""
 SECONDS = 300.0
 """For one block."""
 
@@ -33,17 +36,19 @@ _MEASURED = re.compile(r"-?\d+\.\d{2,}|\d{12,}")
 
 @dataclass(frozen=True)
 class Block:
+    page: str
     line: int
     kind: str
     text: str
     is_run: bool
 
 
-def blocks(text: str) -> Iterator[Block]:
-    """All fenced blocks, in order."""
+def blocks(page: str) -> Iterator[Block]:
+    """All fenced blocks of a page, in order."""
+    text = (ROOT / page).read_text(encoding="utf-8")
     for found in _BLOCK.finditer(text):
         line = text.count("\n", 0, found.start("kind")) + 1
-        yield Block(line, found["kind"], found["text"], _NOT_RUN.fullmatch(found["above"].strip()) is None)
+        yield Block(page, line, found["kind"], found["text"], _NOT_RUN.fullmatch(found["above"].strip()) is None)
 
 
 def commands(block: Block) -> list[tuple[str, str]]:
@@ -107,17 +112,18 @@ def test_what_is_compared(shown: str, printed: str, expected: bool) -> None:
     assert matches(shown, printed) is expected
 
 
-def test_every_block_is_run_or_says_why_not() -> None:
-    found = list(blocks(README))
-    assert len(found) == README.count("\n```") / 2
-    assert {block.kind for block in found if block.is_run} == {"console", "python"}
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_is_run_or_says_why_not(page: str) -> None:
+    found = list(blocks(page))
+    assert len(found) == (ROOT / page).read_text(encoding="utf-8").count("\n```") / 2
+    assert {block.kind for block in found if block.is_run} <= {"console", "python"}
     for block in found:
         shows_commands = block.kind != "console" or block.text.startswith("$ ")
-        assert shows_commands, f"line {block.line} begins with no command"
+        assert shows_commands, f"{page}:{block.line} begins with no command"
 
 
 class Reader:
-    """Who does what README says, in a folder in which what it names is there, with the server at `url`."""
+    """Who does what the pages say, in a folder in which what it names is there, with the server at `url`."""
 
     def __init__(self, folder: Path, server: ServerProcess) -> None:
         self._folder = folder
@@ -151,21 +157,22 @@ class Reader:
             timeout=SECONDS,
             check=False,
         )
-        assert done.returncode == 0, f"README.md:{block.line}: exit code {done.returncode}\n{done.stdout}"
+        assert done.returncode == 0, f"{block.page}:{block.line}: exit code {done.returncode}\n{done.stdout}"
         return done.stdout.replace(self._address, "127.0.0.1:8000")
 
     @staticmethod
     def _compare(block: Block, command: str, shown: str, printed: str) -> None:
-        message = f"README.md:{block.line}: {command}\n--- prints\n{printed}\n--- and not\n{shown}"
+        message = f"{block.page}:{block.line}: {command}\n--- prints\n{printed}\n--- and not\n{shown}"
         assert matches(shown, printed), message
 
 
-def test_readme(base_dir: Path, tmp_path: Path) -> None:
+def test_readme_and_docs(base_dir: Path, tmp_path: Path) -> None:
     server = ServerProcess(tmp_path / "data", base_dir=base_dir, workers=1)
     try:
         reader = Reader(tmp_path, server)
-        for block in blocks(README):
-            if block.is_run:
-                reader.run(block)
+        for page in PAGES:
+            for block in blocks(page):
+                if block.is_run:
+                    reader.run(block)
     finally:
         server.close()
