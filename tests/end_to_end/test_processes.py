@@ -81,14 +81,13 @@ def test_keys(survivor: Survivor) -> None:
                 ("POST", "/generate"),
                 ("GET", "/adapters"),
                 ("GET", "/metrics"),
-                ("GET", "/docs"),
             ):
                 response = client.request(method, path, json=body, headers=headers)
                 assert response.status_code == 401, (given, path)
                 assert response.headers["www-authenticate"].startswith("Bearer")
                 assert response.headers["content-type"] == "application/problem+json"
         assert client.delete("/adapters/kept").status_code == 401
-        for path in ("/health", "/ready"):
+        for path in ("/health", "/ready", "/", "/docs", "/openapi.json"):
             assert client.get(path).status_code == 200
         allowed = client.post("/generate", json=body, headers={"Authorization": "Bearer first-key"})
         assert allowed.status_code == 200
