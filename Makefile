@@ -9,8 +9,9 @@ LOCKED_DEV := $(LOCKED)-$(shell cksum < requirements-dev.lock | tr ' ' '-')
 READY := $(VENV)/.ready-$(LOCKED)
 READY_DEV := $(VENV)/.ready-dev-$(LOCKED_DEV)
 CPP := $(shell find server tests -name '*.h' -o -name '*.cpp')
-# Threads of torch that wait by spinning bring a busy machine of few cores to a crawl.
-PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+# Threads of torch that wait by spinning bring a busy machine of few cores to a crawl. Files are taken in their order, so
+# that the long tests of end_to_end come early, and both processes end at about the same time.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
 .PHONY: help serve test slow check sanitize bench gpu clean
