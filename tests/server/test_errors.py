@@ -79,7 +79,7 @@ def test_every_error_can_be_sent(kind: type[SmoloraError], copied: Callable[[Smo
     if isinstance(error, InvalidInput):
         assert isinstance(found, InvalidInput)
         assert found.errors == FIELDS
-        assert str(found) == "name: isn't one; prompt: is empty: “äöü”"
+        assert str(found) == "adapters.3.name: isn't one; prompt: is empty: “äöü”"
     if isinstance(error, TryAgain):
         assert isinstance(found, TryAgain)
         assert found.retry_after == 2.5
