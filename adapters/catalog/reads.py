@@ -13,7 +13,7 @@ from adapters.names import near
 
 LATEST = "latest"
 MAX_VERSION = 2**31 - 1
-_NEAR_AMONG = 10_000  # names that a misspelt one is compared with
+_NEAR_AMONG = 1_000  # names that a misspelt one is compared with: some milliseconds
 _SHOWN = 10  # aliases
 
 _PART = (parts.c.place, parts.c.part_name, parts.c.part_version, parts.c.part_digest, parts.c.weight)

@@ -1,18 +1,18 @@
 """`smolora chat`: a conversation with the base, under an adapter, a blend, or none."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from server.cli.common import (
     KeyOption,
-    MaxTokensOption,
     TemperatureOption,
     TopPOption,
     UrlOption,
     connected,
     given,
+    print_warnings,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def chat(
         str | None, typer.Option("--adapter", "-a", help="Such as tweets, tweets@3 or tweets*0.7+movies*0.3.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="What the answers should be like.")] = None,
-    max_tokens: MaxTokensOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 512,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     seed: Annotated[int | None, typer.Option(help="Default: a random one.")] = None,
@@ -35,7 +35,7 @@ def chat(
     api_key: KeyOption = None,
 ) -> None:
     """Chat with the base, through its chat template."""
-    options = given(adapter=adapter, max_tokens=max_tokens or 512, temperature=temperature, top_p=top_p, seed=seed)
+    options = given(adapter=adapter, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     turns = [] if system is None else [{"role": "system", "content": system}]
     with connected(url, api_key) as client:
         while (said := message if message is not None else _said()) is not None:
@@ -58,11 +58,13 @@ def _said() -> str | None:
 
 def _answer(client: "Client", body: dict[str, object]) -> str:
     """Print the answer as it comes; the whole of it."""
-    text = ""
+    text, warnings = "", []
     for event in client.stream(body):
+        warnings = cast("list[str]", event.get("warnings", warnings))
         piece = str(event.get("text", ""))
         text += piece
         typer.echo(piece, nl=False)
         sys.stdout.flush()
     typer.echo()
+    print_warnings(warnings)
     return text

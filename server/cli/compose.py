@@ -1,6 +1,6 @@
 """`smolora compose`: name a blend, or merge its parts into one new adapter."""
 
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -38,8 +38,4 @@ def compose(
         typer.echo(made["id"])
     else:
         typer.echo(f"{made['name']}@{made['version']}: {made['parent']}")
-        print_warnings([str(text) for text in _texts(made["warnings"])])
-
-
-def _texts(value: object) -> list[object]:
-    return value if isinstance(value, list) else []
+        print_warnings(cast("list[str]", made["warnings"]))
