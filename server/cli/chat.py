@@ -58,7 +58,8 @@ def _said() -> str | None:
 
 def _answer(client: "Client", body: dict[str, object]) -> str:
     """Print the answer as it comes; the whole of it."""
-    text, warnings = "", []
+    text = ""
+    warnings: list[str] = []
     for event in client.stream(body):
         warnings = cast("list[str]", event.get("warnings", warnings))
         piece = str(event.get("text", ""))
