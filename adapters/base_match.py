@@ -31,10 +31,13 @@ class ServedBase:
         return ()
 
     def warnings(self, version: Version) -> tuple[str, ...]:
-        """What to tell of a version beside this base: all that was kept, and whether it was made on another one.
-
-        Versions from before digests were kept, and compositions of parts from several bases, are told by name.
+        """What to tell of a version beside this base: all that was kept, whether it was made on another one, and
+        whether it is worse than its own.
         """
+        return (*self._beside(version), *_quality(version))
+
+    def _beside(self, version: Version) -> tuple[str, ...]:
+        """Versions from before digests were kept, and blends of parts from several bases, are told by name."""
         made_on = version.base_digest
         if made_on is not None:
             if self.digest is None or self.digest == made_on:
@@ -45,3 +48,10 @@ class ServedBase:
         if version.warnings or not version.base_model or self.goes_by(version.base_model):
             return version.warnings
         return (f"it was made on another base, {version.base_model[:_SHOWN]}, than {self.name}",)
+
+
+def _quality(version: Version) -> tuple[str, ...]:
+    if not version.is_worse_than_base:
+        return ()
+    tuned, base = version.metrics["eval_loss"], version.metrics["base_eval_loss"]
+    return (f"its loss on held-out rows, {tuned:.4f}, is worse than that of its untouched base, {base:.4f}",)

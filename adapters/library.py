@@ -22,27 +22,10 @@ from adapters.expression import Term
 from adapters.lora import BaseShape, LoraConfig, LoraWeights
 from adapters.names import BASE, alias_fault, name_fault
 from adapters.peft import files as peft_format
+from adapters.pinned import Pinned
 from adapters.store.store import AdapterStore
 
 _MAX_FITS = 10_000
-
-
-class Pinned:
-    """Resolved parts whose bytes stay while it is held. `release` may be called more than once.
-
-    `warnings` are what whoever uses them should know, each with the version that it is about.
-    """
-
-    def __init__(self, parts: tuple[Part, ...], release: Callable[[], None] = lambda: None) -> None:
-        self.parts = parts
-        self.warnings: tuple[str, ...] = ()
-        self._release: Callable[[], None] | None = release
-
-    def release(self) -> None:
-        """Let go of the bytes; those of a deleted version go when nobody holds them any more."""
-        if (release := self._release) is not None:
-            self._release = None
-            release()
 
 
 @dataclass(frozen=True)
@@ -144,12 +127,13 @@ class Library:
                     base_digest=self._base.digest,
                     config={"lora": lora_document(adapter.config), **(source or {})},
                 )
-                return self._told(version)
+                return self._with_twin(self._told(version))
         finally:
             self._store.unpin([digest])
 
-    def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> Version:
-        """Publish the composition as the name's next version, pinned to what its terms mean now.
+    def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
+        """Publish the composition as the name's next version, pinned to what its terms mean now; and whether that
+        is a new one: where the latest is the same already, nothing is published.
 
         Raises NotFound, naming the terms, InvalidInput on `field`, or Conflict where an adapter has the name, or
         one of the parts was made for a base of other shapes.
@@ -158,7 +142,11 @@ class Library:
         pinned = self.pin(terms, field)
         try:
             versions = [Term(part.name, part.version, weight=part.weight) for part in gather(pinned.parts)]
-            return self._told(self._catalog.compose(name, versions, field))
+            version, is_new = self._catalog.compose(name, versions, field)
+            told = self._told(version)
+            if not is_new:
+                told = replace(told, warnings=(*told.warnings, "it is the same already: there is no new version"))
+            return told, is_new
         finally:
             pinned.release()
 
@@ -284,6 +272,16 @@ class Library:
         found = self.version(name, version)
         same_base = found.base_digest is not None and found.base_digest == self._base.digest
         return _Fit(same_base or self._store.fits(digest, self.shape), found.warnings)
+
+    def _with_twin(self, version: Version) -> Version:
+        """Just published: with a word on the version before it that has the same weights, if one has."""
+        others = self._catalog.get(version.name).versions
+        twins = [other.version for other in others if other.digest == version.digest and other != version]
+        earlier = [number for number in twins if number < version.version]
+        if not earlier:
+            return version
+        text = f"it has the weights of {version.name}@{earlier[-1]}: it is a version of its own as every upload is"
+        return replace(version, warnings=(*version.warnings, text))
 
     def _all_told(self, adapter: Adapter) -> Adapter:
         return replace(adapter, versions=tuple(map(self._told, adapter.versions)))

@@ -92,8 +92,10 @@ class Catalog:
         with recording(self._engine, self._records) as records:
             return transact(self._engine, lambda connection: publish_in(connection, new, records=records))
 
-    def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> Version:
+    def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
         """Adds the next version of the composition `name`, its parts pinned to the versions that they mean now.
+
+        And whether it is new: where the latest has the same parts and weights already, it is that one.
 
         Compositions among the terms are replaced by their own parts. Raises NotFound as `resolve` does,
         InvalidInput on `field`, or Conflict where an adapter has the name.

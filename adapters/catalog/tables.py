@@ -52,6 +52,8 @@ names = sa.Table(
     sa.Column("name", sa.String(MAX_NAME), primary_key=True),
     sa.Column("kind", sa.String(16), nullable=False),  # "adapter" or "composition", of its versions
     sa.Column("latest", sa.Integer),  # null: all versions were deleted
+    # `latest` was moved back by hand: what a job publishes doesn't move it
+    sa.Column("rolled_back", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("next_version", sa.Integer, nullable=False),  # outlives the versions: no number is used twice
 )
 

@@ -44,6 +44,12 @@ class NewVersion:
     data_digest: str | None = None
     config: Mapping[str, object] = field(default_factory=dict)
 
+    @property
+    def is_worse_than_base(self) -> bool:
+        """Whether it was measured beside its untouched base on held-out rows, and has the higher loss."""
+        tuned, base = self.metrics.get("eval_loss"), self.metrics.get("base_eval_loss")
+        return tuned is not None and base is not None and tuned > base
+
 
 @dataclass(frozen=True, kw_only=True)
 class Version(NewVersion):

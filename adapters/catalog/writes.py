@@ -38,14 +38,18 @@ def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder |
 
 
 def publish_in(
-    connection: sa.Connection, new: NewVersion, alias: str | None = None, records: Recorder | None = None
+    connection: sa.Connection,
+    new: NewVersion,
+    alias: str | None = None,
+    records: Recorder | None = None,
+    moves_latest: bool = True,
 ) -> Version:
-    """As `Catalog.publish`; `alias` then means the version, too."""
+    """As `Catalog.publish`; `alias` then means the version, too. `moves_latest` is as in `insert_in`."""
     if not all(map(math.isfinite, new.metrics.values())):
         raise ValueError("metrics must be finite")
     number = _next_number(connection, new.name, "adapter")
     version = Version(**vars(new), version=number, created_at=datetime.now(UTC))
-    insert_in(connection, version, records)
+    insert_in(connection, version, records, moves_latest)
     if alias is not None and alias != LATEST:
         _point(connection, new.name, alias, number)
     return version
@@ -53,19 +57,25 @@ def publish_in(
 
 def compose_in(
     connection: sa.Connection, name: str, terms: Sequence[Term], field: str, records: Recorder | None = None
-) -> Version:
+) -> tuple[Version, bool]:
     """As `Catalog.compose`."""
     number = _next_number(connection, name, "composition")  # first: others can't delete the parts from here on
     leaves = gather(resolve(connection, terms, field))
     if not combine(leaves):
         raise InvalidInput.of(field, "comes to nothing but the base: give adapters whose weights don't cancel out")
-    version = _blend(name, number, leaves, _versions_of(connection, leaves))
+    latest = connection.execute(sa.select(names.c.latest).where(names.c.name == name)).scalar()
+    if latest is not None and set((same := one_version(connection, name, latest)).parts) == set(leaves):
+        connection.execute(sa.update(names).where(names.c.name == name).values(next_version=number))
+        return same, False
+    version = _blend(name, number, leaves, [one_version(connection, part.name, part.version) for part in leaves])
     insert_in(connection, version, records)
-    return version
+    return version, True
 
 
-def insert_in(connection: sa.Connection, version: Version, records: Recorder | None) -> None:
-    """Store a version whose number is its own, and make it the latest."""
+def insert_in(
+    connection: sa.Connection, version: Version, records: Recorder | None, moves_latest: bool = True
+) -> None:
+    """Store a version whose number is its own. It becomes the latest; without `moves_latest`, only a first."""
     row = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(version).items()}
     del row["parts"]
     connection.execute(sa.insert(versions).values(row))
@@ -73,20 +83,23 @@ def insert_in(connection: sa.Connection, version: Version, records: Recorder | N
         values = {"part_name": part.name, "part_version": part.version, "part_digest": part.digest}
         values |= {"name": version.name, "version": version.version, "place": place, "weight": part.weight}
         connection.execute(sa.insert(parts).values(values))
-    moved = {"latest": version.version, "kind": version.kind}
-    connection.execute(sa.update(names).where(names.c.name == version.name).values(moved))
+    mine = names.c.name == version.name
+    connection.execute(sa.update(names).where(mine).values(kind=version.kind))
+    follows = mine if moves_latest else sa.and_(mine, names.c.latest.is_(None))
+    connection.execute(sa.update(names).where(follows).values(latest=version.version, rolled_back=False))
     if records is not None:
         records.write(version)
 
 
 def point_in(connection: sa.Connection, name: str, alias: str, version: int) -> None:
     """As `Catalog.point`."""
-    _lock(connection, name)
+    lock(connection, name)
     which = (versions.c.name == name, versions.c.version == _bounded(version))
     if connection.execute(sa.select(versions.c.version).where(*which)).first() is None:
         raise NotFound(why_missing(connection, Term(name, version)))
     if alias == LATEST:
-        connection.execute(sa.update(names).where(names.c.name == name).values(latest=version))
+        moved = {"latest": version, "rolled_back": version < _newest(name)}
+        connection.execute(sa.update(names).where(names.c.name == name).values(moved))
     else:
         _point(connection, name, alias, version)
 
@@ -100,7 +113,7 @@ def unpoint_in(connection: sa.Connection, name: str, alias: str) -> None:
 
 def drop_in(connection: sa.Connection, name: str, version: int | None, force: bool) -> tuple[list[int], list[str]]:
     """As `Catalog.delete` and `delete_version`: the numbers that went, and the digests that nothing names now."""
-    _lock(connection, name)
+    lock(connection, name)
     which = versions.c.name == name
     if version is not None:
         which = sa.and_(which, versions.c.version == _bounded(version))
@@ -153,11 +166,17 @@ def _refuse_held(connection: sa.Connection, name: str, numbers: Sequence[int], f
 
 
 def _mend_latest(connection: sa.Connection, name: str) -> None:
-    """Where `latest` names a version that went, the highest left becomes it."""
-    theirs = versions.c.name == name
-    left = sa.select(sa.func.max(versions.c.version)).where(theirs).scalar_subquery()
-    is_gone = names.c.latest.not_in(sa.select(versions.c.version).where(theirs))
-    connection.execute(sa.update(names).where(names.c.name == name, is_gone).values(latest=left))
+    """Where `latest` names a version that went, the highest left becomes it; it then isn't moved back any more."""
+    mine = names.c.name == name
+    is_gone = names.c.latest.not_in(sa.select(versions.c.version).where(versions.c.name == name))
+    connection.execute(sa.update(names).where(mine, is_gone).values(latest=_newest(name)))
+    is_newest = sa.or_(names.c.latest.is_(None), names.c.latest == _newest(name))
+    connection.execute(sa.update(names).where(mine, is_newest).values(rolled_back=False))
+
+
+def _newest(name: str) -> "sa.ScalarSelect[int]":
+    """The highest number of the name's versions."""
+    return sa.select(sa.func.max(versions.c.version)).where(versions.c.name == name).scalar_subquery()
 
 
 def _next_number(connection: sa.Connection, name: str, kind: Kind) -> int:
@@ -181,12 +200,9 @@ def refuse_other_kind(name: str, existing: str | None, kind: Kind) -> None:
         raise Conflict(f"'{name}' is the name of {owner}: choose another one, or delete that first")
 
 
-def _versions_of(connection: sa.Connection, leaves: Sequence[Part]) -> list[Version]:
-    found = []
-    for part in leaves:
-        mine = (versions.c.name == part.name, versions.c.version == part.version)
-        found.append(version_of(connection.execute(select_versions(*mine)).mappings().all()))
-    return found
+def one_version(connection: sa.Connection, name: str, number: int) -> Version:
+    mine = (versions.c.name == name, versions.c.version == number)
+    return version_of(connection.execute(select_versions(*mine)).mappings().all())
 
 
 def _blend(name: str, number: int, leaves: tuple[Part, ...], of: Sequence[Version]) -> Version:
@@ -223,6 +239,6 @@ def _bounded(version: int) -> int:
     return version if version <= MAX_VERSION else 0
 
 
-def _lock(connection: sa.Connection, name: str) -> None:
+def lock(connection: sa.Connection, name: str) -> None:
     """Keeps others from writing versions of `name` until the end of the transaction."""
     connection.execute(sa.select(names.c.name).where(names.c.name == name).with_for_update())

@@ -32,11 +32,12 @@ def _list(
     if as_json:
         print_json({"datasets": found})
         return
-    table = table_of("data set", "rows", "size", "kinds", "created")
+    table = table_of("data set", "file", "rows", "size", "kinds", "created")
     for dataset in found:
         kinds = ", ".join(f"{count} {kind}" for kind, count in part_of(dataset, "kinds").items() if count)
         size = f"{cast('int', dataset['bytes']) / 1e3:,.1f} kB"
-        table.add_row(Text(str(dataset["id"])), f"{dataset['rows']:,}", size, kinds, str(dataset["created_at"]))
+        names = Text(str(dataset["id"])), Text(str(dataset["filename"] or ""))
+        table.add_row(*names, f"{dataset['rows']:,}", size, kinds, str(dataset["created_at"]))
     show(table)
 
 

@@ -1,7 +1,8 @@
 """`smolora train`: upload rows, submit a job, and watch it to its end."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -107,11 +108,11 @@ def train(
         packing=None if packing else False,
         overlong=overlong,
     )
-    with connected(url, api_key) as client:
+    with connected(url, api_key) as client, _uploads(client, keep=not dry_run) as upload:
         body = given(
             name=name,
-            dataset=_dataset(client, data),
-            validation=None if validation is None else _validation(client, validation),
+            dataset=_dataset(upload, data),
+            validation=None if validation is None else _validation(upload, validation),
             method=method,
             lora=lora,
             training=training,
@@ -145,22 +146,39 @@ def watch(client: "Client", job: Document, as_json: bool) -> int:
     return 0 if job["status"] == "succeeded" else 1
 
 
-def _dataset(client: "Client", data: str) -> str:
+@contextmanager
+def _uploads(client: "Client", keep: bool) -> Iterator[Callable[[Path], str]]:
+    """A block with what uploads a file and gives its id. Without `keep`, new data sets go again at its end."""
+    before = set[object]() if keep else {dataset["id"] for dataset in client.datasets()}
+    uploaded = set[str]()
+
+    def upload(path: Path) -> str:
+        uploaded.add(dataset_id := str(client.upload(path)["id"]))
+        return dataset_id
+
+    try:
+        yield upload
+    finally:
+        for dataset_id in () if keep else uploaded - before:
+            client.delete_dataset(dataset_id)
+
+
+def _dataset(upload: Callable[[Path], str], data: str) -> str:
     """The id of the data set that `data` is or becomes."""
     path = Path(data)
     if data.startswith("ds-") and not path.exists():
         return data
     try:
-        return str(client.upload(path)["id"])
+        return upload(path)
     except OSError as error:
         raise typer.BadParameter(f"{data}: {error.strerror}") from None
 
 
-def _validation(client: "Client", value: str) -> float | str:
+def _validation(upload: Callable[[Path], str], value: str) -> float | str:
     try:
         return float(value)
     except ValueError:
-        return _dataset(client, value)
+        return _dataset(upload, value)
 
 
 def _show_progress(client: "Client", job: Document) -> None:

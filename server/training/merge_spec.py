@@ -10,9 +10,8 @@ from adapters.catalog.versions import Part
 from adapters.expression import Term, render
 from adapters.merging.merge import Method, Recipe
 from server.training.documents import read_document
+from server.training.queue.tables import MERGE
 from server.training.spec import JobSpec
-
-MERGE = "merge"
 
 
 @dataclass(frozen=True)

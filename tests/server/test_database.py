@@ -15,7 +15,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 
-from adapters.catalog import catalog
+from adapters.catalog import catalog, tables
 from server.database import FILE_NAME, build_of, connect, faults, nobody_has_it_open, set_aside
 from server.errors import StartupError
 from server.sqlite import JournalMode, driver, has_wal_reset_bug
@@ -34,6 +34,12 @@ def engine(tmp_path: Path, journal: JournalMode | None) -> Iterator[sa.Engine]:
     engine = connect(tmp_path / "new" / "home", journal)
     yield engine
     engine.dispose()
+
+
+def insert_adapter(next_version: int, latest: int | str = "NULL") -> str:
+    """A statement that tables of every revision take."""
+    values = f"'a', 'adapter', {latest}, {next_version}"
+    return f"INSERT INTO adapters (name, kind, latest, next_version) VALUES ({values})"
 
 
 def pragma(engine: sa.Engine, name: str) -> object:
@@ -63,7 +69,7 @@ import os
 from pathlib import Path
 from server.database import connect
 with connect(Path({str(tmp_path)!r}), "wal").begin() as connection:
-    connection.exec_driver_sql("INSERT INTO adapters VALUES ('a', 'adapter', NULL, 7)")
+    connection.exec_driver_sql("{insert_adapter(7)}")
 os.kill(os.getpid(), 9)
 """
     subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
@@ -133,7 +139,7 @@ engine.dispose()
 def test_processes_count_together(engine: sa.Engine, tmp_path: Path) -> None:
     """Every transaction counts, none fails for want of the lock, and reads never go back."""
     with engine.begin() as connection:
-        connection.exec_driver_sql("INSERT INTO adapters VALUES ('a', 'adapter', NULL, 0)")
+        connection.exec_driver_sql(insert_adapter(0))
     command = [sys.executable, "-c", COUNTER, str(tmp_path / "new" / "home")]
     counters = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)
@@ -159,7 +165,7 @@ def test_the_migrations_make_what_the_code_expects(engine: sa.Engine) -> None:
 
 def test_opening_again_keeps_what_is_there(engine: sa.Engine, tmp_path: Path) -> None:
     with engine.begin() as connection:
-        connection.exec_driver_sql("INSERT INTO adapters VALUES ('a', 'adapter', NULL, 7)")
+        connection.exec_driver_sql(insert_adapter(7))
     again = connect(tmp_path / "new" / "home")
     with again.connect() as connection:
         assert connection.exec_driver_sql("SELECT name, next_version FROM adapters").all() == [("a", 7)]
@@ -242,7 +248,7 @@ def test_a_writer_waits_for_another_and_readers_for_none(engine: sa.Engine) -> N
             return connection.exec_driver_sql("SELECT next_version FROM adapters").scalar()
 
     with engine.begin() as connection:
-        connection.exec_driver_sql("INSERT INTO adapters VALUES ('a', 'adapter', NULL, 1)")
+        connection.exec_driver_sql(insert_adapter(1))
     with ThreadPoolExecutor(1) as pool:
         with engine.begin() as connection:
             connection.exec_driver_sql("UPDATE adapters SET next_version = 2")
@@ -284,7 +290,7 @@ def test_versions_of_before_compositions_are_listed(tmp_path: Path) -> None:
     with old.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "0002")
-        connection.exec_driver_sql("INSERT INTO adapters VALUES ('a', 'adapter', 1, 2)")
+        connection.exec_driver_sql(insert_adapter(2, 1))
         values = f"'a', 1, '{'0' * 64}', 4, 8.0, '[\"q_proj\"]', 10, 100, NULL, '{{}}', NULL, NULL, '[]'"
         values += ", '2025-01-02 03:04:05'"
         connection.exec_driver_sql(f"INSERT INTO adapter_versions VALUES ({values})")
@@ -295,6 +301,32 @@ def test_versions_of_before_compositions_are_listed(tmp_path: Path) -> None:
     assert (adapter.kind, adapter.latest, adapter.aliases) == ("adapter", 1, {"prod": 1})
     (version,) = adapter.versions
     assert (version.rank, version.config, version.base_digest, version.parts) == (4, {}, None, ())
+    engine.dispose()
+
+
+def test_what_was_moved_back_before_that_was_kept_stays(tmp_path: Path) -> None:
+    """A database of before `rolled_back`."""
+    old = sa.create_engine(sa.URL.create("sqlite", database=str(tmp_path / FILE_NAME)))
+    config = Config()
+    config.set_main_option("script_location", "server:migrations")
+    fields = "rank, alpha, target_modules, parameters, bytes, metrics, warnings, created_at"
+    values = "4, 8.0, '[\"q_proj\"]', 10, 100, '{}', '[]', '2025-01-02 03:04:05'"
+    with old.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0004")
+        for name, latest in (("a", 2), ("b", 1)):
+            connection.exec_driver_sql(insert_adapter(3, latest).replace("'a'", f"'{name}'"))
+            for version in (1, 2):
+                digest = f"{version:064x}"
+                connection.exec_driver_sql(
+                    f"INSERT INTO adapter_versions (name, version, digest, {fields}) "
+                    f"VALUES ('{name}', {version}, '{digest}', {values})"
+                )
+    old.dispose()
+    engine = connect(tmp_path)
+    with engine.connect() as connection:
+        rows = connection.execute(sa.select(tables.names.c.name, tables.names.c.rolled_back)).all()
+    assert dict(map(tuple, rows)) == {"a": False, "b": True}
     engine.dispose()
 
 

@@ -35,6 +35,10 @@ async def list_compositions() -> Response:
     status_code=201,
     response_class=Response,
     responses={
+        200: {
+            "model": VersionAnswer,
+            "description": "The latest version, which is the same already",
+        },
         201: {"model": VersionAnswer, "description": "The composition's next version"},
         202: {"model": JobAnswer, "description": "With a `method`: the job that merges; `Location` has its path"},
         **COMPOSITIONS,
@@ -49,12 +53,15 @@ async def compose(
     """Store an adapter expression under a name, pinned to the versions that it means now.
 
     The name then works wherever an adapter's does. Compositions within it are replaced by their parts, and
-    none of its parts can be deleted before it. With a `method`, a job merges the parts instead, and publishes
+    none of its parts can be deleted before it. If the latest version has the same parts and weights already, there
+    is no new one, and the status is 200. With a `method`, a job merges the parts instead, and publishes
     the result as the next version of the adapter `name`.
     """
     if (recipe := recipe_of(body)) is not None:
         job = await to_thread.run_sync(submit_merge, services.jobs, services.library, name, body, recipe, key)
         return wire.answer(job_document(job), 202, {"Location": f"/train/{job.id}"})
-    version = await to_thread.run_sync(services.library.compose, name, parse(body.expression, FIELD), FIELD)
+    terms = parse(body.expression, FIELD)
+    version, is_new = await to_thread.run_sync(services.library.compose, name, terms, FIELD)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
-    return wire.answer(version_answer(version, services.engine.stats.resident), 201, headers)
+    answer = version_answer(version, services.engine.stats.resident)
+    return wire.answer(answer, 201 if is_new else 200, headers)

@@ -11,8 +11,9 @@ import secrets
 from adapters.catalog.catalog import combine
 from adapters.errors import FieldError, InvalidInput
 from adapters.expression import parse
-from adapters.library import Library, Pinned
+from adapters.library import Library
 from adapters.merging.merge import Method, Recipe, WeightedAdapters, check
+from adapters.pinned import Pinned
 from server.api.adapters.composition_schemas import CompositionBody
 from server.training.merge_spec import MergeSpec
 from server.training.queue.jobs import Job, Jobs

@@ -15,8 +15,8 @@ from anyio import CapacityLimiter, to_thread
 from adapters.catalog.catalog import Part, combine
 from adapters.errors import FieldError, InvalidInput
 from adapters.expression import Term, parse
-from adapters.library import Pinned
 from adapters.names import BASE, name_fault
+from adapters.pinned import Pinned
 from server.api.deps import OutputStream, Services
 from server.api.generate.sampling import context_faults, sampling_params
 from server.api.generate.schemas import AdapterBody, GenerateBody, PromptBody

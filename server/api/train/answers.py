@@ -73,6 +73,7 @@ def dataset_document(dataset: Dataset) -> dict[str, object]:
     """A data set as it is listed."""
     return {
         "id": dataset.id,
+        "filename": dataset.filename,
         "format": dataset.format,
         "rows": dataset.num_rows,
         "bytes": dataset.bytes,

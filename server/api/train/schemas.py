@@ -172,7 +172,12 @@ class TrainBody(Body):
         None, max_length=2 * MAX_NAME + 1, description="an adapter to go on from: name, name@3 or name@alias"
     )
     publish_if: PublishIf = Field(JobSpec.publish_if, description="what the held-out loss must be below")
-    alias: str | None = Field(None, min_length=1, max_length=MAX_NAME, description="points to the new version")
+    alias: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_NAME,
+        description="points to the new version; latest as well, where a job would not move that by itself",
+    )
     description: str = Field(JobSpec.description, max_length=MAX_DESCRIPTION)
 
 
@@ -269,6 +274,7 @@ class DryRunAnswer(BaseModel):
 
 class DatasetAnswer(BaseModel):
     id: str
+    filename: str | None = Field(description="as it was first uploaded; null where that was not kept yet")
     format: Literal["jsonl", "csv"]
     rows: int
     bytes: int

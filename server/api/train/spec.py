@@ -8,9 +8,10 @@ from collections.abc import Collection, Iterator, Sequence
 
 from adapters.errors import FieldError, InvalidInput
 from adapters.expression import Term, parse
-from adapters.library import Library, Pinned
+from adapters.library import Library
 from adapters.names import alias_fault
 from adapters.peft.files import PeftAdapter
+from adapters.pinned import Pinned
 from server.api.train.schemas import TrainBody
 from server.training.spec import LEARNING_RATES, JobSpec, LoraSpec, TrainingSpec
 

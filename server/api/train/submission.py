@@ -16,7 +16,8 @@ from pathlib import Path
 from adapters.durable import new_directory
 from adapters.errors import FieldError, InvalidInput, NotFound
 from adapters.expression import Term
-from adapters.library import Library, Pinned
+from adapters.library import Library
+from adapters.pinned import Pinned
 from server.api.train.rows import JobRows, choose_rows
 from server.api.train.schemas import MAX_STEPS, TrainBody
 from server.api.train.spec import build_spec, parent_terms

@@ -23,7 +23,7 @@ from typing import BinaryIO, Self, cast
 from adapters.durable import UNFINISHED, new_directory, write_json
 from adapters.errors import InvalidInput, SmoloraError
 from server.training.data.record_store import RecordStore
-from server.training.data.row_files import FILE, Format, format_of, read_rows
+from server.training.data.row_files import FILE, Format, format_of, read_rows, short_name
 from server.training.data.rows import Row, canonical_json, kind_of, parse_row
 from server.training.documents import read_document
 
@@ -38,7 +38,7 @@ class CorruptDataset(SmoloraError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is known of a data set. `bytes` and `format` are the upload's."""
+    """What is known of a data set. `bytes`, `format` and `filename` are the first upload's."""
 
     id: str
     format: Format
@@ -47,6 +47,7 @@ class Dataset:
     created_at: datetime  # UTC
     kinds: Mapping[str, int]  # rows of each shape: completion, messages, text
     digest: str  # as rows.data_digest
+    filename: str | None = None  # what it was before they were kept
 
     def to_document(self) -> dict[str, object]:
         """JSON-ready."""
@@ -95,6 +96,7 @@ class DatasetStore:
                 created_at=datetime.now(UTC),
                 kinds=dict(sorted(kinds.items())),
                 digest=digest.hexdigest(),
+                filename=short_name(filename),
             )
             return self._publish(unfinished, dataset)
         finally:

@@ -15,14 +15,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import BinaryIO, Literal, Self, cast
 
 from adapters.durable import new_directory, write_json
 from adapters.errors import InvalidInput, NotFound, SmoloraError
 from server.training.data.datasets import DatasetStore
 from server.training.data.record_store import RecordStore
-from server.training.data.row_files import FILE, Format, read_rows
+from server.training.data.row_files import FILE, Format, read_rows, short_name
 from server.training.data.rows import Row
 from server.training.documents import read_document
 
@@ -30,7 +30,6 @@ Purpose = Literal["fine-tune", "fine-tune-results"]
 PREFIX = "file-"
 CONTENT = "content"
 FACTS = "file.json"
-MAX_FILENAME = 255
 _ID = re.compile(r"file-[A-Za-z0-9-]{1,80}")
 _CHUNK = 1 << 20
 
@@ -72,7 +71,7 @@ class FileStore:
 
         Raises InvalidInput with the lines and fields at fault, OSError where the disk is full: nothing stays then.
         """
-        name = PurePath(filename).name[:MAX_FILENAME] or "rows.jsonl"
+        name = short_name(filename) or "rows.jsonl"
         file_format: Format = "csv" if name.lower().endswith(".csv") else "jsonl"
         file_id = f"{PREFIX}{secrets.token_hex(12)}"
         with new_directory(self._records.place(file_id)) as directory:

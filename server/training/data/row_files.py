@@ -19,6 +19,7 @@ Format = Literal["jsonl", "csv"]
 MAX_LINE = 1 << 20
 MAX_LINES = 200_000
 MAX_FAULTS = 20
+MAX_FILENAME = 255
 FILE = "file"
 """Where a fault is that lies in no field; the upload's name in a form."""
 COLUMNS = (("prompt", "completion"), ("messages",), ("text",))
@@ -33,6 +34,11 @@ def format_of(filename: str) -> Format:
             found: Format = known
             return found
     raise InvalidInput.of(FILE, "its name must end in .jsonl or .csv")
+
+
+def short_name(filename: str) -> str:
+    """What is kept of an upload's name: no folders, and not all of a long one."""
+    return PurePath(filename).name[:MAX_FILENAME]
 
 
 def read_rows(stream: BinaryIO, file_format: Format) -> Iterator[Row]:

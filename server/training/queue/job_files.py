@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from server.home import Home
-from server.training.queue.leases import Status
+from server.training.queue.tables import Status
 
 LOG_NAME = "log.txt"
 CHECKPOINTS_NAME = "checkpoints"

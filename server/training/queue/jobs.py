@@ -8,7 +8,7 @@ import builtins
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import sqlalchemy as sa
 
@@ -18,8 +18,7 @@ from server.errors import QueueFull
 from server.training.merge_spec import MergeSpec, Spec, read_spec
 from server.training.queue import events as job_events
 from server.training.queue.events import Event, plain
-from server.training.queue.leases import Status
-from server.training.queue.tables import jobs, uses
+from server.training.queue.tables import JobKind, Status, jobs, uses
 
 __all__ = ["Event", "Job", "Jobs", "Standing", "Status"]
 
@@ -53,7 +52,7 @@ class Job:
     is_pausing: bool  # runs until its worker lets go
 
     @property
-    def kind(self) -> Literal["train", "merge"]:
+    def kind(self) -> JobKind:
         return "merge" if isinstance(self.spec, MergeSpec) else "train"
 
 

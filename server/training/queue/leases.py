@@ -9,17 +9,18 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import Enum, StrEnum, auto
+from enum import Enum, auto
 from typing import cast
 
 import sqlalchemy as sa
 
-from adapters.catalog.catalog import NewVersion, Version, publish_in, recording
+from adapters.catalog.catalog import NewVersion, Version, recording
 from adapters.catalog.records import Records
 from adapters.catalog.tables import UtcDateTime, transact
+from adapters.catalog.unattended import publish_unattended_in
 from server.training.queue import events as job_events
 from server.training.queue.events import EventType, Level, plain
-from server.training.queue.tables import database_time, jobs
+from server.training.queue.tables import TRAIN, JobKind, Status, database_time, jobs
 
 LEASE_SECONDS = 10.0
 MAX_STALLED_ATTEMPTS = 25
@@ -27,21 +28,6 @@ MAX_CRASH_DELAY = 5.0
 
 Time = sa.ColumnElement[float]
 Clock = Callable[[], Time]
-
-
-class Status(StrEnum):
-    """Where a job stands. The last three are for good."""
-
-    QUEUED = "queued"  # waits for a worker, for the first time or again
-    RUNNING = "running"  # a worker has it, or had it when it died
-    PAUSED = "paused"  # waits for somebody to resume it
-    SUCCEEDED = "succeeded"  # trained, and published if its gate let it
-    FAILED = "failed"  # can't be done; `error` says why
-    CANCELLED = "cancelled"  # somebody ended it
-
-    @property
-    def has_ended(self) -> bool:
-        return self in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
 
 
 class Directive(Enum):
@@ -79,11 +65,14 @@ class Leases:
         self._now = now
         self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
 
-    def claim(self, owner: str, lease_seconds: float = LEASE_SECONDS) -> Claim | None:
-        """The first job in the queue that is nobody's: it waits, or its worker stopped answering."""
+    def claim(self, owner: str, lease_seconds: float = LEASE_SECONDS, kind: JobKind | None = None) -> Claim | None:
+        """The first job in the queue that is nobody's: it waits, or its worker stopped answering.
+
+        `kind` None takes jobs of every kind.
+        """
 
         def work(connection: sa.Connection) -> Claim | None:
-            query = _claimable(self._now()).with_for_update(skip_locked=True)
+            query = _claimable(self._now(), kind).with_for_update(skip_locked=True)
             while (row := connection.execute(query).first()) is not None:
                 if row.wants_pause:
                     paused = {"status": Status.PAUSED, "wants_pause": False}
@@ -102,7 +91,7 @@ class Leases:
             return None
 
         with self._reader.connect() as connection:  # takes no lock, unlike the transaction
-            if connection.execute(_claimable(self._now())).first() is None:
+            if connection.execute(_claimable(self._now(), kind)).first() is None:
                 return None
         return transact(self._engine, work)
 
@@ -176,7 +165,8 @@ class Leases:
     ) -> Version | None:
         """End the job well and publish its adapter, whose bytes are in the store: all of it, or LeaseLost.
 
-        `publish` None: no version, as the report says. `alias` then means the new version, as `latest` does.
+        `publish` None: no version, as the report says. `alias` and `latest` are as in `publish_unattended_in`,
+        whose word becomes an event.
         """
 
         def work(connection: sa.Connection) -> Version | None:
@@ -186,15 +176,17 @@ class Leases:
                 "metrics": plain(metrics),
                 "report": plain(report),
             }
-            version = None
+            version = warning = None
             message = "succeeded; no version was published"
             if publish is not None:
                 new = dataclasses.replace(publish, job_id=claim.job_id)
-                version = publish_in(connection, new, alias, records)
+                version, warning = publish_unattended_in(connection, new, alias, records)
                 values["adapter"] = {key: getattr(version, key) for key in ("name", "version", "digest")}
                 message = f"succeeded: {version.name}@{version.version}"
             _end(connection, claim.job_id, Status.SUCCEEDED, **values)
             job_events.append(connection, claim.job_id, message)
+            if warning is not None:
+                job_events.append(connection, claim.job_id, warning, level="warning")
             return version
 
         with recording(self._engine, self._records) as records:
@@ -269,11 +261,13 @@ def _let_go(connection: sa.Connection, job_id: str, until: Time, values: Mapping
     job_events.append(connection, job_id, "paused" if pauses else "back in the queue")
 
 
-def _claimable(now: Time) -> "sa.Select[str, str, int, bool, int, str | None]":
+def _claimable(now: Time, kind: JobKind | None) -> "sa.Select[str, str, int, bool, int, str | None]":
     """The first job that waits, or whose lease ran out."""
     is_open = jobs.c.status.in_([Status.QUEUED, Status.RUNNING])
     columns = (jobs.c.id, jobs.c.status, jobs.c.token, jobs.c.wants_pause, jobs.c.stalled_attempts, jobs.c.crash)
     query = sa.select(*columns).where(is_open, jobs.c.lease_until <= now)
+    if kind is not None:
+        query = query.where(sa.func.coalesce(jobs.c.spec["kind"].as_string(), TRAIN) == kind)
     return query.order_by(jobs.c.number).limit(1)
 
 

@@ -3,7 +3,8 @@
 `number` is a job's place in the queue, for good: whatever goes back to the queue goes back to its old place.
 """
 
-from typing import Any
+from enum import StrEnum
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
@@ -12,6 +13,27 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from adapters.catalog.tables import UtcDateTime
 from adapters.names import MAX_NAME
+
+JobKind = Literal["train", "merge"]
+TRAIN: JobKind = "train"
+MERGE: JobKind = "merge"
+"""`spec["kind"]`, which training jobs don't have."""
+
+
+class Status(StrEnum):
+    """Where a job stands. The last three are for good."""
+
+    QUEUED = "queued"  # waits for a worker, for the first time or again
+    RUNNING = "running"  # a worker has it, or had it when it died
+    PAUSED = "paused"  # waits for somebody to resume it
+    SUCCEEDED = "succeeded"  # trained, and published if its gate let it
+    FAILED = "failed"  # can't be done; `error` says why
+    CANCELLED = "cancelled"  # somebody ended it
+
+    @property
+    def has_ended(self) -> bool:
+        return self in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
+
 
 metadata = sa.MetaData()
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 
 from adapters.peft.files import PeftAdapter
 from server.model.base.weights import BaseModel
-from server.training.merge_spec import MERGE, MergeSpec
+from server.training.merge_spec import MergeSpec
+from server.training.queue.tables import MERGE
 from server.training.reports.report import AdapterFacts, Environment, adapter_document
 
 

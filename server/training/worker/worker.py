@@ -1,5 +1,7 @@
 """The worker: claims one job after another and has each run in a fresh process, so that its memory is its own.
 
+A worker has two lanes, one for training and one for merges, which take seconds: neither waits for the other.
+
 The worker itself stays small and never blocks: it keeps the lease, by a thread of its own, since a training
 step may take longer than a lease; it tells the process to leave when the job is paused or the worker is
 stopped; it kills the process when the job was cancelled or lost, or when no sign of progress comes any more; and
@@ -23,6 +25,7 @@ from server.database import connect
 from server.training.queue.job_files import JobFiles
 from server.training.queue.leases import LEASE_SECONDS, MAX_CRASH_DELAY, Claim, Directive, LeaseLost, Leases
 from server.training.queue.reserve import DISK_FULL, Reserve
+from server.training.queue.tables import MERGE, TRAIN, JobKind
 from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Child
 from server.training.worker.parent import end_with_parent, has_lost_parent
 
@@ -51,7 +54,7 @@ class Timing:
 
 
 class Worker:
-    """One worker of one HOME. `run` belongs to the main thread; `stop` may be called from anywhere."""
+    """One lane of a worker of one HOME. `run` wants a thread that lasts; `stop` may be called from anywhere."""
 
     def __init__(
         self,
@@ -62,13 +65,17 @@ class Worker:
         command: Sequence[str] = COMMAND,
         timing: Timing | None = None,
         parent: int | None = None,
+        kind: JobKind | None = None,
     ) -> None:
-        """`command` runs a job and is handed `settings`; `parent` is the process without which the worker ends."""
+        """`command` runs a job and is handed `settings`; `parent` is the process without which the worker ends;
+        `kind` None takes jobs of every kind.
+        """
         self._leases = leases
         self._settings = settings
         self._command = command
         self._timing = timing or Timing()
         self._parent = parent
+        self._kind = kind
         self._files = JobFiles(home)
         self._reserve = Reserve(home)
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
@@ -96,7 +103,7 @@ class Worker:
 
     def _work(self) -> None:
         self._reserve.fill()
-        claim = self._leases.claim(self._owner, self._timing.lease)
+        claim = self._leases.claim(self._owner, self._timing.lease, self._kind)
         if claim is None:
             self._sleep(self._timing.poll)
         else:
@@ -256,11 +263,27 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
         end_with_parent(parent)
     engine = connect(settings.home)
     os.nice(NICENESS)
-    worker = Worker(
-        settings.home, Leases(engine), settings.model_dump(mode="json"), command=command, parent=parent
-    )
+    leases, told = Leases(engine), settings.model_dump(mode="json")
+    lanes = [
+        Worker(settings.home, leases, told, command=command, parent=parent, kind=kind) for kind in (TRAIN, MERGE)
+    ]
+    codes = list[int]()
+
+    def stop(*_: object) -> None:
+        for lane in lanes:
+            lane.stop()
+
+    def run(lane: Worker) -> None:
+        codes.append(lane.run())
+        stop()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: worker.stop())
-    code = worker.run()
+        signal.signal(number, stop)
+    training, merging = lanes
+    # It starts processes, so it must live as long as they: see `end_with_parent`.
+    beside = threading.Thread(target=run, args=(merging,), name="merging", daemon=True)
+    beside.start()
+    run(training)
+    beside.join()
     engine.dispose()
-    return code
+    return max(codes)

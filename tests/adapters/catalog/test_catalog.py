@@ -19,6 +19,8 @@ from sqlalchemy.exc import IntegrityError
 from adapters.catalog import catalog as module
 from adapters.catalog.catalog import Catalog, Part, Version, combine
 from adapters.catalog.reads import lookup
+from adapters.catalog.unattended import publish_unattended_in
+from adapters.catalog.versions import NewVersion
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term, parse
 from server.database import connect
@@ -135,6 +137,99 @@ def test_latest_stays_where_it_was_put(catalog: Catalog) -> None:
     catalog.delete_version("a", 3)
     assert catalog.get("a").latest == 2
     assert catalog.resolve([Term("a")])[0].version == 2
+
+
+def unattended(
+    engine: sa.Engine, digest: str, losses: tuple[float, float] | None, alias: str | None = None
+) -> str:
+    """What is told of a version of "a" that a job publishes."""
+    metrics = {} if losses is None else dict(zip(("eval_loss", "base_eval_loss"), losses, strict=True))
+    new = NewVersion("a", digest, 1, 1.0, ("q_proj",), 1, 1, metrics=metrics)
+    with engine.begin() as connection:
+        _, told = publish_unattended_in(connection, new, alias, None)
+    return told or ""
+
+
+def test_a_job_does_not_undo_a_rollback(catalog: Catalog, engine: sa.Engine) -> None:
+    for i in range(3):
+        publish(catalog, "a", D[i])
+    catalog.point("a", "latest", 2)
+    told = unattended(engine, D[3], None)
+    assert told.startswith(
+        "latest stays at 2, where it was moved back to by hand; PUT /adapters/a/aliases/latest "
+    )
+    adapter = catalog.get("a")
+    assert (adapter.latest, adapter.versions[-1].version) == (2, 4)
+    assert unattended(engine, D[4], None, alias="prod").startswith("latest stays at 2")
+    assert (catalog.get("a").latest, catalog.get("a").aliases) == (2, {"prod": 5})
+    assert unattended(engine, D[5], None, alias="latest") == ""  # as the job was told
+    assert (catalog.get("a").latest, catalog.get("a").aliases) == (6, {"prod": 5})
+    assert unattended(engine, D[6], None) == ""
+    assert catalog.get("a").latest == 7
+
+
+def roll_forward(catalog: Catalog) -> None:
+    catalog.point("a", "latest", 3)
+
+
+def delete_what_was_left_behind(catalog: Catalog) -> None:
+    catalog.delete_version("a", 3)
+
+
+def delete_what_it_was_moved_back_to(catalog: Catalog) -> None:
+    catalog.delete_version("a", 2)
+
+
+def publish_by_hand(catalog: Catalog) -> None:
+    publish(catalog, "a", D[6])
+
+
+@pytest.mark.parametrize(
+    "act", [roll_forward, delete_what_was_left_behind, delete_what_it_was_moved_back_to, publish_by_hand]
+)
+def test_a_rollback_ends(act: Callable[[Catalog], None], catalog: Catalog, engine: sa.Engine) -> None:
+    for i in range(3):
+        publish(catalog, "a", D[i])
+    catalog.point("a", "latest", 2)
+    act(catalog)
+    assert unattended(engine, D[5], None) == ""
+    adapter = catalog.get("a")
+    assert adapter.latest == adapter.versions[-1].version
+
+
+def test_what_is_worse_than_its_base_becomes_the_latest_of_no_better_one(
+    catalog: Catalog, engine: sa.Engine
+) -> None:
+    worse, better, equal = (3.0, 2.0), (1.0, 2.0), (2.0, 2.0)
+    assert unattended(engine, D[0], worse) == "a@1 is worse than the untouched base on the held-out rows"
+    assert unattended(engine, D[1], worse) == "a@2 is worse than the untouched base on the held-out rows"
+    assert catalog.get("a").latest == 2
+    assert unattended(engine, D[2], better) == ""
+    assert unattended(engine, D[3], equal) == ""
+    assert unattended(engine, D[4], worse).startswith(
+        "latest stays at 4: the new version is worse than the untouched"
+    )
+    assert catalog.get("a").latest == 4
+    assert unattended(engine, D[5], better) == ""  # nobody had moved it
+    assert catalog.get("a").latest == 6
+    assert (
+        unattended(engine, D[6], worse, alias="latest")
+        == "a@7 is worse than the untouched base on the held-out rows"
+    )
+    assert catalog.get("a").latest == 7
+
+
+def test_the_same_composition_is_no_new_version(catalog: Catalog) -> None:
+    publish(catalog, "a")
+    publish(catalog, "b", D[1])
+    first = catalog.compose("mix", parse("a*0.5+b"))
+    assert first[1] is True
+    assert catalog.compose("mix", parse("b+a@1*0.25+a*0.25")) == (first[0], False)
+    assert catalog.compose("mix", parse("a*0.5+b*0.5"))[0].version == 2
+    assert catalog.compose("mix", parse("a*0.5+b"))[0].version == 3  # not the latest's any more
+    publish(catalog, "a", D[2])
+    again, is_new = catalog.compose("mix", parse("a*0.5+b"))
+    assert (again.version, is_new) == (4, True)  # a means another version
 
 
 def test_numbers_never_come_back(catalog: Catalog) -> None:

@@ -1,6 +1,6 @@
 """Records hold all that the catalog knows, and what was cut off anywhere is told from what was answered."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,7 +36,13 @@ class Home:
             path.unlink()
         self.open()
 
-    def publish(self, name: str, digest: str = D[0], job_id: str | None = None) -> Version:
+    def publish(
+        self,
+        name: str,
+        digest: str = D[0],
+        job_id: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> Version:
         return self.catalog.publish(
             name,
             digest=digest,
@@ -46,7 +52,7 @@ class Home:
             parameters=10,
             bytes=100,
             job_id=job_id,
-            metrics={"eval_loss": 0.1},
+            metrics=metrics or {"eval_loss": 0.1},
             base_digest=D[9],
             config={"lora": {"rank": 4, "names": ["q_proj"]}},
             warnings=["é"],
@@ -128,6 +134,14 @@ def test_everything_comes_back_but_for_aliases_and_where_latest_was(home: Home) 
     assert all(adapter.aliases == {} for adapter in after)
     assert [adapter.kind for adapter in after] == ["adapter", "adapter", "composition"]
     assert home.recover() == Recovered()
+
+
+def test_a_rebuilt_name_does_not_mean_what_is_worse_than_its_base(home: Home) -> None:
+    home.publish("a", D[0], metrics={"eval_loss": 1.0, "base_eval_loss": 2.0})
+    home.publish("a", D[1], metrics={"eval_loss": 3.0, "base_eval_loss": 2.0})
+    home.lose()
+    home.recover()
+    assert home.catalog.get("a").latest == 1
 
 
 def test_numbers_of_what_was_deleted_stay_given_out(home: Home) -> None:

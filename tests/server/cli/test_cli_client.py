@@ -244,9 +244,25 @@ def test_a_dry_run_for_people(smolora: Run, rows: str) -> None:
     assert "<|im_end|>" in result.stdout
 
 
+def test_a_dry_run_leaves_no_data_set(smolora: Run, rows: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "a dry", "completion": "run"}))
+    before = smolora("datasets", "--json").stdout
+    run = ("--name", "codes", "--dry-run")
+    assert smolora("train", rows, "--validation", str(other), *run).exit_code == 0
+    assert smolora("train", str(other), *run, "--publish-if", "improves_base").exit_code == 1
+    assert smolora("datasets", "--json").stdout == before
+    dataset = json.loads(smolora("datasets", "upload", str(other), "--json").stdout)
+    assert smolora("train", str(other), *run).exit_code == 0
+    kept = json.loads(smolora("datasets", "--json").stdout)["datasets"]
+    assert dataset in kept
+    assert f"{dataset['id']}  other.jsonl" in smolora("datasets").stdout
+    assert smolora("datasets", "delete", dataset["id"]).exit_code == 0
+
+
 def test_a_data_set_by_its_id(smolora: Run, server: Running, rows: str) -> None:
+    dataset = json.loads(smolora("datasets", "upload", rows, "--json").stdout)["id"]
     answer = json.loads(smolora("train", rows, "--name", "codes", "--dry-run", "--json").stdout)
-    dataset = answer["config"]["dataset"]
     again = json.loads(smolora("train", dataset, "--name", "codes", "--dry-run", "--json").stdout)
     assert again["data"] == answer["data"]
 

@@ -111,6 +111,16 @@ async def test_versions_count_up_and_are_never_used_again(client: httpx.AsyncCli
     assert (await client.post("/adapters/a", files=as_parts(*peft_files(0)))).json()["version"] == 5
 
 
+async def test_an_upload_of_the_same_weights_says_so(client: httpx.AsyncClient) -> None:
+    for seed in (0, 1):
+        assert (await client.post("/adapters/a", files=as_parts(*peft_files(seed)))).json()["warnings"] == []
+    again = (await client.post("/adapters/a", files=as_parts(*peft_files(0)))).json()
+    assert again["version"] == 3
+    assert again["warnings"] == ["it has the weights of a@1: it is a version of its own as every upload is"]
+    assert (await client.get("/adapters/a/3")).json() == again | {"warnings": []}
+    assert (await client.post("/adapters/b", files=as_parts(*peft_files(0)))).json()["warnings"] == []
+
+
 async def test_bytes_shared_by_two_names_outlive_one(client: httpx.AsyncClient) -> None:
     for name in ("a", "b"):
         await client.post(f"/adapters/{name}", files=as_parts(*peft_files()))

@@ -76,6 +76,18 @@ async def test_a_composition_is_listed_with_its_parts(client: httpx.AsyncClient,
     assert kinds == {"mix": "composition", "movies": "adapter", "tweets": "adapter"}
 
 
+async def test_the_same_again_is_no_new_version(client: httpx.AsyncClient) -> None:
+    await upload(client, "a", 0)
+    await upload(client, "b", 1)
+    version = await composed(client, "mix", "a*0.5+b")
+    again = await compose(client, "mix", "b + a@1*0.5")
+    assert again.status_code == 200
+    assert again.json() == version | {"warnings": ["it is the same already: there is no new version"]}
+    assert again.headers["location"] == "/adapters/mix/1"
+    assert (await composed(client, "mix", "a+b"))["version"] == 2
+    assert len((await client.get("/adapters/mix")).json()["versions"]) == 2
+
+
 async def test_it_is_an_adapters_name_everywhere(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await upload(client, "a", 0)
     await upload(client, "b", 1)
@@ -119,8 +131,8 @@ async def test_equal_sums_have_equal_digests(client: httpx.AsyncClient) -> None:
     await upload(client, "b", 1)
     await upload(client, "c", 0)
     digests = [
-        (await composed(client, "mix", text))["digest"]
-        for text in ("a*0.3+b", "b+a*0.1+a*0.2", "b+c@1*0.3", "b+c@1*0.31")
+        (await composed(client, f"mix-{i}", text))["digest"]
+        for i, text in enumerate(("a*0.3+b", "b+a*0.1+a*0.2", "b+c@1*0.3", "b+c@1*0.31"))
     ]
     assert digests[0] == digests[1] == digests[2] != digests[3]
 

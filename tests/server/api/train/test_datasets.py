@@ -29,6 +29,7 @@ async def test_upload_list_delete(client: httpx.AsyncClient, tmp_path: Path) -> 
     assert timedelta() <= datetime.now(UTC) - created < timedelta(minutes=1)
     assert dataset == {
         "id": dataset["id"],
+        "filename": "rows.jsonl",
         "format": "jsonl",
         "rows": len(ROWS),
         "bytes": len(JSONL),
@@ -51,6 +52,16 @@ async def test_the_same_rows_are_one_data_set(client: httpx.AsyncClient) -> None
     assert again.status_code == 201
     assert again.json() == first
     assert len((await client.get("/datasets")).json()["datasets"]) == 1
+
+
+async def test_a_data_set_has_its_files_name(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    dataset = (await upload(client, JSONL, f"../../etc/{'ü' * 300}.jsonl")).json()
+    assert dataset["filename"] == "ü" * 255
+    facts = tmp_path / "datasets" / dataset["id"] / "dataset.json"
+    old = json.loads(facts.read_bytes())
+    assert old.pop("filename") == "ü" * 255
+    facts.write_text(json.dumps(old))  # as they were before names were kept
+    assert (await client.get("/datasets")).json()["datasets"] == [dataset | {"filename": None}]
 
 
 async def test_the_newest_first(client: httpx.AsyncClient) -> None:

@@ -1,5 +1,6 @@
 """Workers and the processes of jobs: ended by will or by force, each job ends once, in the same state."""
 
+import json
 import logging
 import os
 import random
@@ -17,9 +18,11 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from adapters.catalog.catalog import Catalog
+from adapters.catalog.catalog import Catalog, Part
+from adapters.merging.merge import Recipe
 from server.database import connect
 from server.sqlite import driver
+from server.training.merge_spec import MergeSpec
 from server.training.queue.jobs import Job, Jobs, Status
 from server.training.queue.leases import Leases
 from server.training.queue.reserve import DISK_FULL, FILE_NAME
@@ -426,6 +429,44 @@ def test_leftovers_of_ended_jobs_go(tmp_path: Path, jobs: Jobs, leases: Leases) 
     assert (tmp_path / "jobs/new orphan/checkpoints/1-5").exists()
     assert not (tmp_path / "jobs/ended/checkpoints").exists()
     assert (tmp_path / "jobs/ended/plan.json").exists()
+
+
+RUN_WORKER = """
+import sys
+from pathlib import Path
+from server.config import WorkerSettings
+from server.training.worker.worker import run_worker
+sys.exit(run_worker(WorkerSettings(home=Path(sys.argv[1])), command=sys.argv[2:]))
+"""
+
+
+def submit_merge(home: Path, jobs: Jobs, job_id: str, **plan: float) -> Job:
+    directory = home / "jobs" / job_id
+    directory.mkdir(parents=True)
+    (directory / "plan.json").write_text(json.dumps(plan))
+    parts = tuple(Part(name, 1, digest * 64, 1.0) for name, digest in (("a", "0"), ("b", "1")))
+    spec = MergeSpec("merged", parts, Recipe("svd", 1.0, 0, None))
+    return jobs.submit(spec, job_id=job_id, data={"total_steps": 3})
+
+
+def test_training_and_merges_do_not_wait_for_each_other(tmp_path: Path, jobs: Jobs) -> None:
+    submit_stub(tmp_path, jobs, "t1", steps=100_000, seconds=0.02)
+    submit_merge(tmp_path, jobs, "m1", steps=3)
+    submit_merge(tmp_path, jobs, "m2", steps=100_000, seconds=0.02)
+    submit_merge(tmp_path, jobs, "m3", steps=3)
+    submit_stub(tmp_path, jobs, "t2", steps=3)
+    worker = subprocess.Popen([sys.executable, "-c", RUN_WORKER, str(tmp_path), *STUB], cwd=ROOT)
+    try:
+        until(lambda: jobs.get("m1").status is Status.SUCCEEDED and steps_done(tmp_path, "m2"))
+        assert jobs.get("t1").status is Status.RUNNING
+        jobs.cancel("t1")
+        until(lambda: jobs.get("t2").status is Status.SUCCEEDED)
+        assert jobs.get("m2").status is Status.RUNNING
+        assert jobs.get("m3").status is Status.QUEUED  # one merge at a time
+    finally:
+        worker.terminate()
+        assert worker.wait(30) == 0
+    assert jobs.get("m2").status is Status.QUEUED
 
 
 def test_the_worker_outlives_trouble_with_the_database(
