@@ -7,6 +7,7 @@ decided where the hardware is known (`server.model`, `server.engine`).
 
 import ipaddress
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
@@ -23,6 +24,9 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 _TRAIN_MEMORY = 0.5  # beside a server
 _OTHER_VARIABLES = ("URL", "API_KEY")  # of the commands that speak to a server
 _KEY_FLAGS = {"--api-keys": f"{PREFIX}API_KEYS", "--api-key": f"{PREFIX}API_KEY"}  # a server's, and a client's
+
+_HOST = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*|[0-9a-fA-F:.]+", re.ASCII)
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#]+", re.ASCII | re.IGNORECASE)
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Flag = str | int | float | bool | Path | None
@@ -79,6 +83,27 @@ class Settings(WorkerSettings):
         "Default: none needed.",
     )
     allow_anonymous: bool = Field(False, description="Serve without keys off the loopback, too.")
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Comma-separated names that the server answers to, such as lora.example.org, *.example.org or "
+        "*. Default: localhost, the host it listens on, and any IP address.",
+    )
+    allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Comma-separated sites whose pages may call the server, such as https://app.example.org or *. "
+        "Default: its own pages alone.",
+    )
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[\w.~-]+)*$",
+        max_length=200,
+        description="What a proxy has before the server's paths, such as /smolora.",
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Comma-separated addresses or networks of proxies whose X-Forwarded-For and -Proto count. "
+        "Default: none.",
+    )
     workers: int = Field(1, ge=0, le=64, description="Training worker processes to supervise.")
     retain_jobs: float = Field(
         0,
@@ -106,15 +131,45 @@ class Settings(WorkerSettings):
         if not isinstance(value, str):
             return value
         if not value.startswith("@"):
-            return _keys_in(value)
+            return _items_in(value)
         try:
-            keys = _keys_in(Path(value[1:]).read_text(encoding="utf-8"))
+            keys = _items_in(Path(value[1:]).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no text"
             raise ValueError(f"can't read the file {value[1:]}: {reason}") from None
         if not keys:
             raise ValueError(f"the file {value[1:]} has no keys")
         return keys
+
+    @field_validator("allowed_hosts", "allowed_origins", "trusted_proxies", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return _items_in(value) if isinstance(value, str) else value
+
+    @field_validator("allowed_hosts", mode="after")
+    @classmethod
+    def _names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if bad := [name for name in value if not _HOST.fullmatch(name)]:
+            raise ValueError(f"{bad[0]} is no name: give it without scheme and port, such as lora.example.org")
+        return value
+
+    @field_validator("allowed_origins", mode="after")
+    @classmethod
+    def _sites(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        sites = tuple(site.lower().rstrip("/") for site in value)
+        if bad := [site for site in sites if not _ORIGIN.fullmatch(site)]:
+            raise ValueError(f"{bad[0]} is no site: give scheme, name and port, such as https://app.example.org")
+        return sites
+
+    @field_validator("trusted_proxies", mode="after")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for network in value:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError:
+                raise ValueError(f"{network} is no address or network, such as 10.0.0.0/8") from None
+        return value
 
     @field_validator("api_keys", mode="after")
     @classmethod
@@ -133,7 +188,7 @@ class Settings(WorkerSettings):
         return self
 
 
-def _keys_in(text: str) -> tuple[str, ...]:
+def _items_in(text: str) -> tuple[str, ...]:
     return tuple(key for part in text.replace("\n", ",").split(",") if (key := part.strip()))
 
 

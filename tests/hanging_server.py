@@ -78,7 +78,8 @@ def main() -> None:
     engine.runner = HangingRunner(engine.runner, given.home)
     supervisor = Supervisor(1, [sys.executable, "-c", _WORKER, str(given.home / LET_GO)])
     bound = bind("127.0.0.1", given.port)
-    sys.exit(run(create_app(services), services.engine, bound, lambda: None, supervisor, BusyFlag(given.home)))
+    flag = BusyFlag(given.home)
+    sys.exit(run(create_app(services), services.engine, bound, lambda: None, supervisor, flag, ()))
 
 
 if __name__ == "__main__":

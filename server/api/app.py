@@ -7,9 +7,12 @@ from contextlib import asynccontextmanager
 from anyio import to_thread
 from fastapi import FastAPI
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
 from server.api import health, openapi, pages
+from server.api.access.proxies import RootPath
+from server.api.access.sites import Sites
 from server.api.adapters import aliases, compositions, imports
 from server.api.adapters import route as adapters
 from server.api.compare import route as compare
@@ -28,6 +31,10 @@ _DESCRIPTION = """One frozen SmolLM, any LoRA adapter per request: versioned, we
 Errors are RFC 9457 problems, and OpenAI error objects under /v1; every response carries `X-Request-Id`."""
 
 
+_EXPOSED = ["Link", "Location", "Retry-After", "X-Request-Id", "X-Smolora-Warning"]
+"""What a page of another site may read, if that is allowed to call."""
+
+
 def create_app(services: Services) -> FastAPI:
     """The application. Its lifespan starts the engine, and stops it at the end."""
 
@@ -44,6 +51,14 @@ def create_app(services: Services) -> FastAPI:
             await services.engine.stop()
             await to_thread.run_sync(services.guidance.close)
 
+    settings = services.settings
+    cross_origin = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.allowed_origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=_EXPOSED,
+    )
     app = openapi.App(
         title="smolora",
         version=__version__,
@@ -52,9 +67,15 @@ def create_app(services: Services) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        servers=[{"url": settings.root_path}] if settings.root_path else None,
         middleware=[
-            Middleware(RequestContext, home=services.settings.home),
-            Middleware(Keys, keys=services.settings.api_keys),
+            Middleware(RootPath, root_path=settings.root_path),
+            Middleware(RequestContext, home=settings.home),
+            Middleware(
+                Sites, hosts=settings.allowed_hosts, origins=settings.allowed_origins, own_host=settings.host
+            ),
+            *([cross_origin] if settings.allowed_origins else []),
+            Middleware(Keys, keys=settings.api_keys),
             Middleware(BodyLimit),
         ],
     )

@@ -1,6 +1,7 @@
 """What happens to every request before a route sees it: an id and a log line, a key, a bound on its body.
 
-Plain ASGI, since one of them sees each piece of each stream. From the outside in: RequestContext, Keys, BodyLimit.
+Plain ASGI, since one of them sees each piece of each stream. From the outside in: RequestContext, Keys, BodyLimit;
+before Keys comes `server.api.access.sites.Sites`.
 """
 
 import hmac
@@ -16,15 +17,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.access.sites import PROBES
 from server.api.errors.faults import form_of
 from server.errors import Unauthorized, Unavailable
 from server.training.queue.reserve import Reserve
 
 MAX_JSON_BYTES = 2 << 20
 MAX_UPLOAD_BYTES = 256 << 20
-_PROBES = frozenset({"/health", "/ready"})
-_QUIET_PATHS = _PROBES | {"/metrics"}
-OPEN_PATHS = _PROBES | {"/", "/docs", "/redoc", "/openapi.json"}
+_QUIET_PATHS = PROBES | {"/metrics"}
+OPEN_PATHS = PROBES | {"/", "/docs", "/redoc", "/openapi.json"}
 """What is answered without a key, with all below /docs."""
 _UPLOAD = re.compile(r"/adapters/[^/]+|/datasets|/v1/files")
 _HINTS = {"/train": "; larger data goes through POST /datasets"}

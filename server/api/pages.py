@@ -43,24 +43,26 @@ async def root(services: ServicesDep) -> Response:
 
 
 @router.get("/docs")
-async def docs() -> HTMLResponse:
+async def docs(services: ServicesDep) -> HTMLResponse:
     """Swagger UI."""
+    root = services.settings.root_path
     return get_swagger_ui_html(
-        openapi_url=_OPENAPI,
+        openapi_url=f"{root}{_OPENAPI}",
         title=_TITLE,
-        swagger_js_url=f"{ASSETS_PATH}/swagger-ui-bundle.js",
-        swagger_css_url=f"{ASSETS_PATH}/swagger-ui.css",
-        swagger_favicon_url=f"{ASSETS_PATH}/favicon.png",
+        swagger_js_url=f"{root}{ASSETS_PATH}/swagger-ui-bundle.js",
+        swagger_css_url=f"{root}{ASSETS_PATH}/swagger-ui.css",
+        swagger_favicon_url=f"{root}{ASSETS_PATH}/favicon.png",
     )
 
 
 @router.get("/redoc")
-async def redoc() -> HTMLResponse:
+async def redoc(services: ServicesDep) -> HTMLResponse:
     """ReDoc."""
+    root = services.settings.root_path
     return get_redoc_html(
-        openapi_url=_OPENAPI,
+        openapi_url=f"{root}{_OPENAPI}",
         title=_TITLE,
-        redoc_js_url=f"{ASSETS_PATH}/redoc.standalone.js",
-        redoc_favicon_url=f"{ASSETS_PATH}/favicon.png",
+        redoc_js_url=f"{root}{ASSETS_PATH}/redoc.standalone.js",
+        redoc_favicon_url=f"{root}{ASSETS_PATH}/favicon.png",
         with_google_fonts=False,
     )

@@ -129,7 +129,8 @@ def _serve_at(settings: Settings, say: Callable[[str], None]) -> int:
             say("anybody who reaches this port can use it: no API keys are set")
 
     supervisor = Supervisor(settings.workers, worker_command(settings.of_a_worker))
-    return run(create_app(services), services.engine, bound, announce, supervisor, flag)
+    serving = create_app(services)
+    return run(serving, services.engine, bound, announce, supervisor, flag, settings.trusted_proxies)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
@@ -39,9 +39,13 @@ def run(
     announce: Callable[[], None],
     supervisor: Supervisor,
     flag: BusyFlag,
+    trusted_proxies: Sequence[str],
 ) -> int:
-    """Serve until told to stop; the exit code. `announce` is called once everything is ready."""
-    process = Process(app, engine, bound, supervisor=supervisor, flag=flag)
+    """Serve until told to stop; the exit code. `announce` is called once everything is ready.
+
+    `trusted_proxies` are those whose X-Forwarded-For and -Proto count.
+    """
+    process = Process(app, engine, bound, supervisor=supervisor, flag=flag, trusted_proxies=trusted_proxies)
     code = asyncio.run(process.run(announce))
     if engine.hung:  # an ordinary exit would wait for its threads
         logging.shutdown()
@@ -68,6 +72,7 @@ class Process:
         drain_seconds: float = DRAIN_SECONDS,
         supervisor: Supervisor | None = None,
         flag: BusyFlag | None = None,
+        trusted_proxies: Sequence[str] = (),
     ) -> None:
         config = uvicorn.Config(
             app,
@@ -75,6 +80,8 @@ class Process:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=bool(trusted_proxies),
+            forwarded_allow_ips=list(trusted_proxies),
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_FLUSH_SECONDS,
         )

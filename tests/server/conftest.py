@@ -159,7 +159,7 @@ def app(make_services: MakeServices) -> FastAPI:
 
 def client_of(app: FastAPI) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://test")
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost:8000")
 
 
 @pytest.fixture

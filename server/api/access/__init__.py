@@ -1,0 +1,1 @@
+"""Who may ask: which sites, by which names, through which proxies."""

@@ -1,0 +1,90 @@
+"""Which names the server answers to, and whose pages may call it.
+
+A browser sends requests to a server on its own machine for any page that it shows. Two headers, which a page can't
+choose, tell them apart. `Origin` is the page's site: another site's requests are refused, before a body is read.
+`Host` is the name that the request was sent to: a name of somebody else's, made to lead to this machine (DNS
+rebinding), is refused.
+"""
+
+import ipaddress
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.api.errors.faults import form_of
+
+ANY = "*"
+PROBES = frozenset({"/health", "/ready"})
+"""Answered under any name: whoever probes a container calls it by an address of its own."""
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_SHOWN = 100  # characters of a header
+
+
+class Sites:
+    """Refuses requests to other names than the server's, and from other sites' pages, with 403."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str], origins: Sequence[str], own_host: str) -> None:
+        """As the settings have them: `hosts` empty means the loopback's names, `own_host` and all addresses."""
+        self.app = app
+        self._hosts = frozenset(host.lower() for host in hosts)
+        self._origins = frozenset(origins)
+        self._own_names = frozenset({"localhost", own_host.lower()})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (reason := self._fault(scope["path"], Headers(scope=scope))) is not None:
+            await form_of(scope["path"]).problem(403, reason)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _fault(self, path: str, headers: Headers) -> str | None:
+        hosts, origins = headers.getlist("host"), headers.getlist("origin")
+        if path not in PROBES and hosts and not (len(hosts) == 1 and self._answers_to(hosts[0])):
+            return f"this server has no name {_shown(hosts)}: SMOLORA_ALLOWED_HOSTS sets its names"
+        if origins and not (len(origins) == 1 and self._may_call(origins[0], hosts[0] if hosts else "")):
+            return f"pages of {_shown(origins)} may not call this server: SMOLORA_ALLOWED_ORIGINS lets them"
+        return None
+
+    def _answers_to(self, host: str) -> bool:
+        name, _ = _name_and_port(host, "http")
+        if name is None:
+            return False
+        if self._hosts:
+            parents = name.split(".")[1:]
+            return bool(self._hosts & {ANY, name, *(f"*.{'.'.join(parents[i:])}" for i in range(len(parents)))})
+        return name in self._own_names or _is_address(name)
+
+    def _may_call(self, origin: str, host: str) -> bool:
+        origin = origin.lower()
+        if self._origins & {ANY, origin}:
+            return True
+        scheme, separator, rest = origin.partition("://")
+        if not separator or scheme not in _DEFAULT_PORTS:
+            return False  # "null", among others
+        site = _name_and_port(rest, scheme)
+        return site[0] is not None and site == _name_and_port(host, scheme)
+
+
+def _name_and_port(host: str, scheme: str) -> tuple[str | None, int]:
+    """Of a Host header, in lower case; the name is None where it is none."""
+    try:
+        parts = urlsplit(f"//{host}")
+        port = parts.port
+    except ValueError:
+        return None, 0
+    if parts.path or parts.query or parts.fragment or parts.username is not None or not parts.hostname:
+        return None, 0
+    return parts.hostname.lower(), port or _DEFAULT_PORTS[scheme]
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _shown(values: Sequence[str]) -> str:
+    return ", ".join(values)[:_SHOWN].encode("ascii", "backslashreplace").decode()
