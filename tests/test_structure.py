@@ -21,6 +21,7 @@ LAYERS = [
         "server.errors",
         "server.home",
         "server.migrations",
+        "server.program",
         "server.sqlite",
     ),
     ("server.model",),

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from server.cli.common import suggestion
 from server.config import WorkerSettings, load
 
 
@@ -45,6 +46,7 @@ def doctor(
         verdict = "sound" if found.is_sound else f"{len(found.findings)} findings"
         typer.echo(f"{verdict}: {found.num_versions} versions, {found.num_adapters} stored adapters checked")
         if any(finding.about == "database" for finding in found.findings):
-            typer.echo("smolora doctor --rebuild makes a new database from the directories")
+            given = [] if home is None else ["--home", str(home)]
+            typer.echo(f"{suggestion('doctor', '--rebuild', *given)} makes a new database from the directories")
     if not found.is_sound:
         raise typer.Exit(1)

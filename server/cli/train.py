@@ -19,6 +19,7 @@ from server.cli.common import (
     given,
     number,
     print_json,
+    suggestion,
 )
 
 if TYPE_CHECKING:
@@ -138,7 +139,8 @@ def watch(client: "Client", job: Document, as_json: bool) -> int:
         else:
             _show_progress(client, job)
     except KeyboardInterrupt:
-        typer.echo(f"smolora: the job goes on: smolora jobs {job['id']} --follow, or --cancel", err=True)
+        follow = suggestion("jobs", str(job["id"]), "--follow", client=client)
+        typer.echo(f"smolora: the job goes on; to watch it again: {follow}", err=True)
         return INTERRUPTED
     job = client.job(str(job["id"]))
     print_json(job) if as_json else _show_end(client, job)
@@ -232,7 +234,7 @@ def _show_end(client: "Client", job: Document) -> None:
         console.print(Text(str(job["error"]), style="red"))
     elif job["adapter"] is not None:
         reference = "{name}@{version}".format(**cast("Document", job["adapter"]))
-        console.print(Text(f'Try: smolora generate "…" --adapter {reference}'))
+        typer.echo(f"Try: {suggestion('generate', '…', '--adapter', reference, client=client)}")
     elif job["status"] == "succeeded":
         gate = cast("Document", client.report(str(job["id"]))["gate"])
         console.print(Text(f"No version was published: {gate['reason']}"))

@@ -1,6 +1,7 @@
 """The commands that speak to a server, against a real one on a tiny base; a stand-in does the training."""
 
 import json
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -111,7 +112,14 @@ def test_adapters(smolora: Run) -> None:
     assert "q, v, up" in line
 
 
-def test_train_to_the_end(smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str) -> None:
+def job_of(smolora: Run) -> str:
+    """The newest job's id."""
+    return str(json.loads(smolora("jobs", "--json", "--limit", "1").stdout)["jobs"][0]["id"])
+
+
+def test_train_to_the_end(
+    smolora: Run, server: Running, worker: Callable[[Callable[[StandIn], object]], None], rows: str
+) -> None:
     def work(stand_in: StandIn) -> None:
         for step in range(1, 4):
             stand_in.step(step, 3.0 / step)
@@ -132,7 +140,12 @@ def test_train_to_the_end(smolora: Run, worker: Callable[[Callable[[StandIn], ob
     ):
         assert news in result.stdout
     assert "held-out loss 0.7500, the untouched base's 3.0000" in result.stdout
-    assert "--adapter codes@1" in result.stdout
+    (suggested,) = [line.removeprefix("Try: ") for line in result.stdout.splitlines() if line.startswith("Try: ")]
+    program, *arguments = shlex.split(suggested)
+    assert Path(program).name == "smolora"
+    assert arguments == ["generate", "…", "--adapter", "codes@1"]
+    elsewhere = smolora("jobs", "--url", server.url, "--follow", job_of(smolora), environment={"SMOLORA_URL": ""})
+    assert elsewhere.stdout.rstrip().endswith(f"--adapter codes@1 --url {server.url}")
     job = json.loads(smolora("jobs", "--json", "--limit", "1").stdout)["jobs"][0]
     assert (job["config"]["lora"]["rank"], job["config"]["training"]["epochs"]) == (8, 2)
     assert (job["data"]["rows"], job["data"]["validation_rows"]) == (18, 2)
