@@ -63,14 +63,15 @@ def connected(url: str | None, api_key: str | None) -> "Iterator[Client]":
 
 
 def suggestion(*arguments: str, client: "Client | None" = None) -> str:
-    """A command to go on with, that can be pasted as it is: with --url where it wouldn't find the server without."""
+    """A command that can be pasted as it is: with --url where it would otherwise find another server."""
     place = [] if client is None or client.url == server_url().rstrip("/") else ["--url", client.url]
     return " ".join([program(), *map(shlex.quote, [*arguments, *place])])
 
 
-def start_of(prompt: str, chat: bool) -> dict[str, object]:
-    """What the answer goes on from: the text, or a user's message."""
-    return {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+def start_of(prompt: str, chat: bool, system: str | None = None) -> dict[str, object]:
+    """What the answer goes on from: the text, or a user's message, which a `system` message makes it too."""
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    return {"messages": [*turns, {"role": "user", "content": prompt}]} if chat or turns else {"prompt": prompt}
 
 
 def given(**options: object) -> dict[str, object]:

@@ -85,6 +85,25 @@ def test_generate(smolora: Run) -> None:
     assert tuned["choices"] != answer["choices"]
     chat = json.loads(smolora("generate", "404 Not", *options, "--chat", "--stop", "x", "--json").stdout)
     assert chat["usage"]["prompt_tokens"] > answer["usage"]["prompt_tokens"]
+    told = json.loads(smolora("generate", "404 Not", *options, "--system", "Be brief.", "--json").stdout)
+    assert told["usage"]["prompt_tokens"] != chat["usage"]["prompt_tokens"]
+
+
+def test_a_question_that_was_only_continued(smolora: Run) -> None:
+    options = ("--max-tokens", "2", "--temperature", "0")
+    question = "What's LoRA?"
+    result = smolora("generate", question, *options)
+    assert result.exit_code == 0, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("smolora: generate only continues a text; to have it answered: ")
+    program, *arguments = shlex.split(line.rpartition("answered: ")[2])
+    assert Path(program).name == "smolora"
+    assert arguments == ["chat", question]
+    assert smolora(*arguments, "--max-tokens", "2").exit_code == 0
+    answer = json.loads(smolora("generate", question, *options, "--json").stdout)
+    assert result.stdout == f"{answer['choices'][0]['text']}\n"
+    for other in ((question, "--chat"), (question, "-a", "up"), (question, "--json"), ("404 Not",)):
+        assert smolora("generate", *other, *options).stderr == ""
 
 
 def test_what_was_made_on_another_base_is_said(smolora: Run, server: Running) -> None:
