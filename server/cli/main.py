@@ -106,6 +106,7 @@ def _serve_at(settings: Settings, say: Callable[[str], None]) -> int:
     say("loading libraries")
     from server.api.app import create_app
     from server.serve import logs
+    from server.serve.first_prompts import first_prompts
     from server.serve.process import run
     from server.serve.startup import build
     from server.training.worker.supervisor import Supervisor, worker_command
@@ -120,11 +121,12 @@ def _serve_at(settings: Settings, say: Callable[[str], None]) -> int:
 
     def announce() -> None:
         address = url(bound, settings.host)
-        key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_keys else ""
-        body = '{"messages": [{"role": "user", "content": "What is LoRA?"}]}'
+        prompts = first_prompts(address, services.encoder.has_chat_template, bool(settings.api_keys))
         with suppress(OSError):  # whoever started it may have stopped reading
-            typer.echo(f"smolora: {services.base_name} is ready at {address} (its API: {address}/docs). Try:")
-            typer.echo(f"  curl -s {address}/generate{key} -H 'Content-Type: application/json' -d '{body}'")
+            typer.echo(f"smolora: {services.base_name} is ready at {address} (its API: {address}/docs).")
+            typer.echo("Try, in another terminal:")
+            for line in prompts:
+                typer.echo(f"  {line}")
         if not settings.api_keys and not is_loopback(settings.host):
             say("anybody who reaches this port can use it: no API keys are set")
 
