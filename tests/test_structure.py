@@ -17,6 +17,7 @@ LAYERS = [
     (
         "server.allocator",
         "server.config",
+        "server.counted",
         "server.database",
         "server.errors",
         "server.home",

@@ -21,6 +21,7 @@ from server.cli.common import (
     print_json,
     suggestion,
 )
+from server.counted import counted
 
 if TYPE_CHECKING:
     from server.client.client import Client
@@ -192,14 +193,10 @@ def _counts(data: Document) -> str:
     """What is trained on and what is held out, in a line."""
     rows, held_out = cast("int", data["rows"]), cast("int", data["validation_rows"])
     truncated = cast("int", data["truncated"]) + cast("int", data["validation_truncated"])
-    counts = f"{_rows(rows)} to train on, " + (
+    counts = f"{counted(rows, 'row')} to train on, " + (
         f"{held_out:,} held out" if held_out else "none held out: nothing will say how good the adapter is"
     )
-    return f"{counts}; {_rows(truncated)} truncated" if truncated else counts
-
-
-def _rows(number: int) -> str:
-    return f"{number:,} row{'' if number == 1 else 's'}"
+    return f"{counts}; {counted(truncated, 'row')} truncated" if truncated else counts
 
 
 def _update(progress: Progress, task: TaskID, job: Document) -> None:
@@ -244,9 +241,12 @@ def _show_dry_run(answer: Document) -> None:
     console = Console(highlight=False)
     data, estimate = cast("Document", answer["data"]), cast("Document", answer["estimate"])
     console.print(_counts(data))
-    console.print(f"{data['tokens']:,} tokens, of which {data['trained_tokens']:,} are trained on")
+    tokens, trained, steps = (
+        cast("int", count) for count in (data["tokens"], data["trained_tokens"], answer["steps"])
+    )
+    console.print(f"{counted(tokens, 'token')}, of which {trained:,} are trained on")
     seconds, rate = cast("float", estimate["seconds"]), cast("float", estimate["tokens_per_second"])
-    console.print(f"{answer['steps']:,} steps: about {seconds:,.0f} s at {rate:,.0f} tokens/s")
+    console.print(f"{counted(steps, 'step')}: about {seconds:,.0f} s at {rate:,.0f} tokens/s")
     for row in cast("list[Document]", answer["preview"]):
         text = Text(f"row {row['row']}: ", style="dim")
         for token in cast("list[Document]", row["tokens"]):
