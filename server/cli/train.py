@@ -26,10 +26,9 @@ from server.counted import counted
 if TYPE_CHECKING:
     from server.client.client import Client
 
-_WORSE = (
-    "It is no better than the untouched base: try a lower --learning-rate or fewer --epochs, or have such "
-    "versions held back with --publish-if improves_base."
-)
+_WORSE = "It is no better than the untouched base: try a lower --learning-rate or fewer --epochs, or "
+_HOLD_BACK = "have such versions held back with --publish-if improves_base."
+_RATHER_AN_ADAPTER = "train an adapter with --method lora."  # of full fine-tuning, nothing is published
 _LOOK_SECONDS = 1.0  # between looks at the job, whose events come at every step
 _TRAINED_STYLE = "bold green"
 
@@ -226,7 +225,8 @@ def _show_end(client: "Client", job: Document) -> None:
         base = number(metrics["base_eval_loss"])
         console.print(f"held-out loss {number(metrics['eval_loss'])}, the untouched base's {base}")
         if not cast("float", metrics["eval_loss"]) < cast("float", metrics["base_eval_loss"]):
-            console.print(Text(_WORSE, style="bold red"))
+            is_full = cast("Document", job["config"]).get("method") == "full"
+            console.print(Text(_WORSE + (_RATHER_AN_ADAPTER if is_full else _HOLD_BACK), style="bold red"))
     if job["error"]:
         console.print(Text(str(job["error"]), style="red"))
     elif job["adapter"] is not None:

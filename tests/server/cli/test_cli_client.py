@@ -183,6 +183,26 @@ def test_a_gate_that_was_not_passed(
     assert "No version was published: its loss is not [below] the base's" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("method", "advised", "useless"),
+    [("lora", "--publish-if improves_base", "--method"), ("full", "--method lora", "--publish")],
+)
+def test_no_better_than_the_base(
+    smolora: Run,
+    worker: Callable[[Callable[[StandIn], object]], None],
+    rows: str,
+    method: str,
+    advised: str,
+    useless: str,
+) -> None:
+    worker(lambda stand_in: stand_in.succeed({"gate": {"reason": "full or not"}}, eval_loss=3.0))
+    result = smolora("train", rows, "--name", "codes", "--method", method)
+    assert result.exit_code == 0, result.output
+    (advice,) = [line for line in result.stdout.splitlines() if "no better than the untouched base" in line]
+    assert advised in advice
+    assert useless not in advice
+
+
 def test_train_for_scripts(smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str) -> None:
     worker(lambda stand_in: stand_in.fail("it is only a test"))
     result = smolora("train", rows, "--name", "codes", "--json")
