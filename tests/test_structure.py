@@ -21,6 +21,7 @@ LAYERS = [
         "server.database",
         "server.errors",
         "server.home",
+        "server.logs",
         "server.migrations",
         "server.program",
         "server.sqlite",
