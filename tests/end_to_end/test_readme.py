@@ -37,7 +37,7 @@ SECONDS = 300.0
 
 _BLOCK = re.compile(r"(?P<above>[^\n]*)\n```(?P<kind>[^\n]*)\n(?P<text>.*?)\n```$", re.DOTALL | re.MULTILINE)
 _NOT_RUN = re.compile(r"<!-- not run: .+ -->")
-_INTO_JQ = re.compile(r"\s*\| jq [^|].*", re.DOTALL)
+_INTO_JQ = re.compile(r"(?:\s|\\\n)*\| jq .*", re.DOTALL)
 _LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z [A-Z]+ [\w.]+ pid=\d+ request=[\w-]+ \S.*")
 _MEASURED = re.compile(r"-?\d+\.\d{2,}|\d{12,}")
 
@@ -120,6 +120,18 @@ def test_what_is_compared(shown: str, printed: str, expected: bool) -> None:
     assert matches(shown, printed) is expected
 
 
+@pytest.mark.parametrize(
+    ("typed", "without"),
+    [
+        ("curl x | jq .a", "curl x"),
+        ("curl x \\\n    | jq -c '.a[] | .b'", "curl x"),
+        ("curl x | tail -n 1", "curl x | tail -n 1"),
+    ],
+)
+def test_what_is_run_without_jq(typed: str, without: str) -> None:
+    assert _INTO_JQ.sub("", typed) == without
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_is_run_or_says_why_not(page: str) -> None:
     found = list(blocks(page))
@@ -150,6 +162,8 @@ class Reader:
             self._compare(block, "the program", shown, self._printed(block, [sys.executable, "-c", block.text]))
             return
         typed = commands(block) if self._has_jq else self._without_jq(block)
+        if not typed:
+            return
         script = "set -e\n" + "\nprintf '\\0'\n".join(command for command, _ in typed) + "\nprintf '\\0'\n"
         outputs = self._printed(block, ["bash", "-c", script]).split("\0")
         for (command, shown), printed in zip(typed, outputs[:-1], strict=True):
