@@ -213,6 +213,11 @@ def load(kind: type[SettingsT], **flags: Flag) -> SettingsT:
         raise StartupError("; ".join(_explain(fault["loc"], fault["msg"]) for fault in error.errors())) from None
 
 
+def server_url() -> str:
+    """Where commands look for a server that aren't told: at SMOLORA_URL, else on this machine."""
+    return os.environ.get(f"{PREFIX}URL") or local_url()
+
+
 def local_url() -> str:
     """Where a server of this machine with these variables listens."""
     try:

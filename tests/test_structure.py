@@ -17,10 +17,13 @@ LAYERS = [
     (
         "server.allocator",
         "server.config",
+        "server.counted",
         "server.database",
         "server.errors",
         "server.home",
+        "server.logs",
         "server.migrations",
+        "server.program",
         "server.sqlite",
     ),
     ("server.model",),

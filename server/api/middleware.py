@@ -10,7 +10,6 @@ import re
 import time
 import traceback
 import uuid
-from contextvars import ContextVar
 from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.access.sites import PROBES
 from server.api.errors.faults import form_of
 from server.errors import Unauthorized, Unavailable
+from server.logs import request_id
 from server.training.queue.reserve import Reserve
 
 MAX_JSON_BYTES = 2 << 20
@@ -35,7 +35,6 @@ _DRAIN_SECONDS = 10.0
 _DISK_FULL = Unavailable("the server's disk is full", retry_after=60.0)
 
 log = logging.getLogger("smolora.api")
-request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 
 class RequestContext:

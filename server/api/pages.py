@@ -32,6 +32,7 @@ async def root(services: ServicesDep) -> Response:
             "service": "smolora",
             "version": __version__,
             "model": services.base_name,
+            "chat_template": services.encoder.has_chat_template,
             "ready": "/ready",
             "docs": "/docs",
             "adapters": "/adapters",

@@ -5,6 +5,7 @@ or several on stderr, and exit code 1. What is slow to import is imported when n
 """
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal, cast
@@ -14,7 +15,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from server.config import local_url
+from server.config import server_url
+from server.program import program
 
 if TYPE_CHECKING:
     from server.client.client import Client
@@ -50,7 +52,7 @@ def connected(url: str | None, api_key: str | None) -> "Iterator[Client]":
     from server.client.connection import ClientError
 
     try:
-        with Client(url or local_url(), api_key) as client:
+        with Client(url or server_url(), api_key) as client:
             yield client
     except ClientError as error:
         for line in str(error).splitlines():
@@ -60,9 +62,16 @@ def connected(url: str | None, api_key: str | None) -> "Iterator[Client]":
         raise typer.Exit(INTERRUPTED) from None
 
 
-def start_of(prompt: str, chat: bool) -> dict[str, object]:
-    """What the answer goes on from: the text, or a user's message."""
-    return {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+def suggestion(*arguments: str, client: "Client | None" = None) -> str:
+    """A command that can be pasted as it is: with --url where it would otherwise find another server."""
+    place = [] if client is None or client.url == server_url().rstrip("/") else ["--url", client.url]
+    return " ".join([program(), *map(shlex.quote, [*arguments, *place])])
+
+
+def start_of(prompt: str, chat: bool, system: str | None = None) -> dict[str, object]:
+    """What the answer goes on from: the text, or a user's message, which a `system` message makes it too."""
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    return {"messages": [*turns, {"role": "user", "content": prompt}]} if chat or turns else {"prompt": prompt}
 
 
 def given(**options: object) -> dict[str, object]:

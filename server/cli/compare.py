@@ -24,6 +24,7 @@ from server.cli.common import (
     print_warnings,
     start_of,
 )
+from server.counted import counted
 
 _WIDE = 3
 """Up to so many answers stand beside each other; more stand below each other."""
@@ -112,4 +113,6 @@ def _text(result: Mapping[str, object]) -> Text:
 
 def _summary(result: Mapping[str, object]) -> Text:
     usage = cast("Mapping[str, int]", result["usage"])
-    return Text(f"{cast('float', result['logprob']):.2f} over {usage['completion_tokens']} tokens", "dim")
+    return Text(
+        f"{cast('float', result['logprob']):.2f} over {counted(usage['completion_tokens'], 'token')}", "dim"
+    )

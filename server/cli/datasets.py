@@ -17,6 +17,7 @@ from server.cli.common import (
     show,
     table_of,
 )
+from server.counted import counted
 
 group = typer.Typer(invoke_without_command=True, help="List the data sets; upload or delete one.")
 
@@ -55,7 +56,9 @@ def upload(
         except OSError as error:
             typer.echo(f"smolora: {path}: {error.strerror}", err=True)
             raise typer.Exit(1) from None
-    print_json(dataset) if as_json else typer.echo(f"{dataset['id']}: {dataset['rows']:,} rows")
+    print_json(dataset) if as_json else typer.echo(
+        f"{dataset['id']}: {counted(cast('int', dataset['rows']), 'row')}"
+    )
 
 
 @group.command()

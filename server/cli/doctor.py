@@ -11,7 +11,9 @@ from typing import Annotated
 
 import typer
 
+from server.cli.common import suggestion
 from server.config import WorkerSettings, load
+from server.counted import counted
 
 
 def doctor(
@@ -42,9 +44,13 @@ def doctor(
             typer.echo(f"database: {found.database}")
         for finding in found.findings:
             typer.echo(f"{finding.about}: {finding.message}")
-        verdict = "sound" if found.is_sound else f"{len(found.findings)} findings"
-        typer.echo(f"{verdict}: {found.num_versions} versions, {found.num_adapters} stored adapters checked")
+        verdict = "sound" if found.is_sound else counted(len(found.findings), "finding")
+        checked = (
+            f"{counted(found.num_versions, 'version')}, {counted(found.num_adapters, 'stored adapter')} checked"
+        )
+        typer.echo(f"{verdict}: {checked}")
         if any(finding.about == "database" for finding in found.findings):
-            typer.echo("smolora doctor --rebuild makes a new database from the directories")
+            given = [] if home is None else ["--home", str(home)]
+            typer.echo(f"{suggestion('doctor', '--rebuild', *given)} makes a new database from the directories")
     if not found.is_sound:
         raise typer.Exit(1)

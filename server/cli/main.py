@@ -9,7 +9,6 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036  # pip would refuse; a checkout on the path would not
     sys.exit(f"smolora needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
-import logging
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated
@@ -17,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from server import __version__
+from server import __version__, logs
 from server.allocator import keep_freed_memory
 from server.cli.adapters import group as adapters
 from server.cli.chat import chat
@@ -71,8 +70,7 @@ def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(
     """Train queued jobs, one at a time, until told to stop; `serve` runs workers of its own (SMOLORA_WORKERS)."""
     from server.training.worker.worker import run_worker
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s[%(process)d] %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logs.set_up()
     raise typer.Exit(run_worker(settings, parent))
 
 
@@ -105,7 +103,7 @@ def _serve_at(settings: Settings, say: Callable[[str], None]) -> int:
     bound = bind(settings.host, settings.port)
     say("loading libraries")
     from server.api.app import create_app
-    from server.serve import logs
+    from server.serve.first_prompts import first_prompts
     from server.serve.process import run
     from server.serve.startup import build
     from server.training.worker.supervisor import Supervisor, worker_command
@@ -120,11 +118,12 @@ def _serve_at(settings: Settings, say: Callable[[str], None]) -> int:
 
     def announce() -> None:
         address = url(bound, settings.host)
-        key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_keys else ""
-        body = '{"messages": [{"role": "user", "content": "What is LoRA?"}]}'
+        prompts = first_prompts(address, services.encoder.has_chat_template, bool(settings.api_keys))
         with suppress(OSError):  # whoever started it may have stopped reading
-            typer.echo(f"smolora: {services.base_name} is ready at {address} (its API: {address}/docs). Try:")
-            typer.echo(f"  curl -s {address}/generate{key} -H 'Content-Type: application/json' -d '{body}'")
+            typer.echo(f"smolora: {services.base_name} is ready at {address} (its API: {address}/docs).")
+            typer.echo("Try, in another terminal:")
+            for line in prompts:
+                typer.echo(f"  {line}")
         if not settings.api_keys and not is_loopback(settings.host):
             say("anybody who reaches this port can use it: no API keys are set")
 

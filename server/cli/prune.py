@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from server.config import WorkerSettings, load
+from server.counted import counted
 
 
 def prune(
@@ -52,6 +53,6 @@ def prune(
         typer.echo(json.dumps({"dry_run": dry_run, "jobs": jobs, "num_bytes": num_bytes}))
         return
     for removal in removals:
-        typer.echo(f"{removal.job_id}: {removal.num_bytes:,} bytes")
+        typer.echo(f"{removal.job_id}: {counted(removal.num_bytes, 'byte')}")
     outcome = "would be removed" if dry_run else "removed"
-    typer.echo(f"{num_bytes:,} bytes of {len(removals)} job{'s' if len(removals) != 1 else ''} {outcome}")
+    typer.echo(f"{counted(num_bytes, 'byte')} of {counted(len(removals), 'job')} {outcome}")

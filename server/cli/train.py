@@ -20,15 +20,16 @@ from server.cli.common import (
     given,
     number,
     print_json,
+    suggestion,
 )
+from server.counted import counted
 
 if TYPE_CHECKING:
     from server.client.client import Client
 
-_WORSE = (
-    "It is no better than the untouched base: try a lower --learning-rate or fewer --epochs, or have such "
-    "versions held back with --publish-if improves_base."
-)
+_WORSE = "It is no better than the untouched base: try a lower --learning-rate or fewer --epochs, or "
+_HOLD_BACK = "have such versions held back with --publish-if improves_base."
+_RATHER_AN_ADAPTER = "train an adapter with --method lora."  # of full fine-tuning, nothing is published
 _LOOK_SECONDS = 1.0  # between looks at the job, whose events come at every step
 _TRAINED_STYLE = "bold green"
 
@@ -139,7 +140,8 @@ def watch(client: "Client", job: Document, as_json: bool) -> int:
         else:
             _show_progress(client, job)
     except KeyboardInterrupt:
-        typer.echo(f"smolora: the job goes on: smolora jobs {job['id']} --follow, or --cancel", err=True)
+        follow = suggestion("jobs", str(job["id"]), "--follow", client=client)
+        typer.echo(f"smolora: the job goes on; to watch it again: {follow}", err=True)
         return INTERRUPTED
     job = client.job(str(job["id"]))
     print_json(job) if as_json else _show_end(client, job)
@@ -208,14 +210,10 @@ def _counts(data: Document) -> str:
     """What is trained on and what is held out, in a line."""
     rows, held_out = cast("int", data["rows"]), cast("int", data["validation_rows"])
     truncated = cast("int", data["truncated"]) + cast("int", data["validation_truncated"])
-    counts = f"{_rows(rows)} to train on, " + (
+    counts = f"{counted(rows, 'row')} to train on, " + (
         f"{held_out:,} held out" if held_out else "none held out: nothing will say how good the adapter is"
     )
-    return f"{counts}; {_rows(truncated)} truncated" if truncated else counts
-
-
-def _rows(number: int) -> str:
-    return f"{number:,} row{'' if number == 1 else 's'}"
+    return f"{counts}; {counted(truncated, 'row')} truncated" if truncated else counts
 
 
 def _update(progress: Progress, task: TaskID, job: Document) -> None:
@@ -245,12 +243,13 @@ def _show_end(client: "Client", job: Document) -> None:
         base = number(metrics["base_eval_loss"])
         console.print(f"held-out loss {number(metrics['eval_loss'])}, the untouched base's {base}")
         if not cast("float", metrics["eval_loss"]) < cast("float", metrics["base_eval_loss"]):
-            console.print(Text(_WORSE, style="bold red"))
+            is_full = cast("Document", job["config"]).get("method") == "full"
+            console.print(Text(_WORSE + (_RATHER_AN_ADAPTER if is_full else _HOLD_BACK), style="bold red"))
     if job["error"]:
         console.print(Text(str(job["error"]), style="red"))
     elif job["adapter"] is not None:
         reference = "{name}@{version}".format(**cast("Document", job["adapter"]))
-        console.print(Text(f'Try: smolora generate "…" --adapter {reference}'))
+        typer.echo(f"Try: {suggestion('generate', '…', '--adapter', reference, client=client)}")
     elif job["status"] == "succeeded":
         gate = cast("Document", client.report(str(job["id"]))["gate"])
         console.print(Text(f"No version was published: {gate['reason']}"))
@@ -260,9 +259,12 @@ def _show_dry_run(answer: Document) -> None:
     console = Console(highlight=False)
     data, estimate = cast("Document", answer["data"]), cast("Document", answer["estimate"])
     console.print(_counts(data))
-    console.print(f"{data['tokens']:,} tokens, of which {data['trained_tokens']:,} are trained on")
+    tokens, trained, steps = (
+        cast("int", count) for count in (data["tokens"], data["trained_tokens"], answer["steps"])
+    )
+    console.print(f"{counted(tokens, 'token')}, of which {trained:,} are trained on")
     seconds, rate = cast("float", estimate["seconds"]), cast("float", estimate["tokens_per_second"])
-    console.print(f"{answer['steps']:,} steps: about {seconds:,.0f} s at {rate:,.0f} tokens/s")
+    console.print(f"{counted(steps, 'step')}: about {seconds:,.0f} s at {rate:,.0f} tokens/s")
     for row in cast("list[Document]", answer["preview"]):
         text = Text(f"row {row['row']}: ", style="dim")
         for token in cast("list[Document]", row["tokens"]):

@@ -25,6 +25,10 @@ _PEFT_FILES = {"adapter_config": "adapter_config.json", "adapter_model": "adapte
 class Client(Connection):
     """A method for each thing to do."""
 
+    def about(self) -> Document:
+        """What runs there: the base's name, whether it has a chat template, where to look."""
+        return self.json("GET", "/")
+
     def upload(self, path: Path) -> Document:
         """Store the rows of a JSONL or CSV file; the data set. Raises OSError where it can't be read."""
         with path.open("rb") as file:

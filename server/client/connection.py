@@ -10,6 +10,7 @@ import httpx
 
 from adapters.errors import sentence
 from server.config import is_loopback
+from server.program import program
 
 _URL_VARIABLE = "SMOLORA_URL"
 CONNECT_SECONDS = 10.0
@@ -108,7 +109,8 @@ class Connection:
         except httpx.TransportError as error:
             reason = f"can't reach {self.url}: {error or type(error).__name__}"
             if isinstance(error, httpx.ConnectError):
-                reason += f"; is it running? `smolora serve` starts it, {_URL_VARIABLE} or --url says where it is"
+                reason += f"; is it running? `{program()} serve` starts it"
+                reason += f", {_URL_VARIABLE} or --url says where it is"
             raise ClientError(reason) from error
         except ValueError as error:  # NaN, or half a character, among them
             raise ClientError(f"it can't be said in JSON: {error}") from error

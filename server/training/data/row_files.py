@@ -13,6 +13,7 @@ from typing import BinaryIO, Literal, NoReturn, get_args
 
 from adapters import strict_json
 from adapters.errors import FieldError, InvalidInput
+from server.counted import counted
 from server.training.data.rows import Row, parse_row
 
 Format = Literal["jsonl", "csv"]
@@ -83,7 +84,9 @@ def read_csv(stream: BinaryIO) -> Iterator[Row]:
             continue
         try:
             if len(fields) != len(names):
-                raise InvalidInput.of(FILE, f"{_columns(len(fields))}, where the first line names {len(names)}")
+                raise InvalidInput.of(
+                    FILE, f"has {counted(len(fields), 'column')}, where the first line names {len(names)}"
+                )
             value: dict[str, object] = dict(zip(names, fields, strict=True))
             if "messages" in value:
                 value["messages"] = _json(fields[0], "messages")
@@ -93,10 +96,6 @@ def read_csv(stream: BinaryIO) -> Iterator[Row]:
             continue
         yield row
     faults.raise_if_any()
-
-
-def _columns(number: int) -> str:
-    return "has 1 column" if number == 1 else f"has {number} columns"
 
 
 def _json(text: str, field: str) -> object:

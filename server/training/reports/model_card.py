@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+from server.counted import counted
+
 Fields = Mapping[str, object]
 
 _MARKUP = re.compile(r"[\\`*_\[\]<>|#&!~]")
@@ -93,7 +95,8 @@ def _comparison(report: Fields) -> str:
     ]
     titles = {"base": "untouched base", "latest": "version before", "tuned": "this"}
     size = (
-        f"{evaluation['num_rows']} held-out rows, {evaluation['num_tokens']} counted tokens (loss in nats a token)"
+        f"{_count(evaluation, 'num_rows', 'held-out row')}, {_count(evaluation, 'num_tokens', 'counted token')} "
+        "(loss in nats a token)"
     )
     return f"On {size}:\n\n{_table(('', *(titles[name] for name in columns)), rows)}\n\n{publication}"
 
@@ -114,6 +117,10 @@ def _cost(report: Fields) -> list[tuple[str, str]]:
     ]
 
 
+def _count(fields: Fields, name: str, noun: str) -> str:
+    return counted(cast("int", fields[name]), noun)
+
+
 def _kept(report: Fields) -> str:
     """Which step's weights these are, where it isn't the last one."""
     kept = report.get("kept_step", report["steps"])
@@ -129,12 +136,18 @@ def _origin(report: Fields) -> list[tuple[str, str]]:
         rows.append(("started from", f"{_text(parent['start_from'])}, `{parent['digest']}`"))
     if adapter:
         rows.append(("adapter", f"`{_fields(report, 'adapter')['digest']}`"))
-    rows.append(("data", f"{data['rows']:,} rows, {data['truncated']:,} of them truncated, `{data['digest']}`"))
+    rows.append(
+        ("data", f"{_count(data, 'rows', 'row')}, {data['truncated']:,} of them truncated, `{data['digest']}`")
+    )
     if data["validation_digest"]:
         shared = f", {data['overlap']:,} of them training rows too" if data["overlap"] else ""
-        rows.append(("held out", f"{data['validation_rows']:,} rows{shared}, `{data['validation_digest']}`"))
+        rows.append(
+            ("held out", f"{_count(data, 'validation_rows', 'row')}{shared}, `{data['validation_digest']}`")
+        )
     versions = ", ".join(f"{name} {version}" for name, version in _fields(environment, "versions").items())
-    machine = f"{environment['device']} ({environment['instructions']}), {environment['threads']} threads"
+    machine = (
+        f"{environment['device']} ({environment['instructions']}), {_count(environment, 'threads', 'thread')}"
+    )
     if gpu := environment.get("gpu"):  # older cards know of none
         machine = f"{_text(gpu)} ({environment['device']})"
     computed_by = ", then ".join(map(_text, cast("Sequence[str]", environment["computed_by"])))

@@ -15,6 +15,7 @@ from adapters.catalog.records import Records
 from adapters.errors import SmoloraError
 from adapters.library import Library
 from adapters.store.store import AdapterStore
+from server import logs
 from server.allocator import keep_freed_memory
 from server.config import WorkerSettings
 from server.database import connect
@@ -46,7 +47,7 @@ log = logging.getLogger("smolora.job")
 
 def main(argument: str) -> int:
     """Run the assignment; the exit code that the worker reads."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logs.set_up()
     assignment = Assignment.from_argument(argument)
     link = WorkerLink(assignment)
     keep_freed_memory()

@@ -25,6 +25,7 @@ async def test_pages_need_nothing_from_elsewhere(client: httpx.AsyncClient, path
 async def test_what_curl_finds(client: httpx.AsyncClient) -> None:
     found = (await client.get("/")).json()
     assert (found["service"], found["model"], found["docs"]) == ("smolora", "tiny-llama", "/docs")
+    assert found["chat_template"] is True
 
 
 async def test_where_compositions_are_listed(client: httpx.AsyncClient) -> None:

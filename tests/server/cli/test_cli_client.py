@@ -1,6 +1,7 @@
 """The commands that speak to a server, against a real one on a tiny base; a stand-in does the training."""
 
 import json
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -84,6 +85,25 @@ def test_generate(smolora: Run) -> None:
     assert tuned["choices"] != answer["choices"]
     chat = json.loads(smolora("generate", "404 Not", *options, "--chat", "--stop", "x", "--json").stdout)
     assert chat["usage"]["prompt_tokens"] > answer["usage"]["prompt_tokens"]
+    told = json.loads(smolora("generate", "404 Not", *options, "--system", "Be brief.", "--json").stdout)
+    assert told["usage"]["prompt_tokens"] != chat["usage"]["prompt_tokens"]
+
+
+def test_a_question_that_was_only_continued(smolora: Run) -> None:
+    options = ("--max-tokens", "2", "--temperature", "0")
+    question = "What's LoRA?"
+    result = smolora("generate", question, *options)
+    assert result.exit_code == 0, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("smolora: generate only continues a text; to have it answered: ")
+    program, *arguments = shlex.split(line.rpartition("answered: ")[2])
+    assert Path(program).name == "smolora"
+    assert arguments == ["chat", question]
+    assert smolora(*arguments, "--max-tokens", "2").exit_code == 0
+    answer = json.loads(smolora("generate", question, *options, "--json").stdout)
+    assert result.stdout == f"{answer['choices'][0]['text']}\n"
+    for other in ((question, "--chat"), (question, "-a", "up"), (question, "--json"), ("404 Not",)):
+        assert smolora("generate", *other, *options).stderr == ""
 
 
 def test_what_was_made_on_another_base_is_said(smolora: Run, server: Running) -> None:
@@ -111,7 +131,14 @@ def test_adapters(smolora: Run) -> None:
     assert "q, v, up" in line
 
 
-def test_train_to_the_end(smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str) -> None:
+def job_of(smolora: Run) -> str:
+    """The newest job's id."""
+    return str(json.loads(smolora("jobs", "--json", "--limit", "1").stdout)["jobs"][0]["id"])
+
+
+def test_train_to_the_end(
+    smolora: Run, server: Running, worker: Callable[[Callable[[StandIn], object]], None], rows: str
+) -> None:
     def work(stand_in: StandIn) -> None:
         for step in range(1, 4):
             stand_in.step(step, 3.0 / step)
@@ -132,7 +159,12 @@ def test_train_to_the_end(smolora: Run, worker: Callable[[Callable[[StandIn], ob
     ):
         assert news in result.stdout
     assert "held-out loss 0.7500, the untouched base's 3.0000" in result.stdout
-    assert "--adapter codes@1" in result.stdout
+    (suggested,) = [line.removeprefix("Try: ") for line in result.stdout.splitlines() if line.startswith("Try: ")]
+    program, *arguments = shlex.split(suggested)
+    assert Path(program).name == "smolora"
+    assert arguments == ["generate", "…", "--adapter", "codes@1"]
+    elsewhere = smolora("jobs", "--url", server.url, "--follow", job_of(smolora), environment={"SMOLORA_URL": ""})
+    assert elsewhere.stdout.rstrip().endswith(f"--adapter codes@1 --url {server.url}")
     job = json.loads(smolora("jobs", "--json", "--limit", "1").stdout)["jobs"][0]
     assert (job["config"]["lora"]["rank"], job["config"]["training"]["epochs"]) == (8, 2)
     assert (job["data"]["rows"], job["data"]["validation_rows"]) == (18, 2)
@@ -149,6 +181,26 @@ def test_a_gate_that_was_not_passed(
     result = smolora("train", rows, "--name", "codes", "--publish-if", "improves_base")
     assert result.exit_code == 0
     assert "No version was published: its loss is not [below] the base's" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("method", "advised", "useless"),
+    [("lora", "--publish-if improves_base", "--method"), ("full", "--method lora", "--publish")],
+)
+def test_no_better_than_the_base(
+    smolora: Run,
+    worker: Callable[[Callable[[StandIn], object]], None],
+    rows: str,
+    method: str,
+    advised: str,
+    useless: str,
+) -> None:
+    worker(lambda stand_in: stand_in.succeed({"gate": {"reason": "full or not"}}, eval_loss=3.0))
+    result = smolora("train", rows, "--name", "codes", "--method", method)
+    assert result.exit_code == 0, result.output
+    (advice,) = [line for line in result.stdout.splitlines() if "no better than the untouched base" in line]
+    assert advised in advice
+    assert useless not in advice
 
 
 def test_train_for_scripts(smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str) -> None:

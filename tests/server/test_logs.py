@@ -2,10 +2,10 @@
 
 import logging
 import re
+import subprocess
 import sys
 
-from server.api.middleware import request_id
-from server.serve.logs import LineFormatter
+from server.logs import LineFormatter, request_id
 
 
 def line(message: str, **fields: object) -> str:
@@ -21,8 +21,16 @@ def test_a_line_has_a_time_a_level_and_the_requests_id() -> None:
     finally:
         request_id.reset(token)
     time = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
-    assert re.fullmatch(time + " WARNING smolora.api request=abc something happened", found)
+    assert re.fullmatch(time + r" WARNING smolora.api pid=\d+ request=abc something happened", found)
     assert "request=-" in line("outside of any request")
+
+
+def test_uvicorns_lines_look_the_same() -> None:
+    code = (
+        "import logging; from server import logs; logs.set_up(); logging.getLogger('uvicorn.error').error('bad')"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert re.fullmatch(r"\S+Z ERROR uvicorn\.error pid=\d+ request=- bad\n", said.stderr)
 
 
 def test_line_ends_are_escaped() -> None:
