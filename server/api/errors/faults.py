@@ -45,8 +45,7 @@ def install(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        found = problems.field_errors(error.errors(), _body_of(request))
-        return form_of(request.url.path).of_error(InvalidInput(found))
+        return form_of(request.url.path).of_error(problems.invalid(error.errors(), _body_of(request)))
 
     async def framework(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
