@@ -128,7 +128,7 @@ class Catalog:
         if found:
             return found[0]
         with self._reader.connect() as connection:
-            raise NotFound(reads.why_missing(connection, Term(name)))
+            raise NotFound(*reads.why_missing(connection, Term(name)))
 
     def version(self, name: str, version: int) -> Version:
         """One version. Raises NotFound."""
@@ -139,7 +139,7 @@ class Catalog:
             if rows:
                 return version_of(rows)
         with self._reader.connect() as connection:
-            raise NotFound(reads.why_missing(connection, Term(name, version)))
+            raise NotFound(*reads.why_missing(connection, Term(name, version)))
 
     def check_kind(self, name: str, kind: Kind) -> None:
         """Raises Conflict where the name has versions of another kind."""
