@@ -57,9 +57,9 @@ def _num_alike(name: str, other: str) -> int:
 def name_fault(name: str) -> str | None:
     """Why no adapter may be called so, if none may. "base" is the frozen model's name and never an adapter's."""
     if name == BASE:
-        return "is the base's own name"
+        return "is the base's own name: choose another"
     if len(name) > MAX_NAME or NAME.fullmatch(name) is None:
-        return f'has 1 to {MAX_NAME} letters, digits, "_", "-" or ".", a letter or digit first'
+        return f'must be 1 to {MAX_NAME} letters, digits, "_", "-" or ".", the first a letter or digit'
     return None
 
 

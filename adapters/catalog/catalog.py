@@ -165,7 +165,7 @@ class Catalog:
     def unpoint(self, name: str, alias: str) -> None:
         """Removes the alias. Raises NotFound, or Conflict for `latest`."""
         if alias == LATEST:
-            raise Conflict("latest can't be removed, only moved")
+            raise Conflict("latest can't be removed: point it at another version")
         transact(self._engine, lambda connection: unpoint_in(connection, name, alias))
 
     def delete(self, name: str, force: bool = False) -> builtins.list[str]:

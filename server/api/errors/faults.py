@@ -52,7 +52,12 @@ def install(app: FastAPI) -> None:
         form = form_of(request.url.path)
         if error.status_code == 400:  # a body that couldn't be read at all
             return form.of_error(InvalidInput.of("body", "could not be read"))
-        detail = "no such path: /docs lists them" if error.status_code == 404 else error.detail
+        detail = error.detail
+        if error.status_code == 404:
+            detail = "no such path: /docs lists them"
+        elif error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            detail = f"{request.method} is not possible here: use {allowed}"
         return form.problem(error.status_code, detail, headers=error.headers)
 
     app.add_exception_handler(SmoloraError, ours)

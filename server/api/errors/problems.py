@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from adapters.errors import Conflict, FieldError, InvalidInput, NotFound, SmoloraError
 from server.api import wire
+from server.api.errors import wording
 from server.api.errors.near_names import unknown_field
 from server.errors import Forbidden, PayloadTooLarge, TryAgain, Unauthorized, Unavailable
 
@@ -129,11 +130,14 @@ def invalid(faults: Sequence[Mapping[str, object]], body: type[BaseModel] | None
 def _field_error(
     loc: tuple[str | int, ...], fault: Mapping[str, object], body: type[BaseModel] | None
 ) -> FieldError:
-    message = str(fault["msg"]).removeprefix("Value error, ")
+    message = wording.told(fault)
     if fault["type"] == "json_invalid":
         context = fault["ctx"]
         assert isinstance(context, dict)
-        return FieldError(("body",), f"is not JSON: {context['error']}")
+        reason = str(context["error"])
+        if "unicode code point" in reason:
+            return FieldError(("body",), f"is not UTF-8 text: {reason}")
+        return FieldError(("body",), f"is not JSON: {reason}")
     if loc == ("body",):
         return FieldError(("body",), "must be a JSON object, sent with Content-Type: application/json")
     if fault["type"] == "extra_forbidden":
