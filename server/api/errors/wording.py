@@ -42,4 +42,9 @@ def told(fault: Mapping[str, object]) -> str:
     words = _WORDS.get(kind)
     if words is None or not {name for _, name, _, _ in Formatter().parse(words) if name} <= given.keys():
         return str(fault["msg"]).removeprefix("Value error, ")
-    return words.format_map(given)
+    return words.format_map({name: _plain(value) for name, value in given.items()})
+
+
+def _plain(value: object) -> object:
+    """A bound as a person writes it: 2, not 2.0."""
+    return f"{value:g}" if isinstance(value, float) else value
