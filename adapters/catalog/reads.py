@@ -34,7 +34,7 @@ def _near() -> "sa.CompoundSelect[str]":
     """The names before and after `name` in their order, and those of `slips` that there are."""
     name = sa.bindparam("name", type_=sa.String)
     exists = sa.select(names.c.name).where(names.c.latest.is_not(None))
-    num = sa.literal_column(str(_NEIGHBOURS))
+    num = sa.literal_column(str(_NEIGHBOURS), sa.Integer)
     after = exists.where(names.c.name > name).order_by(names.c.name).limit(num).subquery()
     before = exists.where(names.c.name < name).order_by(names.c.name.desc()).limit(num).subquery()
     slipped = exists.where(names.c.name.in_(sa.bindparam("slips", expanding=True)))
