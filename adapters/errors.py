@@ -41,13 +41,14 @@ def sentence(loc: Sequence[str | int], message: str) -> str:
 
 
 class InvalidInput(SmoloraError):
-    """A request that can't be honoured as it is; `errors` names every field at fault."""
+    """A request that can't be honoured as it is; `errors` names fields at fault, `num_more` counts the rest."""
 
-    def __init__(self, errors: Sequence[FieldError]) -> None:
+    def __init__(self, errors: Sequence[FieldError], num_more: int = 0) -> None:
         if not errors:
             raise ValueError("InvalidInput needs at least one FieldError")
-        super().__init__("; ".join(map(str, errors)))
+        super().__init__("; ".join([*map(str, errors), *([f"and {num_more} more"] if num_more else [])]))
         self.errors = tuple(errors)
+        self.num_more = num_more
 
     @classmethod
     def of(cls, field: str, message: str) -> "InvalidInput":

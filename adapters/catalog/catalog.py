@@ -130,7 +130,7 @@ class Catalog:
         if found:
             return found[0]
         with self._reader.connect() as connection:
-            raise NotFound(reads.why_missing(connection, Term(name)))
+            raise NotFound(*reads.why_missing(connection, Term(name)))
 
     def version(self, name: str, version: int) -> Version:
         """One version. Raises NotFound."""
@@ -141,7 +141,7 @@ class Catalog:
             if rows:
                 return version_of(rows)
         with self._reader.connect() as connection:
-            raise NotFound(reads.why_missing(connection, Term(name, version)))
+            raise NotFound(*reads.why_missing(connection, Term(name, version)))
 
     def check_kind(self, name: str, kind: Kind) -> None:
         """Raises Conflict where the name has versions of another kind."""
@@ -167,7 +167,7 @@ class Catalog:
     def unpoint(self, name: str, alias: str) -> None:
         """Removes the alias. Raises NotFound, or Conflict for `latest`."""
         if alias == LATEST:
-            raise Conflict("latest can't be removed, only moved")
+            raise Conflict("latest can't be removed: point it at another version")
         transact(self._engine, lambda connection: unpoint_in(connection, name, alias))
 
     def delete(self, name: str, force: bool = False) -> builtins.list[str]:

@@ -1,6 +1,6 @@
 """The catalog's reads: each one statement, and its rows as plain values."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 
 import sqlalchemy as sa
@@ -9,15 +9,39 @@ from adapters.catalog.tables import aliases, names, parts, versions
 from adapters.catalog.versions import Adapter, Part, Version, gather, times
 from adapters.errors import InvalidInput, NotFound
 from adapters.expression import MAX_PARTS, MAX_WEIGHT, Term
-from adapters.names import near
+from adapters.names import near, slips
 
 LATEST = "latest"
 MAX_VERSION = 2**31 - 1
-_NEAR_AMONG = 1_000  # names that a misspelt one is compared with: some milliseconds
+_NEIGHBOURS = 8  # names on either side of a misspelt one, in their order
+_GUESSED = 2  # names of one answer for which the meant one is looked for; and as many of which aliases are shown
 _SHOWN = 10  # aliases
 
 _PART = (parts.c.place, parts.c.part_name, parts.c.part_version, parts.c.part_digest, parts.c.weight)
 _OF_VERSION = sa.and_(parts.c.name == versions.c.name, parts.c.version == versions.c.version)
+
+# Built once: that takes longer than running them.
+_LATEST = sa.select(names.c.name, names.c.latest).where(names.c.name.in_(sa.bindparam("names", expanding=True)))
+_ALIASES = (
+    sa.select(aliases.c.alias)
+    .where(aliases.c.name == sa.bindparam("name"))
+    .order_by(aliases.c.alias)
+    .limit(sa.literal_column(str(_SHOWN)))
+)
+
+
+def _near() -> "sa.CompoundSelect[str]":
+    """The names before and after `name` in their order, and those of `slips` that there are."""
+    name = sa.bindparam("name", type_=sa.String)
+    exists = sa.select(names.c.name).where(names.c.latest.is_not(None))
+    num = sa.literal_column(str(_NEIGHBOURS), sa.Integer)
+    after = exists.where(names.c.name > name).order_by(names.c.name).limit(num).subquery()
+    before = exists.where(names.c.name < name).order_by(names.c.name.desc()).limit(num).subquery()
+    slipped = exists.where(names.c.name.in_(sa.bindparam("slips", expanding=True)))
+    return sa.union_all(sa.select(after.c.name), sa.select(before.c.name), slipped)
+
+
+_NEAR = _near()
 
 
 def select_adapters(chosen: "sa.Select[str]") -> "sa.Select[tuple[object, ...]]":
@@ -78,7 +102,7 @@ def resolve(connection: sa.Connection, terms: Sequence[Term], field: str) -> tup
         rows = connection.execute(sa.union_all(*(lookup(place, term) for place, term in known))).mappings().all()
     found = {row["term"] for row in rows}
     if missing := [term for place, term in enumerate(terms) if place not in found]:
-        raise NotFound("; ".join(dict.fromkeys(why_missing(connection, term) for term in missing)))
+        raise NotFound("; ".join(why_missing(connection, *missing)))
     leaves = tuple(_leaf(row, terms[row["term"]]) for row in sorted(rows, key=_order))
     _check_leaves(leaves, field)
     return leaves
@@ -96,18 +120,44 @@ def lookup(place: int, term: Term) -> "sa.Select[tuple[object, ...]]":
     return query if table is names else query.where(aliases.c.alias == term.alias)
 
 
-def why_missing(connection: sa.Connection, term: Term) -> str:
-    """What is wrong with a term that names nothing, and what was perhaps meant."""
-    latest = connection.execute(sa.select(names.c.latest).where(names.c.name == term.name)).scalar()
-    if latest is None:
-        known = sa.select(names.c.name).where(names.c.latest.is_not(None)).limit(_NEAR_AMONG)
-        meant = near(term.name, connection.execute(known).scalars())
-        return f"no such adapter: {term.reference}{'' if meant is None else f' (did you mean {meant}?)'}"
-    if term.version is not None:
-        return f"no such version: {term.reference} (latest is {latest})"
-    mine = sa.select(aliases.c.alias).where(aliases.c.name == term.name).order_by(aliases.c.alias).limit(_SHOWN)
-    others = ", ".join(connection.execute(mine).scalars())
-    return f"no such alias: {term.reference} ({term.name} has {others or 'none but latest'})"
+def why_missing(connection: sa.Connection, *terms: Term) -> list[str]:
+    """What is wrong with terms that name nothing, each said once, and what the first were perhaps meant to be.
+
+    Some look-ups by name, however many adapters there are and however many terms.
+    """
+    rows = connection.execute(_LATEST, {"names": list({term.name for term in terms})})
+    latest = {row.name: row.latest for row in rows if row.latest is not None}
+    unsaid = {"name": _GUESSED, "alias": _GUESSED}
+
+    def hint(kind: str, tell: Callable[[sa.Connection, str], str], name: str) -> str:
+        unsaid[kind] -= 1
+        return tell(connection, name) if unsaid[kind] >= 0 else ""
+
+    told: dict[str, str] = {}
+    for term in terms:
+        if term.reference in told:
+            continue
+        if term.name not in latest:
+            reason = f"no such adapter: {term.reference}{hint('name', _meant, term.name)}"
+        elif term.version is not None:
+            reason = f"no such version: {term.reference} (latest is {latest[term.name]})"
+        else:
+            reason = f"no such alias: {term.reference}{hint('alias', _others, term.name)}"
+        told[term.reference] = reason
+    return list(told.values())
+
+
+def _meant(connection: sa.Connection, name: str) -> str:
+    """The stored name that is most like this one, if any is: of its neighbours, and of what a slip can hide."""
+    found = connection.execute(_NEAR, {"name": name, "slips": list(slips(name))}).scalars()
+    meant = near(name, dict.fromkeys(found))
+    return "" if meant is None else f" (did you mean {meant}?)"
+
+
+def _others(connection: sa.Connection, name: str) -> str:
+    """Names the aliases that there are."""
+    mine = ", ".join(connection.execute(_ALIASES, {"name": name}).scalars())
+    return f" ({name} has {mine or 'none but latest'})"
 
 
 def _order(row: sa.RowMapping) -> tuple[int, int]:

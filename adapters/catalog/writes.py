@@ -96,7 +96,7 @@ def point_in(connection: sa.Connection, name: str, alias: str, version: int) -> 
     lock(connection, name)
     which = (versions.c.name == name, versions.c.version == _bounded(version))
     if connection.execute(sa.select(versions.c.version).where(*which)).first() is None:
-        raise NotFound(why_missing(connection, Term(name, version)))
+        raise NotFound(*why_missing(connection, Term(name, version)))
     if alias == LATEST:
         moved = {"latest": version, "rolled_back": version < _newest(name)}
         connection.execute(sa.update(names).where(names.c.name == name).values(moved))
@@ -108,7 +108,7 @@ def unpoint_in(connection: sa.Connection, name: str, alias: str) -> None:
     """As `Catalog.unpoint`."""
     mine = sa.and_(aliases.c.name == name, aliases.c.alias == alias)
     if connection.execute(sa.delete(aliases).where(mine)).rowcount == 0:
-        raise NotFound(why_missing(connection, Term(name, alias=alias)))
+        raise NotFound(*why_missing(connection, Term(name, alias=alias)))
 
 
 def drop_in(connection: sa.Connection, name: str, version: int | None, force: bool) -> tuple[list[int], list[str]]:
@@ -119,7 +119,7 @@ def drop_in(connection: sa.Connection, name: str, version: int | None, force: bo
         which = sa.and_(which, versions.c.version == _bounded(version))
     doomed = connection.execute(sa.select(versions.c.version, versions.c.digest).where(which)).all()
     if not doomed:
-        raise NotFound(why_missing(connection, Term(name, version)))
+        raise NotFound(*why_missing(connection, Term(name, version)))
     numbers = [number for number, _ in doomed]
     _refuse_held(connection, name, numbers, force)
     connection.execute(sa.delete(aliases).where(aliases.c.name == name, aliases.c.version.in_(numbers)))

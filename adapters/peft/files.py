@@ -6,7 +6,7 @@ exactly. Whatever else is refused, each offending key by name. What is written, 
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
@@ -18,14 +18,17 @@ from adapters.lora import MODULES, BaseShape, LoraConfig, LoraModule, LoraWeight
 from adapters.peft import config as peft_config
 from adapters.peft import tensor_file
 from adapters.peft.config import PeftConfig
+from adapters.peft.guess import guess
 from adapters.peft.patterns import Budget
 from adapters.peft.targets import BadTargetsError, pick, resolve
-from adapters.peft.tensor_file import TensorFileError
+from adapters.peft.tensor_file import TensorEntry, TensorFileError
 from adapters.peft.tensors import SIDES, FoundTensors, collect, tensor_error, tensor_name
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-MAX_ERRORS = 2000
+MAX_CONFIG_ERRORS = 32
+MAX_TENSOR_ERRORS = 10
+"""What one answer names: beyond that a file has one thing wrong with it, which `guess` tells."""
 
 _Value = TypeVar("_Value")
 
@@ -47,17 +50,27 @@ def read(config_json: bytes, tensors: bytes | Path, base: BaseShape) -> PeftAdap
     errors: list[FieldError] = []
     config = peft_config.parse(config_json, errors)
     found = FoundTensors()
+    entries: Mapping[str, TensorEntry] | None = None
     try:
         buffer = tensor_file.map_file(tensors) if isinstance(tensors, Path) else tensor_file.copy_bytes(tensors)
-        found = collect(tensor_file.read_header(buffer), buffer, base, errors)
+        entries = tensor_file.read_header(buffer)
+        found = collect(entries, buffer, base, errors)
     except TensorFileError as error:
         errors.append(FieldError(("adapter_model",), str(error)))
         config = None  # there is nothing to hold it to
-    adapter = None if config is None else _assemble(config, found, base, errors)
+    adapter: PeftAdapter | None = None
+    ranks: dict[ModuleKey, int] | None = None
     if config is None:
         _check_pairs({key for key, _ in found.names}, found, errors)
+    else:
+        try:
+            budget = Budget()
+            ranks = _ranks(config, base, budget)
+            adapter = _assemble(config, ranks, found, base, budget, errors)
+        except BadTargetsError as error:
+            errors.append(FieldError(("adapter_config", error.field), str(error)))
     if adapter is None or errors:
-        raise InvalidAdapter(_cut(errors))
+        raise _told(errors, None if entries is None else guess(entries, base, ranks))
     return adapter
 
 
@@ -101,19 +114,27 @@ def write_synced(path: Path, data: bytes) -> None:
         _sync(file)
 
 
+def _ranks(config: PeftConfig, base: BaseShape, budget: Budget) -> dict[ModuleKey, int]:
+    """The targeted modules in the order of the forward pass, each with its rank. Raises BadTargetsError."""
+    keys = sorted(resolve(config.targeting, base, budget), key=in_forward_order)
+    given = pick("rank_pattern", config.rank_pattern, keys, budget)
+    return {key: given.get(key, config.rank) for key in keys}
+
+
 def _assemble(
-    config: PeftConfig, found: FoundTensors, base: BaseShape, errors: list[FieldError]
+    config: PeftConfig,
+    ranks: Mapping[ModuleKey, int],
+    found: FoundTensors,
+    base: BaseShape,
+    budget: Budget,
+    errors: list[FieldError],
 ) -> PeftAdapter | None:
-    """The adapter; None where config and tensors disagree, with the keys at fault in `errors`."""
-    budget = Budget()
-    try:
-        keys = sorted(resolve(config.targeting, base, budget), key=in_forward_order)
-        given_ranks = pick("rank_pattern", config.rank_pattern, keys, budget)
-        given_alphas = pick("alpha_pattern", config.alpha_pattern, keys, budget)
-    except BadTargetsError as error:
-        errors.append(FieldError(("adapter_config", error.field), str(error)))
-        return None
-    ranks = {key: given_ranks.get(key, config.rank) for key in keys}
+    """The adapter; None where config and tensors disagree, with the keys at fault in `errors`.
+
+    Raises BadTargetsError.
+    """
+    keys = list(ranks)
+    given_alphas = pick("alpha_pattern", config.alpha_pattern, keys, budget)
     alphas = {key: given_alphas.get(key, config.alpha) for key in keys}
     _check_pairs(keys, found, errors)
     for (key, side), name in found.names.items():
@@ -183,11 +204,16 @@ def _shortest(number: float) -> int | float:
     return int(number) if number.is_integer() else number
 
 
-def _cut(errors: list[FieldError]) -> list[FieldError]:
-    more = len(errors) - MAX_ERRORS
-    return (
-        errors if more <= 0 else [*errors[:MAX_ERRORS], FieldError(("adapter_model",), f"has {more} more faults")]
-    )
+def _told(errors: Sequence[FieldError], guessed: str | None) -> InvalidAdapter:
+    """The first errors of each file; where the tensors' don't all fit, what they look like comes before them."""
+    of_config = [error for error in errors if error.loc[0] == "adapter_config"]
+    of_tensors = [error for error in errors if error.loc[0] != "adapter_config"]
+    shown = of_config[:MAX_CONFIG_ERRORS]
+    if guessed is not None and len(of_tensors) > MAX_TENSOR_ERRORS:
+        shown.append(FieldError(("adapter_model",), guessed))
+    shown += of_tensors[:MAX_TENSOR_ERRORS]
+    num_named = len(of_config[:MAX_CONFIG_ERRORS]) + len(of_tensors[:MAX_TENSOR_ERRORS])
+    return InvalidAdapter(shown, len(errors) - num_named)
 
 
 def _sync(file: IO[bytes]) -> None:

@@ -127,7 +127,9 @@ class BodyLimit:
             return
         limit = self._max_upload if _UPLOAD.fullmatch(scope["path"]) else self._max_json
         announced = Headers(scope=scope).get("content-length", "")
-        too_large = f"the body may have {limit} bytes{_HINTS.get(scope['path'], '')}"
+        too_large = (
+            f"the body is larger than {limit} bytes, the most that is taken here{_HINTS.get(scope['path'], '')}"
+        )
         if announced.isascii() and announced.isdigit() and (len(announced) > 18 or int(announced) > limit):
             await _drain(scope, receive)
             await form_of(scope["path"]).problem(413, too_large)(scope, receive, send)

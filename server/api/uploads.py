@@ -6,7 +6,7 @@ whoever reads them can map. Archives are `server.api.adapters.archives`'s part, 
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,7 @@ def uploaded_files(form: FormData) -> Iterator[UploadedFiles]:
             raise InvalidInput.of(ARCHIVE_FIELD, "send the two files or one archive of them, not both")
         else:
             missing = CONFIG_FIELD if config is None else WEIGHTS_FIELD
-            raise InvalidInput.of(missing, "the file is missing")
+            raise InvalidInput.of(missing, "is missing: send both files, or one zip of both in archive")
 
 
 def uploaded_rows(form: FormData, *beside: str) -> tuple[BinaryIO, str]:
@@ -85,13 +85,17 @@ def uploaded_rows(form: FormData, *beside: str) -> tuple[BinaryIO, str]:
     _refuse_unknown(form, ROWS_FIELD, *beside)
     part = _part(form, ROWS_FIELD)
     if part is None:
-        raise InvalidInput.of(ROWS_FIELD, "the file is missing")
+        raise InvalidInput.of(ROWS_FIELD, "is missing: send the file as multipart/form-data")
     return part.file, part.filename or ""
 
 
 def _refuse_unknown(form: FormData, *known: str) -> None:
     if unknown := sorted(set(form.keys()) - set(known)):
-        raise InvalidInput([FieldError((name[:64],), "no such field") for name in unknown])
+        raise InvalidInput([FieldError((name[:64],), f"no such field: {_fields(known)}") for name in unknown])
+
+
+def _fields(known: Sequence[str]) -> str:
+    return f"there is {known[0]}" if len(known) == 1 else f"there are {', '.join(known[:-1])} and {known[-1]}"
 
 
 def _part(form: FormData, name: str) -> UploadFile | None:
@@ -109,5 +113,5 @@ def _part(form: FormData, name: str) -> UploadFile | None:
 def _bounded(source: BinaryIO) -> bytes:
     content = source.read(MAX_CONFIG_BYTES + 1)
     if len(content) > MAX_CONFIG_BYTES:
-        raise InvalidInput.of(CONFIG_FIELD, f"may have {MAX_CONFIG_BYTES} bytes")
+        raise InvalidInput.of(CONFIG_FIELD, f"is larger than {MAX_CONFIG_BYTES} bytes: are the two files swapped?")
     return content

@@ -45,15 +45,19 @@ def install(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        found = problems.field_errors(error.errors(), _body_of(request))
-        return form_of(request.url.path).of_error(InvalidInput(found))
+        return form_of(request.url.path).of_error(problems.invalid(error.errors(), _body_of(request)))
 
     async def framework(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         form = form_of(request.url.path)
         if error.status_code == 400:  # a body that couldn't be read at all
             return form.of_error(InvalidInput.of("body", "could not be read"))
-        detail = "no such path: /docs lists them" if error.status_code == 404 else error.detail
+        detail = error.detail
+        if error.status_code == 404:
+            detail = "no such path: /docs lists them"
+        elif error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            detail = f"{request.method} is not possible here: use {allowed}"
         return form.problem(error.status_code, detail, headers=error.headers)
 
     app.add_exception_handler(SmoloraError, ours)

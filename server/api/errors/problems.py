@@ -8,13 +8,14 @@ echoed, except the names of fields; what went wrong inside is logged, not told.
 import http
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel
 from starlette.responses import Response
 
 from adapters.errors import Conflict, FieldError, InvalidInput, NotFound, SmoloraError
 from server.api import wire
+from server.api.errors import wording
 from server.api.errors.near_names import unknown_field
 from server.errors import Forbidden, PayloadTooLarge, TryAgain, Unauthorized, Unavailable
 
@@ -93,14 +94,16 @@ def _document_of(error: Exception) -> dict[str, object]:
     if status == 500:
         log.error("%s: %s", type(error).__name__, error)
     if isinstance(error, InvalidInput):
-        return document(status, summary(error.errors), error.errors)
+        rest = [FieldError(error.errors[-1].loc[:1], f"and {error.num_more} more")] if error.num_more else []
+        return document(status, summary(error.errors, error.num_more), [*error.errors, *rest])
     return document(status, str(error))
 
 
-def summary(errors: Sequence[FieldError]) -> str:
-    """The first three fields at fault and what is wrong with them, in one line."""
+def summary(errors: Sequence[FieldError], num_more: int = 0) -> str:
+    """The first three fields at fault and what is wrong with them, in one line; `num_more` aren't in the list."""
     first = "; ".join(map(str, errors[:3]))
-    return first if len(errors) <= 3 else f"{first}; and {len(errors) - 3} more"
+    more = len(errors[3:]) + num_more
+    return f"{first}; and {more} more" if more else first
 
 
 def internal() -> Response:
@@ -108,29 +111,33 @@ def internal() -> Response:
     return problem(500, INTERNAL)
 
 
-def field_errors(faults: Iterable[Mapping[str, object]], body: type[BaseModel] | None = None) -> list[FieldError]:
+def invalid(faults: Sequence[Mapping[str, object]], body: type[BaseModel] | None = None) -> InvalidInput:
     """pydantic's errors as ours: no inputs, no "body" in front, list indices only before a field's name.
 
-    `body` is the model of the request's JSON, whose fields unknown ones are compared with.
+    The first `MAX_ERRORS` are named, the others counted. `body` is the model of the request's JSON, whose fields
+    unknown ones are compared with.
     """
     found: dict[FieldError, None] = {}
-    for fault in faults:
+    for number, fault in enumerate(faults):
+        if len(found) == MAX_ERRORS:
+            return InvalidInput(list(found), len(faults) - number)
         loc = fault["loc"]
         assert isinstance(loc, tuple)
         found[_field_error(loc, fault, body)] = None
-        if len(found) == MAX_ERRORS:
-            break
-    return list(found)
+    return InvalidInput(list(found))
 
 
 def _field_error(
     loc: tuple[str | int, ...], fault: Mapping[str, object], body: type[BaseModel] | None
 ) -> FieldError:
-    message = str(fault["msg"]).removeprefix("Value error, ")
+    message = wording.told(fault)
     if fault["type"] == "json_invalid":
         context = fault["ctx"]
         assert isinstance(context, dict)
-        return FieldError(("body",), f"is not JSON: {context['error']}")
+        reason = str(context["error"])
+        if "unicode code point" in reason:
+            return FieldError(("body",), f"is not UTF-8 text: {reason}")
+        return FieldError(("body",), f"is not JSON: {reason}")
     if loc == ("body",):
         return FieldError(("body",), "must be a JSON object, sent with Content-Type: application/json")
     if fault["type"] == "extra_forbidden":

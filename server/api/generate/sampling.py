@@ -39,11 +39,10 @@ def context_faults(
     """
     if num_prompt + num_more <= limit:
         return ()
-    told = FieldError(
-        (field,), f"the prompt's {counted(num_prompt, 'token')} and {num_more:,} more exceed the model's {limit:,}"
-    )
+    beyond = f"the prompt's {counted(num_prompt, 'token')} and {num_more:,} more exceed the model's {limit:,}"
     if num_prompt < limit:
-        return (told,)
+        return (FieldError((field,), f"{beyond}: {limit - num_prompt} are left"),)
+    told = FieldError((field,), beyond)
     return (
         FieldError((prompt_field,), f"{num_prompt} tokens leave no room for an answer within the model's {limit}"),
         told,

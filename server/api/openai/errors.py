@@ -73,7 +73,7 @@ def _told(error: SmoloraError) -> tuple[int, dict[str, object]]:
     if isinstance(error, InvalidInput):
         code = "context_length_exceeded" if isinstance(error, ContextTooLong) else None
         faults = [FieldError(_RENAMED.get(fault.loc, fault.loc), fault.message) for fault in error.errors]
-        return 400, _error(400, problems.summary(faults), _param(faults), code)
+        return 400, _error(400, problems.summary(faults, error.num_more), _param(faults), code)
     if isinstance(error, ModelNotFound):
         return status, _error(status, str(error), param="model", code="model_not_found")
     code = next((code for kind, code in _CODES if isinstance(error, kind)), None)

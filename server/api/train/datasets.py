@@ -12,9 +12,10 @@ from server.api import wire
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import DATASET_BODY, DATASET_UPLOADS, DATASETS
 from server.api.train.answers import dataset_document
-from server.api.train.schemas import DatasetAnswer, DatasetList
+from server.api.train.schemas import DatasetAnswer, DatasetList, DatasetUploaded
 from server.api.uploads import read_form, uploaded_rows
-from server.training.data.datasets import Dataset, DatasetStore
+from server.training.data.datasets import DatasetStore
+from server.training.data.ignored import IgnoredFields
 
 router = APIRouter(prefix="/datasets", tags=["train"])
 
@@ -27,17 +28,20 @@ DatasetId = Annotated[str, Path(max_length=256)]
     summary="Upload a data set",
     status_code=201,
     response_class=Response,
-    responses={201: {"model": DatasetAnswer, "description": "Stored, or stored before"}, **DATASET_UPLOADS},
+    responses={201: {"model": DatasetUploaded, "description": "Stored, or stored before"}, **DATASET_UPLOADS},
     openapi_extra={"requestBody": DATASET_BODY},
 )
 async def upload(request: Request, services: ServicesDep) -> Response:
-    """Upload a JSONL or CSV file of rows. Every line is checked. The same rows always get the same id."""
+    """Upload a JSONL or CSV file of rows. Every line is checked. The same rows always get the same id.
+
+    Fields that are not trained on are ignored; `warnings` counts them.
+    """
     form = await read_form(request)
     try:
-        dataset = await to_thread.run_sync(_put, services.datasets, form, limiter=services.limiters.checking)
+        answer = await to_thread.run_sync(_put, services.datasets, form, limiter=services.limiters.checking)
     finally:
         await form.close()
-    return wire.answer(dataset_document(dataset), 201, {"Location": f"/datasets/{dataset.id}"})
+    return wire.answer(answer, 201, {"Location": f"/datasets/{answer['id']}"})
 
 
 @router.get(
@@ -69,9 +73,10 @@ async def delete_dataset(services: ServicesDep, dataset_id: DatasetId) -> Respon
     return Response(status_code=204)
 
 
-def _put(datasets: DatasetStore, form: FormData) -> Dataset:
+def _put(datasets: DatasetStore, form: FormData) -> dict[str, object]:
     file, filename = uploaded_rows(form)
-    return datasets.put(file, filename)
+    ignored = IgnoredFields()
+    return {**dataset_document(datasets.put(file, filename, ignored)), "warnings": ignored.warnings()}
 
 
 def _delete(services: Services, dataset_id: str) -> None:

@@ -283,5 +283,9 @@ class DatasetAnswer(BaseModel):
     created_at: str
 
 
+class DatasetUploaded(DatasetAnswer):
+    warnings: list[str] = Field(description="such as that rows have fields which are not trained on")
+
+
 class DatasetList(BaseModel):
     datasets: list[DatasetAnswer]

@@ -39,7 +39,7 @@ class Prepared:
     data: JobData
     source: Mapping[str, object]
     used: frozenset[str]  # ids of data sets and files
-    warnings: tuple[str, ...]  # of the adapter to go on from
+    warnings: tuple[str, ...]  # of the adapter to go on from, and of the rows
 
     @property
     def total_steps(self) -> int:
@@ -121,7 +121,7 @@ class Submissions:
                 with suppress(NotFound):
                     self._library.pin([Term(spec.name)], "name").release()
             data = self._encode(spec.training, rows)
-            yield Prepared(spec, data, rows.source, rows.used, pinned.warnings)
+            yield Prepared(spec, data, rows.source, rows.used, (*pinned.warnings, *rows.warnings))
         finally:
             pinned.release()
 

@@ -22,6 +22,7 @@ from typing import BinaryIO, Self, cast
 
 from adapters.durable import UNFINISHED, new_directory, write_json
 from adapters.errors import InvalidInput, SmoloraError
+from server.training.data.ignored import IgnoredFields
 from server.training.data.record_store import RecordStore
 from server.training.data.row_files import FILE, Format, format_of, read_rows, short_name
 from server.training.data.rows import Row, canonical_json, kind_of, parse_row
@@ -65,11 +66,16 @@ class DatasetStore:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._records = RecordStore(
-            root, _ID, FACTS, Dataset.from_document, "no data set has this id", CorruptDataset
+            root,
+            _ID,
+            FACTS,
+            Dataset.from_document,
+            "no data set has this id: GET /datasets lists them",
+            CorruptDataset,
         )
 
-    def put(self, stream: BinaryIO, filename: str) -> Dataset:
-        """Check all rows and store them; the format is the file name's ending.
+    def put(self, stream: BinaryIO, filename: str, ignored: IgnoredFields | None = None) -> Dataset:
+        """Check all rows and store them; the format is the file name's ending. What else they have is counted.
 
         Raises InvalidInput with the lines and fields at fault, OSError where the disk is full: nothing stays then.
         """
@@ -81,7 +87,7 @@ class DatasetStore:
             kinds: Counter[str] = Counter()
             digest = hashlib.sha256()
             with open(handle, "wb") as file:
-                for row in read_rows(cast("BinaryIO", counted), file_format):
+                for row in read_rows(cast("BinaryIO", counted), file_format, ignored):
                     line = canonical_json(row) + b"\n"
                     digest.update(line)
                     file.write(line)

@@ -75,10 +75,7 @@ class RowEncoder:
             try:
                 example, is_truncated = self._encode(row, max_length, overlong)
             except InvalidInput as error:
-                faults += [
-                    FieldError((*loc, number, *fault.loc), f"row {number}: {fault.message}")
-                    for fault in error.errors
-                ]
+                faults += [FieldError((*loc, number, *fault.loc), fault.message) for fault in error.errors]
                 if len(faults) >= MAX_FAULTS:
                     break
                 continue

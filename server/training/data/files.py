@@ -21,6 +21,7 @@ from typing import BinaryIO, Literal, Self, cast
 from adapters.durable import new_directory, write_json
 from adapters.errors import InvalidInput, NotFound, SmoloraError
 from server.training.data.datasets import DatasetStore
+from server.training.data.ignored import IgnoredFields
 from server.training.data.record_store import RecordStore
 from server.training.data.row_files import FILE, Format, read_rows, short_name
 from server.training.data.rows import Row
@@ -119,12 +120,15 @@ class FileStore:
         except FileNotFoundError:
             raise NotFound("no file has this id") from None
 
-    def rows(self, file_id: str) -> Iterator[Row]:
-        """The rows in their order. Raises NotFound at once; CorruptFile, at the latest at the end."""
+    def rows(self, file_id: str, ignored: IgnoredFields | None = None) -> Iterator[Row]:
+        """The rows in their order; what else they have is counted.
+
+        Raises NotFound at once; CorruptFile, at the latest at the end.
+        """
         file = self.get(file_id)
         if file.purpose != "fine-tune":
             raise NotFound("no file of rows has this id")
-        return _checked_rows(self.open(file_id), file)
+        return _checked_rows(self.open(file_id), file, ignored)
 
     def delete(self, file_id: str) -> None:
         """Raises NotFound. Who is reading it now reads on."""
@@ -138,10 +142,11 @@ class RowSources:
         self._datasets = datasets
         self._files = files
 
-    def rows(self, source_id: str) -> Iterator[Row]:
-        """The rows in their order. Raises NotFound at once."""
-        store = self._files if source_id.startswith(PREFIX) else self._datasets
-        return store.rows(source_id)
+    def rows(self, source_id: str, ignored: IgnoredFields | None = None) -> Iterator[Row]:
+        """The rows in their order; what else a file's have is counted. Raises NotFound at once."""
+        if source_id.startswith(PREFIX):
+            return self._files.rows(source_id, ignored)
+        return self._datasets.rows(source_id)
 
 
 def results_id(job_id: str) -> str:
@@ -162,11 +167,11 @@ class _Hashed:
         return line
 
 
-def _checked_rows(content: BinaryIO, file: StoredFile) -> Iterator[Row]:
+def _checked_rows(content: BinaryIO, file: StoredFile, ignored: IgnoredFields | None) -> Iterator[Row]:
     with content:
         read = _Hashed(content)
         try:
-            yield from read_rows(cast("BinaryIO", read), file.format)
+            yield from read_rows(cast("BinaryIO", read), file.format, ignored)
         except (OSError, InvalidInput):
             raise CorruptFile(f"the rows of {file.id} are unreadable") from None
     if read.digest.hexdigest() != file.sha256:

@@ -7,24 +7,27 @@ names the field, and the line on which its record begins. What a row may be is `
 
 import codecs
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import BinaryIO, Literal, NoReturn, get_args
 
 from adapters import strict_json
 from adapters.errors import FieldError, InvalidInput
 from server.counted import counted
-from server.training.data.rows import Row, parse_row
+from server.training.data.ignored import IgnoredFields, shown
+from server.training.data.rows import FIELDS, Row, misspelt, parse_row
 
 Format = Literal["jsonl", "csv"]
 MAX_LINE = 1 << 20
 MAX_LINES = 200_000
 MAX_FAULTS = 20
 MAX_FILENAME = 255
+_CSV_FAULTS = {
+    "new-line character seen in unquoted field": "a carriage return outside quotes",
+    "unexpected end of data": "a quote that opens here isn't closed",
+}
 FILE = "file"
 """Where a fault is that lies in no field; the upload's name in a form."""
-COLUMNS = (("prompt", "completion"), ("messages",), ("text",))
-"""What a CSV file may hold, in any order; `messages` as JSON."""
 
 
 def format_of(filename: str) -> Format:
@@ -42,15 +45,17 @@ def short_name(filename: str) -> str:
     return PurePath(filename).name[:MAX_FILENAME]
 
 
-def read_rows(stream: BinaryIO, file_format: Format) -> Iterator[Row]:
-    """The rows as they come. Raises InvalidInput, after the good rows between the first fault and the last.
+def read_rows(stream: BinaryIO, file_format: Format, ignored: IgnoredFields | None = None) -> Iterator[Row]:
+    """The rows as they come; what else they have is counted in `ignored`.
+
+    Raises InvalidInput, after the good rows between the first fault and the last.
 
     Use nothing of a file until this has ended.
     """
-    return read_jsonl(stream) if file_format == "jsonl" else read_csv(stream)
+    return read_jsonl(stream, ignored) if file_format == "jsonl" else read_csv(stream, ignored)
 
 
-def read_jsonl(stream: BinaryIO) -> Iterator[Row]:
+def read_jsonl(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterator[Row]:
     """One JSON object a line, in UTF-8; blank lines count for nothing. As `read_rows`."""
     faults = _Faults()
     lines = _Lines(stream, faults)
@@ -58,7 +63,7 @@ def read_jsonl(stream: BinaryIO) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = parse_row(_json(line.rstrip(), FILE))
+            row = parse_row(_json(line.rstrip(), FILE), ignored)
         except InvalidInput as error:
             faults.add(lines.number, error, len(line))
             continue
@@ -66,19 +71,19 @@ def read_jsonl(stream: BinaryIO) -> Iterator[Row]:
     faults.raise_if_any()
 
 
-def read_csv(stream: BinaryIO) -> Iterator[Row]:
+def read_csv(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterator[Row]:
     """Comma-separated, quoted by `"`, in UTF-8; blank records count for nothing. As `read_rows`.
 
-    A field may be as long as the csv module lets it be: 131,072 characters.
+    The columns may be in any order, and stand among others; `messages` are JSON. A field may be as long as the csv
+    module lets it be: 131,072 characters.
     """
     faults = _Faults()
     lines = _Lines(stream, faults, stops=True)
     records = _records(lines, faults)
     columns = next(records, [])
     names = tuple(name.strip() for name in columns)
-    if not any(len(names) == len(known) and set(names) == set(known) for known in COLUMNS):
-        choices = ", or ".join(" and ".join(known) for known in COLUMNS)
-        faults.stop(1, f"the first line must name the columns {choices}, and no others")
+    if (fault := _header_fault(names)) is not None:
+        faults.stop(1, f"the first line {fault}")
     for fields in records:
         if not fields:
             continue
@@ -87,15 +92,35 @@ def read_csv(stream: BinaryIO) -> Iterator[Row]:
                 raise InvalidInput.of(
                     FILE, f"has {counted(len(fields), 'column')}, where the first line names {len(names)}"
                 )
-            value: dict[str, object] = dict(zip(names, fields, strict=True))
-            if "messages" in value:
-                value["messages"] = _json(fields[0], "messages")
-            row = parse_row(value)
+            texts = dict(zip(names, fields, strict=True))
+            parsed = {"messages": _json(texts["messages"], "messages")} if "messages" in texts else {}
+            row = parse_row({**texts, **parsed}, ignored)
         except InvalidInput as error:
             faults.add(lines.first, error, sum(map(len, fields)))
             continue
         yield row
     faults.raise_if_any()
+
+
+def _header_fault(names: Sequence[str]) -> str | None:
+    """What is wrong with the names of columns, if anything is. Those of one shape must be there, each once."""
+    needed = {name for shape in FIELDS for name in shape}
+    there = {name for name in names if name in needed}
+    if there in map(set, FIELDS):
+        twice = next((name for name in sorted(there) if names.count(name) > 1), None)
+        return None if twice is None else f"names the column {twice} twice"
+    choices = ", or ".join(" and ".join(shape) for shape in FIELDS)
+    if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
+        return f"must name the columns {choices}, separated by commas"
+    strange = [name for name in names if name not in needed]
+    for name in sorted(needed - there):
+        if (meant := misspelt(strange, name)) is not None:
+            return f"names {shown(meant)}: did you mean {name}? The columns are {choices}"
+    return f"must name the columns {choices}"
+
+
+def _columns(number: int) -> str:
+    return "has 1 column" if number == 1 else f"has {number} columns"
 
 
 def _json(text: str, field: str) -> object:
@@ -123,7 +148,8 @@ class _Faults:
                 field = ".".join(map(str, fault.loc))
                 self._found.append(FieldError((FILE, line, *fault.loc), f"line {line}: {field} {fault.message}"))
         if len(self._found) >= MAX_FAULTS or self._length > MAX_LINE:
-            self.raise_if_any()
+            more = FieldError((FILE,), "reading ended here: lines after these may be at fault, too")
+            raise InvalidInput([*self._found[:MAX_FAULTS], more])
 
     def stop(self, line: int, message: str) -> NoReturn:
         """Raises InvalidInput with all faults and this one, after which nothing can be read."""
@@ -197,7 +223,7 @@ def _records(lines: _Lines, faults: _Faults) -> Iterator[list[str]]:
         except StopIteration:
             return
         except csv.Error as error:
-            # the module advises programmers here
-            reason = "a carriage return outside quotes" if "new-line" in str(error) else str(error)
+            # the module's own words are for programmers
+            reason = _CSV_FAULTS.get(str(error).partition(" - ")[0], str(error))
             faults.stop(lines.first, f"is not CSV: {reason}")
         yield fields

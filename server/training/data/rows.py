@@ -10,18 +10,24 @@ message quotes a row's text. Tokens are `encoding.py`'s part, files `row_files.p
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from adapters.errors import FieldError, InvalidInput
+from adapters.names import near
 from server.model.text.chat import ChatMessage
+from server.training.data.ignored import MAX_NAME, IgnoredFields, shown
 
 ROLES = ("system", "user", "assistant")
 MAX_TURNS = 1024
 MAX_FAULTS = 8
 """Faults that are named of one row."""
 SHAPES = "a row has prompt and completion, or messages, or text"
+FIELDS = (("prompt", "completion"), ("messages",), ("text",))
+"""Of each shape. A row has those of one."""
+_KNOWN = tuple(name for shape in FIELDS for name in shape)
+_COMPARED = 64
 
 
 @dataclass(frozen=True)
@@ -57,28 +63,41 @@ def kind_of(row: Row) -> Kind:
     return "messages" if isinstance(row, MessagesRow) else "text"
 
 
-def parse_row(value: object) -> Row:
-    """A row out of parsed JSON. Raises InvalidInput with up to `MAX_FAULTS` faults; each `loc` ends in a field."""
+def parse_row(value: object, ignored: IgnoredFields | None = None) -> Row:
+    """A row out of parsed JSON. Raises InvalidInput with up to `MAX_FAULTS` faults; each `loc` ends in a field.
+
+    Fields of no shape are passed over, and counted in `ignored`: data sets have ids and labels beside what is
+    trained on.
+    """
     if not isinstance(value, Mapping):
-        raise InvalidInput.of("row", f"must be an object: {SHAPES}")
-    if "prompt" in value or "completion" in value:
-        names: tuple[str, ...] = ("prompt", "completion")
-    elif "messages" in value:
-        names = ("messages",)
-    elif "text" in value:
-        names = ("text",)
-    else:
-        raise InvalidInput.of("prompt", f"is missing: {SHAPES}")
-    faults = _unknown(value, names, f"is not a field beside {' and '.join(names)}")
-    faults += [FieldError((name,), "is missing") for name in names if name not in value]
+        what = "an object, not a list" if isinstance(value, list) else "an object"
+        raise InvalidInput.of("row", f"must be {what}: {SHAPES}")
+    names = next((shape for shape in FIELDS if any(name in value for name in shape)), None)
+    strange = [name for name in value if isinstance(name, str) and name not in _KNOWN]
+    if names is None:
+        raise InvalidInput([_nothing_known(strange)])
+    faults = [
+        FieldError((name,), f"doesn't go with {' and '.join(names)}: {SHAPES}")
+        for name in value
+        if name in _KNOWN and name not in names
+    ]
+    faults += [FieldError((name,), f"is missing{_hint(name, strange)}") for name in names if name not in value]
     if faults:
         raise InvalidInput(faults[:MAX_FAULTS])
+    if ignored is not None:
+        for name in strange:
+            ignored.add(name)
     if "messages" in names:
         return MessagesRow(_messages(value["messages"]))
     faults = [FieldError((name,), fault) for name in names if (fault := _text_fault(value[name]))]
     if faults:
         raise InvalidInput(faults)
     return TextRow(value["text"]) if "text" in names else CompletionRow(value["prompt"], value["completion"])
+
+
+def misspelt(strange: Sequence[str], name: str) -> str | None:
+    """Which of the strange names was meant to be `name`, if any was."""
+    return near(name, [other for other in strange[:_COMPARED] if len(other) <= MAX_NAME])
 
 
 def canonical_json(row: Row) -> bytes:
@@ -105,6 +124,17 @@ def data_digest(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
+def _nothing_known(strange: Sequence[str]) -> FieldError:
+    """What is wrong with a row that has no field of any shape."""
+    name = next((name for name in _KNOWN if misspelt(strange, name)), None)
+    return FieldError((name or _KNOWN[0],), f"is missing{_hint(name, strange) if name else f': {SHAPES}'}")
+
+
+def _hint(name: str, strange: Sequence[str]) -> str:
+    meant = misspelt(strange, name)
+    return "" if meant is None else f", and {shown(meant)} is no field: did you mean {name}?"
+
+
 def _messages(value: object) -> tuple[ChatMessage, ...]:
     if not isinstance(value, list) or not value:
         raise InvalidInput.of("messages", "must be a list of turns")
@@ -129,7 +159,7 @@ def _messages(value: object) -> tuple[ChatMessage, ...]:
 def _turn_faults(turn: object) -> list[FieldError]:
     if not isinstance(turn, Mapping):
         return [FieldError(("role",), "is missing: a turn is an object with role and content")]
-    faults = _unknown(turn, ("role", "content"), "is not a field of a turn")
+    faults = _unknown(turn, ("role", "content"), "is no field of a turn: a turn has role and content")
     role = turn.get("role")
     if role not in ROLES:
         faults.append(FieldError(("role",), f"must be {', '.join(ROLES[:-1])} or {ROLES[-1]}"))
@@ -140,9 +170,8 @@ def _turn_faults(turn: object) -> list[FieldError]:
 
 
 def _unknown(value: Mapping[object, object], known: tuple[str, ...], message: str) -> list[FieldError]:
-    names = [str(name)[:64] for name in value if name not in known][:MAX_FAULTS]
-    # half a surrogate pair can't be put into an answer
-    return [FieldError((name.encode("utf-8", "backslashreplace").decode(),), message) for name in names]
+    names = [str(name) for name in value if name not in known][:MAX_FAULTS]
+    return [FieldError((shown(name),), message) for name in names]
 
 
 def _text_fault(value: object, may_be_empty: bool = False) -> str | None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 
 from adapters.errors import InvalidAdapter
 from adapters.lora import ModuleKey
-from adapters.peft.files import CONFIG_NAME, MAX_ERRORS, WEIGHTS_NAME, read
+from adapters.peft.files import CONFIG_NAME, MAX_CONFIG_ERRORS, MAX_TENSOR_ERRORS, WEIGHTS_NAME, read
 from adapters.peft.tensors import tensor_name
 from tests.adapters.oracle import loaded, saved, shape_of, tiny_llama
 from tests.oracles.hugging_face import linear
@@ -199,7 +199,10 @@ def test_tensors(
 def test_an_adapter_of_another_base_is_refused_tensor_by_tensor(files: tuple[Config, Tensors]) -> None:
     config, tensors = files
     wider = {key: torch.cat([value, value], dim=1 if ".lora_A." in key else 0) for key, value in tensors.items()}
-    assert set(faults(config, wider)) == {("adapter_model", key) for key in tensors}
+    named = faults(config, wider)
+    assert "for another base" in named.pop(("adapter_model",))
+    assert len(named) == MAX_TENSOR_ERRORS
+    assert set(named) < {("adapter_model", key) for key in tensors}
 
 
 def test_all_faults_of_both_files_are_named_at_once(files: tuple[Config, Tensors]) -> None:
@@ -217,16 +220,77 @@ def test_all_faults_of_both_files_are_named_at_once(files: tuple[Config, Tensors
 
 def test_no_tensors_at_all(files: tuple[Config, Tensors]) -> None:
     config, tensors = files
-    assert set(faults(config, save({}))) == {("adapter_model", key) for key in tensors}
+    named = faults(config, save({}))
+    assert named.pop(("adapter_model",)) == "has no tensors: was the adapter saved before it was trained?"
+    assert len(named) == MAX_TENSOR_ERRORS
+    assert set(named) < {("adapter_model", key) for key in tensors}
     assert set(faults(config, b"")) == {("adapter_model",)}
     assert set(faults(config, b"PK\3\4 a zip, perhaps")) == {("adapter_model",)}
 
 
 def test_the_list_of_faults_is_bounded(files: tuple[Config, Tensors]) -> None:
-    many = {f"x{i}": torch.zeros(1) for i in range(MAX_ERRORS + 10)}
-    found = faults(files[0], files[1] | many)
-    assert len(found) == MAX_ERRORS + 1
-    assert found["adapter_model",] == "has 10 more faults"
+    config = files[0] | {f"strange_{i}": True for i in range(100)}
+    many = {f"x{i}": torch.zeros(1) for i in range(3000)}
+    with pytest.raises(InvalidAdapter) as caught:
+        read(json.dumps(config).encode(), save(files[1] | many), BASE)
+    places = [error.loc[0] for error in caught.value.errors]
+    assert places.count("adapter_config") == MAX_CONFIG_ERRORS
+    assert places.count("adapter_model") == MAX_TENSOR_ERRORS + 1
+    assert caught.value.num_more == 100 - MAX_CONFIG_ERRORS + 3000 - MAX_TENSOR_ERRORS
+
+
+Q_AND_V = {"target_modules": ["q_proj", "v_proj"]}
+RIGHT = "use the adapter_config.json that was saved with them, or set r and target_modules to match"
+
+
+@pytest.mark.parametrize(
+    ("trained", "config", "message"),
+    [
+        (
+            {"r": 8, **Q_AND_V},
+            {"r": 16},
+            f"rank 8 on q_proj and v_proj; adapter_config.json says rank 16 on q_proj and v_proj: {RIGHT}",
+        ),
+        (
+            {"r": 4, "rank_pattern": {"v_proj": 2}, **Q_AND_V},
+            {"rank_pattern": {}, "target_modules": ["down_proj"]},
+            f"rank 4 on q_proj and rank 2 on v_proj; adapter_config.json says rank 4 on down_proj: {RIGHT}",
+        ),
+        (
+            {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "layers_to_transform": [0, 1]},
+            {"layers_to_transform": [2]},
+            "rank 4 on q_proj, k_proj, v_proj and o_proj, layers 0 to 1; adapter_config.json says layer 2: "
+            "set layers_to_transform",
+        ),
+    ],
+)
+def test_a_guess_at_what_the_file_holds(
+    trained: dict[str, Any], config: Config, message: str, tmp_path: Path
+) -> None:
+    _, directory = saved(tmp_path, PeftLoraConfig(task_type="CAUSAL_LM", **trained))
+    changed = json.loads((directory / CONFIG_NAME).read_bytes()) | config
+    found = faults(changed, load_file(directory / WEIGHTS_NAME))
+    assert found["adapter_model",] == f"the tensors look like {message}"
+
+
+def test_a_guess_at_another_base(files: tuple[Config, Tensors]) -> None:
+    config, tensors = files
+    wide = {name: torch.zeros(4, 960) if "lora_A" in name else torch.zeros(960, 4) for name in tensors}
+    (width,) = {tensor.shape[1] for name, tensor in tensors.items() if "q_proj.lora_A" in name}
+    assert faults(config, wide)["adapter_model",] == (
+        "the tensors look like rank 4 on q_proj and up_proj, "
+        f"for another base: this one's modules read {width} numbers, these 960"
+    )
+    deep = {name.replace("layers.", "layers.1"): tensor for name, tensor in tensors.items()}
+    assert faults(config, deep)["adapter_model",] == (
+        "the tensors look like rank 4 on q_proj and up_proj, "
+        "for another base: they go up to layer 12, this one's up to 2"
+    )
+    whole = {f"model.layers.{layer}.mlp.up_proj.weight": torch.zeros(1) for layer in range(12)}
+    assert faults(config, whole)["adapter_model",] == (
+        "its tensors don't look like LoRA's: none has lora_A or lora_B in its name, "
+        "such as model.layers.0.mlp.up_proj.weight"
+    )
 
 
 @pytest.mark.parametrize("key", ["use_dora", "lora_bias"])

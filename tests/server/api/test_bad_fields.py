@@ -5,6 +5,7 @@ import json
 import httpx
 import pytest
 
+from server.api.errors.problems import MAX_ERRORS
 from server.model.text.chat import PromptEncoder
 from tests.server.api.fakes import FakeEngine
 from tests.server.conftest import MAX_MODEL_LEN
@@ -229,3 +230,12 @@ async def test_an_answer_to_thousands_of_bad_fields_is_short(client: httpx.Async
     response = await client.post("/generate", json={f"field{number}" + "x" * 500: 1 for number in range(2000)})
     assert response.status_code == 422
     assert len(response.content) < 5000
+
+
+async def test_many_bad_fields_are_counted_not_listed(client: httpx.AsyncClient) -> None:
+    response = await client.post("/generate", json={"prompt": "a", **{f"field_{i}": 1 for i in range(100)}})
+    problem = response.json()
+    assert response.status_code == 422
+    assert len(problem["errors"]) == MAX_ERRORS + 1
+    assert problem["errors"][-1]["message"] == f"and {100 - MAX_ERRORS} more"
+    assert problem["detail"].endswith("; field_2: no such field; and 97 more")

@@ -335,7 +335,7 @@ def test_what_the_server_refuses(smolora: Run, tmp_path: Path, rows: str) -> Non
     result = smolora("train", str(bad), "--name", "codes")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("smolora: line 2: text ")
-    assert "smolora: line 3: prompt is missing: a row has" in result.stderr
+    assert "smolora: line 3: text is missing, and txt is no field: did you mean text?" in result.stderr
     result = smolora("train", rows, "--name", "a b", "--rank", "0")
     assert result.exit_code == 1
     assert "lora.rank: " in result.stderr

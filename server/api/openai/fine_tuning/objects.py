@@ -70,7 +70,7 @@ def kept_fields(body: FineTuningBody, base_name: str) -> dict[str, object]:
 
 def with_openai_field_names(error: InvalidInput) -> InvalidInput:
     """The faults that POST /train would name, by the names of OpenAI's fields."""
-    return InvalidInput([FieldError(_renamed(fault.loc), fault.message) for fault in error.errors])
+    return InvalidInput([FieldError(_renamed(fault.loc), fault.message) for fault in error.errors], error.num_more)
 
 
 def job_object(job: Job, has_results: bool, now: float) -> dict[str, object]:

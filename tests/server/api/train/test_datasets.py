@@ -24,6 +24,7 @@ async def test_upload_list_delete(client: httpx.AsyncClient, tmp_path: Path) -> 
     response = await upload(client, JSONL)
     assert response.status_code == 201
     dataset = response.json()
+    assert dataset.pop("warnings") == []
     assert response.headers["location"] == f"/datasets/{dataset['id']}"
     created = datetime.fromisoformat(dataset["created_at"])
     assert timedelta() <= datetime.now(UTC) - created < timedelta(minutes=1)
@@ -173,3 +174,13 @@ async def test_more_than_a_json_body_may_have(client: httpx.AsyncClient) -> None
 async def test_a_file_over_its_bound(client: httpx.AsyncClient) -> None:
     headers = {"Content-Length": str((256 << 20) + 1), "Content-Type": "multipart/form-data; boundary=x"}
     assert (await client.post("/datasets", content=b"", headers=headers)).status_code == 413
+
+
+async def test_other_fields_are_told_of(client: httpx.AsyncClient) -> None:
+    labelled = b'{"prompt": "a", "completion": "b", "label": 1}\n'
+    said = "fields that are not trained on were ignored: label in 1 row"
+    response = await upload(client, labelled)
+    assert response.json()["warnings"] == [said]
+    body = {"name": "a", "data": [json.loads(labelled)]}
+    response = await client.post("/train?dry_run=true", json=body)
+    assert response.json()["warnings"] == [said]

@@ -120,7 +120,9 @@ async def test_data_sets_stay_and_keys_still_name_the_job(
     job_id = (await client.post("/train", json=body, headers=headers)).json()["id"]
     StandIn(leases).succeed()
     await client.delete(f"/train/{job_id}")
-    assert (await client.get(f"/datasets/{dataset['id']}")).json() == dataset
+    assert (await client.get(f"/datasets/{dataset['id']}")).json() == {
+        name: value for name, value in dataset.items() if name != "warnings"
+    }
     assert (await client.post("/train", json=body, headers=headers)).json()["id"] == job_id
     assert (await client.post("/train", json=body)).json()["id"] != job_id
     assert (await client.delete(f"/datasets/{dataset['id']}")).status_code == 409  # the second one needs it

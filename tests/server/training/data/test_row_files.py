@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.errors import InvalidInput
+from server.training.data.ignored import IgnoredFields
 from server.training.data.row_files import (
     MAX_FAULTS,
     MAX_LINE,
@@ -89,7 +90,17 @@ def test_nothing_is_no_fault_here() -> None:
         (b'{"text": ""}', ("file", 2, "text"), "line 2: text must not be empty"),
         (b'{"text": 1}', ("file", 2, "text"), "line 2: text must be a text"),
         (b'{"prompt": "a"}', ("file", 2, "completion"), "line 2: completion is missing"),
-        (b'{"text": "a", "label": 1}', ("file", 2, "label"), "line 2: label is not a field beside text"),
+        (
+            b'{"promt": "a", "completion": "b"}',
+            ("file", 2, "prompt"),
+            "line 2: prompt is missing, and promt is no field: did you mean prompt?",
+        ),
+        (
+            b'{"text": "a", "prompt": "a", "completion": "b"}',
+            ("file", 2, "text"),
+            "line 2: text doesn't go with prompt and completion: a row has",
+        ),
+        (b'[{"text": "a"}]', ("file", 2, "row"), "line 2: row must be an object, not a list: a row has"),
         (
             b'{"messages": [{"role": "x", "content": ""}]}',
             ("file", 2, "messages", 0, "role"),
@@ -123,16 +134,26 @@ def test_a_bad_line_is_named(line: bytes, loc: Loc, message: str) -> None:
     [
         (b"", ("file",), "line 1: the first line must name the columns"),
         (b"\n", ("file",), "line 1: the first line must name the columns"),
-        (b"id,text\n1,a\n", ("file",), "line 1: the first line must name the columns"),
-        (b"text,text\na,b\n", ("file",), "line 1: the first line must name the columns"),
-        (b"prompt;completion\na;b\n", ("file",), "line 1: the first line must name the columns"),
+        (b"text,text\na,b\n", ("file",), "line 1: the first line names the column text twice"),
+        (b"prompt,completion,text\na,b,c\n", ("file",), "line 1: the first line must name the columns"),
+        (
+            b"prompt;completion\na;b\n",
+            ("file",),
+            "line 1: the first line must name the columns prompt and completion, or messages, or text, "
+            "separated by commas",
+        ),
+        (
+            b"promt,completion\na,b\n",
+            ("file",),
+            "line 1: the first line names promt: did you mean prompt? The columns are prompt and completion",
+        ),
         (b"prompt\na\n", ("file",), "line 1: the first line must name the columns"),
         (b"prompt,completion\na,b\na\n", ("file",), "line 3: has 1 column, where the first line names 2"),
         (b"prompt,completion\na,b,c\n", ("file",), "line 2: has 3 columns, where the first line names 2"),
         (b"prompt,completion\na,\n", ("file", 2, "completion"), "line 2: completion must not be empty"),
         (b'text\n"a\n\nb"\n""\n', ("file", 5, "text"), "line 5: text must not be empty"),
         (b'text\n"a"b\n', ("file",), "line 2: is not CSV: ',' expected after '\"'"),
-        (b'text\nx\n"a\nb\n', ("file",), "line 3: is not CSV: unexpected end of data"),
+        (b'text\nx\n"a\nb\n', ("file",), "line 3: is not CSV: a quote that opens here isn't closed"),
         (b"text\na\rb\n", ("file",), "line 2: is not CSV: a carriage return outside quotes"),
         (b"text\na\0b\n", ("file",), "line 2: has a NUL byte, at byte 2"),
         (b'text\n"a\n\xc3("\n', ("file",), "line 3: is not UTF-8, at byte 1"),
@@ -146,6 +167,31 @@ def test_a_bad_record_is_named(data: bytes, loc: Loc, message: str) -> None:
     ((found, said),) = faults(data, "csv")
     assert found == loc
     assert said.startswith(message)
+
+
+def test_other_fields_are_ignored_and_counted() -> None:
+    ignored = IgnoredFields()
+    lines = b'{"text": "a", "id": 1}\n{"text": "b", "id": 2, "label": "x"}\n{"text": "c"}\n'
+    assert list(read_rows(io.BytesIO(lines), "jsonl", ignored)) == [TextRow("a"), TextRow("b"), TextRow("c")]
+    assert ignored.warnings() == ["fields that are not trained on were ignored: id in 2 rows, label in 1 row"]
+    ignored = IgnoredFields()
+    rows = b",completion,id,prompt\n0,b,7,a\n"
+    assert list(read_rows(io.BytesIO(rows), "csv", ignored)) == [CompletionRow("a", "b")]
+    assert ignored.warnings() == ["fields that are not trained on were ignored: (no name) in 1 row, id in 1 row"]
+
+
+def test_very_many_other_fields_are_counted_together() -> None:
+    ignored = IgnoredFields()
+    line = json.dumps({"text": "a", **{f"field_{i}": i for i in range(1000)}}).encode()
+    assert len(list(read_rows(io.BytesIO(line), "jsonl", ignored))) == 1
+    (warning,) = ignored.warnings()
+    assert warning.endswith("field_7 in 1 row, 992 times others")
+
+
+def test_an_early_end_is_told() -> None:
+    found = faults(b"[]\n" * 100, "jsonl")
+    assert len(found) == MAX_FAULTS + 1
+    assert found[-1] == (("file",), "reading ended here: lines after these may be at fault, too")
 
 
 def test_good_lines_between_bad_ones_are_read_on() -> None:
@@ -231,7 +277,7 @@ def read_hostile(name: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         for _ in read_rows(cast("BinaryIO", stream), file_format):
             pass
-    assert len(caught.value.errors) <= MAX_FAULTS
+    assert len(caught.value.errors) <= MAX_FAULTS + 1
     assert stream.num_read <= 4 * MAX_LINE  # of 256 MiB
 
 

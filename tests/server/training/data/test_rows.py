@@ -70,7 +70,6 @@ def test_white_space_is_text_and_users_may_say_nothing() -> None:
         ({"completion": "a"}, [("prompt",)]),
         ({"prompt": "a", "completion": "b", "text": "c"}, [("text",)]),
         ({"messages": [], "text": "c"}, [("text",)]),
-        ({"text": "a", "label": 1}, [("label",)]),
         ({"prompt": "", "completion": ""}, [("prompt",), ("completion",)]),
         ({"prompt": 1, "completion": None}, [("prompt",), ("completion",)]),
         ({"prompt": "a", "completion": ["b"]}, [("completion",)]),
@@ -95,9 +94,11 @@ def test_faults_are_named(value: object, expected: list[tuple[str | int, ...]]) 
 
 
 def test_faults_are_bounded() -> None:
-    assert len(faults({"text": "a"} | {str(i): i for i in range(1000)})) == MAX_FAULTS
+    assert len(faults({"messages": [{"role": "user"} | {str(i): i for i in range(1000)}]})) == MAX_FAULTS
     assert len(faults({"messages": [{"role": 1, "content": 2}] * 1000})) == MAX_FAULTS
-    assert all(len(loc[-1]) == 64 for loc in faults({"text": "a", "x" * 9999: 1}) if isinstance(loc[-1], str))
+    assert all(
+        len(loc[-1]) == 64 for loc in faults({"messages": [{"x" * 9999: 1}]})[:1] if isinstance(loc[-1], str)
+    )
 
 
 def test_no_message_quotes_the_text() -> None:
@@ -108,7 +109,7 @@ def test_no_message_quotes_the_text() -> None:
 
 
 def test_a_strange_fields_name_can_be_answered() -> None:
-    (loc,) = faults({"text": "a", "\ud800": 1})
+    loc, *_ = faults({"messages": [{"\ud800": 1}]})
     assert json.dumps(loc, ensure_ascii=False).encode()
 
 
