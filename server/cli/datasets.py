@@ -14,6 +14,7 @@ from server.cli.common import (
     connected,
     part_of,
     print_json,
+    print_warnings,
     show,
     table_of,
 )
@@ -56,6 +57,7 @@ def upload(
         except OSError as error:
             typer.echo(f"smolora: {path}: {error.strerror}", err=True)
             raise typer.Exit(1) from None
+    print_warnings(cast("list[str]", dataset["warnings"]))
     print_json(dataset) if as_json else typer.echo(
         f"{dataset['id']}: {counted(cast('int', dataset['rows']), 'row')}"
     )

@@ -20,6 +20,7 @@ from server.cli.common import (
     given,
     number,
     print_json,
+    print_warnings,
     suggestion,
 )
 from server.counted import counted
@@ -155,8 +156,10 @@ def _uploads(client: "Client", keep: bool) -> Iterator[Callable[[Path], str]]:
     uploaded = set[str]()
 
     def upload(path: Path) -> str:
-        uploaded.add(dataset_id := str(client.upload(path)["id"]))
-        return dataset_id
+        dataset = client.upload(path)
+        print_warnings(cast("list[str]", dataset["warnings"]))
+        uploaded.add(str(dataset["id"]))
+        return str(dataset["id"])
 
     try:
         yield upload
@@ -165,7 +168,7 @@ def _uploads(client: "Client", keep: bool) -> Iterator[Callable[[Path], str]]:
             client.delete_dataset(dataset_id)
 
 
-def _dataset(upload: Callable[[Path], str], data: str) -> str:
+def _dataset(upload: Callable[[Path], str], data: str, parameter: str = "DATA") -> str:
     """The id of the data set that `data` is or becomes."""
     path = Path(data)
     if data.startswith("ds-") and not path.exists():
@@ -173,14 +176,14 @@ def _dataset(upload: Callable[[Path], str], data: str) -> str:
     try:
         return upload(path)
     except OSError as error:
-        raise typer.BadParameter(f"{data}: {error.strerror}") from None
+        raise typer.BadParameter(f"{data}: {error.strerror}", param_hint=parameter) from None
 
 
 def _validation(upload: Callable[[Path], str], value: str) -> float | str:
     try:
         return float(value)
     except ValueError:
-        return _dataset(upload, value)
+        return _dataset(upload, value, "--validation")
 
 
 def _show_progress(client: "Client", job: Document) -> None:

@@ -293,7 +293,7 @@ ON_THE_COMMAND_LINE: list[tuple[str, str]] = [
         "chat hello --adapter left@prod --max-tokens 8",
         "smolora: no such alias: left@prod (left has none but latest)",
     ),
-    ("train missing.jsonl --name a", "Invalid value: missing.jsonl: No such file or directory"),
+    ("train missing.jsonl --name a", "Invalid value for DATA: missing.jsonl: No such file or directory"),
     (
         "train bad.jsonl --name a",
         "smolora: line 1: prompt is missing, and promt is no field: did you mean prompt?\n"

@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+from server.counted import counted
+
 MAX_NAMED = 8
 MAX_NAME = 64
 """Characters of a name that are given back: it is the client's own."""
@@ -23,7 +25,7 @@ class IgnoredFields:
 
     def warnings(self) -> list[str]:
         """One line, or none."""
-        told = [f"{shown(name)} in {_rows(number)}" for name, number in self._rows.items()]
+        told = [f"{shown(name)} in {counted(number, 'row')}" for name, number in self._rows.items()]
         if self._num_others:
             told.append(f"{self._num_others} times others")
         return [f"fields that are not trained on were ignored: {', '.join(told)}"] if told else []
@@ -32,7 +34,3 @@ class IgnoredFields:
 def shown(name: str) -> str:
     """A field's name as it can be put into an answer; half a surrogate pair can't, and a column may have none."""
     return name[:MAX_NAME].encode("utf-8", "backslashreplace").decode() or "(no name)"
-
-
-def _rows(number: int) -> str:
-    return "1 row" if number == 1 else f"{number} rows"

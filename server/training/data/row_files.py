@@ -119,10 +119,6 @@ def _header_fault(names: Sequence[str]) -> str | None:
     return f"must name the columns {choices}"
 
 
-def _columns(number: int) -> str:
-    return "has 1 column" if number == 1 else f"has {number} columns"
-
-
 def _json(text: str, field: str) -> object:
     """Raises InvalidInput on `field`."""
     try:

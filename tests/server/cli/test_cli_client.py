@@ -307,8 +307,12 @@ def test_a_dry_run_leaves_no_data_set(smolora: Run, rows: str, tmp_path: Path) -
     dataset = json.loads(smolora("datasets", "upload", str(other), "--json").stdout)
     assert smolora("train", str(other), *run).exit_code == 0
     kept = json.loads(smolora("datasets", "--json").stdout)["datasets"]
-    assert dataset in kept
+    assert dataset["id"] in [other["id"] for other in kept]
     assert f"{dataset['id']}  other.jsonl" in smolora("datasets").stdout
+    other.write_text(json.dumps({"prompt": "a dry", "completion": "run", "source": "me"}))
+    for command in (("datasets", "upload", str(other)), ("train", str(other), *run)):
+        ignored = "smolora: fields that are not trained on were ignored: source in 1 row\n"
+        assert smolora(*command).stderr == ignored
     assert smolora("datasets", "delete", dataset["id"]).exit_code == 0
 
 
