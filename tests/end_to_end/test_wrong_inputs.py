@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server.cli.main import app
+from server.program import program
 from tests.end_to_end.server_process import ServerProcess
 
 pytestmark = pytest.mark.real
@@ -52,7 +53,7 @@ OVER_HTTP: list[tuple[str, Sent, int, str]] = [
         "POST /generate",
         {"json": {"prompt": "a", "max_tokens": 5000}},
         422,
-        "max_tokens: the prompt's tokens (1) and 5000 more exceed the model's 512: 511 are left",
+        "max_tokens: the prompt's 1 token and 5,000 more exceed the model's 512: 511 are left",
     ),
     ("POST /generate", {"json": {"prompt": "a", "stop": ["."] * 20}}, 422, "stop: must have at most 16 items"),
     ("POST /generate", {"json": {"prompt": "a", "regex": "("}}, 422, "regex: unclosed group"),
@@ -206,7 +207,7 @@ OVER_HTTP: list[tuple[str, Sent, int, str]] = [
     ),
     ("POST /datasets", {"files": {"files": ("rows.jsonl", b"{}")}}, 422, "files: no such field: there is file"),
     ("DELETE /datasets/ds-1", {}, 404, "no data set has this id: GET /datasets lists them"),
-    ("POST /train/job-1/cancel", {}, 404, "there is no job job-1"),
+    ("POST /train/job-1/cancel", {}, 404, "there is no job job-1: GET /train lists them"),
     # adapters, aliases, compositions
     (
         "POST /adapters/mine",
@@ -218,7 +219,7 @@ OVER_HTTP: list[tuple[str, Sent, int, str]] = [
         "POST /adapters/mine",
         {"files": {"archive": ("mine.zip", b"no zip")}},
         422,
-        "archive: is not a plain, complete zip file",
+        "archive: is not a plain, complete zip file: put the two files that PEFT saved into one",
     ),
     ("GET /adapters/lefft", {}, 404, "no such adapter: lefft (did you mean left?)"),
     ("GET /adapters/left/one", {}, 422, "version: must be a whole number"),
@@ -310,7 +311,7 @@ ON_THE_COMMAND_LINE: list[tuple[str, str]] = [
     ("adapters delete left@7", "smolora: no such version: left@7 (latest is 1)"),
     ("adapters alias left prod 7", "smolora: no such version: left@7 (latest is 1)"),
     ("compose mix left*", "smolora: expression: at character 6: expected a weight such as 0.7 or -1, not the end"),
-    ("jobs job-1", "smolora: there is no job job-1"),
+    ("jobs job-1", "smolora: there is no job job-1: GET /train lists them"),
     (
         "adapters --url http://127.0.0.1:9",
         "smolora: can't reach http://127.0.0.1:9: [Errno 111] Connection refused; is it running? "
@@ -349,7 +350,7 @@ def test_on_the_command_line(
     own = {"SMOLORA_URL": server.url, "COLUMNS": "200"}
     result = CliRunner().invoke(app, arguments.split(), env=own)
     assert result.exit_code in (1, 2)
-    assert _said(result.stderr) == answer
+    assert _said(result.stderr).replace(f"`{program()} ", "`smolora ") == answer
 
 
 def _said(stderr: str) -> str:

@@ -39,7 +39,7 @@ def read_archive(file: BinaryIO, weights: Path, max_config: int, max_weights: in
                 config = source.read(max_config + 1)
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError):
         # RuntimeError and NotImplementedError: encrypted, or packed in a way that Python doesn't know
-        raise _refused("is not a plain, complete zip file") from None
+        raise _refused("is not a plain, complete zip file: put the two files that PEFT saved into one") from None
     if len(config) > max_config:
         raise _refused(f"{CONFIG_NAME} may have {max_config} bytes")
     return config
@@ -52,7 +52,7 @@ def _check_directory(file: BinaryIO) -> None:
     tail = file.read()
     at = tail.rfind(b"PK\x05\x06")
     if at < 0:
-        raise _refused("is not a plain, complete zip file")
+        raise _refused("is not a plain, complete zip file: put the two files that PEFT saved into one")
     if tail[max(0, at - 20) :].startswith(b"PK\x06\x07"):
         raise _refused("is in the zip64 format, which an adapter's two files don't need")
     directory_bytes = _END.unpack_from(tail, at)[5]

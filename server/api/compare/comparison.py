@@ -75,7 +75,7 @@ class Comparison:
 
 async def compare(services: Services, body: CompareBody) -> Comparison:
     """Hand everything to the engine. Raises whatever it can be refused for; nothing is held then."""
-    terms = [_terms(services, expression) for expression in body.adapters]
+    terms = [_terms(services, place, expression) for place, expression in enumerate(body.adapters)]
     prompt = await encode_prompt(services, body, body.max_tokens)
     continuations = [await _continuation(services, len(prompt), text) for text in body.score or ()]
     grammar = grammar_of(body.response_format, body.regex)
@@ -103,11 +103,13 @@ async def compare(services: Services, body: CompareBody) -> Comparison:
     return Comparison(compared, body.score, body.logprobs, services.base_name)
 
 
-def _terms(services: Services, expression: str) -> tuple[Term, ...]:
+def _terms(services: Services, place: int, expression: str) -> tuple[Term, ...]:
+    """`place` counts from 0."""
     try:
         return adapter_terms(expression, None, services.base_name)
     except InvalidInput as error:
-        raise InvalidInput([FieldError(("adapters",), fault.message) for fault in error.errors]) from None
+        faults = [FieldError(("adapters",), f"item {place}: {fault.message}") for fault in error.errors]
+        raise InvalidInput(faults) from None
 
 
 async def _continuation(services: Services, num_prompt_tokens: int, text: str) -> tuple[int, ...]:

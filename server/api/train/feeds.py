@@ -17,7 +17,7 @@ from anyio import CapacityLimiter, to_thread
 from adapters.errors import NotFound
 from server.api import wire
 from server.api.train.answers import event_document
-from server.training.queue.jobs import Event, Standing
+from server.training.queue.jobs import NO_JOB, Event, Standing
 
 POLL_SECONDS = 0.3
 KEEP_ALIVE_SECONDS = 15.0
@@ -172,7 +172,7 @@ class JobFeeds:
         has_more = False
         for job_id, feed in feeds.items():
             if job_id not in found:
-                self._fail(feed, NotFound(f"there is no job {job_id}"))
+                self._fail(feed, NotFound(NO_JOB.format(job_id)))
                 continue
             standing, events = found[job_id]
             before = feed.last

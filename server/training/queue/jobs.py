@@ -22,6 +22,7 @@ from server.training.queue.tables import JobKind, Status, jobs, uses
 
 __all__ = ["Event", "Job", "Jobs", "Standing", "Status"]
 
+NO_JOB = "there is no job {}: GET /train lists them"
 MAX_UNFINISHED = 1000
 FINE_TUNING = "fine_tuning"
 """The part of `Job.data` that jobs have which were made under /v1: what they have there and not under /train."""
@@ -154,7 +155,7 @@ class Jobs:
         with self._reader.connect() as connection:
             found = job_events.read(connection, job_id, after, limit)
             if not found and connection.execute(sa.select(jobs.c.id).where(jobs.c.id == job_id)).first() is None:
-                raise NotFound(f"there is no job {job_id}")
+                raise NotFound(NO_JOB.format(job_id))
             return found
 
     def standings(self, job_ids: Iterable[str]) -> dict[str, Standing]:
@@ -169,7 +170,7 @@ class Jobs:
         with self._reader.connect() as connection:
             row = connection.execute(sa.select(jobs.c.report).where(jobs.c.id == job_id)).first()
         if row is None:
-            raise NotFound(f"there is no job {job_id}")
+            raise NotFound(NO_JOB.format(job_id))
         return cast("Mapping[str, object] | None", row.report)
 
     def cancel(self, job_id: str) -> Job:
@@ -221,7 +222,7 @@ class Jobs:
             mine = jobs.c.id == job_id
             status = connection.execute(sa.select(jobs.c.status).where(mine)).scalar_one_or_none()
             if status is None:
-                raise NotFound(f"there is no job {job_id}")
+                raise NotFound(NO_JOB.format(job_id))
             if not Status(status).has_ended:
                 raise Conflict(f"the job is {status}: cancel it first, or wait for its end")
             at = sa.func.coalesce(jobs.c.files_removed_at, sa.literal(datetime.now(UTC), UtcDateTime()))
@@ -247,7 +248,7 @@ class Jobs:
             query = sa.select(jobs.c.status, jobs.c.wants_pause).where(mine).with_for_update()
             row = connection.execute(query).first()
             if row is None:
-                raise NotFound(f"there is no job {job_id}")
+                raise NotFound(NO_JOB.format(job_id))
             if (status := Status(row.status)) not in moves:
                 raise Conflict(f"the job has ended: it is {status}")
             move = moves[status]
@@ -269,7 +270,7 @@ def _select_jobs() -> "sa.Select[tuple[object, ...]]":
 def _get(connection: sa.Connection, job_id: str) -> Job:
     row = connection.execute(_select_jobs().where(jobs.c.id == job_id)).mappings().first()
     if row is None:
-        raise NotFound(f"there is no job {job_id}")
+        raise NotFound(NO_JOB.format(job_id))
     return _job(row)
 
 
