@@ -10,6 +10,7 @@ from server.model.base.embedded import EMBEDDED
 from server.model.base.export import export_hugging_face
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
+from tests.properties import set_default
 from tests.tiny import save_tiny_base
 
 CACHE = Path(__file__).parent.parent / ".cache"
@@ -18,6 +19,7 @@ CACHE = Path(__file__).parent.parent / ".cache"
 
 def pytest_configure() -> None:
     torch.set_num_threads(2)
+    set_default()
 
 
 @pytest.fixture(scope="session")
