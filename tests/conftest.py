@@ -13,13 +13,33 @@ from server.model.base.weights import BaseModel, load_base
 from tests.properties import set_default
 from tests.tiny import save_tiny_base
 
-CACHE = Path(__file__).parent.parent / ".cache"
+ROOT = Path(__file__).parent.parent
+CACHE = ROOT / ".cache"
 """Keeps the converted real base between runs, so that only the first one waits for it. Safe to delete."""
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(2)
     set_default()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one process, and all files that share a real server, so that it is started once.
+
+    What takes longest begins first, so that all processes end at about the same time.
+    """
+    sharing = {item.path for item in items if "shared_server" in getattr(item, "fixturenames", ())}
+
+    def rank(item: pytest.Item) -> int:
+        if item.path.name == "test_readme.py":
+            return 0
+        return 1 if item.path in sharing else 2 if item.path.parent.name == "end_to_end" else 3
+
+    items.sort(key=rank)
+    for item in items:
+        group = "shared_server" if item.path in sharing else item.path.relative_to(ROOT)
+        item.add_marker(pytest.mark.xdist_group(str(group)))
 
 
 @pytest.fixture(scope="session")
