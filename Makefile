@@ -11,7 +11,7 @@ READY_DEV := $(VENV)/.ready-dev-$(LOCKED_DEV)
 CPP := $(shell find server tests -name '*.h' -o -name '*.cpp')
 # Threads of torch that wait by spinning bring a busy machine of few cores to a crawl. Three processes keep two cores
 # busy: one of them mostly waits for servers. What goes together, and in which order, tests/conftest.py says.
-PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
 .PHONY: help serve test slow fuzz check sanitize bench gpu clean

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from server.model.base.embedded import EMBEDDED
 from server.model.base.export import export_hugging_face
@@ -16,6 +18,17 @@ from tests.tiny import save_tiny_base
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"
 """Keeps the converted real base between runs, so that only the first one waits for it. Safe to delete."""
+SHARING = (
+    "test_adapter_life.py",
+    "test_blends.py",
+    "test_hard_times.py",
+    "test_openai_client.py",
+    "test_processes.py",
+    "test_streams_and_sampling.py",
+    "test_structured_output.py",
+    "test_trained_adapter.py",
+)
+"""The files of end_to_end whose tests ask for `shared_server`."""
 
 
 def pytest_configure() -> None:
@@ -23,23 +36,28 @@ def pytest_configure() -> None:
     set_default()
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process, and all files that share a real server, so that it is started once.
-
-    What takes longest begins first, so that all processes end at about the same time.
-    """
-    sharing = {item.path for item in items if "shared_server" in getattr(item, "fixturenames", ())}
+    """What takes longest begins first, so that all processes of a run end at about the same time."""
 
     def rank(item: pytest.Item) -> int:
         if item.path.name == "test_readme.py":
             return 0
-        return 1 if item.path in sharing else 2 if item.path.parent.name == "end_to_end" else 3
+        return 1 if item.path.name in SHARING else 2 if item.path.parent.name == "end_to_end" else 3
 
     items.sort(key=rank)
-    for item in items:
-        group = "shared_server" if item.path in sharing else item.path.relative_to(ROOT)
-        item.add_marker(pytest.mark.xdist_group(str(group)))
+
+
+class Scheduling(LoadFileScheduling):
+    """Runs a file's tests in one process, and those that share a server in one, too: it is started once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "the shared server" if file.rpartition("/")[2] in SHARING else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling | None:
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")
