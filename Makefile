@@ -9,17 +9,18 @@ LOCKED_DEV := $(LOCKED)-$(shell cksum < requirements-dev.lock | tr ' ' '-')
 READY := $(VENV)/.ready-$(LOCKED)
 READY_DEV := $(VENV)/.ready-dev-$(LOCKED_DEV)
 CPP := $(shell find server tests -name '*.h' -o -name '*.cpp')
-# Threads of torch that wait by spinning bring a busy machine of few cores to a crawl. Files are taken in their order, so
-# that the long tests of end_to_end come early, and both processes end at about the same time.
-PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Threads of torch that wait by spinning bring a busy machine of few cores to a crawl. Three processes keep two cores
+# busy: one of them mostly waits for servers. What goes together, and in which order, tests/conftest.py says.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help serve test slow check sanitize bench gpu clean
+.PHONY: help serve test slow fuzz check sanitize bench gpu clean
 
 help:
 	@echo 'make serve     set everything up and serve on http://127.0.0.1:8000'
 	@echo 'make test      linters, types and tests'
 	@echo 'make slow      the tests that take minutes: rounds of faults, reduced benchmarks'
+	@echo 'make fuzz      the property tests with all of their examples, of which make test takes a quarter'
 	@echo 'make check     linters and types only'
 	@echo 'make sanitize  the tests of native code, under sanitizers'
 	@echo 'make bench     the benchmark, over HTTP'
@@ -34,6 +35,9 @@ test: check
 
 slow: $(READY_DEV)
 	@$(PYTEST) -m slow $(ARGS)
+
+fuzz: $(READY_DEV)
+	@ALL_EXAMPLES=1 $(PYTEST) -m "hypothesis and not slow" $(ARGS)
 
 check: $(READY_DEV)
 	@$(BIN)/ruff check .

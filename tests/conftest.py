@@ -5,19 +5,59 @@ from pathlib import Path
 
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from server.model.base.embedded import EMBEDDED
 from server.model.base.export import export_hugging_face
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
+from tests.properties import set_default
 from tests.tiny import save_tiny_base
 
-CACHE = Path(__file__).parent.parent / ".cache"
+ROOT = Path(__file__).parent.parent
+CACHE = ROOT / ".cache"
 """Keeps the converted real base between runs, so that only the first one waits for it. Safe to delete."""
+SHARING = (
+    "test_adapter_life.py",
+    "test_blends.py",
+    "test_hard_times.py",
+    "test_openai_client.py",
+    "test_processes.py",
+    "test_streams_and_sampling.py",
+    "test_structured_output.py",
+    "test_trained_adapter.py",
+)
+"""The files of end_to_end whose tests ask for `shared_server`."""
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(2)
+    set_default()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, so that all processes of a run end at about the same time."""
+
+    def rank(item: pytest.Item) -> int:
+        if item.path.name == "test_readme.py":
+            return 0
+        return 1 if item.path.name in SHARING else 2 if item.path.parent.name == "end_to_end" else 3
+
+    items.sort(key=rank)
+
+
+class Scheduling(LoadFileScheduling):
+    """Runs a file's tests in one process, and those that share a server in one, too: it is started once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "the shared server" if file.rpartition("/")[2] in SHARING else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling | None:
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """An app around a fake engine, with a real catalog and store in a temporary home."""
 
+import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import sqlalchemy as sa
 import torch
 from fastapi import FastAPI
+from starlette.routing import BaseRoute
 
 from adapters.catalog.catalog import Catalog
 from adapters.catalog.records import Records
@@ -20,7 +22,7 @@ from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
 from server.api.train.submission import Submissions
 from server.config import Settings
-from server.database import connect
+from server.database import FILE_NAME, connect
 from server.engine.structured.guidance import Guidance
 from server.metrics import Metrics
 from server.model.text.chat import PromptEncoder
@@ -74,8 +76,17 @@ def store(tmp_path: Path) -> AdapterStore:
     return AdapterStore(tmp_path / "adapters")
 
 
+@pytest.fixture(scope="session")
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of one on which all migrations were run. A copy is there sooner than another new one."""
+    home = tmp_path_factory.mktemp("database")
+    connect(home).dispose()
+    return home / FILE_NAME
+
+
 @pytest.fixture
-def database(tmp_path: Path) -> sa.Engine:
+def database(new_database: Path, tmp_path: Path) -> sa.Engine:
+    shutil.copy(new_database, tmp_path)
     return connect(tmp_path)
 
 
@@ -152,9 +163,18 @@ def make_services(
     return make
 
 
+@pytest.fixture(scope="session")
+def routes() -> list[BaseRoute]:
+    """Of the first app. FastAPI works them out at the first request, which takes longer than most tests do."""
+    return []
+
+
 @pytest.fixture
-def app(make_services: MakeServices) -> FastAPI:
-    return create_app(make_services())
+def app(make_services: MakeServices, routes: list[BaseRoute]) -> FastAPI:
+    app = create_app(make_services())
+    routes[:] = routes or app.router.routes
+    app.router.routes[:] = routes
+    return app
 
 
 def client_of(app: FastAPI) -> httpx.AsyncClient:

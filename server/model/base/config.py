@@ -5,10 +5,9 @@ refuses, by name, every architecture and every option that the forward does not 
 older spellings (`rope_theta` beside `rope_scaling`) are resolved by transformers' own configuration classes.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from transformers import LlamaConfig, SmolLM3Config
 
 from adapters.lora import BaseShape
 from server.errors import StartupError
@@ -72,6 +71,19 @@ class ModelConfig:
         }
         return BaseShape(self.num_layers, features)
 
+    @property
+    def stored(self) -> dict[str, object]:
+        """As JSON has it; `from_stored` reads it."""
+        return dataclasses.asdict(self) | {"nope_layers": sorted(self.nope_layers)}
+
+    @classmethod
+    def from_stored(cls, stored: object) -> "ModelConfig | None":
+        """What a converted base keeps, so that nothing is left to resolve; None where it keeps other fields."""
+        if not isinstance(stored, dict) or stored.keys() != {field.name for field in dataclasses.fields(cls)}:
+            return None
+        tuples = {"nope_layers": frozenset(stored["nope_layers"]), "eos_token_ids": tuple(stored["eos_token_ids"])}
+        return cls(**{**stored, **tuples})
+
     @classmethod
     def of(
         cls, raw: Mapping[str, object], generation: Mapping[str, object], tokenizer_eos: int | None
@@ -80,6 +92,8 @@ class ModelConfig:
 
         Raises StartupError naming the architecture, or every option, that can't be honoured.
         """
+        from transformers import LlamaConfig, SmolLM3Config  # a second, which loading a converted base saves
+
         architecture = _architecture(raw)
         known = LlamaConfig if architecture == "LlamaForCausalLM" else SmolLM3Config
         try:

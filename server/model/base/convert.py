@@ -41,8 +41,8 @@ def convert(checkpoint: Checkpoint, target: Path, name: str, origin: str, revisi
             write_json(directory / "generation_config.json", checkpoint.generation)
         write_aligned(directory / WEIGHTS, planned, {"format": "smolora"})
         written = load_weights(directory, config, dtype=None, device=torch.device("cpu"))
-        manifest = Manifest(FORMAT, target.name, name, digest_of(config, written), origin, revision)
-        write_json(directory / MANIFEST, asdict(manifest))
+        manifest = Manifest(FORMAT, target.name, name, digest_of(config, written), origin, revision, config)
+        write_json(directory / MANIFEST, asdict(manifest) | {"config": config.stored})
 
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -15,7 +15,7 @@ from typing import cast
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from server.errors import StartupError
 from server.model.base.checkpoint import Checkpoint, StoredTensor
@@ -47,6 +47,8 @@ def find_gguf() -> Path:
 
 def open_gguf(file: Path) -> Checkpoint:
     """Dequantize a GGUF of SmolLM2 to bf16; about 20 s and 1.5 GB of memory for the 135M model."""
+    from transformers import AutoModelForCausalLM  # a second, once: later starts have no need of it
+
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     config = model.config.to_diff_dict()
@@ -67,6 +69,8 @@ def open_gguf(file: Path) -> Checkpoint:
 
 def _tokenizer(file: Path, max_length: int) -> PreTrainedTokenizerBase:
     """The GGUF's vocabulary, merges, special tokens and chat template under SmolLM2's own rules for splitting."""
+    from transformers import AutoTokenizer
+
     found = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     backend = json.loads(found.backend_tokenizer.to_str())
     backend |= {"normalizer": None, "pre_tokenizer": PRE_TOKENIZER, "post_processor": None}

@@ -8,7 +8,7 @@ is `server.model.base.source`'s part, the file itself `server.model.base.convert
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -100,6 +100,7 @@ class Manifest:
     digest: str
     origin: str  # the directory or hub id it was converted from
     revision: str | None  # the hub's commit
+    config: ModelConfig | None  # None: converted before it was kept
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -117,6 +118,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         digest=str(fields.get("digest")),
         origin=str(fields.get("origin")),
         revision=None if revision is None else str(revision),
+        config=ModelConfig.from_stored(fields.get("config")),
     )
 
 
@@ -130,7 +132,7 @@ def load_base(directory: Path, dtype: torch.dtype | None = None, device: torch.d
     if manifest is None:
         raise StartupError(f"{directory.name} is not a converted base model")
     tokenizer = read_tokenizer(directory)
-    config = read_config(directory, tokenizer)
+    config = manifest.config or read_config(directory, tokenizer)
     with room_for("the base", torch.device(device)):
         weights = load_weights(directory, config, dtype, torch.device(device))
     return BaseModel(manifest.name, directory, config, weights, tokenizer, manifest.digest)
@@ -174,8 +176,7 @@ def _assemble(config: ModelConfig, get: Callable[[str], torch.Tensor]) -> BaseWe
 
 def digest_of(config: ModelConfig, weights: BaseWeights) -> str:
     """SHA-256 (hex) over the sizes and every tensor's name, dtype, shape and bytes; about 1 s per GB."""
-    sizes = asdict(config) | {"nope_layers": sorted(config.nope_layers)}
-    sha = hashlib.sha256(b"smolora-base-v1" + json.dumps(sizes, sort_keys=True).encode())
+    sha = hashlib.sha256(b"smolora-base-v1" + json.dumps(config.stored, sort_keys=True).encode())
     for name, tensor in weights.tensors():
         sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -17,6 +17,7 @@ from adapters.peft.files import CONFIG_NAME, MAX_CONFIG_ERRORS, MAX_TENSOR_ERROR
 from adapters.peft.tensors import tensor_name
 from tests.adapters.oracle import loaded, saved, shape_of, tiny_llama
 from tests.oracles.hugging_face import linear
+from tests.properties import num_examples
 
 BASE = shape_of(tiny_llama())
 A = tensor_name(ModuleKey(1, "q_proj"), "A")
@@ -328,7 +329,7 @@ JSON = st.recursive(
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=num_examples(150), deadline=None)
 def test_no_value_of_any_key_breaks_the_reader(data: st.DataObject, files: tuple[Config, Tensors]) -> None:
     config, tensors = files
     keys = st.sampled_from(sorted(config.keys() - {"target_modules", "exclude_modules", "layers_pattern"}))

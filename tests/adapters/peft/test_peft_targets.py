@@ -11,6 +11,7 @@ from adapters.lora import MODULES, ModuleKey
 from adapters.peft.patterns import BadPatternError, Budget, Pattern, find
 from adapters.peft.targets import BadTargetsError, Targeting, linear_modules, other_modules, pick, resolve
 from tests.adapters.oracle import NUM_LAYERS, shape_of, tiny_llama, tiny_smollm3
+from tests.properties import num_examples
 
 BASE = shape_of(tiny_llama())
 LINEAR = linear_modules(BASE)
@@ -80,13 +81,13 @@ def test_lists_target_as_in_peft(
 
 
 @given(targets=EXPRESSIONS, excluded=EXPRESSIONS | st.lists(ENDINGS, max_size=2).map(tuple))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=num_examples(25), deadline=None)
 def test_expressions_target_as_in_peft(targets: str, excluded: str | tuple[str, ...]) -> None:
     assert_as_peft(Targeting(targets, excluded))
 
 
 @given(st.dictionaries(ENDINGS | st.sampled_from(PATTERNS), st.integers(1, 99), max_size=4))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=num_examples(25), deadline=None)
 def test_patterns_are_picked_as_in_peft(pattern: dict[str, int]) -> None:
     keys = list(LINEAR.values())
     expected = {key: pattern[name] for key in keys if (name := get_pattern_key([*pattern], key.path)) in pattern}

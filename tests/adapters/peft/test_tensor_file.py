@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from adapters.peft.tensor_file import DTYPES, TensorFileError, copy_bytes, map_file, read_header, write
+from tests.properties import num_examples
 
 HEADER = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
 
@@ -119,7 +120,7 @@ def test_what_is_no_safetensors_file(name: str) -> None:
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=num_examples(200), deadline=None)
 def test_any_damage_is_refused_or_reads_like_the_library(data: st.DataObject) -> None:
     whole = safetensors.torch.save({"a": torch.ones(2, 3), "b": torch.ones(4).half()})
     damage: Callable[[], Any] = lambda: data.draw(st.integers(0, len(whole) - 1))  # noqa: E731

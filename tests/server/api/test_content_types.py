@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.types import Message
 
+from tests.properties import num_examples
 from tests.server.api.adapters.peft_files import peft_files
 
 pytestmark = pytest.mark.anyio
@@ -156,10 +157,14 @@ PARAMETERS = st.lists(
     max_size=4,
 ).map(lambda pairs: b"".join(b"; %s=%s" % pair for pair in pairs))
 FUZZ = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=num_examples(60),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
 )
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("path", FORMS)
 def test_no_header_of_a_form_is_a_fault_of_ours(app: FastAPI, path: str) -> None:
     @FUZZ
@@ -173,6 +178,7 @@ def test_no_header_of_a_form_is_a_fault_of_ours(app: FastAPI, path: str) -> None
     send()
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize(("method", "path"), DOCUMENTS)
 def test_no_content_type_of_json_is_a_fault_of_ours(app: FastAPI, method: str, path: str) -> None:
     @FUZZ

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from adapters.lora import MODULES, LoraWeights
 from server.engine.kv_cache import BlockManager
 from server.engine.scheduler import SchedulerLimits
+from tests.properties import num_examples
 from tests.server.engine.adapter_pool.pool_bench import Bench, adapter
 from tests.server.engine.simulation import Simulation
 
@@ -102,7 +103,7 @@ class Machine(RuleBasedStateMachine):
 
 
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=120, stateful_step_count=25, deadline=None)
+TestMachine.settings = settings(max_examples=num_examples(120), stateful_step_count=25, deadline=None)
 
 
 def test_sets_that_compete_for_a_small_pool_all_end() -> None:

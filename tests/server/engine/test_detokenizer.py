@@ -14,6 +14,7 @@ from server.engine.detokenizer import TextStream, TokenBytes, _byte_characters
 from server.model.base.checkpoint import read_tokenizer
 from tests.engine_kit import token_bytes
 from tests.oracles.hugging_face import decoded
+from tests.properties import num_examples
 from tests.tiny import tiny_tokenizer
 
 TEXTS = [
@@ -141,7 +142,7 @@ def decided(data: bytes) -> str:
 stops = st.lists(st.text("ab é€\ufffd", min_size=1, max_size=4), max_size=3)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=num_examples(400))
 @given(st.lists(st.integers(0, NUM_PIECES - 1), max_size=25), stops)
 @example([0, 1, 0, 1, 0, 0], ["abab", "baa"])  # overlapping, one within the other
 @example([4, 4, 4], ["aaba", "aab"])

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from server.engine.kv_cache import BlockManager
 from server.engine.request import AdapterRef
 from server.engine.sequence import Sequence
+from tests.properties import num_examples
 from tests.server.engine.test_kv_cache import SIZE, sequence
 
 
@@ -86,7 +87,7 @@ class Blocks(RuleBasedStateMachine):
 
 
 TestBlocks = Blocks.TestCase
-TestBlocks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBlocks.settings = settings(max_examples=num_examples(60), stateful_step_count=40, deadline=None)
 
 
 def test_a_long_random_life() -> None:

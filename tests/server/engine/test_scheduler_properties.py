@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from server.engine.sequence import Sequence
+from tests.properties import num_examples
 from tests.server.engine.small import prompt, simulation, unlike
 
 
@@ -62,7 +63,7 @@ class Machine(RuleBasedStateMachine):
 
 
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestMachine.settings = settings(max_examples=num_examples(150), stateful_step_count=30, deadline=None)
 
 
 def test_long_random_traffic() -> None:

@@ -28,6 +28,7 @@ from server.model.smollm import SmolLM
 from tests.engine_kit import place, random_adapter
 from tests.oracles.hugging_face import load_reference, logits, merged
 from tests.paged import paged_logits
+from tests.properties import num_examples
 
 NUM_TOKENS = 12
 REFERENCES: dict[str, int] = {
@@ -170,7 +171,9 @@ def expressions(draw: st.DrawFn) -> Written:
 numbers = count()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=num_examples(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(batch=st.lists(expressions(), min_size=1, max_size=5), seed=st.integers(0, 10**6))
 def test_served_is_dense_and_named_is_inline(world: World, batch: list[Written], seed: int) -> None:
     token_ids = [[(7 * i + 31 * n + seed) % 512 for i in range(NUM_TOKENS)] for n in range(len(batch))]

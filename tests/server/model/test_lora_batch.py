@@ -12,6 +12,7 @@ from server.model.lora_batch import MIN_BLOCK, MIN_DENSE, LoraBatch, Parts, Toke
 from server.model.ops.lora import add_dense
 from server.model.rank_rows import GROUPS, RankRows, RowFormat
 from tests.engine_kit import place, random_adapter
+from tests.properties import num_examples
 from tests.server.model.test_rank_rows import CPU, SHAPE
 
 ADAPTERS: list[LoraWeights] = [
@@ -156,7 +157,7 @@ blends = st.lists(
 lengths = st.integers(1, MIN_DENSE + 2) | st.sampled_from((MIN_BLOCK - 1, MIN_BLOCK))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=num_examples(60), deadline=None)
 @given(st.lists(st.tuples(blends.map(tuple), lengths), min_size=1, max_size=10), st.integers(0, 99))
 def test_any_batch(batch: list[tuple[Blend, int]], seed: int) -> None:
     check(batch, seed)

@@ -4,6 +4,7 @@ SMOLORA_TEST_POSTGRES names an empty PostgreSQL database to run the queue's test
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ POSTGRES = os.environ.get("SMOLORA_TEST_POSTGRES")
 
 
 @pytest.fixture(params=["sqlite", *(["postgresql"] if POSTGRES else [])])
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
+def engine(request: pytest.FixtureRequest, new_database: Path, tmp_path: Path) -> Iterator[sa.Engine]:
     """A database with all tables. Whatever is run on it compiles for PostgreSQL, too, or the test fails."""
     if request.param == "sqlite":
+        shutil.copy(new_database, tmp_path)
         engine = connect(tmp_path)
     else:
         assert POSTGRES is not None
@@ -53,7 +55,8 @@ def leases(engine: sa.Engine) -> Leases:
 
 
 @pytest.fixture
-def shop(tmp_path: Path, tiny_base: BaseModel) -> Iterator[Shop]:
+def shop(new_database: Path, tmp_path: Path, tiny_base: BaseModel) -> Iterator[Shop]:
+    shutil.copy(new_database, tmp_path)
     engine = connect(tmp_path)
     yield Shop(tmp_path, engine, tiny_base)
     engine.dispose()

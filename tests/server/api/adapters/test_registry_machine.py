@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from adapters.catalog.catalog import Part
 from adapters.errors import Conflict, InvalidInput, NotFound, SmoloraError
 from adapters.expression import MAX_PARTS, Term, parse
+from tests.properties import num_examples
 from tests.server.api.adapters.registry import NUM_SEEDS, Nursery, Op, Registry, digest_of, write_files
 
 DIGESTS = [digest_of(seed) for seed in range(NUM_SEEDS)]
@@ -292,12 +293,15 @@ def nursery(files: Path) -> Iterator[Nursery]:
     nursery.close()
 
 
+@pytest.mark.hypothesis
 def test_the_registry_does_as_its_model(files: Path, nursery: Nursery) -> None:
     class Machine(RegistryMachine):
         pass
 
     Machine.files, Machine.nursery = files, nursery
-    run_state_machine_as_test(Machine, settings=settings(max_examples=10, stateful_step_count=25, deadline=None))
+    run_state_machine_as_test(
+        Machine, settings=settings(max_examples=num_examples(10), stateful_step_count=25, deadline=None)
+    )
 
 
 @pytest.mark.slow

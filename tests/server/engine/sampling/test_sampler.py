@@ -14,6 +14,7 @@ from transformers import (
 
 from server.engine.sampling.logits import LogitsRow
 from server.engine.sampling.sampler import _candidates, _min_p, sample
+from tests.properties import num_examples
 from tests.server.engine.sampling.rows import VOCAB, kept_by_transformers, logits_of, row
 
 
@@ -59,7 +60,7 @@ def test_filters_keep_what_transformers_keeps(temperature: float, spread: float)
     assert len(sizes) > 4
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=num_examples(50))
 @given(
     st.integers(0, 10**6),
     st.integers(0, 600),

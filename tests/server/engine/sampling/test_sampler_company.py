@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from server.engine.sampling.logits import LogitsRow
 from server.engine.sampling.sampler import _candidates, sample
+from tests.properties import num_examples
 from tests.server.engine.sampling.rows import row
 
 VOCAB = 3000
@@ -65,7 +66,7 @@ def plain(**asked: Any) -> Params:
     return {"seed": 1, "temperature": 1.0, "top_k": 0, "border": 0, "spread": 3.0, **asked}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=num_examples(60))
 @given(st.lists(row_params, min_size=2, max_size=10))
 @example([plain(border=60), plain(top_k=400)])
 @example([plain(top_k=5), plain(top_k=400)])

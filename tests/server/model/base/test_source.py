@@ -1,6 +1,7 @@
 """Where bases are found, that each is converted once, and what is left when a process dies or the disk is full."""
 
 import fcntl
+import json
 import os
 import shutil
 import stat
@@ -161,6 +162,38 @@ def test_another_format_is_converted_anew(tiny_base_dir: Path, tmp_path: Path) -
     assert resolve_base(str(tiny_base_dir), tmp_path) == found
     assert read_manifest(found) is not None
     assert not (found / "leftover").exists()
+
+
+def test_a_converted_base_keeps_its_config(tmp_path: Path) -> None:
+    """One that was converted before it did, or has other fields than ours, is resolved again."""
+    directory = save_tiny_base(tmp_path / "tiny", "smollm3", {"no_rope_layers": [1, 0, 1]})
+    found = resolve_base(str(directory), tmp_path)
+    config = load_base(found).config
+    manifest = read_manifest(found)
+    assert manifest is not None
+    assert manifest.config == config
+    assert config.nope_layers == {1}
+    kept = json.loads((found / MANIFEST).read_text())
+    del kept["config"]["num_heads"]
+    for fields in (kept, {key: value for key, value in kept.items() if key != "config"}):
+        (found / MANIFEST).write_text(json.dumps(fields))
+        manifest = read_manifest(found)
+        assert manifest is not None
+        assert manifest.config is None
+        assert load_base(found).config == config
+
+
+def test_a_converted_base_is_loaded_without_transformers_models(tiny_base_dir: Path, tmp_path: Path) -> None:
+    """Which take a second to import: as long as all else that a job's process begins with, but for torch."""
+    resolve_base(str(tiny_base_dir), tmp_path)
+    slow = ["sympy", "torch.distributed.tensor", "transformers.models.llama"]
+    code = (
+        "import sys; from pathlib import Path; from server.training.worker import run_job;"
+        f"run_job.load_base(run_job.resolve_base({str(tiny_base_dir)!r}, Path({str(tmp_path)!r})));"
+        f"print([name for name in {slow} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
 
 
 def full_disk(model: str) -> Snapshot:

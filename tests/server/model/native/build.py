@@ -2,7 +2,7 @@
 
 `python -m tests.server.model.native.build warnings` compiles the library's units with warnings as errors, by each
 compiler that is there; `... sanitize addresses threads` runs the tests with sanitizers. A program is kept in the
-cache under what it was made of.
+cache under what it was made of, and so is that there were no warnings.
 """
 
 import hashlib
@@ -66,9 +66,17 @@ def check_warnings() -> None:
     if platform.machine() != "x86_64" or not compilers():
         sys.stderr.write("no compiler for x86-64 here: the warnings of C++ stay unseen\n")
         return
+    made_of = hashlib.sha256(repr((compilers(), flags_of_units(), WARNINGS)).encode())
+    for name in (*UNITS, *HEADERS):
+        made_of.update((SOURCE / name).read_bytes())
+    done = CACHE / "native-warnings" / made_of.hexdigest()[:16]
+    if done.exists():
+        return
     for compiler in compilers():
         for unit in UNITS:
             run([compiler, *flags_of_units(), *WARNINGS, f"-I{SOURCE}", "-fsyntax-only", str(SOURCE / unit)])
+    done.parent.mkdir(parents=True, exist_ok=True)
+    done.touch()
 
 
 def sanitize(*names: str) -> None:

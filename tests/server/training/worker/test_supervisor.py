@@ -121,6 +121,7 @@ def starts_at(path: Path, code: int, seconds: Sequence[float]) -> None:
                 assert len(path.read_text()) == number, f"it was started before {second} s"
             clock.now = second
             until(partial(was_started, path, number + 1))
+            clock.wait_for_looks()  # it may have noted its start before the supervisor noted its number
             until(lambda: not supervisor.pids)
     finally:
         stop(supervisor)
