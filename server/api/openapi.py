@@ -1,6 +1,7 @@
 """The OpenAPI document: what FastAPI derives, plus the problems that every route can answer with."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -118,18 +119,47 @@ DATASET_BODY = {
 """POST /datasets, likewise."""
 
 
+_REF = "#/components/schemas/"
+_FOREIGN_SITE = "A foreign `Host` or `Origin`, or a setting that rules it out"
+
+
 class App(FastAPI):
-    """Serves a document in which problems have their own media type."""
+    """Serves a document in which errors are ours, and problems have their own media type."""
 
     def openapi(self) -> dict[str, object]:
         if self.openapi_schema is None:
             schema = super().openapi()
-            native = [path for name, path in schema["paths"].items() if not name.startswith("/v1/")]
-            for path in native:
+            for name, path in schema["paths"].items():
+                error = "ErrorAnswer" if name.startswith("/v1/") else "Problem"
                 for operation in path.values():
-                    for status, response in operation["responses"].items():
-                        content = response.get("content", {})
-                        if int(status) >= 400 and "application/json" in content:
-                            content[problems.MEDIA_TYPE] = content.pop("application/json")
+                    _tell_of_errors(operation["responses"], error)
+            for unused in ("HTTPValidationError", "ValidationError"):
+                schema["components"]["schemas"].pop(unused, None)
             self.openapi_schema = schema
         return self.openapi_schema
+
+    def methods(self, path: str) -> frozenset[str]:
+        """What a request to this path may use, by the document; of several templates the most literal one's."""
+        segments = path.split("/")
+        found: dict[int, set[str]] = {}
+        for template, operations in self.openapi()["paths"].items():  # type: ignore[attr-defined]
+            pairs = list(zip(template.split("/"), segments, strict=False))
+            is_same = template.count("/") == path.count("/")
+            if is_same and all(part.startswith("{") or part == given for part, given in pairs):
+                num_literal = sum(part == given for part, given in pairs)
+                found.setdefault(num_literal, set()).update(map(str.upper, operations))
+        return frozenset(found[max(found)]) if found else frozenset()
+
+
+def _tell_of_errors(responses: dict[str, dict[str, Any]], error: str) -> None:
+    """Make the errors of an operation those of its form, also the ones that FastAPI and the middleware have."""
+    content: dict[str, object] = {"application/json": {"schema": {"$ref": f"{_REF}{error}"}}}
+    of_errors = [status for status in responses if status[0] in "45"]
+    if of_errors and "4XX" not in responses:
+        responses.setdefault("403", {"description": _FOREIGN_SITE, "content": dict(content)})
+    for status, response in responses.items():
+        if status[0] in "45" and "application/json" in response.get("content", {}):
+            if status == "422":
+                response["content"] = dict(content)
+            if error == "Problem":
+                response["content"][problems.MEDIA_TYPE] = response["content"].pop("application/json")

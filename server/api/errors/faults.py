@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Protocol
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
@@ -13,6 +13,7 @@ from starlette.responses import Response
 from adapters.errors import InvalidInput, SmoloraError
 from server.api.errors import problems
 from server.api.openai import errors as openai_errors
+from server.api.openapi import App
 
 
 class Form(Protocol):
@@ -36,7 +37,7 @@ def _body_of(request: Request) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def install(app: FastAPI) -> None:
+def install(app: App) -> None:
     """Make every exception that a route raises a response in its path's form."""
 
     async def ours(request: Request, error: Exception) -> Response:
@@ -52,13 +53,14 @@ def install(app: FastAPI) -> None:
         form = form_of(request.url.path)
         if error.status_code == 400:  # a body that couldn't be read at all
             return form.of_error(InvalidInput.of("body", "could not be read"))
-        detail = error.detail
+        detail, headers = error.detail, dict(error.headers or {})
         if error.status_code == 404:
             detail = "no such path: /docs lists them"
         elif error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "another method")
-            detail = f"{request.method} is not possible here: use {allowed}"
-        return form.problem(error.status_code, detail, headers=error.headers)
+            # the framework knows those of one route alone, where several have the path
+            headers["Allow"] = ", ".join(sorted(app.methods(request.url.path))) or headers.get("Allow", "GET")
+            detail = f"{request.method} is not possible here: use {headers['Allow'].replace(', ', ' or ')}"
+        return form.problem(error.status_code, detail, headers=headers)
 
     app.add_exception_handler(SmoloraError, ours)
     app.add_exception_handler(RequestValidationError, invalid)

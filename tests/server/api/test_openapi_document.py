@@ -1,0 +1,45 @@
+"""The OpenAPI document says what is answered, errors as well."""
+
+import httpx
+import pytest
+
+from server.api.openapi import App
+
+pytestmark = pytest.mark.anyio
+
+
+def test_every_error_has_our_form(app: App) -> None:
+    document = app.openapi()
+    schemas = {"Problem", "ErrorAnswer"} & set(document["components"]["schemas"])  # type: ignore[index]
+    assert schemas == {"Problem", "ErrorAnswer"}
+    assert "HTTPValidationError" not in str(document)
+    for path, operations in document["paths"].items():  # type: ignore[attr-defined]
+        is_openais = path.startswith("/v1/")
+        media_type = "application/json" if is_openais else "application/problem+json"
+        name = "ErrorAnswer" if is_openais else "Problem"
+        for operation in operations.values():
+            for status, response in operation["responses"].items():
+                if status[0] in "45" and "content" in response:
+                    assert response["content"] == {
+                        media_type: {"schema": {"$ref": f"#/components/schemas/{name}"}}
+                    }, (path, status)
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/adapters", "GET"),
+        ("/adapters/a", "DELETE, GET, POST"),
+        ("/adapters/a/1", "DELETE, GET"),
+        ("/adapters/a/import", "POST"),
+        ("/adapters/a/aliases/b", "DELETE, PUT"),
+        ("/train", "GET, POST"),
+        ("/v1/files", "GET, POST"),
+    ],
+)
+async def test_what_a_path_takes(path: str, methods: str, client: httpx.AsyncClient) -> None:
+    response = await client.options(path)
+    assert (response.status_code, response.headers["allow"]) == (405, methods)
+    document = response.json()
+    said = document["error"]["message"] if path.startswith("/v1") else document["detail"]
+    assert said == f"OPTIONS is not possible here: use {methods.replace(', ', ' or ')}"
