@@ -5,6 +5,7 @@ from starlette.responses import Response
 
 from server.api import wire
 from server.api.deps import ServicesDep
+from server.api.openapi import KEYS
 from server.errors import EngineDead, NotReady
 from server.metrics import CONTENT_TYPE
 
@@ -30,7 +31,7 @@ async def ready(services: ServicesDep) -> Response:
     return wire.answer({"status": "ready", "model": services.base_name})
 
 
-@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=KEYS)
 async def metrics(services: ServicesDep) -> Response:
     """Counters, gauges and histograms in Prometheus' text format."""
     return Response(services.metrics.render(), media_type=CONTENT_TYPE)

@@ -26,6 +26,7 @@ REFUSALS = _problems(
         503: "Not ready, draining, or the engine is dead; see `Retry-After`",
     }
 )
+KEYS = _problems({401: "No valid key"})
 FULL_DISK = _problems({503: "The disk is full; see `Retry-After`"})
 """Of whatever writes."""
 LOOKUPS = _problems({401: "No valid key", 404: "Unknown adapter or version", 422: "A bad field"})
