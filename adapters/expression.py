@@ -122,7 +122,7 @@ class _Parser:
         self.skip_spaces()
         match = _DECIMAL.match(self.text, self.at)
         if match is None:
-            advice = "" if self.at == len(self.text) else "; it stands behind the name: tweets*0.7"
+            advice = "" if self.at == len(self.text) else "; a weight follows the name: tweets*0.7"
             self.fail_here(f"expected a weight such as 0.7 or -1, not {self.found()}{advice}")
         weight = float(match[0])
         if abs(weight) > MAX_WEIGHT:

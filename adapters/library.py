@@ -280,7 +280,7 @@ class Library:
         earlier = [number for number in twins if number < version.version]
         if not earlier:
             return version
-        text = f"it has the weights of {version.name}@{earlier[-1]}: it is a version of its own as every upload is"
+        text = f"its weights are those of {version.name}@{earlier[-1]}: stored as a new version all the same"
         return replace(version, warnings=(*version.warnings, text))
 
     def _all_told(self, adapter: Adapter) -> Adapter:

@@ -128,7 +128,7 @@ def figures(found: Found) -> str:
             "the same cores; the others in process.",
             serving.speed_table(serve, serving.headlines(serve)),
             "![Output tokens per second by load and system](docs/serve.png)",
-            f"{reached} of the {len(targets)} targets that were measured are reached. "
+            f"{reached} of the {len(targets)} goals that we set ourselves are reached. "
             "[docs/benchmarks.md](docs/benchmarks.md) has them all, the missed ones too, with latencies, settings "
             "and versions.",
         ]

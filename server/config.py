@@ -28,6 +28,8 @@ _KEY_FLAGS = {"--api-keys": f"{PREFIX}API_KEYS", "--api-key": f"{PREFIX}API_KEY"
 _HOST = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*|[0-9a-fA-F:.]+", re.ASCII)
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#]+", re.ASCII | re.IGNORECASE)
 
+_NUMBERS = {"int_parsing": "must be a whole number", "float_parsing": "must be a number"}
+
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Flag = str | int | float | bool | Path | None
 
@@ -210,7 +212,8 @@ def load(kind: type[SettingsT], **flags: Flag) -> SettingsT:
     try:
         return kind.model_validate({name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        raise StartupError("; ".join(_explain(fault["loc"], fault["msg"]) for fault in error.errors())) from None
+        told = [_explain(fault["loc"], _NUMBERS.get(fault["type"], fault["msg"])) for fault in error.errors()]
+        raise StartupError("; ".join(told)) from None
 
 
 def server_url() -> str:
@@ -236,7 +239,9 @@ def unknown_variables() -> list[str]:
     for name in sorted(variable[len(PREFIX) :] for variable in os.environ if variable.startswith(PREFIX)):
         if name not in known:
             meant = near(name, known)
-            found.append(f"{PREFIX}{name} is no setting" + (f": did you mean {PREFIX}{meant}?" if meant else ""))
+            found.append(
+                f"{PREFIX}{name} is not a setting" + (f": did you mean {PREFIX}{meant}?" if meant else "")
+            )
     return found
 
 

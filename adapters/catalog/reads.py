@@ -14,6 +14,7 @@ from adapters.names import near, slips
 LATEST = "latest"
 MAX_VERSION = 2**31 - 1
 _NEIGHBOURS = 8  # names on either side of a misspelt one, in their order
+_SHOWN_VERSIONS = 10
 _GUESSED = 2  # names of one answer for which the meant one is looked for; and as many of which aliases are shown
 _SHOWN = 10  # aliases
 
@@ -127,7 +128,7 @@ def why_missing(connection: sa.Connection, *terms: Term) -> list[str]:
     """
     rows = connection.execute(_LATEST, {"names": list({term.name for term in terms})})
     latest = {row.name: row.latest for row in rows if row.latest is not None}
-    unsaid = {"name": _GUESSED, "alias": _GUESSED}
+    unsaid = {"name": _GUESSED, "version": _GUESSED, "alias": _GUESSED}
 
     def hint(kind: str, tell: Callable[[sa.Connection, str], str], name: str) -> str:
         unsaid[kind] -= 1
@@ -140,7 +141,7 @@ def why_missing(connection: sa.Connection, *terms: Term) -> list[str]:
         if term.name not in latest:
             reason = f"no such adapter: {term.reference}{hint('name', _meant, term.name)}"
         elif term.version is not None:
-            reason = f"no such version: {term.reference} (latest is {latest[term.name]})"
+            reason = f"no such version: {term.reference}{hint('version', _versions, term.name)}"
         else:
             reason = f"no such alias: {term.reference}{hint('alias', _others, term.name)}"
         told[term.reference] = reason
@@ -152,6 +153,15 @@ def _meant(connection: sa.Connection, name: str) -> str:
     found = connection.execute(_NEAR, {"name": name, "slips": list(slips(name))}).scalars()
     meant = near(name, dict.fromkeys(found))
     return "" if meant is None else f" (did you mean {meant}?)"
+
+
+def _versions(connection: sa.Connection, name: str) -> str:
+    """Names the versions that there are, the newest of many."""
+    query = sa.select(versions.c.version).where(versions.c.name == name).order_by(versions.c.version.desc())
+    found = list(connection.execute(query.limit(_SHOWN_VERSIONS + 1)).scalars())
+    more = ["…"] if len(found) > _SHOWN_VERSIONS else []
+    shown = ", ".join([*more, *map(str, reversed(found[:_SHOWN_VERSIONS]))])
+    return f" ({name} has {'version' if len(found) == 1 else 'versions'} {shown})"
 
 
 def _others(connection: sa.Connection, name: str) -> str:

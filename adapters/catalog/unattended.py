@@ -1,7 +1,7 @@
 """What a job publishes, at a moment when nobody looks: whether the name means it from then on.
 
 `latest` stays where somebody moved it back by hand: a job that ends later must not undo that. And it stays where
-the new version is worse than its untouched base, and the one before is not.
+the new version is worse than its untouched base, unless the one before is even worse.
 """
 
 import sqlalchemy as sa
@@ -37,6 +37,9 @@ def _why_latest_stays(connection: sa.Connection, new: NewVersion) -> str | None:
         return None
     if row.rolled_back:
         return f"latest stays at {row.latest}, where it was moved back to by hand"
-    if not new.is_worse_than_base or one_version(connection, new.name, row.latest).is_worse_than_base:
+    if not new.is_worse_than_base:
+        return None
+    latest = one_version(connection, new.name, row.latest)
+    if latest.is_worse_than_base and new.metrics["eval_loss"] <= latest.metrics["eval_loss"]:
         return None
     return f"latest stays at {row.latest}: the new version is worse than the untouched base on the held-out rows"

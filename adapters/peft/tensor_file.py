@@ -69,7 +69,7 @@ def read_header(buffer: torch.Tensor) -> dict[str, TensorEntry]:
         raise TensorFileError("is too short for a safetensors file")
     length = int.from_bytes(_bytes(buffer[:8]), "little")
     if length > min(size - 8, MAX_HEADER_BYTES):
-        raise TensorFileError(f"is no safetensors file, or cut short: its header would have {length} bytes")
+        raise TensorFileError("is not a safetensors file, or is cut short")
     try:
         members = parse_object(_bytes(buffer[8 : 8 + length]))
     except BadJsonError as error:

@@ -156,7 +156,7 @@ def import_adapter(
         str,
         typer.Argument(metavar="PATH", help="A folder that PEFT saved, or a zip of it; with --hub an id there."),
     ],
-    name: Annotated[str, typer.Option(help="The adapter that it becomes a version of.")],
+    name: Annotated[str, typer.Option(help="The adapter to publish it as: each import adds a version.")],
     hub: Annotated[
         bool,
         typer.Option("--hub", help="Have the server fetch it from the Hugging Face hub, where that is allowed."),

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 SCRIPTS_WIDTH = 1000
 """Of tables that no terminal shows: a script that reads one gets each row on one line."""
+_OWN_TERMS = {
+    "GET /train lists": "`smolora jobs` lists",
+    "GET /datasets lists": "`smolora datasets` lists",
+    "?force=true": "--force",
+}
 _NUMBERS = ("rank", "rows", "size", "loss", "held out", "base's", "steps")
 _WHOLE = ("adapter", "data set", "job", "name", "status", *_NUMBERS)  # columns that stay on one line
 
@@ -55,11 +60,18 @@ def connected(url: str | None, api_key: str | None) -> "Iterator[Client]":
         with Client(url or server_url(), api_key) as client:
             yield client
     except ClientError as error:
-        for line in str(error).splitlines():
+        for line in _in_own_terms(str(error)).splitlines():
             typer.echo(f"smolora: {line}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _in_own_terms(message: str) -> str:
+    """What the server says of its routes, as commands."""
+    for route, own in _OWN_TERMS.items():
+        message = message.replace(route, own)
+    return message
 
 
 def suggestion(*arguments: str, client: "Client | None" = None) -> str:

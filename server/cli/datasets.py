@@ -50,7 +50,7 @@ def upload(
     url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """Upload rows, to train on them more than once. The same rows have the same id."""
+    """Upload rows, to train on them more than once. The same rows always get the same id."""
     with connected(url, api_key) as client:
         try:
             dataset: Mapping[str, object] = client.upload(path)

@@ -40,7 +40,7 @@ def generate(
     url: UrlOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """Go on from a text, under an adapter, a weighted blend of several, or none. With --chat: answer a message.
+    """Continue a text, under an adapter, a weighted blend of several, or none. With --chat: answer a message.
 
     Text is continued just as it stands, which is what rows of prompt and completion were trained for. To have a
     question answered, use --chat or `smolora chat`.

@@ -33,7 +33,7 @@ def jobs(
         bool, typer.Option("--delete", help="Remove the rows, checkpoints, model and log of one that has ended.")
     ] = False,
     status: Annotated[str | None, typer.Option(help="Only jobs that are queued, running, paused, …")] = None,
-    limit: Annotated[int, typer.Option(help="At most so many.")] = 20,
+    limit: Annotated[int, typer.Option(help="Show at most this many.")] = 20,
     as_json: JsonOption = False,
     url: UrlOption = None,
     api_key: KeyOption = None,
@@ -49,6 +49,7 @@ def jobs(
             return
         if delete:
             client.remove_files(job_id)
+            typer.echo(f"{job_id}: its rows, checkpoints, model and log are removed; its record stays", err=True)
         job = client.steer(job_id, moves[0]) if moves else client.job(job_id)
         if follow:
             raise typer.Exit(watch(client, job, as_json))

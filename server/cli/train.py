@@ -28,9 +28,12 @@ from server.counted import counted
 if TYPE_CHECKING:
     from server.client.client import Client
 
-_WORSE = "It is no better than the untouched base: try a lower --learning-rate or fewer --epochs, or "
-_HOLD_BACK = "have such versions held back with --publish-if improves_base."
-_RATHER_AN_ADAPTER = "train an adapter with --method lora."  # of full fine-tuning, nothing is published
+_WORSE = (
+    "On the held-out rows it is no better than the untouched base. If they can be learnt from the others, try a "
+    "lower --learning-rate or fewer --epochs; if each row is a fact of its own, hold none out (--validation 0)."
+)
+_HOLD_BACK = " --publish-if improves_base publishes no such version."
+_RATHER_AN_ADAPTER = " Or train an adapter with --method lora."  # of full fine-tuning, nothing is published
 _LOOK_SECONDS = 1.0  # between looks at the job, whose events come at every step
 _TRAINED_STYLE = "bold green"
 
@@ -39,7 +42,7 @@ Document = Mapping[str, object]
 
 def train(
     data: Annotated[str, typer.Argument(help="A .jsonl or .csv file, or a data set's id.")],
-    name: Annotated[str, typer.Option(help="The adapter that becomes a version of it.")],
+    name: Annotated[str, typer.Option(help="The adapter to publish it as: each job adds a version.")],
     validation: Annotated[
         str | None,
         typer.Option(help="A share to hold out, a file, or a data set's id. Default: 0.1 from 20 rows up."),
@@ -56,7 +59,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Default: 3.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: 1e-3; full: 3e-5.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows of an optimizer step. Default: 8.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per optimizer step. Default: 8.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a row. Default: 512.")] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine, linear or constant. Default: cosine.")] = None,
     warmup_ratio: Annotated[float | None, typer.Option(help="Default: 0.05.")] = None,
@@ -246,8 +249,10 @@ def _show_end(client: "Client", job: Document) -> None:
         base = number(metrics["base_eval_loss"])
         console.print(f"held-out loss {number(metrics['eval_loss'])}, the untouched base's {base}")
         if not cast("float", metrics["eval_loss"]) < cast("float", metrics["base_eval_loss"]):
-            is_full = cast("Document", job["config"]).get("method") == "full"
-            console.print(Text(_WORSE + (_RATHER_AN_ADAPTER if is_full else _HOLD_BACK), style="bold red"))
+            config = cast("Document", job["config"])
+            more = _RATHER_AN_ADAPTER if config.get("method") == "full" else _HOLD_BACK
+            is_held_back = config.get("publish_if") != "always" and config.get("method") != "full"
+            console.print(Text(_WORSE + ("" if is_held_back else more), style="bold red"))
     if job["error"]:
         console.print(Text(str(job["error"]), style="red"))
     elif job["adapter"] is not None:

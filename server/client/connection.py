@@ -61,7 +61,7 @@ class Connection:
                 trust_env=not is_loopback(parts.host),  # no proxy leads back here
             )
         except (httpx.InvalidURL, UnicodeError):
-            raise ClientError(f"{url} is no address of a server, such as http://127.0.0.1:8000") from None
+            raise ClientError(f"{url} is not a server's address, such as http://127.0.0.1:8000") from None
 
     def __enter__(self) -> Self:
         return self
@@ -107,10 +107,11 @@ class Connection:
         except httpx.TimeoutException as error:
             raise ClientError(f"{self.url} doesn't answer") from error
         except httpx.TransportError as error:
-            reason = f"can't reach {self.url}: {error or type(error).__name__}"
+            cause = str(error).rpartition("] ")[2] or type(error).__name__
+            reason = f"can't reach {self.url}: {cause}"
             if isinstance(error, httpx.ConnectError):
                 reason += f"; is it running? `{program()} serve` starts it"
-                reason += f", {_URL_VARIABLE} or --url says where it is"
+                reason += f"; where it listens elsewhere, set {_URL_VARIABLE} or SMOLORA_PORT, or give --url"
             raise ClientError(reason) from error
         except ValueError as error:  # NaN, or half a character, among them
             raise ClientError(f"it can't be said in JSON: {error}") from error

@@ -104,6 +104,7 @@ class Process:
                 if self._num_signals > 1:
                     self._supervisor.hurry()
                 await asyncio.sleep(_POLL_SECONDS)
+            log.info("stopped")
 
     async def _run(self, announce: Callable[[], None]) -> int:
         loop = asyncio.get_running_loop()
@@ -147,9 +148,13 @@ class Process:
         waits = (
             f"waiting at most {self._drain_seconds:.0f} s for {counted(left, 'running sequence')}"
             if left
-            else "nothing runs"
+            else "no request runs"
         )
-        log.info("draining: taking nothing new, %s; a second signal (Ctrl-C) stops at once", waits)
+        log.info(
+            "told to stop: taking nothing new, %s; a job that trains goes back to the queue; a second signal "
+            "(Ctrl-C) stops at once",
+            waits,
+        )
         self._engine.drain()
         deadline = asyncio.get_running_loop().time() + self._drain_seconds
         while self._num_signals == 1 and asyncio.get_running_loop().time() < deadline:

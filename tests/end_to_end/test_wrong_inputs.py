@@ -101,7 +101,7 @@ OVER_HTTP: list[tuple[str, Sent, int, str]] = [
         "POST /generate",
         {"json": {"prompt": "a", "adapter": "left@7"}},
         404,
-        "no such version: left@7 (latest is 1)",
+        "no such version: left@7 (left has version 1)",
     ),
     (
         "POST /generate",
@@ -126,7 +126,7 @@ OVER_HTTP: list[tuple[str, Sent, int, str]] = [
         {"json": {"prompt": "a", "adapter": "0.5*left"}},
         422,
         "adapter: at character 5: expected a weight such as 0.7 or -1, not "
-        "'l'; it stands behind the name: tweets*0.7",
+        "'l'; a weight follows the name: tweets*0.7",
     ),
     (
         "POST /generate",
@@ -203,7 +203,7 @@ OVER_HTTP: list[tuple[str, Sent, int, str]] = [
         {"files": {"file": ("rows.csv", b"prompt;completion\na;b\n")}},
         422,
         "file: line 1: the first line must name the columns prompt and "
-        "completion, or messages, or text, separated by commas",
+        "completion, or messages, or text, separated by commas: save the table with commas",
     ),
     ("POST /datasets", {"files": {"files": ("rows.jsonl", b"{}")}}, 422, "files: no such field: there is file"),
     ("DELETE /datasets/ds-1", {}, 404, "no data set has this id: GET /datasets lists them"),
@@ -223,8 +223,13 @@ OVER_HTTP: list[tuple[str, Sent, int, str]] = [
     ),
     ("GET /adapters/lefft", {}, 404, "no such adapter: lefft (did you mean left?)"),
     ("GET /adapters/left/one", {}, 422, "version: must be a whole number"),
-    ("DELETE /adapters/left/7", {}, 404, "no such version: left@7 (latest is 1)"),
-    ("PUT /adapters/left/aliases/prod", {"json": {"version": 7}}, 404, "no such version: left@7 (latest is 1)"),
+    ("DELETE /adapters/left/7", {}, 404, "no such version: left@7 (left has version 1)"),
+    (
+        "PUT /adapters/left/aliases/prod",
+        {"json": {"version": 7}},
+        404,
+        "no such version: left@7 (left has version 1)",
+    ),
     (
         "PUT /adapters/left/aliases/7",
         {"json": {"version": 1}},
@@ -302,22 +307,22 @@ ON_THE_COMMAND_LINE: list[tuple[str, str]] = [
     ),
     ("train rows.jsonl --name base", "smolora: name: is the base's own name: choose another"),
     ("datasets upload rows.txt", "smolora: file: its name must end in .jsonl or .csv"),
-    ("datasets delete ds-1", "smolora: no data set has this id: GET /datasets lists them"),
+    ("datasets delete ds-1", "smolora: no data set has this id: `smolora datasets` lists them"),
     ("adapters show lefft", "smolora: no such adapter: lefft (did you mean left?)"),
     (
         "adapters import missing --name mine",
         "Invalid value for PATH: missing is not here; add --hub where the hub has it",
     ),
-    ("adapters delete left@7", "smolora: no such version: left@7 (latest is 1)"),
-    ("adapters alias left prod 7", "smolora: no such version: left@7 (latest is 1)"),
+    ("adapters delete left@7", "smolora: no such version: left@7 (left has version 1)"),
+    ("adapters alias left prod 7", "smolora: no such version: left@7 (left has version 1)"),
     ("compose mix left*", "smolora: expression: at character 6: expected a weight such as 0.7 or -1, not the end"),
-    ("jobs job-1", "smolora: there is no job job-1: GET /train lists them"),
+    ("jobs job-1", "smolora: there is no job job-1: `smolora jobs` lists them"),
     (
         "adapters --url http://127.0.0.1:9",
-        "smolora: can't reach http://127.0.0.1:9: [Errno 111] Connection refused; is it running? "
-        "`smolora serve` starts it, SMOLORA_URL or --url says where it is",
+        "smolora: can't reach http://127.0.0.1:9: Connection refused; is it running? "
+        "`smolora serve` starts it; where it listens elsewhere, set SMOLORA_URL or SMOLORA_PORT, or give --url",
     ),
-    ("adapters --url server", "smolora: server is no address of a server, such as http://127.0.0.1:8000"),
+    ("adapters --url server", "smolora: server is not a server's address, such as http://127.0.0.1:8000"),
 ]
 FILES = {
     "bad.jsonl": '{"promt": "a", "completion": "b"}\n{"prompt": "a"\n',

@@ -132,7 +132,7 @@ def test_something_else_listens_there(answer: tuple[int, str, bytes]) -> None:
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://a", "http://", "http://a:b", "http://[::1"])
 def test_what_is_no_address(url: str) -> None:
-    with pytest.raises(ClientError, match="no address of a server"):
+    with pytest.raises(ClientError, match="not a server's address"):
         Client(url)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from adapters.lora import MODULES
-from adapters.names import MAX_NAME
+from adapters.names import MAX_NAME, near
 from server.api.schemas import MAX_SEED, Body
 from server.api.train.estimate import Estimate
 from server.training.spec import (
@@ -40,7 +40,9 @@ def _target_modules(value: object) -> tuple[str, ...]:
         raise ValueError(f'must be "{ALL_LINEAR}" or a list of names out of {", ".join(MODULES)}')
     strange = [number for number, name in enumerate(value) if name not in MODULES]
     if strange:
-        raise ValueError(f"item {strange[0]} is none of {', '.join(MODULES)}")
+        meant = near(str(value[strange[0]]), MODULES)
+        hint = f": did you mean {meant}?" if meant else f": it must be one of {', '.join(MODULES)}"
+        raise ValueError(f"item {strange[0]} is no linear layer of the base{hint}")
     if len(set(value)) < len(value):
         raise ValueError("names a module twice")
     return tuple(name for name in MODULES if name in value)

@@ -111,7 +111,7 @@ def _header_fault(names: Sequence[str]) -> str | None:
         return None if twice is None else f"names the column {twice} twice"
     choices = ", or ".join(" and ".join(shape) for shape in FIELDS)
     if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
-        return f"must name the columns {choices}, separated by commas"
+        return f"must name the columns {choices}, separated by commas: save the table with commas"
     strange = [name for name in names if name not in needed]
     for name in sorted(needed - there):
         if (meant := misspelt(strange, name)) is not None:

@@ -250,7 +250,7 @@ class Jobs:
             if row is None:
                 raise NotFound(NO_JOB.format(job_id))
             if (status := Status(row.status)) not in moves:
-                raise Conflict(f"the job has ended: it is {status}")
+                raise Conflict(f"the job has ended already: {status}")
             move = moves[status]
             if move is not None and move[0] != {"wants_pause": row.wants_pause}:  # not asked for already
                 values, message = move

@@ -204,19 +204,22 @@ def test_what_is_worse_than_its_base_becomes_the_latest_of_no_better_one(
     assert unattended(engine, D[0], worse) == "a@1 is worse than the untouched base on the held-out rows"
     assert unattended(engine, D[1], worse) == "a@2 is worse than the untouched base on the held-out rows"
     assert catalog.get("a").latest == 2
+    assert unattended(engine, D[7], (3.1, 2.0)).startswith("latest stays at 2: the new version")
+    assert catalog.get("a").latest == 2
+    catalog.delete_version("a", 3)
     assert unattended(engine, D[2], better) == ""
     assert unattended(engine, D[3], equal) == ""
     assert unattended(engine, D[4], worse).startswith(
-        "latest stays at 4: the new version is worse than the untouched"
+        "latest stays at 5: the new version is worse than the untouched"
     )
-    assert catalog.get("a").latest == 4
+    assert catalog.get("a").latest == 5
     assert unattended(engine, D[5], better) == ""  # nobody had moved it
-    assert catalog.get("a").latest == 6
+    assert catalog.get("a").latest == 7
     assert (
         unattended(engine, D[6], worse, alias="latest")
-        == "a@7 is worse than the untouched base on the held-out rows"
+        == "a@8 is worse than the untouched base on the held-out rows"
     )
-    assert catalog.get("a").latest == 7
+    assert catalog.get("a").latest == 8
 
 
 def test_the_same_composition_is_no_new_version(catalog: Catalog) -> None:
@@ -314,11 +317,11 @@ def test_unknown_terms_are_all_named(catalog: Catalog) -> None:
         catalog.resolve(parse(f"x+a+a@2+a@prod+x+twets@1+tweets@prod+a@{10**30}"))
     assert str(caught.value).split("; ") == [
         "no such adapter: x",
-        "no such version: a@2 (latest is 1)",
+        "no such version: a@2 (a has version 1)",
         "no such alias: a@prod (a has stable)",
         "no such adapter: twets@1 (did you mean tweets?)",
         "no such alias: tweets@prod (tweets has none but latest)",
-        f"no such version: a@{10**30} (latest is 1)",
+        f"no such version: a@{10**30} (a has version 1)",
     ]
     with pytest.raises(NotFound):
         catalog.resolve([Term("a", 10**30)])

@@ -73,6 +73,6 @@ def test_variables_that_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("SMOLORA_PROT", "SMOLORA_URL", "SMOLORA_PORT", "SMOLORA_XYZ"):
         monkeypatch.setenv(name, "1")
     assert unknown_variables() == [
-        "SMOLORA_PROT is no setting: did you mean SMOLORA_PORT?",
-        "SMOLORA_XYZ is no setting",
+        "SMOLORA_PROT is not a setting: did you mean SMOLORA_PORT?",
+        "SMOLORA_XYZ is not a setting",
     ]

@@ -57,7 +57,7 @@ def test_an_adapters_life(smolora: Run, server: Running, tmp_path: Path) -> None
     assert smolora("adapters", "alias", "life", "prod", "2").exit_code == 0
     held = smolora("adapters", "delete", "life@2")
     assert held.exit_code == 1
-    assert "held by the alias life@prod: ?force=true deletes aliases with it" in held.stderr
+    assert "held by the alias life@prod: --force deletes aliases with it" in held.stderr
     assert smolora("adapters", "alias", "life", "prod", "--remove").stdout == "life@prod is removed\n"
     assert smolora("adapters", "delete", "life@2").stdout == "life@2 is deleted\n"
     assert smolora("adapters", "delete", "life").exit_code == 0

@@ -116,7 +116,7 @@ async def test_an_upload_of_the_same_weights_says_so(client: httpx.AsyncClient) 
         assert (await client.post("/adapters/a", files=as_parts(*peft_files(seed)))).json()["warnings"] == []
     again = (await client.post("/adapters/a", files=as_parts(*peft_files(0)))).json()
     assert again["version"] == 3
-    assert again["warnings"] == ["it has the weights of a@1: it is a version of its own as every upload is"]
+    assert again["warnings"] == ["its weights are those of a@1: stored as a new version all the same"]
     assert (await client.get("/adapters/a/3")).json() == again | {"warnings": []}
     assert (await client.post("/adapters/b", files=as_parts(*peft_files(0)))).json()["warnings"] == []
 
