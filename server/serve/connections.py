@@ -131,7 +131,7 @@ class Connection(H11Protocol):
         unsent = self.transport.get_write_buffer_size()
         if not unsent or unsent != self._unsent:
             self._unsent, self._unsent_since = unsent, now
-        elif self._headers_due_since is not None:
+        if unsent and self._headers_due_since is not None:
             self._headers_due_since = now  # it reads the last answer still
         return now - self._unsent_since
 
