@@ -1,4 +1,4 @@
-"""Clients that mean no good, against a real server with short timeouts: normal requests go on working meanwhile."""
+"""Clients that mean no good, against a real server with short timeouts: others are served meanwhile."""
 
 import io
 import json
