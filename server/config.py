@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from adapters.names import near
 from server.errors import StartupError
+from server.limits import Limits
 
 PREFIX = "SMOLORA_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -62,7 +63,7 @@ class WorkerSettings(BaseSettings):
     )
 
 
-class Settings(WorkerSettings):
+class Settings(Limits, WorkerSettings):
     """One field for each variable; `kv_cache_bytes` and `adapter_cache_bytes` also read "2GiB" and the like."""
 
     host: str = Field("127.0.0.1", min_length=1, max_length=255, description="Where to listen.")

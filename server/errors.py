@@ -4,6 +4,7 @@
     ├── TryAgain                   refused now, welcome later; has `retry_after`
     │   ├── QueueFull              as many requests wait as may (HTTP 429)
     │   └── Unavailable            nothing can be served now (HTTP 503)
+    │       ├── GenerationTimeout  it took too long, and was ended
     │       ├── NotReady           the model isn't loaded yet
     │       ├── Draining           the process is about to end
     │       └── EngineDead         the engine has failed, or hangs; the process will exit
@@ -40,6 +41,12 @@ class Unavailable(TryAgain):
     """Nothing can be served now."""
 
     default_message = "the server can't take requests now"
+
+
+class GenerationTimeout(Unavailable):
+    """A generation took longer than it may, and was ended."""
+
+    default_message = "this took longer than SMOLORA_REQUEST_TIMEOUT"
 
 
 class NotReady(Unavailable):

@@ -18,7 +18,7 @@ from server.engine.runner import Runner
 from server.engine.sampling.sampler import Sampled
 from server.engine.scheduler import Chunk
 from server.engine.sequence import Sequence
-from server.engine.watchdog import Watchdog
+from server.engine.watching.watchdog import Watchdog
 from server.serve.address import bind
 from server.serve.process import run
 from server.serve.startup import build
@@ -79,7 +79,7 @@ def main() -> None:
     supervisor = Supervisor(1, [sys.executable, "-c", _WORKER, str(given.home / LET_GO)])
     bound = bind("127.0.0.1", given.port)
     flag = BusyFlag(given.home)
-    sys.exit(run(create_app(services), services.engine, bound, lambda: None, supervisor, flag, ()))
+    sys.exit(run(create_app(services), services.engine, bound, lambda: None, supervisor, flag, (), settings))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
 from server.api import health, openapi, pages
+from server.api.access.bodies import BodyTimeout
 from server.api.access.proxies import RootPath
 from server.api.access.sites import Sites
 from server.api.adapters import aliases, compositions, imports
@@ -71,6 +72,7 @@ def create_app(services: Services) -> FastAPI:
         middleware=[
             Middleware(RootPath, root_path=settings.root_path),
             Middleware(RequestContext, home=settings.home),
+            Middleware(BodyTimeout, seconds=settings.body_timeout),
             Middleware(
                 Sites, hosts=settings.allowed_hosts, origins=settings.allowed_origins, own_host=settings.host
             ),

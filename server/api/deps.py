@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol, cast
 
-from anyio import CapacityLimiter
 from fastapi import Depends, Header, Request
 
 from adapters.library import Library
+from server.api.access.slots import Places, Slots
 from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
 from server.api.train.submission import Submissions
@@ -34,6 +34,7 @@ class EngineClient(Protocol):
 
     def start(self) -> None: ...
     async def stop(self) -> None: ...
+    def check_queue(self, num_sequences: int) -> None: ...
     def submit(self, request: GenerationRequest) -> OutputStream: ...
     def drain(self) -> None: ...
     @property
@@ -52,10 +53,14 @@ class EngineClient(Protocol):
 
 @dataclass(frozen=True)
 class Limiters:
-    """How many threads may do at once, over all routes, what costs cores and memory that the engine wants."""
+    """How much may be done at once, over all routes, of what takes cores, memory and disk from the engine."""
 
-    preparing: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))  # bodies that are tokenized
-    checking: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))  # files of rows
+    encoding: Slots = field(default_factory=lambda: Slots("long prompts", 2, 64))  # each may cost seconds
+    preparing: Slots = field(default_factory=lambda: Slots("training jobs", 2, 16))  # bodies that are tokenized
+    checking: Slots = field(default_factory=lambda: Slots("files", 2, 16))  # of rows
+    parsing: Slots = field(default_factory=lambda: Slots("adapters", 2, 16))  # hashed and copied
+    fetching: Slots = field(default_factory=lambda: Slots("imports", 2, 16))
+    uploads: Places = field(default_factory=lambda: Places("uploads", 16))  # on the disk, of up to 256 MiB each
 
 
 @dataclass(frozen=True)

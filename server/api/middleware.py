@@ -1,15 +1,17 @@
 """What happens to every request before a route sees it: an id and a log line, a key, a bound on its body.
 
 Plain ASGI, since one of them sees each piece of each stream. From the outside in: RequestContext, Keys, BodyLimit;
-before Keys comes `server.api.access.sites.Sites`.
+before Keys come `server.api.access.bodies.BodyTimeout` and `server.api.access.sites.Sites`.
 """
 
+import asyncio
 import hmac
 import logging
 import re
 import time
 import traceback
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -153,12 +155,13 @@ async def _drain(scope: Scope, receive: Receive) -> None:
     if "expect" in Headers(scope=scope):
         return  # it asked first, and has sent nothing
     left = _DRAIN_BYTES
-    deadline = time.monotonic() + _DRAIN_SECONDS
-    while left > 0 and time.monotonic() < deadline:
-        message = await receive()
-        if message["type"] != "http.request" or not message.get("more_body", False):
-            return
-        left -= len(message.get("body", b""))
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            while left > 0:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
+                left -= len(message.get("body", b""))
 
 
 def _quoted(path: str) -> str:

@@ -6,8 +6,8 @@ whoever reads them can map. Archives are `server.api.adapters.archives`'s part, 
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,9 @@ from starlette.exceptions import HTTPException
 
 from adapters.errors import FieldError, InvalidInput
 from adapters.peft.files import WEIGHTS_NAME
+from server.api.access.space import require_space
 from server.api.adapters import archives
+from server.api.deps import Services
 from server.training.data import row_files
 
 CONFIG_FIELD = "adapter_config"
@@ -40,8 +42,23 @@ class UploadedFiles:
     weights: Path
 
 
-async def read_form(request: Request) -> FormData:
-    """The multipart body, spooled to disk. Close it. Raises InvalidInput where it is none."""
+@asynccontextmanager
+async def received_form(request: Request, services: Services) -> AsyncIterator[FormData]:
+    """The multipart body, spooled to disk within the context.
+
+    Raises InvalidInput where it is none, and before it is read QueueFull or Unavailable where there are too many
+    already or the disk is nearly full.
+    """
+    with services.limiters.uploads.taken():
+        require_space(services.settings)
+        form = await _read_form(request)
+        try:
+            yield form
+        finally:
+            await form.close()
+
+
+async def _read_form(request: Request) -> FormData:
     _, parameters = parse_options_header(request.headers.get("content-type"))
     if parameters.get(b"charset", b"utf-8").lower() not in _CHARSETS:
         # Python knows codecs that raise whatever they like, or decode to what can't be encoded again

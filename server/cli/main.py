@@ -129,7 +129,7 @@ def _serve_at(settings: Settings, say: Callable[[str], None]) -> int:
 
     supervisor = Supervisor(settings.workers, worker_command(settings.of_a_worker))
     serving = create_app(services)
-    return run(serving, services.engine, bound, announce, supervisor, flag, settings.trusted_proxies)
+    return run(serving, services.engine, bound, announce, supervisor, flag, settings.trusted_proxies, settings)
 
 
 def main() -> None:

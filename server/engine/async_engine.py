@@ -8,6 +8,7 @@ where it has died or hangs, everybody in flight is told so, and the engine is de
 import asyncio
 import itertools
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -17,7 +18,8 @@ from functools import partial
 from adapters.errors import SmoloraError
 from server.engine.engine import Engine
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
-from server.engine.watchdog import Watchdog
+from server.engine.watching.queue_rate import QueueRate
+from server.engine.watching.watchdog import Watchdog
 from server.errors import Draining, EngineDead, NotReady, QueueFull
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class OutputStream:
         self._request = request
         self._num_unfinished = request.n  # choices whose end the reader has not seen
         self._num_undelivered = request.n  # choices whose end the engine has not told
+        self._has_begun = False  # whether it has had a place in the batch
         self._queue: asyncio.Queue[SequenceOutput | SmoloraError] = asyncio.Queue()
 
     def __aiter__(self) -> "OutputStream":
@@ -68,13 +71,19 @@ class AsyncEngine:
         build: Callable[[Callable[[], None]], Engine],
         *,
         max_queue: int = 256,
+        queue_timeout: float = math.inf,
         watchdog: Watchdog | None = None,
         watch_seconds: float = _WATCH_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`build(wake)` makes the engine, at once; it calls `wake` from any thread when it may have work."""
+        """`build(wake)` makes the engine, at once; it calls `wake` from any thread when it may have work.
+
+        What would wait for a place longer than `queue_timeout` seconds is refused by `check_queue`.
+        """
         self._engine = build(self._wake)
-        self._max_in_flight = self._engine.config.scheduler.max_num_seqs + max_queue
+        self._rate = QueueRate(self._engine.config.scheduler.max_num_seqs)
+        self._max_in_flight = self._rate.num_places + max_queue
+        self._queue_timeout = queue_timeout
         self._inbox: deque[GenerationRequest | str] = deque()  # requests, and ids of requests to abort
         self._news = threading.Condition()
         self._is_woken = False
@@ -145,21 +154,40 @@ class AsyncEngine:
         """Take no new requests; those in flight go on."""
         self._is_draining = True
 
+    def check_queue(self, num_sequences: int) -> None:
+        """Raise where so many would be refused now, or wait for too long, whatever they are.
+
+        For whoever has work to do before there is a request: QueueFull, Draining, NotReady, EngineDead.
+        """
+        self._check_room(num_sequences)
+        wait = self._rate.wait(self._clock(), self._num_in_flight)
+        if wait > self._queue_timeout:
+            message = f"the queue takes {wait:.0f} s, more than SMOLORA_QUEUE_TIMEOUT"
+            raise QueueFull(message, retry_after=wait - self._queue_timeout)
+
     def submit(self, request: GenerationRequest) -> OutputStream:
         """Queue a request, or raise at once: QueueFull, Draining, NotReady, EngineDead, InvalidInput."""
+        self._check_room(request.n)
+        self._engine.check(request)
+        stream = self._streams[request.request_id] = OutputStream(self, request)
+        self._count(request.n)
+        self._send(request)
+        return stream
+
+    def _check_room(self, num_sequences: int) -> None:
         if self._is_dead:
             raise EngineDead
         if self._is_draining or self._is_stopping:
             raise Draining
         if not self.ready:
             raise NotReady
-        if self._num_in_flight and self._num_in_flight + request.n > self._max_in_flight:
-            raise QueueFull
-        self._engine.check(request)
-        stream = self._streams[request.request_id] = OutputStream(self, request)
-        self._num_in_flight += request.n
-        self._send(request)
-        return stream
+        if self._num_in_flight and self._num_in_flight + num_sequences > self._max_in_flight:
+            raise QueueFull("the queue is full (SMOLORA_MAX_QUEUE)")
+
+    def _count(self, change: int, num_ended: int = 0) -> None:
+        """So many sequences more are in flight, or fewer, of which so many had a place in the batch."""
+        self._num_in_flight += change
+        self._rate.observe(self._clock(), self._num_in_flight, num_ended)
 
     async def _watch(self) -> None:
         """Notice what the thread itself can't tell: that it has died, or that it hangs."""
@@ -180,13 +208,15 @@ class AsyncEngine:
 
     def _forget(self, request_id: str) -> None:
         stream = self._streams.pop(request_id)
-        self._num_in_flight -= stream._request.n
+        num = stream._request.n
+        self._count(-num, num if stream._has_begun else 0)
 
     def _deliver(self, outputs: list[SequenceOutput]) -> None:
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 stream._put(output)
+                stream._has_begun = True
                 stream._num_undelivered -= output.finish_reason is not None
                 if not stream._num_undelivered:
                     self._forget(output.request_id)

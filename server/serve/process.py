@@ -20,7 +20,9 @@ from fastapi import FastAPI
 
 from server.api.deps import EngineClient
 from server.counted import counted
+from server.limits import Limits
 from server.serve.address import cannot_listen
+from server.serve.connections import Connections, allow_files
 from server.training.worker.supervisor import Supervisor
 from server.training.worker.yielding import BusyFlag
 
@@ -41,12 +43,16 @@ def run(
     supervisor: Supervisor,
     flag: BusyFlag,
     trusted_proxies: Sequence[str],
+    limits: Limits,
 ) -> int:
     """Serve until told to stop; the exit code. `announce` is called once everything is ready.
 
     `trusted_proxies` are those whose X-Forwarded-For and -Proto count.
     """
-    process = Process(app, engine, bound, supervisor=supervisor, flag=flag, trusted_proxies=trusted_proxies)
+    allow_files(limits)
+    process = Process(
+        app, engine, bound, supervisor=supervisor, flag=flag, trusted_proxies=trusted_proxies, limits=limits
+    )
     code = asyncio.run(process.run(announce))
     if engine.hung:  # an ordinary exit would wait for its threads
         logging.shutdown()
@@ -74,9 +80,13 @@ class Process:
         supervisor: Supervisor | None = None,
         flag: BusyFlag | None = None,
         trusted_proxies: Sequence[str] = (),
+        limits: Limits | None = None,
     ) -> None:
+        self._connections = Connections(limits or Limits())
         config = uvicorn.Config(
             app,
+            http=self._connections.protocol,
+            ws="none",
             lifespan="on",
             log_config=None,
             access_log=False,
@@ -111,6 +121,7 @@ class Process:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
         serving = asyncio.create_task(self._server.serve(sockets=[self._bound]))
+        watching = asyncio.create_task(self._connections.watch())
         announced = False
         while not (serving.done() or self._num_signals or self._engine.dead):
             if not announced and self._server.started and self._engine.ready:
@@ -131,6 +142,8 @@ class Process:
             await self._engine.stop()
             host, port = self._bound.getsockname()[:2]
             raise cannot_listen(host, port, error) from None
+        finally:
+            watching.cancel()
         return 1 if self._engine.dead else 0
 
     async def _tick(self) -> None:

@@ -25,7 +25,7 @@ from server.engine.engine import Engine, EngineConfig
 from server.engine.paged_attention import PagedCache
 from server.engine.scheduler import SchedulerLimits
 from server.engine.structured.guidance import Guidance
-from server.engine.watchdog import Watchdog
+from server.engine.watching.watchdog import Watchdog
 from server.errors import StartupError
 from server.home import Home
 from server.metrics import Metrics
@@ -81,7 +81,15 @@ def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | N
     def build_engine(wake: Callable[[], None]) -> Engine:
         return Engine(backend, token_bytes, store.load, config, guidance=guidance, wake=wake)
 
-    engine = _allocated(lambda: AsyncEngine(build_engine, max_queue=settings.max_queue, watchdog=watchdog), config)
+    engine = _allocated(
+        lambda: AsyncEngine(
+            build_engine,
+            max_queue=settings.max_queue,
+            queue_timeout=settings.queue_timeout,
+            watchdog=watchdog,
+        ),
+        config,
+    )
     return Services(
         settings=settings,
         engine=engine,

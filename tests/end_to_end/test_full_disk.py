@@ -25,7 +25,9 @@ TRAINING = {"max_steps": 4, "batch_size": 2, "max_length": 32}
 @pytest.fixture(scope="module")
 def server(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     with mounted(tmp_path_factory.mktemp("home"), 64) as home:
-        server = ServerProcess(home, model=tiny_base_dir, dtype="fp32", workers=1, adapter_cache_bytes="4MiB")
+        server = ServerProcess(
+            home, model=tiny_base_dir, dtype="fp32", workers=1, adapter_cache_bytes="4MiB", min_free_bytes=0
+        )
         try:
             yield server
         finally:

@@ -4,7 +4,7 @@ from pathlib import Path as FilePath
 from tempfile import TemporaryDirectory
 from typing import Annotated, Protocol
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from fastapi import APIRouter, Depends, Path
 from pydantic import Field
 from starlette.responses import Response
@@ -13,6 +13,7 @@ from adapters.catalog.catalog import Version
 from adapters.library import Library
 from adapters.names import MAX_NAME
 from server.api import wire
+from server.api.access.space import require_space
 from server.api.adapters.answers import version_answer
 from server.api.adapters.archives import MAX_WEIGHTS_BYTES
 from server.api.adapters.schemas import VersionAnswer
@@ -25,8 +26,6 @@ from server.errors import Forbidden
 from server.model.base.hub_adapter import HubAdapter, fetch_adapter
 
 router = APIRouter(prefix="/adapters", tags=["adapters"], route_class=StrictRoute)
-
-_fetching = CapacityLimiter(2)
 
 
 class ImportBody(Body):
@@ -75,7 +74,8 @@ async def import_adapter(
     if not services.settings.allow_hub_adapters:
         raise Forbidden("imports from the hub are off: SMOLORA_ALLOW_HUB_ADAPTERS=1 allows them")
     await to_thread.run_sync(services.library.check_name, name)
-    version = await to_thread.run_sync(_import, services.library, fetch, name, body, limiter=_fetching)
+    require_space(services.settings)
+    version = await services.limiters.fetching.run(_import, services.library, fetch, name, body)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
     return wire.answer(version_answer(version, services.engine.stats.resident), 201, headers)
 

@@ -3,7 +3,7 @@
 from io import BytesIO
 from typing import Annotated, BinaryIO
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from fastapi import APIRouter, Path, Query, Request
 from starlette.datastructures import FormData
 from starlette.responses import Response
@@ -17,14 +17,13 @@ from server.api.adapters.answers import adapter_answer, version_answer
 from server.api.adapters.schemas import AdapterAnswer, AdapterList, VersionAnswer
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import DELETES, DOWNLOADS, LOOKUPS, UPLOAD_BODY, UPLOADS
-from server.api.uploads import read_form, uploaded_files
+from server.api.uploads import received_form, uploaded_files
 from server.api.zips import StoredZip, zip_download
 from server.training.reports.model_card import model_card
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 
 MAX_PAGE = 10_000
-_parsing = CapacityLimiter(2)  # uploads that are hashed and copied at once: memory and cores are the engine's
 
 Name = Annotated[str, Path(max_length=4 * MAX_NAME)]
 VersionNumber = Annotated[int, Path(ge=1)]
@@ -101,11 +100,8 @@ async def upload(request: Request, services: ServicesDep, name: Name) -> Respons
     An adapter that can't be used exactly is refused, with the name of each key that is at fault.
     """
     await to_thread.run_sync(services.library.check_name, name)
-    form = await read_form(request)
-    try:
-        version = await to_thread.run_sync(_publish, services.library, name, form, limiter=_parsing)
-    finally:
-        await form.close()
+    async with received_form(request, services) as form:
+        version = await services.limiters.parsing.run(_publish, services.library, name, form)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
     return wire.answer(version_answer(version, services.engine.stats.resident), 201, headers)
 

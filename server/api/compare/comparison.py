@@ -18,6 +18,7 @@ from server.api.generate import answers
 from server.api.generate.generation import (
     Generation,
     adapter_terms,
+    ask_queue,
     encode_prompt,
     encoded,
     start,
@@ -76,6 +77,7 @@ class Comparison:
 async def compare(services: Services, body: CompareBody) -> Comparison:
     """Hand everything to the engine. Raises whatever it can be refused for; nothing is held then."""
     terms = [_terms(services, place, expression) for place, expression in enumerate(body.adapters)]
+    ask_queue(services, len(terms) * (body.n + len(body.score or ())))
     prompt = await encode_prompt(services, body, body.max_tokens)
     continuations = [await _continuation(services, len(prompt), text) for text in body.score or ()]
     grammar = grammar_of(body.response_format, body.regex)
@@ -113,7 +115,7 @@ def _terms(services: Services, place: int, expression: str) -> tuple[Term, ...]:
 
 
 async def _continuation(services: Services, num_prompt_tokens: int, text: str) -> tuple[int, ...]:
-    token_ids = await encoded(partial(services.encoder.continuation, text), len(text))
+    token_ids = await encoded(services, partial(services.encoder.continuation, text), len(text))
     if num_prompt_tokens + len(token_ids) > services.max_model_len:
         message = f"a text's {len(token_ids)} tokens and the prompt's exceed the model's {services.max_model_len}"
         raise InvalidInput.of("score", message)

@@ -5,12 +5,13 @@ engine takes the request or says why not. From there on `Generation` watches ove
 it. How answers look is `server.api.generate.answers`'s part.
 """
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 
 from adapters.catalog.catalog import Part, combine
 from adapters.errors import FieldError, InvalidInput
@@ -22,19 +23,21 @@ from server.api.generate.sampling import context_faults, sampling_params
 from server.api.generate.schemas import AdapterBody, GenerateBody, PromptBody
 from server.api.generate.structure import check_grammar, grammar_of
 from server.engine.request import AdapterRef, GenerationRequest, Grammar, SamplingParams, SequenceOutput
-from server.errors import GenerationFailed, TryAgain
+from server.errors import GenerationFailed, GenerationTimeout, TryAgain
 from server.metrics import Metrics, Outcome
 from server.model.text.chat import ChatMessage
 
 _SHORT_TEXT = 2048
 """Characters that are encoded on the spot (about a millisecond); longer texts go to a thread."""
-_encoding = CapacityLimiter(2)  # long texts cost seconds of a core that the engine wants, too
 
 
 class Generation:
     """One accepted request. Iterate `outputs` once; `close` at the end, which aborts what still runs."""
 
-    def __init__(self, request: GenerationRequest, pinned: Pinned, stream: OutputStream, metrics: Metrics) -> None:
+    def __init__(
+        self, request: GenerationRequest, pinned: Pinned, stream: OutputStream, metrics: Metrics, timeout: float
+    ) -> None:
+        """Its outputs come to an end within `timeout` seconds from now."""
         self.request = request
         self.parts = pinned.parts
         self.warnings = pinned.warnings
@@ -43,6 +46,7 @@ class Generation:
         self._metrics = metrics
         self._names = {part.name for part in pinned.parts} or {BASE}
         self._started = time.perf_counter()
+        self._deadline = asyncio.get_running_loop().time() + timeout
         self._num_tokens = 0
         self._num_running = request.n
         self._outcome: Outcome = "cancelled"
@@ -58,10 +62,12 @@ class Generation:
         return len(self.request.prompt_token_ids)
 
     async def outputs(self) -> AsyncIterator[SequenceOutput]:
-        """News of every choice until all have ended. Raises what the engine ends one with, or GenerationFailed."""
+        """News of every choice until all have ended. Raises what the engine ends one with, GenerationFailed or
+        GenerationTimeout.
+        """
         last: dict[int, float] = {}
         try:
-            async for output in self._stream:
+            while (output := await self._next()) is not None:
                 if output.error is not None:
                     raise output.error
                 if output.num_new_tokens:
@@ -90,6 +96,16 @@ class Generation:
             took = time.perf_counter() - self._started
             self._metrics.ended(self._outcome, took, self._names, self._num_tokens)
 
+    async def _next(self) -> SequenceOutput | None:
+        """The stream's next output; None at its end."""
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await anext(self._stream)
+        except StopAsyncIteration:
+            return None
+        except TimeoutError:
+            raise GenerationTimeout from None
+
     def _observe(self, output: SequenceOutput, last: dict[int, float]) -> None:
         now = time.perf_counter()
         self._num_tokens += output.num_new_tokens
@@ -103,6 +119,7 @@ class Generation:
 async def begin(services: Services, body: GenerateBody) -> Generation:
     """Hand the request to the engine. Raises whatever it can be refused for; nothing is held then."""
     terms = adapter_terms(body.adapter, body.adapters, services.base_name)
+    ask_queue(services, body.n)
     token_ids = await encode_prompt(services, body, body.max_tokens)
     grammar = grammar_of(body.response_format, body.regex)
     sampling = sampling_params(body, body.max_tokens, body.logprobs)
@@ -142,7 +159,16 @@ async def start(
         if isinstance(error, TryAgain):
             services.metrics.refused()
         raise
-    return Generation(request, pinned, stream, services.metrics)
+    return Generation(request, pinned, stream, services.metrics, services.settings.request_timeout)
+
+
+def ask_queue(services: Services, num_sequences: int) -> None:
+    """Raise what so many sequences would be refused for now, before anything is done for them."""
+    try:
+        services.engine.check_queue(num_sequences)
+    except TryAgain:
+        services.metrics.refused()
+        raise
 
 
 def adapter_terms(expression: str | None, parts: Sequence[AdapterBody] | None, base_name: str) -> tuple[Term, ...]:
@@ -185,15 +211,15 @@ async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -
     else:
         needs = "give exactly one of prompt and messages"
         raise InvalidInput([FieldError(("prompt",), needs), FieldError(("messages",), needs)])
-    ids = await encoded(encode, length)
+    ids = await encoded(services, encode, length)
     if faults := context_faults(len(ids), max_tokens, services.max_model_len, "max_tokens", name):
         raise InvalidInput(faults)
     return tuple(ids)
 
 
-async def encoded(encode: Callable[[], Sequence[int]], length: int) -> Sequence[int]:
-    """What `encode` makes of a text of so many characters."""
-    return encode() if length <= _SHORT_TEXT else await to_thread.run_sync(encode, limiter=_encoding)
+async def encoded(services: Services, encode: Callable[[], Sequence[int]], length: int) -> Sequence[int]:
+    """What `encode` makes of a text of so many characters. Raises QueueFull where many long ones wait."""
+    return encode() if length <= _SHORT_TEXT else await services.limiters.encoding.run(encode)
 
 
 def canonical(parts: Sequence[Part]) -> tuple[AdapterRef, ...]:

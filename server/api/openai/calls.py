@@ -6,7 +6,7 @@ from functools import partial
 from adapters.errors import InvalidInput, NotFound
 from adapters.expression import Term, parse
 from server.api.deps import Services
-from server.api.generate.generation import Generation, encoded, start
+from server.api.generate.generation import Generation, ask_queue, encoded, start
 from server.api.generate.sampling import context_faults, sampling_params
 from server.api.generate.structure import grammar_of
 from server.api.openai.batch import Batch
@@ -36,7 +36,8 @@ async def begin_chat(services: Services, body: ChatBody) -> Batch:
         for message in body.messages
     ]
     encode = partial(services.encoder.messages, turns)
-    ids = tuple(await encoded(encode, sum(len(turn.content) for turn in turns)))
+    ask_queue(services, body.n or 1)
+    ids = tuple(await encoded(services, encode, sum(len(turn.content) for turn in turns)))
     if limit is None:
         limit = min(DEFAULT_CHAT_TOKENS, max(services.max_model_len - len(ids), 1))
     _check_room(services, len(ids), limit, field, "messages")
@@ -50,6 +51,7 @@ async def begin_completions(services: Services, body: CompletionBody) -> Batch:
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidInput.of("best_of", "is not supported: leave it out, or give what n is")
     limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    ask_queue(services, len(body.prompt) * (body.n or 1))
     prompts = [await _encoded_prompt(services, prompt) for prompt in body.prompt]
     for ids in prompts:
         _check_room(services, len(ids), limit, "max_tokens", "prompt")
@@ -83,7 +85,7 @@ async def _encoded_prompt(services: Services, prompt: Prompt) -> tuple[int, ...]
             raise InvalidInput.of("prompt", f"the base has {services.encoder.num_tokens} tokens, from 0 on")
         return prompt
     encode: Callable[[], Sequence[int]] = partial(services.encoder.prompt, prompt)
-    return tuple(await encoded(encode, len(prompt)))
+    return tuple(await encoded(services, encode, len(prompt)))
 
 
 def _check_room(services: Services, num_prompt: int, num_more: int, field: str, prompt_field: str) -> None:

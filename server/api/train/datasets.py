@@ -13,7 +13,7 @@ from server.api.deps import Services, ServicesDep
 from server.api.openapi import DATASET_BODY, DATASET_UPLOADS, DATASETS
 from server.api.train.answers import dataset_document
 from server.api.train.schemas import DatasetAnswer, DatasetList, DatasetUploaded
-from server.api.uploads import read_form, uploaded_rows
+from server.api.uploads import received_form, uploaded_rows
 from server.training.data.datasets import DatasetStore
 from server.training.data.ignored import IgnoredFields
 
@@ -36,11 +36,8 @@ async def upload(request: Request, services: ServicesDep) -> Response:
 
     Fields that are not trained on are ignored; `warnings` counts them.
     """
-    form = await read_form(request)
-    try:
-        answer = await to_thread.run_sync(_put, services.datasets, form, limiter=services.limiters.checking)
-    finally:
-        await form.close()
+    async with received_form(request, services) as form:
+        answer = await services.limiters.checking.run(_put, services.datasets, form)
     return wire.answer(answer, 201, {"Location": f"/datasets/{answer['id']}"})
 
 

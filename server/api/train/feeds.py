@@ -17,14 +17,17 @@ from anyio import CapacityLimiter, to_thread
 from adapters.errors import NotFound
 from server.api import wire
 from server.api.train.answers import event_document
+from server.errors import QueueFull
 from server.training.queue.jobs import NO_JOB, Event, Standing
 
 POLL_SECONDS = 0.3
 KEEP_ALIVE_SECONDS = 15.0
+MAX_FOLLOWERS = 256
 PAGE = 500
 """Events that are read at once, and that are kept of each job."""
 
 _NUM_THREADS = 2
+_RETRY_SECONDS = 10.0
 
 
 class JobSource(Protocol):
@@ -112,13 +115,16 @@ class JobFeeds:
         is_ending: Callable[[], bool] = lambda: False,
         poll: float = POLL_SECONDS,
         keep_alive: float = KEEP_ALIVE_SECONDS,
+        max_followers: int = MAX_FOLLOWERS,
     ) -> None:
         self.is_ending = is_ending
         self.keep_alive = keep_alive
         self._jobs = jobs
         self._poll = poll
+        self._max_followers = max_followers
         self._reading = CapacityLimiter(_NUM_THREADS)
         self._feeds: dict[str, _Feed] = {}
+        self._num_followers = 0
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -127,7 +133,10 @@ class JobFeeds:
         return self._task is not None and not self._task.done()
 
     def follow(self, job_id: str, after: int) -> Follower:
-        """The job's events after the one numbered `after`."""
+        """The job's events after the one numbered `after`. Raises QueueFull."""
+        if self._num_followers >= self._max_followers:
+            raise QueueFull(f"{self._num_followers} event streams are open already", _RETRY_SECONDS)
+        self._num_followers += 1
         if (feed := self._feeds.get(job_id)) is None:
             feed = self._feeds[job_id] = _Feed(job_id)
             self._wake.set()
@@ -138,6 +147,7 @@ class JobFeeds:
 
     def leave(self, feed: _Feed) -> None:
         """One of its followers has gone."""
+        self._num_followers -= 1
         feed.num_followers -= 1
         if not feed.num_followers and self._feeds.get(feed.job_id) is feed:
             del self._feeds[feed.job_id]

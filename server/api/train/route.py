@@ -11,6 +11,7 @@ from starlette.responses import Response
 from adapters.errors import Conflict, NotFound
 from adapters.store.open_all import open_all
 from server.api import wire
+from server.api.access.space import require_space
 from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.openapi import JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS, JOB_RESULTS, SUBMISSIONS
 from server.api.streams import EventStream
@@ -56,9 +57,10 @@ async def submit(
     Its rows are split and tokenized before it is queued, so errors in them are reported here.
     """
     if dry_run:
-        document = await to_thread.run_sync(_dry_run, services, body, limiter=services.limiters.preparing)
+        document = await services.limiters.preparing.run(_dry_run, services, body)
         return wire.answer(document)
-    job = await to_thread.run_sync(services.submissions.submit, body, key, limiter=services.limiters.preparing)
+    require_space(services.settings)
+    job = await services.limiters.preparing.run(services.submissions.submit, body, key)
     return wire.answer(job_document(job), 202, {"Location": f"/train/{job.id}"})
 
 

@@ -118,7 +118,7 @@ class FakeEngine:
         self.dead = True
         self.held.set()
 
-    def submit(self, request: GenerationRequest) -> FakeStream:
+    def check_queue(self, num_sequences: int) -> None:
         if self.dead:
             raise EngineDead
         if self.draining:
@@ -127,6 +127,9 @@ class FakeEngine:
             raise NotReady(retry_after=2.5)
         if self.refusal is not None:
             raise self.refusal
+
+    def submit(self, request: GenerationRequest) -> FakeStream:
+        self.check_queue(request.n)
         self.requests.append(request)
         self.open.add(request.request_id)
         return FakeStream(self, request)

@@ -46,7 +46,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 @pytest.fixture
 def app(make_services: MakeServices) -> FastAPI:
-    app = create_app(make_services(allow_hub_adapters=True))
+    app = create_app(make_services(allow_hub_adapters=True, min_free_bytes=0))
     app.dependency_overrides[get_fetch] = lambda: fetch
     return app
 

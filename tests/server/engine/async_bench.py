@@ -1,6 +1,7 @@
 """An `AsyncEngine` over the tiny base, and what drives it."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
@@ -36,6 +37,7 @@ class Bench:
         *,
         limits: SchedulerLimits | None = None,
         max_queue: int = 256,
+        queue_timeout: float = math.inf,
         failing: set[int] | None = None,
         num_blocks: int = 256,
         watch_seconds: float = 0.25,
@@ -48,7 +50,9 @@ class Bench:
             engine.runner = FailingRunner(engine.runner, failing or set())
             return engine
 
-        self.asynchronous = AsyncEngine(build, max_queue=max_queue, watch_seconds=watch_seconds, clock=clock)
+        self.asynchronous = AsyncEngine(
+            build, max_queue=max_queue, queue_timeout=queue_timeout, watch_seconds=watch_seconds, clock=clock
+        )
         self.engine = self.asynchronous._engine
         assert isinstance(self.engine.runner, FailingRunner)
         self.runner = self.engine.runner

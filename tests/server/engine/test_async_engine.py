@@ -68,6 +68,35 @@ def test_the_queue_is_bounded(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
+def test_what_would_wait_too_long_is_refused(tiny_base: BaseModel) -> None:
+    """Two places, given up in the 20 seconds that both were taken: the next is free in 10."""
+    now = 0.0
+    limits = SchedulerLimits(max_num_seqs=2)
+
+    async def main() -> None:
+        nonlocal now
+        async with Bench(tiny_base, limits=limits, queue_timeout=5, clock=lambda: now) as engine:
+            streams = [engine.submit(request(str(i))) for i in range(3)]
+            engine.check_queue(1)  # nobody knows yet
+            now = 20.0
+            for stream in streams:
+                await collect(stream)
+            streams = [engine.submit(replace(request("3"), sampling=LONG))]
+            engine.check_queue(1)
+            streams.append(engine.submit(replace(request("4"), sampling=LONG)))
+            with pytest.raises(QueueFull, match="SMOLORA_QUEUE_TIMEOUT") as caught:
+                engine.check_queue(1)
+            assert caught.value.retry_after == pytest.approx(5)
+            await streams[0].aclose()
+            engine.check_queue(1)
+            await streams[1].aclose()
+            engine.drain()
+            with pytest.raises(Draining):
+                engine.check_queue(1)
+
+    on_loop(main())
+
+
 def test_a_request_that_can_never_run_takes_no_place(tiny_base: BaseModel) -> None:
     async def main() -> None:
         async with Bench(tiny_base) as engine:

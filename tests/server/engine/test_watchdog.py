@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.engine.watchdog import Watchdog
+from server.engine.watching.watchdog import Watchdog
 
 TICK = 0.25
 

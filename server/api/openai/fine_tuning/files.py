@@ -15,7 +15,7 @@ from server.api.openai.documents import REFUSALS
 from server.api.openai.fine_tuning.objects import file_object, page_object
 from server.api.openai.fine_tuning.schemas import FileAnswer, FileDeleted, Page
 from server.api.streams import Download
-from server.api.uploads import read_form, uploaded_rows
+from server.api.uploads import received_form, uploaded_rows
 from server.training.data.files import FileStore, Purpose, StoredFile
 
 router = APIRouter(prefix="/files", tags=["openai"])
@@ -58,11 +58,8 @@ _BODY = {
 )
 async def upload(request: Request, services: ServicesDep) -> Response:
     """Upload a file of rows. Every line is checked. Uploading the same bytes again makes another file."""
-    form = await read_form(request)
-    try:
-        file = await to_thread.run_sync(_put, services.files, form, limiter=services.limiters.checking)
-    finally:
-        await form.close()
+    async with received_form(request, services) as form:
+        file = await services.limiters.checking.run(_put, services.files, form)
     return wire.answer(file_object(file))
 
 

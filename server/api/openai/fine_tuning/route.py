@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from adapters.errors import InvalidInput, NotFound
 from server.api import wire
+from server.api.access.space import require_space
 from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.openai.documents import REFUSALS
 from server.api.openai.errors import ModelNotFound
@@ -54,7 +55,8 @@ async def create(
     key: IdempotencyKey = None,
 ) -> Response:
     """Create a fine-tuning job. It publishes the next version of the adapter `suffix`."""
-    job = await to_thread.run_sync(_submit, services, body, key, limiter=services.limiters.preparing)
+    require_space(services.settings)
+    job = await services.limiters.preparing.run(_submit, services, body, key)
     return _answer(services, job)
 
 

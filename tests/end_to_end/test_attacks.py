@@ -1,0 +1,177 @@
+"""Clients that mean no good, against a real server with short timeouts: others are served meanwhile."""
+
+import io
+import json
+import socket
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.end_to_end.server_process import PATIENCE, ServerProcess
+from tests.end_to_end.training_client import code_rows
+
+SECONDS = 1.0
+"""What a normal request may take meanwhile."""
+MAX_CONNECTIONS = 300
+TIMEOUT = 2.0
+
+
+@pytest.fixture(scope="module")
+def attacked(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    server = ServerProcess(
+        tmp_path_factory.mktemp("home"),
+        model=base_dir,
+        max_connections=MAX_CONNECTIONS,
+        header_timeout=TIMEOUT,
+        body_timeout=TIMEOUT,
+        stall_timeout=TIMEOUT,
+    )
+    try:
+        server.generate("a", max_tokens=1)
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def server(attacked: ServerProcess) -> Iterator[ServerProcess]:
+    works(attacked)
+    yield attacked
+    works(attacked)
+    assert "Traceback" not in attacked.log()
+
+
+def works(server: ServerProcess) -> None:
+    """A client that has just come gets an answer in time; the best of three, as the machine is shared."""
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        with httpx.Client(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
+            response = client.post("/generate", json={"prompt": "Hello", "max_tokens": 2})
+        assert response.status_code == 200, response.text
+        took.append(time.perf_counter() - start)
+        if took[-1] < SECONDS:
+            return
+    raise AssertionError(took)
+
+
+@contextmanager
+def connections(server: ServerProcess, num: int, first: bytes = b"") -> Iterator[list[socket.socket]]:
+    with ExitStack() as stack:
+        opened = []
+        for _ in range(num):
+            opened.append(stack.enter_context(socket.create_connection(("127.0.0.1", server.port), PATIENCE)))
+            if first:
+                opened[-1].sendall(first)
+        yield opened
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the server has closed it, whatever it said before."""
+    connection.setblocking(False)
+    try:
+        while connection.recv(1 << 16):
+            pass
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        pass
+    return True
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 15 * TIMEOUT) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.05)
+
+
+def num_closed(opened: list[socket.socket]) -> int:
+    return sum(map(is_closed, opened))
+
+
+def post(path: str, length: int) -> bytes:
+    kind = "application/json" if path == "/generate" else "multipart/form-data; boundary=x"
+    lines = (f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Type: {kind}", f"Content-Length: {length}")
+    return "\r\n".join((*lines, "", "")).encode()
+
+
+def test_1500_idle_sockets(server: ServerProcess) -> None:
+    with connections(server, 1500) as opened:
+        works(server)
+        assert num_closed(opened) >= 1500 - MAX_CONNECTIONS
+        eventually(lambda: num_closed(opened) == len(opened))
+    assert "SMOLORA_HEADER_TIMEOUT" in server.log()
+
+
+def test_headers_a_byte_at_a_time(server: ServerProcess) -> None:
+    with connections(server, MAX_CONNECTIONS - 20, b"GET /health HTTP/1.1\r\nHo") as opened:
+        start = time.monotonic()
+
+        def send_more() -> bool:
+            for connection in opened:
+                with suppress(OSError):
+                    connection.send(b"s")
+            works(server)
+            return num_closed(opened) == len(opened)
+
+        eventually(send_more)
+        assert time.monotonic() - start > TIMEOUT / 2
+
+
+def test_bodies_that_stop(server: ServerProcess) -> None:
+    paths = ("/generate", "/datasets", "/adapters/a")
+    with ExitStack() as stack:
+        opened = []
+        for path in paths:
+            first = post(path, 1000) + (b" " if path == "/generate" else b"--x\r\n")
+            opened += stack.enter_context(connections(server, MAX_CONNECTIONS // 2, first))
+        works(server)
+        eventually(lambda: num_closed(opened) == len(opened))
+
+
+def test_a_reader_that_stops(server: ServerProcess) -> None:
+    """Its sequences are given up long before their ends."""
+    body = json.dumps(
+        {"prompt": "a", "max_tokens": 4000, "n": 4, "stream": True, "ignore_eos": True, "logprobs": 20}
+    ).encode()
+    with socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.connect(("127.0.0.1", server.port))
+        reader.sendall(post("/generate", len(body)) + body)
+        server.wait_for(requests_running=4)
+        works(server)
+        server.wait_for(requests_running=0)
+        assert server.metrics()["smolora_generated_tokens_total"] < 16_000
+    assert "SMOLORA_STALL_TIMEOUT" in server.log()
+
+
+def test_followers_of_events(server: ServerProcess) -> None:
+    job = server.client.post("/train", json={"name": "j", "data": code_rows(2)}).json()["id"]
+    request = f"GET /train/{job}/events HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n".encode()
+    with connections(server, 280, request) as opened:
+        statuses = [connection.recv(12) for connection in opened]
+        assert statuses.count(b"HTTP/1.1 200") == 256
+        assert statuses.count(b"HTTP/1.1 429") == 24
+        works(server)
+    server.client.post(f"/train/{job}/cancel")
+
+
+def test_a_zip_bomb(server: ServerProcess) -> None:
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("adapter_config.json", "{}")
+        with archive.open("adapter_model.safetensors", "w", force_zip64=True) as member:
+            for _ in range(300):
+                member.write(bytes(1 << 20))
+    with ThreadPoolExecutor(4) as pool:
+        files = {"archive": ("a.zip", bomb.getvalue())}
+        uploads = [pool.submit(server.client.post, "/adapters/bomb", files=files) for _ in range(8)]
+        works(server)
+        assert {upload.result().status_code for upload in uploads} <= {413, 422, 429}

@@ -1,0 +1,94 @@
+"""Bodies that stop on their way."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from starlette.types import Message
+
+from server.api.app import create_app
+from tests.server.conftest import MakeServices, client_of
+
+pytestmark = pytest.mark.anyio
+JSON = {"Content-Type": "application/json"}
+PART = b'--x\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\n'
+MULTIPART = {"Content-Type": "multipart/form-data; boundary=x"}
+
+
+@pytest.fixture
+async def hasty(make_services: MakeServices) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(create_app(make_services(body_timeout=0.2, api_keys="k"))) as client:
+        client.headers["Authorization"] = "Bearer k"
+        yield client
+
+
+async def pieces(piece: bytes, num: int, every: float, first: bytes = b"") -> AsyncIterator[bytes]:
+    yield first
+    for _ in range(num):
+        yield piece
+        await asyncio.sleep(every)
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        ("/generate", JSON),
+        ("/v1/completions", JSON),
+        ("/train", JSON),
+        ("/adapters/a", MULTIPART),
+        ("/datasets", MULTIPART),
+        ("/v1/files", MULTIPART),
+        ("/nowhere", JSON),
+    ],
+)
+@pytest.mark.parametrize("every", [0.01, 60])
+async def test_one_that_makes_no_progress(
+    path: str, headers: dict[str, str], every: float, hasty: httpx.AsyncClient
+) -> None:
+    """A byte now and then is none."""
+    first = (
+        b'--x\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\n' if headers is MULTIPART else b""
+    )
+    async with asyncio.timeout(5):
+        response = await hasty.post(path, content=pieces(b" ", 10_000, every, first), headers=headers)
+    if path == "/nowhere":
+        assert response.status_code == 404
+        return
+    assert response.status_code == 408
+    assert "SMOLORA_BODY_TIMEOUT" in response.text
+    assert response.headers["x-request-id"]
+
+
+async def test_without_a_key_nobody_is_waited_for(make_services: MakeServices) -> None:
+    services = make_services(body_timeout=0.2, api_keys="k")
+    async with client_of(create_app(services)) as client, asyncio.timeout(5):
+        response = await client.post("/generate", content=pieces(b" ", 10_000, 60), headers=JSON)
+    assert response.status_code == 408
+
+
+async def test_a_large_body_may_take_longer_in_all(hasty: httpx.AsyncClient) -> None:
+    content = pieces(b" " * (16 << 10), 8, 0.1)
+    response = await hasty.post("/generate", content=content, headers=JSON)
+    assert response.status_code == 422
+
+
+async def test_a_client_that_waits_for_its_answer_sends_nothing(make_services: MakeServices) -> None:
+    """The time is over with the body."""
+    app = create_app(make_services(body_timeout=0.05))
+    inbox: asyncio.Queue[Message] = asyncio.Queue()
+    inbox.put_nowait({"type": "http.request", "body": b'{"prompt": "a", "max_tokens": 1}', "more_body": False})
+    sent: list[Message] = []
+    services = app.state.services
+    services.engine.hold_after = 0
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": headers, "query_string": b""}
+    task = asyncio.create_task(app(scope, inbox.get, send))
+    await asyncio.sleep(0.3)
+    services.engine.held.set()
+    await task
+    assert sent[0]["status"] == 200

@@ -1,0 +1,206 @@
+"""What is refused before it costs anything: where too many wait, the queue is full, or the disk."""
+
+import asyncio
+import shutil
+import threading
+from collections import namedtuple
+from contextlib import suppress
+from dataclasses import replace
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from server.api.access.slots import Places, Slots
+from server.api.app import create_app
+from server.api.train.feeds import JobFeeds
+from server.errors import QueueFull
+from tests.server.api.adapters.peft_files import as_parts, peft_files
+from tests.server.api.fakes import Caller, FakeEngine, until
+from tests.server.api.train_kit import ROWS, submit
+from tests.server.conftest import MakeServices, client_of
+
+pytestmark = pytest.mark.anyio
+
+LONG = "word " * 1000
+GENERATIONS: dict[str, dict[str, object]] = {
+    "/generate": {"prompt": LONG, "adapter": "nobody", "regex": "a+"},
+    "/compare": {"prompt": LONG, "adapters": ["base", "nobody"]},
+    "/v1/completions": {"model": "nobody", "prompt": [LONG, LONG]},
+    "/v1/chat/completions": {"model": "nobody", "messages": [{"role": "user", "content": LONG}]},
+}
+
+
+class Blocked:
+    """Work that lasts until it may end."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.num_begun = 0
+
+    def __call__(self, value: int) -> int:
+        self.num_begun += 1
+        assert self.go.wait(5)
+        return value
+
+
+async def test_threads_and_those_that_wait_for_one() -> None:
+    slots, work = Slots("things", 1, 2), Blocked()
+    tasks = [asyncio.create_task(slots.run(work, number)) for number in range(3)]
+    await until(lambda: work.num_begun == 1)
+    with pytest.raises(QueueFull, match="too many things wait") as caught:
+        await slots.run(work, 3)
+    assert caught.value.retry_after > 1
+    work.go.set()
+    assert await asyncio.gather(*tasks) == [0, 1, 2]
+    assert await slots.run(work, 4) == 4
+
+
+def test_places_are_given_back() -> None:
+    places = Places("things", 1)
+    for _ in range(2):
+        with suppress(KeyError), places.taken():
+            with pytest.raises(QueueFull, match="too many things at once"):
+                places.taken().__enter__()
+            raise KeyError
+    with places.taken():
+        pass
+
+
+@pytest.mark.parametrize("path", GENERATIONS)
+async def test_the_queue_is_asked_before_anything_is_done(
+    path: str, client: httpx.AsyncClient, engine: FakeEngine, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_yet(*_: object) -> None:
+        raise AssertionError
+
+    engine.refusal = QueueFull(retry_after=7)
+    for name in ("prompt", "messages", "continuation"):
+        monkeypatch.setattr(app.state.services.encoder, name, not_yet)
+    monkeypatch.setattr(app.state.services.library, "pin", not_yet)
+    response = await client.post(path, json=GENERATIONS[path])
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "7"
+    metrics = (await client.get("/metrics")).text
+    assert 'smolora_requests_total{outcome="refused"} 1.0' in metrics
+
+
+async def test_long_prompts_wait_in_a_bounded_queue(
+    make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = make_services()
+    work = Blocked()
+
+    def encode(text: str) -> list[int]:
+        return [work(1)]
+
+    limiters = replace(services.limiters, encoding=Slots("long prompts", 1, 1))
+    services = replace(services, limiters=limiters)
+    monkeypatch.setattr(services.encoder, "prompt", encode)
+    try:
+        async with client_of(create_app(services)) as client:
+            body = {"prompt": LONG, "max_tokens": 1}
+            tasks = [asyncio.create_task(client.post("/generate", json=body)) for _ in range(2)]
+            await until(lambda: work.num_begun == 1)
+            refused = await client.post("/generate", json=body)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
+            work.go.set()
+            assert [(await task).status_code for task in tasks] == [200, 200]
+    finally:
+        work.go.set()
+
+
+async def test_uploads_at_once_are_bounded(make_services: MakeServices) -> None:
+    services = make_services()
+    app = create_app(replace(services, limiters=replace(services.limiters, uploads=Places("uploads", 2))))
+    started = 0
+    gone = asyncio.Event()
+
+    async def body() -> object:
+        nonlocal started
+        started += 1
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: object) -> None:
+        pass
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x")]
+    scope = {"type": "http", "method": "POST", "path": "/datasets", "headers": headers, "query_string": b""}
+    tasks = [asyncio.create_task(app(dict(scope), body, send)) for _ in range(2)]  # type: ignore[arg-type]
+    await until(lambda: started == 2)
+    async with client_of(app) as client:
+        for path in ("/datasets", "/v1/files", "/adapters/a"):
+            refused = await client.post(path, files=as_parts(*peft_files()))
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
+        assert (await client.post("/generate", json={"prompt": "a", "max_tokens": 1})).status_code == 200
+        gone.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (await client.post("/adapters/a", files=as_parts(*peft_files()))).status_code == 201
+
+
+async def test_followers_of_events_are_bounded(make_services: MakeServices) -> None:
+    services = make_services()
+    services = replace(services, feeds=JobFeeds(services.jobs, poll=0.01, max_followers=2))
+    app = create_app(services)
+    async with client_of(app) as client:
+        path = f"/train/{await submit(client)}/events"
+        accept = [(b"accept", b"text/event-stream"), (b"host", b"localhost")]
+        followers = [Caller(app, path, None, method="GET", headers=accept) for _ in range(2)]
+        await until(lambda: all(follower.sent for follower in followers))
+        refused = await client.get(path, headers={"Accept": "text/event-stream"})
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert (await client.get(path)).status_code == 200
+        followers[0].hang_up()
+        await followers[0].task
+        again = Caller(app, path, None, method="GET", headers=accept)
+        await until(lambda: bool(again.sent))
+        assert again.sent[0]["status"] == 200
+        for follower in (again, followers[1]):
+            follower.hang_up()
+            await follower.task
+
+
+async def test_a_disk_that_is_nearly_full(make_services: MakeServices, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", ["free"])
+    free = (1 << 20) - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free))
+    async with client_of(create_app(make_services(min_free_bytes="1MiB"))) as client:
+        job = {"name": "j", "data": ROWS}
+        writes = [
+            await client.post("/datasets", files={"file": ("a.jsonl", b'{"text": "a"}')}),
+            await client.post(
+                "/v1/files", files={"file": ("a.jsonl", b'{"text": "a"}')}, data={"purpose": "fine-tune"}
+            ),
+            await client.post("/adapters/a", files=as_parts(*peft_files())),
+            await client.post("/train", json=job),
+            await client.post("/v1/fine_tuning/jobs", json={"model": "base", "training_file": "file-a"}),
+            await client.post("/compositions/a", json={"expression": "a*0.5+b*0.5", "method": "ties"}),
+        ]
+        for response in writes:
+            assert response.status_code == 503, response.text
+            assert "SMOLORA_MIN_FREE_BYTES" in response.text
+            assert int(response.headers["retry-after"]) >= 1
+        assert (await client.post("/train?dry_run=true", json=job)).status_code == 200
+        assert (await client.post("/generate", json={"prompt": "a", "max_tokens": 1})).status_code == 200
+        free += 1
+        assert (await client.post("/train", json=job)).status_code == 202
+
+
+async def test_a_generation_that_takes_too_long(make_services: MakeServices, engine: FakeEngine) -> None:
+    engine.hold_after = 1
+    async with client_of(create_app(make_services(request_timeout=0.1))) as client:
+        stream = await client.post("/generate", json={"prompt": "a", "stream": True})
+        assert stream.status_code == 200
+        assert stream.text.count("event: error") == 1
+        assert "SMOLORA_REQUEST_TIMEOUT" in stream.text.rpartition("event: error")[2]
+        for path, body in GENERATIONS.items():
+            base = {key: value for key, value in body.items() if key not in ("adapter", "regex")}
+            base |= {"model": "base"} if "model" in body else {}
+            base |= {"adapters": ["base"]} if "adapters" in body else {}
+            base |= {"prompt": "a"} if "prompt" in body else {"messages": [{"role": "user", "content": "a"}]}
+            response = await client.post(path, json={**base, "max_tokens": 4})
+            assert response.status_code == 503, response.text
+            assert "SMOLORA_REQUEST_TIMEOUT" in response.text
+    assert engine.open == set()

@@ -1,0 +1,234 @@
+"""Connections of uvicorn's protocol on transports that are not there, by a clock that stands still."""
+
+import asyncio
+import resource
+import socket
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
+
+from server.limits import Limits
+from server.serve.connections import Connection, Connections, allow_files
+
+pytestmark = pytest.mark.anyio
+HEADERS = b"Host: a\r\n\r\n"
+GET = b"GET / HTTP/1.1\r\n" + HEADERS
+POST = b"POST / HTTP/1.1\r\nContent-Length: 9\r\n" + HEADERS
+
+
+class Socket:
+    def setsockopt(self, *args: int) -> None:
+        pass
+
+    def getsockname(self) -> tuple[str, int]:
+        return "127.0.0.1", 1
+
+    getpeername = getsockname
+    family = socket.AF_INET
+
+
+class Transport(asyncio.Transport):
+    def __init__(self) -> None:
+        super().__init__({"socket": Socket()})
+        self._is_cut = False
+        self.unsent = 0
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return super().get_extra_info(name, default) if name == "socket" else None
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        assert high == 0
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    def write(self, data: "bytes | bytearray | memoryview[Any]") -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return self._is_cut
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._is_cut = True
+
+    def abort(self) -> None:
+        self._is_cut = True
+
+
+class Bench:
+    """A server's connections; its app answers when `go` is set."""
+
+    def __init__(self, **limits: float) -> None:
+        self.now = 100.0
+        self.go = asyncio.Event()
+        self.connections = Connections(Limits.model_validate(limits), lambda: self.now)
+        self._config = uvicorn.Config(
+            self._app, log_config=None, http=self.connections.protocol, interface="asgi3"
+        )
+
+    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.go.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    def connect(self) -> tuple[Connection, Transport]:
+        connection = self.connections.protocol(self._config, ServerState(), {})
+        assert isinstance(connection, Connection)
+        transport = Transport()
+        connection.connection_made(transport)
+        return connection, transport
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.connections.look()
+
+    async def answer(self) -> None:
+        """All requests."""
+        self.go.set()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        self.go.clear()
+
+
+async def test_headers_a_byte_at_a_time() -> None:
+    bench = Bench(header_timeout=10)
+    (_, cut_silent), (slow, cut_slow), (whole, cut_whole) = (bench.connect() for _ in range(3))
+    whole.data_received(GET)
+    for byte in GET[:9]:
+        slow.data_received(bytes([byte]))
+        bench.pass_time(1)
+    assert not cut_silent.is_closing()
+    assert not cut_slow.is_closing()
+    slow.data_received(b"x")
+    bench.pass_time(1)
+    assert cut_silent.is_closing()
+    assert cut_slow.is_closing()
+    assert not cut_whole.is_closing()
+    assert len(bench.connections) == 1
+
+
+async def test_the_next_requests_headers() -> None:
+    bench = Bench(header_timeout=10)
+    connection, transport = bench.connect()
+    connection.data_received(GET)
+    await bench.answer()
+    bench.pass_time(60)
+    assert not transport.is_closing(), "idle between two requests, which is another bound's"
+    connection.data_received(b"G")
+    bench.pass_time(9)
+    connection.data_received(GET[1:])
+    bench.pass_time(9)
+    assert not transport.is_closing()
+    await bench.answer()
+    connection.data_received(GET[:-1])
+    bench.pass_time(10)
+    assert transport.is_closing()
+
+
+async def test_the_rest_of_a_body_after_its_answer() -> None:
+    """Which each byte of it would keep open for ever."""
+    bench = Bench(header_timeout=10)
+    connection, transport = bench.connect()
+    connection.data_received(POST + b"a")
+    await bench.answer()
+    for _ in range(6):
+        connection.data_received(b"a")
+        bench.pass_time(2)
+    assert transport.is_closing()
+
+
+async def test_a_body_is_not_the_headers_concern() -> None:
+    bench = Bench(header_timeout=10)
+    connection, transport = bench.connect()
+    connection.data_received(POST)
+    bench.pass_time(1000)
+    assert not transport.is_closing()
+
+
+async def test_a_reader_that_takes_nothing() -> None:
+    bench = Bench(stall_timeout=30)
+    connection, transport = bench.connect()
+    connection.data_received(GET)
+    transport.unsent = 1000
+    bench.pass_time(1)
+    bench.pass_time(29)
+    assert not transport.is_closing()
+    transport.unsent = 999
+    bench.pass_time(29)
+    bench.pass_time(29)
+    assert not transport.is_closing()
+    bench.pass_time(1)
+    assert transport.is_closing()
+
+
+async def test_one_that_still_reads_the_last_answer_has_time() -> None:
+    bench = Bench(header_timeout=10, stall_timeout=30)
+    connection, transport = bench.connect()
+    connection.data_received(POST)
+    transport.unsent = 1000
+    await bench.answer()
+    for _ in range(10):
+        transport.unsent -= 10
+        bench.pass_time(9)
+    assert not transport.is_closing()
+    transport.unsent = 0
+    bench.pass_time(9)
+    assert not transport.is_closing()
+    bench.pass_time(1)
+    assert transport.is_closing()
+
+
+async def test_past_the_most_the_longest_idle_one_goes() -> None:
+    bench = Bench(max_connections=4)
+    (busy, cut_busy), (used, cut_used), (body, cut_body), (_, cut_new) = (bench.connect() for _ in range(4))
+    busy.data_received(GET)
+    body.data_received(POST)
+    used.data_received(GET[:-1])
+    assert not [cut for cut in (cut_busy, cut_used, cut_body, cut_new) if cut.is_closing()]
+    for cut in (cut_new, cut_body, cut_used):
+        other, _ = bench.connect()
+        assert cut.is_closing()
+        other.data_received(GET)
+    assert not cut_busy.is_closing()
+    assert len(bench.connections) == 4
+    _, last = bench.connect()
+    assert last.is_closing(), "none is idle"
+    await bench.answer()
+    assert not cut_busy.is_closing()
+    bench.connect()
+    assert cut_busy.is_closing()
+    assert len(bench.connections) == 4
+
+
+async def test_one_that_leaves_makes_room() -> None:
+    bench = Bench(max_connections=1)
+    first, _ = bench.connect()
+    first.connection_lost(None)
+    _, second = bench.connect()
+    assert not second.is_closing()
+    assert len(bench.connections) == 1
+
+
+def test_files_are_allowed_as_far_as_the_system_does(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: told.append(limits))
+    for limits in ((1024, 4096), (4096, 4096), (resource.RLIM_INFINITY,) * 2):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
+        allow_files(Limits(max_connections=1024))
+    assert told == [(1536, 4096)]
+    assert caplog.text == ""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
+    allow_files(Limits(max_connections=1024))
+    assert told[1:] == [(1024, 1024)]
+    assert "SMOLORA_MAX_CONNECTIONS" in caplog.text
