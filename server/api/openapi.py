@@ -121,6 +121,7 @@ DATASET_BODY = {
 
 
 _REF = "#/components/schemas/"
+_LATE_BODY = "The body made no progress for `SMOLORA_BODY_TIMEOUT` seconds"
 _FOREIGN_SITE = "A foreign `Host` or `Origin`, or a setting that rules it out"
 
 
@@ -133,7 +134,7 @@ class App(FastAPI):
             for name, path in schema["paths"].items():
                 error = "ErrorAnswer" if name.startswith("/v1/") else "Problem"
                 for operation in path.values():
-                    _tell_of_errors(operation["responses"], error)
+                    _tell_of_errors(operation["responses"], error, "requestBody" in operation)
             for unused in ("HTTPValidationError", "ValidationError"):
                 schema["components"]["schemas"].pop(unused, None)
             self.openapi_schema = schema
@@ -152,12 +153,14 @@ class App(FastAPI):
         return frozenset(found[max(found)]) if found else frozenset()
 
 
-def _tell_of_errors(responses: dict[str, dict[str, Any]], error: str) -> None:
+def _tell_of_errors(responses: dict[str, dict[str, Any]], error: str, has_body: bool) -> None:
     """Make the errors of an operation those of its form, also the ones that FastAPI and the middleware have."""
     content: dict[str, object] = {"application/json": {"schema": {"$ref": f"{_REF}{error}"}}}
     of_errors = [status for status in responses if status[0] in "45"]
     if of_errors and "4XX" not in responses:
         responses.setdefault("403", {"description": _FOREIGN_SITE, "content": dict(content)})
+        if has_body:
+            responses.setdefault("408", {"description": _LATE_BODY, "content": dict(content)})
     for status, response in responses.items():
         if status[0] in "45" and "application/json" in response.get("content", {}):
             if status == "422":
