@@ -80,7 +80,7 @@ def test_downloads_that_are_taken_slowly_fill_no_memory(
             connections.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(8)
         ]
         for client in clients:
-            client.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         pieces = [client.recv(1000) for client in clients]  # all are being sent, and nobody takes the rest
         assert process.memory_info().rss - before < 2 * size, "eight copies would be 250 MB"
         for client in clients[1:]:

@@ -69,7 +69,7 @@ async def test_the_document_knows_every_route_and_problem(client: httpx.AsyncCli
         "/metrics",
     } <= set(document["paths"])
     generate = document["paths"]["/generate"]["post"]
-    assert {"200", "401", "404", "409", "413", "422", "429", "503"} == set(generate["responses"])
+    assert {"200", "401", "403", "404", "408", "409", "413", "422", "429", "503"} == set(generate["responses"])
     refused = generate["responses"]["422"]["content"]
     assert set(refused) == {"application/problem+json"}
     assert refused["application/problem+json"]["schema"]["$ref"].endswith("/Problem")
@@ -80,7 +80,7 @@ async def test_the_document_knows_every_route_and_problem(client: httpx.AsyncCli
     for path in ("/adapters/{name}", "/datasets"):
         assert "multipart/form-data" in document["paths"][path]["post"]["requestBody"]["content"]
     train = document["paths"]["/train"]["post"]
-    assert {"200", "202", "401", "404", "409", "413", "422", "429", "503"} == set(train["responses"])
+    assert {"200", "202", "401", "403", "404", "408", "409", "413", "422", "429", "503"} == set(train["responses"])
     body = document["components"]["schemas"]["TrainBody"]
     assert body["examples"]
     assert body["properties"]["training"]["default"]["max_length"] == 512

@@ -238,7 +238,7 @@ def test_a_step_that_hangs_ends_everything(tiny_base: BaseModel, slow_load: Slow
                 with pytest.raises(EngineDead):
                     async for _ in stream:
                         pass
-            assert 30 < clock.now < 32
+            assert 30 < clock.now < 33  # the count of those in flight looks at it, too
             assert engine.dead
             assert engine.hung
             assert not engine.ready

@@ -501,7 +501,7 @@ def test_what_has_ended_stays_so(jobs: Jobs, leases: Leases, end: str) -> None:
     assert leases.directive(claim) is (Directive.CANCEL if end == "cancel" else Directive.ENDED)
     before = jobs.get("j1"), jobs.events("j1")
     for steer in (jobs.cancel, jobs.pause, jobs.resume):
-        with pytest.raises(Conflict, match=f"it is {before[0].status}"):
+        with pytest.raises(Conflict, match=f"ended already: {before[0].status}"):
             steer("j1")
     assert leases.claim("w") is None
     assert (jobs.get("j1"), jobs.events("j1")) == before
