@@ -119,9 +119,7 @@ class Changer:
         mine, theirs = MIX_WEIGHTS
         body = {"expression": f"{self.name}*{mine}+{self.neighbour}*{theirs}"}
         began, response = self._send(client, "POST", f"/compositions/{self.mix}", json=body)
-        may_be = (
-            (200, 201, 404) if self._versions else (404,)
-        )  # 200: the same as before; 404: there is no neighbour
+        may_be = (200, 201, 404) if self._versions else (404,)  # 200: as before; 404: no neighbour
         if self._expect("compose", response, *may_be):
             parts = response.json()["parts"]
             leaves = tuple((part["name"], part["version"], part["weight"]) for part in parts)
