@@ -94,14 +94,14 @@ async def test_long_prompts_wait_in_a_bounded_queue(
     def encode(text: str) -> list[int]:
         return [work(1)]
 
-    limiters = replace(services.limiters, encoding=Slots("long prompts", 1, 1))
-    services = replace(services, limiters=limiters)
+    slots = Slots("long prompts", 1, 1)
+    services = replace(services, limiters=replace(services.limiters, encoding=slots))
     monkeypatch.setattr(services.encoder, "prompt", encode)
     try:
         async with client_of(create_app(services)) as client:
             body = {"prompt": LONG, "max_tokens": 1}
             tasks = [asyncio.create_task(client.post("/generate", json=body)) for _ in range(2)]
-            await until(lambda: work.num_begun == 1)
+            await until(lambda: work.num_begun == 1 and slots._limiter.statistics().tasks_waiting == 1)
             refused = await client.post("/generate", json=body)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
             work.go.set()
