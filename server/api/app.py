@@ -84,7 +84,7 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     app.include_router(generate.router)
     app.include_router(compare.router)
-    for router in (adapters.router, aliases.router, compositions.router, imports.router):
+    for router in (imports.router, adapters.router, aliases.router, compositions.router):  # "import" is no version
         app.include_router(router)
     app.include_router(train.router)
     app.include_router(datasets.router)

@@ -7,6 +7,7 @@ from typing import Annotated, Protocol
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Path
 from pydantic import Field
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from adapters.catalog.catalog import Version
@@ -78,6 +79,12 @@ async def import_adapter(
     version = await services.limiters.fetching.run(_import, services.library, fetch, name, body)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
     return wire.answer(version_answer(version, services.engine.stats.resident), 201, headers)
+
+
+@router.api_route("/{name}/import", methods=["GET", "DELETE"], include_in_schema=False)
+async def not_a_version(name: str) -> Response:
+    """What a version can be asked, this can't. Raises HTTPException."""
+    raise HTTPException(405)
 
 
 def _import(library: Library, fetch: Fetch, name: str, body: ImportBody) -> Version:
