@@ -17,7 +17,7 @@ from adapters.base_match import ServedBase
 from adapters.catalog.catalog import Adapter, Catalog, Kind, Part, Version
 from adapters.catalog.recovery import Recovered
 from adapters.catalog.versions import Origin, gather
-from adapters.errors import Conflict, InvalidInput
+from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term
 from adapters.lora import BaseShape, LoraConfig, LoraWeights
 from adapters.names import BASE, alias_fault, name_fault
@@ -127,9 +127,9 @@ class Library:
                     base_digest=self._base.digest,
                     config={"lora": lora_document(adapter.config), **(source or {})},
                 )
-                return self._with_twin(self._told(version))
         finally:
             self._store.unpin([digest])
+        return self._with_twin(self._told(version))
 
     def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
         """Publish the composition as the name's next version, pinned to what its terms mean now; and whether that
@@ -275,10 +275,12 @@ class Library:
 
     def _with_twin(self, version: Version) -> Version:
         """Just published: with a word on the version before it that has the same weights, if one has."""
-        others = self._catalog.get(version.name).versions
-        twins = [other.version for other in others if other.digest == version.digest and other != version]
-        earlier = [number for number in twins if number < version.version]
-        if not earlier:
+        try:
+            others = self._catalog.get(version.name).versions
+        except NotFound:  # somebody was quick to delete it
+            return version
+        of_these = [other.version for other in others if other.digest == version.digest]
+        if not (earlier := [number for number in of_these if number < version.version]):
             return version
         text = f"its weights are those of {version.name}@{earlier[-1]}: stored as a new version all the same"
         return replace(version, warnings=(*version.warnings, text))

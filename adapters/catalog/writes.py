@@ -201,6 +201,7 @@ def refuse_other_kind(name: str, existing: str | None, kind: Kind) -> None:
 
 
 def one_version(connection: sa.Connection, name: str, number: int) -> Version:
+    """The version, which is there."""
     mine = (versions.c.name == name, versions.c.version == number)
     return version_of(connection.execute(select_versions(*mine)).mappings().all())
 

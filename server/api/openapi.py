@@ -128,7 +128,7 @@ _FOREIGN_SITE = "A foreign `Host` or `Origin`, or a setting that rules it out"
 class App(FastAPI):
     """Serves a document in which errors are ours, and problems have their own media type."""
 
-    def openapi(self) -> dict[str, object]:
+    def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             schema = super().openapi()
             for name, path in schema["paths"].items():
@@ -144,7 +144,7 @@ class App(FastAPI):
         """What a request to this path may use, by the document; of several templates the most literal one's."""
         segments = path.split("/")
         found: dict[int, set[str]] = {}
-        for template, operations in self.openapi()["paths"].items():  # type: ignore[attr-defined]
+        for template, operations in self.openapi()["paths"].items():
             pairs = list(zip(template.split("/"), segments, strict=False))
             is_same = template.count("/") == path.count("/")
             if is_same and all(part.startswith("{") or part == given for part, given in pairs):

@@ -94,7 +94,7 @@ class Connection(H11Protocol):
     _unsent = 0  # bytes of the answer, at the last look
     _unsent_since = 0.0  # when that number last changed
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         # Nothing is added to what is unsent: it shrinks, or the reader takes nothing.
         transport.set_write_buffer_limits(high=0)
         if (option := getattr(socket, "TCP_NOTSENT_LOWAT", None)) is not None:

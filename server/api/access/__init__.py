@@ -1,1 +1,1 @@
-"""Who may ask: which sites, by which names, through which proxies."""
+"""Who may ask, and how much: sites, names, proxies, bodies, and room for what waits."""

@@ -10,10 +10,10 @@ pytestmark = pytest.mark.anyio
 
 def test_every_error_has_our_form(app: App) -> None:
     document = app.openapi()
-    schemas = {"Problem", "ErrorAnswer"} & set(document["components"]["schemas"])  # type: ignore[index]
+    schemas = {"Problem", "ErrorAnswer"} & set(document["components"]["schemas"])
     assert schemas == {"Problem", "ErrorAnswer"}
     assert "HTTPValidationError" not in str(document)
-    for path, operations in document["paths"].items():  # type: ignore[attr-defined]
+    for path, operations in document["paths"].items():
         is_openais = path.startswith("/v1/")
         media_type = "application/json" if is_openais else "application/problem+json"
         name = "ErrorAnswer" if is_openais else "Problem"

@@ -10,6 +10,7 @@ from dataclasses import replace
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.types import Message
 
 from server.api.access.slots import Places, Slots
 from server.api.app import create_app
@@ -116,18 +117,18 @@ async def test_uploads_at_once_are_bounded(make_services: MakeServices) -> None:
     started = 0
     gone = asyncio.Event()
 
-    async def body() -> object:
+    async def body() -> Message:
         nonlocal started
         started += 1
         await gone.wait()
         return {"type": "http.disconnect"}
 
-    async def send(message: object) -> None:
+    async def send(message: Message) -> None:
         pass
 
     headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x")]
     scope = {"type": "http", "method": "POST", "path": "/datasets", "headers": headers, "query_string": b""}
-    tasks = [asyncio.create_task(app(dict(scope), body, send)) for _ in range(2)]  # type: ignore[arg-type]
+    tasks = [asyncio.create_task(app(dict(scope), body, send)) for _ in range(2)]
     await until(lambda: started == 2)
     async with client_of(app) as client:
         for path in ("/datasets", "/v1/files", "/adapters/a"):
