@@ -10,6 +10,8 @@ import httpx
 import pytest
 from safetensors.torch import load, save
 
+from adapters.catalog.catalog import Catalog
+from adapters.errors import NotFound
 from adapters.peft import files as peft_format
 from server.api.uploads import MAX_CONFIG_BYTES
 from tests.server.api.adapters.peft_files import as_parts, as_zip, peft_files
@@ -119,6 +121,19 @@ async def test_an_upload_of_the_same_weights_says_so(client: httpx.AsyncClient) 
     assert again["warnings"] == ["its weights are those of a@1: stored as a new version all the same"]
     assert (await client.get("/adapters/a/3")).json() == again | {"warnings": []}
     assert (await client.post("/adapters/b", files=as_parts(*peft_files(0)))).json()["warnings"] == []
+
+
+async def test_an_upload_that_is_deleted_at_once_has_worked(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(self: Catalog, name: str) -> None:
+        raise NotFound(name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Catalog, "get", gone)
+        uploaded = await client.post("/adapters/a", files=as_parts(*peft_files()))
+    assert uploaded.status_code == 201
+    assert (await client.get("/adapters/a/1/download")).status_code == 200
 
 
 async def test_bytes_shared_by_two_names_outlive_one(client: httpx.AsyncClient) -> None:
