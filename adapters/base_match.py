@@ -4,10 +4,14 @@ Bytes fit or they don't; whose weights they were trained beside shows in no byte
 kept with every version, and a name that an uploaded file gives for it.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
-from adapters.catalog.versions import Version
+from adapters.catalog.versions import Part, Version
+from adapters.errors import Conflict
 
+_MAX_FITS = 10_000
 _SHOWN = 200  # characters of a base's name, which may be the client's
 
 
@@ -55,3 +59,41 @@ def _quality(version: Version) -> tuple[str, ...]:
         return ()
     tuned, base = version.metrics["eval_loss"], version.metrics["base_eval_loss"]
     return (f"its loss on held-out rows, {tuned:.4f}, is worse than that of its untouched base, {base:.4f}",)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How a version goes with the base: whether its shapes do, and what is to be told."""
+
+    is_usable: bool
+    warnings: tuple[str, ...]
+
+
+class Fits:
+    """Which versions go with the base, remembered: versions never change.
+
+    `version` looks one up by name and number, `fits` says of a digest whether its shapes are the base's.
+    """
+
+    def __init__(
+        self, base: ServedBase, version: Callable[[str, int], Version], fits: Callable[[str], bool]
+    ) -> None:
+        self._base = base
+        self._version = version
+        self._fits = fits
+        self._fit = lru_cache(_MAX_FITS)(self._find)
+
+    def check(self, parts: Iterable[Part]) -> tuple[str, ...]:
+        """The warnings of all parts, whose bytes are held.
+
+        Raises Conflict where one doesn't go with the base, NotFound, or CorruptAdapter.
+        """
+        fits = {f"{part.name}@{part.version}": self._fit(part.name, part.version, part.digest) for part in parts}
+        if misfits := [reference for reference, fit in fits.items() if not fit.is_usable]:
+            raise Conflict(f"made for a base of other shapes than {self._base.name}: {', '.join(misfits)}")
+        return tuple(f"{reference}: {text}" for reference, fit in fits.items() for text in fit.warnings)
+
+    def _find(self, name: str, version: int, digest: str) -> _Fit:
+        found = self._version(name, version)
+        same_base = found.base_digest is not None and found.base_digest == self._base.digest
+        return _Fit(same_base or self._fits(digest), found.warnings)

@@ -1,11 +1,11 @@
 """Adapter expressions: "tweets*0.7+movies@2*0.3" ⇄ a tuple of weighted references.
 
     expression = "base" | term ("+" term)*
-    term       = name ["@" (integer | alias)] ["*" decimal]
+    term       = [project "/"] name ["@" (integer | alias)] ["*" decimal]
 
-Decimals have no exponent and may be negative; spaces may stand around "+" and "*", nowhere else. Names and
-aliases are letters, digits, "_", "-" and ".", 1 to 64 of them, a letter or digit first; an alias of digits
-alone would be a version. Whether the names exist is the catalog's business.
+Decimals have no exponent and may be negative; spaces may stand around "+" and "*", nowhere else. Names (projects',
+too) and aliases are letters, digits, "_", "-" and ".", 1 to 64 of them, a letter or digit first; an alias of
+digits alone would be a version. Whether the names exist is the catalog's business.
 """
 
 import re
@@ -28,7 +28,7 @@ _DECIMAL = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 class Term:
     """One weighted reference: the version, else the alias, else the latest of `name`. `str` prints it back."""
 
-    name: str
+    name: str  # or project/name
     version: int | None = None
     alias: str | None = None
     weight: float = 1.0
@@ -86,6 +86,9 @@ class _Parser:
     def term(self) -> Term:
         start = self.at
         name = self.word("an adapter's name")
+        project = ""
+        if self.take("/"):
+            project, name = f"{name}/", self.word("an adapter's name after its project's")
         version: int | None = None
         alias: str | None = None
         if self.take("@"):
@@ -102,7 +105,7 @@ class _Parser:
         if name == BASE:
             self.at = start
             self.fail_here('"base" is the frozen model, always in the sum and without versions: leave it out')
-        return Term(name, version, alias, weight)
+        return Term(project + name, version, alias, weight)
 
     def word(self, what: str) -> str:
         match = NAME.match(self.text, self.at)

@@ -7,41 +7,37 @@ bytes has them, until they let go. Everything may block on disk: call it in a th
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import datetime
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from adapters.base_match import ServedBase
-from adapters.catalog.catalog import Adapter, Catalog, Kind, Part, Version
+from adapters.base_match import Fits, ServedBase
+from adapters.catalog.catalog import Adapter, Catalog, Kind, Version
 from adapters.catalog.recovery import Recovered
-from adapters.catalog.versions import Origin, gather
+from adapters.catalog.versions import gather
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term
-from adapters.lora import BaseShape, LoraConfig, LoraWeights
+from adapters.lora import BaseShape, LoraWeights
 from adapters.names import BASE, alias_fault, name_fault
 from adapters.peft import files as peft_format
 from adapters.pinned import Pinned
 from adapters.store.store import AdapterStore
+from adapters.viewpoint import Viewpoint, split_key
 
-_MAX_FITS = 10_000
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """How a version goes with the base: whether its shapes do, and what is to be told."""
-
-    is_usable: bool
-    warnings: tuple[str, ...]
+_MAX_VIEWS = 256
 
 
-def _never(digest: str) -> bool:
+def _never(digest: str, project: str | None = None) -> bool:
     return False
 
 
 class Library:
-    """The adapters for one base. `is_parent` says of a digest whether training goes on from it just now."""
+    """The adapters for one base, as one project sees them.
+
+    `is_parent` says of a digest whether training, of a project or of any, goes on from it just now.
+    """
 
     def __init__(
         self,
@@ -49,7 +45,7 @@ class Library:
         store: AdapterStore,
         shape: BaseShape,
         base_name: str,
-        is_parent: Callable[[str], bool] = _never,
+        is_parent: Callable[[str, str | None], bool] = _never,
         base_digest: str | None = None,
     ) -> None:
         self._catalog = catalog
@@ -57,11 +53,24 @@ class Library:
         self.shape = shape
         self._is_parent = is_parent
         self._base = ServedBase(base_name, base_digest)
-        self._fit = lru_cache(_MAX_FITS)(self._find_fit)  # versions never change
+        self._views: dict[Viewpoint, Library] = {}
+        self._fits = Fits(self._base, self.version, partial(store.fits, base=shape))
 
     @property
     def base_name(self) -> str:
         return self._base.name
+
+    def of(self, viewpoint: Viewpoint) -> "Library":
+        """The same as another project sees it."""
+        if viewpoint == self._catalog.viewpoint:
+            return self
+        if (view := self._views.get(viewpoint)) is None:
+            if len(self._views) >= _MAX_VIEWS:  # what they remember is found again
+                self._views.clear()
+            catalog, base = self._catalog.of(viewpoint), self._base
+            view = Library(catalog, self._store, self.shape, base.name, self._is_parent, base.digest)
+            self._views[viewpoint] = view
+        return view
 
     def pin(self, terms: Sequence[Term], field: str = "adapter") -> Pinned:
         """Resolve the terms and hold their bytes, to be used beside the base; a composition means its parts.
@@ -71,7 +80,7 @@ class Library:
         """
         pinned = self._hold(terms, field)
         try:
-            pinned.warnings = self._check(pinned.parts)
+            pinned.warnings = self._fits.check(pinned.parts)
         except BaseException:
             pinned.release()
             raise
@@ -125,7 +134,7 @@ class Library:
                     base_model=adapter.base_model,
                     warnings=self._base.upload_warnings(adapter.base_model),
                     base_digest=self._base.digest,
-                    config={"lora": lora_document(adapter.config), **(source or {})},
+                    config={"lora": adapter.config.to_document(), **(source or {})},
                 )
         finally:
             self._store.unpin([digest])
@@ -161,11 +170,23 @@ class Library:
         """Remove the alias. Raises NotFound, or Conflict for `latest`."""
         self._catalog.unpoint(name, alias)
 
-    def page(self, name: str | None, limit: int, after: str | None) -> tuple[list[Adapter], str | None]:
-        """Adapters by name, those after `after`, at most `limit`; and the next page's `after`, if there is one."""
-        found = [self._all_told(adapter) for adapter in self._catalog.list(name=name, limit=limit, after=after)]
-        has_more = len(found) == limit and name is None and self._catalog.has_after(found[-1].name)
-        return found, found[-1].name if has_more else None
+    def set_visibility(self, name: str, is_public: bool) -> Adapter:
+        """Whether other projects may use the name. Raises NotFound, or Conflict: a public composition has public
+        parts alone.
+        """
+        self._catalog.set_visibility(name, is_public)
+        return self.get(name)
+
+    def page(
+        self, name: str | None, limit: int, after: str | None, *, public: bool = False
+    ) -> tuple[list[Adapter], str | None]:
+        """Adapters by name, those after `after`, at most `limit`; and the next page's `after`, if there is one.
+
+        The project's own; with `public`, those of all projects that others may use.
+        """
+        found = self._catalog.list(name, limit, after, public=public)
+        has_more = len(found) == limit and name is None and self._catalog.has_after(found[-1].name, public=public)
+        return list(map(self._all_told, found)), found[-1].name if has_more else None
 
     def latest_dates(self) -> dict[str, datetime]:
         """All names, each with the moment at which what it means now was made."""
@@ -205,9 +226,10 @@ class Library:
         """`keep`, for a block in which a version that names the bytes is committed; where it fails, they go."""
         return self._store.publishing(adapter, self._is_wanted)
 
-    def discard(self, digest: str) -> None:
+    def discard(self, *digests: str) -> None:
         """Remove bytes that were kept, unless somebody wants them."""
-        self._discard([digest])
+        for digest in digests:
+            self._store.discard(digest, self._is_wanted)
 
     def load(self, digest: str) -> LoraWeights:
         """The weights of bytes that are held, whatever base they are for. Raises CorruptAdapter."""
@@ -216,10 +238,6 @@ class Library:
     def verify(self, digest: str) -> None:
         """Read all bytes. Raises CorruptAdapter unless they have the digest."""
         self._store.verify(digest)
-
-    def origin(self, parts: Iterable[Part]) -> Origin:
-        """Where what is made of the parts comes from. Raises NotFound."""
-        return Origin.of(self._catalog.version(part.name, part.version) for part in parts)
 
     def read(self, digest: str) -> peft_format.PeftAdapter:
         """The adapter of a pinned part, with its configuration. Raises CorruptAdapter."""
@@ -231,12 +249,12 @@ class Library:
         Raises NotFound, or Conflict where an alias (unless `force`), a composition or a training job holds it.
         """
         self._refuse_parents(self._catalog.get(name).versions)
-        self._discard(self._catalog.delete(name, force))
+        self.discard(*self._catalog.delete(name, force))
 
     def delete_version(self, name: str, version: int, force: bool = False) -> None:
         """Remove one version, likewise."""
         self._refuse_parents([self._catalog.version(name, version)])
-        self._discard(self._catalog.delete_version(name, version, force))
+        self.discard(*self._catalog.delete_version(name, version, force))
 
     def recover(self, is_known: Callable[[str], bool] = _never) -> Recovered:
         """Put right what killed processes left, in the catalog and on the disk; what that came to.
@@ -248,30 +266,18 @@ class Library:
         return found
 
     def _refuse_parents(self, versions: Iterable[Version]) -> None:
-        held = [f"{version.name}@{version.version}" for version in versions if self._is_parent(version.digest)]
+        held = [f"{version.name}@{version.version}" for version in versions if self._is_needed(version)]
         if held:
             raise Conflict(f"a job needs {', '.join(held)}: cancel it, or wait for its end")
 
-    def _discard(self, digests: Iterable[str]) -> None:
-        for digest in digests:
-            self._store.discard(digest, self._is_wanted)
+    def _is_needed(self, version: Version) -> bool:
+        """By its own project's jobs: others' keep the bytes, whatever becomes of the name."""
+        project, _ = split_key(self._catalog.viewpoint.key(version.name))
+        return self._is_parent(version.digest, project)
 
     def _is_wanted(self, digest: str) -> bool:
         # a job may have been taken in after it was asked whether there is one: its parent's bytes stay
-        return self._catalog.in_use(digest) or self._is_parent(digest)
-
-    def _check(self, parts: Iterable[Part]) -> tuple[str, ...]:
-        """The warnings of all parts. Raises Conflict where one doesn't go with the base."""
-        fits = {f"{part.name}@{part.version}": self._fit(part.name, part.version, part.digest) for part in parts}
-        if misfits := [reference for reference, fit in fits.items() if not fit.is_usable]:
-            raise Conflict(f"made for a base of other shapes than {self.base_name}: {', '.join(misfits)}")
-        return tuple(f"{reference}: {text}" for reference, fit in fits.items() for text in fit.warnings)
-
-    def _find_fit(self, name: str, version: int, digest: str) -> _Fit:
-        """Raises NotFound, or CorruptAdapter; `digest` is held."""
-        found = self.version(name, version)
-        same_base = found.base_digest is not None and found.base_digest == self._base.digest
-        return _Fit(same_base or self._store.fits(digest, self.shape), found.warnings)
+        return self._catalog.in_use(digest) or self._is_parent(digest, None)
 
     def _with_twin(self, version: Version) -> Version:
         """Just published: with a word on the version before it that has the same weights, if one has."""
@@ -292,9 +298,3 @@ class Library:
         """With all that is to be told of it beside this base."""
         warnings = self._base.warnings(version)
         return version if warnings == version.warnings else replace(version, warnings=warnings)
-
-
-def lora_document(config: LoraConfig) -> dict[str, object]:
-    """An adapter's configuration as its version keeps it."""
-    values = asdict(config)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

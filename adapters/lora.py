@@ -7,7 +7,7 @@ alpha/sqrt(r) (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732). The frozen weight 
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -62,6 +62,10 @@ class LoraConfig:
             # PEFT takes the first key that matches, so a name and a path of that name would depend on their order.
             if any(key.rpartition(".")[2] in pattern for key in pattern if "." in key):
                 raise ValueError("a pattern names a module by its name or by its path, not by both")
+
+    def to_document(self) -> dict[str, object]:
+        """JSON-ready, as an adapter's version keeps it."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def targets(self, key: ModuleKey) -> bool:
         if key.path in self.target_modules:

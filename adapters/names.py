@@ -10,6 +10,9 @@ BASE = "base"
 """Names the frozen model, never an adapter."""
 MAX_NAME = 64
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+NAME_RULE = f'must be 1 to {MAX_NAME} letters, digits, "_", "-" or ".", the first a letter or digit'
+MAX_KEY = 2 * MAX_NAME + 1
+"""Of a project's name and an adapter's, with a slash between."""
 
 
 _CUTOFF = 0.7
@@ -58,9 +61,18 @@ def name_fault(name: str) -> str | None:
     """Why no adapter may be called so, if none may. "base" is the frozen model's name and never an adapter's."""
     if name == BASE:
         return "is the base's own name: choose another"
-    if len(name) > MAX_NAME or NAME.fullmatch(name) is None:
-        return f'must be 1 to {MAX_NAME} letters, digits, "_", "-" or ".", the first a letter or digit'
-    return None
+    return None if is_name(name) else NAME_RULE
+
+
+def reference_fault(name: str) -> str | None:
+    """Why no adapter may be referred to so, if none may: by its name, or by `project/name`."""
+    project, slash, own = name.rpartition("/")
+    return NAME_RULE if slash and not is_name(project) else name_fault(own)
+
+
+def is_name(name: str) -> bool:
+    """Whether it follows the rule for names."""
+    return len(name) <= MAX_NAME and NAME.fullmatch(name) is not None
 
 
 def alias_fault(alias: str) -> str | None:

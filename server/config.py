@@ -10,9 +10,9 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
+from pydantic import ByteSize, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from adapters.names import near
@@ -180,15 +180,6 @@ class Settings(Limits, WorkerSettings):
         if any(not key.isascii() or not key.isprintable() or " " in key for key in value):
             raise ValueError("a key is printable ASCII without blanks")
         return value
-
-    @model_validator(mode="after")
-    def _keys_off_loopback(self) -> Self:
-        if not self.api_keys and not self.allow_anonymous and not is_loopback(self.host):
-            raise ValueError(
-                f"{self.host} can be reached from elsewhere: set {PREFIX}API_KEYS (--api-keys), "
-                f"or {PREFIX}ALLOW_ANONYMOUS=1 (--allow-anonymous) to serve without keys"
-            )
-        return self
 
 
 def _items_in(text: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
     SmoloraError
     ├── TryAgain                   refused now, welcome later; has `retry_after`
     │   ├── QueueFull              as many requests wait as may (HTTP 429)
+    │   ├── RateLimited            a key's or a project's minute is used up (HTTP 429)
     │   └── Unavailable            nothing can be served now (HTTP 503)
     │       ├── GenerationTimeout  it took too long, and was ended
     │       ├── NotReady           the model isn't loaded yet
@@ -11,12 +12,14 @@
     ├── GenerationFailed           a step failed under this request; others go on (HTTP 500)
     ├── PayloadTooLarge            the body is bigger than it may be (HTTP 413)
     ├── Unauthorized               no valid API key (HTTP 401)
-    ├── Forbidden                  a setting rules it out (HTTP 403)
+    ├── Forbidden                  a setting, a scope or a quota rules it out (HTTP 403)
     └── StartupError               `smolora serve` can't start (exit code 1)
 
 Like all of the tree, `str(error)` is safe to show: no paths, no prompt text. `StartupError` is the
 exception: only the person at the terminal reads it, so it names paths.
 """
+
+from collections.abc import Mapping
 
 from adapters.errors import SmoloraError
 
@@ -35,6 +38,14 @@ class QueueFull(TryAgain):
     """As many requests wait as may."""
 
     default_message = "the queue is full"
+
+
+class RateLimited(TryAgain):
+    """A key, or its project, has had as much as it may have in a minute. `headers` tell how much that is."""
+
+    def __init__(self, message: str, retry_after: float, headers: Mapping[str, str]) -> None:
+        super().__init__(message, retry_after)
+        self.headers = dict(headers)
 
 
 class Unavailable(TryAgain):
@@ -80,7 +91,7 @@ class Unauthorized(SmoloraError):
 
 
 class Forbidden(SmoloraError):
-    """A setting of this server rules it out."""
+    """A setting of this server, the key's scopes or a quota rule it out."""
 
 
 class StartupError(SmoloraError):

@@ -11,14 +11,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters.viewpoint import DEFAULT_PROJECT
 from server.errors import StartupError
 
 LOCK_NAME = "server.lock"
+_PROJECTS = "projects"
 
 
 @dataclass(frozen=True)
 class Home:
-    """Where things lie under HOME, but for the database and the single files of `reserve` and `yielding`."""
+    """Where things lie under HOME, but for the database and the single files of `reserve` and `yielding`.
+
+    Uploads are a project's own: of all but the default one below a folder of its name.
+    """
 
     path: Path
 
@@ -32,15 +37,22 @@ class Home:
         """A folder for each job."""
         return self.path / "jobs"
 
-    @property
-    def datasets(self) -> Path:
-        """A folder for each uploaded data set."""
-        return self.path / "datasets"
+    def datasets(self, project: str) -> Path:
+        """A folder for each data set that the project uploaded."""
+        return self._of(project) / "datasets"
 
-    @property
-    def files(self) -> Path:
-        """A folder for each file of /v1, uploads and jobs' results."""
-        return self.path / "files"
+    def files(self, project: str) -> Path:
+        """A folder for each of the project's files of /v1, uploads and jobs' results."""
+        return self._of(project) / "files"
+
+    def projects(self) -> list[str]:
+        """Those that may have uploaded something."""
+        root = self.path / _PROJECTS
+        others = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+        return [DEFAULT_PROJECT, *sorted(others)]
+
+    def _of(self, project: str) -> Path:
+        return self.path if project == DEFAULT_PROJECT else self.path / _PROJECTS / project
 
     @property
     def models(self) -> Path:

@@ -27,6 +27,7 @@ LAYERS = [
         "server.program",
         "server.sqlite",
     ),
+    ("server.access",),
     ("server.model",),
     ("server.engine",),
     ("server.training",),  # of which only the worker knows an engine: NOT_IN
@@ -45,7 +46,14 @@ ONLY_IN = {
     "uvicorn": ("server.serve",),
     "typer": ("server.cli",),
     "prometheus_client": ("server.metrics", "server.api"),
-    "sqlalchemy": ("adapters.catalog", "server.database", "server.migrations", "server.training.queue"),
+    "sqlalchemy": (
+        "adapters.catalog",
+        "server.access",
+        "server.database",
+        "server.migrations",
+        "server.training.queue",
+    ),
+    "limits": ("server.access.rates",),
     "alembic": ("server.database", "server.migrations"),
     "sqlite3": ("server.database", "server.sqlite"),
     "pysqlite3": ("server.sqlite",),

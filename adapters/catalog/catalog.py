@@ -1,25 +1,39 @@
 """Names, versions, aliases and compositions of adapters, in tables of their own over an Engine that is given.
 
-Every write is one transaction, done again if it clashes with another's; every read is one statement. The SQL is
+A catalog is one project's view of them: what it calls by a plain name is its own. Every write is one transaction,
+done again if it clashes with another's; every read is one statement, as a rule. The SQL is
 what SQLite and PostgreSQL have in common. The bytes are the store's: here they are digests only.
 """
 
 import builtins
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 
 import sqlalchemy as sa
 
 from adapters.catalog import reads, writes
-from adapters.catalog.reads import LATEST, MAX_VERSION, adapters_of, select_adapters, select_versions, version_of
+from adapters.catalog.reads import (
+    LATEST,
+    MAX_VERSION,
+    adapters_of,
+    in_sight,
+    select_adapters,
+    select_versions,
+    select_visible,
+    version_of,
+)
 from adapters.catalog.records import Records
 from adapters.catalog.recovery import Recovered, recover
 from adapters.catalog.tables import aliases, metadata, names, transact, versions
 from adapters.catalog.versions import Adapter, Kind, NewVersion, Part, Version, combine
+from adapters.catalog.visibility import set_visibility_in
 from adapters.catalog.writes import compose_in, drop_in, point_in, publish_in, recording, unpoint_in
-from adapters.errors import Conflict, NotFound
+from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term
+from adapters.names import name_fault
+from adapters.viewpoint import Viewpoint
 
 __all__ = [
     "LATEST",
@@ -38,16 +52,21 @@ __all__ = [
 
 
 class Catalog:
-    """All adapters by name. Thread-safe; other processes may write the same tables.
+    """Adapters by name, as one project sees them. Thread-safe; other processes may write the same tables.
 
     `records` keeps a copy of every version outside the database. None: nothing is to be rebuilt from.
     """
 
-    def __init__(self, engine: sa.Engine, records: Records | None = None) -> None:
+    def __init__(self, engine: sa.Engine, records: Records | None = None, of: Viewpoint | None = None) -> None:
+        self.viewpoint = of or Viewpoint()
         self._engine = engine
         self._records = records
         # A read is one statement, so it needs no transaction around it.
         self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    def of(self, viewpoint: Viewpoint) -> "Catalog":
+        """The same as another project sees it."""
+        return Catalog(self._engine, self._records, viewpoint)
 
     def publish(
         self,
@@ -73,7 +92,7 @@ class Catalog:
         Raises InvalidInput for a bad name, Conflict where a composition has it.
         """
         new = NewVersion(
-            name=name,
+            name=self._new_key(name),
             digest=digest,
             rank=rank,
             alpha=float(alpha),
@@ -88,9 +107,12 @@ class Catalog:
             base_digest=base_digest,
             data_digest=data_digest,
             config=dict(config or {}),
+            key_id=self.viewpoint.key_id,
         )
         with recording(self._engine, self._records) as records:
-            return transact(self._engine, lambda connection: publish_in(connection, new, records=records))
+            return self._seen(
+                transact(self._engine, lambda connection: publish_in(connection, new, records=records))
+            )
 
     def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
         """Adds the next version of the composition `name`, its parts pinned to the versions that they mean now.
@@ -100,52 +122,72 @@ class Catalog:
         Compositions among the terms are replaced by their own parts. Raises NotFound as `resolve` does,
         InvalidInput on `field`, or Conflict where an adapter has the name.
         """
+        viewpoint, key = self.viewpoint, self._new_key(name)
         with recording(self._engine, self._records) as records:
-            return transact(self._engine, lambda connection: compose_in(connection, name, terms, field, records))
+            version, is_new = transact(
+                self._engine, lambda connection: compose_in(connection, key, terms, field, viewpoint, records)
+            )
+        return self._seen(version), is_new
 
-    def list(self, name: str | None = None, limit: int | None = None, after: str | None = None) -> list[Adapter]:
-        """Adapters by name: the one called `name` or all, at most `limit`, those after the name `after`."""
-        chosen = sa.select(names.c.name).where(names.c.latest.is_not(None)).order_by(names.c.name).limit(limit)
+    def list(
+        self,
+        name: str | None = None,
+        limit: int | None = None,
+        after: str | None = None,
+        *,
+        public: bool = False,
+    ) -> list[Adapter]:
+        """Adapters by name: the one called `name` or all, at most `limit`, those after the name `after`.
+
+        The project's own; with `public`, those of all projects that others may use.
+        """
+        wanted = names.c.is_public if public else in_sight(self.viewpoint)
+        chosen = sa.select(names.c.name).where(names.c.latest.is_not(None), wanted).order_by(names.c.name)
         if name is not None:
-            chosen = chosen.where(names.c.name == name)
+            chosen = chosen.where(names.c.name == self.viewpoint.key(name))
         if after is not None:
-            chosen = chosen.where(names.c.name > after)
+            chosen = chosen.where(names.c.name > self.viewpoint.key(after))
         with self._reader.connect() as connection:
-            return adapters_of(connection.execute(select_adapters(chosen)).mappings())
+            found = adapters_of(connection.execute(select_adapters(chosen.limit(limit))).mappings())
+        return [self._adapter_seen(adapter) for adapter in found]
 
-    def has_after(self, name: str) -> bool:
-        """Whether there is an adapter whose name comes after this one."""
-        query = sa.select(names.c.name).where(names.c.latest.is_not(None), names.c.name > name).limit(1)
+    def has_after(self, name: str, *, public: bool = False) -> bool:
+        """Whether `list` would have more after the adapter of this name."""
+        wanted = names.c.is_public if public else in_sight(self.viewpoint)
+        query = sa.select(names.c.name).where(names.c.latest.is_not(None), wanted)
+        query = query.where(names.c.name > self.viewpoint.key(name)).limit(1)
         with self._reader.connect() as connection:
             return connection.execute(query).first() is not None
 
     def latest_dates(self) -> dict[str, datetime]:
-        """All names, each with the moment at which its latest version was made."""
+        """The project's names, each with the moment at which its latest version was made."""
+        query = reads.select_latest().where(in_sight(self.viewpoint))
         with self._reader.connect() as connection:
-            return {row.name: row.created_at for row in connection.execute(reads.select_latest())}
+            return {self.viewpoint.shown(row.name): row.created_at for row in connection.execute(query)}
 
     def get(self, name: str) -> Adapter:
         """The adapter called `name`. Raises NotFound."""
-        found = self.list(name)
-        if found:
+        if self._is_visible(name) and (found := self.list(name) or self.list(name, public=True)):
             return found[0]
         with self._reader.connect() as connection:
-            raise NotFound(*reads.why_missing(connection, Term(name)))
+            raise NotFound(*reads.why_missing(connection, self.viewpoint, Term(self.viewpoint.key(name))))
 
     def version(self, name: str, version: int) -> Version:
         """One version. Raises NotFound."""
-        if version <= MAX_VERSION:
-            query = select_versions(versions.c.name == name, versions.c.version == version)
+        key = self.viewpoint.key(name)
+        if version <= MAX_VERSION and self._is_visible(name):
+            query = select_versions(versions.c.name == key, versions.c.version == version)
             with self._reader.connect() as connection:
                 rows = connection.execute(query).mappings().all()
             if rows:
-                return version_of(rows)
+                return self._seen(version_of(rows))
         with self._reader.connect() as connection:
-            raise NotFound(*reads.why_missing(connection, Term(name, version)))
+            raise NotFound(*reads.why_missing(connection, self.viewpoint, Term(key, version)))
 
     def check_kind(self, name: str, kind: Kind) -> None:
         """Raises Conflict where the name has versions of another kind."""
-        query = sa.select(names.c.kind).where(names.c.name == name, names.c.latest.is_not(None))
+        key = self.viewpoint.key(name)
+        query = sa.select(names.c.kind).where(names.c.name == key, names.c.latest.is_not(None))
         with self._reader.connect() as connection:
             writes.refuse_other_kind(name, connection.execute(query).scalar_one_or_none(), kind)
 
@@ -158,17 +200,27 @@ class Catalog:
         if not terms:
             return ()
         with self._reader.connect() as connection:
-            return reads.resolve(connection, terms, field)
+            found = reads.resolve(connection, terms, field, self.viewpoint)
+        return tuple(map(self._part_seen, found))
 
     def point(self, name: str, alias: str, version: int) -> None:
         """Makes the alias, or `latest`, mean that version from now on. Raises NotFound."""
-        transact(self._engine, lambda connection: point_in(connection, name, alias, version))
+        viewpoint, key = self.viewpoint, self._own_key(name)
+        transact(self._engine, lambda connection: point_in(connection, key, alias, version, viewpoint))
 
     def unpoint(self, name: str, alias: str) -> None:
         """Removes the alias. Raises NotFound, or Conflict for `latest`."""
         if alias == LATEST:
             raise Conflict("latest can't be removed: point it at another version")
-        transact(self._engine, lambda connection: unpoint_in(connection, name, alias))
+        viewpoint, key = self.viewpoint, self._own_key(name)
+        transact(self._engine, lambda connection: unpoint_in(connection, key, alias, viewpoint))
+
+    def set_visibility(self, name: str, is_public: bool) -> None:
+        """Whether other projects may use the name. Raises NotFound, or Conflict: a public composition has public
+        parts alone.
+        """
+        viewpoint, key = self.viewpoint, self._own_key(name)
+        transact(self._engine, lambda connection: set_visibility_in(connection, key, is_public, viewpoint))
 
     def delete(self, name: str, force: bool = False) -> builtins.list[str]:
         """Removes all versions of `name`; returns the digests that no version has any more.
@@ -194,8 +246,54 @@ class Catalog:
         return recover(self._engine, self._records, is_stored, is_known)
 
     def _drop(self, name: str, version: int | None, force: bool) -> builtins.list[str]:
-        numbers, digests = transact(self._engine, lambda connection: drop_in(connection, name, version, force))
+        viewpoint, key = self.viewpoint, self._own_key(name)
+        numbers, digests = transact(
+            self._engine, lambda connection: drop_in(connection, key, version, force, viewpoint)
+        )
         if (records := self._records) is not None:
             with suppress(OSError):  # no room, say: they are gone all the same, and the next start tidies up
-                transact(self._engine, lambda _: records.remove(name, numbers))
+                transact(self._engine, lambda _: records.remove(key, numbers))
         return digests
+
+    def _new_key(self, name: str) -> str:
+        """Of a name that gets a version. Raises InvalidInput."""
+        if fault := name_fault(name):
+            raise InvalidInput.of("name", fault)
+        return self.viewpoint.key(name)
+
+    def _own_key(self, name: str) -> str:
+        """Of a name that is to be changed. Raises NotFound where it can only be another project's."""
+        key = self.viewpoint.key(name)
+        if not (self.viewpoint.sees_all or self.viewpoint.owns(key)):
+            raise NotFound(f"no such adapter in project {self.viewpoint.project}: {name}")
+        return key
+
+    def _is_visible(self, name: str) -> bool:
+        """Own names always are, whether there are any."""
+        key = self.viewpoint.key(name)
+        if self.viewpoint.sees_all or self.viewpoint.owns(key):
+            return True
+        with self._reader.connect() as connection:
+            return connection.execute(select_visible(key, self.viewpoint)).first() is not None
+
+    def _part_seen(self, part: Part) -> Part:
+        name = self.viewpoint.shown(part.name)
+        return part if name == part.name else replace(part, name=name)
+
+    def _seen(self, version: Version) -> Version:
+        """With names as the project calls them. Of another's, how it was made stays there."""
+        is_own = self.viewpoint.sees_all or self.viewpoint.owns(version.name)
+        name, seen = self.viewpoint.shown(version.name), tuple(map(self._part_seen, version.parts))
+        if is_own:
+            return (
+                replace(version, name=name, parts=seen)
+                if name != version.name or seen != version.parts
+                else version
+            )
+        return replace(
+            version, name=name, parts=seen, parent=None, job_id=None, data_digest=None, config={}, key_id=None
+        )
+
+    def _adapter_seen(self, adapter: Adapter) -> Adapter:
+        seen = tuple(map(self._seen, adapter.versions))
+        return replace(adapter, name=self.viewpoint.shown(adapter.name), versions=seen)

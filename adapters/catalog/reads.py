@@ -1,7 +1,12 @@
-"""The catalog's reads: each one statement, and its rows as plain values."""
+"""The catalog's reads: each one statement, and its rows as plain values.
 
-from collections.abc import Callable, Iterable, Sequence
+A name is a key here, in what goes in and in what comes out; what a person reads is as their project sees it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
+from typing import TypeVar
 
 import sqlalchemy as sa
 
@@ -10,6 +15,7 @@ from adapters.catalog.versions import Adapter, Part, Version, gather, times
 from adapters.errors import InvalidInput, NotFound
 from adapters.expression import MAX_PARTS, MAX_WEIGHT, Term
 from adapters.names import near, slips
+from adapters.viewpoint import Viewpoint, key_of, split_key
 
 LATEST = "latest"
 MAX_VERSION = 2**31 - 1
@@ -32,9 +38,13 @@ _ALIASES = (
 
 
 def _near() -> "sa.CompoundSelect[str]":
-    """The names before and after `name` in their order, and those of `slips` that there are."""
+    """The project's names before and after `name` in their order, and those of `slips` that there are; public
+    ones alone, unless `sees_private`.
+    """
     name = sa.bindparam("name", type_=sa.String)
-    exists = sa.select(names.c.name).where(names.c.latest.is_not(None))
+    may_see = sa.or_(sa.bindparam("sees_private", type_=sa.Boolean), names.c.is_public)
+    exists = sa.select(names.c.name).where(names.c.latest.is_not(None), may_see)
+    exists = exists.where(names.c.project == sa.bindparam("project"))
     num = sa.literal_column(str(_NEIGHBOURS), sa.Integer)
     after = exists.where(names.c.name > name).order_by(names.c.name).limit(num).subquery()
     before = exists.where(names.c.name < name).order_by(names.c.name.desc()).limit(num).subquery()
@@ -49,13 +59,24 @@ def select_adapters(chosen: "sa.Select[str]") -> "sa.Select[tuple[object, ...]]"
     """Adapters of the chosen names, a row for each version, alias and part: `adapters_of` puts them together."""
     aliased = sa.and_(aliases.c.name == versions.c.name, aliases.c.version == versions.c.version)
     return (
-        sa.select(versions, names.c.latest, aliases.c.alias, *_PART)
+        sa.select(versions, names.c.latest, names.c.is_public, aliases.c.alias, *_PART)
         .where(versions.c.name.in_(chosen))
         .join(names, names.c.name == versions.c.name)
         .outerjoin(aliases, aliased)
         .outerjoin(parts, _OF_VERSION)
         .order_by(versions.c.name, versions.c.version, aliases.c.alias, parts.c.place)
     )
+
+
+def in_sight(of: Viewpoint) -> sa.ColumnElement[bool]:
+    """Of names: those of its project, or all where it sees all."""
+    return sa.true() if of.sees_all else names.c.project == of.project
+
+
+def select_visible(name: str, of: Viewpoint) -> "sa.Select[str]":
+    """Whether another project's name may be seen: it is public, or all are seen."""
+    query = sa.select(names.c.name).where(names.c.name == name)
+    return query if of.sees_all else query.where(names.c.is_public)
 
 
 def select_latest() -> "sa.Select[tuple[str, datetime]]":
@@ -66,18 +87,18 @@ def select_latest() -> "sa.Select[tuple[str, datetime]]":
 
 def adapters_of(rows: Iterable[sa.RowMapping]) -> list[Adapter]:
     """Rows of `select_adapters`, grouped by name."""
-    latest: dict[str, int] = {}
+    latest: dict[str, tuple[int, bool]] = {}
     by_version: dict[str, dict[int, list[sa.RowMapping]]] = {}
     by_alias: dict[str, dict[str, int]] = {}
     for row in rows:
         name, number = row["name"], row["version"]
-        latest[name] = row["latest"]
+        latest[name] = row["latest"], row["is_public"]
         by_version.setdefault(name, {}).setdefault(number, []).append(row)
         if row["alias"] is not None:
             by_alias.setdefault(name, {})[row["alias"]] = number
     return [
-        Adapter(name, latest[name], by_alias.get(name, {}), tuple(map(version_of, found.values())))
-        for name, found in by_version.items()
+        Adapter(name, number, by_alias.get(name, {}), tuple(map(version_of, by_version[name].values())), is_public)
+        for name, (number, is_public) in latest.items()
     ]
 
 
@@ -95,18 +116,37 @@ def version_of(rows: Sequence[sa.RowMapping]) -> Version:
     return Version(**fields, parts=tuple(_part(found[place], 1.0) for place in sorted(found)))
 
 
-def resolve(connection: sa.Connection, terms: Sequence[Term], field: str) -> tuple[Part, ...]:
+def resolve(connection: sa.Connection, terms: Sequence[Term], field: str, of: Viewpoint) -> tuple[Part, ...]:
     """See `Catalog.resolve`."""
+    terms = [replace(term, name=of.key(term.name)) for term in terms]
     known = [(place, term) for place, term in enumerate(terms) if (term.version or 0) <= MAX_VERSION]
     rows: Sequence[sa.RowMapping] = ()
     if known:
         rows = connection.execute(sa.union_all(*(lookup(place, term) for place, term in known))).mappings().all()
     found = {row["term"] for row in rows}
+    if not of.sees_all:
+        found -= _hidden(connection, {place: terms[place].name for place in found}, of)
     if missing := [term for place, term in enumerate(terms) if place not in found]:
-        raise NotFound("; ".join(why_missing(connection, *missing)))
+        raise NotFound("; ".join(why_missing(connection, of, *missing)))
     leaves = tuple(_leaf(row, terms[row["term"]]) for row in sorted(rows, key=_order))
     _check_leaves(leaves, field)
+    if not of.sees_all and (hidden := _hidden(connection, {leaf: leaf.name for leaf in leaves}, of)):
+        told = ", ".join(sorted({f"{of.shown(leaf.name)}@{leaf.version}" for leaf in hidden}))
+        raise NotFound(f"a composition has parts that their project no longer shares: {told}")
     return leaves
+
+
+_T = TypeVar("_T")
+
+
+def _hidden(connection: sa.Connection, keys: Mapping[_T, str], of: Viewpoint) -> set[_T]:
+    """Those whose key is another project's, and not public: a look-up only where there is any of another's."""
+    others = {key for key in keys.values() if not of.owns(key)}
+    if not others:
+        return set()
+    public = sa.select(names.c.name).where(names.c.name.in_(others), names.c.is_public)
+    seen = set(connection.execute(public).scalars())
+    return {item for item, key in keys.items() if key in others - seen}
 
 
 def lookup(place: int, term: Term) -> "sa.Select[tuple[object, ...]]":
@@ -121,53 +161,61 @@ def lookup(place: int, term: Term) -> "sa.Select[tuple[object, ...]]":
     return query if table is names else query.where(aliases.c.alias == term.alias)
 
 
-def why_missing(connection: sa.Connection, *terms: Term) -> list[str]:
+def why_missing(connection: sa.Connection, of: Viewpoint, *terms: Term) -> list[str]:
     """What is wrong with terms that name nothing, each said once, and what the first were perhaps meant to be.
 
-    Some look-ups by name, however many adapters there are and however many terms.
+    What there is of another project and isn't public is as if there were nothing. Some look-ups by name, however
+    many adapters there are and however many terms.
     """
     rows = connection.execute(_LATEST, {"names": list({term.name for term in terms})})
     latest = {row.name: row.latest for row in rows if row.latest is not None}
+    if not of.sees_all:
+        latest = {
+            key: latest[key] for key in latest.keys() - _hidden(connection, {key: key for key in latest}, of)
+        }
     unsaid = {"name": _GUESSED, "version": _GUESSED, "alias": _GUESSED}
 
-    def hint(kind: str, tell: Callable[[sa.Connection, str], str], name: str) -> str:
+    def hint(kind: str, tell: Callable[[sa.Connection, str, Viewpoint], str], name: str) -> str:
         unsaid[kind] -= 1
-        return tell(connection, name) if unsaid[kind] >= 0 else ""
+        return tell(connection, name, of) if unsaid[kind] >= 0 else ""
 
     told: dict[str, str] = {}
     for term in terms:
         if term.reference in told:
             continue
+        reference = replace(term, name=of.shown(term.name)).reference
         if term.name not in latest:
-            reason = f"no such adapter: {term.reference}{hint('name', _meant, term.name)}"
+            reason = f"no such adapter: {reference}{hint('name', _meant, term.name)}"
         elif term.version is not None:
-            reason = f"no such version: {term.reference}{hint('version', _versions, term.name)}"
+            reason = f"no such version: {reference}{hint('version', _versions, term.name)}"
         else:
-            reason = f"no such alias: {term.reference}{hint('alias', _others, term.name)}"
+            reason = f"no such alias: {reference}{hint('alias', _others, term.name)}"
         told[term.reference] = reason
     return list(told.values())
 
 
-def _meant(connection: sa.Connection, name: str) -> str:
-    """The stored name that is most like this one, if any is: of its neighbours, and of what a slip can hide."""
-    found = connection.execute(_NEAR, {"name": name, "slips": list(slips(name))}).scalars()
-    meant = near(name, dict.fromkeys(found))
-    return "" if meant is None else f" (did you mean {meant}?)"
+def _meant(connection: sa.Connection, key: str, of: Viewpoint) -> str:
+    """The project's name that is most like this one, if any is: of its neighbours, and of what a slip can hide."""
+    project, name = split_key(key)
+    values = {"name": key, "project": project, "sees_private": of.sees_all or of.owns(key)}
+    rows = connection.execute(_NEAR, values | {"slips": [key_of(project, slip) for slip in slips(name)]})
+    meant = near(name, dict.fromkeys(split_key(found)[1] for found in rows.scalars()))
+    return "" if meant is None else f" (did you mean {of.shown(key_of(project, meant))}?)"
 
 
-def _versions(connection: sa.Connection, name: str) -> str:
+def _versions(connection: sa.Connection, name: str, of: Viewpoint) -> str:
     """Names the versions that there are, the newest of many."""
     query = sa.select(versions.c.version).where(versions.c.name == name).order_by(versions.c.version.desc())
     found = list(connection.execute(query.limit(_SHOWN_VERSIONS + 1)).scalars())
     more = ["…"] if len(found) > _SHOWN_VERSIONS else []
     shown = ", ".join([*more, *map(str, reversed(found[:_SHOWN_VERSIONS]))])
-    return f" ({name} has {'version' if len(found) == 1 else 'versions'} {shown})"
+    return f" ({of.shown(name)} has {'version' if len(found) == 1 else 'versions'} {shown})"
 
 
-def _others(connection: sa.Connection, name: str) -> str:
+def _others(connection: sa.Connection, name: str, of: Viewpoint) -> str:
     """Names the aliases that there are."""
     mine = ", ".join(connection.execute(_ALIASES, {"name": name}).scalars())
-    return f" ({name} has {mine or 'none but latest'})"
+    return f" ({of.shown(name)} has {mine or 'none but latest'})"
 
 
 def _order(row: sa.RowMapping) -> tuple[int, int]:

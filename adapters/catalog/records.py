@@ -2,6 +2,7 @@
 
     <root>/names/<name>/<version>.json        all that the catalog knows of the version, but for aliases
     <root>/names/<name>/next                  the number that comes next, where it can't be told from those
+    <root>/projects/<project>/<name>/…        likewise, of projects other than `default`
 
 A record is written before its version is committed, and removed after the version's deletion is. So what a client
 was told is still true after a crash. An interrupted change may leave a record too many: `recovery.py` handles it.
@@ -18,8 +19,10 @@ from pathlib import Path
 from adapters.catalog.versions import Part, Version
 from adapters.durable import UNFINISHED, new_file, sync
 from adapters.names import name_fault
+from adapters.viewpoint import DEFAULT_PROJECT, key_of, project_fault, split_key
 
 FOLDER = "names"
+PROJECTS = "projects"
 FORMAT = 1
 _NEXT = "next"
 _UNFINISHED = (f"{UNFINISHED}*", ".tmp-*")  # the latter by older releases
@@ -42,21 +45,23 @@ class Records:
     """The records under the root of an `AdapterStore`."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root / FOLDER
+        self._root = root
 
     def write(self, version: Version) -> None:
         """Keep the version's record, in the place of any older one of its number."""
-        place = self._root / version.name
+        place = self._place(version.name)
         if not place.is_dir():
             place.mkdir(parents=True, exist_ok=True)
-            sync(self._root.parent)
-            sync(self._root)
+            parent = place.parent
+            while parent != self._root.parent:
+                sync(parent)
+                parent = parent.parent
         with new_file(place / f"{version.version}.json") as unfinished:
             unfinished.write_bytes(encode(version))
 
     def remove(self, name: str, numbers: list[int]) -> None:
         """Drop the records of these versions. That their numbers were given out stays known."""
-        place = self._root / name
+        place = self._place(name)
         there = [number for path in place.glob("*.json") if (number := _number(path)) is not None]
         gone = [number for number in numbers if number in there]
         if not gone:
@@ -69,34 +74,44 @@ class Records:
     def forget(self, name: str, numbers: list[int]) -> None:
         """Drop the records of versions that never were."""
         for number in numbers:
-            (self._root / name / f"{number}.json").unlink(missing_ok=True)
-        sync(self._root / name)
+            (self._place(name) / f"{number}.json").unlink(missing_ok=True)
+        sync(self._place(name))
 
     def read(self) -> Found:
         """All records, by name and number."""
         versions: list[Version] = []
         numbers: dict[str, int] = {}
         unreadable: list[str] = []
-        for place in sorted(self._root.iterdir()) if self._root.is_dir() else ():
-            if name_fault(place.name):
-                continue
-            numbers[place.name] = _read_next(place)
+        for name, place in self._places():
+            numbers[name] = _read_next(place)
             paths = ((number, path) for path in place.glob("*.json") if (number := _number(path)) is not None)
             for number, path in sorted(paths):
                 try:
                     version = decode(path.read_bytes())
-                    if (version.name, version.version) != (place.name, number):
+                    if (version.name, version.version) != (name, number):
                         raise ValueError("it is another's")
                     versions.append(version)
                 except (OSError, ValueError, KeyError, TypeError):
-                    unreadable.append(f"{FOLDER}/{place.name}/{path.name}")
+                    unreadable.append(str(path.relative_to(self._root)))
         return Found(tuple(versions), numbers, tuple(unreadable))
 
     def clean(self) -> None:
         """Drop what killed writers left; only for one who knows that nobody is writing."""
         for pattern in _UNFINISHED:
-            for path in self._root.glob(f"*/{pattern}"):
-                path.unlink(missing_ok=True)
+            for _, place in self._places():
+                for path in place.glob(pattern):
+                    path.unlink(missing_ok=True)
+
+    def _place(self, key: str) -> Path:
+        project, name = split_key(key)
+        return self._root / FOLDER / name if project == DEFAULT_PROJECT else self._root / PROJECTS / project / name
+
+    def _places(self) -> list[tuple[str, Path]]:
+        """All keys, with their folders."""
+        projects = [(path.name, path) for path in _folders(self._root / PROJECTS) if not project_fault(path.name)]
+        folders = [(DEFAULT_PROJECT, self._root / FOLDER), *projects]
+        places = [(project, place) for project, folder in folders for place in _folders(folder)]
+        return [(key_of(project, place.name), place) for project, place in places if not name_fault(place.name)]
 
 
 class Recorder:
@@ -127,11 +142,16 @@ def decode(record: bytes) -> Version:
     document = json.loads(record)
     if document["format"] != FORMAT:
         raise ValueError("a format of another version of smolora")
+    document.setdefault("key_id", None)  # of before there were keys
     values = {field.name: document[field.name] for field in fields(Version)}
     values |= {name: tuple(values[name]) for name in _TUPLES}
     values["parts"] = tuple(Part(**part) for part in values["parts"])
     values["created_at"] = datetime.fromisoformat(values["created_at"])
     return Version(**values)
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
 
 
 def _number(path: Path) -> int | None:

@@ -8,7 +8,7 @@ A version without a record gets one. For a record without a version there are tw
   publishes it itself, or was ended before it could.
 
 So the same few lines repair one crash, and rebuild everything from the directories. Aliases, `latest` where it was
-moved back, and jobs are in the database alone.
+moved back, jobs, and what was public are in the database alone.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +21,7 @@ from adapters.catalog.records import Found, Records
 from adapters.catalog.tables import names, transact
 from adapters.catalog.versions import Version
 from adapters.catalog.writes import insert_in
+from adapters.viewpoint import split_key
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def _count_up(
         wanted[version.name] = max(number, version.version + 1), version.kind
     for name, (number, kind) in wanted.items():
         if name not in numbers and number > 1:
-            connection.execute(sa.insert(names).values(name=name, kind=kind, next_version=number))
+            project = split_key(name)[0]
+            connection.execute(sa.insert(names).values(name=name, project=project, kind=kind, next_version=number))
         elif number > numbers.get(name, number):
             connection.execute(sa.update(names).where(names.c.name == name).values(next_version=number))
 

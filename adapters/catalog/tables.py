@@ -1,5 +1,6 @@
 """The catalog's tables, and what everything shares that writes them together with tables of its own.
 
+A `name` is a key here: with its project, as `adapters.viewpoint` says.
 The SQL is what SQLite and PostgreSQL have in common. The migrations in `server.migrations` make the tables.
 """
 
@@ -10,7 +11,8 @@ from typing import TypeVar
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from adapters.names import MAX_NAME
+from adapters.names import MAX_KEY, MAX_NAME
+from adapters.viewpoint import DEFAULT_PROJECT
 
 MAX_ATTEMPTS = 20
 
@@ -49,18 +51,21 @@ metadata = sa.MetaData()
 names = sa.Table(
     "adapters",
     metadata,
-    sa.Column("name", sa.String(MAX_NAME), primary_key=True),
+    sa.Column("name", sa.String(MAX_KEY), primary_key=True),
+    sa.Column("project", sa.String(MAX_NAME), nullable=False, server_default=DEFAULT_PROJECT),  # as in the name
+    sa.Column("is_public", sa.Boolean, nullable=False, server_default=sa.false()),  # for other projects to use
     sa.Column("kind", sa.String(16), nullable=False),  # "adapter" or "composition", of its versions
     sa.Column("latest", sa.Integer),  # null: all versions were deleted
     # `latest` was moved back by hand: what a job publishes doesn't move it
     sa.Column("rolled_back", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("next_version", sa.Integer, nullable=False),  # outlives the versions: no number is used twice
+    sa.Index("ix_adapters_project_name", "project", "name"),
 )
 
 versions = sa.Table(
     "adapter_versions",
     metadata,
-    sa.Column("name", sa.String(MAX_NAME), sa.ForeignKey("adapters.name"), primary_key=True),
+    sa.Column("name", sa.String(MAX_KEY), sa.ForeignKey("adapters.name"), primary_key=True),
     sa.Column("version", sa.Integer, primary_key=True),
     sa.Column("digest", sa.String(64), nullable=False, index=True),
     sa.Column("rank", sa.Integer, nullable=False),
@@ -77,15 +82,16 @@ versions = sa.Table(
     sa.Column("base_digest", sa.String(64)),
     sa.Column("data_digest", sa.String(64)),
     sa.Column("config", sa.JSON, nullable=False, server_default="{}"),
+    sa.Column("key_id", sa.String(64)),  # of the API key that published it; null: none was needed, or it was lost
 )
 
 parts = sa.Table(
     "composition_parts",
     metadata,
-    sa.Column("name", sa.String(MAX_NAME), primary_key=True),
+    sa.Column("name", sa.String(MAX_KEY), primary_key=True),
     sa.Column("version", sa.Integer, primary_key=True),
     sa.Column("place", sa.Integer, primary_key=True),  # 0, 1, … in the order in which they were written
-    sa.Column("part_name", sa.String(MAX_NAME), nullable=False),
+    sa.Column("part_name", sa.String(MAX_KEY), nullable=False),
     sa.Column("part_version", sa.Integer, nullable=False),
     sa.Column("part_digest", sa.String(64), nullable=False),  # the version's, which never changes
     sa.Column("weight", sa.Float(53), nullable=False),
@@ -97,8 +103,13 @@ parts = sa.Table(
 aliases = sa.Table(
     "adapter_aliases",
     metadata,
-    sa.Column("name", sa.String(MAX_NAME), primary_key=True),
+    sa.Column("name", sa.String(MAX_KEY), primary_key=True),
     sa.Column("alias", sa.String(MAX_NAME), primary_key=True),
     sa.Column("version", sa.Integer, nullable=False),
     sa.ForeignKeyConstraint(["name", "version"], ["adapter_versions.name", "adapter_versions.version"]),
 )
+
+
+def lock(connection: sa.Connection, name: str) -> None:
+    """Keeps others from writing versions of `name` until the end of the transaction."""
+    connection.execute(sa.select(names.c.name).where(names.c.name == name).with_for_update())

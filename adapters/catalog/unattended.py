@@ -8,9 +8,10 @@ import sqlalchemy as sa
 
 from adapters.catalog.reads import LATEST
 from adapters.catalog.records import Recorder
-from adapters.catalog.tables import names
+from adapters.catalog.tables import lock, names
 from adapters.catalog.versions import NewVersion, Version
-from adapters.catalog.writes import lock, one_version, publish_in
+from adapters.catalog.writes import one_version, publish_in
+from adapters.viewpoint import split_key
 
 
 def publish_unattended_in(
@@ -22,10 +23,11 @@ def publish_unattended_in(
     """
     stays = None if alias == LATEST else _why_latest_stays(connection, new)
     version = publish_in(connection, new, alias, records, moves_latest=stays is None)
+    name = split_key(new.name)[1]
     if stays is not None:
-        return version, f"{stays}; PUT /adapters/{new.name}/aliases/latest moves it"
+        return version, f"{stays}; PUT /adapters/{name}/aliases/latest moves it"
     if new.is_worse_than_base:
-        return version, f"{new.name}@{version.version} is worse than the untouched base on the held-out rows"
+        return version, f"{name}@{version.version} is worse than the untouched base on the held-out rows"
     return version, None
 
 

@@ -43,6 +43,7 @@ class NewVersion:
     base_digest: str | None = None
     data_digest: str | None = None
     config: Mapping[str, object] = field(default_factory=dict)
+    key_id: str | None = None  # of the API key that published it
 
     @property
     def is_worse_than_base(self) -> bool:
@@ -75,6 +76,7 @@ class Adapter:
     latest: int
     aliases: Mapping[str, int]
     versions: tuple[Version, ...]
+    is_public: bool = False
 
     @property
     def kind(self) -> Kind:

@@ -1,12 +1,13 @@
 """The catalog's writes, each within a transaction that `tables.transact` began.
 
-For whoever writes tables of their own in the same transaction; `catalog.Catalog` is for all others. Records are
-written before the commit; see `adapters.catalog.records`.
+For whoever writes tables of their own in the same transaction; `catalog.Catalog` is for all others. A name is a
+key here (`adapters.viewpoint`). Records are written before the commit; see `adapters.catalog.records`.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
@@ -15,11 +16,13 @@ from sqlalchemy.exc import DBAPIError
 
 from adapters.catalog.reads import LATEST, MAX_VERSION, resolve, select_versions, version_of, why_missing
 from adapters.catalog.records import Recorder, Records
-from adapters.catalog.tables import aliases, names, parts, transact, versions
+from adapters.catalog.tables import aliases, lock, names, parts, transact, versions
 from adapters.catalog.versions import Kind, NewVersion, Origin, Part, Version, blend_digest, combine, gather
+from adapters.catalog.visibility import refuse_private_parts
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term, render
 from adapters.names import name_fault
+from adapters.viewpoint import Viewpoint, split_key
 
 
 @contextmanager
@@ -56,18 +59,26 @@ def publish_in(
 
 
 def compose_in(
-    connection: sa.Connection, name: str, terms: Sequence[Term], field: str, records: Recorder | None = None
+    connection: sa.Connection,
+    name: str,
+    terms: Sequence[Term],
+    field: str,
+    of: Viewpoint,
+    records: Recorder | None = None,
 ) -> tuple[Version, bool]:
     """As `Catalog.compose`."""
     number = _next_number(connection, name, "composition")  # first: others can't delete the parts from here on
-    leaves = gather(resolve(connection, terms, field))
+    leaves = gather(resolve(connection, terms, field, of))
     if not combine(leaves):
         raise InvalidInput.of(field, "comes to nothing but the base: give adapters whose weights don't cancel out")
-    latest = connection.execute(sa.select(names.c.latest).where(names.c.name == name)).scalar()
-    if latest is not None and set((same := one_version(connection, name, latest)).parts) == set(leaves):
+    row = connection.execute(sa.select(names).where(names.c.name == name)).one()
+    if row.latest is not None and set((same := one_version(connection, name, row.latest)).parts) == set(leaves):
         connection.execute(sa.update(names).where(names.c.name == name).values(next_version=number))
         return same, False
-    version = _blend(name, number, leaves, [one_version(connection, part.name, part.version) for part in leaves])
+    if row.is_public:
+        refuse_private_parts(connection, name, leaves, of)
+    made_of = [one_version(connection, part.name, part.version) for part in leaves]
+    version = _blend(name, number, leaves, made_of, of)
     insert_in(connection, version, records)
     return version, True
 
@@ -91,12 +102,12 @@ def insert_in(
         records.write(version)
 
 
-def point_in(connection: sa.Connection, name: str, alias: str, version: int) -> None:
+def point_in(connection: sa.Connection, name: str, alias: str, version: int, of: Viewpoint) -> None:
     """As `Catalog.point`."""
     lock(connection, name)
     which = (versions.c.name == name, versions.c.version == _bounded(version))
     if connection.execute(sa.select(versions.c.version).where(*which)).first() is None:
-        raise NotFound(*why_missing(connection, Term(name, version)))
+        raise NotFound(*why_missing(connection, of, Term(name, version)))
     if alias == LATEST:
         moved = {"latest": version, "rolled_back": version < _newest(name)}
         connection.execute(sa.update(names).where(names.c.name == name).values(moved))
@@ -104,14 +115,16 @@ def point_in(connection: sa.Connection, name: str, alias: str, version: int) -> 
         _point(connection, name, alias, version)
 
 
-def unpoint_in(connection: sa.Connection, name: str, alias: str) -> None:
+def unpoint_in(connection: sa.Connection, name: str, alias: str, of: Viewpoint) -> None:
     """As `Catalog.unpoint`."""
     mine = sa.and_(aliases.c.name == name, aliases.c.alias == alias)
     if connection.execute(sa.delete(aliases).where(mine)).rowcount == 0:
-        raise NotFound(*why_missing(connection, Term(name, alias=alias)))
+        raise NotFound(*why_missing(connection, of, Term(name, alias=alias)))
 
 
-def drop_in(connection: sa.Connection, name: str, version: int | None, force: bool) -> tuple[list[int], list[str]]:
+def drop_in(
+    connection: sa.Connection, name: str, version: int | None, force: bool, of: Viewpoint
+) -> tuple[list[int], list[str]]:
     """As `Catalog.delete` and `delete_version`: the numbers that went, and the digests that nothing names now."""
     lock(connection, name)
     which = versions.c.name == name
@@ -119,9 +132,9 @@ def drop_in(connection: sa.Connection, name: str, version: int | None, force: bo
         which = sa.and_(which, versions.c.version == _bounded(version))
     doomed = connection.execute(sa.select(versions.c.version, versions.c.digest).where(which)).all()
     if not doomed:
-        raise NotFound(*why_missing(connection, Term(name, version)))
+        raise NotFound(*why_missing(connection, of, Term(name, version)))
     numbers = [number for number, _ in doomed]
-    _refuse_held(connection, name, numbers, force)
+    _refuse_held(connection, name, numbers, force, of)
     connection.execute(sa.delete(aliases).where(aliases.c.name == name, aliases.c.version.in_(numbers)))
     connection.execute(sa.delete(parts).where(parts.c.name == name, parts.c.version.in_(numbers)))
     connection.execute(sa.delete(versions).where(which))
@@ -144,18 +157,24 @@ def _forget_uncommitted(recorder: Recorder, connection: sa.Connection) -> None:
             recorder.forget(version)
 
 
-def _refuse_held(connection: sa.Connection, name: str, numbers: Sequence[int], force: bool) -> None:
-    """Conflict, naming whatever holds one of the versions; `force` lets aliases go."""
+def _refuse_held(connection: sa.Connection, name: str, numbers: Sequence[int], force: bool, of: Viewpoint) -> None:
+    """Conflict, naming whatever holds one of the versions; `force` lets aliases go. Other projects' compositions
+    are counted.
+    """
     holders: list[str] = []
     has_aliases = False
     if not force:
         held = sa.select(aliases.c.alias).where(aliases.c.name == name, aliases.c.version.in_(numbers))
-        holders += [f"the alias {name}@{alias}" for alias in connection.execute(held.order_by("alias")).scalars()]
+        holders += [
+            f"the alias {of.shown(name)}@{alias}" for alias in connection.execute(held.order_by("alias")).scalars()
+        ]
         has_aliases = bool(holders)
     blends = sa.select(parts.c.name, parts.c.version).distinct()
     blends = blends.where(parts.c.part_name == name, parts.c.part_version.in_(numbers))
-    rows = connection.execute(blends.order_by(parts.c.name, parts.c.version))
-    blended = [f"the composition {row.name}@{row.version}" for row in rows]
+    rows = connection.execute(blends.order_by(parts.c.name, parts.c.version)).all()
+    blended = [f"the composition {of.shown(row.name)}@{row.version}" for row in rows if of.owns(row.name)]
+    if num_others := len(rows) - len(blended):
+        blended.append(f"{num_others} composition{'s' if num_others > 1 else ''} of other projects")
     holders += blended
     if not holders:
         return
@@ -181,14 +200,15 @@ def _newest(name: str) -> "sa.ScalarSelect[int]":
 
 def _next_number(connection: sa.Connection, name: str, kind: Kind) -> int:
     """Counts the name's number up, and locks the name. InvalidInput, or Conflict where it is of another kind."""
-    if fault := name_fault(name):
+    project, own = split_key(name)
+    if fault := name_fault(own):
         raise InvalidInput.of("name", fault)
     mine = names.c.name == name
     counted = sa.update(names).where(mine).values(next_version=names.c.next_version + 1)
     if connection.execute(counted).rowcount == 0:
-        connection.execute(sa.insert(names).values(name=name, kind=kind, next_version=2))
+        connection.execute(sa.insert(names).values(name=name, project=project, kind=kind, next_version=2))
     row = connection.execute(sa.select(names).where(mine)).one()
-    refuse_other_kind(name, row.kind if row.latest is not None else None, kind)
+    refuse_other_kind(own, row.kind if row.latest is not None else None, kind)
     number: int = row.next_version - 1
     return number
 
@@ -206,22 +226,23 @@ def one_version(connection: sa.Connection, name: str, number: int) -> Version:
     return version_of(connection.execute(select_versions(*mine)).mappings().all())
 
 
-def _blend(name: str, number: int, leaves: tuple[Part, ...], of: Sequence[Version]) -> Version:
+def _blend(name: str, number: int, leaves: tuple[Part, ...], made_of: Sequence[Version], of: Viewpoint) -> Version:
     """What is listed of a composition: that of its parts together, where that has a meaning."""
-    by_digest = {version.digest: version for version in of}.values()  # equal bytes take their rows once
-    origin = Origin.of(of)
+    by_digest = {version.digest: version for version in made_of}.values()  # equal bytes take their rows once
+    origin = Origin.of(replace(version, name=of.shown(version.name)) for version in made_of)
     return Version(
         name=name,
         digest=blend_digest(leaves),
         rank=sum(version.rank for version in by_digest),
         alpha=0.0,
-        target_modules=tuple(dict.fromkeys(module for version in of for module in version.target_modules)),
+        target_modules=tuple(dict.fromkeys(module for version in made_of for module in version.target_modules)),
         parameters=sum(version.parameters for version in by_digest),
         bytes=0,
         base_model=origin.base_model,
         base_digest=origin.base_digest,
         warnings=origin.warnings,
-        parent=render(Term(part.name, part.version, weight=part.weight) for part in leaves),
+        parent=render(Term(of.shown(part.name), part.version, weight=part.weight) for part in leaves),
+        key_id=of.key_id,
         version=number,
         created_at=datetime.now(UTC),
         parts=leaves,
@@ -238,8 +259,3 @@ def _point(connection: sa.Connection, name: str, alias: str, version: int) -> No
 def _bounded(version: int) -> int:
     """The number, or that of no version where a database could not hold it."""
     return version if version <= MAX_VERSION else 0
-
-
-def lock(connection: sa.Connection, name: str) -> None:
-    """Keeps others from writing versions of `name` until the end of the transaction."""
-    connection.execute(sa.select(names.c.name).where(names.c.name == name).with_for_update())

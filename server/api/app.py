@@ -10,17 +10,21 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
+from server.access.rates import KINDS
 from server.api import health, openapi, pages
+from server.api.access.authentication import Authentication
 from server.api.access.bodies import BodyTimeout
 from server.api.access.proxies import RootPath
 from server.api.access.sites import Sites
+from server.api.accounts import keys, projects, usage
+from server.api.accounts.books import keep_books
 from server.api.adapters import aliases, compositions, imports
 from server.api.adapters import route as adapters
 from server.api.compare import route as compare
 from server.api.deps import Services
 from server.api.errors import faults
 from server.api.generate import route as generate
-from server.api.middleware import BodyLimit, Keys, RequestContext
+from server.api.middleware import BodyLimit, RequestContext
 from server.api.openai.router import router as openai
 from server.api.train import datasets
 from server.api.train import route as train
@@ -32,7 +36,8 @@ _DESCRIPTION = """One frozen SmolLM, any LoRA adapter per request: versioned, we
 Errors are RFC 9457 problems, and OpenAI error objects under /v1; every response carries `X-Request-Id`."""
 
 
-_EXPOSED = ["Link", "Location", "Retry-After", "X-Request-Id", "X-Smolora-Warning"]
+_LIMITS = [f"X-RateLimit-{what}-{kind}" for what in ("Limit", "Remaining", "Reset") for kind in KINDS]
+_EXPOSED = ["Link", "Location", "Retry-After", "X-Request-Id", "X-Smolora-Warning", *_LIMITS]
 """What a page of another site may read, if that is allowed to call."""
 
 
@@ -44,12 +49,18 @@ def create_app(services: Services) -> FastAPI:
         services.engine.start()
         services.guidance.start()
         retention = Retention(services.settings.home, services.jobs)
-        housekeeping = asyncio.create_task(keep_house(retention, services.settings.retain_jobs))
+        tasks = [
+            asyncio.create_task(keep_house(retention, services.settings.retain_jobs)),
+            asyncio.create_task(keep_books(services.access)),
+            asyncio.create_task(services.access.ring.watch()),
+        ]
         try:
             yield
         finally:
-            housekeeping.cancel()
+            for task in tasks:
+                task.cancel()
             await services.engine.stop()
+            await to_thread.run_sync(services.access.keep)
             await to_thread.run_sync(services.guidance.close)
 
     settings = services.settings
@@ -77,7 +88,7 @@ def create_app(services: Services) -> FastAPI:
                 Sites, hosts=settings.allowed_hosts, origins=settings.allowed_origins, own_host=settings.host
             ),
             *([cross_origin] if settings.allowed_origins else []),
-            Middleware(Keys, keys=settings.api_keys),
+            Middleware(Authentication, access=services.access),
             Middleware(BodyLimit),
         ],
     )
@@ -88,6 +99,8 @@ def create_app(services: Services) -> FastAPI:
         app.include_router(router)
     app.include_router(train.router)
     app.include_router(datasets.router)
+    for router in (keys.router, projects.router, usage.router):
+        app.include_router(router)
     app.include_router(health.router)
     app.include_router(pages.router)
     app.mount(pages.ASSETS_PATH, pages.assets)

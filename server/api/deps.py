@@ -1,12 +1,18 @@
-"""What routes work with: built once at start-up, handed to the app, reached through `ServicesDep`."""
+"""What routes work with: built once at start-up, handed to the app, reached through `ServicesDep`.
+
+A route gets them as the project sees them that asks: it can't name, list or change another's things by mistake.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Annotated, Protocol, cast
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Protocol, TypeVar, cast
 
 from fastapi import Depends, Header, Request
 
 from adapters.library import Library
+from server.access.access import Access
+from server.access.principal import EVERYBODY, Principal
+from server.api.access.authentication import principal_of
 from server.api.access.slots import Places, Slots
 from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
@@ -14,11 +20,16 @@ from server.api.train.submission import Submissions
 from server.config import Settings
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.engine.structured.guidance import Guidance
+from server.home import Home
 from server.metrics import Metrics
 from server.model.text.chat import PromptEncoder
 from server.training.data.datasets import DatasetStore
-from server.training.data.files import FileStore
+from server.training.data.files import FileStore, RowSources
 from server.training.queue.jobs import Jobs
+
+_MAX_VIEWS = 1024
+
+T = TypeVar("T")
 
 
 class OutputStream(Protocol):
@@ -85,12 +96,49 @@ class Services:
     submissions: Submissions
     estimator: Estimator
     decode: Callable[[list[int]], str]
+    access: Access
+    principal: Principal = EVERYBODY  # for whom library, jobs, data sets, files and submissions are
     limiters: Limiters = field(default_factory=Limiters)
+    _views: "dict[Principal, Services]" = field(default_factory=dict, repr=False)
+
+    def of(self, principal: Principal) -> "Services":
+        """The same for another one."""
+        if principal == self.principal:
+            return self
+        if (view := self._views.get(principal)) is None:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
+            view = self._views[principal] = self._seen_by(principal)
+        return view
+
+    def audited(self, action: str, target: str, deed: Callable[[], T]) -> T:
+        """What the deed comes to, which is then on the audit list. Blocks on disk."""
+        result = deed()
+        self.access.audit.add(self.principal.key_id, action, self.principal.project, target)
+        return result
+
+    def _seen_by(self, principal: Principal) -> "Services":
+        home, viewpoint = Home(self.settings.home), principal.viewpoint
+        library = self.library.of(viewpoint)
+        jobs = self.jobs.of(viewpoint, principal.project_quota.max_jobs, principal.quota.max_jobs)
+        datasets = DatasetStore(home.datasets(viewpoint.project), viewpoint.key_id)
+        files = FileStore(home.files(viewpoint.project), viewpoint.key_id)
+        submissions = self.submissions.of(jobs, RowSources(datasets, files), library)
+        return replace(
+            self,
+            principal=principal,
+            library=library,
+            jobs=jobs,
+            datasets=datasets,
+            files=files,
+            submissions=submissions,
+        )
 
 
 def get_services(request: Request) -> Services:
-    """The services that `create_app` was given."""
-    return cast(Services, request.app.state.services)
+    """The services that `create_app` was given, for whoever asks; for everybody where no key is asked for."""
+    services = cast(Services, request.app.state.services)
+    return services.of(principal_of(request.scope) or services.principal)
 
 
 ServicesDep = Annotated[Services, Depends(get_services)]

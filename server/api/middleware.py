@@ -1,39 +1,33 @@
-"""What happens to every request before a route sees it: an id and a log line, a key, a bound on its body.
+"""What happens to every request before a route sees it: an id and a log line, a bound on its body.
 
-Plain ASGI, since one of them sees each piece of each stream. From the outside in: RequestContext, Keys, BodyLimit;
-before Keys come `server.api.access.bodies.BodyTimeout` and `server.api.access.sites.Sites`.
+Plain ASGI, since one of them sees each piece of each stream. Between the two, RequestContext and BodyLimit, is
+what `server.api.access` has.
 """
 
-import asyncio
-import hmac
 import logging
 import re
 import time
 import traceback
 import uuid
-from contextlib import suppress
 from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.access.bodies import drain
 from server.api.access.sites import PROBES
 from server.api.errors.faults import form_of
-from server.errors import Unauthorized, Unavailable
+from server.errors import Unavailable
 from server.logs import request_id
 from server.training.queue.reserve import Reserve
 
 MAX_JSON_BYTES = 2 << 20
 MAX_UPLOAD_BYTES = 256 << 20
 _QUIET_PATHS = PROBES | {"/metrics"}
-OPEN_PATHS = PROBES | {"/", "/docs", "/redoc", "/openapi.json"}
-"""What is answered without a key, with all below /docs."""
 _UPLOAD = re.compile(r"/adapters/[^/]+|/datasets|/v1/files")
 _HINTS = {"/train": "; larger data goes through POST /datasets"}
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
-_DRAIN_BYTES = 64 << 20
-_DRAIN_SECONDS = 10.0
 _DISK_FULL = Unavailable("the server's disk is full", retry_after=60.0)
 
 log = logging.getLogger("smolora.api")
@@ -86,35 +80,6 @@ class RequestContext:
                 )
 
 
-class Keys:
-    """Lets only those in who bring one of the keys; nobody needs one where there are none."""
-
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
-        self.app = app
-        self._keys = tuple(key.encode() for key in keys)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _is_open(scope["path"]) or self._allows(Headers(scope=scope)):
-            await self.app(scope, receive, send)
-            return
-        await _drain(scope, receive)
-        error = Unauthorized("send a valid key: Authorization: Bearer <key>")
-        await form_of(scope["path"]).of_error(error)(scope, receive, send)
-
-    def _allows(self, headers: Headers) -> bool:
-        if not self._keys:
-            return True
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        token = given.strip().encode()
-        # every key is compared in full, so that the time taken says nothing
-        matches = [hmac.compare_digest(token, key) for key in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
-
-
-def _is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path.startswith("/docs/")
-
-
 class BodyLimit:
     """Refuses a body that is larger than its path may take, by its announced length or while it comes in."""
 
@@ -133,7 +98,7 @@ class BodyLimit:
             f"the body is larger than {limit} bytes, the most that is taken here{_HINTS.get(scope['path'], '')}"
         )
         if announced.isascii() and announced.isdigit() and (len(announced) > 18 or int(announced) > limit):
-            await _drain(scope, receive)
+            await drain(scope, receive)
             await form_of(scope["path"]).problem(413, too_large)(scope, receive, send)
             return
         received = 0
@@ -143,25 +108,11 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > limit:
-                await _drain(scope, receive)
+                await drain(scope, receive)
                 raise HTTPException(413, too_large)  # FastAPI lets this kind alone through while it reads
             return message
 
         await self.app(scope, counted, send)
-
-
-async def _drain(scope: Scope, receive: Receive) -> None:
-    """Read some of what is still coming: a client that is cut off while it sends would never see the answer."""
-    if "expect" in Headers(scope=scope):
-        return  # it asked first, and has sent nothing
-    left = _DRAIN_BYTES
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_DRAIN_SECONDS):
-            while left > 0:
-                message = await receive()
-                if message["type"] != "http.request" or not message.get("more_body", False):
-                    return
-                left -= len(message.get("body", b""))
 
 
 def _quoted(path: str) -> str:

@@ -27,6 +27,11 @@ REFUSALS = _problems(
     }
 )
 KEYS = _problems({401: "No valid key"})
+READS = _problems({401: "No valid key", 422: "A bad field"})
+ADMIN = _problems({401: "No valid key", 403: "The key lacks the scope `admin`", 422: "A bad field"})
+ADMIN_LOOKUPS = {**ADMIN, **_problems({404: "There is none of this id or name", 503: "The disk is full"})}
+ADMIN_CHANGES = {**ADMIN, **_problems({413: "The body is too large", 503: "The disk is full; see `Retry-After`"})}
+ADMIN_REMOVALS = {**ADMIN_LOOKUPS, **_problems({409: "It isn't empty; `detail` says of what"})}
 FULL_DISK = _problems({503: "The disk is full; see `Retry-After`"})
 """Of whatever writes."""
 LOOKUPS = _problems({401: "No valid key", 404: "Unknown adapter or version", 422: "A bad field"})

@@ -1,14 +1,16 @@
-"""Clients that wait, listen or download, and leave: whoever is gone is noticed at once."""
+"""Clients that wait, listen or download, and leave, or lose their key meanwhile: either is noticed at once."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from server.api.errors import problems
+from server.api.access.authentication import end_of_key
+from server.api.errors.faults import form_of
+from server.errors import Unauthorized
 
 T = TypeVar("T")
 
@@ -24,17 +26,22 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def while_connected(receive: Receive, work: Coroutine[None, None, T]) -> T:
-    """The work's result. Where the client leaves first, the work is cancelled and ClientGoneError raised.
+async def while_connected(scope: Scope, receive: Receive, work: Coroutine[None, None, T]) -> T:
+    """The work's result. Where the client leaves first, the work is cancelled and ClientGoneError raised; where
+    its key is revoked or expires, Unauthorized.
 
     The request's body must have been read.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_gone(receive))
+    losing = end_of_key(scope)
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        watched: list[asyncio.Future[Any]] = [working, leaving, *([] if losing is None else [losing])]
+        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
+        if losing is not None and losing.done():
+            raise Unauthorized("the key was revoked, or has expired")
         raise ClientGoneError
     finally:
         await _cancel(working)
@@ -73,7 +80,7 @@ class Download(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(receive, self._send(send))
+            await while_connected(scope, receive, self._send(send))
         except ClientGoneError:
             pass
         finally:
@@ -114,27 +121,28 @@ class EventStream(Response):
             self.headers.append(name, value)
         self._events = events
         self._close = close
+        self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(receive, self._send(send))
+            await while_connected(scope, receive, self._send(send))
         except ClientGoneError:
             pass
+        except Exception as error:
+            if not self._has_begun:
+                raise
+            event = form_of(scope["path"]).event(error)
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await self._close()
 
     async def _send(self, send: Send) -> None:
-        started = False
-        try:
-            async for event in self._events:
-                if not started:
-                    started = True
-                    await send(self._start())
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-        except Exception as error:
-            if not started:
-                raise
-            await send({"type": "http.response.body", "body": problems.event(error), "more_body": True})
+        async for event in self._events:
+            if not self._has_begun:
+                self._has_begun = True
+                await send(self._start())
+            await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _start(self) -> Message:

@@ -117,15 +117,15 @@ def _serve_at(settings: Settings, say: Callable[[str], None]) -> int:
     logs.set_up()
 
     def announce() -> None:
-        address = url(bound, settings.host)
-        prompts = first_prompts(address, services.encoder.has_chat_template, bool(settings.api_keys))
+        address, is_open = url(bound, settings.host), services.access.ring.is_open
+        prompts = first_prompts(address, services.encoder.has_chat_template, not is_open)
         with suppress(OSError):  # whoever started it may have stopped reading
             typer.echo(f"smolora: {services.base_name} is ready at {address} (its API: {address}/docs).")
             typer.echo("Try, in another terminal:")
             for line in prompts:
                 typer.echo(f"  {line}")
-        if not settings.api_keys and not is_loopback(settings.host):
-            say("anybody who reaches this port can use it: no API keys are set")
+        if is_open and not is_loopback(settings.host):
+            say("anybody who reaches this port can use it: no API key is asked for")
 
     supervisor = Supervisor(settings.workers, worker_command(settings.of_a_worker))
     serving = create_app(services)

@@ -16,13 +16,14 @@ from adapters.catalog.records import Records
 from adapters.library import Library
 from adapters.lora import BaseShape
 from adapters.store.store import AdapterStore
+from server.access.access import open_access
 from server.api.app import create_app
 from server.api.deps import Services
 from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
 from server.api.train.submission import Submissions
 from server.config import Settings
-from server.database import FILE_NAME, connect
+from server.database import FILE_NAME, Commits, connect
 from server.engine.structured.guidance import Guidance
 from server.metrics import Metrics
 from server.model.text.chat import PromptEncoder
@@ -134,14 +135,16 @@ def make_services(
     datasets: DatasetStore,
     files: FileStore,
     guidance: Guidance,
+    database: sa.Engine,
     tmp_path: Path,
 ) -> MakeServices:
     tokenizer = tiny_tokenizer()
     rows = RowEncoder(encoder, tokenizer.eos_token_id)
 
-    def make(**settings: object) -> Services:
+    def make(**given: object) -> Services:
+        settings = Settings.model_validate({"home": tmp_path, **given})
         return Services(
-            settings=Settings.model_validate({"home": tmp_path, **settings}),
+            settings=settings,
             engine=engine,
             encoder=encoder,
             library=library,
@@ -158,6 +161,7 @@ def make_services(
             ),
             estimator=Estimator(jobs, NUM_PARAMETERS, torch.float32, torch.device("cpu")),
             decode=lambda ids: str(tokenizer.decode(ids)),
+            access=open_access(database, Commits(tmp_path), settings.api_keys, settings.allow_anonymous),
         )
 
     return make

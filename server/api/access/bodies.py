@@ -1,7 +1,9 @@
 """Bodies that stop on their way: whoever sends one is told so, and lets go of what waits for it."""
 
 import asyncio
+from contextlib import suppress
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -9,6 +11,9 @@ from server.api.errors.faults import form_of
 
 PROGRESS_BYTES = 16 << 10
 """What has to come within the time, where it isn't the rest: a byte now and then is no progress."""
+
+_DRAIN_BYTES = 64 << 20
+_DRAIN_SECONDS = 10.0
 
 
 class _Late(HTTPException):
@@ -50,3 +55,17 @@ class BodyTimeout:
             await self.app(scope, timed, send)
         except _Late as error:  # another middleware was reading
             await form_of(scope["path"]).problem(error.status_code, error.detail)(scope, receive, send)
+
+
+async def drain(scope: Scope, receive: Receive) -> None:
+    """Read some of what is still coming: a client that is cut off while it sends would never see the answer."""
+    if "expect" in Headers(scope=scope):
+        return  # it asked first, and has sent nothing
+    left = _DRAIN_BYTES
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            while left > 0:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
+                left -= len(message.get("body", b""))

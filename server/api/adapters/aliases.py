@@ -1,6 +1,10 @@
-"""/adapters/{name}/aliases: names for versions that move atomically; moving `latest` back is the rollback."""
+"""/adapters/{name}/aliases: names for versions that move atomically; moving `latest` back is the rollback.
 
-from typing import Annotated
+And /adapters/{name}/visibility: who may use the name.
+"""
+
+from functools import partial
+from typing import Annotated, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Path
@@ -12,7 +16,7 @@ from server.api import wire
 from server.api.adapters.answers import adapter_answer
 from server.api.adapters.schemas import AdapterAnswer
 from server.api.deps import ServicesDep
-from server.api.openapi import ALIASES, UNALIASES
+from server.api.openapi import ALIASES, DELETES, UNALIASES
 from server.api.schemas import Body
 from server.api.strict_route import StrictRoute
 
@@ -53,5 +57,28 @@ async def put_alias(services: ServicesDep, name: Name, alias: Name, body: AliasB
 )
 async def delete_alias(services: ServicesDep, name: Name, alias: Name) -> Response:
     """Delete an alias; its version stays. `latest` can be moved but not deleted."""
-    await to_thread.run_sync(services.library.unpoint, name, alias)
+    deed = partial(services.library.unpoint, name, alias)
+    await to_thread.run_sync(services.audited, "alias.delete", f"{name}@{alias}", deed)
     return Response(status_code=204)
+
+
+class VisibilityBody(Body):
+    """PUT /adapters/{name}/visibility."""
+
+    visibility: Literal["public", "private"] = Field(description="public: other projects may use it")
+
+
+@router.put(
+    "/{name}/visibility",
+    summary="Set the visibility",
+    response_class=Response,
+    responses={200: {"model": AdapterAnswer}, **DELETES},
+)
+async def put_visibility(services: ServicesDep, name: Name, body: VisibilityBody) -> Response:
+    """Let other projects use an adapter or composition, as `project/name`, or no longer.
+
+    All of its versions, now and later. A composition can be public only when its parts are.
+    """
+    deed = partial(services.library.set_visibility, name, body.visibility == "public")
+    adapter = await to_thread.run_sync(services.audited, f"adapter.{body.visibility}", name, deed)
+    return wire.answer(adapter_answer(adapter, services.engine.stats.resident))

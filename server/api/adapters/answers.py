@@ -14,6 +14,7 @@ def adapter_answer(adapter: Adapter, resident: Set[str]) -> Document:
         "name": adapter.name,
         "kind": adapter.kind,
         "latest": adapter.latest,
+        "visibility": "public" if adapter.is_public else "private",
         "aliases": dict(adapter.aliases),
         **_parts(latest),
         "versions": [version_answer(version, resident) for version in adapter.versions],

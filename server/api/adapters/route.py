@@ -1,5 +1,6 @@
 """/adapters: list, upload, download, delete. Everything on disk happens in threads."""
 
+from functools import partial
 from io import BytesIO
 from typing import Annotated, BinaryIO
 
@@ -11,7 +12,7 @@ from starlette.responses import Response
 from adapters.catalog.catalog import Version
 from adapters.errors import NotFound
 from adapters.library import Library
-from adapters.names import MAX_NAME
+from adapters.names import MAX_KEY, MAX_NAME
 from server.api import wire
 from server.api.adapters.answers import adapter_answer, version_answer
 from server.api.adapters.schemas import AdapterAnswer, AdapterList, VersionAnswer
@@ -35,18 +36,17 @@ Force = Annotated[bool, Query(description="let aliases go, too; compositions hol
 )
 async def list_adapters(
     services: ServicesDep,
-    name: Annotated[str | None, Query(max_length=MAX_NAME, description="only this one")] = None,
+    name: Annotated[str | None, Query(max_length=MAX_KEY, description="only this one")] = None,
     limit: Annotated[int | None, Query(ge=1, le=MAX_PAGE, description="of a page")] = None,
-    after: Annotated[
-        str | None, Query(max_length=MAX_NAME, description="the last name of the page before")
-    ] = None,
+    after: Annotated[str | None, Query(max_length=MAX_KEY, description="the last name of the page before")] = None,
+    public: Annotated[bool, Query(description="those that other projects may use, of all projects")] = False,
 ) -> Response:
-    """List adapters by name, with all their versions.
+    """List the project's adapters by name, with all their versions; or what projects share with each other.
 
     If `next` is not null, pass it as `after` for the next page.
     """
     resident = services.engine.stats.resident
-    return await to_thread.run_sync(_page, services.library, resident, name, limit or MAX_PAGE, after)
+    return await to_thread.run_sync(_page, services.library, resident, name, limit or MAX_PAGE, after, public)
 
 
 @router.get(
@@ -112,7 +112,8 @@ async def delete_adapter(services: ServicesDep, name: Name, force: Force = False
 
     Requests that are running finish with the old weights. 409 says what still needs one of the versions.
     """
-    await to_thread.run_sync(services.library.delete, name, force)
+    deed = partial(services.library.delete, name, force)
+    await to_thread.run_sync(services.audited, "adapter.delete", name, deed)
     return Response(status_code=204)
 
 
@@ -126,12 +127,15 @@ async def delete_version(
 
     Its number is never used again; if it was the latest, the highest remaining one is now.
     """
-    await to_thread.run_sync(services.library.delete_version, name, version, force)
+    deed = partial(services.library.delete_version, name, version, force)
+    await to_thread.run_sync(services.audited, "adapter.delete", f"{name}@{version}", deed)
     return Response(status_code=204)
 
 
-def _page(library: Library, resident: frozenset[str], name: str | None, size: int, after: str | None) -> Response:
-    found, following = library.page(name, size, after)
+def _page(
+    library: Library, resident: frozenset[str], name: str | None, size: int, after: str | None, public: bool
+) -> Response:
+    found, following = library.page(name, size, after, public=public)
     return wire.answer({"adapters": [adapter_answer(adapter, resident) for adapter in found], "next": following})
 
 

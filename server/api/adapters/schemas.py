@@ -34,6 +34,7 @@ class AdapterAnswer(BaseModel):
     name: str
     kind: Literal["adapter", "composition"]
     latest: int
+    visibility: Literal["public", "private"] = Field(description="public: other projects may use it")
     aliases: dict[str, int] = Field(description="all but latest")
     parts: list[UsedAdapter] | None = Field(None, description="of a composition: its latest version's")
     versions: list[VersionAnswer]

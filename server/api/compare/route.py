@@ -26,7 +26,7 @@ async def compare_adapters(body: CompareBody, request: Request, services: Servic
     """
     comparison = await compare(services, body)
     try:
-        answer = await while_connected(request.receive, comparison.collect())
+        answer = await while_connected(request.scope, request.receive, comparison.collect())
     except ClientGoneError:
         return Response(status_code=499)  # nobody reads it; the log does
     finally:

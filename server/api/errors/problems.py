@@ -17,7 +17,7 @@ from adapters.errors import Conflict, FieldError, InvalidInput, NotFound, Smolor
 from server.api import wire
 from server.api.errors import wording
 from server.api.errors.near_names import unknown_field
-from server.errors import Forbidden, PayloadTooLarge, TryAgain, Unauthorized, Unavailable
+from server.errors import Forbidden, PayloadTooLarge, RateLimited, TryAgain, Unauthorized, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
 MAX_ERRORS = 32
@@ -75,6 +75,8 @@ def headers_of(error: SmoloraError) -> dict[str, str]:
     headers: dict[str, str] = {}
     if isinstance(error, TryAgain):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if isinstance(error, RateLimited):
+        headers |= error.headers
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = 'Bearer realm="smolora"'
     return headers

@@ -8,7 +8,8 @@ it. How answers look is `server.api.generate.answers`'s part.
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from anyio import to_thread
@@ -16,8 +17,10 @@ from anyio import to_thread
 from adapters.catalog.catalog import Part, combine
 from adapters.errors import FieldError, InvalidInput
 from adapters.expression import Term, parse
-from adapters.names import BASE, name_fault
+from adapters.names import BASE, reference_fault
 from adapters.pinned import Pinned
+from server.access.principal import Principal
+from server.access.usage import Ledger, Usage
 from server.api.deps import OutputStream, Services
 from server.api.generate.sampling import context_faults, sampling_params
 from server.api.generate.schemas import AdapterBody, GenerateBody, PromptBody
@@ -31,11 +34,34 @@ _SHORT_TEXT = 2048
 """Characters that are encoded on the spot (about a millisecond); longer texts go to a thread."""
 
 
+@dataclass(frozen=True)
+class LedgerAccount:
+    """Where a generation is counted. Of several that are one answer the first alone `is_request`."""
+
+    ledger: Ledger
+    principal: Principal
+    is_request: bool = True
+
+    def keys(self, names: Iterable[str]) -> frozenset[str]:
+        """What the server as a whole calls the project's adapters of these names."""
+        return frozenset(map(self.principal.viewpoint.key, names)) or frozenset({BASE})
+
+    def add(self, keys: Iterable[str], usage: Usage) -> None:
+        """Count what was used under these adapters."""
+        self.ledger.add(self.principal.project, self.principal.key_id, "+".join(sorted(keys)), usage)
+
+
 class Generation:
     """One accepted request. Iterate `outputs` once; `close` at the end, which aborts what still runs."""
 
     def __init__(
-        self, request: GenerationRequest, pinned: Pinned, stream: OutputStream, metrics: Metrics, timeout: float
+        self,
+        request: GenerationRequest,
+        pinned: Pinned,
+        stream: OutputStream,
+        metrics: Metrics,
+        timeout: float,
+        account: "LedgerAccount",
     ) -> None:
         """Its outputs come to an end within `timeout` seconds from now."""
         self.request = request
@@ -44,10 +70,12 @@ class Generation:
         self._pinned = pinned
         self._stream = stream
         self._metrics = metrics
-        self._names = {part.name for part in pinned.parts} or {BASE}
+        self._account = account
+        self._names = account.keys(part.name for part in pinned.parts)
         self._started = time.perf_counter()
         self._deadline = asyncio.get_running_loop().time() + timeout
         self._num_tokens = 0
+        self._num_cached: dict[int, int] = {}  # by choice
         self._num_running = request.n
         self._outcome: Outcome = "cancelled"
         self._closed = False
@@ -70,6 +98,7 @@ class Generation:
             while (output := await self._next()) is not None:
                 if output.error is not None:
                     raise output.error
+                self._num_cached[output.index] = output.num_cached_tokens
                 if output.num_new_tokens:
                     self._observe(output, last)
                 if output.finish_reason is not None:
@@ -83,6 +112,7 @@ class Generation:
             self._outcome = "failed"
             raise
         self._outcome = "completed"
+        self._book()
 
     async def close(self) -> None:
         """Abort what still runs and let go of the adapters. More than once is once."""
@@ -93,6 +123,7 @@ class Generation:
             await self._stream.aclose()
         finally:
             self._pinned.release()
+            self._book()
             took = time.perf_counter() - self._started
             self._metrics.ended(self._outcome, took, self._names, self._num_tokens)
 
@@ -105,6 +136,14 @@ class Generation:
             return None
         except TimeoutError:
             raise GenerationTimeout from None
+
+    def _book(self) -> None:
+        """Count what came, as the answer's usage has it: where it was cut off, that much. Twice is once."""
+        if (cached := self._num_cached) and self.request.scored_from is None:
+            self._num_cached = {}
+            num_requests = int(self._account.is_request)
+            usage = Usage(num_requests, self.num_prompt_tokens, min(cached.values()), self._num_tokens)
+            self._account.add(self._names, usage)
 
     def _observe(self, output: SequenceOutput, last: dict[int, float]) -> None:
         now = time.perf_counter()
@@ -135,13 +174,17 @@ async def start(
     field: str = "adapter",
     grammar: Grammar | None = None,
     scored_from: int | None = None,
+    is_request: bool = True,
 ) -> Generation:
     """Likewise, from what the body came to. Names of adapters that don't go are refused on `field`.
 
-    With `scored_from`, the prompt's tokens from there on are scored, and nothing is generated.
+    With `scored_from`, the prompt's tokens from there on are scored, and nothing is generated. `is_request` is as
+    in `LedgerAccount`.
     """
     if grammar is not None:
         await check_grammar(services, grammar, sampling)
+    principal = services.principal
+    services.access.rates.take(principal, "tokens", len(token_ids) + n * sampling.max_tokens)
     pinned = await to_thread.run_sync(services.library.pin, terms, field) if terms else Pinned(())
     try:
         request = GenerationRequest(
@@ -159,7 +202,8 @@ async def start(
         if isinstance(error, TryAgain):
             services.metrics.refused()
         raise
-    return Generation(request, pinned, stream, services.metrics, services.settings.request_timeout)
+    account = LedgerAccount(services.access.ledger, principal, is_request)
+    return Generation(request, pinned, stream, services.metrics, services.settings.request_timeout, account)
 
 
 def ask_queue(services: Services, num_sequences: int) -> None:
@@ -190,7 +234,7 @@ _ADAPTER_FIELDS = ("adapter", "adapters")
 
 def _part_faults(index: int, part: AdapterBody) -> list[FieldError]:
     faults = []
-    if fault := name_fault(part.name):
+    if fault := reference_fault(part.name):
         message = "the base is always in the sum: leave it out" if part.name == BASE else fault
         faults.append(FieldError(("adapters", index, "name"), message))
     if part.version is not None and part.alias is not None:

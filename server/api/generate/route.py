@@ -43,7 +43,9 @@ async def generate(body: GenerateBody, request: Request, services: ServicesDep) 
     if body.stream:
         return EventStream(answers.stream(generation, services.base_name), generation.close)
     try:
-        answer = await while_connected(request.receive, answers.collect(generation, services.base_name))
+        answer = await while_connected(
+            request.scope, request.receive, answers.collect(generation, services.base_name)
+        )
     except ClientGoneError:
         return Response(status_code=499)  # nobody reads it; the log does
     finally:

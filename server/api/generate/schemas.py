@@ -9,14 +9,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.expression import MAX_LENGTH, MAX_PARTS, MAX_WEIGHT
-from adapters.names import MAX_NAME
+from adapters.names import MAX_KEY, MAX_NAME
 from server.api.schemas import MAX_SEED, Body, MessageBody, ResponseFormatBody, SamplingFields, UsedAdapter
 
 
 class AdapterBody(Body):
     """One part of a composition, spelt out; the latest version where neither version nor alias is given."""
 
-    name: str = Field(min_length=1, max_length=MAX_NAME)
+    name: str = Field(min_length=1, max_length=MAX_KEY, description="another project's: project/name")
     version: int | None = Field(None, ge=1)
     alias: str | None = Field(None, min_length=1, max_length=MAX_NAME)
     weight: float = Field(1.0, ge=-MAX_WEIGHT, le=MAX_WEIGHT)

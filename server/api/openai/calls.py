@@ -104,7 +104,9 @@ async def _start(
     started: list[Generation] = []
     try:
         for ids in prompts:
-            begun = await start(services, terms, ids, sampling, body.n or 1, "model", grammar)
+            begun = await start(
+                services, terms, ids, sampling, body.n or 1, "model", grammar, is_request=not started
+            )
             started.append(begun)
             # a name that moves meanwhile moves for none of them
             terms = [Term(part.name, part.version, weight=part.weight) for part in begun.parts]

@@ -18,7 +18,7 @@ _MAX_WARNINGS, _MAX_WARNING = 8, 400  # headers, and characters of one
 async def at_once(request: Request, batch: Batch, answer: Coroutine[None, None, dict[str, object]]) -> Response:
     """The answer as one document. A client that goes away ends what runs."""
     try:
-        response = wire.answer(await while_connected(request.receive, answer))
+        response = wire.answer(await while_connected(request.scope, request.receive, answer))
         for name, value in _warnings(batch):
             response.headers.append(name, value)
         return response

@@ -4,6 +4,7 @@ Deleting is what DELETE /adapters does, with the same refusals.
 """
 
 from datetime import datetime
+from functools import partial
 from typing import Annotated
 
 from anyio import to_thread
@@ -34,7 +35,7 @@ async def models(services: ServicesDep) -> Response:
     return wire.answer({"object": "list", "data": [_base(services), *listed]})
 
 
-@router.get("/models/{model}", summary="One model", response_class=Response, responses=REFUSALS)
+@router.get("/models/{model:path}", summary="One model", response_class=Response, responses=REFUSALS)
 async def model(model: Annotated[str, Path(max_length=MAX_LENGTH)], services: ServicesDep) -> Response:
     """Get the base, or what an adapter expression means now."""
     terms = terms_of(services, model)
@@ -48,7 +49,7 @@ async def model(model: Annotated[str, Path(max_length=MAX_LENGTH)], services: Se
     return wire.answer(_adapter(services, model, max(version.created_at for version in versions)))
 
 
-@router.delete("/models/{model}", summary="Delete a model", response_class=Response, responses=REFUSALS)
+@router.delete("/models/{model:path}", summary="Delete a model", response_class=Response, responses=REFUSALS)
 async def delete(model: Annotated[str, Path(max_length=MAX_LENGTH)], services: ServicesDep) -> Response:
     """Delete an adapter or composition by name, or one version, as in `tweets@3`.
 
@@ -58,11 +59,10 @@ async def delete(model: Annotated[str, Path(max_length=MAX_LENGTH)], services: S
     if len(terms) != 1 or str(terms[0]) != model or terms[0].alias is not None or terms[0].weight != 1:
         raise InvalidInput.of("model", "can only be deleted by an adapter's name, or name@version")
     name, version = terms[0].name, terms[0].version
+    library = services.library
+    deed = partial(library.delete, name) if version is None else partial(library.delete_version, name, version)
     try:
-        if version is None:
-            await to_thread.run_sync(services.library.delete, name)
-        else:
-            await to_thread.run_sync(services.library.delete_version, name, version)
+        await to_thread.run_sync(services.audited, "adapter.delete", model, deed)
     except NotFound as error:
         raise ModelNotFound(str(error)) from None
     return wire.answer({"id": model, "object": "model", "deleted": True})

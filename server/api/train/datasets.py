@@ -1,5 +1,6 @@
 """/datasets: upload rows once, train on them often. Everything on disk happens in threads."""
 
+from functools import partial
 from typing import Annotated
 
 from anyio import to_thread
@@ -66,7 +67,8 @@ async def get_dataset(services: ServicesDep, dataset_id: DatasetId) -> Response:
 )
 async def delete_dataset(services: ServicesDep, dataset_id: DatasetId) -> Response:
     """Delete a data set. Jobs that have ended don't need it any more."""
-    await to_thread.run_sync(_delete, services, dataset_id)
+    deed = partial(_delete, services, dataset_id)
+    await to_thread.run_sync(services.audited, "dataset.delete", dataset_id, deed)
     return Response(status_code=204)
 
 
@@ -78,6 +80,6 @@ def _put(datasets: DatasetStore, form: FormData) -> dict[str, object]:
 
 def _delete(services: Services, dataset_id: str) -> None:
     services.datasets.get(dataset_id)  # or there is none
-    if services.jobs.in_use(dataset_id):
+    if services.jobs.in_use(dataset_id, services.principal.project):
         raise Conflict("a training job that hasn't ended needs this data set: cancel it, or wait for its end")
     services.datasets.delete(dataset_id)

@@ -1,6 +1,7 @@
 """/train: submit jobs, watch and steer them, and what came of them. Disk and tokenizer work in threads."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Annotated
 
@@ -118,6 +119,7 @@ async def get_events(
     """
     if _SSE not in request.headers.get("accept", "").lower():
         return await to_thread.run_sync(_events, services.jobs, request.url.path, job_id, after, limit)
+    await to_thread.run_sync(services.jobs.get, job_id)  # or it is another project's
     follower = services.feeds.follow(job_id, after if last_id is None else last_id)
     return EventStream(follower.stream(), follower.close)
 
@@ -199,7 +201,8 @@ async def remove_files(services: ServicesDep, job_id: JobId) -> Response:
     Its record, events and report stay, and so do the versions that it published and the data sets that it
     used. Repeating the request gives the same answer.
     """
-    await to_thread.run_sync(Retention(services.settings.home, services.jobs).remove, job_id)
+    deed = partial(Retention(services.settings.home, services.jobs).remove, job_id)
+    await to_thread.run_sync(services.audited, "job.delete", job_id, deed)
     return Response(status_code=204)
 
 

@@ -10,6 +10,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,6 +72,12 @@ class Submissions:
         self._encoder = encoder
         self._max_length = max_length
         self._base_digest = base_digest
+
+    def of(self, jobs: Jobs, sources: RowSources, library: Library) -> "Submissions":
+        """The same for a project."""
+        other = copy(self)
+        other._jobs, other._sources, other._library = jobs, sources, library
+        return other
 
     def submit(
         self, body: TrainBody, idempotency_key: str | None, fine_tuning: Mapping[str, object] | None = None

@@ -49,6 +49,7 @@ class Dataset:
     kinds: Mapping[str, int]  # rows of each shape: completion, messages, text
     digest: str  # as rows.data_digest
     filename: str | None = None  # what it was before they were kept
+    key_id: str | None = None  # of the API key that uploaded it
 
     def to_document(self) -> dict[str, object]:
         """JSON-ready."""
@@ -61,10 +62,11 @@ class Dataset:
 
 
 class DatasetStore:
-    """The data sets under one root. Thread-safe."""
+    """The data sets under one root. Thread-safe. `key_id` is kept with what is put into it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, key_id: str | None = None) -> None:
         self._root = root
+        self._key_id = key_id
         self._records = RecordStore(
             root,
             _ID,
@@ -81,6 +83,7 @@ class DatasetStore:
         """
         file_format = format_of(filename)
         counted = _Counted(stream)
+        self._root.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=UNFINISHED, dir=self._root)
         unfinished = Path(name)
         try:
@@ -103,6 +106,7 @@ class DatasetStore:
                 kinds=dict(sorted(kinds.items())),
                 digest=digest.hexdigest(),
                 filename=short_name(filename),
+                key_id=self._key_id,
             )
             return self._publish(unfinished, dataset)
         finally:
@@ -123,6 +127,10 @@ class DatasetStore:
     def delete(self, dataset_id: str) -> None:
         """Raises NotFound. Who is reading its rows now reads on."""
         self._records.delete(dataset_id)
+
+    def clean(self) -> None:
+        """Drop what killed processes left, once it is old enough."""
+        self._records.clean()
 
     def _publish(self, rows: Path, dataset: Dataset) -> Dataset:
         existing = self._records.find(dataset.id)

@@ -50,6 +50,7 @@ class StoredFile:
     bytes: int
     sha256: str
     created_at: datetime  # UTC
+    key_id: str | None = None  # of the API key that uploaded it, or had it made
 
     def to_document(self) -> dict[str, object]:
         """JSON-ready."""
@@ -62,9 +63,10 @@ class StoredFile:
 
 
 class FileStore:
-    """The files under one root. Thread-safe."""
+    """The files under one root. Thread-safe. `key_id` is kept with what is put into it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, key_id: str | None = None) -> None:
+        self._key_id = key_id
         self._records = RecordStore(root, _ID, FACTS, StoredFile.from_document, "no file has this id", CorruptFile)
 
     def put(self, stream: BinaryIO, filename: str) -> StoredFile:
@@ -84,8 +86,9 @@ class FileStore:
                 if not sum(1 for _ in read_rows(cast("BinaryIO", read), file_format)):
                     raise InvalidInput.of(FILE, "has no rows")
             size = content.stat().st_size
+            digest = read.digest.hexdigest()
             file = StoredFile(
-                file_id, name, "fine-tune", file_format, size, read.digest.hexdigest(), datetime.now(UTC)
+                file_id, name, "fine-tune", file_format, size, digest, datetime.now(UTC), self._key_id
             )
             write_json(directory / FACTS, file.to_document())
         return file
@@ -95,7 +98,8 @@ class FileStore:
         file_id = results_id(job_id)
         digest = hashlib.sha256(content).hexdigest()
         name, size = f"{job_id}.csv", len(content)
-        file = StoredFile(file_id, name, "fine-tune-results", "csv", size, digest, datetime.now(UTC))
+        made = (datetime.now(UTC), self._key_id)
+        file = StoredFile(file_id, name, "fine-tune-results", "csv", size, digest, *made)
         with new_directory(self._records.place(file_id)) as directory:
             (directory / CONTENT).write_bytes(content)
             write_json(directory / FACTS, file.to_document())
@@ -133,6 +137,10 @@ class FileStore:
     def delete(self, file_id: str) -> None:
         """Raises NotFound. Who is reading it now reads on."""
         self._records.delete(file_id)
+
+    def clean(self) -> None:
+        """Drop what killed processes left, once it is old enough."""
+        self._records.clean()
 
 
 class RowSources:

@@ -1,5 +1,7 @@
 """Directories under one root, each with an id and a record: what data sets and files have in common.
 
+The root needn't be there before something is put into it.
+
 <root>/<id>/<record's file>      JSON; a directory with it is whole
 """
 
@@ -39,8 +41,6 @@ class RecordStore(Generic[R]):
         corrupt: type[SmoloraError],
     ) -> None:
         """`decode` raises ValueError on what is no record; `missing` says what no id names."""
-        root.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(root)
         self._root = root
         self._ids = ids
         self._file_name = file_name
@@ -71,6 +71,8 @@ class RecordStore(Generic[R]):
 
     def list(self) -> list[R]:
         """All of them, newest first."""
+        if not self._root.is_dir():
+            return []
         found = [self._read(path) for path in self._root.iterdir() if self._ids.fullmatch(path.name)]
         kept = [record for record in found if record is not None]
         return sorted(kept, key=lambda record: (record.created_at, record.id), reverse=True)
@@ -81,6 +83,10 @@ class RecordStore(Generic[R]):
             remove_directory(self.place(record_id))
         except FileNotFoundError:
             raise NotFound(self._missing) from None
+
+    def clean(self) -> None:
+        """Drop what killed processes left, once it is old enough."""
+        remove_abandoned(self._root)
 
     def _read(self, place: Path) -> R | None:
         try:

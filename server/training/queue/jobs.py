@@ -1,76 +1,68 @@
 """Jobs, trainings and merges, as those see them who submit and steer them; workers have `leases.py`.
 
+A project sees its own alone, and of another's it learns no more than of an id that nothing has.
 Every write is one transaction, every read one statement. A job's rows, checkpoints and log are files under HOME,
 which belong to others.
 """
 
 import builtins
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import NamedTuple, cast
+from typing import cast
 
 import sqlalchemy as sa
 
 from adapters.catalog.tables import UtcDateTime, transact
-from adapters.errors import Conflict, InvalidInput, NotFound
+from adapters.errors import Conflict, NotFound
+from adapters.viewpoint import Viewpoint
+from server.counted import counted
 from server.errors import QueueFull
-from server.training.merge_spec import MergeSpec, Spec, read_spec
+from server.training.merge_spec import Spec
 from server.training.queue import events as job_events
 from server.training.queue.events import Event, plain
-from server.training.queue.tables import JobKind, Status, jobs, uses
+from server.training.queue.job_rows import (
+    FINE_TUNING,
+    NO_JOB,
+    Job,
+    Standing,
+    get_job,
+    job_of,
+    repeated,
+    select_jobs,
+)
+from server.training.queue.tables import Status, count_time, database_time, jobs, uses
+from server.training.queue.used import charge
 
-__all__ = ["Event", "Job", "Jobs", "Standing", "Status"]
+__all__ = ["FINE_TUNING", "NO_JOB", "Event", "Job", "Jobs", "Standing", "Status"]
 
-NO_JOB = "there is no job {}: GET /train lists them"
 MAX_UNFINISHED = 1000
-FINE_TUNING = "fine_tuning"
-"""The part of `Job.data` that jobs have which were made under /v1: what they have there and not under /train."""
 _RETRY_SECONDS = 30.0
 
 _ENDED = [status for status in Status if status.has_ended]
 
 
-@dataclass(frozen=True)
-class Job:
-    """A job as it stands. `position` is its place among those that wait, from 1; None where it doesn't wait."""
-
-    id: str
-    name: str
-    status: Status
-    spec: Spec
-    data: Mapping[str, object]
-    progress: Mapping[str, object]
-    metrics: Mapping[str, object]
-    adapter: Mapping[str, object] | None  # name, version and digest of what it published
-    error: str | None
-    created_at: datetime  # in UTC, as the others
-    started_at: datetime | None
-    finished_at: datetime | None
-    files_removed_at: datetime | None
-    attempt: int
-    position: int | None
-    is_pausing: bool  # runs until its worker lets go
-
-    @property
-    def kind(self) -> JobKind:
-        return "merge" if isinstance(self.spec, MergeSpec) else "train"
-
-
-class Standing(NamedTuple):
-    """What tells whether there is news of a job."""
-
-    status: Status
-    num_events: int  # the `seq` of the last one
-
-
 class Jobs:
-    """All jobs. Thread-safe; other processes may write the same tables."""
+    """All jobs, or a project's. Thread-safe; other processes may write the same tables."""
 
-    def __init__(self, engine: sa.Engine, max_unfinished: int = MAX_UNFINISHED) -> None:
+    def __init__(
+        self,
+        engine: sa.Engine,
+        max_unfinished: int = MAX_UNFINISHED,
+        of: Viewpoint | None = None,
+        max_of_key: int | None = None,
+    ) -> None:
+        """`max_unfinished` jobs of a project may be unended at once, and `max_of_key` of the viewpoint's key."""
         self._engine = engine
         self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._max_unfinished = max_unfinished
+        self._max_of_key = max_of_key
+        self._of = of
+        self._mine = sa.true() if of is None or of.sees_all else jobs.c.project == of.project
+
+    def of(self, viewpoint: Viewpoint, max_of_project: int | None = None, max_of_key: int | None = None) -> "Jobs":
+        """Those that a project sees; it may have so many at once that haven't ended, and so may its key."""
+        most = self._max_unfinished if max_of_project is None else min(max_of_project, self._max_unfinished)
+        return Jobs(self._engine, most, viewpoint, max_of_key)
 
     def submit(
         self,
@@ -91,14 +83,17 @@ class Jobs:
         InvalidInput where the body was another one. Raises QueueFull where too many jobs haven't ended.
         """
 
+        of = self._of or Viewpoint()
+        stored_key = self._stored(idempotency_key)
+
         def work(connection: sa.Connection) -> Job:
-            if (first := _repeated(connection, idempotency_key, body_digest)) is not None:
+            if (first := repeated(connection, stored_key, body_digest)) is not None:
                 return first
-            unfinished = sa.select(sa.func.count()).select_from(jobs).where(jobs.c.status.not_in(_ENDED))
-            if connection.execute(unfinished).scalar_one() >= self._max_unfinished:
-                raise QueueFull(f"{self._max_unfinished} training jobs haven't ended", _RETRY_SECONDS)
+            self._refuse_too_many(connection, of)
             row = {
                 "id": job_id,
+                "project": of.project,
+                "key_id": of.key_id,
                 "name": spec.name,
                 "status": Status.QUEUED,
                 "spec": spec.to_document(),
@@ -106,7 +101,7 @@ class Jobs:
                 "progress": {},
                 "metrics": {},
                 "created_at": datetime.now(UTC),
-                "idempotency_key": idempotency_key,
+                "idempotency_key": stored_key,
                 "body_digest": body_digest,
                 "token": 0,
                 "lease_until": 0.0,
@@ -122,25 +117,25 @@ class Jobs:
             job_events.append(connection, job_id, "queued")
             for text in warnings:
                 job_events.append(connection, job_id, text, level="warning")
-            return _get(connection, job_id)
+            return get_job(connection, job_id, sa.true())
 
         return transact(self._engine, work)
 
     def repeated(self, idempotency_key: str | None, body_digest: str) -> Job | None:
         """What `submit` would return for this key without a new job: to ask before work is put into one."""
         with self._reader.connect() as connection:
-            return _repeated(connection, idempotency_key, body_digest)
+            return repeated(connection, self._stored(idempotency_key), body_digest)
 
     def get(self, job_id: str) -> Job:
         """Raises NotFound."""
         with self._reader.connect() as connection:
-            return _get(connection, job_id)
+            return get_job(connection, job_id, self._mine)
 
     def list(
         self, status: Status | None = None, limit: int = 100, before: str | None = None
     ) -> builtins.list[Job]:
         """The newest jobs first, at most `limit`: all or those of one status, older than `before`."""
-        query = _select_jobs().order_by(jobs.c.number.desc()).limit(limit)
+        query = select_jobs().where(self._mine).order_by(jobs.c.number.desc()).limit(limit)
         if status is not None:
             query = query.where(jobs.c.status == status)
         if before is not None:
@@ -148,19 +143,19 @@ class Jobs:
             number = sa.select(other.c.number).where(other.c.id == before).scalar_subquery()
             query = query.where(jobs.c.number < number)
         with self._reader.connect() as connection:
-            return [_job(row) for row in connection.execute(query).mappings()]
+            return [job_of(row) for row in connection.execute(query).mappings()]
 
     def events(self, job_id: str, after: int = 0, limit: int = 1000) -> builtins.list[Event]:
         """What happened to the job after the event numbered `after`, at most `limit` of it. Raises NotFound."""
         with self._reader.connect() as connection:
-            found = job_events.read(connection, job_id, after, limit)
-            if not found and connection.execute(sa.select(jobs.c.id).where(jobs.c.id == job_id)).first() is None:
+            if connection.execute(sa.select(jobs.c.id).where(jobs.c.id == job_id, self._mine)).first() is None:
                 raise NotFound(NO_JOB.format(job_id))
-            return found
+            return job_events.read(connection, job_id, after, limit)
 
     def standings(self, job_ids: Iterable[str]) -> dict[str, Standing]:
         """Of those of the jobs that there are."""
-        query = sa.select(jobs.c.id, jobs.c.status, jobs.c.num_events).where(jobs.c.id.in_(list(job_ids)))
+        query = sa.select(jobs.c.id, jobs.c.status, jobs.c.num_events)
+        query = query.where(jobs.c.id.in_(list(job_ids)), self._mine)
         with self._reader.connect() as connection:
             rows = connection.execute(query).all()
         return {row.id: Standing(Status(row.status), row.num_events) for row in rows}
@@ -168,7 +163,7 @@ class Jobs:
     def report(self, job_id: str) -> Mapping[str, object] | None:
         """The card of a job that succeeded; None before. Raises NotFound."""
         with self._reader.connect() as connection:
-            row = connection.execute(sa.select(jobs.c.report).where(jobs.c.id == job_id)).first()
+            row = connection.execute(sa.select(jobs.c.report).where(jobs.c.id == job_id, self._mine)).first()
         if row is None:
             raise NotFound(NO_JOB.format(job_id))
         return cast("Mapping[str, object] | None", row.report)
@@ -176,7 +171,9 @@ class Jobs:
     def cancel(self, job_id: str) -> Job:
         """End the job, from this moment; a worker that has it stops within a micro-step. NotFound, Conflict."""
         ended = {"status": Status.CANCELLED, "wants_pause": False, "finished_at": datetime.now(UTC)}
-        return self._steer(job_id, {status: (ended, "cancelled") for status in Status if not status.has_ended})
+        of_running = {**ended, **count_time(database_time())}
+        moves = {status: (ended, "cancelled") for status in Status if not status.has_ended}
+        return self._steer(job_id, {**moves, Status.RUNNING: (of_running, "cancelled")})
 
     def pause(self, job_id: str) -> Job:
         """Have the job wait until it is resumed, one that runs after its micro-step. NotFound, Conflict."""
@@ -200,12 +197,22 @@ class Jobs:
             },
         )
 
-    def in_use(self, used: str) -> bool:
-        """Whether a job that hasn't ended needs the data set of that id, or the adapter of that digest."""
+    def in_use(self, used: str, project: str | None = None) -> bool:
+        """Whether a job, of the project or of any, that hasn't ended needs the data set of that id, or the adapter
+        of that digest.
+        """
         query = sa.select(uses.c.job_id).join(jobs, jobs.c.id == uses.c.job_id)
         query = query.where(uses.c.used == used, jobs.c.status.not_in(_ENDED)).limit(1)
+        if project is not None:
+            query = query.where(jobs.c.project == project)
         with self._reader.connect() as connection:
             return connection.execute(query).first() is not None
+
+    def num_unfinished(self) -> int:
+        """How many haven't ended."""
+        query = sa.select(sa.func.count()).select_from(jobs).where(self._mine, jobs.c.status.not_in(_ENDED))
+        with self._reader.connect() as connection:
+            return connection.execute(query).scalar_one()
 
     def is_known(self, job_id: str) -> bool:
         """Whether there is such a job, ended or not."""
@@ -219,7 +226,7 @@ class Jobs:
         Raises NotFound, or Conflict where it hasn't ended.
         """
         with self._engine.begin() as connection:
-            mine = jobs.c.id == job_id
+            mine = sa.and_(jobs.c.id == job_id, self._mine)
             status = connection.execute(sa.select(jobs.c.status).where(mine)).scalar_one_or_none()
             if status is None:
                 raise NotFound(NO_JOB.format(job_id))
@@ -244,7 +251,7 @@ class Jobs:
     def _steer(self, job_id: str, moves: Mapping[Status, tuple[Mapping[str, object], str] | None]) -> Job:
         """Change the job as `moves` says for its status, with that event; Conflict where it says nothing."""
         with self._engine.begin() as connection:
-            mine = jobs.c.id == job_id
+            mine = sa.and_(jobs.c.id == job_id, self._mine)
             query = sa.select(jobs.c.status, jobs.c.wants_pause).where(mine).with_for_update()
             row = connection.execute(query).first()
             if row is None:
@@ -256,42 +263,22 @@ class Jobs:
                 values, message = move
                 connection.execute(sa.update(jobs).where(mine).values(dict(values)))
                 job_events.append(connection, job_id, message)
-            return _get(connection, job_id)
+                if values.get("status") == Status.CANCELLED:
+                    charge(connection, job_id)
+            return get_job(connection, job_id, self._mine)
 
+    def _stored(self, idempotency_key: str | None) -> str | None:
+        """Each project has its own."""
+        project = (self._of or Viewpoint()).project
+        return None if idempotency_key is None else f"{project}/{idempotency_key}"
 
-def _select_jobs() -> "sa.Select[tuple[object, ...]]":
-    ahead = jobs.alias()
-    counted = sa.select(sa.func.count()).where(ahead.c.status == Status.QUEUED, ahead.c.number <= jobs.c.number)
-    position = sa.case((jobs.c.status == Status.QUEUED, counted.scalar_subquery()), else_=None)
-    columns = [column for column in jobs.columns if column is not jobs.c.report]
-    return sa.select(*columns, position.label("position"))
-
-
-def _get(connection: sa.Connection, job_id: str) -> Job:
-    row = connection.execute(_select_jobs().where(jobs.c.id == job_id)).mappings().first()
-    if row is None:
-        raise NotFound(NO_JOB.format(job_id))
-    return _job(row)
-
-
-def _repeated(connection: sa.Connection, key: str | None, body_digest: str) -> Job | None:
-    if key is None:
-        return None
-    row = connection.execute(_select_jobs().where(jobs.c.idempotency_key == key)).mappings().first()
-    if row is None:
-        return None
-    if row["body_digest"] != body_digest:
-        raise InvalidInput.of("Idempotency-Key", "this key was used with another body; take a new one")
-    return _job(row)
-
-
-def _job(row: sa.RowMapping) -> Job:
-    same = ("id", "name", "data", "progress", "metrics", "adapter", "error", "position")
-    times = ("created_at", "started_at", "finished_at", "files_removed_at")
-    return Job(
-        **{key: row[key] for key in same + times},
-        status=Status(row["status"]),
-        spec=read_spec(row["spec"]),
-        attempt=row["token"],
-        is_pausing=row["wants_pause"],
-    )
+    def _refuse_too_many(self, connection: sa.Connection, of: Viewpoint) -> None:
+        unfinished = sa.select(sa.func.count()).where(jobs.c.project == of.project, jobs.c.status.not_in(_ENDED))
+        bounds = [(self._max_unfinished, "", unfinished)]
+        if self._max_of_key is not None:
+            bounds.append((self._max_of_key, " of this key", unfinished.where(jobs.c.key_id == of.key_id)))
+        for most, whose, query in bounds:
+            if connection.execute(query).scalar_one() >= most:
+                raise QueueFull(
+                    f"{counted(most, 'job')}{whose} may be unfinished at once, and are", _RETRY_SECONDS
+                )

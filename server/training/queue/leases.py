@@ -18,15 +18,17 @@ from adapters.catalog.catalog import NewVersion, Version, recording
 from adapters.catalog.records import Records
 from adapters.catalog.tables import UtcDateTime, transact
 from adapters.catalog.unattended import publish_unattended_in
+from adapters.viewpoint import key_of
 from server.training.queue import events as job_events
 from server.training.queue.events import EventType, Level, plain
-from server.training.queue.tables import TRAIN, JobKind, Status, database_time, jobs
+from server.training.queue.tables import JobKind, Status, Time, count_time, database_time, jobs
+from server.training.queue.turns import claimable
+from server.training.queue.used import charge
 
 LEASE_SECONDS = 10.0
 MAX_STALLED_ATTEMPTS = 25
 MAX_CRASH_DELAY = 5.0
 
-Time = sa.ColumnElement[float]
 Clock = Callable[[], Time]
 
 
@@ -72,7 +74,7 @@ class Leases:
         """
 
         def work(connection: sa.Connection) -> Claim | None:
-            query = _claimable(self._now(), kind).with_for_update(skip_locked=True)
+            query = claimable(self._now(), kind).with_for_update(skip_locked=True)
             while (row := connection.execute(query).first()) is not None:
                 if row.wants_pause:
                     paused = {"status": Status.PAUSED, "wants_pause": False}
@@ -81,17 +83,17 @@ class Leases:
                 elif row.stalled_attempts >= MAX_STALLED_ATTEMPTS:
                     reason = f"{row.stalled_attempts} attempts in a row made no new checkpoint"
                     reason += f"; the last one: {row.crash}" if row.crash else ""
-                    _end(connection, row.id, Status.FAILED, error=reason)
+                    _end(connection, row.id, Status.FAILED, None, error=reason)
                     job_events.append(connection, row.id, reason, level="error")
                 else:
                     claim = Claim(row.id, row.token + 1, owner)
-                    until = self._now() + lease_seconds
-                    _start(connection, claim, until, is_orphan=row.status == Status.RUNNING)
+                    is_orphan = row.status == Status.RUNNING
+                    _start(connection, claim, self._now(), lease_seconds, is_orphan=is_orphan)
                     return claim
             return None
 
         with self._reader.connect() as connection:  # takes no lock, unlike the transaction
-            if connection.execute(_claimable(self._now(), kind)).first() is None:
+            if connection.execute(claimable(self._now(), kind)).first() is None:
                 return None
         return transact(self._engine, work)
 
@@ -114,7 +116,7 @@ class Leases:
         metrics: Mapping[str, object] | None = None,
     ) -> Directive:
         """Keep the job for `lease_seconds` from now, and store how far it is; what is wanted of the holder."""
-        values: dict[str, object] = {"lease_until": self._now() + lease_seconds}
+        values: dict[str, object] = {"lease_until": self._now() + lease_seconds, **count_time(self._now())}
         values |= {"progress": plain(progress)} if progress is not None else {}
         values |= {"metrics": plain(metrics)} if metrics is not None else {}
         with self._engine.begin() as connection:
@@ -179,11 +181,15 @@ class Leases:
             version = warning = None
             message = "succeeded; no version was published"
             if publish is not None:
-                new = dataclasses.replace(publish, job_id=claim.job_id)
+                mine = sa.select(jobs.c.project, jobs.c.key_id).where(jobs.c.id == claim.job_id)
+                project, key_id = connection.execute(mine).one()
+                of_project = {"name": key_of(project, publish.name), "job_id": claim.job_id, "key_id": key_id}
+                new = dataclasses.replace(publish, **of_project)
                 version, warning = publish_unattended_in(connection, new, alias, records)
+                version = dataclasses.replace(version, name=publish.name)
                 values["adapter"] = {key: getattr(version, key) for key in ("name", "version", "digest")}
                 message = f"succeeded: {version.name}@{version.version}"
-            _end(connection, claim.job_id, Status.SUCCEEDED, **values)
+            _end(connection, claim.job_id, Status.SUCCEEDED, self._now(), **values)
             job_events.append(connection, claim.job_id, message)
             if warning is not None:
                 job_events.append(connection, claim.job_id, warning, level="warning")
@@ -196,7 +202,7 @@ class Leases:
         """End the job for good, with a reason that is safe to show. Raises LeaseLost."""
         with self._engine.begin() as connection:
             _hold(connection, claim)
-            _end(connection, claim.job_id, Status.FAILED, error=error)
+            _end(connection, claim.job_id, Status.FAILED, self._now(), error=error)
             job_events.append(connection, claim.job_id, error, level="error")
 
     def release(self, claim: Claim) -> None:
@@ -221,19 +227,21 @@ class Leases:
             num_stalled = connection.execute(query).scalar_one()
             job_events.append(connection, claim.job_id, f"attempt {claim.token}: {reason}", level="warning")
             delay = min(0.1 * 2**num_stalled, max_delay)
-            _let_go(connection, claim.job_id, self._now() + delay, {"crash": reason})
+            _let_go(connection, claim.job_id, self._now(), {"crash": reason}, delay)
 
 
-def _start(connection: sa.Connection, claim: Claim, until: Time, is_orphan: bool) -> None:
+def _start(connection: sa.Connection, claim: Claim, now: Time, lease_seconds: float, is_orphan: bool) -> None:
     """Gives the job to the claim, for a while. `is_orphan`: it was running, and its worker stopped answering."""
-    now = sa.literal(datetime.now(UTC), UtcDateTime())
+    at = sa.literal(datetime.now(UTC), UtcDateTime())
     values = {
         "status": Status.RUNNING,
         "owner": claim.owner,
         "token": claim.token,
-        "lease_until": until,
+        "lease_until": now + lease_seconds,
+        "claimed_at": now,
+        "timed_at": now,
         "stalled_attempts": jobs.c.stalled_attempts + 1,
-        "started_at": sa.func.coalesce(jobs.c.started_at, now),
+        "started_at": sa.func.coalesce(jobs.c.started_at, at),
     }
     connection.execute(sa.update(jobs).where(jobs.c.id == claim.job_id).values(values))
     message = "started" if claim.token == 1 else f"started again (attempt {claim.token})"
@@ -248,27 +256,22 @@ def _hold(connection: sa.Connection, claim: Claim) -> None:
         raise LeaseLost(f"job {claim.job_id} is no longer this worker's")
 
 
-def _let_go(connection: sa.Connection, job_id: str, until: Time, values: Mapping[str, object]) -> None:
-    """Puts a job that is held back into the queue, for others to claim after `until`, or pauses it."""
+def _let_go(
+    connection: sa.Connection, job_id: str, now: Time, values: Mapping[str, object], delay: float = 0.0
+) -> None:
+    """Puts a job that is held back into the queue, for others to claim after `delay` seconds, or pauses it."""
+    until = now + delay
     mine = jobs.c.id == job_id
     pauses = connection.execute(sa.select(jobs.c.wants_pause).where(mine)).scalar_one()
     general: dict[str, object] = {
         "status": Status.PAUSED if pauses else Status.QUEUED,
         "wants_pause": False,
         "lease_until": until,
+        "claimed_at": None,  # its project gets its turn back
+        **count_time(now),
     }
     connection.execute(sa.update(jobs).where(mine).values(general | dict(values)))
     job_events.append(connection, job_id, "paused" if pauses else "back in the queue")
-
-
-def _claimable(now: Time, kind: JobKind | None) -> "sa.Select[str, str, int, bool, int, str | None]":
-    """The first job that waits, or whose lease ran out."""
-    is_open = jobs.c.status.in_([Status.QUEUED, Status.RUNNING])
-    columns = (jobs.c.id, jobs.c.status, jobs.c.token, jobs.c.wants_pause, jobs.c.stalled_attempts, jobs.c.crash)
-    query = sa.select(*columns).where(is_open, jobs.c.lease_until <= now)
-    if kind is not None:
-        query = query.where(sa.func.coalesce(jobs.c.spec["kind"].as_string(), TRAIN) == kind)
-    return query.order_by(jobs.c.number).limit(1)
 
 
 def _held(claim: Claim) -> sa.ColumnElement[bool]:
@@ -287,6 +290,9 @@ def _directive(connection: sa.Connection, claim: Claim) -> Directive:
     return Directive.ENDED if Status(row.status).has_ended else Directive.LOST
 
 
-def _end(connection: sa.Connection, job_id: str, status: Status, **values: object) -> None:
+def _end(connection: sa.Connection, job_id: str, status: Status, now: Time | None, **values: object) -> None:
+    """Ends the job. `now` where a worker has had it until this moment."""
     general: dict[str, object] = {"status": status, "wants_pause": False, "finished_at": datetime.now(UTC)}
+    general |= {} if now is None else count_time(now)
     connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(general | values))
+    charge(connection, job_id)

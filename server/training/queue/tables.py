@@ -13,11 +13,16 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from adapters.catalog.tables import UtcDateTime
 from adapters.names import MAX_NAME
+from adapters.viewpoint import DEFAULT_PROJECT
 
 JobKind = Literal["train", "merge"]
 TRAIN: JobKind = "train"
 MERGE: JobKind = "merge"
 """`spec["kind"]`, which training jobs don't have."""
+
+
+Time = sa.ColumnElement[float]
+"""Seconds since 1970 by the clock that all workers go by."""
 
 
 class Status(StrEnum):
@@ -42,6 +47,8 @@ jobs = sa.Table(
     metadata,
     sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
     sa.Column("id", sa.String(64), nullable=False, unique=True),
+    sa.Column("project", sa.String(MAX_NAME), nullable=False, server_default=DEFAULT_PROJECT),
+    sa.Column("key_id", sa.String(64)),  # of the API key that submitted it
     sa.Column("name", sa.String(MAX_NAME), nullable=False),
     sa.Column("status", sa.String(16), nullable=False),
     sa.Column("spec", sa.JSON, nullable=False),
@@ -54,11 +61,16 @@ jobs = sa.Table(
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("started_at", UtcDateTime),
     sa.Column("finished_at", UtcDateTime),
-    sa.Column("idempotency_key", sa.String(255), unique=True),
+    sa.Column("idempotency_key", sa.String(320), unique=True),  # project/key: each project has its own
     sa.Column("body_digest", sa.String(64)),
     sa.Column("owner", sa.String(255)),  # the worker that claimed it last
     sa.Column("token", sa.Integer, nullable=False),  # how often it was claimed; an older one lost it
     sa.Column("lease_until", sa.Float(53), nullable=False),  # by `database_time`: nobody claims it before
+    sa.Column("claimed_at", sa.Float(53)),  # likewise: its project's last turn; null: not claimed, or put back
+    sa.Column("timed_at", sa.Float(53)),  # until when `run_seconds` count
+    sa.Column(
+        "run_seconds", sa.Float(53), nullable=False, server_default="0"
+    ),  # that workers had it, all together
     sa.Column("wants_pause", sa.Boolean, nullable=False),  # of a running job: its worker should let go
     sa.Column("stalled_attempts", sa.Integer, nullable=False),  # claims since the last new checkpoint
     sa.Column("crash", sa.Text),  # how the last attempt that ended badly did
@@ -67,6 +79,8 @@ jobs = sa.Table(
     sa.Column("num_events", sa.Integer, nullable=False),
     sa.Column("files_removed_at", UtcDateTime),  # its rows, checkpoints, model and log; null while they are there
     sa.Index("ix_jobs_status_number", "status", "number"),
+    sa.Index("ix_jobs_project_number", "project", "number"),
+    sa.Index("ix_jobs_project_claimed", "project", "claimed_at"),
 )
 
 uses = sa.Table(
@@ -94,6 +108,11 @@ class database_time(FunctionElement[float]):  # noqa: N801 as SQL functions are
 
     type = sa.Float(53)
     inherit_cache = True
+
+
+def count_time(now: Time) -> dict[str, object]:
+    """Changes to a running job's row that count its time up to now."""
+    return {"run_seconds": jobs.c.run_seconds + (now - sa.func.coalesce(jobs.c.timed_at, now)), "timed_at": now}
 
 
 @compiles(database_time)

@@ -15,6 +15,7 @@ from adapters.catalog.records import Records
 from adapters.errors import SmoloraError
 from adapters.library import Library
 from adapters.store.store import AdapterStore
+from adapters.viewpoint import Viewpoint
 from server import logs
 from server.allocator import keep_freed_memory
 from server.config import WorkerSettings
@@ -61,7 +62,8 @@ def main(argument: str) -> int:
         jobs = Jobs(database)
         job = jobs.get(claim.job_id)
         base, native = _load(settings, job.spec)
-        catalog, store = Catalog(database), AdapterStore(home.adapters)
+        viewpoint = Viewpoint(job.project, key_id=job.key_id)
+        catalog, store = Catalog(database, of=viewpoint), AdapterStore(home.adapters)
         library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
         yielding = Yielding(BusyFlag(settings.home).read, settings.train_share)
         reporter = JobReporter(link, leases, claim, yielding)

@@ -72,7 +72,7 @@ class TrainingAttempt:
         self._leases = leases
         self._library = library
         self._files = JobFiles(home)
-        self._results = FileStore(Home(home).files)
+        self._results = FileStore(Home(home).files(job.project), job.key_id)
         self._base = base
         self._reporter = reporter
         self._native = native

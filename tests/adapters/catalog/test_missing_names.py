@@ -13,6 +13,7 @@ from adapters.catalog.reads import why_missing
 from adapters.catalog.tables import names
 from adapters.errors import NotFound
 from adapters.expression import parse
+from adapters.viewpoint import Viewpoint
 from server.database import connect
 
 NUM_ADAPTERS = 10_000
@@ -69,7 +70,7 @@ def test_what_is_said_costs_little_whatever_is_stored(crowd: sa.Engine, num_term
     with crowd.connect() as connection:
         for _ in range(50):
             start = time.perf_counter()
-            told = why_missing(connection, *terms)
+            told = why_missing(connection, Viewpoint(), *terms)
             seconds.append(time.perf_counter() - start)
     assert len(told) == num_terms
     assert "did you mean customer-" in told[0]
@@ -80,7 +81,7 @@ def test_what_is_said_is_a_few_indexed_queries(crowd: sa.Engine) -> None:
     seen: list[tuple[str, tuple[object, ...]]] = []
     sa.event.listen(crowd, "before_cursor_execute", lambda *args: seen.append((args[2], args[3])))
     with crowd.connect() as connection:
-        why_missing(connection, *parse("+".join(f"custmoer-{i:05}" for i in range(16))))
+        why_missing(connection, Viewpoint(), *parse("+".join(f"custmoer-{i:05}" for i in range(16))))
         queries = [query for query in seen if query[0].startswith(("SELECT", "WITH"))]
         assert len(queries) == 3
         for statement, parameters in queries:

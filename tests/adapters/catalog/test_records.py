@@ -13,6 +13,7 @@ from adapters.catalog.recovery import Recovered, recover
 from adapters.catalog.tables import transact
 from adapters.catalog.writes import drop_in, publish_in
 from adapters.expression import parse
+from adapters.viewpoint import Viewpoint
 from server.database import FILE_NAME, connect
 
 D = [f"{i:064x}" for i in range(20)]
@@ -206,7 +207,7 @@ def test_a_job_whose_publication_was_cut_off_publishes_once(home: Home) -> None:
 def test_a_delete_that_was_cut_off_is_done(home: Home) -> None:
     for digest in D[:2]:
         home.publish("a", digest)
-    transact(home.engine, lambda connection: drop_in(connection, "a", 2, force=False))  # and killed here
+    transact(home.engine, lambda connection: drop_in(connection, "a", 2, False, Viewpoint()))  # and killed here
     assert home.recover() == Recovered(num_dropped=1)
     assert home.names() == ["a@1"]
     home.lose()

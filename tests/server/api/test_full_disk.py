@@ -46,7 +46,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 @pytest.fixture
 def app(make_services: MakeServices) -> FastAPI:
-    app = create_app(make_services(allow_hub_adapters=True, min_free_bytes=0))
+    app = create_app(make_services(allow_anonymous=True, allow_hub_adapters=True, min_free_bytes=0))
     app.dependency_overrides[get_fetch] = lambda: fetch
     return app
 
@@ -78,6 +78,8 @@ async def asks(client: httpx.AsyncClient, leases: Leases, home: Path) -> dict[st
     content = "\n".join(map(json.dumps, ROWS)).encode()
     dataset = (await client.post("/datasets", files={"file": ("a.jsonl", content)})).json()["id"]
     file = (await client.post("/v1/files", files={"file": ("a.jsonl", content)}, data=PURPOSE)).json()["id"]
+    key = (await client.post("/keys", json={"name": "ci"})).json()["id"]
+    await client.put("/projects/gone", json={})
     ended = await submit(client)
     StandIn(leases).succeed()
     JobFiles(home).log(ended).write_text("it went well")
@@ -94,6 +96,7 @@ async def asks(client: httpx.AsyncClient, leases: Leases, home: Path) -> dict[st
         "POST /adapters/{name}/import": Ask("/adapters/hub/import", 201, {"json": {"repo_id": "some/one"}}),
         "PUT /adapters/{name}/aliases/{alias}": Ask("/adapters/up/aliases/new", 200, {"json": {"version": 2}}),
         "DELETE /adapters/{name}/aliases/{alias}": Ask("/adapters/up/aliases/old", 204),
+        "PUT /adapters/{name}/visibility": Ask("/adapters/up/visibility", 200, {"json": {"visibility": "public"}}),
         "POST /compositions/{name}": Ask("/compositions/mix", 201, {"json": {"expression": "up*2"}}),
         "POST /compositions/{name} merge": Ask(
             "/compositions/merged", 202, {"json": {"expression": "up*0.5+other", "method": "svd"}}
@@ -114,6 +117,10 @@ async def asks(client: httpx.AsyncClient, leases: Leases, home: Path) -> dict[st
         "POST /v1/fine_tuning/jobs/{job_id}/resume": Ask(f"{jobs}/{their_paused}/resume"),
         "POST /v1/fine_tuning/jobs/{job_id}/cancel": Ask(f"{jobs}/{theirs}/cancel"),
         "DELETE /v1/files/{file_id}": Ask(f"/v1/files/{file}", 409),  # a job still needs it
+        "POST /keys": Ask("/keys", 201, {"json": {"name": "laptop"}}),
+        "DELETE /keys/{key_id}": Ask(f"/keys/{key}"),
+        "PUT /projects/{project}": Ask("/projects/acme", 200, {"json": {"max_jobs": 2}}),
+        "DELETE /projects/{project}": Ask("/projects/gone", 204),
     }
 
 
@@ -122,7 +129,8 @@ PURPOSE = {"purpose": "fine-tune"}
 
 async def stored(client: httpx.AsyncClient, home: Path) -> dict[str, object]:
     """Everything that clients see, and every file but the database's."""
-    paths = ("/adapters", "/train", "/datasets", "/v1/files", "/v1/fine_tuning/jobs", "/v1/models")
+    lists = ("/adapters", "/train", "/datasets", "/keys", "/projects")
+    paths = (*lists, "/v1/files", "/v1/fine_tuning/jobs", "/v1/models")
     seen: dict[str, object] = {path: (await client.get(path)).json() for path in paths}
     for job in (await client.get("/train")).json()["jobs"]:
         seen[job["id"]] = (await client.get(f"/train/{job['id']}/events")).json()

@@ -112,7 +112,7 @@ async def get_content(services: ServicesDep, file_id: FileId) -> Response:
 )
 async def delete_file(services: ServicesDep, file_id: FileId) -> Response:
     """Delete a file. Jobs that have ended don't need it any more."""
-    await to_thread.run_sync(_delete, services, file_id)
+    await to_thread.run_sync(services.audited, "file.delete", file_id, partial(_delete, services, file_id))
     return wire.answer({"id": file_id, "object": "file", "deleted": True})
 
 
@@ -142,6 +142,6 @@ def _open(files: FileStore, file_id: str) -> tuple[StoredFile, BinaryIO]:
 
 def _delete(services: Services, file_id: str) -> None:
     services.files.get(file_id)  # or there is none
-    if services.jobs.in_use(file_id):
+    if services.jobs.in_use(file_id, services.principal.project):
         raise Conflict("a training job that hasn't ended needs this file: cancel it, or wait for its end")
     services.files.delete(file_id)

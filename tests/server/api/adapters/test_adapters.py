@@ -70,6 +70,7 @@ async def test_upload_list_download(client: httpx.AsyncClient, engine: FakeEngin
         "name": "tweets",
         "kind": "adapter",
         "latest": 1,
+        "visibility": "private",
         "aliases": {},
         "versions": [resident],
         "resident": True,

@@ -44,7 +44,7 @@ async def test_upload_list_delete(client: httpx.AsyncClient, tmp_path: Path) -> 
     assert (await client.get("/datasets")).json() == {"datasets": []}
     for method in ("GET", "DELETE"):
         assert (await client.request(method, f"/datasets/{dataset['id']}")).status_code == 404
-    assert not list((tmp_path / "datasets").iterdir())
+    assert not list((tmp_path / "datasets").glob("*"))
 
 
 async def test_the_same_rows_are_one_data_set(client: httpx.AsyncClient) -> None:
@@ -107,7 +107,7 @@ async def test_bad_files(
     response = await upload(client, content, name)
     assert response.status_code == 422
     assert place in [error["loc"] for error in response.json()["errors"]]
-    assert not list((tmp_path / "datasets").iterdir())
+    assert not list((tmp_path / "datasets").glob("*"))
 
 
 HOSTILE = {
@@ -131,7 +131,7 @@ async def test_hostile_files(client: httpx.AsyncClient, name: str, content: byte
     assert response.status_code == 422
     assert all(error["loc"][0] == "file" for error in response.json()["errors"])
     assert len(response.content) < 5000
-    assert not list((tmp_path / "datasets").iterdir())
+    assert not list((tmp_path / "datasets").glob("*"))
 
 
 async def test_lines_are_named(client: httpx.AsyncClient) -> None:

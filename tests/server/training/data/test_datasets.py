@@ -31,7 +31,7 @@ def put(store: DatasetStore, data: bytes, name: str = "a.jsonl") -> Dataset:
 
 
 def files(store: DatasetStore, tmp_path: Path) -> list[str]:
-    return sorted(path.name for path in (tmp_path / "datasets").iterdir())
+    return sorted(path.name for path in (tmp_path / "datasets").glob("*"))
 
 
 def test_what_was_put_is_there(store: DatasetStore, tmp_path: Path) -> None:
@@ -147,6 +147,7 @@ def test_what_a_killed_process_left_goes_when_it_is_old(tmp_path: Path) -> None:
         (root / f"{UNFINISHED}{name}-file").touch()
         for path in root.glob(f"*{name}*"):
             os.utime(path, (time.time() - age,) * 2)
+    DatasetStore(root).clean()
     assert DatasetStore(root).list() == []
     assert sorted(path.name for path in root.iterdir()) == [f"{UNFINISHED}new", f"{UNFINISHED}new-file"]
 

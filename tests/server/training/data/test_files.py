@@ -104,10 +104,11 @@ def test_a_reader_outlives_a_delete(store: FileStore) -> None:
 def test_what_a_killed_process_left(store: FileStore, tmp_path: Path) -> None:
     root = tmp_path / "files"
     for name, age in ((".unfinished-file-1", 7200), (".unfinished-file-2", 60)):
-        (root / name).mkdir()
+        (root / name).mkdir(parents=True)
         then = (root / name).stat().st_mtime - age
         os.utime(root / name, (then, then))
     (root / "file-half").mkdir()  # its facts are missing: it was never there
+    FileStore(root).clean()
     assert FileStore(root).list() == []
     assert sorted(path.name for path in root.iterdir()) == [".unfinished-file-2", "file-half"]
 

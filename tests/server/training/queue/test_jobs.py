@@ -85,6 +85,8 @@ def test_a_job_comes_back_as_it_was_submitted(jobs: Jobs) -> None:
     assert job == jobs.get("j1")
     assert job == Job(
         id="j1",
+        project="default",
+        key_id=None,
         name="tweets",
         status=Status.QUEUED,
         spec=spec,

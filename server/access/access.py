@@ -1,0 +1,61 @@
+"""All of access that a server works with, over one database."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from server.access.audit import Audit
+from server.access.key_ring import KeyRing
+from server.access.keys import Keys
+from server.access.projects import Projects
+from server.access.rates import Rates
+from server.access.tables import changes
+from server.access.usage import Ledger
+
+
+@dataclass(frozen=True)
+class Access:
+    """Keys, projects and what is counted of them."""
+
+    keys: Keys
+    projects: Projects
+    ring: KeyRing
+    rates: Rates
+    ledger: Ledger
+    audit: Audit
+
+    def keep(self) -> None:
+        """Store what was counted and which keys were used. Blocks on disk."""
+        self.ledger.flush()
+        if used := self.ring.take_used():
+            self.keys.used(used)
+
+
+def open_access(
+    engine: sa.Engine,
+    commits: Callable[[], int],
+    fixed_keys: Sequence[str] = (),
+    allow_anonymous: bool = False,
+) -> Access:
+    """`commits` tells cheaply whether anybody has committed to the database: its number moves."""
+    keys, projects = Keys(engine), Projects(engine)
+    ring = KeyRing(keys, projects, _ChangeCount(engine, commits), fixed_keys, allow_anonymous)
+    return Access(keys, projects, ring, Rates(), Ledger(engine), Audit(engine))
+
+
+class _ChangeCount:
+    """The number of `access_changes`; asked for again only after a commit."""
+
+    def __init__(self, engine: sa.Engine, commits: Callable[[], int]) -> None:
+        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._commits = commits
+        self._seen: int | None = None
+        self._number = 0
+
+    def __call__(self) -> int:
+        if (seen := self._commits()) != self._seen:
+            with self._reader.connect() as connection:
+                self._number = connection.execute(sa.select(changes.c.number)).scalar_one()
+            self._seen = seen
+        return self._number

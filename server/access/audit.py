@@ -1,0 +1,68 @@
+"""What operators and keys did that others should be able to look up: who, when, what. Entries never change."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
+
+from server.access.tables import audit
+
+log = logging.getLogger("smolora.access")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One deed. `number` grows; `who` is a key's id, command-line, anonymous, or env-… for one of API_KEYS."""
+
+    number: int
+    at: datetime  # in UTC
+    who: str
+    action: str  # such as "key.revoke"
+    project: str  # whose thing it was
+    target: str
+    detail: Mapping[str, object]
+
+
+def record(
+    connection: sa.Connection,
+    who: str,
+    action: str,
+    project: str,
+    target: str,
+    detail: Mapping[str, object] | None = None,
+) -> None:
+    """Add an entry within the transaction of the deed itself."""
+    row = {"at": datetime.now(UTC), "who": who, "action": action, "project": project, "target": target}
+    connection.execute(sa.insert(audit).values(row | {"detail": dict(detail or {})}))
+
+
+class Audit:
+    """All entries. Thread-safe."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    def add(
+        self, who: str, action: str, project: str, target: str, detail: Mapping[str, object] | None = None
+    ) -> None:
+        """Record a deed that was done elsewhere, just now.
+
+        On a full disk, which must not keep anybody from deleting, the log gets it.
+        """
+        try:
+            with self._engine.begin() as connection:
+                record(connection, who, action, project, target, detail)
+        except DBAPIError:
+            log.error("not on the audit list: %s did %s of %s in %s", who, action, ascii(target), project)
+
+    def list(self, limit: int, before: int | None = None) -> list[Entry]:
+        """The newest first, at most `limit`: those before the one of that number."""
+        query = sa.select(audit).order_by(audit.c.number.desc()).limit(limit)
+        if before is not None:
+            query = query.where(audit.c.number < before)
+        with self._reader.connect() as connection:
+            return [Entry(**row) for row in connection.execute(query).mappings()]

@@ -1,0 +1,101 @@
+"""Projects and their limits. A project comes to be with its first key, or when it is given limits."""
+
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
+
+from adapters.catalog.tables import names, transact
+from adapters.errors import Conflict, InvalidInput, NotFound
+from adapters.viewpoint import DEFAULT_PROJECT, project_fault
+from server.access.audit import record
+from server.access.principal import LIMITS, Quota
+from server.access.tables import api_keys, changed, projects
+
+
+@dataclass(frozen=True)
+class Project:
+    """A name, and what its keys may together."""
+
+    name: str
+    created_at: datetime  # in UTC
+    quota: Quota
+
+
+class Projects:
+    """All projects. Thread-safe; other processes may write the same tables."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    def list(self) -> list[Project]:
+        """By name."""
+        with self._reader.connect() as connection:
+            return [_project(row) for row in connection.execute(sa.select(projects).order_by("name")).mappings()]
+
+    def get(self, name: str) -> Project:
+        """Raises NotFound."""
+        with self._reader.connect() as connection:
+            return _get(connection, name)
+
+    def put(self, name: str, quota: Quota, *, who: str) -> Project:
+        """Give it these limits in the place of all it had, and make it if need be. Raises InvalidInput."""
+        if fault := project_fault(name):
+            raise InvalidInput.of("project", fault)
+
+        def work(connection: sa.Connection) -> Project:
+            ensure(connection, name)
+            connection.execute(sa.update(projects).where(projects.c.name == name).values(asdict(quota)))
+            changed(connection)
+            record(connection, who, "project.limit", name, name, asdict(quota))
+            return _get(connection, name)
+
+        return transact(self._engine, work)
+
+    def delete(self, name: str, *, who: str) -> None:
+        """Remove a project. Its keys are revoked and stay listed: that there were any keeps strangers out.
+
+        Raises NotFound, or Conflict where it still has adapters.
+        """
+
+        def work(connection: sa.Connection) -> None:
+            _get(connection, name)
+            if name == DEFAULT_PROJECT:
+                raise Conflict("the project default is always there")
+            _refuse_with_adapters(connection, name)
+            mine = sa.and_(api_keys.c.project == name, api_keys.c.revoked_at.is_(None))
+            connection.execute(sa.update(api_keys).where(mine).values(revoked_at=datetime.now(UTC)))
+            connection.execute(sa.delete(projects).where(projects.c.name == name))
+            changed(connection)
+            record(connection, who, "project.delete", name, name)
+
+        transact(self._engine, work)
+
+
+def ensure(connection: sa.Connection, name: str) -> None:
+    """Makes the project, within a transaction, if there is none."""
+    if connection.execute(sa.select(projects.c.name).where(projects.c.name == name)).first() is None:
+        connection.execute(sa.insert(projects).values(name=name, created_at=datetime.now(UTC)))
+
+
+def quota_of(row: sa.RowMapping) -> Quota:
+    """The limits in a row of a project or a key."""
+    return Quota(**{name: row[name] for name in LIMITS})
+
+
+def _get(connection: sa.Connection, name: str) -> Project:
+    row = connection.execute(sa.select(projects).where(projects.c.name == name)).mappings().first()
+    if row is None:
+        raise NotFound(f"there is no project {name}: GET /projects lists them")
+    return _project(row)
+
+
+def _project(row: sa.RowMapping) -> Project:
+    return Project(row["name"], row["created_at"], quota_of(row))
+
+
+def _refuse_with_adapters(connection: sa.Connection, name: str) -> None:
+    adapters = sa.select(names.c.name).where(names.c.project == name, names.c.latest.is_not(None))
+    if found := list(connection.execute(adapters.limit(20)).scalars()):
+        raise Conflict(f"{name} has adapters: {', '.join(found)}; delete them first")

@@ -1,0 +1,81 @@
+"""The tables of keys and projects. The migrations in `server.migrations` make them.
+
+Every change of a key or a project counts `changes` up in its transaction, so that a server that remembers them
+asks for one number to know whether it still may.
+"""
+
+import sqlalchemy as sa
+
+from adapters.catalog.tables import UtcDateTime
+from adapters.names import MAX_NAME
+
+metadata = sa.MetaData()
+
+
+def _limits() -> list["sa.Column[int]"]:
+    """As `principal.Quota` has them; null: none."""
+    names = ("requests_per_minute", "tokens_per_minute", "max_jobs", "max_bytes")
+    return [sa.Column(name, sa.BigInteger) for name in names]
+
+
+projects = sa.Table(
+    "projects",
+    metadata,
+    sa.Column("name", sa.String(MAX_NAME), primary_key=True),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    *_limits(),
+)
+
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("name", sa.String(MAX_NAME), nullable=False),
+    sa.Column("project", sa.String(MAX_NAME), nullable=False),  # which may be deleted: its keys stay, revoked
+    sa.Column("scopes", sa.JSON, nullable=False),
+    sa.Column("secret_digest", sa.String(64), nullable=False, unique=True),  # SHA-256 (hex); the secret is nowhere
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("expires_at", UtcDateTime),
+    sa.Column("revoked_at", UtcDateTime),
+    sa.Column("last_used_at", UtcDateTime),
+    *_limits(),
+)
+
+changes = sa.Table(
+    "access_changes",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),  # of its one row: 1
+    sa.Column("number", sa.Integer, nullable=False),
+)
+
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("at", UtcDateTime, nullable=False),
+    sa.Column("who", sa.String(64), nullable=False),  # a key's id, or what there was in its place
+    sa.Column("action", sa.String(64), nullable=False),
+    sa.Column("project", sa.String(MAX_NAME), nullable=False),  # whose thing it was
+    sa.Column("target", sa.Text, nullable=False),
+    sa.Column("detail", sa.JSON, nullable=False),
+)
+
+usage = sa.Table(
+    "usage",
+    metadata,
+    sa.Column("day", sa.Date, primary_key=True),  # in UTC
+    sa.Column("project", sa.String(MAX_NAME), primary_key=True),
+    sa.Column("key_id", sa.String(64), primary_key=True),
+    sa.Column("adapter", sa.Text, primary_key=True),  # names of one answer, joined by "+"; "base" for none
+    sa.Column("requests", sa.BigInteger, nullable=False),
+    sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
+    sa.Column("cached_tokens", sa.BigInteger, nullable=False),
+    sa.Column("completion_tokens", sa.BigInteger, nullable=False),
+    sa.Column("trained_tokens", sa.BigInteger, nullable=False),
+    sa.Column("job_seconds", sa.Float(53), nullable=False),
+)
+
+
+def changed(connection: sa.Connection) -> None:
+    """Tell every server, within the transaction that changed a key or a project."""
+    connection.execute(sa.update(changes).values(number=changes.c.number + 1))

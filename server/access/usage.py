@@ -1,0 +1,109 @@
+"""The ledger: what each project, key and adapter used on each day.
+
+A server adds answers up in memory and stores the sums twice a second, each once: what is stored is added to the
+row's sums in one transaction, so that a kill loses at most the last second's answers, and counts none twice. A
+job's sums are stored by whoever ends it, in the same transaction.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, date, datetime
+from typing import Literal, get_args
+
+import sqlalchemy as sa
+
+from server.access.tables import usage
+
+FLUSH_SECONDS = 0.5
+
+By = Literal["project", "key", "adapter", "day"]
+BY: tuple[By, ...] = get_args(By)
+_COLUMNS = {"project": usage.c.project, "key": usage.c.key_id, "adapter": usage.c.adapter, "day": usage.c.day}
+
+
+@dataclass(frozen=True)
+class Account:
+    """A row of the ledger: whose, under which adapters, when."""
+
+    day: date  # in UTC
+    project: str
+    key_id: str
+    adapter: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Sums. Tokens of prompts are counted with those of them that were found in the cache."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    trained_tokens: int = 0
+    job_seconds: float = 0.0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(*(getattr(self, name) + getattr(other, name) for name in SUMS))
+
+
+SUMS = tuple(field.name for field in fields(Usage))
+
+
+def add_in(connection: sa.Connection, account: Account, sums: Usage) -> None:
+    """Add to the account's row within a transaction."""
+    mine = sa.and_(*(usage.c[name] == value for name, value in asdict(account).items()))
+    more = {name: usage.c[name] + value for name, value in asdict(sums).items()}
+    if connection.execute(sa.update(usage).where(mine).values(more)).rowcount == 0:
+        connection.execute(sa.insert(usage).values(asdict(account) | asdict(sums)))
+
+
+class Ledger:
+    """Thread-safe. Other processes may write the same table."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._pending: dict[Account, Usage] = {}
+        self._lock = threading.Lock()
+
+    def add(self, project: str, key_id: str, adapter: str, sums: Usage) -> None:
+        """Count an answer, today; it is stored with the next `flush`."""
+        account = Account(datetime.now(UTC).date(), project, key_id, adapter)
+        with self._lock:
+            self._pending[account] = self._pending.get(account, Usage()) + sums
+
+    def flush(self) -> None:
+        """Store what was counted. Blocks on disk; where it fails, the next one has it all."""
+        with self._lock:
+            pending, self._pending = self._pending, {}
+        if not pending:
+            return
+        try:
+            with self._engine.begin() as connection:
+                for account, sums in pending.items():
+                    add_in(connection, account, sums)
+        except BaseException:
+            with self._lock:
+                for account, sums in pending.items():
+                    self._pending[account] = self._pending.get(account, Usage()) + sums
+            raise
+
+    def rows(
+        self, first: date | None, last: date | None, by: Sequence[By], project: str | None = None
+    ) -> list[dict[str, object]]:
+        """Sums from the day `first` to the day `last`, each included, of every value of `by`; of all, without one.
+
+        `project` None: of all projects.
+        """
+        columns = [_COLUMNS[name].label(name) for name in by]
+        sums = [sa.func.coalesce(sa.func.sum(usage.c[name]), 0).label(name) for name in SUMS]
+        query = sa.select(*columns, *sums).group_by(*columns).order_by(*columns)
+        if project is not None:
+            query = query.where(usage.c.project == project)
+        if first is not None:
+            query = query.where(usage.c.day >= first)
+        if last is not None:
+            query = query.where(usage.c.day <= last)
+        with self._reader.connect() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]

@@ -1,0 +1,115 @@
+"""Who asks: each request's key, its project and scopes, and what is left of its minute.
+
+A key comes as `Authorization: Bearer`. The operator's may be at work in one project: `OpenAI-Project` names it.
+"""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adapters.errors import NotFound, SmoloraError
+from server.access.access import Access
+from server.access.principal import Principal
+from server.api.access.bodies import drain
+from server.api.access.scopes import is_open, scopes_of
+from server.api.errors.faults import form_of
+from server.errors import Forbidden, Unauthorized
+
+PROJECT_HEADER = "openai-project"
+_FREE_METHODS = ("GET", "HEAD", "OPTIONS")  # which count for no rate
+_PRINCIPAL, _END = "principal", "end_of_key"
+
+
+def principal_of(scope: Scope) -> Principal | None:
+    """Who sent the request; None where everybody may."""
+    return cast("Principal | None", scope.get("state", {}).get(_PRINCIPAL))
+
+
+def end_of_key(scope: Scope) -> "asyncio.Future[None] | None":
+    """Done once the request's key is revoked or expires; None where none was needed."""
+    end = scope.get("state", {}).get(_END)
+    return None if end is None else cast("Callable[[], asyncio.Future[None]]", end)()
+
+
+class Authentication:
+    """Lets a request in if its key may, and says what is left of its limits."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self.app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_open(scope["path"]):
+            await self.app(scope, receive, send)
+            return
+        try:
+            principal = self._admitted(scope["method"], scope["path"], Headers(scope=scope))
+        except SmoloraError as error:
+            await drain(scope, receive)
+            form = form_of(scope["path"])
+            response = form.problem(404, _NO_PATH) if isinstance(error, _NoPathError) else form.of_error(error)
+            await response(scope, receive, send)
+            return
+        scope.setdefault("state", {}).update(
+            {_PRINCIPAL: principal, _END: partial(self._access.ring.end_of, principal)}
+        )
+        is_limited = any(
+            (quota.requests_per_minute, quota.tokens_per_minute) != (None, None)
+            for quota in (principal.quota, principal.project_quota)
+        )
+        await self.app(scope, receive, self._told(principal, send) if is_limited else send)
+
+    def _admitted(self, method: str, path: str, headers: Headers) -> Principal:
+        """Raises Unauthorized, Forbidden, RateLimited, or NotFound for what isn't there for this key."""
+        principal = self._access.ring.principal(_secret(headers))
+        if principal is None:
+            raise Unauthorized("send a valid key: Authorization: Bearer <key>")
+        scopes = scopes_of(method, path)
+        if scopes is None and not principal.may(()):
+            raise _NoPathError
+        if scopes is not None and not principal.may(scopes):
+            needed = " or ".join(sorted(scopes))
+            raise Forbidden(f"this key lacks the scope {needed}: it has {', '.join(sorted(principal.scopes))}")
+        principal = self._at_work_in(headers.get(PROJECT_HEADER), principal)
+        if method not in _FREE_METHODS:
+            self._access.rates.take(principal, "requests")
+        return principal
+
+    def _at_work_in(self, project: str | None, principal: Principal) -> Principal:
+        if project is None or (project == principal.project and not principal.sees_all):
+            return principal
+        if not principal.may(()):
+            raise Forbidden(f"this key is one of the project {principal.project}: leave out OpenAI-Project")
+        found = self._access.ring.within(principal, project)
+        if found is None:
+            raise NotFound("there is no project of the name that OpenAI-Project gives")
+        return found
+
+    def _told(self, principal: Principal, send: Send) -> Send:
+        async def send_with_limits(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in self._access.rates.headers(principal).items():
+                    headers[name] = value
+            await send(message)
+
+        return send_with_limits
+
+
+class _NoPathError(NotFound):
+    """What only the operator may know of."""
+
+
+_NO_PATH = "no such path: /docs lists them"
+
+
+def _secret(headers: Headers) -> str | None:
+    """What the request brings as its key; None where it brings nothing."""
+    if (given := headers.get("authorization")) is None:
+        return None
+    scheme, _, secret = given.partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else ""

@@ -1,0 +1,1 @@
+"""What the operator does over HTTP, keys, projects and the audit list; and what everybody used."""

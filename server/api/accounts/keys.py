@@ -1,0 +1,86 @@
+"""/keys: made, listed and revoked by the operator."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Path, Query
+from starlette.responses import Response
+
+from adapters.errors import InvalidInput
+from adapters.names import MAX_NAME
+from server.access.keys import ApiKey
+from server.api import wire
+from server.api.accounts.schemas import KeyAnswer, KeyBody, KeyList, NewKeyAnswer
+from server.api.deps import Services, ServicesDep
+from server.api.openapi import ADMIN, ADMIN_CHANGES, ADMIN_LOOKUPS
+from server.api.strict_route import StrictRoute
+
+router = APIRouter(prefix="/keys", tags=["access"], route_class=StrictRoute)
+
+
+@router.post(
+    "",
+    summary="Make a key",
+    status_code=201,
+    response_class=Response,
+    responses={201: {"model": NewKeyAnswer, "description": "The key, and its secret, once"}, **ADMIN_CHANGES},
+)
+async def create_key(body: KeyBody, services: ServicesDep) -> Response:
+    """Make a key of a project. The answer has its secret, which can't be asked for again.
+
+    From the first key on nobody is served without one.
+    """
+    key, secret = await to_thread.run_sync(_create, services, body)
+    return wire.answer({**key_document(key), "secret": secret}, 201, {"Cache-Control": "no-store"})
+
+
+@router.get("", summary="List keys", response_class=Response, responses={200: {"model": KeyList}, **ADMIN})
+async def list_keys(
+    services: ServicesDep,
+    project: Annotated[str | None, Query(max_length=4 * MAX_NAME, description="only its")] = None,
+) -> Response:
+    """List keys, the oldest first; those that were revoked or have expired, too. Secrets are not stored."""
+    found = await to_thread.run_sync(services.access.keys.list, project)
+    return wire.answer({"keys": [key_document(key) for key in found]})
+
+
+@router.delete(
+    "/{key_id}",
+    summary="Revoke a key",
+    response_class=Response,
+    responses={200: {"model": KeyAnswer}, **ADMIN_LOOKUPS},
+)
+async def revoke_key(services: ServicesDep, key_id: Annotated[str, Path(max_length=256)]) -> Response:
+    """Revoke a key, at once: streams that it has open end, too. Repeating it gives the same answer."""
+    access, who = services.access, services.principal.key_id
+    key = await to_thread.run_sync(lambda: access.keys.revoke(key_id, who=who))
+    access.ring.refresh()
+    return wire.answer(key_document(key))
+
+
+def key_document(key: ApiKey) -> dict[str, object]:
+    """A key as it is listed."""
+    times = ("created_at", "expires_at", "revoked_at", "last_used_at")
+    at = {name: getattr(key, name) for name in times}
+    return {
+        "id": key.id,
+        "name": key.name,
+        "project": key.project,
+        "scopes": list(key.scopes),
+        **{name: None if value is None else value.isoformat() for name, value in at.items()},
+        **asdict(key.quota),
+    }
+
+
+def _create(services: Services, body: KeyBody) -> tuple[ApiKey, str]:
+    if body.expires_at is not None and body.expires_at.tzinfo is None:
+        raise InvalidInput.of("expires_at", "must have an offset from UTC, such as 2027-01-01T00:00:00Z")
+    return services.access.keys.create(
+        body.name,
+        who=services.principal.key_id,
+        project=body.project,
+        scopes=body.scopes,
+        expires_at=body.expires_at,
+        quota=body.quota,
+    )
