@@ -6,7 +6,7 @@ bytes has them, until they let go. Everything may block on disk: call it in a th
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -218,6 +218,10 @@ class Library:
         finally:
             pinned.release()
 
+    def num_bytes(self, key_id: str | None = None) -> int:
+        """That the project's adapters take, those that a key published or all; equal bytes once."""
+        return self._catalog.num_bytes(key_id)
+
     def keep(self, adapter: peft_format.PeftAdapter) -> int:
         """Store its bytes, which go with the next sweep or `discard` unless a version names them; how many."""
         return self._store.put(adapter)
@@ -281,15 +285,11 @@ class Library:
 
     def _with_twin(self, version: Version) -> Version:
         """Just published: with a word on the version before it that has the same weights, if one has."""
-        try:
-            others = self._catalog.get(version.name).versions
-        except NotFound:  # somebody was quick to delete it
-            return version
-        of_these = [other.version for other in others if other.digest == version.digest]
-        if not (earlier := [number for number in of_these if number < version.version]):
-            return version
-        text = f"its weights are those of {version.name}@{earlier[-1]}: stored as a new version all the same"
-        return replace(version, warnings=(*version.warnings, text))
+        with suppress(NotFound):  # somebody was quick to delete it
+            if (twin := version.twin_among(self._catalog.get(version.name).versions)) is not None:
+                text = f"its weights are those of {version.name}@{twin}: stored as a new version all the same"
+                return replace(version, warnings=(*version.warnings, text))
+        return version
 
     def _all_told(self, adapter: Adapter) -> Adapter:
         return replace(adapter, versions=tuple(map(self._told, adapter.versions)))

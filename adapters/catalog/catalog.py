@@ -8,7 +8,6 @@ what SQLite and PostgreSQL have in common. The bytes are the store's: here they 
 import builtins
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from datetime import datetime
 
 import sqlalchemy as sa
@@ -26,6 +25,7 @@ from adapters.catalog.reads import (
 )
 from adapters.catalog.records import Records
 from adapters.catalog.recovery import Recovered, recover
+from adapters.catalog.seen import adapter_seen, part_seen, seen
 from adapters.catalog.tables import aliases, metadata, names, transact, versions
 from adapters.catalog.versions import Adapter, Kind, NewVersion, Part, Version, combine
 from adapters.catalog.visibility import set_visibility_in
@@ -110,8 +110,9 @@ class Catalog:
             key_id=self.viewpoint.key_id,
         )
         with recording(self._engine, self._records) as records:
-            return self._seen(
-                transact(self._engine, lambda connection: publish_in(connection, new, records=records))
+            return seen(
+                self.viewpoint,
+                transact(self._engine, lambda connection: publish_in(connection, new, records=records)),
             )
 
     def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
@@ -127,7 +128,7 @@ class Catalog:
             version, is_new = transact(
                 self._engine, lambda connection: compose_in(connection, key, terms, field, viewpoint, records)
             )
-        return self._seen(version), is_new
+        return seen(self.viewpoint, version), is_new
 
     def list(
         self,
@@ -149,7 +150,7 @@ class Catalog:
             chosen = chosen.where(names.c.name > self.viewpoint.key(after))
         with self._reader.connect() as connection:
             found = adapters_of(connection.execute(select_adapters(chosen.limit(limit))).mappings())
-        return [self._adapter_seen(adapter) for adapter in found]
+        return [adapter_seen(self.viewpoint, adapter) for adapter in found]
 
     def has_after(self, name: str, *, public: bool = False) -> bool:
         """Whether `list` would have more after the adapter of this name."""
@@ -180,7 +181,7 @@ class Catalog:
             with self._reader.connect() as connection:
                 rows = connection.execute(query).mappings().all()
             if rows:
-                return self._seen(version_of(rows))
+                return seen(self.viewpoint, version_of(rows))
         with self._reader.connect() as connection:
             raise NotFound(*reads.why_missing(connection, self.viewpoint, Term(key, version)))
 
@@ -201,7 +202,7 @@ class Catalog:
             return ()
         with self._reader.connect() as connection:
             found = reads.resolve(connection, terms, field, self.viewpoint)
-        return tuple(map(self._part_seen, found))
+        return tuple(part_seen(self.viewpoint, part) for part in found)
 
     def point(self, name: str, alias: str, version: int) -> None:
         """Makes the alias, or `latest`, mean that version from now on. Raises NotFound."""
@@ -233,6 +234,11 @@ class Catalog:
     def delete_version(self, name: str, version: int, force: bool = False) -> builtins.list[str]:
         """Removes one version; if it was the latest, the highest left becomes it. Otherwise as `delete`."""
         return self._drop(name, version, force)
+
+    def num_bytes(self, key_id: str | None = None) -> int:
+        """See `Library.num_bytes`."""
+        with self._reader.connect() as connection:
+            return reads.num_bytes(connection, self.viewpoint.project, key_id)
 
     def in_use(self, digest: str) -> bool:
         """Whether any version has this digest."""
@@ -275,25 +281,3 @@ class Catalog:
             return True
         with self._reader.connect() as connection:
             return connection.execute(select_visible(key, self.viewpoint)).first() is not None
-
-    def _part_seen(self, part: Part) -> Part:
-        name = self.viewpoint.shown(part.name)
-        return part if name == part.name else replace(part, name=name)
-
-    def _seen(self, version: Version) -> Version:
-        """With names as the project calls them. Of another's, how it was made stays there."""
-        is_own = self.viewpoint.sees_all or self.viewpoint.owns(version.name)
-        name, seen = self.viewpoint.shown(version.name), tuple(map(self._part_seen, version.parts))
-        if is_own:
-            return (
-                replace(version, name=name, parts=seen)
-                if name != version.name or seen != version.parts
-                else version
-            )
-        return replace(
-            version, name=name, parts=seen, parent=None, job_id=None, data_digest=None, config={}, key_id=None
-        )
-
-    def _adapter_seen(self, adapter: Adapter) -> Adapter:
-        seen = tuple(map(self._seen, adapter.versions))
-        return replace(adapter, name=self.viewpoint.shown(adapter.name), versions=seen)

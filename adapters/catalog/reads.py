@@ -218,6 +218,16 @@ def _others(connection: sa.Connection, name: str, of: Viewpoint) -> str:
     return f" ({of.shown(name)} has {mine or 'none but latest'})"
 
 
+def num_bytes(connection: sa.Connection, project: str, key_id: str | None) -> int:
+    """What the project's versions take, or those of one API key; equal bytes once."""
+    query = sa.select(versions.c.digest, versions.c.bytes).distinct().join(names, names.c.name == versions.c.name)
+    query = query.where(names.c.project == project)
+    if key_id is not None:
+        query = query.where(versions.c.key_id == key_id)
+    total = sa.select(sa.func.coalesce(sa.func.sum(query.subquery().c.bytes), 0))
+    return int(connection.execute(total).scalar_one())
+
+
 def _order(row: sa.RowMapping) -> tuple[int, int]:
     return row["term"], row["place"] or 0
 

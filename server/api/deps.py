@@ -13,6 +13,7 @@ from adapters.library import Library
 from server.access.access import Access
 from server.access.principal import EVERYBODY, Principal
 from server.api.access.authentication import principal_of
+from server.api.access.quotas import Incoming
 from server.api.access.slots import Places, Slots
 from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
@@ -72,6 +73,7 @@ class Limiters:
     parsing: Slots = field(default_factory=lambda: Slots("adapters", 2, 16))  # hashed and copied
     fetching: Slots = field(default_factory=lambda: Slots("imports", 2, 16))
     uploads: Places = field(default_factory=lambda: Places("uploads", 16))  # on the disk, of up to 256 MiB each
+    incoming: Incoming = field(default_factory=Incoming)
 
 
 @dataclass(frozen=True)

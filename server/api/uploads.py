@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
+from anyio import to_thread
 from fastapi import Request
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
@@ -20,6 +21,7 @@ from starlette.exceptions import HTTPException
 
 from adapters.errors import FieldError, InvalidInput
 from adapters.peft.files import WEIGHTS_NAME
+from server.api.access.quotas import owners_of, require_quota
 from server.api.access.space import require_space
 from server.api.adapters import archives
 from server.api.deps import Services
@@ -46,16 +48,26 @@ class UploadedFiles:
 async def received_form(request: Request, services: Services) -> AsyncIterator[FormData]:
     """The multipart body, spooled to disk within the context.
 
-    Raises InvalidInput where it is none, and before it is read QueueFull or Unavailable where there are too many
-    already or the disk is nearly full.
+    Raises InvalidInput where it is none, and before it is read QueueFull, Unavailable or Forbidden where there are
+    too many already, the disk is nearly full or the project has stored as much as it may.
     """
     with services.limiters.uploads.taken():
         require_space(services.settings)
-        form = await _read_form(request)
-        try:
-            yield form
-        finally:
-            await form.close()
+        announced = request.headers.get("content-length", "")
+        num_bytes = int(announced) if announced.isascii() and announced.isdigit() else 0
+        await to_thread.run_sync(require_quota, services, num_bytes)
+        with services.limiters.incoming.counted(owners_of(services), num_bytes):
+            form = await _read_form(request)
+            try:
+                if not num_bytes:
+                    await to_thread.run_sync(require_quota, services, _size(form))
+                yield form
+            finally:
+                await form.close()
+
+
+def _size(form: FormData) -> int:
+    return sum(part.size or 0 for part in form.values() if isinstance(part, UploadFile))
 
 
 async def _read_form(request: Request) -> FormData:

@@ -10,6 +10,7 @@ from adapters.errors import NotFound
 from adapters.expression import parse
 from adapters.names import MAX_NAME
 from server.api import wire
+from server.api.access.quotas import require_quota
 from server.api.access.space import require_space
 from server.api.adapters.answers import version_answer
 from server.api.adapters.composition_schemas import CompositionBody
@@ -60,6 +61,7 @@ async def compose(
     """
     if (recipe := recipe_of(body)) is not None:
         require_space(services.settings)
+        await to_thread.run_sync(require_quota, services)
         job = await to_thread.run_sync(submit_merge, services.jobs, services.library, name, body, recipe, key)
         return wire.answer(job_document(job), 202, {"Location": f"/train/{job.id}"})
     terms = parse(body.expression, FIELD)

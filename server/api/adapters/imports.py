@@ -14,6 +14,7 @@ from adapters.catalog.catalog import Version
 from adapters.library import Library
 from adapters.names import MAX_NAME
 from server.api import wire
+from server.api.access.quotas import require_quota
 from server.api.access.space import require_space
 from server.api.adapters.answers import version_answer
 from server.api.adapters.archives import MAX_WEIGHTS_BYTES
@@ -76,6 +77,7 @@ async def import_adapter(
         raise Forbidden("imports from the hub are off: SMOLORA_ALLOW_HUB_ADAPTERS=1 allows them")
     await to_thread.run_sync(services.library.check_name, name)
     require_space(services.settings)
+    await to_thread.run_sync(require_quota, services)
     version = await services.limiters.fetching.run(_import, services.library, fetch, name, body)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
     return wire.answer(version_answer(version, services.engine.stats.resident), 201, headers)

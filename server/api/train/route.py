@@ -12,6 +12,7 @@ from starlette.responses import Response
 from adapters.errors import Conflict, NotFound
 from adapters.store.open_all import open_all
 from server.api import wire
+from server.api.access.quotas import require_quota
 from server.api.access.space import require_space
 from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.openapi import JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS, JOB_RESULTS, SUBMISSIONS
@@ -61,6 +62,7 @@ async def submit(
         document = await services.limiters.preparing.run(_dry_run, services, body)
         return wire.answer(document)
     require_space(services.settings)
+    await to_thread.run_sync(require_quota, services)
     job = await services.limiters.preparing.run(services.submissions.submit, body, key)
     return wire.answer(job_document(job), 202, {"Location": f"/train/{job.id}"})
 

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from adapters.errors import InvalidInput, NotFound
 from server.api import wire
+from server.api.access.quotas import require_quota
 from server.api.access.space import require_space
 from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.openai.documents import REFUSALS
@@ -56,6 +57,7 @@ async def create(
 ) -> Response:
     """Create a fine-tuning job. It publishes the next version of the adapter `suffix`."""
     require_space(services.settings)
+    await to_thread.run_sync(require_quota, services)
     job = await services.limiters.preparing.run(_submit, services, body, key)
     return _answer(services, job)
 

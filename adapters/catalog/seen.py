@@ -1,0 +1,29 @@
+"""How what the tables know by keys looks to a project: its own names alone, others' with their project."""
+
+from dataclasses import replace
+
+from adapters.catalog.versions import Adapter, Part, Version
+from adapters.viewpoint import Viewpoint
+
+
+def seen(of: Viewpoint, version: Version) -> Version:
+    """A version. Of another project's, how it was made stays there, unless all is seen."""
+    name, parts = of.shown(version.name), tuple(part_seen(of, part) for part in version.parts)
+    if of.sees_all or of.owns(version.name):
+        is_same = name == version.name and parts == version.parts
+        return version if is_same else replace(version, name=name, parts=parts)
+    return replace(
+        version, name=name, parts=parts, parent=None, job_id=None, data_digest=None, config={}, key_id=None
+    )
+
+
+def part_seen(of: Viewpoint, part: Part) -> Part:
+    """A part of a composition, or of an expression."""
+    name = of.shown(part.name)
+    return part if name == part.name else replace(part, name=name)
+
+
+def adapter_seen(of: Viewpoint, adapter: Adapter) -> Adapter:
+    """A name with its versions."""
+    versions = tuple(seen(of, version) for version in adapter.versions)
+    return replace(adapter, name=of.shown(adapter.name), versions=versions)

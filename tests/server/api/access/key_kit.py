@@ -1,0 +1,58 @@
+"""Clients of one app with keys of several projects."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import httpx
+from fastapi import FastAPI
+
+from server.access.access import Access
+from server.access.principal import OPERATOR, Quota, Scope
+from tests.server.conftest import client_of
+
+
+def access_of(app: FastAPI) -> Access:
+    """What the app's server knows of keys."""
+    access = app.state.services.access
+    assert isinstance(access, Access)
+    return access
+
+
+def new_secret(
+    app: FastAPI,
+    project: str = "default",
+    scopes: Sequence[Scope] = ("generate", "train"),
+    quota: Quota | None = None,
+) -> str:
+    """Of a key that a command on HOME has made."""
+    _, secret = access_of(app).keys.create("test", who=OPERATOR, project=project, scopes=scopes, quota=quota)
+    return secret
+
+
+@asynccontextmanager
+async def client_with(app: FastAPI, secret: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client that brings this key."""
+    async with client_of(app) as client:
+        client.headers["Authorization"] = f"Bearer {secret}"
+        yield client
+
+
+@dataclass(frozen=True)
+class Projects:
+    """A client each of two projects, and the operator's."""
+
+    acme: httpx.AsyncClient
+    other: httpx.AsyncClient
+    operator: httpx.AsyncClient
+
+
+@asynccontextmanager
+async def two_projects(app: FastAPI) -> AsyncIterator[Projects]:
+    """Projects acme and other, and an operator of the default one."""
+    async with (
+        client_with(app, new_secret(app, "acme")) as acme,
+        client_with(app, new_secret(app, "other")) as other,
+        client_with(app, new_secret(app, scopes=["admin"])) as operator,
+    ):
+        yield Projects(acme, other, operator)

@@ -1,0 +1,153 @@
+"""The authorization matrix: every route of the OpenAPI document by every kind of key; none can be forgotten."""
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+
+import httpx
+import pytest
+import sqlalchemy as sa
+from fastapi import FastAPI
+
+from server.access.principal import SCOPES, Scope
+from server.access.tables import api_keys
+from server.api.access.scopes import ADMIN, GENERATE, METRICS, READ, TRAIN, is_open, scopes_of
+from server.api.app import create_app
+from server.api.openapi import App
+from tests.server.conftest import MakeServices, client_of
+
+pytestmark = pytest.mark.anyio
+
+EVERYTHING: dict[str, frozenset[Scope] | None] = {
+    "GET /health": None,
+    "GET /ready": None,
+    "GET /metrics": METRICS,
+    "POST /generate": GENERATE,
+    "POST /compare": GENERATE,
+    "POST /v1/chat/completions": GENERATE,
+    "POST /v1/completions": GENERATE,
+    "GET /adapters": READ,
+    "GET /adapters/{name}": READ,
+    "GET /adapters/{name}/{version}": READ,
+    "GET /v1/models": READ,
+    "GET /v1/models/{model}": READ,
+    "GET /usage": READ,
+    "GET /keys": ADMIN,
+    "POST /keys": ADMIN,
+    "DELETE /keys/{key_id}": ADMIN,
+    "GET /projects": ADMIN,
+    "GET /projects/{project}": ADMIN,
+    "PUT /projects/{project}": ADMIN,
+    "DELETE /projects/{project}": ADMIN,
+    "GET /audit": ADMIN,
+}
+"""What opens each route that `train` doesn't, or doesn't alone; every other is `train`'s."""
+VALUES = {
+    "name": "nobody",
+    "version": "1",
+    "alias": "prod",
+    "model": "nobody",
+    "job_id": "job-0",
+    "dataset_id": "ds-0",
+    "file_id": "file-0",
+    "key_id": "key-0",
+    "project": "nobody",
+}
+
+
+def operations(app: App) -> list[tuple[str, str]]:
+    """(method, template) of every route of the document."""
+    paths = app.openapi()["paths"]
+    return [(method.upper(), template) for template, methods in paths.items() for method in methods]
+
+
+def wanted(method: str, template: str) -> frozenset[Scope] | None:
+    return EVERYTHING.get(f"{method} {template}", TRAIN)
+
+
+def test_every_route_is_in_the_table(app: App) -> None:
+    found = operations(app)
+    assert len(found) > 50
+    for method, template in found:
+        path = template.format(**VALUES)
+        assert is_open(path) == (wanted(method, template) is None), template
+        if not is_open(path):
+            assert scopes_of(method, path) == wanted(method, template), (method, template)
+
+
+def test_what_is_no_route_is_the_operators() -> None:
+    for path in ("/nowhere", "/generate/", "/adapters/a/b/c/d", "/train/x/y", "/KEYS", "//keys", "/v1", "/docs2"):
+        assert scopes_of("GET", path) is None
+        assert not is_open(path)
+
+
+@pytest.fixture
+def locked(make_services: MakeServices) -> FastAPI:
+    return create_app(make_services())
+
+
+@pytest.fixture
+async def operator(locked: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """The first key's owner."""
+    async with client_of(locked) as client:
+        made = await client.post("/keys", json={"name": "operator", "scopes": ["admin"]})
+        client.headers["Authorization"] = f"Bearer {made.json()['secret']}"
+        yield client
+
+
+async def statuses(app: FastAPI, headers: dict[str, str]) -> dict[tuple[str, str], int]:
+    """What every route answers to requests with these headers and an empty body."""
+    assert isinstance(app, App)
+    async with client_of(app) as client:
+        return {
+            (method, template): (
+                await client.request(method, template.format(**VALUES), headers=headers)
+            ).status_code
+            for method, template in operations(app)
+        }
+
+
+async def test_no_route_opens_without_a_key(
+    locked: FastAPI, operator: httpx.AsyncClient, database: sa.Engine
+) -> None:
+    expired = (await operator.post("/keys", json={"name": "expired", "scopes": list(SCOPES)})).json()
+    with database.begin() as connection:
+        past = sa.update(api_keys).where(api_keys.c.id == expired["id"])
+        connection.execute(past.values(expires_at=datetime.now(UTC) - timedelta(seconds=1)))
+    await operator.put("/projects/any", json={})  # keys are read again
+    revoked = (await operator.post("/keys", json={"name": "revoked", "scopes": list(SCOPES)})).json()
+    await operator.delete(f"/keys/{revoked['id']}")
+    secrets = [None, "sk-smolora-" + "A" * 43, "", expired["secret"], revoked["secret"], operator_like(operator)]
+    for secret in secrets:
+        headers = {} if secret is None else {"Authorization": f"Bearer {secret}"}
+        found = await statuses(locked, headers)
+        shut = {key for key, status in found.items() if status == 401}
+        assert shut == {(method, path) for method, path in found if wanted(method, path) is not None}, secret
+
+
+def operator_like(operator: httpx.AsyncClient) -> str:
+    """A secret with one character changed."""
+    secret = operator.headers["Authorization"].removeprefix("Bearer ")
+    return secret[:-1] + ("A" if secret[-1] != "A" else "B")
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+async def test_a_scope_opens_its_routes_alone(locked: FastAPI, operator: httpx.AsyncClient, scope: Scope) -> None:
+    key = (await operator.post("/keys", json={"name": "one", "project": "acme", "scopes": [scope]})).json()
+    found = await statuses(locked, {"Authorization": f"Bearer {key['secret']}"})
+    for (method, template), status in found.items():
+        needed = wanted(method, template)
+        may = scope == "admin" or needed is None or scope in needed
+        assert status != 401, (method, template)
+        assert (status == 403) == (not may), (method, template, status)
+
+
+async def test_a_refusal_names_the_scope(locked: FastAPI, operator: httpx.AsyncClient) -> None:
+    key = (await operator.post("/keys", json={"name": "one", "scopes": ["generate"]})).json()
+    async with client_of(locked) as client:
+        client.headers["Authorization"] = f"Bearer {key['secret']}"
+        response = await client.post("/train", json={})
+        assert response.json()["detail"] == "this key lacks the scope train: it has generate"
+        theirs = await client.post("/v1/files", json={})
+        assert theirs.json()["error"]["message"] == "this key lacks the scope train: it has generate"
+        assert (await client.get("/nowhere")).status_code == 404
+        assert (await client.put("/generate", json={})).status_code == 405
