@@ -135,6 +135,7 @@ async def start(
     field: str = "adapter",
     grammar: Grammar | None = None,
     scored_from: int | None = None,
+    project: str = "",
 ) -> Generation:
     """Likewise, from what the body came to. Names of adapters that don't go are refused on `field`.
 
@@ -152,6 +153,7 @@ async def start(
             n=n,
             grammar=grammar,
             scored_from=scored_from,
+            project=project,
         )
         stream = services.engine.submit(request)
     except BaseException as error:
@@ -162,10 +164,10 @@ async def start(
     return Generation(request, pinned, stream, services.metrics, services.settings.request_timeout)
 
 
-def ask_queue(services: Services, num_sequences: int) -> None:
-    """Raise what so many sequences would be refused for now, before anything is done for them."""
+def ask_queue(services: Services, num_sequences: int, project: str = "") -> None:
+    """Raise what so many sequences of a project would be refused for now, before anything is done for them."""
     try:
-        services.engine.check_queue(num_sequences)
+        services.engine.check_queue(num_sequences, project)
     except TryAgain:
         services.metrics.refused()
         raise
