@@ -18,6 +18,7 @@ from functools import partial
 from adapters.errors import SmoloraError
 from server.engine.engine import Engine
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
+from server.engine.watching.in_flight import InFlight
 from server.engine.watching.queue_rate import QueueRate
 from server.engine.watching.watchdog import Watchdog
 from server.errors import Draining, EngineDead, NotReady, QueueFull
@@ -81,8 +82,9 @@ class AsyncEngine:
         What would wait for a place longer than `queue_timeout` seconds is refused by `check_queue`.
         """
         self._engine = build(self._wake)
-        self._rate = QueueRate(self._engine.config.scheduler.max_num_seqs)
-        self._max_in_flight = self._rate.num_places + max_queue
+        num_places = self._engine.config.scheduler.max_num_seqs
+        self._rate = QueueRate(num_places)
+        self._in_flight = InFlight(num_places, num_places + max_queue)
         self._queue_timeout = queue_timeout
         self._inbox: deque[GenerationRequest | str] = deque()  # requests, and ids of requests to abort
         self._news = threading.Condition()
@@ -98,7 +100,6 @@ class AsyncEngine:
         self._watching: asyncio.Task[None] | None = None
         self._step: int | None = None  # the step under way, counted from 0
         self._streams: dict[str, OutputStream] = {}
-        self._num_in_flight = 0  # sequences
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -125,7 +126,7 @@ class AsyncEngine:
     @property
     def num_in_flight(self) -> int:
         """Sequences that were taken and have not ended."""
-        return self._num_in_flight
+        return self._in_flight.num
 
     @property
     def stats(self) -> EngineStats:
@@ -154,40 +155,40 @@ class AsyncEngine:
         """Take no new requests; those in flight go on."""
         self._is_draining = True
 
-    def check_queue(self, num_sequences: int) -> None:
-        """Raise where so many would be refused now, or wait for too long, whatever they are.
+    def check_queue(self, num_sequences: int, project: str = "") -> None:
+        """Raise where so many of a project would be refused now, or wait for too long, whatever they are.
 
         For whoever has work to do before there is a request: QueueFull, Draining, NotReady, EngineDead.
         """
-        self._check_room(num_sequences)
-        wait = self._rate.wait(self._clock(), self._num_in_flight)
+        self._check_room(num_sequences, project)
+        wait = self._rate.wait(self._clock(), self._in_flight.num_ahead(project))
         if wait > self._queue_timeout:
             message = f"the queue takes {wait:.0f} s, more than SMOLORA_QUEUE_TIMEOUT"
             raise QueueFull(message, retry_after=wait - self._queue_timeout)
 
     def submit(self, request: GenerationRequest) -> OutputStream:
         """Queue a request, or raise at once: QueueFull, Draining, NotReady, EngineDead, InvalidInput."""
-        self._check_room(request.n)
+        self._check_room(request.n, request.project)
         self._engine.check(request)
         stream = self._streams[request.request_id] = OutputStream(self, request)
-        self._count(request.n)
+        self._in_flight.add(request.project, request.n)
+        self._observe()
         self._send(request)
         return stream
 
-    def _check_room(self, num_sequences: int) -> None:
+    def _check_room(self, num_sequences: int, project: str) -> None:
         if self._is_dead:
             raise EngineDead
         if self._is_draining or self._is_stopping:
             raise Draining
         if not self.ready:
             raise NotReady
-        if self._num_in_flight and self._num_in_flight + num_sequences > self._max_in_flight:
+        if not self._in_flight.has_room(project, num_sequences):
             raise QueueFull("the queue is full (SMOLORA_MAX_QUEUE)")
 
-    def _count(self, change: int, num_ended: int = 0) -> None:
-        """So many sequences more are in flight, or fewer, of which so many had a place in the batch."""
-        self._num_in_flight += change
-        self._rate.observe(self._clock(), self._num_in_flight, num_ended)
+    def _observe(self, num_ended: int = 0) -> None:
+        """The number in flight has changed; so many had a place in the batch and have given it up."""
+        self._rate.observe(self._clock(), self._in_flight.num, num_ended)
 
     async def _watch(self) -> None:
         """Notice what the thread itself can't tell: that it has died, or that it hangs."""
@@ -208,15 +209,18 @@ class AsyncEngine:
 
     def _forget(self, request_id: str) -> None:
         stream = self._streams.pop(request_id)
-        num = stream._request.n
-        self._count(-num, num if stream._has_begun else 0)
+        num_begun = stream._request.n if stream._has_begun else 0
+        self._in_flight.end(stream._request.project, stream._request.n, num_begun)
+        self._observe(num_begun)
 
     def _deliver(self, outputs: list[SequenceOutput]) -> None:
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 stream._put(output)
-                stream._has_begun = True
+                if not stream._has_begun:
+                    stream._has_begun = True
+                    self._in_flight.begin(stream._request.project, stream._request.n)
                 stream._num_undelivered -= output.finish_reason is not None
                 if not stream._num_undelivered:
                     self._forget(output.request_id)

@@ -1,8 +1,9 @@
 """Who owns which block of the key/value cache. Plain Python; the tensors are `paged_attention`'s.
 
-A block holds `block_size` positions of one sequence. Full blocks are known by a key that chains their tokens and
-the sequence's adapter set, so sequences that begin alike under the same adapters share them. A block that no
-sequence refers to keeps its content, and can be found again, until its room is needed: least recently used first.
+A block holds `block_size` positions of one sequence. Full blocks are known by a key that chains their tokens, the
+sequence's adapter set and its project, so sequences of one project that begin alike under the same adapters share
+them. A block that no sequence refers to keeps its content, and can be found again, until its room is needed: least
+recently used first.
 
 Block 0 is never handed out: it pads block tables.
 """
@@ -43,6 +44,10 @@ class BlockManager:
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold `num_tokens` positions."""
         return -(-num_tokens // self.block_size)
+
+    def num_own_blocks(self, sequence: Sequence) -> int:
+        """How many blocks would come free with this sequence: those that no other one shares."""
+        return sum(1 for block in sequence.block_table if self._references[block] == 1)
 
     def is_being_computed(self, sequence: Sequence) -> bool:
         """Whether a running sequence is about to fill a block that this one could share: worth a short wait."""

@@ -65,6 +65,8 @@ class GenerationRequest:
     `grammar` ends an answer by itself, so stop strings and `ignore_eos` don't go with it.
     `scored_from`: generate nothing, but tell the log-probabilities of the prompt's tokens from this place (at
     least 1) on; `sampling` has no effect but for its `max_tokens`, which must be 0, and `n` is 1.
+    `project`, of which nothing is known here but whether two are the same: it takes turns with the others, and
+    nobody else finds what it has left in the prefix cache.
     """
 
     request_id: str
@@ -74,6 +76,7 @@ class GenerationRequest:
     n: int = 1
     grammar: Grammar | None = None
     scored_from: int | None = None
+    project: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,22 +4,29 @@ Running sequences come first, oldest first: one token for each that decodes, one
 its prompt, as far as the step's prefill budget goes. What is left of it admits waiting ones. Chunk borders are
 multiples of `chunk_size`, whatever the load.
 
-Fairness: waiting sequences queue by adapter set, and the sets take turns, so a hot adapter can't hold back a cold
-one. A set whose turn it is but for which there is no room yet may be passed over, at most `max_bypass` times;
-then nothing else is admitted before it. It is tried again only when something has been freed. When blocks run
-out the youngest running sequence is preempted: it gives everything back and is computed anew, from what the
-prefix cache still has.
+Fairness: projects take turns, and the adapter sets of each (`waiting_queues`). A set whose turn it is but for
+which there is no room yet may be passed over, at most `max_bypass` times; then nothing else is admitted before it,
+but for projects with nothing running. It is tried again only when something has been freed. When blocks run out
+the youngest running sequence is preempted: it gives everything back and is computed anew, from what the prefix
+cache still has.
+
+A project with nothing running doesn't wait for others' long answers: the youngest of the project that runs most is
+preempted for its first sequence. That one is then the oldest of its project, and those are never preempted so;
+only older sequences that need blocks may still take its place. So there are no more such preemptions than
+sequences and preemptions for blocks.
 """
 
-from collections import OrderedDict, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from typing import Self
 
 from adapters.errors import SmoloraError
 from server.engine.kv_cache import BlockManager
 from server.engine.sequence import Sequence, Status
+from server.engine.waiting_queues import Turn, WaitingQueues
 from server.engine.waiting_set import Adapters, WaitingSet
 
 
@@ -99,35 +106,31 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self._adapters = adapters
         self._clock = clock
-        self._queues: OrderedDict[bytes, WaitingSet] = OrderedDict()  # the set whose turn is next comes first
+        self._waiting = WaitingQueues()
 
     @property
     def num_waiting(self) -> int:
-        return sum(len(queue.sequences) for queue in self._queues.values())
+        return len(self._waiting)
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or self._queues)
+        return bool(self.running or self._waiting)
 
     def sequences(self) -> Iterator[Sequence]:
         """All that have not finished."""
         yield from self.running
-        for queue in self._queues.values():
-            yield from queue.sequences
+        yield from self._waiting
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. It must fit the cache alone: its prompt and all tokens that it may add."""
-        self._queues.setdefault(sequence.adapter_key, WaitingSet()).sequences.append(sequence)
+        self._waiting.add(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and give back what it holds."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
         elif sequence.status is Status.WAITING:
-            queue = self._queues[sequence.adapter_key]
-            queue.sequences.remove(sequence)
-            if not queue.sequences:
-                del self._queues[sequence.adapter_key]
+            self._waiting.remove(sequence)
         self._give_back(sequence)
         sequence.status = Status.FINISHED
 
@@ -149,7 +152,7 @@ class Scheduler:
             if self._make_room(sequence, stop):
                 chunks.append(Chunk(sequence, sequence.num_computed_tokens, stop))
         failed: list[Failed] = []
-        if self.num_preemptions == num_preemptions:
+        if self._waiting and self.num_preemptions == num_preemptions:
             self._admit(chunks, failed, budget)
         return Step(tuple(chunks), tuple(failed))
 
@@ -177,9 +180,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._give_back(sequence)
         sequence.status = Status.WAITING
-        queue = self._queues.setdefault(sequence.adapter_key, WaitingSet())
-        queue.sequences.appendleft(sequence)
-        self._queues.move_to_end(sequence.adapter_key, last=False)
+        self._waiting.put_back(sequence)
         self.num_preemptions += 1
 
     def _give_back(self, sequence: Sequence) -> None:
@@ -190,43 +191,60 @@ class Scheduler:
 
     def _admit(self, chunks: list[Chunk], failed: list[Failed], budget: int) -> None:
         """Admit waiting sequences, a set at a time in turn, while the step has room for their first chunk."""
+        num_running = Counter(sequence.request.project for sequence in self.running)
+        turn = self._waiting.turn(num_running)
+        if budget > 0:
+            self._make_place(turn, num_running, chunks)
         lacking_room: list[WaitingSet] = []
-        turn = deque(self._queues)
-        while turn and budget > 0 and len(self.running) < self.limits.max_num_seqs:
-            key = turn.popleft()
-            queue = self._queues[key]
+        while budget > 0 and len(self.running) < self.limits.max_num_seqs and (queue := turn.first) is not None:
             sequence = queue.first
             match self._try_admit(queue):
                 case _Verdict.ADMITTED:
-                    queue.sequences.popleft()
+                    turn.take_first()
                     queue.num_bypassed = 0
                     for other in lacking_room:
                         other.num_bypassed += 1
                     chunk = self._first_chunk(sequence)
                     budget -= chunk.stop - chunk.start
                     chunks.append(chunk)
-                    self._queues.move_to_end(key)
-                    if queue.sequences:
-                        turn.append(key)
-                    else:
-                        del self._queues[key]
                 case _Verdict.NO_ROOM:
                     if queue.num_bypassed < self.limits.max_bypass:
                         lacking_room.append(queue)
-                    elif self._give_way(sequence):
-                        turn.appendleft(key)  # at once: if nothing runs, no later step would come by itself
-                    else:
+                        turn.pass_over()
+                    elif not self._give_way(sequence):
                         return
+                    # else it is tried again at once: if nothing runs, no later step would come by itself
                 case _Verdict.FAILED:
                     assert sequence.hold is not None
                     assert sequence.hold.error is not None
                     failed.append(Failed(sequence, sequence.hold.error))
                     self.finish(sequence)
-                    if key in self._queues:
-                        turn.append(key)
+                    turn.try_later()
                 case _Verdict.WAITS:
-                    pass
+                    turn.pass_over()
         self._look_ahead(turn)
+
+    def _make_place(self, turn: Turn, num_running: Counter[str], chunks: list[Chunk]) -> None:
+        """Preempt a sequence, and drop its chunk, if a project with nothing running can begin by that alone."""
+        starved = [queue for queue in islice(turn, self.limits.max_num_seqs) if not num_running[queue.project]]
+        most = max(num_running.values(), default=0)
+        if not starved or most < 2:
+            return
+        victim = next(s for s in reversed(self.running) if num_running[s.request.project] == most)
+        num_free = self.blocks.num_free_blocks - self._num_promised_blocks(self.running)
+        num_more = self.blocks.num_own_blocks(victim) + self._num_promised_blocks([victim])
+        for queue in starved:
+            if (queue.first.hold or queue.advance(self._adapters)).ready:
+                # None of its project runs, so whatever it finds in the prefix cache comes out of the free blocks.
+                num_needed = self.blocks.blocks_for(queue.first.num_tokens + 1)
+                if num_needed <= num_free and len(self.running) < self.limits.max_num_seqs:
+                    return
+                if num_needed <= num_free + num_more:
+                    self._preempt(victim)
+                    chunks[:] = [chunk for chunk in chunks if chunk.sequence is not victim]
+                    return
+            if queue.num_bypassed >= self.limits.max_bypass:  # nothing may be admitted before it
+                return
 
     def _try_admit(self, queue: WaitingSet) -> "_Verdict":
         if queue.lacks_room:
@@ -238,7 +256,7 @@ class Scheduler:
             return _Verdict.NO_ROOM if hold.lacks_room else _Verdict.WAITS
         if self.blocks.is_being_computed(sequence):
             return _Verdict.WAITS
-        if not self.blocks.admit(sequence, num_spare_blocks=self._num_promised_blocks()):
+        if not self.blocks.admit(sequence, num_spare_blocks=self._num_promised_blocks(self.running)):
             queue.lacks(self.blocks, self.blocks.num_freed)
             return _Verdict.NO_ROOM
         if sequence.admitted_at is None:
@@ -248,10 +266,10 @@ class Scheduler:
         self.running.append(sequence)
         return _Verdict.ADMITTED
 
-    def _num_promised_blocks(self) -> int:
+    def _num_promised_blocks(self, running: list[Sequence]) -> int:
         """What running sequences still need for the tokens that they have, and one more block each to grow."""
         blocks = self.blocks
-        return sum(max(1, blocks.blocks_for(s.num_tokens + 1) - len(s.block_table)) for s in self.running)
+        return sum(max(1, blocks.blocks_for(s.num_tokens + 1) - len(s.block_table)) for s in running)
 
     def _first_chunk(self, sequence: Sequence) -> Chunk:
         stop = self._chunk_stop(sequence)
@@ -262,17 +280,16 @@ class Scheduler:
     def _give_way(self, sequence: Sequence) -> bool:
         """Let go of adapters that others hold while they wait, which the sequence may need; whether any did."""
         holds = []
-        for queue in self._queues.values():
-            for other in queue.sequences:
-                if other is not sequence and other.hold is not None and other.hold.is_held:
-                    holds.append(other.hold)
-                    other.hold = None
+        for other in self._waiting:
+            if other is not sequence and other.hold is not None and other.hold.is_held:
+                holds.append(other.hold)
+                other.hold = None
         for hold in holds:
             hold.release()
         return bool(holds)
 
-    def _look_ahead(self, keys: deque[bytes]) -> None:
+    def _look_ahead(self, turn: Turn) -> None:
         """Have the adapters of the next sets read while others run, as many as could run at once."""
-        for key in list(keys)[: self.limits.max_num_seqs]:
-            if not self._queues[key].lacks_room:
-                self._queues[key].advance(self._adapters)
+        for queue in islice(turn, self.limits.max_num_seqs):
+            if not queue.lacks_room:
+                queue.advance(self._adapters)

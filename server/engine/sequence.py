@@ -104,6 +104,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
         self.adapter_key = adapter_key(self.request.adapters)
+        self.prefix_root = prefix_root(self.adapter_key, self.request.project)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -129,17 +130,24 @@ class Sequence:
         return self.num_computed_tokens > 0 and self.num_computed_tokens == len(self.token_ids) - 1
 
     def full_block_keys(self) -> list[bytes]:
-        """The keys of all full blocks of tokens so far, each chaining the ones before and the adapter set."""
+        """The keys of all full blocks of tokens so far, each chaining the ones before, adapters and project."""
         keys, size = self._block_keys, self.block_size
         while (len(keys) + 1) * size <= len(self.token_ids):
             start = len(keys) * size
             tokens = array("q", self.token_ids[start : start + size]).tobytes()
-            parent = keys[-1] if keys else self.adapter_key
+            parent = keys[-1] if keys else self.prefix_root
             keys.append(hashlib.blake2b(parent + tokens, digest_size=16).digest())
         return keys
 
 
 def adapter_key(adapters: Seq[AdapterRef]) -> bytes:
-    """What tells one set of weighted adapters from another, whatever their names: the root of block keys."""
+    """What tells one set of weighted adapters from another, whatever their names."""
     parts = [f"{ref.digest}*".encode() + struct.pack("<d", ref.weight) for ref in sorted(adapters)]
     return hashlib.blake2b(b"+".join(parts), digest_size=16).digest()
+
+
+def prefix_root(adapter_key: bytes, project: str) -> bytes:
+    """What block keys begin with: another for each project, so that none finds another's blocks."""
+    if not project:
+        return adapter_key
+    return hashlib.blake2b(adapter_key + project.encode(), digest_size=16, person=b"project").digest()

@@ -1,4 +1,4 @@
-"""The sequences of one adapter set that wait to be admitted, and whether admitting one may succeed now."""
+"""The sequences of one project and adapter set that wait, and whether admitting one may succeed now."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -36,8 +36,10 @@ class _Refusal:
 
 @dataclass
 class WaitingSet:
-    """The waiting sequences of one adapter set, in order of arrival; it is never empty."""
+    """The waiting sequences of one adapter set of a project, in order of arrival; it is never empty."""
 
+    project: str
+    adapter_key: bytes
     sequences: deque[Sequence] = field(default_factory=deque)
     num_bypassed: int = 0
     _refusal: _Refusal | None = None

@@ -4,24 +4,23 @@
 """
 
 import re
-from collections.abc import Iterable
 
 from server.access.principal import Scope
 from server.api.access.sites import PROBES
 
-READ = frozenset({"generate", "train"})
-GENERATE = frozenset({"generate"})
-TRAIN = frozenset({"train"})
-METRICS = frozenset({"metrics"})
-ADMIN = frozenset({"admin"})
-
 Scopes = frozenset[Scope]
+
+READ: Scopes = frozenset({"generate", "train"})
+GENERATE: Scopes = frozenset({"generate"})
+TRAIN: Scopes = frozenset({"train"})
+METRICS: Scopes = frozenset({"metrics"})
+ADMIN: Scopes = frozenset({"admin"})
 
 _OPEN = PROBES | {"/", "/docs", "/redoc", "/openapi.json"}
 """What is answered without a key, with all below these."""
 _BELOW = ("/docs/", "/web/")
 
-_ROUTES: tuple[tuple[str, str, Iterable[str]], ...] = (
+_ROUTES: tuple[tuple[str, str, Scopes], ...] = (
     ("POST", "/generate", GENERATE),
     ("POST", "/compare", GENERATE),
     ("POST", "/v1/chat/completions", GENERATE),
@@ -83,7 +82,7 @@ def _table() -> tuple[tuple[re.Pattern[str], dict[str, Scopes]], ...]:
     found: dict[str, dict[str, Scopes]] = {}
     for methods, template, scopes in _ROUTES:
         for method in methods.split():
-            found.setdefault(template, {})[method] = frozenset(scopes)  # type: ignore[arg-type]  # they are scopes
+            found.setdefault(template, {})[method] = scopes
     templates = sorted(found, key=lambda template: template.count("{"))
     return tuple((re.compile(_pattern(template)), found[template]) for template in templates)
 

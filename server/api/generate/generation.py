@@ -195,6 +195,7 @@ async def start(
             n=n,
             grammar=grammar,
             scored_from=scored_from,
+            project=principal.project,
         )
         stream = services.engine.submit(request)
     except BaseException as error:
@@ -209,7 +210,7 @@ async def start(
 def ask_queue(services: Services, num_sequences: int) -> None:
     """Raise what so many sequences would be refused for now, before anything is done for them."""
     try:
-        services.engine.check_queue(num_sequences)
+        services.engine.check_queue(num_sequences, services.principal.project)
     except TryAgain:
         services.metrics.refused()
         raise

@@ -27,9 +27,8 @@ class QueueRate:
                 self._ends.popleft()
         self._since = now if num_in_flight >= self.num_places else None
 
-    def wait(self, now: float, num_in_flight: int) -> float:
-        """Seconds until one more would begin; 0 before a whole batch has ended: nobody knows."""
-        num_ahead = num_in_flight + 1 - self.num_places
+    def wait(self, now: float, num_ahead: int) -> float:
+        """Seconds until so many will have ended; 0 before a whole batch has: nobody knows."""
         start, before = self._ends[0]
         if num_ahead <= 0 or self._num_ended < self.num_places:
             return 0.0

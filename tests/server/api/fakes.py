@@ -118,7 +118,7 @@ class FakeEngine:
         self.dead = True
         self.held.set()
 
-    def check_queue(self, num_sequences: int) -> None:
+    def check_queue(self, num_sequences: int, project: str = "") -> None:
         if self.dead:
             raise EngineDead
         if self.draining:
@@ -129,7 +129,7 @@ class FakeEngine:
             raise self.refusal
 
     def submit(self, request: GenerationRequest) -> FakeStream:
-        self.check_queue(request.n)
+        self.check_queue(request.n, request.project)
         self.requests.append(request)
         self.open.add(request.request_id)
         return FakeStream(self, request)

@@ -6,6 +6,7 @@ is under way, whose end will wake the engine.
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -33,6 +34,7 @@ class Simulation:
     finished: list[Sequence] = field(default_factory=list)
     failed: list[Sequence] = field(default_factory=list)
     admissions: list[Sequence] = field(default_factory=list)
+    displaced: list[Sequence] = field(default_factory=list)  # preempted for a project that had nothing running
     _content: dict[tuple[int, int], Content] = field(default_factory=dict)
     _num_requests: int = 0
 
@@ -41,7 +43,12 @@ class Simulation:
         self.max_total = self.blocks.num_usable_blocks * self.blocks.block_size
 
     def add(
-        self, prompt: tuple[int, ...], max_tokens: int, adapters: tuple[str, ...] = (), n: int = 1
+        self,
+        prompt: tuple[int, ...],
+        max_tokens: int,
+        adapters: tuple[str, ...] = (),
+        n: int = 1,
+        project: str = "",
     ) -> list[Sequence]:
         """A request that `Engine.check` would pass: the prompt is cut to what fits."""
         max_tokens = min(max_tokens, self.max_total - 1)
@@ -53,6 +60,7 @@ class Simulation:
             SamplingParams(max_tokens=max_tokens),
             tuple(AdapterRef(digest) for digest in sorted(set(adapters))),
             n,
+            project=project,
         )
         new = [Sequence(request, i, float(self.num_steps), self.blocks.block_size) for i in range(n)]
         for sequence in new:
@@ -68,10 +76,12 @@ class Simulation:
 
     def step(self, *, crash: bool = False) -> Step:
         """One step; with `crash` the model fails, and all sequences of the step end."""
-        before = set(self.scheduler.running)
+        before = list(self.scheduler.running)
         step = self.scheduler.schedule()
         self.num_steps += 1
-        self.admissions += [s for s in self.scheduler.running if s not in before]
+        admitted = [s for s in self.scheduler.running if s not in before]
+        self.admissions += admitted
+        self._check_displaced(before, admitted)
         self.failed += [failed.sequence for failed in step.failed]
         self._check_step(step)
         for chunk in step.chunks:
@@ -112,7 +122,19 @@ class Simulation:
                 self.finished.append(sequence)
 
     def _truth(self, sequence: Sequence, position: int) -> Content:
-        return sequence.adapter_key, tuple(sequence.token_ids[: position + 1])
+        return sequence.prefix_root, tuple(sequence.token_ids[: position + 1])
+
+    def _check_displaced(self, before: list[Sequence], admitted: list[Sequence]) -> None:
+        """Whoever is preempted for blocks leaves no step in which others are admitted: this was for a project."""
+        preempted = [s for s in before if s.status is Status.WAITING]
+        if not preempted or not admitted:
+            return
+        (victim,) = preempted
+        of = Counter(s.request.project for s in before)
+        assert of[victim.request.project] == max(of.values()) > 1
+        assert victim is [s for s in before if s.request.project == victim.request.project][-1]
+        assert not of[admitted[0].request.project], "it was for somebody who had a place"
+        self.displaced.append(victim)
 
     def _check_step(self, step: Step) -> None:
         scheduler, limits = self.scheduler, self.limits

@@ -11,7 +11,7 @@ from adapters.errors import InvalidInput
 from server.engine.async_engine import AsyncEngine
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
-from server.errors import Draining, NotReady, QueueFull
+from server.errors import Draining, NotReady
 from server.model.base.weights import BaseModel
 from tests.engine_kit import build_engine, check_idle, run
 from tests.server.engine.async_bench import LONG, Bench, collect, eventually, on_loop, request
@@ -44,57 +44,6 @@ def test_not_ready_before_the_start(tiny_base: BaseModel) -> None:
     assert not engine.dead
     with pytest.raises(NotReady):
         engine.submit(request())
-
-
-def test_the_queue_is_bounded(tiny_base: BaseModel) -> None:
-    async def main() -> None:
-        async with Bench(tiny_base, limits=SchedulerLimits(max_num_seqs=2), max_queue=3) as engine:
-            streams = [engine.submit(replace(request(str(i)), sampling=LONG)) for i in range(3)]
-            streams.append(engine.submit(request("3", n=2)))
-            assert engine.num_in_flight == 5
-            with pytest.raises(QueueFull) as caught:
-                engine.submit(request("4"))
-            assert caught.value.retry_after > 0
-            await streams[0].aclose()
-            streams.append(engine.submit(request("5")))
-            with pytest.raises(QueueFull):
-                engine.submit(request("6"))
-            for stream in streams:
-                await stream.aclose()
-            assert engine.num_in_flight == 0
-            large = await collect(engine.submit(request("7", n=8)))
-            assert len(large) == 8, "more than all places: taken when nothing else is in flight"
-
-    on_loop(main())
-
-
-def test_what_would_wait_too_long_is_refused(tiny_base: BaseModel) -> None:
-    """Two places, given up in the 20 seconds that both were taken: the next is free in 10."""
-    now = 0.0
-    limits = SchedulerLimits(max_num_seqs=2)
-
-    async def main() -> None:
-        nonlocal now
-        async with Bench(tiny_base, limits=limits, queue_timeout=5, clock=lambda: now) as engine:
-            streams = [engine.submit(request(str(i))) for i in range(3)]
-            engine.check_queue(1)  # nobody knows yet
-            now = 20.0
-            for stream in streams:
-                await collect(stream)
-            streams = [engine.submit(replace(request("3"), sampling=LONG))]
-            engine.check_queue(1)
-            streams.append(engine.submit(replace(request("4"), sampling=LONG)))
-            with pytest.raises(QueueFull, match="SMOLORA_QUEUE_TIMEOUT") as caught:
-                engine.check_queue(1)
-            assert caught.value.retry_after == pytest.approx(5)
-            await streams[0].aclose()
-            engine.check_queue(1)
-            await streams[1].aclose()
-            engine.drain()
-            with pytest.raises(Draining):
-                engine.check_queue(1)
-
-    on_loop(main())
 
 
 def test_a_request_that_can_never_run_takes_no_place(tiny_base: BaseModel) -> None:

@@ -13,6 +13,7 @@ import torch
 from adapters.lora import LoraWeights
 from server.engine.engine import Engine
 from server.engine.request import GenerationRequest
+from server.engine.scheduler import SchedulerLimits
 from server.model.base.weights import BaseModel
 from server.model.smollm import SmolLM
 from tests.engine_kit import (
@@ -90,6 +91,25 @@ def test_thirty_two_requests_at_once_equal_themselves_alone(tiny_base: BaseModel
         tiny_base_dir, adapters, greedy, [expected[request.request_id][0] for request in greedy]
     )
     assert sha256(tiny_base) == before
+
+
+def test_projects_that_give_each_other_places_equal_themselves_alone(tiny_base: BaseModel) -> None:
+    """Room for all but in places: whoever is preempted makes a place for a project that has none."""
+    adapters = library(tiny_base)
+    requests = [
+        replace(one, project="abcdefgh"[i // 2 % 8] if i % 2 else "a")
+        for i, one in enumerate(requests_of_all_kinds(tiny_base, 32, seed=2))
+    ]
+    model = SmolLM(tiny_base.config, tiny_base.weights, max_positions=512)
+    expected = {request.request_id: alone(tiny_base, model, adapters, request) for request in requests}
+    limits = SchedulerLimits(max_num_seqs=4, chunk_size=8, max_prefill_tokens=32)
+    engine = build_engine(tiny_base, adapters, model=model, num_blocks=400, block_size=8, limits=limits)
+    results = run(engine, requests, arrivals=random.Random(3), after_step=partial(check_blocks, engine))
+    check_idle(engine)
+    engine.close()
+    assert engine.stats.preemptions > 0
+    for (request_id, index), found in results.items():
+        assert_same(found, expected[request_id][index])
 
 
 @pytest.mark.real

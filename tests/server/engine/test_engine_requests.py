@@ -43,6 +43,26 @@ def test_a_shared_prefix_changes_nothing_and_is_told(tiny_base: BaseModel) -> No
     assert stats.output_tokens == 4 * 16
 
 
+@pytest.mark.parametrize("adapters", [{}, {"00": 1.0}])
+def test_a_prefix_is_found_by_its_own_project_alone(tiny_base: BaseModel, adapters: dict[str, float]) -> None:
+    engine = build_engine(tiny_base, library(tiny_base, 1))
+    request = GenerationRequest("a", prompt(50), GREEDY, refs(**adapters), project="x")
+    first = run(engine, [request])["a", 0]
+    for project, num_cached in (("y", 0), ("", 0), ("x", 48), ("y", 48)):
+        found = run(engine, [replace(request, project=project)])["a", 0]
+        assert found.num_cached_tokens == num_cached
+        assert_same(found, first)
+
+
+def test_a_prefix_that_another_project_computes_is_not_waited_for(tiny_base: BaseModel) -> None:
+    engine = build_engine(tiny_base, limits=SchedulerLimits(chunk_size=8))
+    requests = [GenerationRequest(name, prompt(50), GREEDY, project=name) for name in "ab"]
+    for one in requests:
+        engine.add(one)
+    engine.step()
+    assert [sequence.request for sequence in engine.scheduler.running] == requests
+
+
 def test_generated_tokens_are_shared_too(tiny_base: BaseModel) -> None:
     """The next turn of a conversation finds the last answer."""
     engine = build_engine(tiny_base)

@@ -1,16 +1,18 @@
 """Blocks: allocation, sharing by content and adapter set, eviction; against counts kept by hand."""
 
+from array import array
+
 import pytest
 
 from server.engine.kv_cache import BlockManager
 from server.engine.request import AdapterRef, GenerationRequest
-from server.engine.sequence import Sequence, adapter_key
+from server.engine.sequence import Sequence, adapter_key, prefix_root
 
 SIZE = 4
 
 
-def sequence(*token_ids: int, adapters: tuple[AdapterRef, ...] = ()) -> Sequence:
-    return Sequence(GenerationRequest("r", token_ids, adapters=adapters), 0, 0.0, SIZE)
+def sequence(*token_ids: int, adapters: tuple[AdapterRef, ...] = (), project: str = "") -> Sequence:
+    return Sequence(GenerationRequest("r", token_ids, adapters=adapters, project=project), 0, 0.0, SIZE)
 
 
 def admit(blocks: BlockManager, new: Sequence, num_spare_blocks: int = 0) -> bool:
@@ -91,6 +93,48 @@ def test_sharing_is_under_the_same_adapters_alone(
     compute(blocks, first)
     assert admit(blocks, second)
     assert second.num_computed_tokens == (8 if shared else 0)
+
+
+@pytest.mark.parametrize("adapters", [(), (AdapterRef("a"),)])
+def test_no_project_finds_anothers_blocks(adapters: tuple[AdapterRef, ...]) -> None:
+    blocks = BlockManager(20, SIZE)
+    first = sequence(*range(9), adapters=adapters, project="x")
+    others = [sequence(*range(9), adapters=adapters, project=project) for project in ("", "y", "xx", "x ")]
+    assert admit(blocks, first)
+    assert not any(blocks.is_being_computed(other) for other in others), "that it is computed is not to be seen"
+    assert blocks.is_being_computed(sequence(*range(9), adapters=adapters, project="x"))
+    compute(blocks, first)
+    for other in others:
+        assert other.adapter_key == first.adapter_key, "they run side by side"
+        assert admit(blocks, other)
+        assert other.num_computed_tokens == 0
+        blocks.free(other)
+    assert admit(blocks, mine := sequence(*range(9), adapters=adapters, project="x"))
+    assert mine.num_computed_tokens == 8
+
+
+def test_without_a_project_keys_are_those_of_the_adapters() -> None:
+    key = adapter_key([AdapterRef("a")])
+    assert prefix_root(key, "") == key
+    tokens = sequence(1, 2, 3, 4)
+    assert prefix_root(tokens.adapter_key, array("q", tokens.token_ids).tobytes().decode()) not in (
+        *tokens.full_block_keys(),
+        tokens.adapter_key,
+    ), "a project named like a block's tokens"
+
+
+def test_own_blocks_are_those_that_nobody_shares() -> None:
+    blocks = BlockManager(20, SIZE)
+    first, second = sequence(*range(12)), sequence(*range(12))
+    assert admit(blocks, first)
+    compute(blocks, first)
+    assert admit(blocks, second)
+    compute(blocks, second)
+    assert (blocks.num_own_blocks(first), blocks.num_own_blocks(second)) == (1, 1)
+    free = blocks.num_free_blocks
+    blocks.free(second)
+    assert blocks.num_free_blocks == free + 1
+    assert blocks.num_own_blocks(first) == 3
 
 
 def test_a_block_is_found_only_behind_the_same_beginning() -> None:

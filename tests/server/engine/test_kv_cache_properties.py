@@ -26,13 +26,17 @@ class Blocks(RuleBasedStateMachine):
         self.content: dict[tuple[int, int], tuple[bytes, tuple[int, ...]]] = {}  # (block, offset) → what it holds
 
     def truth(self, of: Sequence, position: int) -> tuple[bytes, tuple[int, ...]]:
-        """What keys and values depend on: the adapters and every token up to this one."""
-        return of.adapter_key, tuple(of.token_ids[: position + 1])
+        """What keys and values depend on, adapters and every token up to this one; and whose they are."""
+        return of.prefix_root, tuple(of.token_ids[: position + 1])
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=16), adapter=st.sampled_from(["", "a"]))
-    def start(self, tokens: list[int], adapter: str) -> None:
+    @rule(
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=16),
+        adapter=st.sampled_from(["", "a"]),
+        project=st.sampled_from(["", "x"]),
+    )
+    def start(self, tokens: list[int], adapter: str, project: str) -> None:
         adapters = (AdapterRef(adapter),) if adapter else ()
-        new = sequence(*tokens, adapters=adapters)
+        new = sequence(*tokens, adapters=adapters, project=project)
         spare = len(self.live)
         free = self.blocks.num_free_blocks
         if self.blocks.admit(new, num_spare_blocks=spare):

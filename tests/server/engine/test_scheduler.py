@@ -209,7 +209,7 @@ def test_waiting_sequences_that_hold_adapters_give_way() -> None:
     (large,) = sim.add(unlike(9, 4), 4, ("w", "x", "y", "z"))
     for i, digest in enumerate("abcd"):
         sim.add(unlike(20 + i, 4), 4, (digest,))
-    sim.scheduler._queues[large.adapter_key].num_bypassed = 2
+    sim.scheduler._waiting.set_of(large).num_bypassed = 2
     for _ in range(100):
         sim.step()
     assert large in sim.admissions

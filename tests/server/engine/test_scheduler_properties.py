@@ -33,9 +33,10 @@ class Machine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 10),
         adapters=st.lists(st.sampled_from("abcdez"), max_size=3),
         n=st.sampled_from([1, 1, 1, 2, 4]),
+        project=st.sampled_from(["", "", "x", "y"]),
     )
-    def add(self, length: int, max_tokens: int, adapters: list[str], n: int) -> None:
-        self.sim.add(prompt(self.sim.rng, length), max_tokens, tuple(adapters), n)
+    def add(self, length: int, max_tokens: int, adapters: list[str], n: int, project: str) -> None:
+        self.sim.add(prompt(self.sim.rng, length), max_tokens, tuple(adapters), n, project)
         self.num_added += n
 
     @rule(num=st.integers(1, 5))
@@ -68,7 +69,7 @@ TestMachine.settings = settings(max_examples=num_examples(150), stateful_step_co
 
 def test_long_random_traffic() -> None:
     """Many seeds, tight everything, no shrinking: finds what short runs don't."""
-    num_preemptions = 0
+    num_preemptions = num_displaced = 0
     for seed in range(60):
         rng = random.Random(seed)
         sim, gate = simulation(
@@ -85,14 +86,18 @@ def test_long_random_traffic() -> None:
         for _ in range(300):
             if rng.random() < 0.3 and len(sim.live()) < 20:
                 digests = tuple(rng.choice("abcdefghz") for _ in range(rng.choice((0, 1, 1, 2, 3))))
-                sim.add(prompt(rng, rng.randint(1, 40)), rng.randint(1, 15), digests, rng.choice((1, 1, 3)))
+                project = rng.choice("wwwxyz"[seed % 6 :])  # of some seeds there is one alone
+                n = rng.choice((1, 1, 3))
+                sim.add(prompt(rng, rng.randint(1, 40)), rng.randint(1, 15), digests, n, project)
             if rng.random() < 0.03 and sim.live():
                 sim.abort(rng.choice(sim.live()))
             sim.step(crash=rng.random() < 0.01)
         sim.drain(sim.bound())
         assert not +gate.holds
         num_preemptions += sim.scheduler.num_preemptions
-    assert num_preemptions > 100
+        num_displaced += len(sim.displaced)
+    assert num_preemptions - num_displaced > 100
+    assert num_displaced > 10
 
 
 def test_the_wait_for_room_is_bounded_for_every_set() -> None:

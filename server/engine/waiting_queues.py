@@ -1,0 +1,130 @@
+"""Whose turn it is: the waiting sequences by project, and within a project by adapter set.
+
+Projects take turns, and so do the sets of each, so neither a busy project nor a hot adapter can hold another back.
+Projects with nothing running come before all others. Whether a sequence can be admitted is the scheduler's to say.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping
+
+from server.engine.sequence import Sequence
+from server.engine.waiting_set import WaitingSet
+
+
+class WaitingQueues:
+    """Every waiting sequence, of which `len` is the number; iterates over them in no particular order."""
+
+    def __init__(self) -> None:
+        self._num_sequences = 0
+        # By project, then by adapter key; who comes next is first, in both.
+        self._projects: OrderedDict[str, OrderedDict[bytes, WaitingSet]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._num_sequences
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for sets in self._projects.values():
+            for queue in sets.values():
+                yield from queue.sequences
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence, behind those of its set."""
+        self.set_of(sequence).sequences.append(sequence)
+        self._num_sequences += 1
+
+    def put_back(self, sequence: Sequence) -> None:
+        """Queue a preempted sequence, before all others of its project."""
+        self.set_of(sequence).sequences.appendleft(sequence)
+        self._num_sequences += 1
+        self._projects[sequence.request.project].move_to_end(sequence.adapter_key, last=False)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it waits."""
+        queue = self.set_of(sequence)
+        queue.sequences.remove(sequence)
+        self._num_sequences -= 1
+        self._drop_if_empty(queue)
+
+    def take_first(self, queue: WaitingSet) -> None:
+        """Take the first one of a set out, whose turn is over then, and its project's."""
+        queue.sequences.popleft()
+        self._num_sequences -= 1
+        self._projects[queue.project].move_to_end(queue.adapter_key)
+        self._projects.move_to_end(queue.project)
+        self._drop_if_empty(queue)
+
+    def turn(self, num_running: Mapping[str, int]) -> "Turn":
+        """The order to try them in, with so many sequences running by project."""
+        starved = [project for project in self._projects if not num_running.get(project)]
+        others = [project for project in self._projects if num_running.get(project)]
+        return Turn(self, deque(starved + others))
+
+    def sets(self, project: str) -> Iterable[WaitingSet]:
+        """Those of one project that has any, the one whose turn is next first."""
+        return self._projects[project].values()
+
+    def set_of(self, sequence: Sequence) -> WaitingSet:
+        """The set that the sequence waits in, or will; a new one is the last of its project."""
+        project, key = sequence.request.project, sequence.adapter_key
+        sets = self._projects.setdefault(project, OrderedDict())
+        return sets.setdefault(key, WaitingSet(project, key))
+
+    def _drop_if_empty(self, queue: WaitingSet) -> None:
+        if not queue.sequences:
+            sets = self._projects[queue.project]
+            del sets[queue.adapter_key]
+            if not sets:
+                del self._projects[queue.project]
+
+
+class Turn:
+    """The sets that a step may still try. What is said of one is said of the `first`."""
+
+    def __init__(self, queues: WaitingQueues, projects: deque[str]) -> None:
+        self._queues = queues
+        self._projects = projects
+        self._left: dict[str, deque[WaitingSet]] = {}  # of the projects that have been looked at
+
+    @property
+    def first(self) -> WaitingSet | None:
+        """The set to try next; None: all have been tried."""
+        while self._projects:
+            project = self._projects[0]
+            if project not in self._left:
+                self._left[project] = deque(self._queues.sets(project))
+            if left := self._left[project]:
+                return left[0]
+            self._projects.popleft()
+        return None
+
+    def take_first(self) -> None:
+        """Its first sequence is admitted: other sets come before its next one, and other projects before those."""
+        queue = self._pop()
+        self._queues.take_first(queue)
+        if queue.sequences:
+            self._left[queue.project].append(queue)
+        self._projects.rotate(-1)
+
+    def pass_over(self) -> None:
+        """It isn't tried again in this step. It keeps its place, and the project tries another."""
+        self._pop()
+
+    def try_later(self) -> None:
+        """Its first sequence has left it otherwise; the next is tried after the project's other sets."""
+        queue = self._pop()
+        if queue.sequences:
+            self._left[queue.project].append(queue)
+
+    def __iter__(self) -> Iterator[WaitingSet]:
+        """Those left, as they would come if each were admitted. Nothing may be queued or taken meanwhile."""
+        projects = deque(iter(self._left[p] if p in self._left else self._queues.sets(p)) for p in self._projects)
+        while projects:
+            queue = next(projects[0], None)
+            if queue is None:
+                projects.popleft()
+            else:
+                yield queue
+                projects.rotate(-1)
+
+    def _pop(self) -> WaitingSet:
+        return self._left[self._projects[0]].popleft()

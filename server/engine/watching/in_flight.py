@@ -1,0 +1,82 @@
+"""How many sequences are in flight, by project: whether more are taken, and how many must end before one begins.
+
+Nothing is kept of a project whose sequences have all ended, and nothing here takes longer the more there are.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class _Counts:
+    """Of one project: its sequences, and how many of them have had a place in the batch."""
+
+    num: int = 0
+    num_begun: int = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return self.num - self.num_begun
+
+
+class InFlight:
+    """Counts of sequences, of which `num_places` run at once and `max_num` may be in flight.
+
+    Once so many are, a project is still given its share of `max_num`, by the number of projects with something in
+    flight, so that no other can keep it out. That ends at twice `max_num`.
+    """
+
+    def __init__(self, num_places: int, max_num: int) -> None:
+        self.num = 0
+        self.num_places = num_places
+        self.max_num = max_num
+        self._projects: dict[str, _Counts] = {}
+        self._num_projects_waiting = 0
+
+    def has_room(self, project: str, num: int) -> bool:
+        """Whether so many more of the project are taken. Where there are none at all, any number is."""
+        if not self.num or self.num + num <= self.max_num:
+            return True
+        own = self._projects.get(project, _Counts())
+        num_projects = len(self._projects) + (not own.num)
+        is_below_share = own.num * num_projects < self.max_num
+        return is_below_share and own.num + num <= self.max_num and self.num + num <= 2 * self.max_num
+
+    def add(self, project: str, num: int) -> None:
+        """So many of the project are in flight from now on."""
+        self._change(project, num, 0)
+
+    def begin(self, project: str, num: int) -> None:
+        """So many of its sequences in flight have got a place."""
+        self._change(project, 0, num)
+
+    def end(self, project: str, num: int, num_begun: int) -> None:
+        """So many are in flight no more, of which so many had a place."""
+        self._change(project, -num, -num_begun)
+
+    def num_ahead(self, project: str) -> int:
+        """How many sequences will end before one more of the project has a place; 0: it begins at once.
+
+        Those that wait take turns by project. The first of a project with nothing running takes the place of one
+        of a project with several (`server.engine.scheduler`); it waits only where each place is another project's.
+        """
+        num_before = self.num + 1 - self.num_places  # if all of them came first
+        if num_before <= 0:
+            return 0
+        own = self._projects.get(project, _Counts())
+        num_own = own.num - min(own.num_begun, self.num_places)
+        num_turns = self._num_projects_waiting + (not own.num_waiting)
+        if own.num_begun:
+            return min(num_before, (num_own + 1) * num_turns)
+        num_projects = len(self._projects) + (not own.num)
+        return min(num_before, num_own * num_turns + max(num_projects - self.num_places, 0))
+
+    def _change(self, project: str, num: int, num_begun: int) -> None:
+        own = self._projects.setdefault(project, _Counts())
+        self._num_projects_waiting -= own.num_waiting > 0
+        own.num += num
+        own.num_begun += num_begun
+        self.num += num
+        self._num_projects_waiting += own.num_waiting > 0
+        assert 0 <= own.num_begun <= own.num, "ended twice, or never taken"
+        if not own.num:
+            del self._projects[project]
