@@ -13,6 +13,7 @@ from adapters.catalog.records import Records
 from adapters.catalog.recovery import Recovered
 from adapters.errors import CorruptAdapter
 from adapters.store.store import AdapterStore
+from adapters.viewpoint import Viewpoint
 from server.database import build_of, connect, faults, nobody_has_it_open, set_aside
 from server.errors import StartupError
 from server.home import Home, serving
@@ -65,6 +66,7 @@ class Rebuilt:
         if self.recovered.lost:
             yield f"lost, as bytes or parts are missing or damaged: {', '.join(self.recovered.lost)}"
         yield "lost: all aliases; latest is each name's highest version, also where it was moved back"
+        yield "lost: all API keys, limits and usage, and which adapters were public: make new keys"
         yield f"lost: all jobs, their events and reports: {', '.join(self.lost_jobs) or 'none left a trace'}"
 
 
@@ -79,7 +81,7 @@ def examine(home: Path) -> Diagnosis:
     if not findings:
         engine = connect(home)
         database = str(build_of(engine))
-        catalog, jobs = Catalog(engine), Jobs(engine)
+        catalog, jobs = Catalog(engine, of=Viewpoint(sees_all=True)), Jobs(engine)
         versions = [version for adapter in catalog.list() for version in adapter.versions]
         stored = set(store.digests())
         findings += _of_versions(versions, stored, damaged)

@@ -55,6 +55,11 @@ class Home:
         return self.path if project == DEFAULT_PROJECT else self.path / _PROJECTS / project
 
     @property
+    def keyed(self) -> Path:
+        """An empty file that says that there once was an API key, should the database be lost."""
+        return self.path / "keyed"
+
+    @property
     def models(self) -> Path:
         """Converted bases, by name."""
         return self.path / "models"

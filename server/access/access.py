@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import sqlalchemy as sa
 
@@ -34,12 +35,13 @@ class Access:
 
 def open_access(
     engine: sa.Engine,
+    keyed: Path,
     commits: Callable[[], int],
     fixed_keys: Sequence[str] = (),
     allow_anonymous: bool = False,
 ) -> Access:
-    """`commits` tells cheaply whether anybody has committed to the database: its number moves."""
-    keys, projects = Keys(engine), Projects(engine)
+    """`keyed` is as in `Keys`; `commits` tells cheaply whether anybody has committed to the database."""
+    keys, projects = Keys(engine, keyed), Projects(engine)
     ring = KeyRing(keys, projects, _ChangeCount(engine, commits), fixed_keys, allow_anonymous)
     return Access(keys, projects, ring, Rates(), Ledger(engine), Audit(engine))
 

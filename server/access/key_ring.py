@@ -44,6 +44,7 @@ class KeyRing:
         self._now = now
         self._seen: int | None = None
         self._by_digest: Mapping[str, ApiKey] = {}
+        self._are_there = True
         self._by_id: Mapping[str, ApiKey] = {}
         self._quotas: Mapping[str, Quota] = {}
         self._used: dict[str, datetime] = {}
@@ -52,13 +53,14 @@ class KeyRing:
     @property
     def is_open(self) -> bool:
         """Whether no key is needed."""
-        return not self._fixed and (self._allow_anonymous or not self._by_digest)
+        return not self._fixed and (self._allow_anonymous or not self._are_there)
 
     def refresh(self) -> None:
         """Read keys and projects anew, if any has changed."""
         if (number := self._changes()) == self._seen:
             return
         self._by_digest = self._keys.by_digest()
+        self._are_there = self._keys.are_there()
         self._by_id = {key.id: key for key in self._by_digest.values()}
         self._quotas = {project.name: project.quota for project in self._projects.list()}
         self._seen = number
@@ -83,7 +85,7 @@ class KeyRing:
             found = Principal(key.project, key.id, frozenset(key.scopes), key.quota, sees_all=sees_all)
             return self._limited(found)
         # before there are keys clients send whatever they were made with, such as "unused"
-        return self._limited(EVERYBODY) if self.is_open and not self._by_digest else None
+        return self._limited(EVERYBODY) if self.is_open and not self._are_there else None
 
     def within(self, principal: Principal, project: str) -> Principal | None:
         """The operator at work in one project, which it then sees as that project does. None: there is no such."""

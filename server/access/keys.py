@@ -8,10 +8,12 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import sqlalchemy as sa
 
 from adapters.catalog.tables import transact
+from adapters.durable import new_file
 from adapters.errors import FieldError, InvalidInput, NotFound
 from adapters.names import NAME_RULE, is_name
 from adapters.viewpoint import DEFAULT_PROJECT, project_fault
@@ -48,10 +50,14 @@ def digest_of(secret: str) -> str:
 
 
 class Keys:
-    """All keys. Thread-safe; other processes may write the same tables."""
+    """All keys. Thread-safe; other processes may write the same tables.
 
-    def __init__(self, engine: sa.Engine) -> None:
+    `keyed` is the file that says that there once was one: `server.home.Home.keyed`.
+    """
+
+    def __init__(self, engine: sa.Engine, keyed: Path) -> None:
         self._engine = engine
+        self._keyed = keyed
         self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def create(
@@ -83,6 +89,9 @@ class Keys:
             changed(connection)
             record(connection, who, "key.create", project, key.id, {"name": name, "scopes": list(kept)})
 
+        if not self._keyed.exists():  # before the key: a lost database must not let strangers in
+            with new_file(self._keyed):
+                pass
         transact(self._engine, work)
         return key, secret
 
@@ -124,6 +133,8 @@ class Keys:
 
     def are_there(self) -> bool:
         """Whether a key was ever made: then nobody comes in without one any more."""
+        if self._keyed.exists():
+            return True
         with self._reader.connect() as connection:
             return connection.execute(sa.select(api_keys.c.id).limit(1)).first() is not None
 

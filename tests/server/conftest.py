@@ -25,6 +25,7 @@ from server.api.train.submission import Submissions
 from server.config import Settings
 from server.database import FILE_NAME, Commits, connect
 from server.engine.structured.guidance import Guidance
+from server.home import Home
 from server.metrics import Metrics
 from server.model.text.chat import PromptEncoder
 from server.model.text.vocabulary import tokenizer_json
@@ -161,7 +162,9 @@ def make_services(
             ),
             estimator=Estimator(jobs, NUM_PARAMETERS, torch.float32, torch.device("cpu")),
             decode=lambda ids: str(tokenizer.decode(ids)),
-            access=open_access(database, Commits(tmp_path), settings.api_keys, settings.allow_anonymous),
+            access=open_access(
+                database, Home(tmp_path).keyed, Commits(tmp_path), settings.api_keys, settings.allow_anonymous
+            ),
         )
 
     return make

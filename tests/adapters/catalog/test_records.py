@@ -12,6 +12,7 @@ from adapters.catalog.records import Recorder, Records, decode, encode
 from adapters.catalog.recovery import Recovered, recover
 from adapters.catalog.tables import transact
 from adapters.catalog.writes import drop_in, publish_in
+from adapters.errors import NotFound
 from adapters.expression import parse
 from adapters.viewpoint import Viewpoint
 from server.database import FILE_NAME, connect
@@ -135,6 +136,29 @@ def test_everything_comes_back_but_for_aliases_and_where_latest_was(home: Home) 
     assert all(adapter.aliases == {} for adapter in after)
     assert [adapter.kind for adapter in after] == ["adapter", "adapter", "composition"]
     assert home.recover() == Recovered()
+
+
+def test_owners_come_back(home: Home) -> None:
+    """An adapter of each of two projects and a composition of both; the numbers that one has given out, too."""
+    acme = home.catalog.of(Viewpoint("acme", key_id="key-1"))
+    for catalog, digest in ((home.catalog, D[0]), (acme, D[1]), (acme, D[2])):
+        catalog.publish("a", digest=digest, rank=4, alpha=8, target_modules=("q_proj",), parameters=1, bytes=1)
+    acme.delete_version("a", 2)
+    home.catalog.set_visibility("a", True)
+    acme.compose("mix", parse("a*0.5+default/a"))
+    before = acme.list()
+    home.lose()
+    assert home.recover() == Recovered(adopted=("a@1", "acme/a@1", "acme/mix@1"))
+    acme = home.catalog.of(acme.viewpoint)
+    assert acme.list() == before
+    assert acme.get("a").versions[0].key_id == "key-1"
+    assert [part.name for part in acme.get("mix").versions[0].parts] == ["a", "default/a"]
+    assert [adapter.name for adapter in home.catalog.list()] == ["a"]
+    assert home.catalog.list(public=True) == []
+    again = acme.publish("a", digest=D[2], rank=4, alpha=8, target_modules=("q_proj",), parameters=1, bytes=1)
+    assert again.version == 3
+    with pytest.raises(NotFound, match="no longer shares: default/a@1"):
+        acme.resolve(parse("mix"))
 
 
 def test_a_rebuilt_name_does_not_mean_what_is_worse_than_its_base(home: Home) -> None:

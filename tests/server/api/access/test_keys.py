@@ -56,6 +56,16 @@ async def test_it_stays_shut_once_all_are_revoked(client: httpx.AsyncClient, app
     assert (await client.get("/adapters", headers=bearer(secret))).status_code == 401
 
 
+async def test_it_stays_shut_where_the_database_is_lost(
+    app: FastAPI, make_services: MakeServices, database: sa.Engine
+) -> None:
+    new_secret(app)
+    with database.begin() as connection:
+        connection.execute(sa.delete(api_keys))
+    async with client_of(create_app(make_services())) as client:
+        assert (await client.get("/adapters")).status_code == 401
+
+
 async def test_anonymous_callers_may_be_let_in_beside_keys(make_services: MakeServices) -> None:
     app = create_app(make_services(allow_anonymous=True))
     secret = new_secret(app)
@@ -143,12 +153,12 @@ async def test_a_key_that_a_command_revokes_opens_nothing_from_then_on(app: Fast
     async with client_with(app, secret) as client:
         for _ in range(20):
             assert (await client.get("/adapters")).status_code == 200
-        Keys(sa.create_engine(f"sqlite:///{tmp_path}/smolora.db")).revoke(key.id, who=OPERATOR)
+        Keys(sa.create_engine(f"sqlite:///{tmp_path}/smolora.db"), tmp_path / "keyed").revoke(key.id, who=OPERATOR)
         assert (await client.get("/adapters")).status_code == 401
 
 
 async def test_an_expired_key_opens_nothing(database: sa.Engine, tmp_path: Path) -> None:
-    keys, now = Keys(database), datetime.now(UTC)
+    keys, now = Keys(database, tmp_path / "keyed"), datetime.now(UTC)
     _, secret = keys.create("one", who=OPERATOR, expires_at=now + timedelta(hours=1))
     times = [now]
     ring = KeyRing(keys, ProjectTable(database), Commits(tmp_path), now=lambda: times[0])
