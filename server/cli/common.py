@@ -27,10 +27,13 @@ SCRIPTS_WIDTH = 1000
 _OWN_TERMS = {
     "GET /train lists": "`smolora jobs` lists",
     "GET /datasets lists": "`smolora datasets` lists",
+    "GET /keys lists": "`smolora keys list` lists",
+    "GET /projects lists": "`smolora projects list` lists",
     "?force=true": "--force",
 }
 _NUMBERS = ("rank", "rows", "size", "loss", "held out", "base's", "steps")
-_WHOLE = ("adapter", "data set", "job", "name", "status", *_NUMBERS)  # columns that stay on one line
+_NAMES = ("adapter", "data set", "job", "key", "name", "project", "state", "status")
+_WHOLE = (*_NAMES, *_NUMBERS)  # columns that stay on one line
 
 Document = Mapping[str, object]
 UrlOption = Annotated[
@@ -60,14 +63,14 @@ def connected(url: str | None, api_key: str | None) -> "Iterator[Client]":
         with Client(url or server_url(), api_key) as client:
             yield client
     except ClientError as error:
-        for line in _in_own_terms(str(error)).splitlines():
+        for line in in_own_terms(str(error)).splitlines():
             typer.echo(f"smolora: {line}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _in_own_terms(message: str) -> str:
+def in_own_terms(message: str) -> str:
     """What the server says of its routes, as commands."""
     for route, own in _OWN_TERMS.items():
         message = message.replace(route, own)

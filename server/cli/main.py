@@ -23,11 +23,13 @@ from server.cli.chat import chat
 from server.cli.compare import compare
 from server.cli.compose import compose
 from server.cli.datasets import group as datasets
-from server.cli.doctor import doctor
 from server.cli.generate import generate
+from server.cli.home.doctor import doctor
+from server.cli.home.keys import group as keys
+from server.cli.home.projects import group as projects
+from server.cli.home.prune import prune
 from server.cli.jobs import jobs
 from server.cli.options import with_flags
-from server.cli.prune import prune
 from server.cli.train import train
 from server.config import Settings, WorkerSettings, forget_keys, hide_keys, is_loopback, unknown_variables
 from server.errors import StartupError
@@ -78,6 +80,8 @@ for _command in (train, generate, chat, compare, compose, jobs, doctor, prune):
     app.command()(_command)
 app.add_typer(adapters, name="adapters")
 app.add_typer(datasets, name="datasets")
+app.add_typer(keys, name="keys")
+app.add_typer(projects, name="projects")
 
 
 def _serve(settings: Settings) -> int:

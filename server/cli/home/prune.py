@@ -6,17 +6,16 @@ What is slow to import is imported when needed.
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from server.config import WorkerSettings, load
+from server.cli.home.common import HomeOption, opened, place_of
 from server.counted import counted
 
 
 def prune(
-    home: Annotated[Path | None, typer.Option(help="The server's. Default: ./data.")] = None,
+    home: HomeOption = None,
     older_than: Annotated[
         float,
         typer.Option(
@@ -35,18 +34,12 @@ def prune(
     Their records, events and cards stay, as do all versions of adapters, and data sets. Models of full fine-tuning
     go: download them first.
     """
-    from server.database import FILE_NAME, connect
-    from server.errors import StartupError
     from server.training.queue.jobs import Jobs
     from server.training.queue.retention import Retention
 
-    place = load(WorkerSettings, home=home).home
-    if not (place / FILE_NAME).exists():
-        raise StartupError(f"{place} isn't a server's home: it has no {FILE_NAME}; give --home or SMOLORA_HOME")
-    engine = connect(place)
     before = datetime.now(UTC) - timedelta(days=older_than)
-    removals = Retention(place, Jobs(engine)).prune(before, dry_run)
-    engine.dispose()
+    with opened(home, Jobs) as jobs_there:
+        removals = Retention(place_of(home), jobs_there).prune(before, dry_run)
     num_bytes = sum(removal.num_bytes for removal in removals)
     if as_json:
         jobs = [asdict(removal) for removal in removals]

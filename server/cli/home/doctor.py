@@ -6,24 +6,23 @@ needed.
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from server.cli.common import suggestion
-from server.config import WorkerSettings, load
+from server.cli.home.common import HomeOption, place_of
 from server.counted import counted
 
 
 def doctor(
-    home: Annotated[Path | None, typer.Option(help="The server's. Default: ./data.")] = None,
+    home: HomeOption = None,
     rebuild: Annotated[
         bool,
         typer.Option(
             "--rebuild",
             help="Where the database is missing or damaged, make it anew from the adapters' directories. "
-            "Aliases and jobs are lost then. Stop the server first.",
+            "Aliases, jobs, keys and limits are lost then. Stop the server first.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
@@ -31,7 +30,7 @@ def doctor(
     """Check the digests of all stored adapters, the database, and that neither has what the other lacks."""
     from server import doctor as practice
 
-    place = load(WorkerSettings, home=home).home
+    place = place_of(home)
     rebuilt = practice.rebuild(place) if rebuild else None
     found = practice.examine(place)
     if as_json:

@@ -1,0 +1,83 @@
+"""What the commands on HOME have in common: where it is, its database, and how they say what they refuse.
+
+What is slow to import is imported when needed.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from adapters.errors import Conflict, InvalidInput, NotFound
+from server.cli.common import in_own_terms
+from server.config import WorkerSettings, load
+
+HomeOption = Annotated[Path | None, typer.Option(help="The server's. Default: SMOLORA_HOME, else ./data.")]
+
+Built = TypeVar("Built")
+
+
+def place_of(home: Path | None) -> Path:
+    """HOME, as the settings have it. Raises StartupError on what is no setting."""
+    return load(WorkerSettings, home=home).home
+
+
+@contextmanager
+def opened(home: Path | None, build: Callable[..., Built]) -> Iterator[Built]:
+    """What `build` makes of the database of a HOME that is there already. Raises StartupError where none is."""
+    from server.database import FILE_NAME
+    from server.errors import StartupError
+
+    place = place_of(home)
+    if not (place / FILE_NAME).exists():
+        raise StartupError(f"{place} isn't a server's home: it has no {FILE_NAME}; give --home or SMOLORA_HOME")
+    with _database(place, build) as built:
+        yield built
+
+
+@contextmanager
+def opened_or_new(home: Path | None, build: Callable[..., Built]) -> Iterator[Built]:
+    """The same of a HOME that is made if need be, as `serve` does; which it is, is said on stderr."""
+    from server.database import FILE_NAME
+
+    place = place_of(home)
+    is_new = not (place / FILE_NAME).exists()
+    with _database(place, build) as built:
+        yield built
+    say(f"{'made a home in' if is_new else 'at work in'} {place.absolute()}")
+
+
+@contextmanager
+def refusals(**options: str) -> Iterator[None]:
+    """A block in which whatever is refused ends the command with a line on stderr, and exit code 1.
+
+    A field at fault is called as its option, which `options` gives where its name alone doesn't.
+    """
+    try:
+        yield
+    except InvalidInput as error:
+        faults = ((str(fault.loc[-1]), fault.message) for fault in error.errors)
+        told = (f"{options.get(name, '--' + name.replace('_', '-'))}: {message}" for name, message in faults)
+        say("; ".join(told))
+        raise typer.Exit(1) from None
+    except (NotFound, Conflict) as error:
+        say(in_own_terms(str(error)))
+        raise typer.Exit(1) from None
+
+
+def say(line: str) -> None:
+    """On standard error, where no script takes it for what it asked for."""
+    typer.echo(f"smolora: {line}", err=True)
+
+
+@contextmanager
+def _database(place: Path, build: Callable[..., Built]) -> Iterator[Built]:
+    from server.database import connect
+
+    engine = connect(place)
+    try:
+        yield build(engine)
+    finally:
+        engine.dispose()

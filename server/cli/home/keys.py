@@ -1,0 +1,138 @@
+"""`smolora keys`: make, list and revoke API keys. A running server knows of it at the next request.
+
+A new key's secret is all that goes to standard output, for `KEY=$(smolora keys create ci)`. What is slow to import
+is imported when needed.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from adapters.errors import InvalidInput
+from adapters.viewpoint import DEFAULT_PROJECT
+from server.access.principal import DEFAULT_SCOPES, OPERATOR, SCOPES, Scope
+from server.cli.common import JsonOption, print_json, show, table_of
+from server.cli.home.common import HomeOption, opened, opened_or_new, refusals, say
+from server.cli.home.limits import BytesOption, JobsOption, RequestsOption, TokensOption, quota_of, told
+
+if TYPE_CHECKING:
+    from server.access.keys import ApiKey
+
+_SPAN = re.compile(r"([0-9]{1,9})([dhm])")
+_UNITS = {"d": timedelta(days=1), "h": timedelta(hours=1), "m": timedelta(minutes=1)}
+_EXPIRES = "must be a span, such as 90d, 12h or 30m, or a date or time, such as 2027-01-31 or 2027-01-31T12:00Z"
+
+group = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys. No server needs to run.")
+
+
+@group.command()
+def create(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="For people, such as ci.")],
+    project: Annotated[str, typer.Option(help="Whose; it comes to be if there is none.")] = DEFAULT_PROJECT,
+    scopes: Annotated[
+        str, typer.Option(help=f"What it may, with commas between: {', '.join(SCOPES)}.")
+    ] = ",".join(DEFAULT_SCOPES),
+    expires: Annotated[
+        str | None,
+        typer.Option(metavar="WHEN", help="Such as 90d, 12h, 30m, or 2027-01-31 (UTC). Default: never."),
+    ] = None,
+    requests_per_minute: RequestsOption = None,
+    tokens_per_minute: TokensOption = None,
+    max_jobs: JobsOption = None,
+    max_bytes: BytesOption = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a key and print its secret, which can't be asked for again.
+
+    From the first key on, a server on this HOME serves nobody without one.
+    """
+    from server.access.keys import Keys
+
+    with refusals(name="NAME", expires_at="--expires"):
+        quota = quota_of(requests_per_minute, tokens_per_minute, max_jobs, max_bytes)
+        expires_at = None if expires is None else _moment(expires, datetime.now(UTC))
+        with opened_or_new(home, Keys) as keys:
+            is_first = not keys.are_there()
+            key, secret = keys.create(
+                name,
+                who=OPERATOR,
+                project=project,
+                scopes=cast("Sequence[Scope]", [scope.strip() for scope in scopes.split(",")]),
+                expires_at=expires_at,
+                quota=quota,
+            )
+    ends = "never expires" if key.expires_at is None else f"expires {_time(key.expires_at)}"
+    say(f"{key.id} ({key.name}) of project {key.project} may {', '.join(key.scopes)}, and {ends}")
+    if limits := told(key.quota):
+        say(f"its limits: {limits}")
+    if is_first:
+        say("it is the first: from now on nobody is served without a key, unless SMOLORA_ALLOW_ANONYMOUS is set")
+    say("its secret is shown this once; clients send it as Authorization: Bearer …, commands as SMOLORA_API_KEY")
+    print_json(_document(key) | {"secret": secret}) if as_json else typer.echo(secret)
+
+
+@group.command("list")
+def list_keys(
+    project: Annotated[str | None, typer.Option(help="Only its keys.")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List keys, the oldest first; those that were revoked or have expired, too. Secrets are not stored."""
+    from server.access.keys import Keys
+
+    with opened(home, Keys) as keys:
+        found = keys.list(project)
+    print_json({"keys": [_document(key) for key in found]}) if as_json else show(_table(found))
+
+
+@group.command()
+def revoke(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="As listed.")], home: HomeOption = None
+) -> None:
+    """Revoke a key for good, at once: streams that it has open end, too. Its row stays."""
+    from server.access.keys import Keys
+
+    with refusals(), opened(home, Keys) as keys:
+        key = keys.revoke(key_id, who=OPERATOR)
+    typer.echo(f"{key.id} ({key.name}) of project {key.project} is revoked")
+
+
+def _moment(text: str, now: datetime) -> datetime:
+    """When a key expires, in UTC, which a time without an offset is taken to be in. Raises InvalidInput."""
+    try:
+        if span := _SPAN.fullmatch(text):
+            return now + int(span[1]) * _UNITS[span[2]]
+        found = datetime.fromisoformat(text)
+        return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise InvalidInput.of("expires_at", _EXPIRES) from None
+
+
+def _table(keys: Sequence["ApiKey"]) -> Table:
+    now = datetime.now(UTC)
+    table = table_of("key", "name", "project", "scopes", "created", "expires", "last used", "state", "limits")
+    for key in keys:
+        state = "revoked" if key.revoked_at is not None else "valid" if key.is_valid(now) else "expired"
+        times = (_time(at) for at in (key.created_at, key.expires_at, key.last_used_at))
+        cells = (key.id, key.name, key.project, ", ".join(key.scopes), *times, state, told(key.quota))
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _time(at: datetime | None) -> str:
+    return "" if at is None else f"{at:%Y-%m-%d %H:%M}Z"
+
+
+def _document(key: "ApiKey") -> dict[str, object]:
+    """As GET /keys lists it."""
+    fields = asdict(key)
+    limits = fields.pop("quota")
+    shown = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in fields.items()}
+    return {**shown, **limits}
