@@ -1,7 +1,8 @@
 """All of access that a server works with, over one database."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -26,10 +27,10 @@ class Access:
     ledger: Ledger
     audit: Audit
 
-    def keep(self) -> None:
-        """Store what was counted and which keys were used. Blocks on disk."""
+    def keep(self, used: Mapping[str, datetime]) -> None:
+        """Store what was counted and when keys were used, as `KeyRing.used` has it. Blocks on disk."""
         self.ledger.flush()
-        if used := self.ring.take_used():
+        if used:
             self.keys.used(used)
 
 

@@ -108,6 +108,10 @@ class KeyRing:
         used, self._used = self._used, {}
         return used
 
+    def give_back(self, used: Mapping[str, datetime]) -> None:
+        """What was taken and couldn't be stored."""
+        self._used = {**used, **self._used}
+
     async def watch(self) -> None:
         """Notice what nobody's request would; until cancelled."""
         while True:

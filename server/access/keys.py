@@ -39,6 +39,13 @@ class ApiKey:
     last_used_at: datetime | None
     quota: Quota
 
+    def to_document(self) -> dict[str, object]:
+        """JSON-ready, its limits beside the rest."""
+        fields = asdict(self)
+        limits = fields.pop("quota")
+        shown = {name: v.isoformat() if isinstance(v, datetime) else v for name, v in fields.items()}
+        return {**shown, "scopes": list(self.scopes), **limits}
+
     def is_valid(self, now: datetime) -> bool:
         """Whether it opens anything at that moment."""
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
@@ -75,6 +82,7 @@ class Keys:
         Raises InvalidInput on whatever is wrong with a field.
         """
         now = datetime.now(UTC)
+        expires_at = _in_utc(expires_at)
         _check(name, project, scopes, expires_at, now)
         secret = PREFIX + secrets.token_urlsafe(32)
         kept = tuple(scope for scope in SCOPES if scope in scopes)
@@ -137,6 +145,13 @@ class Keys:
             return True
         with self._reader.connect() as connection:
             return connection.execute(sa.select(api_keys.c.id).limit(1)).first() is not None
+
+
+def _in_utc(moment: datetime | None) -> datetime | None:
+    try:
+        return None if moment is None else moment.astimezone(UTC)
+    except OverflowError:
+        raise InvalidInput.of("expires_at", "is beyond the year 9999: leave it out") from None
 
 
 def _check(name: str, project: str, scopes: Sequence[Scope], expires_at: datetime | None, now: datetime) -> None:

@@ -1,5 +1,6 @@
 """Projects and their limits. A project comes to be with its first key, or when it is given limits."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
@@ -7,7 +8,7 @@ import sqlalchemy as sa
 
 from adapters.catalog.tables import names, transact
 from adapters.errors import Conflict, InvalidInput, NotFound
-from adapters.viewpoint import DEFAULT_PROJECT, project_fault
+from adapters.viewpoint import DEFAULT_PROJECT, project_fault, split_key
 from server.access.audit import record
 from server.access.principal import LIMITS, Quota
 from server.access.tables import api_keys, changed, projects
@@ -20,6 +21,10 @@ class Project:
     name: str
     created_at: datetime  # in UTC
     quota: Quota
+
+    def to_document(self) -> dict[str, object]:
+        """JSON-ready, its limits beside the rest."""
+        return {"name": self.name, "created_at": self.created_at.isoformat(), **asdict(self.quota)}
 
 
 class Projects:
@@ -53,18 +58,22 @@ class Projects:
 
         return transact(self._engine, work)
 
-    def delete(self, name: str, *, who: str) -> None:
+    def delete(self, name: str, refuse: Callable[[], None], *, who: str) -> None:
         """Remove a project. Its keys are revoked and stay listed: that there were any keeps strangers out.
 
-        Raises NotFound, or Conflict where it still has adapters.
+        Raises NotFound, Conflict where it still has adapters, or what `refuse` raises where it has other things.
         """
+        if name == DEFAULT_PROJECT:
+            raise Conflict("the project default is always there")
+        self.get(name)
+        refuse()
 
         def work(connection: sa.Connection) -> None:
             _get(connection, name)
-            if name == DEFAULT_PROJECT:
-                raise Conflict("the project default is always there")
             _refuse_with_adapters(connection, name)
             mine = sa.and_(api_keys.c.project == name, api_keys.c.revoked_at.is_(None))
+            for key_id in connection.execute(sa.select(api_keys.c.id).where(mine)).scalars().all():
+                record(connection, who, "key.revoke", name, key_id)
             connection.execute(sa.update(api_keys).where(mine).values(revoked_at=datetime.now(UTC)))
             connection.execute(sa.delete(projects).where(projects.c.name == name))
             changed(connection)
@@ -98,4 +107,5 @@ def _project(row: sa.RowMapping) -> Project:
 def _refuse_with_adapters(connection: sa.Connection, name: str) -> None:
     adapters = sa.select(names.c.name).where(names.c.project == name, names.c.latest.is_not(None))
     if found := list(connection.execute(adapters.limit(20)).scalars()):
-        raise Conflict(f"{name} has adapters: {', '.join(found)}; delete them first")
+        told = ", ".join(split_key(key)[1] for key in found)
+        raise Conflict(f"{name} has adapters: {told}; delete them first")

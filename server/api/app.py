@@ -17,7 +17,7 @@ from server.api.access.bodies import BodyTimeout
 from server.api.access.proxies import RootPath
 from server.api.access.sites import Sites
 from server.api.accounts import keys, projects, usage
-from server.api.accounts.books import keep_books
+from server.api.accounts.books import keep_books, keep_now
 from server.api.adapters import aliases, compositions, imports
 from server.api.adapters import route as adapters
 from server.api.compare import route as compare
@@ -60,7 +60,7 @@ def create_app(services: Services) -> FastAPI:
             for task in tasks:
                 task.cancel()
             await services.engine.stop()
-            await to_thread.run_sync(services.access.keep)
+            await keep_now(services.access)
             await to_thread.run_sync(services.guidance.close)
 
     settings = services.settings

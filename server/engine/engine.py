@@ -83,6 +83,7 @@ class Engine:
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.pool, clock)
         self.runner = Runner(backend.forward(self.blocks.num_blocks, config.block_size, rows))
         self._streams: dict[Sequence, TextStream] = {}
+        self._requests: dict[str, list[Sequence]] = {}  # what of each hasn't ended, by its id
         self._num_failures = 0
         self.num_steps = 0
         self._num_prompt_tokens = 0
@@ -144,11 +145,12 @@ class Engine:
                 assert self._guidance is not None
                 sequence.constraint = self._guidance.constraint(request.grammar)
             self._streams[sequence] = TextStream(self._token_bytes, request.sampling.stop)
+            self._requests.setdefault(request.request_id, []).append(sequence)
             self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
         """Drop what is left of a request; nothing more comes out for it."""
-        for sequence in [s for s in self.scheduler.sequences() if s.request.request_id == request_id]:
+        for sequence in list(self._requests.get(request_id, ())):
             self._remove(sequence)
 
     def abort_all(self, error: SmoloraError) -> list[SequenceOutput]:
@@ -234,6 +236,10 @@ class Engine:
     def _remove(self, sequence: Sequence) -> None:
         if self._streams.pop(sequence, None) is not None:
             self.scheduler.finish(sequence)
+            request_id = sequence.request.request_id
+            self._requests[request_id].remove(sequence)
+            if not self._requests[request_id]:
+                del self._requests[request_id]
 
     def _output(
         self,

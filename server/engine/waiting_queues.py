@@ -29,25 +29,27 @@ class WaitingQueues:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence, behind those of its set."""
-        self.set_of(sequence).sequences.append(sequence)
+        self.set_of(sequence).sequences[sequence] = None
         self._num_sequences += 1
 
     def put_back(self, sequence: Sequence) -> None:
         """Queue a preempted sequence, before all others of its project."""
-        self.set_of(sequence).sequences.appendleft(sequence)
+        sequences = self.set_of(sequence).sequences
+        sequences[sequence] = None
+        sequences.move_to_end(sequence, last=False)
         self._num_sequences += 1
         self._projects[sequence.request.project].move_to_end(sequence.adapter_key, last=False)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it waits."""
         queue = self.set_of(sequence)
-        queue.sequences.remove(sequence)
+        del queue.sequences[sequence]
         self._num_sequences -= 1
         self._drop_if_empty(queue)
 
     def take_first(self, queue: WaitingSet) -> None:
         """Take the first one of a set out, whose turn is over then, and its project's."""
-        queue.sequences.popleft()
+        queue.sequences.popitem(last=False)
         self._num_sequences -= 1
         self._projects[queue.project].move_to_end(queue.adapter_key)
         self._projects.move_to_end(queue.project)

@@ -1,6 +1,6 @@
 """The sequences of one project and adapter set that wait, and whether admitting one may succeed now."""
 
-from collections import deque
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,13 +40,13 @@ class WaitingSet:
 
     project: str
     adapter_key: bytes
-    sequences: deque[Sequence] = field(default_factory=deque)
+    sequences: OrderedDict[Sequence, None] = field(default_factory=OrderedDict)  # of which any goes at once
     num_bypassed: int = 0
     _refusal: _Refusal | None = None
 
     @property
     def first(self) -> Sequence:
-        return self.sequences[0]
+        return next(iter(self.sequences))
 
     @property
     def lacks_room(self) -> bool:

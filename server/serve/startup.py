@@ -125,8 +125,9 @@ def _refuse_strangers(settings: Settings, access: Access) -> None:
     access.ring.refresh()
     if access.ring.is_open and not settings.allow_anonymous and not is_loopback(settings.host):
         raise StartupError(
-            f"{settings.host} can be reached from elsewhere: make a key ({program()} keys create), set "
-            f"{PREFIX}API_KEYS (--api-keys), or {PREFIX}ALLOW_ANONYMOUS=1 (--allow-anonymous) to serve without any"
+            f"{settings.host} can be reached from elsewhere: make a key ({program()} keys create NAME --home "
+            f"{settings.home}), set {PREFIX}API_KEYS (--api-keys), or {PREFIX}ALLOW_ANONYMOUS=1 "
+            "(--allow-anonymous) to serve without any"
         )
 
 

@@ -1,6 +1,5 @@
 """/keys: made, listed and revoked by the operator."""
 
-from dataclasses import asdict
 from typing import Annotated
 
 from anyio import to_thread
@@ -32,7 +31,7 @@ async def create_key(body: KeyBody, services: ServicesDep) -> Response:
     From the first key on nobody is served without one.
     """
     key, secret = await to_thread.run_sync(_create, services, body)
-    return wire.answer({**key_document(key), "secret": secret}, 201, {"Cache-Control": "no-store"})
+    return wire.answer({**key.to_document(), "secret": secret}, 201, {"Cache-Control": "no-store"})
 
 
 @router.get("", summary="List keys", response_class=Response, responses={200: {"model": KeyList}, **ADMIN})
@@ -42,7 +41,7 @@ async def list_keys(
 ) -> Response:
     """List keys, the oldest first; those that were revoked or have expired, too. Secrets are not stored."""
     found = await to_thread.run_sync(services.access.keys.list, project)
-    return wire.answer({"keys": [key_document(key) for key in found]})
+    return wire.answer({"keys": [key.to_document() for key in found]})
 
 
 @router.delete(
@@ -56,21 +55,7 @@ async def revoke_key(services: ServicesDep, key_id: Annotated[str, Path(max_leng
     access, who = services.access, services.principal.key_id
     key = await to_thread.run_sync(lambda: access.keys.revoke(key_id, who=who))
     access.ring.refresh()
-    return wire.answer(key_document(key))
-
-
-def key_document(key: ApiKey) -> dict[str, object]:
-    """A key as it is listed."""
-    times = ("created_at", "expires_at", "revoked_at", "last_used_at")
-    at = {name: getattr(key, name) for name in times}
-    return {
-        "id": key.id,
-        "name": key.name,
-        "project": key.project,
-        "scopes": list(key.scopes),
-        **{name: None if value is None else value.isoformat() for name, value in at.items()},
-        **asdict(key.quota),
-    }
+    return wire.answer(key.to_document())
 
 
 def _create(services: Services, body: KeyBody) -> tuple[ApiKey, str]:

@@ -1,6 +1,6 @@
 """/projects: the operator's; limits, and the end of one."""
 
-from dataclasses import asdict
+from functools import partial
 from typing import Annotated
 
 from anyio import to_thread
@@ -8,7 +8,6 @@ from fastapi import APIRouter, Path
 from starlette.responses import Response
 
 from adapters.names import MAX_NAME
-from server.access.projects import Project
 from server.api import wire
 from server.api.accounts.schemas import ProjectAnswer, ProjectBody, ProjectList
 from server.api.deps import ServicesDep
@@ -25,7 +24,7 @@ Name = Annotated[str, Path(max_length=4 * MAX_NAME)]
 async def list_projects(services: ServicesDep) -> Response:
     """List projects by name. One comes to be with its first key, or with its limits."""
     found = await to_thread.run_sync(services.access.projects.list)
-    return wire.answer({"projects": [project_document(project) for project in found]})
+    return wire.answer({"projects": [project.to_document() for project in found]})
 
 
 @router.get(
@@ -36,7 +35,7 @@ async def list_projects(services: ServicesDep) -> Response:
 )
 async def get_project(services: ServicesDep, project: Name) -> Response:
     """Get a project's limits."""
-    return wire.answer(project_document(await to_thread.run_sync(services.access.projects.get, project)))
+    return wire.answer((await to_thread.run_sync(services.access.projects.get, project)).to_document())
 
 
 @router.put(
@@ -52,7 +51,7 @@ async def put_project(services: ServicesDep, project: Name, body: ProjectBody) -
     """
     access, who = services.access, services.principal.key_id
     found = await to_thread.run_sync(lambda: access.projects.put(project, body.quota, who=who))
-    return wire.answer(project_document(found))
+    return wire.answer(found.to_document())
 
 
 @router.delete(
@@ -67,18 +66,8 @@ async def delete_project(services: ServicesDep, project: Name) -> Response:
 
     Its keys are revoked. Jobs that have ended, usage and audit entries stay.
     """
-    access, who, home = services.access, services.principal.key_id, services.settings.home
-
-    def work() -> None:
-        access.projects.get(project)
-        refuse_with_uploads(home, services.jobs, project)
-        access.projects.delete(project, who=who)
-
-    await to_thread.run_sync(work)
+    access, who = services.access, services.principal.key_id
+    refuse = partial(refuse_with_uploads, services.settings.home, services.jobs, project)
+    await to_thread.run_sync(lambda: access.projects.delete(project, refuse, who=who))
     access.ring.refresh()
     return Response(status_code=204)
-
-
-def project_document(project: Project) -> dict[str, object]:
-    """A project as it is listed."""
-    return {"name": project.name, "created_at": project.created_at.isoformat(), **asdict(project.quota)}

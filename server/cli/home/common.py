@@ -26,7 +26,10 @@ def place_of(home: Path | None) -> Path:
 
 @contextmanager
 def opened(home: Path | None, build: Callable[..., Built]) -> Iterator[Built]:
-    """What `build` makes of the database of a HOME that is there already. Raises StartupError where none is."""
+    """What `build` makes of the database and the folders of a HOME that is there already.
+
+    Raises StartupError where none is.
+    """
     from server.database import FILE_NAME
     from server.errors import StartupError
 
@@ -75,9 +78,10 @@ def say(line: str) -> None:
 @contextmanager
 def _database(place: Path, build: Callable[..., Built]) -> Iterator[Built]:
     from server.database import connect
+    from server.home import Home
 
     engine = connect(place)
     try:
-        yield build(engine)
+        yield build(engine, Home(place))
     finally:
         engine.dispose()

@@ -6,9 +6,8 @@ is imported when needed.
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.table import Table
@@ -22,7 +21,8 @@ from server.cli.home.common import HomeOption, opened, opened_or_new, refusals, 
 from server.cli.home.limits import BytesOption, JobsOption, RequestsOption, TokensOption, quota_of, told
 
 if TYPE_CHECKING:
-    from server.access.keys import ApiKey
+    from server.access.keys import ApiKey, Keys
+    from server.home import Home
 
 _SPAN = re.compile(r"([0-9]{1,9})([dhm])")
 _UNITS = {"d": timedelta(days=1), "h": timedelta(hours=1), "m": timedelta(minutes=1)}
@@ -53,12 +53,10 @@ def create(
 
     From the first key on, a server on this HOME serves nobody without one.
     """
-    from server.access.keys import Keys
-
     with refusals(name="NAME", expires_at="--expires"):
         quota = quota_of(requests_per_minute, tokens_per_minute, max_jobs, max_bytes)
         expires_at = None if expires is None else _moment(expires, datetime.now(UTC))
-        with opened_or_new(home, Keys) as keys:
+        with opened_or_new(home, _keys) as keys:
             is_first = not keys.are_there()
             key, secret = keys.create(
                 name,
@@ -75,7 +73,7 @@ def create(
     if is_first:
         say("it is the first: from now on nobody is served without a key, unless SMOLORA_ALLOW_ANONYMOUS is set")
     say("its secret is shown this once; clients send it as Authorization: Bearer …, commands as SMOLORA_API_KEY")
-    print_json(_document(key) | {"secret": secret}) if as_json else typer.echo(secret)
+    print_json(key.to_document() | {"secret": secret}) if as_json else typer.echo(secret)
 
 
 @group.command("list")
@@ -85,11 +83,9 @@ def list_keys(
     as_json: JsonOption = False,
 ) -> None:
     """List keys, the oldest first; those that were revoked or have expired, too. Secrets are not stored."""
-    from server.access.keys import Keys
-
-    with opened(home, Keys) as keys:
+    with opened(home, _keys) as keys:
         found = keys.list(project)
-    print_json({"keys": [_document(key) for key in found]}) if as_json else show(_table(found))
+    print_json({"keys": [key.to_document() for key in found]}) if as_json else show(_table(found))
 
 
 @group.command()
@@ -97,11 +93,15 @@ def revoke(
     key_id: Annotated[str, typer.Argument(metavar="ID", help="As listed.")], home: HomeOption = None
 ) -> None:
     """Revoke a key for good, at once: streams that it has open end, too. Its row stays."""
-    from server.access.keys import Keys
-
-    with refusals(), opened(home, Keys) as keys:
+    with refusals(), opened(home, _keys) as keys:
         key = keys.revoke(key_id, who=OPERATOR)
     typer.echo(f"{key.id} ({key.name}) of project {key.project} is revoked")
+
+
+def _keys(engine: Any, home: "Home") -> "Keys":  # noqa: ANN401 SQLAlchemy's, which the database knows
+    from server.access.keys import Keys
+
+    return Keys(engine, home.keyed)
 
 
 def _moment(text: str, now: datetime) -> datetime:
@@ -128,11 +128,3 @@ def _table(keys: Sequence["ApiKey"]) -> Table:
 
 def _time(at: datetime | None) -> str:
     return "" if at is None else f"{at:%Y-%m-%d %H:%M}Z"
-
-
-def _document(key: "ApiKey") -> dict[str, object]:
-    """As GET /keys lists it."""
-    fields = asdict(key)
-    limits = fields.pop("quota")
-    shown = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in fields.items()}
-    return {**shown, **limits}

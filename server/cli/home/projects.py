@@ -3,8 +3,7 @@
 What is slow to import is imported when needed.
 """
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -15,7 +14,7 @@ from server.cli.home.common import HomeOption, opened, opened_or_new, place_of, 
 from server.cli.home.limits import BytesOption, JobsOption, RequestsOption, TokensOption, quota_of, told
 
 if TYPE_CHECKING:
-    from server.access.projects import Project
+    from server.access.projects import Projects
 
 group = typer.Typer(
     no_args_is_help=True,
@@ -26,12 +25,10 @@ group = typer.Typer(
 @group.command("list")
 def list_projects(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """List projects by name, with their limits."""
-    from server.access.projects import Projects
-
-    with opened(home, Projects) as projects:
+    with opened(home, _projects) as projects:
         found = projects.list()
     if as_json:
-        print_json({"projects": [_document(project) for project in found]})
+        print_json({"projects": [project.to_document() for project in found]})
         return
     table = table_of("project", "created", "limits")
     for project in found:
@@ -53,11 +50,9 @@ def limit(
 
     They take the place of all that it had: what is left out has no limit.
     """
-    from server.access.projects import Projects
-
     with refusals(project="NAME"):
         quota = quota_of(requests_per_minute, tokens_per_minute, max_jobs, max_bytes)
-        with opened_or_new(home, Projects) as projects:
+        with opened_or_new(home, _projects) as projects:
             project = projects.put(name, quota, who=OPERATOR)
     typer.echo(f"{project.name}: {told(project.quota) or 'no limits'}")
 
@@ -74,13 +69,12 @@ def delete(
     from server.training.project import refuse_with_uploads
     from server.training.queue.jobs import Jobs
 
-    with refusals(), opened(home, lambda engine: (Projects(engine), Jobs(engine))) as (projects, jobs):
-        projects.get(name)
-        refuse_with_uploads(place_of(home), jobs, name)
-        projects.delete(name, who=OPERATOR)
+    with refusals(), opened(home, lambda engine, _: (Projects(engine), Jobs(engine))) as (projects, jobs):
+        projects.delete(name, lambda: refuse_with_uploads(place_of(home), jobs, name), who=OPERATOR)
     typer.echo(f"{name} is deleted, and its keys are revoked")
 
 
-def _document(project: "Project") -> dict[str, object]:
-    """As GET /projects lists it."""
-    return {"name": project.name, "created_at": project.created_at.isoformat(), **asdict(project.quota)}
+def _projects(engine: Any, _: object) -> "Projects":  # noqa: ANN401 SQLAlchemy's, which the database knows
+    from server.access.projects import Projects
+
+    return Projects(engine)

@@ -17,6 +17,7 @@ from server.access.keys import Keys
 from server.access.principal import OPERATOR, Quota
 from server.access.projects import Projects as ProjectTable
 from server.access.tables import api_keys
+from server.api.accounts.books import keep_now
 from server.api.app import create_app
 from server.database import Commits
 from server.training.queue.leases import Leases
@@ -113,7 +114,7 @@ async def test_keys_are_listed_and_revoked(app: FastAPI) -> None:
         }
         async with client_with(app, secret) as client:
             assert (await client.get("/train")).status_code == 200
-            access_of(app).keep()
+            await keep_now(access_of(app))
             (used,) = [k for k in (await operator.get("/keys")).json()["keys"] if k["name"] == "ci"]
             assert used["last_used_at"] is not None
             revoked = await operator.delete(f"/keys/{made['id']}")
@@ -134,6 +135,7 @@ async def test_keys_are_listed_and_revoked(app: FastAPI) -> None:
         ({"name": "a", "scopes": ["all"]}, "scopes"),
         ({"name": "a", "expires_at": "2020-01-01T00:00:00Z"}, "expires_at"),
         ({"name": "a", "expires_at": "2999-01-01T00:00:00"}, "expires_at"),
+        ({"name": "a", "expires_at": "9999-12-31T23:59:59-05:00"}, "expires_at"),
         ({"name": "a", "max_jobs": 0}, "max_jobs"),
         ({"name": "a", "max_bytes": -1}, "max_bytes"),
         ({"name": "a", "tokens_per_minute": "9"}, "tokens_per_minute"),

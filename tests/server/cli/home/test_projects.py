@@ -60,7 +60,7 @@ async def test_one_that_has_something_is_not_deleted(
 ) -> None:
     client.headers.update(bearer(smolora("keys", "create", "ci", "--project", "acme")))
     assert (await client.post("/adapters/tweets", files=as_parts(*peft_files(0)))).status_code == 201
-    assert refused(attempt("projects", "delete", "acme")) == "acme has adapters: acme/tweets; delete them first"
+    assert refused(attempt("projects", "delete", "acme")) == "acme has adapters: tweets; delete them first"
     rows = {"file": ("rows.jsonl", b'{"text": "a"}\n')}
     dataset = (await client.post("/datasets", files=rows)).json()["id"]
     jobs.of(Viewpoint("acme")).submit(JobSpec("codes"), job_id="job-1", data={})
