@@ -8,7 +8,6 @@ bytes has them, until they let go. Everything may block on disk: call it in a th
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -48,7 +47,7 @@ class Library:
         is_parent: Callable[[str, str | None], bool] = _never,
         base_digest: str | None = None,
     ) -> None:
-        self._catalog = catalog
+        self.catalog = catalog
         self._store = store
         self.shape = shape
         self._is_parent = is_parent
@@ -62,12 +61,12 @@ class Library:
 
     def of(self, viewpoint: Viewpoint) -> "Library":
         """The same as another project sees it."""
-        if viewpoint == self._catalog.viewpoint:
+        if viewpoint == self.catalog.viewpoint:
             return self
         if (view := self._views.get(viewpoint)) is None:
             if len(self._views) >= _MAX_VIEWS:  # what they remember is found again
                 self._views.clear()
-            catalog, base = self._catalog.of(viewpoint), self._base
+            catalog, base = self.catalog.of(viewpoint), self._base
             view = Library(catalog, self._store, self.shape, base.name, self._is_parent, base.digest)
             self._views[viewpoint] = view
         return view
@@ -88,13 +87,13 @@ class Library:
 
     def _hold(self, terms: Sequence[Term], field: str = "adapter") -> Pinned:
         """`pin`, for whoever doesn't need them to go with the base."""
-        parts = self._catalog.resolve(terms, field)
+        parts = self.catalog.resolve(terms, field)
         while True:
             digests = [part.digest for part in parts]
             self._store.pin(digests)
             pinned = Pinned(parts, partial(self._store.unpin, digests))
             try:
-                parts = self._catalog.resolve(terms, field)
+                parts = self.catalog.resolve(terms, field)
             except BaseException:
                 pinned.release()
                 raise
@@ -106,7 +105,7 @@ class Library:
         """Raise InvalidInput on `name` where no adapter may be called so, Conflict where another kind has it."""
         if fault := name_fault(BASE if name == self.base_name else name):
             raise InvalidInput.of("name", fault)
-        self._catalog.check_kind(name, kind)
+        self.catalog.check_kind(name, kind)
 
     def publish(
         self, name: str, config_json: bytes, weights: Path, source: Mapping[str, object] | None = None
@@ -123,7 +122,7 @@ class Library:
         try:
             original = {peft_format.CONFIG_NAME: config_json}
             with self._store.publishing(adapter, self._is_wanted, original) as num_bytes:
-                version = self._catalog.publish(
+                version = self.catalog.publish(
                     name,
                     digest=digest,
                     bytes=num_bytes,
@@ -151,7 +150,7 @@ class Library:
         pinned = self.pin(terms, field)
         try:
             versions = [Term(part.name, part.version, weight=part.weight) for part in gather(pinned.parts)]
-            version, is_new = self._catalog.compose(name, versions, field)
+            version, is_new = self.catalog.compose(name, versions, field)
             told = self._told(version)
             if not is_new:
                 told = replace(told, warnings=(*told.warnings, "it is the same already: there is no new version"))
@@ -163,18 +162,18 @@ class Library:
         """Have the alias, or `latest`, mean that version. Raises NotFound, or InvalidInput on `alias`."""
         if fault := alias_fault(alias):
             raise InvalidInput.of("alias", fault)
-        self._catalog.point(name, alias, version)
+        self.catalog.point(name, alias, version)
         return self.get(name)
 
     def unpoint(self, name: str, alias: str) -> None:
         """Remove the alias. Raises NotFound, or Conflict for `latest`."""
-        self._catalog.unpoint(name, alias)
+        self.catalog.unpoint(name, alias)
 
     def set_visibility(self, name: str, is_public: bool) -> Adapter:
         """Whether other projects may use the name. Raises NotFound, or Conflict: a public composition has public
         parts alone.
         """
-        self._catalog.set_visibility(name, is_public)
+        self.catalog.set_visibility(name, is_public)
         return self.get(name)
 
     def page(
@@ -184,25 +183,21 @@ class Library:
 
         The project's own; with `public`, those of all projects that others may use.
         """
-        found = self._catalog.list(name, limit, after, public=public)
-        has_more = len(found) == limit and name is None and self._catalog.has_after(found[-1].name, public=public)
+        found = self.catalog.list(name, limit, after, public=public)
+        has_more = len(found) == limit and name is None and self.catalog.has_after(found[-1].name, public=public)
         return list(map(self._all_told, found)), found[-1].name if has_more else None
-
-    def latest_dates(self) -> dict[str, datetime]:
-        """All names, each with the moment at which what it means now was made."""
-        return self._catalog.latest_dates()
 
     def get(self, name: str) -> Adapter:
         """All versions of one adapter. Raises NotFound."""
-        return self._all_told(self._catalog.get(name))
+        return self._all_told(self.catalog.get(name))
 
     def version(self, name: str, version: int) -> Version:
         """One of them. Raises NotFound."""
-        return self._told(self._catalog.version(name, version))
+        return self._told(self.catalog.version(name, version))
 
     def named(self, terms: Sequence[Term], field: str = "adapter") -> list[Version]:
         """The versions that an expression means now, whether they go with the base or not. Raises as `pin`."""
-        parts = self._catalog.resolve(terms, field)
+        parts = self.catalog.resolve(terms, field)
         return [self.version(part.name, part.version) for part in parts]
 
     def open(self, name: str, version: int) -> dict[str, BinaryIO]:
@@ -210,17 +205,13 @@ class Library:
 
         Raises NotFound, CorruptAdapter, or Conflict where it is a composition.
         """
-        if self._catalog.version(name, version).parts:
+        if self.catalog.version(name, version).parts:
             raise Conflict(f"{name}@{version} is a composition: its parts have the weights, download those")
         pinned = self._hold([Term(name, version)])
         try:
             return self._store.open(pinned.parts[0].digest)
         finally:
             pinned.release()
-
-    def num_bytes(self, key_id: str | None = None) -> int:
-        """That the project's adapters take, those that a key published or all; equal bytes once."""
-        return self._catalog.num_bytes(key_id)
 
     def keep(self, adapter: peft_format.PeftAdapter) -> int:
         """Store its bytes, which go with the next sweep or `discard` unless a version names them; how many."""
@@ -252,20 +243,20 @@ class Library:
 
         Raises NotFound, or Conflict where an alias (unless `force`), a composition or a training job holds it.
         """
-        self._refuse_parents(self._catalog.get(name).versions)
-        self.discard(*self._catalog.delete(name, force))
+        self._refuse_parents(self.catalog.get(name).versions)
+        self.discard(*self.catalog.delete(name, force))
 
     def delete_version(self, name: str, version: int, force: bool = False) -> None:
         """Remove one version, likewise."""
-        self._refuse_parents([self._catalog.version(name, version)])
-        self.discard(*self._catalog.delete_version(name, version, force))
+        self._refuse_parents([self.catalog.version(name, version)])
+        self.discard(*self.catalog.delete_version(name, version, force))
 
     def recover(self, is_known: Callable[[str], bool] = _never) -> Recovered:
         """Put right what killed processes left, in the catalog and on the disk; what that came to.
 
         `is_known` says of a job whether the database knows it.
         """
-        found = self._catalog.recover(self._store.is_whole, is_known)
+        found = self.catalog.recover(self._store.is_whole, is_known)
         self._store.sweep(self._is_wanted)
         return found
 
@@ -276,17 +267,17 @@ class Library:
 
     def _is_needed(self, version: Version) -> bool:
         """By its own project's jobs: others' keep the bytes, whatever becomes of the name."""
-        project, _ = split_key(self._catalog.viewpoint.key(version.name))
+        project, _ = split_key(self.catalog.viewpoint.key(version.name))
         return self._is_parent(version.digest, project)
 
     def _is_wanted(self, digest: str) -> bool:
         # a job may have been taken in after it was asked whether there is one: its parent's bytes stay
-        return self._catalog.in_use(digest) or self._is_parent(digest, None)
+        return self.catalog.in_use(digest) or self._is_parent(digest, None)
 
     def _with_twin(self, version: Version) -> Version:
         """Just published: with a word on the version before it that has the same weights, if one has."""
         with suppress(NotFound):  # somebody was quick to delete it
-            if (twin := version.twin_among(self._catalog.get(version.name).versions)) is not None:
+            if (twin := version.twin_among(self.catalog.get(version.name).versions)) is not None:
                 text = f"its weights are those of {version.name}@{twin}: stored as a new version all the same"
                 return replace(version, warnings=(*version.warnings, text))
         return version

@@ -236,7 +236,7 @@ class Catalog:
         return self._drop(name, version, force)
 
     def num_bytes(self, key_id: str | None = None) -> int:
-        """See `Library.num_bytes`."""
+        """That the project's adapters take, those that a key published or all; equal bytes once."""
         with self._reader.connect() as connection:
             return reads.num_bytes(connection, self.viewpoint.project, key_id)
 

@@ -34,7 +34,7 @@ from server.cli.train import train
 from server.config import Settings, WorkerSettings, forget_keys, hide_keys, is_loopback, unknown_variables
 from server.errors import StartupError
 from server.home import make, prepare, serving
-from server.serve.address import bind, url
+from server.serve.address import bind, refuse_strangers, url
 
 SWITCH_INTERVAL = 0.0005
 """Seconds for which a thread may keep the GIL when another wants it. The engine's thread lets go of it in every
@@ -104,6 +104,7 @@ def _serve(settings: Settings) -> int:
 
 def _serve_at(settings: Settings, say: Callable[[str], None]) -> int:
     """The same, in a home that is ready and nobody else's."""
+    refuse_strangers(settings)
     bound = bind(settings.host, settings.port)
     say("loading libraries")
     from server.api.app import create_app

@@ -1,9 +1,12 @@
-"""Where the server listens. Quick to import, so that a taken port is known before anything slow begins."""
+"""Where the server listens, and for whom. Quick to import: what can't be is known before anything slow begins."""
 
 import errno
 import socket
 
+from server.config import PREFIX, Settings, is_loopback
 from server.errors import StartupError
+from server.home import Home
+from server.program import program
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -37,3 +40,14 @@ def cannot_listen(host: str, port: int, error: OSError) -> StartupError:
             f"port {port} on {host} is taken: stop what listens there, or choose another (SMOLORA_PORT, --port)"
         )
     return StartupError(f"can't listen on {host}, port {port}: {error.strerror or error}")
+
+
+def refuse_strangers(settings: Settings) -> None:
+    """Raise StartupError where others could connect, and nothing would ask them for a key."""
+    needs_key = settings.api_keys or Home(settings.home).keyed.exists()
+    if not (needs_key or settings.allow_anonymous or is_loopback(settings.host)):
+        raise StartupError(
+            f"{settings.host} can be reached from elsewhere: make a key ({program()} keys create NAME --home "
+            f"{settings.home}), set {PREFIX}API_KEYS (--api-keys), or {PREFIX}ALLOW_ANONYMOUS=1 "
+            "(--allow-anonymous) to serve without any"
+        )

@@ -12,13 +12,13 @@ from adapters.catalog.catalog import Catalog
 from adapters.catalog.records import Records
 from adapters.library import Library
 from adapters.store.store import AdapterStore
-from server.access.access import Access, open_access
+from server.access.access import open_access
 from server.access.principal import EVERYBODY
 from server.api.deps import Services
 from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
 from server.api.train.submission import Submissions
-from server.config import PREFIX, Settings, is_loopback
+from server.config import Settings
 from server.database import Commits, build_of, connect
 from server.engine.async_engine import AsyncEngine
 from server.engine.backend import Backend, NativeBackend, TorchBackend
@@ -39,7 +39,6 @@ from server.model.native.load import load_native
 from server.model.smollm import SmolLM
 from server.model.text.chat import PromptEncoder
 from server.model.text.vocabulary import tokenizer_json, vocabulary_of
-from server.program import program
 from server.serve.sizing import cpu_caches, free_bytes, gpu_caches, gpu_share, step_bytes
 from server.training.data.datasets import DatasetStore
 from server.training.data.encoding import RowEncoder
@@ -58,7 +57,6 @@ def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | N
     database = connect(settings.home)
     home, commits = Home(settings.home), Commits(settings.home)
     access = open_access(database, home.keyed, commits, settings.api_keys, settings.allow_anonymous)
-    _refuse_strangers(settings, access)
     directory = resolve_base(settings.model, settings.home, settings.base_dir, say)
     say(f"the database is {build_of(database)}")
     say(f"loading {settings.model} on {device} in {str(dtype).removeprefix('torch.')}")
@@ -118,17 +116,6 @@ def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | N
         estimator=Estimator(jobs, base.weights.num_parameters, training_dtype(base.dtype), base.device),
         decode=lambda ids: str(base.tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
     )
-
-
-def _refuse_strangers(settings: Settings, access: Access) -> None:
-    """Raises StartupError where others could connect, and nothing would ask them for a key."""
-    access.ring.refresh()
-    if access.ring.is_open and not settings.allow_anonymous and not is_loopback(settings.host):
-        raise StartupError(
-            f"{settings.host} can be reached from elsewhere: make a key ({program()} keys create NAME --home "
-            f"{settings.home}), set {PREFIX}API_KEYS (--api-keys), or {PREFIX}ALLOW_ANONYMOUS=1 "
-            "(--allow-anonymous) to serve without any"
-        )
 
 
 def _backend(

@@ -131,7 +131,8 @@ def test_two_servers_cannot_have_one_port(server: ServerProcess, tmp_path: Path)
 
 def test_nobody_serves_the_world_without_keys(tmp_path: Path) -> None:
     line = last_line(command(home=tmp_path, host="0.0.0.0", port=0))
-    assert line.startswith("smolora: 0.0.0.0 can be reached from elsewhere: set SMOLORA_API_KEYS")
+    assert line.startswith("smolora: 0.0.0.0 can be reached from elsewhere: make a key (")
+    assert f"smolora keys create NAME --home {tmp_path}), set SMOLORA_API_KEYS" in line
 
 
 def last_line(arguments: list[str]) -> str:

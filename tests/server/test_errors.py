@@ -17,7 +17,13 @@ from server.engine.request import SequenceOutput
 from server.errors import EngineDead, TryAgain
 
 FIELDS = (FieldError(("adapters", 3, "name"), "isn't one"), FieldError(("prompt",), "is empty: “äöü”"))
-ARGUMENTS = {"errors": FIELDS, "message": "it is so", "num_more": 0, "retry_after": 2.5}
+ARGUMENTS = {
+    "errors": FIELDS,
+    "message": "it is so",
+    "num_more": 0,
+    "retry_after": 2.5,
+    "headers": {"x-ratelimit-limit-requests": "2"},
+}
 """What the constructors of the tree are given, by the names of their parameters."""
 
 

@@ -64,4 +64,4 @@ def stored_bytes(services: "Services", key_id: str | None = None) -> int:
     """Of the project's adapters, data sets and files: all, or what one key brought. Blocks on disk."""
     datasets = sum(dataset.bytes for dataset in services.datasets.list() if key_id in (None, dataset.key_id))
     files = sum(file.bytes for file in services.files.list() if key_id in (None, file.key_id))
-    return datasets + files + services.library.num_bytes(key_id)
+    return datasets + files + services.library.catalog.num_bytes(key_id)

@@ -30,7 +30,7 @@ async def models(services: ServicesDep) -> Response:
 
     Each can be used as `model`, and so can every adapter expression.
     """
-    dates = await to_thread.run_sync(services.library.latest_dates)
+    dates = await to_thread.run_sync(services.library.catalog.latest_dates)
     listed = [_adapter(services, name, created_at) for name, created_at in dates.items()]
     return wire.answer({"object": "list", "data": [_base(services), *listed]})
 

@@ -43,7 +43,7 @@ def run_merge(
 
     weights = merge(adapters, spec.recipe, yield_or_leave)
     # that of the parts, which needn't be the base that happens to be served
-    origin = Origin.of(library.version(part.name, part.version) for part in spec.parts)
+    origin = Origin.of(library.catalog.version(part.name, part.version) for part in spec.parts)
     base_model = base.name if origin.base_digest == base.digest else origin.base_model
     adapter = PeftAdapter(config_of(weights, base.config.num_layers), weights, base_model)
     off = distance(adapters, weights)
