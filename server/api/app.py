@@ -14,6 +14,7 @@ from server.access.rates import KINDS
 from server.api import health, openapi, pages
 from server.api.access.authentication import Authentication
 from server.api.access.bodies import BodyTimeout
+from server.api.access.overload import Overload
 from server.api.access.proxies import RootPath
 from server.api.access.sites import Sites
 from server.api.accounts import keys, projects, usage
@@ -89,6 +90,7 @@ def create_app(services: Services) -> FastAPI:
             ),
             *([cross_origin] if settings.allowed_origins else []),
             Middleware(Authentication, access=services.access),
+            Middleware(Overload, services=services),
             Middleware(BodyLimit),
         ],
     )

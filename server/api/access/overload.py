@@ -1,0 +1,30 @@
+"""A request to generate is refused where the queue is full before its body is read: then that costs least."""
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.api.access.authentication import principal_of
+from server.api.access.bodies import drain
+from server.api.deps import Services
+from server.api.errors.faults import form_of
+from server.api.generate.generation import ask_queue
+from server.errors import TryAgain
+
+PATHS = frozenset({"/generate", "/compare", "/v1/chat/completions", "/v1/completions"})
+
+
+class Overload:
+    """Asks for one place; once the body is known, its route asks for as many as it takes."""
+
+    def __init__(self, app: ASGIApp, services: Services) -> None:
+        self.app = app
+        self._services = services
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] in PATHS and scope["method"] == "POST":
+            try:
+                ask_queue(self._services.of(principal_of(scope) or self._services.principal), 1)
+            except TryAgain as error:
+                await drain(scope, receive)
+                await form_of(scope["path"]).of_error(error)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)

@@ -1,0 +1,20 @@
+"""A full queue refuses before a body is read, and whoever asked sees the answer."""
+
+import httpx
+import pytest
+
+from server.errors import QueueFull
+from tests.server.api.fakes import FakeEngine
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize("path", ["/generate", "/compare", "/v1/completions", "/v1/chat/completions"])
+async def test_the_body_is_not_looked_at(client: httpx.AsyncClient, engine: FakeEngine, path: str) -> None:
+    engine.refusal = QueueFull(retry_after=3)
+    response = await client.post(path, content=b"not JSON")
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "3"
+    assert (await client.get("/adapters")).status_code == 200
+    engine.refusal = None
+    assert (await client.post(path, content=b"not JSON")).status_code in (400, 422)
