@@ -75,6 +75,11 @@ class Limiters:
     uploads: Places = field(default_factory=lambda: Places("uploads", 16))  # on the disk, of up to 256 MiB each
     incoming: Incoming = field(default_factory=Incoming)
 
+    def of(self, project: str) -> "Limiters":
+        """The same, of which a project may have its share."""
+        shared = {name: value.of(project) for name, value in vars(self).items() if not isinstance(value, Incoming)}
+        return replace(self, **shared)
+
 
 @dataclass(frozen=True)
 class Services:
@@ -134,6 +139,7 @@ class Services:
             datasets=datasets,
             files=files,
             submissions=submissions,
+            limiters=self.limiters.of(viewpoint.project),
         )
 
 

@@ -16,8 +16,8 @@ from anyio import CapacityLimiter, to_thread
 
 from adapters.errors import NotFound
 from server.api import wire
+from server.api.access.slots import Places
 from server.api.train.answers import event_document
-from server.errors import QueueFull
 from server.training.queue.jobs import NO_JOB, Event, Standing
 
 POLL_SECONDS = 0.3
@@ -27,7 +27,6 @@ PAGE = 500
 """Events that are read at once, and that are kept of each job."""
 
 _NUM_THREADS = 2
-_RETRY_SECONDS = 10.0
 
 
 class JobSource(Protocol):
@@ -68,8 +67,9 @@ class _Feed:
 class Follower:
     """One who follows a job. Iterate `stream` once; `close` at the end."""
 
-    def __init__(self, feeds: "JobFeeds", feed: _Feed, after: int) -> None:
+    def __init__(self, feeds: "JobFeeds", feed: _Feed, after: int, place: Places) -> None:
         self._feeds = feeds
+        self._place = place
         self._feed = feed
         self._after = after
         self._closed = False
@@ -103,6 +103,7 @@ class Follower:
         """Follow no more. More than once is once."""
         if not self._closed:
             self._closed = True
+            self._place.give_back()
             self._feeds.leave(self._feed)
 
 
@@ -121,10 +122,9 @@ class JobFeeds:
         self.keep_alive = keep_alive
         self._jobs = jobs
         self._poll = poll
-        self._max_followers = max_followers
+        self._places = Places("event streams", max_followers)
         self._reading = CapacityLimiter(_NUM_THREADS)
         self._feeds: dict[str, _Feed] = {}
-        self._num_followers = 0
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -132,22 +132,20 @@ class JobFeeds:
     def is_polling(self) -> bool:
         return self._task is not None and not self._task.done()
 
-    def follow(self, job_id: str, after: int) -> Follower:
-        """The job's events after the one numbered `after`. Raises QueueFull."""
-        if self._num_followers >= self._max_followers:
-            raise QueueFull(f"{self._num_followers} event streams are open already", _RETRY_SECONDS)
-        self._num_followers += 1
+    def follow(self, job_id: str, after: int, project: str = "") -> Follower:
+        """The job's events after the one numbered `after`, for a project that may see it. Raises QueueFull."""
+        place = self._places.of(project)
+        place.take()
         if (feed := self._feeds.get(job_id)) is None:
             feed = self._feeds[job_id] = _Feed(job_id)
             self._wake.set()
         feed.num_followers += 1
         if not self.is_polling:
             self._task = asyncio.create_task(self._run())
-        return Follower(self, feed, after)
+        return Follower(self, feed, after, place)
 
     def leave(self, feed: _Feed) -> None:
         """One of its followers has gone."""
-        self._num_followers -= 1
         feed.num_followers -= 1
         if not feed.num_followers and self._feeds.get(feed.job_id) is feed:
             del self._feeds[feed.job_id]

@@ -122,7 +122,8 @@ async def get_events(
     if _SSE not in request.headers.get("accept", "").lower():
         return await to_thread.run_sync(_events, services.jobs, request.url.path, job_id, after, limit)
     await to_thread.run_sync(services.jobs.get, job_id)  # or it is another project's
-    follower = services.feeds.follow(job_id, after if last_id is None else last_id)
+    begin = after if last_id is None else last_id
+    follower = services.feeds.follow(job_id, begin, services.principal.project)
     return EventStream(follower.stream(), follower.close)
 
 

@@ -16,5 +16,7 @@ def charge(connection: sa.Connection, job_id: str) -> None:
     row = connection.execute(sa.select(*columns).where(jobs.c.id == job_id)).one()
     adapter = key_of(row.project, row.name)
     tokens = row.progress.get("tokens", 0)
+    if not tokens and not row.run_seconds:  # it never ran
+        return
     account = Account(datetime.now(UTC).date(), row.project, row.key_id or ANONYMOUS, adapter)
     add_in(connection, account, Usage(trained_tokens=int(tokens), job_seconds=row.run_seconds))

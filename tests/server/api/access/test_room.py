@@ -68,6 +68,21 @@ def test_places_are_given_back() -> None:
         pass
 
 
+def test_a_project_leaves_some_to_others() -> None:
+    places = Places("things", 8)
+    greedy, other = places.of("greedy"), places.of("other")
+    for _ in range(6):
+        greedy.take()
+    with pytest.raises(QueueFull):
+        greedy.take()
+    other.take()
+    other.take()
+    with pytest.raises(QueueFull):
+        other.take()
+    greedy.give_back()
+    other.take()
+
+
 @pytest.mark.parametrize("path", GENERATIONS)
 async def test_the_queue_is_asked_before_anything_is_done(
     path: str, client: httpx.AsyncClient, engine: FakeEngine, app: FastAPI, monkeypatch: pytest.MonkeyPatch
