@@ -14,6 +14,10 @@ import pytest
 import torch
 import yaml
 
+from server.config import Settings, load
+from server.limits import Limits
+from server.serve.process import KEEP_ALIVE_SECONDS
+
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 
@@ -27,14 +31,18 @@ def compose_command() -> list[str] | None:
     return None
 
 
-def resolved() -> Mapping[str, Any]:
-    """The services as compose resolves them, all profiles together; as YAML alone where there is no compose."""
+def resolved(*files: str) -> Mapping[str, Any]:
+    """The services as compose resolves them, all profiles together; as YAML alone where there is no compose.
+
+    `files` come on top of docker-compose.yml, which needs compose.
+    """
     command = compose_command()
     if command is None:
         written: Mapping[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
         return written
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SMOLORA_")}
-    told = [*command, "--profile", "gpu", "config", "--format", "json"]
+    named = [option for file in ("docker-compose.yml", *files) for option in ("--file", file)]
+    told = [*command, *named, "--profile", "gpu", "config", "--format", "json"]
     done = subprocess.run(told, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
     found: Mapping[str, Any] = json.loads(done.stdout)["services"]
     return found
@@ -43,6 +51,31 @@ def resolved() -> Mapping[str, Any]:
 @pytest.fixture(scope="module")
 def services() -> Mapping[str, Any]:
     return resolved()
+
+
+@pytest.mark.skipif(compose_command() is None, reason="needs docker compose")
+def test_behind_the_proxy_the_server_has_no_port_and_asks_for_keys() -> None:
+    services = resolved("docker/proxy/compose.yml")
+    server, proxy = services["server"], services["proxy"]
+    assert not server.get("ports")
+    assert [port["target"] for port in proxy["ports"]] == [8443]
+    told = server["environment"]
+    assert told["SMOLORA_ALLOW_ANONYMOUS"] == "0"
+    assert told["SMOLORA_ROOT_PATH"] == proxy["environment"]["SMOLORA_ROOT_PATH"] == "/smolora"
+    assert load(Settings, trusted_proxies=told["SMOLORA_TRUSTED_PROXIES"]).trusted_proxies
+
+
+def test_the_proxys_times_go_with_the_servers() -> None:
+    """What the comments of its configuration say of them."""
+    text = (ROOT / "docker" / "proxy" / "nginx.conf.template").read_text()
+    seconds = {name: int(value) for name, value in re.findall(r"^ *(\w+) (\d+)s;", text, re.MULTILINE)}
+    limits = Limits()
+    assert seconds["client_header_timeout"] == limits.header_timeout
+    assert seconds["client_body_timeout"] == limits.body_timeout
+    assert seconds["send_timeout"] == limits.stall_timeout
+    assert limits.request_timeout < seconds["proxy_read_timeout"] <= seconds["worker_shutdown_timeout"]
+    assert {int(value) for value in re.findall(r" keepalive_timeout (\d+)s;", text)} == {60}
+    assert KEEP_ALIVE_SECONDS > 60
 
 
 def stages() -> dict[str, str]:

@@ -76,7 +76,12 @@ class RequestContext:
             if scope["path"] not in _QUIET_PATHS or status not in (200, 503):
                 took = (time.perf_counter() - started) * 1e3
                 log.info(
-                    "method=%s path=%s status=%d ms=%.1f", scope["method"], _quoted(scope["path"]), status, took
+                    "method=%s path=%s status=%d ms=%.1f client=%s",
+                    scope["method"],
+                    _quoted(scope["path"]),
+                    status,
+                    took,
+                    _quoted(scope["client"][0]) if scope.get("client") else "-",
                 )
 
 

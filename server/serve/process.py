@@ -29,7 +29,7 @@ from server.training.worker.yielding import BusyFlag
 DRAIN_SECONDS = 30.0
 _FLUSH_SECONDS = 3  # for answers that are on their way when nothing runs any more
 _DEAD_SECONDS = 2.0  # so that whoever probes /ready sees why
-_KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep an idle connection, so that they close it
+KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep an idle connection, so that they close it
 _POLL_SECONDS = 0.05
 
 log = logging.getLogger("smolora.run")
@@ -93,7 +93,7 @@ class Process:
             server_header=False,
             proxy_headers=bool(trusted_proxies),
             forwarded_allow_ips=list(trusted_proxies),
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_FLUSH_SECONDS,
         )
         self._server = _Server(config)

@@ -139,4 +139,5 @@ async def test_the_log_has_a_line_for_each_request_and_nobodys_text(
     assert len(lines) == 2
     assert lines[0].startswith("method=POST path=/generate status=200 ms=")
     assert lines[1].startswith("method=GET path=/adapters/a\\nb status=404 ms=")
+    assert lines[0].endswith(" client=127.0.0.1")
     assert "words" not in caplog.text
