@@ -14,7 +14,7 @@ CPP := $(shell find server tests -name '*.h' -o -name '*.cpp')
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help serve test slow fuzz soak check sanitize bench gpu clean
+.PHONY: help serve test slow fuzz soak faults check sanitize bench gpu clean
 
 help:
 	@echo 'make serve     set everything up and serve on http://127.0.0.1:8000'
@@ -22,6 +22,7 @@ help:
 	@echo 'make slow      the tests that take minutes: rounds of faults, reduced benchmarks'
 	@echo 'make fuzz      the property tests with all of their examples, of which make test takes a quarter'
 	@echo 'make soak      half an hour of everything at once, after which nothing may have grown'
+	@echo 'make faults    200 rounds of kills, stops and ends of server, workers and jobs under load'
 	@echo 'make check     linters and types only'
 	@echo 'make sanitize  the tests of native code, under sanitizers'
 	@echo 'make bench     the benchmark, over HTTP'
@@ -42,6 +43,9 @@ fuzz: $(READY_DEV)
 
 soak: $(READY_DEV)
 	@$(BIN)/python -m tests.soak $(ARGS)
+
+faults: $(READY_DEV)
+	@$(BIN)/python -m tests.fault_rounds $(ARGS)
 
 check: $(READY_DEV)
 	@$(BIN)/ruff check .
