@@ -127,6 +127,8 @@ DATASET_BODY = {
 
 _REF = "#/components/schemas/"
 _LATE_BODY = "The body made no progress for `SMOLORA_BODY_TIMEOUT` seconds"
+_NO_PROJECT = "`OpenAI-Project` names no project"
+_RATE = "The key or its project has used up its minute; see `Retry-After`"
 _FOREIGN_SITE = "A foreign `Host` or `Origin`, or a setting that rules it out"
 
 
@@ -138,8 +140,8 @@ class App(FastAPI):
             schema = super().openapi()
             for name, path in schema["paths"].items():
                 error = "ErrorAnswer" if name.startswith("/v1/") else "Problem"
-                for operation in path.values():
-                    _tell_of_errors(operation["responses"], error, "requestBody" in operation)
+                for method, operation in path.items():
+                    _tell_of_errors(operation["responses"], error, method != "get", "requestBody" in operation)
             for unused in ("HTTPValidationError", "ValidationError"):
                 schema["components"]["schemas"].pop(unused, None)
             self.openapi_schema = schema
@@ -158,12 +160,15 @@ class App(FastAPI):
         return frozenset(found[max(found)]) if found else frozenset()
 
 
-def _tell_of_errors(responses: dict[str, dict[str, Any]], error: str, has_body: bool) -> None:
+def _tell_of_errors(responses: dict[str, dict[str, Any]], error: str, counts: bool, has_body: bool) -> None:
     """Make the errors of an operation those of its form, also the ones that FastAPI and the middleware have."""
     content: dict[str, object] = {"application/json": {"schema": {"$ref": f"{_REF}{error}"}}}
     of_errors = [status for status in responses if status[0] in "45"]
     if of_errors and "4XX" not in responses:
         responses.setdefault("403", {"description": _FOREIGN_SITE, "content": dict(content)})
+        responses.setdefault("404", {"description": _NO_PROJECT, "content": dict(content)})
+        if counts:  # for a key's rate
+            responses.setdefault("429", {"description": _RATE, "content": dict(content)})
         if has_body:
             responses.setdefault("408", {"description": _LATE_BODY, "content": dict(content)})
     for status, response in responses.items():

@@ -25,6 +25,15 @@ def test_every_error_has_our_form(app: App) -> None:
                     }, (path, status)
 
 
+def test_what_any_key_may_meet(app: App) -> None:
+    """A project that there isn't, and a rate that is used up: the middleware answers, on every route."""
+    for path, operations in app.openapi()["paths"].items():
+        for method, operation in operations.items():
+            told = set(operation["responses"])
+            if path not in ("/", "/health", "/ready") and "4XX" not in told:
+                assert told >= ({"404", "403"} if method == "get" else {"404", "403", "429"}), (method, path)
+
+
 @pytest.mark.parametrize(
     ("path", "methods"),
     [
