@@ -14,13 +14,14 @@ CPP := $(shell find server tests -name '*.h' -o -name '*.cpp')
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help serve test slow fuzz check sanitize bench gpu clean
+.PHONY: help serve test slow fuzz attack check sanitize bench gpu clean
 
 help:
 	@echo 'make serve     set everything up and serve on http://127.0.0.1:8000'
 	@echo 'make test      linters, types and tests'
 	@echo 'make slow      the tests that take minutes: rounds of faults, reduced benchmarks'
 	@echo 'make fuzz      the property tests with all of their examples, of which make test takes a quarter'
+	@echo 'make attack    a million inputs, bred by coverage, for whatever takes strangers'\'' bytes; ARGS=--help'
 	@echo 'make check     linters and types only'
 	@echo 'make sanitize  the tests of native code, under sanitizers'
 	@echo 'make bench     the benchmark, over HTTP'
@@ -38,6 +39,10 @@ slow: $(READY_DEV)
 
 fuzz: $(READY_DEV)
 	@ALL_EXAMPLES=1 $(PYTEST) -m "hypothesis and not slow" $(ARGS)
+
+# ARGS='--seconds 60', ARGS='--inputs 5000 forms headers', ARGS='replay FILE'.
+attack: $(READY_DEV)
+	@exec nice -n 10 $(BIN)/python -m tests.fuzzing $(ARGS)
 
 check: $(READY_DEV)
 	@$(BIN)/ruff check .
