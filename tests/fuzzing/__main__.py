@@ -1,6 +1,6 @@
 """`make attack`: a million inputs for whatever takes strangers' bytes. ARGS: how many, for how long, of what; or
 
-replay FILE     one input again, such as a finding: what it did the first time, with the traceback
+replay FILE     one input again, such as a finding, with those before it: what it comes to, or the traceback
 """
 
 import argparse
@@ -9,10 +9,11 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tests.fuzzing.bounds import Meter
-from tests.fuzzing.findings import CACHE
+from tests.fuzzing.findings import CACHE, before_of
 from tests.fuzzing.guided import MissingError, Result, run, targets
 from tests.fuzzing.target import SHARES, load
 
@@ -42,7 +43,11 @@ def replay(file: Path) -> None:
     """Run one input, whose target its file's name begins with, or its folder's."""
     names = (file.name.partition("-")[0], *(folder.name for folder in file.absolute().parents))
     name = next(name for name in names if name in SHARES)
-    outcome, cost = Meter(load(name)).run(file.read_bytes())
+    target = load(name)
+    for before in sorted(before_of(file).glob("*")):
+        with suppress(Exception):
+            target.run(before.read_bytes())
+    outcome, cost = Meter(target).run(file.read_bytes())
     sys.stdout.write(f"{name}: {outcome}, {cost.cpu_seconds:.3f} s of a processor, {cost.memory >> 10} KiB\n")
 
 

@@ -37,7 +37,8 @@ Headers = Sequence[tuple[bytes, bytes]]
 KEY = "secret-of-the-operator"
 ADAPTER = "tweets"
 """What is stored from the beginning, in two versions and as the alias "prod"."""
-_MAX_REQUESTS = 400
+MAX_REQUESTS = 400
+"""After which the home is a new one."""
 _LEAVES_AFTER = 0.05  # seconds of silence: streams may have no end
 _PATIENCE = 60.0
 
@@ -97,7 +98,7 @@ class World:
         Raises BadAnswerError where the server failed.
         """
         self._num_requests += 1
-        if self._num_requests % _MAX_REQUESTS == 0:
+        if self._num_requests % MAX_REQUESTS == 0:
             self.app = self._new()
         request = _call(behind(self.app), method, path, headers, body, query, piece)
         with _errors() as errors:

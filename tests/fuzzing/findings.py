@@ -1,14 +1,14 @@
 """What a run of inputs came to: how many, what became of them, what they cost, and those that are findings.
 
-A finding is saved once for each place that raised it, under a name that begins with its target's, so that the file
-alone can be replayed.
+A finding is saved once for each place that raised it, under a name that begins with its target's: whoever replays
+the file needs to know nothing else. Beside it are the inputs before, where it may hang on those.
 """
 
 import hashlib
 import json
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
@@ -76,8 +76,9 @@ class Tally:
 class Book:
     """A target's folder, with the tally in it."""
 
-    def __init__(self, name: str, cache: Path = CACHE) -> None:
+    def __init__(self, name: str, num_before: int = 0, cache: Path = CACHE) -> None:
         self.name = name
+        self._before: deque[bytes] = deque(maxlen=num_before)
         self.folder = cache / name
         self.findings = self.folder / "findings"
         self.findings.mkdir(parents=True, exist_ok=True)
@@ -90,6 +91,7 @@ class Book:
         return self.folder / "tally.json"
 
     def took(self, data: bytes, outcome: str, cost: Cost) -> None:
+        self._before.append(data)
         if self.tally.add(outcome, cost):
             (self.folder / "slowest").write_bytes(data)
         if time.monotonic() - self._kept > _KEPT_EVERY:
@@ -102,13 +104,22 @@ class Book:
         where = place_of(error)
         if (known := self.tally.findings.get(where)) is not None:
             known.count += 1
+            self._before.append(data)
             return False
         told = "".join(traceback.format_exception(error)[-6:])
         path = self.findings / f"{self.name}-{type(error).__name__}-{hashlib.sha256(data).hexdigest()[:12]}"
         path.write_bytes(data)
+        self._save_those_before(path)
+        self._before.append(data)
         self.tally.findings[where] = Finding(where, str(path), told[-4000:])
         self.keep()
         return True
+
+    def _save_those_before(self, path: Path) -> None:
+        if self._before:
+            before_of(path).mkdir(exist_ok=True)
+        for number, data in enumerate(self._before):
+            (before_of(path) / f"{number:04}").write_bytes(data)
 
     def keep(self) -> None:
         """Write the tally down."""
@@ -118,6 +129,11 @@ class Book:
         unfinished = self.path.with_suffix(".new")
         unfinished.write_text(self.tally.to_json())
         unfinished.replace(self.path)
+
+
+def before_of(path: Path) -> Path:
+    """The folder of the inputs that came before this one."""
+    return path.with_name(f"{path.name}.before")
 
 
 def place_of(error: BaseException) -> str:

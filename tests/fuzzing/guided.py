@@ -89,7 +89,7 @@ def _fuzz(name: str, target: Target, num_inputs: int | None, seconds: float | No
     """The process of one target. Ends with 0 unless it died."""
     import atheris
 
-    book = Book(name)
+    book = Book(name, target.num_before)
     try:
         corpus, seeds = book.folder / "corpus", book.folder / "seeds"
         for folder in (corpus, seeds):

@@ -35,6 +35,7 @@ class Target:
     max_len: int = 4096
     words: Sequence[bytes] = ()  # what the format is made of: inputs get them put in
     cpu_seconds: float = 1.0  # of one input: this process's processor time and that of its ended children
+    num_before: int = 0  # inputs before one that what becomes of it may hang on
     memory: int = 64 << 20  # bytes that an input may add to the resident memory, beside 8 times its length
 
 

@@ -10,7 +10,7 @@ from tests.fuzzing.__main__ import attack, replay
 from tests.fuzzing.app import Answer, BadAnswerError
 from tests.fuzzing.bounds import Meter, TooMuchError
 from tests.fuzzing.choices import Choices
-from tests.fuzzing.findings import Book, Tally, place_of
+from tests.fuzzing.findings import Book, Tally, before_of, place_of
 from tests.fuzzing.guided import one_of
 from tests.fuzzing.target import Target
 
@@ -46,7 +46,7 @@ def test_bounds(data: bytes, reason: str) -> None:
 
 
 def test_a_finding_is_kept_once_for_each_place(tmp_path: Path) -> None:
-    book = Book("bad", tmp_path)
+    book = Book("bad", 2, tmp_path)
     one = one_of(Meter(BAD), book)
     for data in (b"a", b"xa", b"", b"xb", b"b", b"slow"):
         one(data)
@@ -58,6 +58,8 @@ def test_a_finding_is_kept_once_for_each_place(tmp_path: Path) -> None:
     assert kinds == [("IndexError", 1), ("KeyError", 2), ("TooMuchError", 1)]
     saved = {Path(finding.file).read_bytes() for finding in tally.findings.values()}
     assert saved == {b"xa", b"", b"slow"}
+    folder = next(before_of(Path(f.file)) for where, f in tally.findings.items() if where.startswith("TooMuch"))
+    assert [path.read_bytes() for path in sorted(folder.iterdir())] == [b"xb", b"b"]
     tally.merge(Tally.read(book.path))
     assert tally.inputs == 12
     assert {finding.count for finding in tally.findings.values()} == {2, 4}

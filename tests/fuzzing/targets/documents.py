@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from server.api.openapi import App
-from tests.fuzzing.app import ADAPTER, KEY, World, check_answer
+from tests.fuzzing.app import ADAPTER, KEY, MAX_REQUESTS, World, check_answer
 from tests.fuzzing.choices import Choices, encoded
 from tests.fuzzing.target import Target
 
@@ -192,6 +192,7 @@ BODIES: Mapping[str, object] = {
 TARGET = Target(
     run,
     seeds,
+    num_before=MAX_REQUESTS,
     max_len=2048,
     words=(
         b'{"',

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping
 
-from tests.fuzzing.app import World, check_answer
+from tests.fuzzing.app import MAX_REQUESTS, World, check_answer
 from tests.fuzzing.choices import TEXTS, Choices
 from tests.fuzzing.target import Target
 from tests.server.api.adapters.peft_files import as_zip, peft_files
@@ -131,6 +131,7 @@ def seeds() -> list[bytes]:
 TARGET = Target(
     run,
     seeds,
+    num_before=MAX_REQUESTS,
     max_len=8192,
     words=(
         b"--x\r\n",

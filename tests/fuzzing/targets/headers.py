@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 from starlette.types import ASGIApp
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from tests.fuzzing.app import KEY, World, check_answer
+from tests.fuzzing.app import KEY, MAX_REQUESTS, World, check_answer
 from tests.fuzzing.choices import Choices
 from tests.fuzzing.target import Target
 
@@ -177,4 +177,4 @@ def seeds() -> list[bytes]:
     return [*found, *(bytes([1, 1, 0, 2, 1, 0, name, 0, value]) for name, value in pairs)]
 
 
-TARGET = Target(run, seeds, max_len=1024, words=SITES[:8])
+TARGET = Target(run, seeds, num_before=MAX_REQUESTS, max_len=1024, words=SITES[:8])
