@@ -14,13 +14,14 @@ CPP := $(shell find server tests -name '*.h' -o -name '*.cpp')
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help serve test slow fuzz soak faults check sanitize bench gpu clean
+.PHONY: help serve test slow fuzz attack soak faults check sanitize bench gpu clean
 
 help:
 	@echo 'make serve     set everything up and serve on http://127.0.0.1:8000'
 	@echo 'make test      linters, types and tests'
 	@echo 'make slow      the tests that take minutes: rounds of faults, reduced benchmarks'
 	@echo 'make fuzz      the property tests with all of their examples, of which make test takes a quarter'
+	@echo 'make attack    a million inputs, bred by coverage, for whatever takes strangers'\'' bytes; ARGS=--help'
 	@echo 'make soak      half an hour of everything at once, after which nothing may have grown'
 	@echo 'make faults    200 rounds of kills, stops and ends of server, workers and jobs under load'
 	@echo 'make check     linters and types only'
@@ -40,6 +41,10 @@ slow: $(READY_DEV)
 
 fuzz: $(READY_DEV)
 	@ALL_EXAMPLES=1 $(PYTEST) -m "hypothesis and not slow" $(ARGS)
+
+# ARGS='--seconds 60', ARGS='--inputs 5000 forms headers', ARGS='replay FILE'.
+attack: $(READY_DEV)
+	@exec nice -n 10 $(BIN)/python -m tests.fuzzing $(ARGS)
 
 soak: $(READY_DEV)
 	@$(BIN)/python -m tests.soak $(ARGS)

@@ -5,7 +5,7 @@ from starlette.responses import Response
 
 from server.api import wire
 from server.api.deps import ServicesDep
-from server.api.openapi import KEYS
+from server.api.openapi import KEYS, READY
 from server.errors import EngineDead, NotReady
 from server.metrics import CONTENT_TYPE
 
@@ -18,7 +18,7 @@ async def health() -> Response:
     return wire.answer({"status": "ok"})
 
 
-@router.get("/ready", summary="Can it serve?")
+@router.get("/ready", summary="Can it serve?", responses=READY)
 async def ready(services: ServicesDep) -> Response:
     """200 while the model is loaded, the engine makes progress and the server is not shutting down.
 

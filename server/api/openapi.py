@@ -27,6 +27,7 @@ REFUSALS = _problems(
     }
 )
 KEYS = _problems({401: "No valid key"})
+READY = _problems({503: "Not ready, draining, or the engine is dead; see `Retry-After`"})
 READS = _problems({401: "No valid key", 422: "A bad field"})
 ADMIN = _problems({401: "No valid key", 403: "The key lacks the scope `admin`", 422: "A bad field"})
 ADMIN_LOOKUPS = {**ADMIN, **_problems({404: "There is none of this id or name", 503: "The disk is full"})}
@@ -127,6 +128,8 @@ DATASET_BODY = {
 
 _REF = "#/components/schemas/"
 _LATE_BODY = "The body made no progress for `SMOLORA_BODY_TIMEOUT` seconds"
+_NO_PROJECT = "`OpenAI-Project` names no project"
+_RATE = "The key or its project has used up its minute; see `Retry-After`"
 _FOREIGN_SITE = "A foreign `Host` or `Origin`, or a setting that rules it out"
 
 
@@ -138,8 +141,8 @@ class App(FastAPI):
             schema = super().openapi()
             for name, path in schema["paths"].items():
                 error = "ErrorAnswer" if name.startswith("/v1/") else "Problem"
-                for operation in path.values():
-                    _tell_of_errors(operation["responses"], error, "requestBody" in operation)
+                for method, operation in path.items():
+                    _tell_of_errors(operation["responses"], error, method != "get", "requestBody" in operation)
             for unused in ("HTTPValidationError", "ValidationError"):
                 schema["components"]["schemas"].pop(unused, None)
             self.openapi_schema = schema
@@ -158,12 +161,15 @@ class App(FastAPI):
         return frozenset(found[max(found)]) if found else frozenset()
 
 
-def _tell_of_errors(responses: dict[str, dict[str, Any]], error: str, has_body: bool) -> None:
+def _tell_of_errors(responses: dict[str, dict[str, Any]], error: str, counts: bool, has_body: bool) -> None:
     """Make the errors of an operation those of its form, also the ones that FastAPI and the middleware have."""
     content: dict[str, object] = {"application/json": {"schema": {"$ref": f"{_REF}{error}"}}}
-    of_errors = [status for status in responses if status[0] in "45"]
-    if of_errors and "4XX" not in responses:
+    if "4XX" not in responses:
         responses.setdefault("403", {"description": _FOREIGN_SITE, "content": dict(content)})
+        if "401" in responses:
+            responses.setdefault("404", {"description": _NO_PROJECT, "content": dict(content)})
+        if "401" in responses and counts:  # for a key's rate
+            responses.setdefault("429", {"description": _RATE, "content": dict(content)})
         if has_body:
             responses.setdefault("408", {"description": _LATE_BODY, "content": dict(content)})
     for status, response in responses.items():

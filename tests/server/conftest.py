@@ -10,6 +10,7 @@ import sqlalchemy as sa
 import torch
 from fastapi import FastAPI
 from starlette.routing import BaseRoute
+from transformers import PreTrainedTokenizerBase
 
 from adapters.catalog.catalog import Catalog
 from adapters.catalog.records import Records
@@ -103,10 +104,14 @@ def leases(database: sa.Engine, tmp_path: Path) -> Leases:
     return Leases(database, Records(tmp_path / "adapters"))
 
 
+def library_in(home: Path, database: sa.Engine, store: AdapterStore, jobs: Jobs) -> Library:
+    catalog = Catalog(database, Records(home / "adapters"))
+    return Library(catalog, store, SHAPE, BASE_NAME, jobs.in_use, BASE_DIGEST)
+
+
 @pytest.fixture
 def library(database: sa.Engine, store: AdapterStore, jobs: Jobs, tmp_path: Path) -> Library:
-    catalog = Catalog(database, Records(tmp_path / "adapters"))
-    return Library(catalog, store, SHAPE, BASE_NAME, jobs.in_use, BASE_DIGEST)
+    return library_in(tmp_path, database, store, jobs)
 
 
 @pytest.fixture
@@ -119,12 +124,55 @@ def files(tmp_path: Path) -> FileStore:
     return FileStore(tmp_path / "files")
 
 
+def new_guidance() -> Guidance:
+    """To be closed."""
+    tokenizer = tiny_tokenizer()
+    return Guidance(tokenizer_json(tokenizer), len(tokenizer), (tokenizer.eos_token_id,))
+
+
 @pytest.fixture
 def guidance() -> Iterator[Guidance]:
-    tokenizer = tiny_tokenizer()
-    guidance = Guidance(tokenizer_json(tokenizer), len(tokenizer), (tokenizer.eos_token_id,))
+    guidance = new_guidance()
     yield guidance
     guidance.close()
+
+
+def build_services(
+    home: Path,
+    engine: FakeEngine,
+    encoder: PromptEncoder,
+    library: Library,
+    jobs: Jobs,
+    datasets: DatasetStore,
+    files: FileStore,
+    guidance: Guidance,
+    database: sa.Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    **given: object,
+) -> Services:
+    """What `create_app` takes, of these parts; `given` are settings."""
+    settings = Settings.model_validate({"home": home, **given})
+    rows = RowEncoder(encoder, tokenizer.eos_token_id)
+    return Services(
+        settings=settings,
+        engine=engine,
+        encoder=encoder,
+        library=library,
+        metrics=Metrics(lambda: engine.stats),
+        guidance=guidance,
+        base_name=BASE_NAME,
+        max_model_len=MAX_MODEL_LEN,
+        jobs=jobs,
+        feeds=JobFeeds(jobs, lambda: engine.draining),
+        datasets=datasets,
+        files=files,
+        submissions=Submissions(
+            home, jobs, RowSources(datasets, files), library, rows, MAX_POSITIONS, BASE_DIGEST
+        ),
+        estimator=Estimator(jobs, NUM_PARAMETERS, torch.float32, torch.device("cpu")),
+        decode=lambda ids: str(tokenizer.decode(ids)),
+        access=open_access(database, Home(home).keyed, Commits(home), settings.api_keys, settings.allow_anonymous),
+    )
 
 
 @pytest.fixture
@@ -139,32 +187,19 @@ def make_services(
     database: sa.Engine,
     tmp_path: Path,
 ) -> MakeServices:
-    tokenizer = tiny_tokenizer()
-    rows = RowEncoder(encoder, tokenizer.eos_token_id)
-
     def make(**given: object) -> Services:
-        settings = Settings.model_validate({"home": tmp_path, **given})
-        return Services(
-            settings=settings,
-            engine=engine,
-            encoder=encoder,
-            library=library,
-            metrics=Metrics(lambda: engine.stats),
-            guidance=guidance,
-            base_name=BASE_NAME,
-            max_model_len=MAX_MODEL_LEN,
-            jobs=jobs,
-            feeds=JobFeeds(jobs, lambda: engine.draining),
-            datasets=datasets,
-            files=files,
-            submissions=Submissions(
-                tmp_path, jobs, RowSources(datasets, files), library, rows, MAX_POSITIONS, BASE_DIGEST
-            ),
-            estimator=Estimator(jobs, NUM_PARAMETERS, torch.float32, torch.device("cpu")),
-            decode=lambda ids: str(tokenizer.decode(ids)),
-            access=open_access(
-                database, Home(tmp_path).keyed, Commits(tmp_path), settings.api_keys, settings.allow_anonymous
-            ),
+        return build_services(
+            tmp_path,
+            engine,
+            encoder,
+            library,
+            jobs,
+            datasets,
+            files,
+            guidance,
+            database,
+            tiny_tokenizer(),
+            **given,
         )
 
     return make

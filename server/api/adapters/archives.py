@@ -62,7 +62,8 @@ def _check_directory(file: BinaryIO) -> None:
 
 def _entries(archive: zipfile.ZipFile) -> tuple[zipfile.ZipInfo, zipfile.ZipInfo]:
     """The config's and the tensors' entry: in the archive's root, or together in one folder of it."""
-    infos = [info for info in archive.infolist() if not info.is_dir()]
+    # not `is_dir`, which fails on an empty name
+    infos = [info for info in archive.infolist() if not info.filename.endswith("/")]
     if len(infos) > MAX_ENTRIES:
         raise _refused(f"has more than {MAX_ENTRIES} files")
     found: dict[str, zipfile.ZipInfo] = {}

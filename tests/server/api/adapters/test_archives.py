@@ -103,3 +103,9 @@ def test_changed_bytes_are_noticed(tmp_path: Path) -> None:
     content = bytearray(zipped(FILES, zipfile.ZIP_STORED).getvalue())
     content[content.find(b"wwww") + 10] ^= 1
     assert "not a plain, complete zip" in refusal(io.BytesIO(content), tmp_path / "weights")
+
+
+def test_a_name_may_be_empty(tmp_path: Path) -> None:
+    """Python ends names at a NUL; its `is_dir` then fails. Found by `make attack`."""
+    data = zipped({**FILES, "!empty": b""}).getvalue().replace(b"!empty", b"\0empty")
+    assert read_archive(io.BytesIO(data), tmp_path / "weights", 1000) == b"{}"

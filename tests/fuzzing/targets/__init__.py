@@ -1,0 +1,1 @@
+"""What takes strangers' bytes: one module for each, with its `TARGET`."""
