@@ -44,6 +44,7 @@ def open_access(
     """`keyed` is as in `Keys`; `commits` tells cheaply whether anybody has committed to the database."""
     keys, projects = Keys(engine, keyed), Projects(engine)
     ring = KeyRing(keys, projects, _ChangeCount(engine, commits), fixed_keys, allow_anonymous)
+    ring.refresh()
     return Access(keys, projects, ring, Rates(), Ledger(engine), Audit(engine))
 
 

@@ -157,8 +157,8 @@ def test_followers_of_events(server: ServerProcess) -> None:
     request = f"GET /train/{job}/events HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n".encode()
     with connections(server, 280, request) as opened:
         statuses = [connection.recv(12) for connection in opened]
-        assert statuses.count(b"HTTP/1.1 200") == 256
-        assert statuses.count(b"HTTP/1.1 429") == 24
+        assert statuses.count(b"HTTP/1.1 200") == 192  # three quarters of 256: others may follow, too
+        assert statuses.count(b"HTTP/1.1 429") == 280 - 192
         works(server)
     server.client.post(f"/train/{job}/cancel")
 
