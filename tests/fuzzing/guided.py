@@ -6,6 +6,7 @@ input, and another process goes on.
 
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -118,7 +119,8 @@ def _fuzz(name: str, target: Target, num_inputs: int | None, seconds: float | No
             options.append(f"-max_total_time={max(1, round(seconds))}")
         atheris.Setup([name, *options, str(corpus), str(seeds)], one_of(meter, book))
         atheris.Fuzz()
-    except SystemExit as error:  # libFuzzer's end
+    except SystemExit as error:  # libFuzzer's end; its alarm would go on, and end the process
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if not error.code:
             book.keep()
             raise
