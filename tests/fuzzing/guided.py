@@ -147,7 +147,7 @@ def one_of(meter: Meter, book: Book) -> Callable[[bytes], None]:
 
 
 def _until(deadline: float, one: Callable[[bytes], None], book: Book) -> Callable[[bytes], None]:
-    """The same, and the process's end after the deadline: libFuzzer's own would leave Python no time to tidy up."""
+    """The same, and the process's end after the deadline: libFuzzer's own leaves Python no time to tidy up."""
 
     def one_in_time(data: bytes) -> None:
         one(data)
