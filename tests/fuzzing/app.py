@@ -28,7 +28,7 @@ from server.training.data.files import FileStore
 from server.training.queue.jobs import Jobs
 from tests.fuzzing.target import OPEN
 from tests.server.api.adapters.peft_files import peft_files
-from tests.server.api.fakes import FakeEngine
+from tests.server.api.fakes import FakeEngine, scoring
 from tests.server.conftest import build_services, library_in, new_guidance
 from tests.tiny import tiny_tokenizer
 
@@ -116,6 +116,7 @@ class World:
         self._database.dispose()
         self._database = database = connect(home)
         engine = FakeEngine()
+        engine.script = scoring
         jobs = Jobs(database, max_unfinished=20)
         library = library_in(home, database, AdapterStore(home / "adapters"), jobs)
         datasets, files = DatasetStore(home / "datasets"), FileStore(home / "files")

@@ -52,6 +52,16 @@ def words(request: GenerationRequest) -> Iterable[SequenceOutput]:
             yield piece(request, index, number, "length" if number == count - 1 else None)
 
 
+def scoring(request: GenerationRequest) -> Iterable[SequenceOutput]:
+    """Words; where scores are asked for, a half for the first token, one for the second, and so on."""
+    if request.scored_from is None:
+        yield from words(request)
+        return
+    num_tokens = len(request.prompt_token_ids) - request.scored_from
+    scores = tuple(-0.5 * (number + 1) for number in range(num_tokens))
+    yield SequenceOutput(request.request_id, 0, "", 0, 0, 0, scores=scores, finish_reason="length")
+
+
 def failing(after: int, error: SmoloraError) -> Script:
     """So many tokens, then an end that is the engine's fault."""
 

@@ -1,29 +1,19 @@
 """POST /compare: what is asked of the engine, how it is answered, and that it is whole or refused."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
-from server.engine.request import GenerationRequest, Grammar, SamplingParams, SequenceOutput
+from server.engine.request import GenerationRequest, Grammar, SamplingParams
 from server.errors import GenerationFailed, QueueFull
 from server.model.text.chat import ChatMessage, PromptEncoder
-from tests.server.api.fakes import Caller, FakeEngine, FakeStream, failing, until, words
+from tests.server.api.fakes import Caller, FakeEngine, FakeStream, failing, scoring, until
 from tests.server.api.generate.test_generate import upload
 from tests.server.conftest import BASE_NAME, MAX_MODEL_LEN
 
 pytestmark = pytest.mark.anyio
-
-
-def scoring(request: GenerationRequest) -> Iterable[SequenceOutput]:
-    """Words; where scores are asked for, a half for the first token, one for the second, and so on."""
-    if request.scored_from is None:
-        yield from words(request)
-        return
-    num_tokens = len(request.prompt_token_ids) - request.scored_from
-    scores = tuple(-0.5 * (number + 1) for number in range(num_tokens))
-    yield SequenceOutput(request.request_id, 0, "", 0, 0, 0, scores=scores, finish_reason="length")
 
 
 async def test_the_whole_answer(client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder) -> None:
