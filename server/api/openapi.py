@@ -130,7 +130,7 @@ _REF = "#/components/schemas/"
 _LATE_BODY = "The body made no progress for `SMOLORA_BODY_TIMEOUT` seconds"
 _NO_PROJECT = "`OpenAI-Project` names no project"
 _RATE = "The key or its project has used up its minute; see `Retry-After`"
-_FOREIGN_SITE = "A foreign `Host` or `Origin`, or a setting that rules it out"
+_FORBIDDEN = "The key lacks the scope, a quota is used up, a foreign `Host` or `Origin`, or a setting rules it out"
 
 
 class App(FastAPI):
@@ -165,7 +165,7 @@ def _tell_of_errors(responses: dict[str, dict[str, Any]], error: str, counts: bo
     """Make the errors of an operation those of its form, also the ones that FastAPI and the middleware have."""
     content: dict[str, object] = {"application/json": {"schema": {"$ref": f"{_REF}{error}"}}}
     if "4XX" not in responses:
-        responses.setdefault("403", {"description": _FOREIGN_SITE, "content": dict(content)})
+        responses.setdefault("403", {"description": _FORBIDDEN, "content": dict(content)})
         if "401" in responses:
             responses.setdefault("404", {"description": _NO_PROJECT, "content": dict(content)})
         if "401" in responses and counts:  # for a key's rate

@@ -70,6 +70,7 @@ def tenants(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         tenants.close()
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_a_project_that_floods_the_queue(tenants: Tenants) -> None:
     """100,000 sequences of one wait; another's request has a place at once."""

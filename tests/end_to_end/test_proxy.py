@@ -41,7 +41,7 @@ def missing() -> str | None:
 
 
 MISSING = missing()
-pytestmark = [pytest.mark.real, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
 
 
 class Proxy:

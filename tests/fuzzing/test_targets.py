@@ -51,7 +51,7 @@ def test_no_input_is_a_finding(name: str) -> None:
     target = load(name)
     meter = Meter(target)
 
-    @settings(max_examples=num_examples(200), deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=num_examples(60), deadline=None, suppress_health_check=list(HealthCheck))
     @given(near(target.seeds(), [*target.words, b"\xff", b"\0"]))
     def check(data: bytes) -> None:
         meter.run(data)
