@@ -199,7 +199,10 @@ class Reader:
         assert matches(shown, printed), message
 
 
-@pytest.mark.parametrize("pages", TOURS, ids=lambda pages: pages[0])
+@pytest.mark.parametrize(
+    "pages",
+    [pytest.param(tour, id=tour[0], marks=[] if tour[0] == "README.md" else pytest.mark.slow) for tour in TOURS],
+)
 def test_readme_and_docs(base_dir: Path, tmp_path: Path, pages: tuple[str, ...]) -> None:
     server = ServerProcess(tmp_path / "data", base_dir=base_dir, workers=1)
     try:

@@ -47,6 +47,7 @@ def run(server: ServerProcess, key: str | None, directory: Path) -> None:
     checks = [check for check in CHECKS if key != "wrong" or check not in OF_METHODS]
     command += [f"--checks={','.join(checks)}", "--continue-on-failure", "--no-color", "--request-timeout=60"]
     command += [f"--max-time={SECONDS}", "--seed=7"]
-    command += [] if key is None else [f"--header=Authorization: Bearer {key}"]
+    # its first key would shut the server
+    command += ["--exclude-path=/keys"] if key is None else [f"--header=Authorization: Bearer {key}"]
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-20_000:]
