@@ -66,7 +66,12 @@ def new_directory(target: Path) -> Iterator[Path]:
         except OSError:
             if not target.is_dir():
                 raise
-        sync(target.parent)
+        try:
+            sync(target.parent)
+        except OSError:
+            if not unfinished.exists():  # ours took its place: take it back, since it may be gone with the power
+                target.rename(unfinished)
+            raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # gone already where the rename took it
 
