@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import socket
 import time
 import zipfile
@@ -11,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.end_to_end.server_process import PATIENCE, ServerProcess
@@ -175,3 +177,32 @@ def test_a_zip_bomb(server: ServerProcess) -> None:
         uploads = [pool.submit(server.client.post, "/adapters/bomb", files=files) for _ in range(8)]
         works(server)
         assert {upload.result().status_code for upload in uploads} <= {413, 422, 429}
+
+
+@pytest.mark.slow
+def test_a_thousand_random_disconnects_leave_nothing(server: ServerProcess) -> None:
+    process = psutil.Process(server.process.pid)
+    leave(server, 50, seed=0)  # what is needed once is there then
+    server.wait_until_idle()
+    before = process.num_fds(), process.num_threads()
+    leave(server, 1000, seed=1)
+    server.wait_until_idle()
+    eventually(lambda: process.num_fds() <= before[0] + 8)
+    assert process.num_threads() <= before[1] + 8
+
+
+def leave(server: ServerProcess, times: int, seed: int) -> None:
+    """Begin so many requests, eight at once, and hang up: within the body, before the answer, or in it."""
+
+    def one(number: int) -> None:
+        rng = random.Random(seed * 100_000 + number)
+        body = {"prompt": "a " * rng.randint(1, 300), "max_tokens": 200, "ignore_eos": True}
+        content = json.dumps(body | {"stream": rng.random() < 0.7, "n": rng.randint(1, 3)}).encode()
+        with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as connection:
+            connection.sendall(post("/generate", len(content)) + content[: rng.choice([0, 20, len(content)])])
+            connection.settimeout(rng.uniform(0, 0.3))
+            with suppress(TimeoutError, OSError):
+                connection.recv(rng.choice([1, 4096]))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(times)))
