@@ -4,12 +4,14 @@ import io
 import json
 import random
 import socket
+import struct
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -177,6 +179,73 @@ def test_a_zip_bomb(server: ServerProcess) -> None:
         uploads = [pool.submit(server.client.post, "/adapters/bomb", files=files) for _ in range(8)]
         works(server)
         assert {upload.result().status_code for upload in uploads} <= {413, 422, 429}
+
+
+def lying_tensors() -> list[bytes]:
+    """Headers that claim what isn't there: lengths, offsets, shapes, depth."""
+
+    def tensors(header: bytes, claimed: int | None = None) -> bytes:
+        return struct.pack("<Q", len(header) if claimed is None else claimed) + header + bytes(64)
+
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    far = {name: {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 1 << 60]}}
+    over = {f"{name}{i}": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for i in range(20_000)}
+    return [
+        tensors(b"{}", claimed=1 << 62),
+        tensors(json.dumps(far).encode()),
+        tensors(json.dumps(over).encode()),
+        tensors(b"[" * 500_000),
+        tensors(b'{"a":' * 100_000),
+        b"",
+    ]
+
+
+def requests_of(attack: str) -> list[dict[str, Any]]:
+    """What is sent, as httpx takes it."""
+    if attack == "lying tensors":
+        config = json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}).encode()
+        bodies = [{"adapter_config": ("c", config), "adapter_model": ("m", data)} for data in lying_tensors()]
+        return [{"method": "POST", "url": "/adapters/a", "files": files} for files in bodies]
+    if attack == "regexes and grammars":
+        regexes = ["(a*)*b", "(a|aa)+$", "((a{0,200}){0,200}){0,200}", "(?:x?){5000}x{5000}", "[" * 4000]
+        form = {
+            "type": "json_schema",
+            "json_schema": {"name": "a", "schema": {"anyOf": [{"type": "array"}] * 900}},
+        }
+        bodies = [{"regex": regex} for regex in regexes] + [{"response_format": form}]
+        return [
+            {"method": "POST", "url": "/generate", "json": {"prompt": "a", "max_tokens": 2, **body}}
+            for body in bodies
+        ]
+    if attack == "multipart":
+        many = b"".join(b'--x\r\nContent-Disposition: form-data; name="f%d"\r\n\r\n1\r\n' % i for i in range(5000))
+        header = b"--x\r\nContent-Disposition: form-data; name=" + b'"' * 200_000 + b"\r\n\r\n"
+        contents = [many + b"--x--\r\n", header, b"--x\r\n" * 100_000, b"-" * 1_000_000]
+        kind = {"Content-Type": "multipart/form-data; boundary=x"}
+        paths = ("/adapters/a", "/datasets", "/v1/files")
+        return [
+            {"method": "POST", "url": path, "headers": kind, "content": content}
+            for content in contents
+            for path in paths
+        ]
+    routes = [("GET", "/adapters"), ("POST", "/generate"), ("POST", "/adapters/a"), ("DELETE", "/adapters/a")]
+    foreign = [{"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": "evil.example"}]
+    return [{"method": m, "url": url, "headers": headers} for m, url in routes for headers in foreign]
+
+
+@pytest.mark.parametrize("attack", ["lying tensors", "regexes and grammars", "multipart", "foreign sites"])
+def test_others_are_served_meanwhile(attack: str, server: ServerProcess) -> None:
+    sent = requests_of(attack)
+
+    def send(request: dict[str, Any]) -> int:
+        with httpx.Client(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
+            return client.request(**request).status_code
+
+    with ThreadPoolExecutor(4) as pool:
+        statuses = [pool.submit(send, request) for request in sent * 3]
+        works(server)
+        found = {status.result() for status in statuses}
+    assert found <= ({403} if attack == "foreign sites" else {200, 400, 408, 413, 422, 429}), found
 
 
 @pytest.mark.slow
