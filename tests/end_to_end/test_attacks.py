@@ -208,15 +208,11 @@ def requests_of(attack: str) -> list[dict[str, Any]]:
         return [{"method": "POST", "url": "/adapters/a", "files": files} for files in bodies]
     if attack == "regexes and grammars":
         regexes = ["(a*)*b", "(a|aa)+$", "((a{0,200}){0,200}){0,200}", "(?:x?){5000}x{5000}", "[" * 4000]
-        form = {
-            "type": "json_schema",
-            "json_schema": {"name": "a", "schema": {"anyOf": [{"type": "array"}] * 900}},
-        }
-        bodies = [{"regex": regex} for regex in regexes] + [{"response_format": form}]
-        return [
-            {"method": "POST", "url": "/generate", "json": {"prompt": "a", "max_tokens": 2, **body}}
-            for body in bodies
-        ]
+        schema = {"anyOf": [{"type": "array"}] * 900}
+        form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        asked: list[dict[str, object]] = [*({"regex": regex} for regex in regexes), {"response_format": form}]
+        json_bodies = [{"prompt": "a", "max_tokens": 2, **body} for body in asked]
+        return [{"method": "POST", "url": "/generate", "json": body} for body in json_bodies]
     if attack == "multipart":
         many = b"".join(b'--x\r\nContent-Disposition: form-data; name="f%d"\r\n\r\n1\r\n' % i for i in range(5000))
         header = b"--x\r\nContent-Disposition: form-data; name=" + b'"' * 200_000 + b"\r\n\r\n"
