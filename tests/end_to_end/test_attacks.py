@@ -210,7 +210,8 @@ def requests_of(attack: str) -> list[dict[str, Any]]:
         regexes = ["(a*)*b", "(a|aa)+$", "((a{0,200}){0,200}){0,200}", "(?:x?){5000}x{5000}", "[" * 4000]
         schema = {"anyOf": [{"type": "array"}] * 900}
         form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
-        asked: list[dict[str, object]] = [*({"regex": regex} for regex in regexes), {"response_format": form}]
+        asked: list[dict[str, object]] = [{"response_format": form}]
+        asked += [{"regex": regex} for regex in regexes]
         json_bodies = [{"prompt": "a", "max_tokens": 2, **body} for body in asked]
         return [{"method": "POST", "url": "/generate", "json": body} for body in json_bodies]
     if attack == "multipart":
