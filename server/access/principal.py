@@ -40,9 +40,14 @@ class Principal:
     project_quota: Quota = Quota()
     sees_all: bool = False  # other projects' things, too
 
+    @property
+    def is_operator(self) -> bool:
+        """Whether it may do everything, in all projects."""
+        return "admin" in self.scopes
+
     def may(self, scopes: Iterable[Scope]) -> bool:
         """Whether it has one of the scopes; `admin` stands for all."""
-        return "admin" in self.scopes or not self.scopes.isdisjoint(scopes)
+        return self.is_operator or not self.scopes.isdisjoint(scopes)
 
     @property
     def viewpoint(self) -> Viewpoint:

@@ -28,7 +28,7 @@ from server.training.data.files import FileStore
 from server.training.queue.jobs import Jobs
 from tests.fuzzing.target import OPEN
 from tests.server.api.adapters.peft_files import peft_files
-from tests.server.api.fakes import FakeEngine, scoring
+from tests.server.api.fakes import FakeEngine, http_scope, scoring
 from tests.server.conftest import build_services, library_in, new_guidance
 from tests.tiny import tiny_tokenizer
 
@@ -210,21 +210,7 @@ async def _call(
     async def send(message: Message) -> None:
         sent.append(message)
 
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "method": method,
-        "path": path,
-        "raw_path": path.encode("utf-8", "surrogateescape"),
-        "query_string": query,
-        "root_path": "",
-        "scheme": "http",
-        "headers": list(headers),
-        "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 8000),
-    }
-    await app(scope, receive, send)
+    await app(http_scope(method, path, headers, query), receive, send)
     if not sent:
         assert is_whole, "no answer"
         return Answer(0, {}, b"")
@@ -232,12 +218,22 @@ async def _call(
     return Answer(sent[0]["status"], names, b"".join(message.get("body", b"") for message in sent[1:]))
 
 
+class _Kept(logging.Handler):
+    """Keeps the errors that it is told."""
+
+    def __init__(self, told: list[str]) -> None:
+        super().__init__(logging.ERROR)
+        self._told = told
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._told.append(record.getMessage())
+
+
 @contextmanager
 def _errors() -> Iterator[list[str]]:
     """What the API logs as errors meanwhile: what an answer of 500 was, or a stream that was cut off."""
     told: list[str] = []
-    log, handler = logging.getLogger("smolora.api"), logging.Handler(logging.ERROR)
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    log, handler = logging.getLogger("smolora.api"), _Kept(told)
     propagates, log.propagate = log.propagate, False
     log.addHandler(handler)
     try:

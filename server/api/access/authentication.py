@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.errors import NotFound, SmoloraError
 from server.access.access import Access
-from server.access.principal import Principal
+from server.access.principal import ANONYMOUS, Principal
 from server.api.access.bodies import drain
 from server.api.access.scopes import is_open, scopes_of
 from server.api.errors.faults import form_of
@@ -69,7 +69,7 @@ class Authentication:
         if principal is None:
             raise Unauthorized("send a valid key: Authorization: Bearer <key>")
         scopes = scopes_of(method, path)
-        if scopes is None and not principal.may(()):
+        if scopes is None and not principal.is_operator:
             raise _NoPathError
         if scopes is not None and not principal.may(scopes):
             needed = " or ".join(sorted(scopes))
@@ -82,12 +82,12 @@ class Authentication:
     def _at_work_in(self, project: str | None, principal: Principal) -> Principal:
         if project is None or (project == principal.project and not principal.sees_all):
             return principal
-        if not principal.may(()):
+        if not principal.is_operator:
             raise Forbidden(f"this key is one of the project {principal.project}: leave out OpenAI-Project")
         found = self._access.ring.within(principal, project)
-        if found is None:
+        if found is None and principal.key_id != ANONYMOUS:
             raise NotFound("there is no project of the name that OpenAI-Project gives")
-        return found
+        return found or principal  # OpenAI's clients send it by themselves where OPENAI_PROJECT_ID is set
 
     def _told(self, principal: Principal, send: Send) -> Send:
         async def send_with_limits(message: Message) -> None:

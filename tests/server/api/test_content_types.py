@@ -13,6 +13,7 @@ from starlette.types import Message
 
 from tests.properties import num_examples
 from tests.server.api.adapters.peft_files import peft_files
+from tests.server.api.fakes import http_scope
 
 pytestmark = pytest.mark.anyio
 
@@ -44,21 +45,8 @@ async def call(app: FastAPI, method: str, path: str, headers: list[tuple[bytes, 
     async def send(message: Message) -> None:
         sent.append(message)
 
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "method": method,
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
-        "root_path": "",
-        "scheme": "http",
-        "headers": [(b"content-length", b"%d" % len(body)), *headers],
-        "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 80),
-    }
-    await app(scope, inbox.get, send)
+    length = (b"content-length", b"%d" % len(body))
+    await app(http_scope(method, path, [length, *headers]), inbox.get, send)
     content = b"".join(message.get("body", b"") for message in sent[1:])
     media_type = dict(sent[0]["headers"])[b"content-type"].decode()
     return sent[0]["status"], media_type, json.loads(content)

@@ -67,6 +67,14 @@ async def test_it_stays_shut_where_the_database_is_lost(
         assert (await client.get("/adapters")).status_code == 401
 
 
+async def test_a_project_that_openais_client_sends_by_itself(client: httpx.AsyncClient, app: FastAPI) -> None:
+    """OPENAI_PROJECT_ID means nothing here, unless it names a project of ours."""
+    theirs = {"OpenAI-Project": "proj_abc123"}
+    assert (await client.get("/v1/models", headers=theirs)).status_code == 200
+    async with client_with(app, new_secret(app, scopes=["admin"])) as operator:
+        assert (await operator.get("/v1/models", headers=theirs)).status_code == 404
+
+
 async def test_anonymous_callers_may_be_let_in_beside_keys(make_services: MakeServices) -> None:
     app = create_app(make_services(allow_anonymous=True))
     secret = new_secret(app)

@@ -18,7 +18,7 @@ from server.api.zips import LARGEST, StoredZip
 from server.training.queue.job_files import JobFiles
 from server.training.queue.leases import Leases
 from tests.server.api.adapters.peft_files import as_parts, peft_files
-from tests.server.api.fakes import until
+from tests.server.api.fakes import http_scope, until
 from tests.server.api.train_kit import StandIn, submit
 
 pytestmark = pytest.mark.anyio
@@ -38,20 +38,7 @@ class Reader:
         self.go_on = asyncio.Event()
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
         self._inbox.put_nowait({"type": "http.request", "body": b"", "more_body": False})
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": "1.1",
-            "method": "GET",
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": b"",
-            "root_path": "",
-            "scheme": "http",
-            "headers": [],
-            "client": ("127.0.0.1", 1),
-            "server": ("127.0.0.1", 80),
-        }
+        scope = http_scope("GET", path, [])
         self.task = asyncio.ensure_future(app(scope, self._inbox.get, self._send))
 
     async def _send(self, message: Message) -> None:
