@@ -185,10 +185,15 @@ def _refuse_held(connection: sa.Connection, name: str, numbers: Sequence[int], f
 
 
 def _mend_latest(connection: sa.Connection, name: str) -> None:
-    """Where `latest` names a version that went, the highest left becomes it; it then isn't moved back any more."""
+    """Where `latest` names a version that went, the highest left becomes it; it then isn't moved back any more.
+
+    A name without versions is private: what is published under it one day was nobody's to share.
+    """
     mine = names.c.name == name
     is_gone = names.c.latest.not_in(sa.select(versions.c.version).where(versions.c.name == name))
     connection.execute(sa.update(names).where(mine, is_gone).values(latest=_newest(name)))
+    is_empty = names.c.latest.is_(None)
+    connection.execute(sa.update(names).where(mine, is_empty).values(is_public=False))
     is_newest = sa.or_(names.c.latest.is_(None), names.c.latest == _newest(name))
     connection.execute(sa.update(names).where(mine, is_newest).values(rolled_back=False))
 

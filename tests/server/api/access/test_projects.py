@@ -201,6 +201,16 @@ async def test_a_composition_of_anothers_ends_with_their_consent(projects: Proje
     assert "no longer shares: acme/tweets@1" in refused.json()["detail"]
 
 
+async def test_what_comes_after_a_deleted_public_adapter_is_private(projects: Projects) -> None:
+    await upload(projects.acme)
+    await projects.acme.put("/adapters/tweets/visibility", json={"visibility": "public"})
+    assert (await projects.acme.delete("/adapters/tweets")).status_code == 204
+    await upload(projects.acme, seed=1)
+    assert (await projects.acme.get("/adapters/tweets")).json()["visibility"] == "private"
+    body = {"prompt": "a", "adapter": "acme/tweets"}
+    assert (await projects.other.post("/generate", json=body)).status_code == 404
+
+
 async def test_hints_name_ones_own_alone(projects: Projects, app: FastAPI) -> None:
     await upload(projects.acme, "customer-support")
     for adapter in ("custmer-support", "acme/custmer-support"):
