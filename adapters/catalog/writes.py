@@ -194,7 +194,7 @@ def _mend_latest(connection: sa.Connection, name: str) -> None:
     connection.execute(sa.update(names).where(mine, is_gone).values(latest=_newest(name)))
     is_empty = names.c.latest.is_(None)
     connection.execute(sa.update(names).where(mine, is_empty).values(is_public=False))
-    is_newest = sa.or_(names.c.latest.is_(None), names.c.latest == _newest(name))
+    is_newest = sa.or_(is_empty, names.c.latest == _newest(name))
     connection.execute(sa.update(names).where(mine, is_newest).values(rolled_back=False))
 
 
