@@ -184,7 +184,8 @@ def test_a_client_that_leaves_ends_its_generation(
         assert done.returncode == 28, done
     elif is_streamed:
         with proxy.client.stream("POST", "/generate", json=body) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # held: where it is dropped, httpx hangs up
+            next(lines)
             server.wait_for(requests_running=1)
     else:
         with pytest.raises(httpx.ReadTimeout):
