@@ -1,0 +1,169 @@
+/** One adapter: its versions and aliases, rollback, lineage, and the card of each version. */
+import { gain, newestFirst } from "../lib/adapters.js";
+import { ask, download, get } from "../lib/api.js";
+import { bytes, compact, loss, moment } from "../lib/format.js";
+import { html, useState } from "../lib/html.js";
+import { useAction, useResource } from "../lib/resource.js";
+import { go, to } from "../lib/route.js";
+import { Badge, Careful, Fault, Field, Warnings } from "../parts/basics.js";
+import { Card } from "../parts/card.js";
+import { Lineage } from "../parts/lineage.js";
+import { expression } from "./playground.js";
+
+/** @param {string} name */
+const pathOf = (name) => `/adapters/${name.split("/").map(encodeURIComponent).join("/")}`;
+
+/** @param {{adapter: Adapter, isOwn: boolean, onChange: () => Promise<void>}} props */
+export function AdapterDetail({ adapter, isOwn, onChange }) {
+  const path = pathOf(adapter.name);
+  const change = useAction(async (/** @type {string} */ method, /** @type {string} */ of, /** @type {unknown} */ json) => {
+    await ask(method, of, json === undefined ? {} : { json });
+    await onChange();
+  });
+  const [number, choose] = useState(adapter.latest);
+  const versions = newestFirst(adapter);
+  const version = versions.find((one) => one.version === number) ?? versions[0];
+  return html`<article class="card" aria-label=${adapter.name}>
+    <div class="row between">
+      <h2 class="big">${adapter.name}</h2>
+      <p class="row">
+        <button
+          type="button"
+          onClick=${() => {
+            expression.set(adapter.name);
+            go("playground");
+          }}
+        >
+          Try it
+        </button>
+        ${isOwn
+          ? html`<button type="button" class="plain" disabled=${change.busy}
+                onClick=${() => change.run("PUT", `${path}/visibility`, { visibility: adapter.visibility === "public" ? "private" : "public" })}
+              >${adapter.visibility === "public" ? "Make private" : "Make public"}</button>
+              <${Careful} label="Delete" sure="All versions of ${adapter.name} go, for good." busy=${change.busy} onSure=${() => change.run("DELETE", path, undefined)} />`
+          : null}
+      </p>
+    </div>
+    <${Fault} problem=${change.problem} />
+    <div class="scroll" tabindex="0" role="region" aria-label="Versions of ${adapter.name}">
+      <table>
+        <thead>
+          <tr>
+            <th scope="col">Version</th>
+            <th scope="col">Names</th>
+            <th scope="col">Made</th>
+            <th scope="col">Rank</th>
+            <th scope="col">Size</th>
+            <th scope="col">Held-out loss</th>
+            <th scope="col"><span class="hidden">What to do</span></th>
+          </tr>
+        </thead>
+        <tbody>
+          ${versions.map((one) => html`<${VersionRow} key=${one.version} adapter=${adapter} version=${one} isOwn=${isOwn} isChosen=${one === version} path=${path} change=${change} onChoose=${() => choose(one.version)} />`)}
+        </tbody>
+      </table>
+    </div>
+    ${isOwn ? html`<${NewAlias} adapter=${adapter} path=${path} change=${change} />` : null}
+    ${version ? html`<${VersionDetail} key=${version.digest + version.version} version=${version} />` : null}
+  </article>`;
+}
+
+/**
+ * @param {{adapter: Adapter, version: Version, isOwn: boolean, isChosen: boolean, path: string,
+ *   change: ReturnType<typeof useAction<[string, string, unknown]>>, onChoose: () => void}} props
+ */
+function VersionRow({ adapter, version, isOwn, isChosen, path, change, onChoose }) {
+  const held = gain(version);
+  const number = version.version;
+  const save = useAction(() => download(`${path}/${number}/download`, `${adapter.name}-${number}.zip`));
+  return html`<tr class=${isChosen ? "chosen" : ""}>
+    <th scope="row"><button type="button" class="link" aria-pressed=${isChosen} onClick=${onChoose}>${number}</button></th>
+    <td>
+      ${number === adapter.latest ? html`<${Badge} tone="good">latest<//>` : null}
+      ${Object.entries(adapter.aliases)
+        .filter(([, of]) => of === number)
+        .map(
+          ([alias]) =>
+            html`<span class="badge"
+              >${alias}${isOwn
+                ? html`<button type="button" class="link" aria-label="Remove the alias ${alias}" disabled=${change.busy} onClick=${() => change.run("DELETE", `${path}/aliases/${encodeURIComponent(alias)}`, undefined)}>×</button>`
+                : null}</span
+            >`,
+        )}
+      ${version.resident ? html`<${Badge}>in memory<//>` : null} ${version.warnings.length ? html`<${Badge} tone="bad">warning<//>` : null}
+    </td>
+    <td>${moment(version.created_at)}</td>
+    <td class="number">${version.rank}</td>
+    <td class="number">${version.bytes ? bytes(version.bytes) : "–"}</td>
+    <td>${held ? html`${loss(held.tuned)} <small>base ${loss(held.base)}</small>` : "–"}</td>
+    <td class="row">
+      ${isOwn && number !== adapter.latest
+        ? html`<button type="button" class="plain" disabled=${change.busy} onClick=${() => change.run("PUT", `${path}/aliases/latest`, { version: number })}>
+            ${number < adapter.latest ? "Roll back to it" : "Make it the latest"}
+          </button>`
+        : null}
+      ${isOwn && version.kind === "adapter" ? html`<button type="button" class="plain" disabled=${save.busy} onClick=${() => save.run()}>Download</button>` : null}
+      ${isOwn ? html`<${Careful} label="Delete" sure="Version ${number} goes, for good." busy=${change.busy} onSure=${() => change.run("DELETE", `${path}/${number}`, undefined)} />` : null}
+      <${Fault} problem=${save.problem} />
+    </td>
+  </tr>`;
+}
+
+/** @param {{adapter: Adapter, path: string, change: ReturnType<typeof useAction<[string, string, unknown]>>}} props */
+function NewAlias({ adapter, path, change }) {
+  const [alias, setAlias] = useState("");
+  const [number, setNumber] = useState(String(adapter.latest));
+  return html`<details>
+    <summary>Give a version a name</summary>
+    <form
+      class="row end"
+      onSubmit=${(/** @type {Event} */ event) => {
+        event.preventDefault();
+        if (alias) void change.run("PUT", `${path}/aliases/${encodeURIComponent(alias)}`, { version: Number(number) });
+      }}
+    >
+      <${Field} label="Alias" name="alias" hint="such as prod; then ${adapter.name}@prod means that version">
+        ${(/** @type {Record<string, unknown>} */ attributes) =>
+          html`<input ...${attributes} value=${alias} onInput=${(/** @type {Event & {currentTarget: HTMLInputElement}} */ event) => setAlias(event.currentTarget.value)} />`}
+      <//>
+      <${Field} label="Version">
+        ${(/** @type {Record<string, unknown>} */ attributes) =>
+          html`<select ...${attributes} value=${number} onChange=${(/** @type {Event & {currentTarget: HTMLSelectElement}} */ event) => setNumber(event.currentTarget.value)}>
+            ${newestFirst(adapter).map(({ version }) => html`<option value=${String(version)}>${version}</option>`)}
+          </select>`}
+      <//>
+      <button type="submit" disabled=${!alias || change.busy}>Set</button>
+    </form>
+  </details>`;
+}
+
+/** @param {{version: Version}} props */
+function VersionDetail({ version }) {
+  return html`<section aria-label="Version ${version.version}">
+    <h3>Version ${version.version}</h3>
+    <${Warnings} warnings=${version.warnings} />
+    <dl>
+      <dt>Digest</dt>
+      <dd><code class="digest">${version.digest.slice(0, 16)}…</code></dd>
+      ${version.alpha === null ? null : html`<dt>Rank, alpha</dt><dd>${version.rank}, ${version.alpha}</dd>`}
+      <dt>Layers</dt>
+      <dd>${version.target_modules.join(", ")}</dd>
+      <dt>Parameters</dt>
+      <dd>${compact(version.parameters)}</dd>
+      ${version.base_model ? html`<dt>Made for</dt><dd>${version.base_model}</dd>` : null}
+      ${version.job_id ? html`<dt>Made by</dt><dd><a href=${to("train", version.job_id)}>${version.job_id}</a></dd>` : null}
+    </dl>
+    <h3>Where it comes from</h3>
+    <${Lineage} version=${version} />
+    ${version.job_id ? html`<${CardOfJob} id=${version.job_id} />` : null}
+  </section>`;
+}
+
+/** @param {{id: string}} props */
+function CardOfJob({ id }) {
+  const report = useResource((signal) => get(`/train/${encodeURIComponent(id)}/report`, signal), [id]);
+  if (report.problem?.status === 403 || report.problem?.status === 404) return null; // not this key's to read, or not kept
+  return html`<h3>Card</h3>
+    <${Fault} problem=${report.problem} />
+    ${report.data ? html`<${Card} report=${report.data} />` : null}`;
+}

@@ -1,0 +1,45 @@
+/** The audit list: who did what, and when. */
+import { get } from "../lib/api.js";
+import { moment } from "../lib/format.js";
+import { html, useState } from "../lib/html.js";
+import { useResource } from "../lib/resource.js";
+import { Fault } from "../parts/basics.js";
+
+export function Audit() {
+  const [before, setBefore] = useState("");
+  const audit = useResource((signal) => get(`/audit${before && `?before=${before}`}`, signal), [before]);
+  /** @type {AuditEntry[]} */
+  const entries = audit.data?.entries ?? [];
+  return html`<section class="card" aria-label="Audit">
+    <h2>What was done</h2>
+    <${Fault} problem=${audit.problem} />
+    ${audit.data && !entries.length ? html`<p>Nothing yet: keys, limits, visibility and deletes are written down here.</p>` : null}
+    ${entries.length
+      ? html`<div class="scroll" tabindex="0" role="region" aria-label="Audit, as a table">
+          <table>
+            <thead>
+              <tr>
+                ${["When", "Who", "What", "Of", "Project"].map((words) => html`<th scope="col">${words}</th>`)}
+              </tr>
+            </thead>
+            <tbody>
+              ${entries.map(
+                (entry) =>
+                  html`<tr key=${entry.number}>
+                    <td>${moment(entry.at)}</td>
+                    <td><code>${entry.who}</code></td>
+                    <td>${entry.action}</td>
+                    <td>${entry.target}</td>
+                    <td>${entry.project}</td>
+                  </tr>`,
+              )}
+            </tbody>
+          </table>
+        </div>`
+      : null}
+    <p class="row">
+      ${audit.data?.next ? html`<button type="button" class="plain" onClick=${() => setBefore(String(audit.data.next))}>Older</button>` : null}
+      ${before ? html`<button type="button" class="plain" onClick=${() => setBefore("")}>Newest</button>` : null}
+    </p>
+  </section>`;
+}
