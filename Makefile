@@ -62,6 +62,7 @@ check: $(READY_DEV) $(READY_WEB)
 	@$(BIN)/clang-format --dry-run --Werror $(CPP)
 	@$(BIN)/mypy
 	@$(NODE)/bin/node $(WEB)/node_modules/typescript/bin/tsc --project server/web
+	@cd server/web && $(abspath $(NODE))/bin/node $(abspath $(WEB))/node_modules/prettier/bin/prettier.cjs --log-level warn --check .
 	@$(BIN)/python -m tests.server.model.native.build warnings
 
 # ARGS=addresses (or threads) runs one of them.

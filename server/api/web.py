@@ -1,7 +1,7 @@
 """The page: `GET /`, and its files under `/web/`, each below the digest of all of them.
 
-What lies below a digest never changes, so browsers keep it for good; `/` names the digest and is asked for each time.
-A page takes nothing from elsewhere, and runs nothing but its own files: the policy that comes with it says so.
+What lies below a digest never changes, so browsers keep it for good; `/` names the digest, and is asked for each
+time. It takes nothing from elsewhere, and runs nothing but its own files: the policy that comes with it says so.
 """
 
 import gzip

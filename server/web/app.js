@@ -4,6 +4,7 @@ import { html, render, useEffect, useRef, useState } from "./lib/html.js";
 import { route, to } from "./lib/route.js";
 import { isRefused, key, signIn } from "./lib/session.js";
 import { useStore } from "./lib/store.js";
+import { Form } from "./parts/basics.js";
 import { AccessView } from "./views/access.js";
 import { AdaptersView } from "./views/adapters.js";
 import { EngineView } from "./views/engine.js";
@@ -36,15 +37,14 @@ function App() {
   }, [title]);
 
   return html`<a class="skip" href="#main" onClick=${(/** @type {Event} */ event) => {
-      event.preventDefault();
-      main.current?.focus();
-    }}>Skip to the content</a>
+    event.preventDefault();
+    main.current?.focus();
+  }}>Skip to the content</a>
     <header class="top">
       <a class="mark" href=${to("playground")}>smo<b>lora</b></a>
       <nav aria-label="Views">
         ${VIEWS.map(
-          ([of, words]) =>
-            html`<a href=${to(of)} aria-current=${of === name ? "page" : undefined}>${words}</a>`,
+          ([of, words]) => html`<a href=${to(of)} aria-current=${of === name ? "page" : undefined}>${words}</a>`,
         )}
       </nav>
       <${Identity} />
@@ -58,10 +58,12 @@ function App() {
 function Identity() {
   const secret = useStore(key);
   return html`<div class="identity">
-    ${secret
-      ? html`<span class="muted" title="Kept until this tab is closed">key …${secret.slice(-4)}</span>
+    ${
+      secret
+        ? html`<span class="muted" title="Kept until this tab is closed">key …${secret.slice(-4)}</span>
           <button type="button" class="plain" onClick=${() => signIn("")}>Sign out</button>`
-      : html`<button type="button" class="plain" onClick=${() => isRefused.set(true)}>Use a key</button>`}
+        : html`<button type="button" class="plain" onClick=${() => isRefused.set(true)}>Use a key</button>`
+    }
   </div>`;
 }
 
@@ -72,15 +74,12 @@ function SignIn() {
   useEffect(() => field.current?.focus(), []);
   return html`<section class="card narrow">
     <h1>API key</h1>
-    ${had
-      ? html`<p class="fault" role="alert">The server doesn't take this key: it may be mistyped, expired or revoked.</p>`
-      : html`<p>What you see and may do here follows from your key. Whoever runs this server makes one with <code>smolora keys create</code>.</p>`}
-    <form
-      onSubmit=${(/** @type {Event} */ event) => {
-        event.preventDefault();
-        if (secret.trim()) signIn(secret.trim());
-      }}
-    >
+    ${
+      had
+        ? html`<p class="fault" role="alert">The server doesn't take this key: it may be mistyped, expired or revoked.</p>`
+        : html`<p>What you see and may do here follows from your key. Whoever runs this server makes one with <code>smolora keys create</code>.</p>`
+    }
+    <${Form} label="API key" onSubmit=${() => secret.trim() && signIn(secret.trim())}>
       <label for="secret">Key</label>
       <input
         id="secret"
@@ -90,14 +89,14 @@ function SignIn() {
         spellcheck=${false}
         placeholder="sk-smolora-…"
         value=${secret}
-        onInput=${(/** @type {Event & {currentTarget: HTMLInputElement}} */ event) => setSecret(event.currentTarget.value)}
+        onInput=${(/** @type {import("./parts/basics.js").Typed} */ event) => setSecret(event.currentTarget.value)}
       />
       <small>It is kept in this tab until you close it, and nowhere else.</small>
       <p class="row">
         <button type="submit" disabled=${!secret.trim()}>Sign in</button>
         <button type="button" class="plain" onClick=${() => (had ? signIn("") : isRefused.set(false))}>Go on without</button>
       </p>
-    </form>
+    <//>
   </section>`;
 }
 

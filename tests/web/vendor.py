@@ -1,4 +1,4 @@
-"""Take the libraries of the page from their npm packages: `make vendor`, after a version in server/web/package.json changed.
+"""Take the libraries of the page from their npm packages: `make vendor`, when server/web/package.json changed.
 
 Beside the files stand the packages' licences and `manifest.json`: of each file the package, its version, and the
 SHA-256 of what the package has and of what stands here. What is changed is said in `_CHANGES`.

@@ -105,27 +105,34 @@ export async function* events(method, path, options) {
   if (!response.body) return;
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  for (;;) {
-    let chunk;
-    try {
-      chunk = await reader.read();
-    } catch (error) {
-      if (options.signal?.aborted) throw error;
-      throw new Problem(0, "the connection broke off");
-    }
-    if (chunk.done) return;
-    const blocks = (rest + chunk.value).split("\n\n");
-    rest = blocks.pop() ?? "";
-    for (const block of blocks) {
-      const fields = { id: "", event: "", data: "" };
-      for (const line of block.split("\n")) {
-        const [name, value] = [line.slice(0, line.indexOf(":")), line.slice(line.indexOf(":") + 1).trimStart()];
-        if (name === "id" || name === "event" || name === "data") fields[name] += value;
+  try {
+    for (;;) {
+      const chunk = await reader.read();
+      if (chunk.done) return;
+      const blocks = (rest + chunk.value).split("\n\n");
+      rest = blocks.pop() ?? "";
+      for (const block of blocks) {
+        const { id, event, data } = fieldsOf(block);
+        if (event === "error") throw problemOf(500, data, null);
+        if (data) yield { id, data };
       }
-      if (fields.event === "error") throw problemOf(500, fields.data, null);
-      if (fields.data) yield { id: fields.id, data: fields.data };
     }
+  } catch (error) {
+    if (error instanceof Problem || options.signal?.aborted) throw error;
+    throw new Problem(0, "the connection broke off");
+  } finally {
+    await reader.cancel().catch(() => {});
   }
+}
+
+/** @param {string} block an event, as it is sent */
+function fieldsOf(block) {
+  const fields = { id: "", event: "", data: "" };
+  for (const line of block.split("\n")) {
+    const [name, value] = [line.slice(0, line.indexOf(":")), line.slice(line.indexOf(":") + 1).trimStart()];
+    if (name === "id" || name === "event" || name === "data") fields[name] += value;
+  }
+  return fields;
 }
 
 /**

@@ -32,7 +32,8 @@ export function duration(seconds) {
 export const loss = (value) => (value === null || value === undefined ? "–" : value.toPrecision(3));
 
 /** A moment, in the reader's own time. @param {string} iso */
-export const moment = (iso) => new Date(iso).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
+export const moment = (iso) =>
+  new Date(iso).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
 
 /** @param {string} iso */
 export const ago = (iso) => `${duration(Math.max(0, (Date.now() - Date.parse(iso)) / 1000))} ago`;

@@ -30,7 +30,17 @@ function promptOf({ prompt, isChat, system }) {
  */
 
 /** @type {Answer} */
-export const NOTHING = { text: "", adapters: [], seed: null, finishReason: "", tokens: 0, cached: 0, ttft: 0, total: 0, warnings: [] };
+export const NOTHING = {
+  text: "",
+  adapters: [],
+  seed: null,
+  finishReason: "",
+  tokens: 0,
+  cached: 0,
+  ttft: 0,
+  total: 0,
+  warnings: [],
+};
 
 /**
  * The answer so far, after each piece of text and at its end.
@@ -43,7 +53,7 @@ export async function* generate(request, expression, signal) {
   const json = { ...bodyOf(request), adapter: expression || "base", stream: true };
   let answer = NOTHING;
   for await (const { data } of events("POST", "/generate", { json, signal })) {
-    if (data === "[DONE]") return;
+    if (data === "[DONE]") continue;
     const news = JSON.parse(data);
     if (news.text) answer = { ...answer, text: answer.text + news.text };
     if (news.finish_reason)
@@ -71,7 +81,14 @@ export async function* generate(request, expression, signal) {
  * @returns {Promise<import("../parts/tokens.js").Shades>}
  */
 export async function shadesOf(request, expression, text, signal) {
-  const json = { ...promptOf(request), adapters: [expression, "base"], score: [text], max_tokens: 1, temperature: 0, logprobs: 5 };
+  const json = {
+    ...promptOf(request),
+    adapters: [expression, "base"],
+    score: [text],
+    max_tokens: 1,
+    temperature: 0,
+    logprobs: 5,
+  };
   const { results } = await ask("POST", "/compare", { json, signal });
   return { tuned: results[0].scores[0].logprobs, base: results[1].scores[0].logprobs };
 }

@@ -18,7 +18,9 @@ import { useStore } from "./store.js";
  * @returns {Resource<T>}
  */
 export function useResource(load, deps, seconds = 0) {
-  const [state, setState] = useState(/** @type {{data: T | null, problem: Problem | null}} */ ({ data: null, problem: null }));
+  const [state, setState] = useState(
+    /** @type {{data: T | null, problem: Problem | null}} */ ({ data: null, problem: null }),
+  );
   const secret = useStore(key);
   const fetchNow = useCallback(
     async (/** @type {AbortSignal} */ signal) => {
@@ -29,7 +31,10 @@ export function useResource(load, deps, seconds = 0) {
         if (signal.aborted) return;
         const problem = asProblem(error);
         // what was there stays while the server is away for a moment, but not for another key
-        setState((before) => ({ data: problem.status === 0 || problem.status >= 500 ? before.data : null, problem }));
+        setState((before) => ({
+          data: problem.status === 0 || problem.status >= 500 ? before.data : null,
+          problem,
+        }));
       }
     },
     [...deps, secret],
@@ -38,7 +43,9 @@ export function useResource(load, deps, seconds = 0) {
     setState({ data: null, problem: null });
     const controller = new AbortController();
     void fetchNow(controller.signal);
-    const timer = seconds ? setInterval(() => document.hidden || void fetchNow(controller.signal), seconds * 1000) : 0;
+    const timer = seconds
+      ? setInterval(() => document.hidden || void fetchNow(controller.signal), seconds * 1000)
+      : 0;
     return () => {
       controller.abort();
       clearInterval(timer);

@@ -1,7 +1,7 @@
 /** One expression's answer, as it comes; shaded once it is there. */
 import { html, useState } from "../lib/html.js";
 import { count, duration, plural } from "../lib/format.js";
-import { Badge, Fault, Warnings } from "./basics.js";
+import { Badge, Check, Fault, Warnings } from "./basics.js";
 import { ShadedText } from "./tokens.js";
 
 /** @param {{column: import("../views/playground.js").Column}} props */
@@ -14,18 +14,24 @@ export function AnswerColumn({ column }) {
     ${!answer.text && answer.finishReason ? html`<p class="muted">It ended at once, without any text.</p>` : null}
     <${Fault} problem=${problem} beside=${["prompt", "messages", "adapter", "max_tokens", "temperature", "top_p", "seed"]} />
     <${Warnings} warnings=${answer.warnings} />
-    ${answer.finishReason
-      ? html`<p class="row">
+    ${
+      answer.finishReason
+        ? html`<p class="row">
           <small>
             ${plural(answer.tokens, "token")} in ${duration(answer.total)}, the first after ${duration(answer.ttft)}${answer.cached ? `; ${count(answer.cached)} of the prompt cached` : ""}${answer.finishReason === "length" ? "; cut at its longest" : ""}
           </small>
-          ${shades
-            ? html`<label class="check"><input type="checkbox" checked=${isShaded} onChange=${() => setShaded(!isShaded)} />shade what changed</label>`
-            : null}
+          ${
+            shades
+              ? html`<${Check} checked=${isShaded} onChange=${() => setShaded(!isShaded)}>shade what changed<//>`
+              : null
+          }
         </p>`
-      : null}
-    ${answer.adapters.length
-      ? html`<small class="muted">${answer.adapters.map((part) => `${part.name}@${part.version}${part.weight === 1 ? "" : ` × ${Number(part.weight.toFixed(4))}`}`).join(" + ")}</small>`
-      : null}
+        : null
+    }
+    ${
+      answer.adapters.length
+        ? html`<small class="muted">${answer.adapters.map((part) => `${part.name}@${part.version}${part.weight === 1 ? "" : ` × ${Number(part.weight.toFixed(4))}`}`).join(" + ")}</small>`
+        : null
+    }
   </article>`;
 }

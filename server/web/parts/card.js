@@ -16,16 +16,17 @@ export function Card({ report }) {
   const points = useMemo(() => pointsOf(report.curves), [report]);
   return html`<div class="reported">
     ${report.description ? html`<p>${report.description}</p>` : null}
-    ${held
-      ? html`<table>
+    ${
+      held
+        ? html`<table>
           <caption>
             On ${plural(held.num_rows, "held-out row")}
           </caption>
           <thead>
             <tr>
               <th scope="col"><span class="hidden">Measure</span></th>
-              <th scope="col">Base</th>
-              <th scope="col">Tuned</th>
+              <th scope="col" class="number">Base</th>
+              <th scope="col" class="number">Tuned</th>
             </tr>
           </thead>
           <tbody>
@@ -39,7 +40,8 @@ export function Card({ report }) {
             )}
           </tbody>
         </table>`
-      : html`<p class="muted">Nothing was held out, so nothing says how good it is on new rows.</p>`}
+        : html`<p class="muted">Nothing was held out, so nothing says how good it is on new rows.</p>`
+    }
     <dl>
       <dt>Method</dt>
       <dd>${report.method === "full" ? "full fine-tuning" : "LoRA"}</dd>
@@ -62,6 +64,7 @@ function pointsOf(curves) {
   /** @type {Map<number, import("./loss.js").Point>} */
   const points = new Map();
   for (const [step, value] of curves?.train_loss ?? []) points.set(step, { step, train: value, held: null });
-  for (const [step, value] of curves?.eval_loss ?? []) points.set(step, { step, train: points.get(step)?.train ?? null, held: value });
+  for (const [step, value] of curves?.eval_loss ?? [])
+    points.set(step, { step, train: points.get(step)?.train ?? null, held: value });
   return [...points.values()].sort((one, other) => one.step - other.step);
 }

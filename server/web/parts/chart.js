@@ -8,6 +8,9 @@ import { html, useEffect, useRef } from "../lib/html.js";
 /** @type {Promise<typeof import("../vendor/uplot.mjs")> | null} */
 let library = null;
 
+/** Distances between whole numbers on an axis. */
+const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000, 100_000];
+
 /** @param {string} name of a colour of the style sheet */
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
@@ -31,13 +34,14 @@ export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }
       const { default: UPlot } = await library;
       if (gone) return;
       plot.current?.destroy();
-      const axis = { stroke: colour("muted"), grid: { stroke: colour("line") }, ticks: { stroke: colour("line") } };
+      const rule = { stroke: colour("line"), width: 1 };
+      const axis = { stroke: colour("muted"), grid: rule, ticks: rule };
       plot.current = new UPlot(
         {
           width: element.clientWidth || 300,
           height,
           scales: { x: { time: isTime } },
-          axes: [{ ...axis, ...(isTime ? {} : { label: xLabel, labelSize: 22 }) }, axis],
+          axes: [{ ...axis, ...(isTime ? {} : { label: xLabel, labelSize: 22, incrs: WHOLE }) }, axis],
           series: [
             { label: xLabel },
             ...series.map((one) => ({
@@ -72,9 +76,10 @@ export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }
   return html`<figure class="chart">
     <figcaption>${title}</figcaption>
     <div ref=${place} aria-hidden="true"></div>
-    ${isTime
-      ? null
-      : html`<details>
+    ${
+      isTime
+        ? null
+        : html`<details>
           <summary>As a table</summary>
           <div class="scroll" tabindex="0" role="region" aria-label="${title}, as a table">
             <table>
@@ -95,6 +100,7 @@ export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }
               </tbody>
             </table>
           </div>
-        </details>`}
+        </details>`
+    }
   </figure>`;
 }

@@ -30,7 +30,7 @@ export function DropZone({ label, hint, accept, multiple = false, share, onFiles
       accept=${accept}
       multiple=${multiple}
       disabled=${share !== null}
-      onChange=${(/** @type {Event & {currentTarget: HTMLInputElement}} */ event) => {
+      onChange=${(/** @type {import("./basics.js").Typed} */ event) => {
         take(event.currentTarget.files);
         event.currentTarget.value = "";
       }}

@@ -15,9 +15,20 @@ const idOf = ({ name, version }) => `${name}@${version}`;
 
 /** @param {Version} version */
 function originsOf(version) {
-  if (version.parts) return version.parts.map((part) => ({ id: idOf(part), name: part.name, version: String(part.version), weight: part.weight }));
-  const terms = version.parent ? parse(version.parent) ?? [] : [];
-  return terms.map((term) => ({ id: idOf({ name: term.name, version: term.pin }), name: term.name, version: term.pin, weight: term.weight }));
+  if (version.parts)
+    return version.parts.map((part) => ({
+      id: idOf(part),
+      name: part.name,
+      version: String(part.version),
+      weight: part.weight,
+    }));
+  const terms = version.parent ? (parse(version.parent) ?? []) : [];
+  return terms.map((term) => ({
+    id: idOf({ name: term.name, version: term.pin }),
+    name: term.name,
+    version: term.pin,
+    weight: term.weight,
+  }));
 }
 
 /**
@@ -35,19 +46,26 @@ async function loadNodes(first, signal) {
     const next = new Map();
     for (const { id, name, version } of level) {
       const origins = version ? originsOf(version) : [];
-      const from = origins.length ? origins.map(({ id, weight }) => ({ id, weight })) : version ? [{ id: "base", weight: 1 }] : [];
+      const from = origins.length
+        ? origins.map(({ id, weight }) => ({ id, weight }))
+        : version
+          ? [{ id: "base", weight: 1 }]
+          : [];
       nodes.set(id, { id, name, from, kind: version ? version.kind : "gone" });
-      for (const origin of origins) if (!nodes.has(origin.id)) next.set(origin.id, { name: origin.name, version: origin.version });
+      for (const origin of origins)
+        if (!nodes.has(origin.id)) next.set(origin.id, { name: origin.name, version: origin.version });
     }
     level = await Promise.all(
-      [...next].filter(([id]) => !nodes.has(id)).map(async ([id, { name, version }]) => {
-        const path = `/adapters/${name.split("/").map(encodeURIComponent).join("/")}/${encodeURIComponent(version)}`;
-        try {
-          return { id, name, version: await get(path, signal) };
-        } catch {
-          return { id, name, version: null };
-        }
-      }),
+      [...next]
+        .filter(([id]) => !nodes.has(id))
+        .map(async ([id, { name, version }]) => {
+          const path = `/adapters/${name.split("/").map(encodeURIComponent).join("/")}/${encodeURIComponent(version)}`;
+          try {
+            return { id, name, version: await get(path, signal) };
+          } catch {
+            return { id, name, version: null };
+          }
+        }),
     );
   }
   nodes.set("base", { id: "base", name: "base", from: [], kind: "base" });
@@ -64,7 +82,10 @@ function depthsOf(nodes) {
     const known = depths.get(id);
     if (known !== undefined) return known;
     depths.set(id, 0);
-    const found = Math.max(0, ...(byId.get(id)?.from ?? []).filter((origin) => byId.has(origin.id)).map((origin) => depth(origin.id) + 1));
+    const found = Math.max(
+      0,
+      ...(byId.get(id)?.from ?? []).filter((origin) => byId.has(origin.id)).map((origin) => depth(origin.id) + 1),
+    );
     depths.set(id, found);
     return found;
   };

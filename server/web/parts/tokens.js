@@ -17,7 +17,11 @@ function toneOf(change) {
 }
 
 /** Line ends and other blanks, where they would not be seen. @param {string} text */
-export const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ +| +$/g, (blanks) => "␣".repeat(blanks.length));
+export const visible = (text) =>
+  text
+    .replace(/\n/g, "⏎")
+    .replace(/\t/g, "⇥")
+    .replace(/^ +| +$/g, (blanks) => "␣".repeat(blanks.length));
 
 /**
  * With the pointer or the arrow keys on a token: how likely it and the likeliest ones in its place were, under both.
@@ -59,12 +63,14 @@ export function ShadedText({ shades, expression }) {
       <span class="token down-4">less</span><span class="token down-2"> </span><span class="token"> likely </span
       ><span class="token up-2"> </span><span class="token up-4">more</span> than under the base
     </p>
-    ${tuned && base
-      ? html`<div class="alternatives">
+    ${
+      tuned && base
+        ? html`<div class="alternatives">
           <${Likeliest} title="base" chosen=${base} />
           <${Likeliest} title=${expression} chosen=${tuned} />
         </div>`
-      : null}
+        : null
+    }
   </div>`;
 }
 

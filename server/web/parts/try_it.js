@@ -2,7 +2,7 @@
 import { ask, get } from "../lib/api.js";
 import { html, useEffect, useState } from "../lib/html.js";
 import { useAction, useResource } from "../lib/resource.js";
-import { Fault, Field } from "./basics.js";
+import { Choice, Fault, Form, TextField } from "./basics.js";
 
 /**
  * What its rows are like: whether they are turns of a chat, and the prompts of the first ones.
@@ -16,8 +16,16 @@ async function rowsOf(job, signal) {
   if (kinds.messages) return { isChat: true, prompts: [] };
   if (!kinds.completion) return { isChat: false, prompts: [] };
   /** @type {DryRun} */
-  const found = await ask("POST", "/train?dry_run=true", { json: { name: job.name, dataset, validation: 0 }, signal });
-  const prompts = found.preview.map(({ tokens }) => tokens.filter((token) => !token.trained).map((token) => token.text).join(""));
+  const found = await ask("POST", "/train?dry_run=true", {
+    json: { name: job.name, dataset, validation: 0 },
+    signal,
+  });
+  const prompts = found.preview.map(({ tokens }) =>
+    tokens
+      .filter((token) => !token.trained)
+      .map((token) => token.text)
+      .join(""),
+  );
   return { isChat: false, prompts };
 }
 
@@ -34,33 +42,21 @@ export function TryIt({ job }) {
   });
   const rows = useResource((signal) => rowsOf(job, signal), [job.id]);
   useEffect(() => setChat(rows.data?.isChat ?? false), [rows.data]);
-  return html`<form
-      class="try"
-      onSubmit=${(/** @type {Event} */ event) => {
-        event.preventDefault();
-        void compare.run();
-      }}
-    >
-      <fieldset class="choice">
-        <legend class="hidden">Kind of prompt</legend>
-        ${[false, true].map(
-          (chat) => html`<label><input type="radio" name="try-kind" checked=${isChat === chat} onChange=${() => setChat(chat)} />${chat ? "Question" : "Text to continue"}</label>`,
-        )}
-      </fieldset>
+  return html`<${Form} label="Compare" className="try" onSubmit=${compare.run}>
+      <${Choice} legend="Kind of prompt" name="try-kind" value=${isChat} words=${["Question", "Text to continue"]} onChange=${setChat} />
       <div class="row end">
-        <${Field} label="Prompt, as in your rows" name="prompt" problem=${compare.problem} className="wide">
-          ${(/** @type {Record<string, unknown>} */ attributes) =>
-            html`<input ...${attributes} value=${prompt} onInput=${(/** @type {Event & {currentTarget: HTMLInputElement}} */ event) => setPrompt(event.currentTarget.value)} />`}
-        <//>
+        <${TextField} label="Prompt, as in your rows" name="prompt" problem=${compare.problem} className="wide" value=${prompt} onChange=${setPrompt} />
         <button type="submit" disabled=${!prompt || compare.busy}>Compare</button>
       </div>
-      ${rows.data?.prompts.length
-        ? html`<p class="row">
+      ${
+        rows.data?.prompts.length
+          ? html`<p class="row">
             <small>From your rows:</small>
             ${rows.data.prompts.map((of) => html`<button type="button" class="plain" onClick=${() => setPrompt(of)}>${of.length > 60 ? `${of.slice(0, 60)}…` : of}</button>`)}
           </p>`
-        : null}
-    </form>
+          : null
+      }
+    <//>
     <${Fault} problem=${compare.problem} beside=${["prompt", "messages"]} />
     <div class="compared" aria-live="polite">
       ${results.map(

@@ -3,7 +3,7 @@ import { ask, get } from "../lib/api.js";
 import { compact, count, duration } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
 import { useResource } from "../lib/resource.js";
-import { Fault, Field, SelectField } from "../parts/basics.js";
+import { Fault, SelectField, Table, TextField } from "../parts/basics.js";
 import { Audit } from "./audit.js";
 import { Keys } from "./keys.js";
 import { Projects } from "./projects.js";
@@ -14,9 +14,11 @@ export function AccessView() {
   const isAdmin = keys.data !== null;
   return html`<h1>Keys and usage</h1>
     <${Usage} isAdmin=${isAdmin} />
-    ${keys.problem?.status === 403
-      ? html`<p class="muted">Keys, projects and the audit list are for keys with the scope <code>admin</code>.</p>`
-      : html`<${Fault} problem=${keys.problem} />`}
+    ${
+      keys.problem?.status === 403
+        ? html`<p class="muted">Keys, projects and the audit list are for keys with the scope <code>admin</code>.</p>`
+        : html`<${Fault} problem=${keys.problem} />`
+    }
     ${keys.data ? html`<${Keys} keys=${keys.data} onChange=${keys.reload} /><${Projects} /><${Audit} />` : null}`;
 }
 
@@ -30,35 +32,31 @@ function Usage({ isAdmin }) {
   const [from, setFrom] = useState(dayOf(DAYS));
   const [until, setUntil] = useState(dayOf(-1));
   const usage = useResource(
-    async (signal) => /** @type {UsageRow[]} */ ((await ask("GET", `/usage?by=${by}&from=${from}&to=${until}`, { signal })).rows),
+    async (signal) =>
+      /** @type {UsageRow[]} */ ((await ask("GET", `/usage?by=${by}&from=${from}&to=${until}`, { signal })).rows),
     [by, from, until],
     15,
   );
-  const options = [["day", "by day"], ["adapter", "by adapter"], ["key", "by key"], ...(isAdmin ? [["project", "by project"]] : [])];
-  const dateField = (/** @type {string} */ label, /** @type {string} */ name, /** @type {string} */ value, /** @type {(value: string) => void} */ onChange) =>
-    html`<${Field} label=${label} name=${name} problem=${usage.problem}>
-      ${(/** @type {Record<string, unknown>} */ attributes) =>
-        html`<input ...${attributes} type="date" value=${value} onChange=${(/** @type {Event & {currentTarget: HTMLInputElement}} */ event) => event.currentTarget.value && onChange(event.currentTarget.value)} />`}
-    <//>`;
+  const options = [
+    ["day", "by day"],
+    ["adapter", "by adapter"],
+    ["key", "by key"],
+    ...(isAdmin ? [["project", "by project"]] : []),
+  ];
   return html`<section class="card" aria-label="Usage">
     <div class="row between">
       <h2>Usage</h2>
       <div class="row end">
-        ${dateField("From", "from", from, setFrom)} ${dateField("Before", "to", until, setUntil)}
+        <${TextField} label="From" name="from" type="date" problem=${usage.problem} value=${from} onChange=${setFrom} />
+        <${TextField} label="Before" name="to" type="date" problem=${usage.problem} value=${until} onChange=${setUntil} />
         <${SelectField} label="Sums" value=${by} options=${options} onChange=${setBy} />
       </div>
     </div>
     <${Fault} problem=${usage.problem} beside=${["from", "to"]} />
-    ${usage.data
-      ? usage.data.length
-        ? html`<div class="scroll" tabindex="0" role="region" aria-label="Usage, as a table">
-            <table>
-              <thead>
-                <tr>
-                  ${["What", "Requests", "Prompt tokens", "of them cached", "Generated", "Trained on", "Training time"].map((words) => html`<th scope="col">${words}</th>`)}
-                </tr>
-              </thead>
-              <tbody>
+    ${
+      usage.data
+        ? usage.data.length
+          ? html`<${Table} label="Usage" columns=${["What", "#Requests", "#Prompt tokens", "#of them cached", "#Generated", "#Trained on", "#Training time"]}>
                 ${usage.data.map(
                   (row) =>
                     html`<tr>
@@ -71,10 +69,9 @@ function Usage({ isAdmin }) {
                       <td class="number">${duration(row.job_seconds)}</td>
                     </tr>`,
                 )}
-              </tbody>
-            </table>
-          </div>`
-        : html`<p>Nothing was used in these days.</p>`
-      : null}
+              <//>`
+          : html`<p>Nothing was used in these days.</p>`
+        : null
+    }
   </section>`;
 }

@@ -5,7 +5,7 @@ import { bytes, compact, loss, moment } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
 import { useAction, useResource } from "../lib/resource.js";
 import { go, to } from "../lib/route.js";
-import { Badge, Careful, Fault, Field, Warnings } from "../parts/basics.js";
+import { Badge, Careful, Fault, Form, SelectField, Table, TextField, Warnings } from "../parts/basics.js";
 import { Card } from "../parts/card.js";
 import { Lineage } from "../parts/lineage.js";
 import { expression } from "./playground.js";
@@ -16,10 +16,12 @@ const pathOf = (name) => `/adapters/${name.split("/").map(encodeURIComponent).jo
 /** @param {{adapter: Adapter, isOwn: boolean, onChange: () => Promise<void>}} props */
 export function AdapterDetail({ adapter, isOwn, onChange }) {
   const path = pathOf(adapter.name);
-  const change = useAction(async (/** @type {string} */ method, /** @type {string} */ of, /** @type {unknown} */ json) => {
-    await ask(method, of, json === undefined ? {} : { json });
-    await onChange();
-  });
+  const change = useAction(
+    async (/** @type {string} */ method, /** @type {string} */ of, /** @type {unknown} */ json) => {
+      await ask(method, of, json === undefined ? {} : { json });
+      await onChange();
+    },
+  );
   const [number, choose] = useState(adapter.latest);
   const versions = newestFirst(adapter);
   const version = versions.find((one) => one.version === number) ?? versions[0];
@@ -36,33 +38,20 @@ export function AdapterDetail({ adapter, isOwn, onChange }) {
         >
           Try it
         </button>
-        ${isOwn
-          ? html`<button type="button" class="plain" disabled=${change.busy}
+        ${
+          isOwn
+            ? html`<button type="button" class="plain" disabled=${change.busy}
                 onClick=${() => change.run("PUT", `${path}/visibility`, { visibility: adapter.visibility === "public" ? "private" : "public" })}
               >${adapter.visibility === "public" ? "Make private" : "Make public"}</button>
               <${Careful} label="Delete" sure="All versions of ${adapter.name} go, for good." busy=${change.busy} onSure=${() => change.run("DELETE", path, undefined)} />`
-          : null}
+            : null
+        }
       </p>
     </div>
     <${Fault} problem=${change.problem} />
-    <div class="scroll" tabindex="0" role="region" aria-label="Versions of ${adapter.name}">
-      <table>
-        <thead>
-          <tr>
-            <th scope="col">Version</th>
-            <th scope="col">Names</th>
-            <th scope="col">Made</th>
-            <th scope="col">Rank</th>
-            <th scope="col">Size</th>
-            <th scope="col">Held-out loss</th>
-            <th scope="col"><span class="hidden">What to do</span></th>
-          </tr>
-        </thead>
-        <tbody>
+    <${Table} label="Versions of ${adapter.name}" columns=${["Version", "Names", "Made", "#Rank", "#Size", "Held-out loss", ""]}>
           ${versions.map((one) => html`<${VersionRow} key=${one.version} adapter=${adapter} version=${one} isOwn=${isOwn} isChosen=${one === version} path=${path} change=${change} onChoose=${() => choose(one.version)} />`)}
-        </tbody>
-      </table>
-    </div>
+        <//>
     ${isOwn ? html`<${NewAlias} adapter=${adapter} path=${path} change=${change} />` : null}
     ${version ? html`<${VersionDetail} key=${version.digest + version.version} version=${version} />` : null}
   </article>`;
@@ -85,9 +74,11 @@ function VersionRow({ adapter, version, isOwn, isChosen, path, change, onChoose 
         .map(
           ([alias]) =>
             html`<span class="badge"
-              >${alias}${isOwn
-                ? html`<button type="button" class="link" aria-label="Remove the alias ${alias}" disabled=${change.busy} onClick=${() => change.run("DELETE", `${path}/aliases/${encodeURIComponent(alias)}`, undefined)}>×</button>`
-                : null}</span
+              >${alias}${
+                isOwn
+                  ? html`<button type="button" class="link" aria-label="Remove the alias ${alias}" disabled=${change.busy} onClick=${() => change.run("DELETE", `${path}/aliases/${encodeURIComponent(alias)}`, undefined)}>×</button>`
+                  : null
+              }</span
             >`,
         )}
       ${version.resident ? html`<${Badge}>in memory<//>` : null} ${version.warnings.length ? html`<${Badge} tone="bad">warning<//>` : null}
@@ -96,14 +87,18 @@ function VersionRow({ adapter, version, isOwn, isChosen, path, change, onChoose 
     <td class="number">${version.rank}</td>
     <td class="number">${version.bytes ? bytes(version.bytes) : "–"}</td>
     <td>${held ? html`${loss(held.tuned)} <small>base ${loss(held.base)}</small>` : "–"}</td>
-    <td class="row">
-      ${isOwn && number !== adapter.latest
-        ? html`<button type="button" class="plain" disabled=${change.busy} onClick=${() => change.run("PUT", `${path}/aliases/latest`, { version: number })}>
+    <td>
+      <div class="row">
+      ${
+        isOwn && number !== adapter.latest
+          ? html`<button type="button" class="plain" disabled=${change.busy} onClick=${() => change.run("PUT", `${path}/aliases/latest`, { version: number })}>
             ${number < adapter.latest ? "Roll back to it" : "Make it the latest"}
           </button>`
-        : null}
+          : null
+      }
       ${isOwn && version.kind === "adapter" ? html`<button type="button" class="plain" disabled=${save.busy} onClick=${() => save.run()}>Download</button>` : null}
       ${isOwn ? html`<${Careful} label="Delete" sure="Version ${number} goes, for good." busy=${change.busy} onSure=${() => change.run("DELETE", `${path}/${number}`, undefined)} />` : null}
+      </div>
       <${Fault} problem=${save.problem} />
     </td>
   </tr>`;
@@ -115,25 +110,14 @@ function NewAlias({ adapter, path, change }) {
   const [number, setNumber] = useState(String(adapter.latest));
   return html`<details>
     <summary>Give a version a name</summary>
-    <form
-      class="row end"
-      onSubmit=${(/** @type {Event} */ event) => {
-        event.preventDefault();
-        if (alias) void change.run("PUT", `${path}/aliases/${encodeURIComponent(alias)}`, { version: Number(number) });
-      }}
-    >
-      <${Field} label="Alias" name="alias" hint="such as prod; then ${adapter.name}@prod means that version">
-        ${(/** @type {Record<string, unknown>} */ attributes) =>
-          html`<input ...${attributes} value=${alias} onInput=${(/** @type {Event & {currentTarget: HTMLInputElement}} */ event) => setAlias(event.currentTarget.value)} />`}
-      <//>
-      <${Field} label="Version">
-        ${(/** @type {Record<string, unknown>} */ attributes) =>
-          html`<select ...${attributes} value=${number} onChange=${(/** @type {Event & {currentTarget: HTMLSelectElement}} */ event) => setNumber(event.currentTarget.value)}>
-            ${newestFirst(adapter).map(({ version }) => html`<option value=${String(version)}>${version}</option>`)}
-          </select>`}
-      <//>
+    <${Form} label="Alias of ${adapter.name}" className="row end" onSubmit=${() => {
+      if (alias)
+        void change.run("PUT", `${path}/aliases/${encodeURIComponent(alias)}`, { version: Number(number) });
+    }}>
+      <${TextField} label="Alias" name="alias" hint="such as prod; then ${adapter.name}@prod means that version" value=${alias} onChange=${setAlias} />
+      <${SelectField} label="Version" value=${number} options=${newestFirst(adapter).map(({ version }) => [String(version), String(version)])} onChange=${setNumber} />
       <button type="submit" disabled=${!alias || change.busy}>Set</button>
-    </form>
+    <//>
   </details>`;
 }
 

@@ -5,7 +5,7 @@ import { html, useState } from "../lib/html.js";
 import { plural } from "../lib/format.js";
 import { useAction, useResource } from "../lib/resource.js";
 import { go, to } from "../lib/route.js";
-import { Badge, Fault, Field } from "../parts/basics.js";
+import { Badge, Fault, Form, TextField } from "../parts/basics.js";
 import { DropZone } from "../parts/drop.js";
 import { AdapterDetail } from "./adapter.js";
 
@@ -22,29 +22,32 @@ export function AdaptersView({ path }) {
     <${Fault} problem=${adapters.problem} />
     <div class="sides list">
       <div>
-        ${own.length + shared.length > 8
-          ? html`<${Field} label="Find">
-              ${(/** @type {Record<string, unknown>} */ attributes) =>
-                html`<input ...${attributes} type="search" value=${filter} onInput=${(/** @type {Event & {currentTarget: HTMLInputElement}} */ event) => setFilter(event.currentTarget.value)} />`}
-            <//>`
-          : null}
+        ${
+          own.length + shared.length > 8
+            ? html`<${TextField} label="Find" type="search" value=${filter} onChange=${setFilter} />`
+            : null
+        }
         <${Names} title="Your project's" adapters=${own.filter(matches)} chosen=${name} />
         ${shared.length ? html`<${Names} title="Other projects', public" adapters=${shared.filter(matches)} chosen=${name} />` : null}
         ${adapters.data?.isCut ? html`<p><small>There are more than this page lists.</small></p>` : null}
-        ${adapters.data && !own.length && !shared.length
-          ? html`<p>None yet. <a href=${to("train", "new")}>Train one</a>, or upload one below.</p>`
-          : null}
-        <${Upload} onDone=${adapters.reload} />
+        ${
+          adapters.data && !own.length && !shared.length
+            ? html`<p>None yet. <a href=${to("train", "new")}>Train one</a>, or upload one below.</p>`
+            : null
+        }
       </div>
-      <div>
-        ${found
-          ? html`<${AdapterDetail} key=${name} adapter=${found} isOwn=${own.includes(found)} onChange=${adapters.reload} />`
-          : name && adapters.data
-            ? html`<div class="card"><p>There is no adapter ${name}, or none that you may see.</p></div>`
-            : own.length
-              ? html`<div class="card"><p>Choose an adapter to see its versions and where they come from.</p></div>`
-              : null}
+      <div class="detail">
+        ${
+          found
+            ? html`<${AdapterDetail} key=${name} adapter=${found} isOwn=${own.includes(found)} onChange=${adapters.reload} />`
+            : name && adapters.data
+              ? html`<div class="card"><p>There is no adapter ${name}, or none that you may see.</p></div>`
+              : own.length
+                ? html`<div class="card"><p>Choose an adapter to see its versions and where they come from.</p></div>`
+                : null
+        }
       </div>
+      <div class="below"><${Upload} onDone=${adapters.reload} /></div>
     </div>`;
 }
 
@@ -74,7 +77,10 @@ const WEIGHTS = /\.safetensors$/;
 function formOf(files) {
   const form = new FormData();
   const archive = files.find((file) => file.name.endsWith(".zip"));
-  const [config, weights] = [files.find((file) => CONFIG.test(file.name)), files.find((file) => WEIGHTS.test(file.name))];
+  const [config, weights] = [
+    files.find((file) => CONFIG.test(file.name)),
+    files.find((file) => WEIGHTS.test(file.name)),
+  ];
   if (archive && files.length === 1) form.append("archive", archive);
   else if (config && weights) {
     form.append("adapter_config", config);
@@ -107,14 +113,7 @@ function Upload({ onDone }) {
     send.clear();
     setFiles([...files.filter((file) => !more.some((other) => other.name === file.name)), ...more].slice(-2));
   };
-  return html`<form
-    class="card"
-    aria-label="Upload"
-    onSubmit=${(/** @type {Event} */ event) => {
-      event.preventDefault();
-      void send.run();
-    }}
-  >
+  return html`<${Form} label="Upload" className="card" onSubmit=${send.run}>
     <h2>Upload</h2>
     <${DropZone}
       label="Drop a PEFT adapter here, or choose its files"
@@ -124,21 +123,22 @@ function Upload({ onDone }) {
       share=${share}
       onFiles=${add}
     />
-    ${files.length
-      ? html`<ul class="plain-list">
+    ${
+      files.length
+        ? html`<ul class="plain-list">
           ${files.map((file) => html`<li><code>${file.name}</code></li>`)}
         </ul>`
-      : null}
-    ${files.length && !isComplete
-      ? html`<p class="warning" role="status">
+        : null
+    }
+    ${
+      files.length && !isComplete
+        ? html`<p class="warning" role="status">
           ${files.some((file) => CONFIG.test(file.name)) ? "adapter_model.safetensors is missing." : files.some((file) => WEIGHTS.test(file.name)) ? "adapter_config.json is missing." : "These aren't the files of an adapter that PEFT saved."}
         </p>`
-      : null}
-    <${Field} label="Name" name="name" problem=${send.problem} hint="A name that exists gets a new version.">
-      ${(/** @type {Record<string, unknown>} */ attributes) =>
-        html`<input ...${attributes} value=${name} onInput=${(/** @type {Event & {currentTarget: HTMLInputElement}} */ event) => setName(event.currentTarget.value)} />`}
-    <//>
+        : null
+    }
+    <${TextField} label="Name" name="name" problem=${send.problem} hint="A name that exists gets a new version." value=${name} onChange=${setName} />
     <button type="submit" disabled=${!isComplete || !name || send.busy}>Upload</button>
     <${Fault} problem=${send.problem} beside=${["name"]} />
-  </form>`;
+  <//>`;
 }

@@ -3,7 +3,7 @@ import { get } from "../lib/api.js";
 import { moment } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
 import { useResource } from "../lib/resource.js";
-import { Fault } from "../parts/basics.js";
+import { Fault, Table } from "../parts/basics.js";
 
 export function Audit() {
   const [before, setBefore] = useState("");
@@ -14,15 +14,9 @@ export function Audit() {
     <h2>What was done</h2>
     <${Fault} problem=${audit.problem} />
     ${audit.data && !entries.length ? html`<p>Nothing yet: keys, limits, visibility and deletes are written down here.</p>` : null}
-    ${entries.length
-      ? html`<div class="scroll" tabindex="0" role="region" aria-label="Audit, as a table">
-          <table>
-            <thead>
-              <tr>
-                ${["When", "Who", "What", "Of", "Project"].map((words) => html`<th scope="col">${words}</th>`)}
-              </tr>
-            </thead>
-            <tbody>
+    ${
+      entries.length
+        ? html`<${Table} label="Audit" columns=${["When", "Who", "What", "Of", "Project"]}>
               ${entries.map(
                 (entry) =>
                   html`<tr key=${entry.number}>
@@ -33,10 +27,9 @@ export function Audit() {
                     <td>${entry.project}</td>
                   </tr>`,
               )}
-            </tbody>
-          </table>
-        </div>`
-      : null}
+            <//>`
+        : null
+    }
     <p class="row">
       ${audit.data?.next ? html`<button type="button" class="plain" onClick=${() => setBefore(String(audit.data.next))}>Older</button>` : null}
       ${before ? html`<button type="button" class="plain" onClick=${() => setBefore("")}>Newest</button>` : null}

@@ -32,7 +32,11 @@ const rates = (readings, of) =>
   });
 
 export function EngineView() {
-  const metrics = useResource(async (signal) => parseMetrics(await (await call("GET", "/metrics", { signal })).text()), [], SECONDS);
+  const metrics = useResource(
+    async (signal) => parseMetrics(await (await call("GET", "/metrics", { signal })).text()),
+    [],
+    SECONDS,
+  );
   const adapters = useResource(listAdapters, [], 5);
   const [readings, setReadings] = useState(/** @type {Reading[]} */ ([]));
   const last = useRef(metrics.data);
@@ -61,14 +65,19 @@ export function EngineView() {
   const now = readings.at(-1);
   const speed = rates(readings, "generated").at(-1);
   const samples = metrics.data ?? [];
-  const resident = [...(adapters.data?.own ?? []), ...(adapters.data?.shared ?? [])].filter((adapter) => adapter.resident);
+  const resident = [...(adapters.data?.own ?? []), ...(adapters.data?.shared ?? [])].filter(
+    (adapter) => adapter.resident,
+  );
   const free = valueOf(samples, "smolora_disk_free_bytes");
   return html`<h1>Engine</h1>
-    ${metrics.problem?.status === 403
-      ? html`<div class="card"><p>Your key may not read the engine's metrics. One with the scope <code>metrics</code> or <code>admin</code> may.</p></div>`
-      : html`<${Fault} problem=${metrics.problem} />`}
-    ${now
-      ? html`<dl class="figures">
+    ${
+      metrics.problem?.status === 403
+        ? html`<div class="card"><p>Your key may not read the engine's metrics. One with the scope <code>metrics</code> or <code>admin</code> may.</p></div>`
+        : html`<${Fault} problem=${metrics.problem} />`
+    }
+    ${
+      now
+        ? html`<dl class="figures">
             <div><dt>Running</dt><dd>${count(now.running)}</dd></div>
             <div><dt>Waiting</dt><dd>${count(now.waiting)}</dd></div>
             <div><dt>Tokens a second</dt><dd>${speed === null || speed === undefined ? "–" : count(Math.round(speed))}</dd></div>
@@ -81,15 +90,20 @@ export function EngineView() {
             <div class="card"><${Chart} title="Tokens a second" x=${x} xLabel="time" isTime series=${tokens} /></div>
             <div class="card"><${Chart} title="Sequences" x=${x} xLabel="time" isTime series=${queue} /></div>
           </div>`
-      : null}
-    ${adapters.data
-      ? html`<section class="card" aria-label="Adapters in memory">
+        : null
+    }
+    ${
+      adapters.data
+        ? html`<section class="card" aria-label="Adapters in memory">
           <h2>In memory now</h2>
-          ${resident.length
-            ? html`<ul class="plain-list">
+          ${
+            resident.length
+              ? html`<ul class="plain-list">
                 ${resident.map((adapter) => html`<li><a href=${to("adapters", ...adapter.name.split("/"))}>${adapter.name}</a> ${adapter.versions.filter((version) => version.resident).map((version) => html`<${Badge} tone="good">version ${version.version}<//>`)}</li>`)}
               </ul>`
-            : html`<p>None of yours. An adapter comes when the first request names it, and stays while there is room.</p>`}
+              : html`<p>None of yours. An adapter comes when the first request names it, and stays while there is room.</p>`
+          }
         </section>`
-      : null}`;
+        : null
+    }`;
 }

@@ -28,7 +28,10 @@ function useEvents(id, onNews) {
       while (!signal.aborted) {
         try {
           const headers = last ? { "Last-Event-ID": last } : {};
-          for await (const { id: seq, data } of events("GET", `/train/${encodeURIComponent(id)}/events`, { headers, signal })) {
+          for await (const { id: seq, data } of events("GET", `/train/${encodeURIComponent(id)}/events`, {
+            headers,
+            signal,
+          })) {
             last = seq;
             const event = JSON.parse(data);
             setFound((before) => [...before, event]);
@@ -55,7 +58,11 @@ function pointsOf(found) {
     const step = data["step"];
     if (type !== "metrics" || step === undefined) continue;
     const before = points.get(step);
-    points.set(step, { step, train: data["train_loss"] ?? before?.train ?? null, held: data["eval_loss"] ?? before?.held ?? null });
+    points.set(step, {
+      step,
+      train: data["train_loss"] ?? before?.train ?? null,
+      held: data["eval_loss"] ?? before?.held ?? null,
+    });
   }
   return [...points.values()].sort((one, other) => one.step - other.step);
 }
@@ -83,37 +90,47 @@ export function JobDetail({ id, onChange }) {
     <div class="row between">
       <h2 class="big">${name} <${Status} job=${job.data} /></h2>
       <p class="row">
-        ${status === "running" || status === "queued"
-          ? html`<button type="button" class="plain" disabled=${steer.busy || job.data.pausing} onClick=${() => steer.run("pause")}>Pause</button>`
-          : null}
+        ${
+          status === "running" || status === "queued"
+            ? html`<button type="button" class="plain" disabled=${steer.busy || job.data.pausing} onClick=${() => steer.run("pause")}>Pause</button>`
+            : null
+        }
         ${status === "paused" ? html`<button type="button" disabled=${steer.busy} onClick=${() => steer.run("resume")}>Resume</button>` : null}
-        ${isOver
-          ? html`<${Careful} label="Delete" sure="Its rows, checkpoints and log go; adapters that it made stay." busy=${remove.busy} onSure=${() => remove.run()} />`
-          : html`<${Careful} label="Cancel" sure="The job ends without an adapter." busy=${steer.busy} onSure=${() => steer.run("cancel")} />`}
+        ${
+          isOver
+            ? html`<${Careful} label="Delete" sure="Its rows, checkpoints and log go; adapters that it made stay." busy=${remove.busy} onSure=${() => remove.run()} />`
+            : html`<${Careful} label="Cancel" sure="The job ends without an adapter." busy=${steer.busy} onSure=${() => steer.run("cancel")} />`
+        }
       </p>
     </div>
     <${Fault} problem=${steer.problem ?? remove.problem ?? job.problem} />
     ${error ? html`<div class="fault" role="alert"><p>${error}</p></div>` : null}
-    ${isOver
-      ? null
-      : html`<${Bar} label="progress of ${name}" value=${progress.step} most=${progress.total_steps ?? 0} />
+    ${
+      isOver
+        ? null
+        : html`<${Bar} label="progress of ${name}" value=${progress.step} most=${progress.total_steps ?? 0} />
           <p role="status">
-            ${status === "queued"
-              ? "Waits for a worker."
-              : `Step ${count(progress.step)} of ${count(progress.total_steps ?? 0)}${progress.eta_seconds ? `, about ${duration(progress.eta_seconds)} to go` : status === "running" && !progress.step ? ": measuring the base first" : ""}`}
-          </p>`}
+            ${
+              status === "queued"
+                ? "Waits for a worker."
+                : `Step ${count(progress.step)} of ${count(progress.total_steps ?? 0)}${progress.eta_seconds ? `, about ${duration(progress.eta_seconds)} to go` : status === "running" && !progress.step ? ": measuring the base first" : ""}`
+            }
+          </p>`
+    }
     <dl class="figures">
       <div><dt>Training loss</dt><dd>${loss(metrics["train_loss"])}</dd></div>
       <div><dt>Held-out loss</dt><dd>${loss(metrics["eval_loss"])}</dd></div>
       <div><dt>Base's</dt><dd>${loss(metrics["base_eval_loss"])}</dd></div>
       <div><dt>Tokens a second</dt><dd>${progress.tokens_per_second ? count(Math.round(progress.tokens_per_second)) : "–"}</dd></div>
     </dl>
-    ${adapter
-      ? html`<p class="done">
+    ${
+      adapter
+        ? html`<p class="done">
             Published as <a href=${to("adapters", adapter.name)}>${adapter.name}@${adapter.version}</a>. See what it changed:
           </p>
           <${TryIt} job=${job.data} />`
-      : null}
+        : null
+    }
     ${status === "succeeded" ? html`<${Report} id=${id} hasCurves=${points.length > 0} />` : null}
     <${LossChart} points=${points} />
     <details>

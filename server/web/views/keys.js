@@ -3,7 +3,7 @@ import { ask } from "../lib/api.js";
 import { ago, moment } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
 import { useAction } from "../lib/resource.js";
-import { Badge, Careful, Fault, Field } from "../parts/basics.js";
+import { Badge, Careful, Check, Fault, Form, Table, TextField } from "../parts/basics.js";
 import { LimitFields, UNLIMITED } from "../parts/limits.js";
 
 const SCOPES = /** @type {const} */ ([
@@ -21,16 +21,9 @@ export function Keys({ keys, onChange }) {
   });
   return html`<section class="card" aria-label="Keys">
     <h2>Keys</h2>
-    ${keys.length
-      ? html`<div class="scroll" tabindex="0" role="region" aria-label="Keys, as a table">
-          <table>
-            <thead>
-              <tr>
-                ${["Name", "Project", "May", "Made", "Last used", "State"].map((words) => html`<th scope="col">${words}</th>`)}
-                <th scope="col"><span class="hidden">What to do</span></th>
-              </tr>
-            </thead>
-            <tbody>
+    ${
+      keys.length
+        ? html`<${Table} label="Keys" columns=${["Name", "Project", "May", "Made", "Last used", "State", ""]}>
               ${keys.map(
                 (key) =>
                   html`<tr key=${key.id}>
@@ -43,10 +36,9 @@ export function Keys({ keys, onChange }) {
                     <td>${key.revoked_at ? null : html`<${Careful} label="Revoke" sure="Whoever uses ${key.name} is shut out at once." busy=${revoke.busy} onSure=${() => revoke.run(key.id)} />`}</td>
                   </tr>`,
               )}
-            </tbody>
-          </table>
-        </div>`
-      : html`<p>None yet: whoever may connect may do everything. With the first key that ends, for good, and this page asks for one.</p>`}
+            <//>`
+        : html`<p>None yet: whoever may connect may do everything. With the first key that ends, for good, and this page asks for one.</p>`
+    }
     <${Fault} problem=${revoke.problem} />
     <${NewKey} isFirst=${keys.length === 0} onMade=${onChange} />
   </section>`;
@@ -68,38 +60,37 @@ function NewKey({ isFirst, onMade }) {
   const [limits, setLimits] = useState(UNLIMITED);
   const [made, setMade] = useState(/** @type {(Key & {secret: string}) | null} */ (null));
   const create = useAction(async () => {
-    const json = { name, project, scopes, expires_at: expires ? new Date(expires).toISOString() : null, ...limits };
+    const json = {
+      name,
+      project,
+      scopes,
+      expires_at: expires ? new Date(expires).toISOString() : null,
+      ...limits,
+    };
     setMade(await ask("POST", "/keys", { json }));
     setName("");
     if (!isFirst) await onMade(); // the first one ends that nobody needs a key: its secret is read before the page asks for it
   });
-  const text = (/** @type {string} */ label, /** @type {string} */ field, /** @type {string} */ value, /** @type {(value: string) => void} */ set, /** @type {string} */ hint) =>
-    html`<${Field} label=${label} name=${field} problem=${create.problem} hint=${hint}>
-      ${(/** @type {Record<string, unknown>} */ attributes) =>
-        html`<input ...${attributes} autocomplete="off" value=${value} onInput=${(/** @type {Event & {currentTarget: HTMLInputElement}} */ event) => set(event.currentTarget.value)} />`}
-    <//>`;
+  const text = (
+    /** @type {string} */ label,
+    /** @type {string} */ field,
+    /** @type {string} */ value,
+    /** @type {(value: string) => void} */ set,
+    /** @type {string} */ hint,
+  ) =>
+    html`<${TextField} label=${label} name=${field} problem=${create.problem} hint=${hint} value=${value} onChange=${set} />`;
   return html`<details open=${isFirst}>
     <summary>New key</summary>
-    <form
-      onSubmit=${(/** @type {Event} */ event) => {
-        event.preventDefault();
-        void create.run();
-      }}
-    >
+    <${Form} label="New key" onSubmit=${create.run}>
       <div class="fields">
         ${text("Name", "name", name, setName, "for people, such as laptop")} ${text("Project", "project", project, setProject, "whose adapters and jobs it sees")}
-        <${Field} label="Expires" name="expires_at" problem=${create.problem} hint="empty: never">
-          ${(/** @type {Record<string, unknown>} */ attributes) =>
-            html`<input ...${attributes} type="date" value=${expires} onChange=${(/** @type {Event & {currentTarget: HTMLInputElement}} */ event) => setExpires(event.currentTarget.value)} />`}
-        <//>
+        <${TextField} label="Expires" name="expires_at" type="date" problem=${create.problem} hint="empty: never" value=${expires} onChange=${setExpires} />
       </div>
       <fieldset>
         <legend>May</legend>
         ${SCOPES.map(
           ([scope, words]) =>
-            html`<label class="check"
-              ><input type="checkbox" checked=${scopes.includes(scope)} onChange=${() => setScopes(scopes.includes(scope) ? scopes.filter((of) => of !== scope) : [...scopes, scope])} />${words}</label
-            >`,
+            html`<${Check} checked=${scopes.includes(scope)} onChange=${() => setScopes(scopes.includes(scope) ? scopes.filter((of) => of !== scope) : [...scopes, scope])}>${words}<//>`,
         )}
       </fieldset>
       <details>
@@ -108,12 +99,14 @@ function NewKey({ isFirst, onMade }) {
       </details>
       <${Fault} problem=${create.problem} beside=${["name", "project", "expires_at", ...Object.keys(UNLIMITED)]} />
       <button type="submit" disabled=${!name || !scopes.length || create.busy}>Make the key</button>
-    </form>
-    ${made
-      ? html`<div class="secret" role="status">
+    <//>
+    ${
+      made
+        ? html`<div class="secret" role="status">
           <p>This is the secret of ${made.name}. It is shown this once: copy it now.</p>
           <p class="row"><code>${made.secret}</code> <button type="button" class="plain" onClick=${() => navigator.clipboard?.writeText(made.secret)}>Copy</button></p>
         </div>`
-      : null}
+        : null
+    }
   </details>`;
 }

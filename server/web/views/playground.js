@@ -7,7 +7,7 @@ import { html, useEffect, useState } from "../lib/html.js";
 import { asProblem, useAction, useResource } from "../lib/resource.js";
 import { to } from "../lib/route.js";
 import { Store, useStore } from "../lib/store.js";
-import { Fault, Field, NumberField } from "../parts/basics.js";
+import { Check, Choice, Fault, Field, Form, NumberField, TextField } from "../parts/basics.js";
 import { AnswerColumn } from "../parts/answer.js";
 import { Blend } from "../parts/blend.js";
 
@@ -20,9 +20,17 @@ import { Blend } from "../parts/blend.js";
  */
 
 /** Kept while one looks at other views. @type {Store<Request>} */
-const asked = new Store(/** @type {Request} */ ({
-  prompt: "", isChat: true, system: "", maxTokens: 64, temperature: 0, topP: null, seed: null,
-}));
+const asked = new Store(
+  /** @type {Request} */ ({
+    prompt: "",
+    isChat: true,
+    system: "",
+    maxTokens: 64,
+    temperature: 0,
+    topP: null,
+    seed: null,
+  }),
+);
 /** @type {Store<string>} */
 export const expression = new Store("");
 /** Other expressions that answer beside it. @type {Store<string[]>} */
@@ -45,7 +53,8 @@ async function answer(request, of, signal) {
       update(of, { answer: news });
     }
     update(of, { isRunning: false });
-    if (last.adapters.length && last.text) update(of, { shades: await shadesOf(request, pinned(last.adapters), last.text, signal) });
+    if (last.adapters.length && last.text)
+      update(of, { shades: await shadesOf(request, pinned(last.adapters), last.text, signal) });
   } catch (error) {
     // what was stopped by hand keeps what it has
     update(of, signal.aborted ? { isRunning: false } : { isRunning: false, problem: asProblem(error) });
@@ -58,7 +67,16 @@ function run(expressions) {
   running = new AbortController();
   const request = asked.value;
   const { signal } = running;
-  columns.set(expressions.map((of) => ({ expression: of, answer: NOTHING, isRunning: true, problem: null, shades: null, request })));
+  columns.set(
+    expressions.map((of) => ({
+      expression: of,
+      answer: NOTHING,
+      isRunning: true,
+      problem: null,
+      shades: null,
+      request,
+    })),
+  );
   for (const of of expressions) void answer(request, of, signal);
 }
 
@@ -73,7 +91,8 @@ export function PlaygroundView() {
   const isRunning = shown.some((column) => column.isRunning);
   const problem = shown.find((column) => column.problem)?.problem ?? null;
   const [isEmpty, setEmpty] = useState(false);
-  const set = (/** @type {Partial<Request>} */ fields) => asked.update(fields);
+  const change = (/** @type {keyof Request} */ name) => (/** @type {any} */ value) =>
+    asked.update({ [name]: value });
 
   useEffect(() => () => running.abort(), []);
 
@@ -84,21 +103,8 @@ export function PlaygroundView() {
 
   return html`<h1>Playground</h1>
     <div class="sides">
-      <form
-        class="card"
-        aria-label="Request"
-        onSubmit=${(/** @type {Event} */ event) => {
-          event.preventDefault();
-          submit();
-        }}
-      >
-        <fieldset class="choice">
-          <legend class="hidden">Kind of prompt</legend>
-          ${[true, false].map(
-            (chat) =>
-              html`<label><input type="radio" name="kind" checked=${request.isChat === chat} onChange=${() => set({ isChat: chat })} />${chat ? "Question" : "Text to continue"}</label>`,
-          )}
-        </fieldset>
+      <${Form} label="Request" className="card" onSubmit=${submit}>
+        <${Choice} legend="Kind of prompt" name="kind" value=${request.isChat} words=${["Question", "Text to continue"]} onChange=${change("isChat")} />
         <${Field}
           label=${request.isChat ? "Question" : "Text"}
           name="prompt"
@@ -110,7 +116,7 @@ export function PlaygroundView() {
               ...${attributes}
               rows="4"
               value=${request.prompt}
-              onInput=${(/** @type {Event & {currentTarget: HTMLTextAreaElement}} */ event) => set({ prompt: event.currentTarget.value })}
+              onInput=${(/** @type {Event & {currentTarget: HTMLTextAreaElement}} */ event) => asked.update({ prompt: event.currentTarget.value })}
               onKeyDown=${(/** @type {KeyboardEvent} */ event) => {
                 if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
                   event.preventDefault();
@@ -129,46 +135,41 @@ export function PlaygroundView() {
         <${Blend} adapters=${adapters.data} value=${blend} problem=${problem} onChange=${(/** @type {string} */ text) => expression.set(text)} />
         <fieldset>
           <legend>Answered side by side</legend>
-          <label class="check"
-            ><input
-              type="checkbox"
-              checked=${others.includes("base")}
-              onChange=${() => beside.set(others.includes("base") ? others.filter((of) => of !== "base") : ["base", ...others])}
-            />the base</label
-          >
+          <${Check} checked=${others.includes("base")} onChange=${() => beside.set(others.includes("base") ? others.filter((of) => of !== "base") : ["base", ...others])}>the base<//>
           ${others
             .filter((of) => of !== "base")
             .map(
               (of) =>
-                html`<label class="check"
-                  ><input type="checkbox" checked onChange=${() => beside.set(others.filter((other) => other !== of))} /><code>${of}</code></label
-                >`,
+                html`<${Check} checked onChange=${() => beside.set(others.filter((other) => other !== of))}><code>${of}</code><//>`,
             )}
-          ${others.includes(mine)
-            ? null
-            : html`<button type="button" class="plain" onClick=${() => beside.set([...others, mine])}>Keep <code>${mine}</code> beside the next ones</button>`}
+          ${
+            others.includes(mine)
+              ? null
+              : html`<button type="button" class="plain" onClick=${() => beside.set([...others, mine])}>Keep <code>${mine}</code> beside the next ones</button>`
+          }
         </fieldset>
         ${(parse(blend) ?? []).length > 1 ? html`<${SaveBlend} blend=${blend} onSaved=${adapters.reload} />` : null}
         <details>
           <summary>Sampling</summary>
-          ${request.isChat
-            ? html`<${Field} label="System message">
-                ${(/** @type {Record<string, unknown>} */ attributes) =>
-                  html`<input ...${attributes} value=${request.system} onInput=${(/** @type {Event & {currentTarget: HTMLInputElement}} */ event) => set({ system: event.currentTarget.value })} />`}
-              <//>`
-            : null}
+          ${
+            request.isChat
+              ? html`<${TextField} label="System message" value=${request.system} onChange=${change("system")} />`
+              : null
+          }
           <div class="fields">
-            <${NumberField} label="Longest answer" name="max_tokens" hint="tokens" value=${request.maxTokens} problem=${problem} step="1" placeholder="64" onChange=${(/** @type {number | null} */ value) => set({ maxTokens: value })} />
-            <${NumberField} label="Temperature" name="temperature" hint="0: always the likeliest token" value=${request.temperature} problem=${problem} placeholder="0.7" onChange=${(/** @type {number | null} */ value) => set({ temperature: value })} />
-            <${NumberField} label="Top p" name="top_p" value=${request.topP} problem=${problem} placeholder="1" onChange=${(/** @type {number | null} */ value) => set({ topP: value })} />
-            <${NumberField} label="Seed" name="seed" hint="empty: a new one each time" value=${request.seed} problem=${problem} step="1" onChange=${(/** @type {number | null} */ value) => set({ seed: value })} />
+            <${NumberField} label="Longest answer" name="max_tokens" hint="tokens" value=${request.maxTokens} problem=${problem} step="1" placeholder="64" onChange=${change("maxTokens")} />
+            <${NumberField} label="Temperature" name="temperature" hint="0: always the likeliest token" value=${request.temperature} problem=${problem} placeholder="0.7" onChange=${change("temperature")} />
+            <${NumberField} label="Top p" name="top_p" value=${request.topP} problem=${problem} placeholder="1" onChange=${change("topP")} />
+            <${NumberField} label="Seed" name="seed" hint="empty: a new one each time" value=${request.seed} problem=${problem} step="1" onChange=${change("seed")} />
           </div>
         </details>
-      </form>
+      <//>
       <section aria-label="Answers" class="answers">
-        ${shown.length
-          ? shown.map((column) => html`<${AnswerColumn} key=${column.expression} column=${column} />`)
-          : html`<${Welcome} adapters=${adapters.data?.own ?? null} />`}
+        ${
+          shown.length
+            ? shown.map((column) => html`<${AnswerColumn} key=${column.expression} column=${column} />`)
+            : html`<${Welcome} adapters=${adapters.data?.own ?? null} />`
+        }
       </section>
     </div>`;
 }
@@ -181,9 +182,11 @@ function Welcome({ adapters }) {
   return html`<div class="card">
     <p>Answers appear here as they are made, those of several adapters side by side.</p>
     <p><button type="button" class="plain" onClick=${() => asked.update({ prompt: example, isChat: true })}>Try “${example}”</button></p>
-    ${adapters && !adapters.length
-      ? html`<p>There is no adapter yet. <a href=${to("train", "new")}>Train one</a> from a file of examples, or <a href=${to("adapters")}>upload one</a> that PEFT saved.</p>`
-      : null}
+    ${
+      adapters && !adapters.length
+        ? html`<p>There is no adapter yet. <a href=${to("train", "new")}>Train one</a> from a file of examples, or <a href=${to("adapters")}>upload one</a> that PEFT saved.</p>`
+        : null
+    }
   </div>`;
 }
 
@@ -192,17 +195,16 @@ function SaveBlend({ blend, onSaved }) {
   const [name, setName] = useState("");
   const [saved, setSaved] = useState("");
   const save = useAction(async () => {
-    const version = await ask("POST", `/compositions/${encodeURIComponent(name)}`, { json: { expression: blend } });
+    const version = await ask("POST", `/compositions/${encodeURIComponent(name)}`, {
+      json: { expression: blend },
+    });
     setSaved(`${version.name}@${version.version}`);
     onSaved();
   });
   return html`<details>
     <summary>Save this blend under a name</summary>
     <div class="row end">
-      <${Field} label="Name" name="name">
-        ${(/** @type {Record<string, unknown>} */ attributes) =>
-          html`<input ...${attributes} value=${name} onInput=${(/** @type {Event & {currentTarget: HTMLInputElement}} */ event) => setName(event.currentTarget.value)} />`}
-      <//>
+      <${TextField} label="Name" name="name" value=${name} onChange=${setName} />
       <button type="button" disabled=${!name || save.busy} onClick=${() => save.run()}>Save</button>
     </div>
     <${Fault} problem=${save.problem} />

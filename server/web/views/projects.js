@@ -3,17 +3,25 @@ import { ask, get } from "../lib/api.js";
 import { compact } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
 import { useAction, useResource } from "../lib/resource.js";
-import { Fault } from "../parts/basics.js";
+import { Fault, Form } from "../parts/basics.js";
 import { LIMITS, LimitFields } from "../parts/limits.js";
 
 export function Projects() {
-  const projects = useResource(async (signal) => /** @type {Project[]} */ ((await get("/projects", signal)).projects), []);
+  const projects = useResource(
+    async (signal) => /** @type {Project[]} */ ((await get("/projects", signal)).projects),
+    [],
+  );
   return html`<section class="card" aria-label="Projects">
     <h2>Projects</h2>
     <${Fault} problem=${projects.problem} />
-    ${projects.data?.length
-      ? projects.data.map((project) => html`<${ProjectLimits} key=${project.name} project=${project} onChange=${projects.reload} />`)
-      : html`<p>They come to be with their first key.</p>`}
+    ${
+      projects.data?.length
+        ? projects.data.map(
+            (project) =>
+              html`<${ProjectLimits} key=${project.name} project=${project} onChange=${projects.reload} />`,
+          )
+        : html`<p>They come to be with their first key.</p>`
+    }
   </section>`;
 }
 
@@ -25,18 +33,15 @@ function ProjectLimits({ project, onChange }) {
     await ask("PUT", `/projects/${encodeURIComponent(project.name)}`, { json: limits });
     await onChange();
   });
-  const told = LIMITS.flatMap(([name, words]) => (project[name] === null ? [] : [`${words.toLowerCase()}: ${compact(project[name] ?? 0)}`]));
+  const told = LIMITS.flatMap(([name, words]) =>
+    project[name] === null ? [] : [`${words.toLowerCase()}: ${compact(project[name] ?? 0)}`],
+  );
   return html`<details>
     <summary><strong>${project.name}</strong> <small>${told.join(", ") || "no limits"}</small></summary>
-    <form
-      onSubmit=${(/** @type {Event} */ event) => {
-        event.preventDefault();
-        void save.run();
-      }}
-    >
+    <${Form} label="Limits of ${project.name}" onSubmit=${save.run}>
       <${LimitFields} limits=${limits} problem=${save.problem} onChange=${setLimits} />
       <${Fault} problem=${save.problem} beside=${LIMITS.map(([name]) => name)} />
       <button type="submit" disabled=${save.busy}>Save</button>
-    </form>
+    <//>
   </details>`;
 }

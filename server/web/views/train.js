@@ -10,7 +10,11 @@ import { NewJob } from "./new_job.js";
 
 /** @param {{path: string[]}} props */
 export function TrainView({ path: [id] }) {
-  const jobs = useResource(async (signal) => /** @type {Job[]} */ ((await get("/train?limit=100", signal)).jobs), [], 5);
+  const jobs = useResource(
+    async (signal) => /** @type {Job[]} */ ((await get("/train?limit=100", signal)).jobs),
+    [],
+    5,
+  );
   return html`<div class="row between">
       <h1>Train</h1>
       ${id === "new" ? null : html`<a class="button" href=${to("train", "new")}>New job</a>`}
@@ -34,11 +38,13 @@ export function TrainView({ path: [id] }) {
         </ul>
       </nav>
       <div>
-        ${id === "new" || (!id && jobs.data?.length === 0)
-          ? html`<${NewJob} onQueued=${jobs.reload} />`
-          : id
-            ? html`<${JobDetail} key=${id} id=${id} onChange=${jobs.reload} />`
-            : html`<div class="card"><p>Choose a job, or <a href=${to("train", "new")}>start a new one</a>.</p></div>`}
+        ${
+          id === "new" || (!id && jobs.data?.length === 0)
+            ? html`<${NewJob} onQueued=${jobs.reload} />`
+            : id
+              ? html`<${JobDetail} key=${id} id=${id} onChange=${jobs.reload} />`
+              : html`<div class="card"><p>Choose a job, or <a href=${to("train", "new")}>start a new one</a>.</p></div>`
+        }
       </div>
     </div>`;
 }
@@ -47,6 +53,10 @@ const TONES = { queued: "", running: "busy", paused: "", succeeded: "good", fail
 
 /** @param {{job: Job}} props */
 export function Status({ job }) {
-  const words = job.pausing ? "pausing" : job.status === "queued" && job.position ? `queued, number ${job.position}` : job.status;
+  const words = job.pausing
+    ? "pausing"
+    : job.status === "queued" && job.position
+      ? `queued, number ${job.position}`
+      : job.status;
   return html`<${Badge} tone=${TONES[job.status]}>${words}<//>`;
 }
