@@ -12,7 +12,7 @@ export function AnswerColumn({ column }) {
     <h2><code>${expression}</code> ${isRunning ? html`<${Badge} tone="busy">writing<//>` : null}</h2>
     ${shades && isShaded ? html`<${ShadedText} shades=${shades} expression=${expression} />` : html`<p class="text" aria-live="polite">${answer.text}</p>`}
     ${!answer.text && answer.finishReason ? html`<p class="muted">It ended at once, without any text.</p>` : null}
-    <${Fault} problem=${problem} beside=${["prompt", "messages", "adapter", "max_tokens", "temperature", "top_p", "seed"]} />
+    <${Fault} problem=${problem} />
     <${Warnings} warnings=${answer.warnings} />
     ${
       answer.finishReason

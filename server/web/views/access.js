@@ -19,7 +19,7 @@ export function AccessView() {
         ? html`<p class="muted">Keys, projects and the audit list are for keys with the scope <code>admin</code>.</p>`
         : html`<${Fault} problem=${keys.problem} />`
     }
-    ${keys.data ? html`<${Keys} keys=${keys.data} onChange=${keys.reload} /><${Projects} /><${Audit} />` : null}`;
+    ${keys.data ? html`<${Keys} keys=${keys.data} onChange=${keys.reload} /><${Projects} /><${Audit} keys=${keys.data} />` : null}`;
 }
 
 const DAYS = 30;

@@ -5,7 +5,9 @@ import { html, useState } from "../lib/html.js";
 import { useResource } from "../lib/resource.js";
 import { Fault, Table } from "../parts/basics.js";
 
-export function Audit() {
+/** @param {{keys: Key[]}} props by which ids are told as names */
+export function Audit({ keys }) {
+  const names = new Map(keys.map((key) => [key.id, key.name]));
   const [before, setBefore] = useState("");
   const audit = useResource((signal) => get(`/audit${before && `?before=${before}`}`, signal), [before]);
   /** @type {AuditEntry[]} */
@@ -21,9 +23,9 @@ export function Audit() {
                 (entry) =>
                   html`<tr key=${entry.number}>
                     <td>${moment(entry.at)}</td>
-                    <td><code>${entry.who}</code></td>
+                    <td>${names.get(entry.who) ?? entry.who}</td>
                     <td>${entry.action}</td>
-                    <td>${entry.target}</td>
+                    <td>${names.get(entry.target) ?? entry.target}</td>
                     <td>${entry.project}</td>
                   </tr>`,
               )}

@@ -3,6 +3,8 @@ import { ask } from "../lib/api.js";
 import { ago, moment } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
 import { useAction } from "../lib/resource.js";
+import { signIn } from "../lib/session.js";
+import { Store, useStore } from "../lib/store.js";
 import { Badge, Careful, Check, Fault, Form, Table, TextField } from "../parts/basics.js";
 import { LimitFields, UNLIMITED } from "../parts/limits.js";
 
@@ -40,6 +42,7 @@ export function Keys({ keys, onChange }) {
         : html`<p>None yet: whoever may connect may do everything. With the first key that ends, for good, and this page asks for one.</p>`
     }
     <${Fault} problem=${revoke.problem} />
+    <${Secret} />
     <${NewKey} isFirst=${keys.length === 0} onMade=${onChange} />
   </section>`;
 }
@@ -51,40 +54,35 @@ function stateOf(key) {
   return key.expires_at ? `until ${moment(key.expires_at)}` : "valid";
 }
 
-/** @param {{isFirst: boolean, onMade: () => Promise<void>}} props */
+/** The key that was made last, until its secret is put away. @type {Store<(Key & {secret: string}) | null>} */
+const made = new Store(/** @type {(Key & {secret: string}) | null} */ (null));
+
+/**
+ * The first key ends that nobody needs one, so it has to be an admin's, and the page goes on with it.
+ * @param {{isFirst: boolean, onMade: () => Promise<void>}} props
+ */
 function NewKey({ isFirst, onMade }) {
   const [name, setName] = useState("");
   const [project, setProject] = useState("default");
   const [scopes, setScopes] = useState(/** @type {string[]} */ (isFirst ? ["admin"] : ["generate", "train"]));
   const [expires, setExpires] = useState("");
   const [limits, setLimits] = useState(UNLIMITED);
-  const [made, setMade] = useState(/** @type {(Key & {secret: string}) | null} */ (null));
   const create = useAction(async () => {
-    const json = {
-      name,
-      project,
-      scopes,
-      expires_at: expires ? new Date(expires).toISOString() : null,
-      ...limits,
-    };
-    setMade(await ask("POST", "/keys", { json }));
+    const expires_at = expires ? new Date(expires).toISOString() : null;
+    made.set(await ask("POST", "/keys", { json: { name, project, scopes, expires_at, ...limits } }));
     setName("");
-    if (!isFirst) await onMade(); // the first one ends that nobody needs a key: its secret is read before the page asks for it
+    if (isFirst && made.value) signIn(made.value.secret);
+    else await onMade();
   });
-  const text = (
-    /** @type {string} */ label,
-    /** @type {string} */ field,
-    /** @type {string} */ value,
-    /** @type {(value: string) => void} */ set,
-    /** @type {string} */ hint,
-  ) =>
-    html`<${TextField} label=${label} name=${field} problem=${create.problem} hint=${hint} value=${value} onChange=${set} />`;
+  const isShutOut = isFirst && !scopes.includes("admin");
+  const about = { problem: create.problem };
   return html`<details open=${isFirst}>
     <summary>New key</summary>
     <${Form} label="New key" onSubmit=${create.run}>
       <div class="fields">
-        ${text("Name", "name", name, setName, "for people, such as laptop")} ${text("Project", "project", project, setProject, "whose adapters and jobs it sees")}
-        <${TextField} label="Expires" name="expires_at" type="date" problem=${create.problem} hint="empty: never" value=${expires} onChange=${setExpires} />
+        <${TextField} label="Name" name="name" hint="for people, such as laptop" value=${name} onChange=${setName} ...${about} />
+        <${TextField} label="Project" name="project" hint="whose adapters and jobs it sees" value=${project} onChange=${setProject} ...${about} />
+        <${TextField} label="Expires" name="expires_at" type="date" hint="empty: never" value=${expires} onChange=${setExpires} ...${about} />
       </div>
       <fieldset>
         <legend>May</legend>
@@ -95,18 +93,24 @@ function NewKey({ isFirst, onMade }) {
       </fieldset>
       <details>
         <summary>Limits</summary>
-        <${LimitFields} limits=${limits} problem=${create.problem} onChange=${setLimits} />
+        <${LimitFields} limits=${limits} onChange=${setLimits} ...${about} />
       </details>
       <${Fault} problem=${create.problem} beside=${["name", "project", "expires_at", ...Object.keys(UNLIMITED)]} />
-      <button type="submit" disabled=${!name || !scopes.length || create.busy}>Make the key</button>
+      ${isShutOut ? html`<p class="warning">The first key has to be allowed everything: the others are made with it.</p>` : null}
+      <button type="submit" disabled=${!name || !scopes.length || isShutOut || create.busy}>Make the key</button>
     <//>
-    ${
-      made
-        ? html`<div class="secret" role="status">
-          <p>This is the secret of ${made.name}. It is shown this once: copy it now.</p>
-          <p class="row"><code>${made.secret}</code> <button type="button" class="plain" onClick=${() => navigator.clipboard?.writeText(made.secret)}>Copy</button></p>
-        </div>`
-        : null
-    }
   </details>`;
+}
+
+function Secret() {
+  const key = useStore(made);
+  if (!key) return null;
+  return html`<div class="secret" role="status">
+    <p>This is the secret of ${key.name}. It is shown this once: copy it now.</p>
+    <p class="row">
+      <code>${key.secret}</code>
+      <button type="button" class="plain" onClick=${() => navigator.clipboard?.writeText(key.secret)}>Copy</button>
+      <button type="button" class="plain" onClick=${() => made.set(null)}>I have it</button>
+    </p>
+  </div>`;
 }

@@ -57,8 +57,17 @@ async function answer(request, of, signal) {
       update(of, { shades: await shadesOf(request, pinned(last.adapters), last.text, signal) });
   } catch (error) {
     // what was stopped by hand keeps what it has
-    update(of, signal.aborted ? { isRunning: false } : { isRunning: false, problem: asProblem(error) });
+    update(
+      of,
+      signal.aborted ? { isRunning: false } : { isRunning: false, problem: ofExpression(asProblem(error)) },
+    );
   }
+}
+
+/** An adapter that isn't there, or doesn't fit: the expression is where that belongs. @param {Problem} problem */
+function ofExpression(problem) {
+  if (problem.errors.length || ![404, 409].includes(problem.status)) return problem;
+  return new Problem(problem.status, problem.message, [{ loc: ["adapter"], message: problem.message }]);
 }
 
 /** @param {string[]} expressions */
