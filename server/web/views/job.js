@@ -1,5 +1,5 @@
 /** One job: its curves while they move, what it says, what may be done with it, and what came of it. */
-import { ask, events, get } from "../lib/api.js";
+import { ask, download, events, get } from "../lib/api.js";
 import { ago, count, duration, loss, moment, plural } from "../lib/format.js";
 import { html, useEffect, useMemo, useState } from "../lib/html.js";
 import { useAction, useResource } from "../lib/resource.js";
@@ -78,13 +78,14 @@ export function JobDetail({ id, onChange }) {
     await job.reload();
     onChange();
   });
+  const save = useAction(() => download(`${path}/download`, `${id}.zip`));
   const remove = useAction(async () => {
     await ask("DELETE", path);
     onChange();
     go("train");
   });
   if (!job.data) return html`<${Fault} problem=${job.problem} />`;
-  const { name, status, progress, metrics, adapter, error } = job.data;
+  const { name, status, progress, metrics, adapter, error, config } = job.data;
   const isOver = ENDED.has(status);
   return html`<article class="card" aria-label="Job ${name}">
     <div class="row between">
@@ -103,7 +104,7 @@ export function JobDetail({ id, onChange }) {
         }
       </p>
     </div>
-    <${Fault} problem=${steer.problem ?? remove.problem ?? job.problem} />
+    <${Fault} problem=${steer.problem ?? remove.problem ?? save.problem ?? job.problem} />
     ${error ? html`<div class="fault" role="alert"><p>${error}</p></div>` : null}
     ${
       isOver
@@ -129,6 +130,14 @@ export function JobDetail({ id, onChange }) {
             Published as <a href=${to("adapters", adapter.name)}>${adapter.name}@${adapter.version}</a>. See what it changed:
           </p>
           <${TryIt} job=${job.data} />`
+        : null
+    }
+    ${
+      status === "succeeded" && config.method === "full"
+        ? html`<p class="done">
+            Full fine-tuning is there to compare with, so it publishes no adapter.
+            <button type="button" class="link" disabled=${save.busy} onClick=${() => save.run()}>Download the model</button>
+          </p>`
         : null
     }
     ${status === "succeeded" ? html`<${Report} id=${id} hasCurves=${points.length > 0} />` : null}
