@@ -17,7 +17,7 @@ CPP := $(shell find server tests -name '*.h' -o -name '*.cpp')
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help serve test slow fuzz attack soak faults check sanitize bench gpu vendor clean
+.PHONY: help serve test slow fuzz attack soak faults check sanitize bench gpu screenshots vendor clean
 
 help:
 	@echo 'make serve     set everything up and serve on http://127.0.0.1:8000'
@@ -31,6 +31,7 @@ help:
 	@echo 'make sanitize  the tests of native code, under sanitizers'
 	@echo 'make bench     the benchmark, over HTTP'
 	@echo 'make gpu       the tests that need a GPU, and the benchmark on it'
+	@echo 'make screenshots  take the pictures of docs/page.md'
 	@echo 'make vendor    take the libraries of the page from their packages again'
 	@echo 'make clean     drop .venv and caches; data/ stays'
 
@@ -74,6 +75,9 @@ bench: $(READY_DEV)
 
 gpu: $(READY_DEV)
 	@exec $(BIN)/python -m tests.gpu $(ARGS)
+
+screenshots: $(READY_WEB)
+	@$(BIN)/python -m tests.web.screenshots
 
 vendor: $(READY_WEB)
 	@$(BIN)/python -m tests.web.vendor

@@ -41,7 +41,7 @@ export const ago = (iso) => `${duration(Math.max(0, (Date.now() - Date.parse(iso
 /** A share as in 93 %, or 0.2 %. @param {number} share from 0 to 1 */
 export function percent(share) {
   const value = share * 100;
-  return `${value >= 10 ? Math.round(value) : value >= 0.1 ? value.toFixed(1) : value > 0 ? "<0.1" : "0"} %`;
+  return `${value >= 10 ? Math.round(value) : value >= 0.1 ? value.toFixed(1) : value > 0 ? "<0.1" : "0"}\u00a0%`;
 }
 
 /** @param {number} number @param {string} one @param {string} [many] */

@@ -1,5 +1,6 @@
 /** Curves over one axis, by uPlot, which is loaded when the first is drawn. */
 import { html, useEffect, useRef } from "../lib/html.js";
+import { Table } from "./basics.js";
 
 /**
  * @typedef {{label: string, tone: "first" | "second" | "third", values: (number | null)[]}} Series
@@ -15,12 +16,23 @@ const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 /**
+ * Draw the values; the legend has the last ones while nobody points at others.
+ * @param {InstanceType<typeof import("../vendor/uplot.mjs").default>} plot
+ * @param {{x: number[], series: Series[]}} values
+ */
+function show(plot, { x, series }) {
+  plot.setData([x, ...series.map((one) => one.values)]);
+  if (plot.cursor.idx == null) plot.setLegend({ idx: x.length - 1 });
+}
+
+/**
  * A table has the same for who can't see it.
  * @param {{title: string, x: number[], xLabel: string, isTime?: boolean, series: Series[], height?: number}} props
  */
 export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }) {
   const place = useRef(/** @type {HTMLDivElement | null} */ (null));
   const plot = useRef(/** @type {InstanceType<typeof import("../vendor/uplot.mjs").default> | null} */ (null));
+  const latest = useRef({ x, series });
   const shape = series.map((one) => one.label).join("|");
 
   useEffect(() => {
@@ -49,13 +61,14 @@ export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }
               stroke: colour(one.tone),
               width: 2,
               spanGaps: true,
-              points: { show: one.values.filter((value) => value !== null).length < 24 },
+              points: { show: !isTime },
             })),
           ],
         },
-        [x, ...series.map((one) => one.values)],
+        [latest.current.x, ...latest.current.series.map((one) => one.values)],
         element,
       );
+      show(plot.current, latest.current);
     };
     void draw();
     fit.observe(element);
@@ -70,7 +83,8 @@ export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }
   }, [shape, height, isTime, xLabel]);
 
   useEffect(() => {
-    plot.current?.setData([x, ...series.map((one) => one.values)]);
+    latest.current = { x, series };
+    if (plot.current) show(plot.current, latest.current);
   }, [x, series]);
 
   return html`<figure class="chart">
@@ -80,27 +94,17 @@ export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }
       isTime
         ? null
         : html`<details>
-          <summary>As a table</summary>
-          <div class="scroll" tabindex="0" role="region" aria-label="${title}, as a table">
-            <table>
-              <thead>
-                <tr>
-                  <th scope="col">${xLabel}</th>
-                  ${series.map((one) => html`<th scope="col">${one.label}</th>`)}
-                </tr>
-              </thead>
-              <tbody>
-                ${x.map(
-                  (at, row) =>
-                    html`<tr>
-                      <th scope="row">${at}</th>
-                      ${series.map((one) => html`<td>${one.values[row]?.toPrecision(4) ?? ""}</td>`)}
-                    </tr>`,
-                )}
-              </tbody>
-            </table>
-          </div>
-        </details>`
+            <summary>As a table</summary>
+            <${Table} label=${title} columns=${[xLabel, ...series.map((one) => `#${one.label}`)]}>
+              ${x.map(
+                (at, row) =>
+                  html`<tr key=${at}>
+                    <th scope="row">${at}</th>
+                    ${series.map((one) => html`<td class="number">${one.values[row]?.toPrecision(4) ?? ""}</td>`)}
+                  </tr>`,
+              )}
+            <//>
+          </details>`
     }
   </figure>`;
 }
