@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from adapters.names import near
 from server.errors import StartupError
 from server.limits import Limits
+from server.logs import LogFormat
 
 PREFIX = "SMOLORA_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -53,6 +54,7 @@ class WorkerSettings(BaseSettings):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$", description="auto, cpu, cuda or cuda:N.")
     dtype: Dtype = Field("auto", description="auto, fp32, bf16 or fp16.")
     native: bool = Field(True, description="Compute natively where this machine can.")
+    log_format: LogFormat = Field("text", description="Lines of the log: text, or json.")
     train_share: float = Field(0.25, ge=0, le=1, description="Share of the time for training while requests run.")
     train_memory: float | None = Field(
         None,

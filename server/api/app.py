@@ -83,7 +83,7 @@ def create_app(services: Services) -> FastAPI:
         servers=[{"url": settings.root_path}] if settings.root_path else None,
         middleware=[
             Middleware(RootPath, root_path=settings.root_path),
-            Middleware(RequestContext, home=settings.home),
+            Middleware(RequestContext, home=settings.home, metrics=services.metrics.http),
             Middleware(BodyTimeout, seconds=settings.body_timeout),
             Middleware(
                 Sites, hosts=settings.allowed_hosts, origins=settings.allowed_origins, own_host=settings.host

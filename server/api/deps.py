@@ -22,7 +22,7 @@ from server.config import Settings
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.engine.structured.guidance import Guidance
 from server.home import Home
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 from server.model.text.chat import PromptEncoder
 from server.training.data.datasets import DatasetStore
 from server.training.data.files import FileStore, RowSources

@@ -72,7 +72,7 @@ def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(
     """Train queued jobs, one at a time, until told to stop; `serve` runs workers of its own (SMOLORA_WORKERS)."""
     from server.training.worker.worker import run_worker
 
-    logs.set_up()
+    logs.set_up(settings.log_format)
     raise typer.Exit(run_worker(settings, parent))
 
 
@@ -119,7 +119,7 @@ def _serve_at(settings: Settings, say: Callable[[str], None]) -> int:
         flag = BusyFlag(settings.home)
     except OSError as error:
         raise StartupError(f"{error.filename or settings.home}: {error.strerror or error}") from error
-    logs.set_up()
+    logs.set_up(settings.log_format)
 
     def announce() -> None:
         address, is_open = url(bound, settings.host), services.access.ring.is_open

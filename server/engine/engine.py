@@ -108,7 +108,9 @@ class Engine:
             kv_blocks_total=self.blocks.num_usable_blocks,
             kv_blocks_used=self.blocks.num_used_blocks,
             adapters_resident=len(resident),
+            adapter_rows_total=self.pool.num_rows,
             adapter_rows_used=self.pool.num_rows_used,
+            max_adapter_rank=self.pool.rows.max_rank,
             adapter_loads=self.pool.num_loads,
             adapter_evictions=self.pool.num_evictions,
             prefix_cached_tokens=self._num_prefix_tokens,
@@ -117,6 +119,7 @@ class Engine:
             preemptions=self.scheduler.num_preemptions,
             steps=self.num_steps,
             resident=resident,
+            waiting=self.scheduler.waiting_adapters,
         )
 
     def check(self, request: GenerationRequest) -> None:

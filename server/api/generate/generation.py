@@ -25,9 +25,10 @@ from server.api.deps import OutputStream, Services
 from server.api.generate.sampling import context_faults, sampling_params
 from server.api.generate.schemas import AdapterBody, GenerateBody, PromptBody
 from server.api.generate.structure import check_grammar, grammar_of
+from server.api.telemetry.facts import facts
 from server.engine.request import AdapterRef, GenerationRequest, Grammar, SamplingParams, SequenceOutput
 from server.errors import GenerationFailed, GenerationTimeout, TryAgain
-from server.metrics import Metrics, Outcome
+from server.metrics.metrics import Metrics, Outcome
 from server.model.text.chat import ChatMessage
 
 _SHORT_TEXT = 2048
@@ -72,10 +73,12 @@ class Generation:
         self._metrics = metrics
         self._account = account
         self._names = account.keys(part.name for part in pinned.parts)
+        self._facts = facts.get()
         self._started = time.perf_counter()
         self._deadline = asyncio.get_running_loop().time() + timeout
         self._num_tokens = 0
         self._num_cached: dict[int, int] = {}  # by choice
+        self._cached = 0  # tokens of the prompt that were found, as the answer's usage has them
         self._num_running = request.n
         self._outcome: Outcome = "cancelled"
         self._closed = False
@@ -99,6 +102,7 @@ class Generation:
                 if output.error is not None:
                     raise output.error
                 self._num_cached[output.index] = output.num_cached_tokens
+                self._cached = min(self._num_cached.values())
                 if output.num_new_tokens:
                     self._observe(output, last)
                 if output.finish_reason is not None:
@@ -126,6 +130,9 @@ class Generation:
             self._book()
             took = time.perf_counter() - self._started
             self._metrics.ended(self._outcome, took, self._names, self._num_tokens)
+            if self._facts is not None:
+                used = [f"{part.name}@{part.version}" for part in self.parts]
+                self._facts.generated(self.id, used, self.num_prompt_tokens, self._num_tokens, self._cached)
 
     async def _next(self) -> SequenceOutput | None:
         """The stream's next output; None at its end."""

@@ -82,6 +82,10 @@ class AdapterPool:
         return frozenset(digest for digest, adapter in self._adapters.items() if adapter.is_placed)
 
     @property
+    def num_rows(self) -> int:
+        return sum(extents.capacity for (_, kind), extents in self._spaces.items() if kind == "rows")
+
+    @property
     def num_rows_used(self) -> int:
         return sum(
             extents.capacity - extents.num_free for (_, kind), extents in self._spaces.items() if kind == "rows"

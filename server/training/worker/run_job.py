@@ -48,11 +48,11 @@ log = logging.getLogger("smolora.job")
 
 def main(argument: str) -> int:
     """Run the assignment; the exit code that the worker reads."""
-    logs.set_up()
     assignment = Assignment.from_argument(argument)
+    settings = WorkerSettings.model_validate(dict(assignment.settings))
+    logs.set_up(settings.log_format, job=assignment.job_id)
     link = WorkerLink(assignment)
     keep_freed_memory()
-    settings = WorkerSettings.model_validate(dict(assignment.settings))
     database = connect(settings.home)
     home = Home(settings.home)
     leases = Leases(database, Records(home.adapters))
