@@ -265,6 +265,19 @@ def forget_keys() -> None:
         os.environ.pop(name, None)
 
 
+def trace_exporters() -> tuple[str, ...]:
+    """The exporters that OpenTelemetry's own variables ask for, as its entry points call them; none by default."""
+    named = os.environ.get("OTEL_TRACES_EXPORTER", "")
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or named == "none":
+        return ()
+    signal, general = "OTEL_EXPORTER_OTLP_TRACES_", "OTEL_EXPORTER_OTLP_"
+    if not named and not (os.environ.get(f"{signal}ENDPOINT") or os.environ.get(f"{general}ENDPOINT")):
+        return ()
+    protocol = os.environ.get(f"{signal}PROTOCOL") or os.environ.get(f"{general}PROTOCOL") or "http/protobuf"
+    otlp = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}.get(protocol, protocol)
+    return tuple(otlp if name == "otlp" else name for name in map(str.strip, (named or "otlp").split(",")) if name)
+
+
 def to_flags(settings: WorkerSettings) -> list[str]:
     """The flags of `smolora worker` that `load` turns into the same settings."""
     values = {name.replace("_", "-"): getattr(settings, name) for name in WorkerSettings.model_fields}

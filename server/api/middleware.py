@@ -21,9 +21,11 @@ from server.api.access.scopes import template_of
 from server.api.access.sites import PROBES
 from server.api.errors.faults import form_of
 from server.api.telemetry.facts import RequestFacts, facts
+from server.api.telemetry.spans import begin_request, end_request
 from server.errors import Unavailable
 from server.logs import Fields, request_id
 from server.metrics.http import HttpMetrics
+from server.tracing.spans import Tracer
 from server.training.queue.reserve import Reserve
 
 MAX_JSON_BYTES = 2 << 20
@@ -45,8 +47,9 @@ class RequestContext:
     What nobody foresaw becomes a 500 here, and a disk without room under `home` a 503, whichever route it was.
     """
 
-    def __init__(self, app: ASGIApp, home: Path, metrics: HttpMetrics) -> None:
+    def __init__(self, app: ASGIApp, home: Path, metrics: HttpMetrics, tracer: Tracer | None = None) -> None:
         self.app = app
+        self._tracer = tracer
         self._metrics = metrics
         self._reserve = Reserve(home)
 
@@ -58,6 +61,8 @@ class RequestContext:
         own_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
         request_id.set(own_id)
         told = RequestFacts()
+        if self._tracer is not None:
+            told.span = begin_request(self._tracer, scope)
         facts.set(told)
         started = time.perf_counter()
         status = 0
@@ -84,6 +89,8 @@ class RequestContext:
         finally:
             took = time.perf_counter() - started
             self._metrics.ended(scope["method"], template_of(scope["path"]), status or _CLIENT_GONE, took)
+            if told.span is not None:
+                end_request(told.span, scope, status, own_id, principal_of(scope), told)
             if scope["path"] not in _QUIET_PATHS or status not in (200, 503):
                 log.info(_line(scope, status, took, told))
 

@@ -79,7 +79,7 @@ class Engine:
         self._clock = clock
         rows = backend.rank_rows(max(config.adapter_cache_bytes // backend.bytes_per_rank, 1))
         self._loaders = ThreadPoolExecutor(2, "adapter-loader")
-        self.pool = AdapterPool(rows, load, self._loaders, wake)
+        self.pool = AdapterPool(rows, load, self._loaders, wake, clock)
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.pool, clock)
         self.runner = Runner(backend.forward(self.blocks.num_blocks, config.block_size, rows))
         self._streams: dict[Sequence, TextStream] = {}
@@ -258,11 +258,12 @@ class Engine:
         timing = None
         if finish_reason is not None:
             now, start = self._clock(), sequence.arrival
-            admitted, first_token = sequence.admitted_at, sequence.first_token_at
+            admitted, first_token, load = sequence.admitted_at, sequence.first_token_at, sequence.loading
             timing = Timing(
                 queue=(now if admitted is None else admitted) - start,
                 first_token=(now if first_token is None else first_token) - start,
                 total=now - start,
+                load=None if load is None else (load[0] - start, load[1] - start),
             )
         return SequenceOutput(
             request_id=sequence.request.request_id,

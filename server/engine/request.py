@@ -104,6 +104,7 @@ class Timing:
     queue: float
     first_token: float
     total: float
+    load: tuple[float, float] | None = None  # from the first look at adapters that were cold to their being there
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ children make counting a dictionary's look-up.
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 OTHER = "other"
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _SECONDS = (0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)  # of each route: few, since there are many routes
 
 
@@ -32,7 +32,7 @@ class HttpMetrics:
 
     def ended(self, method: str, route: str | None, status: int, seconds: float) -> None:
         """An answer has ended. `route` is a template, None where the path is none."""
-        key = (method if method in _METHODS else OTHER, route or OTHER, status)
+        key = (method if method in METHODS else OTHER, route or OTHER, status)
         if (children := self._children.get(key)) is None:
             children = self._responses.labels(*map(str, key)), self._seconds.labels(key[1])
             self._children[key] = children

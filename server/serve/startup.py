@@ -44,6 +44,7 @@ from server.model.smollm import SmolLM
 from server.model.text.chat import PromptEncoder
 from server.model.text.vocabulary import tokenizer_json, vocabulary_of
 from server.serve.sizing import cpu_caches, free_bytes, gpu_caches, gpu_share, step_bytes
+from server.tracing.spans import open_tracer
 from server.training.data.datasets import DatasetStore
 from server.training.data.encoding import RowEncoder
 from server.training.data.files import FileStore, RowSources
@@ -130,6 +131,7 @@ def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | N
             settings.home, jobs, RowSources(datasets, files), library, rows, longest, base.digest
         ),
         access=access,
+        tracer=open_tracer(),
         estimator=Estimator(jobs, base.weights.num_parameters, training_dtype(base.dtype), base.device),
         decode=lambda ids: str(base.tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
     )

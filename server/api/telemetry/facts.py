@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from server.tracing.spans import Span
+
 _MAX_LISTED = 16
 """Of adapters and generations in one line: as many as one /compare may have."""
 
@@ -16,6 +18,9 @@ _MAX_LISTED = 16
 class RequestFacts:
     """Of one request; counts are of all its generations together."""
 
+    span: Span | None = None  # where the request is traced
+    operation: str = "text_completion"  # of `gen_ai`'s
+    job_id: str | None = None  # that it submitted
     generations: list[str] = field(default_factory=list)  # their ids
     adapters: dict[str, None] = field(default_factory=dict)  # name@version, in order
     prompt_tokens: int = 0
@@ -33,7 +38,11 @@ class RequestFacts:
         self.cached_tokens += num_cached
 
     def fields(self) -> Iterator[tuple[str, str | int]]:
-        """Nothing where nothing was generated."""
+        """Nothing of what there wasn't."""
+        if self.span is not None:
+            yield "trace", self.span.trace_id
+        if self.job_id is not None:
+            yield "job", self.job_id
         if self.generations:
             yield "generation", _listed(self.generations)
             yield "adapters", _listed(self.adapters) or "base"
@@ -44,6 +53,12 @@ class RequestFacts:
 
 facts: ContextVar[RequestFacts | None] = ContextVar("facts", default=None)
 """Those of the request that is worked on; None outside of any."""
+
+
+def is_chat() -> None:
+    """The request that is worked on has a conversation, not a prompt."""
+    if (told := facts.get()) is not None:
+        told.operation = "chat"
 
 
 def _listed(names: Iterable[str]) -> str:
