@@ -17,6 +17,7 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.registry import Collector
@@ -44,6 +45,7 @@ class Metrics:
         collectors: Iterable[Collector] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        disable_created_metrics()  # a second series for each, which says when it began: nobody asks
         self._current = CollectorRegistry()
         for collector in (EngineCollector(stats), *collectors):
             self._current.register(collector)

@@ -3,7 +3,10 @@
 import httpx
 import pytest
 
+from server.api.app import create_app
+from tests.server.api.access.key_kit import new_secret
 from tests.server.api.fakes import FakeEngine
+from tests.server.conftest import MakeServices, client_of
 
 pytestmark = pytest.mark.anyio
 
@@ -99,3 +102,14 @@ async def test_the_document_knows_every_route_and_problem(client: httpx.AsyncCli
     body = document["components"]["schemas"]["TrainBody"]
     assert body["examples"]
     assert body["properties"]["training"]["default"]["max_length"] == 512
+
+
+async def test_a_scraper_without_a_key_may_bring_an_empty_one(make_services: MakeServices) -> None:
+    """As Prometheus does whose file with the key is empty; where there are keys and nobody needs one, too."""
+    app = create_app(make_services(allow_anonymous=True))
+    async with client_of(app) as client:
+        for _ in range(2):
+            for given in ("Bearer", "Bearer "):
+                assert (await client.get("/metrics", headers={"Authorization": given})).status_code == 200
+            new_secret(app)
+        assert (await client.get("/metrics", headers={"Authorization": "Bearer wrong"})).status_code == 401
