@@ -8,6 +8,7 @@ compositions whose parts are all there. Other projects' names come with the proj
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -26,7 +27,9 @@ Moves = Callable[[], object]
 
 
 class GatewayCollector(Collector):
-    """`stats` gives the engine's snapshot. Names are looked up only when something has changed."""
+    """`stats` gives the engine's snapshot. Names are looked up only when something has changed; where that fails, they
+    are what they were.
+    """
 
     def __init__(
         self, stats: Callable[[], EngineStats], base_name: str, names: Names, moves: Moves, block_size: int
@@ -62,8 +65,9 @@ class GatewayCollector(Collector):
     def _loras(self, stats: EngineStats) -> Metric:
         state = (stats.resident, stats.waiting, self._moves())
         if state != self._seen:
-            self._told = (self._joined(stats.resident), self._joined(stats.waiting - stats.resident))
-            self._seen = state
+            with suppress(Exception):  # whatever the database has: `home` says so
+                self._told = (self._joined(stats.resident), self._joined(stats.waiting - stats.resident))
+                self._seen = state
         most = max(stats.max_adapter_rank // TYPICAL_RANK, stats.adapters_resident, 1)
         labels = ["max_lora", "waiting_lora_adapters", "running_lora_adapters"]
         family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in memory, and awaited", labels=labels)

@@ -1,9 +1,11 @@
 """Spans of a real server and a real training job, as they come over the wire in OTLP."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from server.training.queue.job_files import LOG_NAME
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows, submit, succeeded
 from tests.otlp_receiver import receiving
@@ -62,4 +64,10 @@ def test_spans_arrive(tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.M
 
     assert not [body for body in receiver.bodies if SECRET.encode() in body]
     assert SECRET not in server.log()
-    assert f'"trace": "{TRACE}"' in server.log()
+    lines = [json.loads(line) for line in server.log().splitlines()]  # each is JSON, the worker's, too
+    assert {"smolora.run", "smolora.api", "smolora.worker"} <= {line["logger"] for line in lines}
+    (line,) = [line for line in lines if line.get("path") == "/generate"]
+    assert (line["trace"], line["generation"], line["adapters"]) == (TRACE, answer["id"], "codes@1")
+    jobs_log = (tmp_path / "jobs" / job_id / LOG_NAME).read_text()
+    assert {json.loads(line)["job"] for line in jobs_log.splitlines()} <= {job_id}
+    assert SECRET not in jobs_log

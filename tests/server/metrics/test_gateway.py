@@ -83,3 +83,14 @@ def test_a_label_has_a_bound() -> None:
     stats = EngineStats(resident=frozenset(map(str, range(1000))))
     (sample,) = families(stats, Catalog())["vllm:lora_requests_info"].samples
     assert len(sample.labels["running_lora_adapters"].split(",")) == MAX_NAMES
+
+
+def test_what_the_database_has_stops_no_scrape() -> None:
+    def broken(digests: Collection[str]) -> list[str]:
+        raise OSError("disk I/O error")
+
+    stats = EngineStats(resident=frozenset("a"))
+    collector = GatewayCollector(lambda: stats, "tiny", broken, lambda: 0, 16)
+    found = {family.name: family for family in collector.collect()}
+    assert found["vllm:lora_requests_info"].samples[0].labels["running_lora_adapters"] == ""
+    assert "vllm:kv_cache_usage_perc" in found
