@@ -27,8 +27,9 @@ Moves = Callable[[], object]
 
 
 class GatewayCollector(Collector):
-    """`stats` gives the engine's snapshot. Names are looked up only when something has changed; where that fails, they
-    are what they were.
+    """`stats` gives the engine's snapshot. Names are looked up only when something has changed.
+
+    Where that fails, they are what they were.
     """
 
     def __init__(
