@@ -24,6 +24,7 @@ from server.cli.compare import compare
 from server.cli.compose import compose
 from server.cli.datasets import group as datasets
 from server.cli.generate import generate
+from server.cli.home.backup import backup, restore
 from server.cli.home.doctor import doctor
 from server.cli.home.keys import group as keys
 from server.cli.home.projects import group as projects
@@ -76,7 +77,7 @@ def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(
     raise typer.Exit(run_worker(settings, parent))
 
 
-for _command in (train, generate, chat, compare, compose, jobs, doctor, prune):
+for _command in (train, generate, chat, compare, compose, jobs, doctor, prune, backup, restore):
     app.command()(_command)
 app.add_typer(adapters, name="adapters")
 app.add_typer(datasets, name="datasets")
