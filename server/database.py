@@ -118,10 +118,10 @@ def faults(home: Path) -> list[str]:
     return found
 
 
-def copy(home: Path, target: Path) -> str:
-    """Write the database as it is at one moment to the new file `target`, while others use it; its schema.
+def copy(home: Path, target: Path) -> None:
+    """Write the database as it is at one moment to the new file `target`, while others use it.
 
-    That is its newest migration; none is run. Raises StartupError where there is no database, or it is damaged.
+    No migration is run. Raises StartupError where there is no database, or it is damaged.
     """
     path = existing(home)
     try:
@@ -133,11 +133,19 @@ def copy(home: Path, target: Path) -> str:
                 closing(driver.connect(target)) as copied,
             ):
                 source.backup(copied)
-                (schema,) = copied.execute("SELECT version_num FROM alembic_version").fetchone()
         finally:
             os.close(users)
     except (OSError, driver.Error) as error:
         raise StartupError(f"can't copy the database {path}: {error}") from None
+
+
+def schema_of(path: Path) -> str:
+    """The newest migration of a database's file. Raises StartupError."""
+    try:
+        with closing(driver.connect(path, timeout=BUSY_SECONDS)) as connection:
+            (schema,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    except (driver.Error, TypeError) as error:
+        raise StartupError(f"can't read the database {path}: {error}") from None
     return str(schema)
 
 

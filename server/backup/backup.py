@@ -12,10 +12,11 @@ Records of versions are made anew from the database (`restore`); converted bases
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,7 +28,7 @@ from adapters.viewpoint import Viewpoint
 from server import __version__
 from server.backup.archive import Header, Writer, is_place, writing
 from server.backup.workspace import workspace
-from server.database import FILE_NAME, copy, existing, faults, opened_copy
+from server.database import FILE_NAME, copy, existing, faults, opened_copy, schema_of
 from server.errors import StartupError
 from server.home import Home
 from server.training.loop.checkpoint import FILE_NAMES, Checkpoints
@@ -56,12 +57,19 @@ class Made:
 
 @dataclass(frozen=True)
 class _Needs:
-    """What a copy of the database needs."""
+    """What a copy of the database needs: who needs what. A holder never comes back once it has gone.
 
+    Holders are versions, jobs that haven't ended, and jobs whose files weren't removed, which need those.
+    """
+
+    held: frozenset[tuple[str, str]]  # such as ("a@2", digest), ("job-7", "ds-1"), ("job-7", "job-7")
     num_versions: int
-    digests: frozenset[str]  # that versions have, or jobs that haven't ended
-    uploads: frozenset[str]  # ids of what those jobs were made from
     jobs: Mapping[str, Status]  # that have files
+
+    @property
+    def digests(self) -> list[str]:
+        """Of adapters' bytes."""
+        return sorted({what for _, what in self.held if _DIGEST.fullmatch(what)})
 
 
 def back_up(home: Path, target: Path) -> Made:
@@ -99,27 +107,25 @@ class _Backup:
         self._folders: dict[str, set[str]] = defaultdict(set)  # what is in the file of each
         self._checkpoints: dict[str, Path] = {}  # by job, the newest that is in the file
         self._num_uploads = 0
+        self._numbers = count(1)
 
     def run(self) -> Made:
         """All of it, but for the size of the file."""
-        missing_before: set[str] | None = None
-        for number in range(1, _MAX_ROUNDS + 1):
+        schema = schema_of(existing(self._home.path))
+        self._writer.begin(Header(__version__, schema, datetime.now(UTC).isoformat(timespec="seconds")))
+        num_rounds = 0
+        while True:
+            num_rounds += 1
             for job_id in self._files.stored():
                 self._add_checkpoint(job_id)
-            copied = self._space / f"database-{number}"
-            schema = copy(self._home.path, copied)
-            if number == 1:
-                self._writer.begin(Header(__version__, schema, datetime.now(UTC).isoformat(timespec="seconds")))
+            copied = self._copied()
             needs = self._needs_of(copied)
             kept, missing = self._add_needed(needs)
-            # A job's folder doesn't go by one rename: while it goes, what is left of it looks whole.
-            gone = needs.jobs.keys() - self._jobs_now()
-            if not gone and (not missing or missing == missing_before):  # the latter was never there
+            if not self._was_overtaken(needs, missing):
                 break
-            missing_before = missing
+            if num_rounds == _MAX_ROUNDS:
+                raise StartupError("things are deleted faster than they can be copied: try again")
             copied.unlink()
-        else:
-            raise StartupError("things are deleted faster than they can be copied: try again")
         with open(copied, "rb") as database:
             kept.add(self._add(FILE_NAME, database))
         self._writer.end(kept)
@@ -130,9 +136,15 @@ class _Backup:
             num_unended_jobs=sum(not status.has_ended for status in needs.jobs.values()),
             num_uploads=self._num_uploads,
             num_bytes=0,
-            num_rounds=number,
+            num_rounds=num_rounds,
             damaged=tuple(self._damaged(needs)),
         )
+
+    def _copied(self) -> Path:
+        """A copy of the database as it is now."""
+        copied = self._space / f"database-{next(self._numbers)}"
+        copy(self._home.path, copied)
+        return copied
 
     def _needs_of(self, copied: Path) -> _Needs:
         """Raises StartupError where the database is damaged."""
@@ -141,26 +153,28 @@ class _Backup:
                 raise StartupError(f"the database is damaged ({found[0]}): see smolora doctor")
             listed = Catalog(engine, of=Viewpoint(sees_all=True)).list()
             versions = [version for adapter in listed for version in adapter.versions]
-            used = used_by_unended(engine)
-            of_jobs = {name for name in used if _DIGEST.fullmatch(name)}
-            digests = {version.digest for version in versions if not version.parts} | of_jobs
-            return _Needs(len(versions), frozenset(digests), frozenset(used - of_jobs), with_folders(engine))
+            jobs = with_folders(engine)
+            held = {
+                (f"{version.name}@{version.version}", version.digest) for version in versions if not version.parts
+            }
+            held |= {*used_by_unended(engine), *((job_id, job_id) for job_id in jobs)}
+            return _Needs(frozenset(held), len(versions), jobs)
 
-    def _jobs_now(self) -> Collection[str]:
-        """Those that have files."""
-        copied = self._space / "database-now"
-        copy(self._home.path, copied)
-        try:
-            with opened_copy(copied, self._space) as (engine, _):
-                return with_folders(engine).keys()
-        finally:
-            copied.unlink()
+    def _was_overtaken(self, needs: _Needs, missing: set[str]) -> bool:
+        """Whether somebody has deleted what is missing, or was deleting a job's folder when it was copied.
+
+        Those don't go by one rename. What is missing, and its holder still needs, was never there.
+        """
+        copied = self._copied()
+        gone = needs.held - self._needs_of(copied).held
+        copied.unlink()
+        return any(what in missing or what in needs.jobs for _, what in gone)
 
     def _add_needed(self, needs: _Needs) -> tuple[set[str], set[str]]:
         """Have everything in the file that is needed: the members, and what of it isn't there any more."""
         kept: set[str] = set()
         missing: set[str] = set()
-        for digest in sorted(needs.digests):
+        for digest in needs.digests:
             if not self._keep(self._home.adapters / digest[:2] / digest, kept):
                 missing.add(digest)
         for job_id, status in sorted(needs.jobs.items()):
@@ -169,12 +183,13 @@ class _Backup:
                     missing.add(job_id)
             if not status.has_ended and (checkpoint := self._checkpoints.get(job_id)) is not None:
                 self._keep(checkpoint, kept)
-        uploads = {folder.name for folder in self._upload_folders() if self._keep(folder, kept)}
+        uploads = [folder.name for folder in self._upload_folders() if self._keep(folder, kept)]
         self._num_uploads = len(uploads)
         if self._home.keyed.exists():
             with open(self._home.keyed, "rb") as keyed:
                 kept.add(self._add(self._home.keyed.name, keyed))
-        return kept, missing | (needs.uploads - uploads)
+        of_jobs = {what for who, what in needs.held if who in needs.jobs} - {*needs.jobs, *needs.digests}
+        return kept, missing | of_jobs.difference(uploads)
 
     def _folders_of(self, job_id: str) -> Iterator[Path]:
         """Those with a job's files, but for its checkpoints."""
@@ -228,7 +243,7 @@ class _Backup:
 
     def _damaged(self, needs: _Needs) -> Iterator[str]:
         """Of what is still there: what was deleted meanwhile was whole."""
-        for digest in sorted(needs.digests):
+        for digest in needs.digests:
             place = self._home.adapters / digest[:2] / digest
             try:
                 self._store.verify(digest)

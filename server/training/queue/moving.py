@@ -8,11 +8,12 @@ from server.training.queue.tables import Status, jobs, uses
 _ENDED = [status for status in Status if status.has_ended]
 
 
-def used_by_unended(engine: sa.Engine) -> set[str]:
-    """The digests of adapters, and the ids of data sets and files, without which a job couldn't go on."""
-    query = sa.select(uses.c.used).join(jobs, jobs.c.id == uses.c.job_id).where(jobs.c.status.not_in(_ENDED))
+def used_by_unended(engine: sa.Engine) -> list[tuple[str, str]]:
+    """Each job that hasn't ended with a digest of an adapter, or the id of a data set or file, that it needs."""
+    query = sa.select(uses.c.job_id, uses.c.used).join(jobs, jobs.c.id == uses.c.job_id)
     with engine.connect() as connection:
-        return set(connection.execute(query).scalars())
+        found = connection.execute(query.where(jobs.c.status.not_in(_ENDED)))
+        return [(row.job_id, row.used) for row in found]
 
 
 def with_folders(engine: sa.Engine) -> dict[str, Status]:
