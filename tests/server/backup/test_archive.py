@@ -227,7 +227,7 @@ def test_a_file_that_was_cut_off(tmp_path: Path, name: str) -> None:
     back_up(home, tmp_path / name)
     content = (tmp_path / name).read_bytes()
     last = content.rindex(b"manifest.json") if name.endswith(".tar") else len(content) * 9 // 10
-    for size in (0, 1, 100, 600, 5000, len(content) // 2, last):
+    for size in (0, 1, 100, 600, len(content) // 2, last):
         (tmp_path / name).write_bytes(content[:size])
         with pytest.raises(StartupError, match=r"damaged, or was cut off|no backup|before its manifest"):
             restore(tmp_path / name, tmp_path / "again")
