@@ -9,6 +9,7 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036  # pip would refuse; a checkout on the path would not
     sys.exit(f"smolora needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated
@@ -64,6 +65,7 @@ def serve(settings: Settings) -> None:
     Each flag is also an environment variable: SMOLORA_MAX_NUM_SEQS for --max-num-seqs, and so on.
     """
     forget_keys()
+    _end_when_told()
     raise typer.Exit(_serve(settings))
 
 
@@ -71,6 +73,7 @@ def serve(settings: Settings) -> None:
 @with_flags(WorkerSettings)
 def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(hidden=True)] = None) -> None:
     """Train queued jobs, one at a time, until told to stop; `serve` runs workers of its own (SMOLORA_WORKERS)."""
+    _end_when_told()
     from server.training.worker.worker import run_worker
 
     logs.set_up()
@@ -83,6 +86,11 @@ app.add_typer(adapters, name="adapters")
 app.add_typer(datasets, name="datasets")
 app.add_typer(keys, name="keys")
 app.add_typer(projects, name="projects")
+
+
+def _end_when_told() -> None:
+    """By SIGTERM, until what is begun has its own way to end: a container's first process would ignore it."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def _serve(settings: Settings) -> int:
