@@ -124,7 +124,7 @@ class Reader:
 
 
 @contextmanager
-def writing(file: BinaryIO, compressed: bool) -> Iterator[Writer]:
+def writing(file: IO[bytes], compressed: bool) -> Iterator[Writer]:
     """A backup that is written into `file`, from where that stands."""
     # The fastest level: weights hardly shrink at any, and the database does at this one.
     packed = gzip.GzipFile(fileobj=file, mode="wb", compresslevel=1, mtime=0) if compressed else nullcontext(file)
@@ -133,12 +133,13 @@ def writing(file: BinaryIO, compressed: bool) -> Iterator[Writer]:
 
 
 @contextmanager
-def reading(file: BinaryIO) -> Iterator[Reader]:
+def reading(file: io.BufferedReader) -> Iterator[Reader]:
     """The backup in `file`, compressed or not. Raises StartupError, within the block too, where it is damaged."""
-    is_compressed = file.read(2) == _GZIP
-    file.seek(0)
+    is_compressed = file.peek(len(_GZIP))[: len(_GZIP)] == _GZIP
     try:
-        inner = gzip.GzipFile(fileobj=file, mode="rb") if is_compressed else file
+        inner: gzip.GzipFile | io.BufferedReader = (
+            gzip.GzipFile(fileobj=file, mode="rb") if is_compressed else file
+        )
         with tarfile.open(fileobj=inner, mode="r|", bufsize=_CHUNK) as tar:
             yield Reader(tar)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:

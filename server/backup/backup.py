@@ -13,12 +13,12 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from adapters.catalog.catalog import Catalog
 from adapters.durable import sync
@@ -50,7 +50,7 @@ class Made:
     num_jobs: int
     num_unended_jobs: int
     num_uploads: int  # data sets and files
-    num_bytes: int  # of the file
+    num_bytes: int  # of all that it has
     num_rounds: int
     damaged: tuple[str, ...]
 
@@ -78,21 +78,37 @@ def back_up(home: Path, target: Path) -> Made:
     Raises StartupError, also where the disk is full.
     """
     existing(home)
+    with _told_of(target), workspace(target) as space:
+        archive = space / "archive"
+        with open(archive, "xb", opener=_private) as file:
+            with writing(file, target.name.endswith(_COMPRESSED)) as writer:
+                made = _Backup(home, space, writer).run()
+            file.flush()
+            os.fsync(file.fileno())
+        archive.replace(target)
+        sync(target.parent)
+        return made
+
+
+def stream(home: Path, target: IO[bytes]) -> Made:
+    """Write a backup of `home` to an open file, uncompressed: one that was cut off lacks its end. As `back_up`."""
+    existing(home)
+    scratch = home / "tmp"
+    with _told_of("standard output"):
+        scratch.mkdir(exist_ok=True)
+        with workspace(scratch / "backup") as space, writing(target, compressed=False) as writer:
+            made = _Backup(home, space, writer).run()
+        target.flush()
+        return made
+
+
+@contextmanager
+def _told_of(target: object) -> Iterator[None]:
     try:
-        with workspace(target) as space:
-            archive = space / "archive"
-            with open(archive, "xb", opener=_private) as file:
-                with writing(file, target.name.endswith(_COMPRESSED)) as writer:
-                    made = _Backup(home, space, writer).run()
-                file.flush()
-                os.fsync(file.fileno())
-                num_bytes = file.tell()
-            archive.replace(target)
-            sync(target.parent)
+        yield
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise StartupError(f"can't make {target}: {where}{error.strerror or error}") from None
-    return replace(made, num_bytes=num_bytes)
 
 
 class _Backup:
@@ -110,7 +126,7 @@ class _Backup:
         self._numbers = count(1)
 
     def run(self) -> Made:
-        """All of it, but for the size of the file."""
+        """All of it."""
         schema = schema_of(existing(self._home.path))
         self._writer.begin(Header(__version__, schema, datetime.now(UTC).isoformat(timespec="seconds")))
         num_rounds = 0
@@ -135,7 +151,7 @@ class _Backup:
             num_jobs=len(needs.jobs),
             num_unended_jobs=sum(not status.has_ended for status in needs.jobs.values()),
             num_uploads=self._num_uploads,
-            num_bytes=0,
+            num_bytes=sum(self._writer.members[name].size for name in kept),
             num_rounds=num_rounds,
             damaged=tuple(self._damaged(needs)),
         )

@@ -5,13 +5,13 @@ does; then its parts are renamed into their places, the database last, and the f
 works on that HOME, and the next restore clears what one that was killed has left.
 """
 
+import io
 import os
 import shutil
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from adapters.catalog.catalog import Catalog
 from adapters.catalog.records import Records
@@ -44,15 +44,23 @@ def restore(file: Path, home: Path) -> Restored:
 
     What `doctor` finds in the result was so before: the backup's maker was told.
     """
-    is_new = not home.exists()
     try:
         with open(file, "rb") as backup:
-            make(home, to_restore=True)
-            with serving(home):
-                try:
-                    return _restore(backup, home)
-                except StartupError as error:
-                    raise StartupError(f"{file}: {error}") from None
+            return restore_from(backup, home, str(file))
+    except OSError as error:
+        raise StartupError(f"can't read {file}: {error.strerror or error}") from None
+
+
+def restore_from(backup: io.BufferedReader, home: Path, file: str) -> Restored:
+    """The same of an open file, which is called `file`; it may be a pipe."""
+    is_new = not home.exists()
+    try:
+        make(home, to_restore=True)
+        with serving(home):
+            try:
+                return _restore(backup, home)
+            except StartupError as error:
+                raise StartupError(f"{file}: {error}") from None
     except OSError as error:
         raise StartupError(f"can't restore {file} to {home}: {error.strerror or error}") from None
     finally:
@@ -60,7 +68,7 @@ def restore(file: Path, home: Path) -> Restored:
             shutil.rmtree(home, ignore_errors=True)
 
 
-def _restore(backup: BinaryIO, home: Path) -> Restored:
+def _restore(backup: io.BufferedReader, home: Path) -> Restored:
     _clear(home)
     if (size := os.fstat(backup.fileno()).st_size) > shutil.disk_usage(home).free:
         raise StartupError(f"it has {size} bytes, and the disk of {home} less than that free")

@@ -1,6 +1,8 @@
 """What is refused of a file that is to be restored, and that nothing stays then, within HOME or without."""
 
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -14,7 +16,7 @@ from server.backup.archive import is_place
 from server.backup.backup import back_up
 from server.backup.restore import restore
 from server.cli.main import app
-from server.database import connect
+from server.database import FILE_NAME, connect
 from server.errors import StartupError
 from server.home import LOCK_NAME
 
@@ -238,17 +240,43 @@ def test_the_commands(tmp_path: Path) -> None:
     home, again, file = tmp_path / "home", tmp_path / "again", tmp_path / "kept.tar.gz"
     connect(home).dispose()
     made = CliRunner().invoke(app, ["backup", str(file), "--home", str(home)])
-    size = file.stat().st_size
     counts = "0 versions, 0 stored adapters, 0 jobs (0 not ended), 0 uploads"
+    size = (home / FILE_NAME).stat().st_size
     assert (made.exit_code, made.stdout) == (0, f"{file}: {counts}; {size:,} bytes\n")
     done = CliRunner().invoke(app, ["restore", str(file), "--home", str(again)])
     assert done.exit_code == 0
     assert done.stdout.startswith(f"{again} is as it was at 20")
     assert done.stdout.endswith("; sound: 0 versions, 0 stored adapters checked\n")
     made = CliRunner().invoke(app, ["backup", str(file), "--home", str(again), "--json"])
-    assert json.loads(made.stdout)["num_bytes"] == file.stat().st_size
+    assert json.loads(made.stdout)["num_rounds"] == 1
     done = CliRunner().invoke(app, ["restore", str(file), "--home", str(tmp_path / "third"), "--json"])
     assert json.loads(done.stdout)["is_sound"] is True
     refusal = CliRunner().invoke(app, ["restore", str(file), "--home", str(again)])
     assert isinstance(refusal.exception, StartupError)  # which `main` says in a line
     assert "isn't empty" in str(refusal.exception)
+
+
+def test_through_a_pipe(tmp_path: Path) -> None:
+    """As from one container to another; what breaks the pipe is told, and what was cut off is refused."""
+    home, again = tmp_path / "home", tmp_path / "again"
+    connect(home).dispose()
+    told = [sys.executable, "-m", "server.cli"]
+    made = subprocess.run([*told, "backup", "-", "--home", str(home)], capture_output=True, check=True)
+    assert made.stderr.decode().startswith("-: 0 versions, ")
+    assert list((home / "tmp").iterdir()) == []
+    cut = subprocess.run(
+        [*told, "restore", "-", "--home", str(again)], input=made.stdout[:-11000], capture_output=True, check=False
+    )
+    assert cut.returncode == 1
+    assert cut.stderr.startswith(b"smolora: standard input: it ")
+    assert not again.exists()
+    done = subprocess.run(
+        [*told, "restore", "-", "--home", str(again)], input=made.stdout, capture_output=True, check=True
+    )
+    assert b"; sound: " in done.stdout
+    with open("/dev/full", "w") as full:
+        failed = subprocess.run(
+            [*told, "backup", "-", "--home", str(home)], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert failed.returncode == 1
+    assert failed.stderr == b"smolora: can't make standard output: No space left on device\n"
