@@ -262,3 +262,5 @@ def test_urls() -> None:
     with bind("127.0.0.1", 0) as bound:
         assert url(bound, "127.0.0.1") == f"http://127.0.0.1:{bound.getsockname()[1]}"
         assert url(bound, "::1").startswith("http://[::1]:")
+        assert url(bound, "0.0.0.0") == url(bound, "127.0.0.1"), "nobody can open 0.0.0.0"
+        assert url(bound, "::") == url(bound, "::1")
