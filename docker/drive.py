@@ -155,7 +155,7 @@ def train(client: httpx.Client, scratch: Path) -> None:
 
 
 def kept(client: httpx.Client, scratch: Path) -> None:
-    """After all kills: whatever an answer said is still so, every version has its bytes, and the job ended once."""
+    """After all kills: what an answer said is still so, every version has its bytes, and the job ended once."""
     told = Told(**json.loads((scratch / "told").read_text()))
     expect(len(told.published) > NUM_VARIANTS, "a number of versions were published")
     found = client.get(f"/adapters/{PUBLISHED}").raise_for_status().json()["versions"]
