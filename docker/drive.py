@@ -165,7 +165,8 @@ def kept(client: httpx.Client, scratch: Path) -> None:
             expect(there.get(version) == digest, f"{PUBLISHED}@{version} is there, with its bytes")
     expect(not there.keys() & set(told.deleted), "what was deleted is gone")
     for version in there:
-        generate(client, {"adapter": f"{PUBLISHED}@{version}", "max_tokens": 1})
+        body = {**PROMPT, "adapter": f"{PUBLISHED}@{version}", "max_tokens": 1}
+        expect(client.post("/generate", json=body).status_code == 200, f"{PUBLISHED}@{version} can be used")
     job = ended(client, scratch)
     steps = [event["data"]["step"] for event in events_of(client, scratch) if event["type"] == "metrics"]
     expect(steps == list(range(1, 301)), f"every step was told once: {len(steps)} of 300")
