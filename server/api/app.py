@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
 from server.access.rates import KINDS
-from server.api import health, openapi, pages
+from server.api import health, openapi, pages, web
 from server.api.access.authentication import Authentication
 from server.api.access.bodies import BodyTimeout
 from server.api.access.overload import Overload
@@ -104,6 +104,7 @@ def create_app(services: Services) -> FastAPI:
     for router in (keys.router, projects.router, usage.router):
         app.include_router(router)
     app.include_router(health.router)
+    app.include_router(web.router)
     app.include_router(pages.router)
     app.mount(pages.ASSETS_PATH, pages.assets)
     app.include_router(openai)

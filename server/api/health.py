@@ -20,7 +20,8 @@ async def health() -> Response:
 
 @router.get("/ready", summary="Can it serve?", responses=READY)
 async def ready(services: ServicesDep) -> Response:
-    """200 while the model is loaded, the engine makes progress and the server is not shutting down.
+    """200 while the model is loaded, the engine makes progress and the server is not shutting down: the
+    base's id, and whether it takes `messages`.
 
     No key needed.
     """
@@ -28,7 +29,8 @@ async def ready(services: ServicesDep) -> Response:
         raise EngineDead
     if not services.engine.ready:
         raise NotReady(retry_after=5)
-    return wire.answer({"status": "ready", "model": services.base_name})
+    has_template = services.encoder.has_chat_template
+    return wire.answer({"status": "ready", "model": services.base_name, "chat_template": has_template})
 
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=KEYS)

@@ -20,13 +20,14 @@ from server.engine.request import (
     EngineStats,
     FinishReason,
     GenerationRequest,
+    Logprobs,
     SampledLogprob,
     SequenceOutput,
     Timing,
     TokenLogprob,
 )
 from server.engine.runner import Runner
-from server.engine.sampling.sampler import Logprobs, Sampled
+from server.engine.sampling.sampler import Sampled
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Sequence
 from server.engine.structured.guidance import Guidance
@@ -222,12 +223,16 @@ class Engine:
 
     def _finish_scoring(self, sequence: Sequence) -> SequenceOutput:
         """End a sequence whose tokens have all been scored; what was drawn after them is nobody's."""
-        scores = tuple(score for _, score in sorted(sequence.scores.items()))
-        assert len(scores) == sequence.num_tokens - (sequence.request.scored_from or 0)
+        found = sorted(sequence.scores.items())
+        assert len(found) == sequence.num_tokens - (sequence.request.scored_from or 0)
+        scores = tuple(score.chosen for _, score in found)
         if not all(map(math.isfinite, scores)):
             return self._fail(sequence, GenerationFailed(_OVERFLOW))
+        logprobs: tuple[SampledLogprob, ...] = ()
+        if sequence.request.sampling.logprobs:
+            logprobs = tuple(self._logprob(sequence.token_ids[position], score) for position, score in found)
         self._remove(sequence)
-        return self._output(sequence, scores=scores, finish_reason="length")
+        return self._output(sequence, scores=scores, logprobs=logprobs, finish_reason="length")
 
     def _fail(self, sequence: Sequence, error: SmoloraError) -> SequenceOutput:
         self._remove(sequence)

@@ -64,7 +64,7 @@ class GenerationRequest:
     `adapters` is canonical: one entry for each digest, no zero weights, sorted. Empty: the frozen base.
     `grammar` ends an answer by itself, so stop strings and `ignore_eos` don't go with it.
     `scored_from`: generate nothing, but tell the log-probabilities of the prompt's tokens from this place (at
-    least 1) on; `sampling` has no effect but for its `max_tokens`, which must be 0, and `n` is 1.
+    least 1) on; of `sampling` only `logprobs` has an effect, `max_tokens` must be 0, and `n` is 1.
     `project`, of which nothing is known here but whether two are the same: it takes turns with the others, and
     nobody else finds what it has left in the prefix cache.
     """
@@ -77,6 +77,14 @@ class GenerationRequest:
     grammar: Grammar | None = None
     scored_from: int | None = None
     project: str = ""
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities (nats) before temperature and penalties: of the chosen token, and the likeliest."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]  # (token id, log-probability), best first
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,8 @@ class SequenceOutput:
     num_output_tokens: int
     num_cached_tokens: int
     logprobs: tuple[SampledLogprob, ...] = ()
-    scores: tuple[float, ...] = ()  # of a request with `scored_from`, with its `finish_reason` ("length"): nats
+    scores: tuple[float, ...] = ()
+    """Of a request with `scored_from`, with its `finish_reason` ("length"): nats; `logprobs` has more."""
     finish_reason: FinishReason | None = None
     error: SmoloraError | None = None  # why an "abort" happened
     timing: Timing | None = None

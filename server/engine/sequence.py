@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.errors import SmoloraError
-from server.engine.request import AdapterRef, GenerationRequest
+from server.engine.request import AdapterRef, GenerationRequest, Logprobs
 
 
 class Constraint(Protocol):
@@ -95,7 +95,7 @@ class Sequence:
     num_registered_blocks: int = 0  # known to the prefix cache
     hold: Hold | None = None
     constraint: Constraint | None = None  # where it is in its grammar
-    scores: dict[int, float] = field(default_factory=dict)  # of the tokens that are to be scored, by position
+    scores: dict[int, Logprobs] = field(default_factory=dict)  # of the tokens that are to be scored, by position
     status: Status = Status.WAITING
     admitted_at: float | None = None
     first_token_at: float | None = None
