@@ -10,6 +10,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  # pip would refuse; a checkout on
     sys.exit(f"smolora needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
 import logging
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated
@@ -25,6 +26,7 @@ from server.cli.compare import compare
 from server.cli.compose import compose
 from server.cli.datasets import group as datasets
 from server.cli.generate import generate
+from server.cli.home.backup import backup, restore
 from server.cli.home.doctor import doctor
 from server.cli.home.keys import group as keys
 from server.cli.home.projects import group as projects
@@ -66,6 +68,7 @@ def serve(settings: Settings) -> None:
     Each flag is also an environment variable: SMOLORA_MAX_NUM_SEQS for --max-num-seqs, and so on.
     """
     forget_keys()
+    _end_when_told()
     raise typer.Exit(_serve(settings))
 
 
@@ -73,18 +76,24 @@ def serve(settings: Settings) -> None:
 @with_flags(WorkerSettings)
 def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(hidden=True)] = None) -> None:
     """Train queued jobs, one at a time, until told to stop; `serve` runs workers of its own (SMOLORA_WORKERS)."""
+    _end_when_told()
     from server.training.worker.worker import run_worker
 
     logs.set_up(settings.log_format)
     raise typer.Exit(run_worker(settings, parent))
 
 
-for _command in (train, generate, chat, compare, compose, jobs, doctor, prune):
+for _command in (train, generate, chat, compare, compose, jobs, doctor, prune, backup, restore):
     app.command()(_command)
 app.add_typer(adapters, name="adapters")
 app.add_typer(datasets, name="datasets")
 app.add_typer(keys, name="keys")
 app.add_typer(projects, name="projects")
+
+
+def _end_when_told() -> None:
+    """By SIGTERM, until what is begun has its own way to end: a container's first process would ignore it."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def _serve(settings: Settings) -> int:
