@@ -1,6 +1,7 @@
 """docker/monitoring: alerts that fire when they should and then alone, and queries of metrics that there are."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -117,10 +118,10 @@ def test_each_alert_fires_in_its_trouble_and_no_other_does(tmp_path: Path) -> No
         cases.append((both, {**HEALTHY, **changes}))
     cases.append((("SmoloraDown",), GONE))
     for number, (firing, series) in enumerate(cases):
-        document = {"rule_files": [str(ALERTS)], "evaluation_interval": "1m", "tests": [unit_test(series, firing)]}
+        document = {"rule_files": [str(ALERTS)], "evaluation_interval": "5m", "tests": [unit_test(series, firing)]}
         (tmp_path / f"{number}.yml").write_text(yaml.safe_dump(document))
     told = ["promtool", "test", "rules", *map(str, sorted(tmp_path.glob("*.yml")))]
-    done = subprocess.run(told, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(told, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -179,6 +180,35 @@ def test_the_dashboard_is_one_that_grafana_provisions() -> None:
         }
         assert not covered & places, panel["title"]
         places |= covered
+
+
+@needs_promtool
+def test_prometheus_container_gets_ports_and_key(tmp_path: Path) -> None:
+    """What its shell does, in other folders and with an echo in the place of Prometheus."""
+    service = yaml.safe_load((FOLDER / "compose.yml").read_text())["services"]["prometheus"]
+    assert service["entrypoint"] == ["/bin/sh", "-c"]
+    (command,) = service["command"]
+    command = (
+        command.replace("$$", "$").replace("/etc/prometheus/", f"{FOLDER}/").replace("/bin/prometheus", "echo")
+    )
+    command = command.replace("/tmp", str(tmp_path))
+    ports = {"SERVER_PORT": "9123", "GPU_PORT": "9124"}
+    assert set(service["environment"]) == {*ports, "METRICS_KEY"}
+    environment = {"PATH": os.environ["PATH"], "METRICS_KEY": "sk-a b$c", **ports}
+    done = subprocess.run(["/bin/sh", "-c", command], env=environment, capture_output=True, text=True, check=True)
+    assert f"--config.file={tmp_path}/prometheus.yml" in done.stdout
+    key = tmp_path / "metrics-key"
+    assert (key.read_text(), key.stat().st_mode & 0o777) == ("sk-a b$c", 0o600)
+    made = tmp_path / "prometheus.yml"
+    (job,) = yaml.safe_load(made.read_text())["scrape_configs"]
+    assert {name: found["port"] for found in job["dns_sd_configs"] for name in found["names"]} == {
+        "server": 9123,
+        "server-gpu": 9124,
+    }
+    made.write_text(made.read_text().replace("/tmp/metrics-key", str(key)))
+    told = ["promtool", "check", "config", str(made)]
+    done = subprocess.run(told, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_compose_starts_both_only_when_asked() -> None:
