@@ -20,7 +20,7 @@ from server.api.access.sites import PROBES
 from server.api.errors.faults import form_of
 from server.errors import Unavailable
 from server.logs import request_id
-from server.training.queue.reserve import Reserve
+from server.training.queue.reserve import Reserve, is_disk_failing
 
 MAX_JSON_BYTES = 2 << 20
 MAX_UPLOAD_BYTES = 256 << 20
@@ -29,6 +29,7 @@ _UPLOAD = re.compile(r"/adapters/[^/]+|/datasets|/v1/files")
 _HINTS = {"/train": "; larger data goes through POST /datasets"}
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _DISK_FULL = Unavailable("the server's disk is full", retry_after=60.0)
+_DISK_FAILS = Unavailable("the server's disk fails to read or write", retry_after=60.0)
 
 log = logging.getLogger("smolora.api")
 
@@ -36,7 +37,8 @@ log = logging.getLogger("smolora.api")
 class RequestContext:
     """Gives every request an id, every response X-Request-Id, and the log one line without anybody's text.
 
-    What nobody foresaw becomes a 500 here, and a disk without room under `home` a 503, whichever route it was.
+    What nobody foresaw becomes a 500 here. A disk that fails, or has no room under `home`, is a 503, whichever
+    route it was.
     """
 
     def __init__(self, app: ASGIApp, home: Path) -> None:
@@ -70,7 +72,10 @@ class RequestContext:
             if status:
                 raise ConnectionAbortedError("the response was cut off") from None
             form = form_of(scope["path"])
-            response = form.of_error(_DISK_FULL) if self._reserve.is_disk_full(error) else form.internal()
+            if self._reserve.is_disk_full(error):
+                response = form.of_error(_DISK_FULL)
+            else:
+                response = form.of_error(_DISK_FAILS) if is_disk_failing(error) else form.internal()
             await response(scope, receive, send_with_id)
         finally:
             if scope["path"] not in _QUIET_PATHS or status not in (200, 503):
