@@ -56,7 +56,7 @@ check: $(READY_DEV)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run --Werror $(CPP)
-	@$(BIN)/mypy
+	@$(BIN)/mypy --num-workers 2
 	@$(BIN)/python -m tests.server.model.native.build warnings
 
 # ARGS=addresses (or threads) runs one of them.
