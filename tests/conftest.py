@@ -50,7 +50,7 @@ LONG = (
     "test_attacks.py",
     "test_failing_disk.py",
 )
-"""What takes longest, in that order. It begins first, so that all processes of a run end at about the same time."""
+"""What takes longest, in that order. It begins first, so that all processes end at about the same time."""
 
 
 def pytest_configure() -> None:
