@@ -9,12 +9,12 @@ LOCKED_DEV := $(LOCKED)-$(shell cksum < requirements-dev.lock | tr ' ' '-')
 READY := $(VENV)/.ready-$(LOCKED)
 READY_DEV := $(VENV)/.ready-dev-$(LOCKED_DEV)
 CPP := $(shell find server tests -name '*.h' -o -name '*.cpp')
-# Threads of torch that wait by spinning bring a busy machine of few cores to a crawl. Three processes keep two cores
-# busy: one of them mostly waits for servers. What goes together, and in which order, tests/conftest.py says.
-PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Threads of torch that wait by spinning bring a busy machine of few cores to a crawl. Four processes keep two cores
+# busy: about half of them wait for servers. What goes together, and in which order, tests/conftest.py says.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help serve test slow fuzz attack soak faults check sanitize bench gpu clean
+.PHONY: help serve test tests slow fuzz attack soak faults check lint types sanitize bench gpu clean
 
 help:
 	@echo 'make serve     set everything up and serve on http://127.0.0.1:8000'
@@ -33,7 +33,11 @@ help:
 serve: $(READY)
 	@exec $(BIN)/smolora serve $(ARGS)
 
-test: check
+# Types take a core a minute, in which the tests begin.
+test: lint
+	@$(MAKE) --no-print-directory --jobs 2 types tests
+
+tests: $(READY_DEV)
 	@$(PYTEST) -m "not slow" $(ARGS)
 
 slow: $(READY_DEV)
@@ -52,10 +56,14 @@ soak: $(READY_DEV)
 faults: $(READY_DEV)
 	@$(BIN)/python -m tests.fault_rounds $(ARGS)
 
-check: $(READY_DEV)
+check: lint types
+
+lint: $(READY_DEV)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+types: $(READY_DEV)
 	@$(BIN)/mypy --num-workers 2
 	@$(BIN)/python -m tests.server.model.native.build warnings
 

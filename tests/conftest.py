@@ -74,7 +74,8 @@ class Scheduling(LoadFileScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        units = (unit for unit, names in SHARED.items() if file.rpartition("/")[2] in names)
+        folder, _, name = file.rpartition("/")
+        units = (unit for unit, names in SHARED.items() if folder.endswith("end_to_end") and name in names)
         return next(units, file)
 
 
