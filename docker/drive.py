@@ -1,5 +1,6 @@
 """The client's side of docker/check: one step by name, against a running server. Exits with 1 where it fails."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,8 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 READY_WITHIN = 180.0  # seconds
 TRAINED_WITHIN = 600.0  # seconds, for what takes some thirty on two free cores
 CODES = {"200": "OK", "404": "Not Found", "418": "I'm a Teapot", "503": "Service Unavailable"}
+NUM_VARIANTS = 8  # adapters that `publish` takes in turn: others' bytes each time
+PUBLISHED = "many"
 QUESTION = {"prompt": "HTTP 404:", "temperature": 0, "max_tokens": 8}
 
 
@@ -86,10 +89,7 @@ def submit(client: httpx.Client, scratch: Path) -> None:
 def trained(client: httpx.Client, scratch: Path) -> None:
     """The job succeeds, and the next request has its adapter, with no restart."""
     started = time.monotonic()
-    while (job := job_of(client, scratch))["status"] in ("queued", "running"):
-        expect(time.monotonic() - started < TRAINED_WITHIN, f"the job ends in time: {job}")
-        time.sleep(0.5)
-    expect(job["status"] == "succeeded", f"the job succeeds: {job}")
+    job = ended(client, scratch)
     say(f"trained in {time.monotonic() - started:.1f} s: {job['progress']}")
     expect(generate(client, {}, QUESTION).text.strip() != CODES["404"], "the base doesn't know the phrase")
     answer = generate(client, {"adapter": "codes"}, QUESTION)
@@ -112,6 +112,106 @@ def again(client: httpx.Client, scratch: Path) -> None:
     expect(generate(client, {"adapter": "codes"}, QUESTION).text.strip() == CODES["404"], "it still knows it")
 
 
+def publish(client: httpx.Client, scratch: Path) -> None:
+    """Publish and delete versions until there is a file `enough`, whatever is killed; what was told is kept."""
+    variants = [make_adapter(scratch, seed) for seed in range(NUM_VARIANTS)]
+    told = Told({}, [], [])
+    number = 0
+    while not (scratch / "enough").exists():
+        files = variants[number % NUM_VARIANTS]
+        parts = {name.split(".")[0]: (name, (files / name).read_bytes()) for name in ADAPTER_FILES}
+        try:
+            answer = client.post(f"/adapters/{PUBLISHED}", files=parts)
+            if answer.status_code == 201:
+                told.published[str(answer.json()["version"])] = answer.json()["digest"]
+                number += 1
+                if number % 3 == 0:
+                    doomed = str(int(answer.json()["version"]) - 1)
+                    told.doubtful.append(doomed)
+                    if client.delete(f"/adapters/{PUBLISHED}/{doomed}").status_code == 204:
+                        told.deleted.append(doomed)
+        except httpx.TransportError:  # it was killed: nobody knows what became of it
+            time.sleep(0.2)
+    (scratch / "told").write_text(json.dumps(vars(told)))
+    say(f"{len(told.published)} versions were published, {len(told.deleted)} deleted")
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a server has answered: versions with their digests, and those that it has deleted, or may have."""
+
+    published: dict[str, str]
+    deleted: list[str]
+    doubtful: list[str]
+
+
+def train(client: httpx.Client, scratch: Path) -> None:
+    """A job that takes a while, with checkpoints."""
+    steps = {"max_steps": 300, "batch_size": 4, "max_length": 32, "checkpoint_steps": 5}
+    rows = [{"prompt": f"HTTP {code}:", "completion": f" {phrase}"} for code, phrase in CODES.items()]
+    answer = client.post("/train", json={"name": "churned", "data": rows, "training": steps})
+    expect(answer.status_code == 202, f"/train answers 202, not {answer.status_code} {answer.text}")
+    (scratch / "job").write_text(answer.json()["id"])
+
+
+def kept(client: httpx.Client, scratch: Path) -> None:
+    """After all kills: what an answer said is still so, every version has its bytes, and the job ended once."""
+    told = Told(**json.loads((scratch / "told").read_text()))
+    expect(len(told.published) > NUM_VARIANTS, "a number of versions were published")
+    found = client.get(f"/adapters/{PUBLISHED}").raise_for_status().json()["versions"]
+    there = {str(version["version"]): version["digest"] for version in found}
+    for version, digest in told.published.items():
+        if version not in told.doubtful:
+            expect(there.get(version) == digest, f"{PUBLISHED}@{version} is there, with its bytes")
+    expect(not there.keys() & set(told.deleted), "what was deleted is gone")
+    for version in there:
+        body = {**PROMPT, "adapter": f"{PUBLISHED}@{version}", "max_tokens": 1}
+        expect(client.post("/generate", json=body).status_code == 200, f"{PUBLISHED}@{version} can be used")
+    job = ended(client, scratch)
+    steps = [event["data"]["step"] for event in events_of(client, scratch) if event["type"] == "metrics"]
+    expect(steps == list(range(1, 301)), f"every step was told once: {len(steps)} of 300")
+    versions = client.get("/adapters/churned").raise_for_status().json()["versions"]
+    expect([version["job_id"] for version in versions] == [job["id"]], "it published one version")
+    generate(client, {"adapter": "churned"}, QUESTION)
+    say(f"{len(there)} versions are there; the job took {job['attempt']} attempts")
+
+
+def ended(client: httpx.Client, scratch: Path) -> dict[str, Any]:
+    """The job, which succeeds."""
+    started = time.monotonic()
+    while (job := job_of(client, scratch))["status"] in ("queued", "running"):
+        expect(time.monotonic() - started < TRAINED_WITHIN, f"the job ends in time: {job}")
+        time.sleep(0.5)
+    expect(job["status"] == "succeeded", f"the job succeeds: {job}")
+    return job
+
+
+def events_of(client: httpx.Client, scratch: Path) -> list[dict[str, Any]]:
+    """All of the job's."""
+    path = f"/train/{(scratch / 'job').read_text()}/events"
+    found: list[dict[str, Any]] = []
+    while page := client.get(path, params={"after": found[-1]["seq"] if found else 0}).raise_for_status().json():
+        found += page
+    return found
+
+
+def remember(client: httpx.Client, scratch: Path) -> None:
+    """Greedy answers with log-probabilities, for `same` to compare with."""
+    (scratch / "answers").write_text(json.dumps(choices(client)))
+
+
+def same(client: httpx.Client, scratch: Path) -> None:
+    """What a restored server answers, to the last bit."""
+    expect(choices(client) == json.loads((scratch / "answers").read_text()), "the same answers, to the last bit")
+
+
+def choices(client: httpx.Client) -> list[Any]:
+    asked = [
+        {**QUESTION, "logprobs": 2, **more} for more in ({}, {"adapter": "codes"}, {"adapter": "codes+check"})
+    ]
+    return [client.post("/generate", json=body).raise_for_status().json()["choices"] for body in asked]
+
+
 def job_of(client: httpx.Client, scratch: Path) -> dict[str, Any]:
     """The job that `submit` made."""
     job: dict[str, Any] = client.get(f"/train/{(scratch / 'job').read_text()}").raise_for_status().json()
@@ -124,13 +224,13 @@ def listed(client: httpx.Client, *names: str) -> None:
     expect(found == {name: [1] for name in names}, f"these are listed, in one version each: {found}")
 
 
-def make_adapter(scratch: Path) -> Path:
+def make_adapter(scratch: Path, seed: int = 0) -> Path:
     """What PEFT saves for a model of the base's sizes: rank 4 on two layers' q and v, with a strong effect."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     sizes = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -148,8 +248,9 @@ def make_adapter(scratch: Path) -> Path:
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )
-    get_peft_model(LlamaForCausalLM(sizes), lora).save_pretrained(str(scratch / "adapter"))
-    return scratch / "adapter"
+    place = scratch / f"adapter-{seed}"
+    get_peft_model(LlamaForCausalLM(sizes), lora).save_pretrained(str(place))
+    return place
 
 
 def generate(client: httpx.Client, more: Mapping[str, object], prompt: Mapping[str, object] = PROMPT) -> Answer:
@@ -180,6 +281,11 @@ STEPS: Mapping[str, Callable[[httpx.Client, Path], None]] = {
     "trained": trained,
     "long": long,
     "again": again,
+    "publish": publish,
+    "train": train,
+    "kept": kept,
+    "remember": remember,
+    "same": same,
 }
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ log they wait for nobody, with a rollback journal for the moment in which somebo
 import fcntl
 import logging
 import os
+import shutil
+import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, cast
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -147,6 +150,65 @@ def faults(home: Path) -> list[str]:
     return found
 
 
+def copy(home: Path, target: Path) -> None:
+    """Write the database as it is at one moment to the new file `target`, while others use it.
+
+    No migration is run. Raises StartupError where there is no database, or it is damaged.
+    """
+    path = existing(home)
+    try:
+        users = os.open(home / USERS_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(users, fcntl.LOCK_SH)  # nobody sets it aside meanwhile
+            with (
+                closing(driver.connect(path, timeout=BUSY_SECONDS)) as source,
+                closing(driver.connect(target)) as copied,
+            ):
+                source.backup(copied)
+        finally:
+            os.close(users)
+    except (OSError, driver.Error) as error:
+        raise StartupError(f"can't copy the database {path}: {error}") from None
+
+
+def schema_of(path: Path) -> str:
+    """The newest migration of a database's file. Raises StartupError."""
+    try:
+        with closing(driver.connect(path, timeout=BUSY_SECONDS)) as connection:
+            (schema,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    except (driver.Error, TypeError) as error:
+        raise StartupError(f"can't read the database {path}: {error}") from None
+    return str(schema)
+
+
+@contextmanager
+def opened_copy(copied: Path, scratch: Path) -> Iterator[tuple[sa.Engine, Path]]:
+    """A copy of what `copy` made, brought up to date, and the folder below `scratch` that it lies in for a while.
+
+    Raises StartupError.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        shutil.copyfile(copied, Path(name) / FILE_NAME)
+        engine = connect(Path(name))
+        try:
+            yield engine, Path(name)
+        finally:
+            engine.dispose()
+
+
+def existing(home: Path) -> Path:
+    """The file of a HOME that is there already. Raises StartupError where none is."""
+    path = home / FILE_NAME
+    if not path.exists():
+        raise StartupError(f"{home} isn't a server's home: it has no {FILE_NAME}; give --home or SMOLORA_HOME")
+    return path
+
+
+def knows_schema(schema: str) -> bool:
+    """Whether this smolora can bring a database of that schema up to date."""
+    return any(script.revision == schema for script in ScriptDirectory.from_config(_migrations()).walk_revisions())
+
+
 @contextmanager
 def nobody_has_it_open(home: Path) -> Iterator[None]:
     """A block in which no process has or gets the database open. Raises StartupError where one has."""
@@ -176,11 +238,16 @@ def set_aside(home: Path) -> list[str]:
 
 def migrate(engine: sa.Engine) -> None:
     """Runs all missing migrations, in one transaction."""
-    config = Config()
-    config.set_main_option("script_location", "server:migrations")
+    config = _migrations()
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def _migrations() -> Config:
+    config = Config()
+    config.set_main_option("script_location", "server:migrations")
+    return config
 
 
 def _is_alone(users: int) -> bool:

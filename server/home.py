@@ -11,10 +11,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters.durable import UNFINISHED
 from adapters.viewpoint import DEFAULT_PROJECT
 from server.errors import StartupError
 
 LOCK_NAME = "server.lock"
+RESTORING = f"{UNFINISHED}restore-"
+"""How the folder begins in which a restore collects what HOME is to have; it goes once all is in its place."""
 _PROJECTS = "projects"
 
 
@@ -70,11 +73,14 @@ class Home:
         return self.path / "native"
 
 
-def make(home: Path) -> bool:
-    """Make the folder if need be, and shut everybody else out of it; whether they are out. Raises StartupError.
+def make(home: Path, *, to_restore: bool = False) -> bool:
+    """Make the folder if need be, and shut everybody else out of it; whether they are out. Raises StartupError,
+    also where a restore was cut off there, but for who is `to_restore` again.
 
     A folder of another user, such as a volume that a group shares, keeps its mode.
     """
+    if not to_restore and next(home.glob(f"{RESTORING}*"), None) is not None:
+        raise StartupError(f"SMOLORA_HOME={home}: smolora restore is at work there, or was cut off: run it again")
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = home.stat()

@@ -14,9 +14,10 @@ import pytest
 import torch
 import yaml
 
-from server.config import Settings, load
+from server.config import Settings, WorkerSettings, load
 from server.limits import Limits
-from server.serve.process import KEEP_ALIVE_SECONDS
+from server.serve.process import DRAIN_SECONDS, HURRY_SECONDS, KEEP_ALIVE_SECONDS
+from server.training.worker.supervisor import GRACE_SECONDS
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
@@ -31,16 +32,18 @@ def compose_command() -> list[str] | None:
     return None
 
 
-def resolved(*files: str) -> Mapping[str, Any]:
+def resolved(*files: str, given: Mapping[str, str] | None = None) -> Mapping[str, Any]:
     """The services as compose resolves them, all profiles together; as YAML alone where there is no compose.
 
-    `files` come on top of docker-compose.yml, which needs compose.
+    `files` come on top of docker-compose.yml, and `given` is in the environment; both need compose.
     """
     command = compose_command()
     if command is None:
         written: Mapping[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
         return written
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("SMOLORA_")}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SMOLORA_")} | dict(
+        given or {}
+    )
     named = [option for file in ("docker-compose.yml", *files) for option in ("--file", file)]
     told = [*command, *named, "--profile", "gpu", "config", "--format", "json"]
     done = subprocess.run(told, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
@@ -76,6 +79,71 @@ def test_the_proxys_times_go_with_the_servers() -> None:
     assert limits.request_timeout < seconds["proxy_read_timeout"] <= seconds["worker_shutdown_timeout"]
     assert {int(value) for value in re.findall(r" keepalive_timeout (\d+)s;", text)} == {60}
     assert KEEP_ALIVE_SECONDS > 60
+
+
+OF_THE_IMAGE = {"home", "host", "base_dir"}
+"""Settings that the image has of its own: the volume, all addresses of the container, the base within."""
+FIXED = {"server": {"workers"}, "server-gpu": {"device"}, "worker": set[str]()}
+"""What each service is told whatever its caller says."""
+
+
+@pytest.mark.parametrize("service", FIXED)
+def test_every_setting_is_passed_on(service: str) -> None:
+    """As the variable of its name, and nothing else is: a new setting is one line there, too.
+
+    The worker gets some that it has no use for.
+    """
+    written = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"][service]["environment"]
+    image = set(re.findall(r"\bSMOLORA_(\w+)=", DOCKERFILE))
+    assert image == {name.upper() for name in OF_THE_IMAGE}
+    kind = WorkerSettings if service == "worker" else Settings
+    passed = set(kind.model_fields) - OF_THE_IMAGE
+    there = {name.removeprefix("SMOLORA_").lower() for name in written}
+    assert passed <= there <= set(Settings.model_fields) - OF_THE_IMAGE
+    for name in passed - FIXED[service]:
+        variable = f"SMOLORA_{name.upper()}"
+        given = {"server-gpu": {"port": "SMOLORA_GPU_PORT"}}.get(service, {}).get(name, variable)
+        assert re.fullmatch(rf"\$\{{{given}(:?-[^}}]*)?\}}", str(written[variable])), variable
+
+
+@pytest.mark.skipif(compose_command() is None, reason="needs docker compose")
+def test_a_setting_arrives_and_the_server_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through compose and the environment, and the address that it shows is the published one."""
+    given = {"PORT": "9123", "MAX_QUEUE": "7", "ALLOW_HUB_ADAPTERS": "1", "NATIVE": "0", "MIN_FREE_BYTES": "1GiB"}
+    server = resolved(given={f"SMOLORA_{name}": value for name, value in given.items()})["server"]
+    (port,) = server["ports"]
+    assert (port["host_ip"], port["target"], port["published"]) == ("127.0.0.1", 9123, "9123")
+    for name, value in server["environment"].items():
+        monkeypatch.setenv(name, str(value))
+    settings = load(Settings)
+    assert (settings.port, settings.max_queue, settings.min_free_bytes) == (9123, 7, 1 << 30)
+    assert (settings.allow_hub_adapters, settings.native, settings.workers) == (True, False, 0)
+
+
+@pytest.mark.skipif(compose_command() is None, reason="needs docker compose")
+def test_every_container_has_limits_that_can_be_set() -> None:
+    given = {f"{who}_{what}": "700" for who in ("SERVER", "WORKER", "PROXY") for what in ("PIDS",)}
+    given |= {f"{who}_MEMORY": "900m" for who in ("SERVER", "WORKER", "PROXY")} | {"TMP_SIZE": "5m"}
+    default, told = resolved("docker/proxy/compose.yml"), resolved("docker/proxy/compose.yml", given=given)
+    assert set(default) == {"server", "server-gpu", "worker", "proxy"}
+    for name, service in default.items():
+        assert 64 <= int(service["pids_limit"]) <= 512, name
+        assert 256 << 20 <= int(service["mem_limit"]) <= 8 << 30, name
+        assert int(told[name]["pids_limit"]) == 700
+        assert int(told[name]["mem_limit"]) == 900 << 20
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        if name != "proxy":
+            assert service["tmpfs"] == ["/tmp:size=64m,mode=1777,noexec,nosuid,nodev"]
+            assert told[name]["tmpfs"][0].startswith("/tmp:size=5m,")
+
+
+@pytest.mark.skipif(compose_command() is None, reason="needs docker compose")
+def test_it_may_end_in_its_own_time() -> None:
+    """What drains, then what is on its way; workers let go meanwhile."""
+    for name, service in resolved().items():
+        seconds = int(service["stop_grace_period"].removesuffix("s"))
+        assert seconds > max(DRAIN_SECONDS + HURRY_SECONDS, GRACE_SECONDS) + 5, name
 
 
 def stages() -> dict[str, str]:

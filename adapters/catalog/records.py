@@ -49,15 +49,13 @@ class Records:
 
     def write(self, version: Version) -> None:
         """Keep the version's record, in the place of any older one of its number."""
-        place = self._place(version.name)
-        if not place.is_dir():
-            place.mkdir(parents=True, exist_ok=True)
-            parent = place.parent
-            while parent != self._root.parent:
-                sync(parent)
-                parent = parent.parent
-        with new_file(place / f"{version.version}.json") as unfinished:
+        with new_file(self._made(version.name) / f"{version.version}.json") as unfinished:
             unfinished.write_bytes(encode(version))
+
+    def count_up(self, name: str, number: int) -> None:
+        """Keep that the name's numbers below this one were given out."""
+        with new_file(self._made(name) / _NEXT) as unfinished:
+            unfinished.write_bytes(b"%d" % number)
 
     def remove(self, name: str, numbers: list[int]) -> None:
         """Drop the records of these versions. That their numbers were given out stays known."""
@@ -67,8 +65,7 @@ class Records:
         if not gone:
             return
         if max(gone) == max(there) and _read_next(place) <= max(gone):
-            with new_file(place / _NEXT) as unfinished:
-                unfinished.write_bytes(b"%d" % (max(gone) + 1))
+            self.count_up(name, max(gone) + 1)
         self.forget(name, gone)
 
     def forget(self, name: str, numbers: list[int]) -> None:
@@ -101,6 +98,17 @@ class Records:
             for _, place in self._places():
                 for path in place.glob(pattern):
                     path.unlink(missing_ok=True)
+
+    def _made(self, name: str) -> Path:
+        """The name's folder, which is there from now on."""
+        place = self._place(name)
+        if not place.is_dir():
+            place.mkdir(parents=True, exist_ok=True)
+            parent = place.parent
+            while parent != self._root.parent:
+                sync(parent)
+                parent = parent.parent
+        return place
 
     def _place(self, key: str) -> Path:
         project, name = split_key(key)

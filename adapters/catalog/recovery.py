@@ -1,6 +1,7 @@
 """Brings the catalog and its records together again: after a crash, and where the database is lost.
 
-A version without a record gets one. For a record without a version there are two cases:
+A version without a record gets one, and so does a name's next number that its records don't tell. For a record
+without a version there are two cases:
 
 - The catalog has given out its number. Then a delete was interrupted, and the record is removed.
 - The catalog has not. Then a publication was interrupted, or the database was lost or restored from an older copy.
@@ -64,6 +65,7 @@ def recover(
         missing = [version for key, version in listed.items() if recorded.get(key) != version]
         for version in missing:
             records.write(version)
+        _tell_numbers(records, found, listed, numbers)
         strays = [version for key, version in recorded.items() if key not in listed]
         owed = [version for version in strays if version.version >= numbers.get(version.name, 1)]
         owed = [version for version in owed if version.job_id is None or not is_known(version.job_id)]
@@ -100,6 +102,18 @@ def _count_up(
             connection.execute(sa.insert(names).values(name=name, project=project, kind=kind, next_version=number))
         elif number > numbers.get(name, number):
             connection.execute(sa.update(names).where(names.c.name == name).values(next_version=number))
+
+
+def _tell_numbers(
+    records: Records, found: Found, listed: Iterable[tuple[str, int]], numbers: Mapping[str, int]
+) -> None:
+    """As `_count_up`, the other way round: of names whose newest versions were deleted, and records were lost."""
+    told = dict(found.next_versions)
+    for name, number in listed:
+        told[name] = max(told.get(name, 1), number + 1)
+    for name, number in numbers.items():
+        if number > told.get(name, 1):
+            records.count_up(name, number)
 
 
 def _adopt(

@@ -5,7 +5,7 @@ A secret has 256 random bits, so that its plain SHA-256 can't be searched: a slo
 
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,10 +76,12 @@ class Keys:
         scopes: Sequence[Scope] = DEFAULT_SCOPES,
         expires_at: datetime | None = None,
         quota: Quota | None = None,
+        deliver: Callable[["ApiKey", str], None] = lambda key, secret: None,
     ) -> tuple[ApiKey, str]:
         """A new key and its secret, which can't be asked for again; its project comes to be if there is none.
 
-        Raises InvalidInput on whatever is wrong with a field.
+        `deliver` is given both before anything is stored: where it raises, there is no key. Raises InvalidInput on
+        whatever is wrong with a field.
         """
         now = datetime.now(UTC)
         expires_at = _in_utc(expires_at)
@@ -97,6 +99,7 @@ class Keys:
             changed(connection)
             record(connection, who, "key.create", project, key.id, {"name": name, "scopes": list(kept)})
 
+        deliver(key, secret)
         if not self._keyed.exists():  # before the key: a lost database must not let strangers in
             with new_file(self._keyed):
                 pass

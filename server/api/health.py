@@ -1,5 +1,6 @@
 """GET /health, /ready and /metrics: is the process there, can it serve, what has it done."""
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter
 from starlette.responses import Response
 
@@ -7,7 +8,9 @@ from server.api import wire
 from server.api.deps import ServicesDep
 from server.api.openapi import KEYS, READY
 from server.errors import EngineDead, NotReady
-from server.metrics import CONTENT_TYPE
+from server.metrics.metrics import CONTENT_TYPE
+
+_rendering = CapacityLimiter(1)
 
 router = APIRouter(tags=["health"])
 
@@ -20,7 +23,8 @@ async def health() -> Response:
 
 @router.get("/ready", summary="Can it serve?", responses=READY)
 async def ready(services: ServicesDep) -> Response:
-    """200 while the model is loaded, the engine makes progress and the server is not shutting down.
+    """200 while the model is loaded, the engine makes progress and the server is not shutting down: the
+    base's id, and whether it takes `messages`.
 
     No key needed.
     """
@@ -28,10 +32,12 @@ async def ready(services: ServicesDep) -> Response:
         raise EngineDead
     if not services.engine.ready:
         raise NotReady(retry_after=5)
-    return wire.answer({"status": "ready", "model": services.base_name})
+    has_template = services.encoder.has_chat_template
+    return wire.answer({"status": "ready", "model": services.base_name, "chat_template": has_template})
 
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=KEYS)
 async def metrics(services: ServicesDep) -> Response:
     """Counters, gauges and histograms in Prometheus' text format."""
-    return Response(services.metrics.render(), media_type=CONTENT_TYPE)
+    text = await to_thread.run_sync(services.metrics.render, limiter=_rendering)
+    return Response(text, media_type=CONTENT_TYPE)

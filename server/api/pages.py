@@ -1,4 +1,4 @@
-"""What a browser or `curl` finds without a key: `/`, and the API's own pages, /docs and /redoc.
+"""The API's own pages, /docs and /redoc, which need no key.
 
 Their scripts and styles are those that the package fastapi-offline brings: nothing is fetched from elsewhere.
 """
@@ -8,11 +8,9 @@ from pathlib import Path
 import fastapi_offline
 from fastapi import APIRouter
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
-from server import __version__
-from server.api import wire
 from server.api.deps import ServicesDep
 
 ASSETS_PATH = "/docs/assets"
@@ -22,25 +20,6 @@ _TITLE = "smolora"
 router = APIRouter(include_in_schema=False)
 assets = StaticFiles(directory=Path(fastapi_offline.__file__).parent / "static")
 """To be mounted at ASSETS_PATH."""
-
-
-@router.get("/")
-async def root(services: ServicesDep) -> Response:
-    """Say what runs here, and where to look."""
-    return wire.answer(
-        {
-            "service": "smolora",
-            "version": __version__,
-            "model": services.base_name,
-            "chat_template": services.encoder.has_chat_template,
-            "ready": "/ready",
-            "docs": "/docs",
-            "adapters": "/adapters",
-            "generate": "POST /generate",
-            "train": "POST /train",
-            "openai": "/v1",
-        }
-    )
 
 
 @router.get("/docs")

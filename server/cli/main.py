@@ -9,6 +9,8 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036  # pip would refuse; a checkout on the path would not
     sys.exit(f"smolora needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
+import logging
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated
@@ -24,6 +26,7 @@ from server.cli.compare import compare
 from server.cli.compose import compose
 from server.cli.datasets import group as datasets
 from server.cli.generate import generate
+from server.cli.home.backup import backup, restore
 from server.cli.home.doctor import doctor
 from server.cli.home.keys import group as keys
 from server.cli.home.projects import group as projects
@@ -39,6 +42,8 @@ from server.serve.address import bind, refuse_strangers, url
 SWITCH_INTERVAL = 0.0005
 """Seconds for which a thread may keep the GIL when another wants it. The engine's thread lets go of it in every
 kernel, and with Python's 5 ms would wait that long to get it back from the event loop, many times a step."""
+
+log = logging.getLogger("smolora.run")
 
 app = typer.Typer(
     name="smolora",
@@ -63,6 +68,7 @@ def serve(settings: Settings) -> None:
     Each flag is also an environment variable: SMOLORA_MAX_NUM_SEQS for --max-num-seqs, and so on.
     """
     forget_keys()
+    _end_when_told()
     raise typer.Exit(_serve(settings))
 
 
@@ -70,13 +76,14 @@ def serve(settings: Settings) -> None:
 @with_flags(WorkerSettings)
 def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(hidden=True)] = None) -> None:
     """Train queued jobs, one at a time, until told to stop; `serve` runs workers of its own (SMOLORA_WORKERS)."""
+    _end_when_told()
     from server.training.worker.worker import run_worker
 
-    logs.set_up()
+    logs.set_up(settings.log_format)
     raise typer.Exit(run_worker(settings, parent))
 
 
-for _command in (train, generate, chat, compare, compose, jobs, doctor, prune):
+for _command in (train, generate, chat, compare, compose, jobs, doctor, prune, backup, restore):
     app.command()(_command)
 app.add_typer(adapters, name="adapters")
 app.add_typer(datasets, name="datasets")
@@ -84,14 +91,24 @@ app.add_typer(keys, name="keys")
 app.add_typer(projects, name="projects")
 
 
+def _end_when_told() -> None:
+    """By SIGTERM, until what is begun has its own way to end: a container's first process would ignore it."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
 def _serve(settings: Settings) -> int:
     """Everything from the settings to the exit code."""
     sys.setswitchinterval(SWITCH_INTERVAL)
     keep_freed_memory()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if is_json := settings.log_format == "json":  # whoever reads the lines reads nothing else
+        logs.set_up("json")
 
     def say(line: str) -> None:
-        console.print(f"smolora: {line}", markup=False)
+        if is_json:
+            log.info(line)
+        else:
+            console.print(f"smolora: {line}", markup=False)
 
     for line in unknown_variables():
         say(line)
@@ -119,16 +136,20 @@ def _serve_at(settings: Settings, say: Callable[[str], None]) -> int:
         flag = BusyFlag(settings.home)
     except OSError as error:
         raise StartupError(f"{error.filename or settings.home}: {error.strerror or error}") from error
-    logs.set_up()
+    logs.set_up(settings.log_format)
 
     def announce() -> None:
         address, is_open = url(bound, settings.host), services.access.ring.is_open
         prompts = first_prompts(address, services.encoder.has_chat_template, not is_open)
-        with suppress(OSError):  # whoever started it may have stopped reading
-            typer.echo(f"smolora: {services.base_name} is ready at {address} (its API: {address}/docs).")
-            typer.echo("Try, in another terminal:")
-            for line in prompts:
-                typer.echo(f"  {line}")
+        ready = f"{services.base_name} is ready at {address} (its API: {address}/docs)."
+        if settings.log_format == "json":
+            say(ready)
+        else:
+            with suppress(OSError):  # whoever started it may have stopped reading
+                typer.echo(f"smolora: {ready}")
+                typer.echo("Try, in another terminal:")
+                for line in prompts:
+                    typer.echo(f"  {line}")
         if is_open and not is_loopback(settings.host):
             say("anybody who reaches this port can use it: no API key is asked for")
 

@@ -26,8 +26,8 @@ class Client(Connection):
     """A method for each thing to do."""
 
     def about(self) -> Document:
-        """What runs there: the base's name, whether it has a chat template, where to look."""
-        return self.json("GET", "/")
+        """What runs there: the base's name, whether it has a chat template."""
+        return self.json("GET", "/ready")
 
     def upload(self, path: Path) -> Document:
         """Store the rows of a JSONL or CSV file; the data set. Raises OSError where it can't be read."""

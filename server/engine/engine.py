@@ -20,13 +20,14 @@ from server.engine.request import (
     EngineStats,
     FinishReason,
     GenerationRequest,
+    Logprobs,
     SampledLogprob,
     SequenceOutput,
     Timing,
     TokenLogprob,
 )
 from server.engine.runner import Runner
-from server.engine.sampling.sampler import Logprobs, Sampled
+from server.engine.sampling.sampler import Sampled
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Sequence
 from server.engine.structured.guidance import Guidance
@@ -79,7 +80,7 @@ class Engine:
         self._clock = clock
         rows = backend.rank_rows(max(config.adapter_cache_bytes // backend.bytes_per_rank, 1))
         self._loaders = ThreadPoolExecutor(2, "adapter-loader")
-        self.pool = AdapterPool(rows, load, self._loaders, wake)
+        self.pool = AdapterPool(rows, load, self._loaders, wake, clock)
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.pool, clock)
         self.runner = Runner(backend.forward(self.blocks.num_blocks, config.block_size, rows))
         self._streams: dict[Sequence, TextStream] = {}
@@ -108,7 +109,9 @@ class Engine:
             kv_blocks_total=self.blocks.num_usable_blocks,
             kv_blocks_used=self.blocks.num_used_blocks,
             adapters_resident=len(resident),
+            adapter_rows_total=self.pool.num_rows,
             adapter_rows_used=self.pool.num_rows_used,
+            max_adapter_rank=self.pool.rows.max_rank,
             adapter_loads=self.pool.num_loads,
             adapter_evictions=self.pool.num_evictions,
             prefix_cached_tokens=self._num_prefix_tokens,
@@ -117,6 +120,7 @@ class Engine:
             preemptions=self.scheduler.num_preemptions,
             steps=self.num_steps,
             resident=resident,
+            waiting=self.scheduler.waiting_adapters,
         )
 
     def check(self, request: GenerationRequest) -> None:
@@ -222,12 +226,16 @@ class Engine:
 
     def _finish_scoring(self, sequence: Sequence) -> SequenceOutput:
         """End a sequence whose tokens have all been scored; what was drawn after them is nobody's."""
-        scores = tuple(score for _, score in sorted(sequence.scores.items()))
-        assert len(scores) == sequence.num_tokens - (sequence.request.scored_from or 0)
+        found = sorted(sequence.scores.items())
+        assert len(found) == sequence.num_tokens - (sequence.request.scored_from or 0)
+        scores = tuple(score.chosen for _, score in found)
         if not all(map(math.isfinite, scores)):
             return self._fail(sequence, GenerationFailed(_OVERFLOW))
+        logprobs: tuple[SampledLogprob, ...] = ()
+        if sequence.request.sampling.logprobs:
+            logprobs = tuple(self._logprob(sequence.token_ids[position], score) for position, score in found)
         self._remove(sequence)
-        return self._output(sequence, scores=scores, finish_reason="length")
+        return self._output(sequence, scores=scores, logprobs=logprobs, finish_reason="length")
 
     def _fail(self, sequence: Sequence, error: SmoloraError) -> SequenceOutput:
         self._remove(sequence)
@@ -255,11 +263,12 @@ class Engine:
         timing = None
         if finish_reason is not None:
             now, start = self._clock(), sequence.arrival
-            admitted, first_token = sequence.admitted_at, sequence.first_token_at
+            admitted, first_token, load = sequence.admitted_at, sequence.first_token_at, sequence.loading
             timing = Timing(
                 queue=(now if admitted is None else admitted) - start,
                 first_token=(now if first_token is None else first_token) - start,
                 total=now - start,
+                load=None if load is None else (load[0] - start, load[1] - start),
             )
         return SequenceOutput(
             request_id=sequence.request.request_id,

@@ -64,7 +64,7 @@ class GenerationRequest:
     `adapters` is canonical: one entry for each digest, no zero weights, sorted. Empty: the frozen base.
     `grammar` ends an answer by itself, so stop strings and `ignore_eos` don't go with it.
     `scored_from`: generate nothing, but tell the log-probabilities of the prompt's tokens from this place (at
-    least 1) on; `sampling` has no effect but for its `max_tokens`, which must be 0, and `n` is 1.
+    least 1) on; of `sampling` only `logprobs` has an effect, `max_tokens` must be 0, and `n` is 1.
     `project`, of which nothing is known here but whether two are the same: it takes turns with the others, and
     nobody else finds what it has left in the prefix cache.
     """
@@ -77,6 +77,14 @@ class GenerationRequest:
     grammar: Grammar | None = None
     scored_from: int | None = None
     project: str = ""
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities (nats) before temperature and penalties: of the chosen token, and the likeliest."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]  # (token id, log-probability), best first
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,7 @@ class Timing:
     queue: float
     first_token: float
     total: float
+    load: tuple[float, float] | None = None  # from the first look at adapters that were cold to their being there
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,8 @@ class SequenceOutput:
     num_output_tokens: int
     num_cached_tokens: int
     logprobs: tuple[SampledLogprob, ...] = ()
-    scores: tuple[float, ...] = ()  # of a request with `scored_from`, with its `finish_reason` ("length"): nats
+    scores: tuple[float, ...] = ()
+    """Of a request with `scored_from`, with its `finish_reason` ("length"): nats; `logprobs` has more."""
     finish_reason: FinishReason | None = None
     error: SmoloraError | None = None  # why an "abort" happened
     timing: Timing | None = None
@@ -136,7 +146,9 @@ class EngineStats:
     kv_blocks_total: int = 0
     kv_blocks_used: int = 0  # those that a request refers to
     adapters_resident: int = 0
+    adapter_rows_total: int = 0
     adapter_rows_used: int = 0
+    max_adapter_rank: int = 0  # of one adapter on all linear modules that would take all rows
     adapter_loads: int = 0
     adapter_evictions: int = 0
     prefix_cached_tokens: int = 0
@@ -145,3 +157,4 @@ class EngineStats:
     preemptions: int = 0
     steps: int = 0
     resident: frozenset[str] = frozenset()  # digests
+    waiting: frozenset[str] = frozenset()  # digests that requests wait with, of some where very many do

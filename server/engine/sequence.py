@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.errors import SmoloraError
-from server.engine.request import AdapterRef, GenerationRequest
+from server.engine.request import AdapterRef, GenerationRequest, Logprobs
 
 
 class Constraint(Protocol):
@@ -67,6 +67,11 @@ class Hold(Protocol):
         ...
 
     @property
+    def loading(self) -> tuple[float, float] | None:
+        """From when to when they were awaited; None where they were there, or still are not."""
+        ...
+
+    @property
     def error(self) -> SmoloraError | None:
         """Why they never will be."""
         ...
@@ -94,8 +99,9 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     num_registered_blocks: int = 0  # known to the prefix cache
     hold: Hold | None = None
+    loading: tuple[float, float] | None = None  # from when to when its adapters were awaited
     constraint: Constraint | None = None  # where it is in its grammar
-    scores: dict[int, float] = field(default_factory=dict)  # of the tokens that are to be scored, by position
+    scores: dict[int, Logprobs] = field(default_factory=dict)  # of the tokens that are to be scored, by position
     status: Status = Status.WAITING
     admitted_at: float | None = None
     first_token_at: float | None = None

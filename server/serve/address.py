@@ -8,6 +8,8 @@ from server.errors import StartupError
 from server.home import Home
 from server.program import program
 
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 it is what is not shown
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket that holds the address, and refuses connections until the server listens. Raises StartupError."""
@@ -28,8 +30,12 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url(bound: socket.socket, host: str) -> str:
-    """Where the server can be reached, with the port that the system chose where it was asked to."""
-    shown = f"[{host}]" if ":" in host else host
+    """Where the server can be reached from this machine, with the port that the system chose where it was asked.
+
+    One that listens on all addresses does so on the loopback's, too, which a browser can open.
+    """
+    reached = _LOOPBACK.get(host, host)
+    shown = f"[{reached}]" if ":" in reached else reached
     return f"http://{shown}:{bound.getsockname()[1]}"
 
 

@@ -1,7 +1,8 @@
 """The process around the app: uvicorn in this process, from the first connection to a clean end.
 
-SIGTERM or SIGINT drains: /ready says 503, nothing new is taken, what runs ends within DRAIN_SECONDS, then exit
-code 0; a second signal doesn't wait. Training workers start once everything is ready, and are told to let go of
+SIGTERM or SIGINT drains: from that moment /ready says 503 and nothing new is taken; what runs or waits ends within
+DRAIN_SECONDS, or is told that it won't; then exit code 0. A second signal doesn't wait, for nothing at all longer
+than HURRY_SECONDS: then exit code 1. Training workers start once everything is ready, and are told to let go of
 their jobs as soon as draining begins. An engine that can't go on is shown on /ready for a moment, then exit
 code 1; where its thread hangs, nothing waits for that.
 """
@@ -12,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -27,6 +29,7 @@ from server.training.worker.supervisor import Supervisor
 from server.training.worker.yielding import BusyFlag
 
 DRAIN_SECONDS = 30.0
+HURRY_SECONDS = 5.0
 _FLUSH_SECONDS = 3  # for answers that are on their way when nothing runs any more
 _DEAD_SECONDS = 2.0  # so that whoever probes /ready sees why
 KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep an idle connection, so that they close it
@@ -50,16 +53,30 @@ def run(
     `trusted_proxies` are those whose X-Forwarded-For and -Proto count.
     """
     allow_files(limits)
+    hurry = threading.Timer(HURRY_SECONDS, _leave, [1])
+    hurry.daemon = True
     process = Process(
-        app, engine, bound, supervisor=supervisor, flag=flag, trusted_proxies=trusted_proxies, limits=limits
+        app,
+        engine,
+        bound,
+        supervisor=supervisor,
+        flag=flag,
+        trusted_proxies=trusted_proxies,
+        limits=limits,
+        on_hurry=hurry.start,
     )
     code = asyncio.run(process.run(announce))
-    if engine.hung:  # an ordinary exit would wait for its threads
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if engine.hung or process.is_hurried:  # an ordinary exit would wait for its threads
+        _leave(code)
     return code
+
+
+def _leave(code: int) -> None:
+    """End the process now, whatever its threads do. The kernel ends its workers with it."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class _Server(uvicorn.Server):
@@ -69,7 +86,9 @@ class _Server(uvicorn.Server):
 
 
 class Process:
-    """One run of the server. `drain_seconds` is the time that running requests get to end."""
+    """One run of the server. `drain_seconds` is the time that running requests get to end; `on_hurry` is called at
+    the second signal.
+    """
 
     def __init__(
         self,
@@ -81,6 +100,7 @@ class Process:
         flag: BusyFlag | None = None,
         trusted_proxies: Sequence[str] = (),
         limits: Limits | None = None,
+        on_hurry: Callable[[], None] = lambda: None,
     ) -> None:
         self._connections = Connections(limits or Limits())
         config = uvicorn.Config(
@@ -103,6 +123,12 @@ class Process:
         self._supervisor = supervisor or Supervisor(0, ())
         self._flag = flag
         self._num_signals = 0
+        self._on_hurry = on_hurry
+
+    @property
+    def is_hurried(self) -> bool:
+        """Whether it was told to stop more than once."""
+        return self._num_signals > 1
 
     async def run(self, announce: Callable[[], None]) -> int:
         """Serve until told to stop; the exit code."""
@@ -111,7 +137,7 @@ class Process:
         finally:
             self._supervisor.ask_to_stop()
             while self._supervisor.is_running:
-                if self._num_signals > 1:
+                if self.is_hurried:
                     self._supervisor.hurry()
                 await asyncio.sleep(_POLL_SECONDS)
             log.info("stopped")
@@ -154,6 +180,9 @@ class Process:
 
     def _signalled(self) -> None:
         self._num_signals += 1
+        self._engine.drain()
+        if self._num_signals == 2:
+            self._on_hurry()
 
     async def _drain(self) -> None:
         """Let what runs end; what doesn't in time is told so."""
@@ -168,10 +197,10 @@ class Process:
             "(Ctrl-C) stops at once",
             waits,
         )
-        self._engine.drain()
         deadline = asyncio.get_running_loop().time() + self._drain_seconds
-        while self._num_signals == 1 and asyncio.get_running_loop().time() < deadline:
-            if not self._engine.num_in_flight or self._engine.dead:
+        while not self.is_hurried and asyncio.get_running_loop().time() < deadline:
+            is_busy = self._engine.num_in_flight or self._server.server_state.tasks  # uploads, say
+            if not is_busy or self._engine.dead:
                 return
             await self._tick()
         await self._engine.stop()

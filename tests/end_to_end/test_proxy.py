@@ -7,6 +7,7 @@ import ssl
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urljoin
 
 import httpx
 import pytest
@@ -251,7 +252,10 @@ def test_links_lead_through_the_proxy(proxy: Proxy) -> None:
     assert len(found) >= 4, page
     assert {client.get(f"{origin}{path}").status_code for path in found} == {200}
     assert client.get(proxy.url).headers["location"] == f"{PREFIX}/"
-    assert client.get(f"{proxy.url}/").json()["service"] == "smolora"
+    front = client.get(f"{proxy.url}/")
+    files = {urljoin(f"{proxy.url}/", path) for path in re.findall(r'(?:src|href)="([^"]+)"', front.text)}
+    assert len(files) > 10
+    assert {client.get(file).status_code for file in files} == {200}
 
 
 def test_whose_address_it_is(proxy: Proxy, server: ServerProcess) -> None:

@@ -29,10 +29,10 @@ CHAT = {"model": "base", "messages": [{"role": "user", "content": "a"}], "max_to
 class Process:
     """The server, and a client of it."""
 
-    def __init__(self, home: Path, model: Path) -> None:
+    def __init__(self, home: Path, model: Path, least_seconds: float = LEAST_SECONDS) -> None:
         self.home = home
         port = free_port()
-        flags = {"home": home, "model": model, "port": port, "least-seconds": LEAST_SECONDS}
+        flags = {"home": home, "model": model, "port": port, "least-seconds": least_seconds}
         self.process = subprocess.Popen(
             [
                 sys.executable,

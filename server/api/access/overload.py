@@ -1,4 +1,7 @@
-"""A request to generate is refused where the queue is full before its body is read: then that costs least."""
+"""A request to generate is refused where the queue is full before its body is read: then that costs least.
+
+So is whatever changes something once the server is about to end: it might be cut off in the middle.
+"""
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -7,9 +10,10 @@ from server.api.access.bodies import drain
 from server.api.deps import Services
 from server.api.errors.faults import form_of
 from server.api.generate.generation import ask_queue
-from server.errors import TryAgain
+from server.errors import Draining, TryAgain
 
 PATHS = frozenset({"/generate", "/compare", "/v1/chat/completions", "/v1/completions"})
+_READS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Overload:
@@ -20,9 +24,12 @@ class Overload:
         self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] in PATHS and scope["method"] == "POST":
+        if scope["type"] == "http" and scope["method"] not in _READS:
             try:
-                ask_queue(self._services.of(principal_of(scope) or self._services.principal), 1)
+                if scope["path"] in PATHS and scope["method"] == "POST":
+                    ask_queue(self._services.of(principal_of(scope) or self._services.principal), 1)
+                elif self._services.engine.draining:
+                    raise Draining
             except TryAgain as error:
                 await drain(scope, receive)
                 await form_of(scope["path"]).of_error(error)(scope, receive, send)

@@ -27,8 +27,6 @@ from server.api.generate.sampling import sampling_params
 from server.api.generate.structure import grammar_of
 from server.engine.request import SamplingParams
 
-_SCORING = SamplingParams(max_tokens=0, temperature=0.0)
-
 
 @dataclass(frozen=True)
 class _Compared:
@@ -70,7 +68,7 @@ class Comparison:
         scores = None
         if self._texts is not None:
             scored = zip(self._texts, compared.scores, strict=True)
-            scores = [await _score(text, generation) for text, generation in scored]
+            scores = [await _score(text, generation, self._num_top) for text, generation in scored]
         return {"adapter": compared.expression, **answer, "logprob": choices[0]["logprob"], "scores": scores}
 
 
@@ -82,6 +80,7 @@ async def compare(services: Services, body: CompareBody) -> Comparison:
     continuations = [await _continuation(services, len(prompt), text) for text in body.score or ()]
     grammar = grammar_of(body.response_format, body.regex)
     sampling = sampling_params(body, body.max_tokens, max(body.logprobs, 1))
+    scoring = SamplingParams(max_tokens=0, temperature=0.0, logprobs=body.logprobs)
     started: list[Generation] = []
     compared: list[_Compared] = []
     try:
@@ -93,11 +92,9 @@ async def compare(services: Services, body: CompareBody) -> Comparison:
             scores = []
             for continuation in continuations:
                 token_ids = prompt + continuation
-                scoring = await start(
-                    services, pinned, token_ids, _SCORING, 1, "adapters", scored_from=len(prompt)
-                )
-                started.append(scoring)
-                scores.append(scoring)
+                score = await start(services, pinned, token_ids, scoring, 1, "adapters", scored_from=len(prompt))
+                started.append(score)
+                scores.append(score)
             compared.append(_Compared(expression, answer, tuple(scores)))
     except BaseException:
         await _close(started)
@@ -122,11 +119,10 @@ async def _continuation(services: Services, num_prompt_tokens: int, text: str) -
     return tuple(token_ids)
 
 
-async def _score(text: str, generation: Generation) -> dict[str, object]:
-    scores: tuple[float, ...] = ()
-    async for output in generation.outputs():
-        scores += output.scores
-    return {"text": text, "logprob": sum(scores), "num_tokens": len(scores)}
+async def _score(text: str, generation: Generation, num_top: int) -> dict[str, object]:
+    (output,) = [output async for output in generation.outputs()]
+    logprobs = list(map(answers.sampled, output.logprobs)) if num_top else None
+    return {"text": text, "logprob": sum(output.scores), "num_tokens": len(output.scores), "logprobs": logprobs}
 
 
 async def _close(generations: Sequence[Generation]) -> None:

@@ -6,7 +6,14 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.expression import MAX_LENGTH
-from server.api.generate.schemas import Choice, GenerateAnswer, PromptBody, SamplingBody, StructureBody
+from server.api.generate.schemas import (
+    Choice,
+    GenerateAnswer,
+    PromptBody,
+    SampledLogprobAnswer,
+    SamplingBody,
+    StructureBody,
+)
 
 MAX_COMPARED = 16
 MAX_SCORED = 16
@@ -39,6 +46,7 @@ class ScoreAnswer(BaseModel):
     text: str
     logprob: float = Field(description="the sum over its tokens, in nats")
     num_tokens: int
+    logprobs: list[SampledLogprobAnswer] | None = Field(description="of each token, where `logprobs` isn't 0")
 
 
 class CompareResult(GenerateAnswer):

@@ -60,7 +60,7 @@ async def collect(
                 "index": index,
                 "text": "".join(choice.pieces),
                 "finish_reason": choice.finish_reason,
-                "logprobs": [_sampled(entry) for entry in choice.logprobs] if with_logprobs else None,
+                "logprobs": [sampled(entry) for entry in choice.logprobs] if with_logprobs else None,
                 **({"logprob": choice.logprob} if sums else {}),
             }
             for index, choice in enumerate(choices)
@@ -84,7 +84,7 @@ async def stream(generation: Generation, model: str) -> AsyncIterator[bytes]:
     pending: dict[int, list[dict[str, object]]] = {}
     async for output in generation.outputs():
         if with_logprobs:
-            pending.setdefault(output.index, []).extend(map(_sampled, output.logprobs))
+            pending.setdefault(output.index, []).extend(map(sampled, output.logprobs))
         if output.text:
             piece: dict[str, object] = {"index": output.index, "text": output.text}
             if with_logprobs:
@@ -138,7 +138,8 @@ def _ms(seconds: float) -> float:
     return round(seconds * 1e3, 3)
 
 
-def _sampled(entry: SampledLogprob) -> dict[str, object]:
+def sampled(entry: SampledLogprob) -> dict[str, object]:
+    """A token as answers have it: its log-probability (nats), and the likeliest ones in its place."""
     return {**_token(entry.chosen), "top": [_token(token) for token in entry.top]}
 
 

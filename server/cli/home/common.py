@@ -30,12 +30,10 @@ def opened(home: Path | None, build: Callable[..., Built]) -> Iterator[Built]:
 
     Raises StartupError where none is.
     """
-    from server.database import FILE_NAME
-    from server.errors import StartupError
+    from server.database import existing
 
     place = place_of(home)
-    if not (place / FILE_NAME).exists():
-        raise StartupError(f"{place} isn't a server's home: it has no {FILE_NAME}; give --home or SMOLORA_HOME")
+    existing(place)
     with _database(place, build) as built:
         yield built
 

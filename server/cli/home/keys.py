@@ -4,9 +4,12 @@ A new key's secret is all that goes to standard output, for `KEY=$(smolora keys 
 is imported when needed.
 """
 
+import os
 import re
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -19,6 +22,7 @@ from server.access.principal import DEFAULT_SCOPES, OPERATOR, SCOPES, Scope
 from server.cli.common import JsonOption, print_json, show, table_of
 from server.cli.home.common import HomeOption, opened, opened_or_new, refusals, say
 from server.cli.home.limits import BytesOption, JobsOption, RequestsOption, TokensOption, quota_of, told
+from server.errors import StartupError
 
 if TYPE_CHECKING:
     from server.access.keys import ApiKey, Keys
@@ -58,13 +62,14 @@ def create(
         expires_at = None if expires is None else _moment(expires, datetime.now(UTC))
         with opened_or_new(home, _keys) as keys:
             is_first = not keys.are_there()
-            key, secret = keys.create(
+            key, _ = keys.create(
                 name,
                 who=OPERATOR,
                 project=project,
                 scopes=cast("Sequence[Scope]", [scope.strip() for scope in scopes.split(",")]),
                 expires_at=expires_at,
                 quota=quota,
+                deliver=partial(_hand_over, as_json),
             )
     ends = "never expires" if key.expires_at is None else f"expires {_time(key.expires_at)}"
     say(f"{key.id} ({key.name}) of project {key.project} may {', '.join(key.scopes)}, and {ends}")
@@ -73,7 +78,6 @@ def create(
     if is_first:
         say("it is the first: from now on nobody is served without a key, unless SMOLORA_ALLOW_ANONYMOUS is set")
     say("its secret is shown this once; clients send it as Authorization: Bearer …, commands as SMOLORA_API_KEY")
-    print_json(key.to_document() | {"secret": secret}) if as_json else typer.echo(secret)
 
 
 @group.command("list")
@@ -96,6 +100,17 @@ def revoke(
     with refusals(), opened(home, _keys) as keys:
         key = keys.revoke(key_id, who=OPERATOR)
     typer.echo(f"{key.id} ({key.name}) of project {key.project} is revoked")
+
+
+def _hand_over(as_json: bool, key: "ApiKey", secret: str) -> None:
+    """Print it before the key is stored: nobody could use one whose secret is lost. Raises StartupError."""
+    try:
+        print_json(key.to_document() | {"secret": secret}) if as_json else typer.echo(secret)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still has of it
+        reason = error.strerror or error
+        raise StartupError(f"can't write the secret to standard output ({reason}): no key was made") from None
 
 
 def _keys(engine: Any, home: "Home") -> "Keys":  # noqa: ANN401 SQLAlchemy's, which the database knows

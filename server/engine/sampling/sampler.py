@@ -21,21 +21,13 @@ from itertools import islice
 
 import torch
 
-from server.engine.request import SamplingParams
+from server.engine.request import Logprobs, SamplingParams
 from server.engine.sampling.logits import LogitsRow, constrain, penalize
 from server.model.device import floats_beside, ints_beside, to_device
 
 _MIN_CANDIDATES = 256  # the first attempt at a top-p set; the whole vocabulary follows for a row that wants more
 _MIN_TEMPERATURE = 1e-6  # below it a division would overflow; the likeliest token wins long before
 _INT32 = 1 << 32
-
-
-@dataclass(frozen=True)
-class Logprobs:
-    """Log-probabilities (nats) before temperature and penalties: of the chosen token, and the likeliest."""
-
-    chosen: float
-    top: tuple[tuple[int, float], ...]  # (token id, log-probability), best first
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Seq
 
 import torch
 
+from server.engine.request import Logprobs
 from server.engine.scheduler import Chunk
 from server.model.device import ints_beside
 
@@ -19,7 +20,8 @@ _SLICE = 32
 def score(logits_of: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, chunks: Seq[Chunk]) -> None:
     """Note the scores (nats) that follow from hidden (tokens, hidden_size) of all chunks, in their order.
 
-    The token after position p is scored by the log-softmax of p's logits: before temperature and penalties.
+    The token after position p is scored by the log-softmax of p's logits: before temperature and penalties. Beside
+    it come as many of the likeliest tokens as the request's sampling asks for.
     """
     found: list[tuple[Chunk, int]] = []  # and the position whose token is scored
     rows: list[int] = []
@@ -35,9 +37,17 @@ def score(logits_of: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tenso
         return
     index = ints_beside(hidden, rows)
     targets = ints_beside(hidden, [chunk.sequence.token_ids[position] for chunk, position in found])
-    scores = []
+    num_top = max(chunk.sequence.request.sampling.logprobs for chunk, _ in found)
+    scores, top_ids = [], []
     for part, chosen in zip(torch.split(index, _SLICE), torch.split(targets, _SLICE), strict=True):
         logits = logits_of(hidden[part])
-        scores.append(logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1))
-    for (chunk, position), value in zip(found, torch.cat(scores).tolist(), strict=True):
-        chunk.sequence.scores[position] = value
+        values = logits.gather(1, chosen[:, None])
+        if num_top:
+            best = logits.topk(min(num_top, logits.shape[1]))
+            values = torch.cat((values, best.values), 1)
+            top_ids.append(best.indices)
+        scores.append(values - logits.logsumexp(-1, keepdim=True))
+    ids = torch.cat(top_ids).tolist() if top_ids else [()] * len(found)
+    for (chunk, position), (score, *top), likeliest in zip(found, torch.cat(scores).tolist(), ids, strict=True):
+        wanted = chunk.sequence.request.sampling.logprobs
+        chunk.sequence.scores[position] = Logprobs(score, tuple(zip(likeliest, top, strict=True))[:wanted])

@@ -24,6 +24,7 @@ from adapters.durable import new_directory
 
 _NAME = re.compile(r"(\d+)-(\d+)")
 _TENSORS, _STATE = "state.safetensors", "state.json"
+FILE_NAMES = frozenset({_TENSORS, _STATE})
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +52,12 @@ class Checkpoints:
             save_file(dict(checkpoint.tensors), unfinished / _TENSORS)
             text = json.dumps({"step": checkpoint.step, **checkpoint.state}, allow_nan=False)
             (unfinished / _STATE).write_text(text, encoding="utf-8")
-        for _, _, older in self._stored()[:-1]:
+        for _, _, older in self.stored()[:-1]:
             shutil.rmtree(older, ignore_errors=True)
 
     def newest(self) -> Checkpoint | None:
         """The newest that can be read; None before the first."""
-        for _, step, place in reversed(self._stored()):
+        for _, step, place in reversed(self.stored()):
             try:
                 state = json.loads((place / _STATE).read_text(encoding="utf-8"))
                 return Checkpoint(step, load_file(place / _TENSORS), state)
@@ -64,7 +65,7 @@ class Checkpoints:
                 continue
         return None
 
-    def _stored(self) -> list[tuple[int, int, Path]]:
+    def stored(self) -> list[tuple[int, int, Path]]:
         """(token, step, directory), the oldest first."""
         if not self._directory.is_dir():
             return []

@@ -53,13 +53,17 @@ def words(request: GenerationRequest) -> Iterable[SequenceOutput]:
 
 
 def scoring(request: GenerationRequest) -> Iterable[SequenceOutput]:
-    """Words; where scores are asked for, a half for the first token, one for the second, and so on."""
+    """Words; where scores are asked for, -0.5 for the first token, -1 for the second and so on."""
     if request.scored_from is None:
         yield from words(request)
         return
     num_tokens = len(request.prompt_token_ids) - request.scored_from
     scores = tuple(-0.5 * (number + 1) for number in range(num_tokens))
-    yield SequenceOutput(request.request_id, 0, "", 0, 0, 0, scores=scores, finish_reason="length")
+    logprobs: tuple[SampledLogprob, ...] = ()
+    if request.sampling.logprobs:
+        tokens = [TokenLogprob(0, f"t{number}", (116,), score) for number, score in enumerate(scores)]
+        logprobs = tuple(SampledLogprob(token, (token,)) for token in tokens)
+    yield SequenceOutput(request.request_id, 0, "", 0, 0, 0, logprobs, scores, "length")
 
 
 def failing(after: int, error: SmoloraError) -> Script:

@@ -91,11 +91,18 @@ async def test_draining_lets_what_runs_end(app: FastAPI, engine: FakeEngine, str
         await until(lambda: len(engine.open) == 1)
         os.kill(os.getpid(), signal.SIGTERM)
         await until(lambda: engine.draining)
-        for method, path in (("GET", "/ready"), ("POST", "/generate")):
+        for method, path in (
+            ("GET", "/ready"),
+            ("POST", "/generate"),
+            ("POST", "/v1/chat/completions"),
+            ("POST", "/train"),
+            ("DELETE", "/adapters/a"),
+        ):
             response = await server.client.request(method, path, json=body)
             assert response.status_code == 503
             assert int(response.headers["retry-after"]) >= 1
-        assert (await server.client.get("/health")).status_code == 200
+        for path in ("/health", "/adapters", "/train"):
+            assert (await server.client.get(path)).status_code == 200
         assert not server.ended.done()
         engine.held.set()
         answer = await running
@@ -124,6 +131,42 @@ async def test_a_second_signal_does_not_wait(app: FastAPI, engine: FakeEngine) -
         await until(lambda: engine.draining)
         os.kill(os.getpid(), signal.SIGTERM)
         assert (await running).status_code == 503
+        assert await server.exit_code() == 0
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)])
+async def test_the_second_signal_of_either_kind_is_told_once(
+    app: FastAPI, engine: FakeEngine, numbers: tuple[signal.Signals, signal.Signals]
+) -> None:
+    engine.hold_after = 0
+    told = list[bool]()
+    process = Process(app, engine, bind("127.0.0.1", 0), on_hurry=lambda: told.append(process.is_hurried))
+    ended = asyncio.create_task(process.run(lambda: None))
+    await until(lambda: engine.started)
+    first, second = numbers
+    os.kill(os.getpid(), first)
+    await until(lambda: engine.draining)
+    assert told == []
+    for number in (second, first):
+        os.kill(os.getpid(), number)
+    assert await asyncio.wait_for(ended, 10) == 0
+    assert told == [True]
+
+
+async def test_an_upload_that_has_begun_is_not_cut_off(app: FastAPI, engine: FakeEngine) -> None:
+    """It is taken to its end like what the engine runs, and longer than answers on their way are waited for."""
+    async with serving(app, engine) as server:
+
+        async def body() -> AsyncIterator[bytes]:
+            begin = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n{"text": '
+            yield begin
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(4)
+            yield b'"a"}\r\n--x--\r\n'
+
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        answer = await server.client.post("/datasets", content=body(), headers=headers)
+        assert answer.status_code == 201, answer.text
         assert await server.exit_code() == 0
 
 
@@ -219,3 +262,5 @@ def test_urls() -> None:
     with bind("127.0.0.1", 0) as bound:
         assert url(bound, "127.0.0.1") == f"http://127.0.0.1:{bound.getsockname()[1]}"
         assert url(bound, "::1").startswith("http://[::1]:")
+        assert url(bound, "0.0.0.0") == url(bound, "127.0.0.1"), "nobody can open 0.0.0.0"
+        assert url(bound, "::") == url(bound, "::1")

@@ -41,10 +41,23 @@ async def test_the_whole_answer(client: httpx.AsyncClient, engine: FakeEngine, e
         assert [choice["text"] for choice in result["choices"]] == ["w0 w1 ", "w0 w1 "]
         assert [choice["logprobs"] for choice in result["choices"]] == [None, None]
         assert result["scores"] == [
-            {"text": text, "logprob": -0.25 * length * (length + 1), "num_tokens": length}
+            {"text": text, "logprob": -0.25 * length * (length + 1), "num_tokens": length, "logprobs": None}
             for text, length in zip(texts, lengths, strict=True)
         ]
     assert not engine.open
+
+
+async def test_scores_of_each_token(client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder) -> None:
+    engine.script = scoring
+    body = {"prompt": "Not", "adapters": ["base"], "score": [" Found, again"], "max_tokens": 1, "logprobs": 2}
+    response = await client.post("/compare", json=body)
+    ((score,),) = [result["scores"] for result in response.json()["results"]]
+    assert [entry["logprob"] for entry in score["logprobs"]] == [
+        -0.5 * (number + 1) for number in range(len(encoder.continuation(" Found, again")))
+    ]
+    assert all(
+        entry["top"] == [{key: entry[key] for key in ("token", "bytes", "logprob")}] for entry in score["logprobs"]
+    )
 
 
 async def test_what_the_engine_is_asked(

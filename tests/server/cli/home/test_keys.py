@@ -1,6 +1,7 @@
 """`smolora keys`: what it makes opens a server over the same HOME until it is revoked; secrets stay secret."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -44,6 +45,22 @@ def test_the_secret_alone_is_on_stdout_and_stored_nowhere(tmp_path: Path) -> Non
     for known in (secret, secret.removeprefix(PREFIX)):
         assert known not in made.stderr
         assert not any(known.encode() in content for content in stored)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_secret_that_cannot_be_written_makes_no_key(tmp_path: Path, options: list[str]) -> None:
+    """On a full disk, or where whoever reads has gone; then the server isn't shut to those without one, either."""
+    told = [sys.executable, "-m", "server.cli", "keys", "create", "ci", "--home", str(tmp_path), *options]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "w") as full, open(writing, "w") as pipe:
+        for stdout, reason in ((full, "No space left on device"), (pipe, "Broken pipe")):
+            done = subprocess.run(told, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+            expected = f"smolora: can't write the secret to standard output ({reason}): no key was made\n"
+            assert (done.returncode, done.stderr) == (1, expected)
+    listed = CliRunner().invoke(commands, ["keys", "list", "--json", "--home", str(tmp_path)])
+    assert json.loads(listed.stdout) == {"keys": []}
+    assert not (tmp_path / "keyed").exists()
 
 
 def test_making_one_imports_nothing_slow(tmp_path: Path) -> None:

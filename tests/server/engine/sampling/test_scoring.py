@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from adapters.lora import LoraWeights
 from server.engine.engine import Engine
-from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
+from server.engine.request import AdapterRef, GenerationRequest, SamplingParams, SequenceOutput
 from server.engine.scheduler import SchedulerLimits
 from server.errors import GenerationFailed
 from server.model.base.weights import BaseModel
@@ -63,6 +64,26 @@ def test_scores_are_hugging_faces(tiny_base: BaseModel, tiny_base_dir: Path) -> 
     for request in requests:
         expected = reference(tiny_base_dir, request, adapters)
         assert found[request.request_id] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_likeliest_tokens(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
+    """Those that each request asks for: its own number, none for a neighbour in the same step."""
+    plain, detailed = scoring("plain", 40, 3, seed=1), scoring("detailed", 90, 20, seed=2)
+    engine = build_engine(tiny_base)
+    for request in (plain, replace(detailed, sampling=replace(SCORING, logprobs=3))):
+        engine.add(request)
+    found: dict[str, SequenceOutput] = {}
+    while engine.has_work:
+        found |= {output.request_id: output for output in engine.step()}
+    assert found["plain"].logprobs == ()
+    rows = logits(load_reference(tiny_base_dir), detailed.prompt_token_ids).log_softmax(-1)[19:-1]
+    best = rows.topk(3)
+    entries = found["detailed"].logprobs
+    assert [entry.chosen.token_id for entry in entries] == list(detailed.prompt_token_ids[20:])
+    assert tuple(entry.chosen.logprob for entry in entries) == found["detailed"].scores
+    assert [[token.token_id for token in entry.top] for entry in entries] == best.indices.tolist()
+    values = [[token.logprob for token in entry.top] for entry in entries]
+    assert torch.tensor(values).numpy() == pytest.approx(best.values.numpy(), abs=1e-4)
 
 
 def test_a_cached_prefix_changes_nothing(tiny_base: BaseModel) -> None:

@@ -1,0 +1,117 @@
+"""The page: `GET /`, and its files under `/web/`, each below the digest of all of them.
+
+What lies below a digest never changes, so browsers keep it for good; `/` names the digest, and is asked for each
+time. It takes nothing from elsewhere, and runs nothing but its own files: the policy that comes with it says so.
+"""
+
+import gzip
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+import server
+
+_FOLDER = Path(server.__file__).parent / "web"
+_INDEX = "index.html"
+_TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".mjs": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".LICENSE": "text/plain; charset=utf-8",
+}
+_LAZY = frozenset({"vendor/uplot.mjs"})
+"""Modules that no view needs at once."""
+
+_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Vary": "Accept-Encoding",
+}
+_FOR_GOOD = "public, max-age=31536000, immutable"
+
+router = APIRouter(include_in_schema=False)
+
+
+@dataclass(frozen=True)
+class _File:
+    content: bytes
+    compressed: bytes
+    media_type: str
+
+    @classmethod
+    def of(cls, content: bytes, media_type: str) -> "_File":
+        return cls(content, gzip.compress(content, mtime=0), media_type)
+
+    def answer(self, request: Request, cache_control: str, etag: str) -> Response:
+        headers = {**_HEADERS, "Cache-Control": cache_control, "ETag": f'"{etag}"'}
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Response(status_code=304, headers=headers)
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            headers["Content-Encoding"] = "gzip"
+            return Response(self.compressed, media_type=self.media_type, headers=headers)
+        return Response(self.content, media_type=self.media_type, headers=headers)
+
+
+@dataclass(frozen=True)
+class _Page:
+    """Everything that is served, in memory: some hundred kilobytes."""
+
+    digest: str
+    index: _File
+    files: dict[str, _File]
+
+
+@cache
+def _page() -> _Page:
+    contents = {
+        path.relative_to(_FOLDER).as_posix(): path.read_bytes()
+        for path in sorted(_FOLDER.rglob("*"))
+        if path.suffix in _TYPES
+    }
+    template = (_FOLDER / _INDEX).read_text(encoding="utf-8")
+    digest = hashlib.sha256(template.encode())
+    for name, content in contents.items():
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    told = digest.hexdigest()[:16]
+    modules = (name for name in contents if name.endswith((".js", ".mjs")) and name not in _LAZY)
+    preloads = "\n".join(f'<link rel="modulepreload" href="web/{told}/{name}">' for name in modules)
+    index = template.replace("{{web}}", f"web/{told}").replace("{{preloads}}", preloads)
+    files = {name: _File.of(content, _TYPES[Path(name).suffix]) for name, content in contents.items()}
+    return _Page(told, _File.of(index.encode(), "text/html; charset=utf-8"), files)
+
+
+@router.get("/")
+async def index(request: Request) -> Response:
+    """The page."""
+    page = _page()
+    return page.index.answer(request, "no-cache", page.digest)
+
+
+@router.get("/web/{digest}/{name:path}")
+async def file(digest: str, name: str, request: Request) -> Response:
+    """One of its files. 404 where the digest is another version's: a page that is open is reloaded then."""
+    page = _page()
+    if digest != page.digest or name not in page.files:
+        raise HTTPException(404, "the page has no such file: reload it, in case the server has a newer one")
+    return page.files[name].answer(request, _FOR_GOOD, digest)

@@ -1,0 +1,109 @@
+/** The page: its frame, where one is, and who one is. */
+import { linkTo } from "./lib/api.js";
+import { html, render, useEffect, useRef, useState } from "./lib/html.js";
+import { route, to } from "./lib/route.js";
+import { asksForKey, key, signIn } from "./lib/session.js";
+import { useStore } from "./lib/store.js";
+import { Form } from "./parts/basics.js";
+import { AccessView } from "./views/access.js";
+import { AdaptersView } from "./views/adapters.js";
+import { EngineView } from "./views/engine.js";
+import { PlaygroundView } from "./views/playground.js";
+import { TrainView } from "./views/train.js";
+
+/** @type {[string, string, (props: {path: string[]}) => unknown][]} */
+const VIEWS = [
+  ["playground", "Playground", PlaygroundView],
+  ["adapters", "Adapters", AdaptersView],
+  ["train", "Train", TrainView],
+  ["engine", "Engine", EngineView],
+  ["access", "Keys and usage", AccessView],
+];
+
+function App() {
+  const [name = "playground", ...path] = useStore(route);
+  const asks = useStore(asksForKey);
+  const secret = useStore(key);
+  const main = useRef(/** @type {HTMLElement | null} */ (null));
+  const isFirst = useRef(true);
+  const [, title, View] = VIEWS.find(([of]) => of === name) ?? /** @type {(typeof VIEWS)[0]} */ (VIEWS[0]);
+
+  useEffect(() => {
+    document.title = `${title} · smolora`;
+    // who uses a keyboard or a screen reader goes on in the new view
+    if (!isFirst.current) main.current?.focus({ preventScroll: true });
+    isFirst.current = false;
+    scrollTo(0, 0);
+  }, [title]);
+
+  return html`<a class="skip" href="#main" onClick=${(/** @type {Event} */ event) => {
+    event.preventDefault();
+    main.current?.focus();
+  }}>Skip to the content</a>
+    <header class="top">
+      <a class="mark" href=${to("playground")}>smo<b>lora</b></a>
+      <nav aria-label="Views">
+        ${VIEWS.map(
+          ([of, words]) => html`<a href=${to(of)} aria-current=${of === name ? "page" : undefined}>${words}</a>`,
+        )}
+      </nav>
+      <${Identity} />
+    </header>
+    <main id="main" tabindex="-1" ref=${main}>
+      ${asks ? html`<${SignIn} />` : html`<${View} path=${path} key=${`${name} ${secret}`} />`}
+    </main>
+    <footer><a href=${linkTo("docs")}>API documentation</a></footer>`;
+}
+
+function Identity() {
+  const secret = useStore(key);
+  const isIn = useStore(asksForKey) !== "needed" && secret;
+  return html`<div class="identity">
+    ${
+      isIn
+        ? html`<span class="muted" title="Kept until this tab is closed">key …${secret.slice(-4)}</span>
+          <button type="button" class="plain" onClick=${() => signIn("")}>Sign out</button>`
+        : html`<button type="button" class="plain" onClick=${() => asksForKey.set("offered")}>Use a key</button>`
+    }
+  </div>`;
+}
+
+function SignIn() {
+  const [secret, setSecret] = useState("");
+  const had = useStore(key);
+  const isNeeded = useStore(asksForKey) === "needed";
+  const field = useRef(/** @type {HTMLInputElement | null} */ (null));
+  useEffect(() => field.current?.focus(), []);
+  return html`<section class="card narrow">
+    <h1>API key</h1>
+    ${
+      had && isNeeded
+        ? html`<p class="fault" role="alert">The server doesn't take this key: it may be mistyped, expired or revoked.</p>`
+        : html`<p>${isNeeded ? "This server answers only with a key. " : ""}What you see and may do here follows from your key. Whoever runs this server makes one with <code>smolora keys create</code>.</p>`
+    }
+    <${Form} label="API key" onSubmit=${() => secret.trim() && signIn(secret.trim())}>
+      <label for="secret">Key</label>
+      <input
+        id="secret"
+        ref=${field}
+        type="password"
+        autocomplete="off"
+        spellcheck=${false}
+        placeholder="sk-smolora-…"
+        value=${secret}
+        onInput=${(/** @type {import("./parts/basics.js").Typed} */ event) => setSecret(event.currentTarget.value)}
+      />
+      <small>It is kept in this tab until you close it, and nowhere else.</small>
+      <p class="row">
+        <button type="submit" disabled=${!secret.trim()}>Sign in</button>
+        ${isNeeded ? null : html`<button type="button" class="plain" onClick=${() => asksForKey.set("")}>Go on without</button>`}
+      </p>
+    <//>
+  </section>`;
+}
+
+const place = document.getElementById("app");
+if (place) {
+  place.textContent = "";
+  render(html`<${App} />`, place);
+}

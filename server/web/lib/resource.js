@@ -1,0 +1,83 @@
+/** What the server has now: loaded, kept fresh, and its problem where there is one. */
+import { Problem } from "./api.js";
+import { useCallback, useEffect, useState } from "./html.js";
+import { key } from "./session.js";
+import { useStore } from "./store.js";
+
+/**
+ * @template T
+ * @typedef {{data: T | null, problem: Problem | null, reload: () => Promise<void>}} Resource
+ */
+
+/**
+ * Loaded again when `deps` or the key change, and every `seconds` while the tab is looked at (0: not).
+ * @template T
+ * @param {(signal: AbortSignal) => Promise<T>} load
+ * @param {unknown[]} deps
+ * @param {number} [seconds]
+ * @returns {Resource<T>}
+ */
+export function useResource(load, deps, seconds = 0) {
+  const [state, setState] = useState(
+    /** @type {{data: T | null, problem: Problem | null}} */ ({ data: null, problem: null }),
+  );
+  const secret = useStore(key);
+  const fetchNow = useCallback(
+    async (/** @type {AbortSignal} */ signal) => {
+      try {
+        const data = await load(signal);
+        if (!signal.aborted) setState({ data, problem: null });
+      } catch (error) {
+        if (signal.aborted) return;
+        const problem = asProblem(error);
+        // what was there stays while the server is away for a moment, but not for another key
+        setState((before) => ({
+          data: problem.status === 0 || problem.status >= 500 ? before.data : null,
+          problem,
+        }));
+      }
+    },
+    [...deps, secret],
+  );
+  useEffect(() => {
+    setState({ data: null, problem: null });
+    const controller = new AbortController();
+    void fetchNow(controller.signal);
+    const timer = seconds
+      ? setInterval(() => document.hidden || void fetchNow(controller.signal), seconds * 1000)
+      : 0;
+    return () => {
+      controller.abort();
+      clearInterval(timer);
+    };
+  }, [fetchNow, seconds]);
+  return { ...state, reload: () => fetchNow(new AbortController().signal) };
+}
+
+/** @param {unknown} error @returns {Problem} */
+export function asProblem(error) {
+  if (error instanceof Problem) return error;
+  console.error(error);
+  return new Problem(0, error instanceof Error ? error.message : String(error));
+}
+
+/**
+ * A deed with a button: `run` does it once at a time; its problem, if any, is kept until the next.
+ * @template {unknown[]} A
+ * @param {(...given: A) => Promise<unknown>} act
+ */
+export function useAction(act) {
+  const [state, setState] = useState({ busy: false, problem: /** @type {Problem | null} */ (null) });
+  /** @param {A} given */
+  const run = async (...given) => {
+    if (state.busy) return;
+    setState({ busy: true, problem: null });
+    try {
+      await act(...given);
+      setState({ busy: false, problem: null });
+    } catch (error) {
+      setState({ busy: false, problem: asProblem(error) });
+    }
+  };
+  return { ...state, run, clear: () => setState({ busy: false, problem: null }) };
+}

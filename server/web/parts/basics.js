@@ -1,0 +1,189 @@
+/** What every view is made of: problems, labelled fields, badges, bars. */
+import { html, useId, useRef } from "../lib/html.js";
+import { duration } from "../lib/format.js";
+
+/** @import { Problem } from "../lib/api.js" */
+/** @typedef {Event & {currentTarget: HTMLInputElement}} Typed */
+
+/**
+ * A problem in the server's words, with each field at fault but those that are told beside their fields.
+ * @param {{problem: Problem | null, beside?: string[]}} props
+ */
+export function Fault({ problem, beside = [] }) {
+  if (!problem) return null;
+  const rest = problem.errors.filter((error) => !error.loc.some((part) => beside.includes(String(part))));
+  if (problem.errors.length && !rest.length)
+    return html`<div class="fault" role="alert">See the fields marked above.</div>`;
+  return html`<div class="fault" role="alert">
+    ${
+      rest.length > 1
+        ? html`<strong>${rest.length} things are wrong:</strong>
+          <ul>
+            ${rest.map((error) => html`<li>${error.message}</li>`)}
+          </ul>`
+        : html`<p>${sentence(rest.length ? whole(problem, rest[0]) : problem.message)}</p>`
+    }
+    ${problem.retryAfter === null ? null : html`<p>Try again in ${duration(problem.retryAfter)}.</p>`}
+  </div>`;
+}
+
+/** @param {Problem} problem @param {{message: string} | undefined} error */
+function whole(problem, error) {
+  return problem.errors.length === 1 || !error ? problem.message : error.message;
+}
+
+/** @param {string} text */
+const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.?!]$/.test(text) ? "" : ".");
+
+/**
+ * A labelled control, with a hint, and with what is wrong with it. `children` gets the attributes that tie them.
+ * @param {{label: string, name?: string, hint?: string, problem?: Problem | null, className?: string,
+ *   children: (attributes: Record<string, unknown>) => unknown}} props
+ */
+export function Field({ label, name = "", hint = "", problem = null, className = "", children }) {
+  const id = useId();
+  const wrong = name && problem ? problem.of(name) : "";
+  const described = [hint && `${id}-hint`, wrong && `${id}-wrong`].filter(Boolean).join(" ");
+  /** @type {Record<string, unknown>} */
+  const attributes = { id };
+  if (name) attributes["name"] = name;
+  if (described) attributes["aria-describedby"] = described;
+  if (wrong) attributes["aria-invalid"] = "true";
+  return html`<div class="field ${className}">
+    <label for=${id}>${label}</label>
+    ${children(attributes)} ${hint && html`<small id="${id}-hint">${hint}</small>`}
+    ${wrong && html`<small class="wrong" id="${id}-wrong">${sentence(wrong)}</small>`}
+  </div>`;
+}
+
+/**
+ * @typedef {{label: string, name?: string, hint?: string, problem?: Problem | null, className?: string}} About
+ *   what all fields say
+ */
+
+/**
+ * @param {About & {value: string, type?: string, placeholder?: string, onChange: (value: string) => void}} props
+ */
+export function TextField({ value, type = "text", placeholder = "", onChange, ...about }) {
+  return html`<${Field} ...${about}>
+    ${(/** @type {object} */ attributes) =>
+      html`<input ...${attributes} type=${type} autocomplete="off" spellcheck=${false} placeholder=${placeholder} value=${value}
+        onInput=${(/** @type {Typed} */ event) => onChange(event.currentTarget.value)} />`}
+  <//>`;
+}
+
+/**
+ * A number that may be left out.
+ * @param {About & {value: number | null, step?: string, placeholder?: string, onChange: (value: number | null) => void}} props
+ */
+export function NumberField({ value, step = "any", placeholder = "", onChange, ...about }) {
+  return html`<${Field} ...${about}>
+    ${(/** @type {object} */ attributes) =>
+      html`<input ...${attributes} type="number" step=${step} placeholder=${placeholder} value=${value ?? ""}
+        onInput=${(/** @type {Typed} */ { currentTarget: input }) => onChange(input.value === "" ? null : input.valueAsNumber)} />`}
+  <//>`;
+}
+
+/**
+ * @param {About & {value: string, options: [string, string][], onChange: (value: string) => void}} props `options`: a
+ *   value and its words each
+ */
+export function SelectField({ value, options, onChange, ...about }) {
+  return html`<${Field} ...${about}>
+    ${(/** @type {object} */ attributes) =>
+      html`<select ...${attributes} value=${value} onChange=${(/** @type {Typed} */ event) => onChange(event.currentTarget.value)}>
+        ${options.map(([of, words]) => html`<option value=${of} selected=${of === value}>${words}</option>`)}
+      </select>`}
+  <//>`;
+}
+
+/** @param {{checked: boolean, onChange: () => void, children: unknown}} props */
+export const Check = ({ checked, onChange, children }) =>
+  html`<label class="check"><input type="checkbox" checked=${checked} onChange=${onChange} />${children}</label>`;
+
+/**
+ * One of two.
+ * @param {{legend: string, name: string, value: boolean, words: [string, string], onChange: (value: boolean) => void}} props
+ *   `words`: those of true and of false
+ */
+export function Choice({ legend, name, value, words, onChange }) {
+  return html`<fieldset class="choice">
+    <legend class="hidden">${legend}</legend>
+    ${[true, false].map(
+      (of) =>
+        html`<label><input type="radio" name=${name} checked=${value === of} onChange=${() => onChange(of)} />${words[of ? 0 : 1]}</label>`,
+    )}
+  </fieldset>`;
+}
+
+/** @param {{label: string, className?: string, onSubmit: () => void, children: unknown}} props */
+export function Form({ label, className = "", onSubmit, children }) {
+  const submit = (/** @type {Event} */ event) => {
+    event.preventDefault();
+    onSubmit();
+  };
+  return html`<form class=${className} aria-label=${label} onSubmit=${submit}>${children}</form>`;
+}
+
+/**
+ * Rows under their columns; it can be scrolled, by keys too, where the screen is narrower.
+ * @param {{label: string, columns: string[], children: unknown}} props a column of numbers begins with "#"; "" has buttons
+ */
+export function Table({ label, columns, children }) {
+  return html`<div class="scroll" tabindex="0" role="region" aria-label="${label}, as a table">
+    <table>
+      <thead>
+        <tr>
+          ${columns.map((words) =>
+            words.startsWith("#")
+              ? html`<th scope="col" class="number">${words.slice(1)}</th>`
+              : html`<th scope="col">${words || html`<span class="hidden">What to do</span>`}</th>`,
+          )}
+        </tr>
+      </thead>
+      <tbody>${children}</tbody>
+    </table>
+  </div>`;
+}
+
+/** @param {{tone?: string, children: unknown}} props `tone`: good, bad, busy or none */
+export const Badge = ({ tone = "", children }) => html`<span class="badge ${tone}">${children}</span>`;
+
+/** @param {{label: string, value: number, most: number}} props */
+export function Bar({ label, value, most }) {
+  return html`<progress aria-label=${label} value=${Math.min(value, most)} max=${most || 1}></progress>`;
+}
+
+/**
+ * Something that costs a second click, since it can't be undone.
+ * @param {{label: string, sure: string, deed?: string, busy?: boolean, onSure: () => void}} props `deed`: what the second
+ *   button says, where it isn't `label`
+ */
+export function Careful({ label, sure, deed = label, busy = false, onSure }) {
+  const dialog = useRef(/** @type {HTMLDialogElement | null} */ (null));
+  const close = () => dialog.current?.close();
+  return html`<button type="button" class="plain risky" disabled=${busy} onClick=${() => dialog.current?.showModal()}>${label}</button>
+    <dialog ref=${dialog} aria-label="${label}?">
+      <p>${sure}</p>
+      <p class="row">
+        <button
+          type="button"
+          class="danger"
+          onClick=${() => {
+            close();
+            onSure();
+          }}
+        >
+          ${deed}
+        </button>
+        <button type="button" class="plain" onClick=${close}>Leave it as it is</button>
+      </p>
+    </dialog>`;
+}
+
+/** @param {{warnings: string[]}} props */
+export function Warnings({ warnings }) {
+  return warnings.map(
+    (warning) => html`<p class="warning"><span aria-hidden="true">⚠ </span>${sentence(warning)}</p>`,
+  );
+}

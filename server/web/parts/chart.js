@@ -1,0 +1,110 @@
+/** Curves over one axis, by uPlot, which is loaded when the first is drawn. */
+import { html, useEffect, useRef } from "../lib/html.js";
+import { Table } from "./basics.js";
+
+/**
+ * @typedef {{label: string, tone: "first" | "second" | "third", values: (number | null)[]}} Series
+ */
+
+/** @type {Promise<typeof import("../vendor/uplot.mjs")> | null} */
+let library = null;
+
+/** Distances between whole numbers on an axis. */
+const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000, 100_000];
+
+/** @param {string} name of a colour of the style sheet */
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+
+/**
+ * Draw the values; the legend has the last ones while nobody points at others.
+ * @param {InstanceType<typeof import("../vendor/uplot.mjs").default>} plot
+ * @param {{x: number[], series: Series[]}} values
+ */
+function show(plot, { x, series }) {
+  plot.setData([x, ...series.map((one) => one.values)]);
+  if (plot.cursor.idx == null) plot.setLegend({ idx: x.length - 1 });
+}
+
+/**
+ * A table has the same for who can't see it.
+ * @param {{title: string, x: number[], xLabel: string, isTime?: boolean, series: Series[], height?: number}} props
+ */
+export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }) {
+  const place = useRef(/** @type {HTMLDivElement | null} */ (null));
+  const plot = useRef(/** @type {InstanceType<typeof import("../vendor/uplot.mjs").default> | null} */ (null));
+  const latest = useRef({ x, series });
+  const shape = series.map((one) => one.label).join("|");
+
+  useEffect(() => {
+    let gone = false;
+    const element = place.current;
+    if (!element) return undefined;
+    const fit = new ResizeObserver(() => plot.current?.setSize({ width: element.clientWidth, height }));
+    const dark = matchMedia("(prefers-color-scheme: dark)");
+    const draw = async () => {
+      library ??= import("../vendor/uplot.mjs");
+      const { default: UPlot } = await library;
+      if (gone) return;
+      plot.current?.destroy();
+      const rule = { stroke: colour("line"), width: 1 };
+      const axis = { stroke: colour("muted"), grid: rule, ticks: rule };
+      plot.current = new UPlot(
+        {
+          width: element.clientWidth || 300,
+          height,
+          scales: { x: { time: isTime } },
+          axes: [{ ...axis, ...(isTime ? {} : { label: xLabel, labelSize: 22, incrs: WHOLE }) }, axis],
+          series: [
+            { label: xLabel },
+            ...series.map((one) => ({
+              label: one.label,
+              stroke: colour(one.tone),
+              width: 2,
+              spanGaps: true,
+              points: { show: !isTime },
+            })),
+          ],
+        },
+        [latest.current.x, ...latest.current.series.map((one) => one.values)],
+        element,
+      );
+      show(plot.current, latest.current);
+    };
+    void draw();
+    fit.observe(element);
+    dark.addEventListener("change", draw);
+    return () => {
+      gone = true;
+      fit.disconnect();
+      dark.removeEventListener("change", draw);
+      plot.current?.destroy();
+      plot.current = null;
+    };
+  }, [shape, height, isTime, xLabel]);
+
+  useEffect(() => {
+    latest.current = { x, series };
+    if (plot.current) show(plot.current, latest.current);
+  }, [x, series]);
+
+  return html`<figure class="chart">
+    <figcaption>${title}</figcaption>
+    <div ref=${place} aria-hidden="true"></div>
+    ${
+      isTime
+        ? null
+        : html`<details>
+            <summary>As a table</summary>
+            <${Table} label=${title} columns=${[xLabel, ...series.map((one) => `#${one.label}`)]}>
+              ${x.map(
+                (at, row) =>
+                  html`<tr key=${at}>
+                    <th scope="row">${at}</th>
+                    ${series.map((one) => html`<td class="number">${one.values[row]?.toPrecision(4) ?? ""}</td>`)}
+                  </tr>`,
+              )}
+            <//>
+          </details>`
+    }
+  </figure>`;
+}

@@ -1,0 +1,138 @@
+/** Adapters: what is stored, what each came from, which version is in use; upload by drop. */
+import { listAdapters } from "../lib/adapters.js";
+import { upload } from "../lib/api.js";
+import { html, useState } from "../lib/html.js";
+import { plural } from "../lib/format.js";
+import { useAction, useResource } from "../lib/resource.js";
+import { go, to } from "../lib/route.js";
+import { Badge, Fault, Form, TextField } from "../parts/basics.js";
+import { DropZone } from "../parts/drop.js";
+import { AdapterDetail } from "./adapter.js";
+
+/** @param {{path: string[]}} props */
+export function AdaptersView({ path }) {
+  const adapters = useResource(listAdapters, [], 10);
+  const [filter, setFilter] = useState("");
+  const name = path.join("/"); // another project's has a slash
+  const own = adapters.data?.own ?? [];
+  const shared = adapters.data?.shared ?? [];
+  const found = [...own, ...shared].find((adapter) => adapter.name === name);
+  const matches = (/** @type {Adapter} */ adapter) => adapter.name.toLowerCase().includes(filter.toLowerCase());
+  return html`<h1>Adapters</h1>
+    <${Fault} problem=${adapters.problem} />
+    <div class="sides list">
+      <div>
+        ${
+          own.length + shared.length > 8
+            ? html`<${TextField} label="Find" type="search" value=${filter} onChange=${setFilter} />`
+            : null
+        }
+        <${Names} title="Your project's" adapters=${own.filter(matches)} chosen=${name} />
+        ${shared.length ? html`<${Names} title="Other projects', public" adapters=${shared.filter(matches)} chosen=${name} />` : null}
+        ${adapters.data?.isCut ? html`<p><small>There are more than this page lists.</small></p>` : null}
+        ${
+          adapters.data && !own.length && !shared.length
+            ? html`<p>None yet. <a href=${to("train", "new")}>Train one</a>, or upload one below.</p>`
+            : null
+        }
+      </div>
+      <div class="detail">
+        ${
+          found
+            ? html`<${AdapterDetail} key=${name} adapter=${found} isOwn=${own.includes(found)} onChange=${adapters.reload} />`
+            : name && adapters.data
+              ? html`<div class="card"><p>There is no adapter ${name}, or none that you may see.</p></div>`
+              : own.length
+                ? html`<div class="card"><p>Choose an adapter to see its versions and where they come from.</p></div>`
+                : null
+        }
+      </div>
+      <div class="below"><${Upload} onDone=${adapters.reload} /></div>
+    </div>`;
+}
+
+/** @param {{title: string, adapters: Adapter[], chosen: string}} props */
+function Names({ title, adapters, chosen }) {
+  return html`<h2>${title}</h2>
+    <ul class="names">
+      ${adapters.map(
+        (adapter) =>
+          html`<li>
+            <a href=${to("adapters", ...adapter.name.split("/"))} aria-current=${adapter.name === chosen ? "true" : undefined}>
+              <span class="name">${adapter.name}</span>
+              <small>${plural(adapter.versions.length, "version")}</small>
+              ${adapter.kind === "composition" ? html`<${Badge}>blend<//>` : null}
+              ${adapter.visibility === "public" ? html`<${Badge}>public<//>` : null}
+              ${adapter.resident ? html`<${Badge} tone="good">in memory<//>` : null}
+            </a>
+          </li>`,
+      )}
+    </ul>`;
+}
+
+const CONFIG = /adapter_config.*\.json$/;
+const WEIGHTS = /\.safetensors$/;
+
+/** @param {File[]} files @returns {FormData | null} null: not what PEFT saves */
+function formOf(files) {
+  const form = new FormData();
+  const archive = files.find((file) => file.name.endsWith(".zip"));
+  const [config, weights] = [
+    files.find((file) => CONFIG.test(file.name)),
+    files.find((file) => WEIGHTS.test(file.name)),
+  ];
+  if (archive && files.length === 1) form.append("archive", archive);
+  else if (config && weights) {
+    form.append("adapter_config", config);
+    form.append("adapter_model", weights);
+  } else return null;
+  return form;
+}
+
+/** @param {{onDone: () => void}} props */
+function Upload({ onDone }) {
+  const [name, setName] = useState("");
+  const [files, setFiles] = useState(/** @type {File[]} */ ([]));
+  const [share, setShare] = useState(/** @type {number | null} */ (null));
+  const send = useAction(async () => {
+    const form = formOf(files);
+    if (!form) return;
+    setShare(0);
+    try {
+      const version = await upload(`/adapters/${encodeURIComponent(name)}`, form, setShare);
+      setFiles([]);
+      onDone();
+      go("adapters", version.name);
+    } finally {
+      setShare(null);
+    }
+  });
+  const isComplete = formOf(files) !== null;
+  /** @param {File[]} more one file after the other, too */
+  const add = (more) => {
+    send.clear();
+    setFiles([...files.filter((file) => !more.some((other) => other.name === file.name)), ...more].slice(-2));
+  };
+  return html`<${Form} label="Upload" className="card" onSubmit=${send.run}>
+    <h2>Upload</h2>
+    <${DropZone}
+      label="Drop a PEFT adapter here, or choose its files"
+      hint="adapter_config.json and adapter_model.safetensors, or one zip of both"
+      accept=".json,.safetensors,.zip"
+      multiple
+      chosen=${files.map((file) => file.name).join(", ")}
+      share=${share}
+      onFiles=${add}
+    />
+    ${
+      files.length && !isComplete
+        ? html`<p class="warning" role="status">
+          ${files.some((file) => CONFIG.test(file.name)) ? "adapter_model.safetensors is missing." : files.some((file) => WEIGHTS.test(file.name)) ? "adapter_config.json is missing." : "These aren't the files of an adapter that PEFT saved."}
+        </p>`
+        : null
+    }
+    <${TextField} label="Name" name="name" problem=${send.problem} hint="A name that exists gets a new version." value=${name} onChange=${setName} />
+    <button type="submit" disabled=${!isComplete || !name || send.busy}>Upload</button>
+    <${Fault} problem=${send.problem} beside=${["name"]} />
+  <//>`;
+}

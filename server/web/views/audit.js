@@ -1,0 +1,54 @@
+/** The audit list: who did what, and when. */
+import { get } from "../lib/api.js";
+import { moment } from "../lib/format.js";
+import { html, useState } from "../lib/html.js";
+import { useResource } from "../lib/resource.js";
+import { Fault, Table } from "../parts/basics.js";
+
+/** @type {Record<string, string>} */
+const WORDS = {
+  "key.create": "made a key",
+  "key.revoke": "revoked a key",
+  "adapter.delete": "deleted an adapter",
+  "adapter.public": "made an adapter public",
+  "adapter.private": "made an adapter private",
+  "project.limit": "set a project's limits",
+  "project.delete": "deleted a project",
+};
+
+/** @param {{keys: Key[]}} props by which ids are told as names */
+export function Audit({ keys }) {
+  const names = new Map(keys.map((key) => [key.id, key.name]));
+  const [before, setBefore] = useState("");
+  const audit = useResource(
+    (signal) => get(`/audit${before && `?before=${before}`}`, signal),
+    [before, keys.map((key) => key.revoked_at).join()],
+  );
+  /** @type {AuditEntry[]} */
+  const entries = audit.data?.entries ?? [];
+  return html`<section class="card" aria-label="Audit">
+    <h2>Log</h2>
+    <${Fault} problem=${audit.problem} />
+    ${audit.data && !entries.length ? html`<p>Nothing yet: keys, limits, visibility and deletes are written down here.</p>` : null}
+    ${
+      entries.length
+        ? html`<${Table} label="Audit" columns=${["When", "Who", "What", "Of", "Project"]}>
+              ${entries.map(
+                (entry) =>
+                  html`<tr key=${entry.number}>
+                    <td>${moment(entry.at)}</td>
+                    <td>${names.get(entry.who) ?? entry.who}</td>
+                    <td>${WORDS[entry.action] ?? entry.action}</td>
+                    <td>${names.get(entry.target) ?? entry.target}</td>
+                    <td>${entry.project}</td>
+                  </tr>`,
+              )}
+            <//>`
+        : null
+    }
+    <p class="row">
+      ${audit.data?.next ? html`<button type="button" class="plain" onClick=${() => setBefore(String(audit.data.next))}>Older</button>` : null}
+      ${before ? html`<button type="button" class="plain" onClick=${() => setBefore("")}>Newest</button>` : null}
+    </p>
+  </section>`;
+}

@@ -1,0 +1,161 @@
+/** One job: its curves while they move, what it says, what may be done with it, and what came of it. */
+import { ask, download, events, get } from "../lib/api.js";
+import { ago, count, duration, loss, moment, plural } from "../lib/format.js";
+import { html, useEffect, useMemo, useState } from "../lib/html.js";
+import { useAction, useResource } from "../lib/resource.js";
+import { go, to } from "../lib/route.js";
+import { Bar, Careful, Fault } from "../parts/basics.js";
+import { Card } from "../parts/card.js";
+import { LossChart } from "../parts/loss.js";
+import { TryIt } from "../parts/try_it.js";
+import { Status } from "./train.js";
+
+const ENDED = new Set(["succeeded", "failed", "cancelled"]);
+const RETRY_SECONDS = 2;
+
+/**
+ * The job's events, as they come; after a broken connection from where it broke.
+ * @param {string} id
+ * @param {() => void} onNews
+ */
+function useEvents(id, onNews) {
+  const [found, setFound] = useState(/** @type {JobEvent[]} */ ([]));
+  useEffect(() => {
+    const controller = new AbortController();
+    const { signal } = controller;
+    let last = "";
+    const follow = async () => {
+      while (!signal.aborted) {
+        try {
+          const headers = last ? { "Last-Event-ID": last } : {};
+          for await (const { id: seq, data } of events("GET", `/train/${encodeURIComponent(id)}/events`, {
+            headers,
+            signal,
+          })) {
+            last = seq;
+            const event = JSON.parse(data);
+            setFound((before) => [...before, event]);
+            onNews();
+          }
+          return; // the job has ended
+        } catch {
+          if (signal.aborted) return;
+          await new Promise((resolve) => setTimeout(resolve, RETRY_SECONDS * 1000));
+        }
+      }
+    };
+    void follow();
+    return () => controller.abort();
+  }, [id]);
+  return found;
+}
+
+/** @param {JobEvent[]} found */
+function pointsOf(found) {
+  /** @type {Map<number, import("../parts/loss.js").Point>} */
+  const points = new Map();
+  for (const { type, data } of found) {
+    const step = data["step"];
+    if (type !== "metrics" || step === undefined) continue;
+    const before = points.get(step);
+    points.set(step, {
+      step,
+      train: data["train_loss"] ?? before?.train ?? null,
+      held: data["eval_loss"] ?? before?.held ?? null,
+    });
+  }
+  return [...points.values()].sort((one, other) => one.step - other.step);
+}
+
+/** @param {{id: string, onChange: () => void}} props */
+export function JobDetail({ id, onChange }) {
+  const path = `/train/${encodeURIComponent(id)}`;
+  const job = useResource(async (signal) => /** @type {Job} */ (await get(path, signal)), [id], 3);
+  const found = useEvents(id, () => void job.reload());
+  const points = useMemo(() => pointsOf(found), [found]);
+  const steer = useAction(async (/** @type {string} */ what) => {
+    await ask("POST", `${path}/${what}`);
+    await job.reload();
+    onChange();
+  });
+  const save = useAction(() => download(`${path}/download`, `${id}.zip`));
+  const remove = useAction(async () => {
+    await ask("DELETE", path);
+    onChange();
+    go("train");
+  });
+  if (!job.data) return html`<${Fault} problem=${job.problem} />`;
+  const { name, status, progress, metrics, adapter, error, config } = job.data;
+  const isOver = ENDED.has(status);
+  const step = Math.max(progress.step, points.at(-1)?.step ?? 0); // events come sooner
+  return html`<article class="card" aria-label="Job ${name}">
+    <div class="row between">
+      <h2 class="big">${name} <${Status} job=${job.data} /></h2>
+      <p class="row">
+        ${
+          status === "running" || status === "queued"
+            ? html`<button type="button" class="plain" disabled=${steer.busy || job.data.pausing} onClick=${() => steer.run("pause")}>Pause</button>`
+            : null
+        }
+        ${status === "paused" ? html`<button type="button" disabled=${steer.busy} onClick=${() => steer.run("resume")}>Resume</button>` : null}
+        ${
+          isOver
+            ? html`<${Careful} label="Delete" sure="Its rows, checkpoints and log go; adapters that it made stay." busy=${remove.busy} onSure=${() => remove.run()} />`
+            : html`<${Careful} label="Cancel" deed="End the job" sure="It ends without an adapter, for good. Pause keeps it." busy=${steer.busy} onSure=${() => steer.run("cancel")} />`
+        }
+      </p>
+    </div>
+    <${Fault} problem=${steer.problem ?? remove.problem ?? save.problem ?? job.problem} />
+    ${config.start_from ? html`<p class="muted">Went on from ${config.start_from}.</p>` : null}
+    ${error ? html`<div class="fault" role="alert"><p>${error}</p></div>` : null}
+    ${
+      isOver
+        ? null
+        : html`<${Bar} label="progress of ${name}" value=${step} most=${progress.total_steps ?? 0} />
+          <p role="status">
+            ${
+              status === "queued"
+                ? "Waits for a worker."
+                : `Step ${count(step)} of ${count(progress.total_steps ?? 0)}${progress.eta_seconds ? `, about ${duration(progress.eta_seconds)} to go` : status === "running" && !step ? ": the base is measured first, which takes a while" : ""}`
+            }
+          </p>`
+    }
+    <dl class="figures">
+      <div><dt>Training loss</dt><dd>${loss(metrics["train_loss"])}</dd></div>
+      <div><dt>Held-out loss</dt><dd>${loss(metrics["eval_loss"])}</dd></div>
+      <div><dt>Base's held-out loss</dt><dd>${loss(metrics["base_eval_loss"])}</dd></div>
+      <div><dt>Tokens a second</dt><dd>${progress.tokens_per_second ? count(Math.round(progress.tokens_per_second)) : "–"}</dd></div>
+    </dl>
+    ${
+      adapter
+        ? html`<p class="done">
+            Published as <a href=${to("adapters", adapter.name)}>${adapter.name}@${adapter.version}</a>. See what it changed:
+          </p>
+          <${TryIt} job=${job.data} />`
+        : null
+    }
+    ${
+      status === "succeeded" && config.method === "full"
+        ? html`<p class="done">
+            Full fine-tuning is there to compare with, so it publishes no adapter.
+            <button type="button" class="link" disabled=${save.busy} onClick=${() => save.run()}>Download the model</button>
+          </p>`
+        : null
+    }
+    ${status === "succeeded" ? html`<${Report} id=${id} hasCurves=${points.length > 0} />` : null}
+    <${LossChart} points=${points} />
+    <details>
+      <summary>${plural(found.length, "event")}</summary>
+      <ol class="log">
+        ${[...found].reverse().map((event) => html`<li key=${event.seq} class=${event.level}><time datetime=${event.at} title=${moment(event.at)}>${ago(event.at)}</time> ${event.message}</li>`)}
+      </ol>
+    </details>
+  </article>`;
+}
+
+/** @param {{id: string, hasCurves: boolean}} props */
+function Report({ id, hasCurves }) {
+  const report = useResource((signal) => get(`/train/${encodeURIComponent(id)}/report`, signal), [id]);
+  if (!report.data) return html`<${Fault} problem=${report.problem} />`;
+  return html`<${Card} report=${hasCurves ? { ...report.data, curves: undefined } : report.data} />`;
+}

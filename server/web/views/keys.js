@@ -1,0 +1,123 @@
+/** API keys: those there are, a new one, whose secret is shown once, and revoking. */
+import { ask } from "../lib/api.js";
+import { ago, moment } from "../lib/format.js";
+import { html, useState } from "../lib/html.js";
+import { useAction } from "../lib/resource.js";
+import { perKey, signIn } from "../lib/session.js";
+import { useStore } from "../lib/store.js";
+import { Badge, Careful, Check, Fault, Form, Table, TextField } from "../parts/basics.js";
+import { LimitFields, UNLIMITED } from "../parts/limits.js";
+
+const SCOPES = /** @type {const} */ ([
+  ["generate", "generate"],
+  ["train", "train, upload and delete"],
+  ["metrics", "read the metrics"],
+  ["admin", "everything, in all projects (admin)"],
+]);
+
+/** @param {{keys: Key[], onChange: () => Promise<void>}} props */
+export function Keys({ keys, onChange }) {
+  const revoke = useAction(async (/** @type {string} */ id) => {
+    await ask("DELETE", `/keys/${encodeURIComponent(id)}`);
+    await onChange();
+  });
+  return html`<section class="card" aria-label="Keys">
+    <h2>Keys</h2>
+    ${
+      keys.length
+        ? html`<${Table} label="Keys" columns=${["Name", "Project", "May", "Made", "Last used", "State", ""]}>
+              ${keys.map(
+                (key) =>
+                  html`<tr key=${key.id}>
+                    <th scope="row">${key.name}<br /><small><code>${key.id}</code></small></th>
+                    <td>${key.project}</td>
+                    <td>${key.scopes.join(", ")}</td>
+                    <td>${moment(key.created_at)}</td>
+                    <td>${key.last_used_at ? ago(key.last_used_at) : "never"}</td>
+                    <td>${stateOf(key)}</td>
+                    <td>${key.revoked_at ? null : html`<${Careful} label="Revoke" sure="Whoever uses ${key.name} is shut out at once." busy=${revoke.busy} onSure=${() => revoke.run(key.id)} />`}</td>
+                  </tr>`,
+              )}
+            <//>`
+        : html`<p>None yet: whoever reaches this server may do everything. Once there is a first key, everybody needs one; this can't be undone.</p>`
+    }
+    <${Fault} problem=${revoke.problem} />
+    <${Secret} />
+    <${NewKey} isFirst=${keys.length === 0} onMade=${onChange} />
+  </section>`;
+}
+
+/** @param {Key} key */
+function stateOf(key) {
+  if (key.revoked_at) return html`<${Badge} tone="bad">revoked<//>`;
+  if (key.expires_at && Date.parse(key.expires_at) < Date.now()) return html`<${Badge} tone="bad">expired<//>`;
+  return key.expires_at ? `until ${moment(key.expires_at)}` : "valid";
+}
+
+/** The key that was made last, until its secret is put away. */
+const made = perKey(/** @type {(Key & {secret: string}) | null} */ (null));
+
+/**
+ * The first key ends that nobody needs one, so it has to be an admin's, and the page goes on with it.
+ * @param {{isFirst: boolean, onMade: () => Promise<void>}} props
+ */
+function NewKey({ isFirst, onMade }) {
+  const [name, setName] = useState("");
+  const [project, setProject] = useState("default");
+  const [scopes, setScopes] = useState(/** @type {string[]} */ (isFirst ? ["admin"] : ["generate", "train"]));
+  const [expires, setExpires] = useState("");
+  const [limits, setLimits] = useState(UNLIMITED);
+  const create = useAction(async () => {
+    const expires_at = expires ? new Date(expires).toISOString() : null;
+    const key = await ask("POST", "/keys", { json: { name, project, scopes, expires_at, ...limits } });
+    setName("");
+    if (isFirst) signIn(key.secret);
+    made.set(key);
+    if (!isFirst) await onMade();
+  });
+  const isShutOut = isFirst && !scopes.includes("admin");
+  const about = { problem: create.problem };
+  return html`<details open=${isFirst}>
+    <summary>New key</summary>
+    <${Form} label="New key" onSubmit=${create.run}>
+      <div class="fields">
+        <${TextField} label="Name" name="name" hint="for people, such as laptop" value=${name} onChange=${setName} ...${about} />
+        <${TextField} label="Project" name="project" hint="whose adapters and jobs it sees" value=${project} onChange=${setProject} ...${about} />
+        <${TextField} label="Expires" name="expires_at" type="date" hint="empty: never" value=${expires} onChange=${setExpires} ...${about} />
+      </div>
+      <fieldset>
+        <legend>This key may</legend>
+        ${SCOPES.map(
+          ([scope, words]) =>
+            html`<${Check} checked=${scopes.includes(scope)} onChange=${() => setScopes(scopes.includes(scope) ? scopes.filter((of) => of !== scope) : [...scopes, scope])}>${words}<//>`,
+        )}
+      </fieldset>
+      <details>
+        <summary>Limits</summary>
+        <${LimitFields} limits=${limits} onChange=${setLimits} ...${about} />
+      </details>
+      <${Fault} problem=${create.problem} beside=${["name", "project", "expires_at", ...Object.keys(UNLIMITED)]} />
+      ${isShutOut ? html`<p class="warning">The first key has to be allowed everything: the others are made with it.</p>` : null}
+      <button type="submit" disabled=${!name || !scopes.length || isShutOut || create.busy}>Make the key</button>
+    <//>
+  </details>`;
+}
+
+function Secret() {
+  const key = useStore(made);
+  const [isCopied, setCopied] = useState(false);
+  const copy = useAction(async () => {
+    await navigator.clipboard.writeText(key?.secret ?? ""); // refused where the page has no TLS
+    setCopied(true);
+  });
+  if (!key) return null;
+  return html`<div class="secret" role="status">
+    <p>The secret of the key “${key.name}”. It is shown this once: copy it now.</p>
+    <p class="row">
+      <code>${key.secret}</code>
+      <button type="button" class="plain" onClick=${() => copy.run()}>${isCopied ? "Copied" : "Copy"}</button>
+      <button type="button" class="plain" onClick=${() => made.set(null)}>I have it</button>
+    </p>
+    ${copy.problem ? html`<p>This browser doesn't let the page copy: select it and copy it by hand.</p>` : null}
+  </div>`;
+}

@@ -1,0 +1,217 @@
+/** A new job: rows, with what is wrong in them by line; what is trained on; how. */
+import { listAdapters } from "../lib/adapters.js";
+import { ask, get, upload } from "../lib/api.js";
+import { count, duration, plural } from "../lib/format.js";
+import { html, useState } from "../lib/html.js";
+import { useAction, useResource } from "../lib/resource.js";
+import { go } from "../lib/route.js";
+import { Fault, Form, NumberField, SelectField, TextField, Warnings } from "../parts/basics.js";
+import { DropZone } from "../parts/drop.js";
+
+/**
+ * @typedef {{name: string, dataset: string, method: string, rank: number | null, alpha: number | null, epochs: number | null,
+ *   learningRate: number | null, batchSize: number | null, validation: number | null, evalSteps: number | null,
+ *   startFrom: string, publishIf: string}} Fields
+ */
+
+/** @type {Fields} */
+const BLANK = {
+  name: "",
+  dataset: "",
+  method: "lora",
+  rank: null,
+  alpha: null,
+  epochs: null,
+  learningRate: null,
+  batchSize: null,
+  validation: null,
+  evalSteps: null,
+  startFrom: "",
+  publishIf: "always",
+};
+
+const BESIDE = [
+  "name",
+  "dataset",
+  "rank",
+  "alpha",
+  "epochs",
+  "learning_rate",
+  "batch_size",
+  "validation",
+  "eval_steps",
+  "start_from",
+  "publish_if",
+  "method",
+];
+
+/** What POST /train takes; what is left out is the server's default. @param {Fields} form */
+function bodyOf(form) {
+  /** @type {Record<string, any>} */
+  const body = {
+    name: form.name,
+    dataset: form.dataset,
+    method: form.method,
+    publish_if: form.publishIf,
+    training: {},
+  };
+  if (form.validation !== null) body["validation"] = form.validation;
+  if (form.startFrom) body["start_from"] = form.startFrom;
+  if (form.method === "lora" && !form.startFrom) {
+    body["lora"] = {};
+    if (form.rank !== null) body["lora"].rank = form.rank;
+    if (form.alpha !== null) body["lora"].alpha = form.alpha;
+  }
+  if (form.epochs !== null) body["training"].epochs = form.epochs;
+  if (form.learningRate !== null) body["training"].learning_rate = form.learningRate;
+  if (form.batchSize !== null) body["training"].batch_size = form.batchSize;
+  if (form.evalSteps !== null) body["training"].eval_steps = form.evalSteps;
+  return body;
+}
+
+/** @param {{onQueued: () => void}} props */
+export function NewJob({ onQueued }) {
+  const [form, setForm] = useState(BLANK);
+  const [dry, setDry] = useState(/** @type {DryRun | null} */ (null));
+  const datasets = useResource(
+    async (signal) => /** @type {DataSet[]} */ ((await get("/datasets", signal)).datasets),
+    [],
+  );
+  const adapters = useResource(listAdapters, []);
+  const change = (/** @type {keyof Fields} */ name) => (/** @type {any} */ value) => {
+    setForm({ ...form, [name]: value });
+    setDry(null);
+  };
+  const check = useAction(async () => {
+    const json = bodyOf({ ...form, name: form.name || "unnamed" });
+    setDry(await ask("POST", "/train?dry_run=true", { json }));
+  });
+  const submit = useAction(async () => {
+    const headers = { "Idempotency-Key": crypto.randomUUID?.() ?? String(Math.random()) };
+    const job = await ask("POST", "/train", { json: bodyOf(form), headers });
+    onQueued();
+    go("train", job.id);
+  });
+  const problem = submit.problem ?? check.problem;
+  const isReady = Boolean(form.name && form.dataset);
+  const startable = (adapters.data?.own ?? []).filter((adapter) => adapter.kind === "adapter");
+  return html`<${Form} label="New job" className="card" onSubmit=${() => {
+    check.clear();
+    void submit.run();
+  }}>
+    <h2>1. Rows</h2>
+    <${Rows} datasets=${datasets.data} chosen=${form.dataset} problem=${problem} onChoose=${change("dataset")} onUploaded=${datasets.reload} />
+    <${Fault} problem=${datasets.problem} />
+    <h2>2. Adapter</h2>
+    <div class="fields">
+      <${TextField} label="Name" name="name" problem=${problem} hint="A name that exists gets a new version." value=${form.name} onChange=${change("name")} />
+      <${NumberField} label="Epochs" name="epochs" hint="times through the rows" placeholder="3" step="1" value=${form.epochs} problem=${problem} onChange=${change("epochs")} />
+      <${NumberField} label="Held out" name="validation" hint="share of the rows that measures, from 0 to 1" placeholder="0.1" value=${form.validation} problem=${problem} onChange=${change("validation")} />
+    </div>
+    <details>
+      <summary>More settings</summary>
+      <div class="fields">
+        <${SelectField} label="Method" name="method" value=${form.method} problem=${problem} options=${[
+          ["lora", "LoRA"],
+          ["full", "full fine-tuning: to compare with, never published"],
+        ]} onChange=${change("method")} />
+        <${SelectField} label="Go on from" name="start_from" value=${form.startFrom} problem=${problem} options=${[["", "a new adapter"], ...startable.map((adapter) => [adapter.name, adapter.name])]} onChange=${change("startFrom")} />
+        <${NumberField} label="Rank" name="rank" hint="how much it can change" placeholder="16" step="1" value=${form.rank} problem=${problem} onChange=${change("rank")} />
+        <${NumberField} label="Alpha" name="alpha" hint="its strength is alpha / rank" placeholder="32" value=${form.alpha} problem=${problem} onChange=${change("alpha")} />
+        <${NumberField} label="Learning rate" name="learning_rate" placeholder=${form.method === "full" ? "0.00003" : "0.001"} value=${form.learningRate} problem=${problem} onChange=${change("learningRate")} />
+        <${NumberField} label="Batch size" name="batch_size" hint="rows a step" placeholder="8" step="1" value=${form.batchSize} problem=${problem} onChange=${change("batchSize")} />
+        <${NumberField} label="Measure every … steps" name="eval_steps" hint="draws the held-out curve; the best weights are kept" placeholder="at the end" step="1" value=${form.evalSteps} problem=${problem} onChange=${change("evalSteps")} />
+        <${SelectField} label="Publish" name="publish_if" value=${form.publishIf} problem=${problem} options=${[
+          ["always", "in any case"],
+          ["improves_base", "if better than the base"],
+          ["improves_latest", "if better than the latest version"],
+        ]} onChange=${change("publishIf")} />
+      </div>
+    </details>
+    <${Fault} problem=${problem} beside=${BESIDE} />
+    <p class="row">
+      <button type="button" class="plain" disabled=${!form.dataset || check.busy} onClick=${() => {
+        submit.clear();
+        void check.run();
+      }}>Dry run: see what would be learned</button>
+      <button type="submit" disabled=${!isReady || submit.busy}>Train</button>
+      ${isReady ? null : html`<small>${form.dataset ? "A name is needed." : "Rows are needed."}</small>`}
+    </p>
+    ${dry ? html`<${Preview} dry=${dry} />` : null}
+  <//>`;
+}
+
+/**
+ * @param {{datasets: DataSet[] | null, chosen: string, problem: import("../lib/api.js").Problem | null,
+ *   onChoose: (id: string) => void, onUploaded: () => Promise<void>}} props
+ */
+function Rows({ datasets, chosen, problem, onChoose, onUploaded }) {
+  const [share, setShare] = useState(/** @type {number | null} */ (null));
+  const [told, setTold] = useState(/** @type {string[]} */ ([]));
+  const [file, setFile] = useState("");
+  const send = useAction(async (/** @type {File} */ file) => {
+    const form = new FormData();
+    form.append("file", file);
+    setShare(0);
+    setTold([]);
+    setFile(file.name);
+    try {
+      const stored = await upload("/datasets", form, setShare);
+      setTold(stored.warnings);
+      setFile(`${file.name}: ${plural(stored.rows, "row")}, all well formed`);
+      await onUploaded();
+      onChoose(stored.id);
+    } finally {
+      setShare(null);
+    }
+  });
+  return html`<${DropZone}
+      label="Drop a JSONL or CSV file here, or choose one"
+      hint='One row a line: {"prompt": …, "completion": …}, {"messages": […]} or {"text": …}; a CSV has these as columns.'
+      accept=".jsonl,.csv,.json,.txt"
+      chosen=${send.problem ? `${file} was not taken:` : file}
+      share=${share}
+      onFiles=${(/** @type {File[]} */ files) => files[0] && send.run(files[0])}
+    />
+    <${Fault} problem=${send.problem} />
+    <${Warnings} warnings=${told} />
+    ${
+      datasets?.length
+        ? html`<${SelectField}
+          label="Data set"
+          name="dataset"
+          value=${chosen}
+          problem=${problem}
+          options=${[["", "choose one"], ...datasets.map((set) => [set.id, `${set.filename ?? set.id} · ${plural(set.rows, "row")}`])]}
+          onChange=${onChoose}
+        />`
+        : null
+    }`;
+}
+
+/** @param {{dry: DryRun}} props */
+function Preview({ dry }) {
+  const { data, estimate } = dry;
+  const told = [
+    `${plural(data.rows, "row")} with ${plural(data.trained_tokens, "trained-on token")} of ${count(data.tokens)}`,
+    `${plural(data.validation_rows, "row")} held out`,
+    `${plural(dry.steps, "step")}: about ${duration(estimate.seconds)}`,
+    ...(data.truncated ? [`${plural(data.truncated, "row is", "rows are")} cut`] : []),
+  ].join("; ");
+  return html`<section aria-label="Dry run" class="preview" role="status">
+    <h3>Nothing is trained yet. This would be:</h3>
+    <p>${told}</p>
+    <${Warnings} warnings=${dry.warnings} />
+    <p class="legend">
+      The first ${dry.preview.length} of ${count(data.rows)}. Marked is what is learned, the rest is only read; tokens in ${"<|…|>"} are
+      the model's own, around the turns of a chat and at an end.
+    </p>
+    ${dry.preview.map(
+      (row) =>
+        html`<p class="tokens" key=${row.row}>
+          ${row.tokens.map((token) => (token.trained ? html`<mark>${token.text}</mark>` : html`<span>${token.text}</span>`))}
+          ${row.more ? html`<small> and ${plural(row.more, "token")} more</small>` : null}
+        </p>`,
+    )}
+  </section>`;
+}

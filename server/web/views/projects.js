@@ -1,0 +1,48 @@
+/** Projects, and what their keys may together. */
+import { ask, get } from "../lib/api.js";
+import { compact } from "../lib/format.js";
+import { html, useState } from "../lib/html.js";
+import { useAction, useResource } from "../lib/resource.js";
+import { Fault, Form } from "../parts/basics.js";
+import { LIMITS, LimitFields } from "../parts/limits.js";
+
+/** @param {{keys: Key[]}} props a new one may have brought a project */
+export function Projects({ keys }) {
+  const projects = useResource(
+    async (signal) => /** @type {Project[]} */ ((await get("/projects", signal)).projects),
+    [],
+  );
+  return html`<section class="card" aria-label="Projects">
+    <h2>Projects</h2>
+    <${Fault} problem=${projects.problem} />
+    ${
+      projects.data?.length
+        ? projects.data.map(
+            (project) =>
+              html`<${ProjectLimits} key=${project.name} project=${project} onChange=${projects.reload} />`,
+          )
+        : html`<p>A project begins with its first key.</p>`
+    }
+  </section>`;
+}
+
+/** @param {{project: Project, onChange: () => Promise<void>}} props */
+function ProjectLimits({ project, onChange }) {
+  const { requests_per_minute, tokens_per_minute, max_jobs, max_bytes } = project;
+  const [limits, setLimits] = useState({ requests_per_minute, tokens_per_minute, max_jobs, max_bytes });
+  const save = useAction(async () => {
+    await ask("PUT", `/projects/${encodeURIComponent(project.name)}`, { json: limits });
+    await onChange();
+  });
+  const told = LIMITS.flatMap(([name, words]) =>
+    project[name] === null ? [] : [`${words.toLowerCase()}: ${compact(project[name] ?? 0)}`],
+  );
+  return html`<details>
+    <summary><strong>${project.name}</strong> <small>${told.join(", ") || "no limits"}</small></summary>
+    <${Form} label="Limits of ${project.name}" onSubmit=${save.run}>
+      <${LimitFields} limits=${limits} problem=${save.problem} onChange=${setLimits} />
+      <${Fault} problem=${save.problem} beside=${LIMITS.map(([name]) => name)} />
+      <button type="submit" disabled=${save.busy}>Save</button>
+    <//>
+  </details>`;
+}

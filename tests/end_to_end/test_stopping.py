@@ -1,0 +1,139 @@
+"""Signals to a real process: what runs, what waits, what trains, and one that can't end in good order."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from server.serve.process import DRAIN_SECONDS, HURRY_SECONDS
+from tests.end_to_end.server_process import PATIENCE, ServerProcess, command, environment
+from tests.end_to_end.training_client import CHILD, code_rows, get, processes, submit, succeeded, wait_until
+from tests.hanging_server import HANG
+from tests.server.test_hanging_server import BODY, Process
+
+LONG = {"prompt": "a", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+JOB = {"epochs": 40, "batch_size": 4, "max_length": 32, "checkpoint_steps": 1000}
+
+
+def start(home: Path, model: Path) -> ServerProcess:
+    return ServerProcess(home, model=model, workers=1, max_num_seqs=2, max_model_len=512, train_share=1.0)
+
+
+@pytest.fixture
+def server(tmp_path: Path, tiny_base_dir: Path) -> Iterator[ServerProcess]:
+    server = start(tmp_path / "home", tiny_base_dir)
+    yield server
+    server.close()
+
+
+def test_what_runs_and_what_waits_ends_and_the_job_goes_on(server: ServerProcess, tiny_base_dir: Path) -> None:
+    """Four sequences, of which two have a place. The job's checkpoint is the one that it makes as it leaves."""
+    job_id = submit(server, name="codes", data=code_rows(16), training=JOB)
+    wait_until(lambda: get(server, f"/train/{job_id}")["progress"].get("step", 0) > 5)
+    with ThreadPoolExecutor(4) as pool:
+        streams = [pool.submit(server.client.post, "/generate", json={**LONG, "stream": True}) for _ in range(2)]
+        wholes = [pool.submit(server.client.post, "/generate", json=LONG) for _ in range(2)]
+        wait_until(
+            lambda: sum(server.metrics()[f"smolora_requests_{what}"] for what in ("running", "waiting")) > 2
+        )
+        server.terminate()
+        signalled = time.monotonic()
+        while server.client.get("/ready").status_code == 200:
+            assert time.monotonic() - signalled < 1, "it is not ready at once"
+        for path in ("/generate", "/train", "/adapters/a"):
+            refused = server.client.post(path, json=LONG)
+            assert refused.status_code == 503, path
+            assert int(refused.headers["retry-after"]) >= 1
+        assert [stream.result().text.endswith("data: [DONE]\n\n") for stream in streams] == [True, True]
+        assert [whole.result().json()["usage"]["completion_tokens"] for whole in wholes] == [400, 400]
+    assert server.exit_code() == 0
+    assert time.monotonic() - signalled < DRAIN_SECONDS
+    checkpoints = server.home / "jobs" / job_id / "checkpoints"
+    (left,) = [path.name for path in checkpoints.iterdir()]
+    assert int(left.partition("-")[2]) > 5
+    again = start(server.home, tiny_base_dir)
+    try:
+        job = succeeded(again, job_id)
+        events = get(again, f"/train/{job_id}/events")
+        assert "back in the queue" in [event["message"] for event in events]
+        steps = [event["data"]["step"] for event in events if event["type"] == "metrics"]
+        assert steps == list(range(1, job["progress"]["total_steps"] + 1))
+        assert job["attempt"] == 2
+    finally:
+        again.close()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_now(server: ServerProcess, second: signal.Signals) -> None:
+    submit(server, name="codes", data=code_rows(16), training=JOB)
+    wait_until(lambda: bool(processes(server, CHILD)))
+    running = processes(server, CHILD)
+    with ThreadPoolExecutor(5) as pool:
+        streams = [
+            pool.submit(server.client.post, "/generate", json={**LONG, "n": 1, "stream": True, "seed": seed})
+            for seed in range(4)
+        ]
+        whole = pool.submit(server.client.post, "/generate", json=LONG)
+        wait_until(lambda: server.metrics()["smolora_requests_waiting"] >= 2)
+        server.terminate()
+        wait_until(lambda: server.client.get("/ready").status_code == 503)
+        server.process.send_signal(second)
+        signalled = time.monotonic()
+        assert server.exit_code() == 0
+        assert time.monotonic() - signalled < HURRY_SECONDS
+        texts = [(stream.result().status_code, stream.result().text) for stream in streams]
+        assert all("event: error" in text if status == 200 else status == 503 for status, text in texts), texts
+        assert whole.result().status_code == 503
+        assert "shutting down" in whole.result().text
+    wait_until(lambda: not any(process.is_running() for process in running), 10, "its children's end")
+
+
+def test_a_second_signal_ends_what_hangs(tmp_path: Path, tiny_base_dir: Path) -> None:
+    """A step that never returns, long before the watchdog says so."""
+    server = Process(tmp_path, tiny_base_dir, least_seconds=600)
+    try:
+        server.wait_until(server.is_ready, "it was not ready in time")
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(server.client.post, "/generate", json={**BODY, "seed": HANG})
+            server.wait_until(lambda: server.num_requests() == 1, "it did not begin")
+            time.sleep(1)
+            server.process.terminate()
+            server.wait_until(lambda: not server.is_ready(), "it drains")
+            server.process.send_signal(signal.SIGINT)
+            signalled = time.monotonic()
+            assert server.process.wait(timeout=PATIENCE) == 1
+            assert HURRY_SECONDS - 1 < time.monotonic() - signalled < HURRY_SECONDS + 10
+            assert asked.exception() is not None
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("what", ["serve", "worker"])
+def test_a_signal_before_it_is_ready(tmp_path: Path, tiny_base_dir: Path, what: str) -> None:
+    """It ends by a code of its own, which a container's first process needs for it: there SIGTERM does nothing."""
+    if what == "serve":
+        told = command(home=tmp_path, port=0, model=tiny_base_dir)
+    else:
+        told = [command()[0], "worker", "--home", str(tmp_path), "--model", str(tiny_base_dir)]
+    process = subprocess.Popen(told, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    if what == "serve":
+        assert process.stderr.readline() == "smolora: loading libraries\n"
+    else:
+        wait_until(lambda: _handles(process.pid, signal.SIGTERM))
+    process.terminate()
+    assert process.wait(timeout=PATIENCE) in ((143,) if what == "serve" else (0, 143))
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
+
+
+def _handles(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler of its own for the signal."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines() if os.path.exists(f"/proc/{pid}") else []
+    caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1)

@@ -1,0 +1,78 @@
+"""`/` and /web/: what comes, under which policy, from where, how large."""
+
+import gzip
+import re
+
+import httpx
+import pytest
+
+pytestmark = pytest.mark.anyio
+
+OWN = re.compile(r"web/[0-9a-f]{16}/(?!vendor/).*")
+MOST_OWN_BYTES = 52 << 10
+"""Of the page's own code and style, as a browser fetches them."""
+
+
+async def files_of(client: httpx.AsyncClient) -> list[str]:
+    page = await client.get("/")
+    assert page.status_code == 200
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    return sorted(set(re.findall(r'(?:src|href)="(web/[^"]+)"', page.text)))
+
+
+async def test_the_page_and_its_files(client: httpx.AsyncClient) -> None:
+    page = await client.get("/")
+    assert "no-cache" in page.headers["cache-control"]
+    again = await client.get("/", headers={"If-None-Match": page.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    types = {".js": "text/javascript", ".mjs": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+    for path in await files_of(client):
+        answer = await client.get(f"/{path}")
+        assert answer.status_code == 200, path
+        assert answer.headers["content-type"].partition(";")[0] == types[path[path.rindex(".") :]]
+        assert "immutable" in answer.headers["cache-control"]
+
+
+async def test_the_policy(client: httpx.AsyncClient) -> None:
+    """Nothing inline, nothing from elsewhere, in no frame."""
+    page = await client.get("/")
+    policy = dict(rule.split(" ", 1) for rule in page.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'none'"
+    assert {policy[f"{kind}-src"] for kind in ("script", "style", "img", "connect")} == {"'self'"}
+    assert policy["frame-ancestors"] == policy["base-uri"] == policy["form-action"] == "'none'"
+    assert not re.search(r"<script(?![^>]*src=)|<style|\sstyle=|\son\w+=", page.text)
+    assert "://" not in page.text
+    assert page.headers["referrer-policy"] == "no-referrer"
+
+
+async def test_it_is_small(client: httpx.AsyncClient) -> None:
+    size = 0
+    for path in filter(OWN.fullmatch, await files_of(client)):
+        async with client.stream("GET", f"/{path}", headers={"Accept-Encoding": "gzip"}) as answer:
+            content = b"".join([piece async for piece in answer.aiter_raw()])
+            assert answer.headers["content-encoding"] == "gzip"
+        size += len(content)
+        plain = await client.get(f"/{path}", headers={"Accept-Encoding": "identity"})
+        assert plain.content == gzip.decompress(content)
+    assert 0 < size < MOST_OWN_BYTES, size
+
+
+async def test_what_is_not_there(client: httpx.AsyncClient) -> None:
+    digest = (await files_of(client))[0].split("/")[1]
+    for path in (
+        "0123456789abcdef/app.js",
+        f"{digest}/other.js",
+        f"{digest}/../../config.py",
+        f"{digest}/tsconfig.json",
+    ):
+        answer = await client.get(f"/web/{path}")
+        assert answer.status_code == 404, path
+        assert answer.headers["content-type"] == "application/problem+json"
+
+
+async def test_it_needs_no_key(client: httpx.AsyncClient) -> None:
+    made = await client.post("/keys", json={"name": "first", "scopes": ["admin"]})
+    assert made.status_code == 201
+    assert (await client.get("/adapters")).status_code == 401
+    for path in ["", *(await files_of(client))]:
+        assert (await client.get(f"/{path}")).status_code == 200

@@ -1,0 +1,99 @@
+"""Chromium, headless, on a page of a server that runs; what the page reports as wrong fails the test."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from playwright.sync_api import Browser, Page, Playwright, expect
+
+from tests.web.vendor import PACKAGES
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+MISSING = "needs Chromium: apt-get install chromium"
+PATIENCE = 60_000.0
+"""Milliseconds for anything that should take a few; machines that run tests are busy."""
+
+DESKTOP = (1280, 900)
+PHONE = (390, 844)
+
+expect.set_options(timeout=PATIENCE)
+
+
+def launch(playwright: Playwright) -> Browser:
+    """Debian's browser, not one that Playwright would download."""
+    return playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@contextmanager
+def page_of(
+    browser: Browser,
+    url: str,
+    size: tuple[int, int] = DESKTOP,
+    scheme: Literal["light", "dark"] = "light",
+) -> Iterator[Page]:
+    """The page at `url`, as somebody opens it who has never been there. AssertionError, at the end, where it wrote
+    errors to the console (a breach of its policy is one), threw, or asked another host for anything."""
+    context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(f"threw: {error}"))
+    page.on(
+        "console",
+        lambda message: (
+            wrong.append(message.text) if message.type == "error" and not _is_answer(message.text) else None
+        ),
+    )
+    page.on("request", lambda request: None if _is_own(request.url, url) else wrong.append(f"asked {request.url}"))
+    try:
+        page.goto(url)
+        yield page
+    finally:
+        context.close()
+    assert not wrong, wrong
+
+
+def _is_answer(text: str) -> bool:
+    """What Chromium says by itself of each answer that is an error."""
+    return text.startswith("Failed to load resource: the server responded with a status of 4")
+
+
+def _is_own(asked: str, url: str) -> bool:
+    return asked.startswith((url.partition("/#")[0] + "/", "blob:"))
+
+
+def violations(page: Page) -> list[str]:
+    """What axe-core finds wrong with what the page shows, in its words."""
+    page.evaluate((PACKAGES / "axe-core" / "axe.min.js").read_text(encoding="utf-8"))
+    found = page.evaluate("axe.run().then((results) => results.violations)")
+    return [
+        f"{violation['id']}: {violation['help']}: {node['html'][:200]}"
+        for violation in found
+        for node in violation["nodes"]
+    ]
+
+
+def is_wider_than_the_screen(page: Page) -> bool:
+    return bool(page.evaluate("document.documentElement.scrollWidth > innerWidth"))
+
+
+def drop(page: Page, selector: str, files: dict[str, bytes]) -> None:
+    """Drop files there, as from a file manager."""
+    contents = [[name, list(content)] for name, content in files.items()]
+    transfer = page.evaluate_handle(
+        """(contents) => {
+            const transfer = new DataTransfer();
+            for (const [name, bytes] of contents) transfer.items.add(new File([new Uint8Array(bytes)], name));
+            return transfer;
+        }""",
+        contents,
+    )
+    page.dispatch_event(selector, "drop", {"dataTransfer": transfer})
+
+
+def save(page: Page, path: Path) -> None:
+    """A picture of the whole page."""
+    page.screenshot(path=path, full_page=True)

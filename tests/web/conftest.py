@@ -1,0 +1,39 @@
+"""One browser, and one server on the real base that trains, for all tests of the page."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+
+from adapters.peft.files import write
+from server.model.base.weights import load_base
+from tests.end_to_end.server_process import ServerProcess
+from tests.server.training.worker.merge_kit import sample
+from tests.web.browser import CHROMIUM, MISSING, launch
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip(MISSING)
+    with sync_playwright() as playwright:
+        browser = launch(playwright)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def server(browser: Browser, base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """After the browser: where there is none, none of it is started."""
+    server = ServerProcess(tmp_path_factory.mktemp("home"), model=base_dir, workers=1)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def adapter_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of an adapter of random weights, as PEFT saves them, that changes what the base says."""
+    directory = tmp_path_factory.mktemp("adapter")
+    write(directory, sample(load_base(base_dir).config.shape, 1, rank=2, alpha=0.5))
+    return directory

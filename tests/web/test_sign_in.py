@@ -1,0 +1,152 @@
+"""Whose page it is: the first key, another project that sees nothing of the first, a key that ends."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from adapters.peft.files import write
+from server.model.base.weights import BaseModel
+from tests.end_to_end.server_process import ServerProcess
+from tests.server.training.worker.merge_kit import sample
+from tests.web.browser import page_of, violations
+
+
+@pytest.fixture(scope="module")
+def server(
+    browser: Browser, tiny_base: BaseModel, tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """With an adapter `ours` of the project `default`, and no key yet."""
+    server = ServerProcess(tmp_path_factory.mktemp("home"), model=tiny_base_dir)
+    directory = tmp_path_factory.mktemp("ours")
+    write(directory, sample(tiny_base.config.shape, 1))
+    server.upload("ours", directory)
+    yield server
+    server.close()
+
+
+def make_key(page: Page, name: str, project: str, scopes: tuple[str, ...]) -> str:
+    """As an operator makes it on the page; its secret, which is shown once."""
+    form = page.get_by_role("form", name="New key")
+    if not form.is_visible():
+        page.get_by_text("New key").click()
+    form.get_by_label("Name").fill(name)
+    form.get_by_role("textbox", name="Project").fill(project)
+    for box in form.get_by_role("group", name="This key may").get_by_role("checkbox").all():
+        box.uncheck()
+    for scope in scopes:
+        form.get_by_label(scope).check()
+    form.get_by_role("button", name="Make the key").click()
+    secret = page.locator(".secret code").filter(has_text="sk-smolora-")
+    expect(page.locator(".secret")).to_contain_text(f"secret of {name}")
+    return secret.inner_text()
+
+
+def sign_in(page: Page, secret: str) -> None:
+    page.get_by_label("Key", exact=True).fill(secret)
+    page.get_by_role("button", name="Sign in").click()
+
+
+@pytest.fixture(scope="module")
+def admin(server: ServerProcess, browser: Browser) -> str:
+    """The first key: who made it goes on with it, whoever comes then is asked for one."""
+    with page_of(browser, f"{server.url}/#/access") as page:
+        expect(page.get_by_text("None yet: whoever reaches this server")).to_be_visible()
+        form = page.get_by_role("form", name="New key")
+        form.get_by_label("Name").fill("laptop")
+        form.get_by_label("everything").uncheck()
+        form.get_by_label("read the metrics").check()
+        expect(form.get_by_role("button", name="Make the key")).to_be_disabled()
+        secret = make_key(page, "laptop", "default", ("everything",))
+        expect(page.get_by_text(f"key …{secret[-4:]}")).to_be_visible()
+        expect(page.get_by_role("region", name="Keys, as a table")).to_contain_text("laptop")
+        expect(page.locator(".secret")).to_contain_text(secret)
+        page.get_by_role("button", name="I have it").click()
+        expect(page.locator(".secret")).to_have_count(0)
+    with page_of(browser, f"{server.url}/#/adapters") as page:
+        expect(page.get_by_role("heading", name="API key")).to_be_visible()
+        assert violations(page) == []
+        sign_in(page, "sk-smolora-mistyped")
+        expect(page.get_by_role("alert")).to_contain_text("doesn't take this key")
+        sign_in(page, secret)
+        expect(page.get_by_role("link", name="ours")).to_be_visible()
+    server.client.headers["Authorization"] = f"Bearer {secret}"
+    return secret
+
+
+def test_another_project_sees_nothing(server: ServerProcess, browser: Browser, admin: str) -> None:
+    with page_of(browser, f"{server.url}/#/access") as page:
+        sign_in(page, admin)
+        secret = make_key(page, "stranger", "acme", ("generate", "train,"))
+        expect(page.get_by_role("region", name="Keys, as a table")).to_contain_text("stranger")
+    with page_of(browser, f"{server.url}/#/adapters/ours") as page:
+        sign_in(page, secret)
+        expect(page.get_by_text("There is no adapter ours, or none that you may see.")).to_be_visible()
+        expect(page.get_by_role("link", name="ours")).to_have_count(0)
+        page.get_by_role("link", name="Playground").click()
+        expect(page.get_by_text("There is no adapter yet.")).to_be_visible()
+        page.get_by_label("Text to continue").check()
+        page.get_by_role("textbox", name="Text").fill("ab")
+        page.get_by_label("Expression").fill("ours")
+        page.get_by_role("button", name="Generate").click()
+        expect(page.get_by_label("Expression")).to_have_attribute("aria-invalid", "true")
+        expect(page.get_by_role("alert")).to_have_text("No such adapter: ours.")
+        page.get_by_role("link", name="Train").click()
+        expect(page.get_by_text("No job yet.")).to_be_visible()
+        page.get_by_role("link", name="Engine").click()
+        expect(page.get_by_text("may not read the engine's metrics")).to_be_visible()
+        page.get_by_role("link", name="Keys and usage").click()
+        expect(page.get_by_text("are for keys with the scope admin")).to_be_visible()
+        expect(page.get_by_role("region", name="Keys", exact=True)).to_have_count(0)
+        assert violations(page) == []
+
+
+def test_where_a_key_is_kept(server: ServerProcess, browser: Browser, admin: str) -> None:
+    """In this tab, until it is closed or one signs out; in no address, no cookie, nothing that stays."""
+    with page_of(browser, server.url) as page:
+        page.get_by_role("link", name="Adapters").click()
+        sign_in(page, admin)
+        expect(page.get_by_role("link", name="ours")).to_be_visible()
+        assert page.evaluate("Object.values(sessionStorage)") == [admin]
+        assert json.loads(page.evaluate("JSON.stringify(localStorage)")) == {}
+        assert page.context.cookies() == []
+        assert admin not in page.url
+        page.reload()
+        expect(page.get_by_role("link", name="ours")).to_be_visible()
+        other = page.context.new_page()
+        other.goto(f"{server.url}/#/adapters")
+        expect(other.get_by_role("heading", name="API key")).to_be_visible()
+        page.get_by_role("link", name="Playground").click()
+        page.get_by_role("textbox", name="Question").fill("of whom?")
+        page.get_by_role("button", name="Sign out").click()
+        expect(page.get_by_role("heading", name="API key")).to_be_visible()
+        assert page.evaluate("Object.values(sessionStorage)") == []
+        sign_in(page, admin)
+        expect(page.get_by_role("textbox", name="Question")).to_have_value("")  # nothing is left of who was there
+
+
+def test_revoke(server: ServerProcess, browser: Browser, admin: str) -> None:
+    """At once: a page that is open asks for another key. And it is written down."""
+    with page_of(browser, f"{server.url}/#/access") as page:
+        sign_in(page, admin)
+        secret = make_key(page, "guest", "acme", ("generate",))
+        with page_of(browser, f"{server.url}/#/adapters") as others:
+            sign_in(others, secret)
+            expect(others.get_by_text("None yet.")).to_be_visible()
+            row = page.get_by_role("row", name="guest")
+            row.get_by_role("button", name="Revoke").click()
+            page.get_by_role("dialog", name="Revoke?").get_by_role("button", name="Revoke").click()
+            expect(row).to_contain_text("revoked")
+            expect(others.get_by_role("alert")).to_contain_text("doesn't take this key")
+        page.reload()
+        expect(page.get_by_role("region", name="Audit", exact=True)).to_contain_text("guest")
+        page.get_by_text("acme no limits").click()
+        limits = page.get_by_role("form", name="Limits of acme")
+        limits.get_by_label("Requests a minute").fill("60")
+        limits.get_by_role("button", name="Save").click()
+        expect(page.get_by_role("region", name="Projects")).to_contain_text("requests a minute: 60")
+        assert violations(page) == []
+    limit = server.client.get("/projects/acme").json()["requests_per_minute"]
+    assert limit == 60

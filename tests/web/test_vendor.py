@@ -1,0 +1,27 @@
+"""What is vendored is what its packages have, but for the changes that are named."""
+
+import hashlib
+import json
+
+import pytest
+
+from tests.web.vendor import MANIFEST, PACKAGES, VENDOR, adapted, manifest, sources
+
+_DECLARATIONS = {"preact.d.mts", "hooks.d.mts", "htm.d.mts", "uplot.d.mts"}
+"""Types, for `make check` alone."""
+
+
+def test_the_manifest_names_each_file() -> None:
+    told = json.loads((VENDOR / MANIFEST).read_text())
+    found = {path.name for path in VENDOR.iterdir()}
+    assert found == set(told) | _DECLARATIONS | {MANIFEST}
+    for name, entry in told.items():
+        assert hashlib.sha256((VENDOR / name).read_bytes()).hexdigest() == entry["sha256"], name
+
+
+@pytest.mark.skipif(not PACKAGES.exists(), reason="`make check` installs the packages")
+def test_the_files_are_the_packages() -> None:
+    originals = sources()
+    assert json.loads((VENDOR / MANIFEST).read_text()) == manifest(originals)
+    for name, original in originals.items():
+        assert (VENDOR / name).read_bytes() == adapted(name, original), name
