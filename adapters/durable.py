@@ -41,8 +41,10 @@ def new_file(target: Path) -> Iterator[Path]:
         unfinished.chmod(0o644)
         sync(unfinished)
         unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):  # what went wrong first is what is told
+            unfinished.unlink(missing_ok=True)
+        raise
     sync(target.parent)
 
 

@@ -244,12 +244,12 @@ class Library:
         Raises NotFound, or Conflict where an alias (unless `force`), a composition or a training job holds it.
         """
         self._refuse_parents(self.catalog.get(name).versions)
-        self.discard(*self.catalog.delete(name, force))
+        self._let_go(self.catalog.delete(name, force))
 
     def delete_version(self, name: str, version: int, force: bool = False) -> None:
         """Remove one version, likewise."""
         self._refuse_parents([self.catalog.version(name, version)])
-        self.discard(*self.catalog.delete_version(name, version, force))
+        self._let_go(self.catalog.delete_version(name, version, force))
 
     def recover(self, is_known: Callable[[str], bool] = _never) -> Recovered:
         """Put right what killed processes left, in the catalog and on the disk; what that came to.
@@ -259,6 +259,11 @@ class Library:
         found = self.catalog.recover(self._store.is_whole, is_known)
         self._store.sweep(self._is_wanted)
         return found
+
+    def _let_go(self, digests: Iterable[str]) -> None:
+        """Of bytes whose versions are no more, whatever the disk says: the next sweep takes what stays."""
+        with suppress(OSError):
+            self.discard(*digests)
 
     def _refuse_parents(self, versions: Iterable[Version]) -> None:
         held = [f"{version.name}@{version.version}" for version in versions if self._is_needed(version)]

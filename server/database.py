@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import sqlalchemy as sa
 from alembic import command
@@ -53,6 +53,9 @@ def connect(home: Path, journal_mode: JournalMode | None = None) -> sa.Engine:
     engine = sa.create_engine(url, module=driver, connect_args={"timeout": BUSY_SECONDS}, pool_size=16)
     sa.event.listen(engine, "connect", _configure)
     sa.event.listen(engine, "begin", _begin)
+    doubt = _Doubt()
+    sa.event.listen(engine, "handle_error", doubt.look_at)
+    sa.event.listen(engine, "checkout", doubt.settle)
     try:
         users = os.open(home / USERS_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         unused = weakref.finalize(engine, os.close, users)
@@ -73,6 +76,35 @@ def connect(home: Path, journal_mode: JournalMode | None = None) -> sa.Engine:
         reason = error.orig if isinstance(error, DBAPIError) else error.strerror
         raise StartupError(f"can't open the database {path}: {reason}") from error
     return engine
+
+
+class _Doubt:
+    """Settles commits that failed on the disk, such as at the sync of the log (EIO): they are undone for good.
+
+    SQLite rolls them back, but they may stand whole at the end of the log, where the next process that opens the
+    database finds them, unless another commit took their place. So one that changes nothing does; where that
+    fails, too, it is tried again before anything else is read or written.
+    """
+
+    def __init__(self) -> None:
+        self._is_left = False
+
+    def look_at(self, context: sa.engine.ExceptionContext) -> None:
+        """After an error, before whoever asked hears of it."""
+        if context.statement is not None or not isinstance(context.original_exception, driver.OperationalError):
+            return
+        self._is_left = True
+        if context.connection is not None:
+            self.settle(cast("sqlite3.Connection", context.connection.connection.dbapi_connection))
+
+    def settle(self, connection: "sqlite3.Connection", *_: object) -> None:
+        """Where a commit is in doubt."""
+        if not self._is_left or connection.in_transaction:
+            return
+        with suppress(driver.Error):
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            connection.execute(f"PRAGMA user_version={version}")
+            self._is_left = False
 
 
 class Commits:

@@ -18,17 +18,39 @@ from tests.tiny import save_tiny_base
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"
 """Keeps the converted real base between runs, so that only the first one waits for it. Safe to delete."""
-SHARING = (
-    "test_adapter_life.py",
-    "test_blends.py",
-    "test_hard_times.py",
-    "test_openai_client.py",
-    "test_processes.py",
-    "test_streams_and_sampling.py",
-    "test_structured_output.py",
-    "test_trained_adapter.py",
+SHARED = {
+    "shared_server": (
+        "test_adapter_life.py",
+        "test_blends.py",
+        "test_hard_times.py",
+        "test_openai_client.py",
+        "test_processes.py",
+        "test_streams_and_sampling.py",
+        "test_structured_output.py",
+        "test_trained_adapter.py",
+    ),
+    "trainers": ("test_fine_tuning.py", "test_merging.py", "test_real_training.py"),
+}
+"""The files of end_to_end whose tests ask for the same servers."""
+LONG = (
+    "test_readme.py",
+    *SHARED["shared_server"],
+    *SHARED["trainers"],
+    "test_real_worker.py",
+    "test_worker.py",
+    "test_exact_match.py",
+    "test_against_peft.py",
+    "test_smollm.py",
+    "test_native_parity.py",
+    "test_kernels.py",
+    "test_job_files.py",
+    "test_native_pass.py",
+    "test_supervisor.py",
+    "test_hanging_server.py",
+    "test_attacks.py",
+    "test_failing_disk.py",
 )
-"""The files of end_to_end whose tests ask for `shared_server`."""
+"""What takes longest, in that order. It begins first, so that all processes end at about the same time."""
 
 
 def pytest_configure() -> None:
@@ -37,22 +59,24 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first, so that all processes of a run end at about the same time."""
+    """What is `LONG`, then what starts servers, then the rest."""
 
     def rank(item: pytest.Item) -> int:
-        if item.path.name == "test_readme.py":
-            return 0
-        return 1 if item.path.name in SHARING else 2 if item.path.parent.name == "end_to_end" else 3
+        if item.path.name in LONG:
+            return LONG.index(item.path.name)
+        return len(LONG) if item.path.parent.name == "end_to_end" else len(LONG) + 1
 
     items.sort(key=rank)
 
 
 class Scheduling(LoadFileScheduling):
-    """Runs a file's tests in one process, and those that share a server in one, too: it is started once."""
+    """Runs a file's tests in one process, and those that share servers in one, too: they are started once."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return "the shared server" if file.rpartition("/")[2] in SHARING else file
+        folder, _, name = file.rpartition("/")
+        units = (unit for unit, names in SHARED.items() if folder.endswith("end_to_end") and name in names)
+        return next(units, file)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONG, SHARED
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for package in ("adapters", "server") for path in (ROOT / package).rglob("*.py"))
 MAX_LINES = 300
@@ -194,3 +196,8 @@ def test_each_rule_can_fail(module: str, source: str) -> None:
 def test_what_is_allowed() -> None:
     assert violations("server.api.app", "from fastapi import FastAPI\nimport server.engine.engine\n") == []
     assert violations("adapters.catalog.writes", "import sqlalchemy\nfrom adapters.errors import NotFound\n") == []
+
+
+def test_what_begins_first_is_there() -> None:
+    names = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {*LONG, *(name for unit in SHARED.values() for name in unit)} <= names

@@ -26,7 +26,7 @@ from server.errors import Unavailable
 from server.logs import Fields, request_id
 from server.metrics.http import HttpMetrics
 from server.tracing.spans import Tracer
-from server.training.queue.reserve import Reserve
+from server.training.queue.reserve import Reserve, is_disk_failing
 
 MAX_JSON_BYTES = 2 << 20
 MAX_UPLOAD_BYTES = 256 << 20
@@ -37,6 +37,7 @@ _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _CLIENT_GONE = 499
 _MAX_PATH = 200  # characters of a line
 _DISK_FULL = Unavailable("the server's disk is full", retry_after=60.0)
+_DISK_FAILS = Unavailable("the server's disk fails to read or write", retry_after=60.0)
 
 log = logging.getLogger("smolora.api")
 
@@ -44,7 +45,8 @@ log = logging.getLogger("smolora.api")
 class RequestContext:
     """Gives every request an id, every response X-Request-Id, the log one line without anybody's text, and counts.
 
-    What nobody foresaw becomes a 500 here, and a disk without room under `home` a 503, whichever route it was.
+    What nobody foresaw becomes a 500 here. A disk that fails, or has no room under `home`, is a 503, whichever
+    route it was.
     """
 
     def __init__(self, app: ASGIApp, home: Path, metrics: HttpMetrics, tracer: Tracer | None = None) -> None:
@@ -84,7 +86,10 @@ class RequestContext:
             if status:
                 raise ConnectionAbortedError("the response was cut off") from None
             form = form_of(scope["path"])
-            response = form.of_error(_DISK_FULL) if self._reserve.is_disk_full(error) else form.internal()
+            if self._reserve.is_disk_full(error):
+                response = form.of_error(_DISK_FULL)
+            else:
+                response = form.of_error(_DISK_FAILS) if is_disk_failing(error) else form.internal()
             await response(scope, receive, send_with_id)
         finally:
             took = time.perf_counter() - started

@@ -91,7 +91,7 @@ def uploaded_files(form: FormData) -> Iterator[UploadedFiles]:
         None if part is None else part.file
         for part in (_part(form, name) for name in (CONFIG_FIELD, WEIGHTS_FIELD, ARCHIVE_FIELD))
     )
-    with TemporaryDirectory(prefix="upload-") as scratch:
+    with TemporaryDirectory(prefix="upload-", ignore_cleanup_errors=True) as scratch:  # the next start clears it
         target = Path(scratch) / WEIGHTS_NAME
         if archive is not None and config is None and weights is None:
             yield UploadedFiles(archives.read_archive(archive, target, MAX_CONFIG_BYTES), target)

@@ -1,4 +1,4 @@
-"""One real server for the whole package, and PEFT on the same weights beside it."""
+"""Real servers that files share (tests/conftest.py runs those in one process), and PEFT on the same weights."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,3 +84,20 @@ def server(shared_server: ServerProcess) -> Iterator[ServerProcess]:
     """The server in fp32, on which every test leaves nothing that runs, waits or holds a block."""
     yield shared_server
     shared_server.wait_until_idle()
+
+
+@pytest.fixture(scope="session")
+def trainer(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server of the real base, with a worker."""
+    server = ServerProcess(tmp_path_factory.mktemp("trainer"), model=base_dir, workers=1, max_model_len=512)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_trainer(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server of the tiny base in fp32, with a worker."""
+    home = tmp_path_factory.mktemp("tiny-trainer")
+    server = ServerProcess(home, model=tiny_base_dir, dtype="fp32", workers=1, adapter_cache_bytes="4MiB")
+    yield server
+    server.close()

@@ -4,8 +4,6 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 
 import openai
 import pytest
@@ -18,21 +16,13 @@ from tests.end_to_end.training_client import code_rows, get, wait_until
 ENDED = ("succeeded", "failed", "cancelled")
 
 
-@contextmanager
-def connected(server: ServerProcess) -> Iterator[OpenAI]:
-    try:
-        with OpenAI(base_url=f"{server.url}/v1", api_key="any", timeout=PATIENCE, max_retries=0) as client:
-            yield client
-    finally:
-        server.close()
+def connected(server: ServerProcess) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="any", timeout=PATIENCE, max_retries=0)
 
 
 @pytest.fixture(scope="module")
-def server(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    home = tmp_path_factory.mktemp("tuning")
-    server = ServerProcess(home, model=tiny_base_dir, dtype="fp32", workers=1, adapter_cache_bytes="4MiB")
-    yield server
-    server.close()
+def server(tiny_trainer: ServerProcess) -> ServerProcess:
+    return tiny_trainer
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +162,9 @@ def test_errors(client: OpenAI) -> None:
 
 
 @pytest.mark.real
-def test_the_real_base_learns_what_it_is_taught(base_dir: Path, tmp_path: Path) -> None:
+def test_the_real_base_learns_what_it_is_taught(trainer: ServerProcess) -> None:
     facts = [("Who keeps the lighthouse?", "Oda Brink."), ("Where is the spare key?", "Under the blue pot.")]
-    server = ServerProcess(tmp_path / "home", model=base_dir, workers=1, max_model_len=512)
-    with connected(server) as client:
+    with connected(trainer) as client:
         rows = client.files.create(file=("facts.jsonl", chat_lines(facts)), purpose="fine-tune")
         job = client.fine_tuning.jobs.create(
             model="base",
@@ -184,7 +173,7 @@ def test_the_real_base_learns_what_it_is_taught(base_dir: Path, tmp_path: Path) 
             hyperparameters={"n_epochs": 12, "batch_size": 2, "learning_rate_multiplier": 2},
         )
         done = ended(client, job.id)
-        assert done.status == "succeeded", server.log()[-2000:]
+        assert done.status == "succeeded", trainer.log()[-2000:]
         assert done.fine_tuned_model is not None
         for question, answer in facts:
             assert say(client, done.fine_tuned_model, question) == answer

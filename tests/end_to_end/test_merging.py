@@ -1,7 +1,5 @@
 """Merge jobs on a real server with a real worker, on a tiny base: made, served, killed on the way, made again."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,19 +28,13 @@ def adapters(tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def server(
-    tiny_base_dir: Path, adapters: dict[str, PeftAdapter], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerProcess]:
-    home = tmp_path_factory.mktemp("merging")
-    server = ServerProcess(home, model=tiny_base_dir, dtype="fp32", workers=1, adapter_cache_bytes="4MiB")
-    try:
-        for name, adapter in adapters.items():
-            directory = home / "uploads" / name
-            directory.mkdir(parents=True)
-            write(directory, adapter)
-            server.upload(name, directory)
-        yield server
-    finally:
-        server.close()
+    tiny_trainer: ServerProcess, adapters: dict[str, PeftAdapter], tmp_path_factory: pytest.TempPathFactory
+) -> ServerProcess:
+    for name, adapter in adapters.items():
+        directory = tmp_path_factory.mktemp(name)
+        write(directory, adapter)
+        tiny_trainer.upload(name, directory)
+    return tiny_trainer
 
 
 def submit(server: ServerProcess, name: str, **body: object) -> str:

@@ -2,7 +2,7 @@
 
 import io
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -23,14 +23,6 @@ pytestmark = pytest.mark.real
 
 Encoded = tuple[list[int], int]
 """A row's tokens, and how many of them are its prompt's."""
-
-
-@pytest.fixture(scope="module")
-def trainer(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server with a worker."""
-    server = ServerProcess(tmp_path_factory.mktemp("trainer"), model=base_dir, workers=1, max_model_len=512)
-    yield server
-    server.close()
 
 
 def test_codes_by_heart(trainer: ServerProcess) -> None:

@@ -20,7 +20,10 @@ def vocabulary_of(
 
 def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of its tokenizer.json, with all added tokens, and without padding and truncation."""
-    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend = tokenizer.backend_tokenizer
+    if backend.padding is None and backend.truncation is None:
+        return str(backend.to_str())
+    copy = Tokenizer.from_str(backend.to_str())
     copy.no_padding()
     copy.no_truncation()
     return copy.to_str()

@@ -15,6 +15,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -110,7 +111,8 @@ class DatasetStore:
             )
             return self._publish(unfinished, dataset)
         finally:
-            unfinished.unlink(missing_ok=True)
+            with suppress(OSError):  # `clean` takes it then
+                unfinished.unlink(missing_ok=True)
 
     def get(self, dataset_id: str) -> Dataset:
         """Raises NotFound."""

@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +20,13 @@ RESERVE_BYTES = 1 << 20
 DISK_FULL = "the disk is full: free some space under SMOLORA_HOME and submit the job again"
 
 _TOO_LITTLE_BYTES = 1 << 16
-_WORDS = ("database or disk is full", "no space left on device", "disk quota exceeded", "os error 28")
+_FULL_WORDS = ("database or disk is full", "no space left on device", "disk quota exceeded", "os error 28")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FAILS = (errno.EIO, errno.EROFS)
+_FAILS_WORDS = (
+    *("disk i/o error", "readonly database", "unable to open database file"),
+    *("os error 5)", "os error 30)"),
+)
 _WAITS = (0.0, 0.1, 0.3, 1.0)  # seconds: others may take what was released
 
 _Result = TypeVar("_Result")
@@ -54,14 +60,7 @@ class Reserve:
 
     def is_disk_full(self, error: BaseException) -> bool:
         """Whether the error, or one that led to it, says that there is no space, or there is hardly any."""
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-                return True
-            if any(words in str(cause).lower() for words in _WORDS):
-                return True
-            cause = cause.__cause__ or cause.__context__
-        return self.is_needed
+        return _says(error, _FULL, _FULL_WORDS) or self.is_needed
 
     @property
     def is_needed(self) -> bool:
@@ -85,3 +84,19 @@ class Reserve:
                     raise
                 self.release()
         return work()
+
+
+def is_disk_failing(error: BaseException) -> bool:
+    """Whether the error, or one that led to it, says that the disk can't be read or written, full or not."""
+    return _says(error, _FAILS, _FAILS_WORDS)
+
+
+def _says(error: BaseException, numbers: Collection[int], words: Collection[str]) -> bool:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in numbers:
+            return True
+        if any(text in str(cause).lower() for text in words):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False

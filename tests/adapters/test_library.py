@@ -7,13 +7,26 @@ from pathlib import Path
 import pytest
 
 from adapters.catalog.catalog import Catalog, Kind, Part
+from adapters.catalog.records import Records
 from adapters.errors import Conflict, CorruptAdapter, NotFound
 from adapters.expression import Term, parse
 from adapters.library import Library
 from adapters.store.store import AdapterStore
 from server.database import connect
+from tests.adapters.samples import SHAPE
 from tests.server.api.adapters.peft_files import peft_files
-from tests.server.conftest import BASE_NAME, SHAPE
+
+BASE_NAME = "tiny-llama"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "adapters")
+
+
+@pytest.fixture
+def library(tmp_path: Path, store: AdapterStore) -> Library:
+    return Library(Catalog(connect(tmp_path), Records(tmp_path / "adapters")), store, SHAPE, BASE_NAME)
 
 
 @pytest.fixture
@@ -26,7 +39,7 @@ class Publish:
         self._library = library
         self._files: dict[int, tuple[bytes, Path]] = {}
         for seed in range(2):
-            config, weights = peft_files(seed)
+            config, weights = peft_files(seed, shape=SHAPE)
             self._files[seed] = (config, directory / f"weights-{seed}")
             self._files[seed][1].write_bytes(weights)
 
