@@ -1,4 +1,4 @@
-"""One browser, and one server on the real base that trains, for all tests of the page."""
+"""A browser, and a server on the real base that trains."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +13,9 @@ from tests.server.training.worker.merge_kit import sample
 from tests.web.browser import CHROMIUM, MISSING, launch
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Of a file's tests: while it is open, no other test of the process can run an event loop."""
     if CHROMIUM is None:
         pytest.skip(MISSING)
     with sync_playwright() as playwright:
@@ -23,7 +24,7 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(browser: Browser, base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """After the browser: where there is none, none of it is started."""
     server = ServerProcess(tmp_path_factory.mktemp("home"), model=base_dir, workers=1)

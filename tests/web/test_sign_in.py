@@ -40,7 +40,7 @@ def make_key(page: Page, name: str, project: str, scopes: tuple[str, ...]) -> st
         form.get_by_label(scope).check()
     form.get_by_role("button", name="Make the key").click()
     secret = page.locator(".secret code").filter(has_text="sk-smolora-")
-    expect(page.locator(".secret")).to_contain_text(f"secret of {name}")
+    expect(page.locator(".secret")).to_contain_text(f"the key “{name}”")
     return secret.inner_text()
 
 
