@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from adapters.names import near
 from server.errors import StartupError
 from server.limits import Limits
+from server.logs import LogFormat
 
 PREFIX = "SMOLORA_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -53,6 +54,7 @@ class WorkerSettings(BaseSettings):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$", description="auto, cpu, cuda or cuda:N.")
     dtype: Dtype = Field("auto", description="auto, fp32, bf16 or fp16.")
     native: bool = Field(True, description="Compute natively where this machine can.")
+    log_format: LogFormat = Field("text", description="Lines of the log: text, or json.")
     train_share: float = Field(0.25, ge=0, le=1, description="Share of the time for training while requests run.")
     train_memory: float | None = Field(
         None,
@@ -261,6 +263,19 @@ def forget_keys() -> None:
     """Take them out of the environment, once the settings have been read: no child process gets them."""
     for name in _KEY_FLAGS.values():
         os.environ.pop(name, None)
+
+
+def trace_exporters() -> tuple[str, ...]:
+    """The exporters that OpenTelemetry's own variables ask for, as its entry points call them; none by default."""
+    named = os.environ.get("OTEL_TRACES_EXPORTER", "")
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or named == "none":
+        return ()
+    signal, general = "OTEL_EXPORTER_OTLP_TRACES_", "OTEL_EXPORTER_OTLP_"
+    if not named and not (os.environ.get(f"{signal}ENDPOINT") or os.environ.get(f"{general}ENDPOINT")):
+        return ()
+    protocol = os.environ.get(f"{signal}PROTOCOL") or os.environ.get(f"{general}PROTOCOL") or "http/protobuf"
+    otlp = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}.get(protocol, protocol)
+    return tuple(otlp if name == "otlp" else name for name in map(str.strip, (named or "otlp").split(",")) if name)
 
 
 def to_flags(settings: WorkerSettings) -> list[str]:

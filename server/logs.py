@@ -1,37 +1,97 @@
 """The log of every process of ours, the server, its workers and their jobs: one line for each event, on stderr.
 
-A line has the process it comes from and the id of the request it belongs to, if any. None holds a prompt or a
-generated text, and line ends within a message are escaped. What uvicorn says looks the same.
+A line has the process it comes from and the id of the request it belongs to, if any, as text or as a JSON object
+(SMOLORA_LOG_FORMAT). None holds a prompt or a generated text, and line ends within a message are escaped. What
+uvicorn says looks the same.
 """
 
+import json
 import logging
+import re
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from typing import Literal
+
+LogFormat = Literal["text", "json"]
+Value = str | int | float
+
+_WORD = re.compile(r"[!-\[\]-~]+")  # ASCII without blanks and backslashes
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 
-class LineFormatter(logging.Formatter):
-    """2026-01-31T12:00:00.123Z INFO smolora.api pid=7 request=4… method=GET path=/ status=200 ms=9.5 client=::1"""
+class Fields:
+    """A message of named values: `log.info(Fields(status=200))` is `status=200`, in JSON a member."""
 
+    def __init__(self, **values: Value) -> None:
+        self.values: Mapping[str, Value] = values
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={_word(value)}" for name, value in self.values.items())
+
+
+class _Formatter(logging.Formatter):
     converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s pid=%(process)d request=%(request_id)s %(message)s")
+    def __init__(self, **always: str) -> None:
+        """`always` are values that every line has."""
+        super().__init__()
+        self._always = always
+
+    def _head(self, record: logging.LogRecord) -> Iterator[tuple[str, Value]]:
+        yield "pid", record.process or 0
+        yield "request", request_id.get()
+        yield from self._always.items()
+
+
+class LineFormatter(_Formatter):
+    """2026-01-31T12:00:00.123Z INFO smolora.api pid=7 request=4… method=GET path=/ status=200 ms=9.5 client=::1"""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 logging's name
+        head = " ".join(f"{name}={value}" for name, value in self._head(record))
+        return f"{self.formatTime(record)} {record.levelname} {record.name} {head} {record.message}"
 
     def format(self, record: logging.LogRecord) -> str:
-        record.request_id = request_id.get()
         return super().format(record).replace("\r", "\\r").replace("\n", "\\n")
 
 
-def set_up(level: int = logging.INFO) -> None:
-    """Send everything of this process to stderr in this form."""
+class JsonFormatter(_Formatter):
+    """{"time": …, "level": "INFO", "logger": "smolora.api", "pid": 7, "request": "4…", "method": "GET", …}
+
+    What isn't `Fields` has its text as `message`; a traceback is in `exception`.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Value] = {
+            "time": self.formatTime(record),
+            "level": record.levelname,
+            "logger": record.name,
+            **dict(self._head(record)),
+        }
+        line |= record.msg.values if isinstance(record.msg, Fields) else {"message": record.getMessage()}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def set_up(log_format: LogFormat = "text", level: int = logging.INFO, **always: str) -> None:
+    """Send everything of this process to stderr in this form; `always` are values that every line has."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LineFormatter())
+    handler.setFormatter(JsonFormatter(**always) if log_format == "json" else LineFormatter(**always))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it names each step of a migration
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start-up lines repeat ours
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of what clients are told anyway
+
+
+def _word(value: Value) -> str:
+    """One word of ASCII, so that no value looks like another field."""
+    if isinstance(value, str):
+        if _WORD.fullmatch(value):
+            return value
+        return value.encode("unicode_escape").decode().replace(" ", "\\x20") or "-"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)

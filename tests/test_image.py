@@ -41,10 +41,11 @@ def resolved(*files: str, given: Mapping[str, str] | None = None) -> Mapping[str
     if command is None:
         written: Mapping[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
         return written
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("SMOLORA_")}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SMOLORA_")} | dict(
+        given or {}
+    )
     named = [option for file in ("docker-compose.yml", *files) for option in ("--file", file)]
     told = [*command, *named, "--profile", "gpu", "config", "--format", "json"]
-    clean.update(given or {})
     done = subprocess.run(told, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
     found: Mapping[str, Any] = json.loads(done.stdout)["services"]
     return found

@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from inspect import signature
+from typing import Any
 
 from anyio import to_thread
 from fastapi import FastAPI
@@ -42,6 +44,10 @@ _EXPOSED = ["Link", "Location", "Retry-After", "X-Request-Id", "X-Smolora-Warnin
 """What a page of another site may read, if that is allowed to call."""
 
 
+_UNTRACED: dict[str, Any] = {"telemetry": dict.fromkeys(("tracing", "metrics", "logs", "auto_configure"), False)}
+"""Spans are our own: FastAPI's come with what an exception says, which may quote a prompt."""
+
+
 def create_app(services: Services) -> FastAPI:
     """The application. Its lifespan starts the engine, and stops it at the end."""
 
@@ -63,6 +69,8 @@ def create_app(services: Services) -> FastAPI:
             await services.engine.stop()
             await keep_now(services.access)
             await to_thread.run_sync(services.guidance.close)
+            if services.tracer is not None:
+                await to_thread.run_sync(services.tracer.close)
 
     settings = services.settings
     cross_origin = Middleware(
@@ -80,10 +88,11 @@ def create_app(services: Services) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        **(_UNTRACED if "telemetry" in signature(FastAPI).parameters else {}),
         servers=[{"url": settings.root_path}] if settings.root_path else None,
         middleware=[
             Middleware(RootPath, root_path=settings.root_path),
-            Middleware(RequestContext, home=settings.home),
+            Middleware(RequestContext, home=settings.home, metrics=services.metrics.http, tracer=services.tracer),
             Middleware(BodyTimeout, seconds=settings.body_timeout),
             Middleware(
                 Sites, hosts=settings.allowed_hosts, origins=settings.allowed_origins, own_host=settings.host

@@ -22,8 +22,9 @@ from server.config import Settings
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.engine.structured.guidance import Guidance
 from server.home import Home
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 from server.model.text.chat import PromptEncoder
+from server.tracing.spans import Tracer
 from server.training.data.datasets import DatasetStore
 from server.training.data.files import FileStore, RowSources
 from server.training.queue.jobs import Jobs
@@ -104,6 +105,7 @@ class Services:
     estimator: Estimator
     decode: Callable[[list[int]], str]
     access: Access
+    tracer: Tracer | None = None
     principal: Principal = EVERYBODY  # for whom library, jobs, data sets, files and submissions are
     limiters: Limiters = field(default_factory=Limiters)
     _views: "dict[Principal, Services]" = field(default_factory=dict, repr=False)

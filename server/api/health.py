@@ -1,5 +1,6 @@
 """GET /health, /ready and /metrics: is the process there, can it serve, what has it done."""
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter
 from starlette.responses import Response
 
@@ -7,7 +8,9 @@ from server.api import wire
 from server.api.deps import ServicesDep
 from server.api.openapi import KEYS, READY
 from server.errors import EngineDead, NotReady
-from server.metrics import CONTENT_TYPE
+from server.metrics.metrics import CONTENT_TYPE
+
+_rendering = CapacityLimiter(1)
 
 router = APIRouter(tags=["health"])
 
@@ -36,4 +39,5 @@ async def ready(services: ServicesDep) -> Response:
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=KEYS)
 async def metrics(services: ServicesDep) -> Response:
     """Counters, gauges and histograms in Prometheus' text format."""
-    return Response(services.metrics.render(), media_type=CONTENT_TYPE)
+    text = await to_thread.run_sync(services.metrics.render, limiter=_rendering)
+    return Response(text, media_type=CONTENT_TYPE)

@@ -15,11 +15,17 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.access.authentication import principal_of
 from server.api.access.bodies import drain
+from server.api.access.scopes import template_of
 from server.api.access.sites import PROBES
 from server.api.errors.faults import form_of
+from server.api.telemetry.facts import RequestFacts, facts
+from server.api.telemetry.spans import begin_request, end_request
 from server.errors import Unavailable
-from server.logs import request_id
+from server.logs import Fields, request_id
+from server.metrics.http import HttpMetrics
+from server.tracing.spans import Tracer
 from server.training.queue.reserve import Reserve
 
 MAX_JSON_BYTES = 2 << 20
@@ -28,19 +34,23 @@ _QUIET_PATHS = PROBES | {"/metrics"}
 _UPLOAD = re.compile(r"/adapters/[^/]+|/datasets|/v1/files")
 _HINTS = {"/train": "; larger data goes through POST /datasets"}
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_CLIENT_GONE = 499
+_MAX_PATH = 200  # characters of a line
 _DISK_FULL = Unavailable("the server's disk is full", retry_after=60.0)
 
 log = logging.getLogger("smolora.api")
 
 
 class RequestContext:
-    """Gives every request an id, every response X-Request-Id, and the log one line without anybody's text.
+    """Gives every request an id, every response X-Request-Id, the log one line without anybody's text, and counts.
 
     What nobody foresaw becomes a 500 here, and a disk without room under `home` a 503, whichever route it was.
     """
 
-    def __init__(self, app: ASGIApp, home: Path) -> None:
+    def __init__(self, app: ASGIApp, home: Path, metrics: HttpMetrics, tracer: Tracer | None = None) -> None:
         self.app = app
+        self._tracer = tracer
+        self._metrics = metrics
         self._reserve = Reserve(home)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,6 +60,10 @@ class RequestContext:
         given = Headers(scope=scope).get("x-request-id", "")
         own_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
         request_id.set(own_id)
+        told = RequestFacts()
+        if self._tracer is not None:
+            told.span = begin_request(self._tracer, scope)
+        facts.set(told)
         started = time.perf_counter()
         status = 0
 
@@ -73,16 +87,12 @@ class RequestContext:
             response = form.of_error(_DISK_FULL) if self._reserve.is_disk_full(error) else form.internal()
             await response(scope, receive, send_with_id)
         finally:
+            took = time.perf_counter() - started
+            self._metrics.ended(scope["method"], template_of(scope["path"]), status or _CLIENT_GONE, took)
+            if told.span is not None:
+                end_request(told.span, scope, status, own_id, principal_of(scope), told)
             if scope["path"] not in _QUIET_PATHS or status not in (200, 503):
-                took = (time.perf_counter() - started) * 1e3
-                log.info(
-                    "method=%s path=%s status=%d ms=%.1f client=%s",
-                    scope["method"],
-                    _quoted(scope["path"]),
-                    status,
-                    took,
-                    _quoted(scope["client"][0]) if scope.get("client") else "-",
-                )
+                log.info(_line(scope, status, took, told))
 
 
 class BodyLimit:
@@ -120,6 +130,18 @@ class BodyLimit:
         await self.app(scope, counted, send)
 
 
-def _quoted(path: str) -> str:
-    """The path on one line, whatever it holds."""
-    return path[:200].encode("ascii", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
+def _line(scope: Scope, status: int, seconds: float, told: RequestFacts) -> Fields:
+    """What the log says of a request."""
+    who: dict[str, str] = {}
+    if (principal := principal_of(scope)) is not None:
+        who = {"key": principal.key_id, "project": principal.project}
+    client = scope["client"][0] if scope.get("client") else "-"
+    return Fields(
+        method=scope["method"],
+        path=scope["path"][:_MAX_PATH],
+        status=status,
+        ms=round(seconds * 1e3, 1),
+        **who,
+        **dict(told.fields()),
+        client=client,
+    )

@@ -9,6 +9,7 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036  # pip would refuse; a checkout on the path would not
     sys.exit(f"smolora needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
+import logging
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -41,6 +42,8 @@ from server.serve.address import bind, refuse_strangers, url
 SWITCH_INTERVAL = 0.0005
 """Seconds for which a thread may keep the GIL when another wants it. The engine's thread lets go of it in every
 kernel, and with Python's 5 ms would wait that long to get it back from the event loop, many times a step."""
+
+log = logging.getLogger("smolora.run")
 
 app = typer.Typer(
     name="smolora",
@@ -76,7 +79,7 @@ def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(
     _end_when_told()
     from server.training.worker.worker import run_worker
 
-    logs.set_up()
+    logs.set_up(settings.log_format)
     raise typer.Exit(run_worker(settings, parent))
 
 
@@ -98,9 +101,14 @@ def _serve(settings: Settings) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL)
     keep_freed_memory()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if is_json := settings.log_format == "json":  # whoever reads the lines reads nothing else
+        logs.set_up("json")
 
     def say(line: str) -> None:
-        console.print(f"smolora: {line}", markup=False)
+        if is_json:
+            log.info(line)
+        else:
+            console.print(f"smolora: {line}", markup=False)
 
     for line in unknown_variables():
         say(line)
@@ -128,16 +136,20 @@ def _serve_at(settings: Settings, say: Callable[[str], None]) -> int:
         flag = BusyFlag(settings.home)
     except OSError as error:
         raise StartupError(f"{error.filename or settings.home}: {error.strerror or error}") from error
-    logs.set_up()
+    logs.set_up(settings.log_format)
 
     def announce() -> None:
         address, is_open = url(bound, settings.host), services.access.ring.is_open
         prompts = first_prompts(address, services.encoder.has_chat_template, not is_open)
-        with suppress(OSError):  # whoever started it may have stopped reading
-            typer.echo(f"smolora: {services.base_name} is ready at {address} (its API: {address}/docs).")
-            typer.echo("Try, in another terminal:")
-            for line in prompts:
-                typer.echo(f"  {line}")
+        ready = f"{services.base_name} is ready at {address} (its API: {address}/docs)."
+        if settings.log_format == "json":
+            say(ready)
+        else:
+            with suppress(OSError):  # whoever started it may have stopped reading
+                typer.echo(f"smolora: {ready}")
+                typer.echo("Try, in another terminal:")
+                for line in prompts:
+                    typer.echo(f"  {line}")
         if is_open and not is_loopback(settings.host):
             say("anybody who reaches this port can use it: no API key is asked for")
 

@@ -80,7 +80,7 @@ class Engine:
         self._clock = clock
         rows = backend.rank_rows(max(config.adapter_cache_bytes // backend.bytes_per_rank, 1))
         self._loaders = ThreadPoolExecutor(2, "adapter-loader")
-        self.pool = AdapterPool(rows, load, self._loaders, wake)
+        self.pool = AdapterPool(rows, load, self._loaders, wake, clock)
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.pool, clock)
         self.runner = Runner(backend.forward(self.blocks.num_blocks, config.block_size, rows))
         self._streams: dict[Sequence, TextStream] = {}
@@ -109,7 +109,9 @@ class Engine:
             kv_blocks_total=self.blocks.num_usable_blocks,
             kv_blocks_used=self.blocks.num_used_blocks,
             adapters_resident=len(resident),
+            adapter_rows_total=self.pool.num_rows,
             adapter_rows_used=self.pool.num_rows_used,
+            max_adapter_rank=self.pool.rows.max_rank,
             adapter_loads=self.pool.num_loads,
             adapter_evictions=self.pool.num_evictions,
             prefix_cached_tokens=self._num_prefix_tokens,
@@ -118,6 +120,7 @@ class Engine:
             preemptions=self.scheduler.num_preemptions,
             steps=self.num_steps,
             resident=resident,
+            waiting=self.scheduler.waiting_adapters,
         )
 
     def check(self, request: GenerationRequest) -> None:
@@ -260,11 +263,12 @@ class Engine:
         timing = None
         if finish_reason is not None:
             now, start = self._clock(), sequence.arrival
-            admitted, first_token = sequence.admitted_at, sequence.first_token_at
+            admitted, first_token, load = sequence.admitted_at, sequence.first_token_at, sequence.loading
             timing = Timing(
                 queue=(now if admitted is None else admitted) - start,
                 first_token=(now if first_token is None else first_token) - start,
                 total=now - start,
+                load=None if load is None else (load[0] - start, load[1] - start),
             )
         return SequenceOutput(
             request_id=sequence.request.request_id,

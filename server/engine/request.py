@@ -112,6 +112,7 @@ class Timing:
     queue: float
     first_token: float
     total: float
+    load: tuple[float, float] | None = None  # from the first look at adapters that were cold to their being there
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,9 @@ class EngineStats:
     kv_blocks_total: int = 0
     kv_blocks_used: int = 0  # those that a request refers to
     adapters_resident: int = 0
+    adapter_rows_total: int = 0
     adapter_rows_used: int = 0
+    max_adapter_rank: int = 0  # of one adapter on all linear modules that would take all rows
     adapter_loads: int = 0
     adapter_evictions: int = 0
     prefix_cached_tokens: int = 0
@@ -154,3 +157,4 @@ class EngineStats:
     preemptions: int = 0
     steps: int = 0
     resident: frozenset[str] = frozenset()  # digests
+    waiting: frozenset[str] = frozenset()  # digests that requests wait with, of some where very many do

@@ -113,6 +113,10 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def waiting_adapters(self) -> frozenset[str]:
+        return self._waiting.digests()
+
+    @property
     def has_work(self) -> bool:
         return bool(self.running or self._waiting)
 

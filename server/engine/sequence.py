@@ -67,6 +67,11 @@ class Hold(Protocol):
         ...
 
     @property
+    def loading(self) -> tuple[float, float] | None:
+        """From when to when they were awaited; None where they were there, or still are not."""
+        ...
+
+    @property
     def error(self) -> SmoloraError | None:
         """Why they never will be."""
         ...
@@ -94,6 +99,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     num_registered_blocks: int = 0  # known to the prefix cache
     hold: Hold | None = None
+    loading: tuple[float, float] | None = None  # from when to when its adapters were awaited
     constraint: Constraint | None = None  # where it is in its grammar
     scores: dict[int, Logprobs] = field(default_factory=dict)  # of the tokens that are to be scored, by position
     status: Status = Status.WAITING

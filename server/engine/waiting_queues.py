@@ -6,9 +6,12 @@ Projects with nothing running come before all others. Whether a sequence can be 
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 
 from server.engine.sequence import Sequence
 from server.engine.waiting_set import WaitingSet
+
+_MAX_TOLD = 256  # sets, in a snapshot that is taken many times a second
 
 
 class WaitingQueues:
@@ -26,6 +29,11 @@ class WaitingQueues:
         for sets in self._projects.values():
             for queue in sets.values():
                 yield from queue.sequences
+
+    def digests(self) -> frozenset[str]:
+        """Of the adapters that sequences wait with; of some sets where there are very many."""
+        every = (queue for sets in self._projects.values() for queue in sets.values())
+        return frozenset(ref.digest for queue in islice(every, _MAX_TOLD) for ref in queue.first.request.adapters)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence, behind those of its set."""

@@ -68,6 +68,7 @@ class WaitingSet:
         num_freed = adapters.num_freed  # before: the attempt may itself free what is in its way
         if sequence.hold.error is None:
             sequence.hold.advance()
+            sequence.loading = sequence.hold.loading or sequence.loading
         if sequence.hold.lacks_room:
             self.lacks(adapters, num_freed)
         return sequence.hold

@@ -118,6 +118,7 @@ class RankRows:
         self.shape = shape
         self.format = row_format
         self.device = device
+        self.max_rank = max_rank
         self.layouts = {group: GroupLayout.of(group, shape) for group in GROUPS}
         self._uploads = None if device.type == "cpu" else Uploads(device)
         self.a: dict[str, torch.Tensor] = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from adapters.catalog.catalog import Catalog
+from adapters.catalog.digests import NamesByDigest
 from adapters.catalog.records import Records
 from adapters.library import Library
 from adapters.store.store import AdapterStore
@@ -30,7 +31,10 @@ from server.engine.structured.guidance import Guidance
 from server.engine.watching.watchdog import Watchdog
 from server.errors import StartupError
 from server.home import Home
-from server.metrics import Metrics
+from server.metrics.gateway import GatewayCollector
+from server.metrics.home import HomeCollector
+from server.metrics.metrics import Metrics
+from server.metrics.process import ServerCollector
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device, training_dtype
@@ -40,6 +44,7 @@ from server.model.smollm import SmolLM
 from server.model.text.chat import PromptEncoder
 from server.model.text.vocabulary import tokenizer_json, vocabulary_of
 from server.serve.sizing import cpu_caches, free_bytes, gpu_caches, gpu_share, step_bytes
+from server.tracing.spans import open_tracer
 from server.training.data.datasets import DatasetStore
 from server.training.data.encoding import RowEncoder
 from server.training.data.files import FileStore, RowSources
@@ -101,7 +106,20 @@ def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | N
         engine=engine,
         encoder=encoder,
         library=library,
-        metrics=Metrics(lambda: engine.stats),
+        metrics=Metrics(
+            lambda: engine.stats,
+            [
+                GatewayCollector(
+                    lambda: engine.stats,
+                    base.name,
+                    NamesByDigest(database),
+                    Commits(settings.home),
+                    config.block_size,
+                ),
+                HomeCollector(settings.home, jobs, settings.min_free_bytes),
+                ServerCollector(base.name, lambda: engine.ready),
+            ],
+        ),
         guidance=guidance,
         base_name=base.name,
         max_model_len=min(max_model_len, config.kv_cache_bytes // _kv_bytes_per_token(base)),
@@ -113,6 +131,7 @@ def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | N
             settings.home, jobs, RowSources(datasets, files), library, rows, longest, base.digest
         ),
         access=access,
+        tracer=open_tracer(),
         estimator=Estimator(jobs, base.weights.num_parameters, training_dtype(base.dtype), base.device),
         decode=lambda ids: str(base.tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
     )

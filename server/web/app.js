@@ -2,7 +2,7 @@
 import { linkTo } from "./lib/api.js";
 import { html, render, useEffect, useRef, useState } from "./lib/html.js";
 import { route, to } from "./lib/route.js";
-import { isRefused, key, signIn } from "./lib/session.js";
+import { asksForKey, key, signIn } from "./lib/session.js";
 import { useStore } from "./lib/store.js";
 import { Form } from "./parts/basics.js";
 import { AccessView } from "./views/access.js";
@@ -22,7 +22,7 @@ const VIEWS = [
 
 function App() {
   const [name = "playground", ...path] = useStore(route);
-  const refused = useStore(isRefused);
+  const asks = useStore(asksForKey);
   const secret = useStore(key);
   const main = useRef(/** @type {HTMLElement | null} */ (null));
   const isFirst = useRef(true);
@@ -50,19 +50,20 @@ function App() {
       <${Identity} />
     </header>
     <main id="main" tabindex="-1" ref=${main}>
-      ${refused ? html`<${SignIn} />` : html`<${View} path=${path} key=${`${name} ${secret}`} />`}
+      ${asks ? html`<${SignIn} />` : html`<${View} path=${path} key=${`${name} ${secret}`} />`}
     </main>
     <footer><a href=${linkTo("docs")}>API documentation</a></footer>`;
 }
 
 function Identity() {
   const secret = useStore(key);
+  const isIn = useStore(asksForKey) !== "needed" && secret;
   return html`<div class="identity">
     ${
-      secret
+      isIn
         ? html`<span class="muted" title="Kept until this tab is closed">key …${secret.slice(-4)}</span>
           <button type="button" class="plain" onClick=${() => signIn("")}>Sign out</button>`
-        : html`<button type="button" class="plain" onClick=${() => isRefused.set(true)}>Use a key</button>`
+        : html`<button type="button" class="plain" onClick=${() => asksForKey.set("offered")}>Use a key</button>`
     }
   </div>`;
 }
@@ -70,14 +71,15 @@ function Identity() {
 function SignIn() {
   const [secret, setSecret] = useState("");
   const had = useStore(key);
+  const isNeeded = useStore(asksForKey) === "needed";
   const field = useRef(/** @type {HTMLInputElement | null} */ (null));
   useEffect(() => field.current?.focus(), []);
   return html`<section class="card narrow">
     <h1>API key</h1>
     ${
-      had
+      had && isNeeded
         ? html`<p class="fault" role="alert">The server doesn't take this key: it may be mistyped, expired or revoked.</p>`
-        : html`<p>What you see and may do here follows from your key. Whoever runs this server makes one with <code>smolora keys create</code>.</p>`
+        : html`<p>${isNeeded ? "This server answers only with a key. " : ""}What you see and may do here follows from your key. Whoever runs this server makes one with <code>smolora keys create</code>.</p>`
     }
     <${Form} label="API key" onSubmit=${() => secret.trim() && signIn(secret.trim())}>
       <label for="secret">Key</label>
@@ -94,7 +96,7 @@ function SignIn() {
       <small>It is kept in this tab until you close it, and nowhere else.</small>
       <p class="row">
         <button type="submit" disabled=${!secret.trim()}>Sign in</button>
-        <button type="button" class="plain" onClick=${() => (had ? signIn("") : isRefused.set(false))}>Go on without</button>
+        ${isNeeded ? null : html`<button type="button" class="plain" onClick=${() => asksForKey.set("")}>Go on without</button>`}
       </p>
     <//>
   </section>`;

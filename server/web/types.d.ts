@@ -72,7 +72,7 @@ interface Job {
   started_at: string | null;
   finished_at: string | null;
   files_removed_at: string | null;
-  config: { dataset?: string | null; method?: string };
+  config: { dataset?: string | null; method?: string; start_from?: string | null };
 }
 
 interface JobEvent {

@@ -27,7 +27,7 @@ from server.config import Settings
 from server.database import FILE_NAME, Commits, connect
 from server.engine.structured.guidance import Guidance
 from server.home import Home
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 from server.model.text.chat import PromptEncoder
 from server.model.text.vocabulary import tokenizer_json
 from server.training.data.datasets import DatasetStore

@@ -1,11 +1,12 @@
 """The log: one line for each event, with its request's id."""
 
+import json
 import logging
 import re
 import subprocess
 import sys
 
-from server.logs import LineFormatter, request_id
+from server.logs import Fields, JsonFormatter, LineFormatter, request_id
 
 
 def line(message: str, **fields: object) -> str:
@@ -41,3 +42,57 @@ def test_line_ends_are_escaped() -> None:
         traced = line("failed", exc_info=sys.exc_info())
     assert "ValueError: several\\nlines" in traced
     assert "\n" not in traced
+
+
+def test_named_values_are_one_word_each() -> None:
+    message = Fields(path="/a b=c\nd\xe9", status=200, ms=1.0, empty="", key="key-1")
+    assert str(message) == "path=/a\\x20b=c\\nd\\xe9 status=200 ms=1.0 empty=- key=key-1"
+
+
+def as_json(message: object, exc_info: object = None, **always: str) -> dict[str, object]:
+    record = logging.LogRecord("smolora.api", logging.INFO, __file__, 1, message, None, None)
+    record.__dict__["exc_info"] = exc_info
+    text = JsonFormatter(**always).format(record)
+    assert "\n" not in text
+    found: dict[str, object] = json.loads(text)
+    return found
+
+
+def test_json_has_named_values_as_members() -> None:
+    found = as_json(Fields(method="GET", path="/a b\n\xe9", status=200, ms=9.5), job="job-1")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", str(found.pop("time")))
+    assert isinstance(found.pop("pid"), int)
+    assert found == {
+        "level": "INFO",
+        "logger": "smolora.api",
+        "request": "-",
+        "job": "job-1",
+        "method": "GET",
+        "path": "/a b\n\xe9",
+        "status": 200,
+        "ms": 9.5,
+    }
+
+
+def test_json_has_other_messages_whole() -> None:
+    try:
+        raise ValueError("several\nlines")
+    except ValueError:
+        found = as_json("failed: a\nb", exc_info=sys.exc_info())
+    assert found["message"] == "failed: a\nb"
+    assert str(found["exception"]).endswith("ValueError: several\nlines")
+
+
+def test_all_libraries_lines_are_json_then() -> None:
+    code = (
+        "import logging; from server import logs; logs.set_up('json', job='job-1');"
+        "logging.getLogger('uvicorn.error').error('bad %s', 'thing')"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    found = json.loads(said.stderr)
+    assert (found["logger"], found["message"], found["job"]) == ("uvicorn.error", "bad thing", "job-1")
+
+
+def test_a_line_of_a_job_names_it() -> None:
+    record = logging.LogRecord("smolora.job", logging.INFO, __file__, 1, "begun", None, None)
+    assert LineFormatter(job="job-1").format(record).endswith(" request=- job=job-1 begun")

@@ -34,7 +34,7 @@ def make_key(page: Page, name: str, project: str, scopes: tuple[str, ...]) -> st
         page.get_by_text("New key").click()
     form.get_by_label("Name").fill(name)
     form.get_by_role("textbox", name="Project").fill(project)
-    for box in form.get_by_role("group", name="May").get_by_role("checkbox").all():
+    for box in form.get_by_role("group", name="This key may").get_by_role("checkbox").all():
         box.uncheck()
     for scope in scopes:
         form.get_by_label(scope).check()
@@ -53,7 +53,7 @@ def sign_in(page: Page, secret: str) -> None:
 def admin(server: ServerProcess, browser: Browser) -> str:
     """The first key: who made it goes on with it, whoever comes then is asked for one."""
     with page_of(browser, f"{server.url}/#/access") as page:
-        expect(page.get_by_text("None yet: whoever may connect")).to_be_visible()
+        expect(page.get_by_text("None yet: whoever reaches this server")).to_be_visible()
         form = page.get_by_role("form", name="New key")
         form.get_by_label("Name").fill("laptop")
         form.get_by_label("everything").uncheck()
@@ -118,9 +118,13 @@ def test_where_a_key_is_kept(server: ServerProcess, browser: Browser, admin: str
         other = page.context.new_page()
         other.goto(f"{server.url}/#/adapters")
         expect(other.get_by_role("heading", name="API key")).to_be_visible()
+        page.get_by_role("link", name="Playground").click()
+        page.get_by_role("textbox", name="Question").fill("of whom?")
         page.get_by_role("button", name="Sign out").click()
         expect(page.get_by_role("heading", name="API key")).to_be_visible()
         assert page.evaluate("Object.values(sessionStorage)") == []
+        sign_in(page, admin)
+        expect(page.get_by_role("textbox", name="Question")).to_have_value("")  # nothing is left of who was there
 
 
 def test_revoke(server: ServerProcess, browser: Browser, admin: str) -> None:

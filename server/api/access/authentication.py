@@ -108,8 +108,8 @@ _NO_PATH = "no such path: /docs lists them"
 
 
 def _secret(headers: Headers) -> str | None:
-    """What the request brings as its key; None where it brings nothing."""
+    """What the request brings as its key; None where it brings nothing, or an empty one."""
     if (given := headers.get("authorization")) is None:
         return None
     scheme, _, secret = given.partition(" ")
-    return secret.strip() if scheme.lower() == "bearer" else ""
+    return secret.strip() or None if scheme.lower() == "bearer" else ""

@@ -18,6 +18,8 @@ from server.api.errors.faults import form_of
 ANY = "*"
 PROBES = frozenset({"/health", "/ready"})
 """Answered under any name: whoever probes a container calls it by an address of its own."""
+_ADDRESSED = frozenset({"/metrics"})
+"""Answered under any address: whoever scrapes containers calls them by theirs, which no page can make its own."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _SHOWN = 100  # characters of a header
 
@@ -40,17 +42,17 @@ class Sites:
 
     def _fault(self, path: str, headers: Headers) -> str | None:
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
-        if path not in PROBES and hosts and not (len(hosts) == 1 and self._answers_to(hosts[0])):
+        if path not in PROBES and hosts and not (len(hosts) == 1 and self._answers_to(hosts[0], path)):
             return f"this server has no name {_shown(hosts)}: SMOLORA_ALLOWED_HOSTS sets its names"
         if origins and not (len(origins) == 1 and self._may_call(origins[0], hosts[0] if hosts else "")):
             return f"pages of {_shown(origins)} may not call this server: SMOLORA_ALLOWED_ORIGINS lets them"
         return None
 
-    def _answers_to(self, host: str) -> bool:
+    def _answers_to(self, host: str, path: str) -> bool:
         name, _ = _name_and_port(host, "http")
         if name is None:
             return False
-        if self._hosts:
+        if self._hosts and not (path in _ADDRESSED and _is_address(name)):
             parents = name.split(".")[1:]
             return bool(self._hosts & {ANY, name, *(f"*.{'.'.join(parents[i:])}" for i in range(len(parents)))})
         return name in self._own_names or _is_address(name)

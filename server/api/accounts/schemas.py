@@ -3,9 +3,9 @@
 from datetime import date, datetime
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, WithJsonSchema
 
-from adapters.names import MAX_NAME, NAME
+from adapters.names import MAX_NAME, NAME, NAME_RULE, is_name
 from adapters.viewpoint import DEFAULT_PROJECT
 from server.access.principal import DEFAULT_SCOPES, Quota, Scope
 from server.api.schemas import Body
@@ -14,7 +14,19 @@ _NAME = rf"^{NAME.pattern}$"
 _MOST = (1 << 53) - 1  # what JavaScript's numbers hold
 
 Limit = Annotated[int, Field(ge=1, le=_MOST)]
-Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME, pattern=_NAME)]
+
+
+def _name(given: str) -> str:
+    if not is_name(given):
+        raise ValueError(NAME_RULE)
+    return given
+
+
+Name = Annotated[
+    str,
+    AfterValidator(_name),
+    WithJsonSchema({"type": "string", "minLength": 1, "maxLength": MAX_NAME, "pattern": _NAME}),
+]
 
 
 class LimitFields(Body):

@@ -25,9 +25,11 @@ from server.api.deps import OutputStream, Services
 from server.api.generate.sampling import context_faults, sampling_params
 from server.api.generate.schemas import AdapterBody, GenerateBody, PromptBody
 from server.api.generate.structure import check_grammar, grammar_of
+from server.api.telemetry.facts import facts, is_chat
+from server.api.telemetry.spans import GenerationTrace
 from server.engine.request import AdapterRef, GenerationRequest, Grammar, SamplingParams, SequenceOutput
 from server.errors import GenerationFailed, GenerationTimeout, TryAgain
-from server.metrics import Metrics, Outcome
+from server.metrics.metrics import Metrics, Outcome
 from server.model.text.chat import ChatMessage
 
 _SHORT_TEXT = 2048
@@ -62,6 +64,7 @@ class Generation:
         metrics: Metrics,
         timeout: float,
         account: "LedgerAccount",
+        trace: GenerationTrace | None = None,
     ) -> None:
         """Its outputs come to an end within `timeout` seconds from now."""
         self.request = request
@@ -72,10 +75,13 @@ class Generation:
         self._metrics = metrics
         self._account = account
         self._names = account.keys(part.name for part in pinned.parts)
+        self._facts = facts.get()
+        self._trace = trace
         self._started = time.perf_counter()
         self._deadline = asyncio.get_running_loop().time() + timeout
         self._num_tokens = 0
         self._num_cached: dict[int, int] = {}  # by choice
+        self._cached = 0  # tokens of the prompt that were found, as the answer's usage has them
         self._num_running = request.n
         self._outcome: Outcome = "cancelled"
         self._closed = False
@@ -96,9 +102,12 @@ class Generation:
         last: dict[int, float] = {}
         try:
             while (output := await self._next()) is not None:
+                if self._trace is not None:
+                    self._trace.note(output)
                 if output.error is not None:
                     raise output.error
                 self._num_cached[output.index] = output.num_cached_tokens
+                self._cached = min(self._num_cached.values())
                 if output.num_new_tokens:
                     self._observe(output, last)
                 if output.finish_reason is not None:
@@ -126,6 +135,11 @@ class Generation:
             self._book()
             took = time.perf_counter() - self._started
             self._metrics.ended(self._outcome, took, self._names, self._num_tokens)
+            if self._trace is not None:
+                self._trace.end(self._outcome, self._num_tokens, self._cached)
+            if self._facts is not None:
+                used = [f"{part.name}@{part.version}" for part in self.parts]
+                self._facts.generated(self.id, used, self.num_prompt_tokens, self._num_tokens, self._cached)
 
     async def _next(self) -> SequenceOutput | None:
         """The stream's next output; None at its end."""
@@ -204,7 +218,10 @@ async def start(
             services.metrics.refused()
         raise
     account = LedgerAccount(services.access.ledger, principal, is_request)
-    return Generation(request, pinned, stream, services.metrics, services.settings.request_timeout, account)
+    trace = None
+    if (told := facts.get()) is not None and told.span is not None:
+        trace = GenerationTrace(told.span, told.operation, request, services.base_name, pinned.parts)
+    return Generation(request, pinned, stream, services.metrics, services.settings.request_timeout, account, trace)
 
 
 def ask_queue(services: Services, num_sequences: int) -> None:
@@ -250,6 +267,7 @@ async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -
         turns = [ChatMessage(message.role, message.content) for message in body.messages]
         name, length = "messages", sum(len(turn.content) for turn in turns)
         encode = partial(services.encoder.messages, turns)
+        is_chat()
     elif body.prompt is not None and body.messages is None:
         name, length = "prompt", len(body.prompt)
         encode = partial(services.encoder.prompt, body.prompt)

@@ -18,6 +18,7 @@ from server.api.openai.schemas import (
     CompletionBody,
     Prompt,
 )
+from server.api.telemetry.facts import is_chat
 from server.engine.request import Grammar, SamplingParams
 from server.model.text.chat import ChatMessage
 
@@ -36,6 +37,7 @@ async def begin_chat(services: Services, body: ChatBody) -> Batch:
         for message in body.messages
     ]
     encode = partial(services.encoder.messages, turns)
+    is_chat()
     ask_queue(services, body.n or 1)
     ids = tuple(await encoded(services, encode, sum(len(turn.content) for turn in turns)))
     if limit is None:

@@ -19,6 +19,7 @@ from adapters.errors import FieldError, InvalidInput, NotFound
 from adapters.expression import Term
 from adapters.library import Library
 from adapters.pinned import Pinned
+from server.api.telemetry.facts import facts
 from server.api.train.rows import JobRows, choose_rows
 from server.api.train.schemas import MAX_STEPS, TrainBody
 from server.api.train.spec import build_spec, parent_terms
@@ -27,7 +28,7 @@ from server.training.data.files import RowSources
 from server.training.data.job_data import DataFacts, JobData
 from server.training.data.rows import data_digest
 from server.training.data.split import overlap
-from server.training.queue.job_files import JobFiles
+from server.training.queue.job_files import TRACEPARENT_NAME, JobFiles
 from server.training.queue.jobs import FINE_TUNING, Job, Jobs
 from server.training.spec import JobSpec, TrainingSpec
 
@@ -93,12 +94,14 @@ class Submissions:
         if (first := self._jobs.repeated(idempotency_key, digest)) is not None:
             return first
         job_id = f"job-{secrets.token_hex(8)}"
-        directory = self._files.directory(job_id)
+        directory, told = self._files.directory(job_id), facts.get()
         # the parent's bytes are held until the job itself holds them
         with self.prepared(body) as prepared:
             try:
                 with new_directory(directory) as unfinished:
                     prepared.data.save(unfinished)
+                    if told is not None and told.span is not None:
+                        (unfinished / TRACEPARENT_NAME).write_text(told.span.traceparent, encoding="ascii")
                 job = self._jobs.submit(
                     prepared.spec,
                     job_id=job_id,
@@ -113,6 +116,8 @@ class Submissions:
                 raise
         if job.id != job_id:  # somebody was quicker with the same key
             shutil.rmtree(directory, ignore_errors=True)
+        if told is not None:
+            told.job_id = job.id
         return job
 
     @contextmanager

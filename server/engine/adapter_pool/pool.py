@@ -5,6 +5,7 @@ ever. A cold adapter is read and its rows are filled by an executor's threads, w
 itself is touched by the engine's thread alone.
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
@@ -32,6 +33,8 @@ class AdapterHold:
     is_held: bool = False
     lacks_room: bool = False
     error: SmoloraError | None = None
+    loading: tuple[float, float] | None = None
+    _cold_since: float | None = field(default=None, repr=False)
     _parts: Parts | None = field(default=None, repr=False)
 
     @property
@@ -39,7 +42,12 @@ class AdapterHold:
         return self.is_held and all(adapter.is_placed for adapter in self.adapters)
 
     def advance(self) -> bool:
-        return self.pool.advance(self)
+        is_ready = self.pool.advance(self)
+        if not is_ready:
+            self._cold_since = self._cold_since or self.pool.clock()
+        elif self._cold_since is not None and self.loading is None:
+            self.loading = (self._cold_since, self.pool.clock())
+        return is_ready
 
     def release(self) -> None:
         self.pool.release(self)
@@ -61,8 +69,16 @@ class AdapterHold:
 class AdapterPool:
     """The resident adapters of one engine. `wake` is called, from another thread, when a load has moved on."""
 
-    def __init__(self, rows: RankRows, load: Load, executor: Executor, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        rows: RankRows,
+        load: Load,
+        executor: Executor,
+        wake: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.rows = rows
+        self.clock = clock
         self.num_loads = 0
         self.num_evictions = 0
         self._load = load
@@ -80,6 +96,10 @@ class AdapterPool:
     def resident(self) -> frozenset[str]:
         """Digests of the adapters whose rows can be used at once."""
         return frozenset(digest for digest, adapter in self._adapters.items() if adapter.is_placed)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(extents.capacity for (_, kind), extents in self._spaces.items() if kind == "rows")
 
     @property
     def num_rows_used(self) -> int:

@@ -12,6 +12,8 @@ from server.training.queue.tables import Status
 LOG_NAME = "log.txt"
 CHECKPOINTS_NAME = "checkpoints"
 MODEL_NAME = "model"
+TRACEPARENT_NAME = "traceparent"
+"""Of a job whose submission was traced: by which span."""
 
 _ORPHAN_SECONDS = 3600.0
 

@@ -214,6 +214,20 @@ class Jobs:
         with self._reader.connect() as connection:
             return connection.execute(query).scalar_one()
 
+    def counts(self) -> dict[Status, int]:
+        """How many there are of each status that any has."""
+        query = sa.select(jobs.c.status, sa.func.count()).where(self._mine).group_by(jobs.c.status)
+        with self._reader.connect() as connection:
+            return {Status(status): number for status, number in connection.execute(query)}
+
+    def owners(self) -> set[str]:
+        """The workers that keep a lease just now."""
+        query = sa.select(jobs.c.owner).where(
+            jobs.c.status == Status.RUNNING, jobs.c.lease_until > database_time()
+        )
+        with self._reader.connect() as connection:
+            return set(filter(None, connection.execute(query).scalars()))
+
     def is_known(self, job_id: str) -> bool:
         """Whether there is such a job, ended or not."""
         query = sa.select(jobs.c.id).where(jobs.c.id == job_id)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from server.training.queue.leases import Claim, Leases
 from server.training.worker.job_pipe import WorkerLink
+from server.training.worker.job_trace import JobTrace
 from server.training.worker.yielding import Yielding
 
 
@@ -14,11 +15,14 @@ class Leave(Exception):
 class JobReporter:
     """`run.Reporter` over the worker's pipe and the database; `yield_or_leave` raises Leave."""
 
-    def __init__(self, link: WorkerLink, leases: Leases, claim: Claim, yielding: Yielding) -> None:
+    def __init__(
+        self, link: WorkerLink, leases: Leases, claim: Claim, yielding: Yielding, trace: JobTrace | None = None
+    ) -> None:
         self._link = link
         self._leases = leases
         self._claim = claim
         self._yielding = yielding
+        self._trace = trace
 
     def yield_or_leave(self) -> None:
         self._link.beat()
@@ -31,6 +35,8 @@ class JobReporter:
 
     def metrics(self, message: str, data: Mapping[str, object]) -> None:
         self._leases.add_event(self._claim, message, type="metrics", data=data)
+        if self._trace is not None:
+            self._trace.stepped(data)
 
     def checkpointed(self, step: int) -> None:
         self._leases.checkpointed(self._claim, step)

@@ -27,12 +27,15 @@ from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device, training_dtype
 from server.model.gpu import is_out_of_memory, limit_memory
 from server.model.native.load import find_library
+from server.tracing.spans import open_tracer
 from server.training.merge_spec import MergeSpec, Spec
+from server.training.queue.job_files import JobFiles
 from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Claim, LeaseLost, Leases
 from server.training.queue.reserve import DISK_FULL, Reserve
 from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Assignment, WorkerLink
 from server.training.worker.job_reporter import JobReporter, Leave
+from server.training.worker.job_trace import JobTrace
 from server.training.worker.merge_job import run_merge
 from server.training.worker.train_job import TrainingAttempt
 from server.training.worker.yielding import BusyFlag, Yielding
@@ -48,29 +51,35 @@ log = logging.getLogger("smolora.job")
 
 def main(argument: str) -> int:
     """Run the assignment; the exit code that the worker reads."""
-    logs.set_up()
     assignment = Assignment.from_argument(argument)
+    settings = WorkerSettings.model_validate(dict(assignment.settings))
+    logs.set_up(settings.log_format, job=assignment.job_id)
     link = WorkerLink(assignment)
     keep_freed_memory()
-    settings = WorkerSettings.model_validate(dict(assignment.settings))
     database = connect(settings.home)
     home = Home(settings.home)
     leases = Leases(database, Records(home.adapters))
     claim = Claim(assignment.job_id, assignment.token, assignment.owner)
-    reserve = Reserve(settings.home)
+    reserve, tracer = Reserve(settings.home), open_tracer()
     try:
         jobs = Jobs(database)
         job = jobs.get(claim.job_id)
-        base, native = _load(settings, job.spec)
-        viewpoint = Viewpoint(job.project, key_id=job.key_id)
-        catalog, store = Catalog(database, of=viewpoint), AdapterStore(home.adapters)
-        library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
-        yielding = Yielding(BusyFlag(settings.home).read, settings.train_share)
-        reporter = JobReporter(link, leases, claim, yielding)
-        if isinstance(job.spec, MergeSpec):
-            run_merge(job.spec, claim, leases, library, base, reporter)
-        else:
-            TrainingAttempt(job, job.spec, claim, leases, library, base, reporter, settings.home, native).run()
+        trace = JobTrace(tracer, job, claim.token, JobFiles(settings.home).directory(job.id))
+        with trace.attempt(unless=Leave):
+            with trace.phase("load base"):
+                base, native = _load(settings, job.spec)
+            viewpoint = Viewpoint(job.project, key_id=job.key_id)
+            catalog, store = Catalog(database, of=viewpoint), AdapterStore(home.adapters)
+            library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
+            yielding = Yielding(BusyFlag(settings.home).read, settings.train_share)
+            reporter = JobReporter(link, leases, claim, yielding, trace)
+            if isinstance(job.spec, MergeSpec):
+                run_merge(job.spec, claim, leases, library, base, reporter)
+            else:
+                attempt = TrainingAttempt(
+                    job, job.spec, claim, leases, library, base, reporter, settings.home, native
+                )
+                attempt.run()
     except Leave:
         return EXIT_LEFT
     except LeaseLost:
@@ -88,6 +97,9 @@ def main(argument: str) -> int:
             leases.fail(claim, OUT_OF_MEMORY)
         else:
             return 1
+    finally:
+        if tracer is not None:
+            tracer.close()
     return EXIT_DONE
 
 

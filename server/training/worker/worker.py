@@ -12,7 +12,6 @@ knows (`server.training.worker.run_job`); they talk as `server.training.worker.j
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ from server.training.queue.reserve import DISK_FULL, Reserve
 from server.training.queue.tables import MERGE, TRAIN, JobKind
 from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Child
 from server.training.worker.parent import end_with_parent, has_lost_parent
+from server.training.worker.presence import own_name, present
 
 COMMAND = (sys.executable, "-P", "-m", "server.training.worker.run_job")
 NICENESS = 10
@@ -78,7 +78,7 @@ class Worker:
         self._kind = kind
         self._files = JobFiles(home)
         self._reserve = Reserve(home)
-        self._owner = f"{socket.gethostname()}:{os.getpid()}"
+        self._owner = own_name()
         self._is_stopping = False
         self._exit_code = 0
 
@@ -283,7 +283,8 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
     # It starts processes, so it must live as long as they: see `end_with_parent`.
     beside = threading.Thread(target=run, args=(merging,), name="merging", daemon=True)
     beside.start()
-    run(training)
-    beside.join()
+    with present(settings.home):
+        run(training)
+        beside.join()
     engine.dispose()
     return max(codes)

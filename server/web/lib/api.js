@@ -1,5 +1,5 @@
 /** The HTTP API: requests with the session's key, problems as errors, streams of events. */
-import { isRefused, key } from "./session.js";
+import { asksForKey, key } from "./session.js";
 
 /** Where the API is: the page lies at web/DIGEST/ below it. */
 const ROOT = new URL("../../../", import.meta.url);
@@ -39,7 +39,7 @@ function headersOf(more = {}) {
 
 /** @param {number} status @param {string} text @param {string | null} retryAfter */
 function problemOf(status, text, retryAfter) {
-  if (status === 401) isRefused.set(true);
+  if (status === 401) asksForKey.set("needed");
   const seconds = retryAfter === null ? null : Number(retryAfter);
   try {
     const found = JSON.parse(text);

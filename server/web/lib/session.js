@@ -6,13 +6,29 @@ const NAME = "smolora.key";
 /** The key, or "" where there is none. @type {Store<string>} */
 export const key = new Store(sessionStorage.getItem(NAME) ?? "");
 
-/** Whether the server has refused to answer without a key, or with this one. @type {Store<boolean>} */
-export const isRefused = new Store(false);
+/**
+ * Whether the page asks for a key: since the server refused to answer without one, or with this one ("needed"), or
+ * since somebody wants to give one ("offered").
+ * @type {Store<"" | "needed" | "offered">}
+ */
+export const asksForKey = new Store(/** @type {"" | "needed" | "offered"} */ (""));
+
+/**
+ * A store of what one key's owner sees: another key begins anew.
+ * @template T
+ * @param {T} value
+ * @returns {Store<T>}
+ */
+export function perKey(value) {
+  const store = new Store(value);
+  key.listeners.add(() => store.set(value));
+  return store;
+}
 
 /** @param {string} secret "" signs out */
 export function signIn(secret) {
   if (secret) sessionStorage.setItem(NAME, secret);
   else sessionStorage.removeItem(NAME);
-  isRefused.set(false);
+  asksForKey.set("");
   key.set(secret);
 }

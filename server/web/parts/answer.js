@@ -4,12 +4,13 @@ import { count, duration, plural } from "../lib/format.js";
 import { Badge, Check, Fault, Warnings } from "./basics.js";
 import { ShadedText } from "./tokens.js";
 
-/** @param {{column: import("../views/playground.js").Column}} props */
+/** @param {{column: import("../lib/playground.js").Column}} props */
 export function AnswerColumn({ column }) {
-  const { expression, answer, isRunning, problem, shades } = column;
+  const { expression, answer, state, problem, shades } = column;
+  const isRunning = state === "running";
   const [isShaded, setShaded] = useState(true);
   return html`<article class="card answer" aria-label="Answer of ${expression}" aria-busy=${isRunning}>
-    <h2><code>${expression}</code> ${isRunning ? html`<${Badge} tone="busy">writing<//>` : null}</h2>
+    <h2><code>${expression}</code> ${isRunning ? html`<${Badge} tone="busy">writing<//>` : null} ${state === "stopped" ? html`<${Badge}>stopped<//>` : null}</h2>
     ${shades && isShaded ? html`<${ShadedText} shades=${shades} expression=${expression} />` : html`<p class="text" aria-live="polite">${answer.text}</p>`}
     ${!answer.text && answer.finishReason ? html`<p class="muted">It ended at once, without any text.</p>` : null}
     <${Fault} problem=${problem} />
@@ -18,7 +19,7 @@ export function AnswerColumn({ column }) {
       answer.finishReason
         ? html`<p class="row">
           <small>
-            ${plural(answer.tokens, "token")} in ${duration(answer.total)}, the first after ${duration(answer.ttft)}${answer.cached ? `; ${count(answer.cached)} of the prompt cached` : ""}${answer.finishReason === "length" ? "; cut at its longest" : ""}
+            ${plural(answer.tokens, "token")} in ${duration(answer.total)}, the first after ${duration(answer.ttft)}${answer.cached ? `; ${count(answer.cached)} of the prompt were remembered` : ""}${answer.finishReason === "length" ? "; stopped at the longest answer that was asked for" : ""}
           </small>
           ${
             shades

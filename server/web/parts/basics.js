@@ -156,9 +156,10 @@ export function Bar({ label, value, most }) {
 
 /**
  * Something that costs a second click, since it can't be undone.
- * @param {{label: string, sure: string, busy?: boolean, onSure: () => void}} props
+ * @param {{label: string, sure: string, deed?: string, busy?: boolean, onSure: () => void}} props `deed`: what the second
+ *   button says, where it isn't `label`
  */
-export function Careful({ label, sure, busy = false, onSure }) {
+export function Careful({ label, sure, deed = label, busy = false, onSure }) {
   const dialog = useRef(/** @type {HTMLDialogElement | null} */ (null));
   const close = () => dialog.current?.close();
   return html`<button type="button" class="plain risky" disabled=${busy} onClick=${() => dialog.current?.showModal()}>${label}</button>
@@ -173,7 +174,7 @@ export function Careful({ label, sure, busy = false, onSure }) {
             onSure();
           }}
         >
-          ${label}
+          ${deed}
         </button>
         <button type="button" class="plain" onClick=${close}>Leave it as it is</button>
       </p>

@@ -40,6 +40,7 @@ export function Blend({ adapters, value, problem, onChange }) {
       ? html`<${TextField} label="Find" type="search" value=${filter} onChange=${setFilter} />`
       : null
   }
+    <datalist id="weights"><option value="-1"></option><option value="0"></option><option value="1"></option><option value="2"></option></datalist>
     ${
       all.length
         ? html`<ul class="blend">
@@ -51,7 +52,7 @@ export function Blend({ adapters, value, problem, onChange }) {
         : null
     }
     ${rows.length < all.length || adapters?.isCut ? html`<small>More exist: find them by name, or write them below.</small>` : null}
-    <${TextField} label="Expression" name="adapter" problem=${problem} hint="As in codes*0.7+tone@2*0.3; empty: the base as it is."
+    <${TextField} label="Expression" name="adapter" problem=${problem} hint="A strength of 1 is as it was trained, 0 is without it; empty: the base."
       className="code" placeholder="base" value=${value} onChange=${onChange} />`;
 }
 
@@ -77,7 +78,7 @@ function Row({ adapter, term, change }) {
             ${Object.keys(adapter.aliases).map((alias) => html`<option value=${alias} selected=${term.pin === alias}>${alias} (${adapter.aliases[alias]})</option>`)}
             ${newestFirst(adapter).map(({ version }) => html`<option value=${String(version)} selected=${term.pin === String(version)}>version ${version}</option>`)}
           </select>
-          <input type="range" min="-1" max="2" step="0.05" value=${weight} aria-label="Weight of ${name}" onInput=${set} />
+          <input type="range" min="-1" max="2" step="0.05" list="weights" value=${weight} aria-label="Weight of ${name}" onInput=${set} />
           <input type="number" min="-100" max="100" step="0.05" value=${weight} aria-label="Weight of ${name}, as a number" onInput=${set} />`
         : null
     }

@@ -15,6 +15,7 @@ export function Card({ report }) {
   const held = report.evaluation;
   const points = useMemo(() => pointsOf(report.curves), [report]);
   return html`<div class="reported">
+    ${held?.base && held.tuned ? html`<p>${verdictOf(held)}</p>` : null}
     ${report.description ? html`<p>${report.description}</p>` : null}
     ${
       held
@@ -57,6 +58,19 @@ export function Card({ report }) {
     </dl>
     <${LossChart} points=${points} />
   </div>`;
+}
+
+/** Better or not, in words. @param {any} held */
+function verdictOf({ base, tuned, latest }) {
+  const isBetter = tuned.loss < base.loss;
+  const against = !latest
+    ? ""
+    : tuned.loss < latest.loss
+      ? ", and better than the version before"
+      : ", but no better than the version before";
+  return isBetter
+    ? `Better than the base on rows that it hasn't seen${against}.`
+    : `No better than the base on rows that it hasn't seen: more or other rows, or fewer epochs, may help${against}.`;
 }
 
 /** @param {{train_loss?: [number, number][], eval_loss?: [number, number][]} | undefined} curves */

@@ -2,10 +2,11 @@
 import { html, useId, useState } from "../lib/html.js";
 
 /**
- * @param {{label: string, hint: string, accept: string, multiple?: boolean, share: number | null,
- *   onFiles: (files: File[]) => void}} props `share`: of what is being sent, or null
+ * @param {{label: string, hint: string, chosen: string, accept: string, multiple?: boolean, share: number | null,
+ *   onFiles: (files: File[]) => void}} props `chosen`: what was, for people; `share`: of what is
+ *   being sent, or null
  */
-export function DropZone({ label, hint, accept, multiple = false, share, onFiles }) {
+export function DropZone({ label, hint, chosen, accept, multiple = false, share, onFiles }) {
   const id = useId();
   const [over, setOver] = useState(false);
   /** @param {FileList | null | undefined} files */
@@ -23,9 +24,9 @@ export function DropZone({ label, hint, accept, multiple = false, share, onFiles
       take(event.dataTransfer?.files);
     }}
   >
-    <label for=${id}>${label}</label>
     <input
       id=${id}
+      class="hidden"
       type="file"
       accept=${accept}
       multiple=${multiple}
@@ -35,6 +36,8 @@ export function DropZone({ label, hint, accept, multiple = false, share, onFiles
         event.currentTarget.value = "";
       }}
     />
+    <label for=${id}><span>${label}</span></label>
+    ${chosen ? html`<p role="status">${chosen}</p>` : null}
     <small>${hint}</small>
     ${share === null ? null : html`<progress aria-label="sent" value=${share} max="1"></progress>`}
   </div>`;

@@ -60,8 +60,8 @@ export function ShadedText({ shades, expression }) {
       })}
     </div>
     <p class="legend">
-      <span class="token down-4">less</span><span class="token down-2"> </span><span class="token"> likely </span
-      ><span class="token up-2"> </span><span class="token up-4">more</span> than under the base
+      <span class="token down-4">less</span> and <span class="token up-4">more</span> likely than under the base. Point at one, or
+      walk through them by arrow keys: the likeliest in its place, under both.
     </p>
     ${
       tuned && base

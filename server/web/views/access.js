@@ -19,7 +19,7 @@ export function AccessView() {
         ? html`<p class="muted">Keys, projects and the audit list are for keys with the scope <code>admin</code>.</p>`
         : html`<${Fault} problem=${keys.problem} />`
     }
-    ${keys.data ? html`<${Keys} keys=${keys.data} onChange=${keys.reload} /><${Projects} /><${Audit} keys=${keys.data} />` : null}`;
+    ${keys.data ? html`<${Keys} keys=${keys.data} onChange=${keys.reload} /><${Projects} keys=${keys.data} /><${Audit} keys=${keys.data} />` : null}`;
 }
 
 const DAYS = 30;
@@ -38,25 +38,25 @@ function Usage({ isAdmin }) {
     15,
   );
   const options = [
-    ["day", "by day"],
-    ["adapter", "by adapter"],
-    ["key", "by key"],
-    ...(isAdmin ? [["project", "by project"]] : []),
+    ["day", "day"],
+    ["adapter", "adapter"],
+    ["key", "key"],
+    ...(isAdmin ? [["project", "project"]] : []),
   ];
   return html`<section class="card" aria-label="Usage">
     <div class="row between">
       <h2>Usage</h2>
       <div class="row end">
         <${TextField} label="From" name="from" type="date" problem=${usage.problem} value=${from} onChange=${setFrom} />
-        <${TextField} label="Before" name="to" type="date" problem=${usage.problem} value=${until} onChange=${setUntil} />
-        <${SelectField} label="Sums" value=${by} options=${options} onChange=${setBy} />
+        <${TextField} label="Until before" name="to" type="date" problem=${usage.problem} value=${until} onChange=${setUntil} />
+        <${SelectField} label="Group by" value=${by} options=${options} onChange=${setBy} />
       </div>
     </div>
     <${Fault} problem=${usage.problem} beside=${["from", "to"]} />
     ${
       usage.data
         ? usage.data.length
-          ? html`<${Table} label="Usage" columns=${["What", "#Requests", "#Prompt tokens", "#of them cached", "#Generated", "#Trained on", "#Training time"]}>
+          ? html`<${Table} label="Usage" columns=${["What", "#Requests", "#Prompt tokens", "#of them remembered", "#Generated", "#Trained on", "#Training time"]}>
                 ${usage.data.map(
                   (row) =>
                     html`<tr>

@@ -3,12 +3,12 @@ import { gain, newestFirst } from "../lib/adapters.js";
 import { ask, download, get } from "../lib/api.js";
 import { bytes, compact, loss, moment } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
+import { columns, expression } from "../lib/playground.js";
 import { useAction, useResource } from "../lib/resource.js";
 import { go, to } from "../lib/route.js";
 import { Badge, Careful, Fault, Form, SelectField, Table, TextField, Warnings } from "../parts/basics.js";
 import { Card } from "../parts/card.js";
 import { Lineage } from "../parts/lineage.js";
-import { expression } from "./playground.js";
 
 /** @param {string} name */
 const pathOf = (name) => `/adapters/${name.split("/").map(encodeURIComponent).join("/")}`;
@@ -19,10 +19,21 @@ export function AdapterDetail({ adapter, isOwn, onChange }) {
   const change = useAction(
     async (/** @type {string} */ method, /** @type {string} */ of, /** @type {unknown} */ json) => {
       await ask(method, of, json === undefined ? {} : { json });
+      setDone(
+        /** @type {any} */ (json)?.version && of.endsWith("/latest")
+          ? `${adapter.name} now means version ${/** @type {any} */ (json).version}.`
+          : "",
+      );
       await onChange();
     },
   );
+  const remove = useAction(async () => {
+    await ask("DELETE", path);
+    go("adapters");
+    await onChange();
+  });
   const [number, choose] = useState(adapter.latest);
+  const [done, setDone] = useState("");
   const versions = newestFirst(adapter);
   const version = versions.find((one) => one.version === number) ?? versions[0];
   return html`<article class="card" aria-label=${adapter.name}>
@@ -33,6 +44,7 @@ export function AdapterDetail({ adapter, isOwn, onChange }) {
           type="button"
           onClick=${() => {
             expression.set(adapter.name);
+            columns.set([]);
             go("playground");
           }}
         >
@@ -40,16 +52,19 @@ export function AdapterDetail({ adapter, isOwn, onChange }) {
         </button>
         ${
           isOwn
-            ? html`<button type="button" class="plain" disabled=${change.busy}
-                onClick=${() => change.run("PUT", `${path}/visibility`, { visibility: adapter.visibility === "public" ? "private" : "public" })}
-              >${adapter.visibility === "public" ? "Make private" : "Make public"}</button>
-              <${Careful} label="Delete" sure="All versions of ${adapter.name} go, for good." busy=${change.busy} onSure=${() => change.run("DELETE", path, undefined)} />`
+            ? html`${
+                adapter.visibility === "public"
+                  ? html`<button type="button" class="plain" disabled=${change.busy} onClick=${() => change.run("PUT", `${path}/visibility`, { visibility: "private" })}>Make private</button>`
+                  : html`<${Careful} label="Make public" sure="Every project on this server can use ${adapter.name} then, and build blends of it." busy=${change.busy} onSure=${() => change.run("PUT", `${path}/visibility`, { visibility: "public" })} />`
+              }
+              <${Careful} label="Delete" sure="All versions of ${adapter.name} go, for good." busy=${change.busy} onSure=${() => remove.run()} />`
             : null
         }
       </p>
     </div>
-    <${Fault} problem=${change.problem} />
-    <${Table} label="Versions of ${adapter.name}" columns=${["Version", "Names", "Made", "#Rank", "#Size", "Held-out loss", ""]}>
+    <${Fault} problem=${change.problem ?? remove.problem} />
+    ${done ? html`<p class="done" role="status">${done}</p>` : null}
+    <${Table} label="Versions of ${adapter.name}" columns=${["Version", "Names", "", "Made", "#Rank", "#Size", "Held-out loss"]}>
           ${versions.map((one) => html`<${VersionRow} key=${one.version} adapter=${adapter} version=${one} isOwn=${isOwn} isChosen=${one === version} path=${path} change=${change} onChoose=${() => choose(one.version)} />`)}
         <//>
     ${isOwn ? html`<${NewAlias} adapter=${adapter} path=${path} change=${change} />` : null}
@@ -83,10 +98,6 @@ function VersionRow({ adapter, version, isOwn, isChosen, path, change, onChoose 
         )}
       ${version.resident ? html`<${Badge}>in memory<//>` : null} ${version.warnings.length ? html`<${Badge} tone="bad">warning<//>` : null}
     </td>
-    <td>${moment(version.created_at)}</td>
-    <td class="number">${version.rank}</td>
-    <td class="number">${version.bytes ? bytes(version.bytes) : "–"}</td>
-    <td>${held ? html`${loss(held.tuned)} <small>base ${loss(held.base)}</small>` : "–"}</td>
     <td>
       <div class="row">
       ${
@@ -101,6 +112,10 @@ function VersionRow({ adapter, version, isOwn, isChosen, path, change, onChoose 
       </div>
       <${Fault} problem=${save.problem} />
     </td>
+    <td>${moment(version.created_at)}</td>
+    <td class="number">${version.rank}</td>
+    <td class="number">${version.bytes ? bytes(version.bytes) : "–"}</td>
+    <td>${held ? html`${loss(held.tuned)} <small>base ${loss(held.base)}</small>` : "–"}</td>
   </tr>`;
 }
 

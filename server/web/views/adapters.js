@@ -120,16 +120,10 @@ function Upload({ onDone }) {
       hint="adapter_config.json and adapter_model.safetensors, or one zip of both"
       accept=".json,.safetensors,.zip"
       multiple
+      chosen=${files.map((file) => file.name).join(", ")}
       share=${share}
       onFiles=${add}
     />
-    ${
-      files.length
-        ? html`<ul class="plain-list">
-          ${files.map((file) => html`<li><code>${file.name}</code></li>`)}
-        </ul>`
-        : null
-    }
     ${
       files.length && !isComplete
         ? html`<p class="warning" role="status">

@@ -5,15 +5,29 @@ import { html, useState } from "../lib/html.js";
 import { useResource } from "../lib/resource.js";
 import { Fault, Table } from "../parts/basics.js";
 
+/** @type {Record<string, string>} */
+const WORDS = {
+  "key.create": "made a key",
+  "key.revoke": "revoked a key",
+  "adapter.delete": "deleted an adapter",
+  "adapter.public": "made an adapter public",
+  "adapter.private": "made an adapter private",
+  "project.limit": "set a project's limits",
+  "project.delete": "deleted a project",
+};
+
 /** @param {{keys: Key[]}} props by which ids are told as names */
 export function Audit({ keys }) {
   const names = new Map(keys.map((key) => [key.id, key.name]));
   const [before, setBefore] = useState("");
-  const audit = useResource((signal) => get(`/audit${before && `?before=${before}`}`, signal), [before]);
+  const audit = useResource(
+    (signal) => get(`/audit${before && `?before=${before}`}`, signal),
+    [before, keys.map((key) => key.revoked_at).join()],
+  );
   /** @type {AuditEntry[]} */
   const entries = audit.data?.entries ?? [];
   return html`<section class="card" aria-label="Audit">
-    <h2>What was done</h2>
+    <h2>Log</h2>
     <${Fault} problem=${audit.problem} />
     ${audit.data && !entries.length ? html`<p>Nothing yet: keys, limits, visibility and deletes are written down here.</p>` : null}
     ${
@@ -24,7 +38,7 @@ export function Audit({ keys }) {
                   html`<tr key=${entry.number}>
                     <td>${moment(entry.at)}</td>
                     <td>${names.get(entry.who) ?? entry.who}</td>
-                    <td>${entry.action}</td>
+                    <td>${WORDS[entry.action] ?? entry.action}</td>
                     <td>${names.get(entry.target) ?? entry.target}</td>
                     <td>${entry.project}</td>
                   </tr>`,

@@ -2,10 +2,12 @@
 import { listAdapters } from "../lib/adapters.js";
 import { call } from "../lib/api.js";
 import { bytes, compact, count, percent } from "../lib/format.js";
-import { html, useEffect, useMemo, useRef, useState } from "../lib/html.js";
+import { html, useEffect, useMemo, useRef } from "../lib/html.js";
 import { parseMetrics, valueOf } from "../lib/prometheus.js";
 import { useResource } from "../lib/resource.js";
 import { to } from "../lib/route.js";
+import { perKey } from "../lib/session.js";
+import { useStore } from "../lib/store.js";
 import { Badge, Fault } from "../parts/basics.js";
 import { Chart } from "../parts/chart.js";
 
@@ -31,6 +33,9 @@ const rates = (readings, of) =>
     return before && now[of] >= before[of] ? (now[of] - before[of]) / (now.at - before.at) : null;
   });
 
+/** What was read since the page was opened. */
+const kept = perKey(/** @type {Reading[]} */ ([]));
+
 export function EngineView() {
   const metrics = useResource(
     async (signal) => parseMetrics(await (await call("GET", "/metrics", { signal })).text()),
@@ -38,13 +43,13 @@ export function EngineView() {
     SECONDS,
   );
   const adapters = useResource(listAdapters, [], 5);
-  const [readings, setReadings] = useState(/** @type {Reading[]} */ ([]));
+  const readings = useStore(kept);
   const last = useRef(metrics.data);
   useEffect(() => {
     if (!metrics.data || metrics.data === last.current) return;
     last.current = metrics.data;
     const reading = readingOf(metrics.data);
-    setReadings((before) => [...before.slice(-KEPT), reading]);
+    kept.set([...kept.value.slice(-KEPT), reading]);
   }, [metrics.data]);
 
   const x = useMemo(() => readings.map((reading) => reading.at), [readings]);
@@ -68,6 +73,8 @@ export function EngineView() {
   const resident = [...(adapters.data?.own ?? []), ...(adapters.data?.shared ?? [])].filter(
     (adapter) => adapter.resident,
   );
+  const jobs = (/** @type {string} */ status) =>
+    samples.find((sample) => sample.name === "smolora_jobs" && sample.labels["status"] === status)?.value ?? 0;
   const free = valueOf(samples, "smolora_disk_free_bytes");
   return html`<h1>Engine</h1>
     ${
@@ -78,30 +85,37 @@ export function EngineView() {
     ${
       now
         ? html`<dl class="figures">
-            <div><dt>Running</dt><dd>${count(now.running)}</dd></div>
-            <div><dt>Waiting</dt><dd>${count(now.waiting)}</dd></div>
+            <div><dt>Answers running</dt><dd>${count(now.running)}</dd></div>
+            <div><dt>Answers waiting</dt><dd>${count(now.waiting)}</dd></div>
             <div><dt>Tokens a second</dt><dd>${speed === null || speed === undefined ? "–" : count(Math.round(speed))}</dd></div>
-            <div><dt>Keys and values</dt><dd>${percent(now.kv)}</dd></div>
-            <div><dt>Adapters in memory</dt><dd>${count(valueOf(samples, "smolora_adapters_resident"))}</dd></div>
+            <div><dt>Attention cache</dt><dd>${percent(now.kv)}</dd></div>
+            <div><dt>Weights of adapters</dt><dd>${count(valueOf(samples, "smolora_adapters_resident"))}</dd></div>
+            <div><dt>Jobs training</dt><dd>${count(jobs("running"))}</dd></div>
+            <div><dt>Jobs queued</dt><dd>${count(jobs("queued"))}</dd></div>
             <div><dt>Generated since start</dt><dd>${compact(now.generated)}</dd></div>
             ${free ? html`<div><dt>Disk free</dt><dd>${bytes(free)}</dd></div>` : null}
           </dl>
-          <div class="charts">
+          ${
+            readings.length < 2
+              ? null
+              : html`<div class="charts">
             <div class="card"><${Chart} title="Tokens a second" x=${x} xLabel="time" isTime series=${tokens} /></div>
-            <div class="card"><${Chart} title="Sequences" x=${x} xLabel="time" isTime series=${queue} /></div>
+            <div class="card"><${Chart} title="Answers" x=${x} xLabel="time" isTime series=${queue} /></div>
           </div>`
+          }`
         : null
     }
     ${
       adapters.data
         ? html`<section class="card" aria-label="Adapters in memory">
           <h2>In memory now</h2>
+          <p><small>By name. Equal weights are there once, and a blend is there where its parts are.</small></p>
           ${
             resident.length
               ? html`<ul class="plain-list">
                 ${resident.map((adapter) => html`<li><a href=${to("adapters", ...adapter.name.split("/"))}>${adapter.name}</a> ${adapter.versions.filter((version) => version.resident).map((version) => html`<${Badge} tone="good">version ${version.version}<//>`)}</li>`)}
               </ul>`
-              : html`<p>None of yours. An adapter comes when the first request names it, and stays while there is room.</p>`
+              : html`<p>None of yours. An adapter's weights come when the first request needs them, and stay while there is room.</p>`
           }
         </section>`
         : null

@@ -87,6 +87,7 @@ export function JobDetail({ id, onChange }) {
   if (!job.data) return html`<${Fault} problem=${job.problem} />`;
   const { name, status, progress, metrics, adapter, error, config } = job.data;
   const isOver = ENDED.has(status);
+  const step = Math.max(progress.step, points.at(-1)?.step ?? 0); // events come sooner
   return html`<article class="card" aria-label="Job ${name}">
     <div class="row between">
       <h2 class="big">${name} <${Status} job=${job.data} /></h2>
@@ -100,28 +101,29 @@ export function JobDetail({ id, onChange }) {
         ${
           isOver
             ? html`<${Careful} label="Delete" sure="Its rows, checkpoints and log go; adapters that it made stay." busy=${remove.busy} onSure=${() => remove.run()} />`
-            : html`<${Careful} label="Cancel" sure="The job ends without an adapter." busy=${steer.busy} onSure=${() => steer.run("cancel")} />`
+            : html`<${Careful} label="Cancel" deed="End the job" sure="It ends without an adapter, for good. Pause keeps it." busy=${steer.busy} onSure=${() => steer.run("cancel")} />`
         }
       </p>
     </div>
     <${Fault} problem=${steer.problem ?? remove.problem ?? save.problem ?? job.problem} />
+    ${config.start_from ? html`<p class="muted">Went on from ${config.start_from}.</p>` : null}
     ${error ? html`<div class="fault" role="alert"><p>${error}</p></div>` : null}
     ${
       isOver
         ? null
-        : html`<${Bar} label="progress of ${name}" value=${progress.step} most=${progress.total_steps ?? 0} />
+        : html`<${Bar} label="progress of ${name}" value=${step} most=${progress.total_steps ?? 0} />
           <p role="status">
             ${
               status === "queued"
                 ? "Waits for a worker."
-                : `Step ${count(progress.step)} of ${count(progress.total_steps ?? 0)}${progress.eta_seconds ? `, about ${duration(progress.eta_seconds)} to go` : status === "running" && !progress.step ? ": measuring the base first" : ""}`
+                : `Step ${count(step)} of ${count(progress.total_steps ?? 0)}${progress.eta_seconds ? `, about ${duration(progress.eta_seconds)} to go` : status === "running" && !step ? ": the base is measured first, which takes a while" : ""}`
             }
           </p>`
     }
     <dl class="figures">
       <div><dt>Training loss</dt><dd>${loss(metrics["train_loss"])}</dd></div>
       <div><dt>Held-out loss</dt><dd>${loss(metrics["eval_loss"])}</dd></div>
-      <div><dt>Base's</dt><dd>${loss(metrics["base_eval_loss"])}</dd></div>
+      <div><dt>Base's held-out loss</dt><dd>${loss(metrics["base_eval_loss"])}</dd></div>
       <div><dt>Tokens a second</dt><dd>${progress.tokens_per_second ? count(Math.round(progress.tokens_per_second)) : "–"}</dd></div>
     </dl>
     ${
@@ -145,7 +147,7 @@ export function JobDetail({ id, onChange }) {
     <details>
       <summary>${plural(found.length, "event")}</summary>
       <ol class="log">
-        ${found.map((event) => html`<li key=${event.seq} class=${event.level}><time datetime=${event.at} title=${moment(event.at)}>${ago(event.at)}</time> ${event.message}</li>`)}
+        ${[...found].reverse().map((event) => html`<li key=${event.seq} class=${event.level}><time datetime=${event.at} title=${moment(event.at)}>${ago(event.at)}</time> ${event.message}</li>`)}
       </ol>
     </details>
   </article>`;

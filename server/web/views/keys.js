@@ -3,8 +3,8 @@ import { ask } from "../lib/api.js";
 import { ago, moment } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
 import { useAction } from "../lib/resource.js";
-import { signIn } from "../lib/session.js";
-import { Store, useStore } from "../lib/store.js";
+import { perKey, signIn } from "../lib/session.js";
+import { useStore } from "../lib/store.js";
 import { Badge, Careful, Check, Fault, Form, Table, TextField } from "../parts/basics.js";
 import { LimitFields, UNLIMITED } from "../parts/limits.js";
 
@@ -12,7 +12,7 @@ const SCOPES = /** @type {const} */ ([
   ["generate", "generate"],
   ["train", "train, upload and delete"],
   ["metrics", "read the metrics"],
-  ["admin", "everything, in all projects"],
+  ["admin", "everything, in all projects (admin)"],
 ]);
 
 /** @param {{keys: Key[], onChange: () => Promise<void>}} props */
@@ -39,7 +39,7 @@ export function Keys({ keys, onChange }) {
                   </tr>`,
               )}
             <//>`
-        : html`<p>None yet: whoever may connect may do everything. With the first key that ends, for good, and this page asks for one.</p>`
+        : html`<p>None yet: whoever reaches this server may do everything. Once there is a first key, everybody needs one; this can't be undone.</p>`
     }
     <${Fault} problem=${revoke.problem} />
     <${Secret} />
@@ -54,8 +54,8 @@ function stateOf(key) {
   return key.expires_at ? `until ${moment(key.expires_at)}` : "valid";
 }
 
-/** The key that was made last, until its secret is put away. @type {Store<(Key & {secret: string}) | null>} */
-const made = new Store(/** @type {(Key & {secret: string}) | null} */ (null));
+/** The key that was made last, until its secret is put away. */
+const made = perKey(/** @type {(Key & {secret: string}) | null} */ (null));
 
 /**
  * The first key ends that nobody needs one, so it has to be an admin's, and the page goes on with it.
@@ -69,10 +69,11 @@ function NewKey({ isFirst, onMade }) {
   const [limits, setLimits] = useState(UNLIMITED);
   const create = useAction(async () => {
     const expires_at = expires ? new Date(expires).toISOString() : null;
-    made.set(await ask("POST", "/keys", { json: { name, project, scopes, expires_at, ...limits } }));
+    const key = await ask("POST", "/keys", { json: { name, project, scopes, expires_at, ...limits } });
     setName("");
-    if (isFirst && made.value) signIn(made.value.secret);
-    else await onMade();
+    if (isFirst) signIn(key.secret);
+    made.set(key);
+    if (!isFirst) await onMade();
   });
   const isShutOut = isFirst && !scopes.includes("admin");
   const about = { problem: create.problem };
@@ -85,7 +86,7 @@ function NewKey({ isFirst, onMade }) {
         <${TextField} label="Expires" name="expires_at" type="date" hint="empty: never" value=${expires} onChange=${setExpires} ...${about} />
       </div>
       <fieldset>
-        <legend>May</legend>
+        <legend>This key may</legend>
         ${SCOPES.map(
           ([scope, words]) =>
             html`<${Check} checked=${scopes.includes(scope)} onChange=${() => setScopes(scopes.includes(scope) ? scopes.filter((of) => of !== scope) : [...scopes, scope])}>${words}<//>`,
@@ -104,13 +105,19 @@ function NewKey({ isFirst, onMade }) {
 
 function Secret() {
   const key = useStore(made);
+  const [isCopied, setCopied] = useState(false);
+  const copy = useAction(async () => {
+    await navigator.clipboard.writeText(key?.secret ?? ""); // refused where the page has no TLS
+    setCopied(true);
+  });
   if (!key) return null;
   return html`<div class="secret" role="status">
-    <p>This is the secret of ${key.name}. It is shown this once: copy it now.</p>
+    <p>The secret of the key “${key.name}”. It is shown this once: copy it now.</p>
     <p class="row">
       <code>${key.secret}</code>
-      <button type="button" class="plain" onClick=${() => navigator.clipboard?.writeText(key.secret)}>Copy</button>
+      <button type="button" class="plain" onClick=${() => copy.run()}>${isCopied ? "Copied" : "Copy"}</button>
       <button type="button" class="plain" onClick=${() => made.set(null)}>I have it</button>
     </p>
+    ${copy.problem ? html`<p>This browser doesn't let the page copy: select it and copy it by hand.</p>` : null}
   </div>`;
 }

@@ -82,7 +82,10 @@ export function NewJob({ onQueued }) {
     setForm({ ...form, [name]: value });
     setDry(null);
   };
-  const check = useAction(async () => setDry(await ask("POST", "/train?dry_run=true", { json: bodyOf(form) })));
+  const check = useAction(async () => {
+    const json = bodyOf({ ...form, name: form.name || "unnamed" });
+    setDry(await ask("POST", "/train?dry_run=true", { json }));
+  });
   const submit = useAction(async () => {
     const headers = { "Idempotency-Key": crypto.randomUUID?.() ?? String(Math.random()) };
     const job = await ask("POST", "/train", { json: bodyOf(form), headers });
@@ -127,12 +130,12 @@ export function NewJob({ onQueued }) {
     </details>
     <${Fault} problem=${problem} beside=${BESIDE} />
     <p class="row">
-      <button type="button" class="plain" disabled=${!isReady || check.busy} onClick=${() => {
+      <button type="button" class="plain" disabled=${!form.dataset || check.busy} onClick=${() => {
         submit.clear();
         void check.run();
-      }}>Dry run</button>
+      }}>Dry run: see what would be learned</button>
       <button type="submit" disabled=${!isReady || submit.busy}>Train</button>
-      ${isReady ? null : html`<small>Rows and a name are needed.</small>`}
+      ${isReady ? null : html`<small>${form.dataset ? "A name is needed." : "Rows are needed."}</small>`}
     </p>
     ${dry ? html`<${Preview} dry=${dry} />` : null}
   <//>`;
@@ -145,14 +148,17 @@ export function NewJob({ onQueued }) {
 function Rows({ datasets, chosen, problem, onChoose, onUploaded }) {
   const [share, setShare] = useState(/** @type {number | null} */ (null));
   const [told, setTold] = useState(/** @type {string[]} */ ([]));
+  const [file, setFile] = useState("");
   const send = useAction(async (/** @type {File} */ file) => {
     const form = new FormData();
     form.append("file", file);
     setShare(0);
     setTold([]);
+    setFile(file.name);
     try {
       const stored = await upload("/datasets", form, setShare);
       setTold(stored.warnings);
+      setFile(`${file.name}: ${plural(stored.rows, "row")}, all well formed`);
       await onUploaded();
       onChoose(stored.id);
     } finally {
@@ -163,6 +169,7 @@ function Rows({ datasets, chosen, problem, onChoose, onUploaded }) {
       label="Drop a JSONL or CSV file here, or choose one"
       hint='One row a line: {"prompt": …, "completion": …}, {"messages": […]} or {"text": …}; a CSV has these as columns.'
       accept=".jsonl,.csv,.json,.txt"
+      chosen=${send.problem ? `${file} was not taken:` : file}
       share=${share}
       onFiles=${(/** @type {File[]} */ files) => files[0] && send.run(files[0])}
     />
@@ -195,7 +202,10 @@ function Preview({ dry }) {
     <h3>Nothing is trained yet. This would be:</h3>
     <p>${told}</p>
     <${Warnings} warnings=${dry.warnings} />
-    <p class="legend">Marked is what is learned; the rest is only read.</p>
+    <p class="legend">
+      The first ${dry.preview.length} of ${count(data.rows)}. Marked is what is learned, the rest is only read; tokens in ${"<|…|>"} are
+      the model's own, around the turns of a chat and at an end.
+    </p>
     ${dry.preview.map(
       (row) =>
         html`<p class="tokens" key=${row.row}>

@@ -6,7 +6,8 @@ import { useAction, useResource } from "../lib/resource.js";
 import { Fault, Form } from "../parts/basics.js";
 import { LIMITS, LimitFields } from "../parts/limits.js";
 
-export function Projects() {
+/** @param {{keys: Key[]}} props a new one may have brought a project */
+export function Projects({ keys }) {
   const projects = useResource(
     async (signal) => /** @type {Project[]} */ ((await get("/projects", signal)).projects),
     [],
@@ -20,7 +21,7 @@ export function Projects() {
             (project) =>
               html`<${ProjectLimits} key=${project.name} project=${project} onChange=${projects.reload} />`,
           )
-        : html`<p>They come to be with their first key.</p>`
+        : html`<p>A project begins with its first key.</p>`
     }
   </section>`;
 }

@@ -3,7 +3,10 @@
 import httpx
 import pytest
 
+from server.api.app import create_app
+from tests.server.api.access.key_kit import new_secret
 from tests.server.api.fakes import FakeEngine
+from tests.server.conftest import MakeServices, client_of
 
 pytestmark = pytest.mark.anyio
 
@@ -46,6 +49,21 @@ async def test_metrics_follow_requests(client: httpx.AsyncClient, engine: FakeEn
     assert 'smolora_adapter_tokens_total{adapter="base"} 3.0' in lines
 
 
+async def test_metrics_know_routes_by_their_template(client: httpx.AsyncClient) -> None:
+    await client.get("/train/job-1")
+    await client.get("/train/job-2")
+    await client.get("/train/job-1/nothing")
+    for number in range(50):
+        await client.get(f"/made-up-{number}")
+        await client.request(f"M{number}", "/made-up")
+    lines = (await client.get("/metrics")).text.splitlines()
+    assert 'smolora_http_requests_total{method="GET",route="/train/{job_id}",status="404"} 2.0' in lines
+    assert 'smolora_http_requests_total{method="GET",route="other",status="404"} 51.0' in lines
+    assert 'smolora_http_requests_total{method="other",route="other",status="404"} 50.0' in lines
+    assert not [line for line in lines if "job-1" in line or "made-up" in line]
+    assert 'smolora_http_request_seconds_count{route="/train/{job_id}"} 2.0' in lines
+
+
 async def test_the_document_knows_every_route_and_problem(client: httpx.AsyncClient) -> None:
     document = (await client.get("/openapi.json")).json()
     assert {
@@ -84,3 +102,14 @@ async def test_the_document_knows_every_route_and_problem(client: httpx.AsyncCli
     body = document["components"]["schemas"]["TrainBody"]
     assert body["examples"]
     assert body["properties"]["training"]["default"]["max_length"] == 512
+
+
+async def test_a_scraper_without_a_key_may_bring_an_empty_one(make_services: MakeServices) -> None:
+    """As Prometheus does whose file with the key is empty; where there are keys and nobody needs one, too."""
+    app = create_app(make_services(allow_anonymous=True))
+    async with client_of(app) as client:
+        for _ in range(2):
+            for given in ("Bearer", "Bearer "):
+                assert (await client.get("/metrics", headers={"Authorization": given})).status_code == 200
+            new_secret(app)
+        assert (await client.get("/metrics", headers={"Authorization": "Bearer wrong"})).status_code == 401

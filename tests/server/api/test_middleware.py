@@ -1,11 +1,9 @@
 """What every request meets: ids, keys, bounds on bodies, and problems whatever happens."""
 
-import logging
 from collections.abc import AsyncIterator, Iterable
 
 import httpx
 import pytest
-from fastapi import FastAPI
 
 from server.api.app import create_app
 from server.engine.request import GenerationRequest, SequenceOutput
@@ -125,19 +123,3 @@ async def test_a_fault_nobody_foresaw_tells_nothing(
     assert "KeyError" in caplog.text
     assert "the prompt" not in caplog.text
     assert engine.open == set()
-
-
-async def test_the_log_has_a_line_for_each_request_and_nobodys_text(
-    app: FastAPI, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with client_of(app) as client:
-        with caplog.at_level(logging.INFO, "smolora.api"):
-            await client.post("/generate?key=secret", json={"prompt": "my own words"})
-            await client.get("/adapters/a%0Ab")
-            await client.get("/health")
-    lines = [record.getMessage() for record in caplog.records if record.name == "smolora.api"]
-    assert len(lines) == 2
-    assert lines[0].startswith("method=POST path=/generate status=200 ms=")
-    assert lines[1].startswith("method=GET path=/adapters/a\\nb status=404 ms=")
-    assert lines[0].endswith(" client=127.0.0.1")
-    assert "words" not in caplog.text

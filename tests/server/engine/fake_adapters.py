@@ -16,6 +16,7 @@ class FakeHold:
     refs: tuple[AdapterRef, ...]
     is_held: bool = False
     lacks_room: bool = False
+    loading: tuple[float, float] | None = None
     error: SmoloraError | None = None
 
     @property

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from server.access.principal import SCOPES, Scope
 from server.access.tables import api_keys
-from server.api.access.scopes import ADMIN, GENERATE, METRICS, READ, TRAIN, is_open, scopes_of
+from server.api.access.scopes import ADMIN, GENERATE, METRICS, READ, TRAIN, is_open, scopes_of, template_of
 from server.api.app import create_app
 from server.api.openapi import App
 from tests.server.conftest import MakeServices, client_of
@@ -72,6 +72,17 @@ def test_every_route_is_in_the_table(app: App) -> None:
         assert is_open(path) == (wanted(method, template) is None), template
         if not is_open(path):
             assert scopes_of(method, path) == wanted(method, template), (method, template)
+
+
+def test_every_route_is_its_own_template(app: App) -> None:
+    """Which is the document's, but for the form of parameters that take slashes."""
+    for _, template in operations(app):
+        path = template.format(**VALUES)
+        assert template_of(path) == template.replace("/v1/models/{model}", "/v1/models/{model...}"), template
+    assert template_of("/v1/models/acme/tweets@3") == "/v1/models/{model...}"
+    assert template_of("/docs/a/b.js") == "/docs/{file...}"
+    for path in ("/nowhere", "/generate/", "/adapters/a/b/c/d", "//keys", "/train/x/y", ""):
+        assert template_of(path) is None
 
 
 def test_what_is_no_route_is_the_operators() -> None:

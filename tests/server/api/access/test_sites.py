@@ -54,6 +54,15 @@ async def test_other_names_are_not(host: str, client: httpx.AsyncClient) -> None
     assert "SMOLORA_ALLOWED_HOSTS" in error["message"]
 
 
+async def test_whoever_scrapes_calls_it_by_its_address(make_services: MakeServices) -> None:
+    """Whatever its names are: but no page can lead a name of its own there."""
+    async with client_of(create_app(make_services(allowed_hosts="lora.example.org"))) as client:
+        for host in ("10.1.2.3:8000", "[fe80::1]:8000", "lora.example.org"):
+            assert await status(client, {"Host": host}, "/metrics") == 200
+        assert await status(client, {"Host": "evil.example"}, "/metrics") == 403
+        assert await status(client, {"Host": "10.1.2.3:8000"}) == 403
+
+
 @pytest.mark.parametrize(
     ("allowed", "host", "expected"),
     [

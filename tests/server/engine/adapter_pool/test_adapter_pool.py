@@ -269,3 +269,24 @@ def test_holds_of_the_same_adapter_share_its_rows() -> None:
     first.release()
     assert second.ready
     assert bench.pool._adapters["a"].num_holds == 1
+
+
+def test_a_hold_says_for_how_long_its_adapters_were_awaited() -> None:
+    """From the first look to the one that finds them there; nothing where they were there at once."""
+    bench = Bench({"a": adapter(1.0)}, 2)
+    now = [10.0]
+    bench.pool.clock = lambda: now[0]
+    cold = bench.hold("a")
+    assert not cold.advance()
+    for moment in (11.0, 12.5):
+        now[0] = moment
+        bench.executor.run_one()
+        assert cold.loading is None
+        is_ready = cold.advance()
+    assert is_ready
+    now[0] = 99.0
+    assert cold.advance()
+    assert cold.loading == (10.0, 12.5)
+    warm = bench.hold("a")
+    assert warm.advance()
+    assert warm.loading is None

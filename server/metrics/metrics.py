@@ -1,71 +1,66 @@
-"""What /metrics shows: the engine's own snapshot, read when asked, and what requests saw from outside.
+"""The counts of one server: what requests saw from outside, and whatever its collectors read when asked.
+
+Gateways ask many times a second and choose by what is current: collectors are asked each time. The counts may be a
+moment older, so that writing them out takes RENDER_SHARE of the time and no more.
 
 One registry for each server. Names of adapters are labels, and there is no bound on adapters: past
 MAX_ADAPTER_LABELS distinct ones, the rest share the label "other".
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+import time
+from collections.abc import Callable, Iterable
+from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.registry import Collector
 
 from server.engine.request import EngineStats
+from server.metrics.engine import EngineCollector
+from server.metrics.http import OTHER, HttpMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_ADAPTER_LABELS = 100
-OTHER = "other"
+RENDER_SHARE = 0.1
 
 Outcome = Literal["completed", "cancelled", "failed", "refused"]
 """How a request ended: all its choices did, the client left, the engine failed it, or it was never taken."""
 
 _SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
-_GAUGES: tuple[tuple[str, str, Callable[[EngineStats], int]], ...] = (
-    ("smolora_requests_running", "Sequences in the batch", lambda s: s.num_running),
-    ("smolora_requests_waiting", "Sequences that wait to run", lambda s: s.num_waiting),
-    ("smolora_kv_blocks", "Blocks of keys and values there are", lambda s: s.kv_blocks_total),
-    ("smolora_kv_blocks_used", "Blocks that a request refers to", lambda s: s.kv_blocks_used),
-    ("smolora_adapters_resident", "Adapters in the engine's memory", lambda s: s.adapters_resident),
-    ("smolora_adapter_rows_used", "Rank rows that resident adapters own", lambda s: s.adapter_rows_used),
-)
-_COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], int]], ...] = (
-    ("smolora_adapter_loads", "Adapters read and placed", lambda s: s.adapter_loads),
-    ("smolora_adapter_evictions", "Adapters dropped for others", lambda s: s.adapter_evictions),
-    ("smolora_prefix_cached_tokens", "Prompt tokens found in the cache", lambda s: s.prefix_cached_tokens),
-    ("smolora_prompt_tokens", "Prompt tokens taken in", lambda s: s.prompt_tokens),
-    ("smolora_generated_tokens", "Tokens generated", lambda s: s.output_tokens),
-    ("smolora_preemptions", "Sequences put back to waiting", lambda s: s.preemptions),
-    ("smolora_engine_steps", "Steps of the engine", lambda s: s.steps),
-)
-
-
-class _EngineCollector(Collector):
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self._stats = stats
-
-    def describe(self) -> Iterable[Metric]:
-        return ()  # registering must not ask an engine that isn't there yet
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
-        for name, text, value in _GAUGES:
-            yield GaugeMetricFamily(name, text, value=value(stats))
-        for name, text, value in _COUNTERS:
-            yield CounterMetricFamily(name, text, value=value(stats))
-
 
 class Metrics:
-    """Counts of one server. `stats` gives the engine's snapshot; called when /metrics is."""
+    """Counts of one server. `stats`, the engine's snapshot, and `collectors` are asked when /metrics is."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+    def __init__(
+        self,
+        stats: Callable[[], EngineStats],
+        collectors: Iterable[Collector] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        disable_created_metrics()  # a second series for each, which says when it began: nobody asks
+        self._current = CollectorRegistry()
+        for collector in (EngineCollector(stats), *collectors):
+            self._current.register(collector)
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(stats))
+        self._clock = clock
+        self._counts, self._keep_until = b"", float("-inf")
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        self.http = HttpMetrics(self._registry)
         self._labels: set[str] = set()
         self._requests = Counter(
             "smolora_requests", "Requests to generate, by outcome", ["outcome"], registry=self._registry
         )
+        for outcome in get_args(Outcome):  # so that the first failure is a rise from 0, which rates see
+            self._requests.labels(outcome)
         self._first_token = self._histogram("smolora_time_to_first_token_seconds", "Request to its first token")
         self._inter_token = self._histogram("smolora_inter_token_seconds", "Between tokens of one choice")
         self._queue = self._histogram("smolora_queue_seconds", "Request to its first step")
@@ -98,8 +93,12 @@ class Metrics:
         self._requests.labels("refused").inc()
 
     def render(self) -> bytes:
-        """The text that Prometheus reads."""
-        return generate_latest(self._registry)
+        """The text that Prometheus reads. Takes milliseconds, may block on disk, is for one thread at a time."""
+        if (started := self._clock()) >= self._keep_until:
+            self._counts = generate_latest(self._registry)
+            now = self._clock()
+            self._keep_until = now + (now - started) * (1 / RENDER_SHARE - 1)
+        return generate_latest(self._current) + self._counts
 
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, buckets=_SECONDS, registry=self._registry)

@@ -1,9 +1,15 @@
 """/metrics: the contract's names, the engine's numbers, and a bound on labels."""
 
+import os
+import threading
+import time
+
 from prometheus_client.parser import text_string_to_metric_families
 
+from server import __version__
 from server.engine.request import EngineStats
-from server.metrics import MAX_ADAPTER_LABELS, Metrics
+from server.metrics.metrics import MAX_ADAPTER_LABELS, Metrics
+from server.metrics.process import ServerCollector
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -59,4 +65,54 @@ def test_labels_are_bounded() -> None:
 def test_servers_share_no_numbers() -> None:
     one, other = Metrics(EngineStats), Metrics(EngineStats)
     one.refused()
-    assert ("smolora_requests_total", (("outcome", "refused"),)) not in samples(other)
+    assert samples(other)["smolora_requests_total", (("outcome", "refused"),)] == 0
+
+
+def test_outcomes_begin_at_zero() -> None:
+    found = samples(Metrics(EngineStats))
+    outcomes = {dict(labels)["outcome"] for (name, labels) in found if name == "smolora_requests_total"}
+    assert outcomes == {"completed", "cancelled", "failed", "refused"}
+
+
+def test_responses_are_counted_by_method_route_and_status() -> None:
+    metrics = Metrics(EngineStats)
+    for status, seconds in ((200, 0.02), (200, 0.2), (404, 0.001)):
+        metrics.http.ended("GET", "/train/{job_id}", status, seconds)
+    metrics.http.ended("BREW", None, 405, 0.001)
+    found = samples(metrics)
+    route = ("route", "/train/{job_id}")
+    assert found["smolora_http_requests_total", (("method", "GET"), route, ("status", "200"))] == 2
+    assert found["smolora_http_requests_total", (("method", "GET"), route, ("status", "404"))] == 1
+    assert found["smolora_http_request_seconds_count", (route,)] == 3
+    assert found["smolora_http_request_seconds_bucket", (("le", "0.025"), route)] == 2
+    other = (("method", "other"), ("route", "other"), ("status", "405"))
+    assert found["smolora_http_requests_total", other] == 1
+
+
+def test_counts_are_written_out_a_tenth_of_the_time_and_what_is_current_always() -> None:
+    now, current = [100.0], [EngineStats(num_running=1)]
+
+    def clock() -> float:
+        now[0] += 0.02  # each look is so much later: so long does writing take
+        return now[0]
+
+    metrics = Metrics(lambda: current[0], clock=clock)
+    refused = ("smolora_requests_total", (("outcome", "refused"),))
+    assert samples(metrics)[refused] == 0
+    metrics.refused()
+    current[0] = EngineStats(num_running=2)
+    found = samples(metrics)
+    assert (found[refused], found["smolora_requests_running", ()]) == (0, 2)
+    now[0] += 0.18
+    assert samples(metrics)[refused] == 1
+
+
+def test_the_process_is_this_one() -> None:
+    found = samples(Metrics(EngineStats, [ServerCollector("tiny", lambda: False)]))
+    assert found["process_resident_memory_bytes", ()] > 10 << 20
+    assert abs(found["process_open_fds", ()] - len(os.listdir("/proc/self/fd"))) < 5
+    assert found["process_threads", ()] >= threading.active_count()
+    assert 0 < found["process_start_time_seconds", ()] < time.time()
+    assert found["process_cpu_seconds_total", ()] > 0
+    assert found["smolora_build_info", (("base", "tiny"), ("version", __version__))] == 1
+    assert found["smolora_ready", ()] == 0

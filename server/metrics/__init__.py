@@ -1,0 +1,1 @@
+"""What /metrics shows. No text of anybody's, and no label without a bound."""

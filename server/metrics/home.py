@@ -1,0 +1,77 @@
+"""What is under HOME: jobs, the workers that take them, and room on the disk.
+
+Read at most once a second, however often gateways ask. What can't be read just now is left out, with a line in the
+log: the rest of /metrics is needed most when a disk fails.
+"""
+
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.training.queue.jobs import Jobs
+from server.training.queue.tables import Status
+from server.training.worker.presence import workers_of
+
+_KEEP_SECONDS = 1.0
+_QUIET_SECONDS = 60.0  # between two lines about the same fault
+
+log = logging.getLogger("smolora.metrics")
+
+
+class HomeCollector(Collector):
+    """Of one HOME. `min_free_bytes` is the setting. For one thread at a time."""
+
+    def __init__(
+        self, home: Path, jobs: Jobs, min_free_bytes: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._home = home
+        self._jobs = jobs
+        self._min_free_bytes = min_free_bytes
+        self._clock = clock
+        self._read_at = float("-inf")
+        self._said_at = float("-inf")
+        self._families: list[Metric] = []
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        if self._clock() - self._read_at >= _KEEP_SECONDS:
+            self._families = [*self._tried(self._of_jobs), *self._tried(self._of_disk)]
+            self._read_at = self._clock()
+        return self._families
+
+    def _tried(self, read: Callable[[], Iterator[Metric]]) -> list[Metric]:
+        try:
+            return list(read())
+        except Exception as error:  # whatever the database or the disk has
+            if self._clock() - self._said_at >= _QUIET_SECONDS:
+                self._said_at = self._clock()
+                log.warning("metrics of HOME can't be read: %s", type(error).__name__)
+            return []
+
+    def _of_jobs(self) -> Iterator[Metric]:
+        counts = self._jobs.counts()
+        jobs = GaugeMetricFamily("smolora_jobs", "Training jobs and merges, by status", labels=["status"])
+        for status in Status:
+            jobs.add_metric([status.value], counts.get(status, 0))
+        yield jobs
+        busy = self._jobs.owners()
+        states = Counter("busy" if worker in busy else "idle" for worker in workers_of(self._home))
+        workers = GaugeMetricFamily("smolora_workers", "Worker processes that live, by state", labels=["state"])
+        for state in ("busy", "idle"):
+            workers.add_metric([state], states[state])
+        yield workers
+
+    def _of_disk(self) -> Iterator[Metric]:
+        usage = shutil.disk_usage(self._home)
+        yield GaugeMetricFamily("smolora_disk_bytes", "Size of HOME's disk", value=usage.total)
+        yield GaugeMetricFamily("smolora_disk_free_bytes", "Room on it for the server", value=usage.free)
+        text = "Room that uploads and jobs leave (SMOLORA_MIN_FREE_BYTES)"
+        yield GaugeMetricFamily("smolora_disk_min_free_bytes", text, value=self._min_free_bytes)

@@ -1,0 +1,181 @@
+"""A real Prometheus scrapes a real server under load: every query of the dashboard and every alert has series."""
+
+import math
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.end_to_end.server_process import PATIENCE, ServerProcess, free_port
+from tests.end_to_end.training_client import code_rows, submit, succeeded, wait_until
+from tests.monitoring import ALERTS, FOLDER, alerts, queries
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus"),
+]
+OPERATOR = "operators-key"
+LOAD_SECONDS = 10.0
+
+
+class Prometheus:
+    """One that scrapes a server each second, as docker/monitoring has it otherwise."""
+
+    def __init__(self, directory: Path, server: ServerProcess, key: str) -> None:
+        self.url = f"http://127.0.0.1:{free_port()}"
+        (directory / "key").write_text(key)
+        shutil.copy(ALERTS, directory)
+        config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
+        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        (job,) = config["scrape_configs"]
+        del job["dns_sd_configs"]
+        job["static_configs"] = [{"targets": [f"127.0.0.1:{server.port}"]}]
+        job["authorization"] = {"credentials_file": str(directory / "key")}
+        (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
+        told = [
+            "prometheus",
+            f"--config.file={directory / 'prometheus.yml'}",
+            f"--storage.tsdb.path={directory / 'data'}",
+            f"--web.listen-address={self.url.removeprefix('http://')}",
+        ]
+        self._log = directory / "prometheus.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(told, stdout=log, stderr=log)
+
+    def get(self, path: str, **parameters: str) -> Any:
+        response = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, trust_env=False)
+        assert response.status_code == 200, response.text
+        return response.json()["data"]
+
+    def values(self, query: str) -> list[float]:
+        """What the query's series come to now."""
+        return [float(sample["value"][1]) for sample in self.get("query", query=query)["result"]]
+
+    def state_of(self, alert: str) -> str:
+        (group,) = self.get("rules")["groups"]
+        (rule,) = [rule for rule in group["rules"] if rule["name"] == alert]
+        assert rule["health"] == "ok", rule
+        return str(rule["state"])
+
+    def is_scraping(self) -> bool:
+        try:
+            return self.values('up{job="smolora"}') == [1.0]
+        except httpx.TransportError:
+            assert self._process.poll() is None, self._log.read_text()
+            return False
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(PATIENCE)
+
+
+@contextmanager
+def loaded(server: ServerProcess) -> Iterator[None]:
+    """A block in which clients ask for this and that."""
+    ended = threading.Event()
+
+    def repeat(work: Callable[[], object]) -> None:
+        while not ended.is_set():
+            work()
+            time.sleep(0.05)
+
+    def streamed() -> None:
+        with server.stream("HTTP 404:", max_tokens=8, ignore_eos=True) as events:
+            list(events)
+
+    works: list[Callable[[], object]] = [
+        lambda: server.text("HTTP 200:", adapter="codes", max_tokens=8, ignore_eos=True),
+        streamed,
+        lambda: server.client.get("/train"),
+        lambda: server.client.get("/adapters/nobody"),
+    ]
+    with ThreadPoolExecutor(len(works)) as pool:
+        running = [pool.submit(repeat, work) for work in works]
+        try:
+            yield
+        finally:
+            ended.set()
+            for future in running:
+                future.result()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    home = tmp_path_factory.mktemp("home")
+    server = ServerProcess(home, OPERATOR, model=tiny_base_dir, workers=1, api_keys=OPERATOR)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def prometheus(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """It has watched a server that trained, published and generated for a while."""
+    made = server.client.post("/keys", json={"name": "prometheus", "scopes": ["metrics"]})
+    assert made.status_code == 201, made.text
+    prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), server, made.json()["secret"])
+    try:
+        wait_until(prometheus.is_scraping, what="the first scrape")
+        succeeded(server, submit(server, name="codes", data=code_rows(8), training={"max_steps": 2}))
+        with loaded(server):
+            submit(server, name="more", data=code_rows(9), training={"max_steps": 2})
+            time.sleep(LOAD_SECONDS)
+        yield prometheus
+    finally:
+        prometheus.close()
+
+
+@pytest.mark.parametrize("query", dict.fromkeys(query for _, query in queries()))
+def test_every_query_of_the_dashboard_has_series(query: str, prometheus: Prometheus) -> None:
+    if "changes(" in query:  # an annotation's: its condition is a start a minute ago
+        query = query.partition(" > ")[0]
+    values = prometheus.values(query)
+    assert values
+    assert not all(map(math.isnan, values)), query
+
+
+@pytest.mark.parametrize("alert", alerts(), ids=lambda alert: alert.name)
+def test_every_alert_measures_something_and_is_quiet(alert: Any, prometheus: Prometheus) -> None:
+    assert alert.measures()
+    for measured in alert.measures():
+        values = prometheus.values(measured)
+        assert values, measured
+        assert not any(map(math.isnan, values)), measured
+    assert prometheus.state_of(alert.name) != "firing"
+
+
+def test_numbers_are_the_servers(server: ServerProcess, prometheus: Prometheus) -> None:
+    (generated,) = prometheus.values("sum(rate(smolora_generated_tokens_total[10s]))")
+    assert generated > 0
+    routes = {
+        sample["metric"]["route"]
+        for sample in prometheus.get("query", query="smolora_http_request_seconds_count")["result"]
+    }
+    assert {"/generate", "/train", "/train/{job_id}", "/adapters/{name}", "/metrics"} <= routes
+    assert prometheus.values('smolora_jobs{status="succeeded"}')[0] >= 1
+    assert sum(prometheus.values("smolora_workers")) == 1
+    assert prometheus.values("process_threads")[0] > 1
+
+
+def test_gateways_see_which_adapters_are_in_memory(server: ServerProcess, prometheus: Prometheus) -> None:
+    server.text("HTTP 200:", adapter="codes", max_tokens=2)
+    told = [line for line in server.metrics() if line.startswith("vllm:lora_requests_info")]
+    assert len(told) == 1
+    assert 'running_lora_adapters="codes,codes@1"' in told[0]
+    assert 'waiting_lora_adapters=""' in told[0]
+    series = prometheus.get("query", query='{__name__="vllm:lora_requests_info"}')["result"]
+    assert not series, "each change of its labels would be a new series"
+
+
+def test_what_ends_is_noticed(server: ServerProcess, prometheus: Prometheus) -> None:
+    """The last one: it kills the server."""
+    server.kill()
+    wait_until(lambda: prometheus.state_of("SmoloraDown") in ("pending", "firing"), what="the alert")

@@ -1,0 +1,189 @@
+"""The log's line of each request: who, under which adapters, how much; and never what anybody wrote."""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from adapters.library import Library
+from server.api.app import create_app
+from server.engine.request import GenerationRequest, SequenceOutput
+from server.errors import GenerationFailed
+from server.logs import Fields, JsonFormatter, LineFormatter
+from tests.server.api.access.key_kit import client_with, new_secret
+from tests.server.api.adapters.test_aliases import upload
+from tests.server.api.fakes import Caller, FakeEngine, failing, scoring, until, words
+from tests.server.conftest import MakeServices, client_of
+
+pytestmark = pytest.mark.anyio
+
+SECRET = "xyzzy"
+"""What clients write and the engine answers, everywhere."""
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[Mapping[str, object]]:
+    """The fields of each request's line."""
+    found = [record.msg for record in caplog.records if record.name == "smolora.api"]
+    return [message.values for message in found if isinstance(message, Fields)]
+
+
+@pytest.fixture(autouse=True)
+def logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+
+async def test_there_is_one_of_each_request_but_of_probes(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    await client.post("/generate?key=secret", json={"prompt": "my own words"})
+    await client.get("/adapters/a%0Ab%20status=500")
+    await client.get("/health")
+    await client.get("/metrics")
+    texts = [record.getMessage() for record in caplog.records if record.name == "smolora.api"]
+    assert len(texts) == 2
+    assert texts[0].startswith("method=POST path=/generate status=200 ms=")
+    assert texts[1].startswith("method=GET path=/adapters/a\\nb\\x20status=500 status=404 ms=")
+    assert texts[0].endswith(" client=127.0.0.1")
+    assert "secret" not in texts[0]
+    assert "words" not in texts[0]
+
+
+async def test_it_says_what_was_generated(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, library: Library
+) -> None:
+    await upload(client, "tweets", 0)
+    await upload(client, "news", 1)
+    caplog.clear()
+    body = {"prompt": "hi", "adapter": "tweets*0.5+news", "max_tokens": 3, "n": 2}
+    answer = (await client.post("/generate", json=body)).json()
+    (line,) = lines(caplog)
+    told = {key: value for key, value in line.items() if key not in ("ms", "client", "method", "path", "status")}
+    assert told == {
+        "key": "anonymous",
+        "project": "default",
+        "generation": answer["id"],
+        "adapters": "tweets@1,news@1",
+        "prompt_tokens": answer["usage"]["prompt_tokens"],
+        "completion_tokens": 6,
+        "cached_tokens": 0,
+    }
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"prompt": "hi"}),
+        ("/v1/completions", {"model": "tiny-llama", "prompt": ["hi", "ho"]}),
+        ("/v1/chat/completions", {"model": "tiny-llama", "messages": [{"role": "user", "content": "hi"}]}),
+    ],
+)
+async def test_streams_and_answers_say_the_same(
+    path: str,
+    body: Mapping[str, object],
+    stream: bool,
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    response = await client.post(path, json={**body, "stream": stream, "max_tokens": 4})
+    assert response.status_code == 200, response.text
+    (line,) = lines(caplog)
+    assert line["generation"] == ",".join(request.request_id for request in engine.requests)
+    assert line["completion_tokens"] == 4 * len(engine.requests)
+    assert line["adapters"] == "base"
+
+
+async def test_a_comparisons_line_has_all_of_it(
+    client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    await upload(client, "tweets", 0)
+    caplog.clear()
+    await client.post(
+        "/compare", json={"prompt": "hi", "adapters": ["tweets", "base"] * 8, "max_tokens": 1, "n": 2}
+    )
+    (line,) = lines(caplog)
+    assert line["adapters"] == "tweets@1"
+    assert line["completion_tokens"] == 32
+    assert str(line["generation"]).count("gen-") == 16
+
+
+async def test_what_was_cut_off_counts_as_far_as_it_came(
+    app: FastAPI, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.hold_after = 2
+    caller = Caller(app, "/generate", {"prompt": "hi", "max_tokens": 9, "stream": True})
+    await until(lambda: len(caller.sent) > 2)
+    caller.hang_up()
+    await caller.task
+    (line,) = lines(caplog)
+    assert line["completion_tokens"] == 2
+    assert line["generation"] == engine.requests[0].request_id
+
+
+async def test_keys_and_projects_are_named_and_secrets_are_not(
+    make_services: MakeServices, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = create_app(make_services())
+    secret = new_secret(app, "acme")
+    async with client_with(app, secret) as client, client_of(app) as stranger:
+        await client.get("/adapters")
+        await stranger.get("/adapters", headers={"Authorization": "Bearer guessed-wrong"})
+    known, unknown = lines(caplog)
+    assert (str(known["key"])[:4], known["project"]) == ("key-", "acme")
+    assert "key" not in unknown
+    assert unknown["status"] == 401
+    assert secret not in caplog.text
+    assert "guessed-wrong" not in caplog.text
+
+
+def echo(request: GenerationRequest) -> Iterable[SequenceOutput]:
+    """An answer that has the secret in it."""
+    for output in words(request):
+        yield SequenceOutput(**{**vars(output), "text": f"{SECRET} "})
+
+
+async def test_no_text_of_anybodys_is_in_the_log(
+    client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of prompts, answers, stop strings, schemas, rows, or what they are refused for; in either form of line."""
+    turns = [{"role": "user", "content": SECRET}]
+    engine.script = echo
+    for stream in (True, False):
+        for path, body in (
+            ("/generate", {"prompt": SECRET, "stop": [f"{SECRET}!"]}),
+            ("/generate", {"messages": turns, "logprobs": 2}),
+            ("/generate", {"prompt": SECRET, "regex": f"{SECRET}+("}),
+            ("/generate", {"prompt": SECRET, "max_tokens": SECRET}),
+            ("/generate", {"prompt": SECRET, SECRET: 1}),
+            ("/v1/chat/completions", {"model": "tiny-llama", "messages": turns}),
+            ("/v1/completions", {"model": "tiny-llama", "prompt": SECRET}),
+        ):
+            await client.post(path, json={**body, "stream": stream})
+        engine.script = failing(2, GenerationFailed("it failed"))
+        await client.post("/generate", json={"prompt": SECRET, "stream": stream})
+        engine.script = echo
+    engine.script = scoring
+    await client.post("/compare", json={"prompt": SECRET, "adapters": ["base"], "score": [SECRET]})
+    await client.post(
+        "/train", json={"name": "t", "data": [{"prompt": SECRET, "completion": SECRET}, {SECRET: 1}]}
+    )
+    await client.post("/train", json={"name": "t", "data": [{"prompt": SECRET, "completion": SECRET}] * 8})
+    await client.post("/datasets", files={"file": ("rows.jsonl", f'{{"prompt": "{SECRET}"\n'.encode())})
+    await client.post(
+        "/generate", content=f'{{"prompt": "{SECRET}'.encode(), headers={"Content-Type": "application/json"}
+    )
+
+    def broken(request: GenerationRequest) -> Iterable[SequenceOutput]:
+        raise KeyError(SECRET)
+
+    engine.script = broken
+    assert (await client.post("/generate", json={"prompt": SECRET})).status_code == 500
+    assert len(lines(caplog)) == 22
+    for formatter in (LineFormatter(), JsonFormatter()):
+        texts = [formatter.format(record) for record in caplog.records if not record.name.startswith("httpx")]
+        assert not [text for text in texts if SECRET in text]
+    json.loads(JsonFormatter().format(caplog.records[-1]))

@@ -1,0 +1,96 @@
+"""What gateways read, in vLLM's form: counts, and which adapters are in memory under which names."""
+
+import time
+from collections.abc import Collection
+
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.engine.request import EngineStats
+from server.metrics.gateway import MAX_NAMES, GatewayCollector
+from server.metrics.metrics import Metrics
+
+
+class Catalog:
+    """Calls a digest what it is, and notes how often it is asked."""
+
+    def __init__(self) -> None:
+        self.num_asked = 0
+        self.moves = 0
+
+    def names(self, digests: Collection[str]) -> list[str]:
+        self.num_asked += 1
+        return [f"name-of-{digest}" for digest in sorted(digests)]
+
+
+def families(stats: EngineStats, catalog: Catalog) -> dict[str, Metric]:
+    collector = GatewayCollector(lambda: stats, "tiny", catalog.names, lambda: catalog.moves, 16)
+    text = Metrics(lambda: stats, [collector]).render().decode()
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def test_counts_are_vllms() -> None:
+    stats = EngineStats(num_running=3, num_waiting=7, kv_blocks_total=512, kv_blocks_used=128)
+    found = families(stats, Catalog())
+    for name, value in (("num_requests_running", 3), ("num_requests_waiting", 7), ("kv_cache_usage_perc", 0.25)):
+        (sample,) = found[f"vllm:{name}"].samples
+        assert (sample.labels, sample.value) == ({"model_name": "tiny", "engine": "0"}, value)
+        assert found[f"vllm:{name}"].type == "gauge"
+    (cache,) = found["vllm:cache_config_info"].samples
+    assert cache.labels == {"block_size": "16", "num_gpu_blocks": "512"}
+
+
+def test_adapters_in_memory_and_awaited_are_labels_of_the_present_time() -> None:
+    stats = EngineStats(
+        adapters_resident=2,
+        max_adapter_rank=100,
+        resident=frozenset({"a", "b"}),
+        waiting=frozenset({"b", "c"}),
+    )
+    before = time.time()
+    (sample,) = families(stats, Catalog())["vllm:lora_requests_info"].samples
+    assert sample.labels == {
+        "max_lora": "6",  # of rank 16
+        "running_lora_adapters": "name-of-a,name-of-b",
+        "waiting_lora_adapters": "name-of-c",  # b needs no wait
+    }
+    assert before <= sample.value <= time.time()
+
+
+def test_room_is_never_less_than_what_is_there() -> None:
+    stats = EngineStats(adapters_resident=9, max_adapter_rank=16)
+    (sample,) = families(stats, Catalog())["vllm:lora_requests_info"].samples
+    assert sample.labels["max_lora"] == "9"
+    (sample,) = families(EngineStats(max_adapter_rank=1), Catalog())["vllm:lora_requests_info"].samples
+    assert sample.labels == {"max_lora": "1", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+
+
+def test_names_are_looked_up_only_after_a_change() -> None:
+    current, catalog = EngineStats(resident=frozenset("a")), Catalog()
+    collector = GatewayCollector(lambda: current, "tiny", catalog.names, lambda: catalog.moves, 16)
+    for _ in range(3):
+        list(collector.collect())
+    assert catalog.num_asked == 1
+    catalog.moves += 1
+    list(collector.collect())
+    assert catalog.num_asked == 2
+    current = EngineStats(resident=frozenset("ab"))
+    list(collector.collect())
+    assert catalog.num_asked == 3
+
+
+def test_a_label_has_a_bound() -> None:
+    stats = EngineStats(resident=frozenset(map(str, range(1000))))
+    (sample,) = families(stats, Catalog())["vllm:lora_requests_info"].samples
+    assert len(sample.labels["running_lora_adapters"].split(",")) == MAX_NAMES
+
+
+def test_what_the_database_has_stops_no_scrape() -> None:
+    def broken(digests: Collection[str]) -> list[str]:
+        raise OSError("disk I/O error")
+
+    stats = EngineStats(resident=frozenset("a"))
+    collector = GatewayCollector(lambda: stats, "tiny", broken, lambda: 0, 16)
+    found = {family.name: family for family in collector.collect()}
+    assert found["vllm:lora_requests_info"].samples[0].labels["running_lora_adapters"] == ""
+    assert "vllm:kv_cache_usage_perc" in found

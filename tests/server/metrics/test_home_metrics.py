@@ -1,0 +1,96 @@
+"""Jobs, workers and the disk, as /metrics has them."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from server.metrics.home import HomeCollector
+from server.training.queue.jobs import Jobs
+from server.training.queue.leases import Leases
+from server.training.queue.tables import Status
+from server.training.worker.presence import own_name, present
+from tests.server.training.job_kit import submit
+
+Samples = dict[tuple[str, str], float]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def read(collector: HomeCollector) -> Samples:
+    """By name and the value of the only label."""
+    return {
+        (s.name, "".join(s.labels.values())): s.value for family in collector.collect() for s in family.samples
+    }
+
+
+def test_every_status_has_its_count(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+    collector, clock = _collector(tmp_path, jobs)
+    assert {read(collector)["smolora_jobs", status.value] for status in Status} == {0.0}
+    for number in range(4):
+        submit(jobs, f"job-{number}")
+    assert leases.claim("somebody") is not None
+    jobs.cancel("job-3")
+    assert read(collector)["smolora_jobs", "queued"] == 0, "it is read once a second"
+    clock.now += 1
+    found = read(collector)
+    assert {status.value: found["smolora_jobs", status.value] for status in Status} == {
+        "queued": 2,
+        "running": 1,
+        "paused": 0,
+        "succeeded": 0,
+        "failed": 0,
+        "cancelled": 1,
+    }
+
+
+def test_a_worker_is_busy_while_it_keeps_a_lease(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+    collector, clock = _collector(tmp_path, jobs)
+    assert (read(collector)["smolora_workers", "idle"], read(collector)["smolora_workers", "busy"]) == (0, 0)
+    with present(tmp_path):
+        clock.now += 1
+        assert (read(collector)["smolora_workers", "idle"], read(collector)["smolora_workers", "busy"]) == (1, 0)
+        submit(jobs, "job-1")
+        claim = leases.claim(own_name())
+        assert claim is not None
+        clock.now += 1
+        assert (read(collector)["smolora_workers", "idle"], read(collector)["smolora_workers", "busy"]) == (0, 1)
+    clock.now += 1
+    assert read(collector)["smolora_workers", "busy"] == 0, "it has gone, whatever its lease says"
+
+
+def test_the_disk_is_homes(tmp_path: Path, jobs: Jobs) -> None:
+    collector, _ = _collector(tmp_path, jobs)
+    found = read(collector)
+    assert found["smolora_disk_bytes", ""] == shutil.disk_usage(tmp_path).total
+    assert 0 < found["smolora_disk_free_bytes", ""] < found["smolora_disk_bytes", ""]
+    assert found["smolora_disk_min_free_bytes", ""] == 512
+
+
+def test_what_cannot_be_read_is_left_out_and_told_once_a_minute(
+    tmp_path: Path, jobs: Jobs, database: sa.Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    collector, clock = _collector(tmp_path, jobs)
+    with database.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE jobs RENAME TO lost")
+    for _ in range(30):
+        clock.now += 1
+        assert {name for name, _ in read(collector)} == {
+            "smolora_disk_bytes",
+            "smolora_disk_free_bytes",
+            "smolora_disk_min_free_bytes",
+        }
+    told = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(told) == 1
+
+
+def _collector(home: Path, jobs: Jobs) -> tuple[HomeCollector, Clock]:
+    clock = Clock()
+    return HomeCollector(home, jobs, 512, clock), clock

@@ -1,0 +1,76 @@
+"""Living workers are seen, of whatever process; dead ones aren't, however they died."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from server.training.worker.presence import own_name, present, workers_of
+from tests.server.training.job_kit import until
+
+HOLD = """
+import sys
+from pathlib import Path
+from server.training.worker.presence import own_name, present
+with present(Path(sys.argv[1])):
+    print(own_name(), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_nobody_is_there_before_the_first(tmp_path: Path) -> None:
+    assert workers_of(tmp_path) == []
+
+
+def test_one_is_there_for_as_long_as_it_lives(tmp_path: Path) -> None:
+    with present(tmp_path):
+        assert workers_of(tmp_path) == [own_name()]
+        assert workers_of(tmp_path) == [own_name()], "looking changes nothing"
+    assert workers_of(tmp_path) == []
+    assert list((tmp_path / "workers").iterdir()) == []
+
+
+def test_a_killed_one_is_gone_at_once(tmp_path: Path) -> None:
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    try:
+        names = []
+        for other in others:
+            assert other.stdout is not None
+            names.append(other.stdout.readline().strip())
+        assert workers_of(tmp_path) == sorted(names)
+        others[0].kill()
+        others[0].wait()
+        until(lambda: workers_of(tmp_path) == [names[1]], 5)
+    finally:
+        for other in others:
+            other.kill()
+            other.communicate()
+
+
+def test_one_that_comes_while_somebody_looks_is_not_taken_for_dead(tmp_path: Path) -> None:
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            workers_of(tmp_path)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        for _ in range(300):
+            with present(tmp_path):
+                assert workers_of(tmp_path) == [own_name()]
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def test_a_home_that_takes_no_file_stops_no_worker(tmp_path: Path) -> None:
+    (tmp_path / "workers").write_text("in the way")
+    with present(tmp_path):
+        assert workers_of(tmp_path) == []

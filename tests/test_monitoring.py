@@ -1,0 +1,197 @@
+"""docker/monitoring: alerts that fire when they should and then alone, and queries of metrics that there are."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+
+from server.database import connect
+from server.engine.request import EngineStats
+from server.metrics.gateway import GatewayCollector
+from server.metrics.home import HomeCollector
+from server.metrics.metrics import Metrics
+from server.metrics.process import ServerCollector
+from server.training.queue.jobs import Jobs
+from tests.monitoring import ALERTS, DASHBOARD, FOLDER, alerts, queries
+
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="needs promtool, of Debian's package prometheus"
+)
+OPERATIONS = Path(__file__).parent.parent / "docs" / "operations.md"
+SAME = '{job="smolora", instance="a:8000"%s}'
+
+HEALTHY: Mapping[str, str] = {
+    "up": "1x1600",
+    "smolora_ready": "1x1600",
+    "process_start_time_seconds": "-100x1600",
+    "process_resident_memory_bytes": "3000000000+1000x1600",
+    "process_open_fds": "40x1600",
+    "process_max_fds": "1024x1600",
+    'smolora_http_requests_total,status="200"': "0+600x1600",
+    'smolora_http_requests_total,status="503"': "0+60x1600",
+    'smolora_http_requests_total,status="404"': "0+300x1600",
+    'smolora_requests_total,outcome="completed"': "0+600x1600",
+    'smolora_requests_total,outcome="cancelled"': "0+100x1600",
+    'smolora_requests_total,outcome="failed"': "0x1600",
+    'smolora_requests_total,outcome="refused"': "0+6x1600",
+    'smolora_time_to_first_token_seconds_bucket,le="1"': "0+590x1600",
+    'smolora_time_to_first_token_seconds_bucket,le="30"': "0+600x1600",
+    'smolora_time_to_first_token_seconds_bucket,le="+Inf"': "0+600x1600",
+    "smolora_kv_blocks": "1000x1600",
+    "smolora_kv_blocks_used": "999x1600",
+    "smolora_preemptions_total": "0x1600",
+    "smolora_adapter_evictions_total": "0+60x1600",
+    'smolora_jobs,status="queued"': "5x1600",
+    'smolora_jobs,status="failed"': "7x1600",
+    'smolora_workers,state="busy"': "1x1600",
+    "smolora_disk_free_bytes": "100000000000-1000000x1600",
+    "smolora_disk_min_free_bytes": "536870912x1600",
+}
+"""A server's series, a value a minute for more than a day: busy, full, refusing a few, and all is well."""
+TROUBLE: Mapping[str, Mapping[str, str]] = {
+    "SmoloraDown": {"up": "0x1600"},
+    "SmoloraNotReady": {"smolora_ready": "0x1600"},
+    "SmoloraRestarts": {"process_start_time_seconds": "0+600x1600"},
+    "SmoloraErrors": {'smolora_http_requests_total,status="500"': "0+20x1600"},
+    "SmoloraGenerationsFail": {'smolora_requests_total,outcome="failed"': "0+20x1600"},
+    "SmoloraRefuses": {'smolora_requests_total,outcome="refused"': "0+200x1600"},
+    "SmoloraSlowFirstToken": {'smolora_time_to_first_token_seconds_bucket,le="1"': "0+500x1600"},
+    "SmoloraCacheFull": {"smolora_preemptions_total": "0+60x1600"},
+    "SmoloraAdaptersThrash": {"smolora_adapter_evictions_total": "0+400x1600"},
+    "SmoloraJobsWait": {'smolora_workers,state="busy"': "0x1600"},
+    "SmoloraJobsFail": {'smolora_jobs,status="failed"': "7x1580 8x20"},
+    "SmoloraDiskFull": {"smolora_disk_free_bytes": "100000000000x1500 500000000x100"},
+    "SmoloraDiskFills": {"smolora_disk_free_bytes": "100000000000-60000000x1600"},
+    "SmoloraFilesRunOut": {"process_open_fds": "1000x1600"},
+    "SmoloraMemoryGrows": {"process_resident_memory_bytes": "3000000000+1000000x1600"},
+}
+"""For each alert what is otherwise then."""
+GONE: Mapping[str, str] = {"up": "1x60 _x1600"}
+"""Of a target that isn't found any more."""
+
+
+def test_each_alert_has_its_trouble_and_its_words() -> None:
+    names = [alert.name for alert in alerts()]
+    assert sorted(names) == sorted(TROUBLE)
+    text = OPERATIONS.read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(Smolora\w+)` \|", text, re.MULTILINE)
+    assert told == names, "docs/operations.md says of each what it means and what to do, in this order"
+
+
+def unit_test(series: Mapping[str, str], firing: tuple[str, ...]) -> dict[str, object]:
+    """Of promtool, in which after a day and some hours these alerts fire and no others."""
+    inputs = []
+    for key, values in series.items():
+        name, _, label = key.partition(",")
+        inputs.append({"series": name + SAME % (f", {label}" if label else ""), "values": values})
+    checks = []
+    for alert in alerts():
+        expected = []
+        if alert.name in firing:
+            expected = [
+                {
+                    "exp_labels": {**alert.labels, **_own_labels(alert.name, series)},
+                    "exp_annotations": alert.annotations,
+                }
+            ]
+        checks.append({"eval_time": "1590m", "alertname": alert.name, "exp_alerts": expected})
+    return {"interval": "1m", "input_series": inputs, "alert_rule_test": checks}
+
+
+def _own_labels(name: str, series: Mapping[str, str]) -> dict[str, str]:
+    labels = {"job": "smolora", **({} if series is GONE else {"instance": "a:8000"})}
+    status = {"SmoloraJobsWait": "queued", "SmoloraJobsFail": "failed"}.get(name)
+    return labels if status is None else {**labels, "status": status}
+
+
+@needs_promtool
+def test_each_alert_fires_in_its_trouble_and_no_other_does(tmp_path: Path) -> None:
+    cases: list[tuple[tuple[str, ...], Mapping[str, str]]] = [((), HEALTHY)]
+    for name, changes in TROUBLE.items():
+        both = ("SmoloraDiskFull", "SmoloraDiskFills") if name == "SmoloraDiskFull" else (name,)
+        cases.append((both, {**HEALTHY, **changes}))
+    cases.append((("SmoloraDown",), GONE))
+    for number, (firing, series) in enumerate(cases):
+        document = {"rule_files": [str(ALERTS)], "evaluation_interval": "1m", "tests": [unit_test(series, firing)]}
+        (tmp_path / f"{number}.yml").write_text(yaml.safe_dump(document))
+    told = ["promtool", "test", "rules", *map(str, sorted(tmp_path.glob("*.yml")))]
+    done = subprocess.run(told, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_prometheus_takes_the_files(tmp_path: Path) -> None:
+    text = (FOLDER / "prometheus.yml").read_text()
+    (tmp_path / "key").write_text("")
+    (tmp_path / "prometheus.yml").write_text(text.replace("/tmp/metrics-key", str(tmp_path / "key")))
+    shutil.copy(ALERTS, tmp_path)
+    done = subprocess.run(
+        ["promtool", "check", "config", str(tmp_path / "prometheus.yml")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(alerts())} rules found" in done.stdout
+
+
+def test_every_metric_that_is_asked_for_is_there(tmp_path: Path) -> None:
+    collectors = [
+        GatewayCollector(EngineStats, "tiny", lambda _: [], lambda: 0, 16),
+        HomeCollector(tmp_path, Jobs(connect(tmp_path)), 0),
+        ServerCollector("tiny", lambda: True),
+    ]
+    text = Metrics(EngineStats, collectors).render().decode()
+    there = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)) | {"up", "ALERTS"}
+    there |= {f"{name}_bucket" for name in re.findall(r"^# TYPE (\S+) histogram", text, re.MULTILINE)}
+    asked = {name for _, query in queries() for name in _metrics_in(query)}
+    asked |= {name for alert in alerts() for name in _metrics_in(alert.expression)}
+    assert asked - there == set()
+    own = {name for name in there if name.startswith("smolora_") and not name.endswith("_bucket")}
+    assert {name for name in own if name not in asked and f"{name}_bucket" not in asked} == set(), (
+        "nobody sees them"
+    )
+
+
+def _metrics_in(query: str) -> set[str]:
+    bare = re.sub(r'"[^"]*"', '""', query)
+    return set(re.findall(r"\b(?:smolora_|process_|vllm:)\w+|\bup\b|\bALERTS\b", bare))
+
+
+def test_the_dashboard_is_one_that_grafana_provisions() -> None:
+    document = json.loads(DASHBOARD.read_text())
+    sources = yaml.safe_load((FOLDER / "grafana/provisioning/datasources/prometheus.yml").read_text())[
+        "datasources"
+    ]
+    panels = [panel for panel in document["panels"] if panel["type"] != "row"]
+    assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"] for source in sources}
+    assert len({panel["id"] for panel in document["panels"]}) == len(document["panels"])
+    places: set[tuple[int, int]] = set()
+    for panel in document["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        covered = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not covered & places, panel["title"]
+        places |= covered
+
+
+def test_compose_starts_both_only_when_asked() -> None:
+    """Read-only files from this folder, ports of the loopback alone."""
+    included = yaml.safe_load((FOLDER.parent.parent / "docker-compose.yml").read_text())["include"]
+    assert included == ["docker/monitoring/compose.yml"]
+    services = yaml.safe_load((FOLDER / "compose.yml").read_text())["services"]
+    assert set(services) == {"prometheus", "grafana"}
+    for service in services.values():
+        assert service["profiles"] == ["monitoring"]
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        for volume in service["volumes"]:
+            source, _, rest = volume.partition(":")
+            if source.startswith("."):
+                assert (FOLDER / source).exists()
+                assert rest.endswith(":ro")
