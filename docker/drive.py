@@ -17,6 +17,7 @@ TRAINED_WITHIN = 600.0  # seconds, for what takes some thirty on two free cores
 CODES = {"200": "OK", "404": "Not Found", "418": "I'm a Teapot", "503": "Service Unavailable"}
 NUM_VARIANTS = 8  # adapters that `publish` takes in turn: others' bytes each time
 PUBLISHED = "many"
+NUM_STEPS = 200  # of the job that is disturbed
 QUESTION = {"prompt": "HTTP 404:", "temperature": 0, "max_tokens": 8}
 
 
@@ -147,7 +148,7 @@ class Told:
 
 def train(client: httpx.Client, scratch: Path) -> None:
     """A job that takes a while, with checkpoints."""
-    steps = {"max_steps": 300, "batch_size": 4, "max_length": 32, "checkpoint_steps": 5}
+    steps = {"max_steps": NUM_STEPS, "batch_size": 4, "max_length": 32, "checkpoint_steps": 5}
     rows = [{"prompt": f"HTTP {code}:", "completion": f" {phrase}"} for code, phrase in CODES.items()]
     answer = client.post("/train", json={"name": "churned", "data": rows, "training": steps})
     expect(answer.status_code == 202, f"/train answers 202, not {answer.status_code} {answer.text}")
@@ -169,7 +170,7 @@ def kept(client: httpx.Client, scratch: Path) -> None:
         expect(client.post("/generate", json=body).status_code == 200, f"{PUBLISHED}@{version} can be used")
     job = ended(client, scratch)
     steps = [event["data"]["step"] for event in events_of(client, scratch) if event["type"] == "metrics"]
-    expect(steps == list(range(1, 301)), f"every step was told once: {len(steps)} of 300")
+    expect(steps == list(range(1, NUM_STEPS + 1)), f"every step was told once: {len(steps)} of {NUM_STEPS}")
     versions = client.get("/adapters/churned").raise_for_status().json()["versions"]
     expect([version["job_id"] for version in versions] == [job["id"]], "it published one version")
     generate(client, {"adapter": "churned"}, QUESTION)

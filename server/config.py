@@ -104,6 +104,12 @@ class Settings(Limits, WorkerSettings):
         max_length=200,
         description="What a proxy has before the server's paths, such as /smolora.",
     )
+    public_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s/?#]+(/[\w.~-]+)*$",
+        max_length=300,
+        description="What clients reach the server by, as it says at the start. Default: where it listens.",
+    )
     trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Comma-separated addresses or networks of proxies whose X-Forwarded-For and -Proto count. "

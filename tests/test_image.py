@@ -81,8 +81,8 @@ def test_the_proxys_times_go_with_the_servers() -> None:
     assert KEEP_ALIVE_SECONDS > 60
 
 
-OF_THE_IMAGE = {"home", "host", "base_dir"}
-"""Settings that the image has of its own: the volume, all addresses of the container, the base within."""
+OF_THE_IMAGE = {"home", "host", "port", "base_dir"}
+"""Settings that the image has of its own: the volume, where to listen in the container, the base within."""
 FIXED = {"server": {"workers"}, "server-gpu": {"device"}, "worker": set[str]()}
 """What each service is told whatever its caller says."""
 
@@ -102,21 +102,26 @@ def test_every_setting_is_passed_on(service: str) -> None:
     assert passed <= there <= set(Settings.model_fields) - OF_THE_IMAGE
     for name in passed - FIXED[service]:
         variable = f"SMOLORA_{name.upper()}"
-        given = {"server-gpu": {"port": "SMOLORA_GPU_PORT"}}.get(service, {}).get(name, variable)
-        assert re.fullmatch(rf"\$\{{{given}(:?-[^}}]*)?\}}", str(written[variable])), variable
+        assert re.fullmatch(rf"\$\{{{variable}(:?-.*)?\}}", str(written[variable])), variable
 
 
 @pytest.mark.skipif(compose_command() is None, reason="needs docker compose")
 def test_a_setting_arrives_and_the_server_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through compose and the environment, and the address that it shows is the published one."""
+    """Through compose and the environment; and the address that it shows is the published one."""
     given = {"PORT": "9123", "MAX_QUEUE": "7", "ALLOW_HUB_ADAPTERS": "1", "NATIVE": "0", "MIN_FREE_BYTES": "1GiB"}
     server = resolved(given={f"SMOLORA_{name}": value for name, value in given.items()})["server"]
     (port,) = server["ports"]
-    assert (port["host_ip"], port["target"], port["published"]) == ("127.0.0.1", 9123, "9123")
+    assert (port["host_ip"], port["target"], port["published"]) == ("127.0.0.1", 8000, "9123")
     for name, value in server["environment"].items():
         monkeypatch.setenv(name, str(value))
     settings = load(Settings)
-    assert (settings.port, settings.max_queue, settings.min_free_bytes) == (9123, 7, 1 << 30)
+    assert (settings.port, settings.public_url) == (8000, "http://127.0.0.1:9123")
+    assert (settings.max_queue, settings.min_free_bytes) == (7, 1 << 30)
+    gpu = resolved()["server-gpu"]
+    (port,) = gpu["ports"]
+    assert gpu["environment"]["SMOLORA_PUBLIC_URL"] == f"http://127.0.0.1:{port['published']}"
+    proxied = resolved("docker/proxy/compose.yml", given={"PROXY_PORT": "8443"})["server"]
+    assert proxied["environment"]["SMOLORA_PUBLIC_URL"] == "https://localhost:8443/smolora"
     assert (settings.allow_hub_adapters, settings.native, settings.workers) == (True, False, 0)
 
 

@@ -30,11 +30,11 @@ KEYS = _problems({401: "No valid key"})
 READY = _problems({503: "Not ready, draining, or the engine is dead; see `Retry-After`"})
 READS = _problems({401: "No valid key", 422: "A bad field"})
 ADMIN = _problems({401: "No valid key", 403: "The key lacks the scope `admin`", 422: "A bad field"})
-ADMIN_LOOKUPS = {**ADMIN, **_problems({404: "There is none of this id or name", 503: "The disk is full"})}
-ADMIN_CHANGES = {**ADMIN, **_problems({413: "The body is too large", 503: "The disk is full; see `Retry-After`"})}
-ADMIN_REMOVALS = {**ADMIN_LOOKUPS, **_problems({409: "It isn't empty; `detail` says of what"})}
-FULL_DISK = _problems({503: "The disk is full; see `Retry-After`"})
+FULL_DISK = _problems({503: "The disk is full, or the server is shutting down; see `Retry-After`"})
 """Of whatever writes."""
+ADMIN_LOOKUPS = {**ADMIN, **FULL_DISK, **_problems({404: "There is none of this id or name"})}
+ADMIN_CHANGES = {**ADMIN, **FULL_DISK, **_problems({413: "The body is too large"})}
+ADMIN_REMOVALS = {**ADMIN_LOOKUPS, **_problems({409: "It isn't empty; `detail` says of what"})}
 LOOKUPS = _problems({401: "No valid key", 404: "Unknown adapter or version", 422: "A bad field"})
 ALIASES = {**LOOKUPS, **FULL_DISK}
 DELETES = {**ALIASES, **_problems({409: "An alias, a composition or a job holds it; `detail` names them"})}
@@ -54,7 +54,7 @@ IMPORTS = {
         {
             403: "Imports from the hub are not allowed: see `SMOLORA_ALLOW_HUB_ADAPTERS`",
             404: "The hub has no such repository, revision or file",
-            503: "The hub can't be reached, or the disk is full; see `Retry-After`",
+            503: "The hub can't be reached, no disk space, or the server is shutting down; see `Retry-After`",
         }
     ),
 }

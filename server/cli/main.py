@@ -139,7 +139,7 @@ def _serve_at(settings: Settings, say: Callable[[str], None]) -> int:
     logs.set_up(settings.log_format)
 
     def announce() -> None:
-        address, is_open = url(bound, settings.host), services.access.ring.is_open
+        address, is_open = settings.public_url or url(bound, settings.host), services.access.ring.is_open
         prompts = first_prompts(address, services.encoder.has_chat_template, not is_open)
         ready = f"{services.base_name} is ready at {address} (its API: {address}/docs)."
         if settings.log_format == "json":

@@ -118,3 +118,11 @@ def test_help_lists_the_commands() -> None:
     result = CliRunner().invoke(cli.app, ["--help"])
     assert result.exit_code == 0
     assert "serve" in result.output
+
+
+def test_a_public_address_is_one_that_clients_can_open() -> None:
+    for url in ("https://lora.example.org/lora", "http://127.0.0.1:8000", "http://[::1]:80"):
+        assert load(Settings, public_url=url).public_url == url
+    for url in ("lora.example.org", "ftp://x", "https://", "https://a/?b", "https://a b", "https://a/"):
+        with pytest.raises(StartupError, match=r"SMOLORA_PUBLIC_URL \(--public-url\)"):
+            load(Settings, public_url=url)

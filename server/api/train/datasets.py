@@ -11,7 +11,7 @@ from starlette.responses import Response
 from adapters.errors import Conflict
 from server.api import wire
 from server.api.deps import Services, ServicesDep
-from server.api.openapi import DATASET_BODY, DATASET_UPLOADS, DATASETS
+from server.api.openapi import DATASET_BODY, DATASET_UPLOADS, DATASETS, FULL_DISK
 from server.api.train.answers import dataset_document
 from server.api.train.schemas import DatasetAnswer, DatasetList, DatasetUploaded
 from server.api.uploads import received_form, uploaded_rows
@@ -63,7 +63,11 @@ async def get_dataset(services: ServicesDep, dataset_id: DatasetId) -> Response:
 
 
 @router.delete(
-    "/{dataset_id}", summary="Delete a data set", status_code=204, response_class=Response, responses=DATASETS
+    "/{dataset_id}",
+    summary="Delete a data set",
+    status_code=204,
+    response_class=Response,
+    responses={**DATASETS, **FULL_DISK},
 )
 async def delete_dataset(services: ServicesDep, dataset_id: DatasetId) -> Response:
     """Delete a data set. Jobs that have ended don't need it any more."""
