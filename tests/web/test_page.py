@@ -151,6 +151,7 @@ def test_a_blend_by_sliders(server: ServerProcess, browser: Browser, codes: str,
         page.get_by_role("button", name="Generate").click()
         answer = answer_of(page, "codes*0.9+noise@1*-0.25")
         expect(answer).to_contain_text(re.compile(r"codes@1 . 0\.9 \+ noise@1 . -0\.25"))
+        expect(answer.locator(".token").first).to_be_visible()
         shown = "".join(answer.locator(".tokens .token").all_inner_texts())
         expected = server.text(PROMPT, adapter="codes*0.9+noise@1*-0.25", max_tokens=64)
         assert shown == expected
@@ -188,10 +189,11 @@ def test_an_answer_streams(server: ServerProcess, browser: Browser) -> None:
 def test_tokens_are_shaded_by_what_the_adapter_changed(
     server: ServerProcess, browser: Browser, codes: str
 ) -> None:
+    said = server.text(PROMPT, adapter=codes)
     body = {
         "prompt": PROMPT,
         "adapters": [f"{codes}@1", "base"],
-        "score": [" Not Found."],
+        "score": [said],
         "max_tokens": 1,
         "logprobs": 5,
     }

@@ -135,7 +135,7 @@ def test_revoke(server: ServerProcess, browser: Browser, admin: str) -> None:
         with page_of(browser, f"{server.url}/#/adapters") as others:
             sign_in(others, secret)
             expect(others.get_by_text("None yet.")).to_be_visible()
-            row = page.get_by_role("row", name="guest")
+            row = page.get_by_role("region", name="Keys, as a table").get_by_role("row", name="guest")
             row.get_by_role("button", name="Revoke").click()
             page.get_by_role("dialog", name="Revoke?").get_by_role("button", name="Revoke").click()
             expect(row).to_contain_text("revoked")

@@ -49,6 +49,7 @@ def test_as_json_it_is_the_servers_answer(smolora: Run, tiny_base_dir: Path, ser
         "text": " Found",
         "logprob": pytest.approx(expected, abs=1e-3),
         "num_tokens": len(more),
+        "logprobs": None,
     }
     total, token_ids = 0.0, prompt
     for _ in range(base["usage"]["completion_tokens"]):
