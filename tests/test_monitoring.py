@@ -188,10 +188,8 @@ def test_prometheus_container_gets_ports_and_key(tmp_path: Path) -> None:
     service = yaml.safe_load((FOLDER / "compose.yml").read_text())["services"]["prometheus"]
     assert service["entrypoint"] == ["/bin/sh", "-c"]
     (command,) = service["command"]
-    command = (
-        command.replace("$$", "$").replace("/etc/prometheus/", f"{FOLDER}/").replace("/bin/prometheus", "echo")
-    )
-    command = command.replace("/tmp", str(tmp_path))
+    command = command.replace("$$", "$").replace("/tmp", str(tmp_path)).replace("/bin/prometheus", "echo")
+    command = command.replace("/etc/prometheus/", f"{FOLDER}/")
     ports = {"SERVER_PORT": "9123", "GPU_PORT": "9124"}
     assert set(service["environment"]) == {*ports, "METRICS_KEY"}
     environment = {"PATH": os.environ["PATH"], "METRICS_KEY": "sk-a b$c", **ports}
