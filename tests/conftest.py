@@ -36,6 +36,7 @@ LONG = (
     "test_readme.py",
     *SHARED["shared_server"],
     *SHARED["trainers"],
+    "test_page.py",
     "test_real_worker.py",
     "test_worker.py",
     "test_exact_match.py",
@@ -49,6 +50,7 @@ LONG = (
     "test_hanging_server.py",
     "test_attacks.py",
     "test_failing_disk.py",
+    "test_sign_in.py",
 )
 """What takes longest, in that order. It begins first, so that all processes end at about the same time."""
 
