@@ -68,7 +68,9 @@ class Prometheus:
 
     def is_scraping(self) -> bool:
         try:
-            return self.values('up{job="smolora"}') == [1.0]
+            # it listens before it can be asked, and says 503 until then
+            is_ready = httpx.get(f"{self.url}/-/ready", trust_env=False).status_code == 200
+            return is_ready and self.values('up{job="smolora"}') == [1.0]
         except httpx.TransportError:
             assert self._process.poll() is None, self._log.read_text()
             return False
