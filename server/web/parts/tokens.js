@@ -17,7 +17,7 @@ function toneOf(change) {
 }
 
 /** Line ends and other blanks, where they would not be seen. @param {string} text */
-export const visible = (text) =>
+const visible = (text) =>
   text
     .replace(/\n/g, "⏎")
     .replace(/\t/g, "⇥")

@@ -94,7 +94,7 @@ export function PlaygroundView() {
         ${
           shown.length
             ? shown.map((column) => html`<${AnswerColumn} key=${column.expression} column=${column} />`)
-            : html`<${Welcome} adapters=${adapters.data?.own ?? null} onTry=${submitted} />`
+            : html`<${Welcome} adapters=${adapters.data?.own ?? null} />`
         }
       </section>
     </div>`;
@@ -103,16 +103,16 @@ export function PlaygroundView() {
 const EXAMPLE = "What is the capital of France?";
 
 /** Ask the example. */
-function submitted() {
+function askExample() {
   asked.update({ prompt: EXAMPLE, isChat: true });
   run(["base"]);
 }
 
-/** @param {{adapters: Adapter[] | null, onTry: () => void}} props */
-function Welcome({ adapters, onTry }) {
+/** @param {{adapters: Adapter[] | null}} props */
+function Welcome({ adapters }) {
   return html`<div class="card">
     <p>Answers appear here as they are made, those of several adapters side by side.</p>
-    <p><button type="button" class="plain" onClick=${onTry}>Ask “${EXAMPLE}”</button></p>
+    <p><button type="button" class="plain" onClick=${askExample}>Ask “${EXAMPLE}”</button></p>
     ${
       adapters && !adapters.length
         ? html`<p>There is no adapter yet. <a href=${to("train", "new")}>Train one</a> from a file of examples, or <a href=${to("adapters")}>upload one</a> that PEFT saved.</p>`
