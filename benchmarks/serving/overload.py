@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import httpx
+import aiohttp
 
 from benchmarks.measure import Figure, percentile
 from benchmarks.serving.load import Answer, Exchange, http_client, send, without_collector
@@ -110,13 +110,13 @@ async def _open(
     return begun, refused, start + seconds * LEFT_OUT, stop
 
 
-async def _try(client: httpx.AsyncClient, wire: Wire, exchange: Exchange) -> None:
+async def _try(client: aiohttp.ClientSession, wire: Wire, exchange: Exchange) -> None:
     exchange.sent = time.perf_counter()
-    async with client.stream("POST", wire.path, json=wire.body(exchange.request)) as response:
-        if response.status_code in (429, 503):
+    async with client.post(wire.path, json=wire.body(exchange.request)) as response:
+        if response.status in (429, 503):
             raise _Refused
         response.raise_for_status()
-        async for chunk in response.aiter_raw():
+        async for chunk in response.content.iter_any():
             exchange.chunks.append((time.perf_counter(), chunk))
 
 

@@ -1,7 +1,7 @@
 """The counts of one server: what requests saw from outside, and whatever its collectors read when asked.
 
 Gateways ask many times a second and choose by what is current: collectors are asked each time. The counts may be a
-moment older, so that writing them out takes RENDER_SHARE of the time and no more.
+moment older (MAX_AGE at most), so that writing them out takes RENDER_SHARE of the time and no more.
 
 One registry for each server. Names of adapters are labels, and there is no bound on adapters: past
 MAX_ADAPTER_LABELS distinct ones, the rest share the label "other".
@@ -29,6 +29,8 @@ from server.metrics.http import OTHER, HttpMetrics
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_ADAPTER_LABELS = 100
 RENDER_SHARE = 0.1
+MAX_AGE = 1.0
+"""Seconds. Writing out that was kept from its core for long tells nothing about what it costs."""
 
 Outcome = Literal["completed", "cancelled", "failed", "refused"]
 """How a request ended: all its choices did, the client left, the engine failed it, or it was never taken."""
@@ -97,7 +99,7 @@ class Metrics:
         if (started := self._clock()) >= self._keep_until:
             self._counts = generate_latest(self._registry)
             now = self._clock()
-            self._keep_until = now + (now - started) * (1 / RENDER_SHARE - 1)
+            self._keep_until = now + min((now - started) * (1 / RENDER_SHARE - 1), MAX_AGE)
         return generate_latest(self._current) + self._counts
 
     def _histogram(self, name: str, text: str) -> Histogram:

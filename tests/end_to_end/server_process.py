@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 
+from server.metrics.metrics import MAX_AGE
 from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
 from tests.native_kit import lend_native
 
@@ -104,6 +105,11 @@ class ServerProcess:
         lines = self.client.get("/metrics").text.splitlines()
         pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
         return {name: float(value) for name, _, value in pairs}
+
+    def counts(self) -> Mapping[str, float]:
+        """`metrics`, in which nothing that was counted before this call is missing."""
+        time.sleep(MAX_AGE)
+        return self.metrics()
 
     def wait_for(self, **gauges: int) -> None:
         """Wait until /metrics shows these numbers, as in `requests_running=4`; else AssertionError."""

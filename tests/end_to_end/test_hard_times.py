@@ -52,7 +52,7 @@ async def test_fifty_clients_that_leave(server: ServerProcess, adapter_files: Ad
         )
         for number in range(NUM_CLIENTS)
     ]
-    before = server.metrics().get(CANCELLED, 0)
+    before = server.counts().get(CANCELLED, 0)
     places = asyncio.Semaphore(AT_ONCE)
 
     async def visit(client: httpx.AsyncClient, body: dict[str, object], seconds: float) -> bool:
@@ -68,7 +68,7 @@ async def test_fifty_clients_that_leave(server: ServerProcess, adapter_files: Ad
         answered = await asyncio.gather(*(visit(client, body, seconds) for body, seconds in visits))
     assert not any(answered)
     server.wait_until_idle()
-    gone = server.metrics()[CANCELLED] - before
+    gone = server.counts()[CANCELLED] - before
     assert NUM_CLIENTS / 2 < gone <= NUM_CLIENTS  # the others left before they were taken in
     assert server.client.delete("/adapters/abandoned").status_code == 204
     assert not server.stores(digest)  # nobody holds it any more
@@ -77,7 +77,7 @@ async def test_fifty_clients_that_leave(server: ServerProcess, adapter_files: Ad
 @pytest.mark.anyio
 async def test_a_full_queue_refuses_and_recovers(server: ServerProcess) -> None:
     body = {"prompt": PROMPT, "max_tokens": 300, "ignore_eos": True}
-    refused = server.metrics().get(REFUSED, 0)
+    refused = server.counts().get(REFUSED, 0)
     async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
         numbers = range(MAX_NUM_SEQS + MAX_QUEUE)
         patient = [
@@ -91,7 +91,7 @@ async def test_a_full_queue_refuses_and_recovers(server: ServerProcess) -> None:
             assert int(response.headers["retry-after"]) >= 1
             assert response.headers["content-type"] == "application/problem+json"
         assert (await client.get("/ready")).status_code == 200
-        assert server.metrics()[REFUSED] == refused + 2
+        assert server.counts()[REFUSED] == refused + 2
         assert not any(task.done() for task in patient)
         for task in patient:
             task.cancel()

@@ -177,7 +177,7 @@ def test_a_client_that_leaves_ends_its_generation(
     proxy: Proxy, server: ServerProcess, http: int, is_streamed: bool
 ) -> None:
     server.wait_until_idle()
-    before = server.metrics().get(CANCELLED, 0.0)
+    before = server.counts().get(CANCELLED, 0.0)
     body = {**LONG, "stream": is_streamed}
     if http == 2:
         data = httpx.Request("POST", proxy.url, json=body).content.decode()

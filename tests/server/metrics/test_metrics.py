@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server import __version__
 from server.engine.request import EngineStats
-from server.metrics.metrics import MAX_ADAPTER_LABELS, Metrics
+from server.metrics.metrics import MAX_ADAPTER_LABELS, MAX_AGE, Metrics
 from server.metrics.process import ServerCollector
 
 
@@ -104,6 +104,21 @@ def test_counts_are_written_out_a_tenth_of_the_time_and_what_is_current_always()
     found = samples(metrics)
     assert (found[refused], found["smolora_requests_running", ()]) == (0, 2)
     now[0] += 0.18
+    assert samples(metrics)[refused] == 1
+
+
+def test_counts_are_no_older_than_a_second() -> None:
+    now = [100.0]
+
+    def clock() -> float:
+        now[0] += 5.0  # writing was kept from its core
+        return now[0]
+
+    metrics = Metrics(EngineStats, clock=clock)
+    refused = ("smolora_requests_total", (("outcome", "refused"),))
+    assert samples(metrics)[refused] == 0
+    metrics.refused()
+    now[0] += MAX_AGE - 5.0
     assert samples(metrics)[refused] == 1
 
 
