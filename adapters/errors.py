@@ -6,7 +6,10 @@
     │   └── InvalidAdapter         PEFT files that can't be honoured exactly
     ├── NotFound                   no adapter, version or alias of that name (HTTP 404)
     ├── Conflict                   the name is taken, or something still holds it (HTTP 409)
-    └── CorruptAdapter             stored bytes that no longer match their digest (HTTP 500)
+    ├── CorruptAdapter             stored bytes that no longer match their digest (HTTP 500)
+    └── TryAgain                   refused now, welcome later; has `retry_after`
+        └── Unavailable            nothing can be served now (HTTP 503)
+            └── BytesUnavailable   the object store can't be reached, or fails
 
 `server.errors` adds the branches that concern a running server. One handler in `server.api` turns the
 whole tree into HTTP. All of it can be pickled, with its attributes and its cause.
@@ -74,6 +77,28 @@ class Conflict(SmoloraError):
 
 class CorruptAdapter(SmoloraError):
     """Stored bytes are missing or no longer match the digest that names them."""
+
+
+class TryAgain(SmoloraError):
+    """Refused now, welcome in `retry_after` seconds."""
+
+    default_message = "try again later"
+
+    def __init__(self, message: str | None = None, retry_after: float = 1.0) -> None:
+        super().__init__(message or self.default_message)
+        self.retry_after = retry_after
+
+
+class Unavailable(TryAgain):
+    """Nothing can be served now."""
+
+    default_message = "the server can't take requests now"
+
+
+class BytesUnavailable(Unavailable):
+    """The object store that has the bytes didn't answer in time, or not well."""
+
+    default_message = "the object store can't be reached just now"
 
 
 def _restored(

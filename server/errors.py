@@ -22,16 +22,8 @@ exception: only the person at the terminal reads it, so it names paths.
 from collections.abc import Mapping
 
 from adapters.errors import SmoloraError
-
-
-class TryAgain(SmoloraError):
-    """Refused now, welcome in `retry_after` seconds."""
-
-    default_message = "try again later"
-
-    def __init__(self, message: str | None = None, retry_after: float = 1.0) -> None:
-        super().__init__(message or self.default_message)
-        self.retry_after = retry_after
+from adapters.errors import TryAgain as TryAgain
+from adapters.errors import Unavailable as Unavailable
 
 
 class QueueFull(TryAgain):
@@ -46,12 +38,6 @@ class RateLimited(TryAgain):
     def __init__(self, message: str, retry_after: float, headers: Mapping[str, str]) -> None:
         super().__init__(message, retry_after)
         self.headers = dict(headers)
-
-
-class Unavailable(TryAgain):
-    """Nothing can be served now."""
-
-    default_message = "the server can't take requests now"
 
 
 class GenerationTimeout(Unavailable):

@@ -10,7 +10,7 @@ Writers are within a transaction of the catalog, so there is one at a time.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -24,9 +24,12 @@ from adapters.viewpoint import DEFAULT_PROJECT, key_of, project_fault, split_key
 FOLDER = "names"
 PROJECTS = "projects"
 FORMAT = 1
-_NEXT = "next"
+NEXT = "next"
 _UNFINISHED = (f"{UNFINISHED}*", ".tmp-*")  # the latter by older releases
 _TUPLES = ("target_modules", "warnings")
+
+Read = Callable[[], bytes]
+"""Reads a file. Raises OSError."""
 
 
 @dataclass(frozen=True)
@@ -49,47 +52,43 @@ class Records:
 
     def write(self, version: Version) -> None:
         """Keep the version's record, in the place of any older one of its number."""
-        with new_file(self._made(version.name) / f"{version.version}.json") as unfinished:
-            unfinished.write_bytes(encode(version))
+        self._keep(version.name, f"{version.version}.json", encode(version))
 
     def count_up(self, name: str, number: int) -> None:
         """Keep that the name's numbers below this one were given out."""
-        with new_file(self._made(name) / _NEXT) as unfinished:
-            unfinished.write_bytes(b"%d" % number)
+        self._keep(name, NEXT, b"%d" % number)
 
     def remove(self, name: str, numbers: list[int]) -> None:
         """Drop the records of these versions. That their numbers were given out stays known."""
-        place = self._place(name)
-        there = [number for path in place.glob("*.json") if (number := _number(path)) is not None]
+        files = self._files(name)
+        there = [number for file in files if (number := _number(file)) is not None]
         gone = [number for number in numbers if number in there]
         if not gone:
             return
-        if max(gone) == max(there) and _read_next(place) <= max(gone):
+        if max(gone) == max(there) and _read_next(files.get(NEXT)) <= max(gone):
             self.count_up(name, max(gone) + 1)
         self.forget(name, gone)
 
     def forget(self, name: str, numbers: list[int]) -> None:
         """Drop the records of versions that never were."""
-        for number in numbers:
-            (self._place(name) / f"{number}.json").unlink(missing_ok=True)
-        sync(self._place(name))
+        self._drop(name, [f"{number}.json" for number in numbers])
 
     def read(self) -> Found:
         """All records, by name and number."""
         versions: list[Version] = []
         numbers: dict[str, int] = {}
         unreadable: list[str] = []
-        for name, place in self._places():
-            numbers[name] = _read_next(place)
-            paths = ((number, path) for path in place.glob("*.json") if (number := _number(path)) is not None)
-            for number, path in sorted(paths):
+        for name, files in self._all():
+            numbers[name] = _read_next(files.get(NEXT))
+            records = ((number, file) for file in files if (number := _number(file)) is not None)
+            for number, file in sorted(records):
                 try:
-                    version = decode(path.read_bytes())
+                    version = decode(files[file]())
                     if (version.name, version.version) != (name, number):
                         raise ValueError("it is another's")
                     versions.append(version)
                 except (OSError, ValueError, KeyError, TypeError):
-                    unreadable.append(str(path.relative_to(self._root)))
+                    unreadable.append(f"{folder_of(name)}/{file}")
         return Found(tuple(versions), numbers, tuple(unreadable))
 
     def clean(self) -> None:
@@ -98,6 +97,25 @@ class Records:
             for _, place in self._places():
                 for path in place.glob(pattern):
                     path.unlink(missing_ok=True)
+
+    def _keep(self, name: str, file: str, content: bytes) -> None:
+        with new_file(self._made(name) / file) as unfinished:
+            unfinished.write_bytes(content)
+
+    def _drop(self, name: str, files: list[str]) -> None:
+        for file in files:
+            (self._place(name) / file).unlink(missing_ok=True)
+        sync(self._place(name))
+
+    def _files(self, name: str) -> Mapping[str, Read]:
+        """The name's files, to be read."""
+        place = self._place(name)
+        return {path.name: path.read_bytes for path in place.iterdir()} if place.is_dir() else {}
+
+    def _all(self) -> Iterator[tuple[str, Mapping[str, Read]]]:
+        """All names, with their files."""
+        for name, _ in self._places():
+            yield name, self._files(name)
 
     def _made(self, name: str) -> Path:
         """The name's folder, which is there from now on."""
@@ -111,8 +129,7 @@ class Records:
         return place
 
     def _place(self, key: str) -> Path:
-        project, name = split_key(key)
-        return self._root / FOLDER / name if project == DEFAULT_PROJECT else self._root / PROJECTS / project / name
+        return self._root / folder_of(key)
 
     def _places(self) -> list[tuple[str, Path]]:
         """All keys, with their folders."""
@@ -162,11 +179,18 @@ def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
 
 
-def _number(path: Path) -> int | None:
-    return int(path.stem) if path.stem.isdecimal() else None
+def folder_of(key: str) -> str:
+    """Where the key's records are, below the root."""
+    project, name = split_key(key)
+    return f"{FOLDER}/{name}" if project == DEFAULT_PROJECT else f"{PROJECTS}/{project}/{name}"
 
 
-def _read_next(place: Path) -> int:
+def _number(file: str) -> int | None:
+    stem, _, ending = file.rpartition(".")
+    return int(stem) if ending == "json" and stem.isdecimal() else None
+
+
+def _read_next(read: Read | None) -> int:
     with suppress(OSError, ValueError):
-        return int((place / _NEXT).read_bytes())
+        return 1 if read is None else int(read())
     return 1

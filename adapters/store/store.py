@@ -15,7 +15,6 @@ what is held, or what the catalog names at the last moment.
 import fcntl
 import os
 import re
-import shutil
 import tempfile
 import threading
 from collections import Counter
@@ -28,7 +27,7 @@ from adapters.durable import sync
 from adapters.errors import CorruptAdapter, InvalidAdapter
 from adapters.lora import BaseShape, LoraWeights
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, PeftAdapter, read, write, write_synced
-from adapters.store import sidecar
+from adapters.store import folders, sidecar
 from adapters.store.open_all import open_all
 from adapters.store.sidecar import SIDECAR_NAME
 
@@ -64,28 +63,16 @@ class AdapterStore:
             self._doomed.pop(digest, None)
         with self._locked():
             if sidecar.is_whole(place):
-                return _size(place)
-        temporary, hold = self._temporary()
-        leftovers = [temporary]
-        try:
+                return folders.size(place)
+
+        def fill(temporary: Path) -> None:
             write(temporary, adapter)
             if original and CONFIG_NAME in original:
                 write_synced(temporary / CONFIG_NAME, original[CONFIG_NAME])
             write_synced(temporary / SIDECAR_NAME, sidecar.describe(adapter.weights, temporary))
             sync(temporary)
-            with self._locked():
-                if sidecar.is_whole(place):  # another thread or process was quicker
-                    return _size(place)
-                num_bytes = _size(temporary)
-                leftovers += self._set_aside(place)
-                place.parent.mkdir(exist_ok=True)
-                temporary.rename(place)
-                sync(place.parent)
-                sync(self._root)
-        finally:
-            os.close(hold)
-            _delete(leftovers)
-        return num_bytes  # counted before: by now somebody may have discarded it
+
+        return self._publish(place, fill)
 
     @contextmanager
     def publishing(
@@ -98,7 +85,7 @@ class AdapterStore:
         digest = adapter.weights.digest
         while True:
             num_bytes = self.put(adapter, original)
-            if (hold := _hold(self._place(digest), fcntl.LOCK_SH)) is not None:
+            if (hold := folders.hold(self._place(digest), fcntl.LOCK_SH)) is not None:
                 break
         try:
             yield num_bytes
@@ -142,6 +129,10 @@ class AdapterStore:
         if self.load(digest).digest != digest:
             raise CorruptAdapter(f"the stored adapter {digest[:12]} no longer matches its digest")
 
+    def verify_stored(self, digest: str) -> None:
+        """The same of what all machines go by, where this one has a copy of its own."""
+        self.verify(digest)
+
     def open(self, digest: str) -> dict[str, BinaryIO]:
         """PEFT's two files by name, to read and close; they outlive a discard. Raises CorruptAdapter."""
         place = self._place(digest)
@@ -166,7 +157,7 @@ class AdapterStore:
                     del self._pins[digest]
                     if digest in self._doomed:
                         freed += self._remove(digest, self._doomed.pop(digest))
-        _delete(freed)
+        folders.delete(freed)
 
     def discard(self, digest: str, in_use: InUse = _never) -> None:
         """Removes the bytes now, or at the last `unpin`, unless `in_use(digest)` then says that they are wanted.
@@ -174,12 +165,12 @@ class AdapterStore:
         A `put` before then revives them, and what is about to be published stays: should that fail, until the next
         sweep. Discarding what isn't there does nothing.
         """
-        with self._mutex:
-            if self._pins[digest] > 0:
-                self._doomed[digest] = in_use
-                return
-            freed = self._remove(digest, in_use)
-        _delete(freed)
+        self._discard(digest, in_use)
+
+    def doubt(self, digests: Iterable[str]) -> None:
+        """To be called before the versions of digests go that are then discarded: should this process be killed in
+        between, a sweep finds the bytes. Of a directory's, it does anyway.
+        """
 
     def sweep(self, in_use: InUse) -> list[str]:
         """Discards what nobody wants: left by processes that were killed, half-written or not published.
@@ -188,14 +179,17 @@ class AdapterStore:
         """
         with self._locked():
             for path in self._abandoned():
-                _delete([path])
-        unwanted = [digest for digest in self.digests() if not in_use(digest)]
+                folders.delete([path])
+        unwanted = [digest for digest in self._here() if not in_use(digest)]
         for digest in unwanted:
-            self.discard(digest, in_use)
+            self._discard(digest, in_use)
         return unwanted
 
     def digests(self) -> list[str]:
         """Of all that is stored."""
+        return self._here()
+
+    def _here(self) -> list[str]:
         paths = self._root.glob("[0-9a-f][0-9a-f]/*")
         return sorted(path.name for path in paths if _DIGEST.fullmatch(path.name))
 
@@ -210,16 +204,44 @@ class AdapterStore:
 
     def is_held(self, digest: str) -> bool:
         """Whether somebody is about to publish the bytes, which are there."""
-        if (hold := _hold(self._place(digest), fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
+        if (hold := folders.hold(self._place(digest), fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
             os.close(hold)
             return False
         return self._place(digest).exists()
+
+    def _discard(self, digest: str, in_use: InUse) -> None:
+        with self._mutex:
+            if self._pins[digest] > 0:
+                self._doomed[digest] = in_use
+                return
+            freed = self._remove(digest, in_use)
+        folders.delete(freed)
+
+    def _publish(self, place: Path, fill: Callable[[Path], None]) -> int:
+        """Have the directory that `fill` writes appear, unless there is a whole one by then; its bytes."""
+        temporary, hold = self._temporary()
+        leftovers = [temporary]
+        try:
+            fill(temporary)
+            with self._locked():
+                if sidecar.is_whole(place):  # another thread or process was quicker
+                    return folders.size(place)
+                num_bytes = folders.size(temporary)
+                leftovers += self._set_aside(place)
+                place.parent.mkdir(exist_ok=True)
+                temporary.rename(place)
+                sync(place.parent)
+                sync(self._root)
+        finally:
+            os.close(hold)
+            folders.delete(leftovers)
+        return num_bytes  # counted before: by now somebody may have discarded it
 
     def _remove(self, digest: str, in_use: InUse) -> list[Path]:
         """Moves the directory out of sight; what is returned remains to be deleted."""
         with self._locked():
             place = self._place(digest)
-            hold = _hold(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold = folders.hold(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if hold is None:  # not there, or somebody is about to name it
                 return []
             try:
@@ -238,7 +260,7 @@ class AdapterStore:
         """A directory to write in, and the lock by which others see that it isn't abandoned."""
         with self._locked():
             path = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self._root))
-            hold = _hold(path, fcntl.LOCK_SH)
+            hold = folders.hold(path, fcntl.LOCK_SH)
         assert hold is not None
         return path, hold
 
@@ -258,36 +280,7 @@ class AdapterStore:
         """Temporary directories that no process holds; call it locked, so that none is just being made."""
         found = []
         for path in self._root.glob(f"{TEMPORARY}*"):
-            if (hold := _hold(path, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
+            if (hold := folders.hold(path, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
                 os.close(hold)
                 found.append(path)
         return found
-
-
-def _hold(directory: Path, how: int) -> int | None:
-    """The handle of a lock on the directory, which closing it ends; None where it isn't there, or is another's."""
-    try:
-        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    try:
-        fcntl.flock(handle, how)
-        if os.path.samestat(os.fstat(handle), os.stat(directory)):
-            return handle
-    except (BlockingIOError, FileNotFoundError):
-        pass  # held by another; or removed while we waited
-    os.close(handle)
-    return None
-
-
-def _delete(paths: Iterable[Path]) -> None:
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-
-
-def _size(place: Path) -> int:
-    return sum(path.stat().st_size for path in place.iterdir())

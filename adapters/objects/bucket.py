@@ -1,0 +1,168 @@
+"""An object store, S3's protocol or a directory that machines share: keys and bytes, and one error where it fails.
+
+Credentials, region and endpoint are the usual AWS_* variables, which obstore reads. What fails is tried again,
+with jitter, for `patience` seconds; one that doesn't answer by then costs at most half as much again. Every write
+is one that may be repeated: nothing here asks for a conditional put, which not every store has.
+"""
+
+import logging
+import re
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, S3Store
+
+from adapters.errors import BytesUnavailable, SmoloraError
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+PATIENCE = 20.0
+"""Seconds for which an operation is tried again."""
+RETRY_AFTER = 5.0
+_PIECE = 16 << 20  # a request's share of a large object
+_KEYS = 1000  # of one delete
+_FILE = "file://"
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_STATUS = re.compile(r"status code: (\d{3})")
+
+log = logging.getLogger("smolora.bytes")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An object: its key below the bucket's prefix, its bytes, and when the store took it, by its own clock."""
+
+    key: str
+    size: int
+    modified: datetime
+
+
+class Missing(SmoloraError):
+    """There is no such object, or none any more."""
+
+
+class Bucket:
+    """The objects below one prefix. Thread-safe. All of it raises BytesUnavailable."""
+
+    def __init__(self, store: "ObjectStore", prefix: str = "") -> None:
+        """`prefix` ends in a slash, or is empty."""
+        self._store = store
+        self._prefix = prefix
+
+    @classmethod
+    def open(cls, url: str, *, allow_http: bool = False, patience: float = PATIENCE) -> "Bucket":
+        """The bucket of `s3://bucket/prefix`, or the directory of `file:///directory`, which is made.
+
+        `allow_http`: to send credentials over connections that aren't encrypted. Raises ValueError.
+        """
+        if url.startswith(_FILE):
+            return cls(LocalStore(url.removeprefix(_FILE), mkdir=True))
+        try:
+            store = S3Store.from_url(
+                url,
+                client_options={
+                    "allow_http": allow_http,
+                    "connect_timeout": timedelta(seconds=patience / 4),
+                    "read_timeout": timedelta(seconds=patience / 2),
+                    "timeout": timedelta(seconds=4 * patience),  # of a piece, which may move all the while
+                },
+                retry_config={
+                    "max_retries": 100,
+                    "retry_timeout": timedelta(seconds=patience),
+                    "backoff": {
+                        "init_backoff": timedelta(seconds=0.1),
+                        "max_backoff": timedelta(seconds=2),
+                        "base": 2,
+                    },
+                },
+            )
+        except BaseError as error:
+            raise ValueError(f"{type(error).__name__} about its address or the AWS_ variables") from None
+        return cls(store)
+
+    def under(self, prefix: str) -> "Bucket":
+        """The objects whose keys go on with `prefix` and a slash."""
+        return Bucket(self._store, f"{self._prefix}{prefix}/")
+
+    def put(self, key: str, data: bytes) -> None:
+        """Store the object, in the place of an older one."""
+        with _faults():
+            obstore.put(self._store, self._prefix + key, data)
+
+    def put_file(self, key: str, path: Path) -> None:
+        """The same of a file's content. Raises OSError where it can't be read."""
+        with path.open("rb") as file, _faults():
+            obstore.put(self._store, self._prefix + key, file)
+
+    def get(self, key: str) -> bytes:
+        """The object's bytes. Raises Missing."""
+        with _faults():
+            return bytes(obstore.get(self._store, self._prefix + key).bytes())
+
+    def copy_to(self, stored: Stored, file: BinaryIO) -> None:
+        """Write the object's bytes. Raises Missing, also where it has become another, and OSError."""
+        done = 0
+        while done < stored.size:
+            length = min(_PIECE, stored.size - done)
+            with _faults():
+                piece = obstore.get_range(self._store, self._prefix + stored.key, start=done, length=length)
+            if len(piece) != length:
+                raise Missing(f"{stored.key} is no longer as long as it was")
+            file.write(piece)
+            done += length
+
+    def listed(self, prefix: str = "") -> list[Stored]:
+        """All objects below the prefix (whole names between slashes), by key."""
+        own = len(self._prefix)
+        with _faults():
+            found = obstore.list(self._store, (self._prefix + prefix).rstrip("/") or None).collect()
+        kept = [Stored(str(m["path"])[own:], int(m["size"]), m["last_modified"]) for m in found]
+        return sorted(kept, key=lambda stored: stored.key)
+
+    def folders(self) -> list[str]:
+        """The names before the first slash of all keys."""
+        own = len(self._prefix)
+        with _faults():
+            found = obstore.list_with_delimiter(self._store, self._prefix.rstrip("/") or None)
+        return sorted(str(name)[own:].rstrip("/") for name in found["common_prefixes"])
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove the objects; those that aren't there don't matter. In which order, nobody knows."""
+        own = [self._prefix + key for key in keys]
+        at_once = 1 if isinstance(self._store, LocalStore) else _KEYS
+        for start in range(0, len(own), at_once):
+            with suppress(Missing), _faults():
+                obstore.delete(self._store, own[start : start + at_once])
+
+    def now(self) -> datetime:
+        """The store's clock, by which `Stored.modified` is."""
+        key = f"{self._prefix}clock/{secrets.token_hex(8)}"
+        with _faults():
+            obstore.put(self._store, key, b"")
+            found = obstore.head(self._store, key)
+            obstore.delete(self._store, key)
+        modified: datetime = found["last_modified"]
+        return modified
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """A block whose failures become Missing or BytesUnavailable."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise Missing("there is no such object") from None
+    except (BaseError, OSError) as error:
+        # a store's own words may quote what was signed
+        found = _CODE.search(str(error)) or _STATUS.search(str(error))
+        told = f"{type(error).__name__}{f': {found[1]}' if found else ''}"
+        log.warning("the object store failed: %s", told)
+        raise BytesUnavailable(retry_after=RETRY_AFTER) from None
