@@ -7,7 +7,7 @@
     ├── NotFound                   no adapter, version or alias of that name (HTTP 404)
     ├── Conflict                   the name is taken, or something still holds it (HTTP 409)
     ├── CorruptAdapter             stored bytes that no longer match their digest (HTTP 500)
-    └── TryAgain                   refused now, welcome later; has `retry_after`
+    └── TryAgain                   refused now, welcome later; has `retry_after` (HTTP 429)
         └── Unavailable            nothing can be served now (HTTP 503)
             └── BytesUnavailable   the object store can't be reached, or fails
 

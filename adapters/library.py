@@ -243,32 +243,36 @@ class Library:
 
         Raises NotFound, or Conflict where an alias (unless `force`), a composition or a training job holds it.
         """
-        self._refuse_parents(self.catalog.get(name).versions)
+        self._prepare_to_delete(self.catalog.get(name).versions)
         self._let_go(self.catalog.delete(name, force))
 
     def delete_version(self, name: str, version: int, force: bool = False) -> None:
         """Remove one version, likewise."""
-        self._refuse_parents([self.catalog.version(name, version)])
+        self._prepare_to_delete([self.catalog.version(name, version)])
         self._let_go(self.catalog.delete_version(name, version, force))
 
     def recover(self, is_known: Callable[[str], bool] = _never) -> Recovered:
-        """Put right what killed processes left, in the catalog and on the disk; what that came to.
-
-        `is_known` says of a job whether the database knows it.
+        """Put right what killed processes left, on the disk and in the catalog; what that came to. A catalog that
+        other machines may be writing stays (`doctor --rebuild`). `is_known`: does the database know this job?
         """
-        found = self.catalog.recover(self._store.is_whole, is_known)
-        self._store.sweep(self._is_wanted)
+        found = Recovered() if self._store.is_shared else self.catalog.recover(self._store.is_whole, is_known)
+        self.sweep()
         return found
+
+    def sweep(self) -> None:
+        """Remove bytes that nobody wants."""
+        self._store.sweep(self._is_wanted)
 
     def _let_go(self, digests: Iterable[str]) -> None:
         """Of bytes whose versions are no more, whatever the disk says: the next sweep takes what stays."""
         with suppress(OSError):
             self.discard(*digests)
 
-    def _refuse_parents(self, versions: Iterable[Version]) -> None:
+    def _prepare_to_delete(self, versions: Sequence[Version]) -> None:
         held = [f"{version.name}@{version.version}" for version in versions if self._is_needed(version)]
         if held:
             raise Conflict(f"a job needs {', '.join(held)}: cancel it, or wait for its end")
+        self._store.doubt(version.digest for version in versions if not version.parts)
 
     def _is_needed(self, version: Version) -> bool:
         """By its own project's jobs: others' keep the bytes, whatever becomes of the name."""

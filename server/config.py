@@ -19,6 +19,7 @@ from adapters.names import near
 from server.errors import StartupError
 from server.limits import Limits
 from server.logs import LogFormat
+from server.shared import SharedSettings
 
 PREFIX = "SMOLORA_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -36,7 +37,7 @@ Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Flag = str | int | float | bool | Path | None
 
 
-class WorkerSettings(BaseSettings):
+class WorkerSettings(SharedSettings, BaseSettings):
     """What a training worker needs to know, and `serve` as well. Nothing here is secret."""
 
     model_config = SettingsConfigDict(
@@ -224,9 +225,7 @@ def server_url() -> str:
 def local_url() -> str:
     """Where a server of this machine with these variables listens."""
     try:
-        port = (
-            Settings.model_fields["port"].default if not (given := os.environ.get(f"{PREFIX}PORT")) else int(given)
-        )
+        port = int(os.environ.get(f"{PREFIX}PORT") or Settings.model_fields["port"].default)
     except ValueError:
         raise StartupError(f"{PREFIX}PORT: must be a number") from None
     return f"http://127.0.0.1:{port}"

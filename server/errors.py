@@ -1,7 +1,7 @@
 """Faults of a running server, as branches of the tree in `adapters.errors`.
 
     SmoloraError
-    ├── TryAgain                   refused now, welcome later; has `retry_after`
+    ├── TryAgain                   of `adapters.errors`, as Unavailable
     │   ├── QueueFull              as many requests wait as may (HTTP 429)
     │   ├── RateLimited            a key's or a project's minute is used up (HTTP 429)
     │   └── Unavailable            nothing can be served now (HTTP 503)
@@ -21,9 +21,23 @@ exception: only the person at the terminal reads it, so it names paths.
 
 from collections.abc import Mapping
 
-from adapters.errors import SmoloraError
-from adapters.errors import TryAgain as TryAgain
-from adapters.errors import Unavailable as Unavailable
+from adapters.errors import SmoloraError, TryAgain, Unavailable
+
+__all__ = [
+    "Draining",
+    "EngineDead",
+    "Forbidden",
+    "GenerationFailed",
+    "GenerationTimeout",
+    "NotReady",
+    "PayloadTooLarge",
+    "QueueFull",
+    "RateLimited",
+    "StartupError",
+    "TryAgain",
+    "Unauthorized",
+    "Unavailable",
+]
 
 
 class QueueFull(TryAgain):

@@ -30,7 +30,7 @@ from adapters.catalog.tables import aliases, metadata, names, transact, versions
 from adapters.catalog.versions import Adapter, Kind, NewVersion, Part, Version, combine
 from adapters.catalog.visibility import set_visibility_in
 from adapters.catalog.writes import compose_in, drop_in, point_in, publish_in, recording, unpoint_in
-from adapters.errors import Conflict, InvalidInput, NotFound
+from adapters.errors import Conflict, InvalidInput, NotFound, Unavailable
 from adapters.expression import Term
 from adapters.names import name_fault
 from adapters.viewpoint import Viewpoint
@@ -257,7 +257,8 @@ class Catalog:
             self._engine, lambda connection: drop_in(connection, key, version, force, viewpoint)
         )
         if (records := self._records) is not None:
-            with suppress(OSError):  # no room, say: they are gone all the same, and the next start tidies up
+            # no room, say: they are gone all the same, and the next start or `doctor --rebuild` tidies up
+            with suppress(OSError, Unavailable):
                 transact(self._engine, lambda _: records.remove(key, numbers))
         return digests
 

@@ -1,33 +1,15 @@
 """The bytes of adapters in a bucket, which many machines share; a root is one machine's cache of it.
 
     bytes/<digest>/<copy>/…        the files, smolora.json last: with it, the copy is there
-    doubts/<digest>/<token>        somebody may be about to publish the digest, or to delete its last version
-    tombstones/<digest>/<copy>     this copy goes, once all requests that may want it have ended
 
 What is put is written here as a directory store does, pushed, and only then named; what is loaded and isn't here
-is fetched, by one for all who wait, and must have its digest. Holds and pins keep bytes from leaving the cache. In
-the bucket no machine knows another's, so nothing there is removed at once:
-
-- A doubt is written before a copy is pushed, and before a version is deleted. Done with either, its writer removes
-  it; what one leaves that was killed, a sweep settles after `grace`: copies that nobody wants get tombstones.
-- A discard writes tombstones. A sweep removes a copy whose tombstone is older than `grace`, by the bucket's clock,
-  if the catalog doesn't want the digest: first the copy, then the tombstone. `grace` is longer than any request,
-  so whoever resolved the name before the delete has the bytes by then.
-
-Any process may sweep at any time, stop anywhere, and go on an hour later: a published version keeps its bytes. For
-whoever publishes looks once more *after* the commit, for tombstones and then for a whole copy that has none, and
-pushes another copy where there is none. Suppose a sweep removes a copy, having found the digest unwanted. If it
-asked after the commit, it was told "wanted". If it asked before, the tombstone was there before the commit, and
-stays until the copy is gone: so either the tombstone is seen, or the copy isn't. A copy that is pushed later has
-another name, and what a late sweep removes is not it. (The exception is a publisher that was stopped for longer
-than `grace` before the commit, and is killed before that look: doctor names its version.)
+is fetched, by one for all who wait, and must have its digest. Holds and pins keep bytes from leaving the cache; in
+the bucket, where no machine knows another's, `deletions.py` has what comes in their place.
 """
 
 import fcntl
 import logging
 import os
-import secrets
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -41,11 +23,9 @@ from adapters.objects.bucket import RETRY_AFTER, Bucket, Missing
 from adapters.objects.copies import Copies, Copy
 from adapters.peft.files import PeftAdapter
 from adapters.store import folders, sidecar
+from adapters.store.deletions import GRACE, Deletions
 from adapters.store.sidecar import SIDECAR_NAME
 from adapters.store.store import AdapterStore, InUse
-
-GRACE = 3600.0
-"""Seconds between a tombstone and the removal, where no setting makes requests longer than that."""
 
 _ATTEMPTS = 4
 _LOOK_SECONDS = 0.02
@@ -62,9 +42,11 @@ def _never(digest: str) -> bool:
 class SharedAdapterStore(AdapterStore):
     """As `AdapterStore`, for the machines that share a bucket. Whatever asks it raises BytesUnavailable.
 
-    `cache_bytes` bounds what lies under `root`, but for what is pinned; `patience` is for how many seconds a reader
-    waits for another's fetch.
+    `cache_bytes` bounds what lies under `root`, but for what is pinned; a reader waits `patience` seconds for
+    another's fetch.
     """
+
+    is_shared = True
 
     def __init__(
         self,
@@ -76,23 +58,20 @@ class SharedAdapterStore(AdapterStore):
     ) -> None:
         super().__init__(root)
         self._copies = Copies(bucket.under("bytes"), SIDECAR_NAME)
-        self._doubts, self._tombstones = bucket.under("doubts"), bucket.under("tombstones")
-        self._bucket = bucket
+        self._deletions = Deletions(bucket, self._copies, grace)
         self._cache_bytes = cache_bytes
-        self._grace = grace
         self._patience = patience
-        self._own_doubts: dict[tuple[int, str], list[str]] = {}  # by thread and digest
 
     def put(self, adapter: PeftAdapter, original: Mapping[str, bytes] | None = None) -> int:
         digest = adapter.weights.digest
-        if (copy := self._live(digest)) is not None:
+        if (copy := self._deletions.live(digest)) is not None:
             with self._mutex:
                 self._doomed.pop(digest, None)
             with suppress(CorruptAdapter):  # it went just now
                 self._fill(digest)
                 return copy.num_bytes
         num_bytes = super().put(adapter, original)
-        self._doubt(digest)
+        self._deletions.doubt(digest)
         self._push(digest, lambda: super(SharedAdapterStore, self).put(adapter, original))
         self._make_room(digest)
         return num_bytes
@@ -105,9 +84,9 @@ class SharedAdapterStore(AdapterStore):
         with super().publishing(adapter, in_use, original) as num_bytes:
             yield num_bytes
             try:
-                if self._live(digest) is None:
+                if self._deletions.live(digest) is None:
                     self._push(digest, lambda: super(SharedAdapterStore, self).put(adapter, original))
-                self._settle(digest)
+                self._deletions.settle(digest)
             except BytesUnavailable as error:
                 log.warning("can't look after %s just now, which is published: %s", digest[:12], error)
 
@@ -129,87 +108,43 @@ class SharedAdapterStore(AdapterStore):
             super().verify(digest)
 
     def verify_stored(self, digest: str) -> None:
-        copies = [copy for copy in self._copies.whole(digest) if copy.id not in self._buried(digest)]
-        if not copies:
+        copy = self._deletions.live(digest)
+        if copy is None:
             raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing")
-        for copy in copies:
-            temporary, hold = self._temporary()
-            try:
-                self._fetch(copy, temporary)
-            except Missing:
-                raise CorruptAdapter(f"the stored adapter {digest[:12]} is incomplete") from None
-            finally:
-                os.close(hold)
-                folders.delete([temporary])
+        temporary, hold = self._temporary()
+        try:
+            self._fetch(copy, temporary)
+        except Missing:
+            raise CorruptAdapter(f"the stored adapter {digest[:12]} is incomplete") from None
+        finally:
+            os.close(hold)
+            folders.delete([temporary])
 
     def digests(self) -> list[str]:
         """Of all whole copies in the bucket that have no tombstone."""
-        buried = {stored.key for stored in self._tombstones.listed()}
-        return sorted({c.folder for c in self._copies.all() if c.is_whole and f"{c.folder}/{c.id}" not in buried})
+        return self._deletions.digests()
 
     def is_whole(self, digest: str) -> bool:
-        return self._live(digest) is not None
+        return self._deletions.live(digest) is not None
 
     def doubt(self, digests: Iterable[str]) -> None:
         for digest in digests:
-            self._doubt(digest)
+            self._deletions.doubt(digest)
 
     def discard(self, digest: str, in_use: InUse = _never) -> None:
         """As `AdapterStore.discard`, of this machine's bytes; those in the bucket get tombstones."""
         super().discard(digest, in_use)
         try:
             if not in_use(digest):
-                self._bury(self._copies.of(digest))
-            self._settle(digest)
+                self._deletions.bury(self._copies.of(digest))
+            self._deletions.settle(digest)
         except BytesUnavailable as error:
             log.warning("can't discard %s just now, a sweep will: %s", digest[:12], error)
 
     def sweep(self, in_use: InUse) -> list[str]:
         """Discards what nobody wants, here and in the bucket; the digests that went there."""
         super().sweep(in_use)
-        now = self._bucket.now()
-        for doubt in self._doubts.listed():
-            if (now - doubt.modified).total_seconds() > self._grace:
-                digest = doubt.key.split("/")[0]
-                wanted = in_use(digest)  # then halves alone go: the rest of one may still come, but not be used
-                self._bury(copy for copy in self._copies.of(digest) if not (wanted and copy.is_whole))
-                self._doubts.delete([doubt.key])
-        gone = []
-        for tombstone in self._tombstones.listed():
-            if (now - tombstone.modified).total_seconds() <= self._grace:
-                continue
-            digest, copy_id = tombstone.key.split("/")
-            if in_use(digest) and self._live(digest) is None:  # somebody is about to push another copy
-                continue
-            self._copies.remove(copy for copy in self._copies.of(digest) if copy.id == copy_id)
-            self._tombstones.delete([tombstone.key])
-            gone.append(digest)
-        return gone
-
-    def _live(self, digest: str) -> Copy | None:
-        """A whole copy without a tombstone. Tombstones are looked for first: see above."""
-        buried = self._buried(digest)
-        return next((copy for copy in self._copies.whole(digest) if copy.id not in buried), None)
-
-    def _buried(self, digest: str) -> set[str]:
-        return {stored.key.split("/")[1] for stored in self._tombstones.listed(f"{digest}/")}
-
-    def _bury(self, copies: Iterable[Copy]) -> None:
-        for copy in copies:
-            self._tombstones.put(f"{copy.folder}/{copy.id}", b"")
-
-    def _doubt(self, digest: str) -> None:
-        key = f"{digest}/{secrets.token_hex(8)}"
-        self._doubts.put(key, b"")
-        with self._mutex:
-            self._own_doubts.setdefault((threading.get_ident(), digest), []).append(key)
-
-    def _settle(self, digest: str) -> None:
-        """Take back this thread's doubts about the digest."""
-        with self._mutex:
-            keys = self._own_doubts.pop((threading.get_ident(), digest), [])
-        if keys:
-            self._doubts.delete(keys)
+        return self._deletions.sweep(in_use)
 
     def _push(self, digest: str, put: Callable[[], int]) -> None:
         """Upload the directory, which stays here meanwhile; `put` writes it again where it has gone."""

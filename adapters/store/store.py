@@ -44,6 +44,9 @@ def _never(digest: str) -> bool:
 class AdapterStore:
     """The adapters under one root. Thread-safe; pins count within this process."""
 
+    is_shared = False
+    """Whether other machines read and write the same, so that nobody can know that nobody is at it."""
+
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         self._root = root
