@@ -7,6 +7,7 @@ makes a new one only where there is none or it is damaged: the old files are set
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapters.catalog.catalog import Catalog, Version
 from adapters.catalog.records import Records
@@ -17,7 +18,12 @@ from adapters.viewpoint import Viewpoint
 from server.database import build_of, connect, faults, nobody_has_it_open, set_aside
 from server.errors import StartupError
 from server.home import Home, serving
+from server.storage import Storage
+from server.training.queue.job_files import JobFiles
 from server.training.queue.jobs import Jobs
+
+if TYPE_CHECKING:
+    from adapters.objects.bucket import Bucket
 
 _TAKES = "the server's next start removes it"
 _MENDS = "the server's next start mends it"
@@ -70,10 +76,11 @@ class Rebuilt:
         yield f"lost: all jobs, their events and reports: {', '.join(self.lost_jobs) or 'none left a trace'}"
 
 
-def examine(home: Path) -> Diagnosis:
+def examine(home: Path, bucket: "Bucket | None" = None) -> Diagnosis:
     """Look at everything. Raises StartupError where there is no such HOME, or its database is a newer one."""
-    _check_home(home)
-    store, records = AdapterStore(Home(home).adapters), Records(Home(home).adapters)
+    storage = Storage(Home(home), bucket)
+    _check_home(storage)
+    store, records = storage.adapters(), storage.records()
     findings = [Finding("database", fault) for fault in faults(home)]
     damaged = _damaged(store)
     versions: list[Version] = []
@@ -101,30 +108,37 @@ def examine(home: Path) -> Diagnosis:
     return Diagnosis(tuple(findings), len(versions), len(store.digests()), database)
 
 
-def rebuild(home: Path) -> Rebuilt:
+def rebuild(home: Path, bucket: "Bucket | None" = None) -> Rebuilt:
     """Make the catalog anew from the directories, where that is needed. Raises StartupError."""
-    _check_home(home)
+    storage = Storage(Home(home), bucket)
+    _check_home(storage)
     with serving(home):  # so that no server starts meanwhile
-        return _rebuild(home)
+        return _rebuild(storage)
 
 
-def _rebuild(home: Path) -> Rebuilt:
+def _rebuild(storage: Storage) -> Rebuilt:
+    home = storage.home.path
     with nobody_has_it_open(home):
         is_new = bool(faults(home))
         moved = set_aside(home) if is_new else []
-    store, records = AdapterStore(Home(home).adapters), Records(Home(home).adapters)
+    store, records = storage.adapters(), storage.records()
     damaged = _damaged(store)
     whole = set(store.digests()) - damaged.keys()
     engine = connect(home)
-    found = Catalog(engine, records).recover(whole.__contains__, Jobs(engine).is_known)
+    catalog = Catalog(engine, records)
+    found = catalog.recover(whole.__contains__, Jobs(engine).is_known)
+    store.doubt(digest for digest in whole if not catalog.in_use(digest))
     lost_jobs = {version.job_id for version in records.read().versions if version.job_id is not None}
-    lost_jobs |= {path.name for path in Home(home).jobs.glob("job-*/")}
+    lost_jobs |= {name for name in JobFiles(home, storage.bucket).stored() if name.startswith("job-")}
     engine.dispose()
     return Rebuilt(is_new, tuple(moved), found, tuple(sorted(lost_jobs)) if is_new else ())
 
 
-def _check_home(home: Path) -> None:
-    if not Home(home).adapters.is_dir():
+def _check_home(storage: Storage) -> None:
+    home = storage.home.path
+    if storage.bucket is not None:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    elif not storage.home.adapters.is_dir():
         raise StartupError(f"{home} isn't a server's home: it has no folder adapters; give --home or SMOLORA_HOME")
 
 
@@ -135,7 +149,7 @@ def _damaged(store: AdapterStore) -> dict[str, str]:
         try:
             if not store.is_whole(digest):
                 raise CorruptAdapter(f"the stored adapter {digest[:12]} is incomplete")
-            store.verify(digest)
+            store.verify_stored(digest)
         except CorruptAdapter as error:
             found[digest] = str(error)
     return found

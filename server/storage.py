@@ -23,9 +23,9 @@ class Storage:
     cache_bytes: int | None = None
 
     @classmethod
-    def open(cls, home: Path, settings: SharedSettings) -> "Storage":
+    def open(cls, home: Path, settings: SharedSettings, *, check: bool = True) -> "Storage":
         """As the settings say; nothing of a bucket is imported where they name none. Raises StartupError where it
-        can't be written to.
+        can't be opened or, with `check`, be written to.
         """
         if settings.bytes_url is None:
             return cls(Home(home))
@@ -36,7 +36,8 @@ class Storage:
             raise StartupError(f"{where}: needs the extra `cluster`: pip install 'smolora[cluster]'") from None
         try:
             bucket = Bucket.open(settings.bytes_url, allow_http=Transport().allow_http)
-            bucket.now()  # writes, reads and removes
+            if check:
+                bucket.now()  # writes, reads and removes
         except ValueError as error:
             raise StartupError(f"{where}: {error}") from None
         except Unavailable:
@@ -50,7 +51,8 @@ class Storage:
         """The adapters' bytes. No request takes longer than `grace` seconds."""
         if self.bucket is None:
             return AdapterStore(self.home.adapters)
-        from adapters.store.shared import GRACE, SharedAdapterStore
+        from adapters.store.deletions import GRACE
+        from adapters.store.shared import SharedAdapterStore
 
         under = self.bucket.under("adapters")
         return SharedAdapterStore(self.home.adapters, under, self.cache_bytes, max(grace, GRACE))

@@ -47,8 +47,8 @@ class Deletions:
         return sorted({c.folder for c in self._copies.all() if c.is_whole and f"{c.folder}/{c.id}" not in buried})
 
     def sweep(self, in_use: Callable[[str], bool]) -> list[str]:
-        """Settle old doubts, and remove the copies under old tombstones, but for what the catalog wants; the digests
-        of which something went.
+        """Settle old doubts, and remove the copies under old tombstones, but for what the catalog wants; of which
+        digests something went.
         """
         now = self._bucket.now()
         for doubt in self._doubts.listed():

@@ -32,7 +32,6 @@ from server.api.openai.router import router as openai
 from server.api.train import datasets
 from server.api.train import route as train
 from server.api.train.housekeeping import keep_house
-from server.training.queue.retention import Retention
 
 _DESCRIPTION = """One frozen SmolLM, any LoRA adapter per request: versioned, weighted and composed, never merged.
 
@@ -55,9 +54,9 @@ def create_app(services: Services) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services.engine.start()
         services.guidance.start()
-        retention = Retention(services.settings.home, services.jobs)
+        sweep = services.library.sweep if services.bucket is not None else None
         tasks = [
-            asyncio.create_task(keep_house(retention, services.settings.retain_jobs)),
+            asyncio.create_task(keep_house(services.retention, services.settings.retain_jobs, sweep=sweep)),
             asyncio.create_task(keep_books(services.access)),
             asyncio.create_task(services.access.ring.watch()),
         ]

@@ -5,7 +5,7 @@ A route gets them as the project sees them that asks: it can't name, list or cha
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar, cast
 
 from fastapi import Depends, Header, Request
 
@@ -24,10 +24,15 @@ from server.engine.structured.guidance import Guidance
 from server.home import Home
 from server.metrics.metrics import Metrics
 from server.model.text.chat import PromptEncoder
+from server.storage import Storage
 from server.tracing.spans import Tracer
 from server.training.data.datasets import DatasetStore
 from server.training.data.files import FileStore, RowSources
 from server.training.queue.jobs import Jobs
+from server.training.queue.retention import Retention
+
+if TYPE_CHECKING:
+    from adapters.objects.bucket import Bucket
 
 _MAX_VIEWS = 1024
 
@@ -108,6 +113,7 @@ class Services:
     tracer: Tracer | None = None
     principal: Principal = EVERYBODY  # for whom library, jobs, data sets, files and submissions are
     limiters: Limiters = field(default_factory=Limiters)
+    bucket: "Bucket | None" = None  # which has, where there is one, what HOME would have
     _views: "dict[Principal, Services]" = field(default_factory=dict, repr=False)
 
     def of(self, principal: Principal) -> "Services":
@@ -120,6 +126,15 @@ class Services:
             view = self._views[principal] = self._seen_by(principal)
         return view
 
+    @property
+    def storage(self) -> Storage:
+        return Storage(Home(self.settings.home), self.bucket)
+
+    @property
+    def retention(self) -> Retention:
+        """The files of the jobs."""
+        return Retention(self.settings.home, self.jobs, self.bucket)
+
     def audited(self, action: str, target: str, deed: Callable[[], T]) -> T:
         """What the deed comes to, which is then on the audit list. Blocks on disk."""
         result = deed()
@@ -127,11 +142,13 @@ class Services:
         return result
 
     def _seen_by(self, principal: Principal) -> "Services":
-        home, viewpoint = Home(self.settings.home), principal.viewpoint
+        storage, viewpoint = self.storage, principal.viewpoint
+        home = storage.home
         library = self.library.of(viewpoint)
         jobs = self.jobs.of(viewpoint, principal.project_quota.max_jobs, principal.quota.max_jobs)
-        datasets = DatasetStore(home.datasets(viewpoint.project), viewpoint.key_id)
-        files = FileStore(home.files(viewpoint.project), viewpoint.key_id)
+        own_datasets, own_files = home.datasets(viewpoint.project), home.files(viewpoint.project)
+        datasets = DatasetStore(own_datasets, viewpoint.key_id, storage.at(own_datasets))
+        files = FileStore(own_files, viewpoint.key_id, storage.at(own_files))
         submissions = self.submissions.of(jobs, RowSources(datasets, files), library)
         return replace(
             self,

@@ -10,9 +10,7 @@ import torch
 
 from adapters.catalog.catalog import Catalog
 from adapters.catalog.digests import NamesByDigest
-from adapters.catalog.records import Records
 from adapters.library import Library
-from adapters.store.store import AdapterStore
 from server.access.access import open_access
 from server.access.principal import EVERYBODY
 from server.api.deps import Services
@@ -30,7 +28,6 @@ from server.engine.scheduler import SchedulerLimits
 from server.engine.structured.guidance import Guidance
 from server.engine.watching.watchdog import Watchdog
 from server.errors import StartupError
-from server.home import Home
 from server.metrics.gateway import GatewayCollector
 from server.metrics.home import HomeCollector
 from server.metrics.metrics import Metrics
@@ -44,6 +41,7 @@ from server.model.smollm import SmolLM
 from server.model.text.chat import PromptEncoder
 from server.model.text.vocabulary import tokenizer_json, vocabulary_of
 from server.serve.sizing import cpu_caches, free_bytes, gpu_caches, gpu_share, step_bytes
+from server.storage import Storage
 from server.tracing.spans import open_tracer
 from server.training.data.datasets import DatasetStore
 from server.training.data.encoding import RowEncoder
@@ -60,23 +58,23 @@ def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | N
         with room_for("another process", device):
             limit_memory(device, gpu_share(settings, torch.cuda.mem_get_info(device)[1]))
     database = connect(settings.home)
-    home, commits = Home(settings.home), Commits(settings.home)
+    storage, commits = Storage.open(settings.home, settings), Commits(settings.home)
+    home = storage.home
     access = open_access(database, home.keyed, commits, settings.api_keys, settings.allow_anonymous)
     directory = resolve_base(settings.model, settings.home, settings.base_dir, say)
     say(f"the database is {build_of(database)}")
     say(f"loading {settings.model} on {device} in {str(dtype).removeprefix('torch.')}")
     base = load_base(directory, dtype, device)
-    store = AdapterStore(home.adapters)
+    store = storage.adapters(grace=2 * settings.request_timeout)
     jobs = Jobs(database)
-    catalog = Catalog(database, Records(home.adapters), EVERYBODY.viewpoint)
+    catalog = Catalog(database, storage.records(), EVERYBODY.viewpoint)
     library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
     for line in library.recover(jobs.is_known).lines():
         say(line)
     for project in home.projects():
-        DatasetStore(home.datasets(project)).clean()
-        FileStore(home.files(project)).clean()
-    datasets = DatasetStore(home.datasets(EVERYBODY.project))
-    files = FileStore(home.files(EVERYBODY.project))
+        _datasets(storage, project).clean()
+        _files(storage, project).clean()
+    datasets, files = _datasets(storage, EVERYBODY.project), _files(storage, EVERYBODY.project)
     encoder = PromptEncoder(base.tokenizer)
     rows = RowEncoder(encoder, _end_token(base), base.config.eos_token_ids)
     longest = base.config.max_position_embeddings
@@ -128,13 +126,24 @@ def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | N
         datasets=datasets,
         files=files,
         submissions=Submissions(
-            settings.home, jobs, RowSources(datasets, files), library, rows, longest, base.digest
+            settings.home, jobs, RowSources(datasets, files), library, rows, longest, base.digest, storage.bucket
         ),
         access=access,
+        bucket=storage.bucket,
         tracer=open_tracer(),
         estimator=Estimator(jobs, base.weights.num_parameters, training_dtype(base.dtype), base.device),
         decode=lambda ids: str(base.tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
     )
+
+
+def _datasets(storage: Storage, project: str) -> DatasetStore:
+    root = storage.home.datasets(project)
+    return DatasetStore(root, bucket=storage.at(root))
+
+
+def _files(storage: Storage, project: str) -> FileStore:
+    root = storage.home.files(project)
+    return FileStore(root, bucket=storage.at(root))
 
 
 def _backend(

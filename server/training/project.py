@@ -1,21 +1,20 @@
 """What a project has beside adapters: whoever deletes it asks here first."""
 
-from pathlib import Path
-
 from adapters.errors import Conflict
 from adapters.viewpoint import Viewpoint
 from server.counted import counted
-from server.home import Home
+from server.storage import Storage
 from server.training.data.datasets import DatasetStore
 from server.training.data.files import FileStore
 from server.training.queue.jobs import Jobs
 
 
-def refuse_with_uploads(home: Path, jobs: Jobs, project: str) -> None:
+def refuse_with_uploads(storage: Storage, jobs: Jobs, project: str) -> None:
     """Raises Conflict where the project has data sets, files, or jobs that haven't ended. Blocks on disk."""
+    datasets, files = storage.home.datasets(project), storage.home.files(project)
     has = {
-        "data set": len(DatasetStore(Home(home).datasets(project)).list()),
-        "file": len(FileStore(Home(home).files(project)).list()),
+        "data set": len(DatasetStore(datasets, bucket=storage.at(datasets)).list()),
+        "file": len(FileStore(files, bucket=storage.at(files)).list()),
         "unfinished job": jobs.of(Viewpoint(project)).num_unfinished(),
     }
     if told := [counted(number, what) for what, number in has.items() if number]:

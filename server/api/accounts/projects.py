@@ -67,7 +67,7 @@ async def delete_project(services: ServicesDep, project: Name) -> Response:
     Its keys are revoked. Jobs that have ended, usage and audit entries stay.
     """
     access, who = services.access, services.principal.key_id
-    refuse = partial(refuse_with_uploads, services.settings.home, services.jobs, project)
+    refuse = partial(refuse_with_uploads, services.storage, services.jobs, project)
     await to_thread.run_sync(lambda: access.projects.delete(project, refuse, who=who))
     access.ring.refresh()
     return Response(status_code=204)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 from anyio import to_thread
@@ -13,11 +14,21 @@ INTERVAL_SECONDS = 3600.0
 log = logging.getLogger("smolora.housekeeping")
 
 
-async def keep_house(retention: Retention, retain_days: float, interval: float = INTERVAL_SECONDS) -> None:
-    """Look at once, and again each time so many seconds have passed; until cancelled."""
+async def keep_house(
+    retention: Retention,
+    retain_days: float,
+    interval: float = INTERVAL_SECONDS,
+    sweep: Callable[[], None] | None = None,
+) -> None:
+    """Look at once, and again each time so many seconds have passed; until cancelled.
+
+    `sweep` is for adapters' bytes that were deleted a while ago, where they may not go at once.
+    """
     while True:
         try:
             await to_thread.run_sync(_tidy, retention, retain_days)
+            if sweep is not None:
+                await to_thread.run_sync(sweep)
         except Exception:  # the disk, or the database: the next look may go well
             log.exception("can't remove the files of ended jobs just now")
         await asyncio.sleep(interval)

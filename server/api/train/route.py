@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path as FilePath
 from typing import Annotated
 
 from anyio import to_thread
@@ -23,7 +22,6 @@ from server.api.train.schemas import DryRunAnswer, EventAnswer, JobAnswer, JobLi
 from server.api.zips import StoredZip, zip_download
 from server.training.queue.job_files import JobFiles
 from server.training.queue.jobs import Job, Jobs, Status
-from server.training.queue.retention import Retention
 
 router = APIRouter(prefix="/train", route_class=StrictRoute, tags=["train"])
 
@@ -191,7 +189,7 @@ async def download(services: ServicesDep, job_id: JobId) -> Response:
     _refuse_unfinished(job, "model")
     if job.files_removed_at is not None:
         raise NotFound("the job's files were removed, and its model with them")
-    archive = await to_thread.run_sync(_model, JobFiles(services.settings.home).model(job_id))
+    archive = await to_thread.run_sync(_model, services, job_id)
     return zip_download(archive, f"{job.name}-{job.id}")
 
 
@@ -204,7 +202,7 @@ async def remove_files(services: ServicesDep, job_id: JobId) -> Response:
     Its record, events and report stay, and so do the versions that it published and the data sets that it
     used. Repeating the request gives the same answer.
     """
-    deed = partial(Retention(services.settings.home, services.jobs).remove, job_id)
+    deed = partial(services.retention.remove, job_id)
     await to_thread.run_sync(services.audited, "job.delete", job_id, deed)
     return Response(status_code=204)
 
@@ -234,7 +232,8 @@ async def _steer(move: Callable[[str], Job], job_id: str) -> Response:
     return wire.answer(job_document(await to_thread.run_sync(move, job_id)))
 
 
-def _model(directory: FilePath) -> StoredZip:
+def _model(services: Services, job_id: str) -> StoredZip:
+    directory = JobFiles(services.settings.home, services.bucket).fetch_model(job_id)
     try:
         return StoredZip(open_all({path.name: path for path in sorted(directory.iterdir()) if path.is_file()}))
     except FileNotFoundError:

@@ -7,12 +7,12 @@ once its files are on the disk. Everything blocks, on disk or on the tokenizer: 
 import hashlib
 import json
 import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapters.durable import new_directory
 from adapters.errors import FieldError, InvalidInput, NotFound
@@ -23,6 +23,7 @@ from server.api.telemetry.facts import facts
 from server.api.train.rows import JobRows, choose_rows
 from server.api.train.schemas import MAX_STEPS, TrainBody
 from server.api.train.spec import build_spec, parent_terms
+from server.errors import Unavailable
 from server.training.data.encoding import RowEncoder
 from server.training.data.files import RowSources
 from server.training.data.job_data import DataFacts, JobData
@@ -31,6 +32,9 @@ from server.training.data.split import overlap
 from server.training.queue.job_files import TRACEPARENT_NAME, JobFiles
 from server.training.queue.jobs import FINE_TUNING, Job, Jobs
 from server.training.spec import JobSpec, TrainingSpec
+
+if TYPE_CHECKING:
+    from adapters.objects.bucket import Bucket
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,9 @@ class Submissions:
         encoder: RowEncoder,
         max_length: int,
         base_digest: str,
+        bucket: "Bucket | None" = None,
     ) -> None:
-        self._files = JobFiles(home)
+        self._files = JobFiles(home, bucket)
         self._jobs = jobs
         self._sources = sources
         self._library = library
@@ -102,6 +107,7 @@ class Submissions:
                     prepared.data.save(unfinished)
                     if told is not None and told.span is not None:
                         (unfinished / TRACEPARENT_NAME).write_text(told.span.traceparent, encoding="ascii")
+                self._files.keep(job_id)
                 job = self._jobs.submit(
                     prepared.spec,
                     job_id=job_id,
@@ -112,13 +118,17 @@ class Submissions:
                     warnings=prepared.warnings,
                 )
             except BaseException:
-                shutil.rmtree(directory, ignore_errors=True)
+                self._drop(job_id)
                 raise
         if job.id != job_id:  # somebody was quicker with the same key
-            shutil.rmtree(directory, ignore_errors=True)
+            self._drop(job_id)
         if told is not None:
             told.job_id = job.id
         return job
+
+    def _drop(self, job_id: str) -> None:
+        with suppress(Unavailable):  # a sweep takes what is old and no job's
+            self._files.remove(job_id)
 
     @contextmanager
     def prepared(self, body: TrainBody) -> Iterator[Prepared]:

@@ -6,13 +6,16 @@ What is slow to import is imported when needed.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from adapters.errors import Conflict, InvalidInput, NotFound
 from server.cli.common import in_own_terms
 from server.config import WorkerSettings, load
+
+if TYPE_CHECKING:
+    from server.storage import Storage
 
 HomeOption = Annotated[Path | None, typer.Option(help="The server's. Default: SMOLORA_HOME, else ./data.")]
 
@@ -22,6 +25,14 @@ Built = TypeVar("Built")
 def place_of(home: Path | None) -> Path:
     """HOME, as the settings have it. Raises StartupError on what is no setting."""
     return load(WorkerSettings, home=home).home
+
+
+def storage_of(home: Path | None) -> "Storage":
+    """HOME and the bucket, if the settings have one. Raises StartupError, also where that can't be reached."""
+    from server.storage import Storage
+
+    settings = load(WorkerSettings, home=home)
+    return Storage.open(settings.home, settings)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from server.cli.common import suggestion
-from server.cli.home.common import HomeOption, place_of
+from server.cli.home.common import HomeOption, storage_of
 from server.counted import counted
 
 
@@ -27,12 +27,16 @@ def doctor(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
-    """Check the digests of all stored adapters, the database, and that neither has what the other lacks."""
+    """Check the digests of all stored adapters, the database, and that neither has what the other lacks.
+
+    Of adapters in an object store (SMOLORA_BYTES_URL), every byte is fetched.
+    """
     from server import doctor as practice
 
-    place = place_of(home)
-    rebuilt = practice.rebuild(place) if rebuild else None
-    found = practice.examine(place)
+    storage = storage_of(home)
+    place, bucket = storage.home.path, storage.bucket
+    rebuilt = practice.rebuild(place, bucket) if rebuild else None
+    found = practice.examine(place, bucket)
     if as_json:
         document = asdict(found) | {"is_sound": found.is_sound, "rebuilt": asdict(rebuilt) if rebuilt else None}
         typer.echo(json.dumps(document))

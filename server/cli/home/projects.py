@@ -10,7 +10,7 @@ from rich.text import Text
 
 from server.access.principal import OPERATOR
 from server.cli.common import JsonOption, print_json, show, table_of
-from server.cli.home.common import HomeOption, opened, opened_or_new, place_of, refusals
+from server.cli.home.common import HomeOption, opened, opened_or_new, refusals, storage_of
 from server.cli.home.limits import BytesOption, JobsOption, RequestsOption, TokensOption, quota_of, told
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def delete(
     from server.training.queue.jobs import Jobs
 
     with refusals(), opened(home, lambda engine, _: (Projects(engine), Jobs(engine))) as (projects, jobs):
-        projects.delete(name, lambda: refuse_with_uploads(place_of(home), jobs, name), who=OPERATOR)
+        projects.delete(name, lambda: refuse_with_uploads(storage_of(home), jobs, name), who=OPERATOR)
     typer.echo(f"{name} is deleted, and its keys are revoked")
 
 

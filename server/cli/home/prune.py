@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.home.common import HomeOption, opened, place_of
+from server.cli.home.common import HomeOption, opened, storage_of
 from server.counted import counted
 
 
@@ -39,7 +39,8 @@ def prune(
 
     before = datetime.now(UTC) - timedelta(days=older_than)
     with opened(home, Jobs) as jobs_there:
-        removals = Retention(place_of(home), jobs_there).prune(before, dry_run)
+        storage = storage_of(home)
+        removals = Retention(storage.home.path, jobs_there, storage.bucket).prune(before, dry_run)
     num_bytes = sum(removal.num_bytes for removal in removals)
     if as_json:
         jobs = [asdict(removal) for removal in removals]

@@ -14,20 +14,24 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Self, cast
+from typing import TYPE_CHECKING, BinaryIO, Self, cast
 
-from adapters.durable import UNFINISHED, new_directory, write_json
+from adapters.durable import UNFINISHED, write_json
 from adapters.errors import InvalidInput, SmoloraError
 from server.training.data.ignored import IgnoredFields
-from server.training.data.record_store import RecordStore
+from server.training.data.record_store import record_store
 from server.training.data.row_files import FILE, Format, format_of, read_rows, short_name
 from server.training.data.rows import Row, canonical_json, kind_of, parse_row
 from server.training.documents import read_document
+
+if TYPE_CHECKING:
+    from adapters.objects.bucket import Bucket
 
 ROWS = "rows.jsonl"
 FACTS = "dataset.json"
@@ -63,18 +67,19 @@ class Dataset:
 
 
 class DatasetStore:
-    """The data sets under one root. Thread-safe. `key_id` is kept with what is put into it."""
+    """The data sets under one root, or in a bucket. Thread-safe. `key_id` is kept with what is put into it."""
 
-    def __init__(self, root: Path, key_id: str | None = None) -> None:
+    def __init__(self, root: Path, key_id: str | None = None, bucket: "Bucket | None" = None) -> None:
         self._root = root
         self._key_id = key_id
-        self._records = RecordStore(
+        self._records = record_store(
             root,
             _ID,
             FACTS,
             Dataset.from_document,
             "no data set has this id: GET /datasets lists them",
             CorruptDataset,
+            bucket,
         )
 
     def put(self, stream: BinaryIO, filename: str, ignored: IgnoredFields | None = None) -> Dataset:
@@ -124,7 +129,7 @@ class DatasetStore:
 
     def rows(self, dataset_id: str) -> Iterator[Row]:
         """The rows in their order. Raises NotFound at once; CorruptDataset, at the latest at the end."""
-        return _checked_rows(self._records.place(dataset_id) / ROWS, self.get(dataset_id))
+        return _checked_rows(partial(self._records.open, dataset_id, ROWS), self.get(dataset_id))
 
     def delete(self, dataset_id: str) -> None:
         """Raises NotFound. Who is reading its rows now reads on."""
@@ -138,7 +143,7 @@ class DatasetStore:
         existing = self._records.find(dataset.id)
         if existing is not None:
             return existing
-        with new_directory(self._records.place(dataset.id)) as directory:
+        with self._records.new(dataset.id) as directory:
             os.replace(rows, directory / ROWS)
             write_json(directory / FACTS, dataset.to_document())
         return self._records.find(dataset.id) or dataset  # another process may have been quicker
@@ -157,10 +162,10 @@ class _Counted:
         return line
 
 
-def _checked_rows(path: Path, dataset: Dataset) -> Iterator[Row]:
+def _checked_rows(open_rows: Callable[[], BinaryIO], dataset: Dataset) -> Iterator[Row]:
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_rows() as file:
             for line in file:
                 digest.update(line)
                 yield parse_row(json.loads(line))

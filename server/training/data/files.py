@@ -16,16 +16,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, Literal, Self, cast
+from typing import TYPE_CHECKING, BinaryIO, Literal, Self, cast
 
-from adapters.durable import new_directory, write_json
+from adapters.durable import write_json
 from adapters.errors import InvalidInput, NotFound, SmoloraError
 from server.training.data.datasets import DatasetStore
 from server.training.data.ignored import IgnoredFields
-from server.training.data.record_store import RecordStore
+from server.training.data.record_store import record_store
 from server.training.data.row_files import FILE, Format, read_rows, short_name
 from server.training.data.rows import Row
 from server.training.documents import read_document
+
+if TYPE_CHECKING:
+    from adapters.objects.bucket import Bucket
 
 Purpose = Literal["fine-tune", "fine-tune-results"]
 PREFIX = "file-"
@@ -63,11 +66,12 @@ class StoredFile:
 
 
 class FileStore:
-    """The files under one root. Thread-safe. `key_id` is kept with what is put into it."""
+    """The files under one root, or in a bucket. Thread-safe. `key_id` is kept with what is put into it."""
 
-    def __init__(self, root: Path, key_id: str | None = None) -> None:
+    def __init__(self, root: Path, key_id: str | None = None, bucket: "Bucket | None" = None) -> None:
         self._key_id = key_id
-        self._records = RecordStore(root, _ID, FACTS, StoredFile.from_document, "no file has this id", CorruptFile)
+        decode, missing = StoredFile.from_document, "no file has this id"
+        self._records = record_store(root, _ID, FACTS, decode, missing, CorruptFile, bucket)
 
     def put(self, stream: BinaryIO, filename: str) -> StoredFile:
         """Keep rows to train on, as CSV where the name ends so, else as JSONL.
@@ -77,7 +81,7 @@ class FileStore:
         name = short_name(filename) or "rows.jsonl"
         file_format: Format = "csv" if name.lower().endswith(".csv") else "jsonl"
         file_id = f"{PREFIX}{secrets.token_hex(12)}"
-        with new_directory(self._records.place(file_id)) as directory:
+        with self._records.new(file_id) as directory:
             content = directory / CONTENT
             with content.open("wb") as copy:
                 shutil.copyfileobj(stream, copy, _CHUNK)
@@ -100,7 +104,7 @@ class FileStore:
         name, size = f"{job_id}.csv", len(content)
         made = (datetime.now(UTC), self._key_id)
         file = StoredFile(file_id, name, "fine-tune-results", "csv", size, digest, *made)
-        with new_directory(self._records.place(file_id)) as directory:
+        with self._records.new(file_id) as directory:
             (directory / CONTENT).write_bytes(content)
             write_json(directory / FACTS, file.to_document())
         return self.get(file_id)
@@ -120,7 +124,7 @@ class FileStore:
     def open(self, file_id: str) -> BinaryIO:
         """The bytes, to read and close; they outlive a delete. Raises NotFound."""
         try:
-            return (self._records.place(file_id) / CONTENT).open("rb")
+            return self._records.open(file_id, CONTENT)
         except FileNotFoundError:
             raise NotFound("no file has this id") from None
 

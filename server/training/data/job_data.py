@@ -17,8 +17,9 @@ from server.model.base.weights import BaseModel
 from server.training.data.encoding import Reference
 from server.training.data.examples import Examples, load_examples, save_examples
 from server.training.documents import read_document
+from server.training.queue.job_files import DATA_NAME
 
-_TRAIN, _VALIDATION, _REST = "train.safetensors", "validation.safetensors", "data.json"
+_TRAIN, _VALIDATION, _REST = "train.safetensors", "validation.safetensors", DATA_NAME
 
 
 class AnotherBase(SmoloraError):

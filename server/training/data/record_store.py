@@ -8,12 +8,16 @@ The root needn't be there before something is put into it.
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Generic, Protocol, TypeVar
 
-from adapters.durable import remove_abandoned, remove_directory
+from adapters.durable import new_directory, remove_abandoned, remove_directory
 from adapters.errors import NotFound, SmoloraError
+
+if TYPE_CHECKING:
+    from adapters.objects.bucket import Bucket
 
 
 class StoredRecord(Protocol):
@@ -53,6 +57,17 @@ class RecordStore(Generic[R]):
         if not self._ids.fullmatch(record_id):
             raise NotFound(self._missing)
         return self._root / record_id
+
+    def new(self, record_id: str) -> AbstractContextManager[Path]:
+        """Fill the directory that this yields; on leaving it is stored, unless another one of that id came first.
+
+        Raises OSError.
+        """
+        return new_directory(self.place(record_id))
+
+    def open(self, record_id: str, name: str) -> BinaryIO:
+        """One of its files, to read and close; it outlives a delete. Raises FileNotFoundError."""
+        return (self.place(record_id) / name).open("rb")
 
     def find(self, record_id: str) -> R | None:
         """The record, or None. Raises NotFound for what can't be an id, and what `corrupt` is."""
@@ -94,4 +109,24 @@ class RecordStore(Generic[R]):
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
-            raise self._corrupt(f"the facts of {place.name} are unreadable") from None
+            raise self._unreadable(place.name) from None
+
+    def _unreadable(self, record_id: str) -> SmoloraError:
+        return self._corrupt(f"the facts of {record_id} are unreadable")
+
+
+def record_store(
+    root: Path,
+    ids: re.Pattern[str],
+    file_name: str,
+    decode: Callable[[Mapping[str, object]], R],
+    missing: str,
+    corrupt: type[SmoloraError],
+    bucket: "Bucket | None",
+) -> RecordStore[R]:
+    """A `RecordStore`; in the bucket, where there is one, and `root` then has room for what is on its way."""
+    if bucket is None:
+        return RecordStore(root, ids, file_name, decode, missing, corrupt)
+    from server.training.data.shared_record_store import SharedRecordStore
+
+    return SharedRecordStore(root, ids, file_name, decode, missing, corrupt, bucket)

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from adapters.durable import new_directory
 
-_NAME = re.compile(r"(\d+)-(\d+)")
-_TENSORS, _STATE = "state.safetensors", "state.json"
-FILE_NAMES = frozenset({_TENSORS, _STATE})
+NAME = re.compile(r"(\d+)-(\d+)")
+_TENSORS, STATE_NAME = "state.safetensors", "state.json"
+FILE_NAMES = frozenset({_TENSORS, STATE_NAME})
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,23 +51,27 @@ class Checkpoints:
         with new_directory(place) as unfinished:
             save_file(dict(checkpoint.tensors), unfinished / _TENSORS)
             text = json.dumps({"step": checkpoint.step, **checkpoint.state}, allow_nan=False)
-            (unfinished / _STATE).write_text(text, encoding="utf-8")
+            (unfinished / STATE_NAME).write_text(text, encoding="utf-8")
         for _, _, older in self.stored()[:-1]:
             shutil.rmtree(older, ignore_errors=True)
 
     def newest(self) -> Checkpoint | None:
         """The newest that can be read; None before the first."""
-        for _, step, place in reversed(self.stored()):
-            try:
-                state = json.loads((place / _STATE).read_text(encoding="utf-8"))
-                return Checkpoint(step, load_file(place / _TENSORS), state)
-            except (OSError, ValueError, SafetensorError):  # being removed by another worker
-                continue
-        return None
+        found = (read_checkpoint(place, step) for _, step, place in reversed(self.stored()))
+        return next((checkpoint for checkpoint in found if checkpoint is not None), None)
 
     def stored(self) -> list[tuple[int, int, Path]]:
         """(token, step, directory), the oldest first."""
         if not self._directory.is_dir():
             return []
-        found = ((_NAME.fullmatch(path.name), path) for path in self._directory.iterdir())
+        found = ((NAME.fullmatch(path.name), path) for path in self._directory.iterdir())
         return sorted((int(match[1]), int(match[2]), path) for match, path in found if match is not None)
+
+
+def read_checkpoint(place: Path, step: int) -> Checkpoint | None:
+    """The one that lies there; None where it can't be read: another worker is removing it."""
+    try:
+        state = json.loads((place / STATE_NAME).read_text(encoding="utf-8"))
+        return Checkpoint(step, load_file(place / _TENSORS), state)
+    except (OSError, ValueError, SafetensorError):
+        return None

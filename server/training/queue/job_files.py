@@ -1,17 +1,28 @@
-"""Where a job's files are, HOME/jobs/<id>/, and the removal of those that nobody needs any more."""
+"""Where a job's files are, HOME/jobs/<id>/, and the removal of those that nobody needs any more.
+
+Where machines share a bucket it has them, but for the log, as copies of the folder `jobs/<id>`: `rows`,
+`checkpoint-<token>-<step>` and `model-<token>`, none of which ever changes. HOME has what this machine works on.
+"""
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from server.home import Home
 from server.training.queue.tables import Status
 
+if TYPE_CHECKING:
+    from adapters.objects.bucket import Bucket
+    from server.training.queue.shared_job_files import SharedJobFiles
+
 LOG_NAME = "log.txt"
 CHECKPOINTS_NAME = "checkpoints"
 MODEL_NAME = "model"
+DATA_NAME = "data.json"
+"""Is written last of a job's rows."""
 TRACEPARENT_NAME = "traceparent"
 """Of a job whose submission was traced: by which span."""
 
@@ -19,10 +30,11 @@ _ORPHAN_SECONDS = 3600.0
 
 
 class JobFiles:
-    """The folders of all jobs of one HOME."""
+    """The folders of all jobs of one HOME, or of the bucket that has what is in it."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, bucket: "Bucket | None" = None) -> None:
         self._root = Home(home).jobs
+        self._shared = None if bucket is None else _shared(bucket)
 
     def directory(self, job_id: str) -> Path:
         return self._root / job_id
@@ -38,16 +50,42 @@ class JobFiles:
         """What full fine-tuning made: a Hugging Face directory."""
         return self.directory(job_id) / MODEL_NAME
 
+    def keep(self, job_id: str) -> None:
+        """Have all machines find the rows that lie in the job's folder: before it is in the queue."""
+        if self._shared is not None:
+            self._shared.push_rows(job_id, self.directory(job_id))
+
+    def fetch(self, job_id: str) -> None:
+        """Have the job's rows in its folder, if it has any: before an attempt."""
+        if self._shared is not None and not (self.directory(job_id) / DATA_NAME).exists():
+            self._shared.fetch_rows(job_id, self.directory(job_id))
+
+    def keep_model(self, job_id: str, token: int) -> None:
+        """Have all machines find the model that an attempt made."""
+        if self._shared is not None:
+            self._shared.push_model(job_id, token, self.model(job_id))
+
+    def fetch_model(self, job_id: str) -> Path:
+        """The model's directory; it isn't there where no attempt made one."""
+        if self._shared is not None and not self.model(job_id).is_dir():
+            self._shared.fetch_model(job_id, self.model(job_id))
+        return self.model(job_id)
+
     def drop_checkpoints(self, job_id: str) -> None:
         """For a job that has ended."""
         shutil.rmtree(self.checkpoints(job_id), ignore_errors=True)
+        if self._shared is not None:
+            self._shared.drop_checkpoints(job_id)
 
     def stored(self) -> list[str]:
         """The jobs that have a folder."""
-        return sorted(path.name for path in self._root.glob("*/"))
+        here = {path.name for path in self._root.glob("*/")}
+        return sorted(here if self._shared is None else here.union(self._shared.stored()))
 
     def num_bytes(self, job_id: str) -> int:
         """Of all that is stored of the job."""
+        if self._shared is not None:
+            return self._shared.num_bytes(job_id)
         total = 0
         for path in self.directory(job_id).rglob("*"):
             with suppress(FileNotFoundError):  # it is being removed
@@ -57,15 +95,28 @@ class JobFiles:
     def remove(self, job_id: str) -> None:
         """All of it, for a job whose record says so."""
         shutil.rmtree(self.directory(job_id), ignore_errors=True)
+        if self._shared is not None:
+            self._shared.remove(job_id)
 
     def sweep(self, status: Callable[[str], Status | None]) -> None:
-        """Remove checkpoints of jobs that have ended, and old folders of jobs that were never submitted."""
+        """Remove from HOME checkpoints of jobs that have ended, and old folders of jobs that were never submitted."""
         for directory in self._root.glob("*/"):
             found = status(directory.name)
             if found is not None and found.has_ended:
-                self.drop_checkpoints(directory.name)
+                shutil.rmtree(self.checkpoints(directory.name), ignore_errors=True)
             elif found is None and _is_old(directory):
                 shutil.rmtree(directory, ignore_errors=True)
+
+    def sweep_shared(self, statuses: Callable[[Sequence[str]], Mapping[str, Status]]) -> None:
+        """The same in the bucket, where there is one; `statuses` are of those of the jobs that there are."""
+        if self._shared is not None:
+            self._shared.sweep(statuses, _ORPHAN_SECONDS)
+
+
+def _shared(bucket: "Bucket") -> "SharedJobFiles":
+    from server.training.queue.shared_job_files import SharedJobFiles
+
+    return SharedJobFiles(bucket)
 
 
 def _is_old(path: Path) -> bool:

@@ -5,13 +5,19 @@ its record says that the files are gone, then they go: what a kill leaves of the
 number of processes may do any of it at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from server.training.queue.job_files import JobFiles
 from server.training.queue.jobs import Jobs
 from server.training.queue.reserve import Reserve
+from server.training.queue.tables import Status
+
+if TYPE_CHECKING:
+    from adapters.objects.bucket import Bucket
 
 
 @dataclass(frozen=True)
@@ -23,11 +29,11 @@ class Removal:
 
 
 class Retention:
-    """The files of all jobs of one HOME."""
+    """The files of all jobs of one HOME, or of the bucket that has what is in it."""
 
-    def __init__(self, home: Path, jobs: Jobs) -> None:
+    def __init__(self, home: Path, jobs: Jobs, bucket: "Bucket | None" = None) -> None:
         self._jobs = jobs
-        self._files = JobFiles(home)
+        self._files = JobFiles(home, bucket)
         self._reserve = Reserve(home)
 
     def remove(self, job_id: str) -> int:
@@ -53,4 +59,8 @@ class Retention:
         """Remove what is left of removed files, by who was killed or wrote on for a moment; fill the reserve."""
         for job_id in self._jobs.without_files(self._files.stored()):
             self._files.remove(job_id)
+        self._files.sweep_shared(self._statuses)
         self._reserve.fill()
+
+    def _statuses(self, job_ids: Sequence[str]) -> dict[str, Status]:
+        return {job_id: standing.status for job_id, standing in self._jobs.standings(job_ids).items()}

@@ -11,10 +11,8 @@ import logging
 import sys
 
 from adapters.catalog.catalog import Catalog
-from adapters.catalog.records import Records
-from adapters.errors import SmoloraError
+from adapters.errors import BytesUnavailable, SmoloraError
 from adapters.library import Library
-from adapters.store.store import AdapterStore
 from adapters.viewpoint import Viewpoint
 from server import logs
 from server.allocator import keep_freed_memory
@@ -27,6 +25,7 @@ from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device, training_dtype
 from server.model.gpu import is_out_of_memory, limit_memory
 from server.model.native.load import find_library
+from server.storage import Storage
 from server.tracing.spans import open_tracer
 from server.training.merge_spec import MergeSpec, Spec
 from server.training.queue.job_files import JobFiles
@@ -57,33 +56,35 @@ def main(argument: str) -> int:
     link = WorkerLink(assignment)
     keep_freed_memory()
     database = connect(settings.home)
-    home = Home(settings.home)
-    leases = Leases(database, Records(home.adapters))
+    storage = Storage.open(settings.home, settings, check=False)
+    leases = Leases(database, storage.records())
     claim = Claim(assignment.job_id, assignment.token, assignment.owner)
     reserve, tracer = Reserve(settings.home), open_tracer()
     try:
         jobs = Jobs(database)
         job = jobs.get(claim.job_id)
-        trace = JobTrace(tracer, job, claim.token, JobFiles(settings.home).directory(job.id))
+        files = JobFiles(settings.home, storage.bucket)
+        files.fetch(job.id)
+        trace = JobTrace(tracer, job, claim.token, files.directory(job.id))
         with trace.attempt(unless=Leave):
             with trace.phase("load base"):
                 base, native = _load(settings, job.spec)
             viewpoint = Viewpoint(job.project, key_id=job.key_id)
-            catalog, store = Catalog(database, of=viewpoint), AdapterStore(home.adapters)
+            catalog, store = Catalog(database, of=viewpoint), storage.adapters()
             library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
             yielding = Yielding(BusyFlag(settings.home).read, settings.train_share)
             reporter = JobReporter(link, leases, claim, yielding, trace)
             if isinstance(job.spec, MergeSpec):
                 run_merge(job.spec, claim, leases, library, base, reporter)
             else:
-                attempt = TrainingAttempt(
-                    job, job.spec, claim, leases, library, base, reporter, settings.home, native
-                )
-                attempt.run()
+                TrainingAttempt(job, job.spec, claim, leases, library, base, reporter, storage, native).run()
     except Leave:
         return EXIT_LEFT
     except LeaseLost:
         log.warning("the job is no longer this worker's")
+        return EXIT_LEFT
+    except BytesUnavailable:
+        log.warning("the object store can't be reached: the job goes back to the queue")
         return EXIT_LEFT
     except StartupError as error:
         return _end_without_base(link, error)

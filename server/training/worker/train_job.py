@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 from adapters.catalog.catalog import NewVersion
@@ -17,10 +16,10 @@ from adapters.errors import NotFound
 from adapters.expression import Term
 from adapters.library import Library
 from adapters.peft.files import PeftAdapter
-from server.home import Home
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel
 from server.model.smollm import SmolLM
+from server.storage import Storage
 from server.training.data.files import FileStore
 from server.training.data.job_data import JobData
 from server.training.loop.checkpoint import Checkpoints
@@ -62,7 +61,7 @@ class TrainingAttempt:
         library: Library,
         base: BaseModel,
         reporter: Reporter,
-        home: Path,
+        storage: Storage,
         native: ctypes.CDLL | None = None,
     ) -> None:
         """`native` is the compiled code, where this machine has it."""
@@ -71,8 +70,10 @@ class TrainingAttempt:
         self._claim = claim
         self._leases = leases
         self._library = library
-        self._files = JobFiles(home)
-        self._results = FileStore(Home(home).files(job.project), job.key_id)
+        self._files = JobFiles(storage.home.path, storage.bucket)
+        results = storage.home.files(job.project)
+        self._results = FileStore(results, job.key_id, storage.at(results))
+        self._checkpoints = _checkpoints(storage, self._files, claim)
         self._base = base
         self._reporter = reporter
         self._native = native
@@ -90,7 +91,7 @@ class TrainingAttempt:
             spec,
             data,
             self._base,
-            Checkpoints(self._files.checkpoints(self._job.id), self._claim.token),
+            self._checkpoints,
             self._reporter,
             partial(exact_match, library=self._native),
             start=None if parent is None else parent.weights,
@@ -139,6 +140,7 @@ class TrainingAttempt:
         if place.exists():  # of an attempt that ended after this
             shutil.rmtree(place)
         export_hugging_face(outcome.tuned_base, place)
+        self._files.keep_model(self._job.id, self._claim.token)
         return sum(path.stat().st_size for path in place.iterdir())
 
     def _latest_evaluation(self, data: JobData) -> Evaluation | None:
@@ -221,6 +223,15 @@ class TrainingAttempt:
             data_digest=data_digest,
             config=self._spec.to_document(),
         )
+
+
+def _checkpoints(storage: Storage, files: JobFiles, claim: Claim) -> Checkpoints:
+    directory = files.checkpoints(claim.job_id)
+    if storage.bucket is None:
+        return Checkpoints(directory, claim.token)
+    from server.training.loop.shared_checkpoints import SharedCheckpoints
+
+    return SharedCheckpoints(directory, claim.token, storage.bucket, claim.job_id)
 
 
 def _final_metrics(outcome: Outcome) -> dict[str, object]:

@@ -18,9 +18,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from server.config import WorkerSettings
 from server.database import connect
+from server.storage import Storage
 from server.training.queue.job_files import JobFiles
 from server.training.queue.leases import LEASE_SECONDS, MAX_CRASH_DELAY, Claim, Directive, LeaseLost, Leases
 from server.training.queue.reserve import DISK_FULL, Reserve
@@ -28,6 +30,9 @@ from server.training.queue.tables import MERGE, TRAIN, JobKind
 from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Child
 from server.training.worker.parent import end_with_parent, has_lost_parent
 from server.training.worker.presence import own_name, present
+
+if TYPE_CHECKING:
+    from adapters.objects.bucket import Bucket
 
 COMMAND = (sys.executable, "-P", "-m", "server.training.worker.run_job")
 NICENESS = 10
@@ -66,6 +71,7 @@ class Worker:
         timing: Timing | None = None,
         parent: int | None = None,
         kind: JobKind | None = None,
+        bucket: "Bucket | None" = None,
     ) -> None:
         """`command` runs a job and is handed `settings`; `parent` is the process without which the worker ends;
         `kind` None takes jobs of every kind.
@@ -76,7 +82,7 @@ class Worker:
         self._timing = timing or Timing()
         self._parent = parent
         self._kind = kind
-        self._files = JobFiles(home)
+        self._files = JobFiles(home, bucket)
         self._reserve = Reserve(home)
         self._owner = own_name()
         self._is_stopping = False
@@ -264,8 +270,10 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
     engine = connect(settings.home)
     os.nice(NICENESS)
     leases, told = Leases(engine), settings.model_dump(mode="json")
+    bucket = Storage.open(settings.home, settings).bucket
     lanes = [
-        Worker(settings.home, leases, told, command=command, parent=parent, kind=kind) for kind in (TRAIN, MERGE)
+        Worker(settings.home, leases, told, command=command, parent=parent, kind=kind, bucket=bucket)
+        for kind in (TRAIN, MERGE)
     ]
     codes = list[int]()
 

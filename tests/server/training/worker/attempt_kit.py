@@ -16,8 +16,10 @@ from adapters.catalog.catalog import Catalog, Version
 from adapters.catalog.records import Records
 from adapters.peft.files import PeftAdapter
 from adapters.store.store import AdapterStore
+from server.home import Home
 from server.model.base.weights import BaseModel
 from server.model.text.chat import PromptEncoder
+from server.storage import Storage
 from server.training.data.encoding import RowEncoder
 from server.training.data.job_data import DataFacts, JobData
 from server.training.data.rows import CompletionRow
@@ -144,7 +146,9 @@ class Shop:
         assert isinstance(job.spec, JobSpec)
         reporter = Reporter(self.leases, claim, end_at, how, on_metrics)
         library = library_of(self.catalog, self.store, self.base)
-        attempt = TrainingAttempt(job, job.spec, claim, self.leases, library, self.base, reporter, self.home)
+        attempt = TrainingAttempt(
+            job, job.spec, claim, self.leases, library, self.base, reporter, Storage(Home(self.home))
+        )
         try:
             attempt.run()
         except Leave:

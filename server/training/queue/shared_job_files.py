@@ -1,0 +1,86 @@
+"""Jobs' files in a bucket that machines share; `job_files.py` says which."""
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from adapters.durable import UNFINISHED, new_directory
+from adapters.objects.bucket import Bucket
+from adapters.objects.copies import Copies, Copy
+from server.training.queue.job_files import DATA_NAME
+from server.training.queue.tables import Status
+
+CHECKPOINT = "checkpoint-"
+_ROWS = "rows"
+_MODEL, _MODEL_MARK = "model-", "config.json"
+_AT_ONCE = 500  # jobs of one query
+
+
+class SharedJobFiles:
+    """Those of all jobs. All of it raises BytesUnavailable."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket.under("jobs")
+        self._rows = Copies(self._bucket, DATA_NAME)
+        self._models = Copies(self._bucket, _MODEL_MARK)
+
+    def push_rows(self, job_id: str, directory: Path) -> None:
+        """Upload what was just written into a new job's folder."""
+        self._rows.push(job_id, directory, _ROWS)
+
+    def fetch_rows(self, job_id: str, directory: Path) -> None:
+        """Write them there, `data.json` last; nothing where the job has none."""
+        copy = next((copy for copy in self._rows.whole(job_id) if copy.id == _ROWS), None)
+        if copy is None:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=directory) as name:
+            self._rows.fetch(copy, Path(name))
+            for file in sorted(copy.files, key=lambda file: file == DATA_NAME):
+                os.replace(Path(name) / file, directory / file)
+
+    def push_model(self, job_id: str, token: int, directory: Path) -> None:
+        """Upload what the attempt made."""
+        self._models.push(job_id, directory, f"{_MODEL}{token}")
+
+    def fetch_model(self, job_id: str, directory: Path) -> None:
+        """Write the last attempt's there; nothing where no attempt made one."""
+        found = [copy for copy in self._models.whole(job_id) if copy.id.startswith(_MODEL)]
+        if found:
+            last = max(found, key=lambda copy: int(copy.id.removeprefix(_MODEL)))
+            with new_directory(directory) as unfinished:
+                self._models.fetch(last, unfinished)
+
+    def drop_checkpoints(self, job_id: str) -> None:
+        """All of the job's."""
+        self._rows.remove(copy for copy in self._rows.of(job_id) if copy.id.startswith(CHECKPOINT))
+
+    def stored(self) -> list[str]:
+        """The jobs that have any."""
+        return self._bucket.folders()
+
+    def num_bytes(self, job_id: str) -> int:
+        """Of all of the job's."""
+        return sum(stored.size for stored in self._bucket.listed(f"{job_id}/"))
+
+    def remove(self, job_id: str) -> None:
+        """All of the job's."""
+        self._bucket.delete([stored.key for stored in self._bucket.listed(f"{job_id}/")])
+
+    def sweep(self, statuses: Callable[[Sequence[str]], Mapping[str, Status]], orphan_seconds: float) -> None:
+        """As `JobFiles.sweep`; one listing of all jobs."""
+        now = self._bucket.now()
+        jobs: dict[str, list[Copy]] = {}
+        for copy in self._rows.all():
+            jobs.setdefault(copy.folder, []).append(copy)
+        ids = sorted(jobs)
+        for start in range(0, len(ids), _AT_ONCE):
+            some = ids[start : start + _AT_ONCE]
+            known = statuses(some)
+            for job_id in some:
+                age = (now - max(copy.modified for copy in jobs[job_id])).total_seconds()
+                if job_id in known and known[job_id].has_ended:
+                    self._rows.remove(copy for copy in jobs[job_id] if copy.id.startswith(CHECKPOINT))
+                elif job_id not in known and age > orphan_seconds:
+                    self._rows.remove(jobs[job_id])
