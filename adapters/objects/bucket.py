@@ -1,19 +1,22 @@
 """An object store, S3's protocol or a directory that machines share: keys and bytes, and one error where it fails.
 
 Credentials, region and endpoint are the usual AWS_* variables, which obstore reads. What fails is tried again,
-with jitter, for `patience` seconds; one that doesn't answer by then costs at most half as much again. Every write
+with jitter, for `patience` seconds; one that doesn't answer by then costs at most as much again. Every write
 is one that may be repeated: nothing here asks for a conditional put, which not every store has.
 """
 
 import logging
+import random
 import re
 import secrets
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import obstore
 from obstore.exceptions import BaseError
@@ -32,6 +35,8 @@ _KEYS = 1000  # of one delete
 _FILE = "file://"
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
+
+T = TypeVar("T")
 
 log = logging.getLogger("smolora.bytes")
 
@@ -52,9 +57,10 @@ class Missing(SmoloraError):
 class Bucket:
     """The objects below one prefix. Thread-safe. All of it raises BytesUnavailable."""
 
-    def __init__(self, store: "ObjectStore", prefix: str = "") -> None:
+    def __init__(self, store: "ObjectStore", patience: float, prefix: str = "") -> None:
         """`prefix` ends in a slash, or is empty."""
         self._store = store
+        self._patience = patience
         self._prefix = prefix
 
     @classmethod
@@ -64,7 +70,7 @@ class Bucket:
         `allow_http`: to send credentials over connections that aren't encrypted. Raises ValueError.
         """
         if url.startswith(_FILE):
-            return cls(LocalStore(url.removeprefix(_FILE), mkdir=True))
+            return cls(LocalStore(url.removeprefix(_FILE), mkdir=True), patience)
         try:
             store = S3Store.from_url(
                 url,
@@ -86,52 +92,46 @@ class Bucket:
             )
         except BaseError as error:
             raise ValueError(f"{type(error).__name__} about its address or the AWS_ variables") from None
-        return cls(store)
+        return cls(store, patience)
 
     def under(self, prefix: str) -> "Bucket":
         """The objects whose keys go on with `prefix` and a slash."""
-        return Bucket(self._store, f"{self._prefix}{prefix}/")
+        return Bucket(self._store, self._patience, f"{self._prefix}{prefix}/")
 
     def put(self, key: str, data: bytes) -> None:
         """Store the object, in the place of an older one."""
-        with _faults():
-            obstore.put(self._store, self._prefix + key, data)
+        self._ask(lambda: obstore.put(self._store, self._prefix + key, data))
 
     def put_file(self, key: str, path: Path) -> None:
         """The same of a file's content. Raises OSError where it can't be read."""
-        with path.open("rb") as file, _faults():
-            obstore.put(self._store, self._prefix + key, file)
+        with path.open("rb"):
+            self._ask(lambda: obstore.put(self._store, self._prefix + key, path))
 
     def get(self, key: str) -> bytes:
         """The object's bytes. Raises Missing."""
-        with _faults():
-            return bytes(obstore.get(self._store, self._prefix + key).bytes())
+        return self._ask(lambda: bytes(obstore.get(self._store, self._prefix + key).bytes()))
 
     def copy_to(self, stored: Stored, file: BinaryIO) -> None:
         """Write the object's bytes. Raises Missing, also where it has become another, and OSError."""
-        done = 0
-        while done < stored.size:
-            length = min(_PIECE, stored.size - done)
-            with _faults():
-                piece = obstore.get_range(self._store, self._prefix + stored.key, start=done, length=length)
+        key = self._prefix + stored.key
+        for start in range(0, stored.size, _PIECE):
+            length = min(_PIECE, stored.size - start)
+            piece = self._ask(partial(obstore.get_range, self._store, key, start=start, length=length))
             if len(piece) != length:
                 raise Missing(f"{stored.key} is no longer as long as it was")
             file.write(piece)
-            done += length
 
     def listed(self, prefix: str = "") -> list[Stored]:
         """All objects below the prefix (whole names between slashes), by key."""
-        own = len(self._prefix)
-        with _faults():
-            found = obstore.list(self._store, (self._prefix + prefix).rstrip("/") or None).collect()
+        own, below = len(self._prefix), (self._prefix + prefix).rstrip("/") or None
+        found = self._ask(lambda: obstore.list(self._store, below).collect())
         kept = [Stored(str(m["path"])[own:], int(m["size"]), m["last_modified"]) for m in found]
         return sorted(kept, key=lambda stored: stored.key)
 
     def folders(self) -> list[str]:
         """The names before the first slash of all keys."""
-        own = len(self._prefix)
-        with _faults():
-            found = obstore.list_with_delimiter(self._store, self._prefix.rstrip("/") or None)
+        own, below = len(self._prefix), self._prefix.rstrip("/") or None
+        found = self._ask(lambda: obstore.list_with_delimiter(self._store, below))
         return sorted(str(name)[own:].rstrip("/") for name in found["common_prefixes"])
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -139,30 +139,33 @@ class Bucket:
         own = [self._prefix + key for key in keys]
         at_once = 1 if isinstance(self._store, LocalStore) else _KEYS
         for start in range(0, len(own), at_once):
-            with suppress(Missing), _faults():
-                obstore.delete(self._store, own[start : start + at_once])
+            with suppress(Missing):
+                self._ask(partial(obstore.delete, self._store, own[start : start + at_once]))
 
     def now(self) -> datetime:
         """The store's clock, by which `Stored.modified` is."""
         key = f"clock/{secrets.token_hex(8)}"  # whatever the prefix
-        with _faults():
-            obstore.put(self._store, key, b"")
-            found = obstore.head(self._store, key)
-            obstore.delete(self._store, key)
+        self._ask(lambda: obstore.put(self._store, key, b""))
+        found = self._ask(lambda: obstore.head(self._store, key))
+        self._ask(lambda: obstore.delete(self._store, key))
         modified: datetime = found["last_modified"]
         return modified
 
-
-@contextmanager
-def _faults() -> Iterator[None]:
-    """A block whose failures become Missing or BytesUnavailable."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise Missing("there is no such object") from None
-    except (BaseError, OSError) as error:
-        # a store's own words may quote what was signed
-        found = _CODE.search(str(error)) or _STATUS.search(str(error))
-        told = f"{type(error).__name__}{f': {found[1]}' if found else ''}"
-        log.warning("the object store failed: %s", told)
-        raise BytesUnavailable(retry_after=RETRY_AFTER) from None
+    def _ask(self, question: Callable[[], T]) -> T:
+        """Its answer. obstore tries again what it knows to be safe. All that is asked here is: so whatever got no
+        answer is asked again. Raises Missing, BytesUnavailable.
+        """
+        until = time.monotonic() + self._patience
+        while True:
+            try:
+                return question()
+            except (BaseError, OSError) as error:
+                # a store's own words may quote what was signed
+                found = _CODE.search(str(error)) or _STATUS.search(str(error))
+                if isinstance(error, FileNotFoundError) and (found is None or found[1] in ("404", "NoSuchKey")):
+                    raise Missing("there is no such object") from None
+                if found is not None or time.monotonic() > until:
+                    reason = f": {found[1]}" if found else ""
+                    log.warning("the object store failed: %s%s", type(error).__name__, reason)
+                    raise BytesUnavailable(retry_after=RETRY_AFTER) from None
+            time.sleep(random.uniform(0, min(1.0, self._patience / 4)))

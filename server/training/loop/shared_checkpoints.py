@@ -27,7 +27,7 @@ class SharedCheckpoints(Checkpoints):
         self._job_id = job_id
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """As `Checkpoints.save`, and in the bucket. Where that can't be reached training goes on, to the next one."""
+        """As `Checkpoints.save`, and in the bucket, without which training goes on where that can't be reached."""
         super().save(checkpoint)
         name = f"{self._token}-{checkpoint.step}"
         try:

@@ -99,7 +99,7 @@ class JobFiles:
             self._shared.remove(job_id)
 
     def sweep(self, status: Callable[[str], Status | None]) -> None:
-        """Remove from HOME checkpoints of jobs that have ended, and old folders of jobs that were never submitted."""
+        """Remove checkpoints of jobs that have ended, and old folders of jobs never submitted, from HOME alone."""
         for directory in self._root.glob("*/"):
             found = status(directory.name)
             if found is not None and found.has_ended:

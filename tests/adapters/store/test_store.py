@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,29 @@ from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, read
 from adapters.store.store import AdapterStore
 from tests.adapters.oracle import assert_same, live, loaded
 from tests.adapters.samples import SHAPE, sample_adapter
+from tests.buckets import EITHER
 
 ADAPTER = sample_adapter()
 DIGEST = ADAPTER.weights.digest
 
 
+OpenStore = Callable[[], AdapterStore]
+
+
+@pytest.fixture(params=EITHER)
+def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> OpenStore:
+    """Opens the one under `tmp_path`, as each process does: a directory, or one machine's cache of a bucket."""
+    if request.param == "directory":
+        return lambda: AdapterStore(tmp_path / "adapters")
+    bucket = request.getfixturevalue("bucket")
+    from adapters.store.shared import SharedAdapterStore
+
+    return lambda: SharedAdapterStore(tmp_path / "adapters", bucket.under("adapters"))
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> AdapterStore:
-    return AdapterStore(tmp_path / "adapters")
+def store(open_store: OpenStore) -> AdapterStore:
+    return open_store()
 
 
 @pytest.fixture
@@ -117,6 +133,7 @@ def test_an_upload_keeps_its_config(store: AdapterStore, place: Path) -> None:
     store.verify(DIGEST)
 
 
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
 def test_what_is_missing_or_broken_is_said_so(store: AdapterStore, place: Path) -> None:
     for call in (store.load, store.verify, store.open):
         with pytest.raises(CorruptAdapter, match=DIGEST[:12]):
@@ -164,6 +181,7 @@ def test_only_digests_are_names(digest: str, store: AdapterStore) -> None:
         store.load(digest)
 
 
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
 def test_discard_removes_now(store: AdapterStore, place: Path, tmp_path: Path) -> None:
     store.put(ADAPTER)
     weights = store.load(DIGEST)
@@ -217,9 +235,11 @@ def test_what_is_in_use_again_when_its_turn_comes_is_kept(store: AdapterStore, p
     assert place.exists()
 
 
-def test_put_and_discard_at_once_end_whole_or_gone(store: AdapterStore, place: Path, tmp_path: Path) -> None:
+def test_put_and_discard_at_once_end_whole_or_gone(
+    store: AdapterStore, open_store: OpenStore, place: Path, tmp_path: Path
+) -> None:
     """The last word is the catalog's: once the bytes are wanted and put once more, they stay."""
-    other_process = AdapterStore(tmp_path / "adapters")
+    other_process = open_store()
     for _ in range(40):
         wanted: set[str] = set()
 
@@ -283,6 +303,7 @@ def test_a_sweep_takes_what_no_process_is_writing(store: AdapterStore, tmp_path:
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
 def test_a_sweep_takes_what_nobody_published_or_is_about_to(store: AdapterStore, tmp_path: Path) -> None:
     adapters = [sample_adapter(seed) for seed in range(3)]
     published, orphan, fresh = (adapter.weights.digest for adapter in adapters)
@@ -309,9 +330,9 @@ def test_what_could_not_be_published_goes_unless_it_is_wanted(store: AdapterStor
         assert not store.is_held(DIGEST)
 
 
-def test_what_is_about_to_be_published_is_put_back_should_it_have_gone(tmp_path: Path) -> None:
+def test_what_is_about_to_be_published_is_put_back_should_it_have_gone(open_store: OpenStore) -> None:
     """Another process discards the bytes over and over, and the block never sees them gone."""
-    mine, other = AdapterStore(tmp_path / "adapters"), AdapterStore(tmp_path / "adapters")
+    mine, other = open_store(), open_store()
     stop = threading.Event()
 
     def discard() -> None:

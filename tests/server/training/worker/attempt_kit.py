@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import sqlalchemy as sa
 
 from adapters.catalog.catalog import Catalog, Version
-from adapters.catalog.records import Records
 from adapters.peft.files import PeftAdapter
 from adapters.store.store import AdapterStore
 from server.home import Home
@@ -30,6 +29,9 @@ from server.training.spec import JobSpec
 from server.training.worker.job_reporter import Leave
 from server.training.worker.train_job import TrainingAttempt
 from tests.server.training.worker.merge_kit import library_of, publish
+
+if TYPE_CHECKING:
+    from adapters.objects.bucket import Bucket
 
 TIMES = ("wall_seconds", "tokens_per_second", "peak_memory_bytes")
 """What a report says of time and memory: no two attempts agree on them."""
@@ -106,11 +108,12 @@ def _standing_still() -> sa.ColumnElement[float]:
 
 @dataclass
 class Shop:
-    """A HOME with its queue, catalog and store, for jobs of one base."""
+    """A HOME with its queue, catalog and store, for jobs of one base; of one machine, where there is a bucket."""
 
     home: Path
     engine: sa.Engine
     base: BaseModel
+    bucket: "Bucket | None" = None
     jobs: Jobs = field(init=False)
     leases: Leases = field(init=False)
     catalog: Catalog = field(init=False)
@@ -118,16 +121,18 @@ class Shop:
     files: JobFiles = field(init=False)
 
     def __post_init__(self) -> None:
-        records = Records(self.home / "adapters")
+        storage = Storage(Home(self.home), self.bucket)
+        records = storage.records()
         self.jobs, self.leases = Jobs(self.engine), Leases(self.engine, records, now=_standing_still)
         self.catalog = Catalog(self.engine, records)
-        self.store, self.files = AdapterStore(self.home / "adapters"), JobFiles(self.home)
+        self.store, self.files = storage.adapters(), JobFiles(self.home, self.bucket)
 
     def publish(self, name: str, adapter: PeftAdapter) -> Version:
         return publish(self.catalog, self.store, name, adapter)
 
     def submit(self, spec: JobSpec, data: JobData, job_id: str = "job") -> Job:
         data.save(self.files.directory(job_id))
+        self.files.keep(job_id)
         return self.jobs.submit(spec, job_id=job_id, data={})
 
     def attempt(
@@ -142,13 +147,13 @@ class Shop:
         """
         claim = self.leases.claim("worker")
         assert claim is not None, "no job waits"
+        self.files.fetch(claim.job_id)
         job = self.jobs.get(claim.job_id)
         assert isinstance(job.spec, JobSpec)
         reporter = Reporter(self.leases, claim, end_at, how, on_metrics)
         library = library_of(self.catalog, self.store, self.base)
-        attempt = TrainingAttempt(
-            job, job.spec, claim, self.leases, library, self.base, reporter, Storage(Home(self.home))
-        )
+        storage = Storage(Home(self.home), self.bucket)
+        attempt = TrainingAttempt(job, job.spec, claim, self.leases, library, self.base, reporter, storage)
         try:
             attempt.run()
         except Leave:
