@@ -16,6 +16,7 @@ from adapters.errors import NotFound
 from adapters.expression import parse
 from adapters.viewpoint import Viewpoint
 from server.database import FILE_NAME, connect
+from tests.buckets import EITHER
 
 D = [f"{i:064x}" for i in range(20)]
 
@@ -23,9 +24,9 @@ D = [f"{i:064x}" for i in range(20)]
 class Home:
     """A catalog with records, whose database can be lost."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, records: Records) -> None:
         self.root = root
-        self.records = Records(root / "adapters")
+        self.records = records
         self.open()
 
     def open(self) -> None:
@@ -67,9 +68,20 @@ class Home:
         return [f"{v.name}@{v.version}" for adapter in self.catalog.list() for v in adapter.versions]
 
 
+@pytest.fixture(params=EITHER)
+def records(request: pytest.FixtureRequest, tmp_path: Path) -> Records:
+    root = tmp_path / "adapters"
+    if request.param == "directory":
+        return Records(root)
+    bucket = request.getfixturevalue("bucket")
+    from adapters.catalog.shared_records import SharedRecords
+
+    return SharedRecords(root, bucket.under("adapters"))
+
+
 @pytest.fixture
-def home(tmp_path: Path) -> Iterator[Home]:
-    home = Home(tmp_path)
+def home(tmp_path: Path, records: Records) -> Iterator[Home]:
+    home = Home(tmp_path, records)
     yield home
     home.engine.dispose()
 
@@ -195,6 +207,7 @@ def test_versions_of_before_there_were_records_get_theirs(home: Home) -> None:
     assert home.recover().adopted == ("a@1", "a@2")
 
 
+@pytest.mark.parametrize("records", ["directory"], indirect=True)
 def test_a_record_that_was_damaged_is_written_anew(home: Home) -> None:
     version = home.publish("a")
     path = home.root / "adapters" / "names" / "a" / "1.json"
@@ -266,6 +279,7 @@ def test_what_has_lost_its_bytes_takes_its_compositions_along(home: Home) -> Non
     assert home.names() == ["b@1", "good@1"]
 
 
+@pytest.mark.parametrize("records", ["directory"], indirect=True)
 def test_writers_that_were_killed_leave_nothing(home: Home) -> None:
     home.publish("a")
     left = home.root / "adapters" / "names" / "a" / ".tmp-x"

@@ -15,15 +15,26 @@ from adapters.durable import ABANDONED_AFTER, UNFINISHED
 from adapters.errors import InvalidInput, NotFound
 from server.training.data.datasets import FACTS, ROWS, CorruptDataset, Dataset, DatasetStore
 from server.training.data.rows import CompletionRow, Row, TextRow, data_digest
+from tests.buckets import EITHER
 
 JSONL = b'{"prompt": "200", "completion": "OK"}\n{"prompt": "404", "completion": "Not Found"}\n'
 CSV = b"\xef\xbb\xbfcompletion,prompt\r\nOK,200\r\nNot Found,404\r\n"
 ROWS_OF_BOTH: list[Row] = [CompletionRow("200", "OK"), CompletionRow("404", "Not Found")]
 
 
+OpenStore = Callable[[], DatasetStore]
+
+
+@pytest.fixture(params=EITHER)
+def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> OpenStore:
+    """Opens the one under `tmp_path`, as each process does: in it, or in a bucket."""
+    bucket = None if request.param == "directory" else request.getfixturevalue("bucket").under("datasets")
+    return lambda: DatasetStore(tmp_path / "datasets", bucket=bucket)
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> DatasetStore:
-    return DatasetStore(tmp_path / "datasets")
+def store(open_store: OpenStore) -> DatasetStore:
+    return open_store()
 
 
 def put(store: DatasetStore, data: bytes, name: str = "a.jsonl") -> Dataset:
@@ -34,7 +45,7 @@ def files(store: DatasetStore, tmp_path: Path) -> list[str]:
     return sorted(path.name for path in (tmp_path / "datasets").glob("*"))
 
 
-def test_what_was_put_is_there(store: DatasetStore, tmp_path: Path) -> None:
+def test_what_was_put_is_there(store: DatasetStore, open_store: OpenStore) -> None:
     dataset = put(store, JSONL + b'{"text": "a"}\n')
     assert dataset.id == f"ds-{data_digest([*ROWS_OF_BOTH, TextRow('a')])[:32]}"
     assert (dataset.format, dataset.num_rows, dataset.bytes) == ("jsonl", 3, len(JSONL) + 14)
@@ -43,18 +54,18 @@ def test_what_was_put_is_there(store: DatasetStore, tmp_path: Path) -> None:
     assert store.get(dataset.id) == dataset
     assert list(store.rows(dataset.id)) == [*ROWS_OF_BOTH, TextRow("a")]
     assert store.list() == [dataset]
-    again = DatasetStore(tmp_path / "datasets")
+    again = open_store()
     assert again.list() == [dataset]
     assert json.dumps(dataset.to_document())
 
 
-def test_the_same_rows_are_one_data_set(store: DatasetStore, tmp_path: Path) -> None:
+def test_the_same_rows_are_one_data_set(store: DatasetStore) -> None:
     first = put(store, JSONL)
     assert put(store, CSV, "b.csv") == first
     assert put(store, JSONL.replace(b"\n", b"\r\n\r\n").replace(b": ", b":")) == first
     assert put(store, JSONL + JSONL).id != first.id
     assert put(store, b"".join(JSONL.splitlines(keepends=True)[::-1])).id != first.id  # the order counts
-    assert len(files(store, tmp_path)) == 3
+    assert len(store.list()) == 3
 
 
 def test_newest_first(store: DatasetStore) -> None:
@@ -122,6 +133,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(store: DatasetStore, tmp_path:
     assert files(store, tmp_path) == []
 
 
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
 @pytest.mark.parametrize("damage", [b"", b'{"prompt":', b'{"text":"a"}\n', JSONL[:-1], b"\xff"])
 def test_damaged_rows_are_noticed(store: DatasetStore, tmp_path: Path, damage: bytes) -> None:
     dataset = put(store, JSONL)
@@ -130,6 +142,7 @@ def test_damaged_rows_are_noticed(store: DatasetStore, tmp_path: Path, damage: b
         list(store.rows(dataset.id))
 
 
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
 def test_missing_rows_and_damaged_facts_are_noticed(store: DatasetStore, tmp_path: Path) -> None:
     dataset = put(store, JSONL)
     (tmp_path / "datasets" / dataset.id / ROWS).unlink()
@@ -152,11 +165,9 @@ def test_what_a_killed_process_left_goes_when_it_is_old(tmp_path: Path) -> None:
     assert sorted(path.name for path in root.iterdir()) == [f"{UNFINISHED}new", f"{UNFINISHED}new-file"]
 
 
-def test_many_at_once_store_one(store: DatasetStore, tmp_path: Path) -> None:
+def test_many_at_once_store_one(store: DatasetStore, open_store: OpenStore) -> None:
     with ThreadPoolExecutor(8) as pool:
-        found = list(
-            pool.map(lambda _: DatasetStore(tmp_path / "datasets").put(io.BytesIO(JSONL), "a.jsonl"), range(16))
-        )
+        found = list(pool.map(lambda _: open_store().put(io.BytesIO(JSONL), "a.jsonl"), range(16)))
     assert len({dataset.id for dataset in found}) == 1
-    assert files(store, tmp_path) == [found[0].id]
+    assert [dataset.id for dataset in store.list()] == [found[0].id]
     assert list(store.rows(found[0].id)) == ROWS_OF_BOTH

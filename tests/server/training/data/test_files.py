@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,30 @@ from adapters.errors import InvalidInput, NotFound
 from server.training.data.datasets import DatasetStore
 from server.training.data.files import CONTENT, FACTS, CorruptFile, FileStore, RowSources, results_id
 from server.training.data.rows import CompletionRow, TextRow
+from tests.buckets import EITHER
 
 CONTENTS = b'{"completion": "Not Found", "prompt":"404 "}\n\n{"text": "caf\xc3\xa9"}\n'
 ROWS = [CompletionRow("404 ", "Not Found"), TextRow("café")]
 
 
+OpenStore = Callable[[], FileStore]
+
+
+@pytest.fixture(params=EITHER)
+def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> OpenStore:
+    """Opens the one under `tmp_path`, as each process does: in it, or in a bucket."""
+    bucket = None if request.param == "directory" else request.getfixturevalue("bucket").under("files")
+    return lambda: FileStore(tmp_path / "files", bucket=bucket)
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> FileStore:
-    return FileStore(tmp_path / "files")
+def store(open_store: OpenStore) -> FileStore:
+    return open_store()
 
 
-def test_what_was_sent_is_read_back(store: FileStore, tmp_path: Path) -> None:
+def test_what_was_sent_is_read_back(store: FileStore, open_store: OpenStore) -> None:
     file = store.put(io.BytesIO(CONTENTS), "codes.jsonl")
-    for reader in (store, FileStore(tmp_path / "files")):  # the second as after a restart
+    for reader in (store, open_store()):  # the second as after a restart
         assert reader.get(file.id) == file
         assert reader.has(file.id)
         with reader.open(file.id) as content:
@@ -101,6 +113,7 @@ def test_a_reader_outlives_a_delete(store: FileStore) -> None:
     assert not store.has(file.id)
 
 
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
 def test_what_a_killed_process_left(store: FileStore, tmp_path: Path) -> None:
     root = tmp_path / "files"
     for name, age in ((".unfinished-file-1", 7200), (".unfinished-file-2", 60)):
@@ -113,6 +126,7 @@ def test_what_a_killed_process_left(store: FileStore, tmp_path: Path) -> None:
     assert sorted(path.name for path in root.iterdir()) == [".unfinished-file-2", "file-half"]
 
 
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
 def test_damage_is_said(store: FileStore, tmp_path: Path) -> None:
     file = store.put(io.BytesIO(CONTENTS), "codes.jsonl")
     place = tmp_path / "files" / file.id

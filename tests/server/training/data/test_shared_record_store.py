@@ -1,0 +1,97 @@
+"""Data sets and files that machines share through a bucket."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from adapters.errors import BytesUnavailable, NotFound
+from server.training.data.datasets import FACTS, ROWS, CorruptDataset, DatasetStore
+from server.training.data.files import FileStore, results_id
+from tests.buckets import Proxy
+from tests.server.training.data.test_datasets import JSONL, ROWS_OF_BOTH, put
+
+if TYPE_CHECKING:
+    from adapters.objects.bucket import Bucket
+
+pytestmark = pytest.mark.cluster
+
+
+def test_what_one_machine_stores_the_others_have(tmp_path: Path, bucket: "Bucket") -> None:
+    a, b = (DatasetStore(tmp_path / name / "datasets", bucket=bucket.under("datasets")) for name in "ab")
+    dataset = put(a, JSONL)
+    assert b.list() == [dataset]
+    assert list(b.rows(dataset.id)) == ROWS_OF_BOTH
+    assert put(b, JSONL) == dataset
+    reading = b.rows(dataset.id)
+    next(reading)
+    a.delete(dataset.id)
+    assert list(reading) == ROWS_OF_BOTH[1:]
+    for store in (a, b):
+        with pytest.raises(NotFound):
+            store.get(dataset.id)
+    assert bucket.listed() == []
+    assert put(b, JSONL).created_at > dataset.created_at
+    assert list(a.rows(dataset.id)) == ROWS_OF_BOTH
+    assert [path for name in "ab" for path in (tmp_path / name / "datasets").iterdir()] == []
+
+
+def test_results_are_the_first_attempts_on_any_machine(tmp_path: Path, bucket: "Bucket") -> None:
+    a, b = (FileStore(tmp_path / name / "files", bucket=bucket.under("files")) for name in "ab")
+    file = a.put_results("job-1", b"step\n1\n")
+    assert b.put_results("job-1", b"step\n2\n") == file == b.get(results_id("job-1"))
+    with b.open(file.id) as content:
+        assert content.read() == b"step\n1\n"
+
+
+def test_a_late_delete_takes_nothing_from_a_later_upload(tmp_path: Path, bucket: "Bucket") -> None:
+    """One that has looked at the copies, and is stopped before it removes them."""
+    from adapters.objects.copies import Copies
+
+    store = DatasetStore(tmp_path, bucket=bucket)
+    dataset = put(store, JSONL)
+    copies = Copies(bucket, FACTS)
+    seen = copies.of(dataset.id)
+    store.delete(dataset.id)
+    put(store, JSONL)
+    copies.remove(seen)
+    assert list(store.rows(dataset.id)) == ROWS_OF_BOTH
+
+
+@pytest.mark.parametrize("lost", [ROWS, FACTS])
+def test_half_a_push_was_never_there(tmp_path: Path, bucket: "Bucket", lost: str) -> None:
+    store = DatasetStore(tmp_path, bucket=bucket)
+    dataset = put(store, JSONL)
+    (key,) = (stored.key for stored in bucket.listed() if stored.key.endswith(lost))
+    bucket.delete([key])
+    if lost == FACTS:
+        assert store.list() == []
+        assert list(store.rows(put(store, JSONL).id)) == ROWS_OF_BOTH
+    else:  # which nothing but damage does
+        with pytest.raises(CorruptDataset):
+            list(store.rows(dataset.id))
+    store.clean()
+    assert len(bucket.listed()) == (3 if lost == FACTS else 1), "what may still be on its way stays"
+
+
+def test_damaged_rows_are_noticed(tmp_path: Path, bucket: "Bucket") -> None:
+    store = DatasetStore(tmp_path, bucket=bucket)
+    dataset = put(store, JSONL)
+    (key,) = (stored.key for stored in bucket.listed() if stored.key.endswith(ROWS))
+    bucket.put(key, bucket.get(key).replace(b"OK", b"No"))
+    with pytest.raises(CorruptDataset):
+        list(store.rows(dataset.id))
+
+
+def test_a_store_that_fails_is_a_503(tmp_path: Path, bucket: "Bucket", proxied: "Bucket", proxy: Proxy) -> None:
+    store = DatasetStore(tmp_path, bucket=proxied)
+    proxy.fail("500")
+    with pytest.raises(BytesUnavailable):
+        put(store, JSONL)
+    assert list(tmp_path.iterdir()) == []
+    assert bucket.listed() == []
+    proxy.fail("cut", 1)
+    dataset = put(store, JSONL)
+    proxy.fail("half", 1)
+    assert list(store.rows(dataset.id)) == ROWS_OF_BOTH
+    assert store.list() == [dataset]
