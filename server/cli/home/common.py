@@ -13,6 +13,7 @@ import typer
 from adapters.errors import Conflict, InvalidInput, NotFound
 from server.cli.common import in_own_terms
 from server.config import WorkerSettings, load
+from server.errors import StartupError
 
 if TYPE_CHECKING:
     from server.storage import Storage
@@ -33,6 +34,12 @@ def storage_of(home: Path | None) -> "Storage":
 
     settings = load(WorkerSettings, home=home)
     return Storage.open(settings.home, settings)
+
+
+def refuse_shared(why: str) -> None:
+    """Raises StartupError where the bytes are in an object store."""
+    if load(WorkerSettings).bytes_url is not None:
+        raise StartupError(f"SMOLORA_BYTES_URL: {why}")
 
 
 @contextmanager

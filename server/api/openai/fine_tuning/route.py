@@ -59,7 +59,7 @@ async def create(
     require_space(services.settings)
     await to_thread.run_sync(require_quota, services)
     job = await services.limiters.preparing.run(_submit, services, body, key)
-    return _answer(services, job)
+    return await to_thread.run_sync(_answer, services, job)
 
 
 @router.get(
@@ -76,7 +76,7 @@ async def list_jobs(request: Request, services: ServicesDep, limit: Limit = 20, 
 @router.get("/{job_id}", summary="One job", response_class=Response, responses=_JOB)
 async def retrieve(services: ServicesDep, job_id: JobId) -> Response:
     """Get a job."""
-    return _answer(services, await to_thread.run_sync(_get, services.jobs, job_id))
+    return await to_thread.run_sync(lambda: _answer(services, _get(services.jobs, job_id)))
 
 
 @router.get(
@@ -151,11 +151,11 @@ def _get(jobs: Jobs, job_id: str) -> Job:
 
 
 async def _steer(services: Services, move: Callable[[str], Job], job_id: str) -> Response:
-    def work() -> Job:
+    def work() -> Response:
         _get(services.jobs, job_id)
-        return move(job_id)
+        return _answer(services, move(job_id))
 
-    return _answer(services, await to_thread.run_sync(work))
+    return await to_thread.run_sync(work)
 
 
 def _answer(services: Services, job: Job) -> Response:

@@ -1,0 +1,80 @@
+"""Where bytes are is a setting; without it nothing of an object store is imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from adapters.catalog.records import Records
+from adapters.store.store import AdapterStore
+from server.config import Settings, load
+from server.errors import StartupError
+from server.shared import SharedSettings
+from server.storage import Storage
+
+if TYPE_CHECKING:
+    from adapters.objects.bucket import Bucket
+
+STARTS = """
+import sys
+import server.api.app, server.cli.main, server.doctor, server.serve.startup, server.training.worker.run_job
+from pathlib import Path
+from server.shared import SharedSettings
+from server.storage import Storage
+storage = Storage.open(Path(sys.argv[1]), SharedSettings())
+storage.adapters(), storage.records()
+print([name for name in sys.modules if name.startswith(("obstore", "adapters.objects")) or "shared_" in name
+       or name.endswith("store.shared")])
+"""
+
+
+def test_by_default_it_is_home_and_nothing_else_is_imported(tmp_path: Path) -> None:
+    storage = Storage.open(tmp_path, SharedSettings())
+    assert type(storage.adapters()) is AdapterStore
+    assert type(storage.records()) is Records
+    assert storage.at(storage.home.datasets("acme")) is None
+    command = [sys.executable, "-c", STARTS, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "url", ["bucket", "s3://B/x", "http://host/bucket", "s3://key:secret@bucket/x", "file://x/y"]
+)
+def test_what_is_no_place(url: str) -> None:
+    with pytest.raises(StartupError, match="BYTES_URL") as caught:
+        load(Settings, bytes_url=url)
+    assert url not in str(caught.value)
+
+
+def test_it_needs_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "adapters.objects.bucket", None)
+    with pytest.raises(StartupError, match=r"smolora\[cluster\]"):
+        Storage.open(tmp_path, SharedSettings(bytes_url="s3://some-bucket/x"))
+
+
+@pytest.mark.cluster
+def test_keys_are_paths_below_home(tmp_path: Path, bucket: "Bucket") -> None:
+    from server.home import Home
+
+    storage = Storage(Home(tmp_path), bucket)
+    for path in (storage.home.datasets("acme"), storage.home.files("default"), storage.home.adapters):
+        place = storage.at(path)
+        assert place is not None
+        place.put("x", b"")
+    assert [stored.key for stored in bucket.listed()] == ["adapters/x", "files/x", "projects/acme/datasets/x"]
+
+
+@pytest.mark.cluster
+def test_a_shared_directory_does_as_well(tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    settings = load(Settings, bytes_url=f"file://{tmp_path}/shared")
+    from tests.adapters.samples import sample_adapter
+
+    adapter = sample_adapter()
+    a, b = (Storage.open(tmp_path / name, settings).adapters() for name in "ab")
+    with a.publishing(adapter, lambda _: True):
+        pass
+    b.verify(adapter.weights.digest)
+    assert b.is_shared
