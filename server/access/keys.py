@@ -12,7 +12,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from adapters.catalog.tables import transact
+from adapters.catalog.tables import transact, transacted
 from adapters.durable import new_file
 from adapters.errors import FieldError, InvalidInput, NotFound
 from adapters.names import NAME_RULE, is_name
@@ -136,11 +136,11 @@ class Keys:
 
         return transact(self._engine, work)
 
-    def used(self, last: Mapping[str, datetime]) -> None:
+    @transacted
+    def used(self, connection: sa.Connection, last: Mapping[str, datetime]) -> None:
         """Store when keys were used last, by id."""
-        with self._engine.begin() as connection:
-            for key_id, at in last.items():
-                connection.execute(sa.update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=at))
+        for key_id, at in last.items():
+            connection.execute(sa.update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=at))
 
     def are_there(self) -> bool:
         """Whether a key was ever made: then nobody comes in without one any more."""

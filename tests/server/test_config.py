@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from server.cli import main as cli
-from server.config import PREFIX, Settings, forget_keys, is_loopback, load, to_flags
+from server.config import PREFIX, Settings, is_loopback, load, to_flags
+from server.config.secrets import forget_keys
 from server.errors import StartupError
 
 

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Literal
 
 import sqlalchemy as sa
 
+from server.database.clock import database_now
 from server.training.queue.tables import events, jobs
 
 Level = Literal["info", "warning", "error"]
@@ -39,7 +40,7 @@ def append(
     mine = jobs.c.id == job_id
     connection.execute(sa.update(jobs).where(mine).values(num_events=jobs.c.num_events + 1))
     seq = connection.execute(sa.select(jobs.c.num_events).where(mine)).scalar_one()
-    row = {"seq": seq, "at": datetime.now(UTC), "level": level, "type": type, "message": message}
+    row = {"seq": seq, "at": database_now(), "level": level, "type": type, "message": message}
     connection.execute(sa.insert(events).values(row | {"job_id": job_id, "data": plain(data or {})}))
 
 

@@ -15,15 +15,17 @@ from adapters.errors import NotFound
 from adapters.expression import parse
 from adapters.viewpoint import Viewpoint
 from server.database import connect
+from tests.postgres import DATABASES
 
 NUM_ADAPTERS = 10_000
 
 
-@pytest.fixture(scope="module")
-def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sa.Engine]:
+@pytest.fixture(scope="module", params=DATABASES)
+def crowd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[sa.Engine]:
     """Ten thousand names, most of them alike."""
     home: Path = tmp_path_factory.mktemp("crowd")
-    engine = connect(home)
+    url = request.getfixturevalue("postgres").migrated() if request.param == "postgresql" else None
+    engine = connect(home, url=url)
     known = ["tweets", "movies", "movie-reviews", "Support", *(f"customer-{i:05}" for i in range(NUM_ADAPTERS))]
     with engine.begin() as connection:
         connection.execute(

@@ -16,6 +16,7 @@ from adapters.catalog.catalog import Catalog, NewVersion, publish_in
 from adapters.catalog.records import Recorder, Records
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term
+from server.database.clock import database_time
 from server.errors import QueueFull
 from server.training.queue import tables as job_tables
 from server.training.queue.jobs import Job, Jobs, Status
@@ -534,12 +535,12 @@ def test_the_tables_are_postgresql_too() -> None:
     dialect = postgresql.dialect()
     for table in job_tables.metadata.sorted_tables:
         assert "CREATE TABLE" in str(sa.schema.CreateTable(table).compile(dialect=dialect))
-    assert "clock_timestamp()" in str(sa.select(job_tables.database_time()).compile(dialect=dialect))
+    assert "clock_timestamp()" in str(sa.select(database_time()).compile(dialect=dialect))
 
 
 def test_the_clock_is_the_databases(engine: sa.Engine, jobs: Jobs) -> None:
     with engine.connect() as connection:
-        now = connection.execute(sa.select(job_tables.database_time())).scalar_one()
+        now = connection.execute(sa.select(database_time())).scalar_one()
     assert abs(now - time.time()) < 1.0
     submit(jobs, "j1")
     claim_first(Leases(engine), 60)
