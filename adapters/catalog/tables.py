@@ -8,7 +8,6 @@ import random
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import sqlalchemy as sa
@@ -34,7 +33,7 @@ _Writer = TypeVar("_Writer", bound=_HasEngine)
 def transact(engine: sa.Engine, work: Callable[[sa.Connection], _Result]) -> _Result:
     """`work` in one transaction, done again where another one took the same name or number first.
 
-    And where it was interrupted, for as many seconds as the engine's execution option PATIENCE says, by default not.
+    And where it was interrupted, for as many seconds as the engine's execution option PATIENCE says; else not.
     """
     until = time.monotonic() + engine.get_execution_options().get(PATIENCE, 0.0)
     num_left = MAX_ATTEMPTS
@@ -57,10 +56,10 @@ def transacted(
 ) -> Callable[Concatenate[_Writer, _Given], _Result]:
     """A method that is handed a connection, in a transaction of its object's engine, as `transact` runs it."""
 
-    @wraps(method)
-    def run(self: _Writer, *given: _Given.args, **named: _Given.kwargs) -> _Result:
+    def run(self: _Writer, /, *given: _Given.args, **named: _Given.kwargs) -> _Result:
         return transact(self._engine, lambda connection: method(self, connection, *given, **named))
 
+    run.__name__, run.__doc__ = method.__name__, method.__doc__
     return run
 
 

@@ -6,6 +6,7 @@ A secret has 256 random bits, so that its plain SHA-256 can't be searched: a slo
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -147,7 +148,11 @@ class Keys:
         if self._keyed.exists():
             return True
         with self._reader.connect() as connection:
-            return connection.execute(sa.select(api_keys.c.id).limit(1)).first() is not None
+            are_there = connection.execute(sa.select(api_keys.c.id).limit(1)).first() is not None
+        if are_there:  # another server's: should the database be lost, this one keeps strangers out, too
+            with suppress(OSError), new_file(self._keyed):
+                pass
+        return are_there
 
 
 def _in_utc(moment: datetime | None) -> datetime | None:

@@ -1,7 +1,7 @@
 """Rates counted together by all servers of one PostgreSQL database; see `server.access.rates`.
 
-A window is a row, by the database's clock. To take from it is a short transaction beside those of the writers, on a
-thread, so that the event loop waits for nothing. What headers tell is what this server saw last.
+A window is a row, by the database's clock. To take from it is a short transaction beside those of the writers, on
+a thread, so that the event loop waits for nothing. What headers tell is what this server saw last.
 """
 
 import time
@@ -9,6 +9,7 @@ import time
 import sqlalchemy as sa
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.sql.dml import ReturningInsert
 
 from adapters.catalog.tables import transact
 from server.access.principal import Principal
@@ -69,32 +70,37 @@ class SharedRates:
             return False
 
         def work(connection: sa.Connection) -> bool:
-            rows = {limit: connection.execute(_taken(limit, amount)).one_or_none() for limit in limits}
-            if None in rows.values():
-                connection.get_transaction().rollback()
-                return False
-            for limit, row in rows.items():
-                self._remember(_name(limit), row)
+            found = {_name(limit): connection.execute(_taken(limit, amount)).one_or_none() for limit in limits}
+            for name, row in found.items():
+                if row is None:
+                    raise _TooLittleError
+                self._remember(name, *row)
             return True
 
-        return transact(self._engine, work)
+        try:
+            return transact(self._engine, work)
+        except _TooLittleError:
+            return False
 
     def _look(self, limits: list[Limit]) -> None:
         query = sa.select(windows.c.name, windows.c.most - windows.c.used, windows.c.until - database_time())
         with self._reader.connect() as connection:
             found = connection.execute(query.where(windows.c.name.in_(list(map(_name, limits)))))
-            for name, remaining, left in found:
-                self._remember(name, (remaining, left))
+            for row in found:
+                self._remember(*row)
 
-    def _remember(self, name: str, row: "sa.Row[int, float] | tuple[int, float] | None") -> None:
-        assert row is not None
+    def _remember(self, name: str, remaining: int, seconds_left: float) -> None:
         if len(self._seen) >= _MAX_SEEN:
             self._seen.clear()
-        self._seen[name] = Window(max(0, row[0]), time.time() + row[1])
+        self._seen[name] = Window(max(0, remaining), time.time() + seconds_left)
 
 
-def _taken(limit: Limit, amount: int) -> "sa.ReturningInsert[int, float]":
-    """Takes, in a new window where the last one has ended; what is left and for how long. No row: too little is."""
+class _TooLittleError(Exception):
+    """Is left: nothing is taken."""
+
+
+def _taken(limit: Limit, amount: int) -> "ReturningInsert[int, float]":
+    """Takes, in a new window where the last one has ended; what is left, how long. No row: too little is."""
     now = database_time()
     new = insert(windows).values(name=_name(limit), used=amount, most=limit.most, until=now + WINDOW_SECONDS)
     has_ended = windows.c.until <= now

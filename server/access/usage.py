@@ -65,6 +65,11 @@ def _add_all(pending: Mapping[Account, Usage], connection: sa.Connection) -> Non
         add_in(connection, account, sums)
 
 
+def _sum_of(column: "sa.Column[float]") -> "sa.Cast[float]":
+    """Of the column's type: PostgreSQL adds integers up to decimals."""
+    return sa.cast(sa.func.coalesce(sa.func.sum(column), 0), column.type)
+
+
 class Ledger:
     """Thread-safe. Other processes may write the same table."""
 
@@ -102,7 +107,7 @@ class Ledger:
         `project` None: of all projects.
         """
         columns = [_COLUMNS[name].label(name) for name in by]
-        sums = [sa.func.coalesce(sa.func.sum(usage.c[name]), 0).label(name) for name in SUMS]
+        sums = [_sum_of(usage.c[name]).label(name) for name in SUMS]
         query = sa.select(*columns, *sums).group_by(*columns).order_by(*columns)
         if project is not None:
             query = query.where(usage.c.project == project)

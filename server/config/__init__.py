@@ -59,9 +59,9 @@ class WorkerSettings(BaseSettings):
     database_url: SecretStr | None = Field(
         None,
         exclude=True,
-        description="A PostgreSQL database in the place of the file in HOME, for several servers and workers: "
-        "postgresql://user:password@host/database. Needs the extra `cluster`. Whoever watches may see a flag for a "
-        "moment: better in SMOLORA_DATABASE_URL.",
+        description="A PostgreSQL database in the place of the file in HOME, for several servers: "
+        "postgresql://user:password@host/database. Needs the extra cluster. Better in SMOLORA_DATABASE_URL than "
+        "in a flag, which whoever watches may see for a moment.",
     )
     train_share: float = Field(0.25, ge=0, le=1, description="Share of the time for training while requests run.")
     train_memory: float | None = Field(
@@ -71,7 +71,6 @@ class WorkerSettings(BaseSettings):
         description="Share of a GPU's memory for training: of all of a server's workers together (default: half), "
         "or of a worker elsewhere (default: what is free).",
     )
-
 
     @property
     def database(self) -> str | None:

@@ -1,4 +1,4 @@
-"""Keys and passwords on the command line and in the environment: where nobody else sees them, and no longer than needed."""
+"""Keys and passwords of the command line and the environment: where nobody else sees them."""
 
 import os
 import sys

@@ -22,8 +22,9 @@ log = logging.getLogger("smolora.database")
 class Notices:
     """A number that moves whenever anybody commits, this process or another; one read takes a microsecond.
 
-    This process's own commits, whose notices say `own`, count as they are done, others' when their notice arrives. While the server isn't
-    heard the number moves at each look, so that nothing that was remembered is taken for current. Thread-safe.
+    This process's own commits, whose notices say `own`, count as they are done, others' when their notice arrives.
+    While the server isn't heard the number moves at each look, so that nothing that was remembered is taken for
+    current. Thread-safe.
     """
 
     def __init__(self, open_one: "Callable[[], psycopg.Connection[Any]]") -> None:
@@ -82,4 +83,6 @@ class Notices:
                     return
 
     def _hears(self, connection: "psycopg.Connection[Any]") -> bool:
-        return any([notice.payload != self.own for notice in connection.notifies(timeout=_LOOK_SECONDS, stop_after=1)])
+        """Whether another process has committed within a moment."""
+        payloads = {notice.payload for notice in connection.notifies(timeout=_LOOK_SECONDS, stop_after=1)}
+        return bool(payloads - {self.own})

@@ -58,7 +58,7 @@ def records_of(engine: sa.Engine, adapters: Path) -> Records | None:
 
 
 def beside_writers(engine: sa.Engine) -> sa.Engine:
-    """For short transactions that wait for no writer, and may be lost where the server crashes: PostgreSQL alone."""
+    """For short transactions that wait for no writer, and are lost where the server crashes: PostgreSQL alone."""
     from server.database.postgres import BESIDE_WRITERS
 
     return engine.execution_options(**{BESIDE_WRITERS: True})

@@ -1,7 +1,7 @@
 """The database on a PostgreSQL server, for any number of processes on any number of machines.
 
-A transaction takes one lock, which the whole database shares, as it begins, and the server lets go of it after the
-commit can be seen: so there is one writer at a time, as with SQLite, and what was written for one writer holds here,
+A transaction takes one lock, which the whole database shares, as it begins, and the server lets go of it after
+the commit can be seen. So there is one writer at a time, as with SQLite, and what was written for that holds here,
 under READ COMMITTED and without serialization failures. Single reads (isolation level AUTOCOMMIT) wait for nobody.
 
 A transaction that the server, or the way to it, cut off has no effect, and raises Interrupted: `transact` runs it
@@ -33,7 +33,7 @@ from server.errors import StartupError
 
 WRITERS_LOCK = 0x736D6F6C6F7261  # "smolora"
 BESIDE_WRITERS = "beside_writers"
-"""An execution option of transactions that don't take the writers' lock, and may be lost in a crash of the server."""
+"""An execution option of transactions that don't take the lock, and may be lost in a crash of the server."""
 
 CONNECT_SECONDS = 5
 LOCK_SECONDS = 10
@@ -41,7 +41,14 @@ _IDLE_SECONDS = 30  # in a transaction: a machine that stands still then loses i
 _DOUBT_SECONDS = 15.0  # for a commit's outcome to be known, before nobody waits any longer
 _RETRY_SECONDS = 0.1
 _MIN_VERSION = 13_00_00
-_TCP = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3, "tcp_user_timeout": 10_000}
+_DEFAULTS: dict[str, Any] = {
+    "connect_timeout": CONNECT_SECONDS,
+    "application_name": "smolora",
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,  # milliseconds
+}
 _SETTINGS = f"SET lock_timeout = '{LOCK_SECONDS}s'; SET idle_in_transaction_session_timeout = '{_IDLE_SECONDS}s'"
 _READ_ONLY, _IDLE = "25006", "25P03"  # of a server that became a standby; of a session that was ended
 
@@ -49,7 +56,7 @@ _MARKS = "CREATE TABLE marks (connection uuid PRIMARY KEY, number bigint NOT NUL
 _MARK = (
     "WITH mark AS (INSERT INTO marks (connection, number, at) VALUES (%s, 1, now()) ON CONFLICT (connection) "
     "DO UPDATE SET number = marks.number + 1, at = now() RETURNING number) "
-    f"SELECT number, pg_notify('{CHANNEL}', %s) FROM mark"
+    "SELECT number, pg_notify(%s, %s) FROM mark"
 )
 
 log = logging.getLogger("smolora.database")
@@ -127,7 +134,7 @@ class _Dialect(PGDialect_psycopg):
             driven.commit()
             return
         own = dbapi_connection.info.setdefault("mark", str(uuid.uuid4()))
-        row = driven.execute(_MARK, [own, self.notices.own]).fetchone()
+        row = driven.execute(_MARK, [own, CHANNEL, self.notices.own]).fetchone()
         assert row is not None
         try:
             driven.commit()
@@ -165,11 +172,10 @@ def _opener(url: str) -> Open:
     """Opens connections to the URL's database. Raises StartupError where libpq can't read it, without quoting it."""
     try:
         given = conninfo_to_dict(url)
-        defaults = {"connect_timeout": CONNECT_SECONDS, "application_name": "smolora", **_TCP}
-        complete = make_conninfo(**{**defaults, **given})
+        complete = make_conninfo("", **{**_DEFAULTS, **given})
     except psycopg.Error:
         raise StartupError(
-            "SMOLORA_DATABASE_URL can't be read: give postgresql://user:password@host:port/database, with special "
+            "SMOLORA_DATABASE_URL can't be read: give postgresql://user:password@host:port/database, special "
             "characters of the password as %40 and the like"
         ) from None
 
@@ -193,8 +199,10 @@ def _prepare(open_one: Open) -> None:
             raise StartupError("SMOLORA_DATABASE_URL: PostgreSQL 13 or newer is needed")
         row = connection.execute("SHOW server_encoding").fetchone()
         if row is None or row[0] != "UTF8":
-            raise StartupError("SMOLORA_DATABASE_URL: the database's encoding must be UTF8: createdb --encoding=UTF8")
-        connection.execute("SELECT set_config('lock_timeout', '0', true), pg_advisory_xact_lock(%s)", [WRITERS_LOCK])
+            raise StartupError("SMOLORA_DATABASE_URL: the database's encoding must be UTF8: createdb -E UTF8")
+        connection.execute(
+            "SELECT set_config('lock_timeout', '0', true), pg_advisory_xact_lock(%s)", [WRITERS_LOCK]
+        )
         row = connection.execute("SELECT to_regclass('marks')").fetchone()
         if row is None or row[0] is None:
             connection.execute(_MARKS)

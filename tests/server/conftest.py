@@ -180,7 +180,9 @@ def build_services(
         ),
         estimator=Estimator(jobs, NUM_PARAMETERS, torch.float32, torch.device("cpu")),
         decode=lambda ids: str(tokenizer.decode(ids)),
-        access=open_access(database, Home(home).keyed, commits_of(database, home), settings.api_keys, settings.allow_anonymous),
+        access=open_access(
+            database, Home(home).keyed, commits_of(database, home), settings.api_keys, settings.allow_anonymous
+        ),
     )
 
 

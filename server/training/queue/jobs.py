@@ -39,6 +39,7 @@ __all__ = ["FINE_TUNING", "NO_JOB", "Event", "Job", "Jobs", "Standing", "Status"
 MAX_UNFINISHED = 1000
 _RETRY_SECONDS = 30.0
 
+_Moves = Mapping[Status, tuple[Mapping[str, object], str] | None]
 _ENDED = [status for status in Status if status.has_ended]
 
 
@@ -264,7 +265,7 @@ class Jobs:
         return [job_id for job_id in job_ids if job_id in found]
 
     @transacted
-    def _steer(self, connection: sa.Connection, job_id: str, moves: Mapping[Status, tuple[Mapping[str, object], str] | None]) -> Job:
+    def _steer(self, connection: sa.Connection, job_id: str, moves: _Moves) -> Job:
         """Change the job as `moves` says for its status, with that event; Conflict where it says nothing."""
         mine = sa.and_(jobs.c.id == job_id, self._mine)
         query = sa.select(jobs.c.status, jobs.c.wants_pause).where(mine).with_for_update()

@@ -28,7 +28,6 @@ from server.training.queue.used import charge
 LEASE_SECONDS = 10.0
 MAX_STALLED_ATTEMPTS = 25
 MAX_CRASH_DELAY = 5.0
-
 Clock = Callable[[], Time]
 
 
@@ -219,7 +218,9 @@ class Leases:
         _let_go(connection, claim.job_id, self._now(), {"stalled_attempts": uncounted})
 
     @transacted
-    def crashed(self, connection: sa.Connection, claim: Claim, reason: str, max_delay: float = MAX_CRASH_DELAY) -> None:
+    def crashed(
+        self, connection: sa.Connection, claim: Claim, reason: str, max_delay: float = MAX_CRASH_DELAY
+    ) -> None:
         """The attempt ended badly: the job is queued for another one, after a moment that doubles each time.
 
         Raises LeaseLost.

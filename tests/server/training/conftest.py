@@ -15,6 +15,7 @@ from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Leases
 from tests.server.training.worker.attempt_kit import Shop
 
+
 @pytest.fixture
 def engine(database_url: str | None, new_database: Path, tmp_path: Path) -> Iterator[sa.Engine]:
     """A database with all tables. Whatever is run on it compiles for PostgreSQL, too, or the test fails."""

@@ -328,11 +328,11 @@ async def test_an_answer_is_counted_once_whatever_happens_to_the_store(app: Fast
         await client.post("/generate", json=GENERATE)
         database.dispose()
         with database.connect() as other:
-            other.exec_driver_sql("CREATE TRIGGER no BEFORE INSERT ON usage BEGIN SELECT raise(FAIL, 'no'); END")
+            other.exec_driver_sql("ALTER TABLE usage RENAME TO kept")
             other.commit()
-            with pytest.raises(sa.exc.IntegrityError):
+            with pytest.raises(sa.exc.DBAPIError):
                 access.ledger.flush()
-            other.exec_driver_sql("DROP TRIGGER no")
+            other.exec_driver_sql("ALTER TABLE kept RENAME TO usage")
             other.commit()
         for _ in range(3):
             access.ledger.flush()
