@@ -169,7 +169,7 @@ registry.register("postgresql.smolora", __name__, "_Dialect")
 
 
 def _opener(url: str) -> Open:
-    """Opens connections to the URL's database. Raises StartupError where libpq can't read it, without quoting it."""
+    """Opens connections to the URL's database. Raises StartupError, unquoted, where libpq can't read it."""
     try:
         given = conninfo_to_dict(url)
         complete = make_conninfo("", **{**_DEFAULTS, **given})

@@ -203,7 +203,7 @@ class Leases:
     def fail(self, connection: sa.Connection, claim: Claim, error: str) -> None:
         """End the job for good, with a reason that is safe to show. Raises LeaseLost."""
         _hold(connection, claim)
-        _end(connection, claim.job_id, Status.FAILED, self._now(), error=error)
+        _end(connection, claim.job_id, Status.FAILED, self._now(), error=job_events.without_nul(error))
         job_events.append(connection, claim.job_id, error, level="error")
 
     @transacted
@@ -230,7 +230,7 @@ class Leases:
         num_stalled = connection.execute(query).scalar_one()
         job_events.append(connection, claim.job_id, f"attempt {claim.token}: {reason}", level="warning")
         delay = min(0.1 * 2**num_stalled, max_delay)
-        _let_go(connection, claim.job_id, self._now(), {"crash": reason}, delay)
+        _let_go(connection, claim.job_id, self._now(), {"crash": job_events.without_nul(reason)}, delay)
 
 
 def _start(connection: sa.Connection, claim: Claim, now: Time, lease_seconds: float, is_orphan: bool) -> None:

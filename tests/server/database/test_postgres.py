@@ -254,16 +254,19 @@ def test_what_is_asked_while_it_is_away_is_told_to_come_again(own_postgres: Post
     engine.dispose()
 
 
-def test_a_writer_that_stands_still_keeps_others_for_a_while_only(
-    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_writer_that_stands_still_keeps_others_for_a_while_only(engine: sa.Engine) -> None:
     """As a stopped machine does: its session ends, what it wrote is gone, and it is told to try again."""
-    with pytest.raises(Interrupted), engine.begin() as connection:
-        connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = '100ms'")
-        connection.exec_driver_sql("UPDATE access_changes SET number = 77")
-        time.sleep(0.4)
-        with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(publish, Catalog(engine)).result(timeout=5) == 1
+
+    def stand_still() -> None:
+        with engine.begin() as connection:
+            connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = '100ms'")
+            connection.exec_driver_sql("UPDATE access_changes SET number = 77")
+            time.sleep(0.4)
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(publish, Catalog(engine)).result(timeout=5) == 1
+
+    with pytest.raises(Interrupted):
+        stand_still()
     with engine.connect() as connection:
         assert connection.exec_driver_sql("SELECT number FROM access_changes").scalar_one() == 0
 

@@ -547,3 +547,16 @@ def test_the_clock_is_the_databases(engine: sa.Engine, jobs: Jobs) -> None:
     with engine.connect() as connection:
         until = connection.execute(sa.select(job_tables.jobs.c.lease_until)).scalar_one()
     assert 30 < until - time.time() <= 60
+
+
+def test_nul_is_refused_by_field_and_left_out_of_what_is_told(jobs: Jobs, leases: Leases) -> None:
+    """PostgreSQL stores none in a text, and can't look into a document that has one."""
+    with pytest.raises(InvalidInput, match=r"^data\.source\.name: must not have NUL"):
+        submit(jobs, "j1", data={"source": {"name": "a\0b", "kind": "\\u0000"}})
+    submit(jobs, "j2", data={"source": {"name": "\\u0000"}})
+    claim = claim_first(leases)
+    leases.add_event(claim, "a\0b", data={"sample": "c\0d"})
+    leases.fail(claim, "e\0f")
+    assert jobs.get("j2").error == "e\N{REPLACEMENT CHARACTER}f"
+    assert [event.message for event in jobs.events("j2")][2] == "a\N{REPLACEMENT CHARACTER}b"
+    assert jobs.events("j2")[2].data == {"sample": "c\0d"}
