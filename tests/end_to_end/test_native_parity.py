@@ -25,7 +25,6 @@ from tests.native_kit import native_library
 pytestmark = pytest.mark.real
 
 PROMPTS = ["The capital of France is", "Once upon a time, in a village by the sea,", "def fibonacci(n):"]
-"""Shorter than a block, so that no answer depends on the ones before, to the last bit."""
 NUM_TOKENS = 16
 TOLERANCE = 0.1
 """Nats."""
@@ -170,6 +169,36 @@ def test_a_stream_is_the_same_to_the_last_bit(
     default_server: ServerProcess, said: dict[str, list[Answer]], oracle: Oracle, expression: str
 ) -> None:
     assert answers(default_server, oracle, expression, streamed) == said[expression]
+
+
+def test_a_history_changes_no_bit(
+    default_server: ServerProcess, oracle: Oracle, base_dir: Path, tmp_path: Path
+) -> None:
+    """Second turns over what was decoded, and repeats of them, beside a server that has seen nothing."""
+    options: dict[str, Any] = {"max_tokens": 40, "logprobs": 3, "ignore_eos": True}
+    prompt = "A lighthouse keeper wrote a letter every evening. " * 3
+    turns = []
+    for expression in EXPRESSIONS:
+        for temperature in (0.0, 0.8):
+            own = {**options, "adapter": expression, "temperature": temperature, "seed": 5}
+            first = default_server.generate(prompt, **own)["choices"][0]["text"]
+            turns.append({**own, "prompt": f"{prompt}{first} Then"})
+    found, cached = [], []
+    for body in turns:
+        second, again = (default_server.generate(**body) for _ in range(2))
+        assert second["choices"] == again["choices"]
+        cached.append(second["usage"]["cached_tokens"])
+        assert again["usage"]["cached_tokens"] >= cached[-1] >= 16
+        found.append(second["choices"])
+    assert max(cached) > 60  # so of the answer, too, where its text is cut into the tokens that it was made of
+    fresh = ServerProcess(tmp_path / "fresh", model=base_dir)
+    try:
+        fresh.upload("left", oracle.left)
+        fresh.upload("right", oracle.right)
+        for body, choices in zip(turns, found, strict=True):
+            assert fresh.generate(**body)["choices"] == choices
+    finally:
+        fresh.close()
 
 
 def test_adapters_say_something_else_than_the_base(said: dict[str, list[Answer]]) -> None:
