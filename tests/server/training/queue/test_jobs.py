@@ -552,8 +552,8 @@ def test_the_clock_is_the_databases(engine: sa.Engine, jobs: Jobs) -> None:
 def test_nul_is_refused_by_field_and_left_out_of_what_is_told(jobs: Jobs, leases: Leases) -> None:
     """PostgreSQL stores none in a text, and can't look into a document that has one."""
     with pytest.raises(InvalidInput, match=r"^data\.source\.name: must not have NUL"):
-        submit(jobs, "j1", data={"source": {"name": "a\0b", "kind": "\\u0000"}})
-    submit(jobs, "j2", data={"source": {"name": "\\u0000"}})
+        jobs.submit(JobSpec(name="x"), job_id="j1", data={"source": {"kind": "\\u0000", "name": "a\0b"}})
+    jobs.submit(JobSpec(name="x"), job_id="j2", data={"source": {"name": "\\u0000"}})
     claim = claim_first(leases)
     leases.add_event(claim, "a\0b", data={"sample": "c\0d"})
     leases.fail(claim, "e\0f")
