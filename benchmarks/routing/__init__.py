@@ -1,1 +1,1 @@
-"""Ways of choosing a replica, compared in a simulation: `python -m benchmarks.routing` makes docs/cluster/routing.md."""
+"""Ways of choosing a replica, compared in a simulation: `python -m benchmarks.routing`."""

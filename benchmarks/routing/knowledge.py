@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.routing.replicas import Host
-from server.cluster.rank import Replica, number
+from server.cluster.rank import GOLDEN, Replica, number
 
 K = TypeVar("K")
 DEAD = 1 << 30  # the queue of a replica that is down: nobody goes there
@@ -34,6 +34,10 @@ class Reports:
         numbers = np.array([number(name) for name in ids], np.uint64)
         empty = np.zeros(count, np.int64)
         return cls(ids, numbers, empty, empty.copy(), [frozenset()] * count, [frozenset()] * count)
+
+    def order(self, digest: str) -> NDArray[np.uint64]:
+        """`rank.mixed` of all replicas: the highest is the adapter's home."""
+        return (self.numbers ^ np.uint64(number(digest))) * np.uint64(GOLDEN)
 
     def update(self, hosts: Sequence[Host], *, contents: bool) -> None:
         """`contents`: what is resident and cached, too, which not every policy asks for."""
@@ -82,6 +86,11 @@ class Knowledge:
         """Requests, and the replicas that have them."""
         alive = self.queues < DEAD
         return int(self.queues.sum(where=alive)), int(alive.sum())
+
+    def holders(self, digest: str) -> NDArray[np.int64]:
+        """Indices of the replicas that had it."""
+        found = self.reports.holders.get(digest, ())
+        return np.fromiter(found, np.int64, len(found))
 
     def replicas(self, indices: Iterable[int]) -> list[Replica]:
         known = self.reports

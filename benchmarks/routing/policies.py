@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.routing.knowledge import DEAD, Knowledge
 from benchmarks.routing.replicas import Host
 from benchmarks.routing.world import RANK_BYTES, RANKS, Request, World
-from server.cluster.rank import GOLDEN, number, rank, room
+from server.cluster.rank import rank, room
 
 
 class Policy(Protocol):
@@ -34,8 +34,8 @@ class Immediate:
 class Ours(Immediate):
     """The first of `rank`.
 
-    The order is computed of those alone that can be first, which an index finds: who has a part or the shared
-    text, and the best of the cold. A test holds it to the order of all.
+    The order is computed of those alone that can be first, which an index finds: who has the shared text; of those
+    who have the same parts, the shortest queues; the best of the cold. A test holds it to the order of all.
     """
 
     contents = True
@@ -43,12 +43,17 @@ class Ours(Immediate):
     def choose(self, request: Request, known: Knowledge, now: float) -> int | None:
         limit = room(*known.total())
         reports, queues = known.reports, known.queues
-        able = {index for part in request.parts for index in reports.holders.get(part.digest, ())}
-        able |= {index for text in request.prefix for index in reports.text_holders.get(text, ())}
-        if request.parts:
-            able.add(first_open(request, known, limit))
-        else:
+        able = {index for text in request.prefix for index in reports.text_holders.get(text, ())}
+        if not request.parts:
             able |= set(np.flatnonzero(queues == queues.min()).tolist())
+        else:
+            able.add(first_open(request, known, limit))
+            alike = np.zeros(len(queues), np.int64)  # a bit for each part that is held
+            for place, part in enumerate(request.parts):
+                alike[known.holders(part.digest)] |= 1 << place
+            for bits in range(1, 1 << len(request.parts)):
+                indices = np.flatnonzero(alike == bits)
+                able |= set(indices[queues[indices] == queues[indices].min(initial=DEAD)].tolist())
         best = rank(request.parts, request.prefix, known.replicas(able), limit)[0]
         return int(best.removeprefix("replica-"))
 
@@ -60,8 +65,7 @@ def largest(request: Request) -> str:
 
 def first_open(request: Request, known: Knowledge, limit: int) -> int:
     """Of the replicas with room, the first in the rendezvous order of the largest part."""
-    home = number(largest(request))
-    order = (known.reports.numbers ^ np.uint64(home)) * np.uint64(GOLDEN)
+    order = known.reports.order(largest(request))
     return int(np.where(known.queues < limit, order, np.uint64(0)).argmax())
 
 
@@ -83,6 +87,9 @@ class Random(Immediate):
         self._chance = random.Random(world.seed)
 
     def choose(self, request: Request, known: Knowledge, now: float) -> int | None:
+        return self._random(known)
+
+    def _random(self, known: Knowledge) -> int:
         while True:
             index = self._chance.randrange(len(known.queues))
             if known.queues[index] < DEAD:
@@ -93,8 +100,7 @@ class RandomOfTwo(Random):
     """The one with the shorter queue: what Ray Serve does by itself."""
 
     def choose(self, request: Request, known: Knowledge, now: float) -> int | None:
-        first, second = super().choose(request, known, now), super().choose(request, known, now)
-        assert first is not None and second is not None
+        first, second = self._random(known), self._random(known)
         return first if known.queues[first] <= known.queues[second] else second
 
 
@@ -117,11 +123,11 @@ class BoundedHome(RandomOfTwo):
 
 
 class Multiplexed:
-    """What `serve.multiplexed` does in Ray 2.60, retold from its router: the id is the largest part's, one a request.
+    """What `serve.multiplexed` does, told anew from the router of Ray 2.60: one id a request, the largest part's.
 
-    Two at random of the replicas that have the id, and of these the one with the shorter queue. Where none has it, or
-    both are at `max_ongoing_requests`: two of those with the fewest ids. That for 1 to 2 s, with pauses from 25 to
-    500 ms, and then two of all. It may wait while others are idle, and it knows nothing of the other parts.
+    Of two random replicas that have the id, the one with the shorter queue. Where none has it, or both have
+    `max_ongoing_requests`: of two that have the fewest ids, for 1 to 2 s, with pauses from 25 to 500 ms; then of
+    any two. A request may wait while others are idle, and neither other parts nor a cached prefix count.
     """
 
     contents = True
@@ -132,18 +138,19 @@ class Multiplexed:
         self._chance = random.Random(world.seed)
         self._hosts = hosts
         self._max_ongoing = round(1.25 * world.max_num_seqs)
-        # Serve's own limit is a number of models, not bytes, so that all who are full have equally many
+        # Serve limits the number of models, not their bytes: all that are full have equally many
         self._full = world.capacity // max(RANK_BYTES * rows for rows in RANKS)
 
     def choose(self, request: Request, known: Knowledge, now: float) -> int | None:
         attempt, request.tries = request.tries, request.tries + 1
         alive = known.alive
-        candidates: Sequence[int] = alive
+        candidates = alive
         if request.parts:
             late = now - request.arrival > self._chance.uniform(self.TIMEOUT, 2 * self.TIMEOUT)
-            holders = [i for i in known.reports.holders.get(largest(request), ()) if known.queues[i] < DEAD]
-            if attempt == 0 and holders:
-                candidates = sorted(holders)
+            holders = known.holders(largest(request))
+            holders = holders[known.queues[holders] < DEAD]
+            if attempt == 0 and len(holders):
+                candidates = holders
             elif not late:
                 counts = np.minimum(known.reports.num_resident[alive], self._full)
                 candidates = alive[counts == counts.min()]

@@ -1,9 +1,11 @@
 """An engine replica as the simulation sees it: slots of a batch, a queue, resident adapters, a prefix cache."""
 
 from collections import Counter, OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.routing.world import PREFIX_TOKENS, Request, World
+from server.cluster.rank import Part
 
 
 @dataclass(eq=False)
@@ -38,6 +40,17 @@ class Host:
     @property
     def queue(self) -> int:
         return len(self.running) + len(self.waiting)
+
+    def fill(self, parts: Sequence[Part]) -> None:
+        """Before the first request: what fits of the parts, the first the most recently used."""
+        fitting: list[Part] = []
+        for part in parts:
+            if self.num_bytes + part.num_bytes > self.world.capacity:
+                break
+            self.num_bytes += part.num_bytes
+            fitting.append(part)
+        for part in reversed(fitting):
+            self.resident[part.digest], self.ready[part.digest] = part.num_bytes, 0.0
 
     def start(self, now: float) -> Started | None:
         """Begin the next request, where there are a slot and room for its adapters."""
@@ -86,6 +99,9 @@ class Host:
             kept.clear()
         self.num_bytes, self.up, self.life, self.changed = 0, False, self.life + 1, True
         return lost
+
+    def come_back(self, now: float) -> None:
+        self.up = True
 
     def _make_room(self, wanted: int, keep: set[str]) -> bool:
         excess = self.num_bytes + wanted - self.world.capacity

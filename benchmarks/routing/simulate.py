@@ -3,15 +3,17 @@
 import heapq
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from benchmarks.routing.knowledge import DEAD, Knowledge, Reports
 from benchmarks.routing.policies import policy
 from benchmarks.routing.replicas import Host, Started
-from benchmarks.routing.world import Request, World, requests
+from benchmarks.routing.world import Request, World, adapters, requests
+from server.cluster.rank import Part
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Outcome:
     wait_p999: float
     queue_p99: float  # of that, until it began
     imbalance: float  # longest queue / mean queue, mean of all reports
-    homes: float  # replicas that the most popular adapter is resident on, at the end
+    homes: int  # replicas that the most popular adapter is resident on, at the end
     retried: int  # requests whose replica failed under them, or was known to live though it didn't
 
 
@@ -54,70 +56,66 @@ class Simulation:
         self.reports = Reports.of(world.num_replicas)
         self.known = [Knowledge.of(self.reports) for _ in range(world.num_routers)]
         self.counts = Counts()
-        self._begun: set[Request] = set()
-        self._events: list[tuple[float, int, str, object]] = []
+        self._unended = world.num_requests
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = itertools.count()  # of events at the same time
-        self._chance = random.Random(world.seed + 1)
-        self._measuring = False
+        self._chance = random.Random(world.seed + 2)
+        self._measuring = False  # from the first counted request to the last one's arrival
+        self._fill()
+
+    def _fill(self) -> None:
+        """For every policy: adapters at their rendezvous homes, the most popular first, as far as they fit."""
+        placed: list[list[Part]] = [[] for _ in self.hosts]
+        for part in adapters(self.world):
+            placed[int(self.reports.order(part.digest).argmax())].append(part)
+        for host, parts in zip(self.hosts, placed, strict=True):
+            host.fill(parts)
 
     def run(self) -> Outcome:
         """Ends when the last request has ended."""
-        arrivals: Iterator[Request] = requests(self.world)
+        arrivals = requests(self.world)
         coming = next(arrivals, None)
-        self._at(0.0, "report", None)
+        self._at(0.0, self._report)
         if self.world.failures:
-            self._at(self._chance.expovariate(self.world.failures), "fail", None)
-        unended = self.world.num_requests
-        while unended:
+            self._at(self._chance.expovariate(self.world.failures), self._fail)
+        while self._unended:
             if coming is not None and coming.arrival <= self._events[0][0]:
                 self._measuring = coming.counted
                 self._route(coming, coming.arrival)
                 coming = next(arrivals, None)
-                continue
-            now, _, kind, what = heapq.heappop(self._events)
-            if kind == "end":
-                unended -= self._end(now, what)
-            elif kind == "route":
-                assert isinstance(what, Request)
-                self._route(what, now)
-            elif kind == "report":
-                self._report(now, measured=self._measuring and coming is not None)
-            elif kind == "fail":
-                self._fail(now)
+                self._measuring &= coming is not None
             else:
-                assert isinstance(what, Host)
-                what.up = True
+                now, _, happen = heapq.heappop(self._events)
+                happen(now)
         return self._outcome()
 
-    def _at(self, time: float, kind: str, what: object) -> None:
-        heapq.heappush(self._events, (time, next(self._order), kind, what))
+    def _at(self, time: float, happen: Callable[[float], None]) -> None:
+        heapq.heappush(self._events, (time, next(self._order), happen))
 
     def _route(self, request: Request, now: float) -> None:
         known = self.known[request.router]
         while True:
             index = self.policy.choose(request, known, now)
             if index is None:
-                self._at(now + self.policy.backoff(request), "route", request)
+                self._at(now + self.policy.backoff(request), partial(self._route, request))
                 return
             host = self.hosts[index]
             if host.up:
                 break
             known.queues[index] = DEAD  # found out by trying
             self.counts.retried += request.counted
-        known.queues[index] += 1
+        known.queues[index] += self.world.own_counts
         host.waiting.append(request)
         self._start(host, now)
 
     def _start(self, host: Host, now: float) -> None:
         while (started := host.start(now)) is not None:
-            self._at(started.end, "end", (host, host.life, started, now))
+            self._at(started.end, partial(self._end, host, host.life, started, now))
 
-    def _end(self, now: float, what: object) -> int:
-        """How many requests ended: not one whose replica failed meanwhile, which was sent elsewhere."""
-        host, life, started, began = what  # type: ignore[misc]
-        assert isinstance(host, Host) and isinstance(started, Started)
+    def _end(self, host: Host, life: int, started: Started, began: float, now: float) -> None:
         if host.life != life:
-            return 0
+            return  # it failed meanwhile, and the request was sent elsewhere
+        self._unended -= 1
         host.finish(started.request)
         self._start(host, now)
         if started.request.counted:
@@ -128,16 +126,15 @@ class Simulation:
             counts.num_bytes += started.loaded_bytes
             counts.texts += len(request.prefix)
             counts.cached += started.cached and len(request.prefix)
-        return 1
 
-    def _report(self, now: float, *, measured: bool) -> None:
+    def _report(self, now: float) -> None:
         self.reports.update(self.hosts, contents=self.policy.contents)
         for known in self.known:
             known.refresh()
-        if measured:
+        if self._measuring:
             queues = self.reports.queues[self.reports.queues < DEAD]
             self.counts.imbalances.append(float(queues.max() / queues.mean()))
-        self._at(now + self.world.report_every, "report", None)
+        self._at(now + self.world.report_every, self._report)
 
     def _fail(self, now: float) -> None:
         host = self._chance.choice(self.hosts)
@@ -146,9 +143,9 @@ class Simulation:
             self.counts.retried += sum(request.counted for request in lost)
             for request in lost:
                 request.tries = 0
-                self._at(now, "route", request)
-            self._at(now + self.world.downtime, "return", host)
-        self._at(now + self._chance.expovariate(self.world.failures), "fail", None)
+                self._at(now, partial(self._route, request))
+            self._at(now + self.world.downtime, host.come_back)
+        self._at(now + self._chance.expovariate(self.world.failures), self._fail)
 
     def _outcome(self) -> Outcome:
         counts, ended = self.counts, len(self.counts.waits)

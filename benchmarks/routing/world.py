@@ -1,4 +1,4 @@
-"""What is simulated: how many replicas, how fast they are, and the requests that come, drawn once for all policies."""
+"""What is simulated: how many replicas, how fast they are, and the requests, the same for all policies."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,12 +25,13 @@ class World:
     title: str
     zipf: float = 1.0  # the k-th most popular adapter's share is in proportion to k^-zipf
     load: float = 0.7  # of what all replicas can decode at full batches
-    report_every: float = 0.1  # how old what routers know becomes
+    report_every: float = 0.5  # how old what routers know becomes
+    num_routers: int = 8  # API processes, each knowing only what it sent itself since the last report
+    own_counts: int = 8  # a router's request, in the queue that it knows, until the next report; 1: it alone
     num_replicas: int = 1000
     num_adapters: int = 100_000
-    num_requests: int = 250_000
-    warm_up: int = 150_000  # the first requests, which aren't counted
-    num_routers: int = 8  # API processes, each knowing only what it sent itself since the last report
+    num_requests: int = 160_000
+    warm_up: int = 100_000  # the first requests, which aren't counted
     max_num_seqs: int = 32
     places: int = 64  # adapters of mean size that a replica has room for
     prefix_places: int = 128  # shared texts in a replica's prefix cache
@@ -64,17 +65,22 @@ class Request:
     tries: int = 0
 
 
+def adapters(world: World) -> list[Part]:
+    """The most popular first."""
+    sizes = np.random.default_rng(world.seed).choice(RANKS, world.num_adapters, p=SHARES) * RANK_BYTES
+    return [Part(f"{index:05x}", int(size)) for index, size in enumerate(sizes)]
+
+
 def requests(world: World) -> Iterator[Request]:
     """In the order of their arrival (Poisson), the same whenever they are asked for."""
-    draw = np.random.default_rng(world.seed)
+    draw = np.random.default_rng(world.seed + 1)
     count = world.num_requests
     prompts = np.minimum(draw.lognormal(np.log(200), 0.8, count), 4096).astype(int) + 1
     outputs = np.minimum(draw.lognormal(np.log(100), 0.8, count), 2048).astype(int) + 1
     busy = world.batch_token_time(world.max_num_seqs) * outputs.mean() + world.prefill_time * prompts.mean()
     rate = world.load * world.num_replicas * world.max_num_seqs / busy
     arrivals = np.cumsum(draw.exponential(1 / rate, count))
-    sizes = draw.choice(RANKS, world.num_adapters, p=SHARES) * RANK_BYTES
-    adapters = [Part(f"{index:05x}", int(size)) for index, size in enumerate(sizes)]
+    known = adapters(world)
     num_parts = np.where(draw.random(count) < BASE_SHARE, 0, draw.choice((1, 2, 3), count, p=NUM_PARTS))
     popular = zipf(draw, world.num_adapters, world.zipf, (count, 3))
     base_texts = zipf(draw, BASE_PREFIXES, 1.0, (count,))
@@ -82,7 +88,7 @@ def requests(world: World) -> Iterator[Request]:
     shared = draw.random(count) < PREFIX_SHARE
     routers = draw.integers(0, world.num_routers, count)
     for i in range(count):
-        parts = {adapters[index].digest: adapters[index] for index in popular[i, : num_parts[i]]}
+        parts = {known[index].digest: known[index] for index in popular[i, : num_parts[i]]}
         prefix = (_text(tuple(parts), int(texts[i]) if parts else int(base_texts[i])),) if shared[i] else ()
         yield Request(
             *(float(arrivals[i]), int(routers[i]), tuple(parts.values()), prefix),
@@ -93,7 +99,8 @@ def requests(world: World) -> Iterator[Request]:
 def zipf(draw: np.random.Generator, count: int, exponent: float, shape: tuple[int, ...]) -> NDArray[np.int64]:
     """Places from 0, with shares in proportion to (place + 1)^-exponent."""
     shares = np.cumsum(np.arange(1, count + 1, dtype=float) ** -exponent)
-    return np.searchsorted(shares, draw.random(shape) * shares[-1])
+    places: NDArray[np.int64] = np.searchsorted(shares, draw.random(shape) * shares[-1])
+    return places
 
 
 def _text(digests: tuple[str, ...], text: int) -> int:
