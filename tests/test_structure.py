@@ -36,7 +36,7 @@ LAYERS = [
     ("server.training",),  # of which only the worker knows an engine: NOT_IN
     ("server.metrics",),
     ("server.api",),
-    ("server.serve", "server.client", "server.doctor", "server.backup"),
+    ("server.serve", "server.client", "server.cluster", "server.doctor", "server.backup"),
     ("server.cli",),
 ]
 """A module may import from its own layer and those above it in this list."""
