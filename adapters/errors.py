@@ -9,7 +9,8 @@
     ├── CorruptAdapter             stored bytes that no longer match their digest (HTTP 500)
     └── TryAgain                   refused now, welcome later; has `retry_after` (HTTP 429)
         └── Unavailable            nothing can be served now (HTTP 503)
-            └── BytesUnavailable   the object store can't be reached, or fails
+            ├── BytesUnavailable   the object store can't be reached, or fails
+            └── Interrupted        the database went away before anything was changed
 
 `server.errors` adds the branches that concern a running server. One handler in `server.api` turns the
 whole tree into HTTP. All of it can be pickled, with its attributes and its cause.
@@ -99,6 +100,12 @@ class BytesUnavailable(Unavailable):
     """The object store that has the bytes didn't answer in time, or not well."""
 
     default_message = "the object store can't be reached just now"
+
+
+class Interrupted(Unavailable):
+    """The database can't be reached, or let go of a transaction, of which nothing is left: it may be run again."""
+
+    default_message = "the database can't be reached just now"
 
 
 def _restored(

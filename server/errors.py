@@ -5,6 +5,7 @@
     │   ├── QueueFull              as many requests wait as may (HTTP 429)
     │   ├── RateLimited            a key's or a project's minute is used up (HTTP 429)
     │   └── Unavailable            nothing can be served now (HTTP 503)
+    │       ├── Interrupted        of `adapters.errors`
     │       ├── GenerationTimeout  it took too long, and was ended
     │       ├── NotReady           the model isn't loaded yet
     │       ├── Draining           the process is about to end
@@ -21,7 +22,7 @@ exception: only the person at the terminal reads it, so it names paths.
 
 from collections.abc import Mapping
 
-from adapters.errors import SmoloraError, TryAgain, Unavailable
+from adapters.errors import Interrupted, SmoloraError, TryAgain, Unavailable
 
 __all__ = [
     "Draining",
@@ -29,6 +30,7 @@ __all__ = [
     "Forbidden",
     "GenerationFailed",
     "GenerationTimeout",
+    "Interrupted",
     "NotReady",
     "PayloadTooLarge",
     "QueueFull",

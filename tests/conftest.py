@@ -13,11 +13,21 @@ from server.model.base.export import export_hugging_face
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from tests.buckets import aws, bucket, bytes_url, object_store, proxied, proxy
+from tests.postgres import database_url, own_postgres, postgres
 from tests.properties import set_default
 from tests.tiny import save_tiny_base
 
-__all__ = ["aws", "bucket", "bytes_url", "object_store", "proxied", "proxy"]
-"""Fixtures of an object store."""
+__all__ = [
+    "aws",
+    "bucket",
+    "bytes_url",
+    "database_url",
+    "object_store",
+    "own_postgres",
+    "postgres",
+    "proxied",
+    "proxy",
+]
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"

@@ -38,7 +38,7 @@ LAYERS = [
     ("server.training",),  # of which only the worker knows an engine: NOT_IN
     ("server.metrics",),
     ("server.api",),
-    ("server.serve", "server.client", "server.doctor", "server.backup"),
+    ("server.serve", "server.client", "server.cluster", "server.doctor", "server.backup"),
     ("server.cli",),
 ]
 """A module may import from its own layer and those above it in this list."""
@@ -60,6 +60,7 @@ ONLY_IN = {
         "server.training.queue",
     ),
     "limits": ("server.access.rates",),
+    "psycopg": ("server.database.notices", "server.database.postgres"),
     "alembic": ("server.database", "server.migrations"),
     "sqlite3": ("server.database", "server.sqlite"),
     "pysqlite3": ("server.sqlite",),

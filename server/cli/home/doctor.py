@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from server.cli.common import suggestion
-from server.cli.home.common import HomeOption, storage_of
+from server.cli.home.common import HomeOption, refuse_server, storage_of
 from server.counted import counted
 
 
@@ -33,6 +33,7 @@ def doctor(
     """
     from server import doctor as practice
 
+    refuse_server("doctor", "pg_amcheck looks at that one")
     storage = storage_of(home)
     place, bucket = storage.home.path, storage.bucket
     rebuilt = practice.rebuild(place, bucket) if rebuild else None

@@ -1,0 +1,108 @@
+"""Which engine replica a request goes to: a pure function of what the request needs and what the replicas have.
+
+Ways of others that it is put together from:
+- Rendezvous hashing (Thaler and Ravishankar, 1998): each replica draws a number for each adapter, the highest is
+  the adapter's home. A replica that comes or goes moves only its own share of the adapters.
+- Consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2018): a replica with more than its
+  share of the requests takes no more; they go to the next in the adapter's order. A hot adapter thereby gets a
+  second home by itself.
+- A product with the golden ratio of 2⁶⁴ as a hash (Knuth, The Art of Computer Programming, 6.4).
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+
+SPILL = 1.5
+"""A replica takes requests up to this multiple of the mean queue.
+
+docs/cluster/routing.md: 1.25 is within what queues vary by themselves, so that adapters that aren't hot move, too;
+2 lets queues grow past a batch while other replicas have free places."""
+ALWAYS_OPEN = 4
+"""So many requests are never too many: they share a batch, which costs less than to load an adapter elsewhere."""
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True)
+class Part:
+    """A weighted digest of the request's expression, without the weight."""
+
+    digest: str
+    num_bytes: int  # to load where it isn't resident
+
+
+@dataclass(frozen=True)
+class Replica:
+    """What is known of a replica. It may be old: a wrong guess costs time, never an answer."""
+
+    id: str
+    resident: frozenset[str]  # digests
+    queue: int  # requests that were sent to it and haven't ended, waiting or running
+    cached: Collection[int] = frozenset()  # hashes of the blocks in its prefix cache; a set
+
+
+def rank(
+    parts: Sequence[Part], prefix: Sequence[int], replicas: Sequence[Replica], limit: int | None = None
+) -> list[str]:
+    """The ids of all `replicas`, the best first; it depends neither on their order nor on chance.
+
+    `prefix`: a hash for each of the prompt's leading full blocks, chained: equal only where all tokens up to there
+    and the adapters are equal. Only blocks that a replica has without a gap from the start count.
+    `limit`: the `room` of all replicas, where `replicas` are only some of them; their order is then as among all.
+
+    1. Warm, with room: the most resident bytes of the parts, the most blocks of the prefix, the shortest queue,
+       then an order that differs from prompt to prompt, lest all routers that know the same choose the same.
+    2. Cold, with room: the rendezvous order of the largest part; for the base alone the shortest queue.
+    3. Without room: the shortest queue.
+    """
+    if limit is None:
+        limit = room(sum(replica.queue for replica in replicas), len(replicas))
+    sizes = {part.digest: part.num_bytes for part in parts}
+    home = number(max(sizes, key=lambda digest: (sizes[digest], digest))) if sizes else 0
+    prompt = home ^ (prefix[-1] if prefix else 0)
+    warm: list[tuple[int, int, int, int, str]] = []
+    cold: list[tuple[int, int, str]] = []
+    full: list[tuple[int, int, str]] = []
+    for replica in replicas:
+        own, queue = number(replica.id), replica.queue
+        if queue >= limit:
+            full.append((queue, -mixed(own, prompt), replica.id))
+            continue
+        resident = sum(sizes[digest] for digest in sizes if digest in replica.resident)
+        run = _run(prefix, replica.cached)
+        if resident or run:
+            warm.append((-resident, -run, queue, -mixed(own, prompt), replica.id))
+        elif sizes:
+            cold.append((0, -mixed(own, home), replica.id))
+        else:
+            cold.append((queue, -mixed(own, prompt), replica.id))
+    return [entry[-1] for group in (sorted(warm), sorted(cold), sorted(full)) for entry in group]
+
+
+def room(total: int, count: int) -> int:
+    """How long a replica's queue may become, where `count` replicas have `total` requests.
+
+    With fewer a replica has room for one more. Some replica always has.
+    """
+    return max(ALWAYS_OPEN, math.ceil(SPILL * (total + 1) / count)) if count else ALWAYS_OPEN
+
+
+def _run(prefix: Sequence[int], cached: Collection[int]) -> int:
+    """How many of the leading blocks are cached."""
+    for count, block in enumerate(prefix):
+        if block not in cached:
+            return count
+    return len(prefix)
+
+
+@lru_cache(maxsize=1 << 16)
+def number(text: str) -> int:
+    """A name as 64 bits."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
+
+
+def mixed(replica: int, request: int) -> int:
+    """64 bits of both: by it the replicas have another order for each request."""
+    return (replica ^ request) * GOLDEN & 0xFFFFFFFFFFFFFFFF
