@@ -120,6 +120,11 @@ class AsyncEngine:
     def config(self) -> EngineConfig:
         return self._engine.config
 
+    @property
+    def max_num_tokens(self) -> int:
+        """Of one sequence: its prompt and its answer."""
+        return self._engine.max_num_tokens
+
     def cached_blocks(self) -> list[bytes]:
         """The keys of all blocks that a prompt could find in the cache now."""
         return self._engine.blocks.cached_keys()
