@@ -30,6 +30,19 @@ def join(address: str) -> None:
         raise StartupError(f"no Ray cluster at {address}: {error}") from error
 
 
+def leave() -> None:
+    """Be no part of it any more; what was deployed stays."""
+    ray.shutdown()
+
+
+def replicas_told() -> dict[str, int]:
+    """How many replicas there are, by what Serve says of them."""
+    found = serve.status().applications.get(APP)
+    deployment = None if found is None else found.deployments.get(DEPLOYMENT)
+    states = {} if deployment is None else deployment.replica_states
+    return {str(state.value).lower(): number for state, number in states.items()}
+
+
 class ServeTransport:
     """The replicas of the deployment; `fleet.Transport`."""
 
