@@ -223,7 +223,7 @@ class ReplicatedEngine:
 
     async def _follow(self, link: Link) -> None:
         """Take what the replica tells, until it is gone."""
-        while not link.is_leaving:
+        while not (link.is_leaving or self._is_stopped):
             try:
                 await self._listen(link)
             except Exception as error:

@@ -25,7 +25,7 @@ from server.serve.switching import switch_quickly
 _DRAIN_SECONDS = 20.0
 """That a replica may take to end, after the time that its longest request may take."""
 HEALTH_SECONDS = 2.0
-_HEALTH_TIMEOUT_SECONDS = 20.0
+_HEALTH_TIMEOUT_SECONDS = 10.0  # three in a row, and a replica is replaced
 _MAX_CALLS = 100_000  # at once: the engine's own queue is what refuses requests
 _BUSY_BLOCKS = 0.9  # share of a replica's blocks from which on there should be more replicas
 
@@ -115,6 +115,7 @@ def engine_app(settings: Settings, scale: Scale) -> serve.Application:
     deployment = serve.deployment(
         name=DEPLOYMENT,
         max_ongoing_requests=_MAX_CALLS,
+        max_surge_percent=100,  # an upgrade starts new replicas before it stops old ones
         ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
         health_check_period_s=HEALTH_SECONDS,
         health_check_timeout_s=_HEALTH_TIMEOUT_SECONDS,

@@ -6,6 +6,7 @@ _DEFAULTS = {
     "RAY_AUTH_MODE": "token",  # else whoever reaches its ports could run anything
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # else one that hangs is given as long as one that drains
 }
 
 

@@ -5,6 +5,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -17,8 +18,8 @@ from tests.server.api.adapters.peft_files import as_parts, peft_files
 
 SIZES = {"max_position_embeddings": 4096}
 """Of the tiny base: answers may take many seconds."""
-FLAGS: dict[str, object] = {"device": "cpu", "dtype": "fp32", "max_num_seqs": 16, "max_queue": 16}
-CACHES: dict[str, object] = {"adapter_cache_bytes": "4MiB", "kv_cache_bytes": "64MiB"}
+FLAGS: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "max_num_seqs": 16, "max_queue": 16}
+CACHES: dict[str, Any] = {"adapter_cache_bytes": "4MiB", "kv_cache_bytes": "64MiB"}
 _TITLE = "ray::ServeReplica:smolora:engine"
 
 

@@ -50,7 +50,7 @@ def test_scores_are_those_of_one_process(api: ServerProcess, single: ServerProce
 
 
 def test_a_stream_is_the_answer_in_pieces(api: ServerProcess, single: ServerProcess) -> None:
-    body = {"prompt": "A stream: 500", "max_tokens": 40, "temperature": 0, "adapter": "right"}
+    body: dict[str, Any] = {"prompt": "A stream: 500", "max_tokens": 40, "temperature": 0, "adapter": "right"}
     (choice,), _ = answer(single, body)
     with api.stream(**body) as pieces:
         found = list(pieces)
