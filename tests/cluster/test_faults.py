@@ -77,7 +77,7 @@ def test_a_replica_dies_in_the_middle_of_answers(
     ]
     begun = threading.Semaphore(0)
     with ThreadPoolExecutor(NUM) as pool:
-        asked = [pool.submit(streamed, two, body, begun) for body in bodies]
+        asked = [pool.submit(streamed, two, {**body, "temperature": 0}, begun) for body in bodies]
         for _ in range(NUM):
             assert begun.acquire(timeout=60)
         cluster.replicas()[0].kill()
