@@ -101,7 +101,7 @@ def status(home: HomeOption = None) -> None:
     """Show what runs: replicas, API processes, workers, and what waits."""
     _need_ray()
     from server.cluster import node
-    from server.cluster.processes import is_ready
+    from server.cluster.processes import is_ready, queue_of
     from server.cluster.serve_transport import join, replicas_told
     from server.cluster.state import read_state
 
@@ -110,6 +110,8 @@ def status(home: HomeOption = None) -> None:
     for url in state.urls:
         typer.echo(f"API {url}: {'ready' if is_ready(url) else 'not ready'}")
     typer.echo(f"workers: {state.num_workers}")
+    for what, number in (queue_of(state.urls[0]) if state.urls else {}).items():
+        typer.echo(f"sequences {what}: {number}")
     join(state.address)
     told = ", ".join(f"{number} {what}" for what, number in replicas_told().items()) or "none"
     typer.echo(f"replicas: {told}")

@@ -127,3 +127,15 @@ def is_ready(url: str) -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
+
+
+def queue_of(url: str) -> dict[str, int]:
+    """How many sequences run and wait on all replicas, as the API there tells whoever has no key, if it does."""
+    try:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:  # noqa: S310 it is ours
+            lines = answer.read().decode().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.rpartition(" ") for line in lines if line.startswith("smolora_requests_"))
+    told = {name.removeprefix("smolora_requests_"): value for name, _, value in pairs}
+    return {name: int(float(told[name])) for name in ("running", "waiting") if name in told}

@@ -40,7 +40,7 @@ def replicas_told() -> dict[str, int]:
     found = serve.status().applications.get(APP)
     deployment = None if found is None else found.deployments.get(DEPLOYMENT)
     states = {} if deployment is None else deployment.replica_states
-    return {str(state.value).lower(): number for state, number in states.items()}
+    return {str(state).lower(): number for state, number in states.items()}
 
 
 class ServeTransport:
