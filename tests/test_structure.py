@@ -59,6 +59,7 @@ ONLY_IN = {
     ),
     "limits": ("server.access.rates",),
     "ray": ("server.cluster.deploy", "server.cluster.router", "server.cluster.serve_transport"),
+    "psycopg": ("server.database.notices", "server.database.postgres"),
     "alembic": ("server.database", "server.migrations"),
     "sqlite3": ("server.database", "server.sqlite"),
     "pysqlite3": ("server.sqlite",),

@@ -9,8 +9,9 @@ from server import logs
 from server.cli.home.common import HomeOption, place_of, say
 from server.cli.options import with_flags
 from server.cli.serve import serve_here
-from server.config import Settings, forget_keys
+from server.config import Settings
 from server.config.ray import set_up_ray
+from server.config.secrets import forget_keys
 from server.errors import StartupError
 from server.home import make
 

@@ -31,7 +31,8 @@ from server.cli.jobs import jobs
 from server.cli.options import with_flags
 from server.cli.serve import serve_here
 from server.cli.train import train
-from server.config import Settings, WorkerSettings, forget_keys, hide_keys
+from server.config import Settings, WorkerSettings
+from server.config.secrets import forget_keys, hide_keys
 from server.errors import StartupError
 
 app = typer.Typer(

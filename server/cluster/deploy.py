@@ -126,7 +126,7 @@ def engine_app(settings: Settings, scale: Scale) -> serve.Application:
         ),
         **options,
     )(Engine)
-    return deployment.bind(settings.model_copy(update={"api_keys": ()}))
+    return deployment.bind(settings.model_copy(update={"api_keys": (), "database_url": None}))
 
 
 def build_app(flags: Mapping[str, Flag]) -> serve.Application:

@@ -18,7 +18,7 @@ from server.training.worker.supervisor import Supervisor, worker_command
 
 _API_GRACE_SECONDS = 45.0  # more than a server takes to drain
 _TICK_SECONDS = 0.2
-_SECRETS = ("api_keys",)  # which processes inherit with the environment
+_SECRETS = ("api_keys", "database_url")  # which processes inherit with the environment
 
 
 def up(

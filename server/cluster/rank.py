@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 
-SPILL = 1.25
-"""A replica takes requests up to this multiple of the mean queue."""
+SPILL = 1.5
+"""A replica takes requests up to this multiple of the mean queue.
+
+docs/cluster/routing.md: 1.25 is within what queues vary by themselves, so that adapters that aren't hot move, too;
+2 lets queues grow past a batch while other replicas have free places."""
 ALWAYS_OPEN = 4
 """So many requests are never too many: they share a batch, which costs less than to load an adapter elsewhere."""
-_GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -102,4 +105,4 @@ def number(text: str) -> int:
 
 def mixed(replica: int, request: int) -> int:
     """64 bits of both: by it the replicas have another order for each request."""
-    return (replica ^ request) * _GOLDEN & 0xFFFFFFFFFFFFFFFF
+    return (replica ^ request) * GOLDEN & 0xFFFFFFFFFFFFFFFF

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from adapters.catalog.catalog import Catalog
 from adapters.catalog.digests import NamesByDigest
-from adapters.catalog.records import Records
 from adapters.library import Library
 from adapters.store.store import AdapterStore
 from server.access.access import open_access
@@ -17,7 +16,7 @@ from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
 from server.api.train.submission import Submissions
 from server.config import Settings
-from server.database import Commits, build_of
+from server.database import commits_of, described, records_of
 from server.database import connect as connect_database
 from server.engine.engine import EngineConfig
 from server.engine.watching.watchdog import Watchdog
@@ -56,16 +55,16 @@ def build(
 
     `say` is told before each thing that takes a while.
     """
-    database = connect_database(settings.home)
-    home, commits = Home(settings.home), Commits(settings.home)
+    database = connect_database(settings.home, url=settings.database)
+    home, commits = Home(settings.home), commits_of(database, settings.home)
     access = open_access(database, home.keyed, commits, settings.api_keys, settings.allow_anonymous)
     directory = base_directory(settings, say)
-    say(f"the database is {build_of(database)}")
+    say(f"the database is {described(database)}")
     # A process without an engine maps the weights, and never reads them.
     base = load_for_engine(directory, settings, say) if connect is None else load_base(directory)
     store = AdapterStore(home.adapters)
     jobs = Jobs(database)
-    catalog = Catalog(database, Records(home.adapters), EVERYBODY.viewpoint)
+    catalog = Catalog(database, records_of(database, home.adapters), EVERYBODY.viewpoint)
     library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
     for line in library.recover(jobs.is_known).lines():
         say(line)
@@ -98,7 +97,7 @@ def build(
                     lambda: engine.stats,
                     base.name,
                     NamesByDigest(database),
-                    Commits(settings.home),
+                    commits_of(database, settings.home),
                     EngineConfig.block_size,
                 ),
                 HomeCollector(settings.home, jobs, settings.min_free_bytes),

@@ -1,0 +1,1 @@
+"""Ways of choosing a replica, compared in a simulation: `python -m benchmarks.routing`."""
