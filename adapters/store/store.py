@@ -105,6 +105,13 @@ class AdapterStore:
         """
         return sidecar.load(self._place(digest), digest)
 
+    def num_bytes(self, digest: str) -> int:
+        """That the adapter takes on this disk; 0 where it isn't there."""
+        try:
+            return folders.size(self._place(digest))
+        except OSError:
+            return 0
+
     def read(self, digest: str, base: BaseShape) -> PeftAdapter:
         """The adapter with its configuration, checked as an upload is. Raises CorruptAdapter."""
         try:

@@ -13,12 +13,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from adapters.errors import SmoloraError
-from server.engine.engine import Engine
+from server.engine.engine import Engine, EngineConfig
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.engine.watching.in_flight import InFlight
+from server.engine.watching.output_stream import OutputStream
 from server.engine.watching.queue_rate import QueueRate
 from server.engine.watching.watchdog import Watchdog
 from server.errors import Draining, EngineDead, NotReady, QueueFull
@@ -32,38 +34,18 @@ _WAIT_ERROR = 1.25
 _STATS_INTERVAL = 0.05  # seconds between snapshots while steps follow each other
 
 
-class OutputStream:
-    """The outputs of one request, until all its choices have ended. `aclose` aborts what is left."""
+Put = Callable[[SequenceOutput | SmoloraError], None]
+"""Is handed each output of a request, or what ends all of it. It must not take long."""
 
-    def __init__(self, engine: "AsyncEngine", request: GenerationRequest) -> None:
-        self._engine = engine
-        self._request = request
-        self._num_unfinished = request.n  # choices whose end the reader has not seen
-        self._num_undelivered = request.n  # choices whose end the engine has not told
-        self._has_begun = False  # whether it has had a place in the batch
-        self._queue: asyncio.Queue[SequenceOutput | SmoloraError] = asyncio.Queue()
 
-    def __aiter__(self) -> "OutputStream":
-        return self
+@dataclass
+class _Taken:
+    """A request that was taken and has not ended."""
 
-    async def __anext__(self) -> SequenceOutput:
-        if not self._num_unfinished:
-            raise StopAsyncIteration
-        output = await self._queue.get()
-        if isinstance(output, SmoloraError):
-            self._num_unfinished = 0
-            raise output
-        if output.finish_reason is not None:
-            self._num_unfinished -= 1
-        return output
-
-    async def aclose(self) -> None:
-        """Free what the request holds at the engine's next step. Closing twice is closing once."""
-        self._num_unfinished = 0
-        self._engine._abandon(self._request.request_id)
-
-    def _put(self, output: SequenceOutput | SmoloraError) -> None:
-        self._queue.put_nowait(output)
+    request: GenerationRequest
+    put: Put
+    num_undelivered: int  # choices whose end the engine has not told
+    has_begun: bool = False  # whether it has had a place in the batch
 
 
 class AsyncEngine:
@@ -101,7 +83,7 @@ class AsyncEngine:
         self._clock = clock
         self._watching: asyncio.Task[None] | None = None
         self._step: int | None = None  # the step under way, counted from 0
-        self._streams: dict[str, OutputStream] = {}
+        self._taken: dict[str, _Taken] = {}  # by the request's id
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -133,6 +115,19 @@ class AsyncEngine:
     @property
     def stats(self) -> EngineStats:
         return self._stats
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._engine.config
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Of one sequence: its prompt and its answer."""
+        return self._engine.max_num_tokens
+
+    def cached_blocks(self) -> list[bytes]:
+        """The keys of all blocks that a prompt could find in the cache now."""
+        return self._engine.blocks.cached_keys()
 
     def start(self) -> None:
         """Start the thread. Call it once, on the event loop."""
@@ -170,13 +165,24 @@ class AsyncEngine:
 
     def submit(self, request: GenerationRequest) -> OutputStream:
         """Queue a request, or raise at once: QueueFull, Draining, NotReady, EngineDead, InvalidInput."""
+        stream = OutputStream(request.n, partial(self.abandon, request.request_id))
+        self.submit_to(request, stream.put)
+        return stream
+
+    def submit_to(self, request: GenerationRequest, put: Put) -> None:
+        """The same for whoever collects outputs of many: `put` gets a step's one after the other, on the loop."""
         self._check_room(request.n, request.project)
         self._engine.check(request)
-        stream = self._streams[request.request_id] = OutputStream(self, request)
+        self._taken[request.request_id] = _Taken(request, put, request.n)
         self._in_flight.add(request.project, request.n)
         self._observe()
         self._send(request)
-        return stream
+
+    def abandon(self, request_id: str) -> None:
+        """Free what the request holds at the next step; nothing more is told of it. Nothing where it has ended."""
+        if request_id in self._taken:
+            self._forget(request_id)
+            self._send(request_id)
 
     def _check_room(self, num_sequences: int, project: str) -> None:
         if self._is_dead:
@@ -204,33 +210,28 @@ class AsyncEngine:
                 self._fail_all(EngineDead())
                 return
 
-    def _abandon(self, request_id: str) -> None:
-        if request_id in self._streams:
-            self._forget(request_id)
-            self._send(request_id)
-
     def _forget(self, request_id: str) -> None:
-        stream = self._streams.pop(request_id)
-        num_begun = stream._request.n if stream._has_begun else 0
-        self._in_flight.end(stream._request.project, stream._request.n, num_begun)
+        taken = self._taken.pop(request_id)
+        num_begun = taken.request.n if taken.has_begun else 0
+        self._in_flight.end(taken.request.project, taken.request.n, num_begun)
         self._observe(num_begun)
 
     def _deliver(self, outputs: list[SequenceOutput]) -> None:
         for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is not None:
-                stream._put(output)
-                if not stream._has_begun:
-                    stream._has_begun = True
-                    self._in_flight.begin(stream._request.project, stream._request.n)
-                stream._num_undelivered -= output.finish_reason is not None
-                if not stream._num_undelivered:
+            taken = self._taken.get(output.request_id)
+            if taken is not None:
+                taken.put(output)
+                if not taken.has_begun:
+                    taken.has_begun = True
+                    self._in_flight.begin(taken.request.project, taken.request.n)
+                taken.num_undelivered -= output.finish_reason is not None
+                if not taken.num_undelivered:
                     self._forget(output.request_id)
 
     def _fail_all(self, error: SmoloraError) -> None:
-        for request_id, stream in list(self._streams.items()):
+        for request_id, taken in list(self._taken.items()):
             self._forget(request_id)
-            stream._put(error)
+            taken.put(error)
 
     def _send(self, message: GenerationRequest | str) -> None:
         with self._news:

@@ -96,6 +96,11 @@ class Engine:
         return self.scheduler.has_work
 
     @property
+    def max_num_tokens(self) -> int:
+        """Of one sequence: its prompt and its answer."""
+        return min(self.config.max_model_len, self.blocks.num_usable_blocks * self.config.block_size)
+
+    @property
     def is_dead(self) -> bool:
         """Whether so many steps failed in a row that the engine can't go on."""
         return self._num_failures >= _MAX_FAILURES
@@ -128,12 +133,11 @@ class Engine:
         num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
         if not request.prompt_token_ids:
             raise InvalidInput.of("prompt", "the prompt has no tokens; give at least one character")
-        limit = min(self.config.max_model_len, self.blocks.num_usable_blocks * self.config.block_size)
-        if num_tokens > limit:
+        if num_tokens > self.max_num_tokens:
             raise InvalidInput.of(
                 "max_tokens",
                 f"the prompt's {len(request.prompt_token_ids)} tokens and {request.sampling.max_tokens} more "
-                f"exceed {limit}; shorten the prompt or lower max_tokens",
+                f"exceed {self.max_num_tokens}; shorten the prompt or lower max_tokens",
             )
         if any(token_id >= self._vocab_size for token_id, _ in request.sampling.logit_bias):
             raise InvalidInput.of("logit_bias", f"a token id is not below {self._vocab_size}")

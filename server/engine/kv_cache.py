@@ -41,6 +41,10 @@ class BlockManager:
     def num_used_blocks(self) -> int:
         return self.num_usable_blocks - len(self._free)
 
+    def cached_keys(self) -> list[bytes]:
+        """Of all blocks that can be found. Any thread may ask: one call copies them, under the GIL."""
+        return list(self._block_of)
+
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold `num_tokens` positions."""
         return -(-num_tokens // self.block_size)

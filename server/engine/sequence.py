@@ -137,13 +137,17 @@ class Sequence:
 
     def full_block_keys(self) -> list[bytes]:
         """The keys of all full blocks of tokens so far, each chaining the ones before, adapters and project."""
-        keys, size = self._block_keys, self.block_size
-        while (len(keys) + 1) * size <= len(self.token_ids):
-            start = len(keys) * size
-            tokens = array("q", self.token_ids[start : start + size]).tobytes()
-            parent = keys[-1] if keys else self.prefix_root
-            keys.append(hashlib.blake2b(parent + tokens, digest_size=16).digest())
-        return keys
+        extend_block_keys(self._block_keys, self.prefix_root, self.token_ids, self.block_size)
+        return self._block_keys
+
+
+def extend_block_keys(keys: list[bytes], root: bytes, token_ids: Seq[int], block_size: int) -> None:
+    """Append the keys of the full blocks of `token_ids` that `keys` hasn't yet, each chaining the one before."""
+    while (len(keys) + 1) * block_size <= len(token_ids):
+        start = len(keys) * block_size
+        tokens = array("q", token_ids[start : start + block_size]).tobytes()
+        parent = keys[-1] if keys else root
+        keys.append(hashlib.blake2b(parent + tokens, digest_size=16).digest())
 
 
 def adapter_key(adapters: Seq[AdapterRef]) -> bytes:

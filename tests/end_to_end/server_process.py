@@ -23,11 +23,11 @@ PATIENCE = 120.0
 """Seconds for anything that should take a few; machines that run tests are busy."""
 
 
-def command(**flags: object) -> list[str]:
-    """`smolora serve` with `flags`, as `--max-queue=4` and so on, and no training workers."""
+def command(words: Sequence[str] = ("serve",), **flags: object) -> list[str]:
+    """`smolora serve`, or another command, with `flags`: `--max-queue=4` and so on, and no training workers."""
     given = {"workers": 0, **flags}
     smolora = str(Path(sys.executable).with_name("smolora"))
-    return [smolora, "serve", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())]
+    return [smolora, *words, *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())]
 
 
 def environment() -> dict[str, str]:
@@ -39,8 +39,10 @@ def environment() -> dict[str, str]:
 class ServerProcess:
     """A running server that is ready; `client` is connected to it."""
 
-    def __init__(self, home: Path, key: str | None = None, **flags: object) -> None:
-        """RuntimeError, with the end of its log, where it does not become ready."""
+    def __init__(
+        self, home: Path, key: str | None = None, words: Sequence[str] = ("serve",), **flags: object
+    ) -> None:
+        """RuntimeError, with the end of its log, where it does not become ready. `words`: as in `command`."""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.home = home
@@ -51,7 +53,7 @@ class ServerProcess:
         lend_native(home)
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                command(home=home, port=self.port, **flags),
+                command(words, home=home, port=self.port, **flags),
                 env=environment(),
                 stdout=log,
                 stderr=log,

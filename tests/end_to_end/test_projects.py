@@ -36,7 +36,7 @@ class Tenants:
         self.secrets = {name: keys.create("test", who=OPERATOR, project=name)[1] for name in ("acme", "other")}
         database.dispose()
         self.home = home
-        self.flags: dict[str, object] = {"model": base_dir, "max_queue": NUM_WAITING, "queue_timeout": 86_400}
+        self.flags: dict[str, Any] = {"model": base_dir, "max_queue": NUM_WAITING, "queue_timeout": 86_400}
         self.operator_key = operator
         self.start()
 

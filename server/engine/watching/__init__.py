@@ -1,1 +1,1 @@
-"""What the event loop can tell of the engine from outside: that it hangs, and how fast its queue moves."""
+"""What the event loop sees of the engine from outside: its outputs, that it hangs, how fast its queue moves."""

@@ -1,0 +1,149 @@
+"""`smolora cluster`: engine replicas on Ray Serve, API processes and workers, on one machine or several."""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from server import logs
+from server.cli.home.common import HomeOption, place_of, say
+from server.cli.options import with_flags
+from server.cli.serve import serve_here
+from server.config import Settings
+from server.config.ray import set_up_ray
+from server.config.secrets import forget_keys
+from server.errors import StartupError
+from server.home import make
+
+if TYPE_CHECKING:
+    from server.cluster.deploy import Scale
+
+group = typer.Typer(help="Engine replicas on Ray Serve, API processes and workers.", no_args_is_help=True)
+
+AddressOption = Annotated[
+    str, typer.Option(help="Of a Ray cluster, such as 10.0.0.1:6379. Default: this machine's.")
+]
+JoinOption = Annotated[
+    str | None, typer.Option(help="Of a Ray cluster to join. Default: a new one, on this machine.")
+]
+ReplicasOption = Annotated[int | None, typer.Option(min=1, help="Engine replicas. Default: 1, or as they are.")]
+MaxReplicasOption = Annotated[int | None, typer.Option(min=1, help="As many when there is much to do.")]
+ReplicaCpusOption = Annotated[float, typer.Option(min=0, help="Cores that a replica takes.")]
+ReplicaGpusOption = Annotated[float, typer.Option(min=0, help="GPUs that a replica takes.")]
+
+
+@group.command()
+@with_flags(Settings)
+def up(
+    settings: Settings,
+    replicas: ReplicasOption = None,
+    max_replicas: MaxReplicasOption = None,
+    replica_cpus: ReplicaCpusOption = 1,
+    replica_gpus: ReplicaGpusOption = 0,
+    api: Annotated[int, typer.Option(min=0, help="API processes, on ports from SMOLORA_PORT on.")] = 1,
+    address: JoinOption = None,
+    ray_port: Annotated[int, typer.Option(help="Of a new Ray cluster.")] = 6379,
+    cpus: Annotated[float | None, typer.Option(min=1, help="Cores to give to Ray. Default: all.")] = None,
+) -> None:
+    """Start Ray, engine replicas, API processes and workers, and look after them until told to stop.
+
+    On another machine, with --address: have it join.
+    """
+    _need_ray()
+    from server.cluster.processes import up as run
+
+    scale = None
+    if address is None or replicas is not None:
+        scale = _scale(replicas, max_replicas, replica_cpus, replica_gpus)
+    make(settings.home)
+    logs.set_up(settings.log_format)
+    raise typer.Exit(run(settings, scale, api, address, ray_port, cpus, say))
+
+
+@group.command()
+@with_flags(Settings)
+def deploy(
+    settings: Settings,
+    address: AddressOption = "auto",
+    replicas: ReplicasOption = None,
+    max_replicas: MaxReplicasOption = None,
+    replica_cpus: ReplicaCpusOption = 1,
+    replica_gpus: ReplicaGpusOption = 0,
+) -> None:
+    """Bring the engine replicas of a running cluster to these settings and numbers, without a failed request."""
+    _need_ray()
+    from server.cluster.deploy import deploy as run
+    from server.cluster.serve_transport import join
+
+    join(address)
+    run(settings, _scale(replicas, max_replicas, replica_cpus, replica_gpus))
+
+
+@group.command()
+@with_flags(Settings)
+def api(
+    settings: Settings,
+    address: AddressOption = "auto",
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Serve the API from this process, with the cluster's replicas as its engine."""
+    forget_keys()
+    _need_ray()
+    from server.cluster.connect import connect_to
+    from server.training.worker.parent import end_with_parent
+
+    if parent is not None:
+        end_with_parent(parent)
+    raise typer.Exit(serve_here(settings, connect_to(address)))
+
+
+@group.command()
+def status(home: HomeOption = None) -> None:
+    """Show what runs: replicas, API processes, workers, and what waits."""
+    _need_ray()
+    from server.cluster import node
+    from server.cluster.processes import is_ready, queue_of
+    from server.cluster.serve_transport import join, replicas_told
+    from server.cluster.state import read_state
+
+    state = read_state(place_of(home))
+    typer.echo(f"smolora cluster up: {'runs' if node.is_alive(state.pid) else 'has ended'} (process {state.pid})")
+    for url in state.urls:
+        typer.echo(f"API {url}: {'ready' if is_ready(url) else 'not ready'}")
+    typer.echo(f"workers: {state.num_workers}")
+    for what, number in (queue_of(state.urls[0]) if state.urls else {}).items():
+        typer.echo(f"sequences {what}: {number}")
+    join(state.address)
+    told = ", ".join(f"{number} {what}" for what, number in replicas_told().items()) or "none"
+    typer.echo(f"replicas: {told}")
+
+
+@group.command()
+def down(home: HomeOption = None) -> None:
+    """End what `up` started on this machine: requests end, jobs keep a checkpoint and go back to the queue."""
+    from server.cluster import node
+    from server.cluster.state import read_state, remove_state
+
+    place = place_of(home)
+    state = read_state(place)
+    ended = node.end(state.pid, _DOWN_SECONDS)
+    ended = node.end(state.ray_pid) and ended  # it is still there where `up` was killed
+    if not ended:
+        raise StartupError("it doesn't end: look at the processes of this user")
+    remove_state(place)
+
+
+_DOWN_SECONDS = 120.0
+
+
+def _scale(replicas: int | None, most: int | None, cpus: float, gpus: float) -> "Scale":
+    from server.cluster.deploy import Scale
+
+    return Scale(replicas or 1, most, cpus, gpus)
+
+
+def _need_ray() -> None:
+    """Raise StartupError where it isn't installed. Importing it is left to those who need it."""
+    if find_spec("ray") is None:
+        raise StartupError("a cluster needs Ray: pip install 'smolora[cluster]'")
+    set_up_ray()

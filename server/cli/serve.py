@@ -1,0 +1,87 @@
+"""A server from its settings to its exit code, with an engine of its own or as a part of a cluster.
+
+What is slow to import is imported once what is quick to check has been checked.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+
+from server import logs
+from server.allocator import keep_freed_memory
+from server.config import Settings, is_loopback, unknown_variables
+from server.errors import StartupError
+from server.home import make, prepare, serving
+from server.serve.address import bind, refuse_strangers, url
+from server.serve.switching import switch_quickly
+
+if TYPE_CHECKING:
+    from server.serve.startup import Connect
+
+log = logging.getLogger("smolora.run")
+
+
+def serve_here(settings: Settings, connect: "Connect | None" = None) -> int:
+    """Everything from the settings to the exit code; `connect` is `server.serve.startup.build`'s."""
+    switch_quickly()
+    keep_freed_memory()
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if is_json := settings.log_format == "json":  # whoever reads the lines reads nothing else
+        logs.set_up("json")
+
+    def say(line: str) -> None:
+        if is_json:
+            log.info(line)
+        else:
+            console.print(f"smolora: {line}", markup=False)
+
+    for line in unknown_variables():
+        say(line)
+    if not make(settings.home):
+        say(f"{settings.home} is another user's, or open to others: they may read what is stored there")
+    with serving(settings.home):
+        prepare(settings.home)
+        return _serve_at(settings, say, connect)
+
+
+def _serve_at(settings: Settings, say: Callable[[str], None], connect: "Connect | None") -> int:
+    """The same, in a home that is ready and nobody else's."""
+    refuse_strangers(settings)
+    bound = bind(settings.host, settings.port)
+    say("loading libraries")
+    from server.api.app import create_app
+    from server.serve.first_prompts import first_prompts
+    from server.serve.process import run
+    from server.serve.startup import build
+    from server.training.worker.supervisor import Supervisor, worker_command
+    from server.training.worker.yielding import BusyFlag
+
+    try:
+        services = build(settings, say, connect=connect)
+        flag = BusyFlag(settings.home)
+    except OSError as error:
+        raise StartupError(f"{error.filename or settings.home}: {error.strerror or error}") from error
+    logs.set_up(settings.log_format)
+
+    def announce() -> None:
+        address, is_open = settings.public_url or url(bound, settings.host), services.access.ring.is_open
+        prompts = first_prompts(address, services.encoder.has_chat_template, not is_open)
+        ready = f"{services.base_name} is ready at {address} (its API: {address}/docs)."
+        if settings.log_format == "json":
+            say(ready)
+        else:
+            with suppress(OSError):  # whoever started it may have stopped reading
+                typer.echo(f"smolora: {ready}")
+                typer.echo("Try, in another terminal:")
+                for line in prompts:
+                    typer.echo(f"  {line}")
+        if is_open and not is_loopback(settings.host):
+            say("anybody who reaches this port can use it: no API key is asked for")
+
+    supervisor = Supervisor(settings.workers, worker_command(settings.of_a_worker))
+    serving = create_app(services)
+    return run(serving, services.engine, bound, announce, supervisor, flag, settings.trusted_proxies, settings)

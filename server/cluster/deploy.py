@@ -1,0 +1,140 @@
+"""The deployment of engine replicas on Ray Serve, from the settings; `build_app` is for Serve's own files."""
+
+import logging
+import math
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from adapters.errors import SmoloraError
+from server import logs
+from server.allocator import keep_freed_memory
+from server.cluster.messages import Batch, Welcome
+from server.cluster.replica import EngineReplica
+from server.cluster.serve_transport import APP, DEPLOYMENT
+from server.config import Flag, Settings, load
+from server.engine.request import GenerationRequest
+from server.home import make
+from server.serve.engine import base_directory, guidance_of, load_for_engine, make_engine
+from server.serve.switching import switch_quickly
+from server.storage import Storage
+
+_DRAIN_SECONDS = 20.0
+"""That a replica may take to end, after the time that its longest request may take."""
+HEALTH_SECONDS = 2.0
+_HEALTH_TIMEOUT_SECONDS = 10.0  # three in a row, and a replica is replaced
+_MAX_CALLS = 100_000  # at once: the engine's own queue is what refuses requests
+_BUSY_BLOCKS = 0.9  # share of a replica's blocks from which on there should be more replicas
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How many replicas there are, and what each takes of a machine. `most`: None for always `replicas`."""
+
+    replicas: int = 1
+    most: int | None = None
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    upscale_seconds: float = 5.0
+    downscale_seconds: float = 300.0
+
+
+class Engine:
+    """What Serve makes an actor of. The first argument of each call names this replica, for the router."""
+
+    def __init__(self, settings: Settings) -> None:
+        switch_quickly()
+        keep_freed_memory()
+        logs.set_up(settings.log_format)
+        make(settings.home)
+        base = load_for_engine(base_directory(settings, log.info), settings, log.info)
+        guidance = guidance_of(base)
+        store = Storage.open(settings.home, settings).adapters(grace=2 * settings.request_timeout)
+        engine = make_engine(settings, base, store.load, guidance, log.info)
+        self._replica = EngineReplica(engine, guidance, base.digest, base.config.vocab_size)
+
+    async def follow(self, replica: str, client: str) -> AsyncGenerator[Welcome | Batch, None]:
+        """`EngineReplica.follow`."""
+        async for message in self._replica.follow(client):
+            yield message
+
+    async def submit(self, replica: str, client: str, request: GenerationRequest) -> SmoloraError | None:
+        """`EngineReplica.submit`."""
+        return await self._replica.submit(client, request)
+
+    async def abort(self, replica: str, client: str, request_id: str) -> None:
+        """`EngineReplica.abort`."""
+        await self._replica.abort(client, request_id)
+
+    async def check_health(self) -> None:
+        """`EngineReplica.check_health`."""
+        await self._replica.check_health()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """`EngineReplica.record_autoscaling_stats`."""
+        return self._replica.record_autoscaling_stats()
+
+
+def desired_replicas(context: AutoscalingContext) -> tuple[int, dict[str, object]]:
+    """As many that a batch has room for what is in flight; one more where a replica's blocks are nearly used up.
+
+    Calls, which Serve counts by itself, say nothing here: each API process has one to each replica, always.
+    """
+    found = context.aggregated_metrics or {}
+    in_flight = sum(found.get("in_flight", {}).values())
+    fullest = max(found.get("kv_used", {}).values(), default=0.0)
+    wanted = math.ceil(in_flight / context.config.target_ongoing_requests)
+    if fullest > _BUSY_BLOCKS:
+        wanted = max(wanted, context.current_num_replicas + 1)
+    least, most = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
+    return min(max(wanted, least), most), {}
+
+
+def engine_app(settings: Settings, scale: Scale) -> serve.Application:
+    """The application for `serve.run`. Replicas are told nothing secret: they need no keys."""
+    options: dict[str, object] = {"num_replicas": scale.replicas}
+    if scale.most is not None and scale.most > scale.replicas:
+        options = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=scale.replicas,
+                initial_replicas=scale.replicas,
+                max_replicas=scale.most,
+                target_ongoing_requests=settings.max_num_seqs,
+                metrics_interval_s=1,
+                look_back_period_s=2,
+                upscale_delay_s=scale.upscale_seconds,
+                downscale_delay_s=scale.downscale_seconds,
+                policy=AutoscalingPolicy(policy_function=desired_replicas),
+            )
+        }
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        max_ongoing_requests=_MAX_CALLS,
+        max_surge_percent=100,  # an upgrade starts new replicas before it stops old ones
+        ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
+        health_check_period_s=HEALTH_SECONDS,
+        health_check_timeout_s=_HEALTH_TIMEOUT_SECONDS,
+        graceful_shutdown_timeout_s=settings.request_timeout + _DRAIN_SECONDS,
+        graceful_shutdown_wait_loop_s=0.5,
+        request_router_config=RequestRouterConfig(
+            request_router_class="server.cluster.router:AddressedRouter", initial_backoff_s=0.01
+        ),
+        **options,
+    )(Engine)
+    return deployment.bind(settings.model_copy(update={"api_keys": (), "database_url": None}))
+
+
+def build_app(flags: Mapping[str, Flag]) -> serve.Application:
+    """For `import_path: server.cluster.deploy:build_app` in a Serve config file; `args` are settings by name."""
+    return engine_app(load(Settings, **flags), Scale())
+
+
+def deploy(settings: Settings, scale: Scale) -> DeploymentHandle:
+    """Run it, or bring what runs to these settings, a replica at a time; returns once all are healthy."""
+    serve.start(proxy_location="Disabled")
+    return serve.run(engine_app(settings, scale), name=APP, route_prefix=None)

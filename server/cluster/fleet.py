@@ -1,0 +1,146 @@
+"""The replicas as one API process knows them: which there are, what each has, and what was sent to it.
+
+What is known may be half a second old, and what this process itself sent since is added to it.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Protocol
+
+from adapters.errors import InvalidInput, SmoloraError
+from server.cluster.messages import Batch, ReplicaState, Welcome, block_hash
+from server.cluster.rank import Part, Replica, rank
+from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
+from server.engine.sequence import adapter_key, extend_block_keys, prefix_root
+
+_MAX_BLOCKS = 256
+"""Of a prompt's beginning: what replicas are told apart by."""
+
+
+class Transport(Protocol):
+    """How replicas are reached; what fails there raises an exception of whatever kind."""
+
+    def watch(self, told: Callable[[frozenset[str]], None]) -> None:
+        """Have `told` called, on the running loop, with the ids of the replicas now and whenever they change."""
+        ...
+
+    def follow(self, replica: str, client: str) -> AsyncGenerator[Welcome | Batch, None]: ...
+    async def submit(self, replica: str, client: str, request: GenerationRequest) -> SmoloraError | None: ...
+    async def abort(self, replica: str, client: str, request_id: str) -> None: ...
+    async def close(self) -> None: ...
+
+
+@dataclass(eq=False)
+class Sent:
+    """A request of this process that has not ended; `link` is the replica that works on it, if one does."""
+
+    request: GenerationRequest
+    put: Callable[[SequenceOutput | SmoloraError], None]
+    num_unfinished: int  # choices
+    link: "Link | None" = None
+    is_offered: bool = False  # whether the link has yet to say that it takes it
+    num_lost: int = 0  # replicas that were lost with it
+    tried: set[str] = field(default_factory=set)  # replicas that have refused it, or were lost with it
+    has_output: bool = False
+    is_abandoned: bool = False
+
+
+@dataclass(eq=False)
+class Link:
+    """One replica."""
+
+    id: str
+    welcome: Welcome | None = None
+    state: ReplicaState | None = None
+    blocks: set[int] = field(default_factory=set)  # of its prefix cache, with those it was sent prompts of
+    is_leaving: bool = False  # it ends once nothing of ours runs there
+    sent: dict[str, Sent] = field(default_factory=dict)  # by the request's id
+    calls: set[asyncio.Task[SmoloraError | None]] = field(default_factory=set)  # of `submit`, unanswered
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can be sent something."""
+        return self.state is not None and not self.is_leaving
+
+    @property
+    def num_own(self) -> int:
+        """Sequences that this process has there."""
+        return sum(sent.num_unfinished for sent in self.sent.values())
+
+    @property
+    def queue(self) -> int:
+        """Sequences there, of all processes."""
+        state = self.state
+        others = 0 if state is None else max(0, state.num_in_flight - state.num_own)
+        return others + self.num_own
+
+    def take(self, state: ReplicaState) -> None:
+        """What it has told of itself."""
+        self.state = state
+        if state.blocks is not None:
+            self.blocks = set(state.blocks)
+
+
+def check(links: Sequence[Link], request: GenerationRequest) -> None:
+    """InvalidInput where no replica could ever run it."""
+    welcomes = [link.welcome for link in links if link.welcome is not None]
+    limit = max(welcome.max_num_tokens for welcome in welcomes)
+    num_prompt, num_more = len(request.prompt_token_ids), request.sampling.max_tokens
+    if not num_prompt:
+        raise InvalidInput.of("prompt", "the prompt has no tokens; give at least one character")
+    if num_prompt + num_more > limit:
+        raise InvalidInput.of(
+            "max_tokens",
+            f"the prompt's {num_prompt} tokens and {num_more} more exceed {limit}; shorten the prompt or lower "
+            "max_tokens",
+        )
+    vocab_size = welcomes[0].vocab_size
+    if any(token_id >= vocab_size for token_id, _ in request.sampling.logit_bias):
+        raise InvalidInput.of("logit_bias", f"a token id is not below {vocab_size}")
+
+
+def best(links: Sequence[Link], sent: Sent, size_of: Callable[[str], int]) -> Link:
+    """The link for the request, which is noted to have its prompt soon; those that had it before come last."""
+    if len(links) == 1:
+        return links[0]
+    fresh = [link for link in links if link.id not in sent.tried] or links
+    parts = [Part(ref.digest, size_of(ref.digest)) for ref in sent.request.adapters]
+    prefix = prefix_of(links[0], sent.request)
+    replicas = [Replica(link.id, resident_in(link), link.queue, link.blocks) for link in fresh]
+    first, *_ = rank(parts, prefix, replicas)
+    chosen = next(link for link in fresh if link.id == first)
+    chosen.blocks.update(prefix)
+    return chosen
+
+
+def resident_in(link: Link) -> frozenset[str]:
+    """The adapters that it has, and those that it is about to read for requests of this process."""
+    assert link.state is not None
+    coming = {ref.digest for sent in link.sent.values() for ref in sent.request.adapters}
+    return link.state.stats.resident | coming
+
+
+def prefix_of(link: Link, request: GenerationRequest) -> list[int]:
+    """The hashes of the prompt's leading blocks, as far as they tell replicas apart."""
+    assert link.welcome is not None
+    keys: list[bytes] = []
+    size = link.welcome.block_size
+    token_ids = request.prompt_token_ids[: min(_MAX_BLOCKS * size, len(request.prompt_token_ids) - 1)]
+    extend_block_keys(keys, prefix_root(adapter_key(request.adapters), request.project), token_ids, size)
+    return [block_hash(key) for key in keys]
+
+
+def total(links: Sequence[Link]) -> EngineStats:
+    """Of all replicas together: sums, of digests the unions."""
+    found = [link.state.stats for link in links if link.state is not None]
+    if len(found) == 1:
+        return found[0]
+    sums: dict[str, object] = {}
+    for name in (of.name for of in fields(EngineStats)):
+        values = [getattr(stats, name) for stats in found]
+        if name in ("resident", "waiting"):
+            sums[name] = frozenset[str]().union(*values)
+        else:
+            sums[name] = max(values, default=0) if name == "max_adapter_rank" else sum(values)
+    return EngineStats(**sums)  # type: ignore[arg-type]  # each by its own name

@@ -1,0 +1,95 @@
+"""This machine's part of a Ray cluster: a process of Ray's that runs as long as the node does.
+
+It outlives the process that started it, and is ended by a signal: Ray then hands what runs here to other nodes.
+Ray's own page and its reports home are off, and its object store, which nothing here uses, is as small as may be.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from server.errors import StartupError
+
+Process = subprocess.Popen[bytes]
+
+_STORE_BYTES = 100 << 20
+_START_SECONDS = 60.0
+STOP_SECONDS = 45.0  # more than Ray itself takes to drain a node
+_TICK_SECONDS = 0.1
+
+
+def start_head(port: int, log: Path, num_cpus: float | None) -> tuple[Process, str]:
+    """Start a cluster; its process and address. Raises StartupError."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            raise StartupError(
+                f"port {port} is taken: join what is there (--address), or give --ray-port"
+            ) from None
+    # The secret that all of Ray's processes need, unless there is one; other machines need it as well.
+    subprocess.run([_ray(), "get-auth-token", "--generate"], capture_output=True, check=False)  # noqa: S603
+    process = _start(["--head", f"--port={port}"], log, num_cpus)
+    return process, f"127.0.0.1:{port}"
+
+
+def start_node(address: str, log: Path, num_cpus: float | None) -> Process:
+    """Have this machine join the cluster at `address`. Raises StartupError."""
+    return _start([f"--address={address}"], log, num_cpus)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def end(pid: int, seconds: float = STOP_SECONDS) -> bool:
+    """Tell another process's child to end, and wait for it; whether it did in time."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + seconds
+    while is_alive(pid):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_TICK_SECONDS)
+    return True
+
+
+def _start(flags: list[str], log: Path, num_cpus: float | None) -> Process:
+    limits = [] if num_cpus is None else [f"--num-cpus={num_cpus:g}"]
+    command = [
+        *(_ray(), "start", "--block", "--disable-usage-stats", "--include-dashboard=false"),
+        *(f"--object-store-memory={_STORE_BYTES}", *flags, *limits),
+    ]
+    if "--head" not in flags:
+        command.remove("--include-dashboard=false")  # the head's to say
+    with log.open("ab") as output:
+        begun = output.tell()
+        process = subprocess.Popen(  # noqa: S603 it is ours
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with log.open("rb") as written:
+            written.seek(begun)
+            if b"Ray runtime started" in written.read():
+                return process
+        time.sleep(_TICK_SECONDS)
+    process.terminate()
+    raise StartupError(f"Ray doesn't start: see {log}")
+
+
+def _ray() -> str:
+    return str(Path(sys.executable).with_name("ray"))

@@ -1,0 +1,168 @@
+"""One engine replica, as Ray Serve runs it: the engine of one process, for many API processes.
+
+An API process has one long-lived call of `follow`, which yields whatever its requests bring: a message a step, not
+one a token. Requests come by short calls of `submit`. When `follow` ends, for whatever reason (the API process was
+killed, its connection is lost), all of its requests are aborted.
+
+Serve calls `check_health` and `record_autoscaling_stats`. It stops a replica by telling the API processes first:
+they send nothing more, and end `follow` once nothing of theirs runs.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+from anyio import to_thread
+
+from adapters.errors import SmoloraError
+from server.cluster.messages import Batch, Outbox, ReplicaState, Welcome, block_hash
+from server.engine.async_engine import AsyncEngine
+from server.engine.request import GenerationRequest, SequenceOutput
+from server.engine.structured.guidance import Guidance
+from server.errors import EngineDead, NotReady, TryAgain
+
+STATE_SECONDS = 0.05
+"""Between two states, while there is anything else to tell."""
+PULSE_SECONDS = 0.5
+"""A state is told at least so often."""
+_BLOCKS_SECONDS = 1.0  # between two looks at the prefix cache
+
+
+@dataclass
+class _Follower:
+    """An API process."""
+
+    outbox: Outbox = field(default_factory=Outbox)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    requests: dict[str, int] = field(default_factory=dict)  # choices that haven't ended, by the request's id
+    told_at: float = -math.inf
+    blocks: frozenset[int] = frozenset()  # that were told
+    is_over: bool = False
+
+
+class EngineReplica:
+    """The engine and who follows it. Everything here belongs to one event loop."""
+
+    def __init__(self, engine: AsyncEngine, guidance: Guidance, base_digest: str, vocab_size: int) -> None:
+        """Starts the engine, on the running loop."""
+        self._engine = engine
+        self._guidance = guidance
+        self._welcome = Welcome(base_digest, engine.max_num_tokens, vocab_size, engine.config.block_size)
+        self._followers: dict[str, _Follower] = {}
+        self._blocks: frozenset[int] = frozenset()
+        self._blocks_at = -math.inf
+        engine.start()
+        guidance.start()
+        self._pulse = asyncio.get_running_loop().create_task(self._beat())
+
+    async def follow(self, client: str) -> AsyncGenerator[Welcome | Batch, None]:
+        """All news of the client's requests, until it is closed or the engine is dead, which aborts them."""
+        if (former := self._followers.pop(client, None)) is not None:
+            self._end(former)
+        follower = self._followers[client] = _Follower()
+        try:
+            yield self._welcome
+            while not (self._engine.dead or follower.is_over):
+                yield follower.outbox.take(self._state(follower))
+                await follower.news.wait()
+                follower.news.clear()
+            yield follower.outbox.take(None)
+        finally:
+            if self._followers.get(client) is follower:
+                del self._followers[client]
+            self._end(follower)
+
+    async def submit(self, client: str, request: GenerationRequest) -> SmoloraError | None:
+        """Queue a request of a client that follows; what it is refused for. None: its outputs will come."""
+        try:
+            if request.grammar is not None:
+                await to_thread.run_sync(self._guidance.check, request.grammar)
+            follower = self._followers.get(client)
+            if follower is None:
+                raise NotReady("nobody follows")
+            self._engine.check_queue(request.n, request.project)
+            self._engine.submit_to(request, lambda output: self._put(follower, request.request_id, output))
+            follower.requests[request.request_id] = request.n
+        except SmoloraError as error:
+            return error
+        return None
+
+    async def abort(self, client: str, request_id: str) -> None:
+        """Free what it holds at the engine's next step. Nothing where it has ended."""
+        follower = self._followers.get(client)
+        if follower is not None and follower.requests.pop(request_id, None) is not None:
+            self._engine.abandon(request_id)
+
+    async def check_health(self) -> None:
+        """Raises EngineDead where the engine can't go on, or hangs: whoever asks should replace this process."""
+        if self._engine.dead:
+            raise EngineDead
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the number of replicas may follow: sequences in flight, and the share of blocks in use."""
+        stats = self._engine.stats
+        used = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
+        return {"in_flight": float(self._engine.num_in_flight), "kv_used": used}
+
+    async def stop(self) -> None:
+        """End the engine and what runs."""
+        self._pulse.cancel()
+        self._engine.drain()
+        await self._engine.stop()
+        for follower in self._followers.values():
+            self._end(follower)
+        await to_thread.run_sync(self._guidance.close)
+
+    def _put(self, follower: _Follower, request_id: str, output: SequenceOutput | SmoloraError) -> None:
+        if isinstance(output, SmoloraError):
+            follower.outbox.failures.append((request_id, output))
+            follower.requests.pop(request_id, None)
+        else:
+            follower.outbox.outputs.append(output)
+            if output.finish_reason is not None:
+                left = follower.requests[request_id] = follower.requests[request_id] - 1
+                if not left:
+                    del follower.requests[request_id]
+        follower.news.set()
+
+    def _end(self, follower: _Follower) -> None:
+        follower.is_over = True
+        follower.news.set()
+        for request_id in follower.requests:
+            self._engine.abandon(request_id)
+        follower.requests = {}
+
+    def _state(self, follower: _Follower) -> ReplicaState | None:
+        """The engine as it is, where it is time to tell."""
+        now = time.monotonic()
+        if now - follower.told_at < STATE_SECONDS:
+            return None
+        follower.told_at = now
+        self._look_at_blocks(now)
+        blocks = None
+        if follower.blocks is not self._blocks:
+            follower.blocks = self._blocks
+            blocks = tuple(self._blocks)
+        refusal = None
+        try:
+            self._engine.check_queue(1)
+        except TryAgain as error:
+            refusal = error
+        num_own = sum(follower.requests.values())
+        return ReplicaState(self._engine.stats, self._engine.num_in_flight, num_own, refusal, blocks)
+
+    def _look_at_blocks(self, now: float) -> None:
+        if now - self._blocks_at >= _BLOCKS_SECONDS:
+            self._blocks_at = now
+            found = frozenset(map(block_hash, self._engine.cached_blocks()))
+            if found != self._blocks:
+                self._blocks = found
+
+    async def _beat(self) -> None:
+        """Have something told now and then: that it is there, or that the engine is dead."""
+        while True:
+            await asyncio.sleep(PULSE_SECONDS)
+            for follower in self._followers.values():
+                follower.news.set()

@@ -1,0 +1,140 @@
+"""What an engine is made from: a base on its device, the backend, and caches of the sizes that there is room for.
+
+Whatever is missing on this machine raises StartupError, in one line.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from server.config import Settings
+from server.engine.adapter_pool.pool import Load
+from server.engine.async_engine import AsyncEngine
+from server.engine.backend import Backend, NativeBackend, TorchBackend
+from server.engine.detokenizer import TokenBytes
+from server.engine.engine import Engine, EngineConfig
+from server.engine.paged_attention import PagedCache
+from server.engine.scheduler import SchedulerLimits
+from server.engine.structured.guidance import Guidance
+from server.engine.watching.watchdog import Watchdog
+from server.errors import StartupError
+from server.home import Home
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
+from server.model.device import choose_device
+from server.model.gpu import is_out_of_memory, limit_memory, room_for
+from server.model.native.load import load_native
+from server.model.smollm import SmolLM
+from server.model.text.vocabulary import tokenizer_json, vocabulary_of
+from server.serve.sizing import cpu_caches, free_bytes, gpu_caches, gpu_share, step_bytes
+
+DEFAULT_MAX_MODEL_LEN = 8192
+
+Say = Callable[[str], None]
+"""Told, in a short line, before each thing that takes a while."""
+
+
+def base_directory(settings: Settings, say: Say) -> Path:
+    """The converted base; slow where it is converted the first time."""
+    return resolve_base(settings.model, settings.home, settings.base_dir, say)
+
+
+def load_for_engine(directory: Path, settings: Settings, say: Say) -> BaseModel:
+    """The base where the settings want it."""
+    device, dtype = choose_device(settings.device, settings.dtype)
+    if device.type == "cuda":
+        with room_for("another process", device):
+            limit_memory(device, gpu_share(settings, torch.cuda.mem_get_info(device)[1]))
+    say(f"loading {settings.model} on {device} in {str(dtype).removeprefix('torch.')}")
+    return load_base(directory, dtype, device)
+
+
+def guidance_of(base: BaseModel) -> Guidance:
+    """Grammars over the base's tokens."""
+    return Guidance(tokenizer_json(base.tokenizer), base.config.vocab_size, tuple(base.config.eos_token_ids))
+
+
+def make_engine(
+    settings: Settings,
+    base: BaseModel,
+    load: Load,
+    guidance: Guidance,
+    say: Say,
+    watchdog: Watchdog | None = None,
+) -> AsyncEngine:
+    """An engine that isn't started. `load(digest)` reads an adapter."""
+    max_model_len = max_model_len_of(settings, base)
+    config = _engine_config(settings, base, max_model_len)
+    libraries = [base.directory / "native", Home(settings.home).native]
+    backend = _backend(settings, base, libraries, max_model_len, say)
+    token_bytes = TokenBytes(*vocabulary_of(base.tokenizer))
+
+    def build(wake: Callable[[], None]) -> Engine:
+        return Engine(backend, token_bytes, load, config, guidance=guidance, wake=wake)
+
+    return _allocated(
+        lambda: AsyncEngine(
+            build,
+            max_queue=settings.max_queue,
+            queue_timeout=settings.queue_timeout,
+            watchdog=watchdog,
+        ),
+        config,
+    )
+
+
+def _backend(
+    settings: Settings, base: BaseModel, libraries: Sequence[Path], max_positions: int, say: Say
+) -> Backend:
+    """Native where settings, machine and base allow it, else torch's."""
+    native = load_native(base, libraries, max_positions, say) if settings.native else None
+    if native is None:
+        return TorchBackend(SmolLM(base.config, base.weights, max_positions=max_positions, pack=True))
+    torch.set_num_threads(1)  # for what is left to torch: its threads would spin on cores that are taken
+    return NativeBackend(native)
+
+
+def _allocated(make: Callable[[], AsyncEngine], config: EngineConfig) -> AsyncEngine:
+    """What `make` makes; StartupError where the caches don't fit into memory, which torch says in its own ways."""
+    try:
+        return make()
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        raise StartupError(
+            f"no memory for caches of {config.kv_cache_bytes} and {config.adapter_cache_bytes} bytes: "
+            "lower SMOLORA_KV_CACHE_BYTES and SMOLORA_ADAPTER_CACHE_BYTES"
+        ) from None
+
+
+def max_model_len_of(settings: Settings, base: BaseModel) -> int:
+    """The longest sequence, in tokens. Raises StartupError where the base ends before."""
+    longest = base.config.max_position_embeddings
+    if settings.max_model_len is None:
+        return min(longest, DEFAULT_MAX_MODEL_LEN)
+    if settings.max_model_len > longest:
+        raise StartupError(f"SMOLORA_MAX_MODEL_LEN={settings.max_model_len}: {base.name} ends at {longest} tokens")
+    return settings.max_model_len
+
+
+def _engine_config(settings: Settings, base: BaseModel, max_model_len: int) -> EngineConfig:
+    block_size, limits = EngineConfig.block_size, SchedulerLimits.on(base.device.type, settings.max_num_seqs)
+    padded_len = -(-max_model_len // block_size) * block_size
+    one = padded_len * kv_bytes_per_token(base)
+    if base.device.type == "cpu":
+        sizes = cpu_caches(settings, free_bytes(), one)
+    else:
+        needed = step_bytes(base.config, base.dtype.itemsize, limits, padded_len)
+        sizes = gpu_caches(settings, *torch.cuda.mem_get_info(base.device), one, needed)
+    return EngineConfig(
+        max_model_len=max_model_len,
+        kv_cache_bytes=sizes.kv_cache,
+        adapter_cache_bytes=sizes.adapter_cache,
+        scheduler=limits,
+    )
+
+
+def kv_bytes_per_token(base: BaseModel) -> int:
+    """What the keys and values of one token take."""
+    return PagedCache.bytes_per_block(base.config, 1, base.dtype)

@@ -1,0 +1,61 @@
+"""One Ray for all of this room's tests, and what one process answers to the same requests."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from server.model.base.source import resolve_base
+from server.model.base.weights import load_base
+from tests.cluster.kit import CACHES, FLAGS, SIZES, Cluster, publish
+from tests.end_to_end.server_process import ServerProcess
+from tests.tiny import save_tiny_base
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra `cluster`: Ray isn't installed")
+NAMES = ("left", "right", "third")
+
+
+@pytest.fixture(scope="session")
+def long_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base whose answers may take many seconds."""
+    return save_tiny_base(tmp_path_factory.mktemp("long") / "tiny-llama", options=SIZES)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the first API process, from which replicas read adapters."""
+    return tmp_path_factory.mktemp("first")
+
+
+@pytest.fixture(scope="session")
+def cluster(home: Path, long_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    running = Cluster(tmp_path_factory.mktemp("ray"), home, long_base)
+    try:
+        running.scale(2)
+        yield running
+    finally:
+        running.close()
+
+
+def _with_adapters(server: ServerProcess, base: Path) -> ServerProcess:
+    shape = load_base(resolve_base(str(base), server.home)).config.shape
+    for seed, name in enumerate(NAMES):
+        publish(server, name, seed, shape)
+    return server
+
+
+@pytest.fixture(scope="session")
+def api(cluster: Cluster, home: Path, long_base: Path) -> Iterator[ServerProcess]:
+    """The first API process."""
+    server = _with_adapters(cluster.api(home), long_base)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def single(tmp_path_factory: pytest.TempPathFactory, long_base: Path) -> Iterator[ServerProcess]:
+    """The same as one process."""
+    server = ServerProcess(tmp_path_factory.mktemp("single"), model=long_base, **FLAGS, **CACHES)
+    yield _with_adapters(server, long_base)
+    server.close()

@@ -1,0 +1,87 @@
+"""A real Ray with engine replicas on a tiny base, and API processes beside it."""
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from adapters.lora import BaseShape
+from server.cluster import node
+from server.config.ray import set_up_ray
+from tests.end_to_end.server_process import PATIENCE, ServerProcess, command, environment, free_port
+from tests.server.api.adapters.peft_files import as_parts, peft_files
+
+SIZES = {"max_position_embeddings": 4096}
+"""Of the tiny base: answers may take many seconds."""
+FLAGS: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "max_num_seqs": 16, "max_queue": 16}
+CACHES: dict[str, Any] = {"adapter_cache_bytes": "4MiB", "kv_cache_bytes": "64MiB"}
+_TITLE = "ray::ServeReplica:smolora:engine"
+
+
+class Cluster:
+    """Ray on this machine, with room for eight replicas whatever cores there are."""
+
+    def __init__(self, directory: Path, home: Path, model: Path) -> None:
+        """Replicas read adapters from `home`; logs are in `directory`."""
+        set_up_ray()
+        self._ray, self.address = node.start_head(free_port(), directory / "ray.log", 8)
+        self._home = home
+        self._model = model
+
+    def scale(self, num_replicas: int, **others: object) -> None:
+        """Have so many replicas; returns once they are healthy."""
+        flags = {"model": self._model, "home": self._home, **FLAGS, **CACHES, **others}
+        words = ("cluster", "deploy")
+        told = command(words, address=self.address, replicas=num_replicas, **flags)
+        done = subprocess.run(
+            told, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    def api(self, home: Path, **flags: object) -> ServerProcess:
+        """Another API process; it is ready."""
+        given = {"model": self._model, **FLAGS, **flags}
+        return ServerProcess(home, words=("cluster", "api"), address=self.address, **given)
+
+    def replicas(self) -> list[psutil.Process]:
+        """The processes of the replicas that live."""
+        found = []
+        for process in psutil.Process(self._ray.pid).children(recursive=True):
+            try:
+                if process.cmdline()[:1] == [_TITLE] and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def close(self) -> None:
+        """End all of it."""
+        for process in self.replicas():  # one that a test has stopped
+            process.send_signal(signal.SIGCONT)
+        self._ray.terminate()
+        self._ray.wait(node.STOP_SECONDS)
+
+
+def publish(server: ServerProcess, name: str, seed: int, shape: BaseShape) -> str:
+    """Publish a random adapter, the same for each seed; its digest."""
+    response = server.client.post(f"/adapters/{name}", files=as_parts(*peft_files(seed, shape=shape)))
+    assert response.status_code == 201, response.text
+    return str(response.json()["digest"])
+
+
+def wait_until(condition: Callable[[], bool], what: str = "", patience: float = PATIENCE / 2) -> None:
+    """AssertionError where it doesn't come true in time."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def error_of(response: httpx.Response) -> tuple[int, object]:
+    """What a refusal says."""
+    return response.status_code, response.json()["detail"]

@@ -1,0 +1,174 @@
+"""Replicas and API processes that are killed: no answer is wrong, and nothing stays behind."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.conftest import needs_ray
+from tests.cluster.kit import Cluster, wait_until
+from tests.end_to_end.server_process import ServerProcess
+
+pytestmark = [pytest.mark.cluster, needs_ray]
+
+NUM = 12
+
+
+@pytest.fixture
+def two(cluster: Cluster, api: ServerProcess, single: ServerProcess) -> Iterator[ServerProcess]:
+    """The API process, once both replicas are known to it; afterwards there are two again."""
+    spread(api, single)
+    yield api
+    for process in cluster.replicas():
+        process.send_signal(signal.SIGCONT)
+    wait_until(lambda: len(cluster.replicas()) == 2, "it was not replaced")
+
+
+def spread(api: ServerProcess, single: ServerProcess, num: int = 2) -> None:
+    """Wait until the API process is told of so many replicas, and of no other."""
+    blocks = single.metrics()["smolora_kv_blocks"]
+    wait_until(lambda: api.metrics()["smolora_kv_blocks"] == num * blocks, "it isn't told")
+
+
+def streamed(server: ServerProcess, body: dict[str, Any], begun: threading.Semaphore) -> tuple[str, Any]:
+    """The text of a stream, and the problem that ended it, if one did."""
+    text = ""
+    with server.client.stream("POST", "/generate", json={**body, "stream": True}) as response:
+        assert response.status_code == 200, response.read()
+        lines = response.iter_lines()
+        for line in lines:
+            if line.startswith("event: error"):
+                return text, json.loads(next(lines).removeprefix("data: "))
+            if line.startswith("data: {"):
+                if not text:
+                    begun.release()
+                text += json.loads(line.removeprefix("data: ")).get("text", "")
+    return text, None
+
+
+def test_a_replica_dies_before_it_told_anything(
+    two: ServerProcess, single: ServerProcess, cluster: Cluster
+) -> None:
+    prompts = [f"{number} before the first token" for number in range(NUM)]
+    expected = single.texts(prompts, max_tokens=30, adapter="left*0.5", seed=5, temperature=0.8)
+    victim = cluster.replicas()[0]
+    victim.send_signal(signal.SIGSTOP)  # what goes there gets no answer
+    with ThreadPoolExecutor(NUM) as pool:
+        asked = pool.map(
+            lambda p: two.text(p, max_tokens=30, adapter="left*0.5", seed=5, temperature=0.8), prompts
+        )
+        time.sleep(1.5)
+        victim.kill()
+        assert list(asked) == expected
+    wait_until(lambda: victim.pid not in [process.pid for process in cluster.replicas()])
+
+
+def test_a_replica_dies_in_the_middle_of_answers(
+    two: ServerProcess, single: ServerProcess, cluster: Cluster
+) -> None:
+    bodies: list[dict[str, Any]] = [
+        {"prompt": f"{number} in the middle", "max_tokens": 700, "temperature": 0} for number in range(NUM)
+    ]
+    begun = threading.Semaphore(0)
+    with ThreadPoolExecutor(NUM) as pool:
+        asked = [pool.submit(streamed, two, {**body, "temperature": 0}, begun) for body in bodies]
+        for _ in range(NUM):
+            assert begun.acquire(timeout=60)
+        cluster.replicas()[0].kill()
+        found = [ask.result() for ask in asked]
+    problems = [problem for _, problem in found if problem is not None]
+    assert 0 < len(problems) < NUM
+    assert {problem["status"] for problem in problems} == {503}
+    for body, (text, problem) in zip(bodies, found, strict=True):
+        expected = single.text(**body)
+        assert expected.startswith(text) if problem is not None else text == expected
+
+
+def test_an_api_process_dies_in_the_middle_of_answers(
+    two: ServerProcess, cluster: Cluster, tmp_path: Path
+) -> None:
+    other = cluster.api(tmp_path / "other")
+    begun = threading.Semaphore(0)
+    body = {"prompt": "Nobody reads this to its end", "max_tokens": 3500, "temperature": 0, "n": 4}
+
+    def ask(number: int) -> None:
+        with pytest.raises(Exception, match=r"peer|disconnected|closed|reset"):
+            streamed(other, {**body, "prompt": f"{number} {body['prompt']}"}, begun)
+
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask, number) for number in range(4)]
+        for _ in range(4):
+            assert begun.acquire(timeout=60)
+        two.wait_for(requests_running=16)
+        other.kill()
+        killed = time.monotonic()
+        two.wait_for(requests_running=0, kv_blocks_used=0)
+        assert time.monotonic() - killed < 3
+        for each in asked:
+            each.result()
+    other.close()
+
+
+def test_a_replica_that_hangs_is_replaced(two: ServerProcess, cluster: Cluster) -> None:
+    victim = cluster.replicas()[0]
+    victim.send_signal(signal.SIGSTOP)
+    wait_until(lambda: victim.pid not in [process.pid for process in cluster.replicas()], "it stays", 90)
+    assert two.text("It goes on", max_tokens=4) is not None
+
+
+def test_the_only_replica_dies(two: ServerProcess, single: ServerProcess, cluster: Cluster) -> None:
+    """What was accepted waits for the new one."""
+    cluster.scale(1)
+    wait_until(lambda: len(cluster.replicas()) == 1)
+    spread(two, single, 1)
+    (victim,) = cluster.replicas()
+    victim.send_signal(signal.SIGSTOP)
+    prompts = [f"{number} waits for a new one" for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        asked = pool.map(lambda prompt: two.text(prompt, max_tokens=20), prompts)
+        time.sleep(1)
+        victim.kill()
+        time.sleep(1)
+        assert two.client.get("/ready").status_code == 503
+        refused = two.client.post("/generate", json={"prompt": "x"})
+        assert (refused.status_code, refused.headers.get("Retry-After")) == (503, "5")
+        assert list(asked) == single.texts(prompts, max_tokens=20)
+    cluster.scale(2)
+
+
+def test_scaling_under_load_fails_no_request(two: ServerProcess, single: ServerProcess, cluster: Cluster) -> None:
+    prompts = [f"{number} while replicas come and go" for number in range(6)]
+    expected = single.texts(prompts, max_tokens=80)
+    stop = threading.Event()
+    faults: list[str] = []
+    counts: list[int] = []
+
+    def load(index: int) -> None:
+        while not stop.is_set():
+            response = two.client.post(
+                "/generate", json={"prompt": prompts[index], "max_tokens": 80, "temperature": 0}
+            )
+            if response.status_code != 200 or response.json()["choices"][0]["text"] != expected[index]:
+                faults.append(response.text)
+            counts.append(index)
+
+    threads = [threading.Thread(target=load, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    try:
+        for num_replicas in (1, 3, 2):
+            cluster.scale(num_replicas)
+            wait_until(lambda num=num_replicas: len(cluster.replicas()) == num, "it doesn't scale")  # type: ignore[misc]
+            before = len(counts)
+            wait_until(lambda before=before: len(counts) > before + 12, "nothing is answered")  # type: ignore[misc]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert faults == []

@@ -1,0 +1,223 @@
+"""Several replicas as one engine: the same answers, aborts, refusals, and replicas that go."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from adapters.errors import InvalidInput, SmoloraError
+from server.cluster import client as client_module
+from server.engine.request import SamplingParams, SequenceOutput
+from server.engine.scheduler import SchedulerLimits
+from server.engine.watching.output_stream import OutputStream
+from server.errors import Draining, EngineDead, NotReady, QueueFull
+from server.model.base.weights import BaseModel
+from tests.engine_kit import build_engine, run
+from tests.server.cluster.replicas import Local, sent
+from tests.server.engine.async_bench import LONG, collect, eventually, on_loop, outcome, request
+from tests.server.engine.faults import SlowLoad
+from tests.server.engine.traffic import assert_same, library, prompt, requests_of_all_kinds
+
+TUNED = request(adapters={"00": 1.0})
+SLOW = replace(request(), sampling=LONG)
+
+
+async def end_of(stream: OutputStream) -> SmoloraError | None:
+    """Of a stream that has begun: what ends it, if anything is wrong."""
+    try:
+        async for output in stream:
+            if output.error is not None:
+                return output.error
+    except SmoloraError as error:
+        return error
+    return None
+
+
+async def first_of(stream: OutputStream) -> SequenceOutput | SmoloraError:
+    """Its first output, or what it was refused for."""
+    try:
+        return await anext(stream)
+    except SmoloraError as error:
+        return error
+
+
+def test_answers_are_those_of_one_engine(tiny_base: BaseModel) -> None:
+    adapters, requests = library(tiny_base), requests_of_all_kinds(tiny_base, 16)
+    expected = run(build_engine(tiny_base, adapters), requests)
+    local = Local(tiny_base, adapters)
+
+    async def main() -> None:
+        async with local as engine:
+            found = await asyncio.gather(*(collect(engine.submit(one)) for one in requests))
+            for one, results in zip(requests, found, strict=True):
+                for index, result in results.items():
+                    assert_same(result, expected[one.request_id, index])
+            assert engine.num_in_flight == 0
+            await eventually(lambda: engine.stats.num_running == 0 and engine.stats.kv_blocks_used == 0)
+            num_tokens = sum(len(result.token_ids) for result in expected.values())
+            await eventually(lambda: engine.stats.output_tokens == num_tokens)
+            assert {place for place, _ in local.transport.submitted} == {"replica-0", "replica-1"}
+            assert local.transport.num_messages < num_tokens / 2  # a message has a step of several sequences
+
+    on_loop(main())
+
+
+def test_a_stream_that_is_closed_is_aborted(tiny_base: BaseModel) -> None:
+    local = Local(tiny_base)
+
+    async def main() -> None:
+        async with local as engine:
+            running = engine.submit(SLOW)
+            await anext(running)
+            unsent = engine.submit(replace(SLOW, request_id="at once"))
+            await unsent.aclose()
+            await running.aclose()
+            assert engine.num_in_flight == 0
+            for bench in local.benches.values():
+                await eventually(lambda bench=bench: bench.asynchronous.num_in_flight == 0)  # type: ignore[misc]
+                assert bench.engine.stats.output_tokens < 300
+
+    on_loop(main())
+
+
+def test_a_replica_that_goes_before_the_first_token(tiny_base: BaseModel) -> None:
+    expected = run(build_engine(tiny_base, library(tiny_base, 4)), [TUNED])["r", 0]
+    slow = SlowLoad(tiny_base)
+    local = Local(tiny_base, slow)
+
+    async def main() -> None:
+        async with local as engine:
+            asked = asyncio.ensure_future(collect(engine.submit(TUNED)))
+            await eventually(lambda: slow.num_started == 1)
+            first = local.place_of("r")
+            local.transport.cut(first)
+            await eventually(lambda: slow.num_started == 2)
+            slow.go.set()
+            assert_same((await asked)[0], expected)
+            assert local.place_of("r") != first
+
+    on_loop(main())
+
+
+def test_a_replica_that_goes_after_the_first_token(tiny_base: BaseModel) -> None:
+    local = Local(tiny_base)
+
+    async def main() -> None:
+        async with local as engine:
+            stream = engine.submit(SLOW)
+            await anext(stream)
+            local.transport.cut(local.place_of("r"))
+            assert isinstance(await end_of(stream), EngineDead)
+            assert len(local.transport.submitted) == 1
+            assert engine.ready  # the other one is there
+
+    on_loop(main())
+
+
+def test_what_was_taken_waits_for_a_replica(tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowLoad(tiny_base)
+    local = Local(tiny_base, slow, num=1)
+
+    async def main() -> None:
+        async with local as engine:
+            first = asyncio.ensure_future(outcome(engine.submit(TUNED)))
+            await eventually(lambda: slow.num_started == 1)
+            local.transport.cut("replica-0")
+            local.transport.remove("replica-0")
+            await eventually(lambda: not engine.ready)
+            with pytest.raises(NotReady):
+                engine.submit(request("refused"))
+            slow.go.set()
+            local.benches["another"] = Local(tiny_base, slow, num=1).benches["replica-0"]
+            local.bring("another")
+            assert await first is None
+            monkeypatch.setattr(client_module, "_PATIENCE_SECONDS", 0.05)
+            second = asyncio.ensure_future(outcome(engine.submit(replace(SLOW, request_id="s"))))
+            await asyncio.sleep(0)
+            local.transport.cut("another")
+            assert isinstance(await second, EngineDead)
+
+    on_loop(main())
+
+
+def test_a_replica_that_leaves_ends_what_it_has(tiny_base: BaseModel) -> None:
+    local = Local(tiny_base)
+
+    async def main() -> None:
+        async with local as engine:
+            stream = engine.submit(SLOW)
+            await anext(stream)
+            leaving = local.place_of("r")
+            local.transport.remove(leaving)
+            others = [engine.submit(request(f"o{number}", num=10 + number)) for number in range(4)]
+            assert [await outcome(other) for other in others] == [None] * 4
+            assert leaving not in {place for place, name in local.transport.submitted if name.startswith("o")}
+            assert await end_of(stream) is None
+            await eventually(lambda: leaving not in engine._links)
+
+    on_loop(main())
+
+
+def test_refusals(tiny_base: BaseModel) -> None:
+    limits = SchedulerLimits(max_num_seqs=1)
+    local = Local(tiny_base, limits=limits, max_queue=1)
+
+    async def main() -> None:
+        async with local as engine:
+            with pytest.raises(InvalidInput, match="exceed 512"):
+                engine.submit(request(num=600))
+            with pytest.raises(InvalidInput, match="logit_bias"):
+                engine.submit(replace(request(), sampling=SamplingParams(logit_bias=((512, 1.0),))))
+            streams = [engine.submit(replace(SLOW, request_id=f"{index}")) for index in range(6)]
+            refused = [isinstance(await first_of(stream), QueueFull) for stream in streams[4:]]
+            assert refused == [True, True]  # two run, two wait; whoever is refused was asked of both replicas
+            await eventually(lambda: all(link.state and link.state.refusal for link in engine._links.values()))
+            with pytest.raises(QueueFull):
+                engine.check_queue(1)
+            for stream in streams:
+                await stream.aclose()
+            engine.drain()
+            assert engine.draining
+            with pytest.raises(Draining):
+                engine.submit(request("late"))
+
+    on_loop(main())
+
+
+def test_another_base_is_not_used(tiny_base: BaseModel) -> None:
+    local = Local(tiny_base, num=1)
+    local.client._base_digest = "another"
+
+    async def main() -> None:
+        local.client.start()
+        local.bring("replica-0")
+        await asyncio.sleep(0.3)
+        assert not local.client.ready
+        await local.__aexit__()
+
+    on_loop(main())
+
+
+def test_an_engine_that_dies_is_told(tiny_base: BaseModel) -> None:
+    local = Local(tiny_base, num=1, failing={0, 1, 2})
+
+    async def main() -> None:
+        async with local as engine:
+            for number in range(3):
+                await first_of(engine.submit(request(f"{number}")))
+            await eventually(lambda: local.benches["replica-0"].asynchronous.dead)
+            await eventually(lambda: not engine.ready)
+            (replica,) = local.transport.replicas.values()
+            with pytest.raises(EngineDead):
+                await replica.check_health()
+
+    on_loop(main())
+
+
+def test_what_goes_over_the_wire_comes_out_as_it_was() -> None:
+    for error in (QueueFull("full", retry_after=2.5), InvalidInput.of("prompt", "is empty"), EngineDead()):
+        other = sent(error)
+        assert type(other) is type(error)
+        assert (str(other), vars(other)) == (str(error), vars(error))
+    one = replace(SLOW, prompt_token_ids=prompt(3))
+    assert sent(one) == one
