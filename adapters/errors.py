@@ -6,7 +6,10 @@
     │   └── InvalidAdapter         PEFT files that can't be honoured exactly
     ├── NotFound                   no adapter, version or alias of that name (HTTP 404)
     ├── Conflict                   the name is taken, or something still holds it (HTTP 409)
-    └── CorruptAdapter             stored bytes that no longer match their digest (HTTP 500)
+    ├── CorruptAdapter             stored bytes that no longer match their digest (HTTP 500)
+    └── TryAgain                   refused now, welcome later; has `retry_after` (HTTP 429)
+        └── Unavailable            nothing can be served now (HTTP 503)
+            └── Interrupted        the database went away before anything was changed
 
 `server.errors` adds the branches that concern a running server. One handler in `server.api` turns the
 whole tree into HTTP. All of it can be pickled, with its attributes and its cause.
@@ -74,6 +77,28 @@ class Conflict(SmoloraError):
 
 class CorruptAdapter(SmoloraError):
     """Stored bytes are missing or no longer match the digest that names them."""
+
+
+class TryAgain(SmoloraError):
+    """Refused now, welcome in `retry_after` seconds."""
+
+    default_message = "try again later"
+
+    def __init__(self, message: str | None = None, retry_after: float = 1.0) -> None:
+        super().__init__(message or self.default_message)
+        self.retry_after = retry_after
+
+
+class Unavailable(TryAgain):
+    """Nothing can be served now."""
+
+    default_message = "the server can't take requests now"
+
+
+class Interrupted(Unavailable):
+    """The database can't be reached, or let go of a transaction, of which nothing is left: it may be run again."""
+
+    default_message = "the database can't be reached just now"
 
 
 def _restored(

@@ -1,10 +1,11 @@
 """Faults of a running server, as branches of the tree in `adapters.errors`.
 
     SmoloraError
-    ├── TryAgain                   refused now, welcome later; has `retry_after`
+    ├── TryAgain                   of `adapters.errors`, as Unavailable
     │   ├── QueueFull              as many requests wait as may (HTTP 429)
     │   ├── RateLimited            a key's or a project's minute is used up (HTTP 429)
     │   └── Unavailable            nothing can be served now (HTTP 503)
+    │       ├── Interrupted        of `adapters.errors`
     │       ├── GenerationTimeout  it took too long, and was ended
     │       ├── NotReady           the model isn't loaded yet
     │       ├── Draining           the process is about to end
@@ -21,17 +22,24 @@ exception: only the person at the terminal reads it, so it names paths.
 
 from collections.abc import Mapping
 
-from adapters.errors import SmoloraError
+from adapters.errors import Interrupted, SmoloraError, TryAgain, Unavailable
 
-
-class TryAgain(SmoloraError):
-    """Refused now, welcome in `retry_after` seconds."""
-
-    default_message = "try again later"
-
-    def __init__(self, message: str | None = None, retry_after: float = 1.0) -> None:
-        super().__init__(message or self.default_message)
-        self.retry_after = retry_after
+__all__ = [
+    "Draining",
+    "EngineDead",
+    "Forbidden",
+    "GenerationFailed",
+    "GenerationTimeout",
+    "Interrupted",
+    "NotReady",
+    "PayloadTooLarge",
+    "QueueFull",
+    "RateLimited",
+    "StartupError",
+    "TryAgain",
+    "Unauthorized",
+    "Unavailable",
+]
 
 
 class QueueFull(TryAgain):
@@ -46,12 +54,6 @@ class RateLimited(TryAgain):
     def __init__(self, message: str, retry_after: float, headers: Mapping[str, str]) -> None:
         super().__init__(message, retry_after)
         self.headers = dict(headers)
-
-
-class Unavailable(TryAgain):
-    """Nothing can be served now."""
-
-    default_message = "the server can't take requests now"
 
 
 class GenerationTimeout(Unavailable):

@@ -12,8 +12,11 @@ from server.model.base.embedded import EMBEDDED
 from server.model.base.export import export_hugging_face
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
+from tests.postgres import database_url, own_postgres, postgres
 from tests.properties import set_default
 from tests.tiny import save_tiny_base
+
+__all__ = ["database_url", "own_postgres", "postgres"]
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"

@@ -58,6 +58,7 @@ ONLY_IN = {
         "server.training.queue",
     ),
     "limits": ("server.access.rates",),
+    "psycopg": ("server.database.notices", "server.database.postgres"),
     "alembic": ("server.database", "server.migrations"),
     "sqlite3": ("server.database", "server.sqlite"),
     "pysqlite3": ("server.sqlite",),

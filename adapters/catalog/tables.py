@@ -4,31 +4,63 @@ A `name` is a key here: with its project, as `adapters.viewpoint` says.
 The SQL is what SQLite and PostgreSQL have in common. The migrations in `server.migrations` make the tables.
 """
 
+import random
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
+from adapters.errors import Interrupted
 from adapters.names import MAX_KEY, MAX_NAME
 from adapters.viewpoint import DEFAULT_PROJECT
 
 MAX_ATTEMPTS = 20
+PATIENCE = "patience"
+
+
+class _HasEngine(Protocol):
+    _engine: sa.Engine
+
 
 _Result = TypeVar("_Result")
+_Given = ParamSpec("_Given")
+_Writer = TypeVar("_Writer", bound=_HasEngine)
 
 
 def transact(engine: sa.Engine, work: Callable[[sa.Connection], _Result]) -> _Result:
-    """`work` in one transaction, done again where another one took the same name or number first."""
-    for _ in range(MAX_ATTEMPTS - 1):
+    """`work` in one transaction, done again where another one took the same name or number first.
+
+    And where it was interrupted, for as many seconds as the engine's execution option PATIENCE says; else not.
+    """
+    until = time.monotonic() + engine.get_execution_options().get(PATIENCE, 0.0)
+    num_left = MAX_ATTEMPTS
+    while True:
         try:
             with engine.begin() as connection:
                 return work(connection)
         except IntegrityError:
-            continue
-    with engine.begin() as connection:
-        return work(connection)
+            num_left -= 1
+            if not num_left:
+                raise
+        except Interrupted:
+            if time.monotonic() > until:
+                raise
+            time.sleep(random.uniform(0.05, 0.2))
+
+
+def transacted(
+    method: Callable[Concatenate[_Writer, sa.Connection, _Given], _Result],
+) -> Callable[Concatenate[_Writer, _Given], _Result]:
+    """A method that is handed a connection, in a transaction of its object's engine, as `transact` runs it."""
+
+    def run(self: _Writer, /, *given: _Given.args, **named: _Given.kwargs) -> _Result:
+        return transact(self._engine, lambda connection: method(self, connection, *given, **named))
+
+    run.__name__, run.__doc__ = method.__name__, method.__doc__
+    return run
 
 
 class UtcDateTime(sa.TypeDecorator[datetime]):

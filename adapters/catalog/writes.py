@@ -19,7 +19,7 @@ from adapters.catalog.records import Recorder, Records
 from adapters.catalog.tables import aliases, lock, names, parts, transact, versions
 from adapters.catalog.versions import Kind, NewVersion, Origin, Part, Version, blend_digest, combine, gather
 from adapters.catalog.visibility import refuse_private_parts
-from adapters.errors import Conflict, InvalidInput, NotFound
+from adapters.errors import Conflict, InvalidInput, NotFound, Unavailable
 from adapters.expression import Term, render
 from adapters.names import name_fault
 from adapters.viewpoint import Viewpoint, split_key
@@ -35,7 +35,7 @@ def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder |
         yield recorder
     except BaseException:
         if recorder is not None and recorder.written:
-            with suppress(OSError, DBAPIError):  # then it is as if the process had been killed
+            with suppress(OSError, DBAPIError, Unavailable):  # then it is as if the process had been killed
                 transact(engine, partial(_forget_uncommitted, recorder))
         raise
 

@@ -11,9 +11,10 @@ from server.access.audit import Audit
 from server.access.key_ring import KeyRing
 from server.access.keys import Keys
 from server.access.projects import Projects
-from server.access.rates import Rates
+from server.access.rates import OwnRates, Rates
 from server.access.tables import changes
 from server.access.usage import Ledger
+from server.database import is_file
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,15 @@ def open_access(
     keys, projects = Keys(engine, keyed), Projects(engine)
     ring = KeyRing(keys, projects, _ChangeCount(engine, commits), fixed_keys, allow_anonymous)
     ring.refresh()
-    return Access(keys, projects, ring, Rates(), Ledger(engine), Audit(engine))
+    return Access(keys, projects, ring, _rates(engine), Ledger(engine), Audit(engine))
+
+
+def _rates(engine: sa.Engine) -> Rates:
+    if is_file(engine):
+        return OwnRates()
+    from server.access.shared_rates import SharedRates
+
+    return SharedRates(engine)
 
 
 class _ChangeCount:

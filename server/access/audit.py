@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
+from adapters.catalog.tables import transact
+from adapters.errors import Unavailable
 from server.access.tables import audit
 
 log = logging.getLogger("smolora.access")
@@ -51,12 +53,11 @@ class Audit:
     ) -> None:
         """Record a deed that was done elsewhere, just now.
 
-        On a full disk, which must not keep anybody from deleting, the log gets it.
+        Where the disk or the database fails, which must not keep anybody from deleting, the log gets it.
         """
         try:
-            with self._engine.begin() as connection:
-                record(connection, who, action, project, target, detail)
-        except DBAPIError:
+            transact(self._engine, lambda connection: record(connection, who, action, project, target, detail))
+        except (DBAPIError, Unavailable):
             log.error("not on the audit list: %s did %s of %s in %s", who, action, ascii(target), project)
 
     def list(self, limit: int, before: int | None = None) -> list[Entry]:

@@ -8,9 +8,11 @@ on, and whoever is being answered is told within `WATCH_SECONDS`. Everything her
 import asyncio
 import hmac
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from adapters.errors import Unavailable
 from adapters.viewpoint import DEFAULT_PROJECT
 from server.access.keys import ApiKey, Keys, digest_of
 from server.access.principal import EVERYBODY, SCOPES, Principal, Quota
@@ -117,7 +119,8 @@ class KeyRing:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             if self._ends:
-                self.refresh()
+                with suppress(Unavailable):  # the next look may find the database there again
+                    self.refresh()
                 for key_id in list(self._ends):
                     self._end_if_invalid(key_id)
 

@@ -6,13 +6,14 @@ A secret has 256 random bits, so that its plain SHA-256 can't be searched: a slo
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import sqlalchemy as sa
 
-from adapters.catalog.tables import transact
+from adapters.catalog.tables import transact, transacted
 from adapters.durable import new_file
 from adapters.errors import FieldError, InvalidInput, NotFound
 from adapters.names import NAME_RULE, is_name
@@ -136,18 +137,22 @@ class Keys:
 
         return transact(self._engine, work)
 
-    def used(self, last: Mapping[str, datetime]) -> None:
+    @transacted
+    def used(self, connection: sa.Connection, last: Mapping[str, datetime]) -> None:
         """Store when keys were used last, by id."""
-        with self._engine.begin() as connection:
-            for key_id, at in last.items():
-                connection.execute(sa.update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=at))
+        for key_id, at in last.items():
+            connection.execute(sa.update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=at))
 
     def are_there(self) -> bool:
         """Whether a key was ever made: then nobody comes in without one any more."""
         if self._keyed.exists():
             return True
         with self._reader.connect() as connection:
-            return connection.execute(sa.select(api_keys.c.id).limit(1)).first() is not None
+            are_there = connection.execute(sa.select(api_keys.c.id).limit(1)).first() is not None
+        if are_there:  # another server's: should the database be lost, this one keeps strangers out, too
+            with suppress(OSError), new_file(self._keyed):
+                pass
+        return are_there
 
 
 def _in_utc(moment: datetime | None) -> datetime | None:

@@ -1,13 +1,15 @@
 """Requests and tokens a minute, of a key and of its project's keys together, as OpenAI's API tells of them.
 
 Windows are fixed, and begin with the first request after the one before has ended: within a minute of its first
-request a key has no more than its limit. In memory: a restart forgets them. For one event loop.
+request a key has no more than its limit. In memory: a restart forgets them; `shared_rates` counts those of several
+servers together. For one event loop.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
@@ -25,60 +27,92 @@ _LIMIT_OF: dict[Kind, Callable[[Quota], int | None]] = {
 }
 
 
-class Rates:
+@dataclass(frozen=True)
+class Limit:
+    """How many a minute a key has, or a project."""
+
+    kind: Kind
+    whose: Literal["key", "project"]
+    name: str
+    most: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """What is left of a limit's minute, and when that ends, in seconds since 1970."""
+
+    remaining: int
+    ends_at: float
+
+    @property
+    def seconds_left(self) -> float:
+        return max(0.0, self.ends_at - time.time())
+
+
+class Rates(Protocol):
     """What is left of this minute to everybody who has a limit."""
+
+    async def take(self, principal: Principal, kind: Kind, amount: int = 1) -> None:
+        """Count so many, or none where that is more than is left. Raises RateLimited."""
+
+    def headers(self, principal: Principal) -> dict[str, str]:
+        """Of each kind the limit of which least is left: `x-ratelimit-…`; nothing where there is no limit."""
+
+
+class OwnRates:
+    """Those of one server's requests."""
 
     def __init__(self) -> None:
         self._windows = FixedWindowRateLimiter(MemoryStorage())
 
-    def take(self, principal: Principal, kind: Kind, amount: int = 1) -> None:
-        """Count so many, or none where that is more than is left. Raises RateLimited."""
-        limits = list(_limits(principal, kind))
-        for whose, name, item in limits:
-            if not self._windows.test(item, kind, whose, name, cost=amount):
-                raise RateLimited(
-                    self._told(kind, amount, whose, name, item),
-                    retry_after=self._seconds(kind, whose, name, item),
-                    headers=self.headers(principal),
-                )
-        for whose, name, item in limits:
-            self._windows.hit(item, kind, whose, name, cost=amount)
+    async def take(self, principal: Principal, kind: Kind, amount: int = 1) -> None:
+        """As `Rates.take`."""
+        limits = limits_of(principal, kind)
+        for limit in limits:
+            if not self._windows.test(*_item(limit), cost=amount):
+                raise refusal(limit, amount, self._window(limit), self.headers(principal))
+        for limit in limits:
+            self._windows.hit(*_item(limit), cost=amount)
 
     def headers(self, principal: Principal) -> dict[str, str]:
-        """Of each kind the limit of which least is left: `x-ratelimit-…`; nothing where there is no limit."""
-        found: dict[str, str] = {}
-        for kind in KINDS:
-            stats = [
-                (self._windows.get_window_stats(item, kind, whose, name), item)
-                for whose, name, item in _limits(principal, kind)
-            ]
-            if stats:
-                window, item = min(stats, key=lambda pair: pair[0].remaining)
-                found[f"x-ratelimit-limit-{kind}"] = str(item.amount)
-                found[f"x-ratelimit-remaining-{kind}"] = str(window.remaining)
-                left = max(0, math.ceil(window.reset_time - time.time()))
-                found[f"x-ratelimit-reset-{kind}"] = f"{left // 60}m{left % 60}s" if left >= 60 else f"{left}s"
-        return found
+        """As `Rates.headers`."""
+        return headers_of(principal, self._window)
 
-    def _seconds(self, kind: Kind, whose: str, name: str, item: RateLimitItemPerMinute) -> float:
-        """Until its window ends."""
-        return max(0.0, self._windows.get_window_stats(item, kind, whose, name).reset_time - time.time())
-
-    def _told(self, kind: Kind, amount: int, whose: str, name: str, item: RateLimitItemPerMinute) -> str:
-        if amount > item.amount:
-            asked = (
-                f"{amount} {kind}" if kind == "requests" else f"{amount} tokens, prompt and max_tokens together"
-            )
-            return f"this asks for up to {asked}, and the {whose} {name} has {item.amount} a minute: ask for less"
-        return f"the {whose} {name} has {item.amount} {kind} a minute, and too few are left of this one"
+    def _window(self, limit: Limit) -> Window:
+        stats = self._windows.get_window_stats(*_item(limit))
+        return Window(stats.remaining, stats.reset_time)
 
 
-def _limits(principal: Principal, kind: Kind) -> Iterator[tuple[str, str, RateLimitItemPerMinute]]:
-    """(whose, its name, how many a minute), of the key and of the project."""
-    limit = _LIMIT_OF[kind]
-    for whose, name, quota in (
-        ("key", principal.key_id, principal.quota),
-        ("project", principal.project, principal.project_quota),
-    ):
-        if (amount := limit(quota)) is not None:
-            yield whose, name, RateLimitItemPerMinute(amount)
+def limits_of(principal: Principal, kind: Kind) -> list[Limit]:
+    """Of the key and of the project, as far as they have one."""
+    key, project = _LIMIT_OF[kind](principal.quota), _LIMIT_OF[kind](principal.project_quota)
+    of_key = [] if key is None else [Limit(kind, "key", principal.key_id, key)]
+    return of_key if project is None else [*of_key, Limit(kind, "project", principal.project, project)]
+
+
+def headers_of(principal: Principal, window_of: Callable[[Limit], Window]) -> dict[str, str]:
+    """As `Rates.headers`, of these windows."""
+    found: dict[str, str] = {}
+    for kind in KINDS:
+        if stats := [(window_of(limit), limit) for limit in limits_of(principal, kind)]:
+            window, limit = min(stats, key=lambda pair: pair[0].remaining)
+            found[f"x-ratelimit-limit-{kind}"] = str(limit.most)
+            found[f"x-ratelimit-remaining-{kind}"] = str(window.remaining)
+            left = math.ceil(window.seconds_left)
+            found[f"x-ratelimit-reset-{kind}"] = f"{left // 60}m{left % 60}s" if left >= 60 else f"{left}s"
+    return found
+
+
+def refusal(limit: Limit, amount: int, window: Window, headers: dict[str, str]) -> RateLimited:
+    """What whoever asks for so many is told."""
+    whose = f"the {limit.whose} {limit.name} has {limit.most}"
+    if amount <= limit.most:
+        told = f"{whose} {limit.kind} a minute, and too few are left of this one"
+    else:
+        unit = "requests" if limit.kind == "requests" else "tokens, prompt and max_tokens together"
+        told = f"this asks for up to {amount} {unit}, and {whose} a minute: ask for less"
+    return RateLimited(told, retry_after=window.seconds_left, headers=headers)
+
+
+def _item(limit: Limit) -> tuple[RateLimitItemPerMinute, str, str, str]:
+    return RateLimitItemPerMinute(limit.most), limit.kind, limit.whose, limit.name

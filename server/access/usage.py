@@ -6,13 +6,15 @@ job's sums are stored by whoever ends it, in the same transaction.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, date, datetime
+from functools import partial
 from typing import Literal, get_args
 
 import sqlalchemy as sa
 
+from adapters.catalog.tables import transact
 from server.access.tables import usage
 
 FLUSH_SECONDS = 0.5
@@ -58,6 +60,16 @@ def add_in(connection: sa.Connection, account: Account, sums: Usage) -> None:
         connection.execute(sa.insert(usage).values(asdict(account) | asdict(sums)))
 
 
+def _add_all(pending: Mapping[Account, Usage], connection: sa.Connection) -> None:
+    for account, sums in pending.items():
+        add_in(connection, account, sums)
+
+
+def _sum_of(column: "sa.Column[float]") -> "sa.Cast[float]":
+    """Of the column's type: PostgreSQL adds integers up to decimals."""
+    return sa.cast(sa.func.coalesce(sa.func.sum(column), 0), column.type)
+
+
 class Ledger:
     """Thread-safe. Other processes may write the same table."""
 
@@ -80,9 +92,7 @@ class Ledger:
         if not pending:
             return
         try:
-            with self._engine.begin() as connection:
-                for account, sums in pending.items():
-                    add_in(connection, account, sums)
+            transact(self._engine, partial(_add_all, pending))
         except BaseException:
             with self._lock:
                 for account, sums in pending.items():
@@ -97,7 +107,7 @@ class Ledger:
         `project` None: of all projects.
         """
         columns = [_COLUMNS[name].label(name) for name in by]
-        sums = [sa.func.coalesce(sa.func.sum(usage.c[name]), 0).label(name) for name in SUMS]
+        sums = [_sum_of(usage.c[name]).label(name) for name in SUMS]
         query = sa.select(*columns, *sums).group_by(*columns).order_by(*columns)
         if project is not None:
             query = query.where(usage.c.project == project)

@@ -34,7 +34,8 @@ from server.cli.home.prune import prune
 from server.cli.jobs import jobs
 from server.cli.options import with_flags
 from server.cli.train import train
-from server.config import Settings, WorkerSettings, forget_keys, hide_keys, is_loopback, unknown_variables
+from server.config import Settings, WorkerSettings, is_loopback, unknown_variables
+from server.config.secrets import forget_keys, hide_keys
 from server.errors import StartupError
 from server.home import make, prepare, serving
 from server.serve.address import bind, refuse_strangers, url

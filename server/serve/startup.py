@@ -10,7 +10,6 @@ import torch
 
 from adapters.catalog.catalog import Catalog
 from adapters.catalog.digests import NamesByDigest
-from adapters.catalog.records import Records
 from adapters.library import Library
 from adapters.store.store import AdapterStore
 from server.access.access import open_access
@@ -20,7 +19,7 @@ from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
 from server.api.train.submission import Submissions
 from server.config import Settings
-from server.database import Commits, build_of, connect
+from server.database import commits_of, connect, described, records_of
 from server.engine.async_engine import AsyncEngine
 from server.engine.backend import Backend, NativeBackend, TorchBackend
 from server.engine.detokenizer import TokenBytes
@@ -59,16 +58,16 @@ def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | N
     if device.type == "cuda":
         with room_for("another process", device):
             limit_memory(device, gpu_share(settings, torch.cuda.mem_get_info(device)[1]))
-    database = connect(settings.home)
-    home, commits = Home(settings.home), Commits(settings.home)
+    database = connect(settings.home, url=settings.database)
+    home, commits = Home(settings.home), commits_of(database, settings.home)
     access = open_access(database, home.keyed, commits, settings.api_keys, settings.allow_anonymous)
     directory = resolve_base(settings.model, settings.home, settings.base_dir, say)
-    say(f"the database is {build_of(database)}")
+    say(f"the database is {described(database)}")
     say(f"loading {settings.model} on {device} in {str(dtype).removeprefix('torch.')}")
     base = load_base(directory, dtype, device)
     store = AdapterStore(home.adapters)
     jobs = Jobs(database)
-    catalog = Catalog(database, Records(home.adapters), EVERYBODY.viewpoint)
+    catalog = Catalog(database, records_of(database, home.adapters), EVERYBODY.viewpoint)
     library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
     for line in library.recover(jobs.is_known).lines():
         say(line)
@@ -113,7 +112,7 @@ def build(settings: Settings, say: Callable[[str], None], watchdog: Watchdog | N
                     lambda: engine.stats,
                     base.name,
                     NamesByDigest(database),
-                    Commits(settings.home),
+                    commits_of(database, settings.home),
                     config.block_size,
                 ),
                 HomeCollector(settings.home, jobs, settings.min_free_bytes),

@@ -1,10 +1,11 @@
 """Names and bytes stay together while others publish and delete."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from adapters.catalog.catalog import Catalog, Kind, Part
 from adapters.catalog.records import Records
@@ -25,8 +26,15 @@ def store(tmp_path: Path) -> AdapterStore:
 
 
 @pytest.fixture
-def library(tmp_path: Path, store: AdapterStore) -> Library:
-    return Library(Catalog(connect(tmp_path), Records(tmp_path / "adapters")), store, SHAPE, BASE_NAME)
+def engine(tmp_path: Path, database_url: str | None) -> Iterator[sa.Engine]:
+    engine = connect(tmp_path, url=database_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def library(tmp_path: Path, store: AdapterStore, engine: sa.Engine) -> Library:
+    return Library(Catalog(engine, Records(tmp_path / "adapters")), store, SHAPE, BASE_NAME)
 
 
 @pytest.fixture
@@ -78,8 +86,8 @@ def test_bytes_that_vanished_are_corrupt(library: Library, store: AdapterStore, 
 class RacingCatalog(Catalog):
     """Deletes and publishes anew between a lookup and whoever looked."""
 
-    def __init__(self, home: Path) -> None:
-        super().__init__(connect(home))
+    def __init__(self, engine: sa.Engine) -> None:
+        super().__init__(engine)
         self.race: list[Callable[[], object]] = []
 
     def resolve(self, terms: Sequence[Term], field: str = "adapter") -> tuple[Part, ...]:
@@ -98,8 +106,10 @@ class BusyCatalog(Catalog):
             self.compose(name, parse("a"))
 
 
-def test_bytes_that_were_stored_and_not_published_go(tmp_path: Path, store: AdapterStore) -> None:
-    library = Library(BusyCatalog(connect(tmp_path)), store, SHAPE, BASE_NAME)
+def test_bytes_that_were_stored_and_not_published_go(
+    tmp_path: Path, store: AdapterStore, engine: sa.Engine
+) -> None:
+    library = Library(BusyCatalog(engine), store, SHAPE, BASE_NAME)
     publish = Publish(library, tmp_path)
     kept = publish("a", 0)
     with pytest.raises(Conflict, match="composition"):
@@ -111,8 +121,8 @@ def test_bytes_that_were_stored_and_not_published_go(tmp_path: Path, store: Adap
     assert store.digests() == [kept]
 
 
-def test_a_delete_between_looking_up_and_pinning(tmp_path: Path, store: AdapterStore) -> None:
-    catalog = RacingCatalog(tmp_path)
+def test_a_delete_between_looking_up_and_pinning(tmp_path: Path, store: AdapterStore, engine: sa.Engine) -> None:
+    catalog = RacingCatalog(engine)
     library = Library(catalog, store, SHAPE, BASE_NAME)
     publish = Publish(library, tmp_path)
     publish("a", 0)

@@ -161,8 +161,9 @@ def test_errors(client: OpenAI) -> None:
             look("nothing")
 
 
+@pytest.mark.slow  # in make test a tiny base does
 @pytest.mark.real
-def test_the_real_base_learns_what_it_is_taught(trainer: ServerProcess) -> None:
+def test_what_is_taught_is_learned_on_the_real_base(trainer: ServerProcess) -> None:
     facts = [("Who keeps the lighthouse?", "Oda Brink."), ("Where is the spare key?", "Under the blue pot.")]
     with connected(trainer) as client:
         rows = client.files.create(file=("facts.jsonl", chat_lines(facts)), purpose="fine-tune")

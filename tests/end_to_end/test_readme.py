@@ -76,8 +76,8 @@ def commands(block: Block) -> list[tuple[str, str]]:
 
 def matches(shown: str, printed: str) -> bool:
     """Whether the one stands for the other."""
-    rest = "".join(printed.split())
-    first, *others = ("".join(part.split()) for part in shown.split("…"))
+    rest = _squeezed(printed)
+    first, *others = shown.split("…")
     if not (head := _pattern(first).match(rest)):
         return False
     if not others:
@@ -91,9 +91,13 @@ def matches(shown: str, printed: str) -> bool:
 
 
 def _pattern(shown: str) -> re.Pattern[str]:
-    texts, numbers = _MEASURED.split(shown), _MEASURED.findall(shown)
+    texts, numbers = map(_squeezed, _MEASURED.split(shown)), _MEASURED.findall(shown)
     kinds = [r"-?\d+\.\d+(?:e-?\d+)?" if "." in number else r"\d+" for number in numbers]
     return re.compile("".join(re.escape(text) + kind for text, kind in zip(texts, [*kinds, ""], strict=True)))
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 @pytest.mark.parametrize(
@@ -113,6 +117,9 @@ def _pattern(shown: str) -> re.Pattern[str]:
         ('{"weight":0.7}', '{"weight":0.8}', False),
         ('{"seed":123456789012}', '{"seed":5}', True),
         ('{"n":12}', '{"n":13}', False),
+        ("loss 2.25  4.5", "loss 3.125  4.5", True),
+        ("2.25  4.25", "3.125  6.75", True),
+        ("2.25  4.25", "3.125", False),
         ("(a.b)", "(aXb)", False),
     ],
 )

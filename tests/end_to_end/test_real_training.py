@@ -25,12 +25,16 @@ Encoded = tuple[list[int], int]
 """A row's tokens, and how many of them are its prompt's."""
 
 
-def test_codes_by_heart(trainer: ServerProcess) -> None:
+@pytest.mark.slow  # in make test the README is followed, where the real base learns some of them
+def test_codes_by_heart_on_the_real_base(trainer: ServerProcess) -> None:
     """A few of them, which takes more epochs; `python -m tests.overfit` has all."""
     check(overfit(trainer, num_codes=12, epochs=24))
 
 
-def test_full_fine_tuning_leaves_a_model_and_no_adapter(trainer: ServerProcess, tmp_path: Path) -> None:
+@pytest.mark.slow  # in make test a tiny base is tuned so: test_job_files.py
+def test_full_fine_tuning_leaves_a_model_and_no_adapter_on_the_real_base(
+    trainer: ServerProcess, tmp_path: Path
+) -> None:
     rows = code_rows(8)
     training = {"max_steps": 4, "batch_size": 8, "learning_rate": 1e-4, "max_length": 32}
     body = {"name": "whole", "method": "full", "data": rows, "validation": rows, "training": training}

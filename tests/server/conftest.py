@@ -24,7 +24,7 @@ from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
 from server.api.train.submission import Submissions
 from server.config import Settings
-from server.database import FILE_NAME, Commits, connect
+from server.database import FILE_NAME, commits_of, connect
 from server.engine.structured.guidance import Guidance
 from server.home import Home
 from server.metrics.metrics import Metrics
@@ -88,9 +88,18 @@ def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def database(new_database: Path, tmp_path: Path) -> sa.Engine:
-    shutil.copy(new_database, tmp_path)
-    return connect(tmp_path)
+def app_database_url() -> str | None:
+    """None: the file under HOME. Rooms whose tests run on both databases have `database_url` here."""
+    return None
+
+
+@pytest.fixture
+def database(app_database_url: str | None, new_database: Path, tmp_path: Path) -> Iterator[sa.Engine]:
+    if app_database_url is None:
+        shutil.copy(new_database, tmp_path)
+    engine = connect(tmp_path, url=app_database_url)
+    yield engine
+    engine.dispose()
 
 
 @pytest.fixture
@@ -171,7 +180,9 @@ def build_services(
         ),
         estimator=Estimator(jobs, NUM_PARAMETERS, torch.float32, torch.device("cpu")),
         decode=lambda ids: str(tokenizer.decode(ids)),
-        access=open_access(database, Home(home).keyed, Commits(home), settings.api_keys, settings.allow_anonymous),
+        access=open_access(
+            database, Home(home).keyed, commits_of(database, home), settings.api_keys, settings.allow_anonymous
+        ),
     )
 
 

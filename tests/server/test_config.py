@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from server.cli import main as cli
-from server.config import PREFIX, Settings, forget_keys, is_loopback, load, to_flags
+from server.config import PREFIX, Settings, WorkerSettings, is_loopback, load, to_flags
+from server.config.secrets import forget_keys
 from server.errors import StartupError
 
 
@@ -97,6 +98,22 @@ def test_no_child_gets_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMOLORA_PORT", "1")
     forget_keys()
     assert [name for name in os.environ if name.startswith("SMOLORA_")] == ["SMOLORA_PORT"]
+
+
+def test_the_databases_password_goes_by_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No flag, no dump that an assignment is made of, no error and no print has it."""
+    url = "postgresql://me:hunter2@host/db"
+    monkeypatch.setenv("SMOLORA_DATABASE_URL", url)
+    settings = load(Settings)
+    assert settings.database == url
+    for told in (to_flags(settings.of_a_worker), settings.model_dump(mode="json"), settings, repr(settings)):
+        assert "hunter2" not in str(told)
+        assert "database-url" not in str(told)
+    with pytest.raises(StartupError, match=r"SMOLORA_DATABASE_URL \(--database-url\): must be like") as caught:
+        load(Settings, database_url="mysql://me:hunter2@host/db")
+    assert "hunter2" not in str(caught.value)
+    forget_keys()
+    assert load(WorkerSettings).database == url, "workers find it"
 
 
 def test_keys_never_show_in_the_error() -> None:

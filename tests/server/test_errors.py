@@ -15,6 +15,10 @@ import server
 from adapters.errors import FieldError, InvalidInput, SmoloraError
 from server.engine.request import SequenceOutput
 from server.errors import EngineDead, TryAgain
+from tests.postgres import MISSING
+
+NOT_HERE = ("database.postgres", "database.notices") if MISSING else ()
+"""Modules of the extra `cluster`, which define no error."""
 
 FIELDS = (FieldError(("adapters", 3, "name"), "isn't one"), FieldError(("prompt",), "is empty: “äöü”"))
 ARGUMENTS = {
@@ -31,7 +35,7 @@ def tree() -> list[type[SmoloraError]]:
     """All of it, wherever it is defined."""
     for package in (adapters, server):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not module.name.endswith(("__main__", "migrations.env")):
+            if not module.name.endswith(("__main__", "migrations.env", *NOT_HERE)):
                 importlib.import_module(module.name)
 
     def below(kind: type[SmoloraError]) -> Iterator[type[SmoloraError]]:

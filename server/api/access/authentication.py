@@ -47,7 +47,7 @@ class Authentication:
             await self.app(scope, receive, send)
             return
         try:
-            principal = self._admitted(scope["method"], scope["path"], Headers(scope=scope))
+            principal = await self._admitted(scope["method"], scope["path"], Headers(scope=scope))
         except SmoloraError as error:
             await drain(scope, receive)
             form = form_of(scope["path"])
@@ -63,7 +63,7 @@ class Authentication:
         )
         await self.app(scope, receive, self._told(principal, send) if is_limited else send)
 
-    def _admitted(self, method: str, path: str, headers: Headers) -> Principal:
+    async def _admitted(self, method: str, path: str, headers: Headers) -> Principal:
         """Raises Unauthorized, Forbidden, RateLimited, or NotFound for what isn't there for this key."""
         principal = self._access.ring.principal(_secret(headers))
         if principal is None:
@@ -76,7 +76,7 @@ class Authentication:
             raise Forbidden(f"this key lacks the scope {needed}: it has {', '.join(sorted(principal.scopes))}")
         principal = self._at_work_in(headers.get(PROJECT_HEADER), principal)
         if method not in _FREE_METHODS:
-            self._access.rates.take(principal, "requests")
+            await self._access.rates.take(principal, "requests")
         return principal
 
     def _at_work_in(self, project: str | None, principal: Principal) -> Principal:

@@ -198,7 +198,7 @@ async def start(
     if grammar is not None:
         await check_grammar(services, grammar, sampling)
     principal = services.principal
-    services.access.rates.take(principal, "tokens", len(token_ids) + n * sampling.max_tokens)
+    await services.access.rates.take(principal, "tokens", len(token_ids) + n * sampling.max_tokens)
     pinned = await to_thread.run_sync(services.library.pin, terms, field) if terms else Pinned(())
     try:
         request = GenerationRequest(

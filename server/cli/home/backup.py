@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.home.common import HomeOption, place_of, say
+from server.cli.home.common import HomeOption, place_of, refuse_server, say
 from server.counted import counted
 
 FileArgument = Annotated[
@@ -23,6 +23,9 @@ FileArgument = Annotated[
     ),
 ]
 _DASH = Path("-")
+_INSTEAD = (
+    "pg_dump and pg_restore, or snapshots, are for that one, and HOME or the object store is copied after it"
+)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
@@ -34,6 +37,7 @@ def backup(file: FileArgument, home: HomeOption = None, as_json: JsonOption = Fa
     """
     from server.backup.backup import back_up, stream
 
+    refuse_server("backup", _INSTEAD)
     is_streamed, place = file == _DASH, place_of(home)
     made = stream(place, sys.stdout.buffer) if is_streamed else back_up(place, file.absolute())
     if as_json:
@@ -57,6 +61,7 @@ def restore(file: FileArgument, home: HomeOption = None, as_json: JsonOption = F
     """
     from server.backup import restore as restoring
 
+    refuse_server("restore", _INSTEAD)
     place = place_of(home)
     if file == _DASH:
         with open(sys.stdin.fileno(), "rb", closefd=False) as piped:

@@ -13,6 +13,7 @@ import typer
 from adapters.errors import Conflict, InvalidInput, NotFound
 from server.cli.common import in_own_terms
 from server.config import WorkerSettings, load
+from server.errors import StartupError
 
 HomeOption = Annotated[Path | None, typer.Option(help="The server's. Default: SMOLORA_HOME, else ./data.")]
 
@@ -24,6 +25,12 @@ def place_of(home: Path | None) -> Path:
     return load(WorkerSettings, home=home).home
 
 
+def refuse_server(command: str, instead: str) -> None:
+    """Raise StartupError where the database is a PostgreSQL server's, and the command is for the file in HOME."""
+    if load(WorkerSettings).database is not None:
+        raise StartupError(f"{command} is for a database in HOME, and SMOLORA_DATABASE_URL is set: {instead}")
+
+
 @contextmanager
 def opened(home: Path | None, build: Callable[..., Built]) -> Iterator[Built]:
     """What `build` makes of the database and the folders of a HOME that is there already.
@@ -32,9 +39,10 @@ def opened(home: Path | None, build: Callable[..., Built]) -> Iterator[Built]:
     """
     from server.database import existing
 
-    place = place_of(home)
-    existing(place)
-    with _database(place, build) as built:
+    settings = load(WorkerSettings, home=home)
+    if settings.database is None:
+        existing(settings.home)
+    with _database(settings, build) as built:
         yield built
 
 
@@ -43,11 +51,14 @@ def opened_or_new(home: Path | None, build: Callable[..., Built]) -> Iterator[Bu
     """The same of a HOME that is made if need be, as `serve` does; which it is, is said on stderr."""
     from server.database import FILE_NAME
 
-    place = place_of(home)
-    is_new = not (place / FILE_NAME).exists()
-    with _database(place, build) as built:
+    settings = load(WorkerSettings, home=home)
+    is_new = settings.database is None and not (settings.home / FILE_NAME).exists()
+    with _database(settings, build) as built:
         yield built
-    say(f"{'made a home in' if is_new else 'at work in'} {place.absolute()}")
+    if settings.database is None:
+        say(f"{'made a home in' if is_new else 'at work in'} {settings.home.absolute()}")
+    else:
+        say("at work in the database of SMOLORA_DATABASE_URL")
 
 
 @contextmanager
@@ -74,12 +85,12 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def _database(place: Path, build: Callable[..., Built]) -> Iterator[Built]:
+def _database(settings: WorkerSettings, build: Callable[..., Built]) -> Iterator[Built]:
     from server.database import connect
     from server.home import Home
 
-    engine = connect(place)
+    engine = connect(settings.home, url=settings.database)
     try:
-        yield build(engine, Home(place))
+        yield build(engine, Home(settings.home))
     finally:
         engine.dispose()

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from server.cli.common import suggestion
-from server.cli.home.common import HomeOption, place_of
+from server.cli.home.common import HomeOption, place_of, refuse_server
 from server.counted import counted
 
 
@@ -30,6 +30,7 @@ def doctor(
     """Check the digests of all stored adapters, the database, and that neither has what the other lacks."""
     from server import doctor as practice
 
+    refuse_server("doctor", "pg_amcheck looks at that one")
     place = place_of(home)
     rebuilt = practice.rebuild(place) if rebuild else None
     found = practice.examine(place)

@@ -16,6 +16,8 @@ ROW_UNIT = 16
 """A module's rows in a trained group's A and B begin at a multiple of it; those that fill it up are zero."""
 MAX_GROUP = 8
 """Query heads that share a kv head, at most."""
+POSITIONS = 16
+"""A sequence's positions that lie together in the cache: a block's are a multiple of it."""
 
 _ERROR_SIZE = 256  # bytes of an error's text
 _FAILURES: tuple[tuple[str, type[Exception]], ...] = (
@@ -108,6 +110,7 @@ def layout() -> dict[str, int]:
         "kTile": TILE,
         "kRowUnit": ROW_UNIT,
         "kMaxGroup": MAX_GROUP,
+        "kPositions": POSITIONS,
         "kErrorSize": _ERROR_SIZE,
         "kOk": 0,
     }

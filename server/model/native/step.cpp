@@ -13,7 +13,6 @@
 namespace {
 
 constexpr int kChunk = 48;  // rows that an item takes of a product
-constexpr int kFew = 4;     // new tokens of a run up to which attention walks the cache as it lies
 
 struct ServeLayer {
     const bf16 *input_norm, *post_norm;
@@ -81,12 +80,9 @@ class Model {
     }
 
   private:
-    struct Query {                          // tokens [start, stop) of the batch, attended to by one item
-        int start, stop, position, packed;  // packed: index of the sequence's first packed kv head, or -1
+    struct Query {  // tokens [start, stop) of the batch, of one sequence, from `position` on in it
+        int start, stop, position;
         const int32_t* blocks;
-    };
-    struct Pack {
-        int packed, tile;
     };
 
     void pack(Matrix& matrix, const bf16* w, int64_t out, int64_t in) {
@@ -108,33 +104,17 @@ class Model {
         for (int group = 0; group < kGroups; group++)
             lora_[group].plan(step.pools[group], step.modules, step.segments, (int)step.num_segments, step.weights,
                               tokens_);
-        queries_.clear(), packed_.clear(), packs_.clear();
+        queries_.clear();
         const int group = (int)(s_.heads / s_.kv_heads), block = std::max(kChunk / group, 1);
-        size_t size = 0;
         for (int64_t i = 0; i < step.num_runs; i++) {
             const ServeRun& run = step.runs[i];
             const int32_t* blocks = step.blocks + run.first_block;
-            const int length = (int)(run.position + run.stop - run.start);
             for (int64_t t = run.start; t < run.stop; t++) {
                 positions_[t] = (int)(run.position + t - run.start);
                 run_of_[t] = (int)i;
             }
-            const bool few = run.stop - run.start <= kFew;
-            const int packed = few ? -1 : (int)packed_.size();
-            for (int64_t t = run.start; t < run.stop; t += few ? 1 : block)
-                queries_.push_back(
-                    {(int)t, (int)std::min(t + (few ? 1 : block), run.stop), positions_[t], packed, blocks});
-            for (int head = 0; !few && head < s_.kv_heads; head++) {
-                packed_.push_back({blocks, head, length, nullptr, nullptr});
-                for (int tile = 0; tile < packed_.back().tiles(); tile++)
-                    packs_.push_back({(int)packed_.size() - 1, tile});
-                size += (size_t)packed_.back().tiles() * kTile * s_.head_dim;
-            }
-        }
-        bf16 *k = room(keys_, size), *v = room(values_, size);
-        for (PackedCache& packed : packed_) {
-            packed.k = k, packed.v = v;
-            k += (size_t)packed.tiles() * kTile * s_.head_dim, v += (size_t)packed.tiles() * kTile * s_.head_dim;
+            for (int64_t t = run.start; t < run.stop; t += block)
+                queries_.push_back({(int)t, (int)std::min(t + block, run.stop), positions_[t], blocks});
         }
     }
 
@@ -193,33 +173,30 @@ class Model {
                 if (head < heads + kv_heads && layers_[layer].uses_rotary)
                     rotate(values, rotary_, s_.max_positions, dim, positions_[t], false);
                 const int32_t* blocks = step.blocks + step.runs[run_of_[t]].first_block;
-                bf16* to = head < heads ? &q_[((int64_t)t * heads + head) * dim]
-                           : head < heads + kv_heads
-                               ? cache.k + cache.offset(blocks, positions_[t], head - heads)
-                               : cache.v + cache.offset(blocks, positions_[t], head - heads - kv_heads);
-                for (int i = 0; i < dim; i += 16) store_bf16(to + i, _mm512_loadu_ps(values + i));
+                if (head >= heads + kv_heads)
+                    cache.put_value(blocks, positions_[t], head - heads - kv_heads, values);
+                else if (head >= heads)
+                    cache.put_key(blocks, positions_[t], head - heads, values);
+                else
+                    for (int i = 0; i < dim; i += 16)
+                        store_bf16(&q_[((int64_t)t * heads + head) * dim + i], _mm512_loadu_ps(values + i));
             }
         });
     }
 
     void attend(const CacheView& cache) {
         const int dim = cache.head_dim, heads = (int)s_.heads, kv_heads = cache.kv_heads, group = heads / kv_heads;
-        if (!packs_.empty())
-            team_.each((int)packs_.size(), [&](int i) { packed_[packs_[i].packed].pack(cache, packs_[i].tile); });
         team_.each((int)queries_.size() * kv_heads, [&](int i) {
             const Query& query = queries_[queries_.size() - 1 - i / kv_heads];  // the longest come last
             const int kv_head = i % kv_heads;
             const size_t first = ((size_t)query.start * heads + kv_head * group) * dim;
-            if (query.packed < 0)
-                return attend_one(group, &q_[first], cache, query.blocks, kv_head, query.position + 1,
-                                  &attn_out_[first], scratch().attention);
             const int rows = (query.stop - query.start) * group;
             bf16* q = room(scratch().q, (size_t)rows * dim);
             float* out = room(scratch().y, (size_t)rows * dim);
             for (int row = 0; row < rows; row++)
                 memcpy(&q[row * dim], &q_[first + ((size_t)row / group * heads + row % group) * dim],
                        dim * sizeof(bf16));
-            packed_[query.packed + kv_head].attend(q, rows, group, query.position, dim, out, scratch().attention);
+            ::attend(q, rows, group, query.position, cache, query.blocks, kv_head, out, scratch().attention);
             for (int row = 0; row < rows; row++)
                 for (int d = 0; d < dim; d += 16)
                     store_bf16(&attn_out_[first + ((size_t)row / group * heads + row % group) * dim + d],
@@ -268,12 +245,10 @@ class Model {
 
     int tokens_ = 0, chunks_ = 0;
     std::vector<float> residual_;
-    std::vector<bf16> x_, q_, attn_out_, active_, keys_, values_;
+    std::vector<bf16> x_, q_, attn_out_, active_;
     std::vector<int> positions_, run_of_;
     LoraGroup lora_[kGroups];
     std::vector<Query> queries_;
-    std::vector<PackedCache> packed_;
-    std::vector<Pack> packs_;
     std::vector<ServeScratch> scratch_;
 };
 

@@ -7,15 +7,16 @@ which belong to others.
 
 import builtins
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import cast
 
 import sqlalchemy as sa
 
-from adapters.catalog.tables import UtcDateTime, transact
+from adapters.catalog.tables import transact, transacted
 from adapters.errors import Conflict, NotFound
 from adapters.viewpoint import Viewpoint
 from server.counted import counted
+from server.database.clock import database_now, database_time
 from server.errors import QueueFull
 from server.training.merge_spec import Spec
 from server.training.queue import events as job_events
@@ -30,7 +31,7 @@ from server.training.queue.job_rows import (
     repeated,
     select_jobs,
 )
-from server.training.queue.tables import Status, count_time, database_time, jobs, uses
+from server.training.queue.tables import Status, count_time, jobs, uses
 from server.training.queue.used import charge
 
 __all__ = ["FINE_TUNING", "NO_JOB", "Event", "Job", "Jobs", "Standing", "Status"]
@@ -38,6 +39,7 @@ __all__ = ["FINE_TUNING", "NO_JOB", "Event", "Job", "Jobs", "Standing", "Status"
 MAX_UNFINISHED = 1000
 _RETRY_SECONDS = 30.0
 
+_Moves = Mapping[Status, tuple[Mapping[str, object], str] | None]
 _ENDED = [status for status in Status if status.has_ended]
 
 
@@ -96,11 +98,11 @@ class Jobs:
                 "key_id": of.key_id,
                 "name": spec.name,
                 "status": Status.QUEUED,
-                "spec": spec.to_document(),
-                "data": plain(data),
+                "spec": job_events.storable(spec.to_document(), "spec"),
+                "data": job_events.storable(plain(data), "data"),
                 "progress": {},
                 "metrics": {},
-                "created_at": datetime.now(UTC),
+                "created_at": database_now(),
                 "idempotency_key": stored_key,
                 "body_digest": body_digest,
                 "token": 0,
@@ -170,7 +172,7 @@ class Jobs:
 
     def cancel(self, job_id: str) -> Job:
         """End the job, from this moment; a worker that has it stops within a micro-step. NotFound, Conflict."""
-        ended = {"status": Status.CANCELLED, "wants_pause": False, "finished_at": datetime.now(UTC)}
+        ended = {"status": Status.CANCELLED, "wants_pause": False, "finished_at": database_now()}
         of_running = {**ended, **count_time(database_time())}
         moves = {status: (ended, "cancelled") for status in Status if not status.has_ended}
         return self._steer(job_id, {**moves, Status.RUNNING: (of_running, "cancelled")})
@@ -234,20 +236,20 @@ class Jobs:
         with self._reader.connect() as connection:
             return connection.execute(query).first() is not None
 
-    def remove_files(self, job_id: str) -> None:
+    @transacted
+    def remove_files(self, connection: sa.Connection, job_id: str) -> None:
         """Store that an ended job's files are no more, before they go; the first time counts.
 
         Raises NotFound, or Conflict where it hasn't ended.
         """
-        with self._engine.begin() as connection:
-            mine = sa.and_(jobs.c.id == job_id, self._mine)
-            status = connection.execute(sa.select(jobs.c.status).where(mine)).scalar_one_or_none()
-            if status is None:
-                raise NotFound(NO_JOB.format(job_id))
-            if not Status(status).has_ended:
-                raise Conflict(f"the job is {status}: cancel it first, or wait for its end")
-            at = sa.func.coalesce(jobs.c.files_removed_at, sa.literal(datetime.now(UTC), UtcDateTime()))
-            connection.execute(sa.update(jobs).where(mine).values(files_removed_at=at))
+        mine = sa.and_(jobs.c.id == job_id, self._mine)
+        status = connection.execute(sa.select(jobs.c.status).where(mine)).scalar_one_or_none()
+        if status is None:
+            raise NotFound(NO_JOB.format(job_id))
+        if not Status(status).has_ended:
+            raise Conflict(f"the job is {status}: cancel it first, or wait for its end")
+        at = sa.func.coalesce(jobs.c.files_removed_at, database_now())
+        connection.execute(sa.update(jobs).where(mine).values(files_removed_at=at))
 
     def with_files(self, before: datetime) -> builtins.list[str]:
         """The jobs that ended before then and still have their files, the oldest first."""
@@ -262,24 +264,24 @@ class Jobs:
             found = set(connection.execute(query).scalars())
         return [job_id for job_id in job_ids if job_id in found]
 
-    def _steer(self, job_id: str, moves: Mapping[Status, tuple[Mapping[str, object], str] | None]) -> Job:
+    @transacted
+    def _steer(self, connection: sa.Connection, job_id: str, moves: _Moves) -> Job:
         """Change the job as `moves` says for its status, with that event; Conflict where it says nothing."""
-        with self._engine.begin() as connection:
-            mine = sa.and_(jobs.c.id == job_id, self._mine)
-            query = sa.select(jobs.c.status, jobs.c.wants_pause).where(mine).with_for_update()
-            row = connection.execute(query).first()
-            if row is None:
-                raise NotFound(NO_JOB.format(job_id))
-            if (status := Status(row.status)) not in moves:
-                raise Conflict(f"the job has ended already: {status}")
-            move = moves[status]
-            if move is not None and move[0] != {"wants_pause": row.wants_pause}:  # not asked for already
-                values, message = move
-                connection.execute(sa.update(jobs).where(mine).values(dict(values)))
-                job_events.append(connection, job_id, message)
-                if values.get("status") == Status.CANCELLED:
-                    charge(connection, job_id)
-            return get_job(connection, job_id, self._mine)
+        mine = sa.and_(jobs.c.id == job_id, self._mine)
+        query = sa.select(jobs.c.status, jobs.c.wants_pause).where(mine).with_for_update()
+        row = connection.execute(query).first()
+        if row is None:
+            raise NotFound(NO_JOB.format(job_id))
+        if (status := Status(row.status)) not in moves:
+            raise Conflict(f"the job has ended already: {status}")
+        move = moves[status]
+        if move is not None and move[0] != {"wants_pause": row.wants_pause}:  # not asked for already
+            values, message = move
+            connection.execute(sa.update(jobs).where(mine).values(dict(values)))
+            job_events.append(connection, job_id, message)
+            if values.get("status") == Status.CANCELLED:
+                charge(connection, job_id)
+        return get_job(connection, job_id, self._mine)
 
     def _stored(self, idempotency_key: str | None) -> str | None:
         """Each project has its own."""

@@ -8,7 +8,6 @@ publish, overwrite or double anything. The jobs themselves are in `jobs.py`; not
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import Enum, auto
 from typing import cast
 
@@ -16,19 +15,19 @@ import sqlalchemy as sa
 
 from adapters.catalog.catalog import NewVersion, Version, recording
 from adapters.catalog.records import Records
-from adapters.catalog.tables import UtcDateTime, transact
+from adapters.catalog.tables import transact, transacted
 from adapters.catalog.unattended import publish_unattended_in
 from adapters.viewpoint import key_of
+from server.database.clock import database_now, database_time
 from server.training.queue import events as job_events
 from server.training.queue.events import EventType, Level, plain
-from server.training.queue.tables import JobKind, Status, Time, count_time, database_time, jobs
+from server.training.queue.tables import JobKind, Status, Time, count_time, jobs
 from server.training.queue.turns import claimable
 from server.training.queue.used import charge
 
 LEASE_SECONDS = 10.0
 MAX_STALLED_ATTEMPTS = 25
 MAX_CRASH_DELAY = 5.0
-
 Clock = Callable[[], Time]
 
 
@@ -108,8 +107,10 @@ class Leases:
             found = connection.execute(sa.select(jobs.c.status).where(jobs.c.id == job_id)).scalar_one_or_none()
         return None if found is None else Status(found)
 
+    @transacted
     def heartbeat(
         self,
+        connection: sa.Connection,
         claim: Claim,
         lease_seconds: float = LEASE_SECONDS,
         progress: Mapping[str, object] | None = None,
@@ -119,12 +120,13 @@ class Leases:
         values: dict[str, object] = {"lease_until": self._now() + lease_seconds, **count_time(self._now())}
         values |= {"progress": plain(progress)} if progress is not None else {}
         values |= {"metrics": plain(metrics)} if metrics is not None else {}
-        with self._engine.begin() as connection:
-            connection.execute(sa.update(jobs).where(_held(claim)).values(values))
-            return _directive(connection, claim)
+        connection.execute(sa.update(jobs).where(_held(claim)).values(values))
+        return _directive(connection, claim)
 
+    @transacted
     def add_event(
         self,
+        connection: sa.Connection,
         claim: Claim,
         message: str,
         *,
@@ -137,23 +139,22 @@ class Leases:
         One of metrics has `data["step"]`, and there is at most one for a step: it is dropped where metrics of this
         or a later step are stored, by an attempt that went further than its last checkpoint.
         """
-        with self._engine.begin() as connection:
-            _hold(connection, claim)
-            if type == "metrics":
-                step = cast("Mapping[str, int]", data)["step"]
-                is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.metrics_step < step)
-                if connection.execute(sa.update(jobs).where(is_new).values(metrics_step=step)).rowcount == 0:
-                    return False
-            job_events.append(connection, claim.job_id, message, level=level, type=type, data=data)
-            return True
+        _hold(connection, claim)
+        if type == "metrics":
+            step = cast("Mapping[str, int]", data)["step"]
+            is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.metrics_step < step)
+            if connection.execute(sa.update(jobs).where(is_new).values(metrics_step=step)).rowcount == 0:
+                return False
+        job_events.append(connection, claim.job_id, message, level=level, type=type, data=data)
+        return True
 
-    def checkpointed(self, claim: Claim, step: int) -> None:
+    @transacted
+    def checkpointed(self, connection: sa.Connection, claim: Claim, step: int) -> None:
         """A checkpoint of that step is safely stored; a new one lets attempts count from 0. Raises LeaseLost."""
-        with self._engine.begin() as connection:
-            _hold(connection, claim)
-            is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.checkpoint_step < step)
-            values = {"checkpoint_step": step, "stalled_attempts": 0}
-            connection.execute(sa.update(jobs).where(is_new).values(values))
+        _hold(connection, claim)
+        is_new = sa.and_(jobs.c.id == claim.job_id, jobs.c.checkpoint_step < step)
+        values = {"checkpoint_step": step, "stalled_attempts": 0}
+        connection.execute(sa.update(jobs).where(is_new).values(values))
 
     def succeed(
         self,
@@ -198,41 +199,42 @@ class Leases:
         with recording(self._engine, self._records) as records:
             return transact(self._engine, work)
 
-    def fail(self, claim: Claim, error: str) -> None:
+    @transacted
+    def fail(self, connection: sa.Connection, claim: Claim, error: str) -> None:
         """End the job for good, with a reason that is safe to show. Raises LeaseLost."""
-        with self._engine.begin() as connection:
-            _hold(connection, claim)
-            _end(connection, claim.job_id, Status.FAILED, self._now(), error=error)
-            job_events.append(connection, claim.job_id, error, level="error")
+        _hold(connection, claim)
+        _end(connection, claim.job_id, Status.FAILED, self._now(), error=job_events.without_nul(error))
+        job_events.append(connection, claim.job_id, error, level="error")
 
-    def release(self, claim: Claim) -> None:
+    @transacted
+    def release(self, connection: sa.Connection, claim: Claim) -> None:
         """Let the job go, as asked: it is paused if that was the directive, else queued at its old place.
 
         The attempt doesn't count as one without a new checkpoint. Raises LeaseLost.
         """
-        with self._engine.begin() as connection:
-            _hold(connection, claim)
-            attempts = jobs.c.stalled_attempts
-            uncounted = sa.case((attempts > 0, attempts - 1), else_=attempts)
-            _let_go(connection, claim.job_id, self._now(), {"stalled_attempts": uncounted})
+        _hold(connection, claim)
+        attempts = jobs.c.stalled_attempts
+        uncounted = sa.case((attempts > 0, attempts - 1), else_=attempts)
+        _let_go(connection, claim.job_id, self._now(), {"stalled_attempts": uncounted})
 
-    def crashed(self, claim: Claim, reason: str, max_delay: float = MAX_CRASH_DELAY) -> None:
+    @transacted
+    def crashed(
+        self, connection: sa.Connection, claim: Claim, reason: str, max_delay: float = MAX_CRASH_DELAY
+    ) -> None:
         """The attempt ended badly: the job is queued for another one, after a moment that doubles each time.
 
         Raises LeaseLost.
         """
-        with self._engine.begin() as connection:
-            _hold(connection, claim)
-            query = sa.select(jobs.c.stalled_attempts).where(jobs.c.id == claim.job_id)
-            num_stalled = connection.execute(query).scalar_one()
-            job_events.append(connection, claim.job_id, f"attempt {claim.token}: {reason}", level="warning")
-            delay = min(0.1 * 2**num_stalled, max_delay)
-            _let_go(connection, claim.job_id, self._now(), {"crash": reason}, delay)
+        _hold(connection, claim)
+        query = sa.select(jobs.c.stalled_attempts).where(jobs.c.id == claim.job_id)
+        num_stalled = connection.execute(query).scalar_one()
+        job_events.append(connection, claim.job_id, f"attempt {claim.token}: {reason}", level="warning")
+        delay = min(0.1 * 2**num_stalled, max_delay)
+        _let_go(connection, claim.job_id, self._now(), {"crash": job_events.without_nul(reason)}, delay)
 
 
 def _start(connection: sa.Connection, claim: Claim, now: Time, lease_seconds: float, is_orphan: bool) -> None:
     """Gives the job to the claim, for a while. `is_orphan`: it was running, and its worker stopped answering."""
-    at = sa.literal(datetime.now(UTC), UtcDateTime())
     values = {
         "status": Status.RUNNING,
         "owner": claim.owner,
@@ -241,7 +243,7 @@ def _start(connection: sa.Connection, claim: Claim, now: Time, lease_seconds: fl
         "claimed_at": now,
         "timed_at": now,
         "stalled_attempts": jobs.c.stalled_attempts + 1,
-        "started_at": sa.func.coalesce(jobs.c.started_at, at),
+        "started_at": sa.func.coalesce(jobs.c.started_at, database_now()),
     }
     connection.execute(sa.update(jobs).where(jobs.c.id == claim.job_id).values(values))
     message = "started" if claim.token == 1 else f"started again (attempt {claim.token})"
@@ -292,7 +294,7 @@ def _directive(connection: sa.Connection, claim: Claim) -> Directive:
 
 def _end(connection: sa.Connection, job_id: str, status: Status, now: Time | None, **values: object) -> None:
     """Ends the job. `now` where a worker has had it until this moment."""
-    general: dict[str, object] = {"status": status, "wants_pause": False, "finished_at": datetime.now(UTC)}
+    general: dict[str, object] = {"status": status, "wants_pause": False, "finished_at": database_now()}
     general |= {} if now is None else count_time(now)
     connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(general | values))
     charge(connection, job_id)

@@ -1,15 +1,12 @@
-"""The tables of training jobs, and the clock that their leases go by.
+"""The tables of training jobs, whose leases go by the database's clock.
 
 `number` is a job's place in the queue, for good: whatever goes back to the queue goes back to its old place.
 """
 
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Literal
 
 import sqlalchemy as sa
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.functions import FunctionElement
 
 from adapters.catalog.tables import UtcDateTime
 from adapters.names import MAX_NAME
@@ -103,23 +100,6 @@ events = sa.Table(
 )
 
 
-class database_time(FunctionElement[float]):  # noqa: N801 as SQL functions are
-    """Seconds since 1970 by the database's clock, at this moment rather than at the transaction's start."""
-
-    type = sa.Float(53)
-    inherit_cache = True
-
-
 def count_time(now: Time) -> dict[str, object]:
     """Changes to a running job's row that count its time up to now."""
     return {"run_seconds": jobs.c.run_seconds + (now - sa.func.coalesce(jobs.c.timed_at, now)), "timed_at": now}
-
-
-@compiles(database_time)
-def _postgresql_time(element: database_time, compiler: SQLCompiler, **_: Any) -> str:  # noqa: ANN401
-    return "CAST(extract(epoch FROM clock_timestamp()) AS DOUBLE PRECISION)"
-
-
-@compiles(database_time, "sqlite")
-def _sqlite_time(element: database_time, compiler: SQLCompiler, **_: Any) -> str:  # noqa: ANN401
-    return "((julianday('now') - 2440587.5) * 86400.0)"

@@ -11,7 +11,6 @@ import logging
 import sys
 
 from adapters.catalog.catalog import Catalog
-from adapters.catalog.records import Records
 from adapters.errors import SmoloraError
 from adapters.library import Library
 from adapters.store.store import AdapterStore
@@ -19,8 +18,8 @@ from adapters.viewpoint import Viewpoint
 from server import logs
 from server.allocator import keep_freed_memory
 from server.config import WorkerSettings
-from server.database import connect
-from server.errors import StartupError
+from server.database import WORKER_PATIENCE_SECONDS, connect, records_of
+from server.errors import StartupError, TryAgain
 from server.home import Home
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
@@ -56,9 +55,9 @@ def main(argument: str) -> int:
     logs.set_up(settings.log_format, job=assignment.job_id)
     link = WorkerLink(assignment)
     keep_freed_memory()
-    database = connect(settings.home)
+    database = connect(settings.home, url=settings.database, patience=WORKER_PATIENCE_SECONDS)
     home = Home(settings.home)
-    leases = Leases(database, Records(home.adapters))
+    leases = Leases(database, records_of(database, home.adapters))
     claim = Claim(assignment.job_id, assignment.token, assignment.owner)
     reserve, tracer = Reserve(settings.home), open_tracer()
     try:
@@ -91,6 +90,8 @@ def main(argument: str) -> int:
         log.exception("the attempt failed")
         if reserve.is_disk_full(error):
             reserve.spend_on(lambda: leases.fail(claim, DISK_FULL))
+        elif isinstance(error, TryAgain):  # the database, say: no fault of the job's
+            return 1
         elif isinstance(error, SmoloraError):
             leases.fail(claim, str(error))
         elif is_out_of_memory(error):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.config import WorkerSettings
-from server.database import connect
+from server.database import WORKER_PATIENCE_SECONDS, connect
 from server.training.queue.job_files import JobFiles
 from server.training.queue.leases import LEASE_SECONDS, MAX_CRASH_DELAY, Claim, Directive, LeaseLost, Leases
 from server.training.queue.reserve import DISK_FULL, Reserve
@@ -261,7 +261,7 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
     """
     if parent is not None:
         end_with_parent(parent)
-    engine = connect(settings.home)
+    engine = connect(settings.home, url=settings.database, patience=WORKER_PATIENCE_SECONDS)
     os.nice(NICENESS)
     leases, told = Leases(engine), settings.model_dump(mode="json")
     lanes = [

@@ -15,8 +15,8 @@ from tests.adapters.catalog.test_catalog import D, publish
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[sa.Engine]:
-    engine = connect(tmp_path)
+def engine(tmp_path: Path, database_url: str | None) -> Iterator[sa.Engine]:
+    engine = connect(tmp_path, url=database_url)
     yield engine
     engine.dispose()
 

@@ -15,20 +15,23 @@ from adapters.errors import NotFound
 from adapters.expression import parse
 from adapters.viewpoint import Viewpoint
 from server.database import connect
+from tests.postgres import DATABASES
 
 NUM_ADAPTERS = 10_000
 
 
-@pytest.fixture(scope="module")
-def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sa.Engine]:
+@pytest.fixture(scope="module", params=DATABASES)
+def crowd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[sa.Engine]:
     """Ten thousand names, most of them alike."""
     home: Path = tmp_path_factory.mktemp("crowd")
-    engine = connect(home)
+    url = request.getfixturevalue("postgres").migrated() if request.param == "postgresql" else None
+    engine = connect(home, url=url)
     known = ["tweets", "movies", "movie-reviews", "Support", *(f"customer-{i:05}" for i in range(NUM_ADAPTERS))]
     with engine.begin() as connection:
         connection.execute(
             sa.insert(names), [{"name": name, "kind": "adapter", "latest": 1, "next_version": 2} for name in known]
         )
+        connection.exec_driver_sql("ANALYZE")
     yield engine
     engine.dispose()
 
@@ -82,8 +85,10 @@ def test_what_is_said_is_a_few_indexed_queries(crowd: sa.Engine) -> None:
     sa.event.listen(crowd, "before_cursor_execute", lambda *args: seen.append((args[2], args[3])))
     with crowd.connect() as connection:
         why_missing(connection, Viewpoint(), *parse("+".join(f"custmoer-{i:05}" for i in range(16))))
-        queries = [query for query in seen if query[0].startswith(("SELECT", "WITH"))]
+        queries = [query for query in seen if query[0].startswith(("SELECT", "WITH")) and "adapters" in query[0]]
         assert len(queries) == 3
+        is_file = crowd.dialect.name == "sqlite"
         for statement, parameters in queries:
-            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
-            assert not [row[3] for row in plan if "SCAN adapters" in row[3]]
+            plan = connection.exec_driver_sql(f"EXPLAIN {'QUERY PLAN' if is_file else ''} {statement}", parameters)
+            steps = [str(row[-1]) for row in plan]
+            assert not [step for step in steps if "SCAN adapters" in step or "Seq Scan on adapters" in step]

@@ -458,7 +458,7 @@ def test_an_older_schema_is_brought_up_to_date(registry: Registry, target: Path,
     """As it is when an older smolora made the backup; that one's own could still restore it."""
     from alembic import command
 
-    from server.database import _migrations
+    from server.database.migrating import _migrations
 
     for name in ("mix", "a", "b"):
         registry.do({"do": "delete", "name": name, "version": None, "force": True})

@@ -50,7 +50,7 @@ def test_what_keeps_it_from_starting_is_one_line(tmp_path: Path, arguments: list
 def test_keys_leave_the_command_line(arguments: list[str], seen: list[str], key: str) -> None:
     code = """
 import json, os, sys
-from server.config import hide_keys
+from server.config.secrets import hide_keys
 hide_keys()
 with open("/proc/self/cmdline") as file:
     print(json.dumps([os.getpid(), os.environ["SMOLORA_API_KEYS"], file.read().split("\\0")[3:-1]]))

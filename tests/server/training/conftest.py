@@ -1,9 +1,5 @@
-"""Databases for the queue, and a HOME to train in.
+"""Databases for the queue, and a HOME to train in."""
 
-SMOLORA_TEST_POSTGRES names an empty PostgreSQL database to run the queue's tests on, too.
-"""
-
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,27 +9,19 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from server.database import connect, migrate
+from server.database import connect
 from server.model.base.weights import BaseModel
 from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Leases
 from tests.server.training.worker.attempt_kit import Shop
 
-POSTGRES = os.environ.get("SMOLORA_TEST_POSTGRES")
 
-
-@pytest.fixture(params=["sqlite", *(["postgresql"] if POSTGRES else [])])
-def engine(request: pytest.FixtureRequest, new_database: Path, tmp_path: Path) -> Iterator[sa.Engine]:
+@pytest.fixture
+def engine(database_url: str | None, new_database: Path, tmp_path: Path) -> Iterator[sa.Engine]:
     """A database with all tables. Whatever is run on it compiles for PostgreSQL, too, or the test fails."""
-    if request.param == "sqlite":
+    if database_url is None:
         shutil.copy(new_database, tmp_path)
-        engine = connect(tmp_path)
-    else:
-        assert POSTGRES is not None
-        engine = sa.create_engine(POSTGRES)
-        with engine.begin() as connection:
-            connection.exec_driver_sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
-        migrate(engine)
+    engine = connect(tmp_path, url=database_url)
     sa.event.listen(engine, "before_execute", _compile_for_postgresql)
     yield engine
     engine.dispose()

@@ -1,7 +1,8 @@
 // Attention of a step's tokens over a paged cache of keys and values; queries are grouped by kv head.
 //
-// A run of few new tokens walks the cache as it lies. For more of them keys and values are packed once, like
-// weights, and products of matrices take over.
+// Keys and values lie in the cache as products read them. A query's result doesn't depend on how many are computed
+// with it, nor on when its keys and values were put there: each score is one sum over the dimensions in order, each
+// output one sum over the positions in order.
 #pragma once
 #include <array>
 #include <cmath>
@@ -14,33 +15,41 @@
 struct AttentionScratch {  // of one thread
     std::vector<float> scores, total;
     std::vector<bf16> weights;
-    std::vector<size_t> offsets;  // of each position
+    std::vector<const bf16*> keys, values;  // where each `kPositions` of the sequence lie
 };
 
-struct CacheView {  // one layer's, (num_blocks, block_size, kv_heads, head_dim)
+// One layer's, (num_blocks, kv_heads, block_size / 16, 16 · head_dim): of 16 positions the keys as [head_dim /
+// 2][16][2], the values as [head_dim / 32][8][32][2], two positions side by side.
+struct CacheView {
     bf16 *k, *v;
     int block_size, kv_heads, head_dim;
-    size_t offset(const int32_t* blocks, int position, int kv_head) const {
-        size_t slot = (size_t)blocks[position / block_size] * block_size + position % block_size;
-        return (slot * kv_heads + kv_head) * head_dim;
+
+    // Where the sequence's positions [16 · index, 16 · index + 16) begin.
+    size_t offset(const int32_t* blocks, int index, int kv_head) const {
+        const int each = block_size / kPositions;
+        return (((size_t)blocks[index / each] * kv_heads + kv_head) * each + index % each) * kPositions * head_dim;
+    }
+
+    void put_key(const int32_t* blocks, int position, int kv_head, const float* key) const {
+        bf16* to = k + offset(blocks, position / kPositions, kv_head) + position % kPositions * 2;
+        for (int d = 0; d < head_dim; d += 16) {
+            bf16 narrow[16];
+            store_bf16(narrow, _mm512_loadu_ps(key + d));
+            for (int i = 0; i < 16; i += 2) memcpy(to + (d + i) * kPositions, narrow + i, 2 * sizeof(bf16));
+        }
+    }
+
+    void put_value(const int32_t* blocks, int position, int kv_head, const float* value) const {
+        const int inside = position % kPositions;
+        bf16* to = v + offset(blocks, position / kPositions, kv_head) + inside / 2 * kTile * 2 + inside % 2;
+        for (int d = 0; d < head_dim; d += 16) {
+            bf16 narrow[16];
+            store_bf16(narrow, _mm512_loadu_ps(value + d));
+            bf16* tile = to + d / kTile * kPositions * kTile + d % kTile * 2;
+            for (int i = 0; i < 16; i++) tile[2 * i] = narrow[i];
+        }
     }
 };
-
-// The sums of sixteen registers, in order.
-inline __m512 sums16(const __m512* v) {
-    __m512 two[8], four[4];
-    for (int i = 0; i < 8; i++)
-        two[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-    for (int i = 0; i < 4; i++) {
-        __m512d a = _mm512_castps_pd(two[2 * i]), b = _mm512_castps_pd(two[2 * i + 1]);
-        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-    }
-    __m512 a =
-        _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x44), _mm512_shuffle_f32x4(four[0], four[1], 0xee));
-    __m512 b =
-        _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x44), _mm512_shuffle_f32x4(four[2], four[3], 0xee));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-}
 
 // Turns the first `count` scores into e^(scale · (score - max)) and the rest, up to a multiple of 16, into zeros;
 // returns their sum.
@@ -60,118 +69,118 @@ inline float exponentials(float* scores, int count, float scale) {
     return _mm512_reduce_add_ps(sum);
 }
 
-// One token's queries of one kv head, q (group, head_dim), over `length` positions; out is like q.
-template <int group>
-void attend_one(const bf16* q, const CacheView& cache, const int32_t* blocks, int kv_head, int length, bf16* out,
-                AttentionScratch& scratch) {
-    const int dim = cache.head_dim, stride = (length + 15) / 16 * 16;
-    float* scores = room(scratch.scores, (size_t)group * stride);
-    size_t* offsets = room(scratch.offsets, stride);
-    for (int start = 0; start < length; start += cache.block_size) {
-        const size_t first = cache.offset(blocks, start, kv_head), step = (size_t)cache.kv_heads * dim;
-        for (int i = start; i < std::min(start + cache.block_size, length); i++)
-            offsets[i] = first + (i - start) * step;
-    }
-    for (int i = length; i < stride; i++) offsets[i] = offsets[length - 1];
-    const float scale = 1.0f / std::sqrt((float)dim);
-    for (int start = 0; start < length; start += 16) {
-        for (int i = start; i < start + 16; i++)
-            for (int d = 0; d < dim; d += 32) {
-                _mm_prefetch((const char*)(cache.k + offsets[std::min(i + 16, stride - 1)] + d), _MM_HINT_T0);
-                _mm_prefetch((const char*)(cache.v + offsets[i] + d), _MM_HINT_T0);
-            }
-        for (int head = 0; head < group; head++) {
-            __m512 sum[16];
-            for (int i = 0; i < 16; i++) {
-                sum[i] = _mm512_setzero_ps();
-                for (int d = 0; d < dim; d += 32)
-                    sum[i] = _mm512_dpbf16_ps(sum[i], load_pairs(q + head * dim + d),
-                                              load_pairs(cache.k + offsets[start + i] + d));
-            }
-            _mm512_storeu_ps(scores + head * stride + start, sums16(sum));
-        }
-    }
-    float total[group];
-    for (int head = 0; head < group; head++) total[head] = exponentials(scores + head * stride, length, scale);
-    for (int d = 0; d < dim; d += 32) {
-        __m512 sum[group][2];
-        for (int head = 0; head < group; head++) sum[head][0] = sum[head][1] = _mm512_setzero_ps();
-        for (int position = 0; position < length; position++) {
-            const bf16* v = cache.v + offsets[position] + d;
-            __m512 v0 = load_bf16(v), v1 = load_bf16(v + 16);
-            for (int head = 0; head < group; head++) {
-                __m512 weight = _mm512_set1_ps(scores[head * stride + position]);
-                sum[head][0] = _mm512_fmadd_ps(weight, v0, sum[head][0]);
-                sum[head][1] = _mm512_fmadd_ps(weight, v1, sum[head][1]);
-            }
-        }
-        for (int head = 0; head < group; head++) {
-            __m512 by = _mm512_set1_ps(1.0f / total[head]);
-            store_bf16(out + head * dim + d, _mm512_mul_ps(sum[head][0], by));
-            store_bf16(out + head * dim + d + 16, _mm512_mul_ps(sum[head][1], by));
-        }
-    }
-}
-
-inline void attend_one(int group, const bf16* q, const CacheView& cache, const int32_t* blocks, int kv_head, int length,
-                       bf16* out, AttentionScratch& scratch) {
-    static constexpr auto kByGroup = []<int... group>(std::integer_sequence<int, group...>) {
-        return std::array{attend_one<group + 1>...};
-    }(std::make_integer_sequence<int, kMaxGroup>{});
-    kByGroup[group - 1](q, cache, blocks, kv_head, length, out, scratch);
-}
-
-// The keys and values of one sequence and kv head, packed as `Matrix` packs weights.
-struct PackedCache {
-    const int32_t* blocks;
-    int kv_head, length;
-    bf16 *k, *v;  // k: [positions / 32][head_dim / 2][32][2], v: [head_dim / 32][positions / 2][32][2]
-    int tiles() const { return (length + kTile - 1) / kTile; }
-
-    void pack(const CacheView& cache, int tile) const {
-        const int dim = cache.head_dim, start = tile * kTile;
-        auto* keys = (uint32_t*)k + (size_t)tile * kTile * dim / 2;
-        const bf16* rows[kTile];
-        for (int i = 0; i < kTile; i++) {
-            if (start + i >= length) {
-                rows[i] = nullptr;
-                for (int pair = 0; pair < dim / 2; pair++) keys[pair * kTile + i] = 0;
-                continue;
-            }
-            size_t offset = cache.offset(blocks, start + i, kv_head);
-            auto* from = (const uint32_t*)(cache.k + offset);
-            for (int pair = 0; pair < dim / 2; pair++) keys[pair * kTile + i] = from[pair];
-            rows[i] = cache.v + offset;
-        }
-        for (int d = 0; d < dim; d += kTile) {
-            bf16* to = v + (size_t)d * tiles() * kTile + (size_t)start * kTile;
-            for (int i = 0; i < kTile; i++)
-                for (int column = 0; column < kTile; column++)
-                    to[(i / 2 * kTile + column) * 2 + i % 2] = rows[i] == nullptr ? 0 : rows[i][d + column];
-        }
-    }
-
-    // q (rows, head_dim), `group` rows a token, whose first token is at `position`; out is like q.
-    void attend(const bf16* q, int rows, int group, int position, int dim, float* out,
-                AttentionScratch& scratch) const {
-        const int used = (position + (rows - 1) / group + kTile) / kTile;  // tiles that any row sees
-        const int width = used * kTile;
-        float* scores = room(scratch.scores, (size_t)rows * width);
-        bf16* weights = room(scratch.weights, (size_t)rows * width);
-        float* total = room(scratch.total, rows);
-        for (int tile = 0; tile < used; tile++)
-            multiply(q, dim, rows, k + (size_t)tile * kTile * dim, dim / 2, scores + tile * kTile, width);
+// Scores (rows, 32): q (rows, 2 · pairs) times the keys of twice 16 positions. `ahead`: what comes next.
+template <int rows>
+inline void score_block(const bf16* q, size_t q_stride, int pairs, const bf16* const* keys, const bf16* const* ahead,
+                        float* y, size_t y_stride) {
+    __m512 sum[rows][2];
+#pragma GCC unroll 12
+    for (int row = 0; row < rows; row++) sum[row][0] = sum[row][1] = _mm512_setzero_ps();
+    for (int pair = 0; pair < pairs; pair++) {
+        const size_t at = (size_t)pair * 2 * kPositions;
+        _mm_prefetch((const char*)(ahead[0] + at), _MM_HINT_T0);
+        _mm_prefetch((const char*)(ahead[1] + at), _MM_HINT_T0);
+        __m512bh k0 = load_pairs(keys[0] + at), k1 = load_pairs(keys[1] + at);
+#pragma GCC unroll 12
         for (int row = 0; row < rows; row++) {
-            float* own = scores + (size_t)row * width;
-            const int seen = position + row / group + 1;
-            total[row] = exponentials(own, seen, 1.0f / std::sqrt((float)dim));
-            bf16* to = weights + (size_t)row * width;
-            for (int i = 0; i < width; i += 16)
-                store_bf16(to + i, i < seen ? _mm512_loadu_ps(own + i) : _mm512_setzero_ps());
+            uint32_t two;
+            memcpy(&two, q + row * q_stride + 2 * pair, 4);
+            auto both = (__m512bh)_mm512_set1_epi32((int)two);
+            sum[row][0] = _mm512_dpbf16_ps(sum[row][0], both, k0);
+            sum[row][1] = _mm512_dpbf16_ps(sum[row][1], both, k1);
         }
-        for (int d = 0; d < dim; d += kTile)
-            multiply(weights, width, rows, v + (size_t)d * tiles() * kTile, width / 2, out + d, dim);
-        for (int row = 0; row < rows; row++)
-            for (int d = 0; d < dim; d++) out[row * dim + d] /= total[row];
     }
-};
+#pragma GCC unroll 12
+    for (int row = 0; row < rows; row++) {
+        _mm512_storeu_ps(y + row * y_stride, sum[row][0]);
+        _mm512_storeu_ps(y + row * y_stride + kPositions, sum[row][1]);
+    }
+}
+
+// y (rows, 32) = weights (rows, positions) times 32 dimensions of the values, from `tile` on in each 16 positions.
+// What lies behind the last position may be anything.
+template <int rows>
+inline void mix_block(const bf16* weights, size_t w_stride, int positions, const bf16* const* values, size_t tile,
+                      float* y, size_t y_stride) {
+    __m512 sum[rows][2];
+#pragma GCC unroll 12
+    for (int row = 0; row < rows; row++) sum[row][0] = sum[row][1] = _mm512_setzero_ps();
+    const __m512i first_of_two = _mm512_set1_epi32(0xffff);
+    for (int start = 0; start < positions; start += kPositions) {
+        const bf16* v = values[start / kPositions] + tile;
+        const bf16* ahead = values[start / kPositions + 1] + tile;
+        for (int i = start; i < std::min(start + kPositions, positions); i += 2, v += 2 * kTile, ahead += 2 * kTile) {
+            _mm_prefetch((const char*)ahead, _MM_HINT_T0);
+            _mm_prefetch((const char*)(ahead + kTile), _MM_HINT_T0);
+            __m512i v0 = _mm512_loadu_si512(v), v1 = _mm512_loadu_si512(v + kTile);
+            if (i + 1 == positions) v0 = _mm512_and_si512(v0, first_of_two), v1 = _mm512_and_si512(v1, first_of_two);
+#pragma GCC unroll 12
+            for (int row = 0; row < rows; row++) {
+                uint32_t two;
+                memcpy(&two, weights + row * w_stride + i, 4);
+                auto both = (__m512bh)_mm512_set1_epi32((int)two);
+                sum[row][0] = _mm512_dpbf16_ps(sum[row][0], both, (__m512bh)v0);
+                sum[row][1] = _mm512_dpbf16_ps(sum[row][1], both, (__m512bh)v1);
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (int row = 0; row < rows; row++) {
+        _mm512_storeu_ps(y + row * y_stride, sum[row][0]);
+        _mm512_storeu_ps(y + row * y_stride + 16, sum[row][1]);
+    }
+}
+
+// Calls kernel<rows>(first row) until all rows have had it.
+template <class Kernel>
+inline void by_blocks(int rows, Kernel kernel) {
+    const int blocks = (rows + kBlock - 1) / kBlock;
+    for (int block = 0, row = 0; block < blocks; block++) {
+        const int now = (rows - row + blocks - block - 1) / (blocks - block);
+        [&]<int... counts>(std::integer_sequence<int, counts...>) {
+            (void)((now == counts + 1 && (kernel.template operator()<counts + 1>(row), true)) || ...);
+        }(std::make_integer_sequence<int, kBlock>{});
+        row += now;
+    }
+}
+
+// q (rows, head_dim), `group` rows a token, of one kv head, whose first token is at `position`; each token sees the
+// positions up to its own. out is like q.
+inline void attend(const bf16* q, int rows, int group, int position, const CacheView& cache, const int32_t* blocks,
+                   int kv_head, float* out, AttentionScratch& scratch) {
+    const int dim = cache.head_dim, length = position + (rows - 1) / group + 1;
+    const int count = (length + kPositions - 1) / kPositions, width = (count + 1) / 2 * 2 * kPositions;
+    float* scores = room(scratch.scores, (size_t)rows * width);
+    bf16* weights = room(scratch.weights, (size_t)rows * width);
+    float* total = room(scratch.total, rows);
+    const bf16** keys = room(scratch.keys, count + 3);
+    const bf16** values = room(scratch.values, count + 1);
+    for (int i = 0; i < count + 3; i++) {  // behind the last ones come those again: there is nothing to fetch
+        const size_t at = cache.offset(blocks, std::min(i, count - 1), kv_head);
+        keys[i] = cache.k + at;
+        if (i <= count) values[i] = cache.v + at;
+    }
+    for (int i = 0; i < count; i += 2)
+        by_blocks(rows, [&]<int now>(int row) {
+            score_block<now>(q + (size_t)row * dim, dim, dim / 2, keys + i, keys + i + 2,
+                             scores + (size_t)row * width + i * kPositions, width);
+        });
+    for (int row = 0; row < rows; row++) {
+        float* own = scores + (size_t)row * width;
+        const int seen = position + row / group + 1;
+        total[row] = exponentials(own, seen, 1.0f / std::sqrt((float)dim));
+        bf16* to = weights + (size_t)row * width;
+        for (int i = 0; i < width; i += 16)
+            store_bf16(to + i, i < seen ? _mm512_loadu_ps(own + i) : _mm512_setzero_ps());
+    }
+    for (int d = 0; d < dim; d += kTile)
+        by_blocks(rows, [&]<int now>(int row) {
+            mix_block<now>(weights + (size_t)row * width, width, length, values, (size_t)d * kPositions,
+                           out + (size_t)row * dim + d, dim);
+        });
+    for (int row = 0; row < rows; row++) {
+        const __m512 by = _mm512_set1_ps(1.0f / total[row]);
+        for (int d = 0; d < dim; d += 16)
+            _mm512_storeu_ps(out + row * dim + d, _mm512_mul_ps(_mm512_loadu_ps(out + row * dim + d), by));
+    }
+}

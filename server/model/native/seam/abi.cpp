@@ -31,7 +31,7 @@ constexpr Number kLayout[] = {
     AT(TrainGroup, modules), AT(TrainGroup, num_modules), AT(TrainGroup, kept), SIZE(TrainGroup),
     AT(TrainBatch, num_tokens), AT(TrainBatch, num_texts), AT(TrainBatch, token_ids), AT(TrainBatch, starts),
     AT(TrainBatch, lora), AT(TrainBatch, factor), SIZE(TrainBatch),
-    {"kTile", kTile}, {"kRowUnit", kRowUnit}, {"kMaxGroup", kMaxGroup}, {"kErrorSize", kErrorSize},
+    {"kTile", kTile}, {"kRowUnit", kRowUnit}, {"kMaxGroup", kMaxGroup}, {"kPositions", kPositions}, {"kErrorSize", kErrorSize},
     {"group qkv", kQkv}, {"group o", kO}, {"group gate_up", kGateUp}, {"group down", kDown}, {"kOk", kOk},
     {"kNoMemory", kNoMemory}, {"kInvalid", kInvalid}, {"kFailed", kFailed},
     {nullptr, 0},

@@ -11,6 +11,7 @@ using bf16 = uint16_t;
 constexpr int kTile = 32;        // outputs of a packed tile: sizes of the base are multiples of it
 constexpr int kRowUnit = 16;     // a module's rows in training begin at a multiple of it, and are one
 constexpr int kMaxGroup = 8;     // query heads that share a kv head, at most
+constexpr int kPositions = 16;   // of a sequence that lie together in the cache: blocks are multiples of it
 constexpr int kErrorSize = 256;  // bytes of an error's text, its end included
 
 enum Group { kQkv, kO, kGateUp, kDown, kGroups };  // in the order of rank_rows.GROUPS

@@ -38,7 +38,8 @@ inline void check_ids(const BaseSizes& sizes, const int64_t* ids, int64_t count)
 }
 
 inline void check_runs(const BaseSizes& sizes, const ServeStep& step) {
-    if (step.num_runs < 0 || step.block_size < 1) refuse("%ld runs, blocks of %ld", step.num_runs, step.block_size);
+    if (step.num_runs < 0 || step.block_size < 1 || step.block_size % kPositions)
+        refuse("%ld runs, blocks of %ld", step.num_runs, step.block_size);
     int64_t next = 0;
     for (int64_t i = 0; i < step.num_runs; i++) {
         const ServeRun& run = step.runs[i];

@@ -206,7 +206,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("block_size", [1, 16, 24])
+@pytest.mark.parametrize("block_size", [16, 32, 48])
 def test_logits_are_closer_to_fp32_than_torchs_16_bits(pair: Pair, block_size: int) -> None:
     sequences = sequences_of(LENGTHS[:3], pair.config.vocab_size)
     expected = pair.expected(sequences, with_adapters=False)
@@ -226,9 +226,9 @@ def test_adapters_and_blends(pair: Pair) -> None:
 
 @pytest.mark.parametrize("with_adapters", [False, True])
 def test_pieces_and_company_change_nothing(pair: Pair, with_adapters: bool) -> None:
-    """Bit for bit, but for pieces of so few tokens that attention takes its other form."""
+    """Bit for bit."""
     sequences = sequences_of(LENGTHS[:4], pair.config.vocab_size, seed=1)
-    cuts = [[13, 40, 70], [1], [64, 130], [3]]
+    cuts = [[13, 40, 41, 42, 70], [1], [64, 66, 69, 130], [1, 2, 3]]
     whole = native_logits(pair, sequences, with_adapters)
     assert torch.equal(native_logits(pair, sequences, with_adapters, cuts=cuts), whole)
     alone = native_logits(pair, sequences[:1], with_adapters=False)
@@ -239,8 +239,7 @@ def test_decoding_token_by_token(pair: Pair) -> None:
     sequences = sequences_of((33, 20, 41, 2), pair.config.vocab_size, seed=2)
     cuts = [[30, 31, 32, 33], [16, 17, 18, 19, 20], [40, 41], [1, 2]]
     found = native_logits(pair, sequences, with_adapters=True, cuts=cuts)
-    whole = native_logits(pair, sequences, with_adapters=True)
-    assert relative_error(found, whole) < 0.02
+    assert torch.equal(found, native_logits(pair, sequences, with_adapters=True))
     assert relative_error(found, pair.expected(sequences, with_adapters=True)) < 0.03
 
 

@@ -16,6 +16,7 @@ from adapters.catalog.catalog import Catalog, NewVersion, publish_in
 from adapters.catalog.records import Recorder, Records
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term
+from server.database.clock import database_time
 from server.errors import QueueFull
 from server.training.queue import tables as job_tables
 from server.training.queue.jobs import Job, Jobs, Status
@@ -534,15 +535,28 @@ def test_the_tables_are_postgresql_too() -> None:
     dialect = postgresql.dialect()
     for table in job_tables.metadata.sorted_tables:
         assert "CREATE TABLE" in str(sa.schema.CreateTable(table).compile(dialect=dialect))
-    assert "clock_timestamp()" in str(sa.select(job_tables.database_time()).compile(dialect=dialect))
+    assert "clock_timestamp()" in str(sa.select(database_time()).compile(dialect=dialect))
 
 
 def test_the_clock_is_the_databases(engine: sa.Engine, jobs: Jobs) -> None:
     with engine.connect() as connection:
-        now = connection.execute(sa.select(job_tables.database_time())).scalar_one()
+        now = connection.execute(sa.select(database_time())).scalar_one()
     assert abs(now - time.time()) < 1.0
     submit(jobs, "j1")
     claim_first(Leases(engine), 60)
     with engine.connect() as connection:
         until = connection.execute(sa.select(job_tables.jobs.c.lease_until)).scalar_one()
     assert 30 < until - time.time() <= 60
+
+
+def test_nul_is_refused_by_field_and_left_out_of_what_is_told(jobs: Jobs, leases: Leases) -> None:
+    """PostgreSQL stores none in a text, and can't look into a document that has one."""
+    with pytest.raises(InvalidInput, match=r"^data\.source\.name: must not have NUL"):
+        jobs.submit(JobSpec(name="x"), job_id="j1", data={"source": {"kind": "\\u0000", "name": "a\0b"}})
+    jobs.submit(JobSpec(name="x"), job_id="j2", data={"source": {"name": "\\u0000"}})
+    claim = claim_first(leases)
+    leases.add_event(claim, "a\0b", data={"sample": "c\0d"})
+    leases.fail(claim, "e\0f")
+    assert jobs.get("j2").error == "e\N{REPLACEMENT CHARACTER}f"
+    assert [event.message for event in jobs.events("j2")][2] == "a\N{REPLACEMENT CHARACTER}b"
+    assert jobs.events("j2")[2].data == {"sample": "c\0d"}

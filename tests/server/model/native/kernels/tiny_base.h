@@ -83,7 +83,7 @@ struct Native {
 
 // One step of several sequences, some of them with adapters, and the cache that it is over.
 struct Step {
-    static constexpr int64_t kBlockSize = 8;
+    static constexpr int64_t kBlockSize = 16;
     const BaseSizes sizes;
     int64_t num_blocks = 0;
     std::vector<bf16> k, v, hidden;

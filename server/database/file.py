@@ -1,4 +1,4 @@
-"""The database under HOME: one SQLite file, brought up to date whenever it is opened.
+"""The database as one SQLite file under HOME, brought up to date whenever it is opened.
 
 Every committed write survives a power cut (synchronous=FULL), and a writer waits for another one up to
 `BUSY_SECONDS`. A transaction takes the write lock as it begins, so that it can't fail halfway because another
@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from server.database.migrating import migrate
 from server.errors import StartupError
 from server.home import make
 from server.sqlite import Build, JournalMode, driver, safe_journal_mode
@@ -41,7 +39,7 @@ BUSY_SECONDS = 15
 log = logging.getLogger("smolora.database")
 
 
-def connect(home: Path, journal_mode: JournalMode | None = None) -> sa.Engine:
+def connect_file(home: Path, journal_mode: JournalMode | None = None) -> sa.Engine:
     """The database in `home`, which is made if need be, with all migrations run. Thread-safe; see SQLAlchemy.
 
     Who opens it alone chooses its journal, by default one that is safe with the driver; all
@@ -189,7 +187,7 @@ def opened_copy(copied: Path, scratch: Path) -> Iterator[tuple[sa.Engine, Path]]
     """
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         shutil.copyfile(copied, Path(name) / FILE_NAME)
-        engine = connect(Path(name))
+        engine = connect_file(Path(name))
         try:
             yield engine, Path(name)
         finally:
@@ -202,11 +200,6 @@ def existing(home: Path) -> Path:
     if not path.exists():
         raise StartupError(f"{home} isn't a server's home: it has no {FILE_NAME}; give --home or SMOLORA_HOME")
     return path
-
-
-def knows_schema(schema: str) -> bool:
-    """Whether this smolora can bring a database of that schema up to date."""
-    return any(script.revision == schema for script in ScriptDirectory.from_config(_migrations()).walk_revisions())
 
 
 @contextmanager
@@ -234,20 +227,6 @@ def set_aside(home: Path) -> list[str]:
             path.rename(home / f"{FILE_NAME}.damaged-{number}{suffix}")
             moved.append(f"{FILE_NAME}.damaged-{number}{suffix}")
     return moved
-
-
-def migrate(engine: sa.Engine) -> None:
-    """Runs all missing migrations, in one transaction."""
-    config = _migrations()
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
-
-
-def _migrations() -> Config:
-    config = Config()
-    config.set_main_option("script_location", "server:migrations")
-    return config
 
 
 def _is_alone(users: int) -> bool:

@@ -8,11 +8,10 @@ decided where the hardware is known (`server.model`, `server.engine`).
 import ipaddress
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from adapters.names import near
@@ -25,7 +24,6 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 _TRAIN_MEMORY = 0.5  # beside a server
 _OTHER_VARIABLES = ("URL", "API_KEY")  # of the commands that speak to a server
-_KEY_FLAGS = {"--api-keys": f"{PREFIX}API_KEYS", "--api-key": f"{PREFIX}API_KEY"}  # a server's, and a client's
 
 _HOST = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*|[0-9a-fA-F:.]+", re.ASCII)
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#]+", re.ASCII | re.IGNORECASE)
@@ -37,7 +35,10 @@ Flag = str | int | float | bool | Path | None
 
 
 class WorkerSettings(BaseSettings):
-    """What a training worker needs to know, and `serve` as well. Nothing here is secret."""
+    """What a training worker needs to know, and `serve` as well.
+
+    What is secret is in no dump and in no flag of a process that is started: those find it in their environment.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", hide_input_in_errors=True
@@ -55,6 +56,13 @@ class WorkerSettings(BaseSettings):
     dtype: Dtype = Field("auto", description="auto, fp32, bf16 or fp16.")
     native: bool = Field(True, description="Compute natively where this machine can.")
     log_format: LogFormat = Field("text", description="Lines of the log: text, or json.")
+    database_url: SecretStr | None = Field(
+        None,
+        exclude=True,
+        description="A PostgreSQL database in the place of the file in HOME, for several servers: "
+        "postgresql://user:password@host/database. Needs the extra cluster. Better in SMOLORA_DATABASE_URL than "
+        "in a flag, which whoever watches may see for a moment.",
+    )
     train_share: float = Field(0.25, ge=0, le=1, description="Share of the time for training while requests run.")
     train_memory: float | None = Field(
         None,
@@ -63,6 +71,18 @@ class WorkerSettings(BaseSettings):
         description="Share of a GPU's memory for training: of all of a server's workers together (default: half), "
         "or of a worker elsewhere (default: what is free).",
     )
+
+    @property
+    def database(self) -> str | None:
+        """The URL of the database, with its password; None: it is the file in HOME."""
+        return None if self.database_url is None else self.database_url.get_secret_value()
+
+    @field_validator("database_url", mode="after")
+    @classmethod
+    def _postgresql(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+            raise ValueError("must be like postgresql://user:password@host/database")
+        return value
 
 
 class Settings(Limits, WorkerSettings):
@@ -245,32 +265,6 @@ def unknown_variables() -> list[str]:
     return found
 
 
-def hide_keys() -> None:
-    """Start this program anew, where it was given keys as flags, with them in its environment instead.
-
-    A command line is shown to every user of the machine, by `ps`; an environment to the process's own user alone.
-    """
-    kept, moved = [sys.executable], dict[str, str]()
-    arguments = iter(sys.orig_argv[1:])
-    for argument in arguments:
-        flag, has_value, value = argument.partition("=")
-        given = value if has_value else None
-        if argument == "--":
-            kept += [argument, *arguments]
-        elif flag in _KEY_FLAGS and (given is not None or (given := next(arguments, None)) is not None):
-            moved[_KEY_FLAGS[flag]] = given
-        else:
-            kept.append(argument)
-    if moved:
-        os.execve(sys.executable, kept, {**os.environ, **moved})  # noqa: S606 it is this program
-
-
-def forget_keys() -> None:
-    """Take them out of the environment, once the settings have been read: no child process gets them."""
-    for name in _KEY_FLAGS.values():
-        os.environ.pop(name, None)
-
-
 def trace_exporters() -> tuple[str, ...]:
     """The exporters that OpenTelemetry's own variables ask for, as its entry points call them; none by default."""
     named = os.environ.get("OTEL_TRACES_EXPORTER", "")
@@ -285,8 +279,9 @@ def trace_exporters() -> tuple[str, ...]:
 
 
 def to_flags(settings: WorkerSettings) -> list[str]:
-    """The flags of `smolora worker` that `load` turns into the same settings."""
-    values = {name.replace("_", "-"): getattr(settings, name) for name in WorkerSettings.model_fields}
+    """The flags of `smolora worker` that `load` turns into the same settings, but for secrets."""
+    told = [name for name, field in WorkerSettings.model_fields.items() if not field.exclude]
+    values = {name.replace("_", "-"): getattr(settings, name) for name in told}
     switches = [f"--{'' if value else 'no-'}{name}" for name, value in values.items() if isinstance(value, bool)]
     others = {name: value for name, value in values.items() if not isinstance(value, bool | None)}
     return switches + [f"--{name}={value}" for name, value in others.items()]

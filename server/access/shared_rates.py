@@ -1,0 +1,121 @@
+"""Rates counted together by all servers of one PostgreSQL database; see `server.access.rates`.
+
+A window is a row, by the database's clock. To take from it is a short transaction beside those of the writers, on
+a thread, so that the event loop waits for nothing. What headers tell is what this server saw last.
+"""
+
+import time
+
+import sqlalchemy as sa
+from anyio import CapacityLimiter, to_thread
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.sql.dml import ReturningInsert
+
+from adapters.catalog.tables import transact
+from server.access.principal import Principal
+from server.access.rates import KINDS, Kind, Limit, Window, headers_of, limits_of, refusal
+from server.database.clock import database_time
+from server.database.opening import beside_writers
+
+WINDOW_SECONDS = 60.0
+_NUM_THREADS = 8
+_MAX_SEEN = 10_000
+
+windows = sa.Table(
+    "rate_windows",
+    sa.MetaData(),
+    sa.Column("name", sa.String(160), primary_key=True),
+    sa.Column("used", sa.BigInteger, nullable=False),
+    sa.Column("most", sa.BigInteger, nullable=False),  # that may be used, as of the last request
+    sa.Column("until", sa.Float(53), nullable=False),  # by `database_time`
+)
+
+
+class SharedRates:
+    """Those of all servers' requests. For one event loop."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = beside_writers(engine)
+        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._threads: CapacityLimiter | None = None
+        self._seen: dict[str, Window] = {}
+
+    async def take(self, principal: Principal, kind: Kind, amount: int = 1) -> None:
+        """As `Rates.take`; Unavailable where the database can't be reached."""
+        limits = limits_of(principal, kind)
+        if not limits:
+            return
+        if self._threads is None:
+            self._threads = CapacityLimiter(_NUM_THREADS)
+        if not await to_thread.run_sync(self._take, limits, amount, limiter=self._threads):
+            every = [limit for each in KINDS for limit in limits_of(principal, each)]
+            await to_thread.run_sync(self._look, every, limiter=self._threads)
+            short = min(limits, key=lambda limit: self._window(limit).remaining - min(amount, limit.most))
+            refused = next((limit for limit in limits if amount > limit.most), short)
+            raise refusal(refused, amount, self._window(refused), self.headers(principal))
+
+    def headers(self, principal: Principal) -> dict[str, str]:
+        """As `Rates.headers`."""
+        return headers_of(principal, self._window)
+
+    def _window(self, limit: Limit) -> Window:
+        found = self._seen.get(_name(limit))
+        if found is None or not found.seconds_left:
+            return Window(limit.most, time.time())
+        return Window(min(found.remaining, limit.most), found.ends_at)
+
+    def _take(self, limits: list[Limit], amount: int) -> bool:
+        """Take from all of them, the key's before the project's, or from none; whether it did."""
+        if any(amount > limit.most for limit in limits):
+            return False
+
+        def work(connection: sa.Connection) -> bool:
+            found = {_name(limit): connection.execute(_taken(limit, amount)).one_or_none() for limit in limits}
+            for name, row in found.items():
+                if row is None:
+                    raise _TooLittleError
+                self._remember(name, *row)
+            return True
+
+        try:
+            return transact(self._engine, work)
+        except _TooLittleError:
+            return False
+
+    def _look(self, limits: list[Limit]) -> None:
+        query = sa.select(windows.c.name, windows.c.most - windows.c.used, windows.c.until - database_time())
+        with self._reader.connect() as connection:
+            found = connection.execute(query.where(windows.c.name.in_(list(map(_name, limits)))))
+            for row in found:
+                self._remember(*row)
+
+    def _remember(self, name: str, remaining: int, seconds_left: float) -> None:
+        if len(self._seen) >= _MAX_SEEN:
+            self._seen.clear()
+        self._seen[name] = Window(max(0, remaining), time.time() + seconds_left)
+
+
+class _TooLittleError(Exception):
+    """Is left: nothing is taken."""
+
+
+def _taken(limit: Limit, amount: int) -> "ReturningInsert[int, float]":
+    """Takes, in a new window where the last one has ended; what is left, how long. No row: too little is."""
+    now = database_time()
+    new = insert(windows).values(name=_name(limit), used=amount, most=limit.most, until=now + WINDOW_SECONDS)
+    has_ended = windows.c.until <= now
+    used = sa.case((has_ended, amount), else_=windows.c.used + amount)
+    changed = new.on_conflict_do_update(
+        index_elements=[windows.c.name],
+        set_={
+            "used": used,
+            "most": limit.most,
+            "until": sa.case((has_ended, now + WINDOW_SECONDS), else_=windows.c.until),
+        },
+        where=used <= limit.most,
+    )
+    return changed.returning(windows.c.most - windows.c.used, windows.c.until - now)
+
+
+def _name(limit: Limit) -> str:
+    return f"{limit.kind}/{limit.whose}/{limit.name}"

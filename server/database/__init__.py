@@ -1,0 +1,48 @@
+"""The database: a SQLite file under HOME, or PostgreSQL where SMOLORA_DATABASE_URL names it.
+
+`opening` chooses; what one of the two needs and the other doesn't is in `file` and in `postgres`, and nothing else
+knows which it is. The SQL is what both have in common; `clock` is the time that both tell.
+"""
+
+from server.database.file import (
+    FILE_NAME,
+    Commits,
+    build_of,
+    copy,
+    existing,
+    faults,
+    nobody_has_it_open,
+    opened_copy,
+    schema_of,
+    set_aside,
+)
+from server.database.migrating import knows_schema, migrate
+from server.database.opening import (
+    WORKER_PATIENCE_SECONDS,
+    commits_of,
+    connect,
+    described,
+    is_file,
+    records_of,
+)
+
+__all__ = [
+    "FILE_NAME",
+    "WORKER_PATIENCE_SECONDS",
+    "Commits",
+    "build_of",
+    "commits_of",
+    "connect",
+    "copy",
+    "described",
+    "existing",
+    "faults",
+    "is_file",
+    "knows_schema",
+    "migrate",
+    "nobody_has_it_open",
+    "opened_copy",
+    "records_of",
+    "schema_of",
+    "set_aside",
+]

@@ -1,0 +1,45 @@
+"""The database's clock: what all processes go by, whatever the clocks of their machines say."""
+
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+
+from adapters.catalog.tables import UtcDateTime
+
+
+class database_time(FunctionElement[float]):  # noqa: N801 as SQL functions are
+    """Seconds since 1970 by the database's clock, at this moment rather than at the transaction's start."""
+
+    type = sa.Float(53)
+    inherit_cache = True
+
+
+class database_now(FunctionElement[datetime]):  # noqa: N801 as SQL functions are
+    """The same moment as a date and time in UTC; SQLite tells milliseconds."""
+
+    type = UtcDateTime()
+    inherit_cache = True
+
+
+@compiles(database_time)
+def _postgresql_time(element: database_time, compiler: SQLCompiler, **_: Any) -> str:  # noqa: ANN401
+    return "CAST(extract(epoch FROM clock_timestamp()) AS DOUBLE PRECISION)"
+
+
+@compiles(database_time, "sqlite")
+def _sqlite_time(element: database_time, compiler: SQLCompiler, **_: Any) -> str:  # noqa: ANN401
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(database_now)
+def _postgresql_now(element: database_now, compiler: SQLCompiler, **_: Any) -> str:  # noqa: ANN401
+    return "clock_timestamp()"
+
+
+@compiles(database_now, "sqlite")
+def _sqlite_now(element: database_now, compiler: SQLCompiler, **_: Any) -> str:  # noqa: ANN401
+    return "strftime('%Y-%m-%d %H:%M:%f000', 'now')"

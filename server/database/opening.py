@@ -1,0 +1,78 @@
+"""Which database it is: the file under HOME, or a PostgreSQL server's, by SMOLORA_DATABASE_URL."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from adapters.catalog.records import Records
+from server.database import file
+from server.errors import StartupError
+from server.home import make
+from server.sqlite import JournalMode
+
+PATIENCE_SECONDS = 3.0
+"""For which a transaction that was interrupted is run again, on a server whose clients wait."""
+WORKER_PATIENCE_SECONDS = 30.0
+
+
+def connect(
+    home: Path,
+    journal_mode: JournalMode | None = None,
+    *,
+    url: str | None = None,
+    patience: float = PATIENCE_SECONDS,
+) -> sa.Engine:
+    """The database of `home`, with all migrations run: at `url`, where one is given, else the file in `home`.
+
+    Thread-safe; see SQLAlchemy. `journal_mode` is the file's; `patience` is as `transact` has it.
+    Raises StartupError where it can't be opened, or was written by a newer smolora.
+    """
+    if url is None:
+        return file.connect_file(home, journal_mode)
+    make(home)
+    try:
+        from server.database.postgres import connect_server
+    except ImportError as error:
+        raise StartupError(
+            f"SMOLORA_DATABASE_URL needs psycopg, which isn't installed ({error}): pip install 'smolora[cluster]'"
+        ) from None
+    return connect_server(url, patience)
+
+
+def commits_of(engine: sa.Engine, home: Path) -> Callable[[], int]:
+    """A number that moves whenever anybody commits, this process or another; one read takes microseconds."""
+    if is_file(engine):
+        return file.Commits(home)
+    from server.database.postgres import notices_of
+
+    return notices_of(engine)
+
+
+def records_of(engine: sa.Engine, adapters: Path) -> Records | None:
+    """Of versions, beside their bytes: what the catalog is rebuilt from where the file under HOME is lost.
+
+    None on PostgreSQL: its backups are its own (pg_dump, replicas), and several servers share no folder.
+    """
+    return Records(adapters) if is_file(engine) else None
+
+
+def beside_writers(engine: sa.Engine) -> sa.Engine:
+    """For short transactions that wait for no writer, and are lost where the server crashes: PostgreSQL alone."""
+    from server.database.postgres import BESIDE_WRITERS
+
+    return engine.execution_options(**{BESIDE_WRITERS: True})
+
+
+def described(engine: sa.Engine) -> str:
+    """What drives the database, for a person."""
+    if is_file(engine):
+        return str(file.build_of(engine))
+    from server.database.postgres import release_of
+
+    return release_of(engine)
+
+
+def is_file(engine: sa.Engine) -> bool:
+    """Whether the database is a file under HOME."""
+    return engine.dialect.name == "sqlite"

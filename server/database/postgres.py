@@ -1,0 +1,251 @@
+"""The database on a PostgreSQL server, for any number of processes on any number of machines.
+
+A transaction takes one lock, which the whole database shares, as it begins, and the server lets go of it after
+the commit can be seen. So there is one writer at a time, as with SQLite, and what was written for that holds here,
+under READ COMMITTED and without serialization failures. Single reads (isolation level AUTOCOMMIT) wait for nobody.
+
+A transaction that the server, or the way to it, cut off has no effect, and raises Interrupted: `transact` runs it
+again. Only of a commit that isn't answered can't that be known. So each transaction leaves its number in a row of
+its connection's own (`marks`), and who lost a commit looks, once the lock says that its session has ended, whether
+the number is there. Each commit also notifies whoever listens (`server.database.notices`).
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, cast
+
+import psycopg
+import sqlalchemy as sa
+from alembic.util import CommandError
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import PoolProxiedConnection, QueuePool
+
+from adapters.catalog.tables import PATIENCE
+from adapters.errors import Interrupted, InvalidInput, Unavailable
+from server.database.migrating import migrate
+from server.database.notices import CHANNEL, Notices
+from server.errors import StartupError
+
+WRITERS_LOCK = 0x736D6F6C6F7261  # "smolora"
+BESIDE_WRITERS = "beside_writers"
+"""An execution option of transactions that don't take the lock, and may be lost in a crash of the server."""
+
+CONNECT_SECONDS = 5
+LOCK_SECONDS = 10
+_IDLE_SECONDS = 30  # in a transaction: a machine that stands still then loses it, and the lock
+_DOUBT_SECONDS = 15.0  # for a commit's outcome to be known, before nobody waits any longer
+_RETRY_SECONDS = 0.1
+_MIN_VERSION = 13_00_00
+_DEFAULTS: dict[str, Any] = {
+    "connect_timeout": CONNECT_SECONDS,
+    "application_name": "smolora",
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,  # milliseconds
+}
+_SETTINGS = f"SET lock_timeout = '{LOCK_SECONDS}s'; SET idle_in_transaction_session_timeout = '{_IDLE_SECONDS}s'"
+_READ_ONLY, _IDLE = "25006", "25P03"  # of a server that became a standby; of a session that was ended
+
+_MARKS = "CREATE TABLE marks (connection uuid PRIMARY KEY, number bigint NOT NULL, at timestamptz NOT NULL)"
+_MARK = (
+    "WITH mark AS (INSERT INTO marks (connection, number, at) VALUES (%s, 1, now()) ON CONFLICT (connection) "
+    "DO UPDATE SET number = marks.number + 1, at = now() RETURNING number) "
+    "SELECT number, pg_notify(%s, %s) FROM mark"
+)
+
+log = logging.getLogger("smolora.database")
+
+Open = Callable[[], "psycopg.Connection[Any]"]
+
+
+def connect_server(url: str, patience: float) -> sa.Engine:
+    """The database that the URL names, with all migrations run. Thread-safe; see SQLAlchemy.
+
+    `patience` is as `transact` has it. Raises StartupError, which never quotes the password.
+    """
+    open_one = _opener(url)
+    engine = sa.create_engine(
+        "postgresql+smolora://",
+        creator=open_one,
+        poolclass=_Pool,
+        pool_size=8,
+        max_overflow=24,
+        pool_timeout=LOCK_SECONDS,
+        pool_pre_ping=True,
+        use_native_hstore=False,
+        execution_options={PATIENCE: patience},
+    )
+    dialect = cast("_Dialect", engine.dialect)
+    dialect.open, dialect.notices = open_one, Notices(open_one)
+    sa.event.listen(engine, "begin", _begin)
+    sa.event.listen(engine, "handle_error", _explain)
+    sa.event.listen(engine, "engine_disposed", lambda _: dialect.notices.close())
+    try:
+        _prepare(open_one)
+        migrate(engine.execution_options(waits=True))
+    except CommandError as error:
+        engine.dispose()
+        raise StartupError(f"the database was written by a newer version of smolora ({error})") from error
+    except (psycopg.Error, DBAPIError, Interrupted) as error:
+        engine.dispose()
+        raise StartupError(f"SMOLORA_DATABASE_URL: {_without_password(str(_first(error)), url)}") from None
+    return engine
+
+
+def notices_of(engine: sa.Engine) -> Notices:
+    """What tells of commits; one for all who ask."""
+    notices = cast("_Dialect", engine.dialect).notices
+    notices.start()
+    return notices
+
+
+def release_of(engine: sa.Engine) -> str:
+    """For a person."""
+    with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        return f"PostgreSQL {connection.exec_driver_sql('SHOW server_version').scalar_one()}"
+
+
+class _Pool(QueuePool):
+    def connect(self) -> PoolProxiedConnection:
+        try:
+            return super().connect()
+        except sa.exc.TimeoutError:
+            raise Unavailable("the database is busy") from None
+
+
+class _Dialect(PGDialect_psycopg):
+    """psycopg's, with commits whose outcome is known."""
+
+    supports_statement_cache = True
+    open: Open
+    notices: Notices
+
+    def do_commit(self, dbapi_connection: Any) -> None:  # noqa: ANN401 of SQLAlchemy's pool
+        driven = cast("psycopg.Connection[Any]", getattr(dbapi_connection, "dbapi_connection", dbapi_connection))
+        if driven.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
+            return
+        if dbapi_connection.info.get(BESIDE_WRITERS):
+            driven.commit()
+            return
+        own = dbapi_connection.info.setdefault("mark", str(uuid.uuid4()))
+        row = driven.execute(_MARK, [own, CHANNEL, self.notices.own]).fetchone()
+        assert row is not None
+        try:
+            driven.commit()
+        except psycopg.OperationalError:
+            if not driven.closed or not self._was_committed(own, row[0]):
+                raise
+        self.notices.count()
+
+    def do_rollback(self, dbapi_connection: Any) -> None:  # noqa: ANN401 likewise
+        driven = cast("psycopg.Connection[Any]", getattr(dbapi_connection, "dbapi_connection", dbapi_connection))
+        if not driven.closed:  # else the server has done it
+            driven.rollback()
+
+    def _was_committed(self, own: str, number: int) -> bool:
+        """Whether the transaction of that number was. Raises Unavailable where that can't be found out."""
+        until = time.monotonic() + _DOUBT_SECONDS
+        while time.monotonic() < until:
+            try:
+                with self.open() as connection:
+                    # whoever has not ended yet has the lock
+                    connection.execute("SELECT pg_advisory_xact_lock(%s)", [WRITERS_LOCK])
+                    query = "SELECT number FROM marks WHERE connection = %s"
+                    row = connection.execute(query, [own]).fetchone()
+                    return row is not None and row[0] >= number
+            except psycopg.OperationalError:
+                time.sleep(_RETRY_SECONDS)
+        log.error("the database went away as it was told to commit, and whether it did isn't known")
+        raise Unavailable("the database went away: look whether it was done before trying again")
+
+
+registry.register("postgresql.smolora", __name__, "_Dialect")
+
+
+def _opener(url: str) -> Open:
+    """Opens connections to the URL's database. Raises StartupError, unquoted, where libpq can't read it."""
+    try:
+        given = conninfo_to_dict(url)
+        complete = make_conninfo("", **{**_DEFAULTS, **given})
+    except psycopg.Error:
+        raise StartupError(
+            "SMOLORA_DATABASE_URL can't be read: give postgresql://user:password@host:port/database, special "
+            "characters of the password as %40 and the like"
+        ) from None
+
+    def open_one() -> "psycopg.Connection[Any]":
+        connection = psycopg.connect(complete, autocommit=True)
+        try:
+            connection.execute(_SETTINGS)
+            connection.autocommit = False
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    return open_one
+
+
+def _prepare(open_one: Open) -> None:
+    """See that the server will do, and make what `_Dialect` needs. Raises StartupError."""
+    with open_one() as connection:
+        if connection.info.server_version < _MIN_VERSION:
+            raise StartupError("SMOLORA_DATABASE_URL: PostgreSQL 13 or newer is needed")
+        row = connection.execute("SHOW server_encoding").fetchone()
+        if row is None or row[0] != "UTF8":
+            raise StartupError("SMOLORA_DATABASE_URL: the database's encoding must be UTF8: createdb -E UTF8")
+        connection.execute(
+            "SELECT set_config('lock_timeout', '0', true), pg_advisory_xact_lock(%s)", [WRITERS_LOCK]
+        )
+        row = connection.execute("SELECT to_regclass('marks')").fetchone()
+        if row is None or row[0] is None:
+            connection.execute(_MARKS)
+        connection.execute("DELETE FROM marks WHERE at < now() - interval '1 day'")  # of connections long gone
+
+
+def _begin(connection: sa.Connection) -> None:
+    options = connection.get_execution_options()
+    if options.get("isolation_level") == "AUTOCOMMIT":
+        return
+    connection.info[BESIDE_WRITERS] = is_beside = bool(options.get(BESIDE_WRITERS))
+    if is_beside:
+        connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
+        return
+    if options.get("waits"):
+        connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
+    connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITERS_LOCK})")
+
+
+def _explain(context: sa.engine.ExceptionContext) -> None:
+    """Raise what the server's callers know, in the place of what psycopg says."""
+    error = context.original_exception
+    if context.is_pre_ping:
+        return
+    if isinstance(error, UnicodeEncodeError) or (isinstance(error, psycopg.DataError) and "NUL" in str(error)):
+        raise InvalidInput.of("text", "must not have NUL characters or halves of surrogate pairs") from None
+    if not isinstance(error, psycopg.Error):
+        return
+    if error.sqlstate == _READ_ONLY:
+        context.is_disconnect = True
+    if isinstance(error, psycopg.OperationalError) or error.sqlstate in (_READ_ONLY, _IDLE):
+        log.warning("the database: %s", type(error).__name__)
+        raise Interrupted from error
+
+
+def _first(error: BaseException) -> BaseException:
+    """What the driver said."""
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        return error.orig
+    return error.__cause__ or error
+
+
+def _without_password(message: str, url: str) -> str:
+    password = conninfo_to_dict(url).get("password")
+    told = " ".join(message.split())
+    return told.replace(str(password), "…") if password else told

@@ -1,0 +1,8 @@
+"""What is known of keys, projects and usage is the same on both databases."""
+
+import pytest
+
+
+@pytest.fixture
+def app_database_url(database_url: str | None) -> str | None:
+    return database_url

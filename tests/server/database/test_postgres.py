@@ -1,0 +1,326 @@
+"""A real PostgreSQL: one writer at a time, commits that are known, and what is told where it goes away."""
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+
+from adapters.catalog.catalog import Catalog, metadata
+from adapters.catalog.tables import transact
+from adapters.errors import Interrupted, InvalidInput, NotFound, Unavailable
+from adapters.expression import Term
+from server.access import tables as access_tables
+from server.database import commits_of, connect, described
+from server.errors import StartupError
+from server.training.queue import tables as job_tables
+from tests.postgres import CLUSTER, Postgres
+
+pytestmark = CLUSTER
+
+
+@pytest.fixture
+def url(postgres: Postgres) -> Iterator[str]:
+    url = postgres.migrated()
+    yield url
+    postgres.drop(url)
+
+
+@pytest.fixture
+def engine(url: str, tmp_path: Path) -> Iterator[sa.Engine]:
+    engine = connect(tmp_path, url=url)
+    yield engine
+    engine.dispose()
+
+
+def publish(catalog: Catalog, name: str = "a") -> int:
+    return catalog.publish(
+        name, digest="0" * 64, rank=1, alpha=1, target_modules=[], parameters=1, bytes=1
+    ).version
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_the_migrations_make_what_the_code_expects(engine: sa.Engine) -> None:
+    from server.access.shared_rates import windows
+
+    assert described(engine).startswith("PostgreSQL 1")
+    with engine.connect() as connection:
+        context = MigrationContext.configure(
+            connection, opts={"compare_type": True, "include_name": lambda name, *_: name != "marks"}
+        )
+        expected: Any = [metadata, job_tables.metadata, access_tables.metadata, windows.metadata]
+        assert compare_metadata(context, expected) == []
+
+
+OPENER = """
+import sys
+from pathlib import Path
+from server.database import connect
+print("ready", flush=True)
+sys.stdin.readline()
+connect(Path(sys.argv[1]), url=sys.argv[2]).dispose()
+"""
+
+
+def test_processes_may_migrate_an_empty_database_at_once(postgres: Postgres, tmp_path: Path) -> None:
+    url = postgres.url(postgres.new())
+    command = [sys.executable, "-c", OPENER, str(tmp_path), url]
+    openers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    for opener in openers:
+        assert opener.stdout is not None
+        assert opener.stdout.readline() == "ready\n"
+    for opener in openers:
+        opener.communicate("go\n", timeout=60)
+    assert [opener.returncode for opener in openers] == [0] * 4
+    postgres.drop(url)
+
+
+def test_a_database_from_the_future_is_refused(engine: sa.Engine, url: str, tmp_path: Path) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(StartupError, match="newer version of smolora"):
+        connect(tmp_path, url=url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:hunter2@127.0.0.1:1/db",
+        "postgresql://me:hunter2@127.0.0.1:port/db",
+        "postgresql://me:hunter2@[::1/db",
+        "postgresql://me:hunter2@127.0.0.1:1/db?nonsense=1",
+    ],
+)
+def test_no_error_quotes_the_password(url: str, tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="SMOLORA_DATABASE_URL") as caught:
+        connect(tmp_path, url=url)
+    assert "hunter2" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_writer_waits_for_another_and_readers_for_none(engine: sa.Engine) -> None:
+    order: list[str] = []
+
+    def write() -> None:
+        with engine.begin() as connection:
+            order.append("second")
+            connection.exec_driver_sql("UPDATE access_changes SET number = 3")
+
+    def read() -> object:
+        with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+            return connection.exec_driver_sql("SELECT number FROM access_changes").scalar()
+
+    with ThreadPoolExecutor(1) as pool:
+        with engine.begin() as connection:
+            connection.exec_driver_sql("UPDATE access_changes SET number = 2")
+            waiting = pool.submit(write)
+            assert [read() for _ in range(50)] == [0] * 50
+            order.append("first")
+        waiting.result()
+    assert (order, read()) == (["first", "second"], 3)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from adapters.catalog.catalog import Catalog
+from adapters.errors import Unavailable
+from server.database import connect
+catalog = Catalog(connect(Path(sys.argv[1]), url=sys.argv[2]))
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(int(sys.argv[3])):
+    try:
+        new = catalog.publish("shared", digest="0" * 64, rank=1, alpha=1, target_modules=[], parameters=1, bytes=1)
+        print(new.version, flush=True)
+    except Unavailable:
+        print("refused", flush=True)
+"""
+
+
+def writers(url: str, home: Path, num_times: int) -> "list[subprocess.Popen[str]]":
+    """Eight that are about to publish under one name."""
+    command = [sys.executable, "-c", WRITER, str(home), url, str(num_times)]
+    found = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    for writer in found:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    return found
+
+
+def test_eight_processes_publish_under_one_name(url: str, engine: sa.Engine, tmp_path: Path) -> None:
+    told: list[str] = []
+    found = writers(url, tmp_path, 25)
+    for writer in found:
+        print("go", file=writer.stdin, flush=True)
+    for writer in found:
+        told += writer.communicate(timeout=120)[0].split()
+    assert sorted(map(int, told)) == list(range(1, 201))
+    assert len(Catalog(engine).get("shared").versions) == 200
+
+
+def test_a_server_that_is_killed_loses_and_doubles_nothing(own_postgres: Postgres, tmp_path: Path) -> None:
+    """SIGKILL while eight processes publish, twice: each number that was told is there, and no other is."""
+    url = own_postgres.migrated()
+    found = writers(url, tmp_path, 60)
+    for writer in found:
+        print("go", file=writer.stdin, flush=True)
+    for end in (own_postgres.kill, own_postgres.stop):
+        time.sleep(0.4)
+        end()
+        time.sleep(0.3)
+        own_postgres.start()
+    told: list[str] = []
+    for writer in found:
+        told += writer.communicate(timeout=120)[0].split()
+        assert writer.returncode == 0
+    numbers = sorted(int(line) for line in told if line != "refused")
+    engine = connect(tmp_path, url=url)
+    stored = [version.version for version in Catalog(engine).get("shared").versions]
+    engine.dispose()
+    assert numbers == stored
+    assert len(told) == 8 * 60
+    assert len(numbers) > 240
+
+
+def test_a_commit_whose_answer_is_lost_is_known(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its session ends after the commit was done, or before it was asked for: told from the database itself."""
+    import psycopg
+
+    commit = psycopg.Connection.commit
+    ends: list[str] = []
+
+    def cut_off(connection: "psycopg.Connection[Any]") -> None:
+        if not ends:
+            commit(connection)
+            return
+        if (when := ends.pop()) == "after":
+            commit(connection)
+        connection.close()
+        raise psycopg.OperationalError(f"cut off {when}")
+
+    monkeypatch.setattr(psycopg.Connection, "commit", cut_off)
+    calls = 0
+
+    def work(connection: sa.Connection) -> None:
+        nonlocal calls
+        calls += 1
+        connection.exec_driver_sql("UPDATE access_changes SET number = number + 1")
+
+    def count() -> object:
+        with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+            return connection.exec_driver_sql("SELECT number FROM access_changes").scalar_one()
+
+    for when, num_calls in (("after", 1), ("before", 2)):
+        before, calls = count(), 0
+        ends = [when]
+        transact(engine, work)
+        assert calls == num_calls
+        assert count() == int(str(before)) + 1
+
+
+def test_what_is_asked_while_it_is_away_is_told_to_come_again(own_postgres: Postgres, tmp_path: Path) -> None:
+    url = own_postgres.migrated()
+    engine = connect(tmp_path, url=url, patience=0.0)
+    catalog, commits = Catalog(engine), commits_of(engine, tmp_path)
+    assert publish(catalog) == 1
+    own_postgres.kill()
+    for call in (lambda: publish(catalog), lambda: catalog.resolve([Term("a")]), catalog.list):
+        with pytest.raises(Unavailable) as caught:
+            call()
+        assert isinstance(caught.value, Interrupted)
+    time.sleep(0.1)
+    assert commits() < commits() < commits(), "nothing that is remembered is trusted"
+    own_postgres.start()
+    assert publish(catalog) == 2
+    until(lambda: commits() == commits())
+    engine.dispose()
+
+
+def test_a_writer_that_stands_still_keeps_others_for_a_while_only(engine: sa.Engine) -> None:
+    """As a stopped machine does: its session ends, what it wrote is gone, and it is told to try again."""
+
+    def stand_still() -> None:
+        with engine.begin() as connection:
+            connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = '100ms'")
+            connection.exec_driver_sql("UPDATE access_changes SET number = 77")
+            time.sleep(0.4)
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(publish, Catalog(engine)).result(timeout=5) == 1
+
+    with pytest.raises(Interrupted):
+        stand_still()
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT number FROM access_changes").scalar_one() == 0
+
+
+def test_commits_of_others_are_heard_at_once(url: str, engine: sa.Engine, tmp_path: Path) -> None:
+    commits = commits_of(engine, tmp_path)
+    until(lambda: commits() == commits())
+    time.sleep(0.05)
+    before = commits()
+    publish(Catalog(engine))
+    assert commits() == before + 1, "its own, as soon as it is done"
+    time.sleep(0.2)
+    assert commits() == before + 1, "which its notice doesn't count again"
+    other = connect(tmp_path, url=url)
+    until(lambda: commits() == commits())
+    took = []
+    for _ in range(20):
+        before = commits()
+        publish(Catalog(other))
+        start = time.perf_counter()
+        until(lambda: commits() != before)  # noqa: B023 called here
+        took.append(time.perf_counter() - start)
+    other.dispose()
+    assert sorted(took)[10] < 0.05
+    start = time.perf_counter()
+    for _ in range(1000):
+        commits()
+    assert time.perf_counter() - start < 0.05, "microseconds each"
+
+
+def test_text_that_cannot_be_stored_is_refused(engine: sa.Engine) -> None:
+    catalog = Catalog(engine)
+    for name in ("a\0b", "\ud800"):
+        with pytest.raises((InvalidInput, NotFound), match="NUL"):
+            catalog.resolve([Term(name)])
+
+
+def test_a_pool_that_is_used_up_is_no_fault_of_ours(engine: sa.Engine, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    engine.pool._timeout = 0.1  # type: ignore[attr-defined]  # not the ten seconds
+    held = [engine.connect() for _ in range(32)]
+    with pytest.raises(Unavailable, match="busy"):
+        engine.connect()
+    for connection in held:
+        connection.close()
+
+
+def test_threads_share_an_engine(engine: sa.Engine) -> None:
+    barrier = threading.Barrier(8)
+
+    def work(_: int) -> list[int]:
+        barrier.wait()
+        return [publish(Catalog(engine), "shared") for _ in range(10)]
+
+    with ThreadPoolExecutor(8) as pool:
+        numbers = sorted(number for found in pool.map(work, range(8)) for number in found)
+    assert numbers == list(range(1, 81))
