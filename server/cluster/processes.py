@@ -46,8 +46,6 @@ def up(
     apis = [Supervisor(1, command, _API_GRACE_SECONDS) for command in commands]
     workers = Supervisor(settings.workers, worker_command(settings.of_a_worker))
     stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
     urls = tuple(f"http://127.0.0.1:{settings.port + index}" for index in range(num_apis))
     write_state(home, ClusterState(address, os.getpid(), ray.pid, urls, settings.workers))
     try:
@@ -56,6 +54,8 @@ def up(
             join(address)
             deploy(settings, scale)
             leave()
+        for number in (signal.SIGTERM, signal.SIGINT):  # now: Ray sets its own while it is joined
+            signal.signal(number, lambda *_: stopped.set())
         for supervisor in (*apis, workers):
             supervisor.start()
         _wait_until_ready(urls, stopped, say)
