@@ -50,7 +50,7 @@ test: lint
 	@$(MAKE) --no-print-directory --jobs 2 types tests
 
 tests: $(READY_DEV)
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" -rs $(ARGS)
 
 slow: $(READY_DEV)
 	@$(PYTEST) -m slow $(ARGS)
