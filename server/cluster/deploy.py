@@ -140,7 +140,7 @@ def engine_app(settings: Settings, scale: Scale) -> serve.Application:
 
 
 def version_of(settings: Settings) -> str:
-    """Of what a replica is made from. Another one has all of them replaced, the same one only their number changed.
+    """Of what a replica is made from. A new one has all of them replaced, the same one only their number changed.
 
     Without it Serve would draw a new one each time.
     """

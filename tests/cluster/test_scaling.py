@@ -1,16 +1,19 @@
 """Replicas come and go under load, by command and by themselves: no request fails, and no answer is wrong."""
 
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import ExitStack
 
 import pytest
 
 from tests.cluster.conftest import needs_ray
 from tests.cluster.kit import Cluster, wait_until
 from tests.cluster.load import load_on
-from tests.end_to_end.server_process import ServerProcess, events
+from tests.end_to_end.server_process import ServerProcess, environment
 
 pytestmark = [pytest.mark.cluster, needs_ray]
 
@@ -67,23 +70,36 @@ def test_a_rolling_upgrade(api: ServerProcess, single: ServerProcess, cluster: C
 
 
 def test_a_replica_that_drains_hears_aborts(api: ServerProcess, cluster: Cluster) -> None:
-    """It ends as soon as nobody waits for what it has, and not when that would have ended."""
-    body: dict[str, Any] = {"prompt": "Until somebody hangs up", "max_tokens": 3500, "temperature": 0, "n": 4}
+    """What nobody reads any more is freed there, while it goes on with what somebody reads."""
+    streams: list[tuple[ExitStack, ExitStack]] = []  # of a pair the first is read for longer
+
+    def opened(num_choices: int) -> ExitStack:
+        body = {"prompt": f"{len(streams)} of {num_choices}", "max_tokens": 3500, "n": num_choices, "stream": True}
+        stack = ExitStack()
+        stack.enter_context(api.client.stream("POST", "/generate", json=body)).raise_for_status()
+        return stack
+
+    program = (
+        "import sys, time; from server.cluster.serve_transport import join, replicas_told; join(sys.argv[1])\n"
+        "while 'stopping' not in replicas_told(): time.sleep(0.1)"
+    )
     with ThreadPoolExecutor(1) as pool:
-        streams = []
-        for number in range(4):  # both have some
-            asked = {**body, "prompt": f"{number} {body['prompt']}", "stream": True}
-            opened = api.client.stream("POST", "/generate", json=asked)
-            lines = opened.__enter__().iter_lines()
-            next(events(lines))
-            streams.append(opened)
-        api.wait_for(requests_running=16)
+        watching = subprocess.Popen([sys.executable, "-c", program, cluster.address], env=environment())
         scaling = pool.submit(cluster.scale, 1)
-        wait_until(scaling.done)
-        assert len(cluster.replicas()) == 2, "it didn't wait for its requests"
-        for opened in streams:
-            opened.__exit__(None, None, None)
-        wait_until(lambda: len(cluster.replicas()) == 1, "it goes on with what nobody reads", 8)
+        while watching.poll() is None:  # both always have some that have just begun
+            streams.append((opened(1), opened(3)))
+            for stack in streams.pop(0) if len(streams) > 5 else ():
+                stack.close()
+            time.sleep(0.5)
+        assert watching.returncode == 0
+        assert len(cluster.replicas()) == 2, "it has ended"
+        for _, other in streams:
+            other.close()
+        wait_until(lambda: api.metrics()["smolora_requests_running"] <= len(streams), "they go on", 4)
+        assert len(cluster.replicas()) == 2, "it has ended"
+        for read, _ in streams:
+            read.close()
+        scaling.result()
     api.wait_until_idle()
 
 
