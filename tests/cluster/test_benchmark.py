@@ -28,6 +28,7 @@ def test_the_target_is_of_each_rounds_ratio() -> None:
     assert "| 1 replica | 85.0 (70.0" in markdown(results())
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 @needs_ray
 def test_a_reduced_run(long_base: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -69,7 +70,7 @@ def test_a_rolling_upgrade(api: ServerProcess, single: ServerProcess, cluster: C
     assert len(first_new - before) == 1, "both at once"
 
 
-def test_a_replica_that_drains_hears_aborts(api: ServerProcess, cluster: Cluster) -> None:
+def test_a_replica_that_drains_hears_aborts(api: ServerProcess, cluster: Cluster, tmp_path: Path) -> None:
     """What nobody reads any more is freed there, while it goes on with what somebody reads."""
     streams: list[tuple[ExitStack, ExitStack]] = []  # of a pair the first is read for longer
 
@@ -80,18 +81,21 @@ def test_a_replica_that_drains_hears_aborts(api: ServerProcess, cluster: Cluster
         return stack
 
     program = (
-        "import sys, time; from server.cluster.serve_transport import join, replicas_told; join(sys.argv[1])\n"
-        "while 'stopping' not in replicas_told(): time.sleep(0.1)"
+        "import pathlib, sys, time; from server.cluster.serve_transport import join, replicas_told\n"
+        "join(sys.argv[1])\n"
+        "while 'stopping' not in replicas_told(): time.sleep(0.1)\n"
+        "pathlib.Path(sys.argv[2]).touch()"
     )
+    told = tmp_path / "told"
     with ThreadPoolExecutor(1) as pool:
-        watching = subprocess.Popen([sys.executable, "-c", program, cluster.address], env=environment())
+        watching = subprocess.Popen([sys.executable, "-c", program, cluster.address, told], env=environment())
         scaling = pool.submit(cluster.scale, 1)
-        while watching.poll() is None:  # both always have some that have just begun
+        while not told.exists():  # both always have some that have just begun
             streams.append((opened(1), opened(3)))
-            for stack in streams.pop(0) if len(streams) > 5 else ():
+            for stack in streams.pop(0) if len(streams) > 9 else ():
                 stack.close()
             time.sleep(0.5)
-        assert watching.returncode == 0
+            assert watching.poll() in (None, 0)
         assert len(cluster.replicas()) == 2, "it has ended"
         for _, other in streams:
             other.close()
@@ -100,6 +104,7 @@ def test_a_replica_that_drains_hears_aborts(api: ServerProcess, cluster: Cluster
         for read, _ in streams:
             read.close()
         scaling.result()
+        watching.wait()
     api.wait_until_idle()
 
 
