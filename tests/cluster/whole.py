@@ -2,18 +2,15 @@
 that may fail, Ray with engine replicas, API processes, a worker, and a second worker with a HOME of its own.
 """
 
-import os
-import signal
+import socket
 import subprocess
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Literal
 
 import httpx
 import psutil
-import sqlalchemy as sa
 
 from server.access.keys import Keys
 from server.access.principal import OPERATOR, SCOPES
@@ -73,7 +70,11 @@ class Whole:
         self.urls = [f"http://127.0.0.1:{port + number}" for number in range(num_apis)]
         self.up = self._run(
             *("cluster", "up"),
-            **{"home": self.home, "model": self._model, "port": port, "ray_port": free_port(), "cpus": 8},
+            home=self.home,
+            model=self._model,
+            port=port,
+            ray_port=free_port(),
+            cpus=8,
             **{"api": num_apis, "replicas": num_replicas, "workers": 1, **self._flags},
         )
         self._ends.callback(self._end, self.up)
@@ -144,20 +145,12 @@ class Whole:
             )
 
     def _end(self, process: "subprocess.Popen[bytes]") -> None:
-        """As an operator does, and whatever is left by force."""
+        """It, and all that it started: how a cluster ends by itself, test_up.py has."""
         if process.poll() is not None:
             return
-        below = psutil.Process(process.pid).children(recursive=True)
-        for one in below:
+        for one in (*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)):
             with suppress(psutil.NoSuchProcess):
-                one.send_signal(signal.SIGCONT)
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(PATIENCE)
-        for one in (*below, psutil.Process(process.pid) if process.poll() is None else None):
-            if one is not None and one.is_running():
-                with suppress(psutil.NoSuchProcess):
-                    one.kill()
+                one.kill()
         process.wait()
 
 
@@ -187,7 +180,5 @@ def _free_ports(number: int) -> int:
 
 
 def _is_free(port: int) -> bool:
-    import socket
-
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
