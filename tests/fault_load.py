@@ -1,4 +1,4 @@
-"""What clients do while servers are struck, and what must be so in the end: for `fault_rounds`, `cluster_rounds`."""
+"""What clients do while servers are struck, and what must be so then: for `fault_rounds` and `cluster_rounds`."""
 
 import random
 import threading

@@ -12,16 +12,20 @@ from typing import Literal
 import httpx
 import psutil
 
+from adapters.lora import BaseShape
 from server.access.keys import Keys
 from server.access.principal import OPERATOR, SCOPES
 from server.config.ray import set_up_ray
 from server.database import connect
 from server.home import Home
+from server.model.base.source import resolve_base
+from server.model.base.weights import load_base
 from tests.buckets import BUCKET, Proxy, aws_variables, running_store
 from tests.end_to_end.server_process import PATIENCE, command, environment, free_port
 from tests.end_to_end.training_client import CHILD, wait_until
 from tests.native_kit import lend_native
 from tests.postgres import Postgres
+from tests.server.api.adapters.peft_files import as_parts, peft_files
 
 Part = Literal["replica", "api", "worker", "job", "controller"]
 _CLI = "server.cli"
@@ -86,6 +90,11 @@ class Whole:
         """HOME of the second worker."""
         return self.directory / "elsewhere"
 
+    @property
+    def shape(self) -> BaseShape:
+        """The base's."""
+        return load_base(resolve_base(str(self._model), self.home)).config.shape
+
     def key(self, name: str, project: str = "default", scopes: Sequence[str] = ()) -> str:
         """The secret of a new key."""
         keys = Keys(self.database, Home(self.home).keyed)
@@ -96,6 +105,11 @@ class Whole:
         """Of one of the API processes."""
         headers = {"Authorization": f"Bearer {key or self.operator}"}
         return httpx.Client(base_url=self.urls[number], headers=headers, timeout=PATIENCE, trust_env=False)
+
+    def publish(self, number: int, name: str, seed: int) -> httpx.Response:
+        """Publish a random adapter through one of the API processes, the same for each seed."""
+        with self.client(number) as client:
+            return client.post(f"/adapters/{name}", files=as_parts(*peft_files(seed, shape=self.shape)))
 
     def start_worker(self) -> "subprocess.Popen[bytes]":
         """Another machine's worker."""
