@@ -65,9 +65,8 @@ class Rounds:
     whole: Whole
     load: Load
     expected: dict[str, str]
-    kills: list[tuple[str, float]] = field(
-        default_factory=list
-    )  # URLs of API processes that were killed, and when
+    kills: list[tuple[str, float]] = field(default_factory=list)  # API processes, and when they were killed
+    reading: dict[int, bool] = field(default_factory=dict)  # streams that run, by thread: whether a token has come
     wrong: list[str] = field(default_factory=list)
 
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -103,15 +104,14 @@ def under_load(load: Load, works: list[Work]) -> Iterator[None]:
         while not load.ends.is_set():
             work(load, rng)
 
-    threads = [threading.Thread(target=run, args=(work, seed)) for seed, work in enumerate(works)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        load.ends.set()
-        for thread in threads:
-            thread.join()
+    with ThreadPoolExecutor(len(works)) as pool:
+        running = [pool.submit(run, work, seed) for seed, work in enumerate(works)]
+        try:
+            yield
+        finally:
+            load.ends.set()
+        for one in running:
+            one.result()
 
 
 def call(load: Load, rng: random.Random) -> None:

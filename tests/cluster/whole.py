@@ -178,7 +178,7 @@ def _is(process: psutil.Process, part: Part) -> bool:
     if not words:
         return False
     if part in ("replica", "controller"):
-        return words[0].startswith(_REPLICA if part == "replica" else _CONTROLLER)
+        return bool(words[0].startswith(_REPLICA if part == "replica" else _CONTROLLER))
     if part == "job":
         return CHILD in words
     names = _CLI in words or Path(words[1] if len(words) > 1 else "").name == "smolora"
