@@ -220,7 +220,7 @@ def kill_api(rounds: Rounds) -> None:
             rounds.kills.append((url, now))
             process.kill()
             process.wait(30)
-    wait_until(lambda: rounds.whole.is_api_ready(number), 90, url)
+    wait_until(lambda: rounds.whole.is_api_ready(number), 300, url)
     rounds.kills.append((url, time.monotonic()))
 
 
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     sys.stderr.write(f"{time.monotonic() - started:6.1f} s, round {number}: {name}\n")
             took = time.monotonic() - started
             sys.stderr.write(f"{took:6.1f} s, all rounds done: waiting for what is under way\n")
-            wait_until(lambda: whole.is_ready() and len(whole.parts("replica")) == 2, 120, "all of it")
+            wait_until(lambda: whole.is_ready() and len(whole.parts("replica")) == 2, 300, "all of it")
             time.sleep(3 * COUNTED_AFTER)
             rows = {project: load.get(project, "/usage")["rows"][0] for project in PROJECTS}
             found = rounds.wrong + check_ledger(load, rows) + check(load)

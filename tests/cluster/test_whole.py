@@ -20,13 +20,12 @@ from tests.cluster.kit import publish, wait_until
 from tests.cluster.test_answers import BODIES
 from tests.cluster.whole import Whole
 from tests.end_to_end.server_process import PATIENCE, ServerProcess
-from tests.end_to_end.training_client import code_rows
+from tests.end_to_end.training_client import ENDED, code_rows
 from tests.postgres import CLUSTER
 
 pytestmark = [*CLUSTER, needs_ray]
 
 _numbers = count(1)
-ENDED = ("succeeded", "failed", "cancelled")
 
 
 class InTurn(httpx.BaseTransport):

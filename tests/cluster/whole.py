@@ -22,7 +22,7 @@ from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
 from tests.buckets import BUCKET, Proxy, aws_variables, running_store
 from tests.end_to_end.server_process import PATIENCE, command, environment, free_port
-from tests.end_to_end.training_client import CHILD, wait_until
+from tests.end_to_end.training_client import CHILD, ENDED, wait_until
 from tests.native_kit import lend_native
 from tests.postgres import Postgres
 from tests.server.api.adapters.peft_files import as_parts, peft_files
@@ -110,6 +110,18 @@ class Whole:
         """Publish a random adapter through one of the API processes, the same for each seed."""
         with self.client(number) as client:
             return client.post(f"/adapters/{name}", files=as_parts(*peft_files(seed, shape=self.shape)))
+
+    def wait_for_job(self, number: int, job_id: str) -> None:
+        """Wait for its good end, as one of the API processes tells."""
+        found: dict[str, str] = {}
+
+        def has_ended() -> bool:
+            with self.client(number) as client:
+                found.update(client.get(f"/train/{job_id}").json())
+            return found["status"] in ENDED
+
+        wait_until(has_ended, PATIENCE, job_id)
+        assert found["status"] == "succeeded", found["error"]
 
     def start_worker(self) -> "subprocess.Popen[bytes]":
         """Another machine's worker."""
