@@ -51,7 +51,7 @@ class UpProcess:
             assert self.process.poll() is None, self.log()
             return (self.home / "cluster.json").exists() and all(is_ready(url) for url in self.urls)
 
-        wait_until(ready, "it isn't ready", PATIENCE)
+        wait_until(ready, "it isn't ready", 3 * PATIENCE)
         assert len(self.urls) == num_apis
         return self
 
@@ -92,7 +92,7 @@ class UpProcess:
             told = command(("cluster", word), home=self.home, **given)
             told = [part.removesuffix("=True") for part in told]
         done = subprocess.run(
-            told, env=self._environment, capture_output=True, text=True, timeout=PATIENCE * 2, check=False
+            told, env=self._environment, capture_output=True, text=True, timeout=3 * PATIENCE, check=False
         )
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout

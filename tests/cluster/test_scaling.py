@@ -99,7 +99,7 @@ def test_a_replica_that_drains_hears_aborts(api: ServerProcess, cluster: Cluster
         assert len(cluster.replicas()) == 2, "it has ended"
         for _, other in streams:
             other.close()
-        wait_until(lambda: api.metrics()["smolora_requests_running"] <= len(streams), "they go on", 4)
+        wait_until(lambda: api.metrics()["smolora_requests_running"] <= len(streams), "they go on", 5)
         assert len(cluster.replicas()) == 2, "it has ended"
         for read, _ in streams:
             read.close()
