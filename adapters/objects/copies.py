@@ -54,9 +54,7 @@ class Copies:
         """Those that can be fetched, the oldest first."""
         return [copy for copy in self.of(folder) if copy.is_whole]
 
-    def push(
-        self, folder: str, directory: Path, copy: str | None = None, without: Collection[str] = ()
-    ) -> str:
+    def push(self, folder: str, directory: Path, copy: str | None = None, without: Collection[str] = ()) -> str:
         """Upload the directory's files, but for those named, as a copy; its id, which is `copy` where given."""
         copy = copy or secrets.token_hex(8)
         paths = (path for path in sorted(directory.iterdir()) if path.is_file())

@@ -121,7 +121,7 @@ class SharedAdapterStore(AdapterStore):
             folders.delete([temporary])
 
     def share(self, digest: str) -> None:
-        """Have the bucket get what lies here, as it is: for who knows that it is whole, and discarded by nobody."""
+        """Have the bucket get what lies here as it is, for who knows that it is whole and nobody discards it."""
 
         def put() -> int:
             raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing")

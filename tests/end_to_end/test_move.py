@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ LISTED = (
 )  # fmt: skip
 
 
-def smolora(*arguments: str | Path, code: int = 0, **settings: str) -> str:
+def smolora(*arguments: str | Path, code: int = 0, settings: Mapping[str, str] = {}) -> str:
     """A command; what it prints, on stderr where it fails."""
     program = Path(sys.executable).with_name("smolora")
     env = environment() | {f"SMOLORA_{name}": value for name, value in settings.items()}
@@ -65,42 +66,36 @@ def test_there_and_back(tmp_path: Path, postgres: Postgres, bytes_url: str) -> N
     server = ServerProcess(first, key, **flags, workers=1)
     try:
         expected, jobs, dataset = fill(server, base, acme)
-        assert "is served already" in smolora("move", "to-cluster", "--home", first, code=1, **cluster)
-    finally:
-        server.terminate()
-        server.exit_code()
-        server.close()
-    server = ServerProcess(first, key, **flags)
-    try:
-        before = listed(server, jobs)
         said = answers(server)
         assert len({json.dumps(choice["logprobs"]) for choice in said}) == len(said), "each is another adapter's"
+        assert "is served already" in smolora("move", "to-cluster", "--home", first, code=1, settings=cluster)
     finally:
-        server.close()
+        stop(server)
+    before = listed_by(ServerProcess(first, key, **flags), jobs)
 
-    told = json.loads(smolora("move", "to-cluster", "--home", first, "--json", **cluster))
+    told = json.loads(smolora("move", "to-cluster", "--home", first, "--json", settings=cluster))
     assert (told["num_adapters"], told["num_jobs"], told["num_unended_jobs"], told["going_on"]) == (3, 3, 1, [])
-    assert "isn't empty, it has" in smolora("move", "to-cluster", "--home", first, code=1, **cluster)
+    assert "isn't empty, it has" in smolora("move", "to-cluster", "--home", first, code=1, settings=cluster)
     shared = {**flags, "database_url": url, "bytes_url": bytes_url}
     server = ServerProcess(tmp_path / "api", key, **shared)
     try:
         assert same(listed(server, jobs), before)
         assert answers(server) == said
-        assert server.client.get(f"/datasets/{dataset}").json()["num_rows"] == 2
-        assert "stop all of them first" in smolora("move", "to-home", "--home", back, code=1, **cluster)
+        assert "stop all of them first" in smolora("move", "to-home", "--home", back, code=1, settings=cluster)
         assert not back.exists()
     finally:
-        server.close()
+        stop(server)
+    before = listed_by(ServerProcess(tmp_path / "api", key, **shared), jobs)  # with what answers used there
 
-    told = json.loads(smolora("move", "to-home", "--home", back, "--json", **cluster))
+    told = json.loads(smolora("move", "to-home", "--home", back, "--json", settings=cluster))
     assert (told["num_adapters"], told["num_jobs"], told["num_unended_jobs"]) == (3, 3, 1)
-    assert "isn't empty" in smolora("move", "to-home", "--home", back, code=1, **cluster)
+    assert "isn't empty" in smolora("move", "to-home", "--home", back, code=1, settings=cluster)
     assert "sound: " in smolora("doctor", "--home", back)
     for place, more in ((back, {}), (tmp_path / "api-2", {"database_url": url, "bytes_url": bytes_url})):
         server = ServerProcess(place, key, **flags, **more, workers=1)
         try:
-            assert answers(server) == said
             assert same(listed(server, jobs), before)
+            assert answers(server) == said
             assert server.client.post(f"/train/{jobs[-1]}/resume").status_code == 200
             assert succeeded(server, jobs[-1])["adapter"]["digest"] == expected
             steps = [e["data"]["step"] for e in get(server, f"/train/{jobs[-1]}/events") if e["type"] == "metrics"]
@@ -112,6 +107,21 @@ def test_there_and_back(tmp_path: Path, postgres: Postgres, bytes_url: str) -> N
             assert succeeded(server, job_id)["adapter"]["version"] == 2, "numbers go on"
         finally:
             server.close()
+
+
+def stop(server: ServerProcess) -> None:
+    """As an operator does: what answers used is stored."""
+    server.terminate()
+    server.exit_code()
+    server.close()
+
+
+def listed_by(server: ServerProcess, job_ids: list[str]) -> dict[str, Any]:
+    """`listed`, by a server that is ended then."""
+    try:
+        return listed(server, job_ids)
+    finally:
+        server.close()
 
 
 def fill(server: ServerProcess, base: Path, acme: str) -> tuple[str, list[str], str]:
