@@ -2,8 +2,8 @@
 
 The counter is the database's own, which any commit of another connection moves; then `access_changes` says whether
 keys or projects did. So a key that was revoked, here or by a command on HOME, opens nothing from the next request
-on, and whoever is being answered is told within `WATCH_SECONDS`. Everything here is for one event loop, which never
-waits for a database elsewhere: threads ask that, for all requests that wait at once.
+on, and whoever is being answered is told within `WATCH_SECONDS`. Everything here is for one event loop, which
+never waits for a database elsewhere: threads ask that, for all requests that wait at once.
 """
 
 import asyncio
@@ -39,8 +39,8 @@ class KeyRing:
     """Tells principals by secrets.
 
     `commits` is a number that any commit moves, cheaply; `changes` asks the database for that of `access_changes`,
-    and is the same by default. `fixed` are secrets that a setting gives: the operator's. With `allow_anonymous`, who
-    brings none is let in whatever keys there are. `is_remote`: the database is asked by threads.
+    and is the same by default. `fixed` are secrets that a setting gives: the operator's. With `allow_anonymous`,
+    who brings none is let in whatever keys there are. `is_remote`: the database is asked by threads.
     """
 
     def __init__(
