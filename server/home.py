@@ -17,8 +17,9 @@ from server.errors import StartupError
 
 LOCK_NAME = "server.lock"
 RESTORING = f"{UNFINISHED}restore-"
-"""How the folder begins in which a restore collects what HOME is to have; it goes once all is in its place."""
-_PROJECTS = "projects"
+"""How the folder begins in which a restore or a move collects what HOME is to have, until all is in its place."""
+PLACES = "places"
+PROJECTS = "projects"
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,17 @@ class Home:
 
     def projects(self) -> list[str]:
         """Those that may have uploaded something."""
-        root = self.path / _PROJECTS
+        root = self.path / PROJECTS
         others = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
         return [DEFAULT_PROJECT, *sorted(others)]
 
     def _of(self, project: str) -> Path:
-        return self.path if project == DEFAULT_PROJECT else self.path / _PROJECTS / project
+        return self.path if project == DEFAULT_PROJECT else self.path / PROJECTS / project
+
+    @property
+    def places(self) -> Path:
+        """An empty file for each PostgreSQL database whose bytes are here: `server.database.place`."""
+        return self.path / PLACES
 
     @property
     def keyed(self) -> Path:
@@ -80,7 +86,9 @@ def make(home: Path, *, to_restore: bool = False) -> bool:
     A folder of another user, such as a volume that a group shares, keeps its mode.
     """
     if not to_restore and next(home.glob(f"{RESTORING}*"), None) is not None:
-        raise StartupError(f"SMOLORA_HOME={home}: smolora restore is at work there, or was cut off: run it again")
+        raise StartupError(
+            f"SMOLORA_HOME={home}: smolora restore or move is at work there, or was cut off: run it again"
+        )
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = home.stat()

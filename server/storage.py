@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.catalog.records import Records
+from adapters.durable import new_file
 from adapters.store.store import AdapterStore
 from server.errors import StartupError, Unavailable
-from server.home import Home
+from server.home import PLACES, Home
 from server.shared import SharedSettings, Transport
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ class Storage:
     home: Home
     bucket: "Bucket | None" = None
     cache_bytes: int | None = None
+    url: str | None = None  # the bucket's
 
     @classmethod
     def open(cls, home: Path, settings: SharedSettings, *, check: bool = True) -> "Storage":
@@ -45,7 +47,12 @@ class Storage:
                 f"{where}: can't write there; check the address and AWS_ENDPOINT_URL, AWS_REGION, "
                 "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, and AWS_ALLOW_HTTP for http"
             ) from None
-        return cls(Home(home), bucket, settings.bytes_cache)
+        return cls(Home(home), bucket, settings.bytes_cache, settings.bytes_url)
+
+    @property
+    def place(self) -> "Place":
+        """Where the bytes are, as `server.database.agree` asks."""
+        return Place(self.home, self.bucket, self.url or "")
 
     def adapters(self, grace: float = 0.0) -> AdapterStore:
         """The adapters' bytes. No request takes longer than `grace` seconds."""
@@ -68,3 +75,35 @@ class Storage:
     def at(self, path: Path) -> "Bucket | None":
         """What the bucket has of a folder of HOME."""
         return None if self.bucket is None else self.bucket.under(path.relative_to(self.home.path).as_posix())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where bytes are: HOME, or a bucket; marks are empty files, or objects, below `places`."""
+
+    home: Home
+    bucket: "Bucket | None"
+    url: str
+
+    @property
+    def is_home(self) -> bool:
+        return self.bucket is None
+
+    @property
+    def told(self) -> str:
+        return str(self.home.path.absolute()) if self.bucket is None else self.url
+
+    def has_mark(self, place: str) -> bool:
+        """Whether the place is the one of that id. Raises BytesUnavailable."""
+        if self.bucket is None:
+            return (self.home.places / place).exists()
+        return any(stored.key == f"{PLACES}/{place}" for stored in self.bucket.listed(f"{PLACES}/"))
+
+    def mark(self, place: str) -> None:
+        """Have it be that one, too. Raises OSError, BytesUnavailable."""
+        if self.bucket is not None:
+            self.bucket.put(f"{PLACES}/{place}", b"")
+            return
+        self.home.places.mkdir(parents=True, exist_ok=True)
+        with new_file(self.home.places / place):
+            pass

@@ -38,7 +38,7 @@ LAYERS = [
     ("server.training",),  # of which only the worker knows an engine: NOT_IN
     ("server.metrics",),
     ("server.api",),
-    ("server.serve", "server.client", "server.cluster", "server.doctor", "server.backup"),
+    ("server.serve", "server.client", "server.cluster", "server.doctor", "server.backup", "server.move"),
     ("server.cli",),
 ]
 """A module may import from its own layer and those above it in this list."""
@@ -57,6 +57,7 @@ ONLY_IN = {
         "server.access",
         "server.database",
         "server.migrations",
+        "server.move",
         "server.training.queue",
     ),
     "limits": ("server.access.rates",),

@@ -7,7 +7,7 @@ however late, can't take anything from one that was made since.
 """
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -54,10 +54,11 @@ class Copies:
         """Those that can be fetched, the oldest first."""
         return [copy for copy in self.of(folder) if copy.is_whole]
 
-    def push(self, folder: str, directory: Path, copy: str | None = None) -> str:
-        """Upload the directory's files as a copy; its id, which is `copy` where one is given."""
+    def push(self, folder: str, directory: Path, copy: str | None = None, without: Collection[str] = ()) -> str:
+        """Upload the directory's files, but for those named, as a copy; its id, which is `copy` where given."""
         copy = copy or secrets.token_hex(8)
-        names = [path.name for path in sorted(directory.iterdir()) if path.is_file() and path.name != self._mark]
+        paths = (path for path in sorted(directory.iterdir()) if path.is_file())
+        names = [path.name for path in paths if path.name not in (self._mark, *without)]
         for name in [*names, self._mark]:
             self._bucket.put_file(f"{folder}/{copy}/{name}", directory / name)
         return copy

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -44,8 +45,16 @@ def open_access(
 ) -> Access:
     """`keyed` is as in `Keys`; `commits` tells cheaply whether anybody has committed to the database."""
     keys, projects = Keys(engine, keyed), Projects(engine)
-    ring = KeyRing(keys, projects, _ChangeCount(engine, commits), fixed_keys, allow_anonymous)
-    ring.refresh()
+    ring = KeyRing(
+        keys,
+        projects,
+        commits,
+        fixed_keys,
+        allow_anonymous,
+        changes=partial(_num_changes, engine.execution_options(isolation_level="AUTOCOMMIT")),
+        is_remote=not is_file(engine),
+    )
+    ring.refresh_now()
     return Access(keys, projects, ring, _rates(engine), Ledger(engine), Audit(engine))
 
 
@@ -57,18 +66,7 @@ def _rates(engine: sa.Engine) -> Rates:
     return SharedRates(engine)
 
 
-class _ChangeCount:
-    """The number of `access_changes`; asked for again only after a commit."""
-
-    def __init__(self, engine: sa.Engine, commits: Callable[[], int]) -> None:
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._commits = commits
-        self._seen: int | None = None
-        self._number = 0
-
-    def __call__(self) -> int:
-        if (seen := self._commits()) != self._seen:
-            with self._reader.connect() as connection:
-                self._number = connection.execute(sa.select(changes.c.number)).scalar_one()
-            self._seen = seen
-        return self._number
+def _num_changes(reader: sa.Engine) -> int:
+    with reader.connect() as connection:
+        number: int = connection.execute(sa.select(changes.c.number)).scalar_one()
+        return number

@@ -2,15 +2,18 @@
 
 The counter is the database's own, which any commit of another connection moves; then `access_changes` says whether
 keys or projects did. So a key that was revoked, here or by a command on HOME, opens nothing from the next request
-on, and whoever is being answered is told within `WATCH_SECONDS`. Everything here is for one event loop.
+on, and whoever is being answered is told within `WATCH_SECONDS`. Everything here is for one event loop, which
+never waits for a database elsewhere: threads ask that, for all requests that wait at once.
 """
 
 import asyncio
 import hmac
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+
+from anyio import to_thread
 
 from adapters.errors import Unavailable
 from adapters.viewpoint import DEFAULT_PROJECT
@@ -22,56 +25,102 @@ WATCH_SECONDS = 0.1
 """Between looks while answers are on their way."""
 
 
+@dataclass(frozen=True)
+class _Remembered:
+    """What the database said, at a number of `changes`."""
+
+    number: int | None
+    by_digest: Mapping[str, ApiKey]
+    are_there: bool
+    quotas: Mapping[str, Quota]
+
+
 class KeyRing:
     """Tells principals by secrets.
 
-    `changes` gives the number of `access_changes`, cheaply. `fixed` are secrets that a setting gives: the
-    operator's. With `allow_anonymous`, who brings none is let in whatever keys there are.
+    `commits` is a number that any commit moves, cheaply; `changes` asks the database for that of `access_changes`,
+    and is the same by default. `fixed` are secrets that a setting gives: the operator's. With `allow_anonymous`,
+    who brings none is let in whatever keys there are. `is_remote`: the database is asked by threads.
     """
 
     def __init__(
         self,
         keys: Keys,
         projects: Projects,
-        changes: Callable[[], int],
+        commits: Callable[[], int],
         fixed: Sequence[str] = (),
         allow_anonymous: bool = False,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        changes: Callable[[], int] | None = None,
+        is_remote: bool = False,
     ) -> None:
         self._keys = keys
         self._projects = projects
-        self._changes = changes
+        self._commits = commits
+        self._changes = changes or commits
+        self._is_remote = is_remote
         self._fixed = {digest_of(secret): _of_setting(digest_of(secret)) for secret in fixed}
         self._allow_anonymous = allow_anonymous
         self._now = now
-        self._seen: int | None = None
-        self._by_digest: Mapping[str, ApiKey] = {}
-        self._are_there = True
+        self._seen: int | None = None  # of `commits`
+        self._known = _Remembered(None, {}, True, {})
         self._by_id: Mapping[str, ApiKey] = {}
-        self._quotas: Mapping[str, Quota] = {}
+        self._reading = asyncio.Lock()
+        self._num_asked = self._num_answered = 0
+        self._fault: Unavailable | None = None
         self._used: dict[str, datetime] = {}
         self._ends: dict[str, asyncio.Future[None]] = {}
 
     @property
     def is_open(self) -> bool:
         """Whether no key is needed."""
-        return not self._fixed and (self._allow_anonymous or not self._are_there)
+        return not self._fixed and (self._allow_anonymous or not self._known.are_there)
 
-    def refresh(self) -> None:
-        """Read keys and projects anew, if any has changed."""
-        if (number := self._changes()) == self._seen:
+    async def refresh(self) -> None:
+        """Have what is remembered be what the database says now. Raises Unavailable."""
+        if self._commits() == self._seen:
             return
-        self._by_digest = self._keys.by_digest()
-        self._are_there = self._keys.are_there()
-        self._by_id = {key.id: key for key in self._by_digest.values()}
-        self._quotas = {project.name: project.quota for project in self._projects.list()}
-        self._seen = number
+        if not self._is_remote:
+            self.refresh_now()
+            return
+        self._num_asked += 1
+        own = self._num_asked
+        async with self._reading:
+            if self._num_answered < own:  # nobody has read since
+                num_asked, seen = self._num_asked, self._commits()
+                try:
+                    self._take(await to_thread.run_sync(self._read), seen)
+                    self._fault = None
+                except Unavailable as error:
+                    self._fault = error
+                self._num_answered = num_asked
+            if self._fault is not None:
+                raise self._fault
+
+    def refresh_now(self) -> None:
+        """The same, which blocks."""
+        if (seen := self._commits()) != self._seen:
+            self._take(self._read(), seen)
+
+    def _read(self) -> _Remembered:
+        """Keys and projects anew, if any has changed. For any thread."""
+        if (number := self._changes()) == self._known.number:
+            return self._known
+        quotas = {project.name: project.quota for project in self._projects.list()}
+        return _Remembered(number, self._keys.by_digest(), self._keys.are_there(), quotas)
+
+    def _take(self, read: _Remembered, seen: int) -> None:
+        self._seen = seen
+        if read is self._known:
+            return
+        self._known = read
+        self._by_id = {key.id: key for key in read.by_digest.values()}
         for key_id in list(self._ends):
             self._end_if_invalid(key_id)
 
-    def principal(self, secret: str | None) -> Principal | None:
-        """Who brings this secret, or none; None where it is nobody."""
-        self.refresh()
+    async def principal(self, secret: str | None) -> Principal | None:
+        """Who brings this secret, or none; None where it is nobody. Raises Unavailable."""
+        await self.refresh()
         if secret is None:
             return self._limited(EVERYBODY) if self.is_open else None
         digest = digest_of(secret)
@@ -79,7 +128,7 @@ class KeyRing:
             if hmac.compare_digest(digest, known):
                 return self._limited(principal)
         # found by the digest of 256 random bits: how long that takes tells nothing of any secret
-        key = self._by_digest.get(digest)
+        key = self._known.by_digest.get(digest)
         now = self._now()
         if key is not None and key.is_valid(now):
             self._used[key.id] = now
@@ -87,14 +136,14 @@ class KeyRing:
             found = Principal(key.project, key.id, frozenset(key.scopes), key.quota, sees_all=sees_all)
             return self._limited(found)
         # before there are keys clients send whatever they were made with, such as "unused"
-        return self._limited(EVERYBODY) if self.is_open and not self._are_there else None
+        return self._limited(EVERYBODY) if self.is_open and not self._known.are_there else None
 
     def within(self, principal: Principal, project: str) -> Principal | None:
         """The operator at work in one project, which it then sees as that project does. None: there is no such."""
-        if project not in self._quotas and project != DEFAULT_PROJECT:
+        if project not in self._known.quotas and project != DEFAULT_PROJECT:
             return None
         return replace(
-            principal, project=project, project_quota=self._quotas.get(project, Quota()), sees_all=False
+            principal, project=project, project_quota=self._known.quotas.get(project, Quota()), sees_all=False
         )
 
     def end_of(self, principal: Principal) -> "asyncio.Future[None]":
@@ -120,7 +169,7 @@ class KeyRing:
             await asyncio.sleep(WATCH_SECONDS)
             if self._ends:
                 with suppress(Unavailable):  # the next look may find the database there again
-                    self.refresh()
+                    await self.refresh()
                 for key_id in list(self._ends):
                     self._end_if_invalid(key_id)
 
@@ -130,7 +179,7 @@ class KeyRing:
             self._ends.pop(key_id).set_result(None)
 
     def _limited(self, principal: Principal) -> Principal:
-        quota = self._quotas.get(principal.project)
+        quota = self._known.quotas.get(principal.project)
         return principal if quota is None else replace(principal, project_quota=quota)
 
 

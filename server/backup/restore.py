@@ -1,14 +1,12 @@
 """Puts a backup into an empty HOME: all of it, or nothing.
 
 It is unpacked into a folder in HOME, compared with its manifest, brought up to date, and looked at as `doctor`
-does; then its parts are renamed into their places, the database last, and the folder goes. Until then no command
-works on that HOME, and the next restore clears what one that was killed has left.
+does; then it is put in its place (`filling`).
 """
 
 import io
 import os
 import shutil
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +17,13 @@ from adapters.durable import sync
 from adapters.store.store import AdapterStore
 from server import __version__
 from server.backup.archive import FORMAT, Header, Reader, copy_hashed, reading
+from server.backup.filling import filled
 from server.database import FILE_NAME, connect, knows_schema
 from server.doctor import Diagnosis, examine
 from server.errors import StartupError
-from server.home import LOCK_NAME, RESTORING, Home, make, serving
+from server.home import Home
 from server.training.queue.jobs import Jobs
 from server.training.queue.moving import put_back
-
-_PARTS = ("adapters", "datasets", "files", "jobs", "keyed", "projects")
-_OTHERS = frozenset({LOCK_NAME, "lost+found"})  # the latter is a new file system's
 
 
 @dataclass(frozen=True)
@@ -53,53 +49,27 @@ def restore(file: Path, home: Path) -> Restored:
 
 def restore_from(backup: io.BufferedReader, home: Path, file: str) -> Restored:
     """The same of an open file, which is called `file`; it may be a pipe."""
-    is_new = not home.exists()
     try:
-        make(home, to_restore=True)
-        with serving(home):
+        with filled(home) as staging:
             try:
-                return _restore(backup, home)
+                return _restore(backup, staging)
             except StartupError as error:
                 raise StartupError(f"{file}: {error}") from None
     except OSError as error:
         raise StartupError(f"can't restore {file} to {home}: {error.strerror or error}") from None
-    finally:
-        if is_new and {path.name for path in home.glob("*")} <= {LOCK_NAME}:
-            shutil.rmtree(home, ignore_errors=True)
 
 
-def _restore(backup: io.BufferedReader, home: Path) -> Restored:
-    _clear(home)
-    if (size := os.fstat(backup.fileno()).st_size) > shutil.disk_usage(home).free:
-        raise StartupError(f"it has {size} bytes, and the disk of {home} less than that free")
-    staging = Path(tempfile.mkdtemp(prefix=RESTORING, dir=home))
-    try:
-        with reading(backup) as reader:
-            _check(reader.header)
-            _unpack(reader, staging)
-        going_on = _bring_up_to_date(staging)
-        diagnosis = examine(staging)
-        if any(finding.about == "database" for finding in diagnosis.findings):
-            raise StartupError(f"its database is damaged: {diagnosis.findings[0].message}")
-        _put_in_place(staging, home)
-    except BaseException:
-        _clear(home)
-        raise
+def _restore(backup: io.BufferedReader, staging: Path) -> Restored:
+    if (size := os.fstat(backup.fileno()).st_size) > shutil.disk_usage(staging).free:
+        raise StartupError(f"it has {size} bytes, and the disk of {staging.parent} less than that free")
+    with reading(backup) as reader:
+        _check(reader.header)
+        _unpack(reader, staging)
+    going_on = _bring_up_to_date(staging)
+    diagnosis = examine(staging)
+    if any(finding.about == "database" for finding in diagnosis.findings):
+        raise StartupError(f"its database is damaged: {diagnosis.findings[0].message}")
     return Restored(reader.header, diagnosis, tuple(going_on))
-
-
-def _clear(home: Path) -> None:
-    """Remove what a restore that was cut off has put there. StartupError where there is anything else."""
-    if any(home.glob(f"{RESTORING}*")):
-        moved = [home / name for name in _PARTS] + list(home.glob(f"{FILE_NAME}*"))
-        for path in [*moved, *home.glob(f"{RESTORING}*")]:  # in this order: the mark goes last
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    if others := sorted(path.name for path in home.iterdir() if path.name not in _OTHERS):
-        named = ", ".join(others[:3])
-        raise StartupError(f"{home} isn't empty, it has {named}: give another --home or SMOLORA_HOME")
 
 
 def _check(header: Header) -> None:
@@ -144,18 +114,9 @@ def _bring_up_to_date(staging: Path) -> list[str]:
     home = Home(staging)
     engine = connect(staging)
     try:
-        going_on = put_back(engine)
+        going_on = put_back(engine, "restored from a backup, in which a worker had it")
         store = AdapterStore(home.adapters)
         Catalog(engine, Records(home.adapters)).recover(store.is_whole, Jobs(engine).is_known)
     finally:
         engine.dispose()
     return going_on
-
-
-def _put_in_place(staging: Path, home: Path) -> None:
-    names = sorted(path.name for path in staging.iterdir())
-    for name in [*(name for name in names if name != FILE_NAME), FILE_NAME]:
-        (staging / name).rename(home / name)
-    sync(home)
-    staging.rmdir()
-    sync(home)

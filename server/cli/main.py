@@ -25,6 +25,7 @@ from server.cli.generate import generate
 from server.cli.home.backup import backup, restore
 from server.cli.home.doctor import doctor
 from server.cli.home.keys import group as keys
+from server.cli.home.move import group as move
 from server.cli.home.projects import group as projects
 from server.cli.home.prune import prune
 from server.cli.jobs import jobs
@@ -79,6 +80,7 @@ app.add_typer(adapters, name="adapters")
 app.add_typer(cluster, name="cluster")
 app.add_typer(datasets, name="datasets")
 app.add_typer(keys, name="keys")
+app.add_typer(move, name="move")
 app.add_typer(projects, name="projects")
 
 

@@ -9,6 +9,7 @@ from server.database.file import (
     Commits,
     build_of,
     copy,
+    copy_alone,
     existing,
     faults,
     nobody_has_it_open,
@@ -24,16 +25,21 @@ from server.database.opening import (
     described,
     is_file,
     records_of,
+    refuse_in_use,
 )
+from server.database.place import Place, agree
 
 __all__ = [
     "FILE_NAME",
     "WORKER_PATIENCE_SECONDS",
     "Commits",
+    "Place",
+    "agree",
     "build_of",
     "commits_of",
     "connect",
     "copy",
+    "copy_alone",
     "described",
     "existing",
     "faults",
@@ -43,6 +49,7 @@ __all__ = [
     "nobody_has_it_open",
     "opened_copy",
     "records_of",
+    "refuse_in_use",
     "schema_of",
     "set_aside",
 ]

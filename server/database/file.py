@@ -158,14 +158,23 @@ def copy(home: Path, target: Path) -> None:
         users = os.open(home / USERS_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(users, fcntl.LOCK_SH)  # nobody sets it aside meanwhile
-            with (
-                closing(driver.connect(path, timeout=BUSY_SECONDS)) as source,
-                closing(driver.connect(target)) as copied,
-            ):
-                source.backup(copied)
+            copy_alone(home, target)
         finally:
             os.close(users)
-    except (OSError, driver.Error) as error:
+    except OSError as error:
+        raise StartupError(f"can't copy the database {path}: {error}") from None
+
+
+def copy_alone(home: Path, target: Path) -> None:
+    """`copy`, for who knows that nobody sets it aside meanwhile."""
+    path = existing(home)
+    try:
+        with (
+            closing(driver.connect(path, timeout=BUSY_SECONDS)) as source,
+            closing(driver.connect(target)) as copied,
+        ):
+            source.backup(copied)
+    except driver.Error as error:
         raise StartupError(f"can't copy the database {path}: {error}") from None
 
 

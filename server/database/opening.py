@@ -1,11 +1,13 @@
 """Which database it is: the file under HOME, or a PostgreSQL server's, by SMOLORA_DATABASE_URL."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import sqlalchemy as sa
 
 from adapters.catalog.records import Records
+from server.counted import counted
 from server.database import file
 from server.errors import StartupError
 from server.home import make
@@ -14,6 +16,7 @@ from server.sqlite import JournalMode
 PATIENCE_SECONDS = 3.0
 """For which a transaction that was interrupted is run again, on a server whose clients wait."""
 WORKER_PATIENCE_SECONDS = 30.0
+_LEAVING_SECONDS = 2.0  # for the server to notice that a process has ended
 
 
 def connect(
@@ -34,10 +37,24 @@ def connect(
     try:
         from server.database.postgres import connect_server
     except ImportError as error:
-        raise StartupError(
-            f"SMOLORA_DATABASE_URL needs psycopg, which isn't installed ({error}): pip install 'smolora[cluster]'"
-        ) from None
+        raise _lacks_psycopg(error) from None
     return connect_server(url, patience)
+
+
+def refuse_in_use(url: str) -> None:
+    """Raises StartupError where a server, a worker or a command has a PostgreSQL database open."""
+    try:
+        from server.database.postgres import num_sessions
+    except ImportError as error:
+        raise _lacks_psycopg(error) from None
+    until = time.monotonic() + _LEAVING_SECONDS
+    while num := num_sessions(url):
+        if time.monotonic() > until:
+            raise StartupError(
+                f"SMOLORA_DATABASE_URL: {counted(num, 'connection')} of servers, workers or commands: stop all of "
+                "them first"
+            )
+        time.sleep(0.1)
 
 
 def commits_of(engine: sa.Engine, home: Path) -> Callable[[], int]:
@@ -76,3 +93,9 @@ def described(engine: sa.Engine) -> str:
 def is_file(engine: sa.Engine) -> bool:
     """Whether the database is a file under HOME."""
     return engine.dialect.name == "sqlite"
+
+
+def _lacks_psycopg(error: ImportError) -> StartupError:
+    return StartupError(
+        f"SMOLORA_DATABASE_URL needs psycopg, which isn't installed ({error}): pip install 'smolora[cluster]'"
+    )

@@ -23,7 +23,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.pool import PoolProxiedConnection, QueuePool
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
 from adapters.catalog.tables import PATIENCE
 from adapters.errors import Interrupted, InvalidInput, Unavailable
@@ -111,7 +111,40 @@ def release_of(engine: sa.Engine) -> str:
         return f"PostgreSQL {connection.exec_driver_sql('SHOW server_version').scalar_one()}"
 
 
+def num_sessions(url: str) -> int:
+    """Of servers, workers and commands that have the database open, this caller apart. Raises StartupError."""
+    query = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
+        "AND application_name = current_setting('application_name')"
+    )
+    try:
+        with _opener(url)() as connection:
+            row = connection.execute(query).fetchone()
+    except psycopg.Error as error:
+        raise StartupError(f"SMOLORA_DATABASE_URL: {_without_password(str(error), url)}") from None
+    assert row is not None
+    return int(row[0])
+
+
 class _Pool(QueuePool):
+    """A queue of connections, which keeps none that comes back after the engine was disposed of."""
+
+    _is_closed = False
+
+    def dispose(self) -> None:
+        self._is_closed = True
+        super().dispose()
+
+    def recreate(self) -> "_Pool":
+        made = cast("_Pool", super().recreate())
+        made._is_closed = True
+        return made
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        super()._do_return_conn(record)
+        if self._is_closed:
+            super().dispose()
+
     def connect(self) -> PoolProxiedConnection:
         try:
             return super().connect()

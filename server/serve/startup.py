@@ -16,7 +16,7 @@ from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
 from server.api.train.submission import Submissions
 from server.config import Settings
-from server.database import commits_of, described, records_of
+from server.database import agree, commits_of, described, records_of
 from server.database import connect as connect_database
 from server.engine.engine import EngineConfig
 from server.engine.watching.watchdog import Watchdog
@@ -57,6 +57,7 @@ def build(
     """
     database = connect_database(settings.home, url=settings.database)
     storage, commits = Storage.open(settings.home, settings), commits_of(database, settings.home)
+    agree(database, storage.place)
     home = storage.home
     access = open_access(database, home.keyed, commits, settings.api_keys, settings.allow_anonymous)
     directory = base_directory(settings, say)

@@ -65,7 +65,7 @@ class Authentication:
 
     async def _admitted(self, method: str, path: str, headers: Headers) -> Principal:
         """Raises Unauthorized, Forbidden, RateLimited, or NotFound for what isn't there for this key."""
-        principal = self._access.ring.principal(_secret(headers))
+        principal = await self._access.ring.principal(_secret(headers))
         if principal is None:
             raise Unauthorized("send a valid key: Authorization: Bearer <key>")
         scopes = scopes_of(method, path)

@@ -54,7 +54,7 @@ async def revoke_key(services: ServicesDep, key_id: Annotated[str, Path(max_leng
     """Revoke a key, at once: streams that it has open end, too. Repeating it gives the same answer."""
     access, who = services.access, services.principal.key_id
     key = await to_thread.run_sync(lambda: access.keys.revoke(key_id, who=who))
-    access.ring.refresh()
+    await access.ring.refresh()
     return wire.answer(key.to_document())
 
 

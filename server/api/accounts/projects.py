@@ -69,5 +69,5 @@ async def delete_project(services: ServicesDep, project: Name) -> Response:
     access, who = services.access, services.principal.key_id
     refuse = partial(refuse_with_uploads, services.storage, services.jobs, project)
     await to_thread.run_sync(lambda: access.projects.delete(project, refuse, who=who))
-    access.ring.refresh()
+    await access.ring.refresh()
     return Response(status_code=204)

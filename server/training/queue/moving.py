@@ -2,6 +2,7 @@
 
 import sqlalchemy as sa
 
+from server.database.clock import database_time
 from server.training.queue import events as job_events
 from server.training.queue.tables import Status, jobs, uses
 
@@ -23,8 +24,15 @@ def with_folders(engine: sa.Engine) -> dict[str, Status]:
         return {row.id: Status(row.status) for row in connection.execute(query)}
 
 
-def put_back(engine: sa.Engine) -> list[str]:
-    """Let go of every job that a worker has, since that one has it elsewhere; their ids.
+def held(engine: sa.Engine) -> list[str]:
+    """The jobs that a worker has just now: it may live, as far as its lease says."""
+    query = sa.select(jobs.c.id).where(jobs.c.status == Status.RUNNING, jobs.c.lease_until > database_time())
+    with engine.connect() as connection:
+        return list(connection.execute(query.order_by(jobs.c.number)).scalars())
+
+
+def put_back(engine: sa.Engine, why: str) -> list[str]:
+    """Let go of every job that a worker has, since that one has it elsewhere; their ids. `why` is told there.
 
     Each is claimable at once, whatever this machine's clock says of its lease, goes on from its newest checkpoint,
     and isn't charged for the time between. One that was to pause is paused.
@@ -40,7 +48,7 @@ def put_back(engine: sa.Engine) -> list[str]:
                 "stalled_attempts": max(row.stalled_attempts - 1, 0),  # that attempt did nothing wrong
             }
             connection.execute(sa.update(jobs).where(jobs.c.id == row.id).values(values))
-            job_events.append(connection, row.id, "restored from a backup, in which a worker had it")
+            job_events.append(connection, row.id, why)
         unended = jobs.c.status.not_in(_ENDED)
         connection.execute(sa.update(jobs).where(unended).values(lease_until=0.0, timed_at=None))
     return [row.id for row in running]

@@ -12,8 +12,8 @@ from server.training.queue.job_files import DATA_NAME
 from server.training.queue.tables import Status
 
 CHECKPOINT = "checkpoint-"
-_ROWS = "rows"
-_MODEL, _MODEL_MARK = "model-", "config.json"
+ROWS = "rows"
+MODEL, MODEL_MARK = "model-", "config.json"
 _AT_ONCE = 500  # jobs of one query
 
 
@@ -23,15 +23,15 @@ class SharedJobFiles:
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket.under("jobs")
         self._rows = Copies(self._bucket, DATA_NAME)
-        self._models = Copies(self._bucket, _MODEL_MARK)
+        self._models = Copies(self._bucket, MODEL_MARK)
 
     def push_rows(self, job_id: str, directory: Path) -> None:
         """Upload what was just written into a new job's folder."""
-        self._rows.push(job_id, directory, _ROWS)
+        self._rows.push(job_id, directory, ROWS)
 
     def fetch_rows(self, job_id: str, directory: Path) -> None:
         """Write them there, `data.json` last; nothing where the job has none."""
-        copy = next((copy for copy in self._rows.whole(job_id) if copy.id == _ROWS), None)
+        copy = next((copy for copy in self._rows.whole(job_id) if copy.id == ROWS), None)
         if copy is None:
             return
         directory.mkdir(parents=True, exist_ok=True)
@@ -42,13 +42,13 @@ class SharedJobFiles:
 
     def push_model(self, job_id: str, token: int, directory: Path) -> None:
         """Upload what the attempt made."""
-        self._models.push(job_id, directory, f"{_MODEL}{token}")
+        self._models.push(job_id, directory, f"{MODEL}{token}")
 
     def fetch_model(self, job_id: str, directory: Path) -> None:
         """Write the last attempt's there; nothing where no attempt made one."""
-        found = [copy for copy in self._models.whole(job_id) if copy.id.startswith(_MODEL)]
+        found = [copy for copy in self._models.whole(job_id) if copy.id.startswith(MODEL)]
         if found:
-            last = max(found, key=lambda copy: int(copy.id.removeprefix(_MODEL)))
+            last = max(found, key=lambda copy: int(copy.id.removeprefix(MODEL)))
             with new_directory(directory) as unfinished:
                 self._models.fetch(last, unfinished)
 

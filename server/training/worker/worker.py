@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.config import WorkerSettings
-from server.database import WORKER_PATIENCE_SECONDS, connect
+from server.database import WORKER_PATIENCE_SECONDS, agree, connect
 from server.storage import Storage
 from server.training.queue.job_files import JobFiles
 from server.training.queue.leases import LEASE_SECONDS, MAX_CRASH_DELAY, Claim, Directive, LeaseLost, Leases
@@ -270,9 +270,10 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
     engine = connect(settings.home, url=settings.database, patience=WORKER_PATIENCE_SECONDS)
     os.nice(NICENESS)
     leases, told = Leases(engine), settings.model_dump(mode="json")
-    bucket = Storage.open(settings.home, settings).bucket
+    storage = Storage.open(settings.home, settings)
+    agree(engine, storage.place)
     lanes = [
-        Worker(settings.home, leases, told, command=command, parent=parent, kind=kind, bucket=bucket)
+        Worker(settings.home, leases, told, command=command, parent=parent, kind=kind, bucket=storage.bucket)
         for kind in (TRAIN, MERGE)
     ]
     codes = list[int]()

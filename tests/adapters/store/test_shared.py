@@ -127,6 +127,23 @@ def each_request(deed: Callable[[int], None]) -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_copy_that_a_sweep_takes_meanwhile_is_never_told_to_be_there(machine: "Machine", number: int) -> None:
+    """The copy goes, and then its tombstone, which had been there until then."""
+    a, b = machine("a"), machine("b")
+    publish(a)
+    a.discard(DIGEST, nobody)
+    swept: list[str] = []
+
+    def sweep(of: int) -> None:
+        if of == number:
+            swept.extend(a.sweep(nobody))
+
+    with each_request(sweep):
+        assert not b.is_whole(DIGEST)
+    assert swept == [DIGEST]
+
+
 def test_publishing_wins_over_a_sweep_at_every_line(machine: "Machine", bucket: "Bucket") -> None:
     """A publisher runs in the middle of a sweep, before each of its requests in turn: the bytes are there."""
 

@@ -17,7 +17,7 @@ from alembic.runtime.migration import MigrationContext
 
 from adapters.catalog import catalog, tables
 from server.access import tables as access_tables
-from server.database import FILE_NAME, build_of, connect, faults, nobody_has_it_open, set_aside
+from server.database import FILE_NAME, build_of, connect, faults, nobody_has_it_open, place, set_aside
 from server.errors import StartupError
 from server.sqlite import JournalMode, driver, has_wal_reset_bug
 from server.training.queue import tables as job_tables
@@ -165,7 +165,7 @@ def is_other_type(context: object, inspected: object, meta: object, found: objec
 def test_the_migrations_make_what_the_code_expects(engine: sa.Engine) -> None:
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": is_other_type})
-        expected = [catalog.metadata, job_tables.metadata, access_tables.metadata]
+        expected = [catalog.metadata, job_tables.metadata, access_tables.metadata, place.metadata]
         assert compare_metadata(context, expected) == []  # type: ignore[arg-type]  # it takes several, too
 
 

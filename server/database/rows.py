@@ -1,0 +1,60 @@
+"""All rows of tables, from one database into another of the same schema."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from adapters.errors import InvalidInput
+from server.errors import StartupError
+
+_STREAMED = {"yield_per": 500}
+_MODULUS = 1 << 256
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a table has: how many rows, and a digest of them that doesn't depend on their order."""
+
+    num_rows: int
+    digest: int
+
+
+def copy_rows(source: sa.Connection, target: sa.Connection, tables: Sequence[sa.Table]) -> None:
+    """Insert the rows of `source`; of tables that refer to others, those come first. Numbers go on after them.
+
+    Raises StartupError where PostgreSQL can't store a text.
+    """
+    for table in tables:
+        for rows in source.execute(sa.select(table), execution_options=_STREAMED).mappings().partitions():
+            try:
+                target.execute(sa.insert(table), [dict(row) for row in rows])
+            except InvalidInput:
+                raise StartupError(
+                    f"the table {table.name} has a text with a NUL character or half of a surrogate pair, which "
+                    "PostgreSQL can't store: delete what has it"
+                ) from None
+        if target.dialect.name != "sqlite" and (column := table.autoincrement_column) is not None:
+            last = sa.select(sa.func.max(column)).scalar_subquery()
+            sequence = sa.func.pg_get_serial_sequence(table.name, column.name)
+            target.execute(sa.select(sa.func.setval(sequence, sa.func.coalesce(last, 1), last.is_not(None))))
+
+
+def contents(connection: sa.Connection, tables: Sequence[sa.Table]) -> dict[str, Content]:
+    """What each table has, by name."""
+    found = {}
+    for table in tables:
+        num_rows = total = 0
+        for row in connection.execute(sa.select(table), execution_options=_STREAMED):
+            num_rows += 1
+            total += int.from_bytes(hashlib.sha256(repr(tuple(row)).encode("utf-8", "surrogatepass")).digest())
+        found[table.name] = Content(num_rows, total % _MODULUS)
+    return found
+
+
+def refuse_rows(connection: sa.Connection, tables: Sequence[sa.Table], where: str) -> None:
+    """Raises StartupError where there are any."""
+    for table in tables:
+        if connection.execute(sa.select(sa.literal(1)).select_from(table).limit(1)).first() is not None:
+            raise StartupError(f"{where} isn't empty, it has {table.name}: give an empty one")
