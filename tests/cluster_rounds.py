@@ -148,7 +148,7 @@ def works(rounds: Rounds) -> list[Work]:
             load.wrong.append(f"a cut stream of {body}: {text}")
         if error is None:
             ended = time.monotonic()
-            if not any(of == url and begun - 10 <= at <= ended + 1 for of, at in rounds.kills):
+            if not any(url == down.url and down.begin <= ended and begun <= down.end for down in rounds.down):
                 load.wrong.append(
                     f"a stream broke off after {ended - begun:.1f} s of {url}: {len(text)} characters"
                 )

@@ -17,13 +17,22 @@ PAST_THE_LEASE = 12.0
 
 
 @dataclass
+class Outage:
+    """Of an API process, from its kill to its being ready again, in seconds of the monotonic clock."""
+
+    url: str
+    begin: float
+    end: float = math.inf
+
+
+@dataclass
 class Rounds:
     """A cluster that is struck. `expected` is what one process answers to each body, by its JSON."""
 
     whole: Whole
     load: Load
     expected: dict[str, str]
-    kills: list[tuple[str, float]] = field(default_factory=list)  # API processes, and when they were killed
+    down: list[Outage] = field(default_factory=list)
     reading: dict[int, bool] = field(default_factory=dict)  # streams that run, by thread: whether a token has come
 
 
@@ -65,11 +74,12 @@ def kill_api(rounds: Rounds) -> None:
         if port in process.cmdline():
             now = time.monotonic()
             rounds.load.strikes.append(now)
-            rounds.kills.append((url, now))
+            rounds.down.append(Outage(url, now))
             process.kill()
             process.wait(30)
     wait_until(lambda: rounds.whole.is_api_ready(number), 300, url)
-    rounds.kills.append((url, time.monotonic()))
+    for outage in rounds.down:
+        outage.end = min(outage.end, time.monotonic())
 
 
 def kill_stopped_replica(rounds: Rounds) -> None:
