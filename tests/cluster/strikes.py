@@ -1,5 +1,6 @@
 """A whole cluster that is struck, and how: of `tests.cluster_rounds`."""
 
+import math
 import signal
 import time
 from collections.abc import Callable
