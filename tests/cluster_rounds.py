@@ -12,22 +12,19 @@ killed; nobody was answered 500; and every process is there again.
 import argparse
 import json
 import random
-import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
-from tests.buckets import Failure
-from tests.cluster.whole import Part, Whole
+from tests.cluster.strikes import Rounds, strike
+from tests.cluster.whole import Whole
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import wait_until
 from tests.fault_load import (
@@ -54,20 +51,7 @@ FLAGS: dict[str, Any] = {
 SIZES = {**NATIVE_SIZES, "max_position_embeddings": 2048}
 ADAPTERS = (None, "fixed", "fixed*0.5", "fixed*2+other*-0.5")
 LONG, SHORT = 1500, 20
-PAST_THE_LEASE = 12.0
 Body = dict[str, Any]
-
-
-@dataclass
-class Rounds:
-    """A cluster that is struck. `expected` is what one process answers to each body, by its JSON."""
-
-    whole: Whole
-    load: Load
-    expected: dict[str, str]
-    kills: list[tuple[str, float]] = field(default_factory=list)  # API processes, and when they were killed
-    reading: dict[int, bool] = field(default_factory=dict)  # streams that run, by thread: whether a token has come
-    wrong: list[str] = field(default_factory=list)
 
 
 def bodies() -> list[Body]:
@@ -86,6 +70,7 @@ def bodies() -> list[Body]:
 
 
 def begin(scratch: Path, seed: int) -> Rounds:
+    """Ask one process, then start the cluster."""
     model = save_tiny_base(scratch / "tiny", "llama", SIZES)
     single = ServerProcess(scratch / "single", model=model, **FLAGS)
     files = random_files(model, single.home)
@@ -117,11 +102,11 @@ def works(rounds: Rounds) -> list[Work]:
             answer = response.json()
             load.answered(project, answer["usage"])
             if answer["choices"][0]["text"] != rounds.expected[json.dumps(body)]:
-                rounds.wrong.append(f"{body}: {answer}")
+                load.wrong.append(f"{body}: {answer}")
             return
         load.lost[project] += body["max_tokens"]
         if response is not None:
-            refused(rounds, response)
+            refused(load, response)
 
     def stream(load: Load, rng: random.Random) -> None:
         project, body, url = rng.choice(PROJECTS), rng.choice(bodies()), load.url()
@@ -137,7 +122,7 @@ def works(rounds: Rounds) -> list[Work]:
         ):
             if response.status_code != 200:
                 response.read()
-                refused(rounds, response)
+                refused(load, response)
                 error = "refused"
             lines = response.iter_lines() if error is None else iter(())
             for line in lines:
@@ -146,6 +131,7 @@ def works(rounds: Rounds) -> list[Work]:
                 elif line.startswith("data: {"):
                     event = json.loads(line.removeprefix("data: "))
                     text += event.get("text", "")
+                    rounds.reading[me] = True
                     usage = event.get("usage")
                 elif line == "data: [DONE]":
                     break
@@ -155,15 +141,15 @@ def works(rounds: Rounds) -> list[Work]:
             load.answered(project, usage)
             load.done["streams"] += 1
             if text != expected:
-                rounds.wrong.append(f"a stream of {body}: {text}")
+                load.wrong.append(f"a stream of {body}: {text}")
             return
         load.lost[project] += body["max_tokens"]
         if not expected.startswith(text):
-            rounds.wrong.append(f"a cut stream of {body}: {text}")
+            load.wrong.append(f"a cut stream of {body}: {text}")
         if error is None:
             ended = time.monotonic()
-            if not any(of == url and begun - 10 <= at <= ended + 1 for of, at in rounds.kills):
-                rounds.wrong.append(
+            if not any(url == down.url and down.begin <= ended and begun <= down.end for down in rounds.down):
+                load.wrong.append(
                     f"a stream broke off after {ended - begun:.1f} s of {url}: {len(text)} characters"
                 )
             load.done["streams that broke off with their API process"] += 1
@@ -173,111 +159,11 @@ def works(rounds: Rounds) -> list[Work]:
     return [generate, *[stream] * 5, publish, train]
 
 
-def refused(rounds: Rounds, response: httpx.Response) -> None:
-    rounds.load.done[f"answered {response.status_code}"] += 1
+def refused(load: Load, response: httpx.Response) -> None:
+    """Which it may be for a while, but by no fault of the server's own."""
+    load.done[f"answered {response.status_code}"] += 1
     if response.status_code not in (429, 503):
-        rounds.wrong.append(f"answered {response.status_code}: {response.text[:300]}")
-
-
-def strike(rounds: Rounds) -> str:
-    """One of all faults; whatever was struck is there again some time later."""
-    rng = rounds.load.rng
-    names = list(STRIKES)
-    name = rng.choices(names, [STRIKES[name][0] for name in names])[0]
-    STRIKES[name][1](rounds)
-    return name
-
-
-def kill(part: Part) -> Callable[[Rounds], None]:
-    def strike(rounds: Rounds) -> None:
-        found = rounds.whole.parts(part)
-        if not found:
-            return
-        with suppress(psutil.NoSuchProcess):
-            victim = rounds.load.rng.choice(found)
-            if part == "replica":
-                for has_begun in list(rounds.reading.values()):
-                    when = "after" if has_begun else "before"
-                    rounds.load.done[f"streams at a replica's end, {when} the first token"] += 1
-            if part == "worker" and victim.pid == rounds.whole.second_worker.pid:
-                victim.kill()
-                rounds.whole.second_worker.wait()
-                rounds.whole.second_worker = rounds.whole.start_worker()
-                return
-            victim.kill()
-
-    return strike
-
-
-def kill_api(rounds: Rounds) -> None:
-    number = rounds.load.rng.randrange(2)
-    url = rounds.whole.urls[number]
-    port = f"--port={url.rpartition(':')[2]}"
-    for process in rounds.whole.parts("api"):
-        if port in process.cmdline():
-            now = time.monotonic()
-            rounds.load.strikes.append(now)
-            rounds.kills.append((url, now))
-            process.kill()
-            process.wait(30)
-    wait_until(lambda: rounds.whole.is_api_ready(number), 300, url)
-    rounds.kills.append((url, time.monotonic()))
-
-
-def kill_stopped_replica(rounds: Rounds) -> None:
-    """What goes there meanwhile gets no token."""
-    if len(rounds.whole.parts("replica")) == 2:
-        for process in rounds.whole.parts("replica")[: rounds.load.rng.randint(1, 2)][-1:]:
-            process.send_signal(signal.SIGSTOP)
-            time.sleep(rounds.load.rng.uniform(0.2, 2))
-        kill("replica")(rounds)
-        for process in rounds.whole.parts("replica"):
-            process.send_signal(signal.SIGCONT)
-
-
-def stop(part: Part, least: float, most: float) -> Callable[[Rounds], None]:
-    def strike(rounds: Rounds) -> None:
-        rng = rounds.load.rng
-        for process in rng.sample(found := rounds.whole.parts(part), min(1, len(found))):
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGSTOP)
-                time.sleep(rng.uniform(least, most))
-                process.send_signal(signal.SIGCONT)
-
-    return strike
-
-
-def restart_postgres(rounds: Rounds) -> None:
-    rounds.whole.postgres.kill()
-    time.sleep(rounds.load.rng.uniform(0, 1))
-    rounds.whole.postgres.start()
-    time.sleep(3 * COUNTED_AFTER)  # what was counted meanwhile is stored
-
-
-def fail_store(failure: Failure) -> Callable[[Rounds], None]:
-    def strike(rounds: Rounds) -> None:
-        rounds.whole.proxy.fail(failure)
-        time.sleep(rounds.load.rng.uniform(0.5, 4))
-        rounds.whole.proxy.fail("")
-
-    return strike
-
-
-STRIKES: dict[str, tuple[int, Callable[[Rounds], None]]] = {
-    "kill a replica": (4, kill("replica")),
-    "kill a replica, and one is stopped": (2, kill_stopped_replica),
-    "kill an API process": (3, kill_api),
-    "kill a worker": (2, kill("worker")),
-    "kill a job's process": (3, kill("job")),
-    "kill Serve's controller": (1, kill("controller")),
-    "restart PostgreSQL": (2, restart_postgres),
-    "the store answers 500": (1, fail_store("500")),
-    "the store stalls": (1, fail_store("stall")),
-    "the store cuts connections": (1, fail_store("cut")),
-    "the store's answers end halfway": (1, fail_store("half")),
-    "stop a worker past its lease": (1, stop("worker", PAST_THE_LEASE, PAST_THE_LEASE + 2)),
-    "stop a replica": (2, stop("replica", 0.2, 5)),
-}
+        load.wrong.append(f"answered {response.status_code}: {response.text[:300]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -301,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             wait_until(lambda: whole.is_ready() and len(whole.parts("replica")) == 2, 300, "all of it")
             time.sleep(3 * COUNTED_AFTER)
             rows = {project: load.get(project, "/usage")["rows"][0] for project in PROJECTS}
-            found = rounds.wrong + check_ledger(load, rows) + check(load)
+            found = load.wrong + check_ledger(load, rows) + check(load)
         finally:
             whole.close()
             if options.log is not None:

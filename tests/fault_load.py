@@ -51,15 +51,19 @@ class Load:
     strikes: list[float] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)  # tokens that answers without a reader may have had
     done: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)  # answers that nobody may get
 
     def post(self, project: str, path: str, **content: Any) -> httpx.Response | None:
         """The answer; None where the server wasn't there for it."""
         headers = {"Authorization": f"Bearer {self.secrets[project]}"}
         try:
-            return httpx.post(f"{self.url()}{path}", headers=headers, timeout=60, trust_env=False, **content)
+            response = httpx.post(f"{self.url()}{path}", headers=headers, timeout=60, trust_env=False, **content)
         except httpx.HTTPError:
             time.sleep(0.05)
             return None
+        if response.status_code == 500:
+            self.wrong.append(f"{path} was answered 500: {response.text[:300]}")
+        return response
 
     def get(self, project: str, path: str) -> Any:
         headers = {"Authorization": f"Bearer {self.secrets[project]}"}

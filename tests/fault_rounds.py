@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     load.done[strike(rounds)] += 1
             time.sleep(COUNTED_AFTER)
             rows = {project: load.get(project, "/usage")["rows"][0] for project in PROJECTS}
-            found = check_ledger(load, rows) + check(load)
+            found = load.wrong + check_ledger(load, rows) + check(load)
             found += [f"doctor: {finding}" for finding in examine(rounds.home).findings]
         finally:
             rounds.server.close()
