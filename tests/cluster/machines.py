@@ -90,7 +90,6 @@ class UpProcess:
         if word == "deploy":
             given = {**self._flags, **flags}
             told = command(("cluster", word), home=self.home, **given)
-            told = [part.removesuffix("=True") for part in told]
         done = subprocess.run(
             told, env=self._environment, capture_output=True, text=True, timeout=3 * PATIENCE, check=False
         )

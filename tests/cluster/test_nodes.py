@@ -54,7 +54,7 @@ def machines(
         second = UpProcess(tmp_path / "second", free_port(), *shared, address=address, cpus=1, api=1)
         stack.callback(second.close)
         second.wait(1)
-        first.call("deploy", address=address, replicas=2)
+        first.call("deploy", address=address, replicas=2, workers=1)
         yield first, second
 
 
@@ -81,7 +81,7 @@ def test_two_machines(machines: Machines, single: ServerProcess, long_base: Path
 
     with load_on(urls, single) as load:
         # Both are full: an old one ends before its new one starts.
-        first.call("deploy", address=first.address, replicas=2, max_queue=17, no_spare=True)
+        first.call("deploy", address=first.address, replicas=2, max_queue=17, workers=1)
         found = [first.replicas(), second.replicas()]
         assert [len(pids) for pids in found] == [1, 1]
         assert not {*replicas[0], *replicas[1]} & {*found[0], *found[1]}
