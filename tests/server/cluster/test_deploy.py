@@ -4,7 +4,7 @@ from importlib import import_module
 
 import pytest
 
-from server.config import Settings
+from server.config import Settings, load
 
 pytestmark = pytest.mark.cluster
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.cluster
 def test_a_version_is_of_what_replicas_use() -> None:
     pytest.importorskip("ray.serve", reason="needs the extra cluster")
     version_of = import_module("server.cluster.deploy").version_of
-    settings = Settings()
+    settings = load(Settings)
     same = version_of(settings)
     for field, value in (("port", 9000), ("host", "0.0.0.0"), ("trusted_proxies", ("10.0.0.1",))):
         assert version_of(settings.model_copy(update={field: value})) == same
