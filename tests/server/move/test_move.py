@@ -83,20 +83,27 @@ def test_wherever_it_is_cut_off(home: Path, tmp_path: Path, url: str, bucket: "B
     from server.move.to_home import to_home
 
     before, target = contents(home), Storage(Home(tmp_path / "api"), bucket, url="s3://b")
-    for number in range(0, 200, 13):
+    is_done, told = False, list[str]()
+    for number in range(0, 300, 13):
         try:
-            moved = to_cluster(home, url, Storage(target.home, cut_off_at(bucket, number), url="s3://b"))
+            to_cluster(home, url, Storage(target.home, cut_off_at(bucket, number), url="s3://b"))
             break
         except CutOff:
             engine = connect(tmp_path / "api", url=url)
-            if number:
-                with pytest.raises(StartupError, match="smolora move is at work"):
-                    agree(engine, target.place)
-            engine.dispose()
-    else:
-        moved = to_cluster(home, url, target)
+            try:
+                agree(engine, target.place)
+                is_done = number > 0  # the rows are there: what is left the next server's start does
+            except StartupError as error:
+                told.append(str(error))
+            finally:
+                engine.dispose()
+            if number == 0:
+                continue
+            if is_done:
+                break
     assert number > 13
-    assert (moved.num_versions, moved.num_adapters, moved.num_uploads) == (3, 2, 2)
+    assert told
+    assert all("smolora move is at work" in line for line in told)
     assert {name: content for name, content in contents(home).items() if name in before} == before
     with pytest.raises(StartupError, match="isn't empty"):
         to_cluster(home, url, target)
