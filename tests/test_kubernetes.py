@@ -19,7 +19,6 @@ from server.training.worker.supervisor import GRACE_SECONDS
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docker" / "kubernetes"
 KUBERNETES = "1.34"
-COMING = {"BYTES_URL", "DATABASE_URL"}  # settings of the cluster's other parts
 DOCUMENTS: list[Mapping[str, Any]] = [
     document for path in sorted(FOLDER.glob("*.yaml")) for document in yaml.safe_load_all(path.read_text())
 ]
@@ -94,7 +93,7 @@ def test_serves_config_is_valid() -> None:
 @pytest.mark.cluster
 def test_serves_config_names_what_there_is() -> None:
     pytest.importorskip("ray.serve", reason="needs the extra cluster")
-    deploy = pytest.importorskip("server.cluster.deploy", reason="there is no deployment in this checkout")
+    deploy = import_module("server.cluster.deploy")
     transport = import_module("server.cluster.serve_transport")
     (application,) = serve_config()["applications"]
     module, _, function = application["import_path"].partition(":")
@@ -162,7 +161,7 @@ def test_secrets_are_named_and_not_there() -> None:
 
 
 def test_settings_are_settings() -> None:
-    known = {name.upper() for name in (*Settings.model_fields, *WorkerSettings.model_fields)} | COMING
+    known = {name.upper() for name in (*Settings.model_fields, *WorkerSettings.model_fields)}
     names = {variable["name"] for document in DOCUMENTS for variable in environment(document)}
     names |= set(the("ConfigMap", "smolora")["data"])
     assert {name.removeprefix("SMOLORA_") for name in names if name.startswith("SMOLORA_")} <= known
@@ -188,13 +187,9 @@ def test_probes_ask_what_the_server_answers() -> None:
 
 
 def test_commands_are_smoloras() -> None:
-    """Where the command line has `cluster`: it comes with the cluster's other parts."""
     assert container("worker")["command"] == ["smolora", "worker"]
     line = container("api")["command"][-1]
     assert line.endswith("exec smolora cluster api --address auto")
-    source = ROOT / "server" / "cli" / "cluster.py"
-    if source.exists():
-        functions = {
-            node.name for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.FunctionDef)
-        }
-        assert "api" in functions
+    source = (ROOT / "server" / "cli" / "cluster.py").read_text()
+    functions = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
+    assert "api" in functions

@@ -1,5 +1,6 @@
 """`smolora cluster`: engine replicas on Ray Serve, API processes and workers, on one machine or several."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +31,11 @@ ReplicasOption = Annotated[int | None, typer.Option(min=1, help="Engine replicas
 MaxReplicasOption = Annotated[int | None, typer.Option(min=1, help="As many when there is much to do.")]
 ReplicaCpusOption = Annotated[float, typer.Option(min=0, help="Cores that a replica takes.")]
 ReplicaGpusOption = Annotated[float, typer.Option(min=0, help="GPUs that a replica takes.")]
+UpscaleOption = Annotated[float, typer.Option(min=0, help="Seconds of much to do before there are more.")]
+DownscaleOption = Annotated[float, typer.Option(min=0, help="Seconds of little to do before there are fewer.")]
+SpareOption = Annotated[
+    bool, typer.Option(help="Whether there is room for one more replica while they are replaced one by one.")
+]
 
 
 @group.command()
@@ -69,14 +75,23 @@ def deploy(
     max_replicas: MaxReplicasOption = None,
     replica_cpus: ReplicaCpusOption = 1,
     replica_gpus: ReplicaGpusOption = 0,
+    upscale_seconds: UpscaleOption = 5,
+    downscale_seconds: DownscaleOption = 300,
+    spare: SpareOption = True,
 ) -> None:
-    """Bring the engine replicas of a running cluster to these settings and numbers, without a failed request."""
+    """Bring the engine replicas of a running cluster to this code, these settings and numbers.
+
+    No request fails. Where the number alone differs, those that run stay.
+    """
     _need_ray()
     from server.cluster.deploy import deploy as run
     from server.cluster.serve_transport import join
 
     join(address)
-    run(settings, _scale(replicas, max_replicas, replica_cpus, replica_gpus))
+    scale = _scale(replicas, max_replicas, replica_cpus, replica_gpus)
+    run(
+        settings, replace(scale, upscale_seconds=upscale_seconds, downscale_seconds=downscale_seconds, spare=spare)
+    )
 
 
 @group.command()
@@ -116,6 +131,18 @@ def status(home: HomeOption = None) -> None:
     join(state.address)
     told = ", ".join(f"{number} {what}" for what, number in replicas_told().items()) or "none"
     typer.echo(f"replicas: {told}")
+
+
+@group.command()
+def restart(home: HomeOption = None) -> None:
+    """Restart the API processes and workers of this machine one after the other, as for new code.
+
+    Replicas are `deploy`'s.
+    """
+    _need_ray()
+    from server.cluster.processes import restart as run
+
+    run(place_of(home), say)
 
 
 @group.command()

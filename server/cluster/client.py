@@ -151,7 +151,7 @@ class ReplicatedEngine:
         """What the replica refuses it for. None: it took it, or was lost, and what follows is under way."""
         request = sent.request
         sent.tried.add(link.id)
-        sent.link, sent.is_offered = link, True
+        sent.link, sent.is_offered, sent.is_reported = link, True, False
         link.sent[request.request_id] = sent
         call = asyncio.create_task(self._transport.submit(link.id, self._client, request))
         link.calls.add(call)

@@ -4,11 +4,15 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
+import adapters
+import server
 from adapters.errors import SmoloraError
 from server import logs
 from server.allocator import keep_freed_memory
@@ -29,6 +33,8 @@ _HEALTH_TIMEOUT_SECONDS = 10.0  # three in a row, and a replica is replaced
 _MAX_CALLS = 100_000  # at once: the engine's own queue is what refuses requests
 _BUSY_BLOCKS = 0.9  # share of a replica's blocks from which on there should be more replicas
 
+_CODE = ("*.py", "*.cpp", "*.h")  # what replicas run
+
 log = logging.getLogger(__name__)
 
 
@@ -42,6 +48,9 @@ class Scale:
     num_gpus: float = 0.0
     upscale_seconds: float = 5.0
     downscale_seconds: float = 300.0
+    spare: bool = True
+    """Whether there is room for one more replica while they are replaced: a new one then starts before an old one
+    ends. Else the old one ends first."""
 
 
 class Engine:
@@ -115,7 +124,7 @@ def engine_app(settings: Settings, scale: Scale) -> serve.Application:
     deployment = serve.deployment(
         name=DEPLOYMENT,
         max_ongoing_requests=_MAX_CALLS,
-        max_surge_percent=100,  # an upgrade starts new replicas before it stops old ones
+        max_surge_percent=1 if scale.spare else 0,  # rounded up: one, of up to 100
         ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
         health_check_period_s=HEALTH_SECONDS,
         health_check_timeout_s=_HEALTH_TIMEOUT_SECONDS,
@@ -126,7 +135,22 @@ def engine_app(settings: Settings, scale: Scale) -> serve.Application:
         ),
         **options,
     )(Engine)
-    return deployment.bind(settings.model_copy(update={"api_keys": (), "database_url": None}))
+    told = settings.model_copy(update={"api_keys": (), "database_url": None})
+    return deployment.options(version=version_of(told), _internal=True).bind(told)
+
+
+def version_of(settings: Settings) -> str:
+    """Of what a replica is made from. A new one has all of them replaced, the same one only their number changed.
+
+    Without it Serve would draw a new one each time.
+    """
+    found = blake2b(repr(settings.model_dump(mode="json")).encode(), digest_size=16)
+    for package in (adapters, server):
+        assert package.__file__ is not None
+        root = Path(package.__file__).parent
+        for path in sorted(file for kind in _CODE for file in root.rglob(kind)):
+            found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
 
 
 def build_app(flags: Mapping[str, Flag]) -> serve.Application:

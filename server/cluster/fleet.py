@@ -1,6 +1,7 @@
 """The replicas as one API process knows them: which there are, what each has, and what was sent to it.
 
-What is known may be half a second old, and what this process itself sent since is added to it.
+What is known may be half a second old. What this process sent since is added to it, as many times as there are API
+processes: the others, which know the same, are likely to have sent as much (docs/cluster/routing.md, Limits).
 """
 
 import asyncio
@@ -42,6 +43,7 @@ class Sent:
     is_offered: bool = False  # whether the link has yet to say that it takes it
     num_lost: int = 0  # replicas that were lost with it
     tried: set[str] = field(default_factory=set)  # replicas that have refused it, or were lost with it
+    is_reported: bool = False  # whether the link's last state was told with it
     has_output: bool = False
     is_abandoned: bool = False
 
@@ -70,14 +72,18 @@ class Link:
 
     @property
     def queue(self) -> int:
-        """Sequences there, of all processes."""
-        state = self.state
-        others = 0 if state is None else max(0, state.num_in_flight - state.num_own)
-        return others + self.num_own
+        """Sequences there, of all processes, those that were sent since the last report an estimate."""
+        if (state := self.state) is None:
+            return self.num_own
+        others = max(0, state.num_in_flight - state.num_own)
+        fresh = sum(sent.num_unfinished for sent in self.sent.values() if not sent.is_reported)
+        return others + self.num_own + (state.num_followers - 1) * fresh
 
     def take(self, state: ReplicaState) -> None:
         """What it has told of itself."""
         self.state = state
+        for sent in self.sent.values():
+            sent.is_reported = not sent.is_offered
         if state.blocks is not None:
             self.blocks = set(state.blocks)
 

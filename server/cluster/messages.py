@@ -22,13 +22,17 @@ class Welcome:
 
 @dataclass(frozen=True)
 class ReplicaState:
-    """A replica's engine at one moment. `num_own` of the sequences `num_in_flight` are the receiver's."""
+    """A replica's engine at one moment. `num_own` of the sequences `num_in_flight` are the receiver's.
+
+    `num_followers`: the API processes that are told, the receiver among them.
+    """
 
     stats: EngineStats
     num_in_flight: int
     num_own: int
     refusal: TryAgain | None = None  # what a project that has nothing in flight would be refused for
     blocks: tuple[int, ...] | None = None  # of the prefix cache, as `block_hash` has them; None: as told before
+    num_followers: int = 1
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,10 @@ def start_node(address: str, log: Path, num_cpus: float | None) -> Process:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether there is such a process."""
+    """Whether there is such a process, and it hasn't ended."""
+    with suppress(OSError):  # Linux tells of those that only wait to be looked at
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,23 +1,29 @@
 """The API processes and workers of one machine, supervised; `smolora cluster up` from its settings to its end."""
 
+import math
 import os
 import signal
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from server.cluster import node
 from server.cluster.deploy import Scale, deploy
 from server.cluster.serve_transport import join, leave
-from server.cluster.state import ClusterState, remove_state, write_state
+from server.cluster.state import ClusterState, read_state, remove_state, write_state
 from server.config import Settings
 from server.errors import StartupError
-from server.training.worker.supervisor import Supervisor, worker_command
+from server.training.worker.supervisor import GRACE_SECONDS, Supervisor, worker_command
 
 _API_GRACE_SECONDS = 45.0  # more than a server takes to drain
+READY_SECONDS = 180.0  # after which an API process that was restarted is given up
+_PAUSE_SECONDS = 5.0  # that a balancer may take to see that an API process is ready again
 _TICK_SECONDS = 0.2
+_RESTART = signal.SIGUSR1
 _SECRETS = ("api_keys", "database_url")  # which processes inherit with the environment
 
 
@@ -42,37 +48,97 @@ def up(
         ray, address = node.start_head(ray_port, log, num_cpus)
     else:
         ray = node.start_node(address, log, num_cpus)
-    commands = [api_command(settings, index, num_apis, address) for index in range(num_apis)]
-    apis = [Supervisor(1, command, _API_GRACE_SECONDS) for command in commands]
-    workers = Supervisor(settings.workers, worker_command(settings.of_a_worker))
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
     urls = tuple(f"http://127.0.0.1:{settings.port + index}" for index in range(num_apis))
-    write_state(home, ClusterState(address, os.getpid(), ray.pid, urls, settings.workers))
+    apis = {url: api_command(settings, index, num_apis, address) for index, url in enumerate(urls)}
+    processes = Processes(apis, [worker_command(settings.of_a_worker)] * settings.workers)
+    stopped, asked = threading.Event(), threading.Event()
+    signal.signal(_RESTART, lambda *_: asked.set())
+    state = ClusterState(address, os.getpid(), ray.pid, urls, settings.workers)
+    write_state(home, state)
     try:
         if scale is not None:
             say(f"starting {scale.replicas} engine replicas")
             join(address)
             deploy(settings, scale)
             leave()
-        for supervisor in (*apis, workers):
-            supervisor.start()
-        _wait_until_ready(urls, stopped, say)
+        for number in (signal.SIGTERM, signal.SIGINT):  # now: Ray sets its own while it is joined
+            signal.signal(number, lambda *_: stopped.set())
+        processes.start()
+        for url in urls:
+            if _comes_up(url, stopped):
+                say(f"the API is ready at {url}")
         while not stopped.wait(_TICK_SECONDS):
             if ray.poll() is not None:
                 say("Ray has ended: so does this")
                 return 1
+            if asked.is_set():
+                asked.clear()
+                fault = processes.replace(stopped, say)
+                state = replace(state, num_restarts=state.num_restarts + 1, fault=fault)
+                write_state(home, state)
         return 0
     finally:
         say("stopping: requests end, jobs go back to the queue")
-        for supervisor in (*apis, workers):
-            supervisor.ask_to_stop()
-        while any(supervisor.is_running for supervisor in (*apis, workers)):
-            time.sleep(_TICK_SECONDS)
+        processes.stop()
         ray.terminate()
         ray.wait(node.STOP_SECONDS)
         remove_state(home)
+
+
+class Processes:
+    """API processes, by their URLs, and workers; each is supervised by itself."""
+
+    def __init__(self, apis: Mapping[str, Sequence[str]], workers: Sequence[Sequence[str]]) -> None:
+        """What runs each of them."""
+        self._commands = [(url, command, _API_GRACE_SECONDS) for url, command in apis.items()]
+        self._commands += [("", command, GRACE_SECONDS) for command in workers]
+        self._running = [Supervisor(1, command, grace) for _, command, grace in self._commands]
+
+    def start(self) -> None:
+        """Returns at once."""
+        for supervisor in self._running:
+            supervisor.start()
+
+    def replace(self, stopped: threading.Event, say: Callable[[str], None]) -> str:
+        """End each, and start it again, one after the other; what went wrong, after which the others stay.
+
+        Between two API processes is time for those before them to find out which are ready.
+        """
+        for index, (url, command, grace) in enumerate(self._commands):
+            say(f"restarting {f'the API at {url}' if url else 'a worker'}")
+            self._running[index].ask_to_stop()
+            while self._running[index].is_running:
+                time.sleep(_TICK_SECONDS)
+            if stopped.is_set():
+                return "it was told to stop meanwhile"
+            self._running[index] = Supervisor(1, command, grace)
+            self._running[index].start()
+            if url and not _comes_up(url, stopped, READY_SECONDS):
+                return f"the API at {url} isn't ready again: nothing else was restarted"
+            stopped.wait(_PAUSE_SECONDS if url else 0)
+        return ""
+
+    def stop(self) -> None:
+        """Returns once all have ended."""
+        for supervisor in self._running:
+            supervisor.ask_to_stop()
+        while any(supervisor.is_running for supervisor in self._running):
+            time.sleep(_TICK_SECONDS)
+
+
+def restart(home: Path, say: Callable[[str], None]) -> None:
+    """Have `up` replace its API processes and workers, and wait for it. Raises StartupError."""
+    before = read_state(home)
+    if not node.is_alive(before.pid):
+        raise StartupError("smolora cluster up has ended: start it again")
+    os.kill(before.pid, _RESTART)
+    while (state := read_state(home)).num_restarts == before.num_restarts:
+        if not node.is_alive(before.pid):
+            raise StartupError("smolora cluster up ended meanwhile")
+        time.sleep(_TICK_SECONDS)
+    if state.fault:
+        raise StartupError(state.fault)
+    say(f"{len(state.urls)} API processes and {state.num_workers} workers were restarted")
 
 
 def api_command(settings: Settings, index: int, num_apis: int, address: str) -> list[str]:
@@ -113,11 +179,13 @@ def _check(settings: Settings, num_apis: int, address: str | None) -> None:
         )
 
 
-def _wait_until_ready(urls: tuple[str, ...], stopped: threading.Event, say: Callable[[str], None]) -> None:
-    waiting = list(urls)
-    while waiting and not stopped.wait(_TICK_SECONDS):
-        if is_ready(waiting[0]):
-            say(f"the API is ready at {waiting.pop(0)}")
+def _comes_up(url: str, stopped: threading.Event, seconds: float = math.inf) -> bool:
+    """Wait until the API there can serve; whether it can."""
+    deadline = time.monotonic() + seconds
+    while not stopped.wait(_TICK_SECONDS) and time.monotonic() < deadline:
+        if is_ready(url):
+            return True
+    return False
 
 
 def is_ready(url: str) -> bool:

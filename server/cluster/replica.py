@@ -151,7 +151,9 @@ class EngineReplica:
         except TryAgain as error:
             refusal = error
         num_own = sum(follower.requests.values())
-        return ReplicaState(self._engine.stats, self._engine.num_in_flight, num_own, refusal, blocks)
+        return ReplicaState(
+            *(self._engine.stats, self._engine.num_in_flight, num_own, refusal, blocks), len(self._followers)
+        )
 
     def _look_at_blocks(self, now: float) -> None:
         if now - self._blocks_at >= _BLOCKS_SECONDS:

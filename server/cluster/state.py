@@ -17,6 +17,8 @@ class ClusterState:
     ray_pid: int  # of this machine's part of Ray
     urls: tuple[str, ...]  # of the API processes
     num_workers: int
+    num_restarts: int = 0  # that ended, of API processes and workers one after the other
+    fault: str = ""  # of the last one
 
 
 def write_state(home: Path, state: ClusterState) -> None:

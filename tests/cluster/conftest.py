@@ -9,6 +9,7 @@ import pytest
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
 from tests.cluster.kit import CACHES, FLAGS, SIZES, Cluster, publish
+from tests.cluster.whole import Whole
 from tests.end_to_end.server_process import ServerProcess
 from tests.tiny import save_tiny_base
 
@@ -59,3 +60,15 @@ def single(tmp_path_factory: pytest.TempPathFactory, long_base: Path) -> Iterato
     server = ServerProcess(tmp_path_factory.mktemp("single"), model=long_base, **FLAGS, **CACHES)
     yield _with_adapters(server, long_base)
     server.close()
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, long_base: Path) -> Iterator[Whole]:
+    """All of a cluster, with the adapters of `single`."""
+    running = Whole(tmp_path_factory.mktemp("whole"), long_base, **FLAGS, **CACHES)
+    try:
+        for seed, name in enumerate(NAMES):
+            assert running.publish(0, name, seed).status_code == 201
+        yield running
+    finally:
+        running.close()

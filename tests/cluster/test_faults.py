@@ -140,35 +140,3 @@ def test_the_only_replica_dies(two: ServerProcess, single: ServerProcess, cluste
         assert (refused.status_code, refused.headers.get("Retry-After")) == (503, "5")
         assert list(asked) == single.texts(prompts, max_tokens=20)
     cluster.scale(2)
-
-
-def test_scaling_under_load_fails_no_request(two: ServerProcess, single: ServerProcess, cluster: Cluster) -> None:
-    prompts = [f"{number} while replicas come and go" for number in range(6)]
-    expected = single.texts(prompts, max_tokens=80)
-    stop = threading.Event()
-    faults: list[str] = []
-    counts: list[int] = []
-
-    def load(index: int) -> None:
-        while not stop.is_set():
-            response = two.client.post(
-                "/generate", json={"prompt": prompts[index], "max_tokens": 80, "temperature": 0}
-            )
-            if response.status_code != 200 or response.json()["choices"][0]["text"] != expected[index]:
-                faults.append(response.text)
-            counts.append(index)
-
-    threads = [threading.Thread(target=load, args=(index,)) for index in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    try:
-        for num_replicas in (1, 3, 2):
-            cluster.scale(num_replicas)
-            wait_until(lambda num=num_replicas: len(cluster.replicas()) == num, "it doesn't scale")  # type: ignore[misc]
-            before = len(counts)
-            wait_until(lambda before=before: len(counts) > before + 12, "nothing is answered")  # type: ignore[misc]
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert faults == []

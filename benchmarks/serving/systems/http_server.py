@@ -47,6 +47,10 @@ class ServerProcess:
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def stop(self) -> None:
         """Let it end by itself; RuntimeError where it does not, or not well."""
         self._ended.set()

@@ -1,0 +1,1 @@
+"""What it costs that engines are elsewhere: API processes beside Ray Serve, against the single process."""

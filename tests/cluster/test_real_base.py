@@ -1,0 +1,45 @@
+"""A whole cluster on the real base, which answers as one process does."""
+
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import needs_ray
+from tests.cluster.kit import CACHES, publish
+from tests.cluster.test_answers import BODIES, answer
+from tests.cluster.whole import Whole
+from tests.end_to_end.server_process import ServerProcess
+from tests.end_to_end.training_client import code_rows, submit, succeeded
+from tests.postgres import CLUSTER
+
+pytestmark = [*CLUSTER, needs_ray, pytest.mark.real, pytest.mark.slow]
+FLAGS = {"device": "cpu", "max_model_len": 512, "max_num_seqs": 8, **CACHES, "adapter_cache_bytes": "64MiB"}
+TRAINING = {"max_steps": 3, "batch_size": 2, "max_length": 32}
+
+
+def test_the_real_base(tmp_path: Path, base_dir: Path) -> None:
+    """Published, trained and used through each API process in turn; bit by bit the answers of one process."""
+    single = ServerProcess(tmp_path / "single", model=base_dir, **{**FLAGS, "workers": 1})
+    whole = None
+    try:
+        whole = Whole(tmp_path / "whole", base_dir, **FLAGS)
+        for seed, name in enumerate(("left", "right", "third")):
+            assert whole.publish(seed % 2, name, seed).status_code == 201
+            publish(single, name, seed, whole.shape)
+        trained = {"name": "codes", "data": code_rows(8), "training": TRAINING}
+        succeeded(single, submit(single, **trained))
+        with whole.client(0) as first, whole.client(1) as second:
+            job = first.post("/train", json=trained).json()["id"]
+            whole.wait_for_job(1, job)
+            bodies = {**BODIES, "trained": {"temperature": 0, "adapter": "codes@1"}}
+            for client, (kind, fields) in zip(cycle((second, first)), bodies.items(), strict=False):
+                body = {"prompt": f"{kind}: 404 Not Found means", "max_tokens": 24, **fields}
+                response = client.post("/generate", json=body)
+                assert response.status_code == 200, response.text
+                found = response.json()
+                assert (found["choices"], found["usage"]) == answer(single, body), kind
+    finally:
+        single.close()
+        if whole is not None:
+            whole.close()

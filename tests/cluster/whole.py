@@ -1,0 +1,210 @@
+"""All of a cluster on this machine, as `smolora cluster up` starts it: PostgreSQL, an object store behind a proxy
+that may fail, Ray with engine replicas, API processes, a worker, and a second worker with a HOME of its own.
+"""
+
+import socket
+import subprocess
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Literal
+
+import httpx
+import psutil
+
+from adapters.lora import BaseShape
+from server.access.keys import Keys
+from server.access.principal import OPERATOR, SCOPES
+from server.config.ray import set_up_ray
+from server.database import connect
+from server.home import Home
+from server.model.base.source import resolve_base
+from server.model.base.weights import load_base
+from tests.buckets import BUCKET, Proxy, aws_variables, running_store
+from tests.end_to_end.server_process import PATIENCE, command, environment, free_port
+from tests.end_to_end.training_client import CHILD, ENDED, wait_until
+from tests.native_kit import lend_native
+from tests.postgres import Postgres
+from tests.server.api.adapters.peft_files import as_parts, peft_files
+
+Part = Literal["replica", "api", "worker", "job", "controller"]
+_CLI = "server.cli"
+_REPLICA, _CONTROLLER = "ray::ServeReplica:smolora:engine", "ray::ServeController"
+
+
+class Whole:
+    """It is ready. `urls` are those of the API processes, and `operator` is the secret of a key that may all."""
+
+    def __init__(
+        self, directory: Path, model: Path, num_apis: int = 2, num_replicas: int = 2, **flags: object
+    ) -> None:
+        self.directory = directory
+        self.home = directory / "machine"
+        self._ends = ExitStack()
+        self._log = directory / "log"
+        self._flags = flags
+        self._model = model
+        try:
+            self._start(num_apis, num_replicas)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, num_apis: int, num_replicas: int) -> None:
+        set_up_ray()
+        self.postgres = Postgres()
+        self._ends.callback(self.postgres.close)
+        self.proxy = Proxy(*self._ends.enter_context(running_store()))
+        self._ends.callback(self.proxy.close)
+        self.database_url = self.postgres.url(self.postgres.new())
+        self.bytes_url = f"s3://{BUCKET}/whole"
+        self.secrets = {
+            **aws_variables(self.proxy.url),
+            "SMOLORA_DATABASE_URL": self.database_url,
+            "SMOLORA_BYTES_URL": self.bytes_url,
+        }
+        self._homes = [self.home, *(self.home / f"api-{number}" for number in range(num_apis)), self.elsewhere]
+        for home in self._homes:
+            home.mkdir(parents=True)
+            lend_native(home)
+        self.database = connect(self.home, url=self.database_url)
+        self._ends.callback(self.database.dispose)
+        self.operator = self.key("operator", scopes=SCOPES)
+        port = _free_ports(num_apis)
+        self.urls = [f"http://127.0.0.1:{port + number}" for number in range(num_apis)]
+        self.up = self._run(
+            *("cluster", "up"),
+            home=self.home,
+            model=self._model,
+            port=port,
+            ray_port=free_port(),
+            cpus=8,
+            **{"api": num_apis, "replicas": num_replicas, "workers": 1, **self._flags},
+        )
+        self._ends.callback(self._end, self.up)
+        wait_until(self.is_ready, PATIENCE, "the cluster")
+        self.second_worker = self.start_worker()
+
+    @property
+    def elsewhere(self) -> Path:
+        """HOME of the second worker."""
+        return self.directory / "elsewhere"
+
+    @property
+    def shape(self) -> BaseShape:
+        """The base's."""
+        return load_base(resolve_base(str(self._model), self.home)).config.shape
+
+    def key(self, name: str, project: str = "default", scopes: Sequence[str] = ()) -> str:
+        """The secret of a new key."""
+        keys = Keys(self.database, Home(self.home).keyed)
+        given = {"scopes": frozenset(scopes)} if scopes else {}
+        return keys.create(name, who=OPERATOR, project=project, **given)[1]  # type: ignore[arg-type]
+
+    def client(self, number: int, key: str | None = None) -> httpx.Client:
+        """Of one of the API processes."""
+        headers = {"Authorization": f"Bearer {key or self.operator}"}
+        return httpx.Client(base_url=self.urls[number], headers=headers, timeout=PATIENCE, trust_env=False)
+
+    def publish(self, number: int, name: str, seed: int) -> httpx.Response:
+        """Publish a random adapter through one of the API processes, the same for each seed."""
+        with self.client(number) as client:
+            return client.post(f"/adapters/{name}", files=as_parts(*peft_files(seed, shape=self.shape)))
+
+    def wait_for_job(self, number: int, job_id: str) -> None:
+        """Wait for its good end, as one of the API processes tells."""
+        found: dict[str, str] = {}
+
+        def has_ended() -> bool:
+            with self.client(number) as client:
+                found.update(client.get(f"/train/{job_id}").json())
+            return found["status"] in ENDED
+
+        wait_until(has_ended, PATIENCE, job_id)
+        assert found["status"] == "succeeded", found["error"]
+
+    def start_worker(self) -> "subprocess.Popen[bytes]":
+        """Another machine's worker."""
+        kept = {name: value for name, value in self._flags.items() if name in ("device", "dtype", "native")}
+        worker = self._run("worker", home=self.elsewhere, model=self._model, **kept)
+        self._ends.callback(self._end, worker)
+        return worker
+
+    def is_ready(self) -> bool:
+        """Whether all API processes are."""
+        assert self.up.poll() is None, self.log()
+        return all(self.is_api_ready(number) for number in range(len(self.urls)))
+
+    def is_api_ready(self, number: int) -> bool:
+        with suppress(httpx.TransportError):
+            return httpx.get(f"{self.urls[number]}/ready", timeout=5, trust_env=False).status_code == 200
+        return False
+
+    def parts(self, part: Part) -> list[psutil.Process]:
+        """The processes of that kind which live; a worker elsewhere and its jobs' processes included."""
+        roots = [self.up.pid]
+        if self.second_worker.poll() is None:
+            roots.append(self.second_worker.pid)
+        found = []
+        for root in roots:
+            with suppress(psutil.NoSuchProcess):
+                above = psutil.Process(root)
+                found += [process for process in (above, *above.children(recursive=True)) if _is(process, part)]
+        return sorted(found, key=lambda process: process.pid)
+
+    def log(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def close(self) -> None:
+        """End all of it."""
+        self.proxy.fail("")
+        self._ends.close()
+
+    def _run(self, *words: str, **flags: object) -> "subprocess.Popen[bytes]":
+        told = command(words, **flags)
+        if "workers" not in flags:
+            told.remove("--workers=0")
+        variables = {name: value for name, value in environment().items() if not name.startswith("AWS_")}
+        with self._log.open("ab") as log:
+            return subprocess.Popen(
+                told, env=variables | self.secrets, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def _end(self, process: "subprocess.Popen[bytes]") -> None:
+        """It, and all that it started: how a cluster ends by itself, test_up.py has."""
+        if process.poll() is not None:
+            return
+        for one in (*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)):
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait()
+
+
+def _is(process: psutil.Process, part: Part) -> bool:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        words = process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
+    if not words:
+        return False
+    if part in ("replica", "controller"):
+        return bool(words[0].startswith(_REPLICA if part == "replica" else _CONTROLLER))
+    if part == "job":
+        return CHILD in words
+    names = _CLI in words or Path(words[1] if len(words) > 1 else "").name == "smolora"
+    return names and ("api" in words if part == "api" else "worker" in words)
+
+
+def _free_ports(number: int) -> int:
+    """The first of so many that follow each other."""
+    while True:
+        first = free_port()
+        if all(_is_free(first + index) for index in range(1, number)):
+            return first
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
