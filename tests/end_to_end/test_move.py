@@ -18,7 +18,7 @@ from tests.tiny import save_tiny_base
 pytestmark = CLUSTER
 ROWS = b'{"prompt": "200", "completion": "OK"}\n{"prompt": "404", "completion": "Not Found"}\n'
 SHORT = {"max_steps": 3, "batch_size": 2, "max_length": 32, "learning_rate": 0.05}
-LONG = {"max_steps": 400, "batch_size": 4, "max_length": 48, "checkpoint_steps": 5, "eval_steps": 50}
+LONG = {"max_steps": 60, "batch_size": 4, "max_length": 48, "checkpoint_steps": 3, "eval_steps": 20}
 EXPRESSIONS = [None, "codes", "a@1", "a@prod*0.5", "a@1*0.7+codes", "mix"]
 LISTED = (
     "/adapters", "/adapters/a", "/adapters/codes", "/adapters/mix", "/datasets", "/v1/files", "/train", "/keys",
@@ -146,7 +146,7 @@ def fill(server: ServerProcess, base: Path, acme: str) -> tuple[str, list[str], 
     expected = succeeded(server, whole)["adapter"]["digest"]
     assert server.client.delete("/adapters/whole").status_code == 204
     paused = submit(server, name="paused", data=code_rows(), training=LONG, validation=0.2)
-    wait_until(lambda: get(server, f"/train/{paused}")["progress"]["step"] >= 12)
+    wait_until(lambda: get(server, f"/train/{paused}")["progress"]["step"] >= 4)
     assert server.client.post(f"/train/{paused}/pause").status_code in (200, 202)
     wait_until(lambda: bool(get(server, f"/train/{paused}")["status"] == "paused"))
     return expected, [training, whole, paused], dataset
