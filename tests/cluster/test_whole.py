@@ -139,8 +139,8 @@ def queue(client: httpx.Client) -> dict[str, float]:
     return {name: float(told[f"smolora_requests_{name}"]) for name in ("running", "waiting")}
 
 
-def test_keys_count_everywhere_within_a_moment(whole: Whole) -> None:
-    """The others are notified of a commit in milliseconds: not always before the next request is there."""
+def test_keys_count_everywhere(whole: Whole) -> None:
+    """A new one in the next request. Others hear of a revocation in milliseconds, not always before that."""
     for turn in range(10):
         with whole.client(turn % 2) as making, whole.client(1 - turn % 2) as other:
             made = making.post("/keys", json={"name": f"key-{turn}"}).json()
@@ -149,7 +149,7 @@ def test_keys_count_everywhere_within_a_moment(whole: Whole) -> None:
             def answers(code: int, other: httpx.Client = other, headers: dict[str, str] = headers) -> bool:
                 return other.get("/adapters", headers=headers).status_code == code
 
-            wait_until(partial(answers, 200), "it opens nothing", SILENT_SECONDS)
+            assert answers(200)
             assert making.delete(f"/keys/{made['id']}").status_code == 200
             wait_until(partial(answers, 401), "it still opens", SILENT_SECONDS)
 
