@@ -15,10 +15,10 @@ from tests.postgres import CLUSTER, Postgres
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.tiny import save_tiny_base
 
-pytestmark = CLUSTER
+pytestmark = [*CLUSTER, pytest.mark.slow]
 ROWS = b'{"prompt": "200", "completion": "OK"}\n{"prompt": "404", "completion": "Not Found"}\n'
 SHORT = {"max_steps": 3, "batch_size": 2, "max_length": 32, "learning_rate": 0.05}
-LONG = {"max_steps": 60, "batch_size": 4, "max_length": 48, "checkpoint_steps": 3, "eval_steps": 20}
+LONG = {"max_steps": 200, "batch_size": 4, "max_length": 48, "checkpoint_steps": 3, "eval_steps": 100}
 EXPRESSIONS = [None, "codes", "a@1", "a@prod*0.5", "a@1*0.7+codes", "mix"]
 LISTED = (
     "/adapters", "/adapters/a", "/adapters/codes", "/adapters/mix", "/datasets", "/v1/files", "/train", "/keys",
