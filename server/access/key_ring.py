@@ -3,8 +3,8 @@
 The counter is the database's own, which any commit of another connection moves; then `access_changes` says whether
 keys or projects did. So a key that was revoked, here or by a command on HOME, opens nothing from the next request
 on, and whoever is being answered is told within `WATCH_SECONDS`. Of a database elsewhere other servers hear within
-milliseconds; one that knows no key for a secret asks before it says so. Everything here is for one event loop, which
-never waits for a database elsewhere: threads ask that, for all requests that wait at once.
+milliseconds; one that knows no key for a secret asks before it says so. Everything here is for one event loop,
+which never waits for a database elsewhere: threads ask that, for all requests that wait at once.
 """
 
 import asyncio
