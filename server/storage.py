@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from adapters.catalog.records import Records
 from adapters.durable import new_file
-from adapters.store.store import AdapterStore
 from server.errors import StartupError, Unavailable
 from server.home import PLACES, Home
 from server.shared import SharedSettings, Transport
 
 if TYPE_CHECKING:
     from adapters.objects.bucket import Bucket
+    from adapters.store.store import AdapterStore
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,11 @@ class Storage:
         """Where the bytes are, as `server.database.agree` asks."""
         return Place(self.home, self.bucket, self.url or "")
 
-    def adapters(self, grace: float = 0.0) -> AdapterStore:
+    def adapters(self, grace: float = 0.0) -> "AdapterStore":
         """The adapters' bytes. No request takes longer than `grace` seconds."""
         if self.bucket is None:
+            from adapters.store.store import AdapterStore  # brings torch, which a worker doesn't need
+
             return AdapterStore(self.home.adapters)
         from adapters.store.deletions import GRACE
         from adapters.store.shared import SharedAdapterStore
