@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
 from tests.end_to_end.server_process import PATIENCE, ServerProcess, environment
