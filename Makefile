@@ -87,7 +87,7 @@ lint: $(READY_DEV) $(READY_WEB)
 	@cd server/web && $(abspath $(NODE))/bin/node $(abspath $(WEB))/node_modules/prettier/bin/prettier.cjs --log-level warn --check .
 
 types: $(READY_DEV)
-	@$(BIN)/mypy --num-workers 2
+	@$(BIN)/mypy
 	@$(BIN)/python -m tests.server.model.native.build warnings
 
 # ARGS=addresses (or threads) runs one of them.

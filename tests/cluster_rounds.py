@@ -152,7 +152,7 @@ def works(rounds: Rounds) -> list[Work]:
                 load.wrong.append(
                     f"a stream broke off after {ended - begun:.1f} s of {url}: {len(text)} characters"
                 )
-            load.done["streams that broke off with their API process"] += 1
+            load.done["streams that broke off, or found no API process"] += 1
         elif error != "refused":
             load.done[f"streams cut {'after' if text else 'before'} the first token"] += 1
 

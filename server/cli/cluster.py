@@ -34,7 +34,10 @@ ReplicaGpusOption = Annotated[float, typer.Option(min=0, help="GPUs that a repli
 UpscaleOption = Annotated[float, typer.Option(min=0, help="Seconds of much to do before there are more.")]
 DownscaleOption = Annotated[float, typer.Option(min=0, help="Seconds of little to do before there are fewer.")]
 SpareOption = Annotated[
-    bool, typer.Option(help="Whether there is room for one more replica while they are replaced one by one.")
+    bool | None,
+    typer.Option(
+        help="Start a new replica before an old one ends, or after. Default: before, where there is room."
+    ),
 ]
 
 
@@ -77,7 +80,7 @@ def deploy(
     replica_gpus: ReplicaGpusOption = 0,
     upscale_seconds: UpscaleOption = 5,
     downscale_seconds: DownscaleOption = 300,
-    spare: SpareOption = True,
+    spare: SpareOption = None,
 ) -> None:
     """Bring the engine replicas of a running cluster to this code, these settings and numbers.
 

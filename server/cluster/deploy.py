@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from server import logs
 from server.allocator import keep_freed_memory
 from server.cluster.messages import Batch, Welcome
 from server.cluster.replica import EngineReplica
-from server.cluster.serve_transport import APP, DEPLOYMENT
+from server.cluster.serve_transport import APP, DEPLOYMENT, has_room
 from server.config import Flag, Settings, load
 from server.engine.request import GenerationRequest
 from server.home import make
@@ -33,6 +33,12 @@ _HEALTH_TIMEOUT_SECONDS = 10.0  # three in a row, and a replica is replaced
 _MAX_CALLS = 100_000  # at once: the engine's own queue is what refuses requests
 _BUSY_BLOCKS = 0.9  # share of a replica's blocks from which on there should be more replicas
 
+_OF_APIS = {
+    *("host", "port", "root_path", "public_url", "trusted_proxies", "allowed_hosts", "allowed_origins"),
+    *("max_connections", "header_timeout", "body_timeout", "stall_timeout", "min_free_bytes", "allow_anonymous"),
+    *("api_keys", "database_url", "retain_jobs", "allow_hub_adapters", "train_share"),
+}
+"""Settings that replicas don't use."""
 _CODE = ("*.py", "*.cpp", "*.h")  # what replicas run
 
 log = logging.getLogger(__name__)
@@ -48,9 +54,9 @@ class Scale:
     num_gpus: float = 0.0
     upscale_seconds: float = 5.0
     downscale_seconds: float = 300.0
-    spare: bool = True
+    spare: bool | None = None
     """Whether there is room for one more replica while they are replaced: a new one then starts before an old one
-    ends. Else the old one ends first."""
+    ends. Else the old one ends first. None: as Ray has it."""
 
 
 class Engine:
@@ -124,7 +130,7 @@ def engine_app(settings: Settings, scale: Scale) -> serve.Application:
     deployment = serve.deployment(
         name=DEPLOYMENT,
         max_ongoing_requests=_MAX_CALLS,
-        max_surge_percent=1 if scale.spare else 0,  # rounded up: one, of up to 100
+        max_surge_percent=0 if scale.spare is False else 1,  # rounded up: one, of up to 100
         ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
         health_check_period_s=HEALTH_SECONDS,
         health_check_timeout_s=_HEALTH_TIMEOUT_SECONDS,
@@ -144,7 +150,7 @@ def version_of(settings: Settings) -> str:
 
     Without it Serve would draw a new one each time.
     """
-    found = blake2b(repr(settings.model_dump(mode="json")).encode(), digest_size=16)
+    found = blake2b(repr(settings.model_dump(mode="json", exclude=_OF_APIS)).encode(), digest_size=16)
     for package in (adapters, server):
         assert package.__file__ is not None
         root = Path(package.__file__).parent
@@ -161,4 +167,6 @@ def build_app(flags: Mapping[str, Flag]) -> serve.Application:
 def deploy(settings: Settings, scale: Scale) -> DeploymentHandle:
     """Run it, or bring what runs to these settings, a replica at a time; returns once all are healthy."""
     serve.start(proxy_location="Disabled")
+    if scale.spare is None:
+        scale = replace(scale, spare=has_room(scale.num_cpus, scale.num_gpus))
     return serve.run(engine_app(settings, scale), name=APP, route_prefix=None)

@@ -35,6 +35,12 @@ def leave() -> None:
     ray.shutdown()
 
 
+def has_room(num_cpus: float, num_gpus: float) -> bool:
+    """Whether so much is free, all machines together."""
+    free = ray.available_resources()
+    return bool(free.get("CPU", 0.0) >= num_cpus and free.get("GPU", 0.0) >= num_gpus)
+
+
 def replicas_told() -> dict[str, int]:
     """How many replicas there are, by what Serve says of them."""
     found = serve.status().applications.get(APP)

@@ -79,8 +79,3 @@ def _answer(client: httpx.Client, urls: Sequence[str], turn: int, prompt: str) -
         if response.status_code != 503 or len(urls) == 1:
             break
     return found
-
-
-def longest_gap(times: Sequence[float]) -> float:
-    """Seconds between two right answers."""
-    return max(later - earlier for earlier, later in itertools.pairwise(sorted(times)))

@@ -1,20 +1,15 @@
 """Replicas come and go under load, by command and by themselves: no request fails, and no answer is wrong."""
 
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
 from tests.cluster.conftest import needs_ray
 from tests.cluster.kit import Cluster, wait_until
 from tests.cluster.load import load_on
-from tests.end_to_end.server_process import ServerProcess, environment
+from tests.end_to_end.server_process import ServerProcess
 
 pytestmark = [pytest.mark.cluster, needs_ray]
 
@@ -68,54 +63,3 @@ def test_a_rolling_upgrade(api: ServerProcess, single: ServerProcess, cluster: C
     assert max(len(found - before) for found in seen) == 2
     first_new = next(found for found in seen if found - before)
     assert len(first_new - before) == 1, "both at once"
-
-
-def test_a_replica_that_drains_hears_aborts(api: ServerProcess, cluster: Cluster, tmp_path: Path) -> None:
-    """What nobody reads any more is freed there, while it goes on with what somebody reads."""
-    streams: list[tuple[ExitStack, ExitStack]] = []  # of a pair the first is read for longer
-
-    def opened(num_choices: int) -> ExitStack:
-        body = {"prompt": f"{len(streams)} of {num_choices}", "max_tokens": 3500, "n": num_choices, "stream": True}
-        stack = ExitStack()
-        stack.enter_context(api.client.stream("POST", "/generate", json=body)).raise_for_status()
-        return stack
-
-    program = (
-        "import pathlib, sys, time; from server.cluster.serve_transport import join, replicas_told\n"
-        "join(sys.argv[1])\n"
-        "while 'stopping' not in replicas_told(): time.sleep(0.1)\n"
-        "pathlib.Path(sys.argv[2]).touch()"
-    )
-    told = tmp_path / "told"
-    with ThreadPoolExecutor(1) as pool:
-        watching = subprocess.Popen([sys.executable, "-c", program, cluster.address, told], env=environment())
-        scaling = pool.submit(cluster.scale, 1)
-        while not told.exists():  # both always have some that have just begun
-            streams.append((opened(1), opened(3)))
-            for stack in streams.pop(0) if len(streams) > 9 else ():
-                stack.close()
-            time.sleep(0.5)
-            assert watching.poll() in (None, 0)
-        assert len(cluster.replicas()) == 2, "it has ended"
-        for _, other in streams:
-            other.close()
-        wait_until(lambda: api.metrics()["smolora_requests_running"] <= len(streams), "they go on", 5)
-        assert len(cluster.replicas()) == 2, "it has ended"
-        for read, _ in streams:
-            read.close()
-        scaling.result()
-        watching.wait()
-    api.wait_until_idle()
-
-
-def test_as_many_as_there_is_to_do(api: ServerProcess, single: ServerProcess, cluster: Cluster) -> None:
-    """More streams than one batch holds bring a second replica; it goes when they have ended."""
-    delays = {"upscale_seconds": 1, "downscale_seconds": 2}
-    cluster.scale(1, max_replicas=3, **delays)
-    wait_until(lambda: len(cluster.replicas()) == 1, "it doesn't begin with one")
-    with load_on([api.url], single, num=24) as load:
-        wait_until(lambda: len(cluster.replicas()) == 2, "no second one comes")
-        load.wait_for(48)
-        assert len(cluster.replicas()) == 2
-    wait_until(lambda: len(cluster.replicas()) == 1, "it stays")
-    assert load.faults == []

@@ -26,6 +26,8 @@ from tests.postgres import CLUSTER
 pytestmark = [*CLUSTER, needs_ray]
 
 _numbers = count(1)
+SILENT_SECONDS = 3.0
+"""After which a process that hears nothing asks by itself: `server.database.notices` has it."""
 
 
 class InTurn(httpx.BaseTransport):
@@ -137,14 +139,19 @@ def queue(client: httpx.Client) -> dict[str, float]:
     return {name: float(told[f"smolora_requests_{name}"]) for name in ("running", "waiting")}
 
 
-def test_keys_count_everywhere_at_once(whole: Whole) -> None:
+def test_keys_count_everywhere(whole: Whole) -> None:
+    """A new one in the next request. Others hear of a revocation in milliseconds, not always before that."""
     for turn in range(10):
         with whole.client(turn % 2) as making, whole.client(1 - turn % 2) as other:
             made = making.post("/keys", json={"name": f"key-{turn}"}).json()
             headers = {"Authorization": f"Bearer {made['secret']}"}
-            assert other.get("/adapters", headers=headers).status_code == 200
+
+            def answers(code: int, other: httpx.Client = other, headers: dict[str, str] = headers) -> bool:
+                return other.get("/adapters", headers=headers).status_code == code
+
+            assert answers(200)
             assert making.delete(f"/keys/{made['id']}").status_code == 200
-            assert other.get("/adapters", headers=headers).status_code == 401
+            wait_until(partial(answers, 401), "it still opens", SILENT_SECONDS)
 
 
 def test_rates_are_counted_together(whole: Whole, client: httpx.Client) -> None:

@@ -219,6 +219,20 @@ async def test_a_database_elsewhere_that_stalls_holds_up_nobody_else(database: s
     assert await ring.principal(secret) is None
 
 
+async def test_a_key_that_another_server_has_just_made(database: sa.Engine, tmp_path: Path) -> None:
+    """It is known before its notice has come; nobody else is."""
+    keys, number = Keys(database, tmp_path / "keyed"), [1]
+    keys.create("first", who=OPERATOR)
+    ring = KeyRing(keys, ProjectTable(database), lambda: 0, changes=lambda: number[0], is_remote=True)
+    await ring.refresh()
+    key, secret = keys.create("second", who=OPERATOR)
+    number[0] = 2
+    principal = await ring.principal(secret)
+    assert principal is not None
+    assert principal.key_id == key.id
+    assert await ring.principal("sk-nobody") is None
+
+
 async def test_an_open_stream_ends_when_its_key_is_revoked(app: FastAPI, engine: FakeEngine) -> None:
     access = access_of(app)
     key, secret = access.keys.create("one", who=OPERATOR)
