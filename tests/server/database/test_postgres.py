@@ -20,7 +20,7 @@ from adapters.catalog.tables import transact
 from adapters.errors import Interrupted, InvalidInput, NotFound, Unavailable
 from adapters.expression import Term
 from server.access import tables as access_tables
-from server.database import commits_of, connect, described
+from server.database import commits_of, connect, described, place
 from server.errors import StartupError
 from server.training.queue import tables as job_tables
 from tests.postgres import CLUSTER, Postgres
@@ -63,8 +63,8 @@ def test_the_migrations_make_what_the_code_expects(engine: sa.Engine) -> None:
         context = MigrationContext.configure(
             connection, opts={"compare_type": True, "include_name": lambda name, *_: name != "marks"}
         )
-        expected: Any = [metadata, job_tables.metadata, access_tables.metadata, windows.metadata]
-        assert compare_metadata(context, expected) == []
+        known: Any = [metadata, job_tables.metadata, access_tables.metadata, place.metadata, windows.metadata]
+        assert compare_metadata(context, known) == []
 
 
 OPENER = """
