@@ -324,3 +324,13 @@ def test_threads_share_an_engine(engine: sa.Engine) -> None:
     with ThreadPoolExecutor(8) as pool:
         numbers = sorted(number for found in pool.map(work, range(8)) for number in found)
     assert numbers == list(range(1, 81))
+
+
+def test_what_comes_back_after_the_end_is_closed(engine: sa.Engine) -> None:
+    """A thread that is still at work, or begins, as its server ends."""
+    with engine.connect() as out:
+        engine.dispose()
+        driven = [out.connection.dbapi_connection]
+    with engine.connect() as late:
+        driven.append(late.connection.dbapi_connection)
+    assert [connection.closed for connection in driven] == [True, True]  # type: ignore[union-attr]
