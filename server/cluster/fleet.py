@@ -7,7 +7,7 @@ processes: the others, which know the same, are likely to have sent as much (doc
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 from adapters.errors import InvalidInput, SmoloraError
 from server.cluster.messages import Batch, ReplicaState, Welcome, block_hash
@@ -142,11 +142,11 @@ def total(links: Sequence[Link]) -> EngineStats:
     found = [link.state.stats for link in links if link.state is not None]
     if len(found) == 1:
         return found[0]
-    sums: dict[str, object] = {}
+    sums: dict[str, Any] = {}  # by the fields' names
     for name in (of.name for of in fields(EngineStats)):
         values = [getattr(stats, name) for stats in found]
         if name in ("resident", "waiting"):
             sums[name] = frozenset[str]().union(*values)
         else:
             sums[name] = max(values, default=0) if name == "max_adapter_rank" else sum(values)
-    return EngineStats(**sums)  # type: ignore[arg-type]  # each by its own name
+    return EngineStats(**sums)

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -19,7 +20,11 @@ def two_again(cluster: Cluster) -> Iterator[None]:
     """Afterwards there are two replicas with the flags that they had."""
     yield
     cluster.scale(2)
-    wait_until(lambda: len(cluster.replicas()) == 2, "it isn't as before")
+    wait_until(partial(has_replicas, cluster, 2), "it isn't as before")
+
+
+def has_replicas(cluster: Cluster, num_replicas: int) -> bool:
+    return len(cluster.replicas()) == num_replicas
 
 
 def pids(cluster: Cluster) -> set[int]:
@@ -31,7 +36,7 @@ def test_scaling_keeps_those_that_run(api: ServerProcess, single: ServerProcess,
     with load_on([api.url], single) as load:
         for num_replicas in (1, 4, 1):
             cluster.scale(num_replicas)
-            wait_until(lambda num=num_replicas: len(cluster.replicas()) == num, "it doesn't scale")  # type: ignore[misc]
+            wait_until(partial(has_replicas, cluster, num_replicas), "it doesn't scale")
             load.wait_for(12)
             assert before & pids(cluster), "all were restarted"
             before &= pids(cluster)

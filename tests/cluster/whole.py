@@ -14,7 +14,7 @@ import psutil
 
 from adapters.lora import BaseShape
 from server.access.keys import Keys
-from server.access.principal import OPERATOR, SCOPES
+from server.access.principal import DEFAULT_SCOPES, OPERATOR, SCOPES, Scope
 from server.config.ray import set_up_ray
 from server.database import connect
 from server.home import Home
@@ -95,11 +95,10 @@ class Whole:
         """The base's."""
         return load_base(resolve_base(str(self._model), self.home)).config.shape
 
-    def key(self, name: str, project: str = "default", scopes: Sequence[str] = ()) -> str:
+    def key(self, name: str, project: str = "default", scopes: Sequence[Scope] = DEFAULT_SCOPES) -> str:
         """The secret of a new key."""
         keys = Keys(self.database, Home(self.home).keyed)
-        given = {"scopes": frozenset(scopes)} if scopes else {}
-        return keys.create(name, who=OPERATOR, project=project, **given)[1]  # type: ignore[arg-type]
+        return keys.create(name, who=OPERATOR, project=project, scopes=scopes)[1]
 
     def client(self, number: int, key: str | None = None) -> httpx.Client:
         """Of one of the API processes."""

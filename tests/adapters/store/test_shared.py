@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
@@ -15,15 +15,24 @@ from adapters.store.sidecar import SIDECAR_NAME
 from adapters.store.store import AdapterStore
 from tests.adapters.samples import SHAPE, sample_adapter
 from tests.adapters.store.test_store import assert_equal, opened
-from tests.buckets import Proxy
+from tests.buckets import Failure, Proxy
 
 if TYPE_CHECKING:
     from adapters.objects.bucket import Bucket
     from adapters.store.shared import SharedAdapterStore
 
-    Machine = Callable[..., SharedAdapterStore]
 
 pytestmark = pytest.mark.cluster
+
+
+class Machine(Protocol):
+    """Opens a process's store on the machine of that name; with `grace` below 0 tombstones are due at once."""
+
+    def __call__(
+        self, name: str, *, grace: float = -1.0, through: "Bucket | None" = None, cache_bytes: int | None = None
+    ) -> "SharedAdapterStore": ...
+
+
 ADAPTER = sample_adapter()
 DIGEST = ADAPTER.weights.digest
 WANTED = {DIGEST}.__contains__
@@ -34,15 +43,16 @@ def nobody(digest: str) -> bool:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, bucket: "Bucket") -> "Machine":
-    """Opens a process's store on the machine of that name; `grace` None: tombstones are due at once."""
+def machine(tmp_path: Path, bucket: "Bucket") -> Machine:
     from adapters.store.shared import SharedAdapterStore
 
-    def on(name: str, *, grace: float = -1.0, through: "Bucket | None" = None, **more: float) -> AdapterStore:
+    def on(
+        name: str, *, grace: float = -1.0, through: "Bucket | None" = None, cache_bytes: int | None = None
+    ) -> SharedAdapterStore:
         place = (through or bucket).under("adapters")
-        return SharedAdapterStore(tmp_path / name, place, grace=grace, **more)  # type: ignore[arg-type]
+        return SharedAdapterStore(tmp_path / name, place, cache_bytes, grace)
 
-    return on  # type: ignore[return-value]
+    return on
 
 
 def keys(bucket: "Bucket", folder: str) -> list[str]:
@@ -59,7 +69,7 @@ def publish(store: AdapterStore, in_use: Callable[[str], bool] = WANTED) -> int:
     return num_bytes
 
 
-def test_what_one_publishes_the_other_loads(machine: "Machine", bucket: "Bucket") -> None:
+def test_what_one_publishes_the_other_loads(machine: Machine, bucket: "Bucket") -> None:
     a, b = machine("a"), machine("b")
     text = b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]}'
     with a.publishing(ADAPTER, WANTED, {CONFIG_NAME: text}) as num_bytes:
@@ -78,9 +88,7 @@ def test_what_one_publishes_the_other_loads(machine: "Machine", bucket: "Bucket"
     assert len(names(bucket)) == 3, "the same bytes are stored once"
 
 
-def test_a_deleted_adapter_is_there_for_who_may_want_it_and_then_swept(
-    machine: "Machine", bucket: "Bucket"
-) -> None:
+def test_a_deleted_adapter_is_there_for_who_may_want_it_and_then_swept(machine: Machine, bucket: "Bucket") -> None:
     """B holds the digest, hasn't fetched it yet, and doesn't know of A's delete."""
     a, b, late = machine("a"), machine("b"), machine("late", grace=3600)
     publish(a)
@@ -128,7 +136,7 @@ def each_request(deed: Callable[[int], None]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_copy_that_a_sweep_takes_meanwhile_is_never_told_to_be_there(machine: "Machine", number: int) -> None:
+def test_a_copy_that_a_sweep_takes_meanwhile_is_never_told_to_be_there(machine: Machine, number: int) -> None:
     """The copy goes, and then its tombstone, which had been there until then."""
     a, b = machine("a"), machine("b")
     publish(a)
@@ -144,7 +152,7 @@ def test_a_copy_that_a_sweep_takes_meanwhile_is_never_told_to_be_there(machine: 
     assert swept == [DIGEST]
 
 
-def test_publishing_wins_over_a_sweep_at_every_line(machine: "Machine", bucket: "Bucket") -> None:
+def test_publishing_wins_over_a_sweep_at_every_line(machine: Machine, bucket: "Bucket") -> None:
     """A publisher runs in the middle of a sweep, before each of its requests in turn: the bytes are there."""
 
     def round_of(step: int) -> int:
@@ -179,7 +187,7 @@ def test_publishing_wins_over_a_sweep_at_every_line(machine: "Machine", bucket: 
 
 
 def test_a_sweep_that_was_stopped_before_the_commit_and_goes_on_after_it(
-    machine: "Machine", bucket: "Bucket"
+    machine: Machine, bucket: "Bucket"
 ) -> None:
     """It asked whether anybody wants the bytes just before they were published again, by who found them buried."""
     a, b = machine("a"), machine("b")
@@ -197,7 +205,7 @@ def test_a_sweep_that_was_stopped_before_the_commit_and_goes_on_after_it(
     assert len(names(bucket)) == 3
 
 
-def test_a_publisher_that_is_overtaken_pushes_again(machine: "Machine", bucket: "Bucket") -> None:
+def test_a_publisher_that_is_overtaken_pushes_again(machine: Machine, bucket: "Bucket") -> None:
     """Between its put and its commit the only other version is deleted and swept, at once."""
     a, b = machine("a"), machine("b")
     publish(a)
@@ -208,7 +216,7 @@ def test_a_publisher_that_is_overtaken_pushes_again(machine: "Machine", bucket: 
     machine("c").verify_stored(DIGEST)
 
 
-def test_two_sweepers_do_no_harm(machine: "Machine", bucket: "Bucket") -> None:
+def test_two_sweepers_do_no_harm(machine: Machine, bucket: "Bucket") -> None:
     stores = [machine(name) for name in "abcd"]
     publish(stores[0])
     stores[0].discard(DIGEST, nobody)
@@ -221,7 +229,7 @@ class Killed(BaseException):
     """In the place of a kill."""
 
 
-def test_killed_at_any_request_leaves_garbage_at_most(machine: "Machine", bucket: "Bucket") -> None:
+def test_killed_at_any_request_leaves_garbage_at_most(machine: Machine, bucket: "Bucket") -> None:
     """A publication and a delete that end at each of their requests in turn: a version has its bytes, and what has
     no version is swept.
     """
@@ -259,7 +267,7 @@ def test_killed_at_any_request_leaves_garbage_at_most(machine: "Machine", bucket
 
 
 @pytest.mark.parametrize("lost", [CONFIG_NAME, WEIGHTS_NAME, SIDECAR_NAME])
-def test_half_a_push_is_never_loaded(lost: str, machine: "Machine", bucket: "Bucket") -> None:
+def test_half_a_push_is_never_loaded(lost: str, machine: Machine, bucket: "Bucket") -> None:
     publish(machine("a"))
     (key,) = (key for key in keys(bucket, "bytes") if key.endswith(lost))
     bucket.delete([key])
@@ -273,7 +281,7 @@ def test_half_a_push_is_never_loaded(lost: str, machine: "Machine", bucket: "Buc
     d.verify(DIGEST)
 
 
-def test_damage_in_the_bucket_and_in_a_cache(machine: "Machine", bucket: "Bucket", tmp_path: Path) -> None:
+def test_damage_in_the_bucket_and_in_a_cache(machine: Machine, bucket: "Bucket", tmp_path: Path) -> None:
     publish(machine("a"))
     b = machine("b")
     b.load(DIGEST)
@@ -294,7 +302,7 @@ def fetched(proxy: Proxy) -> int:
     return proxy.count("GET", WEIGHTS_NAME)
 
 
-def test_many_who_wait_fetch_once(machine: "Machine", proxied: "Bucket", proxy: Proxy) -> None:
+def test_many_who_wait_fetch_once(machine: Machine, proxied: "Bucket", proxy: Proxy) -> None:
     """Threads of two processes of one machine."""
     publish(machine("a"))
     stores = [machine("b", through=proxied) for _ in range(2)]
@@ -314,7 +322,7 @@ def published(store: AdapterStore, seeds: Iterable[int]) -> Iterator[tuple[str, 
 
 
 def test_the_cache_keeps_what_was_used_last_and_what_is_pinned(
-    machine: "Machine", proxied: "Bucket", proxy: Proxy, tmp_path: Path
+    machine: Machine, proxied: "Bucket", proxy: Proxy, tmp_path: Path
 ) -> None:
     (first, size), *others = published(machine("a"), range(6))
     digests = [first, *(digest for digest, _ in others)]
@@ -346,11 +354,11 @@ def test_the_cache_keeps_what_was_used_last_and_what_is_pinned(
 
 @pytest.mark.parametrize("failure", ["500", "stall", "cut", "half"])
 def test_a_store_that_fails_is_a_503_in_time_and_leaves_nothing_half_written(
-    failure: str, machine: "Machine", bucket: "Bucket", proxied: "Bucket", proxy: Proxy, tmp_path: Path
+    failure: Failure, machine: Machine, bucket: "Bucket", proxied: "Bucket", proxy: Proxy, tmp_path: Path
 ) -> None:
     publish(machine("a"), WANTED)
     b = machine("b", through=proxied)
-    proxy.fail(failure)  # type: ignore[arg-type]
+    proxy.fail(failure)
     began = time.monotonic()
     with pytest.raises(BytesUnavailable):
         b.load(DIGEST)
@@ -361,5 +369,5 @@ def test_a_store_that_fails_is_a_503_in_time_and_leaves_nothing_half_written(
     assert [path.name for path in (tmp_path / "b").glob("[0-9a-f][0-9a-f]/*")] == []
     assert list((tmp_path / "b").glob(".tmp-*")) == []
     assert other.weights.digest not in machine("c").digests()
-    proxy.fail(failure, 1)  # type: ignore[arg-type]
+    proxy.fail(failure, 1)
     assert_equal(b.load(DIGEST), ADAPTER.weights)

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -14,7 +15,7 @@ from server.errors import Draining, EngineDead, NotReady, QueueFull
 from server.model.base.weights import BaseModel
 from tests.engine_kit import build_engine, run
 from tests.server.cluster.replicas import Local, sent
-from tests.server.engine.async_bench import LONG, collect, eventually, on_loop, outcome, request
+from tests.server.engine.async_bench import LONG, Bench, collect, eventually, on_loop, outcome, request
 from tests.server.engine.faults import SlowLoad
 from tests.server.engine.traffic import assert_same, library, prompt, requests_of_all_kinds
 
@@ -62,6 +63,10 @@ def test_answers_are_those_of_one_engine(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
+def is_idle(bench: Bench) -> bool:
+    return bench.asynchronous.num_in_flight == 0
+
+
 def test_a_stream_that_is_closed_is_aborted(tiny_base: BaseModel) -> None:
     local = Local(tiny_base)
 
@@ -74,7 +79,7 @@ def test_a_stream_that_is_closed_is_aborted(tiny_base: BaseModel) -> None:
             await running.aclose()
             assert engine.num_in_flight == 0
             for bench in local.benches.values():
-                await eventually(lambda bench=bench: bench.asynchronous.num_in_flight == 0)  # type: ignore[misc]
+                await eventually(partial(is_idle, bench))
                 assert bench.engine.stats.output_tokens < 300
 
     on_loop(main())
