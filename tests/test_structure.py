@@ -24,6 +24,7 @@ LAYERS = [
         "server.errors",
         "server.home",
         "server.limits",
+        "server.loading",
         "server.logs",
         "server.migrations",
         "server.program",

@@ -16,6 +16,7 @@ from server.allocator import keep_freed_memory
 from server.config import Settings, is_loopback, unknown_variables
 from server.errors import StartupError
 from server.home import make, prepare, serving
+from server.loading import loading
 from server.serve.address import bind, refuse_strangers, url
 from server.serve.switching import switch_quickly
 
@@ -53,18 +54,20 @@ def _serve_at(settings: Settings, say: Callable[[str], None], connect: "Connect 
     refuse_strangers(settings)
     bound = bind(settings.host, settings.port)
     say("loading libraries")
-    from server.api.app import create_app
-    from server.serve.first_prompts import first_prompts
-    from server.serve.process import run
-    from server.serve.startup import build
-    from server.training.worker.supervisor import Supervisor, worker_command
-    from server.training.worker.yielding import BusyFlag
+    with loading():
+        from server.api.app import create_app
+        from server.serve.first_prompts import first_prompts
+        from server.serve.process import run
+        from server.serve.startup import build
+        from server.training.worker.supervisor import Supervisor, worker_command
+        from server.training.worker.yielding import BusyFlag
 
-    try:
-        services = build(settings, say, connect=connect)
-        flag = BusyFlag(settings.home)
-    except OSError as error:
-        raise StartupError(f"{error.filename or settings.home}: {error.strerror or error}") from error
+        try:
+            services = build(settings, say, connect=connect)
+            flag = BusyFlag(settings.home)
+        except OSError as error:
+            raise StartupError(f"{error.filename or settings.home}: {error.strerror or error}") from error
+        app = create_app(services)
     logs.set_up(settings.log_format)
 
     def announce() -> None:
@@ -83,5 +86,4 @@ def _serve_at(settings: Settings, say: Callable[[str], None], connect: "Connect 
             say("anybody who reaches this port can use it: no API key is asked for")
 
     supervisor = Supervisor(settings.workers, worker_command(settings.of_a_worker))
-    serving = create_app(services)
-    return run(serving, services.engine, bound, announce, supervisor, flag, settings.trusted_proxies, settings)
+    return run(app, services.engine, bound, announce, supervisor, flag, settings.trusted_proxies, settings)

@@ -11,7 +11,7 @@ from tests.end_to_end.server_process import PATIENCE, ServerProcess
 
 Job = Mapping[str, Any]
 ENDED = ("succeeded", "failed", "cancelled")
-WORKER, CHILD = "server.cli", "server.training.worker.run_job"
+WORKER, CHILD = "server.cli", "server.training.worker"
 """The modules that a worker runs, and the process in which it has a job run."""
 
 

@@ -1,4 +1,4 @@
-"""The process in which one attempt at a job runs: `python -m server.training.worker.run_job ASSIGNMENT`.
+"""The process in which one attempt at a job runs: `python -m server.training.worker ASSIGNMENT`.
 
 Started by `worker.py`, which keeps the lease. Here the base is loaded, `train_job` or `merge_job`
 does the work, and how the job ended is stored: success and the new version in one transaction, a failure that
@@ -8,7 +8,6 @@ it tried again, or ends where the base can't be loaded, which is no job's fault.
 
 import ctypes
 import logging
-import sys
 
 from adapters.catalog.catalog import Catalog
 from adapters.errors import BytesUnavailable, SmoloraError
@@ -140,7 +139,3 @@ def _base_for(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.C
         log.info("computes in fp32 in the place of SMOLORA_DTYPE=fp16, in which gradients would vanish")
     places = [directory / "native", Home(settings.home).native]
     return base, find_library(base, places, log.info) if settings.native else None
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))

@@ -34,7 +34,7 @@ from server.training.worker.presence import own_name, present
 if TYPE_CHECKING:
     from adapters.objects.bucket import Bucket
 
-COMMAND = (sys.executable, "-P", "-m", "server.training.worker.run_job")
+COMMAND = (sys.executable, "-P", "-m", "server.training.worker")
 NICENESS = 10
 NO_BASE_EVENT = "a worker can't load the base: its log says why, and the job waits for one that can"
 
