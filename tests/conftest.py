@@ -1,5 +1,6 @@
 """What tests share: bases to run on. Nothing here changes what is under test."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -72,6 +73,12 @@ LONG = (
 def pytest_configure() -> None:
     torch.set_num_threads(2)
     set_default()
+    gc.disable()  # what is imported and collected from here on stays: looking for garbage in it finds none
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
