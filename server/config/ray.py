@@ -7,6 +7,9 @@ _DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # else one that hangs is given as long as one that drains
+    # Ray asks a process to end, and kills it where it doesn't answer, but not if the question fails before (after
+    # some 4.7 s): with its own 5 s, one that hangs would stay, and hold its memory.
+    "RAY_kill_worker_timeout_milliseconds": "2000",
 }
 
 
