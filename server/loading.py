@@ -1,8 +1,8 @@
 """Loads what a process is made of without looking for garbage in it.
 
-The libraries of a server are some million objects, none of which goes before the process ends. Python's collector of
-cycles walks through all of them several times while they are made, which takes a quarter of the start, and again
-at each full collection later on: a tenth of a second or two in which no thread runs Python, the engine's neither.
+The libraries of a server are half a million objects that stay until the process ends. Python's collector of cycles
+walks through them again and again while they are made, which takes a quarter of the start, and again in each full
+collection later on, while no thread runs Python, the engine's neither.
 """
 
 import gc

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import sqlalchemy as sa
-from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from server.database.migrating import migrate
+from server.database.migrating import migrate, not_migrated
 from server.errors import StartupError
 from server.home import make
 from server.sqlite import Build, JournalMode, driver, safe_journal_mode
@@ -66,7 +65,7 @@ def connect_file(home: Path, journal_mode: JournalMode | None = None) -> sa.Engi
             migrate(engine)
         if not (build := build_of(engine)).is_sound:
             log.warning("%s", build)
-    except CommandError as error:
+    except not_migrated() as error:
         engine.dispose()
         raise StartupError(f"{path} was written by a newer version of smolora ({error})") from error
     except (OSError, DBAPIError) as error:

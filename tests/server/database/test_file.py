@@ -14,10 +14,12 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 from adapters.catalog import catalog, tables
 from server.access import tables as access_tables
-from server.database import FILE_NAME, build_of, connect, faults, nobody_has_it_open, place, set_aside
+from server.database import FILE_NAME, build_of, connect, faults, nobody_has_it_open, place, schema_of, set_aside
+from server.database.migrating import newest_schema
 from server.errors import StartupError
 from server.sqlite import JournalMode, driver, has_wal_reset_bug
 from server.training.queue import tables as job_tables
@@ -265,6 +267,20 @@ def test_a_writer_waits_for_another_and_readers_for_none(engine: sa.Engine) -> N
         waiting.result()
     assert order == ["first", "second"]
     assert read() == 3
+
+
+def test_one_that_lacks_no_migration_is_opened_without_alembic(engine: sa.Engine, tmp_path: Path) -> None:
+    """Which takes longer to import than all else takes that opens it."""
+    config = Config()
+    config.set_main_option("script_location", "server:migrations")
+    home = tmp_path / "new" / "home"
+    assert newest_schema() == ScriptDirectory.from_config(config).get_current_head() == schema_of(home / FILE_NAME)
+    code = (
+        "import sys; from pathlib import Path; from server.database import connect;"
+        "connect(Path(sys.argv[1])); print('alembic' in sys.modules)"
+    )
+    opening = [sys.executable, "-c", code, str(home)]
+    assert subprocess.run(opening, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_a_database_from_the_future_is_refused(engine: sa.Engine, tmp_path: Path) -> None:
