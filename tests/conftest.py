@@ -136,9 +136,15 @@ def tiny_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tiny_base_dir: Path) -> BaseModel:
+def converted_tiny(tiny_base_dir: Path) -> Path:
+    """The tiny Llama, converted. A server that is given this starts as any does but a base's first one, sooner."""
+    return resolve_base(str(tiny_base_dir), tiny_base_dir.parent)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(converted_tiny: Path) -> BaseModel:
     """The tiny Llama, converted and loaded in fp32. Its tensors are shared: never write to them."""
-    return load_base(resolve_base(str(tiny_base_dir), tiny_base_dir.parent))
+    return load_base(converted_tiny)
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ def migrate(engine: sa.Engine) -> None:
 
 
 def not_migrated() -> type[Exception]:
-    """CommandError; for an `except`, which calls it once something was raised, so that nobody else needs Alembic."""
+    """CommandError; for an `except`, which calls it once something was raised: nobody else imports Alembic."""
     from alembic.util import CommandError
 
     return CommandError

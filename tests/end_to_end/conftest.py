@@ -95,9 +95,9 @@ def trainer(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="session")
-def tiny_trainer(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def tiny_trainer(converted_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server of the tiny base in fp32, with a worker."""
     home = tmp_path_factory.mktemp("tiny-trainer")
-    server = ServerProcess(home, model=tiny_base_dir, dtype="fp32", workers=1, adapter_cache_bytes="4MiB")
+    server = ServerProcess(home, model=converted_tiny, dtype="fp32", workers=1, adapter_cache_bytes="4MiB")
     yield server
     server.close()

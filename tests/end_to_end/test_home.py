@@ -30,8 +30,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(home: Path, tiny_base_dir: Path) -> Iterator[ServerProcess]:
-    server = start(home, tiny_base_dir)
+def server(home: Path, converted_tiny: Path) -> Iterator[ServerProcess]:
+    server = start(home, converted_tiny)
     yield server
     server.close()
 
@@ -53,16 +53,16 @@ def test_nobody_sees_the_keys(server: ServerProcess) -> None:
 
 
 def test_a_second_server_is_refused_until_the_first_was_killed(
-    server: ServerProcess, home: Path, tiny_base_dir: Path
+    server: ServerProcess, home: Path, converted_tiny: Path
 ) -> None:
     """With kill -9, of it alone: what it had started may live on for a moment."""
-    line = last_line(command(home=home, port=0, model=tiny_base_dir))
+    line = last_line(command(home=home, port=0, model=converted_tiny))
     assert line.startswith(f"smolora: SMOLORA_HOME={home} is served already, by process {server.process.pid} on ")
     assert "--home" in line
     assert server.client.get("/ready").status_code == 200
     os.kill(server.process.pid, signal.SIGKILL)
     server.process.wait()
-    again = start(home, tiny_base_dir)
+    again = start(home, converted_tiny)
     try:
         assert again.client.get("/adapters").json()["adapters"] == []
     finally:

@@ -18,8 +18,8 @@ def start(home: Path, base: Path, **flags: Any) -> ServerProcess:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    server = start(tmp_path_factory.mktemp("home"), tiny_base_dir)
+def server(converted_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    server = start(tmp_path_factory.mktemp("home"), converted_tiny)
     yield server
     server.close()
 
@@ -58,7 +58,7 @@ def test_what_a_job_was_writing_when_it_was_ended(server: ServerProcess) -> None
     assert not folder(server, job_id).exists()
 
 
-def test_beside_the_server_and_by_itself(server: ServerProcess, tiny_base_dir: Path) -> None:
+def test_beside_the_server_and_by_itself(server: ServerProcess, converted_tiny: Path) -> None:
     """By `smolora prune` while it serves, and when a setting says so."""
     ended = []
     for _ in range(2):
@@ -74,7 +74,7 @@ def test_beside_the_server_and_by_itself(server: ServerProcess, tiny_base_dir: P
     server.terminate()
     assert server.exit_code() == 0
     assert folder(server, ended[1]).exists()
-    later = start(server.home, tiny_base_dir, retain_jobs=1e-6)
+    later = start(server.home, converted_tiny, retain_jobs=1e-6)
     try:
         wait_until(lambda: not folder(later, ended[1]).exists())
         assert all(get(later, f"/train/{job_id}")["files_removed_at"] for job_id in ended)

@@ -111,9 +111,9 @@ def loaded(server: ServerProcess) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def server(converted_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     home = tmp_path_factory.mktemp("home")
-    server = ServerProcess(home, OPERATOR, model=tiny_base_dir, workers=1, api_keys=OPERATOR)
+    server = ServerProcess(home, OPERATOR, model=converted_tiny, workers=1, api_keys=OPERATOR)
     yield server
     server.close()
 

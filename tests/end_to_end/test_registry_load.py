@@ -11,18 +11,18 @@ from tests.server.running import running
 
 
 def test_every_answer_is_that_of_the_version_it_names(
-    tiny_base_dir: Path, tiny_base: BaseModel, tmp_path: Path
+    converted_tiny: Path, tiny_base: BaseModel, tmp_path: Path
 ) -> None:
     plan = Plan(seconds=6, max_tokens=8, pause=0.25)
     files = adapter_files(tiny_base.config.shape)
     options: dict[str, Any] = {"dtype": "fp32", "max_num_seqs": plan.num_clients, "kv_cache_bytes": "32MiB"}
-    server = ServerProcess(tmp_path / "load", model=tiny_base_dir, adapter_cache_bytes="4MiB", **options)
+    server = ServerProcess(tmp_path / "load", model=converted_tiny, adapter_cache_bytes="4MiB", **options)
     try:
         answers, changers, faults = load(server, plan, files)
         server.wait_until_idle()
     finally:
         server.close()
-    with running(tmp_path / "cold", tiny_base_dir, kv_cache_bytes="32MiB") as cold:
+    with running(tmp_path / "cold", converted_tiny, kv_cache_bytes="32MiB") as cold:
         outcome = judge(plan, answers, changers, cold, files)
     assert faults + outcome.faults[:5] == []
     assert unsound(tmp_path / "load") == []

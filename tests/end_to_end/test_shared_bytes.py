@@ -30,9 +30,9 @@ def doctor(home: Path, url: str, *more: str) -> str:
     return done.stdout
 
 
-def test_home_may_be_lost(tmp_path: Path, tiny_base_dir: Path, bytes_url: str) -> None:
+def test_home_may_be_lost(tmp_path: Path, converted_tiny: Path, bytes_url: str) -> None:
     home = tmp_path / "a"
-    server = start(home, tiny_base_dir, bytes_url)
+    server = start(home, converted_tiny, bytes_url)
     try:
         dataset = server.client.post("/datasets", files={"file": ("rows.jsonl", ROWS)}).json()
         file = server.client.post(
@@ -50,7 +50,7 @@ def test_home_may_be_lost(tmp_path: Path, tiny_base_dir: Path, bytes_url: str) -
 
     for folder in ("adapters", "jobs", "datasets", "files"):
         shutil.rmtree(home / folder)
-    server = start(home, tiny_base_dir, bytes_url)
+    server = start(home, converted_tiny, bytes_url)
     try:
         assert server.text("404", adapter="codes", max_tokens=8) == said
         assert get(server, "/datasets")["datasets"][0]["id"] == dataset["id"]
@@ -62,7 +62,7 @@ def test_home_may_be_lost(tmp_path: Path, tiny_base_dir: Path, bytes_url: str) -
 
     other = tmp_path / "b"
     assert "published again from the directories: codes@1, codes@2" in doctor(other, bytes_url, "--rebuild")
-    server = start(other, tiny_base_dir, bytes_url)
+    server = start(other, converted_tiny, bytes_url)
     try:
         assert server.text("404", adapter="codes@1", max_tokens=8) == said
         assert get(server, "/adapters/codes")["versions"][0]["digest"] == version["digest"]
@@ -73,10 +73,10 @@ def test_home_may_be_lost(tmp_path: Path, tiny_base_dir: Path, bytes_url: str) -
 
 
 def test_a_store_that_fails_is_a_503_and_the_next_request_is_served(
-    tmp_path: Path, tiny_base_dir: Path, bytes_url: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, converted_tiny: Path, bytes_url: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    server = start(tmp_path, tiny_base_dir, bytes_url)
+    server = start(tmp_path, converted_tiny, bytes_url)
     try:
         assert server.client.post("/datasets", files={"file": ("rows.jsonl", ROWS)}).status_code == 201
         proxy.fail("500")
@@ -92,8 +92,8 @@ def test_a_store_that_fails_is_a_503_and_the_next_request_is_served(
 
 
 def test_a_store_that_cannot_be_written_to_is_said_at_the_start(
-    tmp_path: Path, tiny_base_dir: Path, aws: str
+    tmp_path: Path, converted_tiny: Path, aws: str
 ) -> None:
     with pytest.raises(RuntimeError, match="SMOLORA_BYTES_URL: can't write there") as caught:
-        start(tmp_path, tiny_base_dir, "s3://no-such-bucket/x").close()
+        start(tmp_path, converted_tiny, "s3://no-such-bucket/x").close()
     assert SECRET not in str(caught.value)

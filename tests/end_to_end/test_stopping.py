@@ -25,13 +25,13 @@ def start(home: Path, model: Path) -> ServerProcess:
 
 
 @pytest.fixture
-def server(tmp_path: Path, tiny_base_dir: Path) -> Iterator[ServerProcess]:
-    server = start(tmp_path / "home", tiny_base_dir)
+def server(tmp_path: Path, converted_tiny: Path) -> Iterator[ServerProcess]:
+    server = start(tmp_path / "home", converted_tiny)
     yield server
     server.close()
 
 
-def test_what_runs_and_what_waits_ends_and_the_job_goes_on(server: ServerProcess, tiny_base_dir: Path) -> None:
+def test_what_runs_and_what_waits_ends_and_the_job_goes_on(server: ServerProcess, converted_tiny: Path) -> None:
     """Four sequences, of which two have a place. The job's checkpoint is the one that it makes as it leaves."""
     job_id = submit(server, name="codes", data=code_rows(16), training=JOB)
     wait_until(lambda: get(server, f"/train/{job_id}")["progress"].get("step", 0) > 5)
@@ -56,7 +56,7 @@ def test_what_runs_and_what_waits_ends_and_the_job_goes_on(server: ServerProcess
     checkpoints = server.home / "jobs" / job_id / "checkpoints"
     (left,) = [path.name for path in checkpoints.iterdir()]
     assert int(left.partition("-")[2]) > 5
-    again = start(server.home, tiny_base_dir)
+    again = start(server.home, converted_tiny)
     try:
         job = succeeded(again, job_id)
         events = get(again, f"/train/{job_id}/events")
@@ -93,9 +93,9 @@ def test_a_second_signal_ends_it_now(server: ServerProcess, second: signal.Signa
     wait_until(lambda: not any(process.is_running() for process in running), 10, "its children's end")
 
 
-def test_a_second_signal_ends_what_hangs(tmp_path: Path, tiny_base_dir: Path) -> None:
+def test_a_second_signal_ends_what_hangs(tmp_path: Path, converted_tiny: Path) -> None:
     """A step that never returns, long before the watchdog says so."""
-    server = Process(tmp_path, tiny_base_dir, least_seconds=600)
+    server = Process(tmp_path, converted_tiny, least_seconds=600)
     try:
         server.wait_until(server.is_ready, "it was not ready in time")
         with ThreadPoolExecutor(1) as pool:

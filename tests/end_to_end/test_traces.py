@@ -14,12 +14,12 @@ TRACE = "0af7651916cd43dd8448eb211c80319c"
 SECRET = "xyzzy"
 
 
-def test_spans_arrive(tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spans_arrive(converted_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job's, then those of a request under its adapter, which is read for it; none has a text."""
     with receiving() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
-        server = ServerProcess(tmp_path, model=tiny_base_dir, workers=1, log_format="json")
+        server = ServerProcess(tmp_path, model=converted_tiny, workers=1, log_format="json")
         try:
             rows = [*code_rows(12), {"prompt": SECRET, "completion": SECRET}]
             training = {"max_steps": 6, "eval_steps": 3}

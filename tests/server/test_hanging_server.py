@@ -71,8 +71,8 @@ class Process:
 
 
 @pytest.fixture
-def server(tiny_base_dir: Path, tmp_path: Path) -> Iterator[Process]:
-    server = Process(tmp_path, tiny_base_dir)
+def server(converted_tiny: Path, tmp_path: Path) -> Iterator[Process]:
+    server = Process(tmp_path, converted_tiny)
     try:
         server.wait_until(server.is_ready, "it was not ready in time")
         yield server

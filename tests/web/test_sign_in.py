@@ -16,10 +16,10 @@ from tests.web.browser import page_of, violations
 
 @pytest.fixture(scope="module")
 def server(
-    browser: Browser, tiny_base: BaseModel, tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory
+    browser: Browser, tiny_base: BaseModel, converted_tiny: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
     """With an adapter `ours` of the project `default`, and no key yet."""
-    server = ServerProcess(tmp_path_factory.mktemp("home"), model=tiny_base_dir)
+    server = ServerProcess(tmp_path_factory.mktemp("home"), model=converted_tiny)
     directory = tmp_path_factory.mktemp("ours")
     write(directory, sample(tiny_base.config.shape, 1))
     server.upload("ours", directory)
