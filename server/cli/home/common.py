@@ -6,7 +6,7 @@ What is slow to import is imported when needed.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -16,8 +16,6 @@ from server.config import WorkerSettings, load
 from server.errors import StartupError
 
 if TYPE_CHECKING:
-    import sqlalchemy as sa
-
     from server.storage import Storage
 
 HomeOption = Annotated[Path | None, typer.Option(help="The server's. Default: SMOLORA_HOME, else ./data.")]
@@ -38,7 +36,7 @@ def storage_of(home: Path | None) -> "Storage":
     return Storage.open(settings.home, settings)
 
 
-def storage_beside(engine: "sa.Engine", home: Path | None) -> "Storage":
+def storage_beside(engine: Any, home: Path | None) -> "Storage":  # noqa: ANN401 SQLAlchemy's, as in `projects.py`
     """The same of an open database; StartupError where its rows name bytes that are elsewhere."""
     from server.database import agree
 
