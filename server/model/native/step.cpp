@@ -1,5 +1,5 @@
-// The SmolLM forward, from token ids to final hidden states and from those to logits, for CPUs with AVX-512 and its
-// bf16 products.
+// The SmolLM forward, from token ids to final hidden states and from those to logits or the next tokens, for CPUs with
+// AVX-512 and its bf16 products.
 //
 // The same arithmetic as server/model/smollm.py: weights and what they multiply are bf16, sums and the residual stream
 // are fp32. The base's weights are packed once and never written; adapters are added beside them.
@@ -7,6 +7,7 @@
 #include "kernels/layers.h"
 #include "kernels/lora.h"
 #include "kernels/matrix.h"
+#include "kernels/sampling.h"
 #include "kernels/team.h"
 #include "seam/checks.h"
 
@@ -24,6 +25,7 @@ struct alignas(64) ServeScratch {  // of one thread
     AttentionScratch attention;
     std::vector<float> y;
     std::vector<bf16> q;
+    RowSampler sampler;
 };
 
 class Model {
@@ -71,10 +73,18 @@ class Model {
     // logits (rows, vocab) of hidden (rows, hidden).
     void project(const bf16* hidden, int64_t rows, float* logits) {
         if (rows < 0 || rows > kMaxTokens) refuse("%ld rows", rows);
+        team_.run([&] { head(hidden, (int)rows, logits); });
+    }
+
+    // The next token of each row of hidden states, or of logits.
+    void sample(const SampleStep& step) {
+        check_sampling(s_, step);
+        float* logits = step.logits ? step.logits : room(logits_, step.num_rows * s_.vocab);
         team_.run([&] {
-            team_.each((int)(s_.vocab / kTile), [&](int tile) {
-                multiply(hidden, s_.hidden, (int)rows, lm_head_.tile(tile), lm_head_.pairs(), logits + tile * kTile,
-                         s_.vocab);
+            if (step.hidden) head(step.hidden, (int)step.num_rows, logits);
+            team_.each((int)step.num_rows, [&](int row) {
+                scratch().sampler.run(step, step.rows[row], logits + row * s_.vocab, s_.vocab, step.token_ids + row,
+                                      step.logprobs + row * (1 + step.max_top), step.top_ids + row * step.max_top);
             });
         });
     }
@@ -116,6 +126,12 @@ class Model {
             for (int64_t t = run.start; t < run.stop; t += block)
                 queries_.push_back({(int)t, (int)std::min(t + block, run.stop), positions_[t], blocks});
         }
+    }
+
+    void head(const bf16* hidden, int rows, float* logits) {
+        team_.each((int)(s_.vocab / kTile), [&](int tile) {
+            multiply(hidden, s_.hidden, rows, lm_head_.tile(tile), lm_head_.pairs(), logits + tile * kTile, s_.vocab);
+        });
     }
 
     void embed(const ServeStep& step) {
@@ -244,7 +260,7 @@ class Model {
     Matrix lm_head_;
 
     int tokens_ = 0, chunks_ = 0;
-    std::vector<float> residual_;
+    std::vector<float> residual_, logits_;
     std::vector<bf16> x_, q_, attn_out_, active_;
     std::vector<int> positions_, run_of_;
     LoraGroup lora_[kGroups];
@@ -270,4 +286,8 @@ int smolora_forward(void* model, const ServeStep* step, char* error) {
 
 int smolora_logits(void* model, const bf16* hidden, int64_t rows, float* logits, char* error) {
     return guarded(error, [&] { ((Model*)model)->project(hidden, rows, logits); });
+}
+
+int smolora_sample(void* model, const SampleStep* step, char* error) {
+    return guarded(error, [&] { ((Model*)model)->sample(*step); });
 }
