@@ -55,8 +55,8 @@ class SampleTable:
         """The next row: temperature 0 takes the likeliest token, else `key` (64 bits) decides the draw.
 
         Its logits are changed in this order: the repetition penalty on tokens that were `seen`, what is `added`
-        to those of tokens, and what is `forbidden` (vocab,). Then come top-k (0: off), top-p (1: off) and min-p (0:
-        off). With `num_top` log-probabilities are told: the chosen token's and those of so many likeliest ones.
+        to those of tokens, and what is `forbidden` (vocab,). Then come top-k (0: off), top-p (1: off) and min-p
+        (0: off). With `num_top` log-probabilities are told: the chosen token's and so many likeliest ones'.
         """
         mask = None
         if forbidden is not None:

@@ -123,7 +123,7 @@ inline void check_step(const BaseSizes& sizes, const ServeStep& step) {
 inline void check_sampling(const BaseSizes& sizes, const SampleStep& step) {
     if (step.num_rows < 0 || step.num_rows > kMaxTokens) refuse("%ld rows", step.num_rows);
     if (step.max_top < 0 || step.max_top > sizes.vocab) refuse("%ld likeliest tokens", step.max_top);
-    if ((step.hidden == nullptr) == (step.logits == nullptr)) refuse("either hidden states or logits");
+    if (step.num_rows && (step.hidden == nullptr) == (step.logits == nullptr)) refuse("either hidden states or logits");
     check_ids(sizes, step.seen, step.num_seen);
     check_ids(sizes, step.added_ids, step.num_added);
     for (int64_t i = 0; i < step.num_rows; i++) {
