@@ -19,6 +19,9 @@ MAX_GROUP = 8
 POSITIONS = 16
 """A sequence's positions that lie together in the cache: a block's are a multiple of it."""
 
+PHASES = ("embed", "norm", "qkv", "attention", "o", "gate_up", "down", "head", "sampling")
+"""Of a step of serving."""
+
 _ERROR_SIZE = 256  # bytes of an error's text
 _FAILURES: tuple[tuple[str, type[Exception]], ...] = (
     ("kNoMemory", MemoryError),
@@ -137,6 +140,7 @@ def layout() -> dict[str, int]:
     }
     numbers |= {name: status for status, (name, _) in enumerate(_FAILURES, 1)}
     numbers |= {f"group {name}": index for index, name in enumerate(GROUPS)}
+    numbers |= {f"phase {name}": index for index, name in enumerate(PHASES)}
     for structure in STRUCTURES:
         numbers[structure.__name__] = ctypes.sizeof(structure)
         for name, *_ in structure._fields_:
@@ -164,6 +168,7 @@ def declare(library: ctypes.CDLL) -> None:
     for entry in (library.smolora_forward, library.smolora_sample):
         entry.argtypes = [pointer] * 3
     library.smolora_logits.argtypes = [pointer, pointer, number, pointer, pointer]
+    library.smolora_phases.argtypes = [pointer, number, pointer, pointer]
     library.smolora_training_forward.argtypes = [pointer] * 4
     library.smolora_training_loss.argtypes = [*[pointer] * 3, number, ctypes.c_double, *[pointer] * 3]
     library.smolora_training_backward.argtypes = [pointer] * 3

@@ -17,6 +17,7 @@ from server.model.base.config import ModelConfig
 from server.model.base.weights import BaseWeights
 from server.model.lora_batch import TokenRun
 from server.model.native.abi import (
+    PHASES,
     TILE,
     LoraModule,
     LoraPart,
@@ -173,6 +174,13 @@ class NativeModel:
             step, choices = table.step(hidden=hidden.data_ptr())
         call(self._library.smolora_sample, self._model, ctypes.addressof(step))
         return choices
+
+    def take_phases(self, *, count: bool = True) -> dict[str, float]:
+        """Seconds that each of PHASES took since the last call, as the thread that calls saw it; from now on they
+        are counted, or not, as they aren't before the first call. What Python does stands in none."""
+        spent = np.zeros(len(PHASES), np.int64)
+        call(self._library.smolora_phases, self._model, int(count), spent.ctypes.data)
+        return dict(zip(PHASES, (spent / 1e9).tolist(), strict=True))
 
     @staticmethod
     def _rows(tensor: torch.Tensor, dtype: torch.dtype, size: int, what: str) -> torch.Tensor:

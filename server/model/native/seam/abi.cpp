@@ -41,6 +41,9 @@ constexpr Number kLayout[] = {
     {"kTile", kTile}, {"kRowUnit", kRowUnit}, {"kMaxGroup", kMaxGroup}, {"kPositions", kPositions}, {"kErrorSize", kErrorSize},
     {"group qkv", kQkv}, {"group o", kO}, {"group gate_up", kGateUp}, {"group down", kDown}, {"kOk", kOk},
     {"kNoMemory", kNoMemory}, {"kInvalid", kInvalid}, {"kFailed", kFailed},
+    {"phase embed", kEmbedPhase}, {"phase norm", kNormPhase}, {"phase qkv", kQkvPhase}, {"phase attention", kAttentionPhase},
+    {"phase o", kOPhase}, {"phase gate_up", kGateUpPhase}, {"phase down", kDownPhase}, {"phase head", kHeadPhase},
+    {"phase sampling", kSamplingPhase},
     {nullptr, 0},
 };
 // clang-format on

@@ -16,6 +16,20 @@ constexpr int kErrorSize = 256;  // bytes of an error's text, its end included
 
 enum Group { kQkv, kO, kGateUp, kDown, kGroups };  // in the order of rank_rows.GROUPS
 
+// Of a step of serving, in order; kNormPhase is there between others.
+enum Phase {
+    kEmbedPhase,
+    kNormPhase,
+    kQkvPhase,
+    kAttentionPhase,
+    kOPhase,
+    kGateUpPhase,
+    kDownPhase,
+    kHeadPhase,
+    kSamplingPhase,
+    kPhases
+};
+
 enum Status {  // what an entry answers
     kOk,
     kNoMemory,  // or no thread: the same call may succeed later
@@ -140,6 +154,9 @@ SMOLORA_ENTRY void smolora_destroy(void* model);
 SMOLORA_ENTRY int smolora_forward(void* model, const ServeStep* step, char* error);
 SMOLORA_ENTRY int smolora_logits(void* model, const bf16* hidden, int64_t rows, float* logits, char* error);
 SMOLORA_ENTRY int smolora_sample(void* model, const SampleStep* step, char* error);
+// How long each phase took since the last time that this was called (kPhases numbers); from now on it is counted, or
+// not, as it isn't at first.
+SMOLORA_ENTRY int smolora_phases(void* model, int64_t is_on, int64_t* nanoseconds, char* error);
 
 SMOLORA_ENTRY int smolora_training_create(const BaseSizes* sizes, const bf16* const* tensors, const float* rotary,
                                           const uint8_t* uses_rotary, void** training, char* error);
