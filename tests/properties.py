@@ -14,6 +14,6 @@ def num_examples(full: int) -> int:
 
 
 def set_default() -> None:
-    """Likewise of the 100 that Hypothesis tries where a test says nothing else."""
-    settings.register_profile("smolora", max_examples=num_examples(100))
+    """Likewise of the 100 that Hypothesis tries where a test says nothing else. Busy machines take their time."""
+    settings.register_profile("smolora", max_examples=num_examples(100), deadline=None)
     settings.load_profile("smolora")

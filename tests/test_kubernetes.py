@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from server.config import Settings, WorkerSettings
+from server.config.ray import DEFAULTS
 from server.serve.process import DRAIN_SECONDS, HURRY_SECONDS
 from server.training.worker.supervisor import GRACE_SECONDS
 
@@ -52,6 +53,12 @@ def container(component: str) -> Mapping[str, Any]:
 
 
 COMPONENTS = ("api", "engine", "head", "worker")
+
+
+def test_ray_is_set_up_as_elsewhere() -> None:
+    """But for its log, which goes where a pod's log goes."""
+    wanted = {name: value for name, value in DEFAULTS.items() if name != "RAY_SERVE_LOG_TO_STDERR"}
+    assert wanted.items() <= the("ConfigMap", "smolora")["data"].items()
 
 
 def test_there_is_what_a_cluster_needs() -> None:

@@ -2,15 +2,20 @@
 
 import os
 
-_DEFAULTS = {
+DEFAULTS = {
     "RAY_AUTH_MODE": "token",  # else whoever reaches its ports could run anything
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # else one that hangs is given as long as one that drains
+    # Replicas that began without autoscaling else don't tell what it goes by, once it is there.
+    "RAY_SERVE_COLLECT_AUTOSCALING_METRICS_ON_HANDLE": "0",
+    # Ray asks a process to end, and kills it where it doesn't answer, but not if the question fails before (after
+    # some 4.7 s): with its own 5 s, one that hangs would stay, and hold its memory.
+    "RAY_kill_worker_timeout_milliseconds": "2000",
 }
 
 
 def set_up_ray() -> None:
     """For this process and its children; before Ray is imported."""
-    for name, value in _DEFAULTS.items():
+    for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)

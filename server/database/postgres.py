@@ -50,7 +50,13 @@ _DEFAULTS: dict[str, Any] = {
     "tcp_user_timeout": 10_000,  # milliseconds
 }
 _SETTINGS = f"SET lock_timeout = '{LOCK_SECONDS}s'; SET idle_in_transaction_session_timeout = '{_IDLE_SECONDS}s'"
-_READ_ONLY, _IDLE = "25006", "25P03"  # of a server that became a standby; of a session that was ended
+_OVER = {  # SQLSTATEs: the session has ended, or is of no use any more
+    "25006": "the server became a standby",
+    "25P03": "it was idle in a transaction for too long",
+    "57P01": "the server shuts down, or an administrator ended it",
+    "57P02": "the server crashed",
+    "57P05": "it was idle for too long",
+}
 
 _MARKS = "CREATE TABLE marks (connection uuid PRIMARY KEY, number bigint NOT NULL, at timestamptz NOT NULL)"
 _MARK = (
@@ -178,8 +184,11 @@ class _Dialect(PGDialect_psycopg):
 
     def do_rollback(self, dbapi_connection: Any) -> None:  # noqa: ANN401 likewise
         driven = cast("psycopg.Connection[Any]", getattr(dbapi_connection, "dbapi_connection", dbapi_connection))
-        if not driven.closed:  # else the server has done it
-            driven.rollback()
+        try:
+            if not driven.closed:
+                driven.rollback()
+        except psycopg.OperationalError:  # the server does it, as the session ends
+            driven.close()
 
     def _was_committed(self, own: str, number: int) -> bool:
         """Whether the transaction of that number was. Raises Unavailable where that can't be found out."""
@@ -264,9 +273,9 @@ def _explain(context: sa.engine.ExceptionContext) -> None:
         raise InvalidInput.of("text", "must not have NUL characters or halves of surrogate pairs") from None
     if not isinstance(error, psycopg.Error):
         return
-    if error.sqlstate == _READ_ONLY:
+    if error.sqlstate in _OVER:
         context.is_disconnect = True
-    if isinstance(error, psycopg.OperationalError) or error.sqlstate in (_READ_ONLY, _IDLE):
+    if isinstance(error, psycopg.OperationalError) or error.sqlstate in _OVER:
         log.warning("the database: %s", type(error).__name__)
         raise Interrupted from error
 

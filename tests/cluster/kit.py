@@ -20,7 +20,8 @@ SIZES = {"max_position_embeddings": 4096}
 """Of the tiny base: answers may take many seconds."""
 FLAGS: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "max_num_seqs": 16, "max_queue": 16}
 CACHES: dict[str, Any] = {"adapter_cache_bytes": "4MiB", "kv_cache_bytes": "64MiB"}
-_TITLE = "ray::ServeReplica:smolora:engine"
+TITLE = "ray::ServeReplica:smolora:engine"
+"""What a replica's command line begins with; while it answers Serve, the method's name follows."""
 
 
 class Cluster:
@@ -53,9 +54,9 @@ class Cluster:
         found = []
         for process in psutil.Process(self._ray.pid).children(recursive=True):
             try:
-                if process.cmdline()[:1] == [_TITLE] and process.status() != psutil.STATUS_ZOMBIE:
+                if process.cmdline()[0].startswith(TITLE) and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-            except psutil.NoSuchProcess:
+            except (psutil.NoSuchProcess, IndexError):
                 continue
         return found
 

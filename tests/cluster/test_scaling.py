@@ -1,16 +1,21 @@
 """Replicas come and go under load, by command and by themselves: no request fails, and no answer is wrong."""
 
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from tests.cluster.conftest import needs_ray
 from tests.cluster.kit import Cluster, wait_until
 from tests.cluster.load import load_on
-from tests.end_to_end.server_process import ServerProcess
+from tests.end_to_end.server_process import ServerProcess, environment
 
 pytestmark = [pytest.mark.cluster, needs_ray]
 
@@ -68,3 +73,69 @@ def test_a_rolling_upgrade(api: ServerProcess, single: ServerProcess, cluster: C
     assert max(len(found - before) for found in seen) == 2
     first_new = next(found for found in seen if found - before)
     assert len(first_new - before) == 1, "both at once"
+
+
+TELL = (
+    "import pathlib, sys, time; from server.cluster.serve_transport import join, replicas_told\n"
+    "join(sys.argv[1])\n"
+    "while 'stopping' not in replicas_told(): time.sleep(0.1)\n"
+    "pathlib.Path(sys.argv[2]).touch()"
+)
+"""Touches a file as soon as Serve says that a replica is stopping."""
+
+
+def test_a_replica_that_drains_hears_aborts(api: ServerProcess, cluster: Cluster, tmp_path: Path) -> None:
+    """What nobody reads any more is freed there, while it goes on with what somebody reads."""
+    streams: list[tuple[ExitStack, ExitStack]] = []  # of a pair the first is read for longer
+
+    def opened(num_choices: int) -> ExitStack:
+        body = {"prompt": f"{len(streams)} of {num_choices}", "max_tokens": 3500, "n": num_choices, "stream": True}
+        stack = ExitStack()
+        stack.enter_context(api.client.stream("POST", "/generate", json=body)).raise_for_status()
+        return stack
+
+    told = tmp_path / "told"
+    with ThreadPoolExecutor(1) as pool:
+        watching = subprocess.Popen([sys.executable, "-c", TELL, cluster.address, told], env=environment())
+        scaling = pool.submit(cluster.scale, 1)
+        while not told.exists():  # both always have some that have just begun
+            streams.append((opened(1), opened(3)))
+            for stack in streams.pop(0) if len(streams) > 4 else ():
+                stack.close()
+            time.sleep(0.5)
+            assert watching.poll() in (None, 0)
+        assert len(cluster.replicas()) == 2, "it has ended"
+        for _, other in streams:
+            other.close()
+        wait_until(lambda: api.metrics()["smolora_requests_running"] <= len(streams), "they go on", 5)
+        assert len(cluster.replicas()) == 2, "it has ended"
+        for read, _ in streams:
+            read.close()
+        scaling.result()
+        watching.wait()
+    api.wait_until_idle()
+
+
+def test_as_many_as_there_is_to_do(api: ServerProcess, single: ServerProcess, cluster: Cluster) -> None:
+    """More sequences than one batch holds bring a second replica; it goes when they have ended."""
+    cluster.scale(1, max_replicas=2, upscale_seconds=1, downscale_seconds=2)
+    wait_until(partial(has_replicas, cluster, 1), "it doesn't begin with one")
+    done = threading.Event()
+
+    def ask_for_much(number: int) -> None:
+        while not done.is_set():
+            answer = api.generate(f"{number} is long", max_tokens=1000, n=4, ignore_eos=True)
+            assert answer["usage"]["completion_tokens"] == 4000
+
+    with ThreadPoolExecutor(6) as pool, load_on([api.url], single) as load:
+        asked = [pool.submit(ask_for_much, number) for number in range(6)]
+        try:
+            wait_until(partial(has_replicas, cluster, 2), "no second one comes")
+            load.wait_for(12)
+            assert has_replicas(cluster, 2)
+        finally:
+            done.set()
+        for each in asked:
+            each.result()
+    wait_until(partial(has_replicas, cluster, 1), "it stays")
+    assert load.faults == []

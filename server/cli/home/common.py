@@ -16,6 +16,8 @@ from server.config import WorkerSettings, load
 from server.errors import StartupError
 
 if TYPE_CHECKING:
+    import sqlalchemy as sa
+
     from server.storage import Storage
 
 HomeOption = Annotated[Path | None, typer.Option(help="The server's. Default: SMOLORA_HOME, else ./data.")]
@@ -34,6 +36,15 @@ def storage_of(home: Path | None) -> "Storage":
 
     settings = load(WorkerSettings, home=home)
     return Storage.open(settings.home, settings)
+
+
+def storage_beside(engine: "sa.Engine", home: Path | None) -> "Storage":
+    """The same of an open database; StartupError where its rows name bytes that are elsewhere."""
+    from server.database import agree
+
+    storage = storage_of(home)
+    agree(engine, storage.place)
+    return storage
 
 
 def refuse_shared(why: str) -> None:

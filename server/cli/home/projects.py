@@ -10,7 +10,7 @@ from rich.text import Text
 
 from server.access.principal import OPERATOR
 from server.cli.common import JsonOption, print_json, show, table_of
-from server.cli.home.common import HomeOption, opened, opened_or_new, refusals, storage_of
+from server.cli.home.common import HomeOption, opened, opened_or_new, refusals, storage_beside
 from server.cli.home.limits import BytesOption, JobsOption, RequestsOption, TokensOption, quota_of, told
 
 if TYPE_CHECKING:
@@ -69,8 +69,9 @@ def delete(
     from server.training.project import refuse_with_uploads
     from server.training.queue.jobs import Jobs
 
-    with refusals(), opened(home, lambda engine, _: (Projects(engine), Jobs(engine))) as (projects, jobs):
-        projects.delete(name, lambda: refuse_with_uploads(storage_of(home), jobs, name), who=OPERATOR)
+    with refusals(), opened(home, lambda engine, _: engine) as engine:
+        jobs, storage = Jobs(engine), storage_beside(engine, home)
+        Projects(engine).delete(name, lambda: refuse_with_uploads(storage, jobs, name), who=OPERATOR)
     typer.echo(f"{name} is deleted, and its keys are revoked")
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.home.common import HomeOption, opened, storage_of
+from server.cli.home.common import HomeOption, opened, storage_beside
 from server.counted import counted
 
 
@@ -38,8 +38,7 @@ def prune(
     from server.training.queue.retention import Retention
 
     before = datetime.now(UTC) - timedelta(days=older_than)
-    with opened(home, Jobs) as jobs_there:
-        storage = storage_of(home)
+    with opened(home, lambda engine, _: (Jobs(engine), storage_beside(engine, home))) as (jobs_there, storage):
         removals = Retention(storage.home.path, jobs_there, storage.bucket).prune(before, dry_run)
     num_bytes = sum(removal.num_bytes for removal in removals)
     if as_json:

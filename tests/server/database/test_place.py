@@ -1,5 +1,6 @@
 """A database's bytes are in one place, whichever server of it starts."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def engine(database_url: str | None, tmp_path: Path) -> sa.Engine:
-    return connect(tmp_path / "first", url=database_url)
+def engine(database_url: str | None, tmp_path: Path) -> Iterator[sa.Engine]:
+    engine = connect(tmp_path / "first", url=database_url)
+    yield engine
+    engine.dispose()
 
 
 def test_the_file_has_its_bytes_beside_it(tmp_path: Path) -> None:
@@ -44,7 +47,6 @@ def test_all_servers_have_the_same_bucket(engine: sa.Engine, tmp_path: Path, buc
     with pytest.raises(StartupError, match=r"SMOLORA_HOME: .* are in s3://a, and not in /"):
         agree(engine, Storage(Home(tmp_path / "first")).place)
     agree(engine, storage("a", "s3://a").place)
-    engine.dispose()
 
 
 @pytest.mark.cluster

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import sqlalchemy as sa
@@ -234,6 +234,36 @@ def test_a_commit_whose_answer_is_lost_is_known(engine: sa.Engine, monkeypatch: 
         transact(engine, work)
         assert calls == num_calls
         assert count() == int(str(before)) + 1
+
+
+@pytest.mark.parametrize("in_midst", [False, True])
+def test_what_runs_in_a_session_that_is_ended_is_run_again(url: str, engine: sa.Engine, in_midst: bool) -> None:
+    """By an administrator, before its transaction has begun or in its midst, while the socket still is open."""
+    import psycopg
+
+    num_calls, to_end = 0, [True]
+
+    def end(driven: "psycopg.Connection[Any]") -> None:
+        if to_end:
+            to_end.clear()
+            with psycopg.connect(url) as other:
+                other.execute("SELECT pg_terminate_backend(%s, 5000)", [driven.info.backend_pid])
+
+    def work(connection: sa.Connection) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        connection.exec_driver_sql("UPDATE access_changes SET number = number + 1")
+        if in_midst:
+            end(cast("psycopg.Connection[Any]", connection.connection.dbapi_connection))
+            connection.exec_driver_sql("UPDATE access_changes SET number = number + 1")
+
+    if not in_midst:
+        sa.event.listen(engine, "checkout", lambda driven, *_: end(driven))
+    transact(engine, work)
+    assert not to_end
+    assert num_calls == 1 + in_midst
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT number FROM access_changes").scalar_one() == 1 + in_midst
 
 
 def test_what_is_asked_while_it_is_away_is_told_to_come_again(own_postgres: Postgres, tmp_path: Path) -> None:

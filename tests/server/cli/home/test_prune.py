@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from server.cli.main import app
-from server.database import connect
+from server.database import agree, connect
 from server.errors import StartupError
 from server.training.queue.job_files import JobFiles
 from server.training.queue.jobs import Jobs
@@ -72,3 +72,25 @@ def test_what_is_no_home(tmp_path: Path) -> None:
     assert isinstance(result.exception, StartupError)
     assert "isn't a server's home" in str(result.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+class Elsewhere:
+    """A bucket that has a database's bytes."""
+
+    is_home = False
+    told = "s3://elsewhere"
+
+    def has_mark(self, place: str) -> bool:
+        return True
+
+    def mark(self, place: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize("command", [["prune"], ["projects", "delete", "default"]])
+def test_the_bytes_are_elsewhere(tmp_path: Path, engine: sa.Engine, jobs: Jobs, command: list[str]) -> None:
+    agree(engine, Elsewhere())
+    result = CliRunner().invoke(app, [*command, "--home", str(tmp_path)])
+    assert isinstance(result.exception, StartupError)
+    assert "are in s3://elsewhere, and not in" in str(result.exception)
+    assert stored(tmp_path) == ["j1", "j2", "j3"]

@@ -39,8 +39,15 @@ def settings_of(base_dir: Path, **settings: object) -> WorkerSettings:
 
 
 def test_a_job_without_memory_fails_once_and_says_what_to_lower(
-    tiny_base_dir: Path, tmp_path: Path, jobs: Jobs, leases: Leases
+    tiny_base_dir: Path,
+    tmp_path: Path,
+    jobs: Jobs,
+    leases: Leases,
+    database_url: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if database_url is not None:
+        monkeypatch.setenv("SMOLORA_DATABASE_URL", database_url)  # as a worker's children have it
     submit(jobs, "a")
     settings = settings_of(tiny_base_dir, home=tmp_path, device="cpu")
     command = (sys.executable, "-c", STARVED)

@@ -1,0 +1,103 @@
+"""Two machines, as two parts of Ray with a HOME each: upgraded and restarted in turn, no request fails."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.cluster.state import FILE_NAME
+from server.model.base.source import resolve_base
+from server.model.base.weights import load_base
+from tests.cluster.conftest import needs_ray
+from tests.cluster.kit import wait_until
+from tests.cluster.load import load_on
+from tests.cluster.machines import UpProcess
+from tests.end_to_end.server_process import PATIENCE, ServerProcess, free_port
+from tests.postgres import CLUSTER, Postgres
+from tests.server.api.adapters.peft_files import as_parts, peft_files
+
+pytestmark = [*CLUSTER, needs_ray]
+
+Machines = tuple[UpProcess, UpProcess]
+
+
+def two_ports() -> int:
+    """The first of two that nobody has."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+@pytest.fixture
+def machines(
+    postgres: Postgres, bytes_url: str, long_base: Path, single: ServerProcess, tmp_path: Path
+) -> Iterator[Machines]:
+    """Each with a core, and so with room for one replica; two API processes and a worker, and one."""
+    shared = (postgres.migrated(), bytes_url, long_base)
+    ray_port = free_port()
+    with ExitStack() as stack:
+        first = UpProcess(
+            tmp_path / "first", two_ports(), *shared, ray_port=ray_port, cpus=1, replicas=1, api=2, workers=1
+        )
+        stack.callback(first.close)
+        first.wait(2)
+        address = f"127.0.0.1:{ray_port}"
+        second = UpProcess(tmp_path / "second", free_port(), *shared, address=address, cpus=1, api=1)
+        stack.callback(second.close)
+        second.wait(1)
+        first.call("deploy", address=address, replicas=2, workers=1)
+        yield first, second
+
+
+def text_of(url: str, prompt: str, **fields: object) -> str:
+    body = {"prompt": prompt, "temperature": 0, **fields}
+    response = httpx.post(f"{url}/generate", json=body, timeout=PATIENCE, trust_env=False)
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["text"])
+
+
+def test_two_machines(machines: Machines, single: ServerProcess, long_base: Path) -> None:
+    first, second = machines
+    urls = [*first.urls, *second.urls]
+    replicas = [first.replicas(), second.replicas()]
+    assert [len(found) for found in replicas] == [1, 1]
+
+    shape = load_base(resolve_base(str(long_base), first.home)).config.shape
+    published = httpx.post(
+        f"{urls[0]}/adapters/left", files=as_parts(*peft_files(0, shape=shape)), timeout=60, trust_env=False
+    )
+    assert published.status_code == 201, published.text
+    expected = single.text("On another machine", max_tokens=20, adapter="left")
+    assert text_of(urls[2], "On another machine", max_tokens=20, adapter="left") == expected
+
+    with load_on(urls, single) as load:
+        # Both are full: an old one ends before its new one starts.
+        first.call("deploy", address=first.address, replicas=2, max_queue=17, workers=1)
+        found = [first.replicas(), second.replicas()]
+        assert [len(pids) for pids in found] == [1, 1]
+        assert not {*replicas[0], *replicas[1]} & {*found[0], *found[1]}
+        load.wait_for(12)
+
+        before = first.children()
+        assert len(before) == 3
+        assert "2 API processes and 1 workers" in first.call("restart")
+        after = first.children()
+        assert len(after) == 3
+        assert not before & after
+        load.wait_for(12)
+    assert load.faults == []
+
+    assert "replicas: 2 running" in first.call("status")
+    second.call("down")
+    assert second.process.wait(PATIENCE) == 0
+    assert not (second.home / FILE_NAME).exists()
+    wait_until(lambda: text_of(urls[0], "It goes on", max_tokens=4) != "", "the first doesn't go on")
