@@ -1,4 +1,4 @@
-"""The forward of one step's chunks, in torch or as one native call: chunks in, hidden states and logits out."""
+"""The forward of one step's chunks, in torch or in native code: chunks in, hidden states and tokens out."""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -10,6 +10,9 @@ import torch
 
 from server.engine.adapter_pool.pool import AdapterHold
 from server.engine.paged_attention import PagedAttention, PagedCache
+from server.engine.sampling.logits import LogitsRow
+from server.engine.sampling.native import sample_natively
+from server.engine.sampling.sampler import Sampled, sample
 from server.engine.scheduler import Chunk
 from server.model.device import to_device
 from server.model.lora_batch import LoraBatch, TokenRun
@@ -29,6 +32,10 @@ class Forward(Protocol):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 logits (rows, vocab) of chosen rows of `hidden`."""
+        ...
+
+    def sample(self, hidden: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
+        """The next token of each of chosen rows of `hidden`."""
         ...
 
 
@@ -52,6 +59,9 @@ class TorchForward:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.logits(hidden)
+
+    def sample(self, hidden: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
+        return sample(self.model.logits(hidden), rows)
 
 
 class NativeForward:
@@ -82,6 +92,9 @@ class NativeForward:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._model.logits(hidden)
+
+    def sample(self, hidden: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
+        return sample_natively(self._model, rows, hidden)
 
 
 class _Kept(Generic[T]):

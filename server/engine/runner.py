@@ -12,7 +12,7 @@ import torch
 
 from server.engine.forwards import Forward
 from server.engine.sampling.logits import LogitsRow
-from server.engine.sampling.sampler import Sampled, sample
+from server.engine.sampling.sampler import Sampled
 from server.engine.sampling.scoring import score
 from server.engine.scheduler import Chunk
 from server.engine.sequence import Sequence
@@ -65,7 +65,7 @@ class Runner:
             LogitsRow(s.request.sampling, s.index, s.num_tokens, s.token_ids, s.num_prompt_tokens, s.constraint)
             for s in sampling
         ]
-        return list(zip(sampling, sample(self.forward.logits(hidden), rows), strict=True))
+        return list(zip(sampling, self.forward.sample(hidden, rows), strict=True))
 
 
 def _neighbours(chunks: list[Chunk]) -> list[Chunk]:

@@ -6,7 +6,7 @@ constraint. Each is done for all rows at once, so that a device gets its numbers
 """
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -30,6 +30,20 @@ class LogitsRow:
     num_prompt_tokens: int = 0  # the other penalties look at what comes after them
     constraint: Constraint | None = None
 
+    @property
+    def seen(self) -> Collection[int]:
+        """The tokens that the repetition penalty is for."""
+        return set(self.token_ids) if self.params.repetition_penalty != 1 else ()
+
+    @property
+    def penalties(self) -> Mapping[int, float]:
+        """What presence and frequency penalty take off the logits of tokens."""
+        presence, frequency = self.params.presence_penalty, self.params.frequency_penalty
+        if not (presence or frequency):
+            return {}
+        counts = Counter(self.token_ids[self.num_prompt_tokens :])
+        return {token_id: presence + frequency * count for token_id, count in counts.items()}
+
 
 def penalize(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
     """Apply the rows' penalties and biases to logits (rows, vocab), each kind of all rows at once."""
@@ -39,13 +53,10 @@ def penalize(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
         params = row.params
         if not params.changes_logits:
             continue
-        if params.repetition_penalty != 1:
-            tokens = set(row.token_ids)
+        if tokens := row.seen:
             seen.add(i * vocab, tokens, [params.repetition_penalty] * len(tokens))
-        if params.presence_penalty or params.frequency_penalty:
-            counts = Counter(row.token_ids[row.num_prompt_tokens :])
-            penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
-            used.add(i * vocab, counts, penalties)
+        if penalties := row.penalties:
+            used.add(i * vocab, penalties, penalties.values())
         if params.logit_bias:
             biased.add(i * vocab, *zip(*params.logit_bias, strict=True))
     if seen:
@@ -67,7 +78,7 @@ class _Places:
         self._places: list[NDArray[np.int64]] = []
         self._values: list[float] = []
 
-    def add(self, start: int, token_ids: Collection[int], values: Seq[float]) -> None:
+    def add(self, start: int, token_ids: Collection[int], values: Collection[float]) -> None:
         """Of the row that begins at `start`."""
         self._places.append(np.fromiter(token_ids, np.int64, len(token_ids)) + start)
         self._values += values

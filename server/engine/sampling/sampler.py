@@ -26,7 +26,8 @@ from server.engine.sampling.logits import LogitsRow, constrain, penalize
 from server.model.device import floats_beside, ints_beside, to_device
 
 _MIN_CANDIDATES = 256  # the first attempt at a top-p set; the whole vocabulary follows for a row that wants more
-_MIN_TEMPERATURE = 1e-6  # below it a division would overflow; the likeliest token wins long before
+MIN_TEMPERATURE = 1e-6
+"""Below it a division would overflow; the likeliest token wins long before."""
 _INT32 = 1 << 32
 
 
@@ -74,7 +75,8 @@ def gumbel(rows: Seq[LogitsRow], token_ids: torch.Tensor) -> torch.Tensor:
     A 32-bit mix of the token id and two words of the row's key (multipliers of "lowbias32", Wellons 2018). The
     23 highest bits make a uniform strictly between 0 and 1.
     """
-    keys = to_device(torch.tensor([_key(row) for row in rows], dtype=torch.int32), token_ids.device)  # (rows, 2)
+    words = [struct.unpack("<ii", noise_key(row)) for row in rows]
+    keys = to_device(torch.tensor(words, dtype=torch.int32), token_ids.device)  # (rows, 2)
     x = token_ids.to(torch.int32) ^ keys[:, :1]
     x = (x ^ _shift_right(x, 16)) * 0x7FEB352D
     x = x ^ keys[:, 1:]
@@ -89,15 +91,15 @@ def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 
-def _key(row: LogitsRow) -> tuple[int, int]:
+def noise_key(row: LogitsRow) -> bytes:
+    """The two words of 32 bits that a row's noise is hashed with."""
     data = struct.pack("<Qqq", row.params.seed, row.index, row.position)
-    first, second = struct.unpack("<ii", hashlib.blake2b(data, digest_size=8).digest())
-    return first, second
+    return hashlib.blake2b(data, digest_size=8).digest()
 
 
 def _draw(logits: torch.Tensor, rows: Seq[LogitsRow]) -> torch.Tensor:
     """Gumbel-max over what the rows' filters leave of logits (rows, vocab): token ids (rows,)."""
-    temperature = floats_beside(logits, [max(row.params.temperature, _MIN_TEMPERATURE) for row in rows])
+    temperature = floats_beside(logits, [max(row.params.temperature, MIN_TEMPERATURE) for row in rows])
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for members, scores, token_ids in _candidates(logits / temperature[:, None], rows):
         chosen = [rows[i] for i in members]

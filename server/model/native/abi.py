@@ -19,6 +19,9 @@ MAX_GROUP = 8
 POSITIONS = 16
 """A sequence's positions that lie together in the cache: a block's are a multiple of it."""
 
+PHASES = ("embed", "norm", "qkv", "attention", "o", "gate_up", "down", "head", "sampling")
+"""Of a step of serving."""
+
 _ERROR_SIZE = 256  # bytes of an error's text
 _FAILURES: tuple[tuple[str, type[Exception]], ...] = (
     ("kNoMemory", MemoryError),
@@ -72,6 +75,27 @@ class ServeStep(ctypes.Structure):
     )
 
 
+class SampleRow(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("temperature", "top_p", "min_p")),
+        *((name, ctypes.c_int64) for name in ("top_k", "key", "num_top")),
+        ("forbidden", ctypes.c_void_p),
+        ("repetition_penalty", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("first_seen", "num_seen", "first_added", "num_added")),
+    )
+
+
+class SampleStep(ctypes.Structure):
+    _fields_ = (
+        ("num_rows", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("hidden", "logits", "rows", "seen")),
+        ("num_seen", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("added_ids", "added")),
+        *((name, ctypes.c_int64) for name in ("num_added", "max_top")),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "logprobs", "top_ids")),
+    )
+
+
 class TrainModule(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int64) for name in ("row", "rank", "out_start", "out_features"))
 
@@ -99,7 +123,7 @@ class Number(ctypes.Structure):
 
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
-    *(BaseSizes, ServeRun, LoraModule, LoraPart, LoraSegment, LoraPool, ServeStep),
+    *(BaseSizes, ServeRun, LoraModule, LoraPart, LoraSegment, LoraPool, ServeStep, SampleRow, SampleStep),
     *(TrainModule, TrainGroup, TrainBatch),
 )
 
@@ -116,6 +140,7 @@ def layout() -> dict[str, int]:
     }
     numbers |= {name: status for status, (name, _) in enumerate(_FAILURES, 1)}
     numbers |= {f"group {name}": index for index, name in enumerate(GROUPS)}
+    numbers |= {f"phase {name}": index for index, name in enumerate(PHASES)}
     for structure in STRUCTURES:
         numbers[structure.__name__] = ctypes.sizeof(structure)
         for name, *_ in structure._fields_:
@@ -140,8 +165,10 @@ def declare(library: ctypes.CDLL) -> None:
         entry.argtypes = [pointer]
     for entry in (library.smolora_create, library.smolora_training_create):
         entry.argtypes = [pointer] * 6
-    library.smolora_forward.argtypes = [pointer] * 3
+    for entry in (library.smolora_forward, library.smolora_sample):
+        entry.argtypes = [pointer] * 3
     library.smolora_logits.argtypes = [pointer, pointer, number, pointer, pointer]
+    library.smolora_phases.argtypes = [pointer, number, pointer, pointer]
     library.smolora_training_forward.argtypes = [pointer] * 4
     library.smolora_training_loss.argtypes = [*[pointer] * 3, number, ctypes.c_double, *[pointer] * 3]
     library.smolora_training_backward.argtypes = [pointer] * 3

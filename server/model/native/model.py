@@ -17,6 +17,7 @@ from server.model.base.config import ModelConfig
 from server.model.base.weights import BaseWeights
 from server.model.lora_batch import TokenRun
 from server.model.native.abi import (
+    PHASES,
     TILE,
     LoraModule,
     LoraPart,
@@ -28,11 +29,13 @@ from server.model.native.abi import (
     columns,
 )
 from server.model.native.base import check_base, create
+from server.model.native.sampling import Choices, SampleTable
 from server.model.ops.norms import rotary_table
 from server.model.rank_rows import GROUPS, Placement, RankRows, RowFormat
 
 Ints = npt.NDArray[np.int64]
 _GROUPS = tuple(GROUPS)
+_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 ROW_FORMAT = RowFormat(torch.bfloat16, torch.bfloat16, TILE)
@@ -153,13 +156,37 @@ class NativeModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 logits (rows, vocab) of the chosen rows of `forward`'s answer, hidden (rows, hidden)."""
-        size = self.config.hidden_size
-        if hidden.dtype is not torch.bfloat16 or hidden.ndim != 2 or hidden.shape[1] != size:
-            raise ValueError(f"hidden states must be bf16, of shape (rows, {size})")
-        hidden = hidden.contiguous()
+        hidden = self._rows(hidden, torch.bfloat16, self.config.hidden_size, "hidden states")
         logits = torch.empty(hidden.shape[0], self.config.vocab_size)
         call(self._library.smolora_logits, self._model, hidden.data_ptr(), hidden.shape[0], logits.data_ptr())
         return logits
+
+    def sample(self, given: torch.Tensor, table: SampleTable) -> Choices:
+        """The next token of each row: of `forward`'s answer, bf16 (rows, hidden), or of logits, fp32 (rows, vocab)
+        and contiguous, which are overwritten. Raises ValueError and MemoryError as `forward` does."""
+        if given.shape[:1] != (len(table),):
+            raise ValueError(f"a table of {len(table)} rows for {given.shape[:1]}")
+        if given.dtype is torch.float32:
+            logits = self._rows(given, torch.float32, self.config.vocab_size, "logits")
+            step, choices = table.step(logits=logits.data_ptr())
+        else:
+            hidden = self._rows(given, torch.bfloat16, self.config.hidden_size, "hidden states")
+            step, choices = table.step(hidden=hidden.data_ptr())
+        call(self._library.smolora_sample, self._model, ctypes.addressof(step))
+        return choices
+
+    def take_phases(self, *, count: bool = True) -> dict[str, float]:
+        """Seconds that each of PHASES took since the last call, as the thread that calls saw it; from now on they
+        are counted, or not, as they aren't before the first call. What Python does stands in none."""
+        spent = np.zeros(len(PHASES), np.int64)
+        call(self._library.smolora_phases, self._model, int(count), spent.ctypes.data)
+        return dict(zip(PHASES, (spent / 1e9).tolist(), strict=True))
+
+    @staticmethod
+    def _rows(tensor: torch.Tensor, dtype: torch.dtype, size: int, what: str) -> torch.Tensor:
+        if tensor.dtype is not dtype or tensor.ndim != 2 or tensor.shape[1] != size:
+            raise ValueError(f"{what} must be {_NAMES[dtype]}, of shape (rows, {size})")
+        return tensor.contiguous()
 
     def _check_cache(self, cache: torch.Tensor) -> None:
         config = self.config

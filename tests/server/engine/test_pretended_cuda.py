@@ -13,6 +13,8 @@ import torch
 from server.engine.engine import Engine
 from server.engine.request import GenerationRequest, Grammar, SamplingParams, SequenceOutput
 from server.engine.runner import Runner
+from server.engine.sampling.logits import LogitsRow
+from server.engine.sampling.sampler import Sampled
 from server.engine.scheduler import Chunk
 from server.engine.sequence import Sequence as SequenceState
 from server.engine.structured.guidance import Guidance
@@ -174,6 +176,9 @@ class Starved:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def sample(self, hidden: torch.Tensor, rows: Sequence[LogitsRow]) -> list[Sampled]:
         raise NotImplementedError
 
     def empty_cache(self) -> None:

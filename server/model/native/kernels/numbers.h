@@ -1,4 +1,4 @@
-// 16-bit floats and a vector exponential for AVX-512 with bf16.
+// 16-bit floats, a vector exponential and a vector logarithm for AVX-512 with bf16.
 #pragma once
 #include <immintrin.h>
 
@@ -27,4 +27,19 @@ inline __m512 exp16(__m512 x) {
     __m512 p = _mm512_set1_ps(1.0f / 720);
     for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
     return _mm512_scalef_ps(p, n);
+}
+
+// ln x within 2 ulp, for positive normal x. With x = 2^e · m, 0.75 ≤ m < 1.5, f = m - 1 and s = f / (2 + f) it is
+// e · ln(2) + 2 · artanh(s), where 2s = f - f²/2 + s · f²/2 and the rest is artanh's series up to s^11.
+inline __m512 log16(__m512 x) {
+    const __m512 m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero), one = _mm512_set1_ps(1.0f);
+    __m512 e = _mm512_getexp_ps(x);
+    e = _mm512_mask_add_ps(e, _mm512_cmp_ps_mask(m, one, _CMP_LT_OQ), e, one);
+    const __m512 f = _mm512_sub_ps(m, one), half = _mm512_mul_ps(_mm512_mul_ps(f, f), _mm512_set1_ps(0.5f));
+    const __m512 s = _mm512_div_ps(f, _mm512_add_ps(f, _mm512_set1_ps(2.0f))), s2 = _mm512_mul_ps(s, s);
+    __m512 p = _mm512_set1_ps(2.0f / 11);
+    for (float c : {2.0f / 9, 2.0f / 7, 2.0f / 5, 2.0f / 3}) p = _mm512_fmadd_ps(p, s2, _mm512_set1_ps(c));
+    const __m512 rest = _mm512_mul_ps(s, _mm512_fmadd_ps(p, s2, half));
+    const __m512 low = _mm512_fmadd_ps(e, _mm512_set1_ps(-2.12194440e-4f), rest);
+    return _mm512_fmadd_ps(e, _mm512_set1_ps(0.693359375f), _mm512_sub_ps(f, _mm512_sub_ps(half, low)));
 }

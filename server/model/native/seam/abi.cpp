@@ -25,6 +25,13 @@ constexpr Number kLayout[] = {
     AT(ServeStep, num_blocks), AT(ServeStep, block_size), AT(ServeStep, pools), AT(ServeStep, modules),
     AT(ServeStep, segments), AT(ServeStep, weights), AT(ServeStep, num_modules), AT(ServeStep, num_segments),
     AT(ServeStep, num_parts), AT(ServeStep, hidden), SIZE(ServeStep),
+    AT(SampleRow, temperature), AT(SampleRow, top_p), AT(SampleRow, min_p), AT(SampleRow, top_k), AT(SampleRow,
+    key), AT(SampleRow, num_top), AT(SampleRow, forbidden), AT(SampleRow, repetition_penalty), AT(SampleRow,
+    first_seen), AT(SampleRow, num_seen), AT(SampleRow, first_added), AT(SampleRow, num_added), SIZE(SampleRow),
+    AT(SampleStep, num_rows), AT(SampleStep, hidden), AT(SampleStep, logits), AT(SampleStep, rows),
+    AT(SampleStep, seen), AT(SampleStep, num_seen), AT(SampleStep, added_ids), AT(SampleStep, added),
+    AT(SampleStep, num_added), AT(SampleStep, max_top), AT(SampleStep, token_ids), AT(SampleStep, logprobs),
+    AT(SampleStep, top_ids), SIZE(SampleStep),
     AT(TrainModule, row), AT(TrainModule, rank), AT(TrainModule, out_start), AT(TrainModule, out_features),
     SIZE(TrainModule),
     AT(TrainGroup, a), AT(TrainGroup, b), AT(TrainGroup, d_a), AT(TrainGroup, d_b), AT(TrainGroup, rows),
@@ -34,6 +41,9 @@ constexpr Number kLayout[] = {
     {"kTile", kTile}, {"kRowUnit", kRowUnit}, {"kMaxGroup", kMaxGroup}, {"kPositions", kPositions}, {"kErrorSize", kErrorSize},
     {"group qkv", kQkv}, {"group o", kO}, {"group gate_up", kGateUp}, {"group down", kDown}, {"kOk", kOk},
     {"kNoMemory", kNoMemory}, {"kInvalid", kInvalid}, {"kFailed", kFailed},
+    {"phase embed", kEmbedPhase}, {"phase norm", kNormPhase}, {"phase qkv", kQkvPhase}, {"phase attention", kAttentionPhase},
+    {"phase o", kOPhase}, {"phase gate_up", kGateUpPhase}, {"phase down", kDownPhase}, {"phase head", kHeadPhase},
+    {"phase sampling", kSamplingPhase},
     {nullptr, 0},
 };
 // clang-format on

@@ -16,6 +16,20 @@ constexpr int kErrorSize = 256;  // bytes of an error's text, its end included
 
 enum Group { kQkv, kO, kGateUp, kDown, kGroups };  // in the order of rank_rows.GROUPS
 
+// Of a step of serving, in order; kNormPhase is there between others.
+enum Phase {
+    kEmbedPhase,
+    kNormPhase,
+    kQkvPhase,
+    kAttentionPhase,
+    kOPhase,
+    kGateUpPhase,
+    kDownPhase,
+    kHeadPhase,
+    kSamplingPhase,
+    kPhases
+};
+
 enum Status {  // what an entry answers
     kOk,
     kNoMemory,  // or no thread: the same call may succeed later
@@ -68,6 +82,33 @@ struct ServeStep {
     bf16* hidden;  // (num_tokens, hidden): the answer
 };
 
+struct SampleRow {              // how one row's token is chosen
+    double temperature;         // 0: the likeliest
+    double top_p, min_p;        // 1 and 0: off
+    int64_t top_k;              // 0: off
+    int64_t key;                // of the noise
+    int64_t num_top;            // of the likeliest tokens, whose log-probabilities are told; 0: nor is the chosen one's
+    const uint8_t* forbidden;   // (vocab): not 0 for what may not be chosen; or null
+    double repetition_penalty;  // of the row's part of `seen`
+    int64_t first_seen, num_seen;    // of the step's `seen`
+    int64_t first_added, num_added;  // of the step's `added`, which follows the repetition penalty
+};
+
+struct SampleStep {
+    int64_t num_rows;
+    const bf16* hidden;  // (num_rows, hidden), or null where the logits are given
+    float* logits;       // (num_rows, vocab), which are overwritten; null where they are those of `hidden`
+    const SampleRow* rows;
+    const int64_t* seen;
+    int64_t num_seen;
+    const int64_t* added_ids;  // tokens, and what is added to their logits
+    const double* added;
+    int64_t num_added, max_top;
+    int64_t* token_ids;  // (num_rows): the answer; -1 where logits are NaN or infinite, or none may be chosen
+    float* logprobs;     // (num_rows, 1 + max_top): the chosen token's and the likeliest ones', best first
+    int64_t* top_ids;    // (num_rows, max_top): the likeliest tokens; -1 behind the last that has a finite logit
+};
+
 // Training.
 
 struct TrainModule {  // `rank` rows of A and B, in units of kRowUnit; B is zero outside the module's features
@@ -112,6 +153,10 @@ SMOLORA_ENTRY int smolora_create(const BaseSizes* sizes, const bf16* const* tens
 SMOLORA_ENTRY void smolora_destroy(void* model);
 SMOLORA_ENTRY int smolora_forward(void* model, const ServeStep* step, char* error);
 SMOLORA_ENTRY int smolora_logits(void* model, const bf16* hidden, int64_t rows, float* logits, char* error);
+SMOLORA_ENTRY int smolora_sample(void* model, const SampleStep* step, char* error);
+// How long each phase took since the last time that this was called (kPhases numbers); from now on it is counted, or
+// not, as it isn't at first.
+SMOLORA_ENTRY int smolora_phases(void* model, int64_t is_on, int64_t* nanoseconds, char* error);
 
 SMOLORA_ENTRY int smolora_training_create(const BaseSizes* sizes, const bf16* const* tensors, const float* rotary,
                                           const uint8_t* uses_rotary, void** training, char* error);

@@ -120,6 +120,26 @@ inline void check_step(const BaseSizes& sizes, const ServeStep& step) {
     check_lora(sizes, step);
 }
 
+inline void check_sampling(const BaseSizes& sizes, const SampleStep& step) {
+    if (step.num_rows < 0 || step.num_rows > kMaxTokens) refuse("%ld rows", step.num_rows);
+    if (step.max_top < 0 || step.max_top > sizes.vocab) refuse("%ld likeliest tokens", step.max_top);
+    if (step.num_rows && (step.hidden == nullptr) == (step.logits == nullptr)) refuse("either hidden states or logits");
+    check_ids(sizes, step.seen, step.num_seen);
+    check_ids(sizes, step.added_ids, step.num_added);
+    for (int64_t i = 0; i < step.num_rows; i++) {
+        const SampleRow& row = step.rows[i];
+        if (!(row.temperature >= 0 && row.top_p >= 0 && row.min_p >= 0) || row.top_k < 0)
+            refuse("row %ld has the temperature %g, top-k %ld, top-p %g and min-p %g", i, row.temperature, row.top_k,
+                   row.top_p, row.min_p);
+        if (row.num_top < 0 || row.num_top > step.max_top)
+            refuse("row %ld wants %ld likeliest tokens of %ld", i, row.num_top, step.max_top);
+        if (!is_within(row.first_seen, row.num_seen, step.num_seen))
+            refuse("row %ld has seen %ld tokens from %ld on, of %ld", i, row.num_seen, row.first_seen, step.num_seen);
+        if (!is_within(row.first_added, row.num_added, step.num_added))
+            refuse("row %ld adds %ld numbers from %ld on, of %ld", i, row.num_added, row.first_added, step.num_added);
+    }
+}
+
 inline void check_group(const BaseSizes& sizes, const TrainGroup& lora, int group) {
     if (lora.rows < 0 || lora.rows % kRowUnit) refuse("%ld rows: they come in units of %d", lora.rows, kRowUnit);
     for (int64_t i = 0; i < lora.num_modules; i++) {

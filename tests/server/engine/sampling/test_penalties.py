@@ -8,8 +8,8 @@ import torch
 
 from server.engine.request import SamplingParams
 from server.engine.sampling.logits import LogitsRow
-from server.engine.sampling.sampler import sample
 from tests.server.engine.sampling.rows import logits_of
+from tests.server.engine.sampling.samplers import Sample
 
 PROMPT = (5, 6, 7, 5, 900)
 ANSWER = (7, 8, 8, 9, 8, 999)
@@ -40,7 +40,9 @@ def by_hand(logits: Sequence[float], params: SamplingParams, biases: Mapping[int
         ({"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 2.0}, {7: 4.0}),
     ],
 )
-def test_what_is_added_to_logits(penalties: Mapping[str, Any], biases: Mapping[int, float]) -> None:
+def test_what_is_added_to_logits(
+    sample: Sample, penalties: Mapping[str, Any], biases: Mapping[int, float]
+) -> None:
     params = SamplingParams(temperature=0.0, logit_bias=tuple(biases.items()), **penalties)
     logits = logits_of(3, rows=2)
     plain = logits[1].clone()
@@ -53,14 +55,14 @@ def test_what_is_added_to_logits(penalties: Mapping[str, Any], biases: Mapping[i
     assert tokens == [max(range(len(expected)), key=expected.__getitem__), int(plain.argmax())]
 
 
-def test_a_penalty_waits_for_the_first_token() -> None:
+def test_a_penalty_waits_for_the_first_token(sample: Sample) -> None:
     logits = logits_of(4)
     plain = logits.clone()
     sample(logits, [LogitsRow(SamplingParams(temperature=0.0, presence_penalty=2.0), 0, 5, PROMPT, len(PROMPT))])
     assert torch.equal(logits, plain)
 
 
-def test_log_probabilities_are_the_models_own() -> None:
+def test_log_probabilities_are_the_models_own(sample: Sample) -> None:
     """They are of the logits before anything is added."""
     logits = logits_of(5)
     expected = logits[0].log_softmax(-1)

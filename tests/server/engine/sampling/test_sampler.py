@@ -13,9 +13,10 @@ from transformers import (
 )
 
 from server.engine.sampling.logits import LogitsRow
-from server.engine.sampling.sampler import _candidates, _min_p, sample
+from server.engine.sampling.sampler import _candidates, _min_p
 from tests.properties import num_examples
 from tests.server.engine.sampling.rows import VOCAB, kept_by_transformers, logits_of, row
+from tests.server.engine.sampling.samplers import Sample
 
 
 def kept(logits: torch.Tensor, one: LogitsRow) -> set[int]:
@@ -26,7 +27,7 @@ def kept(logits: torch.Tensor, one: LogitsRow) -> set[int]:
     return set(token_ids[0][scores[0] > float("-inf")].tolist())
 
 
-def test_greedy_is_the_argmax_whatever_else_is_set() -> None:
+def test_greedy_is_the_argmax_whatever_else_is_set(sample: Sample) -> None:
     logits = logits_of(0, rows=4)
     rows = [
         row(temperature=0.0),
@@ -39,7 +40,7 @@ def test_greedy_is_the_argmax_whatever_else_is_set() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-9, 1e-39, 1e-300])
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_a_tiny_temperature_is_greedy(temperature: float, top_p: float) -> None:
+def test_a_tiny_temperature_is_greedy(sample: Sample, temperature: float, top_p: float) -> None:
     logits = logits_of(1, rows=5)
     rows = [row(temperature=temperature, top_p=top_p, seed=seed) for seed in range(5)]
     assert [s.token_id for s in sample(logits.clone(), rows)] == logits.argmax(-1).tolist()
@@ -83,7 +84,7 @@ def test_the_likeliest_token_is_always_left() -> None:
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.2, 3.0])
-def test_repetition_penalty_is_transformers_own(penalty: float) -> None:
+def test_repetition_penalty_is_transformers_own(sample: Sample, penalty: float) -> None:
     rng = random.Random(0)
     logits = logits_of(4, rows=6, spread=1.0)
     histories = [[rng.randrange(VOCAB) for _ in range(n)] for n in (1, 2, 5, 300, 1500)] + [
@@ -99,7 +100,7 @@ def test_repetition_penalty_is_transformers_own(penalty: float) -> None:
     assert penalty < 3 or expected != logits.argmax(-1).tolist(), "the penalty should change something"
 
 
-def test_logprobs_are_those_before_temperature_and_penalty() -> None:
+def test_logprobs_are_those_before_temperature_and_penalty(sample: Sample) -> None:
     logits = logits_of(5, rows=3)
     top = [int(one.argmax()) for one in logits]
     rows = [
@@ -117,7 +118,7 @@ def test_logprobs_are_those_before_temperature_and_penalty() -> None:
     assert sample(logits.clone(), [row(), row(), row()])[0].logprobs is None
 
 
-def test_more_logprobs_than_tokens() -> None:
+def test_more_logprobs_than_tokens(sample: Sample) -> None:
     (found,) = sample(logits_of(6, vocab=4), [row(logprobs=20)])
     assert found.logprobs is not None
     assert len(found.logprobs.top) == 4
@@ -127,7 +128,7 @@ def test_more_logprobs_than_tokens() -> None:
 @pytest.mark.parametrize(
     "how", [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"min_p": 0.1, "repetition_penalty": 1.3}]
 )
-def test_logits_that_are_no_numbers_have_no_token(what: float, how: dict[str, Any]) -> None:
+def test_logits_that_are_no_numbers_have_no_token(sample: Sample, what: float, how: dict[str, Any]) -> None:
     logits = logits_of(8, rows=4)
     logits[0], logits[2, 77] = what, what
     rows = [row(logprobs=2, **how), row(logprobs=2), row(logprobs=2, **how), row(temperature=0.0)]
@@ -139,7 +140,7 @@ def test_logits_that_are_no_numbers_have_no_token(what: float, how: dict[str, An
         assert found[i].token_id is not None
 
 
-def test_filters_do_not_change_the_stream() -> None:
+def test_filters_do_not_change_the_stream(sample: Sample) -> None:
     """A filter that drops nothing leaves the same draws, though it computes them another way."""
     logits = logits_of(7, spread=1.0).expand(300, -1)
     plain = sample(logits.clone(), [row(seed=seed) for seed in range(300)])

@@ -13,9 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from server.engine.sampling.logits import LogitsRow
-from server.engine.sampling.sampler import _candidates, sample
+from server.engine.sampling.sampler import _candidates
 from tests.properties import num_examples
 from tests.server.engine.sampling.rows import row
+from tests.server.engine.sampling.samplers import Sample
 
 VOCAB = 3000
 Params = dict[str, Any]
@@ -72,7 +73,7 @@ def plain(**asked: Any) -> Params:
 @example([plain(top_k=5), plain(top_k=400)])
 @example([plain(top_k=50, border=5), plain(border=2000, spread=0.3)])  # one falls back to the whole vocabulary
 @example([plain(top_k=2999), plain(border=300, spread=0.3), plain(top_k=2999)])  # to where the others begin
-def test_a_row_draws_the_same_in_any_company(many: list[Params]) -> None:
+def test_a_row_draws_the_same_in_any_company(sample: Sample, many: list[Params]) -> None:
     logits, rows = rows_of(many)
     together = sample(logits.clone(), rows)
     backwards = sample(logits.flip(0), rows[::-1])

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.sampling.sampler import gumbel, sample
+from server.engine.sampling.sampler import gumbel
 from tests.server.engine.sampling.rows import kept_by_transformers, row
+from tests.server.engine.sampling.samplers import Sample
 
 
 def test_the_stream_is_decided_by_seed_choice_and_position_alone() -> None:
@@ -105,7 +106,7 @@ def chi_square(tokens: Sequence[int | None], probabilities: torch.Tensor) -> flo
     ],
     ids=str,
 )
-def test_draws_follow_the_softmax(params: dict[str, Any], over: str) -> None:
+def test_draws_follow_the_softmax(sample: Sample, params: dict[str, Any], over: str) -> None:
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.7, 0.2])
     base = row(seed=11, **params)
     allowed = kept_by_transformers(logits, base)
@@ -123,7 +124,7 @@ def test_draws_follow_the_softmax(params: dict[str, Any], over: str) -> None:
     assert chi_square(tokens, probabilities) < freedom + 3.1 * (2 * freedom) ** 0.5 + 6
 
 
-def test_a_token_of_one_in_a_thousand_comes_up_as_often() -> None:
+def test_a_token_of_one_in_a_thousand_comes_up_as_often(sample: Sample) -> None:
     logits = torch.zeros(1001)
     rows = [row(seed=seed) for seed in range(20_000)]
     counts = Counter(s.token_id for s in sample(logits.repeat(20_000, 1), rows))

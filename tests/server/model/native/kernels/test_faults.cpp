@@ -1,5 +1,7 @@
 // Memory and threads that can't be had, each request in turn: the call fails, and nothing else. Teams are of three, so
 // that one thread may have started when the next one can't.
+#include <tuple>
+
 #include "faults.h"
 #include "tiny_base.h"
 
@@ -51,6 +53,39 @@ TEST(a_step_of_serving_without_memory) {
         });
         expect(step.hidden == expected, "a step that failed leaves something behind");
     }
+}
+
+TEST(a_sample_without_memory) {
+    Random random(2);
+    const TinyBase base(random, 1);
+    const int64_t num_rows = 6, max_top = 5;
+    const std::vector<bf16> hidden = random_bf16(random, (size_t)(num_rows * base.sizes.hidden));
+    std::vector<SampleRow> rows;
+    for (int64_t i = 0; i < num_rows; i++)
+        rows.push_back({0.5 * (double)i, i % 2 ? 0.9 : 1.0, 0, i == 4 ? 9 : 0, i, max_top, nullptr, 1.2, 0, 3, 0, 0});
+    const std::vector<int64_t> seen{3, 5, 8};
+    std::vector<int64_t> token_ids(num_rows), top_ids(num_rows * max_top);
+    std::vector<float> logprobs(num_rows * (1 + max_top));
+    const SampleStep step{num_rows,      hidden.data(), nullptr, rows.data(), seen.data(),      3,
+                          nullptr,       nullptr,       0,       max_top,     token_ids.data(), logprobs.data(),
+                          top_ids.data()};
+    char error[kErrorSize];
+    const Native native = Native::serving(base, 2);
+    SUCCEED(smolora_sample, native.object.get(), &step);
+    const auto expected = std::tuple(token_ids, logprobs, top_ids);
+    auto is_expected = [&] { return std::tuple(token_ids, logprobs, top_ids) == expected; };
+    for (int failing : {1, 1000})
+        fail_each_in_turn(failing, [&] {
+            const Native fresh = Native::serving(base, 3);
+            if (fresh.status != kOk) return fresh.status;
+            token_ids.assign(num_rows, -2);
+            const int status = smolora_sample(fresh.object.get(), &step, error);
+            pause_failing();  // it is used on
+            if (status == kOk) return is_expected() ? status : (int)kFailed;
+            token_ids.assign(num_rows, -2);
+            if (smolora_sample(fresh.object.get(), &step, error) != kOk || !is_expected()) return (int)kFailed;
+            return status;
+        });
 }
 
 TEST(a_step_of_training_without_memory) {

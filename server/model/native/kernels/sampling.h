@@ -1,0 +1,266 @@
+// The next token of a row of logits, and log-probabilities: what server/engine/sampling computes in torch, without a
+// sort of more than what filters leave.
+//
+// A row's answer depends on the row alone: one thread computes it, and adds up in one order.
+#pragma once
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "numbers.h"
+
+constexpr float kMaxNoise = 16.7f;  // more than the most that gumbel16 gives, -ln(-ln(1 - 2^-24)) = 16.636
+
+// Standard Gumbel noise, -ln(-ln(u)), of 16 tokens. Token and key decide it: u is the 23 highest bits of a 32-bit mix
+// of them, and a half (multipliers of "lowbias32", Wellons 2018).
+inline __m512 gumbel16(__m512i tokens, int64_t key) {
+    __m512i x = _mm512_xor_si512(tokens, _mm512_set1_epi32((int)key));
+    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+    x = _mm512_mullo_epi32(x, _mm512_set1_epi32(0x7feb352d));
+    x = _mm512_xor_si512(x, _mm512_set1_epi32((int)(key >> 32)));
+    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 15));
+    x = _mm512_mullo_epi32(x, _mm512_set1_epi32((int)0x846ca68b));
+    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+    const __m512 bits = _mm512_cvtepi32_ps(_mm512_srli_epi32(x, 9)), zero = _mm512_setzero_ps();
+    const __m512 u = _mm512_mul_ps(_mm512_add_ps(bits, _mm512_set1_ps(0.5f)), _mm512_set1_ps(0x1p-23f));
+    return _mm512_sub_ps(zero, log16(_mm512_sub_ps(zero, log16(u))));
+}
+
+class RowSampler {  // of one thread
+  public:
+    // Chooses from `logits` (vocab), which are overwritten. logprobs (1 + max_top): the chosen token's and the
+    // likeliest ones', whose ids are top_ids (max_top); where there are no more, the ids are -1.
+    void run(const SampleStep& step, const SampleRow& row, float* logits, int64_t vocab, int64_t* token_id,
+             float* logprobs, int64_t* top_ids) {
+        logits_ = logits, vocab_ = (int)vocab, key_ = row.key;
+        double divisor = 0;
+        if (row.num_top) divisor = likeliest(row, logprobs + 1, top_ids);
+        change(step, row);
+        find_largest();
+        const bool is_number = !has_nan_ && std::isfinite(most_);
+        if (is_number && row.temperature > 0) draw(row);
+        *token_id = is_number ? chosen_ : -1;
+        if (row.num_top && is_number) logprobs[0] = (float)((double)unchanged(chosen_) - divisor);
+    }
+
+  private:
+    struct Candidate {
+        float logit, weight;  // weight: e^x of its share x in the draw
+        int token;
+    };
+    struct Original {
+        int token;
+        float logit;
+    };
+    // The order that filters go by: the likelier one, and the lower id of equals.
+    static bool is_before(const Candidate& a, const Candidate& b) {
+        return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
+    }
+
+    // The largest logit and the first token that has it; whether any is NaN.
+    void find_largest() {
+        __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+        __m512i at = _mm512_set1_epi32(0), tokens = first_tokens();
+        __mmask16 nan = 0;
+        for (int i = 0; i < vocab_; i += 16, tokens = _mm512_add_epi32(tokens, _mm512_set1_epi32(16))) {
+            const __m512 l = _mm512_loadu_ps(logits_ + i);
+            nan |= _mm512_cmp_ps_mask(l, l, _CMP_UNORD_Q);
+            const __mmask16 is_more = _mm512_cmp_ps_mask(l, most, _CMP_GT_OQ);
+            most = _mm512_mask_mov_ps(most, is_more, l), at = _mm512_mask_mov_epi32(at, is_more, tokens);
+        }
+        has_nan_ = nan != 0, most_ = _mm512_reduce_max_ps(most);
+        const __mmask16 is_most = _mm512_cmp_ps_mask(most, _mm512_set1_ps(most_), _CMP_EQ_OQ);
+        chosen_ = _mm512_mask_reduce_min_epi32(is_most, at);
+    }
+
+    // x = (logit - the largest) / temperature: what a token brings to the draw, beside its noise.
+    __m512 shares(__m512 logits) const {
+        return _mm512_mul_ps(_mm512_sub_ps(logits, _mm512_set1_ps(most_)), _mm512_set1_ps(by_));
+    }
+
+    // The sum of e^x over the vocabulary: in fp32 over parts of it, whose sums are added up in doubles.
+    double sum_weights() const {
+        constexpr int kPart = 512;
+        double sum = 0;
+        for (int start = 0; start < vocab_; start += kPart) {
+            __m512 part = _mm512_setzero_ps();
+            for (int i = start; i < std::min(start + kPart, vocab_); i += 16)
+                part = _mm512_add_ps(part, exp16(shares(_mm512_loadu_ps(logits_ + i))));
+            sum += _mm512_reduce_add_ps(part);
+        }
+        return sum;
+    }
+
+    // Makes candidates of the tokens whose logits are `floor` at least, in their order; the sum of their weights.
+    double collect(float floor) {
+        candidates_.clear();
+        double mass = 0;
+        for (int i = 0; i < vocab_; i += 16) {
+            const __m512 l = _mm512_loadu_ps(logits_ + i);
+            unsigned mask = _mm512_cmp_ps_mask(l, _mm512_set1_ps(floor), _CMP_GE_OQ);
+            if (!mask) continue;
+            float weights[16];
+            _mm512_storeu_ps(weights, exp16(shares(l)));
+            for (; mask; mask &= mask - 1) {
+                const int lane = std::countr_zero(mask);
+                candidates_.push_back({logits_[i + lane], weights[lane], i + lane});
+                mass += weights[lane];
+            }
+        }
+        return mass;
+    }
+
+    // Makes candidates of the likeliest tokens: enough(their mass), or all that are finite.
+    template <class Enough>
+    void collect_until(Enough enough) {
+        constexpr double kFirst = 4, kLast = 64;  // how far below the largest
+        constexpr float kLeast = std::numeric_limits<float>::lowest();
+        for (double below = kFirst; below <= kLast; below *= 2)
+            if (enough(collect(std::max((float)(most_ - below / by_), kLeast)))) return;
+        collect(kLeast);
+    }
+
+    // Leaves the `count` likeliest tokens.
+    void keep_top(int64_t count) {
+        collect_until([&](double) { return (int64_t)candidates_.size() >= count; });
+        if ((int64_t)candidates_.size() <= count) return;
+        std::nth_element(candidates_.begin(), candidates_.begin() + count, candidates_.end(), is_before);
+        candidates_.resize(count);
+    }
+
+    // Leaves of the candidates the likeliest that have `missing` mass together: those before which there is less.
+    void keep_mass(double missing) {
+        constexpr int kFew = 16;
+        auto begin = candidates_.begin(), end = candidates_.end();
+        while (end - begin > kFew) {  // what comes before `begin` is kept, what comes from `end` on is not
+            const auto middle = begin + (end - begin) / 2;
+            std::nth_element(begin, middle, end, is_before);
+            double mass = 0;
+            for (auto one = begin; one < middle; one++) mass += one->weight;
+            if (mass >= missing)
+                end = middle;
+            else
+                missing -= mass, begin = middle;
+        }
+        std::sort(begin, end, is_before);
+        for (; begin < end && missing > 0; begin++) missing -= begin->weight;
+        candidates_.erase(begin, candidates_.end());
+    }
+
+    // Notes the likeliest tokens and their log-probabilities; the logarithm of the softmax's divisor.
+    double likeliest(const SampleRow& row, float* logprobs, int64_t* top_ids) {
+        find_largest();
+        by_ = 1;
+        const double divisor = most_ + std::log(sum_weights());
+        keep_top(row.num_top);
+        std::sort(candidates_.begin(), candidates_.end(), is_before);
+        for (int64_t i = 0; i < row.num_top; i++) {
+            const bool is_there = i < (int64_t)candidates_.size();
+            top_ids[i] = is_there ? candidates_[i].token : -1;
+            logprobs[i] = is_there ? (float)(candidates_[i].logit - divisor) : -INFINITY;
+        }
+        return divisor;
+    }
+
+    // Penalties and biases, and what a constraint forbids.
+    void change(const SampleStep& step, const SampleRow& row) {
+        originals_.clear();
+        auto note = [&](int64_t token) {
+            if (row.num_top) originals_.push_back({(int)token, logits_[token]});
+        };
+        const auto penalty = (float)row.repetition_penalty;
+        for (int64_t i = row.first_seen; i < row.first_seen + row.num_seen; i++) {
+            float& logit = logits_[step.seen[i]];
+            note(step.seen[i]);
+            logit = logit < 0 ? logit * penalty : logit / penalty;
+        }
+        for (int64_t i = row.first_added; i < row.first_added + row.num_added; i++) {
+            note(step.added_ids[i]);
+            logits_[step.added_ids[i]] += (float)step.added[i];
+        }
+        if (row.forbidden == nullptr) return;
+        for (int i = 0; i < vocab_; i += 16) {
+            const __m128i bytes = _mm_loadu_si128((const __m128i*)(row.forbidden + i));
+            const __mmask16 mask = _mm_test_epi8_mask(bytes, bytes);
+            _mm512_mask_storeu_ps(logits_ + i, mask, _mm512_set1_ps(-std::numeric_limits<float>::infinity()));
+        }
+    }
+    // A token's logit before it was changed.
+    float unchanged(int token) const {
+        for (const Original& original : originals_)
+            if (original.token == token) return original.logit;
+        return logits_[token];
+    }
+
+    // Gumbel-max over what the filters leave, behind find_largest: the token with the highest x + noise.
+    void draw(const SampleRow& row) {
+        by_ = (float)(1 / row.temperature);
+        least_ = row.min_p > 0 ? (float)std::log(row.min_p) : -std::numeric_limits<float>::infinity();
+        score_ = -std::numeric_limits<float>::infinity();
+        consider(_mm512_set1_ps(most_), _mm512_set1_epi32(chosen_), 1);  // no filter drops the likeliest
+        const bool has_top_k = row.top_k > 0 && row.top_k < vocab_, has_top_p = row.top_p < 1;
+        if (!has_top_k && !has_top_p) return draw_from_all();
+        double all = 0;  // what top-p is a share of
+        if (has_top_k) {
+            keep_top(row.top_k);
+            for (const Candidate& one : candidates_) all += one.weight;
+        } else {
+            all = sum_weights();
+            collect_until([&](double mass) { return mass >= row.top_p * all; });
+        }
+        if (has_top_p) keep_mass(row.top_p * all);
+        for (size_t start = 0; start < candidates_.size(); start += 16) {
+            const int count = (int)std::min<size_t>(16, candidates_.size() - start);
+            float logits[16] = {};
+            int tokens[16] = {};
+            for (int i = 0; i < count; i++)
+                logits[i] = candidates_[start + i].logit, tokens[i] = candidates_[start + i].token;
+            consider(_mm512_loadu_ps(logits), _mm512_loadu_si512(tokens), first_lanes(count));
+        }
+    }
+
+    // Without noise for those whom no noise would help.
+    void draw_from_all() {
+        auto floor = [&] {
+            const double least = most_ + std::max((double)least_ * 1.01, (double)score_ - kMaxNoise) / by_;
+            return std::max(std::nextafter((float)least, -INFINITY), std::numeric_limits<float>::lowest());
+        };
+        float now = floor(), score = score_;
+        for (int i = 0; i < vocab_; i += 16) {
+            const __m512 l = _mm512_loadu_ps(logits_ + i);
+            const __mmask16 mask = _mm512_cmp_ps_mask(l, _mm512_set1_ps(now), _CMP_GE_OQ);
+            if (!mask) continue;
+            consider(l, _mm512_add_epi32(first_tokens(), _mm512_set1_epi32(i)), mask);
+            if (score_ > score) now = floor(), score = score_;
+        }
+    }
+
+    // Has the lanes of `mask` take part in the draw.
+    void consider(__m512 logits, __m512i tokens, __mmask16 mask) {
+        const __m512 x = shares(logits), scores = _mm512_add_ps(x, gumbel16(tokens, key_));
+        mask = _mm512_mask_cmp_ps_mask(mask, x, _mm512_set1_ps(least_), _CMP_GE_OQ);
+        unsigned better = _mm512_mask_cmp_ps_mask(mask, scores, _mm512_set1_ps(score_), _CMP_GE_OQ);
+        if (!better) return;
+        float of[16];
+        int ids[16];
+        _mm512_storeu_ps(of, scores), _mm512_storeu_si512(ids, tokens);
+        for (; better; better &= better - 1) {
+            const int lane = std::countr_zero(better);
+            if (of[lane] > score_ || (of[lane] == score_ && ids[lane] < chosen_))
+                score_ = of[lane], chosen_ = ids[lane];
+        }
+    }
+
+    static __m512i first_tokens() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
+
+    float* logits_ = nullptr;
+    int vocab_ = 0, chosen_ = 0;
+    int64_t key_ = 0;
+    float most_ = 0, by_ = 1;      // the largest logit, and what it is a difference to is multiplied by
+    float least_ = 0, score_ = 0;  // the least x that min-p leaves, and the highest x + noise so far
+    bool has_nan_ = false;
+    std::vector<Candidate> candidates_;
+    std::vector<Original> originals_;
+};

@@ -1,0 +1,105 @@
+"""How the native code is told which tokens to choose, and what it answers."""
+
+import ctypes
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from server.model.native.abi import SampleRow, SampleStep
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """The next tokens of some rows, and log-probabilities (nats) before anything changed their logits."""
+
+    token_ids: Ints  # (rows,); -1 where logits are NaN or infinite, or none may be chosen
+    logprobs: Floats  # (rows, 1 + n): the chosen token's, and the likeliest ones', best first
+    top_ids: Ints  # (rows, n): the likeliest tokens; -1 behind the last that there is
+
+
+class SampleTable:
+    """How the next token of each row of a batch is chosen."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._rows: list[SampleRow] = []
+        self._seen: list[int] = []
+        self._added_ids: list[int] = []
+        self._added: list[float] = []
+        self._masks: list[npt.NDArray[np.bool_]] = []  # are read where they lie
+        self._kept: tuple[object, ...] = ()  # as are these
+        self._max_top = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(
+        self,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        key: int,
+        num_top: int,
+        repetition_penalty: float = 1.0,
+        seen: Collection[int] = (),
+        added: Collection[tuple[int, float]] = (),
+        forbidden: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        """The next row: temperature 0 takes the likeliest token, else `key` (64 bits) decides the draw.
+
+        Its logits are changed in this order: the repetition penalty on tokens that were `seen`, what is `added`
+        to those of tokens, and what is `forbidden` (vocab,). Then come top-k (0: off), top-p (1: off) and min-p
+        (0: off). With `num_top` log-probabilities are told: the chosen token's and so many likeliest ones'.
+        """
+        mask = None
+        if forbidden is not None:
+            if forbidden.shape != (self._vocab_size,) or forbidden.dtype != np.bool_:
+                raise ValueError(f"what is forbidden must be {self._vocab_size} bools")
+            self._masks.append(np.ascontiguousarray(forbidden))
+            mask = self._masks[-1].ctypes.data
+        num_top = min(num_top, self._vocab_size)
+        self._max_top = max(self._max_top, num_top)
+        ranges = len(self._seen), len(seen), len(self._added), len(added)
+        self._rows.append(
+            SampleRow(temperature, top_p, min_p, top_k, key, num_top, mask, repetition_penalty, *ranges)
+        )
+        self._seen += seen
+        self._added_ids += (token_id for token_id, _ in added)
+        self._added += (value for _, value in added)
+
+    def step(self, *, hidden: int | None = None, logits: int | None = None) -> tuple[SampleStep, Choices]:
+        """The step as native code reads it, of hidden states or logits at an address, and where the answer comes;
+        the table must stay until it is there."""
+        num_rows = len(self._rows)
+        rows = (SampleRow * num_rows)(*self._rows)
+        seen, added_ids = np.array(self._seen, np.int64), np.array(self._added_ids, np.int64)
+        added = np.array(self._added, np.float64)
+        choices = Choices(
+            np.empty(num_rows, np.int64),
+            np.empty((num_rows, 1 + self._max_top), np.float32),
+            np.empty((num_rows, self._max_top), np.int64),
+        )
+        step = SampleStep(
+            num_rows=num_rows,
+            hidden=hidden,
+            logits=logits,
+            rows=ctypes.addressof(rows),
+            seen=seen.ctypes.data,
+            num_seen=seen.size,
+            added_ids=added_ids.ctypes.data,
+            added=added.ctypes.data,
+            num_added=added.size,
+            max_top=self._max_top,
+            token_ids=choices.token_ids.ctypes.data,
+            logprobs=choices.logprobs.ctypes.data,
+            top_ids=choices.top_ids.ctypes.data,
+        )
+        self._kept = (rows, seen, added_ids, added)
+        return step, choices

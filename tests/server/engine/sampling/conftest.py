@@ -1,0 +1,11 @@
+"""Tests of what a sampler must do run on both."""
+
+import pytest
+
+from server.engine.sampling import sampler
+from tests.server.engine.sampling.samplers import Sample, native_sample
+
+
+@pytest.fixture(scope="session", params=["torch", "native"])
+def sample(request: pytest.FixtureRequest) -> Sample:
+    return native_sample(num_threads=2) if request.param == "native" else sampler.sample

@@ -1,0 +1,85 @@
+"""A sampler in 64 bits that knows what rounding may decide.
+
+It tells which tokens a sampler in 32 bits may choose: those that its filters may leave, for all that 32 bits and
+the order of equals can do, and whose scores lie so close to the best one's that they may be the best.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from server.engine.sampling.logits import LogitsRow
+from server.engine.sampling.sampler import MIN_TEMPERATURE, noise_key
+
+Doubles = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+_UNIT = 2.0**-24  # how far off, relatively, rounding to 32 bits may be
+_MASS = 4e-5  # of top-p's masses: sums of some ten thousand numbers
+_NOISE = 20.0  # larger than any
+
+
+def exact_noise(row: LogitsRow, vocab: int) -> Doubles:
+    """Of each token."""
+    first, second = (int(word) for word in np.frombuffer(noise_key(row), np.uint32))
+    x = np.arange(vocab, dtype=np.uint64) ^ np.uint64(first)
+    word = np.uint64(0xFFFFFFFF)
+    x = ((x ^ (x >> np.uint64(16))) * np.uint64(0x7FEB352D)) & word
+    x ^= np.uint64(second)
+    x = ((x ^ (x >> np.uint64(15))) * np.uint64(0x846CA68B)) & word
+    x ^= x >> np.uint64(16)
+    uniform = ((x >> np.uint64(9)).astype(np.float64) + 0.5) * 2.0**-23
+    noise: Doubles = -np.log(-np.log(uniform))
+    return noise
+
+
+def may_be_chosen(changed: torch.Tensor, row: LogitsRow, *, by_ids: bool) -> set[int | None]:
+    """The tokens that may be chosen of logits (vocab,), fp32, to which penalties and constraints were applied.
+
+    `by_ids`: equals go by their ids, and logits are ordered before they are scaled; else equals come in any order,
+    and so do those whose scaled logits may be rounded to the same.
+    """
+    logits: Doubles = changed.double().numpy()
+    if np.isnan(logits).any() or not np.isfinite(logits.max()):
+        return {None}
+    params = row.params
+    if params.temperature == 0:
+        return {int(logits.argmax())}
+    scaled = logits / max(params.temperature, MIN_TEMPERATURE)
+    size = np.abs(scaled[np.isfinite(scaled)])
+    near = 0.0 if by_ids else 4 * _UNIT * float(size.max(initial=0))  # of two scaled logits
+    x = scaled - scaled.max()
+    may, must = _left(x, row, near, by_ids)
+    scores = x + exact_noise(row, len(x))
+    best = scores[must].max(initial=-np.inf)
+    off = near + 16 * _UNIT * _NOISE
+    return {int(token) for token in np.flatnonzero(may & (scores >= best - off))}
+
+
+def _left(x: Doubles, row: LogitsRow, near: float, by_ids: bool) -> tuple[Bools, Bools]:
+    """Which tokens the filters may leave, and which they must."""
+    params = row.params
+    may, must = np.isfinite(x), np.isfinite(x)
+    order = np.argsort(-x, kind="stable")
+    ordered = -x[order]  # rises
+    # How many tokens surely come before each, and how many may.
+    fewest, most = np.empty_like(order), np.empty_like(order)
+    if by_ids:
+        fewest[order] = most[order] = np.arange(len(x))
+    else:
+        fewest[:] = np.searchsorted(ordered, -x - near, "left")
+        most[:] = np.searchsorted(ordered, -x + near, "right") - 1
+    weights = np.exp(-ordered)
+    if 0 < params.top_k < len(x):
+        may &= fewest < params.top_k
+        must &= most < params.top_k
+        weights[params.top_k :] = 0
+    if params.top_p < 1:
+        mass = np.concatenate(([0.0], weights.cumsum())) / weights.sum()
+        may &= mass[fewest] < params.top_p + _MASS
+        must &= mass[most] < params.top_p - _MASS
+    if params.min_p:
+        least = np.log(params.min_p)
+        may &= x >= least - near - 4 * _UNIT * abs(least)
+        must &= x >= least + near + 4 * _UNIT * abs(least)
+    likeliest = x >= -near
+    return may | likeliest, must
