@@ -1,0 +1,35 @@
+"""Where a native step's time goes, measured in little on a tiny base."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.phases import Step, limits, main, markdown
+from server.model.native.abi import PHASES
+from tests.native_kit import SHAPES, has_native
+from tests.tiny import save_tiny_base
+
+pytestmark = pytest.mark.skipif(not has_native(), reason="nothing native here")
+
+
+def test_a_reduced_run(tmp_path: Path) -> None:
+    architecture, options = SHAPES["grouped"]
+    model = save_tiny_base(tmp_path / "tiny", architecture, {**options, "max_position_embeddings": 512})
+    found = main(
+        ["--quick", f"--model={model}", f"--home={tmp_path / 'home'}", f"--out={tmp_path}", "--threads=1"]
+    )
+    assert [each.step for each in found.found] == [Step(1, 1, 128), Step(2, 1, 128), Step(1, 32, 0)]
+    for each in found.found:
+        assert list(each.phases) == list(PHASES)
+        assert 0 < sum(each.phases.values()) < 1.05 * each.whole
+    assert found.bandwidth > 1e8
+    assert found.speed > 1e8
+    assert "| attention |" in markdown(found)
+    assert json.loads((tmp_path / "phases.json").read_text())["made"]["quick"] is True
+    few, many = (limits(found, Step(streams, 1, 100), "qkv") for streams in (1, 10))
+    assert few is not None
+    assert many is not None
+    assert few[0] == many[0], "weights are read once"
+    assert many[1] == pytest.approx(10 * few[1])
+    assert limits(found, Step(1, 1, 100), "norm") is None
