@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.phases import Step, limits, main, markdown
+from benchmarks.serving.phases import Step, limits, main, markdown
 from server.model.native.abi import PHASES
 from tests.native_kit import SHAPES, has_native
 from tests.tiny import save_tiny_base

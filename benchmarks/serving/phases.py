@@ -1,9 +1,9 @@
-"""Where the time of a native step goes: `python -m benchmarks.phases`.
+"""Where the time of a native step goes: `python -m benchmarks.serving.phases`.
 
 Steps of more and more streams, each decoding a token behind as long a context, and of a prompt, all of the base
 and sampled (temperature 0.7, top-p 0.9). Beside each phase stands what bounds it: reading its weights, keys and
-values once at the measured bandwidth, or its multiplications at the speed of the fastest bf16 product that was seen
-here. Writes phases.json. For figures that mean something the machine must be otherwise idle.
+values once at the measured bandwidth, or its multiplications at the speed of the fastest bf16 product seen here.
+Writes phases.json. For figures that mean something the machine must be otherwise idle.
 """
 
 import statistics
@@ -74,7 +74,7 @@ class Results:
 
 def main(arguments: list[str] | None = None) -> Results:
     """Run it all; the results, which are printed and written too."""
-    parser = command.parser("benchmarks.phases", "Measures where the time of a native step goes.")
+    parser = command.parser("benchmarks.serving.phases", "Measures where the time of a native step goes.")
     parser.add_argument("--streams", type=positive, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--context", type=positive, default=128, help="tokens before each stream's new one")
     parser.add_argument("--prompt", type=positive, default=512, help="tokens of the step that is a prompt")
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> Results:
     ]
     config = model.config
     results = Results(
-        Made.by("benchmarks.phases", arguments, quick=options.quick),
+        Made.by("benchmarks.serving.phases", arguments, quick=options.quick),
         Machine.this(options.threads),
         directory.name,
         bandwidth(options.threads, 1 << (24 if options.quick else 29)),
