@@ -2,8 +2,8 @@
 
 Steps of more and more streams, each decoding a token behind as long a context, and of a prompt, all of the base
 and sampled (temperature 0.7, top-p 0.9). Beside each phase stands what bounds it: reading its weights, keys and
-values once at the measured bandwidth, or its multiplications at the speed of the fastest bf16 product seen here.
-Writes phases.json. For figures that mean something the machine must be otherwise idle.
+values once, or its multiplications, each at the highest speed seen here: of torch's sum and bf16 product, and of
+any phase. Writes phases.json. For figures that mean something the machine must be otherwise idle.
 """
 
 import statistics
@@ -64,8 +64,8 @@ class Results:
     made: Made
     machine: Machine
     base: str
-    bandwidth: float  # bytes/s
-    speed: float  # floating point operations/s of the fastest product
+    bandwidth: float  # bytes/s, the fastest that was seen
+    speed: float  # floating point operations/s, likewise
     sizes: dict[str, int]  # parameters of each phase that multiplies by weights
     cache_bytes: int  # of a position's keys and values
     attention_flops: int  # of a new token for each position that it sees
@@ -97,18 +97,17 @@ def main(arguments: list[str] | None = None) -> Results:
         say(step.title)
         found.append(measured(model, step, options.repeats))
     sizes = parameters(model.config)
+    products = [(each, phase, size) for each in found for phase, size in sizes.items() if phase != "head"]
+    read = [2 * size / each.phases[phase] for each, phase, size in products]
     speeds = [
-        2 * size * each.step.streams * each.step.tokens / each.phases[phase]
-        for each in found
-        for phase, size in sizes.items()
-        if phase != "head"  # of which a prompt's step has one row
+        2 * size * each.step.streams * each.step.tokens / each.phases[phase] for each, phase, size in products
     ]
     config = model.config
     results = Results(
         Made.by("benchmarks.serving.phases", arguments, quick=options.quick),
         Machine.this(options.threads),
         directory.name,
-        bandwidth(options.threads, 1 << (24 if options.quick else 29)),
+        max(*read, bandwidth(options.threads, 1 << (24 if options.quick else 29))),
         max(*speeds, product_speed()),
         sizes,
         2 * 2 * config.num_layers * config.kv_size,
@@ -202,7 +201,7 @@ def markdown(results: Results) -> str:
     parts = [
         *([QUICK] if results.made.quick else []),
         f"Made by `{results.made.command}`, {results.made.day}: {results.base}, {results.machine}. Memory is read "
-        f"at {number(results.bandwidth / 1e9)} GB/s; the fastest bf16 product does "
+        f"at {number(results.bandwidth / 1e9)} GB/s at most; the fastest bf16 product does "
         f"{number(results.speed / 1e9)} GFLOP/s.",
         "Milliseconds (medians), and in brackets the share of that in which memory or arithmetic, whichever takes "
         "longer, could have done it.",
