@@ -7,13 +7,12 @@ import pytest
 
 from benchmarks.serving.phases import Step, limits, main, markdown
 from server.model.native.abi import PHASES
-from tests.native_kit import SHAPES, has_native
+from tests.native_kit import SHAPES, native_library
 from tests.tiny import save_tiny_base
-
-pytestmark = pytest.mark.skipif(not has_native(), reason="nothing native here")
 
 
 def test_a_reduced_run(tmp_path: Path) -> None:
+    native_library()
     architecture, options = SHAPES["grouped"]
     model = save_tiny_base(tmp_path / "tiny", architecture, {**options, "max_position_embeddings": 512})
     found = main(

@@ -32,6 +32,7 @@ FLAGS = (
     *("-std=c++20", "-O3"),
     "-ffp-contract=off",  # a multiplication and an addition are rounded apart, whatever the compiler
     *("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
+    *("-mamx-tile", "-mamx-bf16"),  # used where the processor has them
     *("-fPIC", "-pthread", "-fvisibility=hidden"),
     "-ftls-model=initial-exec",  # else a thread's first use may need memory, and glibc ends the process without
 )
@@ -84,7 +85,8 @@ def library_name() -> str:
 
 
 def computed_by(library: ctypes.CDLL) -> str:
-    """What its results' bits depend on: the source, and the compiler with its version and flags."""
+    """What its results' bits depend on: the source, the compiler with its version and flags, and whether the
+    processor has AMX."""
     return f"{source_digest()} ({library.smolora_compiler().decode()})"
 
 

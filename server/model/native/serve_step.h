@@ -15,7 +15,8 @@
 
 namespace {
 
-constexpr int kChunk = 48;  // rows that an item takes of a product
+constexpr int kChunk = 96;      // rows that an item takes of a product: blocks of 12 and of 32
+constexpr int kQueryRows = 48;  // rows, a head each, that an item takes of attention
 
 struct ServeLayer {
     const bf16 *input_norm, *post_norm;
@@ -134,7 +135,7 @@ class Model {
             lora_[group].plan(step.pools[group], step.modules, step.segments, (int)step.num_segments, step.weights,
                               tokens_);
         queries_.clear();
-        const int group = (int)(s_.heads / s_.kv_heads), block = std::max(kChunk / group, 1);
+        const int group = (int)(s_.heads / s_.kv_heads), block = std::max(kQueryRows / group, 1);
         for (int64_t i = 0; i < step.num_runs; i++) {
             const ServeRun& run = step.runs[i];
             const int32_t* blocks = step.blocks + run.first_block;

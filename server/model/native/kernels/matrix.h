@@ -1,8 +1,8 @@
 // Matrix products with packed 16-bit weights, accumulated in fp32.
 //
 // W (out, in) is packed as [out / 32][in / 2][32][2], so that one register holds two inputs of 16 outputs, which is
-// what vdpbf16ps multiplies. A row's result doesn't depend on how many rows are computed with it: each output is one
-// sum over the inputs in order.
+// what vdpbf16ps multiplies, and AMX, where there is that. A row's result doesn't depend on how many rows are computed
+// with it: each output is one sum over the inputs in one order.
 #pragma once
 #include <sys/mman.h>
 #include <algorithm>
@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "amx.h"
 #include "numbers.h"
 
 constexpr int kBlock = 12;              // rows of a register block: 24 accumulators
@@ -97,6 +98,12 @@ inline void multiply(const bf16* x, size_t x_stride, int rows, const bf16* w, in
     static constexpr auto kByRows = []<int... rows>(std::integer_sequence<int, rows...>) {
         return std::array{multiply_block<add, rows + 1>...};
     }(std::make_integer_sequence<int, kBlock>{});
+    if (pairs % kAmxPairs == 0 && has_amx()) {  // by the shape of w alone, so that a row always gets the same bits
+        for (int start = 0; start < rows; start += 2 * kAmxRows)
+            multiply_amx_block<add>(x + start * x_stride, x_stride, std::min(rows - start, 2 * kAmxRows), w, pairs,
+                                    y + start * y_stride, y_stride);
+        return;
+    }
     while (rows > 0) {
         int blocks = (rows + kBlock - 1) / kBlock, now = (rows + blocks - 1) / blocks;
         kByRows[now - 1](x, x_stride, w, pairs, y, y_stride);

@@ -1,6 +1,8 @@
 // What the library says of itself: how its structs lie, which compiler made it, and whether this processor can run it.
 #include "abi.h"
 
+#include "kernels/amx.h"
+
 namespace {
 
 // The fields of each struct in their order, with their offsets, before its size.
@@ -67,10 +69,11 @@ const Number* smolora_layout() { return kLayout; }
 
 const char* smolora_compiler() {
 #ifdef __clang__
-    return __VERSION__ " " SMOLORA_FLAGS;
+#define MADE_BY __VERSION__ " " SMOLORA_FLAGS
 #else
-    return "g++ " __VERSION__ " " SMOLORA_FLAGS;
+#define MADE_BY "g++ " __VERSION__ " " SMOLORA_FLAGS
 #endif
+    return has_amx() ? MADE_BY ", with AMX" : MADE_BY;
 }
 
 int smolora_is_supported() {

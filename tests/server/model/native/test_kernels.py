@@ -4,6 +4,7 @@ A program with the library's own source in it runs them, compiled as the library
 held to torch by the tests of the passes.
 """
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -18,6 +19,8 @@ NAMES = [
     for path in sorted(KERNELS.glob("test_*.cpp"))
     for name in re.findall(r"^TEST\((\w+)\)", path.read_text(encoding="utf-8"), re.MULTILINE)
 ]
+AMX = ["1", "0"] if "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8") else ["0"]
+"""With it, and as on a processor that has none, which takes other products."""
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +34,10 @@ def test_names_are_found_and_differ() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_kernels(program: Path, name: str) -> None:
-    done = subprocess.run([program, name], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("amx", AMX)
+def test_kernels(program: Path, name: str, amx: str) -> None:
+    environment = {**os.environ, "NATIVE_AMX": amx}
+    done = subprocess.run([program, name], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == f"passed {name}\n"
 

@@ -56,6 +56,6 @@ static void check_multiply(int rows, int pairs) {
 
 TEST(multiply_rows_by_a_tile) {
     for (int rows = 1; rows <= 3 * kBlock + 1; rows++)
-        for (int pairs : {1, 8, 17}) check_multiply<false>(rows, pairs), check_multiply<true>(rows, pairs);
+        for (int pairs : {1, 8, 16, 17, 32}) check_multiply<false>(rows, pairs), check_multiply<true>(rows, pairs);
     for (int pairs : {2, 15, 16, 48, 288}) check_multiply<false>(5, pairs), check_multiply<true>(5, pairs);
 }

@@ -1,0 +1,93 @@
+// The product of a packed tile by AMX, the matrix unit of Intel's Xeons from the fourth generation on.
+//
+// An instruction multiplies 16 rows by 16 columns over 32 inputs. Each output of a row is a sum of its own there, too:
+// of 32 inputs at a time, first the even and the odd ones apart, then both together and to what came before. So a
+// row's result doesn't depend on what is computed with it, but it isn't that of vdpbf16ps to the last bit.
+#pragma once
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+
+#include "numbers.h"
+
+constexpr int kAmxPairs = 16;  // pairs of inputs that an instruction takes
+constexpr int kAmxRows = 16;   // rows, at most
+
+// Whether this processor has it and the system lets this process use it. NATIVE_AMX=0 says no.
+inline bool has_amx() {
+    static const bool found = [] {
+        constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // of CPUID's leaf 7, EDX
+        constexpr long kRequest = 0x1023, kTileData = 18;        // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        unsigned a, b, c, d;
+        const char* wanted = getenv("NATIVE_AMX");
+        if (wanted != nullptr && *wanted == '0') return false;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTiles) == 0) return false;
+        return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+    }();
+    return found;
+}
+
+struct alignas(64) AmxShape {  // as ldtilecfg reads it
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes_of_row[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// y (rows, 32) = x (rows, 2 · pairs) times one tile of w, or that added to it; rows from 1 to 32, pairs in units of 16.
+// Registers 0 to 3 are y's quarters, 4 and 5 rows of x, 6 and 7 the halves of the tile.
+template <bool add>
+inline void multiply_amx_block(const bf16* x, size_t x_stride, int rows, const bf16* w, int pairs, float* y,
+                               size_t y_stride) {
+    constexpr int kW = 2 * kTile * sizeof(bf16);  // bytes between two pairs of the tile
+    const int upper = std::min(rows, kAmxRows), lower = rows - upper;
+    const size_t x_bytes = x_stride * sizeof(bf16), y_bytes = y_stride * sizeof(float);
+    const bf16* x_lower = x + kAmxRows * x_stride;
+    float* y_lower = y + kAmxRows * y_stride;
+    AmxShape shape;
+    for (int i = 0; i < 8; i++) shape.bytes_of_row[i] = 64, shape.rows[i] = kAmxRows;
+    shape.rows[0] = shape.rows[1] = shape.rows[4] = (uint8_t)upper;
+    shape.rows[2] = shape.rows[3] = shape.rows[5] = (uint8_t)std::max(lower, 1);
+    asm volatile("" ::: "memory");  // the compiler doesn't know that what follows reads x, y and w
+    _tile_loadconfig(&shape);
+    if (add) {
+        _tile_loadd(0, y, y_bytes);
+        _tile_loadd(1, y + 16, y_bytes);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+    }
+    if (add && lower) {
+        _tile_loadd(2, y_lower, y_bytes);
+        _tile_loadd(3, y_lower + 16, y_bytes);
+    } else {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int pair = 0; pair < pairs; pair += kAmxPairs) {
+        const bf16* now = w + (size_t)pair * 2 * kTile;
+        for (int i = 0; i < kAmxPairs * 2 * kTile; i += 32)
+            _mm_prefetch((const char*)(now + 2 * kAmxPairs * 2 * kTile + i), _MM_HINT_T0);
+        _tile_loadd(6, now, kW);
+        _tile_loadd(7, now + kTile, kW);
+        _tile_loadd(4, x + 2 * pair, x_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (lower == 0) continue;
+        _tile_loadd(5, x_lower + 2 * pair, x_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, y, y_bytes);
+    _tile_stored(1, y + 16, y_bytes);
+    if (lower) {
+        _tile_stored(2, y_lower, y_bytes);
+        _tile_stored(3, y_lower + 16, y_bytes);
+    }
+    _tile_release();  // as whoever else uses it in this thread expects it
+    asm volatile("" ::: "memory");
+}
