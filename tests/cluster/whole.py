@@ -21,6 +21,7 @@ from server.home import Home
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
 from tests.buckets import BUCKET, Proxy, aws_variables, running_store
+from tests.cluster.kit import TITLE
 from tests.end_to_end.server_process import PATIENCE, command, environment, free_port
 from tests.end_to_end.training_client import CHILD, ENDED, wait_until
 from tests.native_kit import lend_native
@@ -29,7 +30,7 @@ from tests.server.api.adapters.peft_files import as_parts, peft_files
 
 Part = Literal["replica", "api", "worker", "job", "controller"]
 _CLI = "server.cli"
-_REPLICA, _CONTROLLER = "ray::ServeReplica:smolora:engine", "ray::ServeController"
+_CONTROLLER = "ray::ServeController"
 
 
 class Whole:
@@ -189,7 +190,7 @@ def _is(process: psutil.Process, part: Part) -> bool:
     if not words:
         return False
     if part in ("replica", "controller"):
-        return bool(words[0].startswith(_REPLICA if part == "replica" else _CONTROLLER))
+        return bool(words[0].startswith(TITLE if part == "replica" else _CONTROLLER))
     if part == "job":
         return CHILD in words
     names = _CLI in words or Path(words[1] if len(words) > 1 else "").name == "smolora"
