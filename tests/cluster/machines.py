@@ -6,12 +6,20 @@ import subprocess
 from pathlib import Path
 from typing import Self
 
+import httpx
 import psutil
 
-from server.cluster.processes import is_ready
 from server.cluster.state import read_state
 from tests.cluster.kit import CACHES, FLAGS, TITLE, wait_until
 from tests.end_to_end.server_process import PATIENCE, command, environment
+
+
+def is_ready(url: str) -> bool:
+    """Whether the API there can serve."""
+    try:
+        return httpx.get(f"{url}/ready", timeout=10, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 class UpProcess:
