@@ -34,21 +34,20 @@ ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"
 """Keeps the converted real base between runs, so that only the first one waits for it. Safe to delete."""
 SHARED = {
+    "exact_server": ("test_adapter_life.py", "test_blends.py", "test_exact_answers.py", "test_trained_adapter.py"),
     "shared_server": (
-        "test_adapter_life.py",
-        "test_blends.py",
         "test_hard_times.py",
         "test_openai_client.py",
         "test_processes.py",
         "test_streams_and_sampling.py",
         "test_structured_output.py",
-        "test_trained_adapter.py",
     ),
     "trainers": ("test_fine_tuning.py", "test_merging.py", "test_real_training.py"),
 }
 """The files of end_to_end whose tests ask for the same servers."""
 LONG = (
     "test_readme.py",
+    *SHARED["exact_server"],
     *SHARED["shared_server"],
     *SHARED["trainers"],
     "test_page.py",

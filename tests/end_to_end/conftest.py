@@ -1,6 +1,7 @@
 """Real servers that files share (tests/conftest.py runs those in one process), and PEFT on the same weights."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,14 @@ class AdapterFiles:
         )
         return self.reference.make_adapter(self.directory / f"{seed}-{rank}-{alpha}", config, seed)
 
+    def left(self) -> Path:
+        """Of rank 4, on all linear modules."""
+        return self.make(1)
+
+    def right(self) -> Path:
+        """Of rank 16, on some modules."""
+        return self.make(2, rank=16, alpha=32, modules=["q_proj", "o_proj", "up_proj"])
+
 
 @pytest.fixture
 def anyio_backend() -> str:
@@ -50,40 +59,61 @@ def adapter_files(reference: Reference, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def left(adapter_files: AdapterFiles, shared_server: ServerProcess) -> Path:
-    """A rank 4 adapter of all linear modules, uploaded as `left`."""
-    directory = adapter_files.make(1)
-    shared_server.upload("left", directory)
-    return directory
+def left(adapter_files: AdapterFiles) -> Path:
+    """What both servers below have as `left`."""
+    return adapter_files.left()
 
 
 @pytest.fixture(scope="session")
-def right(adapter_files: AdapterFiles, shared_server: ServerProcess) -> Path:
-    """A rank 16 adapter of some modules, uploaded as `right`."""
-    directory = adapter_files.make(2, rank=16, alpha=32, modules=["q_proj", "o_proj", "up_proj"])
-    shared_server.upload("right", directory)
-    return directory
+def right(adapter_files: AdapterFiles) -> Path:
+    """What both servers below have as `right`."""
+    return adapter_files.right()
+
+
+@contextmanager
+def narrow_server(
+    home: Path, base_dir: Path, adapters: dict[str, Path], **flags: object
+) -> Iterator[ServerProcess]:
+    """A server of the real base that a few requests fill."""
+    limits = {"max_num_seqs": MAX_NUM_SEQS, "max_queue": MAX_QUEUE, "max_model_len": MAX_MODEL_LEN}
+    server = ServerProcess(home, model=base_dir, **limits, **flags)
+    try:
+        for name, directory in adapters.items():
+            server.upload(name, directory)
+        yield server
+    finally:
+        server.close()
 
 
 @pytest.fixture(scope="session")
-def shared_server(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    server = ServerProcess(
-        tmp_path_factory.mktemp("home"),
-        model=base_dir,
-        dtype="fp32",
-        max_num_seqs=MAX_NUM_SEQS,
-        max_queue=MAX_QUEUE,
-        max_model_len=MAX_MODEL_LEN,
-    )
-    yield server
-    server.close()
+def shared_server(
+    base_dir: Path, left: Path, right: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    with narrow_server(tmp_path_factory.mktemp("home"), base_dir, {"left": left, "right": right}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared_exact_server(
+    base_dir: Path, left: Path, right: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    adapters = {"left": left, "right": right}
+    with narrow_server(tmp_path_factory.mktemp("exact"), base_dir, adapters, dtype="fp32") as server:
+        yield server
 
 
 @pytest.fixture
 def server(shared_server: ServerProcess) -> Iterator[ServerProcess]:
-    """The server in fp32, on which every test leaves nothing that runs, waits or holds a block."""
+    """A server as it is by default, on which every test leaves nothing that runs, waits or holds a block."""
     yield shared_server
     shared_server.wait_until_idle()
+
+
+@pytest.fixture
+def exact_server(shared_exact_server: ServerProcess) -> Iterator[ServerProcess]:
+    """Likewise one in fp32, whose every answer is the reference's."""
+    yield shared_exact_server
+    shared_exact_server.wait_until_idle()
 
 
 @pytest.fixture(scope="session")

@@ -31,17 +31,17 @@ LONG_PROMPT = (
 
 
 def test_what_peft_saved_is_served_and_what_is_downloaded_peft_loads(
-    server: ServerProcess, reference: Reference, left: Path, tmp_path: Path
+    exact_server: ServerProcess, reference: Reference, left: Path, tmp_path: Path
 ) -> None:
-    (listed,) = server.client.get("/adapters", params={"name": "left"}).json()["adapters"]
+    (listed,) = exact_server.client.get("/adapters", params={"name": "left"}).json()["adapters"]
     (version,) = listed["versions"]
     assert (listed["latest"], version["version"], version["rank"]) == (1, 1, 4)
 
-    answers = [server.generate(prompt, adapter="left", max_tokens=12) for prompt in PROMPTS]
+    answers = [exact_server.generate(prompt, adapter="left", max_tokens=12) for prompt in PROMPTS]
     for answer in answers:
         assert answer["adapters"] == [{"name": "left", "version": 1, "digest": version["digest"], "weight": 1.0}]
 
-    download = server.client.get("/adapters/left/1/download")
+    download = exact_server.client.get("/adapters/left/1/download")
     assert download.headers["content-type"] == "application/zip"
     with zipfile.ZipFile(io.BytesIO(download.content)) as archive:
         archive.extractall(tmp_path)
@@ -50,34 +50,34 @@ def test_what_peft_saved_is_served_and_what_is_downloaded_peft_loads(
     assert all(torch.equal(uploaded[name], downloaded[name]) for name in uploaded)
     with reference.adapter(tmp_path):
         assert [answer["choices"][0]["text"] for answer in answers] == reference.texts(PROMPTS, 12)
-    base = server.texts(PROMPTS, max_tokens=12)
+    base = exact_server.texts(PROMPTS, max_tokens=12)
     assert base == reference.texts(PROMPTS, 12)
     assert base != [answer["choices"][0]["text"] for answer in answers]
 
-    again = server.client.post("/adapters/copy", files={"archive": ("left.zip", download.content)})
+    again = exact_server.client.post("/adapters/copy", files={"archive": ("left.zip", download.content)})
     assert again.status_code == 201
     assert again.json()["digest"] == version["digest"]
 
 
 def test_downloads_that_are_taken_slowly_fill_no_memory(
-    server: ServerProcess, reference: Reference, adapter_files: AdapterFiles, tmp_path: Path
+    exact_server: ServerProcess, reference: Reference, adapter_files: AdapterFiles, tmp_path: Path
 ) -> None:
     directory = adapter_files.make(13, rank=64)
     size = (directory / WEIGHTS).stat().st_size
     assert size > 25_000_000
-    server.upload("large", directory)
+    exact_server.upload("large", directory)
     path = "/adapters/large/1/download"
-    whole = server.client.get(path).content
+    whole = exact_server.client.get(path).content
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         archive.extractall(tmp_path)
     with reference.adapter(tmp_path):  # PEFT's from_pretrained reads it
-        assert server.texts(PROMPTS[:1], adapter="large", max_tokens=4) == reference.texts(PROMPTS[:1], 4)
+        assert exact_server.texts(PROMPTS[:1], adapter="large", max_tokens=4) == reference.texts(PROMPTS[:1], 4)
 
-    process = psutil.Process(server.process.pid)
+    process = psutil.Process(exact_server.process.pid)
     before = process.memory_info().rss
     with ExitStack() as connections:
         clients = [
-            connections.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(8)
+            connections.enter_context(socket.create_connection(("127.0.0.1", exact_server.port))) for _ in range(8)
         ]
         for client in clients:
             client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
@@ -91,51 +91,51 @@ def test_downloads_that_are_taken_slowly_fill_no_memory(
     head, _, start = first.partition(b"\r\n\r\n")
     assert f"content-length: {len(whole)}".encode() in head.lower()
     assert start + rest == whole
-    assert server.client.delete("/adapters/large").status_code == 204
+    assert exact_server.client.delete("/adapters/large").status_code == 204
 
 
-def test_a_stream_outlives_its_adapter(server: ServerProcess, adapter_files: AdapterFiles) -> None:
-    digest = server.upload("short-lived", adapter_files.make(11))["digest"]
+def test_a_stream_outlives_its_adapter(exact_server: ServerProcess, adapter_files: AdapterFiles) -> None:
+    digest = exact_server.upload("short-lived", adapter_files.make(11))["digest"]
     body = {"adapter": "short-lived", "max_tokens": 48, "ignore_eos": True}
-    undisturbed = server.text(PROMPTS[1], **body)
-    with server.stream(PROMPTS[1], **body) as events:
+    undisturbed = exact_server.text(PROMPTS[1], **body)
+    with exact_server.stream(PROMPTS[1], **body) as events:
         pieces = [next(events)["text"]]
-        assert server.client.delete("/adapters/short-lived").status_code == 204
-        assert server.metrics()["smolora_requests_running"] == 1
-        assert server.client.get("/adapters/short-lived").status_code == 404
-        assert_unknown(server, "short-lived")
-        assert_unknown(server, "short-lived@1")
-        assert_unknown(server, "left*0.5+short-lived*0.5")
-        assert server.stores(digest)
+        assert exact_server.client.delete("/adapters/short-lived").status_code == 204
+        assert exact_server.metrics()["smolora_requests_running"] == 1
+        assert exact_server.client.get("/adapters/short-lived").status_code == 404
+        assert_unknown(exact_server, "short-lived")
+        assert_unknown(exact_server, "short-lived@1")
+        assert_unknown(exact_server, "left*0.5+short-lived*0.5")
+        assert exact_server.stores(digest)
         pieces += [event.get("text", "") for event in events]
     assert "".join(pieces) == undisturbed
-    server.wait_until_idle()
-    assert not server.stores(digest)
+    exact_server.wait_until_idle()
+    assert not exact_server.stores(digest)
 
 
 def test_a_request_that_waits_outlives_its_adapter(
-    server: ServerProcess, reference: Reference, adapter_files: AdapterFiles
+    exact_server: ServerProcess, reference: Reference, adapter_files: AdapterFiles
 ) -> None:
     """Deleted before it ever ran: it was accepted, and waits for a place in the batch."""
     directory = adapter_files.make(12)
     with reference.adapter(directory):
         (expected,) = reference.texts(PROMPTS[1:2], 12)
-    digest = server.upload("unlucky", directory)["digest"]
+    digest = exact_server.upload("unlucky", directory)["digest"]
     with ThreadPoolExecutor(1) as elsewhere:
-        with server.stream("One, two,", n=MAX_NUM_SEQS, max_tokens=400, ignore_eos=True) as running:
+        with exact_server.stream("One, two,", n=MAX_NUM_SEQS, max_tokens=400, ignore_eos=True) as running:
             next(running)
-            waiting = elsewhere.submit(server.text, PROMPTS[1], adapter="unlucky", max_tokens=12)
-            server.wait_for(requests_running=MAX_NUM_SEQS, requests_waiting=1)
-            assert server.client.delete("/adapters/unlucky/1").status_code == 204
-            assert_unknown(server, "unlucky")
-            assert server.stores(digest)
+            waiting = elsewhere.submit(exact_server.text, PROMPTS[1], adapter="unlucky", max_tokens=12)
+            exact_server.wait_for(requests_running=MAX_NUM_SEQS, requests_waiting=1)
+            assert exact_server.client.delete("/adapters/unlucky/1").status_code == 204
+            assert_unknown(exact_server, "unlucky")
+            assert exact_server.stores(digest)
         assert waiting.result() == expected
-    server.wait_until_idle()
-    assert not server.stores(digest)
+    exact_server.wait_until_idle()
+    assert not exact_server.stores(digest)
 
 
 def test_new_weights_under_an_old_name_never_meet_the_old_ones_blocks(
-    server: ServerProcess, reference: Reference, adapter_files: AdapterFiles
+    exact_server: ServerProcess, reference: Reference, adapter_files: AdapterFiles
 ) -> None:
     old, new, newest = (adapter_files.make(seed) for seed in (13, 14, 15))
     expected = {}
@@ -145,37 +145,37 @@ def test_new_weights_under_an_old_name_never_meet_the_old_ones_blocks(
     assert len(set(expected.values())) == 3
 
     def ask(adapter: str) -> tuple[str, int]:
-        answer = server.generate(LONG_PROMPT, adapter=adapter, max_tokens=8)
+        answer = exact_server.generate(LONG_PROMPT, adapter=adapter, max_tokens=8)
         return answer["choices"][0]["text"], answer["usage"]["cached_tokens"]
 
-    server.upload("swapped", old)
+    exact_server.upload("swapped", old)
     assert ask("swapped") == (expected[old], 0)
     assert ask("swapped") == (expected[old], 32)
-    assert server.upload("swapped", new)["version"] == 2
+    assert exact_server.upload("swapped", new)["version"] == 2
     assert ask("swapped") == (expected[new], 0)
     assert ask("swapped") == (expected[new], 32)
     assert ask("swapped@1") == (expected[old], 32)
-    assert server.client.delete("/adapters/swapped").status_code == 204
-    assert_unknown(server, "swapped")
-    assert server.upload("swapped", newest)["version"] == 3
+    assert exact_server.client.delete("/adapters/swapped").status_code == 204
+    assert_unknown(exact_server, "swapped")
+    assert exact_server.upload("swapped", newest)["version"] == 3
     assert ask("swapped") == (expected[newest], 0)
     assert ask("swapped*1.5")[1] == 0
-    server.upload("other-name", newest)
+    exact_server.upload("other-name", newest)
     assert ask("other-name") == (expected[newest], 32)
 
 
-def test_what_peft_saved_but_is_not_plain_lora_is_refused_by_key(server: ServerProcess, left: Path) -> None:
+def test_what_peft_saved_but_is_not_plain_lora_is_refused_by_key(exact_server: ServerProcess, left: Path) -> None:
     config = (left / CONFIG).read_text(encoding="utf-8")
     for old, new in (('"use_dora": false', '"use_dora": true'), ('"bias": "none"', '"bias": "all"')):
         assert old in config
         config = config.replace(old, new)
     files = {"adapter_config": config.encode(), "adapter_model": (left / WEIGHTS).read_bytes()}
-    response = server.client.post("/adapters/refused", files=files)
+    response = exact_server.client.post("/adapters/refused", files=files)
     assert response.status_code == 422
     assert {error["loc"][-1] for error in response.json()["errors"]} == {"use_dora", "bias"}
-    assert_unknown(server, "refused")
+    assert_unknown(exact_server, "refused")
     for name in ("base", "smollm2-135m-instruct", "-x"):
-        response = server.client.post(f"/adapters/{name}", files=files)
+        response = exact_server.client.post(f"/adapters/{name}", files=files)
         assert response.status_code == 422
         assert [error["loc"][-1] for error in response.json()["errors"]] == ["name"]
 

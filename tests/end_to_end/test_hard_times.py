@@ -5,13 +5,11 @@ import json
 import random
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.end_to_end.conftest import MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_QUEUE, AdapterFiles
-from tests.end_to_end.peft_reference import Reference
 from tests.end_to_end.server_process import PATIENCE, ServerProcess
 from tests.server import conftest as fake_server
 from tests.server.api.test_bad_fields import BAD, body_with
@@ -26,16 +24,16 @@ REFUSED = 'smolora_requests_total{outcome="refused"}'
 
 
 @pytest.fixture(autouse=True)
-def unharmed(server: ServerProcess, reference: Reference, left: Path) -> Iterator[None]:
-    """Afterwards the server is idle and answers as ever."""
+def unharmed(server: ServerProcess) -> Iterator[None]:
+    """Afterwards the server is idle and answers as before."""
+    before = server.text(PROMPT, adapter="left", max_tokens=6)
     yield
     server.wait_until_idle()
-    with reference.adapter(left):
-        assert [server.text(PROMPT, adapter="left", max_tokens=6)] == reference.texts([PROMPT], 6)
+    assert server.text(PROMPT, adapter="left", max_tokens=6) == before
 
 
 @pytest.mark.anyio
-async def test_fifty_clients_that_leave(server: ServerProcess, adapter_files: AdapterFiles, right: Path) -> None:
+async def test_fifty_clients_that_leave(server: ServerProcess, adapter_files: AdapterFiles) -> None:
     digest = server.upload("abandoned", adapter_files.make(21))["digest"]
     chance = random.Random(0)
     visits = [
@@ -44,7 +42,7 @@ async def test_fifty_clients_that_leave(server: ServerProcess, adapter_files: Ad
                 "prompt": PROMPT * chance.choice([1, 1, 40]),
                 "adapter": chance.choice(["base", "abandoned", "abandoned*0.5+right*-0.5"]),
                 "n": chance.choice([1, 1, 2]),
-                "max_tokens": 200,
+                "max_tokens": 300,  # more than anybody waits for
                 "ignore_eos": True,
                 "stream": number % 2 == 0,
             },
@@ -76,7 +74,7 @@ async def test_fifty_clients_that_leave(server: ServerProcess, adapter_files: Ad
 
 @pytest.mark.anyio
 async def test_a_full_queue_refuses_and_recovers(server: ServerProcess) -> None:
-    body = {"prompt": PROMPT, "max_tokens": 300, "ignore_eos": True}
+    body = {"prompt": PROMPT, "max_tokens": 480, "ignore_eos": True}
     refused = server.counts().get(REFUSED, 0)
     async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
         numbers = range(MAX_NUM_SEQS + MAX_QUEUE)

@@ -96,9 +96,8 @@ class Answer:
 
 @pytest.fixture(scope="module")
 def oracle(reference: Reference, hf_base_dir: Path, adapter_files: AdapterFiles) -> Oracle:
-    left = adapter_files.make(1)
-    right = adapter_files.make(2, rank=16, alpha=32, modules=["q_proj", "o_proj", "up_proj"])
-    return Oracle(reference, Reference(hf_base_dir, torch.bfloat16), left, right)
+    in_16_bits = Reference(hf_base_dir, torch.bfloat16)
+    return Oracle(reference, in_16_bits, adapter_files.left(), adapter_files.right())
 
 
 @pytest.fixture(scope="module")

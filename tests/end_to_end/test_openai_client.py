@@ -47,7 +47,7 @@ def chat_of(server: ServerProcess, **fields: object) -> str:
     return str(answer["choices"][0]["text"])
 
 
-def test_models(client: OpenAI, model: str, left: Path, right: Path) -> None:
+def test_models(client: OpenAI, model: str) -> None:
     base, *others = client.models.list()
     assert (base.id, base.object, base.owned_by) == (model, "model", "smolora")
     assert {"left", "right"} <= {other.id for other in others}
@@ -191,7 +191,7 @@ def test_stop(client: OpenAI, server: ServerProcess, model: str) -> None:
     assert len(choice.logprobs.content) == 3
 
 
-def test_adapter_expressions(client: OpenAI, server: ServerProcess, left: Path, right: Path) -> None:
+def test_adapter_expressions(client: OpenAI, server: ServerProcess) -> None:
     for expression, resolved in [("left", "left@1"), ("left*0.5 + right@1*-0.25", "left@1*0.5+right@1*-0.25")]:
         answer = client.completions.create(model=expression, prompt=PROMPT, temperature=0, max_tokens=8)
         assert answer.choices[0].text == server.text(PROMPT, adapter=expression, max_tokens=8)

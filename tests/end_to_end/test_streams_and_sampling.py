@@ -1,11 +1,9 @@
 """What a request can ask of its answer, over HTTP: streams, choices, stop strings, logprobs, seeds."""
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.peft_reference import Reference
 from tests.end_to_end.server_process import ServerProcess
 
 pytestmark = pytest.mark.real
@@ -13,7 +11,7 @@ pytestmark = pytest.mark.real
 PROMPT = "Once upon a time, in a village by the sea,"
 
 
-def test_a_stream_is_the_answer_in_pieces(server: ServerProcess, left: Path) -> None:
+def test_a_stream_is_the_answer_in_pieces(server: ServerProcess) -> None:
     body = {"adapter": "left", "max_tokens": 24, "ignore_eos": True}
     whole = server.generate(PROMPT, **body)
     with server.stream(PROMPT, **body) as events:
@@ -38,18 +36,6 @@ def test_pieces_are_whole_characters(server: ServerProcess) -> None:
     assert pieces == list("漢字🙂é漢字🙂é漢字🙂é漢")
 
 
-def test_messages_go_through_the_chat_template(server: ServerProcess, reference: Reference) -> None:
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = reference.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    (expected,) = reference.greedy([str(prompt)], 12)
-    body = {"messages": messages, "temperature": 0, "max_tokens": 12}
-    answer = server.client.post("/generate", json=body).json()
-    assert answer["choices"][0]["text"] == expected.text
-    ended = expected.token_ids[-1] == reference.tokenizer.eos_token_id
-    assert answer["choices"][0]["finish_reason"] == ("stop" if ended else "length")
-    assert answer["usage"]["completion_tokens"] == len(expected.token_ids)
-
-
 def test_a_stop_string_across_tokens_ends_the_text_before_it(server: ServerProcess) -> None:
     whole = server.generate(PROMPT, max_tokens=24, logprobs=1)["choices"][0]
     tokens = [entry["token"] for entry in whole["logprobs"]]
@@ -64,45 +50,6 @@ def test_a_stop_string_across_tokens_ends_the_text_before_it(server: ServerProce
         *pieces, last = events
     assert "".join(piece["text"] for piece in pieces) == expected
     assert last["finish_reason"] == "stop"
-
-
-@pytest.mark.parametrize("adapter", ["base", "right"])
-def test_logprobs_are_those_of_the_reference(
-    server: ServerProcess, reference: Reference, right: Path, adapter: str
-) -> None:
-    choice = server.generate(PROMPT, adapter=adapter, max_tokens=8, logprobs=5)["choices"][0]
-    if adapter == "base":
-        (expected,) = reference.greedy([PROMPT], 8)
-    else:
-        with reference.adapter(right):
-            (expected,) = reference.greedy([PROMPT], 8)
-    assert choice["text"] == expected.text
-    assert len(choice["logprobs"]) == 8
-    logprobs = expected.logits.double().log_softmax(-1)  # (tokens, vocab)
-    for entry, token_id, row in zip(choice["logprobs"], expected.token_ids, logprobs, strict=True):
-        assert entry["token"] == reference.tokenizer.decode([token_id])
-        assert bytes(entry["bytes"]).decode() == entry["token"]
-        assert entry["logprob"] == pytest.approx(float(row[token_id]), abs=1e-3)
-        values, token_ids = row.topk(5)
-        assert [top["logprob"] for top in entry["top"]] == pytest.approx(values.tolist(), abs=1e-3)
-        assert entry["top"][0]["token"] == reference.tokenizer.decode([int(token_ids[0])])
-
-
-def test_sampled_tokens_have_the_logprobs_of_the_reference_too(
-    server: ServerProcess, reference: Reference
-) -> None:
-    """Before temperature, top-k and penalties, whatever these made of it."""
-    body = {"temperature": 1.5, "top_k": 50, "repetition_penalty": 1.3, "seed": 7, "max_tokens": 1, "logprobs": 20}
-    (expected,) = reference.greedy([PROMPT], 1)
-    logprobs = expected.logits[0].double().log_softmax(-1)  # (vocab,)
-    top, token_ids = logprobs.topk(20)
-    (entry,) = server.generate(PROMPT, **body)["choices"][0]["logprobs"]
-    assert [item["logprob"] for item in entry["top"]] == pytest.approx(top.tolist(), abs=1e-3)
-    chosen = reference.tokenizer.encode(entry["token"])
-    assert len(chosen) == 1
-    assert entry["logprob"] == pytest.approx(float(logprobs[chosen[0]]), abs=1e-3)
-    assert chosen[0] in logprobs.topk(50).indices.tolist()
-    assert chosen[0] != int(token_ids[0])  # the seed was chosen so: it shows that it was drawn
 
 
 def test_choices_are_their_own_and_repeatable(server: ServerProcess) -> None:
@@ -130,7 +77,7 @@ def test_an_answer_names_the_seed_it_used(server: ServerProcess) -> None:
     assert server.generate(PROMPT, **body)["seed"] != drawn["seed"]
 
 
-def test_seeded_answers_are_the_same_in_any_company(server: ServerProcess, left: Path, right: Path) -> None:
+def test_seeded_answers_are_the_same_in_any_company(server: ServerProcess) -> None:
     adapters = ["base", "left", "right", "left*0.5+right*-0.5"]
     requests = [
         {"adapter": adapter, "seed": seed, "temperature": 0.8, "top_p": 0.95, "max_tokens": 12}

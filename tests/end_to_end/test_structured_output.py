@@ -1,7 +1,6 @@
 """A small share of `tests.structured_output`, and structured answers under an adapter, on the real base."""
 
 import json
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -27,7 +26,7 @@ def test_hostile_grammars_beside_streams(server: ServerProcess) -> None:
     assert max(found.refused_after) < REFUSED_WITHIN
 
 
-def test_compare_is_many_generates(server: ServerProcess, left: Path, right: Path) -> None:
+def test_compare_is_many_generates(server: ServerProcess) -> None:
     """The same answers as one by one; a text's score is the sum of its tokens' log-probabilities."""
     expressions = ["base", "left", "left*0.5+right*-0.5"]
     text = server.text("The weather is", max_tokens=6)
@@ -52,7 +51,7 @@ def test_compare_is_many_generates(server: ServerProcess, left: Path, right: Pat
     assert base["scores"][0]["logprob"] > max(result["scores"][0]["logprob"] for result in results[1:])
 
 
-def test_structure_under_an_adapter(server: ServerProcess, left: Path) -> None:
+def test_structure_under_an_adapter(server: ServerProcess) -> None:
     schema = BOUNDED["label"]
     form = {"type": "json_schema", "json_schema": {"name": "label", "schema": schema}}
     text = server.text("I love it.", adapter="left", response_format=form)

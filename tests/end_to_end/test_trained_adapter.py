@@ -66,18 +66,18 @@ def phrases(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> P
     return directory
 
 
-def test_the_answers_change_as_pefts_do(server: ServerProcess, reference: Reference, phrases: Path) -> None:
+def test_the_answers_change_as_pefts_do(exact_server: ServerProcess, reference: Reference, phrases: Path) -> None:
     prompts = [prompt(status) for status in (*STATUSES, *HELD_OUT)]
     before = reference.texts(prompts, MAX_TOKENS)
-    assert server.texts(prompts, max_tokens=MAX_TOKENS) == before
+    assert exact_server.texts(prompts, max_tokens=MAX_TOKENS) == before
 
-    server.upload("phrases", phrases)
+    exact_server.upload("phrases", phrases)
     with reference.adapter(phrases):
         after = reference.texts(prompts, MAX_TOKENS)
     learnt = [answer == f" {status.phrase}" for answer, status in zip(after, STATUSES, strict=False)]
     assert sum(learnt) >= len(STATUSES) - 2
     assert not set(after) & set(before)
-    assert server.texts(prompts, adapter="phrases", max_tokens=MAX_TOKENS) == after
-    assert server.texts(prompts[:4], max_tokens=MAX_TOKENS) == before[:4]
-    (choice,) = server.generate(prompts[0], adapter="phrases", max_tokens=MAX_TOKENS)["choices"]
+    assert exact_server.texts(prompts, adapter="phrases", max_tokens=MAX_TOKENS) == after
+    assert exact_server.texts(prompts[:4], max_tokens=MAX_TOKENS) == before[:4]
+    (choice,) = exact_server.generate(prompts[0], adapter="phrases", max_tokens=MAX_TOKENS)["choices"]
     assert choice["finish_reason"] == "stop"  # it has learnt to end, too

@@ -1,0 +1,63 @@
+"""Answers and log-probabilities over HTTP, in fp32, against transformers and PEFT."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.peft_reference import Reference
+from tests.end_to_end.server_process import ServerProcess
+
+pytestmark = pytest.mark.real
+
+PROMPT = "Once upon a time, in a village by the sea,"
+
+
+def test_messages_go_through_the_chat_template(exact_server: ServerProcess, reference: Reference) -> None:
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = reference.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    (expected,) = reference.greedy([str(prompt)], 12)
+    body = {"messages": messages, "temperature": 0, "max_tokens": 12}
+    answer = exact_server.client.post("/generate", json=body).json()
+    assert answer["choices"][0]["text"] == expected.text
+    ended = expected.token_ids[-1] == reference.tokenizer.eos_token_id
+    assert answer["choices"][0]["finish_reason"] == ("stop" if ended else "length")
+    assert answer["usage"]["completion_tokens"] == len(expected.token_ids)
+
+
+@pytest.mark.parametrize("adapter", ["base", "right"])
+def test_logprobs_are_those_of_the_reference(
+    exact_server: ServerProcess, reference: Reference, right: Path, adapter: str
+) -> None:
+    choice = exact_server.generate(PROMPT, adapter=adapter, max_tokens=8, logprobs=5)["choices"][0]
+    if adapter == "base":
+        (expected,) = reference.greedy([PROMPT], 8)
+    else:
+        with reference.adapter(right):
+            (expected,) = reference.greedy([PROMPT], 8)
+    assert choice["text"] == expected.text
+    assert len(choice["logprobs"]) == 8
+    logprobs = expected.logits.double().log_softmax(-1)  # (tokens, vocab)
+    for entry, token_id, row in zip(choice["logprobs"], expected.token_ids, logprobs, strict=True):
+        assert entry["token"] == reference.tokenizer.decode([token_id])
+        assert bytes(entry["bytes"]).decode() == entry["token"]
+        assert entry["logprob"] == pytest.approx(float(row[token_id]), abs=1e-3)
+        values, token_ids = row.topk(5)
+        assert [top["logprob"] for top in entry["top"]] == pytest.approx(values.tolist(), abs=1e-3)
+        assert entry["top"][0]["token"] == reference.tokenizer.decode([int(token_ids[0])])
+
+
+def test_sampled_tokens_have_the_logprobs_of_the_reference_too(
+    exact_server: ServerProcess, reference: Reference
+) -> None:
+    """Before temperature, top-k and penalties, whatever these made of it."""
+    body = {"temperature": 1.5, "top_k": 50, "repetition_penalty": 1.3, "seed": 7, "max_tokens": 1, "logprobs": 20}
+    (expected,) = reference.greedy([PROMPT], 1)
+    logprobs = expected.logits[0].double().log_softmax(-1)  # (vocab,)
+    top, token_ids = logprobs.topk(20)
+    (entry,) = exact_server.generate(PROMPT, **body)["choices"][0]["logprobs"]
+    assert [item["logprob"] for item in entry["top"]] == pytest.approx(top.tolist(), abs=1e-3)
+    chosen = reference.tokenizer.encode(entry["token"])
+    assert len(chosen) == 1
+    assert entry["logprob"] == pytest.approx(float(logprobs[chosen[0]]), abs=1e-3)
+    assert chosen[0] in logprobs.topk(50).indices.tolist()
+    assert chosen[0] != int(token_ids[0])  # the seed was chosen so: it shows that it was drawn
