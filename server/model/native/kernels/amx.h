@@ -38,56 +38,85 @@ struct alignas(64) AmxShape {  // as ldtilecfg reads it
     uint8_t rows[16] = {};
 };
 
-// y (rows, 32) = x (rows, 2 · pairs) times one tile of w, or that added to it; rows from 1 to 32, pairs in units of 16.
-// Registers 0 to 3 are y's quarters, 4 and 5 rows of x, 6 and 7 the halves of the tile.
-template <bool add>
-inline void multiply_amx_block(const bf16* x, size_t x_stride, int rows, const bf16* w, int pairs, float* y,
-                               size_t y_stride) {
-    constexpr int kW = 2 * kTile * sizeof(bf16);  // bytes between two pairs of the tile
-    const int upper = std::min(rows, kAmxRows), lower = rows - upper;
-    const size_t x_bytes = x_stride * sizeof(bf16), y_bytes = y_stride * sizeof(float);
-    const bf16* x_lower = x + kAmxRows * x_stride;
-    float* y_lower = y + kAmxRows * y_stride;
-    AmxShape shape;
-    for (int i = 0; i < 8; i++) shape.bytes_of_row[i] = 64, shape.rows[i] = kAmxRows;
-    shape.rows[0] = shape.rows[1] = shape.rows[4] = (uint8_t)upper;
-    shape.rows[2] = shape.rows[3] = shape.rows[5] = (uint8_t)std::max(lower, 1);
-    asm volatile("" ::: "memory");  // the compiler doesn't know that what follows reads x, y and w
-    _tile_loadconfig(&shape);
-    if (add) {
-        _tile_loadd(0, y, y_bytes);
-        _tile_loadd(1, y + 16, y_bytes);
-    } else {
+// Up to 32 rows times 32 columns in the registers of this thread, which are given back at the end of its life: 0 to 3
+// hold the sums' quarters, 4 and 5 rows of x, 6 and 7 the halves of w. `pairs`: of inputs that an instruction takes.
+//
+// The compiler doesn't know that the instructions read and write memory, so each member tells it.
+class AmxBlock {
+  public:
+    explicit AmxBlock(int rows, int pairs = kAmxPairs) : has_lower_(rows > kAmxRows) {
+        const int lower = has_lower_ ? rows - kAmxRows : 1;
+        AmxShape shape;
+        for (int i = 0; i < 8; i++) shape.bytes_of_row[i] = 64, shape.rows[i] = kAmxRows;
+        shape.rows[0] = shape.rows[1] = shape.rows[4] = (uint8_t)std::min(rows, kAmxRows);
+        shape.rows[2] = shape.rows[3] = shape.rows[5] = (uint8_t)lower;
+        shape.bytes_of_row[4] = shape.bytes_of_row[5] = (uint16_t)(pairs * 2 * sizeof(bf16));
+        shape.rows[6] = shape.rows[7] = (uint8_t)pairs;
+        asm volatile("" ::: "memory");
+        _tile_loadconfig(&shape);
+    }
+    ~AmxBlock() { _tile_release(); }  // as whoever else uses it in this thread expects it
+    AmxBlock(const AmxBlock&) = delete;
+    AmxBlock& operator=(const AmxBlock&) = delete;
+
+    void zero() {
         _tile_zero(0);
         _tile_zero(1);
-    }
-    if (add && lower) {
-        _tile_loadd(2, y_lower, y_bytes);
-        _tile_loadd(3, y_lower + 16, y_bytes);
-    } else {
         _tile_zero(2);
         _tile_zero(3);
     }
+
+    void load(const float* y, size_t stride) {
+        asm volatile("" ::: "memory");
+        _tile_loadd(0, y, stride * sizeof(float));
+        _tile_loadd(1, y + 16, stride * sizeof(float));
+        if (!has_lower_) return;
+        _tile_loadd(2, y + kAmxRows * stride, stride * sizeof(float));
+        _tile_loadd(3, y + kAmxRows * stride + 16, stride * sizeof(float));
+    }
+
+    // The sums += x (rows, 2 · pairs) times w (pairs, 32, 2), whose halves of 16 columns have rows `w_stride` apart.
+    void add(const bf16* x, size_t x_stride, const bf16* w_left, const bf16* w_right, size_t w_stride) {
+        asm volatile("" ::: "memory");
+        _tile_loadd(6, w_left, w_stride * sizeof(bf16));
+        _tile_loadd(7, w_right, w_stride * sizeof(bf16));
+        _tile_loadd(4, x, x_stride * sizeof(bf16));
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (!has_lower_) return;
+        _tile_loadd(5, x + kAmxRows * x_stride, x_stride * sizeof(bf16));
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+
+    void store(float* y, size_t stride) const {
+        _tile_stored(0, y, stride * sizeof(float));
+        _tile_stored(1, y + 16, stride * sizeof(float));
+        if (has_lower_) {
+            _tile_stored(2, y + kAmxRows * stride, stride * sizeof(float));
+            _tile_stored(3, y + kAmxRows * stride + 16, stride * sizeof(float));
+        }
+        asm volatile("" ::: "memory");
+    }
+
+  private:
+    bool has_lower_;
+};
+
+// y (rows, 32) = x (rows, 2 · pairs) times one tile of w, or that added to it; rows from 1 to 32, pairs in units of 16.
+template <bool add>
+inline void multiply_amx_block(const bf16* x, size_t x_stride, int rows, const bf16* w, int pairs, float* y,
+                               size_t y_stride) {
+    AmxBlock block(rows);
+    if (add)
+        block.load(y, y_stride);
+    else
+        block.zero();
     for (int pair = 0; pair < pairs; pair += kAmxPairs) {
         const bf16* now = w + (size_t)pair * 2 * kTile;
         for (int i = 0; i < kAmxPairs * 2 * kTile; i += 32)
             _mm_prefetch((const char*)(now + 2 * kAmxPairs * 2 * kTile + i), _MM_HINT_T0);
-        _tile_loadd(6, now, kW);
-        _tile_loadd(7, now + kTile, kW);
-        _tile_loadd(4, x + 2 * pair, x_bytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if (lower == 0) continue;
-        _tile_loadd(5, x_lower + 2 * pair, x_bytes);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        block.add(x + 2 * pair, x_stride, now, now + kTile, 2 * kTile);
     }
-    _tile_stored(0, y, y_bytes);
-    _tile_stored(1, y + 16, y_bytes);
-    if (lower) {
-        _tile_stored(2, y_lower, y_bytes);
-        _tile_stored(3, y_lower + 16, y_bytes);
-    }
-    _tile_release();  // as whoever else uses it in this thread expects it
-    asm volatile("" ::: "memory");
+    block.store(y, y_stride);
 }

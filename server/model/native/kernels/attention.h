@@ -131,6 +131,49 @@ inline void mix_block(const bf16* weights, size_t w_stride, int positions, const
     }
 }
 
+// The same two by AMX, with which each of a row's sums is of its own as well. Scores (rows, 16 · count), an odd count
+// counted one up; `keys` goes on behind the last one.
+inline void score_amx(const bf16* q, int rows, int dim, const bf16* const* keys, int count, float* y, size_t y_stride) {
+    for (int start = 0; start < rows; start += 2 * kAmxRows) {
+        AmxBlock block(std::min(rows - start, 2 * kAmxRows));
+        for (int i = 0; i < count; i += 2) {
+            block.zero();
+            for (int d = 0; d < dim; d += 2 * kAmxPairs) {
+                for (int line = 0; line < 2 * kAmxPairs * kPositions; line += 32) {
+                    _mm_prefetch((const char*)(keys[i + 2] + d * kPositions + line), _MM_HINT_T0);
+                    _mm_prefetch((const char*)(keys[i + 3] + d * kPositions + line), _MM_HINT_T0);
+                }
+                block.add(q + (size_t)start * dim + d, dim, keys[i] + d * kPositions, keys[i + 1] + d * kPositions,
+                          2 * kPositions);
+            }
+            block.store(y + start * y_stride + i * kPositions, y_stride);
+        }
+    }
+}
+
+// y (rows, dim) of weights (rows, positions), which are 0 behind a row's own.
+inline void mix_amx(const bf16* weights, size_t w_stride, int rows, int positions, const bf16* const* values, int dim,
+                    float* y) {
+    const int whole = positions / kPositions, rest = positions % kPositions;
+    for (int d = 0; d < dim; d += kTile) {
+        const size_t tile = (size_t)d * kPositions;
+        alignas(64) bf16 last[kPositions * kTile] = {};  // with zeros for what lies behind the last position
+        for (int i = 0; i < (rest + 1) / 2 * 2 * kTile; i++)
+            last[i] = i / (2 * kTile) * 2 + i % 2 < rest ? values[whole][tile + i] : (bf16)0;
+        for (int start = 0; start < rows; start += 2 * kAmxRows) {
+            AmxBlock block(std::min(rows - start, 2 * kAmxRows), kPositions / 2);
+            block.zero();
+            for (int i = 0; i < whole + (rest > 0); i++) {
+                const bf16* v = i < whole ? values[i] + tile : last;
+                for (int line = 0; line < kPositions * kTile; line += 32)
+                    _mm_prefetch((const char*)(values[i + 1] + tile + line), _MM_HINT_T0);
+                block.add(weights + start * w_stride + i * kPositions, w_stride, v, v + kTile, 2 * kTile);
+            }
+            block.store(y + (size_t)start * dim + d, dim);
+        }
+    }
+}
+
 // Calls kernel<rows>(first row) until all rows have had it.
 template <class Kernel>
 inline void by_blocks(int rows, Kernel kernel) {
@@ -160,7 +203,9 @@ inline void attend(const bf16* q, int rows, int group, int position, const Cache
         keys[i] = cache.k + at;
         if (i <= count) values[i] = cache.v + at;
     }
-    for (int i = 0; i < count; i += 2)
+    const bool by_amx = dim % (2 * kAmxPairs) == 0 && has_amx();
+    if (by_amx) score_amx(q, rows, dim, keys, count, scores, width);
+    for (int i = 0; !by_amx && i < count; i += 2)
         by_blocks(rows, [&]<int now>(int row) {
             score_block<now>(q + (size_t)row * dim, dim, dim / 2, keys + i, keys + i + 2,
                              scores + (size_t)row * width + i * kPositions, width);
@@ -173,7 +218,8 @@ inline void attend(const bf16* q, int rows, int group, int position, const Cache
         for (int i = 0; i < width; i += 16)
             store_bf16(to + i, i < seen ? _mm512_loadu_ps(own + i) : _mm512_setzero_ps());
     }
-    for (int d = 0; d < dim; d += kTile)
+    if (by_amx) mix_amx(weights, width, rows, length, values, dim, out);
+    for (int d = 0; !by_amx && d < dim; d += kTile)
         by_blocks(rows, [&]<int now>(int row) {
             mix_block<now>(weights + (size_t)row * width, width, length, values, (size_t)d * kPositions,
                            out + (size_t)row * dim + d, dim);
