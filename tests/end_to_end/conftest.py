@@ -72,11 +72,17 @@ def right(adapter_files: AdapterFiles) -> Path:
 
 @contextmanager
 def narrow_server(
-    home: Path, base_dir: Path, adapters: dict[str, Path], **flags: object
+    home: Path, base_dir: Path, adapters: dict[str, Path], dtype: str = "auto"
 ) -> Iterator[ServerProcess]:
     """A server of the real base that a few requests fill."""
-    limits = {"max_num_seqs": MAX_NUM_SEQS, "max_queue": MAX_QUEUE, "max_model_len": MAX_MODEL_LEN}
-    server = ServerProcess(home, model=base_dir, **limits, **flags)
+    server = ServerProcess(
+        home,
+        model=base_dir,
+        dtype=dtype,
+        max_num_seqs=MAX_NUM_SEQS,
+        max_queue=MAX_QUEUE,
+        max_model_len=MAX_MODEL_LEN,
+    )
     try:
         for name, directory in adapters.items():
             server.upload(name, directory)
