@@ -36,8 +36,8 @@ def exact_noise(row: LogitsRow, vocab: int) -> Doubles:
 def may_be_chosen(changed: torch.Tensor, row: LogitsRow) -> tuple[Tokens, Tokens]:
     """The tokens that may be chosen of logits (vocab,), fp32, to which penalties and constraints were applied.
 
-    First where equals go by their ids, and logits are ordered before they are scaled; then where equals come in any
-    order, and so do those whose scaled logits may be rounded to the same.
+    First where equals go by their ids, and logits are ordered before they are scaled; then where equals come in
+    any order, and so do those whose scaled logits may be rounded to the same.
     """
     logits: Doubles = changed.double().numpy()
     if np.isnan(logits).any() or not np.isfinite(logits.max()):
