@@ -161,7 +161,7 @@ def settings_of(home: Path, given: dict[str, object]) -> Settings:
 @cache
 def _plain_settings(_: tuple[tuple[str, str], ...]) -> Settings:
     """With those environment variables. Reading them takes longer than many tests do."""
-    return Settings()
+    return Settings.model_validate({})
 
 
 def build_services(
