@@ -1,12 +1,13 @@
 """The state of a pretended card: what it was told to do, its streams, and which thread speaks to it."""
 
+import sys
 import threading
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -180,8 +181,10 @@ def note_upload(source: torch.Tensor, non_blocking: bool) -> None:
 
 def where() -> str:
     """The line of the project that is being run."""
-    for frame in reversed(traceback.extract_stack()):
-        path = frame.filename.removeprefix(_ROOT)
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename.removeprefix(_ROOT)
         if path.startswith(("server/", "adapters/")):
-            return f"{path}:{frame.lineno}"
+            return f"{path}:{frame.f_lineno}"
+        frame = frame.f_back
     return "a test"

@@ -1,6 +1,7 @@
 """How a thread sees the card: torch's modes, which mark tensors, refuse mixes and count."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,21 +32,29 @@ class TooEarly(RuntimeError):
 class Operations(TorchDispatchMode):
     """Sees every operation."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here; what says so takes a tenth of each operation's time
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name: str = func._schema.name
         if torch.is_inference_mode_enabled() and func not in _single:  # what is made of others comes here whole
             with self:
                 found = func.decompose(*args, **kwargs)
             if found is not NotImplemented:
                 return found
             _single.add(func)
-        tensors = list(_tensors((*args, *kwargs.values())))
-        on_card = [tensor for tensor in tensors if is_on_card(tensor)]
-        elsewhere = [t for t in tensors if t.dim() and not is_on_card(t) and storage_of(t) is not None]
-        lies_on_card = bool(on_card)
+        name, computes = _about(func)
+        on_card, elsewhere = False, False
+        for tensor in _tensors((*args, *kwargs.values())):
+            storage = storage_of(tensor)
+            if getattr(storage, "is_on_card", False):
+                on_card = True
+            elif storage is not None and tensor.dim():
+                elsewhere = True
+        lies_on_card = on_card
         if name in _INDEXES:
             lies_on_card = is_on_card(args[0])
             _check_index(name, lies_on_card, args)
@@ -55,7 +64,7 @@ class Operations(TorchDispatchMode):
         elif on_card and elsewhere and name not in _MOVES:
             raise Mixed(f"{name} at {where()}")
         if on_card:
-            _count(func, name, kwargs)
+            _count(func, name, computes, kwargs)
         if name == "aten::copy_" and here.stream is not None and stream_of(args[0]) is not here.stream:
             if not here.stream.follows_main:
                 raise TooEarly(f"written at {where()} while the main stream may read it")
@@ -99,11 +108,17 @@ def _check_copy(to: _Tensor, source: _Tensor, non_blocking: bool = False) -> Non
         note_wait("download")
 
 
-def _count(func: Any, name: str, kwargs: Mapping[str, Any]) -> None:
+@cache
+def _about(func: Any) -> tuple[str, bool]:
+    """An operation's name, and whether it computes anything."""
+    name: str = func._schema.name
     returned = func._schema.returns
     alias = returned[0].alias_info if returned else None
     is_view = alias is not None and not alias.is_write
-    computes = not (is_view or name in _NO_KERNEL or name.startswith(("aten::empty", "aten::new_empty")))
+    return name, not (is_view or name in _NO_KERNEL or name.startswith(("aten::empty", "aten::new_empty")))
+
+
+def _count(func: Any, name: str, computes: bool, kwargs: Mapping[str, Any]) -> None:
     if computes and here.counts is not None:
         here.counts.kernels[name] += 1
     asks_for_size = (
@@ -113,20 +128,32 @@ def _count(func: Any, name: str, kwargs: Mapping[str, Any]) -> None:
         note_wait(name)
 
 
+_DEVICE_OF = _Tensor.device.__get__
+_IS_CUDA_OF = _Tensor.is_cuda.__get__  # type: ignore[attr-defined]  # a descriptor, for all that
+_HOSTS = (_Tensor.numpy, _Tensor.__array__, _Tensor.data_ptr)  # what only the host's memory has
+_ANSWERED = {
+    *(_DEVICE_OF, _IS_CUDA_OF, *_HOSTS),
+    *(_Tensor.pin_memory, _Tensor.tolist, _Tensor.cpu, _Tensor.to, _Tensor.new_tensor),
+}
+
+
 class Functions(TorchFunctionMode):
     """Says where tensors lie, and makes them "on the card"."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func == _Tensor.device.__get__:
+        kwargs = kwargs or {}
+        if func not in _ANSWERED and "device" not in kwargs and "pin_memory" not in kwargs:  # most of them
+            return func(*args, **kwargs)
+        kwargs = dict(kwargs)
+        if func == _DEVICE_OF:
             return CUDA if is_on_card(args[0]) else CPU
-        if func == _Tensor.is_cuda.__get__:  # type: ignore[attr-defined]  # a descriptor, for all that
+        if func == _IS_CUDA_OF:
             return is_on_card(args[0])
         if func is _Tensor.pin_memory:
             return mark(args[0].clone(), on_card=False, pinned=True)
-        if func in (_Tensor.numpy, _Tensor.__array__, _Tensor.data_ptr) and is_on_card(args[0]):
+        if func in _HOSTS and is_on_card(args[0]):
             raise TypeError(f"{func.__name__} of a tensor on the card at {where()}")
         if func is _Tensor.tolist and is_on_card(args[0]):
             note_wait("tolist")

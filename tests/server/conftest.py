@@ -1,7 +1,9 @@
 """An app around a fake engine, with a real catalog and store in a temporary home."""
 
+import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -23,7 +25,7 @@ from server.api.deps import Services
 from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
 from server.api.train.submission import Submissions
-from server.config import Settings
+from server.config import PREFIX, Settings
 from server.database import FILE_NAME, commits_of, connect
 from server.engine.structured.guidance import Guidance
 from server.home import Home
@@ -58,6 +60,9 @@ NUM_PARAMETERS = 1_000_000
 
 MakeServices = Callable[..., Services]
 
+shared_tokenizer = cache(tiny_tokenizer)
+"""Read alone, never changed."""
+
 
 @pytest.fixture
 def anyio_backend() -> str:
@@ -66,7 +71,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 def encoder() -> PromptEncoder:
-    return PromptEncoder(tiny_tokenizer())
+    return PromptEncoder(shared_tokenizer())
 
 
 @pytest.fixture
@@ -135,7 +140,7 @@ def files(tmp_path: Path) -> FileStore:
 
 def new_guidance() -> Guidance:
     """To be closed."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = shared_tokenizer()
     return Guidance(tokenizer_json(tokenizer), len(tokenizer), (tokenizer.eos_token_id,))
 
 
@@ -144,6 +149,19 @@ def guidance() -> Iterator[Guidance]:
     guidance = new_guidance()
     yield guidance
     guidance.close()
+
+
+def settings_of(home: Path, given: dict[str, object]) -> Settings:
+    if given:
+        return Settings.model_validate({"home": home, **given})
+    variables = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
+    return _plain_settings(tuple(variables.items())).model_copy(update={"home": home})
+
+
+@cache
+def _plain_settings(_: tuple[tuple[str, str], ...]) -> Settings:
+    """With those environment variables. Reading them takes longer than many tests do."""
+    return Settings.model_validate({})
 
 
 def build_services(
@@ -160,7 +178,7 @@ def build_services(
     **given: object,
 ) -> Services:
     """What `create_app` takes, of these parts; `given` are settings."""
-    settings = Settings.model_validate({"home": home, **given})
+    settings = settings_of(home, given)
     rows = RowEncoder(encoder, tokenizer.eos_token_id)
     return Services(
         settings=settings,
@@ -209,7 +227,7 @@ def make_services(
             files,
             guidance,
             database,
-            tiny_tokenizer(),
+            shared_tokenizer(),
             **given,
         )
 

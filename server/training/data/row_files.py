@@ -188,9 +188,13 @@ class _Lines:
             self._record_bytes += len(line)
             if self._stops and self._record_bytes > MAX_LINE:
                 self._faults.stop(self.first, f"the record is longer than {MAX_LINE} bytes: is a quote left open?")
-            fault = self._fault(line)
-            if fault is None:
-                return line.decode()
+            if b"\0" in line:
+                fault = f"has a NUL byte, at byte {line.index(0) + 1}"
+            else:
+                try:
+                    return line.decode()
+                except UnicodeDecodeError as error:
+                    fault = f"is not UTF-8, at byte {error.start + 1}"
             if self._stops:
                 self._faults.stop(self.number, fault)
             self._faults.add(self.number, InvalidInput.of(FILE, fault))
@@ -199,15 +203,6 @@ class _Lines:
         """Count the bytes from here."""
         self.first = self.number + 1
         self._record_bytes = 0
-
-    def _fault(self, line: bytes) -> str | None:
-        if b"\0" in line:
-            return f"has a NUL byte, at byte {line.index(0) + 1}"
-        try:
-            line.decode()
-        except UnicodeDecodeError as error:
-            return f"is not UTF-8, at byte {error.start + 1}"
-        return None
 
 
 def _records(lines: _Lines, faults: _Faults) -> Iterator[list[str]]:

@@ -72,7 +72,7 @@ def parse_row(value: object, ignored: IgnoredFields | None = None) -> Row:
     if not isinstance(value, Mapping):
         what = "an object, not a list" if isinstance(value, list) else "an object"
         raise InvalidInput.of("row", f"must be {what}: {SHAPES}")
-    names = next((shape for shape in FIELDS if any(name in value for name in shape)), None)
+    names = next((shape for shape in FIELDS if not value.keys().isdisjoint(shape)), None)
     strange = [name for name in value if isinstance(name, str) and name not in _KNOWN]
     if names is None:
         raise InvalidInput([_nothing_known(strange)])

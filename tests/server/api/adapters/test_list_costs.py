@@ -1,7 +1,9 @@
 """Lists cost in proportion to what they list, however much else is stored: statements and rows are counted."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -9,11 +11,12 @@ import sqlalchemy as sa
 
 from adapters.catalog.catalog import Catalog, NewVersion, publish_in
 from adapters.expression import parse
+from server.database import FILE_NAME, connect
 from tests.server.conftest import BASE_DIGEST, BASE_NAME
 
 pytestmark = pytest.mark.anyio
 
-NUM_VERSIONS = 2000
+NUM_VERSIONS = 800
 NAMES = [f"a{number}" for number in range(8)]
 EACH = NUM_VERSIONS // len(NAMES)
 
@@ -53,9 +56,12 @@ def reads(database: sa.Engine) -> Iterator[Reads]:
         sa.event.remove(database, "before_cursor_execute", counted.add)
 
 
-@pytest.fixture(autouse=True)
-def many(database: sa.Engine) -> None:
-    """2,000 versions of eight adapters, and a composition of two."""
+@pytest.fixture(scope="module")
+def new_database(new_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """800 versions of eight adapters, and a composition of two: each test has a copy."""
+    home = tmp_path_factory.mktemp("many")
+    shutil.copy(new_database, home)
+    database = connect(home)
     with database.begin() as connection:
         for number in range(NUM_VERSIONS):
             new = NewVersion(
@@ -72,6 +78,8 @@ def many(database: sa.Engine) -> None:
             )
             publish_in(connection, new)
     Catalog(database).compose("mix", parse("a0*0.5+a1"))
+    database.dispose()
+    return home / FILE_NAME
 
 
 async def test_models(client: httpx.AsyncClient, database: sa.Engine) -> None:

@@ -13,6 +13,7 @@ from server.engine.sampling.sampler import MIN_TEMPERATURE, noise_key
 
 Doubles = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+Tokens = set[int | None]
 _UNIT = 2.0**-24  # how far off, relatively, rounding to 32 bits may be
 _MASS = 4e-5  # of top-p's masses: sums of some ten thousand numbers
 _NOISE = 20.0  # larger than any
@@ -32,54 +33,59 @@ def exact_noise(row: LogitsRow, vocab: int) -> Doubles:
     return noise
 
 
-def may_be_chosen(changed: torch.Tensor, row: LogitsRow, *, by_ids: bool) -> set[int | None]:
+def may_be_chosen(changed: torch.Tensor, row: LogitsRow) -> tuple[Tokens, Tokens]:
     """The tokens that may be chosen of logits (vocab,), fp32, to which penalties and constraints were applied.
 
-    `by_ids`: equals go by their ids, and logits are ordered before they are scaled; else equals come in any order,
-    and so do those whose scaled logits may be rounded to the same.
+    First where equals go by their ids, and logits are ordered before they are scaled; then where equals come in
+    any order, and so do those whose scaled logits may be rounded to the same.
     """
     logits: Doubles = changed.double().numpy()
     if np.isnan(logits).any() or not np.isfinite(logits.max()):
-        return {None}
+        return {None}, {None}
     params = row.params
     if params.temperature == 0:
-        return {int(logits.argmax())}
+        return {int(logits.argmax())}, {int(logits.argmax())}
     scaled = logits / max(params.temperature, MIN_TEMPERATURE)
     size = np.abs(scaled[np.isfinite(scaled)])
-    near = 0.0 if by_ids else 4 * _UNIT * float(size.max(initial=0))  # of two scaled logits
+    near = 4 * _UNIT * float(size.max(initial=0))  # of two scaled logits
     x = scaled - scaled.max()
-    may, must = _left(x, row, near, by_ids)
     scores = x + exact_noise(row, len(x))
-    best = scores[must].max(initial=-np.inf)
-    off = near + 16 * _UNIT * _NOISE
-    return {int(token) for token in np.flatnonzero(may & (scores >= best - off))}
+    order = np.argsort(-x, kind="stable") if 0 < params.top_k < len(x) or params.top_p < 1 else None
+
+    def chosen(near: float, by_ids: bool) -> Tokens:
+        may, must = _left(x, order, row, near, by_ids)
+        best = scores[must].max(initial=-np.inf)
+        off = near + 16 * _UNIT * _NOISE
+        return {int(token) for token in np.flatnonzero(may & (scores >= best - off))}
+
+    return chosen(0.0, by_ids=True), chosen(near, by_ids=False)
 
 
-def _left(x: Doubles, row: LogitsRow, near: float, by_ids: bool) -> tuple[Bools, Bools]:
-    """Which tokens the filters may leave, and which they must."""
+def _left(
+    x: Doubles, order: npt.NDArray[np.intp] | None, row: LogitsRow, near: float, by_ids: bool
+) -> tuple[Bools, Bools]:
+    """Which tokens the filters may leave, and which they must. `order`: from the likeliest on, where it counts."""
     params = row.params
     may, must = np.isfinite(x), np.isfinite(x)
-    order = np.argsort(-x, kind="stable")
-    ordered = -x[order]  # rises
-    # How many tokens surely come before each, and how many may.
-    fewest, most = np.empty_like(order), np.empty_like(order)
-    if by_ids:
-        fewest[order] = most[order] = np.arange(len(x))
-    else:
-        fewest[:] = np.searchsorted(ordered, -x - near, "left")
-        most[:] = np.searchsorted(ordered, -x + near, "right") - 1
-    weights = np.exp(-ordered)
-    if 0 < params.top_k < len(x):
-        may &= fewest < params.top_k
-        must &= most < params.top_k
-        weights[params.top_k :] = 0
-    if params.top_p < 1:
-        mass = np.concatenate(([0.0], weights.cumsum())) / weights.sum()
-        may &= mass[fewest] < params.top_p + _MASS
-        must &= mass[most] < params.top_p - _MASS
+    if order is not None:
+        ordered = -x[order]  # rises
+        # How many tokens surely come before each, and how many may; in that order, in which it takes less long.
+        if by_ids:
+            fewest = most = np.arange(len(x))
+        else:
+            fewest = np.searchsorted(ordered, ordered - near, "left")
+            most = np.searchsorted(ordered, ordered + near, "right") - 1
+        weights = np.exp(-ordered)
+        if 0 < params.top_k < len(x):
+            may[order] &= fewest < params.top_k
+            must[order] &= most < params.top_k
+            weights[params.top_k :] = 0
+        if params.top_p < 1:
+            mass = np.concatenate(([0.0], weights.cumsum())) / weights.sum()
+            may[order] &= mass[fewest] < params.top_p + _MASS
+            must[order] &= mass[most] < params.top_p - _MASS
     if params.min_p:
         least = np.log(params.min_p)
         may &= x >= least - near - 4 * _UNIT * abs(least)
         must &= x >= least + near + 4 * _UNIT * abs(least)
-    likeliest = x >= -near
-    return may | likeliest, must
+    return may | (x >= -near), must

@@ -7,7 +7,6 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -114,11 +113,8 @@ def test_draws_follow_the_softmax(sample: Sample, params: dict[str, Any], over: 
     masked[list(allowed)] = logits[list(allowed)]
     probabilities = (masked.double() / base.params.temperature).softmax(-1)
     num = 20_000
-    if over == "seed":
-        rows = [replace(base, params=replace(base.params, seed=value)) for value in range(num)]
-    else:
-        changes: list[dict[str, Any]] = [{over: value} for value in range(num)]
-        rows = [replace(base, **change) for change in changes]
+    changes: list[dict[str, Any]] = [{"seed": 11, over: value} for value in range(num)]
+    rows = [row(**change, **params) for change in changes]
     tokens = [s.token_id for s in sample(logits.repeat(num, 1), rows)]
     freedom = len(allowed) - 1
     assert chi_square(tokens, probabilities) < freedom + 3.1 * (2 * freedom) ** 0.5 + 6

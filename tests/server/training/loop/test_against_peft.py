@@ -152,11 +152,11 @@ def test_the_optimizer_is_torchs(tiny_base: BaseModel, tiny_base_dir: Path) -> N
     assert (flat(ours.weights, tiny_base) - expected).abs().max() <= 1e-6
 
 
-def http_examples(base: BaseModel) -> list[Example]:
-    """A dozen short rows of text."""
+def http_examples(base: BaseModel, num: int = 12) -> list[Example]:
+    """Short rows of text."""
     eos = base.config.eos_token_ids
     encoder = RowEncoder(PromptEncoder(base.tokenizer), eos[0], eos)
-    statuses = list(HTTPStatus)[:12]
+    statuses = list(HTTPStatus)[:num]
     return [encoder.encode(CompletionRow(f"HTTP {s.value}:", f" {s.phrase}"), 64) for s in statuses]
 
 
@@ -171,7 +171,7 @@ def test_ten_steps_are_pefts_on_the_real_base(real_base: BaseModel, hf_base_dir:
 def test_first_gradients_are_pefts_on_the_real_base(real_base: BaseModel, hf_base_dir: Path) -> None:
     """From A and B that are both at work: B = 0 leaves A without a gradient."""
     tuned = randomize(peft_model(hf_base_dir, **OPTIONS["all"]), std=0.02)
-    examples = http_examples(real_base)
+    examples = http_examples(real_base, 6)
     loss = reference_loss(tuned, examples)
     loss.backward()
     expected = flat(gradients_of(tuned), real_base)

@@ -192,22 +192,28 @@ def test_on_the_real_base(real_base: BaseModel, hf_base_dir: Path) -> None:
     assert exact_match(real_base, tuned, asked) == sum(matches) / 3
 
 
+@pytest.fixture(scope="module")
+def real_reference(hf_base_dir: Path) -> PreTrainedModel:
+    return load_reference(hf_base_dir)
+
+
+@pytest.fixture(scope="module")
+def real_base_in_bf16(base_dir: Path) -> BaseModel:
+    return load_base(base_dir, torch.bfloat16)
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_exact_match_in_native_code(
-    base_dir: Path, real_base: BaseModel, hf_base_dir: Path, with_adapter: bool
+    real_base_in_bf16: BaseModel, real_reference: PreTrainedModel, with_adapter: bool
 ) -> None:
     """On what the adapter answers in fp32, over its first tokens, and on what it doesn't."""
-    library, base = native_library(), load_base(base_dir, torch.bfloat16)
-    reference = load_reference(hf_base_dir)
+    library, base, reference = native_library(), real_base_in_bf16, real_reference
     encoder = RowEncoder(PromptEncoder(base.tokenizer), base.config.eos_token_ids[0])
     tuned = random_adapter(base.config.shape, 0, rank=8, modules=["v_proj"], layers=[3, 20], strength=0.3)
     asked = encoder.references(ROWS)
     with merged(reference, [(tuned, 1.0)] if with_adapter else []):
-        texts = [
-            text_of(real_base, greedy(reference, real_base, one.prompt, one.num_tokens + MORE_TOKENS))
-            for one in asked
-        ]
+        texts = [text_of(base, greedy(reference, base, one.prompt, one.num_tokens + MORE_TOKENS)) for one in asked]
     answered = [replace(one, text=text) for one, text in zip(asked, texts, strict=True)]
     others = [replace(one, text=f"{text} no") for one, text in zip(asked, texts, strict=True)]
     weights = tuned if with_adapter else None
