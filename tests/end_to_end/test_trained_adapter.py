@@ -40,7 +40,7 @@ def batch(reference: Reference, statuses: Sequence[HTTPStatus]) -> dict[str, tor
     return dict(zip(("input_ids", "attention_mask", "labels"), rows, strict=True))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def phrases(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rank 8 on the last six layers (so that backward is short), until it knows the phrases by heart."""
     directory = tmp_path_factory.mktemp("phrases")
