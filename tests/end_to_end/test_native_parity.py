@@ -8,9 +8,11 @@ A log-probability may be off by TOLERANCE. So where the likeliest two tokens are
 served one must be the likeliest; the others are near ties, of which either may be served.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +120,6 @@ def default_server(
         server.close()
 
 
-Ask = Callable[[ServerProcess, str, str], list[dict[str, Any]]]
-
-
 def whole(server: ServerProcess, prompt: str, expression: str) -> list[dict[str, Any]]:
     """The entries of an answer's log-probabilities."""
     answer = server.generate(prompt, adapter=expression, max_tokens=NUM_TOKENS, logprobs=1, ignore_eos=True)
@@ -135,26 +134,35 @@ def streamed(server: ServerProcess, prompt: str, expression: str) -> list[dict[s
         return [entry for event in events for entry in event.get("logprobs", [])]
 
 
-def answers(server: ServerProcess, oracle: Oracle, expression: str, ask: Ask = whole) -> list[Answer]:
-    found = []
-    for prompt in PROMPTS:
-        entries = ask(server, prompt, expression)
-        tokens = [oracle.exact.tokenizer.encode(entry["token"]) for entry in entries]
-        assert [len(token) for token in tokens] == [1] * NUM_TOKENS
-        found.append(Answer(prompt, [token for (token,) in tokens], [entry["logprob"] for entry in entries]))
-    return found
+def as_answer(oracle: Oracle, prompt: str, entries: list[dict[str, Any]]) -> Answer:
+    tokens = [oracle.exact.tokenizer.encode(entry["token"]) for entry in entries]
+    assert [len(token) for token in tokens] == [1] * NUM_TOKENS
+    return Answer(prompt, [token for (token,) in tokens], [entry["logprob"] for entry in entries])
+
+
+def answers_at_once(server: ServerProcess, oracle: Oracle, expressions: Sequence[str]) -> dict[str, list[Answer]]:
+    """All in one batch: it reads the weights once for all of them."""
+    with ThreadPoolExecutor(len(expressions) * len(PROMPTS)) as pool:
+        asked = {name: [pool.submit(whole, server, prompt, name) for prompt in PROMPTS] for name in expressions}
+    return {
+        name: [as_answer(oracle, prompt, one.result()) for prompt, one in zip(PROMPTS, entries, strict=True)]
+        for name, entries in asked.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def said(default_server: ServerProcess, oracle: Oracle) -> dict[str, list[Answer]]:
-    return {expression: answers(default_server, oracle, expression) for expression in EXPRESSIONS}
+    return answers_at_once(default_server, oracle, EXPRESSIONS)
+
+
+@pytest.fixture(scope="module")
+def errors_of(said: dict[str, list[Answer]], oracle: Oracle) -> Callable[[str], Errors]:
+    return cache(lambda expression: oracle.errors(expression, said[expression]))
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_it_is_nearer_to_peft_than_16_bits_are(
-    said: dict[str, list[Answer]], oracle: Oracle, expression: str
-) -> None:
-    errors = oracle.errors(expression, said[expression])
+def test_it_is_nearer_to_peft_than_16_bits_are(errors_of: Callable[[str], Errors], expression: str) -> None:
+    errors = errors_of(expression)
     assert errors.ours.max() <= TOLERANCE
     assert errors.ratio < 0.75  # by the processor: torch's own rounding in 16 bits isn't the same on all
     is_decided = errors.margins > 2 * TOLERANCE
@@ -167,37 +175,53 @@ def test_it_is_nearer_to_peft_than_16_bits_are(
 def test_a_stream_is_the_same_to_the_last_bit(
     default_server: ServerProcess, said: dict[str, list[Answer]], oracle: Oracle, expression: str
 ) -> None:
-    assert answers(default_server, oracle, expression, streamed) == said[expression]
+    """And it comes alone, where the others came in company."""
+    alone = [as_answer(oracle, prompt, streamed(default_server, prompt, expression)) for prompt in PROMPTS]
+    assert alone == said[expression]
 
 
 def test_a_history_changes_no_bit(
     default_server: ServerProcess, oracle: Oracle, base_dir: Path, tmp_path: Path
 ) -> None:
-    """Second turns over what was decoded, and repeats of them, beside a server that has seen nothing."""
-    options: dict[str, Any] = {"max_tokens": 40, "logprobs": 3, "ignore_eos": True}
+    """Second turns over what was decoded, alone and in company, and repeats of them, beside a server that has
+    seen nothing.
+    """
     prompt = "A lighthouse keeper wrote a letter every evening. " * 3
-    turns = []
-    for expression in EXPRESSIONS:
-        for temperature in (0.0, 0.8):
-            own = {**options, "adapter": expression, "temperature": temperature, "seed": 5}
-            first = default_server.generate(prompt, **own)["choices"][0]["text"]
-            turns.append({**own, "prompt": f"{prompt}{first} Then"})
-    found, cached = [], []
-    for body in turns:
-        second, again = (default_server.generate(**body) for _ in range(2))
+    bodies: Iterator[list[dict[str, Any]]] = (
+        [
+            {"adapter": name, "temperature": temperature, "seed": 5, "logprobs": 3, "ignore_eos": True}
+            for name in EXPRESSIONS
+        ]
+        for temperature in (0.0, 0.8)
+    )
+    greedy, sampled = bodies
+    asked = [{**body, "prompt": prompt, "max_tokens": 40} for body in greedy + sampled]
+    firsts = [default_server.generate(**body) for body in asked[: len(greedy)]]
+    firsts += at_once(default_server, asked[len(greedy) :])
+    turns: list[dict[str, Any]] = [
+        {**body, "prompt": f"{prompt}{first['choices'][0]['text']} Then", "max_tokens": 20}  # beyond a block
+        for body, first in zip(asked, firsts, strict=True)
+    ]
+    found = at_once(default_server, turns)
+    cached = [second["usage"]["cached_tokens"] for second in found]
+    for body, second in zip(turns, found, strict=True):
+        again = default_server.generate(**body)
         assert second["choices"] == again["choices"]
-        cached.append(second["usage"]["cached_tokens"])
-        assert again["usage"]["cached_tokens"] >= cached[-1] >= 16
-        found.append(second["choices"])
+        assert again["usage"]["cached_tokens"] >= second["usage"]["cached_tokens"] >= 16
     assert max(cached) > 60  # so of the answer, too, where its text is cut into the tokens that it was made of
     fresh = ServerProcess(tmp_path / "fresh", model=base_dir)
     try:
         fresh.upload("left", oracle.left)
         fresh.upload("right", oracle.right)
-        for body, choices in zip(turns, found, strict=True):
-            assert fresh.generate(**body)["choices"] == choices
+        for second, answer in zip(found, at_once(fresh, turns), strict=True):
+            assert answer["choices"] == second["choices"]
     finally:
         fresh.close()
+
+
+def at_once(server: ServerProcess, bodies: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda body: server.generate(**body), bodies))
 
 
 def test_adapters_say_something_else_than_the_base(said: dict[str, list[Answer]]) -> None:
@@ -207,8 +231,8 @@ def test_adapters_say_something_else_than_the_base(said: dict[str, list[Answer]]
 
 
 def test_a_weight_that_is_a_tenth_too_large_would_be_noticed(
-    default_server: ServerProcess, said: dict[str, list[Answer]], oracle: Oracle
+    default_server: ServerProcess, errors_of: Callable[[str], Errors], oracle: Oracle
 ) -> None:
-    errors = oracle.errors("left", answers(default_server, oracle, "left*1.1"))
-    assert errors.ratio > 2 * oracle.errors("left", said["left"]).ratio
+    errors = oracle.errors("left", answers_at_once(default_server, oracle, ["left*1.1"])["left*1.1"])
+    assert errors.ratio > 2 * errors_of("left").ratio
     assert errors.ours.max() > TOLERANCE

@@ -1,6 +1,7 @@
 """Chromium, headless, on a page of a server that runs; what the page reports as wrong fails the test."""
 
 import shutil
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,11 +83,14 @@ def is_wider_than_the_screen(page: Page) -> bool:
 
 def drop(page: Page, selector: str, files: dict[str, bytes]) -> None:
     """Drop files there, as from a file manager."""
-    contents = [[name, list(content)] for name, content in files.items()]
+    contents = [[name, b64encode(content).decode()] for name, content in files.items()]
     transfer = page.evaluate_handle(
         """(contents) => {
             const transfer = new DataTransfer();
-            for (const [name, bytes] of contents) transfer.items.add(new File([new Uint8Array(bytes)], name));
+            for (const [name, text] of contents) {
+                const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+                transfer.items.add(new File([bytes], name));
+            }
             return transfer;
         }""",
         contents,

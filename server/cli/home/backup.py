@@ -13,6 +13,7 @@ import typer
 
 from server.cli.home.common import HomeOption, place_of, refuse_server, refuse_shared, say
 from server.counted import counted
+from server.loading import loading
 
 FileArgument = Annotated[
     Path,
@@ -35,7 +36,8 @@ def backup(file: FileArgument, home: HomeOption = None, as_json: JsonOption = Fa
     It has the hashes of all keys, so nobody else can read it. Exit code 1 where stored bytes are damaged: they
     are in it as they are.
     """
-    from server.backup.backup import back_up, stream
+    with loading():
+        from server.backup.backup import back_up, stream
 
     refuse_server("backup", _INSTEAD)
     refuse_shared("a backup of HOME has none of it: keep versions in the object store, and back the database up")
@@ -60,7 +62,8 @@ def restore(file: FileArgument, home: HomeOption = None, as_json: JsonOption = F
     Jobs that a worker had then go on from their checkpoints. Keys that were revoked since are valid again. Exit
     code 1 where stored bytes were damaged before the backup: they are restored as they were.
     """
-    from server.backup import restore as restoring
+    with loading():
+        from server.backup import restore as restoring
 
     refuse_server("restore", _INSTEAD)
     refuse_shared("a backup is restored into a HOME that has everything: unset it")

@@ -13,6 +13,7 @@ import typer
 from server.cli.common import suggestion
 from server.cli.home.common import HomeOption, refuse_server, storage_of
 from server.counted import counted
+from server.loading import loading
 
 
 def doctor(
@@ -31,7 +32,8 @@ def doctor(
 
     Of adapters in an object store (SMOLORA_BYTES_URL), every byte is fetched.
     """
-    from server import doctor as practice
+    with loading():
+        from server import doctor as practice
 
     refuse_server("doctor", "pg_amcheck looks at that one")
     storage = storage_of(home)

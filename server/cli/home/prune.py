@@ -12,6 +12,7 @@ import typer
 
 from server.cli.home.common import HomeOption, opened, storage_beside
 from server.counted import counted
+from server.loading import loading
 
 
 def prune(
@@ -34,8 +35,9 @@ def prune(
     Their records, events and cards stay, as do all versions of adapters, and data sets. Models of full fine-tuning
     go: download them first.
     """
-    from server.training.queue.jobs import Jobs
-    from server.training.queue.retention import Retention
+    with loading():
+        from server.training.queue.jobs import Jobs
+        from server.training.queue.retention import Retention
 
     before = datetime.now(UTC) - timedelta(days=older_than)
     with opened(home, lambda engine, _: (Jobs(engine), storage_beside(engine, home))) as (jobs_there, storage):
