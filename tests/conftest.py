@@ -70,7 +70,7 @@ LONG = (
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     set_default()
     gc.disable()  # what is imported and collected from here on stays: looking for garbage in it finds none
 
