@@ -20,7 +20,7 @@ import pytest
 from tests.end_to_end.server_process import PATIENCE, ServerProcess
 from tests.end_to_end.training_client import code_rows
 
-SECONDS = 1.0
+SECONDS = 2.0
 """What a normal request may take meanwhile."""
 MAX_CONNECTIONS = 300
 TIMEOUT = 2.0
