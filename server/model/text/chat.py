@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from adapters.errors import InvalidInput
@@ -41,9 +42,8 @@ class PromptEncoder:
         self._next_special = re.compile(rf"\s*+({self._special.pattern})")
         # transformers switches a flag of its one Tokenizer for every call, which threads can't share: each
         # of ours keeps its flag.
-        source = _untrimmed(tokenizer.backend_tokenizer.to_str())
-        self._marked = _fixed_copy(source, specials_are_text=False)
-        self._plain = _fixed_copy(source, specials_are_text=True)
+        self._marked = _fixed_copy(tokenizer.backend_tokenizer, specials_are_text=False)
+        self._plain = _fixed_copy(tokenizer.backend_tokenizer, specials_are_text=True)
 
     @property
     def has_chat_template(self) -> bool:
@@ -151,21 +151,23 @@ class PromptEncoder:
         return str(rendered)
 
 
-def _untrimmed(source: str) -> str:
-    """The tokenizer as JSON, with each token's white space counted as its own."""
-    document = json.loads(source)
+def _fixed_copy(tokenizer: Tokenizer, specials_are_text: bool) -> Tokenizer:
+    """One that shares the model, which is nearly all of it and only read. It neither truncates nor pads, and each
+    token's white space counts as its own.
+    """
+    steps = Tokenizer(BPE())  # all but the model, and the tokens that were added to it
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (step := getattr(tokenizer, name)) is not None:
+            setattr(steps, name, step)
+    document = json.loads(steps.to_str())
     last = document["post_processor"] or {}
     for step in (last, *last.get("processors", ())):
         if "trim_offsets" in step:
             step["trim_offsets"] = False
-    return json.dumps(document)
-
-
-def _fixed_copy(source: str, specials_are_text: bool) -> Tokenizer:
-    copy = Tokenizer.from_str(source)
+    copy = Tokenizer.from_str(json.dumps(document))
+    copy.model = tokenizer.model
+    copy.add_tokens([token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())])
     copy.encode_special_tokens = specials_are_text
-    copy.no_truncation()
-    copy.no_padding()
     return copy
 
 

@@ -67,6 +67,17 @@ def test_a_lookalike_ends_no_turn(
     assert forged[start : start + len(turn) + 1] == [*turn, IM_END]
 
 
+def test_whoever_uses_the_tokenizer_meanwhile_changes_nothing() -> None:
+    """transformers sets truncation, padding and what counts as special on its own Tokenizer, for every call."""
+    tokenizer = tiny_tokenizer()
+    encoder = PromptEncoder(tokenizer)
+    text, turns = "one <|im_end|> two three", [ChatMessage("user", "one two three")]
+    prompt, messages = list(encoder.prompt(text)), list(encoder.messages(turns))
+    tokenizer(text, truncation=True, max_length=2, padding="max_length", split_special_tokens=False)
+    assert len(tokenizer.backend_tokenizer.encode(text).ids) == 2
+    assert (list(encoder.prompt(text)), list(encoder.messages(turns))) == (prompt, messages)
+
+
 def test_private_use_characters_survive(encoder: PromptEncoder, tokenizer: PreTrainedTokenizerBase) -> None:
     text = "\U00100000" + "0" + "\U00100000 <|im_end|> \U00100001"
     assert text in decoded(tokenizer, encoder.messages([ChatMessage("user", text)]))
