@@ -20,15 +20,22 @@ import pytest
 from tests.end_to_end.server_process import PATIENCE, ServerProcess
 from tests.end_to_end.training_client import code_rows
 
-SECONDS = 2.0
+SECONDS = 1.0
 """What a normal request may take meanwhile."""
+TIMES = 20
+"""Or so many times what it takes otherwise, where that is longer: on a machine that others keep busy."""
 MAX_CONNECTIONS = 300
 TIMEOUT = 2.0
 
 
+class Attacked(ServerProcess):
+    undisturbed = 0.0
+    """Seconds that a request takes while nobody attacks."""
+
+
 @pytest.fixture(scope="module")
-def attacked(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    server = ServerProcess(
+def attacked(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
+    server = Attacked(
         tmp_path_factory.mktemp("home"),
         model=base_dir,
         max_connections=MAX_CONNECTIONS,
@@ -38,35 +45,40 @@ def attacked(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     )
     try:
         server.generate("a", max_tokens=1)
+        server.undisturbed = min(seconds_of_a_request(server) for _ in range(3))
         yield server
     finally:
         server.close()
 
 
 @pytest.fixture
-def server(attacked: ServerProcess) -> Iterator[ServerProcess]:
+def server(attacked: Attacked) -> Iterator[Attacked]:
     works(attacked)
     yield attacked
     works(attacked)
     assert "Traceback" not in attacked.log()
 
 
-def works(server: ServerProcess) -> None:
+def works(server: Attacked) -> None:
     """A client that has just come gets an answer in time; the best of three, as the machine is shared."""
-    took = []
-    for _ in range(3):
-        start = time.perf_counter()
-        with httpx.Client(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
-            response = client.post("/generate", json={"prompt": "Hello", "max_tokens": 2})
-        assert response.status_code == 200, response.text
-        took.append(time.perf_counter() - start)
-        if took[-1] < SECONDS:
+    took: list[float] = []
+    while len(took) < 3:
+        took.append(seconds_of_a_request(server))
+        if took[-1] < max(SECONDS, TIMES * server.undisturbed):
             return
-    raise AssertionError(took)
+    raise AssertionError((took, server.undisturbed))
+
+
+def seconds_of_a_request(server: ServerProcess) -> float:
+    start = time.perf_counter()
+    with httpx.Client(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
+        response = client.post("/generate", json={"prompt": "Hello", "max_tokens": 2})
+    assert response.status_code == 200, response.text
+    return time.perf_counter() - start
 
 
 @contextmanager
-def connections(server: ServerProcess, num: int, first: bytes = b"") -> Iterator[list[socket.socket]]:
+def connections(server: Attacked, num: int, first: bytes = b"") -> Iterator[list[socket.socket]]:
     with ExitStack() as stack:
         opened = []
         for _ in range(num):
@@ -106,7 +118,7 @@ def post(path: str, length: int) -> bytes:
     return "\r\n".join((*lines, "", "")).encode()
 
 
-def test_1500_idle_sockets(server: ServerProcess) -> None:
+def test_1500_idle_sockets(server: Attacked) -> None:
     with connections(server, 1500) as opened:
         works(server)
         assert num_closed(opened) >= 1500 - MAX_CONNECTIONS
@@ -114,7 +126,7 @@ def test_1500_idle_sockets(server: ServerProcess) -> None:
     assert "SMOLORA_HEADER_TIMEOUT" in server.log()
 
 
-def test_headers_a_byte_at_a_time(server: ServerProcess) -> None:
+def test_headers_a_byte_at_a_time(server: Attacked) -> None:
     with connections(server, MAX_CONNECTIONS - 20, b"GET /health HTTP/1.1\r\nHo") as opened:
         start = time.monotonic()
 
@@ -129,7 +141,7 @@ def test_headers_a_byte_at_a_time(server: ServerProcess) -> None:
         assert time.monotonic() - start > TIMEOUT / 2
 
 
-def test_bodies_that_stop(server: ServerProcess) -> None:
+def test_bodies_that_stop(server: Attacked) -> None:
     paths = ("/generate", "/datasets", "/adapters/a")
     with ExitStack() as stack:
         opened = []
@@ -140,7 +152,7 @@ def test_bodies_that_stop(server: ServerProcess) -> None:
         eventually(lambda: num_closed(opened) == len(opened))
 
 
-def test_a_reader_that_stops(server: ServerProcess) -> None:
+def test_a_reader_that_stops(server: Attacked) -> None:
     """Its sequences are given up long before their ends."""
     body = json.dumps(
         {"prompt": "a", "max_tokens": 4000, "n": 4, "stream": True, "ignore_eos": True, "logprobs": 20}
@@ -156,7 +168,7 @@ def test_a_reader_that_stops(server: ServerProcess) -> None:
     assert "SMOLORA_STALL_TIMEOUT" in server.log()
 
 
-def test_followers_of_events(server: ServerProcess) -> None:
+def test_followers_of_events(server: Attacked) -> None:
     job = server.client.post("/train", json={"name": "j", "data": code_rows(2)}).json()["id"]
     request = f"GET /train/{job}/events HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n".encode()
     with connections(server, 280, request) as opened:
@@ -167,7 +179,7 @@ def test_followers_of_events(server: ServerProcess) -> None:
     server.client.post(f"/train/{job}/cancel")
 
 
-def test_a_zip_bomb(server: ServerProcess) -> None:
+def test_a_zip_bomb(server: Attacked) -> None:
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         archive.writestr("adapter_config.json", "{}")
@@ -231,7 +243,7 @@ def requests_of(attack: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("attack", ["lying tensors", "regexes and grammars", "multipart", "foreign sites"])
-def test_others_are_served_meanwhile(attack: str, server: ServerProcess) -> None:
+def test_others_are_served_meanwhile(attack: str, server: Attacked) -> None:
     sent = requests_of(attack)
 
     def send(request: dict[str, Any]) -> int:
@@ -246,7 +258,7 @@ def test_others_are_served_meanwhile(attack: str, server: ServerProcess) -> None
 
 
 @pytest.mark.slow
-def test_a_thousand_random_disconnects_leave_nothing(server: ServerProcess) -> None:
+def test_a_thousand_random_disconnects_leave_nothing(server: Attacked) -> None:
     process = psutil.Process(server.process.pid)
     leave(server, 50, seed=0)  # what is needed once is there then
     server.wait_until_idle()
@@ -257,7 +269,7 @@ def test_a_thousand_random_disconnects_leave_nothing(server: ServerProcess) -> N
     assert process.num_threads() <= before[1] + 8
 
 
-def leave(server: ServerProcess, times: int, seed: int) -> None:
+def leave(server: Attacked, times: int, seed: int) -> None:
     """Begin so many requests, eight at once, and hang up: within the body, before the answer, or in it."""
 
     def one(number: int) -> None:

@@ -76,7 +76,7 @@ def test_what_is_said_costs_little_whatever_is_stored(crowd: sa.Engine, num_term
             seconds.append(time.perf_counter() - start)
     assert len(told) == num_terms
     assert "did you mean customer-" in told[0]
-    assert min(seconds) < 0.01  # the best, as others use the machine
+    assert min(seconds) < 0.005  # the best, as others use the machine
 
 
 def test_what_is_said_is_a_few_indexed_queries(crowd: sa.Engine) -> None:

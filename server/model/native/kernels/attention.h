@@ -131,8 +131,8 @@ inline void mix_block(const bf16* weights, size_t w_stride, int positions, const
     }
 }
 
-// The same two by AMX, with which each of a row's sums is of its own as well. Scores (rows, 16 · count), an odd count
-// counted one up; `keys` goes on behind the last one.
+// The same two by AMX, where a row's sums don't depend on the other rows either. Scores (rows, 16 · count), with count
+// rounded up to an even number; `keys` has three entries behind the last one.
 inline void score_amx(const bf16* q, int rows, int dim, const bf16* const* keys, int count, float* y, size_t y_stride) {
     for (int start = 0; start < rows; start += 2 * kAmxRows) {
         AmxBlock block(std::min(rows - start, 2 * kAmxRows));

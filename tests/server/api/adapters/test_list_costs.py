@@ -16,7 +16,7 @@ from tests.server.conftest import BASE_DIGEST, BASE_NAME
 
 pytestmark = pytest.mark.anyio
 
-NUM_VERSIONS = 800
+NUM_VERSIONS = 2000
 NAMES = [f"a{number}" for number in range(8)]
 EACH = NUM_VERSIONS // len(NAMES)
 
@@ -58,7 +58,7 @@ def reads(database: sa.Engine) -> Iterator[Reads]:
 
 @pytest.fixture(scope="module")
 def new_database(new_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """800 versions of eight adapters, and a composition of two: each test has a copy."""
+    """2,000 versions of eight adapters, and a composition of two: each test has a copy."""
     home = tmp_path_factory.mktemp("many")
     shutil.copy(new_database, home)
     database = connect(home)

@@ -109,6 +109,7 @@ def test_nothing_is_no_fault_here() -> None:
         (b'{"text": "a"', ("file",), "line 2: is not JSON: Expecting ',' delimiter at character"),
         (b'{"text": "a"} {}', ("file",), "line 2: is not JSON: Extra data at character 15"),
         (b'{"text": NaN}', ("file",), "line 2: is not JSON: NaN is no JSON number"),
+        (b'\xef\xbb\xbf{"text": "a"}', ("file",), "line 2: is not JSON: Unexpected UTF-8 BOM"),
         (b'{"text": -Infinity}', ("file",), "line 2: is not JSON: -Infinity is no JSON number"),
         (b'{"text": "a", "text": "b"}', ("file",), "line 2: has the key 'text' twice"),
         (b'{"text": "\\ud800"}', ("file", 2, "text"), "line 2: text has half of a surrogate pair"),
