@@ -77,9 +77,7 @@ def test_filters_keep_what_transformers_keeps_at_random(
     logits = logits_of(seed, vocab=500)[0]
     one = row(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     differing = kept(logits, one) ^ kept_by_transformers(logits, one)
-    if (
-        0.999 < top_p < 1
-    ):  # more than one token at the end may have less mass than rounding
+    if 0.999 < top_p < 1:  # more than one token at the end may have less mass than rounding
         probabilities = (logits.double() / temperature).softmax(-1)
         assert len(differing) <= 1 or float(probabilities[sorted(differing)].sum()) < 2**-20
     else:
