@@ -6,7 +6,7 @@ what tokenizer.json says; nothing that comes with a model is executed. Convertin
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from server.errors import StartupError
+from server.model.base.quantized import Quantized
 
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that weights may be stored in, by their safetensors names."""
@@ -36,6 +37,7 @@ class Checkpoint:
     generation: Mapping[str, object]  # generation_config.json, or empty
     tokenizer: PreTrainedTokenizerBase
     tensors: Mapping[str, StoredTensor]
+    quantized: Mapping[str, Quantized] = field(default_factory=dict)  # what some of them come from
 
 
 def open_directory(directory: Path) -> Checkpoint:

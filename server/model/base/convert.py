@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from adapters.durable import new_directory, write_json
+from adapters.durable import new_directory, new_file, write_json
 from server.errors import StartupError
 from server.model.base.aligned import PlannedTensor, write_aligned
 from server.model.base.checkpoint import Checkpoint, StoredTensor, read_json
 from server.model.base.config import ModelConfig
 from server.model.base.layout import layout
-from server.model.base.weights import FORMAT, MANIFEST, WEIGHTS, Manifest, digest_of, load_weights
+from server.model.base.quantized import QUANTIZED, Quantized
+from server.model.base.weights import FORMAT, MANIFEST, WEIGHTS, BaseWeights, Manifest, digest_of, load_weights
 
 MAX_FAULTS = 5  # named in an error
 
@@ -42,7 +43,32 @@ def convert(checkpoint: Checkpoint, target: Path, name: str, origin: str, revisi
         write_aligned(directory / WEIGHTS, planned, {"format": "smolora"})
         written = load_weights(directory, config, dtype=None, device=torch.device("cpu"))
         manifest = Manifest(FORMAT, target.name, name, digest_of(config, written), origin, revision, config)
+        write_quantized(directory, config, written, checkpoint.quantized)
         write_json(directory / MANIFEST, asdict(manifest) | {"config": config.stored})
+
+
+def write_quantized(
+    directory: Path, config: ModelConfig, weights: BaseWeights, quantized: Mapping[str, Quantized]
+) -> None:
+    """Keep in a converted directory what its tensors were stored as, of those that are expanded to the very same
+    bits. Appears by one rename. `quantized` has Hugging Face's names. Raises OSError."""
+    if not quantized:
+        return
+    stored = dict(weights.tensors())
+    kept: dict[str, Quantized] = {}
+    for stack in layout(config):
+        parts = [quantized[part.name] for part in stack.parts if part.name in quantized]
+        if len(parts) < len(stack.parts) or len({part.type for part in parts}) > 1:
+            continue
+        one = Quantized(parts[0].type, torch.cat([part.blocks for part in parts]))
+        if torch.equal(one.expanded(), stored[stack.name]):
+            kept[stack.name] = one
+    planned = [
+        PlannedTensor(name, tuple(one.blocks.shape), torch.uint8, partial(_same, one.blocks))
+        for name, one in kept.items()
+    ]
+    with new_file(directory / QUANTIZED) as file:
+        write_aligned(file, planned, {name: one.type for name, one in kept.items()})
 
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -86,3 +112,7 @@ def _has_no_effect(name: str) -> bool:
 
 def _read(parts: list[StoredTensor], dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([part.read().to(dtype) for part in parts])
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

@@ -11,6 +11,7 @@ from adapters.durable import new_directory, write_json
 from server.model.base.checkpoint import read_json
 from server.model.base.config import ModelConfig
 from server.model.base.layout import layout
+from server.model.base.quantized import QUANTIZED
 from server.model.base.weights import MANIFEST, WEIGHTS, BaseModel, BaseWeights
 
 
@@ -25,7 +26,7 @@ def export_hugging_face(base: BaseModel, directory: Path, dtype: torch.dtype | N
         state = {name: _owned(tensor, dtype) for name, tensor in split(base.config, base.weights)}
         save_file(state, unfinished / "model.safetensors", metadata={"format": "pt"})
         for file in base.directory.iterdir():
-            if file.is_file() and file.name not in (WEIGHTS, MANIFEST):
+            if file.is_file() and file.name not in (WEIGHTS, QUANTIZED, MANIFEST):
                 shutil.copyfile(file, unfinished / file.name)
         config = read_json(unfinished / "config.json")
         config.pop("torch_dtype", None)  # the older spelling of the next line

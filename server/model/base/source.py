@@ -9,19 +9,24 @@ import fcntl
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from adapters.durable import remove_unfinished
 from server.errors import StartupError
 from server.home import Home
 from server.model.base.checkpoint import Checkpoint, open_directory
-from server.model.base.convert import convert
-from server.model.base.embedded import EMBEDDED, find_gguf, open_gguf
+from server.model.base.convert import convert, write_quantized
+from server.model.base.embedded import EMBEDDED, find_gguf
+from server.model.base.gguf_file import open_gguf
 from server.model.base.hub import Snapshot, download
-from server.model.base.weights import MANIFEST, read_manifest
+from server.model.base.quantized import QUANTIZED
+from server.model.base.weights import MANIFEST, load_weights, read_manifest
 
 Progress = Callable[[str], None]
 """Told, in a short line, before each thing that takes seconds or more."""
@@ -50,7 +55,8 @@ def resolve_base(
     progress: Progress = lambda line: None,
     fetch: Callable[[str], Snapshot] = download,
 ) -> Path:
-    """The converted directory of `model`: the embedded default's name, a directory or a hub id, in this order.
+    """The converted directory of `model`: the embedded default's name, a directory, a GGUF file or a hub id, in
+    this order.
 
     `load_base` takes it. A hub id that was converted once is never looked up again. Raises StartupError.
     """
@@ -63,6 +69,8 @@ def resolve_base(
     models = Home(home).models
     places = [models / source.key] if base_dir is None else [base_dir / source.key, base_dir, models / source.key]
     if (found := _find(places, source.key)) is not None:
+        if source.key == EMBEDDED and found == models / source.key:
+            _keep_quantized(models, found, progress)
         return found
     try:
         with _lock(models, source.key):
@@ -81,10 +89,16 @@ def _source(model: str, fetch: Callable[[str], Snapshot]) -> _Source:
         return _Source(EMBEDDED, EMBEDDED, _open_embedded)
     if directory.is_dir():
         directory = directory.resolve()
-        key = f"{directory.name}-{_fingerprint(directory)}"
+        files = [file for file in directory.iterdir() if file.suffix in (".json", ".safetensors", ".jinja")]
+        key = f"{directory.name}-{_fingerprint(directory, files)}"
         return _Source(key, directory.name, lambda progress: _Opened(open_directory(directory), str(directory)))
+    if directory.suffix == ".gguf" and directory.is_file():
+        file = directory.resolve()
+        return _Source(f"{file.stem}-{_fingerprint(file, [file])}", file.stem, partial(_open_gguf, file))
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
-        raise StartupError(f"SMOLORA_MODEL={model}: not {EMBEDDED}, not a directory, not a hub id (owner/name)")
+        raise StartupError(
+            f"SMOLORA_MODEL={model}: not {EMBEDDED}, not a directory, not a GGUF file, not a hub id (owner/name)"
+        )
     owner, name = model.split("/")
 
     def open_hub(progress: Progress) -> _Opened:
@@ -96,9 +110,30 @@ def _source(model: str, fetch: Callable[[str], Snapshot]) -> _Source:
 
 
 def _open_embedded(progress: Progress) -> _Opened:
-    gguf = find_gguf()
-    progress(f"Dequantizing {gguf.name} (once, about half a minute)")
-    return _Opened(open_gguf(gguf), gguf.name)
+    file = find_gguf()
+    return replace(_open_gguf(file, progress), origin=file.name)
+
+
+def _open_gguf(file: Path, progress: Progress) -> _Opened:
+    progress(f"Dequantizing {file.name} (once, some seconds)")
+    return _Opened(open_gguf(file), str(file))
+
+
+def _keep_quantized(models: Path, found: Path, progress: Progress) -> None:
+    """What the embedded base is stored as, beside weights that were converted before that was kept. Without the
+    package, or where nothing can be written, it is served all the same."""
+    if (found / QUANTIZED).exists():
+        return
+    try:
+        with _lock(models, found.name):
+            manifest = read_manifest(found)
+            if (found / QUANTIZED).exists() or manifest is None or manifest.config is None:
+                return
+            checkpoint = _open_embedded(progress).checkpoint
+            weights = load_weights(found, manifest.config, dtype=None, device=torch.device("cpu"))
+            write_quantized(found, manifest.config, weights, checkpoint.quantized)
+    except (StartupError, OSError) as reason:
+        progress(f"the base stays in 16 bits: {reason}")
 
 
 def _convert(source: _Source, models: Path, progress: Progress) -> None:
@@ -127,13 +162,12 @@ def _find(places: list[Path], key: str) -> Path | None:
     return None
 
 
-def _fingerprint(directory: Path) -> str:
+def _fingerprint(place: Path, files: Iterable[Path]) -> str:
     """Changes with the files a base is read from: their names, sizes and times, not their bytes."""
-    sha = hashlib.sha256(str(directory).encode())
-    for file in sorted(directory.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".jinja"):
-            stat = file.stat()
-            sha.update(f"{file.name}|{stat.st_size}|{stat.st_mtime_ns}".encode())
+    sha = hashlib.sha256(str(place).encode())
+    for file in sorted(files):
+        stat = file.stat()
+        sha.update(f"{file.name}|{stat.st_size}|{stat.st_mtime_ns}".encode())
     return sha.hexdigest()[:12]
 
 

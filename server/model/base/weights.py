@@ -7,8 +7,8 @@ is `server.model.base.source`'s part, the file itself `server.model.base.convert
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from server.errors import StartupError
 from server.model.base.checkpoint import read_json, read_tokenizer
 from server.model.base.config import ModelConfig
+from server.model.base.quantized import Quantized, load_quantized
 from server.model.gpu import room_for
 
 MANIFEST = "smolora.json"
@@ -50,13 +51,14 @@ class BaseWeights:
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor  # (hidden,)
     lm_head: torch.Tensor  # (vocab, hidden)
+    quantized: Mapping[str, Quantized] = field(default_factory=dict)  # what some were stored as, by their names
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor once, with its name in the converted file."""
         yield "embed", self.embed
         for index, layer in enumerate(self.layers):
-            for field in LAYER_TENSORS:
-                yield f"layers.{index}.{field}", getattr(layer, field)
+            for name in LAYER_TENSORS:
+                yield f"layers.{index}.{name}", getattr(layer, name)
         yield "final_norm", self.final_norm
         if self.lm_head is not self.embed:
             yield "lm_head", self.lm_head
@@ -159,7 +161,10 @@ def load_weights(
                 tensor: torch.Tensor = file.get_tensor(name)
                 return tensor.to(device=device, dtype=dtype)  # the same tensor where nothing changes
 
-            return _assemble(config, get)
+            weights = _assemble(config, get)
+        if weights.embed.dtype is not torch.bfloat16 or device.type != "cpu":
+            return weights
+        return replace(weights, quantized=load_quantized(directory))
     except (SafetensorError, OSError) as error:
         raise StartupError(f"the converted base in {directory.name} can't be read: {error}") from error
 
@@ -167,7 +172,7 @@ def load_weights(
 def _assemble(config: ModelConfig, get: Callable[[str], torch.Tensor]) -> BaseWeights:
     embed = get("embed")
     layers = [
-        LayerWeights(*(get(f"layers.{index}.{field}") for field in LAYER_TENSORS))
+        LayerWeights(*(get(f"layers.{index}.{name}") for name in LAYER_TENSORS))
         for index in range(config.num_layers)
     ]
     lm_head = embed if config.tie_word_embeddings else get("lm_head")

@@ -22,12 +22,19 @@ POSITIONS = 16
 PHASES = ("embed", "norm", "qkv", "attention", "o", "gate_up", "down", "head", "sampling")
 """Of a step of serving."""
 
+WEIGHT_TYPES = ("BF16", "Q4_1", "Q8_0")
+"""What a matrix of a base may be stored as, by ggml's names."""
+
 _ERROR_SIZE = 256  # bytes of an error's text
 _FAILURES: tuple[tuple[str, type[Exception]], ...] = (
     ("kNoMemory", MemoryError),
     ("kInvalid", ValueError),
     ("kFailed", RuntimeError),
 )  # of the statuses 1, 2, 3
+
+
+class BaseTensor(ctypes.Structure):
+    _fields_ = (("values", ctypes.c_void_p), ("type", ctypes.c_int64), ("blocks", ctypes.c_void_p))
 
 
 class BaseSizes(ctypes.Structure):
@@ -123,8 +130,8 @@ class Number(ctypes.Structure):
 
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
-    *(BaseSizes, ServeRun, LoraModule, LoraPart, LoraSegment, LoraPool, ServeStep, SampleRow, SampleStep),
-    *(TrainModule, TrainGroup, TrainBatch),
+    *(BaseTensor, BaseSizes, ServeRun, LoraModule, LoraPart, LoraSegment, LoraPool),
+    *(ServeStep, SampleRow, SampleStep, TrainModule, TrainGroup, TrainBatch),
 )
 
 
@@ -140,6 +147,7 @@ def layout() -> dict[str, int]:
     }
     numbers |= {name: status for status, (name, _) in enumerate(_FAILURES, 1)}
     numbers |= {f"group {name}": index for index, name in enumerate(GROUPS)}
+    numbers |= {f"weight type {name}": index for index, name in enumerate(WEIGHT_TYPES)}
     numbers |= {f"phase {name}": index for index, name in enumerate(PHASES)}
     for structure in STRUCTURES:
         numbers[structure.__name__] = ctypes.sizeof(structure)

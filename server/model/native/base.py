@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 
 from server.model.base.config import ModelConfig
+from server.model.base.quantized import BLOCK, BLOCK_BYTES, Quantized
 from server.model.base.weights import BaseWeights
-from server.model.native.abi import MAX_GROUP, TILE, BaseSizes, call
+from server.model.native.abi import MAX_GROUP, TILE, WEIGHT_TYPES, BaseSizes, BaseTensor, call
 from server.model.native.library import NativeUnavailable
 
 
@@ -18,10 +19,8 @@ def create(
 
     `rotary` is a whole `rotary_table`. It and the weights are read for as long as what was created lives.
     """
-    tensors = [weights.embed]
-    for layer in weights.layers:
-        tensors += [layer.input_norm, layer.qkv, layer.o, layer.post_norm, layer.gate_up, layer.down]
-    tensors += [weights.final_norm, weights.lm_head]
+    tensors = dict(weights.tensors())
+    names = [*tensors] if weights.lm_head is not weights.embed else [*tensors, "embed"]
     sizes = BaseSizes(
         config.vocab_size,
         config.hidden_size,
@@ -34,14 +33,20 @@ def create(
         num_threads,
         config.rms_norm_eps,
     )
-    addresses = (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+    table = (BaseTensor * len(names))(*(_tensor(tensors[name], weights.quantized.get(name)) for name in names))
     uses_rotary = (ctypes.c_uint8 * config.num_layers)(
         *(layer not in config.nope_layers for layer in range(config.num_layers))
     )
     created = ctypes.c_void_p()
-    call(entry, ctypes.byref(sizes), addresses, rotary.data_ptr(), uses_rotary, ctypes.byref(created))
+    call(entry, ctypes.byref(sizes), table, rotary.data_ptr(), uses_rotary, ctypes.byref(created))
     assert created.value is not None
     return created.value
+
+
+def _tensor(values: torch.Tensor, stored: Quantized | None) -> BaseTensor:
+    if stored is None:
+        return BaseTensor(values.data_ptr(), WEIGHT_TYPES.index("BF16"), None)
+    return BaseTensor(values.data_ptr(), WEIGHT_TYPES.index(stored.type), stored.blocks.data_ptr())
 
 
 def check_base(config: ModelConfig, weights: BaseWeights) -> None:
@@ -50,6 +55,10 @@ def check_base(config: ModelConfig, weights: BaseWeights) -> None:
         raise NativeUnavailable("it computes in bf16 on a CPU alone")
     if any(not tensor.is_contiguous() for _, tensor in weights.tensors()):
         raise NativeUnavailable("it needs contiguous weights")
+    for name, stored in weights.quantized.items():
+        rows, columns = dict(weights.tensors())[name].shape
+        if stored.blocks.shape != (rows, columns // BLOCK * BLOCK_BYTES[stored.type]) or columns % BLOCK:
+            raise NativeUnavailable(f"{name} has blocks of another shape than its weights")
     for name, size in (
         ("vocab_size", config.vocab_size),
         ("hidden_size", config.hidden_size),

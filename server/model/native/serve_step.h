@@ -28,26 +28,27 @@ struct alignas(64) ServeScratch {  // of one thread
     AttentionScratch attention;
     std::vector<float> y;
     std::vector<bf16> q;
+    ExpandedTile tiles[2];
     RowSampler sampler;
 };
 
 class Model {
   public:
-    Model(const BaseSizes& sizes, const bf16* const* tensors, const float* rotary, const uint8_t* uses_rotary)
+    Model(const BaseSizes& sizes, const BaseTensor* tensors, const float* rotary, const uint8_t* uses_rotary)
         : s_(sizes), rotary_(rotary), team_((int)sizes.threads), layers_(sizes.layers), scratch_(sizes.threads) {
         const int64_t q = s_.heads * s_.head_dim, kv = s_.kv_heads * s_.head_dim;
-        embed_ = *tensors++;
+        embed_ = tensors++->values;
         for (int64_t i = 0; i < s_.layers; i++) {
             ServeLayer& layer = layers_[i];
             layer.uses_rotary = uses_rotary[i];
-            layer.input_norm = *tensors++;
+            layer.input_norm = tensors++->values;
             pack(layer.qkv, *tensors++, q + 2 * kv, s_.hidden);
             pack(layer.o, *tensors++, s_.hidden, q);
-            layer.post_norm = *tensors++;
+            layer.post_norm = tensors++->values;
             pack(layer.gate_up, *tensors++, 2 * s_.intermediate, s_.hidden);
             pack(layer.down, *tensors++, s_.hidden, s_.intermediate);
         }
-        final_norm_ = *tensors++;
+        final_norm_ = tensors++->values;
         pack(lm_head_, *tensors++, s_.vocab, s_.hidden);
     }
 
@@ -115,8 +116,10 @@ class Model {
         const int32_t* blocks;
     };
 
-    void pack(Matrix& matrix, const bf16* w, int64_t out, int64_t in) {
-        matrix.reserve((int)out, (int)in);
+    void pack(Matrix& matrix, const BaseTensor& w, int64_t out, int64_t in) {
+        if (w.type < kBf16 || w.type > kQ8_0 || (w.type != kBf16 && w.blocks == nullptr))
+            refuse("weights of type %ld", w.type);
+        matrix.reserve((WeightType)w.type, (int)out, (int)in);
         team_.run([&] { team_.each((int)(out / kTile), [&](int tile) { matrix.pack(w, tile); }); });
     }
 
@@ -150,7 +153,7 @@ class Model {
 
     void head(const bf16* hidden, int rows, float* logits) {
         team_.each((int)(s_.vocab / kTile), [&](int tile) {
-            multiply(hidden, s_.hidden, rows, lm_head_.tile(tile), lm_head_.pairs(), logits + tile * kTile, s_.vocab);
+            lm_head_.multiply(hidden, s_.hidden, rows, tile, logits + tile * kTile, s_.vocab, scratch().tiles[0]);
         });
     }
 
@@ -183,13 +186,14 @@ class Model {
             });
     }
 
-    // y (rows, 32): outputs [32 · tile, …) of the product for x's rows from `start` on, with the adapters' share.
+    // y (rows, 32): outputs [32 · tile, …) of the product for x's rows from `start` on, with the adapters' share. An
+    // item's tiles that were expanded are kept for its next rows: `slot` tells them apart.
     void forward_tile(int layer, const Matrix& w, Group group, const bf16* x, int tile, int start, int rows, float* y,
-                      int y_stride) {
-        const size_t in = (size_t)w.pairs() * 2;
+                      int y_stride, int slot) {
+        const size_t in = (size_t)w.in();
         const bool has_lora = lora_[group].num_tasks() > 0;
         if (has_lora) lora_[group].prefetch(layer, start, start + rows, tile * kTile);
-        multiply(x + start * in, in, rows, w.tile(tile), w.pairs(), y, y_stride);
+        w.multiply(x + start * in, in, rows, tile, y, y_stride, scratch().tiles[chunks_ > 1 ? slot : 0]);
         if (!has_lora) return;
         team_.wait_first(lora_[group].num_tasks());
         for (int row = 0; row < rows; row++) lora_[group].expand(layer, start + row, tile * kTile, y + row * y_stride);
@@ -202,7 +206,7 @@ class Model {
             float* y = room(scratch().y, kChunk * dim);
             for (int tile = 0; tile < dim / kTile; tile++)
                 forward_tile(layer, layers_[layer].qkv, kQkv, x_.data(), head * dim / kTile + tile, start, rows,
-                             y + tile * kTile, dim);
+                             y + tile * kTile, dim, tile % 2);
             for (int row = 0; row < rows; row++) {
                 const int t = start + row;
                 float* values = y + row * dim;
@@ -244,7 +248,7 @@ class Model {
     void project_residual(int layer, const Matrix& w, Group group, const bf16* x) {
         product(layer, group, x, (int)(s_.hidden / kTile), [&](int tile, int start, int rows) {
             float y[kChunk * kTile];
-            forward_tile(layer, w, group, x, tile, start, rows, y, kTile);
+            forward_tile(layer, w, group, x, tile, start, rows, y, kTile, 0);
             for (int row = 0; row < rows; row++) {
                 float* to = &residual_[(start + row) * s_.hidden + tile * kTile];
                 for (int i = 0; i < kTile; i += 16)
@@ -260,8 +264,8 @@ class Model {
         product(layer, kGateUp, x_.data(), tiles, [&](int tile, int start, int rows) {
             float gate[kChunk * kTile], up[kChunk * kTile];
             const Matrix& w = layers_[layer].gate_up;
-            forward_tile(layer, w, kGateUp, x_.data(), tile, start, rows, gate, kTile);
-            forward_tile(layer, w, kGateUp, x_.data(), tiles + tile, start, rows, up, kTile);
+            forward_tile(layer, w, kGateUp, x_.data(), tile, start, rows, gate, kTile, 0);
+            forward_tile(layer, w, kGateUp, x_.data(), tiles + tile, start, rows, up, kTile, 1);
             for (int row = 0; row < rows; row++)
                 for (int i = 0; i < kTile; i += 16) {
                     __m512 g = _mm512_loadu_ps(gate + row * kTile + i), u = _mm512_loadu_ps(up + row * kTile + i);

@@ -1,7 +1,7 @@
 // The entries of serving.
 #include "serve_step.h"
 
-int smolora_create(const BaseSizes* sizes, const bf16* const* tensors, const float* rotary, const uint8_t* uses_rotary,
+int smolora_create(const BaseSizes* sizes, const BaseTensor* tensors, const float* rotary, const uint8_t* uses_rotary,
                    void** model, char* error) {
     return guarded(error, [&] {
         check_sizes(*sizes);

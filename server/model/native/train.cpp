@@ -11,7 +11,7 @@ namespace {
 
 class Training : public TrainBackward {
   public:
-    Training(const BaseSizes& sizes, const bf16* const* tensors, const float* rotary, const uint8_t* uses_rotary)
+    Training(const BaseSizes& sizes, const BaseTensor* tensors, const float* rotary, const uint8_t* uses_rotary)
         : TrainBackward(sizes, tensors, rotary, uses_rotary), loss_(&team_, lm_head_, s_.vocab, s_.hidden) {}
 
     // See `Loss`.
@@ -27,7 +27,7 @@ class Training : public TrainBackward {
 
 }  // namespace
 
-int smolora_training_create(const BaseSizes* sizes, const bf16* const* tensors, const float* rotary,
+int smolora_training_create(const BaseSizes* sizes, const BaseTensor* tensors, const float* rotary,
                             const uint8_t* uses_rotary, void** training, char* error) {
     return guarded(error, [&] {
         check_sizes(*sizes);

@@ -31,22 +31,22 @@ struct alignas(64) TrainScratch {  // of one thread
 
 class TrainPass {
   protected:
-    TrainPass(const BaseSizes& sizes, const bf16* const* tensors, const float* rotary, const uint8_t* uses_rotary)
+    TrainPass(const BaseSizes& sizes, const BaseTensor* tensors, const float* rotary, const uint8_t* uses_rotary)
         : s_(sizes),
           rotary_(rotary),
           team_((int)sizes.threads),
           layers_(sizes.layers),
           saved_(sizes.layers),
           scratch_(sizes.threads) {
-        embed_ = *tensors++;
+        embed_ = tensors++->values;
         for (int64_t i = 0; i < s_.layers; i++) {
             TrainLayer& layer = layers_[i];
             layer.uses_rotary = uses_rotary[i];
             for (auto* to : {&layer.input_norm, &layer.qkv, &layer.o, &layer.post_norm, &layer.gate_up, &layer.down})
-                *to = *tensors++;
+                *to = tensors++->values;
         }
-        final_norm_ = *tensors++;
-        lm_head_ = *tensors++;
+        final_norm_ = tensors++->values;
+        lm_head_ = tensors++->values;
         q_ = s_.heads * s_.head_dim, kv_ = s_.kv_heads * s_.head_dim, wide_ = q_ + 2 * kv_;
     }
 

@@ -10,6 +10,7 @@ namespace {
 #define SIZE(type) {#type, sizeof(type)}
 // clang-format off
 constexpr Number kLayout[] = {
+    AT(BaseTensor, values), AT(BaseTensor, type), AT(BaseTensor, blocks), SIZE(BaseTensor),
     AT(BaseSizes, vocab), AT(BaseSizes, hidden), AT(BaseSizes, intermediate), AT(BaseSizes, layers),
     AT(BaseSizes, heads), AT(BaseSizes, kv_heads), AT(BaseSizes, head_dim), AT(BaseSizes, max_positions),
     AT(BaseSizes, threads), AT(BaseSizes, eps), SIZE(BaseSizes),
@@ -41,7 +42,7 @@ constexpr Number kLayout[] = {
     AT(TrainBatch, num_tokens), AT(TrainBatch, num_texts), AT(TrainBatch, token_ids), AT(TrainBatch, starts),
     AT(TrainBatch, lora), AT(TrainBatch, factor), SIZE(TrainBatch),
     {"kTile", kTile}, {"kRowUnit", kRowUnit}, {"kMaxGroup", kMaxGroup}, {"kPositions", kPositions}, {"kErrorSize", kErrorSize},
-    {"group qkv", kQkv}, {"group o", kO}, {"group gate_up", kGateUp}, {"group down", kDown}, {"kOk", kOk},
+    {"group qkv", kQkv}, {"group o", kO}, {"group gate_up", kGateUp}, {"group down", kDown}, {"weight type BF16", kBf16}, {"weight type Q4_1", kQ4_1}, {"weight type Q8_0", kQ8_0}, {"kOk", kOk},
     {"kNoMemory", kNoMemory}, {"kInvalid", kInvalid}, {"kFailed", kFailed},
     {"phase embed", kEmbedPhase}, {"phase norm", kNormPhase}, {"phase qkv", kQkvPhase}, {"phase attention", kAttentionPhase},
     {"phase o", kOPhase}, {"phase gate_up", kGateUpPhase}, {"phase down", kDownPhase}, {"phase head", kHeadPhase},

@@ -37,6 +37,14 @@ enum Status {  // what an entry answers
     kFailed,
 };
 
+enum WeightType { kBf16, kQ4_1, kQ8_0 };  // as GGUF names them; the last two in blocks of kTile inputs
+
+struct BaseTensor {  // of a base: row-major values, and the blocks that expand to them, where they were stored so
+    const bf16* values;
+    int64_t type;
+    const uint8_t* blocks;
+};
+
 struct BaseSizes {
     int64_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, threads;
     double eps;
@@ -148,7 +156,7 @@ SMOLORA_ENTRY int smolora_is_supported();      // by this processor
 
 // tensors: embed, then of each layer input_norm, qkv, o, post_norm, gate_up and down, then final_norm and lm_head; they
 // and rotary stay the caller's, and must stay.
-SMOLORA_ENTRY int smolora_create(const BaseSizes* sizes, const bf16* const* tensors, const float* rotary,
+SMOLORA_ENTRY int smolora_create(const BaseSizes* sizes, const BaseTensor* tensors, const float* rotary,
                                  const uint8_t* uses_rotary, void** model, char* error);
 SMOLORA_ENTRY void smolora_destroy(void* model);
 SMOLORA_ENTRY int smolora_forward(void* model, const ServeStep* step, char* error);
@@ -158,7 +166,7 @@ SMOLORA_ENTRY int smolora_sample(void* model, const SampleStep* step, char* erro
 // not, as it isn't at first.
 SMOLORA_ENTRY int smolora_phases(void* model, int64_t is_on, int64_t* nanoseconds, char* error);
 
-SMOLORA_ENTRY int smolora_training_create(const BaseSizes* sizes, const bf16* const* tensors, const float* rotary,
+SMOLORA_ENTRY int smolora_training_create(const BaseSizes* sizes, const BaseTensor* tensors, const float* rotary,
                                           const uint8_t* uses_rotary, void** training, char* error);
 SMOLORA_ENTRY void smolora_training_destroy(void* training);
 // What the batch leads to must stay until the backward pass, which comes once after each forward pass, or not at all.

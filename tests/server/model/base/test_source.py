@@ -88,7 +88,7 @@ def test_a_hub_id_is_fetched_once_and_its_commit_recorded(tiny_base_dir: Path, t
 
 @pytest.mark.parametrize("model", ["no-such-name", "./missing", "/missing", "a/b/c", "../up", "owner/na me"])
 def test_a_model_that_can_be_nothing(model: str, tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match=r"not a directory, not a hub id"):
+    with pytest.raises(StartupError, match=r"not a directory, not a GGUF file, not a hub id"):
         resolve_base(model, tmp_path, fetch=no_hub)
 
 

@@ -80,6 +80,27 @@ TEST(steps_of_serving) {
     expect(together[1] != together[3], "adapters do something");
 }
 
+TEST(steps_over_stored_weights) {
+    Random random(3);
+    TinyBase base(random);
+    base.store_in_blocks(random);
+    const std::vector<int> sequences = {0, 1, 2, 3, 5, 7};
+    const auto found = serve(base, 1, sequences);
+    expect(serve(base, 3, sequences) == found, "threads change something");
+    expect(serve(base, 2, {1})[0] == found[1], "company changes something");
+    for (BaseTensor& tensor : base.table) tensor.type = kBf16, tensor.blocks = nullptr;
+    expect(serve(base, 2, sequences) == found, "they aren't the expanded weights' steps");
+}
+
+TEST(weights_of_no_known_type) {
+    Random random(3);
+    TinyBase base(random);
+    base.table[2].type = 3;
+    expect(Native::serving(base, 1).status == kInvalid, "type 3 is taken");
+    base.table[2].type = kQ4_1;
+    expect(Native::serving(base, 1).status == kInvalid, "blocks that aren't there are taken");
+}
+
 TEST(steps_of_training) {
     Random random(1);
     const TinyBase base(random);
@@ -211,7 +232,7 @@ TEST(sizes_that_are_not_covered) {
             char error[kErrorSize] = "";
             void* created = nullptr;
             for (auto create : {smolora_create, smolora_training_create}) {
-                expect(create(&sizes, base.addresses.data(), base.rotary.data(), base.uses_rotary.data(), &created,
+                expect(create(&sizes, base.table.data(), base.rotary.data(), base.uses_rotary.data(), &created,
                               error) == kInvalid,
                        "%ld is taken", wrong);
                 expect(created == nullptr && *error, "nothing is created");

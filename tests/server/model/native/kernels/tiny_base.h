@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "seam/abi.h"
+#include "stored.h"
 
 // Ends the test where the entry doesn't answer kOk.
 #define SUCCEED(entry, ...)                                                       \
@@ -16,7 +17,8 @@
 struct TinyBase {
     BaseSizes sizes{64, 96, 64, 2, 6, 2, 32, 80, 1, 1e-5};  // heads in groups of three
     std::vector<std::vector<bf16>> tensors;
-    std::vector<const bf16*> addresses;
+    std::vector<BaseTensor> table;
+    std::vector<Stored> stored;
     std::vector<float> rotary;
     std::vector<uint8_t> uses_rotary{1, 0};
 
@@ -32,13 +34,23 @@ struct TinyBase {
             add(1, sizes.hidden), add(2 * sizes.intermediate, sizes.hidden), add(sizes.hidden, sizes.intermediate);
         }
         add(1, sizes.hidden), add(sizes.vocab, sizes.hidden);
-        for (const auto& tensor : tensors) addresses.push_back(tensor.data());
+        for (const auto& tensor : tensors) table.push_back({tensor.data(), kBf16, nullptr});
         rotary.resize((size_t)(2 * sizes.max_positions * sizes.head_dim));
         for (int64_t i = 0; i < sizes.max_positions * sizes.head_dim; i++) {
             const int64_t position = i / sizes.head_dim, d = i % sizes.head_dim, half = sizes.head_dim / 2;
             const double angle = (double)position * std::pow(1e4, -(double)(d % half) / (double)half);
             rotary[i] = (float)std::cos(angle);
             rotary[sizes.max_positions * sizes.head_dim + i] = (float)(d < half ? -std::sin(angle) : std::sin(angle));
+        }
+    }
+    // Matrices are in blocks from here on, of both types. What they stand for is in the table as well.
+    void store_in_blocks(Random& random) {
+        stored.reserve(tensors.size());
+        for (size_t i = 0; i < tensors.size(); i++) {
+            const bool is_norm = (int64_t)tensors[i].size() == sizes.hidden;
+            if (is_norm) continue;
+            stored.emplace_back(random, i % 2 ? kQ8_0 : kQ4_1, (int64_t)tensors[i].size(), i % 2 ? 1e-3 : 0.02);
+            table[i] = stored.back().tensor();
         }
     }
     int64_t in(int group) const {
@@ -76,7 +88,7 @@ struct Native {
         sizes.threads = threads;
         void* created = nullptr;
         char error[kErrorSize] = "";
-        status = create(&sizes, base.addresses.data(), base.rotary.data(), base.uses_rotary.data(), &created, error);
+        status = create(&sizes, base.table.data(), base.rotary.data(), base.uses_rotary.data(), &created, error);
         object = {created, destroy};
     }
 };

@@ -1,0 +1,174 @@
+"""Bases that are GGUF files: what they become, what is kept of how they were stored, and what is refused."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from server.errors import StartupError
+from server.model.base import source
+from server.model.base.embedded import EMBEDDED
+from server.model.base.export import export_hugging_face, split
+from server.model.base.gguf_file import open_gguf
+from server.model.base.quantized import QUANTIZED
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
+from tests.tiny import tiny_tokenizer
+from tests.tiny_gguf import HEADS, KV_HEADS, save_tiny_gguf
+
+TEXT = "404 Not Found.  <|im_start|>x 12"
+
+
+def load(file: Path) -> BaseModel:
+    return load_base(resolve_base(str(file), file.parent / "home"))
+
+
+def halves(rows: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
+    """llama.cpp rotates neighbours, Hugging Face halves: (heads, d/2, 2, in) against (heads, 2, d/2, in)."""
+    return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "Q4_0", "Q5_1", "F16", "F32"])
+def test_weights_are_what_the_file_stands_for(tmp_path: Path, kind: str, is_tied: bool) -> None:
+    stands_for = save_tiny_gguf(tmp_path / "tiny.gguf", {"": kind}, is_tied=is_tied)
+    base = load(tmp_path / "tiny.gguf")
+    assert base.name == "tiny"
+    ours = dict(split(base.config, base.weights))
+    names = {"attn_output": "self_attn.o_proj", "ffn_down": "mlp.down_proj", "attn_v": "self_attn.v_proj"}
+    names |= {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_norm": "post_attention_layernorm"}
+    expected = {
+        "model.embed_tokens.weight": stands_for["token_embd.weight"],
+        "model.norm.weight": stands_for["output_norm.weight"],
+        "model.layers.1.self_attn.q_proj.weight": halves(stands_for["blk.1.attn_q.weight"], HEADS),
+        "model.layers.1.self_attn.k_proj.weight": halves(stands_for["blk.1.attn_k.weight"], KV_HEADS),
+    }
+    for theirs, name in names.items():
+        expected[f"model.layers.0.{name}.weight"] = stands_for[f"blk.0.{theirs}.weight"]
+    if not is_tied:
+        expected["lm_head.weight"] = stands_for["output.weight"]
+    for name, values in expected.items():
+        assert torch.equal(ours[name], torch.from_numpy(values).bfloat16()), name
+    assert base.config.tie_word_embeddings is is_tied
+    matrices = {name for name, tensor in base.weights.tensors() if tensor.ndim == 2}
+    assert set(base.weights.quantized) == (matrices if kind in ("Q4_1", "Q8_0") else set())
+
+
+def test_it_is_a_base_that_transformers_reads(tmp_path: Path) -> None:
+    save_tiny_gguf(tmp_path / "tiny.gguf")
+    base = load(tmp_path / "tiny.gguf")
+    exported = tmp_path / "exported"
+    export_hugging_face(base, exported)
+    assert not (exported / QUANTIZED).exists()
+    theirs = AutoModelForCausalLM.from_pretrained(exported, dtype="auto").state_dict()
+    for name, tensor in split(base.config, base.weights):
+        assert torch.equal(theirs[name], tensor), name
+    tokenizer = tiny_tokenizer()
+    for ours in (base.tokenizer, AutoTokenizer.from_pretrained(exported)):
+        assert ours(TEXT).input_ids == tokenizer(TEXT).input_ids
+        assert ours.decode(ours(TEXT).input_ids) == TEXT
+        assert ours.chat_template == tokenizer.chat_template
+
+
+def test_blocks_expand_to_the_weights(tmp_path: Path) -> None:
+    save_tiny_gguf(tmp_path / "tiny.gguf")
+    base = load(tmp_path / "tiny.gguf")
+    weights = dict(base.weights.tensors())
+    assert {one.type for one in base.weights.quantized.values()} == {"Q4_1", "Q8_0"}
+    for name, one in base.weights.quantized.items():
+        assert torch.equal(one.expanded(), weights[name]), name
+    assert not load_base(base.directory, torch.float32).weights.quantized  # they stand for 16 bits
+
+
+def test_a_stack_of_two_types_is_kept_in_16_bits(tmp_path: Path) -> None:
+    save_tiny_gguf(tmp_path / "tiny.gguf", {"attn_v": "Q8_0", "ffn_down": "F16", "": "Q4_1"})
+    found = set(load(tmp_path / "tiny.gguf").weights.quantized)
+    assert {"embed", "layers.0.o", "layers.1.gate_up"} < found
+    assert not found & {f"layers.{layer}.{stack}" for layer in range(2) for stack in ("qkv", "down")}
+
+
+def test_a_file_that_changed_is_converted_anew(tmp_path: Path) -> None:
+    save_tiny_gguf(tmp_path / "tiny.gguf")
+    first = load(tmp_path / "tiny.gguf")
+    assert load(tmp_path / "tiny.gguf").directory == first.directory
+    save_tiny_gguf(tmp_path / "tiny.gguf", {"": "Q8_0"})
+    second = load(tmp_path / "tiny.gguf")
+    assert second.digest != first.digest
+    assert not first.directory.exists()
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    save_tiny_gguf(file, architecture="qwen2")
+    with pytest.raises(StartupError, match=r"^tiny.gguf: general.architecture is qwen2, and only llama is read"):
+        open_gguf(file)
+    save_tiny_gguf(file, splitting="llama-bpe")
+    with pytest.raises(StartupError, match=r"tokenizer.ggml.pre is llama-bpe, and only smollm is read: name its"):
+        open_gguf(file)
+    save_tiny_gguf(file)
+    os.truncate(file, 700)
+    with pytest.raises(StartupError, match=r"^tiny.gguf can't be read as GGUF: "):
+        open_gguf(file)
+    file.write_bytes(b"")
+    with pytest.raises(StartupError, match=r"^tiny.gguf can't be read as GGUF: "):
+        open_gguf(file)
+    with pytest.raises(StartupError, match="not a GGUF file"):
+        resolve_base(str(tmp_path / "other.gguf"), tmp_path)
+
+
+def test_a_base_that_was_converted_before_is_given_its_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(source, "find_gguf", lambda: tmp_path / "tiny.gguf")
+    directory = resolve_base(EMBEDDED, tmp_path)
+    made = (directory / QUANTIZED).read_bytes()
+    (directory / QUANTIZED).unlink()
+    said: list[str] = []
+    assert resolve_base(EMBEDDED, tmp_path, progress=said.append) == directory
+    assert (directory / QUANTIZED).read_bytes() == made
+    assert said == ["Dequantizing tiny.gguf (once, some seconds)"]
+    resolve_base(EMBEDDED, tmp_path, progress=said.append)
+    assert len(said) == 1
+
+
+def test_blocks_of_other_weights_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version of the package, say: what was converted stays, and is looked at once."""
+    save_tiny_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(source, "find_gguf", lambda: tmp_path / "tiny.gguf")
+    directory = resolve_base(EMBEDDED, tmp_path)
+    (directory / QUANTIZED).unlink()
+    save_tiny_gguf(tmp_path / "tiny.gguf", {"token_embd": "Q8_0", "": "Q8_0"})
+    digest = load_base(directory).digest
+    said: list[str] = []
+    for _ in range(2):
+        resolve_base(EMBEDDED, tmp_path, progress=said.append)
+    assert len(said) == 1
+    base = load_base(directory)
+    assert base.digest == digest
+    assert set(base.weights.quantized) == {"embed"}  # the same in both
+    with safe_open(directory / QUANTIZED, framework="pt") as file:
+        assert set(file.metadata()) == {"embed"}
+
+
+def test_without_the_package_a_converted_base_is_served_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(source, "find_gguf", lambda: tmp_path / "tiny.gguf")
+    directory = resolve_base(EMBEDDED, tmp_path)
+    (directory / QUANTIZED).unlink()
+
+    def missing() -> Path:
+        raise StartupError("it isn't there")
+
+    monkeypatch.setattr(source, "find_gguf", missing)
+    said: list[str] = []
+    assert resolve_base(EMBEDDED, tmp_path, progress=said.append) == directory
+    assert said == ["the base stays in 16 bits: it isn't there"]
+    assert not load_base(directory).weights.quantized

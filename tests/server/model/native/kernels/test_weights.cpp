@@ -1,0 +1,52 @@
+#include "stored.h"
+
+namespace {
+
+Matrix packed(const BaseTensor& tensor, int out, int in) {
+    Matrix matrix;
+    matrix.reserve((WeightType)tensor.type, out, in);
+    for (int tile = 0; tile < out / kTile; tile++) matrix.pack(tensor, tile);
+    return matrix;
+}
+
+}  // namespace
+
+TEST(weights_are_packed_in_tiles) {
+    Random random(1);
+    for (int in : {32, 64, 160}) {
+        const int out = 96;
+        const auto w = random_bf16(random, (size_t)out * in);
+        const Matrix matrix = packed({w.data(), kBf16, nullptr}, out, in);
+        expect(matrix.in() == in, "%d inputs", matrix.in());
+        ExpandedTile unused;
+        for (int row = 0; row < out; row++)
+            for (int i = 0; i < in; i++) {
+                const bf16 found = matrix.tile(row / kTile, unused)[i / 2 * 2 * kTile + row % kTile * 2 + i % 2];
+                expect(found == w[row * in + i], "row %d, input %d of %d", row, i, in);
+            }
+        expect(unused.size == 0, "room for what isn't expanded");
+    }
+}
+
+TEST(stored_weights_expand_to_the_same_bits) {
+    Random random(2);
+    ExpandedTile scratch;
+    for (WeightType type : {kQ4_1, kQ8_0})
+        for (int in : {32, 96, 1056}) {  // the last is more than there was room for
+            const int out = 64;
+            const Stored stored(random, type, out * in), tame(random, type, out * in, 0.01);
+            for (const Stored& of : {stored, tame}) {
+                const Matrix matrix = packed(of.tensor(), out, in);
+                const Matrix expanded = packed({of.values.data(), kBf16, nullptr}, out, in);
+                ExpandedTile unused;
+                for (int tile : {0, 1, 1, 0})
+                    expect(!memcmp(matrix.tile(tile, scratch), expanded.tile(tile, unused), in * kTile * sizeof(bf16)),
+                           "type %d, %d inputs, tile %d", type, in, tile);
+                const auto x = random_bf16(random, (size_t)5 * in);
+                std::vector<float> found(5 * kTile), wanted(5 * kTile);
+                matrix.multiply(x.data(), in, 5, 1, found.data(), kTile, scratch);
+                expanded.multiply(x.data(), in, 5, 1, wanted.data(), kTile, unused);
+                expect(found == wanted, "type %d, %d inputs: another product", type, in);
+            }
+        }
+}
