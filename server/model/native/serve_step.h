@@ -188,11 +188,11 @@ class Model {
                       int y_stride) {
         const size_t in = (size_t)w.pairs() * 2;
         const bool has_lora = lora_[group].num_tasks() > 0;
-        if (has_lora) lora_[group].prefetch(layer, start, start + rows, tile * kTile);
+        if (has_lora) lora_[group].prefetch(layer, start, rows, tile * kTile);
         multiply(x + start * in, in, rows, w.tile(tile), w.pairs(), y, y_stride);
         if (!has_lora) return;
         team_.wait_first(lora_[group].num_tasks());
-        for (int row = 0; row < rows; row++) lora_[group].expand(layer, start + row, tile * kTile, y + row * y_stride);
+        lora_[group].expand(layer, start, rows, tile * kTile, y, y_stride);
     }
 
     // Queries, keys and values of x, rotated, into q and the cache: an item is a head.

@@ -34,6 +34,15 @@ struct Pool {
         a = random_bf16(random, (size_t)kLayers * row * kIn), b = random_bf16(random, (size_t)kLayers * offset);
         pool = {a.data(), b.data(), kLayers, row * kIn, offset, kIn, nullptr};
     }
+    // Of a part: its row's number k of A, and its module's number (output, row) of B.
+    double a_at(int layer, const LoraPart& part, int64_t row, int k) const {
+        const bf16* run = &a[layer * pool.a_stride + part.first_row * kIn];
+        return to_float(run[(k / 2 * part.num_rows + row) * 2 + k % 2]);
+    }
+    double b_at(int layer, const LoraModule& module, int64_t output, int64_t row) const {
+        const bf16* of = &b[layer * pool.b_stride + module.offset];
+        return to_float(of[((output / kTile * (module.rank / 2) + row / 2) * kTile + output % kTile) * 2 + row % 2]);
+    }
     void use(const std::vector<int>& indices) {
         for (int index : indices) parts.push_back(adapters[index]);
         pool.parts = parts.data();
