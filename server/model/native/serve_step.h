@@ -187,10 +187,8 @@ class Model {
     void forward_tile(int layer, const Matrix& w, Group group, const bf16* x, int tile, int start, int rows, float* y,
                       int y_stride) {
         const size_t in = (size_t)w.pairs() * 2;
-        const bool has_lora = lora_[group].num_tasks() > 0;
-        if (has_lora) lora_[group].prefetch(layer, start, rows, tile * kTile);
         multiply(x + start * in, in, rows, w.tile(tile), w.pairs(), y, y_stride);
-        if (!has_lora) return;
+        if (lora_[group].num_tasks() == 0) return;
         team_.wait_first(lora_[group].num_tasks());
         lora_[group].expand(layer, start, rows, tile * kTile, y, y_stride);
     }

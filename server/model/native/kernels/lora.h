@@ -103,6 +103,9 @@ inline void expand_as_amx(const bf16* hidden, const bf16* b, int pairs, float* y
             memcpy(&two, hidden + 2 * pair, 4);
             const __m512 even = _mm512_castsi512_ps(_mm512_set1_epi32((int)(two << 16)));
             const __m512 odd = _mm512_castsi512_ps(_mm512_set1_epi32((int)(two & 0xffff0000)));
+            const bf16* next = b + (pairs + pair) * 2 * kTile;  // what the next item of this thread will read
+            _mm_prefetch((const char*)next, _MM_HINT_T0);
+            _mm_prefetch((const char*)(next + kTile), _MM_HINT_T0);
             const __m512i w0 = _mm512_loadu_si512(b + pair * 2 * kTile);
             const __m512i w1 = _mm512_loadu_si512(b + pair * 2 * kTile + kTile);
             even0 = _mm512_fmadd_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(w0, 16)), even0);
@@ -168,19 +171,9 @@ class LoraGroup {
         const __m512 weight = _mm512_set1_ps((float)weights_[task.part]);
         for (int token = 0; token < task.tokens; token++)
             for (int row = 0; row < task.rows; row += 16)
-                _mm256_mask_storeu_epi16(
-                    &hidden_[task.hidden + token * task.width + row], first_lanes(task.rows - row),
-                    (__m256i)_mm512_cvtneps_pbh(
-                        _mm512_mul_ps(weight, _mm512_loadu_ps(y + token * kShrinkVectors * 16 + row))));
-    }
-
-    // Brings closer what `expand` will read.
-    void prefetch(int layer, int start, int rows, int column) const {
-        for_spans(start, rows, [&](const Span& span, int, int) {
-            for_terms(layer, span, column, [](const Term& term, const bf16* b) {
-                for (int i = 0; i < term.pairs * 2 * kTile; i += 32) _mm_prefetch((const char*)(b + i), _MM_HINT_T0);
-            });
-        });
+                _mm256_mask_storeu_epi16(&hidden_[task.hidden + token * task.width + row], first_lanes(task.rows - row),
+                                         (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(
+                                             weight, _mm512_loadu_ps(y + token * kShrinkVectors * 16 + row))));
     }
 
     // Adds the share of the tokens [start, start + rows) to y (rows, 32), outputs [column, column + 32) of the group,
@@ -264,8 +257,8 @@ class LoraGroup {
             for (int64_t part = segment.first_part; part < segment.first_part + segment.num_parts; part++) {
                 const int num_rows = (int)pool_.parts[part].num_rows;
                 for (int row = 0; row < num_rows; row += kMost)
-                    tasks_.push_back({token, tokens, (int)part, row, std::min(num_rows - row, kMost), hidden + row,
-                                      span.width});
+                    tasks_.push_back(
+                        {token, tokens, (int)part, row, std::min(num_rows - row, kMost), hidden + row, span.width});
                 hidden += num_rows;
             }
         }
@@ -292,7 +285,8 @@ class LoraGroup {
         for (int i = span.first_term; i < span.stop_term; i++) {
             const Term& term = terms_[i];
             if (column < term.start || column >= term.stop) continue;
-            visit(term, pool_.b + layer * pool_.b_stride + term.offset + (int64_t)(column - term.start) * 2 * term.pairs);
+            visit(term,
+                  pool_.b + layer * pool_.b_stride + term.offset + (int64_t)(column - term.start) * 2 * term.pairs);
         }
     }
 

@@ -47,10 +47,10 @@ static void check_multiply(int rows, int pairs) {
             expect_near(found, exact, sum_error(2 * pairs + 1) * size, "%d rows, %d pairs: (%d, %d)", rows, pairs, row,
                         column);
         }
-        float alone[kTile];
-        std::copy_n(&before[row * y_stride], kTile, alone);
-        multiply<add>(&x[row * x_stride], x_stride, 1, tile.data(), pairs, alone, kTile);
-        expect(!memcmp(alone, &y[row * y_stride], sizeof alone), "row %d of %d is another one alone", row, rows);
+        std::vector<float> alone(&before[row * y_stride], &before[row * y_stride] + kTile);
+        multiply<add>(&x[row * x_stride], x_stride, 1, tile.data(), pairs, alone.data(), kTile);
+        expect(!memcmp(alone.data(), &y[row * y_stride], kTile * sizeof(float)), "row %d of %d is another one alone",
+               row, rows);
     }
 }
 
