@@ -120,7 +120,7 @@ class RankRows:
     """The pools of all groups. Rows that no placement covers hold anything."""
 
     def __init__(self, shape: BaseShape, *, max_rank: int, row_format: RowFormat, device: torch.device) -> None:
-        """Room for adapters on all linear modules whose ranks, rounded as the format does, add up to `max_rank`."""
+        """Room for adapters on all linear modules whose ranks, rounded by the format, add up to `max_rank`."""
         max_rank = row_format.rounded(max_rank)
         self.shape = shape
         self.format = row_format
