@@ -138,7 +138,7 @@ def test_bytes_are_what_is_allocated(dtype: torch.dtype) -> None:
 
 def test_packed_rows_are_pairs() -> None:
     """As `lora.h` reads them: an odd rank gets a row of zeros, and a pool of odd size holds one of that rank."""
-    shape = BaseShape(1, {name: (64, 32) for name in MODULES})
+    shape = BaseShape(1, dict.fromkeys(MODULES, (64, 32)))
     packed = RowFormat(torch.bfloat16, torch.bfloat16, 32)
     rows = RankRows(shape, max_rank=3, row_format=packed, device=CPU)
     weights = random_adapter(shape, 0, rank=3, modules=["q_proj", "k_proj"], dtype=torch.bfloat16)
