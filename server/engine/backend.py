@@ -34,7 +34,7 @@ class Backend(Protocol):
         ...
 
     def rank_rows(self, max_rank: int) -> RankRows:
-        """Room for adapters whose ranks add up to `max_rank`."""
+        """Room for adapters whose ranks, rounded as the rows want it, add up to `max_rank`."""
         ...
 
     def forward(self, num_blocks: int, block_size: int, rows: RankRows) -> Forward:

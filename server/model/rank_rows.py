@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from adapters.lora import BaseShape, LoraWeights, ModuleKey
 from server.model.uploads import Uploads
@@ -34,7 +35,8 @@ GroupKey = tuple[int, str]
 class RowFormat:
     """How rank rows are stored: as the products over them want it, which a backend knows.
 
-    A module's B is (rank, out), or with a `tile` (out / tile, rank, tile), which keeps a tile's numbers together.
+    A run of A is (rows, in), and a module's B (rank, out). With a `tile` they are packed as products of 16-bit
+    pairs read them: the run of A as (in / 2, rows, 2), and B as (out / tile, rank / 2, tile, 2).
     """
 
     a: torch.dtype
@@ -45,6 +47,10 @@ class RowFormat:
     def of_torch(cls, dtype: torch.dtype, device: torch.device) -> "RowFormat":
         """For `lora_batch`. On a CPU A is fp32, which torch's sampled product needs."""
         return cls(torch.float32 if device.type == "cpu" else dtype, dtype)
+
+    def rounded(self, rank: int) -> int:
+        """The rank that a module has here: where rows are packed, pairs of them, if need be with one of zeros."""
+        return rank if self.tile is None else rank + rank % 2
 
     def bytes_per_rank(self, shape: BaseShape) -> int:
         """Bytes that one rank on all linear modules takes in the pools."""
@@ -78,7 +84,7 @@ class ModuleRows:
     """One module's share of an adapter's run: its rank (the largest over the layers) and where its rows start."""
 
     module: str
-    rank: int
+    rank: int  # rounded up as the format wants it
     row: int  # from the first row of the run
     unit: int  # from the first unit of the run
     out_start: int  # where its outputs start in the group's fused output
@@ -114,7 +120,8 @@ class RankRows:
     """The pools of all groups. Rows that no placement covers hold anything."""
 
     def __init__(self, shape: BaseShape, *, max_rank: int, row_format: RowFormat, device: torch.device) -> None:
-        """Room for adapters on all linear modules whose ranks add up to `max_rank`."""
+        """Room for adapters on all linear modules whose ranks, rounded by the format, add up to `max_rank`."""
+        max_rank = row_format.rounded(max_rank)
         self.shape = shape
         self.format = row_format
         self.device = device
@@ -143,7 +150,7 @@ class RankRows:
             modules, row, unit, out_start = [], 0, 0, 0
             for name in layout.modules:
                 out = layout.out_features[name]
-                if rank := ranks.get(name, 0):
+                if rank := self.format.rounded(ranks.get(name, 0)):
                     modules.append(ModuleRows(name, rank, row, unit, out_start, out))
                     row += rank
                     unit += rank * (out // layout.unit)
@@ -179,22 +186,32 @@ class RankRows:
         unit, tile = b_units.shape[2], self.format.tile
         for layer in range(self.shape.num_layers):
             for rows in group.modules:
-                a = a_rows[layer, rows.row : rows.row + rows.rank]  # (rank, in)
                 b = b_units[layer, rows.unit : rows.unit + rows.rank * (rows.out_features // unit)]
-                b = b.view(rows.rank, rows.out_features)
-                if tile is not None:
-                    b = b.view(-1, rows.rank, tile)
+                if tile is None:
+                    a = a_rows[layer, rows.row : rows.row + rows.rank]  # (rank, in)
+                    b = b.view(rows.rank, rows.out_features)
+                else:
+                    a = _pairs(a_rows[layer]).view(-1, group.num_rows)[:, rows.row : rows.row + rows.rank]
+                    b = _pairs(b).view(-1, rows.rank // 2, tile)
                 module = weights.modules.get(ModuleKey(layer, rows.module))
                 if module is None:
                     a.zero_()
                     b.zero_()
                     continue
-                rank = module.rank  # smaller than rows.rank where a pattern varies it by layer
-                a[:rank].copy_(module.a.float() * module.scaling)
-                a[rank:].zero_()
-                if tile is not None:
-                    b[:, :rank].copy_(module.b.reshape(-1, tile, rank).transpose(1, 2))
-                    b[:, rank:].zero_()
-                else:
+                rank = module.rank  # smaller than rows.rank where a pattern varies it by layer, or is rounded up
+                scaled = module.a.float() * module.scaling
+                if tile is None:
+                    a[:rank].copy_(scaled)
+                    a[rank:].zero_()
                     b[:rank].copy_(module.b.t())
                     b[rank:].zero_()
+                else:
+                    missing = rows.rank - rank
+                    a.copy_(_pairs(F.pad(scaled, (0, 0, 0, missing)).to(a_rows.dtype)).t())
+                    whole = F.pad(module.b.to(b_units.dtype), (0, missing)).contiguous()  # (out, rank)
+                    b.copy_(_pairs(whole).view(-1, tile, rows.rank // 2).transpose(1, 2))
+
+
+def _pairs(numbers: torch.Tensor) -> torch.Tensor:
+    """Two neighbouring 16-bit numbers as one, which is moved as a whole."""
+    return numbers.view(torch.int32)

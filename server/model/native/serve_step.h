@@ -191,12 +191,10 @@ class Model {
     void forward_tile(int layer, const Matrix& w, Group group, const bf16* x, int tile, int start, int rows, float* y,
                       int y_stride, int slot) {
         const size_t in = (size_t)w.in();
-        const bool has_lora = lora_[group].num_tasks() > 0;
-        if (has_lora) lora_[group].prefetch(layer, start, start + rows, tile * kTile);
         w.multiply(x + start * in, in, rows, tile, y, y_stride, scratch().tiles[chunks_ > 1 ? slot : 0]);
-        if (!has_lora) return;
+        if (lora_[group].num_tasks() == 0) return;
         team_.wait_first(lora_[group].num_tasks());
-        for (int row = 0; row < rows; row++) lora_[group].expand(layer, start + row, tile * kTile, y + row * y_stride);
+        lora_[group].expand(layer, start, rows, tile * kTile, y, y_stride);
     }
 
     // Queries, keys and values of x, rotated, into q and the cache: an item is a head.

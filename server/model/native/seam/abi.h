@@ -68,7 +68,7 @@ struct LoraSegment {  // tokens [start, stop) under the same parts
     int64_t start, stop, first_part, num_parts;
 };
 
-struct LoraPool {  // of one group: a (layers, rows, in), b; strides are elements from layer to layer
+struct LoraPool {  // of one group, packed as lora.h says; strides are elements from layer to layer
     const bf16 *a, *b;
     int64_t layers, a_stride, b_stride, in;
     const LoraPart* parts;

@@ -80,6 +80,7 @@ inline void check_parts(const BaseSizes& sizes, const ServeStep& step, int group
             const LoraModule& module = step.modules[i];
             if (!is_within(module.row, module.rank, part.num_rows))
                 refuse("module %ld has %ld rows from %ld on, of %ld", i, module.rank, module.row, part.num_rows);
+            if (module.rank % 2) refuse("module %ld has %ld rows: they come in pairs", i, module.rank);
             if (!is_within(module.out_start, module.out_features, out) || module.out_start % kTile ||
                 module.out_features % kTile)
                 refuse("module %ld has %ld outputs from %ld on, of %ld", i, module.out_features, module.out_start, out);

@@ -172,6 +172,7 @@ SERVING: dict[str, tuple[Callable[[Step], None], str]] = {
     "modules before the table's": (part(2, -1), "part 0 of group 1 has 1 modules from -1 on, of 7"),
     "more modules than the table's": (part(3, 5), "part 0 of group 1 has 5 modules from 3 on, of 7"),
     "a rank that is too large": (module(0, 9), "module 1 has 9 rows from 4 on, of 12"),
+    "a rank that is odd": (module(0, 3), "module 1 has 3 rows: they come in pairs"),
     "a rank below zero": (module(0, -1), "module 1 has -1 rows"),
     "a module's row": (module(1, 9), "module 1 has 4 rows from 9 on, of 12"),
     "B behind the pool's": (module(2, 2**40), "module 1 begins at 1099511627776 of B's"),

@@ -120,7 +120,7 @@ struct Step {
                 tables_.push_back((int32_t)(num_blocks - 1 - (i + block * num_sequences)));
         for (int group = 0; group < kGroups; group++) {
             int64_t row = 0, offset = 0;
-            for (int64_t rank : {16, 3}) {
+            for (int64_t rank : {16, 4}) {
                 LoraPart part{row, 0, (int64_t)modules.size(), 0};
                 int64_t out_start = 0;
                 for (int64_t out : base.outs(group)) {
