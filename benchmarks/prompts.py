@@ -11,6 +11,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from server.model.text.tokenizer import BaseTokenizer
+
 MODULES = (
     *("argparse", "ast", "asyncio/events", "collections/__init__", "contextlib", "datetime", "difflib"),
     *("email/message", "functools", "heapq", "http/client", "inspect", "logging/__init__", "pickle", "random"),
@@ -36,7 +38,9 @@ def library_text() -> str:
 class PromptSource:
     """Hands out each prompt once."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None, *, many: bool = False) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | BaseTokenizer, text: str | None = None, *, many: bool = False
+    ) -> None:
         """`many`: thousands of them, which may share their first tokens, though never a block."""
         self._tokenizer = tokenizer
         self._words = (library_text() if text is None else text).split()

@@ -66,7 +66,7 @@ def _measure(works: Sequence[Work], scratch: Path, options: argparse.Namespace, 
     converted = resolve_base(options.model, options.home, progress=say)
     base = load_base(converted)
     export_hugging_face(base, scratch / "base", torch.bfloat16)
-    text: list[int] = base.tokenizer.encode(library_text(), add_special_tokens=False, verbose=False)
+    text = base.tokenizer.encode(library_text(), add_special_tokens=False)
     found: dict[tuple[str, Side], list[Measured]] = {}
     for number in range(options.rounds):
         for index, work in enumerate(works):

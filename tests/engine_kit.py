@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from adapters.errors import SmoloraError
 from adapters.lora import MODULES, BaseShape, LoraModule, LoraWeights, ModuleKey
@@ -31,17 +30,14 @@ from server.model.base.weights import BaseModel
 from server.model.native.model import NativeModel
 from server.model.rank_rows import Placement, RankRows, Run
 from server.model.smollm import SmolLM
+from server.model.text.tokenizer import BaseTokenizer
+from server.model.text.vocabulary import vocabulary_of
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, logprobs=1)
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
-    added = tokenizer.added_tokens_decoder.items()
-    return TokenBytes(
-        tokenizer.get_vocab(),
-        {token_id: token.content for token_id, token in added},
-        [token_id for token_id, token in added if token.special],
-    )
+def token_bytes(tokenizer: BaseTokenizer) -> TokenBytes:
+    return TokenBytes(*vocabulary_of(tokenizer))
 
 
 def build_engine(

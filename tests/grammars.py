@@ -2,17 +2,16 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from transformers import PreTrainedTokenizerBase
-
 from server.engine.detokenizer import TokenBytes
 from server.engine.request import Grammar
 from server.engine.structured.guidance import Guidance
+from server.model.text.tokenizer import BaseTokenizer
 from server.model.text.vocabulary import tokenizer_json
 
 Schema = Mapping[str, object]
 
 
-def guidance_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: Sequence[int]) -> Guidance:
+def guidance_of(tokenizer: BaseTokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> Guidance:
     return Guidance(tokenizer_json(tokenizer), vocab_size, tuple(eos_token_ids))
 
 

@@ -20,6 +20,8 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+from server.model.text.tokenizer import BaseTokenizer
+
 SPECIAL_TOKENS = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>", "<filename>"),
     *("<gh_stars>", "<issue_start>", "<issue_comment>", "<issue_closed>", "<jupyter_start>", "<jupyter_text>"),
@@ -87,6 +89,13 @@ def tiny_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerBase:
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
+
+
+def own(tokenizer: PreTrainedTokenizerBase) -> BaseTokenizer:
+    """What a server has in the place of transformers' tokenizer."""
+    backend, template = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), tokenizer.chat_template
+    assert template is None or isinstance(template, str)
+    return BaseTokenizer(backend, tokenizer.special_tokens_map, template)
 
 
 @cache

@@ -120,7 +120,7 @@ def build(
         bucket=storage.bucket,
         tracer=open_tracer(),
         estimator=Estimator(jobs, base.weights.num_parameters, training_dtype(base.dtype), base.device),
-        decode=lambda ids: str(base.tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
+        decode=base.tokenizer.decode,
     )
 
 
@@ -136,8 +136,7 @@ def _files(storage: Storage, project: str) -> FileStore:
 
 def _end_token(base: BaseModel) -> int:
     """What training appends to rows."""
-    own: int | None = base.tokenizer.eos_token_id
-    found = (own, *base.config.eos_token_ids)
+    found = (base.tokenizer.eos_token_id, *base.config.eos_token_ids)
     ends = [token for token in found if token is not None]
     if not ends:
         raise StartupError(f"{base.name} has no end token: its answers would never end")

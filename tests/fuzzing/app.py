@@ -30,7 +30,7 @@ from tests.fuzzing.target import OPEN
 from tests.server.api.adapters.peft_files import peft_files
 from tests.server.api.fakes import FakeEngine, http_scope, scoring
 from tests.server.conftest import build_services, library_in, new_guidance
-from tests.tiny import tiny_tokenizer
+from tests.tiny import own, tiny_tokenizer
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -68,7 +68,7 @@ class World:
         self._loop = asyncio.new_event_loop()
         self._root = Path(tempfile.mkdtemp(prefix="fuzzing-"))
         self._routes: list[BaseRoute] = []
-        self._tokenizer = tiny_tokenizer()
+        self._tokenizer = own(tiny_tokenizer())
         self._encoder = PromptEncoder(self._tokenizer)
         self._guidance: Guidance = new_guidance()
         self._num_requests = self._num_homes = 0

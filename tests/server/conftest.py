@@ -12,7 +12,6 @@ import sqlalchemy as sa
 import torch
 from fastapi import FastAPI
 from starlette.routing import BaseRoute
-from transformers import PreTrainedTokenizerBase
 
 from adapters.catalog.catalog import Catalog
 from adapters.catalog.records import Records
@@ -31,14 +30,15 @@ from server.engine.structured.guidance import Guidance
 from server.home import Home
 from server.metrics.metrics import Metrics
 from server.model.text.chat import PromptEncoder
-from server.model.text.vocabulary import tokenizer_json
+from server.model.text.tokenizer import BaseTokenizer
 from server.training.data.datasets import DatasetStore
 from server.training.data.encoding import RowEncoder
 from server.training.data.files import FileStore, RowSources
 from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Leases
+from tests.grammars import guidance_of
 from tests.server.api.fakes import FakeEngine
-from tests.tiny import tiny_tokenizer
+from tests.tiny import own, tiny_tokenizer
 
 BASE_NAME = "tiny-llama"
 BASE_DIGEST = "ba" * 32
@@ -60,7 +60,10 @@ NUM_PARAMETERS = 1_000_000
 
 MakeServices = Callable[..., Services]
 
-shared_tokenizer = cache(tiny_tokenizer)
+EOS = 2
+"""The tiny tokenizer's end token."""
+
+shared_tokenizer = cache(lambda: own(tiny_tokenizer()))
 """Read alone, never changed."""
 
 
@@ -141,7 +144,7 @@ def files(tmp_path: Path) -> FileStore:
 def new_guidance() -> Guidance:
     """To be closed."""
     tokenizer = shared_tokenizer()
-    return Guidance(tokenizer_json(tokenizer), len(tokenizer), (tokenizer.eos_token_id,))
+    return guidance_of(tokenizer, len(tokenizer), (EOS,))
 
 
 @pytest.fixture
@@ -174,12 +177,12 @@ def build_services(
     files: FileStore,
     guidance: Guidance,
     database: sa.Engine,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: BaseTokenizer,
     **given: object,
 ) -> Services:
     """What `create_app` takes, of these parts; `given` are settings."""
     settings = settings_of(home, given)
-    rows = RowEncoder(encoder, tokenizer.eos_token_id)
+    rows = RowEncoder(encoder, EOS)
     return Services(
         settings=settings,
         engine=engine,
@@ -197,7 +200,7 @@ def build_services(
             home, jobs, RowSources(datasets, files), library, rows, MAX_POSITIONS, BASE_DIGEST
         ),
         estimator=Estimator(jobs, NUM_PARAMETERS, torch.float32, torch.device("cpu")),
-        decode=lambda ids: str(tokenizer.decode(ids)),
+        decode=tokenizer.decode,
         access=open_access(
             database, Home(home).keyed, commits_of(database, home), settings.api_keys, settings.allow_anonymous
         ),

@@ -8,13 +8,16 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from server.errors import StartupError
 from server.model.base.quantized import Quantized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that weights may be stored in, by their safetensors names."""
@@ -35,7 +38,7 @@ class Checkpoint:
 
     config: Mapping[str, object]  # config.json
     generation: Mapping[str, object]  # generation_config.json, or empty
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     tensors: Mapping[str, StoredTensor]
     quantized: Mapping[str, Quantized] = field(default_factory=dict)  # what some of them come from
 
@@ -53,10 +56,12 @@ def open_directory(directory: Path) -> Checkpoint:
     )
 
 
-def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """The directory's tokenizer.json with its special tokens and chat template."""
     if not (directory / "tokenizer.json").is_file():
         raise StartupError(f"{directory.name} has no tokenizer.json")
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast  # once: a converted base needs none
+
     # AutoTokenizer may rebuild the pre-tokenizer of a known class by its own rules; the file's must stay.
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from adapters.durable import new_directory, new_file, write_json
 from server.errors import StartupError
@@ -20,6 +20,9 @@ from server.model.base.config import ModelConfig
 from server.model.base.layout import layout
 from server.model.base.quantized import QUANTIZED, Quantized
 from server.model.base.weights import FORMAT, MANIFEST, WEIGHTS, BaseWeights, Manifest, digest_of, load_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_FAULTS = 5  # named in an error
 
@@ -71,7 +74,7 @@ def write_quantized(
         write_aligned(file, planned, {name: one.type for name, one in kept.items()})
 
 
-def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def _write_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
     """Save it under the class that every version of transformers reads from tokenizer.json as it stands."""
     tokenizer.save_pretrained(directory)
     options = read_json(directory / "tokenizer_config.json")

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from server.errors import StartupError
 from server.model.base.checkpoint import Checkpoint, StoredTensor
@@ -23,6 +22,7 @@ from server.model.base.quantized import BLOCK_BYTES, Quantized
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
+    from transformers import PreTrainedTokenizerBase
 
 PRE_TOKENIZER = {
     "type": "Sequence",
@@ -108,9 +108,11 @@ def _config(fields: Mapping[str, Any], *, is_tied: bool) -> dict[str, Any]:
     return {**config.to_diff_dict(), "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
 
 
-def _tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+def _tokenizer(fields: Mapping[str, Any]) -> "PreTrainedTokenizerBase":
     """The vocabulary, merges, special tokens and chat template under SmolLM2's own rules for splitting. Raises
     KeyError, with the field's name, where one is missing."""
+    from transformers import PreTrainedTokenizerFast
+
     tokens = fields["tokenizer.ggml.tokens"]
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     backend = {

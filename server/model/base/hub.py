@@ -3,9 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
-
 from server.errors import StartupError
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja"]
@@ -25,6 +22,9 @@ def download(repo_id: str, endpoint: str | None = None, cache: Path | None = Non
 
     `endpoint` and `cache` None: the hub's own, as its environment variables say. Raises StartupError.
     """
+    from huggingface_hub import HfApi  # a tenth of a second that other starts are spared
+    from huggingface_hub.errors import RepositoryNotFoundError
+
     hub = HfApi(endpoint=endpoint)
     try:  # the hub's client settles on one commit first, and names the snapshot's folder by it
         directory = hub.snapshot_download(

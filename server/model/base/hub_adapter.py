@@ -8,14 +8,6 @@ import errno
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from adapters.errors import InvalidInput, NotFound
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME
 from server.errors import Unavailable
@@ -46,6 +38,14 @@ def fetch_adapter(
 
     The limits are bytes. Raises NotFound, InvalidInput where a file is too large, or Unavailable.
     """
+    from huggingface_hub import HfApi  # a tenth of a second that starts are spared
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     hub = HfApi(endpoint=endpoint, token=False)
     try:
         info = hub.model_info(repo_id, revision=revision, files_metadata=True, timeout=_INFO_SECONDS)

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
 
 from server.errors import StartupError
-from server.model.base.checkpoint import read_json, read_tokenizer
+from server.model.base.checkpoint import read_json
 from server.model.base.config import ModelConfig
 from server.model.base.quantized import Quantized, load_quantized
 from server.model.gpu import room_for
+from server.model.text.tokenizer import BaseTokenizer
 
 MANIFEST = "smolora.json"
 WEIGHTS = "base.safetensors"
@@ -80,7 +81,7 @@ class BaseModel:
     directory: Path
     config: ModelConfig
     weights: BaseWeights
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: BaseTokenizer
     digest: str  # SHA-256, hex
 
     @property
@@ -133,14 +134,31 @@ def load_base(directory: Path, dtype: torch.dtype | None = None, device: torch.d
     manifest = read_manifest(directory)
     if manifest is None:
         raise StartupError(f"{directory.name} is not a converted base model")
-    tokenizer = read_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     config = manifest.config or read_config(directory, tokenizer)
     with room_for("the base", torch.device(device)):
         weights = load_weights(directory, config, dtype, torch.device(device))
     return BaseModel(manifest.name, directory, config, weights, tokenizer, manifest.digest)
 
 
-def read_config(directory: Path, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
+def load_tokenizer(directory: Path) -> BaseTokenizer:
+    """The tokenizer of the converted base in `directory`. Raises StartupError where it can't be read."""
+    template = directory / "chat_template.jinja"
+    options = read_json(directory / "tokenizer_config.json")
+    named = {name: token for name, token in options.items() if name.endswith("_token")}
+    others = options.get("model_specific_special_tokens")  # whose names may end otherwise
+    named |= others if isinstance(others, dict) else {}
+    try:
+        return BaseTokenizer(
+            Tokenizer.from_file(str(directory / "tokenizer.json")),
+            special_tokens={name: token for name, token in named.items() if isinstance(token, str)},
+            chat_template=template.read_text("utf-8") if template.is_file() else None,
+        )
+    except Exception as error:  # which is all that tokenizers raises
+        raise StartupError(f"{directory.name}: the tokenizer can't be read: {error!r}"[:300]) from error
+
+
+def read_config(directory: Path, tokenizer: BaseTokenizer) -> ModelConfig:
     """The sizes of the converted base in `directory`."""
     generation = directory / "generation_config.json"
     return ModelConfig.of(

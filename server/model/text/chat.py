@@ -12,12 +12,12 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from adapters.errors import InvalidInput
+from server.model.text.template import TemplateError
+from server.model.text.tokenizer import BaseTokenizer
 from server.model.text.turns import ChatMessage, Disguise
 
 __all__ = ["ChatMessage", "PromptEncoder"]
@@ -29,25 +29,23 @@ Span = tuple[int, int]
 class PromptEncoder:
     """Encodes prompts for one base. Safe to call from several threads at once."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise InvalidInput.of("model", "its tokenizer has no fast version (tokenizer.json)")
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: BaseTokenizer) -> None:
+        self._template = tokenizer.chat_template
         self.num_tokens = len(tokenizer)
         self._specials = {
-            token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+            token.content: number for number, token in tokenizer.added_tokens.items() if token.special
         }
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._next_special = re.compile(rf"\s*+({self._special.pattern})")
-        # transformers switches a flag of its one Tokenizer for every call, which threads can't share: each
-        # of ours keeps its flag.
-        self._marked = _fixed_copy(tokenizer.backend_tokenizer, specials_are_text=False)
-        self._plain = _fixed_copy(tokenizer.backend_tokenizer, specials_are_text=True)
+        # A Tokenizer has one flag for what special tokens are in a text, which threads can't share: each of ours
+        # keeps its own.
+        self._marked = _fixed_copy(tokenizer.backend, specials_are_text=False)
+        self._plain = _fixed_copy(tokenizer.backend, specials_are_text=True)
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._tokenizer.chat_template)
+        return self._template is not None
 
     def prompt(self, text: str) -> Sequence[int]:
         """`text` as it is, with whatever the tokenizer puts before every text."""
@@ -139,16 +137,13 @@ class PromptEncoder:
 
     def _render(self, messages: Sequence[ChatMessage], is_whole: bool = False) -> str:
         """Up to where the assistant's next turn begins; a whole conversation ends with its last turn."""
-        if not self.has_chat_template:
+        if self._template is None:
             raise InvalidInput.of("messages", "this base has no chat template; send a prompt")
         conversation = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=not is_whole
-            )
+            return self._template.render(conversation, add_generation_prompt=not is_whole)
         except TemplateError:  # its text may quote the messages
             raise InvalidInput.of("messages", "the base's chat template can't take these turns") from None
-        return str(rendered)
 
 
 def _fixed_copy(tokenizer: Tokenizer, specials_are_text: bool) -> Tokenizer:

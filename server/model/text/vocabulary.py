@@ -2,28 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
+from server.model.text.tokenizer import BaseTokenizer
 
 
-def vocabulary_of(
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[Mapping[str, int], Mapping[int, str], Sequence[int]]:
+def vocabulary_of(tokenizer: BaseTokenizer) -> tuple[Mapping[str, int], Mapping[int, str], Sequence[int]]:
     """(each token as the tokenizer writes it, and its id; ids of tokens in plain text; ids of special tokens)."""
-    added = tokenizer.added_tokens_decoder.items()
+    added = tokenizer.added_tokens.items()
     return (
-        tokenizer.get_vocab(),
+        tokenizer.vocabulary,
         {token_id: token.content for token_id, token in added},
         [token_id for token_id, token in added if token.special],
     )
 
 
-def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_json(tokenizer: BaseTokenizer) -> str:
     """The text of its tokenizer.json, with all added tokens, and without padding and truncation."""
-    backend = tokenizer.backend_tokenizer
-    if backend.padding is None and backend.truncation is None:
-        return str(backend.to_str())
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_padding()
-    copy.no_truncation()
-    return copy.to_str()
+    return tokenizer.backend.to_str()

@@ -15,7 +15,7 @@ from server.model.base.checkpoint import read_tokenizer
 from tests.engine_kit import token_bytes
 from tests.oracles.hugging_face import decoded
 from tests.properties import num_examples
-from tests.tiny import tiny_tokenizer
+from tests.tiny import own, tiny_tokenizer
 
 TEXTS = [
     "Grüße aus Köln – für 5 € 🙂👩‍👩‍👧 und 日本語のテキスト, naïve café, \u200b\ufeff zero width",
@@ -41,16 +41,20 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     return found
 
 
+@pytest.fixture
+def tokens(tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
+    return token_bytes(own(tokenizer))
+
+
 def pieces(tokens: TokenBytes, token_ids: Sequence[int], stop: Sequence[str] = ()) -> list[str]:
     """What comes out after each token, and at the end."""
     stream = TextStream(tokens, stop)
     return [*(stream.push(token_id) for token_id in token_ids), stream.finish()]
 
 
-def test_random_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_random_tokens(tokenizer: PreTrainedTokenizerBase, tokens: TokenBytes) -> None:
     """Mostly broken UTF-8 and special tokens: still exactly the tokenizer's text."""
     rng = random.Random(0)
-    tokens = token_bytes(tokenizer)
     bytes_alone = [i for i in range(len(tokenizer)) if len(tokens.bytes_of(i)) == 1]
     assert len(bytes_alone) > 200
     num_broken = 0
@@ -64,8 +68,7 @@ def test_random_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     assert num_broken > 100
 
 
-def test_every_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokens = token_bytes(tokenizer)
+def test_every_token(tokenizer: PreTrainedTokenizerBase, tokens: TokenBytes) -> None:
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     assert special == set(range(17))
     for token_id in range(len(tokenizer)):
@@ -78,13 +81,14 @@ def test_every_token(tokenizer: PreTrainedTokenizerBase) -> None:
             assert tokens.name_of(token_id) == text
 
 
-def test_an_unknown_token_adds_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert token_bytes(tokenizer).bytes_of(10**6) == b""
+def test_an_unknown_token_adds_nothing(tokens: TokenBytes) -> None:
+    assert tokens.bytes_of(10**6) == b""
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_whole_characters_as_soon_as_they_are_whole(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    tokens = token_bytes(tokenizer)
+def test_whole_characters_as_soon_as_they_are_whole(
+    tokenizer: PreTrainedTokenizerBase, tokens: TokenBytes, text: str
+) -> None:
     token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     found = pieces(tokens, token_ids)
     assert "".join(found) == decoded(tokenizer, token_ids, skip_special_tokens=True)

@@ -129,7 +129,7 @@ def test_on_the_real_base_too(real_base: BaseModel, hf_base_dir: Path) -> None:
     requests = [
         GenerationRequest(
             f"r{i}",
-            tuple(tokenizer(text * 4)["input_ids"]),
+            tuple(tokenizer.encode(text * 4)),
             replace(SAMPLED if i == 4 else GREEDY, max_tokens=12),
             blend,
         )

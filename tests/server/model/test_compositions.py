@@ -96,9 +96,7 @@ def test_the_real_base(real_base: BaseModel, hf_base_dir: Path) -> None:
         shape, max_rank=40, row_format=RowFormat.of_torch(torch.float32, real_base.device), device=real_base.device
     )
     placements = place(rows, adapters)
-    ids = list(
-        real_base.tokenizer("In the beginning the universe was created. This has made a lot of")["input_ids"]
-    )
+    ids = list(real_base.tokenizer.encode("In the beginning the universe was created. This has made a lot of"))
     parts = [tuple((placements[i], weight) for i, weight in blend) for blend in blends]
     model = SmolLM(real_base.config, real_base.weights, max_positions=64)
     found = paged_logits(model, [ids] * 3, rows=rows, parts=parts, num_prompt_tokens=10)

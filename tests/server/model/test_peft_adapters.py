@@ -127,7 +127,7 @@ def test_tiny_smollm3(name: str, tmp_path: Path) -> None:
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["rank_16", "by_layer_rslora"])
 def test_the_real_base(name: str, real_base: BaseModel, hf_base_dir: Path, tmp_path: Path) -> None:
-    ids = real_base.tokenizer("The quick brown fox jumps over the lazy dog, then naps under")["input_ids"]
+    ids = real_base.tokenizer.encode("The quick brown fox jumps over the lazy dog, then naps under")
     plain = logits(load_reference(hf_base_dir), ids)
     tuned, weights = peft_adapter(hf_base_dir, tmp_path, CASES[name], real_base)
     with torch.no_grad():  # 0.2 in every B would turn the model to noise

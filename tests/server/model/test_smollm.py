@@ -111,7 +111,7 @@ def test_the_real_base_agrees_with_transformers(real_base: BaseModel, hf_base_di
     """fp32, prefill and decode: logits within 1e-3; for 20 prompts 64 greedy tokens that are transformers' own."""
     reference = load_reference(hf_base_dir)
     model = SmolLM(real_base.config, real_base.weights, max_positions=512)
-    prompts = [tuple(real_base.tokenizer(text)["input_ids"]) for text in PROMPTS]
+    prompts = [tuple(real_base.tokenizer.encode(text)) for text in PROMPTS]
     greedy = replace(GREEDY, max_tokens=64)
     engine = build_engine(real_base, num_blocks=256, model=model)
     requests = [GenerationRequest(str(i), ids, greedy) for i, ids in enumerate(prompts)]

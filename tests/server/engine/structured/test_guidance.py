@@ -13,7 +13,7 @@ from server.engine.structured.grammar import MAX_REGEX_BYTES, MAX_SCHEMA_BYTES
 from server.engine.structured.guidance import Constraint, Guidance
 from tests.engine_kit import token_bytes
 from tests.grammars import CODES, HOSTILE_REGEX, HOSTILE_SCHEMA, growing, guidance_of
-from tests.tiny import tiny_tokenizer
+from tests.tiny import own, tiny_tokenizer
 
 VOCAB = 520  # wider than the tokenizer, as logits may be
 EOS = (0, 2)
@@ -21,14 +21,14 @@ EOS = (0, 2)
 
 @pytest.fixture(scope="module")
 def guidance() -> Iterator[Guidance]:
-    guidance = guidance_of(tiny_tokenizer(), VOCAB, EOS)
+    guidance = guidance_of(own(tiny_tokenizer()), VOCAB, EOS)
     yield guidance
     guidance.close()
 
 
 def test_masks_are_the_languages_own(guidance: Guidance) -> None:
     """Along random walks, including through a character of two bytes."""
-    names = token_bytes(tiny_tokenizer())
+    names = token_bytes(own(tiny_tokenizer()))
     guidance.check(CODES.grammar)
     rng = random.Random(1)
     ends = set()
@@ -142,7 +142,7 @@ def test_the_process_may_be_killed(guidance: Guidance) -> None:
 
 def follow(constraint: Constraint, seed: int, max_tokens: int = 600, avoid: str = "d") -> int:
     """Accept arbitrary tokens without `avoid`; how many it were until nothing could be accepted any more."""
-    names, rng = token_bytes(tiny_tokenizer()), random.Random(seed)
+    names, rng = token_bytes(own(tiny_tokenizer())), random.Random(seed)
     for num in range(max_tokens):
         forbidden = constraint.forbidden()
         if forbidden is None:

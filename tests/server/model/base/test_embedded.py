@@ -10,7 +10,9 @@ import pytest
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from transformers import PreTrainedTokenizerBase
 
+from server.model.base.checkpoint import read_tokenizer
 from server.model.base.embedded import EMBEDDED, PACKAGE, find_gguf
 from server.model.base.export import split
 from server.model.base.weights import BaseModel, load_base, read_manifest
@@ -25,6 +27,12 @@ def base(base_dir: Path) -> BaseModel:
     if manifest is None or manifest.name != EMBEDDED:
         pytest.skip("SMOLORA_TEST_BASE is another base")
     return load_base(base_dir)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
+    """As transformers reads it."""
+    return read_tokenizer(base.directory)
 
 
 @cache
@@ -91,19 +99,20 @@ def test_sizes_are_smollm2s(base: BaseModel) -> None:
         ("<|im_start|>user\n", [1, 4093, 198]),
     ],
 )
-def test_token_ids_are_smollm2s(base: BaseModel, text: str, ids: list[int]) -> None:
-    assert base.tokenizer(text).input_ids == ids
-    assert base.tokenizer.decode(ids) == text
+def test_token_ids_are_smollm2s(
+    base: BaseModel, tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]
+) -> None:
+    assert base.tokenizer.encode(text) == tokenizer(text).input_ids == ids
+    assert base.tokenizer.decode(ids) == tokenizer.decode(ids) == text
 
 
-def test_digits_are_split_off_first(base: BaseModel) -> None:
+def test_digits_are_split_off_first(tokenizer: PreTrainedTokenizerBase) -> None:
     """Without that step, the last of the two spaces would stay with the number."""
-    assert base.tokenizer.tokenize("x  12 ½") == ["x", "ĠĠ", "1", "2", "Ġ", "Â½"]
-    assert base.tokenizer.tokenize("a1b22") == ["a", "1", "b", "2", "2"]
+    assert tokenizer.tokenize("x  12 ½") == ["x", "ĠĠ", "1", "2", "Ġ", "Â½"]
+    assert tokenizer.tokenize("a1b22") == ["a", "1", "b", "2", "2"]
 
 
-def test_special_tokens(base: BaseModel) -> None:
-    tokenizer = base.tokenizer
+def test_special_tokens(base: BaseModel, tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.convert_ids_to_tokens(list(range(17))) == SPECIAL_TOKENS
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id) == (
         1,
@@ -111,15 +120,19 @@ def test_special_tokens(base: BaseModel) -> None:
         2,
         0,
     )
-    assert len(tokenizer) == 49152
-    assert tokenizer.decode([1, 19556, 0, 5, 16, 2], skip_special_tokens=True) == "Hello"
+    assert len(base.tokenizer) == len(tokenizer) == 49152
+    assert base.tokenizer.eos_token_id == 2
+    ids = [1, 19556, 0, 5, 16, 2]
+    assert base.tokenizer.decode(ids, skip_special_tokens=True) == "Hello"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "Hello"
 
 
-def test_the_chat_template_is_smollm2s(base: BaseModel) -> None:
-    assert base.tokenizer.chat_template == CHAT_TEMPLATE
-    text = base.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
-    )
+def test_the_chat_template_is_smollm2s(base: BaseModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    messages = [{"role": "user", "content": "Hi"}]
+    assert base.tokenizer.chat_template is not None
+    text = base.tokenizer.chat_template.render(messages, add_generation_prompt=True)
+    assert text == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

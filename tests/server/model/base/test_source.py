@@ -183,13 +183,24 @@ def test_a_converted_base_keeps_its_config(tmp_path: Path) -> None:
         assert load_base(found).config == config
 
 
-def test_a_converted_base_is_loaded_without_transformers_models(tiny_base_dir: Path, tmp_path: Path) -> None:
-    """Which take a second to import: as long as all else that a job's process begins with, but for torch."""
+def test_a_converted_base_is_served_and_trained_without_transformers(tiny_base_dir: Path, tmp_path: Path) -> None:
+    """Which takes as long to import as all else that a job's process begins with, but for torch."""
     resolve_base(str(tiny_base_dir), tmp_path)
-    slow = ["sympy", "torch.distributed.tensor", "transformers.models.llama"]
+    slow = [
+        "accelerate",
+        "alembic",
+        "gguf",
+        "huggingface_hub",
+        "sympy",
+        "torch.distributed.tensor",
+        "transformers",
+    ]
     code = (
         "import sys; from pathlib import Path; from server.training.worker import run_job;"
-        f"run_job.load_base(run_job.resolve_base({str(tiny_base_dir)!r}, Path({str(tmp_path)!r})));"
+        "from server.api import app; from server.serve import process, startup;"
+        "from server.model.text.chat import ChatMessage, PromptEncoder;"
+        f"base = run_job.load_base(run_job.resolve_base({str(tiny_base_dir)!r}, Path({str(tmp_path)!r})));"
+        "PromptEncoder(base.tokenizer).messages([ChatMessage('user', 'hi')]);"
         f"print([name for name in {slow} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from adapters.errors import InvalidInput
 from server.model.text.chat import ChatMessage, PromptEncoder
 from tests.oracles.hugging_face import decoded, templated
-from tests.tiny import tiny_tokenizer
+from tests.tiny import own, tiny_tokenizer
 
 IM_START, IM_END = 1, 2
 TEXTS = [
@@ -32,7 +32,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def encoder(tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
-    return PromptEncoder(tokenizer)
+    return PromptEncoder(own(tokenizer))
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "x<|im_end|>y", "<|im_start|>"])
@@ -68,13 +68,15 @@ def test_a_lookalike_ends_no_turn(
 
 
 def test_whoever_uses_the_tokenizer_meanwhile_changes_nothing() -> None:
-    """transformers sets truncation, padding and what counts as special on its own Tokenizer, for every call."""
-    tokenizer = tiny_tokenizer()
+    """Truncation, padding and what counts as special are set on a Tokenizer, for every call."""
+    tokenizer = own(tiny_tokenizer())
     encoder = PromptEncoder(tokenizer)
     text, turns = "one <|im_end|> two three", [ChatMessage("user", "one two three")]
     prompt, messages = list(encoder.prompt(text)), list(encoder.messages(turns))
-    tokenizer(text, truncation=True, max_length=2, padding="max_length", split_special_tokens=False)
-    assert len(tokenizer.backend_tokenizer.encode(text).ids) == 2
+    tokenizer.backend.enable_truncation(2)
+    tokenizer.backend.enable_padding(length=2)
+    tokenizer.backend.encode_special_tokens = not tokenizer.backend.encode_special_tokens
+    assert len(tokenizer.encode(text)) == 2
     assert (list(encoder.prompt(text)), list(encoder.messages(turns))) == (prompt, messages)
 
 
@@ -86,7 +88,7 @@ def test_private_use_characters_survive(encoder: PromptEncoder, tokenizer: PreTr
 def test_a_base_without_a_template_says_so(tokenizer: PreTrainedTokenizerBase) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(InvalidInput, match="no chat template") as caught:
-        PromptEncoder(bare).messages([ChatMessage("user", "hi")])
+        PromptEncoder(own(bare)).messages([ChatMessage("user", "hi")])
     assert caught.value.errors[0].loc == ("messages",)
 
 
@@ -96,7 +98,7 @@ def test_what_the_template_refuses_is_not_quoted(tokenizer: PreTrainedTokenizerB
         chat_template="{{ raise_exception('no: ' + messages[0]['content']) }}",
     )
     with pytest.raises(InvalidInput) as caught:
-        PromptEncoder(picky).messages([ChatMessage("user", "secret")])
+        PromptEncoder(own(picky)).messages([ChatMessage("user", "secret")])
     assert "secret" not in str(caught.value)
 
 

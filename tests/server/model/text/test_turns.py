@@ -14,7 +14,7 @@ from adapters.errors import InvalidInput
 from server.model.base.checkpoint import read_tokenizer
 from server.model.text.chat import ChatMessage, PromptEncoder
 from tests.oracles.hugging_face import decoded, templated
-from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, own, tiny_tokenizer
 
 IM_START, IM_END = 1, 2
 ENDS = frozenset({IM_END})
@@ -56,7 +56,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def encoder(tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
-    return PromptEncoder(tokenizer)
+    return PromptEncoder(own(tokenizer))
 
 
 def own_mask(tokenizer: PreTrainedTokenizerBase, messages: list[ChatMessage]) -> tuple[list[int], list[int]]:
@@ -70,7 +70,7 @@ def mask(ids: list[int], turns: list[range]) -> list[int]:
 
 
 def check_against_transformers(tokenizer: PreTrainedTokenizerBase, messages: list[ChatMessage]) -> None:
-    ids, turns = PromptEncoder(tokenizer).conversation(messages, ENDS)
+    ids, turns = PromptEncoder(own(tokenizer)).conversation(messages, ENDS)
     assert (ids, mask(ids, turns)) == own_mask(tokenizer, messages)
     assert ids == templated(tokenizer, documents(messages))["input_ids"]
     assert len(turns) == len(said(messages))
@@ -117,7 +117,7 @@ def test_what_comes_before_the_last_turn_is_what_generate_encodes(
 @pytest.mark.real
 def test_the_real_base(base_dir: Path) -> None:
     tokenizer = read_tokenizer(base_dir)
-    encoder = PromptEncoder(tokenizer)
+    encoder = PromptEncoder(own(tokenizer))
     messages = [
         ChatMessage("user", "What is 2 + 2?"),
         ChatMessage("assistant", "4. Ünï 日本語 🦜"),
@@ -142,7 +142,7 @@ def with_template(template: str, tokenizer: PreTrainedTokenizerBase | None = Non
 def turns_of(template: str, messages: list[ChatMessage]) -> tuple[str, list[str]]:
     """(the whole decoded, each of the assistant's turns decoded)."""
     tokenizer = with_template(template)
-    ids, turns = PromptEncoder(tokenizer).conversation(messages, ENDS)
+    ids, turns = PromptEncoder(own(tokenizer)).conversation(messages, ENDS)
     return decoded(tokenizer, ids), [decoded(tokenizer, ids[turn.start : turn.stop]) for turn in turns]
 
 
@@ -252,7 +252,7 @@ def test_trimmed_offsets_do_not_hide_a_border() -> None:
         tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
         chat_template="{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}",
     )
-    encoder = PromptEncoder(tokenizer)
+    encoder = PromptEncoder(own(tokenizer))
     assert len(encoder.continuation(":   OK")) < len(encoder.continuation(": ")) + len(
         encoder.continuation("  OK")
     )
@@ -273,4 +273,4 @@ def test_many_turns_with_a_cut_each_take_a_moment(encoder: PromptEncoder) -> Non
 def test_a_base_without_a_template_says_so(tokenizer: PreTrainedTokenizerBase) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(InvalidInput, match="no chat template"):
-        PromptEncoder(bare).conversation([ChatMessage("assistant", "hi")], ENDS)
+        PromptEncoder(own(bare)).conversation([ChatMessage("assistant", "hi")], ENDS)

@@ -18,7 +18,7 @@ from server.training.data.examples import Example
 from server.training.data.rows import CompletionRow, MessagesRow, Row, TextRow
 from tests.oracles.hugging_face import decoded, templated
 from tests.server.training.data.test_rows import ROWS
-from tests.tiny import tiny_tokenizer
+from tests.tiny import own, tiny_tokenizer
 
 BOS, EOS = 1, 2  # the tiny and the real tokenizer's <|im_start|> and <|im_end|>
 LONG = 1 << 20
@@ -41,7 +41,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def rows(tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
-    return RowEncoder(PromptEncoder(tokenizer), EOS)
+    return RowEncoder(PromptEncoder(own(tokenizer)), EOS)
 
 
 def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -89,7 +89,7 @@ def test_what_is_trained_on(tokenizer: PreTrainedTokenizerBase, rows: RowEncoder
 @pytest.mark.real
 def test_what_is_trained_on_with_the_real_tokenizer(base_dir: Path) -> None:
     tokenizer = read_tokenizer(base_dir)
-    rows = RowEncoder(PromptEncoder(tokenizer), EOS)
+    rows = RowEncoder(PromptEncoder(own(tokenizer)), EOS)
     for text in TEXTS:
         check_rows(tokenizer, rows, text)
     example = rows.encode(chat("What is 404?", "Not Found"), LONG)
@@ -108,7 +108,7 @@ def test_the_prompt_has_what_the_tokenizer_puts_before_every_text() -> None:
     backend = tiny_tokenizer().backend_tokenizer
     backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", BOS)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    rows = RowEncoder(PromptEncoder(tokenizer), EOS)
+    rows = RowEncoder(PromptEncoder(own(tokenizer)), EOS)
     for example in (rows.encode(CompletionRow("404", "OK"), LONG), rows.encode(TextRow("404"), LONG)):
         assert [example.token_ids[0], example.token_ids.count(BOS)] == [BOS, 1]
     assert rows.encode(TextRow("404"), LONG).is_target[:2] == (False, True)
@@ -190,7 +190,7 @@ def test_templates_that_end_turns_otherwise(end: str, ends: tuple[int, ...], exp
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role + ': ' + m.content + '" + end.replace("\n", "\\n") + "' }}{% endfor %}"
     )
-    rows = RowEncoder(PromptEncoder(tokenizer), EOS, ends)
+    rows = RowEncoder(PromptEncoder(own(tokenizer)), EOS, ends)
     example = rows.encode(chat("404", "Not Found"), LONG)
     assert targets(example) == [*plain(tokenizer, "Not Found"), *expected]
     assert example.token_ids[: -1 - len(plain(tokenizer, "Not Found"))] == tuple(
@@ -199,7 +199,7 @@ def test_templates_that_end_turns_otherwise(end: str, ends: tuple[int, ...], exp
 
 
 def test_references(tokenizer: PreTrainedTokenizerBase, rows: RowEncoder) -> None:
-    encoder = PromptEncoder(tokenizer)
+    encoder = PromptEncoder(own(tokenizer))
     row = chat("404", "Not Found", "200", "OK")
     length = len(plain(tokenizer, "OK"))
     assert rows.reference(CompletionRow("200", "OK")) == Reference(tuple(plain(tokenizer, "200")), "OK", length)
