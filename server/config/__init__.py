@@ -50,7 +50,7 @@ class WorkerSettings(SharedSettings, BaseSettings):
         DEFAULT_MODEL,
         min_length=1,
         max_length=4096,
-        description=f"The base: {DEFAULT_MODEL}, a local directory or a hub id.",
+        description=f"The base: {DEFAULT_MODEL}, a local directory, a GGUF file or a hub id.",
     )
     base_dir: Path | None = Field(None, description="Where a converted base is looked for first.")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$", description="auto, cpu, cuda or cuda:N.")

@@ -122,54 +122,48 @@ def test_what_is_refused(tmp_path: Path) -> None:
         resolve_base(str(tmp_path / "other.gguf"), tmp_path)
 
 
-def test_a_base_that_was_converted_before_is_given_its_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The embedded base, for which a tiny one stands in, converted before its blocks were kept."""
     save_tiny_gguf(tmp_path / "tiny.gguf")
     monkeypatch.setattr(source, "find_gguf", lambda: tmp_path / "tiny.gguf")
     directory = resolve_base(EMBEDDED, tmp_path)
-    made = (directory / QUANTIZED).read_bytes()
-    (directory / QUANTIZED).unlink()
+    (directory / QUANTIZED).rename(tmp_path / QUANTIZED)
+    return directory
+
+
+def test_a_base_that_was_converted_before_is_given_its_blocks(tmp_path: Path, converted: Path) -> None:
     said: list[str] = []
-    assert resolve_base(EMBEDDED, tmp_path, progress=said.append) == directory
-    assert (directory / QUANTIZED).read_bytes() == made
+    assert resolve_base(EMBEDDED, tmp_path, progress=said.append) == converted
+    assert (converted / QUANTIZED).read_bytes() == (tmp_path / QUANTIZED).read_bytes()
     assert said == ["Dequantizing tiny.gguf (once, some seconds)"]
     resolve_base(EMBEDDED, tmp_path, progress=said.append)
     assert len(said) == 1
 
 
-def test_blocks_of_other_weights_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_other_weights_are_not_kept(tmp_path: Path, converted: Path) -> None:
     """Another version of the package, say: what was converted stays, and is looked at once."""
-    save_tiny_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(source, "find_gguf", lambda: tmp_path / "tiny.gguf")
-    directory = resolve_base(EMBEDDED, tmp_path)
-    (directory / QUANTIZED).unlink()
     save_tiny_gguf(tmp_path / "tiny.gguf", {"token_embd": "Q8_0", "": "Q8_0"})
-    digest = load_base(directory).digest
+    digest = load_base(converted).digest
     said: list[str] = []
     for _ in range(2):
         resolve_base(EMBEDDED, tmp_path, progress=said.append)
     assert len(said) == 1
-    base = load_base(directory)
+    base = load_base(converted)
     assert base.digest == digest
     assert set(base.weights.quantized) == {"embed"}  # the same in both
-    with safe_open(directory / QUANTIZED, framework="pt") as file:
+    with safe_open(converted / QUANTIZED, framework="pt") as file:
         assert set(file.metadata()) == {"embed"}
 
 
 def test_without_the_package_a_converted_base_is_served_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_tiny_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(source, "find_gguf", lambda: tmp_path / "tiny.gguf")
-    directory = resolve_base(EMBEDDED, tmp_path)
-    (directory / QUANTIZED).unlink()
-
     def missing() -> Path:
         raise StartupError("it isn't there")
 
     monkeypatch.setattr(source, "find_gguf", missing)
     said: list[str] = []
-    assert resolve_base(EMBEDDED, tmp_path, progress=said.append) == directory
+    assert resolve_base(EMBEDDED, tmp_path, progress=said.append) == converted
     assert said == ["the base stays in 16 bits: it isn't there"]
-    assert not load_base(directory).weights.quantized
+    assert not load_base(converted).weights.quantized
