@@ -2,7 +2,8 @@
 
 `python -m server.engine.structured.grammar_check` reads a tokenizer and then grammars, and forks a child for each
 of them, which compiles it and tries it out; limits of time and memory, or an overflow of its stack, end that child
-alone. It is niced below serving, and ends when its standard input does. `GrammarChecker` is the other end. Both
+alone. Nobody waits for a child to die: on a busy machine one of low priority takes its time for that, too. The
+process is niced below serving, and ends when its standard input does. `GrammarChecker` is the other end. All
 speak lines of JSON.
 """
 
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 from llguidance import LLTokenizer
 
@@ -32,7 +33,7 @@ WALL_SECONDS = 0.9
 _MEMORY = 1 << 30  # bytes of address space
 _NICE, _NICER = 5, 15
 _NICER_AFTER = 0.05  # seconds: real grammars are through by then
-_DEATH_SECONDS = 0.7  # what the news of a child's end may take on a busy machine
+_NEWS_SECONDS = 0.7  # what the answer may take on a busy machine
 _START_SECONDS = 20.0
 _TOO_HARD = "takes too long to compile: make it simpler"
 
@@ -68,7 +69,7 @@ class GrammarChecker:
                 with suppress(OSError):
                     process.stdin.write(_line([grammar.kind, grammar.source]))
                     process.stdin.flush()
-                    answer = self._read(process, WALL_SECONDS + _DEATH_SECONDS)
+                    answer = self._read(process, WALL_SECONDS + _NEWS_SECONDS)
                     if answer is None and not _has_died(process):
                         self._kill()
                         threading.Thread(target=self.start, name="grammar-check", daemon=True).start()
@@ -152,30 +153,41 @@ def serve() -> None:
         return
     source, vocab_size, eos_token_ids = json.loads(setup)
     tokenizer = LLTokenizer(source, n_vocab=vocab_size, eos_token=eos_token_ids)
-    _answer("")
+    os.write(1, _line(""))
     for line in iter(lines.readline, b""):
+        reader, writer = os.pipe()
         child = os.fork()
         if not child:
-            _compile(tokenizer, Grammar(*json.loads(line)), frozenset(eos_token_ids))
-        if _status_of(child):
-            _answer(_TOO_HARD)
+            _compile(tokenizer, Grammar(*json.loads(line)), frozenset(eos_token_ids), writer)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as answer:
+            os.write(1, _answer_of(child, answer) or _line(_TOO_HARD))
+        os.kill(child, signal.SIGKILL)
+        _bury()
 
 
-def _status_of(child: int) -> int:
-    """Wait for the child's end. One that takes long gives way to everybody."""
-    until = time.monotonic() + _NICER_AFTER
-    while time.monotonic() < until:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return status
-        time.sleep(0.001)
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, child, _NICER)
-    return os.waitpid(child, 0)[1]
+def _answer_of(child: int, answer: BinaryIO) -> bytes:
+    """What the child says; nothing where it dies or time is up. One that takes long gives way to everybody."""
+    poll = select.poll()
+    poll.register(answer, select.POLLIN)
+    if not poll.poll(_NICER_AFTER * 1e3):
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, child, _NICER)
+        if not poll.poll((WALL_SECONDS - _NICER_AFTER) * 1e3):
+            return b""
+    line = answer.readline()
+    return line if line.endswith(b"\n") else b""
 
 
-def _compile(tokenizer: LLTokenizer, grammar: Grammar, eos_token_ids: frozenset[int]) -> NoReturn:
-    """The child: answers and ends, or is killed."""
+def _bury() -> None:
+    """Take leave of the children that have died so far."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _compile(tokenizer: LLTokenizer, grammar: Grammar, eos_token_ids: frozenset[int], writer: int) -> NoReturn:
+    """The child: writes its answer and ends, or is killed."""
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
     with suppress(OSError, ValueError):
@@ -183,16 +195,13 @@ def _compile(tokenizer: LLTokenizer, grammar: Grammar, eos_token_ids: frozenset[
     try:
         try_out(compiled(tokenizer, grammar), eos_token_ids)
     except GrammarRefused as refusal:
-        _answer(str(refusal))
+        answer = str(refusal)
     except BaseException:  # whatever it makes of it: llguidance's panics are no Exceptions
-        _answer("can't be compiled")
+        answer = "can't be compiled"
     else:
-        _answer("")
+        answer = ""
+    os.write(writer, _line(answer))
     os._exit(0)
-
-
-def _answer(text: str) -> None:
-    os.write(1, _line(text))
 
 
 def _line(document: object) -> bytes:

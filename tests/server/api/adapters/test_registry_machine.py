@@ -36,6 +36,7 @@ class Entry:
     versions: dict[int, str | Parts] = field(default_factory=dict)
     aliases: dict[str, int] = field(default_factory=dict)
     latest: int | None = None
+    rolled_back: bool = False  # by hand: jobs leave latest where it is
     next_version: int = 1
 
 
@@ -52,7 +53,7 @@ class Model:
             case "upload":
                 model.publish(op["name"], "adapter", DIGESTS[op["seed"]])
             case "train":
-                number = model.publish(op["name"], "adapter", DIGESTS[op["seed"]])
+                number = model.publish(op["name"], "adapter", DIGESTS[op["seed"]], by_job=True)
                 if op["alias"] is not None:
                     model.point(op["name"], op["alias"], number)
             case "point":
@@ -64,8 +65,7 @@ class Model:
                     raise NotFound(op["alias"])
                 del model.entries[op["name"]].aliases[op["alias"]]
             case "compose":
-                model.refuse_other_kind(op["name"], "composition")
-                model.publish(op["name"], "composition", model.sum_of(parse(op["expression"])))
+                model.compose(op["name"], parse(op["expression"]))
             case "delete":
                 model.delete(op["name"], op["version"], op["force"])
         return model
@@ -75,20 +75,30 @@ class Model:
         if entry is not None and entry.versions and entry.kind != kind:
             raise Conflict(name)
 
-    def publish(self, name: str, kind: str, what: str | Parts) -> int:
+    def publish(self, name: str, kind: str, what: str | Parts, by_job: bool = False) -> int:
         self.refuse_other_kind(name, kind)
         entry = self.entries.setdefault(name, Entry(kind))
         number = entry.next_version
-        entry.kind, entry.latest, entry.next_version = kind, number, number + 1
+        entry.kind, entry.next_version = kind, number + 1
         entry.versions[number] = what
+        if not (by_job and entry.rolled_back):
+            entry.latest, entry.rolled_back = number, False
         return number
+
+    def compose(self, name: str, terms: Sequence[Term]) -> None:
+        """What is the latest already isn't published again."""
+        self.refuse_other_kind(name, "composition")
+        leaves = self.sum_of(terms)
+        entry = self.entries.get(name)
+        if entry is None or entry.latest is None or set(entry.versions[entry.latest]) != set(leaves):
+            self.publish(name, "composition", leaves)
 
     def point(self, name: str, alias: str, version: int) -> None:
         entry = self.entries.get(name)
         if entry is None or version not in entry.versions:
             raise NotFound(name)
         if alias == "latest":
-            entry.latest = version
+            entry.latest, entry.rolled_back = version, version < max(entry.versions)
         else:
             entry.aliases[alias] = version
 
@@ -140,12 +150,14 @@ class Model:
             del entry.versions[number]
         if entry.latest not in entry.versions:
             entry.latest = max(entry.versions, default=None)
+        if entry.latest == max(entry.versions, default=None):
+            entry.rolled_back = False
 
     def without_database(self) -> "Model":
         """What can be rebuilt: aliases are lost, and where latest was."""
         model = copy.deepcopy(self)
         for entry in model.entries.values():
-            entry.aliases = {}
+            entry.aliases, entry.rolled_back = {}, False
             entry.latest = max(entry.versions, default=None)
         return model
 
