@@ -24,6 +24,8 @@ def save_tiny_gguf(
     architecture: str = "llama",
     splitting: str = "smollm",
     is_tied: bool = True,
+    heads: int = HEADS,
+    eos_token_id: int = 2,
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Write it; what its tensors stand for, by their GGUF names."""
     writer = GGUFWriter(file, architecture)
@@ -31,7 +33,7 @@ def save_tiny_gguf(
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(LAYERS)
     writer.add_feed_forward_length(INTERMEDIATE)
-    writer.add_head_count(HEADS)
+    writer.add_head_count(heads)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_rope_dimension_count(HEAD_DIM)
     writer.add_rope_freq_base(10000.0)
@@ -44,7 +46,7 @@ def save_tiny_gguf(
     writer.add_token_types([CONTROL if token in SPECIAL_TOKENS else NORMAL for token in tokens])
     writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
     writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    writer.add_eos_token_id(eos_token_id)
     writer.add_pad_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_chat_template(CHAT_TEMPLATE)

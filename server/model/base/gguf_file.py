@@ -21,7 +21,7 @@ from server.model.base.checkpoint import Checkpoint, StoredTensor
 from server.model.base.quantized import BLOCK_BYTES, Quantized
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType
+    from gguf import GGMLQuantizationType, GGUFReader
     from transformers import PreTrainedTokenizerBase
 
 PRE_TOKENIZER = {
@@ -68,10 +68,17 @@ def open_gguf(file: Path) -> Checkpoint:
                 f"{file.name}: {key} is {found}, and only {read} is read: name its Hugging Face directory instead"
             )
     try:
-        config = _config(fields, is_tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
-        tokenizer = _tokenizer(fields)
+        return _checkpoint(reader, fields)
     except KeyError as error:
         raise StartupError(f"{file.name} has no {error.args[0]}") from error
+    except Exception as error:  # whatever fields lead to that don't go together
+        raise StartupError(f"{file.name} contradicts itself: {error}"[:300]) from error
+
+
+def _checkpoint(reader: "GGUFReader", fields: Mapping[str, Any]) -> Checkpoint:
+    """Raises KeyError, with the field's name, where one is missing."""
+    config = _config(fields, is_tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
+    tokenizer = _tokenizer(fields)
     tensors, quantized = {}, {}
     for tensor in reader.tensors:
         name, rows = _name(tensor.name), np.array(tensor.data)
@@ -135,11 +142,19 @@ def _tokenizer(fields: Mapping[str, Any]) -> "PreTrainedTokenizerBase":
     make = cast("Callable[..., PreTrainedTokenizerBase]", PreTrainedTokenizerFast)  # transformers types it not
     return make(
         tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
-        **{f"{name}_token": tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for name, key in _SPECIAL.items()},
+        **{f"{name}_token": _token(fields, f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()},
         chat_template=fields["tokenizer.chat_template"],
         model_max_length=fields["llama.context_length"],
         clean_up_tokenization_spaces=False,
     )
+
+
+def _token(fields: Mapping[str, Any], name: str) -> str:
+    """The token whose id the field has. Raises IndexError, which names it, where there is none."""
+    tokens, index = fields["tokenizer.ggml.tokens"], fields[name]
+    if not 0 <= index < len(tokens):
+        raise IndexError(f"{name} is {index} of {len(tokens)} tokens")
+    return str(tokens[index])
 
 
 def _name(name: str) -> str:

@@ -111,6 +111,12 @@ def test_what_is_refused(tmp_path: Path) -> None:
     save_tiny_gguf(file, splitting="llama-bpe")
     with pytest.raises(StartupError, match=r"tokenizer.ggml.pre is llama-bpe, and only smollm is read: name its"):
         open_gguf(file)
+    save_tiny_gguf(file, heads=3)
+    with pytest.raises(StartupError, match=r"^tiny.gguf contradicts itself: (.|\n)*attention heads"):
+        open_gguf(file)
+    save_tiny_gguf(file, eos_token_id=512)
+    with pytest.raises(StartupError, match=r"itself: tokenizer.ggml.eos_token_id is 512 of 512 tokens"):
+        open_gguf(file)
     save_tiny_gguf(file)
     os.truncate(file, 700)
     with pytest.raises(StartupError, match=r"^tiny.gguf can't be read as GGUF: "):
