@@ -19,6 +19,7 @@
 
 #include "amx.h"
 #include "numbers.h"
+#include "stored/products.h"
 
 constexpr int kBlock = 12;              // rows of a register block: 24 accumulators
 constexpr int kAhead = 16 * 2 * kTile;  // numbers of a tile by which it is fetched in advance
@@ -93,98 +94,6 @@ inline void multiply(const bf16* x, size_t x_stride, int rows, const bf16* w, in
     }
 }
 
-constexpr int kBytesAhead = 2048;  // by which blocks are fetched in advance
-
-// GGUF's blocks, of kTile inputs of one output each, in little-endian order.
-struct BlockQ4_1 {  // input i is scale · code + least; codes i and i + 16 share a byte, whose low half is i's
-    uint16_t scale, least;
-    uint8_t codes[kTile / 2];
-};
-struct BlockQ8_0 {  // input i is scale · codes[i]
-    uint16_t scale;
-    int8_t codes[kTile];
-};
-
-// The same blocks of a tile's 32 outputs: what expands to [16 pairs][32 outputs][2].
-struct TileQ4_1 {
-    uint16_t scales[kTile], least[kTile];
-    uint32_t codes[2][2 * kTile];  // of eight pairs, four bits each: of an output's first input and its second
-};
-struct TileQ8_0 {
-    uint16_t scales[kTile];
-    int8_t codes[kTile / 2][2 * kTile];
-};
-static_assert(sizeof(BlockQ4_1) * kTile == sizeof(TileQ4_1) && sizeof(BlockQ8_0) * kTile == sizeof(TileQ8_0));
-
-// fp16 numbers of 32 outputs, each twice as a tile's rows have them: eight outputs a register.
-inline void load_twice(const uint16_t* p, __m512* to) {
-    const __m512i low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    for (int half = 0; half < 2; half++) {
-        const __m512 x = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + 16 * half)));
-        to[2 * half] = _mm512_permutexvar_ps(low, x);
-        to[2 * half + 1] = _mm512_permutexvar_ps(high, x);
-    }
-}
-
-inline void store_pairs(bf16* to, __m512 low, __m512 high) {
-    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
-
-// `to`: 16 pairs. Products of a scale and a code are exact in fp32, so that a sum is rounded once, and then to bf16.
-inline void expand(const TileQ4_1& from, bf16* to) {
-    const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512 scales[4], least[4];
-    load_twice(from.scales, scales);
-    load_twice(from.least, least);
-    for (int half = 0; half < 2; half++)
-        for (int i = 0; i < 4; i += 2) {
-            __m512i a = _mm512_loadu_si512(from.codes[half] + 16 * i);
-            __m512i b = _mm512_loadu_si512(from.codes[half] + 16 * i + 16);
-#pragma GCC unroll 8
-            for (int pair = 0; pair < 8; pair++) {  // a permutation looks at the lowest four bits alone
-                store_pairs(to + (8 * half + pair) * 2 * kTile + 16 * i,
-                            _mm512_fmadd_ps(_mm512_permutexvar_ps(a, numbers), scales[i], least[i]),
-                            _mm512_fmadd_ps(_mm512_permutexvar_ps(b, numbers), scales[i + 1], least[i + 1]));
-                a = _mm512_srli_epi32(a, 4), b = _mm512_srli_epi32(b, 4);
-            }
-        }
-}
-inline void expand(const TileQ8_0& from, bf16* to) {
-    __m512 scales[4];
-    load_twice(from.scales, scales);
-    for (int pair = 0; pair < kTile / 2; pair++) {
-        auto load = [&](int i) {
-            const __m128i codes = _mm_loadu_si128((const __m128i*)(from.codes[pair] + 16 * i));
-            return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)), scales[i]);
-        };
-        for (int i = 0; i < 4; i += 2) store_pairs(to + pair * 2 * kTile + 16 * i, load(i), load(i + 1));
-    }
-}
-
-// The blocks of 32 outputs, `stride` apart.
-inline void pack(const BlockQ4_1* from, size_t stride, TileQ4_1& to) {
-    for (int row = 0; row < kTile; row++) {
-        const BlockQ4_1& block = from[row * stride];
-        to.scales[row] = block.scale, to.least[row] = block.least;
-        for (int i = 0; i < 2; i++) {
-            uint32_t low = 0, high = 0;
-            for (int pair = 0; pair < 8; pair++) {
-                low |= (uint32_t)(block.codes[2 * pair + i] & 15) << 4 * pair;
-                high |= (uint32_t)(block.codes[2 * pair + i] >> 4) << 4 * pair;
-            }
-            to.codes[0][2 * row + i] = low, to.codes[1][2 * row + i] = high;
-        }
-    }
-}
-inline void pack(const BlockQ8_0* from, size_t stride, TileQ8_0& to) {
-    for (int row = 0; row < kTile; row++) {
-        const BlockQ8_0& block = from[row * stride];
-        to.scales[row] = block.scale;
-        for (int i = 0; i < kTile; i++) to.codes[i / 2][2 * row + i % 2] = block.codes[i];
-    }
-}
-
 // A tile that was expanded, for the next block of rows too.
 struct ExpandedTile {
     const void* of = nullptr;
@@ -225,6 +134,11 @@ class Matrix {
     // y (rows, 32) = x (rows, in) times one tile.
     void multiply(const bf16* x, size_t x_stride, int rows, int index, float* y, size_t y_stride,
                   ExpandedTile& scratch) const {
+        if (type_ != kBf16 && rows <= kStoredRows && !has_amx()) {
+            const int count = in_ / kTile;
+            if (type_ == kQ4_1) return multiply_stored(x, x_stride, rows, (TileQ4_1*)at(index), count, y, y_stride);
+            return multiply_stored(x, x_stride, rows, (TileQ8_0*)at(index), count, y, y_stride);
+        }
         ::multiply(x, x_stride, rows, tile(index, scratch), in_ / 2, y, y_stride);
     }
 
@@ -254,8 +168,7 @@ class Matrix {
         if (scratch.of == from) return scratch.values.get();
         if (scratch.size < size) scratch.values = allocate(size), scratch.size = size;
         for (int i = 0; i < in_ / kTile; i++) {
-            for (size_t line = 0; line < sizeof(Tile); line += 64)
-                _mm_prefetch((const char*)(from + i) + kBytesAhead + line, _MM_HINT_T0);
+            fetch_ahead(from + i);
             expand(from[i], scratch.values.get() + i * kTile * kTile);
         }
         scratch.of = from;

@@ -42,11 +42,13 @@ TEST(stored_weights_expand_to_the_same_bits) {
                 for (int tile : {0, 1, 1, 0})
                     expect(!memcmp(matrix.tile(tile, scratch), expanded.tile(tile, unused), in * kTile * sizeof(bf16)),
                            "type %d, %d inputs, tile %d", type, in, tile);
-                const auto x = random_bf16(random, (size_t)5 * in);
-                std::vector<float> found(5 * kTile), wanted(5 * kTile);
-                matrix.multiply(x.data(), in, 5, 1, found.data(), kTile, scratch);
-                expanded.multiply(x.data(), in, 5, 1, wanted.data(), kTile, unused);
-                expect(found == wanted, "type %d, %d inputs: another product", type, in);
+                for (int rows = 1; rows <= kStoredRows + 2; rows++) {
+                    const auto x = random_bf16(random, (size_t)rows * in);
+                    std::vector<float> found(rows * kTile), wanted(rows * kTile);
+                    matrix.multiply(x.data(), in, rows, 1, found.data(), kTile, scratch);
+                    expanded.multiply(x.data(), in, rows, 1, wanted.data(), kTile, unused);
+                    expect(found == wanted, "type %d, %d inputs: another product of %d rows", type, in, rows);
+                }
             }
         }
 }

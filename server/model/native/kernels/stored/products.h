@@ -1,0 +1,64 @@
+// The products of tiles that are stored in 4 or 8 bits a weight: the very sums of the 16-bit weights that they are.
+//
+// A few rows are multiplied by a weight in the register in which it was expanded. For more, a whole tile is expanded
+// first, and multiplied as any other.
+#pragma once
+#include <array>
+#include <cstring>
+#include <utility>
+
+#include "tiles.h"
+
+constexpr int kStoredRows = 6;        // rows that are computed without a copy of the weights, at most
+constexpr size_t kBytesAhead = 2048;  // by which tiles are fetched in advance
+
+template <class Tile>
+inline void fetch_ahead(const Tile* tile) {
+    for (size_t line = 0; line < sizeof(Tile); line += 64)
+        _mm_prefetch((const char*)tile + kBytesAhead + line, _MM_HINT_T0);
+}
+
+// `to`: [16 pairs][32 outputs][2].
+template <class Tile>
+inline void expand(const Tile& from, bf16* to) {
+    for (int first = 0; first < kTile; first += 16)
+        each_pair(from, first,
+                  [&](int pair, __m512bh w) { _mm512_storeu_si512(to + (pair * kTile + first) * 2, (__m512i)w); });
+}
+
+// All of `rows` rows, each named by itself: of an index that is counted, the compiler keeps the sums in memory.
+template <class Tile, int rows>
+inline void multiply_stored_block(const bf16* x, size_t x_stride, const Tile* tiles, int count, float* y,
+                                  size_t y_stride) {
+    [&]<int... row>(std::integer_sequence<int, row...>) {
+        __m512 left[rows], right[rows];
+        ((left[row] = right[row] = _mm512_setzero_ps()), ...);
+        for (int i = 0; i < count; i++) {
+            fetch_ahead(tiles + i);
+            auto both = [&](int of, int pair) {
+                uint32_t two;
+                memcpy(&two, x + of * x_stride + i * kTile + 2 * pair, 4);
+                return (__m512bh)_mm512_set1_epi32((int)two);
+            };
+            each_pair(tiles[i], 0, [&](int pair, __m512bh w) {
+                ((left[row] = _mm512_dpbf16_ps(left[row], both(row, pair), w)), ...);
+            });
+            asm volatile("" ::: "memory");  // x is read again: its copies would take all registers
+            each_pair(tiles[i], 16, [&](int pair, __m512bh w) {
+                ((right[row] = _mm512_dpbf16_ps(right[row], both(row, pair), w)), ...);
+            });
+        }
+        (_mm512_storeu_ps(y + row * y_stride, left[row]), ...);
+        (_mm512_storeu_ps(y + row * y_stride + 16, right[row]), ...);
+    }(std::make_integer_sequence<int, rows>{});
+}
+
+// y (rows, 32) = x (rows, 32 · count) times the tiles of 32 outputs; at most kStoredRows rows.
+template <class Tile>
+inline void multiply_stored(const bf16* x, size_t x_stride, int rows, const Tile* tiles, int count, float* y,
+                            size_t y_stride) {
+    static constexpr auto kByRows = []<int... rows>(std::integer_sequence<int, rows...>) {
+        return std::array{multiply_stored_block<Tile, rows + 1>...};
+    }(std::make_integer_sequence<int, kStoredRows>{});
+    kByRows[rows - 1](x, x_stride, tiles, count, y, y_stride);
+}
