@@ -21,7 +21,7 @@ from benchmarks.serving.bandwidth import bandwidth
 from benchmarks.tables import milliseconds, number, table
 from server.model.base.config import ModelConfig
 from server.model.base.source import resolve_base
-from server.model.base.weights import load_base
+from server.model.base.weights import BaseWeights, load_base
 from server.model.native.abi import PHASES
 from server.model.native.load import load_native
 from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel
@@ -67,6 +67,7 @@ class Results:
     bandwidth: float  # bytes/s, the fastest that was seen
     speed: float  # floating point operations/s, likewise
     sizes: dict[str, int]  # parameters of each phase that multiplies by weights
+    weight_bytes: dict[str, int]  # of those, as they lie in memory
     cache_bytes: int  # of a position's keys and values
     attention_flops: int  # of a new token for each position that it sees
     found: tuple[Found, ...]
@@ -96,9 +97,9 @@ def main(arguments: list[str] | None = None) -> Results:
     for step in (*steps, Step(1, options.prompt, 0)):
         say(step.title)
         found.append(measured(model, step, options.repeats))
-    sizes = parameters(model.config)
+    sizes, weight_bytes = parameters(model.config), bytes_of(base.weights)
     products = [(each, phase, size) for each in found for phase, size in sizes.items() if phase != "head"]
-    read = [2 * size / each.phases[phase] for each, phase, size in products]
+    read = [weight_bytes[phase] / each.phases[phase] for each, phase, _ in products]
     speeds = [
         2 * size * each.step.streams * each.step.tokens / each.phases[phase] for each, phase, size in products
     ]
@@ -110,6 +111,7 @@ def main(arguments: list[str] | None = None) -> Results:
         max(*read, bandwidth(options.threads, 1 << (24 if options.quick else 29))),
         max(*speeds, product_speed()),
         sizes,
+        weight_bytes,
         2 * 2 * config.num_layers * config.kv_size,
         4 * config.num_layers * config.q_size,
         tuple(found),
@@ -129,6 +131,17 @@ def parameters(config: ModelConfig) -> dict[str, int]:
         for phase, names in groups.items()
     }
     return {**found, "head": config.vocab_size * config.hidden_size}
+
+
+def bytes_of(weights: BaseWeights) -> dict[str, int]:
+    """How many bytes of weights each phase reads: of those that are stored in fewer bits, as many."""
+    found = dict.fromkeys(("qkv", "o", "gate_up", "down", "head"), 0)
+    for name, tensor in weights.tensors():
+        phase = "head" if tensor is weights.lm_head else name.rpartition(".")[2]
+        if phase in found:
+            stored = weights.quantized.get(name)
+            found[phase] += tensor.nbytes if stored is None else stored.blocks.nbytes
+    return found
 
 
 def measured(model: NativeModel, step: Step, repeats: int) -> Found:
@@ -193,7 +206,7 @@ def limits(results: Results, step: Step, phase: str) -> tuple[float, float] | No
     if size is None:
         return None
     rows = step.streams if phase == "head" else rows
-    return 2 * size / results.bandwidth, 2 * size * rows / results.speed
+    return results.weight_bytes[phase] / results.bandwidth, 2 * size * rows / results.speed
 
 
 def markdown(results: Results) -> str:

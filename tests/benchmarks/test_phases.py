@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.serving.phases import Step, limits, main, markdown
+from benchmarks.serving.phases import Step, bytes_of, limits, main, markdown, parameters
+from server.model.base.source import resolve_base
+from server.model.base.weights import load_base
 from server.model.native.abi import PHASES
 from tests.native_kit import SHAPES, native_library
 from tests.tiny import save_tiny_base
+from tests.tiny_gguf import save_tiny_gguf
 
 
 def test_a_reduced_run(tmp_path: Path) -> None:
@@ -30,5 +33,17 @@ def test_a_reduced_run(tmp_path: Path) -> None:
     assert few is not None
     assert many is not None
     assert few[0] == many[0], "weights are read once"
+    assert few[0] * found.bandwidth == pytest.approx(2 * found.sizes["qkv"]), "as they aren't stored in fewer bits"
     assert many[1] == pytest.approx(10 * few[1])
     assert limits(found, Step(1, 1, 100), "norm") is None
+
+
+def test_weights_that_are_stored_in_fewer_bits_are_fewer_bytes(tmp_path: Path) -> None:
+    save_tiny_gguf(tmp_path / "tiny.gguf", {"": "Q4_1", "token_embd": "Q8_0"})
+    base = load_base(resolve_base(str(tmp_path / "tiny.gguf"), tmp_path))
+    sizes = parameters(base.config)
+    found = bytes_of(base.weights)
+    assert {phase: found[phase] / size for phase, size in sizes.items()} == {
+        **dict.fromkeys(("qkv", "o", "gate_up", "down"), 20 / 32),
+        "head": 34 / 32,
+    }
