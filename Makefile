@@ -20,7 +20,7 @@ CPP := $(shell find server tests -name '*.h' -o -name '*.cpp')
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help serve test tests slow fuzz attack soak faults check lint types sanitize bench gpu screenshots vendor clean
+.PHONY: help serve test tests slow fuzz attack soak faults check lint types sanitize bench guard gpu screenshots vendor clean
 .PHONY: cluster cluster-tests cluster-faults
 
 help:
@@ -37,6 +37,7 @@ help:
 	@echo 'make cluster-faults  100 rounds of kills of whatever a cluster consists of, under load'
 	@echo 'make sanitize  the tests of native code, under sanitizers'
 	@echo 'make bench     the benchmark, over HTTP'
+	@echo 'make guard     a quick run of the benchmark, whose ratios are compared with the last recorded ones'
 	@echo 'make gpu       the tests that need a GPU, and the benchmark on it'
 	@echo 'make screenshots  take the pictures of docs/page.md'
 	@echo 'make vendor    take the libraries of the page from their packages again'
@@ -96,6 +97,10 @@ sanitize: $(READY_DEV)
 
 bench: $(READY_DEV)
 	@exec $(BIN)/python benchmarks/serve.py $(ARGS)
+
+# ARGS=--record keeps the ratios of this run.
+guard: $(READY_DEV)
+	@exec $(BIN)/python -m benchmarks.guard $(ARGS)
 
 gpu: $(READY_DEV)
 	@exec $(BIN)/python -m tests.gpu $(ARGS)
