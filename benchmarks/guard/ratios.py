@@ -1,8 +1,8 @@
 """The ratios of a quick run of the serving benchmark, and whether they are what they were when last recorded.
 
 A quick run measures too little for its figures to be published. What became twice as slow shows in it all the
-same, in what each load takes beside the base, and in what the base takes beside PEFT and our own torch path. Ratios
-are recorded for each kind of processor and base; a run on another one is compared with nothing, and says so.
+same: in what each load takes beside the base, and the base beside PEFT and our own torch path. Ratios are recorded
+for each kind of processor and base; a run on another one is compared with nothing, and says so.
 """
 
 import json
