@@ -84,7 +84,7 @@ class Constraint:
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
         """How many of these tokens may come next, one after the other."""
-        return self._matcher.validate_tokens(list(token_ids))
+        return self._matcher.deep_copy().validate_tokens(list(token_ids))  # which may fail, as the copy then has
 
     def after(self, token_ids: Sequence[int]) -> "Constraint":
         """A copy that has moved on by these tokens, all of which may come next."""
