@@ -32,10 +32,18 @@ def without(requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
 
 
 def check_identity(plain: Engine, engine: Engine, requests: Sequence[GenerationRequest]) -> Results:
-    """What comes out of `engine`, which must be what `plain` makes of the requests without drafts, bit for bit."""
+    """What comes out of `engine`, which must be what `plain` makes of the requests without drafts, bit for bit.
+
+    Between steps nobody holds blocks for a draft.
+    """
+
+    def check_blocks() -> None:
+        for sequence in engine.scheduler.running:
+            assert len(sequence.block_table) == engine.blocks.blocks_for(sequence.num_computed_tokens)
+
     expected = run(plain, without(requests))
     assert plain.stats.drafted_tokens == 0
-    found = run(engine, requests)
+    found = run(engine, requests, after_step=check_blocks)
     for key, result in expected.items():
         assert found[key] == result, key
     return found

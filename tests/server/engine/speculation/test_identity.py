@@ -119,22 +119,22 @@ def test_with_few_blocks_and_preemptions(bench: Bench) -> None:
     assert num_accepted > 0
 
 
-def test_stop_strings_and_limits_inside_a_draft(bench: Bench) -> None:
-    """Wherever the answer is cut: the same text, tokens and reason."""
-    request = GenerationRequest("a", repeating(60, 5), replace(GREEDY, max_tokens=60))
+@pytest.mark.parametrize(("period", "seed"), [(3, 1), (5, 3)])  # answers that soon say one thing again and again
+def test_stop_strings_and_limits_inside_a_draft(bench: Bench, period: int, seed: int) -> None:
+    """Wherever the answer is cut: the same text, tokens and reason, and the same blocks to be found by others."""
+    request = GenerationRequest("a", repeating(60, period, seed), replace(GREEDY, max_tokens=60))
     whole = run(bench.engine(), without([request]))["a", 0].text
     num_accepted = 0
-    for cut in range(2, 40, 3):
-        engine = drafting(bench.engine())
-        stopped = replace(GREEDY, max_tokens=60, stop=(whole[cut : cut + 3], "never"))
-        requests = [replace(request, sampling=stopped)]
-        requests += [replace(request, request_id="b", sampling=replace(GREEDY, max_tokens=cut))]
-        results = check_identity(bench.engine(), engine, requests)
-        assert results["a", 0].finish_reason == "stop"
-        assert len(results["b", 0].token_ids) == cut
-        check_idle(engine)
-        num_accepted += engine.stats.accepted_tokens
-    assert num_accepted > 0
+    for cut in range(1, 40, 4):  # of which some fall on the ends of blocks
+        at_stop = replace(GREEDY, max_tokens=60, stop=(whole[cut : cut + 3], "never"))
+        for sampling in (at_stop, replace(GREEDY, max_tokens=cut)):
+            plain, engine = bench.engine(), drafting(bench.engine())
+            result = check_identity(plain, engine, [replace(request, sampling=sampling)])["a", 0]
+            assert result.finish_reason == ("stop" if sampling.stop else "length")
+            assert set(engine.blocks.cached_keys()) == set(plain.blocks.cached_keys())
+            check_idle(engine)
+            num_accepted += engine.stats.accepted_tokens
+    assert num_accepted > 50
 
 
 def test_the_prefix_cache_knows_the_same_blocks(bench: Bench) -> None:

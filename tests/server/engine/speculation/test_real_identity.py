@@ -21,8 +21,8 @@ from tests.server.engine.speculation.drafting import check_identity, drafting
 pytestmark = pytest.mark.real
 
 TEXT = (
-    "The harbour lies where the river meets the ocean. Its shipyards built the caravels that sailed along the coast"
-    " of Africa, and merchants kept houses near the water, where they traded salt, cork and wine for cloth."
+    "The harbour lies where the river meets the ocean. Its shipyards built the caravels that sailed along the"
+    " coast of Africa, and merchants kept houses near the water, where they traded salt, cork and wine for cloth."
 )
 GREEDY = SamplingParams(max_tokens=32, temperature=0.0)
 SCHEMA = {
@@ -64,8 +64,8 @@ class Bench:
             GenerationRequest("repetition", copy, replace(GREEDY, repetition_penalty=1.05)),
             GenerationRequest("frequency", copy, replace(warm, frequency_penalty=0.05, presence_penalty=0.1)),
             GenerationRequest("stop", copy, replace(GREEDY, stop=("that sailed", " coast"))),
-            GenerationRequest("json", places, replace(warm, max_tokens=60), grammar=JSON),
-            GenerationRequest("json of an adapter", places, replace(GREEDY, max_tokens=60), a, grammar=JSON),
+            GenerationRequest("json", places, replace(warm, max_tokens=80), grammar=JSON),
+            GenerationRequest("json of an adapter", places, replace(GREEDY, max_tokens=80), a, grammar=JSON),
             GenerationRequest("words", copy, GREEDY, grammar=WORDS),
         ]
 
@@ -92,7 +92,7 @@ def test_together(bench: Bench) -> None:
 def test_one_after_the_other(bench: Bench) -> None:
     """Each gets drafts that come true, and goes on from blocks that others' drafts were computed in."""
     plain, engine = bench.engine(), drafting(bench.engine())
-    for request in bench.requests():
+    for request in bench.requests()[::2]:
         num_accepted = engine.stats.accepted_tokens
         check_identity(plain, engine, [request])
         assert engine.stats.accepted_tokens > num_accepted + 5, request.request_id
