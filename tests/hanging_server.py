@@ -14,10 +14,8 @@ from pathlib import Path
 from server.api.app import create_app
 from server.config import Settings
 from server.engine.async_engine import AsyncEngine
-from server.engine.runner import Runner
-from server.engine.sampling.sampler import Sampled
-from server.engine.scheduler import Chunk
-from server.engine.sequence import Sequence
+from server.engine.runner import Drawn, Runner
+from server.engine.sequence import Chunk
 from server.engine.watching.watchdog import Watchdog
 from server.serve.address import bind
 from server.serve.process import run
@@ -47,7 +45,7 @@ class HangingRunner(Runner):
         super().__init__(runner.forward)
         self._home = home
 
-    def run(self, chunks: Seq[Chunk]) -> list[tuple[Sequence, Sampled]]:
+    def run(self, chunks: Seq[Chunk]) -> list[Drawn]:
         places = {chunk.sequence.request.sampling.seed: chunk.sequence.num_output_tokens for chunk in chunks}
         if SLOW in places:
             libc.usleep(100_000)

@@ -8,8 +8,7 @@ import torch
 from server.engine.kv_cache import BlockManager
 from server.engine.paged_attention import PagedAttention, PagedCache
 from server.engine.request import GenerationRequest
-from server.engine.scheduler import Chunk
-from server.engine.sequence import Sequence
+from server.engine.sequence import Chunk, Sequence
 from server.model.lora_batch import LoraBatch, Parts, TokenRun
 from server.model.rank_rows import RankRows
 from server.model.smollm import NoAdapters, SmolLM

@@ -52,6 +52,9 @@ class SamplingFields(Body):
     seed: int | None
     stop: StopStrings | None = Field(None, description="a string or a list; not part of the text")
     ignore_eos: bool = False
+    speculation: Literal["auto", "off"] = Field(
+        "auto", description="auto: tokens that may come are computed ahead where that is faster; the same answer"
+    )
 
 
 class JsonSchemaBody(Body):

@@ -25,6 +25,12 @@ class Backend(Protocol):
         ...
 
     @property
+    def is_batch_invariant(self) -> bool:
+        """Whether a token's bits depend on those before it alone, not on how many are computed with it: what
+        drafted tokens need to change nothing."""
+        ...
+
+    @property
     def bytes_per_rank(self) -> int:
         """Of the device's memory, for one rank on all linear modules."""
         ...
@@ -44,6 +50,8 @@ class Backend(Protocol):
 
 class TorchBackend:
     """`SmolLM` on any device: the oracle of the others."""
+
+    is_batch_invariant = False  # torch's products round one way for a row, another for several
 
     def __init__(self, model: SmolLM) -> None:
         self.config = model.config
@@ -67,6 +75,8 @@ class TorchBackend:
 
 class NativeBackend:
     """A CPU's native code, in bf16."""
+
+    is_batch_invariant = True
 
     def __init__(self, model: NativeModel) -> None:
         self.config = model.config

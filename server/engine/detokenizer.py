@@ -8,6 +8,8 @@ a stop string, are held back until they are decided.
 import codecs
 from collections.abc import Mapping, Sequence
 
+from server.engine.request import Logprobs, SampledLogprob, TokenLogprob
+
 
 class TokenBytes:
     """The bytes of each token of a byte-level vocabulary; special tokens stand for none."""
@@ -32,6 +34,14 @@ class TokenBytes:
         if token_id in self._special:
             return self._text.get(token_id, "")
         return self.bytes_of(token_id).decode(errors="replace")
+
+    def told(self, token_id: int, logprobs: Logprobs) -> SampledLogprob:
+        """A token's log-probabilities, with what the tokens stand for."""
+        likeliest = (self._told(other, logprob) for other, logprob in logprobs.top)
+        return SampledLogprob(self._told(token_id, logprobs.chosen), tuple(likeliest))
+
+    def _told(self, token_id: int, logprob: float) -> TokenLogprob:
+        return TokenLogprob(token_id, self.name_of(token_id), tuple(self.bytes_of(token_id)), logprob)
 
 
 class TextStream:

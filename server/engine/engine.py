@@ -7,7 +7,7 @@ fails ends the sequences in it; several in a row mean that the engine can't go o
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -16,20 +16,12 @@ from server.engine.adapter_pool.pool import AdapterPool, Load
 from server.engine.backend import Backend
 from server.engine.detokenizer import TextStream, TokenBytes
 from server.engine.kv_cache import BlockManager
-from server.engine.request import (
-    EngineStats,
-    FinishReason,
-    GenerationRequest,
-    Logprobs,
-    SampledLogprob,
-    SequenceOutput,
-    Timing,
-    TokenLogprob,
-)
-from server.engine.runner import Runner
+from server.engine.request import EngineStats, FinishReason, GenerationRequest, SampledLogprob, SequenceOutput
+from server.engine.runner import Drawn, Runner
 from server.engine.sampling.sampler import Sampled
 from server.engine.scheduler import Scheduler, SchedulerLimits
-from server.engine.sequence import Sequence
+from server.engine.sequence import Sequence, Status
+from server.engine.speculation.speculator import Speculator
 from server.engine.structured.guidance import Guidance
 from server.errors import EngineDead, GenerationFailed, NotReady
 
@@ -68,9 +60,8 @@ class Engine:
 
         Without `guidance`, requests with a grammar are refused; nor is one taken that it hasn't checked.
         """
-        num_blocks = (
-            config.kv_cache_bytes // backend.bytes_per_block(config.block_size) + 1
-        )  # and the padding block
+        block_bytes = backend.bytes_per_block(config.block_size)
+        num_blocks = config.kv_cache_bytes // block_bytes + 1  # and the padding block
         self.config = config
         self.blocks = BlockManager(max(num_blocks, 2), config.block_size)
         self._eos = frozenset(backend.config.eos_token_ids)
@@ -83,6 +74,9 @@ class Engine:
         self.pool = AdapterPool(rows, load, self._loaders, wake, clock)
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.pool, clock)
         self.runner = Runner(backend.forward(self.blocks.num_blocks, config.block_size, rows))
+        self.speculator = Speculator(
+            self.blocks, self._eos, config.scheduler.max_num_seqs, is_on=backend.is_batch_invariant
+        )
         self._streams: dict[Sequence, TextStream] = {}
         self._requests: dict[str, list[Sequence]] = {}  # what of each hasn't ended, by its id
         self._num_failures = 0
@@ -90,6 +84,7 @@ class Engine:
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
         self._num_prefix_tokens = 0
+        self._num_accepted_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -124,6 +119,8 @@ class Engine:
             output_tokens=self._num_output_tokens,
             preemptions=self.scheduler.num_preemptions,
             steps=self.num_steps,
+            drafted_tokens=self.speculator.num_drafted_tokens,
+            accepted_tokens=self._num_accepted_tokens,
             resident=resident,
             waiting=self.scheduler.waiting_adapters,
         )
@@ -172,7 +169,10 @@ class Engine:
         if not step.chunks:
             return outputs
         try:
-            sampled = self.runner.run(step.chunks)
+            begun = self._clock()
+            chunks = self.speculator.extend(step.chunks)
+            found = self.runner.run(chunks)
+            self.speculator.observe(chunks, self._clock() - begun)
         except Exception as reason:
             log.exception("a step failed")
             self._num_failures += 1
@@ -189,11 +189,26 @@ class Engine:
                 self._num_prompt_tokens += sequence.num_prompt_tokens
             sequence.num_computed_tokens = chunk.stop
             self.blocks.mark_computed(sequence)
-        return outputs + [self._append(sequence, token) for sequence, token in sampled]
+        for drawn in found:
+            outputs += self._take(drawn)
+        return outputs
 
     def close(self) -> None:
         """Stop the loader threads. The engine is not used again."""
         self._loaders.shutdown(wait=True, cancel_futures=True)
+
+    def _take(self, drawn: Drawn) -> Iterator[SequenceOutput]:
+        """Add what was drawn to its sequence, a token after the other until one ends it."""
+        sequence = drawn.chunk.sequence
+        for num, token in enumerate(drawn.agreed()):
+            if num:  # the token before it was drafted, and computed with the step
+                self._num_accepted_tokens += 1
+                sequence.num_computed_tokens += 1
+                self.blocks.mark_computed(sequence)
+            yield self._append(sequence, token)
+            if sequence.status is Status.FINISHED:
+                return
+        self.blocks.trim(sequence)
 
     def _append(self, sequence: Sequence, token: Sampled) -> SequenceOutput:
         """Add the new token to its sequence, which may end it."""
@@ -225,7 +240,7 @@ class Engine:
             text += stream.finish()
             reason = "stop" if stream.stopped else reason
             self._remove(sequence)
-        logprobs = () if token.logprobs is None else (self._logprob(token.token_id, token.logprobs),)
+        logprobs = () if token.logprobs is None else (self._token_bytes.told(token.token_id, token.logprobs),)
         return self._output(sequence, text=text, num_new_tokens=1, logprobs=logprobs, finish_reason=reason)
 
     def _finish_scoring(self, sequence: Sequence) -> SequenceOutput:
@@ -237,7 +252,8 @@ class Engine:
             return self._fail(sequence, GenerationFailed(_OVERFLOW))
         logprobs: tuple[SampledLogprob, ...] = ()
         if sequence.request.sampling.logprobs:
-            logprobs = tuple(self._logprob(sequence.token_ids[position], score) for position, score in found)
+            told = self._token_bytes.told
+            logprobs = tuple(told(sequence.token_ids[position], score) for position, score in found)
         self._remove(sequence)
         return self._output(sequence, scores=scores, logprobs=logprobs, finish_reason="length")
 
@@ -248,6 +264,7 @@ class Engine:
     def _remove(self, sequence: Sequence) -> None:
         if self._streams.pop(sequence, None) is not None:
             self.scheduler.finish(sequence)
+            self.speculator.forget(sequence)
             request_id = sequence.request.request_id
             self._requests[request_id].remove(sequence)
             if not self._requests[request_id]:
@@ -264,16 +281,6 @@ class Engine:
         finish_reason: FinishReason | None = None,
         error: SmoloraError | None = None,
     ) -> SequenceOutput:
-        timing = None
-        if finish_reason is not None:
-            now, start = self._clock(), sequence.arrival
-            admitted, first_token, load = sequence.admitted_at, sequence.first_token_at, sequence.loading
-            timing = Timing(
-                queue=(now if admitted is None else admitted) - start,
-                first_token=(now if first_token is None else first_token) - start,
-                total=now - start,
-                load=None if load is None else (load[0] - start, load[1] - start),
-            )
         return SequenceOutput(
             request_id=sequence.request.request_id,
             index=sequence.index,
@@ -285,15 +292,5 @@ class Engine:
             scores=scores,
             finish_reason=finish_reason,
             error=error,
-            timing=timing,
+            timing=None if finish_reason is None else sequence.timing(self._clock()),
         )
-
-    def _logprob(self, token_id: int, logprobs: Logprobs) -> SampledLogprob:
-        return SampledLogprob(
-            self._token_logprob(token_id, logprobs.chosen),
-            tuple(self._token_logprob(other, logprob) for other, logprob in logprobs.top),
-        )
-
-    def _token_logprob(self, token_id: int, logprob: float) -> TokenLogprob:
-        content = tuple(self._token_bytes.bytes_of(token_id))
-        return TokenLogprob(token_id, self._token_bytes.name_of(token_id), content, logprob)

@@ -13,7 +13,7 @@ from server.engine.paged_attention import PagedAttention, PagedCache
 from server.engine.sampling.logits import LogitsRow
 from server.engine.sampling.native import sample_natively
 from server.engine.sampling.sampler import Sampled, sample
-from server.engine.scheduler import Chunk
+from server.engine.sequence import Chunk
 from server.model.device import to_device
 from server.model.lora_batch import LoraBatch, TokenRun
 from server.model.native.model import NativeLora, NativeModel
@@ -24,7 +24,10 @@ T = TypeVar("T")
 
 
 class Forward(Protocol):
-    """What a runner needs of a model, its cache and its adapters. The first `decodes` have one token each."""
+    """What a runner needs of a model, its cache and its adapters.
+
+    The first `decodes` have one token each; drafts behind them are for backends that are batch invariant.
+    """
 
     def hidden(self, decodes: Seq[Chunk], prefills: Seq[Chunk]) -> torch.Tensor:
         """Final hidden states (tokens, hidden) of all chunks, in this order; keys and values are cached."""
@@ -49,7 +52,7 @@ class TorchForward:
 
     def hidden(self, decodes: Seq[Chunk], prefills: Seq[Chunk]) -> torch.Tensor:
         chunks = (*decodes, *prefills)
-        positions = [position for chunk in chunks for position in range(chunk.start, chunk.stop)]
+        positions = [chunk.start + i for chunk in chunks for i in range(chunk.num_tokens)]
         return self.model.forward(
             to_device(torch.tensor(_token_ids(chunks)), self.model.device),
             to_device(torch.tensor(positions), self.model.device),
@@ -78,7 +81,7 @@ class NativeForward:
         first_blocks = accumulate((len(table) for table in tables), initial=0)
         runs, start = [], 0
         for chunk, first_block in zip(chunks, first_blocks, strict=False):
-            stop = start + chunk.stop - chunk.start
+            stop = start + chunk.num_tokens
             runs.append((start, stop, chunk.start, first_block))
             start = stop
         return self._model.forward(
@@ -113,7 +116,7 @@ class _Kept(Generic[T]):
 
 
 def _token_ids(chunks: Seq[Chunk]) -> list[int]:
-    return [token_id for chunk in chunks for token_id in chunk.sequence.token_ids[chunk.start : chunk.stop]]
+    return [token_id for chunk in chunks for token_id in chunk.token_ids]
 
 
 def _token_runs(chunks: Seq[Chunk]) -> list[TokenRun]:
@@ -123,7 +126,7 @@ def _token_runs(chunks: Seq[Chunk]) -> list[TokenRun]:
     for chunk in chunks:
         hold = chunk.sequence.hold
         assert isinstance(hold, AdapterHold)
-        stop = start + chunk.stop - chunk.start
+        stop = start + chunk.num_tokens
         if hold.refs and runs and chunk.sequence.adapter_key == key and runs[-1].stop == start:
             runs[-1] = TokenRun(runs[-1].start, stop, hold.parts)
         elif hold.refs:

@@ -99,6 +99,14 @@ class BlockManager:
             sequence.block_table.append(block)
         return True
 
+    def trim(self, sequence: Sequence) -> None:
+        """Take back the blocks behind what is computed, which a draft was given. They are reused first."""
+        for _ in range(len(sequence.block_table) - self.blocks_for(sequence.num_computed_tokens)):
+            block = sequence.block_table.pop()
+            self._references[block] = 0
+            self._free[block] = None
+            self._free.move_to_end(block, last=False)
+
     def mark_computed(self, sequence: Sequence) -> None:
         """Make the sequence's newly filled blocks findable. Call after `num_computed_tokens` has moved on."""
         num_full = sequence.num_computed_tokens // self.block_size

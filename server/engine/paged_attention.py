@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from server.engine.scheduler import Chunk
+from server.engine.sequence import Chunk
 from server.model.base.config import ModelConfig
 from server.model.device import to_device
 from server.model.ops.attention import (

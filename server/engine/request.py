@@ -37,6 +37,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: int = 0  # 0: none; k: the chosen token's and the k likeliest
     ignore_eos: bool = False
+    speculates: bool = True  # whether tokens may be drafted, which changes none
 
     @cached_property
     def changes_logits(self) -> bool:
@@ -156,5 +157,7 @@ class EngineStats:
     output_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of the drafted ones
     resident: frozenset[str] = frozenset()  # digests
     waiting: frozenset[str] = frozenset()  # digests that requests wait with, of some where very many do

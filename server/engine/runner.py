@@ -1,4 +1,4 @@
-"""Runs one step's chunks through the model: chunks in, chosen tokens out.
+"""Runs one step's chunks through the model: chunks in, drawn tokens out.
 
 All chunks go as one flat batch: decodes first, then prompts, each ordered so that sequences under the same
 adapters are neighbours and those that are alone come first.
@@ -6,7 +6,10 @@ adapters are neighbours and those that are alone come first.
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -14,13 +17,30 @@ from server.engine.forwards import Forward
 from server.engine.sampling.logits import LogitsRow
 from server.engine.sampling.sampler import Sampled
 from server.engine.sampling.scoring import score
-from server.engine.scheduler import Chunk
-from server.engine.sequence import Sequence
+from server.engine.sequence import Chunk
 from server.errors import GenerationFailed
 from server.model.device import ints_beside
 from server.model.gpu import empty_cache, is_out_of_memory
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn behind a chunk: a token, and one more behind each token of its draft."""
+
+    chunk: Chunk
+    tokens: tuple[Sampled, ...]
+
+    def agreed(self) -> Seq[Sampled]:
+        """Those that would have been drawn one by one: as far as the draft foresaw them, and the one after.
+
+        A token that could not be drawn behind a draft is left to the next step, which has the reason.
+        """
+        for num, guess in enumerate(self.chunk.draft, 1):
+            if self.tokens[num - 1].token_id != guess or self.tokens[num].token_id is None:
+                return self.tokens[:num]
+        return self.tokens
 
 
 class Runner:
@@ -29,8 +49,8 @@ class Runner:
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
 
-    def run(self, chunks: Seq[Chunk]) -> list[tuple[Sequence, Sampled]]:
-        """Compute the chunks; the next token of each sequence whose chunk reaches its end, in any order.
+    def run(self, chunks: Seq[Chunk]) -> list[Drawn]:
+        """Compute the chunks; what is drawn for each one that reaches its sequence's end, in any order.
 
         Raises GenerationFailed where the device's memory runs out; its cache then begins anew.
         """
@@ -44,28 +64,45 @@ class Runner:
         raise GenerationFailed("the device's memory ran out in a step of this request; try it again")
 
     @torch.inference_mode()
-    def _run(self, chunks: Seq[Chunk]) -> list[tuple[Sequence, Sampled]]:
+    def _run(self, chunks: Seq[Chunk]) -> list[Drawn]:
         decodes = _neighbours([chunk for chunk in chunks if chunk.is_decode])
         prefills = _neighbours([chunk for chunk in chunks if not chunk.is_decode])
         ordered = (*decodes, *prefills)
         hidden = self.forward.hidden(decodes, prefills)
         if any(chunk.sequence.request.scored_from is not None for chunk in ordered):
             score(self.forward.logits, hidden, ordered)
-        last, end = [], 0
+        places: list[int] = []  # of `hidden`, that a token is drawn from
+        rows: list[LogitsRow] = []
+        end = 0
         for chunk in ordered:
-            end += chunk.stop - chunk.start
+            end += chunk.num_tokens
             if chunk.samples:
-                last.append(end - 1)
-        if not last:
+                places += range(end - 1 - len(chunk.draft), end)
+                rows += _rows(chunk)
+        if not rows:
             return []
-        sampling = [chunk.sequence for chunk in ordered if chunk.samples]
-        if len(last) < hidden.shape[0]:
-            hidden = hidden[ints_beside(hidden, last)]
-        rows = [
-            LogitsRow(s.request.sampling, s.index, s.num_tokens, s.token_ids, s.num_prompt_tokens, s.constraint)
-            for s in sampling
-        ]
-        return list(zip(sampling, self.forward.sample(hidden, rows), strict=True))
+        if len(places) < hidden.shape[0]:
+            hidden = hidden[ints_beside(hidden, places)]
+        tokens = iter(self.forward.sample(hidden, rows))
+        return [Drawn(chunk, tuple(islice(tokens, 1 + len(chunk.draft)))) for chunk in ordered if chunk.samples]
+
+
+def _rows(chunk: Chunk) -> Iterator[LogitsRow]:
+    """What decides the token behind the sequence's own, and behind each of the draft's if it is right so far."""
+    sequence, draft = chunk.sequence, chunk.draft
+    for num in range(1 + len(draft)):
+        token_ids, constraint = sequence.token_ids, sequence.constraint
+        if num:
+            token_ids = [*token_ids, *draft[:num]]
+            constraint = None if constraint is None else constraint.after(draft[:num])
+        yield LogitsRow(
+            sequence.request.sampling,
+            sequence.index,
+            len(token_ids),
+            token_ids,
+            sequence.num_prompt_tokens,
+            constraint,
+        )
 
 
 def _neighbours(chunks: list[Chunk]) -> list[Chunk]:

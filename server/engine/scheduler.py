@@ -25,7 +25,7 @@ from typing import Self
 
 from adapters.errors import SmoloraError
 from server.engine.kv_cache import BlockManager
-from server.engine.sequence import Sequence, Status
+from server.engine.sequence import Chunk, Sequence, Status
 from server.engine.waiting_queues import Turn, WaitingQueues
 from server.engine.waiting_set import Adapters, WaitingSet
 
@@ -45,24 +45,6 @@ class SchedulerLimits:
         if device_type == "cpu":
             return cls(max_num_seqs)
         return cls(max_num_seqs, chunk_size=512, max_prefill_tokens=4096)
-
-
-@dataclass(frozen=True, eq=False)
-class Chunk:
-    """Tokens [start, stop) of a sequence, to be computed in this step."""
-
-    sequence: Sequence
-    start: int
-    stop: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the end of what is known, so that a next token is drawn."""
-        return self.stop == self.sequence.num_tokens
-
-    @property
-    def is_decode(self) -> bool:
-        return self.stop - self.start == 1 and self.start > 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""One sequence being generated: its tokens, how many are computed, and what it holds.
+"""One sequence being generated: its tokens, how many are computed, what it holds, and its share of a step.
 
 Pure state. The scheduler moves it along, the block manager fills its block table, the engine appends tokens.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.errors import SmoloraError
-from server.engine.request import AdapterRef, GenerationRequest, Logprobs
+from server.engine.request import AdapterRef, GenerationRequest, Logprobs, Timing
 
 
 class Constraint(Protocol):
@@ -37,6 +37,14 @@ class Constraint(Protocol):
 
     def accept(self, token_id: int) -> None:
         """Move on by a token that isn't forbidden and doesn't end the answer."""
+        ...
+
+    def num_allowed(self, token_ids: Seq[int]) -> int:
+        """How many of these tokens may come next, one after the other."""
+        ...
+
+    def after(self, token_ids: Seq[int]) -> "Constraint":
+        """A copy that has moved on by these tokens, all of which may come next."""
         ...
 
 
@@ -135,10 +143,52 @@ class Sequence:
         """Whether only the newest token is left to compute, and some were computed before it."""
         return self.num_computed_tokens > 0 and self.num_computed_tokens == len(self.token_ids) - 1
 
+    def timing(self, now: float) -> Timing:
+        """Of its whole life, which ends `now`."""
+        start, load = self.arrival, self.loading
+        return Timing(
+            queue=(now if self.admitted_at is None else self.admitted_at) - start,
+            first_token=(now if self.first_token_at is None else self.first_token_at) - start,
+            total=now - start,
+            load=None if load is None else (load[0] - start, load[1] - start),
+        )
+
     def full_block_keys(self) -> list[bytes]:
         """The keys of all full blocks of tokens so far, each chaining the ones before, adapters and project."""
         extend_block_keys(self._block_keys, self.prefix_root, self.token_ids, self.block_size)
         return self._block_keys
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Tokens [start, stop) of a sequence, to be computed in a step, and a draft of those that follow.
+
+    What the step computes is `num_tokens` tokens, the draft's after the others. A draft comes behind all that is
+    known; its tokens are the sequence's once they have been drawn.
+    """
+
+    sequence: Sequence
+    start: int
+    stop: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start + len(self.draft)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return (*self.sequence.token_ids[self.start : self.stop], *self.draft)
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the end of what is known, so that a next token is drawn."""
+        return self.stop == self.sequence.num_tokens
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is one token behind others, a draft apart."""
+        return self.stop - self.start == 1 and self.start > 0
 
 
 def extend_block_keys(keys: list[bytes], root: bytes, token_ids: Seq[int], block_size: int) -> None:

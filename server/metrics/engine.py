@@ -22,6 +22,8 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], int]], ...] = (
     ("smolora_prefix_cached_tokens", "Prompt tokens found in the cache", lambda s: s.prefix_cached_tokens),
     ("smolora_prompt_tokens", "Prompt tokens taken in", lambda s: s.prompt_tokens),
     ("smolora_generated_tokens", "Tokens generated", lambda s: s.output_tokens),
+    ("smolora_drafted_tokens", "Tokens guessed and computed ahead", lambda s: s.drafted_tokens),
+    ("smolora_accepted_tokens", "Of the drafted tokens, those that were drawn", lambda s: s.accepted_tokens),
     ("smolora_preemptions", "Sequences put back to waiting", lambda s: s.preemptions),
     ("smolora_engine_steps", "Steps of the engine", lambda s: s.steps),
 )

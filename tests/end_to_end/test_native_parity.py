@@ -219,6 +219,32 @@ def test_a_history_changes_no_bit(
         fresh.close()
 
 
+@pytest.mark.parametrize("expression", ["base", "left", "left*0.5+right*0.5"])
+def test_drafts_change_no_bit(default_server: ServerProcess, expression: str) -> None:
+    """Answers that say again what the prompt says: with speculation, which is the default, and without."""
+    prompt = 6 * "The red fox ran over the hill. The grey owl sat in the tree. "
+
+    def answers(speculation: str) -> list[object]:
+        fields = {"max_tokens": 24, "seed": 5, "ignore_eos": True, "speculation": speculation}
+        found: list[object] = []
+        for temperature in (0, 0.5):
+            native = {**fields, "adapter": expression, "temperature": temperature, "logprobs": 2, "n": 2}
+            found.append(default_server.generate(prompt, **native)["choices"])
+            body = {**fields, "model": expression, "prompt": prompt, "temperature": temperature}
+            response = default_server.client.post("/v1/completions", json=body)
+            found.append(response.raise_for_status().json()["choices"])
+        return found
+
+    before = default_server.counts()
+    plain = answers("off")
+    between = default_server.counts()
+    assert answers("auto") == plain
+    after = default_server.counts()
+    drafted, accepted = "smolora_drafted_tokens_total", "smolora_accepted_tokens_total"
+    assert between[drafted] == before[drafted]
+    assert after[drafted] - between[drafted] >= after[accepted] - between[accepted] > 10
+
+
 def at_once(server: ServerProcess, bodies: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(lambda body: server.generate(**body), bodies))

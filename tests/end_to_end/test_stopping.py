@@ -16,7 +16,7 @@ from tests.end_to_end.training_client import CHILD, code_rows, get, processes, s
 from tests.hanging_server import HANG
 from tests.server.test_hanging_server import BODY, Process
 
-LONG = {"prompt": "a", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+LONG = {"prompt": "a", "max_tokens": 400, "temperature": 0, "ignore_eos": True, "speculation": "off"}
 JOB = {"epochs": 40, "batch_size": 4, "max_length": 32, "checkpoint_steps": 1000}
 
 

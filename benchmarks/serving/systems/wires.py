@@ -63,6 +63,7 @@ class Smolora:
             "top_p": request.top_p,
             "logprobs": request.logprobs,
             "ignore_eos": True,
+            "speculation": "off",  # answers past their end repeat themselves, which peers don't profit from
             "stream": True,
         }
 

@@ -27,6 +27,7 @@ def sampling_params(body: SamplingFields, max_tokens: int, logprobs: int) -> Sam
         stop=tuple(body.stop or ()),
         logprobs=logprobs,
         ignore_eos=body.ignore_eos,
+        speculates=body.speculation == "auto",
     )
 
 

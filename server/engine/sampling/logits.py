@@ -9,14 +9,22 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from server.engine.request import SamplingParams
-from server.engine.sequence import Constraint
 from server.model.device import floats_beside, to_device
+
+
+class Restriction(Protocol):
+    """What of a `Constraint` decides one token."""
+
+    def forbidden(self) -> NDArray[np.bool_] | None:
+        """(vocab,) True for tokens that may not come; None where it has failed."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +36,7 @@ class LogitsRow:
     position: int  # of the new token in its sequence
     token_ids: Seq[int]  # the prompt and the output so far: what the repetition penalty looks at
     num_prompt_tokens: int = 0  # the other penalties look at what comes after them
-    constraint: Constraint | None = None
+    constraint: Restriction | None = None
 
     @property
     def seen(self) -> Collection[int]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 import torch
 
 from server.engine.request import Logprobs
-from server.engine.scheduler import Chunk
+from server.engine.sequence import Chunk
 from server.model.device import ints_beside
 
 _SLICE = 32
@@ -32,7 +32,7 @@ def score(logits_of: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tenso
             for position in range(max(chunk.start + 1, scored_from), min(chunk.stop + 1, sequence.num_tokens)):
                 found.append((chunk, position))
                 rows.append(start + position - 1 - chunk.start)
-        start += chunk.stop - chunk.start
+        start += chunk.num_tokens
     if not found:
         return
     index = ints_beside(hidden, rows)

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -81,6 +81,17 @@ class Constraint:
         self._matcher.consume_token(token_id)
         if self._matcher.is_error():
             self._go_on_alone()
+
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        """How many of these tokens may come next, one after the other."""
+        return self._matcher.deep_copy().validate_tokens(list(token_ids))  # which may fail, as the copy then has
+
+    def after(self, token_ids: Sequence[int]) -> "Constraint":
+        """A copy that has moved on by these tokens, all of which may come next."""
+        copy = Constraint(self._grammar, _Kept(self._matcher, self._kept.seconds), self._compile_anew)
+        copy._is_alone = True  # where it can't be followed, the original decides
+        copy._matcher.consume_tokens(list(token_ids))
+        return copy
 
     def _go_on_alone(self) -> None:
         """Follow the answer anew with a matcher that nobody shares: the limit may have been reached by others."""

@@ -5,10 +5,9 @@ from collections.abc import Sequence as Seq
 
 from adapters.lora import LoraWeights
 from server.engine.engine import Engine
-from server.engine.runner import Runner
-from server.engine.sampling.sampler import Sampled
-from server.engine.scheduler import Chunk, Scheduler, Step
-from server.engine.sequence import Sequence
+from server.engine.runner import Drawn, Runner
+from server.engine.scheduler import Scheduler, Step
+from server.engine.sequence import Chunk
 from server.model.base.weights import BaseModel
 from tests.server.engine.traffic import library
 
@@ -21,7 +20,7 @@ class FailingRunner(Runner):
         self.failing = failing
         self.num_runs = 0
 
-    def run(self, chunks: Seq[Chunk]) -> list[tuple[Sequence, Sampled]]:
+    def run(self, chunks: Seq[Chunk]) -> list[Drawn]:
         self.num_runs += 1
         if self.num_runs - 1 in self.failing:
             raise RuntimeError("a secret of the device")

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from server.engine.kv_cache import BlockManager
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from server.engine.scheduler import Scheduler, SchedulerLimits, Step
-from server.engine.sequence import Sequence, Status
+from server.engine.sequence import Chunk, Sequence, Status
+from server.engine.speculation.speculator import Speculator
 from server.engine.waiting_set import Adapters
+from tests.server.engine.speculation.drafting import SetCosts
 
 Content = tuple[bytes, tuple[int, ...]]
 
@@ -29,8 +31,10 @@ class Simulation:
     is_loading: Callable[[], bool]
     rng: random.Random
     on_step: Callable[[], None] = lambda: None
+    drafts: bool = False
     max_total: int = 0  # tokens that fit the cache
     num_steps: int = 0
+    num_accepted: int = 0  # drafted tokens that were drawn
     finished: list[Sequence] = field(default_factory=list)
     failed: list[Sequence] = field(default_factory=list)
     admissions: list[Sequence] = field(default_factory=list)
@@ -41,6 +45,8 @@ class Simulation:
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.limits, self.blocks, self.adapters, lambda: float(self.num_steps))
         self.max_total = self.blocks.num_usable_blocks * self.blocks.block_size
+        self.speculator = Speculator(self.blocks, [], self.limits.max_num_seqs, is_on=self.drafts)
+        self.speculator.costs = SetCosts(0.0)
 
     def add(
         self,
@@ -84,12 +90,11 @@ class Simulation:
         self._check_displaced(before, admitted)
         self.failed += [failed.sequence for failed in step.failed]
         self._check_step(step)
-        for chunk in step.chunks:
+        for chunk in self.speculator.extend(step.chunks):
             if crash:
-                self.scheduler.finish(chunk.sequence)
-                self.failed.append(chunk.sequence)
+                self._finish(chunk.sequence, self.failed)
             else:
-                self._compute(chunk.sequence, chunk.start, chunk.stop)
+                self._compute(chunk)
         self.on_step()
         self.check()
         return step
@@ -108,18 +113,37 @@ class Simulation:
         """Far more steps than any fair schedule of what is live takes."""
         return 100 + 20 * sum(s.num_prompt_tokens + s.request.sampling.max_tokens + 10 for s in self.live())
 
-    def _compute(self, sequence: Sequence, start: int, stop: int) -> None:
-        for position in range(start, stop):
-            block = sequence.block_table[position // self.blocks.block_size]
+    def _compute(self, chunk: Chunk) -> None:
+        """Write the tokens and the draft; draw a token, and further ones as long as they are the draft's."""
+        sequence = chunk.sequence
+        for i in range(chunk.num_tokens):
+            block, place = self._place(sequence, chunk.start + i)
             assert self.blocks._references[block] == 1, "a shared block is written"
-            self._content[block, position % self.blocks.block_size] = self._truth(sequence, position)
-        sequence.num_computed_tokens = stop
+            known = (*sequence.token_ids[: chunk.start], *chunk.token_ids[: i + 1])
+            self._content[block, place] = sequence.prefix_root, known
+        sequence.num_computed_tokens = chunk.stop
         self.blocks.mark_computed(sequence)
-        if stop == sequence.num_tokens:
+        if not chunk.samples:
+            return
+        for guess in (*chunk.draft, None):
             sequence.token_ids.append(self.rng.randrange(2))
             if sequence.num_output_tokens == sequence.request.sampling.max_tokens:
-                self.scheduler.finish(sequence)
-                self.finished.append(sequence)
+                self._finish(sequence, self.finished)
+                return
+            if sequence.token_ids[-1] != guess:
+                break
+            self.num_accepted += 1
+            sequence.num_computed_tokens += 1
+            self.blocks.mark_computed(sequence)
+        self.blocks.trim(sequence)
+
+    def _finish(self, sequence: Sequence, ended: list[Sequence]) -> None:
+        self.scheduler.finish(sequence)
+        self.speculator.forget(sequence)
+        ended.append(sequence)
+
+    def _place(self, sequence: Sequence, position: int) -> tuple[int, int]:
+        return sequence.block_table[position // self.blocks.block_size], position % self.blocks.block_size
 
     def _truth(self, sequence: Sequence, position: int) -> Content:
         return sequence.prefix_root, tuple(sequence.token_ids[: position + 1])
@@ -151,10 +175,8 @@ class Simulation:
             assert chunk.stop - chunk.start <= limits.chunk_size
             assert len(sequence.block_table) * self.blocks.block_size >= chunk.stop
             for position in range(chunk.start):
-                place = sequence.block_table[position // self.blocks.block_size], position % self.blocks.block_size
-                assert self._content[place] == self._truth(sequence, position), (
-                    "it reads another's keys and values"
-                )
+                read = self._content[self._place(sequence, position)]
+                assert read == self._truth(sequence, position), "it reads another's keys and values"
         decoding = [s for s in scheduler.running if s.is_decoding]
         assert set(decoding) <= set(scheduled), "a running sequence missed a step"
         prefilled = sum(c.stop - c.start for c in step.chunks if c.sequence not in decoding)

@@ -21,13 +21,13 @@ def simulation(
     chunk_size: int = 8,
     max_prefill_tokens: int = 16,
     max_bypass: int = 3,
+    drafts: bool = False,
 ) -> tuple[Simulation, FakeAdapters]:
     rng = random.Random(seed)
     gate = FakeAdapters(capacity, rng, max_load_steps, failing)
     limits = SchedulerLimits(max_num_seqs, chunk_size, max_prefill_tokens, max_bypass)
-    sim = Simulation(
-        limits, BlockManager(num_blocks + 1, SIZE), gate, lambda: bool(gate.loading), rng, on_step=gate.tick
-    )
+    blocks = BlockManager(num_blocks + 1, SIZE)
+    sim = Simulation(limits, blocks, gate, lambda: bool(gate.loading), rng, on_step=gate.tick, drafts=drafts)
     return sim, gate
 
 

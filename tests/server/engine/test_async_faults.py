@@ -11,9 +11,9 @@ import pytest
 
 from adapters.errors import CorruptAdapter, SmoloraError
 from adapters.lora import LoraWeights
-from server.engine.sampling.sampler import Sampled
-from server.engine.scheduler import Chunk, SchedulerLimits, Step
-from server.engine.sequence import Sequence
+from server.engine.runner import Drawn
+from server.engine.scheduler import SchedulerLimits, Step
+from server.engine.sequence import Chunk
 from server.errors import EngineDead, GenerationFailed, QueueFull
 from server.model.base.weights import BaseModel
 from tests.engine_kit import build_engine, check_idle, random_adapter, run
@@ -200,7 +200,7 @@ def hang(bench: Bench, go: threading.Event) -> threading.Event:
     hangs = threading.Event()
 
     class Hanging(FailingRunner):
-        def run(self, chunks: Seq[Chunk]) -> list[tuple[Sequence, Sampled]]:
+        def run(self, chunks: Seq[Chunk]) -> list[Drawn]:
             hangs.set()
             assert go.wait(30)
             return super().run(chunks)
@@ -283,7 +283,7 @@ def test_a_thread_that_is_gone_is_noticed(tiny_base: BaseModel) -> None:
         pass
 
     class Panicking(FailingRunner):
-        def run(self, chunks: Seq[Chunk]) -> list[tuple[Sequence, Sampled]]:
+        def run(self, chunks: Seq[Chunk]) -> list[Drawn]:
             raise Panic("a secret of the library")
 
     async def main() -> None:

@@ -15,7 +15,7 @@ from server.engine.request import GenerationRequest, Grammar, SamplingParams, Se
 from server.engine.runner import Runner
 from server.engine.sampling.logits import LogitsRow
 from server.engine.sampling.sampler import Sampled
-from server.engine.scheduler import Chunk
+from server.engine.sequence import Chunk
 from server.engine.sequence import Sequence as SequenceState
 from server.engine.structured.guidance import Guidance
 from server.errors import GenerationFailed

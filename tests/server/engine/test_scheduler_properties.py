@@ -23,9 +23,10 @@ class Machine(RuleBasedStateMachine):
         chunk_size=st.sampled_from([1, 4, 6, 16]),
         max_prefill_tokens=st.integers(1, 24),
         max_bypass=st.integers(0, 4),
+        drafts=st.booleans(),
     )
-    def begin(self, **options: int) -> None:
-        self.sim, self.gate = simulation(failing=frozenset("z"), **options)
+    def begin(self, drafts: bool, **options: int) -> None:
+        self.sim, self.gate = simulation(failing=frozenset("z"), drafts=drafts, **options)
         self.num_added = 0
 
     @rule(
@@ -69,7 +70,7 @@ TestMachine.settings = settings(max_examples=num_examples(150), stateful_step_co
 
 def test_long_random_traffic() -> None:
     """Many seeds, tight everything, no shrinking: finds what short runs don't."""
-    num_preemptions = num_displaced = 0
+    num_preemptions = num_displaced = num_accepted = 0
     for seed in range(60):
         rng = random.Random(seed)
         sim, gate = simulation(
@@ -82,6 +83,7 @@ def test_long_random_traffic() -> None:
             chunk_size=rng.choice((4, 5, 16)),
             max_prefill_tokens=rng.choice((4, 16, 64)),
             max_bypass=rng.choice((0, 1, 5)),
+            drafts=seed % 2 == 1,
         )
         for _ in range(300):
             if rng.random() < 0.3 and len(sim.live()) < 20:
@@ -96,8 +98,10 @@ def test_long_random_traffic() -> None:
         assert not +gate.holds
         num_preemptions += sim.scheduler.num_preemptions
         num_displaced += len(sim.displaced)
+        num_accepted += sim.num_accepted
     assert num_preemptions - num_displaced > 100
     assert num_displaced > 10
+    assert num_accepted > 1000
 
 
 def test_the_wait_for_room_is_bounded_for_every_set() -> None:

@@ -26,11 +26,13 @@ def test_the_engines_numbers_are_read_when_asked() -> None:
     assert found["smolora_requests_waiting", ()] == 3
     assert found["smolora_kv_blocks_used", ()] == 4
     assert found["smolora_adapters_resident", ()] == 5
-    current[0] = EngineStats(output_tokens=11, adapter_evictions=6)
+    current[0] = EngineStats(output_tokens=11, adapter_evictions=6, drafted_tokens=8, accepted_tokens=5)
     found = samples(metrics)
     assert found["smolora_requests_running", ()] == 0
     assert found["smolora_generated_tokens_total", ()] == 11
     assert found["smolora_adapter_evictions_total", ()] == 6
+    assert found["smolora_drafted_tokens_total", ()] == 8
+    assert found["smolora_accepted_tokens_total", ()] == 5
 
 
 def test_requests_are_counted_by_outcome_and_adapter() -> None:

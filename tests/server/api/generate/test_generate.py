@@ -73,6 +73,7 @@ async def test_every_field_reaches_the_engine(client: httpx.AsyncClient, engine:
         "n": 2,
         "logprobs": 3,
         "ignore_eos": True,
+        "speculation": "off",
     }
     assert (await client.post("/generate", json=body)).status_code == 200
     assert engine.requests[0].n == 2
@@ -87,6 +88,7 @@ async def test_every_field_reaches_the_engine(client: httpx.AsyncClient, engine:
         stop=("\n", "END"),
         logprobs=3,
         ignore_eos=True,
+        speculates=False,
     )
 
 

@@ -99,6 +99,7 @@ async def test_every_field_reaches_the_engine(client: httpx.AsyncClient, engine:
         min_p=0.1,
         repetition_penalty=1.2,
         ignore_eos=True,
+        speculation="off",
         user="me",
     )
     (request,) = engine.requests
@@ -117,6 +118,7 @@ async def test_every_field_reaches_the_engine(client: httpx.AsyncClient, engine:
         stop=("x", "yy"),
         logprobs=3,
         ignore_eos=True,
+        speculates=False,
     )
 
 

@@ -29,12 +29,13 @@ def error_of(response: httpx.Response) -> dict[str, object]:
     return error
 
 
-async def test_a_bad_field_is_400_with_its_name(client: httpx.AsyncClient) -> None:
-    response = await client.post(CHAT, json=HELLO | {"temperature": 3})
+@pytest.mark.parametrize(("field", "value"), [("temperature", 3), ("speculation", "on")])
+async def test_a_bad_field_is_400_with_its_name(client: httpx.AsyncClient, field: str, value: object) -> None:
+    response = await client.post(CHAT, json=HELLO | {field: value})
     assert response.status_code == 400
     error = error_of(response)
-    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", "temperature", None)
-    assert "temperature" in str(error["message"])
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", field, None)
+    assert field in str(error["message"])
 
 
 async def test_a_field_deeper_down(client: httpx.AsyncClient) -> None:

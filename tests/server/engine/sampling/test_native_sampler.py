@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.errors import SmoloraError
 from server.engine.sampling import sampler
 from server.engine.sampling.logits import LogitsRow, constrain, penalize
 from server.engine.sampling.native import sample_natively
@@ -39,14 +38,9 @@ class Forbids:
     """A constraint that forbids some tokens; one that has failed forbids None."""
 
     mask: npt.NDArray[np.bool_] | None
-    is_complete: bool = False
-    error: SmoloraError | None = None
 
     def forbidden(self) -> npt.NDArray[np.bool_] | None:
         return self.mask
-
-    def accept(self, token_id: int) -> None:
-        raise NotImplementedError
 
 
 def logits_like(kind: str, seed: int, vocab: int) -> torch.Tensor:

@@ -65,6 +65,44 @@ def test_each_sequence_has_its_own_place(guidance: Guidance) -> None:
     assert not still[a]
 
 
+def mask(constraint: Constraint) -> list[bool]:
+    forbidden = constraint.forbidden()
+    assert forbidden is not None
+    return [bool(one) for one in forbidden]
+
+
+def test_a_draft_is_followed_by_a_copy(guidance: Guidance) -> None:
+    """As far as it may be; the sequence's own place stays where it is."""
+    grammar = Grammar("regex", "(ab|cd){3}")
+    guidance.check(grammar)
+    a, b, c, d, x = (tiny_tokenizer().encode(letter)[0] for letter in "abcdx")
+    constraint = guidance.constraint(grammar)
+    for draft, num_allowed in (([], 0), ([x], 0), ([a, b, c, d], 4), ([a, b, c, c, d], 3), ([a, b] * 4, 6)):
+        assert constraint.num_allowed(draft) == num_allowed
+    for num in range(6):
+        ahead, walked = constraint.after([a, b, c, d, a, b][:num]), guidance.constraint(grammar)
+        for token_id in [a, b, c, d, a, b][:num]:
+            walked.accept(token_id)
+        assert mask(ahead) == mask(walked)
+    assert constraint.after([a, b] * 3).is_complete
+    assert not constraint.is_complete
+    assert mask(constraint) == mask(guidance.constraint(grammar))
+
+
+def test_a_draft_that_can_not_be_followed_is_not_the_sequence_s_fault(guidance: Guidance) -> None:
+    grammar = Grammar("regex", "ab")
+    guidance.check(grammar)
+    a, x = (tiny_tokenizer().encode(letter)[0] for letter in "ax")
+    constraint = guidance.constraint(grammar)
+    astray = constraint.after([a, x])
+    assert astray.forbidden() is None
+    assert astray.error is not None
+    assert constraint.error is None
+    assert constraint.forbidden() is not None
+    constraint.accept(a)
+    assert constraint.num_allowed([a]) == 0
+
+
 @pytest.mark.parametrize(
     "regex",
     [

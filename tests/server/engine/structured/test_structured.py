@@ -1,7 +1,7 @@
 """Structured answers from the engine: against Hugging Face's logits and listed languages, and beside others."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,12 @@ class Failing:
 
     def accept(self, token_id: int) -> None:
         self._num_left -= 1
+
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        return min(len(token_ids), self._num_left)
+
+    def after(self, token_ids: Sequence[int]) -> "Failing":
+        return Failing(self._num_left - len(token_ids), self._vocab_size)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 3])  # of at most three

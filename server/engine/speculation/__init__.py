@@ -1,0 +1,1 @@
+"""Tokens guessed ahead and computed together, which changes no answer."""

@@ -1,0 +1,122 @@
+"""Drafts for a step's decoding sequences: guessed tokens that the step computes too, and draws behind.
+
+A token is drawn from what stands before it and from noise that its position decides, so behind a draft that came
+true it is the one that plain decoding would have drawn: drafts change when tokens come, and nothing else. Here is
+decided which guesses are worth their time: as many as bring more tokens a second, by how often the sequence's
+guesses came true (`acceptance`) and what a token more costs a step (`row_costs`). A draft takes blocks that are
+free for the length of a step, and rows that the batch leaves; nobody waits or gives way for it.
+"""
+
+from collections.abc import Collection
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+
+from server.engine.kv_cache import BlockManager
+from server.engine.sequence import Chunk, Sequence
+from server.engine.speculation.acceptance import Acceptance
+from server.engine.speculation.lookup import Guess, PromptLookup
+from server.engine.speculation.row_costs import RowCosts
+
+MAX_DRAFT = 15  # tokens: with the one before them they fill a tile of 16 rows
+
+
+@dataclass
+class _State:
+    """What is known of a decoding sequence."""
+
+    lookup: PromptLookup = field(default_factory=PromptLookup)
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    guess: Guess | None = None  # the last one, drafted or not
+    position: int = 0  # of its first token
+
+
+class Speculator:
+    """Extends steps. It knows a sequence from its first decode until `forget`."""
+
+    def __init__(
+        self, blocks: BlockManager, eos: Collection[int], max_num_seqs: int, *, is_on: bool = True
+    ) -> None:
+        """A step draws at most `max_num_seqs` tokens, or those of one sequence with the longest draft."""
+        self.costs = RowCosts(max_num_seqs)
+        self.num_drafted_tokens = 0
+        self._blocks = blocks
+        self._eos = frozenset(eos)
+        self._max_rows = max(max_num_seqs, 1 + MAX_DRAFT)
+        self._is_on = is_on
+        self._states: dict[Sequence, _State] = {}
+
+    def extend(self, chunks: Seq[Chunk]) -> Seq[Chunk]:
+        """The chunks, those of decoding sequences with a draft where that pays. Blocks for it are reserved."""
+        num_free = self._max_rows - sum(chunk.samples for chunk in chunks)
+        if not self._is_on or num_free <= 0:
+            return chunks
+        guesses = {chunk: guess for chunk in chunks if (guess := self._guess(chunk)) is not None}
+        if not guesses:
+            return chunks
+        chances = [
+            list(self._states[chunk.sequence].acceptance.chances(guess.match, len(guess.token_ids)))
+            for chunk, guess in guesses.items()
+        ]
+        num_decoding = sum(chunk.is_decode and chunk.samples for chunk in chunks)
+        sizes = draft_sizes(num_decoding, chances, self.costs.of(num_decoding), num_free)
+        drafts = {
+            chunk: self._draft(chunk, guess.token_ids[:size])
+            for (chunk, guess), size in zip(guesses.items(), sizes, strict=True)
+        }
+        self.num_drafted_tokens += sum(map(len, drafts.values()))
+        return [replace(chunk, draft=drafts[chunk]) if drafts.get(chunk) else chunk for chunk in chunks]
+
+    def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
+        """A step of these chunks took so long."""
+        if self._is_on and all(chunk.is_decode and chunk.samples for chunk in chunks):
+            self.costs.observe(len(chunks), sum(len(chunk.draft) for chunk in chunks), seconds)
+
+    def forget(self, sequence: Sequence) -> None:
+        """It has ended."""
+        self._states.pop(sequence, None)
+
+    def _guess(self, chunk: Chunk) -> Guess | None:
+        """What may follow a decoding sequence, after a look at what became of the last guess."""
+        sequence, params = chunk.sequence, chunk.sequence.request.sampling
+        max_tokens = min(params.max_tokens - sequence.num_output_tokens - 1, MAX_DRAFT)
+        if not (params.speculates and chunk.is_decode and chunk.samples and max_tokens > 0):
+            return None
+        state = self._states.setdefault(sequence, _State())
+        if state.guess is not None:
+            drawn = sequence.token_ids[state.position :]
+            for num, (guessed, token_id) in enumerate(zip(state.guess.token_ids, drawn, strict=False)):
+                state.acceptance.observe(state.guess.match + num, guessed == token_id)
+                if guessed != token_id:
+                    break
+        state.guess = state.lookup.guess(sequence.token_ids, max_tokens)
+        state.position = sequence.num_tokens
+        return state.guess
+
+    def _draft(self, chunk: Chunk, token_ids: Seq[int]) -> tuple[int, ...]:
+        """As many of these tokens as may follow and find blocks, which are reserved."""
+        sequence = chunk.sequence
+        # Behind what ends an answer nothing is drawn, and the end itself need not be drafted.
+        draft = tuple(takewhile(lambda token_id: token_id not in self._eos, token_ids))
+        if draft and sequence.constraint is not None:
+            draft = draft[: sequence.constraint.num_allowed(draft)]
+        if draft and not self._blocks.reserve(sequence, chunk.stop + len(draft)):
+            draft = draft[: len(sequence.block_table) * self._blocks.block_size - chunk.stop]
+        return draft
+
+
+def draft_sizes(num_decoding: int, chances: Seq[Seq[float]], cost: float, max_tokens: int) -> list[int]:
+    """How many tokens of each guess to draft, so that all sequences together get the most tokens a second.
+
+    `chances` of each guess: that its first token comes true, its first two, and so on. `cost` is what a drafted
+    token adds to a step's time, as a share of it; `max_tokens` bounds all drafts together.
+    """
+    sizes = [0] * len(chances)
+    num_tokens, time = float(num_decoding), 1.0  # that a step brings, on the average, and takes
+    best_first = sorted(((chance, i) for i, of_guess in enumerate(chances) for chance in of_guess), reverse=True)
+    for chance, i in best_first[:max_tokens]:
+        if chance * time <= cost * num_tokens:
+            break
+        sizes[i] += 1
+        num_tokens, time = num_tokens + chance, time + cost
+    return sizes

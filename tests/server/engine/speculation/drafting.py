@@ -1,0 +1,49 @@
+"""Engines that draft whatever they can guess, or nothing, whatever the machine's speed says."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from server.engine.engine import Engine
+from server.engine.request import GenerationRequest
+from server.engine.speculation.row_costs import RowCosts
+from tests.engine_kit import Results, run
+
+
+class SetCosts(RowCosts):
+    """Costs that are given, not measured: 0 drafts every guess, 1 none."""
+
+    def __init__(self, cost: float) -> None:
+        super().__init__(64)
+        self.cost = cost
+
+    def of(self, num_sequences: int) -> float:
+        return self.cost
+
+
+def drafting(engine: Engine, cost: float = 0.0) -> Engine:
+    """The engine, from now on with this cost of a drafted token."""
+    engine.speculator.costs = SetCosts(cost)
+    return engine
+
+
+def without(requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
+    """The requests with speculation "off"."""
+    return [replace(r, sampling=replace(r.sampling, speculates=False)) for r in requests]
+
+
+def check_identity(plain: Engine, engine: Engine, requests: Sequence[GenerationRequest]) -> Results:
+    """What comes out of `engine`, which must be what `plain` makes of the requests without drafts, bit for bit.
+
+    Between steps nobody holds blocks for a draft.
+    """
+
+    def check_blocks() -> None:
+        for sequence in engine.scheduler.running:
+            assert len(sequence.block_table) == engine.blocks.blocks_for(sequence.num_computed_tokens)
+
+    expected = run(plain, without(requests))
+    assert plain.stats.drafted_tokens == 0
+    found = run(engine, requests, after_step=check_blocks)
+    for key, result in expected.items():
+        assert found[key] == result, key
+    return found

@@ -1,0 +1,181 @@
+"""Which chunks get a draft, and of how many tokens; what it takes and gives back."""
+
+from collections.abc import Sequence as Seq
+
+import pytest
+
+from server.engine.kv_cache import BlockManager
+from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.runner import Drawn
+from server.engine.sampling.sampler import Sampled
+from server.engine.sequence import Chunk, Sequence
+from server.engine.speculation.speculator import MAX_DRAFT, Speculator
+from tests.server.engine.speculation.drafting import SetCosts
+
+EOS = 99
+PROMPT = (*range(20), *range(4))
+"""After which 4, 5, 6 … is guessed."""
+
+
+def decoding(
+    blocks: BlockManager, prompt: Seq[int] = PROMPT, max_tokens: int = 64, speculates: bool = True
+) -> Sequence:
+    """A sequence that has computed its prompt but for the last token."""
+    params = SamplingParams(max_tokens=max_tokens, speculates=speculates)
+    sequence = Sequence(GenerationRequest("a", tuple(prompt), params), 0, 0.0, blocks.block_size)
+    assert blocks.admit(sequence, num_spare_blocks=0)
+    assert blocks.reserve(sequence, len(prompt))
+    sequence.num_computed_tokens = len(prompt) - 1
+    return sequence
+
+
+def chunk_of(sequence: Sequence) -> Chunk:
+    return Chunk(sequence, sequence.num_computed_tokens, sequence.num_tokens)
+
+
+def speculator_of(blocks: BlockManager, max_num_seqs: int = 32, cost: float = 0.0) -> Speculator:
+    speculator = Speculator(blocks, [EOS], max_num_seqs)
+    speculator.costs = SetCosts(cost)
+    return speculator
+
+
+def draft(blocks: BlockManager, sequence: Sequence, cost: float = 0.0) -> tuple[int, ...]:
+    (chunk,) = speculator_of(blocks, cost=cost).extend([chunk_of(sequence)])
+    return chunk.draft
+
+
+def test_what_followed_the_last_tokens_is_drafted() -> None:
+    blocks = BlockManager(9, 16)
+    sequence = decoding(blocks)
+    speculator = speculator_of(blocks)
+    (chunk,) = speculator.extend([chunk_of(sequence)])
+    assert chunk.draft == tuple(range(4, 4 + MAX_DRAFT))
+    assert chunk.token_ids == (3, *chunk.draft)
+    assert chunk.num_tokens == 1 + MAX_DRAFT
+    assert speculator.num_drafted_tokens == MAX_DRAFT
+    assert sequence.token_ids == list(PROMPT)
+    assert len(sequence.block_table) == 3
+    blocks.check([sequence])
+
+
+@pytest.mark.parametrize(("max_tokens", "num_drafted"), [(1, 0), (2, 1), (9, 8), (16, MAX_DRAFT), (64, MAX_DRAFT)])
+def test_no_more_is_drafted_than_may_follow(max_tokens: int, num_drafted: int) -> None:
+    """A token is drawn behind the draft, and it is the last one at the latest."""
+    blocks = BlockManager(9, 16)
+    assert len(draft(blocks, decoding(blocks, max_tokens=max_tokens))) == num_drafted
+
+
+def test_whoever_wants_none_gets_none() -> None:
+    blocks = BlockManager(9, 16)
+    sequence = decoding(blocks, speculates=False)
+    assert draft(blocks, sequence) == ()
+    assert draft(blocks, decoding(blocks, range(30))) == ()  # nothing stands there twice
+    chunks = [chunk_of(decoding(blocks))]
+    assert Speculator(blocks, [EOS], 32, is_on=False).extend(chunks) == chunks
+
+
+def test_prompts_are_read_without_drafts() -> None:
+    blocks = BlockManager(9, 16)
+    sequence = decoding(blocks)
+    for chunk in (Chunk(sequence, 0, 20), Chunk(sequence, 0, 24), Chunk(sequence, 22, 23)):
+        assert list(speculator_of(blocks).extend([chunk])) == [chunk]
+
+
+def test_an_end_is_not_drafted() -> None:
+    blocks = BlockManager(9, 16)
+    prompt = (0, 1, 2, 3, EOS, 5, 0, 1)
+    assert draft(blocks, decoding(blocks, prompt)) == (2, 3)
+    assert draft(blocks, decoding(blocks, (0, 1, EOS, 2, 0, 1))) == ()
+
+
+def test_a_dear_row_is_not_drafted() -> None:
+    blocks = BlockManager(9, 16)
+    sizes = [len(draft(blocks, decoding(BlockManager(9, 16)), cost=cost)) for cost in (0.0, 0.1, 0.3, 1.0)]
+    assert sizes[0] == MAX_DRAFT > sizes[1] > sizes[2]
+    assert sizes[3] == 0
+
+
+@pytest.mark.parametrize("num_usable", [2, 3])
+def test_a_draft_takes_free_blocks_alone(num_usable: int) -> None:
+    """Where there is none it ends with the block that the sequence has."""
+    blocks = BlockManager(num_usable + 1, 16)
+    sequence = decoding(blocks)
+    assert len(draft(blocks, sequence)) == (8 if num_usable == 2 else MAX_DRAFT)
+    blocks.check([sequence])
+
+
+def test_a_block_of_a_draft_that_failed_goes_back_and_is_the_next_to_be_used() -> None:
+    blocks = BlockManager(9, 16)
+    sequence = decoding(blocks)
+    table = list(sequence.block_table)
+    draft(blocks, sequence)
+    taken = sequence.block_table[-1]
+    sequence.token_ids.append(50)
+    sequence.num_computed_tokens += 1
+    blocks.trim(sequence)
+    assert sequence.block_table == table
+    blocks.check([sequence])
+    assert blocks.reserve(sequence, 33)
+    assert sequence.block_table[-1] == taken
+
+
+def test_drafts_share_the_rows_that_the_batch_leaves() -> None:
+    blocks = BlockManager(99, 16)
+    chunks = [chunk_of(decoding(blocks)) for _ in range(4)]
+    for max_num_seqs, num_drafted in ((32, 28), (18, 14), (4, 12), (1, 12), (64, 60)):
+        found = speculator_of(blocks, max_num_seqs).extend(chunks)
+        assert sum(len(chunk.draft) for chunk in found) == num_drafted
+        assert sum(1 + len(chunk.draft) for chunk in found) <= max(max_num_seqs, 1 + MAX_DRAFT)
+    full = [chunk_of(decoding(blocks)) for _ in range(16)]
+    assert list(speculator_of(blocks, 16).extend(full)) == full
+
+
+def test_what_was_drawn_teaches_even_where_nothing_was_drafted() -> None:
+    """Guesses that fail are given up, and taken up again when they come true."""
+    blocks = BlockManager(30, 16)
+    sequence = decoding(blocks, (*range(50), *range(4)), max_tokens=200)
+    speculator = speculator_of(blocks, cost=0.3)
+
+    def step(token_id: int) -> int:
+        (chunk,) = speculator.extend([chunk_of(sequence)])
+        sequence.token_ids.append(token_id)
+        sequence.num_computed_tokens = sequence.num_tokens - 1
+        blocks.trim(sequence)
+        assert blocks.reserve(sequence, sequence.num_tokens)
+        return len(chunk.draft)
+
+    rng = iter(range(1000, 2000))
+    failing = []
+    for start in range(10, 40, 3):  # the guess is wrong each time, and a familiar pair of tokens follows
+        failing.append(step(next(rng)))
+        step(start)
+        step(start + 1)
+    assert failing[-1] == 0
+    coming_true = [step(token_id) for token_id in range(39, 50)]
+    assert coming_true[-1] > 0
+    speculator.forget(sequence)
+    assert not speculator._states
+
+
+def tokens(*token_ids: int | None) -> tuple[Sampled, ...]:
+    return tuple(Sampled(token_id, None) for token_id in token_ids)
+
+
+@pytest.mark.parametrize(
+    ("draft", "drawn", "agreed"),
+    [
+        ((), (5,), (5,)),
+        ((5, 6), (5, 6, 7), (5, 6, 7)),
+        ((5, 6), (5, 9, 7), (5, 9)),
+        ((5, 6), (9, 6, 7), (9,)),
+        ((5, 6), (5, None, 7), (5,)),
+        ((5, 6), (5, 6, None), (5, 6)),
+        ((5,), (None, 6), (None,)),
+    ],
+)
+def test_what_plain_decoding_would_have_drawn(
+    draft: tuple[int, ...], drawn: tuple[int | None, ...], agreed: tuple[int | None, ...]
+) -> None:
+    sequence = decoding(BlockManager(9, 16))
+    chunk = Chunk(sequence, 23, 24, draft)
+    assert tuple(Drawn(chunk, tokens(*drawn)).agreed()) == tokens(*agreed)
