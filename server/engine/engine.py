@@ -72,11 +72,11 @@ class Engine:
         rows = backend.rank_rows(max(config.adapter_cache_bytes // backend.bytes_per_rank, 1))
         self._loaders = ThreadPoolExecutor(2, "adapter-loader")
         self.pool = AdapterPool(rows, load, self._loaders, wake, clock)
-        self.scheduler = Scheduler(config.scheduler, self.blocks, self.pool, clock)
+        num_seqs = config.scheduler.max_num_seqs
+        is_invariant = backend.is_batch_invariant
+        self.scheduler = Scheduler(config.scheduler, self.blocks, self.pool, clock, cuts_anywhere=is_invariant)
         self.runner = Runner(backend.forward(self.blocks.num_blocks, config.block_size, rows))
-        self.speculator = Speculator(
-            self.blocks, self._eos, config.scheduler.max_num_seqs, is_on=backend.is_batch_invariant
-        )
+        self.speculator = Speculator(self.blocks, self._eos, num_seqs, is_on=is_invariant)
         self._streams: dict[Sequence, TextStream] = {}
         self._requests: dict[str, list[Sequence]] = {}  # what of each hasn't ended, by its id
         self._num_failures = 0
@@ -172,7 +172,9 @@ class Engine:
             begun = self._clock()
             chunks = self.speculator.extend(step.chunks)
             found = self.runner.run(chunks)
-            self.speculator.observe(chunks, self._clock() - begun)
+            took = self._clock() - begun
+            self.speculator.observe(chunks, took)
+            self.scheduler.observe(chunks, took)
         except Exception as reason:
             log.exception("a step failed")
             self._num_failures += 1

@@ -2,7 +2,8 @@
 
 Running sequences come first, oldest first: one token for each that decodes, one chunk for each that still reads
 its prompt, as far as the step's prefill budget goes. What is left of it admits waiting ones. Chunk borders are
-multiples of `chunk_size`, whatever the load.
+multiples of `chunk_size`, whatever the load. Where they may be anywhere, they are where the budget ends, and that
+goes by what prompts were seen to cost (`prompt_room`).
 
 Fairness: projects take turns, and the adapter sets of each (`waiting_queues`). A set whose turn it is but for
 which there is no room yet may be passed over, at most `max_bypass` times; then nothing else is admitted before it,
@@ -18,6 +19,7 @@ sequences and preemptions for blocks.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
@@ -28,6 +30,7 @@ from server.engine.kv_cache import BlockManager
 from server.engine.sequence import Chunk, Sequence, Status
 from server.engine.waiting_queues import Turn, WaitingQueues
 from server.engine.waiting_set import Adapters, WaitingSet
+from server.engine.watching.prompt_room import PromptRoom
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,17 @@ class Scheduler:
         blocks: BlockManager,
         adapters: Adapters,
         clock: Callable[[], float],
+        *,
+        cuts_anywhere: bool = False,
     ) -> None:
+        """`cuts_anywhere`: chunks may end anywhere, which makes no difference to what they are computed to."""
         self.limits = limits
         self.blocks = blocks
         self.num_preemptions = 0
         self.running: list[Sequence] = []  # in order of admission
         self._adapters = adapters
         self._clock = clock
+        self._prompt_room = PromptRoom(limits.max_num_seqs) if cuts_anywhere else None
         self._waiting = WaitingQueues()
 
     @property
@@ -120,6 +127,11 @@ class Scheduler:
         self._give_back(sequence)
         sequence.status = Status.FINISHED
 
+    def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
+        """A step of these chunks took so long."""
+        if self._prompt_room is not None:
+            self._prompt_room.observe(chunks, seconds)
+
     def schedule(self) -> Step:
         """The next step. Blocks for its tokens are in the sequences' block tables."""
         chunks: list[Chunk] = []
@@ -131,7 +143,7 @@ class Scheduler:
             if sequence.is_decoding:
                 stop = sequence.num_tokens
             elif budget > 0:
-                stop = self._chunk_stop(sequence)
+                stop = self._chunk_stop(sequence, budget)
                 budget -= stop - sequence.num_computed_tokens
             else:
                 continue
@@ -147,9 +159,13 @@ class Scheduler:
         num_decodes = sum(1 for sequence in self.running if sequence.is_decoding)
         if not num_decodes:
             return self.limits.max_prefill_tokens
+        if self._prompt_room is not None:
+            return min(self._prompt_room.beside(num_decodes), self.limits.max_prefill_tokens)
         return min(max(self.limits.chunk_size, 4 * num_decodes), self.limits.max_prefill_tokens)
 
-    def _chunk_stop(self, sequence: Sequence) -> int:
+    def _chunk_stop(self, sequence: Sequence, budget: int) -> int:
+        if self._prompt_room is not None:
+            return min(sequence.num_computed_tokens + budget, sequence.num_tokens)
         size = self.limits.chunk_size
         return min((sequence.num_computed_tokens // size + 1) * size, sequence.num_tokens)
 
@@ -190,7 +206,7 @@ class Scheduler:
                     queue.num_bypassed = 0
                     for other in lacking_room:
                         other.num_bypassed += 1
-                    chunk = self._first_chunk(sequence)
+                    chunk = self._first_chunk(sequence, budget)
                     budget -= chunk.stop - chunk.start
                     chunks.append(chunk)
                 case _Verdict.NO_ROOM:
@@ -257,8 +273,8 @@ class Scheduler:
         blocks = self.blocks
         return sum(max(1, blocks.blocks_for(s.num_tokens + 1) - len(s.block_table)) for s in running)
 
-    def _first_chunk(self, sequence: Sequence) -> Chunk:
-        stop = self._chunk_stop(sequence)
+    def _first_chunk(self, sequence: Sequence, budget: int) -> Chunk:
+        stop = self._chunk_stop(sequence, budget)
         reserved = self.blocks.reserve(sequence, stop)
         assert reserved, "an admitted sequence has room for its tokens"
         return Chunk(sequence, sequence.num_computed_tokens, stop)

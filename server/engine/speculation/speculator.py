@@ -16,7 +16,7 @@ from server.engine.kv_cache import BlockManager
 from server.engine.sequence import Chunk, Sequence
 from server.engine.speculation.acceptance import Acceptance
 from server.engine.speculation.lookup import Guess, PromptLookup
-from server.engine.speculation.row_costs import RowCosts
+from server.engine.watching.row_costs import RowCosts
 
 MAX_DRAFT = 15  # tokens: with the one before them they fill a tile of 16 rows
 

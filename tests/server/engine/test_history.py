@@ -79,9 +79,13 @@ def ordered(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Resul
     return [found[request.request_id, 0] for request in requests]
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 16, 50, 512])
-def test_prompts_in_any_chunks(history: History, chunk_size: int) -> None:
-    check(ordered(history.engine(chunk_size=chunk_size), history.requests), history.cold)
+@pytest.mark.parametrize("num_tokens", [1, 3, 16, 50, 512])
+def test_prompts_in_any_chunks(history: History, num_tokens: int) -> None:
+    """Of so many tokens a step, of all prompts: the last one of a step is cut anywhere."""
+    engine = history.engine(max_prefill_tokens=num_tokens)
+    check(ordered(engine, history.requests), history.cold)
+    num_prompt_tokens = sum(len(request.prompt_token_ids) for request in history.requests)
+    assert engine.num_steps > num_prompt_tokens / (num_tokens + engine.config.scheduler.max_num_seqs)
 
 
 def check_repeats(history: History) -> None:
@@ -133,4 +137,4 @@ def test_history_changes_nothing_on_the_real_base(base_dir: Path) -> None:
     history = History(load_base(base_dir), 20, strength=0.03)
     check_repeats(history)
     check_second_turns(history)
-    check(ordered(history.engine(chunk_size=50), history.requests), history.cold)
+    check(ordered(history.engine(max_prefill_tokens=50), history.requests), history.cold)

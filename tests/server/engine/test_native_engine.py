@@ -9,6 +9,7 @@ import torch
 
 from server.engine.engine import Engine
 from server.engine.request import GenerationRequest
+from server.engine.scheduler import SchedulerLimits
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.model import NativeModel
@@ -54,6 +55,16 @@ def requests(num_tokens: int) -> list[GenerationRequest]:
         )
         for index, length in enumerate(LENGTHS)
     ]
+
+
+def test_a_prompt_is_read_at_once_where_nobody_waits(base: BaseModel) -> None:
+    limits = SchedulerLimits(max_prefill_tokens=200)
+    engine = build_engine(base, native=native_model(base), limits=limits)
+    engine.add(replace(requests(1)[0], prompt_token_ids=tuple(range(100, 500))))
+    engine.step()
+    assert engine.has_work
+    engine.step()
+    assert not engine.has_work
 
 
 def check_company(base: BaseModel, strength: float, num_tokens: int) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from server.engine.engine import Engine
 from server.engine.request import GenerationRequest
-from server.engine.speculation.row_costs import RowCosts
+from server.engine.watching.row_costs import RowCosts
 from tests.engine_kit import Results, run
 
 

@@ -1,8 +1,8 @@
-"""What a drafted token costs: how much longer a step takes for it, by the steps measured lately.
+"""What a token more costs: how much longer a step takes for it, by the steps measured lately.
 
 For each number of decoding sequences, up to a power of two, a line is fitted to the steps' seconds over their
-numbers of drafted tokens. Old steps fade; where recent ones tell little, the cost goes back to what is assumed at
-first, so that one that was found too high is tried again.
+numbers of other tokens, drafted ones or those of prompts. Old steps fade; where recent ones tell little, the cost
+goes back to what is assumed at first, so that one that was found too high is tried again.
 """
 
 from dataclasses import dataclass
@@ -14,22 +14,24 @@ _LEAST = 0.01
 
 
 class RowCosts:
-    """Costs of drafted tokens, as shares of a step without any."""
+    """Costs of tokens beside those of decoding sequences, as shares of a step without any."""
 
-    def __init__(self, max_num_seqs: int) -> None:
-        # Assumed is what one more sequence costs, each a tenth of the first one's time.
-        self._lines = {_band(num): _Line(1 / (9 + _band(num))) for num in range(1, max_num_seqs + 1)}
+    def __init__(self, max_num_seqs: int, assumed_step: int = 10) -> None:
+        """Before anything is measured, `assumed_step` such tokens are taken to cost what a step of one sequence
+        does, and a further sequence what one of them does."""
+        bands = {_band(num) for num in range(1, max_num_seqs + 1)}
+        self._lines = {band: _Line(1 / (assumed_step - 1 + band)) for band in bands}
 
     def of(self, num_sequences: int) -> float:
         """Of one more token, in a step of so many decoding sequences."""
         return self._lines[_band(num_sequences)].fit()[1]
 
-    def observe(self, num_sequences: int, num_drafted: int, seconds: float) -> None:
-        """A step of so many decoding sequences, and nothing else, with so many drafted tokens took so long."""
+    def observe(self, num_sequences: int, num_tokens: int, seconds: float) -> None:
+        """A step of so many decoding sequences with so many other tokens took so long."""
         line = self._lines[_band(num_sequences)]
         start, share = line.fit()
-        usual = start * (1 + share * num_drafted)
-        line.add(num_drafted, min(seconds, _OUTLIER * usual) if usual else seconds)
+        usual = start * (1 + share * num_tokens)
+        line.add(num_tokens, min(seconds, _OUTLIER * usual) if usual else seconds)
 
 
 def _band(num_sequences: int) -> int:
@@ -39,7 +41,7 @@ def _band(num_sequences: int) -> int:
 
 @dataclass
 class _Line:
-    """Faded sums over steps, of x drafted tokens and y seconds."""
+    """Faded sums over steps, of x tokens and y seconds."""
 
     assumed: float  # slope, as a share of y where x is 0
     n: float = 0.0

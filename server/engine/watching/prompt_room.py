@@ -1,0 +1,33 @@
+"""How much of prompts a step reads beside sequences that decode, whose next tokens wait for all of it.
+
+As much as makes the step `SLOWER` times as long as without, by the steps measured lately: a fixed number would be
+a short moment on one machine and a long one on another, or with other adapters.
+"""
+
+from collections.abc import Sequence as Seq
+
+from server.engine.sequence import Chunk
+from server.engine.watching.row_costs import RowCosts
+
+SLOWER = 2.5
+"""Twice the pause between tokens would have prompts of a thousand tokens take a fifth longer."""
+_LEAST = 16  # tokens: fewer take hardly less
+_ASSUMED_STEP = 16  # a step of one sequence, in tokens of prompts
+
+
+class PromptRoom:
+    """Learns from every step."""
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self._costs = RowCosts(max_num_seqs, _ASSUMED_STEP)
+
+    def beside(self, num_decoding: int) -> int:
+        """Tokens of prompts in a step of so many decoding sequences, one or more."""
+        return max(_LEAST, int((SLOWER - 1) / self._costs.of(num_decoding)))
+
+    def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
+        """A step of these chunks took so long."""
+        num_decoding = sum(chunk.is_decode for chunk in chunks)
+        if num_decoding and not any(chunk.draft for chunk in chunks):
+            num_tokens = sum(chunk.stop - chunk.start for chunk in chunks)
+            self._costs.observe(num_decoding, num_tokens - num_decoding, seconds)

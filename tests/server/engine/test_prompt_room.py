@@ -1,0 +1,41 @@
+"""How much of prompts is read beside sequences that decode: what their pauses allow, by what steps took."""
+
+import random
+
+import pytest
+
+from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.sequence import Chunk, Sequence
+from server.engine.watching.prompt_room import SLOWER, PromptRoom
+
+
+def chunks(num_decoding: int, num_prompt_tokens: int) -> list[Chunk]:
+    """Of sequences that have computed five tokens, and of one that reads its prompt."""
+    request = GenerationRequest("r", tuple(range(1000)), SamplingParams())
+    decodes = [Chunk(Sequence(request, i, 0.0, 16), 5, 6) for i in range(num_decoding)]
+    reads = [Chunk(Sequence(request, 0, 0.0, 16), 0, num_prompt_tokens)] if num_prompt_tokens else []
+    return [*decodes, *reads]
+
+
+@pytest.mark.parametrize(("step", "token"), [(0.005, 0.0003), (0.02, 0.0002), (0.005, 0.00005)])
+def test_steps_become_no_longer_than_that(step: float, token: float) -> None:
+    rng, room = random.Random(1), PromptRoom(32)
+    for _ in range(300):
+        num_tokens = rng.choice((0, 0, room.beside(4)))
+        room.observe(chunks(4, num_tokens), (step + token * num_tokens) * rng.uniform(0.95, 1.05))
+    assert step + token * room.beside(4) == pytest.approx(SLOWER * step, rel=0.15)
+
+
+def test_some_are_read_however_slow_it_is() -> None:
+    room = PromptRoom(8)
+    for number in range(300):
+        room.observe(chunks(1, number % 2 * 16), 0.005 + number % 2 * 1.0)
+    assert room.beside(1) == 16
+
+
+def test_steps_without_streams_say_nothing() -> None:
+    room = PromptRoom(8)
+    before = room.beside(1)
+    for _ in range(100):
+        room.observe(chunks(0, 512), 5.0)
+    assert room.beside(1) == before
