@@ -201,7 +201,7 @@ def test_where_a_row_is_dear_nothing_is_drafted(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("cost", "most"), [(0.01, 0.75), (0.1, 0.9), (1.0, 1.03)])
 def test_what_a_row_is_measured_to_cost_decides(bench: Bench, cost: float, most: float) -> None:
-    """By the engine's clock: drafts save time, or hardly lose any where a drafted token takes as long as a step."""
+    """By the engine's clock: drafts save time, or lose little where each takes as long as a step."""
     requests, took = requests_of_all_kinds(100), []
     for wanted in (without(requests), requests):
         engine = bench.engine()
