@@ -130,7 +130,7 @@ def test_a_key_that_a_command_revokes(tenants: Tenants) -> None:
     secret = run("create", "short", "--project", "acme").strip()
     key_id = next(line.split()[0] for line in run("list").splitlines() if " short " in line)
     with tenants.client(secret) as client:
-        body = {"prompt": "a", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+        body = {"prompt": "a", "max_tokens": 4000, "ignore_eos": True, "stream": True, "speculation": "off"}
         with client.stream("POST", "/generate", json=body) as response:
             lines = response.iter_lines()
             next(lines)

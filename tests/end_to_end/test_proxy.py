@@ -26,7 +26,7 @@ KEY = "a-key-of-the-operator"
 PROMPT = "The capital of France is"
 BODY_TIMEOUT = 2.0
 CANCELLED = 'smolora_requests_total{outcome="cancelled"}'
-LONG = {"prompt": PROMPT, "max_tokens": 4000, "ignore_eos": True}
+LONG = {"prompt": PROMPT, "max_tokens": 4000, "ignore_eos": True, "speculation": "off"}
 """Takes far more than SOON, so that an end before is one by the client's leaving."""
 SOON = 10.0
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 from server.engine.engine import Engine
 from server.engine.request import GenerationRequest
+from server.engine.runner import Drawn, Runner
+from server.engine.sequence import Chunk
 from server.engine.watching.row_costs import RowCosts
 from tests.engine_kit import Results, run
 
@@ -47,3 +49,16 @@ def check_identity(plain: Engine, engine: Engine, requests: Sequence[GenerationR
     for key, result in expected.items():
         assert found[key] == result, key
     return found
+
+
+class TimedRunner(Runner):
+    """The engine's runner, by whose clock a step takes a second, and each drafted token `cost` more."""
+
+    def __init__(self, runner: Runner, cost: float) -> None:
+        super().__init__(runner.forward)
+        self.cost = cost
+        self.now = 0.0
+
+    def run(self, chunks: Sequence[Chunk]) -> list[Drawn]:
+        self.now += 1 + self.cost * sum(len(chunk.draft) for chunk in chunks)
+        return super().run(chunks)

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.engine_kit import GREEDY, Results, build_engine, check_idle, random_a
 from tests.grammars import guidance_of
 from tests.native_kit import native_model
 from tests.properties import num_examples
-from tests.server.engine.speculation.drafting import check_identity, drafting, without
+from tests.server.engine.speculation.drafting import TimedRunner, check_identity, drafting, without
 from tests.tiny import save_tiny_base
 
 EOS = 2
@@ -196,6 +197,20 @@ def test_where_a_row_is_dear_nothing_is_drafted(bench: Bench) -> None:
     engine = drafting(bench.engine(), cost=1.0)
     check_identity(bench.engine(), engine, requests_of_all_kinds(30))
     assert engine.stats.drafted_tokens == 0
+
+
+@pytest.mark.parametrize(("cost", "most"), [(0.01, 0.75), (0.1, 0.9), (1.0, 1.03)])
+def test_what_a_row_is_measured_to_cost_decides(bench: Bench, cost: float, most: float) -> None:
+    """By the engine's clock: drafts save time, or lose little where each takes as long as a step."""
+    requests, took = requests_of_all_kinds(100), []
+    for wanted in (without(requests), requests):
+        engine = bench.engine()
+        engine.runner = runner = TimedRunner(engine.runner, cost)
+        engine._clock = partial(getattr, runner, "now")
+        for request in wanted:
+            run(engine, [request])
+        took.append(runner.now)
+    assert took[1] < most * took[0]
 
 
 def test_torch_drafts_nothing(bench: Bench) -> None:
