@@ -88,7 +88,7 @@ class Model {
     void project(const bf16* hidden, int64_t rows, float* logits) {
         if (rows < 0 || rows > kMaxTokens) refuse("%ld rows", rows);
         clock_.begin();
-        team_.run([&] { head(hidden, (int)rows, logits, s_.vocab); });
+        team_.run([&] { head(hidden, (int)rows, logits); });
         clock_.end(kHeadPhase);
     }
 
@@ -96,14 +96,12 @@ class Model {
     void sample(const SampleStep& step) {
         clock_.begin();
         check_sampling(s_, step);
-        // Rows of a stride that is no multiple of a page, or the same lines of all would fall into one set of a cache.
-        const int64_t stride = step.logits ? s_.vocab : s_.vocab + kTile;
-        float* logits = step.logits ? step.logits : room(logits_, step.num_rows * stride);
+        float* logits = step.logits ? step.logits : room(logits_, step.num_rows * s_.vocab);
         team_.run([&] {
-            if (step.hidden) head(step.hidden, (int)step.num_rows, logits, stride);
+            if (step.hidden) head(step.hidden, (int)step.num_rows, logits);
             clock_.end(kHeadPhase);
             team_.each((int)step.num_rows, [&](int row) {
-                scratch().sampler.run(step, step.rows[row], logits + row * stride, s_.vocab, step.token_ids + row,
+                scratch().sampler.run(step, step.rows[row], logits + row * s_.vocab, s_.vocab, step.token_ids + row,
                                       step.logprobs + row * (1 + step.max_top), step.top_ids + row * step.max_top);
             });
         });
@@ -153,9 +151,9 @@ class Model {
         }
     }
 
-    void head(const bf16* hidden, int rows, float* logits, int64_t stride) {
+    void head(const bf16* hidden, int rows, float* logits) {
         team_.each((int)(s_.vocab / kTile), [&](int tile) {
-            lm_head_.multiply(hidden, s_.hidden, rows, tile, logits + tile * kTile, stride, scratch().tiles[0]);
+            lm_head_.multiply(hidden, s_.hidden, rows, tile, logits + tile * kTile, s_.vocab, scratch().tiles[0]);
         });
     }
 

@@ -44,8 +44,15 @@ T* room(std::vector<T>& v, size_t count) {
     return v.data();
 }
 
+// What is fetched into the nearest cache while a tile is multiplied: `step` bytes for each pair of inputs.
+struct Ahead {
+    const char* from;
+    size_t step;
+};
+
 template <bool add, int rows>
-inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pairs, float* y, size_t y_stride) {
+inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pairs, float* y, size_t y_stride,
+                           Ahead ahead) {
     __m512 sum[rows][2];
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++) {
@@ -53,8 +60,9 @@ inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pa
         sum[row][1] = add ? _mm512_loadu_ps(y + row * y_stride + 16) : _mm512_setzero_ps();
     }
     for (int pair = 0; pair < pairs; pair++) {
-        _mm_prefetch((const char*)(w + kAhead), _MM_HINT_T0);
-        _mm_prefetch((const char*)(w + kAhead + kTile), _MM_HINT_T0);
+        _mm_prefetch(ahead.from, _MM_HINT_T0);
+        _mm_prefetch(ahead.from + 64, _MM_HINT_T0);
+        ahead.from += ahead.step;
         __m512bh w0 = load_pairs(w), w1 = load_pairs(w + kTile);
         w += 2 * kTile;
 #pragma GCC unroll 12
@@ -75,7 +83,8 @@ inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pa
 
 // y (rows, 32) = x (rows, 2 · pairs) times one tile, or that added to it.
 template <bool add = false>
-inline void multiply(const bf16* x, size_t x_stride, int rows, const bf16* w, int pairs, float* y, size_t y_stride) {
+inline void multiply(const bf16* x, size_t x_stride, int rows, const bf16* w, int pairs, float* y, size_t y_stride,
+                     Ahead ahead) {
     static constexpr auto kByRows = []<int... rows>(std::integer_sequence<int, rows...>) {
         return std::array{multiply_block<add, rows + 1>...};
     }(std::make_integer_sequence<int, kBlock>{});
@@ -87,11 +96,17 @@ inline void multiply(const bf16* x, size_t x_stride, int rows, const bf16* w, in
     }
     while (rows > 0) {
         int blocks = (rows + kBlock - 1) / kBlock, now = (rows + blocks - 1) / blocks;
-        kByRows[now - 1](x, x_stride, w, pairs, y, y_stride);
+        kByRows[now - 1](x, x_stride, w, pairs, y, y_stride, ahead);
         x += now * x_stride;
         y += now * y_stride;
         rows -= now;
     }
+}
+
+// The same with the rest of the tile, and what lies behind it, fetched.
+template <bool add = false>
+inline void multiply(const bf16* x, size_t x_stride, int rows, const bf16* w, int pairs, float* y, size_t y_stride) {
+    multiply<add>(x, x_stride, rows, w, pairs, y, y_stride, {(const char*)(w + kAhead), 2 * kTile * sizeof(bf16)});
 }
 
 // A tile that was expanded, for the next block of rows too.
@@ -139,7 +154,9 @@ class Matrix {
             if (type_ == kQ4_1) return multiply_stored(x, x_stride, rows, (TileQ4_1*)at(index), count, y, y_stride);
             return multiply_stored(x, x_stride, rows, (TileQ8_0*)at(index), count, y, y_stride);
         }
-        ::multiply(x, x_stride, rows, tile(index, scratch), in_ / 2, y, y_stride);
+        const bf16* w = tile(index, scratch);
+        if (type_ == kBf16) return ::multiply(x, x_stride, rows, w, in_ / 2, y, y_stride);
+        ::multiply(x, x_stride, rows, w, in_ / 2, y, y_stride, {at(index + 1), 2 * tile_size_ / in_});
     }
 
   private:

@@ -10,7 +10,7 @@
 #include "tiles.h"
 
 constexpr int kStoredRows = 6;        // rows that are computed without a copy of the weights, at most
-constexpr size_t kBytesAhead = 2048;  // by which tiles are fetched in advance
+constexpr size_t kBytesAhead = 8192;  // by which tiles are fetched in advance
 
 template <class Tile>
 inline void fetch_ahead(const Tile* tile) {
