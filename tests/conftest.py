@@ -1,7 +1,9 @@
 """What tests share: bases to run on. Nothing here changes what is under test."""
 
+import ctypes
 import gc
 import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -68,11 +70,24 @@ LONG = (
 )
 """What takes longest, in that order. It begins first, so that all processes end at about the same time."""
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's mallopt."""
+KEPT_BYTES = 256 << 20
+
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
     set_default()
+    keep_freed_memory()
     gc.disable()  # what is imported and collected from here on stays: looking for garbage in it finds none
+
+
+def keep_freed_memory() -> None:
+    """Have this process, and none that it starts, use freed tensors' memory again: new pages are zeroed first."""
+    if platform.libc_ver()[0] == "glibc":
+        malloc = ctypes.CDLL(None)
+        malloc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        malloc.mallopt(M_TRIM_THRESHOLD, 2 * KEPT_BYTES)
 
 
 def pytest_collection_finish() -> None:
