@@ -16,6 +16,7 @@ from server.model.base.export import export_hugging_face
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from tests.buckets import aws, bucket, bytes_url, object_store, proxied, proxy
+from tests.cache import CACHE
 from tests.postgres import database_url, own_postgres, postgres
 from tests.properties import set_default
 from tests.tiny import save_tiny_base
@@ -32,9 +33,6 @@ __all__ = [
     "proxy",
 ]
 
-ROOT = Path(__file__).parent.parent
-CACHE = ROOT / ".cache"
-"""Keeps the converted real base between runs, so that only the first one waits for it. Safe to delete."""
 SHARED = {
     "exact_server": ("test_adapter_life.py", "test_blends.py", "test_exact_answers.py", "test_trained_adapter.py"),
     "shared_server": (
