@@ -18,7 +18,7 @@ from tests.server.test_hanging_server import BODY, Process
 from tests.server.training.worker.test_worker import stop
 
 LONG = {"prompt": "a", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
-JOB = {"epochs": 40, "batch_size": 4, "max_length": 32, "checkpoint_steps": 1000}
+JOB = {"epochs": 120, "batch_size": 4, "max_length": 32, "checkpoint_steps": 1000}
 
 
 def start(home: Path, model: Path) -> ServerProcess:
