@@ -1,7 +1,9 @@
 """What tests share: bases to run on. Nothing here changes what is under test."""
 
+import ctypes
 import gc
 import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from server.model.base.export import export_hugging_face
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from tests.buckets import aws, bucket, bytes_url, object_store, proxied, proxy
+from tests.cache import CACHE
 from tests.postgres import database_url, own_postgres, postgres
 from tests.properties import set_default
 from tests.tiny import save_tiny_base
@@ -30,9 +33,6 @@ __all__ = [
     "proxy",
 ]
 
-ROOT = Path(__file__).parent.parent
-CACHE = ROOT / ".cache"
-"""Keeps the converted real base between runs, so that only the first one waits for it. Safe to delete."""
 SHARED = {
     "exact_server": ("test_adapter_life.py", "test_blends.py", "test_exact_answers.py", "test_trained_adapter.py"),
     "shared_server": (
@@ -68,11 +68,24 @@ LONG = (
 )
 """What takes longest, in that order. It begins first, so that all processes end at about the same time."""
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's mallopt."""
+KEPT_BYTES = 256 << 20
+
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
     set_default()
+    keep_freed_memory()
     gc.disable()  # what is imported and collected from here on stays: looking for garbage in it finds none
+
+
+def keep_freed_memory() -> None:
+    """Have this process, and none that it starts, use freed tensors' memory again: new pages are zeroed first."""
+    if platform.libc_ver()[0] == "glibc":
+        malloc = ctypes.CDLL(None)
+        malloc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        malloc.mallopt(M_TRIM_THRESHOLD, 2 * KEPT_BYTES)
 
 
 def pytest_collection_finish() -> None:

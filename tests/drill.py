@@ -15,7 +15,7 @@ from typing import Any, Literal
 from adapters.store.store import AdapterStore
 from server.model.base.embedded import EMBEDDED
 from server.model.base.source import resolve_base
-from tests.conftest import CACHE
+from tests.cache import CACHE
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import CHILD, ENDED, code_rows, get, processes, submit, succeeded
 from tests.native_kit import has_native

@@ -19,7 +19,7 @@ from server.model.base.weights import LAYER_TENSORS, BaseModel, BaseWeights, Lay
 from server.model.native.library import NativeUnavailable, library_name, load_library
 from server.model.native.model import NativeModel
 from server.model.ops.linear import can_pack
-from tests.conftest import CACHE
+from tests.cache import CACHE
 
 SHAPES: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "one group": ("llama", {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}),

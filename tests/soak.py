@@ -30,7 +30,7 @@ from server.home import Home
 from server.model.base.embedded import EMBEDDED
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
-from tests.conftest import CACHE
+from tests.cache import CACHE
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows
 from tests.server.api.adapters.peft_files import as_parts, peft_files

@@ -29,7 +29,7 @@ from benchmarks.serving.systems.systems import BASE, BLENDS, DISTINCT, ONE, Fact
 from benchmarks.serving.systems.wires import Part, Request
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel
-from tests.conftest import CACHE
+from tests.cache import CACHE
 from tests.oracles.hugging_face import generate
 from tests.tiny import save_tiny_base
 

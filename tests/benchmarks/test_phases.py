@@ -9,7 +9,7 @@ from benchmarks.serving.phases import Step, bytes_of, limits, main, markdown, pa
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
 from server.model.native.abi import PHASES
-from tests.native_kit import SHAPES, native_library
+from tests.native_kit import SHAPES, lend_native, native_library
 from tests.tiny import save_tiny_base
 from tests.tiny_gguf import save_tiny_gguf
 
@@ -18,9 +18,8 @@ def test_a_reduced_run(tmp_path: Path) -> None:
     native_library()
     architecture, options = SHAPES["grouped"]
     model = save_tiny_base(tmp_path / "tiny", architecture, {**options, "max_position_embeddings": 512})
-    found = main(
-        ["--quick", f"--model={model}", f"--home={tmp_path / 'home'}", f"--out={tmp_path}", "--threads=1"]
-    )
+    lend_native(tmp_path)
+    found = main(["--quick", f"--model={model}", f"--home={tmp_path}", f"--out={tmp_path}", "--threads=1"])
     assert [each.step for each in found.found] == [Step(1, 1, 128), Step(2, 1, 128), Step(1, 32, 0)]
     for each in found.found:
         assert list(each.phases) == list(PHASES)

@@ -15,9 +15,10 @@ from tests.end_to_end.server_process import PATIENCE, ServerProcess, command, en
 from tests.end_to_end.training_client import CHILD, code_rows, get, processes, submit, succeeded, wait_until
 from tests.hanging_server import HANG
 from tests.server.test_hanging_server import BODY, Process
+from tests.server.training.worker.test_worker import stop
 
 LONG = {"prompt": "a", "max_tokens": 400, "temperature": 0, "ignore_eos": True, "speculation": "off"}
-JOB = {"epochs": 40, "batch_size": 4, "max_length": 32, "checkpoint_steps": 1000}
+JOB = {"epochs": 120, "batch_size": 4, "max_length": 32, "checkpoint_steps": 1000}
 
 
 def start(home: Path, model: Path) -> ServerProcess:
@@ -35,6 +36,8 @@ def test_what_runs_and_what_waits_ends_and_the_job_goes_on(server: ServerProcess
     """Four sequences, of which two have a place. The job's checkpoint is the one that it makes as it leaves."""
     job_id = submit(server, name="codes", data=code_rows(16), training=JOB)
     wait_until(lambda: get(server, f"/train/{job_id}")["progress"].get("step", 0) > 5)
+    (child,) = processes(server, CHILD)
+    stop(server.home, child.pid)  # else it may end before the requests have begun
     with ThreadPoolExecutor(4) as pool:
         streams = [pool.submit(server.client.post, "/generate", json={**LONG, "stream": True}) for _ in range(2)]
         wholes = [pool.submit(server.client.post, "/generate", json=LONG) for _ in range(2)]
@@ -43,6 +46,7 @@ def test_what_runs_and_what_waits_ends_and_the_job_goes_on(server: ServerProcess
         )
         server.terminate()
         signalled = time.monotonic()
+        child.resume()
         while server.client.get("/ready").status_code == 200:
             assert time.monotonic() - signalled < 1, "it is not ready at once"
         for path in ("/generate", "/train", "/adapters/a"):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.conftest import CACHE
+from tests.cache import CACHE
 from tests.native_kit import give_up
 from tests.server.model.native.build import WARNINGS, compilers, run
 

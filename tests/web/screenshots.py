@@ -8,7 +8,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from server.model.base.embedded import EMBEDDED
 from server.model.base.source import resolve_base
-from tests.conftest import CACHE, ROOT
+from tests.cache import CACHE, ROOT
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import wait_until
 from tests.web.browser import DESKTOP, PHONE, launch, page_of, save

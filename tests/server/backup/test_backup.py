@@ -336,6 +336,7 @@ import json, os, signal, sys
 from pathlib import Path
 from server.loading import loading
 with loading():  # else each child's collector walks through all of it
+    import alembic.command  # which a restore asks whether it knows the schema
     from server.backup import backup, restore
 
 def run(what, home, target, step):

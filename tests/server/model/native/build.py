@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from server.model.native.library import FLAGS, HEADERS, SOURCE, UNITS, flags_of_units, load_library
-from tests.conftest import CACHE
+from tests.cache import CACHE
 
 KERNELS = Path(__file__).parent / "kernels"
 WARNINGS = ("-Wall", "-Wextra", "-Werror")

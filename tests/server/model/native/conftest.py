@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from server.model.native.library import library_name
-from tests.conftest import CACHE
+from tests.cache import CACHE
 from tests.native_kit import native_library
 
 

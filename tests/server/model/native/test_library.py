@@ -22,7 +22,7 @@ from server.model.native.library import (
     source_digest,
 )
 from server.model.native.load import load_native
-from tests.conftest import CACHE
+from tests.cache import CACHE
 from tests.native_kit import native_library
 
 pytestmark = pytest.mark.usefixtures("compiled")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.model.base.source import resolve_base
-from tests.conftest import CACHE
+from tests.cache import CACHE
 from tests.native_kit import SHAPES, native_library
 from tests.tiny import save_tiny_base
 

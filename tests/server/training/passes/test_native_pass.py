@@ -29,7 +29,7 @@ from server.training.passes.torch_pass import TorchPass
 from server.training.passes.trainables import trainable_rows
 from server.training.spec import Init, JobSpec, LoraSpec, TrainingSpec
 from server.training.worker.exact_match import exact_match
-from tests.conftest import CACHE
+from tests.cache import CACHE
 from tests.engine_kit import random_adapter
 from tests.native_kit import SHAPES, native_library, widened
 from tests.server.training.loop.test_run import Disturbed, Listener, tensors

@@ -105,6 +105,7 @@ def stop(home: Path, *pids: int) -> None:
     while True:
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
+        until(lambda: all(map(has_stopped, pids)))  # a thread that is in a system call may get the lock by it
         database = driver.connect(home / "smolora.db", timeout=0.1)
         with closing(database), suppress(driver.OperationalError):
             database.execute("BEGIN IMMEDIATE")
@@ -112,6 +113,15 @@ def stop(home: Path, *pids: int) -> None:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
         time.sleep(0.01)
+
+
+def has_stopped(pid: int) -> bool:
+    """Whether all of its threads have, a moment after SIGSTOP."""
+    try:
+        threads = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except (FileNotFoundError, ProcessLookupError):  # one has just ended
+        return False
+    return {text.rpartition(")")[2].split()[0] for text in threads} == {"T"}
 
 
 def is_alive(pid: int) -> bool:
