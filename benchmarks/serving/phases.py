@@ -92,11 +92,13 @@ def main(arguments: list[str] | None = None) -> Results:
     model = load_native(base, [directory / "native", options.home / "native"], length, say)
     if model is None:
         raise SystemExit("no native code here: a CPU with AVX-512-BF16 and a compiler are needed")
+    torch.set_num_threads(1)  # as a server has it: torch's other threads would wait for work on native code's cores
     steps = [Step(streams, 1, options.context) for streams in options.streams]
     found = []
     for step in (*steps, Step(1, options.prompt, 0)):
         say(step.title)
         found.append(measured(model, step, options.repeats))
+    torch.set_num_threads(options.threads)
     sizes, weight_bytes = parameters(model.config), bytes_of(base.weights)
     products = [(each, phase, size) for each in found for phase, size in sizes.items() if phase != "head"]
     read = [weight_bytes[phase] / each.phases[phase] for each, phase, _ in products]
