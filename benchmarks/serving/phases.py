@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> Results:
     model = load_native(base, [directory / "native", options.home / "native"], length, say)
     if model is None:
         raise SystemExit("no native code here: a CPU with AVX-512-BF16 and a compiler are needed")
-    torch.set_num_threads(1)  # as a server has it: torch's other threads would wait for work on native code's cores
+    torch.set_num_threads(1)  # as a server has it: others would wait for torch's work on native code's cores
     steps = [Step(streams, 1, options.context) for streams in options.streams]
     found = []
     for step in (*steps, Step(1, options.prompt, 0)):
