@@ -56,7 +56,7 @@ def api(cluster: Cluster, home: Path, long_base: Path) -> Iterator[ServerProcess
 
 @pytest.fixture(scope="session")
 def single(tmp_path_factory: pytest.TempPathFactory, long_base: Path) -> Iterator[ServerProcess]:
-    """The same as one process, with as many threads as Ray gives a replica of one CPU: torch's last bits go by it."""
+    """The same as one process, with as many threads as Ray gives a replica: torch's last bits go by it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         server = ServerProcess(tmp_path_factory.mktemp("single"), model=long_base, **FLAGS, **CACHES)
