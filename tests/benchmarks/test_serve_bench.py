@@ -17,6 +17,7 @@ from benchmarks.serving.load import Answer, Exchange, summarize
 from benchmarks.serving.many_adapters import Token, judge
 from benchmarks.serving.options import PEERS, parse
 from benchmarks.serving.page_cache import drop, read_seconds
+from benchmarks.serving.systems.server_process import import_seconds
 from benchmarks.serving.systems.systems import BLENDS, DISTINCT, ONE, Facts, Load, Streams, fastest
 from benchmarks.serving.systems.wires import LlamaCpp, Part, Request, Smolora, Usage, Wire, expression
 from server.model.base.weights import BaseModel
@@ -220,3 +221,7 @@ def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.Captu
     assert "measures nothing" not in capsys.readouterr().out
     assert json.loads((out / "serve.json").read_text())["made"]["quick"] is True
     assert sorted(path.name for path in out.iterdir()) == ["serve.json", "serve.log"]
+
+
+def test_what_a_start_imports_is_there() -> None:
+    assert import_seconds(threads=1) > 0

@@ -13,7 +13,7 @@ import httpx
 from benchmarks.serving.systems.http_server import READY_WITHIN, ServerProcess, threads_environment
 
 IMPORTS = (
-    "import server.cli.main, server.api.app, server.serve.logs, server.serve.process, server.serve.startup; "
+    "import server.cli.main, server.api.app, server.logs, server.serve.process, server.serve.startup; "
     "print(flush=True)"
 )
 """What `serve` imports before it does anything, and a sign that this is done."""
