@@ -9,8 +9,8 @@ from collections.abc import Sequence as Seq
 from server.engine.sequence import Chunk
 from server.engine.watching.row_costs import RowCosts
 
-SLOWER = 2.5
-"""Twice the pause between tokens would have prompts of a thousand tokens take a fifth longer."""
+SLOWER = 3.5
+"""At 2.5 long prompts took a fifth longer, and the longest pauses a quarter less (docs/performance.md)."""
 _LEAST = 16  # tokens: fewer take hardly less
 _ASSUMED_STEP = 16  # a step of one sequence, in tokens of prompts
 
