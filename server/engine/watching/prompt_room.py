@@ -29,5 +29,5 @@ class PromptRoom:
         """A step of these chunks took so long."""
         num_decoding = sum(chunk.is_decode for chunk in chunks)
         if num_decoding and not any(chunk.draft for chunk in chunks):
-            num_tokens = sum(chunk.stop - chunk.start for chunk in chunks)
+            num_tokens = sum(chunk.num_tokens for chunk in chunks)
             self._costs.observe(num_decoding, num_tokens - num_decoding, seconds)

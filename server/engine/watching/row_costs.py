@@ -8,7 +8,7 @@ goes back to what is assumed at first, so that one that was found too high is tr
 from dataclasses import dataclass
 
 _MEMORY = 0.99  # what a step still weighs after the next one
-_ASSUMED_WEIGHT = 10.0  # as much as so many steps tell, with one drafted token more or less than the mean
+_ASSUMED_WEIGHT = 10.0  # as much as so many steps tell, with one token more or less than the mean
 _OUTLIER = 2.0  # times what a step should take: others held it up
 _LEAST = 0.01
 

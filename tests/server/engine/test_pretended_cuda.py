@@ -176,10 +176,10 @@ class Starved:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        raise AssertionError("memory ran out before")
 
     def sample(self, hidden: torch.Tensor, rows: Sequence[LogitsRow]) -> list[Sampled]:
-        raise NotImplementedError
+        raise AssertionError("memory ran out before")
 
     def empty_cache(self) -> None:
         assert self.held is not None
