@@ -6,7 +6,7 @@
 #pragma once
 #include "kernels/attention.h"
 #include "kernels/layers.h"
-#include "kernels/lora.h"
+#include "kernels/lora/group.h"
 #include "kernels/matrix.h"
 #include "kernels/phases.h"
 #include "kernels/sampling.h"
@@ -29,6 +29,7 @@ struct alignas(64) ServeScratch {  // of one thread
     std::vector<float> y;
     std::vector<bf16> q;
     ExpandedTile tiles[2];
+    Fetches fetches;
     RowSampler sampler;
 };
 
@@ -135,8 +136,7 @@ class Model {
         positions_.resize(tokens_);
         run_of_.resize(tokens_);
         for (int group = 0; group < kGroups; group++)
-            lora_[group].plan(step.pools[group], step.modules, step.segments, (int)step.num_segments, step.weights,
-                              tokens_);
+            lora_[group].plan(step.pools[group], step.modules, step.segments, (int)step.num_segments, step.weights);
         queries_.clear();
         const int group = (int)(s_.heads / s_.kv_heads), block = std::max(kQueryRows / group, 1);
         for (int64_t i = 0; i < step.num_runs; i++) {
@@ -153,7 +153,10 @@ class Model {
 
     void head(const bf16* hidden, int rows, float* logits) {
         team_.each((int)(s_.vocab / kTile), [&](int tile) {
-            lm_head_.multiply(hidden, s_.hidden, rows, tile, logits + tile * kTile, s_.vocab, scratch().tiles[0]);
+            ServeScratch& own = scratch();
+            own.fetches.clear();
+            lm_head_.multiply(hidden, s_.hidden, rows, tile, logits + tile * kTile, s_.vocab, own.tiles[0],
+                              own.fetches);
         });
     }
 
@@ -187,14 +190,23 @@ class Model {
     }
 
     // y (rows, 32): outputs [32 · tile, …) of the product for x's rows from `start` on, with the adapters' share. An
-    // item's tiles that were expanded are kept for its next rows: `slot` tells them apart.
+    // item's tiles that were expanded are kept for its next rows: `slot` tells them apart. Meanwhile what it reads of B
+    // is fetched, and its part of the A's that the next product begins with.
     void forward_tile(int layer, const Matrix& w, Group group, const bf16* x, int tile, int start, int rows, float* y,
                       int y_stride, int slot) {
         const size_t in = (size_t)w.in();
-        w.multiply(x + start * in, in, rows, tile, y, y_stride, scratch().tiles[chunks_ > 1 ? slot : 0]);
-        if (lora_[group].num_tasks() == 0) return;
-        team_.wait_first(lora_[group].num_tasks());
-        lora_[group].expand(layer, start, rows, tile * kTile, y, y_stride);
+        const LoraGroup& lora = lora_[group];
+        const int column = tile * kTile, next = group + 1, next_layer = layer + next / kGroups;
+        Fetches& fetches = scratch().fetches;
+        fetches.clear();
+        lora.fetch_b(layer, start, rows, column, fetches);
+        if (next_layer < s_.layers)
+            lora_[next % kGroups].fetch_a(next_layer, (int64_t)tile * chunks_ + start / kChunk,
+                                          (int64_t)w.num_tiles() * chunks_, fetches);
+        w.multiply(x + start * in, in, rows, tile, y, y_stride, scratch().tiles[chunks_ > 1 ? slot : 0], fetches);
+        if (lora.num_tasks() == 0) return;
+        team_.wait_first(lora.num_tasks());
+        lora.expand(layer, start, rows, column, y, y_stride);
     }
 
     // Queries, keys and values of x, rotated, into q and the cache: an item is a head.

@@ -18,11 +18,12 @@
 #include <vector>
 
 #include "amx.h"
+#include "fetches.h"
 #include "numbers.h"
 #include "stored/products.h"
 
-constexpr int kBlock = 12;              // rows of a register block: 24 accumulators
-constexpr int kAhead = 16 * 2 * kTile;  // numbers of a tile by which it is fetched in advance
+constexpr int kBlock = 12;                             // rows of a register block: 24 accumulators
+constexpr int kAhead = 16 * 2 * kTile * sizeof(bf16);  // bytes by which a tile of 16-bit weights is fetched in advance
 
 struct Free {
     void operator()(void* p) const { free(p); }
@@ -44,15 +45,10 @@ T* room(std::vector<T>& v, size_t count) {
     return v.data();
 }
 
-// What is fetched into the nearest cache while a tile is multiplied: `step` bytes for each pair of inputs.
-struct Ahead {
-    const char* from;
-    size_t step;
-};
-
-template <bool add, int rows>
+template <bool add, class Fetched, int rows>
 inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pairs, float* y, size_t y_stride,
-                           Ahead ahead) {
+                           Fetched& lines) {
+    Fetched to_fetch = lines;
     __m512 sum[rows][2];
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++) {
@@ -60,9 +56,7 @@ inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pa
         sum[row][1] = add ? _mm512_loadu_ps(y + row * y_stride + 16) : _mm512_setzero_ps();
     }
     for (int pair = 0; pair < pairs; pair++) {
-        _mm_prefetch(ahead.from, _MM_HINT_T0);
-        _mm_prefetch(ahead.from + 64, _MM_HINT_T0);
-        ahead.from += ahead.step;
+        to_fetch.fetch_two();
         __m512bh w0 = load_pairs(w), w1 = load_pairs(w + kTile);
         w += 2 * kTile;
 #pragma GCC unroll 12
@@ -79,34 +73,35 @@ inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pa
         _mm512_storeu_ps(y + row * y_stride, sum[row][0]);
         _mm512_storeu_ps(y + row * y_stride + 16, sum[row][1]);
     }
+    lines = to_fetch;
 }
 
 // y (rows, 32) = x (rows, 2 · pairs) times one tile, or that added to it.
-template <bool add = false>
+template <bool add = false, class Fetched>
 inline void multiply(const bf16* x, size_t x_stride, int rows, const bf16* w, int pairs, float* y, size_t y_stride,
-                     Ahead ahead) {
+                     Fetched lines) {
     static constexpr auto kByRows = []<int... rows>(std::integer_sequence<int, rows...>) {
-        return std::array{multiply_block<add, rows + 1>...};
+        return std::array{multiply_block<add, Fetched, rows + 1>...};
     }(std::make_integer_sequence<int, kBlock>{});
     if (pairs % kAmxPairs == 0 && has_amx()) {  // by the shape of w alone, so that a row always gets the same bits
         for (int start = 0; start < rows; start += 2 * kAmxRows)
             multiply_amx_block<add>(x + start * x_stride, x_stride, std::min(rows - start, 2 * kAmxRows), w, pairs,
-                                    y + start * y_stride, y_stride);
+                                    y + start * y_stride, y_stride, lines);
         return;
     }
     while (rows > 0) {
         int blocks = (rows + kBlock - 1) / kBlock, now = (rows + blocks - 1) / blocks;
-        kByRows[now - 1](x, x_stride, w, pairs, y, y_stride, ahead);
+        kByRows[now - 1](x, x_stride, w, pairs, y, y_stride, lines);
         x += now * x_stride;
         y += now * y_stride;
         rows -= now;
     }
 }
 
-// The same with the rest of the tile, and what lies behind it, fetched.
+// The same of a tile that lies in a cache.
 template <bool add = false>
 inline void multiply(const bf16* x, size_t x_stride, int rows, const bf16* w, int pairs, float* y, size_t y_stride) {
-    multiply<add>(x, x_stride, rows, w, pairs, y, y_stride, {(const char*)(w + kAhead), 2 * kTile * sizeof(bf16)});
+    multiply<add>(x, x_stride, rows, w, pairs, y, y_stride, NoLines());
 }
 
 // A tile that was expanded, for the next block of rows too.
@@ -120,13 +115,14 @@ struct ExpandedTile {
 class Matrix {
   public:
     void reserve(WeightType type, int out, int in) {
-        type_ = type, in_ = in;
+        type_ = type, in_ = in, num_tiles_ = out / kTile;
         tile_size_ = type == kQ4_1   ? in / kTile * sizeof(TileQ4_1)
                      : type == kQ8_0 ? in / kTile * sizeof(TileQ8_0)
                                      : in * kTile * sizeof(bf16);
-        data_ = allocate(out / kTile * tile_size_ / sizeof(bf16));
+        data_ = allocate(num_tiles_ * tile_size_ / sizeof(bf16));
     }
     int in() const { return in_; }
+    int num_tiles() const { return num_tiles_; }
 
     // Packs one tile of w (out, in).
     void pack(const BaseTensor& w, int index) {
@@ -146,17 +142,18 @@ class Matrix {
         }
     }
 
-    // y (rows, 32) = x (rows, in) times one tile.
-    void multiply(const bf16* x, size_t x_stride, int rows, int index, float* y, size_t y_stride,
-                  ExpandedTile& scratch) const {
+    // y (rows, 32) = x (rows, in) times one tile. Meanwhile `fetches` is fetched, and the next tile, which is added.
+    void multiply(const bf16* x, size_t x_stride, int rows, int index, float* y, size_t y_stride, ExpandedTile& scratch,
+                  Fetches& fetches) const {
         if (type_ != kBf16 && rows <= kStoredRows && !has_amx()) {
             const int count = in_ / kTile;
-            if (type_ == kQ4_1) return multiply_stored(x, x_stride, rows, (TileQ4_1*)at(index), count, y, y_stride);
-            return multiply_stored(x, x_stride, rows, (TileQ8_0*)at(index), count, y, y_stride);
+            if (type_ == kQ4_1)
+                return multiply_stored(x, x_stride, rows, (TileQ4_1*)at(index), count, y, y_stride, fetches);
+            return multiply_stored(x, x_stride, rows, (TileQ8_0*)at(index), count, y, y_stride, fetches);
         }
         const bf16* w = tile(index, scratch);
-        if (type_ == kBf16) return ::multiply(x, x_stride, rows, w, in_ / 2, y, y_stride);
-        ::multiply(x, x_stride, rows, w, in_ / 2, y, y_stride, {at(index + 1), 2 * tile_size_ / in_});
+        fetches.add(type_ == kBf16 ? at(index) + kAhead : at(index + 1), tile_size_);
+        ::multiply(x, x_stride, rows, w, in_ / 2, y, y_stride, fetches.lines());
     }
 
   private:
@@ -193,7 +190,7 @@ class Matrix {
     }
 
     WeightType type_ = kBf16;
-    int in_ = 0;
+    int in_ = 0, num_tiles_ = 0;
     size_t tile_size_ = 0;
     Buffer data_;
 };

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <utility>
 
+#include "../fetches.h"
 #include "tiles.h"
 
 constexpr int kStoredRows = 6;        // rows that are computed without a copy of the weights, at most
@@ -29,12 +30,15 @@ inline void expand(const Tile& from, bf16* to) {
 // All of `rows` rows, each named by itself: of an index that is counted, the compiler keeps the sums in memory.
 template <class Tile, int rows>
 inline void multiply_stored_block(const bf16* x, size_t x_stride, const Tile* tiles, int count, float* y,
-                                  size_t y_stride) {
+                                  size_t y_stride, Fetches& fetches) {
+    const size_t each = (fetches.size() + count - 1) / count;
+    Lines lines = each > 0 ? fetches.lines() : Lines();
     [&]<int... row>(std::integer_sequence<int, row...>) {
         __m512 left[rows], right[rows];
         ((left[row] = right[row] = _mm512_setzero_ps()), ...);
         for (int i = 0; i < count; i++) {
             fetch_ahead(tiles + i);
+            lines.fetch(each);
             auto both = [&](int of, int pair) {
                 uint32_t two;
                 memcpy(&two, x + of * x_stride + i * kTile + 2 * pair, 4);
@@ -56,9 +60,9 @@ inline void multiply_stored_block(const bf16* x, size_t x_stride, const Tile* ti
 // y (rows, 32) = x (rows, 32 · count) times the tiles of 32 outputs; at most kStoredRows rows.
 template <class Tile>
 inline void multiply_stored(const bf16* x, size_t x_stride, int rows, const Tile* tiles, int count, float* y,
-                            size_t y_stride) {
+                            size_t y_stride, Fetches& fetches) {
     static constexpr auto kByRows = []<int... rows>(std::integer_sequence<int, rows...>) {
         return std::array{multiply_stored_block<Tile, rows + 1>...};
     }(std::make_integer_sequence<int, kStoredRows>{});
-    kByRows[rows - 1](x, x_stride, tiles, count, y, y_stride);
+    kByRows[rows - 1](x, x_stride, tiles, count, y, y_stride, fetches);
 }

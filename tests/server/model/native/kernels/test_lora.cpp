@@ -1,4 +1,4 @@
-#include "kernels/lora.h"
+#include "kernels/lora/group.h"
 
 #include "check.h"
 
@@ -62,7 +62,7 @@ TEST(lora_of_segments) {
     const int tokens = 62;
     const auto x = random_bf16(random, tokens * kIn);
     LoraGroup group;
-    group.plan(pool.pool, pool.modules.data(), segments.data(), (int)segments.size(), weights.data(), tokens);
+    group.plan(pool.pool, pool.modules.data(), segments.data(), (int)segments.size(), weights.data());
     for (int layer = 0; layer < kLayers; layer++) {
         for (int task = group.num_tasks() - 1; task >= 0; task--) group.shrink(layer, task, x.data());
         for (int column = 0; column < kColumns; column += kTile) {
@@ -110,7 +110,7 @@ TEST(lora_of_segments) {
             }
         }
     }
-    group.plan(pool.pool, pool.modules.data(), nullptr, 0, nullptr, 3);
+    group.plan(pool.pool, pool.modules.data(), nullptr, 0, nullptr);
     expect(group.num_tasks() == 0, "nobody has adapters");
     std::vector<float> y(kTile, 1);
     group.expand(0, 2, 1, 0, y.data(), kTile);
@@ -134,7 +134,7 @@ TEST(lora_of_a_token_in_any_company) {
         if (i / kIn % 5 == 4) x[i] = to_bf16(std::ldexp(to_float(x[i]), -(int)random.below(120)));
     auto run = [&](const std::vector<LoraSegment>& segments, const bf16* input, int count, int chunk) {
         LoraGroup group;
-        group.plan(pool.pool, pool.modules.data(), segments.data(), (int)segments.size(), weights.data(), count);
+        group.plan(pool.pool, pool.modules.data(), segments.data(), (int)segments.size(), weights.data());
         for (int task = 0; task < group.num_tasks(); task++) group.shrink(1, task, input);
         std::vector<float> y((size_t)count * kColumns);
         for (size_t i = 0; i < y.size(); i++) y[i] = std::ldexp(1.0f, -(int)(i % 50));
@@ -161,7 +161,7 @@ TEST(lora_of_a_token_in_any_company) {
         const auto alone = run({{0, 1, 0, 3}}, &x[token * kIn], 1, 1);
         LoraGroup group;
         const LoraSegment all{0, tokens, 0, 3};
-        group.plan(pool.pool, pool.modules.data(), &all, 1, weights.data(), tokens);
+        group.plan(pool.pool, pool.modules.data(), &all, 1, weights.data());
         for (int task = 0; task < group.num_tasks(); task++) group.shrink(1, task, x.data());
         for (int column = 0; column < kColumns; column += kTile) {
             std::vector<float> y((size_t)tokens * kTile);

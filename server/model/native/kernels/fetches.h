@@ -1,0 +1,52 @@
+// Lines of cache that a product fetches while it multiplies: what is read next, its own weights or others'.
+#pragma once
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <vector>
+
+// The addresses of lines, one fetched after the other; the last one again and again.
+struct Lines {
+    const char *const *next = nullptr, *const *last = nullptr;
+
+    // Two of them; the last one is there three times.
+    void fetch_two() {
+        _mm_prefetch(next[0], _MM_HINT_T0);
+        _mm_prefetch(next[1], _MM_HINT_T0);
+        next += next < last ? 2 : 0;
+    }
+    void fetch(size_t count) {
+        for (const char* const* stop = std::min(next + count, last); next < stop; next++)
+            _mm_prefetch(*next, _MM_HINT_T0);
+    }
+};
+struct NoLines {
+    void fetch_two() {}
+};
+
+class Fetches {
+  public:
+    void clear() { count_ = 0; }
+    void add(const void* from, size_t bytes) {
+        const size_t lines = (bytes + kLine - 1) / kLine;
+        if (lines_.size() < count_ + lines + 8) lines_.resize(2 * (count_ + lines + 8));
+        const __m512i first = _mm512_add_epi64(_mm512_set1_epi64((long long)from),
+                                               _mm512_setr_epi64(0, 64, 128, 192, 256, 320, 384, 448));
+        for (size_t i = 0; i < lines; i += 8)
+            _mm512_storeu_si512(&lines_[count_ + i],
+                                _mm512_add_epi64(first, _mm512_set1_epi64((long long)(i * kLine))));
+        count_ += lines;
+    }
+    size_t size() const { return count_; }
+    // All of them, of which there is one at least, until more are added.
+    Lines lines() {
+        lines_[count_] = lines_[count_ + 1] = lines_[count_ - 1];
+        return {lines_.data(), lines_.data() + count_};
+    }
+
+  private:
+    static constexpr size_t kLine = 64;
+    std::vector<const char*> lines_;
+    size_t count_ = 0;
+};

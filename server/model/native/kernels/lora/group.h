@@ -1,0 +1,233 @@
+// The low-rank share of each token's adapters: Σ weight · B (A x), over the rank rows that it uses.
+//
+// A's rows carry their adapter's scaling. A pool holds a part's A as (in / 2, rows, 2), and each module's B as
+// (out / 32, rank / 2, 32, 2) from the module's offset on: what vdpbf16ps and AMX multiply by, and what one task or a
+// tile of outputs needs lies together. A x, times the weight, is rounded to 16 bits.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "products.h"
+
+// The products with A of one group in one layer, and where each token finds its own.
+class LoraGroup {
+  public:
+    void plan(const LoraPool& pool, const LoraModule* modules, const LoraSegment* segments, int num_segments,
+              const double* weights) {
+        pool_ = pool, weights_ = weights;
+        pieces_.clear();
+        for (Section& section : sections_) section.shares.clear();
+        int size = 0;
+        for (int index = 0; index < num_segments; index++) {
+            const LoraSegment& segment = segments[index];
+            if (segment.start == segment.stop) continue;
+            int width = 0;  // products with A of each of its tokens
+            for (int64_t i = 0; i < segment.num_parts; i++) width += (int)pool.parts[segment.first_part + i].num_rows;
+            int hidden = size;
+            for (int64_t i = segment.first_part; i < segment.first_part + segment.num_parts; i++) {
+                const LoraPart& part = pool.parts[i];
+                for (int64_t k = part.first_module; k < part.first_module + part.num_modules; k++)
+                    section_of(modules[k])
+                        .shares.push_back({(int)segment.start, (int)segment.stop, hidden + (int)modules[k].row, width,
+                                           (int)(modules[k].rank / 2), modules[k].offset});
+                add_pieces(segment, (int)i, hidden, width);
+                hidden += (int)part.num_rows;
+            }
+            size += width * (int)(segment.stop - segment.start);
+        }
+        hidden_.resize(size);
+        make_tasks();
+        find_used();
+    }
+
+    int num_tasks() const { return (int)tasks_.size(); }
+
+    // hidden = weight · A x for the tokens and rows of one task; x (tokens, in).
+    void shrink(int layer, int index, const bf16* x) {
+        const int first = tasks_[index],
+                  count = (index + 1 < num_tasks() ? tasks_[index + 1] : (int)pieces_.size()) - first;
+        const Piece& piece = pieces_[first];
+        const int pairs = (int)pool_.in / 2, vectors = (piece.rows + 15) / 16;
+        alignas(64) float y[kShrinkTokens * kShrinkVectors * 16];
+        const bf16 *of_x[kOwnTokens], *of_a[kOwnTokens];
+        for (int i = 0; i < count; i++) {
+            const Piece& of = pieces_[first + i];
+            of_x[i] = x + of.token * pool_.in;
+            of_a[i] = pool_.a + layer * pool_.a_stride + pool_.parts[of.part].first_row * pool_.in + 2 * of.row;
+        }
+        const size_t rows = pool_.parts[piece.part].num_rows;
+        if (count > 1)
+            multiply_own_rows(of_x, of_a, count, rows, piece.rows, pairs, y);
+        else if (has_amx())
+            multiply_rows_amx(of_x[0], pool_.in, piece.tokens, of_a[0], rows, piece.rows, pairs, y);
+        else
+            (vectors == 1   ? multiply_rows<1>
+             : vectors == 2 ? multiply_rows<2>
+                            : multiply_rows<3>)(of_x[0], pool_.in, piece.tokens, of_a[0], rows, piece.rows, pairs, y);
+        const float* sums = y;
+        for (int i = 0; i < count; i++)
+            for (int token = 0; token < pieces_[first + i].tokens; token++, sums += kShrinkVectors * 16)
+                put(pieces_[first + i], token, sums);
+    }
+
+    // Calls visit(first token, tokens, hidden, its stride, B's tile, its pairs) for each share of the tokens
+    // [start, start + rows) in the outputs [column, column + 32) of the group, all of one module.
+    template <class Visit>
+    void for_shares(int layer, int start, int rows, int column, Visit visit) const {
+        for (const Section& section : sections_) {
+            if (column < section.start || column >= section.stop) continue;
+            auto share = std::upper_bound(section.shares.begin(), section.shares.end(), start,
+                                          [](int token, const Share& of) { return token < of.stop; });
+            for (; share != section.shares.end() && share->start < start + rows; share++) {
+                const int first = std::max(share->start, start), stop = std::min(share->stop, start + rows);
+                visit(first, stop - first, &hidden_[share->hidden + (size_t)(first - share->start) * share->width],
+                      share->width,
+                      pool_.b + layer * pool_.b_stride + share->offset +
+                          (int64_t)(column - section.start) * 2 * share->pairs,
+                      share->pairs);
+            }
+        }
+    }
+
+    // Adds the shares to y (rows, 32), once all tasks are done.
+    void expand(int layer, int start, int rows, int column, float* y, size_t y_stride) const {
+        const FlushesToZero flushes;
+        AmxSums sums;
+        for_shares(layer, start, rows, column,
+                   [&](int first, int count, const bf16* hidden, int width, const bf16* b, int pairs) {
+                       float* to = y + (first - start) * y_stride;
+                       if (!has_amx()) return multiply<true>(hidden, width, count, b, pairs, to, y_stride);
+                       for (int row = 0; row < count; row += 2 * kAmxRows)
+                           add_by_amx(sums, hidden + row * width, width, std::min(count - row, 2 * kAmxRows), b, pairs,
+                                      to + row * y_stride, y_stride);
+                   });
+        sums.store();
+    }
+
+    // What `expand` reads of B.
+    void fetch_b(int layer, int start, int rows, int column, Fetches& fetches) const {
+        for_shares(layer, start, rows, column, [&](int, int, const bf16*, int, const bf16* b, int pairs) {
+            fetches.add(b, pairs * 2 * kTile * sizeof(bf16));
+        });
+    }
+
+    // One of `count` like shares of what all tasks read of A.
+    void fetch_a(int layer, int64_t index, int64_t count, Fetches& fetches) const {
+        int64_t row = used_rows_ * index / count;
+        const int64_t stop = used_rows_ * (index + 1) / count;
+        auto part = std::upper_bound(used_.begin(), used_.end(), row,
+                                     [](int64_t of, const Used& candidate) { return of < candidate.end; });
+        for (; row < stop; part++) {
+            const int64_t now = std::min(stop, part->end) - row,
+                          first = part->first_row + part->num_rows - part->end + row;
+            fetches.add(pool_.a + layer * pool_.a_stride + first * pool_.in, now * pool_.in * sizeof(bf16));
+            row += now;
+        }
+    }
+
+  private:
+    static constexpr int kFewTokens = 8;  // up to which AMX isn't worth its beginning
+    struct Piece {  // tokens [token, token + tokens) times the rows [row, row + rows) of a part's A, to `hidden` on
+        int token, tokens, part, row, rows, hidden, width;
+    };
+    struct Share {  // tokens [start, stop), each with `width` products with A, and a module's B
+        int start, stop, hidden, width, pairs;
+        int64_t offset;
+    };
+    struct Section {  // outputs [start, stop) of a module, and the shares of them in their tokens' order
+        int start, stop;
+        std::vector<Share> shares;
+    };
+    struct Used {  // a part of A that somebody uses; `end`: its rows and those of all before it
+        int64_t first_row, num_rows, end;
+    };
+
+    // The sums of up to 32 rows in AMX's registers, whose shape changes as seldom as it may.
+    class AmxSums {
+      public:
+        void add(float* y, size_t y_stride, const bf16* hidden, size_t stride, int rows, const bf16* b, int pairs) {
+            for (int pair = 0; pair < pairs; pair += kAmxPairs) {
+                const int now = std::min(pairs - pair, kAmxPairs);
+                if (y != y_ || rows != rows_ || now != pairs_) store();
+                if (rows != rows_ || now != pairs_) block_.emplace(rows_ = rows, pairs_ = now);
+                if (y_ == nullptr) block_->load(y_ = y, y_stride_ = y_stride);
+                const bf16* of = b + (size_t)pair * 2 * kTile;
+                block_->add(hidden + 2 * pair, stride, of, of + kTile, 2 * kTile);
+            }
+        }
+        void store() {
+            if (y_ != nullptr) block_->store(y_, y_stride_);
+            y_ = nullptr;
+        }
+
+      private:
+        std::optional<AmxBlock> block_;
+        int rows_ = 0, pairs_ = 0;
+        float* y_ = nullptr;
+        size_t y_stride_ = 0;
+    };
+
+    static void add_by_amx(AmxSums& sums, const bf16* hidden, int width, int rows, const bf16* b, int pairs, float* y,
+                           size_t y_stride) {
+        if (rows > kFewTokens) return sums.add(y, y_stride, hidden, width, rows, b, pairs);
+        sums.store();
+        for (int row = 0; row < rows; row++) expand_as_amx(hidden + row * width, b, pairs, y + row * y_stride);
+    }
+
+    Section& section_of(const LoraModule& module) {
+        const int start = (int)module.out_start, stop = (int)(module.out_start + module.out_features);
+        for (Section& section : sections_)
+            if (section.start == start && section.stop == stop) return section;
+        return sections_.emplace_back(Section{start, stop, {}});
+    }
+
+    void add_pieces(const LoraSegment& segment, int part, int hidden, int width) {
+        constexpr int kMost = kShrinkVectors * 16;
+        const int num_rows = (int)pool_.parts[part].num_rows, start = (int)segment.start, stop = (int)segment.stop;
+        for (int token = start; token < stop; token += kShrinkTokens)
+            for (int row = 0; row < num_rows; row += kMost)
+                pieces_.push_back({token, std::min(stop - token, kShrinkTokens), part, row,
+                                   std::min(num_rows - row, kMost), hidden + (token - start) * width + row, width});
+    }
+
+    // A piece is a task, but for those of single tokens: some like ones are done together, as long as there are two
+    // tasks at least.
+    void make_tasks() {
+        tasks_.clear();
+        const size_t most = has_amx() ? 1 : std::clamp<size_t>(pieces_.size() / 2, 1, kOwnTokens);
+        for (size_t i = 0; i < pieces_.size(); i++) {
+            const Piece* first = tasks_.empty() ? nullptr : &pieces_[tasks_.back()];
+            if (first == nullptr || i - tasks_.back() == most || first->tokens > 1 || pieces_[i].tokens > 1 ||
+                first->rows != pieces_[i].rows ||
+                pool_.parts[first->part].num_rows != pool_.parts[pieces_[i].part].num_rows)
+                tasks_.push_back((int)i);
+        }
+    }
+
+    void find_used() {
+        used_.clear(), used_rows_ = 0;
+        for (const Piece& piece : pieces_)
+            used_.push_back({pool_.parts[piece.part].first_row, pool_.parts[piece.part].num_rows, 0});
+        std::sort(used_.begin(), used_.end(), [](const Used& a, const Used& b) { return a.first_row < b.first_row; });
+        auto is_same = [](const Used& a, const Used& b) { return a.first_row == b.first_row; };
+        used_.erase(std::unique(used_.begin(), used_.end(), is_same), used_.end());
+        for (Used& part : used_) part.end = used_rows_ += part.num_rows;
+    }
+
+    // Rounds a token's sums, times the weight, into its place.
+    void put(const Piece& piece, int token, const float* sums) {
+        const __m512 weight = _mm512_set1_ps((float)weights_[piece.part]);
+        for (int row = 0; row < piece.rows; row += 16)
+            _mm256_mask_storeu_epi16(&hidden_[piece.hidden + token * piece.width + row], first_lanes(piece.rows - row),
+                                     (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(weight, _mm512_loadu_ps(sums + row))));
+    }
+
+    LoraPool pool_{};
+    const double* weights_ = nullptr;
+    std::vector<Piece> pieces_;
+    std::vector<int> tasks_;  // the first piece of each
+    std::vector<Section> sections_;
+    std::vector<Used> used_;
+    int64_t used_rows_ = 0;
+    std::vector<bf16> hidden_;
+};

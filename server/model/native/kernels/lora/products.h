@@ -1,0 +1,171 @@
+// The products of adapters, of few rows of A or B at a time.
+//
+// A (rows, in) lies as (in / 2, rows, 2), a tile of 32 outputs of B as (rank / 2, 32, 2). Each number is one sum in one
+// order, whatever tokens and rows are computed with it.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <optional>
+#include <utility>
+
+#include "../amx.h"
+#include "../matrix.h"
+#include "../numbers.h"
+
+constexpr int kShrinkTokens = 16;  // of a task of A's products, at most
+constexpr int kShrinkVectors = 3;  // of 16 rows of A, likewise
+constexpr int kOwnTokens = 4;      // with an A each that are computed together, at most
+
+// y (tokens, 48) = x (tokens, 2 · pairs) times `columns` rows of A, packed as (pairs, rows, 2).
+template <int vectors, int tokens>
+inline void multiply_rows(const bf16* x, size_t x_stride, const bf16* a, size_t rows, int columns, int pairs,
+                          float* y) {
+    __m512 sum[tokens][vectors];
+    for (auto& of_token : sum)
+        for (auto& of : of_token) of = _mm512_setzero_ps();
+    const __mmask16 last = first_lanes(columns - 16 * (vectors - 1));
+    for (int pair = 0; pair < pairs; pair++, a += 2 * rows) {
+        __m512bh w[vectors];
+#pragma GCC unroll 3
+        for (int i = 0; i < vectors; i++)
+            w[i] = (__m512bh)_mm512_maskz_loadu_epi32(i == vectors - 1 ? last : 0xffff, a + 32 * i);
+#pragma GCC unroll 16
+        for (int token = 0; token < tokens; token++) {
+            uint32_t two;
+            memcpy(&two, x + token * x_stride + 2 * pair, 4);
+            auto both = (__m512bh)_mm512_set1_epi32((int)two);
+#pragma GCC unroll 3
+            for (int i = 0; i < vectors; i++) sum[token][i] = _mm512_dpbf16_ps(sum[token][i], both, w[i]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int token = 0; token < tokens; token++)
+#pragma GCC unroll 3
+        for (int i = 0; i < vectors; i++) _mm512_storeu_ps(y + (token * kShrinkVectors + i) * 16, sum[token][i]);
+}
+
+// The same for `tokens` tokens, each with its own x and A, whose sums wait for each other less than one's alone.
+template <int vectors, int tokens>
+inline void multiply_own_rows(const bf16* const* x, const bf16* const* a, size_t rows, int columns, int pairs,
+                              float* y) {
+    __m512 sum[tokens][vectors];
+    for (auto& of_token : sum)
+        for (auto& of : of_token) of = _mm512_setzero_ps();
+    const __mmask16 last = first_lanes(columns - 16 * (vectors - 1));
+    for (int pair = 0; pair < pairs; pair++)
+#pragma GCC unroll 4
+        for (int token = 0; token < tokens; token++) {
+            uint32_t two;
+            memcpy(&two, x[token] + 2 * pair, 4);
+            auto both = (__m512bh)_mm512_set1_epi32((int)two);
+#pragma GCC unroll 3
+            for (int i = 0; i < vectors; i++) {
+                const void* w = a[token] + 2 * rows * pair + 32 * i;
+                sum[token][i] = _mm512_dpbf16_ps(
+                    sum[token][i], both, (__m512bh)_mm512_maskz_loadu_epi32(i == vectors - 1 ? last : 0xffff, w));
+            }
+        }
+#pragma GCC unroll 4
+    for (int token = 0; token < tokens; token++)
+#pragma GCC unroll 3
+        for (int i = 0; i < vectors; i++) _mm512_storeu_ps(y + (token * kShrinkVectors + i) * 16, sum[token][i]);
+}
+
+// The same for two to kOwnTokens tokens.
+inline void multiply_own_rows(const bf16* const* x, const bf16* const* a, int tokens, size_t rows, int columns,
+                              int pairs, float* y) {
+    static constexpr auto kByShape = []<int... i>(std::integer_sequence<int, i...>) {
+        return std::array{multiply_own_rows<i / (kOwnTokens - 1) + 1, i % (kOwnTokens - 1) + 2>...};
+    }(std::make_integer_sequence<int, kShrinkVectors*(kOwnTokens - 1)>{});
+    kByShape[((columns + 15) / 16 - 1) * (kOwnTokens - 1) + tokens - 2](x, a, rows, columns, pairs, y);
+}
+
+// `multiply_rows` for any number of tokens, as many at once as have room in registers.
+template <int vectors>
+inline void multiply_rows(const bf16* x, size_t x_stride, int tokens, const bf16* a, size_t rows, int columns,
+                          int pairs, float* y) {
+    constexpr int kAtOnce = vectors == 1 ? 16 : 8;
+    static constexpr auto kByTokens = []<int... i>(std::integer_sequence<int, i...>) {
+        return std::array{multiply_rows<vectors, i + 1>...};
+    }(std::make_integer_sequence<int, kAtOnce>{});
+    for (int token = 0; token < tokens; token += kAtOnce)
+        kByTokens[std::min(tokens - token, kAtOnce) - 1](x + token * x_stride, x_stride, a, rows, columns, pairs,
+                                                         y + token * kShrinkVectors * 16);
+}
+
+// The same by AMX, for up to 16 tokens; pairs in units of 16.
+inline void multiply_rows_amx(const bf16* x, size_t x_stride, int tokens, const bf16* a, size_t rows, int columns,
+                              int pairs, float* y) {
+    const int vectors = (columns + 15) / 16;
+    AmxShape shape;  // 0 to 2 hold the sums, 3 holds x, 4 to 6 hold A
+    for (int i = 0; i < kShrinkVectors; i++) {
+        const int now = std::clamp(columns - 16 * i, 1, 16);
+        shape.rows[i] = (uint8_t)tokens, shape.rows[4 + i] = kAmxPairs;
+        shape.bytes_of_row[i] = shape.bytes_of_row[4 + i] = (uint16_t)(now * sizeof(float));
+    }
+    shape.rows[3] = (uint8_t)tokens, shape.bytes_of_row[3] = 64;
+    asm volatile("" ::: "memory");
+    _tile_loadconfig(&shape);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    for (int pair = 0; pair < pairs; pair += kAmxPairs, a += kAmxPairs * 2 * rows) {
+        _tile_loadd(3, x + 2 * pair, x_stride * sizeof(bf16));
+        _tile_loadd(4, a, 2 * rows * sizeof(bf16));
+        _tile_dpbf16ps(0, 3, 4);
+        if (vectors == 1) continue;
+        _tile_loadd(5, a + 32, 2 * rows * sizeof(bf16));
+        _tile_dpbf16ps(1, 3, 5);
+        if (vectors == 2) continue;
+        _tile_loadd(6, a + 64, 2 * rows * sizeof(bf16));
+        _tile_dpbf16ps(2, 3, 6);
+    }
+    constexpr int kStride = kShrinkVectors * 16 * sizeof(float);
+    _tile_stored(0, y, kStride);
+    if (vectors > 1) _tile_stored(1, y + 16, kStride);
+    if (vectors > 2) _tile_stored(2, y + 32, kStride);
+    _tile_release();
+    asm volatile("" ::: "memory");
+}
+
+// As AMX rounds, while it lives: numbers too small to be normal are 0.
+class FlushesToZero {
+  public:
+    FlushesToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+    ~FlushesToZero() { _mm_setcsr(before_); }
+    FlushesToZero(const FlushesToZero&) = delete;
+    FlushesToZero& operator=(const FlushesToZero&) = delete;
+
+  private:
+    const unsigned before_;
+};
+
+// y (32) += hidden (2 · pairs) times a tile of B, each number the one that AMX makes: of 16 pairs at a time, first the
+// even and the odd ones apart, then both together and to what came before. AMX takes longer for a few tokens.
+inline void expand_as_amx(const bf16* hidden, const bf16* b, int pairs, float* y) {
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000);
+    __m512 y0 = _mm512_loadu_ps(y), y1 = _mm512_loadu_ps(y + 16);
+    for (int first = 0; first < pairs; first += kAmxPairs) {
+        __m512 even0 = _mm512_setzero_ps(), odd0 = even0, even1 = even0, odd1 = even0;
+        for (int pair = first; pair < std::min(pairs, first + kAmxPairs); pair++) {
+            uint32_t two;
+            memcpy(&two, hidden + 2 * pair, 4);
+            const __m512 even = _mm512_castsi512_ps(_mm512_set1_epi32((int)(two << 16)));
+            const __m512 odd = _mm512_castsi512_ps(_mm512_set1_epi32((int)(two & 0xffff0000)));
+            const bf16* next = b + (pairs + pair) * 2 * kTile;  // what the next item of this thread will read
+            _mm_prefetch((const char*)next, _MM_HINT_T0);
+            _mm_prefetch((const char*)(next + kTile), _MM_HINT_T0);
+            const __m512i w0 = _mm512_loadu_si512(b + pair * 2 * kTile);
+            const __m512i w1 = _mm512_loadu_si512(b + pair * 2 * kTile + kTile);
+            even0 = _mm512_fmadd_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(w0, 16)), even0);
+            odd0 = _mm512_fmadd_ps(odd, _mm512_castsi512_ps(_mm512_and_si512(w0, high)), odd0);
+            even1 = _mm512_fmadd_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(w1, 16)), even1);
+            odd1 = _mm512_fmadd_ps(odd, _mm512_castsi512_ps(_mm512_and_si512(w1, high)), odd1);
+        }
+        y0 = _mm512_add_ps(y0, _mm512_add_ps(even0, odd0));
+        y1 = _mm512_add_ps(y1, _mm512_add_ps(even1, odd1));
+    }
+    _mm512_storeu_ps(y, y0);
+    _mm512_storeu_ps(y + 16, y1);
+}
