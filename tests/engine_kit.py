@@ -204,8 +204,8 @@ def place(rows: RankRows, adapters: Sequence[LoraWeights], seed: int = 0) -> lis
             first_row, first_unit = next_row[group] + rng.randrange(3), next_unit[group] + rng.randrange(5)
             placement[group] = Run(needs, first_row, first_unit)
             next_row[group], next_unit[group] = first_row + needs.num_rows, first_unit + needs.num_units
-            assert next_row[group] <= rows.a[group].shape[1], "the test's pool is too small"
-            assert next_unit[group] <= rows.b[group].shape[1], "the test's pool is too small"
+            assert next_row[group] <= rows.num_rows(group), "the test's pool is too small"
+            assert next_unit[group] <= rows.num_units(group), "the test's pool is too small"
         rows.place(adapters[i], placement)
         placements[i] = placement
     return [placements[i] for i in range(len(adapters))]

@@ -132,8 +132,7 @@ class LoraBatch:
 
     def _add_block(self, layer: int, group: str, block: _Block, x: torch.Tensor, y: torch.Tensor) -> None:
         run, tokens = block.run, slice(block.start, block.stop)
-        a = self._rows.a[group][layer, run.first_row : run.first_row + run.rows.num_rows]
-        b = self._rows.b[group][layer, run.first_unit : run.first_unit + run.rows.num_units]
+        a, b = (of[layer] for of in self._rows.run(group, run))
         hidden = shrink_block(x[tokens], a, block.weight, y.dtype)  # (tokens, rows of the run)
         unit = b.shape[1]
         for rows in run.rows.modules:

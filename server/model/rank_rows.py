@@ -3,6 +3,8 @@
 Linear modules that read the same input form a group with one pool. A pool has `a` (layers, rows, in) and
 `b` (layers, units, unit): a resident adapter owns one run of rows and one of units in the pool of each group
 that it targets, the same run in every layer, so that one index describes a token's rows for all layers.
+Where rows are packed, a run's layers follow each other instead, so that an adapter lies together: the run of
+rows r to s begins at r · layers of `a` (layers · rows, in).
 
 A row's scaling (α/r or α/√r, which patterns may vary by layer) is multiplied into `a` when it is placed; what
 is left for a request is its weight. A module's B, transposed, is (rank, out): each of its rows fills
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from adapters.lora import BaseShape, LoraWeights, ModuleKey
+from server.model.huge_pages import in_huge_pages
 from server.model.uploads import Uploads
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -131,14 +134,35 @@ class RankRows:
         self.a: dict[str, torch.Tensor] = {}
         self.b: dict[str, torch.Tensor] = {}
         for group, layout in self.layouts.items():
-            num_rows = max_rank * len(layout.modules)
-            num_units = max_rank * layout.units_per_token
-            self.a[group] = torch.empty(
-                shape.num_layers, num_rows, layout.in_features, dtype=row_format.a, device=device
+            a_shape = (self.num_rows(group), layout.in_features)
+            b_shape = (self.num_units(group), layout.unit)
+            if row_format.tile is None:
+                self.a[group] = torch.empty(shape.num_layers, *a_shape, dtype=row_format.a, device=device)
+                self.b[group] = torch.empty(shape.num_layers, *b_shape, dtype=row_format.b, device=device)
+            else:
+                self.a[group] = in_huge_pages(shape.num_layers * a_shape[0], a_shape[1], dtype=row_format.a)
+                self.b[group] = in_huge_pages(shape.num_layers * b_shape[0], b_shape[1], dtype=row_format.b)
+
+    def num_rows(self, group: str) -> int:
+        """Rows of A that the group's pool has in each layer."""
+        return self.max_rank * len(self.layouts[group].modules)
+
+    def num_units(self, group: str) -> int:
+        """Units of B, likewise."""
+        return self.max_rank * self.layouts[group].units_per_token
+
+    def run(self, group: str, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a run has of the pool: A (layers, rows, in) and B (layers, units, unit)."""
+        num_rows, num_units, layers = run.rows.num_rows, run.rows.num_units, self.shape.num_layers
+        if self.format.tile is None:
+            return (
+                self.a[group][:, run.first_row : run.first_row + num_rows],
+                self.b[group][:, run.first_unit : run.first_unit + num_units],
             )
-            self.b[group] = torch.empty(
-                shape.num_layers, num_units, layout.unit, dtype=row_format.b, device=device
-            )
+        return (
+            self.a[group].narrow(0, layers * run.first_row, layers * num_rows).unflatten(0, (layers, num_rows)),
+            self.b[group].narrow(0, layers * run.first_unit, layers * num_units).unflatten(0, (layers, num_units)),
+        )
 
     def needs(self, weights: LoraWeights) -> dict[str, GroupRows]:
         """The rows and units that an adapter takes in each group's pool."""
@@ -170,8 +194,7 @@ class RankRows:
             raise ValueError("the adapter has more layers than the base")
         staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         for group, run in placement.items():
-            a = self.a[group][:, run.first_row : run.first_row + run.rows.num_rows]
-            b = self.b[group][:, run.first_unit : run.first_unit + run.rows.num_units]
+            a, b = self.run(group, run)
             if self._uploads is None:
                 self._fill(weights, run.rows, a, b)
             else:

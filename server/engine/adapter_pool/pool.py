@@ -89,8 +89,8 @@ class AdapterPool:
         self._settling: list[Adapter] = []  # given up, perhaps while their rows were being filled
         self._spaces: dict[_Space, Extents] = {}
         for group in rows.layouts:
-            self._spaces[group, "rows"] = Extents(rows.a[group].shape[1])
-            self._spaces[group, "units"] = Extents(rows.b[group].shape[1])
+            self._spaces[group, "rows"] = Extents(rows.num_rows(group))
+            self._spaces[group, "units"] = Extents(rows.num_units(group))
 
     @property
     def resident(self) -> frozenset[str]:

@@ -54,7 +54,10 @@ class LoraModule(ctypes.Structure):
 
 
 class LoraPart(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("first_row", "num_rows", "first_module", "num_modules"))
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in ("first_row", "num_rows", "first_module", "num_modules", "b_offset", "b_size")
+    )
 
 
 class LoraSegment(ctypes.Structure):
@@ -64,7 +67,7 @@ class LoraSegment(ctypes.Structure):
 class LoraPool(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("a", "b")),
-        *((name, ctypes.c_int64) for name in ("layers", "a_stride", "b_stride", "in")),
+        *((name, ctypes.c_int64) for name in ("layers", "rows", "b_size", "in")),
         ("parts", ctypes.c_void_p),
     )
 

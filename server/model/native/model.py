@@ -74,10 +74,10 @@ class NativeLora:
             self.pools[index] = LoraPool(
                 a.data_ptr(),
                 b.data_ptr(),
-                a.shape[0],
-                a.stride(0),
-                b.stride(0),
-                a.shape[2],
+                rows.shape.num_layers,
+                rows.num_rows(group),
+                rows.num_units(group) * rows.layouts[group].unit,
+                rows.layouts[group].in_features,
                 self._parts[index].ctypes.data,
             )
 
@@ -202,14 +202,21 @@ def _describe(rows: RankRows, placement: Placement, group: str, modules: list[tu
     """The part of one adapter in a group; its modules are put at the end of `modules`."""
     run = placement.get(group)
     if run is None:
-        return (0, 0, 0, 0)
+        return (0,) * columns(LoraPart)
     first = len(modules)
     unit = rows.layouts[group].unit
     modules += [
-        (module.rank, module.row, (run.first_unit + module.unit) * unit, module.out_start, module.out_features)
+        (module.rank, module.row, module.unit * unit, module.out_start, module.out_features)
         for module in run.rows.modules
     ]
-    return (run.first_row, run.rows.num_rows, first, len(run.rows.modules))
+    return (
+        run.first_row,
+        run.rows.num_rows,
+        first,
+        len(run.rows.modules),
+        run.first_unit * unit,
+        run.rows.num_units * unit,
+    )
 
 
 def _table(rows: Sequence[tuple[int, ...]], structure: type[ctypes.Structure]) -> Ints:

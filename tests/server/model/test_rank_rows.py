@@ -132,28 +132,36 @@ def test_bytes_are_what_is_allocated(dtype: torch.dtype) -> None:
     allocated = sum(tensor.nbytes for tensor in (*rows.a.values(), *rows.b.values()))
     assert allocated == 7 * RowFormat.of_torch(dtype, CPU).bytes_per_rank(SHAPE)
     full = rows.needs(random_adapter(SHAPE, 0, rank=7))
-    assert all(full[group].num_rows == rows.a[group].shape[1] for group in GROUPS)
-    assert all(full[group].num_units == rows.b[group].shape[1] for group in GROUPS)
+    assert all(full[group].num_rows == rows.num_rows(group) for group in GROUPS)
+    assert all(full[group].num_units == rows.num_units(group) for group in GROUPS)
 
 
 def test_packed_rows_are_pairs() -> None:
-    """As `lora.h` reads them: an odd rank gets a row of zeros, and a pool of odd size holds one of that rank."""
-    shape = BaseShape(1, dict.fromkeys(MODULES, (64, 32)))
+    """As `lora/group.h` reads them: an odd rank gets a row of zeros, a pool of odd size holds one of that rank,
+    and a run's layers follow each other."""
+    shape = BaseShape(2, dict.fromkeys(MODULES, (64, 32)))
     packed = RowFormat(torch.bfloat16, torch.bfloat16, 32)
-    rows = RankRows(shape, max_rank=3, row_format=packed, device=CPU)
+    rows = RankRows(shape, max_rank=7, row_format=packed, device=CPU)
     weights = random_adapter(shape, 0, rank=3, modules=["q_proj", "k_proj"], dtype=torch.bfloat16)
     needs = rows.needs(weights)["qkv"]
     assert [(module.rank, module.row) for module in needs.modules] == [(4, 0), (4, 4)]
-    rows.place(weights, {"qkv": Run(needs, 0, 0)})
-    a = rows.a["qkv"][0, : needs.num_rows].reshape(16, 8, 2)
-    for module in needs.modules:
-        whole = weights.modules[ModuleKey(0, module.module)]
-        b = rows.b["qkv"][0].flatten()[module.unit * 64 :][: 4 * 64].view(2, 2, 32, 2)
-        for row in range(4):
-            found_a, found_b = a[:, module.row + row].flatten(), b[:, row // 2, :, row % 2].flatten()
-            if row == 3:
-                assert not found_a.any()
-                assert not found_b.any()
-            else:
-                assert torch.equal(found_a, (whole.a[row].float() * whole.scaling).bfloat16())
-                assert torch.equal(found_b, whole.b[:, row])
+    for tensor in (rows.a["qkv"], rows.b["qkv"]):
+        tensor.fill_(float("nan"))
+    run = Run(needs, 6, 5)
+    rows.place(weights, {"qkv": run})
+    for layer in range(2):
+        a = rows.a["qkv"][2 * 6 + layer * 8 :][:8].reshape(16, 8, 2)
+        b_of_layer = rows.b["qkv"].flatten()[(2 * 5 + layer * needs.num_units) * 64 :]
+        for module in needs.modules:
+            whole = weights.modules[ModuleKey(layer, module.module)]
+            b = b_of_layer[module.unit * 64 :][: 4 * 64].view(2, 2, 32, 2)
+            for row in range(4):
+                found_a, found_b = a[:, module.row + row].flatten(), b[:, row // 2, :, row % 2].flatten()
+                if row == 3:
+                    assert not found_a.any()
+                    assert not found_b.any()
+                else:
+                    assert torch.equal(found_a, (whole.a[row].float() * whole.scaling).bfloat16())
+                    assert torch.equal(found_b, whole.b[:, row])
+    for tensor, of_run in zip((rows.a["qkv"], rows.b["qkv"]), rows.run("qkv", run), strict=True):
+        assert tensor.isfinite().sum() == of_run.numel()  # nothing else was touched

@@ -57,20 +57,22 @@ struct ServeRun {  // tokens [start, stop) of the step, one sequence's, the firs
 };
 
 struct LoraModule {
-    int64_t rank, row, offset, out_start, out_features;  // row: from the part's first; offset: into the layer's B
+    int64_t rank, row, offset, out_start, out_features;  // row, offset: from the part's first row and number of B
 };
 
 struct LoraPart {  // one weighted adapter of a segment, in one group
-    int64_t first_row, num_rows, first_module, num_modules;
+    int64_t first_row, num_rows, first_module, num_modules, b_offset, b_size;  // b_offset, b_size: numbers of B
 };
 
 struct LoraSegment {  // tokens [start, stop) under the same parts
     int64_t start, stop, first_part, num_parts;
 };
 
-struct LoraPool {  // of one group, packed as lora.h says; strides are elements from layer to layer
+// Of one group: `rows` rows of A and `b_size` numbers of B a layer, packed as lora/group.h says. What a part has of all
+// layers lies together, one layer after the other, and so that it begins `layers` times as far from the pool's begin.
+struct LoraPool {
     const bf16 *a, *b;
-    int64_t layers, a_stride, b_stride, in;
+    int64_t layers, rows, b_size, in;
     const LoraPart* parts;
 };
 

@@ -66,13 +66,16 @@ inline void check_runs(const BaseSizes& sizes, const ServeStep& step) {
 inline void check_parts(const BaseSizes& sizes, const ServeStep& step, int group) {
     const LoraPool& pool = step.pools[group];
     const int64_t out = out_features(sizes, group);
-    if (pool.in != in_features(sizes, group) || pool.layers != sizes.layers || pool.a_stride < 0)
+    if (pool.in != in_features(sizes, group) || pool.layers != sizes.layers || pool.rows < 0)
         refuse("group %d has rows of %ld numbers in %ld layers", group, pool.in, pool.layers);
     for (int64_t index = 0; index < step.num_parts; index++) {
         const LoraPart& part = pool.parts[index];
-        if (!is_within(part.first_row, part.num_rows, pool.a_stride / pool.in))
+        if (!is_within(part.first_row, part.num_rows, pool.rows))
             refuse("part %ld of group %d has %ld rows from %ld on, of %ld", index, group, part.num_rows, part.first_row,
-                   pool.a_stride / pool.in);
+                   pool.rows);
+        if (!is_within(part.b_offset, part.b_size, pool.b_size))
+            refuse("part %ld of group %d has %ld numbers of B from %ld on, of %ld", index, group, part.b_size,
+                   part.b_offset, pool.b_size);
         if (!is_within(part.first_module, part.num_modules, step.num_modules))
             refuse("part %ld of group %d has %ld modules from %ld on, of %ld", index, group, part.num_modules,
                    part.first_module, step.num_modules);
@@ -84,8 +87,8 @@ inline void check_parts(const BaseSizes& sizes, const ServeStep& step, int group
             if (!is_within(module.out_start, module.out_features, out) || module.out_start % kTile ||
                 module.out_features % kTile)
                 refuse("module %ld has %ld outputs from %ld on, of %ld", i, module.out_features, module.out_start, out);
-            if (!is_within(module.offset, module.out_features * module.rank, pool.b_stride))
-                refuse("module %ld begins at %ld of B's %ld numbers a layer", i, module.offset, pool.b_stride);
+            if (!is_within(module.offset, module.out_features * module.rank, part.b_size))
+                refuse("module %ld begins at %ld of its part's %ld numbers of B", i, module.offset, part.b_size);
         }
     }
 }

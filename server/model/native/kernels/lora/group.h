@@ -1,8 +1,9 @@
 // The low-rank share of each token's adapters: Σ weight · B (A x), over the rank rows that it uses.
 //
-// A's rows carry their adapter's scaling. A pool holds a part's A as (in / 2, rows, 2), and each module's B as
-// (out / 32, rank / 2, 32, 2) from the module's offset on: what vdpbf16ps and AMX multiply by, and what one task or a
-// tile of outputs needs lies together. A x, times the weight, is rounded to 16 bits.
+// A's rows carry their adapter's scaling. A pool holds a part's A as (layers, in / 2, rows, 2), and the B of all of its
+// modules as (layers, its numbers of B), each module's as (out / 32, rank / 2, 32, 2) from the module's offset on: what
+// vdpbf16ps and AMX multiply by, and what one task or a tile of outputs needs lies together. A x, times the weight, is
+// rounded to 16 bits.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -29,7 +30,8 @@ class LoraGroup {
                 for (int64_t k = part.first_module; k < part.first_module + part.num_modules; k++)
                     section_of(modules[k])
                         .shares.push_back({(int)segment.start, (int)segment.stop, hidden + (int)modules[k].row, width,
-                                           (int)(modules[k].rank / 2), modules[k].offset});
+                                           (int)(modules[k].rank / 2),
+                                           pool.b + part.b_offset * pool.layers + modules[k].offset, part.b_size});
                 add_pieces(segment, (int)i, hidden, width);
                 hidden += (int)part.num_rows;
             }
@@ -53,7 +55,7 @@ class LoraGroup {
         for (int i = 0; i < count; i++) {
             const Piece& of = pieces_[first + i];
             of_x[i] = x + of.token * pool_.in;
-            of_a[i] = pool_.a + layer * pool_.a_stride + pool_.parts[of.part].first_row * pool_.in + 2 * of.row;
+            of_a[i] = a_of(pool_.parts[of.part], layer) + 2 * of.row;
         }
         const size_t rows = pool_.parts[piece.part].num_rows;
         if (count > 1)
@@ -82,8 +84,7 @@ class LoraGroup {
                 const int first = std::max(share->start, start), stop = std::min(share->stop, start + rows);
                 visit(first, stop - first, &hidden_[share->hidden + (size_t)(first - share->start) * share->width],
                       share->width,
-                      pool_.b + layer * pool_.b_stride + share->offset +
-                          (int64_t)(column - section.start) * 2 * share->pairs,
+                      share->b + layer * share->b_size + (int64_t)(column - section.start) * 2 * share->pairs,
                       share->pairs);
             }
         }
@@ -118,9 +119,8 @@ class LoraGroup {
         auto part = std::upper_bound(used_.begin(), used_.end(), row,
                                      [](int64_t of, const Used& candidate) { return of < candidate.end; });
         for (; row < stop; part++) {
-            const int64_t now = std::min(stop, part->end) - row,
-                          first = part->first_row + part->num_rows - part->end + row;
-            fetches.add(pool_.a + layer * pool_.a_stride + first * pool_.in, now * pool_.in * sizeof(bf16));
+            const int64_t now = std::min(stop, part->end) - row, first = row - (part->end - part->num_rows);
+            fetches.add(a_of(*part, layer) + first * pool_.in, now * pool_.in * sizeof(bf16));
             row += now;
         }
     }
@@ -132,7 +132,8 @@ class LoraGroup {
     };
     struct Share {  // tokens [start, stop), each with `width` products with A, and a module's B
         int start, stop, hidden, width, pairs;
-        int64_t offset;
+        const bf16* b;  // of the first layer
+        int64_t b_size;
     };
     struct Section {  // outputs [start, stop) of a module, and the shares of them in their tokens' order
         int start, stop;
@@ -202,6 +203,12 @@ class LoraGroup {
                 pool_.parts[first->part].num_rows != pool_.parts[pieces_[i].part].num_rows)
                 tasks_.push_back((int)i);
         }
+    }
+
+    // A part's A: `Part` may be what is known of it in `Used`.
+    template <class Part>
+    const bf16* a_of(const Part& part, int layer) const {
+        return pool_.a + (part.first_row * pool_.layers + layer * part.num_rows) * pool_.in;
     }
 
     void find_used() {

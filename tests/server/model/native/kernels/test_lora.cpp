@@ -22,25 +22,25 @@ struct Pool {
     Pool(Random& random, const std::vector<std::vector<int>>& ranks) {
         int64_t row = 3, offset = 64;  // others' before
         for (const auto& of : ranks) {
-            LoraPart part{row, 0, (int64_t)modules.size(), 0};
+            LoraPart part{row, 0, (int64_t)modules.size(), 0, offset, 0};
             for (int i = 0; i < 3; i++) {
                 if (of[i] == 0) continue;
-                modules.push_back({of[i], part.num_rows, offset, kModules[i].out_start, kModules[i].out_features});
-                part.num_rows += of[i], part.num_modules++, offset += of[i] * kModules[i].out_features;
+                modules.push_back({of[i], part.num_rows, part.b_size, kModules[i].out_start, kModules[i].out_features});
+                part.num_rows += of[i], part.num_modules++, part.b_size += of[i] * kModules[i].out_features;
             }
             adapters.push_back(part);
-            row += part.num_rows;
+            row += part.num_rows, offset += part.b_size;
         }
         a = random_bf16(random, (size_t)kLayers * row * kIn), b = random_bf16(random, (size_t)kLayers * offset);
-        pool = {a.data(), b.data(), kLayers, row * kIn, offset, kIn, nullptr};
+        pool = {a.data(), b.data(), kLayers, row, offset, kIn, nullptr};
     }
     // Of a part: its row's number k of A, and its module's number (output, row) of B.
     double a_at(int layer, const LoraPart& part, int64_t row, int k) const {
-        const bf16* run = &a[layer * pool.a_stride + part.first_row * kIn];
+        const bf16* run = &a[(part.first_row * kLayers + layer * part.num_rows) * kIn];
         return to_float(run[(k / 2 * part.num_rows + row) * 2 + k % 2]);
     }
-    double b_at(int layer, const LoraModule& module, int64_t output, int64_t row) const {
-        const bf16* of = &b[layer * pool.b_stride + module.offset];
+    double b_at(int layer, const LoraPart& part, const LoraModule& module, int64_t output, int64_t row) const {
+        const bf16* of = &b[part.b_offset * kLayers + layer * part.b_size + module.offset];
         return to_float(of[((output / kTile * (module.rank / 2) + row / 2) * kTile + output % kTile) * 2 + row % 2]);
     }
     void use(const std::vector<int>& indices) {
@@ -94,7 +94,7 @@ TEST(lora_of_segments) {
                                             pool.a_at(layer, part, module.row + row, k) * to_float(x[token * kIn + k]);
                                         hidden += product, magnitude += std::abs(product);
                                     }
-                                    const double weight = weights[p] * pool.b_at(layer, module, output, row);
+                                    const double weight = weights[p] * pool.b_at(layer, part, module, output, row);
                                     const double error = sum_error(kIn + 2) * magnitude;
                                     exact += weight * hidden, size += std::abs(weight * hidden);
                                     bound += std::abs(weight) * (error + kU16 * (std::abs(hidden) + error));
@@ -123,8 +123,8 @@ TEST(lora_of_a_token_in_any_company) {
     Random random(2);
     // Ranks of one pair, of several, and of more than the sixteen pairs that AMX takes at once.
     Pool pool(random, {{16, 16, 16}, {2, 64, 6}, {70, 34, 32}, {8, 8, 8}});
-    for (int64_t row = pool.adapters[3].first_row; row < pool.adapters[3].first_row + pool.adapters[3].num_rows; row++)
-        for (int k = 0; k < kIn; k++) pool.a[row * kIn + k] = 0x7fc0;
+    const LoraPart& last = pool.adapters[3];
+    std::fill_n(pool.a.begin() + last.first_row * kLayers * kIn, last.num_rows * kLayers * kIn, 0x7fc0);
     pool.use({0, 1, 2, 3});
     const std::vector<double> weights = {0.9, -1.5, 0.3, 1};
     const int tokens = 75;

@@ -121,19 +121,18 @@ struct Step {
         for (int group = 0; group < kGroups; group++) {
             int64_t row = 0, offset = 0;
             for (int64_t rank : {16, 4}) {
-                LoraPart part{row, 0, (int64_t)modules.size(), 0};
+                LoraPart part{row, 0, (int64_t)modules.size(), 0, offset, 0};
                 int64_t out_start = 0;
                 for (int64_t out : base.outs(group)) {
-                    modules.push_back({rank, part.num_rows, offset, out_start, out});
-                    part.num_rows += rank, part.num_modules++, offset += rank * out, out_start += out;
+                    modules.push_back({rank, part.num_rows, part.b_size, out_start, out});
+                    part.num_rows += rank, part.num_modules++, part.b_size += rank * out, out_start += out;
                 }
                 adapters_[group].push_back(part);
-                row += part.num_rows;
+                row += part.num_rows, offset += part.b_size;
             }
             a[group] = random_bf16(random, (size_t)(sizes.layers * row * base.in(group)), 0.1);
             b[group] = random_bf16(random, (size_t)(sizes.layers * offset), 0.1);
-            pools[group] = {a[group].data(), b[group].data(), sizes.layers, row * base.in(group),
-                            offset,          base.in(group),  nullptr};
+            pools[group] = {a[group].data(), b[group].data(), sizes.layers, row, offset, base.in(group), nullptr};
         }
     }
 
