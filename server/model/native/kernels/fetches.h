@@ -39,8 +39,9 @@ class Fetches {
         count_ += lines;
     }
     size_t size() const { return count_; }
-    // All of them, of which there is one at least, until more are added.
+    // All of them, until more are added.
     Lines lines() {
+        if (count_ == 0) add(this, 1);
         lines_[count_] = lines_[count_ + 1] = lines_[count_ - 1];
         return {lines_.data(), lines_.data() + count_};
     }

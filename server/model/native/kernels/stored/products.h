@@ -32,7 +32,7 @@ template <class Tile, int rows>
 inline void multiply_stored_block(const bf16* x, size_t x_stride, const Tile* tiles, int count, float* y,
                                   size_t y_stride, Fetches& fetches) {
     const size_t each = (fetches.size() + count - 1) / count;
-    Lines lines = each > 0 ? fetches.lines() : Lines();
+    Lines lines = fetches.lines();
     [&]<int... row>(std::integer_sequence<int, row...>) {
         __m512 left[rows], right[rows];
         ((left[row] = right[row] = _mm512_setzero_ps()), ...);
