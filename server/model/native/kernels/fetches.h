@@ -10,7 +10,7 @@
 struct Lines {
     const char *const *next = nullptr, *const *last = nullptr;
 
-    // Two of them; the last one is there three times.
+    // Two of them; the last one is there four times.
     void fetch_two() {
         _mm_prefetch(next[0], _MM_HINT_T0);
         _mm_prefetch(next[1], _MM_HINT_T0);
@@ -42,7 +42,7 @@ class Fetches {
     // All of them, until more are added.
     Lines lines() {
         if (count_ == 0) add(this, 1);
-        lines_[count_] = lines_[count_ + 1] = lines_[count_ - 1];
+        lines_[count_] = lines_[count_ + 1] = lines_[count_ + 2] = lines_[count_ - 1];
         return {lines_.data(), lines_.data() + count_};
     }
 
