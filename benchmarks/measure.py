@@ -22,6 +22,7 @@ class Run:
     gaps: tuple[float, ...]  # between the tokens of an answer, of all answers
     texts: tuple[str, ...] = field(default=(), repr=False)
     num_cached_tokens: int = 0  # of the prompts, that a cache of prefixes knew
+    num_resent: int = 0  # requests that were sent again, each time counted
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Figures:
     ttft_p99: Figure
     itl_p50: Figure
     itl_p99: Figure
+    num_resent: int = 0  # requests that were sent again, as their connection was dropped
 
     @classmethod
     def of(cls, run: Run) -> "Figures":
@@ -42,6 +44,7 @@ class Figures:
             percentile(run.first_token, 99),
             percentile(run.gaps, 50),
             percentile(run.gaps, 99),
+            run.num_resent,
         )
 
 
@@ -93,6 +96,7 @@ def join(runs: Sequence[Run]) -> Run:
         _chain(run.gaps for run in runs),
         tuple(chain.from_iterable(run.texts for run in runs)),
         sum(run.num_cached_tokens for run in runs),
+        sum(run.num_resent for run in runs),
     )
 
 

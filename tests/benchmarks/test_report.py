@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import command, report
+from benchmarks.serving.report import markdown
 from benchmarks.serving.results import Results
 from benchmarks.serving.systems.systems import BASE, BLENDS
 from benchmarks.training import adapters_report, beside_report, methods_report, train_report
@@ -111,6 +112,15 @@ def test_what_was_not_measured_is_said(tmp_path: Path, out: Path) -> None:
     page, readme = run(tmp_path)
     assert "Not measured yet: `python -m benchmarks.methods`." in page
     assert "LoRA, r=8" not in readme
+
+
+def test_requests_that_were_sent_again_are_told() -> None:
+    found = serving()
+    assert "sent again" not in markdown(found)
+    found.resent = {"llama.cpp": 2}
+    assert "- Requests that were sent again, as the server had dropped their connection: llama.cpp 2." in markdown(
+        found
+    )
 
 
 def test_a_quick_run_is_published_nowhere(tmp_path: Path, out: Path) -> None:
