@@ -76,6 +76,7 @@ def chart(results: Results, path: Path) -> None:
             axes.set_xscale("log", base=2)
             axes.set_xticks(places, [f"{place:,}" for place in places])
             axes.minorticks_off()
+            axes.margins(y=0.1)
             axes.set_ylim(bottom=0)
             axes.set_title(title, fontsize=8)
             axes.set_xlabel(curve.axis, fontsize=7)
