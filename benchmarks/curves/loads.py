@@ -146,8 +146,8 @@ def contexts(scale: Scale) -> Plan:
     loads = []
     for streams in scale.context_streams:
         for length in scale.contexts:
-            requests = 4 if length <= 512 else 1
-            sizes = (streams, requests, length - scale.context_tokens, scale.context_tokens)
+            # one request a stream: memory shows what so many contexts take
+            sizes = (streams, 1, length - scale.context_tokens, scale.context_tokens)
             series = "1 stream" if streams == 1 else f"{streams} streams"
             loads.append(Load(series, length, *sizes, is_cached=True))
     work = (

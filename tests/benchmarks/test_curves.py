@@ -10,10 +10,15 @@ import pytest
 
 from benchmarks.curves.__main__ import main
 from benchmarks.curves.loads import BASE, CURVES, EACH, UNIFORM, ZIPF, Load, Plan, Scale
+from benchmarks.curves.register import register
 from benchmarks.curves.report import markdown
 from benchmarks.curves.results import Curve, Point, Results
-from benchmarks.serving.adapter_files import RANK
+from benchmarks.curves.run import Bench, measure
+from benchmarks.prompts import PromptSource
+from benchmarks.serving.adapter_files import RANK, Sizes
+from benchmarks.serving.systems.server_process import ServerConfig
 from benchmarks.serving.systems.wires import Part
+from server.model.base.weights import BaseModel
 from tests.benchmarks.kit import curves, figures
 
 
@@ -128,3 +133,24 @@ def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.Captu
     assert "A quick run" in capsys.readouterr().out
     assert json.loads((out / "curves.json").read_text())["made"]["quick"] is True
     assert sorted(path.name for path in out.iterdir()) == ["curves.json", "curves.log"]
+
+
+@pytest.mark.slow
+def test_later_rounds_go_through_the_points_of_one_server(
+    tmp_path: Path, tiny_base_dir: Path, converted_tiny: Path, tiny_base: BaseModel
+) -> None:
+    """Down in the second round, up in the third; the pool has room for four of six adapters."""
+    plan = CURVES["adapters"](Scale.quick())
+    home, sizes, said = tmp_path / "home", Sizes.read(tiny_base_dir), list[str]()
+    register(plan.adapters, home, tiny_base, sizes, tmp_path, said.append)
+    assert not list(tmp_path.glob("r16-*")), "files are deleted once they are published"
+    config = ServerConfig(
+        *(home, converted_tiny.parent, str(tiny_base_dir), "fp32", "cpu", 1, tmp_path / "log"),
+    )
+    prompts = PromptSource(tiny_base.tokenizer, many=True)
+    curve = measure(plan, Bench(config, tiny_base.config.shape, prompts, 3, said.append))
+    order = [" ".join(line.split(": ")[1].split(", ")) for line in said if "round" in line]
+    points = [f"{load.series} {load.x}" for load in plan.loads]
+    assert order == [*points, *reversed(points), *points]
+    assert {len(one.figures) for one in curve.points} == {3}
+    assert [max(one.adapters_read) > 0 for one in curve.points] == [one.x == 6 for one in curve.points]
