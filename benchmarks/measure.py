@@ -76,10 +76,10 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread | None:
     """Of each round's ratio, so that a machine that drifts between rounds doesn't show; None without pairs.
 
-    A round that has no figure has no ratio.
+    A round that has no figure has no ratio, nor has one to nothing: gaps are 0 s where tokens came together.
     """
     pairs = zip(numerators, denominators, strict=False)
-    ratios = [above / below for above, below in pairs if math.isfinite(above) and math.isfinite(below)]
+    ratios = [above / below for above, below in pairs if math.isfinite(above) and math.isfinite(below) and below]
     return Spread.of(ratios) if ratios else None
 
 

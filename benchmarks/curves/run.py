@@ -104,9 +104,8 @@ def _cached(server: Server, load: Load, requests: Streams) -> Figures:
 def _warm_up(server: Server, plan: Plan, load: Load, bench: Bench, draw: Random) -> None:
     fitting = [adapter for adapter in load.adapters if adapter.rank * (adapter.index + 1) <= plan.room]
     if fitting:
-        touches = [
-            Request("A", (Part(adapter.name),), 1) for adapter in reversed(fitting)
-        ]  # the popular ones last
+        # the popular ones last, as the least recently used go first
+        touches = [Request("A", (Part(adapter.name),), 1) for adapter in reversed(fitting)]
         num_streams = min(MAX_WARMING, len(touches))
         _figures(server, [touches[stream::num_streams] for stream in range(num_streams)])
     texts = bench.prompts.take(load.streams, WARM_PROMPT_TOKENS)
