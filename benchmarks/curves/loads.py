@@ -161,8 +161,9 @@ def contexts(scale: Scale) -> Plan:
 def streams(scale: Scale) -> Plan:
     most = max(scale.streams)
     each = tuple(Adapter(RANK, index) for index in range(most))
-    loads = [_even(scale, BASE, count, count) for count in scale.streams]
-    loads += [_even(scale, EACH, count, count, each[:count]) for count in scale.streams]
+    # what is compared is measured one after the other
+    both = ((BASE, ()), (EACH, each))
+    loads = [_even(scale, kind, count, count, own[:count]) for count in scale.streams for kind, own in both]
     work = (
         f"the base, or as many adapters of rank {RANK} as streams; all streams in one batch (SMOLORA_MAX_NUM_SEQS="
         f"{most}); ratios of adapters are to the base with as many streams, the base's to its one stream"

@@ -95,7 +95,7 @@ def _table(curve: Curve) -> str:
         *(("adapters read",) if reads else ()),
     )
     cells = []
-    for point in curve.points:
+    for point in (point for series in curve.series for point in curve.of(series)):
 
         def times(figure: Callable[[Figures], float], point: Point = point) -> str:
             return with_range([figure(one) for one in point.figures], milliseconds)

@@ -58,6 +58,8 @@ def test_every_stream_has_its_adapters() -> None:
     streams = plan("streams")
     assert (streams.max_num_seqs, streams.room) == (64, 64 * RANK)
     assert len(load("streams", EACH, 64).adapters) == 64
+    beside = [(load.series, load.x) for load in streams.loads[:4]]
+    assert beside == [(BASE, 1), (EACH, 1), (BASE, 2), (EACH, 2)], "what is compared is measured together"
 
 
 def test_a_context_has_room_for_the_answer() -> None:
@@ -101,6 +103,10 @@ def test_the_report() -> None:
     )
     assert "| 1 stream | 8,192 | 50.0 | 0.50 | 100 | 20.0 | 50.0 | 1.00 GB |\n" in text, "none were read"
     assert "sent again" not in text
+    context = curves().curves[1]
+    mixed = Curve("x", "X", "x", "x", (point("a", 1, 1.0), point("b", 1, 2.0), point("a", 2, 3.0)))
+    shown = markdown(replace(curves(), curves=(mixed, context)))
+    assert shown.index("| a | 2 |") < shown.index("| b | 1 |"), "a series after the other"
     resent = replace(figures(200.0), num_resent=2)
     again = Curve("context", "Context", "tokens", "so", (Point(BASE, 1, (resent, resent), (0, 0), 0),))
     assert "\n4 requests were sent again" in markdown(replace(curves(), curves=(again,)))
