@@ -22,6 +22,7 @@ class Run:
     gaps: tuple[float, ...]  # between the tokens of an answer, of all answers
     texts: tuple[str, ...] = field(default=(), repr=False)
     num_cached_tokens: int = 0  # of the prompts, that a cache of prefixes knew
+    num_resent: int = 0  # requests that were sent again, each time counted
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Figures:
     ttft_p99: Figure
     itl_p50: Figure
     itl_p99: Figure
+    num_resent: int = 0  # requests that were sent again, as their connection was dropped
 
     @classmethod
     def of(cls, run: Run) -> "Figures":
@@ -42,6 +44,7 @@ class Figures:
             percentile(run.first_token, 99),
             percentile(run.gaps, 50),
             percentile(run.gaps, 99),
+            run.num_resent,
         )
 
 
@@ -73,10 +76,10 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread | None:
     """Of each round's ratio, so that a machine that drifts between rounds doesn't show; None without pairs.
 
-    A round that has no figure has no ratio.
+    A round that has no figure has no ratio, nor has one to nothing: gaps are 0 s where tokens came together.
     """
     pairs = zip(numerators, denominators, strict=False)
-    ratios = [above / below for above, below in pairs if math.isfinite(above) and math.isfinite(below)]
+    ratios = [above / below for above, below in pairs if math.isfinite(above) and math.isfinite(below) and below]
     return Spread.of(ratios) if ratios else None
 
 
@@ -93,6 +96,7 @@ def join(runs: Sequence[Run]) -> Run:
         _chain(run.gaps for run in runs),
         tuple(chain.from_iterable(run.texts for run in runs)),
         sum(run.num_cached_tokens for run in runs),
+        sum(run.num_resent for run in runs),
     )
 
 

@@ -15,6 +15,8 @@ if not __package__:  # run by its path: what Python put first is this folder, no
 
 from benchmarks import command
 from benchmarks.command import Made
+from benchmarks.curves import report as curves
+from benchmarks.curves.results import Results as Curves
 from benchmarks.measure import median_ratio
 from benchmarks.serving import report as serving
 from benchmarks.serving.results import Results as Serving
@@ -28,7 +30,7 @@ INTRODUCTION = """# Benchmarks
 Made by `python -m benchmarks.report` from the results of the commands below; nothing here is written by hand.
 
 To measure anew, on a machine that does nothing else: once `python -m benchmarks.peers make llama.cpp openvino`,
-then `python -m benchmarks.serve`, `.train`, `.methods`, `.adapters` and `.beside`, then this command.
+then `python -m benchmarks.serve`, `.curves`, `.train`, `.methods`, `.adapters` and `.beside`, then this command.
 
 - Every figure is the median of its rounds, with the lowest and the highest beside it. A ratio is the median of the
   rounds' own ratios: absolute figures drift between runs and machines.
@@ -54,6 +56,7 @@ class Found:
     """What has been measured."""
 
     serve: Serving | None
+    curves: Curves | None
     train: train_report.Results | None
     methods: methods_report.Results | None
     adapters: adapters_report.Results | None
@@ -64,6 +67,7 @@ class Found:
         """SystemExit where a result is of a quick run."""
         found = cls(
             command.read(out, "serve", Serving),
+            command.read(out, "curves", Curves),
             command.read(out, "train", train_report.Results),
             command.read(out, "methods", methods_report.Results),
             command.read(out, "adapters", adapters_report.Results),
@@ -71,6 +75,7 @@ class Found:
         )
         every: tuple[_HasMade | None, ...] = (
             found.serve,
+            found.curves,
             found.train,
             found.methods,
             found.adapters,
@@ -101,6 +106,9 @@ def page(found: Found) -> str:
     """docs/benchmarks.md."""
     parts = [INTRODUCTION.strip()]
     parts += _section("Serving", "serve", found.serve, serving.markdown, "Output tokens per second by load")
+    parts += _section(
+        "Scaling curves", "curves", found.curves, curves.markdown, "Speed, latency and memory as one thing grows"
+    )
     parts += _section("Training", "train", found.train, train_report.markdown, "Tokens per second and memory")
     parts += _section(
         "LoRA against full fine-tuning", "methods", found.methods, methods_report.markdown, "Methods compared"
@@ -151,6 +159,8 @@ def charts(found: Found, docs: Path) -> None:
     docs.mkdir(exist_ok=True)
     if found.serve is not None and serving.headlines(found.serve):
         serving.chart(found.serve, docs / "serve.png")
+    if found.curves is not None:
+        curves.chart(found.curves, docs / "curves.png")
     if found.train is not None:
         train_report.chart(found.train, docs / "train.png")
     if found.methods is not None:

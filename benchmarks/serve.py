@@ -16,7 +16,6 @@ from pathlib import Path
 if not __package__:  # run by its path: what Python put first is this folder, not the checkout
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch
 from transformers import AutoTokenizer
 
 from benchmarks import command
@@ -32,16 +31,13 @@ from benchmarks.serving.own_parts import OwnParts
 from benchmarks.serving.results import Results, Settings, Start
 from benchmarks.serving.rounds import Rounds
 from benchmarks.serving.systems.line_up import Inputs, line_up
-from benchmarks.serving.systems.server_process import Server, ServerConfig, import_seconds
+from benchmarks.serving.systems.server_process import DTYPES, Server, ServerConfig, adapter_room, import_seconds
 from benchmarks.serving.systems.systems import OurServer
 from server.model.base.export import export_hugging_face
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
-from server.model.native.model import ROW_FORMAT
-from server.model.rank_rows import RowFormat
 
 LOG = "serve.log"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -134,10 +130,7 @@ def _prepare(options: Options, scratch: Path, say: Say) -> Bases:
 
 def _server_config(options: Options, bases: Bases, home: Path, num_resident: int) -> ServerConfig:
     """Of a server with room for so many adapters."""
-    dtype, device = DTYPES[options.dtype], torch.device(options.device)
-    is_native = dtype is torch.bfloat16 and device.type == "cpu"
-    row_format = ROW_FORMAT if is_native else RowFormat.of_torch(dtype, device)
-    per_rank = row_format.bytes_per_rank(bases.base.config.shape)
+    shape = bases.base.config.shape
     return ServerConfig(
         home=home,
         base_dir=bases.converted.parent,
@@ -146,7 +139,7 @@ def _server_config(options: Options, bases: Bases, home: Path, num_resident: int
         device=options.device,
         threads=options.threads,
         log=options.out / LOG,
-        adapter_cache_bytes=max(num_resident * RANK * per_rank, 1 << 20),  # less is refused
+        adapter_cache_bytes=adapter_room(shape, options.dtype, options.device, num_resident * RANK),
     )
 
 

@@ -1,4 +1,5 @@
-"""Random adapters as PEFT would have saved them: r=16, alpha=32, all seven linear modules.
+"""Random adapters as PEFT would have saved them: r=16 and alpha=32 unless another rank is asked for, all seven
+linear modules.
 
 A is drawn as PEFT initializes it and B is small: an adapter changes what is said within some tokens, and it stays
 text. They are written with safetensors alone, so that nothing under test has a part in them.
@@ -50,24 +51,29 @@ class Sizes:
         return cls(int(config["num_hidden_layers"]), modules, int(config["max_position_embeddings"]))
 
 
-def write_adapter(directory: Path, sizes: Sizes, seed: int, dtype: torch.dtype = torch.float32) -> Path:
-    """Write `adapter_config.json` and `adapter_model.safetensors` into a new directory; returns it."""
+def write_adapter(
+    directory: Path, sizes: Sizes, seed: int, dtype: torch.dtype = torch.float32, rank: int = RANK
+) -> Path:
+    """Write `adapter_config.json` and `adapter_model.safetensors` into a new directory; returns it.
+
+    Alpha grows with the square root of the rank, so that adapters of all ranks change as much.
+    """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(sizes.num_layers):
         for path, (outputs, inputs) in sizes.modules.items():
             name = f"base_model.model.model.layers.{layer}.{path}"
             bound = 1 / math.sqrt(inputs)
-            a = torch.empty(RANK, inputs).uniform_(-bound, bound, generator=generator)
-            b = torch.empty(outputs, RANK).normal_(0, B_SIGMA, generator=generator)
+            a = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
+            b = torch.empty(outputs, rank).normal_(0, B_SIGMA, generator=generator)
             tensors[f"{name}.lora_A.weight"] = a.to(dtype)
             tensors[f"{name}.lora_B.weight"] = b.to(dtype)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
-        "r": RANK,
-        "lora_alpha": ALPHA,
+        "r": rank,
+        "lora_alpha": round(ALPHA * math.sqrt(rank / RANK)),
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(path.rpartition(".")[2] for path in sizes.modules),

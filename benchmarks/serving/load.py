@@ -21,6 +21,10 @@ from benchmarks.serving.systems.wires import Request, Usage, Wire
 TIMEOUT = 900.0  # seconds without a byte
 MAX_CONNECTIONS = 512
 """At once. Servers close what exceeds their own bound: ours above 1,024, by default."""
+MAX_RESENDS = 3
+"""Of a request whose connection is dropped: a server that does so now and then is measured all the same."""
+RESEND_AFTER = 0.1
+"""Seconds, which count like all others from the first sending on."""
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Exchange:
     sent: float = 0.0
     ended: float = 0.0
     chunks: list[tuple[float, bytes]] = field(default_factory=list)
+    num_resent: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Answer:
     arrivals: tuple[float, ...]  # of each piece of text, which is a token but for a few
     text: str
     usage: Usage | None  # None where the stream was cut off
+    num_resent: int
 
     @classmethod
     def of(cls, exchange: Exchange, wire: Wire) -> "Answer":
@@ -61,7 +67,8 @@ class Answer:
             else:
                 arrivals.append(at)
                 pieces.append(found)
-        return cls(exchange.request, exchange.sent, exchange.ended, tuple(arrivals), "".join(pieces), usage)
+        times = (exchange.sent, exchange.ended, tuple(arrivals))
+        return cls(exchange.request, *times, "".join(pieces), usage, exchange.num_resent)
 
     @property
     def first_token(self) -> float:
@@ -70,7 +77,11 @@ class Answer:
 
 
 def drive(url: str, wire: Wire, streams: Sequence[Sequence[Request]]) -> list[Answer]:
-    """Run the streams at once, each one's requests one after the other; the answers, stream by stream."""
+    """Run the streams at once, each one's requests one after the other; the answers, stream by stream.
+
+    A request whose connection is dropped is sent again, whosever the server is; what had come of its answer counts
+    for nothing, and the time that went by counts. aiohttp.ClientError where that doesn't help.
+    """
     with without_collector():
         exchanges = asyncio.run(_drive(url, wire, streams))
     answers = [Answer.of(exchange, wire) for exchange in exchanges]
@@ -108,12 +119,13 @@ def summarize(answers: Sequence[Answer]) -> Run:
         tuple(gap for answer in answers for gap in differences(answer.arrivals)),
         tuple(answer.text for answer in answers),
         sum(usage.num_cached_tokens for usage in usages),
+        sum(answer.num_resent for answer in answers),
     )
 
 
 async def send(client: aiohttp.ClientSession, wire: Wire, exchange: Exchange) -> None:
-    """RuntimeError where the answer is no stream."""
-    exchange.sent = time.perf_counter()
+    """RuntimeError where the answer is no stream; aiohttp.ClientError where the connection is dropped."""
+    exchange.sent = exchange.sent or time.perf_counter()
     async with client.post(wire.path, json=wire.body(exchange.request)) as response:
         if response.status != 200:
             raise RuntimeError(f"{response.status}: {await response.text()}")
@@ -146,11 +158,23 @@ async def _drive(url: str, wire: Wire, streams: Sequence[Sequence[Request]]) -> 
         async def follow(requests: Sequence[Request]) -> list[Exchange]:
             exchanges = [Exchange(request) for request in requests]
             for exchange in exchanges:
-                await send(client, wire, exchange)
+                await _send_until_answered(client, wire, exchange)
             return exchanges
 
         done = await asyncio.gather(*map(follow, streams))
     return [exchange for exchanges in done for exchange in exchanges]
+
+
+async def _send_until_answered(client: aiohttp.ClientSession, wire: Wire, exchange: Exchange) -> None:
+    while True:
+        try:
+            return await send(client, wire, exchange)
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+            if exchange.num_resent == MAX_RESENDS or isinstance(error, aiohttp.ServerTimeoutError):
+                raise
+        exchange.chunks.clear()
+        exchange.num_resent += 1
+        await asyncio.sleep(RESEND_AFTER)
 
 
 async def _interfere(

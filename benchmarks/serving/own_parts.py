@@ -54,6 +54,7 @@ class OwnParts:
         self._long_rounds: list[tuple[float, ...]] = []
         self._ways: dict[int, list[dict[str, float]]] = {}
         self._overloads: list[overload.Round] = []
+        self.num_resent = 0
 
     def round(self, number: int) -> None:
         """Each part that is wanted."""
@@ -98,6 +99,7 @@ class OwnParts:
                 requests = [replace(WAYS[way], prompt=text, max_tokens=self._options.max_tokens) for text in texts]
                 run = self._ours.run([requests[stream::streams] for stream in range(streams)])
                 found[way] = run.num_tokens / run.seconds
+                self.num_resent += run.num_resent
             self._ways.setdefault(streams, []).append(found)
 
     def _cold_adapters(self) -> None:
@@ -128,6 +130,7 @@ class OwnParts:
         for text in self._prompts.take(2, self._options.prompt_tokens):
             (answer,) = drive(self._url, self._wire, [[Request(text, (Part(name),), 1)]])
             assert isinstance(answer.usage, Usage)
+            self.num_resent += answer.num_resent
             found.append((answer.first_token, answer.usage.queue_seconds))
         (cold, cold_queue), (resident, resident_queue) = found
         return cold - resident, cold_queue - resident_queue

@@ -1,5 +1,6 @@
 """The serving benchmark's results for people: tables in Markdown, and a chart."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -179,6 +180,11 @@ def _notes(results: Results) -> Iterator[str]:
     if results.rows:
         cached = sum(row.cached_tokens for row in results.rows)
         yield f"Prompt tokens that our prefix cache knew already: {cached}."
+    resent = Counter(results.resent)
+    if results.many is not None:
+        resent[OURS] += sum(figures.num_resent for figures in (*results.many.base, *results.many.mixed))
+    if found := ", ".join(f"{name} {count}" for name, count in resent.items() if count):
+        yield f"Requests that were sent again, as the server had dropped their connection: {found}."
 
 
 def _agreement(results: Results) -> Iterator[str]:

@@ -103,6 +103,7 @@ class Results:
     overload: Overload | None = None
     many: Many | None = None
     peak_rss: dict[str, int] = field(default_factory=dict)  # bytes
+    resent: dict[str, int] = field(default_factory=dict)  # requests by system, of all that the rounds sent
 
     def row(self, streams: int, kind: str) -> Row | None:
         return next((row for row in self.rows if row.load == Load(streams, kind)), None)

@@ -4,7 +4,7 @@ Who goes first changes from load to load and from round to round, so that a mach
 favours nobody. While one works, the others wait for a message and take no time.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from benchmarks.command import Say
@@ -14,7 +14,7 @@ from benchmarks.serving.bandwidth import bandwidth
 from benchmarks.serving.options import Options
 from benchmarks.serving.own_parts import OwnParts
 from benchmarks.serving.results import Results, Row
-from benchmarks.serving.systems.systems import BASE, OURS, Load, System
+from benchmarks.serving.systems.systems import BASE, OURS, Load, Streams, System
 from benchmarks.serving.systems.wires import Request
 
 SAME_START = 20
@@ -43,6 +43,7 @@ class Rounds:
         self._cached: dict[Load, int] = defaultdict(int)
         self._same: dict[Load, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
         self._first: dict[str, list[float]] = defaultdict(list)
+        self._resent: Counter[str] = Counter()
 
     def run(self, results: Results) -> None:
         """All of it; what was measured is put into `results`."""
@@ -62,6 +63,8 @@ class Rounds:
         results.rows = [self._row(load) for load in options.loads]
         results.first_token = {name: tuple(seconds) for name, seconds in self._first.items()}
         self._own.finish(results)
+        self._resent[OURS] += self._own.num_resent
+        results.resent = dict(+self._resent)
 
     def _in_turn(self, shift: int) -> list[System]:
         shift %= len(self._systems)
@@ -96,17 +99,23 @@ class Rounds:
 
     def _run(self, system: System, load: Load, texts: Sequence[str], max_tokens: int) -> Run:
         parts = load.parts(self._names)
-        return system.run(
+        return self._answers(
+            system,
             [
                 [Request(text, parts[stream], max_tokens) for text in texts[stream :: load.streams]]
                 for stream in range(load.streams)
-            ]
+            ],
         )
+
+    def _answers(self, system: System, streams: Streams) -> Run:
+        run = system.run(streams)
+        self._resent[system.facts.name] += run.num_resent
+        return run
 
     def _first_tokens(self, systems: Sequence[System]) -> None:
         texts = self._take(self._options.first_tokens)
         for system in systems:
-            found = [system.run([[Request(text, (), 1)]]).first_token[0] for text in texts]
+            found = [self._answers(system, [[Request(text, (), 1)]]).first_token[0] for text in texts]
             self._first[system.facts.name].append(percentile(found, 50))
 
     def _row(self, load: Load) -> Row:

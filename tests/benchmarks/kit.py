@@ -1,6 +1,8 @@
 """Results made up for the tests of reports and targets."""
 
 from benchmarks.command import Made
+from benchmarks.curves.results import Curve, Point
+from benchmarks.curves.results import Results as Curves
 from benchmarks.machine import Machine
 from benchmarks.measure import Figures
 from benchmarks.serving.results import Results, Row, Settings
@@ -30,3 +32,21 @@ def results(rows: list[Row], *, quick: bool = False) -> Results:
     names = (OURS, LLAMA_CPP, OPENVINO)
     systems = [Facts(name, "1", name != OPENVINO, "its defaults", {}) for name in names]
     return Results(made(quick=quick), MACHINE, settings, systems, {"ik": "no package"}, rows)
+
+
+def curves(*, quick: bool = False) -> Curves:
+    """A curve with adapters read at its last point, and one without."""
+    adapters = (
+        Point("base", 0, (figures(200.0), figures(200.0)), (0, 0), 10**9),
+        Point("uniform", 4, (figures(190.0), figures(190.0)), (0, 0), 2 * 10**9),
+        Point("uniform", 1000, (figures(140.0), figures(160.0)), (39, 41), 4 * 10**9),
+    )
+    contexts = (
+        Point("1 stream", 128, (figures(100.0), figures(100.0)), (0, 0), 10**9),
+        Point("1 stream", 8192, (figures(50.0, 0.02), figures(50.0, 0.02)), (0, 0), 10**9),
+    )
+    found = (
+        Curve("adapters", "Distinct adapters", "adapters drawn from", "drawn", adapters),
+        Curve("context", "Context", "tokens", "grown", contexts),
+    )
+    return Curves(made(quick=quick), MACHINE, "tiny", "bf16", 2, 64, 32, found)

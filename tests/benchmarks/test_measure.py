@@ -35,6 +35,7 @@ def test_a_ratio_is_the_median_of_the_rounds_own_ratios() -> None:
     assert median_ratio([20.0], []) is None
     assert median_ratio([math.nan, 20.0, 8.0], [10.0, math.nan, 4.0]) == Spread(2.0, 2.0, 2.0)
     assert median_ratio([math.nan], [10.0]) is None
+    assert median_ratio([1.0, 6.0], [0.0, 2.0]) == Spread(3.0, 3.0, 3.0)
 
 
 def test_runs_are_joined() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import command, report
+from benchmarks.serving.report import markdown
 from benchmarks.serving.results import Results
 from benchmarks.serving.systems.systems import BASE, BLENDS
 from benchmarks.training import adapters_report, beside_report, methods_report, train_report
@@ -17,7 +18,7 @@ from benchmarks.training.runs import NATIVE, Measured
 from benchmarks.training.sentiment import Score
 from benchmarks.training.train_report import Row
 from benchmarks.training.works import WORKS
-from tests.benchmarks.kit import MACHINE, figures, made, results, row
+from tests.benchmarks.kit import MACHINE, curves, figures, made, results, row
 
 README = f"# smolora\n\nBefore.\n\n{report.BEGIN}\n## How fast\n\nOld.\n{report.END}\n\n## Reading on\n"
 
@@ -33,6 +34,7 @@ def serving(*, quick: bool = False) -> Results:
 
 def write_all(out: Path) -> None:
     command.write(out, "serve", serving())
+    command.write(out, "curves", curves())
     speeds: dict[str, tuple[Measured, ...]] = {
         NATIVE: (Measured(300.0, 10**9, 3.0, 1.0, True),),
         EAGER: (Measured(150.0, 10**9, 3.0, 1.0, True),),
@@ -82,18 +84,20 @@ def test_everything_is_made_of_the_results(tmp_path: Path, out: Path) -> None:
     page, readme = run(tmp_path)
     for heading in (
         "## Serving",
+        "## Scaling curves",
+        "### Distinct adapters",
         "## Training",
         "## LoRA against full fine-tuning",
         "## Useful adapters",
         "## Training beside serving",
     ):
         assert heading in page
-    assert page.count("`python -m benchmarks.x`, 2026-01-01. A CPU, 2 cores") == 5
+    assert page.count("`python -m benchmarks.x`, 2026-01-01. A CPU, 2 cores") == 6
     assert "Not measured yet" not in page
     assert "| 8 streams, base | 500 | 280 | can't |" in page
     assert "| 1 stream, base | ≥ 1.6 × llama.cpp | 1.65 × llama.cpp (1.60–1.70) | yes |" in page
     assert "| the job's tokens/s | 500 | – | – |" in page
-    for name in ("serve", "train", "methods", "adapters"):
+    for name in ("serve", "curves", "train", "methods", "adapters"):
         assert f"]({name}.png)" in page
         assert (tmp_path / f"docs/{name}.png").read_bytes().startswith(b"\x89PNG")
     assert readme.startswith(f"# smolora\n\nBefore.\n\n{report.BEGIN}\n## How fast\n")
@@ -109,12 +113,27 @@ def test_everything_is_made_of_the_results(tmp_path: Path, out: Path) -> None:
 def test_what_was_not_measured_is_said(tmp_path: Path, out: Path) -> None:
     command.write(out, "serve", serving())
     page, readme = run(tmp_path)
-    assert "Not measured yet: `python -m benchmarks.methods`." in page
+    for name in ("curves", "methods"):
+        assert f"Not measured yet: `python -m benchmarks.{name}`." in page
     assert "LoRA, r=8" not in readme
 
 
-def test_a_quick_run_is_published_nowhere(tmp_path: Path, out: Path) -> None:
-    command.write(out, "serve", serving(quick=True))
+def test_requests_that_were_sent_again_are_told() -> None:
+    found = serving()
+    assert "sent again" not in markdown(found)
+    found.resent = {"llama.cpp": 2}
+    assert "- Requests that were sent again, as the server had dropped their connection: llama.cpp 2." in markdown(
+        found
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "quick"),
+    [("serve", serving(quick=True)), ("curves", curves(quick=True))],
+    ids=["serve", "curves"],
+)
+def test_a_quick_run_is_published_nowhere(name: str, quick: object, tmp_path: Path, out: Path) -> None:
+    command.write(out, name, quick)
     with pytest.raises(SystemExit, match="a quick run measures nothing"):
         run(tmp_path)
     assert not (tmp_path / "docs").exists()

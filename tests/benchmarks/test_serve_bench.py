@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from benchmarks.serving.load import Answer, Exchange, summarize
 from benchmarks.serving.many_adapters import Token, judge
 from benchmarks.serving.options import PEERS, parse
 from benchmarks.serving.page_cache import drop, read_seconds
-from benchmarks.serving.systems.server_process import import_seconds
+from benchmarks.serving.systems.server_process import ServerConfig, adapter_room, import_seconds
 from benchmarks.serving.systems.systems import BLENDS, DISTINCT, ONE, Facts, Load, Streams, fastest
 from benchmarks.serving.systems.wires import LlamaCpp, Part, Request, Smolora, Usage, Wire, expression
 from server.model.base.weights import BaseModel
+from server.model.native.model import ROW_FORMAT
 
 
 def event(data: Mapping[str, object]) -> bytes:
@@ -163,10 +165,16 @@ def test_prompts_are_distinct_and_of_one_length(tiny_base_dir: Path) -> None:
 def test_adapter_files_are_peft_adapters(tmp_path: Path, tiny_base_dir: Path, tiny_base: BaseModel) -> None:
     sizes = Sizes.read(tiny_base_dir)
     one, other = (write_adapter(tmp_path / str(seed), sizes, seed, torch.bfloat16) for seed in (1, 2))
+    larger = write_adapter(tmp_path / "larger", sizes, 3, torch.bfloat16, rank=4 * RANK)
     files = [
-        ((path / "adapter_config.json").read_bytes(), path / "adapter_model.safetensors") for path in (one, other)
+        ((path / "adapter_config.json").read_bytes(), path / "adapter_model.safetensors")
+        for path in (one, other, larger)
     ]
-    weights = [read(config, tensors, tiny_base.config.shape).weights for config, tensors in files]
+    *weights, four_times = [read(config, tensors, tiny_base.config.shape).weights for config, tensors in files]
+    assert four_times.num_parameters == 4 * sizes.num_parameters
+    # a sum of four times as many terms is twice as large, and is halved
+    scalings = [{module.scaling for module in each.modules.values()} for each in (weights[0], four_times)]
+    assert scalings == [{2.0}, {1.0}]
     assert weights[0].num_parameters == sizes.num_parameters
     assert weights[0].digest != weights[1].digest
     assert {module.rank for module in weights[0].modules.values()} == {RANK}
@@ -221,6 +229,16 @@ def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.Captu
     assert "measures nothing" not in capsys.readouterr().out
     assert json.loads((out / "serve.json").read_text())["made"]["quick"] is True
     assert sorted(path.name for path in out.iterdir()) == ["serve.json", "serve.log"]
+
+
+def test_a_server_gets_the_sizes_that_are_set(tmp_path: Path, tiny_base: BaseModel) -> None:
+    room = adapter_room(tiny_base.config.shape, "bf16", "cpu", 1000 * RANK)
+    assert room == 1000 * RANK * ROW_FORMAT.bytes_per_rank(tiny_base.config.shape)
+    assert adapter_room(tiny_base.config.shape, "bf16", "cpu", 0) == 1 << 20, "the server refuses less"
+    config = ServerConfig(tmp_path, tmp_path, "m", "bf16", "cpu", 1, tmp_path / "log")
+    assert not any(word.startswith(("--max-num-seqs", "--adapter-cache-bytes")) for word in config.command)
+    given = replace(config, max_num_seqs=64, adapter_cache_bytes=room).command
+    assert {"--max-num-seqs=64", f"--adapter-cache-bytes={room}"} <= set(given)
 
 
 def test_what_a_start_imports_is_there() -> None:

@@ -51,6 +51,12 @@ class ServerProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def rss(self) -> int:
+        """Bytes that the process and its children hold now; psutil.NoSuchProcess where one ended meanwhile."""
+        process = psutil.Process(self._process.pid)
+        return sum(member.memory_info().rss for member in (process, *process.children(recursive=True)))
+
     def stop(self) -> None:
         """Let it end by itself; RuntimeError where it does not, or not well."""
         self._ended.set()
@@ -87,11 +93,9 @@ class ServerProcess:
         raise RuntimeError(f"{self._name} was not ready within {READY_WITHIN:.0f} s:\n{self._log_tail()}")
 
     def _watch(self) -> None:
-        process = psutil.Process(self._process.pid)
         while not self._ended.wait(RSS_EVERY):
             try:
-                family = [process, *process.children(recursive=True)]
-                self.peak_rss = max(self.peak_rss, sum(member.memory_info().rss for member in family))
+                self.peak_rss = max(self.peak_rss, self.rss)
             except psutil.NoSuchProcess:
                 continue  # a child ended just now; or the server did, and whoever uses it notices
 

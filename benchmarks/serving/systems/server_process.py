@@ -9,9 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import torch
 
+from adapters.lora import BaseShape
 from benchmarks.serving.systems.http_server import READY_WITHIN, ServerProcess, threads_environment
+from server.model.native.model import ROW_FORMAT
+from server.model.rank_rows import RowFormat
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IMPORTS = (
     "import server.cli.main, server.api.app, server.logs, server.serve.process, server.serve.startup; "
     "print(flush=True)"
@@ -24,11 +29,12 @@ class ServerConfig:
     home: Path
     base_dir: Path  # the folder that holds the converted base
     model: str
-    dtype: str  # fp32, bf16 or fp16
+    dtype: str  # of DTYPES
     device: str
     threads: int
     log: Path
     adapter_cache_bytes: int | None = None
+    max_num_seqs: int | None = None
     native: bool = True
 
     @property
@@ -46,6 +52,7 @@ class ServerConfig:
             "dtype": self.dtype,
             "device": self.device,
             "adapter-cache-bytes": self.adapter_cache_bytes,
+            "max-num-seqs": self.max_num_seqs,
             "workers": 0,
         }
         given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
@@ -82,6 +89,13 @@ class Server(ServerProcess):
         lines = httpx.get(f"{self.url}/metrics", trust_env=False).text.splitlines()
         pairs = (line.split(" ") for line in lines if not line.startswith("#") and "{" not in line)
         return {name: float(value) for name, value in pairs}
+
+
+def adapter_room(shape: BaseShape, dtype: str, device: str, num_ranks: int) -> int:
+    """Bytes of an adapter cache that has room for adapters whose ranks add up to `num_ranks`."""
+    is_native = DTYPES[dtype] is torch.bfloat16 and device == "cpu"
+    row_format = ROW_FORMAT if is_native else RowFormat.of_torch(DTYPES[dtype], torch.device(device))
+    return max(num_ranks * row_format.bytes_per_rank(shape), 1 << 20)  # less is refused
 
 
 def import_seconds(threads: int) -> float:

@@ -1,0 +1,1 @@
+"""Scaling curves: what more adapters, higher ranks, larger blends, longer contexts and more streams cost."""
