@@ -163,9 +163,9 @@ inline void check_batch(const BaseSizes& sizes, const TrainBatch& batch) {
         refuse("texts of %ld tokens in all: %ld were given", batch.num_texts < 1 ? 0 : batch.starts[batch.num_texts],
                batch.num_tokens);
     for (int64_t i = 0; i < batch.num_texts; i++) {
-        const int64_t length = batch.starts[i + 1] - batch.starts[i];
-        if (length < 1 || length > sizes.max_positions)
-            refuse("texts of 1 to %ld tokens, not of %ld", sizes.max_positions, length);
+        const int64_t start = batch.starts[i], stop = batch.starts[i + 1];  // no start is below 0
+        if (stop <= start || stop - start > sizes.max_positions)
+            refuse("texts of 1 to %ld tokens, not from %ld to %ld", sizes.max_positions, start, stop);
     }
     if (batch.num_tokens > kMaxTokens) refuse("texts of %ld tokens in all", batch.num_tokens);
     check_ids(sizes, batch.token_ids, batch.num_tokens);
