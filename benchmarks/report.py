@@ -1,9 +1,11 @@
 """Makes docs/benchmarks.md, its charts, and the README's figures: `python -m benchmarks.report`.
 
-From what the benchmarks wrote under --out. What was not measured is said to be missing; a quick run is refused.
+From what the benchmarks wrote under --out. A part that was not measured again stays as it stands in the pages,
+which tell what it was measured with; one that never was is said to be missing. A quick run is refused.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from benchmarks.serving.targets import evaluate as serving_targets
 from benchmarks.training import adapters_report, beside_report, methods_report, train_report
 from benchmarks.training.peer import COMPILED, EAGER
 
+BENCHMARKS_PAGE = "[docs/benchmarks.md](docs/benchmarks.md)"
 BEGIN, END = "<!-- figures: made by python -m benchmarks.report -->", "<!-- /figures -->"
 INTRODUCTION = """# Benchmarks
 
@@ -94,41 +97,68 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--readme", type=Path, default=Path("README.md"), help="whose figures are replaced")
     options = parser.parse_args(arguments)
     found = Found.read(options.out)
-    text = page(found)
-    readme = with_figures(options.readme.read_text(encoding="utf-8"), figures(found))
+    to = options.docs / "benchmarks.md"
+    text = page(found, to.read_text(encoding="utf-8") if to.exists() else "")
+    readme = options.readme.read_text(encoding="utf-8")
+    readme = with_figures(readme, figures(found, readme))
     charts(found, options.docs)
-    (options.docs / "benchmarks.md").write_text(text, encoding="utf-8")
+    to.write_text(text, encoding="utf-8")
     options.readme.write_text(readme, encoding="utf-8")
-    print(f"wrote {options.docs / 'benchmarks.md'}, its charts and the figures of {options.readme}")
+    print(f"wrote {to}, its charts and the figures of {options.readme}")
 
 
-def page(found: Found) -> str:
-    """docs/benchmarks.md."""
+def page(found: Found, before: str) -> str:
+    """docs/benchmarks.md, as it follows what it was `before`."""
     parts = [INTRODUCTION.strip()]
-    parts += _section("Serving", "serve", found.serve, serving.markdown, "Output tokens per second by load")
     parts += _section(
-        "Scaling curves", "curves", found.curves, curves.markdown, "Speed, latency and memory as one thing grows"
-    )
-    parts += _section("Training", "train", found.train, train_report.markdown, "Tokens per second and memory")
-    parts += _section(
-        "LoRA against full fine-tuning", "methods", found.methods, methods_report.markdown, "Methods compared"
+        "Serving", "serve", found.serve, serving.markdown, "Output tokens per second by load", before
     )
     parts += _section(
-        "Useful adapters", "adapters", found.adapters, adapters_report.markdown, "Accuracy of adapters"
+        "Scaling curves",
+        "curves",
+        found.curves,
+        curves.markdown,
+        "Speed, latency and memory as one thing grows",
+        before,
     )
-    parts += _section("Training beside serving", "beside", found.beside, beside_report.markdown, None)
+    parts += _section(
+        "Training", "train", found.train, train_report.markdown, "Tokens per second and memory", before
+    )
+    parts += _section(
+        "LoRA against full fine-tuning",
+        "methods",
+        found.methods,
+        methods_report.markdown,
+        "Methods compared",
+        before,
+    )
+    parts += _section(
+        "Useful adapters",
+        "adapters",
+        found.adapters,
+        adapters_report.markdown,
+        "Accuracy of adapters",
+        before,
+    )
+    parts += _section("Training beside serving", "beside", found.beside, beside_report.markdown, None, before)
     return "\n\n".join(parts) + "\n"
 
 
-def figures(found: Found) -> str:
-    """The README's: a table, a chart, and what training comes to in a few lines."""
-    parts = ["## How fast"]
-    if (serve := found.serve) is not None:
+def figures(found: Found, before: str) -> str:
+    """The README's: a table, a chart, and what training comes to in a few lines.
+
+    A part of which nothing was measured is what it was `before`.
+    """
+    parts = []
+    if (serve := found.serve) is None:
+        parts += [_standing("How fast", before) or "## How fast"]
+    else:
         targets = [target for target in serving_targets(serve) if target.reached is not None]
         reached = sum(bool(target.reached) for target in targets)
         over = [facts.name for facts in serve.systems if facts.over_http]
         settings = serve.settings
         parts += [
+            "## How fast",
             f"Output tokens per second on {serve.machine.threads} threads of an {serve.machine.cpu}, no GPU; "
             f"{settings.model} in {settings.dtype}, prompts of {settings.prompt_tokens} tokens, "
             f"{settings.max_tokens} new tokens, adapters of rank 16 on all seven linear modules; median "
@@ -137,11 +167,16 @@ def figures(found: Found) -> str:
             serving.speed_table(serve, serving.headlines(serve)),
             "![Output tokens per second by load and system](docs/serve.png)",
             f"{reached} of the {len(targets)} goals that we set ourselves are reached. "
-            "[docs/benchmarks.md](docs/benchmarks.md) has them all, the missed ones too, with latencies, settings "
+            f"{BENCHMARKS_PAGE} has them all, the missed ones too, with latencies, settings "
             "and versions.",
         ]
-    parts += ["## What training brings, and costs", "\n".join(f"- {line}" for line in _training_lines(found))]
-    parts.append("All of it, with intervals and what each was run with: [docs/benchmarks.md](docs/benchmarks.md).")
+    title = "What training brings, and costs"
+    lines = "\n".join(f"- {line}" for line in _training_lines(found))
+    standing = None if lines else _standing(title, before)
+    parts += [
+        standing
+        or f"## {title}\n\n{lines}\n\nAll of it, with intervals and what each was run with: {BENCHMARKS_PAGE}."
+    ]
     return "\n\n".join(parts)
 
 
@@ -169,9 +204,17 @@ def charts(found: Found, docs: Path) -> None:
         adapters_report.chart(found.adapters, docs / "adapters.png")
 
 
-def _section(title: str, name: str, results: T | None, render: Callable[[T], str], chart: str | None) -> list[str]:
+def _standing(title: str, page: str) -> str | None:
+    """The section of that title in a page."""
+    found = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |^{re.escape(END)}|\Z)", page, re.MULTILINE | re.DOTALL)
+    return found and found[0].strip()
+
+
+def _section(
+    title: str, name: str, results: T | None, render: Callable[[T], str], chart: str | None, before: str
+) -> list[str]:
     if results is None:
-        return [f"## {title}", f"Not measured yet: `python -m benchmarks.{name}`."]
+        return [_standing(title, before) or f"## {title}\n\nNot measured yet: `python -m benchmarks.{name}`."]
     image = [f"![{chart}]({name}.png)"] if chart else []
     return [f"## {title}", render(results).strip(), *image]
 

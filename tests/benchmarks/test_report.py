@@ -118,6 +118,30 @@ def test_what_was_not_measured_is_said(tmp_path: Path, out: Path) -> None:
     assert "LoRA, r=8" not in readme
 
 
+def test_what_was_not_measured_again_stays(tmp_path: Path, out: Path) -> None:
+    write_all(out)
+    whole, readme = run(tmp_path)
+    for path in out.glob("*.json"):
+        path.unlink()
+    command.write(out, "serve", results([row(1, BASE, ours=[333.0, 333.0], llama=[100.0, 100.0])]))
+    standing = tmp_path / "standing.md"
+    standing.write_text(readme)
+    report.main(["--out", str(out), "--docs", str(tmp_path / "docs"), "--readme", str(standing)])
+    page = (tmp_path / "docs/benchmarks.md").read_text()
+    rest = whole[whole.index("## Scaling curves") :]
+    assert page.endswith(rest)
+    assert "LoRA, r=8" in rest
+    assert "333" in page
+    assert "333" in standing.read_text()
+    training = readme[readme.index("## What training brings") :]
+    assert standing.read_text().endswith(training)
+    for path in out.glob("*.json"):
+        path.unlink()
+    report.main(["--out", str(out), "--docs", str(tmp_path / "docs"), "--readme", str(standing)])
+    assert (tmp_path / "docs/benchmarks.md").read_text() == page
+    assert "333" in standing.read_text()
+
+
 def test_requests_that_were_sent_again_are_told() -> None:
     found = serving()
     assert "sent again" not in markdown(found)
