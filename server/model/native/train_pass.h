@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/layers.h"
+#include "kernels/phases.h"
 #include "kernels/products.h"
 #include "kernels/team.h"
 #include "kernels/training_attention.h"
@@ -140,6 +141,7 @@ class TrainPass {
     int64_t q_, kv_, wide_;  // features of queries, of keys, and of queries, keys and values
     const float* rotary_;    // (2, max_positions, head_dim), as `rotary_table` makes it
     Team team_;
+    PhaseClock<TrainPhase, kTrainPhases> clock_;
     std::vector<TrainLayer> layers_;
     const bf16 *embed_, *final_norm_, *lm_head_;
 
