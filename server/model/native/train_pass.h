@@ -75,7 +75,8 @@ class TrainPass {
         for (int64_t text = 0; text < batch.num_texts; text++)
             for (int64_t i = batch.starts[text]; i < batch.starts[text + 1]; i++)
                 positions_[i] = (int)(i - batch.starts[text]);
-        product_chunks_ = (tokens_ + kProductRows - 1) / kProductRows;
+        product_chunks_ = std::max((tokens_ + kProductRows - 1) / kProductRows,
+                                   std::min((int)s_.threads / 4, (tokens_ + kRows - 1) / kRows));
         row_chunks_ = (tokens_ + kRows - 1) / kRows;
         row_chunks_ = (row_chunks_ + (int)s_.threads - 1) / (int)s_.threads * (int)s_.threads;
     }

@@ -7,7 +7,7 @@
 #include "panels.h"
 #include "seam/checks.h"
 
-constexpr int kProductRows = 256;  // rows that are computed at once, at most
+constexpr int kProductRows = 512;  // rows that meet a tile when it was packed, at most
 
 struct ProductScratch {  // of one thread
     Panel panel, low_rank_panel, columns;
