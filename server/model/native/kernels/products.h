@@ -39,8 +39,13 @@ inline void multiply_low_rank(const bf16* w, int64_t w_stride, int outputs, int6
                               int64_t x_stride, int rows, bf16* y, int64_t y_stride, ProductScratch& scratch) {
     float* sums = room(scratch.low_rank, rows * kTile);
     uint32_t* panel = room(scratch.low_rank_panel, depth / 2 * kTile);
-    pack_rows(w, w_stride, outputs, (int)depth, panel);
-    multiply(x, x_stride, rows, panel, (int)depth / 2, sums, kTile);
+    if (outputs <= 16 && !has_amx()) {
+        pack_rows(w, w_stride, outputs, (int)depth, panel, 16);
+        multiply_narrow(x, x_stride, rows, panel, (int)depth / 2, sums, kTile);
+    } else {
+        pack_rows(w, w_stride, outputs, (int)depth, panel);
+        multiply(x, x_stride, rows, panel, (int)depth / 2, sums, kTile);
+    }
     for (int row = 0; row < rows; row++) round_to_bf16(sums + row * kTile, outputs, y + row * y_stride);
 }
 
