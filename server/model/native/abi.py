@@ -208,9 +208,7 @@ def call(function: Callable[..., int], *arguments: object) -> None:
         raise _FAILURES[status - 1][1](error.value.decode(errors="replace"))
 
 
-def take_phases(
-    function: Callable[..., int], owner: ctypes.c_void_p, names: Sequence[str], count: bool
-) -> dict[str, float]:
+def take_phases(function: Callable[..., int], owner: int, names: Sequence[str], count: bool) -> dict[str, float]:
     """Seconds of each phase, from an entry that answers nanoseconds."""
     spent = np.zeros(len(names), np.int64)
     call(function, owner, int(count), spent.ctypes.data)
