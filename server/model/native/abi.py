@@ -6,7 +6,9 @@ write outside of what it was given, RuntimeError for anything else; what was cal
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 from server.model.rank_rows import GROUPS
 
@@ -21,6 +23,11 @@ POSITIONS = 16
 
 PHASES = ("embed", "norm", "qkv", "attention", "o", "gate_up", "down", "head", "sampling")
 """Of a step of serving."""
+TRAIN_PHASES = (
+    *("rows", "products", "attention", "loss"),
+    *("rows backward", "products backward", "attention backward"),
+)
+"""Of a step of training. Rows: embeddings, norms, and x A (backward: the activation again, and dy B)."""
 
 WEIGHT_TYPES = ("BF16", "Q4_1", "Q8_0")
 """What a matrix of a base may be stored as, by ggml's names."""
@@ -152,6 +159,7 @@ def layout() -> dict[str, int]:
     numbers |= {f"group {name}": index for index, name in enumerate(GROUPS)}
     numbers |= {f"weight type {name}": index for index, name in enumerate(WEIGHT_TYPES)}
     numbers |= {f"phase {name}": index for index, name in enumerate(PHASES)}
+    numbers |= {f"train phase {name}": index for index, name in enumerate(TRAIN_PHASES)}
     for structure in STRUCTURES:
         numbers[structure.__name__] = ctypes.sizeof(structure)
         for name, *_ in structure._fields_:
@@ -179,7 +187,8 @@ def declare(library: ctypes.CDLL) -> None:
     for entry in (library.smolora_forward, library.smolora_sample):
         entry.argtypes = [pointer] * 3
     library.smolora_logits.argtypes = [pointer, pointer, number, pointer, pointer]
-    library.smolora_phases.argtypes = [pointer, number, pointer, pointer]
+    for entry in (library.smolora_phases, library.smolora_training_phases):
+        entry.argtypes = [pointer, number, pointer, pointer]
     library.smolora_training_forward.argtypes = [pointer] * 4
     library.smolora_training_loss.argtypes = [*[pointer] * 3, number, ctypes.c_double, *[pointer] * 3]
     library.smolora_training_backward.argtypes = [pointer] * 3
@@ -200,6 +209,13 @@ def call(function: Callable[..., int], *arguments: object) -> None:
     status = function(*arguments, error)
     if status:
         raise _FAILURES[status - 1][1](error.value.decode(errors="replace"))
+
+
+def take_phases(function: Callable[..., int], owner: int, names: Sequence[str], count: bool) -> dict[str, float]:
+    """Seconds of each phase, from an entry that answers nanoseconds."""
+    spent = np.zeros(len(names), np.int64)
+    call(function, owner, int(count), spent.ctypes.data)
+    return dict(zip(names, (spent / 1e9).tolist(), strict=True))
 
 
 def _numbers(library: ctypes.CDLL) -> Iterator[tuple[str, int]]:

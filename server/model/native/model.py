@@ -27,6 +27,7 @@ from server.model.native.abi import (
     ServeStep,
     call,
     columns,
+    take_phases,
 )
 from server.model.native.base import check_base, create
 from server.model.native.sampling import Choices, SampleTable
@@ -178,9 +179,7 @@ class NativeModel:
     def take_phases(self, *, count: bool = True) -> dict[str, float]:
         """Seconds that each of PHASES took since the last call, as the thread that calls saw it; from now on they
         are counted, or not, as they aren't before the first call. What Python does stands in none."""
-        spent = np.zeros(len(PHASES), np.int64)
-        call(self._library.smolora_phases, self._model, int(count), spent.ctypes.data)
-        return dict(zip(PHASES, (spent / 1e9).tolist(), strict=True))
+        return take_phases(self._library.smolora_phases, self._model, PHASES, count)
 
     @staticmethod
     def _rows(tensor: torch.Tensor, dtype: torch.dtype, size: int, what: str) -> torch.Tensor:

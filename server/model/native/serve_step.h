@@ -109,7 +109,7 @@ class Model {
         clock_.end(kSamplingPhase);
     }
 
-    PhaseClock& clock() { return clock_; }
+    PhaseClock<Phase, kPhases>& clock() { return clock_; }
 
   private:
     struct Query {  // tokens [start, stop) of the batch, of one sequence, from `position` on in it
@@ -292,7 +292,7 @@ class Model {
     std::vector<ServeLayer> layers_;
     const bf16 *embed_, *final_norm_;
     Matrix lm_head_;
-    PhaseClock clock_;
+    PhaseClock<Phase, kPhases> clock_;
 
     int tokens_ = 0, chunks_ = 0;
     std::vector<float> residual_, logits_;

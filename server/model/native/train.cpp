@@ -18,8 +18,13 @@ class Training : public TrainBackward {
     double loss(const bf16* hidden, const int64_t* targets, int64_t rows, double factor, bf16* d_hidden) {
         if (rows < 0) refuse("%ld rows", rows);
         check_ids(s_, targets, rows);
-        return loss_.run(hidden, targets, rows, factor, d_hidden);
+        clock_.begin();
+        const double loss = loss_.run(hidden, targets, rows, factor, d_hidden);
+        clock_.end(kLossPhase);
+        return loss;
     }
+
+    PhaseClock<TrainPhase, kTrainPhases>& clock() { return clock_; }
 
   private:
     Loss loss_;
@@ -48,4 +53,11 @@ int smolora_training_loss(void* training, const bf16* hidden, const int64_t* tar
 
 int smolora_training_backward(void* training, const bf16* d_hidden, char* error) {
     return guarded(error, [&] { ((Training*)training)->backward(d_hidden); });
+}
+
+int smolora_training_phases(void* training, int64_t is_on, int64_t* nanoseconds, char* error) {
+    return guarded(error, [&] {
+        const auto spent = ((Training*)training)->clock().take(is_on != 0);
+        std::copy(spent.begin(), spent.end(), nanoseconds);
+    });
 }

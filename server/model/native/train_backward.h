@@ -13,6 +13,7 @@ class TrainBackward : public TrainForward {
     void backward(const bf16* d_hidden) {
         if (!has_passed_) refuse("hidden states must be those of a forward pass that had no backward pass");
         const TrainBatch& batch = batch_;
+        clock_.begin();
         team_.run([&] {
             each_rows([&](int start, int rows) {
                 for (int64_t i = start * s_.hidden; i < (start + rows) * s_.hidden; i += 16) {
@@ -23,6 +24,7 @@ class TrainBackward : public TrainForward {
             });
             for (int i = (int)s_.layers - 1; i >= 0; i--) backward(i, batch);
         });
+        clock_.end(kProductsBackwardPhase);
         has_passed_ = false;
     }
 
@@ -44,6 +46,7 @@ class TrainBackward : public TrainForward {
             round_to_bf16(&d_residual_[start * hidden], rows * hidden, &dy_[start * hidden]);
             lora_hidden(kDown, active_.data(), intermediate, dy_.data(), hidden, start, rows);
         });
+        clock_.end(kRowsBackwardPhase);
         each_gradient(
             lora[kDown], active_.data(), intermediate, dy_.data(), hidden, [&](int tile, int start, int rows) {
                 float* y = room(scratch().y, kProductRows * kTile);
@@ -54,44 +57,52 @@ class TrainBackward : public TrainForward {
                                     &d_gate_up_[at], &d_gate_up_[at + intermediate]);
                 }
             });
+        clock_.end(kProductsBackwardPhase);
         each_rows([&](int start, int rows) {
             norm(saved.middle.data(), layer.post_norm, start, rows, x_.data());
             lora_hidden(kGateUp, x_.data(), hidden, d_gate_up_.data(), 2 * intermediate, start, rows);
         });
+        clock_.end(kRowsBackwardPhase);
         each_gradient(lora[kGateUp], x_.data(), hidden, d_gate_up_.data(), 2 * intermediate,
                       [&](int tile, int start, int rows) {
                           backward_tile(layer.gate_up, hidden, 2 * intermediate, lora[kGateUp], d_gate_up_.data(), tile,
                                         start, rows, &dx_[start * hidden + tile * kTile], hidden);
                       });
+        clock_.end(kProductsBackwardPhase);
 
         each_rows([&](int start, int rows) {
             norm_backward(saved.middle.data(), layer.post_norm, start, rows);
             round_to_bf16(&d_residual_[start * hidden], rows * hidden, &dy_[start * hidden]);
             lora_hidden(kO, saved.attn_out.data(), q_, dy_.data(), hidden, start, rows);
         });
+        clock_.end(kRowsBackwardPhase);
         each_gradient(lora[kO], saved.attn_out.data(), q_, dy_.data(), hidden, [&](int tile, int start, int rows) {
             float* y = room(scratch().y, kProductRows * kTile);
             backward_tile(layer.o, q_, hidden, lora[kO], dy_.data(), tile, start, rows, y, kTile);
             for (int row = 0; row < rows; row++)
                 round_to_bf16(y + row * kTile, kTile, &d_attn_out_[(start + row) * q_ + tile * kTile]);
         });
+        clock_.end(kProductsBackwardPhase);
         team_.each((int)(batch.num_texts * s_.heads), [&](int i) {
             const int head = (int)(i % s_.heads);
             const int64_t text = i / s_.heads, at = batch.starts[text] * q_ + head * dim;
             attend_text_backward(view(saved, batch, text, head), &d_attn_out_[at], q_, &dq_[at], &dk_[at], &dv_[at], q_,
                                  scratch().text);
         });
+        clock_.end(kSelfAttentionBackwardPhase);
         each_rows([&](int start, int rows) {
             gather_heads(layer, start, rows);
             norm(saved.in.data(), layer.input_norm, start, rows, x_.data());
             lora_hidden(kQkv, x_.data(), hidden, d_qkv_.data(), wide_, start, rows);
         });
+        clock_.end(kRowsBackwardPhase);
         each_gradient(lora[kQkv], x_.data(), hidden, d_qkv_.data(), wide_, [&](int tile, int start, int rows) {
             if (index == 0) return;  // embeddings are frozen
             backward_tile(layer.qkv, hidden, wide_, lora[kQkv], d_qkv_.data(), tile, start, rows,
                           &dx_[start * hidden + tile * kTile], hidden);
         });
         if (index == 0) return;
+        clock_.end(kProductsBackwardPhase);
         each_rows([&](int start, int rows) { norm_backward(saved.in.data(), layer.input_norm, start, rows); });
     }
 

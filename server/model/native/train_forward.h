@@ -12,6 +12,7 @@ class TrainForward : protected TrainPass {
     // hidden (tokens, hidden): the final hidden states.
     void forward(const TrainBatch& batch, bf16* hidden) {
         has_passed_ = false;
+        clock_.begin();
         check_batch(s_, batch);
         batch_ = batch;
         prepare(batch);
@@ -26,6 +27,7 @@ class TrainForward : protected TrainPass {
                 forward(i, batch, i + 1 < s_.layers ? saved_[i + 1].in.data() : last_.data());
             each_rows([&](int start, int rows) { norm(last_.data(), final_norm_, start, rows, hidden); });
         });
+        clock_.end(kRowsPhase);
         has_passed_ = true;
     }
 
@@ -44,6 +46,7 @@ class TrainForward : protected TrainPass {
             norm(saved.in.data(), layer.input_norm, start, rows, x_.data());
             lora_hidden(kQkv, x_.data(), s_.hidden, start, rows);
         });
+        clock_.end(kRowsPhase);
         each_product((int)(wide_ / dim), [&](int head, int start, int rows) {  // an item is a head
             float* y = room(scratch().y, kProductRows * dim);
             for (int i = 0; i < dim; i += kTile)
@@ -55,20 +58,25 @@ class TrainForward : protected TrainPass {
                 round_to_bf16(of, dim, &saved.qkv[(start + row) * wide_ + head * dim]);
             }
         });
+        clock_.end(kProductsPhase);
         team_.each((int)(batch.num_texts * s_.heads), [&](int i) {
             const int head = (int)(i % s_.heads);
             const int64_t text = i / s_.heads;
             attend_text(view(saved, batch, text, head), &saved.attn_out[batch.starts[text] * q_ + head * dim], q_,
                         scratch().text);
         });
+        clock_.end(kSelfAttentionPhase);
         each_rows([&](int start, int rows) { lora_hidden(kO, saved.attn_out.data(), q_, start, rows); });
+        clock_.end(kRowsPhase);
         project_residual(layer.o, q_, lora[kO], saved.attn_out.data(), saved.hidden[kO].data(), saved.in.data(),
                          saved.middle.data());
+        clock_.end(kProductsPhase);
 
         each_rows([&](int start, int rows) {
             norm(saved.middle.data(), layer.post_norm, start, rows, x_.data());
             lora_hidden(kGateUp, x_.data(), s_.hidden, start, rows);
         });
+        clock_.end(kRowsPhase);
         each_product(tiles, [&](int tile, int start, int rows) {
             float* y = room(scratch().y, kProductRows * kTile);
             for (int part : {tile, tiles + tile}) {
@@ -80,9 +88,12 @@ class TrainForward : protected TrainPass {
             }
             activate(saved, tile * kTile, kTile, start, rows);
         });
+        clock_.end(kProductsPhase);
         each_rows([&](int start, int rows) { lora_hidden(kDown, active_.data(), s_.intermediate, start, rows); });
+        clock_.end(kRowsPhase);
         project_residual(layer.down, s_.intermediate, lora[kDown], active_.data(), saved.hidden[kDown].data(),
                          saved.middle.data(), out);
+        clock_.end(kProductsPhase);
     }
 
     // out = in + x Wᵀ + (x Aᵀ) B, for the two modules that write to the residual stream.

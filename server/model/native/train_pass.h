@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/layers.h"
+#include "kernels/phases.h"
 #include "kernels/products.h"
 #include "kernels/team.h"
 #include "kernels/training_attention.h"
@@ -74,7 +75,8 @@ class TrainPass {
         for (int64_t text = 0; text < batch.num_texts; text++)
             for (int64_t i = batch.starts[text]; i < batch.starts[text + 1]; i++)
                 positions_[i] = (int)(i - batch.starts[text]);
-        product_chunks_ = (tokens_ + kProductRows - 1) / kProductRows;
+        product_chunks_ = std::max((tokens_ + kProductRows - 1) / kProductRows,
+                                   std::min((int)s_.threads / 4, (tokens_ + kRows - 1) / kRows));
         row_chunks_ = (tokens_ + kRows - 1) / kRows;
         row_chunks_ = (row_chunks_ + (int)s_.threads - 1) / (int)s_.threads * (int)s_.threads;
     }
@@ -140,6 +142,7 @@ class TrainPass {
     int64_t q_, kv_, wide_;  // features of queries, of keys, and of queries, keys and values
     const float* rotary_;    // (2, max_positions, head_dim), as `rotary_table` makes it
     Team team_;
+    PhaseClock<TrainPhase, kTrainPhases> clock_;
     std::vector<TrainLayer> layers_;
     const bf16 *embed_, *final_norm_, *lm_head_;
 

@@ -15,7 +15,7 @@ import torch
 
 from server.model.base.config import ModelConfig
 from server.model.base.weights import BaseWeights
-from server.model.native.abi import TrainBatch, TrainGroup, TrainModule, call, columns
+from server.model.native.abi import TRAIN_PHASES, TrainBatch, TrainGroup, TrainModule, call, columns, take_phases
 from server.model.native.base import check_base, create
 from server.model.ops.norms import rotary_table
 from server.model.rank_rows import GROUPS, GroupKey, GroupLayout
@@ -138,6 +138,10 @@ class NativeTraining:
         self._check_hidden(d_hidden, self._num_tokens)
         call(self._library.smolora_training_backward, self._training, d_hidden.data_ptr())
         self._num_tokens, self._inputs = 0, ()
+
+    def take_phases(self, *, count: bool = True) -> dict[str, float]:
+        """Seconds that each of TRAIN_PHASES took since the last call, as `NativeModel.take_phases` has them."""
+        return take_phases(self._library.smolora_training_phases, self._training, TRAIN_PHASES, count)
 
     def _check_ids(self, ids: torch.Tensor) -> None:
         if ids.dtype is not torch.int64 or ids.ndim != 1:

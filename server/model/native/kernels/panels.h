@@ -5,6 +5,9 @@
 #pragma once
 #include "matrix.h"
 
+constexpr int kNarrowBlock = 24;  // rows of a register block of half a tile
+constexpr int kFetchRows = 96;    // that are multiplied between two shares of the next tile
+
 using Panel = std::vector<uint32_t>;  // [pairs][32], as one tile of a Matrix
 
 // Transposes 16 registers of 16 numbers of 32 bits.
@@ -30,9 +33,10 @@ inline void transpose16(__m512i* r) {
     for (int i = 0; i < 16; i++) r[i] = t[i];
 }
 
-// Packs a tile from `outputs` (at most 32) rows of w, each of `depth` numbers, which is even. Missing rows are zero.
-inline void pack_rows(const bf16* w, size_t stride, int outputs, int depth, uint32_t* to) {
-    for (int half = 0; half < kTile; half += 16)
+// Packs a tile from `outputs` (at most 32) rows of w, each of `depth` numbers, which is even. Missing rows are zero;
+// with a `width` of 16 the tile's other half is left as it is.
+inline void pack_rows(const bf16* w, size_t stride, int outputs, int depth, uint32_t* to, int width = kTile) {
+    for (int half = 0; half < width; half += 16)
         for (int pair = 0; pair < depth / 2; pair += 16) {
             __m512i r[16];
             for (int i = 0; i < 16; i++)
@@ -86,4 +90,50 @@ template <bool add = false>
 inline void multiply(const bf16* x, size_t x_stride, int rows, const uint32_t* panel, int pairs, float* y,
                      size_t y_stride) {
     multiply<add>(x, x_stride, rows, (const bf16*)panel, pairs, y, y_stride);
+}
+
+// The same, while 32 columns of w, which has `depth` rows, are fetched to where `pack_columns` reads them fast: no
+// processor foresees lines that lie so far apart.
+inline void multiply_and_fetch(const bf16* x, size_t x_stride, int rows, const uint32_t* panel, int pairs, float* y,
+                               size_t y_stride, const bf16* w, size_t stride, int depth) {
+    for (int start = 0; start < rows; start += kFetchRows) {
+        const int now = std::min(kFetchRows, rows - start);
+        const int end = (int)((int64_t)depth * (start + now) / rows);
+        for (int row = (int)((int64_t)depth * start / rows); row < end; row++)
+            _mm_prefetch((const char*)(w + row * stride), _MM_HINT_T1);
+        multiply(x + start * x_stride, x_stride, now, panel, pairs, y + start * y_stride, y_stride);
+    }
+}
+
+template <int rows>
+inline void multiply_narrow_block(const bf16* x, size_t x_stride, const uint32_t* panel, int pairs, float* y,
+                                  size_t y_stride) {
+    __m512 sum[rows];
+#pragma GCC unroll 24
+    for (int row = 0; row < rows; row++) sum[row] = _mm512_setzero_ps();
+    for (int pair = 0; pair < pairs; pair++, panel += kTile) {
+        const __m512bh w = load_pairs((const bf16*)panel);
+#pragma GCC unroll 24
+        for (int row = 0; row < rows; row++) {
+            uint32_t two;
+            memcpy(&two, x + row * x_stride + 2 * pair, 4);
+            sum[row] = _mm512_dpbf16_ps(sum[row], (__m512bh)_mm512_set1_epi32((int)two), w);
+        }
+    }
+#pragma GCC unroll 24
+    for (int row = 0; row < rows; row++) _mm512_storeu_ps(y + row * y_stride, sum[row]);
+}
+
+// y (rows, 16) of the first half of a packed tile, the very sums of `multiply` without AMX: twice the rows at once keep
+// as many registers busy as a whole tile does.
+inline void multiply_narrow(const bf16* x, size_t x_stride, int rows, const uint32_t* panel, int pairs, float* y,
+                            size_t y_stride) {
+    static constexpr auto kByRows = []<int... rows>(std::integer_sequence<int, rows...>) {
+        return std::array{multiply_narrow_block<rows + 1>...};
+    }(std::make_integer_sequence<int, kNarrowBlock>{});
+    while (rows > 0) {
+        const int blocks = (rows + kNarrowBlock - 1) / kNarrowBlock, now = (rows + blocks - 1) / blocks;
+        kByRows[now - 1](x, x_stride, panel, pairs, y, y_stride);
+        x += now * x_stride, y += now * y_stride, rows -= now;
+    }
 }

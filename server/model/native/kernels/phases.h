@@ -1,4 +1,5 @@
 // How long the phases of steps take, as the thread that calls sees them: its own items and the wait for the others'.
+// `Phase` is an enum of `count` phases, in order.
 #pragma once
 #include <array>
 #include <chrono>
@@ -7,10 +8,11 @@
 #include "seam/abi.h"
 #include "team.h"
 
+template <class Phase, int count>
 class PhaseClock {
   public:
     // The nanoseconds of each phase since the last time that this was called; from now on they are counted, or not.
-    std::array<int64_t, kPhases> take(bool is_on) {
+    std::array<int64_t, count> take(bool is_on) {
         is_on_ = is_on;
         return std::exchange(spent_, {});
     }
@@ -30,5 +32,5 @@ class PhaseClock {
     using Clock = std::chrono::steady_clock;
     bool is_on_ = false;  // changes between steps alone
     Clock::time_point last_;
-    std::array<int64_t, kPhases> spent_{};
+    std::array<int64_t, count> spent_{};
 };

@@ -7,7 +7,7 @@
 #include "panels.h"
 #include "seam/checks.h"
 
-constexpr int kProductRows = 256;  // rows that are computed at once, at most
+constexpr int kProductRows = 512;  // rows that meet a tile when it was packed, at most
 
 struct ProductScratch {  // of one thread
     Panel panel, low_rank_panel, columns;
@@ -39,8 +39,13 @@ inline void multiply_low_rank(const bf16* w, int64_t w_stride, int outputs, int6
                               int64_t x_stride, int rows, bf16* y, int64_t y_stride, ProductScratch& scratch) {
     float* sums = room(scratch.low_rank, rows * kTile);
     uint32_t* panel = room(scratch.low_rank_panel, depth / 2 * kTile);
-    pack_rows(w, w_stride, outputs, (int)depth, panel);
-    multiply(x, x_stride, rows, panel, (int)depth / 2, sums, kTile);
+    if (outputs <= 16 && !has_amx()) {
+        pack_rows(w, w_stride, outputs, (int)depth, panel, 16);
+        multiply_narrow(x, x_stride, rows, panel, (int)depth / 2, sums, kTile);
+    } else {
+        pack_rows(w, w_stride, outputs, (int)depth, panel);
+        multiply(x, x_stride, rows, panel, (int)depth / 2, sums, kTile);
+    }
     for (int row = 0; row < rows; row++) round_to_bf16(sums + row * kTile, outputs, y + row * y_stride);
 }
 
@@ -86,7 +91,7 @@ inline void product_backward(const bf16* w, int64_t in, int64_t out, const Train
                              int64_t y_stride, ProductScratch& scratch) {
     uint32_t* panel = room(scratch.panel, std::max(out, lora.rows) / 2 * kTile);
     pack_columns(w + column, in, (int)out, panel);
-    multiply(dy + start * out, out, rows, panel, (int)out / 2, y, y_stride);
+    multiply_and_fetch(dy + start * out, out, rows, panel, (int)out / 2, y, y_stride, w + column + kTile, in, (int)out);
     if (lora.rows == 0) return;
     const bf16* low = d_lora_hidden + start * lora.rows;
     const int pairs = (int)lora.rows / 2;

@@ -47,6 +47,10 @@ constexpr Number kLayout[] = {
     {"phase embed", kEmbedPhase}, {"phase norm", kNormPhase}, {"phase qkv", kQkvPhase}, {"phase attention", kAttentionPhase},
     {"phase o", kOPhase}, {"phase gate_up", kGateUpPhase}, {"phase down", kDownPhase}, {"phase head", kHeadPhase},
     {"phase sampling", kSamplingPhase},
+    {"train phase rows", kRowsPhase}, {"train phase products", kProductsPhase},
+    {"train phase attention", kSelfAttentionPhase}, {"train phase loss", kLossPhase},
+    {"train phase rows backward", kRowsBackwardPhase}, {"train phase products backward", kProductsBackwardPhase},
+    {"train phase attention backward", kSelfAttentionBackwardPhase},
     {nullptr, 0},
 };
 // clang-format on

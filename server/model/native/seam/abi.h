@@ -30,6 +30,18 @@ enum Phase {
     kPhases
 };
 
+// Of a step of training, in order; kRowsPhase and kRowsBackwardPhase are there between others.
+enum TrainPhase {
+    kRowsPhase,      // embedding, norms and x Aᵀ
+    kProductsPhase,  // with the base's weights and B, and what is done with their outputs
+    kSelfAttentionPhase,
+    kLossPhase,
+    kRowsBackwardPhase,      // norms, the activation once more, and dy Bᵀ
+    kProductsBackwardPhase,  // with the base's weights and A, and the gradients of A and B
+    kSelfAttentionBackwardPhase,
+    kTrainPhases
+};
+
 enum Status {  // what an entry answers
     kOk,
     kNoMemory,  // or no thread: the same call may succeed later
@@ -176,3 +188,5 @@ SMOLORA_ENTRY int smolora_training_forward(void* training, const TrainBatch* bat
 SMOLORA_ENTRY int smolora_training_loss(void* training, const bf16* hidden, const int64_t* targets, int64_t rows,
                                         double factor, bf16* d_hidden, double* loss, char* error);
 SMOLORA_ENTRY int smolora_training_backward(void* training, const bf16* d_hidden, char* error);
+// As smolora_phases (kTrainPhases numbers).
+SMOLORA_ENTRY int smolora_training_phases(void* training, int64_t is_on, int64_t* nanoseconds, char* error);

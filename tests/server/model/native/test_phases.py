@@ -1,29 +1,55 @@
-"""What the phases of native steps take adds up to the steps."""
+"""What the phases of native steps take adds up to the steps, of serving and of training."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
 
 from server.model.base.source import resolve_base
-from server.model.base.weights import load_base
-from server.model.native.abi import PHASES
+from server.model.base.weights import BaseModel, load_base
+from server.model.native.abi import PHASES, TRAIN_PHASES
 from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel
 from server.model.native.sampling import SampleTable
+from server.model.native.training import NativeTraining
 from server.model.rank_rows import RankRows
-from tests.native_kit import SHAPES, native_model
+from tests.native_kit import SHAPES, native_library, native_model
+from tests.server.model.native.test_refused_batches import groups_of
 from tests.tiny import save_tiny_base
 
 LENGTH, COPIES = 400, 12
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> NativeModel:
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     architecture, options = SHAPES["grouped"]
     directory = save_tiny_base(tmp_path_factory.mktemp("phases") / "tiny", architecture, options, seed=3)
-    return native_model(load_base(resolve_base(str(directory), directory.parent), torch.bfloat16), LENGTH)
+    return load_base(resolve_base(str(directory), directory.parent), torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def model(base: BaseModel) -> NativeModel:
+    return native_model(base, LENGTH)
+
+
+@pytest.fixture(scope="module")
+def training(base: BaseModel) -> NativeTraining:
+    groups = groups_of(base)
+    return NativeTraining(native_library(), base.config, base.weights, groups, max_positions=LENGTH, num_threads=2)
+
+
+@pytest.fixture(scope="module")
+def training_step(base: BaseModel, training: NativeTraining) -> Callable[[], None]:
+    ids = torch.arange(COPIES * LENGTH) % base.config.vocab_size
+
+    def run() -> None:
+        hidden = training.forward(ids, [LENGTH] * COPIES)
+        loss, d_hidden = training.loss(hidden, ids, 1.0)
+        assert loss > 0
+        training.backward(d_hidden)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +73,17 @@ def step(model: NativeModel) -> Callable[[], None]:
     return run
 
 
-def test_phases_add_up_to_the_step(model: NativeModel, step: Callable[[], None]) -> None:
+def add_up(step: Callable[[], None], take: Callable[[], dict[str, float]], names: Sequence[str]) -> None:
     """Within 5 %: of what the calls take, beside Python's share, as soon as nothing else takes the core."""
     step()
     shares = []
     for _ in range(20):
-        model.take_phases()
+        take()
         begun = time.perf_counter()
         step()
         whole = time.perf_counter() - begun
-        spent = model.take_phases()
-        assert list(spent) == list(PHASES)
+        spent = take()
+        assert list(spent) == list(names)
         assert all(seconds > 0 for seconds in spent.values())
         shares.append(sum(spent.values()) / whole)
         if shares[-1] > 0.95:
@@ -65,11 +91,29 @@ def test_phases_add_up_to_the_step(model: NativeModel, step: Callable[[], None])
     assert 0.95 < shares[-1] <= 1, shares
 
 
+def count_if_asked_for(step: Callable[[], None], take: Callable[..., dict[str, float]]) -> None:
+    take(count=False)
+    step()
+    assert set(take().values()) == {0.0}
+    step()
+    assert min(take(count=False).values()) > 0
+    step()
+    assert set(take(count=False).values()) == {0.0}
+
+
+def test_phases_add_up_to_the_step(model: NativeModel, step: Callable[[], None]) -> None:
+    add_up(step, model.take_phases, PHASES)
+
+
+def test_phases_add_up_to_the_training_step(training: NativeTraining, training_step: Callable[[], None]) -> None:
+    add_up(training_step, training.take_phases, TRAIN_PHASES)
+
+
 def test_nothing_is_counted_unless_asked_for(model: NativeModel, step: Callable[[], None]) -> None:
-    model.take_phases(count=False)
-    step()
-    assert set(model.take_phases().values()) == {0.0}
-    step()
-    assert min(model.take_phases(count=False).values()) > 0
-    step()
-    assert set(model.take_phases(count=False).values()) == {0.0}
+    count_if_asked_for(step, model.take_phases)
+
+
+def test_nothing_is_counted_in_training_unless_asked_for(
+    training: NativeTraining, training_step: Callable[[], None]
+) -> None:
+    count_if_asked_for(training_step, training.take_phases)

@@ -2,12 +2,16 @@
 
 #include "check.h"
 
-static void check_loss(int rows, int vocab, int hidden, int threads) {
+// `certainty`: how much of a target's row of the head its hidden state is, which is random where it is 0.
+static void check_loss(int rows, int vocab, int hidden, int threads, double certainty = 0) {
     Random random(rows * 1000 + vocab + hidden);
-    const auto head = random_bf16(random, (size_t)vocab * hidden), x = random_bf16(random, (size_t)rows * hidden);
+    const auto head = random_bf16(random, (size_t)vocab * hidden);
+    auto x = random_bf16(random, (size_t)rows * hidden);
     std::vector<int64_t> targets(rows);
     for (auto& target : targets) target = random.below(vocab);
     targets[0] = vocab - 1, targets[rows - 1] = 0;
+    for (int i = 0; certainty != 0 && i < rows * hidden; i++)
+        x[i] = to_bf16((float)certainty * to_float(head[targets[i / hidden] * hidden + i % hidden]));
     const double factor = 0.37;
     std::vector<bf16> first;
     double first_loss = 0;
@@ -71,6 +75,8 @@ TEST(loss_and_its_gradient) {
     for (int rows : {1, 2, 15, 16, 17}) check_loss(rows, 96, 32, 3);
     for (int vocab : {32, 64, 512, 544, 1056}) check_loss(5, vocab, 64, 3);  // parts and groups of tiles, and less
     check_loss(9, 8320, 96, 2);                                              // more tiles in a part than go at once
+    for (double certainty : {0.3, 0.7, 2.0})
+        check_loss(5, 8320, 64, 2, certainty);  // the greatest logit comes last, first
     for (int rows : {kLossRows - 1, kLossRows, kLossRows + 1}) check_loss(rows, 64, 32, 2);
 }
 

@@ -86,3 +86,32 @@ TEST(multiply_by_a_panel) {
             expect_near(y[row * kTile + output], exact, sum_error(in) * size, "(%d, %d)", row, output);
         }
 }
+
+// Of an odd number of pairs, which no processor multiplies by AMX.
+TEST(half_a_tile_and_a_tile_with_something_fetched) {
+    Random random(5);
+    const int in = 34;
+    const auto w = random_bf16(random, kTile * in);
+    std::vector<uint32_t> panel(in / 2 * kTile);
+    pack_rows(w.data(), in, kTile, in, panel.data());
+    Fenced<uint32_t> half(panel.size());
+    pack_rows(w.data(), in, 16, in, half.data(), 16);
+    half.check("pack_rows");
+    for (int pair = 0; pair < in / 2; pair++)
+        for (int output = 0; output < kTile; output++)
+            expect(half[pair * kTile + output] == (output < 16 ? panel[pair * kTile + output] : 77), "pair %d: %d",
+                   pair, output);
+    for (int rows : {1, kNarrowBlock - 1, kNarrowBlock, kNarrowBlock + 1, kFetchRows, 2 * kFetchRows + 1}) {
+        const auto x = random_bf16(random, (size_t)rows * in);
+        std::vector<float> whole((size_t)rows * kTile);
+        multiply(x.data(), in, rows, panel.data(), in / 2, whole.data(), kTile);
+        Fenced<float> narrow((size_t)rows * kTile), same((size_t)rows * kTile);
+        multiply_narrow(x.data(), in, rows, half.data(), in / 2, narrow.data(), kTile);
+        multiply_and_fetch(x.data(), in, rows, panel.data(), in / 2, same.data(), kTile, w.data(), in, kTile);
+        narrow.check("multiply_narrow"), same.check("multiply_and_fetch");
+        for (int i = 0; i < rows * kTile; i++) {
+            expect(narrow[i] == (i % kTile < 16 ? whole[i] : 77), "half of %d rows: %d", rows, i);
+            expect(same[i] == whole[i], "%d rows: %d", rows, i);
+        }
+    }
+}
