@@ -23,7 +23,9 @@ LENGTH, COPIES = 400, 12
 def model(tmp_path_factory: pytest.TempPathFactory) -> NativeModel:
     architecture, options = SHAPES["grouped"]
     directory = save_tiny_base(tmp_path_factory.mktemp("phases") / "tiny", architecture, options, seed=3)
-    return native_model(load_base(resolve_base(str(directory), directory.parent), torch.bfloat16), LENGTH)
+    return native_model(
+        load_base(resolve_base(str(directory), directory.parent), torch.bfloat16), LENGTH, num_threads=2
+    )
 
 
 @pytest.fixture(scope="module")
