@@ -75,6 +75,7 @@ KEPT_BYTES = 256 << 20
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # so have servers and their jobs, but for `default_threads`
     set_default()
     keep_freed_memory()
     gc.disable()  # what is imported and collected from here on stays: looking for garbage in it finds none

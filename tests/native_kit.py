@@ -92,7 +92,10 @@ def lend_native(home: Path) -> None:
         shutil.copy2(CACHE / "native" / library_name(), home / "native")
 
 
-def native_model(base: BaseModel, max_positions: int = 512, num_threads: int = 2) -> NativeModel:
+def native_model(base: BaseModel, max_positions: int = 512, num_threads: int = 1) -> NativeModel:
+    """Of one thread, unless threads are what is tested: several wait for each other in each phase by spinning, and
+    other tests have the cores. They change no bit.
+    """
     assert base.dtype is torch.bfloat16
     return NativeModel(
         native_library(), base.config, base.weights, max_positions=max_positions, num_threads=num_threads

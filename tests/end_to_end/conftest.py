@@ -110,7 +110,9 @@ def shared_exact_server(
 
 @pytest.fixture
 def server(shared_server: ServerProcess) -> Iterator[ServerProcess]:
-    """A server as it is by default, on which every test leaves nothing that runs, waits or holds a block."""
+    """A server as it is by default, but for its one thread. Every test leaves nothing on it that runs, waits or
+    holds a block.
+    """
     yield shared_server
     shared_server.wait_until_idle()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from server.metrics.metrics import MAX_AGE
 from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
@@ -34,6 +35,14 @@ def environment() -> dict[str, str]:
     """This process' environment without settings of the server's. Idle threads sleep: cores are shared."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("SMOLORA_")}
     return own | {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@contextmanager
+def default_threads() -> Iterator[None]:
+    """What is started within has a thread for each core, as by default; of tests' processes each has one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_NUM_THREADS", raising=False)
+        yield
 
 
 class ServerProcess:

@@ -21,7 +21,7 @@ import torch
 
 from tests.end_to_end.conftest import AdapterFiles
 from tests.end_to_end.peft_reference import Reference
-from tests.end_to_end.server_process import ServerProcess
+from tests.end_to_end.server_process import ServerProcess, default_threads
 from tests.native_kit import native_library
 
 pytestmark = pytest.mark.real
@@ -108,7 +108,8 @@ def default_server(
 ) -> Iterator[ServerProcess]:
     """With the defaults, on a machine where these are bf16 and native code."""
     native_library()
-    server = ServerProcess(tmp_path_factory.mktemp("native"), model=base_dir)
+    with default_threads():
+        server = ServerProcess(tmp_path_factory.mktemp("native"), model=base_dir)
     try:
         log = server.log()
         assert "in bfloat16" in log
@@ -184,7 +185,7 @@ def test_a_history_changes_no_bit(
     default_server: ServerProcess, oracle: Oracle, base_dir: Path, tmp_path: Path
 ) -> None:
     """Second turns over what was decoded, alone and in company, and repeats of them, beside a server that has
-    seen nothing.
+    seen nothing, and has one thread.
     """
     prompt = "A lighthouse keeper wrote a letter every evening. " * 3
     bodies: Iterator[list[dict[str, Any]]] = (

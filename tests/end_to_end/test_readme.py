@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.server_process import ServerProcess, environment
+from tests.end_to_end.server_process import ServerProcess, default_threads, environment
 
 pytestmark = pytest.mark.real
 
@@ -211,7 +211,8 @@ class Reader:
     [pytest.param(tour, id=tour[0], marks=[] if tour[0] == "README.md" else pytest.mark.slow) for tour in TOURS],
 )
 def test_readme_and_docs(base_dir: Path, tmp_path: Path, pages: tuple[str, ...]) -> None:
-    server = ServerProcess(tmp_path / "data", base_dir=base_dir, workers=1)
+    with default_threads():
+        server = ServerProcess(tmp_path / "data", base_dir=base_dir, workers=1)
     try:
         reader = Reader(tmp_path, server)
         for page in pages:

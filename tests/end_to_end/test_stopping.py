@@ -34,7 +34,7 @@ def server(tmp_path: Path, converted_tiny: Path) -> Iterator[ServerProcess]:
 
 def test_what_runs_and_what_waits_ends_and_the_job_goes_on(server: ServerProcess, converted_tiny: Path) -> None:
     """Four sequences, of which two have a place. The job's checkpoint is the one that it makes as it leaves."""
-    job_id = submit(server, name="codes", data=code_rows(16), training=JOB)
+    job_id = submit(server, name="codes", data=code_rows(16), training={**JOB, "epochs": 60})
     wait_until(lambda: get(server, f"/train/{job_id}")["progress"].get("step", 0) > 5)
     (child,) = processes(server, CHILD)
     stop(server.home, child.pid)  # else it may end before the requests have begun

@@ -59,7 +59,7 @@ def requests(num_tokens: int) -> list[GenerationRequest]:
 
 def test_a_prompt_is_read_at_once_where_nobody_waits(base: BaseModel) -> None:
     limits = SchedulerLimits(max_prefill_tokens=200)
-    engine = build_engine(base, native=native_model(base), limits=limits)
+    engine = build_engine(base, native=native_model(base, num_threads=2), limits=limits)
     engine.add(replace(requests(1)[0], prompt_token_ids=tuple(range(100, 500))))
     engine.step()
     assert engine.has_work
@@ -68,7 +68,7 @@ def test_a_prompt_is_read_at_once_where_nobody_waits(base: BaseModel) -> None:
 
 
 def check_company(base: BaseModel, strength: float, num_tokens: int) -> None:
-    native = native_model(base)
+    native = native_model(base, num_threads=2)
     together = run(engine_of(base, native, strength), requests(num_tokens))
     for request in requests(num_tokens):
         alone = run(engine_of(base, native, strength), [request])  # whose cache has no prefix of it

@@ -30,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def model(base: BaseModel) -> NativeModel:
-    return native_model(base, LENGTH)
+    return native_model(base, LENGTH, num_threads=2)
 
 
 @pytest.fixture(scope="module")
