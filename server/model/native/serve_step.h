@@ -135,6 +135,7 @@ class Model {
         active_.resize(tokens_ * s_.intermediate);
         positions_.resize(tokens_);
         run_of_.resize(tokens_);
+        has_adapters_ = step.num_segments > 0;
         for (int group = 0; group < kGroups; group++)
             lora_[group].plan(step.pools[group], step.modules, step.segments, (int)step.num_segments, step.weights);
         queries_.clear();
@@ -196,13 +197,16 @@ class Model {
                       int y_stride, int slot) {
         const size_t in = (size_t)w.in();
         const LoraGroup& lora = lora_[group];
-        const int column = tile * kTile, next = group + 1, next_layer = layer + next / kGroups;
+        const int column = tile * kTile;
         Fetches& fetches = scratch().fetches;
         fetches.clear();
-        lora.fetch_b(layer, start, rows, column, fetches);
-        if (next_layer < s_.layers)
-            lora_[next % kGroups].fetch_a(next_layer, (int64_t)tile * chunks_ + start / kChunk,
-                                          (int64_t)w.num_tiles() * chunks_, fetches);
+        if (has_adapters_) {
+            const int next = group + 1, next_layer = layer + next / kGroups;
+            lora.fetch_b(layer, start, rows, column, fetches);
+            if (next_layer < s_.layers)
+                lora_[next % kGroups].fetch_a(next_layer, (int64_t)tile * chunks_ + start / kChunk,
+                                              (int64_t)w.num_tiles() * chunks_, fetches);
+        }
         w.multiply(x + start * in, in, rows, tile, y, y_stride, scratch().tiles[chunks_ > 1 ? slot : 0], fetches);
         if (lora.num_tasks() == 0) return;
         team_.wait_first(lora.num_tasks());
@@ -299,6 +303,7 @@ class Model {
     std::vector<bf16> x_, q_, attn_out_, active_;
     std::vector<int> positions_, run_of_;
     LoraGroup lora_[kGroups];
+    bool has_adapters_ = false;
     std::vector<Query> queries_;
     std::vector<ServeScratch> scratch_;
 };

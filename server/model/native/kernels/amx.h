@@ -115,7 +115,7 @@ inline void multiply_amx_block(const bf16* x, size_t x_stride, int rows, const b
         block.zero();
     for (int pair = 0; pair < pairs; pair += kAmxPairs) {
         const bf16* now = w + (size_t)pair * 2 * kTile;
-        for (int i = 0; i < kAmxPairs; i++) lines.fetch_two();
+        for (int i = 0; i < kAmxPairs; i++) lines.fetch_some();
         block.add(x + 2 * pair, x_stride, now, now + kTile, 2 * kTile);
     }
     block.store(y, y_stride);

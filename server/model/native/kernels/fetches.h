@@ -6,15 +6,16 @@
 #include <cstddef>
 #include <vector>
 
-// The addresses of lines, one fetched after the other; the last one again and again.
+// The addresses of lines, which are fetched one after the other; behind the last one it is there a few times more.
+template <int step>
 struct Lines {
-    const char *const *next = nullptr, *const *last = nullptr;
+    const char *const *next, *const *last;
 
-    // Two of them; the last one is there four times.
-    void fetch_two() {
+    // What a product of a pair of inputs leaves time for: `step` lines, 1 or 2.
+    void fetch_some() {
         _mm_prefetch(next[0], _MM_HINT_T0);
-        _mm_prefetch(next[1], _MM_HINT_T0);
-        next += next < last ? 2 : 0;
+        if (step == 2) _mm_prefetch(next[1], _MM_HINT_T0);
+        next += next < last ? step : 0;
     }
     void fetch(size_t count) {
         for (const char* const* stop = std::min(next + count, last); next < stop; next++)
@@ -22,7 +23,8 @@ struct Lines {
     }
 };
 struct NoLines {
-    void fetch_two() {}
+    void fetch_some() {}
+    void fetch(size_t) {}
 };
 
 class Fetches {
@@ -39,9 +41,9 @@ class Fetches {
         count_ += lines;
     }
     size_t size() const { return count_; }
-    // All of them, until more are added.
-    Lines lines() {
-        if (count_ == 0) add(this, 1);
+    // All of them, of which there is one at least, until more are added.
+    template <int step>
+    Lines<step> lines() {
         lines_[count_] = lines_[count_ + 1] = lines_[count_ + 2] = lines_[count_ - 1];
         return {lines_.data(), lines_.data() + count_};
     }

@@ -56,7 +56,7 @@ inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pa
         sum[row][1] = add ? _mm512_loadu_ps(y + row * y_stride + 16) : _mm512_setzero_ps();
     }
     for (int pair = 0; pair < pairs; pair++) {
-        to_fetch.fetch_two();
+        to_fetch.fetch_some();
         __m512bh w0 = load_pairs(w), w1 = load_pairs(w + kTile);
         w += 2 * kTile;
 #pragma GCC unroll 12
@@ -153,7 +153,12 @@ class Matrix {
         }
         const bf16* w = tile(index, scratch);
         fetches.add(type_ == kBf16 ? at(index) + kAhead : at(index + 1), tile_size_);
-        ::multiply(x, x_stride, rows, w, in_ / 2, y, y_stride, fetches.lines());
+        const int pairs = in_ / 2, at_once = has_amx() ? 2 * kAmxRows : kBlock;
+        const bool is_first_read = type_ == kBf16;  // of the tile: its lines are needed as fast as it is multiplied
+        if (is_first_read || (int)fetches.size() > pairs * ((rows + at_once - 1) / at_once))
+            ::multiply(x, x_stride, rows, w, pairs, y, y_stride, fetches.lines<2>());
+        else
+            ::multiply(x, x_stride, rows, w, pairs, y, y_stride, fetches.lines<1>());
     }
 
   private:
