@@ -16,6 +16,7 @@ from pathlib import Path
 if not __package__:  # run by its path: what Python put first is this folder, not the checkout
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import torch
 from transformers import AutoTokenizer
 
 from benchmarks import command
@@ -28,6 +29,7 @@ from benchmarks.serving.adapter_files import RANK, Sizes, write_adapter
 from benchmarks.serving.many_adapters import Many, ManyConfig
 from benchmarks.serving.options import Options, parse
 from benchmarks.serving.own_parts import OwnParts
+from benchmarks.serving.phases import bytes_of
 from benchmarks.serving.results import Results, Settings, Start
 from benchmarks.serving.rounds import Rounds
 from benchmarks.serving.systems.line_up import Inputs, line_up
@@ -35,7 +37,7 @@ from benchmarks.serving.systems.server_process import DTYPES, Server, ServerConf
 from benchmarks.serving.systems.systems import OurServer
 from server.model.base.export import export_hugging_face
 from server.model.base.source import resolve_base
-from server.model.base.weights import BaseModel, load_base
+from server.model.base.weights import BaseModel, BaseWeights, load_base
 
 LOG = "serve.log"
 
@@ -74,7 +76,7 @@ def _measure(options: Options, scratch: Path, made: Made, say: Say) -> Results:
     settings = Settings(
         *(Path(options.model).name, options.dtype, options.device, options.rounds),
         *(options.prompt_tokens, options.max_tokens),
-        bases.base.weights.num_parameters * DTYPES[options.dtype].itemsize,
+        _weight_bytes(bases.base.weights, DTYPES[options.dtype]),
     )
     results = Results(made, Machine.this(options.threads), settings)
     # all have room: what the loads use must not be evicted by those that are measured cold
@@ -141,6 +143,13 @@ def _server_config(options: Options, bases: Bases, home: Path, num_resident: int
         log=options.out / LOG,
         adapter_cache_bytes=adapter_room(shape, options.dtype, options.device, num_resident * RANK),
     )
+
+
+def _weight_bytes(weights: BaseWeights, dtype: torch.dtype) -> int:
+    """What a step of a stream reads: in bf16 native code has weights as they were stored."""
+    if dtype is not torch.bfloat16:
+        return weights.num_parameters * dtype.itemsize
+    return sum(bytes_of(weights).values())
 
 
 def _starts(options: Options, config: ServerConfig, say: Say) -> Start:

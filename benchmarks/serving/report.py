@@ -148,7 +148,7 @@ def _notes(results: Results) -> Iterator[str]:
     if results.bandwidth:
         speed = with_range([speed / 1e9 for speed in results.bandwidth], "{:.1f}".format)
         weights = results.settings.weight_bytes / 1e6
-        yield f"The threads read {speed} GB/s from memory; the weights are {weights:.0f} MB."
+        yield f"The threads read {speed} GB/s from memory; a step reads {weights:.0f} MB of weights."
     for ways in results.ways:
         greedy, sampled, logprobs = (
             with_range(each, number) for each in (ways.greedy, ways.sampled, ways.logprobs)

@@ -81,7 +81,7 @@ class Settings:
     rounds: int
     prompt_tokens: int
     max_tokens: int
-    weight_bytes: int  # that a step reads
+    weight_bytes: int  # that a step of one stream reads, as they lie in memory
 
 
 @dataclass

@@ -57,12 +57,12 @@ def _against_peers(results: Results) -> Iterator[Target]:
 
 
 def _at_any_width(results: Results) -> Target:
-    """Ours in bf16 until weights can be kept as they are stored; ik_llama.cpp is no package that could be had."""
+    """Ours are kept as they are stored; ik_llama.cpp is no package that could be had."""
     names = [facts.name for facts in results.systems if facts.name.startswith(LLAMA_CPP)]
     columns = [speeds for name in names if (speeds := _speed(results, 1, BASE, name))]
     best = [max(values) for values in zip(*columns, strict=True)]
     ratio = median_ratio(_speed(results, 1, BASE), best)
-    return at_least("1 stream, base (ours in bf16)", ratio, 1.6, f"× {LLAMA_CPP} at its best width")
+    return at_least("1 stream, base, weights as stored", ratio, 1.6, f"× {LLAMA_CPP} at its best width")
 
 
 def _memory_bound(results: Results) -> Target:
