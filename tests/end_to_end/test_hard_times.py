@@ -42,7 +42,7 @@ async def test_fifty_clients_that_leave(server: ServerProcess, adapter_files: Ad
                 "prompt": PROMPT * chance.choice([1, 1, 40]),
                 "adapter": chance.choice(["base", "abandoned", "abandoned*0.5+right*-0.5"]),
                 "n": chance.choice([1, 1, 2]),
-                "max_tokens": 300,  # more than anybody waits for
+                "max_tokens": 1500,  # more than anybody waits for
                 "ignore_eos": True,
                 "stream": number % 2 == 0,
             },
