@@ -42,11 +42,12 @@ async def test_fifty_clients_that_leave(server: ServerProcess, adapter_files: Ad
                 "prompt": PROMPT * chance.choice([1, 1, 40]),
                 "adapter": chance.choice(["base", "abandoned", "abandoned*0.5+right*-0.5"]),
                 "n": chance.choice([1, 1, 2]),
-                "max_tokens": 1500,  # more than anybody waits for
+                "temperature": 1.0,  # or speculation answers a prompt that repeats itself at twice the speed
+                "max_tokens": 300,  # more than anybody waits for
                 "ignore_eos": True,
                 "stream": number % 2 == 0,
             },
-            chance.uniform(0, 1.2),
+            chance.uniform(0, 0.7),
         )
         for number in range(NUM_CLIENTS)
     ]
