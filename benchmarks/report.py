@@ -110,37 +110,21 @@ def main(arguments: list[str] | None = None) -> None:
 def page(found: Found, before: str) -> str:
     """docs/benchmarks.md, as it follows what it was `before`."""
     parts = [INTRODUCTION.strip()]
-    parts += _section(
-        "Serving", "serve", found.serve, serving.markdown, "Output tokens per second by load", before
-    )
-    parts += _section(
-        "Scaling curves",
-        "curves",
-        found.curves,
-        curves.markdown,
-        "Speed, latency and memory as one thing grows",
-        before,
-    )
-    parts += _section(
-        "Training", "train", found.train, train_report.markdown, "Tokens per second and memory", before
-    )
-    parts += _section(
-        "LoRA against full fine-tuning",
-        "methods",
-        found.methods,
-        methods_report.markdown,
-        "Methods compared",
-        before,
-    )
-    parts += _section(
-        "Useful adapters",
-        "adapters",
-        found.adapters,
-        adapters_report.markdown,
-        "Accuracy of adapters",
-        before,
-    )
-    parts += _section("Training beside serving", "beside", found.beside, beside_report.markdown, None, before)
+
+    def add(title: str, name: str, results: T | None, render: Callable[[T], str], chart: str | None) -> None:
+        if results is None:
+            missing = f"## {title}\n\nNot measured yet: `python -m benchmarks.{name}`."
+            parts.append(_standing(title, before) or missing)
+            return
+        parts.extend([f"## {title}", render(results).strip(), *([f"![{chart}]({name}.png)"] if chart else [])])
+
+    add("Serving", "serve", found.serve, serving.markdown, "Output tokens per second by load")
+    add("Scaling curves", "curves", found.curves, curves.markdown, "Speed, latency and memory as one thing grows")
+    add("Training", "train", found.train, train_report.markdown, "Tokens per second and memory")
+    title = "LoRA against full fine-tuning"
+    add(title, "methods", found.methods, methods_report.markdown, "Methods compared")
+    add("Useful adapters", "adapters", found.adapters, adapters_report.markdown, "Accuracy of adapters")
+    add("Training beside serving", "beside", found.beside, beside_report.markdown, None)
     return "\n\n".join(parts) + "\n"
 
 
@@ -208,15 +192,6 @@ def _standing(title: str, page: str) -> str | None:
     """The section of that title in a page."""
     found = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |^{re.escape(END)}|\Z)", page, re.MULTILINE | re.DOTALL)
     return found and found[0].strip()
-
-
-def _section(
-    title: str, name: str, results: T | None, render: Callable[[T], str], chart: str | None, before: str
-) -> list[str]:
-    if results is None:
-        return [_standing(title, before) or f"## {title}\n\nNot measured yet: `python -m benchmarks.{name}`."]
-    image = [f"![{chart}]({name}.png)"] if chart else []
-    return [f"## {title}", render(results).strip(), *image]
 
 
 def _training_lines(found: Found) -> Iterator[str]:

@@ -29,7 +29,7 @@ struct alignas(64) ServeScratch {  // of one thread
     std::vector<float> y;
     std::vector<bf16> q;
     ExpandedTile tiles[2];
-    Fetches fetches;
+    PrefetchList prefetch;  // empty between products
     RowSampler sampler;
 };
 
@@ -135,9 +135,7 @@ class Model {
         active_.resize(tokens_ * s_.intermediate);
         positions_.resize(tokens_);
         run_of_.resize(tokens_);
-        has_adapters_ = step.num_segments > 0;
-        for (int group = 0; group < kGroups; group++)
-            lora_[group].plan(step.pools[group], step.modules, step.segments, (int)step.num_segments, step.weights);
+        lora_.plan(step);
         queries_.clear();
         const int group = (int)(s_.heads / s_.kv_heads), block = std::max(kQueryRows / group, 1);
         for (int64_t i = 0; i < step.num_runs; i++) {
@@ -155,9 +153,8 @@ class Model {
     void head(const bf16* hidden, int rows, float* logits) {
         team_.each((int)(s_.vocab / kTile), [&](int tile) {
             ServeScratch& own = scratch();
-            own.fetches.clear();
             lm_head_.multiply(hidden, s_.hidden, rows, tile, logits + tile * kTile, s_.vocab, own.tiles[0],
-                              own.fetches);
+                              own.prefetch);
         });
     }
 
@@ -191,26 +188,19 @@ class Model {
     }
 
     // y (rows, 32): outputs [32 · tile, …) of the product for x's rows from `start` on, with the adapters' share. An
-    // item's tiles that were expanded are kept for its next rows: `slot` tells them apart. Meanwhile what it reads of B
-    // is fetched, and its part of the A's that the next product begins with.
+    // item's tiles that were expanded are kept for its next rows: `slot` tells them apart. Meanwhile what adapters need
+    // next is prefetched.
     void forward_tile(int layer, const Matrix& w, Group group, const bf16* x, int tile, int start, int rows, float* y,
                       int y_stride, int slot) {
         const size_t in = (size_t)w.in();
         const LoraGroup& lora = lora_[group];
-        const int column = tile * kTile;
-        Fetches& fetches = scratch().fetches;
-        fetches.clear();
-        if (has_adapters_) {
-            const int next = group + 1, next_layer = layer + next / kGroups;
-            lora.fetch_b(layer, start, rows, column, fetches);
-            if (next_layer < s_.layers)
-                lora_[next % kGroups].fetch_a(next_layer, (int64_t)tile * chunks_ + start / kChunk,
-                                              (int64_t)w.num_tiles() * chunks_, fetches);
-        }
-        w.multiply(x + start * in, in, rows, tile, y, y_stride, scratch().tiles[chunks_ > 1 ? slot : 0], fetches);
+        ServeScratch& own = scratch();
+        lora_.add_to(own.prefetch, layer, group, start, rows, tile * kTile, tile * chunks_ + start / kChunk,
+                     w.num_tiles() * chunks_);
+        w.multiply(x + start * in, in, rows, tile, y, y_stride, own.tiles[chunks_ > 1 ? slot : 0], own.prefetch);
         if (lora.num_tasks() == 0) return;
         team_.wait_first(lora.num_tasks());
-        lora.expand(layer, start, rows, column, y, y_stride);
+        lora.expand(layer, start, rows, tile * kTile, y, y_stride);
     }
 
     // Queries, keys and values of x, rotated, into q and the cache: an item is a head.
@@ -302,8 +292,7 @@ class Model {
     std::vector<float> residual_, logits_;
     std::vector<bf16> x_, q_, attn_out_, active_;
     std::vector<int> positions_, run_of_;
-    LoraGroup lora_[kGroups];
-    bool has_adapters_ = false;
+    LoraGroups lora_;
     std::vector<Query> queries_;
     std::vector<ServeScratch> scratch_;
 };

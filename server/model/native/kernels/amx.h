@@ -13,8 +13,8 @@
 #include <cstdint>
 #include <cstdlib>
 
-#include "fetches.h"
 #include "numbers.h"
+#include "prefetch.h"
 
 constexpr int kAmxPairs = 16;  // pairs of inputs that an instruction takes
 constexpr int kAmxRows = 16;   // rows, at most
@@ -105,9 +105,9 @@ class AmxBlock {
 };
 
 // y (rows, 32) = x (rows, 2 · pairs) times one tile of w, or that added to it; rows from 1 to 32, pairs in units of 16.
-template <bool add, class Fetched>
+template <bool add, class Prefetched>
 inline void multiply_amx_block(const bf16* x, size_t x_stride, int rows, const bf16* w, int pairs, float* y,
-                               size_t y_stride, Fetched& lines) {
+                               size_t y_stride, Prefetched& lines) {
     AmxBlock block(rows);
     if (add)
         block.load(y, y_stride);
@@ -115,7 +115,7 @@ inline void multiply_amx_block(const bf16* x, size_t x_stride, int rows, const b
         block.zero();
     for (int pair = 0; pair < pairs; pair += kAmxPairs) {
         const bf16* now = w + (size_t)pair * 2 * kTile;
-        for (int i = 0; i < kAmxPairs; i++) lines.fetch_some();
+        for (int i = 0; i < kAmxPairs; i++) lines.prefetch_some();
         block.add(x + 2 * pair, x_stride, now, now + kTile, 2 * kTile);
     }
     block.store(y, y_stride);

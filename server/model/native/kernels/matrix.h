@@ -18,12 +18,13 @@
 #include <vector>
 
 #include "amx.h"
-#include "fetches.h"
 #include "numbers.h"
+#include "prefetch.h"
 #include "stored/products.h"
 
-constexpr int kBlock = 12;                             // rows of a register block: 24 accumulators
-constexpr int kAhead = 16 * 2 * kTile * sizeof(bf16);  // bytes by which a tile of 16-bit weights is fetched in advance
+constexpr int kBlock = 12;  // rows of a register block: 24 accumulators
+constexpr int kAhead =
+    16 * 2 * kTile * sizeof(bf16);  // bytes by which a tile of 16-bit weights is prefetched in advance
 
 struct Free {
     void operator()(void* p) const { free(p); }
@@ -45,10 +46,10 @@ T* room(std::vector<T>& v, size_t count) {
     return v.data();
 }
 
-template <bool add, class Fetched, int rows>
+template <bool add, class Prefetched, int rows>
 inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pairs, float* y, size_t y_stride,
-                           Fetched& lines) {
-    Fetched to_fetch = lines;
+                           Prefetched& lines) {
+    Prefetched left = lines;
     __m512 sum[rows][2];
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++) {
@@ -56,7 +57,7 @@ inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pa
         sum[row][1] = add ? _mm512_loadu_ps(y + row * y_stride + 16) : _mm512_setzero_ps();
     }
     for (int pair = 0; pair < pairs; pair++) {
-        to_fetch.fetch_some();
+        left.prefetch_some();
         __m512bh w0 = load_pairs(w), w1 = load_pairs(w + kTile);
         w += 2 * kTile;
 #pragma GCC unroll 12
@@ -73,15 +74,15 @@ inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pa
         _mm512_storeu_ps(y + row * y_stride, sum[row][0]);
         _mm512_storeu_ps(y + row * y_stride + 16, sum[row][1]);
     }
-    lines = to_fetch;
+    lines = left;
 }
 
 // y (rows, 32) = x (rows, 2 · pairs) times one tile, or that added to it.
-template <bool add = false, class Fetched>
+template <bool add = false, class Prefetched>
 inline void multiply(const bf16* x, size_t x_stride, int rows, const bf16* w, int pairs, float* y, size_t y_stride,
-                     Fetched lines) {
+                     Prefetched lines) {
     static constexpr auto kByRows = []<int... rows>(std::integer_sequence<int, rows...>) {
-        return std::array{multiply_block<add, Fetched, rows + 1>...};
+        return std::array{multiply_block<add, Prefetched, rows + 1>...};
     }(std::make_integer_sequence<int, kBlock>{});
     if (pairs % kAmxPairs == 0 && has_amx()) {  // by the shape of w alone, so that a row always gets the same bits
         for (int start = 0; start < rows; start += 2 * kAmxRows)
@@ -142,23 +143,27 @@ class Matrix {
         }
     }
 
-    // y (rows, 32) = x (rows, in) times one tile. Meanwhile `fetches` is fetched, and the next tile, which is added.
+    // y (rows, 32) = x (rows, in) times one tile. Meanwhile the next tile is prefetched, and what `prefetch` holds,
+    // which is empty then.
     void multiply(const bf16* x, size_t x_stride, int rows, int index, float* y, size_t y_stride, ExpandedTile& scratch,
-                  Fetches& fetches) const {
+                  PrefetchList& prefetch) const {
         if (type_ != kBf16 && rows <= kStoredRows && !has_amx()) {
             const int count = in_ / kTile;
             if (type_ == kQ4_1)
-                return multiply_stored(x, x_stride, rows, (TileQ4_1*)at(index), count, y, y_stride, fetches);
-            return multiply_stored(x, x_stride, rows, (TileQ8_0*)at(index), count, y, y_stride, fetches);
+                multiply_stored(x, x_stride, rows, (TileQ4_1*)at(index), count, y, y_stride, prefetch);
+            else
+                multiply_stored(x, x_stride, rows, (TileQ8_0*)at(index), count, y, y_stride, prefetch);
+        } else {
+            const bf16* w = tile(index, scratch);
+            prefetch.add(type_ == kBf16 ? at(index) + kAhead : at(index + 1), tile_size_);
+            const int pairs = in_ / 2, at_once = has_amx() ? 2 * kAmxRows : kBlock;
+            const bool is_first_read = type_ == kBf16;  // of the tile: its lines are needed as fast as it is multiplied
+            if (is_first_read || (int)prefetch.size() > pairs * ((rows + at_once - 1) / at_once))
+                ::multiply(x, x_stride, rows, w, pairs, y, y_stride, prefetch.lines<2>());
+            else
+                ::multiply(x, x_stride, rows, w, pairs, y, y_stride, prefetch.lines<1>());
         }
-        const bf16* w = tile(index, scratch);
-        fetches.add(type_ == kBf16 ? at(index) + kAhead : at(index + 1), tile_size_);
-        const int pairs = in_ / 2, at_once = has_amx() ? 2 * kAmxRows : kBlock;
-        const bool is_first_read = type_ == kBf16;  // of the tile: its lines are needed as fast as it is multiplied
-        if (is_first_read || (int)fetches.size() > pairs * ((rows + at_once - 1) / at_once))
-            ::multiply(x, x_stride, rows, w, pairs, y, y_stride, fetches.lines<2>());
-        else
-            ::multiply(x, x_stride, rows, w, pairs, y, y_stride, fetches.lines<1>());
+        prefetch.clear();
     }
 
   private:
@@ -187,7 +192,7 @@ class Matrix {
         if (scratch.of == from) return scratch.values.get();
         if (scratch.size < size) scratch.values = allocate(size), scratch.size = size;
         for (int i = 0; i < in_ / kTile; i++) {
-            fetch_ahead(from + i);
+            prefetch_ahead(from + i);
             expand(from[i], scratch.values.get() + i * kTile * kTile);
         }
         scratch.of = from;

@@ -5,8 +5,8 @@
 #pragma once
 #include "matrix.h"
 
-constexpr int kNarrowBlock = 24;  // rows of a register block of half a tile
-constexpr int kFetchRows = 96;    // that are multiplied between two shares of the next tile
+constexpr int kNarrowBlock = 24;   // rows of a register block of half a tile
+constexpr int kPrefetchRows = 96;  // that are multiplied between two shares of the next tile
 
 using Panel = std::vector<uint32_t>;  // [pairs][32], as one tile of a Matrix
 
@@ -92,12 +92,12 @@ inline void multiply(const bf16* x, size_t x_stride, int rows, const uint32_t* p
     multiply<add>(x, x_stride, rows, (const bf16*)panel, pairs, y, y_stride);
 }
 
-// The same, while 32 columns of w, which has `depth` rows, are fetched to where `pack_columns` reads them fast: no
+// The same, while 32 columns of w, which has `depth` rows, are prefetched to where `pack_columns` reads them fast: no
 // processor foresees lines that lie so far apart.
-inline void multiply_and_fetch(const bf16* x, size_t x_stride, int rows, const uint32_t* panel, int pairs, float* y,
-                               size_t y_stride, const bf16* w, size_t stride, int depth) {
-    for (int start = 0; start < rows; start += kFetchRows) {
-        const int now = std::min(kFetchRows, rows - start);
+inline void multiply_and_prefetch(const bf16* x, size_t x_stride, int rows, const uint32_t* panel, int pairs, float* y,
+                                  size_t y_stride, const bf16* w, size_t stride, int depth) {
+    for (int start = 0; start < rows; start += kPrefetchRows) {
+        const int now = std::min(kPrefetchRows, rows - start);
         const int end = (int)((int64_t)depth * (start + now) / rows);
         for (int row = (int)((int64_t)depth * start / rows); row < end; row++)
             _mm_prefetch((const char*)(w + row * stride), _MM_HINT_T1);

@@ -91,7 +91,8 @@ inline void product_backward(const bf16* w, int64_t in, int64_t out, const Train
                              int64_t y_stride, ProductScratch& scratch) {
     uint32_t* panel = room(scratch.panel, std::max(out, lora.rows) / 2 * kTile);
     pack_columns(w + column, in, (int)out, panel);
-    multiply_and_fetch(dy + start * out, out, rows, panel, (int)out / 2, y, y_stride, w + column + kTile, in, (int)out);
+    multiply_and_prefetch(dy + start * out, out, rows, panel, (int)out / 2, y, y_stride, w + column + kTile, in,
+                          (int)out);
     if (lora.rows == 0) return;
     const bf16* low = d_lora_hidden + start * lora.rows;
     const int pairs = (int)lora.rows / 2;

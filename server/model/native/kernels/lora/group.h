@@ -106,21 +106,21 @@ class LoraGroup {
     }
 
     // What `expand` reads of B.
-    void fetch_b(int layer, int start, int rows, int column, Fetches& fetches) const {
+    void prefetch_b(int layer, int start, int rows, int column, PrefetchList& prefetch) const {
         for_shares(layer, start, rows, column, [&](int, int, const bf16*, int, const bf16* b, int pairs) {
-            fetches.add(b, pairs * 2 * kTile * sizeof(bf16));
+            prefetch.add(b, pairs * 2 * kTile * sizeof(bf16));
         });
     }
 
     // One of `count` like shares of what all tasks read of A.
-    void fetch_a(int layer, int64_t index, int64_t count, Fetches& fetches) const {
+    void prefetch_a(int layer, int64_t index, int64_t count, PrefetchList& prefetch) const {
         int64_t row = used_rows_ * index / count;
         const int64_t stop = used_rows_ * (index + 1) / count;
         auto part = std::upper_bound(used_.begin(), used_.end(), row,
                                      [](int64_t of, const Used& candidate) { return of < candidate.end; });
         for (; row < stop; part++) {
             const int64_t now = std::min(stop, part->end) - row, first = row - (part->end - part->num_rows);
-            fetches.add(a_of(*part, layer) + first * pool_.in, now * pool_.in * sizeof(bf16));
+            prefetch.add(a_of(*part, layer) + first * pool_.in, now * pool_.in * sizeof(bf16));
             row += now;
         }
     }
@@ -237,4 +237,30 @@ class LoraGroup {
     std::vector<Used> used_;
     int64_t used_rows_ = 0;
     std::vector<bf16> hidden_;
+};
+
+// The groups of all modules in a step, with or without adapters.
+class LoraGroups {
+  public:
+    void plan(const ServeStep& step) {
+        layers_ = (int)step.pools[0].layers, has_adapters_ = step.num_segments > 0;
+        for (int i = 0; i < kGroups; i++)
+            groups_[i].plan(step.pools[i], step.modules, step.segments, (int)step.num_segments, step.weights);
+    }
+    LoraGroup& operator[](int group) { return groups_[group]; }
+
+    // For one of `count` like items of a group's product: what it reads of B, and its part of the A's that the next
+    // group's product begins with.
+    void add_to(PrefetchList& prefetch, int layer, int group, int start, int rows, int column, int index,
+                int count) const {
+        if (!has_adapters_) return;
+        const int next = group + 1, next_layer = layer + next / kGroups;
+        groups_[group].prefetch_b(layer, start, rows, column, prefetch);
+        if (next_layer < layers_) groups_[next % kGroups].prefetch_a(next_layer, index, count, prefetch);
+    }
+
+  private:
+    int layers_ = 0;
+    bool has_adapters_ = false;
+    LoraGroup groups_[kGroups];
 };

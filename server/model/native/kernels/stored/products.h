@@ -7,14 +7,14 @@
 #include <cstring>
 #include <utility>
 
-#include "../fetches.h"
+#include "../prefetch.h"
 #include "tiles.h"
 
 constexpr int kStoredRows = 6;        // rows that are computed without a copy of the weights, at most
-constexpr size_t kBytesAhead = 8192;  // by which tiles are fetched in advance
+constexpr size_t kBytesAhead = 8192;  // by which tiles are prefetched in advance
 
 template <class Tile>
-inline void fetch_ahead(const Tile* tile) {
+inline void prefetch_ahead(const Tile* tile) {
     for (size_t line = 0; line < sizeof(Tile); line += 64)
         _mm_prefetch((const char*)tile + kBytesAhead + line, _MM_HINT_T0);
 }
@@ -28,15 +28,15 @@ inline void expand(const Tile& from, bf16* to) {
 }
 
 // All of `rows` rows, each named by itself: of an index that is counted, the compiler keeps the sums in memory.
-template <class Tile, class Fetched, int rows>
+template <class Tile, class Prefetched, int rows>
 inline void multiply_stored_block(const bf16* x, size_t x_stride, const Tile* tiles, int count, float* y,
-                                  size_t y_stride, Fetched lines, size_t lines_each) {
+                                  size_t y_stride, Prefetched lines, size_t lines_each) {
     [&]<int... row>(std::integer_sequence<int, row...>) {
         __m512 left[rows], right[rows];
         ((left[row] = right[row] = _mm512_setzero_ps()), ...);
         for (int i = 0; i < count; i++) {
-            fetch_ahead(tiles + i);
-            lines.fetch(lines_each);
+            prefetch_ahead(tiles + i);
+            lines.prefetch(lines_each);
             auto both = [&](int of, int pair) {
                 uint32_t two;
                 memcpy(&two, x + of * x_stride + i * kTile + 2 * pair, 4);
@@ -56,18 +56,18 @@ inline void multiply_stored_block(const bf16* x, size_t x_stride, const Tile* ti
 }
 
 // y (rows, 32) = x (rows, 32 · count) times the tiles of 32 outputs; at most kStoredRows rows.
-template <class Tile, class Fetched>
+template <class Tile, class Prefetched>
 inline void multiply_stored(const bf16* x, size_t x_stride, int rows, const Tile* tiles, int count, float* y,
-                            size_t y_stride, Fetched lines, size_t lines_each) {
+                            size_t y_stride, Prefetched lines, size_t lines_each) {
     static constexpr auto kByRows = []<int... rows>(std::integer_sequence<int, rows...>) {
-        return std::array{multiply_stored_block<Tile, Fetched, rows + 1>...};
+        return std::array{multiply_stored_block<Tile, Prefetched, rows + 1>...};
     }(std::make_integer_sequence<int, kStoredRows>{});
     kByRows[rows - 1](x, x_stride, tiles, count, y, y_stride, lines, lines_each);
 }
 template <class Tile>
 inline void multiply_stored(const bf16* x, size_t x_stride, int rows, const Tile* tiles, int count, float* y,
-                            size_t y_stride, Fetches& fetches) {
-    if (fetches.size() == 0) return multiply_stored(x, x_stride, rows, tiles, count, y, y_stride, NoLines(), 0);
-    const size_t each = (fetches.size() + count - 1) / count;
-    multiply_stored(x, x_stride, rows, tiles, count, y, y_stride, fetches.lines<1>(), each);
+                            size_t y_stride, PrefetchList& prefetch) {
+    if (prefetch.size() == 0) return multiply_stored(x, x_stride, rows, tiles, count, y, y_stride, NoLines(), 0);
+    const size_t each = (prefetch.size() + count - 1) / count;
+    multiply_stored(x, x_stride, rows, tiles, count, y, y_stride, prefetch.lines<1>(), each);
 }

@@ -101,14 +101,14 @@ TEST(half_a_tile_and_a_tile_with_something_fetched) {
         for (int output = 0; output < kTile; output++)
             expect(half[pair * kTile + output] == (output < 16 ? panel[pair * kTile + output] : 77), "pair %d: %d",
                    pair, output);
-    for (int rows : {1, kNarrowBlock - 1, kNarrowBlock, kNarrowBlock + 1, kFetchRows, 2 * kFetchRows + 1}) {
+    for (int rows : {1, kNarrowBlock - 1, kNarrowBlock, kNarrowBlock + 1, kPrefetchRows, 2 * kPrefetchRows + 1}) {
         const auto x = random_bf16(random, (size_t)rows * in);
         std::vector<float> whole((size_t)rows * kTile);
         multiply(x.data(), in, rows, panel.data(), in / 2, whole.data(), kTile);
         Fenced<float> narrow((size_t)rows * kTile), same((size_t)rows * kTile);
         multiply_narrow(x.data(), in, rows, half.data(), in / 2, narrow.data(), kTile);
-        multiply_and_fetch(x.data(), in, rows, panel.data(), in / 2, same.data(), kTile, w.data(), in, kTile);
-        narrow.check("multiply_narrow"), same.check("multiply_and_fetch");
+        multiply_and_prefetch(x.data(), in, rows, panel.data(), in / 2, same.data(), kTile, w.data(), in, kTile);
+        narrow.check("multiply_narrow"), same.check("multiply_and_prefetch");
         for (int i = 0; i < rows * kTile; i++) {
             expect(narrow[i] == (i % kTile < 16 ? whole[i] : 77), "half of %d rows: %d", rows, i);
             expect(same[i] == whole[i], "%d rows: %d", rows, i);

@@ -44,7 +44,7 @@ TEST(stored_weights_expand_to_the_same_bits) {
                            "type %d, %d inputs, tile %d", type, in, tile);
                 for (int rows = 1; rows <= kStoredRows + 2; rows++) {
                     const auto x = random_bf16(random, (size_t)rows * in);
-                    Fetches nothing, something;
+                    PrefetchList nothing, something;
                     something.add(x.data(), 100 * (size_t)rows);
                     std::vector<float> found(rows * kTile), wanted(rows * kTile);
                     matrix.multiply(x.data(), in, rows, 1, found.data(), kTile, scratch, nothing);

@@ -1,4 +1,4 @@
-// Lines of cache that a product fetches while it multiplies: what is read next, its own weights or others'.
+// Lines of cache that a product prefetches while it multiplies: what is read next, its own weights or others'.
 #pragma once
 #include <immintrin.h>
 
@@ -6,28 +6,29 @@
 #include <cstddef>
 #include <vector>
 
-// The addresses of lines, which are fetched one after the other; behind the last one it is there a few times more.
+// The addresses of lines, which are prefetched one after the other; behind the last one it is there a few times more.
 template <int step>
 struct Lines {
     const char *const *next, *const *last;
 
     // What a product of a pair of inputs leaves time for: `step` lines, 1 or 2.
-    void fetch_some() {
+    void prefetch_some() {
         _mm_prefetch(next[0], _MM_HINT_T0);
         if (step == 2) _mm_prefetch(next[1], _MM_HINT_T0);
         next += next < last ? step : 0;
     }
-    void fetch(size_t count) {
+    void prefetch(size_t count) {
         for (const char* const* stop = std::min(next + count, last); next < stop; next++)
             _mm_prefetch(*next, _MM_HINT_T0);
     }
 };
 struct NoLines {
-    void fetch_some() {}
-    void fetch(size_t) {}
+    void prefetch_some() {}
+    void prefetch(size_t) {}
 };
 
-class Fetches {
+// The lines that one product prefetches; who adds to it leaves it to the product, which empties it.
+class PrefetchList {
   public:
     void clear() { count_ = 0; }
     void add(const void* from, size_t bytes) {
