@@ -79,7 +79,8 @@ def test_a_second_signal_ends_it_now(server: ServerProcess, second: signal.Signa
     running = processes(server, CHILD)
     with ThreadPoolExecutor(5) as pool:
         streams = [
-            pool.submit(server.client.post, "/generate", json={**LONG, "n": 1, "stream": True, "seed": seed})
+            # sixteen answers each, of which two have a place: none ends before the signals
+            pool.submit(server.client.post, "/generate", json={**LONG, "n": 16, "stream": True, "seed": seed})
             for seed in range(4)
         ]
         whole = pool.submit(server.client.post, "/generate", json=LONG)
