@@ -33,17 +33,18 @@ class Made:
         return cls(" ".join(["python -m", program, *given]), time.strftime("%Y-%m-%d"), quick)
 
 
-def parser(program: str, description: str) -> argparse.ArgumentParser:
-    """With --model, --home, --out, --threads and --quick."""
+def parser(program: str, description: str, *, has_base: bool = True) -> argparse.ArgumentParser:
+    """With --out, --threads and --quick, and with --model and --home unless it brings its own base."""
     made = argparse.ArgumentParser(
         prog=f"python -m {program}",
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    made.add_argument("--model", default="smollm2-135m-instruct", help="as SMOLORA_MODEL")
-    made.add_argument(
-        "--home", type=Path, default=Path("data"), help="whose converted base is used; made there if missing"
-    )
+    if has_base:
+        made.add_argument("--model", default="smollm2-135m-instruct", help="as SMOLORA_MODEL")
+        made.add_argument(
+            "--home", type=Path, default=Path("data"), help="whose converted base is used; made there if missing"
+        )
     made.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where the results are written")
     made.add_argument("--threads", type=positive, default=cores(), help="of ours and of every peer")
     made.add_argument(

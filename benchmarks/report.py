@@ -23,6 +23,7 @@ from benchmarks.measure import median_ratio
 from benchmarks.serving import report as serving
 from benchmarks.serving.results import Results as Serving
 from benchmarks.serving.targets import evaluate as serving_targets
+from benchmarks.shapes import report as shapes
 from benchmarks.training import adapters_report, beside_report, methods_report, train_report
 from benchmarks.training.peer import COMPILED, EAGER
 
@@ -33,7 +34,8 @@ INTRODUCTION = """# Benchmarks
 Made by `python -m benchmarks.report` from the results of the commands below; nothing here is written by hand.
 
 To measure anew, on a machine that does nothing else: once `python -m benchmarks.peers make llama.cpp openvino`,
-then `python -m benchmarks.serve`, `.curves`, `.train`, `.methods`, `.adapters` and `.beside`, then this command.
+then `python -m benchmarks.serve`, `.curves`, `.shapes`, `.train`, `.methods`, `.adapters` and `.beside`, then this
+command.
 
 - Every figure is the median of its rounds, with the lowest and the highest beside it. A ratio is the median of the
   rounds' own ratios: absolute figures drift between runs and machines.
@@ -60,6 +62,7 @@ class Found:
 
     serve: Serving | None
     curves: Curves | None
+    shapes: shapes.Results | None
     train: train_report.Results | None
     methods: methods_report.Results | None
     adapters: adapters_report.Results | None
@@ -71,6 +74,7 @@ class Found:
         found = cls(
             command.read(out, "serve", Serving),
             command.read(out, "curves", Curves),
+            command.read(out, "shapes", shapes.Results),
             command.read(out, "train", train_report.Results),
             command.read(out, "methods", methods_report.Results),
             command.read(out, "adapters", adapters_report.Results),
@@ -79,6 +83,7 @@ class Found:
         every: tuple[_HasMade | None, ...] = (
             found.serve,
             found.curves,
+            found.shapes,
             found.train,
             found.methods,
             found.adapters,
@@ -120,6 +125,7 @@ def page(found: Found, before: str) -> str:
 
     add("Serving", "serve", found.serve, serving.markdown, "Output tokens per second by load")
     add("Scaling curves", "curves", found.curves, curves.markdown, "Speed, latency and memory as one thing grows")
+    add("Larger bases", "shapes", found.shapes, shapes.markdown, None)
     add("Training", "train", found.train, train_report.markdown, "Tokens per second and memory")
     title = "LoRA against full fine-tuning"
     add(title, "methods", found.methods, methods_report.markdown, "Methods compared")

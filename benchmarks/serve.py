@@ -56,16 +56,19 @@ def main(arguments: list[str] | None = None) -> Results:
     options = parse(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left running
     say = command.speaker()
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / LOG).unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix="scratch-", dir=options.out) as scratch:
-        results = _measure(
-            options, Path(scratch), Made.by("benchmarks.serve", arguments, quick=options.quick), say
-        )
+    results = run(options, Made.by("benchmarks.serve", arguments, quick=options.quick), say)
     command.write(options.out, "serve", results)
     say(f"done; {options.out / 'serve.json'} holds what was found")
     print(report.markdown(results))
     return results
+
+
+def run(options: Options, made: Made, say: Say) -> Results:
+    """Measure it all; what the systems say goes to files under `options.out`."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / LOG).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="scratch-", dir=options.out) as scratch:
+        return _measure(options, Path(scratch), made, say)
 
 
 def _measure(options: Options, scratch: Path, made: Made, say: Say) -> Results:

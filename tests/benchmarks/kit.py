@@ -7,6 +7,7 @@ from benchmarks.machine import Machine
 from benchmarks.measure import Figures
 from benchmarks.serving.results import Results, Row, Settings
 from benchmarks.serving.systems.systems import OURS, Facts, Load
+from benchmarks.shapes.report import Results as Shapes
 
 MACHINE = Machine("A CPU", 2, 2, 8 << 30, "3.11", "c++ 12", "abc", {"torch": "2"})
 LLAMA_CPP, OPENVINO = "llama.cpp", "OpenVINO GenAI"
@@ -50,3 +51,8 @@ def curves(*, quick: bool = False) -> Curves:
         Curve("context", "Context", "tokens", "grown", contexts),
     )
     return Curves(made(quick=quick), MACHINE, "tiny", "bf16", 2, 64, 32, found)
+
+
+def shapes(*, quick: bool = False) -> Shapes:
+    rows = [row(1, "base", ours=[30.0, 40.0], llama=[20.0, 20.0]), row(1, "one", ours=[27.0, 36.0])]
+    return Shapes(made(quick=quick), {"9B": results(rows)})

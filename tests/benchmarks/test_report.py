@@ -18,7 +18,7 @@ from benchmarks.training.runs import NATIVE, Measured
 from benchmarks.training.sentiment import Score
 from benchmarks.training.train_report import Row
 from benchmarks.training.works import WORKS
-from tests.benchmarks.kit import MACHINE, curves, figures, made, results, row
+from tests.benchmarks.kit import MACHINE, curves, figures, made, results, row, shapes
 
 README = f"# smolora\n\nBefore.\n\n{report.BEGIN}\n## How fast\n\nOld.\n{report.END}\n\n## Reading on\n"
 
@@ -35,6 +35,7 @@ def serving(*, quick: bool = False) -> Results:
 def write_all(out: Path) -> None:
     command.write(out, "serve", serving())
     command.write(out, "curves", curves())
+    command.write(out, "shapes", shapes())
     speeds: dict[str, tuple[Measured, ...]] = {
         NATIVE: (Measured(300.0, 10**9, 3.0, 1.0, True),),
         EAGER: (Measured(150.0, 10**9, 3.0, 1.0, True),),
@@ -86,13 +87,15 @@ def test_everything_is_made_of_the_results(tmp_path: Path, out: Path) -> None:
         "## Serving",
         "## Scaling curves",
         "### Distinct adapters",
+        "## Larger bases",
+        "### 9B",
         "## Training",
         "## LoRA against full fine-tuning",
         "## Useful adapters",
         "## Training beside serving",
     ):
         assert heading in page
-    assert page.count("`python -m benchmarks.x`, 2026-01-01. A CPU, 2 cores") == 6
+    assert page.count("`python -m benchmarks.x`, 2026-01-01. A CPU, 2 cores") == 7
     assert "Not measured yet" not in page
     assert "| 8 streams, base | 500 | 280 | can't |" in page
     assert "| 1 stream, base | ≥ 1.6 × llama.cpp | 1.65 × llama.cpp (1.60–1.70) | yes |" in page
@@ -153,8 +156,8 @@ def test_requests_that_were_sent_again_are_told() -> None:
 
 @pytest.mark.parametrize(
     ("name", "quick"),
-    [("serve", serving(quick=True)), ("curves", curves(quick=True))],
-    ids=["serve", "curves"],
+    [("serve", serving(quick=True)), ("curves", curves(quick=True)), ("shapes", shapes(quick=True))],
+    ids=["serve", "curves", "shapes"],
 )
 def test_a_quick_run_is_published_nowhere(name: str, quick: object, tmp_path: Path, out: Path) -> None:
     command.write(out, name, quick)

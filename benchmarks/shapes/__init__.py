@@ -1,0 +1,1 @@
+"""Serving random bases of larger sizes."""
