@@ -172,16 +172,15 @@ def _runner(model: NativeModel, step: Step) -> Callable[[], None]:
     lora = NativeLora(rows, [])
     ids = np.arange(streams * step.tokens, dtype=np.int64) % config.vocab_size
     runs = np.array(
-        [(i * step.tokens, (i + 1) * step.tokens, step.context, i * blocks) for i in range(streams)], np.int64
+        [(i * step.tokens, (i + 1) * step.tokens, step.context, i * blocks, 1) for i in range(streams)], np.int64
     )
-    last = torch.arange(streams) * step.tokens + step.tokens - 1
 
     def run() -> None:
         hidden = model.forward(ids, runs, tables, k, v, lora)
         choices = SampleTable(config.vocab_size)
         for key in range(streams):
             choices.add(temperature=0.7, top_k=0, top_p=0.9, min_p=0.0, key=key, num_top=0)
-        model.sample(hidden[last], choices)
+        model.sample(hidden, choices)
 
     return run
 

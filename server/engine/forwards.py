@@ -14,7 +14,7 @@ from server.engine.sampling.logits import LogitsRow
 from server.engine.sampling.native import sample_natively
 from server.engine.sampling.sampler import Sampled, sample
 from server.engine.sequence import Chunk
-from server.model.device import to_device
+from server.model.device import ints_beside, to_device
 from server.model.lora_batch import LoraBatch, TokenRun
 from server.model.native.model import NativeLora, NativeModel
 from server.model.rank_rows import RankRows
@@ -30,7 +30,8 @@ class Forward(Protocol):
     """
 
     def hidden(self, decodes: Seq[Chunk], prefills: Seq[Chunk]) -> torch.Tensor:
-        """Final hidden states (tokens, hidden) of all chunks, in this order; keys and values are cached."""
+        """Final hidden states (rows, hidden) of each chunk's last `num_hidden` tokens, in this order; all tokens'
+        keys and values are cached."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -53,12 +54,15 @@ class TorchForward:
     def hidden(self, decodes: Seq[Chunk], prefills: Seq[Chunk]) -> torch.Tensor:
         chunks = (*decodes, *prefills)
         positions = [chunk.start + i for chunk in chunks for i in range(chunk.num_tokens)]
-        return self.model.forward(
+        hidden = self.model.forward(
             to_device(torch.tensor(_token_ids(chunks)), self.model.device),
             to_device(torch.tensor(positions), self.model.device),
             PagedAttention(self._cache, decodes, prefills),
             self._adapters.of(chunks),
         )
+        ends = accumulate(chunk.num_tokens for chunk in chunks)
+        needed = [i for chunk, end in zip(chunks, ends, strict=True) for i in range(end - chunk.num_hidden, end)]
+        return hidden if len(needed) == len(positions) else hidden[ints_beside(hidden, needed)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.logits(hidden)
@@ -82,7 +86,7 @@ class NativeForward:
         runs, start = [], 0
         for chunk, first_block in zip(chunks, first_blocks, strict=False):
             stop = start + chunk.num_tokens
-            runs.append((start, stop, chunk.start, first_block))
+            runs.append((start, stop, chunk.start, first_block, chunk.num_hidden))
             start = stop
         return self._model.forward(
             np.array(_token_ids(chunks), np.int64),

@@ -75,7 +75,7 @@ class Runner:
         rows: list[LogitsRow] = []
         end = 0
         for chunk in ordered:
-            end += chunk.num_tokens
+            end += chunk.num_hidden
             if chunk.samples:
                 places += range(end - 1 - len(chunk.draft), end)
                 rows += _rows(chunk)

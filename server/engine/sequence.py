@@ -186,6 +186,14 @@ class Chunk:
         return self.stop == self.sequence.num_tokens
 
     @property
+    def num_hidden(self) -> int:
+        """Of how many of its last tokens final hidden states are needed: to draw what follows, or to score it."""
+        first = self.stop - 1 if self.samples else self.stop
+        if (scored_from := self.sequence.request.scored_from) is not None:
+            first = min(first, max(self.start, scored_from - 1))
+        return self.stop - first + len(self.draft)
+
+    @property
     def is_decode(self) -> bool:
         """Whether it is one token behind others, a draft apart."""
         return self.stop - self.start == 1 and self.start > 0

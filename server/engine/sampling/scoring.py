@@ -18,7 +18,8 @@ _SLICE = 32
 
 
 def score(logits_of: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, chunks: Seq[Chunk]) -> None:
-    """Note the scores (nats) that follow from hidden (tokens, hidden_size) of all chunks, in their order.
+    """Note the scores (nats) that follow from hidden (rows, hidden_size): each chunk's last `num_hidden` tokens',
+    chunk by chunk.
 
     The token after position p is scored by the log-softmax of p's logits: before temperature and penalties. Beside
     it come as many of the likeliest tokens as the request's sampling asks for.
@@ -28,11 +29,12 @@ def score(logits_of: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tenso
     start = 0
     for chunk in chunks:
         sequence = chunk.sequence
+        first = chunk.start + chunk.num_tokens - chunk.num_hidden  # the position of its first row
         if (scored_from := sequence.request.scored_from) is not None:
             for position in range(max(chunk.start + 1, scored_from), min(chunk.stop + 1, sequence.num_tokens)):
                 found.append((chunk, position))
-                rows.append(start + position - 1 - chunk.start)
-        start += chunk.num_tokens
+                rows.append(start + position - 1 - first)
+        start += chunk.num_hidden
     if not found:
         return
     index = ints_beside(hidden, rows)

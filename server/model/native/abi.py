@@ -53,7 +53,7 @@ class BaseSizes(ctypes.Structure):
 
 
 class ServeRun(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("start", "stop", "position", "first_block"))
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("start", "stop", "position", "first_block", "num_wanted"))
 
 
 class LoraModule(ctypes.Structure):

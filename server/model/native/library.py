@@ -26,7 +26,7 @@ from server.model.native.abi import declare, difference
 T = TypeVar("T")
 
 SOURCE = Path(__file__).parent
-UNITS = ("seam/abi.cpp", "step.cpp", "train.cpp")
+UNITS = ("seam/abi.cpp", "serving/step.cpp", "train.cpp")
 HEADERS = tuple(sorted(str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.h")))
 FLAGS = (
     *("-std=c++20", "-O3"),

@@ -1,4 +1,4 @@
-"""Calls the native forward: lays out tensors and indices as `step.cpp` reads them.
+"""Calls the native forward: lays out tensors and indices as `serving/step.cpp` reads them.
 
 It does what `SmolLM.forward` does with `PagedAttention` and `LoraBatch`, in one call that holds neither the GIL
 nor torch's threads. Weights and caches are bf16; sums and the residual stream are fp32, so that its results lie
@@ -114,12 +114,13 @@ class NativeModel:
         v_cache: torch.Tensor,
         lora: NativeLora,
     ) -> torch.Tensor:
-        """Final hidden states (tokens, hidden), bf16; the tokens' keys and values are put into the caches.
+        """Final hidden states (wanted, hidden), bf16; all tokens' keys and values are put into the caches.
 
-        token_ids (tokens,); runs (runs, 4): a run's first token, the one after its last, the position of its
-        first, and where its sequence's block table starts in `blocks`; caches (layers, num_blocks, block_size,
-        kv_heads, head_dim). Raises ValueError where anything of it would be read or written outside of what is
-        there, and MemoryError; the model can be used on after either.
+        token_ids (tokens,); runs (runs, 5): a run's first token, the one after its last, the position of its
+        first, where its sequence's block table starts in `blocks`, and of how many of its last tokens the hidden
+        states are wanted; caches (layers, num_blocks, block_size, kv_heads, head_dim). Raises ValueError where
+        anything of it would be read or written outside of what is there, and MemoryError; the model can be used
+        on after either.
         """
         token_ids, runs = np.ascontiguousarray(token_ids), np.ascontiguousarray(runs)
         blocks = np.ascontiguousarray(blocks)
@@ -131,7 +132,8 @@ class NativeModel:
         self._check_cache(v_cache)
         if k_cache.shape != v_cache.shape:
             raise ValueError("keys and values must have caches of one shape")
-        hidden = torch.empty(token_ids.size, self.config.hidden_size, dtype=torch.bfloat16)
+        num_wanted = min(int(runs[:, -1].clip(0, token_ids.size).sum()), token_ids.size)
+        hidden = torch.empty(num_wanted, self.config.hidden_size, dtype=torch.bfloat16)
         step = ServeStep(
             num_tokens=token_ids.size,
             num_runs=len(runs),

@@ -64,8 +64,10 @@ struct BaseSizes {
 
 // Serving.
 
-struct ServeRun {  // tokens [start, stop) of the step, one sequence's, the first of them at `position`
-    int64_t start, stop, position, first_block;  // first_block: where its block table begins in `blocks`
+// Tokens [start, stop) of the step, one sequence's, the first of them at `position`. Its block table begins at
+// `first_block` in `blocks`; the hidden states of its last `num_wanted` tokens are wanted.
+struct ServeRun {
+    int64_t start, stop, position, first_block, num_wanted;
 };
 
 struct LoraModule {
@@ -101,7 +103,7 @@ struct ServeStep {
     const LoraSegment* segments;
     const double* weights;  // of each part
     int64_t num_modules, num_segments, num_parts;
-    bf16* hidden;  // (num_tokens, hidden): the answer
+    bf16* hidden;  // (the runs' num_wanted, hidden): the answer
 };
 
 struct SampleRow {              // how one row's token is chosen

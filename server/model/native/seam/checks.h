@@ -50,6 +50,8 @@ inline void check_runs(const BaseSizes& sizes, const ServeStep& step) {
         if (!is_within(run.position, run.stop - run.start, sizes.max_positions))
             refuse("run %ld has %ld tokens from position %ld on, of %ld", i, run.stop - run.start, run.position,
                    sizes.max_positions);
+        if (!is_within(0, run.num_wanted, run.stop - run.start))
+            refuse("run %ld wants the hidden states of %ld of its %ld tokens", i, run.num_wanted, run.stop - run.start);
         const int64_t length = run.position + run.stop - run.start;
         const int64_t num_blocks = (length + step.block_size - 1) / step.block_size;
         if (!is_within(run.first_block, num_blocks, step.num_table_blocks))

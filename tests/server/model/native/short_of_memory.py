@@ -67,7 +67,7 @@ def main(base_dir: str, library_dir: str) -> None:
     lora, blocks = NativeLora(rows, []), np.arange(LONG // 16, dtype=np.int32)
 
     def forward(model: NativeModel, length: int) -> torch.Tensor:
-        runs = np.array([(0, length, 0, 0)], np.int64)
+        runs = np.array([(0, length, 0, 0, length)], np.int64)
         return model.forward(np.arange(length, dtype=np.int64) % config.vocab_size, runs, blocks, k, v, lora)
 
     expected = forward(model, 20)

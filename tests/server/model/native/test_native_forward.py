@@ -6,7 +6,7 @@ off 16 bits may be: the native one, which keeps sums and the residual stream in 
 
 import ctypes
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -163,8 +163,11 @@ def native_logits(
     *,
     cuts: Sequence[Sequence[int]] | None = None,
     block_size: int = 16,
+    wanted: Callable[[int, int], int] = lambda index, length: length,
 ) -> torch.Tensor:
-    """fp32 logits of every token. A sequence comes in pieces that end at its `cuts`; all sequences at once."""
+    """fp32 logits of every token. A sequence comes in pieces that end at its `cuts`; all sequences at once. Of a
+    sequence's piece of `length` tokens only the last `wanted(index, length)` ones' logits are asked for.
+    """
     cuts = cuts or [[len(sequence)] for sequence in sequences]
     cache = Cache(pair.config, block_size)
     tables = [cache.table(len(sequence)) for sequence in sequences]
@@ -172,16 +175,18 @@ def native_logits(
     starts = [0] * len(sequences)
     for step in range(max(map(len, cuts))):
         ids: list[int] = []
-        runs: list[tuple[int, int, int, int]] = []
+        runs: list[tuple[int, int, int, int, int]] = []
         blocks: list[int] = []
         lengths: list[int] = []
+        counts: list[int] = []
         start = 0
         for index, sequence in enumerate(sequences):
             stop = cuts[index][step] if step < len(cuts[index]) else starts[index]
             piece = sequence[starts[index] : stop]
             lengths.append(len(piece))
+            counts.append(wanted(index, len(piece)))
             if piece:
-                runs.append((start, start + len(piece), starts[index], len(blocks)))
+                runs.append((start, start + len(piece), starts[index], len(blocks), counts[-1]))
             ids += piece
             blocks += tables[index]
             start += len(piece)
@@ -194,7 +199,7 @@ def native_logits(
             cache.v,
             pair.lora(lengths, with_adapters),
         )
-        for index, part in enumerate(pair.native.logits(hidden).split(lengths)):
+        for index, part in enumerate(pair.native.logits(hidden).split(counts)):
             found[index].append(part)
     return torch.cat([part for parts in found for part in parts])
 
@@ -235,6 +240,27 @@ def test_pieces_and_company_change_nothing(pair: Pair, with_adapters: bool) -> N
     assert torch.equal(alone, whole[: len(sequences[0])])
 
 
+@pytest.mark.parametrize("with_adapters", [False, True])
+@pytest.mark.parametrize("counts", [(1,) * 8, (0, 1, 65, 0, 17, 47, 0, 97), (0, 0, 0, 0, 0, 0, 0, 1)])
+def test_what_is_wanted_has_the_same_bits(pair: Pair, counts: tuple[int, ...], with_adapters: bool) -> None:
+    sequences = sequences_of(LENGTHS, pair.config.vocab_size, seed=4)
+    whole = native_logits(pair, sequences, with_adapters).split(LENGTHS)
+    found = native_logits(pair, sequences, with_adapters, wanted=lambda index, length: counts[index])
+    expected = [logits[len(logits) - count :] for logits, count in zip(whole, counts, strict=True)]
+    assert torch.equal(found, torch.cat(expected))
+
+
+def test_nothing_may_be_wanted_of_a_step(pair: Pair) -> None:
+    """Keys and values are cached all the same: the tokens behind have the same bits."""
+    sequences = sequences_of(LENGTHS[:4], pair.config.vocab_size, seed=5)
+    ends = [[length - 1, length] if length > 1 else [0, 1] for length in LENGTHS[:4]]
+    whole = native_logits(pair, sequences, with_adapters=True).split(LENGTHS[:4])
+    found = native_logits(
+        pair, sequences, with_adapters=True, cuts=ends, wanted=lambda index, length: int(length == 1)
+    )
+    assert torch.equal(found, torch.stack([logits[-1] for logits in whole]))
+
+
 def test_decoding_token_by_token(pair: Pair) -> None:
     sequences = sequences_of((33, 20, 41, 2), pair.config.vocab_size, seed=2)
     cuts = [[30, 31, 32, 33], [16, 17, 18, 19, 20], [40, 41], [1, 2]]
@@ -250,7 +276,7 @@ def test_an_overflow_shows(pair: Pair) -> None:
     blocks = cache.table(9) + cache.table(9)
     hidden = pair.native.forward(
         np.array(sequences[0] + sequences[1], np.int64),
-        np.array([(0, 9, 0, 0), (9, 18, 0, 1)], np.int64),
+        np.array([(0, 9, 0, 0, 9), (9, 18, 0, 1, 9)], np.int64),
         np.array(blocks, np.int32),
         cache.k,
         cache.v,

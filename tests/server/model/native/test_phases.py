@@ -61,7 +61,7 @@ def step(model: NativeModel) -> Callable[[], None]:
     k, v = (torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2))
     lora = NativeLora(RankRows(config.shape, max_rank=1, row_format=ROW_FORMAT, device=torch.device("cpu")), [])
     ids = np.arange(COPIES * LENGTH, dtype=np.int64) % config.vocab_size
-    runs = np.array([(i * LENGTH, (i + 1) * LENGTH, 0, i * blocks) for i in range(COPIES)], np.int64)
+    runs = np.array([(i * LENGTH, (i + 1) * LENGTH, 0, i * blocks, LENGTH) for i in range(COPIES)], np.int64)
     table = SampleTable(config.vocab_size)
     for key in range(len(ids)):
         table.add(temperature=1.0, top_k=0, top_p=0.9, min_p=0.0, key=key, num_top=3)

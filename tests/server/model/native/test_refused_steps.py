@@ -48,7 +48,7 @@ class Step:
     rows: RankRows
     token_ids: npt.NDArray[np.int64] = field(default_factory=lambda: np.arange(21, dtype=np.int64))
     runs: npt.NDArray[np.int64] = field(
-        default_factory=lambda: np.array([(0, 20, 0, 0), (20, 21, 17, 2)], np.int64)
+        default_factory=lambda: np.array([(0, 20, 0, 0, 20), (20, 21, 17, 2, 1)], np.int64)
     )
     blocks: npt.NDArray[np.int32] = field(default_factory=lambda: np.array([5, 0, 3, 4], np.int32))
     k: torch.Tensor = field(init=False)
@@ -150,11 +150,14 @@ SERVING: dict[str, tuple[Callable[[Step], None], str]] = {
     ),
     "a block that is too large": (block(1, NUM_BLOCKS), "block 6 of run 0 is not one of the cache's 6"),
     "a block below zero": (block(3, -1), "block -1 of run 1"),
+    "fewer hidden states than none": (run_field(0, 4, -1), "run 0 wants the hidden states of -1 of its 20 tokens"),
+    "hidden states of more tokens": (run_field(1, 4, 2), "run 1 wants the hidden states of 2 of its 1 tokens"),
+    "far too many hidden states": (run_field(0, 4, 2**62), "run 0 wants the hidden states of"),
     "no tokens": (set_to("token_ids", lambda step: step.token_ids[:0].copy()), "a step of 0 tokens"),
     "ids of 32 bits": (set_to("token_ids", lambda step: step.token_ids.astype(np.int32)), "must be int64"),
     "runs of 32 bits": (set_to("runs", lambda step: step.runs.astype(np.int32)), "must be int64"),
     "blocks of 64 bits": (set_to("blocks", lambda step: step.blocks.astype(np.int64)), "blocks int32"),
-    "runs of three numbers": (set_to("runs", lambda step: step.runs[:, :3].copy()), "runs must be of 4 numbers"),
+    "runs of three numbers": (set_to("runs", lambda step: step.runs[:, :3].copy()), "runs must be of 5 numbers"),
     "a cache of fewer layers": (set_to("k", lambda step: step.k[1:]), "a cache must be bf16"),
     "a cache of other heads": (set_to("v", lambda step: step.v[:, :, :, :1].contiguous()), "a cache must be bf16"),
     "a cache in fp32": (set_to("k", lambda step: step.k.float()), "a cache must be bf16"),

@@ -247,6 +247,21 @@ class LoraGroups {
         for (int i = 0; i < kGroups; i++)
             groups_[i].plan(step.pools[i], step.modules, step.segments, (int)step.num_segments, step.weights);
     }
+
+    // From here on, behind a layer's keys and values, the tokens are those that are wanted of each run.
+    void keep_wanted(const ServeStep& step) {
+        if (!has_adapters_) return;
+        const ServeRun *run = step.runs, *end = step.runs + step.num_runs;
+        int64_t before = 0;                // wanted tokens of the runs before `run`
+        auto place = [&](int64_t token) {  // of the first wanted one from `token` on; asked in order
+            for (; run < end && run->stop <= token; run++) before += run->num_wanted;
+            return run == end ? before : before + std::max<int64_t>(0, token - (run->stop - run->num_wanted));
+        };
+        wanted_.assign(step.segments, step.segments + step.num_segments);
+        for (LoraSegment& segment : wanted_) segment.start = place(segment.start), segment.stop = place(segment.stop);
+        for (int i = kQkv + 1; i < kGroups; i++)
+            groups_[i].plan(step.pools[i], step.modules, wanted_.data(), (int)wanted_.size(), step.weights);
+    }
     LoraGroup& operator[](int group) { return groups_[group]; }
 
     // For one of `count` like items of a group's product: what it reads of B, and its part of the A's that the next
@@ -263,4 +278,5 @@ class LoraGroups {
     int layers_ = 0;
     bool has_adapters_ = false;
     LoraGroup groups_[kGroups];
+    std::vector<LoraSegment> wanted_;
 };

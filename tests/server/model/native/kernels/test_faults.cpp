@@ -31,7 +31,7 @@ TEST(a_step_of_serving_without_memory) {
     Random random(1);
     const TinyBase base(random, 1);
     Step step(base, 4, 40);
-    for (int i = 0; i < 4; i++) step.add(i, 0, 5 * i + 2);
+    for (int i = 0; i < 4; i++) step.add(i, 0, 5 * i + 2, i + 1);
     ServeStep tables = step.tables();
     char error[kErrorSize];
     const Native native = Native::serving(base, 2);

@@ -2,6 +2,7 @@
 // just the size that it must have.
 #pragma once
 #include <memory>
+#include <optional>
 
 #include "check.h"
 #include "seam/abi.h"
@@ -136,15 +137,16 @@ struct Step {
         }
     }
 
-    // The next step: tokens [from, to) of the sequence `index`. Odd sequences are under adapters.
-    void add(int index, int64_t from, int64_t to) {
+    // The next step: tokens [from, to) of the sequence `index`, of which the last `wanted` ones', or all hidden states
+    // are wanted. Odd sequences are under adapters.
+    void add(int index, int64_t from, int64_t to, std::optional<int64_t> wanted = {}) {
         const int64_t start = (int64_t)token_ids.size();
         Random random(index);
         for (int64_t position = 0; position < to; position++) {
             const int64_t id = random.below(sizes.vocab);
             if (position >= from) token_ids.push_back(id);
         }
-        runs.push_back({start, start + to - from, from, (int64_t)blocks.size()});
+        runs.push_back({start, start + to - from, from, (int64_t)blocks.size(), wanted.value_or(to - from)});
         const int64_t used = (to + kBlockSize - 1) / kBlockSize;
         blocks.insert(blocks.end(), tables_.begin() + index * each_, tables_.begin() + index * each_ + used);
         if (index % 2 == 0) return;

@@ -1,5 +1,5 @@
 // The entries of serving.
-#include "serve_step.h"
+#include "step.h"
 
 int smolora_create(const BaseSizes* sizes, const BaseTensor* tensors, const float* rotary, const uint8_t* uses_rotary,
                    void** model, char* error) {

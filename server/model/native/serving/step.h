@@ -2,27 +2,21 @@
 // AVX-512 and its bf16 products.
 //
 // The same arithmetic as server/model/smollm.py: weights and what they multiply are bf16, sums and the residual stream
-// are fp32. The base's weights are packed once and never written; adapters are added beside them.
+// are fp32. Adapters are added beside the base's weights.
 #pragma once
+#include "base.h"
 #include "kernels/attention.h"
 #include "kernels/layers.h"
 #include "kernels/lora/group.h"
-#include "kernels/matrix.h"
 #include "kernels/phases.h"
 #include "kernels/sampling.h"
-#include "kernels/team.h"
 #include "seam/checks.h"
+#include "tokens.h"
 
 namespace {
 
 constexpr int kChunk = 96;      // rows that an item takes of a product: blocks of 12 and of 32
 constexpr int kQueryRows = 48;  // rows, a head each, that an item takes of attention
-
-struct ServeLayer {
-    const bf16 *input_norm, *post_norm;
-    Matrix qkv, o, gate_up, down;
-    bool uses_rotary;
-};
 
 struct alignas(64) ServeScratch {  // of one thread
     AttentionScratch attention;
@@ -36,52 +30,45 @@ struct alignas(64) ServeScratch {  // of one thread
 class Model {
   public:
     Model(const BaseSizes& sizes, const BaseTensor* tensors, const float* rotary, const uint8_t* uses_rotary)
-        : s_(sizes), rotary_(rotary), team_((int)sizes.threads), layers_(sizes.layers), scratch_(sizes.threads) {
-        const int64_t q = s_.heads * s_.head_dim, kv = s_.kv_heads * s_.head_dim;
-        embed_ = tensors++->values;
-        for (int64_t i = 0; i < s_.layers; i++) {
-            ServeLayer& layer = layers_[i];
-            layer.uses_rotary = uses_rotary[i];
-            layer.input_norm = tensors++->values;
-            pack(layer.qkv, *tensors++, q + 2 * kv, s_.hidden);
-            pack(layer.o, *tensors++, s_.hidden, q);
-            layer.post_norm = tensors++->values;
-            pack(layer.gate_up, *tensors++, 2 * s_.intermediate, s_.hidden);
-            pack(layer.down, *tensors++, s_.hidden, s_.intermediate);
-        }
-        final_norm_ = tensors++->values;
-        pack(lm_head_, *tensors++, s_.vocab, s_.hidden);
-    }
+        : s_(sizes),
+          rotary_(rotary),
+          team_((int)sizes.threads),
+          base_(sizes, tensors, uses_rotary, team_),
+          scratch_(sizes.threads) {}
 
-    // Final hidden states of all tokens, whose keys and values go into the cache.
+    // All tokens' keys and values go into the cache. Of the last layer only the tokens whose final hidden states are
+    // wanted compute more than that.
     void forward(const ServeStep& step) {
         clock_.begin();
         check_step(s_, step);
         prepare(step);
         const int64_t layer_size = step.num_blocks * step.block_size * s_.kv_heads * s_.head_dim;
-        team_.run([&] {
+        const int last = (int)s_.layers - 1;
+        auto cache = [&](int layer) {
+            return CacheView{step.k + layer * layer_size, step.v + layer * layer_size, (int)step.block_size,
+                             (int)s_.kv_heads, (int)s_.head_dim};
+        };
+        auto begin = [&] {
             embed(step);
             clock_.end(kEmbedPhase);
-            for (int i = 0; i < s_.layers; i++) {
-                CacheView cache{step.k + i * layer_size, step.v + i * layer_size, (int)step.block_size,
-                                (int)s_.kv_heads, (int)s_.head_dim};
-                norm(layers_[i].input_norm, x_.data());
-                clock_.end(kNormPhase);
-                project_qkv_to_cache(i, cache, step);
-                clock_.end(kQkvPhase);
-                attend(cache);
-                clock_.end(kAttentionPhase);
-                project_residual(i, layers_[i].o, kO, attn_out_.data());
-                clock_.end(kOPhase);
-                norm(layers_[i].post_norm, x_.data());
-                clock_.end(kNormPhase);
-                activate(i);
-                clock_.end(kGateUpPhase);
-                project_residual(i, layers_[i].down, kDown, active_.data());
-                clock_.end(kDownPhase);
+            for (int i = 0; i < last; i++) {
+                begin_layer(i, cache(i));
+                finish_layer(i, cache(i));
             }
-            norm(final_norm_, step.hidden);
-        });
+            begin_layer(last, cache(last));
+        };
+        auto finish = [&] {
+            finish_layer(last, cache(last));
+            norm(base_.final_norm, step.hidden);
+        };
+        if (tokens_.num_wanted() == tokens_.count()) {
+            team_.run([&] { begin(), finish(); });
+        } else {
+            team_.run(begin);
+            if (tokens_.num_wanted() == 0) return clock_.end(kQkvPhase);
+            keep_wanted(step);
+            team_.run(finish);
+        }
         clock_.end(kNormPhase);
     }
 
@@ -112,55 +99,65 @@ class Model {
     PhaseClock<Phase, kPhases>& clock() { return clock_; }
 
   private:
-    struct Query {  // tokens [start, stop) of the batch, of one sequence, from `position` on in it
-        int start, stop, position;
-        const int32_t* blocks;
-    };
-
-    void pack(Matrix& matrix, const BaseTensor& w, int64_t out, int64_t in) {
-        if (w.type < kBf16 || w.type > kQ8_0 || (w.type != kBf16 && w.blocks == nullptr))
-            refuse("weights of type %ld", w.type);
-        matrix.reserve((WeightType)w.type, (int)out, (int)in);
-        team_.run([&] { team_.each((int)(out / kTile), [&](int tile) { matrix.pack(w, tile); }); });
-    }
-
     // Everything that the phases share, sized for this step.
     void prepare(const ServeStep& step) {
-        tokens_ = (int)step.num_tokens;
-        chunks_ = (tokens_ + kChunk - 1) / kChunk;
-        residual_.resize(tokens_ * s_.hidden);
-        x_.resize(tokens_ * s_.hidden);
-        q_.resize(tokens_ * s_.heads * s_.head_dim);
-        attn_out_.resize(tokens_ * s_.heads * s_.head_dim);
-        active_.resize(tokens_ * s_.intermediate);
-        positions_.resize(tokens_);
-        run_of_.resize(tokens_);
+        const int64_t count = step.num_tokens;
+        tokens_.plan(step, std::max(kQueryRows / (int)(s_.heads / s_.kv_heads), 1));
+        set_chunks();
+        residual_.resize(count * s_.hidden);
+        x_.resize(count * s_.hidden);
+        q_.resize(count * s_.heads * s_.head_dim);
+        attn_out_.resize(count * s_.heads * s_.head_dim);
+        active_.resize(count * s_.intermediate);
         lora_.plan(step);
-        queries_.clear();
-        const int group = (int)(s_.heads / s_.kv_heads), block = std::max(kQueryRows / group, 1);
-        for (int64_t i = 0; i < step.num_runs; i++) {
-            const ServeRun& run = step.runs[i];
-            const int32_t* blocks = step.blocks + run.first_block;
-            for (int64_t t = run.start; t < run.stop; t++) {
-                positions_[t] = (int)(run.position + t - run.start);
-                run_of_[t] = (int)i;
-            }
-            for (int64_t t = run.start; t < run.stop; t += block)
-                queries_.push_back({(int)t, (int)std::min(t + block, run.stop), positions_[t], blocks});
-        }
+    }
+
+    void set_chunks() { chunks_ = (tokens_.count() + kChunk - 1) / kChunk; }
+
+    // What the last layer's queries, the residual stream and the adapters are from here on: of the wanted tokens alone.
+    void keep_wanted(const ServeStep& step) {
+        const int64_t q = s_.heads * s_.head_dim;
+        tokens_.keep_wanted(step, [&](int64_t from, int64_t to, int64_t count) {
+            std::copy_n(&residual_[from * s_.hidden], count * s_.hidden, &residual_[to * s_.hidden]);
+            std::copy_n(&q_[from * q], count * q, &q_[to * q]);
+        });
+        set_chunks();
+        lora_.keep_wanted(step);
+    }
+
+    // Queries, and keys and values, which go into the cache.
+    void begin_layer(int layer, const CacheView& cache) {
+        norm(base_.layers[layer].input_norm, x_.data());
+        clock_.end(kNormPhase);
+        project_qkv_to_cache(layer, cache);
+    }
+
+    // Everything behind them.
+    void finish_layer(int layer, const CacheView& cache) {
+        clock_.end(kQkvPhase);
+        attend(cache);
+        clock_.end(kAttentionPhase);
+        project_residual(layer, base_.layers[layer].o, kO, attn_out_.data());
+        clock_.end(kOPhase);
+        norm(base_.layers[layer].post_norm, x_.data());
+        clock_.end(kNormPhase);
+        activate(layer);
+        clock_.end(kGateUpPhase);
+        project_residual(layer, base_.layers[layer].down, kDown, active_.data());
+        clock_.end(kDownPhase);
     }
 
     void head(const bf16* hidden, int rows, float* logits) {
         team_.each((int)(s_.vocab / kTile), [&](int tile) {
             ServeScratch& own = scratch();
-            lm_head_.multiply(hidden, s_.hidden, rows, tile, logits + tile * kTile, s_.vocab, own.tiles[0],
-                              own.prefetch);
+            base_.lm_head.multiply(hidden, s_.hidden, rows, tile, logits + tile * kTile, s_.vocab, own.tiles[0],
+                                   own.prefetch);
         });
     }
 
     void embed(const ServeStep& step) {
-        team_.each(tokens_, [&](int t) {
-            const bf16* row = embed_ + step.token_ids[t] * s_.hidden;
+        team_.each(tokens_.count(), [&](int t) {
+            const bf16* row = base_.embed + step.token_ids[t] * s_.hidden;
             for (int64_t i = 0; i < s_.hidden; i += 16)
                 _mm512_storeu_ps(&residual_[t * s_.hidden + i], load_bf16(row + i));
         });
@@ -169,8 +166,8 @@ class Model {
     // y = the stream's rows, divided by their root mean square and times `weight`.
     void norm(const bf16* weight, bf16* y) {
         constexpr int kAtOnce = 8;
-        team_.each((tokens_ + kAtOnce - 1) / kAtOnce, [&](int item) {
-            for (int row = item * kAtOnce; row < std::min(tokens_, (item + 1) * kAtOnce); row++)
+        team_.each((tokens_.count() + kAtOnce - 1) / kAtOnce, [&](int item) {
+            for (int row = item * kAtOnce; row < std::min(tokens_.count(), (item + 1) * kAtOnce); row++)
                 rms_norm(&residual_[row * s_.hidden], weight, s_.hidden, s_.eps, y + row * s_.hidden);
         });
     }
@@ -183,7 +180,7 @@ class Model {
             lora.num_tasks(), [&](int task) { lora.shrink(layer, task, x); }, columns * chunks_,
             [&](int i) {
                 const int start = i % chunks_ * kChunk;
-                item(i / chunks_, start, std::min(tokens_ - start, kChunk));
+                item(i / chunks_, start, std::min(tokens_.count() - start, kChunk));
             });
     }
 
@@ -204,23 +201,23 @@ class Model {
     }
 
     // Queries, keys and values of x, rotated, into q and the cache: an item is a head.
-    void project_qkv_to_cache(int layer, const CacheView& cache, const ServeStep& step) {
+    void project_qkv_to_cache(int layer, const CacheView& cache) {
         const int dim = (int)s_.head_dim, heads = (int)s_.heads, kv_heads = (int)s_.kv_heads;
         product(layer, kQkv, x_.data(), heads + 2 * kv_heads, [&](int head, int start, int rows) {
             float* y = room(scratch().y, kChunk * dim);
             for (int tile = 0; tile < dim / kTile; tile++)
-                forward_tile(layer, layers_[layer].qkv, kQkv, x_.data(), head * dim / kTile + tile, start, rows,
+                forward_tile(layer, base_.layers[layer].qkv, kQkv, x_.data(), head * dim / kTile + tile, start, rows,
                              y + tile * kTile, dim, tile % 2);
             for (int row = 0; row < rows; row++) {
                 const int t = start + row;
                 float* values = y + row * dim;
-                if (head < heads + kv_heads && layers_[layer].uses_rotary)
-                    rotate(values, rotary_, s_.max_positions, dim, positions_[t], false);
-                const int32_t* blocks = step.blocks + step.runs[run_of_[t]].first_block;
+                if (head < heads + kv_heads && base_.layers[layer].uses_rotary)
+                    rotate(values, rotary_, s_.max_positions, dim, tokens_.position(t), false);
+                const int32_t* blocks = tokens_.blocks(t);
                 if (head >= heads + kv_heads)
-                    cache.put_value(blocks, positions_[t], head - heads - kv_heads, values);
+                    cache.put_value(blocks, tokens_.position(t), head - heads - kv_heads, values);
                 else if (head >= heads)
-                    cache.put_key(blocks, positions_[t], head - heads, values);
+                    cache.put_key(blocks, tokens_.position(t), head - heads, values);
                 else
                     for (int i = 0; i < dim; i += 16)
                         store_bf16(&q_[((int64_t)t * heads + head) * dim + i], _mm512_loadu_ps(values + i));
@@ -230,8 +227,9 @@ class Model {
 
     void attend(const CacheView& cache) {
         const int dim = cache.head_dim, heads = (int)s_.heads, kv_heads = cache.kv_heads, group = heads / kv_heads;
-        team_.each((int)queries_.size() * kv_heads, [&](int i) {
-            const Query& query = queries_[queries_.size() - 1 - i / kv_heads];  // the longest come last
+        const std::vector<Query>& queries = tokens_.queries();
+        team_.each((int)queries.size() * kv_heads, [&](int i) {
+            const Query& query = queries[queries.size() - 1 - i / kv_heads];  // the longest come last
             const int kv_head = i % kv_heads;
             const size_t first = ((size_t)query.start * heads + kv_head * group) * dim;
             const int rows = (query.stop - query.start) * group;
@@ -267,7 +265,7 @@ class Model {
         const int tiles = (int)(s_.intermediate / kTile);
         product(layer, kGateUp, x_.data(), tiles, [&](int tile, int start, int rows) {
             float gate[kChunk * kTile], up[kChunk * kTile];
-            const Matrix& w = layers_[layer].gate_up;
+            const Matrix& w = base_.layers[layer].gate_up;
             forward_tile(layer, w, kGateUp, x_.data(), tile, start, rows, gate, kTile, 0);
             forward_tile(layer, w, kGateUp, x_.data(), tiles + tile, start, rows, up, kTile, 1);
             for (int row = 0; row < rows; row++)
@@ -283,17 +281,14 @@ class Model {
     const BaseSizes s_;
     const float* rotary_;  // (2, max_positions, head_dim), as `rotary_table` makes it
     Team team_;
-    std::vector<ServeLayer> layers_;
-    const bf16 *embed_, *final_norm_;
-    Matrix lm_head_;
+    const ServeBase base_;
     PhaseClock<Phase, kPhases> clock_;
 
-    int tokens_ = 0, chunks_ = 0;
+    StepTokens tokens_;
+    int chunks_ = 0;
     std::vector<float> residual_, logits_;
     std::vector<bf16> x_, q_, attn_out_, active_;
-    std::vector<int> positions_, run_of_;
     LoraGroups lora_;
-    std::vector<Query> queries_;
     std::vector<ServeScratch> scratch_;
 };
 
