@@ -149,7 +149,7 @@ def _run(trial: Trial, place: Place) -> Outcome:
 def _loss(base: BaseModel, trained: Trained, sentences: Sequence[Rated]) -> float:
     if not sentences:
         return float("nan")
-    return evaluate(trained.model, trained.adapters, examples_of(base, sentences)).loss
+    return evaluate(trained.trainable.passes, examples_of(base, sentences)).loss
 
 
 def _accuracy(base: BaseModel, trained: Trained, sentences: Sequence[Rated]) -> float:

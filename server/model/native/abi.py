@@ -132,6 +132,7 @@ class TrainBatch(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_texts")),
         *((name, ctypes.c_void_p) for name in ("token_ids", "starts", "lora")),
         ("factor", ctypes.c_double),
+        ("has_backward", ctypes.c_int64),
     )
 
 
@@ -191,6 +192,7 @@ def declare(library: ctypes.CDLL) -> None:
         entry.argtypes = [pointer, number, pointer, pointer]
     library.smolora_training_forward.argtypes = [pointer] * 4
     library.smolora_training_loss.argtypes = [*[pointer] * 3, number, ctypes.c_double, *[pointer] * 3]
+    library.smolora_training_measure.argtypes = [*[pointer] * 3, number, *[pointer] * 3]
     library.smolora_training_backward.argtypes = [pointer] * 3
 
 

@@ -24,6 +24,15 @@ class Training : public TrainBackward {
         return loss;
     }
 
+    // See `Loss`.
+    void measure(const bf16* hidden, const int64_t* targets, int64_t rows, double* losses, int64_t* likeliest) {
+        if (rows < 0) refuse("%ld rows", rows);
+        check_ids(s_, targets, rows);
+        clock_.begin();
+        loss_.measure(hidden, targets, rows, losses, likeliest);
+        clock_.end(kLossPhase);
+    }
+
     PhaseClock<TrainPhase, kTrainPhases>& clock() { return clock_; }
 
   private:
@@ -49,6 +58,11 @@ int smolora_training_forward(void* training, const TrainBatch* batch, bf16* hidd
 int smolora_training_loss(void* training, const bf16* hidden, const int64_t* targets, int64_t rows, double factor,
                           bf16* d_hidden, double* loss, char* error) {
     return guarded(error, [&] { *loss = ((Training*)training)->loss(hidden, targets, rows, factor, d_hidden); });
+}
+
+int smolora_training_measure(void* training, const bf16* hidden, const int64_t* targets, int64_t rows, double* losses,
+                             int64_t* likeliest, char* error) {
+    return guarded(error, [&] { ((Training*)training)->measure(hidden, targets, rows, losses, likeliest); });
 }
 
 int smolora_training_backward(void* training, const bf16* d_hidden, char* error) {

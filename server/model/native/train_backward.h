@@ -32,7 +32,7 @@ class TrainBackward : public TrainForward {
     void backward(int index, const TrainBatch& batch) {
         const TrainLayer& layer = layers_[index];
         const TrainGroup* lora = batch.lora + index * kGroups;
-        const Saved& saved = saved_[index];
+        const Saved& saved = this->saved(index);
         const int dim = (int)s_.head_dim;
         const int64_t hidden = s_.hidden, intermediate = s_.intermediate;
         auto lora_hidden = [&](Group group, const bf16* x, int64_t in, const bf16* dy, int64_t out, int start,

@@ -86,11 +86,13 @@ class NativeTraining:
         lengths: Sequence[int],
         kept: Mapping[GroupKey, torch.Tensor] | None = None,
         factor: float = 1.0,
+        *,
+        has_backward: bool = True,
     ) -> torch.Tensor:
         """Final hidden states (tokens, hidden), bf16, of texts of `lengths` tokens, one after the other.
 
         `kept` are masks (tokens, in) of each group: what dropout keeps of what A meets, which is multiplied by
-        `factor`.
+        `factor`. Where no `backward` may follow, nothing is kept for it.
         """
         self._num_tokens = 0
         token_ids = token_ids.contiguous()
@@ -106,8 +108,11 @@ class NativeTraining:
             starts=starts.ctypes.data,
             lora=ctypes.addressof(self._lora),
             factor=factor,
+            has_backward=has_backward,
         )
         call(self._library.smolora_training_forward, self._training, ctypes.addressof(batch), hidden.data_ptr())
+        if not has_backward:
+            return hidden
         self._num_tokens = len(token_ids)
         self._inputs = (token_ids, starts, kept)  # held until the backward pass
         return hidden
@@ -131,6 +136,23 @@ class NativeTraining:
             ctypes.addressof(loss),
         )
         return loss.value, d_hidden
+
+    def measure(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each row the cross-entropy that `loss` adds up, fp64, and the likeliest token, int64."""
+        hidden, targets = hidden.contiguous(), targets.contiguous()
+        self._check_hidden(hidden, len(targets))
+        self._check_ids(targets)
+        losses, likeliest = torch.empty(len(targets), dtype=torch.float64), torch.empty_like(targets)
+        call(
+            self._library.smolora_training_measure,
+            self._training,
+            hidden.data_ptr(),
+            targets.data_ptr(),
+            len(targets),
+            losses.data_ptr(),
+            likeliest.data_ptr(),
+        )
+        return losses, likeliest
 
     def backward(self, d_hidden: torch.Tensor) -> None:
         """The gradients of all groups, from the one of the last `forward`'s answer, like it; once."""

@@ -1,4 +1,4 @@
-"""An adapter's training passes as two native calls, in the place of torch's forward and autograd."""
+"""An adapter's training passes as native calls, in the place of torch's forward and autograd."""
 
 import ctypes
 
@@ -9,6 +9,7 @@ from server.model.native.abi import ROW_UNIT
 from server.model.native.library import computed_by
 from server.model.native.training import NativeGroup, NativeRows, NativeTraining
 from server.training.passes.micro_batch import MicroBatch
+from server.training.passes.torch_pass import Measured
 from server.training.passes.trained_rows import TrainedGroup, TrainedRows
 
 
@@ -38,8 +39,14 @@ class NativePass:
         self._rows.add_gradients({key: (group.d_a, group.d_b) for key, group in self._groups.items()})
         return loss
 
-    def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """Final hidden states (tokens, hidden)."""
+    def measure(self, batch: MicroBatch) -> Measured:
+        hidden = self.forward(batch, has_backward=False)
+        targets = torch.tensor(batch.targets, dtype=torch.int64)
+        losses, likeliest = self._training.measure(hidden[torch.tensor(batch.before, dtype=torch.int64)], targets)
+        return Measured(losses.tolist(), int((likeliest == targets).sum()))
+
+    def forward(self, batch: MicroBatch, *, has_backward: bool = True) -> torch.Tensor:
+        """Final hidden states (tokens, hidden). Where no gradients are asked for, nothing is kept for them."""
         kept, factor = None, 1.0
         dropout = self._rows.dropout
         if dropout is not None:
@@ -48,7 +55,11 @@ class NativePass:
                 (layer, name): dropout.kept(layer, name, group.a) for (layer, name), group in self._groups.items()
             }
         return self._training.forward(
-            torch.tensor(batch.token_ids, dtype=torch.int64), batch.lengths, kept, factor
+            torch.tensor(batch.token_ids, dtype=torch.int64),
+            batch.lengths,
+            kept,
+            factor,
+            has_backward=has_backward,
         )
 
 

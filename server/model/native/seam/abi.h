@@ -151,6 +151,7 @@ struct TrainBatch {  // texts one after the other; text i has the tokens [starts
     const int64_t *token_ids, *starts;
     const TrainGroup* lora;  // (layers, kGroups)
     double factor;           // of the features that are kept
+    int64_t has_backward;    // whether a backward pass may follow; else nothing is kept for it
 };
 
 // What smolora_layout lists.
@@ -187,6 +188,9 @@ SMOLORA_ENTRY void smolora_training_destroy(void* training);
 SMOLORA_ENTRY int smolora_training_forward(void* training, const TrainBatch* batch, bf16* hidden, char* error);
 SMOLORA_ENTRY int smolora_training_loss(void* training, const bf16* hidden, const int64_t* targets, int64_t rows,
                                         double factor, bf16* d_hidden, double* loss, char* error);
+// Each row's cross-entropy and likeliest token.
+SMOLORA_ENTRY int smolora_training_measure(void* training, const bf16* hidden, const int64_t* targets, int64_t rows,
+                                           double* losses, int64_t* likeliest, char* error);
 SMOLORA_ENTRY int smolora_training_backward(void* training, const bf16* d_hidden, char* error);
 // As smolora_phases (kTrainPhases numbers).
 SMOLORA_ENTRY int smolora_training_phases(void* training, int64_t is_on, int64_t* nanoseconds, char* error);

@@ -240,6 +240,44 @@ TEST(sizes_that_are_not_covered) {
         }
 }
 
+// Hidden states and losses without a backward pass: the same, by layers that share their buffers.
+TEST(measuring_is_training_without_gradients) {
+    Random random(6);
+    const TinyBase base(random);
+    const Native native = Native::training(base, 2);
+    double loss;
+    char error[kErrorSize];
+    for (const std::vector<int64_t>& lengths : {std::vector<int64_t>{5, 33}, {48, 80, 1}, {3}}) {
+        Texts texts(base, lengths, false);
+        const TrainBatch batch = texts.batch(), measured = texts.batch(false);
+        const std::vector<int64_t>& targets = texts.token_ids;
+        SUCCEED(smolora_training_forward, native.object.get(), &batch, texts.hidden.data());
+        const std::vector<bf16> expected = texts.hidden;
+        std::vector<bf16> d_hidden(expected.size());
+        SUCCEED(smolora_training_loss, native.object.get(), texts.hidden.data(), targets.data(), batch.num_tokens, 1.0,
+                d_hidden.data(), &loss);
+        std::fill(texts.hidden.begin(), texts.hidden.end(), 0);
+        SUCCEED(smolora_training_forward, native.object.get(), &measured, texts.hidden.data());
+        expect(texts.hidden == expected, "other hidden states");
+        std::vector<double> losses(targets.size());
+        std::vector<int64_t> likeliest(targets.size());
+        SUCCEED(smolora_training_measure, native.object.get(), texts.hidden.data(), targets.data(), batch.num_tokens,
+                losses.data(), likeliest.data());
+        for (double of : losses) loss -= of;
+        expect_near(loss, 0, 1e-9, "the losses' sum");
+        expect(smolora_training_backward(native.object.get(), texts.hidden.data(), error) == kInvalid,
+               "nothing is kept for a backward pass");
+    }
+    const int64_t outside[] = {0, base.sizes.vocab};
+    std::vector<double> losses(2);
+    std::vector<int64_t> likeliest(2);
+    const std::vector<bf16> hidden((size_t)(2 * base.sizes.hidden));
+    for (int64_t rows : {(int64_t)2, (int64_t)-1})
+        expect(smolora_training_measure(native.object.get(), hidden.data(), outside, rows, losses.data(),
+                                        likeliest.data(), error) == kInvalid,
+               "it is refused");
+}
+
 TEST(a_backward_pass_after_a_forward_pass) {
     Random random(5);
     const TinyBase base(random);

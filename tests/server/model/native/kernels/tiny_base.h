@@ -234,7 +234,8 @@ struct Texts {
         }
         if (has_dropout) factor = 4.0 / 3;
     }
-    TrainBatch batch() const {
-        return {num_tokens, (int64_t)starts.size() - 1, token_ids.data(), starts.data(), lora.data(), factor};
+    TrainBatch batch(bool has_backward = true) const {
+        return {num_tokens,  (int64_t)starts.size() - 1, token_ids.data(), starts.data(), lora.data(), factor,
+                has_backward};
     }
 };
