@@ -133,6 +133,7 @@ class TrainBatch(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("token_ids", "starts", "lora")),
         ("factor", ctypes.c_double),
         ("has_backward", ctypes.c_int64),
+        ("d_weights", ctypes.c_void_p),
     )
 
 
@@ -191,7 +192,7 @@ def declare(library: ctypes.CDLL) -> None:
     for entry in (library.smolora_phases, library.smolora_training_phases):
         entry.argtypes = [pointer, number, pointer, pointer]
     library.smolora_training_forward.argtypes = [pointer] * 4
-    library.smolora_training_loss.argtypes = [*[pointer] * 3, number, ctypes.c_double, *[pointer] * 3]
+    library.smolora_training_loss.argtypes = [*[pointer] * 3, number, ctypes.c_double, *[pointer] * 4]
     library.smolora_training_measure.argtypes = [*[pointer] * 3, number, *[pointer] * 3]
     library.smolora_training_backward.argtypes = [pointer] * 3
 

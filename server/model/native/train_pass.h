@@ -81,6 +81,10 @@ class TrainPass {
         across_ = (tokens_ + 31) / 32 * 32;
         for (auto* turned : {&lora_hidden_T_, &d_lora_hidden_T_}) room(*turned, most * across_);
         for (auto* d : {&d_residual_, &dx_}) room(*d, t * s_.hidden);
+        if (batch.d_weights != nullptr) {
+            room(dy_T_, std::max({wide_, s_.hidden, 2 * s_.intermediate}) * across_);
+            room(inverse_rms_, t);
+        }
         for (auto* d : {&dq_, &dk_, &dv_}) room(*d, t * q_);
         room(d_lora_hidden_, most * t), room(dy_, t * s_.hidden), room(d_attn_out_, t * q_);
         room(d_qkv_, t * wide_), room(d_gate_up_, t * 2 * s_.intermediate);
@@ -165,6 +169,10 @@ class TrainPass {
     std::vector<float> dq_, dk_, dv_;  // (tokens, heads, dim): of each query head
     // Of the newest group: dy Bᵀ (tokens, rows of A), and both x Aᵀ and dy Bᵀ as (rows of A, tokens).
     std::vector<bf16> d_lora_hidden_, lora_hidden_T_, d_lora_hidden_T_;
+    // Where the base is trained: the newest gradient of a product's outputs as (out, tokens), and of each token 1 / the
+    // root mean square of what a norm met.
+    std::vector<bf16> dy_T_;
+    std::vector<float> inverse_rms_;
     std::vector<int> positions_;
     std::vector<TrainScratch> scratch_;
     TrainBatch batch_{};

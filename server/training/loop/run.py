@@ -146,7 +146,7 @@ class Run:
 
     def _make_trainable(self, start: LoraWeights | None) -> TrainableRows | TrainableModel:
         if self._spec.method == "full":
-            return TrainableModel(self._base, max_length=self._longest)
+            return TrainableModel(self._base, max_length=self._longest, library=self._library)
         taken_off = None
         if start is None:
             start, taken_off = initial_weights(self._spec.lora, self._base, self._spec.training.seed)
@@ -157,10 +157,9 @@ class Run:
 
     def _untouched(self) -> Pass:
         """Measures the base alone, computed as what is trained is."""
-        library = self._library if self._spec.method == "lora" else None
         nothing = LoraWeights({})
         return trainable_rows(
-            self._base, nothing, None, max_length=self._longest, dropout=0.0, library=library
+            self._base, nothing, None, max_length=self._longest, dropout=0.0, library=self._library
         ).passes
 
     def _go_on_from_checkpoint(self) -> None:

@@ -1,6 +1,7 @@
-"""An adapter's training passes as native calls, in the place of torch's forward and autograd."""
+"""Training passes as native calls, in the place of torch's forward and autograd."""
 
 import ctypes
+from collections.abc import Mapping
 
 import torch
 
@@ -14,9 +15,20 @@ from server.training.passes.trained_rows import TrainedGroup, TrainedRows
 
 
 class NativePass:
-    """`torch_pass.Pass` of one base and of rows in units of `ROW_UNIT`, whose leaves are read where they lie."""
+    """`torch_pass.Pass` of one base and of rows in units of `ROW_UNIT`, whose leaves are read where they lie.
 
-    def __init__(self, library: ctypes.CDLL, base: BaseModel, rows: TrainedRows, *, max_length: int) -> None:
+    Where the base is trained itself, there are no rows, and the gradients of its weights are added to `d_weights`.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        base: BaseModel,
+        rows: TrainedRows,
+        *,
+        max_length: int,
+        d_weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """Raises NativeUnavailable for a base that native code doesn't cover, and MemoryError."""
         self.computed_by = computed_by(library)
         self._rows = rows
@@ -28,10 +40,11 @@ class NativePass:
             self._groups,
             max_positions=max_length,
             num_threads=torch.get_num_threads(),
+            d_weights=d_weights,
         )
 
     def accumulate(self, batch: MicroBatch, factor: float) -> float:
-        """Add `factor` times the gradients of the batch's summed loss to those of the rows; that loss."""
+        """Add `factor` times the gradients of the batch's summed loss to those of what is trained; that loss."""
         hidden = self.forward(batch)
         before = torch.tensor(batch.before, dtype=torch.int64)
         loss, d_rows = self._training.loss(hidden[before], torch.tensor(batch.targets, dtype=torch.int64), factor)

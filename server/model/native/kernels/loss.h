@@ -24,13 +24,16 @@ class Loss {
         : team_(team), head_(head), vocab_(vocab), hidden_(hidden), scratch_(team->size()) {}
 
     // The summed cross-entropy of `targets` under softmax(hidden headᵀ), and `factor` times its gradient in hidden
-    // (rows, hidden).
-    double run(const bf16* hidden, const int64_t* targets, int64_t rows, double factor, bf16* d_hidden) {
-        losses_.resize(rows);
+    // (rows, hidden). The same of the head's is added to d_head (vocab, hidden), unless that is null.
+    double run(const bf16* hidden, const int64_t* targets, int64_t rows, double factor, bf16* d_hidden, float* d_head) {
+        losses_.resize(rows), divisors_.resize(rows);
         each_row<true>(hidden, targets, rows, [&](int64_t row, const Softmax& softmax, const float* mixed, int now) {
-            losses_[row] = softmax.loss;
+            losses_[row] = softmax.loss, divisors_[row] = (float)softmax.divisor;
             unmix(softmax, mixed, now, targets[row], factor, d_hidden + row * hidden_);
         });
+        for (int64_t start = 0; d_head != nullptr && start < rows; start += kLossRows)
+            add_head_gradient(hidden + start * hidden_, targets + start, &divisors_[start],
+                              (int)std::min<int64_t>(kLossRows, rows - start), factor, d_head);
         return std::accumulate(losses_.begin(), losses_.end(), 0.0);
     }
 
@@ -51,13 +54,14 @@ class Loss {
     // Of a row, from what its parts found.
     struct Softmax {
         double loss, sum, others;  // sum: of e^(logit - greatest) over all tokens, others: but for the target
+        double divisor;            // the logarithm of the softmax's
         float by[kLossParts];      // what a part's sums are multiplied by
         int64_t likeliest;
     };
     struct alignas(64) LossScratch {  // of one thread
         Panel panel;
         std::vector<float> logits;
-        std::vector<bf16> weights;
+        std::vector<bf16> weights, turned;
     };
     static constexpr int kDepth = kLossTiles * kTile;
 
@@ -94,10 +98,7 @@ class Loss {
         for (int64_t first = tiles * part / kLossParts; first < end; first += kLossTiles) {
             const int count = (int)std::min<int64_t>(kLossTiles, end - first), width = count * kTile;
             const bf16* head = head_ + first * kTile * hidden_;
-            for (int tile = 0; tile < count; tile++) {
-                pack_rows(head + tile * kTile * hidden_, hidden_, kTile, (int)hidden_, panel);
-                multiply(hidden, hidden_, rows, panel, (int)hidden_ / 2, logits + tile * kTile, kDepth);
-            }
+            multiply_tiles(hidden, rows, first, count, panel, logits);
             for (int row = 0; row < rows; row++)
                 weigh<has_gradient>(logits + row * kDepth, width, first * kTile, targets[row], others[row],
                                     target_logit_[row], has_gradient ? mixed + row * hidden_ : nullptr,
@@ -107,6 +108,14 @@ class Loss {
                 pack_columns(head + column, hidden_, width, panel);
                 multiply<true>(weights, kDepth, rows, panel, width / 2, mixed + column, hidden_);
             }
+        }
+    }
+
+    // logits (rows, kDepth) of `count` tiles of the vocabulary.
+    void multiply_tiles(const bf16* hidden, int rows, int64_t first, int count, uint32_t* panel, float* logits) const {
+        for (int tile = 0; tile < count; tile++) {
+            pack_rows(head_ + (first + tile) * kTile * hidden_, hidden_, kTile, (int)hidden_, panel);
+            multiply(hidden, hidden_, rows, panel, (int)hidden_ / 2, logits + tile * kTile, kDepth);
         }
     }
 
@@ -152,7 +161,8 @@ class Loss {
             found.others += of.sum * scale, found.by[part] = (float)scale;
         }
         found.sum = found.others + std::exp((double)target_logit_[row] - greatest);
-        found.loss = std::log(found.sum) + greatest - target_logit_[row];
+        found.divisor = std::log(found.sum) + greatest;
+        found.loss = found.divisor - target_logit_[row];
         return found;
     }
 
@@ -169,6 +179,49 @@ class Loss {
         }
     }
 
+    // d_head += factor · (softmax - one-hot)ᵀ hidden. Logits are computed again, tile by tile: their softmax needs the
+    // divisor, which is known once all of them were seen.
+    void add_head_gradient(const bf16* hidden, const int64_t* targets, const float* divisors, int rows, double factor,
+                           float* d_head) {
+        const int pairs = (rows + 1) / 2;
+        const int64_t tiles = vocab_ / kTile;
+        uint32_t* columns = room(columns_, pairs * hidden_);
+        team_->run([&] {
+            team_->each((int)(hidden_ / kTile), [&](int tile) {
+                pack_columns(hidden + tile * kTile, hidden_, rows, columns + (int64_t)tile * pairs * kTile);
+            });
+            team_->each((int)((tiles + kLossTiles - 1) / kLossTiles), [&](int item) {
+                const int64_t first = (int64_t)item * kLossTiles;
+                const int count = (int)std::min<int64_t>(kLossTiles, tiles - first), width = count * kTile;
+                LossScratch& scratch = scratch_[Team::number()];
+                float* logits = room(scratch.logits, rows * kDepth);
+                bf16* d_logits = room(scratch.weights, rows * kDepth);
+                bf16* turned = room(scratch.turned, kDepth * kLossRows);  // (tokens of the vocabulary, rows)
+                multiply_tiles(hidden, rows, first, count, room(scratch.panel, hidden_ / 2 * kTile), logits);
+                for (int row = 0; row < rows; row++)
+                    softmax_gradient(logits + row * kDepth, width, divisors[row], targets[row] - first * kTile, factor,
+                                     d_logits + row * kDepth);
+                transpose(d_logits, kDepth, rows, width, turned, kLossRows);
+                for (int64_t column = 0; column < hidden_; column += kTile)
+                    multiply<true>(turned, kLossRows, width, columns + column * pairs, pairs,
+                                   d_head + first * kTile * hidden_ + column, hidden_);
+            });
+        });
+    }
+
+    // d_logits (width) = factor · (softmax - one-hot); the target is one of them if it is in [0, width).
+    static void softmax_gradient(const float* logits, int width, float divisor, int64_t target, double factor,
+                                 bf16* d_logits) {
+        const __m512 shift = _mm512_set1_ps(divisor), by = _mm512_set1_ps((float)factor);
+        for (int i = 0; i < width; i += 16) {
+            const int64_t place = target - i;
+            const auto is_target = (__mmask16)(place >= 0 && place < 16 ? 1 << place : 0);
+            __m512 p = exp16(_mm512_sub_ps(_mm512_loadu_ps(logits + i), shift));
+            p = _mm512_mask_sub_ps(p, is_target, p, _mm512_set1_ps(1));
+            store_bf16(d_logits + i, _mm512_mul_ps(p, by));
+        }
+    }
+
     Team* team_ = nullptr;
     const bf16* head_ = nullptr;  // (vocab, hidden)
     int64_t vocab_ = 0, hidden_ = 0;
@@ -176,5 +229,7 @@ class Loss {
     std::vector<Others> others_;  // (parts, rows)
     std::vector<float> target_logit_;
     std::vector<double> losses_;
+    std::vector<float> divisors_;  // the logarithms of the softmaxes'
+    Panel columns_;                // of hidden states
     std::vector<LossScratch> scratch_;
 };

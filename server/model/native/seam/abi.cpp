@@ -40,7 +40,7 @@ constexpr Number kLayout[] = {
     AT(TrainGroup, a), AT(TrainGroup, b), AT(TrainGroup, d_a), AT(TrainGroup, d_b), AT(TrainGroup, rows),
     AT(TrainGroup, modules), AT(TrainGroup, num_modules), AT(TrainGroup, kept), SIZE(TrainGroup),
     AT(TrainBatch, num_tokens), AT(TrainBatch, num_texts), AT(TrainBatch, token_ids), AT(TrainBatch, starts),
-    AT(TrainBatch, lora), AT(TrainBatch, factor), AT(TrainBatch, has_backward), SIZE(TrainBatch),
+    AT(TrainBatch, lora), AT(TrainBatch, factor), AT(TrainBatch, has_backward), AT(TrainBatch, d_weights), SIZE(TrainBatch),
     {"kTile", kTile}, {"kRowUnit", kRowUnit}, {"kMaxGroup", kMaxGroup}, {"kPositions", kPositions}, {"kErrorSize", kErrorSize},
     {"group qkv", kQkv}, {"group o", kO}, {"group gate_up", kGateUp}, {"group down", kDown}, {"weight type BF16", kBf16}, {"weight type Q4_1", kQ4_1}, {"weight type Q8_0", kQ8_0}, {"kOk", kOk},
     {"kNoMemory", kNoMemory}, {"kInvalid", kInvalid}, {"kFailed", kFailed},

@@ -15,13 +15,16 @@ static void check_loss(int rows, int vocab, int hidden, int threads, double cert
     const double factor = 0.37;
     std::vector<bf16> first;
     std::vector<int64_t> first_likeliest;
+    std::vector<float> first_d_head;
+    std::vector<double> d_head((size_t)vocab * hidden, 0.5), d_head_error((size_t)vocab * hidden, kU32);
     double first_loss = 0;
     for (int size = 1; size <= threads; size++) {
         Team team(size);
         Loss loss(&team, head.data(), vocab, hidden);
         Fenced<bf16> d_hidden((size_t)rows * hidden);
-        const double found = loss.run(x.data(), targets.data(), rows, factor, d_hidden.data());
-        d_hidden.check("the gradient");
+        Fenced<float> d_head((size_t)vocab * hidden, 0.5f);  // which is added to
+        const double found = loss.run(x.data(), targets.data(), rows, factor, d_hidden.data(), d_head.data());
+        d_hidden.check("the gradient"), d_head.check("the head's gradient");
         std::vector<double> losses((size_t)rows);
         std::vector<int64_t> likeliest((size_t)rows);
         loss.measure(x.data(), targets.data(), rows, losses.data(), likeliest.data());
@@ -34,8 +37,11 @@ static void check_loss(int rows, int vocab, int hidden, int threads, double cert
             first_likeliest = likeliest;
         if (size == 1) {
             first.assign(d_hidden.data(), d_hidden.data() + rows * hidden), first_loss = found;
+            first_d_head.assign(d_head.data(), d_head.data() + vocab * hidden);
             continue;
         }
+        expect(!memcmp(first_d_head.data(), d_head.data(), first_d_head.size() * sizeof(float)),
+               "%d threads compute another gradient of the head", size);
         expect(found == first_loss && !memcmp(first.data(), d_hidden.data(), first.size() * sizeof(bf16)),
                "%d threads compute something else", size);
     }
@@ -70,6 +76,13 @@ static void check_loss(int rows, int vocab, int hidden, int threads, double cert
             p[token] *= factor, error[token] = factor * (error[token] + 2 * kU32 * std::abs(p[token] / factor));
             error[token] += kU16 * (std::abs(p[token]) + error[token]);
         }
+        for (int i = 0; i < vocab * hidden; i++) {
+            const int token = i / hidden;
+            const double of = to_float(x[row * hidden + i % hidden]);
+            d_head[i] += p[token] * of;
+            d_head_error[i] +=
+                (error[token] + sum_error(rows + 2) * (std::abs(p[token]) + error[token])) * std::abs(of);
+        }
         for (int i = 0; i < hidden; i++) {
             double exact = 0, bound = 0;
             for (int token = 0; token < vocab; token++) {
@@ -81,6 +94,9 @@ static void check_loss(int rows, int vocab, int hidden, int threads, double cert
                         "%d rows, vocabulary of %d: (%d, %d)", rows, vocab, row, i);
         }
     }
+    for (int i = 0; i < vocab * hidden; i++)
+        expect_near(first_d_head[i], d_head[i], d_head_error[i] + sum_error(rows + 2) * std::abs(d_head[i]),
+                    "%d rows, vocabulary of %d: the head's (%d, %d)", rows, vocab, i / hidden, i % hidden);
     expect_near(first_loss, exact_loss, loss_error, "the loss of %d rows, vocabulary of %d", rows, vocab);
 }
 
@@ -116,5 +132,5 @@ TEST(loss_of_nothing) {
     const std::vector<bf16> head(32 * 32);
     Loss loss(&team, head.data(), 32, 32);
     loss.measure(nullptr, nullptr, 0, nullptr, nullptr);
-    expect(loss.run(nullptr, nullptr, 0, 1, nullptr) == 0, "no rows have a loss");
+    expect(loss.run(nullptr, nullptr, 0, 1, nullptr, nullptr) == 0, "no rows have a loss");
 }

@@ -56,7 +56,7 @@ Pass train(const TinyBase& base, int threads, bool has_dropout) {
         check_finite(texts.hidden, "hidden states");
         std::vector<bf16> d_hidden(texts.hidden.size());
         SUCCEED(smolora_training_loss, native.object.get(), texts.hidden.data(), texts.token_ids.data(),
-                batch.num_tokens, 1.0 / (double)batch.num_tokens, d_hidden.data(), &pass.loss);
+                batch.num_tokens, 1.0 / (double)batch.num_tokens, d_hidden.data(), nullptr, &pass.loss);
         SUCCEED(smolora_training_backward, native.object.get(), d_hidden.data());
         pass.hidden = texts.hidden, pass.gradients = texts.gradients;
         for (const auto& gradient : pass.gradients) {
@@ -123,7 +123,7 @@ TEST(gradients_are_slopes) {
     auto forward = [&] {
         SUCCEED(smolora_training_forward, native.object.get(), &batch, texts.hidden.data());
         SUCCEED(smolora_training_loss, native.object.get(), texts.hidden.data(), texts.token_ids.data(),
-                batch.num_tokens, 1.0, d_hidden.data(), &loss);
+                batch.num_tokens, 1.0, d_hidden.data(), nullptr, &loss);
     };
     forward();
     SUCCEED(smolora_training_backward, native.object.get(), d_hidden.data());
@@ -196,7 +196,7 @@ TEST(tables_of_any_numbers) {
             status = smolora_training_forward(training.object.get(), &batch, texts.hidden.data(), error);
             if (status == kOk)
                 status = smolora_training_loss(training.object.get(), texts.hidden.data(), targets.data(),
-                                               batch.num_tokens, 1, d_hidden.data(), &loss, error);
+                                               batch.num_tokens, 1, d_hidden.data(), nullptr, &loss, error);
             if (status == kOk) status = smolora_training_backward(training.object.get(), d_hidden.data(), error);
         }
         expect(status == kOk || (status == kInvalid && *error), "number %zu of %ld: status %d, %s", chosen, number,
@@ -255,7 +255,7 @@ TEST(measuring_is_training_without_gradients) {
         const std::vector<bf16> expected = texts.hidden;
         std::vector<bf16> d_hidden(expected.size());
         SUCCEED(smolora_training_loss, native.object.get(), texts.hidden.data(), targets.data(), batch.num_tokens, 1.0,
-                d_hidden.data(), &loss);
+                d_hidden.data(), nullptr, &loss);
         std::fill(texts.hidden.begin(), texts.hidden.end(), 0);
         SUCCEED(smolora_training_forward, native.object.get(), &measured, texts.hidden.data());
         expect(texts.hidden == expected, "other hidden states");
