@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from server.model.base.weights import LAYER_TENSORS
 from server.model.rank_rows import GROUPS
 
 TILE = 32
@@ -160,6 +161,7 @@ def layout() -> dict[str, int]:
     numbers |= {name: status for status, (name, _) in enumerate(_FAILURES, 1)}
     numbers |= {f"group {name}": index for index, name in enumerate(GROUPS)}
     numbers |= {f"weight type {name}": index for index, name in enumerate(WEIGHT_TYPES)}
+    numbers |= {f"layer tensor {name}": index for index, name in enumerate(LAYER_TENSORS)}
     numbers |= {f"phase {name}": index for index, name in enumerate(PHASES)}
     numbers |= {f"train phase {name}": index for index, name in enumerate(TRAIN_PHASES)}
     for structure in STRUCTURES:
