@@ -103,7 +103,8 @@ def native_model(base: BaseModel, max_positions: int = 512, num_threads: int = 1
 
 
 def widened(weights: BaseWeights) -> BaseWeights:
-    """The same values in fp32."""
+    """The same values in fp32; a tied head stays tied."""
+    embed = weights.embed.float()
     layers = (LayerWeights(*(getattr(layer, name).float() for name in LAYER_TENSORS)) for layer in weights.layers)
-    lm_head = weights.lm_head.float()
-    return BaseWeights(weights.embed.float(), tuple(layers), weights.final_norm.float(), lm_head)
+    lm_head = embed if weights.lm_head is weights.embed else weights.lm_head.float()
+    return BaseWeights(embed, tuple(layers), weights.final_norm.float(), lm_head)

@@ -95,12 +95,11 @@ def _ours(run: Run, *, native: bool) -> Measured:
     base = load_base(run.converted, torch.bfloat16)
     longest = max(map(len, run.rows))
     trainable: TrainableModel | TrainableRows
-    library = None
+    library = find_library(base, [run.native], print) if native else None
     if run.method == "full":
-        trainable = TrainableModel(base, max_length=longest)
+        trainable = TrainableModel(base, max_length=longest, library=library)
     else:
         start, _ = initial_weights(LoraSpec(rank=RANK, alpha=ALPHA), base, seed=0)
-        library = find_library(base, [run.native], print) if native else None
         trainable = trainable_rows(base, start, None, max_length=longest, dropout=0.0, library=library)
     examples = [Example(tuple(row), (False,) + (True,) * (len(row) - 1)) for row in run.rows]
     spec = TrainingSpec(

@@ -80,7 +80,7 @@ def train(
     """Train as a job does, without its evaluations and checkpoints; with native code where that is given."""
     trainable: TrainableRows | TrainableModel
     if spec.method == "full":
-        trainable = TrainableModel(base, max_length=MAX_LENGTH)
+        trainable = TrainableModel(base, max_length=MAX_LENGTH, library=library)
     else:
         start, taken_off = initial_weights(spec.lora, base, spec.training.seed)
         trainable = trainable_rows(

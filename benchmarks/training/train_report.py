@@ -18,7 +18,7 @@ MEANING = (
     "The peer is transformers, with PEFT where adapters are trained: bf16 adapters, the fused AdamW, our "
     "allocator's settings. It pads short rows to the longest of their batch; *packing* lays them out one after "
     "the other, told apart by `position_ids` alone; *compiled* is under `torch.compile`, padded to one length for "
-    "all, the time to compile not counted. smolora's full fine-tuning is computed in torch."
+    "all, the time to compile not counted."
 )
 
 

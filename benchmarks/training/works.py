@@ -44,7 +44,7 @@ WORKS = (
         128,
         128,
         4,
-        (TORCH, EAGER, COMPILED),
+        (NATIVE, TORCH, EAGER, COMPILED),
         {COMPILED: 1.8},
     ),
     Work(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from server.model.base.weights import LAYER_TENSORS
 from server.model.rank_rows import GROUPS
 
 TILE = 32
@@ -132,6 +133,8 @@ class TrainBatch(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_texts")),
         *((name, ctypes.c_void_p) for name in ("token_ids", "starts", "lora")),
         ("factor", ctypes.c_double),
+        ("has_backward", ctypes.c_int64),
+        ("d_weights", ctypes.c_void_p),
     )
 
 
@@ -158,6 +161,7 @@ def layout() -> dict[str, int]:
     numbers |= {name: status for status, (name, _) in enumerate(_FAILURES, 1)}
     numbers |= {f"group {name}": index for index, name in enumerate(GROUPS)}
     numbers |= {f"weight type {name}": index for index, name in enumerate(WEIGHT_TYPES)}
+    numbers |= {f"layer tensor {name}": index for index, name in enumerate(LAYER_TENSORS)}
     numbers |= {f"phase {name}": index for index, name in enumerate(PHASES)}
     numbers |= {f"train phase {name}": index for index, name in enumerate(TRAIN_PHASES)}
     for structure in STRUCTURES:
@@ -190,7 +194,8 @@ def declare(library: ctypes.CDLL) -> None:
     for entry in (library.smolora_phases, library.smolora_training_phases):
         entry.argtypes = [pointer, number, pointer, pointer]
     library.smolora_training_forward.argtypes = [pointer] * 4
-    library.smolora_training_loss.argtypes = [*[pointer] * 3, number, ctypes.c_double, *[pointer] * 3]
+    library.smolora_training_loss.argtypes = [*[pointer] * 3, number, ctypes.c_double, *[pointer] * 4]
+    library.smolora_training_measure.argtypes = [*[pointer] * 3, number, *[pointer] * 3]
     library.smolora_training_backward.argtypes = [pointer] * 3
 
 

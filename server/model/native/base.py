@@ -20,7 +20,7 @@ def create(
     `rotary` is a whole `rotary_table`. It and the weights are read for as long as what was created lives.
     """
     tensors = dict(weights.tensors())
-    names = [*tensors] if weights.lm_head is not weights.embed else [*tensors, "embed"]
+    names = tensor_names(weights)
     sizes = BaseSizes(
         config.vocab_size,
         config.hidden_size,
@@ -41,6 +41,12 @@ def create(
     call(entry, ctypes.byref(sizes), table, rotary.data_ptr(), uses_rotary, ctypes.byref(created))
     assert created.value is not None
     return created.value
+
+
+def tensor_names(weights: BaseWeights) -> list[str]:
+    """Those of all tensors in the order in which C++ has them: a tied head is there as well."""
+    names = [name for name, _ in weights.tensors()]
+    return names if weights.lm_head is not weights.embed else [*names, "embed"]
 
 
 def _tensor(values: torch.Tensor, stored: Quantized | None) -> BaseTensor:

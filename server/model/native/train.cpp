@@ -1,5 +1,5 @@
 // The forward pass of a training step, from token ids to final hidden states, and its backward pass, from the gradients
-// of those to the gradients of the adapter's A and B. For CPUs with AVX-512 and its bf16 products.
+// of those to the gradients of the adapter's A and B, or of all weights. For CPUs with AVX-512 and its bf16 products.
 //
 // The same arithmetic as server/model/smollm.py with server/training/passes/trained_rows.py: what is multiplied is
 // bf16, sums, the residual stream and its gradient are fp32. The base's weights are read where they lie. Each number is
@@ -15,13 +15,23 @@ class Training : public TrainBackward {
         : TrainBackward(sizes, tensors, rotary, uses_rotary), loss_(&team_, lm_head_, s_.vocab, s_.hidden) {}
 
     // See `Loss`.
-    double loss(const bf16* hidden, const int64_t* targets, int64_t rows, double factor, bf16* d_hidden) {
+    double loss(const bf16* hidden, const int64_t* targets, int64_t rows, double factor, bf16* d_hidden,
+                float* d_head) {
         if (rows < 0) refuse("%ld rows", rows);
         check_ids(s_, targets, rows);
         clock_.begin();
-        const double loss = loss_.run(hidden, targets, rows, factor, d_hidden);
+        const double loss = loss_.run(hidden, targets, rows, factor, d_hidden, d_head);
         clock_.end(kLossPhase);
         return loss;
+    }
+
+    // See `Loss`.
+    void measure(const bf16* hidden, const int64_t* targets, int64_t rows, double* losses, int64_t* likeliest) {
+        if (rows < 0) refuse("%ld rows", rows);
+        check_ids(s_, targets, rows);
+        clock_.begin();
+        loss_.measure(hidden, targets, rows, losses, likeliest);
+        clock_.end(kLossPhase);
     }
 
     PhaseClock<TrainPhase, kTrainPhases>& clock() { return clock_; }
@@ -47,8 +57,14 @@ int smolora_training_forward(void* training, const TrainBatch* batch, bf16* hidd
 }
 
 int smolora_training_loss(void* training, const bf16* hidden, const int64_t* targets, int64_t rows, double factor,
-                          bf16* d_hidden, double* loss, char* error) {
-    return guarded(error, [&] { *loss = ((Training*)training)->loss(hidden, targets, rows, factor, d_hidden); });
+                          bf16* d_hidden, float* d_head, double* loss, char* error) {
+    return guarded(error,
+                   [&] { *loss = ((Training*)training)->loss(hidden, targets, rows, factor, d_hidden, d_head); });
+}
+
+int smolora_training_measure(void* training, const bf16* hidden, const int64_t* targets, int64_t rows, double* losses,
+                             int64_t* likeliest, char* error) {
+    return guarded(error, [&] { ((Training*)training)->measure(hidden, targets, rows, losses, likeliest); });
 }
 
 int smolora_training_backward(void* training, const bf16* d_hidden, char* error) {

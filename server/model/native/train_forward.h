@@ -1,4 +1,4 @@
-// The forward pass of a training batch, which keeps what the backward pass reads.
+// The forward pass of a training batch, which keeps what the backward pass reads where there is to be one.
 #pragma once
 
 #include "train_pass.h"
@@ -20,22 +20,22 @@ class TrainForward : protected TrainPass {
             each_rows([&](int start, int rows) {
                 for (int t = start; t < start + rows; t++)
                     for (int64_t i = 0; i < s_.hidden; i += 16)
-                        _mm512_storeu_ps(&saved_[0].in[t * s_.hidden + i],
+                        _mm512_storeu_ps(&saved(0).in[t * s_.hidden + i],
                                          load_bf16(embed_ + batch.token_ids[t] * s_.hidden + i));
             });
             for (int i = 0; i < s_.layers; i++)
-                forward(i, batch, i + 1 < s_.layers ? saved_[i + 1].in.data() : last_.data());
+                forward(i, batch, i + 1 < s_.layers ? saved(i + 1).in.data() : last_.data());
             each_rows([&](int start, int rows) { norm(last_.data(), final_norm_, start, rows, hidden); });
         });
         clock_.end(kRowsPhase);
-        has_passed_ = true;
+        has_passed_ = batch.has_backward != 0;
     }
 
   private:
     void forward(int index, const TrainBatch& batch, float* out) {
         const TrainLayer& layer = layers_[index];
         const TrainGroup* lora = batch.lora + index * kGroups;
-        Saved& saved = saved_[index];
+        Saved& saved = this->saved(index);
         const int dim = (int)s_.head_dim, tiles = (int)(s_.intermediate / kTile);
         auto lora_hidden = [&](Group group, const bf16* x, int64_t in, int start, int rows) {
             x = met(lora[group], batch, x, in, start, rows);

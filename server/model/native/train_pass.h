@@ -53,24 +53,18 @@ class TrainPass {
 
     // Everything that the phases share, sized for this batch.
     void prepare(const TrainBatch& batch) {
-        tokens_ = (int)batch.num_tokens;
+        tokens_ = (int)batch.num_tokens, keeps_ = batch.has_backward != 0;
         const int64_t t = tokens_;
         for (int64_t i = 0; i < s_.layers; i++) {
-            Saved& saved = saved_[i];
-            saved.in.resize(t * s_.hidden), saved.middle.resize(t * s_.hidden);
-            saved.qkv.resize(t * wide_), saved.attn_out.resize(t * q_), saved.gate_up.resize(t * 2 * s_.intermediate);
+            Saved& saved = this->saved(i);
+            room(saved.in, t * s_.hidden), room(saved.middle, t * s_.hidden);
+            room(saved.qkv, t * wide_), room(saved.attn_out, t * q_), room(saved.gate_up, t * 2 * s_.intermediate);
             for (int group = 0; group < kGroups; group++)
-                saved.hidden[group].resize(t * batch.lora[i * kGroups + group].rows);
+                room(saved.hidden[group], t * batch.lora[i * kGroups + group].rows);
         }
-        int64_t most = 0;
-        for (int64_t i = 0; i < s_.layers * kGroups; i++) most = std::max(most, batch.lora[i].rows);
-        across_ = (tokens_ + 31) / 32 * 32;
-        lora_hidden_T_.resize(most * across_), d_lora_hidden_T_.resize(most * across_), d_lora_hidden_.resize(most * t);
-        last_.resize(t * s_.hidden), d_residual_.resize(t * s_.hidden), dx_.resize(t * s_.hidden);
-        x_.resize(t * s_.hidden), dy_.resize(t * s_.hidden), d_attn_out_.resize(t * q_), d_qkv_.resize(t * wide_);
-        active_.resize(t * s_.intermediate), d_gate_up_.resize(t * 2 * s_.intermediate);
-        lora_input_.resize(t * std::max({s_.hidden, s_.intermediate, q_}));
-        for (auto* d : {&dq_, &dk_, &dv_}) d->resize(t * q_);
+        room(last_, t * s_.hidden), room(x_, t * s_.hidden), room(active_, t * s_.intermediate);
+        room(lora_input_, t * std::max({s_.hidden, s_.intermediate, q_}));
+        if (keeps_) prepare_backward(batch);
         positions_.resize(t);
         for (int64_t text = 0; text < batch.num_texts; text++)
             for (int64_t i = batch.starts[text]; i < batch.starts[text + 1]; i++)
@@ -80,6 +74,24 @@ class TrainPass {
         row_chunks_ = (tokens_ + kRows - 1) / kRows;
         row_chunks_ = (row_chunks_ + (int)s_.threads - 1) / (int)s_.threads * (int)s_.threads;
     }
+    void prepare_backward(const TrainBatch& batch) {
+        const int64_t t = tokens_;
+        int64_t most = 0;
+        for (int64_t i = 0; i < s_.layers * kGroups; i++) most = std::max(most, batch.lora[i].rows);
+        across_ = (tokens_ + 31) / 32 * 32;
+        for (auto* turned : {&lora_hidden_T_, &d_lora_hidden_T_}) room(*turned, most * across_);
+        for (auto* d : {&d_residual_, &dx_}) room(*d, t * s_.hidden);
+        if (batch.d_weights != nullptr) {
+            room(dy_T_, std::max({wide_, s_.hidden, 2 * s_.intermediate}) * across_);
+            room(inverse_rms_, t);
+        }
+        for (auto* d : {&dq_, &dk_, &dv_}) room(*d, t * q_);
+        room(d_lora_hidden_, most * t), room(dy_, t * s_.hidden), room(d_attn_out_, t * q_);
+        room(d_qkv_, t * wide_), room(d_gate_up_, t * 2 * s_.intermediate);
+    }
+
+    // Of a layer; where no backward pass may follow all share one.
+    Saved& saved(int64_t layer) { return saved_[keeps_ ? layer : 0]; }
 
     // item(first row, rows) over the batch, beginning with even rows.
     template <class Item>
@@ -147,6 +159,7 @@ class TrainPass {
     const bf16 *embed_, *final_norm_, *lm_head_;
 
     int tokens_ = 0, product_chunks_ = 0, row_chunks_ = 0, across_ = 0;  // across: tokens, in thirty-twos
+    bool keeps_ = true;                                                  // what the backward pass reads
     std::vector<Saved> saved_;
     std::vector<float> last_;             // the residual stream after the last layer
     std::vector<float> d_residual_, dx_;  // the gradients of the residual stream, and of what a norm gave
@@ -156,6 +169,10 @@ class TrainPass {
     std::vector<float> dq_, dk_, dv_;  // (tokens, heads, dim): of each query head
     // Of the newest group: dy Bᵀ (tokens, rows of A), and both x Aᵀ and dy Bᵀ as (rows of A, tokens).
     std::vector<bf16> d_lora_hidden_, lora_hidden_T_, d_lora_hidden_T_;
+    // Where the base is trained: the newest gradient of a product's outputs as (out, tokens), and of each token 1 / the
+    // root mean square of what a norm met.
+    std::vector<bf16> dy_T_;
+    std::vector<float> inverse_rms_;
     std::vector<int> positions_;
     std::vector<TrainScratch> scratch_;
     TrainBatch batch_{};

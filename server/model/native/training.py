@@ -16,7 +16,7 @@ import torch
 from server.model.base.config import ModelConfig
 from server.model.base.weights import BaseWeights
 from server.model.native.abi import TRAIN_PHASES, TrainBatch, TrainGroup, TrainModule, call, columns, take_phases
-from server.model.native.base import check_base, create
+from server.model.native.base import check_base, create, tensor_names
 from server.model.ops.norms import rotary_table
 from server.model.rank_rows import GROUPS, GroupKey, GroupLayout
 
@@ -46,7 +46,10 @@ class NativeGroup:
 
 
 class NativeTraining:
-    """The native passes of one base and one adapter in training. Called by one thread at a time."""
+    """The native passes of one base and one adapter in training, or of a base that is trained itself.
+
+    Called by one thread at a time.
+    """
 
     def __init__(
         self,
@@ -57,8 +60,12 @@ class NativeTraining:
         *,
         max_positions: int,
         num_threads: int,
+        d_weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Reads weights and groups where they lie. Raises NativeUnavailable for a base that it does not cover.
+
+        Gradients of the weights are added to `d_weights`, fp32 tensors by the names of `weights.tensors()`;
+        without them the base is frozen.
 
         All methods raise MemoryError, and ValueError where anything would be read or written outside of what was
         given; they can be called again after either.
@@ -75,6 +82,7 @@ class NativeTraining:
         for (key, group), table in zip(groups.items(), self._tables, strict=True):
             _check_group(config, key, group)
             self._lora[_place(key)] = _describe(group, table)
+        self._d_weights = None if d_weights is None else _gradients(weights, d_weights)
         self._num_tokens = 0  # of the last forward pass
         self._inputs: tuple[object, ...] = ()
         self._training = create(library.smolora_training_create, config, weights, self._rotary, num_threads)
@@ -86,11 +94,13 @@ class NativeTraining:
         lengths: Sequence[int],
         kept: Mapping[GroupKey, torch.Tensor] | None = None,
         factor: float = 1.0,
+        *,
+        has_backward: bool = True,
     ) -> torch.Tensor:
         """Final hidden states (tokens, hidden), bf16, of texts of `lengths` tokens, one after the other.
 
         `kept` are masks (tokens, in) of each group: what dropout keeps of what A meets, which is multiplied by
-        `factor`.
+        `factor`. Where no `backward` may follow, nothing is kept for it.
         """
         self._num_tokens = 0
         token_ids = token_ids.contiguous()
@@ -106,15 +116,19 @@ class NativeTraining:
             starts=starts.ctypes.data,
             lora=ctypes.addressof(self._lora),
             factor=factor,
+            has_backward=has_backward,
+            d_weights=None if self._d_weights is None else ctypes.addressof(self._d_weights),
         )
         call(self._library.smolora_training_forward, self._training, ctypes.addressof(batch), hidden.data_ptr())
+        if not has_backward:
+            return hidden
         self._num_tokens = len(token_ids)
         self._inputs = (token_ids, starts, kept)  # held until the backward pass
         return hidden
 
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor, factor: float) -> tuple[float, torch.Tensor]:
         """The summed cross-entropy (nats) of targets (rows,) under softmax(hidden · headᵀ), and `factor` times its
-        gradient in hidden (rows, hidden size), bf16.
+        gradient in hidden (rows, hidden size), bf16. The head's is added to `d_weights`.
         """
         hidden, targets = hidden.contiguous(), targets.contiguous()
         self._check_hidden(hidden, len(targets))
@@ -128,12 +142,30 @@ class NativeTraining:
             len(targets),
             factor,
             d_hidden.data_ptr(),
+            None if self._d_weights is None else self._d_weights[-1],
             ctypes.addressof(loss),
         )
         return loss.value, d_hidden
 
+    def measure(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each row the cross-entropy that `loss` adds up, fp64, and the likeliest token, int64."""
+        hidden, targets = hidden.contiguous(), targets.contiguous()
+        self._check_hidden(hidden, len(targets))
+        self._check_ids(targets)
+        losses, likeliest = torch.empty(len(targets), dtype=torch.float64), torch.empty_like(targets)
+        call(
+            self._library.smolora_training_measure,
+            self._training,
+            hidden.data_ptr(),
+            targets.data_ptr(),
+            len(targets),
+            losses.data_ptr(),
+            likeliest.data_ptr(),
+        )
+        return losses, likeliest
+
     def backward(self, d_hidden: torch.Tensor) -> None:
-        """The gradients of all groups, from the one of the last `forward`'s answer, like it; once."""
+        """All gradients but the head's, from the one of the last `forward`'s answer, like it; once."""
         d_hidden = d_hidden.contiguous()
         self._check_hidden(d_hidden, self._num_tokens)
         call(self._library.smolora_training_backward, self._training, d_hidden.data_ptr())
@@ -150,6 +182,16 @@ class NativeTraining:
     def _check_hidden(self, hidden: torch.Tensor, rows: int) -> None:
         if hidden.dtype is not torch.bfloat16 or hidden.shape != (rows, self._hidden_size):
             raise ValueError(f"hidden states must be bf16, of shape ({rows}, {self._hidden_size})")
+
+
+def _gradients(weights: BaseWeights, d_weights: Mapping[str, torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    """Where they lie, in the order in which `create` lists the tensors. Raises ValueError."""
+    for name, tensor in weights.tensors():
+        d = d_weights[name]
+        if d.shape != tensor.shape or d.dtype is not torch.float32 or not d.is_contiguous():
+            raise ValueError(f"the gradient of {name} must be fp32, contiguous, and of its shape")
+    pointers = [d_weights[name].data_ptr() for name in tensor_names(weights)]
+    return (ctypes.c_void_p * len(pointers))(*pointers)
 
 
 def _place(key: GroupKey) -> int:

@@ -6,18 +6,15 @@ Which rows, and what becomes of the numbers, is the caller's. Exact match, which
 """
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from adapters.errors import SmoloraError
-from server.model.device import to_device
-from server.model.smollm import Adapters, SmolLM
 from server.training.data.examples import Example
 from server.training.loop.packing import pack
-from server.training.passes.loss import CHUNK
-from server.training.passes.packed_attention import PackedAttention
+from server.training.passes.micro_batch import MicroBatch
+from server.training.passes.torch_pass import Pass
 
 MAX_TOKENS = 2048
 """Of a micro-batch; a longer row is one of its own."""
@@ -54,8 +51,7 @@ def _go_on() -> None:
 
 
 def evaluate(
-    model: SmolLM,
-    adapters: Adapters,
+    passes: Pass,
     examples: Sequence[Example],
     *,
     max_tokens: int = MAX_TOKENS,
@@ -64,32 +60,13 @@ def evaluate(
     """Loss and accuracy over the tokens of `examples` that are trained on, of which there must be some.
 
     `yield_or_leave` is called before each micro-batch, and may raise. `max_tokens` changes the result by rounding
-    alone."""
-    loss, num_right, num_tokens = 0.0, 0, 0
+    alone, in native code not at all: losses are added up as if without rounding."""
+    losses, num_right = array("d"), 0
     for indices in pack([len(example.token_ids) for example in examples], max_tokens):
         yield_or_leave()
-        batch = [examples[index] for index in indices]
-        found = _micro_batch(model, adapters, batch)
-        loss, num_right, num_tokens = loss + found[0], num_right + found[1], num_tokens + found[2]
-    if not num_tokens:
+        found = passes.measure(MicroBatch.of([examples[index] for index in indices]))
+        losses.extend(found.losses)
+        num_right += found.num_right
+    if not losses:
         raise ValueError("nothing to evaluate: no example has a token that is trained on")
-    return Evaluation(loss / num_tokens, num_right / num_tokens, len(examples), num_tokens)
-
-
-@torch.no_grad()
-def _micro_batch(model: SmolLM, adapters: Adapters, batch: Sequence[Example]) -> tuple[float, int, int]:
-    """(summed loss, tokens guessed right, tokens counted)."""
-    device = model.device
-    token_ids = torch.tensor([token for example in batch for token in example.token_ids])
-    is_target = torch.tensor([flag for example in batch for flag in example.is_target])
-    counted = is_target.nonzero()[:, 0]  # never a row's first token, so the one before it is of the same row
-    targets = to_device(token_ids[counted], device)
-    attention = PackedAttention([len(example.token_ids) for example in batch], device)
-    hidden = model.forward(to_device(token_ids, device), attention.positions, attention, adapters)
-    hidden = hidden[to_device(counted - 1, device)]  # (counted, hidden)
-    losses, nums_right = [], []
-    for rows, chosen in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
-        logits = model.logits(rows)  # (chunk, vocab), fp32
-        losses.append(torch.nn.functional.cross_entropy(logits, chosen, reduction="sum"))
-        nums_right.append((logits.argmax(-1) == chosen).sum())
-    return sum(torch.stack(losses).tolist()), sum(torch.stack(nums_right).tolist()), len(targets)
+    return Evaluation(math.fsum(losses) / len(losses), num_right / len(losses), len(examples), len(losses))

@@ -16,7 +16,6 @@ import torch
 
 from adapters.lora import LoraWeights
 from server.model.base.weights import BaseModel
-from server.model.smollm import NoAdapters, SmolLM
 from server.training.data.encoding import Reference
 from server.training.data.job_data import JobData
 from server.training.documents import read_document
@@ -25,6 +24,7 @@ from server.training.loop.evaluate import Evaluation, LossNotFinite, evaluate
 from server.training.loop.outcome import Counters, Outcome
 from server.training.loop.trainer import StepResult, Trainer, TrainingDiverged
 from server.training.passes.init import initial_weights
+from server.training.passes.torch_pass import Pass
 from server.training.passes.trainables import TrainableModel, TrainableRows, trainable_rows
 from server.training.spec import JobSpec
 
@@ -98,8 +98,7 @@ class Run:
         self._go_on_from_checkpoint()
         self._note_who_computes()
         if self._counters.base is None and self._data.validation is not None:
-            model = SmolLM(self._base.config, self._base.weights, max_positions=self._longest)
-            self._counters.base = base = self._measure(model, None)
+            self._counters.base = base = self._measure(self._untouched(), None)
             if not base.is_finite:
                 raise LossNotFinite(
                     "the untouched base's loss on the held-out rows is not a number: its weights are damaged, or "
@@ -147,7 +146,7 @@ class Run:
 
     def _make_trainable(self, start: LoraWeights | None) -> TrainableRows | TrainableModel:
         if self._spec.method == "full":
-            return TrainableModel(self._base, max_length=self._longest)
+            return TrainableModel(self._base, max_length=self._longest, library=self._library)
         taken_off = None
         if start is None:
             start, taken_off = initial_weights(self._spec.lora, self._base, self._spec.training.seed)
@@ -155,6 +154,13 @@ class Run:
         return trainable_rows(
             self._base, start, taken_off, max_length=self._longest, dropout=dropout, library=self._library
         )
+
+    def _untouched(self) -> Pass:
+        """Measures the base alone, computed as what is trained is."""
+        nothing = LoraWeights({})
+        return trainable_rows(
+            self._base, nothing, None, max_length=self._longest, dropout=0.0, library=self._library
+        ).passes
 
     def _go_on_from_checkpoint(self) -> None:
         found = self._checkpoints.newest()
@@ -228,8 +234,8 @@ class Run:
     def _held_out_loss(self) -> float:
         """Of the present weights."""
         assert self._data.validation is not None, "eval_steps without held-out rows"
-        trainable, yield_or_leave = self._trainable, self._reporter.yield_or_leave
-        found = evaluate(trainable.model, trainable.adapters, self._data.validation, yield_or_leave=yield_or_leave)
+        passes, yield_or_leave = self._trainable.passes, self._reporter.yield_or_leave
+        found = evaluate(passes, self._data.validation, yield_or_leave=yield_or_leave)
         self._check_finite(found)
         return found.loss
 
@@ -251,7 +257,7 @@ class Run:
         tuned_base = trainable.tuned(self._base) if isinstance(trainable, TrainableModel) else None
         tuned = None
         if self._data.validation is not None:
-            tuned = self._measure(trainable.model, weights, tuned_base)
+            tuned = self._measure(trainable.passes, weights, tuned_base)
             self._check_finite(tuned)
         self._note_time()
         counters = self._counters
@@ -268,13 +274,12 @@ class Run:
         )
 
     def _measure(
-        self, model: SmolLM, weights: LoraWeights | None, tuned_base: BaseModel | None = None
+        self, passes: Pass, weights: LoraWeights | None, tuned_base: BaseModel | None = None
     ) -> Evaluation:
         """Loss, accuracy and, where the loss is a number, exact match on the held-out rows."""
         assert self._data.validation is not None
         yield_or_leave = self._reporter.yield_or_leave
-        adapters = NoAdapters() if weights is None else self._trainable.adapters
-        found = evaluate(model, adapters, self._data.validation, yield_or_leave=yield_or_leave)
+        found = evaluate(passes, self._data.validation, yield_or_leave=yield_or_leave)
         if not found.is_finite:
             return found
         matched = self._exact_match(tuned_base or self._base, weights, self._data.references, yield_or_leave)

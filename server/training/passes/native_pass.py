@@ -1,6 +1,7 @@
-"""An adapter's training passes as two native calls, in the place of torch's forward and autograd."""
+"""Training passes as native calls, in the place of torch's forward and autograd."""
 
 import ctypes
+from collections.abc import Mapping
 
 import torch
 
@@ -9,13 +10,25 @@ from server.model.native.abi import ROW_UNIT
 from server.model.native.library import computed_by
 from server.model.native.training import NativeGroup, NativeRows, NativeTraining
 from server.training.passes.micro_batch import MicroBatch
+from server.training.passes.torch_pass import Measured
 from server.training.passes.trained_rows import TrainedGroup, TrainedRows
 
 
 class NativePass:
-    """`torch_pass.Pass` of one base and of rows in units of `ROW_UNIT`, whose leaves are read where they lie."""
+    """`torch_pass.Pass` of one base and of rows in units of `ROW_UNIT`, whose leaves are read where they lie.
 
-    def __init__(self, library: ctypes.CDLL, base: BaseModel, rows: TrainedRows, *, max_length: int) -> None:
+    Where the base is trained itself, there are no rows, and the gradients of its weights are added to `d_weights`.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        base: BaseModel,
+        rows: TrainedRows,
+        *,
+        max_length: int,
+        d_weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """Raises NativeUnavailable for a base that native code doesn't cover, and MemoryError."""
         self.computed_by = computed_by(library)
         self._rows = rows
@@ -27,10 +40,11 @@ class NativePass:
             self._groups,
             max_positions=max_length,
             num_threads=torch.get_num_threads(),
+            d_weights=d_weights,
         )
 
     def accumulate(self, batch: MicroBatch, factor: float) -> float:
-        """Add `factor` times the gradients of the batch's summed loss to those of the rows; that loss."""
+        """Add `factor` times the gradients of the batch's summed loss to those of what is trained; that loss."""
         hidden = self.forward(batch)
         before = torch.tensor(batch.before, dtype=torch.int64)
         loss, d_rows = self._training.loss(hidden[before], torch.tensor(batch.targets, dtype=torch.int64), factor)
@@ -38,8 +52,14 @@ class NativePass:
         self._rows.add_gradients({key: (group.d_a, group.d_b) for key, group in self._groups.items()})
         return loss
 
-    def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """Final hidden states (tokens, hidden)."""
+    def measure(self, batch: MicroBatch) -> Measured:
+        hidden = self.forward(batch, has_backward=False)
+        targets = torch.tensor(batch.targets, dtype=torch.int64)
+        losses, likeliest = self._training.measure(hidden[torch.tensor(batch.before, dtype=torch.int64)], targets)
+        return Measured(losses.tolist(), int((likeliest == targets).sum()))
+
+    def forward(self, batch: MicroBatch, *, has_backward: bool = True) -> torch.Tensor:
+        """Final hidden states (tokens, hidden). Where no gradients are asked for, nothing is kept for them."""
         kept, factor = None, 1.0
         dropout = self._rows.dropout
         if dropout is not None:
@@ -48,7 +68,11 @@ class NativePass:
                 (layer, name): dropout.kept(layer, name, group.a) for (layer, name), group in self._groups.items()
             }
         return self._training.forward(
-            torch.tensor(batch.token_ids, dtype=torch.int64), batch.lengths, kept, factor
+            torch.tensor(batch.token_ids, dtype=torch.int64),
+            batch.lengths,
+            kept,
+            factor,
+            has_backward=has_backward,
         )
 
 

@@ -78,32 +78,27 @@ def trainable_rows(
 
 
 class TrainableModel:
-    """Every weight of a private copy of the base, in its dtype, with fp32 masters: full fine-tuning."""
+    """Every weight of a private copy of the base, in its dtype, with fp32 masters: full fine-tuning.
 
-    def __init__(self, base: BaseModel, *, max_length: int) -> None:
-        self.weights = _copy(base.weights)
+    Native where `library` is given: see `find_library`.
+    """
+
+    def __init__(self, base: BaseModel, *, max_length: int, library: ctypes.CDLL | None = None) -> None:
+        self._copies = torch.cat([tensor.flatten() for _, tensor in base.weights.tensors()])
+        self.weights = _views(base.weights, self._copies)
         self.model = SmolLM(base.config, self.weights, max_positions=max_length)
         self.adapters: Adapters = NoAdapters()
-        self._leaves = [tensor for _, tensor in self.weights.tensors()]
-        self.masters = torch.cat([leaf.detach().float().flatten() for leaf in self._leaves])
+        self.masters = self._copies.float()
         self.gradients = torch.zeros_like(self.masters)
-        self.passes: Pass = TorchPass(self.model, self.adapters, self.collect_gradients)
+        self._leaves = dict(self.weights.tensors())
+        self._d_leaves = dict(_views(base.weights, self.gradients).tensors())
+        self.passes = self._torch_pass() if library is None else self._native_pass(library, base, max_length)
 
     def accumulate(self, batch: MicroBatch, factor: float) -> float:
         return self.passes.accumulate(batch, factor)
 
-    @torch.no_grad()
     def refresh(self) -> None:
-        for leaf, master in zip(self._leaves, self._split(self.masters), strict=True):
-            leaf.copy_(master)
-
-    @torch.no_grad()
-    def collect_gradients(self) -> None:
-        """Add what torch's backward pass left to `gradients`."""
-        for leaf, gradient in zip(self._leaves, self._split(self.gradients), strict=True):
-            if leaf.grad is not None:
-                gradient += leaf.grad
-                leaf.grad = None
+        self._copies.copy_(self.masters)
 
     def begin_micro_batch(self, seed: int, step: int, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Nothing is random here."""
@@ -115,20 +110,33 @@ class TrainableModel:
         """The base with the weights as they are now (not copies)."""
         return dataclasses.replace(base, weights=self.weights)
 
-    def _split(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        pieces = torch.split(flat, [leaf.numel() for leaf in self._leaves])
-        return [piece.view(leaf.shape) for piece, leaf in zip(pieces, self._leaves, strict=True)]
+    def _torch_pass(self) -> Pass:
+        for leaf in self._leaves.values():
+            leaf.requires_grad_()
+        return TorchPass(self.model, self.adapters, self._collect_gradients)
+
+    def _native_pass(self, library: ctypes.CDLL, base: BaseModel, max_length: int) -> Pass:
+        no_rows = TrainedRows(LoraWeights({}), base.config.shape, base.dtype, base.device)
+        return NativePass(library, self.tuned(base), no_rows, max_length=max_length, d_weights=self._d_leaves)
+
+    @torch.no_grad()
+    def _collect_gradients(self) -> None:
+        """Add what torch's backward pass left to `gradients`."""
+        for name, leaf in self._leaves.items():
+            if leaf.grad is not None:
+                self._d_leaves[name] += leaf.grad
+                leaf.grad = None
 
 
-def _copy(weights: BaseWeights) -> BaseWeights:
-    """Copies of all tensors, as leaves that autograd fills; a tied head stays tied."""
-
-    def leaf(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().clone().requires_grad_()
-
-    embed = leaf(weights.embed)
+def _views(weights: BaseWeights, flat: torch.Tensor) -> BaseWeights:
+    """Tensors like those of `weights`, whose numbers lie in `flat`, in order; a tied head stays tied."""
+    sizes = [tensor.numel() for _, tensor in weights.tensors()]
+    found = {
+        name: piece.view(tensor.shape)
+        for (name, tensor), piece in zip(weights.tensors(), torch.split(flat, sizes), strict=True)
+    }
     layers = tuple(
-        LayerWeights(*(leaf(getattr(layer, name)) for name in LAYER_TENSORS)) for layer in weights.layers
+        LayerWeights(*(found[f"layers.{index}.{name}"] for name in LAYER_TENSORS))
+        for index in range(len(weights.layers))
     )
-    lm_head = embed if weights.lm_head is weights.embed else leaf(weights.lm_head)
-    return BaseWeights(embed, layers, leaf(weights.final_norm), lm_head)
+    return BaseWeights(found["embed"], layers, found["final_norm"], found.get("lm_head", found["embed"]))

@@ -18,7 +18,6 @@ from adapters.library import Library
 from adapters.peft.files import PeftAdapter
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel
-from server.model.smollm import SmolLM
 from server.storage import Storage
 from server.training.data.files import FileStore
 from server.training.data.job_data import JobData
@@ -27,7 +26,7 @@ from server.training.loop.evaluate import Evaluation, LossNotFinite, evaluate
 from server.training.loop.outcome import Outcome
 from server.training.loop.run import Reporter, Run
 from server.training.passes.init import adapter_config
-from server.training.passes.trained_rows import TrainedRows
+from server.training.passes.trainables import trainable_rows
 from server.training.queue.job_files import JobFiles
 from server.training.queue.jobs import FINE_TUNING, Job
 from server.training.queue.leases import Claim, Leases
@@ -156,9 +155,11 @@ class TrainingAttempt:
             self._library.check_name(name)  # it may have become a composition's since
             (part,) = pinned.parts
             weights = self._library.load(part.digest)
-            rows = TrainedRows(weights, self._base.config.shape, self._base.dtype, self._base.device)
-            model = SmolLM(self._base.config, self._base.weights, max_positions=self._spec.training.max_length)
-            found = evaluate(model, rows, data.validation, yield_or_leave=self._reporter.yield_or_leave)
+            longest = self._spec.training.max_length
+            measured = trainable_rows(
+                self._base, weights, None, max_length=longest, dropout=0.0, library=self._native
+            )
+            found = evaluate(measured.passes, data.validation, yield_or_leave=self._reporter.yield_or_leave)
         finally:
             pinned.release()
         if not found.is_finite:

@@ -73,6 +73,29 @@ inline void rms_norm_backward(const float* x, const bf16* weight, int64_t size, 
     }
 }
 
+// d_weight += the sum over tokens of dy · x / rms, for the 32 numbers of each (tokens, size) from `column` on.
+inline void add_norm_gradient(const float* x, const float* inverse_rms, const float* dy, int tokens, int64_t size,
+                              int64_t column, float* d_weight) {
+    for (int64_t i = column; i < column + kTile; i += 16) {
+        __m512 sum = _mm512_loadu_ps(d_weight + i);
+        for (int t = 0; t < tokens; t++)
+            sum =
+                _mm512_fmadd_ps(_mm512_loadu_ps(dy + t * size + i),
+                                _mm512_mul_ps(_mm512_loadu_ps(x + t * size + i), _mm512_set1_ps(inverse_rms[t])), sum);
+        _mm512_storeu_ps(d_weight + i, sum);
+    }
+}
+
+// d_embed (vocab, size): rows of dx are added to their tokens', one after the other, for 32 numbers from `column` on.
+inline void add_embedding_gradient(const float* dx, const int64_t* token_ids, int tokens, int64_t size, int64_t column,
+                                   float* d_embed) {
+    for (int t = 0; t < tokens; t++)
+        for (int64_t i = column; i < column + kTile; i += 16) {
+            float* to = d_embed + token_ids[t] * size + i;
+            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_loadu_ps(dx + t * size + i)));
+        }
+}
+
 // y (size) = silu(gate) · up
 inline void swiglu(const bf16* gate, const bf16* up, int64_t size, bf16* y) {
     for (int64_t i = 0; i < size; i += 16)

@@ -6,8 +6,10 @@
 // when a greater one comes. The target's share is left out of the sums and added exactly. The vocabulary is cut into
 // parts whose sums are added in order, so that no result depends on the number of threads.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "panels.h"
 #include "team.h"
@@ -22,58 +24,86 @@ class Loss {
         : team_(team), head_(head), vocab_(vocab), hidden_(hidden), scratch_(team->size()) {}
 
     // The summed cross-entropy of `targets` under softmax(hidden headᵀ), and `factor` times its gradient in hidden
-    // (rows, hidden).
-    double run(const bf16* hidden, const int64_t* targets, int64_t rows, double factor, bf16* d_hidden) {
-        double sum = 0;
-        for (int64_t start = 0; start < rows; start += kLossRows) {
-            const int now = (int)std::min<int64_t>(kLossRows, rows - start);
-            mixed_.resize(kLossParts * now * hidden_), others_.resize(kLossParts * now), lost_.resize(now);
-            target_logit_.resize(now);
-            team_->run([&] {
-                team_->each(kLossParts, [&](int part) { mix(hidden + start * hidden_, targets + start, now, part); });
-                team_->each(now, [&](int row) {
-                    combine(row, now, targets[start + row], factor, d_hidden + (start + row) * hidden_);
-                });
-            });
-            for (double of : lost_) sum += of;
-        }
-        return sum;
+    // (rows, hidden). The same of the head's is added to d_head (vocab, hidden), unless that is null.
+    double run(const bf16* hidden, const int64_t* targets, int64_t rows, double factor, bf16* d_hidden, float* d_head) {
+        losses_.resize(rows), divisors_.resize(rows);
+        each_row<true>(hidden, targets, rows, [&](int64_t row, const Softmax& softmax, const float* mixed, int now) {
+            losses_[row] = softmax.loss, divisors_[row] = (float)softmax.divisor;
+            unmix(softmax, mixed, now, targets[row], factor, d_hidden + row * hidden_);
+        });
+        for (int64_t start = 0; d_head != nullptr && start < rows; start += kLossRows)
+            add_head_gradient(hidden + start * hidden_, targets + start, &divisors_[start],
+                              (int)std::min<int64_t>(kLossRows, rows - start), factor, d_head);
+        return std::accumulate(losses_.begin(), losses_.end(), 0.0);
+    }
+
+    // Each row's cross-entropy, the very numbers that `run` adds up, and the likeliest token, the first of equal ones.
+    void measure(const bf16* hidden, const int64_t* targets, int64_t rows, double* losses, int64_t* likeliest) {
+        each_row<false>(hidden, targets, rows, [&](int64_t row, const Softmax& softmax, const float*, int) {
+            losses[row] = softmax.loss, likeliest[row] = softmax.likeliest;
+        });
     }
 
   private:
     // Of the other tokens than the target in a part of the vocabulary: sums of e^(logit - greatest).
     struct Others {
-        float greatest;  // logit, the target's included
+        float greatest;     // logit, the target's included
+        int64_t likeliest;  // whose it is
         double sum;
+    };
+    // Of a row, from what its parts found.
+    struct Softmax {
+        double loss, sum, others;  // sum: of e^(logit - greatest) over all tokens, others: but for the target
+        double divisor;            // the logarithm of the softmax's
+        float by[kLossParts];      // what a part's sums are multiplied by
+        int64_t likeliest;
     };
     struct alignas(64) LossScratch {  // of one thread
         Panel panel;
         std::vector<float> logits;
-        std::vector<bf16> weights;
+        std::vector<bf16> weights, turned;
     };
     static constexpr int kDepth = kLossTiles * kTile;
 
-    // mixed (rows, hidden) = Σ e^(logit - greatest) · head over a part's tokens, but for the targets.
+    // item(row, what its softmax is, its place in `mixed`, rows that lie there in a part) for each row.
+    template <bool has_gradient, class Item>
+    void each_row(const bf16* hidden, const int64_t* targets, int64_t rows, Item item) {
+        for (int64_t start = 0; start < rows; start += kLossRows) {
+            const int now = (int)std::min<int64_t>(kLossRows, rows - start);
+            if (has_gradient) mixed_.resize(kLossParts * now * hidden_);
+            others_.resize(kLossParts * now), target_logit_.resize(now);
+            team_->run([&] {
+                team_->each(kLossParts,
+                            [&](int part) { mix<has_gradient>(hidden + start * hidden_, targets + start, now, part); });
+                team_->each(now, [&](int row) {
+                    item(start + row, combine(row, now), has_gradient ? &mixed_[row * hidden_] : nullptr, now);
+                });
+            });
+        }
+    }
+
+    // mixed (rows, hidden) = Σ e^(logit - greatest) · head over a part's tokens, but for the targets, where there is to
+    // be a gradient.
+    template <bool has_gradient>
     void mix(const bf16* hidden, const int64_t* targets, int rows, int part) {
         const int64_t tiles = vocab_ / kTile, end = tiles * (part + 1) / kLossParts;
-        float* mixed = &mixed_[(int64_t)part * rows * hidden_];
+        float* mixed = has_gradient ? &mixed_[(int64_t)part * rows * hidden_] : nullptr;
         Others* others = &others_[(int64_t)part * rows];
-        std::fill_n(mixed, rows * hidden_, 0.0f);
-        std::fill_n(others, rows, Others{-std::numeric_limits<float>::infinity(), 0});
+        if (has_gradient) std::fill_n(mixed, rows * hidden_, 0.0f);
+        std::fill_n(others, rows, Others{-std::numeric_limits<float>::infinity(), 0, 0});
         LossScratch& scratch = scratch_[Team::number()];
         float* logits = room(scratch.logits, rows * kDepth);
-        bf16* weights = room(scratch.weights, rows * kDepth);
+        bf16* weights = has_gradient ? room(scratch.weights, rows * kDepth) : nullptr;
         uint32_t* panel = room(scratch.panel, std::max<int64_t>(hidden_, kDepth) / 2 * kTile);
         for (int64_t first = tiles * part / kLossParts; first < end; first += kLossTiles) {
             const int count = (int)std::min<int64_t>(kLossTiles, end - first), width = count * kTile;
             const bf16* head = head_ + first * kTile * hidden_;
-            for (int tile = 0; tile < count; tile++) {
-                pack_rows(head + tile * kTile * hidden_, hidden_, kTile, (int)hidden_, panel);
-                multiply(hidden, hidden_, rows, panel, (int)hidden_ / 2, logits + tile * kTile, kDepth);
-            }
+            multiply_tiles(hidden, rows, first, count, panel, logits);
             for (int row = 0; row < rows; row++)
-                weigh(logits + row * kDepth, width, targets[row] - first * kTile, others[row], target_logit_[row],
-                      mixed + row * hidden_, weights + row * kDepth);
+                weigh<has_gradient>(logits + row * kDepth, width, first * kTile, targets[row], others[row],
+                                    target_logit_[row], has_gradient ? mixed + row * hidden_ : nullptr,
+                                    has_gradient ? weights + row * kDepth : nullptr);
+            if (!has_gradient) continue;
             for (int64_t column = 0; column < hidden_; column += kTile) {
                 pack_columns(head + column, hidden_, width, panel);
                 multiply<true>(weights, kDepth, rows, panel, width / 2, mixed + column, hidden_);
@@ -81,18 +111,28 @@ class Loss {
         }
     }
 
-    // weights (width) = e^(logit - greatest), 0 for the target, which is one of them if `target` is in [0, width).
-    void weigh(const float* logits, int width, int64_t target, Others& others, float& target_logit, float* mixed,
-               bf16* weights) const {
+    // logits (rows, kDepth) of `count` tiles of the vocabulary.
+    void multiply_tiles(const bf16* hidden, int rows, int64_t first, int count, uint32_t* panel, float* logits) const {
+        for (int tile = 0; tile < count; tile++) {
+            pack_rows(head_ + (first + tile) * kTile * hidden_, hidden_, kTile, (int)hidden_, panel);
+            multiply(hidden, hidden_, rows, panel, (int)hidden_ / 2, logits + tile * kTile, kDepth);
+        }
+    }
+
+    // weights (width) = e^(logit - greatest) of the tokens from `first` on, 0 for the target.
+    template <bool has_gradient>
+    void weigh(const float* logits, int width, int64_t first, int64_t target, Others& others, float& target_logit,
+               float* mixed, bf16* weights) const {
+        target -= first;
         __m512 top = _mm512_loadu_ps(logits);
         for (int i = 16; i < width; i += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(logits + i));
         const float most = _mm512_reduce_max_ps(top);
         if (most > others.greatest) {
             const double by = std::exp((double)others.greatest - most);
             const __m512 scale = _mm512_set1_ps((float)by);
-            for (int64_t i = 0; i < hidden_; i += 16)
+            for (int64_t i = 0; has_gradient && i < hidden_; i += 16)
                 _mm512_storeu_ps(mixed + i, _mm512_mul_ps(_mm512_loadu_ps(mixed + i), scale));
-            others = {most, others.sum * by};
+            others = {most, first + (std::find(logits, logits + width, most) - logits), others.sum * by};
         }
         if (target >= 0 && target < width) target_logit = logits[target];
         const __m512 shift = _mm512_set1_ps(others.greatest);
@@ -103,32 +143,82 @@ class Loss {
             const __m512 p = _mm512_maskz_mov_ps(but, exp16(_mm512_sub_ps(_mm512_loadu_ps(logits + i), shift)));
             sum = _mm512_add_pd(sum, _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(p)),
                                                    _mm512_cvtps_pd(_mm512_extractf32x8_ps(p, 1))));
-            store_bf16(weights + i, p);
+            if (has_gradient) store_bf16(weights + i, p);
         }
         others.sum += _mm512_reduce_add_pd(sum);
     }
 
-    // A row's loss, and d_hidden (hidden) = factor · Σ (softmax - one-hot) head, from what the parts found.
-    void combine(int row, int rows, int64_t target, double factor, bf16* d_hidden) {
-        float greatest = others_[row].greatest, by[kLossParts];
-        for (int part = 1; part < kLossParts; part++)
-            greatest = std::max(greatest, others_[part * rows + row].greatest);
-        double others = 0;
+    Softmax combine(int row, int rows) const {
+        float greatest = -std::numeric_limits<float>::infinity();
+        Softmax found{};
+        for (int part = 0; part < kLossParts; part++) {
+            const Others& of = others_[part * rows + row];
+            if (of.greatest > greatest) greatest = of.greatest, found.likeliest = of.likeliest;
+        }
         for (int part = 0; part < kLossParts; part++) {
             const Others& of = others_[part * rows + row];
             const double scale = std::exp((double)of.greatest - greatest);
-            others += of.sum * scale, by[part] = (float)scale;
+            found.others += of.sum * scale, found.by[part] = (float)scale;
         }
-        const double sum = others + std::exp((double)target_logit_[row] - greatest);
-        lost_[row] = std::log(sum) + greatest - target_logit_[row];
-        const __m512 all = _mm512_set1_ps((float)(factor / sum)), but = _mm512_set1_ps((float)others);
+        found.sum = found.others + std::exp((double)target_logit_[row] - greatest);
+        found.divisor = std::log(found.sum) + greatest;
+        found.loss = found.divisor - target_logit_[row];
+        return found;
+    }
+
+    // d_hidden (hidden) = factor · Σ (softmax - one-hot) head, from what the parts have in `mixed`.
+    void unmix(const Softmax& softmax, const float* mixed, int rows, int64_t target, double factor, bf16* d_hidden) {
+        const __m512 all = _mm512_set1_ps((float)(factor / softmax.sum)), but = _mm512_set1_ps((float)softmax.others);
         for (int64_t i = 0; i < hidden_; i += 16) {
             __m512 d = _mm512_setzero_ps();
             for (int part = 0; part < kLossParts; part++)
-                d = _mm512_fmadd_ps(_mm512_set1_ps(by[part]),
-                                    _mm512_loadu_ps(&mixed_[((int64_t)part * rows + row) * hidden_ + i]), d);
+                d = _mm512_fmadd_ps(_mm512_set1_ps(softmax.by[part]),
+                                    _mm512_loadu_ps(&mixed[(int64_t)part * rows * hidden_ + i]), d);
             d = _mm512_fnmadd_ps(but, load_bf16(head_ + target * hidden_ + i), d);
             store_bf16(d_hidden + i, _mm512_mul_ps(d, all));
+        }
+    }
+
+    // d_head += factor · (softmax - one-hot)ᵀ hidden. Logits are computed again, tile by tile: their softmax needs the
+    // divisor, which is known once all of them were seen.
+    void add_head_gradient(const bf16* hidden, const int64_t* targets, const float* divisors, int rows, double factor,
+                           float* d_head) {
+        const int pairs = (rows + 1) / 2;
+        const int64_t tiles = vocab_ / kTile;
+        uint32_t* columns = room(columns_, pairs * hidden_);
+        team_->run([&] {
+            team_->each((int)(hidden_ / kTile), [&](int tile) {
+                pack_columns(hidden + tile * kTile, hidden_, rows, columns + (int64_t)tile * pairs * kTile);
+            });
+            team_->each((int)((tiles + kLossTiles - 1) / kLossTiles), [&](int item) {
+                const int64_t first = (int64_t)item * kLossTiles;
+                const int count = (int)std::min<int64_t>(kLossTiles, tiles - first), width = count * kTile;
+                LossScratch& scratch = scratch_[Team::number()];
+                float* logits = room(scratch.logits, rows * kDepth);
+                bf16* d_logits = room(scratch.weights, rows * kDepth);
+                bf16* turned = room(scratch.turned, kDepth * kLossRows);  // (tokens of the vocabulary, rows)
+                multiply_tiles(hidden, rows, first, count, room(scratch.panel, hidden_ / 2 * kTile), logits);
+                for (int row = 0; row < rows; row++)
+                    softmax_gradient(logits + row * kDepth, width, divisors[row], targets[row] - first * kTile, factor,
+                                     d_logits + row * kDepth);
+                transpose(d_logits, kDepth, rows, width, turned, kLossRows);
+                for (int64_t column = 0; column < hidden_; column += kTile)
+                    multiply<true>(turned, kLossRows, width, columns + column * pairs, pairs,
+                                   d_head + first * kTile * hidden_ + column, hidden_);
+            });
+        });
+    }
+
+    // d_logits (width) = factor · (softmax - one-hot); the target is one of them if it is in [0, width).
+    static void softmax_gradient(const float* logits, int width, float divisor, int64_t target, double factor,
+                                 bf16* d_logits) {
+        const __m512 shift = _mm512_set1_ps(divisor), by = _mm512_set1_ps((float)factor);
+        for (int i = 0; i < width; i += 16) {
+            const int64_t place = target - i;
+            const auto is_target = (__mmask16)(place >= 0 && place < 16 ? 1 << place : 0);
+            __m512 p = exp16(_mm512_sub_ps(_mm512_loadu_ps(logits + i), shift));
+            p = _mm512_mask_sub_ps(p, is_target, p, _mm512_set1_ps(1));
+            store_bf16(d_logits + i, _mm512_mul_ps(p, by));
         }
     }
 
@@ -138,6 +228,8 @@ class Loss {
     std::vector<float> mixed_;    // (parts, rows, hidden)
     std::vector<Others> others_;  // (parts, rows)
     std::vector<float> target_logit_;
-    std::vector<double> lost_;
+    std::vector<double> losses_;
+    std::vector<float> divisors_;  // the logarithms of the softmaxes'
+    Panel columns_;                // of hidden states
     std::vector<LossScratch> scratch_;
 };

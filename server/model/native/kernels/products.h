@@ -111,10 +111,11 @@ inline void product_backward(const bf16* w, int64_t in, int64_t out, const Train
 }
 
 // y (outputs, 32): columns [column, column + 32) of the sum over tokens of x_T (outputs, tokens) times dy (tokens,
-// out), the gradient of A or B. An odd number of tokens is filled up with zeros.
+// out), or that added to it: the gradient of A, B or W. An odd number of tokens is filled up with zeros.
+template <bool add = false>
 inline void multiply_over_tokens(const bf16* x_T, int64_t x_stride, int outputs, const bf16* dy, int64_t out,
                                  int64_t column, int tokens, float* y, int64_t y_stride, ProductScratch& scratch) {
     uint32_t* panel = room(scratch.columns, (tokens + 1) / 2 * kTile);
     pack_columns(dy + column, out, tokens, panel);
-    multiply(x_T, x_stride, outputs, panel, (tokens + 1) / 2, y, y_stride);
+    multiply<add>(x_T, x_stride, outputs, panel, (tokens + 1) / 2, y, y_stride);
 }

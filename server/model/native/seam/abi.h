@@ -30,6 +30,9 @@ enum Phase {
     kPhases
 };
 
+// A layer's tensors, in the order of weights.LAYER_TENSORS.
+enum LayerTensor { kInputNormTensor, kQkvTensor, kOTensor, kPostNormTensor, kGateUpTensor, kDownTensor, kLayerTensors };
+
 // Of a step of training, in order; kRowsPhase and kRowsBackwardPhase are there between others.
 enum TrainPhase {
     kRowsPhase,      // embedding, norms and x Aᵀ
@@ -151,8 +154,11 @@ struct TrainGroup {  // one layer's group: A (rows, in), B (rows, out), and wher
 struct TrainBatch {  // texts one after the other; text i has the tokens [starts[i], starts[i + 1])
     int64_t num_tokens, num_texts;
     const int64_t *token_ids, *starts;
-    const TrainGroup* lora;  // (layers, kGroups)
-    double factor;           // of the features that are kept
+    const TrainGroup* lora;   // (layers, kGroups)
+    double factor;            // of the features that are kept
+    int64_t has_backward;     // whether a backward pass may follow; else nothing is kept for it
+    float* const* d_weights;  // of the base's tensors, in their order: what the backward pass adds their gradients to,
+                              // but for the head's; null where the base is frozen
 };
 
 // What smolora_layout lists.
@@ -187,8 +193,12 @@ SMOLORA_ENTRY int smolora_training_create(const BaseSizes* sizes, const BaseTens
 SMOLORA_ENTRY void smolora_training_destroy(void* training);
 // What the batch leads to must stay until the backward pass, which comes once after each forward pass, or not at all.
 SMOLORA_ENTRY int smolora_training_forward(void* training, const TrainBatch* batch, bf16* hidden, char* error);
+// `factor` times the head's gradient is added to d_head (vocab, hidden), unless that is null.
 SMOLORA_ENTRY int smolora_training_loss(void* training, const bf16* hidden, const int64_t* targets, int64_t rows,
-                                        double factor, bf16* d_hidden, double* loss, char* error);
+                                        double factor, bf16* d_hidden, float* d_head, double* loss, char* error);
+// Each row's cross-entropy and likeliest token.
+SMOLORA_ENTRY int smolora_training_measure(void* training, const bf16* hidden, const int64_t* targets, int64_t rows,
+                                           double* losses, int64_t* likeliest, char* error);
 SMOLORA_ENTRY int smolora_training_backward(void* training, const bf16* d_hidden, char* error);
 // As smolora_phases (kTrainPhases numbers).
 SMOLORA_ENTRY int smolora_training_phases(void* training, int64_t is_on, int64_t* nanoseconds, char* error);

@@ -146,6 +146,9 @@ inline void check_sampling(const BaseSizes& sizes, const SampleStep& step) {
     }
 }
 
+// Of the table of a base: embed, those of the layers, final_norm and lm_head.
+inline int64_t num_tensors(const BaseSizes& sizes) { return 3 + sizes.layers * kLayerTensors; }
+
 inline void check_group(const BaseSizes& sizes, const TrainGroup& lora, int group) {
     if (lora.rows < 0 || lora.rows % kRowUnit) refuse("%ld rows: they come in units of %d", lora.rows, kRowUnit);
     for (int64_t i = 0; i < lora.num_modules; i++) {
@@ -171,5 +174,7 @@ inline void check_batch(const BaseSizes& sizes, const TrainBatch& batch) {
     }
     if (batch.num_tokens > kMaxTokens) refuse("texts of %ld tokens in all", batch.num_tokens);
     check_ids(sizes, batch.token_ids, batch.num_tokens);
+    for (int64_t i = 0; batch.d_weights != nullptr && i < num_tensors(sizes); i++)
+        if (batch.d_weights[i] == nullptr) refuse("tensor %ld has no gradient", i);
     for (int64_t i = 0; i < sizes.layers * kGroups; i++) check_group(sizes, batch.lora[i], (int)(i % kGroups));
 }

@@ -17,6 +17,7 @@ from server.model.base.weights import BaseModel
 from server.model.smollm import Adapters, SmolLM
 from server.training.data.examples import Example
 from server.training.passes.packed_attention import PackedAttention
+from server.training.passes.torch_pass import TorchPass
 from server.training.passes.trained_rows import TrainedRows
 from tests.adapters.oracle import live
 from tests.oracles.hugging_face import linear, load_reference, logits
@@ -39,6 +40,11 @@ def make_examples(lengths: Sequence[int] = LENGTHS, seed: int = 0, vocab_size: i
 
 def model_of(base: BaseModel, max_positions: int = 128) -> SmolLM:
     return SmolLM(base.config, base.weights, max_positions=max_positions)
+
+
+def pass_of(model: SmolLM, adapters: Adapters) -> TorchPass:
+    """To measure with; gradients stay where they are."""
+    return TorchPass(model, adapters, lambda: None)
 
 
 def packed_loss(model: SmolLM, adapters: Adapters, examples: Sequence[Example]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from server.training.data.examples import Example, Examples
 from server.training.loop.evaluate import Evaluation, evaluate
 from tests.engine_kit import random_adapter
 from tests.oracles.hugging_face import load_reference, logits, merged
-from tests.server.training.data.rows_kit import make_examples, measured, model_of, rows_of
+from tests.server.training.data.rows_kit import make_examples, measured, model_of, pass_of, rows_of
 
 
 def assert_agrees(found: Evaluation, expected: tuple[float, float, int], num_rows: int) -> None:
@@ -29,12 +29,12 @@ def test_loss_and_accuracy(max_tokens: int, tiny_base: BaseModel, tiny_base_dir:
     greedily = [int(logits(reference, [*range(3, 3 + n)])[-1].argmax()) for n in (5, 6)]
     examples += [Example((*range(3, 8), greedily[0]), (*[False] * 5, True)), make_examples((300,), seed=3)[0]]
     model = model_of(tiny_base, 512)
-    found = evaluate(model, NoAdapters(), examples, max_tokens=max_tokens)
+    found = evaluate(pass_of(model, NoAdapters()), examples, max_tokens=max_tokens)
     assert_agrees(found, measured(reference, examples), len(examples))
     assert 0 < found.accuracy < 1
 
     weights = random_adapter(tiny_base.config.shape, 3, rank=4)
-    tuned = evaluate(model, rows_of(weights, tiny_base), Examples(examples), max_tokens=max_tokens)
+    tuned = evaluate(pass_of(model, rows_of(weights, tiny_base)), Examples(examples), max_tokens=max_tokens)
     with merged(reference, [(weights, 1.0)]):
         assert_agrees(tuned, measured(reference, examples), len(examples))
     assert abs(tuned.loss - found.loss) > 0.1
@@ -42,14 +42,14 @@ def test_loss_and_accuracy(max_tokens: int, tiny_base: BaseModel, tiny_base_dir:
 
 def test_more_counted_tokens_than_logits_at_one_time(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
     examples = make_examples((400, 500, 450), seed=1)
-    found = evaluate(model_of(tiny_base, 512), NoAdapters(), examples)
+    found = evaluate(pass_of(model_of(tiny_base, 512), NoAdapters()), examples)
     assert found.num_tokens > 600
     assert_agrees(found, measured(load_reference(tiny_base_dir), examples), 3)
 
 
 def test_nothing_is_trained_or_kept(tiny_base: BaseModel) -> None:
     rows = rows_of(random_adapter(tiny_base.config.shape, 3, rank=4), tiny_base)
-    evaluate(model_of(tiny_base), rows, make_examples())
+    evaluate(pass_of(model_of(tiny_base), rows), make_examples())
     assert all(leaf.grad is None for leaf in rows.leaves)
     assert not rows.gradients.any()
 
@@ -57,8 +57,7 @@ def test_nothing_is_trained_or_kept(tiny_base: BaseModel) -> None:
 def test_between_micro_batches(tiny_base: BaseModel) -> None:
     calls: list[None] = []
     evaluate(
-        model_of(tiny_base),
-        NoAdapters(),
+        pass_of(model_of(tiny_base), NoAdapters()),
         make_examples((5, 6, 7)),
         max_tokens=1,
         yield_or_leave=lambda: calls.append(None),
@@ -69,13 +68,13 @@ def test_between_micro_batches(tiny_base: BaseModel) -> None:
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        evaluate(model_of(tiny_base), NoAdapters(), make_examples(), yield_or_leave=stop)
+        evaluate(pass_of(model_of(tiny_base), NoAdapters()), make_examples(), yield_or_leave=stop)
 
 
 def test_no_counted_token(tiny_base: BaseModel) -> None:
     for examples in ([], make_examples((1, 1))):
         with pytest.raises(ValueError, match="nothing to evaluate"):
-            evaluate(model_of(tiny_base), NoAdapters(), examples)
+            evaluate(pass_of(model_of(tiny_base), NoAdapters()), examples)
 
 
 def test_a_broken_adapter_has_no_loss(tiny_base: BaseModel) -> None:
@@ -84,5 +83,5 @@ def test_a_broken_adapter_has_no_loss(tiny_base: BaseModel) -> None:
     rows = rows_of(weights, tiny_base)
     rows.masters.fill_(float("nan"))
     rows.refresh()
-    assert math.isnan(evaluate(model_of(tiny_base), rows, make_examples()).loss)
+    assert math.isnan(evaluate(pass_of(model_of(tiny_base), rows), make_examples()).loss)
     assert Evaluation(1e6, 0, 1, 1).perplexity < float("inf")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from server.model.base.weights import BaseModel
-from server.model.smollm import NoAdapters, SmolLM
+from server.model.smollm import NoAdapters
 from server.training.loop.checkpoint import Checkpoints
 from server.training.loop.evaluate import evaluate
 from server.training.loop.trainer import Trainer
@@ -15,7 +15,7 @@ from server.training.passes.trainables import TrainableModel, TrainableRows, tra
 from server.training.spec import Init, LoraSpec, Method, TrainingSpec
 from tests.pretended.card import Card
 from tests.pretended.cuda import on_card, pretended_cuda
-from tests.server.training.data.rows_kit import make_examples
+from tests.server.training.data.rows_kit import make_examples, model_of, pass_of
 from tests.server.training.loop.codes_kit import KINDS, SPEC, Left, longer, run, tensors
 
 
@@ -99,12 +99,12 @@ def test_what_a_step_of_a_micro_batch_costs(
 def test_an_evaluation_waits_twice_a_micro_batch(tiny_base: BaseModel) -> None:
     """For its losses and for what was right, however many tokens' logits exist at one time."""
     examples = make_examples([500] * 8)
-    expected = evaluate(SmolLM(tiny_base.config, tiny_base.weights, max_positions=512), NoAdapters(), examples)
+    expected = evaluate(pass_of(model_of(tiny_base, 512), NoAdapters()), examples)
     with pretended_cuda() as card:
         base = on_card(tiny_base)
-        model = SmolLM(base.config, base.weights, max_positions=512)
+        passes = pass_of(model_of(base, 512), NoAdapters())
         card.main.clear()
-        found = evaluate(model, NoAdapters(), examples)
+        found = evaluate(passes, examples)
     assert expected.num_tokens > 4 * 256
     assert card.main.num_waits == 2 * 2, card.main.waits
     assert (found.accuracy, found.num_tokens) == (expected.accuracy, expected.num_tokens)

@@ -20,7 +20,7 @@ from server.training.worker.exact_match import MORE_TOKENS, _may_become, exact_m
 from tests.engine_kit import random_adapter
 from tests.native_kit import native_library
 from tests.oracles.hugging_face import generate, linear, load_reference, merged
-from tests.server.training.data.rows_kit import measured, model_of, rows_of
+from tests.server.training.data.rows_kit import measured, model_of, pass_of, rows_of
 
 PROMPTS = ("404", "The server", "Not", "OK")
 
@@ -172,9 +172,9 @@ def test_on_the_real_base(real_base: BaseModel, hf_base_dir: Path) -> None:
     examples = encoder.encode_all(ROWS, 128).examples
     model = model_of(real_base)
     tuned = random_adapter(real_base.config.shape, 0, rank=8, modules=["v_proj"], layers=[3, 20], strength=0.3)
-    plain = evaluate(model, NoAdapters(), examples)
+    plain = evaluate(pass_of(model, NoAdapters()), examples)
     assert plain.loss == pytest.approx(measured(reference, examples)[0], abs=1e-4)
-    found = evaluate(model, rows_of(tuned, real_base), examples)
+    found = evaluate(pass_of(model, rows_of(tuned, real_base)), examples)
     asked = encoder.references(ROWS)
     assert len(asked) == 3
     with merged(reference, [(tuned, 1.0)]):

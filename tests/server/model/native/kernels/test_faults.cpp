@@ -92,6 +92,8 @@ TEST(a_step_of_training_without_memory) {
     Random random(1);
     const TinyBase base(random, 1);
     Texts texts(base, {5, 33, 20}, true);
+    BaseGradients of_base(base);
+    texts.d_weights = of_base.places();
     const TrainBatch batch = texts.batch();
     std::vector<bf16> d_hidden(texts.hidden.size());
     double loss;
@@ -100,12 +102,12 @@ TEST(a_step_of_training_without_memory) {
         int status = smolora_training_forward(native.object.get(), &batch, texts.hidden.data(), error);
         if (status == kOk)
             status = smolora_training_loss(native.object.get(), texts.hidden.data(), texts.token_ids.data(),
-                                           batch.num_tokens, 1, d_hidden.data(), &loss, error);
+                                           batch.num_tokens, 1, d_hidden.data(), texts.d_weights.back(), &loss, error);
         if (status == kOk) status = smolora_training_backward(native.object.get(), d_hidden.data(), error);
         return status;
     };
     expect(pass(Native::training(base, 2)) == kOk, "it works");
-    const auto expected = texts.gradients;
+    const auto expected = texts.gradients, expected_of_base = of_base.values;
     for (int failing : {1, 1000})
         fail_each_in_turn(failing, [&] {
             const Native fresh = Native::training(base, 3);
@@ -114,7 +116,9 @@ TEST(a_step_of_training_without_memory) {
             if (status == kOk) return status;
             pause_failing();  // it is used on
             for (auto& gradient : texts.gradients) std::fill(gradient.begin(), gradient.end(), 0);
-            if (pass(fresh) != kOk || texts.gradients != expected) return (int)kFailed;
+            of_base.clear();
+            if (pass(fresh) != kOk || texts.gradients != expected || of_base.values != expected_of_base)
+                return (int)kFailed;
             return status;
         });
 }

@@ -82,6 +82,36 @@ TEST(rms_norm_backward_is_its_slope) {
         expect_near(d_x[i], (value(i, 1e-4) - value(i, -1e-4)) / 2e-4, 1e-5, "the slope in x's %d", i);
 }
 
+TEST(gradients_of_norms_and_embeddings_are_added) {
+    Random random(7);
+    const int tokens = 37, size = 96, vocab = 5;
+    const auto x = random_floats(random, (size_t)tokens * size, 2), dy = random_floats(random, (size_t)tokens * size);
+    std::vector<float> inverse;
+    std::vector<int64_t> ids;
+    for (int t = 0; t < tokens; t++) {
+        inverse.push_back(inverse_rms(&x[t * size], size, kEps));
+        ids.push_back(random.below(vocab));
+    }
+    Fenced<float> d_weight(size, 0.5f), d_embed((size_t)vocab * size, 0.5f);
+    for (int column = 0; column < size; column += kTile) {
+        add_norm_gradient(x.data(), inverse.data(), dy.data(), tokens, size, column, d_weight.data());
+        add_embedding_gradient(dy.data(), ids.data(), tokens, size, column, d_embed.data());
+    }
+    d_weight.check("add_norm_gradient"), d_embed.check("add_embedding_gradient");
+    for (int i = 0; i < size; i++) {
+        double of_norm = 0.5, magnitude = 0.5;
+        std::vector<double> of_tokens(vocab, 0.5);
+        for (int t = 0; t < tokens; t++) {
+            const double share = (double)dy[t * size + i] * x[t * size + i] * inverse[t];
+            of_norm += share, magnitude += std::abs(share);
+            of_tokens[ids[t]] += dy[t * size + i];
+        }
+        expect_near(d_weight[i], of_norm, (tokens + 2) * kU32 * magnitude, "the norm's %d", i);
+        for (int id = 0; id < vocab; id++)
+            expect_near(d_embed[id * size + i], of_tokens[id], tokens * tokens * kU32, "token %d's %d", id, i);
+    }
+}
+
 TEST(rotate_there_and_back) {
     Random random(4);
     const int positions = 7;

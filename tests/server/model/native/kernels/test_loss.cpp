@@ -14,17 +14,34 @@ static void check_loss(int rows, int vocab, int hidden, int threads, double cert
         x[i] = to_bf16((float)certainty * to_float(head[targets[i / hidden] * hidden + i % hidden]));
     const double factor = 0.37;
     std::vector<bf16> first;
+    std::vector<int64_t> first_likeliest;
+    std::vector<float> first_d_head;
+    std::vector<double> d_head((size_t)vocab * hidden, 0.5), d_head_error((size_t)vocab * hidden, kU32);
     double first_loss = 0;
     for (int size = 1; size <= threads; size++) {
         Team team(size);
         Loss loss(&team, head.data(), vocab, hidden);
         Fenced<bf16> d_hidden((size_t)rows * hidden);
-        const double found = loss.run(x.data(), targets.data(), rows, factor, d_hidden.data());
-        d_hidden.check("the gradient");
+        Fenced<float> d_head((size_t)vocab * hidden, 0.5f);  // which is added to
+        const double found = loss.run(x.data(), targets.data(), rows, factor, d_hidden.data(), d_head.data());
+        d_hidden.check("the gradient"), d_head.check("the head's gradient");
+        std::vector<double> losses((size_t)rows);
+        std::vector<int64_t> likeliest((size_t)rows);
+        loss.measure(x.data(), targets.data(), rows, losses.data(), likeliest.data());
+        double sum = 0;
+        for (double of : losses) sum += of;
+        expect(sum == found, "without gradients the loss is another");
+        if (size > 1)
+            expect(likeliest == first_likeliest, "%d threads find something else likely", size);
+        else
+            first_likeliest = likeliest;
         if (size == 1) {
             first.assign(d_hidden.data(), d_hidden.data() + rows * hidden), first_loss = found;
+            first_d_head.assign(d_head.data(), d_head.data() + vocab * hidden);
             continue;
         }
+        expect(!memcmp(first_d_head.data(), d_head.data(), first_d_head.size() * sizeof(float)),
+               "%d threads compute another gradient of the head", size);
         expect(found == first_loss && !memcmp(first.data(), d_hidden.data(), first.size() * sizeof(bf16)),
                "%d threads compute something else", size);
     }
@@ -42,6 +59,8 @@ static void check_loss(int rows, int vocab, int hidden, int threads, double cert
             most = std::max(most, p[token]), size = std::max(size, magnitude);
         }
         const double logit = p[targets[row]];
+        expect(p[first_likeliest[row]] >= most - 2 * sum_error(hidden) * size, "row %d: %ld is the likeliest", row,
+               first_likeliest[row]);
         for (double of : p) sum += std::exp(of - most);
         const double divisor = most + std::log(sum);
         // Of a logit, of the logarithm of the sum of their powers, and of both roundings to fp32.
@@ -57,6 +76,13 @@ static void check_loss(int rows, int vocab, int hidden, int threads, double cert
             p[token] *= factor, error[token] = factor * (error[token] + 2 * kU32 * std::abs(p[token] / factor));
             error[token] += kU16 * (std::abs(p[token]) + error[token]);
         }
+        for (int i = 0; i < vocab * hidden; i++) {
+            const int token = i / hidden;
+            const double of = to_float(x[row * hidden + i % hidden]);
+            d_head[i] += p[token] * of;
+            d_head_error[i] +=
+                (error[token] + sum_error(rows + 2) * (std::abs(p[token]) + error[token])) * std::abs(of);
+        }
         for (int i = 0; i < hidden; i++) {
             double exact = 0, bound = 0;
             for (int token = 0; token < vocab; token++) {
@@ -68,6 +94,9 @@ static void check_loss(int rows, int vocab, int hidden, int threads, double cert
                         "%d rows, vocabulary of %d: (%d, %d)", rows, vocab, row, i);
         }
     }
+    for (int i = 0; i < vocab * hidden; i++)
+        expect_near(first_d_head[i], d_head[i], d_head_error[i] + sum_error(rows + 2) * std::abs(d_head[i]),
+                    "%d rows, vocabulary of %d: the head's (%d, %d)", rows, vocab, i / hidden, i % hidden);
     expect_near(first_loss, exact_loss, loss_error, "the loss of %d rows, vocabulary of %d", rows, vocab);
 }
 
@@ -80,9 +109,28 @@ TEST(loss_and_its_gradient) {
     for (int rows : {kLossRows - 1, kLossRows, kLossRows + 1}) check_loss(rows, 64, 32, 2);
 }
 
+TEST(the_first_of_equally_likely_tokens) {
+    const int vocab = 1056, hidden = 32;
+    Random random(3);
+    std::vector<bf16> head((size_t)vocab * hidden);
+    const auto row = random_bf16(random, hidden);
+    for (int token : {700, 701, 900, 1055}) std::copy(row.begin(), row.end(), &head[token * hidden]);
+    Team team(2);
+    Loss loss(&team, head.data(), vocab, hidden);
+    std::vector<bf16> x(row);
+    x.resize(2 * hidden);  // a row of zeros, by which all are equally likely
+    const int64_t targets[] = {900, 3};
+    double losses[2];
+    int64_t likeliest[2];
+    loss.measure(x.data(), targets, 2, losses, likeliest);
+    expect(likeliest[0] == 700 && likeliest[1] == 0, "%ld and %ld", likeliest[0], likeliest[1]);
+    expect_near(losses[1], std::log(vocab), 1e-6, "all are equally likely");
+}
+
 TEST(loss_of_nothing) {
     Team team(2);
     const std::vector<bf16> head(32 * 32);
     Loss loss(&team, head.data(), 32, 32);
-    expect(loss.run(nullptr, nullptr, 0, 1, nullptr) == 0, "no rows have a loss");
+    loss.measure(nullptr, nullptr, 0, nullptr, nullptr);
+    expect(loss.run(nullptr, nullptr, 0, 1, nullptr, nullptr) == 0, "no rows have a loss");
 }

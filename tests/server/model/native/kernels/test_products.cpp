@@ -183,6 +183,10 @@ TEST(sums_over_tokens) {
             multiply_over_tokens(x_T.data(), across, outputs, dy.data(), out, column, tokens, y.data(), y_stride,
                                  scratch);
             y.check("multiply_over_tokens");
+            Fenced<float> added((size_t)outputs * y_stride, 2);
+            multiply_over_tokens<true>(x_T.data(), across, outputs, dy.data(), out, column, tokens, added.data(),
+                                       y_stride, scratch);
+            added.check("multiply_over_tokens");
             for (int output = 0; output < outputs; output++)
                 for (int i = 0; i < kTile; i++) {
                     Sum exact;
@@ -190,6 +194,9 @@ TEST(sums_over_tokens) {
                         exact.add(to_float(x[token * outputs + output]), to_float(dy[token * out + column + i]));
                     expect_near(y[output * y_stride + i], exact.value, exact.error(), "%d tokens: (%d, %d)", tokens,
                                 output, column + i);
+                    exact.add(2, 1);
+                    expect_near(added[output * y_stride + i], exact.value, exact.error(), "%d tokens added: (%d, %d)",
+                                tokens, output, column + i);
                 }
         }
     }

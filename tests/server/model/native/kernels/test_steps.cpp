@@ -56,7 +56,7 @@ Pass train(const TinyBase& base, int threads, bool has_dropout) {
         check_finite(texts.hidden, "hidden states");
         std::vector<bf16> d_hidden(texts.hidden.size());
         SUCCEED(smolora_training_loss, native.object.get(), texts.hidden.data(), texts.token_ids.data(),
-                batch.num_tokens, 1.0 / (double)batch.num_tokens, d_hidden.data(), &pass.loss);
+                batch.num_tokens, 1.0 / (double)batch.num_tokens, d_hidden.data(), nullptr, &pass.loss);
         SUCCEED(smolora_training_backward, native.object.get(), d_hidden.data());
         pass.hidden = texts.hidden, pass.gradients = texts.gradients;
         for (const auto& gradient : pass.gradients) {
@@ -123,7 +123,7 @@ TEST(gradients_are_slopes) {
     auto forward = [&] {
         SUCCEED(smolora_training_forward, native.object.get(), &batch, texts.hidden.data());
         SUCCEED(smolora_training_loss, native.object.get(), texts.hidden.data(), texts.token_ids.data(),
-                batch.num_tokens, 1.0, d_hidden.data(), &loss);
+                batch.num_tokens, 1.0, d_hidden.data(), nullptr, &loss);
     };
     forward();
     SUCCEED(smolora_training_backward, native.object.get(), d_hidden.data());
@@ -196,7 +196,7 @@ TEST(tables_of_any_numbers) {
             status = smolora_training_forward(training.object.get(), &batch, texts.hidden.data(), error);
             if (status == kOk)
                 status = smolora_training_loss(training.object.get(), texts.hidden.data(), targets.data(),
-                                               batch.num_tokens, 1, d_hidden.data(), &loss, error);
+                                               batch.num_tokens, 1, d_hidden.data(), nullptr, &loss, error);
             if (status == kOk) status = smolora_training_backward(training.object.get(), d_hidden.data(), error);
         }
         expect(status == kOk || (status == kInvalid && *error), "number %zu of %ld: status %d, %s", chosen, number,
@@ -238,6 +238,44 @@ TEST(sizes_that_are_not_covered) {
                 expect(created == nullptr && *error, "nothing is created");
             }
         }
+}
+
+// Hidden states and losses without a backward pass: the same, by layers that share their buffers.
+TEST(measuring_is_training_without_gradients) {
+    Random random(6);
+    const TinyBase base(random);
+    const Native native = Native::training(base, 2);
+    double loss;
+    char error[kErrorSize];
+    for (const std::vector<int64_t>& lengths : {std::vector<int64_t>{5, 33}, {48, 80, 1}, {3}}) {
+        Texts texts(base, lengths, false);
+        const TrainBatch batch = texts.batch(), measured = texts.batch(false);
+        const std::vector<int64_t>& targets = texts.token_ids;
+        SUCCEED(smolora_training_forward, native.object.get(), &batch, texts.hidden.data());
+        const std::vector<bf16> expected = texts.hidden;
+        std::vector<bf16> d_hidden(expected.size());
+        SUCCEED(smolora_training_loss, native.object.get(), texts.hidden.data(), targets.data(), batch.num_tokens, 1.0,
+                d_hidden.data(), nullptr, &loss);
+        std::fill(texts.hidden.begin(), texts.hidden.end(), 0);
+        SUCCEED(smolora_training_forward, native.object.get(), &measured, texts.hidden.data());
+        expect(texts.hidden == expected, "other hidden states");
+        std::vector<double> losses(targets.size());
+        std::vector<int64_t> likeliest(targets.size());
+        SUCCEED(smolora_training_measure, native.object.get(), texts.hidden.data(), targets.data(), batch.num_tokens,
+                losses.data(), likeliest.data());
+        for (double of : losses) loss -= of;
+        expect_near(loss, 0, 1e-9, "the losses' sum");
+        expect(smolora_training_backward(native.object.get(), texts.hidden.data(), error) == kInvalid,
+               "nothing is kept for a backward pass");
+    }
+    const int64_t outside[] = {0, base.sizes.vocab};
+    std::vector<double> losses(2);
+    std::vector<int64_t> likeliest(2);
+    const std::vector<bf16> hidden((size_t)(2 * base.sizes.hidden));
+    for (int64_t rows : {(int64_t)2, (int64_t)-1})
+        expect(smolora_training_measure(native.object.get(), hidden.data(), outside, rows, losses.data(),
+                                        likeliest.data(), error) == kInvalid,
+               "it is refused");
 }
 
 TEST(a_backward_pass_after_a_forward_pass) {

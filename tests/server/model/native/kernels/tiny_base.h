@@ -190,6 +190,23 @@ struct Step {
     std::vector<LoraPart> adapters_[kGroups];
 };
 
+// Room for the gradients of a base's tensors.
+struct BaseGradients {
+    std::vector<std::vector<float>> values;
+
+    explicit BaseGradients(const TinyBase& base) {
+        for (const auto& tensor : base.tensors) values.emplace_back(tensor.size());
+    }
+    std::vector<float*> places() {
+        std::vector<float*> found;
+        for (auto& of : values) found.push_back(of.data());
+        return found;
+    }
+    void clear() {
+        for (auto& of : values) std::fill(of.begin(), of.end(), 0);
+    }
+};
+
 // One batch of texts, an adapter with uneven ranks and one group without any rows, and its gradients.
 struct Texts {
     int64_t num_tokens;
@@ -201,6 +218,7 @@ struct Texts {
     std::vector<std::vector<float>> gradients;
     std::vector<std::vector<uint8_t>> kept;
     double factor = 1;
+    std::vector<float*> d_weights;  // of the base's tensors; none: it is frozen
 
     Texts(const TinyBase& base, const std::vector<int64_t>& lengths, bool has_dropout) {
         Random random(11);
@@ -236,7 +254,11 @@ struct Texts {
         }
         if (has_dropout) factor = 4.0 / 3;
     }
-    TrainBatch batch() const {
-        return {num_tokens, (int64_t)starts.size() - 1, token_ids.data(), starts.data(), lora.data(), factor};
+    TrainBatch batch(bool has_backward = true) const {
+        const bool is_frozen = d_weights.empty();
+        return {num_tokens,       (int64_t)starts.size() - 1,
+                token_ids.data(), starts.data(),
+                lora.data(),      factor,
+                has_backward,     is_frozen ? nullptr : d_weights.data()};
     }
 };

@@ -1,0 +1,131 @@
+"""Held-out losses by native code beside torch's: the same as far as 16 bits tell, the same bits in any company."""
+
+import ctypes
+import random
+from collections.abc import Sequence
+from http import HTTPStatus
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.lora import LoraWeights
+from server.model.base.source import resolve_base
+from server.model.base.weights import BaseModel, load_base
+from server.training.data.examples import Example, Examples
+from server.training.data.job_data import DataFacts, JobData
+from server.training.loop.checkpoint import Checkpoints
+from server.training.loop.evaluate import Evaluation, evaluate
+from server.training.loop.run import Run
+from server.training.passes.init import initial_weights
+from server.training.passes.native_pass import NativePass
+from server.training.passes.torch_pass import Pass, TorchPass
+from server.training.passes.trainables import trainable_rows
+from server.training.spec import JobSpec, LoraSpec, TrainingSpec
+from server.training.worker.exact_match import exact_match
+from tests.native_kit import SHAPES, native_library
+from tests.server.training.data.rows_kit import make_examples
+from tests.server.training.loop.test_run import Listener
+from tests.server.training.passes.test_native_pass import batch_of, in_fp32, tokens, uneven
+from tests.tiny import save_tiny_base
+
+LONGEST = 320
+LENGTHS = (5, 1, 33, 32, 100, 3, 31, 300, 2)
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    return native_library()
+
+
+@pytest.fixture(scope="module", params=list(SHAPES))
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    return _tiny(tmp_path_factory.mktemp("native"), request.param)
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    return _tiny(tmp_path_factory.mktemp("native"), "grouped")
+
+
+def _tiny(directory: Path, shape: str) -> BaseModel:
+    architecture, given = SHAPES[shape]
+    saved = save_tiny_base(directory / "tiny", architecture, {**given, "initializer_range": 0.06}, seed=3)
+    return load_base(resolve_base(str(saved), directory), torch.bfloat16)
+
+
+def passes_of(base: BaseModel, weights: LoraWeights, library: ctypes.CDLL | None) -> Pass:
+    passes = trainable_rows(base, weights, None, max_length=LONGEST, dropout=0.0, library=library).passes
+    assert isinstance(passes, TorchPass if library is None else NativePass)
+    return passes
+
+
+def assert_near(base: BaseModel, weights: LoraWeights, library: ctypes.CDLL, examples: Sequence[Example]) -> None:
+    """As near to fp32 as 16 bits are: no farther than torch's, but for a share of chance."""
+    exact = evaluate(passes_of(in_fp32(base), weights, None), examples)
+    in_torch = evaluate(passes_of(base, weights, None), examples)
+    native = evaluate(passes_of(base, weights, library), examples)
+    assert abs(native.loss - exact.loss) < max(5e-4, abs(in_torch.loss - exact.loss))
+    assert native.perplexity == pytest.approx(exact.perplexity, rel=5e-3)
+    assert abs(native.accuracy - exact.accuracy) <= 3 / exact.num_tokens
+    assert (native.num_rows, native.num_tokens) == (exact.num_rows, exact.num_tokens)
+
+
+def test_they_are_torchs(base: BaseModel, library: ctypes.CDLL) -> None:
+    """Of the base alone and under an adapter, rows without a counted token among them."""
+    examples = make_examples(LENGTHS, seed=2)
+    for weights in (LoraWeights({}), uneven(base)):
+        assert_near(base, weights, library, examples)
+
+
+def test_neither_threads_nor_company_change_a_bit(grouped: BaseModel, library: ctypes.CDLL) -> None:
+    examples, weights = make_examples(LENGTHS, seed=2), uneven(grouped)
+    threads = torch.get_num_threads()
+    found: set[Evaluation] = set()
+    try:
+        for number, max_tokens in ((1, 1), (2, 40), (3, 150), (5, 10_000), (2, 2048)):
+            torch.set_num_threads(number)
+            random.Random(number).shuffle(examples)
+            found.add(evaluate(passes_of(grouped, weights, library), examples, max_tokens=max_tokens))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1, found
+
+
+def test_it_is_the_loss_that_is_trained_on(grouped: BaseModel, library: ctypes.CDLL) -> None:
+    """Between two training passes, which it changes nothing of."""
+    batch = batch_of(tokens(grouped, LENGTHS), LENGTHS)
+    trainable = trainable_rows(grouped, uneven(grouped), None, max_length=LONGEST, dropout=0.0, library=library)
+    loss = trainable.accumulate(batch, 1.0)
+    gradients = trainable.gradients.clone()
+    assert sum(trainable.passes.measure(batch).losses) == loss
+    assert torch.equal(trainable.gradients, gradients)
+    trainable.gradients.zero_()
+    assert trainable.accumulate(batch, 1.0) == loss
+    assert torch.equal(trainable.gradients, gradients)
+
+
+def test_a_job_measures_the_base_and_what_it_trained(
+    grouped: BaseModel, library: ctypes.CDLL, tmp_path: Path
+) -> None:
+    examples = make_examples((9, 12, 7, 15), seed=4)
+    facts = DataFacts("d", 4, 43, 39, 0, "d", 4)
+    data = JobData(Examples(examples), Examples(examples), (), facts, grouped.digest)
+    training = TrainingSpec(epochs=3, learning_rate=1e-2, batch_size=2, max_length=16, eval_steps=2)
+    spec = JobSpec("codes", lora=LoraSpec(rank=4), training=training)
+    checkpoints = Checkpoints(tmp_path, 1)
+    outcome = Run(spec, data, grouped, checkpoints, Listener(), exact_match, library=library).run()
+    assert outcome.weights is not None
+    assert outcome.base == evaluate(passes_of(grouped, LoraWeights({}), library), examples)
+    assert outcome.tuned == evaluate(passes_of(grouped, outcome.weights, library), examples)
+    assert dict(outcome.counters.eval_curve)[outcome.step] == outcome.tuned.loss
+    assert outcome.base != evaluate(passes_of(grouped, LoraWeights({}), None), examples), "not by torch"
+    assert outcome.tuned.loss < outcome.base.loss
+
+
+def test_of_the_real_base(base_dir: Path, library: ctypes.CDLL) -> None:
+    base = load_base(base_dir, torch.bfloat16)
+    texts = [base.tokenizer.encode(f"{s.value} {s.phrase}: {s.description}.") for s in HTTPStatus]
+    examples = [Example(tuple(text), (False, *[True] * (len(text) - 1))) for text in texts]
+    start, _ = initial_weights(LoraSpec(rank=16, alpha=32, init="gaussian"), base, seed=0)
+    assert_near(base, start, library, examples)
