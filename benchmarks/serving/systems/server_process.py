@@ -14,7 +14,7 @@ import torch
 from adapters.lora import BaseShape
 from benchmarks.serving.systems.http_server import READY_WITHIN, ServerProcess, threads_environment
 from server.model.native.model import ROW_FORMAT
-from server.model.rank_rows import RowFormat
+from server.model.row_layout import RowFormat
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IMPORTS = (

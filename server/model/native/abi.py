@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from server.model.rank_rows import GROUPS
+from server.model.row_layout import GROUPS
 
 TILE = 32
 """Outputs that are computed together."""

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from adapters.lora import MODULES, BaseShape, LoraWeights, ModuleKey
-from server.model.rank_rows import GROUPS, GroupLayout, RankRows, RowFormat, Run
+from server.model.rank_rows import RankRows, Run
+from server.model.row_layout import GROUPS, GroupLayout, RowFormat
 from tests.engine_kit import place, random_adapter
 
 SHAPE = BaseShape(
