@@ -32,8 +32,9 @@ class PackedFiles:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._folder = root / "packed"
-        self.make: Callable[[LoraWeights], Pieces] | None = None
-        """What of an adapter that is put is kept; ValueError or RuntimeError for one that has no such form."""
+        self.make: Callable[[str, LoraWeights], Pieces] | None = None
+        """What is kept of an adapter that is put, by its digest and weights; ValueError or RuntimeError where it
+        has no such form."""
         self.min_free_bytes = 0
         """That others need of the disk."""
 
@@ -41,7 +42,7 @@ class PackedFiles:
         """Keep what `make` makes of an adapter that was just stored, if anything, and if there is room."""
         if self.make is not None:
             with suppress(OSError, ValueError, RuntimeError):
-                self.keep(weights.digest, self.make(weights))
+                self.keep(weights.digest, self.make(weights.digest, weights))
 
     def keep(self, digest: str, pieces: Pieces) -> None:
         """Have the file, whole or not at all. Raises OSError.

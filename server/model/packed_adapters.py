@@ -12,8 +12,10 @@ import threading
 
 import torch
 
+from adapters.lora import LoraWeights
 from adapters.store.packed import Pieces
 from adapters.store.store import AdapterStore
+from server.model.rank_rows import Stored
 from server.model.row_layout import GROUPS, PackedRows, RowLayout
 
 FORMAT = 1
@@ -33,11 +35,11 @@ class PackedAdapters:
         self._layout_digest = _digest_of(layout)
         self._writing = threading.Lock()
         store.packed.min_free_bytes = min_free_bytes
-        store.packed.make = lambda weights: self._pieces(weights.digest, layout.pack(weights))
+        store.packed.make = self._pieces
 
-    def load(self, digest: str) -> PackedRows:
-        """The adapter, mapped from its packed file, or packed now. Raises CorruptAdapter, and ValueError or
-        RuntimeError for one of another base.
+    def load(self, digest: str) -> Stored:
+        """The adapter, mapped from its packed file or, where there is none, as it was published. Either takes no
+        memory of its own, however long it waits to be placed. Raises CorruptAdapter.
         """
         content = self._store.packed.map(digest)
         if content is not None:
@@ -45,10 +47,14 @@ class PackedAdapters:
                 return self._read(digest, content)
             except (ValueError, KeyError, TypeError, AttributeError):
                 self._store.packed.remove(digest)
-        rows = self._layout.pack(self._store.load(digest))
+        weights = self._store.load(digest)
         if self._writing.acquire(blocking=False):  # else another is being written: the next load may do it
-            threading.Thread(target=self._keep, args=(digest, rows), name="adapter-packer", daemon=True).start()
-        return rows
+            what = (digest, weights)
+            try:
+                threading.Thread(target=self._keep, args=what, name="adapter-packer", daemon=True).start()
+            except RuntimeError:  # no thread to be had
+                self._writing.release()
+        return weights
 
     def _read(self, digest: str, content: torch.Tensor) -> PackedRows:
         header = json.loads(content[:_HEADER].numpy().tobytes())
@@ -59,17 +65,18 @@ class PackedAdapters:
             raise ValueError("of another length")
         return PackedRows(needs, content[_HEADER:])
 
-    def _pieces(self, digest: str, rows: PackedRows) -> Pieces:
+    def _pieces(self, digest: str, weights: LoraWeights) -> Pieces:
+        rows = self._layout.pack(weights)
         ranks = {module.module: module.rank for group in rows.needs.values() for module in group.modules}
         header = {"layout": self._layout_digest, "digest": digest, "ranks": ranks}
         text = json.dumps(header, separators=(",", ":")).encode().ljust(_HEADER)
         return [memoryview(text), memoryview(rows.content.numpy().data)]
 
-    def _keep(self, digest: str, rows: PackedRows) -> None:
+    def _keep(self, digest: str, weights: LoraWeights) -> None:
         try:
-            self._store.packed.keep(digest, self._pieces(digest, rows))
-        except OSError as error:
-            log.warning("can't keep %s packed: %s", digest[:12], error.strerror)
+            self._store.packed.keep(digest, self._pieces(digest, weights))
+        except (OSError, ValueError, RuntimeError) as error:
+            log.warning("can't keep %s packed: %s", digest[:12], error)
         finally:
             self._writing.release()
 

@@ -358,7 +358,7 @@ def test_packed_files_stay_on_the_machine_and_count_as_its_cache(
     """One that was loaded packed was used just now, though nobody read what it was made of."""
     (_, size), *_ = published(machine("a"), range(1))
     b = machine("b", cache_bytes=5 * size)
-    b.packed.make = lambda weights: [memoryview(bytes(size))]
+    b.packed.make = lambda digest, weights: [memoryview(bytes(size))]
     digests = [digest for digest, _ in published(b, range(1, 4))]
     assert set(names(bucket)) == {CONFIG_NAME, WEIGHTS_NAME, SIDECAR_NAME}
 
