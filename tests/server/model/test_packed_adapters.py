@@ -273,6 +273,24 @@ def test_an_adapter_of_another_base_is_put_and_never_placed(tmp_path: Path) -> N
             pool_of(TINY, stored)
 
 
+def test_without_a_thread_it_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = AdapterStore(tmp_path)
+    adapter = published(ADAPTERS["all modules"](TINY))
+    store.put(adapter)
+    packed = PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
+
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        assert_same_pools(TINY, packed.load(adapter.weights.digest), adapter.weights)
+    assert not packed_file(tmp_path, adapter.weights.digest).exists()
+    packed.load(adapter.weights.digest)
+    settle()
+    assert packed_file(tmp_path, adapter.weights.digest).exists()
+
+
 def test_one_is_written_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A burst of loads writes no heap of files behind their backs: what was passed over is written at its next."""
     store = AdapterStore(tmp_path)
