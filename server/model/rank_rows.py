@@ -57,6 +57,8 @@ class RankRows:
         self.layouts = self.layout.groups
         self._ends: dict[str, tuple[int, int]] = {}  # of the rows and units that adapters had so far
         self._last: Placement = {}
+        self.lacks_pages = False
+        """Whether an adapter has the pages that were taken ahead."""
         self._uploads = None if device.type == "cpu" else Uploads(device)
         self.a: dict[str, torch.Tensor] = {}
         self.b: dict[str, torch.Tensor] = {}
@@ -69,9 +71,10 @@ class RankRows:
             else:
                 self.a[group] = in_huge_pages(shape.num_layers * a_shape[0], a_shape[1], dtype=row_format.a)
                 self.b[group] = in_huge_pages(shape.num_layers * b_shape[0], b_shape[1], dtype=row_format.b)
-        typical = self.layout.needs(dict.fromkeys(shape.features, min(max_rank, _TYPICAL_RANK)))
-        self._last = {group: Run(rows, 0, 0) for group, rows in typical.items()}
-        self.take_ahead()
+        if row_format.tile is not None:
+            typical = self.layout.needs(dict.fromkeys(shape.features, min(max_rank, _TYPICAL_RANK)))
+            self._last = {group: Run(rows, 0, 0) for group, rows in typical.items()}
+            self.take_ahead()
 
     def num_rows(self, group: str) -> int:
         """Rows of A that the group's pool has in each layer."""
@@ -123,6 +126,7 @@ class RankRows:
             rows, units = self._ends.get(group, (0, 0))
             ends = run.first_row + run.rows.num_rows, run.first_unit + run.rows.num_units
             self._ends[group] = max(rows, ends[0]), max(units, ends[1])
+            self.lacks_pages |= self.format.tile is not None and self._ends[group] != (rows, units)
         self._last = placement
         if self._uploads is not None:
             self._uploads.copy(staged)
@@ -131,8 +135,7 @@ class RankRows:
         """Take the pages for one more adapter as large as the last one, where it is likely to lie: those that no
         adapter had yet cost more to take than all the rest of placing one.
         """
-        if self.format.tile is None:
-            return
+        self.lacks_pages = False
         layers = self.shape.num_layers
         for group, run in self._last.items():
             row, unit = self._ends.get(group, (0, 0))

@@ -160,6 +160,8 @@ class AdapterPool:
             elif not adapter.num_wanting and adapter.placement is None and self._has(adapter):
                 del self._adapters[adapter.digest]  # it was read for this hold alone
         hold.adapters, hold.is_held, hold._parts = (), False, None
+        if self.rows.lacks_pages:  # not sooner: it would take a core from the steps up to a first token
+            self._executor.submit(self.rows.take_ahead)
 
     def _want(self, hold: AdapterHold) -> tuple[Adapter, ...]:
         """The hold's adapters; those that are not there begin to be read."""
@@ -263,7 +265,6 @@ class AdapterPool:
         assert adapter.placement is not None
         adapter.placing = self._executor.submit(self.rows.place, adapter.stored, adapter.placement)
         adapter.placing.add_done_callback(lambda _: self._wake())
-        adapter.placing.add_done_callback(lambda _: self.rows.take_ahead())  # once the engine is on its way
         adapter.stored = None  # so that the file is unmapped once it is copied
         adapter.reading = Future()
         adapter.reading.set_result(LoraWeights({}))
