@@ -232,7 +232,9 @@ class SharedAdapterStore(AdapterStore):
         for digest in self._here():
             with suppress(OSError):  # another process drops it
                 place = self._place(digest)
-                entries.append((place.stat().st_mtime, digest, folders.size(place)))
+                loaded, num_packed = self.packed.facts(digest)
+                last_used = max(loaded, place.stat().st_mtime)
+                entries.append((last_used, digest, folders.size(place) + num_packed))
         excess = sum(num_bytes for _, _, num_bytes in entries) - self._cache_bytes
         for _, digest, num_bytes in sorted(entries):
             if excess <= 0:

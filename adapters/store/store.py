@@ -3,6 +3,7 @@
     <root>/<digest[:2]>/<digest>/adapter_config.json          what PEFT reads; an upload's as it was uploaded
                                  adapter_model.safetensors
                                  smolora.json                 effective scalings and sizes, for quick loading
+    <root>/packed/                                            `adapters.store.packed`
     <root>/names/                                             `adapters.catalog.records`
     <root>/.tmp-…                                             being written, or being removed
 
@@ -29,6 +30,7 @@ from adapters.lora import BaseShape, LoraWeights
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, PeftAdapter, read, write, write_synced
 from adapters.store import folders, sidecar
 from adapters.store.open_all import open_all
+from adapters.store.packed import PackedFiles
 from adapters.store.sidecar import SIDECAR_NAME
 
 TEMPORARY = ".tmp-"
@@ -49,6 +51,7 @@ class AdapterStore:
 
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
+        self.packed = PackedFiles(root)
         self._root = root
         self._mutex = threading.Lock()  # guards the two below, and that nothing pinned is removed
         self._pins: Counter[str] = Counter()
@@ -75,7 +78,9 @@ class AdapterStore:
             write_synced(temporary / SIDECAR_NAME, sidecar.describe(adapter.weights, temporary))
             sync(temporary)
 
-        return self._publish(place, fill)
+        num_bytes = self._publish(place, fill)
+        self.packed.add(adapter.weights)
+        return num_bytes
 
     @contextmanager
     def publishing(
@@ -178,18 +183,15 @@ class AdapterStore:
         self._discard(digest, in_use)
 
     def doubt(self, digests: Iterable[str]) -> None:
-        """To be called before the versions of digests go that are then discarded: should this process be killed in
-        between, a sweep finds the bytes. Of a directory's, it does anyway.
-        """
+        """To be called before versions go whose digests are then discarded, so that a sweep finds the bytes should
+        this process be killed in between. Of a directory's, it does anyway."""
 
     def sweep(self, in_use: InUse) -> list[str]:
-        """Discards what nobody wants: left by processes that were killed, half-written or not published.
-
-        Returns the digests discarded.
-        """
+        """Discards what nobody wants: left by killed processes, half-written or not published; the digests."""
         with self._locked():
             for path in self._abandoned():
                 folders.delete([path])
+        self.packed.sweep()
         unwanted = [digest for digest in self._here() if not in_use(digest)]
         for digest in unwanted:
             self._discard(digest, in_use)
@@ -263,6 +265,7 @@ class AdapterStore:
         aside = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self._root))
         with suppress(FileNotFoundError):
             place.rename(aside / place.name)
+            self.packed.remove(place.name)
             sync(place.parent)
         return [aside]
 

@@ -105,23 +105,25 @@ class OwnParts:
     def _cold_adapters(self) -> None:
         """Each for the first time, and again when it is there: just uploaded, and after the cache forgot it."""
         uploaded, dropped, queue, cached, disk, peft = ([] for _ in range(6))
+        packed: list[float] = []
         for _ in range(self._options.cold):
             for forget in (False, True):
                 directory = self._cold.pop()
                 name = f"cold-{len(self._cold)}"
-                file = self._ours.server.stored(self._ours.server.upload(name, directory))
+                file, *rest = self._ours.server.stored(self._ours.server.upload(name, directory))
                 if not forget:
                     seconds, queued = self._cold_seconds(name)
                     uploaded.append(seconds)
                     queue.append(queued)
                     cached.append(read_seconds(file))
+                    packed += map(read_seconds, rest)
                     if self._peft is not None:
                         peft.append(self._peft.load_adapter(name, directory))
-                elif drop(file):  # or this file system keeps it
+                elif all(map(drop, (file, *rest))):  # or this file system keeps them
                     disk.append(read_seconds(file))
                     drop(file)
                     dropped.append(self._cold_seconds(name)[0])
-        columns = (uploaded, dropped, queue, cached, disk, peft)
+        columns = (uploaded, dropped, queue, cached, disk, peft, packed)
         self._cold_rounds.append(tuple(percentile(values, 50) for values in columns))
 
     def _cold_seconds(self, name: str) -> tuple[float, float]:

@@ -32,11 +32,12 @@ class Cold:
     """Seconds that an adapter costs when it is registered and not resident: medians over some adapters."""
 
     uploaded: tuple[Figure, ...]  # just uploaded: its bytes are still in the page cache
-    dropped: tuple[Figure, ...]  # not there any more
+    dropped: tuple[Figure, ...]  # not there any more, nor what the server keeps of it packed
     queue: tuple[Figure, ...]  # of `uploaded`, what the server calls the queue: reading and placing
-    read_cached: tuple[Figure, ...]  # reading the same file from the page cache
+    read_cached: tuple[Figure, ...]  # reading the file that was published from the page cache
     read_disk: tuple[Figure, ...]  # and from the disk
     load_adapter: tuple[Figure, ...]  # PEFT's
+    read_packed: tuple[Figure, ...] = ()  # reading what the server reads, from the page cache
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Engine:
         base = load_for_engine(base_directory(settings, log.info), settings, log.info)
         guidance = guidance_of(base)
         store = Storage.open(settings.home, settings).adapters(grace=2 * settings.request_timeout)
-        engine = make_engine(settings, base, store.load, guidance, log.info)
+        engine = make_engine(settings, base, store, guidance, log.info)
         self._replica = EngineReplica(engine, guidance, base.digest, base.config.vocab_size)
 
     async def follow(self, replica: str, client: str) -> AsyncGenerator[Welcome | Batch, None]:

@@ -12,7 +12,8 @@ from server.engine.forwards import Forward, NativeForward, TorchForward
 from server.engine.paged_attention import PagedCache
 from server.model.base.config import ModelConfig
 from server.model.native.model import ROW_FORMAT, NativeModel
-from server.model.rank_rows import RankRows, RowFormat
+from server.model.rank_rows import RankRows
+from server.model.row_layout import RowFormat
 from server.model.smollm import SmolLM
 
 
@@ -28,6 +29,11 @@ class Backend(Protocol):
     def is_batch_invariant(self) -> bool:
         """Whether a token's bits depend on those before it alone, not on how many are computed with it: what
         drafted tokens need to change nothing."""
+        ...
+
+    @property
+    def row_format(self) -> RowFormat:
+        """How it stores adapters."""
         ...
 
     @property
@@ -56,17 +62,19 @@ class TorchBackend:
     def __init__(self, model: SmolLM) -> None:
         self.config = model.config
         self._model = model
-        self._format = RowFormat.of_torch(model.dtype, model.device)
+        self.row_format = RowFormat.of_torch(model.dtype, model.device)
 
     @property
     def bytes_per_rank(self) -> int:
-        return self._format.bytes_per_rank(self.config.shape)
+        return self.row_format.bytes_per_rank(self.config.shape)
 
     def bytes_per_block(self, block_size: int) -> int:
         return PagedCache.bytes_per_block(self.config, block_size, self._model.dtype)
 
     def rank_rows(self, max_rank: int) -> RankRows:
-        return RankRows(self.config.shape, max_rank=max_rank, row_format=self._format, device=self._model.device)
+        return RankRows(
+            self.config.shape, max_rank=max_rank, row_format=self.row_format, device=self._model.device
+        )
 
     def forward(self, num_blocks: int, block_size: int, rows: RankRows) -> Forward:
         cache = PagedCache(self.config, num_blocks, block_size, self._model.dtype, self._model.device)
@@ -77,6 +85,7 @@ class NativeBackend:
     """A CPU's native code, in bf16."""
 
     is_batch_invariant = True
+    row_format = ROW_FORMAT
 
     def __init__(self, model: NativeModel) -> None:
         self.config = model.config

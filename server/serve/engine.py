@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from adapters.store.store import AdapterStore
 from server.config import Settings
 from server.engine.adapter_pool.pool import Load
 from server.engine.async_engine import AsyncEngine
@@ -25,6 +26,8 @@ from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device
 from server.model.gpu import is_out_of_memory, limit_memory, room_for
 from server.model.native.load import load_native
+from server.model.packed_adapters import PackedAdapters
+from server.model.row_layout import RowLayout
 from server.model.smollm import SmolLM
 from server.model.text.vocabulary import tokenizer_json, vocabulary_of
 from server.serve.sizing import cpu_caches, free_bytes, gpu_caches, gpu_share, step_bytes
@@ -58,17 +61,21 @@ def guidance_of(base: BaseModel) -> Guidance:
 def make_engine(
     settings: Settings,
     base: BaseModel,
-    load: Load,
+    store: AdapterStore,
     guidance: Guidance,
     say: Say,
     watchdog: Watchdog | None = None,
 ) -> AsyncEngine:
-    """An engine that isn't started. `load(digest)` reads an adapter."""
+    """An engine that isn't started, which gets its adapters from the store."""
     max_model_len = max_model_len_of(settings, base)
     config = _engine_config(settings, base, max_model_len)
     libraries = [base.directory / "native", Home(settings.home).native]
     backend = _backend(settings, base, libraries, max_model_len, say)
     token_bytes = TokenBytes(*vocabulary_of(base.tokenizer))
+    load: Load = store.load
+    if backend.row_format.tile is not None:
+        layout = RowLayout(backend.config.shape, backend.row_format)
+        load = PackedAdapters(store, layout, settings.min_free_bytes).load
 
     def build(wake: Callable[[], None]) -> Engine:
         return Engine(backend, token_bytes, load, config, guidance=guidance, wake=wake)

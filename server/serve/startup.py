@@ -83,7 +83,7 @@ def build(
     engine: EngineClient
     max_model_len = max_model_len_of(settings, base)
     if connect is None:
-        engine = own = make_engine(settings, base, store.load, guidance, say, watchdog)
+        engine = own = make_engine(settings, base, store, guidance, say, watchdog)
         max_model_len = min(max_model_len, own.config.kv_cache_bytes // kv_bytes_per_token(base))
     else:
         engine = connect(base, store)

@@ -14,7 +14,7 @@ import torch
 from adapters.lora import BaseShape
 from benchmarks.serving.systems.http_server import READY_WITHIN, ServerProcess, threads_environment
 from server.model.native.model import ROW_FORMAT
-from server.model.rank_rows import RowFormat
+from server.model.row_layout import RowFormat
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IMPORTS = (
@@ -80,9 +80,12 @@ class Server(ServerProcess):
             raise RuntimeError(f"uploading {name}: {answer.status_code}: {answer.text}")
         return str(answer.json()["digest"])
 
-    def stored(self, digest: str) -> Path:
-        """The file that holds an adapter's tensors."""
-        return self._home / "adapters" / digest[:2] / digest / "adapter_model.safetensors"
+    def stored(self, digest: str) -> list[Path]:
+        """The files that hold an adapter's tensors: as it was published and, where the server keeps it, packed."""
+        adapters = self._home / "adapters"
+        published = adapters / digest[:2] / digest / "adapter_model.safetensors"
+        packed = adapters / "packed" / digest
+        return [published, packed] if packed.exists() else [published]
 
     def metrics(self) -> Mapping[str, float]:
         """The metrics without labels, by name."""

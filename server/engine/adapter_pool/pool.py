@@ -17,9 +17,9 @@ from server.engine.adapter_pool.extents import Extents
 from server.engine.adapter_pool.resident import Adapter
 from server.engine.request import AdapterRef
 from server.model.lora_batch import Parts
-from server.model.rank_rows import RankRows, Run
+from server.model.rank_rows import RankRows, Run, Stored
 
-Load = Callable[[str], LoraWeights]
+Load = Callable[[str], Stored]
 _Space = tuple[str, str]  # (group, "rows" or "units"): one of the pool's tensors
 
 
@@ -160,6 +160,8 @@ class AdapterPool:
             elif not adapter.num_wanting and adapter.placement is None and self._has(adapter):
                 del self._adapters[adapter.digest]  # it was read for this hold alone
         hold.adapters, hold.is_held, hold._parts = (), False, None
+        if self.rows.lacks_pages:  # not sooner: it would take a core from the steps up to a first token
+            self._executor.submit(self.rows.take_ahead)
 
     def _want(self, hold: AdapterHold) -> tuple[Adapter, ...]:
         """The hold's adapters; those that are not there begin to be read."""
@@ -193,8 +195,8 @@ class AdapterPool:
                 return failure
             return CorruptAdapter("An adapter of this request could not be read.")
         if not adapter.needs:
-            adapter.weights = adapter.reading.result()
-            adapter.needs = self.rows.needs(adapter.weights)
+            adapter.stored = adapter.reading.result()
+            adapter.needs = self.rows.needs(adapter.stored)
         return None
 
     def _is_too_large(self, adapters: Sequence[Adapter]) -> bool:
@@ -259,11 +261,11 @@ class AdapterPool:
         return True
 
     def _place(self, adapter: Adapter) -> None:
-        assert adapter.weights is not None
+        assert adapter.stored is not None
         assert adapter.placement is not None
-        adapter.placing = self._executor.submit(self.rows.place, adapter.weights, adapter.placement)
+        adapter.placing = self._executor.submit(self.rows.place, adapter.stored, adapter.placement)
         adapter.placing.add_done_callback(lambda _: self._wake())
-        adapter.weights = None  # so that the file is unmapped once it is copied
+        adapter.stored = None  # so that the file is unmapped once it is copied
         adapter.reading = Future()
         adapter.reading.set_result(LoraWeights({}))
         self.num_loads += 1

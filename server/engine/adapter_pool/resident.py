@@ -4,10 +4,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from adapters.errors import CorruptAdapter, SmoloraError
-from adapters.lora import LoraWeights
 from server.errors import GenerationFailed
 from server.model.gpu import is_out_of_memory
-from server.model.rank_rows import Needs, Placement
+from server.model.rank_rows import Placement, Stored
+from server.model.row_layout import Needs
 
 
 @dataclass(eq=False)
@@ -18,8 +18,8 @@ class Adapter:
     """
 
     digest: str
-    reading: Future[LoraWeights]
-    weights: LoraWeights | None = None  # between being read and being placed
+    reading: Future[Stored]
+    stored: Stored | None = None  # between being read and being placed
     needs: Needs = field(default_factory=dict)
     placement: Placement | None = None
     placing: Future[None] | None = None

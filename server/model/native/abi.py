@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from server.model.base.weights import LAYER_TENSORS
-from server.model.rank_rows import GROUPS
+from server.model.row_layout import GROUPS
 
 TILE = 32
 """Outputs that are computed together."""

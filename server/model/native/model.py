@@ -32,7 +32,8 @@ from server.model.native.abi import (
 from server.model.native.base import check_base, create
 from server.model.native.sampling import Choices, SampleTable
 from server.model.ops.norms import rotary_table
-from server.model.rank_rows import GROUPS, Placement, RankRows, RowFormat
+from server.model.rank_rows import Placement, RankRows
+from server.model.row_layout import GROUPS, RowFormat
 
 Ints = npt.NDArray[np.int64]
 _GROUPS = tuple(GROUPS)

@@ -18,7 +18,7 @@ from server.model.base.weights import BaseWeights
 from server.model.native.abi import TRAIN_PHASES, TrainBatch, TrainGroup, TrainModule, call, columns, take_phases
 from server.model.native.base import check_base, create, tensor_names
 from server.model.ops.norms import rotary_table
-from server.model.rank_rows import GROUPS, GroupKey, GroupLayout
+from server.model.row_layout import GROUPS, GroupKey, GroupLayout
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 
 from adapters.lora import LoraConfig, LoraModule, LoraWeights, ModuleKey
 from server.model.base.weights import BaseModel
-from server.model.rank_rows import GROUPS
+from server.model.row_layout import GROUPS
 from server.training.passes.streams import stream
 from server.training.spec import Init, LoraSpec
 

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from adapters.lora import BaseShape, LoraModule, LoraWeights, ModuleKey
 from server.model.ops.autograd import apply
-from server.model.rank_rows import GROUPS, GroupKey
+from server.model.row_layout import GROUPS, GroupKey
 from server.training.passes.dropout import Dropout
 
 

@@ -352,6 +352,27 @@ def test_the_cache_keeps_what_was_used_last_and_what_is_pinned(
     assert fetched(proxy) == 7
 
 
+def test_packed_files_stay_on_the_machine_and_count_as_its_cache(
+    machine: Machine, bucket: "Bucket", tmp_path: Path
+) -> None:
+    """One that was loaded packed was used just now, though nobody read what it was made of."""
+    (_, size), *_ = published(machine("a"), range(1))
+    b = machine("b", cache_bytes=5 * size)
+    b.packed.make = lambda digest, weights: [memoryview(bytes(size))]
+    digests = [digest for digest, _ in published(b, range(1, 4))]
+    assert set(names(bucket)) == {CONFIG_NAME, WEIGHTS_NAME, SIDECAR_NAME}
+
+    def cached(pattern: str) -> list[str]:
+        return sorted(path.name for path in (tmp_path / "b").glob(pattern))
+
+    assert cached("packed/*") == cached("[0-9a-f][0-9a-f]/*") == sorted(digests[1:])
+    time.sleep(0.01)
+    assert b.packed.map(digests[1]) is not None
+    time.sleep(0.01)
+    (new, _), *_ = published(b, range(4, 5))
+    assert cached("packed/*") == cached("[0-9a-f][0-9a-f]/*") == sorted((digests[1], new))
+
+
 @pytest.mark.parametrize("failure", ["500", "stall", "cut", "half"])
 def test_a_store_that_fails_is_a_503_in_time_and_leaves_nothing_half_written(
     failure: Failure, machine: Machine, bucket: "Bucket", proxied: "Bucket", proxy: Proxy, tmp_path: Path

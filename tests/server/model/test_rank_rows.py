@@ -1,10 +1,18 @@
 """Where adapters lie: what they need, that placing copies exactly them, and that nothing else is touched."""
 
+import ctypes
+import mmap
+import sys
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from adapters.lora import MODULES, BaseShape, LoraWeights, ModuleKey
-from server.model.rank_rows import GROUPS, GroupLayout, RankRows, RowFormat, Run
+from server.model.huge_pages import HUGE_PAGE, in_huge_pages, take_pages
+from server.model.rank_rows import RankRows, Run
+from server.model.row_layout import GROUPS, GroupLayout, RowFormat
 from tests.engine_kit import place, random_adapter
 
 SHAPE = BaseShape(
@@ -165,3 +173,50 @@ def test_packed_rows_are_pairs() -> None:
                     assert torch.equal(found_b, whole.b[:, row])
     for tensor, of_run in zip((rows.a["qkv"], rows.b["qkv"]), rows.run("qkv", run), strict=True):
         assert tensor.isfinite().sum() == of_run.numel()  # nothing else was touched
+
+
+def pages_there(part: torch.Tensor) -> float:
+    """The share of the part's pages that the system has given out."""
+    first = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = part.data_ptr() + part.nbytes - first
+    found = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
+    assert not ctypes.CDLL(None).mincore(
+        ctypes.c_void_p(first), ctypes.c_size_t(size), ctypes.c_void_p(found.ctypes.data)
+    )
+    return float((found & 1).mean())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mincore is asked")
+def test_pages_are_taken_ahead_and_keep_what_they_hold() -> None:
+    rows = in_huge_pages(16, HUGE_PAGE // 2, dtype=torch.float16)  # sixteen huge pages
+    assert pages_there(rows) == 0
+    rows[3].fill_(7.0)
+    take_pages(rows[2:5])
+    assert [pages_there(row) for row in rows[1:6]] == [0, 1, 1, 1, 0]
+    assert (rows[3] == 7).all()
+    take_pages(rows[16:])  # of nothing
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mincore is asked")
+def test_the_next_adapter_finds_its_pages_taken() -> None:
+    """At first those of rank 16 on all modules, then as many as the last one has; never more than one ahead."""
+    shape = BaseShape(30, dict.fromkeys(MODULES, (1536, 1536)))
+    packed = RowFormat(torch.bfloat16, torch.bfloat16, 32)
+    rows = RankRows(shape, max_rank=512, row_format=packed, device=CPU)
+    weights = random_adapter(shape, 0, rank=64, modules=["q_proj"], dtype=torch.bfloat16)
+    need = rows.needs(weights)["qkv"]
+    ranks = 3 * 16  # that a third of the pool's rows is to one module
+    for rank, there in ((0, True), (ranks - 1, True), (ranks + 16, False)):
+        run = Run(replace(need, num_rows=1), rank, 0)
+        assert (pages_there(rows.run("qkv", run)[0]) == 1) == there
+    first, second, third = (Run(need, 64 * i, 64 * i) for i in range(3))
+    rows.place(weights, {"qkv": first})
+    rows.take_ahead()
+    for part in rows.run("qkv", second):
+        assert pages_there(part) == 1
+    for part in rows.run("qkv", third):
+        assert pages_there(part) < 0.5
+    expected = rows.run("qkv", first)[0].clone()
+    assert expected.any()
+    rows.take_ahead()
+    assert torch.equal(rows.run("qkv", first)[0], expected)

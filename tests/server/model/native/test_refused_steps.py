@@ -14,7 +14,8 @@ from server.model.base.weights import BaseModel, load_base
 from server.model.lora_batch import TokenRun
 from server.model.native.abi import LoraModule, LoraPart, columns
 from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel
-from server.model.rank_rows import RankRows, RowFormat
+from server.model.rank_rows import RankRows
+from server.model.row_layout import RowFormat
 from tests.engine_kit import place, random_adapter
 from tests.native_kit import SHAPES, native_library
 from tests.tiny import save_tiny_base

@@ -14,7 +14,7 @@ from adapters.peft import files as peft_format
 from adapters.peft.files import PeftAdapter
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
-from server.model.rank_rows import GROUPS
+from server.model.row_layout import GROUPS
 from server.model.smollm import NoAdapters
 from server.training.passes.init import adapter_config, initial_weights
 from server.training.passes.packed_attention import PackedAttention

@@ -1,0 +1,92 @@
+"""A second form of stored adapters, as an engine wants them in its memory: a file each, to load them quickly.
+
+    <root>/packed/<digest>
+
+It is made of the first form and no more than a cache of this machine's: nothing copies it elsewhere, it goes with
+the adapter's bytes, and where it lacks it is made again. What lies in a file, and whether it is sound, is for
+whoever makes them to know.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from adapters.durable import UNFINISHED, new_file, remove_abandoned
+from adapters.lora import LoraWeights
+from adapters.peft.tensor_file import TensorFileError, map_file
+
+Pieces = Sequence[memoryview]
+"""A file's bytes, one piece after the other."""
+
+
+_FREE_SHARE = 10
+
+
+class PackedFiles:
+    """The files under one store's root. Thread-safe; several processes may use one root."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folder = root / "packed"
+        self.make: Callable[[str, LoraWeights], Pieces] | None = None
+        """What is kept of an adapter that is put, by its digest and weights; ValueError or RuntimeError where it
+        has no such form."""
+        self.min_free_bytes = 0
+        """That others need of the disk."""
+
+    def add(self, weights: LoraWeights) -> None:
+        """Keep what `make` makes of an adapter that was just stored, if anything, and if there is room."""
+        if self.make is not None:
+            with suppress(OSError, ValueError, RuntimeError):
+                self.keep(weights.digest, self.make(weights.digest, weights))
+
+    def keep(self, digest: str, pieces: Pieces) -> None:
+        """Have the file, whole or not at all. Raises OSError.
+
+        Nothing where the adapter is gone, or no tenth of the disk would stay free beside what others need.
+        """
+        self._folder.mkdir(exist_ok=True)
+        disk = shutil.disk_usage(self._folder)
+        if disk.free - sum(piece.nbytes for piece in pieces) < self.min_free_bytes + disk.total // _FREE_SHARE:
+            return
+        with new_file(self._folder / digest) as unfinished, unfinished.open("wb") as file:
+            file.writelines(pieces)
+        if not self._has_bytes(digest):  # discarded meanwhile, perhaps before the file was there to go with it
+            self.remove(digest)
+
+    def map(self, digest: str) -> torch.Tensor | None:
+        """The file's bytes, mapped, which outlive its removal; None where there is none. It is then just used."""
+        path = self._folder / digest
+        try:
+            content = map_file(path)
+            os.utime(path)
+        except (OSError, RuntimeError, TensorFileError):
+            return None
+        return content
+
+    def remove(self, digest: str) -> None:
+        """Nothing where there is none."""
+        with suppress(OSError):
+            (self._folder / digest).unlink(missing_ok=True)
+
+    def facts(self, digest: str) -> tuple[float, int]:
+        """When it was last used, and its bytes; zeros where there is none."""
+        try:
+            found = (self._folder / digest).stat()
+        except OSError:
+            return 0.0, 0
+        return found.st_mtime, found.st_size
+
+    def sweep(self) -> None:
+        """Remove what killed processes left."""
+        remove_abandoned(self._folder)
+        for path in self._folder.glob("*"):
+            if not (path.name.startswith(UNFINISHED) or self._has_bytes(path.name)):
+                self.remove(path.name)
+
+    def _has_bytes(self, digest: str) -> bool:
+        return (self._root / digest[:2] / digest).is_dir()

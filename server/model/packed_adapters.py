@@ -1,0 +1,91 @@
+"""Adapters read as they are to lie in the pools, from packed files beside stored ones (`adapters.store.packed`).
+
+A file is one page that says what it holds, and then `PackedRows.content`: to load the adapter is to map the file
+and copy each group's runs. It is written when an adapter is put into the store, or in the background once one
+without was loaded. A file that isn't what is expected (another layout or length) is dropped, and made anew.
+"""
+
+import hashlib
+import json
+import logging
+import threading
+
+import torch
+
+from adapters.lora import LoraWeights
+from adapters.store.packed import Pieces
+from adapters.store.store import AdapterStore
+from server.model.rank_rows import Stored
+from server.model.row_layout import GROUPS, PackedRows, RowLayout
+
+FORMAT = 1
+"""Grows with any change of what `RowLayout.pack` makes of the same weights."""
+_HEADER = 4096  # bytes, so that what follows begins with a page
+
+log = logging.getLogger(__name__)
+
+
+class PackedAdapters:
+    """Those of one store, for one layout. Thread-safe."""
+
+    def __init__(self, store: AdapterStore, layout: RowLayout, min_free_bytes: int = 0) -> None:
+        """From now on the store keeps a packed file of what is put (`PackedFiles.keep` says when not)."""
+        self._store = store
+        self._layout = layout
+        self._layout_digest = _digest_of(layout)
+        self._writing = threading.Lock()
+        store.packed.min_free_bytes = min_free_bytes
+        store.packed.make = self._pieces
+
+    def load(self, digest: str) -> Stored:
+        """The adapter, mapped from its packed file or, where there is none, as it was published. Either takes no
+        memory of its own, however long it waits to be placed. Raises CorruptAdapter.
+        """
+        content = self._store.packed.map(digest)
+        if content is not None:
+            try:
+                return self._read(digest, content)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                self._store.packed.remove(digest)
+        weights = self._store.load(digest)
+        if self._writing.acquire(blocking=False):  # else another is being written: the next load may do it
+            what = (digest, weights)
+            try:
+                threading.Thread(target=self._keep, args=what, name="adapter-packer", daemon=True).start()
+            except RuntimeError:  # no thread to be had
+                self._writing.release()
+        return weights
+
+    def _read(self, digest: str, content: torch.Tensor) -> PackedRows:
+        header = json.loads(content[:_HEADER].numpy().tobytes())
+        if (header["layout"], header["digest"]) != (self._layout_digest, digest):
+            raise ValueError("of another layout or adapter")
+        needs = self._layout.needs(header["ranks"])
+        if len(content) != _HEADER + self._layout.num_bytes(needs):
+            raise ValueError("of another length")
+        return PackedRows(needs, content[_HEADER:])
+
+    def _pieces(self, digest: str, weights: LoraWeights) -> Pieces:
+        rows = self._layout.pack(weights)
+        ranks = {module.module: module.rank for group in rows.needs.values() for module in group.modules}
+        header = {"layout": self._layout_digest, "digest": digest, "ranks": ranks}
+        text = json.dumps(header, separators=(",", ":")).encode().ljust(_HEADER)
+        return [memoryview(text), memoryview(rows.content.numpy().data)]
+
+    def _keep(self, digest: str, weights: LoraWeights) -> None:
+        try:
+            self._store.packed.keep(digest, self._pieces(digest, weights))
+        except (OSError, ValueError, RuntimeError) as error:
+            log.warning("can't keep %s packed: %s", digest[:12], error)
+        finally:
+            self._writing.release()
+
+
+def _digest_of(layout: RowLayout) -> str:
+    """Of everything that decides where an adapter's numbers lie, and as what."""
+    row_format, shape = layout.format, layout.shape
+    facts = (
+        *(FORMAT, str(row_format.a), str(row_format.b), row_format.tile, shape.num_layers),
+        *(sorted(shape.features.items()), list(GROUPS.items())),
+    )
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -1,0 +1,316 @@
+"""Packed adapters: the pools get the same bytes whichever way, and no file that isn't sound is ever served."""
+
+import hashlib
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.durable import UNFINISHED
+from adapters.errors import CorruptAdapter
+from adapters.lora import BaseShape, LoraConfig, LoraModule, LoraWeights
+from adapters.peft.files import PeftAdapter
+from adapters.store.packed import PackedFiles, Pieces
+from adapters.store.store import AdapterStore
+from server.model.native.model import ROW_FORMAT
+from server.model.packed_adapters import FORMAT, PackedAdapters
+from server.model.rank_rows import Placement, RankRows, Run, Stored
+from server.model.row_layout import PackedRows, RowFormat, RowLayout
+from tests.engine_kit import random_adapter
+
+CPU = torch.device("cpu")
+TINY = BaseShape(
+    3,
+    {
+        "q_proj": (96, 64),
+        "k_proj": (32, 64),
+        "v_proj": (32, 64),
+        "o_proj": (64, 96),
+        "gate_proj": (160, 64),
+        "up_proj": (160, 64),
+        "down_proj": (64, 160),
+    },
+)
+SMOLLM = BaseShape(
+    30,
+    {
+        "q_proj": (576, 576),
+        "k_proj": (192, 576),
+        "v_proj": (192, 576),
+        "o_proj": (576, 576),
+        "gate_proj": (1536, 576),
+        "up_proj": (1536, 576),
+        "down_proj": (576, 1536),
+    },
+)
+ADAPTERS: dict[str, Callable[[BaseShape], LoraWeights]] = {
+    "all modules": lambda shape: random_adapter(shape, 0, rank=16),
+    "odd ranks by layer, in bf16": lambda shape: random_adapter(
+        shape, 1, rank=lambda key: 1 + (7 * key.layer + len(key.module)) % 11, dtype=torch.bfloat16
+    ),
+    "some modules of some layers, in fp16": lambda shape: random_adapter(
+        shape, 2, rank=3, modules=["k_proj", "down_proj"], layers=[0, 2], dtype=torch.float16
+    ),
+    "a rank of one": lambda shape: random_adapter(shape, 3, rank=1, modules=["up_proj"]),
+    "odd scalings, huge and tiny numbers": lambda shape: LoraWeights(
+        {
+            key: LoraModule(module.a * 1e38 ** (key.layer % 3 - 1), module.b * 1e-38, 1 / 3)
+            for key, module in random_adapter(shape, 4, rank=8).modules.items()
+        }
+    ),
+}
+
+
+def published(weights: LoraWeights) -> PeftAdapter:
+    """With a configuration that says no more than the store asks for."""
+    ranks = {key.path: module.rank for key, module in weights.modules.items()}
+    alphas = {key.path: module.rank * module.scaling for key, module in weights.modules.items()}
+    config = LoraConfig(8, 8.0, tuple(ranks), rank_pattern=ranks, alpha_pattern=alphas)
+    exact = {key: LoraModule(m.a, m.b, config.scaling_of(key)) for key, m in weights.modules.items()}
+    return PeftAdapter(config, LoraWeights(exact))
+
+
+def pool_of(shape: BaseShape, stored: Stored) -> tuple[RankRows, Placement]:
+    """Pools in which the adapter lies behind another's room; all else is zero."""
+    rows = RankRows(shape, max_rank=40, row_format=ROW_FORMAT, device=CPU)
+    for tensor in (*rows.a.values(), *rows.b.values()):
+        tensor.zero_()
+    placement = {group: Run(need, 6, 12) for group, need in rows.needs(stored).items()}
+    rows.place(stored, placement)
+    return rows, placement
+
+
+def assert_same_pools(shape: BaseShape, stored: Stored, weights: LoraWeights) -> None:
+    found, placement = pool_of(shape, stored)
+    expected, expected_placement = pool_of(shape, weights)
+    assert placement == expected_placement
+    for group in expected.a:
+        assert torch.equal(found.a[group].view(torch.uint8), expected.a[group].view(torch.uint8))
+        assert torch.equal(found.b[group].view(torch.uint8), expected.b[group].view(torch.uint8))
+        assert group not in placement or expected.a[group].any()
+
+
+def settle() -> None:
+    """Wait for what is written in the background."""
+    for thread in threading.enumerate():
+        if thread.name == "adapter-packer":
+            thread.join()
+
+
+def packed_file(store_root: Path, digest: str) -> Path:
+    return store_root / "packed" / digest
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("shape", [TINY, SMOLLM], ids=["tiny", "smollm"])
+def test_the_pools_get_the_same_bytes_whichever_way(shape: BaseShape, name: str, tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    adapter = published(ADAPTERS[name](shape))
+    digest = adapter.weights.digest
+    store.put(adapter)  # before anybody packs
+    packed = PackedAdapters(store, RowLayout(shape, ROW_FORMAT))
+    assert isinstance(packed.load(digest), LoraWeights)
+    settle()
+    file = packed_file(tmp_path, digest)
+    file_before = file.stat()
+    loaded = packed.load(digest)
+    assert isinstance(loaded, PackedRows)
+    assert loaded.needs == RowLayout(shape, ROW_FORMAT).needs_of(adapter.weights)
+    assert file_before.st_size == 4096 + len(loaded.content)
+    assert_same_pools(shape, loaded, store.load(digest))
+    settle()
+    assert file.stat().st_ino == file_before.st_ino, "what is there is not written again"
+
+
+def test_what_is_put_is_packed_at_once(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
+    adapter = published(ADAPTERS["all modules"](TINY))
+    digest = adapter.weights.digest
+    num_bytes = store.put(adapter)
+    place = tmp_path / digest[:2] / digest
+    assert num_bytes == sum(path.stat().st_size for path in place.iterdir()), "a cache isn't counted"
+    file = packed_file(tmp_path, digest)
+    os.utime(file, (1, 1))
+    loaded = PackedAdapters(AdapterStore(tmp_path), RowLayout(TINY, ROW_FORMAT)).load(digest)
+    assert file.stat().st_mtime > 1, "that it was used is noted"
+    (place / "adapter_model.safetensors").unlink()  # which isn't read
+    assert_same_pools(TINY, loaded, adapter.weights)
+
+
+SPOILED: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "torn in the header": lambda content: content[:100],
+    "torn": lambda content: content[: len(content) // 2],
+    "a byte short": lambda content: content[:-1],
+    "a byte long": lambda content: content + b"\0",
+    "zeros": lambda content: bytes(len(content)),
+    "no object": lambda content: b"[1]".ljust(4096) + content[4096:],
+    "another layout": lambda content: content.replace(b'"layout":"', b'"layout":"0'),
+    "another adapter": lambda content: content.replace(b'"digest":"', b'"digest":"0'),
+    "other ranks": lambda content: content.replace(b'"q_proj":16', b'"q_proj":18'),
+    "ranks that are none": lambda content: content.replace(b'"q_proj":16', b'"q_proj":""'),
+    "no ranks": lambda content: content.replace(b'"ranks"', b'"wanks"'),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_a_file_that_is_not_sound_is_made_anew(how: str, tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    packed = PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
+    adapter = published(ADAPTERS["all modules"](TINY))
+    store.put(adapter)
+    file = packed_file(tmp_path, adapter.weights.digest)
+    sound = file.read_bytes()
+    spoiled = SPOILED[how](sound)
+    assert spoiled != sound
+    file.write_bytes(spoiled)
+    assert_same_pools(TINY, packed.load(adapter.weights.digest), adapter.weights)
+    settle()
+    assert file.read_bytes() == sound
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        RowLayout(BaseShape(2, TINY.features), ROW_FORMAT),
+        RowLayout(BaseShape(3, dict(TINY.features) | {"o_proj": (96, 64), "v_proj": (96, 64)}), ROW_FORMAT),
+        RowLayout(TINY, RowFormat(torch.bfloat16, torch.bfloat16, 16)),
+        RowLayout(TINY, RowFormat(torch.float16, torch.float16, 32)),
+    ],
+    ids=["layers", "features", "tile", "dtype"],
+)
+def test_a_file_of_another_layout_is_not_read(other: RowLayout, tmp_path: Path) -> None:
+    """Nor is it of use that its sizes may be the same."""
+    store = AdapterStore(tmp_path)
+    weights = random_adapter(TINY, 0, rank=16, modules=["q_proj", "k_proj"], layers=[0, 1])
+    adapter = published(weights)
+    PackedAdapters(store, other)
+    store.put(adapter)
+    packed = PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
+    assert_same_pools(TINY, packed.load(adapter.weights.digest), adapter.weights)
+    settle()
+
+
+def test_the_layout_grows_a_number_when_it_changes() -> None:
+    """Files of the version before would be taken for the new one's: where this fails, raise FORMAT, then these."""
+
+    def counted(*shape: int) -> torch.Tensor:
+        return (torch.arange(math.prod(shape)) % 251 / 8).view(shape)
+
+    modules = {
+        key: LoraModule(counted(*module.a.shape), counted(*module.b.shape), 0.5)
+        for key, module in ADAPTERS["odd ranks by layer, in bf16"](TINY).modules.items()
+    }
+    content = RowLayout(TINY, ROW_FORMAT).pack(LoraWeights(modules)).content
+    found = FORMAT, hashlib.sha256(content.numpy().data).hexdigest()
+    assert found == (1, "44201e41f6a212359655b25913d410639952fa23a0d45fe72f1840dc91f19045")
+
+
+@pytest.mark.parametrize("why", ["no room", "no folder"])
+def test_a_disk_that_takes_nothing_fails_nothing(why: str, tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    packed = PackedAdapters(store, RowLayout(TINY, ROW_FORMAT), min_free_bytes=1 << 60 if why == "no room" else 0)
+    if why == "no folder":
+        (tmp_path / "packed").touch()
+    adapter = published(ADAPTERS["all modules"](TINY))
+    store.put(adapter)
+    for _ in range(2):
+        assert_same_pools(TINY, packed.load(adapter.weights.digest), adapter.weights)
+        settle()
+    assert not packed_file(tmp_path, adapter.weights.digest).exists()
+
+
+def test_it_goes_with_the_adapter(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    packed = PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
+    adapter = published(ADAPTERS["all modules"](TINY))
+    digest = adapter.weights.digest
+    store.put(adapter)
+    loaded = packed.load(digest)
+    store.pin([digest])
+    store.discard(digest)
+    assert packed_file(tmp_path, digest).exists()
+    store.unpin([digest])
+    assert not packed_file(tmp_path, digest).exists()
+    assert_same_pools(TINY, loaded, adapter.weights)  # the map outlives it
+    with pytest.raises(CorruptAdapter):
+        packed.load(digest)
+    store.packed.keep(digest, [memoryview(b"of one that was slow")])
+    assert not packed_file(tmp_path, digest).exists()
+
+
+def test_a_sweep_takes_what_killed_processes_left(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
+    adapter = published(ADAPTERS["all modules"](TINY))
+    store.put(adapter)
+    folder = tmp_path / "packed"
+    (folder / ("0" * 64)).write_bytes(b"of nobody")
+    for name, age in (("old", 7200), ("new", 0)):
+        (folder / f"{UNFINISHED}{name}").write_bytes(b"half")
+        os.utime(folder / f"{UNFINISHED}{name}", (time.time() - age,) * 2)
+    store.sweep(lambda digest: True)
+    assert sorted(path.name for path in folder.iterdir()) == sorted((f"{UNFINISHED}new", adapter.weights.digest))
+
+
+def test_an_adapter_of_another_base_is_put_and_never_placed(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    packed = PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
+    for other in (BaseShape(4, TINY.features), BaseShape(3, dict(TINY.features) | {"o_proj": (64, 128)})):
+        adapter = published(random_adapter(other, 0, rank=4))
+        store.put(adapter)
+        assert not packed_file(tmp_path, adapter.weights.digest).exists()
+        stored = packed.load(adapter.weights.digest)
+        settle()
+        assert not packed_file(tmp_path, adapter.weights.digest).exists()
+        with pytest.raises((ValueError, RuntimeError)):
+            pool_of(TINY, stored)
+
+
+def test_without_a_thread_it_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = AdapterStore(tmp_path)
+    adapter = published(ADAPTERS["all modules"](TINY))
+    store.put(adapter)
+    packed = PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
+
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        assert_same_pools(TINY, packed.load(adapter.weights.digest), adapter.weights)
+    assert not packed_file(tmp_path, adapter.weights.digest).exists()
+    packed.load(adapter.weights.digest)
+    settle()
+    assert packed_file(tmp_path, adapter.weights.digest).exists()
+
+
+def test_one_is_written_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A burst of loads writes no heap of files behind their backs: what was passed over is written at its next."""
+    store = AdapterStore(tmp_path)
+    adapters = [published(random_adapter(TINY, seed, rank=2)) for seed in range(3)]
+    for adapter in adapters:
+        store.put(adapter)
+    packed = PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
+    go_on, keep = threading.Event(), PackedFiles.keep
+
+    def slowly(files: PackedFiles, digest: str, pieces: Pieces) -> None:
+        go_on.wait()
+        keep(files, digest, pieces)
+
+    monkeypatch.setattr(PackedFiles, "keep", slowly)
+    for adapter in adapters:
+        packed.load(adapter.weights.digest)
+    go_on.set()
+    settle()
+    files = [packed_file(tmp_path, adapter.weights.digest).exists() for adapter in adapters]
+    assert files == [True, False, False]
+    packed.load(adapters[1].weights.digest)
+    settle()
+    assert packed_file(tmp_path, adapters[1].weights.digest).exists()
