@@ -3,10 +3,13 @@
 What needs a peer's own environment is skipped where `python -m benchmarks.peers make` has not made it.
 """
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 
 import gguf
@@ -35,6 +38,7 @@ from tests.tiny import save_tiny_base
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "404 Not Found. Nothing matches the given URI"
+TEXTS = ["HTTP 404 means", "The capital of France is", "def add(a, b):\n    return", "Water boils at"]
 
 
 @pytest.fixture(scope="module")
@@ -173,38 +177,68 @@ def test_the_allocators_settings_reach_a_peer() -> None:
     assert found(probe, GLIBC_TUNABLES=TUNABLES) == "True"
 
 
-@pytest.mark.real
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own call
-@pytest.mark.parametrize("name", [LLAMA_CPP, OPENVINO])
-def test_a_peer_answers_as_transformers_does(name: str, hf_base_dir: Path, tmp_path: Path) -> None:
-    """Base, one adapter and a blend, two streams at once; 16 bits may leave a near tie, so most must agree."""
-    made = venvs.find(CACHE, name)
+@pytest.fixture(scope="module", params=[LLAMA_CPP, OPENVINO])
+def peer(request: pytest.FixtureRequest) -> tuple[str, venvs.MadePeer]:
+    made = venvs.find(CACHE, request.param)
     if made is None:
-        pytest.skip(f"python -m benchmarks.peers make {name}")
-    sizes = Sizes.read(hf_base_dir)
-    directories = {key: write_adapter(tmp_path / key, sizes, seed) for seed, key in enumerate(("a", "b"))}
-    log = tmp_path / "log"
+        pytest.skip(f"python -m benchmarks.peers make {request.param}")
+    return request.param, made
+
+
+@pytest.fixture(scope="module")
+def real_adapters(hf_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place, sizes = tmp_path_factory.mktemp("real"), Sizes.read(hf_base_dir)
+    return {name: write_adapter(place / name, sizes, seed) for seed, name in enumerate(("a", "b"))}
+
+
+@pytest.fixture(scope="module")
+def expected(hf_base_dir: Path, real_adapters: dict[str, Path]) -> list[list[str]]:
+    """transformers' and PEFT's answers, in fp32: of the base, of `a` and of a blend, to each of TEXTS."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT's own call
+        return _answers(hf_base_dir, real_adapters, TEXTS)
+
+
+def exported(made: venvs.MadePeer, base: Path, log: Path) -> Path:
+    """The base as OpenVINO's. It takes ten seconds: kept in the cache under what it was made of and by."""
+    made_of = hashlib.sha256(repr((made.version, base.name)).encode())
+    made_of.update(Path(openvino.__file__).read_bytes())
+    place = CACHE / f"openvino-{made_of.hexdigest()[:16]}"
+    if not place.is_dir():
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            os.replace(openvino.export(made, base, Path(scratch) / "model", log), place)
+    return place
+
+
+@pytest.mark.real
+def test_a_peer_answers_as_transformers_does(
+    peer: tuple[str, venvs.MadePeer],
+    hf_base_dir: Path,
+    real_adapters: dict[str, Path],
+    expected: list[list[str]],
+    tmp_path: Path,
+) -> None:
+    """Base, one adapter and a blend, two streams at once; 16 bits may leave a near tie, so most must agree."""
+    (name, made), log = peer, tmp_path / "log"
     system: LlamaCppServer | OpenVino
     if name == LLAMA_CPP:
         gguf_files.write_base(hf_base_dir, tmp_path / "base.gguf")
-        files = llama_cpp.adapter_files(hf_base_dir, directories, tmp_path / "gguf")
+        files = llama_cpp.adapter_files(hf_base_dir, real_adapters, tmp_path / "gguf")
         system = LlamaCppServer(LlamaCppConfig(made, tmp_path / "base.gguf", files, 2, 2, 256, log))
     else:
-        model = openvino.export(made, hf_base_dir, tmp_path / "openvino", log)
-        system = OpenVino(OpenVinoConfig(made, model, directories, ALPHA / RANK, 2, 2, log))
-    texts = ["HTTP 404 means", "The capital of France is", "def add(a, b):\n    return", "Water boils at"]
+        model = exported(made, hf_base_dir, log)
+        system = OpenVino(OpenVinoConfig(made, model, real_adapters, ALPHA / RANK, 2, 2, log))
     blends: tuple[tuple[Part, ...], ...] = ((), (Part("a"),), (Part("a", 0.7), Part("b", 0.3)))
     try:
         found = []
         for parts in blends:
-            requests = [Request(text, parts, 5) for text in texts]
+            requests = [Request(text, parts, 5) for text in TEXTS]
             run = system.run([requests[0::2], requests[1::2]])
             assert run.num_tokens == 20
             assert len(run.first_token) == 4
             found.append([run.texts[index] for index in (0, 2, 1, 3)])  # they come stream by stream
     finally:
         system.stop()
-    expected = _answers(hf_base_dir, directories, texts)
     for ours, theirs in zip(found, expected, strict=True):
         assert sum(one == other for one, other in zip(ours, theirs, strict=True)) >= 3, (ours, theirs)
     assert found[0] != found[1], "the adapter is applied"
@@ -212,7 +246,6 @@ def test_a_peer_answers_as_transformers_does(name: str, hf_base_dir: Path, tmp_p
 
 
 def _answers(base: Path, adapters: dict[str, Path], texts: list[str]) -> list[list[str]]:
-    """transformers' and PEFT's, in fp32."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     plain.generation_config.eos_token_id = None

@@ -110,8 +110,8 @@ def memory() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def server(request: pytest.FixtureRequest, tiny_base_dir: Path, memory: Path) -> Iterator[Server]:
-    server = Server(Path(tempfile.mkdtemp(dir=memory)) / "home", tiny_base_dir, request.param)
+def server(request: pytest.FixtureRequest, converted_tiny: Path, memory: Path) -> Iterator[Server]:
+    server = Server(Path(tempfile.mkdtemp(dir=memory)) / "home", converted_tiny, request.param)
     yield server
     server.kill()
 

@@ -23,10 +23,10 @@ TRAINING = {"max_steps": 4, "batch_size": 2, "max_length": 32}
 
 
 @pytest.fixture(scope="module")
-def server(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def server(converted_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     with mounted(tmp_path_factory.mktemp("home"), 64) as home:
         server = ServerProcess(
-            home, model=tiny_base_dir, dtype="fp32", workers=1, adapter_cache_bytes="4MiB", min_free_bytes=0
+            home, model=converted_tiny, dtype="fp32", workers=1, adapter_cache_bytes="4MiB", min_free_bytes=0
         )
         try:
             yield server

@@ -292,8 +292,8 @@ def test_refusals(client: OpenAI, model: str) -> None:
         client.embeddings.create(model=model, input="a", encoding_format="float")
 
 
-def test_a_key_that_is_none(tiny_base_dir: Path, tmp_path: Path) -> None:
-    with running(tmp_path, tiny_base_dir, api_keys="secret") as server:
+def test_a_key_that_is_none(converted_tiny: Path, tmp_path: Path) -> None:
+    with running(tmp_path, converted_tiny, api_keys="secret") as server:
         with (
             OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client,
             pytest.raises(openai.AuthenticationError) as caught,

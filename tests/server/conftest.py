@@ -11,7 +11,6 @@ import pytest
 import sqlalchemy as sa
 import torch
 from fastapi import FastAPI
-from starlette.routing import BaseRoute
 
 from adapters.catalog.catalog import Catalog
 from adapters.catalog.records import Records
@@ -237,18 +236,27 @@ def make_services(
     return make
 
 
-@pytest.fixture(scope="session")
-def routes() -> list[BaseRoute]:
-    """Of the first app. FastAPI works them out at the first request, which takes longer than most tests do."""
-    return []
+_last_app: list[FastAPI] = []
+"""One, or none."""
+
+
+def new_app(services: Services) -> FastAPI:
+    """`create_app`'s, with the last one's routes, and its document if it was asked for it.
+
+    FastAPI works them out at the first request, which takes longer than most tests do. They are the same for all
+    settings but a prefix. Dependencies that are overridden are the first app's.
+    """
+    app = create_app(services)
+    for last in _last_app:
+        app.router.routes[:] = last.router.routes
+        app.openapi_schema = last.openapi_schema
+    _last_app[:] = [app]
+    return app
 
 
 @pytest.fixture
-def app(make_services: MakeServices, routes: list[BaseRoute]) -> FastAPI:
-    app = create_app(make_services())
-    routes[:] = routes or app.router.routes
-    app.router.routes[:] = routes
-    return app
+def app(make_services: MakeServices) -> FastAPI:
+    return new_app(make_services())
 
 
 def client_of(app: FastAPI) -> httpx.AsyncClient:

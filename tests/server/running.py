@@ -9,10 +9,10 @@ from pathlib import Path
 
 import uvicorn
 
-from server.api.app import create_app
 from server.api.deps import Services
 from server.config import Settings
 from server.serve.startup import build
+from tests.server.conftest import new_app
 
 
 class Running:
@@ -24,7 +24,7 @@ class Running:
         self._socket.bind(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(create_app(services), log_config=None, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(new_app(services), log_config=None, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})
         self._thread.start()

@@ -12,7 +12,7 @@ from adapters.library import Library
 from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Leases
 from tests.server.api.test_full_disk import asks, changed, stored
-from tests.server.conftest import MakeServices, client_of
+from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
 
@@ -43,9 +43,7 @@ class FailingSync:
 
 @pytest.fixture
 def app(make_services: MakeServices) -> FastAPI:
-    from server.api.app import create_app
-
-    return create_app(make_services(allow_anonymous=True, min_free_bytes=0))
+    return new_app(make_services(allow_anonymous=True, min_free_bytes=0))
 
 
 @pytest.mark.parametrize("name", WRITES)

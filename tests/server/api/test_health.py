@@ -3,10 +3,9 @@
 import httpx
 import pytest
 
-from server.api.app import create_app
 from tests.server.api.access.key_kit import new_secret
 from tests.server.api.fakes import FakeEngine
-from tests.server.conftest import MakeServices, client_of
+from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
 
@@ -106,7 +105,7 @@ async def test_the_document_knows_every_route_and_problem(client: httpx.AsyncCli
 
 async def test_a_scraper_without_a_key_may_bring_an_empty_one(make_services: MakeServices) -> None:
     """As Prometheus does whose file with the key is empty; where there are keys and nobody needs one, too."""
-    app = create_app(make_services(allow_anonymous=True))
+    app = new_app(make_services(allow_anonymous=True))
     async with client_of(app) as client:
         for _ in range(2):
             for given in ("Bearer", "Bearer "):

@@ -5,10 +5,9 @@ from collections.abc import AsyncIterator, Iterable
 import httpx
 import pytest
 
-from server.api.app import create_app
 from server.engine.request import GenerationRequest, SequenceOutput
 from tests.server.api.fakes import FakeEngine
-from tests.server.conftest import MakeServices, client_of
+from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
 MIB = 1 << 20
@@ -17,7 +16,7 @@ MIB = 1 << 20
 @pytest.fixture
 async def locked(make_services: MakeServices) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a server with keys, which brings none of its own."""
-    async with client_of(create_app(make_services(api_keys="first,second"))) as client:
+    async with client_of(new_app(make_services(api_keys="first,second"))) as client:
         yield client
 
 

@@ -9,14 +9,13 @@ import pytest
 from fastapi import FastAPI
 
 from adapters.library import Library
-from server.api.app import create_app
 from server.engine.request import GenerationRequest, SequenceOutput
 from server.errors import GenerationFailed
 from server.logs import Fields, JsonFormatter, LineFormatter
 from tests.server.api.access.key_kit import client_with, new_secret
 from tests.server.api.adapters.test_aliases import upload
 from tests.server.api.fakes import Caller, FakeEngine, failing, scoring, until, words
-from tests.server.conftest import MakeServices, client_of
+from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
 
@@ -127,7 +126,7 @@ async def test_what_was_cut_off_counts_as_far_as_it_came(
 async def test_keys_and_projects_are_named_and_secrets_are_not(
     make_services: MakeServices, caplog: pytest.LogCaptureFixture
 ) -> None:
-    app = create_app(make_services())
+    app = new_app(make_services())
     secret = new_secret(app, "acme")
     async with client_with(app, secret) as client, client_of(app) as stranger:
         await client.get("/adapters")

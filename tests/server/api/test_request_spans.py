@@ -10,14 +10,13 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from server.api.app import create_app
 from server.engine.request import GenerationRequest, SequenceOutput, Timing
 from server.errors import GenerationFailed
 from server.tracing.otel import OtelTracer
 from tests.server.api.access.key_kit import client_with, new_secret
 from tests.server.api.adapters.test_aliases import upload
 from tests.server.api.fakes import Caller, FakeEngine, failing, until, words
-from tests.server.conftest import MakeServices, client_of
+from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -48,7 +47,7 @@ class Traced:
 def traced(make_services: MakeServices) -> Traced:
     exporter = InMemorySpanExporter()
     tracer = OtelTracer([], [SimpleSpanProcessor(exporter)])
-    return Traced(create_app(replace(make_services(), tracer=tracer)), exporter)
+    return Traced(new_app(replace(make_services(), tracer=tracer)), exporter)
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ import httpx
 import pytest
 from starlette.types import Message
 
-from server.api.app import create_app
-from tests.server.conftest import MakeServices, client_of
+from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
 JSON = {"Content-Type": "application/json"}
@@ -18,7 +17,7 @@ MULTIPART = {"Content-Type": "multipart/form-data; boundary=x"}
 
 @pytest.fixture
 async def hasty(make_services: MakeServices) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(create_app(make_services(body_timeout=0.2, api_keys="k"))) as client:
+    async with client_of(new_app(make_services(body_timeout=0.2, api_keys="k"))) as client:
         client.headers["Authorization"] = "Bearer k"
         yield client
 
@@ -62,7 +61,7 @@ async def test_one_that_makes_no_progress(
 
 async def test_without_a_key_nobody_is_waited_for(make_services: MakeServices) -> None:
     services = make_services(body_timeout=0.2, api_keys="k")
-    async with client_of(create_app(services)) as client, asyncio.timeout(5):
+    async with client_of(new_app(services)) as client, asyncio.timeout(5):
         response = await client.post("/generate", content=pieces(b" ", 10_000, 60), headers=JSON)
     assert response.status_code == 408
 
@@ -75,7 +74,7 @@ async def test_a_large_body_may_take_longer_in_all(hasty: httpx.AsyncClient) -> 
 
 async def test_a_client_that_waits_for_its_answer_sends_nothing(make_services: MakeServices) -> None:
     """The time is over with the body."""
-    app = create_app(make_services(body_timeout=0.05))
+    app = new_app(make_services(body_timeout=0.05))
     inbox: asyncio.Queue[Message] = asyncio.Queue()
     inbox.put_nowait({"type": "http.request", "body": b'{"prompt": "a", "max_tokens": 1}', "more_body": False})
     sent: list[Message] = []

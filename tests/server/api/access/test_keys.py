@@ -20,14 +20,13 @@ from server.access.principal import OPERATOR, Quota
 from server.access.projects import Projects as ProjectTable
 from server.access.tables import api_keys
 from server.api.accounts.books import keep_now
-from server.api.app import create_app
 from server.database import commits_of, connect
 from server.training.queue.leases import Leases
 from tests.server.api.access.key_kit import access_of, client_with, new_secret, two_projects
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import FakeEngine, until
 from tests.server.api.train_kit import StandIn, submit
-from tests.server.conftest import MakeServices, client_of
+from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
 
@@ -65,7 +64,7 @@ async def test_it_stays_shut_where_the_database_is_lost(
     new_secret(app)
     with database.begin() as connection:
         connection.execute(sa.delete(api_keys))
-    async with client_of(create_app(make_services())) as client:
+    async with client_of(new_app(make_services())) as client:
         assert (await client.get("/adapters")).status_code == 401
 
 
@@ -78,7 +77,7 @@ async def test_a_project_that_openais_client_sends_by_itself(client: httpx.Async
 
 
 async def test_anonymous_callers_may_be_let_in_beside_keys(make_services: MakeServices) -> None:
-    app = create_app(make_services(allow_anonymous=True))
+    app = new_app(make_services(allow_anonymous=True))
     secret = new_secret(app)
     async with client_of(app) as client:
         assert (await client.get("/adapters")).status_code == 200

@@ -13,13 +13,12 @@ from fastapi import FastAPI
 from starlette.types import Message
 
 from server.api.access.slots import Places, Slots
-from server.api.app import create_app
 from server.api.train.feeds import JobFeeds
 from server.errors import QueueFull
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import Caller, FakeEngine, until
 from tests.server.api.train_kit import ROWS, submit
-from tests.server.conftest import MakeServices, client_of
+from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
 
@@ -114,7 +113,7 @@ async def test_long_prompts_wait_in_a_bounded_queue(
     services = replace(services, limiters=replace(services.limiters, encoding=slots))
     monkeypatch.setattr(services.encoder, "prompt", encode)
     try:
-        async with client_of(create_app(services)) as client:
+        async with client_of(new_app(services)) as client:
             body = {"prompt": LONG, "max_tokens": 1}
             tasks = [asyncio.create_task(client.post("/generate", json=body)) for _ in range(2)]
             await until(lambda: work.num_begun == 1 and slots._limiter.statistics().tasks_waiting == 1)
@@ -128,7 +127,7 @@ async def test_long_prompts_wait_in_a_bounded_queue(
 
 async def test_uploads_at_once_are_bounded(make_services: MakeServices) -> None:
     services = make_services()
-    app = create_app(replace(services, limiters=replace(services.limiters, uploads=Places("uploads", 2))))
+    app = new_app(replace(services, limiters=replace(services.limiters, uploads=Places("uploads", 2))))
     started = 0
     gone = asyncio.Event()
 
@@ -158,7 +157,7 @@ async def test_uploads_at_once_are_bounded(make_services: MakeServices) -> None:
 async def test_followers_of_events_are_bounded(make_services: MakeServices) -> None:
     services = make_services()
     services = replace(services, feeds=JobFeeds(services.jobs, poll=0.01, max_followers=2))
-    app = create_app(services)
+    app = new_app(services)
     async with client_of(app) as client:
         path = f"/train/{await submit(client)}/events"
         accept = [(b"accept", b"text/event-stream"), (b"host", b"localhost")]
@@ -182,7 +181,7 @@ async def test_a_disk_that_is_nearly_full(make_services: MakeServices, monkeypat
     usage = namedtuple("usage", ["free"])
     free = (1 << 20) - 1
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free))
-    async with client_of(create_app(make_services(min_free_bytes="1MiB"))) as client:
+    async with client_of(new_app(make_services(min_free_bytes="1MiB"))) as client:
         job = {"name": "j", "data": ROWS}
         writes = [
             await client.post("/datasets", files={"file": ("a.jsonl", b'{"text": "a"}')}),
@@ -206,7 +205,7 @@ async def test_a_disk_that_is_nearly_full(make_services: MakeServices, monkeypat
 
 async def test_a_generation_that_takes_too_long(make_services: MakeServices, engine: FakeEngine) -> None:
     engine.hold_after = 1
-    async with client_of(create_app(make_services(request_timeout=0.1))) as client:
+    async with client_of(new_app(make_services(request_timeout=0.1))) as client:
         stream = await client.post("/generate", json={"prompt": "a", "stream": True})
         assert stream.status_code == 200
         assert stream.text.count("event: error") == 1

@@ -11,9 +11,8 @@ from fastapi import FastAPI
 from server.access.principal import SCOPES, Scope
 from server.access.tables import api_keys
 from server.api.access.scopes import ADMIN, GENERATE, METRICS, READ, TRAIN, is_open, scopes_of, template_of
-from server.api.app import create_app
 from server.api.openapi import App
-from tests.server.conftest import MakeServices, client_of
+from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
 
@@ -93,7 +92,7 @@ def test_what_is_no_route_is_the_operators() -> None:
 
 @pytest.fixture
 def locked(make_services: MakeServices) -> FastAPI:
-    return create_app(make_services())
+    return new_app(make_services())
 
 
 @pytest.fixture

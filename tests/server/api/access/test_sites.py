@@ -9,7 +9,7 @@ from starlette.types import Message
 
 from server.api.app import create_app
 from tests.server.api.adapters.peft_files import as_parts, peft_files
-from tests.server.conftest import MakeServices, client_of
+from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
 
@@ -56,7 +56,7 @@ async def test_other_names_are_not(host: str, client: httpx.AsyncClient) -> None
 
 async def test_whoever_scrapes_calls_it_by_its_address(make_services: MakeServices) -> None:
     """Whatever its names are: but no page can lead a name of its own there."""
-    async with client_of(create_app(make_services(allowed_hosts="lora.example.org"))) as client:
+    async with client_of(new_app(make_services(allowed_hosts="lora.example.org"))) as client:
         for host in ("10.1.2.3:8000", "[fe80::1]:8000", "lora.example.org"):
             assert await status(client, {"Host": host}, "/metrics") == 200
         assert await status(client, {"Host": "evil.example"}, "/metrics") == 403
@@ -80,12 +80,12 @@ async def test_whoever_scrapes_calls_it_by_its_address(make_services: MakeServic
     ],
 )
 async def test_names_that_are_set(allowed: str, host: str, expected: int, make_services: MakeServices) -> None:
-    async with client_of(create_app(make_services(allowed_hosts=allowed))) as client:
+    async with client_of(new_app(make_services(allowed_hosts=allowed))) as client:
         assert await status(client, {"Host": host}) == expected
 
 
 async def test_the_host_that_it_listens_on_is_a_name(make_services: MakeServices) -> None:
-    async with client_of(create_app(make_services(host="gpu-box", api_keys="k"))) as client:
+    async with client_of(new_app(make_services(host="gpu-box", api_keys="k"))) as client:
         headers = {"Host": "gpu-box:8000", "Authorization": "Bearer k"}
         assert await status(client, headers) == 200
         assert await status(client, headers | {"Host": "other-box"}) == 403
@@ -168,7 +168,7 @@ async def test_a_header_twice_is_refused(client: httpx.AsyncClient) -> None:
 async def test_sites_that_are_set_may_call(make_services: MakeServices) -> None:
     site = "https://app.example.org"
     services = make_services(allowed_origins=f"{site}/, http://OTHER:1", api_keys="k")
-    async with client_of(create_app(services)) as client:
+    async with client_of(new_app(services)) as client:
         asked = {
             "Origin": site,
             "Access-Control-Request-Method": "POST",

@@ -14,7 +14,6 @@ from adapters.catalog.records import Records
 from adapters.library import Library
 from adapters.lora import BaseShape
 from adapters.store.store import AdapterStore
-from server.api.app import create_app
 from server.api.train.submission import Submissions
 from server.model.text.chat import PromptEncoder
 from server.training.data.datasets import DatasetStore
@@ -24,7 +23,7 @@ from server.training.queue.jobs import Jobs
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import FakeEngine
 from tests.server.api.train_kit import ROWS
-from tests.server.conftest import BASE_DIGEST, BASE_NAME, MAX_POSITIONS, SHAPE, MakeServices, client_of
+from tests.server.conftest import BASE_DIGEST, BASE_NAME, MAX_POSITIONS, SHAPE, MakeServices, client_of, new_app
 from tests.server.running import running
 from tests.tiny import save_tiny_base, tiny_tokenizer
 
@@ -58,7 +57,7 @@ def serve(
         sources = RowSources(datasets, files)
         submissions = Submissions(tmp_path, jobs, sources, library, rows, MAX_POSITIONS, digest)
         services = replace(make_services(), library=library, base_name=name, submissions=submissions)
-        return client_of(create_app(services))
+        return client_of(new_app(services))
 
     return start
 

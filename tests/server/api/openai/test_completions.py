@@ -7,13 +7,12 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.app import create_app
 from server.engine.request import GenerationRequest, SamplingParams
 from server.errors import QueueFull
 from server.model.text.chat import PromptEncoder
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import FakeEngine, FakeStream
-from tests.server.conftest import BASE_NAME, MAX_MODEL_LEN, MakeServices, client_of
+from tests.server.conftest import BASE_NAME, MAX_MODEL_LEN, MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
 
@@ -111,7 +110,7 @@ class NarrowEngine(FakeEngine):
 
 async def test_all_prompts_run_or_none(make_services: MakeServices) -> None:
     engine = NarrowEngine()
-    async with client_of(create_app(replace(make_services(), engine=engine))) as client:
+    async with client_of(new_app(replace(make_services(), engine=engine))) as client:
         response = await client.post(PATH, json={"model": BASE_NAME, "prompt": ["a", "b"]})
         assert response.status_code == 429
         assert len(engine.requests) == len(engine.closed) == 1

@@ -5,13 +5,12 @@ import pytest
 from fastapi import FastAPI
 
 from adapters.errors import Conflict, FieldError, InvalidInput, NotFound, SmoloraError
-from server.api.app import create_app
 from server.api.middleware import MAX_JSON_BYTES
 from server.api.openai import errors
 from server.engine.request import GenerationRequest, SequenceOutput
 from server.errors import EngineDead, GenerationFailed, QueueFull
 from tests.server.api.fakes import Caller, FakeEngine, failing, until
-from tests.server.conftest import BASE_NAME, MakeServices, client_of
+from tests.server.conftest import BASE_NAME, MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
 
@@ -77,7 +76,7 @@ async def test_unknown_paths_and_methods(client: httpx.AsyncClient) -> None:
 
 
 async def test_without_a_key(make_services: MakeServices) -> None:
-    async with client_of(create_app(make_services(api_keys="secret"))) as client:
+    async with client_of(new_app(make_services(api_keys="secret"))) as client:
         response = await client.get("/v1/models", headers={"authorization": "Bearer wrong"})
         assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key")
         assert "www-authenticate" in response.headers
