@@ -1,8 +1,8 @@
 """Serving larger bases: `python -m benchmarks.shapes`.
 
 SmolLM2's larger sizes with random weights, stored as the embedded base's are (random_base.py), under the loads and
-beside the peers of `benchmarks.serve`. Writes shapes.json. For figures that mean something the machine must be
-otherwise idle.
+beside the peers of `benchmarks.serve`. Writes shapes.json, in which a size that isn't measured stays as it is. For
+figures that mean something the machine must be otherwise idle.
 """
 
 import signal
@@ -46,14 +46,14 @@ def main(arguments: list[str] | None = None) -> Results:
         rounds=1 if given.quick else given.rounds,
     )
     made = Made.by("benchmarks.shapes", arguments, quick=given.quick)
-    results = Results(made)
     given.out.mkdir(parents=True, exist_ok=True)
+    results = command.read(given.out, "shapes", Results) or Results()
     for name in names:
         say(f"{name}: writing random weights")
         with tempfile.TemporaryDirectory(prefix="shape-", dir=given.out) as scratch:
             file = write_random_base(Path(scratch) / f"smollm2-{name.lower()}-random.gguf", SHAPES[name])
             results.sizes[name] = serve.run(replace(options, model=str(file), home=Path(scratch)), made, say)
-    command.write(given.out, "shapes", results)
+        command.write(given.out, "shapes", results)
     say(f"done; {given.out / 'shapes.json'} holds what was found")
     print(markdown(results))
     return results

@@ -12,10 +12,15 @@ from benchmarks.tables import gigabytes, rounds, spread, table
 
 @dataclass
 class Results:
-    """Filled as the benchmark goes on."""
+    """Each size may be of another run."""
 
-    made: Made
     sizes: dict[str, Serving] = field(default_factory=dict)  # by the shape's name
+
+    @property
+    def made(self) -> Made:
+        """Of a quick run, if one of the sizes is."""
+        runs = [size.made for size in self.sizes.values()]
+        return next((made for made in runs if made.quick), runs[0])
 
 
 def markdown(results: Results) -> str:
@@ -27,13 +32,14 @@ def markdown(results: Results) -> str:
         f"the same weights in 16 bits, and quantized anew; prompts of {settings.prompt_tokens} tokens, "
         f"{settings.max_tokens} new tokens, otherwise as above; {rounds(settings.rounds)}, all systems in turn"
     )
-    parts = [f"`{results.made.command}`, {results.made.day}. {first.machine}.", f"{work}."]
+    parts = [f"{work}."]
     if results.made.quick:
         parts.append(QUICK)
     for name, found in results.sizes.items():
         memory = ", ".join(f"{system} {gigabytes(peak)}" for system, peak in found.peak_rss.items() if peak)
         parts += [
             f"### {name}",
+            f"`{found.made.command}`, {found.made.day}. {found.machine}.",
             "Output tokens per second, all streams together:",
             serving.speed_table(found),
             "Ratios of the rounds:",

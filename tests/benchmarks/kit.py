@@ -55,4 +55,4 @@ def curves(*, quick: bool = False) -> Curves:
 
 def shapes(*, quick: bool = False) -> Shapes:
     rows = [row(1, "base", ours=[30.0, 40.0], llama=[20.0, 20.0]), row(1, "one", ours=[27.0, 36.0])]
-    return Shapes(made(quick=quick), {"9B": results(rows)})
+    return Shapes({"9B": results(rows, quick=quick)})

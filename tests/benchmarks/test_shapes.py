@@ -70,5 +70,5 @@ def test_a_reduced_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = found.sizes["tiny"].rows
     assert [row.load.key for row in rows] == ["1-base", "2-distinct"]
     assert all(speed > 0 for row in rows for speed in row.speed())
-    assert json.loads((out / "shapes.json").read_text())["made"]["quick"] is True
+    assert json.loads((out / "shapes.json").read_text())["sizes"]["tiny"]["made"]["quick"] is True
     assert sorted(path.name for path in out.iterdir()) == ["serve.log", "shapes.json"]
