@@ -161,11 +161,11 @@ def figures(found: Found, before: str) -> str:
             "and versions.",
         ]
     title = "What training brings, and costs"
-    lines = "\n".join(f"- {line}" for line in _training_lines(found))
-    standing = None if lines else _standing(title, before)
+    stood = re.findall(r"^- (.*)$", _standing(title, before) or "", re.MULTILINE)
+    lines = {_topic(line): f"- {line}" for line in (*stood, *_training_lines(found))}
     parts += [
-        standing
-        or f"## {title}\n\n{lines}\n\nAll of it, with intervals and what each was run with: {BENCHMARKS_PAGE}."
+        "\n".join([f"## {title}\n", *lines.values()]),
+        f"All of it, with intervals and what each was run with: {BENCHMARKS_PAGE}.",
     ]
     return "\n\n".join(parts)
 
@@ -198,6 +198,11 @@ def _standing(title: str, page: str) -> str | None:
     """The section of that title in a page."""
     found = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |^{re.escape(END)}|\Z)", page, re.MULTILINE | re.DOTALL)
     return found and found[0].strip()
+
+
+def _topic(line: str) -> str:
+    """What a line of the README is about, whatever was measured: its first two words."""
+    return " ".join(line.split()[:2])
 
 
 def _training_lines(found: Found) -> Iterator[str]:

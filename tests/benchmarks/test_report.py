@@ -143,6 +143,11 @@ def test_what_was_not_measured_again_stays(tmp_path: Path, out: Path) -> None:
     report.main(["--out", str(out), "--docs", str(tmp_path / "docs"), "--readme", str(standing)])
     assert (tmp_path / "docs/benchmarks.md").read_text() == page
     assert "333" in standing.read_text()
+    command.write(out, "train", train_report.Results(made(), MACHINE, "tiny", 1, []))
+    report.main(["--out", str(out), "--docs", str(tmp_path / "docs"), "--readme", str(standing)])
+    lines = [line for line in training.splitlines() if line.startswith("- ")]
+    assert len(lines) == 3
+    assert [line for line in standing.read_text().splitlines() if line in lines] == lines[1:], "accuracies stay"
 
 
 def test_requests_that_were_sent_again_are_told() -> None:
