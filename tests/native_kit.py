@@ -15,11 +15,13 @@ from typing import NoReturn
 import pytest
 import torch
 
-from server.model.base.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights
+from server.model.base.source import resolve_base
+from server.model.base.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights, load_base
 from server.model.native.library import NativeUnavailable, library_name, load_library
 from server.model.native.model import NativeModel
 from server.model.ops.linear import can_pack
 from tests.cache import CACHE
+from tests.tiny import save_tiny_base
 
 SHAPES: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "one group": ("llama", {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}),
@@ -90,6 +92,16 @@ def lend_native(home: Path) -> None:
     (home / "native").mkdir(mode=0o755, exist_ok=True)  # others may not write there, whatever the umask
     if not (home / "native" / library_name()).exists():
         shutil.copy2(CACHE / "native" / library_name(), home / "native")
+
+
+def tiny_of(directory: Path, shape: str, **options: object) -> BaseModel:
+    """A tiny base of one of SHAPES, saved into the directory, in bf16: with weights wide enough to learn from."""
+    architecture, given = SHAPES[shape]
+    changed = {**given, "initializer_range": 0.06, **options}
+    saved = save_tiny_base(directory / "tiny", architecture, changed, seed=3)
+    base = load_base(resolve_base(str(saved), directory), torch.bfloat16)
+    assert (base.weights.lm_head is not base.weights.embed) == (shape == "untied")
+    return base
 
 
 def native_model(base: BaseModel, max_positions: int = 512, num_threads: int = 1) -> NativeModel:

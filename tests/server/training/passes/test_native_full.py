@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.library import computed_by
 from server.model.native.training import NativeTraining
@@ -25,40 +24,12 @@ from server.training.passes.torch_pass import TorchPass
 from server.training.passes.trainables import TrainableModel
 from server.training.spec import JobSpec, TrainingSpec
 from server.training.worker.exact_match import exact_match
-from tests.native_kit import SHAPES, native_library
 from tests.server.training.data.rows_kit import make_examples
 from tests.server.training.loop.test_run import Disturbed, Listener
 from tests.server.training.passes.test_native_pass import batch_of, in_fp32, off, tokens
-from tests.tiny import save_tiny_base
 
 MAX_LENGTH = 160
 LENGTHS = (5, 1, 33, 32, 100, 3, 31)  # an odd number in all
-
-
-@pytest.fixture(scope="module")
-def library() -> ctypes.CDLL:
-    return native_library()
-
-
-@pytest.fixture(scope="module", params=[*SHAPES, "untied"])
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    return _tiny(tmp_path_factory.mktemp("native"), request.param)
-
-
-@pytest.fixture(scope="module")
-def grouped(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    return _tiny(tmp_path_factory.mktemp("native"), "grouped")
-
-
-def _tiny(directory: Path, shape: str) -> BaseModel:
-    architecture, options = SHAPES["grouped" if shape == "untied" else shape]
-    options = {**options, "initializer_range": 0.06}
-    if shape == "untied":
-        options["tie_word_embeddings"] = False
-    saved = save_tiny_base(directory / "tiny", architecture, options, seed=3)
-    base = load_base(resolve_base(str(saved), directory), torch.bfloat16)
-    assert (base.weights.lm_head is not base.weights.embed) == (shape == "untied")
-    return base
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from adapters.lora import LoraWeights
-from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.training.data.examples import Example, Examples
 from server.training.data.job_data import DataFacts, JobData
@@ -23,35 +22,12 @@ from server.training.passes.torch_pass import Pass, TorchPass
 from server.training.passes.trainables import trainable_rows
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 from server.training.worker.exact_match import exact_match
-from tests.native_kit import SHAPES, native_library
 from tests.server.training.data.rows_kit import make_examples
 from tests.server.training.loop.test_run import Listener
 from tests.server.training.passes.test_native_pass import batch_of, in_fp32, tokens, uneven
-from tests.tiny import save_tiny_base
 
 LONGEST = 320
 LENGTHS = (5, 1, 33, 32, 100, 3, 31, 300, 2)
-
-
-@pytest.fixture(scope="module")
-def library() -> ctypes.CDLL:
-    return native_library()
-
-
-@pytest.fixture(scope="module", params=list(SHAPES))
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    return _tiny(tmp_path_factory.mktemp("native"), request.param)
-
-
-@pytest.fixture(scope="module")
-def grouped(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    return _tiny(tmp_path_factory.mktemp("native"), "grouped")
-
-
-def _tiny(directory: Path, shape: str) -> BaseModel:
-    architecture, given = SHAPES[shape]
-    saved = save_tiny_base(directory / "tiny", architecture, {**given, "initializer_range": 0.06}, seed=3)
-    return load_base(resolve_base(str(saved), directory), torch.bfloat16)
 
 
 def passes_of(base: BaseModel, weights: LoraWeights, library: ctypes.CDLL | None) -> Pass:

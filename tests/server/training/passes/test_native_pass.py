@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from adapters.lora import LoraModule, LoraWeights
-from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.library import NativeUnavailable, computed_by
 from server.model.native.load import find_library
@@ -31,35 +30,11 @@ from server.training.spec import Init, JobSpec, LoraSpec, TrainingSpec
 from server.training.worker.exact_match import exact_match
 from tests.cache import CACHE
 from tests.engine_kit import random_adapter
-from tests.native_kit import SHAPES, native_library, widened
+from tests.native_kit import tiny_of, widened
 from tests.server.training.loop.test_run import Disturbed, Listener, tensors
-from tests.tiny import save_tiny_base
 
 MAX_LENGTH = 160
 LENGTHS = (5, 1, 33, 32, 100, 3, 31)  # an odd number in all
-
-
-@pytest.fixture(scope="module")
-def library() -> ctypes.CDLL:
-    return native_library()
-
-
-@pytest.fixture(scope="module", params=list(SHAPES))
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    return _tiny(tmp_path_factory.mktemp("native"), request.param)
-
-
-@pytest.fixture(scope="module")
-def grouped(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    return _tiny(tmp_path_factory.mktemp("native"), "grouped")
-
-
-def _tiny(directory: Path, shape: str, **options: object) -> BaseModel:
-    architecture, given = SHAPES[shape]
-    saved = save_tiny_base(
-        directory / "tiny", architecture, {**given, "initializer_range": 0.06, **options}, seed=3
-    )
-    return load_base(resolve_base(str(saved), directory), torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -216,7 +191,7 @@ def test_a_loss_that_is_no_number_says_so(grouped: BaseModel, library: ctypes.CD
 
 
 def test_a_base_that_native_code_does_not_cover_is_torchs(tmp_path: Path, library: ctypes.CDLL) -> None:
-    base = _tiny(tmp_path, "one group", intermediate_size=72)
+    base = tiny_of(tmp_path, "one group", intermediate_size=72)
     said: list[str] = []
     assert find_library(base, [CACHE / "native"], said.append) is None
     assert said == ["nothing native: intermediate_size is no multiple of 32; torch does it, more slowly"]

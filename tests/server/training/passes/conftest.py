@@ -1,0 +1,23 @@
+"""What the tests of native passes share: the library, and tiny bases that it covers."""
+
+import ctypes
+
+import pytest
+
+from server.model.base.weights import BaseModel
+from tests.native_kit import SHAPES, native_library, tiny_of
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    return native_library()
+
+
+@pytest.fixture(scope="module", params=list(SHAPES))
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    return tiny_of(tmp_path_factory.mktemp("native"), request.param)
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    return tiny_of(tmp_path_factory.mktemp("native"), "grouped")
