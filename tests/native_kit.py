@@ -17,7 +17,7 @@ import torch
 
 from server.model.base.source import resolve_base
 from server.model.base.weights import LAYER_TENSORS, BaseModel, BaseWeights, LayerWeights, load_base
-from server.model.native.library import NativeUnavailable, library_name, load_library
+from server.model.native.library import NativeUnavailable, instructions, library_name, load_library
 from server.model.native.model import NativeModel
 from server.model.ops.linear import can_pack
 from tests.cache import CACHE
@@ -90,8 +90,8 @@ def lend_native(home: Path) -> None:
     if not has_native():
         return
     (home / "native").mkdir(mode=0o755, exist_ok=True)  # others may not write there, whatever the umask
-    if not (home / "native" / library_name()).exists():
-        shutil.copy2(CACHE / "native" / library_name(), home / "native")
+    if not (home / "native" / library_name(instructions())).exists():
+        shutil.copy2(CACHE / "native" / library_name(instructions()), home / "native")
 
 
 def tiny_of(directory: Path, shape: str, **options: object) -> BaseModel:

@@ -12,8 +12,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.command import Say, cores
@@ -34,6 +35,12 @@ BUILD_FLAGS = {
     "LLAMA_USE_PREBUILT_UI": "OFF",
     "LLAMA_OPENSSL": "OFF",
 }
+_AVX2_FLAGS = {"GGML_NATIVE": "OFF", "GGML_AVX2": "ON", "GGML_FMA": "ON", "GGML_F16C": "ON", "GGML_BMI2": "ON"}
+HELD_FLAGS: Mapping[str, Mapping[str, str]] = {
+    "avx2": _AVX2_FLAGS,
+    "avx512": {**_AVX2_FLAGS, "GGML_AVX512": "ON"},
+}
+"""llama.cpp's, where it is held to fewer instructions, as `NATIVE_INSTRUCTIONS` holds our server."""
 PROGRAMS = ("llama-server", "llama-quantize")
 
 
@@ -74,7 +81,12 @@ def make(cache: Path, name: str, say: Say) -> MadePeer:
     return MadePeer(directory, version)
 
 
-def _make_llama_cpp(directory: Path, say: Say) -> str:
+def held(instructions: str) -> str:
+    """The name of llama.cpp held to the instructions that HELD_FLAGS names."""
+    return f"{LLAMA_CPP}-{instructions}"
+
+
+def _make_llama_cpp(directory: Path, say: Say, instructions: str | None = None) -> str:
     """llama.cpp's server and quantizer, from the source that the Python package is distributed with."""
     sources = directory / "sources"
     _install(directory, *BUILD_PACKAGES)
@@ -87,7 +99,8 @@ def _make_llama_cpp(directory: Path, say: Say) -> str:
     (source,) = sources.glob("*/vendor/llama.cpp")
     say("compiling llama.cpp: about 8 minutes on 2 cores")
     build = directory / "build"
-    flags = [f"-D{key}={value}" for key, value in BUILD_FLAGS.items()]
+    chosen = {**BUILD_FLAGS, **(HELD_FLAGS[instructions] if instructions else {})}
+    flags = [f"-D{key}={value}" for key, value in chosen.items()]
     # its version is asked of git, which would answer with the checkout's around it
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(sources)}
     environment["PATH"] = f"{directory / 'bin'}{os.pathsep}{environment['PATH']}"
@@ -98,7 +111,8 @@ def _make_llama_cpp(directory: Path, say: Say) -> str:
         shutil.copy2(build / "bin" / program, directory / "bin" / program)
     shutil.rmtree(build)
     shutil.rmtree(sources)
-    return f"llama.cpp of {LLAMA_CPP_PACKAGE}, built with {_compiler()}"
+    limits = f" for {instructions}" if instructions else ""
+    return f"llama.cpp of {LLAMA_CPP_PACKAGE}, built with {_compiler()}{limits}"
 
 
 def _make_openvino(directory: Path, say: Say) -> str:
@@ -107,7 +121,11 @@ def _make_openvino(directory: Path, say: Say) -> str:
     return OPENVINO_PACKAGES[0]
 
 
-MAKERS: dict[str, Callable[[Path, Say], str]] = {LLAMA_CPP: _make_llama_cpp, OPENVINO: _make_openvino}
+MAKERS: dict[str, Callable[[Path, Say], str]] = {
+    LLAMA_CPP: _make_llama_cpp,
+    OPENVINO: _make_openvino,
+    **{held(name): partial(_make_llama_cpp, instructions=name) for name in HELD_FLAGS},
+}
 
 
 def _install(directory: Path, *packages: str) -> None:

@@ -3,7 +3,7 @@
 The library is looked for in the directories given, and made in the last one where none has one to use: one that
 others may have written is refused, one that can't be loaded (half a file, another system's C library) is made
 anew. It is compiled in a directory of its own and renamed once it could be loaded, under a name that changes with
-its source and flags. The flags name the instructions, and none is taken from the machine that compiles: a HOME may
+its source and flags. The flags name the instructions, the best of INSTRUCTIONS that this processor has: a HOME may
 be shared by machines whose processors differ. Where there can be no library (no compiler, another kind of
 processor) the torch path serves; `NativeUnavailable` says why.
 """
@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -31,11 +31,18 @@ HEADERS = tuple(sorted(str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*
 FLAGS = (
     *("-std=c++20", "-O3"),
     "-ffp-contract=off",  # a multiplication and an addition are rounded apart, whatever the compiler
-    *("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
-    *("-mamx-tile", "-mamx-bf16"),  # used where the processor has them
+    *("-mamx-tile", "-mamx-bf16"),  # used where the processor has them, beside AVX-512's bf16 products
     *("-fPIC", "-pthread", "-fvisibility=hidden"),
     "-ftls-model=initial-exec",  # else a thread's first use may need memory, and glibc ends the process without
 )
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
+INSTRUCTIONS: Mapping[str, tuple[str, ...]] = {
+    "avx512_bf16": (*_AVX512, "avx512_bf16"),
+    "avx512": _AVX512,
+    "avx2": _AVX2,
+}
+"""What the code can be compiled for, the best first, with what a processor must have for it as Linux names it."""
 _EXPORTS = "seam/exports.map"
 _LINK = ("-shared", "-pthread", "-static-libstdc++", "-static-libgcc")
 COMPILERS = ("g++", "clang++", "c++")
@@ -52,9 +59,8 @@ def load_library(directories: Sequence[Path], say: Callable[[str], None] = lambd
     """The library, compiled first where no directory has one to use. Raises NativeUnavailable."""
     if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
         raise NativeUnavailable("it is written for Linux on x86-64")
-    if "avx512_bf16" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
-        raise NativeUnavailable("this processor has no AVX-512 bf16 products")
-    for path in (directory / library_name() for directory in directories):
+    name = library_name(instructions())
+    for path in (directory / name for directory in directories):
         if not os.path.lexists(path):
             continue
         try:
@@ -63,35 +69,55 @@ def load_library(directories: Sequence[Path], say: Callable[[str], None] = lambd
         except NativeUnavailable as reason:
             say(f"native code is not taken from {path.parent}: {reason}")
     say("compiling the native code, once")
-    return _compile(directories[-1], _load)
+    return _compile(directories[-1], instructions(), _load)
 
 
-def compile_library(directory: Path) -> None:
-    """Compile it into the directory, for another process to load. Raises NativeUnavailable where that fails."""
-    _compile(directory, lambda path: None)
+def compile_libraries(directory: Path) -> None:
+    """Compile it into the directory, for other processes on any processor. Raises NativeUnavailable where that
+    fails."""
+    for name in INSTRUCTIONS:
+        _compile(directory, name, lambda path: None)
 
 
-def source_digest() -> str:
-    """What decides what the library computes: its source and how it is compiled."""
-    sha = hashlib.sha256(" ".join((*FLAGS, *_LINK)).encode())
+def instructions() -> str:
+    """The best of INSTRUCTIONS that this processor has, or that NATIVE_INSTRUCTIONS names. Raises
+    NativeUnavailable."""
+    features = frozenset(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    wanted = os.environ.get("NATIVE_INSTRUCTIONS")
+    for name in INSTRUCTIONS if wanted is None else [wanted]:
+        if name not in INSTRUCTIONS:
+            raise NativeUnavailable(f"NATIVE_INSTRUCTIONS must be one of {', '.join(INSTRUCTIONS)}, not {name!r}")
+        if features.issuperset(INSTRUCTIONS[name]):
+            return name
+    raise NativeUnavailable(f"this processor has no {wanted or 'AVX2'}")
+
+
+def flags_for(name: str) -> tuple[str, ...]:
+    """With which the library is compiled for one of INSTRUCTIONS."""
+    return (*FLAGS, *("-m" + feature.replace("_bf16", "bf16") for feature in INSTRUCTIONS[name]))
+
+
+def source_digest(name: str) -> str:
+    """What decides what the library computes: its source and how it is compiled, for one of INSTRUCTIONS."""
+    sha = hashlib.sha256(" ".join((*flags_for(name), *_LINK)).encode())
     for source in (*UNITS, *HEADERS, _EXPORTS):
         sha.update((SOURCE / source).read_bytes())
     return sha.hexdigest()[:16]
 
 
-def library_name() -> str:
-    """The file name of the library of this source."""
-    return f"smolora-{source_digest()}.so"
+def library_name(name: str) -> str:
+    """The file name of the library of this source, for one of INSTRUCTIONS."""
+    return f"smolora-{source_digest(name)}.so"
 
 
 def computed_by(library: ctypes.CDLL) -> str:
     """What its results' bits depend on: the source, the compiler with its version and flags, and whether the
     processor has AMX."""
-    return f"{source_digest()} ({library.smolora_compiler().decode()})"
+    return f"{source_digest(instructions())} ({library.smolora_compiler().decode()})"
 
 
-def flags_of_units(flags: Sequence[str] = FLAGS) -> list[str]:
-    """Those with which each unit is compiled, so that it can say so."""
+def flags_of_units(flags: Sequence[str]) -> list[str]:
+    """These flags as each unit is compiled with them, so that it can say so."""
     return [*flags, f'-DSMOLORA_FLAGS="{" ".join(flags)}"']
 
 
@@ -107,7 +133,7 @@ def _load(path: Path) -> ctypes.CDLL:
     if other is not None:
         raise NativeUnavailable(f"it was made for another layout: {other}")
     if not library.smolora_is_supported():
-        raise NativeUnavailable("this processor or system lacks a part of AVX-512")
+        raise NativeUnavailable("this processor or system lacks an instruction")
     return library
 
 
@@ -131,8 +157,9 @@ def _check_owners(*paths: Path) -> None:
         raise NativeUnavailable(f"it can't be read: {error}") from None
 
 
-def _compile(directory: Path, use: Callable[[Path], T]) -> T:
-    """Compile into the directory; what `use` makes of the new file, which gets its name after that."""
+def _compile(directory: Path, name: str, use: Callable[[Path], T]) -> T:
+    """Compile into the directory for one of INSTRUCTIONS; what `use` makes of the new file, which gets its name
+    after that."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise NativeUnavailable(f"no C++ compiler ({', '.join(COMPILERS)})")
@@ -140,10 +167,10 @@ def _compile(directory: Path, use: Callable[[Path], T]) -> T:
         directory.mkdir(parents=True, exist_ok=True)
         _keep_others_out(directory)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".native-") as scratch:
-            made = Path(scratch) / library_name()
+            made = Path(scratch) / library_name(name)
             objects = [str(Path(scratch) / f"{Path(unit).stem}.o") for unit in UNITS]
             compiles = [
-                [compiler, *flags_of_units(), f"-I{SOURCE}", "-c", str(SOURCE / unit), "-o", to]
+                [compiler, *flags_of_units(flags_for(name)), f"-I{SOURCE}", "-c", str(SOURCE / unit), "-o", to]
                 for unit, to in zip(UNITS, objects, strict=True)
             ]
             with ThreadPoolExecutor(len(UNITS)) as threads:
@@ -180,6 +207,6 @@ def _keep_others_out(directory: Path) -> None:
 
 if __name__ == "__main__":  # as the image is built: python -m server.model.native.library DIRECTORY
     try:
-        compile_library(Path(sys.argv[1]))
+        compile_libraries(Path(sys.argv[1]))
     except NativeUnavailable as failure:
         sys.exit(str(failure))

@@ -5,7 +5,6 @@
 // row's result doesn't depend on what is computed with it, but it isn't that of vdpbf16ps to the last bit.
 #pragma once
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -25,6 +24,9 @@ inline bool has_amx() {
         constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // of CPUID's leaf 7, EDX
         constexpr long kRequest = 0x1023, kTileData = 18;        // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
         unsigned a, b, c, d;
+#ifndef __AVX512BF16__
+        return false;  // it is made for less
+#endif
         const char* wanted = getenv("NATIVE_AMX");
         if (wanted != nullptr && *wanted == '0') return false;
         if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTiles) == 0) return false;

@@ -1,10 +1,10 @@
 // 16-bit floats, a vector exponential and a vector logarithm for AVX-512 with bf16.
 #pragma once
-#include <immintrin.h>
 
 #include <initializer_list>
 
 #include "seam/abi.h"
+#include "vectors/vectors.h"
 
 inline __m512 load_bf16(const bf16* p) {  // 16 of them, widened
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));

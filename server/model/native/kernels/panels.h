@@ -5,8 +5,8 @@
 #pragma once
 #include "matrix.h"
 
-constexpr int kNarrowBlock = 24;   // rows of a register block of half a tile
-constexpr int kPrefetchRows = 96;  // that are multiplied between two shares of the next tile
+constexpr int kNarrowBlock = kSums;  // rows of a register block of half a tile
+constexpr int kPrefetchRows = 96;    // that are multiplied between two shares of the next tile
 
 using Panel = std::vector<uint32_t>;  // [pairs][32], as one tile of a Matrix
 
@@ -51,16 +51,12 @@ inline void pack_rows(const bf16* w, size_t stride, int outputs, int depth, uint
 
 // Packs a tile from 32 columns of w, which has `depth` rows. An odd depth is padded with zeros.
 inline void pack_columns(const bf16* w, size_t stride, int depth, uint32_t* to) {
-    alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int row = 0; row < depth; row += 2, w += 2 * stride, to += kTile) {
         _mm_prefetch((const char*)(w + 16 * stride), _MM_HINT_T0);
         _mm_prefetch((const char*)(w + 17 * stride), _MM_HINT_T0);
         __m512i a = _mm512_loadu_si512(w);
         __m512i b = row + 1 < depth ? _mm512_loadu_si512(w + stride) : _mm512_setzero_si512();
-        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
-        _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, high, b));
+        store_interleaved(a, b, to);
     }
 }
 

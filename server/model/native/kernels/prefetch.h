@@ -1,10 +1,11 @@
 // Lines of cache that a product prefetches while it multiplies: what is read next, its own weights or others'.
 #pragma once
-#include <immintrin.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <vector>
+
+#include "vectors/vectors.h"
 
 // The addresses of lines, which are prefetched one after the other; behind the last one it is there a few times more.
 template <int step>

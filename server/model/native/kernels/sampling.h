@@ -183,7 +183,7 @@ class RowSampler {  // of one thread
         if (row.forbidden == nullptr) return;
         for (int i = 0; i < vocab_; i += 16) {
             const __m128i bytes = _mm_loadu_si128((const __m128i*)(row.forbidden + i));
-            const __mmask16 mask = _mm_test_epi8_mask(bytes, bytes);
+            const __mmask16 mask = are_not_zero(bytes);
             _mm512_mask_storeu_ps(logits_ + i, mask, _mm512_set1_ps(-std::numeric_limits<float>::infinity()));
         }
     }
@@ -253,7 +253,7 @@ class RowSampler {  // of one thread
         }
     }
 
-    static __m512i first_tokens() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
+    static __m512i first_tokens() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 
     float* logits_ = nullptr;
     int vocab_ = 0, chosen_ = 0;

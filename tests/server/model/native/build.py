@@ -14,9 +14,19 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
-from server.model.native.library import FLAGS, HEADERS, SOURCE, UNITS, flags_of_units, load_library
+from server.model.native.library import (
+    HEADERS,
+    INSTRUCTIONS,
+    SOURCE,
+    UNITS,
+    flags_for,
+    flags_of_units,
+    instructions,
+    load_library,
+)
 from tests.cache import CACHE
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -29,10 +39,16 @@ SANITIZERS = {
 }
 
 
-def build(*more: str) -> Path:
-    """The program that runs the tests, compiled with the library's own flags and `more`."""
+def build(*more: str, name: str | None = None) -> Path:
+    """The program that runs the tests, compiled with `more` and the library's own flags, for one of INSTRUCTIONS:
+    the best that this processor has."""
     compiler = compilers()[0]
-    flags = [*flags_of_units((*FLAGS, *more)), *WARNINGS, f"-I{SOURCE}", f"-I{KERNELS}"]
+    flags = [
+        *flags_of_units((*flags_for(name or instructions()), *more)),
+        *WARNINGS,
+        f"-I{SOURCE}",
+        f"-I{KERNELS}",
+    ]
     made_of = hashlib.sha256(repr((compiler, flags, _LINK)).encode())
     for path in (*(SOURCE / name for name in (*UNITS, *HEADERS)), *sorted(KERNELS.iterdir())):
         made_of.update(path.read_bytes())
@@ -66,15 +82,16 @@ def check_warnings() -> None:
     if platform.machine() != "x86_64" or not compilers():
         sys.stderr.write("no compiler for x86-64 here: the warnings of C++ stay unseen\n")
         return
-    made_of = hashlib.sha256(repr((compilers(), flags_of_units(), WARNINGS)).encode())
+    flags = [flags_of_units(flags_for(name)) for name in INSTRUCTIONS]
+    made_of = hashlib.sha256(repr((compilers(), flags, WARNINGS)).encode())
     for name in (*UNITS, *HEADERS):
         made_of.update((SOURCE / name).read_bytes())
     done = CACHE / "native-warnings" / made_of.hexdigest()[:16]
     if done.exists():
         return
     for compiler in compilers():
-        for unit in UNITS:
-            run([compiler, *flags_of_units(), *WARNINGS, f"-I{SOURCE}", "-fsyntax-only", str(SOURCE / unit)])
+        for unit, own in product(UNITS, flags):
+            run([compiler, *own, *WARNINGS, f"-I{SOURCE}", "-fsyntax-only", str(SOURCE / unit)])
     done.parent.mkdir(parents=True, exist_ok=True)
     done.touch()
 

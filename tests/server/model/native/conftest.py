@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.model.native.library import library_name
+from server.model.native.library import instructions, library_name
 from tests.cache import CACHE
 from tests.native_kit import native_library
 
@@ -16,7 +16,7 @@ def compiled() -> Iterator[Path]:
     """The library of this source, where it runs; files that a test writes are its owner's to write."""
     native_library()
     before = os.umask(0o022)
-    yield CACHE / "native" / library_name()
+    yield CACHE / "native" / library_name(instructions())
     os.umask(before)
 
 

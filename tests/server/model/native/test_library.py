@@ -15,8 +15,10 @@ from server.model.native.abi import STRUCTURES, layout
 from server.model.native.library import (
     FLAGS,
     NativeUnavailable,
-    compile_library,
+    compile_libraries,
     computed_by,
+    flags_for,
+    instructions,
     library_name,
     load_library,
     source_digest,
@@ -43,7 +45,7 @@ def test_it_is_made_under_its_name_alone(tmp_path: Path, quick: None) -> None:
     said: list[str] = []
     load_library([tmp_path / "nothing", tmp_path / "made"], said.append)
     assert said == [COMPILING]
-    assert [path.name for path in (tmp_path / "made").iterdir()] == [library_name()]
+    assert [path.name for path in (tmp_path / "made").iterdir()] == [library_name(instructions())]
 
 
 def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,25 +57,25 @@ def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pyte
 def test_a_compiler_that_fails(tmp_path: Path, compiler: Callable[[str], None]) -> None:
     compiler("echo it is broken >&2; exit 3")
     with pytest.raises(NativeUnavailable, match="it is broken"):
-        compile_library(tmp_path / "made")
+        compile_libraries(tmp_path / "made")
     assert list((tmp_path / "made").iterdir()) == []
 
 
 @pytest.mark.parametrize("size", [0, 10, 3000, -1])
 def test_half_a_file_is_made_anew(tmp_path: Path, compiled: Path, quick: None, size: int) -> None:
     """Loading a part of a library may end the process: it is known before that."""
-    (tmp_path / library_name()).write_bytes(compiled.read_bytes()[:size])
+    (tmp_path / library_name(instructions())).write_bytes(compiled.read_bytes()[:size])
     said: list[str] = []
     load_library([tmp_path], said.append)
     reason = "it can't be loaded: a part of the file is missing or damaged"
     assert said == [f"native code is not taken from {tmp_path}: {reason}", COMPILING]
-    assert (tmp_path / library_name()).read_bytes() == compiled.read_bytes()
+    assert (tmp_path / library_name(instructions())).read_bytes() == compiled.read_bytes()
 
 
 def test_a_damaged_file_is_made_anew(tmp_path: Path, compiled: Path, quick: None) -> None:
     content = bytearray(compiled.read_bytes())
     content[len(content) // 2] ^= 1
-    (tmp_path / library_name()).write_bytes(content)
+    (tmp_path / library_name(instructions())).write_bytes(content)
     said: list[str] = []
     load_library([tmp_path], said.append)
     assert [line.rpartition(": ")[2] for line in said] == ["a part of the file is missing or damaged", COMPILING]
@@ -103,7 +105,7 @@ def entries(numbers: dict[str, int]) -> str:
 
 def test_the_same_layout_is_taken(tmp_path: Path) -> None:
     """Of the stub, so that the tests below fail for what they change."""
-    stub(tmp_path / library_name(), entries(layout()))
+    stub(tmp_path / library_name(instructions()), entries(layout()))
     said: list[str] = []
     load_library([tmp_path], said.append)
     assert said == []
@@ -112,7 +114,7 @@ def test_the_same_layout_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["kRowUnit", "ServeStep", "ServeStep.hidden", "group down", "kNoMemory"])
 def test_another_layout_is_made_anew(tmp_path: Path, quick: None, name: str) -> None:
     value = layout()[name]
-    stub(tmp_path / library_name(), entries({**layout(), name: value + 8}))
+    stub(tmp_path / library_name(instructions()), entries({**layout(), name: value + 8}))
     said: list[str] = []
     library = load_library([tmp_path], said.append)
     reason = f"it was made for another layout: {name} is {value + 8}, not {value}"
@@ -125,11 +127,11 @@ def test_fields_that_one_side_lacks(tmp_path: Path, change: dict[str, int]) -> N
     numbers = {**layout(), **change}
     if not change:
         del numbers["LoraPart.num_rows"]
-    stub(tmp_path / library_name(), entries(numbers))
+    stub(tmp_path / library_name(instructions()), entries(numbers))
     with pytest.raises(
         NativeUnavailable, match=r"layout: (ServeStep.news is 0, not None|LoraPart.num_rows is None)"
     ):
-        module._load(tmp_path / library_name())
+        module._load(tmp_path / library_name(instructions()))
 
 
 @pytest.mark.parametrize(
@@ -137,13 +139,13 @@ def test_fields_that_one_side_lacks(tmp_path: Path, change: dict[str, int]) -> N
 )
 def test_what_does_not_load_is_made_anew(tmp_path: Path, compiled: Path, quick: None, source: str) -> None:
     """Another library, or one that needs symbols that this system's libraries don't have."""
-    stub(tmp_path / library_name(), source, "-Wl,-z,now")
+    stub(tmp_path / library_name(instructions()), source, "-Wl,-z,now")
     said: list[str] = []
     load_library([tmp_path], said.append)
     assert len(said) == 2
     assert "it can't be loaded: " in said[0]
     assert "undefined symbol" in said[0]
-    assert (tmp_path / library_name()).read_bytes() == compiled.read_bytes()
+    assert (tmp_path / library_name(instructions())).read_bytes() == compiled.read_bytes()
 
 
 def test_one_that_was_just_made_and_does_not_load_gets_no_name(
@@ -185,9 +187,9 @@ def test_a_threads_first_use_needs_no_memory(compiled: Path) -> None:
 
 def test_it_says_what_computes() -> None:
     said = computed_by(native_library())
-    assert said.startswith(source_digest())
+    assert said.startswith(source_digest(instructions()))
     assert re.search(r"\((g\+\+|.*[Cc]lang) \d+\.\d+", said)
-    assert " ".join(FLAGS) in said
+    assert " ".join(flags_for(instructions())) in said
     assert "-ffp-contract=off" in FLAGS
 
 

@@ -85,7 +85,7 @@ inline void multiply_own_rows(const bf16* const* x, const bf16* const* a, int to
 template <int vectors>
 inline void multiply_rows(const bf16* x, size_t x_stride, int tokens, const bf16* a, size_t rows, int columns,
                           int pairs, float* y) {
-    constexpr int kAtOnce = vectors == 1 ? 16 : 8;
+    constexpr int kAtOnce = std::clamp(kSums / vectors, 1, vectors == 1 ? 16 : 8);
     static constexpr auto kByTokens = []<int... i>(std::integer_sequence<int, i...>) {
         return std::array{multiply_rows<vectors, i + 1>...};
     }(std::make_integer_sequence<int, kAtOnce>{});

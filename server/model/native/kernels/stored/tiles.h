@@ -1,6 +1,5 @@
 // Weights as GGUF stores them, in 4 or 8 bits, packed for 32 outputs at a time, and the 16-bit weights that they are.
 #pragma once
-#include <immintrin.h>
 
 #include <cstdint>
 

@@ -1,0 +1,348 @@
+// What the kernels use of AVX-512, under the same names, made of pairs of AVX2's registers: for processors without it.
+//
+// Products of 16-bit pairs are two fused multiplications and additions each, of the second numbers and then of the
+// first: every kernel sums up alike, so that bits depend on the processor, but not on which kernel computes a number.
+#pragma once
+#include <immintrin.h>
+
+#include <climits>
+#include <cstdint>
+
+namespace avx2 {
+
+struct Floats {  // 16
+    __m256 low, high;
+};
+struct Doubles {  // 8
+    __m256d low, high;
+};
+struct Words {  // 512 bits
+    __m256i low, high;
+};
+
+inline Floats load(const void* p) { return {_mm256_loadu_ps((const float*)p), _mm256_loadu_ps((const float*)p + 8)}; }
+inline void store(void* p, const Floats& a) {
+    _mm256_storeu_ps((float*)p, a.low), _mm256_storeu_ps((float*)p + 8, a.high);
+}
+inline Words load_words(const void* p) {
+    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+}
+inline void store(void* p, const Words& a) {
+    _mm256_storeu_si256((__m256i*)p, a.low), _mm256_storeu_si256((__m256i*)p + 1, a.high);
+}
+inline Floats set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Words set_words(int x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+template <class... Numbers>
+inline Words words_of(Numbers... numbers) {
+    const int all[] = {numbers...};
+    return load_words(all);
+}
+template <class... Numbers>
+inline Words longs_of(Numbers... numbers) {
+    const long long all[] = {numbers...};
+    return load_words(all);
+}
+template <class... Numbers>
+inline Floats floats_of(Numbers... numbers) {
+    const float all[] = {(float)numbers...};
+    return load(all);
+}
+
+inline Floats add(const Floats& a, const Floats& b) {
+    return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
+inline Floats subtract(const Floats& a, const Floats& b) {
+    return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
+}
+inline Floats multiply(const Floats& a, const Floats& b) {
+    return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+}
+inline Floats divide(const Floats& a, const Floats& b) {
+    return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)};
+}
+inline Floats least(const Floats& a, const Floats& b) {
+    return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)};
+}
+inline Floats most(const Floats& a, const Floats& b) {
+    return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
+}
+inline Floats multiply_add(const Floats& a, const Floats& b, const Floats& c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Floats subtract_product(const Floats& a, const Floats& b, const Floats& c) {
+    return {_mm256_fnmadd_ps(a.low, b.low, c.low), _mm256_fnmadd_ps(a.high, b.high, c.high)};
+}
+inline Doubles add(const Doubles& a, const Doubles& b) {
+    return {_mm256_add_pd(a.low, b.low), _mm256_add_pd(a.high, b.high)};
+}
+inline Doubles widen(__m256 x) {
+    return {_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
+}
+inline double sum(const Doubles& a) {
+    const __m256d all = _mm256_add_pd(a.low, a.high);
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(all), _mm256_extractf128_pd(all, 1));
+    return _mm_cvtsd_f64(two) + _mm_cvtsd_f64(_mm_unpackhi_pd(two, two));
+}
+template <class Function>
+inline float reduce(Function of, const Floats& a) {
+    float x[16];
+    store(x, a);
+    for (int count = 8; count > 0; count /= 2)
+        for (int i = 0; i < count; i++) x[i] = of(x[i], x[i + count]);
+    return x[0];
+}
+inline float sum(const Floats& a) {
+    return reduce([](float x, float y) { return x + y; }, a);
+}
+inline float greatest(const Floats& a) {
+    return reduce([](float x, float y) { return x > y ? x : y; }, a);
+}
+
+// Masks: bit i is lane i's.
+inline __m256i lanes(unsigned mask) {  // of the lowest eight
+    const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)mask), bits), bits);
+}
+inline Words all_lanes(__mmask16 mask) { return {lanes(mask), lanes(mask >> 8)}; }
+inline Floats choose(__mmask16 mask, const Floats& a, const Floats& otherwise) {
+    const Words of = all_lanes(mask);
+    return {_mm256_blendv_ps(otherwise.low, a.low, _mm256_castsi256_ps(of.low)),
+            _mm256_blendv_ps(otherwise.high, a.high, _mm256_castsi256_ps(of.high))};
+}
+inline Words choose(__mmask16 mask, const Words& a, const Words& otherwise) {
+    const Words of = all_lanes(mask);
+    return {_mm256_blendv_epi8(otherwise.low, a.low, of.low), _mm256_blendv_epi8(otherwise.high, a.high, of.high)};
+}
+template <int predicate>
+inline __mmask16 compare(const Floats& a, const Floats& b) {
+    return (__mmask16)(_mm256_movemask_ps(_mm256_cmp_ps(a.low, b.low, predicate)) |
+                       _mm256_movemask_ps(_mm256_cmp_ps(a.high, b.high, predicate)) << 8);
+}
+inline Words load_some(__mmask16 mask, const void* p) {
+    const Words of = all_lanes(mask);
+    return {_mm256_maskload_epi32((const int*)p, of.low), _mm256_maskload_epi32((const int*)p + 8, of.high)};
+}
+inline void store_some(void* p, __mmask16 mask, const Words& a) {
+    const Words of = all_lanes(mask);
+    _mm256_maskstore_epi32((int*)p, of.low, a.low), _mm256_maskstore_epi32((int*)p + 8, of.high, a.high);
+}
+inline void store_some(void* p, __mmask16 mask, __m256i numbers) {  // of 16 bits
+    uint16_t all[16];
+    _mm256_storeu_si256((__m256i*)all, numbers);
+    for (int i = 0; i < 16; i++)
+        if (mask >> i & 1) ((uint16_t*)p)[i] = all[i];
+}
+inline int least_of(__mmask16 mask, const Words& a) {
+    int x[16], found = INT_MAX;
+    store(x, a);
+    for (int i = 0; i < 16; i++)
+        if (mask >> i & 1 && x[i] < found) found = x[i];
+    return found;
+}
+
+inline Floats as_floats(const Words& a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
+inline Words as_words(const Floats& a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
+inline Floats to_floats(const Words& a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+inline Words to_words(const Floats& a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
+inline Words widen_unsigned(__m256i x) {  // 16 numbers of 16 bits
+    return {_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1))};
+}
+inline Words widen_signed(__m128i x) {  // 16 numbers of 8 bits
+    return {_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))};
+}
+inline Floats from_halfs(__m256i x) {  // 16 of fp16
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
+}
+
+inline Words add(const Words& a, const Words& b) {
+    return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+}
+inline Words add_longs(const Words& a, const Words& b) {
+    return {_mm256_add_epi64(a.low, b.low), _mm256_add_epi64(a.high, b.high)};
+}
+inline Words multiply(const Words& a, const Words& b) {
+    return {_mm256_mullo_epi32(a.low, b.low), _mm256_mullo_epi32(a.high, b.high)};
+}
+inline Words operator&(const Words& a, const Words& b) {
+    return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)};
+}
+inline Words operator|(const Words& a, const Words& b) {
+    return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
+}
+inline Words operator^(const Words& a, const Words& b) {
+    return {_mm256_xor_si256(a.low, b.low), _mm256_xor_si256(a.high, b.high)};
+}
+inline Words left(const Words& a, int bits) {
+    return {_mm256_slli_epi32(a.low, bits), _mm256_slli_epi32(a.high, bits)};
+}
+inline Words right(const Words& a, int bits) {
+    return {_mm256_srli_epi32(a.low, bits), _mm256_srli_epi32(a.high, bits)};
+}
+
+// Of each 128 bits of both, as AVX-512 has them.
+inline Words unpack_low_words(const Words& a, const Words& b) {
+    return {_mm256_unpacklo_epi32(a.low, b.low), _mm256_unpacklo_epi32(a.high, b.high)};
+}
+inline Words unpack_high_words(const Words& a, const Words& b) {
+    return {_mm256_unpackhi_epi32(a.low, b.low), _mm256_unpackhi_epi32(a.high, b.high)};
+}
+inline Words unpack_low_longs(const Words& a, const Words& b) {
+    return {_mm256_unpacklo_epi64(a.low, b.low), _mm256_unpacklo_epi64(a.high, b.high)};
+}
+inline Words unpack_high_longs(const Words& a, const Words& b) {
+    return {_mm256_unpackhi_epi64(a.low, b.low), _mm256_unpackhi_epi64(a.high, b.high)};
+}
+template <int which>
+inline Words quarters(const Words& a, const Words& b) {  // the even or the odd ones, a's first
+    static_assert(which == 0x88 || which == 0xdd);
+    constexpr int kHalves = which == 0x88 ? 0x20 : 0x31;
+    return {_mm256_permute2x128_si256(a.low, a.high, kHalves), _mm256_permute2x128_si256(b.low, b.high, kHalves)};
+}
+inline Floats look_up(const Words& index, const Floats& table) {  // by the lowest four bits
+    auto one = [&](__m256i i) {
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, i), _mm256_permutevar8x32_ps(table.high, i),
+                                _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+    };
+    return {one(index.low), one(index.high)};
+}
+
+// Two rows of 16 numbers of 16 bits, side by side.
+inline Words interleave(__m256i a, __m256i b) {
+    const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+    return {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
+}
+
+// 2^n · x, for whole n from -150 to 127.
+inline Floats scale(const Floats& x, const Floats& n) {
+    auto power = [](__m256i exponent) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23));
+    };
+    auto one = [&](__m256 of, __m256 by) {
+        const __m256i exponent = _mm256_cvtps_epi32(by), half = _mm256_srai_epi32(exponent, 1);
+        return _mm256_mul_ps(_mm256_mul_ps(of, power(half)), power(_mm256_sub_epi32(exponent, half)));
+    };
+    return {one(x.low, n.low), one(x.high, n.high)};
+}
+inline Floats round(const Floats& x) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(x.low, kNearest), _mm256_round_ps(x.high, kNearest)};
+}
+// Of positive normal numbers: 2^exponent · mantissa, 1 ≤ mantissa < 2, which is halved from 1.5 on.
+inline Floats exponent(const Floats& x) { return subtract(to_floats(right(as_words(x), 23)), set(127)); }
+inline Floats mantissa(const Floats& x) {
+    const Floats m = as_floats((as_words(x) & set_words(0x007fffff)) | set_words(0x3f800000));
+    return choose(compare<_CMP_GE_OQ>(m, set(1.5f)), multiply(m, set(0.5f)), m);
+}
+
+// Rounded to 16 bits, to the nearest one and of two to the even one; NaN stays NaN. In the high half of each 32 bits.
+inline __m256i round_to_bf16(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+    return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+}
+inline __m256i to_bf16(const Floats& x) {
+    const __m256i packed =
+        _mm256_packus_epi32(_mm256_srli_epi32(round_to_bf16(x.low), 16), _mm256_srli_epi32(round_to_bf16(x.high), 16));
+    return _mm256_permute4x64_epi64(packed, 0xd8);
+}
+inline Words to_bf16(const Floats& high, const Floats& low) { return {to_bf16(low), to_bf16(high)}; }
+
+inline __m256 add_pairs(__m256 sum, __m256i a, __m256i b) {
+    const __m256i second = _mm256_set1_epi32((int)0xffff0000);
+    sum = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(a, second)),
+                          _mm256_castsi256_ps(_mm256_and_si256(b, second)), sum);
+    return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16)),
+                           sum);
+}
+inline Floats add_pairs(const Floats& sum, const Words& a, const Words& b) {
+    return {add_pairs(sum.low, a.low, b.low), add_pairs(sum.high, a.high, b.high)};
+}
+
+}  // namespace avx2
+
+// clang-format off
+#undef _mm512_setr_ps  // those that compilers have as macros
+#undef _mm512_setr_epi32
+#undef _mm512_setr_epi64
+#undef _mm512_cmp_ps_mask
+#undef _mm512_mask_cmp_ps_mask
+#undef _mm512_shuffle_i32x4
+#undef _mm512_roundscale_ps
+#undef _mm512_getmant_ps
+#undef _mm512_extractf32x8_ps
+#define __m512 avx2::Floats
+#define __m512d avx2::Doubles
+#define __m512i avx2::Words
+#define __m512bh avx2::Words
+#define _mm512_loadu_ps avx2::load
+#define _mm512_storeu_ps avx2::store
+#define _mm512_loadu_si512 avx2::load_words
+#define _mm512_load_si512 avx2::load_words
+#define _mm512_storeu_si512 avx2::store
+#define _mm512_set1_ps avx2::set
+#define _mm512_set1_epi32 avx2::set_words
+#define _mm512_set1_epi64(x) avx2::longs_of(x, x, x, x, x, x, x, x)
+#define _mm512_setr_ps avx2::floats_of
+#define _mm512_setr_epi32 avx2::words_of
+#define _mm512_setr_epi64 avx2::longs_of
+#define _mm512_setzero_ps() avx2::set(0)
+#define _mm512_setzero_si512() avx2::set_words(0)
+#define _mm512_setzero_pd() avx2::Doubles{_mm256_setzero_pd(), _mm256_setzero_pd()}
+#define _mm512_add_ps avx2::add
+#define _mm512_sub_ps avx2::subtract
+#define _mm512_mul_ps avx2::multiply
+#define _mm512_div_ps avx2::divide
+#define _mm512_min_ps avx2::least
+#define _mm512_max_ps avx2::most
+#define _mm512_fmadd_ps avx2::multiply_add
+#define _mm512_fnmadd_ps avx2::subtract_product
+#define _mm512_add_pd avx2::add
+#define _mm512_cvtps_pd avx2::widen
+#define _mm512_reduce_add_pd avx2::sum
+#define _mm512_reduce_add_ps avx2::sum
+#define _mm512_reduce_max_ps avx2::greatest
+#define _mm512_mask_reduce_min_epi32 avx2::least_of
+#define _mm512_cmp_ps_mask(a, b, predicate) avx2::compare<predicate>(a, b)
+#define _mm512_mask_cmp_ps_mask(mask, a, b, predicate) (__mmask16)((mask) & avx2::compare<predicate>(a, b))
+#define _mm512_mask_mov_ps(otherwise, mask, a) avx2::choose(mask, a, otherwise)
+#define _mm512_mask_mov_epi32(otherwise, mask, a) avx2::choose(mask, a, otherwise)
+#define _mm512_maskz_mov_ps(mask, a) avx2::choose(mask, a, avx2::set(0))
+#define _mm512_maskz_mul_ps(mask, a, b) avx2::choose(mask, avx2::multiply(a, b), avx2::set(0))
+#define _mm512_mask_add_ps(otherwise, mask, a, b) avx2::choose(mask, avx2::add(a, b), otherwise)
+#define _mm512_mask_sub_ps(otherwise, mask, a, b) avx2::choose(mask, avx2::subtract(a, b), otherwise)
+#define _mm512_mask_loadu_ps(otherwise, mask, p) avx2::choose(mask, avx2::as_floats(avx2::load_some(mask, p)), otherwise)
+#define _mm512_maskz_loadu_epi32 avx2::load_some
+#define _mm512_mask_storeu_ps(p, mask, a) avx2::store_some(p, mask, avx2::as_words(a))
+#define _mm512_mask_storeu_epi32 avx2::store_some
+#define _mm256_mask_storeu_epi16 avx2::store_some
+#define _mm512_castsi512_ps avx2::as_floats
+#define _mm512_castps512_ps256(a) (a).low
+#define _mm512_extractf32x8_ps(a, half) ((half) ? (a).high : (a).low)
+#define _mm512_cvtepi32_ps avx2::to_floats
+#define _mm512_cvtepu16_epi32 avx2::widen_unsigned
+#define _mm512_cvtepi8_epi32 avx2::widen_signed
+#define _mm512_cvtph_ps avx2::from_halfs
+#define _mm512_add_epi32 avx2::add
+#define _mm512_add_epi64 avx2::add_longs
+#define _mm512_mullo_epi32 avx2::multiply
+#define _mm512_and_si512 avx2::operator&
+#define _mm512_or_si512 avx2::operator|
+#define _mm512_xor_si512 avx2::operator^
+#define _mm512_slli_epi32 avx2::left
+#define _mm512_srli_epi32 avx2::right
+#define _mm512_unpacklo_epi32 avx2::unpack_low_words
+#define _mm512_unpackhi_epi32 avx2::unpack_high_words
+#define _mm512_unpacklo_epi64 avx2::unpack_low_longs
+#define _mm512_unpackhi_epi64 avx2::unpack_high_longs
+#define _mm512_shuffle_i32x4(a, b, which) avx2::quarters<which>(a, b)
+#define _mm512_permutexvar_ps avx2::look_up
+#define _mm512_roundscale_ps(x, to_whole) avx2::round(x)
+#define _mm512_scalef_ps avx2::scale
+#define _mm512_getexp_ps avx2::exponent
+#define _mm512_getmant_ps(x, interval, sign) avx2::mantissa(x)
+#define _mm512_cvtneps_pbh avx2::to_bf16
+#define _mm512_cvtne2ps_pbh avx2::to_bf16
+#define _mm512_dpbf16_ps avx2::add_pairs
+// clang-format on
