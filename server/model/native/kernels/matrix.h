@@ -22,7 +22,7 @@
 #include "prefetch.h"
 #include "stored/products.h"
 
-constexpr int kBlock = kSums / 2;  // rows of a register block
+constexpr int kBlock = kSums >= 24 ? kSums / 2 : kSums;  // rows of a register block: of a tile, or of half of one
 constexpr int kAhead =
     16 * 2 * kTile * sizeof(bf16);  // bytes by which a tile of 16-bit weights is prefetched in advance
 
@@ -49,30 +49,34 @@ T* room(std::vector<T>& v, size_t count) {
 template <bool add, class Prefetched, int rows>
 inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pairs, float* y, size_t y_stride,
                            Prefetched& lines) {
+    constexpr int kHalves = 2 * rows <= kSums ? 2 : 1;  // of the tile that are multiplied at once
     Prefetched left = lines;
-    __m512 sum[rows][2];
+    for (int first = 0; first < kTile; first += 16 * kHalves) {
+        __m512 sum[rows][kHalves];
 #pragma GCC unroll 12
-    for (int row = 0; row < rows; row++) {
-        sum[row][0] = add ? _mm512_loadu_ps(y + row * y_stride) : _mm512_setzero_ps();
-        sum[row][1] = add ? _mm512_loadu_ps(y + row * y_stride + 16) : _mm512_setzero_ps();
-    }
-    for (int pair = 0; pair < pairs; pair++) {
-        left.prefetch_some();
-        __m512bh w0 = load_pairs(w), w1 = load_pairs(w + kTile);
-        w += 2 * kTile;
+        for (int row = 0; row < rows; row++)
+#pragma GCC unroll 2
+            for (int i = 0; i < kHalves; i++)
+                sum[row][i] = add ? _mm512_loadu_ps(y + row * y_stride + first + 16 * i) : _mm512_setzero_ps();
+        const bf16* of = w + 2 * first;
+        for (int pair = 0; pair < pairs; pair++, of += 2 * kTile) {
+            left.prefetch_some();
+            __m512bh part[kHalves];
+#pragma GCC unroll 2
+            for (int i = 0; i < kHalves; i++) part[i] = load_pairs(of + i * kTile);
 #pragma GCC unroll 12
-        for (int row = 0; row < rows; row++) {
-            uint32_t two;
-            memcpy(&two, x + row * x_stride + 2 * pair, 4);
-            auto both = (__m512bh)_mm512_set1_epi32((int)two);
-            sum[row][0] = _mm512_dpbf16_ps(sum[row][0], both, w0);
-            sum[row][1] = _mm512_dpbf16_ps(sum[row][1], both, w1);
+            for (int row = 0; row < rows; row++) {
+                uint32_t two;
+                memcpy(&two, x + row * x_stride + 2 * pair, 4);
+                auto both = (__m512bh)_mm512_set1_epi32((int)two);
+#pragma GCC unroll 2
+                for (int i = 0; i < kHalves; i++) sum[row][i] = _mm512_dpbf16_ps(sum[row][i], both, part[i]);
+            }
         }
-    }
 #pragma GCC unroll 12
-    for (int row = 0; row < rows; row++) {
-        _mm512_storeu_ps(y + row * y_stride, sum[row][0]);
-        _mm512_storeu_ps(y + row * y_stride + 16, sum[row][1]);
+        for (int row = 0; row < rows; row++)
+#pragma GCC unroll 2
+            for (int i = 0; i < kHalves; i++) _mm512_storeu_ps(y + row * y_stride + first + 16 * i, sum[row][i]);
     }
     lines = left;
 }

@@ -198,13 +198,11 @@ inline Words quarters(const Words& a, const Words& b) {  // the even or the odd 
     constexpr int kHalves = which == 0x88 ? 0x20 : 0x31;
     return {_mm256_permute2x128_si256(a.low, a.high, kHalves), _mm256_permute2x128_si256(b.low, b.high, kHalves)};
 }
-inline Floats look_up(const Words& index, const Floats& table) {  // by the lowest four bits
-    auto one = [&](__m256i i) {
-        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, i), _mm256_permutevar8x32_ps(table.high, i),
-                                _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
-    };
-    return {one(index.low), one(index.high)};
+inline Floats each_twice(__m256 x) {
+    return {_mm256_permutevar8x32_ps(x, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3)),
+            _mm256_permutevar8x32_ps(x, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7))};
 }
+inline Floats low_bits(const Words& a) { return to_floats(a & set_words(15)); }  // the lowest four
 
 // Two rows of 16 numbers of 16 bits, side by side.
 inline Words interleave(__m256i a, __m256i b) {
@@ -234,20 +232,24 @@ inline Floats mantissa(const Floats& x) {
     return choose(compare<_CMP_GE_OQ>(m, set(1.5f)), multiply(m, set(0.5f)), m);
 }
 
-// Rounded to 16 bits, to the nearest one and of two to the even one; NaN stays NaN. In the high half of each 32 bits.
-inline __m256i round_to_bf16(__m256 x) {
-    const __m256i bits = _mm256_castps_si256(x);
+// Rounded to 16 bits, to the nearest one and of two to the even one, in the high half of each 32 bits.
+inline __m256i round_number(__m256i bits) {  // that isn't NaN
     const __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff)));
-    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
-    return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+    return _mm256_add_epi32(bits, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff)));
 }
-inline __m256i to_bf16(const Floats& x) {
-    const __m256i packed =
-        _mm256_packus_epi32(_mm256_srli_epi32(round_to_bf16(x.low), 16), _mm256_srli_epi32(round_to_bf16(x.high), 16));
-    return _mm256_permute4x64_epi64(packed, 0xd8);
+inline __m256i round_any(__m256 x) {  // NaN stays NaN
+    const __m256i bits = _mm256_castps_si256(x), quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+    return _mm256_blendv_epi8(round_number(bits), quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
 }
-inline Words to_bf16(const Floats& high, const Floats& low) { return {to_bf16(low), to_bf16(high)}; }
+inline __m256i high_halves(__m256i a, __m256i b) {  // of each 32 bits
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16)), 0xd8);
+}
+inline __m256i to_bf16(const Floats& x) { return high_halves(round_any(x.low), round_any(x.high)); }
+inline Words numbers_to_bf16(const Floats& high, const Floats& low) {  // none of them NaN
+    const Words a = as_words(low), b = as_words(high);
+    return {high_halves(round_number(a.low), round_number(a.high)),
+            high_halves(round_number(b.low), round_number(b.high))};
+}
 
 inline __m256 add_pairs(__m256 sum, __m256i a, __m256i b) {
     const __m256i second = _mm256_set1_epi32((int)0xffff0000);
@@ -261,88 +263,3 @@ inline Floats add_pairs(const Floats& sum, const Words& a, const Words& b) {
 }
 
 }  // namespace avx2
-
-// clang-format off
-#undef _mm512_setr_ps  // those that compilers have as macros
-#undef _mm512_setr_epi32
-#undef _mm512_setr_epi64
-#undef _mm512_cmp_ps_mask
-#undef _mm512_mask_cmp_ps_mask
-#undef _mm512_shuffle_i32x4
-#undef _mm512_roundscale_ps
-#undef _mm512_getmant_ps
-#undef _mm512_extractf32x8_ps
-#define __m512 avx2::Floats
-#define __m512d avx2::Doubles
-#define __m512i avx2::Words
-#define __m512bh avx2::Words
-#define _mm512_loadu_ps avx2::load
-#define _mm512_storeu_ps avx2::store
-#define _mm512_loadu_si512 avx2::load_words
-#define _mm512_load_si512 avx2::load_words
-#define _mm512_storeu_si512 avx2::store
-#define _mm512_set1_ps avx2::set
-#define _mm512_set1_epi32 avx2::set_words
-#define _mm512_set1_epi64(x) avx2::longs_of(x, x, x, x, x, x, x, x)
-#define _mm512_setr_ps avx2::floats_of
-#define _mm512_setr_epi32 avx2::words_of
-#define _mm512_setr_epi64 avx2::longs_of
-#define _mm512_setzero_ps() avx2::set(0)
-#define _mm512_setzero_si512() avx2::set_words(0)
-#define _mm512_setzero_pd() avx2::Doubles{_mm256_setzero_pd(), _mm256_setzero_pd()}
-#define _mm512_add_ps avx2::add
-#define _mm512_sub_ps avx2::subtract
-#define _mm512_mul_ps avx2::multiply
-#define _mm512_div_ps avx2::divide
-#define _mm512_min_ps avx2::least
-#define _mm512_max_ps avx2::most
-#define _mm512_fmadd_ps avx2::multiply_add
-#define _mm512_fnmadd_ps avx2::subtract_product
-#define _mm512_add_pd avx2::add
-#define _mm512_cvtps_pd avx2::widen
-#define _mm512_reduce_add_pd avx2::sum
-#define _mm512_reduce_add_ps avx2::sum
-#define _mm512_reduce_max_ps avx2::greatest
-#define _mm512_mask_reduce_min_epi32 avx2::least_of
-#define _mm512_cmp_ps_mask(a, b, predicate) avx2::compare<predicate>(a, b)
-#define _mm512_mask_cmp_ps_mask(mask, a, b, predicate) (__mmask16)((mask) & avx2::compare<predicate>(a, b))
-#define _mm512_mask_mov_ps(otherwise, mask, a) avx2::choose(mask, a, otherwise)
-#define _mm512_mask_mov_epi32(otherwise, mask, a) avx2::choose(mask, a, otherwise)
-#define _mm512_maskz_mov_ps(mask, a) avx2::choose(mask, a, avx2::set(0))
-#define _mm512_maskz_mul_ps(mask, a, b) avx2::choose(mask, avx2::multiply(a, b), avx2::set(0))
-#define _mm512_mask_add_ps(otherwise, mask, a, b) avx2::choose(mask, avx2::add(a, b), otherwise)
-#define _mm512_mask_sub_ps(otherwise, mask, a, b) avx2::choose(mask, avx2::subtract(a, b), otherwise)
-#define _mm512_mask_loadu_ps(otherwise, mask, p) avx2::choose(mask, avx2::as_floats(avx2::load_some(mask, p)), otherwise)
-#define _mm512_maskz_loadu_epi32 avx2::load_some
-#define _mm512_mask_storeu_ps(p, mask, a) avx2::store_some(p, mask, avx2::as_words(a))
-#define _mm512_mask_storeu_epi32 avx2::store_some
-#define _mm256_mask_storeu_epi16 avx2::store_some
-#define _mm512_castsi512_ps avx2::as_floats
-#define _mm512_castps512_ps256(a) (a).low
-#define _mm512_extractf32x8_ps(a, half) ((half) ? (a).high : (a).low)
-#define _mm512_cvtepi32_ps avx2::to_floats
-#define _mm512_cvtepu16_epi32 avx2::widen_unsigned
-#define _mm512_cvtepi8_epi32 avx2::widen_signed
-#define _mm512_cvtph_ps avx2::from_halfs
-#define _mm512_add_epi32 avx2::add
-#define _mm512_add_epi64 avx2::add_longs
-#define _mm512_mullo_epi32 avx2::multiply
-#define _mm512_and_si512 avx2::operator&
-#define _mm512_or_si512 avx2::operator|
-#define _mm512_xor_si512 avx2::operator^
-#define _mm512_slli_epi32 avx2::left
-#define _mm512_srli_epi32 avx2::right
-#define _mm512_unpacklo_epi32 avx2::unpack_low_words
-#define _mm512_unpackhi_epi32 avx2::unpack_high_words
-#define _mm512_unpacklo_epi64 avx2::unpack_low_longs
-#define _mm512_unpackhi_epi64 avx2::unpack_high_longs
-#define _mm512_shuffle_i32x4(a, b, which) avx2::quarters<which>(a, b)
-#define _mm512_permutexvar_ps avx2::look_up
-#define _mm512_roundscale_ps(x, to_whole) avx2::round(x)
-#define _mm512_scalef_ps avx2::scale
-#define _mm512_getexp_ps avx2::exponent
-#define _mm512_getmant_ps(x, interval, sign) avx2::mantissa(x)
-#define _mm512_cvtneps_pbh avx2::to_bf16
-#define _mm512_cvtne2ps_pbh avx2::to_bf16
-#define _mm512_dpbf16_ps avx2::add_pairs
-// clang-format on

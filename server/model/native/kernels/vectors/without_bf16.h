@@ -12,9 +12,6 @@ inline __m512i round_to_bf16(__m512 x) {  // in the low half of each 32 bits
     return _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet), 16);
 }
 inline __m256i to_bf16(__m512 x) { return _mm512_cvtepi32_epi16(round_to_bf16(x)); }
-inline __m512i to_bf16(__m512 high, __m512 low) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(low)), to_bf16(high), 1);
-}
 
 inline __m512 add_pairs(__m512 sum, __m512i a, __m512i b) {
     const __m512i second = _mm512_set1_epi32((int)0xffff0000);
@@ -28,5 +25,6 @@ inline __m512 add_pairs(__m512 sum, __m512i a, __m512i b) {
 
 #define __m512bh __m512i
 #define _mm512_cvtneps_pbh avx512::to_bf16
-#define _mm512_cvtne2ps_pbh avx512::to_bf16
+#define _mm512_cvtne2ps_pbh(high, low) \
+    _mm512_inserti64x4(_mm512_castsi256_si512(avx512::to_bf16(low)), avx512::to_bf16(high), 1)
 #define _mm512_dpbf16_ps avx512::add_pairs
