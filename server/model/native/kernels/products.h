@@ -11,7 +11,7 @@ constexpr int kProductRows = 512;  // rows that meet a tile when it was packed, 
 
 struct ProductScratch {  // of one thread
     Panel panel, low_rank_panel, columns;
-    std::vector<float> low_rank, share;
+    Aligned<float> low_rank, share;
 };
 
 inline const TrainModule* module_at(const TrainGroup& lora, int64_t column) {
@@ -76,7 +76,8 @@ inline void product(const bf16* w, int64_t in, int64_t out, const TrainGroup& lo
                     ProductScratch& scratch) {
     uint32_t* panel = room(scratch.panel, in / 2 * kTile);
     pack_rows(w + column * in, in, kTile, (int)in, panel);
-    multiply(x + start * in, in, rows, panel, (int)in / 2, y, y_stride);
+    multiply_and_prefetch(x + start * in, in, rows, panel, (int)in / 2, y, y_stride, w + (column + kTile) * in, kTile,
+                          (int)in);
     const TrainModule* module = module_at(lora, column);
     if (module == nullptr) return;
     panel = room(scratch.panel, module->rank / 2 * kTile);

@@ -10,8 +10,8 @@ constexpr int kQueries = 32;  // of a block
 
 struct TextScratch {  // of one thread
     Panel k, v, k_columns, panel;
-    std::vector<float> scores, d_weights, y;
-    std::vector<bf16> weights, d_scores, turned;
+    Aligned<float> scores, d_weights, y;
+    Aligned<bf16> weights, d_scores, turned;
 };
 
 struct Text {  // one head's queries, keys and values: rows of `dim` numbers, `stride` apart

@@ -39,8 +39,8 @@ enum TrainPhase {
     kProductsPhase,  // with the base's weights and B, and what is done with their outputs
     kSelfAttentionPhase,
     kLossPhase,
-    kRowsBackwardPhase,      // norms, the activation once more, and dy Bᵀ
-    kProductsBackwardPhase,  // with the base's weights and A, and the gradients of A and B
+    kRowsBackwardPhase,      // norms and dy Bᵀ
+    kProductsBackwardPhase,  // with the base's weights and A, the activation, and the gradients of A and B
     kSelfAttentionBackwardPhase,
     kTrainPhases
 };
