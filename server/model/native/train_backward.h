@@ -108,9 +108,13 @@ class TrainBackward : public TrainForward {
         clock_.end(kProductsBackwardPhase);
         team_.each((int)(batch.num_texts * s_.heads), [&](int i) {
             const int head = (int)(i % s_.heads);
-            const int64_t text = i / s_.heads, at = batch.starts[text] * q_ + head * dim;
-            attend_text_backward(view(saved, batch, text, head), &d_attn_out_[at], q_, &dq_[at], &dk_[at], &dv_[at], q_,
+            const int64_t text = i / s_.heads, start = batch.starts[text], at = (head * tokens_ + start) * dim;
+            const Text of = view(saved, batch, text, head);
+            float* dq = room(scratch().dq, of.length * dim);
+            attend_text_backward(of, &d_attn_out_[start * q_ + head * dim], q_, dq, &dk_[at], &dv_[at], dim,
                                  scratch().text);
+            for (int row = 0; row < of.length; row++)
+                put_gradient(layer, dq + row * dim, true, start + row, &d_qkv_[(start + row) * wide_ + head * dim]);
         });
         clock_.end(kSelfAttentionBackwardPhase);
 
@@ -242,23 +246,24 @@ class TrainBackward : public TrainForward {
     // Where the gradient of a tensor of the base is added up, or null.
     float* gradient(int64_t tensor) const { return trains_base() ? batch_.d_weights[tensor] : nullptr; }
 
-    // d_qkv from dq_, dk_ and dv_, which have a gradient for each query head: rotations are undone, and the gradients
-    // of keys and values are summed over the query heads that share them.
+    // Those of keys and values in d_qkv_ are the sums of dk_ and dv_ over the query heads that share them.
     void gather_heads(const TrainLayer& layer, int start, int rows) {
-        const int64_t dim = s_.head_dim, group = s_.heads / s_.kv_heads;
+        const int64_t dim = s_.head_dim, group = s_.heads / s_.kv_heads, apart = tokens_ * dim;
         float* sum = room(scratch().y, dim);
-        for (int row = start; row < start + rows; row++) {
-            bf16* to = &d_qkv_[row * wide_];
-            auto gather = [&](const Aligned<float>& d, int64_t head, int64_t heads, bool rotated) {
-                sum_rows(&d[row * q_ + head * dim], dim, heads, sum);
-                if (rotated && layer.uses_rotary) turn(sum, row, true);
-                round_to_bf16(sum, dim, to);
-                to += dim;
-            };
-            for (int64_t head = 0; head < s_.heads; head++) gather(dq_, head, 1, true);
-            for (int64_t head = 0; head < s_.heads; head += group) gather(dk_, head, group, true);
-            for (int64_t head = 0; head < s_.heads; head += group) gather(dv_, head, group, false);
-        }
+        for (int64_t head = 0; head < s_.kv_heads; head++)
+            for (int row = start; row < start + rows; row++) {
+                const int64_t from = head * group * apart + row * dim, to = row * wide_ + q_ + head * dim;
+                sum_rows(&dk_[from], apart, dim, group, sum);
+                put_gradient(layer, sum, true, row, &d_qkv_[to]);
+                sum_rows(&dv_[from], apart, dim, group, sum);
+                put_gradient(layer, sum, false, row, &d_qkv_[to + kv_]);
+            }
+    }
+
+    // A head's in d_qkv_, whose rotation is undone.
+    void put_gradient(const TrainLayer& layer, float* d, bool is_rotated, int64_t token, bf16* to) {
+        if (is_rotated && layer.uses_rotary) turn(d, (int)token, true);
+        round_to_bf16(d, s_.head_dim, to);
     }
 };
 

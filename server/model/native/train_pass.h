@@ -28,7 +28,7 @@ struct Saved {                             // of one layer, from the forward pas
 struct alignas(64) TrainScratch {  // of one thread
     ProductScratch product;
     TextScratch text;
-    Aligned<float> y;
+    Aligned<float> y, dq;
 };
 
 class TrainPass {
@@ -84,7 +84,7 @@ class TrainPass {
         for (auto* turned : {&lora_hidden_T_, &d_lora_hidden_T_}) room(*turned, most * across_);
         for (auto* d : {&d_residual_, &dx_}) room(*d, t * s_.hidden);
         if (batch.d_weights != nullptr) room(dy_T_, std::max({wide_, s_.hidden, 2 * s_.intermediate}) * across_);
-        for (auto* d : {&dq_, &dk_, &dv_}) room(*d, t * q_);
+        for (auto* d : {&dk_, &dv_}) room(*d, t * q_);
         room(d_lora_hidden_, most * t), room(dy_, t * s_.hidden), room(d_attn_out_, t * q_);
         room(d_qkv_, t * wide_), room(d_gate_up_, t * 2 * s_.intermediate);
     }
@@ -157,7 +157,7 @@ class TrainPass {
     Aligned<bf16> x_, active_;        // the newest outputs of a norm and of the activation
     Aligned<bf16> lora_input_;        // the same after dropout, where there is any: what A is multiplied with
     Aligned<bf16> dy_, d_attn_out_, d_qkv_, d_gate_up_;
-    Aligned<float> dq_, dk_, dv_;  // (tokens, heads, dim): of each query head
+    Aligned<float> dk_, dv_;  // (heads, tokens, dim): of each query head
     // Of the newest group: dy Bᵀ (tokens, rows of A), and both x Aᵀ and dy Bᵀ as (rows of A, tokens).
     Aligned<bf16> d_lora_hidden_, lora_hidden_T_, d_lora_hidden_T_;
     Aligned<bf16> dy_T_;  // where the base is trained: the newest gradient of a product's outputs as (out, tokens)

@@ -49,11 +49,11 @@ inline void round_to_bf16(const float* x, int64_t count, bf16* y) {
     for (int64_t i = 0; i < count; i += 16) store_bf16(y + i, _mm512_loadu_ps(x + i));
 }
 
-// sum (size) = the sum of `count` rows of x, one after the other.
-inline void sum_rows(const float* x, int64_t size, int64_t count, float* sum) {
+// sum (size) = the sum of `count` rows of x, `stride` apart, one after the other.
+inline void sum_rows(const float* x, int64_t stride, int64_t size, int64_t count, float* sum) {
     for (int64_t i = 0; i < size; i += 16) {
         __m512 all = _mm512_loadu_ps(x + i);
-        for (int64_t row = 1; row < count; row++) all = _mm512_add_ps(all, _mm512_loadu_ps(x + row * size + i));
+        for (int64_t row = 1; row < count; row++) all = _mm512_add_ps(all, _mm512_loadu_ps(x + row * stride + i));
         _mm512_storeu_ps(sum + i, all);
     }
 }

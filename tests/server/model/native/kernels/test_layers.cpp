@@ -146,14 +146,15 @@ TEST(sum_of_rows) {
     Random random(5);
     for (int size : {16, 64, 96})
         for (int count : {1, 2, 3, 8}) {
-            const auto x = random_floats(random, (size_t)size * count);
+            const int stride = size + 16;
+            const auto x = random_floats(random, (size_t)stride * count);
             Fenced<float> sum(size);
-            sum_rows(x.data(), size, count, sum.data());
+            sum_rows(x.data(), stride, size, count, sum.data());
             sum.check("sum_rows");
             for (int i = 0; i < size; i++) {
                 double exact = 0, magnitude = 0;
                 for (int row = 0; row < count; row++) {
-                    exact += x[row * size + i], magnitude += std::abs(x[row * size + i]);
+                    exact += x[row * stride + i], magnitude += std::abs(x[row * stride + i]);
                 }
                 expect_near(sum[i], exact, sum_error(count) * magnitude, "%d of %d rows", i, count);
             }
