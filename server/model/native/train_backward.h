@@ -191,8 +191,9 @@ class TrainBackward : public TrainForward {
         const int64_t column = (int64_t)i * kTile;
         const TrainModule* module = module_at(of.lora, column);
         if (module == nullptr) return;
-        multiply_over_tokens(&lora_hidden_T_[module->row * across_], across_, (int)module->rank, of.dy, of.out, column,
-                             tokens_, of.lora.d_b + module->row * of.out + column, of.out, scratch().product);
+        multiply_over_tokens_turned(&lora_hidden_T_[module->row * across_], across_, (int)module->rank, of.dy, of.out,
+                                    column, tokens_, of.lora.d_b + column * of.lora.rows + module->row, of.lora.rows,
+                                    scratch().product);
     }
 
     static int num_of_a(const Outputs& of) { return of.lora.rows > 0 ? (int)(of.in / kTile) : 0; }

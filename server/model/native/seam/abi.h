@@ -144,7 +144,7 @@ struct TrainModule {  // `rank` rows of A and B, in units of kRowUnit; B is zero
 
 struct TrainGroup {  // one layer's group: A (rows, in), B (rows, out), and where their gradients go
     const bf16 *a, *b;
-    float *d_a, *d_b;
+    float *d_a, *d_b;  // (rows, in), and (out, rows), as B is in what is trained
     int64_t rows;
     const TrainModule* modules;
     int64_t num_modules;
