@@ -172,14 +172,17 @@ class TrainBackward : public TrainForward {
         each_input_and(of, of_b + num_of_a_and_w(of), other, item);
     }
 
-    // Items of x's gradient beside `others`, which are spread evenly between them: so each thread has neighbouring
-    // tiles of W, of which it fetches the next one while it multiplies.
+    // Items of x's gradient beside `others`. Those of adapters are small, and spread evenly between them, so that each
+    // thread has neighbouring tiles of W, of which it fetches the next one while it multiplies; those of W follow.
     template <class Other, class Item>
     void each_input_and(const Outputs& of, int others, Other other, Item item) {
         const int64_t products = of.in / kTile * product_chunks_, count = products + others;
+        auto ahead_of = [&](int64_t i) {  // products
+            return of.d_w == nullptr ? (i * products + count - 1) / count : std::min(i, products);
+        };
         team_.each((int)count, [&](int i) {
-            const auto before = (int)((i * products + count - 1) / count);  // products ahead of this item
-            if (((i + 1) * products + count - 1) / count > before)
+            const auto before = (int)ahead_of(i);
+            if (ahead_of(i + 1) > before)
                 product_item(before, item);
             else
                 other(i - before);
