@@ -23,8 +23,12 @@ class TrainBackward : public TrainForward {
                     _mm512_storeu_ps(&d_residual_[i], _mm512_setzero_ps());
                 }
             });
-            norm_weight_backward(last_.data(), gradient(1 + s_.layers * kLayerTensors));
-            each_rows([&](int start, int rows) { norm_backward(last_.data(), final_norm_, start, rows); });
+            norm_weight_backward(last_, last_rms_, gradient(1 + s_.layers * kLayerTensors));
+            each_rows([&](int start, int rows) {
+                norm_backward(last_, last_rms_, final_norm_, start, rows);
+                down_outputs_backward((int)s_.layers - 1, start, rows);
+            });
+            clock_.end(kRowsBackwardPhase);
             for (int i = (int)s_.layers - 1; i >= 0; i--) backward(i, batch);
             if (d_embed != nullptr)
                 team_.each((int)(s_.hidden / kTile), [&](int tile) {
@@ -37,6 +41,17 @@ class TrainBackward : public TrainForward {
     }
 
   private:
+    // A group's x (tokens, in) and the gradient of its outputs, dy (tokens, out), with that of its W, which may be
+    // null.
+    struct Outputs {
+        const TrainGroup& lora;
+        const bf16* x;
+        int64_t in;
+        const bf16* dy;
+        int64_t out;
+        float* d_w;
+    };
+
     void backward(int index, const TrainBatch& batch) {
         const TrainLayer& layer = layers_[index];
         const TrainGroup* lora = batch.lora + index * kGroups;
@@ -45,146 +60,188 @@ class TrainBackward : public TrainForward {
         const int64_t hidden = s_.hidden, intermediate = s_.intermediate;
         const bool is_last = index == 0 && !trains_base();  // embeddings are frozen
         auto of = [&](LayerTensor tensor) { return gradient(1 + index * kLayerTensors + tensor); };
-        auto lora_hidden = [&](Group group, const bf16* x, int64_t in, const bf16* dy, int64_t out, int start,
-                               int rows) {
-            met(lora[group], batch, x, in, start, rows);
-            lora_hidden_backward(lora[group], dy, out, start, rows, saved.hidden[group].data());
-            if (trains_base()) transpose(dy + start * out, out, rows, (int)out, &dy_T_[start], across_);
-        };
 
-        each_rows([&](int start, int rows) {
-            activate(saved, 0, (int)intermediate, start, rows);
-            round_to_bf16(&d_residual_[start * hidden], rows * hidden, &dy_[start * hidden]);
-            lora_hidden(kDown, active_.data(), intermediate, dy_.data(), hidden, start, rows);
-        });
-        clock_.end(kRowsBackwardPhase);
-        each_gradient(lora[kDown], active_.data(), intermediate, dy_.data(), hidden, of(kDownTensor),
-                      [&](int tile, int start, int rows) {
-                          float* y = room(scratch().y, kProductRows * kTile);
-                          backward_tile(layer.down, intermediate, hidden, lora[kDown], dy_.data(), tile, start, rows, y,
-                                        kTile);
-                          for (int row = 0; row < rows; row++) {
-                              const int64_t at = (start + row) * 2 * intermediate + tile * kTile;
-                              swiglu_backward(&saved.gate_up[at], &saved.gate_up[at + intermediate], y + row * kTile,
-                                              kTile, &d_gate_up_[at], &d_gate_up_[at + intermediate]);
-                          }
-                      });
-        clock_.end(kProductsBackwardPhase);
-        each_rows([&](int start, int rows) {
-            norm(saved.middle.data(), layer.post_norm, start, rows, x_.data());
-            lora_hidden(kGateUp, x_.data(), hidden, d_gate_up_.data(), 2 * intermediate, start, rows);
-        });
-        clock_.end(kRowsBackwardPhase);
-        each_gradient(lora[kGateUp], x_.data(), hidden, d_gate_up_.data(), 2 * intermediate, of(kGateUpTensor),
-                      [&](int tile, int start, int rows) {
-                          backward_tile(layer.gate_up, hidden, 2 * intermediate, lora[kGateUp], d_gate_up_.data(), tile,
-                                        start, rows, &dx_[start * hidden + tile * kTile], hidden);
-                      });
+        const Outputs down{lora[kDown], active_.data(), intermediate, dy_.data(), hidden, of(kDownTensor)};
+        each_input_and(
+            down, num_of_b(down), [&](int i) { b_gradient(down, i); },
+            [&](int tile, int start, int rows) {
+                float* y = room(scratch().y, kProductRows * kTile);
+                backward_tile(layer.down, down, tile, start, rows, y, kTile);
+                for (int row = 0; row < rows; row++) {
+                    const int64_t at = (start + row) * 2 * intermediate + tile * kTile;
+                    swiglu_backward(&saved.gate_up[at], &saved.gate_up[at + intermediate], y + row * kTile, kTile,
+                                    &d_gate_up_[at], &d_gate_up_[at + intermediate],
+                                    &active_[(start + row) * intermediate + tile * kTile]);
+                }
+            });
+        if (down.lora.kept != nullptr)
+            each_rows([&](int start, int rows) { met(down.lora, batch, active_.data(), intermediate, start, rows); });
+        team_.each(num_of_a_and_w(down), [&](int i) { a_or_w_gradient(down, i); });
         clock_.end(kProductsBackwardPhase);
 
-        norm_weight_backward(saved.middle.data(), of(kPostNormTensor));
+        const Outputs gate_up{lora[kGateUp], x_.data(), hidden, d_gate_up_.data(), 2 * intermediate, of(kGateUpTensor)};
         each_rows([&](int start, int rows) {
-            norm_backward(saved.middle.data(), layer.post_norm, start, rows);
-            round_to_bf16(&d_residual_[start * hidden], rows * hidden, &dy_[start * hidden]);
-            lora_hidden(kO, saved.attn_out.data(), q_, dy_.data(), hidden, start, rows);
+            norm_again(saved.middle, saved.middle_rms, layer.post_norm, start, rows);
+            met(gate_up.lora, batch, x_.data(), hidden, start, rows);
+            outputs_backward(gate_up, saved.hidden[kGateUp], start, rows);
         });
         clock_.end(kRowsBackwardPhase);
-        each_gradient(lora[kO], saved.attn_out.data(), q_, dy_.data(), hidden, of(kOTensor),
-                      [&](int tile, int start, int rows) {
-                          float* y = room(scratch().y, kProductRows * kTile);
-                          backward_tile(layer.o, q_, hidden, lora[kO], dy_.data(), tile, start, rows, y, kTile);
-                          for (int row = 0; row < rows; row++)
-                              round_to_bf16(y + row * kTile, kTile, &d_attn_out_[(start + row) * q_ + tile * kTile]);
-                      });
+        each_gradient(gate_up, [&](int tile, int start, int rows) {
+            backward_tile(layer.gate_up, gate_up, tile, start, rows, &dx_[start * hidden + tile * kTile], hidden);
+        });
+        clock_.end(kProductsBackwardPhase);
+
+        const Outputs o{lora[kO], saved.attn_out.data(), q_, dy_.data(), hidden, of(kOTensor)};
+        norm_weight_backward(saved.middle, saved.middle_rms, of(kPostNormTensor));
+        each_rows([&](int start, int rows) {
+            norm_backward(saved.middle, saved.middle_rms, layer.post_norm, start, rows);
+            met(o.lora, batch, o.x, q_, start, rows);
+            outputs_backward(o, saved.hidden[kO], start, rows);
+        });
+        clock_.end(kRowsBackwardPhase);
+        each_gradient(o, [&](int tile, int start, int rows) {
+            float* y = room(scratch().y, kProductRows * kTile);
+            backward_tile(layer.o, o, tile, start, rows, y, kTile);
+            for (int row = 0; row < rows; row++)
+                round_to_bf16(y + row * kTile, kTile, &d_attn_out_[(start + row) * q_ + tile * kTile]);
+        });
         clock_.end(kProductsBackwardPhase);
         team_.each((int)(batch.num_texts * s_.heads), [&](int i) {
             const int head = (int)(i % s_.heads);
-            const int64_t text = i / s_.heads, at = batch.starts[text] * q_ + head * dim;
-            attend_text_backward(view(saved, batch, text, head), &d_attn_out_[at], q_, &dq_[at], &dk_[at], &dv_[at], q_,
+            const int64_t text = i / s_.heads, start = batch.starts[text], at = (head * tokens_ + start) * dim;
+            const Text of = view(saved, batch, text, head);
+            float* dq = room(scratch().dq, of.length * dim);
+            attend_text_backward(of, &d_attn_out_[start * q_ + head * dim], q_, dq, &dk_[at], &dv_[at], dim,
                                  scratch().text);
+            for (int row = 0; row < of.length; row++)
+                put_gradient(layer, dq + row * dim, true, start + row, &d_qkv_[(start + row) * wide_ + head * dim]);
         });
         clock_.end(kSelfAttentionBackwardPhase);
+
+        const Outputs qkv{lora[kQkv], x_.data(), hidden, d_qkv_.data(), wide_, of(kQkvTensor)};
         each_rows([&](int start, int rows) {
             gather_heads(layer, start, rows);
-            norm(saved.in.data(), layer.input_norm, start, rows, x_.data());
-            lora_hidden(kQkv, x_.data(), hidden, d_qkv_.data(), wide_, start, rows);
+            norm_again(saved.in, saved.in_rms, layer.input_norm, start, rows);
+            met(qkv.lora, batch, x_.data(), hidden, start, rows);
+            outputs_backward(qkv, saved.hidden[kQkv], start, rows);
         });
         clock_.end(kRowsBackwardPhase);
-        each_gradient(lora[kQkv], x_.data(), hidden, d_qkv_.data(), wide_, of(kQkvTensor),
-                      [&](int tile, int start, int rows) {
-                          if (is_last) return;
-                          backward_tile(layer.qkv, hidden, wide_, lora[kQkv], d_qkv_.data(), tile, start, rows,
-                                        &dx_[start * hidden + tile * kTile], hidden);
-                      });
+        each_gradient(qkv, [&](int tile, int start, int rows) {
+            if (is_last) return;
+            backward_tile(layer.qkv, qkv, tile, start, rows, &dx_[start * hidden + tile * kTile], hidden);
+        });
         if (is_last) return;
         clock_.end(kProductsBackwardPhase);
-        norm_weight_backward(saved.in.data(), of(kInputNormTensor));
-        each_rows([&](int start, int rows) { norm_backward(saved.in.data(), layer.input_norm, start, rows); });
+        norm_weight_backward(saved.in, saved.in_rms, of(kInputNormTensor));
+        each_rows([&](int start, int rows) {
+            norm_backward(saved.in, saved.in_rms, layer.input_norm, start, rows);
+            if (index > 0) down_outputs_backward(index - 1, start, rows);
+        });
+        clock_.end(kRowsBackwardPhase);
     }
 
-    // Beside the items of dx, by tiles of `in`, those of A's and B's gradients, and of W's (out, in) where it is
-    // trained, for x (tokens, in) and dy (tokens, out).
-    template <class Item>
-    void each_gradient(const TrainGroup& lora, const bf16* x, int64_t in, const bf16* dy, int64_t out, float* d_w,
-                       Item item) {
-        const int products = (int)(in / kTile) * product_chunks_, of_a = lora.rows ? (int)(in / kTile) : 0;
-        const int of_b = lora.rows ? (int)(out / kTile) : 0;
-        const int pieces = (int)((out + kProductRows - 1) / kProductRows), of_w = d_w ? (int)(in / kTile) * pieces : 0;
-        team_.each(products + of_a + of_b + of_w, [&](int i) {
-            if (i < products) return product_item(i, item);
-            if (i >= products + of_a + of_b) {
-                i -= products + of_a + of_b;
-                const int64_t column = (int64_t)(i / pieces) * kTile, row = (int64_t)(i % pieces) * kProductRows;
-                return multiply_over_tokens<true>(&dy_T_[row * across_], across_,
-                                                  (int)std::min<int64_t>(kProductRows, out - row), x, in, column,
-                                                  tokens_, d_w + row * in + column, in, scratch().product);
-            }
-            if (i < products + of_a) {
-                const int64_t column = (int64_t)(i - products) * kTile;
-                return multiply_over_tokens(d_lora_hidden_T_.data(), across_, (int)lora.rows,
-                                            lora.kept ? lora_input_.data() : x, in, column, tokens_, lora.d_a + column,
-                                            in, scratch().product);
-            }
-            const int64_t column = (int64_t)(i - products - of_a) * kTile;
-            const TrainModule* module = module_at(lora, column);
-            if (module == nullptr) return;
-            multiply_over_tokens(&lora_hidden_T_[module->row * across_], across_, (int)module->rank, dy, out, column,
-                                 tokens_, lora.d_b + module->row * out + column, out, scratch().product);
-        });
+    // What is known of a layer's down projection as soon as dy_ holds the gradient of its outputs.
+    void down_outputs_backward(int index, int start, int rows) {
+        const TrainGroup& lora = batch_.lora[index * kGroups + kDown];
+        outputs_backward({lora, nullptr, s_.intermediate, dy_.data(), s_.hidden, nullptr}, saved(index).hidden[kDown],
+                         start, rows);
+    }
+
+    // d_lora_hidden_ = dy Bᵀ; it, x Aᵀ (`lora_hidden`) and, where W is trained, dy are kept turned over as well.
+    void outputs_backward(const Outputs& of, const Aligned<bf16>& lora_hidden, int start, int rows) {
+        const int64_t r = of.lora.rows;
+        if (r > 0) {
+            shrink_backward(of.lora, of.dy, of.out, start, rows, d_lora_hidden_.data(), scratch().product);
+            transpose(&d_lora_hidden_[start * r], r, rows, (int)r, &d_lora_hidden_T_[start], across_);
+            transpose(&lora_hidden[start * r], r, rows, (int)r, &lora_hidden_T_[start], across_);
+        }
+        if (trains_base()) transpose(of.dy + start * of.out, of.out, rows, (int)of.out, &dy_T_[start], across_);
     }
 
     // A tile of x's gradient, from d_lora_hidden_ and dy.
-    void backward_tile(const bf16* w, int64_t in, int64_t out, const TrainGroup& lora, const bf16* dy, int tile,
-                       int start, int rows, float* y, int64_t y_stride) {
-        product_backward(w, in, out, lora, batch_.factor, dy, d_lora_hidden_.data(), tile * kTile, start, rows, y,
-                         y_stride, scratch().product);
+    void backward_tile(const bf16* w, const Outputs& of, int tile, int start, int rows, float* y, int64_t y_stride) {
+        product_backward(w, of.in, of.out, of.lora, batch_.factor, of.dy, d_lora_hidden_.data(), tile * kTile, start,
+                         rows, y, y_stride, scratch().product);
     }
 
-    // d_lora_hidden_ = dy Bᵀ; both it and x Aᵀ (`lora_hidden`) are kept turned over as well.
-    void lora_hidden_backward(const TrainGroup& lora, const bf16* dy, int64_t out, int start, int rows,
-                              const bf16* lora_hidden) {
-        if (lora.rows == 0) return;
-        shrink_backward(lora, dy, out, start, rows, d_lora_hidden_.data(), scratch().product);
-        transpose(&d_lora_hidden_[start * lora.rows], lora.rows, rows, (int)lora.rows, &d_lora_hidden_T_[start],
-                  across_);
-        transpose(lora_hidden + start * lora.rows, lora.rows, rows, (int)lora.rows, &lora_hidden_T_[start], across_);
+    // Items of x's gradient, by tiles of `in`, beside those of all others.
+    template <class Item>
+    void each_gradient(const Outputs& of, Item item) {
+        const int of_b = num_of_b(of);
+        auto other = [&](int i) { i < of_b ? b_gradient(of, i) : a_or_w_gradient(of, i - of_b); };
+        each_input_and(of, of_b + num_of_a_and_w(of), other, item);
     }
 
-    // d_residual += the norm's gradient with respect to x, given dx_, the gradient of its output.
-    void norm_backward(const float* x, const bf16* weight, int start, int rows) {
-        for (int64_t at = start * s_.hidden; at < (start + rows) * s_.hidden; at += s_.hidden)
-            rms_norm_backward(x + at, weight, s_.hidden, s_.eps, &dx_[at], &d_residual_[at]);
-    }
-
-    // d_weight += the norm's gradient with respect to its weight, given dx_, which norm_backward overwrites.
-    void norm_weight_backward(const float* x, float* d_weight) {
-        if (d_weight == nullptr) return;
-        each_rows([&](int start, int rows) {
-            for (int t = start; t < start + rows; t++)
-                inverse_rms_[t] = inverse_rms(x + t * s_.hidden, s_.hidden, s_.eps);
+    // Items of x's gradient beside `others`. Those of adapters are small, and spread evenly between them, so that each
+    // thread has neighbouring tiles of W, of which it fetches the next one while it multiplies; those of W follow.
+    template <class Other, class Item>
+    void each_input_and(const Outputs& of, int others, Other other, Item item) {
+        const int64_t products = of.in / kTile * product_chunks_, count = products + others;
+        auto ahead_of = [&](int64_t i) {  // products
+            return of.d_w == nullptr ? (i * products + count - 1) / count : std::min(i, products);
+        };
+        team_.each((int)count, [&](int i) {
+            const auto before = (int)ahead_of(i);
+            if (ahead_of(i + 1) > before)
+                product_item(before, item);
+            else
+                other(i - before);
         });
+    }
+
+    static int num_of_b(const Outputs& of) { return of.lora.rows > 0 ? (int)(of.out / kTile) : 0; }
+    void b_gradient(const Outputs& of, int i) {
+        const int64_t column = (int64_t)i * kTile;
+        const TrainModule* module = module_at(of.lora, column);
+        if (module == nullptr) return;
+        multiply_over_tokens_turned(&lora_hidden_T_[module->row * across_], across_, (int)module->rank, of.dy, of.out,
+                                    column, tokens_, of.lora.d_b + column * of.lora.rows + module->row, of.lora.rows,
+                                    scratch().product);
+    }
+
+    static int num_of_a(const Outputs& of) { return of.lora.rows > 0 ? (int)(of.in / kTile) : 0; }
+    static int pieces_of_w(const Outputs& of) { return (int)((of.out + kProductRows - 1) / kProductRows); }
+    static int num_of_a_and_w(const Outputs& of) {
+        return num_of_a(of) + (of.d_w != nullptr ? (int)(of.in / kTile) * pieces_of_w(of) : 0);
+    }
+    void a_or_w_gradient(const Outputs& of, int i) {
+        if (i < num_of_a(of)) {
+            const int64_t column = (int64_t)i * kTile;
+            const bf16* x = of.lora.kept != nullptr ? lora_input_.data() : of.x;
+            return multiply_over_tokens(d_lora_hidden_T_.data(), across_, (int)of.lora.rows, x, of.in, column, tokens_,
+                                        of.lora.d_a + column, of.in, scratch().product);
+        }
+        i -= num_of_a(of);
+        const int64_t column = (int64_t)(i / pieces_of_w(of)) * kTile;
+        const int64_t row = (int64_t)(i % pieces_of_w(of)) * kProductRows;
+        multiply_over_tokens<true>(&dy_T_[row * across_], across_, (int)std::min<int64_t>(kProductRows, of.out - row),
+                                   of.x, of.in, column, tokens_, of.d_w + row * of.in + column, of.in,
+                                   scratch().product);
+    }
+
+    // x_ = what the norm gave in the forward pass.
+    void norm_again(const Aligned<float>& x, const Aligned<float>& inverse_rms, const bf16* weight, int start,
+                    int rows) {
+        for (int row = start; row < start + rows; row++)
+            scale_by_weight(&x[row * s_.hidden], inverse_rms[row], weight, s_.hidden, &x_[row * s_.hidden]);
+    }
+
+    // d_residual_ += the norm's gradient with respect to x, given dx_, the gradient of its output; dy_ is the same in
+    // 16 bits.
+    void norm_backward(const Aligned<float>& x, const Aligned<float>& inverse_rms, const bf16* weight, int start,
+                       int rows) {
+        for (int row = start; row < start + rows; row++) {
+            const int64_t at = row * s_.hidden;
+            rms_norm_backward(&x[at], inverse_rms[row], weight, s_.hidden, &dx_[at], &d_residual_[at]);
+            round_to_bf16(&d_residual_[at], s_.hidden, &dy_[at]);
+        }
+    }
+
+    // d_weight += the norm's gradient with respect to its weight, given dx_.
+    void norm_weight_backward(const Aligned<float>& x, const Aligned<float>& inverse_rms, float* d_weight) {
+        if (d_weight == nullptr) return;
         team_.each((int)(s_.hidden / kTile), [&](int tile) {
-            add_norm_gradient(x, inverse_rms_.data(), dx_.data(), tokens_, s_.hidden, tile * kTile, d_weight);
+            add_norm_gradient(x.data(), inverse_rms.data(), dx_.data(), tokens_, s_.hidden, tile * kTile, d_weight);
         });
     }
 
@@ -193,23 +250,24 @@ class TrainBackward : public TrainForward {
     // Where the gradient of a tensor of the base is added up, or null.
     float* gradient(int64_t tensor) const { return trains_base() ? batch_.d_weights[tensor] : nullptr; }
 
-    // d_qkv from dq_, dk_ and dv_, which have a gradient for each query head: rotations are undone, and the gradients
-    // of keys and values are summed over the query heads that share them.
+    // Those of keys and values in d_qkv_ are the sums of dk_ and dv_ over the query heads that share them.
     void gather_heads(const TrainLayer& layer, int start, int rows) {
-        const int64_t dim = s_.head_dim, group = s_.heads / s_.kv_heads;
+        const int64_t dim = s_.head_dim, group = s_.heads / s_.kv_heads, apart = tokens_ * dim;
         float* sum = room(scratch().y, dim);
-        for (int row = start; row < start + rows; row++) {
-            bf16* to = &d_qkv_[row * wide_];
-            auto gather = [&](const std::vector<float>& d, int64_t head, int64_t heads, bool rotated) {
-                sum_rows(&d[row * q_ + head * dim], dim, heads, sum);
-                if (rotated && layer.uses_rotary) turn(sum, row, true);
-                round_to_bf16(sum, dim, to);
-                to += dim;
-            };
-            for (int64_t head = 0; head < s_.heads; head++) gather(dq_, head, 1, true);
-            for (int64_t head = 0; head < s_.heads; head += group) gather(dk_, head, group, true);
-            for (int64_t head = 0; head < s_.heads; head += group) gather(dv_, head, group, false);
-        }
+        for (int64_t head = 0; head < s_.kv_heads; head++)
+            for (int row = start; row < start + rows; row++) {
+                const int64_t from = head * group * apart + row * dim, to = row * wide_ + q_ + head * dim;
+                sum_rows(&dk_[from], apart, dim, group, sum);
+                put_gradient(layer, sum, true, row, &d_qkv_[to]);
+                sum_rows(&dv_[from], apart, dim, group, sum);
+                put_gradient(layer, sum, false, row, &d_qkv_[to + kv_]);
+            }
+    }
+
+    // A head's in d_qkv_, whose rotation is undone.
+    void put_gradient(const TrainLayer& layer, float* d, bool is_rotated, int64_t token, bf16* to) {
+        if (is_rotated && layer.uses_rotary) turn(d, (int)token, true);
+        round_to_bf16(d, s_.head_dim, to);
     }
 };
 

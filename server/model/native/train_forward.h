@@ -25,7 +25,8 @@ class TrainForward : protected TrainPass {
             });
             for (int i = 0; i < s_.layers; i++)
                 forward(i, batch, i + 1 < s_.layers ? saved(i + 1).in.data() : last_.data());
-            each_rows([&](int start, int rows) { norm(last_.data(), final_norm_, start, rows, hidden); });
+            each_rows(
+                [&](int start, int rows) { norm(last_.data(), final_norm_, start, rows, hidden, last_rms_.data()); });
         });
         clock_.end(kRowsPhase);
         has_passed_ = batch.has_backward != 0;
@@ -43,7 +44,7 @@ class TrainForward : protected TrainPass {
         };
 
         each_rows([&](int start, int rows) {
-            norm(saved.in.data(), layer.input_norm, start, rows, x_.data());
+            norm(saved.in.data(), layer.input_norm, start, rows, x_.data(), saved.in_rms.data());
             lora_hidden(kQkv, x_.data(), s_.hidden, start, rows);
         });
         clock_.end(kRowsPhase);
@@ -73,20 +74,22 @@ class TrainForward : protected TrainPass {
         clock_.end(kProductsPhase);
 
         each_rows([&](int start, int rows) {
-            norm(saved.middle.data(), layer.post_norm, start, rows, x_.data());
+            norm(saved.middle.data(), layer.post_norm, start, rows, x_.data(), saved.middle_rms.data());
             lora_hidden(kGateUp, x_.data(), s_.hidden, start, rows);
         });
         clock_.end(kRowsPhase);
         each_product(tiles, [&](int tile, int start, int rows) {
-            float* y = room(scratch().y, kProductRows * kTile);
-            for (int part : {tile, tiles + tile}) {
+            float *gate = room(scratch().y, 2 * kProductRows * kTile), *up = gate + kProductRows * kTile;
+            for (bool is_up : {false, true})
                 product(layer.gate_up, s_.hidden, 2 * s_.intermediate, lora[kGateUp], x_.data(),
-                        saved.hidden[kGateUp].data(), part * kTile, start, rows, y, kTile, scratch().product);
-                for (int row = 0; row < rows; row++)
-                    round_to_bf16(y + row * kTile, kTile,
-                                  &saved.gate_up[(start + row) * 2 * s_.intermediate + part * kTile]);
+                        saved.hidden[kGateUp].data(), (is_up ? tiles + tile : tile) * kTile, start, rows,
+                        is_up ? up : gate, kTile, scratch().product);
+            for (int row = 0; row < rows; row++) {
+                bf16* to = &saved.gate_up[(start + row) * 2 * s_.intermediate + tile * kTile];
+                round_to_bf16(gate + row * kTile, kTile, to);
+                round_to_bf16(up + row * kTile, kTile, to + s_.intermediate);
+                swiglu(to, to + s_.intermediate, kTile, &active_[(start + row) * s_.intermediate + tile * kTile]);
             }
-            activate(saved, tile * kTile, kTile, start, rows);
         });
         clock_.end(kProductsPhase);
         each_rows([&](int start, int rows) { lora_hidden(kDown, active_.data(), s_.intermediate, start, rows); });

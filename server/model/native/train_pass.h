@@ -18,16 +18,17 @@ struct TrainLayer {
     bool uses_rotary;
 };
 
-struct Saved {                                 // of one layer, from the forward pass for the backward pass
-    std::vector<float> in, middle;             // the residual stream before attention, and before the feed-forward
-    std::vector<bf16> qkv, attn_out, gate_up;  // queries and keys are rotated
-    std::vector<bf16> hidden[kGroups];         // x Aᵀ
+struct Saved {                             // of one layer, from the forward pass for the backward pass
+    Aligned<float> in, middle;             // the residual stream before attention, and before the feed-forward
+    Aligned<float> in_rms, middle_rms;     // of each of their rows 1 / the root mean square
+    Aligned<bf16> qkv, attn_out, gate_up;  // queries and keys are rotated
+    Aligned<bf16> hidden[kGroups];         // x Aᵀ
 };
 
 struct alignas(64) TrainScratch {  // of one thread
     ProductScratch product;
     TextScratch text;
-    std::vector<float> y;
+    Aligned<float> y, dq;
 };
 
 class TrainPass {
@@ -58,11 +59,12 @@ class TrainPass {
         for (int64_t i = 0; i < s_.layers; i++) {
             Saved& saved = this->saved(i);
             room(saved.in, t * s_.hidden), room(saved.middle, t * s_.hidden);
+            room(saved.in_rms, t), room(saved.middle_rms, t);
             room(saved.qkv, t * wide_), room(saved.attn_out, t * q_), room(saved.gate_up, t * 2 * s_.intermediate);
             for (int group = 0; group < kGroups; group++)
                 room(saved.hidden[group], t * batch.lora[i * kGroups + group].rows);
         }
-        room(last_, t * s_.hidden), room(x_, t * s_.hidden), room(active_, t * s_.intermediate);
+        room(last_, t * s_.hidden), room(last_rms_, t), room(x_, t * s_.hidden), room(active_, t * s_.intermediate);
         room(lora_input_, t * std::max({s_.hidden, s_.intermediate, q_}));
         if (keeps_) prepare_backward(batch);
         positions_.resize(t);
@@ -81,11 +83,8 @@ class TrainPass {
         across_ = (tokens_ + 31) / 32 * 32;
         for (auto* turned : {&lora_hidden_T_, &d_lora_hidden_T_}) room(*turned, most * across_);
         for (auto* d : {&d_residual_, &dx_}) room(*d, t * s_.hidden);
-        if (batch.d_weights != nullptr) {
-            room(dy_T_, std::max({wide_, s_.hidden, 2 * s_.intermediate}) * across_);
-            room(inverse_rms_, t);
-        }
-        for (auto* d : {&dq_, &dk_, &dv_}) room(*d, t * q_);
+        if (batch.d_weights != nullptr) room(dy_T_, std::max({wide_, s_.hidden, 2 * s_.intermediate}) * across_);
+        for (auto* d : {&dk_, &dv_}) room(*d, t * q_);
         room(d_lora_hidden_, most * t), room(dy_, t * s_.hidden), room(d_attn_out_, t * q_);
         room(d_qkv_, t * wide_), room(d_gate_up_, t * 2 * s_.intermediate);
     }
@@ -125,22 +124,14 @@ class TrainPass {
                 (int)s_.head_dim};
     }
 
-    // y = rows of x, divided by their root mean square and times `weight`.
-    void norm(const float* x, const bf16* weight, int start, int rows, bf16* y) const {
-        for (int64_t at = start * s_.hidden; at < (start + rows) * s_.hidden; at += s_.hidden)
-            rms_norm(x + at, weight, s_.hidden, s_.eps, y + at);
+    // y = rows of x, divided by their root mean square and times `weight`; 1 / those are kept in inverse_rms.
+    void norm(const float* x, const bf16* weight, int start, int rows, bf16* y, float* inverse_rms) const {
+        for (int row = start; row < start + rows; row++)
+            inverse_rms[row] = rms_norm(x + row * s_.hidden, weight, s_.hidden, s_.eps, y + row * s_.hidden);
     }
 
     void turn(float* values, int token, bool back) const {
         rotate(values, rotary_, s_.max_positions, s_.head_dim, positions_[token], back);
-    }
-
-    // active = silu(gate) · up, for some of its columns
-    void activate(const Saved& saved, int column, int columns, int start, int rows) {
-        for (int row = start; row < start + rows; row++) {
-            const bf16 *gate = &saved.gate_up[row * 2 * s_.intermediate + column], *up = gate + s_.intermediate;
-            swiglu(gate, up, columns, &active_[row * s_.intermediate + column]);
-        }
     }
 
     // What A is multiplied with: x (tokens, in), or with dropout a copy in lora_input_ of which features are dropped.
@@ -161,18 +152,15 @@ class TrainPass {
     int tokens_ = 0, product_chunks_ = 0, row_chunks_ = 0, across_ = 0;  // across: tokens, in thirty-twos
     bool keeps_ = true;                                                  // what the backward pass reads
     std::vector<Saved> saved_;
-    std::vector<float> last_;             // the residual stream after the last layer
-    std::vector<float> d_residual_, dx_;  // the gradients of the residual stream, and of what a norm gave
-    std::vector<bf16> x_, active_;        // the newest outputs of a norm and of the activation
-    std::vector<bf16> lora_input_;        // the same after dropout, where there is any: what A is multiplied with
-    std::vector<bf16> dy_, d_attn_out_, d_qkv_, d_gate_up_;
-    std::vector<float> dq_, dk_, dv_;  // (tokens, heads, dim): of each query head
+    Aligned<float> last_, last_rms_;  // the residual stream after the last layer, and its rows' as in `Saved`
+    Aligned<float> d_residual_, dx_;  // the gradients of the residual stream, and of what a norm gave
+    Aligned<bf16> x_, active_;        // the newest outputs of a norm and of the activation
+    Aligned<bf16> lora_input_;        // the same after dropout, where there is any: what A is multiplied with
+    Aligned<bf16> dy_, d_attn_out_, d_qkv_, d_gate_up_;
+    Aligned<float> dk_, dv_;  // (heads, tokens, dim): of each query head
     // Of the newest group: dy Bᵀ (tokens, rows of A), and both x Aᵀ and dy Bᵀ as (rows of A, tokens).
-    std::vector<bf16> d_lora_hidden_, lora_hidden_T_, d_lora_hidden_T_;
-    // Where the base is trained: the newest gradient of a product's outputs as (out, tokens), and of each token 1 / the
-    // root mean square of what a norm met.
-    std::vector<bf16> dy_T_;
-    std::vector<float> inverse_rms_;
+    Aligned<bf16> d_lora_hidden_, lora_hidden_T_, d_lora_hidden_T_;
+    Aligned<bf16> dy_T_;  // where the base is trained: the newest gradient of a product's outputs as (out, tokens)
     std::vector<int> positions_;
     std::vector<TrainScratch> scratch_;
     TrainBatch batch_{};

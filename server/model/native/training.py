@@ -35,13 +35,13 @@ class NativeRows:
 class NativeGroup:
     """One layer's group: bf16 a (rows, in) and b (rows, out), scalings included, and where their gradients go.
 
-    b is zero outside the features of each module's rows, and its gradient isn't written there.
+    b is zero outside the features of each module's rows, and its gradient (out, rows) isn't written there.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     modules: Sequence[NativeRows]
-    d_a: torch.Tensor  # fp32, like a
+    d_a: torch.Tensor  # fp32, (rows, in)
     d_b: torch.Tensor
 
 
@@ -213,7 +213,7 @@ def _check_group(config: ModelConfig, key: GroupKey, group: NativeGroup) -> None
         ("a", group.a, a_shape, torch.bfloat16),
         ("b", group.b, b_shape, torch.bfloat16),
         ("d_a", group.d_a, a_shape, torch.float32),
-        ("d_b", group.d_b, b_shape, torch.float32),
+        ("d_b", group.d_b, b_shape[::-1], torch.float32),
     ):
         if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous():
             raise ValueError(f"{name} of {key} must be {dtype}, contiguous, and of shape {shape}")

@@ -49,7 +49,7 @@ class NativePass:
         before = torch.tensor(batch.before, dtype=torch.int64)
         loss, d_rows = self._training.loss(hidden[before], torch.tensor(batch.targets, dtype=torch.int64), factor)
         self._training.backward(torch.zeros_like(hidden).index_copy_(0, before, d_rows))
-        self._rows.add_gradients({key: (group.d_a, group.d_b) for key, group in self._groups.items()})
+        self._rows.add_gradients({key: (group.d_a, group.d_b.t()) for key, group in self._groups.items()})
         return loss
 
     def measure(self, batch: MicroBatch) -> Measured:
@@ -87,5 +87,5 @@ def _native(group: TrainedGroup) -> NativeGroup:
         for module in group.modules
     ]
     a, b = group.a.detach(), group.b.detach()
-    d_a, d_b = (torch.zeros(leaf.shape, dtype=torch.float32) for leaf in (a, b))
+    d_a, d_b = (torch.zeros(leaf.shape, dtype=torch.float32) for leaf in (a, b.t()))
     return NativeGroup(a, b, modules, d_a, d_b)

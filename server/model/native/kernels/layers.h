@@ -11,11 +11,18 @@ inline float inverse_rms(const float* x, int64_t size, double eps) {
     return 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / size + (float)eps);
 }
 
-// y (size) = x, divided by its root mean square and times `weight`.
-inline void rms_norm(const float* x, const bf16* weight, int64_t size, double eps, bf16* y) {
-    const __m512 by = _mm512_set1_ps(inverse_rms(x, size, eps));
+// y (size) = x · inverse · weight
+inline void scale_by_weight(const float* x, float inverse, const bf16* weight, int64_t size, bf16* y) {
+    const __m512 by = _mm512_set1_ps(inverse);
     for (int64_t i = 0; i < size; i += 16)
         store_bf16(y + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), by), load_bf16(weight + i)));
+}
+
+// y (size) = x, divided by its root mean square and times `weight`; returns 1 / the root mean square.
+inline float rms_norm(const float* x, const bf16* weight, int64_t size, double eps, bf16* y) {
+    const float inverse = inverse_rms(x, size, eps);
+    scale_by_weight(x, inverse, weight, size, y);
+    return inverse;
 }
 
 // Turns a head's values by the angles of a position, or back; `table` is (2, max_positions, dim), as `rotary_table`
@@ -37,38 +44,31 @@ inline __m512 silu(__m512 x) {
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
-inline __m512 sigmoid(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-}
-
 // y = x's count numbers, rounded to 16 bits.
 inline void round_to_bf16(const float* x, int64_t count, bf16* y) {
     for (int64_t i = 0; i < count; i += 16) store_bf16(y + i, _mm512_loadu_ps(x + i));
 }
 
-// sum (size) = the sum of `count` rows of x, one after the other.
-inline void sum_rows(const float* x, int64_t size, int64_t count, float* sum) {
+// sum (size) = the sum of `count` rows of x, `stride` apart, one after the other.
+inline void sum_rows(const float* x, int64_t stride, int64_t size, int64_t count, float* sum) {
     for (int64_t i = 0; i < size; i += 16) {
         __m512 all = _mm512_loadu_ps(x + i);
-        for (int64_t row = 1; row < count; row++) all = _mm512_add_ps(all, _mm512_loadu_ps(x + row * size + i));
+        for (int64_t row = 1; row < count; row++) all = _mm512_add_ps(all, _mm512_loadu_ps(x + row * stride + i));
         _mm512_storeu_ps(sum + i, all);
     }
 }
 
-// The gradient of rms_norm's x is added to `d_x`, from that of its y, dy, which is overwritten: (g - n · mean(g · n)) /
-// rms for n = x / rms, g = dy · weight.
-inline void rms_norm_backward(const float* x, const bf16* weight, int64_t size, double eps, float* dy, float* d_x) {
-    const __m512 by = _mm512_set1_ps(inverse_rms(x, size, eps));
+// The gradient of rms_norm's x is added to `d_x`, from that of its y, dy, and 1 / x's root mean square: (g - n · mean(g
+// · n)) / rms for n = x / rms, g = dy · weight.
+inline void rms_norm_backward(const float* x, float inverse, const bf16* weight, int64_t size, const float* dy,
+                              float* d_x) {
+    const __m512 by = _mm512_set1_ps(inverse);
+    auto g = [&](int64_t i) { return _mm512_mul_ps(_mm512_loadu_ps(dy + i), load_bf16(weight + i)); };
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < size; i += 16) {
-        __m512 g = _mm512_mul_ps(_mm512_loadu_ps(dy + i), load_bf16(weight + i));
-        _mm512_storeu_ps(dy + i, g);
-        sum = _mm512_fmadd_ps(g, _mm512_mul_ps(_mm512_loadu_ps(x + i), by), sum);
-    }
+    for (int64_t i = 0; i < size; i += 16) sum = _mm512_fmadd_ps(g(i), _mm512_mul_ps(_mm512_loadu_ps(x + i), by), sum);
     const __m512 mean = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_add_ps(sum) / size), by);
     for (int64_t i = 0; i < size; i += 16) {
-        __m512 d = _mm512_fnmadd_ps(_mm512_loadu_ps(x + i), mean, _mm512_loadu_ps(dy + i));
+        __m512 d = _mm512_fnmadd_ps(_mm512_loadu_ps(x + i), mean, g(i));
         _mm512_storeu_ps(d_x + i, _mm512_fmadd_ps(d, by, _mm512_loadu_ps(d_x + i)));
     }
 }
@@ -102,14 +102,18 @@ inline void swiglu(const bf16* gate, const bf16* up, int64_t size, bf16* y) {
         store_bf16(y + i, _mm512_mul_ps(silu(load_bf16(gate + i)), load_bf16(up + i)));
 }
 
-// The gradients of gate and up, from that of swiglu's y.
-inline void swiglu_backward(const bf16* gate, const bf16* up, const float* dy, int64_t size, bf16* d_gate, bf16* d_up) {
+// The gradients of gate and up, from that of swiglu's y, and y once more.
+inline void swiglu_backward(const bf16* gate, const bf16* up, const float* dy, int64_t size, bf16* d_gate, bf16* d_up,
+                            bf16* y) {
+    const __m512 one = _mm512_set1_ps(1);
     for (int64_t i = 0; i < size; i += 16) {
         __m512 g = load_bf16(gate + i), u = load_bf16(up + i), d = _mm512_loadu_ps(dy + i);
-        __m512 share = sigmoid(g), gated = _mm512_mul_ps(g, share);
+        __m512 divisor = _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), g)));
+        __m512 share = _mm512_div_ps(one, divisor), gated = _mm512_mul_ps(g, share);
         // silu' = share · (1 + g · (1 - share))
-        __m512 slope = _mm512_fmadd_ps(gated, _mm512_sub_ps(_mm512_set1_ps(1), share), share);
+        __m512 slope = _mm512_fmadd_ps(gated, _mm512_sub_ps(one, share), share);
         store_bf16(d_gate + i, _mm512_mul_ps(_mm512_mul_ps(d, u), slope));
         store_bf16(d_up + i, _mm512_mul_ps(d, gated));
+        store_bf16(y + i, _mm512_mul_ps(_mm512_div_ps(g, divisor), u));  // the very bits of swiglu
     }
 }

@@ -60,8 +60,8 @@ class Loss {
     };
     struct alignas(64) LossScratch {  // of one thread
         Panel panel;
-        std::vector<float> logits;
-        std::vector<bf16> weights, turned;
+        Aligned<float> logits;
+        Aligned<bf16> weights, turned;
     };
     static constexpr int kDepth = kLossTiles * kTile;
 
@@ -115,7 +115,8 @@ class Loss {
     void multiply_tiles(const bf16* hidden, int rows, int64_t first, int count, uint32_t* panel, float* logits) const {
         for (int tile = 0; tile < count; tile++) {
             pack_rows(head_ + (first + tile) * kTile * hidden_, hidden_, kTile, (int)hidden_, panel);
-            multiply(hidden, hidden_, rows, panel, (int)hidden_ / 2, logits + tile * kTile, kDepth);
+            multiply_and_prefetch(hidden, hidden_, rows, panel, (int)hidden_ / 2, logits + tile * kTile, kDepth,
+                                  head_ + (first + tile + 1) * kTile * hidden_, kTile, (int)hidden_);
         }
     }
 
@@ -225,11 +226,11 @@ class Loss {
     Team* team_ = nullptr;
     const bf16* head_ = nullptr;  // (vocab, hidden)
     int64_t vocab_ = 0, hidden_ = 0;
-    std::vector<float> mixed_;    // (parts, rows, hidden)
+    Aligned<float> mixed_;        // (parts, rows, hidden)
     std::vector<Others> others_;  // (parts, rows)
-    std::vector<float> target_logit_;
+    Aligned<float> target_logit_;
     std::vector<double> losses_;
-    std::vector<float> divisors_;  // the logarithms of the softmaxes'
-    Panel columns_;                // of hidden states
+    Aligned<float> divisors_;  // the logarithms of the softmaxes'
+    Panel columns_;            // of hidden states
     std::vector<LossScratch> scratch_;
 };

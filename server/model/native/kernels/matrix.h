@@ -39,9 +39,26 @@ inline Buffer allocate(size_t count) {
     return Buffer((bf16*)p);
 }
 
-// Room in v for `count` numbers at least, which may be anything.
+// Numbers that begin at a line of cache: registers that cross none are loaded and stored in half the time.
 template <class T>
-T* room(std::vector<T>& v, size_t count) {
+struct LineAllocator {
+    using value_type = T;
+    LineAllocator() = default;
+    template <class Other>
+    LineAllocator(const LineAllocator<Other>&) {}
+    T* allocate(size_t count) { return (T*)::operator new(count * sizeof(T), kLine); }
+    void deallocate(T* p, size_t) { ::operator delete(p, kLine); }
+    bool operator==(const LineAllocator&) const = default;
+
+  private:
+    static constexpr std::align_val_t kLine{64};
+};
+template <class T>
+using Aligned = std::vector<T, LineAllocator<T>>;
+
+// Room in v for `count` numbers at least, which may be anything.
+template <class T, class Allocator>
+T* room(std::vector<T, Allocator>& v, size_t count) {
     if (v.size() < count) v.resize(count);
     return v.data();
 }

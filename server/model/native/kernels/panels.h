@@ -6,9 +6,9 @@
 #include "matrix.h"
 
 constexpr int kNarrowBlock = kSums;  // rows of a register block of half a tile
-constexpr int kPrefetchRows = 96;    // that are multiplied between two shares of the next tile
+constexpr int kPrefetchRows = 24;    // that are multiplied between two shares of the next tile
 
-using Panel = std::vector<uint32_t>;  // [pairs][32], as one tile of a Matrix
+using Panel = Aligned<uint32_t>;  // [pairs][32], as one tile of a Matrix
 
 // Transposes 16 registers of 16 numbers of 32 bits.
 inline void transpose16(__m512i* r) {
@@ -36,16 +36,19 @@ inline void transpose16(__m512i* r) {
 // Packs a tile from `outputs` (at most 32) rows of w, each of `depth` numbers, which is even. Missing rows are zero;
 // with a `width` of 16 the tile's other half is left as it is.
 inline void pack_rows(const bf16* w, size_t stride, int outputs, int depth, uint32_t* to, int width = kTile) {
-    for (int half = 0; half < width; half += 16)
+    for (int half = 0; half < width; half += 16, w += 16 * stride, to += 16)
         for (int pair = 0; pair < depth / 2; pair += 16) {
+            const int now = std::min(16, depth / 2 - pair), rows = outputs - half;
+            const __mmask16 lanes = first_lanes(now);
             __m512i r[16];
-            for (int i = 0; i < 16; i++)
-                r[i] = half + i < outputs
-                           ? _mm512_maskz_loadu_epi32(first_lanes(depth / 2 - pair), w + (half + i) * stride + 2 * pair)
-                           : _mm512_setzero_si512();
+            if (rows >= 16) {
+                for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi32(lanes, w + i * stride + 2 * pair);
+            } else {
+                for (int i = 0; i < 16; i++)
+                    r[i] = _mm512_maskz_loadu_epi32(i < rows ? lanes : (__mmask16)0, w + i * stride + 2 * pair);
+            }
             transpose16(r);
-            for (int i = 0; i < std::min(16, depth / 2 - pair); i++)
-                _mm512_storeu_si512(to + (pair + i) * kTile + half, r[i]);
+            for (int i = 0; i < now; i++) _mm512_storeu_si512(to + (pair + i) * kTile, r[i]);
         }
 }
 

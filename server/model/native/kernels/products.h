@@ -11,7 +11,7 @@ constexpr int kProductRows = 512;  // rows that meet a tile when it was packed, 
 
 struct ProductScratch {  // of one thread
     Panel panel, low_rank_panel, columns;
-    std::vector<float> low_rank, share;
+    Aligned<float> low_rank, share;
 };
 
 inline const TrainModule* module_at(const TrainGroup& lora, int64_t column) {
@@ -76,7 +76,8 @@ inline void product(const bf16* w, int64_t in, int64_t out, const TrainGroup& lo
                     ProductScratch& scratch) {
     uint32_t* panel = room(scratch.panel, in / 2 * kTile);
     pack_rows(w + column * in, in, kTile, (int)in, panel);
-    multiply(x + start * in, in, rows, panel, (int)in / 2, y, y_stride);
+    multiply_and_prefetch(x + start * in, in, rows, panel, (int)in / 2, y, y_stride, w + (column + kTile) * in, kTile,
+                          (int)in);
     const TrainModule* module = module_at(lora, column);
     if (module == nullptr) return;
     panel = room(scratch.panel, module->rank / 2 * kTile);
@@ -118,4 +119,20 @@ inline void multiply_over_tokens(const bf16* x_T, int64_t x_stride, int outputs,
     uint32_t* panel = room(scratch.columns, (tokens + 1) / 2 * kTile);
     pack_columns(dy + column, out, tokens, panel);
     multiply<add>(x_T, x_stride, outputs, panel, (tokens + 1) / 2, y, y_stride);
+}
+
+// y (32, outputs), rows `y_stride` apart: the transpose of what `multiply_over_tokens` gives; outputs is a multiple of
+// 16.
+inline void multiply_over_tokens_turned(const bf16* x_T, int64_t x_stride, int outputs, const bf16* dy, int64_t out,
+                                        int64_t column, int tokens, float* y, int64_t y_stride,
+                                        ProductScratch& scratch) {
+    float* tile = room(scratch.low_rank, outputs * kTile);
+    multiply_over_tokens(x_T, x_stride, outputs, dy, out, column, tokens, tile, kTile, scratch);
+    for (int output = 0; output < outputs; output += 16)
+        for (int half = 0; half < kTile; half += 16) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(tile + (output + i) * kTile + half);
+            transpose16(r);
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(y + (half + i) * y_stride + output, r[i]);
+        }
 }

@@ -10,8 +10,8 @@ constexpr int kQueries = 32;  // of a block
 
 struct TextScratch {  // of one thread
     Panel k, v, k_columns, panel;
-    std::vector<float> scores, d_weights, y;
-    std::vector<bf16> weights, d_scores, turned;
+    Aligned<float> scores, d_weights, y;
+    Aligned<bf16> weights, d_scores, turned;
 };
 
 struct Text {  // one head's queries, keys and values: rows of `dim` numbers, `stride` apart
@@ -87,10 +87,6 @@ inline void attend_text_backward(const Text& text, const bf16* d_out, size_t d_o
     const uint32_t* v = pack_all_rows(text.v, text, scratch.v);
     const uint32_t* k_columns = pack_all_columns(text.k, text, scratch.k_columns);
     uint32_t* panel = room(scratch.panel, kQueries / 2 * kTile);
-    for (int row = 0; row < text.length; row++) {
-        std::fill_n(dk + row * stride, text.dim, 0.0f);
-        std::fill_n(dv + row * stride, text.dim, 0.0f);
-    }
     for (int start = 0; start < text.length; start += kQueries) {
         const int rows = std::min(kQueries, text.length - start), keys = start + rows;
         const int width = (keys + kTile - 1) / kTile * kTile;
@@ -125,7 +121,9 @@ inline void attend_text_backward(const Text& text, const bf16* d_out, size_t d_o
             transpose(x, width, rows, width, turned, kQueries);
             for (int i = 0; i < text.dim; i += kTile) {
                 pack_columns(y + i, y_stride, rows, panel);
-                multiply<true>(turned, kQueries, keys, panel, (rows + 1) / 2, to + i, stride);
+                multiply<true>(turned, kQueries, start, panel, (rows + 1) / 2, to + i, stride);
+                multiply(turned + start * kQueries, kQueries, rows, panel, (rows + 1) / 2, to + start * stride + i,
+                         stride);  // of the keys that no query has met before
             }
         };
         add_turned(d_scores, q, text.stride, dk);

@@ -39,8 +39,8 @@ enum TrainPhase {
     kProductsPhase,  // with the base's weights and B, and what is done with their outputs
     kSelfAttentionPhase,
     kLossPhase,
-    kRowsBackwardPhase,      // norms, the activation once more, and dy Bᵀ
-    kProductsBackwardPhase,  // with the base's weights and A, and the gradients of A and B
+    kRowsBackwardPhase,      // norms and dy Bᵀ
+    kProductsBackwardPhase,  // with the base's weights and A, the activation, and the gradients of A and B
     kSelfAttentionBackwardPhase,
     kTrainPhases
 };
@@ -144,7 +144,7 @@ struct TrainModule {  // `rank` rows of A and B, in units of kRowUnit; B is zero
 
 struct TrainGroup {  // one layer's group: A (rows, in), B (rows, out), and where their gradients go
     const bf16 *a, *b;
-    float *d_a, *d_b;
+    float *d_a, *d_b;  // (rows, in), and (out, rows), as B is in what is trained
     int64_t rows;
     const TrainModule* modules;
     int64_t num_modules;

@@ -26,7 +26,8 @@ TEST(rms_norm_of_a_row) {
             const double inverse = exact_inverse_rms(x);
             expect_near(inverse_rms(x.data(), size, kEps), inverse, inverse * rms_error(size), "of %d", size);
             Fenced<bf16> y(size);
-            rms_norm(x.data(), weight.data(), size, kEps, y.data());
+            const float found = rms_norm(x.data(), weight.data(), size, kEps, y.data());
+            expect(found == inverse_rms(x.data(), size, kEps), "it says another root mean square");
             y.check("rms_norm");
             for (int i = 0; i < size; i++) {
                 const double exact = x[i] * inverse * to_float(weight[i]);
@@ -42,10 +43,9 @@ TEST(rms_norm_backward_of_a_row) {
         const auto x = random_floats(random, size, 2), given = random_floats(random, size);
         const auto before = random_floats(random, size);
         const auto weight = random_bf16(random, size, 3);
-        auto dy = given;
         Fenced<float> d_x(size);
         std::copy(before.begin(), before.end(), d_x.data());
-        rms_norm_backward(x.data(), weight.data(), size, kEps, dy.data(), d_x.data());
+        rms_norm_backward(x.data(), inverse_rms(x.data(), size, kEps), weight.data(), size, given.data(), d_x.data());
         d_x.check("rms_norm_backward");
         const double inverse = exact_inverse_rms(x);
         double mean = 0, magnitude = 0;
@@ -75,9 +75,8 @@ TEST(rms_norm_backward_is_its_slope) {
         for (int i = 0; i < size; i++) of += given[i] * moved[i] * to_float(weight[i]);
         return of / std::sqrt(sum / size + kEps);
     };
-    auto dy = given;
     std::vector<float> d_x(size);
-    rms_norm_backward(x.data(), weight.data(), size, kEps, dy.data(), d_x.data());
+    rms_norm_backward(x.data(), inverse_rms(x.data(), size, kEps), weight.data(), size, given.data(), d_x.data());
     for (int i = 0; i < size; i++)
         expect_near(d_x[i], (value(i, 1e-4) - value(i, -1e-4)) / 2e-4, 1e-5, "the slope in x's %d", i);
 }
@@ -147,14 +146,15 @@ TEST(sum_of_rows) {
     Random random(5);
     for (int size : {16, 64, 96})
         for (int count : {1, 2, 3, 8}) {
-            const auto x = random_floats(random, (size_t)size * count);
+            const int stride = size + 16;
+            const auto x = random_floats(random, (size_t)stride * count);
             Fenced<float> sum(size);
-            sum_rows(x.data(), size, count, sum.data());
+            sum_rows(x.data(), stride, size, count, sum.data());
             sum.check("sum_rows");
             for (int i = 0; i < size; i++) {
                 double exact = 0, magnitude = 0;
                 for (int row = 0; row < count; row++) {
-                    exact += x[row * size + i], magnitude += std::abs(x[row * size + i]);
+                    exact += x[row * stride + i], magnitude += std::abs(x[row * stride + i]);
                 }
                 expect_near(sum[i], exact, sum_error(count) * magnitude, "%d of %d rows", i, count);
             }
@@ -177,11 +177,12 @@ TEST(swiglu_and_its_gradient) {
     for (int size : {16, 32, 96}) {
         const auto gate = random_bf16(random, size, 6), up = random_bf16(random, size, 2);
         const auto dy = random_floats(random, size);
-        Fenced<bf16> y(size), d_gate(size), d_up(size);
+        Fenced<bf16> y(size), again(size), d_gate(size), d_up(size);
         swiglu(gate.data(), up.data(), size, y.data());
-        swiglu_backward(gate.data(), up.data(), dy.data(), size, d_gate.data(), d_up.data());
-        y.check("swiglu"), d_gate.check("d_gate"), d_up.check("d_up");
+        swiglu_backward(gate.data(), up.data(), dy.data(), size, d_gate.data(), d_up.data(), again.data());
+        y.check("swiglu"), again.check("swiglu again"), d_gate.check("d_gate"), d_up.check("d_up");
         for (int i = 0; i < size; i++) {
+            expect(again[i] == y[i], "%d is another one in the backward pass", i);
             const double g = to_float(gate[i]), u = to_float(up[i]), share = 1 / (1 + std::exp(-g));
             const double error = 1.01 * kU16 + kExp + 8 * kU32;
             expect_near(to_float(y[i]), g * share * u, std::abs(g * share * u) * error, "y's %d", i);

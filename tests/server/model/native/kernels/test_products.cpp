@@ -172,7 +172,7 @@ TEST(a_group_without_rows) {
 TEST(sums_over_tokens) {
     Random random(6);
     for (int tokens : {1, 2, 15, 16, 17, 33, 100}) {
-        const int outputs = 16, out = 64, across = (tokens + 31) / 32 * 32, y_stride = 96;
+        const int outputs = tokens % 2 ? 16 : 48, out = 64, across = (tokens + 31) / 32 * 32, y_stride = 96;
         auto x = random_bf16(random, (size_t)tokens * outputs);  // (tokens, outputs), and turned over
         std::vector<bf16> x_T((size_t)outputs * across);
         transpose(x.data(), outputs, tokens, outputs, x_T.data(), across);
@@ -187,6 +187,10 @@ TEST(sums_over_tokens) {
             multiply_over_tokens<true>(x_T.data(), across, outputs, dy.data(), out, column, tokens, added.data(),
                                        y_stride, scratch);
             added.check("multiply_over_tokens");
+            Fenced<float> turned((size_t)kTile * y_stride);
+            multiply_over_tokens_turned(x_T.data(), across, outputs, dy.data(), out, column, tokens, turned.data(),
+                                        y_stride, scratch);
+            turned.check("multiply_over_tokens_turned");
             for (int output = 0; output < outputs; output++)
                 for (int i = 0; i < kTile; i++) {
                     Sum exact;
@@ -194,6 +198,7 @@ TEST(sums_over_tokens) {
                         exact.add(to_float(x[token * outputs + output]), to_float(dy[token * out + column + i]));
                     expect_near(y[output * y_stride + i], exact.value, exact.error(), "%d tokens: (%d, %d)", tokens,
                                 output, column + i);
+                    expect(turned[i * y_stride + output] == y[output * y_stride + i], "(%d, %d) turned", output, i);
                     exact.add(2, 1);
                     expect_near(added[output * y_stride + i], exact.value, exact.error(), "%d tokens added: (%d, %d)",
                                 tokens, output, column + i);

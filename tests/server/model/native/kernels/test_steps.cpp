@@ -131,8 +131,11 @@ TEST(gradients_are_slopes) {
     for (size_t i = 0; i < texts.weights.size(); i++) {
         auto& weights = texts.weights[i];
         if (weights.empty()) continue;
-        const std::vector<float> gradient = texts.gradients[i];
         const std::vector<bf16> before = weights;
+        std::vector<float> gradient = texts.gradients[i];
+        const size_t rows = (size_t)texts.lora[i / 2].rows, out = weights.size() / rows;
+        for (size_t k = 0; i % 2 && k < weights.size(); k++)  // that of B is (out, rows)
+            gradient[k] = texts.gradients[i][k % out * rows + k / out];
         double norm = 0, size = 0;
         for (float of : gradient) norm += (double)of * of;
         for (bf16 of : weights) size += to_float(of) * to_float(of);
