@@ -19,12 +19,17 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def choose_device(
-    device: str, dtype: str, flags: frozenset[str] | None = None, cuda: Cuda | None = None
+    device: str,
+    dtype: str,
+    flags: frozenset[str] | None = None,
+    cuda: Cuda | None = None,
+    *,
+    has_native: bool = False,
 ) -> tuple[torch.device, torch.dtype]:
     """Turn the settings `auto`, `cpu`, `cuda`, `cuda:N` and `auto`, `fp32`, `bf16`, `fp16` into torch's.
 
-    `flags` are the CPU's, `cuda` what torch says of GPUs (None: this machine's). Raises StartupError where the
-    machine lacks what is asked for.
+    `flags` are the CPU's, `cuda` what torch says of GPUs (None: this machine's), `has_native` whether native code
+    computes on the CPU, which is in bf16 on any. Raises StartupError where the machine lacks what is asked for.
     """
     cuda = Cuda.of_this_machine() if cuda is None and device != "cpu" else cuda
     chosen = torch.device(device if device != "auto" else "cuda" if cuda and cuda.gpus else "cpu")
@@ -42,7 +47,7 @@ def choose_device(
     if platform.machine() in ("x86_64", "AMD64") and flags and "avx2" not in flags:
         raise StartupError("this CPU has no AVX2, which smolora needs (x86-64 since about 2015, or Arm)")
     if dtype == "auto":
-        return chosen, torch.bfloat16 if flags & _BF16_FLAGS else torch.float32
+        return chosen, torch.bfloat16 if has_native or flags & _BF16_FLAGS else torch.float32
     return chosen, _DTYPES[dtype]
 
 

@@ -25,6 +25,7 @@ from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device
 from server.model.gpu import is_out_of_memory, limit_memory, room_for
+from server.model.native.library import may_be_had
 from server.model.native.load import load_native
 from server.model.packed_adapters import PackedAdapters
 from server.model.row_layout import RowLayout
@@ -45,7 +46,8 @@ def base_directory(settings: Settings, say: Say) -> Path:
 
 def load_for_engine(directory: Path, settings: Settings, say: Say) -> BaseModel:
     """The base where the settings want it."""
-    device, dtype = choose_device(settings.device, settings.dtype)
+    has_native = settings.native and may_be_had([directory / "native", Home(settings.home).native])
+    device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
     if device.type == "cuda":
         with room_for("another process", device):
             limit_memory(device, gpu_share(settings, torch.cuda.mem_get_info(device)[1]))

@@ -72,6 +72,17 @@ def load_library(directories: Sequence[Path], say: Callable[[str], None] = lambd
     return _compile(directories[-1], instructions(), _load)
 
 
+def may_be_had(directories: Sequence[Path]) -> bool:
+    """Whether a directory has the library for this processor, or there is a compiler to make it."""
+    if platform.system() != "Linux":
+        return False
+    try:
+        name = library_name(instructions())
+    except NativeUnavailable:
+        return False
+    return any((directory / name).exists() for directory in directories) or any(map(shutil.which, COMPILERS))
+
+
 def compile_libraries(directory: Path) -> None:
     """Compile it into the directory, for other processes on any processor. Raises NativeUnavailable where that
     fails."""

@@ -23,6 +23,7 @@ from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device, training_dtype
 from server.model.gpu import is_out_of_memory, limit_memory
+from server.model.native.library import may_be_had
 from server.model.native.load import find_library
 from server.storage import Storage
 from server.tracing.spans import open_tracer
@@ -131,11 +132,12 @@ def _base_for(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.C
     directory = resolve_base(settings.model, settings.home, settings.base_dir)
     if isinstance(spec, MergeSpec):
         return load_base(directory), None
-    device, dtype = choose_device(settings.device, settings.dtype)
+    places = [directory / "native", Home(settings.home).native]
+    has_native = settings.native and may_be_had(places)
+    device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
     if settings.train_memory is not None:
         limit_memory(device, settings.train_memory)
     base = load_base(directory, training_dtype(dtype), device)
     if base.dtype is not dtype:
         log.info("computes in fp32 in the place of SMOLORA_DTYPE=fp16, in which gradients would vanish")
-    places = [directory / "native", Home(settings.home).native]
     return base, find_library(base, places, log.info) if settings.native else None

@@ -25,6 +25,11 @@ def test_bf16_only_where_the_cpu_has_it(flags: frozenset[str], expected: torch.d
     assert choose_device("cpu", "auto", flags) == (torch.device("cpu"), expected)
 
 
+def test_native_code_computes_in_bf16_on_any_cpu() -> None:
+    assert choose_device("cpu", "auto", PLAIN, has_native=True)[1] == torch.bfloat16
+    assert choose_device("cpu", "fp32", PLAIN, has_native=True)[1] == torch.float32
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
