@@ -36,7 +36,7 @@ def test_answers_are_the_same_from_a_packed_file_and_without_one(
     native_library()
     home = tmp_path / "home"
     folder = home / "adapters" / "packed"
-    kinds = {
+    kinds: dict[str, Callable[[int], Path]] = {
         "plain": adapter_files.make,
         "some": partial(adapter_files.make, rank=5, modules=["q_proj", "down_proj"]),
     }
