@@ -9,9 +9,10 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch  # which takes a second: who names modules, as in a job's document, doesn't wait for it
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear modules of a Llama layer, in the order in which the forward pass meets them."""
@@ -87,8 +88,8 @@ class LoraConfig:
 class LoraModule:
     """The adapter of one linear module: `scaling * b @ (a @ x)`."""
 
-    a: torch.Tensor  # (r, in)
-    b: torch.Tensor  # (out, r)
+    a: "torch.Tensor"  # (r, in)
+    b: "torch.Tensor"  # (out, r)
     scaling: float
 
     @property
@@ -122,6 +123,8 @@ class LoraWeights:
 
         Names and dates stay out of it: equal effects on the same base have equal digests.
         """
+        import torch
+
         sha = hashlib.sha256(b"smolora-lora-v1")
         for key in sorted(self.modules):
             module = self.modules[key]

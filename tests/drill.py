@@ -51,12 +51,8 @@ class Drill:
     @classmethod
     def begin(cls, base: Base, home: Path, seed: int = 0) -> "Drill":
         """A server, and on it one job that nothing disturbs."""
-        model = (
-            resolve_base(EMBEDDED, CACHE)
-            if base == "real"
-            else save_tiny_base(home / "tiny", "llama", NATIVE_SIZES)
-        )
-        drill = cls(base, home, model, random.Random(seed), _start(home, model))
+        model = resolve_base(EMBEDDED, CACHE) if base == "real" else tiny_base(home)
+        drill = cls(base, home, model, random.Random(seed), start(home, model))
         try:
             job = succeeded(drill.server, drill.submit(), PATIENCE)
             drill.expected = drill.left_by(job["id"])
@@ -95,7 +91,7 @@ class Drill:
     def restart(self) -> None:
         """Once the server is dead."""
         self.server.close()
-        self.server = _start(self.home, self.model)
+        self.server = start(self.home, self.model)
 
     def left_by(self, job_id: str) -> dict[str, Any]:
         """Bytes, events and numbers of a job that has succeeded, but for times and what tells jobs apart."""
@@ -126,7 +122,12 @@ class Drill:
         AdapterStore(self.home / "adapters").verify(self.digest)
 
 
-def _start(home: Path, model: Path) -> ServerProcess:
+def tiny_base(directory: Path) -> Path:
+    """Of sizes that native code covers, saved there."""
+    return save_tiny_base(directory / "tiny", "llama", NATIVE_SIZES)
+
+
+def start(home: Path, model: Path) -> ServerProcess:
     return ServerProcess(home, model=model, workers=1, max_model_len=256, kv_cache_bytes=1 << 26)
 
 

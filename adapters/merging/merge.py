@@ -29,29 +29,12 @@ import torch
 
 from adapters.errors import InvalidInput
 from adapters.lora import LoraConfig, LoraModule, LoraWeights, ModuleKey
+from adapters.merging.recipe import Recipe
 from adapters.peft.files import exceptions_of, in_forward_order, targets_of
 
-Method = Literal["ties", "dare_linear", "dare_ties", "magnitude_prune", "svd"]
 Side = Literal["A", "B", "BA"]
 
 WeightedAdapters = Sequence[tuple[LoraWeights, float]]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to merge. `density` is the share of entries that are kept, above 0 and at most 1; svd keeps all.
-
-    `rank` is the result's: with it, products are merged; without, A's and B's (svd: the largest rank of any part).
-    """
-
-    method: Method
-    density: float = 1.0
-    seed: int = 0
-    rank: int | None = None
-
-    @property
-    def merges_products(self) -> bool:
-        return self.method == "svd" or self.rank is not None
 
 
 def check(adapters: WeightedAdapters, recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from adapters.catalog.versions import Part
 from adapters.expression import Term, render
-from adapters.merging.merge import Method, Recipe
+from adapters.merging.recipe import Method, Recipe
 from server.training.documents import read_document
 from server.training.queue.tables import MERGE
 from server.training.spec import JobSpec

@@ -1,4 +1,8 @@
-"""Real servers that files share (tests/conftest.py runs those in one process), and PEFT on the same weights."""
+"""Real servers that files share, and PEFT on the same weights.
+
+tests/conftest.py runs those files in one process, one after the other. The next ones are of another package: then
+the servers are ended, which would look for work a hundred times a second until all tests are through.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,7 +95,7 @@ def narrow_server(
         server.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_server(
     base_dir: Path, left: Path, right: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
@@ -99,7 +103,7 @@ def shared_server(
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_exact_server(
     base_dir: Path, left: Path, right: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
@@ -124,7 +128,7 @@ def exact_server(shared_exact_server: ServerProcess) -> Iterator[ServerProcess]:
     shared_exact_server.wait_until_idle()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def trainer(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server of the real base, with a worker."""
     server = ServerProcess(tmp_path_factory.mktemp("trainer"), model=base_dir, workers=1, max_model_len=512)
@@ -132,7 +136,7 @@ def trainer(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     server.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def tiny_trainer(converted_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server of the tiny base in fp32, with a worker."""
     home = tmp_path_factory.mktemp("tiny-trainer")

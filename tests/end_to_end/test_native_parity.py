@@ -121,6 +121,21 @@ def default_server(
         server.close()
 
 
+@pytest.fixture(scope="module")
+def server_of_one_thread(
+    base_dir: Path, oracle: Oracle, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """The same otherwise. Threads wait for each other by spinning, which takes a processor from other tests."""
+    native_library()
+    server = ServerProcess(tmp_path_factory.mktemp("one-thread"), model=base_dir)
+    try:
+        server.upload("left", oracle.left)
+        server.upload("right", oracle.right)
+        yield server
+    finally:
+        server.close()
+
+
 def whole(server: ServerProcess, prompt: str, expression: str) -> list[dict[str, Any]]:
     """The entries of an answer's log-probabilities."""
     answer = server.generate(prompt, adapter=expression, max_tokens=NUM_TOKENS, logprobs=1, ignore_eos=True)
@@ -181,11 +196,9 @@ def test_a_stream_is_the_same_to_the_last_bit(
     assert alone == said[expression]
 
 
-def test_a_history_changes_no_bit(
-    default_server: ServerProcess, oracle: Oracle, base_dir: Path, tmp_path: Path
-) -> None:
+def test_a_history_changes_no_bit(default_server: ServerProcess, server_of_one_thread: ServerProcess) -> None:
     """Second turns over what was decoded, alone and in company, and repeats of them, beside a server that has
-    seen nothing, and has one thread.
+    seen nothing of it, and has one thread.
     """
     prompt = "A lighthouse keeper wrote a letter every evening. " * 3
     bodies: Iterator[list[dict[str, Any]]] = (
@@ -210,18 +223,12 @@ def test_a_history_changes_no_bit(
         assert second["choices"] == again["choices"]
         assert again["usage"]["cached_tokens"] >= second["usage"]["cached_tokens"] >= 16
     assert max(cached) > 60  # so of the answer, too, where its text is cut into the tokens that it was made of
-    fresh = ServerProcess(tmp_path / "fresh", model=base_dir)
-    try:
-        fresh.upload("left", oracle.left)
-        fresh.upload("right", oracle.right)
-        for second, answer in zip(found, at_once(fresh, turns), strict=True):
-            assert answer["choices"] == second["choices"]
-    finally:
-        fresh.close()
+    for second, answer in zip(found, at_once(server_of_one_thread, turns), strict=True):
+        assert answer["choices"] == second["choices"]
 
 
 @pytest.mark.parametrize("expression", ["base", "left", "left*0.5+right*0.5"])
-def test_drafts_change_no_bit(default_server: ServerProcess, expression: str) -> None:
+def test_drafts_change_no_bit(server_of_one_thread: ServerProcess, expression: str) -> None:
     """Answers that say again what the prompt says: with speculation, which is the default, and without."""
     prompt = 6 * "The red fox ran over the hill. The grey owl sat in the tree. "
 
@@ -230,17 +237,17 @@ def test_drafts_change_no_bit(default_server: ServerProcess, expression: str) ->
         found: list[object] = []
         for temperature in (0, 0.5):
             native = {**fields, "adapter": expression, "temperature": temperature, "logprobs": 2, "n": 2}
-            found.append(default_server.generate(prompt, **native)["choices"])
+            found.append(server_of_one_thread.generate(prompt, **native)["choices"])
             body = {**fields, "model": expression, "prompt": prompt, "temperature": temperature}
-            response = default_server.client.post("/v1/completions", json=body)
+            response = server_of_one_thread.client.post("/v1/completions", json=body)
             found.append(response.raise_for_status().json()["choices"])
         return found
 
-    before = default_server.counts()
+    before = server_of_one_thread.counts()
     plain = answers("off")
-    between = default_server.counts()
+    between = server_of_one_thread.counts()
     assert answers("auto") == plain
-    after = default_server.counts()
+    after = server_of_one_thread.counts()
     drafted, accepted = "smolora_drafted_tokens_total", "smolora_accepted_tokens_total"
     assert between[drafted] == before[drafted]
     assert after[drafted] - between[drafted] >= after[accepted] - between[accepted] > 10

@@ -1,6 +1,7 @@
 """A cold adapter's answers are the same, bit for bit, however it came: from what was published, or packed."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ from tests.native_kit import native_library
 pytestmark = pytest.mark.real
 
 PROMPT = "Once upon a time, in a village by the sea,"
+FATES: dict[str, Callable[[Path], object]] = {
+    "mapped": lambda file: None,
+    "removed": lambda file: file.unlink(),
+    "torn": lambda file: file.write_bytes(file.read_bytes()[:-4096]),
+}
+"""What happens to an adapter's packed file between two servers."""
 
 
 def choices(server: ServerProcess, adapter: str) -> list[Any]:
@@ -29,38 +36,39 @@ def test_answers_are_the_same_from_a_packed_file_and_without_one(
     native_library()
     home = tmp_path / "home"
     folder = home / "adapters" / "packed"
-    adapters = {
-        "plain": adapter_files.make(41),
-        "some": adapter_files.make(42, rank=5, modules=["q_proj", "down_proj"]),
+    kinds: dict[str, Callable[[int], Path]] = {
+        "plain": adapter_files.make,
+        "some": partial(adapter_files.make, rank=5, modules=["q_proj", "down_proj"]),
     }
+    digests: dict[str, str] = {}
 
-    def answers(change: Callable[[Path], object]) -> dict[str, list[Any]]:
-        """Of a server that begins with nothing in memory, once every packed file has been changed."""
-        for file in folder.glob("*"):
-            change(file)
+    def answers() -> dict[str, list[Any]]:
+        """Of a server that begins with nothing in memory: to every adapter, and to a blend of each pair."""
         server = ServerProcess(home, base_dir=base_dir)
+        found = {}
         try:
-            found = {}
-            for name, directory in adapters.items():
-                if name not in digests:
-                    digests[name] = server.upload(name, directory)["digest"]
-                    assert (folder / digests[name]).exists(), "before anybody asks for it"
-                found[name] = choices(server, name)
-                wait_until((folder / digests[name]).exists)  # one is written at a time
-            found["blend"] = choices(server, "plain*0.6 + some*0.5")
+            for number, fate in enumerate(FATES):
+                for kind, make in kinds.items():
+                    name = f"{kind}-{fate}"
+                    if name not in digests:
+                        digests[name] = server.upload(name, make(41 + number))["digest"]
+                        assert (folder / digests[name]).exists(), "before anybody asks for it"
+                    found[name] = choices(server, name)
+                    wait_until((folder / digests[name]).exists)  # one is written at a time
+                found[fate] = choices(server, f"plain-{fate}*0.6 + some-{fate}*0.5")
         finally:
             server.close()
         return found
 
-    digests: dict[str, str] = {}
-    uploaded = answers(lambda file: None)
+    uploaded = answers()
     files = {digest: (folder / digest).read_bytes() for digest in digests.values()}
+    assert len(files) == len(digests) == len(FATES) * len(kinds)
     assert {path.name for path in folder.iterdir()} == set(files)
-    assert uploaded["plain"] != uploaded["some"]
-    mapped = answers(lambda file: None)
-    removed = answers(lambda file: file.unlink())
-    torn = answers(lambda file: file.write_bytes(file.read_bytes()[:-4096]))
-    assert mapped == removed == torn == uploaded
+    for fate in FATES:
+        assert uploaded[f"plain-{fate}"] != uploaded[f"some-{fate}"]
+    for name, digest in digests.items():
+        FATES[name.partition("-")[2]](folder / digest)
+    assert answers() == uploaded
     for digest, content in files.items():
         assert (folder / digest).read_bytes() == content, "made anew"
 

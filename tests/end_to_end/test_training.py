@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from server.training.queue.job_files import CHECKPOINTS_NAME, LOG_NAME
-from tests.drill import Drill
+from tests.drill import Drill, start, tiny_base
+from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows, get, submit, wait_for_end, wait_until
 from tests.kill_nine import kill
 from tests.pauses import pause_at_random
@@ -24,6 +25,14 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
     drill.server.close()
 
 
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerProcess]:
+    """The drill's, on which no job has ended."""
+    server = start(tmp_path / "home", tiny_base(tmp_path))
+    yield server
+    server.close()
+
+
 @pytest.mark.slow
 def test_paused_and_killed_it_ends_in_the_undisturbed_bytes(drill: Drill) -> None:
     """Paused on its way, one time by a SIGTERM to the worker; then the server is killed, with which its worker and
@@ -34,9 +43,9 @@ def test_paused_and_killed_it_ends_in_the_undisturbed_bytes(drill: Drill) -> Non
     drill.check()
 
 
-def test_a_failed_job_keeps_its_error_and_its_log(drill: Drill) -> None:
+def test_a_failed_job_keeps_its_error_and_its_log(server: ServerProcess) -> None:
     """Those whose loss is no number any more, and one whose rows are another base's tokens."""
-    server, body = drill.server, {"name": "failing", "data": code_rows(4)}
+    body = {"name": "failing", "data": code_rows(4)}
     diverging = submit(server, **body, training={"learning_rate": 1e20, "warmup_ratio": 0.0})
     at_the_end = {"learning_rate": 1e38, "warmup_ratio": 0.0, "max_steps": 1}
     diverged = submit(server, **body, validation=code_rows(2), training=at_the_end)

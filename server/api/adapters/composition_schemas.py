@@ -3,7 +3,7 @@
 from pydantic import ConfigDict, Field
 
 from adapters.expression import MAX_LENGTH
-from adapters.merging.merge import Method
+from adapters.merging.recipe import Method
 from server.api.schemas import MAX_SEED, Body
 from server.api.train.schemas import MAX_TRAINED_RANK
 

@@ -12,7 +12,8 @@ from adapters.catalog.catalog import combine
 from adapters.errors import FieldError, InvalidInput
 from adapters.expression import parse
 from adapters.library import Library
-from adapters.merging.merge import Method, Recipe, WeightedAdapters, check
+from adapters.merging.merge import WeightedAdapters, check
+from adapters.merging.recipe import Method, Recipe
 from adapters.pinned import Pinned
 from server.api.adapters.composition_schemas import CompositionBody
 from server.training.merge_spec import MergeSpec

@@ -10,7 +10,8 @@ from peft import PeftModel
 from adapters.errors import InvalidInput
 from adapters.lora import LoraModule, LoraWeights, ModuleKey
 from adapters.merging.distance import distance
-from adapters.merging.merge import Method, Recipe, check, merge
+from adapters.merging.merge import check, merge
+from adapters.merging.recipe import Method, Recipe
 from tests.adapters.merging.merge_oracle import (
     delta,
     dense_sum,

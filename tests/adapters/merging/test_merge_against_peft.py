@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from adapters.lora import LoraWeights
-from adapters.merging.merge import Recipe, config_of, merge
+from adapters.merging.merge import config_of, merge
+from adapters.merging.recipe import Recipe
 from adapters.peft.files import PeftAdapter, read, write
 from tests.adapters.merging.merge_oracle import (
     TARGETS,

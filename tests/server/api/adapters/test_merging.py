@@ -6,7 +6,8 @@ import pytest
 from adapters.catalog.catalog import Part, combine
 from adapters.expression import parse
 from adapters.library import Library
-from adapters.merging.merge import Recipe, merge
+from adapters.merging.merge import merge
+from adapters.merging.recipe import Recipe
 from adapters.store.store import AdapterStore
 from server.training.merge_spec import MergeSpec
 from server.training.queue.jobs import Jobs

@@ -1,6 +1,8 @@
 """`smolora prune`: what it removes from a HOME, and what it says of that."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,3 +96,14 @@ def test_the_bytes_are_elsewhere(tmp_path: Path, engine: sa.Engine, jobs: Jobs, 
     assert isinstance(result.exception, StartupError)
     assert "are in s3://elsewhere, and not in" in str(result.exception)
     assert stored(tmp_path) == ["j1", "j2", "j3"]
+
+
+def test_it_imports_nothing_slow(jobs: Jobs, tmp_path: Path) -> None:
+    code = f"""
+import sys
+from server.cli.main import app
+app(["prune", "--home", {str(tmp_path)!r}], standalone_mode=False)
+print(sorted({{"torch", "transformers", "fastapi"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

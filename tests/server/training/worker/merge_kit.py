@@ -8,7 +8,7 @@ from adapters.catalog.catalog import Catalog, Part, Version
 from adapters.expression import parse
 from adapters.library import Library
 from adapters.lora import MODULES, BaseShape, LoraConfig, LoraModule, LoraWeights, ModuleKey
-from adapters.merging.merge import Recipe
+from adapters.merging.recipe import Recipe
 from adapters.peft.files import PeftAdapter
 from adapters.store.store import AdapterStore
 from server.model.base.weights import BaseModel

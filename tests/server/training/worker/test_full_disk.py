@@ -10,7 +10,7 @@ import torch
 
 from adapters.catalog.catalog import Catalog
 from adapters.catalog.records import Records
-from adapters.merging.merge import Recipe
+from adapters.merging.recipe import Recipe
 from adapters.store.store import AdapterStore
 from server.database import connect
 from server.model.base.weights import BaseModel

@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard
 
 from adapters.catalog.catalog import Catalog, combine
 from adapters.errors import CorruptAdapter, NotFound
-from adapters.merging.merge import Recipe, merge
+from adapters.merging.merge import merge
+from adapters.merging.recipe import Recipe
 from adapters.peft.files import WEIGHTS_NAME, PeftAdapter
 from adapters.store.store import AdapterStore
 from server.model.base.weights import BaseModel

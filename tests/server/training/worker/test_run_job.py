@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.merging.merge import Recipe
+from adapters.merging.recipe import Recipe
 from server.config import WorkerSettings
 from server.errors import StartupError
 from server.model.base.weights import BaseModel

@@ -19,7 +19,7 @@ import pytest
 import sqlalchemy as sa
 
 from adapters.catalog.catalog import Catalog, Part
-from adapters.merging.merge import Recipe
+from adapters.merging.recipe import Recipe
 from server.database import connect
 from server.sqlite import driver
 from server.training.merge_spec import MergeSpec
