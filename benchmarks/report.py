@@ -19,6 +19,7 @@ from benchmarks import command
 from benchmarks.command import Made
 from benchmarks.curves import report as curves
 from benchmarks.curves.results import Results as Curves
+from benchmarks.held import report as held
 from benchmarks.measure import median_ratio
 from benchmarks.serving import report as serving
 from benchmarks.serving.results import Results as Serving
@@ -34,8 +35,8 @@ INTRODUCTION = """# Benchmarks
 Made by `python -m benchmarks.report` from the results of the commands below; nothing here is written by hand.
 
 To measure anew, on a machine that does nothing else: once `python -m benchmarks.peers make llama.cpp openvino`,
-then `python -m benchmarks.serve`, `.curves`, `.shapes`, `.train`, `.methods`, `.adapters` and `.beside`, then this
-command.
+then `python -m benchmarks.serve`, `.curves`, `.shapes`, `.held` (once `llama.cpp-avx2` and `llama.cpp-avx512` are
+made), `.train`, `.methods`, `.adapters` and `.beside`, then this command.
 
 - Every figure is the median of its rounds, with the lowest and the highest beside it. A ratio is the median of the
   rounds' own ratios: absolute figures drift between runs and machines.
@@ -63,6 +64,7 @@ class Found:
     serve: Serving | None
     curves: Curves | None
     shapes: shapes.Results | None
+    held: held.Results | None
     train: train_report.Results | None
     methods: methods_report.Results | None
     adapters: adapters_report.Results | None
@@ -75,6 +77,7 @@ class Found:
             command.read(out, "serve", Serving),
             command.read(out, "curves", Curves),
             command.read(out, "shapes", shapes.Results),
+            command.read(out, "held", held.Results),
             command.read(out, "train", train_report.Results),
             command.read(out, "methods", methods_report.Results),
             command.read(out, "adapters", adapters_report.Results),
@@ -84,6 +87,7 @@ class Found:
             found.serve,
             found.curves,
             found.shapes,
+            found.held,
             found.train,
             found.methods,
             found.adapters,
@@ -126,6 +130,7 @@ def page(found: Found, before: str) -> str:
     add("Serving", "serve", found.serve, serving.markdown, "Output tokens per second by load")
     add("Scaling curves", "curves", found.curves, curves.markdown, "Speed, latency and memory as one thing grows")
     add("Larger bases", "shapes", found.shapes, shapes.markdown, None)
+    add("Lesser processors", "held", found.held, held.markdown, None)
     add("Training", "train", found.train, train_report.markdown, "Tokens per second and memory")
     title = "LoRA against full fine-tuning"
     add(title, "methods", found.methods, methods_report.markdown, "Methods compared")

@@ -145,6 +145,7 @@ def _server_config(options: Options, bases: Bases, home: Path, num_resident: int
         threads=options.threads,
         log=options.out / LOG,
         adapter_cache_bytes=adapter_room(shape, options.dtype, options.device, num_resident * RANK),
+        instructions=options.instructions,
     )
 
 

@@ -47,6 +47,7 @@ class Options:
     many_rounds: int
     many_streams: int
     many_requests: int  # of a stream, in a round
+    instructions: str | None = None  # which our server and llama.cpp are held to: of HELD_FLAGS
 
     @property
     def loads(self) -> list[Load]:

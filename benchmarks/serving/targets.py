@@ -40,7 +40,6 @@ def evaluate(results: Results) -> list[Target]:
         *_long_prompts(results),
         _cold(results),
         _start(results),
-        Target("AVX2 alone, or AVX-512 without bf16", "≥ 1 × llama.cpp so held", "no setting yet", None),
     ]
     return unmeasured(targets) if results.made.quick else targets
 

@@ -43,13 +43,13 @@ def markdown(results: Results) -> str:
             "Output tokens per second, all streams together:",
             serving.speed_table(found),
             "Ratios of the rounds:",
-            _ratios(found),
+            ratio_table(found),
             f"A step reads {gigabytes(found.settings.weight_bytes)} of weights. Peak RSS: {memory}.",
         ]
     return "\n\n".join(parts) + "\n"
 
 
-def _ratios(found: Serving) -> str:
+def ratio_table(found: Serving) -> str:
     """Ours to own base and to each peer."""
     peers = [facts.name for facts in found.systems[1:]]
     cells = []

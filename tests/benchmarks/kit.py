@@ -3,6 +3,7 @@
 from benchmarks.command import Made
 from benchmarks.curves.results import Curve, Point
 from benchmarks.curves.results import Results as Curves
+from benchmarks.held.report import Results as Held
 from benchmarks.machine import Machine
 from benchmarks.measure import Figures
 from benchmarks.serving.results import Results, Row, Settings
@@ -51,6 +52,11 @@ def curves(*, quick: bool = False) -> Curves:
         Curve("context", "Context", "tokens", "grown", contexts),
     )
     return Curves(made(quick=quick), MACHINE, "tiny", "bf16", 2, 64, 32, found)
+
+
+def held(*, quick: bool = False) -> Held:
+    (found,) = shapes(quick=quick).sizes.values()
+    return Held({"avx2": found})
 
 
 def shapes(*, quick: bool = False) -> Shapes:

@@ -18,7 +18,7 @@ from benchmarks.training.runs import NATIVE, Measured
 from benchmarks.training.sentiment import Score
 from benchmarks.training.train_report import Row
 from benchmarks.training.works import WORKS
-from tests.benchmarks.kit import MACHINE, curves, figures, made, results, row, shapes
+from tests.benchmarks.kit import MACHINE, curves, figures, held, made, results, row, shapes
 
 README = f"# smolora\n\nBefore.\n\n{report.BEGIN}\n## How fast\n\nOld.\n{report.END}\n\n## Reading on\n"
 
@@ -36,6 +36,7 @@ def write_all(out: Path) -> None:
     command.write(out, "serve", serving())
     command.write(out, "curves", curves())
     command.write(out, "shapes", shapes())
+    command.write(out, "held", held())
     speeds: dict[str, tuple[Measured, ...]] = {
         NATIVE: (Measured(300.0, 10**9, 3.0, 1.0, True),),
         EAGER: (Measured(150.0, 10**9, 3.0, 1.0, True),),
@@ -92,10 +93,11 @@ def test_everything_is_made_of_the_results(tmp_path: Path, out: Path) -> None:
         "## Training",
         "## LoRA against full fine-tuning",
         "## Useful adapters",
+        "## Lesser processors",
         "## Training beside serving",
     ):
         assert heading in page
-    assert page.count("`python -m benchmarks.x`, 2026-01-01. A CPU, 2 cores") == 7
+    assert page.count("`python -m benchmarks.x`, 2026-01-01. A CPU, 2 cores") == 8
     assert "Not measured yet" not in page
     assert "| 8 streams, base | 500 | 280 | can't |" in page
     assert "| 1 stream, base | ≥ 1.6 × llama.cpp | 1.65 × llama.cpp (1.60–1.70) | yes |" in page
@@ -161,8 +163,13 @@ def test_requests_that_were_sent_again_are_told() -> None:
 
 @pytest.mark.parametrize(
     ("name", "quick"),
-    [("serve", serving(quick=True)), ("curves", curves(quick=True)), ("shapes", shapes(quick=True))],
-    ids=["serve", "curves", "shapes"],
+    [
+        ("serve", serving(quick=True)),
+        ("curves", curves(quick=True)),
+        ("shapes", shapes(quick=True)),
+        ("held", held(quick=True)),
+    ],
+    ids=["serve", "curves", "shapes", "held"],
 )
 def test_a_quick_run_is_published_nowhere(name: str, quick: object, tmp_path: Path, out: Path) -> None:
     command.write(out, name, quick)

@@ -62,7 +62,6 @@ def test_targets_are_judged_by_the_figures(found: Results) -> None:
         ("the long prompts' first token", "≤ 0.52 s", True),
         ("a cold adapter, just uploaded", "≤ 2 × reading its bytes from the page cache", False),
         ("start to ready, converted base", "< 3 s in all", True),
-        ("AVX2 alone, or AVX-512 without bf16", "≥ 1 × llama.cpp so held", None),
     ]
     assert find(targets, "32 streams, base", "≥ 2.4 × llama.cpp").measured == "2.50 × llama.cpp (2.40–2.60)"
     cold = find(targets, "a cold adapter, just uploaded", "≤ 2 × reading its bytes from the page cache")

@@ -55,6 +55,8 @@ def line_up(
     for name, make in makers.items():
         if name not in options.peers:
             continue
+        if name == LLAMA_CPP and options.instructions is not None:
+            name = venvs.held(options.instructions)
         peer = venvs.find(options.cache, name)
         if inputs.dtype is not torch.bfloat16 or options.device != "cpu":
             missing[name] = "it is measured in bf16 on a CPU"

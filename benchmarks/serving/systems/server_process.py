@@ -36,12 +36,14 @@ class ServerConfig:
     adapter_cache_bytes: int | None = None
     max_num_seqs: int | None = None
     native: bool = True
+    instructions: str | None = None  # the best that this processor has
 
     @property
     def environment(self) -> dict[str, str]:
         """This process' environment without any setting of the server's, and those of the run."""
         own = {name: value for name, value in os.environ.items() if not name.startswith("SMOLORA_")}
-        return own | threads_environment(self.threads)
+        held = {} if self.instructions is None else {"NATIVE_INSTRUCTIONS": self.instructions}
+        return own | threads_environment(self.threads) | held
 
     @property
     def command(self) -> list[str]:

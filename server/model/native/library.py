@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from server.config.instructions import wanted_instructions
 from server.model.native.abi import declare, difference
 
 T = TypeVar("T")
@@ -94,7 +95,7 @@ def instructions() -> str:
     """The best of INSTRUCTIONS that this processor has, or that NATIVE_INSTRUCTIONS names. Raises
     NativeUnavailable."""
     features = frozenset(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    wanted = os.environ.get("NATIVE_INSTRUCTIONS")
+    wanted = wanted_instructions()
     for name in INSTRUCTIONS if wanted is None else [wanted]:
         if name not in INSTRUCTIONS:
             raise NativeUnavailable(f"NATIVE_INSTRUCTIONS must be one of {', '.join(INSTRUCTIONS)}, not {name!r}")

@@ -1,0 +1,76 @@
+"""Results of lesser processors for people: a table of each in Markdown, and what is wanted of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from benchmarks.command import QUICK, Made
+from benchmarks.measure import median_ratio
+from benchmarks.peers.venvs import LLAMA_CPP
+from benchmarks.serving import report as serving
+from benchmarks.serving.results import Results as Serving
+from benchmarks.serving.systems.systems import BASE, DISTINCT, ONE, Load
+from benchmarks.serving.targets import OF_BASE
+from benchmarks.shapes.report import ratio_table
+from benchmarks.tables import rounds
+from benchmarks.targets import Target, at_least, target_table, unmeasured
+
+LOADS = (Load(1, BASE), Load(1, ONE), Load(32, BASE), Load(32, ONE), Load(32, DISTINCT))
+TITLES = {"avx2": "AVX2", "avx512": "AVX-512 without bf16"}
+
+
+@dataclass
+class Results:
+    """Each set of instructions may be of another run."""
+
+    held: dict[str, Serving] = field(default_factory=dict)  # by the name of the instructions
+
+    @property
+    def made(self) -> Made:
+        """Of a quick run, if one is."""
+        runs = [found.made for found in self.held.values()]
+        return next((made for made in runs if made.quick), runs[0])
+
+
+def evaluate(found: Serving) -> list[Target]:
+    """What is wanted of one set of instructions; a quick run reaches nothing and misses nothing."""
+    targets = list(_targets(found))
+    return unmeasured(targets) if found.made.quick else targets
+
+
+def _targets(found: Serving) -> Iterator[Target]:
+    def speed(streams: int, kind: str, system: str | None = None) -> list[float]:
+        row = found.row(streams, kind)
+        return [] if row is None else row.speed() if system is None else row.speed(system)
+
+    for streams, least in ((1, 1.0), (32, 1.3)):
+        ratio = median_ratio(speed(streams, BASE), speed(streams, BASE, LLAMA_CPP))
+        yield at_least(Load(streams, BASE).title, ratio, least, f"× {LLAMA_CPP} so held")
+    ratio = median_ratio(speed(32, DISTINCT), speed(32, BASE))
+    yield at_least(Load(32, DISTINCT).title, ratio, 0.8, OF_BASE)
+
+
+def markdown(results: Results) -> str:
+    """What was run, and for each set of instructions its speeds, its ratios and what is wanted."""
+    (first, *_) = results.held.values()
+    settings = first.settings
+    work = (
+        "Our native code and llama.cpp, both compiled for fewer instructions than this processor has "
+        "(`NATIVE_INSTRUCTIONS`, and ggml's options), as on processors that have no others; such ones may be "
+        f"slower in much else. Prompts of {settings.prompt_tokens} tokens, {settings.max_tokens} new tokens, otherwise "
+        f"as above; {rounds(settings.rounds)}, all systems in turn"
+    )
+    parts = [f"{work}."]
+    if results.made.quick:
+        parts.append(QUICK)
+    for name, found in results.held.items():
+        parts += [
+            f"### {TITLES[name]}",
+            f"`{found.made.command}`, {found.made.day}. {found.machine}.",
+            "Output tokens per second, all streams together:",
+            serving.speed_table(found),
+            "Ratios of the rounds:",
+            ratio_table(found),
+            "What is wanted, and what it reaches:",
+            target_table(evaluate(found)),
+        ]
+    return "\n\n".join(parts) + "\n"

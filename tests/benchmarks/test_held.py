@@ -1,0 +1,59 @@
+"""The benchmark of lesser processors: its report, its targets, and a reduced run."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.held.__main__ import main
+from benchmarks.held.report import TITLES, Results, evaluate, markdown
+from benchmarks.peers.venvs import HELD_FLAGS, MAKERS, held
+from benchmarks.serving.systems.server_process import ServerConfig
+from server.model.native.library import INSTRUCTIONS
+from tests.benchmarks.kit import held as results
+from tests.native_kit import native_library
+
+FOUND, QUICK = results().held["avx2"], results(quick=True).held["avx2"]
+
+
+def test_the_report() -> None:
+    text = markdown(Results({"avx2": FOUND}))
+    assert "### AVX2\n" in text
+    assert "| 1 stream, base | 35.0 (30.0–40.0) | 20.0 |" in text
+    assert "| 1 stream, base | ≥ 1 × llama.cpp so held | 1.75 × llama.cpp so held (1.50–2.00) | yes |" in text
+    assert "A quick run" in markdown(Results({"avx2": FOUND, "avx512": QUICK}))
+
+
+def test_what_was_not_measured_is_neither_reached_nor_missed() -> None:
+    assert [target.reached for target in evaluate(FOUND)] == [True, None, None]
+    assert [target.reached for target in evaluate(QUICK)] == [None, None, None]
+
+
+def test_our_server_and_its_peer_know_the_same_names() -> None:
+    assert set(HELD_FLAGS) == set(TITLES)
+    assert set(HELD_FLAGS) < set(INSTRUCTIONS)
+    assert {held(name) for name in HELD_FLAGS} < set(MAKERS)
+
+
+def test_a_server_is_held_by_its_environment(tmp_path: Path) -> None:
+    config = ServerConfig(tmp_path, tmp_path, "tiny", "bf16", "cpu", 1, tmp_path / "log")
+    assert "NATIVE_INSTRUCTIONS" not in config.environment
+    assert replace(config, instructions="avx2").environment["NATIVE_INSTRUCTIONS"] == "avx2"
+
+
+def test_unknown_instructions_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--to", "avx2,sse"])
+    assert "--to: no sse among avx2, avx512" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_reduced_run(tmp_path: Path) -> None:
+    native_library()
+    out = tmp_path / "out"
+    found = main(["--quick", "--to", "avx2", "--peers", "none", "--threads", "1", "--out", str(out)])
+    rows = found.held["avx2"].rows
+    assert [row.load.key for row in rows] == ["1-base", "2-distinct"]
+    assert all(speed > 0 for row in rows for speed in row.speed())
+    assert json.loads((out / "held.json").read_text())["held"]["avx2"]["made"]["quick"] is True

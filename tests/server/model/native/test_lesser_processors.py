@@ -1,0 +1,70 @@
+"""Native code for processors that lack a part of AVX-512: its kernels, and answers of the real base."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from server.model.native.library import INSTRUCTIONS, NativeUnavailable, flags_for, instructions, may_be_had
+from tests.native_kit import native_library
+from tests.server.model.native.build import build
+
+BEST = next(iter(INSTRUCTIONS))
+LESSER = [name for name in INSTRUCTIONS if name != BEST]
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """This process is held to the instructions that the test names."""
+    native_library()
+    name: str = request.param
+    monkeypatch.setenv("NATIVE_INSTRUCTIONS", name)
+    return name
+
+
+@pytest.mark.parametrize("held", INSTRUCTIONS, indirect=True)
+def test_named_instructions_are_taken(held: str) -> None:
+    assert instructions() == held
+
+
+def test_a_processor_has_the_lesser_ones_too() -> None:
+    needed = [set(INSTRUCTIONS[name]) for name in INSTRUCTIONS]
+    assert needed[0] > needed[1] > needed[2]
+    assert "-mavx512f" not in flags_for("avx2")
+    assert "-mavx512bf16" not in flags_for("avx512")
+
+
+@pytest.mark.parametrize("name", ["sse", ""])
+def test_unknown_instructions_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    monkeypatch.setenv("NATIVE_INSTRUCTIONS", name)
+    with pytest.raises(
+        NativeUnavailable, match=f"^NATIVE_INSTRUCTIONS must be one of avx512_bf16, avx512, avx2, not '{name}'$"
+    ):
+        instructions()
+    assert not may_be_had([tmp_path])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held", LESSER, indirect=True)
+def test_kernels(held: str) -> None:
+    done = subprocess.run([build(name=held)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    assert done.stdout.count("passed ") > 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LESSER)
+def test_answers_are_those_of_hugging_face(name: str) -> None:
+    """Serving and training over HTTP: the tests that hold the default server to it, held to less."""
+    native_library()
+    tests = ["tests/end_to_end/test_native_parity.py", "tests/server/training/passes/test_native_pass.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "NATIVE_INSTRUCTIONS": name},
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
