@@ -55,7 +55,7 @@ def markdown(results: Results) -> str:
     settings = first.settings
     work = (
         "Our native code and llama.cpp, both compiled for fewer instructions than this processor has "
-        "(`NATIVE_INSTRUCTIONS`, and ggml's options), as on processors that have no others, which may be slower in "
+        "(`NATIVE_INSTRUCTIONS`, and ggml's options), as on processors that have no others, maybe slower in "
         f"much else. Prompts of {settings.prompt_tokens} tokens, {settings.max_tokens} new ones, else as above; "
         f"{rounds(settings.rounds)}, all systems in turn"
     )
