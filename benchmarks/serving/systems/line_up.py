@@ -125,8 +125,9 @@ def _ov_starter(config: OpenVinoConfig, trial: Trial | None = None) -> Variant:
 def _tried(
     name: str, options: Options, inputs: Inputs, variants: Mapping[str, Variant], say: Say
 ) -> tuple[str, Trial]:
-    """The fastest for one stream and for the most; a quick run takes the first."""
-    if options.quick:
+    """The fastest for one stream and for the most; a quick run takes the first, and so does one held to fewer
+    instructions, where the others take minutes and were slower by a factor."""
+    if options.quick or options.instructions is not None:
         return next(iter(variants)), {}
     trials: list[Streams] = []
     for streams in (min(options.streams), max(options.streams)):
