@@ -22,7 +22,7 @@
 #include "prefetch.h"
 #include "stored/products.h"
 
-constexpr int kBlock = kSums / 2;  // rows of a register block
+constexpr int kBlock = vectors::kSums / 2;  // rows of a register block
 constexpr int kAhead =
     16 * 2 * kTile * sizeof(bf16);  // bytes by which a tile of 16-bit weights is prefetched in advance
 

@@ -41,17 +41,16 @@ struct Twice {
 // the output `first` on. Products of a scale and a code are exact in fp32, so that a sum is rounded once, then to bf16.
 template <class Visit>
 inline void each_pair(const TileQ4_1& from, int first, Visit visit) {
-    const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const Twice scales(from.scales + first), least(from.least + first);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
         __m512i low = _mm512_loadu_si512(from.codes[half] + 2 * first);
         __m512i high = _mm512_loadu_si512(from.codes[half] + 2 * first + 16);
 #pragma GCC unroll 8
-        for (int pair = 0; pair < 8; pair++) {  // a permutation looks at the lowest four bits alone
+        for (int pair = 0; pair < 8; pair++) {
             visit(8 * half + pair,
-                  _mm512_cvtne2ps_pbh(_mm512_fmadd_ps(_mm512_permutexvar_ps(high, numbers), scales.high, least.high),
-                                      _mm512_fmadd_ps(_mm512_permutexvar_ps(low, numbers), scales.low, least.low)));
+                  _mm512_cvtne2ps_pbh(_mm512_fmadd_ps(vectors::lowest_four_bits(high), scales.high, least.high),
+                                      _mm512_fmadd_ps(vectors::lowest_four_bits(low), scales.low, least.low)));
             low = _mm512_srli_epi32(low, 4), high = _mm512_srli_epi32(high, 4);
         }
     }
