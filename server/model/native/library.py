@@ -32,9 +32,13 @@ HEADERS = tuple(sorted(str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*
 FLAGS = (
     *("-std=c++20", "-O3"),
     "-ffp-contract=off",  # a multiplication and an addition are rounded apart, whatever the compiler
-    *("-mamx-tile", "-mamx-bf16"),  # used where the processor has them, beside AVX-512's bf16 products
     *("-fPIC", "-pthread", "-fvisibility=hidden"),
     "-ftls-model=initial-exec",  # else a thread's first use may need memory, and glibc ends the process without
+)
+_X86_FLAGS = ("-mamx-tile", "-mamx-bf16")  # used where the processor has them, beside AVX-512's bf16 products
+_ARM_FLAGS = (
+    "-march=armv8-a",
+    "-fno-schedule-insns",  # which has more sums wait at once than there are registers
 )
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
@@ -42,8 +46,12 @@ INSTRUCTIONS: Mapping[str, tuple[str, ...]] = {
     "avx512_bf16": (*_AVX512, "avx512_bf16"),
     "avx512": _AVX512,
     "avx2": _AVX2,
+    "neon": ("fp", "asimd"),
 }
 """What the code can be compiled for, the best first, with what a processor must have for it as Linux names it."""
+_X86 = ("avx512_bf16", "avx512", "avx2")
+MACHINES: Mapping[str, tuple[str, ...]] = {"x86_64": _X86, "AMD64": _X86, "aarch64": ("neon",), "arm64": ("neon",)}
+"""Which of INSTRUCTIONS a kind of machine may have, as `platform.machine` names it."""
 _EXPORTS = "seam/exports.map"
 _LINK = ("-shared", "-pthread", "-static-libstdc++", "-static-libgcc")
 COMPILERS = ("g++", "clang++", "c++")
@@ -58,8 +66,6 @@ class NativeUnavailable(Exception):
 
 def load_library(directories: Sequence[Path], say: Callable[[str], None] = lambda line: None) -> ctypes.CDLL:
     """The library, compiled first where no directory has one to use. Raises NativeUnavailable."""
-    if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
-        raise NativeUnavailable("it is written for Linux on x86-64")
     name = library_name(instructions())
     for path in (directory / name for directory in directories):
         if not os.path.lexists(path):
@@ -75,8 +81,6 @@ def load_library(directories: Sequence[Path], say: Callable[[str], None] = lambd
 
 def may_be_had(directories: Sequence[Path]) -> bool:
     """Whether a directory has the library for this processor, or there is a compiler to make it."""
-    if platform.system() != "Linux":
-        return False
     try:
         name = library_name(instructions())
     except NativeUnavailable:
@@ -85,28 +89,36 @@ def may_be_had(directories: Sequence[Path]) -> bool:
 
 
 def compile_libraries(directory: Path) -> None:
-    """Compile it into the directory, for other processes on any processor. Raises NativeUnavailable where that
-    fails."""
-    for name in INSTRUCTIONS:
+    """Compile it into the directory, for other processes on any processor of this kind of machine. Raises
+    NativeUnavailable where that fails."""
+    for name in _of_this_machine():
         _compile(directory, name, lambda path: None)
 
 
 def instructions() -> str:
     """The best of INSTRUCTIONS that this processor has, or that NATIVE_INSTRUCTIONS names. Raises
     NativeUnavailable."""
+    candidates, wanted = _of_this_machine(), wanted_instructions()
     features = frozenset(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    wanted = wanted_instructions()
-    for name in INSTRUCTIONS if wanted is None else [wanted]:
-        if name not in INSTRUCTIONS:
-            raise NativeUnavailable(f"NATIVE_INSTRUCTIONS must be one of {', '.join(INSTRUCTIONS)}, not {name!r}")
+    for name in candidates if wanted is None else [wanted]:
+        if name not in candidates:
+            raise NativeUnavailable(f"NATIVE_INSTRUCTIONS must be one of {', '.join(candidates)}, not {name!r}")
         if features.issuperset(INSTRUCTIONS[name]):
             return name
-    raise NativeUnavailable(f"this processor has no {wanted or 'AVX2'}")
+    raise NativeUnavailable(f"this processor has no {wanted or candidates[-1].upper()}")
+
+
+def _of_this_machine() -> Sequence[str]:
+    if platform.machine() not in MACHINES or platform.system() != "Linux":
+        raise NativeUnavailable("it is written for Linux on x86-64 and 64-bit Arm")
+    return MACHINES[platform.machine()]
 
 
 def flags_for(name: str) -> tuple[str, ...]:
     """With which the library is compiled for one of INSTRUCTIONS."""
-    return (*FLAGS, *("-m" + feature.replace("_bf16", "bf16") for feature in INSTRUCTIONS[name]))
+    if name == "neon":
+        return (*FLAGS, *_ARM_FLAGS)
+    return (*FLAGS, *_X86_FLAGS, *("-m" + feature.replace("_bf16", "bf16") for feature in INSTRUCTIONS[name]))
 
 
 def source_digest(name: str) -> str:

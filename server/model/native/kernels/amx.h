@@ -4,10 +4,6 @@
 // of 32 inputs at a time, first the even and the odd ones apart, then both together and to what came before. So a
 // row's result doesn't depend on what is computed with it, but it isn't that of vdpbf16ps to the last bit.
 #pragma once
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -18,15 +14,17 @@
 constexpr int kAmxPairs = 16;  // pairs of inputs that an instruction takes
 constexpr int kAmxRows = 16;   // rows, at most
 
+#ifdef __AVX512BF16__
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 // Whether this processor has it and the system lets this process use it. NATIVE_AMX=0 says no.
 inline bool has_amx() {
     static const bool found = [] {
         constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // of CPUID's leaf 7, EDX
         constexpr long kRequest = 0x1023, kTileData = 18;        // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
         unsigned a, b, c, d;
-#ifndef __AVX512BF16__
-        return false;  // it is made for less
-#endif
         const char* wanted = getenv("NATIVE_AMX");
         if (wanted != nullptr && *wanted == '0') return false;
         if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTiles) == 0) return false;
@@ -34,6 +32,9 @@ inline bool has_amx() {
     }();
     return found;
 }
+#else
+constexpr bool has_amx() { return false; }  // it is made for less
+#endif
 
 struct alignas(64) AmxShape {  // as ldtilecfg reads it
     uint8_t palette = 1, start = 0, reserved[14] = {};

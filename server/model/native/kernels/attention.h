@@ -177,7 +177,7 @@ inline void mix_amx(const bf16* weights, size_t w_stride, int rows, int position
 // Calls kernel<rows>(first row) until all rows have had it.
 template <class Kernel>
 inline void by_blocks(int rows, Kernel kernel) {
-    constexpr int kBlock = kSums / 2;
+    constexpr int kBlock = vectors::kSums / 2;
     const int blocks = (rows + kBlock - 1) / kBlock;
     for (int block = 0, row = 0; block < blocks; block++) {
         const int now = (rows - row + blocks - block - 1) / (blocks - block);

@@ -22,7 +22,7 @@
 #include "prefetch.h"
 #include "stored/products.h"
 
-constexpr int kBlock = kSums >= 24 ? kSums / 2 : kSums;  // rows of a register block: of a tile, or of half of one
+constexpr int kBlock = vectors::kSums >= 24 ? vectors::kSums / 2 : vectors::kSums;  // rows of a register block
 constexpr int kAhead =
     16 * 2 * kTile * sizeof(bf16);  // bytes by which a tile of 16-bit weights is prefetched in advance
 
@@ -66,7 +66,7 @@ T* room(std::vector<T, Allocator>& v, size_t count) {
 template <bool add, class Prefetched, int rows>
 inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pairs, float* y, size_t y_stride,
                            Prefetched& lines) {
-    constexpr int kHalves = 2 * rows <= kSums ? 2 : 1;  // of the tile that are multiplied at once
+    constexpr int kHalves = 2 * rows <= vectors::kSums ? 2 : 1;  // of the tile that are multiplied at once
     Prefetched left = lines;
     for (int first = 0; first < kTile; first += 16 * kHalves) {
         __m512 sum[rows][kHalves];

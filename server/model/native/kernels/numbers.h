@@ -1,4 +1,4 @@
-// 16-bit floats, a vector exponential and a vector logarithm for AVX-512 with bf16.
+// 16-bit floats, a vector exponential and a vector logarithm.
 #pragma once
 
 #include <initializer_list>

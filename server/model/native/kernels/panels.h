@@ -5,8 +5,8 @@
 #pragma once
 #include "matrix.h"
 
-constexpr int kNarrowBlock = kSums;  // rows of a register block of half a tile
-constexpr int kPrefetchRows = 24;    // that are multiplied between two shares of the next tile
+constexpr int kNarrowBlock = vectors::kSums;  // rows of a register block of half a tile
+constexpr int kPrefetchRows = 24;             // that are multiplied between two shares of the next tile
 
 using Panel = Aligned<uint32_t>;  // [pairs][32], as one tile of a Matrix
 
@@ -59,7 +59,7 @@ inline void pack_columns(const bf16* w, size_t stride, int depth, uint32_t* to) 
         _mm_prefetch((const char*)(w + 17 * stride), _MM_HINT_T0);
         __m512i a = _mm512_loadu_si512(w);
         __m512i b = row + 1 < depth ? _mm512_loadu_si512(w + stride) : _mm512_setzero_si512();
-        store_interleaved(a, b, to);
+        vectors::store_interleaved(a, b, to);
     }
 }
 

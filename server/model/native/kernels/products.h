@@ -24,7 +24,7 @@ inline const TrainModule* module_at(const TrainGroup& lora, int64_t column) {
 
 inline __mmask16 are_kept(const uint8_t* flags) {  // of sixteen
     const __m128i x = _mm_loadu_si128((const __m128i*)flags);
-    return are_not_zero(x);
+    return vectors::are_not_zero(x);
 }
 
 // y = what dropout keeps of x (tokens, in), times `factor`.

@@ -183,7 +183,7 @@ class RowSampler {  // of one thread
         if (row.forbidden == nullptr) return;
         for (int i = 0; i < vocab_; i += 16) {
             const __m128i bytes = _mm_loadu_si128((const __m128i*)(row.forbidden + i));
-            const __mmask16 mask = are_not_zero(bytes);
+            const __mmask16 mask = vectors::are_not_zero(bytes);
             _mm512_mask_storeu_ps(logits_ + i, mask, _mm512_set1_ps(-std::numeric_limits<float>::infinity()));
         }
     }

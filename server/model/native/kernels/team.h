@@ -4,7 +4,6 @@
 // that the system takes away for a moment holds the others up by one item only. What an item computes doesn't depend on
 // who computes it.
 #pragma once
-#include <immintrin.h>
 #include <sched.h>
 
 #include <atomic>
@@ -14,6 +13,8 @@
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "vectors/vectors.h"
 
 class Team {
   public:

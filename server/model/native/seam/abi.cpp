@@ -85,14 +85,4 @@ const char* smolora_compiler() {
     return has_amx() ? MADE_BY ", with AMX" : MADE_BY;
 }
 
-int smolora_is_supported() {
-    bool found = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#ifdef __AVX512F__
-    found = found && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#endif
-#ifdef __AVX512BF16__
-    found = found && __builtin_cpu_supports("avx512bf16");
-#endif
-    return found;
-}
+int smolora_is_supported() { return vectors::is_supported(); }

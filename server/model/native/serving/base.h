@@ -39,7 +39,7 @@ struct ServeBase {
   private:
     // Of 16 outputs weights are expanded by two registers of AVX2, which takes one or two threads longer than reading
     // 16 bits: these keep weights expanded.
-    static bool keeps_stored(const Team& team) { return kSums >= 24 || team.size() > 2; }
+    static bool keeps_stored(const Team& team) { return vectors::kSums >= 24 || team.size() > 2; }
     static void pack(Matrix& matrix, const BaseTensor& w, int64_t out, int64_t in, Team& team) {
         if (w.type < kBf16 || w.type > kQ8_0 || (w.type != kBf16 && w.blocks == nullptr))
             refuse("weights of type %ld", w.type);

@@ -2,7 +2,8 @@
 
 `python -m tests.server.model.native.build warnings` compiles the library's units with warnings as errors, by each
 compiler that is there; `... sanitize addresses threads` runs the tests with sanitizers. A program is kept in the
-cache under what it was made of, and so is that there were no warnings.
+cache under what it was made of, and so is that there were no warnings. What is for another kind of machine is
+compiled by a cross compiler, and linked with all that it needs.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from pathlib import Path
 from server.model.native.library import (
     HEADERS,
     INSTRUCTIONS,
+    MACHINES,
     SOURCE,
     UNITS,
     flags_for,
@@ -30,6 +32,8 @@ from server.model.native.library import (
 from tests.cache import CACHE
 
 KERNELS = Path(__file__).parent / "kernels"
+CROSS_COMPILERS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
+"""By the machine that they compile for, as Debian names them."""
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 _LINK = ("-pthread", "-static-libstdc++", "-Wl,--wrap=pthread_create,--wrap=aligned_alloc")
 _DEBUG = ("-O1", "-g1", "-fno-omit-frame-pointer")
@@ -42,14 +46,11 @@ SANITIZERS = {
 def build(*more: str, name: str | None = None) -> Path:
     """The program that runs the tests, compiled with `more` and the library's own flags, for one of INSTRUCTIONS:
     the best that this processor has."""
-    compiler = compilers()[0]
-    flags = [
-        *flags_of_units((*flags_for(name or instructions()), *more)),
-        *WARNINGS,
-        f"-I{SOURCE}",
-        f"-I{KERNELS}",
-    ]
-    made_of = hashlib.sha256(repr((compiler, flags, _LINK)).encode())
+    name = name or instructions()
+    compiler = compilers(name)[0]
+    flags = [*flags_of_units((*flags_for(name), *more)), *WARNINGS, f"-I{SOURCE}", f"-I{KERNELS}"]
+    link = _LINK if is_own(name) else (*_LINK, "-static")
+    made_of = hashlib.sha256(repr((compiler, flags, link)).encode())
     for path in (*(SOURCE / name for name in (*UNITS, *HEADERS)), *sorted(KERNELS.iterdir())):
         made_of.update(path.read_bytes())
     program = CACHE / "native-tests" / made_of.hexdigest()[:16]
@@ -67,31 +68,41 @@ def build(*more: str, name: str | None = None) -> Path:
             )
             list(threads.map(run, commands))
         made = Path(scratch) / "program"
-        run([compiler, *more, *objects, *_LINK, "-o", str(made)])
+        run([compiler, *more, *objects, *link, "-o", str(made)])
         os.replace(made, program)
     return program
 
 
-def compilers() -> list[str]:
-    """Those that are there, by their paths; first the one that compiles the library."""
-    return [path for name in ("g++", "clang++") if (path := shutil.which(name))]
+def is_own(name: str) -> bool:
+    """Whether one of INSTRUCTIONS is of this kind of machine."""
+    return name in MACHINES.get(platform.machine(), ())
+
+
+def compilers(name: str | None = None) -> list[str]:
+    """Those that are there for one of INSTRUCTIONS, or for this machine; first the one of the library."""
+    cross = [compiler for machine, compiler in CROSS_COMPILERS.items() if name in MACHINES[machine]]
+    commands = ("g++", "clang++") if name is None or is_own(name) else cross
+    return [path for command in commands if (path := shutil.which(command))]
 
 
 def check_warnings() -> None:
-    """Compile the units with warnings as errors, making nothing; elsewhere than on x86-64 they can't be."""
-    if platform.machine() != "x86_64" or not compilers():
-        sys.stderr.write("no compiler for x86-64 here: the warnings of C++ stay unseen\n")
+    """Compile the units with warnings as errors, making nothing, for all INSTRUCTIONS with a compiler here."""
+    commands = [
+        (compiler, *flags_of_units(flags_for(name)), *WARNINGS)
+        for name in INSTRUCTIONS
+        for compiler in compilers(name)
+    ]
+    if not commands:
+        sys.stderr.write("no compiler here: the warnings of C++ stay unseen\n")
         return
-    flags = [flags_of_units(flags_for(name)) for name in INSTRUCTIONS]
-    made_of = hashlib.sha256(repr((compilers(), flags, WARNINGS)).encode())
+    made_of = hashlib.sha256(repr(commands).encode())
     for name in (*UNITS, *HEADERS):
         made_of.update((SOURCE / name).read_bytes())
     done = CACHE / "native-warnings" / made_of.hexdigest()[:16]
     if done.exists():
         return
-    for compiler in compilers():
-        for unit, own in product(UNITS, flags):
-            run([compiler, *own, *WARNINGS, f"-I{SOURCE}", "-fsyntax-only", str(SOURCE / unit)])
+    for unit, command in product(UNITS, commands):
+        run([*command, f"-I{SOURCE}", "-fsyntax-only", str(SOURCE / unit)])
     done.parent.mkdir(parents=True, exist_ok=True)
     done.touch()
 

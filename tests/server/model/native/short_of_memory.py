@@ -83,7 +83,7 @@ def main(base_dir: str, library_dir: str) -> None:
     short = GenerationRequest("short", tuple(range(100, 105)), GREEDY)
     before = run(engine, [short])["short", 0]
     engine.add(GenerationRequest("long", tuple(range(100, 350)) * 60, GREEDY))
-    with no_more_than(6 * MB):
+    with no_more_than(8 * MB):  # of what the native call leaves Python has to take blocks back
         outputs = engine.step()
     assert [type(output.error) for output in outputs] == [GenerationFailed]
     assert not engine.is_dead

@@ -1,6 +1,7 @@
 """How the native library is found, made and done without."""
 
 import hashlib
+import platform
 import re
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from server.model.native import library as module
 from server.model.native.abi import STRUCTURES, layout
 from server.model.native.library import (
     FLAGS,
+    INSTRUCTIONS,
+    MACHINES,
     NativeUnavailable,
     compile_libraries,
     computed_by,
@@ -26,6 +29,7 @@ from server.model.native.library import (
 from server.model.native.load import load_native
 from tests.cache import CACHE
 from tests.native_kit import native_library
+from tests.server.model.native.build import is_own
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -179,8 +183,9 @@ def test_only_its_entries_are_seen(compiled: Path) -> None:
 
 def test_a_threads_first_use_needs_no_memory(compiled: Path) -> None:
     """glibc ends the process where it has none for a thread's variables, or for their destructors."""
-    dynamic = subprocess.run(["readelf", "--dynamic", compiled], capture_output=True, text=True, check=True)
-    assert "STATIC_TLS" in dynamic.stdout
+    command = ["readelf", "--wide", "--dynamic", "--relocs", str(compiled)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert ("R_AARCH64_TLS_TPREL64" if is_own("neon") else "STATIC_TLS") in told
     needed = subprocess.run(["nm", "-D", "--undefined-only", compiled], capture_output=True, text=True, check=True)
     assert "thread_atexit" not in needed.stdout
 
@@ -191,6 +196,38 @@ def test_it_says_what_computes() -> None:
     assert re.search(r"\((g\+\+|.*[Cc]lang) \d+\.\d+", said)
     assert " ".join(flags_for(instructions())) in said
     assert "-ffp-contract=off" in FLAGS
+
+
+def test_each_of_the_instructions_is_some_machines() -> None:
+    assert {name for names in MACHINES.values() for name in names} == set(INSTRUCTIONS)
+    assert not [flag for flag in flags_for("neon") if flag.startswith(("-mavx", "-mamx"))]
+    assert not [flag for flag in flags_for("avx2") if "arm" in flag]
+
+
+@pytest.mark.parametrize(
+    ("machine", "wanted", "reason"),
+    [
+        ("riscv64", None, "it is written for Linux on x86-64 and 64-bit Arm"),
+        ("x86_64", "neon", "NATIVE_INSTRUCTIONS must be one of avx512_bf16, avx512, avx2, not 'neon'"),
+        ("aarch64", "avx2", "NATIVE_INSTRUCTIONS must be one of neon, not 'avx2'"),
+    ],
+)
+def test_where_there_can_be_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, wanted: str | None, reason: str
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    if wanted is not None:
+        monkeypatch.setenv("NATIVE_INSTRUCTIONS", wanted)
+    with pytest.raises(NativeUnavailable, match=reason):
+        load_library([tmp_path])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="another kind of machine has what Arm has")
+def test_a_processor_without_the_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    with pytest.raises(NativeUnavailable, match="this processor has no NEON"):
+        load_library([tmp_path])
 
 
 def test_other_dtypes_are_torchs_and_nothing_is_said_of_it(tiny_base: BaseModel, tmp_path: Path) -> None:

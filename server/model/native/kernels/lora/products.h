@@ -85,7 +85,7 @@ inline void multiply_own_rows(const bf16* const* x, const bf16* const* a, int to
 template <int vectors>
 inline void multiply_rows(const bf16* x, size_t x_stride, int tokens, const bf16* a, size_t rows, int columns,
                           int pairs, float* y) {
-    constexpr int kAtOnce = std::clamp(kSums / vectors, 1, vectors == 1 ? 16 : 8);
+    constexpr int kAtOnce = std::clamp(vectors::kSums / vectors, 1, vectors == 1 ? 16 : 8);
     static constexpr auto kByTokens = []<int... i>(std::integer_sequence<int, i...>) {
         return std::array{multiply_rows<vectors, i + 1>...};
     }(std::make_integer_sequence<int, kAtOnce>{});
@@ -132,13 +132,13 @@ inline void multiply_rows_amx(const bf16* x, size_t x_stride, int tokens, const 
 // As AMX rounds, while it lives: numbers too small to be normal are 0.
 class FlushesToZero {
   public:
-    FlushesToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+    FlushesToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | vectors::kFlushesToZero); }
     ~FlushesToZero() { _mm_setcsr(before_); }
     FlushesToZero(const FlushesToZero&) = delete;
     FlushesToZero& operator=(const FlushesToZero&) = delete;
 
   private:
-    const unsigned before_;
+    const decltype(_mm_getcsr()) before_;
 };
 
 // y (32) += hidden (2 · pairs) times a tile of B, each number the one that AMX makes: of 16 pairs at a time, first the

@@ -10,8 +10,9 @@
 #include "../prefetch.h"
 #include "tiles.h"
 
-constexpr int kStoredRows = kSums >= 24 ? 6 : 3;  // rows that are computed without a copy of the weights, at most
-constexpr size_t kBytesAhead = 8192;              // by which tiles are prefetched in advance
+constexpr int kStoredRows =
+    vectors::kSums >= 24 ? 6 : 3;     // rows that are computed without a copy of the weights, at most
+constexpr size_t kBytesAhead = 8192;  // by which tiles are prefetched in advance
 
 template <class Tile>
 inline void prefetch_ahead(const Tile* tile) {

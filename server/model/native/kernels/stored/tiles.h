@@ -30,8 +30,10 @@ static_assert(sizeof(BlockQ4_1) * kTile == sizeof(TileQ4_1) && sizeof(BlockQ8_0)
 struct Twice {
     __m512 low, high;
     explicit Twice(const uint16_t* p) {
+        const __m512i first = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
         const __m512 x = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-        low = twice(x, 0), high = twice(x, 8);
+        low = _mm512_permutexvar_ps(first, x);
+        high = _mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(8)), x);
     }
 };
 
@@ -46,8 +48,9 @@ inline void each_pair(const TileQ4_1& from, int first, Visit visit) {
         __m512i high = _mm512_loadu_si512(from.codes[half] + 2 * first + 16);
 #pragma GCC unroll 8
         for (int pair = 0; pair < 8; pair++) {
-            visit(8 * half + pair, pairs_of(_mm512_fmadd_ps(lowest_bits(high), scales.high, least.high),
-                                            _mm512_fmadd_ps(lowest_bits(low), scales.low, least.low)));
+            visit(8 * half + pair,
+                  _mm512_cvtne2ps_pbh(_mm512_fmadd_ps(vectors::lowest_four_bits(high), scales.high, least.high),
+                                      _mm512_fmadd_ps(vectors::lowest_four_bits(low), scales.low, least.low)));
             low = _mm512_srli_epi32(low, 4), high = _mm512_srli_epi32(high, 4);
         }
     }
@@ -61,7 +64,8 @@ inline void each_pair(const TileQ8_0& from, int first, Visit visit) {
             const __m128i codes = _mm_loadu_si128((const __m128i*)(from.codes[pair] + 2 * output));
             return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
         };
-        visit(pair, pairs_of(_mm512_mul_ps(load(first + 8), scales.high), _mm512_mul_ps(load(first), scales.low)));
+        visit(pair,
+              _mm512_cvtne2ps_pbh(_mm512_mul_ps(load(first + 8), scales.high), _mm512_mul_ps(load(first), scales.low)));
     }
 }
 

@@ -3,12 +3,14 @@
 // Products of 16-bit pairs are two fused multiplications and additions each, of the second numbers and then of the
 // first: every kernel sums up alike, so that bits depend on the processor, but not on which kernel computes a number.
 #pragma once
-#include <immintrin.h>
-
 #include <climits>
 #include <cstdint>
 
-namespace avx2 {
+#include "x86.h"
+
+namespace vectors {
+
+constexpr int kSums = 4;
 
 struct Floats {  // 16
     __m256 low, high;
@@ -42,11 +44,6 @@ inline Words longs_of(Numbers... numbers) {
     const long long all[] = {numbers...};
     return load_words(all);
 }
-template <class... Numbers>
-inline Floats floats_of(Numbers... numbers) {
-    const float all[] = {(float)numbers...};
-    return load(all);
-}
 
 inline Floats add(const Floats& a, const Floats& b) {
     return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
@@ -75,6 +72,8 @@ inline Floats subtract_product(const Floats& a, const Floats& b, const Floats& c
 inline Doubles add(const Doubles& a, const Doubles& b) {
     return {_mm256_add_pd(a.low, b.low), _mm256_add_pd(a.high, b.high)};
 }
+inline __m256 low_half(const Floats& a) { return a.low; }
+inline __m256 high_half(const Floats& a) { return a.high; }
 inline Doubles widen(__m256 x) {
     return {_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
 }
@@ -198,17 +197,24 @@ inline Words quarters(const Words& a, const Words& b) {  // the even or the odd 
     constexpr int kHalves = which == 0x88 ? 0x20 : 0x31;
     return {_mm256_permute2x128_si256(a.low, a.high, kHalves), _mm256_permute2x128_si256(b.low, b.high, kHalves)};
 }
-inline Floats each_twice(__m256 x) {
-    return {_mm256_permutevar8x32_ps(x, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3)),
-            _mm256_permutevar8x32_ps(x, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7))};
+inline Floats look_up(const Words& index, const Floats& table) {  // by the lowest four bits
+    auto one = [&](__m256i i) {
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, i), _mm256_permutevar8x32_ps(table.high, i),
+                                _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+    };
+    return {one(index.low), one(index.high)};
 }
-inline Floats low_bits(const Words& a) { return to_floats(a & set_words(15)); }  // the lowest four
 
-// Two rows of 16 numbers of 16 bits, side by side.
-inline Words interleave(__m256i a, __m256i b) {
-    const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
-    return {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
+// Two rows of 32 numbers of 16 bits side by side.
+inline void store_interleaved(const Words& a, const Words& b, uint32_t* to) {
+    auto one = [](__m256i x, __m256i y) {
+        const __m256i low = _mm256_unpacklo_epi16(x, y), high = _mm256_unpackhi_epi16(x, y);
+        return Words{_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
+    };
+    store(to, one(a.low, b.low)), store(to + 16, one(a.high, b.high));
 }
+
+inline Floats lowest_four_bits(const Words& x) { return to_floats(x & set_words(15)); }
 
 // 2^n · x, for whole n from -150 to 127.
 inline Floats scale(const Floats& x, const Floats& n) {
@@ -245,7 +251,7 @@ inline __m256i high_halves(__m256i a, __m256i b) {  // of each 32 bits
     return _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16)), 0xd8);
 }
 inline __m256i to_bf16(const Floats& x) { return high_halves(round_any(x.low), round_any(x.high)); }
-inline Words numbers_to_bf16(const Floats& high, const Floats& low) {  // none of them NaN
+inline Words to_bf16(const Floats& high, const Floats& low) {  // for weights: none is NaN
     const Words a = as_words(low), b = as_words(high);
     return {high_halves(round_number(a.low), round_number(a.high)),
             high_halves(round_number(b.low), round_number(b.high))};
@@ -262,4 +268,4 @@ inline Floats add_pairs(const Floats& sum, const Words& a, const Words& b) {
     return {add_pairs(sum.low, a.low, b.low), add_pairs(sum.high, a.high, b.high)};
 }
 
-}  // namespace avx2
+}  // namespace vectors

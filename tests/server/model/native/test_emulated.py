@@ -1,0 +1,38 @@
+"""The kernels as they are compiled for 64-bit Arm, on an emulated processor: the very tests of test_kernels.py.
+
+Emulation shows what is computed there, whole steps included. It shows neither speed nor what an Arm processor's
+weaker order of memory may do to threads.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.server.model.native.build import build, compilers, is_own
+from tests.server.model.native.test_kernels import NAMES
+
+EMULATOR = ("qemu-aarch64", "-cpu", "cortex-a53")
+"""An ARMv8-A without extensions: what it can't run is an error."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(is_own("neon"), reason="this machine is one: test_kernels.py runs them"),
+    pytest.mark.skipif(
+        not compilers("neon") or shutil.which(EMULATOR[0]) is None,
+        reason="needs Debian's packages g++-aarch64-linux-gnu and qemu-user",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def program() -> Path:
+    return build(name="neon")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_emulated_kernels(program: Path, name: str) -> None:
+    done = subprocess.run([*EMULATOR, program, name], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == f"passed {name}\n"
