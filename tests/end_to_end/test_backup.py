@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 PROMPT = "Once upon a time, in a village"
 """Shorter than a block, so that no answer depends on the ones before, to the last bit."""
 EXPRESSIONS = [None, "kept@1", "kept@2", "kept@prod*0.5", "kept@1*0.7+other", "loud"]
-JOB = {"max_steps": 24, "batch_size": 4, "max_length": 32, "checkpoint_steps": 2, "eval_steps": 8}
+JOB = {"max_steps": 96, "batch_size": 4, "max_length": 32, "checkpoint_steps": 2, "eval_steps": 32}
 
 
 def smolora(*arguments: str | Path) -> str:
