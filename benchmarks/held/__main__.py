@@ -14,7 +14,7 @@ from benchmarks import command, serve
 from benchmarks.command import Made, positive
 from benchmarks.held.report import LOADS, Results, markdown
 from benchmarks.peers.venvs import HELD_FLAGS
-from benchmarks.serving.options import parse
+from benchmarks.serving.options import of_loads
 from benchmarks.serving.systems.systems import BASE, DISTINCT, Load
 
 QUICK_LOADS = (Load(1, BASE), Load(2, DISTINCT))
@@ -36,17 +36,7 @@ def main(arguments: list[str] | None = None) -> Results:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left running
     say = command.speaker()
     loads = QUICK_LOADS if given.quick else LOADS
-    options = replace(
-        parse(["--peers", given.peers, *(["--quick"] if given.quick else [])]),
-        model=given.model,
-        home=given.home,
-        out=given.out,
-        cache=given.cache,
-        threads=given.threads,
-        streams=tuple(sorted({load.streams for load in loads})),
-        only=frozenset(load.key for load in loads),
-        rounds=1 if given.quick else given.rounds,
-    )
+    options = replace(of_loads(given, loads), model=given.model, home=given.home)
     made = Made.by("benchmarks.held", arguments, quick=given.quick)
     given.out.mkdir(parents=True, exist_ok=True)
     results = command.read(given.out, "held", Results) or Results()

@@ -1,6 +1,8 @@
 """The command line of the serving benchmark, and what it comes to."""
 
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import command
@@ -134,4 +136,17 @@ def parse(arguments: list[str] | None = None) -> Options:
         many_rounds=1 if quick else min(given.rounds, 3),
         many_streams=4 if quick else 32,
         many_requests=3 if quick else 4,
+    )
+
+
+def of_loads(given: Namespace, loads: Sequence[Load]) -> Options:
+    """Those of a run of these loads alone, as other commands' flags have the rest."""
+    return replace(
+        parse(["--peers", given.peers, *(["--quick"] if given.quick else [])]),
+        out=given.out,
+        cache=given.cache,
+        threads=given.threads,
+        streams=tuple(sorted({load.streams for load in loads})),
+        only=frozenset(load.key for load in loads),
+        rounds=1 if given.quick else given.rounds,
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import command, serve
 from benchmarks.command import Made, positive
-from benchmarks.serving.options import parse
+from benchmarks.serving.options import of_loads
 from benchmarks.serving.systems.systems import BASE, BLENDS, DISTINCT, ONE, Load
 from benchmarks.shapes.random_base import SHAPES, write_random_base
 from benchmarks.shapes.report import Results, markdown
@@ -36,15 +36,7 @@ def main(arguments: list[str] | None = None) -> Results:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left running
     say = command.speaker()
     loads = QUICK_LOADS if given.quick else LOADS
-    options = replace(
-        parse(["--peers", given.peers, *(["--quick"] if given.quick else [])]),
-        out=given.out,
-        cache=given.cache,
-        threads=given.threads,
-        streams=tuple(sorted({load.streams for load in loads})),
-        only=frozenset(load.key for load in loads),
-        rounds=1 if given.quick else given.rounds,
-    )
+    options = of_loads(given, loads)
     made = Made.by("benchmarks.shapes", arguments, quick=given.quick)
     given.out.mkdir(parents=True, exist_ok=True)
     results = command.read(given.out, "shapes", Results) or Results()

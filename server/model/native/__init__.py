@@ -1,1 +1,1 @@
-"""The forward of a step as one native call: for CPUs with AVX-512 and its bf16 products."""
+"""The forward of a step as one native call: for CPUs with AVX2 or AVX-512, and 64-bit Arm."""

@@ -1,5 +1,5 @@
 // The forward pass of a training step, from token ids to final hidden states, and its backward pass, from the gradients
-// of those to the gradients of the adapter's A and B, or of all weights. For CPUs with AVX-512 and its bf16 products.
+// of those to the gradients of the adapter's A and B, or of all weights. For the CPUs of serving/step.h.
 //
 // The same arithmetic as server/model/smollm.py with server/training/passes/trained_rows.py: what is multiplied is
 // bf16, sums, the residual stream and its gradient are fp32. The base's weights are read where they lie. Each number is

@@ -1,5 +1,5 @@
 // The SmolLM forward, from token ids to final hidden states and from those to logits or the next tokens, for CPUs with
-// AVX-512 and its bf16 products.
+// AVX2 or AVX-512, and for 64-bit Arm.
 //
 // The same arithmetic as server/model/smollm.py: weights and what they multiply are bf16, sums and the residual stream
 // are fp32. Adapters are added beside the base's weights.
