@@ -42,7 +42,7 @@ def test_what_runs_and_what_waits_ends_and_the_job_goes_on(server: ServerProcess
         streams = [pool.submit(server.client.post, "/generate", json={**LONG, "stream": True}) for _ in range(2)]
         wholes = [pool.submit(server.client.post, "/generate", json=LONG) for _ in range(2)]
         wait_until(
-            lambda: sum(server.metrics()[f"smolora_requests_{what}"] for what in ("running", "waiting")) > 2
+            lambda: sum(server.metrics()[f"smolora_requests_{what}"] for what in ("running", "waiting")) == 4
         )
         server.terminate()
         signalled = time.monotonic()
