@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar, cast
 
 from fastapi import Depends, Header, Request
 
+from adapters.errors import SmoloraError
 from adapters.library import Library
 from server.access.access import Access
 from server.access.principal import EVERYBODY, Principal
@@ -40,10 +41,14 @@ T = TypeVar("T")
 
 
 class OutputStream(Protocol):
-    """A request's outputs, until all its choices have ended. `aclose` aborts it, even before the first one."""
+    """A request's outputs, until all its choices have ended. `aclose` aborts it, even before the first one.
+
+    An error that is `put` is raised once what came before it was read.
+    """
 
     def __aiter__(self) -> "OutputStream": ...
     async def __anext__(self) -> SequenceOutput: ...
+    def put(self, output: SequenceOutput | SmoloraError) -> None: ...
     async def aclose(self) -> None: ...
 
 
@@ -162,8 +167,11 @@ class Services:
         )
 
 
-def get_services(request: Request) -> Services:
-    """The services that `create_app` was given, for whoever asks; for everybody where no key is asked for."""
+async def get_services(request: Request) -> Services:
+    """The services that `create_app` was given, for whoever asks; for everybody where no key is asked for.
+
+    It awaits nothing: FastAPI sends what is no coroutine to a thread and back, for each request.
+    """
     services = cast(Services, request.app.state.services)
     return services.of(principal_of(request.scope) or services.principal)
 

@@ -50,7 +50,7 @@ class Fetch(Protocol):
     ) -> HubAdapter: ...
 
 
-def get_fetch() -> Fetch:
+async def get_fetch() -> Fetch:
     """What fetches; tests put another in its place."""
     return fetch_adapter
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.types import Message
@@ -81,12 +82,18 @@ class FakeStream:
     def __init__(self, engine: "FakeEngine", request: GenerationRequest) -> None:
         self._engine = engine
         self._id = request.request_id
+        self._end: asyncio.Future[SmoloraError] = asyncio.get_running_loop().create_future()
         self._outputs = self._run(request)
 
     async def _run(self, request: GenerationRequest) -> AsyncGenerator[SequenceOutput, None]:
         for number, output in enumerate(self._engine.script(request)):
             if self._engine.hold_after is not None and number >= self._engine.hold_after:
-                await self._engine.held.wait()
+                held = asyncio.ensure_future(self._engine.held.wait())
+                either: list[asyncio.Future[Any]] = [held, self._end]
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                held.cancel()
+            if self._end.done():
+                raise self._end.result()
             if self._engine.dead:
                 raise EngineDead
             if self._engine.stopped:
@@ -98,6 +105,10 @@ class FakeStream:
 
     async def __anext__(self) -> SequenceOutput:
         return await anext(self._outputs)
+
+    def put(self, output: SequenceOutput | SmoloraError) -> None:
+        assert isinstance(output, SmoloraError), "outputs are the script's"
+        self._end.set_result(output)
 
     async def aclose(self) -> None:
         self._engine.closed.append(self._id)
