@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> Results:
     parser = command.parser("benchmarks.beside", "Measures serving while a job is trained, and the job.")
     parser.add_argument("--rounds", type=positive, default=3, help="each measures everything once")
     parser.add_argument("--streams", type=positive, default=4)
-    parser.add_argument("--tokens", type=positive, default=512, help="of each stream, in a round")
+    parser.add_argument("--tokens", type=positive, default=2048, help="of each stream, in a round")
     parser.add_argument("--job-steps", type=positive, default=8, help="for which the job is timed by itself")
     parser.add_argument("--train-share", type=float, default=0.25, help="as SMOLORA_TRAIN_SHARE")
     options = parser.parse_args(arguments)

@@ -8,6 +8,10 @@ it tried again, or ends where the base can't be loaded, which is no job's fault.
 
 import ctypes
 import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
 
 from adapters.catalog.catalog import Catalog
 from adapters.errors import BytesUnavailable, SmoloraError
@@ -25,6 +29,9 @@ from server.model.device import choose_device, training_dtype
 from server.model.gpu import is_out_of_memory, limit_memory
 from server.model.native.library import may_be_had
 from server.model.native.load import find_library
+from server.model.native.model import ROW_FORMAT
+from server.model.packed_adapters import PackedAdapters
+from server.model.row_layout import RowLayout
 from server.storage import Storage
 from server.tracing.spans import open_tracer
 from server.training.merge_spec import MergeSpec, Spec
@@ -72,6 +79,8 @@ def main(argument: str) -> int:
                 base, native = _load(settings, job.spec)
             viewpoint = Viewpoint(job.project, key_id=job.key_id)
             catalog, store = Catalog(database, of=viewpoint), storage.adapters()
+            if storage.bucket is None and _is_served_natively(settings, base.directory):
+                PackedAdapters(store, RowLayout(base.config.shape, ROW_FORMAT))  # the first request finds it so
             library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
             yielding = Yielding(BusyFlag(settings.home).read, settings.train_share)
             reporter = JobReporter(link, leases, claim, yielding, trace)
@@ -132,7 +141,7 @@ def _base_for(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.C
     directory = resolve_base(settings.model, settings.home, settings.base_dir)
     if isinstance(spec, MergeSpec):
         return load_base(directory), None
-    places = [directory / "native", Home(settings.home).native]
+    places = _native_places(settings, directory)
     has_native = settings.native and may_be_had(places)
     device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
     if settings.train_memory is not None:
@@ -141,3 +150,19 @@ def _base_for(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.C
     if base.dtype is not dtype:
         log.info("computes in fp32 in the place of SMOLORA_DTYPE=fp16, in which gradients would vanish")
     return base, find_library(base, places, log.info) if settings.native else None
+
+
+def _is_served_natively(settings: WorkerSettings, directory: Path) -> bool:
+    """Whether a server of these settings and this base computes natively, as far as is known without loading
+    anything. Where it doesn't, a packed file that it finds is dropped.
+    """
+    if not settings.native or settings.device not in ("auto", "cpu"):
+        return False
+    has_native = may_be_had(_native_places(settings, directory))
+    device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
+    return has_native and device.type == "cpu" and dtype is torch.bfloat16
+
+
+def _native_places(settings: WorkerSettings, directory: Path) -> Sequence[Path]:
+    """Where the library may be, and where it is made."""
+    return [directory / "native", Home(settings.home).native]

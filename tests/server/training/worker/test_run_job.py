@@ -11,14 +11,19 @@ from adapters.merging.recipe import Recipe
 from server.config import WorkerSettings
 from server.errors import StartupError
 from server.model.base.weights import BaseModel
-from server.training.queue.jobs import Jobs
+from server.model.native.model import ROW_FORMAT
+from server.model.packed_adapters import PackedAdapters
+from server.model.row_layout import PackedRows, RowLayout
+from server.training.queue.jobs import Jobs, Status
 from server.training.queue.leases import Leases
-from server.training.spec import JobSpec
+from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 from server.training.worker.run_job import _load
 from server.training.worker.worker import Worker
+from tests.native_kit import lend_native, native_library, tiny_of
 from tests.pretended.cuda import pretended_cuda
 from tests.server.training.job_kit import submit, until
-from tests.server.training.worker.merge_kit import spec_of
+from tests.server.training.worker.attempt_kit import Shop, job_data
+from tests.server.training.worker.merge_kit import merge_spec, spec_of
 from tests.server.training.worker.stub_worker import FAST
 
 STARVED = (
@@ -86,3 +91,33 @@ def test_a_job_keeps_to_its_share_of_the_gpu(tiny_base_dir: Path, tiny_base: Bas
     with pretended_cuda() as card:
         _load(settings_of(tiny_base_dir, device="cuda"), JobSpec("trained"))
         assert card.memory_fraction == 1.0, "a worker elsewhere has what is free"
+
+
+def test_what_is_published_is_packed_for_the_server(shop: Shop, tmp_path: Path) -> None:
+    """As a server of this base reads it, before anybody has asked for it: what is trained, and what is merged."""
+    native_library()
+    lend_native(shop.home)
+    base = tiny_of(tmp_path, "grouped")
+    shop.submit(
+        JobSpec("codes", lora=LoraSpec(rank=2), training=TrainingSpec(max_steps=1, max_length=48)), job_data(base)
+    )
+    settings = settings_of(base.directory, home=shop.home, device="cpu", native=True)
+    worker = Worker(shop.home, shop.leases, settings.model_dump(mode="json"), timing=replace(FAST, hung=120.0))
+    worker._work()
+    trained = shop.jobs.get("job")
+    assert trained.status is Status.SUCCEEDED, (shop.home / "jobs" / "job" / "log.txt").read_text()
+    assert trained.adapter is not None
+    shop.jobs.submit(merge_spec(shop.catalog, "codes*0.5", Recipe("svd", rank=1)), job_id="merge", data={})
+    worker._work()
+    merged = shop.jobs.get("merge")
+    assert merged.status is Status.SUCCEEDED, (shop.home / "jobs" / "merge" / "log.txt").read_text()
+    assert merged.adapter is not None
+    served = PackedAdapters(shop.store, RowLayout(base.config.shape, ROW_FORMAT))
+    for job in (trained, merged):
+        assert job.adapter is not None
+        digest = str(job.adapter["digest"])
+        assert (shop.home / "adapters" / "packed" / digest).exists()
+        rows = served.load(digest)
+        assert isinstance(rows, PackedRows), "what was published had to be read"
+        packed = served._layout.pack(shop.store.load(digest))
+        assert torch.equal(rows.content, packed.content)
