@@ -80,7 +80,8 @@ def main(argument: str) -> int:
             viewpoint = Viewpoint(job.project, key_id=job.key_id)
             catalog, store = Catalog(database, of=viewpoint), storage.adapters()
             if storage.bucket is None and _is_served_natively(settings, base.directory):
-                PackedAdapters(store, RowLayout(base.config.shape, ROW_FORMAT))  # the first request finds it so
+                # from here on the store keeps what is published as a server loads it, too
+                PackedAdapters(store, RowLayout(base.config.shape, ROW_FORMAT))
             library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
             yielding = Yielding(BusyFlag(settings.home).read, settings.train_share)
             reporter = JobReporter(link, leases, claim, yielding, trace)
