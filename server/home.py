@@ -78,6 +78,10 @@ class Home:
         """Compiled native code."""
         return self.path / "native"
 
+    def native_places(self, base_directory: Path) -> tuple[Path, Path]:
+        """Where native code for a converted base may be: beside it, and here, where it is made."""
+        return base_directory / "native", self.native
+
 
 def make(home: Path, *, to_restore: bool = False) -> bool:
     """Make the folder if need be, and shut everybody else out of it; whether they are out. Raises StartupError,

@@ -46,7 +46,7 @@ def base_directory(settings: Settings, say: Say) -> Path:
 
 def load_for_engine(directory: Path, settings: Settings, say: Say) -> BaseModel:
     """The base where the settings want it."""
-    has_native = settings.native and may_be_had([directory / "native", Home(settings.home).native])
+    has_native = settings.native and may_be_had(Home(settings.home).native_places(directory))
     device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
     if device.type == "cuda":
         with room_for("another process", device):
@@ -71,7 +71,7 @@ def make_engine(
     """An engine that isn't started, which gets its adapters from the store."""
     max_model_len = max_model_len_of(settings, base)
     config = _engine_config(settings, base, max_model_len)
-    libraries = [base.directory / "native", Home(settings.home).native]
+    libraries = Home(settings.home).native_places(base.directory)
     backend = _backend(settings, base, libraries, max_model_len, say)
     token_bytes = TokenBytes(*vocabulary_of(base.tokenizer))
     load: Load = store.load

@@ -8,7 +8,6 @@ it tried again, or ends where the base can't be loaded, which is no job's fault.
 
 import ctypes
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -79,7 +78,9 @@ def main(argument: str) -> int:
                 base, native = _load(settings, job.spec)
             viewpoint = Viewpoint(job.project, key_id=job.key_id)
             catalog, store = Catalog(database, of=viewpoint), storage.adapters()
-            if storage.bucket is None and _is_served_natively(settings, base.directory):
+            is_merge = isinstance(job.spec, MergeSpec)
+            is_native = _is_served_natively(settings, base.directory) if is_merge else native is not None
+            if is_native and storage.bucket is None:
                 # from here on the store keeps what is published as a server loads it, too
                 PackedAdapters(store, RowLayout(base.config.shape, ROW_FORMAT))
             library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
@@ -142,7 +143,7 @@ def _base_for(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.C
     directory = resolve_base(settings.model, settings.home, settings.base_dir)
     if isinstance(spec, MergeSpec):
         return load_base(directory), None
-    places = _native_places(settings, directory)
+    places = Home(settings.home).native_places(directory)
     has_native = settings.native and may_be_had(places)
     device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
     if settings.train_memory is not None:
@@ -154,16 +155,11 @@ def _base_for(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.C
 
 
 def _is_served_natively(settings: WorkerSettings, directory: Path) -> bool:
-    """Whether a server of these settings and this base computes natively, as far as is known without loading
-    anything. Where it doesn't, a packed file that it finds is dropped.
+    """Whether a server of these settings and this base computes natively, as far as a merge knows, which loads no
+    base to compute with. Where it doesn't, a packed file that it finds is dropped.
     """
     if not settings.native or settings.device not in ("auto", "cpu"):
         return False
-    has_native = may_be_had(_native_places(settings, directory))
+    has_native = may_be_had(Home(settings.home).native_places(directory))
     device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
     return has_native and device.type == "cpu" and dtype is torch.bfloat16
-
-
-def _native_places(settings: WorkerSettings, directory: Path) -> Sequence[Path]:
-    """Where the library may be, and where it is made."""
-    return [directory / "native", Home(settings.home).native]
