@@ -1,19 +1,15 @@
 """Training beside serving: `python -m benchmarks.beside`.
 
-The real server answers streams over HTTP while a worker of the real thing has no job, and while it trains one; the
-job is also timed while nobody asks for anything. Writes beside.json.
+The real server answers streams over HTTP while its worker has no job, and while it trains one; the job is also
+timed while nobody asks for anything. Writes beside.json.
 """
 
 import argparse
 import math
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
@@ -63,8 +59,18 @@ def main(arguments: list[str] | None = None) -> Results:
     rounds = []
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=options.out) as scratch:
         home, log = Path(scratch) / "home", options.out / "beside.log"
-        config = ServerConfig(home, converted.parent, options.model, dtype, "cpu", options.threads, log)
-        with Server(config) as server, _worker(config, options.train_share):
+        config = ServerConfig(
+            home,
+            converted.parent,
+            options.model,
+            dtype,
+            "cpu",
+            options.threads,
+            log,
+            workers=1,  # the server's own, as by default: niceness counts among the processes of one session alone
+            train_share=options.train_share,
+        )
+        with Server(config) as server:
             for number in range(options.rounds):
                 rounds.append(_round(server.url, prompts, options))
                 found = rounds[-1]
@@ -139,37 +145,6 @@ def _speed(client: Client, job: str, start: datetime, stop: datetime) -> float:
     if len(within) < 2:
         return math.nan
     return (len(within) - 1) * BATCH_SIZE * ROW_TOKENS / (within[-1] - within[0]).total_seconds()
-
-
-@contextmanager
-def _worker(config: ServerConfig, train_share: float) -> Iterator[None]:
-    """`smolora worker` on the server's HOME, as the server itself would start it."""
-    flags = {
-        "home": config.home,
-        "base-dir": config.base_dir,
-        "model": config.model,
-        "dtype": config.dtype,
-        "device": config.device,
-        "train-share": train_share,
-    }
-    command_line = [str(Path(sys.executable).with_name("smolora")), "worker"]
-    with config.log.open("ab") as log:
-        process = subprocess.Popen(
-            [*command_line, *(f"--{name}={value}" for name, value in flags.items())],
-            env=config.environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # a session of its own: itself and its child
-            process.wait()
 
 
 if __name__ == "__main__":

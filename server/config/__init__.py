@@ -64,7 +64,9 @@ class WorkerSettings(SharedSettings, BaseSettings):
         "postgresql://user:password@host/database. Needs the extra cluster. Better in SMOLORA_DATABASE_URL than "
         "in a flag, which whoever watches may see for a moment.",
     )
-    train_share: float = Field(0.25, ge=0, le=1, description="Share of the time for training while requests run.")
+    train_share: float = Field(
+        0.25, ge=0, le=1, description="Share of the cores' time for training while requests run."
+    )
     train_memory: float | None = Field(
         None,
         gt=0,

@@ -37,6 +37,8 @@ class ServerConfig:
     max_num_seqs: int | None = None
     native: bool = True
     instructions: str | None = None  # the best that this processor has
+    workers: int = 0  # that train
+    train_share: float | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -55,7 +57,8 @@ class ServerConfig:
             "device": self.device,
             "adapter-cache-bytes": self.adapter_cache_bytes,
             "max-num-seqs": self.max_num_seqs,
-            "workers": 0,
+            "workers": self.workers,
+            "train-share": self.train_share,
         }
         given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
         return [

@@ -8,6 +8,7 @@ it tried again, or ends where the base can't be loaded, which is no job's fault.
 
 import ctypes
 import logging
+import time
 from pathlib import Path
 
 import torch
@@ -84,7 +85,8 @@ def main(argument: str) -> int:
                 # from here on the store keeps what is published as a server loads it, too
                 PackedAdapters(store, RowLayout(base.config.shape, ROW_FORMAT))
             library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
-            yielding = Yielding(BusyFlag(settings.home).read, settings.train_share)
+            work = _seconds_of_all_cores if base.device.type == "cpu" else None
+            yielding = Yielding(BusyFlag(settings.home).read, settings.train_share, work=work)
             reporter = JobReporter(link, leases, claim, yielding, trace)
             if isinstance(job.spec, MergeSpec):
                 run_merge(job.spec, claim, leases, library, base, reporter)
@@ -116,6 +118,11 @@ def main(argument: str) -> int:
         if tracer is not None:
             tracer.close()
     return EXIT_DONE
+
+
+def _seconds_of_all_cores() -> float:
+    """How long this process would have computed so far, had its threads never waited for a core."""
+    return time.process_time() / torch.get_num_threads()
 
 
 def _end_without_base(link: WorkerLink, error: StartupError) -> int:

@@ -1,10 +1,10 @@
 """Serving first: a flag under HOME that says whether requests run, and the pauses of trainers while they do.
 
-Nice doesn't reach across containers; a file on the volume that they share does. It holds one number of 8 bytes,
-which is written and read whole: a time by this machine's monotonic clock, in ms, and how many sequences run.
-One that wasn't renewed for STALE_SECONDS, or is another machine's, counts as none. (Plain reads and writes of
-the page cache cost 1 µs; a mapping would save that, and kill the server where a full disk has no room for the
-page.)
+Nice doesn't reach across containers, nor across sessions; a file on the volume that they share does. It holds one
+number of 8 bytes, which is written and read whole: a time by this machine's monotonic clock, in ms, and how many
+sequences run. One that wasn't renewed for STALE_SECONDS, or is another machine's, counts as none. (Plain reads and
+writes of the page cache cost 1 µs; a mapping would save that, and kill the server where a full disk has no room
+for the page.)
 """
 
 import os
@@ -60,33 +60,43 @@ class BusyFlag:
 
 
 class Yielding:
-    """A trainer's pauses: it works at most `share` of the time while requests run, and all of it while none do."""
+    """A trainer's pauses: it takes at most `share` of the cores' time while requests run, all while none do."""
 
     def __init__(
         self,
         num_running: Callable[[], int],
         share: float,
         *,
+        work: Clock | None = None,
         clock: Clock = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`num_running` is a BusyFlag's `read`. The first piece of work begins now."""
+        """`num_running` is a BusyFlag's `read`. The first piece of work begins now.
+
+        `work`: seconds that it has computed so far, had it all to itself. Beside requests that compute on the same
+        cores that is less than `clock` says, which counts where there is no `work`.
+        """
         self._num_running = num_running
         self._share = share
+        self._work = work or clock
         self._clock = clock
         self._sleep = sleep
-        self._since = clock()
+        self._since, self._worked = clock(), self._work()
+        self._debt = 0.0  # seconds to pause for; below 0: that requests had beyond their part
 
     def pause(self, go_on: Callable[[], bool] = lambda: True) -> float:
-        """Call it after each micro-step: sleeps as long as that one's work has earned the requests; the seconds.
+        """Call it after each micro-step: sleeps until the work so far is `share` of the time; the seconds.
 
         It ends early once no requests run, or `go_on`, which is asked every few milliseconds, says no.
         """
         start = now = self._clock()
-        worked = min(start - self._since, _MAX_WORKED_SECONDS)
-        until = start + worked * (1 / self._share - 1) if self._share else float("inf")
-        while now < until and self._num_running() and go_on():
+        elapsed = min(start - self._since, _MAX_WORKED_SECONDS)
+        worked = min(self._work() - self._worked, elapsed)
+        self._debt += worked / self._share - elapsed if self._share else float("inf")
+        until = start + self._debt
+        while (busy := self._num_running()) and now < until and go_on():
             self._sleep(min(_LOOK_SECONDS, until - now))
             now = self._clock()
-        self._since = now
+        self._debt = max(until - now, -_MAX_WORKED_SECONDS) if busy and self._share else 0.0
+        self._since, self._worked = now, self._work()
         return now - start

@@ -17,6 +17,7 @@ from server.database import connect
 from server.training.queue.jobs import Jobs, Status
 from server.training.worker.job_pipe import EXIT_NO_BASE
 from server.training.worker.supervisor import MAX_DELAY, Supervisor, worker_command
+from server.training.worker.worker import NICENESS
 from tests.server.training.job_kit import STUB, final_digest, steps_done, submit_stub, until
 
 ROOT = Path(__file__).parents[4]
@@ -222,7 +223,7 @@ def test_the_command_is_a_worker_with_the_same_settings(tmp_path: Path) -> None:
     with open(log, "wb") as output:
         worker = subprocess.Popen(command, stderr=output)
     until(lambda: (tmp_path / "a home/reserve").exists())
-    assert os.getpriority(os.PRIO_PROCESS, worker.pid) == min(os.getpriority(os.PRIO_PROCESS, 0) + 10, 19)
+    assert os.getpriority(os.PRIO_PROCESS, worker.pid) == min(os.getpriority(os.PRIO_PROCESS, 0) + NICENESS, 19)
     mapped = Path(f"/proc/{worker.pid}/maps").read_text()
     assert "libtorch" not in mapped  # its processes need that, not the worker
     worker.terminate()

@@ -110,6 +110,33 @@ def test_nothing_is_given_away_while_none_run() -> None:
     assert paused == 0.0
 
 
+@pytest.mark.parametrize("got", [0.5, 0.3, 0.1])
+def test_what_others_computed_meanwhile_is_no_work(got: float) -> None:
+    """Of the cores, which requests use as well, a step gets so much of its time: the share is of what it got."""
+    clock = Clock()
+    work = 0.0
+    yielding = Yielding(lambda: 4, 0.25, work=lambda: work, clock=clock, sleep=clock.sleep)
+    for _ in range(100):
+        clock.now += 0.2
+        work += 0.2 * got
+        yielding.pause()
+    assert work / (clock.now - 1000) == pytest.approx(min(got, 0.25), abs=0.01)
+
+
+def test_a_step_that_got_less_earns_a_longer_one() -> None:
+    """A step in three has the cores to itself: the share is of all of the time, not of each step's."""
+    clock = Clock()
+    work = 0.0
+    yielding = Yielding(lambda: 4, 0.25, work=lambda: work, clock=clock, sleep=clock.sleep)
+    paused = 0.0
+    for number in range(300):
+        clock.now += 0.2
+        work += 0.2 if number % 3 == 0 else 0.02
+        paused += yielding.pause()
+    assert work / (clock.now - 1000) == pytest.approx(0.25, abs=0.01)
+    assert paused / (clock.now - 1000) == pytest.approx(1 - 0.6 * 0.25 / 0.24, abs=0.01)
+
+
 def test_half_the_time_requests() -> None:
     """Ten seconds each, in turns: all of one half, a quarter of the other."""
     worked, _ = run(0.25, lambda now: int(now / 10) % 2, 0.2, 1000.0)
