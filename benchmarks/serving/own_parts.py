@@ -103,10 +103,7 @@ class OwnParts:
             self._ways.setdefault(streams, []).append(found)
 
     def _cold_adapters(self) -> None:
-        """Each for the first time, and again when it is there: uploaded before, and after the cache forgot it.
-
-        The base answers once in between: after an upload its own next answer is late, too, by some milliseconds.
-        """
+        """Each for the first time, and again when it is there: just uploaded, and after the cache forgot it."""
         uploaded, dropped, queue, cached, disk, peft = ([] for _ in range(6))
         packed: list[float] = []
         for _ in range(self._options.cold):
@@ -114,7 +111,6 @@ class OwnParts:
                 directory = self._cold.pop()
                 name = f"cold-{len(self._cold)}"
                 file, *rest = self._ours.server.stored(self._ours.server.upload(name, directory))
-                self._first_token()
                 if not forget:
                     seconds, queued = self._cold_seconds(name)
                     uploaded.append(seconds)
@@ -132,16 +128,14 @@ class OwnParts:
 
     def _cold_seconds(self, name: str) -> tuple[float, float]:
         """Time to first token, and in the queue: each less that of the same request once the adapter is there."""
-        (cold, cold_queue), (resident, resident_queue) = (self._first_token(Part(name)) for _ in range(2))
+        found = []
+        for text in self._prompts.take(2, self._options.prompt_tokens):
+            (answer,) = drive(self._url, self._wire, [[Request(text, (Part(name),), 1)]])
+            assert isinstance(answer.usage, Usage)
+            self.num_resent += answer.num_resent
+            found.append((answer.first_token, answer.usage.queue_seconds))
+        (cold, cold_queue), (resident, resident_queue) = found
         return cold - resident, cold_queue - resident_queue
-
-    def _first_token(self, *parts: Part) -> tuple[float, float]:
-        """Time to the first token of a new prompt, and in the queue."""
-        (text,) = self._prompts.take(1, self._options.prompt_tokens)
-        (answer,) = drive(self._url, self._wire, [[Request(text, parts, 1)]])
-        assert isinstance(answer.usage, Usage)
-        self.num_resent += answer.num_resent
-        return answer.first_token, answer.usage.queue_seconds
 
     @property
     def _long_tokens(self) -> int:

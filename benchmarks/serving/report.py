@@ -202,8 +202,8 @@ def _cold_line(cold: Cold) -> str:
     read_packed = _ms(cold.read_packed)
     packed = f", and the packed one that the server reads {read_packed}" if read_packed != "–" else ""
     line = (
-        f"A cold adapter, ms: {_ms(cold.uploaded)} on its first request where its bytes are in "
-        f"the page cache ({_ms(cold.queue)} of it in the queue; reading the file "
+        f"A cold adapter, ms: {_ms(cold.uploaded)} on its first request where it was just uploaded, its "
+        f"bytes still in the page cache ({_ms(cold.queue)} of it in the queue; reading the file "
         f"{_ms(cold.read_cached)}{packed}); "
         f"{_ms(cold.dropped)} where the cache had been told to drop it (reading the file {_ms(cold.read_disk)})"
     )

@@ -31,7 +31,7 @@ class Row:
 class Cold:
     """Seconds that an adapter costs when it is registered and not resident: medians over some adapters."""
 
-    uploaded: tuple[Figure, ...]  # uploaded before: its bytes are in the page cache
+    uploaded: tuple[Figure, ...]  # just uploaded: its bytes are still in the page cache
     dropped: tuple[Figure, ...]  # not there any more, nor what the server keeps of it packed
     queue: tuple[Figure, ...]  # of `uploaded`, what the server calls the queue: reading and placing
     read_cached: tuple[Figure, ...]  # reading the file that was published from the page cache

@@ -126,7 +126,7 @@ def _long_prompts(results: Results) -> Iterator[Target]:
 
 
 def _cold(results: Results) -> Target:
-    load, most, unit = "a cold adapter, its bytes in the page cache", 2, "× reading its bytes from the page cache"
+    load, most, unit = "a cold adapter, just uploaded", 2, "× reading its bytes from the page cache"
     cold = results.cold
     if cold is None:
         return at_most(load, None, most, unit)
