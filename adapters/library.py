@@ -21,7 +21,7 @@ from adapters.expression import Term
 from adapters.lora import BaseShape, LoraWeights
 from adapters.names import BASE, alias_fault, name_fault
 from adapters.peft import files as peft_format
-from adapters.pinned import Pinned
+from adapters.pinned import Pinned, hold
 from adapters.store.store import AdapterStore
 from adapters.viewpoint import Viewpoint, split_key
 
@@ -48,7 +48,7 @@ class Library:
         base_digest: str | None = None,
     ) -> None:
         self.catalog = catalog
-        self._store = store
+        self.store = store
         self.shape = shape
         self._is_parent = is_parent
         self._base = ServedBase(base_name, base_digest)
@@ -67,7 +67,7 @@ class Library:
             if len(self._views) >= _MAX_VIEWS:  # what they remember is found again
                 self._views.clear()
             catalog, base = self.catalog.of(viewpoint), self._base
-            view = Library(catalog, self._store, self.shape, base.name, self._is_parent, base.digest)
+            view = Library(catalog, self.store, self.shape, base.name, self._is_parent, base.digest)
             self._views[viewpoint] = view
         return view
 
@@ -89,9 +89,7 @@ class Library:
         """`pin`, for whoever doesn't need them to go with the base."""
         parts = self.catalog.resolve(terms, field)
         while True:
-            digests = [part.digest for part in parts]
-            self._store.pin(digests)
-            pinned = Pinned(parts, partial(self._store.unpin, digests))
+            pinned = hold(self.store, parts)
             try:
                 parts = self.catalog.resolve(terms, field)
             except BaseException:
@@ -118,10 +116,10 @@ class Library:
         self.check_name(name)
         adapter = peft_format.read(config_json, weights, self.shape)
         digest = adapter.weights.digest
-        self._store.pin([digest])  # others here who delete the same bytes ask again afterwards
+        self.store.pin([digest])  # others here who delete the same bytes ask again afterwards
         try:
             original = {peft_format.CONFIG_NAME: config_json}
-            with self._store.publishing(adapter, self._is_wanted, original) as num_bytes:
+            with self.store.publishing(adapter, self._is_wanted, original) as num_bytes:
                 version = self.catalog.publish(
                     name,
                     digest=digest,
@@ -136,7 +134,7 @@ class Library:
                     config={"lora": adapter.config.to_document(), **(source or {})},
                 )
         finally:
-            self._store.unpin([digest])
+            self.store.unpin([digest])
         return self._with_twin(self._told(version))
 
     def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
@@ -209,34 +207,34 @@ class Library:
             raise Conflict(f"{name}@{version} is a composition: its parts have the weights, download those")
         pinned = self._hold([Term(name, version)])
         try:
-            return self._store.open(pinned.parts[0].digest)
+            return self.store.open(pinned.parts[0].digest)
         finally:
             pinned.release()
 
     def keep(self, adapter: peft_format.PeftAdapter) -> int:
         """Store its bytes, which go with the next sweep or `discard` unless a version names them; how many."""
-        return self._store.put(adapter)
+        return self.store.put(adapter)
 
     def publishing(self, adapter: peft_format.PeftAdapter) -> AbstractContextManager[int]:
         """`keep`, for a block in which a version that names the bytes is committed; where it fails, they go."""
-        return self._store.publishing(adapter, self._is_wanted)
+        return self.store.publishing(adapter, self._is_wanted)
 
     def discard(self, *digests: str) -> None:
         """Remove bytes that were kept, unless somebody wants them."""
         for digest in digests:
-            self._store.discard(digest, self._is_wanted)
+            self.store.discard(digest, self._is_wanted)
 
     def load(self, digest: str) -> LoraWeights:
         """The weights of bytes that are held, whatever base they are for. Raises CorruptAdapter."""
-        return self._store.load(digest)
+        return self.store.load(digest)
 
     def verify(self, digest: str) -> None:
         """Read all bytes. Raises CorruptAdapter unless they have the digest."""
-        self._store.verify(digest)
+        self.store.verify(digest)
 
     def read(self, digest: str) -> peft_format.PeftAdapter:
         """The adapter of a pinned part, with its configuration. Raises CorruptAdapter."""
-        return self._store.read(digest, self.shape)
+        return self.store.read(digest, self.shape)
 
     def delete(self, name: str, force: bool = False) -> None:
         """Remove the adapter: no new request finds it, running ones end on its bytes.
@@ -255,13 +253,13 @@ class Library:
         """Put right what killed processes left, on the disk and in the catalog; what that came to. A catalog that
         other machines may be writing stays (`doctor --rebuild`). `is_known`: does the database know this job?
         """
-        found = Recovered() if self._store.is_shared else self.catalog.recover(self._store.is_whole, is_known)
+        found = Recovered() if self.store.is_shared else self.catalog.recover(self.store.is_whole, is_known)
         self.sweep()
         return found
 
     def sweep(self) -> None:
         """Remove bytes that nobody wants."""
-        self._store.sweep(self._is_wanted)
+        self.store.sweep(self._is_wanted)
 
     def _let_go(self, digests: Iterable[str]) -> None:
         """Of bytes whose versions are no more, whatever the disk says: the next sweep takes what stays."""
@@ -272,7 +270,7 @@ class Library:
         held = [f"{version.name}@{version.version}" for version in versions if self._is_needed(version)]
         if held:
             raise Conflict(f"a job needs {', '.join(held)}: cancel it, or wait for its end")
-        self._store.doubt(version.digest for version in versions if not version.parts)
+        self.store.doubt(version.digest for version in versions if not version.parts)
 
     def _is_needed(self, version: Version) -> bool:
         """By its own project's jobs: others' keep the bytes, whatever becomes of the name."""

@@ -16,6 +16,7 @@ from server.access.principal import EVERYBODY, Principal
 from server.api.access.authentication import principal_of
 from server.api.access.quotas import Incoming
 from server.api.access.slots import Places, Slots
+from server.api.generate.recent_pins import RecentPins
 from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
 from server.api.train.submission import Submissions
@@ -103,6 +104,7 @@ class Services:
     engine: EngineClient
     encoder: PromptEncoder
     library: Library
+    recent_pins: RecentPins
     metrics: Metrics
     guidance: Guidance
     base_name: str

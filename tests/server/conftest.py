@@ -20,11 +20,12 @@ from adapters.store.store import AdapterStore
 from server.access.access import open_access
 from server.api.app import create_app
 from server.api.deps import Services
+from server.api.generate.recent_pins import RecentPins
 from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
 from server.api.train.submission import Submissions
 from server.config import PREFIX, Settings
-from server.database import FILE_NAME, commits_of, connect
+from server.database import FILE_NAME, commits_of, connect, is_file
 from server.engine.structured.guidance import Guidance
 from server.home import Home
 from server.metrics.metrics import Metrics
@@ -187,6 +188,7 @@ def build_services(
         engine=engine,
         encoder=encoder,
         library=library,
+        recent_pins=RecentPins(commits_of(database, home) if is_file(database) else None),
         metrics=Metrics(lambda: engine.stats),
         guidance=guidance,
         base_name=BASE_NAME,

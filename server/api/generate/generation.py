@@ -12,8 +12,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from anyio import to_thread
-
 from adapters.catalog.catalog import Part, combine
 from adapters.errors import FieldError, InvalidInput
 from adapters.expression import Term, parse
@@ -191,7 +189,7 @@ async def start(
         await check_grammar(services, grammar, sampling)
     principal = services.principal
     await services.access.rates.take(principal, "tokens", len(token_ids) + n * sampling.max_tokens)
-    pinned = await to_thread.run_sync(services.library.pin, terms, field) if terms else Pinned(())
+    pinned = await services.recent_pins.pin(services.library, terms, field) if terms else Pinned(())
     try:
         request = GenerationRequest(
             request_id=f"gen-{uuid.uuid4().hex}",

@@ -1,0 +1,154 @@
+"""What an expression came to is used again while nobody commits, and not a moment longer."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from adapters.catalog.catalog import Catalog, Part
+from adapters.errors import CorruptAdapter, NotFound
+from adapters.expression import Term, parse
+from adapters.library import Library
+from adapters.store.store import AdapterStore
+from adapters.viewpoint import Viewpoint
+from server.api.generate.recent_pins import RecentPins
+from server.database import Commits, connect
+from tests.adapters.samples import SHAPE
+from tests.server.api.adapters.peft_files import peft_files
+
+
+class CountingCatalog(Catalog):
+    """Counts, over all projects, what it resolves."""
+
+    num = 0
+
+    def resolve(self, terms: Sequence[Term], field: str = "adapter") -> tuple[Part, ...]:
+        CountingCatalog.num += 1
+        return super().resolve(terms, field)
+
+
+class Registry:
+    """A library whose database two have open: `other` is another process's, as far as the file can tell."""
+
+    def __init__(self, home: Path) -> None:
+        self.engines = connect(home), connect(home)
+        self.store = AdapterStore(home / "adapters")
+        self.library, self.other = (self._library(engine) for engine in self.engines)
+        self.commits = Commits(home)
+        self._home = home
+
+    def _library(self, engine: sa.Engine) -> Library:
+        return Library(CountingCatalog(engine), self.store, SHAPE, "tiny-llama")
+
+    def publish(self, name: str, seed: int, by: Library | None = None) -> str:
+        config, weights = peft_files(seed, shape=SHAPE)
+        (self._home / "weights").write_bytes(weights)
+        return (by or self.library).publish(name, config, self._home / "weights").digest
+
+    def close(self) -> None:
+        self.commits.close()
+        for engine in self.engines:
+            engine.dispose()
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    CountingCatalog.num = 0
+    return Registry(tmp_path)
+
+
+async def ask(pins: RecentPins, library: Library, expression: str) -> tuple[list[str], int]:
+    """The digests, whose bytes are there, and how many were resolved for them."""
+    before = CountingCatalog.num
+    pinned = await pins.pin(library, parse(expression), "adapter")
+    digests = [part.digest for part in pinned.parts]
+    for digest in digests:
+        library.store.verify(digest)
+    pinned.release()
+    return digests, CountingCatalog.num - before
+
+
+@pytest.mark.anyio
+async def test_it_is_resolved_once_until_somebody_commits(registry: Registry) -> None:
+    pins, library = RecentPins(registry.commits), registry.library
+    first, second = registry.publish("a", 0), registry.publish("b", 1)
+    blend = "a*0.5+b*0.5"
+    assert await ask(pins, library, "a") == ([first], 2)
+    assert await ask(pins, library, blend) == ([first, second], 2)
+    for _ in range(3):
+        assert await ask(pins, library, "a") == ([first], 0)
+        assert await ask(pins, library, blend) == ([first, second], 0)
+
+    newer = registry.publish("a", 1, by=registry.other)
+    assert await ask(pins, library, "a") == ([newer], 2)
+    registry.other.point("a", "latest", 1)
+    assert await ask(pins, library, "a") == ([first], 2)
+    assert await ask(pins, library, "a") == ([first], 0)
+    registry.close()
+
+
+@pytest.mark.anyio
+async def test_what_was_deleted_is_gone_at_once(registry: Registry) -> None:
+    pins, library = RecentPins(registry.commits), registry.library
+    digest = registry.publish("a", 0)
+    await ask(pins, library, "a")
+    pinned = await pins.pin(library, parse("a"), "adapter")
+    registry.other.delete("a")
+    with pytest.raises(NotFound, match="no such adapter"):
+        await pins.pin(library, parse("a"), "adapter")
+    registry.store.verify(digest)  # whoever holds it still has it
+    pinned.release()
+    with pytest.raises(CorruptAdapter):
+        registry.store.verify(digest)
+    registry.close()
+
+
+@pytest.mark.anyio
+async def test_a_commit_while_it_is_held(registry: Registry) -> None:
+    """Between finding what it was and holding the bytes another deletes or publishes: what is there now counts."""
+    numbers = Numbers(registry.commits)
+    pins, library = RecentPins(numbers), registry.library
+    registry.publish("a", 0)
+    await ask(pins, library, "a")
+    numbers.before = [lambda: None, lambda: registry.publish("a", 1, by=registry.other)]
+    found, num = await ask(pins, library, "a")
+    assert (found, num) == ([registry.library.get("a").versions[-1].digest], 2)
+    await ask(pins, library, "a")
+    numbers.before = [lambda: None, lambda: registry.other.delete("a")]
+    with pytest.raises(NotFound):
+        await pins.pin(library, parse("a"), "adapter")
+    assert registry.store.digests() == []
+    registry.close()
+
+
+class Numbers:
+    """Those of `commits`, each after the next of what is to be done `before`."""
+
+    def __init__(self, commits: Callable[[], int]) -> None:
+        self.before: list[Callable[[], object]] = []
+        self._commits = commits
+
+    def __call__(self) -> int:
+        if self.before:
+            self.before.pop(0)()
+        return self._commits()
+
+
+@pytest.mark.anyio
+async def test_what_one_project_finds_another_does_not(registry: Registry) -> None:
+    pins, library = RecentPins(registry.commits), registry.library
+    registry.publish("a", 0)
+    await ask(pins, library, "a")
+    with pytest.raises(NotFound):
+        await pins.pin(library.of(Viewpoint("acme")), parse("a"), "adapter")
+    registry.close()
+
+
+@pytest.mark.anyio
+async def test_without_a_number_nothing_is_remembered(registry: Registry) -> None:
+    pins = RecentPins(None)
+    digest = registry.publish("a", 0)
+    for _ in range(2):
+        assert await ask(pins, registry.library, "a") == ([digest], 2)
+    registry.close()
