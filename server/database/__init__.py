@@ -20,6 +20,7 @@ from server.database.file import (
 from server.database.migrating import knows_schema, migrate
 from server.database.opening import (
     WORKER_PATIENCE_SECONDS,
+    commits_at_once,
     commits_of,
     connect,
     described,
@@ -36,6 +37,7 @@ __all__ = [
     "Place",
     "agree",
     "build_of",
+    "commits_at_once",
     "commits_of",
     "connect",
     "copy",

@@ -115,9 +115,17 @@ class Commits:
 
     def __call__(self) -> int:
         """For one thread at a time. While somebody is just committing, what it was before."""
-        with suppress(driver.OperationalError):
-            (self._last,) = self._connection.execute("PRAGMA data_version").fetchone()
+        if (number := self.now()) is not None:
+            self._last = number
         return self._last
+
+    def now(self) -> int | None:
+        """Likewise, but None where that can't be said, as while somebody is just committing without a log."""
+        try:
+            (number,) = self._connection.execute("PRAGMA data_version").fetchone()
+        except driver.Error:
+            return None
+        return int(number)
 
     def close(self) -> None:
         """Let go of the file."""

@@ -66,6 +66,14 @@ def commits_of(engine: sa.Engine, home: Path) -> Callable[[], int]:
     return notices_of(engine)
 
 
+def commits_at_once(engine: sa.Engine, home: Path) -> Callable[[], int | None]:
+    """The same for whoever must not miss one: None where that can't be said just now, or ever.
+
+    PostgreSQL tells of other processes' commits a moment late.
+    """
+    return file.Commits(home).now if is_file(engine) else lambda: None
+
+
 def records_of(engine: sa.Engine, adapters: Path) -> Records | None:
     """Of versions, beside their bytes: what the catalog is rebuilt from where the file under HOME is lost.
 

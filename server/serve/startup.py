@@ -17,7 +17,7 @@ from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
 from server.api.train.submission import Submissions
 from server.config import Settings
-from server.database import agree, commits_of, described, is_file, records_of
+from server.database import agree, commits_at_once, commits_of, described, records_of
 from server.database import connect as connect_database
 from server.engine.engine import EngineConfig
 from server.engine.watching.watchdog import Watchdog
@@ -120,8 +120,7 @@ def build(
         access=access,
         bucket=storage.bucket,
         tracer=open_tracer(),
-        # a database server tells of others' commits a moment late
-        recent_pins=RecentPins(commits_of(database, settings.home) if is_file(database) else None),
+        recent_pins=RecentPins(commits_at_once(database, settings.home)),
         estimator=Estimator(jobs, base.weights.num_parameters, training_dtype(base.dtype), base.device),
         decode=base.tokenizer.decode,
     )

@@ -25,7 +25,7 @@ from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
 from server.api.train.submission import Submissions
 from server.config import PREFIX, Settings
-from server.database import FILE_NAME, commits_of, connect, is_file
+from server.database import FILE_NAME, commits_at_once, commits_of, connect
 from server.engine.structured.guidance import Guidance
 from server.home import Home
 from server.metrics.metrics import Metrics
@@ -188,7 +188,7 @@ def build_services(
         engine=engine,
         encoder=encoder,
         library=library,
-        recent_pins=RecentPins(commits_of(database, home) if is_file(database) else None),
+        recent_pins=RecentPins(commits_at_once(database, home)),
         metrics=Metrics(lambda: engine.stats),
         guidance=guidance,
         base_name=BASE_NAME,

@@ -20,17 +20,17 @@ _MOST = 4096  # expressions; with more, all are resolved anew
 class RecentPins:
     """Pins what a library pins. For one event loop."""
 
-    def __init__(self, commits: Callable[[], int] | None) -> None:
-        """`commits` moves with any commit, at once; None: nothing is remembered."""
+    def __init__(self, commits: Callable[[], int | None]) -> None:
+        """`commits` moves with any commit, at once; while it says None, nothing is remembered."""
         self._commits = commits
         self._seen: int | None = None
         self._known: dict[tuple[Viewpoint, tuple[Term, ...]], tuple[tuple[Part, ...], tuple[str, ...]]] = {}
 
     async def pin(self, library: Library, terms: Sequence[Term], field: str) -> Pinned:
         """As `Library.pin`, which is asked where it isn't known."""
-        if self._commits is None:
+        if (seen := self._commits()) is None:
             return await to_thread.run_sync(library.pin, terms, field)
-        seen, key = self._commits(), (library.catalog.viewpoint, tuple(terms))
+        key = (library.catalog.viewpoint, tuple(terms))
         if seen != self._seen or len(self._known) >= _MOST:
             self._seen = seen
             self._known.clear()

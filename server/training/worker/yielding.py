@@ -90,10 +90,11 @@ class Yielding:
         It ends early once no requests run, or `go_on`, which is asked every few milliseconds, says no.
         """
         start = now = self._clock()
-        elapsed = min(start - self._since, _MAX_WORKED_SECONDS)
+        elapsed = start - self._since
         worked = min(self._work() - self._worked, elapsed)
         self._debt += worked / self._share - elapsed if self._share else float("inf")
-        until = start + self._debt
+        most = _MAX_WORKED_SECONDS * (1 / self._share - 1) if self._share else float("inf")
+        until = start + min(self._debt, most)
         while (busy := self._num_running()) and now < until and go_on():
             self._sleep(min(_LOOK_SECONDS, until - now))
             now = self._clock()

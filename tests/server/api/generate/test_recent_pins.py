@@ -1,6 +1,6 @@
 """What an expression came to is used again while nobody commits, and not a moment longer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,8 @@ from adapters.library import Library
 from adapters.store.store import AdapterStore
 from adapters.viewpoint import Viewpoint
 from server.api.generate.recent_pins import RecentPins
-from server.database import Commits, connect
+from server.database import FILE_NAME, Commits, connect
+from server.sqlite import driver
 from tests.adapters.samples import SHAPE
 from tests.server.api.adapters.peft_files import peft_files
 
@@ -36,15 +37,15 @@ class Registry:
         self.store = AdapterStore(home / "adapters")
         self.library, self.other = (self._library(engine) for engine in self.engines)
         self.commits = Commits(home)
-        self._home = home
+        self.home = home
 
     def _library(self, engine: sa.Engine) -> Library:
         return Library(CountingCatalog(engine), self.store, SHAPE, "tiny-llama")
 
     def publish(self, name: str, seed: int, by: Library | None = None) -> str:
         config, weights = peft_files(seed, shape=SHAPE)
-        (self._home / "weights").write_bytes(weights)
-        return (by or self.library).publish(name, config, self._home / "weights").digest
+        (self.home / "weights").write_bytes(weights)
+        return (by or self.library).publish(name, config, self.home / "weights").digest
 
     def close(self) -> None:
         self.commits.close()
@@ -71,7 +72,7 @@ async def ask(pins: RecentPins, library: Library, expression: str) -> tuple[list
 
 @pytest.mark.anyio
 async def test_it_is_resolved_once_until_somebody_commits(registry: Registry) -> None:
-    pins, library = RecentPins(registry.commits), registry.library
+    pins, library = RecentPins(registry.commits.now), registry.library
     first, second = registry.publish("a", 0), registry.publish("b", 1)
     blend = "a*0.5+b*0.5"
     assert await ask(pins, library, "a") == ([first], 2)
@@ -90,7 +91,7 @@ async def test_it_is_resolved_once_until_somebody_commits(registry: Registry) ->
 
 @pytest.mark.anyio
 async def test_what_was_deleted_is_gone_at_once(registry: Registry) -> None:
-    pins, library = RecentPins(registry.commits), registry.library
+    pins, library = RecentPins(registry.commits.now), registry.library
     digest = registry.publish("a", 0)
     await ask(pins, library, "a")
     pinned = await pins.pin(library, parse("a"), "adapter")
@@ -107,7 +108,7 @@ async def test_what_was_deleted_is_gone_at_once(registry: Registry) -> None:
 @pytest.mark.anyio
 async def test_a_commit_while_it_is_held(registry: Registry) -> None:
     """Between finding what it was and holding the bytes another deletes or publishes: what is there now counts."""
-    numbers = Numbers(registry.commits)
+    numbers = Numbers(registry.commits.now)
     pins, library = RecentPins(numbers), registry.library
     registry.publish("a", 0)
     await ask(pins, library, "a")
@@ -125,11 +126,11 @@ async def test_a_commit_while_it_is_held(registry: Registry) -> None:
 class Numbers:
     """Those of `commits`, each after the next of what is to be done `before`."""
 
-    def __init__(self, commits: Callable[[], int]) -> None:
+    def __init__(self, commits: Callable[[], int | None]) -> None:
         self.before: list[Callable[[], object]] = []
         self._commits = commits
 
-    def __call__(self) -> int:
+    def __call__(self) -> int | None:
         if self.before:
             self.before.pop(0)()
         return self._commits()
@@ -137,7 +138,7 @@ class Numbers:
 
 @pytest.mark.anyio
 async def test_what_one_project_finds_another_does_not(registry: Registry) -> None:
-    pins, library = RecentPins(registry.commits), registry.library
+    pins, library = RecentPins(registry.commits.now), registry.library
     registry.publish("a", 0)
     await ask(pins, library, "a")
     with pytest.raises(NotFound):
@@ -146,9 +147,31 @@ async def test_what_one_project_finds_another_does_not(registry: Registry) -> No
 
 
 @pytest.mark.anyio
-async def test_without_a_number_nothing_is_remembered(registry: Registry) -> None:
-    pins = RecentPins(None)
+async def test_while_it_cannot_be_said_whether_anybody_commits(registry: Registry) -> None:
+    """Names are resolved, and nothing is remembered."""
+    said: Iterator[int | None] = iter([None, None, 1, 1, None, 1, 1, 1, None, None])
+    pins, library = RecentPins(lambda: next(said)), registry.library
     digest = registry.publish("a", 0)
-    for _ in range(2):
-        assert await ask(pins, registry.library, "a") == ([digest], 2)
+    assert await ask(pins, library, "a") == ([digest], 2)
+    assert await ask(pins, library, "a") == ([digest], 2)
+    assert await ask(pins, library, "a") == ([digest], 2)  # and then it could be said
+    assert await ask(pins, library, "a") == ([digest], 2)  # not any more
+    assert await ask(pins, library, "a") == ([digest], 0)
+    assert await ask(pins, library, "a") == ([digest], 2)  # not once it was held
+    registry.close()
+
+
+def test_without_a_log_it_cannot_be_said_while_another_commits(registry: Registry) -> None:
+    for engine in registry.engines:
+        engine.dispose()
+    other = driver.connect(registry.home / FILE_NAME, isolation_level=None)
+    assert other.execute("PRAGMA journal_mode=DELETE").fetchone() == ("delete",)
+    before = registry.commits()
+    assert registry.commits.now() == before
+    other.execute("BEGIN EXCLUSIVE")
+    assert registry.commits.now() is None
+    assert registry.commits() == before
+    other.execute("ROLLBACK")
+    assert registry.commits.now() == before
+    other.close()
     registry.close()

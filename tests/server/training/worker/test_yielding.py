@@ -137,6 +137,19 @@ def test_a_step_that_got_less_earns_a_longer_one() -> None:
     assert paused / (clock.now - 1000) == pytest.approx(1 - 0.6 * 0.25 / 0.24, abs=0.01)
 
 
+def test_a_very_long_step() -> None:
+    """Of minutes: its work counts for what it was of its time, and for no more than half a minute's."""
+    clock = Clock()
+    work = 0.0
+    yielding = Yielding(lambda: 4, 0.25, work=lambda: work, clock=clock, sleep=clock.sleep)
+    clock.now += 200.0
+    work += 50.0
+    assert yielding.pause() == pytest.approx(0.0)
+    clock.now += 200.0
+    work += 200.0
+    assert yielding.pause() == pytest.approx(30.0 * 3, abs=0.1)
+
+
 def test_half_the_time_requests() -> None:
     """Ten seconds each, in turns: all of one half, a quarter of the other."""
     worked, _ = run(0.25, lambda now: int(now / 10) % 2, 0.2, 1000.0)
