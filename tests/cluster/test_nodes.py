@@ -1,6 +1,5 @@
 """Two machines, as two parts of Ray with a HOME each: upgraded and restarted in turn, no request fails."""
 
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,19 +23,6 @@ pytestmark = [*CLUSTER, needs_ray]
 Machines = tuple[UpProcess, UpProcess]
 
 
-def two_ports() -> int:
-    """The first of two that nobody has."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
-
-
 @pytest.fixture
 def machines(
     postgres: Postgres, bytes_url: str, long_base: Path, single: ServerProcess, tmp_path: Path
@@ -46,7 +32,7 @@ def machines(
     ray_port = free_port()
     with ExitStack() as stack:
         first = UpProcess(
-            tmp_path / "first", two_ports(), *shared, ray_port=ray_port, cpus=1, replicas=1, api=2, workers=1
+            tmp_path / "first", free_port(2), *shared, ray_port=ray_port, cpus=1, replicas=1, api=2, workers=1
         )
         stack.callback(first.close)
         first.wait(2)

@@ -2,7 +2,6 @@
 that may fail, Ray with engine replicas, API processes, a worker, and a second worker with a HOME of its own.
 """
 
-import socket
 import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -71,7 +70,7 @@ class Whole:
         self.database = connect(self.home, url=self.database_url)
         self._ends.callback(self.database.dispose)
         self.operator = self.key("operator", scopes=SCOPES)
-        port = _free_ports(num_apis)
+        port = free_port(num_apis)
         self.urls = [f"http://127.0.0.1:{port + number}" for number in range(num_apis)]
         self.up = self._run(
             *("cluster", "up"),
@@ -195,16 +194,3 @@ def _is(process: psutil.Process, part: Part) -> bool:
         return CHILD in words
     names = _CLI in words or Path(words[1] if len(words) > 1 else "").name == "smolora"
     return names and ("api" in words if part == "api" else "worker" in words)
-
-
-def _free_ports(number: int) -> int:
-    """The first of so many that follow each other."""
-    while True:
-        first = free_port()
-        if all(_is_free(first + index) for index in range(1, number)):
-            return first
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,14 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     raise AssertionError("the stream broke off")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port(number: int = 1) -> int:
+    """The first of so many neighbouring ports that nobody has.
+
+    None that the system gives to connections (32768 and above): one of those may be taken before it is used.
+    """
+    while True:
+        first = random.SystemRandom().randrange(10_000, 32_000)
+        with ExitStack() as probes, suppress(OSError):
+            for port in range(first, first + number):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
