@@ -188,10 +188,11 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 def free_port(number: int = 1) -> int:
     """The first of so many neighbouring ports that nobody has.
 
-    None that the system gives to connections (32768 and above): one of those may be taken before it is used.
+    None that the system gives to connections (32768 and above), which may be taken before it is used, and none
+    that Ray gives to its workers (10002 to 19999).
     """
     while True:
-        first = random.SystemRandom().randrange(10_000, 32_000)
+        first = random.SystemRandom().randrange(20_000, 32_000)
         with ExitStack() as probes, suppress(OSError):
             for port in range(first, first + number):
                 probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
