@@ -101,6 +101,7 @@ def _ours(run: Run, *, native: bool) -> Measured:
     else:
         start, _ = initial_weights(LoraSpec(rank=RANK, alpha=ALPHA), base, seed=0)
         trainable = trainable_rows(base, start, None, max_length=longest, dropout=0.0, library=library)
+        del start  # as a job has copied it and let it go
     examples = [Example(tuple(row), (False,) + (True,) * (len(row) - 1)) for row in run.rows]
     spec = TrainingSpec(
         epochs=1,

@@ -115,12 +115,16 @@ class SampleStep(ctypes.Structure):
 
 
 class TrainModule(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("row", "rank", "out_start", "out_features"))
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("row", "rank", "out_start", "out_features")),
+        *((name, ctypes.c_int64) for name in ("trained", "repeats", "a_start", "b_start")),
+        ("scaling", ctypes.c_double),
+    )
 
 
 class TrainGroup(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("a", "b", "d_a", "d_b")),
+        *((name, ctypes.c_void_p) for name in ("a", "b")),
         ("rows", ctypes.c_int64),
         ("modules", ctypes.c_void_p),
         ("num_modules", ctypes.c_int64),
@@ -131,7 +135,8 @@ class TrainGroup(ctypes.Structure):
 class TrainBatch(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_texts")),
-        *((name, ctypes.c_void_p) for name in ("token_ids", "starts", "lora")),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "starts", "lora", "gradients")),
+        ("num_gradients", ctypes.c_int64),
         ("factor", ctypes.c_double),
         ("has_backward", ctypes.c_int64),
         ("d_weights", ctypes.c_void_p),

@@ -194,23 +194,34 @@ class TrainBackward : public TrainForward {
         const int64_t column = (int64_t)i * kTile;
         const TrainModule* module = module_at(of.lora, column);
         if (module == nullptr) return;
+        float* y = room(scratch().y, kTile * module->rank);
         multiply_over_tokens_turned(&lora_hidden_T_[module->row * across_], across_, (int)module->rank, of.dy, of.out,
-                                    column, tokens_, of.lora.d_b + column * of.lora.rows + module->row, of.lora.rows,
-                                    scratch().product);
+                                    column, tokens_, y, module->rank, scratch().product);
+        add_scaled(y, module->rank, kTile, module->trained, 1,
+                   batch_.gradients + module->b_start + (column - module->out_start) * module->trained,
+                   module->trained);
     }
 
     static int num_of_a(const Outputs& of) { return of.lora.rows > 0 ? (int)(of.in / kTile) : 0; }
+    void a_gradient(const Outputs& of, int64_t column) {
+        const bf16* x = of.lora.kept != nullptr ? lora_input_.data() : of.x;
+        float* y = room(scratch().y, of.lora.rows * kTile);
+        multiply_over_tokens(d_lora_hidden_T_.data(), across_, (int)of.lora.rows, x, of.in, column, tokens_, y, kTile,
+                             scratch().product);
+        for (int64_t i = 0; i < of.lora.num_modules; i++) {
+            const TrainModule& module = of.lora.modules[i];
+            for (int64_t repeat = 0; repeat < module.repeats; repeat++)
+                add_scaled(y + (module.row + repeat * module.trained) * kTile, kTile, module.trained, kTile,
+                           (float)module.scaling, batch_.gradients + module.a_start + column, of.in);
+        }
+    }
+
     static int pieces_of_w(const Outputs& of) { return (int)((of.out + kProductRows - 1) / kProductRows); }
     static int num_of_a_and_w(const Outputs& of) {
         return num_of_a(of) + (of.d_w != nullptr ? (int)(of.in / kTile) * pieces_of_w(of) : 0);
     }
     void a_or_w_gradient(const Outputs& of, int i) {
-        if (i < num_of_a(of)) {
-            const int64_t column = (int64_t)i * kTile;
-            const bf16* x = of.lora.kept != nullptr ? lora_input_.data() : of.x;
-            return multiply_over_tokens(d_lora_hidden_T_.data(), across_, (int)of.lora.rows, x, of.in, column, tokens_,
-                                        of.lora.d_a + column, of.in, scratch().product);
-        }
+        if (i < num_of_a(of)) return a_gradient(of, (int64_t)i * kTile);
         i -= num_of_a(of);
         const int64_t column = (int64_t)(i / pieces_of_w(of)) * kTile;
         const int64_t row = (int64_t)(i % pieces_of_w(of)) * kProductRows;

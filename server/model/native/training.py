@@ -15,7 +15,7 @@ import torch
 
 from server.model.base.config import ModelConfig
 from server.model.base.weights import BaseWeights
-from server.model.native.abi import TRAIN_PHASES, TrainBatch, TrainGroup, TrainModule, call, columns, take_phases
+from server.model.native.abi import TRAIN_PHASES, TrainBatch, TrainGroup, TrainModule, call, take_phases
 from server.model.native.base import check_base, create, tensor_names
 from server.model.ops.norms import rotary_table
 from server.model.row_layout import GROUPS, GroupKey, GroupLayout
@@ -29,20 +29,20 @@ class NativeRows:
     num_rows: int  # a multiple of ROW_UNIT
     out_start: int  # of the features that they reach in the group's fused output
     out_features: int
+    trained: int  # of the rows, the first ones
+    a_start: int  # in the flat gradients: of A's, (trained, in)
+    b_start: int  # and of B's, (out_features, trained)
+    scaling: float  # that A includes
+    repeats: int = 1  # 2 where as many rows of A follow that are the same but for a constant
 
 
 @dataclass(frozen=True, eq=False)
 class NativeGroup:
-    """One layer's group: bf16 a (rows, in) and b (rows, out), scalings included, and where their gradients go.
-
-    b is zero outside the features of each module's rows, and its gradient (out, rows) isn't written there.
-    """
+    """One layer's group: bf16 a (rows, in), scalings included, and b (rows, out), zero outside of its modules."""
 
     a: torch.Tensor
     b: torch.Tensor
     modules: Sequence[NativeRows]
-    d_a: torch.Tensor  # fp32, (rows, in)
-    d_b: torch.Tensor
 
 
 class NativeTraining:
@@ -60,12 +60,13 @@ class NativeTraining:
         *,
         max_positions: int,
         num_threads: int,
+        gradients: torch.Tensor | None = None,
         d_weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Reads weights and groups where they lie. Raises NativeUnavailable for a base that it does not cover.
 
-        Gradients of the weights are added to `d_weights`, fp32 tensors by the names of `weights.tensors()`;
-        without them the base is frozen.
+        Gradients of A and B are added to `gradients`, fp32 and flat (None where there are no groups), those of the
+        weights to `d_weights`, fp32 tensors by the names of `weights.tensors()`: without them the base is frozen.
 
         All methods raise MemoryError, and ValueError where anything would be read or written outside of what was
         given; they can be called again after either.
@@ -77,10 +78,16 @@ class NativeTraining:
         self._weights = weights
         self._rotary = rotary_table(max_positions, config.head_dim, config.rope_theta)
         self._groups = groups
-        self._tables = [_modules(group) for group in groups.values()]  # held, since C++ reads them
+        gradients = torch.zeros(0) if gradients is None else gradients
+        if gradients.dtype is not torch.float32 or gradients.ndim != 1 or not gradients.is_contiguous():
+            raise ValueError("the gradients must be fp32, in one row")
+        self._gradients = gradients
+        self._tables = []  # held, since C++ reads them
         self._lora = (TrainGroup * (config.num_layers * len(GROUPS)))()
-        for (key, group), table in zip(groups.items(), self._tables, strict=True):
+        for key, group in groups.items():
             _check_group(config, key, group)
+            table = _modules(group)
+            self._tables.append(table)
             self._lora[_place(key)] = _describe(group, table)
         self._d_weights = None if d_weights is None else _gradients(weights, d_weights)
         self._num_tokens = 0  # of the last forward pass
@@ -115,6 +122,8 @@ class NativeTraining:
             token_ids=token_ids.data_ptr(),
             starts=starts.ctypes.data,
             lora=ctypes.addressof(self._lora),
+            gradients=self._gradients.data_ptr(),
+            num_gradients=len(self._gradients),
             factor=factor,
             has_backward=has_backward,
             d_weights=None if self._d_weights is None else ctypes.addressof(self._d_weights),
@@ -199,9 +208,16 @@ def _place(key: GroupKey) -> int:
     return layer * len(GROUPS) + tuple(GROUPS).index(group)
 
 
-def _modules(group: NativeGroup) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    rows = [(m.row, m.num_rows, m.out_start, m.out_features) for m in group.modules]
-    return np.array(rows, np.int64).reshape(-1, columns(TrainModule))
+def _modules(group: NativeGroup) -> ctypes.Array[TrainModule]:
+    return (TrainModule * len(group.modules))(
+        *(
+            TrainModule(
+                *(m.row, m.num_rows, m.out_start, m.out_features),
+                *(m.trained, m.repeats, m.a_start, m.b_start, m.scaling),
+            )
+            for m in group.modules
+        )
+    )
 
 
 def _check_group(config: ModelConfig, key: GroupKey, group: NativeGroup) -> None:
@@ -209,14 +225,9 @@ def _check_group(config: ModelConfig, key: GroupKey, group: NativeGroup) -> None
     layout = GroupLayout.of(key[1], config.shape)
     a_shape = (len(group.a), layout.in_features)
     b_shape = (len(group.a), sum(layout.out_features.values()))
-    for name, tensor, shape, dtype in (
-        ("a", group.a, a_shape, torch.bfloat16),
-        ("b", group.b, b_shape, torch.bfloat16),
-        ("d_a", group.d_a, a_shape, torch.float32),
-        ("d_b", group.d_b, b_shape[::-1], torch.float32),
-    ):
-        if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous():
-            raise ValueError(f"{name} of {key} must be {dtype}, contiguous, and of shape {shape}")
+    for name, tensor, shape in (("a", group.a, a_shape), ("b", group.b, b_shape)):
+        if tensor.shape != shape or tensor.dtype is not torch.bfloat16 or not tensor.is_contiguous():
+            raise ValueError(f"{name} of {key} must be bf16, contiguous, and of shape {shape}")
 
 
 def _mask(kept: torch.Tensor, num_tokens: int, group: NativeGroup) -> int:
@@ -227,14 +238,12 @@ def _mask(kept: torch.Tensor, num_tokens: int, group: NativeGroup) -> int:
     return kept.data_ptr()
 
 
-def _describe(group: NativeGroup, table: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> TrainGroup:
+def _describe(group: NativeGroup, table: ctypes.Array[TrainModule]) -> TrainGroup:
     return TrainGroup(
         group.a.data_ptr(),
         group.b.data_ptr(),
-        group.d_a.data_ptr(),
-        group.d_b.data_ptr(),
         group.a.shape[0],
-        table.ctypes.data,
+        ctypes.addressof(table),
         len(table),
         None,
     )

@@ -10,6 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -44,6 +45,11 @@ class Trainable(Protocol):
     def masters(self) -> torch.Tensor: ...
     @property
     def gradients(self) -> torch.Tensor: ...
+    @property
+    def has_own_threads(self) -> bool:
+        """Whether it computes in threads of its own, and leaves too little to torch for several of torch's."""
+        ...
+
     def refresh(self) -> None:
         """Copy the masters to what the forward reads."""
         ...
@@ -98,6 +104,10 @@ class Trainer:
 
         Raises TrainingDiverged where the loss or a gradient is not finite.
         """
+        with _torch_threads(1 if self.trainable.has_own_threads else torch.get_num_threads()):
+            return self._run_step(yield_or_leave)
+
+    def _run_step(self, yield_or_leave: Callable[[], None]) -> StepResult:
         started = time.perf_counter()
         rows = self._rows(self.step)
         num_targets = sum(sum(self._examples[row].is_target) for row in rows)
@@ -186,6 +196,17 @@ class Trainer:
             eps=EPSILON,
             maximize=False,
         )
+
+
+@contextmanager
+def _torch_threads(number: int) -> Iterator[None]:
+    """Torch computes in so many meanwhile. Those that have nothing to do spin for a while, on others' cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def shuffled(num_rows: int, seed: int, epoch: int) -> list[int]:

@@ -40,6 +40,7 @@ class NativePass:
             self._groups,
             max_positions=max_length,
             num_threads=torch.get_num_threads(),
+            gradients=rows.gradients,
             d_weights=d_weights,
         )
 
@@ -49,7 +50,7 @@ class NativePass:
         before = torch.tensor(batch.before, dtype=torch.int64)
         loss, d_rows = self._training.loss(hidden[before], torch.tensor(batch.targets, dtype=torch.int64), factor)
         self._training.backward(torch.zeros_like(hidden).index_copy_(0, before, d_rows))
-        self._rows.add_gradients({key: (group.d_a, group.d_b.t()) for key, group in self._groups.items()})
+        self._rows.dropout = None
         return loss
 
     def measure(self, batch: MicroBatch) -> Measured:
@@ -83,9 +84,12 @@ def _native(group: TrainedGroup) -> NativeGroup:
             -(-(module.rows.stop - module.rows.start) // ROW_UNIT) * ROW_UNIT,
             module.features.start,
             module.features.stop - module.features.start,
+            module.a.shape[0],
+            int(module.d_a.storage_offset()),
+            int(module.d_b.storage_offset()),
+            module.scaling,
+            repeats=1 if module.start is None else 2,  # A lies in A - A₀ as well
         )
         for module in group.modules
     ]
-    a, b = group.a.detach(), group.b.detach()
-    d_a, d_b = (torch.zeros(leaf.shape, dtype=torch.float32) for leaf in (a, b.t()))
-    return NativeGroup(a, b, modules, d_a, d_b)
+    return NativeGroup(group.a.detach(), group.b.detach(), modules)

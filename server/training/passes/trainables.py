@@ -43,6 +43,10 @@ class TrainableRows:
     def gradients(self) -> torch.Tensor:
         return self.rows.gradients
 
+    @property
+    def has_own_threads(self) -> bool:
+        return isinstance(self.passes, NativePass)
+
     def refresh(self) -> None:
         self.rows.refresh()
 
@@ -93,6 +97,10 @@ class TrainableModel:
         self._leaves = dict(self.weights.tensors())
         self._d_leaves = dict(_views(base.weights, self.gradients).tensors())
         self.passes = self._torch_pass() if library is None else self._native_pass(library, base, max_length)
+
+    @property
+    def has_own_threads(self) -> bool:
+        return False  # every weight is updated by torch
 
     def accumulate(self, batch: MicroBatch, factor: float) -> float:
         return self.passes.accumulate(batch, factor)

@@ -2,8 +2,8 @@
 
 `masters` is one flat fp32 vector of every module's A and B, which the optimizer moves in place. The forward pass
 reads copies in the compute dtype, the leaves: two for each layer's group, of its A and of its B.
-`add_gradients` adds theirs up in a flat fp32 vector after every micro-batch, so that no sum over micro-batches
-is rounded to 16 bits.
+Their gradients are added up in a flat fp32 vector after every micro-batch, so that no sum over micro-batches is
+rounded to 16 bits.
 
 An adapter that starts with a share B₀A₀ of W itself (PiSSA, OLoRA) gets it taken off again by frozen rows, so
 that W stays as it is. Taking it off as it stands would leave the difference of two large terms, of which 16 bits
@@ -14,7 +14,6 @@ keep little. The leaves hold the same difference with the large terms gone, as a
 It is what is published, too, and exactly 0 before the first step.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +52,6 @@ class TrainedGroup:
     modules: tuple[TrainedModule, ...]
     a: torch.Tensor
     b: torch.Tensor
-
-
-Gradients = Mapping[GroupKey, tuple[torch.Tensor, torch.Tensor]]
-"""Of a layer's group's leaves."""
 
 
 class _AddLora(torch.autograd.Function):
@@ -100,7 +95,7 @@ class _AddLora(torch.autograd.Function):
 class TrainedRows:
     """The parameters of one adapter in training.
 
-    `dropout` is set for one micro-batch; `add_gradients` ends it, so that it is off in evaluations.
+    `dropout` is set for one micro-batch; whoever adds up its gradients ends it, so that it is off in evaluations.
     """
 
     def __init__(
@@ -159,19 +154,13 @@ class TrainedRows:
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Add the leaves' gradients to `gradients`, and clear them and the dropout."""
-        found: dict[GroupKey, tuple[torch.Tensor, torch.Tensor]] = {}
-        for key, group in self.groups.items():
-            if group.a.grad is not None and group.b.grad is not None:
-                found[key] = group.a.grad, group.b.grad
-            group.a.grad = group.b.grad = None
-        self.add_gradients(found)
-
-    @torch.no_grad()
-    def add_gradients(self, found: Gradients) -> None:
-        """Add these to `gradients`, and clear the dropout."""
         self.dropout = None
-        for key, (d_a, d_b) in found.items():
-            for module in self.groups[key].modules:
+        for group in self.groups.values():
+            d_a, d_b = group.a.grad, group.b.grad
+            group.a.grad = group.b.grad = None
+            if d_a is None or d_b is None:
+                continue
+            for module in group.modules:
                 rank = module.a.shape[0]
                 d_rows = d_a[module.rows]
                 module.d_a.add_(d_rows[:rank], alpha=module.scaling)

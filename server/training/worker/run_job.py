@@ -9,6 +9,7 @@ it tried again, or ends where the base can't be loaded, which is no job's fault.
 import ctypes
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,7 +86,7 @@ def main(argument: str) -> int:
                 # from here on the store keeps what is published as a server loads it, too
                 PackedAdapters(store, RowLayout(base.config.shape, ROW_FORMAT))
             library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
-            work = _seconds_of_all_cores if base.device.type == "cpu" else None
+            work = partial(_seconds_of_all, torch.get_num_threads()) if base.device.type == "cpu" else None
             yielding = Yielding(BusyFlag(settings.home).read, settings.train_share, work=work)
             reporter = JobReporter(link, leases, claim, yielding, trace)
             if isinstance(job.spec, MergeSpec):
@@ -120,9 +121,9 @@ def main(argument: str) -> int:
     return EXIT_DONE
 
 
-def _seconds_of_all_cores() -> float:
+def _seconds_of_all(num_threads: int) -> float:
     """How long this process would have computed so far, had its threads never waited for a core."""
-    return time.process_time() / torch.get_num_threads()
+    return time.process_time() / num_threads
 
 
 def _end_without_base(link: WorkerLink, error: StartupError) -> int:

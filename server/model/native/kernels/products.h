@@ -121,6 +121,16 @@ inline void multiply_over_tokens(const bf16* x_T, int64_t x_stride, int outputs,
     multiply<add>(x_T, x_stride, outputs, panel, (tokens + 1) / 2, y, y_stride);
 }
 
+// to (rows, columns) += by * y
+inline void add_scaled(const float* y, int64_t y_stride, int64_t rows, int64_t columns, float by, float* to,
+                       int64_t to_stride) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < columns; i++) {
+            float& sum = to[row * to_stride + i];
+            sum = std::fma(by, y[row * y_stride + i], sum);
+        }
+}
+
 // y (32, outputs), rows `y_stride` apart: the transpose of what `multiply_over_tokens` gives; outputs is a multiple of
 // 16.
 inline void multiply_over_tokens_turned(const bf16* x_T, int64_t x_stride, int outputs, const bf16* dy, int64_t out,

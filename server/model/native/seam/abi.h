@@ -138,13 +138,17 @@ struct SampleStep {
 
 // Training.
 
-struct TrainModule {  // `rank` rows of A and B, in units of kRowUnit; B is zero outside the module's features
-    int64_t row, rank, out_start, out_features;
+// `rank` rows of A and B, in units of kRowUnit; B is zero outside the module's features. The first `trained` rows of
+// both are trained: the backward pass adds `scaling` times the gradient of A to `gradients` from a_start on, as
+// (trained, in), and that of B from b_start on, as (features, trained). Where `repeats` is 2, as many rows of A follow
+// that are the same but for a constant; their gradient is added likewise.
+struct TrainModule {
+    int64_t row, rank, out_start, out_features, trained, repeats, a_start, b_start;
+    double scaling;
 };
 
-struct TrainGroup {  // one layer's group: A (rows, in), B (rows, out), and where their gradients go
+struct TrainGroup {  // one layer's group: A (rows, in) and B (rows, out)
     const bf16 *a, *b;
-    float *d_a, *d_b;  // (rows, in), and (out, rows), as B is in what is trained
     int64_t rows;
     const TrainModule* modules;
     int64_t num_modules;
@@ -154,7 +158,9 @@ struct TrainGroup {  // one layer's group: A (rows, in), B (rows, out), and wher
 struct TrainBatch {  // texts one after the other; text i has the tokens [starts[i], starts[i + 1])
     int64_t num_tokens, num_texts;
     const int64_t *token_ids, *starts;
-    const TrainGroup* lora;   // (layers, kGroups)
+    const TrainGroup* lora;  // (layers, kGroups)
+    float* gradients;        // of all modules
+    int64_t num_gradients;
     double factor;            // of the features that are kept
     int64_t has_backward;     // whether a backward pass may follow; else nothing is kept for it
     float* const* d_weights;  // of the base's tensors, in their order: what the backward pass adds their gradients to,

@@ -149,7 +149,7 @@ inline void check_sampling(const BaseSizes& sizes, const SampleStep& step) {
 // Of the table of a base: embed, those of the layers, final_norm and lm_head.
 inline int64_t num_tensors(const BaseSizes& sizes) { return 3 + sizes.layers * kLayerTensors; }
 
-inline void check_group(const BaseSizes& sizes, const TrainGroup& lora, int group) {
+inline void check_group(const BaseSizes& sizes, const TrainGroup& lora, int group, int64_t num_gradients) {
     if (lora.rows < 0 || lora.rows % kRowUnit) refuse("%ld rows: they come in units of %d", lora.rows, kRowUnit);
     for (int64_t i = 0; i < lora.num_modules; i++) {
         const TrainModule& module = lora.modules[i];
@@ -160,6 +160,13 @@ inline void check_group(const BaseSizes& sizes, const TrainGroup& lora, int grou
             module.out_features % kTile)
             refuse("module %ld has %ld outputs from %ld on, of %ld", i, module.out_features, module.out_start,
                    out_features(sizes, group));
+        if (module.trained < 1 || module.repeats < 1 || module.repeats > 2 ||
+            module.trained > module.rank / module.repeats)
+            refuse("module %ld trains %ld times %ld of its %ld rows", i, module.repeats, module.trained, module.rank);
+        if (!is_within(module.a_start, module.trained * in_features(sizes, group), num_gradients) ||
+            !is_within(module.b_start, module.trained * module.out_features, num_gradients))
+            refuse("module %ld has gradients from %ld and %ld on, of %ld", i, module.a_start, module.b_start,
+                   num_gradients);
     }
 }
 
@@ -176,5 +183,6 @@ inline void check_batch(const BaseSizes& sizes, const TrainBatch& batch) {
     check_ids(sizes, batch.token_ids, batch.num_tokens);
     for (int64_t i = 0; batch.d_weights != nullptr && i < num_tensors(sizes); i++)
         if (batch.d_weights[i] == nullptr) refuse("tensor %ld has no gradient", i);
-    for (int64_t i = 0; i < sizes.layers * kGroups; i++) check_group(sizes, batch.lora[i], (int)(i % kGroups));
+    for (int64_t i = 0; i < sizes.layers * kGroups; i++)
+        check_group(sizes, batch.lora[i], (int)(i % kGroups), batch.num_gradients);
 }

@@ -15,7 +15,7 @@ from server.model.native.sampling import SampleTable
 from server.model.native.training import NativeTraining
 from server.model.rank_rows import RankRows
 from tests.native_kit import SHAPES, native_library, native_model
-from tests.server.model.native.test_refused_batches import groups_of
+from tests.server.model.native.test_refused_batches import training_of
 from tests.tiny import save_tiny_base
 
 LENGTH, COPIES = 400, 12
@@ -35,8 +35,7 @@ def model(base: BaseModel) -> NativeModel:
 
 @pytest.fixture(scope="module")
 def training(base: BaseModel) -> NativeTraining:
-    groups = groups_of(base)
-    return NativeTraining(native_library(), base.config, base.weights, groups, max_positions=LENGTH, num_threads=2)
+    return training_of(base, native_library(), max_positions=LENGTH, num_threads=2)
 
 
 @pytest.fixture(scope="module")

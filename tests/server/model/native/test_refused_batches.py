@@ -15,6 +15,8 @@ from server.model.row_layout import GROUPS, GroupKey, GroupLayout
 from tests.native_kit import SHAPES, native_library
 from tests.tiny import save_tiny_base
 
+NUM_GRADIENTS = 1_000_000  # more than all modules of `base` need
+
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
@@ -29,26 +31,41 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 
 def groups_of(base: BaseModel) -> dict[GroupKey, NativeGroup]:
-    groups = {}
+    groups: dict[GroupKey, NativeGroup] = {}
+    end = 0  # of the gradients so far
     for layer in range(base.config.num_layers):
         for name in GROUPS:
             layout = GroupLayout.of(name, base.config.shape)
             modules, row, out_start = [], 0, 0
             for out in layout.out_features.values():
-                modules.append(NativeRows(row, 16, out_start, out))
-                row, out_start = row + 16, out_start + out
+                b_start = end + 16 * layout.in_features
+                modules.append(NativeRows(row, 16, out_start, out, 16, end, b_start, 1.0))
+                row, out_start, end = row + 16, out_start + out, b_start + 16 * out
             a, b = (torch.zeros(row, size, dtype=torch.bfloat16) for size in (layout.in_features, out_start))
-            groups[layer, name] = NativeGroup(a, b, modules, a.float(), b.t().float().contiguous())
+            groups[layer, name] = NativeGroup(a, b, modules)
+    assert end <= NUM_GRADIENTS
     return groups
 
 
 def training_of(
-    base: BaseModel, library: ctypes.CDLL, changed: NativeGroup | None = None, key: GroupKey = (1, "qkv")
+    base: BaseModel,
+    library: ctypes.CDLL,
+    changed: NativeGroup | None = None,
+    key: GroupKey = (1, "qkv"),
+    gradients: torch.Tensor | None = None,
+    max_positions: int = 8,
+    num_threads: int = 1,
 ) -> NativeTraining:
     groups = groups_of(base)
     if changed is not None:
         groups[key] = changed
-    return NativeTraining(library, base.config, base.weights, groups, max_positions=8, num_threads=1)
+    gradients = torch.zeros(NUM_GRADIENTS) if gradients is None else gradients
+    return NativeTraining(
+        *(library, base.config, base.weights, groups),
+        max_positions=max_positions,
+        num_threads=num_threads,
+        gradients=gradients,
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,6 +80,14 @@ def training_of(
         (1, {"out_start": 200}, "module 1 has 64 outputs from 200 on"),
         (1, {"out_features": 40}, "module 1 has 40 outputs"),
         (1, {"out_features": -32}, "module 1 has -32 outputs"),
+        (1, {"trained": 17}, "module 1 trains 1 times 17 of its 16 rows"),
+        (1, {"trained": 0}, "module 1 trains 1 times 0 of its 16 rows"),
+        (2, {"trained": 9, "repeats": 2}, "module 2 trains 2 times 9 of its 16 rows"),
+        (2, {"repeats": 0}, "module 2 trains 0 times 16 of its 16 rows"),
+        (0, {"a_start": -1}, "module 0 has gradients from -1 and "),
+        (0, {"a_start": NUM_GRADIENTS - 1}, f"on, of {NUM_GRADIENTS}"),
+        (0, {"b_start": -1}, r"module 0 has gradients from \d+ and -1 on"),
+        (0, {"b_start": NUM_GRADIENTS - 1}, f"and {NUM_GRADIENTS - 1} on, of {NUM_GRADIENTS}"),
     ],
 )
 def test_modules_in_training(
@@ -83,8 +108,6 @@ def test_modules_in_training(
         ("a", lambda x: x[:, :64].contiguous()),
         ("b", lambda x: x[:16]),
         ("b", lambda x: x.t().contiguous().t()),
-        ("d_a", lambda x: x.bfloat16()),
-        ("d_b", lambda x: x.t().contiguous()),
     ],
 )
 def test_matrices_in_training(
@@ -95,6 +118,12 @@ def test_matrices_in_training(
     wrong = replace(group, **changed)
     with pytest.raises(ValueError, match=rf"{name} of \(1, 'qkv'\) must be"):
         training_of(base, library, wrong)
+
+
+@pytest.mark.parametrize("gradients", [torch.zeros(8, 8), torch.zeros(8).bfloat16(), torch.zeros(16)[::2]])
+def test_gradients_are_flat(base: BaseModel, library: ctypes.CDLL, gradients: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="gradients must be fp32, in one row"):
+        training_of(base, library, gradients=gradients)
 
 
 def test_a_batch_of_training(base: BaseModel, library: ctypes.CDLL) -> None:

@@ -190,6 +190,29 @@ def test_a_loss_that_is_no_number_says_so(grouped: BaseModel, library: ctypes.CD
             Trainer(trainable, examples, TrainingSpec(max_steps=1, max_length=64)).run_step()
 
 
+@pytest.mark.parametrize("is_native", [True, False])
+def test_beside_native_threads_torch_has_one(grouped: BaseModel, library: ctypes.CDLL, is_native: bool) -> None:
+    start, given = random_adapter(grouped.config.shape, 1), library if is_native else None
+    trainable = trainable_rows(grouped, start, None, max_length=8, dropout=0.0, library=given)
+    examples = [Example((3, 4, 5), (False, True, True))]
+    trainer = Trainer(trainable, examples, TrainingSpec(max_steps=2, max_length=64))
+    seen: list[int] = []
+
+    def leave() -> None:
+        seen.append(torch.get_num_threads())
+        raise InterruptedError
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(InterruptedError):
+            trainer.run_step(leave)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1 if is_native else 3]
+
+
 def test_a_base_that_native_code_does_not_cover_is_torchs(tmp_path: Path, library: ctypes.CDLL) -> None:
     base = tiny_of(tmp_path, "one group", intermediate_size=72)
     said: list[str] = []

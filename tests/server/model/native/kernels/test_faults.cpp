@@ -107,7 +107,8 @@ TEST(a_step_of_training_without_memory) {
         return status;
     };
     expect(pass(Native::training(base, 2)) == kOk, "it works");
-    const auto expected = texts.gradients, expected_of_base = of_base.values;
+    const auto expected = texts.gradients;
+    const auto expected_of_base = of_base.values;
     for (int failing : {1, 1000})
         fail_each_in_turn(failing, [&] {
             const Native fresh = Native::training(base, 3);
@@ -115,7 +116,7 @@ TEST(a_step_of_training_without_memory) {
             const int status = pass(fresh);
             if (status == kOk) return status;
             pause_failing();  // it is used on
-            for (auto& gradient : texts.gradients) std::fill(gradient.begin(), gradient.end(), 0);
+            std::fill(texts.gradients.begin(), texts.gradients.end(), 0);
             of_base.clear();
             if (pass(fresh) != kOk || texts.gradients != expected || of_base.values != expected_of_base)
                 return (int)kFailed;

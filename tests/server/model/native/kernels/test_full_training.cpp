@@ -4,7 +4,7 @@
 namespace {
 
 // Its loss and the gradients of all tensors.
-double accumulate(const Native& native, const Texts& texts, std::vector<bf16>& hidden) {
+double accumulate(const Native& native, Texts& texts, std::vector<bf16>& hidden) {
     const TrainBatch batch = texts.batch();
     std::vector<bf16> d_hidden(hidden.size());
     double loss = 0;

@@ -15,7 +15,7 @@ struct SomeGroup {
         : in(in) {
         int64_t row = 0, column = 0;
         for (size_t i = 0; i < ranks.size(); i++) {
-            if (ranks[i]) modules.push_back({row, ranks[i], column, outs[i]});
+            if (ranks[i]) modules.push_back({row, ranks[i], column, outs[i], ranks[i], 1, 0, 0, 1});
             row += ranks[i], column += outs[i];
         }
         out = column;
@@ -25,7 +25,7 @@ struct SomeGroup {
             for (int64_t r = module.row; r < module.row + module.rank; r++)
                 for (int64_t c = module.out_start; c < module.out_start + module.out_features; c++)
                     b[r * out + c] = to_bf16((float)random.uniform(-1, 1));
-        lora = {a.data(), b.data(), nullptr, nullptr, row, modules.data(), (int64_t)modules.size(), nullptr};
+        lora = {a.data(), b.data(), row, modules.data(), (int64_t)modules.size(), nullptr};
     }
 };
 

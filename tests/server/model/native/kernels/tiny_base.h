@@ -215,7 +215,7 @@ struct Texts {
     std::vector<TrainGroup> lora;
     std::vector<std::vector<TrainModule>> modules;
     std::vector<std::vector<bf16>> weights;
-    std::vector<std::vector<float>> gradients;
+    std::vector<float> gradients;
     std::vector<std::vector<uint8_t>> kept;
     double factor = 1;
     std::vector<float*> d_weights;  // of the base's tensors; none: it is frozen
@@ -232,8 +232,10 @@ struct Texts {
             const int group = (int)(i % kGroups);
             int64_t row = 0, out_start = 0;
             for (int64_t out : base.outs(group)) {
-                const int64_t rank = i == kO ? 0 : row ? 16 : 32;
-                if (rank) modules[i].push_back({row, rank, out_start, out});
+                const int64_t rank = i == kO ? 0 : row ? 16 : 32, trained = rank - (row ? 3 : 0);
+                const auto a_start = (int64_t)gradients.size(), b_start = a_start + trained * base.in(group);
+                if (rank) modules[i].push_back({row, rank, out_start, out, trained, 1, a_start, b_start, 1});
+                gradients.resize(b_start + trained * out);
                 row += rank, out_start += out;
             }
             weights.push_back(random_bf16(random, (size_t)(row * base.in(group)), 0.2));
@@ -242,23 +244,42 @@ struct Texts {
                 for (int64_t r = module.row; r < module.row + module.rank; r++)
                     for (int64_t c = module.out_start; c < module.out_start + module.out_features; c++)
                         weights.back()[r * out_start + c] = to_bf16((float)random.uniform(-0.2, 0.2));
-            gradients.emplace_back(row * base.in(group)), gradients.emplace_back(row * out_start);
             kept.emplace_back(has_dropout ? num_tokens * base.in(group) : 0);
             for (auto& of : kept.back()) of = (uint8_t)(random.below(4) > 0);
-            lora.push_back({nullptr, nullptr, nullptr, nullptr, row, nullptr, (int64_t)modules[i].size(), nullptr});
+            lora.push_back({nullptr, nullptr, row, nullptr, (int64_t)modules[i].size(), nullptr});
         }
         for (int64_t i = 0; i < num_groups; i++) {
             lora[i].a = weights[2 * i].data(), lora[i].b = weights[2 * i + 1].data();
-            lora[i].d_a = gradients[2 * i].data(), lora[i].d_b = gradients[2 * i + 1].data();
             lora[i].modules = modules[i].data(), lora[i].kept = has_dropout ? kept[i].data() : nullptr;
         }
         if (has_dropout) factor = 4.0 / 3;
     }
-    TrainBatch batch(bool has_backward = true) const {
+    TrainBatch batch(bool has_backward = true) {
         const bool is_frozen = d_weights.empty();
-        return {num_tokens,       (int64_t)starts.size() - 1,
-                token_ids.data(), starts.data(),
-                lora.data(),      factor,
-                has_backward,     is_frozen ? nullptr : d_weights.data()};
+        return {num_tokens,
+                (int64_t)starts.size() - 1,
+                token_ids.data(),
+                starts.data(),
+                lora.data(),
+                gradients.data(),
+                (int64_t)gradients.size(),
+                factor,
+                has_backward,
+                is_frozen ? nullptr : d_weights.data()};
+    }
+    // Of weights[i], laid out as they are.
+    std::vector<float> gradient(const TinyBase& base, size_t i) const {
+        std::vector<float> found(weights[i].size());
+        const int64_t in = base.in((int)(i / 2 % kGroups));
+        const int64_t out = lora[i / 2].rows ? (int64_t)weights[i / 2 * 2 + 1].size() / lora[i / 2].rows : 0;
+        for (const TrainModule& module : modules[i / 2])
+            for (int64_t r = 0; r < module.trained; r++) {
+                for (int64_t c = 0; i % 2 == 0 && c < in; c++)
+                    found[(module.row + r) * in + c] = gradients[module.a_start + r * in + c];
+                for (int64_t c = 0; i % 2 == 1 && c < module.out_features; c++)
+                    found[(module.row + r) * out + module.out_start + c] =
+                        gradients[module.b_start + c * module.trained + r];
+            }
+        return found;
     }
 };
