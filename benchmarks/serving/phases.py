@@ -165,7 +165,7 @@ def measured(model: NativeModel, step: Step, repeats: int) -> Found:
 def _runner(model: NativeModel, step: Step) -> Callable[[], None]:
     config, streams = model.config, step.streams
     blocks = -(-(step.context + step.tokens) // BLOCK)
-    shape = (config.num_layers, streams * blocks, BLOCK, config.num_kv_heads, config.head_dim)
+    shape = (streams * blocks, config.num_layers, BLOCK, config.num_kv_heads, config.head_dim)
     k, v = (torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2))
     tables = np.arange(streams * blocks, dtype=np.int32)
     rows = RankRows(config.shape, max_rank=1, row_format=ROW_FORMAT, device=torch.device("cpu"))

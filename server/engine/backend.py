@@ -102,5 +102,6 @@ class NativeBackend:
         return RankRows(self.config.shape, max_rank=max_rank, row_format=ROW_FORMAT, device=torch.device("cpu"))
 
     def forward(self, num_blocks: int, block_size: int, rows: RankRows) -> Forward:
-        cache = PagedCache(self.config, num_blocks, block_size, torch.bfloat16, torch.device("cpu"))
+        device = torch.device("cpu")
+        cache = PagedCache(self.config, num_blocks, block_size, torch.bfloat16, device, by_block=True)
         return NativeForward(self._model, cache, rows)

@@ -76,7 +76,7 @@ class NativeForward:
 
     def __init__(self, model: NativeModel, cache: PagedCache, rows: RankRows) -> None:
         self._model = model
-        self._cache = cache
+        self.cache = cache
         self._adapters = _Kept(lambda runs: NativeLora(rows, runs))
 
     def hidden(self, decodes: Seq[Chunk], prefills: Seq[Chunk]) -> torch.Tensor:
@@ -92,8 +92,8 @@ class NativeForward:
             np.array(_token_ids(chunks), np.int64),
             np.array(runs, np.int64),
             np.array([block for table in tables for block in table], np.int32),
-            self._cache.k,
-            self._cache.v,
+            self.cache.k,
+            self.cache.v,
             self._adapters.of(chunks),
         )
 

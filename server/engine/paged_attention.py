@@ -23,14 +23,24 @@ class PagedCache:
     """Keys and values of every layer: (layers, num_blocks, block_size, kv_heads, head_dim) each.
 
     Zeroed, so that padding is finite; on a CPU the pages are taken from the system as they are written.
+    `by_block`: (num_blocks, layers, ...) in its place, so that a block's numbers lie together, and pages that are
+    taken for it hold hardly anything else.
     """
 
     def __init__(
-        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        by_block: bool = False,
     ) -> None:
         self.config = config
         self.block_size = block_size
-        shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        first = (num_blocks, config.num_layers) if by_block else (config.num_layers, num_blocks)
+        shape = (*first, block_size, config.num_kv_heads, config.head_dim)
         self.k = _zeros(shape, dtype, device)
         self.v = _zeros(shape, dtype, device)
 

@@ -119,7 +119,7 @@ class NativeModel:
 
         token_ids (tokens,); runs (runs, 5): a run's first token, the one after its last, the position of its
         first, where its sequence's block table starts in `blocks`, and of how many of its last tokens the hidden
-        states are wanted; caches (layers, num_blocks, block_size, kv_heads, head_dim). Raises ValueError where
+        states are wanted; caches (num_blocks, layers, block_size, kv_heads, head_dim). Raises ValueError where
         anything of it would be read or written outside of what is there, and MemoryError; the model can be used
         on after either.
         """
@@ -144,7 +144,7 @@ class NativeModel:
             num_table_blocks=blocks.size,
             k=k_cache.data_ptr(),
             v=v_cache.data_ptr(),
-            num_blocks=k_cache.shape[1],
+            num_blocks=k_cache.shape[0],
             block_size=k_cache.shape[2],
             pools=ctypes.addressof(lora.pools),
             modules=lora.modules.ctypes.data,
@@ -192,7 +192,7 @@ class NativeModel:
 
     def _check_cache(self, cache: torch.Tensor) -> None:
         config = self.config
-        shape = (config.num_layers, *cache.shape[1:3], config.num_kv_heads, config.head_dim)
+        shape = (*cache.shape[:1], config.num_layers, *cache.shape[2:3], config.num_kv_heads, config.head_dim)
         if cache.dtype is not torch.bfloat16 or cache.shape != shape or not cache.is_contiguous():
             raise ValueError(
                 f"a cache must be bf16, contiguous, and of {config.num_layers} layers, {config.num_kv_heads} kv "

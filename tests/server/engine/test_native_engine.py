@@ -1,6 +1,7 @@
 """The engine over the native forward: a request gets the same in any company, bit for bit, in 16 bits."""
 
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,13 +9,17 @@ import pytest
 import torch
 
 from server.engine.engine import Engine
+from server.engine.forwards import NativeForward
+from server.engine.paged_attention import PagedCache
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import SchedulerLimits
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
+from server.model.huge_pages import HUGE_PAGE
 from server.model.native.model import NativeModel
 from tests.engine_kit import GREEDY, build_engine, random_adapter, refs, run
 from tests.native_kit import native_model
+from tests.server.model.test_rank_rows import pages_there
 from tests.tiny import save_tiny_base
 
 LENGTHS = (5, 70, 1, 64, 66, 130, 17, 33, 9, 100, 65, 3)
@@ -65,6 +70,18 @@ def test_a_prompt_is_read_at_once_where_nobody_waits(base: BaseModel) -> None:
     assert engine.has_work
     engine.step()
     assert not engine.has_work
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mincore is asked")
+def test_blocks_that_nobody_used_take_no_memory(base: BaseModel) -> None:
+    deep = replace(base.config, num_layers=30)
+    cache = PagedCache(deep, 2000, 16, torch.bfloat16, torch.device("cpu"), by_block=True)
+    for tensor in (cache.k, cache.v):
+        tensor[7:9] = 1
+        assert pages_there(tensor) * tensor.nbytes <= 2 * HUGE_PAGE
+    engine = build_engine(base, native=native_model(base, num_threads=2))
+    assert isinstance(engine.runner.forward, NativeForward)
+    assert engine.runner.forward.cache.k.shape[:2] == (engine.blocks.num_blocks, base.config.num_layers)
 
 
 def check_company(base: BaseModel, strength: float, num_tokens: int) -> None:

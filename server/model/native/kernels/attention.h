@@ -18,16 +18,17 @@ struct AttentionScratch {  // of one thread
     std::vector<const bf16*> keys, values;  // where each `kPositions` of the sequence lie
 };
 
-// One layer's, (num_blocks, kv_heads, block_size / 16, 16 · head_dim): of 16 positions the keys as [head_dim /
-// 2][16][2], the values as [head_dim / 32][8][32][2], two positions side by side.
+// One layer's: each block (kv_heads, block_size / 16, 16 · head_dim), `stride` numbers behind the one before. Of 16
+// positions the keys lie as [head_dim / 2][16][2], the values as [head_dim / 32][8][32][2], two positions side by side.
 struct CacheView {
     bf16 *k, *v;
     int block_size, kv_heads, head_dim;
+    size_t stride;
 
     // Where the sequence's positions [16 · index, 16 · index + 16) begin.
     size_t offset(const int32_t* blocks, int index, int kv_head) const {
         const int each = block_size / kPositions;
-        return (((size_t)blocks[index / each] * kv_heads + kv_head) * each + index % each) * kPositions * head_dim;
+        return blocks[index / each] * stride + (size_t)(kv_head * each + index % each) * kPositions * head_dim;
     }
 
     void put_key(const int32_t* blocks, int position, int kv_head, const float* key) const {

@@ -99,7 +99,7 @@ struct ServeStep {
     const ServeRun* runs;
     const int32_t* blocks;  // the runs' block tables, one after the other
     int64_t num_table_blocks;
-    bf16 *k, *v;  // (layers, num_blocks, block_size, kv_heads, head_dim)
+    bf16 *k, *v;  // (num_blocks, layers, block_size, kv_heads, head_dim)
     int64_t num_blocks, block_size;
     const LoraPool* pools;  // of each group
     const LoraModule* modules;

@@ -42,11 +42,11 @@ class Model {
         clock_.begin();
         check_step(s_, step);
         prepare(step);
-        const int64_t layer_size = step.num_blocks * step.block_size * s_.kv_heads * s_.head_dim;
+        const int64_t size = step.block_size * s_.kv_heads * s_.head_dim;  // of a layer's part of a block
         const int last = (int)s_.layers - 1;
         auto cache = [&](int layer) {
-            return CacheView{step.k + layer * layer_size, step.v + layer * layer_size, (int)step.block_size,
-                             (int)s_.kv_heads, (int)s_.head_dim};
+            return CacheView{step.k + layer * size, step.v + layer * size, (int)step.block_size,
+                             (int)s_.kv_heads,      (int)s_.head_dim,      (size_t)(s_.layers * size)};
         };
         auto begin = [&] {
             embed(step);

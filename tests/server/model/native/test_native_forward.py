@@ -144,7 +144,7 @@ class Cache:
 
     def __post_init__(self) -> None:
         config = self.config
-        shape = (config.num_layers, self.num_blocks, self.block_size, config.num_kv_heads, config.head_dim)
+        shape = (self.num_blocks, config.num_layers, self.block_size, config.num_kv_heads, config.head_dim)
         self.k, self.v = (torch.full(shape, 1e3, dtype=torch.bfloat16) for _ in range(2))
         self._free = random.Random(0).sample(range(self.num_blocks), self.num_blocks)
 

@@ -56,7 +56,7 @@ def step(model: NativeModel) -> Callable[[], None]:
     """A prompt many times, and a token after each position."""
     config = model.config
     blocks = -(-LENGTH // 16)
-    shape = (config.num_layers, COPIES * blocks, 16, config.num_kv_heads, config.head_dim)
+    shape = (COPIES * blocks, config.num_layers, 16, config.num_kv_heads, config.head_dim)
     k, v = (torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2))
     lora = NativeLora(RankRows(config.shape, max_rank=1, row_format=ROW_FORMAT, device=torch.device("cpu")), [])
     ids = np.arange(COPIES * LENGTH, dtype=np.int64) % config.vocab_size

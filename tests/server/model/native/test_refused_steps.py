@@ -58,7 +58,7 @@ class Step:
 
     def __post_init__(self) -> None:
         config = self.base.config
-        shape = (config.num_layers, NUM_BLOCKS, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+        shape = (NUM_BLOCKS, config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2))
         adapter = random_adapter(config.shape, 0, rank=4, dtype=torch.bfloat16)
         placement = place(self.rows, [adapter])[0]
@@ -159,11 +159,11 @@ SERVING: dict[str, tuple[Callable[[Step], None], str]] = {
     "runs of 32 bits": (set_to("runs", lambda step: step.runs.astype(np.int32)), "must be int64"),
     "blocks of 64 bits": (set_to("blocks", lambda step: step.blocks.astype(np.int64)), "blocks int32"),
     "runs of three numbers": (set_to("runs", lambda step: step.runs[:, :3].copy()), "runs must be of 5 numbers"),
-    "a cache of fewer layers": (set_to("k", lambda step: step.k[1:]), "a cache must be bf16"),
+    "a cache of fewer layers": (set_to("k", lambda step: step.k[:, 1:].contiguous()), "a cache must be bf16"),
     "a cache of other heads": (set_to("v", lambda step: step.v[:, :, :, :1].contiguous()), "a cache must be bf16"),
     "a cache in fp32": (set_to("k", lambda step: step.k.float()), "a cache must be bf16"),
-    "a cache that is a view": (set_to("k", lambda step: step.k[:, ::2]), "a cache must be bf16, contiguous"),
-    "caches of two sizes": (set_to("v", lambda step: step.v[:, 1:].contiguous()), "caches of one shape"),
+    "a cache that is a view": (set_to("k", lambda step: step.k[::2]), "a cache must be bf16, contiguous"),
+    "caches of two sizes": (set_to("v", lambda step: step.v[1:].contiguous()), "caches of one shape"),
     "a segment behind the tokens": (segment(1, 22), r"segment 0 has the tokens \[0, 22\) of 21"),
     "a segment before the tokens": (segment(0, -1), r"segment 0 has the tokens \[-1, 20\)"),
     "a segment the wrong way round": (segment(1, -1), r"segment 0 has the tokens \[0, -1\)"),

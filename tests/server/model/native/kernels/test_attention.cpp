@@ -37,7 +37,7 @@ struct Cache {
     Cache(Random& random, int length, int block_size, int kv_heads, int dim) : dim(dim) {
         const int used = (length + block_size - 1) / block_size, num_blocks = 2 * used + 1;
         k.assign((size_t)num_blocks * block_size * kv_heads * dim, 0x7fc0), v = k;
-        view = {k.data(), v.data(), block_size, kv_heads, dim};
+        view = {k.data(), v.data(), block_size, kv_heads, dim, (size_t)block_size * kv_heads * dim};
         for (int i = 0; i < used; i++) blocks.push_back(2 * used - 2 * i - (i % 2));
         for (int i = 0; i < length * kv_heads * dim; i++) {
             keys.push_back(to_float(to_bf16((float)random.uniform(-2, 2))));
@@ -58,7 +58,7 @@ TEST(what_is_put_into_a_paged_cache) {
         for (int head = 0; head < 3; head++) {
             const int dim = 64, block_size = 32;
             std::vector<bf16> k((size_t)3 * block_size * 3 * dim, 0x7fc0), v = k;
-            const CacheView view{k.data(), v.data(), block_size, 3, dim};
+            const CacheView view{k.data(), v.data(), block_size, 3, dim, (size_t)block_size * 3 * dim};
             float numbers[64];
             for (int d = 0; d < dim; d++) numbers[d] = (float)(d + 1);
             view.put_key(blocks, position, head, numbers), view.put_value(blocks, position, head, numbers);
