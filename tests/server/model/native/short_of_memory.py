@@ -62,7 +62,7 @@ def main(base_dir: str, library_dir: str) -> None:
     said("threads")
 
     rows = RankRows(config.shape, max_rank=1, row_format=ROW_FORMAT, device=torch.device("cpu"))
-    shape = (config.num_layers, LONG // 16, 16, config.num_kv_heads, config.head_dim)
+    shape = (LONG // 16, config.num_layers, 16, config.num_kv_heads, config.head_dim)
     k, v = (torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2))
     lora, blocks = NativeLora(rows, []), np.arange(LONG // 16, dtype=np.int32)
 
