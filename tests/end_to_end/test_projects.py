@@ -148,6 +148,7 @@ def test_what_was_counted_survives_a_kill(tenants: Tenants) -> None:
         assert isinstance(row, dict)
         return row
 
+    time.sleep(1)  # until what was asked above is counted
     before = counted()
     answers = [tenants.generate("acme", f"{number} bottles", max_tokens=5, n=2) for number in range(6)]
     time.sleep(1)
