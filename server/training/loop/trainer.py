@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -104,7 +104,7 @@ class Trainer:
 
         Raises TrainingDiverged where the loss or a gradient is not finite.
         """
-        with _torch_threads(1 if self.trainable.has_own_threads else torch.get_num_threads()):
+        with _one_torch_thread() if self.trainable.has_own_threads else nullcontext():
             return self._run_step(yield_or_leave)
 
     def _run_step(self, yield_or_leave: Callable[[], None]) -> StepResult:
@@ -199,10 +199,10 @@ class Trainer:
 
 
 @contextmanager
-def _torch_threads(number: int) -> Iterator[None]:
-    """Torch computes in so many meanwhile. Those that have nothing to do spin for a while, on others' cores."""
+def _one_torch_thread() -> Iterator[None]:
+    """Torch computes in one thread meanwhile: several spin after each operation, on the cores that others need."""
     before = torch.get_num_threads()
-    torch.set_num_threads(number)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
