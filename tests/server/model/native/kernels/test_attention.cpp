@@ -36,8 +36,9 @@ struct Cache {
 
     Cache(Random& random, int length, int block_size, int kv_heads, int dim) : dim(dim) {
         const int used = (length + block_size - 1) / block_size, num_blocks = 2 * used + 1;
-        k.assign((size_t)num_blocks * block_size * kv_heads * dim, 0x7fc0), v = k;
-        view = {k.data(), v.data(), block_size, kv_heads, dim, (size_t)block_size * kv_heads * dim};
+        const size_t size = (size_t)block_size * kv_heads * dim, stride = 3 * size;  // of the second of three layers
+        k.assign(num_blocks * stride, 0x7fc0), v = k;
+        view = {k.data() + size, v.data() + size, block_size, kv_heads, dim, stride};
         for (int i = 0; i < used; i++) blocks.push_back(2 * used - 2 * i - (i % 2));
         for (int i = 0; i < length * kv_heads * dim; i++) {
             keys.push_back(to_float(to_bf16((float)random.uniform(-2, 2))));
@@ -57,13 +58,13 @@ TEST(what_is_put_into_a_paged_cache) {
     for (int position = 0; position < 64; position++)
         for (int head = 0; head < 3; head++) {
             const int dim = 64, block_size = 32;
-            std::vector<bf16> k((size_t)3 * block_size * 3 * dim, 0x7fc0), v = k;
-            const CacheView view{k.data(), v.data(), block_size, 3, dim, (size_t)block_size * 3 * dim};
+            const size_t size = (size_t)block_size * 3 * dim, stride = 2 * size;  // of the second of two layers
+            std::vector<bf16> k(3 * stride, 0x7fc0), v = k;
+            const CacheView view{k.data() + size, v.data() + size, block_size, 3, dim, stride};
             float numbers[64];
             for (int d = 0; d < dim; d++) numbers[d] = (float)(d + 1);
             view.put_key(blocks, position, head, numbers), view.put_value(blocks, position, head, numbers);
-            const size_t block = (size_t)blocks[position / 32] * 3 + head;
-            const size_t first = (block * 2 + position % 32 / 16) * 16 * dim;
+            const size_t first = size + blocks[position / 32] * stride + (head * 2 + position % 32 / 16) * 16 * dim;
             const int inside = position % 16;
             for (int d = 0; d < dim; d++) {
                 expect(to_float(k[first + (d / 2 * 16 + inside) * 2 + d % 2]) == numbers[d], "key %d", d);
