@@ -21,12 +21,13 @@ def with_range(values: Sequence[float], form: Callable[[float], str]) -> str:
     return median if low == high else f"{median} ({low}–{high})"
 
 
-def spread(value: Spread | None, unit: str) -> str:
-    """A ratio with its range over the rounds."""
+def spread(value: Spread | None, unit: str, digits: int = 2) -> str:
+    """A ratio with its range over the rounds, with so many digits behind the point."""
     if value is None:
         return "–"
-    text = f"{value.median:.2f} {unit}".rstrip()
-    return text if f"{value.low:.2f}" == f"{value.high:.2f}" else f"{text} ({value.low:.2f}–{value.high:.2f})"
+    median, low, high = (f"{each:.{digits}f}" for each in (value.median, value.low, value.high))
+    text = f"{median} {unit}".rstrip()
+    return text if low == high else f"{text} ({low}–{high})"
 
 
 def number(value: float) -> str:

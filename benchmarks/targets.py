@@ -22,13 +22,21 @@ class Target:
 def at_least(load: str, ratio: Spread | None, least: float, unit: str) -> Target:
     """Reached where the median over the rounds is `least` or more."""
     reached = None if ratio is None else ratio.median >= least
-    return Target(load, f"≥ {least:g} {unit}", spread(ratio, unit), reached)
+    return _target(load, "≥", ratio, least, unit, reached)
 
 
 def at_most(load: str, ratio: Spread | None, most: float, unit: str) -> Target:
     """Reached where the median over the rounds is `most` or less."""
     reached = None if ratio is None else ratio.median <= most
-    return Target(load, f"≤ {most:g} {unit}", spread(ratio, unit), reached)
+    return _target(load, "≤", ratio, most, unit, reached)
+
+
+def _target(load: str, sign: str, ratio: Spread | None, bound: float, unit: str, reached: bool | None) -> Target:
+    """With as many digits as show that it is missed, two or more."""
+    digits = 2
+    while ratio is not None and not reached and digits < 6 and round(ratio.median, digits) == round(bound, digits):
+        digits += 1
+    return Target(load, f"{sign} {bound:.3g} {unit}", spread(ratio, unit, digits), reached)
 
 
 def unmeasured(targets: Sequence[Target]) -> list[Target]:

@@ -119,7 +119,7 @@ def _targets(row: Row) -> Iterator[Target]:
         yield at_least(row.work.title, ratio, least, f"× {side}")
     if row.work.most_memory is not None:
         ratio = median_ratio(row.memory(row.ours), row.memory(COMPILED))
-        yield at_most(row.work.title, ratio, round(row.work.most_memory, 2), f"of the peak RSS of: {COMPILED}")
+        yield at_most(row.work.title, ratio, row.work.most_memory, f"of the peak RSS of: {COMPILED}")
 
 
 def _notes(results: Results) -> Iterator[str]:

@@ -78,6 +78,12 @@ def test_a_target_is_judged_by_the_median() -> None:
     assert [target.reached for target in found] == [True, False, True, False, None]
     assert "| b | ≥ 1.6 × | 1.59 × (1.00–2.00) | **no** |" in target_table(found)
     assert "| e | ≥ 1.6 × | – | – |" in target_table(found)
+    near = [
+        at_most("f", Spread(0.3322, 0.269, 0.3335), 1 / 3, "×"),
+        at_most("g", Spread(0.5004, 0.4, 0.6), 0.5, "×"),
+    ]
+    assert "| f | ≤ 0.333 × | 0.33 × (0.27–0.33) | yes |" in target_table(near)
+    assert "| g | ≤ 0.5 × | 0.5004 × (0.4000–0.6000) | **no** |" in target_table(near)
     assert {target.reached for target in unmeasured(found)} == {None}
 
 
