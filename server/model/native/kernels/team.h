@@ -3,6 +3,10 @@
 // In a phase each thread has neighbouring items of its own, and then helps the others with theirs, so that a thread
 // that the system takes away for a moment holds the others up by one item only. What an item computes doesn't depend on
 // who computes it.
+//
+// Two threads of a team on one of several processors take turns, each phase twice as long, and Linux lets them: it
+// moves no thread that ran just now, and these always did. So a thread that waits for another on its own processor
+// moves.
 #pragma once
 #include <sched.h>
 
@@ -19,7 +23,8 @@
 class Team {
   public:
     // Throws std::system_error where a thread can't be started, and std::bad_alloc.
-    explicit Team(int size) : size_(size), next_(size) {
+    explicit Team(int size) : size_(size), next_(size), processors_(size) {
+        for (Counter& processor : processors_) processor.value = -1;
         try {
             for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { work(i); });
         } catch (...) {
@@ -42,6 +47,7 @@ class Team {
         jobs_.fetch_add(1);
         jobs_.notify_all();
         number_ = 0;
+        note_processor();
         job();
         if (has_failed_.load(std::memory_order_relaxed)) std::rethrow_exception(std::exchange(failure_, nullptr));
     }
@@ -103,6 +109,7 @@ class Team {
             jobs_.wait(seen, std::memory_order_acquire);  // asleep between steps
             seen = jobs_.load(std::memory_order_acquire);
             if (job_ == nullptr) return;
+            note_processor();
             (*job_)();
         }
     }
@@ -113,6 +120,7 @@ class Team {
         for (auto& thread : threads_) thread.join();
     }
     void barrier() {
+        note_processor();
         unsigned phase = phases_.load(std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
             arrived_.store(0, std::memory_order_relaxed);
@@ -125,13 +133,32 @@ class Team {
         }
     }
     template <class Condition>
-    static void wait(Condition condition) {
+    void wait(Condition condition) {
         for (int i = 0; !condition(); i++) {
-            if (i < kSpins)
+            if (i < kSpins) {
                 _mm_pause();
-            else
-                sched_yield();  // whoever should meet the condition may need this core
+                continue;
+            }
+            if (i == kSpins) leave_shared_processor();
+            sched_yield();  // whoever should meet the condition may need this processor
         }
+    }
+    void note_processor() { processors_[number_].value.store(sched_getcpu(), std::memory_order_relaxed); }
+    // To one that none of the team was last seen on, where there is one and another was seen here.
+    void leave_shared_processor() {
+        const int here = sched_getcpu();
+        bool is_shared = false;
+        cpu_set_t allowed, free;
+        if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;  // more processors than a set holds
+        free = allowed;
+        for (int i = 0; i < size_; i++) {
+            const int processor = processors_[i].value.load(std::memory_order_relaxed);
+            is_shared |= i != number_ && processor == here;
+            CPU_CLR(processor, &free);
+        }
+        if (!is_shared || CPU_COUNT(&free) == 0) return;
+        if (sched_setaffinity(0, sizeof free, &free) == 0) sched_setaffinity(0, sizeof allowed, &allowed);
+        note_processor();
     }
 
     static constexpr int kSpins = 2000;
@@ -143,6 +170,7 @@ class Team {
     std::atomic<bool> has_failed_{false};
     alignas(64) std::atomic<unsigned> jobs_{0};
     std::vector<Counter> next_;
+    std::vector<Counter> processors_;  // that each thread was last seen on
     alignas(64) std::atomic<int> next_first_{0};
     alignas(64) std::atomic<int> done_{0};
     alignas(64) std::atomic<int> arrived_{0};

@@ -1,5 +1,6 @@
 #include "kernels/team.h"
 
+#include <chrono>
 #include <stdexcept>
 
 #include "check.h"
@@ -104,4 +105,35 @@ TEST(many_failures_are_one) {
         }
         expect(has_thrown, "it must come out");
     }
+}
+
+// Both of two threads begin on one processor of several, and may go where they want to.
+TEST(threads_on_one_processor_part) {
+    constexpr int kPhases = 40, kSoon = 10;
+    cpu_set_t allowed, one;
+    expect(sched_getaffinity(0, sizeof allowed, &allowed) == 0, "no affinity");
+    if (CPU_COUNT(&allowed) < 2) return;
+    CPU_ZERO(&one);
+    for (int i = 0; CPU_COUNT(&one) == 0; i++)
+        if (CPU_ISSET(i, &allowed)) CPU_SET(i, &one);
+    auto work = [](int) {
+        const auto begun = std::chrono::steady_clock::now();
+        while (std::chrono::steady_clock::now() - begun < std::chrono::microseconds(100)) {
+        }
+    };
+    Team team(2);
+    int at[kPhases][2];
+    team.run([&] {
+        sched_setaffinity(0, sizeof one, &one);
+        sched_setaffinity(0, sizeof allowed, &allowed);
+        for (auto& phase : at) {
+            phase[Team::number()] = sched_getcpu();
+            team.each(2, work);
+        }
+    });
+    int together = 0;
+    while (together < kPhases && at[together][0] == at[together][1]) together++;
+    expect(together <= kSoon, "together for %d phases", together);
+    cpu_set_t after;
+    expect(sched_getaffinity(0, sizeof after, &after) == 0 && CPU_EQUAL(&after, &allowed), "the affinity is another");
 }
