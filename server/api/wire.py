@@ -3,14 +3,18 @@
 import json
 from collections.abc import Mapping
 
+from pydantic_core import to_json
 from starlette.responses import Response
 
-_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_strict = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def encode(document: object) -> bytes:
     """The document's bytes. Raises ValueError on NaN and infinities, which JSON does not have."""
-    return _encoder.encode(document).encode()
+    encoded = to_json(document, inf_nan_mode="constants")
+    if b"NaN" in encoded or b"Infinity" in encoded:  # as a number, or only in a text
+        return _strict.encode(document).encode()
+    return encoded
 
 
 def event(document: object, name: str | None = None) -> bytes:

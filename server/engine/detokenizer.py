@@ -24,6 +24,7 @@ class TokenBytes:
         self._bytes |= {token_id: content.encode() for token_id, content in added.items()}
         self._text = dict(added)
         self._special = frozenset(special)
+        self._told_before: dict[int, tuple[str, tuple[int, ...]]] = {}
 
     def bytes_of(self, token_id: int) -> bytes:
         """What the token adds to the text: nothing for a special or unknown token."""
@@ -41,7 +42,10 @@ class TokenBytes:
         return SampledLogprob(self._told(token_id, logprobs.chosen), tuple(likeliest))
 
     def _told(self, token_id: int, logprob: float) -> TokenLogprob:
-        return TokenLogprob(token_id, self.name_of(token_id), tuple(self.bytes_of(token_id)), logprob)
+        told = self._told_before.get(token_id)
+        if told is None:
+            told = self._told_before[token_id] = self.name_of(token_id), tuple(self.bytes_of(token_id))
+        return TokenLogprob(token_id, *told, logprob)
 
 
 class TextStream:

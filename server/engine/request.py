@@ -5,7 +5,7 @@ The engine could live in a process of its own; nothing here refers to its memory
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from adapters.errors import SmoloraError
 
@@ -88,8 +88,7 @@ class Logprobs:
     top: tuple[tuple[int, float], ...]  # (token id, log-probability), best first
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """A token and its log-probability under the model, before temperature and penalties (nats)."""
 
     token_id: int

@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -30,7 +29,7 @@ def piece(request: GenerationRequest, index: int, number: int, last: FinishReaso
     logprobs: tuple[SampledLogprob, ...] = ()
     if request.sampling.logprobs:
         token = TokenLogprob(100 + number, text, tuple(text.encode()), -0.25)
-        others = [replace(token, logprob=-0.25 - rank) for rank in range(request.sampling.logprobs)]
+        others = [token._replace(logprob=-0.25 - rank) for rank in range(request.sampling.logprobs)]
         logprobs = (SampledLogprob(token, tuple(others)),)
     return SequenceOutput(
         request_id=request.request_id,

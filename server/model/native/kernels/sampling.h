@@ -37,8 +37,7 @@ class RowSampler {  // of one thread
         logits_ = logits, vocab_ = (int)vocab, key_ = row.key;
         double divisor = 0;
         if (row.num_top) divisor = likeliest(row, logprobs + 1, top_ids);
-        change(step, row);
-        find_largest();
+        if (change(step, row) || !row.num_top) find_largest();  // which `likeliest` did before
         const bool is_number = !has_nan_ && std::isfinite(most_);
         if (is_number && row.temperature > 0) draw(row);
         *token_id = is_number ? chosen_ : -1;
@@ -164,8 +163,8 @@ class RowSampler {  // of one thread
         return divisor;
     }
 
-    // Penalties and biases, and what a constraint forbids.
-    void change(const SampleStep& step, const SampleRow& row) {
+    // Penalties and biases, and what a constraint forbids; whether there was any of it.
+    bool change(const SampleStep& step, const SampleRow& row) {
         originals_.clear();
         auto note = [&](int64_t token) {
             if (row.num_top) originals_.push_back({(int)token, logits_[token]});
@@ -180,12 +179,13 @@ class RowSampler {  // of one thread
             note(step.added_ids[i]);
             logits_[step.added_ids[i]] += (float)step.added[i];
         }
-        if (row.forbidden == nullptr) return;
+        if (row.forbidden == nullptr) return row.num_seen > 0 || row.num_added > 0;
         for (int i = 0; i < vocab_; i += 16) {
             const __m128i bytes = _mm_loadu_si128((const __m128i*)(row.forbidden + i));
             const __mmask16 mask = vectors::are_not_zero(bytes);
             _mm512_mask_storeu_ps(logits_ + i, mask, _mm512_set1_ps(-std::numeric_limits<float>::infinity()));
         }
+        return true;
     }
     // A token's logit before it was changed.
     float unchanged(int token) const {
