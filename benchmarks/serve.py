@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -83,7 +83,8 @@ def _measure(options: Options, scratch: Path, made: Made, say: Say) -> Results:
     )
     results = Results(made, Machine.this(options.threads), settings)
     # all have room: what the loads use must not be evicted by those that are measured cold
-    server_config = _server_config(options, bases, scratch / "home", options.num_adapters + options.num_cold)
+    num_resident = options.num_adapters + options.num_cold
+    server_config = _server_config(options, bases, scratch / "home", num_resident)
     if options.wants("start"):
         results.start = _starts(options, server_config, say)
     if options.in_rounds:
@@ -98,7 +99,7 @@ def _measure(options: Options, scratch: Path, made: Made, say: Say) -> Results:
             server = stack.enter_context(Server(server_config))
             ours = OurServer(server, f"smolora {version('smolora')}")
             stack.callback(ours.stop)
-            torch_config = replace(server_config, home=scratch / "torch-home", native=False)
+            torch_config = _server_config(options, bases, scratch / "torch-home", num_resident, native=False)
             peers, results.missing = line_up(options, inputs, torch_config, stack, say)
             systems = [ours, *peers]
             for system in systems:
@@ -133,7 +134,9 @@ def _prepare(options: Options, scratch: Path, say: Say) -> Bases:
     return Bases(converted, scratch / "base", base)
 
 
-def _server_config(options: Options, bases: Bases, home: Path, num_resident: int) -> ServerConfig:
+def _server_config(
+    options: Options, bases: Bases, home: Path, num_resident: int, *, native: bool = True
+) -> ServerConfig:
     """Of a server with room for so many adapters."""
     shape = bases.base.config.shape
     return ServerConfig(
@@ -144,7 +147,8 @@ def _server_config(options: Options, bases: Bases, home: Path, num_resident: int
         device=options.device,
         threads=options.threads,
         log=options.out / LOG,
-        adapter_cache_bytes=adapter_room(shape, options.dtype, options.device, num_resident * RANK),
+        native=native,
+        adapter_cache_bytes=adapter_room(shape, options.dtype, options.device, num_resident * RANK, native=native),
         instructions=options.instructions,
     )
 

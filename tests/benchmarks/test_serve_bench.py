@@ -23,6 +23,7 @@ from benchmarks.serving.systems.systems import BLENDS, DISTINCT, ONE, Facts, Loa
 from benchmarks.serving.systems.wires import LlamaCpp, Part, Request, Smolora, Usage, Wire, expression
 from server.model.base.weights import BaseModel
 from server.model.native.model import ROW_FORMAT
+from server.model.row_layout import RowFormat
 
 
 def event(data: Mapping[str, object]) -> bytes:
@@ -235,6 +236,9 @@ def test_a_server_gets_the_sizes_that_are_set(tmp_path: Path, tiny_base: BaseMod
     room = adapter_room(tiny_base.config.shape, "bf16", "cpu", 1000 * RANK)
     assert room == 1000 * RANK * ROW_FORMAT.bytes_per_rank(tiny_base.config.shape)
     assert adapter_room(tiny_base.config.shape, "bf16", "cpu", 0) == 1 << 20, "the server refuses less"
+    in_torch = adapter_room(tiny_base.config.shape, "bf16", "cpu", 1000 * RANK, native=False)
+    row_format = RowFormat.of_torch(torch.bfloat16, torch.device("cpu"))
+    assert in_torch == 1000 * RANK * row_format.bytes_per_rank(tiny_base.config.shape)
     config = ServerConfig(tmp_path, tmp_path, "m", "bf16", "cpu", 1, tmp_path / "log")
     assert not any(word.startswith(("--max-num-seqs", "--adapter-cache-bytes")) for word in config.command)
     given = replace(config, max_num_seqs=64, adapter_cache_bytes=room).command

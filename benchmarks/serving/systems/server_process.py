@@ -99,9 +99,9 @@ class Server(ServerProcess):
         return {name: float(value) for name, value in pairs}
 
 
-def adapter_room(shape: BaseShape, dtype: str, device: str, num_ranks: int) -> int:
+def adapter_room(shape: BaseShape, dtype: str, device: str, num_ranks: int, *, native: bool = True) -> int:
     """Bytes of an adapter cache that has room for adapters whose ranks add up to `num_ranks`."""
-    is_native = DTYPES[dtype] is torch.bfloat16 and device == "cpu"
+    is_native = native and DTYPES[dtype] is torch.bfloat16 and device == "cpu"
     row_format = ROW_FORMAT if is_native else RowFormat.of_torch(DTYPES[dtype], torch.device(device))
     return max(num_ranks * row_format.bytes_per_rank(shape), 1 << 20)  # less is refused
 
