@@ -176,11 +176,10 @@ def _runner(model: NativeModel, step: Step) -> Callable[[], None]:
     )
 
     def run() -> None:
-        hidden = model.forward(ids, runs, tables, k, v, lora)
         choices = SampleTable(config.vocab_size)
         for key in range(streams):
             choices.add(temperature=0.7, top_k=0, top_p=0.9, min_p=0.0, key=key, num_top=0)
-        model.sample(hidden, choices)
+        model.draw(ids, runs, tables, k, v, lora, choices)
 
     return run
 

@@ -6,17 +6,18 @@ from itertools import accumulate
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from server.engine.adapter_pool.pool import AdapterHold
 from server.engine.paged_attention import PagedAttention, PagedCache
 from server.engine.sampling.logits import LogitsRow
-from server.engine.sampling.native import sample_natively
+from server.engine.sampling.native import sample_natively, sampled, table_of
 from server.engine.sampling.sampler import Sampled, sample
 from server.engine.sequence import Chunk
 from server.model.device import ints_beside, to_device
 from server.model.lora_batch import LoraBatch, TokenRun
-from server.model.native.model import NativeLora, NativeModel
+from server.model.native.model import Ints, NativeLora, NativeModel
 from server.model.rank_rows import RankRows
 from server.model.smollm import Adapters, NoAdapters, SmolLM
 
@@ -40,6 +41,10 @@ class Forward(Protocol):
 
     def sample(self, hidden: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
         """The next token of each of chosen rows of `hidden`."""
+        ...
+
+    def draw(self, decodes: Seq[Chunk], prefills: Seq[Chunk], rows: Seq[LogitsRow]) -> list[Sampled]:
+        """The next token of every row of what `hidden` would answer: both in one."""
         ...
 
 
@@ -70,6 +75,10 @@ class TorchForward:
     def sample(self, hidden: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
         return sample(self.model.logits(hidden), rows)
 
+    def draw(self, decodes: Seq[Chunk], prefills: Seq[Chunk], rows: Seq[LogitsRow]) -> list[Sampled]:
+        hidden = self.hidden(decodes, prefills)
+        return self.sample(hidden, rows) if rows else []
+
 
 class NativeForward:
     """`NativeModel`, over the same cache and rank rows."""
@@ -80,7 +89,23 @@ class NativeForward:
         self._adapters = _Kept(lambda runs: NativeLora(rows, runs))
 
     def hidden(self, decodes: Seq[Chunk], prefills: Seq[Chunk]) -> torch.Tensor:
-        chunks = (*decodes, *prefills)
+        return self._model.forward(*self._step((*decodes, *prefills)))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._model.logits(hidden)
+
+    def sample(self, hidden: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
+        return sample_natively(self._model, rows, hidden)
+
+    def draw(self, decodes: Seq[Chunk], prefills: Seq[Chunk], rows: Seq[LogitsRow]) -> list[Sampled]:
+        vocab_size = self._model.config.vocab_size
+        table = table_of(rows, vocab_size)
+        return sampled(self._model.draw(*self._step((*decodes, *prefills)), table), rows, vocab_size)
+
+    def _step(
+        self, chunks: Seq[Chunk]
+    ) -> tuple[Ints, Ints, npt.NDArray[np.int32], torch.Tensor, torch.Tensor, NativeLora]:
+        """The tables of the chunks' step, and what they are about."""
         tables = [chunk.sequence.block_table for chunk in chunks]
         first_blocks = accumulate((len(table) for table in tables), initial=0)
         runs, start = [], 0
@@ -88,7 +113,7 @@ class NativeForward:
             stop = start + chunk.num_tokens
             runs.append((start, stop, chunk.start, first_block, chunk.num_hidden))
             start = stop
-        return self._model.forward(
+        return (
             np.array(_token_ids(chunks), np.int64),
             np.array(runs, np.int64),
             np.array([block for table in tables for block in table], np.int32),
@@ -96,12 +121,6 @@ class NativeForward:
             self.cache.v,
             self._adapters.of(chunks),
         )
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._model.logits(hidden)
-
-    def sample(self, hidden: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
-        return sample_natively(self._model, rows, hidden)
 
 
 class _Kept(Generic[T]):

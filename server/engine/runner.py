@@ -68,23 +68,27 @@ class Runner:
         decodes = _neighbours([chunk for chunk in chunks if chunk.is_decode])
         prefills = _neighbours([chunk for chunk in chunks if not chunk.is_decode])
         ordered = (*decodes, *prefills)
-        hidden = self.forward.hidden(decodes, prefills)
+        sampling = [chunk for chunk in ordered if chunk.samples]
+        rows = [row for chunk in sampling for row in _rows(chunk)]
         if any(chunk.sequence.request.scored_from is not None for chunk in ordered):
-            score(self.forward.logits, hidden, ordered)
+            found = self._score_and_draw(decodes, prefills, rows)
+        else:
+            found = self.forward.draw(decodes, prefills, rows)
+        tokens = iter(found)
+        return [Drawn(chunk, tuple(islice(tokens, 1 + len(chunk.draft)))) for chunk in sampling]
+
+    def _score_and_draw(self, decodes: Seq[Chunk], prefills: Seq[Chunk], rows: Seq[LogitsRow]) -> list[Sampled]:
+        """Note the scores of chunks that have any, whose hidden states no token is drawn from."""
+        ordered = (*decodes, *prefills)
+        hidden = self.forward.hidden(decodes, prefills)
+        score(self.forward.logits, hidden, ordered)
         places: list[int] = []  # of `hidden`, that a token is drawn from
-        rows: list[LogitsRow] = []
         end = 0
         for chunk in ordered:
             end += chunk.num_hidden
             if chunk.samples:
                 places += range(end - 1 - len(chunk.draft), end)
-                rows += _rows(chunk)
-        if not rows:
-            return []
-        if len(places) < hidden.shape[0]:
-            hidden = hidden[ints_beside(hidden, places)]
-        tokens = iter(self.forward.sample(hidden, rows))
-        return [Drawn(chunk, tuple(islice(tokens, 1 + len(chunk.draft)))) for chunk in ordered if chunk.samples]
+        return self.forward.sample(hidden[ints_beside(hidden, places)], rows) if rows else []
 
 
 def _rows(chunk: Chunk) -> Iterator[LogitsRow]:

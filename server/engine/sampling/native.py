@@ -1,4 +1,4 @@
-"""The sampler of native code: what `sampler.sample` does, in one call with the logits' product.
+"""The sampler of native code: what `sampler.sample` does, in one call with the logits' product or the whole step.
 
 The torch sampler is its oracle. The noise is the same; a token may differ where two are as good as equal, or where
 equals lie on the border of a filter, which go by their ids here.
@@ -13,17 +13,26 @@ from server.engine.request import Logprobs
 from server.engine.sampling.logits import LogitsRow
 from server.engine.sampling.sampler import MIN_TEMPERATURE, Sampled, noise_key
 from server.model.native.model import NativeModel
-from server.model.native.sampling import SampleTable
+from server.model.native.sampling import Choices, SampleTable
 
 
 def sample_natively(model: NativeModel, rows: Seq[LogitsRow], given: torch.Tensor) -> list[Sampled]:
     """The next token of each row, of hidden states (rows, hidden) in bf16, or of logits (rows, vocab) in fp32,
     which are overwritten."""
     vocab_size = model.config.vocab_size
+    return sampled(model.sample(given, table_of(rows, vocab_size)), rows, vocab_size)
+
+
+def table_of(rows: Seq[LogitsRow], vocab_size: int) -> SampleTable:
+    """How native code chooses the rows' tokens."""
     table = SampleTable(vocab_size)
     for row in rows:
         _add(table, row, vocab_size)
-    choices = model.sample(given, table)
+    return table
+
+
+def sampled(choices: Choices, rows: Seq[LogitsRow], vocab_size: int) -> list[Sampled]:
+    """What it has chosen for them."""
     token_ids = choices.token_ids.tolist()
     found: list[Sampled] = []
     for i, (row, token_id) in enumerate(zip(rows, token_ids, strict=True)):

@@ -195,6 +195,7 @@ def declare(library: ctypes.CDLL) -> None:
         entry.argtypes = [pointer] * 6
     for entry in (library.smolora_forward, library.smolora_sample):
         entry.argtypes = [pointer] * 3
+    library.smolora_draw.argtypes = [pointer] * 4
     library.smolora_logits.argtypes = [pointer, pointer, number, pointer, pointer]
     for entry in (library.smolora_phases, library.smolora_training_phases):
         entry.argtypes = [pointer, number, pointer, pointer]

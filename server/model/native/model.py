@@ -69,6 +69,16 @@ class NativeLora:
         self.weights = np.array(weights, np.float64)
         self._parts = [_table(parts[group], LoraPart) for group in _GROUPS]
         self.pools = (LoraPool * len(_GROUPS))()
+        self.tables = {
+            "pools": ctypes.addressof(self.pools),
+            "modules": self.modules.ctypes.data,
+            "segments": self.segments.ctypes.data,
+            "weights": self.weights.ctypes.data,
+            "num_modules": len(self.modules),
+            "num_segments": len(self.segments),
+            "num_parts": len(self.weights),
+        }
+        """What of a ServeStep says so."""
         for index, group in enumerate(_GROUPS):
             a, b = rows.a[group], rows.b[group]
             if rows.format != ROW_FORMAT or not (a.is_contiguous() and b.is_contiguous()):
@@ -101,6 +111,8 @@ class NativeModel:
         self._library = library
         self.config = config
         self._weights = weights  # some are read where they lie
+        self._read: tuple[object, ...] = ()  # as is this, of a step
+        self._caches: tuple[torch.Tensor | None, torch.Tensor | None] = None, None  # that were checked
         self._rotary = rotary_table(max_positions, config.head_dim, config.rope_theta)
         self._model = create(library.smolora_create, config, weights, self._rotary, num_threads)
         # Not at the process' end: a step might still be running in it.
@@ -123,40 +135,28 @@ class NativeModel:
         anything of it would be read or written outside of what is there, and MemoryError; the model can be used
         on after either.
         """
-        token_ids, runs = np.ascontiguousarray(token_ids), np.ascontiguousarray(runs)
-        blocks = np.ascontiguousarray(blocks)
-        if token_ids.dtype != np.int64 or runs.dtype != np.int64 or blocks.dtype != np.int32:
-            raise ValueError("token ids and runs must be int64, and blocks int32")
-        if runs.ndim != 2 or runs.shape[1] != columns(ServeRun):
-            raise ValueError(f"runs must be of {columns(ServeRun)} numbers each")
-        self._check_cache(k_cache)
-        self._check_cache(v_cache)
-        if k_cache.shape != v_cache.shape:
-            raise ValueError("keys and values must have caches of one shape")
+        step = self._step(token_ids, runs, blocks, k_cache, v_cache, lora)
         num_wanted = min(int(runs[:, -1].clip(0, token_ids.size).sum()), token_ids.size)
         hidden = torch.empty(num_wanted, self.config.hidden_size, dtype=torch.bfloat16)
-        step = ServeStep(
-            num_tokens=token_ids.size,
-            num_runs=len(runs),
-            token_ids=token_ids.ctypes.data,
-            runs=runs.ctypes.data,
-            blocks=blocks.ctypes.data,
-            num_table_blocks=blocks.size,
-            k=k_cache.data_ptr(),
-            v=v_cache.data_ptr(),
-            num_blocks=k_cache.shape[0],
-            block_size=k_cache.shape[2],
-            pools=ctypes.addressof(lora.pools),
-            modules=lora.modules.ctypes.data,
-            segments=lora.segments.ctypes.data,
-            weights=lora.weights.ctypes.data,
-            num_modules=len(lora.modules),
-            num_segments=len(lora.segments),
-            num_parts=len(lora.weights),
-            hidden=hidden.data_ptr(),
-        )
+        step.hidden = hidden.data_ptr()
         call(self._library.smolora_forward, self._model, ctypes.addressof(step))
         return hidden
+
+    def draw(
+        self,
+        token_ids: Ints,
+        runs: Ints,
+        blocks: npt.NDArray[np.int32],
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        lora: NativeLora,
+        table: SampleTable,
+    ) -> Choices:
+        """The next token behind each token whose hidden state is wanted: `forward` and `sample` in one call."""
+        step = self._step(token_ids, runs, blocks, k_cache, v_cache, lora)
+        sampling, choices = table.step()
+        call(self._library.smolora_draw, self._model, ctypes.addressof(step), ctypes.addressof(sampling))
+        return choices
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 logits (rows, vocab) of the chosen rows of `forward`'s answer, hidden (rows, hidden)."""
@@ -184,11 +184,52 @@ class NativeModel:
         are counted, or not, as they aren't before the first call. What Python does stands in none."""
         return take_phases(self._library.smolora_phases, self._model, PHASES, count)
 
+    def _step(
+        self,
+        token_ids: Ints,
+        runs: Ints,
+        blocks: npt.NDArray[np.int32],
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        lora: NativeLora,
+    ) -> ServeStep:
+        """A step as native code reads it; what it points to stays until the next one is made."""
+        token_ids, runs = np.ascontiguousarray(token_ids), np.ascontiguousarray(runs)
+        blocks = np.ascontiguousarray(blocks)
+        if token_ids.dtype != np.int64 or runs.dtype != np.int64 or blocks.dtype != np.int32:
+            raise ValueError("token ids and runs must be int64, and blocks int32")
+        if runs.ndim != 2 or runs.shape[1] != columns(ServeRun):
+            raise ValueError(f"runs must be of {columns(ServeRun)} numbers each")
+        self._check_caches(k_cache, v_cache)
+        self._read = (token_ids, runs, blocks, lora)
+        return ServeStep(
+            num_tokens=token_ids.size,
+            num_runs=len(runs),
+            token_ids=token_ids.ctypes.data,
+            runs=runs.ctypes.data,
+            blocks=blocks.ctypes.data,
+            num_table_blocks=blocks.size,
+            k=k_cache.data_ptr(),
+            v=v_cache.data_ptr(),
+            num_blocks=k_cache.shape[0],
+            block_size=k_cache.shape[2],
+            **lora.tables,
+        )
+
     @staticmethod
     def _rows(tensor: torch.Tensor, dtype: torch.dtype, size: int, what: str) -> torch.Tensor:
         if tensor.dtype is not dtype or tensor.ndim != 2 or tensor.shape[1] != size:
             raise ValueError(f"{what} must be {_NAMES[dtype]}, of shape (rows, {size})")
         return tensor.contiguous()
+
+    def _check_caches(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+        if k_cache is self._caches[0] and v_cache is self._caches[1]:  # as in each step of a server
+            return
+        self._check_cache(k_cache)
+        self._check_cache(v_cache)
+        if k_cache.shape != v_cache.shape:
+            raise ValueError("keys and values must have caches of one shape")
+        self._caches = k_cache, v_cache
 
     def _check_cache(self, cache: torch.Tensor) -> None:
         config = self.config

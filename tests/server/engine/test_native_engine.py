@@ -3,19 +3,22 @@
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import server.model.native.model as native_model_module
 from server.engine.engine import Engine
 from server.engine.forwards import NativeForward
-from server.engine.request import GenerationRequest
+from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import SchedulerLimits
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.huge_pages import HUGE_PAGE
+from server.model.native.abi import call
 from server.model.native.model import NativeModel
 from tests.engine_kit import GREEDY, build_engine, random_adapter, refs, run
 from tests.native_kit import native_model
@@ -90,6 +93,25 @@ def test_a_prompt_is_read_at_once_where_nobody_waits(base: BaseModel) -> None:
     assert engine.has_work
     engine.step()
     assert not engine.has_work
+
+
+def test_a_step_is_one_native_call(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts and decodes, adapters and blends, greedy or not; scores alone need hidden states outside."""
+    calls: list[str] = []
+
+    def record(function: Callable[..., int], *arguments: object) -> None:
+        calls.append(function.__name__)
+        call(function, *arguments)
+
+    engine = engine_of(base, native_model(base, num_threads=2), 1.0)
+    monkeypatch.setattr(native_model_module, "call", record)
+    assert len(run(engine, requests(6))) == len(LENGTHS)
+    assert calls == ["smolora_draw"] * engine.num_steps
+    calls.clear()
+    nothing = SamplingParams(max_tokens=0)
+    engine.add(GenerationRequest("scored", tuple(range(100, 120)), nothing, scored_from=3))
+    engine.step()
+    assert calls == ["smolora_forward", "smolora_logits", "smolora_sample"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is read")

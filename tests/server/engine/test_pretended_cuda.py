@@ -181,6 +181,11 @@ class Starved:
     def sample(self, hidden: torch.Tensor, rows: Sequence[LogitsRow]) -> list[Sampled]:
         raise AssertionError("memory ran out before")
 
+    def draw(
+        self, decodes: Sequence[Chunk], prefills: Sequence[Chunk], rows: Sequence[LogitsRow]
+    ) -> list[Sampled]:
+        return self.sample(self.hidden(decodes, prefills), rows)
+
     def empty_cache(self) -> None:
         assert self.held is not None
         self.was_held.append(self.held() is not None)

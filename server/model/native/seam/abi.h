@@ -190,6 +190,8 @@ SMOLORA_ENTRY void smolora_destroy(void* model);
 SMOLORA_ENTRY int smolora_forward(void* model, const ServeStep* step, char* error);
 SMOLORA_ENTRY int smolora_logits(void* model, const bf16* hidden, int64_t rows, float* logits, char* error);
 SMOLORA_ENTRY int smolora_sample(void* model, const SampleStep* step, char* error);
+// Forward and sample in one, of a row for each token that is wanted; their hidden states are in neither step.
+SMOLORA_ENTRY int smolora_draw(void* model, const ServeStep* step, const SampleStep* sampling, char* error);
 // How long each phase took since the last time that this was called (kPhases numbers); from now on it is counted, or
 // not, as it isn't at first.
 SMOLORA_ENTRY int smolora_phases(void* model, int64_t is_on, int64_t* nanoseconds, char* error);

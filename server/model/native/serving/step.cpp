@@ -23,6 +23,10 @@ int smolora_sample(void* model, const SampleStep* step, char* error) {
     return guarded(error, [&] { ((Model*)model)->sample(*step); });
 }
 
+int smolora_draw(void* model, const ServeStep* step, const SampleStep* sampling, char* error) {
+    return guarded(error, [&] { ((Model*)model)->draw(*step, *sampling); });
+}
+
 int smolora_phases(void* model, int64_t is_on, int64_t* nanoseconds, char* error) {
     return guarded(error, [&] {
         const auto spent = ((Model*)model)->clock().take(is_on != 0);

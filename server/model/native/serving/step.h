@@ -42,6 +42,53 @@ class Model {
         clock_.begin();
         check_step(s_, step);
         prepare(step);
+        run(step, [&] { norm(base_.final_norm, step.hidden); });
+        clock_.end(kNormPhase);
+    }
+
+    // Both of it: the next token behind each token that is wanted, whose hidden states stay here.
+    void draw(const ServeStep& step, SampleStep sampling) {
+        clock_.begin();
+        check_step(s_, step);
+        prepare(step);
+        const int64_t rows = tokens_.num_wanted();
+        if (sampling.num_rows != rows) refuse("%ld rows for %ld hidden states", sampling.num_rows, rows);
+        if (sampling.hidden != nullptr) refuse("hidden states of another step");
+        bf16* hidden = room(hidden_, rows * s_.hidden);
+        sampling.hidden = hidden;
+        check_sampling(s_, sampling);
+        float* logits = room(logits_, rows * s_.vocab);
+        run(step, [&] {
+            norm(base_.final_norm, hidden);
+            clock_.end(kNormPhase);
+            choose(sampling, logits);
+        });
+        clock_.end(kSamplingPhase);
+    }
+
+    // logits (rows, vocab) of hidden (rows, hidden).
+    void project(const bf16* hidden, int64_t rows, float* logits) {
+        if (rows < 0 || rows > kMaxTokens) refuse("%ld rows", rows);
+        clock_.begin();
+        team_.run([&] { head(hidden, (int)rows, logits); });
+        clock_.end(kHeadPhase);
+    }
+
+    // The next token of each row of hidden states, or of logits.
+    void sample(const SampleStep& step) {
+        clock_.begin();
+        check_sampling(s_, step);
+        float* logits = step.logits ? step.logits : room(logits_, step.num_rows * s_.vocab);
+        team_.run([&] { choose(step, logits); });
+        clock_.end(kSamplingPhase);
+    }
+
+    PhaseClock<Phase, kPhases>& clock() { return clock_; }
+
+  private:
+    // The step that was prepared. `end` follows the last layer in the team's job, if any token is wanted.
+    template <class End>
+    void run(const ServeStep& step, End end) {
         const int64_t size = step.block_size * s_.kv_heads * s_.head_dim;  // of a layer's part of a block
         const int last = (int)s_.layers - 1;
         auto cache = [&](int layer) {
@@ -59,7 +106,7 @@ class Model {
         };
         auto finish = [&] {
             finish_layer(last, cache(last));
-            norm(base_.final_norm, step.hidden);
+            end();
         };
         if (tokens_.num_wanted() == tokens_.count()) {
             team_.run([&] { begin(), finish(); });
@@ -69,36 +116,8 @@ class Model {
             keep_wanted(step);
             team_.run(finish);
         }
-        clock_.end(kNormPhase);
     }
 
-    // logits (rows, vocab) of hidden (rows, hidden).
-    void project(const bf16* hidden, int64_t rows, float* logits) {
-        if (rows < 0 || rows > kMaxTokens) refuse("%ld rows", rows);
-        clock_.begin();
-        team_.run([&] { head(hidden, (int)rows, logits); });
-        clock_.end(kHeadPhase);
-    }
-
-    // The next token of each row of hidden states, or of logits.
-    void sample(const SampleStep& step) {
-        clock_.begin();
-        check_sampling(s_, step);
-        float* logits = step.logits ? step.logits : room(logits_, step.num_rows * s_.vocab);
-        team_.run([&] {
-            if (step.hidden) head(step.hidden, (int)step.num_rows, logits);
-            clock_.end(kHeadPhase);
-            team_.each((int)step.num_rows, [&](int row) {
-                scratch().sampler.run(step, step.rows[row], logits + row * s_.vocab, s_.vocab, step.token_ids + row,
-                                      step.logprobs + row * (1 + step.max_top), step.top_ids + row * step.max_top);
-            });
-        });
-        clock_.end(kSamplingPhase);
-    }
-
-    PhaseClock<Phase, kPhases>& clock() { return clock_; }
-
-  private:
     // Everything that the phases share, sized for this step.
     void prepare(const ServeStep& step) {
         const int64_t count = step.num_tokens;
@@ -152,6 +171,16 @@ class Model {
             ServeScratch& own = scratch();
             base_.lm_head.multiply(hidden, s_.hidden, rows, tile, logits + tile * kTile, s_.vocab, own.tiles[0],
                                    own.prefetch);
+        });
+    }
+
+    // The next token of each row: `logits` are given, or those of the hidden states that are.
+    void choose(const SampleStep& step, float* logits) {
+        if (step.hidden) head(step.hidden, (int)step.num_rows, logits);
+        clock_.end(kHeadPhase);
+        team_.each((int)step.num_rows, [&](int row) {
+            scratch().sampler.run(step, step.rows[row], logits + row * s_.vocab, s_.vocab, step.token_ids + row,
+                                  step.logprobs + row * (1 + step.max_top), step.top_ids + row * step.max_top);
         });
     }
 
@@ -287,7 +316,7 @@ class Model {
     StepTokens tokens_;
     int chunks_ = 0;
     std::vector<float> residual_, logits_;
-    std::vector<bf16> x_, q_, attn_out_, active_;
+    std::vector<bf16> x_, q_, attn_out_, active_, hidden_;
     LoraGroups lora_;
     std::vector<ServeScratch> scratch_;
 };

@@ -14,6 +14,7 @@ from server.model.base.weights import BaseModel, load_base
 from server.model.lora_batch import TokenRun
 from server.model.native.abi import LoraModule, LoraPart, columns
 from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel
+from server.model.native.sampling import SampleTable
 from server.model.rank_rows import RankRows
 from server.model.row_layout import RowFormat
 from tests.engine_kit import place, random_adapter
@@ -200,6 +201,24 @@ def test_a_step_of_serving(base: BaseModel, model: NativeModel, kind: str) -> No
     with pytest.raises(ValueError, match=reason):
         step.run(model)
     assert torch.equal(Step.of(base).run(model), expected)
+
+
+def test_rows_for_other_tokens_than_are_wanted(base: BaseModel, model: NativeModel) -> None:
+    def table(num_rows: int) -> SampleTable:
+        greedy = SampleTable(base.config.vocab_size)
+        for _ in range(num_rows):
+            greedy.add(temperature=0, top_k=0, top_p=1, min_p=0, key=0, num_top=2)
+        return greedy
+
+    expected = model.sample(Step.of(base).run(model), table(21))
+    for wrong in (0, 20, 22):
+        step = Step.of(base)
+        with pytest.raises(ValueError, match=f"{wrong} rows for 21 hidden states"):
+            model.draw(step.token_ids, step.runs, step.blocks, step.k, step.v, step.lora, table(wrong))
+    step = Step.of(base)
+    found = model.draw(step.token_ids, step.runs, step.blocks, step.k, step.v, step.lora, table(21))
+    for name in ("token_ids", "logprobs", "top_ids"):
+        assert (getattr(found, name) == getattr(expected, name)).all()
 
 
 def test_rank_rows_that_are_laid_out_for_torch(base: BaseModel) -> None:
