@@ -15,8 +15,17 @@
 struct AttentionScratch {  // of one thread
     std::vector<float> scores, total;
     std::vector<bf16> weights;
-    std::vector<const bf16*> keys, values;  // where each `kPositions` of the sequence lie
+    std::vector<const bf16*> pieces;  // where each `kPositions` lie, in the order in which they are read
 };
+
+// Keys that are read after those of a call: the first of them are prefetched.
+struct NextKeys {
+    const int32_t* blocks;
+    int count;  // of 16 positions each
+    int kv_head;
+};
+
+constexpr int kPiecesAhead = 4;  // by which keys and values are prefetched, of 16 positions each
 
 // One layer's: each block (kv_heads, block_size / 16, 16 · head_dim), `stride` numbers behind the one before. Of 16
 // positions the keys lie as [head_dim / 2][16][2], the values as [head_dim / 32][8][32][2], two positions side by side.
@@ -70,7 +79,7 @@ inline float exponentials(float* scores, int count, float scale) {
     return _mm512_reduce_add_ps(sum);
 }
 
-// Scores (rows, 32): q (rows, 2 · pairs) times the keys of twice 16 positions. `ahead`: what comes next.
+// Scores (rows, 32): q (rows, 2 · pairs) times the keys of twice 16 positions. `ahead`: what is prefetched meanwhile.
 template <int rows>
 inline void score_block(const bf16* q, size_t q_stride, int pairs, const bf16* const* keys, const bf16* const* ahead,
                         float* y, size_t y_stride) {
@@ -79,8 +88,8 @@ inline void score_block(const bf16* q, size_t q_stride, int pairs, const bf16* c
     for (int row = 0; row < rows; row++) sum[row][0] = sum[row][1] = _mm512_setzero_ps();
     for (int pair = 0; pair < pairs; pair++) {
         const size_t at = (size_t)pair * 2 * kPositions;
-        _mm_prefetch((const char*)(ahead[0] + at), _MM_HINT_T0);
-        _mm_prefetch((const char*)(ahead[1] + at), _MM_HINT_T0);
+        prefetch_line(ahead[0] + at);
+        prefetch_line(ahead[1] + at);
         __m512bh k0 = load_pairs(keys[0] + at), k1 = load_pairs(keys[1] + at);
 #pragma GCC unroll 12
         for (int row = 0; row < rows; row++) {
@@ -99,20 +108,19 @@ inline void score_block(const bf16* q, size_t q_stride, int pairs, const bf16* c
 }
 
 // y (rows, 32) = weights (rows, positions) times 32 dimensions of the values, from `tile` on in each 16 positions.
-// What lies behind the last position may be anything.
+// What lies behind the last position may be anything. `lines` of what comes next are prefetched for each two positions.
 template <int rows>
 inline void mix_block(const bf16* weights, size_t w_stride, int positions, const bf16* const* values, size_t tile,
-                      float* y, size_t y_stride) {
+                      int lines, float* y, size_t y_stride) {
     __m512 sum[rows][2];
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++) sum[row][0] = sum[row][1] = _mm512_setzero_ps();
     const __m512i first_of_two = _mm512_set1_epi32(0xffff);
     for (int start = 0; start < positions; start += kPositions) {
         const bf16* v = values[start / kPositions] + tile;
-        const bf16* ahead = values[start / kPositions + 1] + tile;
-        for (int i = start; i < std::min(start + kPositions, positions); i += 2, v += 2 * kTile, ahead += 2 * kTile) {
-            _mm_prefetch((const char*)ahead, _MM_HINT_T0);
-            _mm_prefetch((const char*)(ahead + kTile), _MM_HINT_T0);
+        const bf16* ahead = values[start / kPositions + kPiecesAhead];
+        for (int i = start; i < std::min(start + kPositions, positions); i += 2, v += 2 * kTile) {
+            for (int line = 0; line < lines; line++, ahead += kTile) prefetch_line(ahead);
             __m512i v0 = _mm512_loadu_si512(v), v1 = _mm512_loadu_si512(v + kTile);
             if (i + 1 == positions) v0 = _mm512_and_si512(v0, first_of_two), v1 = _mm512_and_si512(v1, first_of_two);
 #pragma GCC unroll 12
@@ -133,7 +141,7 @@ inline void mix_block(const bf16* weights, size_t w_stride, int positions, const
 }
 
 // The same two by AMX, where a row's sums don't depend on the other rows either. Scores (rows, 16 · count), with count
-// rounded up to an even number; `keys` has three entries behind the last one.
+// rounded up to an even number.
 inline void score_amx(const bf16* q, int rows, int dim, const bf16* const* keys, int count, float* y, size_t y_stride) {
     for (int start = 0; start < rows; start += 2 * kAmxRows) {
         AmxBlock block(std::min(rows - start, 2 * kAmxRows));
@@ -141,8 +149,8 @@ inline void score_amx(const bf16* q, int rows, int dim, const bf16* const* keys,
             block.zero();
             for (int d = 0; d < dim; d += 2 * kAmxPairs) {
                 for (int line = 0; line < 2 * kAmxPairs * kPositions; line += 32) {
-                    _mm_prefetch((const char*)(keys[i + 2] + d * kPositions + line), _MM_HINT_T0);
-                    _mm_prefetch((const char*)(keys[i + 3] + d * kPositions + line), _MM_HINT_T0);
+                    prefetch_line(keys[i + kPiecesAhead] + d * kPositions + line);
+                    prefetch_line(keys[i + kPiecesAhead + 1] + d * kPositions + line);
                 }
                 block.add(q + (size_t)start * dim + d, dim, keys[i] + d * kPositions, keys[i + 1] + d * kPositions,
                           2 * kPositions);
@@ -167,7 +175,7 @@ inline void mix_amx(const bf16* weights, size_t w_stride, int rows, int position
             for (int i = 0; i < whole + (rest > 0); i++) {
                 const bf16* v = i < whole ? values[i] + tile : last;
                 for (int line = 0; line < kPositions * kTile; line += 32)
-                    _mm_prefetch((const char*)(values[i + 1] + tile + line), _MM_HINT_T0);
+                    prefetch_line(values[i + kPiecesAhead] + tile + line);
                 block.add(weights + start * w_stride + i * kPositions, w_stride, v, v + kTile, 2 * kTile);
             }
             block.store(y + (size_t)start * dim + d, dim);
@@ -192,24 +200,26 @@ inline void by_blocks(int rows, Kernel kernel) {
 // q (rows, head_dim), `group` rows a token, of one kv head, whose first token is at `position`; each token sees the
 // positions up to its own. out is like q.
 inline void attend(const bf16* q, int rows, int group, int position, const CacheView& cache, const int32_t* blocks,
-                   int kv_head, float* out, AttentionScratch& scratch) {
+                   int kv_head, const NextKeys& next, float* out, AttentionScratch& scratch) {
     const int dim = cache.head_dim, length = position + (rows - 1) / group + 1;
     const int count = (length + kPositions - 1) / kPositions, width = (count + 1) / 2 * 2 * kPositions;
     float* scores = room(scratch.scores, (size_t)rows * width);
     bf16* weights = room(scratch.weights, (size_t)rows * width);
     float* total = room(scratch.total, rows);
-    const bf16** keys = room(scratch.keys, count + 3);
-    const bf16** values = room(scratch.values, count + 1);
-    for (int i = 0; i < count + 3; i++) {  // behind the last ones come those again: there is nothing to fetch
-        const size_t at = cache.offset(blocks, std::min(i, count - 1), kv_head);
-        keys[i] = cache.k + at;
-        if (i <= count) values[i] = cache.v + at;
+    // Keys, values, and keys again: an odd piece of keys is multiplied with what follows, whose scores nobody reads.
+    const bf16** keys = room(scratch.pieces, 2 * count + kPiecesAhead + 1);
+    const bf16** values = keys + count;
+    for (int i = 0; i < count; i++) {
+        const size_t at = cache.offset(blocks, i, kv_head);
+        keys[i] = cache.k + at, values[i] = cache.v + at;
     }
+    for (int i = 0; i <= kPiecesAhead; i++)
+        values[count + i] = cache.k + cache.offset(next.blocks, std::min(i, next.count - 1), next.kv_head);
     const bool by_amx = dim % (2 * kAmxPairs) == 0 && has_amx();
     if (by_amx) score_amx(q, rows, dim, keys, count, scores, width);
     for (int i = 0; !by_amx && i < count; i += 2)
         by_blocks(rows, [&]<int now>(int row) {
-            score_block<now>(q + (size_t)row * dim, dim, dim / 2, keys + i, keys + i + 2,
+            score_block<now>(q + (size_t)row * dim, dim, dim / 2, keys + i, keys + i + kPiecesAhead,
                              scores + (size_t)row * width + i * kPositions, width);
         });
     for (int row = 0; row < rows; row++) {
@@ -224,7 +234,7 @@ inline void attend(const bf16* q, int rows, int group, int position, const Cache
     for (int d = 0; !by_amx && d < dim; d += kTile)
         by_blocks(rows, [&]<int now>(int row) {
             mix_block<now>(weights + (size_t)row * width, width, length, values, (size_t)d * kPositions,
-                           out + (size_t)row * dim + d, dim);
+                           d == 0 && row == 0 ? dim / 16 : 0, out + (size_t)row * dim + d, dim);
         });
     for (int row = 0; row < rows; row++) {
         const __m512 by = _mm512_set1_ps(1.0f / total[row]);

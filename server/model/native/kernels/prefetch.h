@@ -7,6 +7,10 @@
 
 #include "vectors/vectors.h"
 
+// Fetches a line of cache that is read soon, into the second cache: the first waits for so few lines at once that they
+// take longer than memory does (docs/performance.md).
+inline void prefetch_line(const void* line) { _mm_prefetch((const char*)line, _MM_HINT_T1); }
+
 // The addresses of lines, which are prefetched one after the other; behind the last one it is there a few times more.
 template <int step>
 struct Lines {
@@ -14,13 +18,12 @@ struct Lines {
 
     // What a product of a pair of inputs leaves time for: `step` lines, 1 or 2.
     void prefetch_some() {
-        _mm_prefetch(next[0], _MM_HINT_T0);
-        if (step == 2) _mm_prefetch(next[1], _MM_HINT_T0);
+        prefetch_line(next[0]);
+        if (step == 2) prefetch_line(next[1]);
         next += next < last ? step : 0;
     }
     void prefetch(size_t count) {
-        for (const char* const* stop = std::min(next + count, last); next < stop; next++)
-            _mm_prefetch(*next, _MM_HINT_T0);
+        for (const char* const* stop = std::min(next + count, last); next < stop; next++) prefetch_line(*next);
     }
 };
 struct NoLines {

@@ -257,7 +257,8 @@ class Model {
     void attend(const CacheView& cache) {
         const int dim = cache.head_dim, heads = (int)s_.heads, kv_heads = cache.kv_heads, group = heads / kv_heads;
         const std::vector<Query>& queries = tokens_.queries();
-        team_.each((int)queries.size() * kv_heads, [&](int i) {
+        const int items = (int)queries.size() * kv_heads;
+        team_.each(items, [&](int i) {
             const Query& query = queries[queries.size() - 1 - i / kv_heads];  // the longest come last
             const int kv_head = i % kv_heads;
             const size_t first = ((size_t)query.start * heads + kv_head * group) * dim;
@@ -267,7 +268,11 @@ class Model {
             for (int row = 0; row < rows; row++)
                 memcpy(&q[row * dim], &q_[first + ((size_t)row / group * heads + row % group) * dim],
                        dim * sizeof(bf16));
-            ::attend(q, rows, group, query.position, cache, query.blocks, kv_head, out, scratch().attention);
+            const int after = std::min(i + 1, items - 1);  // of this thread, most of the time
+            const Query& next = queries[queries.size() - 1 - after / kv_heads];
+            const int next_count = (next.position + next.stop - next.start + kPositions - 1) / kPositions;
+            ::attend(q, rows, group, query.position, cache, query.blocks, kv_head,
+                     {next.blocks, next_count, after % kv_heads}, out, scratch().attention);
             for (int row = 0; row < rows; row++)
                 for (int d = 0; d < dim; d += 16)
                     store_bf16(&attn_out_[first + ((size_t)row / group * heads + row % group) * dim + d],

@@ -154,8 +154,8 @@ inline void expand_as_amx(const bf16* hidden, const bf16* b, int pairs, float* y
             const __m512 even = _mm512_castsi512_ps(_mm512_set1_epi32((int)(two << 16)));
             const __m512 odd = _mm512_castsi512_ps(_mm512_set1_epi32((int)(two & 0xffff0000)));
             const bf16* next = b + (pairs + pair) * 2 * kTile;  // what the next item of this thread will read
-            _mm_prefetch((const char*)next, _MM_HINT_T0);
-            _mm_prefetch((const char*)(next + kTile), _MM_HINT_T0);
+            prefetch_line(next);
+            prefetch_line(next + kTile);
             const __m512i w0 = _mm512_loadu_si512(b + pair * 2 * kTile);
             const __m512i w1 = _mm512_loadu_si512(b + pair * 2 * kTile + kTile);
             even0 = _mm512_fmadd_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(w0, 16)), even0);

@@ -16,8 +16,7 @@ constexpr size_t kBytesAhead = 8192;  // by which tiles are prefetched in advanc
 
 template <class Tile>
 inline void prefetch_ahead(const Tile* tile) {
-    for (size_t line = 0; line < sizeof(Tile); line += 64)
-        _mm_prefetch((const char*)tile + kBytesAhead + line, _MM_HINT_T0);
+    for (size_t line = 0; line < sizeof(Tile); line += 64) prefetch_line((const char*)tile + kBytesAhead + line);
 }
 
 // `to`: [16 pairs][32 outputs][2].

@@ -50,6 +50,7 @@ struct Cache {
                 view.put_value(blocks.data(), position, head, &values[at(position, head)]);
             }
     }
+    NextKeys next() const { return {blocks.data(), (int)blocks.size() * view.block_size / kPositions, 0}; }
     size_t at(int position, int head) const { return ((size_t)position * view.kv_heads + head) * dim; }
 };
 
@@ -83,7 +84,8 @@ static void check_attend(int group, int dim, int position, int tokens, int block
     const auto q = random_bf16(random, (size_t)rows * dim, 2);
     for (int kv_head = 0; kv_head < kv_heads; kv_head++) {
         Fenced<float> out((size_t)rows * dim);
-        attend(q.data(), rows, group, position, cache.view, cache.blocks.data(), kv_head, out.data(), scratch);
+        attend(q.data(), rows, group, position, cache.view, cache.blocks.data(), kv_head, cache.next(), out.data(),
+               scratch);
         out.check("attend");
         for (int row = 0; row < rows; row++) {
             const int seen = position + row / group + 1;
@@ -126,12 +128,12 @@ TEST(attend_to_any_number_of_tokens) {
     const auto q = random_bf16(random, (size_t)length * group * dim, 2);
     std::vector<float> whole((size_t)length * group * dim), found(whole.size());
     AttentionScratch scratch;
-    attend(q.data(), length * group, group, 0, cache.view, cache.blocks.data(), 0, whole.data(), scratch);
+    attend(q.data(), length * group, group, 0, cache.view, cache.blocks.data(), 0, cache.next(), whole.data(), scratch);
     for (int tokens : {1, 2, 3, 4, 5, 7, 16, 31, 82}) {
         for (int start = 0; start < length; start += tokens) {
             const int now = std::min(tokens, length - start);
             attend(&q[(size_t)start * group * dim], now * group, group, start, cache.view, cache.blocks.data(), 0,
-                   &found[(size_t)start * group * dim], scratch);
+                   cache.next(), &found[(size_t)start * group * dim], scratch);
         }
         expect(!memcmp(found.data(), whole.data(), whole.size() * sizeof(float)), "%d tokens at once", tokens);
     }
