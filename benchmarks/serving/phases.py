@@ -24,7 +24,7 @@ from server.model.base.source import resolve_base
 from server.model.base.weights import BaseWeights, load_base
 from server.model.native.abi import PHASES
 from server.model.native.load import load_native
-from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel
+from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel, StepTables
 from server.model.native.sampling import SampleTable
 from server.model.rank_rows import RankRows
 
@@ -167,7 +167,6 @@ def _runner(model: NativeModel, step: Step) -> Callable[[], None]:
     blocks = -(-(step.context + step.tokens) // BLOCK)
     shape = (streams * blocks, config.num_layers, BLOCK, config.num_kv_heads, config.head_dim)
     k, v = (torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2))
-    tables = np.arange(streams * blocks, dtype=np.int32)
     rows = RankRows(config.shape, max_rank=1, row_format=ROW_FORMAT, device=torch.device("cpu"))
     lora = NativeLora(rows, [])
     ids = np.arange(streams * step.tokens, dtype=np.int64) % config.vocab_size
@@ -175,11 +174,13 @@ def _runner(model: NativeModel, step: Step) -> Callable[[], None]:
         [(i * step.tokens, (i + 1) * step.tokens, step.context, i * blocks, 1) for i in range(streams)], np.int64
     )
 
+    tables = StepTables(ids, runs, np.arange(streams * blocks, dtype=np.int32), k, v, lora)
+
     def run() -> None:
         choices = SampleTable(config.vocab_size)
         for key in range(streams):
             choices.add(temperature=0.7, top_k=0, top_p=0.9, min_p=0.0, key=key, num_top=0)
-        model.draw(ids, runs, tables, k, v, lora, choices)
+        model.draw(tables, choices)
 
     return run
 

@@ -6,7 +6,6 @@ from itertools import accumulate
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from server.engine.adapter_pool.pool import AdapterHold
@@ -17,7 +16,7 @@ from server.engine.sampling.sampler import Sampled, sample
 from server.engine.sequence import Chunk
 from server.model.device import ints_beside, to_device
 from server.model.lora_batch import LoraBatch, TokenRun
-from server.model.native.model import Ints, NativeLora, NativeModel
+from server.model.native.model import NativeLora, NativeModel, StepTables
 from server.model.rank_rows import RankRows
 from server.model.smollm import Adapters, NoAdapters, SmolLM
 
@@ -89,7 +88,7 @@ class NativeForward:
         self._adapters = _Kept(lambda runs: NativeLora(rows, runs))
 
     def hidden(self, decodes: Seq[Chunk], prefills: Seq[Chunk]) -> torch.Tensor:
-        return self._model.forward(*self._step((*decodes, *prefills)))
+        return self._model.forward(self._tables((*decodes, *prefills)))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._model.logits(hidden)
@@ -100,12 +99,10 @@ class NativeForward:
     def draw(self, decodes: Seq[Chunk], prefills: Seq[Chunk], rows: Seq[LogitsRow]) -> list[Sampled]:
         vocab_size = self._model.config.vocab_size
         table = table_of(rows, vocab_size)
-        return sampled(self._model.draw(*self._step((*decodes, *prefills)), table), rows, vocab_size)
+        return sampled(self._model.draw(self._tables((*decodes, *prefills)), table), rows, vocab_size)
 
-    def _step(
-        self, chunks: Seq[Chunk]
-    ) -> tuple[Ints, Ints, npt.NDArray[np.int32], torch.Tensor, torch.Tensor, NativeLora]:
-        """The tables of the chunks' step, and what they are about."""
+    def _tables(self, chunks: Seq[Chunk]) -> StepTables:
+        """Of the chunks' step."""
         tables = [chunk.sequence.block_table for chunk in chunks]
         first_blocks = accumulate((len(table) for table in tables), initial=0)
         runs, start = [], 0
@@ -113,7 +110,7 @@ class NativeForward:
             stop = start + chunk.num_tokens
             runs.append((start, stop, chunk.start, first_block, chunk.num_hidden))
             start = stop
-        return (
+        return StepTables(
             np.array(_token_ids(chunks), np.int64),
             np.array(runs, np.int64),
             np.array([block for table in tables for block in table], np.int32),

@@ -8,6 +8,7 @@ closer to fp32's than those of torch's bf16 path. A token's result doesn't depen
 import ctypes
 import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +95,22 @@ class NativeLora:
             )
 
 
+class StepTables(NamedTuple):
+    """The tokens of a step, and where their sequences' keys and values lie.
+
+    Caches are (num_blocks, layers, block_size, kv_heads, head_dim). A run is its first token, the one after its
+    last, the position of its first, where its sequence's block table starts in `blocks`, and of how many of its
+    last tokens the hidden states are wanted.
+    """
+
+    token_ids: Ints  # (tokens,)
+    runs: Ints  # (runs, 5)
+    blocks: npt.NDArray[np.int32]
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    lora: NativeLora
+
+
 class NativeModel:
     """The native form of one base: `SmolLM`'s, for serving. Called by one thread at a time."""
 
@@ -118,42 +135,22 @@ class NativeModel:
         # Not at the process' end: a step might still be running in it.
         weakref.finalize(self, library.smolora_destroy, self._model).atexit = False
 
-    def forward(
-        self,
-        token_ids: Ints,
-        runs: Ints,
-        blocks: npt.NDArray[np.int32],
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        lora: NativeLora,
-    ) -> torch.Tensor:
+    def forward(self, tables: StepTables) -> torch.Tensor:
         """Final hidden states (wanted, hidden), bf16; all tokens' keys and values are put into the caches.
 
-        token_ids (tokens,); runs (runs, 5): a run's first token, the one after its last, the position of its
-        first, where its sequence's block table starts in `blocks`, and of how many of its last tokens the hidden
-        states are wanted; caches (num_blocks, layers, block_size, kv_heads, head_dim). Raises ValueError where
-        anything of it would be read or written outside of what is there, and MemoryError; the model can be used
-        on after either.
+        Raises ValueError where anything of it would be read or written outside of what is there, and MemoryError;
+        the model can be used on after either.
         """
-        step = self._step(token_ids, runs, blocks, k_cache, v_cache, lora)
-        num_wanted = min(int(runs[:, -1].clip(0, token_ids.size).sum()), token_ids.size)
+        step, num_tokens = self._step(tables), tables.token_ids.size
+        num_wanted = min(int(tables.runs[:, -1].clip(0, num_tokens).sum()), num_tokens)
         hidden = torch.empty(num_wanted, self.config.hidden_size, dtype=torch.bfloat16)
         step.hidden = hidden.data_ptr()
         call(self._library.smolora_forward, self._model, ctypes.addressof(step))
         return hidden
 
-    def draw(
-        self,
-        token_ids: Ints,
-        runs: Ints,
-        blocks: npt.NDArray[np.int32],
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        lora: NativeLora,
-        table: SampleTable,
-    ) -> Choices:
+    def draw(self, tables: StepTables, table: SampleTable) -> Choices:
         """The next token behind each token whose hidden state is wanted: `forward` and `sample` in one call."""
-        step = self._step(token_ids, runs, blocks, k_cache, v_cache, lora)
+        step = self._step(tables)
         sampling, choices = table.step()
         call(self._library.smolora_draw, self._model, ctypes.addressof(step), ctypes.addressof(sampling))
         return choices
@@ -184,18 +181,10 @@ class NativeModel:
         are counted, or not, as they aren't before the first call. What Python does stands in none."""
         return take_phases(self._library.smolora_phases, self._model, PHASES, count)
 
-    def _step(
-        self,
-        token_ids: Ints,
-        runs: Ints,
-        blocks: npt.NDArray[np.int32],
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        lora: NativeLora,
-    ) -> ServeStep:
+    def _step(self, tables: StepTables) -> ServeStep:
         """A step as native code reads it; what it points to stays until the next one is made."""
-        token_ids, runs = np.ascontiguousarray(token_ids), np.ascontiguousarray(runs)
-        blocks = np.ascontiguousarray(blocks)
+        k_cache, v_cache, lora = tables.k_cache, tables.v_cache, tables.lora
+        token_ids, runs, blocks = map(np.ascontiguousarray, tables[:3])
         if token_ids.dtype != np.int64 or runs.dtype != np.int64 or blocks.dtype != np.int32:
             raise ValueError("token ids and runs must be int64, and blocks int32")
         if runs.ndim != 2 or runs.shape[1] != columns(ServeRun):

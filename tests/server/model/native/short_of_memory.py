@@ -19,7 +19,7 @@ from server.errors import GenerationFailed
 from server.model.base.weights import load_base
 from server.model.native.library import load_library
 from server.model.native.load import load_native
-from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel
+from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel, StepTables
 from server.model.native.training import NativeTraining
 from server.model.rank_rows import RankRows
 from tests.engine_kit import GREEDY, build_engine, run
@@ -68,7 +68,8 @@ def main(base_dir: str, library_dir: str) -> None:
 
     def forward(model: NativeModel, length: int) -> torch.Tensor:
         runs = np.array([(0, length, 0, 0, length)], np.int64)
-        return model.forward(np.arange(length, dtype=np.int64) % config.vocab_size, runs, blocks, k, v, lora)
+        token_ids = np.arange(length, dtype=np.int64) % config.vocab_size
+        return model.forward(StepTables(token_ids, runs, blocks, k, v, lora))
 
     expected = forward(model, 20)
     for size in (5, 8, 11):  # the answer takes 3

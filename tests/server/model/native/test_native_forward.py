@@ -20,7 +20,7 @@ from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.lora_batch import LoraBatch, TokenRun
 from server.model.native.library import NativeUnavailable
-from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel
+from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel, StepTables
 from server.model.rank_rows import Placement, RankRows
 from server.model.row_layout import RowFormat
 from server.model.smollm import NoAdapters, SmolLM
@@ -171,7 +171,7 @@ def native_logits(
     """
     cuts = cuts or [[len(sequence)] for sequence in sequences]
     cache = Cache(pair.config, block_size)
-    tables = [cache.table(len(sequence)) for sequence in sequences]
+    block_tables = [cache.table(len(sequence)) for sequence in sequences]
     found: list[list[torch.Tensor]] = [[] for _ in sequences]
     starts = [0] * len(sequences)
     for step in range(max(map(len, cuts))):
@@ -189,10 +189,10 @@ def native_logits(
             if piece:
                 runs.append((start, start + len(piece), starts[index], len(blocks), counts[-1]))
             ids += piece
-            blocks += tables[index]
+            blocks += block_tables[index]
             start += len(piece)
             starts[index] = stop
-        hidden = pair.native.forward(
+        step_tables = StepTables(
             np.array(ids, np.int64),
             np.array(runs, np.int64),
             np.array(blocks, np.int32),
@@ -200,6 +200,7 @@ def native_logits(
             cache.v,
             pair.lora(lengths, with_adapters),
         )
+        hidden = pair.native.forward(step_tables)
         for index, part in enumerate(pair.native.logits(hidden).split(counts)):
             found[index].append(part)
     return torch.cat([part for parts in found for part in parts])
@@ -275,7 +276,7 @@ def test_an_overflow_shows(pair: Pair) -> None:
     runs = [TokenRun(0, 9, ((pair.placements[0], 1e30),))]
     cache = Cache(pair.config)
     blocks = cache.table(9) + cache.table(9)
-    hidden = pair.native.forward(
+    tables = StepTables(
         np.array(sequences[0] + sequences[1], np.int64),
         np.array([(0, 9, 0, 0, 9), (9, 18, 0, 1, 9)], np.int64),
         np.array(blocks, np.int32),
@@ -283,7 +284,7 @@ def test_an_overflow_shows(pair: Pair) -> None:
         cache.v,
         NativeLora(pair.rows, runs),
     )
-    logits = pair.native.logits(hidden)
+    logits = pair.native.logits(pair.native.forward(tables))
     assert not logits[:9].isfinite().any()
     assert logits[9:].isfinite().all()
 

@@ -10,7 +10,7 @@ import torch
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.abi import PHASES, TRAIN_PHASES
-from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel
+from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel, StepTables
 from server.model.native.sampling import SampleTable
 from server.model.native.training import NativeTraining
 from server.model.rank_rows import RankRows
@@ -66,7 +66,7 @@ def step(model: NativeModel) -> Callable[[], None]:
         table.add(temperature=1.0, top_k=0, top_p=0.9, min_p=0.0, key=key, num_top=3)
 
     def run() -> None:
-        hidden = model.forward(ids, runs, np.arange(COPIES * blocks, dtype=np.int32), k, v, lora)
+        hidden = model.forward(StepTables(ids, runs, np.arange(COPIES * blocks, dtype=np.int32), k, v, lora))
         assert (model.sample(hidden, table).token_ids >= 0).all()
 
     return run

@@ -13,7 +13,7 @@ from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.lora_batch import TokenRun
 from server.model.native.abi import LoraModule, LoraPart, columns
-from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel
+from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel, StepTables
 from server.model.native.sampling import SampleTable
 from server.model.rank_rows import RankRows
 from server.model.row_layout import RowFormat
@@ -71,7 +71,11 @@ class Step:
         return cls(base, rows)
 
     def run(self, model: NativeModel) -> torch.Tensor:
-        return model.forward(self.token_ids, self.runs, self.blocks, self.k, self.v, self.lora)
+        return model.forward(self.tables)
+
+    @property
+    def tables(self) -> StepTables:
+        return StepTables(self.token_ids, self.runs, self.blocks, self.k, self.v, self.lora)
 
     def table(self, structure: type[ctypes.Structure], group: int = 0) -> npt.NDArray[np.int64]:
         """The parts of a group, or all modules, as the native code reads them."""
@@ -212,11 +216,9 @@ def test_rows_for_other_tokens_than_are_wanted(base: BaseModel, model: NativeMod
 
     expected = model.sample(Step.of(base).run(model), table(21))
     for wrong in (0, 20, 22):
-        step = Step.of(base)
         with pytest.raises(ValueError, match=f"{wrong} rows for 21 hidden states"):
-            model.draw(step.token_ids, step.runs, step.blocks, step.k, step.v, step.lora, table(wrong))
-    step = Step.of(base)
-    found = model.draw(step.token_ids, step.runs, step.blocks, step.k, step.v, step.lora, table(21))
+            model.draw(Step.of(base).tables, table(wrong))
+    found = model.draw(Step.of(base).tables, table(21))
     for name in ("token_ids", "logprobs", "top_ids"):
         assert (getattr(found, name) == getattr(expected, name)).all()
 
