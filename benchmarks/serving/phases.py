@@ -2,7 +2,7 @@
 
 Steps of more and more streams, each decoding a token behind as long a context, and of a prompt, all of the base
 and sampled (temperature 0.7, top-p 0.9). Beside each phase stands what bounds it: reading its weights, keys and
-values once, or its multiplications, each at the highest speed seen here: of torch's sum and bf16 product, and of
+values once, or its multiplications, each at the highest speed seen here: of torch's sum and product, and of
 any phase. Writes phases.json. For figures that mean something the machine must be otherwise idle.
 """
 
@@ -26,6 +26,7 @@ from server.model.native.abi import PHASES
 from server.model.native.load import load_native
 from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel, StepTables
 from server.model.native.sampling import SampleTable
+from server.model.ops.linear import can_pack
 from server.model.rank_rows import RankRows
 
 BLOCK = 16
@@ -186,8 +187,11 @@ def _runner(model: NativeModel, step: Step) -> Callable[[], None]:
 
 
 def product_speed() -> float:
-    """Floating point operations/s of torch's bf16 product."""
-    a, b = (torch.randn(PRODUCT, PRODUCT).bfloat16() for _ in range(2))
+    """Floating point operations/s of torch's product: of bf16, or of fp32 where a processor has no instructions
+    for bf16, which then takes minutes.
+    """
+    dtype = torch.bfloat16 if can_pack(torch.zeros(1, 1, dtype=torch.bfloat16)) else torch.float32
+    a, b = (torch.randn(PRODUCT, PRODUCT, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
         begun = time.perf_counter()
@@ -215,7 +219,7 @@ def markdown(results: Results) -> str:
     parts = [
         *([QUICK] if results.made.quick else []),
         f"Made by `{results.made.command}`, {results.made.day}: {results.base}, {results.machine}. Memory is read "
-        f"at {number(results.bandwidth / 1e9)} GB/s at most; the fastest bf16 product does "
+        f"at {number(results.bandwidth / 1e9)} GB/s at most; the fastest product does "
         f"{number(results.speed / 1e9)} GFLOP/s.",
         "Milliseconds (medians), and in brackets the share of that in which memory or arithmetic, whichever takes "
         "longer, could have done it.",

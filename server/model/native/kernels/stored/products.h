@@ -23,8 +23,9 @@ inline void prefetch_ahead(const Tile* tile) {
 template <class Tile>
 inline void expand(const Tile& from, bf16* to) {
     for (int first = 0; first < kTile; first += 16)
-        each_pair(from, first,
-                  [&](int pair, __m512bh w) { _mm512_storeu_si512(to + (pair * kTile + first) * 2, (__m512i)w); });
+        each_pair(from, first, [&](int pair, const vectors::Pairs& w) {
+            _mm512_storeu_si512(to + (pair * kTile + first) * 2, vectors::packed(w));
+        });
 }
 
 // All of `rows` rows, each named by itself: of an index that is counted, the compiler keeps the sums in memory.
@@ -42,12 +43,12 @@ inline void multiply_stored_block(const bf16* x, size_t x_stride, const Tile* ti
                 memcpy(&two, x + of * x_stride + i * kTile + 2 * pair, 4);
                 return (__m512bh)_mm512_set1_epi32((int)two);
             };
-            each_pair(tiles[i], 0, [&](int pair, __m512bh w) {
-                ((left[row] = _mm512_dpbf16_ps(left[row], both(row, pair), w)), ...);
+            each_pair(tiles[i], 0, [&](int pair, const vectors::Pairs& w) {
+                ((left[row] = vectors::add_products(left[row], both(row, pair), w)), ...);
             });
             asm volatile("" ::: "memory");  // x is read again: its copies would take all registers
-            each_pair(tiles[i], 16, [&](int pair, __m512bh w) {
-                ((right[row] = _mm512_dpbf16_ps(right[row], both(row, pair), w)), ...);
+            each_pair(tiles[i], 16, [&](int pair, const vectors::Pairs& w) {
+                ((right[row] = vectors::add_products(right[row], both(row, pair), w)), ...);
             });
         }
         (_mm512_storeu_ps(y + row * y_stride, left[row]), ...);

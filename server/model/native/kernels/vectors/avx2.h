@@ -146,9 +146,6 @@ inline Words to_words(const Floats& a) { return {_mm256_cvtps_epi32(a.low), _mm2
 inline Words widen_unsigned(__m256i x) {  // 16 numbers of 16 bits
     return {_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1))};
 }
-inline Words widen_signed(__m128i x) {  // 16 numbers of 8 bits
-    return {_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))};
-}
 inline Floats from_halfs(__m256i x) {  // 16 of fp16
     return {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
 }
@@ -197,13 +194,6 @@ inline Words quarters(const Words& a, const Words& b) {  // the even or the odd 
     constexpr int kHalves = which == 0x88 ? 0x20 : 0x31;
     return {_mm256_permute2x128_si256(a.low, a.high, kHalves), _mm256_permute2x128_si256(b.low, b.high, kHalves)};
 }
-inline Floats look_up(const Words& index, const Floats& table) {  // by the lowest four bits
-    auto one = [&](__m256i i) {
-        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, i), _mm256_permutevar8x32_ps(table.high, i),
-                                _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
-    };
-    return {one(index.low), one(index.high)};
-}
 
 // Two rows of 32 numbers of 16 bits side by side.
 inline void store_interleaved(const Words& a, const Words& b, uint32_t* to) {
@@ -238,6 +228,22 @@ inline Floats mantissa(const Floats& x) {
     return choose(compare<_CMP_GE_OQ>(m, set(1.5f)), multiply(m, set(0.5f)), m);
 }
 
+// 16 words: the first of each two, or the second.
+inline __m256i in_order(__m256 x) { return _mm256_permute4x64_epi64(_mm256_castps_si256(x), 0xd8); }
+template <int which>
+inline __m256i of_each_two(const Words& x) {
+    return in_order(_mm256_shuffle_ps(_mm256_castsi256_ps(x.low), _mm256_castsi256_ps(x.high), which));
+}
+inline Words evens(const Words& a, const Words& b) { return {of_each_two<0x88>(a), of_each_two<0x88>(b)}; }
+inline Words odds(const Words& a, const Words& b) { return {of_each_two<0xdd>(a), of_each_two<0xdd>(b)}; }
+inline Words right_signed(const Words& a, int bits) {
+    return {_mm256_srai_epi32(a.low, bits), _mm256_srai_epi32(a.high, bits)};
+}
+inline __m256i load_shorts(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline Words widen_signed_shorts(__m256i x) {
+    return {_mm256_cvtepi16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepi16_epi32(_mm256_extracti128_si256(x, 1))};
+}
+
 // Rounded to 16 bits, to the nearest one and of two to the even one, in the high half of each 32 bits.
 inline __m256i round_number(__m256i bits) {  // that isn't NaN
     const __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -251,11 +257,6 @@ inline __m256i high_halves(__m256i a, __m256i b) {  // of each 32 bits
     return _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16)), 0xd8);
 }
 inline __m256i to_bf16(const Floats& x) { return high_halves(round_any(x.low), round_any(x.high)); }
-inline Words to_bf16(const Floats& high, const Floats& low) {  // for weights: none is NaN
-    const Words a = as_words(low), b = as_words(high);
-    return {high_halves(round_number(a.low), round_number(a.high)),
-            high_halves(round_number(b.low), round_number(b.high))};
-}
 
 inline __m256 add_pairs(__m256 sum, __m256i a, __m256i b) {
     const __m256i second = _mm256_set1_epi32((int)0xffff0000);

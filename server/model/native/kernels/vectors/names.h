@@ -59,7 +59,6 @@
 #define _mm512_extractf32x8_ps(a, half) ((half) ? vectors::high_half(a) : vectors::low_half(a))
 #define _mm512_cvtepi32_ps vectors::to_floats
 #define _mm512_cvtepu16_epi32 vectors::widen_unsigned
-#define _mm512_cvtepi8_epi32 vectors::widen_signed
 #define _mm512_cvtph_ps vectors::from_halfs
 #define _mm512_add_epi32 vectors::add
 #define _mm512_add_epi64 vectors::add_longs
@@ -74,12 +73,10 @@
 #define _mm512_unpacklo_epi64 vectors::unpack_low_longs
 #define _mm512_unpackhi_epi64 vectors::unpack_high_longs
 #define _mm512_shuffle_i32x4(a, b, which) vectors::quarters<which>(a, b)
-#define _mm512_permutexvar_ps vectors::look_up
 #define _mm512_roundscale_ps(x, to_whole) vectors::round(x)
 #define _mm512_scalef_ps vectors::scale
 #define _mm512_getexp_ps vectors::exponent
 #define _mm512_getmant_ps(x, interval, sign) vectors::mantissa(x)
 #define _mm512_cvtneps_pbh vectors::to_bf16
-#define _mm512_cvtne2ps_pbh vectors::to_bf16
 #define _mm512_dpbf16_ps vectors::add_pairs
 // clang-format on

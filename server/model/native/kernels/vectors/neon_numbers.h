@@ -21,13 +21,6 @@ inline Words widen_unsigned(const Shorts& x) {
     return {{vmovl_u16(vget_low_u16(x.q[0])), vmovl_high_u16(x.q[0]), vmovl_u16(vget_low_u16(x.q[1])),
              vmovl_high_u16(x.q[1])}};
 }
-inline Words widen_signed(uint8x16_t bytes) {
-    const int8x16_t x = vreinterpretq_s8_u8(bytes);
-    const int16x8_t low = vmovl_s8(vget_low_s8(x)), high = vmovl_high_s8(x);
-    return each([](auto y) { return vreinterpretq_u32_s32(y); },
-                Four<int32x4_t>{{vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)),
-                                 vmovl_high_s16(high)}});
-}
 inline Floats from_halfs(const Shorts& x) {  // 16 of fp16
     const float16x8_t low = vreinterpretq_f16_u16(x.q[0]), high = vreinterpretq_f16_u16(x.q[1]);
     return {{vcvt_f32_f16(vget_low_f16(low)), vcvt_high_f32_f16(low), vcvt_f32_f16(vget_low_f16(high)),
@@ -88,14 +81,23 @@ inline Words quarters(const Words& a, const Words& b) {  // the even or the odd 
     constexpr int kFirst = which == 0x88 ? 0 : 1;
     return {{a.q[kFirst], a.q[kFirst + 2], b.q[kFirst], b.q[kFirst + 2]}};
 }
-inline Floats look_up(const Words& index, const Floats& table) {  // by the lowest four bits
-    auto bytes = [](float32x4_t x) { return vreinterpretq_u8_f32(x); };
-    const uint8x16x4_t all = {{bytes(table.q[0]), bytes(table.q[1]), bytes(table.q[2]), bytes(table.q[3])}};
-    auto one = [&](uint32x4_t i) {
-        const uint32x4_t first = vmulq_u32(vandq_u32(i, vdupq_n_u32(15)), vdupq_n_u32(0x04040404));
-        return vreinterpretq_f32_u8(vqtbl4q_u8(all, vreinterpretq_u8_u32(vaddq_u32(first, vdupq_n_u32(0x03020100)))));
-    };
-    return each(one, index);
+
+// 16 words: the first of each two, or the second.
+inline Words evens(const Words& a, const Words& b) {
+    return {{vuzp1q_u32(a.q[0], a.q[1]), vuzp1q_u32(a.q[2], a.q[3]), vuzp1q_u32(b.q[0], b.q[1]),
+             vuzp1q_u32(b.q[2], b.q[3])}};
+}
+inline Words odds(const Words& a, const Words& b) {
+    return {{vuzp2q_u32(a.q[0], a.q[1]), vuzp2q_u32(a.q[2], a.q[3]), vuzp2q_u32(b.q[0], b.q[1]),
+             vuzp2q_u32(b.q[2], b.q[3])}};
+}
+inline Words right_signed(const Words& a, int bits) {
+    return each([&](auto x) { return (uint32x4_t)((int32x4_t)x >> bits); }, a);
+}
+inline Words widen_signed_shorts(const Shorts& x) {
+    auto low = [](uint16x8_t y) { return (uint32x4_t)vmovl_s16(vget_low_s16((int16x8_t)y)); };
+    auto high = [](uint16x8_t y) { return (uint32x4_t)vmovl_high_s16((int16x8_t)y); };
+    return {{low(x.q[0]), high(x.q[0]), low(x.q[1]), high(x.q[1])}};
 }
 
 inline Floats lowest_four_bits(const Words& x) { return to_floats(x & set_words(15)); }
@@ -136,11 +138,6 @@ inline uint16x8_t to_bf16(float32x4_t low, float32x4_t high) {
     return vuzp2q_u16(rounded(low), rounded(high));
 }
 inline Shorts to_bf16(const Floats& x) { return {{to_bf16(x.q[0], x.q[1]), to_bf16(x.q[2], x.q[3])}}; }
-inline Words to_bf16(const Floats& high, const Floats& low) {
-    auto words = [](uint16x8_t x) { return vreinterpretq_u32_u16(x); };
-    const Shorts first = to_bf16(low), second = to_bf16(high);
-    return {{words(first.q[0]), words(first.q[1]), words(second.q[0]), words(second.q[1])}};
-}
 
 inline Floats add_pairs(const Floats& sum, const Words& a, const Words& b) {
     auto first = [](uint32x4_t x) { return vreinterpretq_f32_u32(vshlq_n_u32(x, 16)); };

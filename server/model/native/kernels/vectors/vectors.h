@@ -3,6 +3,7 @@
 // Beside them each processor's header has in namespace `vectors`: is_supported(), kFlushesToZero of what _mm_setcsr
 // takes, are_not_zero(16 bytes), store_interleaved(two rows of 32 numbers of 16 bits, where to), and
 // lowest_four_bits(16 words) as floats; and kSums, how many sums of 16 numbers registers hold beside what they are of.
+// side_by_side.h and apart.h have what expands stored weights, and multiplies by them.
 #pragma once
 
 #if defined(__aarch64__)
@@ -13,4 +14,22 @@
 #else
 #include "avx2.h"
 #include "names.h"
+#endif
+
+namespace vectors {
+
+// Numbers of a pair of inputs of 16 outputs.
+struct SplitFloats {
+    __m512 one, other;
+};
+struct SplitWords {
+    __m512i one, other;
+};
+
+}  // namespace vectors
+
+#ifdef __AVX512F__
+#include "side_by_side.h"
+#else
+#include "apart.h"
 #endif
