@@ -60,6 +60,16 @@ def native_library() -> ctypes.CDLL:
         give_up(reason)
 
 
+def hold_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process use the named instructions and no more; give the test up where the processor has fewer."""
+    monkeypatch.setenv("NATIVE_INSTRUCTIONS", name)
+    try:
+        instructions()
+    except NativeUnavailable as reason:
+        give_up(reason)
+    native_library()
+
+
 def needs_packed_products() -> None:
     """Give the test up where torch has no product of packed 16-bit weights."""
     if not can_pack(torch.zeros(1, 1, dtype=torch.bfloat16)):

@@ -15,7 +15,7 @@ from server.model.native.library import (
     instructions,
     may_be_had,
 )
-from tests.native_kit import native_library
+from tests.native_kit import hold_to
 from tests.server.model.native.build import build
 
 X86 = MACHINES["x86_64"]
@@ -25,9 +25,8 @@ LESSER = X86[1:]
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """This process is held to the instructions that the test names."""
-    native_library()
     name: str = request.param
-    monkeypatch.setenv("NATIVE_INSTRUCTIONS", name)
+    hold_to(name, monkeypatch)
     return name
 
 
@@ -62,16 +61,15 @@ def test_kernels(held: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LESSER)
-def test_answers_are_those_of_hugging_face(name: str) -> None:
+@pytest.mark.parametrize("held", LESSER, indirect=True)
+def test_answers_are_those_of_hugging_face(held: str) -> None:
     """Serving and training over HTTP: the tests that hold the default server to it, held to less."""
-    native_library()
     tests = ["tests/end_to_end/test_native_parity.py", "tests/server/training/passes/test_native_pass.py"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests],
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "NATIVE_INSTRUCTIONS": name},
+        env={**os.environ, "NATIVE_INSTRUCTIONS": held},
     )
     assert done.returncode == 0, done.stdout[-4000:]
