@@ -49,11 +49,21 @@ class Machine:
 
 
 def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
+    if not (lines := _cpuinfo()):
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
+def has_feature(name: str) -> bool:
+    """Whether the processor has what Linux calls so; False where the system doesn't tell."""
+    return any(name in line.split() for line in _cpuinfo() if line.startswith("flags"))
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
 
 
 def peak_rss(pid: int) -> int:

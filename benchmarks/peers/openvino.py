@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from benchmarks.allocation import described
-from benchmarks.machine import peak_rss
+from benchmarks.machine import has_feature, peak_rss
 from benchmarks.measure import Run
 from benchmarks.peers.venvs import MadePeer
 from benchmarks.serving.systems.http_server import threads_environment
@@ -23,9 +23,11 @@ from benchmarks.serving.systems.systems import BASE, BLENDS, ONE, Facts, Load, S
 from benchmarks.serving.systems.wires import Part
 
 NAME = "OpenVINO GenAI"
+PRECISION = "bf16" if has_feature("avx512f") else "f32"
+"""In which it computes: with AVX2 alone it can in fp32 only."""
 VARIANTS = {
     f"cached keys and values in {cache}, {tokens} tokens a step": (cache, tokens)
-    for cache in ("u8", "bf16")
+    for cache in ("u8", PRECISION)
     for tokens in (256, 1024)
 }
 """What may or may not help it; the first is its default."""
@@ -69,6 +71,7 @@ class OpenVino:
                     name: str(place.resolve() / "adapter_model.safetensors")
                     for name, place in config.adapters.items()
                 },
+                "precision": PRECISION,
                 "threads": config.threads,
                 "sequences": config.slots,
                 "cache": cache,
@@ -77,7 +80,7 @@ class OpenVino:
         )
         kept = described(bool(started["keeps_freed_memory"]))
         pipelines = "a pipeline for the base and one for adapters"
-        settings = f"{pipelines}, {config.slots} sequences, inference in bf16, {config.variant}, {kept}"
+        settings = f"{pipelines}, {config.slots} sequences, inference in {PRECISION}, {config.variant}, {kept}"
         self.facts = Facts(NAME, config.peer.version, False, settings, trial or {})
 
     @property

@@ -59,7 +59,7 @@ class Child:
         scheduler.enable_prefix_caching = False  # no prompt comes twice
         properties: dict[str, object] = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "bf16",
+            "INFERENCE_PRECISION_HINT": self._settings["precision"],
             "INFERENCE_NUM_THREADS": self._settings["threads"],
             "KV_CACHE_PRECISION": self._settings["cache"],
         }
