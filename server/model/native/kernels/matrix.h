@@ -23,8 +23,6 @@
 #include "stored/products.h"
 
 constexpr int kBlock = vectors::kSums >= 24 ? vectors::kSums / 2 : vectors::kSums;  // rows of a register block
-constexpr int kAhead =
-    16 * 2 * kTile * sizeof(bf16);  // bytes by which a tile of 16-bit weights is prefetched in advance
 
 struct Free {
     void operator()(void* p) const { free(p); }
@@ -176,7 +174,7 @@ class Matrix {
                 multiply_stored(x, x_stride, rows, (TileQ8_0*)at(index), count, y, y_stride, prefetch);
         } else {
             const bf16* w = tile(index, scratch);
-            prefetch.add(type_ == kBf16 ? at(index) + kAhead : at(index + 1), tile_size_);
+            prefetch.add(type_ == kBf16 ? at(index) + kBytesAhead : at(index + 1), tile_size_);
             const int pairs = in_ / 2, at_once = has_amx() ? 2 * kAmxRows : kBlock;
             const bool is_first_read = type_ == kBf16;  // of the tile: its lines are needed as fast as it is multiplied
             if (is_first_read || (int)prefetch.size() > pairs * ((rows + at_once - 1) / at_once))

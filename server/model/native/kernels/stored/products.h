@@ -11,8 +11,7 @@
 #include "tiles.h"
 
 constexpr int kStoredRows =
-    vectors::kSums >= 24 ? 6 : 3;     // rows that are computed without a copy of the weights, at most
-constexpr size_t kBytesAhead = 8192;  // by which tiles are prefetched in advance
+    vectors::kSums >= 24 ? 6 : 3;  // rows that are computed without a copy of the weights, at most
 
 template <class Tile>
 inline void prefetch_ahead(const Tile* tile) {
