@@ -11,6 +11,7 @@ import torch
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.library import computed_by
 from server.model.native.training import NativeTraining
+from server.model.ops.linear import can_pack
 from server.training.data.examples import Example, Examples
 from server.training.data.job_data import DataFacts, JobData
 from server.training.loop.checkpoint import Checkpoints
@@ -156,8 +157,10 @@ def test_the_real_base(base_dir: Path, real_base: BaseModel, library: ctypes.CDL
         assert ours[name] < theirs[name], name
     usual = sum(theirs[name] for name in norms) / len(norms)
     assert sum(ours[name] for name in norms) / len(norms) < usual
-    for name in norms:  # of so few numbers torch's may be near by chance
-        assert ours[name] < 2 * max(theirs[name], usual), name
+    # Without the processor's bf16 products torch sums in another way, which comes near some norms by chance.
+    least = 0.0 if can_pack(torch.zeros(1, 1, dtype=torch.bfloat16)) else usual
+    for name in norms:
+        assert ours[name] < 2 * max(theirs[name], least), name
     assert off(native.flat, exact.flat) < min(0.05, off(in_torch.flat, exact.flat))
     del exact, in_torch, native
 

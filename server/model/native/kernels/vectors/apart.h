@@ -5,8 +5,9 @@
 namespace vectors {
 
 // Of split numbers one vector is of the first inputs, the other of the second ones.
-using Pairs = SplitFloats;  // 16-bit numbers
-using Scales = Floats;      // of 16 outputs, for both inputs
+using Pairs = SplitFloats;                // 16-bit numbers
+using Scales = Floats;                    // of 16 outputs, for both inputs
+constexpr bool kKeepsSignOfZero = false;  // of what is scaled, which changes no sum
 
 inline Scales load_scales(const uint16_t* halfs) { return from_halfs(load_shorts(halfs)); }
 inline SplitWords split_words(const uint32_t* p) {  // [16][2]
@@ -20,7 +21,7 @@ inline SplitFloats split_bytes(const int8_t* p) {  // [16][2]
 
 // To the nearest 16-bit number, and of two to the even one, as Veltkamp splits numbers (T. J. Dekker, A floating-point
 // technique for extending the available precision, 1971): the product is rounded where bf16's last bit is. It must not
-// reach the next power of two, as it would with 65537. For numbers below 2^111; zero is positive.
+// reach the next power of two, as it would with 65537. For numbers below 2^111.
 inline Floats round_to_16_bits(const Floats& x) { return multiply_add(x, set(65536.0f), multiply(x, set(-65535.0f))); }
 inline Pairs scaled(const SplitFloats& x, const Scales& by) {
     return {round_to_16_bits(multiply(x.one, by)), round_to_16_bits(multiply(x.other, by))};

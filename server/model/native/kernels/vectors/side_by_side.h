@@ -6,6 +6,7 @@ namespace vectors {
 // Of split numbers one vector is of outputs 0 to 7, the other of 8 to 15.
 using Pairs = __m512bh;
 using Scales = SplitFloats;
+constexpr bool kKeepsSignOfZero = true;
 
 inline Scales load_scales(const uint16_t* halfs) {
     const __m512i first = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
