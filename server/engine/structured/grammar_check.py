@@ -2,12 +2,14 @@
 
 `python -m server.engine.structured.grammar_check` reads a tokenizer and then grammars, and forks a child for each
 of them, which compiles it and tries it out; limits of time and memory, or an overflow of its stack, end that child
-alone. Nobody waits for a child to die: on a busy machine one of low priority takes its time for that, too. The
-process is niced below serving, and ends when its standard input does. `GrammarChecker` is the other end. All
+alone. What the machine's other work takes of that time is no fault of the grammar: a child that hardly got to run
+is waited for. Nobody waits for a child to die: on a busy machine one of low priority takes its time for that, too.
+The process is niced below serving, and ends when its standard input does. `GrammarChecker` is the other end. All
 speak lines of JSON.
 """
 
 import json
+import math
 import os
 import resource
 import select
@@ -26,16 +28,19 @@ from server.engine.structured.grammar import GrammarRefused, compiled, try_out
 from server.errors import NotReady
 
 CPU_SECONDS = 0.4
-"""Of one grammar. Real ones take milliseconds."""
+"""Of one grammar. Real ones take 10 to 30 ms."""
 WALL_SECONDS = 0.9
-"""Likewise, on a machine that is busy."""
+"""Likewise, on a machine that is busy: of one that has had `_REAL_SECONDS` of the processor."""
 
+_REAL_SECONDS = 0.06  # of the processor: real grammars are through by then, and others give way to everybody
+_STARVED_SECONDS = 5.0  # what one may take that had less
+_LOOK_SECONDS = 0.05  # between two looks at how much it had
 _MEMORY = 1 << 30  # bytes of address space
 _NICE, _NICER = 5, 15
-_NICER_AFTER = 0.05  # seconds: real grammars are through by then
 _NEWS_SECONDS = 0.7  # what the answer may take on a busy machine
 _START_SECONDS = 20.0
 _TOO_HARD = "takes too long to compile: make it simpler"
+_TOO_BUSY = "the machine is too busy to compile grammars now"
 
 
 class GrammarChecker:
@@ -61,7 +66,9 @@ class GrammarChecker:
             self._kill()
 
     def check(self, grammar: Grammar) -> None:
-        """Blocks for about WALL_SECONDS at most, and for those before it. Raises GrammarRefused or NotReady."""
+        """Blocks for about WALL_SECONDS at most (`_STARVED_SECONDS` where others take the processor), and for
+        those before it. Raises GrammarRefused or NotReady.
+        """
         with self._lock:
             for _ in range(2):  # it may have been killed since
                 process = self._running()
@@ -69,11 +76,13 @@ class GrammarChecker:
                 with suppress(OSError):
                     process.stdin.write(_line([grammar.kind, grammar.source]))
                     process.stdin.flush()
-                    answer = self._read(process, WALL_SECONDS + _NEWS_SECONDS)
+                    answer = self._read(process, _STARVED_SECONDS + _NEWS_SECONDS)
                     if answer is None and not _has_died(process):
                         self._kill()
                         threading.Thread(target=self.start, name="grammar-check", daemon=True).start()
-                        raise GrammarRefused(_TOO_HARD)
+                        raise NotReady(_TOO_BUSY)
+                    if answer == _TOO_BUSY:
+                        raise NotReady(_TOO_BUSY)
                     if answer:
                         raise GrammarRefused(answer)
                     if answer is not None:
@@ -161,22 +170,38 @@ def serve() -> None:
             _compile(tokenizer, Grammar(*json.loads(line)), frozenset(eos_token_ids), writer)
         os.close(writer)
         with os.fdopen(reader, "rb") as answer:
-            os.write(1, _answer_of(child, answer) or _line(_TOO_HARD))
+            os.write(1, _answer_of(child, answer))
         os.kill(child, signal.SIGKILL)
         _bury()
 
 
 def _answer_of(child: int, answer: BinaryIO) -> bytes:
-    """What the child says; nothing where it dies or time is up. One that takes long gives way to everybody."""
+    """What the child says, or is to be said where it dies or time is up."""
     poll = select.poll()
     poll.register(answer, select.POLLIN)
-    if not poll.poll(_NICER_AFTER * 1e3):
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, child, _NICER)
-        if not poll.poll((WALL_SECONDS - _NICER_AFTER) * 1e3):
-            return b""
+    begun = time.monotonic()
+    is_nicer = False
+    while not poll.poll(_LOOK_SECONDS * 1e3):
+        seconds = time.monotonic() - begun
+        if _processor_seconds(child) < _REAL_SECONDS:
+            if seconds > _STARVED_SECONDS:
+                return _line(_TOO_BUSY)
+        elif seconds > WALL_SECONDS:
+            return _line(_TOO_HARD)
+        elif not is_nicer:
+            is_nicer = True
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, child, _NICER)
     line = answer.readline()
-    return line if line.endswith(b"\n") else b""
+    return line if line.endswith(b"\n") else _line(_TOO_HARD)
+
+
+def _processor_seconds(child: int) -> float:
+    """What the child has had so far; infinite where nobody knows. A process's clock as clock_getcpuclockid(3) of
+    Linux names it."""
+    with suppress(OSError):
+        return time.clock_gettime(~child << 3 | 2)
+    return math.inf
 
 
 def _bury() -> None:
@@ -189,7 +214,7 @@ def _bury() -> None:
 def _compile(tokenizer: LLTokenizer, grammar: Grammar, eos_token_ids: frozenset[int], writer: int) -> NoReturn:
     """The child: writes its answer and ends, or is killed."""
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, _STARVED_SECONDS + _NEWS_SECONDS)  # should nobody be left to end it
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     try:

@@ -127,7 +127,8 @@ class Guidance:
         self._compiler.shutdown(wait=True, cancel_futures=True)
 
     def check(self, grammar: Grammar) -> None:
-        """Vet and compile, which may block for a second or two, and for those before it. Safe in any thread.
+        """Vet and compile, which may block for a second or two (longer on a machine that is too busy for it), and
+        for those before it. Safe in any thread.
 
         Raises InvalidInput on the grammar's field, or TryAgain.
         """

@@ -1,7 +1,12 @@
 """Grammars: which tokens they allow, against a language listed by hand, and which are refused, and how fast."""
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -10,6 +15,7 @@ import pytest
 from adapters.errors import InvalidInput
 from server.engine.request import Grammar
 from server.engine.structured.grammar import MAX_REGEX_BYTES, MAX_SCHEMA_BYTES
+from server.engine.structured.grammar_check import WALL_SECONDS, _answer_of
 from server.engine.structured.guidance import Constraint, Guidance
 from tests.engine_kit import token_bytes
 from tests.grammars import CODES, HOSTILE_REGEX, HOSTILE_SCHEMA, growing, guidance_of
@@ -176,6 +182,45 @@ def test_the_process_may_be_killed(guidance: Guidance) -> None:
     process.wait()
     guidance.check(Grammar("regex", "after"))
     assert guidance.holds(Grammar("regex", "after"))
+
+
+def test_a_busy_machine_is_no_fault_of_the_grammar(guidance: Guidance) -> None:
+    """The other process doesn't run for longer than a hostile grammar may take."""
+    guidance.check(Grammar("regex", "quick"))
+    process = guidance._checker._process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    timer = threading.Timer(2 * WALL_SECONDS, process.send_signal, [signal.SIGCONT])
+    timer.start()
+    guidance.check(Grammar("regex", "slow"))
+    timer.join()
+
+
+@pytest.mark.parametrize(
+    ("takes_processor", "says"), [(False, "done"), (True, "takes too long to compile: make it simpler")]
+)
+def test_what_a_child_is_waited_for(takes_processor: bool, says: str) -> None:
+    """One that hasn't had the processor is; one that had it and says nothing is not."""
+    reader, writer = os.pipe()
+    child = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            "import os, sys, time; begun = time.monotonic()\n"
+            "while time.monotonic() < begun + 2: sys.argv[2] or time.sleep(0.1)\n"
+            "os.write(int(sys.argv[1]), b'\"done\"\\n')",
+            *(str(writer), "x" * takes_processor),
+        ],
+        pass_fds=[writer],
+    )
+    os.close(writer)
+    begun = time.monotonic()
+    try:
+        with os.fdopen(reader, "rb") as answer:
+            assert json.loads(_answer_of(child.pid, answer)) == says
+    finally:
+        child.kill()
+        child.wait()
+    assert takes_processor or time.monotonic() - begun > WALL_SECONDS
 
 
 def follow(constraint: Constraint, seed: int, max_tokens: int = 600, avoid: str = "d") -> int:
