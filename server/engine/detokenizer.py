@@ -73,6 +73,8 @@ class TextStream:
         return text if self.stopped else text + held
 
     def _decide(self, text: str) -> str:
+        if not self._stop:
+            return text
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
             self.stopped = True

@@ -59,7 +59,7 @@ class TorchForward:
         chunks = (*decodes, *prefills)
         positions = [chunk.start + i for chunk in chunks for i in range(chunk.num_tokens)]
         hidden = self.model.forward(
-            to_device(torch.tensor(_token_ids(chunks)), self.model.device),
+            to_device(torch.tensor([i for chunk in chunks for i in chunk.token_ids]), self.model.device),
             to_device(torch.tensor(positions), self.model.device),
             PagedAttention(self._cache, decodes, prefills),
             self._adapters.of(chunks),
@@ -103,17 +103,18 @@ class NativeForward:
 
     def _tables(self, chunks: Seq[Chunk]) -> StepTables:
         """Of the chunks' step."""
-        tables = [chunk.sequence.block_table for chunk in chunks]
-        first_blocks = accumulate((len(table) for table in tables), initial=0)
-        runs, start = [], 0
-        for chunk, first_block in zip(chunks, first_blocks, strict=False):
-            stop = start + chunk.num_tokens
-            runs.append((start, stop, chunk.start, first_block, chunk.num_hidden))
-            start = stop
+        token_ids: list[int] = []
+        runs: list[tuple[int, ...]] = []
+        blocks: list[int] = []
+        for chunk in chunks:
+            start = len(token_ids)
+            token_ids += chunk.token_ids
+            runs.append((start, len(token_ids), chunk.start, len(blocks), chunk.num_hidden))
+            blocks += chunk.sequence.block_table
         return StepTables(
-            np.array(_token_ids(chunks), np.int64),
+            np.array(token_ids, np.int64),
             np.array(runs, np.int64),
-            np.array([block for table in tables for block in table], np.int32),
+            np.array(blocks, np.int32),
             self.cache.k,
             self.cache.v,
             self._adapters.of(chunks),
@@ -133,10 +134,6 @@ class _Kept(Generic[T]):
         if self._built is None or not _same(runs, self._runs):
             self._built, self._runs = self._build(runs), runs
         return self._built
-
-
-def _token_ids(chunks: Seq[Chunk]) -> list[int]:
-    return [token_id for chunk in chunks for token_id in chunk.token_ids]
 
 
 def _token_runs(chunks: Seq[Chunk]) -> list[TokenRun]:

@@ -8,8 +8,8 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 
@@ -25,8 +25,7 @@ from server.model.gpu import empty_cache, is_out_of_memory
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """What was drawn behind a chunk: a token, and one more behind each token of its draft."""
 
     chunk: Chunk

@@ -130,7 +130,7 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
 
     @property
     def num_sharable_tokens(self) -> int:
@@ -183,15 +183,15 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """Whether the step reaches the end of what is known, so that a next token is drawn."""
-        return self.stop == self.sequence.num_tokens
+        return self.stop == len(self.sequence.token_ids)
 
     @property
     def num_hidden(self) -> int:
         """Of how many of its last tokens final hidden states are needed: to draw what follows, or to score it."""
-        first = self.stop - 1 if self.samples else self.stop
+        num = int(self.samples)
         if (scored_from := self.sequence.request.scored_from) is not None:
-            first = min(first, max(self.start, scored_from - 1))
-        return self.stop - first + len(self.draft)
+            num = max(num, self.stop - max(self.start, scored_from - 1))
+        return num + len(self.draft)
 
     @property
     def is_decode(self) -> bool:

@@ -4,6 +4,7 @@ The torch sampler is its oracle. The noise is the same; a token may differ where
 equals lie on the border of a filter, which go by their ids here.
 """
 
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -49,6 +50,11 @@ def sampled(choices: Choices, rows: Seq[LogitsRow], vocab_size: int) -> list[Sam
 
 def _add(table: SampleTable, row: LogitsRow, vocab_size: int) -> None:
     params = row.params
+    seen: Collection[int] = ()
+    added: list[tuple[int, float]] = []
+    if params.changes_logits:
+        seen = row.seen
+        added = [*((token_id, -penalty) for token_id, penalty in row.penalties.items()), *params.logit_bias]
     forbidden = None
     if row.constraint is not None:
         forbidden = row.constraint.forbidden()
@@ -63,7 +69,7 @@ def _add(table: SampleTable, row: LogitsRow, vocab_size: int) -> None:
         key=int.from_bytes(noise_key(row), "little", signed=True) if is_random else 0,
         num_top=params.logprobs,
         repetition_penalty=params.repetition_penalty,
-        seen=row.seen,
-        added=[*((token_id, -penalty) for token_id, penalty in row.penalties.items()), *params.logit_bias],
+        seen=seen,
+        added=added,
         forbidden=forbidden,
     )

@@ -16,8 +16,8 @@ import math
 import struct
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 
@@ -31,8 +31,7 @@ MIN_TEMPERATURE = 1e-6
 _INT32 = 1 << 32
 
 
-@dataclass(frozen=True)
-class Sampled:
+class Sampled(NamedTuple):
     """One row's token. None if its constraint has failed, or if its logits are NaN or infinite, which adapters of
     very large weights can cause."""
 

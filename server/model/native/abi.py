@@ -6,6 +6,7 @@ write outside of what it was given, RuntimeError for anything else; what was cal
 """
 
 import ctypes
+import struct
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -179,6 +180,12 @@ def layout() -> dict[str, int]:
 def columns(structure: type[ctypes.Structure]) -> int:
     """Numbers of eight bytes that make one of it."""
     return ctypes.sizeof(structure) // 8
+
+
+def packing(structure: type[ctypes.Structure]) -> struct.Struct:
+    """Makes one of it from its numbers, in their order: many times as fast as its class does."""
+    codes = {ctypes.c_int64: "q", ctypes.c_double: "d", ctypes.c_void_p: "P"}
+    return struct.Struct("".join(codes[field[1]] for field in structure._fields_))
 
 
 def declare(library: ctypes.CDLL) -> None:

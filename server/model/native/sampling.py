@@ -1,16 +1,16 @@
 """How the native code is told which tokens to choose, and what it answers."""
 
-import ctypes
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from server.model.native.abi import SampleRow, SampleStep
+from server.model.native.abi import SampleRow, SampleStep, packing
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+_ROW = packing(SampleRow)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class SampleTable:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._rows: list[SampleRow] = []
+        self._rows: list[bytes] = []  # each a SampleRow
         self._seen: list[int] = []
         self._added_ids: list[int] = []
         self._added: list[float] = []
@@ -58,7 +58,7 @@ class SampleTable:
         to those of tokens, and what is `forbidden` (vocab,). Then come top-k (0: off), top-p (1: off) and min-p
         (0: off). With `num_top` log-probabilities are told: the chosen token's and so many likeliest ones'.
         """
-        mask = None
+        mask = 0
         if forbidden is not None:
             if forbidden.shape != (self._vocab_size,) or forbidden.dtype != np.bool_:
                 raise ValueError(f"what is forbidden must be {self._vocab_size} bools")
@@ -67,18 +67,18 @@ class SampleTable:
         num_top = min(num_top, self._vocab_size)
         self._max_top = max(self._max_top, num_top)
         ranges = len(self._seen), len(seen), len(self._added), len(added)
-        self._rows.append(
-            SampleRow(temperature, top_p, min_p, top_k, key, num_top, mask, repetition_penalty, *ranges)
-        )
+        row = temperature, top_p, min_p, top_k, key, num_top, mask, repetition_penalty, *ranges
+        self._rows.append(_ROW.pack(*row))
         self._seen += seen
-        self._added_ids += (token_id for token_id, _ in added)
-        self._added += (value for _, value in added)
+        for token_id, value in added:
+            self._added_ids.append(token_id)
+            self._added.append(value)
 
     def step(self, *, hidden: int | None = None, logits: int | None = None) -> tuple[SampleStep, Choices]:
         """The step as native code reads it, of hidden states or logits at an address, and where the answer comes;
         the table must stay until it is there."""
         num_rows = len(self._rows)
-        rows = (SampleRow * num_rows)(*self._rows)
+        rows = np.frombuffer(b"".join(self._rows), np.uint8)
         seen, added_ids = np.array(self._seen, np.int64), np.array(self._added_ids, np.int64)
         added = np.array(self._added, np.float64)
         choices = Choices(
@@ -90,7 +90,7 @@ class SampleTable:
             num_rows=num_rows,
             hidden=hidden,
             logits=logits,
-            rows=ctypes.addressof(rows),
+            rows=rows.ctypes.data,
             seen=seen.ctypes.data,
             num_seen=seen.size,
             added_ids=added_ids.ctypes.data,

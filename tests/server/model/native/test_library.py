@@ -1,5 +1,6 @@
 """How the native library is found, made and done without."""
 
+import ctypes
 import hashlib
 import platform
 import re
@@ -12,7 +13,7 @@ import pytest
 
 from server.model.base.weights import BaseModel
 from server.model.native import library as module
-from server.model.native.abi import STRUCTURES, layout
+from server.model.native.abi import STRUCTURES, layout, packing
 from server.model.native.library import (
     FLAGS,
     INSTRUCTIONS,
@@ -113,6 +114,12 @@ def test_the_same_layout_is_taken(tmp_path: Path) -> None:
     said: list[str] = []
     load_library([tmp_path], said.append)
     assert said == []
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_packed_numbers_are_the_structure(structure: type[ctypes.Structure]) -> None:
+    numbers = [7 + place for place, _ in enumerate(structure._fields_)]
+    assert packing(structure).pack(*numbers) == bytes(structure(*numbers))
 
 
 @pytest.mark.parametrize("name", ["kRowUnit", "ServeStep", "ServeStep.hidden", "group down", "kNoMemory"])
