@@ -20,7 +20,6 @@ from adapters.errors import SmoloraError
 from server.engine.engine import Engine, EngineConfig
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.engine.watching.in_flight import InFlight
-from server.engine.watching.loop_calls import LoopCalls
 from server.engine.watching.output_stream import OutputStream
 from server.engine.watching.queue_rate import QueueRate
 from server.engine.watching.watchdog import Watchdog
@@ -85,7 +84,7 @@ class AsyncEngine:
         self._watching: asyncio.Task[None] | None = None
         self._step: int | None = None  # the step under way, counted from 0
         self._taken: dict[str, _Taken] = {}  # by the request's id
-        self._calls: LoopCalls | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -132,10 +131,9 @@ class AsyncEngine:
 
     def start(self) -> None:
         """Start the thread. Call it once, on the event loop."""
-        loop = asyncio.get_running_loop()
-        self._calls = LoopCalls(loop)
+        self._loop = asyncio.get_running_loop()
         self._thread.start()
-        self._watching = loop.create_task(self._watch())
+        self._watching = self._loop.create_task(self._watch())
 
     async def stop(self) -> None:
         """End what runs and the thread, but for one that hangs."""
@@ -149,9 +147,6 @@ class AsyncEngine:
         self._fail_all(Draining())
         if not self._is_hung:
             self._engine.close()
-            if self._calls is not None:
-                self._calls.close()
-                self._calls = None
 
     def drain(self) -> None:
         """Take no new requests; those in flight go on."""
@@ -292,6 +287,9 @@ class AsyncEngine:
                 return
 
     def _call(self, function: Callable[[], None]) -> None:
-        """Have the event loop call the function, while the next step is computed."""
-        assert self._calls is not None
-        self._calls.call(function)
+        """Have the event loop call the function; nothing where the loop has ended."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(function)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            log.debug("outputs after the end of the event loop")
