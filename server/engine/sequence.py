@@ -35,6 +35,10 @@ class Constraint(Protocol):
         """(vocab,) True for tokens that may not come next; None where there is an error."""
         ...
 
+    def forced(self) -> Seq[int]:
+        """The tokens that come next because each is the only one that may; none where there is a choice."""
+        ...
+
     def accept(self, token_id: int) -> None:
         """Move on by a token that isn't forbidden and doesn't end the answer."""
         ...

@@ -1,10 +1,11 @@
 """Drafts for a step's decoding sequences: guessed tokens that the step computes too, and draws behind.
 
 A token is drawn from what stands before it and from noise that its position decides, so behind a draft that came
-true it is the one that plain decoding would have drawn: drafts change when tokens come, and nothing else. Here is
-decided which guesses are worth their time: as many as bring more tokens a second, by how often the sequence's
-guesses came true (`acceptance`) and what a token more costs a step (`row_costs`). A draft takes blocks that are
-free for the length of a step, and rows that the batch leaves; nobody waits or gives way for it.
+true it is the one that plain decoding would have drawn: drafts change when tokens come, and nothing else. A guess
+is what a grammar leaves no choice of, or what followed the last tokens before (`lookup`). Here is decided which
+guesses are worth their time: as many as bring more tokens a second, by how often the sequence's guesses came true
+(`acceptance`; a grammar's always do) and what a token more costs a step (`row_costs`). A draft takes blocks that
+are free for the length of a step, and rows that the batch leaves; nobody waits or gives way for it.
 """
 
 from collections.abc import Collection
@@ -21,13 +22,21 @@ from server.engine.watching.row_costs import RowCosts
 MAX_DRAFT = 15  # tokens: with the one before them they fill a tile of 16 rows
 
 
+@dataclass(frozen=True)
+class _Weighed:
+    """Tokens that may follow, and the chance that the first comes, the first two do, and so on."""
+
+    token_ids: Seq[int]
+    chances: Seq[float]
+
+
 @dataclass
 class _State:
     """What is known of a decoding sequence."""
 
     lookup: PromptLookup = field(default_factory=PromptLookup)
     acceptance: Acceptance = field(default_factory=Acceptance)
-    guess: Guess | None = None  # the last one, drafted or not
+    guess: Guess | None = None  # the last look-up's, drafted or not
     position: int = 0  # of its first token
 
 
@@ -54,10 +63,7 @@ class Speculator:
         guesses = {chunk: guess for chunk in chunks if (guess := self._guess(chunk)) is not None}
         if not guesses:
             return chunks
-        chances = [
-            list(self._states[chunk.sequence].acceptance.chances(guess.match, len(guess.token_ids)))
-            for chunk, guess in guesses.items()
-        ]
+        chances = [guess.chances for guess in guesses.values()]
         num_decoding = sum(chunk.is_decode and chunk.samples for chunk in chunks)
         sizes = draft_sizes(num_decoding, chances, self.costs.of(num_decoding), num_free)
         drafts = {
@@ -76,7 +82,7 @@ class Speculator:
         """It has ended."""
         self._states.pop(sequence, None)
 
-    def _guess(self, chunk: Chunk) -> Guess | None:
+    def _guess(self, chunk: Chunk) -> _Weighed | None:
         """What may follow a decoding sequence, after a look at what became of the last guess."""
         sequence, params = chunk.sequence, chunk.sequence.request.sampling
         max_tokens = min(params.max_tokens - sequence.num_output_tokens - 1, MAX_DRAFT)
@@ -89,9 +95,14 @@ class Speculator:
                 state.acceptance.observe(state.guess.match + num, guessed == token_id)
                 if guessed != token_id:
                     break
-        state.guess = state.lookup.guess(sequence.token_ids, max_tokens)
+        if sequence.constraint is not None and (forced := sequence.constraint.forced()):
+            state.guess = None
+            return _Weighed(forced[:max_tokens], [1.0] * len(forced[:max_tokens]))
+        state.guess = guess = state.lookup.guess(sequence.token_ids, max_tokens)
         state.position = sequence.num_tokens
-        return state.guess
+        if guess is None:
+            return None
+        return _Weighed(guess.token_ids, list(state.acceptance.chances(guess.match, len(guess.token_ids))))
 
     def _draft(self, chunk: Chunk, token_ids: Seq[int]) -> tuple[int, ...]:
         """As many of these tokens as may follow and find blocks, which are reserved."""

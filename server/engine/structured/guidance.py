@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -26,6 +27,8 @@ from server.engine.request import Grammar
 from server.engine.structured.grammar import GrammarRefused, compiled
 from server.engine.structured.grammar_check import GrammarChecker
 from server.errors import QueueFull
+
+T = TypeVar("T")
 
 _NUM_KEPT = 64  # compiled grammars
 _TURN_SECONDS = 5.0  # what a grammar may wait for others
@@ -69,11 +72,12 @@ class Constraint:
 
     def forbidden(self) -> NDArray[np.bool_] | None:
         """(vocab,) True for tokens that may not come next; None where there is an error."""
-        mask = self._matcher.compute_logit_bias()
-        if self._matcher.is_error():
-            self._go_on_alone()
-            mask = self._matcher.compute_logit_bias()
-        return None if self._matcher.is_error() else np.frombuffer(mask, dtype=np.uint8) == 0
+        mask = self._asked(LLMatcher.compute_logit_bias)
+        return None if mask is None else np.frombuffer(mask, dtype=np.uint8) == 0
+
+    def forced(self) -> Sequence[int]:
+        """The tokens that come next because each is the only one that may; none where there is a choice."""
+        return self._asked(LLMatcher.compute_ff_tokens) or ()
 
     def accept(self, token_id: int) -> None:
         """Move on by a token that isn't forbidden and doesn't end the answer."""
@@ -92,6 +96,14 @@ class Constraint:
         copy._is_alone = True  # where it can't be followed, the original decides
         copy._matcher.consume_tokens(list(token_ids))
         return copy
+
+    def _asked(self, question: Callable[[LLMatcher], T]) -> T | None:
+        """What the matcher says; None where there is an error."""
+        answer = question(self._matcher)
+        if self._matcher.is_error():
+            self._go_on_alone()
+            answer = question(self._matcher)
+        return None if self._matcher.is_error() else answer
 
     def _go_on_alone(self) -> None:
         """Follow the answer anew with a matcher that nobody shares: the limit may have been reached by others."""

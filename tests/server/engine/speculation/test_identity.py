@@ -1,5 +1,6 @@
 """Drafts change no bit: tokens, log-probabilities, texts and ends are those of plain decoding, on a tiny base."""
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -180,6 +181,21 @@ def test_grammars_are_followed_as_without(bench: Bench) -> None:
             )
     _, results = bench.check(requests, max_num_seqs=64)
     assert {result.finish_reason for result in results.values()} == {"stop", "length"}
+
+
+def test_what_a_grammar_forces_takes_no_steps(bench: Bench) -> None:
+    """An answer that is mostly keys and brackets comes several tokens a step, the same ones, of any prompt."""
+    schema = {"type": "object", "properties": {name: {"type": "boolean"} for name in ("first", "second", "third")}}
+    grammar = Grammar("json_schema", json.dumps({**schema, "required": [*schema["properties"]]}))
+    bench.guidance.check(grammar)
+    request = GenerationRequest("a", tuple(range(40, 70)), replace(GREEDY, max_tokens=80), grammar=grammar)
+    plain, engine = bench.engine(), bench.engine()
+    for cost in (0.0, 0.9):
+        drafting(engine, cost)
+        result = check_identity(plain, engine, [request])["a", 0]
+        assert set(json.loads(result.text)) == {"first", "second", "third"}
+        assert engine.stats.drafted_tokens >= engine.stats.accepted_tokens > len(result.token_ids) / 3
+    assert engine.stats.steps < plain.stats.steps / 2
 
 
 def test_a_request_that_wants_none_gets_none_beside_others(bench: Bench) -> None:

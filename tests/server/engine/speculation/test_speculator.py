@@ -9,6 +9,7 @@ from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.runner import Drawn
 from server.engine.sampling.sampler import Sampled
 from server.engine.sequence import Chunk, Sequence
+from server.engine.speculation.acceptance import Acceptance
 from server.engine.speculation.speculator import MAX_DRAFT, Speculator
 from tests.server.engine.speculation.drafting import SetCosts
 
@@ -72,6 +73,60 @@ def test_whoever_wants_none_gets_none() -> None:
     assert draft(blocks, decoding(blocks, range(30))) == ()  # nothing stands there twice
     chunks = [chunk_of(decoding(blocks))]
     assert Speculator(blocks, [EOS], 32, is_on=False).extend(chunks) == chunks
+
+
+class Forcing:
+    """A grammar that leaves no choice of the next tokens, as far as a speculator sees it."""
+
+    is_complete = False
+    error = None
+
+    def __init__(self, *token_ids: int) -> None:
+        self._token_ids = token_ids
+
+    def forced(self) -> Seq[int]:
+        return self._token_ids
+
+    def num_allowed(self, token_ids: Seq[int]) -> int:
+        return len(token_ids)
+
+    def forbidden(self) -> None:
+        raise NotImplementedError
+
+    def accept(self, token_id: int) -> None:
+        raise NotImplementedError
+
+    def after(self, token_ids: Seq[int]) -> "Forcing":
+        raise NotImplementedError
+
+
+def test_what_a_grammar_forces_is_drafted() -> None:
+    """In the place of what followed once, as far as tokens may follow, though a row costs nearly a step."""
+    blocks = BlockManager(9, 16)
+    for max_tokens, token_ids, expected in (
+        (64, (70, 71, 72), (70, 71, 72)),
+        (3, (70, 71, 72), (70, 71)),
+        (64, (70, EOS, 71), (70,)),
+        (64, tuple(range(40)), tuple(range(MAX_DRAFT))),
+    ):
+        sequence = decoding(blocks, max_tokens=max_tokens)
+        sequence.constraint = Forcing(*token_ids)
+        assert draft(blocks, sequence, cost=0.9) == expected
+        blocks.free(sequence)
+
+
+def test_forced_tokens_teach_nothing() -> None:
+    """They come true whatever guesses are worth."""
+    blocks = BlockManager(9, 16)
+    sequence = decoding(blocks)
+    speculator = speculator_of(blocks)
+    for num_forced in (3, 2, 1):
+        sequence.constraint = Forcing(*range(70, 70 + num_forced))
+        (chunk,) = speculator.extend([chunk_of(sequence)])
+        assert len(chunk.draft) == num_forced
+        sequence.token_ids += chunk.draft
+        sequence.num_computed_tokens += num_forced
+    assert vars(speculator._states[sequence].acceptance) == vars(Acceptance())
 
 
 def test_prompts_are_read_without_drafts() -> None:

@@ -77,6 +77,41 @@ def mask(constraint: Constraint) -> list[bool]:
     return [bool(one) for one in forbidden]
 
 
+def test_what_is_forced_is_all_that_may_come(guidance: Guidance) -> None:
+    """Along random walks: token by token nothing else is allowed; and where nothing else is, it is told."""
+    schema = {"type": "object", "properties": {"first": {"type": "boolean"}, "then": {"enum": ["a b", "b"]}}}
+    grammar = Grammar("json_schema", json.dumps({**schema, "required": [*schema["properties"]]}))
+    guidance.check(grammar)
+    rng = random.Random(2)
+    num_forced = num_open = 0
+    for _ in range(8):
+        constraint = guidance.constraint(grammar)
+        while not constraint.is_complete:
+            forced = constraint.forced()
+            copy = constraint.after(())
+            for token_id in forced:
+                assert allowed_by(copy) == [token_id]
+                copy.accept(token_id)
+            allowed = allowed_by(constraint)
+            num_forced += bool(forced)
+            num_open += not forced
+            if not forced:
+                assert len(allowed) > 1 or set(allowed) <= set(EOS)
+            token_id = rng.choice(allowed)
+            if token_id in EOS:
+                break
+            constraint.accept(token_id)
+    assert num_forced > 20
+    assert num_open > 8
+
+
+def allowed_by(constraint: Constraint) -> list[int]:
+    forbidden = constraint.forbidden()
+    assert forbidden is not None
+    allowed: list[int] = (~forbidden).nonzero()[0].tolist()
+    return allowed
+
+
 def test_a_draft_is_followed_by_a_copy(guidance: Guidance) -> None:
     """As far as it may be; the sequence's own place stays where it is."""
     grammar = Grammar("regex", "(ab|cd){3}")

@@ -149,6 +149,9 @@ class Failing:
     def accept(self, token_id: int) -> None:
         self._num_left -= 1
 
+    def forced(self) -> Sequence[int]:
+        return ()
+
     def num_allowed(self, token_ids: Sequence[int]) -> int:
         return min(len(token_ids), self._num_left)
 
