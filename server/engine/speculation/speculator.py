@@ -97,6 +97,8 @@ class Speculator:
                     break
         if sequence.constraint is not None and (forced := sequence.constraint.forced()):
             state.guess = None
+            if sequence.constraint.after(forced).is_complete:  # behind the last one nothing is drawn
+                forced = forced[:-1]
             return _Weighed(forced[:max_tokens], [1.0] * len(forced[:max_tokens]))
         state.guess = guess = state.lookup.guess(sequence.token_ids, max_tokens)
         state.position = sequence.num_tokens

@@ -78,11 +78,12 @@ def test_whoever_wants_none_gets_none() -> None:
 class Forcing:
     """A grammar that leaves no choice of the next tokens, as far as a speculator sees it."""
 
-    is_complete = False
     error = None
 
-    def __init__(self, *token_ids: int) -> None:
+    def __init__(self, *token_ids: int, end: int | None = None) -> None:
         self._token_ids = token_ids
+        self._end = end  # what completes it
+        self.is_complete = False
 
     def forced(self) -> Seq[int]:
         return self._token_ids
@@ -97,7 +98,9 @@ class Forcing:
         raise NotImplementedError
 
     def after(self, token_ids: Seq[int]) -> "Forcing":
-        raise NotImplementedError
+        moved = Forcing(end=self._end)
+        moved.is_complete = token_ids[-1] == self._end
+        return moved
 
 
 def test_what_a_grammar_forces_is_drafted() -> None:
@@ -113,6 +116,16 @@ def test_what_a_grammar_forces_is_drafted() -> None:
         sequence.constraint = Forcing(*token_ids)
         assert draft(blocks, sequence, cost=0.9) == expected
         blocks.free(sequence)
+
+
+def test_what_completes_a_grammar_is_not_drafted() -> None:
+    """It is drawn behind the token before it, and nothing is behind itself."""
+    blocks = BlockManager(9, 16)
+    sequence = decoding(blocks)
+    sequence.constraint = Forcing(70, 71, 72, end=72)
+    assert draft(blocks, sequence) == (70, 71)
+    sequence.constraint = Forcing(72, end=72)
+    assert draft(blocks, sequence) == ()
 
 
 def test_forced_tokens_teach_nothing() -> None:
