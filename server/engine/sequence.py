@@ -35,8 +35,9 @@ class Constraint(Protocol):
         """(vocab,) True for tokens that may not come next; None where there is an error."""
         ...
 
-    def forced(self) -> Seq[int]:
-        """The tokens that come next because each is the only one that may; none where there is a choice."""
+    def forced(self, max_tokens: int) -> Seq[int]:
+        """So many of the tokens that come next because each is the only one that may; none where there is a
+        choice."""
         ...
 
     def accept(self, token_id: int) -> None:

@@ -95,11 +95,11 @@ class Speculator:
                 state.acceptance.observe(state.guess.match + num, guessed == token_id)
                 if guessed != token_id:
                     break
-        if sequence.constraint is not None and (forced := sequence.constraint.forced()):
+        if sequence.constraint is not None and (forced := sequence.constraint.forced(max_tokens)):
             state.guess = None
             if sequence.constraint.after(forced).is_complete:  # behind the last one nothing is drawn
                 forced = forced[:-1]
-            return _Weighed(forced[:max_tokens], [1.0] * len(forced[:max_tokens]))
+            return _Weighed(forced, [1.0] * len(forced))
         state.guess = guess = state.lookup.guess(sequence.token_ids, max_tokens)
         state.position = sequence.num_tokens
         if guess is None:

@@ -50,12 +50,19 @@ class _Kept:
 class Constraint:
     """Where one sequence is in its grammar. The engine's thread owns it."""
 
-    def __init__(self, grammar: Grammar, kept: _Kept, compile_anew: Callable[[], LLMatcher]) -> None:
+    def __init__(
+        self, grammar: Grammar, kept: _Kept, compile_anew: Callable[[], LLMatcher], vocab_size: int
+    ) -> None:
         self._grammar = grammar
         self._kept = kept
         self._compile_anew = compile_anew
+        self._vocab_size = vocab_size
         self._matcher = kept.matcher.deep_copy()
         self._token_ids: list[int] = []
+        self._forced: Sequence[
+            int
+        ] = ()  # as far as the matcher has been asked, which takes as long as they are many
+        self._place = 0  # of the next one
         self._is_alone = False
 
     @property
@@ -72,17 +79,25 @@ class Constraint:
 
     def forbidden(self) -> NDArray[np.bool_] | None:
         """(vocab,) True for tokens that may not come next; None where there is an error."""
+        if forced := self.forced(1):
+            but_one = np.ones(self._vocab_size, np.bool_)
+            but_one[forced[0]] = False
+            return but_one
         mask = self._asked(LLMatcher.compute_logit_bias)
         return None if mask is None else np.frombuffer(mask, dtype=np.uint8) == 0
 
-    def forced(self) -> Sequence[int]:
-        """The tokens that come next because each is the only one that may; none where there is a choice."""
-        return self._asked(LLMatcher.compute_ff_tokens) or ()
+    def forced(self, max_tokens: int) -> Sequence[int]:
+        """So many of the tokens that come next because each is the only one that may; none where there is a
+        choice."""
+        if self._place == len(self._forced):
+            self._forced, self._place = self._asked(LLMatcher.compute_ff_tokens) or (), 0
+        return self._forced[self._place : self._place + max_tokens]
 
     def accept(self, token_id: int) -> None:
         """Move on by a token that isn't forbidden and doesn't end the answer."""
         self._token_ids.append(token_id)
         self._matcher.consume_token(token_id)
+        self._follow(token_id)
         if self._matcher.is_error():
             self._go_on_alone()
 
@@ -92,10 +107,21 @@ class Constraint:
 
     def after(self, token_ids: Sequence[int]) -> "Constraint":
         """A copy that has moved on by these tokens, all of which may come next."""
-        copy = Constraint(self._grammar, _Kept(self._matcher, self._kept.seconds), self._compile_anew)
+        kept = _Kept(self._matcher, self._kept.seconds)
+        copy = Constraint(self._grammar, kept, self._compile_anew, self._vocab_size)
         copy._is_alone = True  # where it can't be followed, the original decides
+        copy._forced, copy._place = self._forced, self._place
         copy._matcher.consume_tokens(list(token_ids))
+        for token_id in token_ids:
+            copy._follow(token_id)
         return copy
+
+    def _follow(self, token_id: int) -> None:
+        """The matcher has moved on by the token, which may be what was forced."""
+        if self._forced[self._place : self._place + 1] == [token_id]:
+            self._place += 1
+        else:
+            self._forced, self._place = (), 0
 
     def _asked(self, question: Callable[[LLMatcher], T]) -> T | None:
         """What the matcher says; None where there is an error."""
@@ -165,7 +191,7 @@ class Guidance:
     def constraint(self, grammar: Grammar) -> Constraint:
         """A new sequence's, of a grammar that `check` has passed."""
         kept = self._find(grammar) or self._keep(grammar)  # it may have had to make room since
-        return Constraint(grammar, kept, partial(self._compile, grammar))
+        return Constraint(grammar, kept, partial(self._compile, grammar), self._vocab_size)
 
     def _is_usable(self, grammar: Grammar) -> bool:
         kept = self._find(grammar)

@@ -85,8 +85,8 @@ class Forcing:
         self._end = end  # what completes it
         self.is_complete = False
 
-    def forced(self) -> Seq[int]:
-        return self._token_ids
+    def forced(self, max_tokens: int) -> Seq[int]:
+        return self._token_ids[:max_tokens]
 
     def num_allowed(self, token_ids: Seq[int]) -> int:
         return len(token_ids)

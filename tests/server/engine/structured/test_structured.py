@@ -149,7 +149,7 @@ class Failing:
     def accept(self, token_id: int) -> None:
         self._num_left -= 1
 
-    def forced(self) -> Sequence[int]:
+    def forced(self, max_tokens: int) -> Sequence[int]:
         return ()
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
