@@ -59,9 +59,7 @@ class Constraint:
         self._vocab_size = vocab_size
         self._matcher = kept.matcher.deep_copy()
         self._token_ids: list[int] = []
-        self._forced: Sequence[
-            int
-        ] = ()  # as far as the matcher has been asked, which takes as long as they are many
+        self._forced: list[int] = []  # as the matcher said, which takes the longer the more they are
         self._place = 0  # of the next one
         self._is_alone = False
 
@@ -90,7 +88,7 @@ class Constraint:
         """So many of the tokens that come next because each is the only one that may; none where there is a
         choice."""
         if self._place == len(self._forced):
-            self._forced, self._place = self._asked(LLMatcher.compute_ff_tokens) or (), 0
+            self._forced, self._place = self._asked(LLMatcher.compute_ff_tokens) or [], 0
         return self._forced[self._place : self._place + max_tokens]
 
     def accept(self, token_id: int) -> None:
@@ -121,7 +119,7 @@ class Constraint:
         if self._forced[self._place : self._place + 1] == [token_id]:
             self._place += 1
         else:
-            self._forced, self._place = (), 0
+            self._forced, self._place = [], 0
 
     def _asked(self, question: Callable[[LLMatcher], T]) -> T | None:
         """What the matcher says; None where there is an error."""

@@ -92,10 +92,10 @@ class Forcing:
         return len(token_ids)
 
     def forbidden(self) -> None:
-        raise NotImplementedError
+        return None
 
     def accept(self, token_id: int) -> None:
-        raise NotImplementedError
+        self._token_ids = self._token_ids[1:]
 
     def after(self, token_ids: Seq[int]) -> "Forcing":
         moved = Forcing(end=self._end)

@@ -16,9 +16,11 @@ import pytest
 
 from adapters.errors import InvalidInput
 from server.engine.request import Grammar
+from server.engine.structured import grammar_check
 from server.engine.structured.grammar import MAX_REGEX_BYTES, MAX_SCHEMA_BYTES
 from server.engine.structured.grammar_check import WALL_SECONDS, _answer_of
 from server.engine.structured.guidance import Constraint, Guidance
+from server.errors import NotReady
 from tests.engine_kit import token_bytes
 from tests.grammars import CODES, HOSTILE_REGEX, HOSTILE_SCHEMA, growing, guidance_of
 from tests.tiny import own, tiny_tokenizer
@@ -257,6 +259,30 @@ def test_a_busy_machine_is_no_fault_of_the_grammar(guidance: Guidance) -> None:
     timer.start()
     guidance.check(Grammar("regex", "slow"))
     timer.join()
+
+
+def test_a_machine_that_stays_busy_is_said_to_be(guidance: Guidance, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its time, and by nobody else's fault; the next grammar goes through."""
+    guidance.check(Grammar("regex", "first"))
+    monkeypatch.setattr(grammar_check, "_STARVED_SECONDS", 0.2)
+    process = guidance._checker._process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(NotReady, match="too busy to compile"):
+        guidance.check(Grammar("regex", "second"))
+    monkeypatch.undo()
+    guidance.check(Grammar("regex", "second"))
+
+
+def test_a_child_that_never_gets_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_check, "_STARVED_SECONDS", 0.2)
+    reader, writer = os.pipe()
+    child = subprocess.Popen(["sleep", "60"], pass_fds=[writer])
+    os.close(writer)
+    with os.fdopen(reader, "rb") as answer:
+        assert json.loads(_answer_of(child.pid, answer)) == "the machine is too busy to compile grammars now"
+    child.kill()
+    child.wait()
 
 
 @pytest.mark.parametrize(
