@@ -1,7 +1,8 @@
 """Users' regular expressions, matched as PEFT matches them, but within bounds.
 
 PEFT's configurations may hold regular expressions, and one of a dozen characters can keep `re` busy for years.
-Those that are plain names are matched here, as far as they are few. Any other is matched in a short-lived process
+Those that are plain names are matched here, as far as they are few, and not at all where every name is shorter.
+Any other is matched in a short-lived process
 of its own, which the kernel ends once the budget, of processor time, is used up: whatever else the machine does,
 a sound expression has the same time.
 """
@@ -19,7 +20,7 @@ CPU_SECONDS = 0.5
 WALL_SECONDS = 30.0  # of a machine on which that takes so long
 MAX_PATTERNS = 1024
 MAX_PATTERN_LENGTH = 8192
-MAX_MATCHED_HERE = 16_384  # characters, of all patterns of a call: PEFT's own take half of it in a large base
+MAX_MATCHED_HERE = 16_384  # characters, of all patterns of a call that fit: PEFT's own take half of it in a large base
 
 # Names and dots: each of them takes one step a character, so that nothing can go wrong.
 _PLAIN = re.compile(r"(?:[A-Za-z0-9_.-]|\\\.)*")
@@ -84,6 +85,25 @@ def find(patterns: Sequence[Pattern], names: Sequence[str], budget: Budget) -> l
             raise BadPatternError(index, f"there are {len(patterns)} entries, the most is {MAX_PATTERNS}")
         if len(pattern.user_text) > MAX_PATTERN_LENGTH:
             raise BadPatternError(index, f"an entry has at most {MAX_PATTERN_LENGTH} characters")
+    longest = max(map(len, names), default=0)
+    fitting = [index for index, pattern in enumerate(patterns) if _min_length(pattern) <= longest]
+    table: list[list[str | None]] = [[None] * len(names) for _ in patterns]
+    try:
+        rows = _match([patterns[index] for index in fitting], names, budget)
+    except BadPatternError as error:
+        raise BadPatternError(fitting[error.index], str(error)) from None
+    for index, row in zip(fitting, rows, strict=True):
+        table[index] = row
+    return table
+
+
+def _min_length(pattern: Pattern) -> int:
+    """How many characters a name needs for a match, as far as that shows at once."""
+    text = pattern.user_text
+    return len(text) - text.count("\\") if _PLAIN.fullmatch(text) else 0
+
+
+def _match(patterns: Sequence[Pattern], names: Sequence[str], budget: Budget) -> list[list[str | None]]:
     is_short = sum(len(pattern.user_text) for pattern in patterns) <= MAX_MATCHED_HERE
     if not is_short or not all(_PLAIN.fullmatch(pattern.user_text) for pattern in patterns):
         return _match_there(patterns, names, budget)

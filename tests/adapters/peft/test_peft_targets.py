@@ -172,3 +172,18 @@ def test_plain_names_and_expressions_are_matched_alike() -> None:
     assert there[:-1] == here
     assert {row for row in here[0] if row is not None} == {""}
     assert set(here[5]) == {"0", "1", "2"}
+
+
+def test_what_is_longer_than_every_name_matches_none() -> None:
+    """And costs nothing, however many there are; what is as long as a name counts only what the name must have."""
+    longest = max(LINEAR, key=len)
+    texts = [longest, longest.replace(".", r"\."), longest + "0", "." * len(longest), "." * (len(longest) + 1)]
+    patterns = [Pattern(rf"(.*\.)?({text})$", "match", text) for text in texts]
+    table = find(patterns, list(LINEAR), Budget())
+    assert [row[list(LINEAR).index(longest)] for row in table] == ["", "", None, "", None]
+    many = [Pattern(text, "match", text) for text in ("q" * 900 + str(number) for number in range(1000))]
+    budget = Budget(seconds=0)  # what is matched elsewhere finds its time up
+    assert find(many, list(LINEAR), budget) == [[None] * len(LINEAR)] * 1000
+    with pytest.raises(BadPatternError) as caught:
+        find([*many, *patterns, Pattern("(.|.)*X", "match", "(.|.)*X")], list(LINEAR), Budget())
+    assert caught.value.index == 1005
