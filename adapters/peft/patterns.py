@@ -20,7 +20,7 @@ CPU_SECONDS = 0.5
 WALL_SECONDS = 30.0  # of a machine on which that takes so long
 MAX_PATTERNS = 1024
 MAX_PATTERN_LENGTH = 8192
-MAX_MATCHED_HERE = 16_384  # characters, of all patterns of a call that fit: PEFT's own take half of it in a large base
+MAX_MATCHED_HERE = 16_384  # characters, of all that fit of a call: PEFT's own take half of it in a large base
 
 # Names and dots: each of them takes one step a character, so that nothing can go wrong.
 _PLAIN = re.compile(r"(?:[A-Za-z0-9_.-]|\\\.)*")

@@ -4,8 +4,8 @@
 of them, which compiles it and tries it out; limits of time and memory, or an overflow of its stack, end that child
 alone. What the machine's other work takes of that time is no fault of the grammar: a child that hardly got to run
 is waited for. Nobody waits for a child to die: on a busy machine one of low priority takes its time for that, too.
-The process is niced below serving, and ends when its standard input does. `GrammarChecker` is the other end. All
-speak lines of JSON.
+A child is niced below serving once it took longer than real grammars do. The process ends when its standard input
+does. `GrammarChecker` is the other end. All speak lines of JSON.
 """
 
 import json
@@ -36,7 +36,7 @@ _REAL_SECONDS = 0.06  # of the processor: real grammars are through by then, and
 _STARVED_SECONDS = 5.0  # what one may take that had less
 _LOOK_SECONDS = 0.05  # between two looks at how much it had
 _MEMORY = 1 << 30  # bytes of address space
-_NICE, _NICER = 5, 15
+_NICE = 15
 _NEWS_SECONDS = 0.7  # what the answer may take on a busy machine
 _START_SECONDS = 20.0
 _TOO_HARD = "takes too long to compile: make it simpler"
@@ -154,8 +154,6 @@ def serve() -> None:
     """The process: a setup, then a grammar and its answer, until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server's to act on
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(OSError):
-        os.nice(_NICE)
     lines = sys.stdin.buffer
     setup = lines.readline()
     if not setup:
@@ -180,7 +178,7 @@ def _answer_of(child: int, answer: BinaryIO) -> bytes:
     poll = select.poll()
     poll.register(answer, select.POLLIN)
     begun = time.monotonic()
-    is_nicer = False
+    is_nice = False
     while not poll.poll(_LOOK_SECONDS * 1e3):
         seconds = time.monotonic() - begun
         if _processor_seconds(child) < _REAL_SECONDS:
@@ -188,10 +186,10 @@ def _answer_of(child: int, answer: BinaryIO) -> bytes:
                 return _line(_TOO_BUSY)
         elif seconds > WALL_SECONDS:
             return _line(_TOO_HARD)
-        elif not is_nicer:
-            is_nicer = True
+        elif not is_nice:
+            is_nice = True
             with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, child, _NICER)
+                os.setpriority(os.PRIO_PROCESS, child, _NICE)
     line = answer.readline()
     return line if line.endswith(b"\n") else _line(_TOO_HARD)
 

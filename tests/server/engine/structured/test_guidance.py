@@ -261,6 +261,29 @@ def test_a_busy_machine_is_no_fault_of_the_grammar(guidance: Guidance) -> None:
     timer.join()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are tied to a core of Linux")
+def test_a_grammar_has_its_share_of_a_busy_core(guidance: Guidance) -> None:
+    """A hostile one has had it, and is refused, in time beside a dozen processes that leave the core to nobody."""
+    guidance.check(Grammar("regex", "calm"))
+    process = guidance._checker._process
+    assert process is not None
+    core = {min(os.sched_getaffinity(process.pid))}
+    all_cores = os.sched_getaffinity(process.pid)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(12)]
+    for one in [process, *busy]:
+        os.sched_setaffinity(one.pid, core)
+    try:
+        begun = time.monotonic()
+        with pytest.raises(InvalidInput, match="too long to compile"):
+            guidance.check(Grammar("json_schema", json.dumps(HOSTILE_SCHEMA)))
+        assert time.monotonic() - begun < 2
+    finally:
+        os.sched_setaffinity(process.pid, all_cores)
+        for one in busy:
+            one.kill()
+            one.wait()
+
+
 def test_a_machine_that_stays_busy_is_said_to_be(guidance: Guidance, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its time, and by nobody else's fault; the next grammar goes through."""
     guidance.check(Grammar("regex", "first"))
