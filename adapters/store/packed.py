@@ -32,9 +32,9 @@ class PackedFiles:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._folder = root / "packed"
-        self.make: Callable[[str, LoraWeights], Pieces] | None = None
-        """What is kept of an adapter that is put, by its digest and weights; ValueError or RuntimeError where it
-        has no such form."""
+        self.make: Callable[[str, LoraWeights], Pieces | None] | None = None
+        """What is kept of an adapter that is put, by its digest and weights; None where that isn't worth its room
+        or has none (`has_room`), ValueError or RuntimeError where the adapter has no such form."""
         self.min_free_bytes = 0
         """That others need of the disk."""
 
@@ -42,16 +42,24 @@ class PackedFiles:
         """Keep what `make` makes of an adapter that was just stored, if anything, and if there is room."""
         if self.make is not None:
             with suppress(OSError, ValueError, RuntimeError):
-                self.keep(weights.digest, self.make(weights.digest, weights))
+                if (pieces := self.make(weights.digest, weights)) is not None:
+                    self.keep(weights.digest, pieces)
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether a tenth of the disk would stay free beside a file of so many bytes and what others need.
+
+        Raises OSError.
+        """
+        self._folder.mkdir(exist_ok=True)
+        disk = shutil.disk_usage(self._folder)
+        return disk.free - num_bytes >= self.min_free_bytes + disk.total // _FREE_SHARE
 
     def keep(self, digest: str, pieces: Pieces) -> None:
         """Have the file, whole or not at all. Raises OSError.
 
-        Nothing where the adapter is gone, or no tenth of the disk would stay free beside what others need.
+        Nothing where the adapter is gone, or there is no room.
         """
-        self._folder.mkdir(exist_ok=True)
-        disk = shutil.disk_usage(self._folder)
-        if disk.free - sum(piece.nbytes for piece in pieces) < self.min_free_bytes + disk.total // _FREE_SHARE:
+        if not self.has_room(sum(piece.nbytes for piece in pieces)):
             return
         with new_file(self._folder / digest) as unfinished, unfinished.open("wb") as file:
             file.writelines(pieces)

@@ -3,6 +3,7 @@
 A file is one page that says what it holds, and then `PackedRows.content`: to load the adapter is to map the file
 and copy each group's runs. It is written when an adapter is put into the store, or in the background once one
 without was loaded. A file that isn't what is expected (another layout or length) is dropped, and made anew.
+Which adapters have none, `_is_wanted` says: they are placed as they were published, in the same bits.
 """
 
 import hashlib
@@ -21,6 +22,12 @@ from server.model.row_layout import GROUPS, PackedRows, RowLayout
 FORMAT = 1
 """Grows with any change of what `RowLayout.pack` makes of the same weights."""
 _HEADER = 4096  # bytes, so that what follows begins with a page
+_MAX_GROWTH = 4
+"""Times an adapter's published bytes that its packed form may take. Rows lie in every layer, as many as the
+largest rank of any asks for: of an adapter of one layer nearly all would be zeros, which no file brings sooner. So
+no upload fills a server's memory and disk, of which quotas don't count this, with much more than itself."""
+_SMALL = 1 << 20
+"""Bytes of a packed form that is kept however few of the layers it is of."""
 
 log = logging.getLogger(__name__)
 
@@ -28,14 +35,20 @@ log = logging.getLogger(__name__)
 class PackedAdapters:
     """Those of one store, for one layout. Thread-safe."""
 
-    def __init__(self, store: AdapterStore, layout: RowLayout, min_free_bytes: int = 0) -> None:
-        """From now on the store keeps a packed file of what is put (`PackedFiles.keep` says when not)."""
+    def __init__(
+        self, store: AdapterStore, layout: RowLayout, min_free_bytes: int = 0, max_bytes: int | None = None
+    ) -> None:
+        """From now on the store keeps a packed file of what is put, as far as that is wanted.
+
+        `min_free_bytes` are what others need of the disk; `max_bytes` what the pools have room for, if known.
+        """
         self._store = store
         self._layout = layout
+        self._max_bytes = max_bytes
         self._layout_digest = _digest_of(layout)
         self._writing = threading.Lock()
         store.packed.min_free_bytes = min_free_bytes
-        store.packed.make = self._pieces
+        store.packed.make = self._wanted_pieces
 
     def load(self, digest: str) -> Stored:
         """The adapter, mapped from its packed file or, where there is none, as it was published. Either takes no
@@ -48,7 +61,8 @@ class PackedAdapters:
             except (ValueError, KeyError, TypeError, AttributeError):
                 self._store.packed.remove(digest)
         weights = self._store.load(digest)
-        if self._writing.acquire(blocking=False):  # else another is being written: the next load may do it
+        # where another is being written, the next load may do it
+        if self._is_wanted(digest, weights) and self._writing.acquire(blocking=False):
             what = (digest, weights)
             try:
                 threading.Thread(target=self._keep, args=what, name="adapter-packer", daemon=True).start()
@@ -64,6 +78,23 @@ class PackedAdapters:
         if len(content) != _HEADER + self._layout.num_bytes(needs):
             raise ValueError("of another length")
         return PackedRows(needs, content[_HEADER:])
+
+    def _is_wanted(self, digest: str, weights: LoraWeights) -> bool:
+        """Whether to keep the adapter packed: asked before any memory is taken for that."""
+        num_bytes = self._layout.num_bytes(self._layout.needs_of(weights))
+        published = sum(module.a.nbytes + module.b.nbytes for module in weights.modules.values())
+        if num_bytes > max(_MAX_GROWTH * published, _SMALL):
+            return False
+        if self._max_bytes is not None and num_bytes > self._max_bytes:  # which is never placed
+            return False
+        try:
+            return self._store.packed.has_room(_HEADER + num_bytes)
+        except OSError as error:
+            log.warning("can't keep %s packed: %s", digest[:12], error)
+            return False
+
+    def _wanted_pieces(self, digest: str, weights: LoraWeights) -> Pieces | None:
+        return self._pieces(digest, weights) if self._is_wanted(digest, weights) else None
 
     def _pieces(self, digest: str, weights: LoraWeights) -> Pieces:
         rows = self._layout.pack(weights)

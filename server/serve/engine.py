@@ -77,7 +77,7 @@ def make_engine(
     load: Load = store.load
     if backend.row_format.tile is not None:
         layout = RowLayout(backend.config.shape, backend.row_format)
-        load = PackedAdapters(store, layout, settings.min_free_bytes).load
+        load = PackedAdapters(store, layout, settings.min_free_bytes, config.adapter_cache_bytes).load
 
     def build(wake: Callable[[], None]) -> Engine:
         return Engine(backend, token_bytes, load, config, guidance=guidance, wake=wake)

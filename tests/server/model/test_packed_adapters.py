@@ -75,9 +75,19 @@ def published(weights: LoraWeights) -> PeftAdapter:
     return PeftAdapter(config, LoraWeights(exact))
 
 
-def pool_of(shape: BaseShape, stored: Stored) -> tuple[RankRows, Placement]:
+class CountingLayout(RowLayout):
+    """Knows how often it packed."""
+
+    num_packed = 0
+
+    def pack(self, weights: LoraWeights) -> PackedRows:
+        self.num_packed += 1
+        return super().pack(weights)
+
+
+def pool_of(shape: BaseShape, stored: Stored, max_rank: int = 40) -> tuple[RankRows, Placement]:
     """Pools in which the adapter lies behind another's room; all else is zero."""
-    rows = RankRows(shape, max_rank=40, row_format=ROW_FORMAT, device=CPU)
+    rows = RankRows(shape, max_rank=max_rank, row_format=ROW_FORMAT, device=CPU)
     for tensor in (*rows.a.values(), *rows.b.values()):
         tensor.zero_()
     placement = {group: Run(need, 6, 12) for group, need in rows.needs(stored).items()}
@@ -85,9 +95,9 @@ def pool_of(shape: BaseShape, stored: Stored) -> tuple[RankRows, Placement]:
     return rows, placement
 
 
-def assert_same_pools(shape: BaseShape, stored: Stored, weights: LoraWeights) -> None:
-    found, placement = pool_of(shape, stored)
-    expected, expected_placement = pool_of(shape, weights)
+def assert_same_pools(shape: BaseShape, stored: Stored, expected_of: Stored, max_rank: int = 40) -> None:
+    found, placement = pool_of(shape, stored, max_rank)
+    expected, expected_placement = pool_of(shape, expected_of, max_rank)
     assert placement == expected_placement
     for group in expected.a:
         assert torch.equal(found.a[group].view(torch.uint8), expected.a[group].view(torch.uint8))
@@ -224,6 +234,64 @@ def test_a_disk_that_takes_nothing_fails_nothing(why: str, tmp_path: Path) -> No
         assert_same_pools(TINY, packed.load(adapter.weights.digest), adapter.weights)
         settle()
     assert not packed_file(tmp_path, adapter.weights.digest).exists()
+
+
+def test_an_upload_is_not_multiplied_by_the_layers(tmp_path: Path) -> None:
+    """One layer's rank counts for all of them: what nearly all would be zeros is neither made nor kept, and placed
+    in the same bits all the same."""
+    deep = BaseShape(30, TINY.features)
+    store, layout = AdapterStore(tmp_path), CountingLayout(deep, ROW_FORMAT)
+    packed = PackedAdapters(store, layout)
+    adapter = published(random_adapter(deep, 0, rank=300, modules=["q_proj"], layers=[7], dtype=torch.bfloat16))
+    digest, published_bytes = adapter.weights.digest, 2 * adapter.weights.num_parameters
+    assert layout.num_bytes(layout.needs_of(adapter.weights)) == 30 * published_bytes
+    store.put(adapter)
+    for _ in range(2):
+        stored = packed.load(digest)
+        settle()
+        assert isinstance(stored, LoraWeights)
+    assert layout.num_packed == 0
+    assert not packed_file(tmp_path, digest).exists()
+    assert_same_pools(deep, stored, layout.pack(adapter.weights), max_rank=200)
+
+
+@pytest.mark.parametrize(
+    ("layers", "rank", "is_packed"), [(8, 300, True), (7, 300, False), (1, 100, True)], ids=["4x", "more", "small"]
+)
+def test_how_much_larger_a_packed_form_may_be(layers: int, rank: int, is_packed: bool, tmp_path: Path) -> None:
+    """Four times what was published, and a megabyte whatever was."""
+    deep = BaseShape(30, TINY.features)
+    store = AdapterStore(tmp_path)
+    PackedAdapters(store, RowLayout(deep, ROW_FORMAT))
+    few = random_adapter(deep, 0, rank=rank, modules=["q_proj"], layers=range(layers), dtype=torch.bfloat16)
+    store.put(published(few))
+    assert packed_file(tmp_path, published(few).weights.digest).exists() == is_packed
+
+
+def test_what_no_pool_could_hold_is_not_packed(tmp_path: Path) -> None:
+    store, layout = AdapterStore(tmp_path), CountingLayout(TINY, ROW_FORMAT)
+    adapters = [published(random_adapter(TINY, 0, rank=rank)) for rank in (8, 10)]
+    fits, too_large = (adapter.weights for adapter in adapters)
+    packed = PackedAdapters(store, layout, max_bytes=layout.num_bytes(layout.needs_of(fits)))
+    for adapter in adapters:
+        store.put(adapter)
+        packed.load(adapter.weights.digest)
+        settle()
+    assert layout.num_packed == 1
+    assert packed_file(tmp_path, fits.digest).exists()
+    assert_same_pools(TINY, packed.load(too_large.digest), too_large)
+
+
+def test_on_a_full_disk_nothing_is_made_to_be_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by a put, nor by each load of whatever isn't packed, by a thread of its own."""
+    store, layout = AdapterStore(tmp_path), CountingLayout(TINY, ROW_FORMAT)
+    adapter = published(ADAPTERS["all modules"](TINY))
+    packed = PackedAdapters(store, layout, min_free_bytes=1 << 60)
+    started: list[threading.Thread] = []
+    monkeypatch.setattr(threading.Thread, "start", started.append)
+    store.put(adapter)
+    packed.load(adapter.weights.digest)
+    assert (layout.num_packed, started) == (0, [])
 
 
 def test_it_goes_with_the_adapter(tmp_path: Path) -> None:

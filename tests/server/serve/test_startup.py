@@ -71,6 +71,22 @@ async def test_from_settings_to_answers(
     assert (await client.get("/adapters/a/1")).json()["resident"] is True
 
 
+async def test_an_adapter_larger_than_the_pool(
+    client: httpx.AsyncClient, services: Services, tiny_base: BaseModel
+) -> None:
+    """A rank beyond the base's sizes is no reason to refuse an upload; what can't be served is told when it is
+    asked for, and everybody else is served on."""
+    rank = 2 * services.engine.stats.max_adapter_rank + 1
+    assert rank > max(max(sizes) for sizes in tiny_base.config.shape.features.values())
+    files = as_parts(*peft_files(rank=rank, shape=tiny_base.config.shape))
+    assert (await client.post("/adapters/huge", files=files)).status_code == 201
+    body = {"prompt": "404 Not", "max_tokens": 8}
+    refused = await client.post("/generate", json={**body, "adapter": "huge"})
+    assert refused.status_code == 422
+    assert refused.json()["errors"][0]["loc"] == ["adapter"], refused.json()
+    assert (await client.post("/generate", json=body)).status_code == 200
+
+
 async def test_a_second_start_finds_everything(services: Services, said: list[str]) -> None:
     started = time.perf_counter()
     again = build(services.settings, said.append)
