@@ -15,7 +15,9 @@ _NEGLIGIBLE = 1e-13
 def distance(adapters: WeightedAdapters, merged: LoraWeights) -> float:
     """‖Δ - Σ wᵢ Δᵢ‖ / ‖Σ wᵢ Δᵢ‖ over all modules, in Frobenius norms of Δ = scaling · B A; inf where the sum is 0.
 
-    In fp64 and without the products themselves: ‖B A‖² is the sum over BᵀB ∘ A Aᵀ. Good to about 1e-7.
+    In fp64, and without the products themselves where ranks are smaller than they: ‖B A‖² is the sum over
+    BᵀB ∘ A Aᵀ. Good to about 1e-7. Takes memory for what the adapters hold of one module, and for no more than a
+    few of its dense weights beside.
     """
     difference = total = scale = 0.0
     for key in {key for weights in (merged, *(weights for weights, _ in adapters)) for key in weights.modules}:
@@ -32,6 +34,12 @@ def _squared_norm(terms: Sequence[tuple[LoraModule, float]]) -> float:
     """‖Σ weight · scaling · B A‖² of one module."""
     if not terms:
         return 0.0
+    (num_out, _), (_, num_in) = terms[0][0].b.shape, terms[0][0].a.shape
+    if sum(module.rank for module, _ in terms) ** 2 > num_out * num_in:  # BᵀB would be larger than the product
+        product = torch.zeros(num_out, num_in, dtype=torch.float64)
+        for module, weight in terms:
+            product.addmm_(module.b.double(), module.a.double(), alpha=weight * module.scaling)
+        return float(product.square().sum())
     a = torch.cat([module.a.double() for module, _ in terms])  # (Σ r, in)
     b = torch.cat([weight * module.scaling * module.b.double() for module, weight in terms], dim=1)  # (out, Σ r)
     return float(((b.T @ b) * (a @ a.T)).sum())

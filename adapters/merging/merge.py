@@ -63,7 +63,7 @@ def merge(
     check(adapters, recipe)
     parts = sorted(adapters, key=lambda part: (part[0].digest, part[1]))
     keys = sorted({key for weights, _ in parts for key in weights.modules})
-    rank = recipe.rank or max((weights.max_rank for weights, _ in parts), default=0)
+    rank = recipe.rank or _default_rank(parts)
     modules: dict[ModuleKey, LoraModule] = {}
     for key in keys:
         here = [
@@ -77,6 +77,13 @@ def merge(
         modules[key] = LoraModule(a.contiguous(), b.contiguous(), 1.0)
         between(len(modules), len(keys))
     return LoraWeights(modules)
+
+
+def _default_rank(parts: WeightedAdapters) -> int:
+    """The largest of any part, as far as any product can have it: each module is filled up to it with zeros."""
+    modules = [module for weights, _ in parts for module in weights.modules.values()]
+    largest = max((module.rank for module in modules), default=0)
+    return min(largest, max((min(len(module.b), module.a.shape[1]) for module in modules), default=0))
 
 
 def config_of(weights: LoraWeights, num_layers: int) -> LoraConfig:

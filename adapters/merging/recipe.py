@@ -11,7 +11,8 @@ Method = Literal["ties", "dare_linear", "dare_ties", "magnitude_prune", "svd"]
 class Recipe:
     """How to merge. `density` is the share of entries that are kept, above 0 and at most 1; svd keeps all.
 
-    `rank` is the result's: with it, products are merged; without, A's and B's (svd: the largest rank of any part).
+    `rank` is the result's: with it, products are merged; without, A's and B's (svd: the largest rank of any part,
+    and at most what a product of the base's sizes can have).
     """
 
     method: Method

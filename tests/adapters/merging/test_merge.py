@@ -1,11 +1,13 @@
 """Merges against PEFT's, where PEFT's are right; where they aren't is test_merge_against_peft.py's."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from torch.overrides import TorchFunctionMode
 
 from adapters.errors import InvalidInput
 from adapters.lora import LoraModule, LoraWeights, ModuleKey
@@ -117,6 +119,62 @@ def test_distance_is_the_dense_one(mixed: PeftModel) -> None:
     assert 0.1 < expected < 1
     assert distance(parts, found) == pytest.approx(expected, rel=1e-6)
     assert distance([(parts[0][0], 1.0), (parts[0][0], -1.0)], found) == float("inf")
+
+
+class Largest(TorchFunctionMode):
+    """Notes the size of the largest tensor that an operation answers."""
+
+    num_bytes = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple) else (found,):
+            if isinstance(tensor, torch.Tensor):
+                self.num_bytes = max(self.num_bytes, tensor.nbytes)
+        return found
+
+
+def wide(seed: int, rank: int) -> LoraWeights:
+    """A rank far beyond its module's sizes in one place, and one of 2 in another, which is larger."""
+    generator = torch.Generator().manual_seed(seed)
+    return LoraWeights(
+        {
+            ModuleKey(0, name): LoraModule(
+                torch.randn(r, inputs, generator=generator), torch.randn(out, r, generator=generator), 0.5
+            )
+            for name, r, out, inputs in (("q_proj", rank, 24, 16), ("up_proj", 2, 40, 16))
+        }
+    )
+
+
+def test_a_high_rank_takes_no_memory_of_its_square() -> None:
+    """A file of some megabytes can have a rank of 20,000 in one module: its square would be 3 GB of doubles."""
+    parts = [(wide(0, 1000), 0.7), (wide(1, 800), -0.4)]
+    with Largest() as largest:
+        found = merge(parts, Recipe("svd", rank=4))
+        off = distance(parts, found)
+    assert largest.num_bytes <= 8 * 1000 * 24, "in fp64, the larger factor of the larger part"
+    exact, merged = dense_sum(parts), delta(found)
+    squared = sum(float((merged[key] - exact[key]).square().sum()) for key in exact)
+    total = sum(float(value.square().sum()) for value in exact.values())
+    assert off == pytest.approx((squared / total) ** 0.5, rel=1e-9)
+    cancelling = [(wide(0, 1000), 1.0), (wide(0, 1000), -1.0)]
+    assert distance(cancelling, found) == float("inf")
+
+
+def test_a_high_rank_in_one_module_is_not_everywhere() -> None:
+    """Where nobody sets a rank, it is the largest, as far as a product can have it: more would be zeros."""
+    parts = [(wide(0, 1000), 0.7), (wide(1, 800), -0.4)]
+    found = merge(parts, Recipe("svd"))
+    assert {module.rank for module in found.modules.values()} == {16}
+    assert gap(delta(found), dense_sum(parts)) < 1e-5
+    assert {module.rank for module in merge([(wide(0, 5), 1.0)], Recipe("svd")).modules.values()} == {5}
 
 
 @pytest.mark.parametrize("rank", [None, 3])
