@@ -24,7 +24,7 @@ class Language:
         self.words = frozenset(word.encode() for word in words)
 
     def is_forced(self, before: bytes) -> bool:
-        """Whether all words go on by the same byte; llguidance then allows the tokenizer's own split alone."""
+        """Whether all words go on by the same byte: then one split of what follows may be the only one allowed."""
         nexts = {word[len(before) : len(before) + 1] for word in self.words if word.startswith(before)}
         return len(nexts) == 1 and b"" not in nexts
 

@@ -3,12 +3,13 @@
 Light to import, for `grammar_check` compiles in a process of its own what nobody has vetted yet: some small
 schemas keep the compiler busy for hours. JSON is compact, without whitespace. Limits hold the work of a single
 token to a few milliseconds; a grammar that needs more fails while it is followed. Leaves to others: when to
-compile, and what becomes of tokens.
+compile, and what becomes of tokens. llguidance isn't let force text by itself: it does so without end, for as long
+as there is any, so that a few dozen characters (`x|y((a{1000}){1000}){1000}`) keep a thread busy for minutes.
 """
 
 import json
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -30,6 +31,7 @@ _LIMITS = LLParserLimits(
     verbose_errors=False,  # they would quote what has been generated
 )
 _JSON: "JsonCompileOptions" = {"whitespace_flexible": False, "lenient": False, "coerce_one_of": False}
+_OPTIONS = '%llguidance {"no_forcing": true}'
 _MAX_MESSAGE = 300
 _ALLOWED = bytes([200])  # in llguidance's masks, which have a byte for each token; 0: forbidden
 
@@ -43,17 +45,24 @@ def compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
     if grammar.kind == "regex":
         if len(grammar.source.encode()) > MAX_REGEX_BYTES:
             raise GrammarRefused(f"is longer than {MAX_REGEX_BYTES} bytes")
-        text = LLMatcher.grammar_from_regex(grammar.source)
+        start = _part(LLMatcher.grammar_from_regex(grammar.source))["lark_grammar"]
     else:
         if len(grammar.source.encode()) > MAX_SCHEMA_BYTES:
             raise GrammarRefused(f"the schema is longer than {MAX_SCHEMA_BYTES} bytes")
         schema = json.loads(grammar.source)
         _check(schema)
-        text = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON)
-    matcher = LLMatcher(tokenizer, text, log_level=0, limits=_LIMITS)
+        part = _part(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON))
+        start = f"start: %json {json.dumps(part['json_schema'])}"
+    matcher = LLMatcher(tokenizer, f"{_OPTIONS}\n{start}", log_level=0, limits=_LIMITS)
     if matcher.is_error():
         raise GrammarRefused(_told(matcher.get_error()))
     return matcher
+
+
+def _part(text: str) -> dict[str, Any]:
+    """The only one of a grammar that llguidance has written, as a document."""
+    (part,) = json.loads(text)["grammars"]
+    return dict(part)
 
 
 def try_out(matcher: LLMatcher, eos_token_ids: frozenset[int]) -> None:

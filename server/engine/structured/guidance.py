@@ -2,8 +2,9 @@
 
 `Guidance.check` is for requests before they are taken: it has a grammar vetted in another process
 (`grammar_check`), compiles it on a thread of low priority, and keeps it. `Guidance.constraint` puts a sequence at
-its beginning. llguidance tells which tokens may come next; end tokens may where the answer could end. What
-answers look like is `grammar`'s part.
+its beginning. llguidance tells which tokens may come next; end tokens may where the answer could end. Where only
+one text can follow, its longest token comes: that depends on the answer so far alone, and costs the same however
+much there is to follow. What answers look like is `grammar`'s part.
 """
 
 import os
@@ -11,12 +12,11 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -28,11 +28,11 @@ from server.engine.structured.grammar import GrammarRefused, compiled
 from server.engine.structured.grammar_check import GrammarChecker
 from server.errors import QueueFull
 
-T = TypeVar("T")
-
 _NUM_KEPT = 64  # compiled grammars
 _TURN_SECONDS = 5.0  # what a grammar may wait for others
 _NICE = 10
+_MAX_SPLITS = 64
+"""Tokens that the same text may begin with: more are a choice."""
 _QUICK = 0.02
 """Seconds of the processor: what compiles faster may be compiled again on the engine's thread."""
 
@@ -51,15 +51,16 @@ class Constraint:
     """Where one sequence is in its grammar. The engine's thread owns it."""
 
     def __init__(
-        self, grammar: Grammar, kept: _Kept, compile_anew: Callable[[], LLMatcher], vocab_size: int
+        self, grammar: Grammar, kept: _Kept, compile_anew: Callable[[], LLMatcher], tokenizer: LLTokenizer
     ) -> None:
         self._grammar = grammar
         self._kept = kept
         self._compile_anew = compile_anew
-        self._vocab_size = vocab_size
+        self._tokenizer = tokenizer
         self._matcher = kept.matcher.deep_copy()
         self._token_ids: list[int] = []
-        self._forced: list[int] = []  # as the matcher said, which takes the longer the more they are
+        self._allowed: NDArray[np.bool_] | None = None  # what may come next, once that was asked for
+        self._forced: tuple[int, ...] = ()
         self._place = 0  # of the next one
         self._is_alone = False
 
@@ -78,17 +79,17 @@ class Constraint:
     def forbidden(self) -> NDArray[np.bool_] | None:
         """(vocab,) True for tokens that may not come next; None where there is an error."""
         if forced := self.forced(1):
-            but_one = np.ones(self._vocab_size, np.bool_)
+            but_one = np.ones(self._tokenizer.vocab_size, np.bool_)
             but_one[forced[0]] = False
             return but_one
-        mask = self._asked(LLMatcher.compute_logit_bias)
-        return None if mask is None else np.frombuffer(mask, dtype=np.uint8) == 0
+        allowed = self._asked()
+        return None if allowed is None else ~allowed
 
-    def forced(self, max_tokens: int) -> Sequence[int]:
-        """So many of the tokens that come next because each is the only one that may; none where there is a
+    def forced(self, max_tokens: int) -> tuple[int, ...]:
+        """Up to so many of the tokens that come next because each is the only one that may; none where there is a
         choice."""
         if self._place == len(self._forced):
-            self._forced, self._place = self._asked(LLMatcher.compute_ff_tokens) or [], 0
+            self._forced, self._place = tuple(self._foreseen(max_tokens)), 0
         return self._forced[self._place : self._place + max_tokens]
 
     def accept(self, token_id: int) -> None:
@@ -106,9 +107,9 @@ class Constraint:
     def after(self, token_ids: Sequence[int]) -> "Constraint":
         """A copy that has moved on by these tokens, all of which may come next."""
         kept = _Kept(self._matcher, self._kept.seconds)
-        copy = Constraint(self._grammar, kept, self._compile_anew, self._vocab_size)
+        copy = Constraint(self._grammar, kept, self._compile_anew, self._tokenizer)
         copy._is_alone = True  # where it can't be followed, the original decides
-        copy._forced, copy._place = self._forced, self._place
+        copy._allowed, copy._forced, copy._place = self._allowed, self._forced, self._place
         copy._matcher.consume_tokens(list(token_ids))
         for token_id in token_ids:
             copy._follow(token_id)
@@ -116,18 +117,41 @@ class Constraint:
 
     def _follow(self, token_id: int) -> None:
         """The matcher has moved on by the token, which may be what was forced."""
-        if self._forced[self._place : self._place + 1] == [token_id]:
+        self._allowed = None
+        if self._forced[self._place : self._place + 1] == (token_id,):
             self._place += 1
         else:
-            self._forced, self._place = [], 0
+            self._forced, self._place = (), 0
 
-    def _asked(self, question: Callable[[LLMatcher], T]) -> T | None:
-        """What the matcher says; None where there is an error."""
-        answer = question(self._matcher)
-        if self._matcher.is_error():
-            self._go_on_alone()
-            answer = question(self._matcher)
-        return None if self._matcher.is_error() else answer
+    def _foreseen(self, max_tokens: int) -> Iterator[int]:
+        """What is forced, looked up token by token."""
+        if self.is_complete or (token_id := self._only(self._asked())) is None:
+            return
+        yield token_id
+        ahead = self._matcher.deep_copy()
+        for _ in range(max_tokens - 1):
+            ahead.consume_token(token_id)
+            if ahead.is_stopped() or (token_id := self._only(_allowed(ahead))) is None:
+                return
+            yield token_id
+
+    def _only(self, allowed: NDArray[np.bool_] | None) -> int | None:
+        """The longest token of the only text that may follow; None where there is a choice, or nothing."""
+        if allowed is None or not 0 < np.count_nonzero(allowed) <= _MAX_SPLITS:
+            return None
+        texts = {token_id: self._tokenizer.decode_bytes([token_id]) for token_id in allowed.nonzero()[0].tolist()}
+        longest = max(texts, key=lambda token_id: len(texts[token_id]))
+        is_only = all(texts[longest].startswith(text) for text in texts.values())
+        return longest if is_only and not texts.keys() & set(self._tokenizer.eos_tokens) else None
+
+    def _asked(self) -> NDArray[np.bool_] | None:
+        """(vocab,) True for tokens that the matcher lets come next; None where there is an error."""
+        if self._allowed is None:
+            self._allowed = _allowed(self._matcher)
+            if self._allowed is None:
+                self._go_on_alone()
+                self._allowed = _allowed(self._matcher)
+        return self._allowed
 
     def _go_on_alone(self) -> None:
         """Follow the answer anew with a matcher that nobody shares: the limit may have been reached by others."""
@@ -136,6 +160,11 @@ class Constraint:
             self._is_alone = True
             self._matcher = self._compile_anew()
             self._matcher.consume_tokens(self._token_ids)
+
+
+def _allowed(matcher: LLMatcher) -> NDArray[np.bool_] | None:
+    mask = matcher.compute_logit_bias()
+    return None if matcher.is_error() else np.frombuffer(mask, dtype=np.uint8) != 0
 
 
 class Guidance:
@@ -155,7 +184,9 @@ class Guidance:
 
     def start(self) -> None:
         """Prepare, in the background, what the first grammar would wait for."""
-        self._compiler.submit(self._prepare)
+        self._compiler.submit(self._ready_tokenizer)
+        # Not on the compiler's thread: what a thread starts inherits its priority.
+        threading.Thread(target=self._checker.start, name="grammar-check", daemon=True).start()
 
     def close(self) -> None:
         """End the other process and the thread."""
@@ -189,7 +220,7 @@ class Guidance:
     def constraint(self, grammar: Grammar) -> Constraint:
         """A new sequence's, of a grammar that `check` has passed."""
         kept = self._find(grammar) or self._keep(grammar)  # it may have had to make room since
-        return Constraint(grammar, kept, partial(self._compile, grammar), self._vocab_size)
+        return Constraint(grammar, kept, partial(self._compile, grammar), self._ready_tokenizer())
 
     def _is_usable(self, grammar: Grammar) -> bool:
         kept = self._find(grammar)
@@ -220,10 +251,6 @@ class Guidance:
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(self._source, n_vocab=self._vocab_size, eos_token=self._eos)
         return self._tokenizer
-
-    def _prepare(self) -> None:
-        self._ready_tokenizer()
-        self._checker.start()
 
 
 def refusal(grammar: Grammar, message: str) -> InvalidInput:

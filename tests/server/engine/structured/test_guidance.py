@@ -82,7 +82,9 @@ def mask(constraint: Constraint) -> list[bool]:
 
 
 def test_what_is_forced_is_all_that_may_come(guidance: Guidance) -> None:
-    """Along random walks: token by token nothing else is allowed; and where nothing else is, it is told."""
+    """Along random walks: nothing else is allowed but other splits of the same text, whose longest token is told;
+    where there is a choice, nothing is."""
+    names = token_bytes(own(tiny_tokenizer()))
     schema = {"type": "object", "properties": {"first": {"type": "boolean"}, "then": {"enum": ["a b", "b"]}}}
     grammar = Grammar("json_schema", json.dumps({**schema, "required": [*schema["properties"]]}))
     guidance.check(grammar)
@@ -97,12 +99,15 @@ def test_what_is_forced_is_all_that_may_come(guidance: Guidance) -> None:
                 told = constraint.after(forced[:place])
                 assert allowed_by(told) == [token_id]
                 assert told.forced(99) == forced[place:]
-                assert allowed_anew(constraint, forced[:place]) == [token_id]
+                splits = [names.bytes_of(split) for split in allowed_anew(constraint, forced[:place])]
+                assert max(splits, key=len) == names.bytes_of(token_id)
+                assert all(names.bytes_of(token_id).startswith(split) for split in splits)
             allowed = allowed_by(constraint)
             num_forced += bool(forced)
             num_open += not forced
             if not forced:
-                assert len(allowed) > 1 or set(allowed) <= set(EOS)
+                splits = [names.bytes_of(split) for split in allowed]
+                assert not all(max(splits, key=len).startswith(split) for split in splits) or {*allowed} & {*EOS}
                 assert allowed_anew(constraint) == allowed
             token_id = rng.choice(allowed)
             if token_id in EOS:
@@ -120,18 +125,60 @@ def allowed_anew(constraint: Constraint, then: Sequence[int] = ()) -> list[int]:
     return allowed
 
 
-def test_what_is_forced_for_long_is_asked_for_once(guidance: Guidance, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes the matcher the longer the more they are, each time: 25 ms for 60 KB of text."""
+ENDLESS = {"const": "ab" * 500}  # 30,000 tokens of it, of which nobody asks for more than the next few
+
+
+@pytest.mark.parametrize(
+    ("grammar", "begins"),
+    [
+        (Grammar("regex", "x|y((a{100}){100}){100}b"), "y"),
+        (Grammar("regex", "x|y((ab){300}){300}c"), "y"),
+        (
+            Grammar(
+                "json_schema",
+                json.dumps(
+                    {
+                        "anyOf": [
+                            {"type": "string"},
+                            {"type": "array", "items": ENDLESS, "minItems": 60, "maxItems": 60},
+                        ]
+                    }
+                ),
+            ),
+            "[",
+        ),
+    ],
+)
+def test_what_is_forced_for_long_takes_no_longer(guidance: Guidance, grammar: Grammar, begins: str) -> None:
+    """A few dozen characters are enough for megabytes of text without a choice, behind one that no trial makes."""
+    guidance.check(grammar)
+    constraint = guidance.constraint(grammar)
+    constraint.accept(tiny_tokenizer().encode(begins)[0])
+    before = time.thread_time()
+    for _ in range(20):
+        forced = constraint.forced(15)
+        assert forced
+        assert allowed_by(constraint) == [forced[0]]
+        assert constraint.after(forced).forced(15)
+        assert constraint.num_allowed(forced) == len(forced)
+        constraint.accept(forced[0])
+    assert constraint.error is None
+    assert time.thread_time() - before < 0.5
+
+
+def test_tokens_of_the_same_text_are_looked_up_for_once(
+    guidance: Guidance, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grammar = Grammar("json_schema", json.dumps({"const": "ab" * 2000}))
     guidance.check(grammar)
     constraint = guidance.constraint(grammar)
     asked = Mock(wraps=constraint._asked)
     monkeypatch.setattr(constraint, "_asked", asked)
-    for _ in range(50):
-        (token_id,) = constraint.forced(1)
+    for num in range(60):
+        token_id, *_ = constraint.forced(15)
         assert allowed_by(constraint) == [token_id]
         constraint.accept(token_id)
-    asked.assert_called_once()
+        assert asked.call_count == num // 15 + 1
     assert constraint.error is None
 
 
@@ -282,6 +329,19 @@ def test_a_grammar_has_its_share_of_a_busy_core(guidance: Guidance) -> None:
         for one in busy:
             one.kill()
             one.wait()
+
+
+def test_the_other_process_is_started_with_our_own_priority() -> None:
+    """Threads have one of their own, which what they start inherits."""
+    guidance = guidance_of(own(tiny_tokenizer()), VOCAB, EOS)
+    guidance.start()
+    try:
+        guidance.check(Grammar("regex", "ready"))
+        process = guidance._checker._process
+        assert process is not None
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == os.getpriority(os.PRIO_PROCESS, os.getpid())
+    finally:
+        guidance.close()
 
 
 def test_a_machine_that_stays_busy_is_said_to_be(guidance: Guidance, monkeypatch: pytest.MonkeyPatch) -> None:
