@@ -11,7 +11,9 @@ from adapters.lora import MODULES, BaseShape, ModuleKey
 from adapters.peft.tensor_file import TensorEntry
 from adapters.strict_json import printable
 
-_TENSOR = re.compile(r"\.(\d{1,6})\.(?:\w+\.)*?(\w{1,64})\.lora_([AB])(?:\.\w+)?\.weight", re.ASCII)
+_LORA = re.compile(r"([AB])(?:\.\w+)?\.weight", re.ASCII)  # behind ".lora_"
+_LAYER = re.compile(r"\d{1,6}", re.ASCII)
+_MODULE = re.compile(r"\w{1,64}", re.ASCII)
 _SHOWN = 3
 
 
@@ -26,14 +28,14 @@ def guess(
     layers: set[int] = set()
     widths: set[int] = set()
     for name, entry in entries.items():
-        match = _TENSOR.search(name)
-        if match is None or len(entry.shape) != 2:
+        place = _place(name)
+        if place is None or len(entry.shape) != 2:
             continue
-        layers.add(int(match[1]))
-        is_a = match[3] == "A"
-        found.setdefault(match[2], set()).add(entry.shape[0 if is_a else 1])
-        if is_a and match[2] in base.features:
-            widths.add(entry.shape[1] - base.features[match[2]][1])
+        layer, module, is_a = place
+        layers.add(layer)
+        found.setdefault(module, set()).add(entry.shape[0 if is_a else 1])
+        if is_a and module in base.features:
+            widths.add(entry.shape[1] - base.features[module][1])
     if not found:
         if not entries:
             return "has no tensors: was the adapter saved before it was trained?"
@@ -59,6 +61,18 @@ def guess(
     if wanted != layers:
         return f"{looks}, {_layers(layers)}; adapter_config.json says {_layers(wanted)}: set layers_to_transform"
     return looks
+
+
+def _place(name: str) -> tuple[int, str, bool] | None:
+    """(layer, module, whether it is A) of a tensor of LoRA's, in time that grows with the name and no faster: a
+    stranger's may have megabytes."""
+    path, _, end = name.rpartition(".lora_")
+    *above, module = path.split(".")
+    layer = next(filter(_LAYER.fullmatch, above[1:]), None)
+    lora = _LORA.fullmatch(end)
+    if lora is None or layer is None or not _MODULE.fullmatch(module):
+        return None
+    return int(layer), module, lora[1] == "A"
 
 
 def _wide(differences: Iterable[int], width: int) -> str:

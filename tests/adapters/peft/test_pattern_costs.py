@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig as PeftLoraConfig
+from safetensors.torch import save
 
 from adapters.errors import InvalidAdapter
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, read
@@ -127,6 +129,16 @@ def test_many_plain_entries(files: tuple[dict[str, object], bytes], entries: lis
             assert {fault.loc[1] for fault in error.errors} <= {"rank_pattern", "alpha_pattern"}  # noqa: PT017
         else:
             assert len(adapter.weights.modules) == 4
+
+
+@pytest.mark.parametrize(
+    "name", [".1" * 1_000_000 + ".", ".1.a" * 500_000 + ".lora_A", ".lora_A.weight" * 150_000, "." * 2_000_000]
+)
+def test_a_tensor_s_name_of_megabytes(files: tuple[dict[str, object], bytes], name: str) -> None:
+    """It is refused, and what is said of it takes no time that grows faster than it does."""
+    tensors = save({name: torch.zeros(2, 2)})
+    with little_time(), pytest.raises(InvalidAdapter):
+        read(json.dumps(files[0]).encode(), tensors, BASE)
 
 
 def test_a_busy_machine_takes_no_processor_time_away(files: tuple[dict[str, object], bytes]) -> None:
