@@ -338,6 +338,18 @@ def test_a_hung_step_is_ended(tmp_path: Path, jobs: Jobs, leases: Leases) -> Non
     assert warnings == ["attempt 1: no sign of progress for 1.5 s"]
 
 
+def test_a_long_write_is_no_hang(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+    """Until it takes longer than its bytes may."""
+    submit_stub(tmp_path, jobs, "slow", "slow", steps=3, transfer=4.0, transfer_at_most=60.0)
+    submit_stub(tmp_path, jobs, "hung", "hung", steps=3, transfer=1000.0, transfer_at_most=0.5)
+    with working(tmp_path, leases, replace(FAST, hung=1.5)):
+        until(lambda: jobs.get("hung").attempt == 2)
+        jobs.cancel("hung")
+    assert (jobs.get("slow").status, jobs.get("slow").attempt) == (Status.SUCCEEDED, 1)
+    warnings = [event.message for event in jobs.events("hung") if event.level == "warning"]
+    assert warnings == ["attempt 1: no sign of progress for 1.5 s"]
+
+
 def test_a_crash_is_not_the_end(tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases) -> None:
     submit_stub(tmp_path, jobs, "j1", steps=30, every=10, crash_at=25)
     with working(tmp_path, leases):
