@@ -1,7 +1,7 @@
 """How far a merged adapter is from the exact weighted sum of its parts, which is what it stands for."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,15 +12,16 @@ _NEGLIGIBLE = 1e-13
 """A sum whose square is below this share of its terms' squares is one that cancels out, but for rounding."""
 
 
-def distance(adapters: WeightedAdapters, merged: LoraWeights) -> float:
+def distance(adapters: WeightedAdapters, merged: LoraWeights, between: Callable[[], None] = lambda: None) -> float:
     """‖Δ - Σ wᵢ Δᵢ‖ / ‖Σ wᵢ Δᵢ‖ over all modules, in Frobenius norms of Δ = scaling · B A; inf where the sum is 0.
 
     In fp64, and without the products themselves where ranks are smaller than they: ‖B A‖² is the sum over
     BᵀB ∘ A Aᵀ. Good to about 1e-7. Takes memory for what the adapters hold of one module, and for no more than a
-    few of its dense weights beside.
+    few of its dense weights beside. `between` is called before each module, and may raise.
     """
     difference = total = scale = 0.0
     for key in {key for weights in (merged, *(weights for weights, _ in adapters)) for key in weights.modules}:
+        between()
         terms = [(weights.modules[key], weight) for weights, weight in adapters if key in weights.modules]
         total += _squared_norm(terms)
         scale += sum(_squared_norm([term]) for term in terms)

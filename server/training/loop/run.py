@@ -8,9 +8,8 @@ that nothing disturbed. It talks to the world through `Reporter`; leases, publis
 import ctypes
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Protocol
 
 import torch
 
@@ -22,6 +21,7 @@ from server.training.documents import read_document
 from server.training.loop.checkpoint import Checkpoint, Checkpoints
 from server.training.loop.evaluate import Evaluation, LossNotFinite, evaluate
 from server.training.loop.outcome import Counters, Outcome
+from server.training.loop.reporter import Reporter
 from server.training.loop.trainer import StepResult, Trainer, TrainingDiverged
 from server.training.passes.init import initial_weights
 from server.training.passes.torch_pass import Pass
@@ -38,30 +38,11 @@ ExactMatch = Callable[[BaseModel, LoraWeights | None, Sequence[Reference], Calla
 """The share of references that the base with the weights completes exactly; what is called before each step."""
 
 
-class Reporter(Protocol):
-    """Who listens to a run. Any of these may raise to end it; what was checkpointed stays."""
-
-    def yield_or_leave(self) -> None:
-        """Called at least once a micro-batch: yields to serving, and leaves where that is wanted."""
-        ...
-
-    def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
-        """How far the run is, after each step."""
-        ...
-
-    def metrics(self, message: str, data: Mapping[str, object]) -> None:
-        """Measurements of the step `data["step"]`."""
-        ...
-
-    def checkpointed(self, step: int) -> None:
-        """A checkpoint of that step is on the disk."""
-        ...
-
-
 class Run:
     """One attempt at a job. `start` is the adapter that the job goes on from, where it names one.
 
-    `library` is the native code, where this machine has it and it covers the base.
+    `library` is the native code, where this machine has it and it covers the base. To make one may take
+    minutes, in which the reporter may end it as later.
     """
 
     def __init__(
@@ -120,7 +101,8 @@ class Run:
         tensors = dict(trainer.state())
         if self._best is not None:
             tensors["best"] = self._best
-        self._checkpoints.save(Checkpoint(trainer.step, tensors, asdict(counters)))
+        with self._reporter.transferring(self._max_checkpoint_bytes):
+            self._checkpoints.save(Checkpoint(trainer.step, tensors, asdict(counters)))
         self._last_checkpoint = time.monotonic()
         self._reporter.checkpointed(trainer.step)
 
@@ -144,12 +126,18 @@ class Run:
         """Positions that the model must know."""
         return self._spec.training.max_length
 
+    @property
+    def _max_checkpoint_bytes(self) -> int:
+        """Masters, AdamW's two moments and the best masters, in fp32."""
+        return 4 * 4 * self._trainable.masters.numel()
+
     def _make_trainable(self, start: LoraWeights | None) -> TrainableRows | TrainableModel:
         if self._spec.method == "full":
             return TrainableModel(self._base, max_length=self._longest, library=self._library)
         taken_off = None
         if start is None:
-            start, taken_off = initial_weights(self._spec.lora, self._base, self._spec.training.seed)
+            seed, yield_or_leave = self._spec.training.seed, self._reporter.yield_or_leave
+            start, taken_off = initial_weights(self._spec.lora, self._base, seed, yield_or_leave)
         dropout = self._spec.lora.dropout
         return trainable_rows(
             self._base, start, taken_off, max_length=self._longest, dropout=dropout, library=self._library
@@ -163,7 +151,8 @@ class Run:
         ).passes
 
     def _go_on_from_checkpoint(self) -> None:
-        found = self._checkpoints.newest()
+        with self._reporter.transferring(self._max_checkpoint_bytes):
+            found = self._checkpoints.newest()
         if found is None:
             return
         tensors = dict(found.tensors)

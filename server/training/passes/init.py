@@ -10,6 +10,7 @@ base: see `trained_rows`. Each module draws from a stream of its own, so that no
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -31,16 +32,21 @@ def adapter_config(spec: LoraSpec) -> LoraConfig:
     return LoraConfig(rank, alpha, spec.target_modules, spec.use_rslora)
 
 
-def initial_weights(spec: LoraSpec, base: BaseModel, seed: int) -> tuple[LoraWeights, LoraWeights | None]:
+def initial_weights(
+    spec: LoraSpec, base: BaseModel, seed: int, yield_or_leave: Callable[[], None] = lambda: None
+) -> tuple[LoraWeights, LoraWeights | None]:
     """A and B of every targeted module, in fp32 on the CPU, and those that `TrainedRows` takes off again, or None.
 
-    For pissa some 15 s on the 135M base and two cores; the others take a second at most.
+    For pissa some 15 s on the 135M base and two cores, minutes on larger ones; the others take a second at most.
+    `yield_or_leave` is called before each module that is decomposed, and may raise.
     """
     config, shape = adapter_config(spec), base.config.shape
     modules: dict[ModuleKey, LoraModule] = {}
     for layer in range(shape.num_layers):
         for name in spec.target_modules:
             key = ModuleKey(layer, name)
+            if spec.init in TAKEN_OFF:
+                yield_or_leave()
             a, b = _start(spec, base, key, config.scaling_of(key), seed)
             modules[key] = LoraModule(a, b, config.scaling_of(key))
     weights = LoraWeights(modules)

@@ -99,13 +99,23 @@ class JobFiles:
             self._shared.remove(job_id)
 
     def sweep(self, status: Callable[[str], Status | None]) -> None:
-        """Remove checkpoints of jobs that have ended, and old folders of jobs never submitted, from HOME alone."""
+        """As `sweep_checkpoints`, and remove old folders of jobs never submitted, from HOME alone."""
+        self.sweep_checkpoints(status)
         for directory in self._root.glob("*/"):
-            found = status(directory.name)
-            if found is not None and found.has_ended:
-                shutil.rmtree(self.checkpoints(directory.name), ignore_errors=True)
-            elif found is None and _is_old(directory):
+            if status(directory.name) is None and _is_old(directory):
                 shutil.rmtree(directory, ignore_errors=True)
+
+    def sweep_checkpoints(self, status: Callable[[str], Status | None]) -> None:
+        """Remove checkpoints of jobs that have ended, from HOME alone.
+
+        A worker drops those of an attempt that it ends. These are of jobs that ended while no worker had them, or
+        on another machine. A job that has ended never runs again, so nobody can need them; a process of it that is
+        about to be killed may write one more, which goes the next time.
+        """
+        for checkpoints in self._root.glob(f"*/{CHECKPOINTS_NAME}/"):
+            found = status(checkpoints.parent.name)
+            if found is not None and found.has_ended:
+                shutil.rmtree(checkpoints, ignore_errors=True)
 
     def sweep_shared(self, statuses: Callable[[Sequence[str]], Mapping[str, Status]]) -> None:
         """The same in the bucket, where there is one; `statuses` are of those of the jobs that there are."""

@@ -1,11 +1,18 @@
 """What a job's process tells the world while it works: the worker through a pipe, readers through the database."""
 
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 from server.training.queue.leases import Claim, Leases
 from server.training.worker.job_pipe import WorkerLink
 from server.training.worker.job_trace import JobTrace
 from server.training.worker.yielding import Yielding
+
+SLOWEST_BYTES_PER_SECOND = 1_000_000
+"""Of a disk or an object store. What moves its bytes more slowly counts as hung."""
+_BEAT_SECONDS = 1.0
 
 
 class Leave(Exception):
@@ -30,6 +37,9 @@ class JobReporter:
         if self._link.should_leave:
             raise Leave
 
+    def transferring(self, num_bytes: int) -> AbstractContextManager[None]:
+        return beating(self._link.beat, num_bytes / SLOWEST_BYTES_PER_SECOND)
+
     def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
         self._link.beat(progress, metrics)
 
@@ -44,3 +54,25 @@ class JobReporter:
     def _goes_on(self) -> bool:
         self._link.beat()
         return not self._link.should_leave
+
+
+@contextmanager
+def beating(beat: Callable[[], None], seconds: float, every: float = _BEAT_SECONDS) -> Iterator[None]:
+    """A block in which a thread calls `beat` every so many seconds, since calls in it take long.
+
+    It does so for `seconds` at most: a process that hangs in the block is found after that.
+    """
+    has_ended = threading.Event()
+
+    def run() -> None:
+        until = time.monotonic() + seconds
+        while not has_ended.wait(every) and time.monotonic() < until:
+            beat()
+
+    thread = threading.Thread(target=run, name="beating", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        thread.join()

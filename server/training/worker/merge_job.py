@@ -14,7 +14,7 @@ from adapters.merging.distance import distance
 from adapters.merging.merge import config_of, merge
 from adapters.peft.files import PeftAdapter
 from server.model.base.weights import BaseModel
-from server.training.loop.run import Reporter
+from server.training.loop.reporter import Reporter
 from server.training.merge_spec import MergeSpec
 from server.training.queue.leases import Claim, Leases
 from server.training.reports.merge_report import MergeFindings, build_merge_report
@@ -46,9 +46,9 @@ def run_merge(
     origin = Origin.of(library.catalog.version(part.name, part.version) for part in spec.parts)
     base_model = base.name if origin.base_digest == base.digest else origin.base_model
     adapter = PeftAdapter(config_of(weights, base.config.num_layers), weights, base_model)
-    off = distance(adapters, weights)
+    off = distance(adapters, weights, reporter.yield_or_leave)
     metrics = {"distance": off} if math.isfinite(off) else {}
-    with library.publishing(adapter) as num_bytes:
+    with reporter.transferring(4 * weights.num_parameters), library.publishing(adapter) as num_bytes:
         findings = MergeFindings(
             adapter=adapter,
             distance=metrics.get("distance"),

@@ -24,7 +24,8 @@ from server.training.data.job_data import JobData
 from server.training.loop.checkpoint import Checkpoints
 from server.training.loop.evaluate import Evaluation, LossNotFinite, evaluate
 from server.training.loop.outcome import Outcome
-from server.training.loop.run import Reporter, Run
+from server.training.loop.reporter import Reporter
+from server.training.loop.run import Run
 from server.training.passes.init import adapter_config
 from server.training.passes.trainables import trainable_rows
 from server.training.queue.job_files import JobFiles
@@ -133,13 +134,15 @@ class TrainingAttempt:
     def _keep(self, adapter: PeftAdapter | None, outcome: Outcome) -> int:
         """Store what was trained; its bytes."""
         if adapter is not None:
-            return self._library.keep(adapter)
+            with self._reporter.transferring(4 * adapter.weights.num_parameters):
+                return self._library.keep(adapter)
         assert outcome.tuned_base is not None
         place = self._files.model(self._job.id)
-        if place.exists():  # of an attempt that ended after this
-            shutil.rmtree(place)
-        export_hugging_face(outcome.tuned_base, place)
-        self._files.keep_model(self._job.id, self._claim.token)
+        with self._reporter.transferring(sum(tensor.nbytes for _, tensor in outcome.tuned_base.weights.tensors())):
+            if place.exists():  # of an attempt that ended after this
+                shutil.rmtree(place)
+            export_hugging_face(outcome.tuned_base, place)
+            self._files.keep_model(self._job.id, self._claim.token)
         return sum(path.stat().st_size for path in place.iterdir())
 
     def _latest_evaluation(self, data: JobData) -> Evaluation | None:

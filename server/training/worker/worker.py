@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from server.config import WorkerSettings
 from server.database import WORKER_PATIENCE_SECONDS, agree, connect
 from server.storage import Storage
+from server.training.queue.attempt import Attempt
 from server.training.queue.job_files import JobFiles
 from server.training.queue.leases import LEASE_SECONDS, MAX_CRASH_DELAY, Claim, Directive, LeaseLost, Leases
 from server.training.queue.reserve import DISK_FULL, Reserve
@@ -57,6 +58,7 @@ class Timing:
     pause: float = 120.0  # the same where it needn't, and for one to tidy up after its job's end
     max_crash_delay: float = MAX_CRASH_DELAY
     trouble: float = 2.0  # after the database couldn't be used
+    sweep: float = 600.0  # between removals of checkpoints of jobs that ended while no worker had them
 
 
 class Worker:
@@ -86,6 +88,7 @@ class Worker:
         self._files = JobFiles(home, bucket)
         self._reserve = Reserve(home)
         self._owner = own_name()
+        self._sweep_due = time.monotonic() + self._timing.sweep
         self._is_stopping = False
         self._exit_code = 0
 
@@ -110,6 +113,9 @@ class Worker:
 
     def _work(self) -> None:
         self._reserve.fill()
+        if time.monotonic() >= self._sweep_due:
+            self._sweep_due = time.monotonic() + self._timing.sweep  # first: trouble with it costs no job its turn
+            self._files.sweep_checkpoints(self._leases.status)
         claim = self._leases.claim(self._owner, self._timing.lease, self._kind)
         if claim is None:
             self._sleep(self._timing.poll)
@@ -119,7 +125,10 @@ class Worker:
     def _work_on(self, claim: Claim) -> None:
         """One attempt at a job, to its end."""
         log.info("job %s: attempt %d", claim.job_id, claim.token)
-        attempt = _Attempt(self._leases, claim, self._timing)
+        timing = self._timing
+        attempt = Attempt(
+            self._leases, claim, lease=timing.lease, heartbeat=timing.heartbeat, look=timing.directive
+        )
         try:
             child = Child(
                 self._command,
@@ -139,7 +148,7 @@ class Worker:
             child.close()
         self._conclude(attempt, reason)
 
-    def _watch(self, child: Child, attempt: "_Attempt") -> str | None:
+    def _watch(self, child: Child, attempt: Attempt) -> str | None:
         """Wait for the end of the process, or bring it about; how it ended badly, None where it didn't."""
         timing = self._timing
         quiet = leaving = 0.0
@@ -183,7 +192,7 @@ class Worker:
         self.stop()
         self._store(lambda: self._leases.add_event(claim, NO_BASE_EVENT, level="warning"))
 
-    def _conclude(self, attempt: "_Attempt", reason: str | None) -> None:
+    def _conclude(self, attempt: Attempt, reason: str | None) -> None:
         """Store how the attempt ended, where the process itself hasn't, and tidy up."""
         leases, claim = self._leases, attempt.claim
         status = leases.status(claim.job_id)
@@ -214,51 +223,6 @@ class Worker:
             time.sleep(min(left, _TICK_SECONDS))
             if self._parent is not None and has_lost_parent(self._parent):
                 os._exit(1)
-
-
-class _Attempt:
-    """A claim while it is worked on: within `with`, a thread keeps the lease and asks what is wanted."""
-
-    def __init__(self, leases: Leases, claim: Claim, timing: Timing) -> None:
-        self.claim = claim
-        self.directive = Directive.GO_ON
-        self.should_leave = False
-        self.progress: Mapping[str, object] | None = None
-        self.metrics: Mapping[str, object] | None = None
-        self._leases = leases
-        self._timing = timing
-        self._has_ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-
-    @property
-    def is_void(self) -> bool:
-        """Whether nothing that comes of it counts any more."""
-        return self.directive in (Directive.CANCEL, Directive.LOST)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._has_ended.set()
-        self._thread.join()
-
-    def keep(self) -> None:
-        """Keep the lease, and store how far the process is."""
-        self.directive = self._leases.heartbeat(self.claim, self._timing.lease, self.progress, self.metrics)
-
-    def _run(self) -> None:
-        due = 0.0
-        while not self._has_ended.wait(self._timing.directive):
-            try:
-                if time.monotonic() >= due:
-                    due = time.monotonic() + self._timing.heartbeat
-                    self.keep()
-                else:
-                    self.directive = self._leases.directive(self.claim)
-            except Exception as error:  # the next one may succeed; if not, the lease is for others to take
-                log.warning("no heartbeat: %s", error)
-            if self.is_void or self.directive is Directive.ENDED:
-                return
 
 
 def run_worker(settings: WorkerSettings, parent: int | None = None, command: Sequence[str] = COMMAND) -> int:

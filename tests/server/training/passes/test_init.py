@@ -94,6 +94,29 @@ def test_the_distribution_is_pefts(init: Init, tiny_base: BaseModel, tiny_base_d
             assert b.abs().max().item() == pytest.approx(1 / math.sqrt(inputs), rel=0.01)
 
 
+@pytest.mark.parametrize("init", TAKEN_OFF)
+def test_it_can_be_left_before_each_module_that_is_decomposed(init: Init, tiny_base: BaseModel) -> None:
+    """And to look changes nothing."""
+    spec = replace(SPEC, init=init)
+    expected, _ = initial_weights(spec, tiny_base, seed=0)
+    asked = 0
+
+    def yield_or_leave() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == leave_at:
+            raise InterruptedError
+
+    leave_at = 0
+    weights, _ = initial_weights(spec, tiny_base, 0, yield_or_leave)
+    assert weights.digest == expected.digest
+    assert asked == len(weights.modules)
+    asked, leave_at = 0, 5
+    with pytest.raises(InterruptedError):
+        initial_weights(spec, tiny_base, 0, yield_or_leave)
+    assert asked == 5
+
+
 @pytest.mark.parametrize("init", ["gaussian", "kaiming"])
 def test_the_seed_and_the_module_decide(init: Init, tiny_base: BaseModel) -> None:
     spec = replace(SPEC, init=init)

@@ -106,6 +106,17 @@ def test_what_a_late_process_wrote_goes_later(tmp_path: Path, jobs: Jobs, retent
     assert stored(tmp_path) == ["j2"]
 
 
+@pytest.mark.parametrize("status", [*Status, None])
+def test_checkpoints_of_what_may_go_on_stay(tmp_path: Path, status: Status | None) -> None:
+    """Also of a job that isn't known here: it may be on its way to the queue."""
+    leave_files(tmp_path, "j1")
+    files = JobFiles(tmp_path)
+    files.sweep_checkpoints(lambda job_id: {"j1": status}[job_id])
+    assert files.checkpoints("j1").exists() is (status is None or not status.has_ended)
+    assert files.model("j1").exists()
+    assert files.log("j1").exists()
+
+
 REMOVER = """
 import os, sys
 from pathlib import Path

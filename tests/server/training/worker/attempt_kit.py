@@ -5,6 +5,7 @@ catalog and the store are real.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -56,9 +57,14 @@ class Reporter:
     how: Interruption = "kill"
     on_metrics: Callable[[], object] = lambda: None
     num_moments: int = 0
+    transferred: list[int] = field(default_factory=list)  # bytes of blocks that were announced
 
     def yield_or_leave(self) -> None:
         self._moment()
+
+    def transferring(self, num_bytes: int) -> AbstractContextManager[None]:
+        self.transferred.append(num_bytes)
+        return nullcontext()
 
     def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
         self._moment()

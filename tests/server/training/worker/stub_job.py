@@ -3,7 +3,8 @@
 HOME/jobs/<id>/plan.json says how: `steps`, `seconds` of each, a checkpoint `every` so many; `hang_at` a step,
 `crash_at` one in the first attempt, `deaf` to being asked to leave, `hold` until the file `go` is there before
 publishing, `linger` so many seconds after that, before the file `tidy` is made, and `full` fails with a full disk
-at that step. HOME/jobs/<id>/steps gets a line for each step.
+at that step; `transfer` so many seconds at the first step, in one call that may take `transfer_at_most`.
+HOME/jobs/<id>/steps gets a line for each step.
 """
 
 import errno
@@ -79,6 +80,11 @@ def work(directory: Path, link: WorkerLink, leases: Leases, claim: Claim) -> int
         step += 1
         if step == plan.get("hang_at"):
             time.sleep(1000)
+        if step == 1 and "transfer" in plan:
+            from server.training.worker.job_reporter import beating
+
+            with beating(link.beat, plan["transfer_at_most"], every=0.2):
+                time.sleep(plan["transfer"])
         if step == plan.get("crash_at") and claim.token == 1:
             os._exit(3)
         if step == plan.get("full"):

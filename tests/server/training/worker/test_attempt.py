@@ -13,10 +13,11 @@ from adapters.peft.files import PeftAdapter
 from server.model.base.weights import BaseModel
 from server.training.loop.evaluate import LossNotFinite
 from server.training.loop.trainer import TrainingDiverged
+from server.training.queue.jobs import Status
 from server.training.spec import JobSpec, LoraSpec, Method, PublishIf, TrainingSpec
 from tests.oracles.hugging_face import load_reference, merged
 from tests.server.training.data.rows_kit import distance, reference_loss
-from tests.server.training.worker.attempt_kit import Shop, job_data
+from tests.server.training.worker.attempt_kit import Interruption, Shop, job_data
 from tests.server.training.worker.merge_kit import sample
 
 SPEC = JobSpec(
@@ -55,6 +56,33 @@ def test_it_goes_on_from_an_adapter(shop: Shop, tiny_base: BaseModel, tiny_base_
     report = shop.jobs.report("job")
     assert report is not None
     assert report["lineage"] == {"start_from": "up@1", "digest": digest}
+
+
+@pytest.mark.parametrize("how", ["leave", "kill"])
+def test_left_while_it_finds_where_to_start(shop: Shop, tiny_base: BaseModel, how: Interruption) -> None:
+    """By pissa that takes minutes on a large base. There is no checkpoint yet: the next attempt begins anew."""
+    spec = replace(SPEC, lora=LoraSpec(rank=2, init="pissa"))
+    data = job_data(tiny_base)
+    shop.submit(replace(spec, name="whole"), data, "whole")
+    shop.attempt()
+    shop.submit(replace(spec, name="parts"), data, "parts")
+    listener = shop.attempt(end_at=5, how=how)
+    assert listener.num_moments == 6
+    assert shop.jobs.get("parts").status is Status.QUEUED
+    assert not shop.files.checkpoints("parts").exists()
+    shop.attempt()
+    assert shop.result("parts") == shop.result("whole")
+
+
+def test_long_writes_are_announced(shop: Shop, tiny_base: BaseModel) -> None:
+    """Checkpoints, and the model, at their sizes or a little above."""
+    training = replace(SPEC.training, checkpoint_steps=1)
+    shop.submit(replace(SPEC, method="full", training=training), job_data(tiny_base))
+    num_weights = sum(tensor.numel() for _, tensor in tiny_base.weights.tensors())
+    model = sum(tensor.nbytes for _, tensor in tiny_base.weights.tensors())
+    listener = shop.attempt()
+    reading, first, second, last = (16 * num_weights for _ in range(4))
+    assert listener.transferred == [reading, first, second, last, model]
 
 
 def broken(base: BaseModel) -> BaseModel:

@@ -24,7 +24,7 @@ from server.database import connect
 from server.sqlite import driver
 from server.training.merge_spec import MergeSpec
 from server.training.queue.jobs import Job, Jobs, Status
-from server.training.queue.leases import Leases
+from server.training.queue.leases import MAX_STALLED_ATTEMPTS, Leases
 from server.training.queue.reserve import DISK_FULL, FILE_NAME
 from server.training.worker.job_pipe import EXIT_NO_BASE
 from server.training.worker.worker import Timing, Worker
@@ -338,6 +338,18 @@ def test_a_hung_step_is_ended(tmp_path: Path, jobs: Jobs, leases: Leases) -> Non
     assert warnings == ["attempt 1: no sign of progress for 1.5 s"]
 
 
+def test_a_long_write_is_no_hang(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+    """Until it takes longer than its bytes may."""
+    submit_stub(tmp_path, jobs, "slow", "slow", steps=3, transfer=4.0, transfer_at_most=60.0)
+    submit_stub(tmp_path, jobs, "hung", "hung", steps=3, transfer=1000.0, transfer_at_most=0.5)
+    with working(tmp_path, leases, replace(FAST, hung=1.5)):
+        until(lambda: jobs.get("hung").attempt == 2)
+        jobs.cancel("hung")
+    assert (jobs.get("slow").status, jobs.get("slow").attempt) == (Status.SUCCEEDED, 1)
+    warnings = [event.message for event in jobs.events("hung") if event.level == "warning"]
+    assert warnings == ["attempt 1: no sign of progress for 1.5 s"]
+
+
 def test_a_crash_is_not_the_end(tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases) -> None:
     submit_stub(tmp_path, jobs, "j1", steps=30, every=10, crash_at=25)
     with working(tmp_path, leases):
@@ -439,6 +451,38 @@ def test_leftovers_of_ended_jobs_go(tmp_path: Path, jobs: Jobs, leases: Leases) 
     assert (tmp_path / "jobs/new orphan/checkpoints/1-5").exists()
     assert not (tmp_path / "jobs/ended/checkpoints").exists()
     assert (tmp_path / "jobs/ended/plan.json").exists()
+
+
+def test_checkpoints_go_also_where_no_worker_ends_the_job(
+    tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases
+) -> None:
+    """It is cancelled while it is paused, or failed by a claim as no attempt gets further. The worker lives on."""
+
+    def checkpoints(job_id: str) -> Path:
+        return tmp_path / "jobs" / job_id / "checkpoints"
+
+    def pause_halfway(job_id: str) -> None:
+        submit_stub(tmp_path, jobs, job_id, job_id, steps=60, seconds=0.02, every=5)
+        until(lambda: len(steps_done(tmp_path, job_id)) > 5)
+        jobs.pause(job_id)
+        until(lambda: jobs.get(job_id).status is Status.PAUSED)
+        assert any(checkpoints(job_id).iterdir())
+
+    with working(tmp_path, leases, replace(FAST, sweep=0.1)):
+        for job_id in ("cancelled", "stalled", "kept"):
+            pause_halfway(job_id)
+        jobs.cancel("cancelled")
+        with engine.begin() as connection:
+            stalled = sa.text("UPDATE jobs SET stalled_attempts = :most WHERE id = 'stalled'")
+            connection.execute(stalled.bindparams(most=MAX_STALLED_ATTEMPTS))
+        jobs.resume("stalled")
+        until(lambda: not checkpoints("cancelled").exists() and not checkpoints("stalled").exists(), 10.0)
+        assert jobs.get("stalled").status is Status.FAILED
+        assert any(checkpoints("kept").iterdir()), "its job may be resumed"
+        jobs.resume("kept")
+        until(lambda: jobs.get("kept").status.has_ended)
+    check_published_once(jobs, engine, "kept", 60)
+    assert [step for _, _, step in steps_done(tmp_path, "kept")] == list(range(1, 61)), "from its checkpoint"
 
 
 RUN_WORKER = """
