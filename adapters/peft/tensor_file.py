@@ -120,7 +120,9 @@ def _fits(entry: TensorEntry) -> bool:
 
 
 def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and len(value) <= 8 and all(type(size) is int and size >= 0 for size in value)
+    if not isinstance(value, list) or len(value) > 8:
+        return False
+    return all(type(size) is int and 0 <= size < 1 << 63 for size in value)
 
 
 def _check_metadata(value: object) -> None:

@@ -3,13 +3,23 @@
 Each resource has its own `schemas.py` beside its route.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 MAX_SEED = (1 << 63) - 1
 MAX_STOPS = 16
 MAX_BIASES = 1024
+MAX_FAULTS = 10_000
 
 
 class Body(BaseModel):
@@ -19,13 +29,27 @@ class Body(BaseModel):
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
     )
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _bound_faults(cls, value: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """A megabyte of faults takes a gigabyte, and seconds, to tell one by one."""
+        try:
+            return handler(value)
+        except ValidationError as error:
+            if error.error_count() <= MAX_FAULTS:
+                raise
+            message = "has {count} faults, which are too many to tell"
+            raise PydanticCustomError("too_many_faults", message, {"count": error.error_count()}) from None
+
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
-StopStrings = Annotated[list[StopString], BeforeValidator(_as_list, str | list[str]), Field(max_length=MAX_STOPS)]
+StopStrings = Annotated[
+    Annotated[list[StopString], Field(max_length=MAX_STOPS)], BeforeValidator(_as_list, str | list[str])
+]
 
 
 Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)]

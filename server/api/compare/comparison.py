@@ -23,7 +23,7 @@ from server.api.generate.generation import (
     encoded,
     start,
 )
-from server.api.generate.sampling import sampling_params
+from server.api.generate.sampling import check_logprobs, sampling_params
 from server.api.generate.structure import grammar_of
 from server.engine.request import SamplingParams
 
@@ -78,6 +78,7 @@ async def compare(services: Services, body: CompareBody) -> Comparison:
     ask_queue(services, len(terms) * (body.n + len(body.score or ())))
     prompt = await encode_prompt(services, body, body.max_tokens)
     continuations = [await _continuation(services, len(prompt), text) for text in body.score or ()]
+    check_logprobs(len(terms) * (body.n * body.max_tokens + sum(map(len, continuations))), body.logprobs)
     grammar = grammar_of(body.response_format, body.regex)
     sampling = sampling_params(body, body.max_tokens, max(body.logprobs, 1))
     scoring = SamplingParams(max_tokens=0, temperature=0.0, logprobs=body.logprobs)

@@ -140,7 +140,7 @@ def _field_error(
         if "unicode code point" in reason:
             return FieldError(("body",), f"is not UTF-8 text: {reason}")
         return FieldError(("body",), f"is not JSON: {reason}")
-    if loc == ("body",):
+    if loc == ("body",) and fault["type"] != "too_many_faults":
         return FieldError(("body",), "must be a JSON object, sent with Content-Type: application/json")
     if fault["type"] == "extra_forbidden":
         message = unknown_field(loc[1:], body)

@@ -20,7 +20,7 @@ from adapters.pinned import Pinned
 from server.access.principal import Principal
 from server.access.usage import Ledger, Usage
 from server.api.deps import OutputStream, Services
-from server.api.generate.sampling import context_faults, sampling_params
+from server.api.generate.sampling import check_logprobs, context_faults, sampling_params
 from server.api.generate.schemas import AdapterBody, GenerateBody, PromptBody
 from server.api.generate.structure import check_grammar, grammar_of
 from server.api.telemetry.facts import facts, is_chat
@@ -164,6 +164,8 @@ async def begin(services: Services, body: GenerateBody) -> Generation:
     terms = adapter_terms(body.adapter, body.adapters, services.base_name)
     ask_queue(services, body.n)
     token_ids = await encode_prompt(services, body, body.max_tokens)
+    if not body.stream:
+        check_logprobs(body.n * body.max_tokens, body.logprobs)
     grammar = grammar_of(body.response_format, body.regex)
     sampling = sampling_params(body, body.max_tokens, body.logprobs)
     return await start(services, terms, token_ids, sampling, body.n, grammar=grammar)

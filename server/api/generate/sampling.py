@@ -8,6 +8,10 @@ from server.api.schemas import MAX_SEED, SamplingFields
 from server.counted import counted
 from server.engine.request import SamplingParams
 
+MAX_LOGPROBS = 1 << 18
+"""Of an answer that isn't streamed. Each takes some 600 bytes while the answer is put together: 16 choices of
+8,000 tokens with the 20 likeliest ones would take 1.6 GB."""
+
 
 def sampling_params(body: SamplingFields, max_tokens: int, logprobs: int) -> SamplingParams:
     """The body's fields as the engine takes them, with a seed in any case. Raises InvalidInput."""
@@ -29,6 +33,19 @@ def sampling_params(body: SamplingFields, max_tokens: int, logprobs: int) -> Sam
         ignore_eos=body.ignore_eos,
         speculates=body.speculation == "auto",
     )
+
+
+def check_logprobs(num_tokens: int, num_top: int) -> None:
+    """Whether an answer of up to so many tokens, each with `num_top` beside it, can be put together as a whole.
+
+    Raises InvalidInput.
+    """
+    if num_top and num_tokens * (num_top + 1) > MAX_LOGPROBS:
+        raise InvalidInput.of(
+            "logprobs",
+            f"{num_tokens:,} tokens with {num_top} beside each are more than the {MAX_LOGPROBS:,} of one answer: "
+            "ask for fewer, or for several answers; a stream has no such bound",
+        )
 
 
 def context_faults(

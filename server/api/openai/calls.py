@@ -7,7 +7,7 @@ from adapters.errors import InvalidInput, NotFound
 from adapters.expression import Term, parse
 from server.api.deps import Services
 from server.api.generate.generation import Generation, ask_queue, encoded, start
-from server.api.generate.sampling import context_faults, sampling_params
+from server.api.generate.sampling import check_logprobs, context_faults, sampling_params
 from server.api.generate.structure import grammar_of
 from server.api.openai.batch import Batch
 from server.api.openai.errors import ContextTooLong, ModelNotFound
@@ -103,6 +103,8 @@ async def _start(
     sampling: SamplingParams,
     grammar: Grammar | None,
 ) -> Batch:
+    if not body.stream:
+        check_logprobs(len(prompts) * (body.n or 1) * sampling.max_tokens, sampling.logprobs)
     started: list[Generation] = []
     try:
         for ids in prompts:

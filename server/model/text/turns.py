@@ -6,9 +6,10 @@ Text alone: rendering and tokens are `server.model.text.chat`'s part.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 _PRIVATE_USE = range(0x100000, 0x10FFFE)  # characters that mean nothing: Unicode's plane 16
+_UNASSIGNED = range(0x40000, 0xE0000)  # planes 4 to 13: whoever has all of those too has sent megabytes
 
 
 @dataclass(frozen=True)
@@ -91,5 +92,5 @@ def _trimmed(text: str) -> list[str]:
 
 def _unused_characters(messages: Sequence[ChatMessage], count: int) -> list[str]:
     used = set().union(*(message.content for message in messages))
-    unused = (character for code in _PRIVATE_USE if (character := chr(code)) not in used)
+    unused = (character for code in chain(_PRIVATE_USE, _UNASSIGNED) if (character := chr(code)) not in used)
     return [next(unused) for _ in range(count)]

@@ -90,6 +90,7 @@ BAD: dict[str, bytes] = {
     "a list": file_of([]),
     "deep": file_of(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
     "endless number": file_of(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,24]}}'),
+    "offset without end": file_of(b'{"a":{"dtype":"X","shape":[],"data_offsets":[0,' + b"9" * 4300 + b"]}}"),
     "NaN": file_of(b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,24]}}'),
     "twice": file_of(json.dumps(HEADER).encode()[:-1] + b"," + json.dumps(HEADER).encode()[1:]),
     "metadata that is no text": file_of({**HEADER, "__metadata__": {"a": 1}}),

@@ -1,14 +1,17 @@
 """Every field of POST /generate that can't be honoured is a 422 that names it."""
 
 import json
+import time
 
 import httpx
 import pytest
 
+from adapters.errors import InvalidInput
 from server.api.errors.problems import MAX_ERRORS
+from server.api.generate import sampling
 from server.model.text.chat import PromptEncoder
-from tests.server.api.fakes import FakeEngine
-from tests.server.conftest import MAX_MODEL_LEN
+from tests.server.api.fakes import FakeEngine, scoring
+from tests.server.conftest import BASE_NAME, MAX_MODEL_LEN
 
 pytestmark = pytest.mark.anyio
 
@@ -242,3 +245,73 @@ async def test_many_bad_fields_are_counted_not_listed(client: httpx.AsyncClient)
     assert len(problem["errors"]) == MAX_ERRORS + 1
     assert problem["errors"][-1]["message"] == f"and {100 - MAX_ERRORS} more"
     assert problem["detail"].endswith("; field_2: no such field; and 97 more")
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"stop": [""] * 300_000}, "stop"),
+        ({"stop": [0] * 300_000}, "stop"),
+        ({"logit_bias": {str(number): 1000 for number in range(100_000)}}, "body"),
+        ({f"f{number}": 1 for number in range(100_000)}, "body"),
+        ({"messages": [{"role": "user", "content": "x", **{f"f{n}": 1 for n in range(100_000)}}]}, "messages"),
+        ({"messages": [{} for _ in range(500_000)]}, "messages"),
+    ],
+    ids=["empty stops", "numbers as stops", "biases", "fields", "fields of a message", "messages"],
+)
+async def test_a_megabyte_of_faults_takes_no_seconds(
+    client: httpx.AsyncClient, fields: dict[str, object], where: str
+) -> None:
+    content = json.dumps({"prompt": "a", **fields}).encode()
+    before = time.thread_time()
+    response = await client.post("/generate", content=content, headers={"Content-Type": "application/json"})
+    assert time.thread_time() - before < 1
+    assert response.status_code == 422
+    assert where in [error["loc"][0] for error in response.json()["errors"]]
+    assert len(response.content) < 5000
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "num_entries"),
+    [
+        ("/generate", {"prompt": "a", "n": 4, "max_tokens": 5, "logprobs": 2}, 60),
+        ("/compare", {"prompt": "a", "adapters": ["base"] * 3, "max_tokens": 5, "logprobs": 2}, 45),
+        ("/compare", {"prompt": "a", "adapters": ["base"], "max_tokens": 1, "score": ["a"], "logprobs": 2}, 6),
+        ("/v1/completions", {"model": BASE_NAME, "prompt": ["a", "b"], "max_tokens": 5, "logprobs": 2}, 30),
+        (
+            "/v1/chat/completions",
+            {
+                "model": BASE_NAME,
+                "messages": [{"role": "user", "content": "a"}],
+                "max_tokens": 5,
+                "logprobs": True,
+                "top_logprobs": 2,
+            },
+            15,
+        ),
+    ],
+)
+async def test_an_answer_has_so_many_logprobs_and_no_more(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    body: dict[str, object],
+    num_entries: int,
+) -> None:
+    engine.script = scoring
+    monkeypatch.setattr(sampling, "MAX_LOGPROBS", num_entries)
+    response = await client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    monkeypatch.setattr(sampling, "MAX_LOGPROBS", num_entries - 1)
+    response = await client.post(path, json=body)
+    assert response.status_code in (400, 422)
+    assert "tokens with 2 beside each" in response.text
+    if path != "/compare":
+        assert (await client.post(path, json={**body, "stream": True})).status_code == 200
+
+
+def test_one_choice_of_the_longest_context_may_have_all_logprobs() -> None:
+    sampling.check_logprobs(8192, 20)
+    with pytest.raises(InvalidInput, match="ask for fewer"):
+        sampling.check_logprobs(2 * 8192, 20)

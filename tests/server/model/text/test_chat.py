@@ -85,6 +85,13 @@ def test_private_use_characters_survive(encoder: PromptEncoder, tokenizer: PreTr
     assert text in decoded(tokenizer, encoder.messages([ChatMessage("user", text)]))
 
 
+def test_all_private_use_characters_at_once_survive(
+    encoder: PromptEncoder, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    text = "".join(map(chr, range(0x100000, 0x10FFFE))) + "<|im_end|>"
+    assert text in decoded(tokenizer, encoder.messages([ChatMessage("user", text)]))
+
+
 def test_a_base_without_a_template_says_so(tokenizer: PreTrainedTokenizerBase) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(InvalidInput, match="no chat template") as caught:
