@@ -24,8 +24,9 @@ from adapters.objects.copies import Copies, Copy
 from adapters.peft.files import PeftAdapter
 from adapters.store import folders, sidecar
 from adapters.store.deletions import GRACE, Deletions
+from adapters.store.pins import InUse
 from adapters.store.sidecar import SIDECAR_NAME
-from adapters.store.store import AdapterStore, InUse
+from adapters.store.store import AdapterStore
 
 _ATTEMPTS = 4
 _LOOK_SECONDS = 0.02
@@ -65,8 +66,7 @@ class SharedAdapterStore(AdapterStore):
     def put(self, adapter: PeftAdapter, original: Mapping[str, bytes] | None = None) -> int:
         digest = adapter.weights.digest
         if (copy := self._deletions.live(digest)) is not None:
-            with self._mutex:
-                self._doomed.pop(digest, None)
+            self._pins.revive(digest)
             with suppress(CorruptAdapter):  # it went just now
                 self._fill(digest)
                 return copy.num_bytes
@@ -239,7 +239,6 @@ class SharedAdapterStore(AdapterStore):
         for _, digest, num_bytes in sorted(entries):
             if excess <= 0:
                 return
-            with self._mutex:
-                freed = [] if digest == used or self._pins[digest] > 0 else self._remove(digest, _never)
+            freed = [] if digest == used else self._remove(digest, self._pins.__contains__)
             folders.delete(freed)
             excess -= num_bytes if freed else 0

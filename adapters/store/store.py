@@ -17,10 +17,9 @@ import fcntl
 import os
 import re
 import tempfile
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,11 +30,11 @@ from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, PeftAdapter, read, wr
 from adapters.store import folders, sidecar
 from adapters.store.open_all import open_all
 from adapters.store.packed import PackedFiles
+from adapters.store.pins import InUse, Pins
 from adapters.store.sidecar import SIDECAR_NAME
 
 TEMPORARY = ".tmp-"
 
-InUse = Callable[[str], bool]
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -53,9 +52,7 @@ class AdapterStore:
         root.mkdir(parents=True, exist_ok=True)
         self.packed = PackedFiles(root)
         self._root = root
-        self._mutex = threading.Lock()  # guards the two below, and that nothing pinned is removed
-        self._pins: Counter[str] = Counter()
-        self._doomed: dict[str, InUse] = {}
+        self._pins = Pins()
 
     def put(self, adapter: PeftAdapter, original: Mapping[str, bytes] | None = None) -> int:
         """Stores the adapter under its weights' digest, unless it is there already; returns the bytes stored.
@@ -65,8 +62,7 @@ class AdapterStore:
         """
         digest = adapter.weights.digest
         place = self._place(digest)
-        with self._mutex:
-            self._doomed.pop(digest, None)
+        self._pins.revive(digest)
         with self._locked():
             if sidecar.is_whole(place):
                 return folders.size(place)
@@ -157,22 +153,24 @@ class AdapterStore:
             raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
 
     def pin(self, digests: Iterable[str]) -> None:
-        """Keeps the bytes of each until an `unpin`, whatever is discarded meanwhile; they needn't be there yet."""
-        with self._mutex:
-            self._pins.update(digests)
+        """Keeps the bytes of each until an `unpin`, whatever is discarded meanwhile; they needn't be there yet.
+
+        Of a discard that has begun they may still go: a name that is found afterwards says that they don't.
+        """
+        self._pins.add(digests)
 
     def unpin(self, digests: Iterable[str]) -> None:
-        """Takes back one `pin` of each; what was discarded meanwhile goes with its last one."""
-        freed: list[Path] = []
-        with self._mutex:
-            for digest in digests:
-                self._pins[digest] -= 1
-                assert self._pins[digest] >= 0, "unpinned more often than pinned"
-                if self._pins[digest] == 0:
-                    del self._pins[digest]
-                    if digest in self._doomed:
-                        freed += self._remove(digest, self._doomed.pop(digest))
-        folders.delete(freed)
+        """Takes back one `pin` of each; what was discarded meanwhile goes with its last one.
+
+        Raises OSError, and what `in_use` of that discard raises: what is left then goes with the next sweep.
+        """
+        if (removal := self.let_go(digests)) is not None:
+            removal()
+
+    def let_go(self, digests: Iterable[str]) -> Callable[[], None] | None:
+        """`unpin` without waiting, for event loops: what goes does so once a thread calls what is returned."""
+        doomed = self._pins.remove(digests)
+        return partial(self._discard_all, doomed) if doomed else None
 
     def discard(self, digest: str, in_use: InUse = _never) -> None:
         """Removes the bytes now, or at the last `unpin`, unless `in_use(digest)` then says that they are wanted.
@@ -222,12 +220,14 @@ class AdapterStore:
         return self._place(digest).exists()
 
     def _discard(self, digest: str, in_use: InUse) -> None:
-        with self._mutex:
-            if self._pins[digest] > 0:
-                self._doomed[digest] = in_use
-                return
-            freed = self._remove(digest, in_use)
-        folders.delete(freed)
+        if not self._pins.doom(digest, in_use):
+            # asked in this order: `adapters.store.pins` says why
+            freed = self._remove(digest, lambda _: in_use(digest) or self._pins.doom(digest, in_use))
+            folders.delete(freed)
+
+    def _discard_all(self, doomed: Mapping[str, InUse]) -> None:
+        for digest, in_use in doomed.items():
+            self._discard(digest, in_use)
 
     def _publish(self, place: Path, fill: Callable[[Path], None]) -> int:
         """Have the directory that `fill` writes appear, unless there is a whole one by then; its bytes."""
@@ -249,15 +249,15 @@ class AdapterStore:
             folders.delete(leftovers)
         return num_bytes  # counted before: by now somebody may have discarded it
 
-    def _remove(self, digest: str, in_use: InUse) -> list[Path]:
-        """Moves the directory out of sight; what is returned remains to be deleted."""
+    def _remove(self, digest: str, is_kept: InUse) -> list[Path]:
+        """Moves the directory out of sight, unless it `is_kept`; what is returned remains to be deleted."""
         with self._locked():
             place = self._place(digest)
             hold = folders.hold(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if hold is None:  # not there, or somebody is about to name it
                 return []
             try:
-                return [] if in_use(digest) else self._set_aside(place)
+                return [] if is_kept(digest) else self._set_aside(place)
             finally:
                 os.close(hold)
 

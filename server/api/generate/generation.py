@@ -20,6 +20,7 @@ from adapters.pinned import Pinned
 from server.access.principal import Principal
 from server.access.usage import Ledger, Usage
 from server.api.deps import OutputStream, Services
+from server.api.generate.recent_pins import let_go
 from server.api.generate.sampling import check_logprobs, context_faults, sampling_params
 from server.api.generate.schemas import AdapterBody, GenerateBody, PromptBody
 from server.api.generate.structure import check_grammar, grammar_of
@@ -131,7 +132,6 @@ class Generation:
         try:
             await self._stream.aclose()
         finally:
-            self._pinned.release()
             self._book()
             took = time.perf_counter() - self._started
             self._metrics.ended(self._outcome, took, self._names, self._num_tokens)
@@ -140,6 +140,7 @@ class Generation:
             if self._facts is not None:
                 used = [f"{part.name}@{part.version}" for part in self.parts]
                 self._facts.generated(self.id, used, self.num_prompt_tokens, self._num_tokens, self._cached)
+            await let_go(self._pinned)  # last, as it may take a while
 
     def _book(self) -> None:
         """Count what came, as the answer's usage has it: where it was cut off, that much. Twice is once."""
@@ -205,7 +206,7 @@ async def start(
         )
         stream = services.engine.submit(request)
     except BaseException as error:
-        pinned.release()
+        await let_go(pinned)
         if isinstance(error, TryAgain):
             services.metrics.refused()
         raise

@@ -4,6 +4,7 @@ To resolve one is SQL in a thread, a millisecond or two of the first token, and 
 that names the adapter. It is the same until somebody commits, which takes microseconds to ask.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 
 from anyio import to_thread
@@ -15,6 +16,8 @@ from adapters.pinned import Pinned, hold
 from adapters.viewpoint import Viewpoint
 
 _MOST = 4096  # expressions; with more, all are resolved anew
+
+log = logging.getLogger("smolora.api")
 
 
 class RecentPins:
@@ -38,8 +41,19 @@ class RecentPins:
             pinned = hold(library.store, *found)
             if self._commits() == seen:  # names go before bytes do: whoever finds them now has what it holds
                 return pinned
-            pinned.release()
+            await let_go(pinned)
         pinned = await to_thread.run_sync(library.pin, terms, field)
         if self._commits() == seen == self._seen:
             self._known[key] = (pinned.parts, pinned.warnings)
         return pinned
+
+
+async def let_go(pinned: Pinned) -> None:
+    """`Pinned.release` on the event loop, for an answer that is good whatever becomes of the bytes: those that go
+    do so in a thread, and those that can't just now with the next sweep.
+    """
+    if (removal := pinned.let_go()) is not None:
+        try:
+            await to_thread.run_sync(removal)
+        except Exception:  # the disk, or the database
+            log.exception("can't remove the bytes of a deleted version just now")

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,35 +20,7 @@ from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, read
 from adapters.store.store import AdapterStore
 from tests.adapters.oracle import assert_same, live, loaded
 from tests.adapters.samples import SHAPE, sample_adapter
-from tests.buckets import EITHER
-
-ADAPTER = sample_adapter()
-DIGEST = ADAPTER.weights.digest
-
-
-OpenStore = Callable[[], AdapterStore]
-
-
-@pytest.fixture(params=EITHER)
-def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> OpenStore:
-    """Opens the one under `tmp_path`, as each process does: a directory, or one machine's cache of a bucket."""
-    if request.param == "directory":
-        return lambda: AdapterStore(tmp_path / "adapters")
-    bucket = request.getfixturevalue("bucket")
-    from adapters.store.shared import SharedAdapterStore
-
-    return lambda: SharedAdapterStore(tmp_path / "adapters", bucket.under("adapters"))
-
-
-@pytest.fixture
-def store(open_store: OpenStore) -> AdapterStore:
-    return open_store()
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """Where `ADAPTER` is stored."""
-    return tmp_path / "adapters" / DIGEST[:2] / DIGEST
+from tests.adapters.store.conftest import ADAPTER, DIGEST, OpenStore
 
 
 def leftovers(tmp_path: Path) -> list[Path]:

@@ -1,7 +1,9 @@
 """What an expression came to is used again while nobody commits, and not a moment longer."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import sqlalchemy as sa
@@ -20,13 +22,18 @@ from tests.server.api.adapters.peft_files import peft_files
 
 
 class CountingCatalog(Catalog):
-    """Counts, over all projects, what it resolves."""
+    """Counts, over all projects, what it resolves, and says in which threads it was asked what is in use."""
 
     num = 0
+    asked_in: ClassVar[list[int]] = []
 
     def resolve(self, terms: Sequence[Term], field: str = "adapter") -> tuple[Part, ...]:
         CountingCatalog.num += 1
         return super().resolve(terms, field)
+
+    def in_use(self, digest: str) -> bool:
+        CountingCatalog.asked_in.append(threading.get_ident())
+        return super().in_use(digest)
 
 
 class Registry:
@@ -56,6 +63,7 @@ class Registry:
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
     CountingCatalog.num = 0
+    CountingCatalog.asked_in.clear()
     return Registry(tmp_path)
 
 
@@ -120,6 +128,8 @@ async def test_a_commit_while_it_is_held(registry: Registry) -> None:
     with pytest.raises(NotFound):
         await pins.pin(library, parse("a"), "adapter")
     assert registry.store.digests() == []
+    # the version that the loop held went with that, in another thread; the other one was nobody's
+    assert [thread == threading.get_ident() for thread in CountingCatalog.asked_in] == [True, False]
     registry.close()
 
 

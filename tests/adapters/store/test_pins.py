@@ -1,0 +1,263 @@
+"""Pins wait for nobody: not for a discard that waits itself, be it of the same bytes. And what is named stays."""
+
+import fcntl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from adapters.errors import CorruptAdapter
+from adapters.store.store import AdapterStore
+from tests.adapters.samples import sample_adapter
+from tests.adapters.store.conftest import ADAPTER, DIGEST
+
+if TYPE_CHECKING:
+    from adapters.objects.bucket import Bucket
+
+OTHER = sample_adapter(seed=1)
+SOON = 15.0
+"""Seconds, in which what doesn't wait is done however busy the machine is."""
+
+
+class Gate:
+    """Has whoever comes wait until it is open."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def __call__(self) -> None:
+        self.reached.set()
+        assert self.opened.wait(60)
+
+    def unwanted(self, digest: str) -> bool:
+        """A catalog that takes its time to say that no version has the digest."""
+        self()
+        return False
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.opened.set()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Is left without waiting for a thread that hangs."""
+    pool = ThreadPoolExecutor(4)
+    yield pool
+    pool.shutdown(wait=False)
+
+
+@contextmanager
+def another_process_publishes(store: AdapterStore) -> Iterator[None]:
+    """Which takes long: the disk is busy."""
+    with open(store._root / ".lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def pin_and_let_go(store: AdapterStore, *digests: str) -> None:
+    store.pin(digests)
+    assert store.let_go(digests) is None
+    store.pin(digests)
+    store.unpin(digests)
+
+
+def discard(store: AdapterStore, gate: Gate) -> None:
+    store.discard(DIGEST, gate.unwanted)
+
+
+def discard_and_unpin(store: AdapterStore, gate: Gate) -> None:
+    store.pin([DIGEST])
+    store.discard(DIGEST, gate.unwanted)
+    store.unpin([DIGEST])
+
+
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
+@pytest.mark.parametrize("remove", [discard, discard_and_unpin])
+def test_pins_do_not_wait_while_the_catalog_is_asked(
+    remove: Callable[[AdapterStore, Gate], None],
+    store: AdapterStore,
+    place: Path,
+    gate: Gate,
+    pool: ThreadPoolExecutor,
+) -> None:
+    store.put(ADAPTER)
+    store.put(OTHER)
+    removing = pool.submit(remove, store, gate)
+    assert gate.reached.wait(SOON)
+    pool.submit(pin_and_let_go, store, OTHER.weights.digest, "f" * 64).result(SOON)
+    assert not removing.done()
+    gate.opened.set()
+    removing.result(SOON)
+    assert not place.exists()
+    store.verify(OTHER.weights.digest)
+
+
+@pytest.mark.parametrize("remove", [discard, discard_and_unpin])
+def test_pins_do_not_wait_while_another_process_publishes(
+    remove: Callable[[AdapterStore, Gate], None],
+    store: AdapterStore,
+    place: Path,
+    gate: Gate,
+    pool: ThreadPoolExecutor,
+) -> None:
+    store.put(ADAPTER)
+    gate.opened.set()
+    with another_process_publishes(store):
+        removing = pool.submit(remove, store, gate)
+        with pytest.raises(TimeoutError):  # it has come as far as the lock
+            removing.result(0.1)
+        pool.submit(pin_and_let_go, store, OTHER.weights.digest).result(SOON)
+        assert not removing.done()
+    removing.result(SOON)
+    assert not place.exists()
+
+
+@pytest.mark.cluster
+def test_pins_do_not_wait_while_room_is_made(
+    bucket: "Bucket", gate: Gate, pool: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    from adapters.store.shared import SharedAdapterStore
+
+    class Slow(SharedAdapterStore):
+        def _set_aside(self, place: Path) -> list[Path]:
+            if place.exists():  # else it is just put
+                gate()
+            return super()._set_aside(place)
+
+    store = Slow(tmp_path / "adapters", bucket.under("adapters"), cache_bytes=1)
+    with store.publishing(ADAPTER, lambda _: True):
+        pass
+    loading = pool.submit(lambda: [store.put(OTHER), store.load(OTHER.weights.digest)])
+    assert gate.reached.wait(SOON)
+    pool.submit(store.pin, ["f" * 64]).result(SOON)
+    gate.opened.set()
+    loading.result(SOON)
+    assert store._here() == [OTHER.weights.digest]
+
+
+def test_what_is_pinned_while_the_catalog_is_asked_stays_to_the_last_unpin(
+    store: AdapterStore, place: Path, gate: Gate, pool: ThreadPoolExecutor
+) -> None:
+    store.put(ADAPTER)
+    discarding = pool.submit(store.discard, DIGEST, gate.unwanted)
+    assert gate.reached.wait(SOON)
+    pool.submit(store.pin, [DIGEST, DIGEST]).result(SOON)
+    gate.opened.set()
+    discarding.result(SOON)
+    store.verify(DIGEST)
+    store.unpin([DIGEST])
+    store.verify(DIGEST)
+    store.unpin([DIGEST])
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
+def test_what_is_pinned_again_while_it_goes_with_the_last_unpin_stays(
+    store: AdapterStore, place: Path, gate: Gate, pool: ThreadPoolExecutor
+) -> None:
+    store.put(ADAPTER)
+    store.pin([DIGEST])
+    store.discard(DIGEST, gate.unwanted)
+    removal = store.let_go([DIGEST])
+    assert removal is not None
+    store.verify(DIGEST)  # it goes when it is told to
+    removing = pool.submit(removal)
+    assert gate.reached.wait(SOON)
+    store.pin([DIGEST])
+    gate.opened.set()
+    removing.result(SOON)
+    store.verify(DIGEST)
+    store.unpin([DIGEST])
+    assert not place.exists()
+
+
+def test_what_is_pinned_once_it_goes_is_gone_and_not_half_there(
+    tmp_path: Path, place: Path, gate: Gate, pool: ThreadPoolExecutor
+) -> None:
+    """No name means it any more, as whoever pins sees afterwards."""
+
+    class Slow(AdapterStore):
+        def _set_aside(self, place: Path) -> list[Path]:
+            if place.exists():  # else it is just put
+                gate()
+            return super()._set_aside(place)
+
+    store = Slow(tmp_path / "adapters")
+    store.put(ADAPTER)
+    discarding = pool.submit(store.discard, DIGEST)
+    assert gate.reached.wait(SOON)
+    pool.submit(store.pin, [DIGEST]).result(SOON)
+    putting = pool.submit(store.put, ADAPTER)
+    store.verify(DIGEST)
+    gate.opened.set()
+    discarding.result(SOON)
+    putting.result(SOON)
+    store.discard(DIGEST)
+    store.verify(DIGEST)  # they were put since, and are pinned
+    store.unpin([DIGEST])
+    assert not place.exists()
+    with pytest.raises(CorruptAdapter):
+        store.load(DIGEST)
+
+
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
+def test_a_catalog_that_cannot_be_asked_keeps_bytes_and_no_pins(store: AdapterStore, place: Path) -> None:
+    def broken(digest: str) -> bool:
+        raise OSError("no such database")
+
+    digests = [DIGEST, OTHER.weights.digest]
+    for adapter in (ADAPTER, OTHER):
+        store.put(adapter)
+    store.pin(digests)
+    for digest in digests:
+        store.discard(digest, broken)
+    with pytest.raises(OSError, match="no such database"):
+        store.unpin(digests)
+    for digest in digests:
+        store.verify(digest)
+        store.discard(digest)
+    assert store.digests() == []
+
+
+def test_who_finds_the_name_after_having_pinned_has_the_bytes(
+    store: AdapterStore, place: Path, pool: ThreadPoolExecutor
+) -> None:
+    """One thread publishes and deletes, over and over, and all others use what they find."""
+    named: set[str] = set()
+    stop = threading.Event()
+
+    def use() -> int:
+        num_found = 0
+        while not stop.is_set():
+            store.pin([DIGEST])
+            if DIGEST in named:
+                num_found += 1
+                store.verify(DIGEST)
+                time.sleep(0.001)  # it is deleted meanwhile
+                store.load(DIGEST)
+            if (removal := store.let_go([DIGEST])) is not None:
+                removal()
+        return num_found
+
+    using: list[Future[int]] = [pool.submit(use) for _ in range(3)]
+    try:
+        for _ in range(4 if store.is_shared else 40):
+            with store.publishing(ADAPTER, named.__contains__):
+                named.add(DIGEST)
+            time.sleep(0.002)
+            named.clear()
+            store.discard(DIGEST, named.__contains__)
+    finally:
+        stop.set()
+    assert sum(future.result(60) for future in using) > 0
+    assert not place.exists()
