@@ -1,5 +1,6 @@
 """/compositions: weighted sums of adapters under a name, and merges, which make new adapters out of several."""
 
+from functools import partial
 from typing import Annotated
 
 from anyio import to_thread
@@ -10,8 +11,7 @@ from adapters.errors import NotFound
 from adapters.expression import parse
 from adapters.names import MAX_NAME
 from server.api import wire
-from server.api.access.quotas import require_quota
-from server.api.access.space import require_space
+from server.api.access.space import require_room
 from server.api.adapters.answers import version_answer
 from server.api.adapters.composition_schemas import CompositionBody
 from server.api.adapters.merging import FIELD, recipe_of, submit_merge
@@ -60,9 +60,9 @@ async def compose(
     the result as the next version of the adapter `name`.
     """
     if (recipe := recipe_of(body)) is not None:
-        require_space(services.settings)
-        await to_thread.run_sync(require_quota, services)
-        job = await to_thread.run_sync(submit_merge, services.jobs, services.library, name, body, recipe, key)
+        room = partial(require_room, services)
+        given = (services.jobs, services.library, name, body, recipe, key, room)
+        job = await to_thread.run_sync(submit_merge, *given)
         return wire.answer(job_document(job), 202, {"Location": f"/train/{job.id}"})
     terms = parse(body.expression, FIELD)
     version, is_new = await to_thread.run_sync(services.library.compose, name, terms, FIELD)

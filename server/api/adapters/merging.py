@@ -7,6 +7,7 @@ blocks, on disk: call it in a thread.
 import hashlib
 import json
 import secrets
+from collections.abc import Callable
 
 from adapters.catalog.catalog import combine
 from adapters.errors import FieldError, InvalidInput
@@ -42,9 +43,16 @@ def recipe_of(body: CompositionBody) -> Recipe | None:
 
 
 def submit_merge(
-    jobs: Jobs, library: Library, name: str, body: CompositionBody, recipe: Recipe, idempotency_key: str | None
+    jobs: Jobs,
+    library: Library,
+    name: str,
+    body: CompositionBody,
+    recipe: Recipe,
+    idempotency_key: str | None,
+    require_room: Callable[[], None],
 ) -> Job:
-    """Queue the job that makes the name's next version, or return the one that the key belongs to.
+    """Queue the job that makes the name's next version, or return the one that the key belongs to. `require_room`
+    is called before a new one.
 
     Raises InvalidInput, NotFound (a part), Conflict (a composition has the name, or a part is of another base's
     shapes) or QueueFull.
@@ -53,6 +61,7 @@ def submit_merge(
     digest = _digest(name, body)
     if (first := jobs.repeated(idempotency_key, digest)) is not None:
         return first
+    require_room()
     # the parts' bytes are held until the job itself holds them
     pinned = library.pin(parse(body.expression, FIELD), FIELD)
     try:

@@ -11,13 +11,13 @@ from starlette.responses import Response
 from adapters.errors import Conflict, NotFound
 from adapters.store.open_all import open_all
 from server.api import wire
-from server.api.access.quotas import require_quota
-from server.api.access.space import require_space
+from server.api.access.space import require_room
 from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.openapi import JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS, JOB_RESULTS, SUBMISSIONS
 from server.api.streams import EventStream
 from server.api.strict_route import StrictRoute
 from server.api.train.answers import dry_run_document, event_document, job_document
+from server.api.train.pages import check_after
 from server.api.train.schemas import DryRunAnswer, EventAnswer, JobAnswer, JobList, TrainBody
 from server.api.zips import StoredZip, zip_download
 from server.training.queue.job_files import JobFiles
@@ -59,9 +59,8 @@ async def submit(
     if dry_run:
         document = await services.limiters.preparing.run(_dry_run, services, body)
         return wire.answer(document)
-    require_space(services.settings)
-    await to_thread.run_sync(require_quota, services)
-    job = await services.limiters.preparing.run(services.submissions.submit, body, key)
+    room = partial(require_room, services)
+    job = await services.limiters.preparing.run(services.submissions.submit, body, key, None, room)
     return wire.answer(job_document(job), 202, {"Location": f"/train/{job.id}"})
 
 
@@ -214,6 +213,8 @@ def _dry_run(services: Services, body: TrainBody) -> dict[str, object]:
 
 
 def _page(jobs: Jobs, status: Status | None, size: int, after: str | None) -> Response:
+    if after is not None:
+        check_after(jobs, after)
     found = jobs.list(status, size + 1, after)
     page = [job_document(job) for job in found[:size]]
     return wire.answer({"jobs": page, "next": found[size - 1].id if len(found) > size else None})

@@ -7,7 +7,7 @@ once its files are on the disk. Everything blocks, on disk or on the tokenizer: 
 import hashlib
 import json
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -86,9 +86,13 @@ class Submissions:
         return other
 
     def submit(
-        self, body: TrainBody, idempotency_key: str | None, fine_tuning: Mapping[str, object] | None = None
+        self,
+        body: TrainBody,
+        idempotency_key: str | None,
+        fine_tuning: Mapping[str, object] | None = None,
+        require_room: Callable[[], None] = lambda: None,
     ) -> Job:
-        """Queue the job, or return the one that the key belongs to.
+        """Queue the job, or return the one that the key belongs to. `require_room` is called before a new one.
 
         `fine_tuning` is stored with it as `server.training.queue.jobs.FINE_TUNING` has it.
         Raises InvalidInput, NotFound (rows, or the parent), Conflict (the parent, or a latest version to be
@@ -98,6 +102,7 @@ class Submissions:
         kept = {} if fine_tuning is None else {FINE_TUNING: dict(fine_tuning)}
         if (first := self._jobs.repeated(idempotency_key, digest)) is not None:
             return first
+        require_room()
         job_id = f"job-{secrets.token_hex(8)}"
         directory, told = self._files.directory(job_id), facts.get()
         # the parent's bytes are held until the job itself holds them

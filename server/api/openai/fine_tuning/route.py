@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import Annotated
 
@@ -11,8 +12,7 @@ from starlette.responses import Response
 
 from adapters.errors import InvalidInput, NotFound
 from server.api import wire
-from server.api.access.quotas import require_quota
-from server.api.access.space import require_space
+from server.api.access.space import require_room
 from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.openai.documents import REFUSALS
 from server.api.openai.errors import ModelNotFound
@@ -35,6 +35,7 @@ from server.api.openai.fine_tuning.schemas import (
 )
 from server.api.openapi import Responses
 from server.api.strict_route import StrictRoute
+from server.api.train.pages import check_after
 from server.training.data.files import FileStore, results_id
 from server.training.queue.jobs import FINE_TUNING, Job, Jobs
 
@@ -56,8 +57,6 @@ async def create(
     key: IdempotencyKey = None,
 ) -> Response:
     """Create a fine-tuning job. It publishes the next version of the adapter `suffix`."""
-    require_space(services.settings)
-    await to_thread.run_sync(require_quota, services)
     job = await services.limiters.preparing.run(_submit, services, body, key)
     return await to_thread.run_sync(_answer, services, job)
 
@@ -124,7 +123,9 @@ async def resume(services: ServicesDep, job_id: JobId) -> Response:
 def _submit(services: Services, body: FineTuningBody, key: str | None) -> Job:
     submitted = train_body(body, services.base_name, key)
     try:
-        return services.submissions.submit(submitted, key, kept_fields(body, services.base_name))
+        return services.submissions.submit(
+            submitted, key, kept_fields(body, services.base_name), partial(require_room, services)
+        )
     except InvalidInput as error:
         raise with_openai_field_names(error) from None
     except NotFound as error:
@@ -169,7 +170,7 @@ def _object(services: Services, job: Job) -> dict[str, object]:
 
 def _jobs_page(services: Services, limit: int, after: str | None, is_wanted: Callable[[Job], bool]) -> Response:
     if after is not None:
-        _check_after(services.jobs, after)
+        check_after(services.jobs, after)
     found = list(islice(filter(is_wanted, _all_jobs(services.jobs, after)), limit + 1))
     return wire.answer(page_object([_object(services, job) for job in found[:limit]], len(found) > limit))
 
@@ -179,13 +180,6 @@ def _all_jobs(jobs: Jobs, before: str | None) -> Iterator[Job]:
     while found := jobs.list(limit=_BATCH, before=before):
         yield from (job for job in found if FINE_TUNING in job.data)
         before = found[-1].id
-
-
-def _check_after(jobs: Jobs, after: str) -> None:
-    try:
-        jobs.get(after)
-    except NotFound as error:
-        raise InvalidInput.of("after", str(error)) from None
 
 
 def _metadata_filter(request: Request) -> Callable[[Job], bool]:

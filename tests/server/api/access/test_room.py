@@ -18,7 +18,7 @@ from server.errors import QueueFull
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import Caller, FakeEngine, until
 from tests.server.api.train_kit import ROWS, submit
-from tests.server.conftest import MakeServices, client_of, new_app
+from tests.server.conftest import BASE_NAME, MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
 
@@ -201,6 +201,35 @@ async def test_a_disk_that_is_nearly_full(make_services: MakeServices, monkeypat
         assert (await client.post("/generate", json={"prompt": "a", "max_tokens": 1})).status_code == 200
         free += 1
         assert (await client.post("/train", json=job)).status_code == 202
+
+
+async def test_a_repeat_is_answered_where_nothing_new_would_be(
+    make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its job is there already, and whoever is told otherwise submits it once more later."""
+    usage = namedtuple("usage", ["free"])
+    free = 1 << 20
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free))
+    async with client_of(new_app(make_services(min_free_bytes="1MiB"))) as client:
+        for name in "ab":
+            assert (await client.post(f"/adapters/{name}", files=as_parts(*peft_files()))).status_code == 201
+        file = await client.post(
+            "/v1/files", files={"file": ("a.jsonl", b'{"text": "a"}')}, data={"purpose": "fine-tune"}
+        )
+        job = {"name": "j", "data": ROWS}
+        fine_tuning = {"model": BASE_NAME, "training_file": file.json()["id"], "suffix": "f"}
+        merge = {"expression": "a*0.5+b*0.25", "method": "ties"}
+        bodies = {"/train": job, "/v1/fine_tuning/jobs": fine_tuning, "/compositions/m": merge}
+        firsts = {}
+        for number, (path, body) in enumerate(bodies.items()):
+            headers = {"Idempotency-Key": f"key-{number}"}
+            firsts[path] = await client.post(path, json=body, headers=headers)
+            assert firsts[path].is_success, firsts[path].text
+        free -= 1
+        for number, (path, body) in enumerate(bodies.items()):
+            again = await client.post(path, json=body, headers={"Idempotency-Key": f"key-{number}"})
+            assert (again.status_code, again.json()["id"]) == (firsts[path].status_code, firsts[path].json()["id"])
+            assert (await client.post(path, json=body)).status_code == 503
 
 
 async def test_a_generation_that_takes_too_long(make_services: MakeServices, engine: FakeEngine) -> None:

@@ -171,6 +171,16 @@ async def test_a_repeat_returns_the_first_job(client: httpx.AsyncClient, tmp_pat
     assert len(list(tmp_path.glob("jobs/*"))) == 2
 
 
+async def test_a_page_begins_after_a_job_that_there_is(client: httpx.AsyncClient) -> None:
+    """An empty page would say that there are no older ones."""
+    ids = [(await client.post("/train", json=train_body())).json()["id"] for _ in range(2)]
+    page = (await client.get(f"/train?after={ids[1]}")).json()
+    assert [job["id"] for job in page["jobs"]] == ids[:1]
+    response = await client.get("/train?after=job-0000000000000000")
+    assert response.status_code == 422
+    assert response.json()["errors"][0]["loc"] == ["after"]
+
+
 async def test_a_key_is_not_for_dry_runs(client: httpx.AsyncClient) -> None:
     headers = {"Idempotency-Key": "once"}
     for _ in range(2):
