@@ -28,6 +28,7 @@ PIECES = (
         "?",
         "{2,9}",
         "{0,200}",
+        "{300}",
         "[^\\x00]",
         "(?i)",
         "^",
@@ -56,7 +57,25 @@ LEAVES: Sequence[object] = (
         "#",
         "#/$defs/a",
     ),
-    *("^[a-z]{1,9}$", "(a{0,50}b){0,50}", 0, 1, 2, 0.1, -1, 1e300, 10**20, True, False, None, ["a"], [], {}),
+    *(
+        "^[a-z]{1,9}$",
+        "(a{0,50}b){0,50}",
+        "((ab){300}){300}",
+        0,
+        1,
+        2,
+        3000,
+        0.1,
+        -1,
+        1e300,
+        10**20,
+        True,
+        False,
+        None,
+        ["a"],
+        [],
+        {},
+    ),
 )
 _STEPS = 24
 _RAW_REGEX, _REGEX, _RAW_SCHEMA, _SCHEMA = range(4)
@@ -103,6 +122,7 @@ def _follow(grammar: Grammar, choices: Choices) -> str:
         allowed = (~forbidden).nonzero()[0]
         if place.is_complete or not len(allowed):
             break
+        place.forced(choices.below(16))
         place.accept(int(allowed[choices.below(len(allowed))]))
     return "followed" if place.error is None else "too complex"
 
@@ -119,8 +139,9 @@ def _schema(choices: Choices, depth: int) -> object:
 
 
 def seeds() -> list[bytes]:
-    regexes = [CODES.grammar.source, HOSTILE_REGEX, growing().source, "a", "(a|b)*c{2,9}"]
-    schemas = [*BOUNDED.values(), HOSTILE_SCHEMA]
+    regexes = [CODES.grammar.source, HOSTILE_REGEX, growing().source, "a", "(a|b)*c{2,9}", "x|y((ab){300}){300}"]
+    long = {"type": "array", "items": {"const": "ab" * 300}, "minItems": 3000}
+    schemas = [*BOUNDED.values(), HOSTILE_SCHEMA, {"anyOf": [{"type": "string"}, long]}]
     return [
         *(bytes([_RAW_REGEX]) + regex.encode() for regex in regexes),
         *(bytes([_RAW_SCHEMA]) + json.dumps(schema).encode() for schema in schemas),
