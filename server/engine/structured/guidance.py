@@ -125,24 +125,45 @@ class Constraint:
 
     def _foreseen(self, max_tokens: int) -> Iterator[int]:
         """What is forced, looked up token by token."""
-        if self.is_complete or (token_id := self._only(self._asked())) is None:
+        if self.is_complete or (token_id := self._only(self._matcher, self._asked())) is None:
             return
         yield token_id
         ahead = self._matcher.deep_copy()
         for _ in range(max_tokens - 1):
             ahead.consume_token(token_id)
-            if ahead.is_stopped() or (token_id := self._only(_allowed(ahead))) is None:
+            if ahead.is_stopped() or (token_id := self._only(ahead, _allowed(ahead))) is None:
                 return
             yield token_id
 
-    def _only(self, allowed: NDArray[np.bool_] | None) -> int | None:
-        """The longest token of the only text that may follow; None where there is a choice, or nothing."""
-        if allowed is None or not 0 < np.count_nonzero(allowed) <= _MAX_SPLITS:
+    def _only(self, matcher: LLMatcher, allowed: NDArray[np.bool_] | None) -> int | None:
+        """The longest of the tokens `allowed` where its text is all that may follow; None where there is a choice,
+        or nothing.
+
+        Tokens that are all splits of one text don't say so: it may end, or go on otherwise, behind a shorter one
+        ("low" and "lower"). What follows begins with the shortest of them in any case.
+        """
+        splits = self._splits(allowed)
+        if not splits:
             return None
-        texts = {token_id: self._tokenizer.decode_bytes([token_id]) for token_id in allowed.nonzero()[0].tolist()}
-        longest = max(texts, key=lambda token_id: len(texts[token_id]))
-        is_only = all(texts[longest].startswith(text) for text in texts.values())
-        return longest if is_only and not texts.keys() & set(self._tokenizer.eos_tokens) else None
+        (rest, longest), ahead = splits[-1], matcher
+        while rest := rest[len(splits[0][0]) :]:
+            ahead = ahead.deep_copy() if ahead is matcher else ahead
+            ahead.consume_token(splits[0][1])
+            splits = [] if ahead.is_stopped() else self._splits(_allowed(ahead), rest)
+            if not splits:
+                return None
+        return longest
+
+    def _splits(self, allowed: NDArray[np.bool_] | None, text: bytes = b"") -> Sequence[tuple[bytes, int]]:
+        """The tokens `allowed` with their texts, the shortest first, where all begin, or go on, the same `text`;
+        none otherwise, or where the answer may end."""
+        if allowed is None or np.count_nonzero(allowed) > _MAX_SPLITS:
+            return []
+        token_ids = allowed.nonzero()[0].tolist()
+        splits = sorted((self._tokenizer.decode_bytes([token_id]), token_id) for token_id in token_ids)
+        longest = max([text, *(split for split, _ in splits)], key=len)
+        are_one = all(split and longest.startswith(split) for split, _ in splits)
+        return splits if are_one and not set(token_ids) & set(self._tokenizer.eos_tokens) else []
 
     def _asked(self) -> NDArray[np.bool_] | None:
         """(vocab,) True for tokens that the matcher lets come next; None where there is an error."""

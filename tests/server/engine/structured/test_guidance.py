@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
 from unittest.mock import Mock
 
 import numpy as np
@@ -27,6 +29,14 @@ from tests.tiny import own, tiny_tokenizer
 
 VOCAB = 520  # wider than the tokenizer, as logits may be
 EOS = (0, 2)
+
+
+@pytest.fixture(scope="module")
+def real_guidance(base_dir: Path) -> Iterator[Guidance]:
+    """Of SmolLM2's tokenizer, whose end token is 2."""
+    guidance = Guidance((base_dir / "tokenizer.json").read_text(encoding="utf-8"), 49152, (2,))
+    yield guidance
+    guidance.close()
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +133,52 @@ def allowed_anew(constraint: Constraint, then: Sequence[int] = ()) -> list[int]:
     matcher.consume_tokens([*constraint._token_ids, *then])
     allowed: list[int] = np.frombuffer(matcher.compute_logit_bias(), np.uint8).nonzero()[0].tolist()
     return allowed
+
+
+WORDS = (
+    ("low", "lower"),  # which tokens alone don't tell apart: l, lo, low and lower are all splits of one of them
+    ("user", "users"),
+    ("cat", "category"),
+    ("cat", "cqz"),
+    ("XL", "XXL"),
+    ("WA", "WV", "WI", "WY"),
+    ("xa", "x日", "xé"),
+    ("north", "northwest", "northeast"),
+    ("get", "get_all", "getall"),
+)
+
+
+@pytest.mark.parametrize("words", WORDS, ids="|".join)
+@pytest.mark.parametrize("kind", ["regex", "json_schema"])
+def test_no_choice_is_lost(
+    real_guidance: Guidance, words: Sequence[str], kind: Literal["regex", "json_schema"]
+) -> None:
+    """Each word of a language can be answered, by one split or another, as far as its last byte."""
+    source = "|".join(words) if kind == "regex" else json.dumps({"enum": list(words)})
+    grammar = Grammar(kind, source)
+    real_guidance.check(grammar)
+    for word in words:
+        text = (word if kind == "regex" else json.dumps(word, ensure_ascii=False)).encode()
+        assert can_be_answered(real_guidance, grammar, text), word
+
+
+def can_be_answered(guidance: Guidance, grammar: Grammar, text: bytes) -> bool:
+    bytes_of = guidance._ready_tokenizer().decode_bytes
+    todo: dict[bytes, list[int]] = {b"": []}  # one split of each beginning that is reached
+    seen: set[bytes] = set()
+    while todo:
+        begun, split = todo.popitem()
+        seen.add(begun)
+        constraint = guidance.constraint(grammar)
+        for token_id in split:
+            constraint.accept(token_id)
+        if begun == text:
+            return constraint.is_complete or 2 in allowed_by(constraint)
+        for token_id in allowed_by(constraint):
+            longer = begun + bytes_of([token_id])
+            if token_id != 2 and text.startswith(longer) and longer not in seen:
+                todo[longer] = [*split, token_id]
+    return False
 
 
 ENDLESS = {"const": "ab" * 500}  # 30,000 tokens of it, of which nobody asks for more than the next few
