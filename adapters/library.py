@@ -241,11 +241,13 @@ class Library:
 
         Raises NotFound, or Conflict where an alias (unless `force`), a composition or a training job holds it.
         """
+        self.catalog.own_key(name)
         self._prepare_to_delete(self.catalog.get(name).versions)
         self._let_go(self.catalog.delete(name, force))
 
     def delete_version(self, name: str, version: int, force: bool = False) -> None:
         """Remove one version, likewise."""
+        self.catalog.own_key(name)
         self._prepare_to_delete([self.catalog.version(name, version)])
         self._let_go(self.catalog.delete_version(name, version, force))
 

@@ -206,21 +206,21 @@ class Catalog:
 
     def point(self, name: str, alias: str, version: int) -> None:
         """Makes the alias, or `latest`, mean that version from now on. Raises NotFound."""
-        viewpoint, key = self.viewpoint, self._own_key(name)
+        viewpoint, key = self.viewpoint, self.own_key(name)
         transact(self._engine, lambda connection: point_in(connection, key, alias, version, viewpoint))
 
     def unpoint(self, name: str, alias: str) -> None:
         """Removes the alias. Raises NotFound, or Conflict for `latest`."""
         if alias == LATEST:
             raise Conflict("latest can't be removed: point it at another version")
-        viewpoint, key = self.viewpoint, self._own_key(name)
+        viewpoint, key = self.viewpoint, self.own_key(name)
         transact(self._engine, lambda connection: unpoint_in(connection, key, alias, viewpoint))
 
     def set_visibility(self, name: str, is_public: bool) -> None:
         """Whether other projects may use the name. Raises NotFound, or Conflict: a public composition has public
         parts alone.
         """
-        viewpoint, key = self.viewpoint, self._own_key(name)
+        viewpoint, key = self.viewpoint, self.own_key(name)
         transact(self._engine, lambda connection: set_visibility_in(connection, key, is_public, viewpoint))
 
     def delete(self, name: str, force: bool = False) -> builtins.list[str]:
@@ -252,7 +252,7 @@ class Catalog:
         return recover(self._engine, self._records, is_stored, is_known)
 
     def _drop(self, name: str, version: int | None, force: bool) -> builtins.list[str]:
-        viewpoint, key = self.viewpoint, self._own_key(name)
+        viewpoint, key = self.viewpoint, self.own_key(name)
         numbers, digests = transact(
             self._engine, lambda connection: drop_in(connection, key, version, force, viewpoint)
         )
@@ -268,7 +268,7 @@ class Catalog:
             raise InvalidInput.of("name", fault)
         return self.viewpoint.key(name)
 
-    def _own_key(self, name: str) -> str:
+    def own_key(self, name: str) -> str:
         """Of a name that is to be changed. Raises NotFound where it can only be another project's."""
         key = self.viewpoint.key(name)
         if not (self.viewpoint.sees_all or self.viewpoint.owns(key)):

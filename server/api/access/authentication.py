@@ -4,6 +4,7 @@ A key comes as `Authorization: Bearer`. The operator's may be at work in one pro
 """
 
 import asyncio
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import cast
@@ -22,6 +23,7 @@ from server.errors import Forbidden, Unauthorized
 PROJECT_HEADER = "openai-project"
 _FREE_METHODS = ("GET", "HEAD", "OPTIONS")  # which count for no rate
 _PRINCIPAL, _END = "principal", "end_of_key"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def principal_of(scope: Scope) -> Principal | None:
@@ -65,6 +67,8 @@ class Authentication:
 
     async def _admitted(self, method: str, path: str, headers: Headers) -> Principal:
         """Raises Unauthorized, Forbidden, RateLimited, or NotFound for what isn't there for this key."""
+        if _CONTROL.search(path):  # routes pass over a line's end behind them, and scopes are no route's then
+            raise _NoPathError
         principal = await self._access.ring.principal(_secret(headers))
         if principal is None:
             raise Unauthorized("send a valid key: Authorization: Bearer <key>")
@@ -101,7 +105,7 @@ class Authentication:
 
 
 class _NoPathError(NotFound):
-    """What only the operator may know of."""
+    """What nobody, or the operator alone, may know of."""
 
 
 _NO_PATH = "no such path: /docs lists them"

@@ -19,6 +19,7 @@ from server.api.generate.generation import (
     Generation,
     adapter_terms,
     ask_queue,
+    close_all,
     encode_prompt,
     encoded,
     start,
@@ -59,7 +60,7 @@ class Comparison:
 
     async def close(self) -> None:
         """Let go of everything. More than once is once."""
-        await _close([generation for one in self._compared for generation in (one.answer, *one.scores)])
+        await close_all([generation for one in self._compared for generation in (one.answer, *one.scores)])
 
     async def _result(self, compared: _Compared) -> dict[str, object]:
         answer = await answers.collect(compared.answer, self._model, sums=True, num_top=self._num_top)
@@ -98,7 +99,7 @@ async def compare(services: Services, body: CompareBody) -> Comparison:
                 scores.append(score)
             compared.append(_Compared(expression, answer, tuple(scores)))
     except BaseException:
-        await _close(started)
+        await close_all(started)
         raise
     return Comparison(compared, body.score, body.logprobs, services.base_name)
 
@@ -124,8 +125,3 @@ async def _score(text: str, generation: Generation, num_top: int) -> dict[str, o
     (output,) = [output async for output in generation.outputs()]
     logprobs = list(map(answers.sampled, output.logprobs)) if num_top else None
     return {"text": text, "logprob": sum(output.scores), "num_tokens": len(output.scores), "logprobs": logprobs}
-
-
-async def _close(generations: Sequence[Generation]) -> None:
-    for generation in generations:
-        await generation.close()

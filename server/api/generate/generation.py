@@ -160,6 +160,14 @@ class Generation:
         last[output.index] = now
 
 
+async def close_all(generations: Sequence[Generation]) -> None:
+    """Close each, whatever becomes of the others."""
+    results = await asyncio.gather(*(generation.close() for generation in generations), return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+
+
 async def begin(services: Services, body: GenerateBody) -> Generation:
     """Hand the request to the engine. Raises whatever it can be refused for; nothing is held then."""
     terms = adapter_terms(body.adapter, body.adapters, services.base_name)

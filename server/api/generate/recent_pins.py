@@ -7,7 +7,7 @@ that names the adapter. It is the same until somebody commits, which takes micro
 import logging
 from collections.abc import Callable, Sequence
 
-from anyio import to_thread
+from anyio import CancelScope, to_thread
 
 from adapters.catalog.versions import Part
 from adapters.expression import Term
@@ -54,6 +54,7 @@ async def let_go(pinned: Pinned) -> None:
     """
     if (removal := pinned.let_go()) is not None:
         try:
-            await to_thread.run_sync(removal)
+            with CancelScope(shield=True):  # it is doomed no more: nobody else would remove it
+                await to_thread.run_sync(removal)
         except Exception:  # the disk, or the database
             log.exception("can't remove the bytes of a deleted version just now")

@@ -35,14 +35,16 @@ def sampling_params(body: SamplingFields, max_tokens: int, logprobs: int) -> Sam
     )
 
 
-def check_logprobs(num_tokens: int, num_top: int) -> None:
-    """Whether an answer of up to so many tokens, each with `num_top` beside it, can be put together as a whole.
+def most_tokens(num_top: int) -> int:
+    """That an answer may have which isn't streamed and has `num_top` log-probabilities beside each."""
+    return MAX_LOGPROBS // (num_top + 1)
 
-    Raises InvalidInput.
-    """
-    if num_top and num_tokens * (num_top + 1) > MAX_LOGPROBS:
+
+def check_logprobs(num_tokens: int, num_top: int, field: str = "logprobs") -> None:
+    """Raise InvalidInput where an answer of up to so many tokens has too many log-probabilities."""
+    if num_top and num_tokens > most_tokens(num_top):
         raise InvalidInput.of(
-            "logprobs",
+            field,
             f"{num_tokens:,} tokens with {num_top} beside each are more than the {MAX_LOGPROBS:,} of one answer: "
             "ask for fewer, or for several answers; a stream has no such bound",
         )

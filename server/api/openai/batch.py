@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from adapters.expression import Term, render
-from server.api.generate.generation import Generation
+from server.api.generate.generation import Generation, close_all
 from server.api.openai.logprobs import TextLogprobs
 from server.engine.request import FinishReason, SampledLogprob, SequenceOutput
 
@@ -96,8 +96,7 @@ class Batch:
 
     async def close(self) -> None:
         """Abort what still runs and let go of the adapters. More than once is once."""
-        for generation in self._generations:
-            await generation.close()
+        await close_all(self._generations)
 
 
 async def _merged(streams: Sequence[AsyncIterator[SequenceOutput]]) -> AsyncIterator[tuple[int, SequenceOutput]]:

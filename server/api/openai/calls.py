@@ -6,8 +6,8 @@ from functools import partial
 from adapters.errors import InvalidInput, NotFound
 from adapters.expression import Term, parse
 from server.api.deps import Services
-from server.api.generate.generation import Generation, ask_queue, encoded, start
-from server.api.generate.sampling import check_logprobs, context_faults, sampling_params
+from server.api.generate.generation import Generation, ask_queue, close_all, encoded, start
+from server.api.generate.sampling import check_logprobs, context_faults, most_tokens, sampling_params
 from server.api.generate.structure import grammar_of
 from server.api.openai.batch import Batch
 from server.api.openai.errors import ContextTooLong, ModelNotFound
@@ -42,6 +42,8 @@ async def begin_chat(services: Services, body: ChatBody) -> Batch:
     ids = tuple(await encoded(services, encode, sum(len(turn.content) for turn in turns)))
     if limit is None:
         limit = min(DEFAULT_CHAT_TOKENS, max(services.max_model_len - len(ids), 1))
+        if num_top and not body.stream:
+            limit = min(limit, most_tokens(num_top) // (body.n or 1))
     _check_room(services, len(ids), limit, field, "messages")
     sampling = sampling_params(body, limit, num_top)
     return await _start(services, body, terms, [ids], sampling, grammar)
@@ -104,7 +106,8 @@ async def _start(
     grammar: Grammar | None,
 ) -> Batch:
     if not body.stream:
-        check_logprobs(len(prompts) * (body.n or 1) * sampling.max_tokens, sampling.logprobs)
+        field = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
+        check_logprobs(len(prompts) * (body.n or 1) * sampling.max_tokens, sampling.logprobs, field)
     started: list[Generation] = []
     try:
         for ids in prompts:
@@ -115,14 +118,9 @@ async def _start(
             # a name that moves meanwhile moves for none of them
             terms = [Term(part.name, part.version, weight=part.weight) for part in begun.parts]
     except NotFound as error:
-        await _close(started)
+        await close_all(started)
         raise ModelNotFound(str(error)) from None
     except BaseException:
-        await _close(started)
+        await close_all(started)
         raise
     return Batch(started, services.base_name)
-
-
-async def _close(generations: Sequence[Generation]) -> None:
-    for generation in generations:
-        await generation.close()

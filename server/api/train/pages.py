@@ -9,4 +9,4 @@ def check_after(jobs: Jobs, after: str) -> None:
     try:
         jobs.get(after)
     except NotFound as error:
-        raise InvalidInput.of("after", str(error)) from None
+        raise InvalidInput.of("after", f"{error}; if it was deleted, begin with the first page") from None

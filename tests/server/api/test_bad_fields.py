@@ -311,6 +311,21 @@ async def test_an_answer_has_so_many_logprobs_and_no_more(
         assert (await client.post(path, json={**body, "stream": True})).status_code == 200
 
 
+async def test_a_chat_without_a_bound_is_as_long_as_its_logprobs_allow(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "MAX_LOGPROBS", 2 * 3 * 4)
+    body = {
+        "model": BASE_NAME,
+        "messages": [{"role": "user", "content": "a"}],
+        "n": 2,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
+    assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    assert engine.requests[-1].sampling.max_tokens == 4
+
+
 def test_one_choice_of_the_longest_context_may_have_all_logprobs() -> None:
     sampling.check_logprobs(8192, 20)
     with pytest.raises(InvalidInput, match="ask for fewer"):

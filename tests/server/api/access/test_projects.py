@@ -285,3 +285,16 @@ async def test_a_stream_of_anothers_events_is_404(projects: Projects) -> None:
     headers = {"Accept": "text/event-stream"}
     async with asyncio.timeout(5):
         assert (await projects.other.get(f"/train/{job}/events", headers=headers)).status_code == 404
+
+
+async def test_jobs_on_a_public_adapter_are_its_owners_alone_to_know(projects: Projects) -> None:
+    """Who may not delete it is told the same, whether a job needs it or not."""
+    assert (await projects.acme.post("/adapters/tweets", files=as_parts(*peft_files()))).status_code == 201
+    await projects.acme.put("/adapters/tweets/visibility", json={"visibility": "public"})
+    before = [await projects.other.delete(f"/v1/models/acme/tweets{end}") for end in ("", "@1")]
+    job = await projects.acme.post("/train", json=train_body(name="secret", start_from="tweets", lora=None))
+    assert job.status_code == 202, job.text
+    after = [await projects.other.delete(f"/v1/models/acme/tweets{end}") for end in ("", "@1")]
+    assert [(r.status_code, r.text) for r in after] == [(r.status_code, r.text) for r in before]
+    assert {r.status_code for r in after} == {404}
+    assert (await projects.acme.delete("/adapters/tweets")).status_code == 409

@@ -161,3 +161,19 @@ async def test_a_refusal_names_the_scope(locked: FastAPI, operator: httpx.AsyncC
         assert theirs.json()["error"]["message"] == "this key lacks the scope train: it has generate"
         assert (await client.get("/nowhere")).status_code == 404
         assert (await client.put("/generate", json={})).status_code == 405
+
+
+async def test_a_line_s_end_behind_a_path_opens_nothing(
+    locked: FastAPI, operator: httpx.AsyncClient, app: App
+) -> None:
+    """Routes pass over one, and would be found by a path whose scopes are another's."""
+    made = await operator.post("/keys", json={"name": "k", "scopes": ["generate"]})
+    async with client_of(locked) as client:
+        for secret in (made.json()["secret"], operator.headers["Authorization"].removeprefix("Bearer ")):
+            for method, template in operations(app):
+                if not is_open(template):
+                    for end in ("%0A", "%0D%0A", "%00"):
+                        path, headers = template.format(**VALUES) + end, {"Authorization": f"Bearer {secret}"}
+                        response = await client.request(method, path, headers=headers)
+                        assert response.status_code == 404, (method, path)
+                        assert "no such path" in response.text, (method, path)
