@@ -5,11 +5,12 @@ each enters its bytes first, and is then asked beside those that were there befo
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from threading import RLock
 from typing import TYPE_CHECKING
 
+from server.api.access.space import require_space
 from server.counted import counted
 from server.errors import Forbidden
 
@@ -56,6 +57,25 @@ def reserved(services: "Services", num_bytes: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def growing(services: "Services", num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Yields what is to be told how large something is by now, of which `num_bytes` are reserved already.
+
+    What is more is reserved within the context. Blocks on disk. Raises Forbidden, or Unavailable where the disk is
+    nearly full.
+    """
+    with ExitStack() as held:
+
+        def grown(total: int) -> None:
+            nonlocal num_bytes
+            if total > num_bytes:
+                require_space(services.settings)
+                held.enter_context(reserved(services, total - num_bytes))
+                num_bytes = total
+
+        yield grown
+
+
 def require_quota(services: "Services", num_bytes: int = 0, before: Mapping[str, int] | None = None) -> None:
     """Raise Forbidden where so many bytes more are too many for the project or the key. Blocks on disk.
 
@@ -86,6 +106,6 @@ def owners_of(services: "Services") -> tuple[str, str]:
 
 def stored_bytes(services: "Services", key_id: str | None = None) -> int:
     """Of the project's adapters, data sets and files: all, or what one key brought. Blocks on disk."""
-    datasets = sum(dataset.bytes for dataset in services.datasets.list() if key_id in (None, dataset.key_id))
+    datasets = sum(d.stored_bytes for d in services.datasets.list() if key_id in (None, d.key_id))
     files = sum(file.bytes for file in services.files.list() if key_id in (None, file.key_id))
     return datasets + files + services.library.catalog.num_bytes(key_id)

@@ -279,7 +279,7 @@ class DatasetAnswer(BaseModel):
     filename: str | None = Field(description="as it was first uploaded; null where that was not kept yet")
     format: Literal["jsonl", "csv"]
     rows: int
-    bytes: int
+    bytes: int = Field(description="of the first upload; quotas count what its rows take as JSON")
     kinds: dict[str, int] = Field(description="rows of each shape: completion, messages, text")
     digest: str
     created_at: str

@@ -106,3 +106,21 @@ async def test_imports_side_by_side(app: FastAPI) -> None:
         asked = [client.post(f"/adapters/a{n}/import", json={"repo_id": f"some/one-{n}"}) for n in range(2)]
         statuses = [response.status_code for response in await asyncio.gather(*asked)]
         await check(client, statuses, most)
+
+
+async def test_rows_count_as_they_are_kept(app: FastAPI, tmp_path: Path) -> None:
+    """A CSV of control characters is six times as large as JSON: that is asked before it is stored."""
+    first, second = (b"text\n" + (character * 999 + b"\n") * 10 for character in (b"\x01", b"\x02"))
+    kept = 10 * (len(b'{"text":""}\n') + 6 * 999)
+    async with client_with(app, limit(app, kept + 1000)) as client:  # the form is more than its file
+        assert (await client.post("/datasets", files={"file": ("a.csv", first)})).status_code == 201
+        refused = await client.post("/datasets", files={"file": ("b.csv", second)})
+        assert refused.status_code == 403
+        assert f"has {kept}" in refused.json()["detail"]
+        for dataset in (await client.get("/datasets")).json()["datasets"]:
+            assert dataset["bytes"] == len(first)
+            assert (await client.delete(f"/datasets/{dataset['id']}")).status_code == 204
+        access_of(app).projects.put("acme", Quota(max_bytes=kept - 1), who=OPERATOR)
+        refused = await client.post("/datasets", files={"file": ("b.csv", second)})
+        assert refused.status_code == 403
+        assert not any(path.is_file() for path in tmp_path.glob("**/datasets/**/*"))
