@@ -232,7 +232,7 @@ class JobAnswer(BaseModel):
     created_at: str
     started_at: str | None
     finished_at: str | None
-    files_removed_at: str | None = Field(description="null while its rows, checkpoints, model and log are stored")
+    files_removed_at: str | None = Field(description="null until what it left was removed; its rows go as it ends")
     config: dict[str, object] = Field(description="the body with every default filled in")
     data: RowCounts | None = Field(description="null for a merge")
     attempt: int = Field(description="how often a worker took it up")
