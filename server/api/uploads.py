@@ -43,31 +43,41 @@ class UploadedFiles:
     config_json: bytes
     weights: Path
 
+    @property
+    def num_bytes(self) -> int:
+        """Of both: an archive has fewer."""
+        return len(self.config_json) + self.weights.stat().st_size
+
 
 @asynccontextmanager
 async def received_form(request: Request, services: Services) -> AsyncIterator[FormData]:
     """The multipart body, spooled to disk within the context.
 
     Raises InvalidInput where it is none, and before it is read QueueFull, Unavailable or Forbidden where there are
-    too many already, the disk is nearly full or the project has stored as much as it may.
+    too many already, the disk is nearly full or the project has stored as much as it may; Forbidden also after it,
+    where more came than was announced. Its bytes are reserved within the context.
     """
+    incoming, owners = services.limiters.incoming, owners_of(services)
     with services.limiters.uploads.taken():
         require_space(services.settings)
         announced = request.headers.get("content-length", "")
         num_bytes = int(announced) if announced.isascii() and announced.isdigit() else 0
-        await to_thread.run_sync(require_quota, services, num_bytes)
-        with services.limiters.incoming.counted(owners_of(services), num_bytes):
+        with incoming.counted(owners, num_bytes) as before:
+            await to_thread.run_sync(require_quota, services, num_bytes, before)
             form = await _read_form(request)
             try:
-                if not num_bytes:
-                    await to_thread.run_sync(require_quota, services, _size(form))
-                yield form
+                more = max(0, form_bytes(form) - num_bytes)
+                with incoming.counted(owners, more) as before:
+                    if more:
+                        await to_thread.run_sync(require_quota, services, more, before)
+                    yield form
             finally:
                 await form.close()
 
 
-def _size(form: FormData) -> int:
-    return sum(part.size or 0 for part in form.values() if isinstance(part, UploadFile))
+def form_bytes(form: FormData) -> int:
+    """Of its files, together."""
+    return sum(part.size or 0 for _, part in form.multi_items() if isinstance(part, UploadFile))
 
 
 async def _read_form(request: Request) -> FormData:

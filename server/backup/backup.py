@@ -32,7 +32,7 @@ from server.database import FILE_NAME, copy, existing, faults, opened_copy, sche
 from server.errors import StartupError
 from server.home import Home
 from server.training.loop.checkpoint import FILE_NAMES, Checkpoints
-from server.training.queue.job_files import CHECKPOINTS_NAME, JobFiles
+from server.training.queue.job_files import CHECKPOINTS_NAME, DATA_NAME, JobFiles
 from server.training.queue.moving import used_by_unended, with_folders
 from server.training.queue.tables import Status
 
@@ -174,6 +174,7 @@ class _Backup:
                 (f"{version.name}@{version.version}", version.digest) for version in versions if not version.parts
             }
             held |= {*used_by_unended(engine), *((job_id, job_id) for job_id in jobs)}
+            held |= {(job_id, self._rows_of(job_id)) for job_id, status in jobs.items() if not status.has_ended}
             return _Needs(frozenset(held), len(versions), jobs)
 
     def _was_overtaken(self, needs: _Needs, missing: set[str]) -> bool:
@@ -205,7 +206,11 @@ class _Backup:
             with open(self._home.keyed, "rb") as keyed:
                 kept.add(self._add(self._home.keyed.name, keyed))
         of_jobs = {what for who, what in needs.held if who in needs.jobs} - {*needs.jobs, *needs.digests}
-        return kept, missing | of_jobs.difference(uploads)
+        return kept, missing | of_jobs.difference(uploads, kept)
+
+    def _rows_of(self, job_id: str) -> str:
+        """Their name, which a job needs until it ends."""
+        return (self._files.directory(job_id) / DATA_NAME).relative_to(self._home.path).as_posix()
 
     def _folders_of(self, job_id: str) -> Iterator[Path]:
         """Those with a job's files, but for its checkpoints."""

@@ -143,7 +143,7 @@ class Settings(Limits, WorkerSettings):
         0,
         ge=0,
         le=36_500,
-        description="Days after which ended jobs lose their rows, checkpoints, models and logs; 0: never.",
+        description="Days after which ended jobs lose their models and logs; 0: never.",
     )
     allow_hub_adapters: bool = Field(False, description="Let clients import adapters from the Hugging Face hub.")
 

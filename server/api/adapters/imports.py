@@ -11,15 +11,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from adapters.catalog.catalog import Version
-from adapters.library import Library
 from adapters.names import MAX_NAME
 from server.api import wire
-from server.api.access.quotas import require_quota
+from server.api.access.quotas import require_quota, reserved
 from server.api.access.space import require_space
 from server.api.adapters.answers import version_answer
 from server.api.adapters.archives import MAX_WEIGHTS_BYTES
 from server.api.adapters.schemas import VersionAnswer
-from server.api.deps import ServicesDep
+from server.api.deps import Services, ServicesDep
 from server.api.openapi import IMPORTS
 from server.api.schemas import Body
 from server.api.strict_route import StrictRoute
@@ -78,7 +77,7 @@ async def import_adapter(
     await to_thread.run_sync(services.library.check_name, name)
     require_space(services.settings)
     await to_thread.run_sync(require_quota, services)
-    version = await services.limiters.fetching.run(_import, services.library, fetch, name, body)
+    version = await services.limiters.fetching.run(_import, services, fetch, name, body)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
     return wire.answer(version_answer(version, services.engine.stats.resident), 201, headers)
 
@@ -89,7 +88,7 @@ async def not_a_version(name: str) -> Response:
     raise HTTPException(405)
 
 
-def _import(library: Library, fetch: Fetch, name: str, body: ImportBody) -> Version:
+def _import(services: Services, fetch: Fetch, name: str, body: ImportBody) -> Version:
     with TemporaryDirectory(prefix="upload-") as scratch:
         found = fetch(
             body.repo_id,
@@ -99,4 +98,5 @@ def _import(library: Library, fetch: Fetch, name: str, body: ImportBody) -> Vers
             max_weights=MAX_WEIGHTS_BYTES,
         )
         source = {"source": {"hub": body.repo_id, "revision": found.commit}}
-        return library.publish(name, found.config_json, found.weights, source)
+        with reserved(services, len(found.config_json) + found.weights.stat().st_size):
+            return services.library.publish(name, found.config_json, found.weights, source)

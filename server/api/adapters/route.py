@@ -14,11 +14,12 @@ from adapters.errors import NotFound
 from adapters.library import Library
 from adapters.names import MAX_KEY, MAX_NAME
 from server.api import wire
+from server.api.access.quotas import reserved
 from server.api.adapters.answers import adapter_answer, version_answer
 from server.api.adapters.schemas import AdapterAnswer, AdapterList, VersionAnswer
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import DELETES, DOWNLOADS, LOOKUPS, UPLOAD_BODY, UPLOADS
-from server.api.uploads import received_form, uploaded_files
+from server.api.uploads import form_bytes, received_form, uploaded_files
 from server.api.zips import StoredZip, zip_download
 from server.training.reports.model_card import model_card
 
@@ -101,7 +102,7 @@ async def upload(request: Request, services: ServicesDep, name: Name) -> Respons
     """
     await to_thread.run_sync(services.library.check_name, name)
     async with received_form(request, services) as form:
-        version = await services.limiters.parsing.run(_publish, services.library, name, form)
+        version = await services.limiters.parsing.run(_publish, services, name, form)
     headers = {"Location": f"/adapters/{version.name}/{version.version}"}
     return wire.answer(version_answer(version, services.engine.stats.resident), 201, headers)
 
@@ -149,6 +150,6 @@ def _archive(services: Services, name: str, version: int) -> StoredZip:
     return StoredZip(services.library.open(name, version) | card)
 
 
-def _publish(library: Library, name: str, form: FormData) -> Version:
-    with uploaded_files(form) as files:
-        return library.publish(name, files.config_json, files.weights)
+def _publish(services: Services, name: str, form: FormData) -> Version:
+    with uploaded_files(form) as files, reserved(services, max(0, files.num_bytes - form_bytes(form))):
+        return services.library.publish(name, files.config_json, files.weights)

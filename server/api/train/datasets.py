@@ -10,12 +10,13 @@ from starlette.responses import Response
 
 from adapters.errors import Conflict
 from server.api import wire
+from server.api.access.quotas import growing
 from server.api.deps import Services, ServicesDep
+from server.api.middleware import MAX_UPLOAD_BYTES
 from server.api.openapi import DATASET_BODY, DATASET_UPLOADS, DATASETS, FULL_DISK
 from server.api.train.answers import dataset_document
 from server.api.train.schemas import DatasetAnswer, DatasetList, DatasetUploaded
-from server.api.uploads import received_form, uploaded_rows
-from server.training.data.datasets import DatasetStore
+from server.api.uploads import form_bytes, received_form, uploaded_rows
 from server.training.data.ignored import IgnoredFields
 
 router = APIRouter(prefix="/datasets", tags=["train"])
@@ -38,7 +39,7 @@ async def upload(request: Request, services: ServicesDep) -> Response:
     Fields that are not trained on are ignored; `warnings` counts them.
     """
     async with received_form(request, services) as form:
-        answer = await services.limiters.checking.run(_put, services.datasets, form)
+        answer = await services.limiters.checking.run(_put, services, form)
     return wire.answer(answer, 201, {"Location": f"/datasets/{answer['id']}"})
 
 
@@ -76,10 +77,12 @@ async def delete_dataset(services: ServicesDep, dataset_id: DatasetId) -> Respon
     return Response(status_code=204)
 
 
-def _put(datasets: DatasetStore, form: FormData) -> dict[str, object]:
+def _put(services: Services, form: FormData) -> dict[str, object]:
     file, filename = uploaded_rows(form)
     ignored = IgnoredFields()
-    return {**dataset_document(datasets.put(file, filename, ignored)), "warnings": ignored.warnings()}
+    with growing(services, form_bytes(form)) as grown:
+        dataset = services.datasets.put(file, filename, ignored, max_bytes=MAX_UPLOAD_BYTES, grown=grown)
+    return {**dataset_document(dataset), "warnings": ignored.warnings()}
 
 
 def _delete(services: Services, dataset_id: str) -> None:

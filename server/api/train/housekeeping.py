@@ -1,4 +1,4 @@
-"""What the server does now and then, by itself: ended jobs lose their files where RETAIN_JOBS says so."""
+"""What the server does now and then, by itself: ended jobs lose rows, and all files where RETAIN_JOBS says so."""
 
 import asyncio
 import logging
@@ -35,6 +35,7 @@ async def keep_house(
 
 
 def _tidy(retention: Retention, retain_days: float) -> None:
+    retention.sweep()
     retention.finish()
     if retain_days and (removals := retention.prune(datetime.now(UTC) - timedelta(days=retain_days))):
         num_bytes = sum(removal.num_bytes for removal in removals)

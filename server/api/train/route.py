@@ -132,7 +132,7 @@ async def get_events(
 )
 async def cancel(services: ServicesDep, job_id: JobId) -> Response:
     """Cancel a job. A running one stops within a micro-batch."""
-    return await _steer(services.jobs.cancel, job_id)
+    return await _steer(services.retention.cancel, job_id)
 
 
 @router.post(

@@ -7,6 +7,7 @@ from adapters.errors import FieldError, InvalidInput, NotFound
 from server.api.train.schemas import TrainBody
 from server.training.data.files import RowSources
 from server.training.data.ignored import IgnoredFields
+from server.training.data.packed_rows import PackedRows
 from server.training.data.rows import Row, parse_row
 from server.training.data.split import default_share, hold_out
 
@@ -58,14 +59,14 @@ def choose_rows(body: TrainBody, sources: RowSources) -> JobRows:
     )
 
 
-def _stored(sources: RowSources, source_id: str, name: str, ignored: IgnoredFields) -> list[Row]:
+def _stored(sources: RowSources, source_id: str, name: str, ignored: IgnoredFields) -> Sequence[Row]:
     try:
-        return list(sources.rows(source_id, ignored))
+        return PackedRows(sources.rows(source_id, ignored))
     except NotFound as error:
         raise NotFound(f"{name}: {error}") from None
 
 
-def _sent(values: Sequence[object], name: str, ignored: IgnoredFields) -> list[Row]:
+def _sent(values: Sequence[object], name: str, ignored: IgnoredFields) -> Sequence[Row]:
     rows: list[Row] = []
     faults: list[FieldError] = []
     for number, value in enumerate(values):

@@ -232,7 +232,7 @@ class JobAnswer(BaseModel):
     created_at: str
     started_at: str | None
     finished_at: str | None
-    files_removed_at: str | None = Field(description="null while its rows, checkpoints, model and log are stored")
+    files_removed_at: str | None = Field(description="null until what it left was removed; its rows go as it ends")
     config: dict[str, object] = Field(description="the body with every default filled in")
     data: RowCounts | None = Field(description="null for a merge")
     attempt: int = Field(description="how often a worker took it up")
@@ -279,7 +279,7 @@ class DatasetAnswer(BaseModel):
     filename: str | None = Field(description="as it was first uploaded; null where that was not kept yet")
     format: Literal["jsonl", "csv"]
     rows: int
-    bytes: int
+    bytes: int = Field(description="of the first upload; quotas count what its rows take as JSON")
     kinds: dict[str, int] = Field(description="rows of each shape: completion, messages, text")
     digest: str
     created_at: str

@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 ROWS = "rows.jsonl"
 FACTS = "dataset.json"
 _ID = re.compile(r"ds-[0-9a-f]{32}")
+_STEP_BYTES = 16 << 20  # that may be written before it is told how many there are
+_TOO_LARGE = (
+    "its rows come to more than {} bytes as JSON, in which a control character takes six, a line break or a quote "
+    "two: leave out what isn't needed, or upload it in parts"
+)
 
 
 class CorruptDataset(SmoloraError):
@@ -44,7 +49,10 @@ class CorruptDataset(SmoloraError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is known of a data set. `bytes`, `format` and `filename` are the first upload's."""
+    """What is known of a data set. `bytes`, `format` and `filename` are the first upload's.
+
+    Its rows are kept as JSON, which may take several times a CSV's bytes: a control character takes six.
+    """
 
     id: str
     format: Format
@@ -55,6 +63,12 @@ class Dataset:
     digest: str  # as rows.data_digest
     filename: str | None = None  # what it was before they were kept
     key_id: str | None = None  # of the API key that uploaded it
+    rows_bytes: int | None = None  # of the rows as they are kept; None: of before that was counted
+
+    @property
+    def stored_bytes(self) -> int:
+        """What it takes up, as far as that is known."""
+        return self.bytes if self.rows_bytes is None else self.rows_bytes
 
     def to_document(self) -> dict[str, object]:
         """JSON-ready."""
@@ -82,10 +96,20 @@ class DatasetStore:
             bucket,
         )
 
-    def put(self, stream: BinaryIO, filename: str, ignored: IgnoredFields | None = None) -> Dataset:
+    def put(
+        self,
+        stream: BinaryIO,
+        filename: str,
+        ignored: IgnoredFields | None = None,
+        *,
+        max_bytes: int | None = None,
+        grown: Callable[[int], None] | None = None,
+    ) -> Dataset:
         """Check all rows and store them; the format is the file name's ending. What else they have is counted.
 
-        Raises InvalidInput with the lines and fields at fault, OSError where the disk is full: nothing stays then.
+        As they are stored they may have `max_bytes`; `grown` is told now and then, and at the end, how many bytes
+        there are by now, and may raise. Raises InvalidInput with the lines and fields at fault, OSError where the
+        disk is full. Nothing stays then, whoever raised.
         """
         file_format = format_of(filename)
         counted = _Counted(stream)
@@ -95,14 +119,23 @@ class DatasetStore:
         try:
             kinds: Counter[str] = Counter()
             digest = hashlib.sha256()
+            num_bytes, told = 0, 0
             with open(handle, "wb") as file:
                 for row in read_rows(cast("BinaryIO", counted), file_format, ignored):
                     line = canonical_json(row) + b"\n"
+                    num_bytes += len(line)
+                    if max_bytes is not None and num_bytes > max_bytes:
+                        raise InvalidInput.of(FILE, _TOO_LARGE.format(max_bytes))
+                    if grown is not None and num_bytes - told >= _STEP_BYTES:
+                        grown(num_bytes)
+                        told = num_bytes
                     digest.update(line)
                     file.write(line)
                     kinds[kind_of(row)] += 1
             if not kinds:
                 raise InvalidInput.of(FILE, "has no rows")
+            if grown is not None:
+                grown(num_bytes)
             dataset = Dataset(
                 id=f"ds-{digest.hexdigest()[:32]}",
                 format=file_format,
@@ -113,6 +146,7 @@ class DatasetStore:
                 digest=digest.hexdigest(),
                 filename=short_name(filename),
                 key_id=self._key_id,
+                rows_bytes=num_bytes,
             )
             return self._publish(unfinished, dataset)
         finally:

@@ -17,9 +17,7 @@ from server.model.base.weights import BaseModel
 from server.training.data.encoding import Reference
 from server.training.data.examples import Examples, load_examples, save_examples
 from server.training.documents import read_document
-from server.training.queue.job_files import DATA_NAME
-
-_TRAIN, _VALIDATION, _REST = "train.safetensors", "validation.safetensors", DATA_NAME
+from server.training.queue.job_files import DATA_NAME, TRAIN_NAME, VALIDATION_NAME
 
 
 class AnotherBase(SmoloraError):
@@ -62,24 +60,24 @@ class JobData:
     def save(self, directory: Path) -> None:
         """Write it all; `data.json` comes last, so a directory with it is whole. Raises OSError."""
         directory.mkdir(parents=True, exist_ok=True)
-        save_examples(directory / _TRAIN, self.train)
+        save_examples(directory / TRAIN_NAME, self.train)
         if self.validation is not None:
-            save_examples(directory / _VALIDATION, self.validation)
+            save_examples(directory / VALIDATION_NAME, self.validation)
         rest = {
             "base_digest": self.base_digest,
             "facts": asdict(self.facts),
             "references": [asdict(r) for r in self.references],
         }
-        with new_file(directory / _REST) as unfinished:
+        with new_file(directory / DATA_NAME) as unfinished:
             unfinished.write_text(json.dumps(rest), encoding="utf-8")
 
     @classmethod
     def load(cls, directory: Path) -> "JobData":
         """What `save` wrote. Raises OSError where it isn't there."""
-        rest = json.loads((directory / _REST).read_text(encoding="utf-8"))
-        validation = directory / _VALIDATION
+        rest = json.loads((directory / DATA_NAME).read_text(encoding="utf-8"))
+        validation = directory / VALIDATION_NAME
         return cls(
-            train=load_examples(directory / _TRAIN),
+            train=load_examples(directory / TRAIN_NAME),
             validation=load_examples(validation) if validation.is_file() else None,
             references=read_document(list[Reference], rest["references"]),
             facts=read_document(DataFacts, rest["facts"]),

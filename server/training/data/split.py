@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from adapters.errors import InvalidInput
+from server.training.data.packed_rows import PackedRows
 from server.training.data.rows import Row, row_digest
 
 DEFAULT_SHARE = 0.1
@@ -16,7 +17,7 @@ def default_share(num_rows: int) -> float:
     return DEFAULT_SHARE if num_rows >= MIN_ROWS else 0.0
 
 
-def hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+def hold_out(rows: Sequence[Row], share: float) -> tuple[Sequence[Row], Sequence[Row]]:
     """(train, validation), both in the order given, with no row in both.
 
     Held out are the max(1, round(share · n)) rows with the smallest SHA-256 of their canonical JSON, and all
@@ -26,15 +27,16 @@ def hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
     if not 0 <= share < 1 or not math.isfinite(share):
         raise InvalidInput.of("validation", "a share is at least 0 and below 1")
     if share == 0:
-        return list(rows), []
+        return rows, []
     digests = [row_digest(row) for row in rows]
     num_held_out = max(1, round(share * len(rows)))
     # of equal rows, all or none: whatever is as small as the last one counted
     last = max(sorted(digests)[:num_held_out], default=b"")
-    train = [row for row, digest in zip(rows, digests, strict=True) if digest > last]
+    packed = rows if isinstance(rows, PackedRows) else PackedRows(rows)
+    train = packed.chosen(digest > last for digest in digests)
     if not train:
         raise InvalidInput.of("validation", "leaves no row to train on; send more rows, or a share of 0")
-    return train, [row for row, digest in zip(rows, digests, strict=True) if digest <= last]
+    return train, packed.chosen(digest <= last for digest in digests)
 
 
 def overlap(train: Iterable[Row], validation: Iterable[Row]) -> int:

@@ -1,5 +1,7 @@
 """Where a job's files are, HOME/jobs/<id>/, and the removal of those that nobody needs any more.
 
+Rows and checkpoints are for a job that may run (again): they go once it has ended. Its model and log stay.
+
 Where machines share a bucket it has them, but for the log, as copies of the folder `jobs/<id>`: `rows`,
 `checkpoint-<token>-<step>` and `model-<token>`, none of which ever changes. HOME has what this machine works on.
 """
@@ -23,6 +25,7 @@ CHECKPOINTS_NAME = "checkpoints"
 MODEL_NAME = "model"
 DATA_NAME = "data.json"
 """Is written last of a job's rows."""
+TRAIN_NAME, VALIDATION_NAME = "train.safetensors", "validation.safetensors"
 TRACEPARENT_NAME = "traceparent"
 """Of a job whose submission was traced: by which span."""
 
@@ -71,6 +74,12 @@ class JobFiles:
             self._shared.fetch_model(job_id, self.model(job_id))
         return self.model(job_id)
 
+    def drop_rows(self, job_id: str) -> None:
+        """For a job that has ended: it never runs again, and nobody else reads them. Raises BytesUnavailable."""
+        self._unlink_rows(job_id)
+        if self._shared is not None:
+            self._shared.drop_rows(job_id)
+
     def drop_checkpoints(self, job_id: str) -> None:
         """For a job that has ended."""
         shutil.rmtree(self.checkpoints(job_id), ignore_errors=True)
@@ -99,28 +108,37 @@ class JobFiles:
             self._shared.remove(job_id)
 
     def sweep(self, status: Callable[[str], Status | None]) -> None:
-        """As `sweep_checkpoints`, and remove old folders of jobs never submitted, from HOME alone."""
-        self.sweep_checkpoints(status)
+        """As `sweep_ended`, and remove old folders of jobs never submitted, from HOME alone."""
+        self.sweep_ended(status)
         for directory in self._root.glob("*/"):
             if status(directory.name) is None and _is_old(directory):
                 shutil.rmtree(directory, ignore_errors=True)
 
-    def sweep_checkpoints(self, status: Callable[[str], Status | None]) -> None:
-        """Remove checkpoints of jobs that have ended, from HOME alone.
+    def sweep_ended(self, status: Callable[[str], Status | None]) -> None:
+        """Remove rows and checkpoints of jobs that have ended, from HOME alone.
 
-        A worker drops those of an attempt that it ends. These are of jobs that ended while no worker had them, or
-        on another machine. A job that has ended never runs again, so nobody can need them; a process of it that is
-        about to be killed may write one more, which goes the next time.
+        Whoever cancels a job drops its rows, a worker the checkpoints of an attempt that it ends. These are what a
+        kill left, and of jobs that ended otherwise, while no worker had them, or on another machine. A job that
+        has ended never runs again, so nobody can need them; a process of it that is about to be killed may write
+        one more checkpoint, which goes the next time.
         """
-        for checkpoints in self._root.glob(f"*/{CHECKPOINTS_NAME}/"):
-            found = status(checkpoints.parent.name)
-            if found is not None and found.has_ended:
-                shutil.rmtree(checkpoints, ignore_errors=True)
+        names = (DATA_NAME, TRAIN_NAME, VALIDATION_NAME, CHECKPOINTS_NAME)
+        for directory in self._root.glob("*/"):
+            if any((directory / name).exists() for name in names):
+                found = status(directory.name)
+                if found is not None and found.has_ended:
+                    self._unlink_rows(directory.name)
+                    shutil.rmtree(directory / CHECKPOINTS_NAME, ignore_errors=True)
 
     def sweep_shared(self, statuses: Callable[[Sequence[str]], Mapping[str, Status]]) -> None:
         """The same in the bucket, where there is one; `statuses` are of those of the jobs that there are."""
         if self._shared is not None:
             self._shared.sweep(statuses, _ORPHAN_SECONDS)
+
+    def _unlink_rows(self, job_id: str) -> None:
+        for name in (DATA_NAME, TRAIN_NAME, VALIDATION_NAME):  # as long as the first is there all are
+            with suppress(OSError):  # a sweep tries again
+                (self.directory(job_id) / name).unlink(missing_ok=True)
 
 
 def _shared(bucket: "Bucket") -> "SharedJobFiles":

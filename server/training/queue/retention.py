@@ -1,4 +1,4 @@
-"""The end of jobs' files: rows, checkpoints, models and logs, when somebody asks or when they are old enough.
+"""The end of jobs' files: rows and checkpoints end with the job, all when somebody asks or they are old enough.
 
 A job's record, events and card stay, as do the versions that it published and the data sets that it used. First
 its record says that the files are gone, then they go: what a kill leaves of them, `finish` and `prune` remove. Any
@@ -6,13 +6,15 @@ number of processes may do any of it at once.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapters.errors import Unavailable
 from server.training.queue.job_files import JobFiles
-from server.training.queue.jobs import Jobs
+from server.training.queue.jobs import Job, Jobs
 from server.training.queue.reserve import Reserve
 from server.training.queue.tables import Status
 
@@ -36,6 +38,13 @@ class Retention:
         self._files = JobFiles(home, bucket)
         self._reserve = Reserve(home)
 
+    def cancel(self, job_id: str) -> Job:
+        """End the job, whose rows go at once. Raises NotFound, Conflict."""
+        job = self._jobs.cancel(job_id)
+        with suppress(Unavailable):  # a sweep takes them
+            self._files.drop_rows(job_id)
+        return job
+
     def remove(self, job_id: str) -> int:
         """Remove an ended job's files, also on a full disk; their bytes. Raises NotFound, Conflict."""
         self._reserve.spend_on(lambda: self._jobs.remove_files(job_id))
@@ -54,6 +63,10 @@ class Retention:
                 self.remove(job_id)
             removals.append(Removal(job_id, num_bytes))
         return removals
+
+    def sweep(self) -> None:
+        """Remove rows and checkpoints of ended jobs from HOME, as workers do: here may be none."""
+        self._files.sweep_ended(lambda job_id: self._statuses([job_id]).get(job_id))
 
     def finish(self) -> None:
         """Remove what is left of removed files, by who was killed or wrote on for a moment; fill the reserve."""

@@ -52,6 +52,10 @@ class SharedJobFiles:
             with new_directory(directory) as unfinished:
                 self._models.fetch(last, unfinished)
 
+    def drop_rows(self, job_id: str) -> None:
+        """The job's."""
+        self._rows.remove(copy for copy in self._rows.of(job_id) if copy.id == ROWS)
+
     def drop_checkpoints(self, job_id: str) -> None:
         """All of the job's."""
         self._rows.remove(copy for copy in self._rows.of(job_id) if copy.id.startswith(CHECKPOINT))
@@ -81,6 +85,6 @@ class SharedJobFiles:
             for job_id in some:
                 age = (now - max(copy.modified for copy in jobs[job_id])).total_seconds()
                 if job_id in known and known[job_id].has_ended:
-                    self._rows.remove(copy for copy in jobs[job_id] if copy.id.startswith(CHECKPOINT))
+                    self._rows.remove(copy for copy in jobs[job_id] if not copy.id.startswith(MODEL))
                 elif job_id not in known and age > orphan_seconds:
                     self._rows.remove(jobs[job_id])

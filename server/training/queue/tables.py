@@ -74,7 +74,7 @@ jobs = sa.Table(
     sa.Column("checkpoint_step", sa.Integer, nullable=False),  # of the newest checkpoint; -1: none
     sa.Column("metrics_step", sa.Integer, nullable=False),  # of the newest metrics event; -1: none
     sa.Column("num_events", sa.Integer, nullable=False),
-    sa.Column("files_removed_at", UtcDateTime),  # its rows, checkpoints, model and log; null while they are there
+    sa.Column("files_removed_at", UtcDateTime),  # whatever it left; null while its model and log are there
     sa.Index("ix_jobs_status_number", "status", "number"),
     sa.Index("ix_jobs_project_number", "project", "number"),
     sa.Index("ix_jobs_project_claimed", "project", "claimed_at"),

@@ -58,7 +58,7 @@ class Timing:
     pause: float = 120.0  # the same where it needn't, and for one to tidy up after its job's end
     max_crash_delay: float = MAX_CRASH_DELAY
     trouble: float = 2.0  # after the database couldn't be used
-    sweep: float = 600.0  # between removals of checkpoints of jobs that ended while no worker had them
+    sweep: float = 600.0  # between removals of rows and checkpoints of jobs that have ended
 
 
 class Worker:
@@ -115,7 +115,7 @@ class Worker:
         self._reserve.fill()
         if time.monotonic() >= self._sweep_due:
             self._sweep_due = time.monotonic() + self._timing.sweep  # first: trouble with it costs no job its turn
-            self._files.sweep_checkpoints(self._leases.status)
+            self._files.sweep_ended(self._leases.status)
         claim = self._leases.claim(self._owner, self._timing.lease, self._kind)
         if claim is None:
             self._sleep(self._timing.poll)

@@ -28,6 +28,7 @@ from server.home import RESTORING, Home, make, serving
 from server.training.data.datasets import DatasetStore
 from server.training.queue.jobs import Jobs, Status
 from server.training.queue.leases import Claim, Leases
+from server.training.queue.retention import Retention
 from server.training.queue.tables import jobs as job_table
 from tests.server.api.adapters.registry import Registry, digest_of, write_files
 from tests.server.training.job_kit import submit
@@ -245,6 +246,28 @@ def test_a_job_that_a_worker_has_goes_on_elsewhere(registry: Registry, target: P
     engine.dispose()
     registry.jobs.get("job-8")  # what was backed up is as it was
     assert registry.jobs.get("job-8").status is Status.RUNNING
+
+
+@pytest.mark.parametrize("at", range(1, 5))
+def test_a_job_that_ends_meanwhile_has_its_rows_or_has_ended(
+    registry: Registry, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    (registry.home / "jobs" / "job-8").mkdir(parents=True)
+    (registry.home / "jobs" / "job-8" / "data.json").write_text("{}")
+    submit(registry.jobs, "job-8")
+
+    def meddle() -> None:
+        Retention(registry.home, registry.jobs).cancel("job-8")
+
+    meddler = Meddler(monkeypatch, at, meddle)
+    back_up(registry.home, target)
+    assert meddler.num_looks >= at
+    again = tmp_path / "again"
+    assert restore(target, again).diagnosis.is_sound
+    engine = connect(again)
+    has_ended = Jobs(engine).get("job-8").status is Status.CANCELLED
+    engine.dispose()
+    assert has_ended or (again / "jobs" / "job-8" / "data.json").exists()
 
 
 def test_a_checkpoint_is_never_newer_than_the_database(

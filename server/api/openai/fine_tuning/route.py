@@ -105,7 +105,7 @@ async def list_checkpoints(
 @router.post("/{job_id}/cancel", summary="Cancel", response_class=Response, responses=_JOB)
 async def cancel(services: ServicesDep, job_id: JobId) -> Response:
     """Cancel a job. A running one stops within a micro-batch."""
-    return await _steer(services, services.jobs.cancel, job_id)
+    return await _steer(services, services.retention.cancel, job_id)
 
 
 @router.post("/{job_id}/pause", summary="Pause", response_class=Response, responses=_JOB)

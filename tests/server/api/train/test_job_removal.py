@@ -57,6 +57,16 @@ async def test_files_go_and_what_is_known_stays(
         assert (await client.post(f"/train/{job_id}/{verb}")).status_code == 409
 
 
+async def test_rows_go_when_the_job_is_cancelled(client: httpx.AsyncClient, job_files: JobFiles) -> None:
+    """Or whoever submits and cancels again and again fills the disk, and no quota counts that."""
+    job_id = await submit(client)
+    assert any(job_files.directory(job_id).iterdir())
+    assert (await client.post(f"/train/{job_id}/cancel")).status_code == 200
+    assert not any(job_files.directory(job_id).iterdir())
+    assert (await client.get(f"/train/{job_id}")).json()["files_removed_at"] is None
+    assert (await client.delete(f"/train/{job_id}")).status_code == 204
+
+
 def paths(job_id: str) -> list[str]:
     job = f"/train/{job_id}"
     return ["/train", job, f"{job}/events", f"{job}/report", "/adapters"]

@@ -108,7 +108,7 @@ async def test_whatever_else_goes_wrong(client: httpx.AsyncClient, jobs: Meddlin
 class FullStore(DatasetStore):
     """On a disk without room."""
 
-    def put(self, stream: object, filename: str, ignored: object = None) -> Dataset:
+    def put(self, *_: object, **__: object) -> Dataset:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 

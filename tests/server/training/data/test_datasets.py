@@ -13,6 +13,7 @@ import pytest
 
 from adapters.durable import ABANDONED_AFTER, UNFINISHED
 from adapters.errors import InvalidInput, NotFound
+from server.errors import QueueFull
 from server.training.data.datasets import FACTS, ROWS, CorruptDataset, Dataset, DatasetStore
 from server.training.data.rows import CompletionRow, Row, TextRow, data_digest
 from tests.buckets import EITHER
@@ -115,6 +116,48 @@ def test_a_bad_file_leaves_nothing(
         put(store, data, name)
     assert caught.value.errors[0].loc == loc
     assert files(store, tmp_path) == []
+
+
+ESCAPED = b"text\n" + b"\x01" * 1000 + b"\n" + b"\x02" * 1000 + b"\n"
+ESCAPED_BYTES = 2 * len('{"text":""}\n') + 6 * 2000
+
+
+def test_rows_count_as_they_are_kept(store: DatasetStore) -> None:
+    """A control character of a CSV is six bytes of JSON."""
+    dataset = put(store, ESCAPED, "a.csv")
+    assert (dataset.bytes, dataset.stored_bytes) == (len(ESCAPED), ESCAPED_BYTES)
+    assert store.get(dataset.id) == dataset
+    before = {name: value for name, value in dataset.to_document().items() if name != "rows_bytes"}
+    assert Dataset.from_document(before).stored_bytes == len(ESCAPED)
+
+
+def test_rows_that_grow_too_much_leave_nothing(store: DatasetStore, tmp_path: Path) -> None:
+    data = io.BytesIO(ESCAPED)
+    with pytest.raises(InvalidInput, match=f"more than {ESCAPED_BYTES - 1} bytes as JSON") as caught:
+        store.put(data, "a.csv", max_bytes=ESCAPED_BYTES - 1)
+    assert caught.value.errors[0].loc == ("file",)
+    assert files(store, tmp_path) == []
+    data.seek(0)
+    assert store.put(data, "a.csv", max_bytes=ESCAPED_BYTES).stored_bytes == ESCAPED_BYTES
+
+
+def test_growing_rows_are_told_of_while_they_are_written(
+    store: DatasetStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.training.data.datasets._STEP_BYTES", 7000)
+    told: list[int] = []
+
+    def grown(num_bytes: int) -> None:
+        told.append(num_bytes)
+        if len(told) == refused:
+            raise QueueFull
+
+    for refused in (1, 2):
+        told.clear()
+        with pytest.raises(QueueFull):
+            store.put(io.BytesIO(ESCAPED), "a.csv", grown=grown)
+        assert told == [ESCAPED_BYTES] * refused
+        assert files(store, tmp_path) == []
 
 
 class Failing(io.BytesIO):

@@ -111,10 +111,62 @@ def test_checkpoints_of_what_may_go_on_stay(tmp_path: Path, status: Status | Non
     """Also of a job that isn't known here: it may be on its way to the queue."""
     leave_files(tmp_path, "j1")
     files = JobFiles(tmp_path)
-    files.sweep_checkpoints(lambda job_id: {"j1": status}[job_id])
+    files.sweep_ended(lambda job_id: {"j1": status}[job_id])
     assert files.checkpoints("j1").exists() is (status is None or not status.has_ended)
     assert files.model("j1").exists()
     assert files.log("j1").exists()
+
+
+ROWS = {"data.json", "train.safetensors", "validation.safetensors"}
+
+
+def leave_rows(home: Path, job_id: str) -> None:
+    leave_files(home, job_id)
+    for name in ROWS:
+        (JobFiles(home).directory(job_id) / name).write_bytes(bytes(100))
+
+
+def names(home: Path, job_id: str) -> set[str]:
+    return {path.name for path in JobFiles(home).directory(job_id).iterdir()}
+
+
+@pytest.mark.parametrize("status", [*Status, None])
+def test_rows_of_what_may_run_stay(tmp_path: Path, status: Status | None) -> None:
+    leave_rows(tmp_path, "j1")
+    before = names(tmp_path, "j1")
+    JobFiles(tmp_path).sweep_ended(lambda _: status)
+    gone = ROWS | {"checkpoints"} if status is not None and status.has_ended else set()
+    assert names(tmp_path, "j1") == before - gone
+
+
+def test_rows_go_with_whoever_cancels_their_job(tmp_path: Path, jobs: Jobs, retention: Retention) -> None:
+    for job_id in ("j1", "j2"):
+        submit(jobs, job_id)
+        leave_rows(tmp_path, job_id)
+    assert retention.cancel("j1").status is Status.CANCELLED
+    assert names(tmp_path, "j1") == {"log.txt", "checkpoints", "model"}
+    assert names(tmp_path, "j2") > ROWS
+    with pytest.raises(Conflict):
+        retention.cancel("j1")
+    with pytest.raises(NotFound):
+        retention.cancel("j3")
+
+
+@pytest.mark.parametrize("left", [1, 2, 3])
+def test_rows_that_a_kill_left_go_without_a_worker(
+    tmp_path: Path, jobs: Jobs, retention: Retention, left: int
+) -> None:
+    """Whoever cancelled the job may have removed some of them."""
+    for job_id in ("j1", "j2"):
+        submit(jobs, job_id)
+        leave_rows(tmp_path, job_id)
+    jobs.cancel("j1")
+    for name in sorted(ROWS)[: 3 - left]:
+        (JobFiles(tmp_path).directory("j1") / name).unlink()
+    retention.sweep()
+    assert names(tmp_path, "j1") == {"log.txt", "model"}
+    assert names(tmp_path, "j2") > ROWS
+    assert jobs.get("j1").files_removed_at is None
 
 
 REMOVER = """

@@ -71,17 +71,27 @@ def test_another_machine_goes_on(machine: Machine, bucket: "Bucket", how: Interr
     a.store.verify(expected_digest(a, "moved"))
     assert expected_digest(a, "moved") == expected_digest(a, "whole")
 
-    c.files.sweep_shared(lambda ids: {job_id: a.jobs.get(job_id).status for job_id in ids})
-    left = sorted(stored.key.rsplit("/", 1)[1] for stored in bucket.listed("jobs/moved/"))
+    c.files.sweep_shared(lambda ids: {"moved": a.jobs.get("moved").status})
+    assert bucket.listed("jobs/moved/") == []
+    left = sorted(stored.key.rsplit("/", 1)[1] for stored in bucket.listed("jobs/whole/rows/"))
     assert left == ["data.json", "train.safetensors", "validation.safetensors"]
     retention = Retention(a.home, a.jobs, bucket)
-    assert retention.remove("moved") > 1000
-    assert [removal.job_id for removal in retention.prune(datetime.now(UTC))] == ["whole"]
+    assert retention.remove("whole") > 1000
+    assert [removal.job_id for removal in retention.prune(datetime.now(UTC))] == ["moved"]
     assert bucket.listed("jobs/") == []
 
 
 def expected_digest(shop: Shop, name: str) -> str:
     return shop.catalog.get(name).versions[0].digest
+
+
+def test_a_cancelled_jobs_rows_go(machine: Machine, bucket: "Bucket") -> None:
+    a = machine("a")
+    for job_id in ("ended", "waits"):
+        a.submit(SPEC, job_data(a.base), job_id)
+    Retention(a.home, a.jobs, bucket).cancel("ended")
+    assert bucket.listed("jobs/ended/") == []
+    assert len(bucket.listed("jobs/waits/rows/")) == 3
 
 
 def test_a_full_models_files_are_had_elsewhere(machine: Machine) -> None:

@@ -195,8 +195,9 @@ async def test_lists(client: httpx.AsyncClient) -> None:
         assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
-async def test_steering(client: httpx.AsyncClient, leases: Leases) -> None:
+async def test_steering(client: httpx.AsyncClient, leases: Leases, tmp_path: Path) -> None:
     job_id = (await create(client)).id
+    rows = tmp_path / "jobs" / job_id / "train.safetensors"
 
     async def move(name: str) -> str:
         return str((await client.post(f"{JOBS}/{job_id}/{name}")).json()["status"])
@@ -206,7 +207,9 @@ async def test_steering(client: httpx.AsyncClient, leases: Leases) -> None:
     assert await move("resume") == "queued"
     StandIn(leases)
     assert await move("pause") == "running"  # until its worker lets go
+    assert rows.exists()
     assert await move("cancel") == "cancelled"
+    assert not rows.exists()
     for name in ("cancel", "pause", "resume"):
         response = await client.post(f"{JOBS}/{job_id}/{name}")
         assert (response.status_code, response.headers["x-should-retry"]) == (409, "false")

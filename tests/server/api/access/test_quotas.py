@@ -1,0 +1,126 @@
+"""What uploads at the same moment may store together: as much as one after the other, however they are sent."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from server.access.principal import OPERATOR, Quota
+from server.api.adapters.imports import get_fetch
+from server.api.app import create_app
+from server.model.base.hub_adapter import HubAdapter
+from tests.server.api.access.key_kit import access_of, client_with, new_secret
+from tests.server.api.adapters.peft_files import as_parts, as_zip, peft_files
+from tests.server.conftest import MakeServices
+
+pytestmark = pytest.mark.anyio
+
+AT_ONCE = 6
+CONFIG, WEIGHTS = peft_files(rank=8)
+SIZE = len(CONFIG) + len(WEIGHTS)
+
+
+@pytest.fixture
+def app(make_services: MakeServices) -> FastAPI:
+    return create_app(make_services(allow_hub_adapters=True))
+
+
+async def in_chunks(request: httpx.Request) -> AsyncIterator[bytes]:
+    """The request's body, with a pause in which all others have come as far."""
+    content = await request.aread()
+    yield content[:-10]
+    await asyncio.sleep(0.05)
+    yield content[-10:]
+
+
+async def send(client: httpx.AsyncClient, name: str, parts: dict[str, tuple[str, bytes]], chunked: bool) -> int:
+    """Upload an adapter; without Content-Length where `chunked`. The status."""
+    request = client.build_request("POST", f"/adapters/{name}", files=parts)
+    if chunked:
+        headers = {"Content-Type": request.headers["content-type"]}
+        request = client.build_request("POST", f"/adapters/{name}", content=in_chunks(request), headers=headers)
+        assert "content-length" not in request.headers
+    return (await client.send(request)).status_code
+
+
+def limit(app: FastAPI, num_bytes: int) -> str:
+    """Have a project store no more than that; its key."""
+    access_of(app).projects.put("acme", Quota(max_bytes=num_bytes), who=OPERATOR)
+    return new_secret(app, "acme")
+
+
+async def check(client: httpx.AsyncClient, statuses: list[int], most: int) -> None:
+    """That some were stored, no more than there may be, and the others refused."""
+    stored = (await client.get("/adapters")).json()["adapters"]
+    assert sum(version["bytes"] for adapter in stored for version in adapter["versions"]) <= most
+    assert len(stored) == statuses.count(201) >= 1
+    assert statuses.count(403) == len(statuses) - len(stored)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_uploads_side_by_side(app: FastAPI, chunked: bool) -> None:
+    """Each alone is allowed."""
+    most = 2 * SIZE + SIZE // 2
+    parts = [as_parts(*peft_files(seed, rank=8)) for seed in range(AT_ONCE)]
+    async with client_with(app, limit(app, most)) as client:
+        sent = [send(client, f"a{seed}", files, chunked) for seed, files in enumerate(parts)]
+        await check(client, await asyncio.gather(*sent), most)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_an_upload_that_fills_the_quota(app: FastAPI, chunked: bool) -> None:
+    """What was reserved for others that were refused is given back."""
+    request = httpx.Request("POST", "http://a", files=as_parts(CONFIG, WEIGHTS))
+    most = SIZE if chunked else int(request.headers["content-length"])
+    async with client_with(app, limit(app, most)) as client:
+        assert await send(client, "large", as_parts(*peft_files(rank=16)), chunked) == 403
+        assert await send(client, "fits", as_parts(CONFIG, WEIGHTS), chunked) == 201
+
+
+async def test_an_archive_counts_as_what_is_in_it(app: FastAPI) -> None:
+    config, weights = CONFIG, WEIGHTS[:-4096] + bytes(4096)
+    archive = as_zip(config, weights)
+    most = len(config) + len(weights) - 1
+    assert len(archive) + 1024 < most
+    async with client_with(app, limit(app, most)) as client:
+        assert await send(client, "zeros", {"archive": ("a.zip", archive)}, chunked=False) == 403
+        assert (await client.get("/adapters")).json()["adapters"] == []
+
+
+async def test_imports_side_by_side(app: FastAPI) -> None:
+    most = SIZE + SIZE // 2
+    both = threading.Barrier(2)
+
+    def fetch(repo_id: str, revision: str | None, directory: Path, **_: int) -> HubAdapter:
+        both.wait(5)
+        config, weights = peft_files(int(repo_id[-1]), rank=8)
+        (directory / "weights").write_bytes(weights)
+        return HubAdapter("c" * 40, config, directory / "weights")
+
+    app.dependency_overrides[get_fetch] = lambda: fetch
+    async with client_with(app, limit(app, most)) as client:
+        asked = [client.post(f"/adapters/a{n}/import", json={"repo_id": f"some/one-{n}"}) for n in range(2)]
+        statuses = [response.status_code for response in await asyncio.gather(*asked)]
+        await check(client, statuses, most)
+
+
+async def test_rows_count_as_they_are_kept(app: FastAPI, tmp_path: Path) -> None:
+    """A CSV of control characters is six times as large as JSON: that is asked before it is stored."""
+    first, second = (b"text\n" + (character * 999 + b"\n") * 10 for character in (b"\x01", b"\x02"))
+    kept = 10 * (len(b'{"text":""}\n') + 6 * 999)
+    async with client_with(app, limit(app, kept + 1000)) as client:  # the form is more than its file
+        assert (await client.post("/datasets", files={"file": ("a.csv", first)})).status_code == 201
+        refused = await client.post("/datasets", files={"file": ("b.csv", second)})
+        assert refused.status_code == 403
+        assert f"has {kept}" in refused.json()["detail"]
+        for dataset in (await client.get("/datasets")).json()["datasets"]:
+            assert dataset["bytes"] == len(first)
+            assert (await client.delete(f"/datasets/{dataset['id']}")).status_code == 204
+        access_of(app).projects.put("acme", Quota(max_bytes=kept - 1), who=OPERATOR)
+        refused = await client.post("/datasets", files={"file": ("b.csv", second)})
+        assert refused.status_code == 403
+        assert not any(path.is_file() for path in tmp_path.glob("**/datasets/**/*"))

@@ -1,0 +1,51 @@
+"""Rows that are kept in few bytes are the rows that were given."""
+
+import io
+import tracemalloc
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.api.train.rows import choose_rows
+from server.api.train.schemas import TrainBody
+from server.model.text.chat import ChatMessage
+from server.training.data.datasets import DatasetStore
+from server.training.data.files import FileStore, RowSources
+from server.training.data.packed_rows import PackedRows
+from server.training.data.rows import CompletionRow, MessagesRow, Row, TextRow
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+TURN = st.builds(ChatMessage, st.sampled_from(["system", "user", "assistant"]), TEXT)
+ROW: st.SearchStrategy[Row] = st.one_of(
+    st.builds(CompletionRow, TEXT, TEXT),
+    st.builds(TextRow, TEXT),
+    st.builds(MessagesRow, st.lists(TURN, min_size=1, max_size=3).map(tuple)),
+)
+
+
+@given(st.lists(ROW, max_size=6), st.data())
+def test_they_come_back(rows: list[Row], data: st.DataObject) -> None:
+    packed = PackedRows(rows)
+    assert len(packed) == len(rows)
+    assert list(packed) == rows
+    assert [packed[number] for number in range(len(rows))] == rows
+    assert packed[1:3] == rows[1:3]
+    flags = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
+    assert list(packed.chosen(flags)) == [row for row, flag in zip(rows, flags, strict=True) if flag]
+
+
+def test_rare_characters_take_no_more_memory(tmp_path: Path) -> None:
+    """Of a data set whose every line has one, and a share of which is held out."""
+    lines = [b'{"text":"%d' % number + b"a" * 1_000_000 + "\U0001f600".encode() + b'"}\n' for number in range(24)]
+    datasets, files = DatasetStore(tmp_path / "datasets"), FileStore(tmp_path / "files")
+    dataset = datasets.put(io.BytesIO(b"".join(lines)), "a.jsonl")
+    body = TrainBody.model_validate({"name": "codes", "dataset": dataset.id, "validation": 0.5})
+    tracemalloc.start()
+    try:
+        rows = choose_rows(body, RowSources(datasets, files))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (len(rows.train), len(rows.validation)) == (12, 12)
+    assert peak < 2 * dataset.stored_bytes
