@@ -20,7 +20,7 @@ from adapters.peft.files import PeftAdapter
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel
 from server.storage import Storage
-from server.training.data.files import FileStore
+from server.training.data.files import FileStore, results_id
 from server.training.data.job_data import JobData
 from server.training.loop.checkpoint import Checkpoints
 from server.training.loop.evaluate import Evaluation, LossNotFinite, evaluate
@@ -30,8 +30,8 @@ from server.training.loop.run import Run
 from server.training.passes.init import adapter_config
 from server.training.passes.trainables import trainable_rows
 from server.training.queue.job_files import JobFiles
-from server.training.queue.jobs import FINE_TUNING, Job
-from server.training.queue.leases import Claim, Leases
+from server.training.queue.jobs import FINE_TUNING, Job, Status
+from server.training.queue.leases import Claim, LeaseLost, Leases
 from server.training.reports.gate import Gate, decide
 from server.training.reports.report import (
     AdapterFacts,
@@ -137,17 +137,27 @@ class TrainingAttempt:
                 counters = outcome.counters
                 csv = step_metrics_csv(counters.train_curve, counters.eval_curve, outcome.step, outcome.tuned)
                 self._results.put_results(self._job.id, csv)
-            self._leases.succeed(
-                self._claim,
-                progress={**progress, "eta_seconds": 0.0},
-                metrics=metrics,
-                report=report,
-                publish=publish,
-                alias=spec.alias,
-                better_than=number,
-            )
+            try:
+                self._leases.succeed(
+                    self._claim,
+                    progress={**progress, "eta_seconds": 0.0},
+                    metrics=metrics,
+                    report=report,
+                    publish=publish,
+                    alias=spec.alias,
+                    better_than=number,
+                )
+            except LeaseLost:
+                self._drop_results()
+                raise
         if adapter is not None and publish is None:
             self._library.discard(adapter.weights.digest)
+
+    def _drop_results(self) -> None:
+        """Of a job that didn't end well; as long as it may, they are those of the attempt that has it now, too."""
+        if self._leases.status(self._job.id) in (Status.CANCELLED, Status.FAILED):
+            with suppress(NotFound):
+                self._results.delete(results_id(self._job.id))
 
     def _keep(self, adapter: PeftAdapter | None, outcome: Outcome) -> int:
         """Store what was trained; its bytes."""

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from adapters.errors import Conflict, TryAgain
 from adapters.expression import Term
 from adapters.lora import LoraModule, LoraWeights
 from adapters.peft.files import PeftAdapter
+from server.home import Home
 from server.model.base.weights import BaseModel
+from server.training.data.files import FileStore, results_id
 from server.training.loop.evaluate import Evaluation, LossNotFinite, evaluate
 from server.training.loop.trainer import TrainingDiverged
-from server.training.queue.jobs import Status
+from server.training.queue.jobs import FINE_TUNING, Status
+from server.training.queue.leases import Claim, LeaseLost
 from server.training.spec import JobSpec, LoraSpec, Method, PublishIf, TrainingSpec
 from server.training.worker import train_job
 from tests.oracles.hugging_face import load_reference, merged
@@ -192,6 +196,28 @@ def test_a_latest_version_that_never_stays_the_same(
     assert {version.digest for version in versions} == {poor.weights.digest}
     assert len(versions) == 1 + train_job.MAX_DECISIONS
     assert issubclass(LatestMoved, TryAgain)
+
+
+@pytest.mark.parametrize("event", ["nothing", "cancelled", "another attempt"])
+def test_results_of_a_job_that_this_attempt_does_not_end(
+    shop: Shop, tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch, event: str
+) -> None:
+    """They go with a job that was cancelled; another attempt at it finds its own there, and may end it well."""
+
+    def happen(number: int) -> None:
+        if event == "cancelled":
+            shop.jobs.cancel("job")
+        elif event == "another attempt":
+            shop.leases.crashed(Claim("job", 1, "worker"), "its worker died", max_delay=0.0)
+            assert shop.leases.claim("other") is not None
+
+    shop.publish("codes", sample(tiny_base.config.shape, POOR))
+    shop.submit(replace(SPEC, publish_if="improves_latest"), job_data(tiny_base), kept={FINE_TUNING: {}})
+    after_measuring_latest(monkeypatch, happen)
+    with nullcontext() if event == "nothing" else pytest.raises(LeaseLost):
+        shop.attempt()
+    files = FileStore(Home(shop.home).files("default"))
+    assert files.has(results_id("job")) == (event != "cancelled")
 
 
 @pytest.mark.parametrize("expression", ["left*0.5+right*0.5", "left"])
