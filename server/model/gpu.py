@@ -95,9 +95,9 @@ def driver_version(file: Path = _DRIVER) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch found no memory for a tensor, on a GPU or not; it says so in several ways."""
+    """Whether there was no memory, on a GPU or not; torch says so in several ways."""
     words = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or (
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
 

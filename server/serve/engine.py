@@ -109,7 +109,7 @@ def _allocated(make: Callable[[], AsyncEngine], config: EngineConfig) -> AsyncEn
     try:
         return make()
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise StartupError(
             f"no memory for caches of {config.kv_cache_bytes} and {config.adapter_cache_bytes} bytes: "

@@ -6,12 +6,15 @@ A job's stored document says which kind it is: a merge's has `"kind": "merge"`, 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from adapters.catalog.versions import Part
+from adapters.catalog.versions import Origin, Part
 from adapters.expression import Term, render
 from adapters.merging.recipe import Method, Recipe
 from server.training.documents import read_document
 from server.training.queue.tables import MERGE
 from server.training.spec import JobSpec
+
+ORIGIN = "origin"
+"""The part of a merge's `Job.data` that says which base its parts were made on: they may be gone when it ends."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,8 @@ Spec = JobSpec | MergeSpec
 def read_spec(document: Mapping[str, object]) -> Spec:
     """What either `to_document` made. Raises ValueError on anything else."""
     return MergeSpec.from_document(document) if document.get("kind") == MERGE else JobSpec.from_document(document)
+
+
+def read_origin(data: Mapping[str, object]) -> Origin | None:
+    """What a merge's `Job.data` has as ORIGIN; None for a job that was queued when none was kept."""
+    return None if ORIGIN not in data else read_document(Origin, data[ORIGIN])

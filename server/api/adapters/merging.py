@@ -8,8 +8,10 @@ import hashlib
 import json
 import secrets
 from collections.abc import Callable
+from dataclasses import asdict
 
 from adapters.catalog.catalog import combine
+from adapters.catalog.versions import Origin
 from adapters.errors import FieldError, InvalidInput
 from adapters.expression import parse
 from adapters.library import Library
@@ -17,7 +19,7 @@ from adapters.merging.merge import WeightedAdapters, check
 from adapters.merging.recipe import Method, Recipe
 from adapters.pinned import Pinned
 from server.api.adapters.composition_schemas import CompositionBody
-from server.training.merge_spec import MergeSpec
+from server.training.merge_spec import ORIGIN, MergeSpec
 from server.training.queue.jobs import Job, Jobs
 
 FIELD = "expression"
@@ -68,10 +70,11 @@ def submit_merge(
         adapters = _weighted(library, pinned)
         check(adapters, recipe)
         num_modules = len({key for weights, _ in adapters for key in weights.modules})
+        origin = Origin.of(library.catalog.version(part.name, part.version) for part in pinned.parts)
         return jobs.submit(
             MergeSpec(name, pinned.parts, recipe),
             job_id=f"job-{secrets.token_hex(8)}",
-            data={"total_steps": num_modules},
+            data={"total_steps": num_modules, ORIGIN: asdict(origin)},
             idempotency_key=idempotency_key,
             body_digest=digest,
             warnings=pinned.warnings,

@@ -12,8 +12,11 @@ from adapters.library import Library
 from adapters.names import alias_fault
 from adapters.peft.files import PeftAdapter
 from adapters.pinned import Pinned
-from server.api.train.schemas import TrainBody
+from server.api.train.schemas import MAX_TRAINED_RANK, TrainBody
 from server.training.spec import LEARNING_RATES, JobSpec, LoraSpec, TrainingSpec
+
+MAX_PARENT_RANK = 2 * MAX_TRAINED_RANK
+"""pissa and olora publish twice the rank that they train, and what they publish can be trained on."""
 
 
 def parent_terms(body: TrainBody, base_name: str) -> tuple[Term, ...]:
@@ -39,7 +42,14 @@ def build_spec(body: TrainBody, library: Library, pinned: Pinned, max_length: in
         message = "is a composition: merge it into an adapter first, by a method of POST /compositions"
         faults.append(FieldError(("start_from",), message))
     elif parent is not None:
-        asked, lora = lora, _shaped(lora, library.read(parent.digest))
+        adapter = library.read(parent.digest)
+        if (rank := adapter.weights.max_rank) > MAX_PARENT_RANK:
+            message = (
+                f"has a rank of {rank}, and training goes on from {MAX_PARENT_RANK} at most: merge it into one of "
+                "a smaller rank first, by POST /compositions with method svd and a rank"
+            )
+            faults.append(FieldError(("start_from",), message))
+        asked, lora = lora, _shaped(lora, adapter)
         faults += _contradictions(asked, lora, body.lora.model_fields_set)
     if faults:
         raise InvalidInput(faults)

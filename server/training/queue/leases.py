@@ -165,20 +165,18 @@ class Leases:
         report: Mapping[str, object],
         publish: NewVersion | None = None,
         alias: str | None = None,
+        better_than: int | None = None,
     ) -> Version | None:
         """End the job well and publish its adapter, whose bytes are in the store: all of it, or LeaseLost.
 
-        `publish` None: no version, as the report says. `alias` and `latest` are as in `publish_unattended_in`,
-        whose word becomes an event.
+        `publish` None: no version, as the report says. `alias`, `latest` and `better_than`, which may raise
+        LatestMoved, are as in `publish_unattended_in`, whose word becomes an event.
         """
 
         def work(connection: sa.Connection) -> Version | None:
             _hold(connection, claim)
-            values: dict[str, object] = {
-                "progress": plain(progress),
-                "metrics": plain(metrics),
-                "report": plain(report),
-            }
+            told = {"progress": progress, "metrics": metrics, "report": report}
+            values: dict[str, object] = {key: plain(value) for key, value in told.items()}
             version = warning = None
             message = "succeeded; no version was published"
             if publish is not None:
@@ -186,7 +184,7 @@ class Leases:
                 project, key_id = connection.execute(mine).one()
                 of_project = {"name": key_of(project, publish.name), "job_id": claim.job_id, "key_id": key_id}
                 new = dataclasses.replace(publish, **of_project)
-                version, warning = publish_unattended_in(connection, new, alias, records)
+                version, warning = publish_unattended_in(connection, new, alias, records, better_than)
                 version = dataclasses.replace(version, name=publish.name)
                 values["adapter"] = {key: getattr(version, key) for key in ("name", "version", "digest")}
                 message = f"succeeded: {version.name}@{version.version}"

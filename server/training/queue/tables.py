@@ -101,5 +101,10 @@ events = sa.Table(
 
 
 def count_time(now: Time) -> dict[str, object]:
-    """Changes to a running job's row that count its time up to now."""
-    return {"run_seconds": jobs.c.run_seconds + (now - sa.func.coalesce(jobs.c.timed_at, now)), "timed_at": now}
+    """Changes to a running job's row that count its time up to now, or to the lease's end, as the row has it, if
+    that was before: from then on no worker is known to have had the job.
+    """
+    since, lease_until = sa.func.coalesce(jobs.c.timed_at, now), jobs.c.lease_until
+    until = sa.case((now < lease_until, now), else_=lease_until)
+    seconds = sa.case((until > since, until - since), else_=0.0)
+    return {"run_seconds": jobs.c.run_seconds + seconds, "timed_at": now}

@@ -18,6 +18,7 @@ from server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from server.engine.scheduler import SchedulerLimits
 from server.model.base.weights import BaseModel
 from server.model.native.model import NativeModel
+from server.model.row_layout import RowFormat
 from server.model.smollm import SmolLM
 from server.model.text.vocabulary import vocabulary_of
 from server.training.data.encoding import Reference
@@ -26,6 +27,8 @@ MORE_TOKENS = 8
 """How many tokens more than the reference has a completion may take."""
 MAX_CACHED_TOKENS = 8192
 """Keys and values that completions keep at one time, unless a single one needs more: 190 MB on the 135M base."""
+MAX_ADAPTER_BYTES = 4 << 30
+"""Of the pools for one adapter, which have its largest rank on all linear modules: 3,500 on the 135M base."""
 
 log = logging.getLogger("smolora.training")
 
@@ -46,9 +49,13 @@ def exact_match(
 
     A completion ends at an end token, or `MORE_TOKENS` after the reference's length; it is given up at the first
     token with which it can't become equal any more. A prompt that leaves no room for one in the base's context
-    counts as missed. None where there are no references. `yield_or_leave` is called before each step of the
-    engine. With `library`, native code computes the steps.
+    counts as missed. None where there are no references, or the adapter's ranks would take more than
+    `MAX_ADAPTER_BYTES`. `yield_or_leave` is called before each step of the engine. With `library`, native code
+    computes the steps.
     """
+    if weights is not None and _adapter_bytes(base, weights) > MAX_ADAPTER_BYTES:
+        log.warning("exact match isn't measured: an adapter of rank %s needs too much memory", weights.max_rank)
+        return None
     limit = base.config.max_position_embeddings
     requests: dict[str, GenerationRequest] = {}
     wanted: dict[str, str] = {}
@@ -61,6 +68,11 @@ def exact_match(
             wanted[str(number)] = reference.text.strip()
     num_matched = _count_matches(base, weights, requests, wanted, yield_or_leave, library) if requests else 0
     return num_matched / len(references) if references else None
+
+
+def _adapter_bytes(base: BaseModel, weights: LoraWeights) -> int:
+    """Of the pools that it needs where torch completes: native code's are smaller."""
+    return weights.max_rank * RowFormat.of_torch(base.dtype, base.device).bytes_per_rank(base.config.shape)
 
 
 def _count_matches(

@@ -28,8 +28,13 @@ def run_merge(
     library: Library,
     base: BaseModel,
     reporter: Reporter,
+    origin: Origin | None = None,
 ) -> None:
-    """Merge and publish, or raise what the reporter raises, LeaseLost, or CorruptAdapter."""
+    """Merge and publish, or raise what the reporter raises, LeaseLost, or CorruptAdapter.
+
+    `origin` is that of the parts, which the job was submitted with. Without it the catalog is asked, and NotFound
+    raised where a part is no longer to be seen.
+    """
     started = time.monotonic()
     adapters = []
     for digest, weight in combine(spec.parts):
@@ -42,8 +47,9 @@ def run_merge(
         reporter.progress({"step": done, "total_steps": total}, {})
 
     weights = merge(adapters, spec.recipe, yield_or_leave)
-    # that of the parts, which needn't be the base that happens to be served
-    origin = Origin.of(library.catalog.version(part.name, part.version) for part in spec.parts)
+    if origin is None:
+        origin = Origin.of(library.catalog.version(part.name, part.version) for part in spec.parts)
+    # the base of the parts, which needn't be the one that happens to be served
     base_model = base.name if origin.base_digest == base.digest else origin.base_model
     adapter = PeftAdapter(config_of(weights, base.config.num_layers), weights, base_model)
     off = distance(adapters, weights, reporter.yield_or_leave)

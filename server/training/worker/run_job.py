@@ -35,7 +35,7 @@ from server.model.packed_adapters import PackedAdapters
 from server.model.row_layout import RowLayout
 from server.storage import Storage
 from server.tracing.spans import open_tracer
-from server.training.merge_spec import MergeSpec, Spec
+from server.training.merge_spec import MergeSpec, Spec, read_origin
 from server.training.queue.job_files import JobFiles
 from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Claim, LeaseLost, Leases
@@ -90,7 +90,7 @@ def main(argument: str) -> int:
             yielding = Yielding(BusyFlag(settings.home).read, settings.train_share, work=work)
             reporter = JobReporter(link, leases, claim, yielding, trace)
             if isinstance(job.spec, MergeSpec):
-                run_merge(job.spec, claim, leases, library, base, reporter)
+                run_merge(job.spec, claim, leases, library, base, reporter, read_origin(job.data))
             else:
                 TrainingAttempt(job, job.spec, claim, leases, library, base, reporter, storage, native).run()
     except Leave:

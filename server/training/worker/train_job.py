@@ -7,11 +7,12 @@ The adapter's bytes go to the store first; its version, the card and the job's e
 import ctypes
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import cast
 
 from adapters.catalog.catalog import NewVersion
+from adapters.catalog.unattended import LatestMoved
 from adapters.errors import NotFound
 from adapters.expression import Term
 from adapters.library import Library
@@ -19,7 +20,7 @@ from adapters.peft.files import PeftAdapter
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel
 from server.storage import Storage
-from server.training.data.files import FileStore
+from server.training.data.files import FileStore, results_id
 from server.training.data.job_data import JobData
 from server.training.loop.checkpoint import Checkpoints
 from server.training.loop.evaluate import Evaluation, LossNotFinite, evaluate
@@ -29,8 +30,8 @@ from server.training.loop.run import Run
 from server.training.passes.init import adapter_config
 from server.training.passes.trainables import trainable_rows
 from server.training.queue.job_files import JobFiles
-from server.training.queue.jobs import FINE_TUNING, Job
-from server.training.queue.leases import Claim, Leases
+from server.training.queue.jobs import FINE_TUNING, Job, Status
+from server.training.queue.leases import Claim, LeaseLost, Leases
 from server.training.reports.gate import Gate, decide
 from server.training.reports.report import (
     AdapterFacts,
@@ -44,6 +45,9 @@ from server.training.reports.step_metrics import step_metrics_csv
 from server.training.spec import JobSpec
 from server.training.worker.exact_match import exact_match
 from server.training.worker.job_reporter import Leave
+
+MAX_DECISIONS = 5
+"""How often a name's latest version is measured, and is another one then. Then the job is queued again."""
 
 
 class TrainingAttempt:
@@ -103,12 +107,25 @@ class TrainingAttempt:
         except Leave:
             run.checkpoint()
             raise
-        latest = self._latest_evaluation(data)
-        gate = decide(spec.publish_if, outcome.tuned, outcome.base, latest, spec.method)
         adapter = None
         if outcome.weights is not None:
             config = adapter_config(spec.lora) if parent is None else parent.config
             adapter = PeftAdapter(config, outcome.weights, self._base.name)
+        for _ in range(MAX_DECISIONS - 1):
+            with suppress(LatestMoved):
+                return self._decide_and_end(data, run.progress, outcome, adapter)
+        return self._decide_and_end(data, run.progress, outcome, adapter)
+
+    def _decide_and_end(
+        self, data: JobData, progress: Mapping[str, object], outcome: Outcome, adapter: PeftAdapter | None
+    ) -> None:
+        """Hold what was trained to the gate, and end the job as that says.
+
+        Raises LatestMoved, with nothing published, where another version became the latest meanwhile.
+        """
+        spec = self._spec
+        latest, number = self._latest_evaluation(data)
+        gate = decide(spec.publish_if, outcome.tuned, outcome.base, latest, spec.method)
         num_bytes = self._keep(adapter, outcome)
         report = self._report(data, outcome, gate, adapter, latest, num_bytes)
         metrics = outcome.counters.newest_losses | _final_metrics(outcome)
@@ -120,16 +137,27 @@ class TrainingAttempt:
                 counters = outcome.counters
                 csv = step_metrics_csv(counters.train_curve, counters.eval_curve, outcome.step, outcome.tuned)
                 self._results.put_results(self._job.id, csv)
-            self._leases.succeed(
-                self._claim,
-                progress=run.progress | {"eta_seconds": 0.0},
-                metrics=metrics,
-                report=report,
-                publish=publish,
-                alias=spec.alias,
-            )
+            try:
+                self._leases.succeed(
+                    self._claim,
+                    progress={**progress, "eta_seconds": 0.0},
+                    metrics=metrics,
+                    report=report,
+                    publish=publish,
+                    alias=spec.alias,
+                    better_than=number,
+                )
+            except LeaseLost:
+                self._drop_results()
+                raise
         if adapter is not None and publish is None:
             self._library.discard(adapter.weights.digest)
+
+    def _drop_results(self) -> None:
+        """Of a job that didn't end well; as long as it may, they are those of the attempt that has it now, too."""
+        if self._leases.status(self._job.id) in (Status.CANCELLED, Status.FAILED):
+            with suppress(NotFound):
+                self._results.delete(results_id(self._job.id))
 
     def _keep(self, adapter: PeftAdapter | None, outcome: Outcome) -> int:
         """Store what was trained; its bytes."""
@@ -145,15 +173,15 @@ class TrainingAttempt:
             self._files.keep_model(self._job.id, self._claim.token)
         return sum(path.stat().st_size for path in place.iterdir())
 
-    def _latest_evaluation(self, data: JobData) -> Evaluation | None:
-        """How the name's latest version does on the held-out rows, where the gate asks."""
+    def _latest_evaluation(self, data: JobData) -> tuple[Evaluation | None, int | None]:
+        """How the name's latest version does on held-out rows, and its number (0: none); where the gate asks."""
         if self._spec.publish_if != "improves_latest" or data.validation is None:
-            return None
+            return None, None
         name = self._spec.name
         try:
             pinned = self._library.pin([Term(name)])
         except NotFound:
-            return None
+            return None, 0
         try:
             self._library.check_name(name)  # it may have become a composition's since
             (part,) = pinned.parts
@@ -170,7 +198,7 @@ class TrainingAttempt:
                 f"the held-out loss of {name}@{part.version} is not a number, so that nothing improves on it: "
                 "delete that version, or submit again with publish_if always or improves_base"
             )
-        return found
+        return found, part.version
 
     def _report(
         self,

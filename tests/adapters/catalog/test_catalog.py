@@ -19,7 +19,7 @@ from sqlalchemy.exc import IntegrityError
 from adapters.catalog import catalog as module
 from adapters.catalog.catalog import Catalog, Part, Version, combine
 from adapters.catalog.reads import lookup
-from adapters.catalog.unattended import publish_unattended_in
+from adapters.catalog.unattended import LatestMoved, publish_unattended_in
 from adapters.catalog.versions import NewVersion
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term, parse
@@ -148,6 +148,36 @@ def unattended(
     with engine.begin() as connection:
         _, told = publish_unattended_in(connection, new, alias, None)
     return told or ""
+
+
+@pytest.mark.parametrize("alias", [None, "latest", "prod"])
+def test_a_job_publishes_what_is_better_than_the_latest_alone(
+    catalog: Catalog, engine: sa.Engine, alias: str | None
+) -> None:
+    """`better_than` is what it was measured against, which others may delete, move or follow with a new one."""
+    new = NewVersion("a", D[0], 1, 1.0, ("q_proj",), 1, 1)
+
+    def publish_better(than: int | None) -> int:
+        with engine.begin() as connection:
+            return publish_unattended_in(connection, new, alias, None, than)[0].version
+
+    def refused(than: int) -> None:
+        with pytest.raises(LatestMoved):
+            publish_better(than)
+
+    refused(1)
+    assert publish_better(0) == 1
+    refused(0)
+    refused(2)
+    assert publish_better(1) == 2
+    refused(1)
+    catalog.point("a", "latest", 1)
+    refused(2)
+    assert publish_better(1) == 3
+    assert publish_better(None) == 4
+    catalog.delete("a", force=True)
+    refused(4)
+    assert publish_better(0) == 5
 
 
 def test_a_job_does_not_undo_a_rollback(catalog: Catalog, engine: sa.Engine) -> None:

@@ -139,6 +139,7 @@ def test_other_faults_stay_what_they_are() -> None:
         raise torch.OutOfMemoryError
     assert not is_out_of_memory(RuntimeError("shapes don't fit"))
     assert not is_out_of_memory(ValueError("out of memory"))
+    assert is_out_of_memory(MemoryError("no room for 5 bytes"))  # of a pool in huge pages
 
 
 @pytest.mark.parametrize(

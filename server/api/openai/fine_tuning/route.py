@@ -37,7 +37,7 @@ from server.api.openapi import Responses
 from server.api.strict_route import StrictRoute
 from server.api.train.pages import check_after
 from server.training.data.files import FileStore, results_id
-from server.training.queue.jobs import FINE_TUNING, Job, Jobs
+from server.training.queue.jobs import FINE_TUNING, Job, Jobs, Status
 
 router = APIRouter(prefix="/fine_tuning/jobs", route_class=StrictRoute, tags=["openai"])
 
@@ -164,7 +164,7 @@ def _answer(services: Services, job: Job) -> Response:
 
 
 def _object(services: Services, job: Job) -> dict[str, object]:
-    has_results = job.status.has_ended and services.files.has(results_id(job.id))
+    has_results = job.status is Status.SUCCEEDED and services.files.has(results_id(job.id))
     return job_object(job, has_results, time.time())
 
 

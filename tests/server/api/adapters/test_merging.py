@@ -4,12 +4,13 @@ import httpx
 import pytest
 
 from adapters.catalog.catalog import Part, combine
+from adapters.catalog.versions import Origin
 from adapters.expression import parse
 from adapters.library import Library
 from adapters.merging.merge import merge
 from adapters.merging.recipe import Recipe
 from adapters.store.store import AdapterStore
-from server.training.merge_spec import MergeSpec
+from server.training.merge_spec import MergeSpec, read_origin
 from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Leases
 from tests.server.api.adapters.peft_files import as_parts, peft_files
@@ -77,6 +78,18 @@ async def test_what_is_left_out(client: httpx.AsyncClient) -> None:
         config = (await compose(client, "m", expression="left", method=method)).json()["config"]
         assert (config["density"], config["seed"], config["rank"]) == (density, 0, None)
     assert (await compose(client, "m", expression="left", method="svd", density=1)).status_code == 202
+
+
+async def test_it_is_kept_where_its_parts_were_made(
+    client: httpx.AsyncClient, library: Library, jobs: Jobs
+) -> None:
+    """A part may be gone, or withdrawn, when the job ends."""
+    await upload(client, "left", 1)
+    await upload(client, "right", 2)
+    job = (await compose(client, "both", expression="left+right", method="ties")).json()
+    origin = Origin.of(library.catalog.version(name, 1) for name in ("left", "right"))
+    assert origin.base_model is not None
+    assert read_origin(jobs.get(job["id"]).data) == origin
 
 
 async def test_its_parts_stay_until_it_has_ended(client: httpx.AsyncClient, leases: Leases) -> None:

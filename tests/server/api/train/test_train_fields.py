@@ -210,6 +210,16 @@ async def test_what_starts_from_an_adapter_has_no_other_start(client: httpx.Asyn
     assert not await errors_of(client, start_from="up", lora={"dropout": 0.1})
 
 
+@pytest.mark.parametrize(("rank", "may_train"), [(512, True), (513, False)])
+async def test_a_parent_of_a_huge_rank(client: httpx.AsyncClient, rank: int, may_train: bool) -> None:
+    """What pissa publishes at the largest rank that it trains is no more than 512."""
+    files = as_parts(*peft_files(rank=rank))
+    assert (await client.post("/adapters/up", files=files)).status_code == 201
+    said = await errors_of(client, start_from="up")
+    assert list(said) == ([] if may_train else [("start_from",)])
+    assert may_train or "512 at most: merge it into one of a smaller rank" in said["start_from",]
+
+
 async def test_nothing_of_a_row_comes_back(client: httpx.AsyncClient) -> None:
     secret = "xyzzy"
     rows = [{"prompt": secret, "completion": [secret]}, {"messages": [{"role": secret, "content": secret}]}]

@@ -230,6 +230,48 @@ def test_a_lease_runs_out_unless_it_is_kept(jobs: Jobs, leases: Leases, clock: C
     assert jobs.events("j1")[-1].level == "warning"
 
 
+def run_seconds(engine: sa.Engine) -> float:
+    """Of the only job."""
+    with engine.connect() as connection:
+        found: float = connection.execute(sa.select(job_tables.jobs.c.run_seconds)).scalar_one()
+    return found
+
+
+def test_a_job_whose_worker_died_costs_no_more_than_its_lease(
+    jobs: Jobs, leases: Leases, engine: sa.Engine
+) -> None:
+    """By a clock that stands long before the database's, which cancels."""
+    submit(jobs, "j1")
+    claim_first(leases, 60)
+    jobs.cancel("j1")
+    assert run_seconds(engine) == 60
+
+
+def test_what_a_worker_slept_through_is_not_counted(
+    jobs: Jobs, leases: Leases, engine: sa.Engine, clock: Clock
+) -> None:
+    """Neither by the heartbeat after it nor by the next one; nor does a clock that was set back take time back."""
+    submit(jobs, "j1")
+    claim = claim_first(leases, 10)
+    clock.now += 8
+    leases.heartbeat(claim, 10)
+    assert run_seconds(engine) == 8
+    clock.now += 1000
+    leases.heartbeat(claim, 10)
+    assert run_seconds(engine) == 8 + 10
+    clock.now += 4
+    leases.heartbeat(claim, 0)
+    assert run_seconds(engine) == 8 + 10 + 4
+    clock.now += 5
+    leases.heartbeat(claim, 10)
+    clock.now -= 3
+    leases.heartbeat(claim, 10)
+    assert run_seconds(engine) == 8 + 10 + 4
+    clock.now += 2
+    leases.release(claim)
+    assert run_seconds(engine) == 8 + 10 + 4 + 2
+
+
 def test_a_worker_that_lost_its_lease_changes_nothing(jobs: Jobs, leases: Leases, engine: sa.Engine) -> None:
     submit(jobs, "j1")
     stale = claim_first(leases, 0.0)

@@ -136,10 +136,13 @@ class Shop:
     def publish(self, name: str, adapter: PeftAdapter) -> Version:
         return publish(self.catalog, self.store, name, adapter)
 
-    def submit(self, spec: JobSpec, data: JobData, job_id: str = "job") -> Job:
+    def submit(
+        self, spec: JobSpec, data: JobData, job_id: str = "job", kept: Mapping[str, object] | None = None
+    ) -> Job:
+        """`kept` is the job's own data."""
         data.save(self.files.directory(job_id))
         self.files.keep(job_id)
-        return self.jobs.submit(spec, job_id=job_id, data={})
+        return self.jobs.submit(spec, job_id=job_id, data=kept or {})
 
     def attempt(
         self,

@@ -1,20 +1,29 @@
 """What an attempt goes on from, and what ends it for good, with a reason: another one would end the same way."""
 
+import itertools
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from adapters.errors import Conflict
+from adapters.catalog.unattended import LatestMoved
+from adapters.errors import Conflict, TryAgain
 from adapters.expression import Term
 from adapters.lora import LoraModule, LoraWeights
 from adapters.peft.files import PeftAdapter
+from server.home import Home
 from server.model.base.weights import BaseModel
-from server.training.loop.evaluate import LossNotFinite
+from server.training.data.files import FileStore, results_id
+from server.training.loop.evaluate import Evaluation, LossNotFinite, evaluate
 from server.training.loop.trainer import TrainingDiverged
-from server.training.queue.jobs import Status
+from server.training.queue.jobs import FINE_TUNING, Status
+from server.training.queue.leases import Claim, LeaseLost
 from server.training.spec import JobSpec, LoraSpec, Method, PublishIf, TrainingSpec
+from server.training.worker import train_job
 from tests.oracles.hugging_face import load_reference, merged
 from tests.server.training.data.rows_kit import distance, reference_loss
 from tests.server.training.worker.attempt_kit import Interruption, Shop, job_data
@@ -118,6 +127,97 @@ def test_a_latest_version_whose_loss_is_no_number(shop: Shop, tiny_base: BaseMod
     shop.submit(replace(SPEC, publish_if="improves_latest"), job_data(tiny_base))
     with pytest.raises(LossNotFinite, match=r"codes@1 is not a number.*publish_if"):
         shop.attempt()
+
+
+def after_measuring_latest(monkeypatch: pytest.MonkeyPatch, do: Callable[[int], object]) -> None:
+    """Call `do` with 1, 2, … whenever the name's latest version was measured, before that ends the job."""
+    numbers = itertools.count(1)
+
+    def measure(*given: Any, **named: Any) -> Evaluation:
+        found = evaluate(*given, **named)
+        do(next(numbers))
+        return found
+
+    monkeypatch.setattr(train_job, "evaluate", measure)
+
+
+POOR, GOOD = 7, 6
+"""Seeds of samples with a loss above that of the job, and below it."""
+
+
+def test_a_better_version_that_is_published_before_the_job_ends(
+    shop: Shop, tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was found better than the latest version is held to the new one as well, which is better still."""
+    good = sample(tiny_base.config.shape, GOOD)
+    shop.publish("codes", sample(tiny_base.config.shape, POOR))
+    shop.submit(replace(SPEC, publish_if="improves_latest"), job_data(tiny_base))
+    after_measuring_latest(monkeypatch, lambda number: number == 1 and shop.publish("codes", good))
+    shop.attempt()
+    job, report = shop.jobs.get("job"), shop.jobs.report("job")
+    assert (job.status, job.adapter) == (Status.SUCCEEDED, None)
+    assert [version.version for version in shop.catalog.get("codes").versions] == [1, 2]
+    assert report is not None
+    evaluation, gate = report["evaluation"], report["gate"]
+    assert isinstance(evaluation, dict)
+    assert isinstance(gate, dict)
+    assert evaluation["latest"]["loss"] < evaluation["tuned"]["loss"]
+    assert not gate["passes"]
+    assert "is not below latest's" in gate["reason"]
+
+
+def test_a_latest_version_that_is_followed_by_a_poor_one(
+    shop: Shop, tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is published all the same, once."""
+    poor = sample(tiny_base.config.shape, POOR)
+    shop.publish("codes", poor)
+    shop.submit(replace(SPEC, publish_if="improves_latest"), job_data(tiny_base))
+    after_measuring_latest(monkeypatch, lambda number: number == 1 and shop.publish("codes", poor))
+    shop.attempt()
+    adapter = shop.jobs.get("job").adapter
+    assert adapter is not None
+    assert adapter["version"] == 3
+    shop.store.verify(str(adapter["digest"]))
+
+
+def test_a_latest_version_that_never_stays_the_same(
+    shop: Shop, tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attempt ends as one that is welcome again, with nothing published of it."""
+    poor = sample(tiny_base.config.shape, POOR)
+    shop.publish("codes", poor)
+    shop.submit(replace(SPEC, publish_if="improves_latest"), job_data(tiny_base))
+    after_measuring_latest(monkeypatch, lambda number: shop.publish("codes", poor))
+    with pytest.raises(LatestMoved):
+        shop.attempt()
+    assert shop.jobs.get("job").status is Status.RUNNING
+    versions = shop.catalog.get("codes").versions
+    assert {version.digest for version in versions} == {poor.weights.digest}
+    assert len(versions) == 1 + train_job.MAX_DECISIONS
+    assert issubclass(LatestMoved, TryAgain)
+
+
+@pytest.mark.parametrize("event", ["nothing", "cancelled", "another attempt"])
+def test_results_of_a_job_that_this_attempt_does_not_end(
+    shop: Shop, tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch, event: str
+) -> None:
+    """They go with a job that was cancelled; another attempt at it finds its own there, and may end it well."""
+
+    def happen(number: int) -> None:
+        if event == "cancelled":
+            shop.jobs.cancel("job")
+        elif event == "another attempt":
+            shop.leases.crashed(Claim("job", 1, "worker"), "its worker died", max_delay=0.0)
+            assert shop.leases.claim("other") is not None
+
+    shop.publish("codes", sample(tiny_base.config.shape, POOR))
+    shop.submit(replace(SPEC, publish_if="improves_latest"), job_data(tiny_base), kept={FINE_TUNING: {}})
+    after_measuring_latest(monkeypatch, happen)
+    with nullcontext() if event == "nothing" else pytest.raises(LeaseLost):
+        shop.attempt()
+    files = FileStore(Home(shop.home).files("default"))
+    assert files.has(results_id("job")) == (event != "cancelled")
 
 
 @pytest.mark.parametrize("expression", ["left*0.5+right*0.5", "left"])

@@ -234,6 +234,22 @@ def test_exact_match_where_there_is_no_memory_for_native_code(
     assert "no memory for the packed weights: torch completes" in caplog.text
 
 
+def test_an_adapter_that_needs_too_much_memory(
+    tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One module's rank counts for all, since the engine's pools have as many rows for each."""
+    weights = random_adapter(tiny_base.config.shape, 3, rank=40, modules=["q_proj"], layers=[0])
+    features = tiny_base.config.shape.features.values()
+    needed = 40 * tiny_base.config.num_layers * 4 * sum(outputs + inputs for outputs, inputs in features)
+    one = Reference((3, 4, 5), "x", 1)
+    monkeypatch.setattr("server.training.worker.exact_match.MAX_ADAPTER_BYTES", needed)
+    assert exact_match(tiny_base, weights, [one]) is not None
+    monkeypatch.setattr("server.training.worker.exact_match.MAX_ADAPTER_BYTES", needed - 1)
+    assert exact_match(tiny_base, weights, [one]) is None
+    assert "exact match isn't measured: an adapter of rank 40" in caplog.text
+    assert exact_match(tiny_base, None, [one]) is not None
+
+
 def test_which_adapter_it_is(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
     """The engine knows adapters by their digests: one that does nothing isn't taken for one that does."""
     weights = random_adapter(tiny_base.config.shape, 3, rank=4)

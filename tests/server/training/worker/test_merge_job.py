@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +11,15 @@ import sqlalchemy as sa
 from huggingface_hub import ModelCard
 
 from adapters.catalog.catalog import Catalog, combine
+from adapters.catalog.versions import Origin
 from adapters.errors import CorruptAdapter, NotFound
 from adapters.merging.merge import merge
 from adapters.merging.recipe import Recipe
 from adapters.peft.files import WEIGHTS_NAME, PeftAdapter
 from adapters.store.store import AdapterStore
+from adapters.viewpoint import Viewpoint
 from server.model.base.weights import BaseModel
-from server.training.merge_spec import MergeSpec, read_spec
+from server.training.merge_spec import ORIGIN, MergeSpec, read_origin, read_spec
 from server.training.queue.jobs import Jobs, Status
 from server.training.queue.leases import Claim, LeaseLost, Leases
 from server.training.reports.model_card import model_card
@@ -157,6 +159,36 @@ def test_it_is_told_what_is_told_of_its_parts(
     version = catalog.version("merged", 1)
     assert version.warnings == ("left@1: its config names another base",)
     assert (version.base_model, version.base_digest) == (tiny_base.name, tiny_base.digest)
+
+
+@pytest.mark.usefixtures("parts")
+def test_a_part_that_is_withdrawn_meanwhile(
+    jobs: Jobs, leases: Leases, catalog: Catalog, engine: sa.Engine, store: AdapterStore, tiny_base: BaseModel
+) -> None:
+    """Another project's: the job has its bytes, and was told where it was made. One of an older release wasn't."""
+    for name in ("left", "right"):
+        catalog.set_visibility(name, is_public=True)
+    viewpoint = Viewpoint("acme")
+    seen = Catalog(engine, of=viewpoint)
+    spec = merge_spec(seen, "default/left+default/right", TIES)
+    origin = Origin.of(seen.version(part.name, part.version) for part in spec.parts)
+    jobs.of(viewpoint).submit(spec, job_id="m1", data={ORIGIN: asdict(origin)})
+    jobs.of(viewpoint).submit(spec, job_id="m2", data={})
+    catalog.set_visibility("left", is_public=False)
+    library = library_of(seen, store, tiny_base)
+
+    told = read_origin(jobs.get("m1").data)
+    claim = leases.claim("worker")
+    assert claim is not None
+    run_merge(spec, claim, leases, library, tiny_base, Listener(), told)
+    assert jobs.get("m1").status is Status.SUCCEEDED
+    version = seen.version("merged", 1)
+    assert (version.base_model, version.base_digest) == (tiny_base.name, tiny_base.digest)
+
+    claim = leases.claim("worker")
+    assert claim is not None
+    with pytest.raises(NotFound, match="default/left@1"):
+        run_merge(spec, claim, leases, library, tiny_base, Listener(), read_origin(jobs.get("m2").data))
 
 
 @pytest.mark.usefixtures("parts")

@@ -120,6 +120,15 @@ async def test_from_queue_to_model(client: httpx.AsyncClient, leases: Leases, fi
     assert (await retrieve(client, job_id)).result_files == []
 
 
+async def test_results_are_those_of_a_job_that_succeeded(client: httpx.AsyncClient, files: FileStore) -> None:
+    """An attempt stores them just before it ends its job, which may have been cancelled by then."""
+    job_id = (await create(client)).id
+    files.put_results(job_id, b"step\n")
+    await client.post(f"{JOBS}/{job_id}/cancel")
+    cancelled = await retrieve(client, job_id)
+    assert (cancelled.status, cancelled.result_files) == ("cancelled", [])
+
+
 async def test_a_failure_says_why(client: httpx.AsyncClient, leases: Leases) -> None:
     job_id = (await create(client)).id
     StandIn(leases).fail("the loss is not a number")
