@@ -99,6 +99,12 @@ def require_quota(services: "Services", num_bytes: int = 0, before: Mapping[str,
             )
 
 
+def require_room(services: "Services") -> None:
+    """Raise Unavailable or Forbidden where the disk, or the caller's quota, leaves none for a new job."""
+    require_space(services.settings)
+    require_quota(services)
+
+
 def owners_of(services: "Services") -> tuple[str, str]:
     """Whose bytes the caller's uploads are."""
     return f"project {services.principal.project}", f"key {services.principal.key_id}"

@@ -11,7 +11,7 @@ from adapters.errors import NotFound
 from adapters.expression import parse
 from adapters.names import MAX_NAME
 from server.api import wire
-from server.api.access.space import require_room
+from server.api.access.quotas import require_room
 from server.api.adapters.answers import version_answer
 from server.api.adapters.composition_schemas import CompositionBody
 from server.api.adapters.merging import FIELD, recipe_of, submit_merge

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from adapters.errors import Conflict, NotFound
 from adapters.store.open_all import open_all
 from server.api import wire
-from server.api.access.space import require_room
+from server.api.access.quotas import require_room
 from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.openapi import JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS, JOB_RESULTS, SUBMISSIONS
 from server.api.streams import EventStream

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from adapters.errors import InvalidInput, NotFound
 from server.api import wire
-from server.api.access.space import require_room
+from server.api.access.quotas import require_room
 from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.openai.documents import REFUSALS
 from server.api.openai.errors import ModelNotFound
