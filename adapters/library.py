@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from adapters import recorded
 from adapters.base_match import Fits, ServedBase
 from adapters.catalog.catalog import Adapter, Catalog, Kind, Version
 from adapters.catalog.recovery import Recovered
@@ -131,7 +132,7 @@ class Library:
                     base_model=adapter.base_model,
                     warnings=self._base.upload_warnings(adapter.base_model),
                     base_digest=self._base.digest,
-                    config={"lora": adapter.config.to_document(), **(source or {})},
+                    config={**recorded.of_upload(adapter.config, config_json), **(source or {})},
                 )
         finally:
             self.store.unpin([digest])
@@ -199,15 +200,15 @@ class Library:
         return [self.version(part.name, part.version) for part in parts]
 
     def open(self, name: str, version: int) -> dict[str, BinaryIO]:
-        """The version's two files, to read and close; they outlive a delete.
+        """The version's two files, to read and close, with its own configuration; they outlive a delete.
 
         Raises NotFound, CorruptAdapter, or Conflict where it is a composition.
         """
-        if self.catalog.version(name, version).parts:
+        if (found := self.catalog.version(name, version)).parts:
             raise Conflict(f"{name}@{version} is a composition: its parts have the weights, download those")
         pinned = self._hold([Term(name, version)])
         try:
-            return self.store.open(pinned.parts[0].digest)
+            return recorded.own_files(found, self.store.load(found.digest), self.store.open(found.digest))
         finally:
             pinned.release()
 
@@ -233,7 +234,7 @@ class Library:
         self.store.verify(digest)
 
     def read(self, digest: str) -> peft_format.PeftAdapter:
-        """The adapter of a pinned part, with its configuration. Raises CorruptAdapter."""
+        """The adapter of a pinned part, as the first to publish its bytes had it. Raises CorruptAdapter."""
         return self.store.read(digest, self.shape)
 
     def delete(self, name: str, force: bool = False) -> None:
@@ -241,14 +242,12 @@ class Library:
 
         Raises NotFound, or Conflict where an alias (unless `force`), a composition or a training job holds it.
         """
-        self.catalog.own_key(name)
-        self._prepare_to_delete(self.catalog.get(name).versions)
+        self._prepare_to_delete(name, self.catalog.get(name).versions)
         self._let_go(self.catalog.delete(name, force))
 
     def delete_version(self, name: str, version: int, force: bool = False) -> None:
         """Remove one version, likewise."""
-        self.catalog.own_key(name)
-        self._prepare_to_delete([self.catalog.version(name, version)])
+        self._prepare_to_delete(name, [self.catalog.version(name, version)])
         self._let_go(self.catalog.delete_version(name, version, force))
 
     def recover(self, is_known: Callable[[str], bool] = _never) -> Recovered:
@@ -268,7 +267,8 @@ class Library:
         with suppress(OSError):
             self.discard(*digests)
 
-    def _prepare_to_delete(self, versions: Sequence[Version]) -> None:
+    def _prepare_to_delete(self, name: str, versions: Sequence[Version]) -> None:
+        self.catalog.own_key(name)  # others aren't told who needs it
         held = [f"{version.name}@{version.version}" for version in versions if self._is_needed(version)]
         if held:
             raise Conflict(f"a job needs {', '.join(held)}: cancel it, or wait for its end")

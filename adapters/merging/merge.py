@@ -30,7 +30,7 @@ import torch
 from adapters.errors import InvalidInput
 from adapters.lora import LoraConfig, LoraModule, LoraWeights, ModuleKey
 from adapters.merging.recipe import Recipe
-from adapters.peft.files import exceptions_of, in_forward_order, targets_of
+from adapters.peft.describe import describe
 
 Side = Literal["A", "B", "BA"]
 
@@ -89,13 +89,8 @@ def _default_rank(parts: WeightedAdapters) -> int:
 def config_of(weights: LoraWeights, num_layers: int) -> LoraConfig:
     """The configuration of weights whose scalings are all 1, as `merge` makes them; `num_layers` is the base's."""
     assert all(module.scaling == 1.0 for module in weights.modules.values())
-    names, layers = targets_of(sorted(weights.modules, key=in_forward_order), num_layers)
     rank = weights.max_rank
-    pattern = exceptions_of({key: module.rank for key, module in weights.modules.items()}, rank)
-    alphas = {key: float(rank) for key, rank in pattern.items()}
-    return LoraConfig(
-        rank, float(rank), names, rank_pattern=pattern, alpha_pattern=alphas, layers_to_transform=layers
-    )
+    return describe(weights, rank, float(rank), use_rslora=False, num_layers=num_layers)
 
 
 def kept(recipe: Recipe, digest: str, key: ModuleKey, side: Side, shape: torch.Size) -> torch.Tensor:

@@ -81,10 +81,22 @@ def write(directory: Path, adapter: PeftAdapter) -> None:
         said = (config.rank_of(key), config.scaling_of(key))
         if not config.targets(key) or said != (module.rank, module.scaling):
             raise ValueError(f"the config says otherwise than the weights of {key.path}")
+    write_synced(directory / CONFIG_NAME, config_json(config, adapter.base_model))
+    tensors: dict[str, torch.Tensor] = {}
+    for key in sorted(modules, key=in_forward_order):
+        tensors[tensor_name(key, "A")] = modules[key].a
+        tensors[tensor_name(key, "B")] = modules[key].b
+    with open(directory / WEIGHTS_NAME, "wb") as file:
+        tensor_file.write(file, tensors)
+        _sync(file)
+
+
+def config_json(config: LoraConfig, base_model: str | None) -> bytes:
+    """An adapter_config.json that says this, as PEFT reads it."""
     document = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": adapter.base_model,
+        "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": config.rank,
         "lora_alpha": _shortest(config.alpha),
@@ -97,14 +109,7 @@ def write(directory: Path, adapter: PeftAdapter) -> None:
         "bias": "none",
         "init_lora_weights": True,
     }
-    write_synced(directory / CONFIG_NAME, json.dumps(document, indent=2).encode())
-    tensors: dict[str, torch.Tensor] = {}
-    for key in sorted(modules, key=in_forward_order):
-        tensors[tensor_name(key, "A")] = modules[key].a
-        tensors[tensor_name(key, "B")] = modules[key].b
-    with open(directory / WEIGHTS_NAME, "wb") as file:
-        tensor_file.write(file, tensors)
-        _sync(file)
+    return json.dumps(document, indent=2).encode()
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -171,8 +176,11 @@ def _check_pairs(keys: Iterable[ModuleKey], found: FoundTensors, errors: list[Fi
         )
 
 
-def targets_of(keys: Iterable[ModuleKey], num_layers: int) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
-    """`target_modules` and `layers_to_transform` that mean exactly `keys`."""
+def targets_of(
+    keys: Iterable[ModuleKey], num_layers: int | None
+) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """`target_modules` and `layers_to_transform` that mean exactly `keys`; where the base's number of layers isn't
+    known, each is named."""
     layers: dict[str, set[int]] = {}
     for key in keys:
         layers.setdefault(key.module, set()).add(key.layer)

@@ -1,6 +1,6 @@
 """The bytes of adapters: immutable directories named by digest, published by one rename.
 
-    <root>/<digest[:2]>/<digest>/adapter_config.json          what PEFT reads; an upload's as it was uploaded
+    <root>/<digest[:2]>/<digest>/adapter_config.json          what PEFT reads; an upload's as the first had it
                                  adapter_model.safetensors
                                  smolora.json                 effective scalings and sizes, for quick loading
     <root>/packed/                                            `adapters.store.packed`

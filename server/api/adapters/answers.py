@@ -3,6 +3,7 @@
 from collections.abc import Set
 
 from adapters.catalog.catalog import Adapter, Version
+from adapters.recorded import FILE_DIGEST
 
 Document = dict[str, object]
 
@@ -38,7 +39,7 @@ def version_answer(version: Version, resident: Set[str]) -> Document:
         "base_model": version.base_model,
         "base_digest": version.base_digest,
         "data_digest": version.data_digest,
-        "config": dict(version.config),
+        "config": {key: value for key, value in version.config.items() if key != FILE_DIGEST},
         "metrics": dict(version.metrics),
         "parent": version.parent,
         "job_id": version.job_id,

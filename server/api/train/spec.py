@@ -6,6 +6,8 @@ What the rows decide is `server.api.train.submission`'s part.
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 
+from adapters import recorded
+from adapters.catalog.catalog import Part
 from adapters.errors import FieldError, InvalidInput
 from adapters.expression import Term, parse
 from adapters.library import Library
@@ -31,9 +33,9 @@ def parent_terms(body: TrainBody, base_name: str) -> tuple[Term, ...]:
 
 
 def build_spec(body: TrainBody, library: Library, pinned: Pinned, max_length: int) -> JobSpec:
-    """The specification; `pinned` is the parent, or nothing. Raises InvalidInput naming every field at fault.
+    """The specification; `pinned` is the parent, or nothing. `max_length` is what the base can read.
 
-    `max_length` is what the base can read.
+    Raises InvalidInput naming every field at fault, or of the parent NotFound or CorruptAdapter.
     """
     faults = [*_name_faults(body.name, library), *_faults(body, max_length)]
     lora = LoraSpec(**body.lora.model_dump())
@@ -49,7 +51,7 @@ def build_spec(body: TrainBody, library: Library, pinned: Pinned, max_length: in
                 "a smaller rank first, by POST /compositions with method svd and a rank"
             )
             faults.append(FieldError(("start_from",), message))
-        asked, lora = lora, _shaped(lora, adapter)
+        asked, lora = lora, _shaped(lora, library, parent, adapter)
         faults += _contradictions(asked, lora, body.lora.model_fields_set)
     if faults:
         raise InvalidInput(faults)
@@ -103,14 +105,15 @@ def _faults(body: TrainBody, max_length: int) -> Iterator[FieldError]:
             yield FieldError(("start_from",), "full fine-tuning goes on from no adapter")
 
 
-def _shaped(lora: LoraSpec, parent: PeftAdapter) -> LoraSpec:
-    """With the parent's shape, which training leaves as it is."""
-    config = parent.config
+def _shaped(lora: LoraSpec, library: Library, parent: Part, stored: PeftAdapter) -> LoraSpec:
+    """With the parent's shape, which training leaves as it is. Raises NotFound."""
+    version = library.version(parent.name, parent.version)
+    config = recorded.config_of(version, stored, library.shape.num_layers)
     return dataclasses.replace(
         lora,
         rank=config.rank,
         alpha=float(config.alpha),
-        target_modules=parent.weights.target_modules,
+        target_modules=stored.weights.target_modules,
         use_rslora=config.use_rslora,
     )
 

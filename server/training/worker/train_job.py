@@ -11,11 +11,13 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from typing import cast
 
+from adapters import recorded
 from adapters.catalog.catalog import NewVersion
 from adapters.catalog.unattended import LatestMoved
 from adapters.errors import NotFound
-from adapters.expression import Term
+from adapters.expression import Term, parse
 from adapters.library import Library
+from adapters.lora import LoraConfig
 from adapters.peft.files import PeftAdapter
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel
@@ -109,7 +111,7 @@ class TrainingAttempt:
             raise
         adapter = None
         if outcome.weights is not None:
-            config = adapter_config(spec.lora) if parent is None else parent.config
+            config = adapter_config(spec.lora) if parent is None else self._config_of(parent)
             adapter = PeftAdapter(config, outcome.weights, self._base.name)
         for _ in range(MAX_DECISIONS - 1):
             with suppress(LatestMoved):
@@ -158,6 +160,17 @@ class TrainingAttempt:
         if self._leases.status(self._job.id) in (Status.CANCELLED, Status.FAILED):
             with suppress(NotFound):
                 self._results.delete(results_id(self._job.id))
+
+    def _config_of(self, parent: PeftAdapter) -> LoraConfig:
+        """The parent's, by its version; where that is deleted by now, of the shape that was submitted."""
+        num_layers = self._base.config.shape.num_layers
+        assert self._spec.start_from is not None
+        try:
+            (version,) = self._library.named(parse(self._spec.start_from))
+        except NotFound:
+            lora = self._spec.lora
+            return recorded.shaped(parent, lora.rank, lora.alpha, lora.use_rslora, num_layers)
+        return recorded.config_of(version, parent, num_layers)
 
     def _keep(self, adapter: PeftAdapter | None, outcome: Outcome) -> int:
         """Store what was trained; its bytes."""

@@ -13,7 +13,7 @@ import torch
 from adapters.catalog.unattended import LatestMoved
 from adapters.errors import Conflict, TryAgain
 from adapters.expression import Term
-from adapters.lora import LoraModule, LoraWeights
+from adapters.lora import LoraConfig, LoraModule, LoraWeights
 from adapters.peft.files import PeftAdapter
 from server.home import Home
 from server.model.base.weights import BaseModel
@@ -65,6 +65,28 @@ def test_it_goes_on_from_an_adapter(shop: Shop, tiny_base: BaseModel, tiny_base_
     report = shop.jobs.report("job")
     assert report is not None
     assert report["lineage"] == {"start_from": "up@1", "digest": digest}
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_the_parents_shape_is_its_own(shop: Shop, tiny_base: BaseModel, is_deleted: bool) -> None:
+    """The bytes were another's first, who said the same in other words; a deleted parent's shape is the job's."""
+    names = ("q_proj", "down_proj")
+    parent = sample(tiny_base.config.shape, 1, rank=3, alpha=5.0, names=names)
+    config = LoraConfig(
+        200, 400.0, names, rank_pattern=dict.fromkeys(names, 3), alpha_pattern=dict.fromkeys(names, 5.0)
+    )
+    shop.publish("guess", PeftAdapter(config, parent.weights, "evil/base"))
+    shop.publish("up", parent)
+    lora = LoraSpec(rank=3, alpha=5.0, target_modules=names)
+    spec = replace(SPEC, lora=lora, start_from="up@1", start_from_digest=parent.weights.digest)
+    shop.submit(spec, job_data(tiny_base))
+    if is_deleted:
+        shop.catalog.delete("up")
+    shop.attempt()
+    version = shop.catalog.version("codes", 1)
+    assert (version.rank, version.alpha) == (3, 5.0)
+    made = shop.store.read(version.digest, tiny_base.config.shape)
+    assert (made.config, made.base_model) == (parent.config, tiny_base.name)
 
 
 @pytest.mark.parametrize("how", ["leave", "kill"])
