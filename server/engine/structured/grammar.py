@@ -9,7 +9,7 @@ as there is any, so that a few dozen characters (`x|y((a{1000}){1000}){1000}`) k
 
 import json
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -59,7 +59,7 @@ def compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
     return matcher
 
 
-def _part(text: str) -> dict[str, Any]:
+def _part(text: str) -> dict[str, object]:
     """The only one of a grammar that llguidance has written, as a document."""
     (part,) = json.loads(text)["grammars"]
     return dict(part)
