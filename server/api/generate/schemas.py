@@ -34,7 +34,13 @@ class SamplingBody(SamplingFields):
     )
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="null: a random one, which the answer carries")
     n: int = Field(1, ge=1, le=16, description="choices; each is a sequence of its own")
-    logprobs: int = Field(0, ge=0, le=20, description="this many likeliest tokens beside each chosen one; 0: none")
+    logprobs: int = Field(
+        0,
+        ge=0,
+        le=20,
+        description="this many likeliest tokens beside each chosen one; 0: none. At most 262,144 in all where the "
+        "answer isn't streamed",
+    )
 
 
 class PromptBody(Body):
