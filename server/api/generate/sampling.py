@@ -45,8 +45,8 @@ def check_logprobs(num_tokens: int, num_top: int, field: str = "logprobs") -> No
     if num_top and num_tokens > most_tokens(num_top):
         raise InvalidInput.of(
             field,
-            f"{num_tokens:,} tokens with {num_top} beside each are more than the {MAX_LOGPROBS:,} of one answer: "
-            "ask for fewer, or for several answers; a stream has no such bound",
+            f"{num_tokens:,} tokens with {num_top} beside each are {num_tokens * (num_top + 1):,} of them, and "
+            f"an answer has at most {MAX_LOGPROBS:,}: ask for fewer, or for a stream, which has no such bound",
         )
 
 
