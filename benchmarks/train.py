@@ -28,7 +28,9 @@ from benchmarks.training.works import WORKS, Work, reduced, rows_of
 from server.model.base.export import export_hugging_face
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
+from server.model.device import choose_device
 
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -38,6 +40,12 @@ def main(arguments: list[str] | None = None) -> Results:
     parser = command.parser("benchmarks.train", "Measures training, and transformers and PEFT in turn with it.")
     parser.add_argument("--rounds", type=positive, default=3, help="each measures every work once on all sides")
     parser.add_argument("--only", nargs="+", choices=keys, default=keys, help="works to measure")
+    parser.add_argument(
+        "--torch-dtype",
+        choices=_DTYPES,
+        default=torch_dtype(),
+        help="in which the peers compute, and ours in torch",
+    )
     options = parser.parse_args(arguments)
     if options.quick:
         options.rounds = 1
@@ -55,10 +63,17 @@ def main(arguments: list[str] | None = None) -> Results:
         Path(options.model).name,
         options.rounds,
         rows,
+        options.torch_dtype,
     )
     command.write(options.out, "train", results)
     print(markdown(results))
     return results
+
+
+def torch_dtype() -> str:
+    """The faster one: fp32 by far on processors without instructions for bf16."""
+    _, dtype = choose_device("cpu", "auto")
+    return "bf16" if dtype is torch.bfloat16 else "fp32"
 
 
 def _measure(works: Sequence[Work], scratch: Path, options: argparse.Namespace, say: Say) -> list[Row]:
@@ -77,6 +92,7 @@ def _measure(works: Sequence[Work], scratch: Path, options: argparse.Namespace, 
                 converted,
                 scratch / "base",
                 options.threads,
+                _DTYPES[options.torch_dtype],
                 options.home / "native",
                 scratch.resolve() / "compiled",
             )

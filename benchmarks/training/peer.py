@@ -1,7 +1,7 @@
 """The peer of training: transformers, and PEFT where adapters are trained, as fast as they go.
 
-bf16 adapters (`autocast_adapter_dtype=False`), the fused optimizer, rows padded to the batch's longest alone, as
-collators do; or packed, or compiled.
+Adapters in the precision of the base (`autocast_adapter_dtype=False`), the fused optimizer, rows padded to the
+batch's longest alone, as collators do; or packed, or compiled.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,11 +35,11 @@ PEERS = {EAGER: PeerSide(), PACKED: PeerSide(packs=True), COMPILED: PeerSide(com
 class Peer:
     """A model and its optimizer."""
 
-    def __init__(self, side: PeerSide, base: Path, method: Method, *, longest: int) -> None:
+    def __init__(self, side: PeerSide, base: Path, method: Method, dtype: torch.dtype, *, longest: int) -> None:
         """`longest` is that of all rows to come: under a compiler, which has to know it, all are padded to it."""
         self._side = side
         self._longest = longest
-        self._model = load(base, method)
+        self._model = load(base, method, dtype)
         self._trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         if side.compiles:
@@ -65,12 +65,12 @@ class Peer:
         return padded(batch, self._longest if self._side.compiles else max(map(len, batch)))
 
 
-def load(base: Path, method: Method) -> torch.nn.Module:
-    """The model in bf16, ready to be trained; its adapters r=16 on all seven linear modules."""
+def load(base: Path, method: Method, dtype: torch.dtype) -> torch.nn.Module:
+    """The model in `dtype`, ready to be trained; its adapters r=16 on all seven linear modules."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     model.config.use_cache = False
     if method == "full":
         return cast(torch.nn.Module, model.train())

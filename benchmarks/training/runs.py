@@ -1,7 +1,7 @@
 """A few optimizer steps over given rows, ours or a peer's, each in a process of its own.
 
 A fresh process has its own peak memory and no other's warm caches. All sides train LoRA r=16 on all seven linear
-modules, or every weight, with AdamW in bf16, over the same token ids, under the same settings of the allocator;
+modules, or every weight, with AdamW, over the same token ids, under the same settings of the allocator;
 every token but a row's first counts.
 """
 
@@ -47,6 +47,7 @@ class Run:
     converted: Path  # the base, as ours is given it
     hugging_face: Path  # and the peers
     threads: int
+    torch_dtype: torch.dtype  # in which whoever computes in torch does
     native: Path  # where our native code is compiled to
     compiled: Path  # where torch.compile keeps what it made, for the next process
 
@@ -92,7 +93,7 @@ def _child(side: Side, run: Run, connection: Connection) -> None:
 
 
 def _ours(run: Run, *, native: bool) -> Measured:
-    base = load_base(run.converted, torch.bfloat16)
+    base = load_base(run.converted, torch.bfloat16 if native else run.torch_dtype)
     longest = max(map(len, run.rows))
     trainable: TrainableModel | TrainableRows
     library = find_library(base, [run.native], print) if native else None
@@ -121,7 +122,7 @@ def _ours(run: Run, *, native: bool) -> Measured:
 
 def _peer(side: PeerSide, run: Run) -> Measured:
     warnings.simplefilter("ignore")
-    peer = Peer(side, run.hugging_face, run.method, longest=max(map(len, run.rows)))
+    peer = Peer(side, run.hugging_face, run.method, run.torch_dtype, longest=max(map(len, run.rows)))
     order = shuffled(len(run.rows), TrainingSpec().seed, epoch=0)
     batches = [
         [run.rows[row] for row in order[start : start + run.batch_size]]

@@ -15,7 +15,7 @@ from benchmarks.training.works import Work
 
 SIDES = (NATIVE, TORCH, EAGER, PACKED, COMPILED)
 MEANING = (
-    "The peer is transformers, with PEFT where adapters are trained: bf16 adapters, the fused AdamW, our "
+    "The peer is transformers, with PEFT where adapters are trained: {dtype} adapters, the fused AdamW, our "
     "allocator's settings. It pads short rows to the longest of their batch; *packing* lays them out one after "
     "the other, told apart by `position_ids` alone; *compiled* is under `torch.compile`, padded to one length for "
     "all, the time to compile not counted."
@@ -48,6 +48,7 @@ class Results:
     model: str
     rounds: int
     rows: list[Row]
+    torch_dtype: str = "bf16"  # in which whoever computes in torch does
 
 
 def evaluate(results: Results) -> list[Target]:
@@ -62,7 +63,13 @@ def markdown(results: Results) -> str:
         f"{results.model} in bf16; r=16 on all seven linear modules, AdamW; tokens per second without padding; "
         f"{rounds(results.rounds)}, all sides in turn, each in a fresh process"
     )
-    parts = [f"`{results.made.command}`, {results.made.day}. {results.machine}.", f"{work}. {MEANING}"]
+    meaning = MEANING.format(dtype=results.torch_dtype)
+    if results.torch_dtype != "bf16":
+        meaning += (
+            f" The peer, and ours in torch, compute in {results.torch_dtype}: torch is many times as slow in bf16 "
+            "where a processor has no instructions for it."
+        )
+    parts = [f"`{results.made.command}`, {results.made.day}. {results.machine}.", f"{work}. {meaning}"]
     if results.made.quick:
         parts.append(QUICK)
     parts += ["Tokens per second:", speed_table(results)]

@@ -137,7 +137,7 @@ ROWS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [30, 31, 32, 33, 34]]
 
 def test_packed_rows_are_kept_apart(tiny_base_dir: Path) -> None:
     """The packing peer's loss and gradients are the padding one's; rows that run into each other would show."""
-    model = load(tiny_base_dir, "full").float()
+    model = load(tiny_base_dir, "full", torch.float32)
 
     def loss_and_gradient(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         model.zero_grad()
@@ -195,6 +195,11 @@ def test_the_speed_targets() -> None:
     assert "| LoRA, 4 × 512 tokens | 250 (240–260) | 150 | 135 (120–150) | – | 150 (100–200) |" in text
     assert "It pads short rows to the longest of their batch" in text
     assert "native code was not to be had" not in text
+    assert "bf16 adapters, the fused AdamW" in text
+    assert "compute in" not in text
+    text = train_report.markdown(replace(trained([row]), torch_dtype="fp32"))
+    assert "fp32 adapters, the fused AdamW" in text
+    assert "The peer, and ours in torch, compute in fp32" in text
 
 
 def test_every_work_is_held_to_the_compiled_peer() -> None:

@@ -76,6 +76,7 @@ class TrainBackward : public TrainForward {
             });
         if (down.lora.kept != nullptr)
             each_rows([&](int start, int rows) { met(down.lora, batch, active_.data(), intermediate, start, rows); });
+        begin_w(down);
         team_.each(num_of_a_and_w(down), [&](int i) { a_or_w_gradient(down, i); });
         clock_.end(kProductsBackwardPhase);
 
@@ -177,6 +178,8 @@ class TrainBackward : public TrainForward {
     template <class Other, class Item>
     void each_input_and(const Outputs& of, int others, Other other, Item item) {
         const int64_t products = of.in / kTile * product_chunks_, count = products + others;
+        scratch().product.wide.begin(of.in / kTile / s_.threads);
+        begin_w(of);
         auto ahead_of = [&](int64_t i) {  // products
             return of.d_w == nullptr ? (i * products + count - 1) / count : std::min(i, products);
         };
@@ -206,8 +209,8 @@ class TrainBackward : public TrainForward {
     void a_gradient(const Outputs& of, int64_t column) {
         const bf16* x = of.lora.kept != nullptr ? lora_input_.data() : of.x;
         float* y = room(scratch().y, of.lora.rows * kTile);
-        multiply_over_tokens(d_lora_hidden_T_.data(), across_, (int)of.lora.rows, x, of.in, column, tokens_, y, kTile,
-                             scratch().product);
+        multiply_over_tokens({d_lora_hidden_T_.data(), (size_t)across_}, (int)of.lora.rows, x, of.in, column, tokens_,
+                             y, kTile, scratch().product);
         for (int64_t i = 0; i < of.lora.num_modules; i++) {
             const TrainModule& module = of.lora.modules[i];
             for (int64_t repeat = 0; repeat < module.repeats; repeat++)
@@ -216,6 +219,10 @@ class TrainBackward : public TrainForward {
         }
     }
 
+    // A phase begins that has items of W.
+    void begin_w(const Outputs& of) {
+        if (of.d_w != nullptr) scratch().product.wide_turned.begin(of.in / kTile / s_.threads);
+    }
     static int pieces_of_w(const Outputs& of) { return (int)((of.out + kProductRows - 1) / kProductRows); }
     static int num_of_a_and_w(const Outputs& of) {
         return num_of_a(of) + (of.d_w != nullptr ? (int)(of.in / kTile) * pieces_of_w(of) : 0);
@@ -225,9 +232,10 @@ class TrainBackward : public TrainForward {
         i -= num_of_a(of);
         const int64_t column = (int64_t)(i / pieces_of_w(of)) * kTile;
         const int64_t row = (int64_t)(i % pieces_of_w(of)) * kProductRows;
-        multiply_over_tokens<true>(&dy_T_[row * across_], across_, (int)std::min<int64_t>(kProductRows, of.out - row),
-                                   of.x, of.in, column, tokens_, of.d_w + row * of.in + column, of.in,
-                                   scratch().product);
+        const int rows = (int)std::min<int64_t>(kProductRows, of.out - row);
+        ProductScratch& own = scratch().product;
+        multiply_over_tokens<true>(own.wide_turned.rows(dy_T_.data(), across_, (int)row, rows), rows, of.x, of.in,
+                                   column, tokens_, of.d_w + row * of.in + column, of.in, own);
     }
 
     // x_ = what the norm gave in the forward pass.

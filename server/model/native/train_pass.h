@@ -102,6 +102,7 @@ class TrainPass {
     // item(column item, first row, rows) over the batch.
     template <class Item>
     void each_product(int columns, Item item) {
+        scratch().product.wide.begin(columns / s_.threads);
         team_.each(columns * product_chunks_, [&](int i) { product_item(i, item); });
     }
     template <class Item>

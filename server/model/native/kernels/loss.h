@@ -62,6 +62,7 @@ class Loss {
         Panel panel;
         Aligned<float> logits;
         Aligned<bf16> weights, turned;
+        WideRows wide_hidden, wide_weights;
     };
     static constexpr int kDepth = kLossTiles * kTile;
 
@@ -95,27 +96,31 @@ class Loss {
         float* logits = room(scratch.logits, rows * kDepth);
         bf16* weights = has_gradient ? room(scratch.weights, rows * kDepth) : nullptr;
         uint32_t* panel = room(scratch.panel, std::max<int64_t>(hidden_, kDepth) / 2 * kTile);
+        scratch.wide_hidden.begin(tiles / kLossParts);
+        const Rows x = scratch.wide_hidden.rows(hidden, hidden_, 0, rows);
         for (int64_t first = tiles * part / kLossParts; first < end; first += kLossTiles) {
             const int count = (int)std::min<int64_t>(kLossTiles, end - first), width = count * kTile;
             const bf16* head = head_ + first * kTile * hidden_;
-            multiply_tiles(hidden, rows, first, count, panel, logits);
+            multiply_tiles(x, rows, first, count, panel, logits);
             for (int row = 0; row < rows; row++)
                 weigh<has_gradient>(logits + row * kDepth, width, first * kTile, targets[row], others[row],
                                     target_logit_[row], has_gradient ? mixed + row * hidden_ : nullptr,
                                     has_gradient ? weights + row * kDepth : nullptr);
             if (!has_gradient) continue;
+            scratch.wide_weights.begin(hidden_ / kTile);
+            const Rows by = scratch.wide_weights.rows(weights, kDepth, 0, rows);
             for (int64_t column = 0; column < hidden_; column += kTile) {
                 pack_columns(head + column, hidden_, width, panel);
-                multiply<true>(weights, kDepth, rows, panel, width / 2, mixed + column, hidden_);
+                multiply<true>(by, rows, (const bf16*)panel, width / 2, mixed + column, hidden_);
             }
         }
     }
 
     // logits (rows, kDepth) of `count` tiles of the vocabulary.
-    void multiply_tiles(const bf16* hidden, int rows, int64_t first, int count, uint32_t* panel, float* logits) const {
+    void multiply_tiles(const Rows& hidden, int rows, int64_t first, int count, uint32_t* panel, float* logits) const {
         for (int tile = 0; tile < count; tile++) {
             pack_rows(head_ + (first + tile) * kTile * hidden_, hidden_, kTile, (int)hidden_, panel);
-            multiply_and_prefetch(hidden, hidden_, rows, panel, (int)hidden_ / 2, logits + tile * kTile, kDepth,
+            multiply_and_prefetch(hidden, rows, panel, (int)hidden_ / 2, logits + tile * kTile, kDepth,
                                   head_ + (first + tile + 1) * kTile * hidden_, kTile, (int)hidden_);
         }
     }
@@ -198,13 +203,16 @@ class Loss {
                 float* logits = room(scratch.logits, rows * kDepth);
                 bf16* d_logits = room(scratch.weights, rows * kDepth);
                 bf16* turned = room(scratch.turned, kDepth * kLossRows);  // (tokens of the vocabulary, rows)
-                multiply_tiles(hidden, rows, first, count, room(scratch.panel, hidden_ / 2 * kTile), logits);
+                multiply_tiles({hidden, (size_t)hidden_}, rows, first, count, room(scratch.panel, hidden_ / 2 * kTile),
+                               logits);
                 for (int row = 0; row < rows; row++)
                     softmax_gradient(logits + row * kDepth, width, divisors[row], targets[row] - first * kTile, factor,
                                      d_logits + row * kDepth);
                 transpose(d_logits, kDepth, rows, width, turned, kLossRows);
+                scratch.wide_weights.begin(hidden_ / kTile);
+                const Rows by = scratch.wide_weights.rows(turned, kLossRows, 0, width);
                 for (int64_t column = 0; column < hidden_; column += kTile)
-                    multiply<true>(turned, kLossRows, width, columns + column * pairs, pairs,
+                    multiply<true>(by, width, (const bf16*)(columns + column * pairs), pairs,
                                    d_head + first * kTile * hidden_ + column, hidden_);
             });
         });

@@ -17,7 +17,8 @@
 #include <utility>
 #include <vector>
 
-#include "amx.h"
+#include "blocks/amx.h"
+#include "blocks/wide.h"
 #include "numbers.h"
 #include "prefetch.h"
 #include "stored/products.h"
@@ -124,6 +125,15 @@ inline void multiply(const bf16* x, size_t x_stride, int rows, const bf16* w, in
     multiply<add>(x, x_stride, rows, w, pairs, y, y_stride, NoLines());
 }
 
+// The same of rows that may be widened.
+template <bool add = false, class Prefetched = NoLines>
+inline void multiply(const Rows& x, int rows, const bf16* w, int pairs, float* y, size_t y_stride,
+                     Prefetched lines = {}) {
+    if constexpr (kWideBlock > 0)
+        if (x.wide != nullptr) return multiply_wide<add>(x.wide, x.stride, rows, w, pairs, y, y_stride, lines);
+    multiply<add>(x.x, x.stride, rows, w, pairs, y, y_stride, lines);
+}
+
 // A tile that was expanded, for the next block of rows too.
 struct ExpandedTile {
     const void* of = nullptr;
@@ -164,23 +174,23 @@ class Matrix {
 
     // y (rows, 32) = x (rows, in) times one tile. Meanwhile the next tile is prefetched, and what `prefetch` holds,
     // which is empty then.
-    void multiply(const bf16* x, size_t x_stride, int rows, int index, float* y, size_t y_stride, ExpandedTile& scratch,
+    void multiply(const Rows& x, int rows, int index, float* y, size_t y_stride, ExpandedTile& scratch,
                   PrefetchList& prefetch) const {
         if (type_ != kBf16 && rows <= kStoredRows && !has_amx()) {
             const int count = in_ / kTile;
             if (type_ == kQ4_1)
-                multiply_stored(x, x_stride, rows, (TileQ4_1*)at(index), count, y, y_stride, prefetch);
+                multiply_stored(x.x, x.stride, rows, (TileQ4_1*)at(index), count, y, y_stride, prefetch);
             else
-                multiply_stored(x, x_stride, rows, (TileQ8_0*)at(index), count, y, y_stride, prefetch);
+                multiply_stored(x.x, x.stride, rows, (TileQ8_0*)at(index), count, y, y_stride, prefetch);
         } else {
             const bf16* w = tile(index, scratch);
             prefetch.add(type_ == kBf16 ? at(index) + kBytesAhead : at(index + 1), tile_size_);
-            const int pairs = in_ / 2, at_once = has_amx() ? 2 * kAmxRows : kBlock;
+            const int pairs = in_ / 2, at_once = has_amx() ? 2 * kAmxRows : x.wide != nullptr ? kWideBlock : kBlock;
             const bool is_first_read = type_ == kBf16;  // of the tile: its lines are needed as fast as it is multiplied
             if (is_first_read || (int)prefetch.size() > pairs * ((rows + at_once - 1) / at_once))
-                ::multiply(x, x_stride, rows, w, pairs, y, y_stride, prefetch.lines<2>());
+                ::multiply(x, rows, w, pairs, y, y_stride, prefetch.lines<2>());
             else
-                ::multiply(x, x_stride, rows, w, pairs, y, y_stride, prefetch.lines<1>());
+                ::multiply(x, rows, w, pairs, y, y_stride, prefetch.lines<1>());
         }
         prefetch.clear();
     }

@@ -93,14 +93,14 @@ inline void multiply(const bf16* x, size_t x_stride, int rows, const uint32_t* p
 
 // The same, while 32 columns of w, which has `depth` rows, are prefetched to where `pack_columns` reads them fast: no
 // processor foresees lines that lie so far apart.
-inline void multiply_and_prefetch(const bf16* x, size_t x_stride, int rows, const uint32_t* panel, int pairs, float* y,
-                                  size_t y_stride, const bf16* w, size_t stride, int depth) {
+inline void multiply_and_prefetch(const Rows& x, int rows, const uint32_t* panel, int pairs, float* y, size_t y_stride,
+                                  const bf16* w, size_t stride, int depth) {
     for (int start = 0; start < rows; start += kPrefetchRows) {
         const int now = std::min(kPrefetchRows, rows - start);
         const int end = (int)((int64_t)depth * (start + now) / rows);
         for (int row = (int)((int64_t)depth * start / rows); row < end; row++)
             _mm_prefetch((const char*)(w + row * stride), _MM_HINT_T1);
-        multiply(x + start * x_stride, x_stride, now, panel, pairs, y + start * y_stride, y_stride);
+        multiply(x.from(start), now, (const bf16*)panel, pairs, y + start * y_stride, y_stride);
     }
 }
 

@@ -11,6 +11,7 @@ constexpr int kProductRows = 512;  // rows that meet a tile when it was packed, 
 
 struct ProductScratch {  // of one thread
     Panel panel, low_rank_panel, columns;
+    WideRows wide, wide_turned;  // of the phase's x or dy, and of dy as (out, tokens)
     Aligned<float> low_rank, share;
 };
 
@@ -76,8 +77,8 @@ inline void product(const bf16* w, int64_t in, int64_t out, const TrainGroup& lo
                     ProductScratch& scratch) {
     uint32_t* panel = room(scratch.panel, in / 2 * kTile);
     pack_rows(w + column * in, in, kTile, (int)in, panel);
-    multiply_and_prefetch(x + start * in, in, rows, panel, (int)in / 2, y, y_stride, w + (column + kTile) * in, kTile,
-                          (int)in);
+    multiply_and_prefetch(scratch.wide.rows(x, in, start, rows), rows, panel, (int)in / 2, y, y_stride,
+                          w + (column + kTile) * in, kTile, (int)in);
     const TrainModule* module = module_at(lora, column);
     if (module == nullptr) return;
     panel = room(scratch.panel, module->rank / 2 * kTile);
@@ -92,8 +93,8 @@ inline void product_backward(const bf16* w, int64_t in, int64_t out, const Train
                              int64_t y_stride, ProductScratch& scratch) {
     uint32_t* panel = room(scratch.panel, std::max(out, lora.rows) / 2 * kTile);
     pack_columns(w + column, in, (int)out, panel);
-    multiply_and_prefetch(dy + start * out, out, rows, panel, (int)out / 2, y, y_stride, w + column + kTile, in,
-                          (int)out);
+    multiply_and_prefetch(scratch.wide.rows(dy, out, start, rows), rows, panel, (int)out / 2, y, y_stride,
+                          w + column + kTile, in, (int)out);
     if (lora.rows == 0) return;
     const bf16* low = d_lora_hidden + start * lora.rows;
     const int pairs = (int)lora.rows / 2;
@@ -114,11 +115,11 @@ inline void product_backward(const bf16* w, int64_t in, int64_t out, const Train
 // y (outputs, 32): columns [column, column + 32) of the sum over tokens of x_T (outputs, tokens) times dy (tokens,
 // out), or that added to it: the gradient of A, B or W. An odd number of tokens is filled up with zeros.
 template <bool add = false>
-inline void multiply_over_tokens(const bf16* x_T, int64_t x_stride, int outputs, const bf16* dy, int64_t out,
-                                 int64_t column, int tokens, float* y, int64_t y_stride, ProductScratch& scratch) {
+inline void multiply_over_tokens(const Rows& x_T, int outputs, const bf16* dy, int64_t out, int64_t column, int tokens,
+                                 float* y, int64_t y_stride, ProductScratch& scratch) {
     uint32_t* panel = room(scratch.columns, (tokens + 1) / 2 * kTile);
     pack_columns(dy + column, out, tokens, panel);
-    multiply<add>(x_T, x_stride, outputs, panel, (tokens + 1) / 2, y, y_stride);
+    multiply<add>(x_T, outputs, (const bf16*)panel, (tokens + 1) / 2, y, y_stride);
 }
 
 // to (rows, columns) += by * y
@@ -137,7 +138,7 @@ inline void multiply_over_tokens_turned(const bf16* x_T, int64_t x_stride, int o
                                         int64_t column, int tokens, float* y, int64_t y_stride,
                                         ProductScratch& scratch) {
     float* tile = room(scratch.low_rank, outputs * kTile);
-    multiply_over_tokens(x_T, x_stride, outputs, dy, out, column, tokens, tile, kTile, scratch);
+    multiply_over_tokens({x_T, (size_t)x_stride}, outputs, dy, out, column, tokens, tile, kTile, scratch);
     for (int output = 0; output < outputs; output += 16)
         for (int half = 0; half < kTile; half += 16) {
             __m512i r[16];

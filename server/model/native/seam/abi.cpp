@@ -1,7 +1,7 @@
 // What the library says of itself: how its structs lie, which compiler made it, and whether this processor can run it.
 #include "abi.h"
 
-#include "kernels/amx.h"
+#include "kernels/blocks/amx.h"
 
 namespace {
 

@@ -9,6 +9,7 @@ namespace {
 struct alignas(64) HeadScratch {  // of one thread
     ExpandedTile tile;
     PrefetchList prefetch;  // empty
+    WideRows wide;          // of the hidden states
     RowSampler sampler;
 };
 
@@ -20,9 +21,12 @@ class Head {
 
     // logits (rows, vocab) of hidden (rows, hidden).
     void project(const bf16* hidden, int rows, float* logits) {
-        team_.each((int)(s_.vocab / kTile), [&](int tile) {
+        const int tiles = (int)(s_.vocab / kTile);
+        scratch_[Team::number()].wide.begin(tiles / team_.size());
+        team_.each(tiles, [&](int tile) {
             HeadScratch& own = scratch_[Team::number()];
-            lm_head_.multiply(hidden, s_.hidden, rows, tile, logits + tile * kTile, s_.vocab, own.tile, own.prefetch);
+            lm_head_.multiply(own.wide.rows(hidden, s_.hidden, 0, rows), rows, tile, logits + tile * kTile, s_.vocab,
+                              own.tile, own.prefetch);
         });
     }
 

@@ -20,6 +20,7 @@ struct alignas(64) LayerScratch {  // of one thread
     std::vector<float> y;
     std::vector<bf16> q;
     ExpandedTile tiles[2];
+    WideRows wide;          // of the phase's x
     PrefetchList prefetch;  // empty between products
 };
 
@@ -138,6 +139,7 @@ class Layers {
     template <class Item>
     void product(int layer, Group group, const bf16* x, int columns, Item item) {
         LoraGroup& lora = lora_[group];
+        scratch().wide.begin(columns / team_.size());
         team_.each(
             lora.num_tasks(), [&](int task) { lora.shrink(layer, task, x); }, columns * chunks_,
             [&](int i) {
@@ -156,7 +158,8 @@ class Layers {
         LayerScratch& own = scratch();
         lora_.add_to(own.prefetch, layer, group, start, rows, tile * kTile, tile * chunks_ + start / kChunk,
                      w.num_tiles() * chunks_);
-        w.multiply(x + start * in, in, rows, tile, y, y_stride, own.tiles[chunks_ > 1 ? slot : 0], own.prefetch);
+        w.multiply(own.wide.rows(x, in, start, rows), rows, tile, y, y_stride, own.tiles[chunks_ > 1 ? slot : 0],
+                   own.prefetch);
         if (lora.num_tasks() == 0) return;
         team_.wait_first(lora.num_tasks());
         lora.expand(layer, start, rows, tile * kTile, y, y_stride);

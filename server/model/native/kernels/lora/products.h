@@ -9,7 +9,7 @@
 #include <optional>
 #include <utility>
 
-#include "../amx.h"
+#include "../blocks/amx.h"
 #include "../matrix.h"
 #include "../numbers.h"
 

@@ -10,7 +10,7 @@
 
 namespace vectors {
 
-constexpr int kSums = 4;
+constexpr int kSums = 4, kWideSums = 6;
 
 struct Floats {  // 16
     __m256 low, high;

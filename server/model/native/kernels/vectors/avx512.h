@@ -6,7 +6,7 @@
 
 namespace vectors {
 
-constexpr int kSums = 24;
+constexpr int kSums = 24, kWideSums = 0;
 
 inline void store_interleaved(__m512i a, __m512i b, uint32_t* to) {
     alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,

@@ -2,7 +2,8 @@
 //
 // Beside them each processor's header has in namespace `vectors`: is_supported(), kFlushesToZero of what _mm_setcsr
 // takes, are_not_zero(16 bytes), store_interleaved(two rows of 32 numbers of 16 bits, where to), and
-// lowest_four_bits(16 words) as floats; and kSums, how many sums of 16 numbers registers hold beside what they are of.
+// lowest_four_bits(16 words) as floats; kSums, how many sums of 16 numbers registers hold beside what they are of; and
+// kWideSums, how many where that is in 32 bits, or 0 where that brings nothing.
 // side_by_side.h and apart.h have what expands stored weights, and multiplies by them.
 #pragma once
 

@@ -107,7 +107,8 @@ TEST(half_a_tile_and_a_tile_with_something_fetched) {
         multiply(x.data(), in, rows, panel.data(), in / 2, whole.data(), kTile);
         Fenced<float> narrow((size_t)rows * kTile), same((size_t)rows * kTile);
         multiply_narrow(x.data(), in, rows, half.data(), in / 2, narrow.data(), kTile);
-        multiply_and_prefetch(x.data(), in, rows, panel.data(), in / 2, same.data(), kTile, w.data(), in, kTile);
+        multiply_and_prefetch({x.data(), (size_t)in}, rows, panel.data(), in / 2, same.data(), kTile, w.data(), in,
+                              kTile);
         narrow.check("multiply_narrow"), same.check("multiply_and_prefetch");
         for (int i = 0; i < rows * kTile; i++) {
             expect(narrow[i] == (i % kTile < 16 ? whole[i] : 77), "half of %d rows: %d", rows, i);

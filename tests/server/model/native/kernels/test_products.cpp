@@ -180,12 +180,12 @@ TEST(sums_over_tokens) {
         ProductScratch scratch;
         for (int column = 0; column < out; column += kTile) {
             Fenced<float> y((size_t)outputs * y_stride);
-            multiply_over_tokens(x_T.data(), across, outputs, dy.data(), out, column, tokens, y.data(), y_stride,
-                                 scratch);
+            multiply_over_tokens({x_T.data(), (size_t)across}, outputs, dy.data(), out, column, tokens, y.data(),
+                                 y_stride, scratch);
             y.check("multiply_over_tokens");
             Fenced<float> added((size_t)outputs * y_stride, 2);
-            multiply_over_tokens<true>(x_T.data(), across, outputs, dy.data(), out, column, tokens, added.data(),
-                                       y_stride, scratch);
+            multiply_over_tokens<true>({x_T.data(), (size_t)across}, outputs, dy.data(), out, column, tokens,
+                                       added.data(), y_stride, scratch);
             added.check("multiply_over_tokens");
             Fenced<float> turned((size_t)kTile * y_stride);
             multiply_over_tokens_turned(x_T.data(), across, outputs, dy.data(), out, column, tokens, turned.data(),

@@ -53,8 +53,8 @@ TEST(stored_weights_expand_to_the_same_bits) {
                     PrefetchList nothing, something;
                     something.add(x.data(), 100 * (size_t)rows);
                     std::vector<float> found(rows * kTile), wanted(rows * kTile);
-                    matrix.multiply(x.data(), in, rows, 1, found.data(), kTile, scratch, nothing);
-                    expanded.multiply(x.data(), in, rows, 1, wanted.data(), kTile, unused, something);
+                    matrix.multiply({x.data(), (size_t)in}, rows, 1, found.data(), kTile, scratch, nothing);
+                    expanded.multiply({x.data(), (size_t)in}, rows, 1, wanted.data(), kTile, unused, something);
                     expect(found == wanted, "type %d, %d inputs: another product of %d rows", type, in, rows);
                 }
             }

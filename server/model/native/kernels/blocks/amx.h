@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <cstdlib>
 
-#include "numbers.h"
-#include "prefetch.h"
+#include "../numbers.h"
+#include "../prefetch.h"
 
 constexpr int kAmxPairs = 16;  // pairs of inputs that an instruction takes
 constexpr int kAmxRows = 16;   // rows, at most
