@@ -29,7 +29,7 @@ from benchmarks.serving.adapter_files import RANK, Sizes, write_adapter
 from benchmarks.serving.many_adapters import Many, ManyConfig
 from benchmarks.serving.options import Options, parse
 from benchmarks.serving.own_parts import OwnParts
-from benchmarks.serving.phases import bytes_of
+from benchmarks.serving.phases import bytes_of, keeps_stored
 from benchmarks.serving.results import Results, Settings, Start
 from benchmarks.serving.rounds import Rounds
 from benchmarks.serving.systems.line_up import Inputs, line_up
@@ -38,6 +38,7 @@ from benchmarks.serving.systems.systems import OurServer
 from server.model.base.export import export_hugging_face
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, BaseWeights, load_base
+from server.model.native.library import NativeUnavailable, instructions
 
 LOG = "serve.log"
 
@@ -79,7 +80,7 @@ def _measure(options: Options, scratch: Path, made: Made, say: Say) -> Results:
     settings = Settings(
         *(Path(options.model).name, options.dtype, options.device, options.rounds),
         *(options.prompt_tokens, options.max_tokens),
-        _weight_bytes(bases.base.weights, DTYPES[options.dtype]),
+        _weight_bytes(bases.base.weights, options),
     )
     results = Results(made, Machine.this(options.threads), settings)
     # all have room: what the loads use must not be evicted by those that are measured cold
@@ -153,11 +154,16 @@ def _server_config(
     )
 
 
-def _weight_bytes(weights: BaseWeights, dtype: torch.dtype) -> int:
-    """What a step of a stream reads: in bf16 native code has weights as they were stored."""
-    if dtype is not torch.bfloat16:
+def _weight_bytes(weights: BaseWeights, options: Options) -> int:
+    """What a step of a stream reads: in bf16 native code may have weights as they were stored."""
+    dtype = DTYPES[options.dtype]
+    if dtype is not torch.bfloat16 or options.device != "cpu":
         return weights.num_parameters * dtype.itemsize
-    return sum(bytes_of(weights).values())
+    try:
+        are_stored = keeps_stored(options.instructions or instructions(), options.threads)
+    except NativeUnavailable:
+        are_stored = False
+    return sum(bytes_of(weights, are_stored=are_stored).values())
 
 
 def _starts(options: Options, config: ServerConfig, say: Say) -> Start:

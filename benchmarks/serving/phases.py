@@ -23,6 +23,7 @@ from server.model.base.config import ModelConfig
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseWeights, load_base
 from server.model.native.abi import PHASES
+from server.model.native.library import instructions
 from server.model.native.load import load_native
 from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel, StepTables
 from server.model.native.sampling import SampleTable
@@ -100,7 +101,8 @@ def main(arguments: list[str] | None = None) -> Results:
         say(step.title)
         found.append(measured(model, step, options.repeats))
     torch.set_num_threads(options.threads)
-    sizes, weight_bytes = parameters(model.config), bytes_of(base.weights)
+    are_stored = keeps_stored(instructions(), options.threads)
+    sizes, weight_bytes = parameters(model.config), bytes_of(base.weights, are_stored=are_stored)
     products = [(each, phase, size) for each in found for phase, size in sizes.items() if phase != "head"]
     read = [weight_bytes[phase] / each.phases[phase] for each, phase, _ in products]
     speeds = [
@@ -136,13 +138,20 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     return {**found, "head": config.vocab_size * config.hidden_size}
 
 
-def bytes_of(weights: BaseWeights) -> dict[str, int]:
-    """How many bytes of weights each phase reads: of those that are stored in fewer bits, as many."""
+def keeps_stored(native: str, threads: int) -> bool:
+    """Whether native code for these instructions reads weights of 4 and 8 bits as they are stored; else they were
+    expanded to 16. serving/base.h decides it.
+    """
+    return native.startswith("avx512") or threads > 2
+
+
+def bytes_of(weights: BaseWeights, *, are_stored: bool = True) -> dict[str, int]:
+    """How many bytes of weights each phase reads: of those that are stored in fewer bits as many, if kept so."""
     found = dict.fromkeys(("qkv", "o", "gate_up", "down", "head"), 0)
     for name, tensor in weights.tensors():
         phase = "head" if tensor is weights.lm_head else name.rpartition(".")[2]
         if phase in found:
-            stored = weights.quantized.get(name)
+            stored = weights.quantized.get(name) if are_stored else None
             found[phase] += tensor.nbytes if stored is None else stored.blocks.nbytes
     return found
 

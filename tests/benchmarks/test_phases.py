@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.serving.phases import Step, bytes_of, limits, main, markdown, parameters
+from benchmarks.serving.phases import Step, bytes_of, keeps_stored, limits, main, markdown, parameters
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
 from server.model.native.abi import PHASES
@@ -46,3 +46,9 @@ def test_weights_that_are_stored_in_fewer_bits_are_fewer_bytes(tmp_path: Path) -
         **dict.fromkeys(("qkv", "o", "gate_up", "down"), 20 / 32),
         "head": 34 / 32,
     }
+    expanded = bytes_of(base.weights, are_stored=False)
+    assert {phase: expanded[phase] / size for phase, size in sizes.items()} == dict.fromkeys(sizes, 2)
+    assert [keeps_stored(*of) for of in (("avx512", 1), ("avx2", 2), ("avx2", 3), ("neon", 1))] == [
+        *(True, False),
+        *(True, False),
+    ]
