@@ -4,6 +4,9 @@ import os
 import time
 from pathlib import Path
 
+_PAUSES = (0.01, 0.05, 0.25)
+"""Seconds between attempts to have a file forgotten: pages that somebody else is about to look at stay."""
+
 
 def read_seconds(file: Path) -> float:
     """How long reading all of it takes, into memory that is there already."""
@@ -21,8 +24,12 @@ def drop(file: Path) -> bool:
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # what isn't written yet can't be forgotten
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        return not _is_cached(descriptor)
+        for pause in _PAUSES:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            if not _is_cached(descriptor):
+                return True
+            time.sleep(pause)
+        return False
     finally:
         os.close(descriptor)
 
