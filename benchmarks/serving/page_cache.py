@@ -4,8 +4,8 @@ import os
 import time
 from pathlib import Path
 
-_PAUSES = (0.01, 0.05, 0.25)
-"""Seconds between attempts to have a file forgotten: pages that somebody else is about to look at stay."""
+_PAUSES = (0.0, 0.01, 0.1)
+"""Seconds before each attempt to have a file forgotten: pages that somebody else is about to look at stay."""
 
 
 def read_seconds(file: Path) -> float:
@@ -25,10 +25,10 @@ def drop(file: Path) -> bool:
     try:
         os.fsync(descriptor)  # what isn't written yet can't be forgotten
         for pause in _PAUSES:
+            time.sleep(pause)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             if not _is_cached(descriptor):
                 return True
-            time.sleep(pause)
         return False
     finally:
         os.close(descriptor)
