@@ -25,6 +25,7 @@ from server.training.passes.torch_pass import TorchPass
 from server.training.passes.trainables import TrainableModel
 from server.training.spec import JobSpec, TrainingSpec
 from server.training.worker.exact_match import exact_match
+from tests.bf16_products import torch_bf16
 from tests.server.training.data.rows_kit import make_examples
 from tests.server.training.loop.test_run import Disturbed, Listener
 from tests.server.training.passes.test_native_pass import batch_of, in_fp32, off, tokens
@@ -145,7 +146,9 @@ def test_the_real_base(base_dir: Path, real_base: BaseModel, library: ctypes.CDL
     texts = [text for text in texts if len(text) > 6][:8]
     lengths = [len(text) for text in texts]
     batch = batch_of([token for text in texts for token in text], lengths)
-    exact, in_torch = pass_through(real_base, batch, None), pass_through(base, batch, None)
+    exact = pass_through(real_base, batch, None)
+    with torch_bf16():
+        in_torch = pass_through(base, batch, None)
     native = pass_through(base, batch, library)
     matrices = [name for name, expected in exact.gradients.items() if expected.ndim == 2]
     norms = [name for name in exact.gradients if name not in matrices]
@@ -169,6 +172,7 @@ def test_the_real_base(base_dir: Path, real_base: BaseModel, library: ctypes.CDL
     losses = []
     for given in (None, library):  # both with weights of 16 bits, which small steps move later than those of 32
         trainer = Trainer(TrainableModel(base, max_length=MAX_LENGTH, library=given), examples, spec)
-        losses.append([trainer.run_step().loss for _ in range(4)])
+        with torch_bf16():
+            losses.append([trainer.run_step().loss for _ in range(4)])
     assert losses[1][-1] < losses[1][0] - 0.2, "it learns"
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=0.05, rtol=0.02)

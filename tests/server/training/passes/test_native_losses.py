@@ -22,6 +22,7 @@ from server.training.passes.torch_pass import Pass, TorchPass
 from server.training.passes.trainables import trainable_rows
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 from server.training.worker.exact_match import exact_match
+from tests.bf16_products import torch_bf16
 from tests.server.training.data.rows_kit import make_examples
 from tests.server.training.loop.test_run import Listener
 from tests.server.training.passes.test_native_pass import batch_of, in_fp32, tokens, uneven
@@ -39,7 +40,8 @@ def passes_of(base: BaseModel, weights: LoraWeights, library: ctypes.CDLL | None
 def assert_near(base: BaseModel, weights: LoraWeights, library: ctypes.CDLL, examples: Sequence[Example]) -> None:
     """As near to fp32 as 16 bits are: no farther than torch's, but for a share of chance."""
     exact = evaluate(passes_of(in_fp32(base), weights, None), examples)
-    in_torch = evaluate(passes_of(base, weights, None), examples)
+    with torch_bf16():
+        in_torch = evaluate(passes_of(base, weights, None), examples)
     native = evaluate(passes_of(base, weights, library), examples)
     assert abs(native.loss - exact.loss) < max(5e-4, abs(in_torch.loss - exact.loss))
     assert native.perplexity == pytest.approx(exact.perplexity, rel=5e-3)

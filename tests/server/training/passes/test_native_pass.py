@@ -28,6 +28,7 @@ from server.training.passes.torch_pass import TorchPass
 from server.training.passes.trainables import trainable_rows
 from server.training.spec import Init, JobSpec, LoraSpec, TrainingSpec
 from server.training.worker.exact_match import exact_match
+from tests.bf16_products import torch_bf16
 from tests.cache import CACHE
 from tests.engine_kit import random_adapter
 from tests.native_kit import tiny_of, widened
@@ -298,7 +299,8 @@ def test_the_real_base(base_dir: Path, real_base: BaseModel, library: ctypes.CDL
     flat = [token for text in texts for token in text]
     start, _ = initial_weights(LoraSpec(rank=16, alpha=32), base, seed=0)
     exact = pass_through(real_base, start, flat, lengths, None)
-    in_torch = pass_through(base, start, flat, lengths, None)
+    with torch_bf16():
+        in_torch = pass_through(base, start, flat, lengths, None)
     native = pass_through(base, start, flat, lengths, library)
     assert off(native.hidden, exact.hidden) < min(0.02, off(in_torch.hidden, exact.hidden))
     assert off(native.gradients, exact.gradients) < off(in_torch.gradients, exact.gradients)
