@@ -1,5 +1,5 @@
-// Cross-entropy under softmax(hidden headᵀ) and its gradient in one pass over the head, without ever holding all
-// logits.
+// Cross-entropy under softmax(hidden headᵀ) and its gradient in one pass over the head, without holding any logits but
+// the tile's that are computed; where the head is trained, too, those of kLossRows rows are kept for its gradient.
 //
 // The softmax is an attention's, with the head's rows for keys and values (Milakov & Gimelshein 2018, arXiv:1805.02867;
 // Dao et al. 2022, arXiv:2205.14135): of each row the greatest logit so far is kept, and the sums beside it are scaled
@@ -26,22 +26,30 @@ class Loss {
     // The summed cross-entropy of `targets` under softmax(hidden headᵀ), and `factor` times its gradient in hidden
     // (rows, hidden). The same of the head's is added to d_head (vocab, hidden), unless that is null.
     double run(const bf16* hidden, const int64_t* targets, int64_t rows, double factor, bf16* d_hidden, float* d_head) {
-        losses_.resize(rows), divisors_.resize(rows);
-        each_row<true>(hidden, targets, rows, [&](int64_t row, const Softmax& softmax, const float* mixed, int now) {
-            losses_[row] = softmax.loss, divisors_[row] = (float)softmax.divisor;
-            unmix(softmax, mixed, now, targets[row], factor, d_hidden + row * hidden_);
-        });
-        for (int64_t start = 0; d_head != nullptr && start < rows; start += kLossRows)
-            add_head_gradient(hidden + start * hidden_, targets + start, &divisors_[start],
-                              (int)std::min<int64_t>(kLossRows, rows - start), factor, d_head);
-        return std::accumulate(losses_.begin(), losses_.end(), 0.0);
+        double sum = 0;
+        for (int64_t start = 0; start < rows; start += kLossRows) {
+            const int now = (int)std::min<int64_t>(kLossRows, rows - start);
+            const bf16* x = hidden + start * hidden_;
+            const int64_t* of = targets + start;
+            float* kept = d_head != nullptr ? room(kept_, now * vocab_) : nullptr;
+            losses_.resize(now), divisors_.resize(now);
+            each_row<true>(x, of, now, kept, [&](int row, const Softmax& softmax, const float* mixed) {
+                losses_[row] = softmax.loss, divisors_[row] = (float)softmax.divisor;
+                unmix(softmax, mixed, now, of[row], factor, d_hidden + (start + row) * hidden_);
+            });
+            sum = std::accumulate(losses_.begin(), losses_.end(), sum);
+            if (d_head != nullptr) add_head_gradient(x, of, now, kept, factor, d_head);
+        }
+        return sum;
     }
 
     // Each row's cross-entropy, the very numbers that `run` adds up, and the likeliest token, the first of equal ones.
     void measure(const bf16* hidden, const int64_t* targets, int64_t rows, double* losses, int64_t* likeliest) {
-        each_row<false>(hidden, targets, rows, [&](int64_t row, const Softmax& softmax, const float*, int) {
-            losses[row] = softmax.loss, likeliest[row] = softmax.likeliest;
-        });
+        for (int64_t start = 0; start < rows; start += kLossRows)
+            each_row<false>(hidden + start * hidden_, targets + start, (int)std::min<int64_t>(kLossRows, rows - start),
+                            nullptr, [&](int row, const Softmax& softmax, const float*) {
+                                losses[start + row] = softmax.loss, likeliest[start + row] = softmax.likeliest;
+                            });
     }
 
   private:
@@ -66,44 +74,43 @@ class Loss {
     };
     static constexpr int kDepth = kLossTiles * kTile;
 
-    // item(row, what its softmax is, its place in `mixed`, rows that lie there in a part) for each row.
+    // item(row, what its softmax is, its place in `mixed`) for each of at most kLossRows rows; `kept` as in `mix`.
     template <bool has_gradient, class Item>
-    void each_row(const bf16* hidden, const int64_t* targets, int64_t rows, Item item) {
-        for (int64_t start = 0; start < rows; start += kLossRows) {
-            const int now = (int)std::min<int64_t>(kLossRows, rows - start);
-            if (has_gradient) mixed_.resize(kLossParts * now * hidden_);
-            others_.resize(kLossParts * now), target_logit_.resize(now);
-            team_->run([&] {
-                team_->each(kLossParts,
-                            [&](int part) { mix<has_gradient>(hidden + start * hidden_, targets + start, now, part); });
-                team_->each(now, [&](int row) {
-                    item(start + row, combine(row, now), has_gradient ? &mixed_[row * hidden_] : nullptr, now);
-                });
-            });
-        }
+    void each_row(const bf16* hidden, const int64_t* targets, int rows, float* kept, Item item) {
+        if (has_gradient) mixed_.resize(kLossParts * rows * hidden_);
+        others_.resize(kLossParts * rows), target_logit_.resize(rows);
+        team_->run([&] {
+            team_->each(kLossParts, [&](int part) { mix<has_gradient>(hidden, targets, rows, part, kept); });
+            team_->each(
+                rows, [&](int row) { item(row, combine(row, rows), has_gradient ? &mixed_[row * hidden_] : nullptr); });
+        });
     }
 
+    int64_t first_tile(int part) const { return vocab_ / kTile * part / kLossParts; }
+
     // mixed (rows, hidden) = Σ e^(logit - greatest) · head over a part's tokens, but for the targets, where there is to
-    // be a gradient.
+    // be a gradient. Logits are left in `kept`, unless that is null: those of the tiles that are multiplied at one time
+    // as (rows, their tokens), one after the other.
     template <bool has_gradient>
-    void mix(const bf16* hidden, const int64_t* targets, int rows, int part) {
-        const int64_t tiles = vocab_ / kTile, end = tiles * (part + 1) / kLossParts;
+    void mix(const bf16* hidden, const int64_t* targets, int rows, int part, float* kept) {
+        const int64_t tiles = vocab_ / kTile, end = first_tile(part + 1);
         float* mixed = has_gradient ? &mixed_[(int64_t)part * rows * hidden_] : nullptr;
         Others* others = &others_[(int64_t)part * rows];
         if (has_gradient) std::fill_n(mixed, rows * hidden_, 0.0f);
         std::fill_n(others, rows, Others{-std::numeric_limits<float>::infinity(), 0, 0});
         LossScratch& scratch = scratch_[Team::number()];
-        float* logits = room(scratch.logits, rows * kDepth);
+        float* logits = kept == nullptr ? room(scratch.logits, rows * kDepth) : nullptr;
         bf16* weights = has_gradient ? room(scratch.weights, rows * kDepth) : nullptr;
         uint32_t* panel = room(scratch.panel, std::max<int64_t>(hidden_, kDepth) / 2 * kTile);
         scratch.wide_hidden.begin(tiles / kLossParts);
         const Rows x = scratch.wide_hidden.rows(hidden, hidden_, 0, rows);
-        for (int64_t first = tiles * part / kLossParts; first < end; first += kLossTiles) {
+        for (int64_t first = first_tile(part); first < end; first += kLossTiles) {
             const int count = (int)std::min<int64_t>(kLossTiles, end - first), width = count * kTile;
             const bf16* head = head_ + first * kTile * hidden_;
+            if (kept != nullptr) logits = kept + first * kTile * rows;
             multiply_tiles(x, rows, first, count, panel, logits);
             for (int row = 0; row < rows; row++)
-                weigh<has_gradient>(logits + row * kDepth, width, first * kTile, targets[row], others[row],
+                weigh<has_gradient>(logits + row * width, width, first * kTile, targets[row], others[row],
                                     target_logit_[row], has_gradient ? mixed + row * hidden_ : nullptr,
                                     has_gradient ? weights + row * kDepth : nullptr);
             if (!has_gradient) continue;
@@ -116,11 +123,11 @@ class Loss {
         }
     }
 
-    // logits (rows, kDepth) of `count` tiles of the vocabulary.
+    // logits (rows, 32 · count) of `count` tiles of the vocabulary.
     void multiply_tiles(const Rows& hidden, int rows, int64_t first, int count, uint32_t* panel, float* logits) const {
         for (int tile = 0; tile < count; tile++) {
             pack_rows(head_ + (first + tile) * kTile * hidden_, hidden_, kTile, (int)hidden_, panel);
-            multiply_and_prefetch(hidden, rows, panel, (int)hidden_ / 2, logits + tile * kTile, kDepth,
+            multiply_and_prefetch(hidden, rows, panel, (int)hidden_ / 2, logits + tile * kTile, count * kTile,
                                   head_ + (first + tile + 1) * kTile * hidden_, kTile, (int)hidden_);
         }
     }
@@ -185,28 +192,28 @@ class Loss {
         }
     }
 
-    // d_head += factor · (softmax - one-hot)ᵀ hidden. Logits are computed again, tile by tile: their softmax needs the
-    // divisor, which is known once all of them were seen.
-    void add_head_gradient(const bf16* hidden, const int64_t* targets, const float* divisors, int rows, double factor,
+    // d_head += factor · (softmax - one-hot)ᵀ hidden, from the logits that `mix` kept: their softmax needs the divisor,
+    // which is known once all of them were seen.
+    void add_head_gradient(const bf16* hidden, const int64_t* targets, int rows, const float* kept, double factor,
                            float* d_head) {
-        const int pairs = (rows + 1) / 2;
-        const int64_t tiles = vocab_ / kTile;
+        const int pairs = (rows + 1) / 2, most = (int)((vocab_ / kTile + kLossParts - 1) / kLossParts),
+                  pieces = (most + kLossTiles - 1) / kLossTiles;  // of a part
         uint32_t* columns = room(columns_, pairs * hidden_);
         team_->run([&] {
             team_->each((int)(hidden_ / kTile), [&](int tile) {
                 pack_columns(hidden + tile * kTile, hidden_, rows, columns + (int64_t)tile * pairs * kTile);
             });
-            team_->each((int)((tiles + kLossTiles - 1) / kLossTiles), [&](int item) {
-                const int64_t first = (int64_t)item * kLossTiles;
-                const int count = (int)std::min<int64_t>(kLossTiles, tiles - first), width = count * kTile;
+            team_->each(kLossParts * pieces, [&](int item) {
+                const int part = item / pieces;
+                const int64_t first = first_tile(part) + (int64_t)(item % pieces) * kLossTiles;
+                const int width = (int)std::min<int64_t>(kLossTiles, first_tile(part + 1) - first) * kTile;
+                if (width <= 0) return;
                 LossScratch& scratch = scratch_[Team::number()];
-                float* logits = room(scratch.logits, rows * kDepth);
+                const float* logits = kept + first * kTile * rows;
                 bf16* d_logits = room(scratch.weights, rows * kDepth);
                 bf16* turned = room(scratch.turned, kDepth * kLossRows);  // (tokens of the vocabulary, rows)
-                multiply_tiles({hidden, (size_t)hidden_}, rows, first, count, room(scratch.panel, hidden_ / 2 * kTile),
-                               logits);
                 for (int row = 0; row < rows; row++)
-                    softmax_gradient(logits + row * kDepth, width, divisors[row], targets[row] - first * kTile, factor,
+                    softmax_gradient(logits + row * width, width, divisors_[row], targets[row] - first * kTile, factor,
                                      d_logits + row * kDepth);
                 transpose(d_logits, kDepth, rows, width, turned, kLossRows);
                 scratch.wide_weights.begin(hidden_ / kTile);
@@ -239,6 +246,7 @@ class Loss {
     Aligned<float> target_logit_;
     std::vector<double> losses_;
     Aligned<float> divisors_;  // the logarithms of the softmaxes'
+    Aligned<float> kept_;      // logits, where the head is trained
     Panel columns_;            // of hidden states
     std::vector<LossScratch> scratch_;
 };
