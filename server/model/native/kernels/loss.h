@@ -1,5 +1,5 @@
-// Cross-entropy under softmax(hidden headᵀ) and its gradient in one pass over the head, without holding any logits but
-// the tile's that are computed; where the head is trained, too, those of kLossRows rows are kept for its gradient.
+// Cross-entropy under softmax(hidden headᵀ) and its gradient in one pass over the head, without ever holding all
+// logits. Where the head is trained as well, those of kLossRows rows are kept for its gradient.
 //
 // The softmax is an attention's, with the head's rows for keys and values (Milakov & Gimelshein 2018, arXiv:1805.02867;
 // Dao et al. 2022, arXiv:2205.14135): of each row the greatest logit so far is kept, and the sums beside it are scaled
