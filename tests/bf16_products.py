@@ -27,14 +27,19 @@ class _InFp32(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for torch's bf16 products."""
+    return can_pack(torch.zeros(1, 1, dtype=torch.bfloat16))
+
+
 @contextmanager
 def torch_bf16() -> Iterator[None]:
     """For a reference that torch computes in bf16, whose products take 4 to 33 times as long as fp32's on an EPYC
     with AVX2: without the instructions it multiplies one number at a time. There they are fp32's, rounded.
     """
-    if can_pack(torch.zeros(1, 1, dtype=torch.bfloat16)):
+    if multiplies_bf16():
         yield
         return
-    mode: TorchDispatchMode = _InFp32()  # type: ignore[no-untyped-call]
+    mode: TorchDispatchMode = _InFp32()  # type: ignore[no-untyped-call]  # torch's own `__init__`
     with mode:
         yield
