@@ -139,6 +139,13 @@ class ServerProcess:
         """Whether HOME has the adapter's bytes."""
         return (self.home / "adapters" / digest[:2] / digest).exists()
 
+    def wait_until_removed(self, digest: str) -> None:
+        """The adapter's bytes have gone: a thread removes them once nobody holds them; else AssertionError."""
+        deadline = time.monotonic() + PATIENCE / 4
+        while self.stores(digest):
+            assert time.monotonic() < deadline, f"{digest} is still stored"
+            time.sleep(0.02)
+
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 

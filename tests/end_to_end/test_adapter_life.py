@@ -115,7 +115,7 @@ def test_a_stream_outlives_its_adapter(exact_server: ServerProcess, adapter_file
         pieces += [event.get("text", "") for event in events]
     assert "".join(pieces) == undisturbed
     exact_server.wait_until_idle()
-    assert not exact_server.stores(digest)
+    exact_server.wait_until_removed(digest)
 
 
 def test_a_request_that_waits_outlives_its_adapter(
@@ -136,7 +136,7 @@ def test_a_request_that_waits_outlives_its_adapter(
             assert exact_server.stores(digest)
         assert waiting.result() == expected
     exact_server.wait_until_idle()
-    assert not exact_server.stores(digest)
+    exact_server.wait_until_removed(digest)
 
 
 def test_new_weights_under_an_old_name_never_meet_the_old_ones_blocks(
