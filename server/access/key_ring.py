@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from anyio import to_thread
+from sqlalchemy.exc import SQLAlchemyError
 
 from adapters.errors import Unavailable
 from adapters.viewpoint import DEFAULT_PROJECT
@@ -173,7 +174,7 @@ class KeyRing:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             if self._ends:
-                with suppress(Unavailable):  # the next look may find the database there again
+                with suppress(Unavailable, SQLAlchemyError, OSError):  # the next look may find it all there again
                     await self.refresh()
                 for key_id in list(self._ends):
                     self._end_if_invalid(key_id)

@@ -12,9 +12,10 @@ import httpx
 import pytest
 import sqlalchemy as sa
 from fastapi import FastAPI
+from sqlalchemy.exc import OperationalError
 
 from adapters.errors import Unavailable
-from server.access.key_ring import KeyRing
+from server.access.key_ring import WATCH_SECONDS, KeyRing
 from server.access.keys import Keys
 from server.access.principal import OPERATOR, Quota
 from server.access.projects import Projects as ProjectTable
@@ -251,6 +252,34 @@ async def test_an_open_stream_ends_when_its_key_is_revoked(app: FastAPI, engine:
     assert whole.json()["error"]["code"] == "invalid_api_key"
     assert "revoked" in streamed.text
     await until(lambda: engine.num_in_flight == 0)
+
+
+async def test_a_database_that_failed_once_keeps_no_revoked_key_answered(
+    database: sa.Engine, tmp_path: Path
+) -> None:
+    keys, fails = Keys(database, tmp_path / "keyed"), [False]
+
+    def changes() -> int:
+        if fails[0]:
+            raise OperationalError("SELECT number FROM access_changes", {}, OSError("disk I/O error"))
+        return len(keys.list()) + sum(key.revoked_at is not None for key in keys.list())
+
+    key, secret = keys.create("one", who=OPERATOR)
+    ring = KeyRing(keys, ProjectTable(database), commits_of(database, tmp_path), changes=changes)
+    principal = await ring.principal(secret)
+    assert principal is not None
+    end = ring.end_of(principal)
+    watching = asyncio.create_task(ring.watch())
+    try:
+        fails[0] = True
+        keys.create("two", who=OPERATOR)
+        await asyncio.sleep(3 * WATCH_SECONDS)
+        fails[0] = False
+        keys.revoke(key.id, who=OPERATOR)
+        async with asyncio.timeout(20 * WATCH_SECONDS):
+            await end
+    finally:
+        watching.cancel()
 
 
 async def test_requests_a_minute(app: FastAPI) -> None:
