@@ -8,7 +8,7 @@ from anyio import CapacityLimiter, to_thread
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from server.api.access.authentication import end_of_key
+from server.api.access.authentication import LOST, end_of_key
 from server.api.errors.faults import form_of
 from server.errors import Unauthorized
 
@@ -41,7 +41,7 @@ async def while_connected(scope: Scope, receive: Receive, work: Coroutine[None, 
         if working.done():
             return working.result()
         if losing is not None and losing.done():
-            raise Unauthorized("the key was revoked, or has expired")
+            raise Unauthorized(LOST)
         raise ClientGoneError
     finally:
         await _cancel(working)

@@ -1,6 +1,7 @@
 """Who asks: each request's key, its project and scopes, and what is left of its minute.
 
 A key comes as `Authorization: Bearer`. The operator's may be at work in one project: `OpenAI-Project` names it.
+A body that still comes in when its key is revoked, or expires, is refused.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ from functools import partial
 from typing import cast
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.errors import NotFound, SmoloraError
@@ -22,6 +24,7 @@ from server.errors import Forbidden, Unauthorized
 
 PROJECT_HEADER = "openai-project"
 _FREE_METHODS = ("GET", "HEAD", "OPTIONS")  # which count for no rate
+LOST = "the key was revoked, or has expired"
 _PRINCIPAL, _END = "principal", "end_of_key"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -35,6 +38,10 @@ def end_of_key(scope: Scope) -> "asyncio.Future[None] | None":
     """Done once the request's key is revoked or expires; None where none was needed."""
     end = scope.get("state", {}).get(_END)
     return None if end is None else cast("Callable[[], asyncio.Future[None]]", end)()
+
+
+class _LostError(HTTPException):
+    """FastAPI lets this kind alone through while it reads a body."""
 
 
 class Authentication:
@@ -63,7 +70,14 @@ class Authentication:
             (quota.requests_per_minute, quota.tokens_per_minute) != (None, None)
             for quota in (principal.quota, principal.project_quota)
         )
-        await self.app(scope, receive, self._told(principal, send) if is_limited else send)
+        told = self._told(principal, send) if is_limited else send
+        if scope["method"] in _FREE_METHODS:
+            await self.app(scope, receive, told)
+            return
+        try:
+            await self.app(scope, _while_valid(self._access.ring.end_of(principal), receive), told)
+        except _LostError as error:  # another middleware was reading
+            await form_of(scope["path"]).of_error(Unauthorized(error.detail))(scope, receive, send)
 
     async def _admitted(self, method: str, path: str, headers: Headers) -> Principal:
         """Raises Unauthorized, Forbidden, RateLimited, or NotFound for what isn't there for this key."""
@@ -102,6 +116,21 @@ class Authentication:
             await send(message)
 
         return send_with_limits
+
+
+def _while_valid(end: "asyncio.Future[None]", receive: Receive) -> Receive:
+    """Hands a body on until the `end` of its key, and then raises _LostError."""
+    is_whole = False
+
+    async def received() -> Message:
+        nonlocal is_whole
+        message = await receive()
+        if end.done() and not is_whole:
+            raise _LostError(401, LOST)
+        is_whole = not message.get("more_body", False)
+        return message
+
+    return received
 
 
 class _NoPathError(NotFound):

@@ -14,6 +14,7 @@ from adapters.errors import InvalidInput, SmoloraError
 from server.api.errors import problems
 from server.api.openai import errors as openai_errors
 from server.api.openapi import App
+from server.errors import Unauthorized
 
 
 class Form(Protocol):
@@ -54,6 +55,8 @@ def install(app: App) -> None:
         form = form_of(request.url.path)
         if error.status_code == 400:  # a body that couldn't be read at all
             return form.of_error(InvalidInput.of("body", "could not be read"))
+        if error.status_code == 401:  # its key ended while it came in
+            return form.of_error(Unauthorized(error.detail))
         detail, headers = error.detail, dict(error.headers or {})
         if error.status_code == 404:
             detail = "no such path: /docs lists them"

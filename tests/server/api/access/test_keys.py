@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import threading
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ from server.training.queue.leases import Leases
 from tests.server.api.access.key_kit import access_of, client_with, new_secret, two_projects
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import FakeEngine, until
-from tests.server.api.train_kit import StandIn, submit
+from tests.server.api.train_kit import StandIn, submit, train_body
 from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
 
 GENERATE = {"prompt": "a", "max_tokens": 4}
+PURPOSE = {"purpose": "fine-tune"}
 
 
 def bearer(secret: str) -> dict[str, str]:
@@ -252,6 +254,40 @@ async def test_an_open_stream_ends_when_its_key_is_revoked(app: FastAPI, engine:
     assert whole.json()["error"]["code"] == "invalid_api_key"
     assert "revoked" in streamed.text
     await until(lambda: engine.num_in_flight == 0)
+
+
+@pytest.mark.parametrize("path", ["/adapters/a", "/v1/files", "/train", "/v1/fine_tuning/jobs", "/nowhere"])
+async def test_what_comes_in_under_a_key_that_is_revoked_meanwhile_is_refused(app: FastAPI, path: str) -> None:
+    access = access_of(app)
+    key, secret = access.keys.create("one", who=OPERATOR, scopes=["admin"])
+    if path in ("/train", "/v1/fine_tuning/jobs"):
+        whole = httpx.Request("POST", "http://x", json=train_body())
+    else:
+        files = as_parts(*peft_files(0)) if path == "/adapters/a" else {"file": ("a.jsonl", b'{"text": "a"}')}
+        whole = httpx.Request("POST", "http://x", files=files, data=PURPOSE if path == "/v1/files" else None)
+    content = whole.read()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield content[:-10]
+        access.keys.revoke(key.id, who=OPERATOR)
+        await asyncio.sleep(3 * WATCH_SECONDS)
+        yield content[-10:]
+
+    watching = asyncio.create_task(access.ring.watch())
+    try:
+        async with client_with(app, secret) as client:
+            kind = {"Content-Type": whole.headers["content-type"]}
+            refused = await client.post(path, content=pieces(), headers=kind)
+    finally:
+        watching.cancel()
+    assert refused.status_code == (404 if path == "/nowhere" else 401), refused.text
+    if path != "/nowhere":
+        assert "revoked" in refused.text
+        assert refused.headers["www-authenticate"].startswith("Bearer")
+        assert not path.startswith("/v1") or refused.json()["error"]["code"] == "invalid_api_key"
+    services = app.state.services
+    assert services.library.page(None, 9, None) == ([], None)
+    assert [*services.files.list(), *services.jobs.list()] == []
 
 
 async def test_a_database_that_failed_once_keeps_no_revoked_key_answered(
