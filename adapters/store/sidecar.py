@@ -5,6 +5,7 @@ files' sizes, by which a directory that lost something is told from a whole one.
 """
 
 import json
+import os
 from pathlib import Path
 
 from adapters.errors import CorruptAdapter
@@ -25,13 +26,25 @@ def describe(weights: LoraWeights, directory: Path) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-def is_whole(directory: Path) -> bool:
-    """Whether all files are there, in their full sizes."""
+def is_whole(directory: Path, damaged: os.stat_result | None = None) -> bool:
+    """Whether all files are there, in their full sizes, and it isn't the `damaged` directory."""
     try:
         sizes = json.loads((directory / SIDECAR_NAME).read_bytes())["sizes"]
-        return all((directory / name).stat().st_size == sizes[name] for name in (CONFIG_NAME, WEIGHTS_NAME))
+        has_all = all((directory / name).stat().st_size == sizes[name] for name in (CONFIG_NAME, WEIGHTS_NAME))
+        return has_all and not (damaged is not None and os.path.samestat(directory.stat(), damaged))
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def damaged(directory: Path, digest: str) -> os.stat_result | None:
+    """The directory, where it is there and its tensors, all of which are read, haven't the digest."""
+    try:
+        found = directory.stat()
+        return None if load(directory, digest).digest == digest else found
+    except CorruptAdapter:
+        return found
+    except OSError:
+        return None
 
 
 def load(directory: Path, digest: str) -> LoraWeights:

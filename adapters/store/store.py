@@ -58,13 +58,14 @@ class AdapterStore:
         """Stores the adapter under its weights' digest, unless it is there already; returns the bytes stored.
 
         `original` may hold the adapter_config.json that was uploaded, which is kept as it is; the tensors are
-        always written anew, the same bytes in our order. Of two adapters with one digest, the first one's stay.
+        always written anew, the same bytes in our order. Of two with one digest, the first one's stay, undamaged.
         """
         digest = adapter.weights.digest
         place = self._place(digest)
         self._pins.revive(digest)
+        damaged = sidecar.damaged(place, digest)
         with self._locked():
-            if sidecar.is_whole(place):
+            if sidecar.is_whole(place, damaged):
                 return folders.size(place)
 
         def fill(temporary: Path) -> None:
@@ -74,7 +75,7 @@ class AdapterStore:
             write_synced(temporary / SIDECAR_NAME, sidecar.describe(adapter.weights, temporary))
             sync(temporary)
 
-        num_bytes = self._publish(place, fill)
+        num_bytes = self._publish(place, fill, damaged)
         self.packed.add(adapter.weights)
         return num_bytes
 
@@ -229,14 +230,14 @@ class AdapterStore:
         for digest, in_use in doomed.items():
             self._discard(digest, in_use)
 
-    def _publish(self, place: Path, fill: Callable[[Path], None]) -> int:
+    def _publish(self, place: Path, fill: Callable[[Path], None], damaged: os.stat_result | None = None) -> int:
         """Have the directory that `fill` writes appear, unless there is a whole one by then; its bytes."""
         temporary, hold = self._temporary()
         leftovers = [temporary]
         try:
             fill(temporary)
             with self._locked():
-                if sidecar.is_whole(place):  # another thread or process was quicker
+                if sidecar.is_whole(place, damaged):  # another thread or process was quicker
                     return folders.size(place)
                 num_bytes = folders.size(temporary)
                 leftovers += self._set_aside(place)

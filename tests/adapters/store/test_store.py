@@ -146,6 +146,26 @@ def test_putting_mends_what_lost_a_file(lost: str, store: AdapterStore, place: P
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
+@pytest.mark.parametrize(
+    ("file", "at"), [(WEIGHTS_NAME, -3), (WEIGHTS_NAME, 9), ("smolora.json", 3)], ids=["tensor", "head", "facts"]
+)
+def test_putting_mends_what_changed_in_its_place(
+    file: str, at: int, store: AdapterStore, place: Path, tmp_path: Path
+) -> None:
+    """As a disk, or the backup of one, has it: all sizes are right."""
+    store.put(ADAPTER)
+    damaged = bytearray((place / file).read_bytes())
+    damaged[at] ^= 1
+    (place / file).write_bytes(damaged)
+    with pytest.raises(CorruptAdapter):
+        store.verify(DIGEST)
+    store.put(ADAPTER)
+    store.verify(DIGEST)
+    assert_equal(store.load(DIGEST), ADAPTER.weights)
+    assert leftovers(tmp_path) == []
+
+
 @pytest.mark.parametrize("digest", ["", "..", "../../etc", "A" * 64, "0" * 63, "0" * 64 + "\n"])
 def test_only_digests_are_names(digest: str, store: AdapterStore) -> None:
     with pytest.raises(ValueError, match="64 hexadecimal digits"):
