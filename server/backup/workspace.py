@@ -17,7 +17,7 @@ def workspace(target: Path) -> Iterator[Path]:
 
     Raises OSError.
     """
-    prefix = f"{UNFINISHED}{target.name}-"
+    prefix = f"{UNFINISHED}for-{target.name}-"  # not as a restore's begins, whatever the target is called
     with _locked(target.parent):
         for path in target.parent.glob(f"{UNFINISHED}*"):
             if path.name.startswith(prefix) and (hold := _hold(path)) is not None:

@@ -429,6 +429,19 @@ def test_a_killed_backup_leaves_nothing_half(registry: Registry, target: Path, v
     assert examine(registry.home).is_sound
 
 
+def test_a_backup_in_home_is_never_taken_for_a_restore(registry: Registry, victims: Victims) -> None:
+    """Which would keep servers from starting, and clear HOME when somebody runs it again, as they are told to."""
+    target, kept = registry.home / "restore-point.tar", registry.home.with_name("kept.tar")
+    back_up(registry.home, kept)
+    before = contents(registry.home)
+    assert victims.run("backup", registry.home, target, victims.run("backup", registry.home, target) // 2) == 0
+    assert contents(registry.home).keys() > before.keys()
+    make(registry.home)
+    with pytest.raises(StartupError, match="isn't empty"):
+        restore(kept, registry.home)
+    assert contents(registry.home).items() >= before.items()
+
+
 def test_a_killed_restore_leaves_no_home(
     registry: Registry, target: Path, tmp_path: Path, victims: Victims
 ) -> None:
