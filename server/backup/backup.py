@@ -29,6 +29,7 @@ from server import __version__
 from server.backup.archive import Header, Writer, is_place, writing
 from server.backup.workspace import workspace
 from server.database import FILE_NAME, copy, existing, faults, opened_copy, schema_of
+from server.database.place import refuse_elsewhere
 from server.errors import StartupError
 from server.home import Home
 from server.training.loop.checkpoint import FILE_NAMES, Checkpoints
@@ -163,10 +164,11 @@ class _Backup:
         return copied
 
     def _needs_of(self, copied: Path) -> _Needs:
-        """Raises StartupError where the database is damaged."""
+        """Raises StartupError where the database is damaged, or names bytes that are elsewhere."""
         with opened_copy(copied, self._space) as (engine, place):
             if found := faults(place):
                 raise StartupError(f"the database is damaged ({found[0]}): see smolora doctor")
+            refuse_elsewhere(engine, "what HOME has of them is a cache, and a backup of it none of the rest")
             listed = Catalog(engine, of=Viewpoint(sees_all=True)).list()
             versions = [version for adapter in listed for version in adapter.versions]
             jobs = with_folders(engine)

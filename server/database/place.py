@@ -56,6 +56,13 @@ def agree(engine: sa.Engine, place: Place) -> None:
     transact(engine, work)
 
 
+def refuse_elsewhere(engine: sa.Engine, why: str) -> None:
+    """Raises StartupError where the bytes of a file under HOME are in an object store, and says `why`."""
+    with engine.connect() as connection:
+        if (told := connection.execute(sa.select(places.c.told)).scalar_one_or_none()) is not None:
+            raise StartupError(f"this HOME's adapters and data are in {told}: {why}")
+
+
 def put_place(connection: sa.Connection, place: Place, prefix: str = "") -> str:
     """Mark the place and name it, in the place of any other, within a transaction; the id, after `prefix`."""
     made = prefix + secrets.token_hex(16)

@@ -15,7 +15,7 @@ from adapters.store.shared import SharedAdapterStore
 from adapters.store.store import AdapterStore
 from server.backup.workspace import workspace
 from server.database import connect, copy_alone, existing, faults, nobody_has_it_open, opened_copy, refuse_in_use
-from server.database.place import MOVING, place_in, put_place
+from server.database.place import MOVING, place_in, put_place, refuse_elsewhere
 from server.database.rows import contents, copy_rows, refuse_rows
 from server.errors import StartupError
 from server.home import PLACES, Home, make, serving
@@ -44,7 +44,7 @@ def to_cluster(home: Path, url: str, target: Storage) -> Moved:
             with opened_copy(space / "database", space) as (rows, place):
                 if found := faults(place):
                     raise StartupError(f"the database is damaged ({found[0]}): see smolora doctor")
-                _refuse_shared(rows)
+                refuse_elsewhere(rows, "smolora move can't")
                 going_on = put_back(rows, WHY)
                 cluster = connect(space / "cluster", url=url)
                 try:
@@ -97,13 +97,6 @@ def _begin(cluster: sa.Engine, target: Storage) -> str:
         own = put_place(connection, target.place, MOVING)
     bucket.delete(others)
     return own
-
-
-def _refuse_shared(rows: sa.Engine) -> None:
-    """Raises StartupError where the bytes are in an object store already."""
-    with rows.connect() as connection:
-        if place_in(connection) is not None:
-            raise StartupError("this HOME's adapters and data are in an object store already: smolora move can't")
 
 
 def _bucket(storage: Storage) -> "Bucket":

@@ -465,6 +465,26 @@ def test_a_killed_restore_leaves_no_home(
     assert num_cut > 16
 
 
+class Elsewhere:
+    """An object store, as the database remembers it."""
+
+    is_home, told = False, "s3://bytes"
+
+    def has_mark(self, place: str) -> bool:
+        return True
+
+    def mark(self, place: str) -> None:
+        """It is there."""
+
+
+def test_of_a_home_whose_bytes_are_in_an_object_store_there_is_none(registry: Registry, target: Path) -> None:
+    """Also where the settings, as of another terminal, don't say so: what HOME has is a cache."""
+    database.agree(registry.engine, Elsewhere())
+    with pytest.raises(StartupError, match="are in s3://bytes: what HOME has of them is a cache"):
+        back_up(registry.home, target)
+    assert list(target.parent.iterdir()) == []
+
+
 def test_a_newer_smoloras_backup_says_so(registry: Registry, target: Path, tmp_path: Path) -> None:
     back_up(registry.home, target)
     for field, value in (("schema", "9999"), ("format", 2)):
