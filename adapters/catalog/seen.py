@@ -1,20 +1,26 @@
 """How what the tables know by keys looks to a project: its own names alone, others' with their project."""
 
+import re
 from dataclasses import replace
 
 from adapters.catalog.versions import Adapter, Part, Version
 from adapters.viewpoint import Viewpoint
 
+_OF_PARTS = re.compile(r"\A(?:[\w./-]+@\d+: )+", re.ASCII)
+
 
 def seen(of: Viewpoint, version: Version) -> Version:
-    """A version. Of another project's, how it was made stays there, unless all is seen."""
+    """A version. Of another project's, how it was made stays there, unless all is seen: its warnings, too, don't
+    say which parts they are about.
+    """
     name, parts = of.shown(version.name), tuple(part_seen(of, part) for part in version.parts)
     if of.sees_all or of.owns(version.name):
         is_same = name == version.name and parts == version.parts
         return version if is_same else replace(version, name=name, parts=parts)
-    return replace(
+    told = replace(
         version, name=name, parts=parts, parent=None, job_id=None, data_digest=None, config={}, key_id=None
     )
+    return replace(told, warnings=tuple(dict.fromkeys(_OF_PARTS.sub("", text) for text in version.warnings)))
 
 
 def part_seen(of: Viewpoint, part: Part) -> Part:

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ from adapters.catalog.unattended import LatestMoved, publish_unattended_in
 from adapters.catalog.versions import NewVersion
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term, parse
+from adapters.viewpoint import Viewpoint
 from server.database import connect
 
 D = [f"{i:064x}" for i in range(20)]
@@ -40,9 +41,16 @@ def catalog(engine: sa.Engine) -> Catalog:
     return Catalog(engine)
 
 
-def publish(catalog: Catalog, name: str, digest: str = D[0]) -> Version:
+def publish(catalog: Catalog, name: str, digest: str = D[0], warnings: Sequence[str] = ()) -> Version:
     return catalog.publish(
-        name, digest=digest, rank=4, alpha=8, target_modules=("q_proj",), parameters=1 << 40, bytes=1 << 41
+        name,
+        digest=digest,
+        rank=4,
+        alpha=8,
+        target_modules=("q_proj",),
+        parameters=1 << 40,
+        bytes=1 << 41,
+        warnings=warnings,
     )
 
 
@@ -81,6 +89,23 @@ def test_a_version_comes_back_as_it_was_published(catalog: Catalog) -> None:
     )
     assert before <= version.created_at <= datetime.now(UTC)
     assert version.created_at.utcoffset() == timedelta(0)
+
+
+def test_warnings_of_a_public_merge_name_nobodys_private_parts(catalog: Catalog) -> None:
+    """They were kept with it as its own project knows its parts."""
+    acme, other = catalog.of(Viewpoint("acme")), catalog.of(Viewpoint("other"))
+    kept = ("secret@1: its config names another base, x", "hidden@12: its config names another base, x", "é")
+    publish(acme, "merged", warnings=kept)
+    acme.compose("mix", parse("merged"))
+    for name in ("merged", "mix"):
+        acme.set_visibility(name, True)
+    assert acme.get("merged").versions[0].warnings == kept
+    assert acme.get("mix").versions[0].warnings == tuple(f"merged@1: {text}" for text in kept)
+    told = ("its config names another base, x", "é")
+    assert other.version("acme/merged", 1).warnings == told
+    assert [adapter.versions[0].warnings for adapter in other.list(public=True)] == [told, told]
+    other.compose("mine", parse("acme/mix*0.5"))
+    assert other.get("mine").versions[0].warnings == tuple(f"acme/merged@1: {text}" for text in told)
 
 
 def test_publishing_counts_up_and_moves_latest(catalog: Catalog) -> None:
