@@ -11,6 +11,7 @@ from contextlib import suppress
 from datetime import datetime
 
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
 
 from adapters.catalog import reads, writes
 from adapters.catalog.reads import (
@@ -258,7 +259,7 @@ class Catalog:
         )
         if (records := self._records) is not None:
             # no room, say: they are gone all the same, and the next start or `doctor --rebuild` tidies up
-            with suppress(OSError, Unavailable):
+            with suppress(OSError, DBAPIError, Unavailable):
                 transact(self._engine, lambda _: records.remove(key, numbers))
         return digests
 

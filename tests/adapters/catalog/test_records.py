@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.exc import OperationalError
 
 from adapters.catalog.catalog import Catalog, NewVersion, Part, Version
 from adapters.catalog.records import Recorder, Records, decode, encode
@@ -251,6 +252,23 @@ def test_a_delete_that_was_cut_off_is_done(home: Home) -> None:
     home.recover()
     assert home.names() == ["a@1"]
     assert home.publish("a").version == 3
+
+
+def test_a_delete_is_done_though_the_database_fails_as_its_record_goes(home: Home) -> None:
+    home.publish("a", D[1])
+    num_begun = 0
+
+    def begin(connection: sa.Connection) -> None:
+        nonlocal num_begun
+        num_begun += 1
+        if num_begun == 2:
+            raise OperationalError("BEGIN IMMEDIATE", {}, OSError("database is locked"))
+
+    sa.event.listen(home.engine, "begin", begin)
+    assert home.catalog.delete("a") == [D[1]], "its bytes are to go"
+    sa.event.remove(home.engine, "begin", begin)
+    assert home.catalog.list() == []
+    assert home.recover(D).num_dropped == 1
 
 
 def test_an_older_database_is_brought_up_to_date(home: Home) -> None:
