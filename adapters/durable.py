@@ -79,12 +79,13 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 def remove_directory(target: Path) -> None:
-    """Remove it whole: it is out of sight by one rename, then deleted. Raises FileNotFoundError where it isn't."""
-    aside = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=target.parent))
-    try:
-        target.rename(aside / "deleted")
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    """Remove it whole: it is out of sight by one rename, then deleted. Raises FileNotFoundError where it isn't.
+
+    A full disk has room for that: nothing is made.
+    """
+    aside = target.with_name(f"{UNFINISHED}{os.urandom(4).hex()}")
+    target.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_unfinished(parent: Path, name: str) -> None:

@@ -41,6 +41,15 @@ def fill(disk: Path, leave: int = 0) -> None:
     os.truncate(disk / FILLING, (disk / FILLING).stat().st_size - leave)
 
 
+def refuse_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a full disk does, whatever can be mounted here: on tmpfs, unlike others, a new folder takes no room."""
+
+    def mkdir(path: object, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+
+
 def make_room(disk: Path) -> None:
     """As somebody who deletes what they need no more."""
     (disk / FILLING).unlink()

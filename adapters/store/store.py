@@ -263,9 +263,9 @@ class AdapterStore:
                 os.close(hold)
 
     def _set_aside(self, place: Path) -> list[Path]:
-        aside = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self._root))
+        aside = self._root / f"{TEMPORARY}{os.urandom(4).hex()}"  # which is to be had on a full disk, too
         with suppress(FileNotFoundError):
-            place.rename(aside / place.name)
+            place.rename(aside)
             self.packed.remove(place.name)
             sync(place.parent)
         return [aside]

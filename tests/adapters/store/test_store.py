@@ -21,6 +21,7 @@ from adapters.store.store import AdapterStore
 from tests.adapters.oracle import assert_same, live, loaded
 from tests.adapters.samples import SHAPE, sample_adapter
 from tests.adapters.store.conftest import ADAPTER, DIGEST, OpenStore
+from tests.small_disk import refuse_folders
 
 
 def leftovers(tmp_path: Path) -> list[Path]:
@@ -277,6 +278,20 @@ def test_a_full_disk_leaves_nothing(store: AdapterStore, place: Path, tmp_path: 
     assert run.returncode == 7
     assert not place.exists()
     assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
+def test_a_full_disk_keeps_nobody_from_discarding(
+    store: AdapterStore, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put(ADAPTER)
+    with monkeypatch.context() as full:
+        refuse_folders(full)
+        store.discard(DIGEST)
+    assert not place.exists()
+    assert leftovers(tmp_path) == []
+    store.put(ADAPTER)
+    store.verify(DIGEST)
 
 
 def test_a_sweep_takes_what_no_process_is_writing(store: AdapterStore, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from server.errors import QueueFull
 from server.training.data.datasets import FACTS, ROWS, CorruptDataset, Dataset, DatasetStore
 from server.training.data.rows import CompletionRow, Row, TextRow, data_digest
 from tests.buckets import EITHER
+from tests.small_disk import refuse_folders
 
 JSONL = b'{"prompt": "200", "completion": "OK"}\n{"prompt": "404", "completion": "Not Found"}\n'
 CSV = b"\xef\xbb\xbfcompletion,prompt\r\nOK,200\r\nNot Found,404\r\n"
@@ -87,6 +88,20 @@ def test_a_deleted_one_is_gone_and_may_come_back(store: DatasetStore, tmp_path: 
             cast("Callable[[str], object]", use)(dataset.id)
     assert put(store, CSV, "b.csv").id == dataset.id
     assert store.get(dataset.id).format == "csv"
+
+
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
+def test_a_full_disk_keeps_nobody_from_deleting(
+    store: DatasetStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = put(store, b'{"text": "a"}')
+    with monkeypatch.context() as full:
+        refuse_folders(full)
+        store.delete(dataset.id)
+        with pytest.raises(NotFound):
+            store.delete(dataset.id)
+    assert store.list() == []
+    assert files(store, tmp_path) == []
 
 
 @pytest.mark.parametrize(
