@@ -34,6 +34,9 @@ FILE_NAME = "smolora.db"
 LOCK_NAME = "smolora.db.lock"
 USERS_NAME = "smolora.db.users"  # locked by every process that has the database open, for as long as it has
 BUSY_SECONDS = 15
+_DAMAGE = (1, 11, 26)  # SQLITE_ERROR (no such table), _CORRUPT and _NOTADB
+_IO_ERROR = 10
+_TOO_LITTLE_BYTES = 1 << 16  # for SQLite's log and its index
 
 log = logging.getLogger("smolora.database")
 
@@ -71,7 +74,7 @@ def connect_file(home: Path, journal_mode: JournalMode | None = None) -> sa.Engi
     except (OSError, DBAPIError) as error:
         engine.dispose()
         reason = error.orig if isinstance(error, DBAPIError) else error.strerror
-        raise StartupError(f"can't open the database {path}: {reason}") from error
+        raise StartupError(f"can't open the database {path}: {_told(reason, home)}") from error
     return engine
 
 
@@ -140,7 +143,10 @@ def build_of(engine: sa.Engine) -> Build:
 
 
 def faults(home: Path) -> list[str]:
-    """What is wrong with the file itself, however it is filled; nothing where it is sound. Changes nothing."""
+    """What is wrong with the file itself, however it is filled; nothing where it is sound. Changes nothing.
+
+    Raises StartupError where that can't be told just now: the disk is full, say, or a stranger has locked it.
+    """
     path = home / FILE_NAME
     if not path.exists():
         return ["is missing"]
@@ -151,7 +157,10 @@ def faults(home: Path) -> list[str]:
                 found.append(f"row {row} of {table} refers to what {parent} doesn't have")
             connection.execute("SELECT version_num FROM alembic_version")
     except driver.Error as error:
-        return [str(error)]
+        code = getattr(error, "sqlite_errorcode", _DAMAGE[0]) & 0xFF
+        if code in _DAMAGE or (code == _IO_ERROR and not _is_full(home)):
+            return [str(error)]
+        raise StartupError(f"can't look at the database {path}: {_told(error, home)}") from None
     return found
 
 
@@ -182,7 +191,7 @@ def copy_alone(home: Path, target: Path) -> None:
         ):
             source.backup(copied)
     except driver.Error as error:
-        raise StartupError(f"can't copy the database {path}: {error}") from None
+        raise StartupError(f"can't copy the database {path}: {_told(error, home)}") from None
 
 
 def schema_of(path: Path) -> str:
@@ -191,7 +200,7 @@ def schema_of(path: Path) -> str:
         with closing(driver.connect(path, timeout=BUSY_SECONDS)) as connection:
             (schema,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
     except (driver.Error, TypeError) as error:
-        raise StartupError(f"can't read the database {path}: {error}") from None
+        raise StartupError(f"can't read the database {path}: {_told(error, path.parent)}") from None
     return str(schema)
 
 
@@ -243,6 +252,17 @@ def set_aside(home: Path) -> list[str]:
             path.rename(home / f"{FILE_NAME}.damaged-{number}{suffix}")
             moved.append(f"{FILE_NAME}.damaged-{number}{suffix}")
     return moved
+
+
+def _is_full(home: Path) -> bool:
+    with suppress(OSError):
+        return shutil.disk_usage(home).free < _TOO_LITTLE_BYTES
+    return False
+
+
+def _told(error: object, home: Path) -> str:
+    """For a person: where SQLite has no room it tells of an I/O error."""
+    return "the disk is full" if _is_full(home) else str(error)
 
 
 def _is_alone(users: int) -> bool:

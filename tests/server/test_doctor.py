@@ -1,6 +1,8 @@
 """`smolora doctor`: finds what is wrong byte by byte, and rebuilds the catalog from the directories alone."""
 
 import json
+import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from server.home import serving
 from server.sqlite import driver
 from tests.adapters.samples import sample_adapter
 from tests.server.api.adapters.registry import Registry, digest_of, write_files
+from tests.small_disk import fill, make_room, mounted
 
 
 @pytest.fixture
@@ -171,6 +174,32 @@ def test_a_damaged_database_is_set_aside(home: Path) -> None:
     assert rebuilt.set_aside[0] == f"{FILE_NAME}.damaged-1"
     assert (home / rebuilt.set_aside[0]).read_bytes().startswith(b"something else")
     assert rebuilt.recovered.adopted == ("a@1", "a@2", "b@1", "mix@1")
+    assert examine(home).is_sound
+
+
+def test_a_full_disk_is_no_damage(home: Path, tmp_path: Path) -> None:
+    """SQLite, which has no room for files of its own then, says that it is an I/O error."""
+    (disk := tmp_path / "disk").mkdir()
+    with mounted(disk, 4):
+        shutil.copytree(home, disk / "home")
+        before = (disk / "home" / FILE_NAME).read_bytes()
+        fill(disk)
+        for look in (examine, rebuild):
+            with pytest.raises(StartupError, match=r"smolora\.db: the disk is full"):
+                look(disk / "home")
+        make_room(disk)
+        assert (disk / "home" / FILE_NAME).read_bytes() == before
+        assert examine(disk / "home").is_sound
+
+
+def test_a_database_that_a_stranger_has_locked_is_no_damage(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.database.file.BUSY_SECONDS", 0)
+    with closing(driver.connect(home / FILE_NAME, isolation_level=None)) as stranger:
+        stranger.execute("PRAGMA locking_mode=EXCLUSIVE")
+        stranger.execute("BEGIN EXCLUSIVE")
+        for look in (examine, rebuild):
+            with pytest.raises(StartupError, match=r"can't look at the database .*: database is locked"):
+                look(home)
     assert examine(home).is_sound
 
 

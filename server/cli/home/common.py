@@ -112,11 +112,25 @@ def say(line: str) -> None:
 
 @contextmanager
 def _database(settings: WorkerSettings, build: Callable[..., Built]) -> Iterator[Built]:
-    from server.database import connect
     from server.home import Home
 
-    engine = connect(settings.home, url=settings.database)
+    engine = _connected(settings)
     try:
         yield build(engine, Home(settings.home))
     finally:
         engine.dispose()
+
+
+def _connected(settings: WorkerSettings) -> Any:  # noqa: ANN401 SQLAlchemy's
+    """On a full disk by what the reserve has: SQLite needs some room to open the file, if nobody has it open."""
+    from server.database import connect
+    from server.training.queue.reserve import Reserve
+
+    try:
+        return connect(settings.home, url=settings.database)
+    except StartupError:
+        reserve = Reserve(settings.home)
+        if settings.database is not None or not settings.home.is_dir() or not reserve.is_needed:
+            raise
+        reserve.release()
+        return connect(settings.home)

@@ -15,7 +15,9 @@ from server.database import agree, connect
 from server.errors import StartupError
 from server.training.queue.job_files import JobFiles
 from server.training.queue.jobs import Jobs
+from server.training.queue.reserve import Reserve
 from server.training.spec import JobSpec
+from tests.small_disk import fill, mounted
 
 
 @pytest.fixture
@@ -107,3 +109,18 @@ print(sorted({{"torch", "transformers", "fastapi"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_on_a_full_disk_without_a_server(tmp_path: Path) -> None:
+    """SQLite needs some room to open the database at all: the reserve has it."""
+    with mounted(tmp_path, 4):
+        engine = connect(tmp_path)
+        Jobs(engine).submit(JobSpec("codes"), job_id="j1", data={})
+        Jobs(engine).cancel("j1")
+        engine.dispose()
+        JobFiles(tmp_path).directory("j1").mkdir(parents=True)
+        JobFiles(tmp_path).log("j1").write_bytes(bytes(1234))
+        assert Reserve(tmp_path).fill()
+        fill(tmp_path)
+        assert prune(tmp_path) == "j1: 1,234 bytes\n1,234 bytes of 1 job removed\n"
+        assert stored(tmp_path) == []
