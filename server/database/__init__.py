@@ -27,6 +27,7 @@ from server.database.opening import (
     is_file,
     records_of,
     refuse_in_use,
+    told_to_a_person,
 )
 from server.database.place import Place, agree
 
@@ -54,4 +55,5 @@ __all__ = [
     "refuse_in_use",
     "schema_of",
     "set_aside",
+    "told_to_a_person",
 ]

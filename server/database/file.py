@@ -74,7 +74,7 @@ def connect_file(home: Path, journal_mode: JournalMode | None = None) -> sa.Engi
     except (OSError, DBAPIError) as error:
         engine.dispose()
         reason = error.orig if isinstance(error, DBAPIError) else error.strerror
-        raise StartupError(f"can't open the database {path}: {_told(reason, home)}") from error
+        raise StartupError(f"can't open the database {path}: {told(reason, home)}") from error
     return engine
 
 
@@ -160,7 +160,7 @@ def faults(home: Path) -> list[str]:
         code = getattr(error, "sqlite_errorcode", _DAMAGE[0]) & 0xFF
         if code in _DAMAGE or (code == _IO_ERROR and not _is_full(home)):
             return [str(error)]
-        raise StartupError(f"can't look at the database {path}: {_told(error, home)}") from None
+        raise StartupError(f"can't look at the database {path}: {told(error, home)}") from None
     return found
 
 
@@ -191,7 +191,7 @@ def copy_alone(home: Path, target: Path) -> None:
         ):
             source.backup(copied)
     except driver.Error as error:
-        raise StartupError(f"can't copy the database {path}: {_told(error, home)}") from None
+        raise StartupError(f"can't copy the database {path}: {told(error, home)}") from None
 
 
 def schema_of(path: Path) -> str:
@@ -200,7 +200,7 @@ def schema_of(path: Path) -> str:
         with closing(driver.connect(path, timeout=BUSY_SECONDS)) as connection:
             (schema,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
     except (driver.Error, TypeError) as error:
-        raise StartupError(f"can't read the database {path}: {_told(error, path.parent)}") from None
+        raise StartupError(f"can't read the database {path}: {told(error, path.parent)}") from None
     return str(schema)
 
 
@@ -260,7 +260,7 @@ def _is_full(home: Path) -> bool:
     return False
 
 
-def _told(error: object, home: Path) -> str:
+def told(error: object, home: Path) -> str:
     """For a person: where SQLite has no room it tells of an I/O error."""
     return "the disk is full" if _is_full(home) else str(error)
 

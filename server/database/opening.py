@@ -1,12 +1,15 @@
 """Which database it is: the file under HOME, or a PostgreSQL server's, by SMOLORA_DATABASE_URL."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
 
 from adapters.catalog.records import Records
+from adapters.errors import Unavailable
 from server.counted import counted
 from server.database import file
 from server.errors import StartupError
@@ -87,6 +90,22 @@ def beside_writers(engine: sa.Engine) -> sa.Engine:
     from server.database.postgres import BESIDE_WRITERS
 
     return engine.execution_options(**{BESIDE_WRITERS: True})
+
+
+@contextmanager
+def told_to_a_person(home: Path) -> Iterator[None]:
+    """A block in which whatever a database or the disk fails with is one line, as StartupError."""
+    try:
+        yield
+    except DBAPIError as error:
+        raise StartupError(f"the database: {file.told(error.orig, home)}") from None
+    except Unavailable as error:
+        raise StartupError(f"the database: {error}") from None
+    except BrokenPipeError:  # whoever read what is printed
+        raise
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise StartupError(f"{where}{error.strerror or error}") from None
 
 
 def described(engine: sa.Engine) -> str:

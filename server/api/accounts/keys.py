@@ -14,6 +14,7 @@ from server.api.accounts.schemas import KeyAnswer, KeyBody, KeyList, NewKeyAnswe
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import ADMIN, ADMIN_CHANGES, ADMIN_LOOKUPS
 from server.api.strict_route import StrictRoute
+from server.training.queue.reserve import Reserve
 
 router = APIRouter(prefix="/keys", tags=["access"], route_class=StrictRoute)
 
@@ -52,10 +53,17 @@ async def list_keys(
 )
 async def revoke_key(services: ServicesDep, key_id: Annotated[str, Path(max_length=256)]) -> Response:
     """Revoke a key, at once: streams that it has open end, too. Repeating it gives the same answer."""
-    access, who = services.access, services.principal.key_id
-    key = await to_thread.run_sync(lambda: access.keys.revoke(key_id, who=who))
-    await access.ring.refresh()
+    key = await to_thread.run_sync(_revoke, services, key_id)
+    await services.access.ring.refresh()
     return wire.answer(key.to_document())
+
+
+def _revoke(services: Services, key_id: str) -> ApiKey:
+    """On a full disk, too, which whoever has the key may have filled."""
+    reserve = Reserve(services.settings.home)
+    key = reserve.spend_on(lambda: services.access.keys.revoke(key_id, who=services.principal.key_id))
+    reserve.fill()
+    return key
 
 
 def _create(services: Services, body: KeyBody) -> tuple[ApiKey, str]:

@@ -112,11 +112,13 @@ def say(line: str) -> None:
 
 @contextmanager
 def _database(settings: WorkerSettings, build: Callable[..., Built]) -> Iterator[Built]:
+    from server.database import told_to_a_person
     from server.home import Home
 
     engine = _connected(settings)
     try:
-        yield build(engine, Home(settings.home))
+        with told_to_a_person(settings.home):
+            yield build(engine, Home(settings.home))
     finally:
         engine.dispose()
 

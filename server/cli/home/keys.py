@@ -97,8 +97,10 @@ def revoke(
     key_id: Annotated[str, typer.Argument(metavar="ID", help="As listed.")], home: HomeOption = None
 ) -> None:
     """Revoke a key for good, at once: streams that it has open end, too. Its row stays."""
-    with refusals(), opened(home, _keys) as keys:
-        key = keys.revoke(key_id, who=OPERATOR)
+    from server.training.queue.reserve import Reserve
+
+    with refusals(), opened(home, lambda *there: (_keys(*there), Reserve(there[1].path))) as (keys, reserve):
+        key = reserve.spend_on(partial(keys.revoke, key_id, who=OPERATOR))
     typer.echo(f"{key.id} ({key.name}) of project {key.project} is revoked")
 
 

@@ -31,6 +31,8 @@ READS = {"/generate", "/compare", "/v1/chat/completions", "/v1/completions"}
 """What is asked for by POST and writes nothing."""
 DELETES_FILES = {"DELETE /datasets/{dataset_id}", "DELETE /v1/files/{file_id}", "DELETE /train/{job_id}"}
 """What needs no room, or has its own: so that room can be made."""
+REVOKES = "DELETE /keys/{key_id}"
+"""Likewise: who has somebody else's key could fill the disk."""
 PAGE = 4096
 NO_TABLES = ("smolora.db", "filling", "reserve", "tmp")
 
@@ -160,7 +162,7 @@ async def test_every_route_that_writes(
         before = await stored(client, small_disk)
         answers = {}
         for name, ask in wanted.items():
-            if name in DELETES_FILES:
+            if name in DELETES_FILES or name == REVOKES:
                 continue
             leave_no_room(database, small_disk)
             response = await client.request(name.split()[0], ask.path, **ask.options)
@@ -205,6 +207,18 @@ async def test_room_can_be_made(app: FastAPI, leases: Leases, database: sa.Engin
         for name in sorted(DELETES_FILES):
             leave_no_room(database, small_disk)
             assert await status_of(client, name, wanted[name]) in (200, 204), name
+
+
+async def test_a_key_is_revoked(app: FastAPI, leases: Leases, database: sa.Engine, small_disk: Path) -> None:
+    async with client_of(app) as client:
+        wanted = await asks(client, leases, small_disk)
+        leave_no_room(database, small_disk)
+        assert await status_of(client, REVOKES, wanted[REVOKES]) == 200
+        (key,) = (await client.get("/keys")).json()["keys"]
+        assert key["revoked_at"] is not None
+        make_room(small_disk)
+        assert await status_of(client, REVOKES, wanted[REVOKES]) == 200
+        assert Reserve(small_disk).fill()
 
 
 @pytest.mark.parametrize(

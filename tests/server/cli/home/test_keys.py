@@ -15,10 +15,13 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
-from server.access.keys import PREFIX
+from server.access.keys import PREFIX, Keys
 from server.cli.main import app as commands
+from server.database import connect
 from server.errors import StartupError
+from server.training.queue.reserve import Reserve
 from tests.server.cli.home.conftest import Run, bearer, refused
+from tests.small_disk import fill, mounted
 
 PROMPT = {"prompt": "a", "max_tokens": 1}
 
@@ -218,3 +221,23 @@ def test_what_is_no_home_stays_none(tmp_path: Path, arguments: list[str]) -> Non
     assert isinstance(result.exception, StartupError)
     assert "isn't a server's home" in str(result.exception)
     assert not (tmp_path / "none").exists()
+
+
+def test_on_a_full_disk_keys_are_revoked_and_none_is_made(tmp_path: Path) -> None:
+    """Beside a server, which has the database open."""
+    with mounted(tmp_path, 4):
+        engine = connect(tmp_path)
+        key, _ = Keys(engine, tmp_path / "keyed").create("ci", who="test")
+        with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        assert Reserve(tmp_path).fill()
+        fill(tmp_path)
+        for command in (["keys", "create", "laptop"], ["projects", "limit", "acme"]):
+            done = CliRunner().invoke(commands, [*command, "--home", str(tmp_path)])
+            assert isinstance(done.exception, StartupError)
+            assert str(done.exception) == "the database: the disk is full"
+        done = CliRunner().invoke(commands, ["keys", "revoke", key.id, "--home", str(tmp_path)])
+        assert done.exit_code == 0, done.output
+        (found,) = Keys(engine, tmp_path / "keyed").list()
+        assert found.revoked_at is not None
+        engine.dispose()
