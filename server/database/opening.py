@@ -94,13 +94,13 @@ def beside_writers(engine: sa.Engine) -> sa.Engine:
 
 @contextmanager
 def told_to_a_person(home: Path) -> Iterator[None]:
-    """A block in which whatever a database or the disk fails with is one line, as StartupError."""
+    """A block in which what the database, an object store or the disk fails with is one line, as StartupError."""
     try:
         yield
     except DBAPIError as error:
         raise StartupError(f"the database: {file.told(error.orig, home)}") from None
     except Unavailable as error:
-        raise StartupError(f"the database: {error}") from None
+        raise StartupError(str(error)) from None
     except BrokenPipeError:  # whoever read what is printed
         raise
     except OSError as error:
