@@ -221,6 +221,25 @@ async def test_a_key_is_revoked(app: FastAPI, leases: Leases, database: sa.Engin
         assert Reserve(small_disk).fill()
 
 
+async def test_usage_is_told_as_far_as_it_is_stored(app: FastAPI, database: sa.Engine, small_disk: Path) -> None:
+    """By which somebody finds out whose the disk is."""
+    async with client_of(app) as client:
+
+        async def num_requests() -> int:
+            response = await client.get("/usage")
+            assert response.status_code == 200, response.text
+            return int(response.json()["rows"][0]["requests"])
+
+        for num in (1, 2):
+            assert (await client.post("/generate", json={"prompt": "a", "max_tokens": 1})).status_code == 200
+            if num == 1:
+                assert await num_requests() == 1
+        leave_no_room(database, small_disk)
+        assert await num_requests() == 1
+        make_room(small_disk)
+        assert await num_requests() == 2
+
+
 @pytest.mark.parametrize(
     "name",
     ["POST /adapters/{name}", "POST /compositions/{name}", "POST /train", "DELETE /adapters/{name}"],
