@@ -157,7 +157,7 @@ class Trainer:
     def _micro_batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
         """The rows, a micro-batch at a time."""
         lengths = [len(self._examples[row].token_ids) for row in rows]
-        capacity = max(max_tokens(self.trainable.masters.device), self.spec.max_length)
+        capacity = max_tokens(self.trainable.masters.device)
         bins = pack(lengths, capacity) if self.spec.packing else [[i] for i in range(len(rows))]
         for members in bins:
             yield [rows[i] for i in members]
