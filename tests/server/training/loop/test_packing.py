@@ -53,6 +53,7 @@ def test_many_rows_take_a_moment() -> None:
 class Sized:
     """A trainable that learns nothing, and notes how long the rows of each micro-batch are."""
 
+    undecayed: Sequence[slice] = ()
     has_own_threads = False
 
     def __init__(self) -> None:
