@@ -6,7 +6,7 @@
 
 `token` is the claim's fencing token: a worker that lost its job writes beside, never over, what its successor
 wrote. The newest is the one of the highest token, then of the highest step. Older ones are removed when a newer
-one is in place.
+one is in place, and what earlier attempts left unfinished before one is written.
 """
 
 import json
@@ -20,9 +20,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from adapters.durable import new_directory
+from adapters.durable import UNFINISHED, new_directory
 
 NAME = re.compile(r"(\d+)-(\d+)")
+_UNFINISHED_NAME = re.compile(rf"{re.escape(UNFINISHED)}(\d+)-\d+-.*")
 _TENSORS, STATE_NAME = "state.safetensors", "state.json"
 FILE_NAMES = frozenset({_TENSORS, STATE_NAME})
 
@@ -48,6 +49,7 @@ class Checkpoints:
         place = self._directory / f"{self._token}-{checkpoint.step}"
         if place.exists():
             return  # this attempt has stored that step
+        self._drop_unfinished()
         with new_directory(place) as unfinished:
             save_file(dict(checkpoint.tensors), unfinished / _TENSORS)
             text = json.dumps({"step": checkpoint.step, **checkpoint.state}, allow_nan=False)
@@ -66,6 +68,13 @@ class Checkpoints:
             return []
         found = ((NAME.fullmatch(path.name), path) for path in self._directory.iterdir())
         return sorted((int(match[1]), int(match[2]), path) for match, path in found if match is not None)
+
+    def _drop_unfinished(self) -> None:
+        """What attempts before this one were writing when they were killed."""
+        for path in self._directory.glob(f"{UNFINISHED}*"):
+            match = _UNFINISHED_NAME.fullmatch(path.name)
+            if match is not None and int(match[1]) < self._token:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def read_checkpoint(place: Path, step: int) -> Checkpoint | None:

@@ -248,6 +248,8 @@ class Run:
         if self._data.validation is not None:
             tuned = self._measure(trainable.passes, weights, tuned_base)
             self._check_finite(tuned)
+        if not bool(trainable.masters.isfinite().all()):  # no loss says so where no rows are held out
+            raise TrainingDiverged.found(f"the weights are not finite after step {step}", self._spec.training)
         self._note_time()
         counters = self._counters
         return Outcome(

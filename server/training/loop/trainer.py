@@ -46,6 +46,11 @@ class Trainable(Protocol):
     @property
     def gradients(self) -> torch.Tensor: ...
     @property
+    def undecayed(self) -> Sequence[slice]:
+        """The stretches of `masters` that weight decay leaves alone, in order."""
+        ...
+
+    @property
     def has_own_threads(self) -> bool:
         """Whether it computes in threads of its own, and leaves too little to torch for several of torch's."""
         ...
@@ -93,6 +98,7 @@ class Trainer:
         self._order: tuple[int, list[int]] = (-1, [])
         self._mean = torch.zeros_like(trainable.masters)
         self._square = torch.zeros_like(trainable.masters)
+        self._stretches = _by_decay(trainable, spec.weight_decay)
 
     @property
     def epoch(self) -> float:
@@ -157,7 +163,7 @@ class Trainer:
     def _micro_batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
         """The rows, a micro-batch at a time."""
         lengths = [len(self._examples[row].token_ids) for row in rows]
-        capacity = max(max_tokens(self.trainable.masters.device), self.spec.max_length)
+        capacity = max_tokens(self.trainable.masters.device)
         bins = pack(lengths, capacity) if self.spec.packing else [[i] for i in range(len(rows))]
         for members in bins:
             yield [rows[i] for i in members]
@@ -179,23 +185,34 @@ class Trainer:
     @torch.no_grad()
     def _update(self, rate: float) -> None:
         """torch's function, in one pass over memory: its class would import torch's compiler, half a second."""
-        masters = self.trainable.masters
-        adamw(
-            [masters],
-            [self.trainable.gradients],
-            [self._mean],
-            [self._square],
-            [],
-            [torch.full((), float(self.step), device=masters.device)],
-            fused=True,
-            amsgrad=False,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            lr=rate,
-            weight_decay=self.spec.weight_decay,
-            eps=EPSILON,
-            maximize=False,
-        )
+        masters, gradients = self.trainable.masters, self.trainable.gradients
+        for decay, stretches in self._stretches:
+            adamw(
+                [masters[stretch] for stretch in stretches],
+                [gradients[stretch] for stretch in stretches],
+                [self._mean[stretch] for stretch in stretches],
+                [self._square[stretch] for stretch in stretches],
+                [],
+                [torch.full((), float(self.step), device=masters.device) for _ in stretches],
+                fused=True,
+                amsgrad=False,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                lr=rate,
+                weight_decay=decay,
+                eps=EPSILON,
+                maximize=False,
+            )
+
+
+def _by_decay(trainable: Trainable, decay: float) -> list[tuple[float, list[slice]]]:
+    """All of the masters, in stretches, with how much they decay."""
+    undecayed = list(trainable.undecayed)
+    if not undecayed or not decay:
+        return [(decay, [slice(None)])]
+    ends = [0, *(end for stretch in undecayed for end in (stretch.start, stretch.stop)), len(trainable.masters)]
+    between = [slice(start, stop) for start, stop in zip(ends[::2], ends[1::2], strict=True) if start < stop]
+    return [(decay, between), (0.0, undecayed)]
 
 
 @contextmanager

@@ -44,6 +44,10 @@ class TrainableRows:
         return self.rows.gradients
 
     @property
+    def undecayed(self) -> Sequence[slice]:
+        return ()
+
+    @property
     def has_own_threads(self) -> bool:
         return isinstance(self.passes, NativePass)
 
@@ -97,6 +101,16 @@ class TrainableModel:
         self._leaves = dict(self.weights.tensors())
         self._d_leaves = dict(_views(base.weights, self.gradients).tensors())
         self.passes = self._torch_pass() if library is None else self._native_pass(library, base, max_length)
+
+    @property
+    def undecayed(self) -> Sequence[slice]:
+        """The norms' gains, as in transformers' Trainer: 0 is no better for them than any other number."""
+        stretches, end = [], 0
+        for name, tensor in self.weights.tensors():
+            start, end = end, end + tensor.numel()
+            if name.endswith("norm"):
+                stretches.append(slice(start, end))
+        return stretches
 
     @property
     def has_own_threads(self) -> bool:

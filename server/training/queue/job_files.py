@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapters.durable import UNFINISHED, remove_abandoned
 from server.home import Home
 from server.training.queue.tables import Status
 
@@ -115,7 +116,7 @@ class JobFiles:
                 shutil.rmtree(directory, ignore_errors=True)
 
     def sweep_ended(self, status: Callable[[str], Status | None]) -> None:
-        """Remove rows and checkpoints of jobs that have ended, from HOME alone.
+        """Remove rows and checkpoints of jobs that have ended, and old halves of models, from HOME alone.
 
         Whoever cancels a job drops its rows, a worker the checkpoints of an attempt that it ends. These are what a
         kill left, and of jobs that ended otherwise, while no worker had them, or on another machine. A job that
@@ -124,11 +125,13 @@ class JobFiles:
         """
         names = (DATA_NAME, TRAIN_NAME, VALIDATION_NAME, CHECKPOINTS_NAME)
         for directory in self._root.glob("*/"):
-            if any((directory / name).exists() for name in names):
+            has_half = any(directory.glob(f"{UNFINISHED}*"))
+            if has_half or any((directory / name).exists() for name in names):
                 found = status(directory.name)
                 if found is not None and found.has_ended:
                     self._unlink_rows(directory.name)
                     shutil.rmtree(directory / CHECKPOINTS_NAME, ignore_errors=True)
+                    remove_abandoned(directory)
 
     def sweep_shared(self, statuses: Callable[[Sequence[str]], Mapping[str, Status]]) -> None:
         """The same in the bucket, where there is one; `statuses` are of those of the jobs that there are."""

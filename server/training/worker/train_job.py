@@ -14,6 +14,7 @@ from typing import cast
 from adapters import recorded
 from adapters.catalog.catalog import NewVersion
 from adapters.catalog.unattended import LatestMoved
+from adapters.durable import remove_unfinished
 from adapters.errors import NotFound
 from adapters.expression import Term, parse
 from adapters.library import Library
@@ -182,6 +183,7 @@ class TrainingAttempt:
         with self._reporter.transferring(sum(tensor.nbytes for _, tensor in outcome.tuned_base.weights.tensors())):
             if place.exists():  # of an attempt that ended after this
                 shutil.rmtree(place)
+            remove_unfinished(place.parent, place.name)  # and of one that was killed in it
             export_hugging_face(outcome.tuned_base, place)
             self._files.keep_model(self._job.id, self._claim.token)
         return sum(path.stat().st_size for path in place.iterdir())

@@ -1,12 +1,17 @@
-"""Full fine-tuning beside transformers and torch's AdamW: the same batches, fp32; every loss and every weight."""
+"""Full fine-tuning beside transformers and torch's AdamW: the same batches, fp32; every loss and every weight.
+
+Which weights decay is what transformers' Trainer says, from which TRL's are made.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
+from transformers import Trainer as TheirTrainer
 
 from server.model.base.export import export_hugging_face
 from server.model.base.source import resolve_base
@@ -48,11 +53,17 @@ def reference_steps(
 ) -> tuple[list[float], list[float]]:
     """Each step's loss and the norm of its gradients; the model is what comes of it."""
     parameters = list(model.requires_grad_().parameters())  # a tied head is there once
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY)
+    decayed = TheirTrainer.get_decay_parameter_names(cast("Any", None), model)  # which asks the model alone
+    groups = [
+        {"params": [parameter], "weight_decay": DECAY if name in decayed else 0.0}
+        for name, parameter in model.named_parameters()
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.999), eps=1e-8)
     losses, norms = [], []
     for step, rows in enumerate(batches):
         warm, left = (step + 1) / NUM_WARMUP, (NUM_STEPS - step) / (NUM_STEPS - NUM_WARMUP)
-        optimizer.param_groups[0]["lr"] = RATE * min(warm, left, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(warm, left, 1.0)
         optimizer.zero_grad()
         loss = reference_loss(model, [examples[row] for row in rows])
         loss.backward()

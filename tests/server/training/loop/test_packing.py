@@ -1,11 +1,18 @@
-"""Packing against a plain first-fit decreasing, whatever the lengths."""
+"""Packing against a plain first-fit decreasing, whatever the lengths, and what of a step is packed."""
 
 import time
+from collections.abc import Sequence
 
+import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from server.training.loop.packing import pack
+from server.training.loop.trainer import Trainer
+from server.training.passes.micro_batch import MicroBatch, max_tokens
+from server.training.spec import TrainingSpec
+from tests.server.training.data.rows_kit import make_examples
 
 
 def plain_first_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -41,3 +48,38 @@ def test_many_rows_take_a_moment() -> None:
     bins = pack(lengths, 512)
     assert time.perf_counter() - started < 5
     assert len(bins) <= 1.02 * sum(lengths) / 512
+
+
+class Sized:
+    """A trainable that learns nothing, and notes how long the rows of each micro-batch are."""
+
+    undecayed: Sequence[slice] = ()
+    has_own_threads = False
+
+    def __init__(self) -> None:
+        self.masters = torch.zeros(1)
+        self.gradients = torch.zeros(1)
+        self.micro_batches: list[list[int]] = []
+
+    def refresh(self) -> None: ...
+    def end_step(self) -> None: ...
+    def begin_micro_batch(self, seed: int, step: int, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        self.micro_batches.append(list(lengths))
+
+    def accumulate(self, batch: MicroBatch, factor: float) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("max_length", [64, 512, 8192])
+def test_a_step_of_short_rows_is_as_many_micro_batches_whatever_may_be_longer(max_length: int) -> None:
+    """Between them it lets requests go first, and leaves; and each takes memory for all of its tokens."""
+    sized, lengths = Sized(), [30] * 100
+    Trainer(sized, make_examples(lengths), TrainingSpec(batch_size=len(lengths), max_length=max_length)).run_step()
+    most = max_tokens(torch.device("cpu"))
+    assert [sum(batch) for batch in sized.micro_batches] == [most // 30 * 30] * 5 + [450]
+
+
+def test_a_row_that_is_longer_is_a_micro_batch_of_its_own() -> None:
+    sized, lengths = Sized(), [700, 30, 30, 513, 400]
+    Trainer(sized, make_examples(lengths), TrainingSpec(batch_size=len(lengths), max_length=2048)).run_step()
+    assert sized.micro_batches == [[700], [513], [400, 30, 30]]

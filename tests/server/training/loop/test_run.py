@@ -186,3 +186,14 @@ def test_a_loss_that_is_no_number_fails_with_a_hint(tiny_base: BaseModel, data: 
     training = replace(SPEC.training, learning_rate=1e20, warmup_ratio=0.0)
     with pytest.raises(TrainingDiverged, match="learning_rate"):
         run(tiny_base, data, tmp_path, replace(SPEC, training=training))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_weights_that_are_no_numbers_are_not_left(
+    tiny_base: BaseModel, data: JobData, tmp_path: Path, method: Method
+) -> None:
+    """The last step's loss is that of the weights before it: where no rows are held out, no other one follows."""
+    training = replace(SPEC.training, max_steps=1, learning_rate=1e300, warmup_ratio=0.0)
+    alone = replace(data, validation=None, references=())
+    with pytest.raises(TrainingDiverged, match=r"weights are not finite after step 1: .*learning_rate"):
+        run(tiny_base, alone, tmp_path, replace(SPEC, method=method, training=training))

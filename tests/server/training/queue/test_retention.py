@@ -1,5 +1,6 @@
 """Jobs' files by age, and removals that are killed anywhere: all of it there, or none."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -137,6 +138,20 @@ def test_rows_of_what_may_run_stay(tmp_path: Path, status: Status | None) -> Non
     JobFiles(tmp_path).sweep_ended(lambda _: status)
     gone = ROWS | {"checkpoints"} if status is not None and status.has_ended else set()
     assert names(tmp_path, "j1") == before - gone
+
+
+@pytest.mark.parametrize("status", [*Status, None])
+def test_half_a_model_of_an_ended_job_goes_once_it_is_nobodys(tmp_path: Path, status: Status | None) -> None:
+    """The attempt that wrote it was killed, and its job was cancelled before another one."""
+    leave_files(tmp_path, "j1")
+    shutil.rmtree(JobFiles(tmp_path).checkpoints("j1"))
+    old, new = (JobFiles(tmp_path).directory("j1") / f".unfinished-model-{name}" for name in ("old", "new"))
+    for half in (old, new):
+        half.mkdir()
+    os.utime(old, (0, 0))
+    JobFiles(tmp_path).sweep_ended(lambda _: status)
+    assert old.exists() is (status is None or not status.has_ended)
+    assert new.exists(), "a download may be fetching it"
 
 
 def test_rows_go_with_whoever_cancels_their_job(tmp_path: Path, jobs: Jobs, retention: Retention) -> None:

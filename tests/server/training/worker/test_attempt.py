@@ -271,3 +271,13 @@ def test_full_fine_tuning_needs_no_name(shop: Shop, tiny_base: BaseModel) -> Non
     shop.catalog.compose("codes", [Term("left", weight=0.5)])
     shop.attempt()
     assert shop.jobs.get("job").status == "succeeded"
+
+
+def test_a_model_that_an_attempt_was_killed_over_goes(shop: Shop, tiny_base: BaseModel) -> None:
+    """Or it would stay for as long as the job's model does, with as many bytes."""
+    shop.submit(replace(SPEC, method="full"), job_data(tiny_base))
+    half = shop.files.directory("job") / ".unfinished-model-abc"
+    half.mkdir()
+    shop.attempt()
+    assert shop.files.model("job").is_dir()
+    assert not half.exists()
