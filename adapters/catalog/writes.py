@@ -7,7 +7,6 @@ key here (`adapters.viewpoint`). Records are written before the commit; see `ada
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
@@ -16,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from adapters.catalog.reads import LATEST, MAX_VERSION, resolve, select_versions, version_of, why_missing
 from adapters.catalog.records import Recorder, Records
+from adapters.catalog.seen import seen
 from adapters.catalog.tables import aliases, lock, names, parts, transact, versions
 from adapters.catalog.versions import Kind, NewVersion, Origin, Part, Version, blend_digest, combine, gather
 from adapters.catalog.visibility import refuse_private_parts
@@ -234,7 +234,7 @@ def one_version(connection: sa.Connection, name: str, number: int) -> Version:
 def _blend(name: str, number: int, leaves: tuple[Part, ...], made_of: Sequence[Version], of: Viewpoint) -> Version:
     """What is listed of a composition: that of its parts together, where that has a meaning."""
     by_digest = {version.digest: version for version in made_of}.values()  # equal bytes take their rows once
-    origin = Origin.of(replace(version, name=of.shown(version.name)) for version in made_of)
+    origin = Origin.of(seen(of, version) for version in made_of)
     return Version(
         name=name,
         digest=blend_digest(leaves),
