@@ -57,6 +57,7 @@ def run_merge(
     with reporter.transferring(4 * weights.num_parameters), library.publishing(adapter) as num_bytes:
         findings = MergeFindings(
             adapter=adapter,
+            base_digest=origin.base_digest,
             distance=metrics.get("distance"),
             wall_seconds=time.monotonic() - started,
             peak_memory_bytes=peak_memory_bytes(base.device),

@@ -144,6 +144,13 @@ def test_it_was_made_where_its_parts_were(
     assert (version.base_model, version.base_digest) == ("another", merged)
     assert bool(version.warnings) == is_mixed
     assert store.read(version.digest, tiny_base.config.shape).base_model == "another"
+    report = jobs.report("m1")
+    assert report is not None
+    parameters = tiny_base.weights.num_parameters  # of the same shapes
+    assert report["base_model"] == {"name": "another", "digest": merged, "parameters": parameters}
+    text = model_card(json.loads(json.dumps(report)))
+    assert ModelCard(text).data["base_model"] == "another"
+    assert "A LoRA adapter for another:" in text
 
 
 def test_it_is_told_what_is_told_of_its_parts(
