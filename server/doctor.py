@@ -18,6 +18,7 @@ from adapters.viewpoint import Viewpoint
 from server.database import build_of, connect, faults, nobody_has_it_open, set_aside
 from server.errors import StartupError
 from server.home import Home, serving
+from server.model.packed_adapters import is_damaged
 from server.storage import Storage
 from server.training.queue.job_files import JobFiles
 from server.training.queue.jobs import Jobs
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 _TAKES = "the server's next start removes it"
 _MENDS = "the server's next start mends it"
+_PACKED = (
+    "changed since it was written, and servers read it: delete it and restart the server, to have it made anew"
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,11 @@ def examine(home: Path, bucket: "Bucket | None" = None) -> Diagnosis:
         engine.dispose()
     else:
         findings += [Finding(digest, message) for digest, message in damaged.items()]
+    findings += [
+        Finding(f"adapters/packed/{digest}", _PACKED)
+        for digest, file in store.packed.contents()
+        if is_damaged(file)
+    ]
     findings += [
         Finding(f"adapters/{name}", f"left by a process that was killed; {_TAKES}") for name in store.leftovers()
     ]

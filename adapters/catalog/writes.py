@@ -77,7 +77,7 @@ def compose_in(
         return same, False
     if row.is_public:
         refuse_private_parts(connection, name, leaves, of)
-    made_of = [seen(of, one_version(connection, part.name, part.version)) for part in leaves]
+    made_of = [one_version(connection, part.name, part.version) for part in leaves]
     version = _blend(name, number, leaves, made_of, of)
     insert_in(connection, version, records)
     return version, True
@@ -234,7 +234,7 @@ def one_version(connection: sa.Connection, name: str, number: int) -> Version:
 def _blend(name: str, number: int, leaves: tuple[Part, ...], made_of: Sequence[Version], of: Viewpoint) -> Version:
     """What is listed of a composition: that of its parts together, where that has a meaning."""
     by_digest = {version.digest: version for version in made_of}.values()  # equal bytes take their rows once
-    origin = Origin.of(made_of)
+    origin = Origin.of(seen(of, version) for version in made_of)
     return Version(
         name=name,
         digest=blend_digest(leaves),

@@ -86,8 +86,11 @@ def _default_rank(parts: WeightedAdapters) -> int:
     return min(largest, max((min(len(module.b), module.a.shape[1]) for module in modules), default=0))
 
 
-def config_of(weights: LoraWeights, num_layers: int) -> LoraConfig:
-    """The configuration of weights whose scalings are all 1, as `merge` makes them; `num_layers` is the base's."""
+def config_of(weights: LoraWeights, num_layers: int | None) -> LoraConfig:
+    """The configuration of weights whose scalings are all 1, as `merge` makes them; `num_layers` is the base's.
+
+    None: unknown, and each layer is named.
+    """
     assert all(module.scaling == 1.0 for module in weights.modules.values())
     rank = weights.max_rank
     return describe(weights, rank, float(rank), use_rslora=False, num_layers=num_layers)

@@ -18,6 +18,16 @@ from adapters.strict_json import BadJsonError, parse_object, printable
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that adapters may have. Entries of others are listed, but `TensorEntry.view` refuses them."""
 
+SAVE_ANEW = "load the adapter with PEFT and save it anew, with save_pretrained(folder, safe_serialization=True)"
+"""What to do with an adapter_model.bin, which isn't read: to do so may run code."""
+
+_INSTEAD = {
+    b"PK\3\4": f"is a zip, or an adapter_model.bin, and not a safetensors file: {SAVE_ANEW}",
+    b"\x80\2": f"is an adapter_model.bin, and not a safetensors file: {SAVE_ANEW}",
+    b"version https://git-lfs": "is what git keeps in the file's place, of a clone without LFS: run git lfs pull",
+}
+"""How files begin that are sent for one, and what to say of them."""
+
 MAX_HEADER_BYTES = 8 << 20
 _ALIGNMENT = 64  # of the first tensor within the file
 
@@ -69,7 +79,9 @@ def read_header(buffer: torch.Tensor) -> dict[str, TensorEntry]:
         raise TensorFileError("is too short for a safetensors file")
     length = int.from_bytes(_bytes(buffer[:8]), "little")
     if length > min(size - 8, MAX_HEADER_BYTES):
-        raise TensorFileError("is not a safetensors file, or is cut short")
+        start = _bytes(buffer[: max(map(len, _INSTEAD))])
+        told = (message for beginning, message in _INSTEAD.items() if start.startswith(beginning))
+        raise TensorFileError(next(told, "is not a safetensors file, or is cut short"))
     try:
         members = parse_object(_bytes(buffer[8 : 8 + length]))
     except BadJsonError as error:

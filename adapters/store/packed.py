@@ -9,7 +9,7 @@ whoever makes them to know.
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -75,6 +75,13 @@ class PackedFiles:
         except (OSError, RuntimeError, TensorFileError):
             return None
         return content
+
+    def contents(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each digest with its file's bytes, mapped, to be looked at: that isn't a use."""
+        for path in sorted(self._folder.glob("*")):
+            if not path.name.startswith(UNFINISHED):
+                with suppress(OSError, RuntimeError, TensorFileError):
+                    yield path.name, map_file(path)
 
     def remove(self, digest: str) -> None:
         """Nothing where there is none."""

@@ -198,12 +198,11 @@ class SharedAdapterStore(AdapterStore):
         raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable")
 
     def _fetch(self, copy: Copy, directory: Path) -> None:
-        """Raises Missing where the copy isn't complete any more, CorruptAdapter where its digest is another."""
+        """Raises Missing where the copy isn't complete any more, CorruptAdapter where it was changed."""
         self._copies.fetch(copy, directory)
         if not sidecar.is_whole(directory):
             raise Missing(f"a copy of {copy.folder[:12]} is incomplete")
-        if sidecar.load(directory, copy.folder).digest != copy.folder:
-            raise CorruptAdapter(f"the stored adapter {copy.folder[:12]} no longer matches its digest")
+        sidecar.check(directory, copy.folder, sidecar.load(directory, copy.folder))
 
     @contextmanager
     def _alone(self, digest: str) -> Iterator[None]:

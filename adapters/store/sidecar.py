@@ -1,9 +1,11 @@
 """smolora.json, which lies beside a stored adapter's files and makes loading quick.
 
 It holds what would otherwise take PEFT's rules to work out, the modules and their effective scalings, and the
-files' sizes, by which a directory that lost something is told from a whole one.
+files' sizes, by which a directory that lost something is told from a whole one. Of the configuration, which is in
+no adapter's digest, it holds the SHA-256.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -23,6 +25,7 @@ def describe(weights: LoraWeights, directory: Path) -> bytes:
     sizes = {name: (directory / name).stat().st_size for name in (CONFIG_NAME, WEIGHTS_NAME)}
     modules = [[key.layer, key.module, module.scaling] for key, module in weights.modules.items()]
     document = {"format": FORMAT, "digest": weights.digest, "sizes": sizes, "modules": modules}
+    document["config"] = hashlib.sha256((directory / CONFIG_NAME).read_bytes()).hexdigest()
     return json.dumps(document, separators=(",", ":")).encode()
 
 
@@ -37,10 +40,11 @@ def is_whole(directory: Path, damaged: os.stat_result | None = None) -> bool:
 
 
 def damaged(directory: Path, digest: str) -> os.stat_result | None:
-    """The directory, where it is there and its tensors, all of which are read, haven't the digest."""
+    """The directory, where it is there and isn't what was put: all of its bytes are read."""
     try:
         found = directory.stat()
-        return None if load(directory, digest).digest == digest else found
+        check(directory, digest, load(directory, digest))
+        return None
     except CorruptAdapter:
         return found
     except OSError:
@@ -63,3 +67,18 @@ def load(directory: Path, digest: str) -> LoraWeights:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
     return LoraWeights(modules)
+
+
+def check(directory: Path, digest: str, weights: LoraWeights) -> None:
+    """Raises CorruptAdapter unless what was loaded has the digest, and the configuration beside it is that which
+    was written with it, as far as the sidecar knows: older releases' don't.
+    """
+    if weights.digest != digest:
+        raise CorruptAdapter(f"the stored adapter {digest[:12]} no longer matches its digest")
+    try:
+        told = json.loads((directory / SIDECAR_NAME).read_bytes()).get("config")
+        found = hashlib.sha256((directory / CONFIG_NAME).read_bytes()).hexdigest()
+    except (OSError, ValueError, AttributeError) as error:
+        raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
+    if told not in (None, found):
+        raise CorruptAdapter(f"the stored adapter {digest[:12]} is damaged: its {CONFIG_NAME} was changed")

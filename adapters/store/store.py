@@ -137,9 +137,9 @@ class AdapterStore:
         return read((place / CONFIG_NAME).read_bytes(), place / WEIGHTS_NAME, base)
 
     def verify(self, digest: str) -> None:
-        """Reads all bytes and raises CorruptAdapter unless they have the digest."""
-        if self.load(digest).digest != digest:
-            raise CorruptAdapter(f"the stored adapter {digest[:12]} no longer matches its digest")
+        """Reads all bytes and raises CorruptAdapter unless they are those that were put."""
+        weights = self.load(digest)
+        sidecar.check(self._place(digest), digest, weights)
 
     def verify_stored(self, digest: str) -> None:
         """The same of what all machines go by, where this one has a copy of its own."""

@@ -2,7 +2,8 @@
 
 A file is one page that says what it holds, and then `PackedRows.content`: to load the adapter is to map the file
 and copy each group's runs. It is written when an adapter is put into the store, or in the background once one
-without was loaded. A file that isn't what is expected (another layout or length) is dropped, and made anew.
+without was loaded. A file that isn't what is expected (another layout or length) is dropped, and made anew. Only
+by reading all of it shows whether a disk has changed it: `smolora doctor` does (`is_damaged`), and no load.
 Which adapters have none, `_is_wanted` says: they are placed as they were published, in the same bits.
 """
 
@@ -10,6 +11,7 @@ import hashlib
 import json
 import logging
 import threading
+from collections.abc import Mapping
 
 import torch
 
@@ -22,6 +24,7 @@ from server.model.row_layout import GROUPS, PackedRows, RowLayout
 FORMAT = 1
 """Grows with any change of what `RowLayout.pack` makes of the same weights."""
 _HEADER = 4096  # bytes, so that what follows begins with a page
+_SUM = "sum"  # the header's key for `_sum_of` all else
 _MAX_GROWTH = 4
 """Times an adapter's published bytes that its packed form may take. Rows lie in every layer, as many as the
 largest rank of any asks for: of an adapter of one layer nearly all would be zeros, which no file brings sooner. So
@@ -74,6 +77,8 @@ class PackedAdapters:
         header = json.loads(content[:_HEADER].numpy().tobytes())
         if (header["layout"], header["digest"]) != (self._layout_digest, digest):
             raise ValueError("of another layout or adapter")
+        if _SUM not in header:
+            raise ValueError("of an older release, which nobody could check")
         needs = self._layout.needs(header["ranks"])
         if len(content) != _HEADER + self._layout.num_bytes(needs):
             raise ValueError("of another length")
@@ -99,7 +104,8 @@ class PackedAdapters:
     def _pieces(self, digest: str, weights: LoraWeights) -> Pieces:
         rows = self._layout.pack(weights)
         ranks = {module.module: module.rank for group in rows.needs.values() for module in group.modules}
-        header = {"layout": self._layout_digest, "digest": digest, "ranks": ranks}
+        facts = {"layout": self._layout_digest, "digest": digest, "ranks": ranks}
+        header = facts | {_SUM: _sum_of(facts, rows.content)}
         text = json.dumps(header, separators=(",", ":")).encode().ljust(_HEADER)
         return [memoryview(text), memoryview(rows.content.numpy().data)]
 
@@ -110,6 +116,23 @@ class PackedAdapters:
             log.warning("can't keep %s packed: %s", digest[:12], error)
         finally:
             self._writing.release()
+
+
+def is_damaged(file: torch.Tensor) -> bool:
+    """Whether a packed file, given whole, was changed since it was written, and would be read all the same."""
+    try:
+        header = json.loads(file[:_HEADER].numpy().tobytes())
+        told = header.pop(_SUM)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False  # which no server reads
+    return bool(told != _sum_of(header, file[_HEADER:]))
+
+
+def _sum_of(facts: Mapping[str, object], content: torch.Tensor) -> str:
+    """SHA-256 (hex) of what a file tells of its content, and of that."""
+    sha = hashlib.sha256(json.dumps(facts).encode())
+    sha.update(content.numpy().data)
+    return sha.hexdigest()
 
 
 def _digest_of(layout: RowLayout) -> str:

@@ -2,21 +2,26 @@
 
 import json
 import shutil
+import threading
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from adapters.expression import parse
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME
+from adapters.store.store import AdapterStore
 from server.cli.main import app
 from server.database import FILE_NAME
 from server.doctor import examine, rebuild
 from server.errors import StartupError
 from server.home import serving
+from server.model.packed_adapters import PackedAdapters
+from server.model.row_layout import RowFormat, RowLayout
 from server.sqlite import driver
-from tests.adapters.samples import sample_adapter
+from tests.adapters.samples import SHAPE, sample_adapter
 from tests.server.api.adapters.registry import Registry, digest_of, write_files
 from tests.small_disk import fill, make_room, mounted
 
@@ -92,6 +97,28 @@ def test_bytes_that_changed_are_found(home: Path) -> None:
     code, output = doctor(home)
     assert code == 1
     assert "2 findings" in output
+
+
+def test_what_servers_read_in_their_place_is_looked_at_too(home: Path) -> None:
+    """The packed form that lies beside the bytes: answers come from it alone."""
+    store = AdapterStore(home / "adapters")
+    packed = PackedAdapters(store, RowLayout(SHAPE, RowFormat(torch.bfloat16, torch.bfloat16)))
+    digest = digest_of(1)
+    packed.load(digest)
+    for thread in threading.enumerate():
+        if thread.name == "adapter-packer":
+            thread.join()
+    file = home / "adapters" / "packed" / digest
+    assert examine(home).is_sound
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    messages = found(home)
+    assert messages.keys() == {f"adapters/packed/{digest}"}
+    assert "delete it" in messages[f"adapters/packed/{digest}"]
+    assert doctor(home)[0] == 1
+    file.unlink()
+    assert examine(home).is_sound
 
 
 def test_bytes_that_are_gone_are_found(home: Path) -> None:

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from adapters.errors import InvalidInput
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME
+from adapters.peft.tensor_file import SAVE_ANEW
 
 FIELD = "archive"
 MAX_WEIGHTS_BYTES = 512 << 20
@@ -84,7 +85,9 @@ def _entries(archive: zipfile.ZipFile) -> tuple[zipfile.ZipInfo, zipfile.ZipInfo
         folders.add(path.parent)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if name not in found:
-            raise _refused(f"has no {name}")
+            has_bin = name == WEIGHTS_NAME and any(info.filename.endswith("adapter_model.bin") for info in infos)
+            advice = f": adapter_model.bin isn't read; {SAVE_ANEW}" if has_bin else ""
+            raise _refused(f"has no {name}{advice}")
     if len(folders) > 1:
         raise _refused("has its two files in different folders")
     return found[CONFIG_NAME], found[WEIGHTS_NAME]

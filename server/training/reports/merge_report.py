@@ -14,9 +14,13 @@ from server.training.reports.report import AdapterFacts, Environment, adapter_do
 
 @dataclass(frozen=True, eq=False)
 class MergeFindings:
-    """What a merge found out. `distance` is `adapters.merging.distance`'s; None where the exact sum is 0."""
+    """What a merge found out. `distance` is `adapters.merging.distance`'s; None where the exact sum is 0.
+
+    `base_digest` is that of the parts' base, which needn't be the one that is served; None where they don't agree.
+    """
 
     adapter: PeftAdapter
+    base_digest: str | None
     distance: float | None
     wall_seconds: float
     peak_memory_bytes: int
@@ -27,12 +31,13 @@ def build_merge_report(spec: MergeSpec, base: BaseModel, found: MergeFindings) -
     """The card, JSON-ready."""
     weights = found.adapter.weights
     facts = AdapterFacts(weights.digest, found.adapter.config, weights.num_parameters)
+    name = found.adapter.base_model or base.name
     return {
         "format": 1,
         "kind": MERGE,
         "name": spec.name,
         "method": spec.method,
-        "base_model": {"name": base.name, "digest": base.digest, "parameters": base.weights.num_parameters},
+        "base_model": {"name": name, "digest": found.base_digest, "parameters": base.weights.num_parameters},
         "adapter": adapter_document(facts),
         "distance": found.distance,
         "wall_seconds": found.wall_seconds,

@@ -50,13 +50,16 @@ def run_merge(
     if origin is None:
         origin = Origin.of(library.catalog.version(part.name, part.version) for part in spec.parts)
     # the base of the parts, which needn't be the one that happens to be served
-    base_model = base.name if origin.base_digest == base.digest else origin.base_model
-    adapter = PeftAdapter(config_of(weights, base.config.num_layers), weights, base_model)
+    is_served = origin.base_digest == base.digest
+    base_model = base.name if is_served else origin.base_model
+    config = config_of(weights, base.config.num_layers if is_served else None)
+    adapter = PeftAdapter(config, weights, base_model)
     off = distance(adapters, weights, reporter.yield_or_leave)
     metrics = {"distance": off} if math.isfinite(off) else {}
     with reporter.transferring(4 * weights.num_parameters), library.publishing(adapter) as num_bytes:
         findings = MergeFindings(
             adapter=adapter,
+            base_digest=origin.base_digest,
             distance=metrics.get("distance"),
             wall_seconds=time.monotonic() - started,
             peak_memory_bytes=peak_memory_bytes(base.device),

@@ -1,6 +1,7 @@
 """Files that can't be honoured exactly: refused, with every key at fault named."""
 
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,27 @@ def test_no_tensors_at_all(files: tuple[Config, Tensors]) -> None:
     assert set(named) < {("adapter_model", key) for key in tensors}
     assert set(faults(config, b"")) == {("adapter_model",)}
     assert set(faults(config, b"PK\3\4 a zip, perhaps")) == {("adapter_model",)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"_use_new_zipfile_serialization": True}, "safe_serialization=True"),
+        ({"_use_new_zipfile_serialization": False}, "safe_serialization=True"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
+    ],
+)
+def test_what_people_have_in_its_place(
+    content: dict[str, bool] | bytes, message: str, files: tuple[Config, Tensors]
+) -> None:
+    """An adapter_model.bin, as older releases of PEFT saved, and what a clone without LFS has."""
+    config, tensors = files
+    if not isinstance(content, bytes):
+        file = BytesIO()
+        torch.save(tensors, file, **content)
+        content = file.getvalue()
+    (told,) = faults(config, content).values()
+    assert message in told
 
 
 def test_the_list_of_faults_is_bounded(files: tuple[Config, Tensors]) -> None:

@@ -298,6 +298,24 @@ def test_damage_in_the_bucket_and_in_a_cache(machine: Machine, bucket: "Bucket",
             ask(DIGEST)
 
 
+def test_a_changed_configuration_in_the_bucket_and_in_a_cache(
+    machine: Machine, bucket: "Bucket", tmp_path: Path
+) -> None:
+    publish(machine("a"))
+    b = machine("b")
+    b.load(DIGEST)
+    place = tmp_path / "b" / DIGEST[:2] / DIGEST / CONFIG_NAME
+    whole = place.read_bytes()
+    place.write_bytes(whole.replace(b"8", b"9"))
+    b.verify(DIGEST)  # fetched anew
+    assert place.read_bytes() == whole
+    (key,) = (key for key in keys(bucket, "bytes") if key.endswith(CONFIG_NAME))
+    bucket.put(key, whole.replace(b"8", b"9"))
+    for ask in (machine("c").open, machine("d").verify_stored):
+        with pytest.raises(CorruptAdapter):
+            ask(DIGEST)
+
+
 def fetched(proxy: Proxy) -> int:
     return proxy.count("GET", WEIGHTS_NAME)
 

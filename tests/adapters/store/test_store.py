@@ -137,6 +137,28 @@ def test_what_is_missing_or_broken_is_said_so(store: AdapterStore, place: Path) 
             store.load(DIGEST)
 
 
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
+@pytest.mark.parametrize("original", [None, {CONFIG_NAME: b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8}'}])
+def test_a_changed_configuration_is_found(
+    original: dict[str, bytes] | None, store: AdapterStore, place: Path
+) -> None:
+    """It is in no digest, and downloads have it."""
+    store.put(ADAPTER, original)
+    store.verify(DIGEST)
+    config = place / CONFIG_NAME
+    whole = config.read_bytes()
+    changed = whole.replace(b'"lora_alpha": 8', b'"lora_alpha": 9')
+    assert changed != whole
+    config.write_bytes(changed)
+    with pytest.raises(CorruptAdapter, match=r"its adapter_config\.json was changed"):
+        store.verify(DIGEST)
+    sidecar = place / "smolora.json"
+    document = json.loads(sidecar.read_bytes())
+    del document["config"]  # of an older release
+    sidecar.write_text(json.dumps(document))
+    store.verify(DIGEST)
+
+
 @pytest.mark.parametrize("lost", [CONFIG_NAME, WEIGHTS_NAME, "smolora.json"])
 def test_putting_mends_what_lost_a_file(lost: str, store: AdapterStore, place: Path, tmp_path: Path) -> None:
     store.put(ADAPTER)

@@ -18,7 +18,7 @@ from adapters.peft.files import PeftAdapter
 from adapters.store.packed import PackedFiles, Pieces
 from adapters.store.store import AdapterStore
 from server.model.native.model import ROW_FORMAT
-from server.model.packed_adapters import FORMAT, PackedAdapters
+from server.model.packed_adapters import FORMAT, PackedAdapters, is_damaged
 from server.model.rank_rows import Placement, RankRows, Run, Stored
 from server.model.row_layout import PackedRows, RowFormat, RowLayout
 from tests.engine_kit import random_adapter
@@ -166,6 +166,7 @@ SPOILED: dict[str, Callable[[bytes], bytes]] = {
     "other ranks": lambda content: content.replace(b'"q_proj":16', b'"q_proj":18'),
     "ranks that are none": lambda content: content.replace(b'"q_proj":16', b'"q_proj":""'),
     "no ranks": lambda content: content.replace(b'"ranks"', b'"wanks"'),
+    "of a release that kept no sum": lambda content: content.replace(b'"sum"', b'"was"'),
 }
 
 
@@ -183,6 +184,32 @@ def test_a_file_that_is_not_sound_is_made_anew(how: str, tmp_path: Path) -> None
     assert_same_pools(TINY, packed.load(adapter.weights.digest), adapter.weights)
     settle()
     assert file.read_bytes() == sound
+
+
+@pytest.mark.parametrize("at", [4096, 30_000, -1])
+def test_a_changed_byte_is_found_where_one_looks(at: int, tmp_path: Path) -> None:
+    """No load looks at all of them; what a load would drop isn't a finding."""
+    store = AdapterStore(tmp_path)
+    PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
+    adapter = published(ADAPTERS["all modules"](TINY))
+    store.put(adapter)
+    file = packed_file(tmp_path, adapter.weights.digest)
+    (file.parent / f"{UNFINISHED}new").write_bytes(b"half")
+
+    def looked_at() -> list[tuple[str, bool]]:
+        return [(digest, is_damaged(content)) for digest, content in store.packed.contents()]
+
+    before = file.stat().st_mtime
+    assert looked_at() == [(adapter.weights.digest, False)]
+    assert file.stat().st_mtime == before
+    sound = file.read_bytes()
+    changed = bytearray(sound)
+    changed[at] ^= 0x80
+    file.write_bytes(changed)
+    assert looked_at() == [(adapter.weights.digest, True)]
+    for spoil in ("empty", "zeros", "no object", "of a release that kept no sum"):
+        file.write_bytes(SPOILED[spoil](sound))
+        assert not any(damaged for _, damaged in looked_at())
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def test_two_files_in_the_root_or_one_folder(tmp_path: Path, folder: str, method
     ("files", "reason"),
     [
         ({CONFIG: b"{}"}, f"no {WEIGHTS}"),
+        ({CONFIG: b"{}", "adapter_model.bin": b"PK"}, f"no {WEIGHTS}: adapter_model.bin isn't read; load"),
         ({WEIGHTS: b""}, f"no {CONFIG}"),
         ({}, "no adapter"),
         ({f"a/{CONFIG}": b"", f"b/{WEIGHTS}": b""}, "different folders"),

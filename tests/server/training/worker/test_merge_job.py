@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from adapters.catalog.catalog import Catalog, combine
 from adapters.catalog.versions import Origin
 from adapters.errors import CorruptAdapter, NotFound
+from adapters.lora import BaseShape
 from adapters.merging.merge import merge
 from adapters.merging.recipe import Recipe
 from adapters.peft.files import WEIGHTS_NAME, PeftAdapter
@@ -144,6 +145,34 @@ def test_it_was_made_where_its_parts_were(
     assert (version.base_model, version.base_digest) == ("another", merged)
     assert bool(version.warnings) == is_mixed
     assert store.read(version.digest, tiny_base.config.shape).base_model == "another"
+    report = jobs.report("m1")
+    assert report is not None
+    parameters = tiny_base.weights.num_parameters  # of the same shapes
+    assert report["base_model"] == {"name": "another", "digest": merged, "parameters": parameters}
+    text = model_card(json.loads(json.dumps(report)))
+    assert ModelCard(text).data["base_model"] == "another"
+    assert "A LoRA adapter for another:" in text
+
+
+def test_layers_are_those_of_the_parts_base(
+    jobs: Jobs, leases: Leases, catalog: Catalog, store: AdapterStore, tiny_base: BaseModel
+) -> None:
+    """A worker may have another base by then, of as many layers as these parts are of."""
+    shape = tiny_base.config.shape
+    deeper = BaseShape(shape.num_layers + 1, shape.features)
+    for name, seed in (("left", 1), ("right", 2)):
+        part = sample(shape, seed)
+        layers = tuple(range(shape.num_layers))
+        part = replace(part, config=replace(part.config, layers_to_transform=layers), base_model="deeper")
+        assert publish(catalog, store, name, part, "0b" * 32)
+        assert store.read(part.weights.digest, deeper)
+    spec = merge_spec(catalog, EXPRESSION, TIES)
+    run_merge(
+        spec, claimed(jobs, leases, spec), leases, library_of(catalog, store, tiny_base), tiny_base, Listener()
+    )
+    merged = catalog.version("merged", 1)
+    assert store.read(merged.digest, deeper).config.layers_to_transform == layers
+    assert store.fits(merged.digest, shape)
 
 
 def test_it_is_told_what_is_told_of_its_parts(
