@@ -27,12 +27,17 @@ def sampling_params(body: SamplingFields, max_tokens: int, logprobs: int) -> Sam
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=_biases(body.logit_bias or {}),
-        seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed % (MAX_SEED + 1),
+        seed=seed_of(body),
         stop=tuple(body.stop or ()),
         logprobs=logprobs,
         ignore_eos=body.ignore_eos,
         speculates=body.speculation == "auto",
     )
+
+
+def seed_of(body: SamplingFields) -> int:
+    """The body's seed as the engine takes it; another one each time where it has none."""
+    return secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed % (MAX_SEED + 1)
 
 
 def most_tokens(num_top: int) -> int:

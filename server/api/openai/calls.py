@@ -1,13 +1,14 @@
 """From a checked body of /v1 to running generations: names, prompts and sampling as the engine takes them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from adapters.errors import InvalidInput, NotFound
 from adapters.expression import Term, parse
 from server.api.deps import Services
 from server.api.generate.generation import Generation, ask_queue, close_all, encoded, start
-from server.api.generate.sampling import check_logprobs, context_faults, most_tokens, sampling_params
+from server.api.generate.sampling import check_logprobs, context_faults, most_tokens, sampling_params, seed_of
 from server.api.generate.structure import grammar_of
 from server.api.openai.batch import Batch
 from server.api.openai.errors import ContextTooLong, ModelNotFound
@@ -111,9 +112,9 @@ async def _start(
     started: list[Generation] = []
     try:
         for ids in prompts:
-            begun = await start(
-                services, terms, ids, sampling, body.n or 1, "model", grammar, is_request=not started
-            )
+            # without a seed, the same prompt twice is two answers
+            own = replace(sampling, seed=seed_of(body)) if started else sampling
+            begun = await start(services, terms, ids, own, body.n or 1, "model", grammar, is_request=not started)
             started.append(begun)
             # a name that moves meanwhile moves for none of them
             terms = [Term(part.name, part.version, weight=part.weight) for part in begun.parts]

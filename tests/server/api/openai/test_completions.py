@@ -99,6 +99,13 @@ async def test_choices_count_through_the_prompts(client: httpx.AsyncClient, engi
     assert engine.open == set()
 
 
+async def test_the_same_prompt_twice_is_drawn_twice(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """The noise of a token is a hash of seed, choice and position: one seed for all would be one answer."""
+    await ask(client, prompt=["a"] * 4)
+    assert len({request.sampling.seed for request in engine.requests}) == 4
+    assert len({replace(request.sampling, seed=0) for request in engine.requests}) == 1
+
+
 class NarrowEngine(FakeEngine):
     """Takes one request at a time."""
 
