@@ -8,7 +8,6 @@ stream. A comparison is whole or refused.
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from adapters.errors import FieldError, InvalidInput
 from adapters.expression import Term
@@ -78,7 +77,7 @@ async def compare(services: Services, body: CompareBody) -> Comparison:
     terms = [_terms(services, place, expression) for place, expression in enumerate(body.adapters)]
     ask_queue(services, len(terms) * (body.n + len(body.score or ())))
     prompt = await encode_prompt(services, body, body.max_tokens)
-    continuations = [await _continuation(services, len(prompt), text) for text in body.score or ()]
+    continuations = await _continuations(services, len(prompt), body.score or ())
     check_logprobs(len(terms) * (body.n * body.max_tokens + sum(map(len, continuations))), body.logprobs)
     grammar = grammar_of(body.response_format, body.regex)
     sampling = sampling_params(body, body.max_tokens, max(body.logprobs, 1))
@@ -113,12 +112,20 @@ def _terms(services: Services, place: int, expression: str) -> tuple[Term, ...]:
         raise InvalidInput(faults) from None
 
 
-async def _continuation(services: Services, num_prompt_tokens: int, text: str) -> tuple[int, ...]:
-    token_ids = await encoded(services, partial(services.encoder.continuation, text), len(text))
-    if num_prompt_tokens + len(token_ids) > services.max_model_len:
-        message = f"a text's {len(token_ids)} tokens and the prompt's exceed the model's {services.max_model_len}"
-        raise InvalidInput.of("score", message)
-    return tuple(token_ids)
+async def _continuations(
+    services: Services, num_prompt_tokens: int, texts: Sequence[str]
+) -> list[tuple[int, ...]]:
+    def encode() -> list[tuple[int, ...]]:
+        return [tuple(services.encoder.continuation(text)) for text in texts]
+
+    found = await encoded(services, encode, sum(map(len, texts)))
+    for token_ids in found:
+        if num_prompt_tokens + len(token_ids) > services.max_model_len:
+            message = (
+                f"a text's {len(token_ids)} tokens and the prompt's exceed the model's {services.max_model_len}"
+            )
+            raise InvalidInput.of("score", message)
+    return found
 
 
 async def _score(text: str, generation: Generation, num_top: int) -> dict[str, object]:

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from adapters.catalog.catalog import Part, combine
 from adapters.errors import FieldError, InvalidInput
@@ -33,6 +34,8 @@ from server.model.text.chat import ChatMessage
 
 _SHORT_TEXT = 2048
 """Characters that are encoded on the spot (about a millisecond); longer texts go to a thread."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,7 @@ async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -
     encode: Callable[[], Sequence[int]]
     if body.messages is not None and body.prompt is None:
         turns = [ChatMessage(message.role, message.content) for message in body.messages]
-        name, length = "messages", sum(len(turn.content) for turn in turns)
+        name, length = "messages", length_of(turns)
         encode = partial(services.encoder.messages, turns)
         is_chat()
     elif body.prompt is not None and body.messages is None:
@@ -281,8 +284,13 @@ async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -
     return tuple(ids)
 
 
-async def encoded(services: Services, encode: Callable[[], Sequence[int]], length: int) -> Sequence[int]:
-    """What `encode` makes of a text of so many characters. Raises QueueFull where many long ones wait."""
+def length_of(turns: Sequence[ChatMessage]) -> int:
+    """The characters that a template makes of them, with some 32 around each turn."""
+    return sum(len(turn.content) + 32 for turn in turns)
+
+
+async def encoded(services: Services, encode: Callable[[], T], length: int) -> T:
+    """What `encode` makes of texts of so many characters together. Raises QueueFull where many long ones wait."""
     return encode() if length <= _SHORT_TEXT else await services.limiters.encoding.run(encode)
 
 
