@@ -23,7 +23,7 @@ from server.api.generate.generation import (
     encoded,
     start,
 )
-from server.api.generate.sampling import check_logprobs, sampling_params
+from server.api.generate.sampling import check_logprobs, check_sequences, sampling_params
 from server.api.generate.structure import grammar_of
 from server.engine.request import SamplingParams
 
@@ -75,7 +75,10 @@ class Comparison:
 async def compare(services: Services, body: CompareBody) -> Comparison:
     """Hand everything to the engine. Raises whatever it can be refused for; nothing is held then."""
     terms = [_terms(services, place, expression) for place, expression in enumerate(body.adapters)]
-    ask_queue(services, len(terms) * (body.n + len(body.score or ())))
+    num_sequences = len(terms) * (body.n + len(body.score or ()))
+    if num_sequences > body.n:
+        check_sequences(num_sequences, services.engine.max_in_flight, "adapters")
+    ask_queue(services, num_sequences)
     prompt = await encode_prompt(services, body, body.max_tokens)
     continuations = await _continuations(services, len(prompt), body.score or ())
     check_logprobs(len(terms) * (body.n * body.max_tokens + sum(map(len, continuations))), body.logprobs)

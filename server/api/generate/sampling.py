@@ -40,6 +40,16 @@ def seed_of(body: SamplingFields) -> int:
     return secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed % (MAX_SEED + 1)
 
 
+def check_sequences(num: int, most: int | None, field: str) -> None:
+    """Raise InvalidInput where so many of several requests never fit the queue together, however empty it is."""
+    if most is not None and num > most:
+        raise InvalidInput.of(
+            field,
+            f"are {num} sequences together, and the server takes {most} at once (SMOLORA_MAX_NUM_SEQS running, "
+            "SMOLORA_MAX_QUEUE waiting): send fewer at a time",
+        )
+
+
 def most_tokens(num_top: int) -> int:
     """That an answer may have which isn't streamed and has `num_top` log-probabilities beside each."""
     return MAX_LOGPROBS // (num_top + 1)

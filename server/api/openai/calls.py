@@ -8,7 +8,14 @@ from adapters.errors import InvalidInput, NotFound
 from adapters.expression import Term, parse
 from server.api.deps import Services
 from server.api.generate.generation import Generation, ask_queue, close_all, encoded, length_of, start
-from server.api.generate.sampling import check_logprobs, context_faults, most_tokens, sampling_params, seed_of
+from server.api.generate.sampling import (
+    check_logprobs,
+    check_sequences,
+    context_faults,
+    most_tokens,
+    sampling_params,
+    seed_of,
+)
 from server.api.generate.structure import grammar_of
 from server.api.openai.batch import Batch
 from server.api.openai.errors import ContextTooLong, ModelNotFound
@@ -56,7 +63,10 @@ async def begin_completions(services: Services, body: CompletionBody) -> Batch:
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidInput.of("best_of", "is not supported: leave it out, or give what n is")
     limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    ask_queue(services, len(body.prompt) * (body.n or 1))
+    num_sequences = len(body.prompt) * (body.n or 1)
+    if len(body.prompt) > 1:
+        check_sequences(num_sequences, services.engine.max_in_flight, "prompt")
+    ask_queue(services, num_sequences)
     prompts = await _encoded_prompts(services, body.prompt)
     for ids in prompts:
         _check_room(services, len(ids), limit, "max_tokens", "prompt")

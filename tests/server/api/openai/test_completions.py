@@ -127,6 +127,24 @@ async def test_all_prompts_run_or_none(make_services: MakeServices) -> None:
         assert len(engine.requests) == 1
 
 
+async def test_more_than_ever_fit_together_are_no_full_queue(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    """A 429 would be tried again, and never be taken."""
+    engine.max_in_flight = 6
+    await ask(client, prompt=["a"] * 3, n=2)
+    await ask(client, n=7)  # one request alone is taken where nothing else runs
+    engine.requests.clear()
+    error = await refusal(client, prompt=["a"] * 4, n=2)
+    assert error["param"] == "prompt"
+    assert "8 sequences" in error["message"]
+    body = {"prompt": "a", "adapters": ["base"] * 3, "n": 2, "score": ["b"], "max_tokens": 1}
+    assert [fault["loc"] for fault in (await client.post("/compare", json=body)).json()["errors"]] == [
+        ["adapters"]
+    ]
+    assert engine.requests == []
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("echo", True), ("suffix", "end"), ("best_of", 3), ("logprobs", 21), ("messages", [])]
 )
