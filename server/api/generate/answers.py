@@ -21,20 +21,19 @@ class _Choice:
 
     pieces: list[str] = field(default_factory=list)
     logprobs: list[SampledLogprob] = field(default_factory=list)
+    logprob: float = 0.0  # the sum of what is known of its tokens, in nats
     finish_reason: FinishReason | None = None
     num_tokens: int = 0
     num_cached: int = 0
     timing: Timing | None = None
 
-    @property
-    def logprob(self) -> float:
-        """The sum of what is known of its tokens, in nats."""
-        return sum(max(entry.chosen.logprob, LEAST_LOGPROB) for entry in self.logprobs)
-
-    def add(self, output: SequenceOutput) -> None:
+    def add(self, output: SequenceOutput, keeps_logprobs: bool) -> None:
         if output.text:
             self.pieces.append(output.text)
-        self.logprobs += output.logprobs
+        for entry in output.logprobs:
+            self.logprob += max(entry.chosen.logprob, LEAST_LOGPROB)
+        if keeps_logprobs:
+            self.logprobs += output.logprobs
         self.finish_reason = output.finish_reason
         self.num_tokens, self.num_cached = output.num_output_tokens, output.num_cached_tokens
         self.timing = output.timing
@@ -49,9 +48,9 @@ async def collect(
     left out themselves where `num_top` is 0.
     """
     choices = [_Choice() for _ in range(generation.request.n)]
-    async for output in generation.outputs():
-        choices[output.index].add(output)
     with_logprobs = generation.request.sampling.logprobs > 0 and num_top > 0
+    async for output in generation.outputs():
+        choices[output.index].add(output, with_logprobs)
     timings = [choice.timing for choice in choices if choice.timing is not None]
     return {
         **_head(generation, model),
