@@ -85,18 +85,26 @@ async def compare(services: Services, body: CompareBody) -> Comparison:
     grammar = grammar_of(body.response_format, body.regex)
     sampling = sampling_params(body, body.max_tokens, max(body.logprobs, 1))
     scoring = SamplingParams(max_tokens=0, temperature=0.0, logprobs=body.logprobs)
+    num_tokens = len(terms) * (
+        len(prompt) + body.n * body.max_tokens + sum(len(prompt) + len(one) for one in continuations)
+    )
     started: list[Generation] = []
     compared: list[_Compared] = []
     try:
         for expression, named in zip(body.adapters, terms, strict=True):
-            answer = await start(services, named, prompt, sampling, body.n, "adapters", grammar)
+            num_taken = 0 if started else num_tokens  # of all together
+            answer = await start(
+                services, named, prompt, sampling, body.n, "adapters", grammar, num_taken=num_taken
+            )
             started.append(answer)
             # a name that moves meanwhile moves for none of them
             pinned = [Term(part.name, part.version, weight=part.weight) for part in answer.parts]
             scores = []
             for continuation in continuations:
                 token_ids = prompt + continuation
-                score = await start(services, pinned, token_ids, scoring, 1, "adapters", scored_from=len(prompt))
+                score = await start(
+                    *(services, pinned, token_ids, scoring, 1, "adapters"), scored_from=len(prompt), num_taken=0
+                )
                 started.append(score)
                 scores.append(score)
             compared.append(_Compared(expression, answer, tuple(scores)))

@@ -193,16 +193,19 @@ async def start(
     grammar: Grammar | None = None,
     scored_from: int | None = None,
     is_request: bool = True,
+    num_taken: int | None = None,
 ) -> Generation:
     """Likewise, from what the body came to. Names of adapters that don't go are refused on `field`.
 
     With `scored_from`, the prompt's tokens from there on are scored, and nothing is generated. `is_request` is as
-    in `LedgerAccount`.
+    in `LedgerAccount`. `num_taken` tokens are taken of the key's minute; None: as many as this may come to.
     """
     if grammar is not None:
         await check_grammar(services, grammar, sampling)
     principal = services.principal
-    await services.access.rates.take(principal, "tokens", len(token_ids) + n * sampling.max_tokens)
+    num_taken = len(token_ids) + n * sampling.max_tokens if num_taken is None else num_taken
+    if num_taken:
+        await services.access.rates.take(principal, "tokens", num_taken)
     pinned = await services.recent_pins.pin(services.library, terms, field) if terms else Pinned(())
     try:
         request = GenerationRequest(
@@ -240,18 +243,16 @@ def ask_queue(services: Services, num_sequences: int) -> None:
 def adapter_terms(expression: str | None, parts: Sequence[AdapterBody] | None, base_name: str) -> tuple[Term, ...]:
     """The adapters asked for, as they are named; none for the base. Raises InvalidInput."""
     if expression is not None and parts is not None:
-        raise InvalidInput([FieldError((name,), "give adapter or adapters, not both") for name in _ADAPTER_FIELDS])
+        raise InvalidInput(
+            [FieldError((name,), "give adapter or adapters, not both") for name in ("adapter", "adapters")]
+        )
     if parts is not None:
-        faults = [fault for index, part in enumerate(parts) for fault in _part_faults(index, part)]
-        if faults:
+        if faults := [fault for index, part in enumerate(parts) for fault in _part_faults(index, part)]:
             raise InvalidInput(faults)
         return tuple(Term(part.name, part.version, part.alias, part.weight) for part in parts)
     if expression is None or expression == base_name:
         return ()
     return parse(expression, "adapter")
-
-
-_ADAPTER_FIELDS = ("adapter", "adapters")
 
 
 def _part_faults(index: int, part: AdapterBody) -> list[FieldError]:

@@ -121,12 +121,19 @@ async def _start(
     if not body.stream:
         field = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
         check_logprobs(len(prompts) * (body.n or 1) * sampling.max_tokens, sampling.logprobs, field)
+    n = body.n or 1
+    num_tokens = sum(map(len, prompts)) + len(prompts) * n * sampling.max_tokens
     started: list[Generation] = []
     try:
         for ids in prompts:
             # without a seed, the same prompt twice is two answers
             own = replace(sampling, seed=seed_of(body)) if started else sampling
-            begun = await start(services, terms, ids, own, body.n or 1, "model", grammar, is_request=not started)
+            is_first = not started  # which takes what all of them may come to
+            begun = await start(
+                *(services, terms, ids, own, n, "model", grammar),
+                is_request=is_first,
+                num_taken=num_tokens if is_first else 0,
+            )
             started.append(begun)
             # a name that moves meanwhile moves for none of them
             terms = [Term(part.name, part.version, weight=part.weight) for part in begun.parts]
