@@ -141,5 +141,5 @@ async def _continuations(
 
 async def _score(text: str, generation: Generation, num_top: int) -> dict[str, object]:
     (output,) = [output async for output in generation.outputs()]
-    logprobs = list(map(answers.sampled, output.logprobs)) if num_top else None
+    logprobs = await answers.in_turns(answers.sampled, output.logprobs) if num_top else None
     return {"text": text, "logprob": sum(output.scores), "num_tokens": len(output.scores), "logprobs": logprobs}

@@ -3,8 +3,10 @@
 Runs for every piece of text of every stream, so it is plain dictionaries.
 """
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from server.api import wire
 from server.api.generate.generation import Generation
@@ -13,6 +15,11 @@ from server.engine.request import FinishReason, SampledLogprob, SequenceOutput, 
 DONE = b"data: [DONE]\n\n"
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have."""
+_AT_ONCE = 64
+"""Tokens whose log-probabilities are put together before others get their turn: some milliseconds."""
+
+Item = TypeVar("Item")
+Told = TypeVar("Told")
 
 
 @dataclass
@@ -52,6 +59,7 @@ async def collect(
     async for output in generation.outputs():
         choices[output.index].add(output, with_logprobs)
     timings = [choice.timing for choice in choices if choice.timing is not None]
+    logprobs = [await in_turns(sampled, choice.logprobs) if with_logprobs else None for choice in choices]
     return {
         **_head(generation, model),
         "choices": [
@@ -59,7 +67,7 @@ async def collect(
                 "index": index,
                 "text": "".join(choice.pieces),
                 "finish_reason": choice.finish_reason,
-                "logprobs": [sampled(entry) for entry in choice.logprobs] if with_logprobs else None,
+                "logprobs": logprobs[index],
                 **({"logprob": choice.logprob} if sums else {}),
             }
             for index, choice in enumerate(choices)
@@ -135,6 +143,15 @@ def _timing(timings: Sequence[Timing]) -> dict[str, float]:
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1e3, 3)
+
+
+async def in_turns(tell: Callable[[Item], Told], items: Sequence[Item]) -> list[Told]:
+    """What `tell` makes of each: of a long answer's it takes the best part of a second, in which others go on."""
+    told: list[Told] = []
+    for start in range(0, len(items), _AT_ONCE):
+        told += map(tell, items[start : start + _AT_ONCE])
+        await asyncio.sleep(0)
+    return told
 
 
 def sampled(entry: SampledLogprob) -> dict[str, object]:

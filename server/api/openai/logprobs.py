@@ -7,8 +7,9 @@ the tokens joined are the text.
 import codecs
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 
-from server.api.generate.answers import LEAST_LOGPROB
+from server.api.generate.answers import LEAST_LOGPROB, in_turns
 from server.engine.request import SampledLogprob, SequenceOutput, TokenLogprob
 
 
@@ -49,11 +50,12 @@ class TextLogprobs:
 
 def of_chat(entries: Sequence[SampledLogprob], num_top: int) -> dict[str, object]:
     """Chat's form: a list of tokens, each with its likeliest rivals."""
-    content = [
-        {**_token(entry.chosen), "top_logprobs": [_token(token) for token in entry.top[:num_top]]}
-        for entry in entries
-    ]
-    return {"content": content, "refusal": None}
+    return {"content": [_sampled(num_top, entry) for entry in entries], "refusal": None}
+
+
+async def of_whole_chat(entries: Sequence[SampledLogprob], num_top: int) -> dict[str, object]:
+    """The same of a whole answer's, which may be many."""
+    return {"content": await in_turns(partial(_sampled, num_top), entries), "refusal": None}
 
 
 class LegacyLogprobs:
@@ -75,6 +77,10 @@ class LegacyLogprobs:
     def _top(self, entry: SampledLogprob) -> dict[str, float]:
         """The likeliest, and the chosen one in any case."""
         return {_name(token): _logprob(token) for token in (*entry.top[: self._num_top], entry.chosen)}
+
+
+def _sampled(num_top: int, entry: SampledLogprob) -> dict[str, object]:
+    return {**_token(entry.chosen), "top_logprobs": [_token(token) for token in entry.top[:num_top]]}
 
 
 def _token(token: TokenLogprob) -> dict[str, object]:
