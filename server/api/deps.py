@@ -72,6 +72,8 @@ class EngineClient(Protocol):
     @property
     def num_in_flight(self) -> int: ...
     @property
+    def max_in_flight(self) -> int | None: ...
+    @property
     def stats(self) -> EngineStats: ...
 
 
@@ -80,6 +82,7 @@ class Limiters:
     """How much may be done at once, over all routes, of what takes cores, memory and disk from the engine."""
 
     encoding: Slots = field(default_factory=lambda: Slots("long prompts", 2, 64))  # each may cost seconds
+    grammars: Slots = field(default_factory=lambda: Slots("grammars", 16, 0))  # one is compiled at a time
     preparing: Slots = field(default_factory=lambda: Slots("training jobs", 2, 16))  # bodies that are tokenized
     checking: Slots = field(default_factory=lambda: Slots("files", 2, 16))  # of rows
     parsing: Slots = field(default_factory=lambda: Slots("adapters", 2, 16))  # hashed and copied

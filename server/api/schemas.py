@@ -69,7 +69,7 @@ class SamplingFields(Body):
     top_p: float | None
     top_k: int = Field(0, ge=0, le=1 << 31, description="0: off")
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10, description="below 1, what was said is likelier")
     presence_penalty: float | None
     frequency_penalty: float | None
     logit_bias: Biases | None = Field(None, description="token id, as a string: what is added to its logit")

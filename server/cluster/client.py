@@ -70,6 +70,10 @@ class ReplicatedEngine:
         return sum(sent.num_unfinished for sent in self._sent.values())
 
     @property
+    def max_in_flight(self) -> None:
+        """Nobody here knows: each replica decides for itself."""
+
+    @property
     def stats(self) -> EngineStats:
         """Of all replicas together."""
         return total(list(self._links.values()))

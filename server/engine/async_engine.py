@@ -113,6 +113,11 @@ class AsyncEngine:
         return self._in_flight.num
 
     @property
+    def max_in_flight(self) -> int:
+        """As many as that may be, but for one request alone, which may have more."""
+        return self._in_flight.max_num
+
+    @property
     def stats(self) -> EngineStats:
         return self._stats
 

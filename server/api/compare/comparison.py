@@ -8,7 +8,6 @@ stream. A comparison is whole or refused.
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from adapters.errors import FieldError, InvalidInput
 from adapters.expression import Term
@@ -24,7 +23,7 @@ from server.api.generate.generation import (
     encoded,
     start,
 )
-from server.api.generate.sampling import check_logprobs, sampling_params
+from server.api.generate.sampling import check_logprobs, check_sequences, sampling_params
 from server.api.generate.structure import grammar_of
 from server.engine.request import SamplingParams
 
@@ -76,25 +75,36 @@ class Comparison:
 async def compare(services: Services, body: CompareBody) -> Comparison:
     """Hand everything to the engine. Raises whatever it can be refused for; nothing is held then."""
     terms = [_terms(services, place, expression) for place, expression in enumerate(body.adapters)]
-    ask_queue(services, len(terms) * (body.n + len(body.score or ())))
+    num_sequences = len(terms) * (body.n + len(body.score or ()))
+    if num_sequences > body.n:
+        check_sequences(num_sequences, services.engine.max_in_flight, "adapters")
+    ask_queue(services, num_sequences)
     prompt = await encode_prompt(services, body, body.max_tokens)
-    continuations = [await _continuation(services, len(prompt), text) for text in body.score or ()]
+    continuations = await _continuations(services, len(prompt), body.score or ())
     check_logprobs(len(terms) * (body.n * body.max_tokens + sum(map(len, continuations))), body.logprobs)
     grammar = grammar_of(body.response_format, body.regex)
     sampling = sampling_params(body, body.max_tokens, max(body.logprobs, 1))
     scoring = SamplingParams(max_tokens=0, temperature=0.0, logprobs=body.logprobs)
+    num_tokens = len(terms) * (
+        len(prompt) + body.n * body.max_tokens + sum(len(prompt) + len(one) for one in continuations)
+    )
     started: list[Generation] = []
     compared: list[_Compared] = []
     try:
         for expression, named in zip(body.adapters, terms, strict=True):
-            answer = await start(services, named, prompt, sampling, body.n, "adapters", grammar)
+            num_taken = 0 if started else num_tokens  # of all together
+            answer = await start(
+                services, named, prompt, sampling, body.n, "adapters", grammar, num_taken=num_taken
+            )
             started.append(answer)
             # a name that moves meanwhile moves for none of them
             pinned = [Term(part.name, part.version, weight=part.weight) for part in answer.parts]
             scores = []
             for continuation in continuations:
                 token_ids = prompt + continuation
-                score = await start(services, pinned, token_ids, scoring, 1, "adapters", scored_from=len(prompt))
+                score = await start(
+                    *(services, pinned, token_ids, scoring, 1, "adapters"), scored_from=len(prompt), num_taken=0
+                )
                 started.append(score)
                 scores.append(score)
             compared.append(_Compared(expression, answer, tuple(scores)))
@@ -113,15 +123,23 @@ def _terms(services: Services, place: int, expression: str) -> tuple[Term, ...]:
         raise InvalidInput(faults) from None
 
 
-async def _continuation(services: Services, num_prompt_tokens: int, text: str) -> tuple[int, ...]:
-    token_ids = await encoded(services, partial(services.encoder.continuation, text), len(text))
-    if num_prompt_tokens + len(token_ids) > services.max_model_len:
-        message = f"a text's {len(token_ids)} tokens and the prompt's exceed the model's {services.max_model_len}"
-        raise InvalidInput.of("score", message)
-    return tuple(token_ids)
+async def _continuations(
+    services: Services, num_prompt_tokens: int, texts: Sequence[str]
+) -> list[tuple[int, ...]]:
+    def encode() -> list[tuple[int, ...]]:
+        return [tuple(services.encoder.continuation(text)) for text in texts]
+
+    found = await encoded(services, encode, sum(map(len, texts)))
+    for token_ids in found:
+        if num_prompt_tokens + len(token_ids) > services.max_model_len:
+            message = (
+                f"a text's {len(token_ids)} tokens and the prompt's exceed the model's {services.max_model_len}"
+            )
+            raise InvalidInput.of("score", message)
+    return found
 
 
 async def _score(text: str, generation: Generation, num_top: int) -> dict[str, object]:
     (output,) = [output async for output in generation.outputs()]
-    logprobs = list(map(answers.sampled, output.logprobs)) if num_top else None
+    logprobs = await answers.in_turns(answers.sampled, output.logprobs) if num_top else None
     return {"text": text, "logprob": sum(output.scores), "num_tokens": len(output.scores), "logprobs": logprobs}

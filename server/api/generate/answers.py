@@ -3,8 +3,10 @@
 Runs for every piece of text of every stream, so it is plain dictionaries.
 """
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from server.api import wire
 from server.api.generate.generation import Generation
@@ -13,6 +15,11 @@ from server.engine.request import FinishReason, SampledLogprob, SequenceOutput, 
 DONE = b"data: [DONE]\n\n"
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have."""
+_AT_ONCE = 64
+"""Tokens whose log-probabilities are put together before others get their turn: some milliseconds."""
+
+Item = TypeVar("Item")
+Told = TypeVar("Told")
 
 
 @dataclass
@@ -21,20 +28,19 @@ class _Choice:
 
     pieces: list[str] = field(default_factory=list)
     logprobs: list[SampledLogprob] = field(default_factory=list)
+    logprob: float = 0.0  # the sum of what is known of its tokens, in nats
     finish_reason: FinishReason | None = None
     num_tokens: int = 0
     num_cached: int = 0
     timing: Timing | None = None
 
-    @property
-    def logprob(self) -> float:
-        """The sum of what is known of its tokens, in nats."""
-        return sum(max(entry.chosen.logprob, LEAST_LOGPROB) for entry in self.logprobs)
-
-    def add(self, output: SequenceOutput) -> None:
+    def add(self, output: SequenceOutput, keeps_logprobs: bool) -> None:
         if output.text:
             self.pieces.append(output.text)
-        self.logprobs += output.logprobs
+        for entry in output.logprobs:
+            self.logprob += max(entry.chosen.logprob, LEAST_LOGPROB)
+        if keeps_logprobs:
+            self.logprobs += output.logprobs
         self.finish_reason = output.finish_reason
         self.num_tokens, self.num_cached = output.num_output_tokens, output.num_cached_tokens
         self.timing = output.timing
@@ -49,10 +55,11 @@ async def collect(
     left out themselves where `num_top` is 0.
     """
     choices = [_Choice() for _ in range(generation.request.n)]
-    async for output in generation.outputs():
-        choices[output.index].add(output)
     with_logprobs = generation.request.sampling.logprobs > 0 and num_top > 0
+    async for output in generation.outputs():
+        choices[output.index].add(output, with_logprobs)
     timings = [choice.timing for choice in choices if choice.timing is not None]
+    logprobs = [await in_turns(sampled, choice.logprobs) if with_logprobs else None for choice in choices]
     return {
         **_head(generation, model),
         "choices": [
@@ -60,7 +67,7 @@ async def collect(
                 "index": index,
                 "text": "".join(choice.pieces),
                 "finish_reason": choice.finish_reason,
-                "logprobs": [sampled(entry) for entry in choice.logprobs] if with_logprobs else None,
+                "logprobs": logprobs[index],
                 **({"logprob": choice.logprob} if sums else {}),
             }
             for index, choice in enumerate(choices)
@@ -136,6 +143,15 @@ def _timing(timings: Sequence[Timing]) -> dict[str, float]:
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1e3, 3)
+
+
+async def in_turns(tell: Callable[[Item], Told], items: Sequence[Item]) -> list[Told]:
+    """What `tell` makes of each: of a long answer's it takes the best part of a second, in which others go on."""
+    told: list[Told] = []
+    for start in range(0, len(items), _AT_ONCE):
+        told += map(tell, items[start : start + _AT_ONCE])
+        await asyncio.sleep(0)
+    return told
 
 
 def sampled(entry: SampledLogprob) -> dict[str, object]:

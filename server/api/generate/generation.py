@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from adapters.catalog.catalog import Part, combine
 from adapters.errors import FieldError, InvalidInput
@@ -33,6 +34,8 @@ from server.model.text.chat import ChatMessage
 
 _SHORT_TEXT = 2048
 """Characters that are encoded on the spot (about a millisecond); longer texts go to a thread."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -190,16 +193,19 @@ async def start(
     grammar: Grammar | None = None,
     scored_from: int | None = None,
     is_request: bool = True,
+    num_taken: int | None = None,
 ) -> Generation:
     """Likewise, from what the body came to. Names of adapters that don't go are refused on `field`.
 
     With `scored_from`, the prompt's tokens from there on are scored, and nothing is generated. `is_request` is as
-    in `LedgerAccount`.
+    in `LedgerAccount`. `num_taken` tokens are taken of the key's minute; None: as many as this may come to.
     """
     if grammar is not None:
         await check_grammar(services, grammar, sampling)
     principal = services.principal
-    await services.access.rates.take(principal, "tokens", len(token_ids) + n * sampling.max_tokens)
+    num_taken = len(token_ids) + n * sampling.max_tokens if num_taken is None else num_taken
+    if num_taken:
+        await services.access.rates.take(principal, "tokens", num_taken)
     pinned = await services.recent_pins.pin(services.library, terms, field) if terms else Pinned(())
     try:
         request = GenerationRequest(
@@ -237,18 +243,16 @@ def ask_queue(services: Services, num_sequences: int) -> None:
 def adapter_terms(expression: str | None, parts: Sequence[AdapterBody] | None, base_name: str) -> tuple[Term, ...]:
     """The adapters asked for, as they are named; none for the base. Raises InvalidInput."""
     if expression is not None and parts is not None:
-        raise InvalidInput([FieldError((name,), "give adapter or adapters, not both") for name in _ADAPTER_FIELDS])
+        raise InvalidInput(
+            [FieldError((name,), "give adapter or adapters, not both") for name in ("adapter", "adapters")]
+        )
     if parts is not None:
-        faults = [fault for index, part in enumerate(parts) for fault in _part_faults(index, part)]
-        if faults:
+        if faults := [fault for index, part in enumerate(parts) for fault in _part_faults(index, part)]:
             raise InvalidInput(faults)
         return tuple(Term(part.name, part.version, part.alias, part.weight) for part in parts)
     if expression is None or expression == base_name:
         return ()
     return parse(expression, "adapter")
-
-
-_ADAPTER_FIELDS = ("adapter", "adapters")
 
 
 def _part_faults(index: int, part: AdapterBody) -> list[FieldError]:
@@ -266,7 +270,7 @@ async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -
     encode: Callable[[], Sequence[int]]
     if body.messages is not None and body.prompt is None:
         turns = [ChatMessage(message.role, message.content) for message in body.messages]
-        name, length = "messages", sum(len(turn.content) for turn in turns)
+        name, length = "messages", length_of(turns)
         encode = partial(services.encoder.messages, turns)
         is_chat()
     elif body.prompt is not None and body.messages is None:
@@ -281,8 +285,13 @@ async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -
     return tuple(ids)
 
 
-async def encoded(services: Services, encode: Callable[[], Sequence[int]], length: int) -> Sequence[int]:
-    """What `encode` makes of a text of so many characters. Raises QueueFull where many long ones wait."""
+def length_of(turns: Sequence[ChatMessage]) -> int:
+    """The characters that a template makes of them, with some 32 around each turn."""
+    return sum(len(turn.content) + 32 for turn in turns)
+
+
+async def encoded(services: Services, encode: Callable[[], T], length: int) -> T:
+    """What `encode` makes of texts of so many characters together. Raises QueueFull where many long ones wait."""
     return encode() if length <= _SHORT_TEXT else await services.limiters.encoding.run(encode)
 
 

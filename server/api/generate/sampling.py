@@ -27,12 +27,27 @@ def sampling_params(body: SamplingFields, max_tokens: int, logprobs: int) -> Sam
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=_biases(body.logit_bias or {}),
-        seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed % (MAX_SEED + 1),
+        seed=seed_of(body),
         stop=tuple(body.stop or ()),
         logprobs=logprobs,
         ignore_eos=body.ignore_eos,
         speculates=body.speculation == "auto",
     )
+
+
+def seed_of(body: SamplingFields) -> int:
+    """The body's seed as the engine takes it; another one each time where it has none."""
+    return secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed % (MAX_SEED + 1)
+
+
+def check_sequences(num: int, most: int | None, field: str) -> None:
+    """Raise InvalidInput where so many of several requests never fit the queue together, however empty it is."""
+    if most is not None and num > most:
+        raise InvalidInput.of(
+            field,
+            f"are {num} sequences together, and the server takes {most} at once (SMOLORA_MAX_NUM_SEQS running, "
+            "SMOLORA_MAX_QUEUE waiting): send fewer at a time",
+        )
 
 
 def most_tokens(num_top: int) -> int:

@@ -2,17 +2,13 @@
 
 import json
 
-from anyio import CapacityLimiter, to_thread
-
 from adapters.errors import FieldError, InvalidInput
 from server.api.deps import Services
 from server.api.schemas import ResponseFormatBody
 from server.engine.request import Grammar, SamplingParams
 from server.engine.structured.grammar import MAX_SCHEMA_BYTES
-from server.errors import QueueFull
 
 _ANY_OBJECT = '{"type":"object"}'
-_checking = CapacityLimiter(16)  # grammars that are compiled or wait to be
 
 
 def grammar_of(form: ResponseFormatBody | None, regex: str | None = None) -> Grammar | None:
@@ -46,6 +42,5 @@ async def check_grammar(services: Services, grammar: Grammar, sampling: Sampling
     for name, is_given in (("stop", sampling.stop), ("ignore_eos", sampling.ignore_eos)):
         if is_given:
             raise InvalidInput.of(name, "does not go with a regex or a response_format: the answer ends by itself")
-    if _checking.available_tokens < 1:
-        raise QueueFull("too many grammars wait to be compiled")
-    await to_thread.run_sync(services.guidance.check, grammar, limiter=_checking)
+    if not services.guidance.is_usable(grammar):
+        await services.limiters.grammars.run(services.guidance.check, grammar)

@@ -1,13 +1,21 @@
 """From a checked body of /v1 to running generations: names, prompts and sampling as the engine takes them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from adapters.errors import InvalidInput, NotFound
 from adapters.expression import Term, parse
 from server.api.deps import Services
-from server.api.generate.generation import Generation, ask_queue, close_all, encoded, start
-from server.api.generate.sampling import check_logprobs, context_faults, most_tokens, sampling_params
+from server.api.generate.generation import Generation, ask_queue, close_all, encoded, length_of, start
+from server.api.generate.sampling import (
+    check_logprobs,
+    check_sequences,
+    context_faults,
+    most_tokens,
+    sampling_params,
+    seed_of,
+)
 from server.api.generate.structure import grammar_of
 from server.api.openai.batch import Batch
 from server.api.openai.errors import ContextTooLong, ModelNotFound
@@ -39,7 +47,7 @@ async def begin_chat(services: Services, body: ChatBody) -> Batch:
     encode = partial(services.encoder.messages, turns)
     is_chat()
     ask_queue(services, body.n or 1)
-    ids = tuple(await encoded(services, encode, sum(len(turn.content) for turn in turns)))
+    ids = tuple(await encoded(services, encode, length_of(turns)))
     if limit is None:
         limit = min(DEFAULT_CHAT_TOKENS, max(services.max_model_len - len(ids), 1))
         if num_top and not body.stream:
@@ -55,8 +63,11 @@ async def begin_completions(services: Services, body: CompletionBody) -> Batch:
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidInput.of("best_of", "is not supported: leave it out, or give what n is")
     limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    ask_queue(services, len(body.prompt) * (body.n or 1))
-    prompts = [await _encoded_prompt(services, prompt) for prompt in body.prompt]
+    num_sequences = len(body.prompt) * (body.n or 1)
+    if len(body.prompt) > 1:
+        check_sequences(num_sequences, services.engine.max_in_flight, "prompt")
+    ask_queue(services, num_sequences)
+    prompts = await _encoded_prompts(services, body.prompt)
     for ids in prompts:
         _check_room(services, len(ids), limit, "max_tokens", "prompt")
     num_top = 0 if body.logprobs is None else max(body.logprobs, 1)
@@ -83,13 +94,15 @@ def _num_top(body: ChatBody) -> int:
     return max(body.top_logprobs or 0, 1) if body.logprobs else 0
 
 
-async def _encoded_prompt(services: Services, prompt: Prompt) -> tuple[int, ...]:
-    if not isinstance(prompt, str):
-        if max(prompt) >= services.encoder.num_tokens:
-            raise InvalidInput.of("prompt", f"the base has {services.encoder.num_tokens} tokens, from 0 on")
-        return prompt
-    encode: Callable[[], Sequence[int]] = partial(services.encoder.prompt, prompt)
-    return tuple(await encoded(services, encode, len(prompt)))
+async def _encoded_prompts(services: Services, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+    encoder = services.encoder
+    if any(max(prompt) >= encoder.num_tokens for prompt in prompts if not isinstance(prompt, str)):
+        raise InvalidInput.of("prompt", f"the base has {encoder.num_tokens} tokens, from 0 on")
+
+    def encode() -> list[tuple[int, ...]]:
+        return [tuple(encoder.prompt(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    return await encoded(services, encode, sum(len(prompt) for prompt in prompts if isinstance(prompt, str)))
 
 
 def _check_room(services: Services, num_prompt: int, num_more: int, field: str, prompt_field: str) -> None:
@@ -108,11 +121,18 @@ async def _start(
     if not body.stream:
         field = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
         check_logprobs(len(prompts) * (body.n or 1) * sampling.max_tokens, sampling.logprobs, field)
+    n = body.n or 1
+    num_tokens = sum(map(len, prompts)) + len(prompts) * n * sampling.max_tokens
     started: list[Generation] = []
     try:
         for ids in prompts:
+            # without a seed, the same prompt twice is two answers
+            own = replace(sampling, seed=seed_of(body)) if started else sampling
+            is_first = not started  # which takes what all of them may come to
             begun = await start(
-                services, terms, ids, sampling, body.n or 1, "model", grammar, is_request=not started
+                *(services, terms, ids, own, n, "model", grammar),
+                is_request=is_first,
+                num_taken=num_tokens if is_first else 0,
             )
             started.append(begun)
             # a name that moves meanwhile moves for none of them

@@ -11,7 +11,7 @@ from server.api.openai.batch import Batch
 from server.api.openai.calls import begin_chat
 from server.api.openai.delivery import at_once, streamed
 from server.api.openai.documents import REFUSALS, answers_with
-from server.api.openai.logprobs import of_chat
+from server.api.openai.logprobs import of_chat, of_whole_chat
 from server.api.openai.schemas import ChatBody
 from server.api.strict_route import StrictRoute
 
@@ -56,7 +56,7 @@ async def _whole(batch: Batch, body: ChatBody) -> dict[str, object]:
         {
             "index": choice.index,
             "message": {"role": "assistant", "content": choice.text, "refusal": None},
-            "logprobs": of_chat(choice.logprobs, body.top_logprobs or 0) if body.logprobs else None,
+            "logprobs": await of_whole_chat(choice.logprobs, body.top_logprobs or 0) if body.logprobs else None,
             "finish_reason": choice.finish_reason,
         }
         for choice in await batch.collect()

@@ -7,38 +7,55 @@ the tokens joined are the text.
 import codecs
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 
-from server.api.generate.answers import LEAST_LOGPROB
+from server.api.generate.answers import LEAST_LOGPROB, in_turns
 from server.engine.request import SampledLogprob, SequenceOutput, TokenLogprob
+
+
+class _Places:
+    """Where the tokens of a text begin in it, in characters: U+FFFD stands there for bytes that are none."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._num_characters = 0
+
+    def next(self, content: bytes) -> int:
+        """Of the token with these bytes, which follows on those before: the character of its first byte."""
+        self._num_characters += len(self._decoder.decode(content[:1]))
+        is_unfinished = bool(self._decoder.getstate()[0])
+        start = self._num_characters + is_unfinished - bool(content)
+        self._num_characters += len(self._decoder.decode(content[1:]))
+        return start
 
 
 class TextLogprobs:
     """The log-probabilities of one choice, each told with the piece of text that its token begins in."""
 
     def __init__(self) -> None:
-        self._pending: deque[tuple[int, SampledLogprob]] = deque()  # (where the token starts, in bytes)
-        self._num_token_bytes = 0
-        self._num_text_bytes = 0
+        self._pending: deque[tuple[int, SampledLogprob]] = deque()  # (where the token starts, it)
+        self._places = _Places()
+        self._num_characters = 0
 
     def push(self, output: SequenceOutput) -> list[SampledLogprob]:
         """What to tell with this output's text."""
         for entry in output.logprobs:
-            self._pending.append((self._num_token_bytes, entry))
-            self._num_token_bytes += len(entry.chosen.bytes)
-        self._num_text_bytes += len(output.text.encode())
+            self._pending.append((self._places.next(bytes(entry.chosen.bytes)), entry))
+        self._num_characters += len(output.text)
         told = []
-        while self._pending and (self._pending[0][0] < self._num_text_bytes or output.finish_reason == "length"):
+        while self._pending and (self._pending[0][0] < self._num_characters or output.finish_reason == "length"):
             told.append(self._pending.popleft()[1])
         return told
 
 
 def of_chat(entries: Sequence[SampledLogprob], num_top: int) -> dict[str, object]:
     """Chat's form: a list of tokens, each with its likeliest rivals."""
-    content = [
-        {**_token(entry.chosen), "top_logprobs": [_token(token) for token in entry.top[:num_top]]}
-        for entry in entries
-    ]
-    return {"content": content, "refusal": None}
+    return {"content": [_sampled(num_top, entry) for entry in entries], "refusal": None}
+
+
+async def of_whole_chat(entries: Sequence[SampledLogprob], num_top: int) -> dict[str, object]:
+    """The same of a whole answer's, which may be many."""
+    return {"content": await in_turns(partial(_sampled, num_top), entries), "refusal": None}
 
 
 class LegacyLogprobs:
@@ -46,25 +63,24 @@ class LegacyLogprobs:
 
     def __init__(self, num_top: int) -> None:
         self._num_top = num_top
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._offset = 0
+        self._places = _Places()
 
     def of(self, entries: Sequence[SampledLogprob]) -> dict[str, object]:
         """Of the entries that follow on those of the last call. `text_offset` counts characters."""
-        offsets = []
-        for entry in entries:
-            offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(bytes(entry.chosen.bytes)))
         return {
             "tokens": [_name(entry.chosen) for entry in entries],
             "token_logprobs": [_logprob(entry.chosen) for entry in entries],
             "top_logprobs": [self._top(entry) for entry in entries] if self._num_top else None,
-            "text_offset": offsets,
+            "text_offset": [self._places.next(bytes(entry.chosen.bytes)) for entry in entries],
         }
 
     def _top(self, entry: SampledLogprob) -> dict[str, float]:
         """The likeliest, and the chosen one in any case."""
         return {_name(token): _logprob(token) for token in (*entry.top[: self._num_top], entry.chosen)}
+
+
+def _sampled(num_top: int, entry: SampledLogprob) -> dict[str, object]:
+    return {**_token(entry.chosen), "top_logprobs": [_token(token) for token in entry.top[:num_top]]}
 
 
 def _token(token: TokenLogprob) -> dict[str, object]:

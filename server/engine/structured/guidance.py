@@ -220,14 +220,14 @@ class Guidance:
 
         Raises InvalidInput on the grammar's field, or TryAgain.
         """
-        if self._is_usable(grammar):
+        if self.is_usable(grammar):
             return
         if not self._turn.acquire(timeout=_TURN_SECONDS):
             raise QueueFull("too many grammars wait to be compiled")
         try:
             if not self.holds(grammar):
                 self._checker.check(grammar)
-            if not self._is_usable(grammar):
+            if not self.is_usable(grammar):
                 self._compiler.submit(self._keep, grammar).result()
         except GrammarRefused as error:
             raise refusal(grammar, str(error)) from None
@@ -243,7 +243,8 @@ class Guidance:
         kept = self._find(grammar) or self._keep(grammar)  # it may have had to make room since
         return Constraint(grammar, kept, partial(self._compile, grammar), self._ready_tokenizer())
 
-    def _is_usable(self, grammar: Grammar) -> bool:
+    def is_usable(self, grammar: Grammar) -> bool:
+        """Whether `check` has nothing to do for it. At once, in any thread."""
         kept = self._find(grammar)
         return kept is not None and not kept.is_spoilt
 

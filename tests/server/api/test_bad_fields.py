@@ -83,6 +83,7 @@ BAD: list[tuple[str, object]] = [
     ("speculation", True),
     ("speculation", None),
     ("repetition_penalty", 0),
+    ("repetition_penalty", 1e-300),
     ("repetition_penalty", 10.5),
     ("repetition_penalty", float("nan")),
     ("seed", -1),

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from server.api import wire
@@ -33,3 +33,12 @@ def test_an_event_is_one_line_of_data() -> None:
     assert wire.event({"text": "a\nNaN", "ids": (1, 2)}, "delta") == (
         b'event: delta\ndata: {"text":"a\\nNaN","ids":[1,2]}\n\n'
     )
+
+
+@given(documents)
+@example("x\u2028y\u2029z\x85\r\n\x0b\x1c")
+def test_an_event_is_one_line_to_whoever_reads_it(document: object) -> None:
+    """`iter_lines` of httpx, which our own client reads streams by, splits at Unicode's line ends, too."""
+    (line, end) = wire.event(document).decode().splitlines()
+    assert end == ""
+    assert json.loads(line.removeprefix("data: ")) == document

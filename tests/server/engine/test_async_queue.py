@@ -50,7 +50,7 @@ def test_the_queue_is_bounded(tiny_base: BaseModel) -> None:
         async with Bench(tiny_base, limits=TWO_PLACES, max_queue=3) as engine:
             streams = [engine.submit(long(i)) for i in range(3)]
             streams.append(engine.submit(request("3", n=2)))
-            assert engine.num_in_flight == 5
+            assert engine.num_in_flight == engine.max_in_flight == 5
             with pytest.raises(QueueFull) as caught:
                 engine.submit(request("4"))
             assert caught.value.retry_after > 0

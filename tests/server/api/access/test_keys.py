@@ -26,7 +26,7 @@ from server.database import commits_of, connect
 from server.training.queue.leases import Leases
 from tests.server.api.access.key_kit import access_of, client_with, new_secret, two_projects
 from tests.server.api.adapters.peft_files import as_parts, peft_files
-from tests.server.api.fakes import FakeEngine, until
+from tests.server.api.fakes import FakeEngine, scoring, until
 from tests.server.api.train_kit import StandIn, submit, train_body
 from tests.server.conftest import MakeServices, client_of, new_app
 
@@ -361,6 +361,32 @@ async def test_tokens_a_minute(app: FastAPI, engine: FakeEngine) -> None:
         for _ in range(4):
             last = await client.post("/generate", json=GENERATE)
         assert last.status_code == 429
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"model": "base", "prompt": [[1, 2], [3, 4], [5, 6]], "n": 2, "max_tokens": 4}),
+        ("/compare", {"prompt": "a", "adapters": ["base"] * 3, "score": ["b"], "n": 2, "max_tokens": 4}),
+    ],
+)
+async def test_tokens_of_a_call_are_taken_together(
+    app: FastAPI, engine: FakeEngine, path: str, body: dict[str, object]
+) -> None:
+    """One by one, the first ones would use up the minute for what is refused with the last, again and again."""
+    engine.script = scoring
+    for most, status in ((29, 429), (60, 200)):
+        async with client_with(app, new_secret(app, quota=Quota(tokens_per_minute=most))) as client:
+            response = await client.post(path, json=body)
+            assert response.status_code == status, response.text
+            left = int(response.headers["x-ratelimit-remaining-tokens"])
+            if status == 429:
+                assert "ask for less" in response.text
+                assert left == most
+                assert engine.requests == []
+            else:
+                prompts = sum(len(request.prompt_token_ids) for request in engine.requests)
+                assert left == most - prompts - 3 * 2 * 4
 
 
 async def test_what_may_be_stored(app: FastAPI) -> None:

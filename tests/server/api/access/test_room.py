@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import threading
 from collections import namedtuple
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -123,6 +124,38 @@ async def test_long_prompts_wait_in_a_bounded_queue(
             assert [(await task).status_code for task in tasks] == [200, 200]
     finally:
         work.go.set()
+
+
+SHORT = "word " * 200
+MANY: dict[str, dict[str, object]] = {
+    "/v1/completions": {"model": "base", "prompt": [SHORT] * 8, "max_tokens": 1},
+    "/compare": {"prompt": "a", "adapters": ["base"], "score": [SHORT] * 8, "max_tokens": 1},
+    "/generate": {"messages": [{"role": "user", "content": ""}] * 200, "max_tokens": 1},
+    "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": ""}] * 200},
+}
+
+
+@pytest.mark.parametrize("path", MANY)
+async def test_many_short_texts_are_a_long_one(
+    path: str, client: httpx.AsyncClient, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred of them, each short enough for the event loop, held it up for a tenth of a second and more."""
+    encoder, threads = app.state.services.encoder, []
+
+    def noting(encode: Callable[[object], list[int]]) -> Callable[[object], list[int]]:
+        def noted(text: object) -> list[int]:
+            threads.append(threading.current_thread())
+            return encode(text)
+
+        return noted
+
+    for name in ("prompt", "messages", "continuation"):
+        monkeypatch.setattr(encoder, name, noting(getattr(encoder, name)))
+    response = await client.post(path, json=MANY[path])
+    assert response.status_code in (400, 422), response.text  # the tests' model is a small one
+    is_score = path == "/compare"  # whose prompt is a short one
+    assert threads[is_score:]
+    assert threading.current_thread() not in threads[is_score:]
 
 
 async def test_uploads_at_once_are_bounded(make_services: MakeServices) -> None:

@@ -1,15 +1,16 @@
 """POST /compare: what is asked of the engine, how it is answered, and that it is whole or refused."""
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
-from server.engine.request import GenerationRequest, Grammar, SamplingParams
+from server.engine.request import GenerationRequest, Grammar, SampledLogprob, SamplingParams, SequenceOutput
 from server.errors import GenerationFailed, QueueFull
 from server.model.text.chat import ChatMessage, PromptEncoder
-from tests.server.api.fakes import Caller, FakeEngine, FakeStream, failing, scoring, until
+from tests.server.api.fakes import Caller, FakeEngine, FakeStream, failing, scoring, until, words
 from tests.server.api.generate.test_generate import upload
 from tests.server.conftest import BASE_NAME, MAX_MODEL_LEN
 
@@ -45,6 +46,25 @@ async def test_the_whole_answer(client: httpx.AsyncClient, engine: FakeEngine, e
             for text, length in zip(texts, lengths, strict=True)
         ]
     assert not engine.open
+
+
+async def test_log_probabilities_that_are_only_summed_are_not_kept(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    """Nothing bounds them where none were asked for: 256 answers of 8,000 tokens would hold a gigabyte."""
+    alive: list[int] = []
+
+    def script(request: GenerationRequest) -> Iterable[SequenceOutput]:
+        told: weakref.WeakSet[SampledLogprob] = weakref.WeakSet()
+        for output in words(request):
+            alive.append(len(told))
+            told.update(output.logprobs)
+            yield output
+
+    engine.script = script
+    response = await client.post("/compare", json={"prompt": "a", "adapters": ["base"], "max_tokens": 32})
+    assert response.json()["results"][0]["logprob"] == -0.25 * 32
+    assert max(alive) <= 2, "what is under way"
 
 
 async def test_scores_of_each_token(client: httpx.AsyncClient, engine: FakeEngine, encoder: PromptEncoder) -> None:

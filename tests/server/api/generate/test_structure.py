@@ -1,13 +1,18 @@
 """Structured output over the API: what reaches the engine, and what is refused, by which field."""
 
+import asyncio
 import json
+import threading
 from collections.abc import Mapping
+from dataclasses import replace
 
 import httpx
 import pytest
 
+from server.api.access.slots import Slots
 from server.engine.request import Grammar, SamplingParams
 from tests.server.api.fakes import FakeEngine
+from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
 
@@ -35,6 +40,27 @@ async def test_the_grammar_that_reaches_the_engine(
     response = await client.post("/generate", json={"prompt": "a", "max_tokens": 1, **fields})
     assert response.status_code == 200, response.text
     assert engine.requests[0].grammar == grammar
+
+
+async def test_a_grammar_that_is_known_waits_for_no_others(make_services: MakeServices) -> None:
+    """Nor is it refused where too many wait to be compiled."""
+    services = make_services()
+    grammars = Slots("grammars", 1, 0)
+    services = replace(services, limiters=replace(services.limiters, grammars=grammars))
+    body = {"prompt": "a", "max_tokens": 1}
+    compiled = threading.Event()
+    async with client_of(new_app(services)) as client:
+        assert (await client.post("/generate", json={**body, "regex": "a+"})).status_code == 200
+        compiling = asyncio.create_task(grammars.run(compiled.wait, 10.0))
+        try:
+            await asyncio.sleep(0)
+            assert (await client.post("/generate", json={**body, "regex": "a+"})).status_code == 200
+            refused = await client.post("/generate", json={**body, "regex": "b+"})
+            assert (refused.status_code, refused.json()["detail"]) == (429, "too many grammars wait")
+        finally:
+            compiled.set()
+            await compiling
+        assert (await client.post("/generate", json={**body, "regex": "b+"})).status_code == 200
 
 
 async def test_penalties_and_biases_reach_the_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:

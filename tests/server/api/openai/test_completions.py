@@ -99,6 +99,13 @@ async def test_choices_count_through_the_prompts(client: httpx.AsyncClient, engi
     assert engine.open == set()
 
 
+async def test_the_same_prompt_twice_is_drawn_twice(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """The noise of a token is a hash of seed, choice and position: one seed for all would be one answer."""
+    await ask(client, prompt=["a"] * 4)
+    assert len({request.sampling.seed for request in engine.requests}) == 4
+    assert len({replace(request.sampling, seed=0) for request in engine.requests}) == 1
+
+
 class NarrowEngine(FakeEngine):
     """Takes one request at a time."""
 
@@ -118,6 +125,24 @@ async def test_all_prompts_run_or_none(make_services: MakeServices) -> None:
         error = await refusal(client, prompt=["a", [1] * MAX_MODEL_LEN])
         assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
         assert len(engine.requests) == 1
+
+
+async def test_more_than_ever_fit_together_are_no_full_queue(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    """A 429 would be tried again, and never be taken."""
+    engine.max_in_flight = 6
+    await ask(client, prompt=["a"] * 3, n=2)
+    await ask(client, n=7)  # one request alone is taken where nothing else runs
+    engine.requests.clear()
+    error = await refusal(client, prompt=["a"] * 4, n=2)
+    assert error["param"] == "prompt"
+    assert "8 sequences" in error["message"]
+    body = {"prompt": "a", "adapters": ["base"] * 3, "n": 2, "score": ["b"], "max_tokens": 1}
+    assert [fault["loc"] for fault in (await client.post("/compare", json=body)).json()["errors"]] == [
+        ["adapters"]
+    ]
+    assert engine.requests == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,10 @@
 """Log-probabilities are told for the tokens of the text, whatever pieces it comes in and however it ends."""
 
+from itertools import accumulate
 from typing import cast
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 from server.api.openai.logprobs import LegacyLogprobs, TextLogprobs, of_chat
 from server.engine.request import FinishReason, SampledLogprob, SequenceOutput, TokenLogprob
@@ -51,6 +55,24 @@ def test_at_the_bound_nothing_is_left_out() -> None:
 def test_characters_of_several_tokens() -> None:
     pieces = [output("", entry(b"\xc3")), output("é", entry(b"\xa9")), output("", entry(b""), end="stop")]
     assert told(pieces) == [[], [b"\xc3", b"\xa9"], []]
+
+
+def test_bytes_that_are_no_character() -> None:
+    """U+FFFD is longer than what it stands for, and what comes behind is no more of the text for that."""
+    end = entry(b"", name="<|im_end|>")
+    ended = [output("", entry(b"\xc3")), output("\ufffda", entry(b"a")), output("", end, end="stop")]
+    assert told(ended) == [[], [b"\xc3", b"a"], []]
+    stopped = [output("", entry(b"\xe2\x82")), output("\ufffd", entry(b"EN")), output("", entry(b"D"), end="stop")]
+    assert told(stopped) == [[], [b"\xe2\x82"], []]
+    unfinished = [output("", entry(b"\xc3")), output("\ufffd", end, end="stop")]
+    assert told(unfinished) == [[], [b"\xc3"]]
+
+
+@given(st.lists(st.binary(min_size=1, max_size=4), max_size=12))
+def test_a_token_s_place_is_the_character_that_its_first_byte_is_part_of(tokens: list[bytes]) -> None:
+    content, ends = b"".join(tokens), accumulate(map(len, tokens), initial=0)
+    places = [len(content[: end + 1].decode(errors="replace")) - 1 for end in ends]
+    assert LegacyLogprobs(0).of([entry(token) for token in tokens])["text_offset"] == places[:-1]
 
 
 def test_the_older_form() -> None:

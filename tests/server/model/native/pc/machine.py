@@ -24,7 +24,8 @@ PROCESSORS = {"avx512_bf16": 'tigerlake, add_features="avx512bf16"', "avx512": "
 """Of Bochs, by what the native code is compiled for."""
 _LOADER = (Path("/usr/lib/ISOLINUX/isolinux.bin"), Path("/usr/lib/syslinux/modules/bios/ldlinux.c32"))
 _FIRMWARE = (Path("/usr/share/bochs/BIOS-bochs-latest"), Path("/usr/share/bochs/VGABIOS-lgpl-latest"))
-_OPTIONS = "console=ttyS0 quiet nokaslr mitigations=off tsc=reliable no_timer_check idle=halt nohz=off highres=off lapic=notscdeadline panic=0"
+_OPTIONS = "console=ttyS0 quiet nokaslr mitigations=off tsc=reliable no_timer_check panic=0"
+_TIME = "idle=halt nohz=off highres=off lapic=notscdeadline"  # without, a machine that rested was seen not to wake
 _CHARACTER_DEVICES = {"dev/console": (5, 1), "dev/ttyS0": (4, 64)}
 
 
@@ -87,7 +88,7 @@ def _make_disk(disk: Path, kernel: Path, archive: bytes, directory: Path) -> Non
         shutil.copyfile(path, directory / ("linux" if path is kernel else path.name))
     (directory / "archive").write_bytes(archive)
     (directory / "isolinux.cfg").write_text(
-        f"DEFAULT it\nPROMPT 0\nLABEL it\n KERNEL /linux\n APPEND initrd=/archive {_OPTIONS}\n", encoding="ascii"
+        f"DEFAULT it\nPROMPT 0\nLABEL it\n KERNEL /linux\n APPEND initrd=/archive {_OPTIONS} {_TIME}\n", encoding="ascii"
     )
     boot = ("-b", _LOADER[0].name, "-c", "boot.cat", "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table")
     run(["xorriso", "-as", "mkisofs", "-quiet", "-o", str(disk), *boot, str(directory)])
