@@ -19,6 +19,7 @@ from server.cli.common import (
     part_of,
     print_json,
     print_warnings,
+    refuse_options_before,
     show,
     table_of,
 )
@@ -34,6 +35,7 @@ ReferenceArgument = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help
 def _list(
     context: typer.Context, as_json: JsonOption = False, url: UrlOption = None, api_key: KeyOption = None
 ) -> None:
+    refuse_options_before(context)
     if context.invoked_subcommand is None:
         _print_all(as_json, url, api_key)
 

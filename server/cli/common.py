@@ -70,6 +70,16 @@ def connected(url: str | None, api_key: str | None) -> "Iterator[Client]":
         raise typer.Exit(INTERRUPTED) from None
 
 
+def refuse_options_before(context: typer.Context) -> None:
+    """Raise BadParameter where options stand before one of a group's commands, which would not be told of them."""
+    for option in context.params:
+        source = context.get_parameter_source(option)
+        if context.invoked_subcommand is not None and source is not None and source.name == "COMMANDLINE":
+            flag = {"as_json": "--json"}.get(option, f"--{option.replace('_', '-')}")
+            command = f"{context.info_name} {context.invoked_subcommand}"
+            raise typer.BadParameter(f"give it behind the command: {command} … {flag}", param_hint=flag)
+
+
 def in_own_terms(message: str) -> str:
     """What the server says of its routes, as commands."""
     for route, own in _OWN_TERMS.items():
