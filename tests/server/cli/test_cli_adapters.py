@@ -87,3 +87,21 @@ def test_what_does_not_go_is_said_in_a_line(smolora: Run, files: tuple[bytes, by
     refused = smolora("adapters", "import", "owner/tweets", "--name", "x", "--hub")
     assert refused.exit_code == 1
     assert "SMOLORA_ALLOW_HUB_ADAPTERS" in refused.stderr
+
+
+def test_a_download_goes_into_a_folder(
+    smolora: Run, server: Running, files: tuple[bytes, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a link, whose place it doesn't take."""
+    uploaded = httpx.post(f"{server.url}/adapters/down", files={"archive": as_zip(*files)}, trust_env=False)
+    assert uploaded.status_code == 201, uploaded.text
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    result = smolora("adapters", "download", "down", "--output", str(link))
+    assert (result.exit_code, result.stdout) == (0, f"{link / 'down-1.zip'}\n")
+    assert link.is_symlink()
+    assert zipfile.is_zipfile(folder / "down-1.zip")
+    monkeypatch.chdir(tmp_path)
+    assert smolora("adapters", "download", "down", "--output", ".").stdout == "down-1.zip\n"
+    assert zipfile.is_zipfile("down-1.zip")
