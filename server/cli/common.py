@@ -29,7 +29,10 @@ _OWN_TERMS = {
     "GET /datasets lists": "`smolora datasets` lists",
     "GET /keys lists": "`smolora keys list` lists",
     "GET /projects lists": "`smolora projects list` lists",
+    "send a valid key: Authorization: Bearer <key>": "it wants a valid key: set SMOLORA_API_KEY, or --api-key",
     "?force=true": "--force",
+    ": leave out OpenAI-Project": ", and that is another's",
+    "of the name that OpenAI-Project gives": "of that name",
 }
 _NUMBERS = ("rank", "rows", "size", "loss", "held out", "base's", "steps")
 _NAMES = ("adapter", "data set", "job", "key", "name", "project", "state", "status")

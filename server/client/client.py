@@ -95,24 +95,34 @@ class Client(Connection):
             after = cast("str | None", page["next"])
 
     def adapter(self, name: str) -> Document:
-        """One adapter with its versions."""
-        return self.json("GET", path_of("adapters", name))
+        """One adapter with its versions. Another project's, `acme/tweets`, is in lists alone."""
+        if "/" not in name:
+            return self.json("GET", path_of("adapters", name))
+        for more in ({}, {"public": "true"}):
+            if found := _documents(self.json("GET", "/adapters", params={"name": name, **more}), "adapters"):
+                return found[0]
+        raise ClientError(f"no such adapter: {name}", 404)
 
     def version(self, name: str, version: int) -> Document:
         """One version of it."""
-        return self.json("GET", path_of("adapters", name, str(version)))
+        if "/" not in name:
+            return self.json("GET", path_of("adapters", name, str(version)))
+        for found in _documents(self.adapter(name), "versions"):
+            if found["version"] == version:
+                return found
+        raise ClientError(f"no such version: {name}@{version}", 404)
 
     def delete_adapter(self, name: str, version: int | None = None, force: bool = False) -> None:
         """Delete one version, or all; with `force`, the aliases that hold them too."""
-        path = path_of("adapters", name) if version is None else path_of("adapters", name, str(version))
-        self.nothing("DELETE", path, params={"force": "true"} if force else {})
+        path, headers = self._place(name, *(() if version is None else (str(version),)))
+        self.nothing("DELETE", path, params={"force": "true"} if force else {}, headers=headers)
 
     def download(self, name: str, version: int, target: Path) -> None:
         """Write a zip that PEFT reads, once unpacked: beside the target first, and renamed. OSError likewise."""
         part = target.with_name(f"{target.name}.part")
         try:
-            path = path_of("adapters", name, str(version), "download")
-            with self.open("GET", path) as response, part.open("wb") as file:
+            path, headers = self._place(name, str(version), "download")
+            with self.open("GET", path, headers=headers) as response, part.open("wb") as file:
                 for piece in response.iter_bytes():
                     file.write(piece)
             part.replace(target)
@@ -121,11 +131,13 @@ class Client(Connection):
 
     def point(self, name: str, alias: str, version: int) -> Document:
         """Have the alias, or `latest`, mean that version; the adapter."""
-        return self.json("PUT", path_of("adapters", name, "aliases", alias), json={"version": version})
+        path, headers = self._place(name, "aliases", alias)
+        return self.json("PUT", path, json={"version": version}, headers=headers)
 
     def unpoint(self, name: str, alias: str) -> None:
         """Remove the alias."""
-        self.nothing("DELETE", path_of("adapters", name, "aliases", alias))
+        path, headers = self._place(name, "aliases", alias)
+        self.nothing("DELETE", path, headers=headers)
 
     def compose(self, name: str, body: Mapping[str, object]) -> Document:
         """Name a blend, or, where the body has a `method`, queue a merge: the version, or the job."""
@@ -173,6 +185,13 @@ class Client(Connection):
                     raise ClientError(str(document.get("detail")), cast("int", document.get("status")))
                 yield document
         raise ClientError("the answer broke off")
+
+    def _place(self, name: str, *parts: str) -> tuple[str, Mapping[str, str]]:
+        """(path, headers) of what an adapter has: of another project's, `acme/tweets`, at work in that project."""
+        project, _, own = name.rpartition("/")
+        if project:
+            self.adapter(name)  # or there is none: an open server takes a project that isn't there for its own
+        return path_of("adapters", own, *parts), {"OpenAI-Project": project} if project else {}
 
     def _stream_events(self, job_id: str, after: int) -> Iterator[Document]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
