@@ -41,7 +41,7 @@ export function AdaptersView({ path }) {
           found
             ? html`<${AdapterDetail} key=${name} adapter=${found} isOwn=${own.includes(found)} onChange=${adapters.reload} />`
             : name && adapters.data
-              ? html`<div class="card"><p>There is no adapter ${name}, or none that you may see.</p></div>`
+              ? html`<${Unlisted} key=${name} name=${name} />`
               : own.length
                 ? html`<div class="card"><p>Choose an adapter to see its versions and where they come from.</p></div>`
                 : null
@@ -49,6 +49,16 @@ export function AdaptersView({ path }) {
       </div>
       <div class="below"><${Upload} onDone=${adapters.reload} /></div>
     </div>`;
+}
+
+/** One that may be past what the page lists, by its name. @param {{name: string}} props */
+function Unlisted({ name }) {
+  const { data, problem, reload } = useResource((signal) => listAdapters(signal, name), [name], 10);
+  const found = data?.own[0] ?? data?.shared[0];
+  if (!data) return html`<${Fault} problem=${problem} />`;
+  return found
+    ? html`<${AdapterDetail} adapter=${found} isOwn=${found === data.own[0]} onChange=${reload} />`
+    : html`<div class="card"><p>There is no adapter ${name}, or none that you may see.</p></div>`;
 }
 
 /** @param {{title: string, adapters: Adapter[], chosen: string}} props */
