@@ -14,6 +14,7 @@ from typing import cast
 
 import httpx
 
+from adapters.names import NAME_RULE, is_name
 from server.client.connection import CONNECT_SECONDS, ClientError, Connection, Document, path_of, server_sent
 
 ENDED = frozenset({"succeeded", "failed", "cancelled"})
@@ -141,7 +142,7 @@ class Client(Connection):
 
     def compose(self, name: str, body: Mapping[str, object]) -> Document:
         """Name a blend, or, where the body has a `method`, queue a merge: the version, or the job."""
-        return self.json("POST", path_of("compositions", name), json=dict(body))
+        return self.json("POST", path_of("compositions", _new(name)), json=dict(body))
 
     def datasets(self) -> list[Document]:
         """The newest data sets first."""
@@ -153,18 +154,19 @@ class Client(Connection):
 
     def publish(self, name: str, path: Path) -> Document:
         """Publish the adapter in a folder that PEFT saved, or in a zip of it; the version. OSError likewise."""
+        path_to = path_of("adapters", _new(name))
         with ExitStack() as opened:
             if path.is_dir():
                 parts = {field: path / name for field, name in _PEFT_FILES.items()}
             else:
                 parts = {"archive": path}
             files = {field: (file.name, opened.enter_context(file.open("rb"))) for field, file in parts.items()}
-            return self.json("POST", path_of("adapters", name), files=files)
+            return self.json("POST", path_to, files=files)
 
     def import_adapter(self, name: str, repo_id: str, revision: str | None = None) -> Document:
         """Have the server publish an adapter of the hub; the version."""
         body = {"repo_id": repo_id, "revision": revision}
-        return self.json("POST", path_of("adapters", name, "import"), json=body)
+        return self.json("POST", path_of("adapters", _new(name), "import"), json=body)
 
     def generate(self, body: Mapping[str, object]) -> Document:
         """The whole answer."""
@@ -200,6 +202,13 @@ class Client(Connection):
             for name, data in server_sent(response.iter_lines()):
                 if name != "error":  # then the stream ends, and is opened again
                     yield json.loads(data)
+
+
+def _new(name: str) -> str:
+    """What may be published as that. Raises ClientError: with a slash it would be another path."""
+    if not is_name(name):
+        raise ClientError(f"name: {NAME_RULE}")
+    return name
 
 
 def _documents(page: Document, name: str) -> list[Document]:

@@ -140,6 +140,10 @@ def _has_proxy(url: httpx.URL) -> bool:
 
 
 def path_of(*parts: str) -> str:
+    """With each part escaped. Raises ClientError where one would lead to another path."""
+    for part in parts:
+        if part in ("", ".", ".."):
+            raise ClientError(f'"{part}" names nothing')
     return "".join(f"/{quote(part, safe='')}" for part in parts)
 
 

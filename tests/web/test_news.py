@@ -13,7 +13,7 @@ from server.model.base.weights import BaseModel
 from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
 from tests.end_to_end.server_process import ServerProcess
 from tests.server.training.worker.merge_kit import sample
-from tests.web.browser import page_of
+from tests.web.browser import drop, page_of
 from tests.web.test_sign_in import make_key, sign_in
 
 PEFT_FILES = {"adapter_config": CONFIG, "adapter_model": WEIGHTS}
@@ -160,3 +160,18 @@ def test_another_projects_adapters_are_the_operators_too(
         page.get_by_role("button", name="Make private").click()
         expect(page.get_by_role("button", name="Make public", exact=True)).to_be_visible()
     assert server.client.get("/adapters/tone", headers=beta).json()["visibility"] == "private"
+
+
+def test_a_name_that_would_be_another_address(
+    server: ServerProcess, browser: Browser, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    write(tmp_path, sample(tiny_base.config.shape, 3))
+    with page_of(browser, server.url) as page:
+        sign_in(page, OPERATORS)
+        page.goto(f"{server.url}/#/adapters")
+        drop(page, ".drop", {file: (tmp_path / file).read_bytes() for file in PEFT_FILES.values()})
+        upload = page.get_by_role("form", name="Upload")
+        upload.get_by_label("Name").fill("acme/tone")
+        upload.get_by_role("button", name="Upload").click()
+        expect(upload.get_by_label("Name")).to_have_attribute("aria-invalid", "true")
+        expect(upload).to_contain_text("Must be 1 to 64 letters")

@@ -1,6 +1,7 @@
 /** Adapters: what is stored, what each came from, which version is in use; upload by drop. */
 import { listAdapters } from "../lib/adapters.js";
 import { upload } from "../lib/api.js";
+import { checked } from "../lib/expression.js";
 import { html, useState } from "../lib/html.js";
 import { plural } from "../lib/format.js";
 import { useAction, useResource } from "../lib/resource.js";
@@ -109,7 +110,7 @@ function Upload({ onDone }) {
     if (!form) return;
     setShare(0);
     try {
-      const version = await upload(`/adapters/${encodeURIComponent(name)}`, form, setShare);
+      const version = await upload(`/adapters/${checked(name)}`, form, setShare);
       setFiles([]);
       onDone();
       go("adapters", version.name);

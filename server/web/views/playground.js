@@ -1,7 +1,7 @@
 /** Playground: one prompt under a blend of adapters, streamed, beside the base or other blends. */
 import { listAdapters } from "../lib/adapters.js";
 import { Problem, ask, get } from "../lib/api.js";
-import { parse } from "../lib/expression.js";
+import { checked, parse } from "../lib/expression.js";
 import { html, useRef, useState } from "../lib/html.js";
 import { asked, beside, columns, expression, forgetProblems, run, stop } from "../lib/playground.js";
 import { useAction, useResource } from "../lib/resource.js";
@@ -149,7 +149,7 @@ function SaveBlend({ blend, onSaved }) {
   const [name, setName] = useState("");
   const [saved, setSaved] = useState("");
   const save = useAction(async () => {
-    const version = await ask("POST", `/compositions/${encodeURIComponent(name)}`, {
+    const version = await ask("POST", `/compositions/${checked(name)}`, {
       json: { expression: blend },
     });
     setSaved(`${version.name}@${version.version}`);

@@ -1,5 +1,7 @@
 """What a command says of a key, of proxies in the environment, or of an address, with which it can ask nobody."""
 
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -51,6 +53,24 @@ def test_a_proxy_that_is_not_there() -> None:
     around = jobs(ELSEWHERE, http_proxy="http://127.0.0.1:9", no_proxy="smolora.invalid")
     assert around.exit_code == 1
     assert "proxy" not in around.stderr
+
+
+@pytest.mark.parametrize("name", ["acme/tweets", "", "..", "two words"])
+def test_what_is_no_name(name: str, tmp_path: Path) -> None:
+    """It would be another path, which takes less: "the body is larger than …"."""
+    environment = {"SMOLORA_URL": "http://127.0.0.1:9"}
+    for command in (["adapters", "import", str(tmp_path), "--name", name], ["compose", name, "tweets"]):
+        result = CliRunner().invoke(app, command, env=environment)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("smolora: name: must be 1 to 64 letters, digits, ")
+
+
+@pytest.mark.parametrize(
+    "command", [("jobs", ""), ("jobs", ".."), ("adapters", "show", ".."), ("adapters", "delete", ".")]
+)
+def test_what_names_nothing(command: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, command, env={"SMOLORA_URL": "http://127.0.0.1:9"})
+    assert (result.exit_code, result.stderr) == (1, f'smolora: "{command[-1]}" names nothing\n')
 
 
 @pytest.mark.parametrize(
