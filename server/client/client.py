@@ -61,7 +61,7 @@ class Client(Connection):
     def jobs(self, status: str | None = None, limit: int = 100) -> list[Document]:
         """The newest jobs first."""
         params = {"limit": str(limit)} | ({"status": status} if status else {})
-        return _documents(self.json("GET", "/train", params=params), "jobs")
+        return self._documents(self.json("GET", "/train", params=params), "jobs")
 
     def steer(self, job_id: str, move: str) -> Document:
         """`cancel`, `pause` or `resume` the job; how it stands then."""
@@ -92,7 +92,7 @@ class Client(Connection):
         after: str | None = ""
         while after is not None:
             page = self.json("GET", "/adapters", params={"limit": "500", "after": after})
-            yield from _documents(page, "adapters")
+            yield from self._documents(page, "adapters")
             after = cast("str | None", page["next"])
 
     def adapter(self, name: str) -> Document:
@@ -100,7 +100,7 @@ class Client(Connection):
         if "/" not in name:
             return self.json("GET", path_of("adapters", name))
         for more in ({}, {"public": "true"}):
-            if found := _documents(self.json("GET", "/adapters", params={"name": name, **more}), "adapters"):
+            if found := self._documents(self.json("GET", "/adapters", params={"name": name, **more}), "adapters"):
                 return found[0]
         raise ClientError(f"no such adapter: {name}", 404)
 
@@ -108,7 +108,7 @@ class Client(Connection):
         """One version of it."""
         if "/" not in name:
             return self.json("GET", path_of("adapters", name, str(version)))
-        for found in _documents(self.adapter(name), "versions"):
+        for found in self._documents(self.adapter(name), "versions"):
             if found["version"] == version:
                 return found
         raise ClientError(f"no such version: {name}@{version}", 404)
@@ -146,7 +146,7 @@ class Client(Connection):
 
     def datasets(self) -> list[Document]:
         """The newest data sets first."""
-        return _documents(self.json("GET", "/datasets"), "datasets")
+        return self._documents(self.json("GET", "/datasets"), "datasets")
 
     def delete_dataset(self, dataset_id: str) -> None:
         """Remove a data set that no job needs."""
@@ -179,6 +179,8 @@ class Client(Connection):
     def stream(self, body: Mapping[str, object]) -> Iterator[Document]:
         """The answer's events as they come; a failure midway raises ClientError."""
         with self.open("POST", "/generate", json={**body, "stream": True}) as response:
+            if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
+                raise self.another_server()
             for name, data in server_sent(response.iter_lines()):
                 if data == "[DONE]":
                     return
@@ -195,6 +197,12 @@ class Client(Connection):
             self.adapter(name)  # or there is none: an open server takes a project that isn't there for its own
         return path_of("adapters", own, *parts), {"OpenAI-Project": project} if project else {}
 
+    def _documents(self, page: Document, name: str) -> list[Document]:
+        try:
+            return cast("list[Document]", page[name])
+        except (LookupError, TypeError):
+            raise self.another_server() from None
+
     def _stream_events(self, job_id: str, after: int) -> Iterator[Document]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
         timeout = httpx.Timeout(_SILENCE_SECONDS, connect=CONNECT_SECONDS)
@@ -209,7 +217,3 @@ def _new(name: str) -> str:
     if not is_name(name):
         raise ClientError(f"name: {NAME_RULE}")
     return name
-
-
-def _documents(page: Document, name: str) -> list[Document]:
-    return cast("list[Document]", page[name])

@@ -103,7 +103,11 @@ class Connection:
             try:
                 return cast("Document", response.json())
             except ValueError:
-                raise ClientError(f"{self.url} doesn't speak smolora's API") from None
+                raise self.another_server() from None
+
+    def another_server(self) -> ClientError:
+        """What to raise where the answer is none of smolora's."""
+        return ClientError(f"{self.url} doesn't speak smolora's API")
 
     def nothing(self, method: str, path: str, **options: Unpack[Options]) -> None:
         with self.open(method, path, **options) as response:
@@ -117,6 +121,11 @@ class Connection:
                 if response.is_error:
                     response.read()
                     raise ClientError(_reason(response), response.status_code)
+                if response.has_redirect_location:  # not followed: the key is for who was named
+                    place = response.headers["Location"]
+                    raise ClientError(
+                        f"{self.url} sends to {place}: set {_URL_VARIABLE}, or give --url, to that address"
+                    )
                 yield response
         except httpx.TimeoutException as error:
             raise ClientError(f"{self.url} doesn't answer") from error

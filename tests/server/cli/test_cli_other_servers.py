@@ -1,0 +1,54 @@
+"""What commands say where something answers that is no smolora server."""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from typer.testing import CliRunner
+
+from server.cli.main import app
+
+COMMANDS = (["adapters"], ["jobs"], ["datasets"], ["generate", "hi"], ["generate", "hi", "--json"])
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Whatever is asked, with the first part of its path: `moved`, or a body of 200."""
+
+    def do_GET(self) -> None:
+        kind = self.path.split("/")[1]
+        self.send_response(308 if kind == "moved" else 200)
+        if kind == "moved":
+            self.send_header("Location", "https://lora.example.org/")
+        self.end_headers()
+        self.wfile.write({"page": b"<html>", "object": b"{}", "list": b"[]"}.get(kind, b""))
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_it_has_moved(url: str, command: list[str]) -> None:
+    result = CliRunner().invoke(app, command, env={"SMOLORA_URL": f"{url}/moved"})
+    assert result.exit_code == 1
+    assert result.stderr.startswith(
+        f"smolora: {url}/moved sends to https://lora.example.org/: set SMOLORA_URL, or"
+    )
+
+
+@pytest.mark.parametrize("kind", ["page", "object", "list"])
+@pytest.mark.parametrize("command", COMMANDS[:-1], ids=" ".join)
+def test_it_speaks_something_else(url: str, command: list[str], kind: str) -> None:
+    result = CliRunner().invoke(app, command, env={"SMOLORA_URL": f"{url}/{kind}"})
+    assert (result.exit_code, result.stderr) == (1, f"smolora: {url}/{kind} doesn't speak smolora's API\n")
