@@ -1,8 +1,12 @@
-"""What commands say where something answers that is no smolora server."""
+"""What commands say where something answers that is no smolora server, or what the terminal has no letters for."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -10,6 +14,8 @@ from typer.testing import CliRunner
 from server.cli.main import app
 
 COMMANDS = (["adapters"], ["jobs"], ["datasets"], ["generate", "hi"], ["generate", "hi", "--json"])
+
+NAMES = '{"adapters": [{"name": "日"}], "next": null}'.encode()
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -21,7 +27,7 @@ class Answers(BaseHTTPRequestHandler):
         if kind == "moved":
             self.send_header("Location", "https://lora.example.org/")
         self.end_headers()
-        self.wfile.write({"page": b"<html>", "object": b"{}", "list": b"[]"}.get(kind, b""))
+        self.wfile.write({"page": b"<html>", "object": b"{}", "list": b"[]", "names": NAMES}.get(kind, b""))
 
     def do_POST(self) -> None:
         self.do_GET()
@@ -52,3 +58,12 @@ def test_it_has_moved(url: str, command: list[str]) -> None:
 def test_it_speaks_something_else(url: str, command: list[str], kind: str) -> None:
     result = CliRunner().invoke(app, command, env={"SMOLORA_URL": f"{url}/{kind}"})
     assert (result.exit_code, result.stderr) == (1, f"smolora: {url}/{kind} doesn't speak smolora's API\n")
+
+
+def test_what_a_terminal_has_no_letters_for(url: str) -> None:
+    """As of a Latin-1 locale: a job that has succeeded doesn't end in a traceback, for the … behind it."""
+    command = [str(Path(sys.executable).with_name("smolora")), "adapters", "--json"]
+    environment = os.environ | {"SMOLORA_URL": f"{url}/names", "PYTHONIOENCODING": "latin-1"}
+    result = subprocess.run(command, env=environment, capture_output=True, encoding="latin-1", timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "\\u65e5" in result.stdout
