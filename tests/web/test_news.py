@@ -175,3 +175,17 @@ def test_a_name_that_would_be_another_address(
         upload.get_by_role("button", name="Upload").click()
         expect(upload.get_by_label("Name")).to_have_attribute("aria-invalid", "true")
         expect(upload).to_contain_text("Must be 1 to 64 letters")
+
+
+def test_a_base_without_a_chat_template(server: ServerProcess, browser: Browser) -> None:
+    with page_of(browser, server.url) as page:
+        page.route("**/ready", lambda route: route.fulfill(json={"model": "plain", "chat_template": False}))
+        sign_in(page, OPERATORS)
+        expect(page.get_by_text("plain, as it is (the base)")).to_be_visible()
+        expect(page.get_by_label("Question")).to_have_count(0)
+        expect(page.get_by_role("textbox", name="Text")).to_be_visible()
+        with page.expect_request("**/generate") as asked:
+            page.get_by_role("button", name="Continue “The capital of France is”").click()
+        body = asked.value.post_data_json
+        assert body is not None
+        assert body["prompt"] == "The capital of France is"
