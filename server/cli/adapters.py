@@ -62,7 +62,7 @@ def _table(adapters: Sequence[Document]) -> Table:
                 Text(f"{version['name']}@{version['version']}"),
                 Text(", ".join(names.get(version["version"], []))),
                 str(version["rank"]),
-                Text(str(version["parent"])) if version["kind"] == "composition" else shown,
+                Text(str(version["parent"] or shown)) if version["kind"] == "composition" else shown,
                 f"{cast('int', version['bytes']) / 1e6:,.1f} MB",
                 number(metrics.get("eval_loss")),
                 number(metrics.get("base_eval_loss")),

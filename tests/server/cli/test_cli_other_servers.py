@@ -1,5 +1,6 @@
 """What commands say where something answers that is no smolora server, or what the terminal has no letters for."""
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,10 @@ from server.cli.main import app
 COMMANDS = (["adapters"], ["jobs"], ["datasets"], ["generate", "hi"], ["generate", "hi", "--json"])
 
 NAMES = '{"adapters": [{"name": "日"}], "next": null}'.encode()
+BLEND = {"name": "acme/mix", "version": 1, "kind": "composition", "parent": None, "rank": 8, "bytes": 0}
+MODULES = {"target_modules": ["q_proj", "v_proj"], "metrics": {}}
+ADAPTER = {"name": "acme/mix", "latest": 1, "aliases": {}, "versions": [BLEND | MODULES]}
+SHARED = json.dumps({"adapters": [ADAPTER], "next": None}).encode()
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -27,7 +32,9 @@ class Answers(BaseHTTPRequestHandler):
         if kind == "moved":
             self.send_header("Location", "https://lora.example.org/")
         self.end_headers()
-        self.wfile.write({"page": b"<html>", "object": b"{}", "list": b"[]", "names": NAMES}.get(kind, b""))
+        self.wfile.write(
+            {"page": b"<html>", "object": b"{}", "list": b"[]", "names": NAMES, "shared": SHARED}.get(kind, b"")
+        )
 
     def do_POST(self) -> None:
         self.do_GET()
@@ -67,3 +74,8 @@ def test_what_a_terminal_has_no_letters_for(url: str) -> None:
     result = subprocess.run(command, env=environment, capture_output=True, encoding="latin-1", timeout=60)
     assert result.returncode == 0, result.stderr
     assert "\\u65e5" in result.stdout
+
+
+def test_a_shared_blend_whose_making_is_not_told(url: str) -> None:
+    result = CliRunner().invoke(app, ["adapters", "show", "acme/mix"], env={"SMOLORA_URL": f"{url}/shared"})
+    assert result.stdout.split("\n")[1].split() == ["acme/mix@1", "latest", "8", "q,", "v", "0.0", "MB"]
