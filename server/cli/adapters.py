@@ -1,6 +1,7 @@
 """`smolora adapters`: list, show, import, download, delete, and point aliases."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, cast
@@ -19,11 +20,13 @@ from server.cli.common import (
     part_of,
     print_json,
     print_warnings,
+    refuse_options_before,
     show,
     table_of,
 )
 
 _ALL = 7  # linear modules of a layer
+_VERSION = re.compile(r"[0-9]{1,18}")
 
 group = typer.Typer(invoke_without_command=True, help="List the adapters with their versions; or work on one.")
 
@@ -34,6 +37,7 @@ ReferenceArgument = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help
 def _list(
     context: typer.Context, as_json: JsonOption = False, url: UrlOption = None, api_key: KeyOption = None
 ) -> None:
+    refuse_options_before(context)
     if context.invoked_subcommand is None:
         _print_all(as_json, url, api_key)
 
@@ -58,7 +62,7 @@ def _table(adapters: Sequence[Document]) -> Table:
                 Text(f"{version['name']}@{version['version']}"),
                 Text(", ".join(names.get(version["version"], []))),
                 str(version["rank"]),
-                Text(str(version["parent"])) if version["kind"] == "composition" else shown,
+                Text(str(version["parent"] or shown)) if version["kind"] == "composition" else shown,
                 f"{cast('int', version['bytes']) / 1e6:,.1f} MB",
                 number(metrics.get("eval_loss")),
                 number(metrics.get("base_eval_loss")),
@@ -69,7 +73,7 @@ def _table(adapters: Sequence[Document]) -> Table:
 def _parsed(reference: str) -> tuple[str, int | None]:
     """(name, version)."""
     name, _, version = reference.partition("@")
-    if "@" in reference and not version.isdigit():
+    if "@" in reference and not _VERSION.fullmatch(version):
         raise typer.BadParameter(f"{reference}: give a version's number behind the @, such as {name}@1")
     return name, int(version) if version else None
 
@@ -112,7 +116,8 @@ def delete(
 def download(
     reference: ReferenceArgument,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The zip to write. Default: NAME-VERSION.zip.")
+        Path | None,
+        typer.Option("--output", "-o", help="The zip to write, or a folder for it. Default: NAME-VERSION.zip."),
     ] = None,
     url: UrlOption = None,
     api_key: KeyOption = None,
@@ -121,7 +126,10 @@ def download(
     name, number_of = _parsed(reference)
     with connected(url, api_key) as client:
         version = cast("int", client.adapter(name)["latest"]) if number_of is None else number_of
-        target = output or Path(f"{name}-{version}.zip")
+        default = f"{name.replace('/', '-')}-{version}.zip"  # another project's has a slash
+        target = output or Path(default)
+        if target.is_dir():
+            target /= default
         try:
             client.download(name, version, target)
         except OSError as error:

@@ -50,7 +50,11 @@ def _said() -> str | None:
     while True:
         if sys.stdin.isatty():
             typer.echo("> ", nl=False)
-        if not (line := sys.stdin.readline()):
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise typer.BadParameter(f"is not in {error.encoding}", param_hint="standard input") from None
+        if not line:
             return None
         if line.strip():
             return line.rstrip("\n")

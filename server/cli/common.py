@@ -29,7 +29,10 @@ _OWN_TERMS = {
     "GET /datasets lists": "`smolora datasets` lists",
     "GET /keys lists": "`smolora keys list` lists",
     "GET /projects lists": "`smolora projects list` lists",
+    "send a valid key: Authorization: Bearer <key>": "it wants a valid key: set SMOLORA_API_KEY, or --api-key",
     "?force=true": "--force",
+    ": leave out OpenAI-Project": ", and that is another's",
+    "of the name that OpenAI-Project gives": "of that name",
 }
 _NUMBERS = ("rank", "rows", "size", "loss", "held out", "base's", "steps")
 _NAMES = ("adapter", "data set", "job", "key", "name", "project", "state", "status")
@@ -68,6 +71,16 @@ def connected(url: str | None, api_key: str | None) -> "Iterator[Client]":
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
+
+
+def refuse_options_before(context: typer.Context) -> None:
+    """Raise BadParameter where options stand before one of a group's commands, which would not be told of them."""
+    for option in context.params:
+        source = context.get_parameter_source(option)
+        if context.invoked_subcommand is not None and source is not None and source.name == "COMMANDLINE":
+            flag = {"as_json": "--json"}.get(option, f"--{option.replace('_', '-')}")
+            command = f"{context.info_name} {context.invoked_subcommand}"
+            raise typer.BadParameter(f"give it behind the command: {command} … {flag}", param_hint=flag)
 
 
 def in_own_terms(message: str) -> str:

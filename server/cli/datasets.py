@@ -15,6 +15,7 @@ from server.cli.common import (
     part_of,
     print_json,
     print_warnings,
+    refuse_options_before,
     show,
     table_of,
 )
@@ -27,6 +28,7 @@ group = typer.Typer(invoke_without_command=True, help="List the data sets; uploa
 def _list(
     context: typer.Context, as_json: JsonOption = False, url: UrlOption = None, api_key: KeyOption = None
 ) -> None:
+    refuse_options_before(context)
     if context.invoked_subcommand is not None:
         return
     with connected(url, api_key) as client:

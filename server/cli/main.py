@@ -10,6 +10,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  # pip would refuse; a checkout on
     sys.exit(f"smolora needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
 import signal
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -92,6 +93,8 @@ def _end_when_told() -> None:
 def main() -> None:
     """The entry point of the `smolora` script."""
     hide_keys()
+    if isinstance(sys.stdout, TextIOWrapper):  # of another encoding than UTF-8: as standard error does by itself
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except StartupError as error:

@@ -14,6 +14,7 @@ from typing import cast
 
 import httpx
 
+from adapters.names import NAME_RULE, is_name
 from server.client.connection import CONNECT_SECONDS, ClientError, Connection, Document, path_of, server_sent
 
 ENDED = frozenset({"succeeded", "failed", "cancelled"})
@@ -60,7 +61,7 @@ class Client(Connection):
     def jobs(self, status: str | None = None, limit: int = 100) -> list[Document]:
         """The newest jobs first."""
         params = {"limit": str(limit)} | ({"status": status} if status else {})
-        return _documents(self.json("GET", "/train", params=params), "jobs")
+        return self._documents(self.json("GET", "/train", params=params), "jobs")
 
     def steer(self, job_id: str, move: str) -> Document:
         """`cancel`, `pause` or `resume` the job; how it stands then."""
@@ -91,28 +92,38 @@ class Client(Connection):
         after: str | None = ""
         while after is not None:
             page = self.json("GET", "/adapters", params={"limit": "500", "after": after})
-            yield from _documents(page, "adapters")
+            yield from self._documents(page, "adapters")
             after = cast("str | None", page["next"])
 
     def adapter(self, name: str) -> Document:
-        """One adapter with its versions."""
-        return self.json("GET", path_of("adapters", name))
+        """One adapter with its versions. Another project's, `acme/tweets`, is in lists alone."""
+        if "/" not in name:
+            return self.json("GET", path_of("adapters", name))
+        for more in ({}, {"public": "true"}):
+            if found := self._documents(self.json("GET", "/adapters", params={"name": name, **more}), "adapters"):
+                return found[0]
+        raise ClientError(f"no such adapter: {name}", 404)
 
     def version(self, name: str, version: int) -> Document:
         """One version of it."""
-        return self.json("GET", path_of("adapters", name, str(version)))
+        if "/" not in name:
+            return self.json("GET", path_of("adapters", name, str(version)))
+        for found in self._documents(self.adapter(name), "versions"):
+            if found["version"] == version:
+                return found
+        raise ClientError(f"no such version: {name}@{version}", 404)
 
     def delete_adapter(self, name: str, version: int | None = None, force: bool = False) -> None:
         """Delete one version, or all; with `force`, the aliases that hold them too."""
-        path = path_of("adapters", name) if version is None else path_of("adapters", name, str(version))
-        self.nothing("DELETE", path, params={"force": "true"} if force else {})
+        path, headers = self._place(name, *(() if version is None else (str(version),)))
+        self.nothing("DELETE", path, params={"force": "true"} if force else {}, headers=headers)
 
     def download(self, name: str, version: int, target: Path) -> None:
         """Write a zip that PEFT reads, once unpacked: beside the target first, and renamed. OSError likewise."""
         part = target.with_name(f"{target.name}.part")
         try:
-            path = path_of("adapters", name, str(version), "download")
-            with self.open("GET", path) as response, part.open("wb") as file:
+            path, headers = self._place(name, str(version), "download")
+            with self.open("GET", path, headers=headers) as response, part.open("wb") as file:
                 for piece in response.iter_bytes():
                     file.write(piece)
             part.replace(target)
@@ -121,19 +132,21 @@ class Client(Connection):
 
     def point(self, name: str, alias: str, version: int) -> Document:
         """Have the alias, or `latest`, mean that version; the adapter."""
-        return self.json("PUT", path_of("adapters", name, "aliases", alias), json={"version": version})
+        path, headers = self._place(name, "aliases", alias)
+        return self.json("PUT", path, json={"version": version}, headers=headers)
 
     def unpoint(self, name: str, alias: str) -> None:
         """Remove the alias."""
-        self.nothing("DELETE", path_of("adapters", name, "aliases", alias))
+        path, headers = self._place(name, "aliases", alias)
+        self.nothing("DELETE", path, headers=headers)
 
     def compose(self, name: str, body: Mapping[str, object]) -> Document:
         """Name a blend, or, where the body has a `method`, queue a merge: the version, or the job."""
-        return self.json("POST", path_of("compositions", name), json=dict(body))
+        return self.json("POST", path_of("compositions", _new(name)), json=dict(body))
 
     def datasets(self) -> list[Document]:
         """The newest data sets first."""
-        return _documents(self.json("GET", "/datasets"), "datasets")
+        return self._documents(self.json("GET", "/datasets"), "datasets")
 
     def delete_dataset(self, dataset_id: str) -> None:
         """Remove a data set that no job needs."""
@@ -141,18 +154,19 @@ class Client(Connection):
 
     def publish(self, name: str, path: Path) -> Document:
         """Publish the adapter in a folder that PEFT saved, or in a zip of it; the version. OSError likewise."""
+        path_to = path_of("adapters", _new(name))
         with ExitStack() as opened:
             if path.is_dir():
                 parts = {field: path / name for field, name in _PEFT_FILES.items()}
             else:
                 parts = {"archive": path}
             files = {field: (file.name, opened.enter_context(file.open("rb"))) for field, file in parts.items()}
-            return self.json("POST", path_of("adapters", name), files=files)
+            return self.json("POST", path_to, files=files)
 
     def import_adapter(self, name: str, repo_id: str, revision: str | None = None) -> Document:
         """Have the server publish an adapter of the hub; the version."""
         body = {"repo_id": repo_id, "revision": revision}
-        return self.json("POST", path_of("adapters", name, "import"), json=body)
+        return self.json("POST", path_of("adapters", _new(name), "import"), json=body)
 
     def generate(self, body: Mapping[str, object]) -> Document:
         """The whole answer."""
@@ -165,6 +179,8 @@ class Client(Connection):
     def stream(self, body: Mapping[str, object]) -> Iterator[Document]:
         """The answer's events as they come; a failure midway raises ClientError."""
         with self.open("POST", "/generate", json={**body, "stream": True}) as response:
+            if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
+                raise self.another_server()
             for name, data in server_sent(response.iter_lines()):
                 if data == "[DONE]":
                     return
@@ -173,6 +189,19 @@ class Client(Connection):
                     raise ClientError(str(document.get("detail")), cast("int", document.get("status")))
                 yield document
         raise ClientError("the answer broke off")
+
+    def _place(self, name: str, *parts: str) -> tuple[str, Mapping[str, str]]:
+        """(path, headers) of what an adapter has: of another project's, `acme/tweets`, at work in that project."""
+        project, _, own = name.rpartition("/")
+        if project:
+            self.adapter(name)  # or there is none: an open server takes a project that isn't there for its own
+        return path_of("adapters", own, *parts), {"OpenAI-Project": project} if project else {}
+
+    def _documents(self, page: Document, name: str) -> list[Document]:
+        try:
+            return cast("list[Document]", page[name])
+        except (LookupError, TypeError):
+            raise self.another_server() from None
 
     def _stream_events(self, job_id: str, after: int) -> Iterator[Document]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
@@ -183,5 +212,8 @@ class Client(Connection):
                     yield json.loads(data)
 
 
-def _documents(page: Document, name: str) -> list[Document]:
-    return cast("list[Document]", page[name])
+def _new(name: str) -> str:
+    """What may be published as that. Raises ClientError: with a slash it would be another path."""
+    if not is_name(name):
+        raise ClientError(f"name: {NAME_RULE}")
+    return name

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import BinaryIO, Self, TypedDict, Unpack, cast
 from urllib.parse import quote
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
@@ -16,6 +17,12 @@ _URL_VARIABLE = "SMOLORA_URL"
 CONNECT_SECONDS = 10.0
 _ANSWER_SECONDS = 600.0
 _RETRIES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # a server that is started again is back by then
+
+_NO_KEY = (
+    "the API key (SMOLORA_API_KEY, --api-key) has characters that no key has, such as blanks or a line's end: "
+    "give it as it was shown when it was made"
+)
+_PROXY_VARIABLES = "the proxy variables (ALL_PROXY, HTTP_PROXY, HTTPS_PROXY, NO_PROXY)"
 
 Document = dict[str, object]
 
@@ -54,14 +61,21 @@ class Connection:
             parts = httpx.URL(url)
             if parts.scheme not in ("http", "https") or not parts.host:
                 raise httpx.InvalidURL("no scheme or host")
+        except (httpx.InvalidURL, UnicodeError):
+            raise ClientError(f"{url} is not a server's address, such as http://127.0.0.1:8000") from None
+        if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+            raise ClientError(_NO_KEY)  # without the key itself: this is shown, and may be logged
+        uses_proxies = not is_loopback(parts.host)  # no proxy leads back here
+        self._is_by_proxy = uses_proxies and _has_proxy(parts)
+        try:
             self._http = httpx.Client(
                 base_url=self.url,
                 headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
                 timeout=httpx.Timeout(_ANSWER_SECONDS, connect=CONNECT_SECONDS),
-                trust_env=not is_loopback(parts.host),  # no proxy leads back here
+                trust_env=uses_proxies,
             )
-        except (httpx.InvalidURL, UnicodeError):
-            raise ClientError(f"{url} is not a server's address, such as http://127.0.0.1:8000") from None
+        except (httpx.InvalidURL, ValueError, ImportError) as error:  # ImportError: of SOCKS
+            raise ClientError(f"{_PROXY_VARIABLES} of the environment can't be used: {error}") from None
 
     def __enter__(self) -> Self:
         return self
@@ -89,7 +103,11 @@ class Connection:
             try:
                 return cast("Document", response.json())
             except ValueError:
-                raise ClientError(f"{self.url} doesn't speak smolora's API") from None
+                raise self.another_server() from None
+
+    def another_server(self) -> ClientError:
+        """What to raise where the answer is none of smolora's."""
+        return ClientError(f"{self.url} doesn't speak smolora's API")
 
     def nothing(self, method: str, path: str, **options: Unpack[Options]) -> None:
         with self.open(method, path, **options) as response:
@@ -103,6 +121,11 @@ class Connection:
                 if response.is_error:
                     response.read()
                     raise ClientError(_reason(response), response.status_code)
+                if response.has_redirect_location:  # not followed: the key is for who was named
+                    place = response.headers["Location"]
+                    raise ClientError(
+                        f"{self.url} sends to {place}: set {_URL_VARIABLE}, or give --url, to that address"
+                    )
                 yield response
         except httpx.TimeoutException as error:
             raise ClientError(f"{self.url} doesn't answer") from error
@@ -112,12 +135,24 @@ class Connection:
             if isinstance(error, httpx.ConnectError):
                 reason += f"; is it running? `{program()} serve` starts it"
                 reason += f"; where it listens elsewhere, set {_URL_VARIABLE} or SMOLORA_PORT, or give --url"
+                if self._is_by_proxy:
+                    reason += f"; it was asked by way of a proxy, as {_PROXY_VARIABLES} of the environment say"
             raise ClientError(reason) from error
         except ValueError as error:  # NaN, or half a character, among them
             raise ClientError(f"it can't be said in JSON: {error}") from error
 
 
+def _has_proxy(url: httpx.URL) -> bool:
+    """Whether the environment has a proxy for it."""
+    proxies = getproxies()
+    return bool(proxies.get(url.scheme) or proxies.get("all")) and not proxy_bypass(url.host)
+
+
 def path_of(*parts: str) -> str:
+    """With each part escaped. Raises ClientError where one would lead to another path."""
+    for part in parts:
+        if part in ("", ".", ".."):
+            raise ClientError(f'"{part}" names nothing')
     return "".join(f"/{quote(part, safe='')}" for part in parts)
 
 

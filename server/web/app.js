@@ -68,8 +68,17 @@ function Identity() {
   </div>`;
 }
 
+/** What a header can have: fetch would throw at others, as if nobody were there. */
+const PRINTABLE = /^[!-~]+$/;
+
 function SignIn() {
   const [secret, setSecret] = useState("");
+  const [isWrong, setWrong] = useState(false);
+  const submit = () => {
+    const given = secret.trim();
+    setWrong(given !== "" && !PRINTABLE.test(given));
+    if (PRINTABLE.test(given)) signIn(given);
+  };
   const had = useStore(key);
   const isNeeded = useStore(asksForKey) === "needed";
   const field = useRef(/** @type {HTMLInputElement | null} */ (null));
@@ -81,7 +90,7 @@ function SignIn() {
         ? html`<p class="fault" role="alert">The server doesn't take this key: it may be mistyped, expired or revoked.</p>`
         : html`<p>${isNeeded ? "This server answers only with a key. " : ""}What you see and may do here follows from your key. Whoever runs this server makes one with <code>smolora keys create</code>.</p>`
     }
-    <${Form} label="API key" onSubmit=${() => secret.trim() && signIn(secret.trim())}>
+    <${Form} label="API key" onSubmit=${submit}>
       <label for="secret">Key</label>
       <input
         id="secret"
@@ -93,6 +102,7 @@ function SignIn() {
         value=${secret}
         onInput=${(/** @type {import("./parts/basics.js").Typed} */ event) => setSecret(event.currentTarget.value)}
       />
+      ${isWrong ? html`<p class="fault" role="alert">No key has such characters: copy it whole, as it was shown when it was made.</p>` : null}
       <small>It is kept in this tab until you close it, and nowhere else.</small>
       <p class="row">
         <button type="submit" disabled=${!secret.trim()}>Sign in</button>

@@ -5,12 +5,14 @@ const MOST = 500;
 
 /**
  * @param {AbortSignal} [signal]
+ * @param {string} [name] only this one
  * @returns {Promise<{own: Adapter[], shared: Adapter[], isCut: boolean}>} `isCut`: there are more than are listed
  */
-export async function listAdapters(signal) {
+export async function listAdapters(signal, name) {
+  const which = `limit=${MOST}${name ? `&name=${encodeURIComponent(name)}` : ""}`;
   const [own, shared] = await Promise.all([
-    get(`/adapters?limit=${MOST}`, signal),
-    get(`/adapters?public=true&limit=${MOST}`, signal),
+    get(`/adapters?${which}`, signal),
+    get(`/adapters?public=true&${which}`, signal),
   ]);
   const names = new Set(own.adapters.map((/** @type {Adapter} */ adapter) => adapter.name));
   return {
@@ -18,6 +20,17 @@ export async function listAdapters(signal) {
     shared: shared.adapters.filter((/** @type {Adapter} */ adapter) => !names.has(adapter.name)),
     isCut: Boolean(own.next || shared.next),
   };
+}
+
+/**
+ * Where the API has it. Another project's is its own name there, and an operator's key is at work in that project.
+ * @param {string} name
+ */
+export function placeOf(name) {
+  const [own = "", project] = name.split("/").reverse();
+  /** @type {Record<string, string>} */
+  const headers = project ? { "OpenAI-Project": project } : {};
+  return { path: `/adapters/${encodeURIComponent(own)}`, headers };
 }
 
 /** Versions, the newest first. @param {Adapter} adapter */

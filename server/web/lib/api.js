@@ -92,6 +92,12 @@ export async function ask(method, path, options) {
 /** @param {string} path @param {AbortSignal} [signal] @returns {Promise<any>} */
 export const get = (path, signal) => ask("GET", path, signal ? { signal } : {});
 
+/** Whether the server answers whoever asks, without a key. @param {AbortSignal} [signal] */
+export async function isOpen(signal) {
+  if (!key.value) return true;
+  return (await fetch(new URL("keys", ROOT), { cache: "no-store", ...(signal ? { signal } : {}) })).ok;
+}
+
 /**
  * Server-sent events as they come. An `event: error` is thrown as a Problem.
  * @param {string} method
@@ -157,9 +163,14 @@ export function upload(path, form, onProgress) {
   });
 }
 
-/** Have the browser save what a path answers. @param {string} path @param {string} filename */
-export async function download(path, filename) {
-  const response = await call("GET", path);
+/**
+ * Have the browser save what a path answers.
+ * @param {string} path
+ * @param {string} filename
+ * @param {Record<string, string>} [headers]
+ */
+export async function download(path, filename, headers = {}) {
+  const response = await call("GET", path, { headers });
   const link = document.createElement("a");
   link.href = URL.createObjectURL(await response.blob());
   link.download = filename;

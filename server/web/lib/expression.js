@@ -1,11 +1,26 @@
 /** Adapter expressions, as in `codes*0.7+team/tone@2*-0.3`: the API's grammar, read and written. */
 
+import { Problem } from "./api.js";
+
 /** @typedef {{name: string, pin: string, weight: number}} Term `pin`: a version or an alias, "" for the latest */
 
 const NAME = "[A-Za-z0-9][A-Za-z0-9_.\\-]{0,63}";
 const TERM = new RegExp(
   `^\\s*((?:${NAME}/)?${NAME})(?:@(${NAME}))?\\s*(?:\\*\\s*(-?(?:\\d+(?:\\.\\d*)?|\\.\\d+)))?\\s*$`,
 );
+
+const NAMED = new RegExp(`^${NAME}$`);
+
+/**
+ * The name, of what is made on an address that ends in it: one with a slash would be another address. Throws a Problem.
+ * @param {string} name
+ * @param {string} [field]
+ */
+export function checked(name, field = "name") {
+  if (NAMED.test(name)) return name;
+  const message = 'must be 1 to 64 letters, digits, "_", "-" or ".", the first a letter or digit';
+  throw new Problem(422, `${field}: ${message}`, [{ loc: [field], message }]);
+}
 
 /**
  * Its terms; null where it isn't an expression (the server says what is wrong with it). "" and "base" have none.

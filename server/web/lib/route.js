@@ -3,7 +3,12 @@ import { Store } from "./store.js";
 
 /** @returns {string[]} */
 function read() {
-  return location.hash.replace(/^#\/?/, "").split("/").filter(Boolean).map(decodeURIComponent);
+  const segments = location.hash.replace(/^#\/?/, "").split("/").filter(Boolean);
+  try {
+    return segments.map(decodeURIComponent);
+  } catch {
+    return segments; // a mistyped %: as it stands
+  }
 }
 
 /** Its segments. @type {Store<string[]>} */

@@ -1,4 +1,5 @@
 /** Where a version comes from, as a picture: the base, what it was trained on or blended of, itself. */
+import { listAdapters, placeOf } from "../lib/adapters.js";
 import { get } from "../lib/api.js";
 import { parse } from "../lib/expression.js";
 import { html } from "../lib/html.js";
@@ -32,6 +33,19 @@ function originsOf(version) {
 }
 
 /**
+ * Another project's are in lists alone.
+ * @param {string} name
+ * @param {string} version
+ * @param {AbortSignal} signal
+ * @returns {Promise<Version | null>}
+ */
+async function loadVersion(name, version, signal) {
+  if (!name.includes("/")) return get(`${placeOf(name).path}/${encodeURIComponent(version)}`, signal);
+  const { own, shared } = await listAdapters(signal, name);
+  return [...own, ...shared][0]?.versions.find((one) => String(one.version) === version) ?? null;
+}
+
+/**
  * The version and all that it comes from. What was deleted, or isn't this project's to see, ends its branch.
  * @param {Version} first
  * @param {AbortSignal} signal
@@ -59,9 +73,8 @@ async function loadNodes(first, signal) {
       [...next]
         .filter(([id]) => !nodes.has(id))
         .map(async ([id, { name, version }]) => {
-          const path = `/adapters/${name.split("/").map(encodeURIComponent).join("/")}/${encodeURIComponent(version)}`;
           try {
-            return { id, name, version: await get(path, signal) };
+            return { id, name, version: await loadVersion(name, version, signal) };
           } catch {
             return { id, name, version: null };
           }

@@ -1,5 +1,5 @@
 /** Keys and usage: what was used; for admins who may what, and what was done. */
-import { ask, get } from "../lib/api.js";
+import { ask, get, isOpen } from "../lib/api.js";
 import { compact, count, duration } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
 import { useResource } from "../lib/resource.js";
@@ -10,7 +10,14 @@ import { Projects } from "./projects.js";
 
 /** Whether a key is an admin's is told by what it may read. */
 export function AccessView() {
-  const keys = useResource(async (signal) => /** @type {Key[]} */ ((await get("/keys", signal)).keys), [], 15);
+  const keys = useResource(
+    async (signal) => {
+      const found = /** @type {Key[]} */ ((await get("/keys", signal)).keys);
+      return { found, isOpen: !found.length && (await isOpen(signal)) };
+    },
+    [],
+    15,
+  );
   const isAdmin = keys.data !== null;
   return html`<h1>Keys and usage</h1>
     <${Usage} isAdmin=${isAdmin} />
@@ -19,7 +26,7 @@ export function AccessView() {
         ? html`<p class="muted">Keys, projects and the audit list are for keys with the scope <code>admin</code>.</p>`
         : html`<${Fault} problem=${keys.problem} />`
     }
-    ${keys.data ? html`<${Keys} keys=${keys.data} onChange=${keys.reload} /><${Projects} keys=${keys.data} /><${Audit} keys=${keys.data} />` : null}`;
+    ${keys.data ? html`<${Keys} keys=${keys.data.found} isOpen=${keys.data.isOpen} onChange=${keys.reload} /><${Projects} keys=${keys.data.found} /><${Audit} keys=${keys.data.found} />` : null}`;
 }
 
 const DAYS = 30;

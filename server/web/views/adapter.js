@@ -1,5 +1,5 @@
 /** One adapter: its versions and aliases, rollback, lineage, and the card of each version. */
-import { gain, newestFirst } from "../lib/adapters.js";
+import { gain, newestFirst, placeOf } from "../lib/adapters.js";
 import { ask, download, get } from "../lib/api.js";
 import { bytes, compact, loss, moment } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
@@ -10,15 +10,12 @@ import { Badge, Careful, Fault, Form, SelectField, Table, TextField, Warnings } 
 import { Card } from "../parts/card.js";
 import { Lineage } from "../parts/lineage.js";
 
-/** @param {string} name */
-const pathOf = (name) => `/adapters/${name.split("/").map(encodeURIComponent).join("/")}`;
-
 /** @param {{adapter: Adapter, isOwn: boolean, onChange: () => Promise<void>}} props */
 export function AdapterDetail({ adapter, isOwn, onChange }) {
-  const path = pathOf(adapter.name);
+  const { path, headers } = placeOf(adapter.name);
   const change = useAction(
     async (/** @type {string} */ method, /** @type {string} */ of, /** @type {unknown} */ json) => {
-      await ask(method, of, json === undefined ? {} : { json });
+      await ask(method, of, json === undefined ? { headers } : { json, headers });
       setDone(
         /** @type {any} */ (json)?.version && of.endsWith("/latest")
           ? `${adapter.name} now means version ${/** @type {any} */ (json).version}.`
@@ -28,7 +25,7 @@ export function AdapterDetail({ adapter, isOwn, onChange }) {
     },
   );
   const remove = useAction(async () => {
-    await ask("DELETE", path);
+    await ask("DELETE", path, { headers });
     go("adapters");
     await onChange();
   });
@@ -79,7 +76,13 @@ export function AdapterDetail({ adapter, isOwn, onChange }) {
 function VersionRow({ adapter, version, isOwn, isChosen, path, change, onChoose }) {
   const held = gain(version);
   const number = version.version;
-  const save = useAction(() => download(`${path}/${number}/download`, `${adapter.name}-${number}.zip`));
+  const save = useAction(() =>
+    download(
+      `${path}/${number}/download`,
+      `${adapter.name.replace("/", "-")}-${number}.zip`,
+      placeOf(adapter.name).headers,
+    ),
+  );
   return html`<tr class=${isChosen ? "chosen" : ""}>
     <th scope="row"><button type="button" class="link" aria-pressed=${isChosen} onClick=${onChoose}>${number}</button></th>
     <td>

@@ -1,6 +1,7 @@
 /** Adapters: what is stored, what each came from, which version is in use; upload by drop. */
 import { listAdapters } from "../lib/adapters.js";
 import { upload } from "../lib/api.js";
+import { checked } from "../lib/expression.js";
 import { html, useState } from "../lib/html.js";
 import { plural } from "../lib/format.js";
 import { useAction, useResource } from "../lib/resource.js";
@@ -41,7 +42,7 @@ export function AdaptersView({ path }) {
           found
             ? html`<${AdapterDetail} key=${name} adapter=${found} isOwn=${own.includes(found)} onChange=${adapters.reload} />`
             : name && adapters.data
-              ? html`<div class="card"><p>There is no adapter ${name}, or none that you may see.</p></div>`
+              ? html`<${Unlisted} key=${name} name=${name} />`
               : own.length
                 ? html`<div class="card"><p>Choose an adapter to see its versions and where they come from.</p></div>`
                 : null
@@ -49,6 +50,16 @@ export function AdaptersView({ path }) {
       </div>
       <div class="below"><${Upload} onDone=${adapters.reload} /></div>
     </div>`;
+}
+
+/** One that may be past what the page lists, by its name. @param {{name: string}} props */
+function Unlisted({ name }) {
+  const { data, problem, reload } = useResource((signal) => listAdapters(signal, name), [name], 10);
+  const found = data?.own[0] ?? data?.shared[0];
+  if (!data) return html`<${Fault} problem=${problem} />`;
+  return found
+    ? html`<${AdapterDetail} adapter=${found} isOwn=${found === data.own[0]} onChange=${reload} />`
+    : html`<div class="card"><p>There is no adapter ${name}, or none that you may see.</p></div>`;
 }
 
 /** @param {{title: string, adapters: Adapter[], chosen: string}} props */
@@ -99,7 +110,7 @@ function Upload({ onDone }) {
     if (!form) return;
     setShare(0);
     try {
-      const version = await upload(`/adapters/${encodeURIComponent(name)}`, form, setShare);
+      const version = await upload(`/adapters/${checked(name)}`, form, setShare);
       setFiles([]);
       onDone();
       go("adapters", version.name);

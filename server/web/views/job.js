@@ -12,9 +12,11 @@ import { Status } from "./train.js";
 
 const ENDED = new Set(["succeeded", "failed", "cancelled"]);
 const RETRY_SECONDS = 2;
+const GATHER_SECONDS = 0.25;
 
 /**
- * The job's events, as they come; after a broken connection from where it broke.
+ * The job's events, as they come; after a broken connection from where it broke. Those that come together are told
+ * together: of a job that has ended that is all of them.
  * @param {string} id
  * @param {() => void} onNews
  */
@@ -24,6 +26,15 @@ function useEvents(id, onNews) {
     const controller = new AbortController();
     const { signal } = controller;
     let last = "";
+    /** @type {JobEvent[]} */
+    let fresh = [];
+    const tell = () => {
+      const news = fresh;
+      fresh = [];
+      if (signal.aborted) return;
+      setFound((before) => [...before, ...news]);
+      onNews();
+    };
     const follow = async () => {
       while (!signal.aborted) {
         try {
@@ -33,15 +44,14 @@ function useEvents(id, onNews) {
             signal,
           })) {
             last = seq;
-            const event = JSON.parse(data);
-            setFound((before) => [...before, event]);
-            onNews();
+            if (fresh.push(JSON.parse(data)) === 1) setTimeout(tell, GATHER_SECONDS * 1000);
           }
-          return; // the job has ended
+          // a server that ends lets go of its followers, too
+          if (ENDED.has((await get(`/train/${encodeURIComponent(id)}`, signal)).status)) return;
         } catch {
           if (signal.aborted) return;
-          await new Promise((resolve) => setTimeout(resolve, RETRY_SECONDS * 1000));
         }
+        await new Promise((resolve) => setTimeout(resolve, RETRY_SECONDS * 1000));
       }
     };
     void follow();

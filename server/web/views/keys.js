@@ -15,8 +15,8 @@ const SCOPES = /** @type {const} */ ([
   ["admin", "everything, in all projects (admin)"],
 ]);
 
-/** @param {{keys: Key[], onChange: () => Promise<void>}} props */
-export function Keys({ keys, onChange }) {
+/** @param {{keys: Key[], isOpen: boolean, onChange: () => Promise<void>}} props `isOpen`: nobody needs one yet */
+export function Keys({ keys, isOpen, onChange }) {
   const revoke = useAction(async (/** @type {string} */ id) => {
     await ask("DELETE", `/keys/${encodeURIComponent(id)}`);
     await onChange();
@@ -39,11 +39,13 @@ export function Keys({ keys, onChange }) {
                   </tr>`,
               )}
             <//>`
-        : html`<p>None yet: whoever reaches this server may do everything. Once there is a first key, everybody needs one; this can't be undone.</p>`
+        : !isOpen
+          ? html`<p>None yet but the operator's, which are in the server's settings (<code>SMOLORA_API_KEYS</code>).</p>`
+          : html`<p>None yet: whoever reaches this server may do everything. Once there is a first key, everybody needs one; this can't be undone.</p>`
     }
     <${Fault} problem=${revoke.problem} />
     <${Secret} />
-    <${NewKey} isFirst=${keys.length === 0} onMade=${onChange} />
+    <${NewKey} isFirst=${isOpen} onMade=${onChange} />
   </section>`;
 }
 

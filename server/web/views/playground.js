@@ -1,8 +1,8 @@
 /** Playground: one prompt under a blend of adapters, streamed, beside the base or other blends. */
 import { listAdapters } from "../lib/adapters.js";
 import { Problem, ask, get } from "../lib/api.js";
-import { parse } from "../lib/expression.js";
-import { html, useRef, useState } from "../lib/html.js";
+import { checked, parse } from "../lib/expression.js";
+import { html, useEffect, useRef, useState } from "../lib/html.js";
 import { asked, beside, columns, expression, forgetProblems, run, stop } from "../lib/playground.js";
 import { useAction, useResource } from "../lib/resource.js";
 import { to } from "../lib/route.js";
@@ -22,7 +22,11 @@ export function PlaygroundView() {
   const others = useStore(beside);
   const shown = useStore(columns);
   const adapters = useResource(listAdapters, [], 10);
-  const base = useResource(async (signal) => (await get("/ready", signal)).model, []);
+  const base = useResource((signal) => get("/ready", signal), []);
+  const hasTurns = base.data?.chat_template ?? true;
+  useEffect(() => {
+    if (!hasTurns) asked.update({ isChat: false });
+  }, [hasTurns]);
   const answers = useRef(/** @type {HTMLElement | null} */ (null));
   const mine = blend.trim() || "base";
   const isRunning = shown.some((column) => column.state === "running");
@@ -49,11 +53,11 @@ export function PlaygroundView() {
   }
 
   return html`<h1>Playground</h1>
-    <p class="muted">${base.data ?? "The model"}, as it is (the base) or with any of your adapters.</p>
+    <p class="muted">${base.data?.model ?? "The model"}, as it is (the base) or with any of your adapters.</p>
     <div class="sides">
       <div onKeyDown=${onKeyDown}>
         <${Form} label="Request" className="card" onSubmit=${submit}>
-          <${Choice} legend="Kind of prompt" name="kind" value=${request.isChat} words=${["Question", "Text to continue"]} onChange=${change("isChat")} />
+          ${hasTurns ? html`<${Choice} legend="Kind of prompt" name="kind" value=${request.isChat} words=${["Question", "Text to continue"]} onChange=${change("isChat")} />` : null}
           <${Field}
             label=${request.isChat ? "Question" : "Text"}
             name="prompt"
@@ -94,25 +98,25 @@ export function PlaygroundView() {
         ${
           shown.length
             ? shown.map((column) => html`<${AnswerColumn} key=${column.expression} column=${column} />`)
-            : html`<${Welcome} adapters=${adapters.data?.own ?? null} />`
+            : html`<${Welcome} adapters=${adapters.data?.own ?? null} example=${hasTurns ? QUESTION : TEXT} />`
         }
       </section>
     </div>`;
 }
 
-const EXAMPLE = "What is the capital of France?";
+const QUESTION = { prompt: "What is the capital of France?", isChat: true };
+/** For a base without a chat template. */
+const TEXT = { prompt: "The capital of France is", isChat: false };
 
-/** Ask the example. */
-function askExample() {
-  asked.update({ prompt: EXAMPLE, isChat: true });
-  run(["base"]);
-}
-
-/** @param {{adapters: Adapter[] | null}} props */
-function Welcome({ adapters }) {
+/** @param {{adapters: Adapter[] | null, example: typeof QUESTION}} props */
+function Welcome({ adapters, example }) {
+  const tryExample = () => {
+    asked.update(example);
+    run(["base"]);
+  };
   return html`<div class="card">
     <p>Answers appear here as they are made, those of several adapters side by side.</p>
-    <p><button type="button" class="plain" onClick=${askExample}>Ask “${EXAMPLE}”</button></p>
+    <p><button type="button" class="plain" onClick=${tryExample}>${example.isChat ? "Ask" : "Continue"} “${example.prompt}”</button></p>
     ${
       adapters && !adapters.length
         ? html`<p>There is no adapter yet. <a href=${to("train", "new")}>Train one</a> from a file of examples, or <a href=${to("adapters")}>upload one</a> that PEFT saved.</p>`
@@ -149,7 +153,7 @@ function SaveBlend({ blend, onSaved }) {
   const [name, setName] = useState("");
   const [saved, setSaved] = useState("");
   const save = useAction(async () => {
-    const version = await ask("POST", `/compositions/${encodeURIComponent(name)}`, {
+    const version = await ask("POST", `/compositions/${checked(name)}`, {
       json: { expression: blend },
     });
     setSaved(`${version.name}@${version.version}`);

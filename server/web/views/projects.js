@@ -6,11 +6,11 @@ import { useAction, useResource } from "../lib/resource.js";
 import { Fault, Form } from "../parts/basics.js";
 import { LIMITS, LimitFields } from "../parts/limits.js";
 
-/** @param {{keys: Key[]}} props a new one may have brought a project */
+/** @param {{keys: Key[]}} props a new one may have brought a project: then they are looked for again */
 export function Projects({ keys }) {
   const projects = useResource(
     async (signal) => /** @type {Project[]} */ ((await get("/projects", signal)).projects),
-    [],
+    [keys.length],
   );
   return html`<section class="card" aria-label="Projects">
     <h2>Projects</h2>

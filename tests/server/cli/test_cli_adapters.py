@@ -71,6 +71,32 @@ def test_a_folder_and_a_zip_come_back_byte_for_byte(
     assert "up@1*0.5" in shown
 
 
+def test_another_projects(
+    smolora: Run, server: Running, files: tuple[bytes, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the name that lists have. One that isn't there is none of one's own, nor a version of it."""
+    for name, headers in (("tone", {}), ("acme", {}), ("tone", {"OpenAI-Project": "acme"})):
+        if headers:
+            home = str(server.services.settings.home)
+            assert smolora("projects", "limit", "acme", "--max-jobs", "3", "--home", home).exit_code == 0
+        parts = {"archive": as_zip(*files)}
+        sent = httpx.post(f"{server.url}/adapters/{name}", files=parts, headers=headers, trust_env=False)
+        assert sent.status_code == 201, sent.text
+    assert "acme/tone@1" in smolora("adapters").stdout
+    assert smolora("adapters", "show", "acme/tone").stdout.count("acme/tone@1") == 1
+    assert "name: acme/tone\n" in smolora("adapters", "show", "acme/tone@1").stdout
+    assert smolora("adapters", "alias", "acme/tone", "prod", "1").stdout == "acme/tone@prod is acme/tone@1 now\n"
+    assert smolora("adapters", "alias", "acme/tone", "prod", "--remove").exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    assert smolora("adapters", "download", "acme/tone").stdout == "acme-tone-1.zip\n"
+    assert smolora("adapters", "delete", "acme/tone").stdout == "acme/tone is deleted\n"
+    for gone in ("acme/tone", "acme/1", "nobody/tone", "acme/tone@1"):
+        result = smolora("adapters", "delete", gone)
+        assert (result.exit_code, result.stderr) == (1, f"smolora: no such adapter: {gone.partition('@')[0]}\n")
+    listed = [adapter["name"] for adapter in json.loads(smolora("adapters", "--json").stdout)["adapters"]]
+    assert {"acme", "tone"} <= set(listed)
+
+
 def test_what_does_not_go_is_said_in_a_line(smolora: Run, files: tuple[bytes, bytes], tmp_path: Path) -> None:
     config, _ = files
     (tmp_path / "adapter_config.json").write_bytes(config)
@@ -87,3 +113,21 @@ def test_what_does_not_go_is_said_in_a_line(smolora: Run, files: tuple[bytes, by
     refused = smolora("adapters", "import", "owner/tweets", "--name", "x", "--hub")
     assert refused.exit_code == 1
     assert "SMOLORA_ALLOW_HUB_ADAPTERS" in refused.stderr
+
+
+def test_a_download_goes_into_a_folder(
+    smolora: Run, server: Running, files: tuple[bytes, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a link, whose place it doesn't take."""
+    uploaded = httpx.post(f"{server.url}/adapters/down", files={"archive": as_zip(*files)}, trust_env=False)
+    assert uploaded.status_code == 201, uploaded.text
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    result = smolora("adapters", "download", "down", "--output", str(link))
+    assert (result.exit_code, result.stdout) == (0, f"{link / 'down-1.zip'}\n")
+    assert link.is_symlink()
+    assert zipfile.is_zipfile(folder / "down-1.zip")
+    monkeypatch.chdir(tmp_path)
+    assert smolora("adapters", "download", "down", "--output", ".").stdout == "down-1.zip\n"
+    assert zipfile.is_zipfile("down-1.zip")

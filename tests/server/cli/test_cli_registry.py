@@ -26,7 +26,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_base_dir: Path) -> Ite
 
 @pytest.fixture
 def smolora(server: Running) -> Run:
-    def run(*arguments: str, environment: Mapping[str, str | None] | None = None, said: str = "") -> Result:
+    def run(
+        *arguments: str, environment: Mapping[str, str | None] | None = None, said: str | bytes = ""
+    ) -> Result:
         own = {"SMOLORA_URL": server.url, "COLUMNS": "200", **(environment or {})}
         return CliRunner().invoke(app, arguments, env=own, input=said)
 
@@ -66,7 +68,15 @@ def test_an_adapters_life(smolora: Run, server: Running, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "arguments", [("show", "a@b"), ("delete", "a@"), ("alias", "a", "prod"), ("download", "a@x")]
+    "arguments",
+    [
+        ("show", "a@b"),
+        ("show", "a@²"),
+        ("show", f"a@{'9' * 5000}"),
+        ("delete", "a@"),
+        ("alias", "a", "prod"),
+        ("download", "a@x"),
+    ],
 )
 def test_what_is_no_version_is_said_before_anything_is_sent(smolora: Run, arguments: tuple[str, ...]) -> None:
     result = smolora("adapters", *arguments, environment={"SMOLORA_URL": "http://127.0.0.1:9"})
@@ -106,6 +116,13 @@ def test_a_conversation_keeps_what_was_said(smolora: Run, server: Running) -> No
     assert two.stdout.startswith(one.stdout)
     assert len(two.stdout) > len(one.stdout)
     assert server.services.engine.stats.prefix_cached_tokens > before
+
+
+def test_what_is_said_in_another_encoding(smolora: Run) -> None:
+    result = smolora("chat", said="schön\n".encode("latin-1"))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "standard input" in result.stderr
+    assert "is not in utf-8" in result.stderr
 
 
 def test_without_an_address_it_is_this_machines_port(smolora: Run, server: Running) -> None:

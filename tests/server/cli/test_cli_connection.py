@@ -1,0 +1,90 @@
+"""What a command says of a key, of proxies in the environment, or of an address, with which it can ask nobody."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from server.cli.main import app
+
+ELSEWHERE = "http://smolora.invalid:8000"
+
+
+def jobs(url: str, **environment: str) -> Result:
+    return CliRunner().invoke(app, ["jobs"], env={"SMOLORA_URL": url, **environment})
+
+
+@pytest.fixture(autouse=True)
+def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("all_proxy", "http_proxy", "https_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.mark.parametrize("key", ["sk-smolora-abc\r", "sk-…", "two words", "sk-smolora-abc\n"])
+def test_no_key(key: str) -> None:
+    result = jobs("http://127.0.0.1:9", SMOLORA_API_KEY=key)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("smolora: the API key (SMOLORA_API_KEY, --api-key) has characters that no key")
+    assert result.stderr.count("\n") == 1
+    assert key.strip() not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"all_proxy": "socks5://127.0.0.1:1"}, "socksio"),
+        ({"http_proxy": "ftp://127.0.0.1:1"}, "Unknown scheme for proxy URL"),
+        ({"http_proxy": "http://127.0.0.1:1", "no_proxy": "::1,fd00::/8"}, "Invalid port"),
+    ],
+)
+def test_proxies_that_cannot_be_used(variables: dict[str, str], reason: str) -> None:
+    result = jobs(ELSEWHERE, **variables)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("smolora: the proxy variables (ALL_PROXY, HTTP_PROXY, HTTPS_PROXY, NO_PROXY)")
+    assert reason in result.stderr
+    assert jobs("http://127.0.0.1:9", **variables).stderr.startswith("smolora: can't reach http://127.0.0.1:9: ")
+
+
+def test_a_proxy_that_is_not_there() -> None:
+    dead = jobs(ELSEWHERE, http_proxy="http://127.0.0.1:9")
+    assert dead.exit_code == 1
+    assert "it was asked by way of a proxy, as the proxy variables" in dead.stderr
+    around = jobs(ELSEWHERE, http_proxy="http://127.0.0.1:9", no_proxy="smolora.invalid")
+    assert around.exit_code == 1
+    assert "proxy" not in around.stderr
+
+
+@pytest.mark.parametrize("name", ["acme/tweets", "", "..", "two words"])
+def test_what_is_no_name(name: str, tmp_path: Path) -> None:
+    """It would be another path, which takes less: "the body is larger than …"."""
+    environment = {"SMOLORA_URL": "http://127.0.0.1:9"}
+    for command in (["adapters", "import", str(tmp_path), "--name", name], ["compose", name, "tweets"]):
+        result = CliRunner().invoke(app, command, env=environment)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("smolora: name: must be 1 to 64 letters, digits, ")
+
+
+@pytest.mark.parametrize(
+    "command", [("jobs", ""), ("jobs", ".."), ("adapters", "show", ".."), ("adapters", "delete", ".")]
+)
+def test_what_names_nothing(command: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, command, env={"SMOLORA_URL": "http://127.0.0.1:9"})
+    assert (result.exit_code, result.stderr) == (1, f'smolora: "{command[-1]}" names nothing\n')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["adapters", "--url", ELSEWHERE, "delete", "codes"], "adapters delete … --url"),
+        (["adapters", "--json", "show", "codes"], "adapters show … --json"),
+        (["datasets", "--api-key", "secret", "delete", "ds-1"], "datasets delete … --api-key"),
+    ],
+)
+def test_options_before_a_groups_command_are_not_left_out(arguments: list[str], told: str) -> None:
+    environment = {"SMOLORA_URL": "http://127.0.0.1:9", "COLUMNS": "200"}
+    result = CliRunner().invoke(app, arguments, env=environment)
+    assert result.exit_code == 2
+    assert f"give it behind the command: {told}" in result.stderr
+    behind = CliRunner().invoke(app, [*arguments[:1], *arguments[-2:]], env=environment)
+    assert behind.stderr.startswith("smolora: can't reach http://127.0.0.1:9: ")

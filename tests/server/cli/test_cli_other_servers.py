@@ -1,0 +1,81 @@
+"""What commands say where something answers that is no smolora server, or what the terminal has no letters for."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from server.cli.main import app
+
+COMMANDS = (["adapters"], ["jobs"], ["datasets"], ["generate", "hi"], ["generate", "hi", "--json"])
+
+NAMES = '{"adapters": [{"name": "日"}], "next": null}'.encode()
+BLEND = {"name": "acme/mix", "version": 1, "kind": "composition", "parent": None, "rank": 8, "bytes": 0}
+MODULES = {"target_modules": ["q_proj", "v_proj"], "metrics": {}}
+ADAPTER = {"name": "acme/mix", "latest": 1, "aliases": {}, "versions": [BLEND | MODULES]}
+SHARED = json.dumps({"adapters": [ADAPTER], "next": None}).encode()
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Whatever is asked, with the first part of its path: `moved`, or a body of 200."""
+
+    def do_GET(self) -> None:
+        kind = self.path.split("/")[1]
+        self.send_response(308 if kind == "moved" else 200)
+        if kind == "moved":
+            self.send_header("Location", "https://lora.example.org/")
+        self.end_headers()
+        self.wfile.write(
+            {"page": b"<html>", "object": b"{}", "list": b"[]", "names": NAMES, "shared": SHARED}.get(kind, b"")
+        )
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_it_has_moved(url: str, command: list[str]) -> None:
+    result = CliRunner().invoke(app, command, env={"SMOLORA_URL": f"{url}/moved"})
+    assert result.exit_code == 1
+    assert result.stderr.startswith(
+        f"smolora: {url}/moved sends to https://lora.example.org/: set SMOLORA_URL, or"
+    )
+
+
+@pytest.mark.parametrize("kind", ["page", "object", "list"])
+@pytest.mark.parametrize("command", COMMANDS[:-1], ids=" ".join)
+def test_it_speaks_something_else(url: str, command: list[str], kind: str) -> None:
+    result = CliRunner().invoke(app, command, env={"SMOLORA_URL": f"{url}/{kind}"})
+    assert (result.exit_code, result.stderr) == (1, f"smolora: {url}/{kind} doesn't speak smolora's API\n")
+
+
+def test_what_a_terminal_has_no_letters_for(url: str) -> None:
+    """As of a Latin-1 locale: a job that has succeeded doesn't end in a traceback, for the … behind it."""
+    command = [str(Path(sys.executable).with_name("smolora")), "adapters", "--json"]
+    environment = os.environ | {"SMOLORA_URL": f"{url}/names", "PYTHONIOENCODING": "latin-1"}
+    result = subprocess.run(command, env=environment, capture_output=True, encoding="latin-1", timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "\\u65e5" in result.stdout
+
+
+def test_a_shared_blend_whose_making_is_not_told(url: str) -> None:
+    result = CliRunner().invoke(app, ["adapters", "show", "acme/mix"], env={"SMOLORA_URL": f"{url}/shared"})
+    assert result.stdout.split("\n")[1].split() == ["acme/mix@1", "latest", "8", "q,", "v", "0.0", "MB"]
