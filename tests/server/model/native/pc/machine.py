@@ -87,9 +87,8 @@ def _make_disk(disk: Path, kernel: Path, archive: bytes, directory: Path) -> Non
     for path in (kernel, *_LOADER):
         shutil.copyfile(path, directory / ("linux" if path is kernel else path.name))
     (directory / "archive").write_bytes(archive)
-    (directory / "isolinux.cfg").write_text(
-        f"DEFAULT it\nPROMPT 0\nLABEL it\n KERNEL /linux\n APPEND initrd=/archive {_OPTIONS} {_TIME}\n", encoding="ascii"
-    )
+    started = f"KERNEL /linux\n APPEND initrd=/archive {_OPTIONS} {_TIME}"
+    (directory / "isolinux.cfg").write_text(f"DEFAULT it\nPROMPT 0\nLABEL it\n {started}\n", encoding="ascii")
     boot = ("-b", _LOADER[0].name, "-c", "boot.cat", "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table")
     run(["xorriso", "-as", "mkisofs", "-quiet", "-o", str(disk), *boot, str(directory)])
 
