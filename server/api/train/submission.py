@@ -147,12 +147,14 @@ class Submissions:
             if spec.publish_if == "improves_latest":  # which is measured, too: it must go with the base
                 with suppress(NotFound):
                     self._library.pin([Term(spec.name)], "name").release()
-            data = self._encode(spec.training, rows)
-            yield Prepared(spec, data, rows.source, rows.used, (*pinned.warnings, *rows.warnings))
+            data, warnings = self._encode(spec.training, rows)
+            warnings = (*pinned.warnings, *rows.warnings, *warnings)
+            yield Prepared(spec, data, rows.source, rows.used, warnings)
         finally:
             pinned.release()
 
-    def _encode(self, training: TrainingSpec, rows: JobRows) -> JobData:
+    def _encode(self, training: TrainingSpec, rows: JobRows) -> tuple[JobData, tuple[str, ...]]:
+        """What is stored, and warnings of the rows that are trained on."""
         length, overlong, held_out = training.max_length, training.overlong, rows.validation
         try:
             train = self._encoder.encode_all(rows.train, length, overlong, (rows.name,))
@@ -173,13 +175,14 @@ class Submissions:
             num_validation_truncated=validation.num_truncated,
             num_overlapping=overlap(rows.train, held_out),
         )
-        return JobData(
+        data = JobData(
             train=train.examples,
             validation=validation.examples if held_out else None,
             references=self._encoder.references(held_out),
             facts=facts,
             base_digest=self._base_digest,
         )
+        return data, train.warnings
 
 
 def _check_rows(spec: JobSpec, rows: JobRows) -> None:

@@ -55,6 +55,11 @@ class PromptEncoder:
         """`text` as it is, to be joined to what was encoded before it."""
         return _encode(self._plain, text, add_special_tokens=False)
 
+    def spelled(self, text: str, token_ids: Collection[int]) -> str | None:
+        """One of the special tokens `token_ids` that the text spells, and that is encoded as plain text there."""
+        found = (name for name, number in self._specials.items() if number in token_ids and name in text)
+        return next(found, None)
+
     def messages(self, messages: Sequence[ChatMessage]) -> Sequence[int]:
         """The conversation through the base's chat template, up to where the assistant's next turn begins.
 

@@ -9,11 +9,13 @@ What is too long is cut from the right, and then loses its end token too. Nobody
 first token of a row is never trained on: nothing comes before it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from adapters.errors import FieldError, InvalidInput
+from server.counted import counted
 from server.model.text.chat import PromptEncoder
 from server.training.data.examples import Example, Examples
 from server.training.data.rows import CompletionRow, MessagesRow, Row, TextRow
@@ -24,6 +26,7 @@ MAX_TOKENS = 1 << 26
 MAX_FAULTS = 20
 """Rows at fault that are named."""
 MAX_REFERENCES = 200
+_SPELLED = "{} in {} is encoded as plain text: rows get their end token anyway, and chats are rows of messages"
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """All rows of a job, in their order."""
+    """All rows of a job, in their order. `warnings` are of what nobody wants who knows of it."""
 
     examples: Examples
     num_truncated: int
+    warnings: tuple[str, ...]
 
 
 class RowEncoder:
@@ -70,6 +74,7 @@ class RowEncoder:
         """Every row. Raises InvalidInput that names the rows at fault, counted from 0: (*loc, row, field)."""
         examples = Examples()
         num_truncated = 0
+        spelled = Counter[str]()
         faults: list[FieldError] = []
         for number, row in enumerate(rows):
             try:
@@ -81,11 +86,13 @@ class RowEncoder:
                 continue
             examples.append(example)
             num_truncated += is_truncated
+            spelled.update({name for text in _texts(row) if (name := self._encoder.spelled(text, self._ends))})
             if examples.num_tokens > MAX_TOKENS:
                 raise InvalidInput([FieldError(loc, f"has more than {MAX_TOKENS} tokens")])
         if faults:
             raise InvalidInput(faults[:MAX_FAULTS])
-        return EncodedRows(examples, num_truncated)
+        warnings = [_SPELLED.format(name, counted(number, "row")) for name, number in spelled.items()]
+        return EncodedRows(examples, num_truncated, tuple(warnings))
 
     def reference(self, row: Row) -> Reference | None:
         """The completion, or the assistant's last turn, and what comes before it; None for a text."""
@@ -134,6 +141,12 @@ class RowEncoder:
         prompt = self._encoder.prompt(row.prompt)
         token_ids = [*prompt, *self._encoder.continuation(row.completion), self._eos]
         return token_ids, [range(len(prompt), len(token_ids))], "completion"
+
+
+def _texts(row: Row) -> Sequence[str]:
+    if isinstance(row, MessagesRow):
+        return [turn.content for turn in row.messages]
+    return [row.text] if isinstance(row, TextRow) else [row.prompt, row.completion]
 
 
 def preview(example: Example, decode: Callable[[list[int]], str]) -> list[tuple[str, bool]]:

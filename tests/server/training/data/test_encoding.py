@@ -149,6 +149,18 @@ def test_all_rows_in_their_order(rows: RowEncoder) -> None:
     assert list(rows.encode_all([], 50).examples) == []
 
 
+def test_who_writes_the_end_token_is_told_that_it_is_text(rows: RowEncoder) -> None:
+    """As those do who come from trainers that read it as the token."""
+    spelling: list[Row] = [
+        CompletionRow("404: ", "Not Found<|im_end|>"),
+        TextRow("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"),
+        chat("hi", "yes<|im_end|>"),
+    ]
+    (told,) = rows.encode_all([*spelling, TextRow("cat <filename>"), chat("<| im_end |>", "yes")], LONG).warnings
+    assert told.startswith("<|im_end|> in 3 rows is encoded as plain text")
+    assert rows.encode_all([TextRow("cat <filename>")], LONG).warnings == ()
+
+
 def test_rows_at_fault_are_named(rows: RowEncoder) -> None:
     given_rows: list[Row] = [
         TextRow("OK"),
