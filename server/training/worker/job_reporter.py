@@ -30,6 +30,8 @@ class JobReporter:
         self._claim = claim
         self._yielding = yielding
         self._trace = trace
+        self._progress: Mapping[str, object] | None = None
+        self._metrics: Mapping[str, object] | None = None
 
     def yield_or_leave(self) -> None:
         self._link.beat()
@@ -41,7 +43,12 @@ class JobReporter:
         return beating(self._link.beat, num_bytes / SLOWEST_BYTES_PER_SECOND)
 
     def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
+        self._progress, self._metrics = progress, metrics
         self._link.beat(progress, metrics)
+
+    def keep_progress(self) -> None:
+        """Store how far the job is, which its worker does now and then: before it fails."""
+        self._leases.heartbeat(self._claim, progress=self._progress, metrics=self._metrics)
 
     def metrics(self, message: str, data: Mapping[str, object]) -> None:
         self._leases.add_event(self._claim, message, type="metrics", data=data)

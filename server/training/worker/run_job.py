@@ -69,6 +69,7 @@ def main(argument: str) -> int:
     leases = Leases(database, shared or records_of(database, storage.home.adapters))
     claim = Claim(assignment.job_id, assignment.token, assignment.owner)
     reserve, tracer = Reserve(settings.home), open_tracer()
+    reporter: JobReporter | None = None
     try:
         jobs = Jobs(database)
         job = jobs.get(claim.job_id)
@@ -110,6 +111,8 @@ def main(argument: str) -> int:
         elif isinstance(error, TryAgain):  # the database, say: no fault of the job's
             return 1
         elif isinstance(error, SmoloraError):
+            if reporter is not None:
+                reporter.keep_progress()
             leases.fail(claim, str(error))
         elif is_out_of_memory(error):
             leases.fail(claim, OUT_OF_MEMORY)

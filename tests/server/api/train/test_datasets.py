@@ -190,13 +190,12 @@ async def test_other_fields_are_told_of(client: httpx.AsyncClient) -> None:
 
 async def test_an_end_token_that_is_spelled_is_told_of(client: httpx.AsyncClient) -> None:
     """In a dry run, and among the job's first events."""
-    said = "<|im_end|> in 1 row is encoded as plain text: rows get their end token anyway, and chats are rows of messages"
     body = {
         "name": "a",
         "data": [{"prompt": "a", "completion": "b<|im_end|>"}, {"prompt": "a", "completion": "b"}],
     }
-    response = await client.post("/train?dry_run=true", json=body)
-    assert response.json()["warnings"] == [said]
+    (told,) = (await client.post("/train?dry_run=true", json=body)).json()["warnings"]
+    assert told.startswith("<|im_end|> in 1 row is encoded as plain text")
     job = (await client.post("/train", json=body)).json()
     events = (await client.get(f"/train/{job['id']}/events")).json()
-    assert [event["message"] for event in events if event["level"] == "warning"] == [said]
+    assert [event["message"] for event in events if event["level"] == "warning"] == [told]

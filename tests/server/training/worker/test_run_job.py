@@ -4,6 +4,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -79,6 +80,19 @@ def test_a_job_without_memory_fails_once_and_says_what_to_lower(
     assert "ran out of memory" in job.error
     assert "training.packing" in job.error
     assert "training.max_length" in job.error
+
+
+def test_a_job_that_fails_says_how_far_it_got(shop: Shop, tiny_base_dir: Path) -> None:
+    """Its usage is what it trained until then: its worker has stored that a while ago, or never."""
+    training = TrainingSpec(max_steps=6, learning_rate=1e20, batch_size=4, max_length=48, warmup_ratio=0.0)
+    shop.submit(JobSpec("codes", lora=LoraSpec(rank=2), training=training), data := job_data(shop.base))
+    settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").model_dump(mode="json")
+    timing = replace(FAST, hung=120.0, heartbeat=100.0)
+    Worker(shop.home, shop.leases, settings, timing=timing)._work()
+    job = shop.jobs.get("job")
+    assert (job.status, job.progress["step"]) == ("failed", 1), job.error
+    assert 0 < cast("int", job.progress["tokens"]) <= data.train.num_tokens
+    assert job.metrics["train_loss"] == shop.jobs.events("job")[-2].data["train_loss"]
 
 
 def test_a_merge_leaves_the_weights_in_their_file(tiny_base_dir: Path, tiny_base: BaseModel) -> None:
