@@ -13,8 +13,21 @@ from tests.server.model.native.pc.machine import PROCESSORS, Ended, emulate, mis
 from tests.server.model.native.test_kernels import NAMES
 
 SECONDS = 1800.0
-EMULATED = [name for name in NAMES if not name.endswith("_without_memory")]
-"""All but those that let each allocation fail in turn: these take minutes, and say nothing of instructions."""
+WRONG = {
+    "avx512_bf16": (
+        "scaled_weights_are_rounded_to_16_bits",
+        "steps_over_stored_weights",
+        "stored_weights_expand_to_the_same_bits",
+    )
+}
+"""What Bochs 3.0 computes otherwise: its VCVTNE2PS2BF16 rounds the second operand for both halves."""
+EMULATED = [
+    (processor, name)
+    for processor in PROCESSORS
+    for name in NAMES
+    # without memory each allocation fails in turn, which takes minutes and says nothing of instructions
+    if not name.endswith("_without_memory") and name not in WRONG.get(processor, ())
+]
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,19 +35,24 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=PROCESSORS)
+@pytest.fixture(scope="module")
 def ended(request: pytest.FixtureRequest) -> Mapping[str, Ended]:
-    """What became of the kernels' tests that are asked for, all of which one machine runs."""
-    name: str = request.param
-    if set(INSTRUCTIONS[name]) <= set(_own()):
+    """What became of the tests that are asked for with a processor, all of which one machine runs."""
+    processor: str = request.param
+    if set(INSTRUCTIONS[processor]) <= set(_own()):
         pytest.skip("this machine has these instructions: test_kernels.py or test_lesser_processors.py runs them")
     asked = {
         item.callspec.params["name"]
         for item in request.session.items
-        if isinstance(item, pytest.Function) and item.originalname == test_emulated_kernels.__name__
+        if isinstance(item, pytest.Function) and item.originalname == test_kernels_on_an_emulated_pc.__name__
+        if item.callspec.params["ended"] == processor
     }
-    program = build("-static", name=name)
-    return emulate(PROCESSORS[name], program, [each for each in EMULATED if each in asked], timeout=SECONDS)
+    return emulate(
+        PROCESSORS[processor],
+        build("-static", name=processor),
+        [name for name in NAMES if name in asked],
+        timeout=SECONDS,
+    )
 
 
 def _own() -> tuple[str, ...]:
@@ -44,6 +62,6 @@ def _own() -> tuple[str, ...]:
         return ()
 
 
-@pytest.mark.parametrize("name", EMULATED)
-def test_emulated_kernels(ended: Mapping[str, Ended], name: str) -> None:
+@pytest.mark.parametrize(("ended", "name"), EMULATED, indirect=["ended"])
+def test_kernels_on_an_emulated_pc(ended: Mapping[str, Ended], name: str) -> None:
     assert ended[name] == Ended(f"passed {name}\n", 0)

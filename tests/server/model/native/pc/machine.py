@@ -1,7 +1,8 @@
 """Bochs emulates a PC whose processor has instructions that this one lacks; Linux runs a program on it.
 
 It shows what is computed there, by one core, and nothing of its speed. Needed are Debian's packages bochs,
-bochs-term, isolinux and xorriso, and a Linux kernel: linux-image-cloud-amd64, unpacked into the cache, is enough.
+bochs-term, isolinux, syslinux-common and xorriso, and a Linux kernel: that of linux-image-cloud-amd64, which
+needn't be installed for it (.ci/run has the commands).
 """
 
 import os
@@ -18,8 +19,8 @@ from pathlib import Path
 from tests.cache import CACHE
 from tests.server.model.native.build import WARNINGS, run
 
-KERNELS = CACHE / "kernel" / "boot"
-"""Where `dpkg-deb --extract` of the package leaves the kernel, if it was extracted into .cache/kernel."""
+KERNELS = CACHE / "kernel"
+"""Where a vmlinuz-… may lie, beside /boot."""
 PROCESSORS = {"avx512_bf16": 'tigerlake, add_features="avx512bf16"', "avx512": "corei7_skylake_x"}
 """Of Bochs, by what the native code is compiled for."""
 _LOADER = (Path("/usr/lib/ISOLINUX/isolinux.bin"), Path("/usr/lib/syslinux/modules/bios/ldlinux.c32"))
