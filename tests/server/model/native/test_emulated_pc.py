@@ -4,6 +4,7 @@ AMX isn't among them: Bochs 3.0 has its instructions, but not XFD, without which
 """
 
 from collections.abc import Mapping
+from functools import cache
 
 import pytest
 
@@ -35,24 +36,10 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def ended(request: pytest.FixtureRequest) -> Mapping[str, Ended]:
-    """What became of the tests that are asked for with a processor, all of which one machine runs."""
-    processor: str = request.param
-    if set(INSTRUCTIONS[processor]) <= set(_own()):
-        pytest.skip("this machine has these instructions: test_kernels.py or test_lesser_processors.py runs them")
-    asked = {
-        item.callspec.params["name"]
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and item.originalname == test_kernels_on_an_emulated_pc.__name__
-        if item.callspec.params["ended"] == processor
-    }
-    return emulate(
-        PROCESSORS[processor],
-        build("-static", name=processor),
-        [name for name in NAMES if name in asked],
-        timeout=SECONDS,
-    )
+@cache
+def _emulated(processor: str, names: tuple[str, ...]) -> Mapping[str, Ended]:
+    program = build("-static", name=processor)
+    return emulate(PROCESSORS[processor], program, names, timeout=SECONDS)
 
 
 def _own() -> tuple[str, ...]:
@@ -62,6 +49,12 @@ def _own() -> tuple[str, ...]:
         return ()
 
 
-@pytest.mark.parametrize(("ended", "name"), EMULATED, indirect=["ended"])
-def test_kernels_on_an_emulated_pc(ended: Mapping[str, Ended], name: str) -> None:
-    assert ended[name] == Ended(f"passed {name}\n", 0)
+@pytest.mark.parametrize(("processor", "name"), EMULATED)
+def test_kernels_on_an_emulated_pc(processor: str, name: str, request: pytest.FixtureRequest) -> None:
+    """With the first test of a processor all are run that are asked for, on one machine."""
+    if set(INSTRUCTIONS[processor]) <= set(_own()):
+        pytest.skip("this machine has these instructions: test_kernels.py or test_lesser_processors.py runs them")
+    own = (item for item in request.session.items if isinstance(item, pytest.Function))
+    asked = [item.callspec.params for item in own if item.originalname == test_kernels_on_an_emulated_pc.__name__]
+    names = tuple(params["name"] for params in asked if params["processor"] == processor)
+    assert _emulated(processor, names)[name] == Ended(f"passed {name}\n", 0)
