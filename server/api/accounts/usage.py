@@ -6,9 +6,10 @@ from typing import Annotated
 
 from anyio import to_thread
 from fastapi import APIRouter, Query
+from sqlalchemy.exc import DBAPIError
 from starlette.responses import Response
 
-from adapters.errors import InvalidInput
+from adapters.errors import InvalidInput, Unavailable
 from adapters.names import BASE
 from server.access.audit import Entry
 from server.access.usage import By
@@ -55,7 +56,8 @@ async def get_audit(
 
 
 def _rows(services: Services, first: date | None, to: date | None, by: By | None) -> list[dict[str, object]]:
-    with suppress(Exception):  # a full disk, say: the next flush has it, and what is stored is told all the same
+    # on a full disk, say, the next flush has it, and what is stored is told all the same
+    with suppress(DBAPIError, OSError, Unavailable):
         services.access.ledger.flush()
     principal = services.principal
     whose = None if principal.sees_all else principal.project
