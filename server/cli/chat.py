@@ -13,6 +13,7 @@ from server.cli.common import (
     connected,
     given,
     print_warnings,
+    say_refused,
 )
 
 if TYPE_CHECKING:
@@ -35,14 +36,23 @@ def chat(
     api_key: KeyOption = None,
 ) -> None:
     """Chat with the base, through its chat template."""
+    from server.client.connection import ClientError
+
     options = given(adapter=adapter, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     turns = [] if system is None else [{"role": "system", "content": system}]
     with connected(url, api_key) as client:
         while (said := message if message is not None else _said()) is not None:
-            turns.append({"role": "user", "content": said})
-            turns.append({"role": "assistant", "content": _answer(client, {"messages": turns, **options})})
+            own = {"role": "user", "content": said}
+            try:
+                answer = _answer(client, {"messages": [*turns, own], **options})
+            except ClientError as error:
+                if message is not None or not sys.stdin.isatty():
+                    raise
+                say_refused(error)  # the conversation stands, and what was said may be said again
+                continue
             if message is not None:
                 return
+            turns += [own, {"role": "assistant", "content": answer}]
 
 
 def _said() -> str | None:

@@ -20,6 +20,7 @@ from server.program import program
 
 if TYPE_CHECKING:
     from server.client.client import Client
+    from server.client.connection import ClientError
 
 INTERRUPTED = 130
 SCRIPTS_WIDTH = 1000
@@ -66,11 +67,16 @@ def connected(url: str | None, api_key: str | None) -> "Iterator[Client]":
         with Client(url or server_url(), api_key) as client:
             yield client
     except ClientError as error:
-        for line in in_own_terms(str(error)).splitlines():
-            typer.echo(f"smolora: {line}", err=True)
+        say_refused(error)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
+
+
+def say_refused(error: "ClientError") -> None:
+    """Tell what a server refused, or why there is none."""
+    for line in in_own_terms(str(error)).splitlines():
+        typer.echo(f"smolora: {line}", err=True)
 
 
 def refuse_options_before(context: typer.Context) -> None:

@@ -152,6 +152,7 @@ class Worker:
         """Wait for the end of the process, or bring it about; how it ended badly, None where it didn't."""
         timing = self._timing
         quiet = leaving = 0.0
+        is_killed = False  # by this worker
         before = time.monotonic()
         while (code := child.wait(_TICK_SECONDS)) is None:
             now = time.monotonic()
@@ -165,6 +166,7 @@ class Worker:
             patience = timing.leave if self._is_stopping else timing.pause
             if attempt.is_void or leaving > patience or quiet > timing.hung:
                 child.kill()
+                is_killed = True
             elif attempt.directive is Directive.ENDED:
                 leaving += elapsed
             elif attempt.directive is Directive.PAUSE or self._is_stopping:
@@ -182,7 +184,10 @@ class Worker:
             attempt.should_leave = True
         if quiet > timing.hung:
             return f"no sign of progress for {timing.hung:g} s"
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        if code >= 0:
+            return f"ended with exit code {code}"
+        why = ", as Linux does where memory runs out" if -code == signal.SIGKILL and not is_killed else ""
+        return f"killed by {signal.Signals(-code).name}{why}"
 
     def _end_without_base(self, claim: Claim, reason: str | None) -> None:
         log.error(

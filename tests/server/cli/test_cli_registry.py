@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import pty
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -116,6 +120,19 @@ def test_a_conversation_keeps_what_was_said(smolora: Run, server: Running) -> No
     assert two.stdout.startswith(one.stdout)
     assert len(two.stdout) > len(one.stdout)
     assert server.services.engine.stats.prefix_cached_tokens > before
+
+
+def test_what_is_refused_ends_no_conversation_of_a_person(server: Running) -> None:
+    keyboard, terminal = pty.openpty()
+    command = [sys.executable, "-c", "from server.cli.main import main; main()", "chat", "--max-tokens", "4"]
+    environment = {**os.environ, "SMOLORA_URL": server.url}
+    with open(keyboard, "wb", buffering=0) as typed, open(terminal, "rb", buffering=0) as read:
+        typed.write(b"a " * 1500 + b"\n" + b"hello\n" + b"\x04")  # too long for the base; then Ctrl-D
+        done = subprocess.run(command, stdin=read, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("smolora: messages: ")
+    assert done.stdout.count("> ") == 3, "the last one at Ctrl-D"
+    assert len(done.stdout) > len("> > \n> ")
 
 
 def test_what_is_said_in_another_encoding(smolora: Run) -> None:

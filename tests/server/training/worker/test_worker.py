@@ -419,7 +419,8 @@ def test_a_worker_without_a_base_takes_no_more_jobs(
     ("code", "reason"),
     [
         ("pass", "ended without a result"),
-        ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL, as Linux does where memory runs out"),
+        ("import os; os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
         (None, "could not start: No such file or directory"),
     ],
 )
