@@ -13,7 +13,7 @@ from tests.server.model.native.build import build
 from tests.server.model.native.pc.machine import PROCESSORS, Ended, emulate, missing
 from tests.server.model.native.test_kernels import NAMES
 
-SECONDS = 1800.0
+SECONDS = 900.0
 WRONG = {
     "avx512_bf16": (
         "scaled_weights_are_rounded_to_16_bits",
