@@ -7,14 +7,17 @@ job's sums are stored by whoever ends it, in the same transaction.
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, date, datetime
 from functools import partial
 from typing import Literal, get_args
 
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
 
 from adapters.catalog.tables import transact
+from adapters.errors import Unavailable
 from server.access.tables import usage
 
 FLUSH_SECONDS = 0.5
@@ -98,6 +101,11 @@ class Ledger:
                 for account, sums in pending.items():
                     self._pending[account] = self._pending.get(account, Usage()) + sums
             raise
+
+    def try_to_flush(self) -> None:
+        """`flush`; where it fails, the next one has it all."""
+        with suppress(DBAPIError, OSError, Unavailable):
+            self.flush()
 
     def rows(
         self, first: date | None, last: date | None, by: Sequence[By], project: str | None = None

@@ -1,15 +1,13 @@
 """/usage and /audit: what was used, and what was done."""
 
-from contextlib import suppress
 from datetime import date
 from typing import Annotated
 
 from anyio import to_thread
 from fastapi import APIRouter, Query
-from sqlalchemy.exc import DBAPIError
 from starlette.responses import Response
 
-from adapters.errors import InvalidInput, Unavailable
+from adapters.errors import InvalidInput
 from adapters.names import BASE
 from server.access.audit import Entry
 from server.access.usage import By
@@ -56,9 +54,7 @@ async def get_audit(
 
 
 def _rows(services: Services, first: date | None, to: date | None, by: By | None) -> list[dict[str, object]]:
-    # on a full disk, say, the next flush has it, and what is stored is told all the same
-    with suppress(DBAPIError, OSError, Unavailable):
-        services.access.ledger.flush()
+    services.access.ledger.try_to_flush()  # on a full disk, say, what is stored is told all the same
     principal = services.principal
     whose = None if principal.sees_all else principal.project
     rows = services.access.ledger.rows(first, to, () if by is None else (by,), whose)
