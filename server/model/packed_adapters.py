@@ -3,7 +3,7 @@
 A file is one page that says what it holds, and then `PackedRows.content`: to load the adapter is to map the file
 and copy each group's runs. It is written when an adapter is put into the store, or in the background once one
 without was loaded. A file that isn't what is expected (another layout or length) is dropped, and made anew. Only
-by reading all of it shows whether a disk has changed it: `smolora doctor` does (`is_damaged`), and no load.
+reading all of it shows whether a disk has changed it, which `smolora doctor` does (`is_damaged`), and no load.
 Which adapters have none, `_is_wanted` says: they are placed as they were published, in the same bits.
 """
 

@@ -94,14 +94,16 @@ def test_a_version_comes_back_as_it_was_published(catalog: Catalog) -> None:
 def test_warnings_of_a_public_merge_name_nobodys_private_parts(catalog: Catalog) -> None:
     """They were kept with it as its own project knows its parts."""
     acme, other = catalog.of(Viewpoint("acme")), catalog.of(Viewpoint("other"))
-    kept = ("secret@1: its config names another base, x", "hidden@12: its config names another base, x", "é")
+    text = "its config names another base, x"
+    kept = (f"secret@1: {text}", f"inner@1: for-a-customer@12: {text}", f"another.secret@3: {text}", "é")
     publish(acme, "merged", warnings=kept)
     acme.compose("mix", parse("merged"))
     for name in ("merged", "mix"):
         acme.set_visibility(name, True)
     assert acme.get("merged").versions[0].warnings == kept
     assert acme.get("mix").versions[0].warnings == tuple(f"merged@1: {text}" for text in kept)
-    told = ("its config names another base, x", "é")
+    assert catalog.of(Viewpoint(sees_all=True)).version("acme/merged", 1).warnings == kept
+    told = (text, "é")
     assert other.version("acme/merged", 1).warnings == told
     assert [adapter.versions[0].warnings for adapter in other.list(public=True)] == [told, told]
     other.compose("mine", parse("acme/mix*0.5"))
