@@ -18,11 +18,18 @@ from tests.server.test_hanging_server import BODY, Process
 from tests.server.training.worker.test_worker import stop
 
 LONG = {"prompt": "a", "max_tokens": 400, "temperature": 0, "ignore_eos": True, "speculation": "off"}
+NUM_CHOICES = 3
 JOB = {"epochs": 120, "batch_size": 4, "max_length": 32, "checkpoint_steps": 1000}
 
 
 def start(home: Path, model: Path) -> ServerProcess:
     return ServerProcess(home, model=model, workers=1, max_num_seqs=2, max_model_len=512, train_share=1.0)
+
+
+def num_sequences(server: ServerProcess) -> float:
+    """Those that have a place and those that wait for one."""
+    found = server.metrics()
+    return found["smolora_requests_running"] + found["smolora_requests_waiting"]
 
 
 @pytest.fixture
@@ -33,17 +40,18 @@ def server(tmp_path: Path, converted_tiny: Path) -> Iterator[ServerProcess]:
 
 
 def test_what_runs_and_what_waits_ends_and_the_job_goes_on(server: ServerProcess, converted_tiny: Path) -> None:
-    """Four sequences, of which two have a place. The job's checkpoint is the one that it makes as it leaves."""
+    """Four requests, of whose sequences two have a place. The job's checkpoint is the one that it makes as it
+    leaves."""
     job_id = submit(server, name="codes", data=code_rows(16), training={**JOB, "epochs": 60})
     wait_until(lambda: get(server, f"/train/{job_id}")["progress"].get("step", 0) > 5)
     (child,) = processes(server, CHILD)
     stop(server.home, child.pid)  # else it may end before the requests have begun
+    body = {**LONG, "n": NUM_CHOICES}
     with ThreadPoolExecutor(4) as pool:
-        streams = [pool.submit(server.client.post, "/generate", json={**LONG, "stream": True}) for _ in range(2)]
-        wholes = [pool.submit(server.client.post, "/generate", json=LONG) for _ in range(2)]
-        wait_until(
-            lambda: sum(server.metrics()[f"smolora_requests_{what}"] for what in ("running", "waiting")) == 4
-        )
+        streams = [pool.submit(server.client.post, "/generate", json={**body, "stream": True}) for _ in range(2)]
+        wholes = [pool.submit(server.client.post, "/generate", json=body) for _ in range(2)]
+        # as many as three have aren't enough, so all four were taken: true until one's worth of them has ended
+        wait_until(lambda: num_sequences(server) > 3 * NUM_CHOICES)
         server.terminate()
         signalled = time.monotonic()
         child.resume()
@@ -54,7 +62,7 @@ def test_what_runs_and_what_waits_ends_and_the_job_goes_on(server: ServerProcess
             assert refused.status_code == 503, path
             assert int(refused.headers["retry-after"]) >= 1
         assert [stream.result().text.endswith("data: [DONE]\n\n") for stream in streams] == [True, True]
-        assert [whole.result().json()["usage"]["completion_tokens"] for whole in wholes] == [400, 400]
+        assert [whole.result().json()["usage"]["completion_tokens"] for whole in wholes] == [NUM_CHOICES * 400] * 2
     assert server.exit_code() == 0
     assert time.monotonic() - signalled < DRAIN_SECONDS
     checkpoints = server.home / "jobs" / job_id / "checkpoints"
