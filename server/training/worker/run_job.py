@@ -41,7 +41,7 @@ from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Claim, LeaseLost, Leases
 from server.training.queue.reserve import DISK_FULL, Reserve
 from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Assignment, WorkerLink
-from server.training.worker.job_reporter import JobReporter, Leave
+from server.training.worker.job_reporter import JobReporter, Leave, beating
 from server.training.worker.job_trace import JobTrace
 from server.training.worker.merge_job import run_merge
 from server.training.worker.train_job import TrainingAttempt
@@ -52,6 +52,9 @@ OUT_OF_MEMORY = (
     "training.max_length or lora.rank, take method lora in the place of full, or have the server leave more of "
     "its GPU to training (SMOLORA_TRAIN_MEMORY)"
 )
+
+LONGEST_LOAD = 3600.0
+"""Seconds for a job's rows and for its base, which may have to be fetched: what hangs there ends after that."""
 
 log = logging.getLogger("smolora.job")
 
@@ -74,10 +77,11 @@ def main(argument: str) -> int:
         jobs = Jobs(database)
         job = jobs.get(claim.job_id)
         files = JobFiles(settings.home, storage.bucket)
-        files.fetch(job.id)
+        with beating(link.beat, LONGEST_LOAD):
+            files.fetch(job.id)
         trace = JobTrace(tracer, job, claim.token, files.directory(job.id))
         with trace.attempt(unless=Leave):
-            with trace.phase("load base"):
+            with trace.phase("load base"), beating(link.beat, LONGEST_LOAD):
                 base, native = _load(settings, job.spec)
             viewpoint = Viewpoint(job.project, key_id=job.key_id)
             catalog, store = Catalog(database, of=viewpoint), storage.adapters()

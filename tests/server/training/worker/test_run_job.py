@@ -38,6 +38,19 @@ STARVED = (
 )
 """A job's process whose training finds no memory."""
 
+LOADS_SLOWLY = (
+    "import sys, threading\n"
+    "from adapters.errors import SmoloraError\n"
+    "from server.training.worker import run_job\n"
+    "beats = threading.Event()\n"
+    "run_job.WorkerLink.beat = lambda self: beats.set()\n"
+    "def load(settings, spec):\n"
+    "    raise SmoloraError('it said so' if beats.wait(30) else 'not a word')\n"
+    "run_job._load = load\n"
+    "sys.exit(run_job.main(sys.argv[-1]))\n"
+)
+"""A job's process whose base takes until the first sign of life."""
+
 
 def settings_of(base_dir: Path, **settings: object) -> WorkerSettings:
     """For a base that was converted beside its directory."""
@@ -80,6 +93,14 @@ def test_a_job_without_memory_fails_once_and_says_what_to_lower(
     assert "ran out of memory" in job.error
     assert "training.packing" in job.error
     assert "training.max_length" in job.error
+
+
+def test_a_base_that_is_still_loaded_is_no_hang(shop: Shop, tiny_base_dir: Path) -> None:
+    shop.submit(JobSpec("codes", lora=LoraSpec(rank=2)), job_data(shop.base))
+    settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").model_dump(mode="json")
+    command = (sys.executable, "-c", LOADS_SLOWLY)
+    Worker(shop.home, shop.leases, settings, command=command, timing=replace(FAST, hung=120.0))._work()
+    assert shop.jobs.get("job").error == "it said so"
 
 
 def test_a_job_that_fails_says_how_far_it_got(shop: Shop, tiny_base_dir: Path) -> None:
