@@ -176,15 +176,14 @@ class Library:
         return self.get(name)
 
     def page(
-        self, name: str | None, limit: int, after: str | None, *, public: bool = False
+        self, name: str | None, limit: int, after: str | None, *, contains: str | None = None, public: bool = False
     ) -> tuple[list[Adapter], str | None]:
-        """Adapters by name, those after `after`, at most `limit`; and the next page's `after`, if there is one.
-
-        The project's own; with `public`, those of all projects that others may use.
-        """
-        found = self.catalog.list(name, limit, after, public=public)
-        has_more = len(found) == limit and name is None and self.catalog.has_after(found[-1].name, public=public)
-        return list(map(self._all_told, found)), found[-1].name if has_more else None
+        """Adapters as `Catalog.list` finds them, and the next page's `after`, if there is one."""
+        found = self.catalog.list(name, limit, after, contains=contains, public=public)
+        last = found[-1].name if len(found) == limit and name is None else None
+        if last is not None and not self.catalog.has_after(last, contains=contains, public=public):
+            last = None
+        return list(map(self._all_told, found)), last
 
     def get(self, name: str) -> Adapter:
         """All versions of one adapter. Raises NotFound."""

@@ -137,27 +137,24 @@ class Catalog:
         limit: int | None = None,
         after: str | None = None,
         *,
+        contains: str | None = None,
         public: bool = False,
     ) -> list[Adapter]:
-        """Adapters by name: the one called `name` or all, at most `limit`, those after the name `after`.
+        """Adapters by name: the one called `name` or all, at most `limit`, those after the name `after`, those in
+        whose names, as they are told, is `contains` in whichever case.
 
         The project's own; with `public`, those of all projects that others may use.
         """
-        wanted = names.c.is_public if public else in_sight(self.viewpoint)
-        chosen = sa.select(names.c.name).where(names.c.latest.is_not(None), wanted).order_by(names.c.name)
+        chosen = reads.select_listed(self.viewpoint, after, contains, public)
         if name is not None:
             chosen = chosen.where(names.c.name == self.viewpoint.key(name))
-        if after is not None:
-            chosen = chosen.where(names.c.name > self.viewpoint.key(after))
         with self._reader.connect() as connection:
             found = adapters_of(connection.execute(select_adapters(chosen.limit(limit))).mappings())
         return [adapter_seen(self.viewpoint, adapter) for adapter in found]
 
-    def has_after(self, name: str, *, public: bool = False) -> bool:
+    def has_after(self, name: str, *, contains: str | None = None, public: bool = False) -> bool:
         """Whether `list` would have more after the adapter of this name."""
-        wanted = names.c.is_public if public else in_sight(self.viewpoint)
-        query = sa.select(names.c.name).where(names.c.latest.is_not(None), wanted)
-        query = query.where(names.c.name > self.viewpoint.key(name)).limit(1)
+        query = reads.select_listed(self.viewpoint, name, contains, public).limit(1)
         with self._reader.connect() as connection:
             return connection.execute(query).first() is not None
 

@@ -15,7 +15,7 @@ from adapters.catalog.versions import Adapter, Part, Version, gather, times
 from adapters.errors import InvalidInput, NotFound
 from adapters.expression import MAX_PARTS, MAX_WEIGHT, Term
 from adapters.names import near, slips
-from adapters.viewpoint import Viewpoint, key_of, split_key
+from adapters.viewpoint import DEFAULT_PROJECT, Viewpoint, key_of, split_key
 
 LATEST = "latest"
 MAX_VERSION = 2**31 - 1
@@ -71,6 +71,26 @@ def select_adapters(chosen: "sa.Select[str]") -> "sa.Select[tuple[object, ...]]"
 def in_sight(of: Viewpoint) -> sa.ColumnElement[bool]:
     """Of names: those of its project, or all where it sees all."""
     return sa.true() if of.sees_all else names.c.project == of.project
+
+
+def select_listed(of: Viewpoint, after: str | None, contains: str | None, public: bool) -> "sa.Select[str]":
+    """Keys in their order: of what the project sees, or with `public` of all that others may use; those after the
+    name, and those whose names, as they are told, have the text in them in whichever case.
+    """
+    wanted = names.c.is_public if public else in_sight(of)
+    query = sa.select(names.c.name).where(names.c.latest.is_not(None), wanted).order_by(names.c.name)
+    if after is not None:
+        query = query.where(names.c.name > of.key(after))
+    if contains is not None:
+        query = query.where(sa.func.lower(_told(of)).contains(contains.lower(), autoescape=True))
+    return query
+
+
+def _told(of: Viewpoint) -> sa.ColumnElement[str]:
+    """`of.shown` of a key."""
+    start = sa.func.length(names.c.project) + 2
+    own = sa.case((names.c.project == DEFAULT_PROJECT, names.c.name), else_=sa.func.substr(names.c.name, start))
+    return sa.case((names.c.project == of.project, own), else_=names.c.project + "/" + own)
 
 
 def select_visible(name: str, of: Viewpoint) -> "sa.Select[str]":

@@ -128,10 +128,19 @@ def test_an_adapter_past_the_list(server: ServerProcess, browser: Browser, adapt
     with page_of(browser, server.url) as page:
         sign_in(page, OPERATORS)
         page.goto(f"{server.url}/#/adapters/{adapter}")
-        expect(page.get_by_text("There are more than this page lists.")).to_be_visible()
+        expect(page.get_by_text("There are more than this page lists: find them by name.")).to_be_visible()
         expect(page.get_by_role("article", name=adapter)).to_contain_text("latest")
+        page.get_by_role("searchbox", name="Find").fill("EBR")
+        expect(page.locator("ul.names li")).to_have_text(re.compile(adapter))
         page.goto(f"{server.url}/#/adapters/nothing")
         expect(page.get_by_text("There is no adapter nothing, or none that you may see.")).to_be_visible()
+        page.goto(f"{server.url}/#/playground")
+        page.get_by_role("searchbox", name="Find").fill("EBR")
+        page.get_by_role("checkbox", name=adapter).check()
+        page.get_by_role("searchbox", name="Find").fill("c00")
+        expect(page.get_by_role("checkbox", name="c001")).to_be_visible()
+        expect(page.get_by_role("checkbox", name=adapter)).to_be_checked()
+        expect(page.get_by_role("textbox", name="Expression")).to_have_value(adapter)
 
 
 def test_another_projects_adapters_are_the_operators_too(

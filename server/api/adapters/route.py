@@ -1,5 +1,6 @@
 """/adapters: list, upload, download, delete. Everything on disk happens in threads."""
 
+from collections.abc import Callable
 from functools import partial
 from io import BytesIO
 from typing import Annotated, BinaryIO
@@ -9,9 +10,8 @@ from fastapi import APIRouter, Path, Query, Request
 from starlette.datastructures import FormData
 from starlette.responses import Response
 
-from adapters.catalog.catalog import Version
+from adapters.catalog.catalog import Adapter, Version
 from adapters.errors import NotFound
-from adapters.library import Library
 from adapters.names import MAX_KEY, MAX_NAME
 from server.api import wire
 from server.api.access.quotas import reserved
@@ -40,6 +40,9 @@ async def list_adapters(
     name: Annotated[str | None, Query(max_length=MAX_KEY, description="only this one")] = None,
     limit: Annotated[int | None, Query(ge=1, le=MAX_PAGE, description="of a page")] = None,
     after: Annotated[str | None, Query(max_length=MAX_KEY, description="the last name of the page before")] = None,
+    contains: Annotated[
+        str | None, Query(max_length=MAX_KEY, description="only those with this in their names, in whichever case")
+    ] = None,
     public: Annotated[bool, Query(description="those that other projects may use, of all projects")] = False,
 ) -> Response:
     """List the project's adapters by name, with all their versions; or what projects share with each other.
@@ -47,7 +50,8 @@ async def list_adapters(
     If `next` is not null, pass it as `after` for the next page.
     """
     resident = services.engine.stats.resident
-    return await to_thread.run_sync(_page, services.library, resident, name, limit or MAX_PAGE, after, public)
+    page = partial(services.library.page, name, limit or MAX_PAGE, after, contains=contains, public=public)
+    return await to_thread.run_sync(_page, page, resident)
 
 
 @router.get(
@@ -133,10 +137,8 @@ async def delete_version(
     return Response(status_code=204)
 
 
-def _page(
-    library: Library, resident: frozenset[str], name: str | None, size: int, after: str | None, public: bool
-) -> Response:
-    found, following = library.page(name, size, after, public=public)
+def _page(page: Callable[[], tuple[list[Adapter], str | None]], resident: frozenset[str]) -> Response:
+    found, following = page()
     return wire.answer({"adapters": [adapter_answer(adapter, resident) for adapter in found], "next": following})
 
 

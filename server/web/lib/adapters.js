@@ -1,15 +1,19 @@
 /** The adapters that one may name: one's own, and other projects' public ones. */
 import { get } from "./api.js";
+import { useResource } from "./resource.js";
+
+/** @typedef {{own: Adapter[], shared: Adapter[], isCut: boolean}} Listed `isCut`: there are more than are listed */
 
 const MOST = 500;
+const TYPING = 200; // ms
 
 /**
  * @param {AbortSignal} [signal]
- * @param {string} [name] only this one
- * @returns {Promise<{own: Adapter[], shared: Adapter[], isCut: boolean}>} `isCut`: there are more than are listed
+ * @param {{name?: string, contains?: string}} [only] this one, or those with this in their names
+ * @returns {Promise<Listed>}
  */
-export async function listAdapters(signal, name) {
-  const which = `limit=${MOST}${name ? `&name=${encodeURIComponent(name)}` : ""}`;
+export async function listAdapters(signal, only = {}) {
+  const which = new URLSearchParams({ limit: String(MOST), ...only });
   const [own, shared] = await Promise.all([
     get(`/adapters?${which}`, signal),
     get(`/adapters?public=true&${which}`, signal),
@@ -20,6 +24,34 @@ export async function listAdapters(signal, name) {
     shared: shared.adapters.filter((/** @type {Adapter} */ adapter) => !names.has(adapter.name)),
     isCut: Boolean(own.next || shared.next),
   };
+}
+
+/**
+ * The list, and where it is cut, what it leaves out of those with `text` in their names.
+ * @param {Listed | null} listed
+ * @param {string} text as it is being typed
+ * @returns {Listed | null}
+ */
+export function useSearch(listed, text) {
+  const contains = listed?.isCut ? text : "";
+  const { data: found } = useResource(
+    async (signal) => {
+      if (!contains) return null;
+      await new Promise((resolve) => setTimeout(resolve, TYPING));
+      signal.throwIfAborted();
+      return listAdapters(signal, { contains });
+    },
+    [contains],
+  );
+  return listed && found
+    ? { ...listed, own: together(listed.own, found.own), shared: together(listed.shared, found.shared) }
+    : listed;
+}
+
+/** @param {Adapter[]} listed @param {Adapter[]} found */
+function together(listed, found) {
+  const names = new Set(listed.map((adapter) => adapter.name));
+  return [...listed, ...found.filter((adapter) => !names.has(adapter.name))];
 }
 
 /**

@@ -1,9 +1,10 @@
 /** Which adapters, how much of each: sliders, and the expression that they make. Either changes the other. */
 import { format, parse } from "../lib/expression.js";
-import { newestFirst } from "../lib/adapters.js";
-import { html, useState } from "../lib/html.js";
+import { newestFirst, useSearch } from "../lib/adapters.js";
+import { html, useRef, useState } from "../lib/html.js";
 import { Badge, TextField } from "./basics.js";
 
+/** @import { Listed } from "../lib/adapters.js" */
 /** @import { Problem } from "../lib/api.js" */
 /** @import { Typed } from "./basics.js" */
 /** @import { Term } from "../lib/expression.js" */
@@ -11,18 +12,20 @@ import { Badge, TextField } from "./basics.js";
 const SHOWN = 12;
 
 /**
- * @param {{adapters: {own: Adapter[], shared: Adapter[], isCut: boolean} | null, value: string, problem: Problem | null,
- *   onChange: (expression: string) => void}} props
+ * @param {{adapters: Listed | null, value: string, problem: Problem | null, onChange: (expression: string) => void}} props
  */
 export function Blend({ adapters, value, problem, onChange }) {
   const [filter, setFilter] = useState("");
   const terms = parse(value);
-  const all = adapters ? [...adapters.own, ...adapters.shared] : [];
+  const listed = useSearch(adapters, filter);
+  const all = listed ? [...listed.own, ...listed.shared] : [];
+  const seen = useRef(/** @type {Map<string, Adapter>} */ (new Map()));
+  for (const adapter of all) seen.current.set(adapter.name, adapter);
   const used = new Set((terms ?? []).map((term) => term.name));
   const matching = all.filter((adapter) => adapter.name.toLowerCase().includes(filter.toLowerCase()));
   // what is in use first, so that a filter can't hide it
   const rows = [
-    ...all.filter((adapter) => used.has(adapter.name)),
+    ...[...seen.current.values()].filter((adapter) => used.has(adapter.name)),
     ...matching.filter((adapter) => !used.has(adapter.name)).slice(0, SHOWN),
   ];
 

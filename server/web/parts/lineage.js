@@ -41,7 +41,7 @@ function originsOf(version) {
  */
 async function loadVersion(name, version, signal) {
   if (!name.includes("/")) return get(`${placeOf(name).path}/${encodeURIComponent(version)}`, signal);
-  const { own, shared } = await listAdapters(signal, name);
+  const { own, shared } = await listAdapters(signal, { name });
   return [...own, ...shared][0]?.versions.find((one) => String(one.version) === version) ?? null;
 }
 

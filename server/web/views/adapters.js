@@ -1,5 +1,5 @@
 /** Adapters: what is stored, what each came from, which version is in use; upload by drop. */
-import { listAdapters } from "../lib/adapters.js";
+import { listAdapters, useSearch } from "../lib/adapters.js";
 import { upload } from "../lib/api.js";
 import { checked } from "../lib/expression.js";
 import { html, useState } from "../lib/html.js";
@@ -15,8 +15,9 @@ export function AdaptersView({ path }) {
   const adapters = useResource(listAdapters, [], 10);
   const [filter, setFilter] = useState("");
   const name = path.join("/"); // another project's has a slash
-  const own = adapters.data?.own ?? [];
-  const shared = adapters.data?.shared ?? [];
+  const listed = useSearch(adapters.data, filter);
+  const own = listed?.own ?? [];
+  const shared = listed?.shared ?? [];
   const found = [...own, ...shared].find((adapter) => adapter.name === name);
   const matches = (/** @type {Adapter} */ adapter) => adapter.name.toLowerCase().includes(filter.toLowerCase());
   return html`<h1>Adapters</h1>
@@ -30,7 +31,7 @@ export function AdaptersView({ path }) {
         }
         <${Names} title="Your project's" adapters=${own.filter(matches)} chosen=${name} />
         ${shared.length ? html`<${Names} title="Other projects', public" adapters=${shared.filter(matches)} chosen=${name} />` : null}
-        ${adapters.data?.isCut ? html`<p><small>There are more than this page lists.</small></p>` : null}
+        ${adapters.data?.isCut ? html`<p><small>There are more than this page lists: find them by name.</small></p>` : null}
         ${
           adapters.data && !own.length && !shared.length
             ? html`<p>None yet. <a href=${to("train", "new")}>Train one</a>, or upload one below.</p>`
@@ -54,7 +55,7 @@ export function AdaptersView({ path }) {
 
 /** One that may be past what the page lists, by its name. @param {{name: string}} props */
 function Unlisted({ name }) {
-  const { data, problem, reload } = useResource((signal) => listAdapters(signal, name), [name], 10);
+  const { data, problem, reload } = useResource((signal) => listAdapters(signal, { name }), [name], 10);
   const found = data?.own[0] ?? data?.shared[0];
   if (!data) return html`<${Fault} problem=${problem} />`;
   return found

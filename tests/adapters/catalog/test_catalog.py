@@ -329,6 +329,32 @@ def test_what_is_not_there(catalog: Catalog) -> None:
     assert catalog.list("b") == []
 
 
+def test_what_is_looked_for_is_in_the_name_as_it_is_told(catalog: Catalog) -> None:
+    acme = catalog.of(Viewpoint("acme"))
+    for name in ("Tweets", "a_b", "axb", "acme"):
+        publish(catalog, name)
+    publish(acme, "retweets")
+    acme.set_visibility("retweets", True)
+
+    def found(of: Catalog, text: str, *, public: bool = False, after: str | None = None) -> list[str]:
+        return [adapter.name for adapter in of.list(after=after, contains=text, public=public)]
+
+    assert found(catalog, "tWEET") == ["Tweets"]
+    assert found(catalog, "a_b") == ["a_b"], "no pattern"
+    assert found(catalog, "%") == []
+    assert found(catalog, "acme") == ["acme"]
+    assert found(catalog, "b", after="a_b") == ["axb"]
+    assert found(acme, "tweet") == ["retweets"]
+    assert found(acme, "acme") == [], "its own names stand alone"
+    assert found(catalog, "me/re", public=True) == ["acme/retweets"]
+    assert found(acme, "me/re", public=True) == []
+    everybodys = catalog.of(Viewpoint("acme", sees_all=True))
+    assert found(everybodys, "tweets") == ["default/Tweets", "retweets"]
+    assert found(everybodys, "default/") == ["default/Tweets", "default/a_b", "default/acme", "default/axb"]
+    assert catalog.has_after("Tweets", contains="a")
+    assert not catalog.has_after("Tweets", contains="t")
+
+
 def test_lists_are_paged_by_name(catalog: Catalog) -> None:
     for name in ("b", "a", "d", "c", "b"):
         publish(catalog, name)

@@ -159,6 +159,10 @@ async def test_pages(client: httpx.AsyncClient) -> None:
     assert await page("after=a") == (["b", "c"], None)
     assert await page("name=b") == (["b"], None)
     assert await page("name=nobody") == ([], None)
+    await client.post("/compositions/cab", json={"expression": "a*0.5"})
+    assert await page("contains=B&limit=1") == (["b"], "b")
+    assert await page("contains=B&limit=1&after=b") == (["cab"], None)
+    assert await page("contains=_") == ([], None)
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=10001", "limit=x"])
