@@ -143,6 +143,29 @@ def test_an_adapter_past_the_list(server: ServerProcess, browser: Browser, adapt
         expect(page.get_by_role("textbox", name="Expression")).to_have_value(adapter)
 
 
+def test_jobs_past_the_list(server: ServerProcess, browser: Browser, job: str) -> None:
+    """By a button; what runs is on the first page in any case."""
+    for number in range(100):
+        body = {"name": f"job{number:03}", "data": ROWS}
+        assert server.client.post("/train", json=body).status_code == 202
+    runs = json.loads(server.client.get(f"/train/{job}").content) | {
+        "name": "runs",
+        "id": "runs",
+        "status": "running",
+    }
+    with page_of(browser, server.url) as page:
+        sign_in(page, OPERATORS)
+        page.route("**/train?status=running", lambda route: route.fulfill(json={"jobs": [runs], "next": None}))
+        page.goto(f"{server.url}/#/train")
+        listed = page.get_by_role("navigation", name="Jobs").get_by_role("link")
+        expect(listed).to_have_count(101)
+        expect(listed.first).to_contain_text("runs")
+        expect(listed.nth(100)).to_contain_text("job000")
+        page.get_by_role("button", name="Older jobs").click()
+        expect(listed.filter(has_text="waits")).not_to_have_count(0)
+        expect(page.get_by_role("button", name="Older jobs")).to_have_count(0)
+
+
 def test_another_projects_adapters_are_the_operators_too(
     server: ServerProcess, browser: Browser, tiny_base: BaseModel, tmp_path: Path
 ) -> None:

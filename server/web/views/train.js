@@ -1,20 +1,44 @@
 /** Train: the jobs there are, a new one, one of them. */
 import { get } from "../lib/api.js";
 import { ago } from "../lib/format.js";
-import { html } from "../lib/html.js";
-import { useResource } from "../lib/resource.js";
+import { html, useRef } from "../lib/html.js";
+import { useAction, useResource } from "../lib/resource.js";
 import { to } from "../lib/route.js";
 import { Badge, Bar, Fault } from "../parts/basics.js";
 import { JobDetail } from "./job.js";
 import { NewJob } from "./new_job.js";
 
+/**
+ * The newest jobs, so many pages of them, behind those that run: where many wait, these are older.
+ * @param {number} pages
+ * @param {AbortSignal} signal
+ * @returns {Promise<{jobs: Job[], isCut: boolean}>} `isCut`: there are older ones
+ */
+async function newest(pages, signal) {
+  const { jobs, next } = await get("/train", signal);
+  let after = next;
+  for (let page = 1; page < pages && after; page += 1) {
+    const older = await get(`/train?after=${encodeURIComponent(after)}`, signal);
+    jobs.push(...older.jobs);
+    after = older.next;
+  }
+  const running = after ? (await get("/train?status=running", signal)).jobs : [];
+  const ids = new Set(running.map((/** @type {Job} */ job) => job.id));
+  return {
+    jobs: [...running, ...jobs.filter((/** @type {Job} */ job) => !ids.has(job.id))],
+    isCut: Boolean(after),
+  };
+}
+
 /** @param {{path: string[]}} props */
 export function TrainView({ path: [id] }) {
-  const jobs = useResource(
-    async (signal) => /** @type {Job[]} */ ((await get("/train?limit=100", signal)).jobs),
-    [],
-    5,
-  );
+  const pages = useRef(1);
+  const jobs = useResource((signal) => newest(pages.current, signal), [], 5);
+  const older = useAction(() => {
+    pages.current += 1;
+    return jobs.reload();
+  });
+  const listed = jobs.data?.jobs;
   return html`<div class="row between">
       <h1>Train</h1>
       ${id === "new" ? null : html`<a class="button" href=${to("train", "new")}>New job</a>`}
@@ -22,9 +46,9 @@ export function TrainView({ path: [id] }) {
     <${Fault} problem=${jobs.problem} />
     <div class="sides list">
       <nav aria-label="Jobs">
-        ${jobs.data?.length === 0 ? html`<p>No job yet.</p>` : null}
+        ${listed?.length === 0 ? html`<p>No job yet.</p>` : null}
         <ul class="names">
-          ${jobs.data?.map(
+          ${listed?.map(
             (job) =>
               html`<li key=${job.id}>
                 <a href=${to("train", job.id)} aria-current=${job.id === id ? "true" : undefined}>
@@ -37,10 +61,11 @@ export function TrainView({ path: [id] }) {
               </li>`,
           )}
         </ul>
+        ${jobs.data?.isCut ? html`<button type="button" class="plain" disabled=${older.busy} onClick=${older.run}>Older jobs</button>` : null}
       </nav>
       <div>
         ${
-          id === "new" || (!id && jobs.data?.length === 0)
+          id === "new" || (!id && listed?.length === 0)
             ? html`<${NewJob} onQueued=${jobs.reload} />`
             : id
               ? html`<${JobDetail} key=${id} id=${id} onChange=${jobs.reload} />`
