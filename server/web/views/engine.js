@@ -109,7 +109,7 @@ export function EngineView() {
       adapters.data
         ? html`<section class="card" aria-label="Adapters in memory">
           <h2>In memory now</h2>
-          <p><small>By name. Equal weights are there once, and a blend is there where its parts are.</small></p>
+          <p><small>By name${adapters.data.isCut ? ", of those alone that the list of adapters shows" : ""}. Equal weights are there once, and a blend is there where its parts are.</small></p>
           ${
             resident.length
               ? html`<ul class="plain-list">
