@@ -62,7 +62,10 @@ TROUBLE: Mapping[str, Mapping[str, str]] = {
     "SmoloraGenerationsFail": {'smolora_requests_total,outcome="failed"': "0+20x1600"},
     "SmoloraRefuses": {'smolora_requests_total,outcome="refused"': "0+200x1600"},
     "SmoloraSlowFirstToken": {'smolora_time_to_first_token_seconds_bucket,le="1"': "0+500x1600"},
-    "SmoloraCacheFull": {"smolora_preemptions_total": "0+60x1600"},
+    "SmoloraCacheFull": {
+        "smolora_preemptions_total": "0+60x1600",
+        "smolora_kv_blocks_used": "990 820 " * 800,  # whoever is put back leaves room until another has taken it
+    },
     "SmoloraAdaptersThrash": {"smolora_adapter_evictions_total": "0+400x1600"},
     "SmoloraJobsWait": {'smolora_workers,state="busy"': "0x1600"},
     "SmoloraJobsFail": {'smolora_jobs,status="failed"': "7x1580 8x20"},
@@ -72,6 +75,12 @@ TROUBLE: Mapping[str, Mapping[str, str]] = {
     "SmoloraMemoryGrows": {"process_resident_memory_bytes": "3000000000+1000000x1600"},
 }
 """For each alert what is otherwise then."""
+TURNS: Mapping[str, str] = {
+    **HEALTHY,
+    "smolora_preemptions_total": "0+60x1600",
+    "smolora_kv_blocks_used": "600x1600",
+}
+"""Of a healthy one, on which sequences are put back for projects that have nothing running."""
 GONE: Mapping[str, str] = {"up": "1x60 _x1600"}
 """Of a target that isn't found any more."""
 
@@ -113,7 +122,7 @@ def _own_labels(name: str, series: Mapping[str, str]) -> dict[str, str]:
 @pytest.mark.slow
 @needs_promtool
 def test_each_alert_fires_in_its_trouble_and_no_other_does(tmp_path: Path) -> None:
-    cases: list[tuple[tuple[str, ...], Mapping[str, str]]] = [((), HEALTHY)]
+    cases: list[tuple[tuple[str, ...], Mapping[str, str]]] = [((), HEALTHY), ((), TURNS)]
     for name, changes in TROUBLE.items():
         both = ("SmoloraDiskFull", "SmoloraDiskFills") if name == "SmoloraDiskFull" else (name,)
         cases.append((both, {**HEALTHY, **changes}))
