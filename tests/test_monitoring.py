@@ -136,6 +136,33 @@ def test_each_alert_fires_in_its_trouble_and_no_other_does(tmp_path: Path) -> No
 
 
 @needs_promtool
+def test_a_server_that_is_gone_is_not_shown_as_ready(tmp_path: Path) -> None:
+    """The panel shows the last value there is, so there must be one at any time."""
+    (query,) = [query for panel, query in queries() if panel == "Server"]
+    cases = [
+        ({"up": "1x60", "smolora_ready": "1x60"}, 1),
+        ({"up": "1x60", "smolora_ready": "0x60"}, 0),
+        ({"up": "1x10 0x50", "smolora_ready": "1x10 _x50"}, 0),
+        ({"up": "1x10 _x50", "smolora_ready": "1x10 _x50"}, 0),
+        ({}, 0),
+    ]
+    tests = [
+        {
+            "interval": "1m",
+            "input_series": [{"series": name + SAME % "", "values": values} for name, values in series.items()],
+            "promql_expr_test": [
+                {"expr": query, "eval_time": "40m", "exp_samples": [{"labels": "{}", "value": value}]}
+            ],
+        }
+        for series, value in cases
+    ]
+    (tmp_path / "ready.yml").write_text(yaml.safe_dump({"evaluation_interval": "1m", "tests": tests}))
+    told = ["promtool", "test", "rules", str(tmp_path / "ready.yml")]
+    done = subprocess.run(told, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
 def test_prometheus_takes_the_files(tmp_path: Path) -> None:
     text = (FOLDER / "prometheus.yml").read_text()
     (tmp_path / "key").write_text("")
@@ -164,6 +191,14 @@ def test_every_metric_that_is_asked_for_is_there(tmp_path: Path) -> None:
     assert {name for name in own if name not in asked and f"{name}_bucket" not in asked} == set(), (
         "nobody sees them"
     )
+
+
+def test_names_that_others_have_too_are_asked_of_smolora_alone() -> None:
+    """A Prometheus of one's own scrapes more: every process has `process_…`, and vLLM its own names."""
+    asked = [query for _, query in queries()] + [alert.expression for alert in alerts()]
+    found = [selector for query in asked for selector in re.findall(r"(?:\bprocess_|vllm:)\w+(?:{[^}]*})?", query)]
+    assert found
+    assert [selector for selector in found if 'job="smolora"' not in selector] == []
 
 
 def _metrics_in(query: str) -> set[str]:
@@ -214,6 +249,15 @@ def test_prometheus_container_gets_its_key(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_prometheus_asks_containers_where_they_listen() -> None:
+    """Inside of the network that is one port, whichever is published on the machine."""
+    services = yaml.safe_load((FOLDER.parent.parent / "docker-compose.yml").read_text())["services"]
+    listens = {name: int(port.rpartition(":")[2]) for name in services for port in services[name].get("ports", ())}
+    assert set(listens) == {"server", "server-gpu"}
+    (job,) = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
+    assert {name: found["port"] for found in job["dns_sd_configs"] for name in found["names"]} == listens
+
+
 def test_compose_starts_both_only_when_asked() -> None:
     """Read-only files from this folder, ports of the loopback alone."""
     included = yaml.safe_load((FOLDER.parent.parent / "docker-compose.yml").read_text())["include"]
@@ -228,12 +272,3 @@ def test_compose_starts_both_only_when_asked() -> None:
             if source.startswith("."):
                 assert (FOLDER / source).exists()
                 assert rest.endswith(":ro")
-def test_prometheus_asks_containers_where_they_listen() -> None:
-    """Inside of the network that is one port, whichever is published on the machine."""
-    services = yaml.safe_load((FOLDER.parent.parent / "docker-compose.yml").read_text())["services"]
-    listens = {name: int(port.rpartition(":")[2]) for name in services for port in services[name].get("ports", ())}
-    assert set(listens) == {"server", "server-gpu"}
-    (job,) = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
-    assert {name: found["port"] for found in job["dns_sd_configs"] for name in found["names"]} == listens
-
-
