@@ -93,5 +93,7 @@ def _word(value: Value) -> str:
     if isinstance(value, str):
         if _WORD.fullmatch(value):
             return value
+    for name in ("httpx", "httpx2"):  # they tell each URL that is fetched, with its query, which may be signed
+        logging.getLogger(name).setLevel(logging.WARNING)
         return value.encode("unicode_escape").decode().replace(" ", "\\x20") or "-"
     return f"{value:.1f}" if isinstance(value, float) else str(value)
