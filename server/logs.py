@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Literal
@@ -78,6 +79,12 @@ class JsonFormatter(_Formatter):
         return json.dumps(line, default=str)
 
 
+def place_of(error: BaseException) -> str:
+    """Where it came from, the innermost first. Its message isn't told, for it may quote a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)[-8:]
+    return " < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))
+
+
 def set_up(log_format: LogFormat = "text", level: int = logging.INFO, **always: str) -> None:
     """Send everything of this process to stderr in this form; `always` are values that every line has."""
     handler = logging.StreamHandler(sys.stderr)
@@ -86,6 +93,8 @@ def set_up(log_format: LogFormat = "text", level: int = logging.INFO, **always: 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it names each step of a migration
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start-up lines repeat ours
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of what clients are told anyway
+    for name in ("httpx", "httpx2"):  # they tell each URL that is fetched, with its query, which may be signed
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _word(value: Value) -> str:
@@ -93,7 +102,5 @@ def _word(value: Value) -> str:
     if isinstance(value, str):
         if _WORD.fullmatch(value):
             return value
-    for name in ("httpx", "httpx2"):  # they tell each URL that is fetched, with its query, which may be signed
-        logging.getLogger(name).setLevel(logging.WARNING)
         return value.encode("unicode_escape").decode().replace(" ", "\\x20") or "-"
     return f"{value:.1f}" if isinstance(value, float) else str(value)
