@@ -122,6 +122,7 @@ async def test_long_prompts_wait_in_a_bounded_queue(
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
             work.go.set()
             assert [(await task).status_code for task in tasks] == [200, 200]
+            assert 'smolora_requests_total{outcome="refused"} 1.0' in (await client.get("/metrics")).text
     finally:
         work.go.set()
 
