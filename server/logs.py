@@ -97,6 +97,11 @@ def set_up(log_format: LogFormat = "text", level: int = logging.INFO, **always: 
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def is_json() -> bool:
+    """Whether this process was `set_up` so: then whoever reads its standard error reads nothing else."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
+
+
 def _word(value: Value) -> str:
     """One word of ASCII, so that no value looks like another field."""
     if isinstance(value, str):
