@@ -117,3 +117,16 @@ fetch_adapter({REPO!r}, None, Path(place), max_config=99, max_weights=99, endpoi
         said = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == b"bytes"
     assert endpoint not in said.stderr
+
+
+def test_nor_is_what_broke_off() -> None:
+    code = """
+from server import logs
+logs.set_up()
+from huggingface_hub import file_download
+from huggingface_hub.utils import _http
+file_download.logger.warning("Error while downloading from %s: %s", "https://cdn/x?Signature=xyzzy", "timed out")
+_http.logger.warning("timed out thrown while requesting GET https://cdn/x?Signature=xyzzy")
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert "xyzzy" not in said.stderr
