@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Literal
@@ -17,6 +18,8 @@ from typing import Literal
 LogFormat = Literal["text", "json"]
 Value = str | int | float
 
+_URL_TELLERS = ("httpx", "httpx2", "huggingface_hub.file_download", "huggingface_hub.utils._http")
+"""They tell URLs that are fetched, or can't be, with their queries, which may be signed."""
 _WORD = re.compile(r"[!-\[\]-~]+")  # ASCII without blanks and backslashes
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
@@ -78,6 +81,12 @@ class JsonFormatter(_Formatter):
         return json.dumps(line, default=str)
 
 
+def place_of(error: BaseException) -> str:
+    """Where it came from, the innermost first. Its message isn't told, for it may quote a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)[-8:]
+    return " < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))
+
+
 def set_up(log_format: LogFormat = "text", level: int = logging.INFO, **always: str) -> None:
     """Send everything of this process to stderr in this form; `always` are values that every line has."""
     handler = logging.StreamHandler(sys.stderr)
@@ -86,6 +95,13 @@ def set_up(log_format: LogFormat = "text", level: int = logging.INFO, **always: 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it names each step of a migration
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start-up lines repeat ours
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of what clients are told anyway
+    for name in _URL_TELLERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def is_json() -> bool:
+    """Whether this process was `set_up` so: then whoever reads its standard error reads nothing else."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
 
 
 def _word(value: Value) -> str:

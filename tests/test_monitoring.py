@@ -62,7 +62,10 @@ TROUBLE: Mapping[str, Mapping[str, str]] = {
     "SmoloraGenerationsFail": {'smolora_requests_total,outcome="failed"': "0+20x1600"},
     "SmoloraRefuses": {'smolora_requests_total,outcome="refused"': "0+200x1600"},
     "SmoloraSlowFirstToken": {'smolora_time_to_first_token_seconds_bucket,le="1"': "0+500x1600"},
-    "SmoloraCacheFull": {"smolora_preemptions_total": "0+60x1600"},
+    "SmoloraCacheFull": {
+        "smolora_preemptions_total": "0+60x1600",
+        "smolora_kv_blocks_used": "990 820 " * 800,  # whoever is put back leaves room until another has taken it
+    },
     "SmoloraAdaptersThrash": {"smolora_adapter_evictions_total": "0+400x1600"},
     "SmoloraJobsWait": {'smolora_workers,state="busy"': "0x1600"},
     "SmoloraJobsFail": {'smolora_jobs,status="failed"': "7x1580 8x20"},
@@ -72,6 +75,12 @@ TROUBLE: Mapping[str, Mapping[str, str]] = {
     "SmoloraMemoryGrows": {"process_resident_memory_bytes": "3000000000+1000000x1600"},
 }
 """For each alert what is otherwise then."""
+TURNS: Mapping[str, str] = {
+    **HEALTHY,
+    "smolora_preemptions_total": "0+60x1600",
+    "smolora_kv_blocks_used": "600x1600",
+}
+"""Of a healthy one, on which sequences are put back for projects that have nothing running."""
 GONE: Mapping[str, str] = {"up": "1x60 _x1600"}
 """Of a target that isn't found any more."""
 
@@ -113,7 +122,7 @@ def _own_labels(name: str, series: Mapping[str, str]) -> dict[str, str]:
 @pytest.mark.slow
 @needs_promtool
 def test_each_alert_fires_in_its_trouble_and_no_other_does(tmp_path: Path) -> None:
-    cases: list[tuple[tuple[str, ...], Mapping[str, str]]] = [((), HEALTHY)]
+    cases: list[tuple[tuple[str, ...], Mapping[str, str]]] = [((), HEALTHY), ((), TURNS)]
     for name, changes in TROUBLE.items():
         both = ("SmoloraDiskFull", "SmoloraDiskFills") if name == "SmoloraDiskFull" else (name,)
         cases.append((both, {**HEALTHY, **changes}))
@@ -123,6 +132,33 @@ def test_each_alert_fires_in_its_trouble_and_no_other_does(tmp_path: Path) -> No
         (tmp_path / f"{number}.yml").write_text(yaml.safe_dump(document))
     told = ["promtool", "test", "rules", *map(str, sorted(tmp_path.glob("*.yml")))]
     done = subprocess.run(told, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_a_server_that_is_gone_is_not_shown_as_ready(tmp_path: Path) -> None:
+    """The panel shows the last value there is, so there must be one at any time."""
+    (query,) = [query for panel, query in queries() if panel == "Server"]
+    cases = [
+        ({"up": "1x60", "smolora_ready": "1x60"}, 1),
+        ({"up": "1x60", "smolora_ready": "0x60"}, 0),
+        ({"up": "1x10 0x50", "smolora_ready": "1x10 _x50"}, 0),
+        ({"up": "1x10 _x50", "smolora_ready": "1x10 _x50"}, 0),
+        ({}, 0),
+    ]
+    tests = [
+        {
+            "interval": "1m",
+            "input_series": [{"series": name + SAME % "", "values": values} for name, values in series.items()],
+            "promql_expr_test": [
+                {"expr": query, "eval_time": "40m", "exp_samples": [{"labels": "{}", "value": value}]}
+            ],
+        }
+        for series, value in cases
+    ]
+    (tmp_path / "ready.yml").write_text(yaml.safe_dump({"evaluation_interval": "1m", "tests": tests}))
+    told = ["promtool", "test", "rules", str(tmp_path / "ready.yml")]
+    done = subprocess.run(told, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -157,6 +193,14 @@ def test_every_metric_that_is_asked_for_is_there(tmp_path: Path) -> None:
     )
 
 
+def test_names_that_others_have_too_are_asked_of_smolora_alone() -> None:
+    """A Prometheus of one's own scrapes more: every process has `process_…`, and vLLM its own names."""
+    asked = [query for _, query in queries()] + [alert.expression for alert in alerts()]
+    found = [selector for query in asked for selector in re.findall(r"(?:\bprocess_|vllm:)\w+(?:{[^}]*})?", query)]
+    assert found
+    assert [selector for selector in found if 'job="smolora"' not in selector] == []
+
+
 def _metrics_in(query: str) -> set[str]:
     bare = re.sub(r'"[^"]*"', '""', query)
     return set(re.findall(r"\b(?:smolora_|process_|vllm:)\w+|\bup\b|\bALERTS\b", bare))
@@ -184,30 +228,34 @@ def test_the_dashboard_is_one_that_grafana_provisions() -> None:
 
 
 @needs_promtool
-def test_prometheus_container_gets_ports_and_key(tmp_path: Path) -> None:
+def test_prometheus_container_gets_its_key(tmp_path: Path) -> None:
     """What its shell does, in other folders and with an echo in the place of Prometheus."""
     service = yaml.safe_load((FOLDER / "compose.yml").read_text())["services"]["prometheus"]
     assert service["entrypoint"] == ["/bin/sh", "-c"]
     (command,) = service["command"]
     command = command.replace("$$", "$").replace("/tmp", str(tmp_path)).replace("/bin/prometheus", "echo")
     command = command.replace("/etc/prometheus/", f"{FOLDER}/")
-    ports = {"SERVER_PORT": "9123", "GPU_PORT": "9124"}
-    assert set(service["environment"]) == {*ports, "METRICS_KEY"}
-    environment = {"PATH": os.environ["PATH"], "METRICS_KEY": "sk-a b$c", **ports}
+    assert set(service["environment"]) == {"METRICS_KEY"}
+    environment = {"PATH": os.environ["PATH"], "METRICS_KEY": "sk-a b$c"}
     done = subprocess.run(["/bin/sh", "-c", command], env=environment, capture_output=True, text=True, check=True)
-    assert f"--config.file={tmp_path}/prometheus.yml" in done.stdout
+    assert f"--config.file={FOLDER}/prometheus.yml" in done.stdout
     key = tmp_path / "metrics-key"
     assert (key.read_text(), key.stat().st_mode & 0o777) == ("sk-a b$c", 0o600)
     made = tmp_path / "prometheus.yml"
-    (job,) = yaml.safe_load(made.read_text())["scrape_configs"]
-    assert {name: found["port"] for found in job["dns_sd_configs"] for name in found["names"]} == {
-        "server": 9123,
-        "server-gpu": 9124,
-    }
-    made.write_text(made.read_text().replace("/tmp/metrics-key", str(key)))
+    made.write_text((FOLDER / "prometheus.yml").read_text().replace("/tmp/metrics-key", str(key)))
+    shutil.copy(ALERTS, tmp_path)
     told = ["promtool", "check", "config", str(made)]
     done = subprocess.run(told, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_prometheus_asks_containers_where_they_listen() -> None:
+    """Inside of the network that is one port, whichever is published on the machine."""
+    services = yaml.safe_load((FOLDER.parent.parent / "docker-compose.yml").read_text())["services"]
+    listens = {name: int(port.rpartition(":")[2]) for name in services for port in services[name].get("ports", ())}
+    assert set(listens) == {"server", "server-gpu"}
+    (job,) = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
+    assert {name: found["port"] for found in job["dns_sd_configs"] for name in found["names"]} == listens
 
 
 def test_compose_starts_both_only_when_asked() -> None:

@@ -7,7 +7,6 @@ what `server.api.access` has.
 import logging
 import re
 import time
-import traceback
 import uuid
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from server.api.errors.faults import form_of
 from server.api.telemetry.facts import RequestFacts, facts
 from server.api.telemetry.spans import begin_request, end_request
 from server.errors import Unavailable
-from server.logs import Fields, request_id
+from server.logs import Fields, place_of, request_id
 from server.metrics.http import HttpMetrics
 from server.tracing.spans import Tracer
 from server.training.queue.reserve import Reserve, is_disk_failing
@@ -79,10 +78,7 @@ class RequestContext:
         try:
             await self.app(scope, receive, send_with_id)
         except Exception as error:
-            # Its message may quote a prompt; where it came from doesn't.
-            frames = traceback.extract_tb(error.__traceback__)[-8:]
-            where = " < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))
-            log.error("%s at %s", type(error).__name__, where)
+            log.error("%s at %s", type(error).__name__, place_of(error))
             if status:
                 raise ConnectionAbortedError("the response was cut off") from None
             form = form_of(scope["path"])

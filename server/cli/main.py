@@ -1,7 +1,7 @@
 """The command line: `smolora serve` and `smolora worker`; the other commands have a file each.
 
 `--help` is instant, so what is slow to import is imported when needed.
-Whatever keeps the server from starting is one line on stderr and exit code 1.
+Whatever keeps the server from starting is one line on stderr, of the log where that is JSON, and exit code 1.
 """
 
 import sys
@@ -9,6 +9,7 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036  # pip would refuse; a checkout on the path would not
     sys.exit(f"smolora needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
+import logging
 import signal
 from io import TextIOWrapper
 from typing import Annotated
@@ -98,5 +99,8 @@ def main() -> None:
     try:
         app()
     except StartupError as error:
-        typer.echo(f"smolora: {error}", err=True)
+        if logs.is_json():
+            logging.getLogger("smolora.run").critical("%s", error)
+        else:
+            typer.echo(f"smolora: {error}", err=True)
         sys.exit(1)

@@ -13,7 +13,7 @@ from contextlib import aclosing, suppress
 from functools import partial
 
 from adapters.errors import SmoloraError
-from server.cluster.fleet import Link, Sent, Transport, best, check, total
+from server.cluster.fleet import Counts, Link, Sent, Transport, best, check, total
 from server.cluster.messages import Batch, Welcome
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.engine.watching.output_stream import OutputStream
@@ -37,6 +37,7 @@ class ReplicatedEngine:
         self._size_of = size_of
         self._client = uuid.uuid4().hex
         self._links: dict[str, Link] = {}
+        self._counts = Counts()
         self._followers: dict[str, asyncio.Task[None]] = {}  # a task for each link
         self._tasks: set[asyncio.Task[None]] = set()
         self._sent: dict[str, Sent] = {}
@@ -75,8 +76,8 @@ class ReplicatedEngine:
 
     @property
     def stats(self) -> EngineStats:
-        """Of all replicas together."""
-        return total(list(self._links.values()))
+        """Of all replicas together; counters are of what this process has seen them do."""
+        return total(list(self._links.values()), self._counts)
 
     def start(self) -> None:
         """Find the replicas, and follow them. Call it once, on the event loop."""
@@ -222,7 +223,7 @@ class ReplicatedEngine:
         for name, link in self._links.items():
             link.is_leaving = name not in ids
         for name in ids - self._links.keys():
-            link = self._links[name] = Link(name)
+            link = self._links[name] = Link(name, counts=self._counts)
             self._followers[name] = asyncio.create_task(self._follow(link))
 
     async def _follow(self, link: Link) -> None:

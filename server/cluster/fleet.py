@@ -19,6 +19,33 @@ _MAX_BLOCKS = 256
 """Of a prompt's beginning: what replicas are told apart by."""
 
 
+COUNTERS = (
+    "adapter_loads",
+    "adapter_evictions",
+    "prefix_cached_tokens",
+    "prompt_tokens",
+    "output_tokens",
+    "preemptions",
+    "steps",
+    "drafted_tokens",
+    "accepted_tokens",
+)
+"""The fields of `EngineStats` that only grow."""
+
+
+class Counts:
+    """What replicas have counted while this process knew them. Whichever come and go, it only grows."""
+
+    def __init__(self) -> None:
+        self.sums = dict.fromkeys(COUNTERS, 0)
+
+    def grow(self, before: EngineStats | None, now: EngineStats) -> None:
+        """A replica has told `now` what it had told `before`; None: it is new here."""
+        if before is not None:
+            for name in COUNTERS:
+                self.sums[name] += max(getattr(now, name) - getattr(before, name), 0)
+
+
 class Transport(Protocol):
     """How replicas are reached; what fails there raises an exception of whatever kind."""
 
@@ -54,6 +81,8 @@ class Link:
 
     id: str
     welcome: Welcome | None = None
+    counts: Counts = field(default_factory=Counts)  # of all links of this process
+    counted: EngineStats | None = None  # what it told last, also once it is lost
     state: ReplicaState | None = None
     blocks: set[int] = field(default_factory=set)  # of its prefix cache, with those it was sent prompts of
     is_leaving: bool = False  # it ends once nothing of ours runs there
@@ -82,6 +111,8 @@ class Link:
     def take(self, state: ReplicaState) -> None:
         """What it has told of itself."""
         self.state = state
+        self.counts.grow(self.counted, state.stats)
+        self.counted = state.stats
         for sent in self.sent.values():
             sent.is_reported = not sent.is_offered
         if state.blocks is not None:
@@ -137,13 +168,12 @@ def prefix_of(link: Link, request: GenerationRequest) -> list[int]:
     return [block_hash(key) for key in keys]
 
 
-def total(links: Sequence[Link]) -> EngineStats:
-    """Of all replicas together: sums, of digests the unions."""
-    found = [link.state.stats for link in links if link.state is not None]
-    if len(found) == 1:
-        return found[0]
-    sums: dict[str, Any] = {}  # by the fields' names
-    for name in (of.name for of in fields(EngineStats)):
+def total(links: Sequence[Link], counts: Counts) -> EngineStats:
+    """Of all replicas together: sums, of digests the unions; and what was counted."""
+    states = [link.state for link in links]  # once: /metrics asks from another thread
+    found = [state.stats for state in states if state is not None]
+    sums: dict[str, Any] = dict(counts.sums)  # by the fields' names
+    for name in (of.name for of in fields(EngineStats) if of.name not in COUNTERS):
         values = [getattr(stats, name) for stats in found]
         if name in ("resident", "waiting"):
             sums[name] = frozenset[str]().union(*values)

@@ -4,6 +4,9 @@
 at once, and which ones requests wait for. vLLM names there what runs just now; here it is what is in memory, by
 every name that a request may give it: `tweets` where that is its latest version, `tweets@3`, `tweets@prod`, and
 compositions whose parts are all there. Other projects' names come with the project.
+
+Gateways take each name for an adapter, and a server for full once it tells as many names as `max_lora`: so that
+counts names, too.
 """
 
 import time
@@ -18,7 +21,7 @@ from server.engine.request import EngineStats
 MAX_NAMES = 200
 """Of one label. Names without versions come first."""
 TYPICAL_RANK = 16
-"""`max_lora` says for how many adapters of this rank, on all linear modules, there is room."""
+"""`max_lora` exceeds the names by as many adapters of this rank, on all linear modules, as there is room for."""
 
 Names = Callable[[frozenset[str]], list[str]]
 """From digests to what requests may call them, by importance; `adapters.catalog.digests`."""
@@ -42,6 +45,7 @@ class GatewayCollector(Collector):
         self._block_size = block_size
         self._seen: tuple[object, ...] = ()
         self._told = ("", "")
+        self._num_more = 0  # names than adapters
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -67,14 +71,16 @@ class GatewayCollector(Collector):
         state = (stats.resident, stats.waiting, self._moves())
         if state != self._seen:
             with suppress(Exception):  # whatever the database has: `home` says so
-                self._told = (self._joined(stats.resident), self._joined(stats.waiting - stats.resident))
+                resident, waiting = self._named(stats.resident), self._named(stats.waiting - stats.resident)
+                self._told = ",".join(resident), ",".join(waiting)
+                self._num_more = len(resident) + len(waiting) - len(stats.resident | stats.waiting)
                 self._seen = state
         most = max(stats.max_adapter_rank // TYPICAL_RANK, stats.adapters_resident, 1)
         labels = ["max_lora", "waiting_lora_adapters", "running_lora_adapters"]
         family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in memory, and awaited", labels=labels)
-        resident, waiting = self._told
-        family.add_metric([str(most), waiting, resident], time.time())
+        running, awaited = self._told
+        family.add_metric([str(max(most + self._num_more, 1)), awaited, running], time.time())
         return family
 
-    def _joined(self, digests: frozenset[str]) -> str:
-        return ",".join(self._names(digests)[:MAX_NAMES]) if digests else ""
+    def _named(self, digests: frozenset[str]) -> list[str]:
+        return self._names(digests)[:MAX_NAMES] if digests else []

@@ -28,12 +28,20 @@ class HomeCollector(Collector):
     """Of one HOME. `min_free_bytes` is the setting. For one thread at a time."""
 
     def __init__(
-        self, home: Path, jobs: Jobs, min_free_bytes: int, clock: Callable[[], float] = time.monotonic
+        self,
+        home: Path,
+        jobs: Jobs,
+        min_free_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        is_shared: bool = False,
     ) -> None:
+        """`is_shared`: workers with other HOMEs take these jobs, too, and are seen while they keep a lease."""
         self._home = home
         self._jobs = jobs
         self._min_free_bytes = min_free_bytes
         self._clock = clock
+        self._is_shared = is_shared
         self._read_at = float("-inf")
         self._said_at = float("-inf")
         self._families: list[Metric] = []
@@ -62,8 +70,9 @@ class HomeCollector(Collector):
         for status in Status:
             jobs.add_metric([status.value], counts.get(status, 0))
         yield jobs
-        busy = self._jobs.owners()
-        states = Counter("busy" if worker in busy else "idle" for worker in workers_of(self._home))
+        busy, living = self._jobs.owners(), set(workers_of(self._home))
+        living |= busy if self._is_shared else set()
+        states = Counter("busy" if worker in busy else "idle" for worker in living)
         workers = GaugeMetricFamily("smolora_workers", "Worker processes that live, by state", labels=["state"])
         for state in ("busy", "idle"):
             workers.add_metric([state], states[state])

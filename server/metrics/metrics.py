@@ -8,7 +8,8 @@ MAX_ADAPTER_LABELS distinct ones, the rest share the label "other".
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 from prometheus_client import (
@@ -22,7 +23,9 @@ from prometheus_client import (
 )
 from prometheus_client.registry import Collector
 
+from adapters.errors import InvalidInput, TryAgain
 from server.engine.request import EngineStats
+from server.errors import QueueFull
 from server.metrics.engine import EngineCollector
 from server.metrics.http import OTHER, HttpMetrics
 
@@ -32,10 +35,19 @@ RENDER_SHARE = 0.1
 MAX_AGE = 1.0
 """Seconds. Writing out that was kept from its core for long tells nothing about what it costs."""
 
-Outcome = Literal["completed", "cancelled", "failed", "refused"]
-"""How a request ended: all its choices did, the client left, the engine failed it, or it was never taken."""
+Outcome = Literal["completed", "cancelled", "failed", "refused", "invalid"]
+"""How a request ended: all its choices did, the client left, the engine failed it, it was never taken, or it
+turned out to be one that can't be answered: its adapters are too large together, or its grammar too complex.
+"""
 
 _SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+def outcome_of(error: Exception) -> Outcome:
+    """How a request ended that the engine ended with this error."""
+    if isinstance(error, InvalidInput):
+        return "invalid"
+    return "refused" if isinstance(error, QueueFull) else "failed"  # by a replica that was asked
 
 
 class Metrics:
@@ -93,6 +105,15 @@ class Metrics:
     def refused(self) -> None:
         """A well-formed request was not taken: the queue is full, or nothing is served now."""
         self._requests.labels("refused").inc()
+
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """A block before a request is taken: where it raises TryAgain, one is refused."""
+        try:
+            yield
+        except TryAgain:
+            self.refused()
+            raise
 
     def render(self) -> bytes:
         """The text that Prometheus reads. Takes milliseconds, may block on disk, is for one thread at a time."""

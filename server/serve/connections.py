@@ -35,6 +35,7 @@ class Connections:
         self.clock = clock
         self._limits = limits
         self._open: OrderedDict[Connection, None] = OrderedDict()  # whose last event was longest ago comes first
+        self._num_crowded_out = 0  # closed since the last look
 
     @property
     def protocol(self) -> type[H11Protocol]:
@@ -50,6 +51,7 @@ class Connections:
         if len(self._open) > self._limits.max_connections:
             idle = (other for other in self._open if other.is_idle and other is not connection)
             self._close(next(idle, connection))
+            self._num_crowded_out += 1
 
     def touch(self, connection: "Connection") -> None:
         """Something has just happened on it."""
@@ -60,17 +62,18 @@ class Connections:
         self._open.pop(connection, None)
 
     def look(self) -> None:
-        """Close those that are out of time."""
-        late = {"HEADER_TIMEOUT": 0, "STALL_TIMEOUT": 0}
+        """Close those that are out of time; and tell how many were closed, for lack of room as well."""
+        closed = {"HEADER_TIMEOUT": 0, "STALL_TIMEOUT": 0, "MAX_CONNECTIONS": self._num_crowded_out}
+        self._num_crowded_out = 0
         now = self.clock()
         for connection in list(self._open):
             if connection.unsent_for(now) >= self._limits.stall_timeout:
-                late["STALL_TIMEOUT"] += 1
+                closed["STALL_TIMEOUT"] += 1
                 self._close(connection)
             elif connection.without_headers_for(now) >= self._limits.header_timeout:
-                late["HEADER_TIMEOUT"] += 1
+                closed["HEADER_TIMEOUT"] += 1
                 self._close(connection)
-        for name, number in late.items():
+        for name, number in closed.items():
             if number:
                 log.info("closed %s: SMOLORA_%s", counted(number, "connection"), name)
 

@@ -17,7 +17,7 @@ from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
 from server.api.train.submission import Submissions
 from server.config import Settings
-from server.database import agree, commits_at_once, commits_of, described, records_of
+from server.database import agree, commits_at_once, commits_of, described, is_file, records_of
 from server.database import connect as connect_database
 from server.engine.engine import EngineConfig
 from server.engine.watching.watchdog import Watchdog
@@ -103,7 +103,7 @@ def build(
                     commits_of(database, settings.home),
                     EngineConfig.block_size,
                 ),
-                HomeCollector(settings.home, jobs, settings.min_free_bytes),
+                HomeCollector(settings.home, jobs, settings.min_free_bytes, is_shared=not is_file(database)),
                 ServerCollector(base.name, lambda: engine.ready),
             ],
         ),

@@ -1,5 +1,10 @@
-"""Spans by OpenTelemetry's SDK, which reads how and whereto from its standard OTEL_ variables."""
+"""Spans by OpenTelemetry's SDK, which reads how and whereto from its standard OTEL_ variables.
 
+What it says of headers is kept out of the log: it quotes those that it can't read, of whomever, and of the
+collector's what may be a key.
+"""
+
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
@@ -17,6 +22,16 @@ from server.tracing.spans import Attributes
 
 _GROUP = "opentelemetry_traces_exporter"
 _CLOSE_SECONDS = 3.0
+
+
+def _without_header(record: logging.LogRecord) -> bool:
+    record.msg, record.args = "OTEL_EXPORTER_OTLP_HEADERS: what isn't written name=value is left out", ()
+    return True
+
+
+logging.getLogger("opentelemetry.util.re").addFilter(_without_header)
+for _name in ("opentelemetry.baggage", "opentelemetry.trace"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def exporter_of(name: str) -> SpanExporter:

@@ -5,8 +5,10 @@ import logging
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 from server.logs import Fields, JsonFormatter, LineFormatter, request_id
+from tests.adapter_hub import REPO, hub_of
 
 
 def line(message: str, **fields: object) -> str:
@@ -96,3 +98,35 @@ def test_all_libraries_lines_are_json_then() -> None:
 def test_a_line_of_a_job_names_it() -> None:
     record = logging.LogRecord("smolora.job", logging.INFO, __file__, 1, "begun", None, None)
     assert LineFormatter(job="job-1").format(record).endswith(" request=- job=job-1 begun")
+
+
+def test_what_is_fetched_from_the_hub_is_in_no_line(tmp_path: Path) -> None:
+    """Its client would tell the URLs, of which those of large files are signed."""
+    code = f"""
+import sys
+from pathlib import Path
+from server import logs
+from server.model.base.hub_adapter import fetch_adapter
+logs.set_up()
+place, endpoint = sys.argv[1:]
+fetch_adapter({REPO!r}, None, Path(place), max_config=99, max_weights=99, endpoint=endpoint)
+"""
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"bytes"}
+    with hub_of(files, []) as endpoint:
+        command = [sys.executable, "-c", code, str(tmp_path), endpoint]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == b"bytes"
+    assert endpoint not in said.stderr
+
+
+def test_nor_is_what_broke_off() -> None:
+    code = """
+from server import logs
+logs.set_up()
+from huggingface_hub import file_download
+from huggingface_hub.utils import _http
+file_download.logger.warning("Error while downloading from %s: %s", "https://cdn/x?Signature=xyzzy", "timed out")
+_http.logger.warning("timed out thrown while requesting GET https://cdn/x?Signature=xyzzy")
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert "xyzzy" not in said.stderr

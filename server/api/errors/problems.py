@@ -18,6 +18,7 @@ from server.api import wire
 from server.api.errors import wording
 from server.api.errors.near_names import unknown_field
 from server.errors import Forbidden, PayloadTooLarge, RateLimited, TryAgain, Unauthorized, Unavailable
+from server.logs import place_of
 
 MEDIA_TYPE = "application/problem+json"
 MAX_ERRORS = 32
@@ -90,7 +91,7 @@ def event(error: Exception) -> bytes:
 def _document_of(error: Exception) -> dict[str, object]:
     """What is told of the error; the log gets what isn't."""
     if not isinstance(error, SmoloraError):
-        log.error("%s: not foreseen", type(error).__name__)
+        log.error("%s at %s", type(error).__name__, place_of(error))
         return document(500, INTERNAL)
     status = status_of(error)
     if status == 500:

@@ -29,7 +29,7 @@ from server.api.telemetry.facts import facts, is_chat
 from server.api.telemetry.spans import GenerationTrace
 from server.engine.request import AdapterRef, GenerationRequest, Grammar, SamplingParams, SequenceOutput
 from server.errors import GenerationFailed, GenerationTimeout, TryAgain
-from server.metrics.metrics import Metrics, Outcome
+from server.metrics.metrics import Metrics, Outcome, outcome_of
 from server.model.text.chat import ChatMessage
 
 _SHORT_TEXT = 2048
@@ -120,8 +120,8 @@ class Generation:
                 yield output
             if self._num_running:
                 raise GenerationFailed("the engine ended this request early")
-        except Exception:
-            self._outcome = "failed"
+        except Exception as error:
+            self._outcome = outcome_of(error)
             raise
         self._outcome = "completed"
         self._book()
@@ -233,11 +233,8 @@ async def start(
 
 def ask_queue(services: Services, num_sequences: int) -> None:
     """Raise what so many sequences would be refused for now, before anything is done for them."""
-    try:
+    with services.metrics.refusals():
         services.engine.check_queue(num_sequences, services.principal.project)
-    except TryAgain:
-        services.metrics.refused()
-        raise
 
 
 def adapter_terms(expression: str | None, parts: Sequence[AdapterBody] | None, base_name: str) -> tuple[Term, ...]:
@@ -292,7 +289,10 @@ def length_of(turns: Sequence[ChatMessage]) -> int:
 
 async def encoded(services: Services, encode: Callable[[], T], length: int) -> T:
     """What `encode` makes of texts of so many characters together. Raises QueueFull where many long ones wait."""
-    return encode() if length <= _SHORT_TEXT else await services.limiters.encoding.run(encode)
+    if length <= _SHORT_TEXT:
+        return encode()
+    with services.metrics.refusals():
+        return await services.limiters.encoding.run(encode)
 
 
 def canonical(parts: Sequence[Part]) -> tuple[AdapterRef, ...]:

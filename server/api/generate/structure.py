@@ -43,4 +43,5 @@ async def check_grammar(services: Services, grammar: Grammar, sampling: Sampling
         if is_given:
             raise InvalidInput.of(name, "does not go with a regex or a response_format: the answer ends by itself")
     if not services.guidance.is_usable(grammar):
-        await services.limiters.grammars.run(services.guidance.check, grammar)
+        with services.metrics.refusals():
+            await services.limiters.grammars.run(services.guidance.check, grammar)

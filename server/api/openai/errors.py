@@ -14,6 +14,7 @@ from adapters.errors import Conflict, FieldError, InvalidInput, NotFound, Smolor
 from server.api import wire
 from server.api.errors import problems
 from server.errors import PayloadTooLarge, TryAgain, Unauthorized, Unavailable
+from server.logs import place_of
 
 log = logging.getLogger("smolora.api")
 
@@ -61,7 +62,7 @@ def internal() -> Response:
 def event(error: Exception) -> bytes:
     """The error as the last event of a stream that has begun: the client raises it as an APIError."""
     if not isinstance(error, SmoloraError):
-        log.error("%s: not foreseen", type(error).__name__)
+        log.error("%s at %s", type(error).__name__, place_of(error))
         return wire.event({"error": _error(500, problems.INTERNAL)})
     return wire.event({"error": _told(error)[1]})
 

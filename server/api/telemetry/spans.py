@@ -29,6 +29,7 @@ from server.tracing.spans import Span, Tracer, Value
 
 _UNTRACED = PROBES | {"/metrics"}
 _PROVIDER = "smolora"
+_MAX_METHOD = 32  # characters of one that HTTP doesn't define
 
 
 def begin_request(tracer: Tracer, scope: Scope) -> Span | None:
@@ -42,15 +43,18 @@ def end_request(
     span: Span, scope: Scope, status: int, request_id: str, principal: Principal | None, told: RequestFacts
 ) -> None:
     """`status` 0: the client left before there was any."""
-    method = scope["method"] if scope["method"] in METHODS else "_OTHER"
+    method, is_known = scope["method"], scope["method"] in METHODS
     route = template_of(scope["path"])
+    called = method if is_known else "HTTP"
     attributes: dict[str, Value] = {
-        "name": f"{method} {route}" if route else method,
-        "http.request.method": method,
+        "name": f"{called} {route}" if route else called,
+        "http.request.method": method if is_known else "_OTHER",
         "url.scheme": scope["scheme"],
         "url.path": scope["path"][:200],
         "smolora.request.id": request_id,
     }
+    if not is_known:
+        attributes["http.request.method_original"] = method[:_MAX_METHOD]
     if route:
         attributes["http.route"] = route
     if status:

@@ -6,11 +6,14 @@ So it is known of workers of other containers too, of idle ones, and of killed o
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _FOLDER = "workers"
+_PATIENCE_SECONDS = 2.0  # with whoever looks just now
+_RETRY_SECONDS = 0.005
 
 
 def own_name() -> str:
@@ -22,7 +25,8 @@ def own_name() -> str:
 def present(home: Path) -> Iterator[None]:
     """A block in which `workers_of` has this process.
 
-    Where its file can't be made, nobody sees the worker, and it works all the same.
+    Where its file can't be made, or another worker has the name (of a container that shares this one's host name,
+    say), nobody sees it, and it works all the same.
     """
     handle = None
     with suppress(OSError):
@@ -44,15 +48,21 @@ def workers_of(home: Path) -> list[str]:
 
 
 def _locked(path: Path) -> int:
-    """A handle with the lock on the file that is at `path`. Raises OSError."""
+    """A handle with the lock on the file that is at `path`. Raises OSError, also where another keeps it."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
+    until = time.monotonic() + _PATIENCE_SECONDS
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):  # who looked just now took it for a dead worker's
                 if os.path.samestat(os.fstat(handle), path.stat()):
                     return handle
+        except BlockingIOError:
+            if time.monotonic() > until:
+                os.close(handle)
+                raise
+            time.sleep(_RETRY_SECONDS)
         except BaseException:
             os.close(handle)
             raise

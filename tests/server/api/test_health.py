@@ -3,8 +3,11 @@
 import httpx
 import pytest
 
+from adapters.errors import InvalidInput, SmoloraError
+from server.errors import EngineDead, GenerationFailed, GenerationTimeout, QueueFull
+from server.metrics.metrics import Outcome
 from tests.server.api.access.key_kit import new_secret
-from tests.server.api.fakes import FakeEngine
+from tests.server.api.fakes import FakeEngine, failing
 from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
@@ -46,6 +49,28 @@ async def test_metrics_follow_requests(client: httpx.AsyncClient, engine: FakeEn
     assert "smolora_inter_token_seconds_count 2.0" in lines
     assert "smolora_queue_seconds_count 1.0" in lines
     assert 'smolora_adapter_tokens_total{adapter="base"} 3.0' in lines
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (GenerationFailed("a step failed"), "failed"),
+        (GenerationTimeout(), "failed"),
+        (EngineDead(), "failed"),
+        (QueueFull(), "refused"),  # by all replicas that were asked
+        (InvalidInput.of("adapter", "these adapters together need more memory"), "invalid"),
+    ],
+)
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_is_the_clients_or_for_want_of_room_is_no_failure(
+    error: SmoloraError, outcome: Outcome, stream: bool, client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    """SmoloraGenerationsFail goes by it, and one client's mistakes are no reason to wake anybody."""
+    engine.script = failing(0, error)
+    await client.post("/generate", json={"prompt": "hi", "stream": stream})
+    lines = (await client.get("/metrics")).text.splitlines()
+    told = [line for line in lines if line.startswith("smolora_requests_total{") and not line.endswith(" 0.0")]
+    assert told == [f'smolora_requests_total{{outcome="{outcome}"}} 1.0']
 
 
 async def test_metrics_know_routes_by_their_template(client: httpx.AsyncClient) -> None:

@@ -139,6 +139,29 @@ async def test_keys_and_projects_are_named_and_secrets_are_not(
     assert "guessed-wrong" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/generate", {"prompt": "hi"}), ("/v1/completions", {"model": "tiny-llama", "prompt": "hi"})],
+)
+async def test_the_place_of_a_fault_is_told_in_a_stream_too(
+    path: str,
+    body: Mapping[str, object],
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(request: GenerationRequest) -> Iterable[SequenceOutput]:
+        yield from list(words(request))[:2]
+        raise KeyError(SECRET)
+
+    engine.script = broken
+    response = await client.post(path, json={**body, "stream": True})
+    assert response.status_code == 200
+    (error,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert error.startswith(f"KeyError at {__file__}:")
+    assert SECRET not in error
+
+
 def echo(request: GenerationRequest) -> Iterable[SequenceOutput]:
     """An answer that has the secret in it."""
     for output in words(request):

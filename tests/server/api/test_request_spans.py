@@ -184,6 +184,15 @@ async def test_refusals_have_a_route_and_nothing_beneath(traced: Traced) -> None
     assert secret not in str([span.to_json() for span in traced.exporter.get_finished_spans()])
 
 
+async def test_methods_that_http_does_not_define_have_its_name(client: httpx.AsyncClient, traced: Traced) -> None:
+    await client.request("BREW", "/adapters")
+    await client.request(f"BREW{'W' * 100}", "/made-up")
+    assert traced.paths() == ["HTTP", "HTTP /adapters"]
+    brewed, longer = (attributes(span) for span in traced.exporter.get_finished_spans())
+    assert (brewed["http.request.method"], brewed["http.request.method_original"]) == ("_OTHER", "BREW")
+    assert len(str(longer["http.request.method_original"])) == 32
+
+
 async def test_probes_and_scrapes_are_not_traced(client: httpx.AsyncClient, traced: Traced) -> None:
     for path in ("/health", "/ready", "/metrics"):
         assert (await client.get(path)).status_code == 200

@@ -36,6 +36,17 @@ def test_what_keeps_it_from_starting_is_one_line(tmp_path: Path, arguments: list
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", [("serve", "--port=0"), ("worker",)])
+def test_where_the_log_is_json_it_says_so_in_json(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """What ends it is the line that matters most to whoever reads nothing else."""
+    (tmp_path / "smolora.db").mkdir()
+    done = smolora(*command, "--home", str(tmp_path), "--log-format", "json")
+    assert done.returncode == 1
+    *_, last = [json.loads(line) for line in done.stderr.splitlines()]
+    assert (last["level"], last["logger"]) == ("CRITICAL", "smolora.run")
+    assert "smolora.db" in last["message"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "seen", "key"),
     [

@@ -2,11 +2,12 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from server.cluster.client import ReplicatedEngine
-from server.cluster.fleet import Link, Sent, best
+from server.cluster.fleet import COUNTERS, Counts, Link, Sent, best, total
 from server.cluster.messages import ReplicaState, Welcome
 from server.engine.request import EngineStats
 from server.model.base.weights import BaseModel
@@ -62,6 +63,34 @@ def test_processes_that_hear_of_nothing_fill_no_replica(stats: EngineStats) -> N
     queues = [8 * index + found[f"replica-{index}"] for index in range(4)]
     assert sum(found.values()) == NUM_APIS * 3
     assert max(queues) - min(queues) <= NUM_APIS, queues
+
+
+def test_counters_only_grow_whichever_replicas_come_and_go() -> None:
+    """Prometheus takes a sum that falls for a server that began anew, and counts all of it again."""
+    counts = Counts()
+    one, other = Link("one", WELCOME, counts), Link("other", WELCOME, counts)
+
+    def told(link: Link, number: int) -> None:
+        every: dict[str, Any] = dict.fromkeys(COUNTERS, number)
+        link.take(ReplicaState(EngineStats(num_running=1, **every), num_in_flight=1, num_own=1))
+
+    def sums(*links: Link) -> set[int]:
+        stats = total(links, counts)
+        assert stats.num_running == sum(link.state is not None for link in links)
+        return {getattr(stats, name) for name in COUNTERS}
+
+    assert sums() == {0}
+    told(one, 1_000_000)  # of before this process began
+    told(other, 0)
+    assert sums(one, other) == {0}
+    told(one, 1_000_010)
+    told(other, 5)
+    assert sums(one, other) == {15}
+    one.state = None  # lost, for a moment
+    assert sums(one, other) == {15}
+    told(one, 1_000_030)
+    assert sums(one, other) == {35}
+    assert sums(other) == {35}, "what has gone has counted"
 
 
 def test_a_replica_tells_how_many_follow_it(tiny_base: BaseModel) -> None:

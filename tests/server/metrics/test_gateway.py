@@ -65,6 +65,29 @@ def test_room_is_never_less_than_what_is_there() -> None:
     assert sample.labels == {"max_lora": "1", "running_lora_adapters": "", "waiting_lora_adapters": ""}
 
 
+def test_room_for_one_more_is_told_however_many_names_each_adapter_has() -> None:
+    """Gateways count names: a server is full for them once it tells `max_lora` of them."""
+
+    def two_names(digests: Collection[str]) -> list[str]:
+        return [*digests, *(f"{digest}@1" for digest in digests)]
+
+    def is_full(num_resident: int, num_waiting: int = 0) -> bool:
+        resident = frozenset(f"r{number}" for number in range(num_resident))
+        waiting = frozenset(f"w{number}" for number in range(num_waiting))
+        stats = EngineStats(
+            adapters_resident=num_resident, max_adapter_rank=10 * 16, resident=resident, waiting=waiting
+        )
+        collector = GatewayCollector(lambda: stats, "tiny", two_names, lambda: 0, 16)
+        found = {family.name: family for family in collector.collect()}
+        (sample,) = found["vllm:lora_requests_info"].samples
+        told = [sample.labels[f"{kind}_lora_adapters"] for kind in ("running", "waiting")]
+        return sum(len(set(names.split(","))) for names in told if names) >= int(sample.labels["max_lora"])
+
+    assert [number for number in range(13) if is_full(number)] == [10, 11, 12]
+    assert not is_full(6, 3)
+    assert is_full(6, 4)
+
+
 def test_names_are_looked_up_only_after_a_change() -> None:
     current, catalog = EngineStats(resident=frozenset("a")), Catalog()
     collector = GatewayCollector(lambda: current, "tiny", catalog.names, lambda: catalog.moves, 16)

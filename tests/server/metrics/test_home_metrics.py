@@ -66,6 +66,21 @@ def test_a_worker_is_busy_while_it_keeps_a_lease(tmp_path: Path, jobs: Jobs, lea
     assert read(collector)["smolora_workers", "busy"] == 0, "it has gone, whatever its lease says"
 
 
+def test_workers_of_other_machines_are_seen_while_they_are_busy(
+    tmp_path: Path, jobs: Jobs, leases: Leases
+) -> None:
+    """Of a cluster, in which each process has a HOME of its own: else SmoloraJobsWait fires while they train."""
+    clock = Clock()
+    collector = HomeCollector(tmp_path, jobs, 512, clock, is_shared=True)
+    with present(tmp_path):
+        submit(jobs, "job-1")
+        assert leases.claim("elsewhere:7") is not None
+        assert (read(collector)["smolora_workers", "idle"], read(collector)["smolora_workers", "busy"]) == (1, 1)
+    jobs.cancel("job-1")
+    clock.now += 1
+    assert (read(collector)["smolora_workers", "idle"], read(collector)["smolora_workers", "busy"]) == (0, 0)
+
+
 def test_the_disk_is_homes(tmp_path: Path, jobs: Jobs) -> None:
     collector, _ = _collector(tmp_path, jobs)
     found = read(collector)

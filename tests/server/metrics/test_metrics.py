@@ -73,7 +73,7 @@ def test_servers_share_no_numbers() -> None:
 def test_outcomes_begin_at_zero() -> None:
     found = samples(Metrics(EngineStats))
     outcomes = {dict(labels)["outcome"] for (name, labels) in found if name == "smolora_requests_total"}
-    assert outcomes == {"completed", "cancelled", "failed", "refused"}
+    assert outcomes == {"completed", "cancelled", "failed", "refused", "invalid"}
 
 
 def test_responses_are_counted_by_method_route_and_status() -> None:

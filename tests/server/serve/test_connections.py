@@ -1,6 +1,7 @@
 """Connections of uvicorn's protocol on transports that are not there, by a clock that stands still."""
 
 import asyncio
+import logging
 import resource
 import socket
 from typing import Any
@@ -207,6 +208,27 @@ async def test_past_the_most_the_longest_idle_one_goes() -> None:
     bench.connect()
     assert cut_busy.is_closing()
     assert len(bench.connections) == 4
+
+
+async def test_each_limit_that_closed_some_is_told_once_a_look(caplog: pytest.LogCaptureFixture) -> None:
+    """Else nobody who runs the server knows why clients are cut off."""
+    caplog.set_level(logging.INFO)
+    bench = Bench(max_connections=2, header_timeout=10)
+    for _ in range(2):
+        bench.connect()[0].data_received(GET)
+    for _ in range(3):
+        bench.connect()
+    bench.pass_time(1)
+    bench.pass_time(1)
+    await bench.answer()
+    bench.connect()
+    bench.pass_time(10)
+    told = [record.getMessage() for record in caplog.records if record.name == "smolora.api"]
+    assert told == [
+        "closed 3 connections: SMOLORA_MAX_CONNECTIONS",
+        "closed 1 connection: SMOLORA_HEADER_TIMEOUT",
+        "closed 1 connection: SMOLORA_MAX_CONNECTIONS",
+    ]
 
 
 async def test_one_that_leaves_makes_room() -> None:

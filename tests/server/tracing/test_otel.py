@@ -62,6 +62,39 @@ def test_any_other_header_begins_a_new_one(given: str) -> None:
     assert len(span.trace_id) == 32
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"baggage": "xyzzy of mine"},
+        {"baggage": "xyzzy \x9b31m\xe9=1"},
+        {"baggage": f"xyzzy={'x' * 9000}"},
+        {"baggage": f"xyzzy={'x' * 5000},b=1"},
+        {"tracestate": "xyzzy of mine"},
+        {"tracestate": "xyzzy=1,xyzzy=2"},
+        {"tracestate": ",".join(f"xyzzy{number}=1" for number in range(40))},
+    ],
+)
+def test_what_its_client_sends_is_in_no_line(headers: dict[str, str]) -> None:
+    """Of whomever: spans begin before a key is asked for."""
+    code = f"""
+from server import logs
+from server.tracing.otel import OtelTracer
+logs.set_up()
+assert OtelTracer([]).request({{"traceparent": "00-{TRACE}-{PARENT}-01", **{headers!r}}}).trace_id == "{TRACE}"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert done.stderr == ""
+
+
+def test_a_collectors_key_is_in_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization: Bearer xyzzy")
+    code = "from server.tracing.spans import open_tracer; assert open_tracer()"  # before there is a log
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert "OTEL_EXPORTER_OTLP_HEADERS: what isn't written name=value is left out" in done.stderr
+    assert "xyzzy" not in done.stderr
+
+
 def test_what_its_client_does_not_sample_is_no_span() -> None:
     assert tracer()[0].request({"traceparent": f"00-{TRACE}-{PARENT}-00"}) is None
 

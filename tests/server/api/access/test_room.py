@@ -122,6 +122,26 @@ async def test_long_prompts_wait_in_a_bounded_queue(
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
             work.go.set()
             assert [(await task).status_code for task in tasks] == [200, 200]
+            assert 'smolora_requests_total{outcome="refused"} 1.0' in (await client.get("/metrics")).text
+    finally:
+        work.go.set()
+
+
+async def test_a_grammar_that_there_is_no_room_for_is_a_request_refused(
+    make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services, work = make_services(), Blocked()
+    services = replace(services, limiters=replace(services.limiters, grammars=Slots("grammars", 1, 0)))
+    monkeypatch.setattr(services.guidance, "check", lambda grammar: work(1))
+    try:
+        async with client_of(new_app(services)) as client:
+            body = {"prompt": "a", "regex": "a+", "max_tokens": 1}
+            first = asyncio.create_task(client.post("/generate", json=body))
+            await until(lambda: work.num_begun == 1)
+            assert (await client.post("/generate", json=body)).status_code == 429
+            work.go.set()
+            assert (await first).status_code == 200
+            assert 'smolora_requests_total{outcome="refused"} 1.0' in (await client.get("/metrics")).text
     finally:
         work.go.set()
 

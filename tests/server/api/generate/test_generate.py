@@ -215,22 +215,22 @@ async def test_what_cannot_serve_is_503(client: httpx.AsyncClient, engine: FakeE
 
 
 @pytest.mark.parametrize(
-    ("error", "status"),
+    ("error", "status", "outcome"),
     [
-        (GenerationFailed("a step failed"), 500),
-        (EngineDead(), 503),
-        (InvalidInput.of("adapter", "larger than the memory"), 422),
+        (GenerationFailed("a step failed"), 500, "failed"),
+        (EngineDead(), 503, "failed"),
+        (InvalidInput.of("adapter", "larger than the memory"), 422, "invalid"),
     ],
 )
 async def test_a_failure_midway_is_a_problem(
-    client: httpx.AsyncClient, engine: FakeEngine, error: SmoloraError, status: int
+    client: httpx.AsyncClient, engine: FakeEngine, error: SmoloraError, status: int, outcome: str
 ) -> None:
     engine.script = failing(2, error)
     response = await client.post("/generate", json={"prompt": "a", "max_tokens": 4})
     assert response.status_code == status
     assert response.headers["content-type"] == "application/problem+json"
     assert engine.open == set()
-    assert 'smolora_requests_total{outcome="failed"} 1.0' in (await client.get("/metrics")).text
+    assert f'smolora_requests_total{{outcome="{outcome}"}} 1.0' in (await client.get("/metrics")).text
 
 
 async def test_an_engine_that_falls_silent_is_a_failure(client: httpx.AsyncClient, engine: FakeEngine) -> None:

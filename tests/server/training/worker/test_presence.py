@@ -70,6 +70,20 @@ def test_one_that_comes_while_somebody_looks_is_not_taken_for_dead(tmp_path: Pat
         watcher.join()
 
 
+def test_another_of_the_same_name_is_not_waited_for(tmp_path: Path) -> None:
+    """Of a container that has this one's host name (`network_mode: host`), and counts processes from 1, too."""
+    has_begun = threading.Event()
+
+    def work() -> None:
+        with present(tmp_path):
+            has_begun.set()
+
+    with present(tmp_path):
+        threading.Thread(target=work, daemon=True).start()
+        assert has_begun.wait(10), "its worker takes no job for as long as this one lives"
+        assert workers_of(tmp_path) == [own_name()]
+
+
 def test_a_home_that_takes_no_file_stops_no_worker(tmp_path: Path) -> None:
     (tmp_path / "workers").write_text("in the way")
     with present(tmp_path):
