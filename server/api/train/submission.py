@@ -178,7 +178,7 @@ class Submissions:
         data = JobData(
             train=train.examples,
             validation=validation.examples if held_out else None,
-            references=self._encoder.references(held_out),
+            references=self._encoder.references(held_out, max_prompt=self._max_length),
             facts=facts,
             base_digest=self._base_digest,
         )
