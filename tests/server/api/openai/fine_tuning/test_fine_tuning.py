@@ -260,6 +260,8 @@ async def test_no_such_job(client: httpx.AsyncClient, method: str, path: str) ->
         ({"metadata": {"n": 1}}, "metadata"),
         ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
         ({"metadata": {"n": "x" * 513}}, "metadata"),
+        ({"metadata": {"n": "a\0b"}}, "metadata"),
+        ({"metadata": {"a\0b": "n"}}, "metadata"),
         ({"model": "two*0.5+models"}, "model"),
         ({"model": "not a model"}, "model"),
         ({"n_epochs": 3}, "n_epochs"),
