@@ -31,7 +31,7 @@ from server.api.middleware import BodyLimit, RequestContext
 from server.api.openai.router import router as openai
 from server.api.train import datasets
 from server.api.train import route as train
-from server.api.train.housekeeping import keep_house
+from server.api.train.housekeeping import clean_uploads, keep_house
 
 _DESCRIPTION = """One frozen SmolLM, any LoRA adapter per request: versioned, weighted and composed, never merged.
 
@@ -54,7 +54,12 @@ def create_app(services: Services) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services.engine.start()
         services.guidance.start()
-        sweep = services.library.sweep if services.bucket is not None else None
+
+        def sweep() -> None:
+            clean_uploads(services.storage)
+            if services.bucket is not None:
+                services.library.sweep()
+
         tasks = [
             asyncio.create_task(keep_house(services.retention, services.settings.retain_jobs, sweep=sweep)),
             asyncio.create_task(keep_books(services.access)),

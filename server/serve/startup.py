@@ -15,6 +15,7 @@ from server.api.deps import EngineClient, Services
 from server.api.generate.recent_pins import RecentPins
 from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
+from server.api.train.housekeeping import clean_uploads
 from server.api.train.submission import Submissions
 from server.config import Settings
 from server.database import agree, commits_at_once, commits_of, described, is_file, records_of
@@ -72,9 +73,7 @@ def build(
     library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
     for line in library.recover(jobs.is_known).lines():
         say(line)
-    for project in home.projects():
-        _datasets(storage, project).clean()
-        _files(storage, project).clean()
+    clean_uploads(storage)
     datasets, files = _datasets(storage, EVERYBODY.project), _files(storage, EVERYBODY.project)
     encoder = PromptEncoder(base.tokenizer)
     rows = RowEncoder(encoder, _end_token(base), base.config.eos_token_ids)

@@ -7,6 +7,20 @@ from pydantic import BaseModel
 
 from adapters.names import near
 
+_PEERS = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "init_lora_weights": "init",
+    "use_dora": None,
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "max_seq_length": "max_length",
+    "lr_scheduler_type": "schedule",
+    "save_steps": "checkpoint_steps",
+}
+"""What PEFT and TRL call a field of ours; None: what isn't here, though a name of ours looks like it."""
+
 
 def unknown_field(loc: tuple[str | int, ...], body: type[BaseModel] | None) -> str:
     """What to tell of a field that `body` doesn't have where it stood; `loc` is its place within the body."""
@@ -16,8 +30,9 @@ def unknown_field(loc: tuple[str | int, ...], body: type[BaseModel] | None) -> s
         return "no such field"
     if elsewhere := [path for path, model in _models(body) if model is not here and name in _names(model)]:
         return f"no such field here: it belongs {f'under {elsewhere[0]}' if elsewhere[0] else 'at the top level'}"
-    meant = near(name, _names(here))
-    return "no such field" if meant is None else f"no such field: did you mean {meant}?"
+    names = _names(here)
+    meant = _PEERS[name] if name in _PEERS else near(name, names)
+    return f"no such field: did you mean {meant}?" if meant in names else "no such field"
 
 
 def _names(model: type[BaseModel]) -> set[str]:

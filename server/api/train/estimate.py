@@ -1,4 +1,5 @@
-"""How long a training job may take: by the speed of the last one of its kind on this device, else a product's.
+"""How long a training job may take: by the speed of the last one of its kind on this device and on a base of this
+size, else a product's.
 
 A first job's estimate is good to a factor of two or so. That the server's requests come first isn't counted.
 """
@@ -69,8 +70,11 @@ class Estimator:
         return _EFFICIENCY * self._flops_per_second() / flops, "a matrix product"
 
     def _was_here(self, job: Job) -> bool:
-        """Whether it ran on a device like this one, by its card."""
+        """Whether it ran on a device like this one, and trained on a base of the same size, by its card."""
         card = self._jobs.report(job.id) or {}
+        base = cast("Mapping[str, object]", card.get("base_model", {}))
+        if base.get("parameters", self._num_parameters) != self._num_parameters:
+            return False
         environment = cast("Mapping[str, object]", card.get("environment", {}))
         there = environment.get("gpu") or environment.get("device", "cpu")  # older cards name no GPU
         return there == (str(gpu_of(self._device)) if self._device.type == "cuda" else "cpu")

@@ -1,4 +1,6 @@
-"""What the server does now and then, by itself: ended jobs lose rows, and all files where RETAIN_JOBS says so."""
+"""What the server does now and then, by itself: ended jobs lose rows, and all files where RETAIN_JOBS says so;
+what killed processes left of uploads goes.
+"""
 
 import asyncio
 import logging
@@ -7,6 +9,9 @@ from datetime import UTC, datetime, timedelta
 
 from anyio import to_thread
 
+from server.storage import Storage
+from server.training.data.datasets import DatasetStore
+from server.training.data.files import FileStore
 from server.training.queue.retention import Retention
 
 INTERVAL_SECONDS = 3600.0
@@ -22,7 +27,7 @@ async def keep_house(
 ) -> None:
     """Look at once, and again each time so many seconds have passed; until cancelled.
 
-    `sweep` is for adapters' bytes that were deleted a while ago, where they may not go at once.
+    `sweep` is for what isn't the jobs': uploads, and adapters' bytes that were deleted a while ago.
     """
     while True:
         try:
@@ -32,6 +37,14 @@ async def keep_house(
         except Exception:  # the disk, or the database: the next look may go well
             log.exception("can't remove the files of ended jobs just now")
         await asyncio.sleep(interval)
+
+
+def clean_uploads(storage: Storage) -> None:
+    """Drop what killed processes left of all projects' data sets and files, once it is old enough."""
+    for project in storage.home.projects():
+        datasets, files = storage.home.datasets(project), storage.home.files(project)
+        DatasetStore(datasets, bucket=storage.at(datasets)).clean()
+        FileStore(files, bucket=storage.at(files)).clean()
 
 
 def _tidy(retention: Retention, retain_days: float) -> None:

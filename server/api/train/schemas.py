@@ -271,7 +271,7 @@ class DryRunAnswer(BaseModel):
     estimate: Estimate
     preview: list[PreviewRow]
     config: dict[str, object]
-    warnings: list[str] = Field(description="of start_from, such as that it was made on another base")
+    warnings: list[str] = Field(description="of start_from and of the rows; a job has them as events")
 
 
 class DatasetAnswer(BaseModel):

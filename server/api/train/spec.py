@@ -93,6 +93,8 @@ def _faults(body: TrainBody, max_length: int) -> Iterator[FieldError]:
         yield FieldError(("training", "early_stopping_patience"), message)
     if body.alias is not None and (fault := alias_fault(body.alias)):
         yield FieldError(("alias",), fault)
+    if "\0" in body.description:
+        yield FieldError(("description",), "must not have NUL characters")
     if body.method == "full":
         if body.lora.model_fields_set:
             yield FieldError(("lora",), "full fine-tuning trains no adapter: leave it out, or set method to lora")

@@ -23,6 +23,7 @@ from server.api.telemetry.facts import facts
 from server.api.train.rows import JobRows, choose_rows
 from server.api.train.schemas import MAX_STEPS, TrainBody
 from server.api.train.spec import build_spec, parent_terms
+from server.counted import counted
 from server.errors import Unavailable
 from server.training.data.encoding import RowEncoder
 from server.training.data.files import RowSources
@@ -120,7 +121,7 @@ class Submissions:
                     used=prepared.used,
                     idempotency_key=idempotency_key,
                     body_digest=digest,
-                    warnings=prepared.warnings,
+                    warnings=prepared.warnings if fine_tuning is None else (*prepared.warnings, *_cut(prepared)),
                 )
             except BaseException:
                 self._drop(job_id)
@@ -178,11 +179,22 @@ class Submissions:
         data = JobData(
             train=train.examples,
             validation=validation.examples if held_out else None,
-            references=self._encoder.references(held_out),
+            references=self._encoder.references(held_out, max_prompt=self._max_length),
             facts=facts,
             base_digest=self._base_digest,
         )
         return data, train.warnings
+
+
+def _cut(prepared: Prepared) -> Iterator[str]:
+    """What OpenAI's form of a job has no field for: how many rows are truncated."""
+    facts = prepared.data.facts
+    if number := facts.num_truncated + facts.num_validation_truncated:
+        most = prepared.spec.training.max_length
+        yield (
+            f"cut after {counted(most, 'token')}, the most of a row: {counted(number, 'row')}; "
+            "POST /train takes a file's id as dataset, and training.max_length"
+        )
 
 
 def _check_rows(spec: JobSpec, rows: JobRows) -> None:

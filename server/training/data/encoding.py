@@ -94,19 +94,24 @@ class RowEncoder:
         warnings = [_SPELLED.format(name, counted(number, "row")) for name, number in spelled.items()]
         return EncodedRows(examples, num_truncated, tuple(warnings))
 
-    def reference(self, row: Row) -> Reference | None:
-        """The completion, or the assistant's last turn, and what comes before it; None for a text."""
+    def reference(self, row: Row, max_prompt: int | None = None) -> Reference | None:
+        """The completion, or the assistant's last turn, and what comes before it; None for a text.
+
+        Of the prompt the first `max_prompt` tokens are kept: a base that reads no more has no room for an answer.
+        """
         if isinstance(row, CompletionRow):
             prompt, text = self._encoder.prompt(row.prompt), row.completion
         elif isinstance(row, MessagesRow) and len(row.messages) > 1:
             prompt, text = self._encoder.messages(row.messages[:-1]), row.messages[-1].content
         else:
             return None
-        return Reference(tuple(prompt), text, len(self._encoder.continuation(text)))
+        return Reference(tuple(prompt[:max_prompt]), text, len(self._encoder.continuation(text)))
 
-    def references(self, rows: Iterable[Row], limit: int = MAX_REFERENCES) -> list[Reference]:
-        """Those of the first `limit` rows that have one."""
-        found = (self.reference(row) for row in rows)
+    def references(
+        self, rows: Iterable[Row], limit: int = MAX_REFERENCES, max_prompt: int | None = None
+    ) -> list[Reference]:
+        """Those of the first `limit` rows that have one; `max_prompt` as in `reference`."""
+        found = (self.reference(row, max_prompt) for row in rows)
         return list(islice((reference for reference in found if reference is not None), limit))
 
     def _encode(self, row: Row, max_length: int, overlong: Overlong) -> tuple[Example, bool]:

@@ -57,7 +57,8 @@ class Examples(Sequence[Example]):
     @property
     def num_targets(self) -> int:
         """Tokens that are trained on."""
-        return self._is_target.count(1)
+        # array's own `count` makes an int of each, and holds the interpreter for as long as that takes
+        return int(np.count_nonzero(np.asarray(self._is_target).view(np.bool_)))
 
     def __len__(self) -> int:
         return len(self._offsets) - 1

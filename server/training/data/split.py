@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from heapq import merge
+from itertools import islice
 
 from adapters.errors import InvalidInput
 from server.training.data.packed_rows import PackedRows
@@ -10,6 +12,7 @@ from server.training.data.rows import Row, row_digest
 DEFAULT_SHARE = 0.1
 MIN_ROWS = 20
 """Rows from which on `DEFAULT_SHARE` is held out where the request doesn't say."""
+_RUN = 4096
 
 
 def default_share(num_rows: int) -> float:
@@ -31,12 +34,19 @@ def hold_out(rows: Sequence[Row], share: float) -> tuple[Sequence[Row], Sequence
     digests = [row_digest(row) for row in rows]
     num_held_out = max(1, round(share * len(rows)))
     # of equal rows, all or none: whatever is as small as the last one counted
-    last = max(sorted(digests)[:num_held_out], default=b"")
+    last = nth_smallest(digests, num_held_out)
     packed = rows if isinstance(rows, PackedRows) else PackedRows(rows)
     train = packed.chosen(digest > last for digest in digests)
     if not train:
         raise InvalidInput.of("validation", "leaves no row to train on; send more rows, or a share of 0")
     return train, packed.chosen(digest <= last for digest in digests)
+
+
+def nth_smallest(digests: Sequence[bytes], n: int) -> bytes:
+    """The last of the `n` smallest, n at least 1; nothing where there are none."""
+    # one call that sorted all of them would hold every other thread up for as long as it takes
+    runs = [sorted(digests[start : start + _RUN]) for start in range(0, len(digests), _RUN)]
+    return next(islice(merge(*runs), n - 1, None), b"")
 
 
 def overlap(train: Iterable[Row], validation: Iterable[Row]) -> int:

@@ -65,8 +65,11 @@ class Retention:
         return removals
 
     def sweep(self) -> None:
-        """Remove rows and checkpoints of ended jobs from HOME, as workers do: here may be none."""
-        self._files.sweep_ended(lambda job_id: self._statuses([job_id]).get(job_id))
+        """Remove rows and checkpoints of ended jobs from HOME, as workers do: here may be none.
+
+        Old folders of jobs that were never submitted go, too.
+        """
+        self._files.sweep(lambda job_id: self._statuses([job_id]).get(job_id))
 
     def finish(self) -> None:
         """Remove what is left of removed files, by who was killed or wrote on for a moment; fill the reserve."""

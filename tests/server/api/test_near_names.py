@@ -46,6 +46,22 @@ async def test_unknown_fields(
     assert message in (found.values() if loc is None else [found[tuple(loc)]])
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "message"),
+    [
+        ("lora", "r", "no such field: did you mean rank?"),
+        ("lora", "lora_alpha", "no such field: did you mean alpha?"),
+        ("lora", "use_dora", "no such field"),  # it is no misspelt use_rslora
+        ("lora", "target_module", "no such field: did you mean target_modules?"),
+        ("training", "num_train_epochs", "no such field: did you mean epochs?"),
+        ("training", "save_steps", "no such field: did you mean checkpoint_steps?"),
+    ],
+)
+async def test_names_that_peft_and_trl_have(client: httpx.AsyncClient, part: str, name: str, message: str) -> None:
+    response = await client.post("/train", json={"name": "a", "data": [{"text": "a"}], part: {name: 1}})
+    assert response.json()["errors"] == [{"loc": [part, name], "message": message}]
+
+
 async def test_unknown_fields_of_openais(client: httpx.AsyncClient) -> None:
     body = {"model": "base", "prompt": "a", "max_token": 5}
     response = await client.post("/v1/completions", json=body)

@@ -35,6 +35,8 @@ def _metadata(value: object) -> object:
     for key, text in value.items():
         if not isinstance(text, str) or len(key) > MAX_KEY or len(text) > MAX_VALUE:
             raise ValueError(f"keys are texts of at most {MAX_KEY} characters, values of at most {MAX_VALUE}")
+        if "\0" in key + text:
+            raise ValueError("must not have NUL characters")
     return value
 
 

@@ -23,13 +23,15 @@ def jobs(tmp_path: Path) -> Jobs:
     return Jobs(connect(tmp_path))
 
 
-def has_trained(jobs: Jobs, tokens_per_second: float, environment: Mapping[str, object]) -> None:
-    """A job has succeeded at that speed, the newest of all."""
+def has_trained(
+    jobs: Jobs, tokens_per_second: float, environment: Mapping[str, object], **card: Mapping[str, object]
+) -> None:
+    """A job has succeeded at that speed, the newest of all; `card` is what else its card says."""
     leases, number = Leases(jobs._engine), len(jobs.list())
     jobs.submit(JobSpec(f"a{number}"), job_id=f"job-{number}", data={})
     claim = leases.claim("worker")
     assert claim is not None
-    report = {"environment": environment}
+    report = {"environment": environment, **card}
     leases.succeed(claim, progress={"tokens_per_second": tokens_per_second}, metrics={}, report=report)
 
 
@@ -53,3 +55,13 @@ def test_older_cards_name_no_gpu(jobs: Jobs) -> None:
     assert speed(jobs, CPU) == (100.0, "an earlier job")
     with pretended_cuda():
         assert speed(jobs, CUDA)[1] == "a matrix product"
+
+
+def test_bases_are_not_mixed(jobs: Jobs) -> None:
+    """A server that serves a large base may have trained on a small one before."""
+    small, large = {"parameters": 1_000_000}, {"parameters": 3_000_000_000}
+    has_trained(jobs, 9000.0, {"device": "cpu"}, base_model=small)
+    has_trained(jobs, 3.0, {"device": "cpu"}, base_model=large)
+    assert speed(jobs, CPU) == (9000.0, "an earlier job")
+    assert Estimator(jobs, 3_000_000_000, torch.float32, CPU)._speed("lora") == (3.0, "an earlier job")
+    assert Estimator(jobs, 360_000_000, torch.float32, CPU)._speed("lora")[1] == "a matrix product"

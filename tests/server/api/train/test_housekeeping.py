@@ -1,12 +1,14 @@
 """Ended jobs lose their files by themselves, again and again, whatever goes wrong in between."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
 from server.api.train.housekeeping import keep_house
 from server.training.queue.job_files import JobFiles
@@ -90,3 +92,16 @@ async def test_a_fault_is_not_the_end(tmp_path: Path, jobs: Jobs, caplog: pytest
     async with house_kept(Unlucky(tmp_path, jobs), 1e-9):
         await until(lambda: not directory.exists())
     assert "can't remove the files" in caplog.text
+
+
+async def test_what_a_kill_left_of_uploads_goes_while_it_serves(app: FastAPI, tmp_path: Path) -> None:
+    """A server is started again at once, when nobody can tell whether a worker is still writing."""
+    places = [tmp_path / "datasets", tmp_path / "files", tmp_path / "projects" / "acme" / "datasets"]
+    old, new = ([place / f".unfinished-{age}" for place in places] for age in ("old", "new"))
+    for half in (*old, *new):
+        half.mkdir(parents=True)
+    for half in old:
+        os.utime(half, (0, 0))
+    async with app.router.lifespan_context(app):
+        await until(lambda: not any(half.exists() for half in old))
+    assert all(half.exists() for half in new)

@@ -13,12 +13,13 @@ from fastapi import FastAPI
 from adapters.errors import CorruptAdapter, NotFound
 from adapters.library import Library
 from server.training.data.datasets import Dataset, DatasetStore
+from server.training.data.job_data import JobData
 from server.training.merge_spec import MergeSpec
 from server.training.queue.jobs import Job, Jobs
 from server.training.spec import JobSpec
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.train_kit import train_body
-from tests.server.conftest import client_of
+from tests.server.conftest import MAX_POSITIONS, client_of
 
 pytestmark = pytest.mark.anyio
 
@@ -134,3 +135,18 @@ async def test_one_key_at_the_same_time(app: FastAPI, tmp_path: Path) -> None:
         assert len(ids) == 1
         assert [path.name for path in tmp_path.glob("jobs/*")] == list(ids)
         assert len((await client.get("/train")).json()["jobs"]) == 1
+
+
+async def test_of_a_long_conversation_no_more_is_kept_than_the_base_reads(
+    client: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    """A held-out one, of which the first answer is measured and the last one can't be completed."""
+    turns = [("user", "404"), ("assistant", "Not Found"), ("user", "200 " * 20_000), ("assistant", "OK")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    response = await client.post("/train", json=train_body(validation=[row]))
+    data = JobData.load(tmp_path / "jobs" / response.json()["id"])
+    (reference,) = data.references
+    assert reference.text == "OK"
+    assert len(reference.prompt) == MAX_POSITIONS
+    assert data.validation is not None
+    assert reference.prompt[:20] == data.validation[0].token_ids[:20]

@@ -94,6 +94,13 @@ async def test_bad_fields(client: httpx.AsyncClient, field: str, value: object, 
     assert field in [place[-1] for place in places]
 
 
+async def test_a_description_that_no_database_takes(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    """A dry run says so, too, and the place is the body's."""
+    body = train_body(description="a\0b")
+    assert await refused(client, body, tmp_path) == [["description"]]
+    assert (await client.post("/train?dry_run=true", json=body)).status_code == 422
+
+
 @pytest.mark.parametrize(
     ("row", "place"),
     [

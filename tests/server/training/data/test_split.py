@@ -3,6 +3,10 @@
 import hashlib
 import json
 import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import assume, given
@@ -10,7 +14,7 @@ from hypothesis import strategies as st
 
 from adapters.errors import InvalidInput
 from server.training.data.rows import CompletionRow, Row, TextRow
-from server.training.data.split import default_share, hold_out, overlap
+from server.training.data.split import default_share, hold_out, nth_smallest, overlap
 
 TEXTS = st.lists(st.text("abc", min_size=1, max_size=2), min_size=1, max_size=40)
 SHARES = st.floats(0.001, 0.999)
@@ -26,6 +30,28 @@ def split(texts: list[str], share: float) -> tuple[list[str], list[str]]:
     return [row.text for row in train if isinstance(row, TextRow)], [
         row.text for row in validation if isinstance(row, TextRow)
     ]
+
+
+@contextmanager
+def ticking() -> Iterator[list[float]]:
+    """A block beside which a thread sleeps for a millisecond again and again: how long each took, in seconds."""
+    gaps = [0.0]
+    has_ended = threading.Event()
+
+    def run() -> None:
+        last = time.perf_counter()
+        while not has_ended.wait(0.001):
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield gaps
+    finally:
+        has_ended.set()
+        thread.join()
 
 
 @given(TEXTS, SHARES)
@@ -56,6 +82,23 @@ def test_the_order_does_not_matter(texts: list[str], share: float, dice: random.
 def test_how_many(num_rows: int, share: float, expected: int) -> None:
     train, validation = split([str(i) for i in range(num_rows)], share)
     assert (len(train), len(validation)) == (num_rows - expected, expected)
+
+
+def test_no_other_thread_waits_for_a_split() -> None:
+    """As many rows as there may be, beside a thread that wants a turn now and then, as the engine's does."""
+    digests = [hashlib.sha256(str(number).encode()).digest() for number in range(200_000)]
+    started = time.perf_counter()
+    expected = sorted(digests)
+    whole = time.perf_counter() - started
+    for n in (1, 4096, 20_000, 200_000):
+        assert nth_smallest(digests, n) == expected[n - 1]
+    assert nth_smallest([], 1) == b""
+    stalls = []
+    for _ in range(5):
+        with ticking() as gaps:
+            nth_smallest(digests, 20_000)
+        stalls.append(max(gaps))
+    assert min(stalls) < whole / 2, (stalls, whole)
 
 
 def test_by_hand() -> None:

@@ -154,6 +154,19 @@ def test_half_a_model_of_an_ended_job_goes_once_it_is_nobodys(tmp_path: Path, st
     assert new.exists(), "a download may be fetching it"
 
 
+def test_the_folder_of_a_job_that_was_never_submitted_goes_once_it_is_old(
+    tmp_path: Path, jobs: Jobs, retention: Retention
+) -> None:
+    """The server was killed between the two, and is started again long before anybody can tell."""
+    submit(jobs, "j1")
+    for job_id in ("j1", "old", "new"):
+        leave_rows(tmp_path, job_id)
+    for job_id in ("j1", "old"):
+        os.utime(JobFiles(tmp_path).directory(job_id), (0, 0))
+    retention.sweep()
+    assert stored(tmp_path) == ["j1", "new"]
+
+
 def test_rows_go_with_whoever_cancels_their_job(tmp_path: Path, jobs: Jobs, retention: Retention) -> None:
     for job_id in ("j1", "j2"):
         submit(jobs, job_id)

@@ -260,6 +260,8 @@ async def test_no_such_job(client: httpx.AsyncClient, method: str, path: str) ->
         ({"metadata": {"n": 1}}, "metadata"),
         ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
         ({"metadata": {"n": "x" * 513}}, "metadata"),
+        ({"metadata": {"n": "a\0b"}}, "metadata"),
+        ({"metadata": {"a\0b": "n"}}, "metadata"),
         ({"model": "two*0.5+models"}, "model"),
         ({"model": "not a model"}, "model"),
         ({"n_epochs": 3}, "n_epochs"),
@@ -283,6 +285,24 @@ async def test_rows_that_the_base_can_not_take(client: httpx.AsyncClient) -> Non
     long = await upload(client, b'{"text": "a"}\n{"prompt": "%s", "completion": "b"}\n' % (b"4 " * 600))
     status, param, _ = await refusal(client, training_file=long.id)
     assert (status, param) == (400, "training_file[1].completion")
+
+
+async def test_rows_that_are_cut_are_told_of(client: httpx.AsyncClient) -> None:
+    """OpenAI's form has no place for how many tokens a row may have, nor for how many rows have more."""
+    long = await upload(client, b'{"text": "404"}\n{"text": "%s"}\n' % (b"4 " * 600))
+    job = await create(client, training_file=long.id, validation_file=long.id)
+    (event,) = [
+        TypeAdapter(FineTuningJobEvent).validate_python(event)
+        for event in (await client.get(f"{JOBS}/{job.id}/events")).json()["data"]
+        if event["level"] == "warn"
+    ]
+    assert event.message == (
+        "cut after 512 tokens, the most of a row: 2 rows; POST /train takes a file's id as dataset, and "
+        "training.max_length"
+    )
+    native = (await client.post("/train", json={"name": "codes", "dataset": long.id})).json()
+    assert native["data"]["truncated"] == 1
+    assert [event["message"] for event in (await client.get(f"/train/{native['id']}/events")).json()] == ["queued"]
 
 
 async def test_going_on_from_an_adapter(client: httpx.AsyncClient) -> None:
