@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-from server.config import Settings, WorkerSettings
+from server.config import PREFIX, Settings, WorkerSettings
 from server.config.ray import DEFAULTS
 from server.serve.process import DRAIN_SECONDS, HURRY_SECONDS
 from server.training.worker.supervisor import GRACE_SECONDS
@@ -137,6 +137,17 @@ def test_pods_may_do_nothing_but_their_work(component: str) -> None:
     assert set(mounted) == {volume["name"] for volume in pod["volumes"]}
     assert {"requests", "limits"} == set(container(component)["resources"])
     assert "memory" in container(component)["resources"]["limits"]
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_no_service_changes_a_setting(component: str) -> None:
+    """Kubernetes tells a pod of each service by variables of its name: of this one SMOLORA_PORT=tcp://…:80."""
+    assert f"{PREFIX}PORT" in (f"{service.upper()}_PORT" for service in services())
+    assert templates()[component]["spec"]["enableServiceLinks"] is False
+
+
+def services() -> list[str]:
+    return [doc["metadata"]["name"] for doc in DOCUMENTS if doc["kind"] == "Service"]
 
 
 def environment(value: object) -> Iterator[Mapping[str, Any]]:
