@@ -183,31 +183,38 @@ def test_the_dashboard_is_one_that_grafana_provisions() -> None:
         places |= covered
 
 
+def test_prometheus_asks_the_servers_where_they_listen() -> None:
+    """In their containers, which it shares a network with: what is published is for this machine."""
+    (job,) = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
+    asked = {name: found["port"] for found in job["dns_sd_configs"] for name in found["names"]}
+    services = yaml.safe_load((FOLDER.parent.parent / "docker-compose.yml").read_text())["services"]
+    published = {name: service["ports"] for name, service in services.items() if "ports" in service}
+    assert asked == {name: int(port.rpartition(":")[2]) for name, (port,) in published.items()}
+
+
 @needs_promtool
-def test_prometheus_container_gets_ports_and_key(tmp_path: Path) -> None:
+def test_prometheus_container_gets_its_key(tmp_path: Path) -> None:
     """What its shell does, in other folders and with an echo in the place of Prometheus."""
     service = yaml.safe_load((FOLDER / "compose.yml").read_text())["services"]["prometheus"]
     assert service["entrypoint"] == ["/bin/sh", "-c"]
     (command,) = service["command"]
     command = command.replace("$$", "$").replace("/tmp", str(tmp_path)).replace("/bin/prometheus", "echo")
-    command = command.replace("/etc/prometheus/", f"{FOLDER}/")
-    ports = {"SERVER_PORT": "9123", "GPU_PORT": "9124"}
-    assert set(service["environment"]) == {*ports, "METRICS_KEY"}
-    environment = {"PATH": os.environ["PATH"], "METRICS_KEY": "sk-a b$c", **ports}
+    assert set(service["environment"]) == {"METRICS_KEY"}
+    environment = {"PATH": os.environ["PATH"], "METRICS_KEY": "sk-a b$c"}
     done = subprocess.run(["/bin/sh", "-c", command], env=environment, capture_output=True, text=True, check=True)
-    assert f"--config.file={tmp_path}/prometheus.yml" in done.stdout
     key = tmp_path / "metrics-key"
     assert (key.read_text(), key.stat().st_mode & 0o777) == ("sk-a b$c", 0o600)
-    made = tmp_path / "prometheus.yml"
-    (job,) = yaml.safe_load(made.read_text())["scrape_configs"]
-    assert {name: found["port"] for found in job["dns_sd_configs"] for name in found["names"]} == {
-        "server": 9123,
-        "server-gpu": 9124,
-    }
-    made.write_text(made.read_text().replace("/tmp/metrics-key", str(key)))
-    told = ["promtool", "check", "config", str(made)]
+    (config,) = re.findall(r"--config\.file=(\S+)", done.stdout)
+    mounted = {place: file for file, place, *_ in (volume.split(":") for volume in service["volumes"])}
+    there = tmp_path / "etc"
+    there.mkdir()
+    for name in (config, config.replace("prometheus.yml", "alerts.yml")):
+        text = (FOLDER / mounted[name]).read_text()
+        (there / Path(name).name).write_text(text.replace("/tmp/metrics-key", str(key)))
+    told = ["promtool", "check", "config", str(there / Path(config).name)]
     done = subprocess.run(told, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(alerts())} rules found" in done.stdout
 
 
 def test_compose_starts_both_only_when_asked() -> None:
