@@ -9,6 +9,7 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036  # pip would refuse; a checkout on the path would not
     sys.exit(f"smolora needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
+import logging
 import signal
 from io import TextIOWrapper
 from typing import Annotated
@@ -33,7 +34,7 @@ from server.cli.jobs import jobs
 from server.cli.options import with_flags
 from server.cli.serve import serve_here
 from server.cli.train import train
-from server.config import Settings, WorkerSettings
+from server.config import Settings, WorkerSettings, unknown_variables
 from server.config.secrets import forget_keys, hide_keys
 from server.errors import StartupError
 
@@ -72,6 +73,8 @@ def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(
     from server.training.worker.worker import run_worker
 
     logs.set_up(settings.log_format)
+    for line in unknown_variables() if parent is None else ():  # whose own lines say so
+        logging.getLogger("smolora.worker").warning(line)
     raise typer.Exit(run_worker(settings, parent))
 
 

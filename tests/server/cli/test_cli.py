@@ -36,6 +36,14 @@ def test_what_keeps_it_from_starting_is_one_line(tmp_path: Path, arguments: list
     assert result.stderr.count("\n") == 1
 
 
+def test_a_worker_names_what_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `serve` does, unless it is a server's own worker, which has told."""
+    monkeypatch.setenv("SMOLORA_TRAIN_SHARES", "0.5")
+    told = "SMOLORA_TRAIN_SHARES is not a setting: did you mean SMOLORA_TRAIN_SHARE?"
+    assert told in smolora("worker", "--home", "/dev/null/x").stderr
+    assert told not in smolora("worker", "--home", "/dev/null/x", f"--parent={os.getpid()}").stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "seen", "key"),
     [
