@@ -13,11 +13,12 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
@@ -197,9 +198,9 @@ def _compile(directory: Path, name: str, use: Callable[[Path], T]) -> T:
                 [compiler, *flags_of_units(flags_for(name)), f"-I{SOURCE}", "-c", str(SOURCE / unit), "-o", to]
                 for unit, to in zip(UNITS, objects, strict=True)
             ]
-            with ThreadPoolExecutor(len(UNITS)) as threads:
-                list(threads.map(_run, compiles))
-            _run([compiler, *objects, *_LINK, f"-Wl,--version-script={SOURCE / _EXPORTS}", "-o", str(made)])
+            _run(compiles, scratch)
+            exports = ("-Xlinker", f"--version-script={SOURCE / _EXPORTS}")  # -Wl, would part it at a comma
+            _link(compiler, [*objects, *exports, "-o", str(made)], scratch)
             made.chmod(0o755)  # whatever the umask is
             with made.open("r+b") as file:
                 digest = hashlib.sha256(file.read()).digest()
@@ -216,9 +217,41 @@ def _compile(directory: Path, name: str, use: Callable[[Path], T]) -> T:
     return found
 
 
-def _run(command: Sequence[str]) -> None:
-    """Raises CalledProcessError with what the compiler said, or TimeoutExpired."""
-    subprocess.run(command, check=True, capture_output=True, timeout=_COMPILED_WITHIN)  # noqa: S603 (our source)
+def _link(compiler: str, arguments: Sequence[str], scratch: str) -> None:
+    """`_run`, with the C++ library inside where the system has it for that: Fedora's compiler comes without."""
+    try:
+        _run([[compiler, *_LINK, *arguments]], scratch)
+    except subprocess.CalledProcessError:
+        without = [flag for flag in _LINK if not flag.startswith("-static")]
+        _run([[compiler, *without, *arguments]], scratch)
+
+
+def _run(commands: Sequence[Sequence[str]], scratch: str) -> None:
+    """Run them beside each other; however it ends, none goes on. Raises CalledProcessError with what the compiler
+    said, or TimeoutExpired. What they need for a while is in `scratch`: /tmp may be small.
+    """
+    with ExitStack() as stack:
+        running = []
+        for command in commands:
+            process = subprocess.Popen(  # noqa: S603 (our source)
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env={**os.environ, "TMPDIR": scratch},
+                start_new_session=True,  # a compiler is several processes
+            )
+            running.append(stack.enter_context(process))
+            stack.callback(_kill, process)
+        for process in running:
+            _, said = process.communicate(timeout=_COMPILED_WITHIN)
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, process.args, stderr=said)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """With all that it started, unless it has ended."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _keep_others_out(directory: Path) -> None:
