@@ -165,7 +165,9 @@ class Settings(Limits, WorkerSettings):
         if not isinstance(value, str):
             return value
         if not value.startswith("@"):
-            return _items_in(value)
+            if not (keys := _items_in(value)) and value:
+                raise ValueError("has no keys, only commas or blanks")
+            return keys
         try:
             keys = _items_in(Path(value[1:]).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -104,6 +104,14 @@ def test_the_databases_password_goes_by_the_environment_alone(monkeypatch: pytes
     """No flag, no dump that an assignment is made of, no error and no print has it."""
     url = "postgresql://me:hunter2@host/db"
     monkeypatch.setenv("SMOLORA_DATABASE_URL", url)
+@pytest.mark.parametrize("value", [",", " ", ", ,"])
+def test_commas_alone_are_no_way_to_serve_without_keys(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As "$FIRST,$SECOND" is where neither is set."""
+    monkeypatch.setenv("SMOLORA_API_KEYS", value)
+    with pytest.raises(StartupError, match=r"SMOLORA_API_KEYS \(--api-keys\): has no keys"):
+        load(Settings)
+
+
     settings = load(Settings)
     assert settings.database == url
     for told in (to_flags(settings.of_a_worker), settings.model_dump(mode="json"), settings, repr(settings)):
