@@ -20,6 +20,8 @@ from server.serve.process import DRAIN_SECONDS, HURRY_SECONDS, KEEP_ALIVE_SECOND
 from server.training.worker.supervisor import GRACE_SECONDS
 
 ROOT = Path(__file__).parent.parent
+SBIN = f"{os.defpath}:/usr/sbin"
+"""Where nginx may be, too."""
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 
 
@@ -79,6 +81,26 @@ def test_the_proxys_times_go_with_the_servers() -> None:
     assert limits.request_timeout < seconds["proxy_read_timeout"] <= seconds["worker_shutdown_timeout"]
     assert {int(value) for value in re.findall(r" keepalive_timeout (\d+)s;", text)} == {60}
     assert KEEP_ALIVE_SECONDS > 60
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+@pytest.mark.skipif(shutil.which("nginx", path=SBIN) is None, reason="needs nginx")
+def test_the_proxy_starts_in_a_folder_with_any_name(tmp_path: Path) -> None:
+    """nginx takes the configuration that `start` makes; it only looks at it here."""
+    folder = tmp_path / "certificates & keys | all"
+    folder.mkdir()
+    files = ["-keyout", str(folder / "privkey.pem"), "-out", str(folder / "fullchain.pem")]
+    told = ["openssl", "req", "-x509", "-nodes", "-newkey", "rsa:2048", "-subj", "/CN=localhost", *files]
+    subprocess.run(told, capture_output=True, check=True)
+    (tmp_path / "nginx").write_text(f'#!/bin/sh\nPATH={SBIN}\nexec nginx -t "$@"\n')
+    (tmp_path / "nginx").chmod(0o755)
+    given = {"PATH": f"{tmp_path}:{SBIN}", "PROXY_CERTIFICATES": str(folder), "PROXY_RUN": folder.name}
+    command = [str(ROOT / "docker" / "proxy" / "start")]
+    done = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, check=False)
+    if 'unknown directive "http2"' in done.stderr:
+        pytest.skip("needs nginx 1.25.1 or newer")
+    assert done.returncode == 0, done.stderr
+    assert f"configuration file {folder}/nginx.conf test is successful" in done.stderr
 
 
 OF_THE_IMAGE = {"home", "host", "port", "base_dir"}
