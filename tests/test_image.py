@@ -136,6 +136,14 @@ def test_what_an_object_store_needs_is_passed_on(service: str) -> None:
     assert {written.get(name, "not passed on") for name in named} == {None}
 
 
+def test_the_images_user_can_read_what_is_copied_into_it() -> None:
+    """Whatever umask the checkout was made under: files from it have their modes there, others the build's."""
+    *_, last = DOCKERFILE.split("\nFROM ")
+    copied = re.findall(r"^COPY (?!--from)\S+ (\S+)$", last, re.MULTILINE)
+    assert copied
+    assert copied == re.findall(r"^RUN chmod 0644 (\S+)$", last, re.MULTILINE)
+
+
 @pytest.mark.skipif(compose_command() is None, reason="needs docker compose")
 def test_a_setting_arrives_and_the_server_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through compose and the environment; and the address that it shows is the published one."""
