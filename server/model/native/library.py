@@ -56,6 +56,7 @@ MACHINES: Mapping[str, tuple[str, ...]] = {"x86_64": _X86, "AMD64": _X86, "aarch
 _EXPORTS = "seam/exports.map"
 _LINK = ("-shared", "-pthread", "-static-libstdc++", "-static-libgcc")
 COMPILERS = ("g++", "clang++", "c++")
+_NO_COMPILER = f"no C++ compiler ({', '.join(COMPILERS)})"
 _COMPILED_WITHIN = 300.0  # seconds
 _DIGEST_SIZE = 32  # bytes, after a library that was compiled
 _WRITABLE = 0o022  # by a group or by everyone
@@ -82,11 +83,17 @@ def load_library(directories: Sequence[Path], say: Callable[[str], None] = lambd
 
 def may_be_had(directories: Sequence[Path]) -> bool:
     """Whether a directory has the library for this processor, or there is a compiler to make it."""
+    return why_not(directories) is None
+
+
+def why_not(directories: Sequence[Path]) -> str | None:
+    """Why it may not be had; None where it may."""
     try:
         name = library_name(instructions())
-    except NativeUnavailable:
-        return False
-    return any((directory / name).exists() for directory in directories) or any(map(shutil.which, COMPILERS))
+    except NativeUnavailable as reason:
+        return str(reason)
+    is_there = any((directory / name).exists() for directory in directories) or any(map(shutil.which, COMPILERS))
+    return None if is_there else _NO_COMPILER
 
 
 def compile_libraries(directory: Path) -> None:
@@ -187,7 +194,7 @@ def _compile(directory: Path, name: str, use: Callable[[Path], T]) -> T:
     after that."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
-        raise NativeUnavailable(f"no C++ compiler ({', '.join(COMPILERS)})")
+        raise NativeUnavailable(_NO_COMPILER)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _keep_others_out(directory)
