@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,9 @@ from server.training.worker.supervisor import GRACE_SECONDS
 ROOT = Path(__file__).parent.parent
 SBIN = f"{os.defpath}:/usr/sbin"
 """Where nginx may be, too."""
+needs_nginx = pytest.mark.skipif(
+    None in (shutil.which("nginx", path=SBIN), shutil.which("openssl")), reason="needs nginx and openssl"
+)
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 
 
@@ -83,24 +87,47 @@ def test_the_proxys_times_go_with_the_servers() -> None:
     assert KEEP_ALIVE_SECONDS > 60
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
-@pytest.mark.skipif(shutil.which("nginx", path=SBIN) is None, reason="needs nginx")
-def test_the_proxy_starts_in_a_folder_with_any_name(tmp_path: Path) -> None:
-    """nginx takes the configuration that `start` makes; it only looks at it here."""
-    folder = tmp_path / "certificates & keys | all"
+def look_at_the_proxy(folder: Path, stdout: int = subprocess.DEVNULL) -> str:
+    """What nginx says of the configuration that `start` makes in that folder, which has the certificates, too."""
     folder.mkdir()
     files = ["-keyout", str(folder / "privkey.pem"), "-out", str(folder / "fullchain.pem")]
     told = ["openssl", "req", "-x509", "-nodes", "-newkey", "rsa:2048", "-subj", "/CN=localhost", *files]
     subprocess.run(told, capture_output=True, check=True)
-    (tmp_path / "nginx").write_text(f'#!/bin/sh\nPATH={SBIN}\nexec nginx -t "$@"\n')
-    (tmp_path / "nginx").chmod(0o755)
-    given = {"PATH": f"{tmp_path}:{SBIN}", "PROXY_CERTIFICATES": str(folder), "PROXY_RUN": folder.name}
+    instead = folder / "nginx"
+    instead.write_text(f'#!/bin/sh\nPATH={SBIN}\nexec nginx -t "$@"\n')
+    instead.chmod(0o755)
+    given = {"PATH": f"{folder}:{SBIN}", "PROXY_CERTIFICATES": str(folder), "PROXY_RUN": folder.name}
     command = [str(ROOT / "docker" / "proxy" / "start")]
-    done = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder.parent, env=given, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+    )
     if 'unknown directive "http2"' in done.stderr:
         pytest.skip("needs nginx 1.25.1 or newer")
     assert done.returncode == 0, done.stderr
-    assert f"configuration file {folder}/nginx.conf test is successful" in done.stderr
+    return done.stderr
+
+
+@needs_nginx
+def test_the_proxy_starts_in_a_folder_with_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "certificates & keys | all"
+    assert f"configuration file {folder}/nginx.conf test is successful" in look_at_the_proxy(folder)
+
+
+@needs_nginx
+def test_the_proxy_needs_no_place_of_roots(tmp_path: Path) -> None:
+    """It makes these as it starts, and can't where the distribution's are, unless root did before."""
+    look_at_the_proxy(tmp_path / "run")
+    made = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()}
+    assert made == {"body", "proxy", "fastcgi", "uwsgi", "scgi"}
+
+
+@needs_nginx
+def test_the_proxy_starts_where_its_output_is_a_socket(tmp_path: Path) -> None:
+    """As systemd's journal is, which nothing can open by its name."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        look_at_the_proxy(tmp_path / "run", theirs.fileno())
+    assert (tmp_path / "run" / "access.log").is_fifo()
 
 
 OF_THE_IMAGE = {"home", "host", "port", "base_dir"}
