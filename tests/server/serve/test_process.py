@@ -270,6 +270,14 @@ async def test_a_proxy_that_comes_by_ipv4_to_a_socket_for_both(
     assert any("client=203.0.113.9" in str(record.msg) for record in caplog.records), caplog.text
 
 
+def test_a_name_of_both_kinds_is_ipv4s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As localhost is on most systems, the other one first; commands that are told nothing ask 127.0.0.1."""
+    known = {host: socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM) for host in ("::1", "127.0.0.1")}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [*known["::1"], *known["127.0.0.1"]])
+    with bind("localhost", 0) as bound:
+        assert bound.getsockname()[0] == "127.0.0.1"
+
+
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
 def test_an_address_that_is_not_ours(host: str) -> None:
     with pytest.raises(StartupError, match="can't listen on"):
