@@ -204,6 +204,15 @@ def test_probes_ask_what_the_server_answers() -> None:
     assert {"name": "http", "containerPort": Settings.model_fields["port"].default} in api["ports"]
 
 
+@pytest.mark.parametrize("component", ["head", "engine"])
+def test_rays_nodes_have_probes_that_the_image_can_answer(component: str) -> None:
+    """KubeRay gives a container without some of its own, which up to 1.5 run wget in it."""
+    node = container(component)
+    for probe in ("livenessProbe", "readinessProbe"):
+        assert node[probe]["httpGet"] == {"path": "/api/healthz", "port": "agent"}
+    assert {"name": "agent", "containerPort": 52365} in node["ports"]
+
+
 def test_commands_are_smoloras() -> None:
     assert container("worker")["command"] == ["smolora", "worker"]
     line = container("api")["command"][-1]
