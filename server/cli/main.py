@@ -60,9 +60,9 @@ def serve(settings: Settings) -> None:
 
     Each flag is also an environment variable: SMOLORA_MAX_NUM_SEQS for --max-num-seqs, and so on.
     """
-    forget_keys()
+    has_clients_key = forget_keys()
     _end_when_told()
-    raise typer.Exit(serve_here(settings))
+    raise typer.Exit(serve_here(settings, has_clients_key=has_clients_key))
 
 
 @app.command()

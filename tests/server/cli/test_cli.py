@@ -70,6 +70,22 @@ with open("/proc/self/cmdline") as file:
     assert json.loads(output) == [process.pid, key, seen]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("serve", "--api-key", "k"),
+        ("serve", "--api-key=k"),
+        ("worker", "--api-key", "k"),
+        ("jobs", "--api-keys=k"),
+    ],
+)
+def test_a_key_in_the_wrong_flag_is_refused(arguments: tuple[str, ...]) -> None:
+    """As vLLM's server has it: taken for a client's, it would leave the server open to everybody."""
+    result = smolora(*arguments, *(["--home", "/dev/null/x"] if arguments[0] == "serve" else []))
+    assert result.returncode == 2
+    assert "No such option" in result.stderr
+
+
 def test_help_imports_nothing_slow() -> None:
     slow = {"torch", "transformers", "fastapi", "sqlalchemy"}
     code = f"import sys, server.cli.main; print(sorted({slow} & set(sys.modules)))"
