@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
+from server.config.environment import with_scratch
 from server.config.instructions import wanted_instructions
 from server.model.native.abi import declare, difference
 
@@ -244,7 +245,7 @@ def _run(commands: Sequence[Sequence[str]], scratch: str) -> None:
                 command,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env={**os.environ, "TMPDIR": scratch},
+                env=with_scratch(scratch),
                 start_new_session=True,  # a compiler is several processes
             )
             running.append(stack.enter_context(process))
