@@ -11,11 +11,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _FOLDER = "workers"
+_NUMBERS = Path("/proc/self/ns/pid")
+_MACHINES_OWN = 0xEFFFFFFC  # <linux/proc_ns.h>
 
 
 def own_name() -> str:
-    """What this process calls itself in its claims."""
-    return f"{socket.gethostname()}:{os.getpid()}"
+    """What this process calls itself in its claims.
+
+    A container numbers its processes by itself, and may have the machine's name.
+    """
+    name = f"{socket.gethostname()}:{os.getpid()}"
+    with suppress(OSError):  # it isn't Linux
+        if (numbering := _NUMBERS.stat().st_ino) != _MACHINES_OWN:
+            name += f":{numbering}"
+    return name
 
 
 @contextmanager
