@@ -19,6 +19,8 @@ _SHAPES = {
 
 def in_words(fault: ErrorDetails) -> str:
     """For a person, in less than a line."""
+    if fault["type"] == "int_parsing" and str(fault["input"]).startswith("tcp://"):
+        return "is a service's address, by Kubernetes: set enableServiceLinks: false for the pod, or the port here"
     if fault["type"] == "string_pattern_mismatch":
         return _SHAPES.get(str(fault["loc"][0]), fault["msg"])
     return _KINDS.get(fault["type"], fault["msg"])

@@ -88,6 +88,13 @@ def test_a_bad_value_is_told_in_words(name: str, monkeypatch: pytest.MonkeyPatch
             assert not any(word in told for word in ("pattern", "parse", "byte string", "[\\")), told
 
 
+def test_a_port_that_kubernetes_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a service that is called smolora, in each pod beside it."""
+    monkeypatch.setenv("SMOLORA_PORT", "tcp://10.0.171.239:80")
+    with pytest.raises(StartupError, match=r"SMOLORA_PORT \(--port\): .* enableServiceLinks: false"):
+        load(Settings)
+
+
 def test_keys_out_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines or commas between them; what can't be read, or has none, is no way to serve without keys."""
     file = tmp_path / "keys"
