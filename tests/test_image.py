@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,6 +21,11 @@ from server.serve.process import DRAIN_SECONDS, HURRY_SECONDS, KEEP_ALIVE_SECOND
 from server.training.worker.supervisor import GRACE_SECONDS
 
 ROOT = Path(__file__).parent.parent
+SBIN = f"{os.defpath}:/usr/sbin"
+"""Where nginx may be, too."""
+needs_nginx = pytest.mark.skipif(
+    None in (shutil.which("nginx", path=SBIN), shutil.which("openssl")), reason="needs nginx and openssl"
+)
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 
 
@@ -81,6 +87,49 @@ def test_the_proxys_times_go_with_the_servers() -> None:
     assert KEEP_ALIVE_SECONDS > 60
 
 
+def look_at_the_proxy(folder: Path, stdout: int = subprocess.DEVNULL) -> str:
+    """What nginx says of the configuration that `start` makes in that folder, which has the certificates, too."""
+    folder.mkdir()
+    files = ["-keyout", str(folder / "privkey.pem"), "-out", str(folder / "fullchain.pem")]
+    told = ["openssl", "req", "-x509", "-nodes", "-newkey", "rsa:2048", "-subj", "/CN=localhost", *files]
+    subprocess.run(told, capture_output=True, check=True)
+    instead = folder / "nginx"
+    instead.write_text(f'#!/bin/sh\nPATH={SBIN}\nexec nginx -t "$@"\n')
+    instead.chmod(0o755)
+    given = {"PATH": f"{folder}:{SBIN}", "PROXY_CERTIFICATES": str(folder), "PROXY_RUN": folder.name}
+    command = [str(ROOT / "docker" / "proxy" / "start")]
+    done = subprocess.run(
+        command, cwd=folder.parent, env=given, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+    )
+    if 'unknown directive "http2"' in done.stderr:
+        pytest.skip("needs nginx 1.25.1 or newer")
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@needs_nginx
+def test_the_proxy_starts_in_a_folder_with_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "certificates & keys | all"
+    assert f"configuration file {folder}/nginx.conf test is successful" in look_at_the_proxy(folder)
+
+
+@needs_nginx
+def test_the_proxy_needs_no_place_of_roots(tmp_path: Path) -> None:
+    """It makes these as it starts, and can't where the distribution's are, unless root did before."""
+    look_at_the_proxy(tmp_path / "run")
+    made = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()}
+    assert made == {"body", "proxy", "fastcgi", "uwsgi", "scgi"}
+
+
+@needs_nginx
+def test_the_proxy_starts_where_its_output_is_a_socket(tmp_path: Path) -> None:
+    """As systemd's journal is, which nothing can open by its name."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        look_at_the_proxy(tmp_path / "run", theirs.fileno())
+    assert (tmp_path / "run" / "access.log").is_fifo()
+
+
 OF_THE_IMAGE = {"home", "host", "port", "base_dir"}
 """Settings that the image has of its own: the volume, where to listen in the container, the base within."""
 FIXED = {"server": {"workers"}, "server-gpu": {"device"}, "worker": set[str]()}
@@ -98,11 +147,28 @@ def test_every_setting_is_passed_on(service: str) -> None:
     assert image == {name.upper() for name in OF_THE_IMAGE}
     kind = WorkerSettings if service == "worker" else Settings
     passed = set(kind.model_fields) - OF_THE_IMAGE
-    there = {name.removeprefix("SMOLORA_").lower() for name in written if not name.startswith("OTEL_")}
+    there = {name.removeprefix("SMOLORA_").lower() for name in written if not name.startswith(("OTEL_", "AWS_"))}
     assert passed <= there <= set(Settings.model_fields) - OF_THE_IMAGE
     for name in passed - FIXED[service]:
         variable = f"SMOLORA_{name.upper()}"
         assert re.fullmatch(rf"\$\{{{variable}(:?-.*)?\}}", str(written[variable])), variable
+
+
+@pytest.mark.parametrize("service", FIXED)
+def test_what_an_object_store_needs_is_passed_on(service: str) -> None:
+    """All that docs/settings.md names, as it is set and only where it is."""
+    written = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"][service]["environment"]
+    named = set(re.findall(r"`(AWS_\w+)`", (ROOT / "docs" / "settings.md").read_text()))
+    assert len(named) >= 5
+    assert {written.get(name, "not passed on") for name in named} == {None}
+
+
+def test_the_images_user_can_read_what_is_copied_into_it() -> None:
+    """Whatever umask the checkout was made under: files from it have their modes there, others the build's."""
+    *_, last = DOCKERFILE.split("\nFROM ")
+    copied = re.findall(r"^COPY (?!--from)\S+ (\S+)$", last, re.MULTILINE)
+    assert copied
+    assert copied == re.findall(r"^RUN chmod 0644 (\S+)$", last, re.MULTILINE)
 
 
 @pytest.mark.skipif(compose_command() is None, reason="needs docker compose")
@@ -113,7 +179,8 @@ def test_a_setting_arrives_and_the_server_reads_it(monkeypatch: pytest.MonkeyPat
     (port,) = server["ports"]
     assert (port["host_ip"], port["target"], port["published"]) == ("127.0.0.1", 8000, "9123")
     for name, value in server["environment"].items():
-        monkeypatch.setenv(name, str(value))
+        if value is not None:  # which isn't set in the container
+            monkeypatch.setenv(name, str(value))
     settings = load(Settings)
     assert (settings.port, settings.public_url) == (8000, "http://127.0.0.1:9123")
     assert (settings.max_queue, settings.min_free_bytes) == (7, 1 << 30)

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-from server.config import Settings, WorkerSettings
+from server.config import PREFIX, Settings, WorkerSettings
 from server.config.ray import DEFAULTS
 from server.serve.process import DRAIN_SECONDS, HURRY_SECONDS
 from server.training.worker.supervisor import GRACE_SECONDS
@@ -139,6 +139,17 @@ def test_pods_may_do_nothing_but_their_work(component: str) -> None:
     assert "memory" in container(component)["resources"]["limits"]
 
 
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_no_service_changes_a_setting(component: str) -> None:
+    """Kubernetes tells a pod of each service by variables of its name: of this one SMOLORA_PORT=tcp://…:80."""
+    assert f"{PREFIX}PORT" in (f"{service.upper()}_PORT" for service in services())
+    assert templates()[component]["spec"]["enableServiceLinks"] is False
+
+
+def services() -> list[str]:
+    return [doc["metadata"]["name"] for doc in DOCUMENTS if doc["kind"] == "Service"]
+
+
 def environment(value: object) -> Iterator[Mapping[str, Any]]:
     if isinstance(value, dict):
         yield from value.get("env", ())
@@ -191,6 +202,15 @@ def test_probes_ask_what_the_server_answers() -> None:
         assert header["value"] in hosts
         assert api[probe]["httpGet"]["port"] == "http"
     assert {"name": "http", "containerPort": Settings.model_fields["port"].default} in api["ports"]
+
+
+@pytest.mark.parametrize("component", ["head", "engine"])
+def test_rays_nodes_have_probes_that_the_image_can_answer(component: str) -> None:
+    """KubeRay gives a container without some of its own, which up to 1.5 run wget in it."""
+    node = container(component)
+    for probe in ("livenessProbe", "readinessProbe"):
+        assert node[probe]["httpGet"] == {"path": "/api/healthz", "port": "agent"}
+    assert {"name": "agent", "containerPort": 52365} in node["ports"]
 
 
 def test_commands_are_smoloras() -> None:

@@ -234,19 +234,22 @@ def test_prometheus_container_gets_its_key(tmp_path: Path) -> None:
     assert service["entrypoint"] == ["/bin/sh", "-c"]
     (command,) = service["command"]
     command = command.replace("$$", "$").replace("/tmp", str(tmp_path)).replace("/bin/prometheus", "echo")
-    command = command.replace("/etc/prometheus/", f"{FOLDER}/")
     assert set(service["environment"]) == {"METRICS_KEY"}
     environment = {"PATH": os.environ["PATH"], "METRICS_KEY": "sk-a b$c"}
     done = subprocess.run(["/bin/sh", "-c", command], env=environment, capture_output=True, text=True, check=True)
-    assert f"--config.file={FOLDER}/prometheus.yml" in done.stdout
     key = tmp_path / "metrics-key"
     assert (key.read_text(), key.stat().st_mode & 0o777) == ("sk-a b$c", 0o600)
-    made = tmp_path / "prometheus.yml"
-    made.write_text((FOLDER / "prometheus.yml").read_text().replace("/tmp/metrics-key", str(key)))
-    shutil.copy(ALERTS, tmp_path)
-    told = ["promtool", "check", "config", str(made)]
+    (config,) = re.findall(r"--config\.file=(\S+)", done.stdout)
+    mounted = {place: file for file, place, *_ in (volume.split(":") for volume in service["volumes"])}
+    there = tmp_path / "etc"
+    there.mkdir()
+    for name in (config, config.replace("prometheus.yml", "alerts.yml")):
+        text = (FOLDER / mounted[name]).read_text()
+        (there / Path(name).name).write_text(text.replace("/tmp/metrics-key", str(key)))
+    told = ["promtool", "check", "config", str(there / Path(config).name)]
     done = subprocess.run(told, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(alerts())} rules found" in done.stdout
 
 
 def test_prometheus_asks_containers_where_they_listen() -> None:

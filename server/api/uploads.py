@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from anyio import to_thread
 from fastapi import Request
+from python_multipart.exceptions import ParseError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -87,8 +88,8 @@ async def _read_form(request: Request) -> FormData:
         raise InvalidInput.of("body", "has a charset that forms don't have: leave it out, names are UTF-8")
     try:
         return await request.form(max_files=8, max_fields=8, max_part_size=MAX_CONFIG_BYTES)
-    except HTTPException as error:
-        if error.status_code != 400:
+    except (HTTPException, ParseError) as error:  # which it is depends on Starlette's release
+        if isinstance(error, HTTPException) and error.status_code != 400:
             raise
         raise InvalidInput.of("body", "must be a multipart/form-data body") from None
 

@@ -34,7 +34,7 @@ from server.cli.jobs import jobs
 from server.cli.options import with_flags
 from server.cli.serve import serve_here
 from server.cli.train import train
-from server.config import Settings, WorkerSettings
+from server.config import Settings, WorkerSettings, unknown_variables
 from server.config.secrets import forget_keys, hide_keys
 from server.errors import StartupError
 
@@ -60,9 +60,9 @@ def serve(settings: Settings) -> None:
 
     Each flag is also an environment variable: SMOLORA_MAX_NUM_SEQS for --max-num-seqs, and so on.
     """
-    forget_keys()
+    has_clients_key = forget_keys()
     _end_when_told()
-    raise typer.Exit(serve_here(settings))
+    raise typer.Exit(serve_here(settings, has_clients_key=has_clients_key))
 
 
 @app.command()
@@ -73,6 +73,8 @@ def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(
     from server.training.worker.worker import run_worker
 
     logs.set_up(settings.log_format)
+    for line in unknown_variables() if parent is None else ():  # whose own lines say so
+        logging.getLogger("smolora.worker").warning(line)
     raise typer.Exit(run_worker(settings, parent))
 
 

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("smolora.run")
 
 
-def serve_here(settings: Settings, connect: "Connect | None" = None) -> int:
-    """Everything from the settings to the exit code; `connect` is `server.serve.startup.build`'s."""
+def serve_here(settings: Settings, connect: "Connect | None" = None, *, has_clients_key: bool = False) -> int:
+    """Everything from the settings to the exit code; `connect` is `server.serve.startup.build`'s.
+
+    `has_clients_key`: whoever starts it has one in the environment, perhaps in the place of the server's.
+    """
     switch_quickly()
     keep_freed_memory()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -46,10 +49,12 @@ def serve_here(settings: Settings, connect: "Connect | None" = None) -> int:
         say(f"{settings.home} is another user's, or open to others: they may read what is stored there")
     with serving(settings.home):
         prepare(settings.home)
-        return _serve_at(settings, say, connect)
+        return _serve_at(settings, say, connect, has_clients_key)
 
 
-def _serve_at(settings: Settings, say: Callable[[str], None], connect: "Connect | None") -> int:
+def _serve_at(
+    settings: Settings, say: Callable[[str], None], connect: "Connect | None", has_clients_key: bool
+) -> int:
     """The same, in a home that is ready and nobody else's."""
     refuse_strangers(settings)
     bound = bind(settings.host, settings.port)
@@ -84,6 +89,8 @@ def _serve_at(settings: Settings, say: Callable[[str], None], connect: "Connect 
                     typer.echo(f"  {line}")
         if is_open and not is_loopback(settings.host):
             say("anybody who reaches this port can use it: no API key is asked for")
+        if is_open and has_clients_key:
+            say("SMOLORA_API_KEY is what commands send: no API key is asked for, unless SMOLORA_API_KEYS has some")
 
     supervisor = Supervisor(settings.workers, worker_command(settings.of_a_worker))
     return run(app, services.engine, bound, announce, supervisor, flag, settings.trusted_proxies, settings)

@@ -15,6 +15,7 @@ from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validato
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from adapters.names import near
+from server.config.wording import in_words
 from server.errors import StartupError
 from server.limits import Limits
 from server.logs import LogFormat
@@ -28,8 +29,6 @@ _OTHER_VARIABLES = ("URL", "API_KEY")  # of the commands that speak to a server
 
 _HOST = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*|[0-9a-fA-F:.]+", re.ASCII)
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#]+", re.ASCII | re.IGNORECASE)
-
-_NUMBERS = {"int_parsing": "must be a whole number", "float_parsing": "must be a number"}
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Flag = str | int | float | bool | Path | None
@@ -165,7 +164,9 @@ class Settings(Limits, WorkerSettings):
         if not isinstance(value, str):
             return value
         if not value.startswith("@"):
-            return _items_in(value)
+            if not (keys := _items_in(value)) and value:
+                raise ValueError("has no keys, only commas or blanks")
+            return keys
         try:
             keys = _items_in(Path(value[1:]).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -235,7 +236,7 @@ def load(kind: type[SettingsT], **flags: Flag) -> SettingsT:
     try:
         return kind.model_validate({name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        told = [_explain(fault["loc"], _NUMBERS.get(fault["type"], fault["msg"])) for fault in error.errors()]
+        told = [_explain(fault["loc"], in_words(fault)) for fault in error.errors()]
         raise StartupError("; ".join(told)) from None
 
 

@@ -14,11 +14,11 @@ _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 it is what is no
 def bind(host: str, port: int) -> socket.socket:
     """A socket that holds the address, and refuses connections until the server listens. Raises StartupError."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise cannot_listen(host, port, error) from None
+    # Of a name with both, such as localhost, IPv4: that is where commands and health checks look for a server.
+    family, kind, protocol, _, address = min(found, key=lambda one: one[0] is not socket.AF_INET)
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

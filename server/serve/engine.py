@@ -25,7 +25,7 @@ from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.device import choose_device
 from server.model.gpu import is_out_of_memory, limit_memory, room_for
-from server.model.native.library import may_be_had
+from server.model.native.library import why_not
 from server.model.native.load import load_native
 from server.model.packed_adapters import PackedAdapters
 from server.model.row_layout import RowLayout
@@ -46,8 +46,10 @@ def base_directory(settings: Settings, say: Say) -> Path:
 
 def load_for_engine(directory: Path, settings: Settings, say: Say) -> BaseModel:
     """The base where the settings want it."""
-    has_native = settings.native and may_be_had(Home(settings.home).native_places(directory))
-    device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
+    reason = why_not(Home(settings.home).native_places(directory)) if settings.native else ""
+    device, dtype = choose_device(settings.device, settings.dtype, has_native=reason is None)
+    if reason and device.type == "cpu" and settings.dtype == "auto" and dtype is not torch.bfloat16:
+        say(f"nothing native: {reason}; torch does it, more slowly")  # in bf16 whoever looks for it says so
     if device.type == "cuda":
         with room_for("another process", device):
             limit_memory(device, gpu_share(settings, torch.cuda.mem_get_info(device)[1]))

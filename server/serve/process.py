@@ -8,6 +8,7 @@ code 1; where its thread hangs, nothing waits for that.
 """
 
 import asyncio
+import ipaddress
 import logging
 import os
 import signal
@@ -79,6 +80,13 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
+def as_seen(networks: Sequence[str]) -> list[str]:
+    """With IPv4's as a socket that listens on :: sees them, too: 10.0.0.1 is ::ffff:10.0.0.1 there."""
+    parsed = [ipaddress.ip_network(network) for network in networks]
+    mapped = [f"::ffff:{net.network_address}/{96 + net.prefixlen}" for net in parsed if net.version == 4]
+    return [*networks, *mapped]
+
+
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -112,7 +120,7 @@ class Process:
             access_log=False,
             server_header=False,
             proxy_headers=bool(trusted_proxies),
-            forwarded_allow_ips=list(trusted_proxies),
+            forwarded_allow_ips=as_seen(trusted_proxies),
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_FLUSH_SECONDS,
         )

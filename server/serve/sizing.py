@@ -4,6 +4,7 @@ On a CPU the system hands pages out as they are first written, so these are boun
 """
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,12 +103,18 @@ def _meminfo(file: Path = _MEMINFO) -> int | None:
 
 
 def _cgroup(root: Path = _CGROUP) -> int | None:
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    """Copies of files that nobody reads just now count as free, as `_meminfo` has it: the kernel drops them."""
+    for folder, limit, used, droppable in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
+        place = root / folder
         try:
-            return max(0, int((root / limit).read_text()) - int((root / used).read_text()))
+            left = int((place / limit).read_text()) - int((place / used).read_text())
         except (OSError, ValueError):  # no such file, or "max"
             continue
+        with suppress(OSError, ValueError, KeyError):
+            told = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+            left += int(told[droppable])
+        return max(0, left)
     return None

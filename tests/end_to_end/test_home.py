@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.end_to_end import server_process
 from tests.end_to_end.server_process import ServerProcess, command
 from tests.end_to_end.test_processes import last_line
 from tests.end_to_end.training_client import CHILD, WORKER, code_rows, processes, submit, wait_until
@@ -50,6 +51,21 @@ def test_nobody_sees_the_keys(server: ServerProcess) -> None:
         assert KEY not in " ".join(process.cmdline()), process
         assert KEY not in str(process.environ()), process
     assert server.client.post(f"/train/{job_id}/cancel").status_code == 200
+
+
+@pytest.mark.parametrize("keys", [{}, {"api_keys": KEY}])
+def test_a_clients_key_in_the_environment_of_a_server(
+    keys: dict[str, str], tmp_path: Path, converted_tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may have been meant for the server's own: it is told, where nobody is asked for one."""
+    given = {**server_process.environment(), "SMOLORA_API_KEY": "sent"}
+    monkeypatch.setattr(server_process, "environment", lambda: given)
+    server = ServerProcess(tmp_path, key=keys.get("api_keys"), model=converted_tiny, dtype="fp32", **keys)
+    try:
+        told = "SMOLORA_API_KEY is what commands send: no API key is asked for"
+        wait_until(lambda: "curl -s" in server.log() and (told in server.log()) is not bool(keys), 10, told)
+    finally:
+        server.close()
 
 
 def test_a_second_server_is_refused_until_the_first_was_killed(

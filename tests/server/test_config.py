@@ -76,6 +76,25 @@ def test_a_bad_value_is_one_line_with_both_names(name: str, value: str | int) ->
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("name", sorted(WorkerSettings.model_fields | Settings.model_fields))
+def test_a_bad_value_is_told_in_words(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by a pattern, which says nothing to who has a / too many, or in terms of Python."""
+    for value in ("?", "/", "a/", "https://lora.example.org/", "-1"):
+        monkeypatch.setenv(f"{PREFIX}{name.upper()}", value)
+        try:
+            load(Settings)
+        except StartupError as error:
+            told = str(error)
+            assert not any(word in told for word in ("pattern", "parse", "byte string", "[\\")), told
+
+
+def test_a_port_that_kubernetes_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a service that is called smolora, in each pod beside it."""
+    monkeypatch.setenv("SMOLORA_PORT", "tcp://10.0.171.239:80")
+    with pytest.raises(StartupError, match=r"SMOLORA_PORT \(--port\): .* enableServiceLinks: false"):
+        load(Settings)
+
+
 def test_keys_out_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines or commas between them; what can't be read, or has none, is no way to serve without keys."""
     file = tmp_path / "keys"
@@ -89,6 +108,14 @@ def test_keys_out_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             load(Settings)
     file.unlink()
     with pytest.raises(StartupError, match=f"can't read the file {file}: No such file"):
+        load(Settings)
+
+
+@pytest.mark.parametrize("value", [",", " ", ", ,"])
+def test_commas_alone_are_no_way_to_serve_without_keys(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As "$FIRST,$SECOND" is where neither is set."""
+    monkeypatch.setenv("SMOLORA_API_KEYS", value)
+    with pytest.raises(StartupError, match=r"SMOLORA_API_KEYS \(--api-keys\): has no keys"):
         load(Settings)
 
 

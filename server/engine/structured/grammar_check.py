@@ -96,7 +96,7 @@ class GrammarChecker:
         if self._process is not None:
             return self._process
         self._answers.clear()
-        command = [sys.executable, "-m", "server.engine.structured.grammar_check"]
+        command = [sys.executable, "-P", "-m", "server.engine.structured.grammar_check"]
         try:
             process = subprocess.Popen(  # noqa: S603  # nothing of it comes from outside
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

@@ -13,14 +13,16 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
+from server.config.environment import with_scratch
 from server.config.instructions import wanted_instructions
 from server.model.native.abi import declare, difference
 
@@ -55,6 +57,7 @@ MACHINES: Mapping[str, tuple[str, ...]] = {"x86_64": _X86, "AMD64": _X86, "aarch
 _EXPORTS = "seam/exports.map"
 _LINK = ("-shared", "-pthread", "-static-libstdc++", "-static-libgcc")
 COMPILERS = ("g++", "clang++", "c++")
+_NO_COMPILER = f"no C++ compiler ({', '.join(COMPILERS)})"
 _COMPILED_WITHIN = 300.0  # seconds
 _DIGEST_SIZE = 32  # bytes, after a library that was compiled
 _WRITABLE = 0o022  # by a group or by everyone
@@ -81,11 +84,17 @@ def load_library(directories: Sequence[Path], say: Callable[[str], None] = lambd
 
 def may_be_had(directories: Sequence[Path]) -> bool:
     """Whether a directory has the library for this processor, or there is a compiler to make it."""
+    return why_not(directories) is None
+
+
+def why_not(directories: Sequence[Path]) -> str | None:
+    """Why it may not be had; None where it may."""
     try:
         name = library_name(instructions())
-    except NativeUnavailable:
-        return False
-    return any((directory / name).exists() for directory in directories) or any(map(shutil.which, COMPILERS))
+    except NativeUnavailable as reason:
+        return str(reason)
+    is_there = any((directory / name).exists() for directory in directories) or any(map(shutil.which, COMPILERS))
+    return None if is_there else _NO_COMPILER
 
 
 def compile_libraries(directory: Path) -> None:
@@ -186,7 +195,7 @@ def _compile(directory: Path, name: str, use: Callable[[Path], T]) -> T:
     after that."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
-        raise NativeUnavailable(f"no C++ compiler ({', '.join(COMPILERS)})")
+        raise NativeUnavailable(_NO_COMPILER)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _keep_others_out(directory)
@@ -197,9 +206,9 @@ def _compile(directory: Path, name: str, use: Callable[[Path], T]) -> T:
                 [compiler, *flags_of_units(flags_for(name)), f"-I{SOURCE}", "-c", str(SOURCE / unit), "-o", to]
                 for unit, to in zip(UNITS, objects, strict=True)
             ]
-            with ThreadPoolExecutor(len(UNITS)) as threads:
-                list(threads.map(_run, compiles))
-            _run([compiler, *objects, *_LINK, f"-Wl,--version-script={SOURCE / _EXPORTS}", "-o", str(made)])
+            _run(compiles, scratch)
+            exports = ("-Xlinker", f"--version-script={SOURCE / _EXPORTS}")  # -Wl, would part it at a comma
+            _link(compiler, [*objects, *exports, "-o", str(made)], scratch)
             made.chmod(0o755)  # whatever the umask is
             with made.open("r+b") as file:
                 digest = hashlib.sha256(file.read()).digest()
@@ -216,9 +225,41 @@ def _compile(directory: Path, name: str, use: Callable[[Path], T]) -> T:
     return found
 
 
-def _run(command: Sequence[str]) -> None:
-    """Raises CalledProcessError with what the compiler said, or TimeoutExpired."""
-    subprocess.run(command, check=True, capture_output=True, timeout=_COMPILED_WITHIN)  # noqa: S603 (our source)
+def _link(compiler: str, arguments: Sequence[str], scratch: str) -> None:
+    """`_run`, with the C++ library inside where the system has it for that: Fedora's compiler comes without."""
+    try:
+        _run([[compiler, *_LINK, *arguments]], scratch)
+    except subprocess.CalledProcessError:
+        without = [flag for flag in _LINK if not flag.startswith("-static")]
+        _run([[compiler, *without, *arguments]], scratch)
+
+
+def _run(commands: Sequence[Sequence[str]], scratch: str) -> None:
+    """Run them beside each other; however it ends, none goes on. Raises CalledProcessError with what the compiler
+    said, or TimeoutExpired. What they need for a while is in `scratch`: /tmp may be small.
+    """
+    with ExitStack() as stack:
+        running = []
+        for command in commands:
+            process = subprocess.Popen(  # noqa: S603 (our source)
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=with_scratch(scratch),
+                start_new_session=True,  # a compiler is several processes
+            )
+            running.append(stack.enter_context(process))
+            stack.callback(_kill, process)
+        for process in running:
+            _, said = process.communicate(timeout=_COMPILED_WITHIN)
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, process.args, stderr=said)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """With all that it started, unless it has ended."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _keep_others_out(directory: Path) -> None:

@@ -14,19 +14,28 @@ from pathlib import Path
 _FOLDER = "workers"
 _PATIENCE_SECONDS = 2.0  # with whoever looks just now
 _RETRY_SECONDS = 0.005
+_NUMBERS = Path("/proc/self/ns/pid")
+_MACHINES_OWN = 0xEFFFFFFC  # <linux/proc_ns.h>
 
 
 def own_name() -> str:
-    """What this process calls itself in its claims."""
-    return f"{socket.gethostname()}:{os.getpid()}"
+    """What this process calls itself in its claims.
+
+    A container numbers its processes by itself, and may have the machine's name.
+    """
+    name = f"{socket.gethostname()}:{os.getpid()}"
+    with suppress(OSError):  # it isn't Linux
+        if (numbering := _NUMBERS.stat().st_ino) != _MACHINES_OWN:
+            name += f":{numbering}"
+    return name
 
 
 @contextmanager
 def present(home: Path) -> Iterator[None]:
     """A block in which `workers_of` has this process.
 
-    Where its file can't be made, or another worker has the name (of a container that shares this one's host name,
-    say), nobody sees it, and it works all the same.
+    Where its file can't be made, or another worker has the name (on a machine that is called the same, say),
+    nobody sees it, and it works all the same.
     """
     handle = None
     with suppress(OSError):

@@ -47,6 +47,14 @@ def test_where_the_log_is_json_it_says_so_in_json(tmp_path: Path, command: tuple
     assert "smolora.db" in last["message"]
 
 
+def test_a_worker_names_what_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `serve` does, unless it is a server's own worker, which has told."""
+    monkeypatch.setenv("SMOLORA_TRAIN_SHARES", "0.5")
+    told = "SMOLORA_TRAIN_SHARES is not a setting: did you mean SMOLORA_TRAIN_SHARE?"
+    assert told in smolora("worker", "--home", "/dev/null/x").stderr
+    assert told not in smolora("worker", "--home", "/dev/null/x", f"--parent={os.getpid()}").stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "seen", "key"),
     [
@@ -71,6 +79,22 @@ with open("/proc/self/cmdline") as file:
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         output, _ = process.communicate(timeout=60)
     assert json.loads(output) == [process.pid, key, seen]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("serve", "--api-key", "k"),
+        ("serve", "--api-key=k"),
+        ("worker", "--api-key", "k"),
+        ("jobs", "--api-keys=k"),
+    ],
+)
+def test_a_key_in_the_wrong_flag_is_refused(arguments: tuple[str, ...]) -> None:
+    """As vLLM's server has it: taken for a client's, it would leave the server open to everybody."""
+    result = smolora(*arguments, *(["--home", "/dev/null/x"] if arguments[0] == "serve" else []))
+    assert result.returncode == 2
+    assert "No such option" in result.stderr
 
 
 def test_help_imports_nothing_slow() -> None:

@@ -252,6 +252,32 @@ async def test_a_port_taken_between_binding_and_listening(app: FastAPI, engine: 
         assert engine.stopped
 
 
+@pytest.mark.parametrize("trusted", ["127.0.0.1", "127.0.0.0/8", "::ffff:127.0.0.1"])
+async def test_a_proxy_that_comes_by_ipv4_to_a_socket_for_both(
+    app: FastAPI, engine: FakeEngine, caplog: pytest.LogCaptureFixture, trusted: str
+) -> None:
+    """It is seen as ::ffff:127.0.0.1 there."""
+    caplog.set_level("INFO", logger="smolora.api")
+    bound, announced = bind("::", 0), asyncio.Event()
+    process = Process(app, engine, bound, trusted_proxies=[trusted])
+    ended = asyncio.create_task(process.run(announced.set))
+    async with asyncio.timeout(10):
+        await announced.wait()
+    async with httpx.AsyncClient(base_url=url(bound, "127.0.0.1"), timeout=10) as client:
+        await client.get("/adapters", headers={"X-Forwarded-For": "203.0.113.9"})
+    os.kill(os.getpid(), signal.SIGTERM)
+    await ended
+    assert any("client=203.0.113.9" in str(record.msg) for record in caplog.records), caplog.text
+
+
+def test_a_name_of_both_kinds_is_ipv4s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As localhost is on most systems, the other one first; commands that are told nothing ask 127.0.0.1."""
+    known = {host: socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM) for host in ("::1", "127.0.0.1")}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [*known["::1"], *known["127.0.0.1"]])
+    with bind("localhost", 0) as bound:
+        assert bound.getsockname()[0] == "127.0.0.1"
+
+
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
 def test_an_address_that_is_not_ours(host: str) -> None:
     with pytest.raises(StartupError, match="can't listen on"):

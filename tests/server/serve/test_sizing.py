@@ -131,5 +131,22 @@ def test_what_the_system_says(tmp_path: Path) -> None:
     assert _cgroup(tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    ("folder", "names", "prefix"),
+    [
+        (".", ("memory.max", "memory.current"), ""),
+        ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"),
+    ],
+)
+def test_files_that_were_read_leave_room(folder: str, names: tuple[str, str], prefix: str, tmp_path: Path) -> None:
+    """A container in which gigabytes were installed or copied is full of them, until somebody needs the memory."""
+    place = tmp_path / folder
+    place.mkdir(exist_ok=True)
+    for name, number in zip(names, (1000, 990), strict=True):
+        (place / name).write_text(f"{number}\n")
+    (place / "memory.stat").write_text(f"anon 250\ninactive_file 1\n{prefix}inactive_file 700\nactive_file 40\n")
+    assert _cgroup(tmp_path) == 710
+
+
 def test_this_machine_has_memory() -> None:
     assert free_bytes() > 1 << 20

@@ -95,6 +95,22 @@ async def test_a_second_start_finds_everything(services: Services, said: list[st
     await again.engine.stop()
 
 
+async def test_a_machine_without_a_compiler(
+    tmp_path: Path, tiny_base_dir: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose processor has no bf16: it computes in fp32 then, several times as slowly, and says why."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("server.model.device.cpu_flags", lambda: frozenset({"avx2"}))
+    auto = build(settings(tmp_path / "first", tiny_base_dir, dtype="auto"), said.append)
+    assert "nothing native: no C++ compiler (g++, clang++, c++); torch does it, more slowly" in said
+    await auto.engine.stop()
+    del said[:]
+    for dtype, native in (("fp32", True), ("auto", False)):
+        told = settings(tmp_path / dtype, tiny_base_dir, dtype=dtype, native=native)
+        await build(told, said.append).engine.stop()
+    assert "native" not in "".join(said), "nobody asked for it"
+
+
 async def test_a_shorter_length(tmp_path: Path, tiny_base_dir: Path) -> None:
     services = build(settings(tmp_path, tiny_base_dir, max_model_len=40), print)
     assert services.max_model_len == 40

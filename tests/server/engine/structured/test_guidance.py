@@ -400,6 +400,20 @@ def test_the_other_process_is_started_with_our_own_priority() -> None:
         guidance.close()
 
 
+def test_the_folder_that_it_is_started_in_has_none_of_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever starts the server in a folder of his own may have a server.py there, or anybody's signal.py."""
+    for name in ("server.py", "signal.py"):
+        (tmp_path / name).write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    guidance = guidance_of(own(tiny_tokenizer()), VOCAB, EOS)
+    try:
+        guidance.check(Grammar("regex", "ready"))
+    finally:
+        guidance.close()
+
+
 def test_a_machine_that_stays_busy_is_said_to_be(guidance: Guidance, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its time, and by nobody else's fault; the next grammar goes through."""
     guidance.check(Grammar("regex", "first"))

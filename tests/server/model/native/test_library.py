@@ -5,7 +5,9 @@ import hashlib
 import platform
 import re
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +66,64 @@ def test_a_compiler_that_fails(tmp_path: Path, compiler: Callable[[str], None]) 
     with pytest.raises(NativeUnavailable, match="it is broken"):
         compile_libraries(tmp_path / "made")
     assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_what_compiles_ends_with_who_waits_for_it(tmp_path: Path, compiler: Callable[[str], None]) -> None:
+    """At once: SIGTERM, before a server is ready, is an exception like this one."""
+
+    class Told(Exception):
+        pass
+
+    def tell(*_: object) -> None:
+        raise Told
+
+    compiler(f"sleep 20; touch {tmp_path}/went-on")
+    before = signal.signal(signal.SIGALRM, tell)
+    started = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(Told):
+            compile_libraries(tmp_path / "made")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - started < 10
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_what_is_needed_for_a_while_is_beside_the_library(
+    tmp_path: Path, compiler: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/tmp may be a few megabytes of memory."""
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    compiler('test "${last#"$TMPDIR"/}" != "$last" && echo it is there >&2; exit 3')
+    with pytest.raises(NativeUnavailable, match="it is there"):
+        compile_libraries(tmp_path / "made")
+
+
+def test_a_system_without_the_static_library(
+    tmp_path: Path, compiled: Path, compiler: Callable[[str], None]
+) -> None:
+    """Fedora's and RHEL's compiler: libstdc++-static is a package of its own there."""
+    (tmp_path / "whole").write_bytes(compiled.read_bytes()[:-32])
+    compiler(
+        f"""case "$*" in *-static-libstdc++*) echo ld: cannot find -lstdc++ >&2; exit 1 ;; esac
+        cp {tmp_path}/whole "$last\""""
+    )
+    load_library([tmp_path / "made"])
+
+
+def test_a_checkout_in_a_folder_with_any_name(
+    tmp_path: Path, compiler: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The linker gets the file of exports by the name that it has; what it links is empty here."""
+    place = tmp_path / "a, b" / "native"
+    shutil.copytree(module.SOURCE, place)
+    monkeypatch.setattr(module, "SOURCE", place)
+    compiler(f"""case "$*" in *" -c "*) exec {REAL_COMPILER} -x c -c /dev/null -o "$last" ;; esac
+        exec {REAL_COMPILER} "$@\"""")
+    compile_libraries(tmp_path / "made")
+    assert (tmp_path / "made" / library_name(instructions())).exists()
 
 
 @pytest.mark.parametrize("size", [0, 10, 3000, -1])

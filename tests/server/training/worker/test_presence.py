@@ -1,9 +1,12 @@
 """Living workers are seen, of whatever process; dead ones aren't, however they died."""
 
+import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
+
+import pytest
 
 from server.training.worker.presence import own_name, present, workers_of
 from tests.server.training.job_kit import until
@@ -47,6 +50,33 @@ def test_a_killed_one_is_gone_at_once(tmp_path: Path) -> None:
         others[0].wait()
         until(lambda: workers_of(tmp_path) == [names[1]], 5)
     finally:
+        for other in others:
+            other.kill()
+            other.communicate()
+
+
+def may_number_apart() -> bool:
+    """Whether this machine lets processes have a numbering of their own."""
+    program = shutil.which("unshare")
+    return (
+        program is not None
+        and subprocess.run([program, "--pid", "--fork", "true"], capture_output=True).returncode == 0
+    )
+
+
+@pytest.mark.skipif(not may_number_apart(), reason="needs unshare, and leave to use it")
+def test_two_containers_with_the_machines_name(tmp_path: Path) -> None:
+    """As with Docker's `network_mode: host`: each is the first process of its own numbering."""
+    apart = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", HOLD, str(tmp_path)]
+    others = [subprocess.Popen(apart, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    watch = threading.Timer(20, others[1].kill)
+    watch.start()
+    try:
+        names = {other.stdout.readline().strip() for other in others if other.stdout is not None}
+        assert len(names - {""}) == 2, "the second one waits for the first"
+        assert workers_of(tmp_path) == sorted(names)
+    finally:
+        watch.cancel()
         for other in others:
             other.kill()
             other.communicate()

@@ -1,0 +1,52 @@
+"""What is installed without a checkout, as in the container: whatever is read while it runs."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CHECKED_WITH = {"package.json", "package-lock.json", "tsconfig.json", ".prettierrc.json", ".prettierignore"}
+"""Of the page's folder: for its linters alone, as its types are."""
+
+
+def test_a_wheel_has_what_is_read_while_it_runs() -> None:
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    there = {path for name, globs in told.items() for glob in globs for path in (ROOT / name).glob(glob)}
+    wanted = {
+        path
+        for package in ("adapters", "server")
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and path.name not in CHECKED_WITH and path.suffix not in (".py", ".pyc", ".ts", ".mts")
+    }
+    assert wanted - there == set()
+
+
+def imported() -> set[str]:
+    """What the code imports of others, by its first name."""
+    found: set[str] = set()
+    for path in (path for package in ("adapters", "server") for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found.update(alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names - {"adapters", "server"}
+
+
+def test_what_is_imported_is_asked_for() -> None:
+    """By its name and with a bound: what comes along with something else may be older than what is used of it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [
+        *project["dependencies"],
+        *(one for extra in project["optional-dependencies"].values() for one in extra),
+    ]
+    names = {re.match(r"[\w-]+", one)[0].replace("-", "_") for one in asked}  # type: ignore[index]
+    of_others = {
+        "multipart": "python_multipart",
+        "opentelemetry": "opentelemetry_sdk",
+        "pydantic_core": "pydantic",
+    }
+    assert {of_others.get(name, name) for name in imported()} - names == set()
+    assert all(re.search(r">=\d", one) for one in project["dependencies"])
