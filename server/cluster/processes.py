@@ -156,11 +156,11 @@ def api_command(settings: Settings, index: int, num_apis: int, address: str) -> 
 
 
 def _flags(settings: Settings) -> list[str]:
-    """Those of the settings that aren't as they are by themselves, and no secrets."""
+    """Of all settings but secrets: one that is as it is by default may be another in the environment."""
     found = []
-    for name, field in Settings.model_fields.items():
+    for name in Settings.model_fields:
         value, flag = getattr(settings, name), name.replace("_", "-")
-        if name in _SECRETS or value is None or value == field.default:
+        if name in _SECRETS or value is None:
             continue
         if isinstance(value, bool):
             found.append(f"--{'' if value else 'no-'}{flag}")
