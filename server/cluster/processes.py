@@ -17,6 +17,7 @@ from server.cluster.serve_transport import join, leave
 from server.cluster.state import ClusterState, read_state, remove_state, write_state
 from server.config import Settings
 from server.errors import StartupError
+from server.serve.address import url_of
 from server.training.worker.supervisor import GRACE_SECONDS, Supervisor, worker_command
 
 _API_GRACE_SECONDS = 45.0  # more than a server takes to drain
@@ -24,6 +25,7 @@ READY_SECONDS = 180.0  # after which an API process that was restarted is given 
 _PAUSE_SECONDS = 5.0  # that a balancer may take to see that an API process is ready again
 _TICK_SECONDS = 0.2
 _RESTART = signal.SIGUSR1
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # to ours, whatever others are reached by
 _SECRETS = ("api_keys", "database_url")  # which processes inherit with the environment
 
 
@@ -48,7 +50,7 @@ def up(
         ray, address = node.start_head(ray_port, log, num_cpus)
     else:
         ray = node.start_node(address, log, num_cpus)
-    urls = tuple(f"http://127.0.0.1:{settings.port + index}" for index in range(num_apis))
+    urls = urls_of(settings, num_apis)
     apis = {url: api_command(settings, index, num_apis, address) for index, url in enumerate(urls)}
     processes = Processes(apis, [worker_command(settings.of_a_worker)] * settings.workers)
     stopped, asked = threading.Event(), threading.Event()
@@ -141,6 +143,11 @@ def restart(home: Path, say: Callable[[str], None]) -> None:
     say(f"{len(state.urls)} API processes and {state.num_workers} workers were restarted")
 
 
+def urls_of(settings: Settings, num_apis: int) -> tuple[str, ...]:
+    """Where each of the API processes can be reached from this machine."""
+    return tuple(url_of(settings.host, settings.port + index) for index in range(num_apis))
+
+
 def api_command(settings: Settings, index: int, num_apis: int, address: str) -> list[str]:
     """What runs one API process; where there are several, each has a HOME and a port of its own."""
     home = settings.home.absolute()
@@ -191,7 +198,7 @@ def _comes_up(url: str, stopped: threading.Event, seconds: float = math.inf) -> 
 def is_ready(url: str) -> bool:
     """Whether the API there can serve."""
     try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=5) as answer:  # noqa: S310 it is ours
+        with _DIRECT.open(f"{url}/ready", timeout=5) as answer:
             return bool(answer.status == 200)
     except OSError:
         return False
@@ -200,7 +207,7 @@ def is_ready(url: str) -> bool:
 def queue_of(url: str) -> dict[str, int]:
     """How many sequences run and wait on all replicas, as the API there tells whoever has no key, if it does."""
     try:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:  # noqa: S310 it is ours
+        with _DIRECT.open(f"{url}/metrics", timeout=5) as answer:
             lines = answer.read().decode().splitlines()
     except OSError:
         return {}

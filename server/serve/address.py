@@ -30,13 +30,18 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url(bound: socket.socket, host: str) -> str:
-    """Where the server can be reached from this machine, with the port that the system chose where it was asked.
+    """Where the server can be reached from this machine, by the port that the system chose where it was asked."""
+    return url_of(host, bound.getsockname()[1])
+
+
+def url_of(host: str, port: int) -> str:
+    """Where one can be reached from this machine that listens there.
 
     One that listens on all addresses does so on the loopback's, too, which a browser can open.
     """
     reached = _LOOPBACK.get(host, host)
     shown = f"[{reached}]" if ":" in reached else reached
-    return f"http://{shown}:{bound.getsockname()[1]}"
+    return f"http://{shown}:{port}"
 
 
 def cannot_listen(host: str, port: int, error: OSError) -> StartupError:

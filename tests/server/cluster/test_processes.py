@@ -1,5 +1,12 @@
 """What `smolora cluster up` tells the API processes that it starts, and how it looks after them."""
 
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -44,3 +51,44 @@ def test_flags_of_up_win_over_the_environment(tmp_path: Path, monkeypatch: pytes
     for index, home in enumerate((tmp_path / "api-0", tmp_path / "api-1")):
         told = settings_of(processes.api_command(given, index, 2, "127.0.0.1:6379"))
         assert told == given.model_copy(update={"home": home, "port": 7999 + index, "workers": 0})
+
+
+class Ready(BaseHTTPRequestHandler):
+    """What an API process answers that is ready."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def ready_at(host: str) -> Iterator[int]:
+    """One that listens on that address alone; its port."""
+    server = HTTPServer((host, 0), Ready)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "0.0.0.0", "localhost"])
+def test_they_are_looked_for_where_they_listen(host: str) -> None:
+    with ready_at(host) as port:
+        (url,) = processes.urls_of(load(Settings, host=host, port=port), 1)
+        assert processes.is_ready(url)
+
+
+def test_they_are_asked_past_a_proxy() -> None:
+    """Of the environment, which is for what is elsewhere."""
+    code = "import sys; from server.cluster.processes import is_ready; sys.exit(not is_ready(sys.argv[1]))"
+    kept = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+    with ready_at("127.0.0.1") as port:
+        told = [sys.executable, "-c", code, f"http://127.0.0.1:{port}"]
+        assert subprocess.run(told, env={**kept, "http_proxy": "http://127.0.0.1:1"}).returncode == 0
