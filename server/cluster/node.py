@@ -83,15 +83,20 @@ def _start(flags: list[str], log: Path, num_cpus: float | None) -> Process:
         process = subprocess.Popen(  # noqa: S603 it is ours
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        with log.open("rb") as written:
-            written.seek(begun)
-            if b"Ray runtime started" in written.read():
-                return process
-        time.sleep(_TICK_SECONDS)
-    process.terminate()
-    raise StartupError(f"Ray doesn't start: see {log}")
+    try:
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline and process.poll() is None:
+            with log.open("rb") as written:
+                written.seek(begun)
+                if b"Ray runtime started" in written.read():
+                    return process
+            time.sleep(_TICK_SECONDS)
+        raise StartupError(f"Ray doesn't start: see {log}")
+    except BaseException:  # Ctrl-C, too, which doesn't reach it: it would stay, and nobody would know of it
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+        raise
 
 
 def _ray() -> str:

@@ -45,6 +45,7 @@ def up(
     home = settings.home.absolute()
     _check(settings, num_apis, address)
     log = home / "ray.log"
+    signal.signal(signal.SIGTERM, _give_up)  # until everything runs
     say("starting Ray" if address is None else f"joining Ray at {address}")
     if address is None:
         ray, address = node.start_head(ray_port, log, num_cpus)
@@ -85,6 +86,11 @@ def up(
         ray.terminate()
         ray.wait(node.STOP_SECONDS)
         remove_state(home)
+
+
+def _give_up(*_: object) -> None:
+    """Leave by an exception, so that what was started is ended."""
+    raise SystemExit(1)
 
 
 class Processes:
