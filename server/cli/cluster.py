@@ -125,7 +125,8 @@ def status(home: HomeOption = None) -> None:
     from server.cluster.state import read_state
 
     state = read_state(place_of(home))
-    typer.echo(f"smolora cluster up: {'runs' if node.is_alive(state.pid) else 'has ended'} (process {state.pid})")
+    is_up = node.is_alive(state.pid, state.mark)
+    typer.echo(f"smolora cluster up: {'runs' if is_up else 'has ended'} (process {state.pid})")
     for url in state.urls:
         typer.echo(f"API {url}: {'ready' if is_ready(url) else 'not ready'}")
     typer.echo(f"workers: {state.num_workers}")
@@ -156,8 +157,8 @@ def down(home: HomeOption = None) -> None:
 
     place = place_of(home)
     state = read_state(place)
-    ended = node.end(state.pid, _DOWN_SECONDS)
-    ended = node.end(state.ray_pid) and ended  # it is still there where `up` was killed
+    ended = node.end(state.pid, _DOWN_SECONDS, state.mark)
+    ended = node.end(state.ray_pid, mark=state.ray_mark) and ended  # it is still there where `up` was killed
     if not ended:
         raise StartupError("it doesn't end: look at the processes of this user")
     remove_state(place)

@@ -56,7 +56,11 @@ def up(
     processes = Processes(apis, [worker_command(settings.of_a_worker)] * settings.workers)
     stopped, asked = threading.Event(), threading.Event()
     signal.signal(_RESTART, lambda *_: asked.set())
-    state = ClusterState(address, os.getpid(), ray.pid, urls, settings.workers)
+    state = ClusterState(
+        *(address, os.getpid(), ray.pid, urls, settings.workers),
+        mark=node.mark_of(os.getpid()),
+        ray_mark=node.mark_of(ray.pid),
+    )
     write_state(home, state)
     try:
         if scale is not None:
@@ -137,11 +141,11 @@ class Processes:
 def restart(home: Path, say: Callable[[str], None]) -> None:
     """Have `up` replace its API processes and workers, and wait for it. Raises StartupError."""
     before = read_state(home)
-    if not node.is_alive(before.pid):
+    if not node.is_alive(before.pid, before.mark):
         raise StartupError("smolora cluster up has ended: start it again")
     os.kill(before.pid, _RESTART)
     while (state := read_state(home)).num_restarts == before.num_restarts:
-        if not node.is_alive(before.pid):
+        if not node.is_alive(before.pid, before.mark):
             raise StartupError("smolora cluster up ended meanwhile")
         time.sleep(_TICK_SECONDS)
     if state.fault:

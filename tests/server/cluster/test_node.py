@@ -1,6 +1,9 @@
 """This machine's part of Ray, as a process that must not be left behind, nor taken for another one."""
 
+import os
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,19 @@ def test_whoever_is_interrupted_while_ray_starts_leaves_none(
     with pytest.raises(KeyboardInterrupt):
         node.start_node("10.0.0.1:6379", tmp_path / "log", None)
     assert ends(int(slow_ray.read_text())), "it was left behind"
+
+
+@pytest.fixture
+def sleeping() -> Iterator["subprocess.Popen[bytes]"]:
+    process = subprocess.Popen(["sleep", "60"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_mark_is_one_processs(sleeping: "subprocess.Popen[bytes]") -> None:
+    mark = node.mark_of(sleeping.pid)
+    assert mark == node.mark_of(sleeping.pid) != node.mark_of(os.getpid())
+    assert node.is_alive(sleeping.pid, mark)
+    assert node.end(sleeping.pid, 5, mark)
+    assert sleeping.wait() == -15

@@ -15,8 +15,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from server.cli import cluster as commands
 from server.cli.options import with_flags
+from server.cluster import node
+from server.cluster.state import FILE_NAME, ClusterState, write_state
 from server.config import DEFAULT_MODEL, PREFIX, Settings, load
+from server.errors import StartupError
 
 pytest.importorskip("ray.serve", reason="needs the extra cluster")
 processes = import_module("server.cluster.processes")
@@ -92,3 +96,23 @@ def test_they_are_asked_past_a_proxy() -> None:
     with ready_at("127.0.0.1") as port:
         told = [sys.executable, "-c", code, f"http://127.0.0.1:{port}"]
         assert subprocess.run(told, env={**kept, "http_proxy": "http://127.0.0.1:1"}).returncode == 0
+
+
+@pytest.fixture
+def stranger() -> Iterator["subprocess.Popen[bytes]"]:
+    """Has the id that a process of the cluster had, before the machine was started again, say."""
+    process = subprocess.Popen(["sleep", "60"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_stranger_that_has_its_id_by_now_goes_on(tmp_path: Path, stranger: "subprocess.Popen[bytes]") -> None:
+    gone = f"{node.mark_of(stranger.pid)}0"
+    state = ClusterState("10.0.0.1:6379", stranger.pid, stranger.pid, (), 0, mark=gone, ray_mark=gone)
+    write_state(tmp_path, state)
+    with pytest.raises(StartupError, match="has ended: start it again"):
+        processes.restart(tmp_path, print)
+    commands.down(tmp_path)
+    assert not (tmp_path / FILE_NAME).exists()
+    assert node.is_alive(stranger.pid)
