@@ -1,6 +1,5 @@
 """The API processes and workers of one machine, supervised; `smolora cluster up` from its settings to its end."""
 
-import math
 import os
 import signal
 import sys
@@ -71,13 +70,14 @@ def up(
         for number in (signal.SIGTERM, signal.SIGINT):  # now: Ray sets its own while it is joined
             signal.signal(number, lambda *_: stopped.set())
         processes.start()
-        for url in urls:
-            if _comes_up(url, stopped):
-                say(f"the API is ready at {url}")
+        awaited = list(urls)
         while not stopped.wait(_TICK_SECONDS):
             if ray.poll() is not None:
                 say("Ray has ended: so does this")
                 return 1
+            for url in filter(is_ready, tuple(awaited)):
+                awaited.remove(url)
+                say(f"the API is ready at {url}")
             if asked.is_set():
                 asked.clear()
                 fault = processes.replace(stopped, say)
@@ -196,7 +196,7 @@ def _check(settings: Settings, num_apis: int, address: str | None) -> None:
         )
 
 
-def _comes_up(url: str, stopped: threading.Event, seconds: float = math.inf) -> bool:
+def _comes_up(url: str, stopped: threading.Event, seconds: float) -> bool:
     """Wait until the API there can serve; whether it can."""
     deadline = time.monotonic() + seconds
     while not stopped.wait(_TICK_SECONDS) and time.monotonic() < deadline:

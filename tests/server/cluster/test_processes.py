@@ -116,3 +116,22 @@ def test_a_stranger_that_has_its_id_by_now_goes_on(tmp_path: Path, stranger: "su
     commands.down(tmp_path)
     assert not (tmp_path / FILE_NAME).exists()
     assert node.is_alive(stranger.pid)
+
+
+def test_ray_that_ends_before_an_api_is_ready_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray, asked = subprocess.Popen(["sleep", "0.5"]), list[str]()
+
+    def is_ready(url: str) -> bool:
+        asked.append(url)
+        assert len(asked) < 300, "it waits for the API alone"
+        return False
+
+    monkeypatch.setattr(processes, "is_ready", is_ready)
+    monkeypatch.setattr(processes, "_TICK_SECONDS", 0.02)
+    monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(node, "start_head", lambda *_: (ray, "127.0.0.1:6379"))
+    monkeypatch.setattr(processes, "api_command", lambda *_: ["sleep", "60"])
+    said = list[str]()
+    settings = load(Settings, home=tmp_path, port=1, workers=0)
+    assert processes.up(settings, None, 1, None, 6379, None, said.append) == 1
+    assert "Ray has ended: so does this" in said
