@@ -14,7 +14,7 @@ from functools import partial
 
 from adapters.errors import SmoloraError
 from server.cluster.fleet import Link, Sent, Transport, best, check, total
-from server.cluster.messages import Batch, Welcome
+from server.cluster.messages import Batch
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.engine.watching.output_stream import OutputStream
 from server.errors import Draining, EngineDead, NotReady, TryAgain
@@ -249,12 +249,7 @@ class ReplicatedEngine:
                 if isinstance(message, Batch):
                     await self._deliver(link, message)
                 else:
-                    self._greet(link, message)
-
-    def _greet(self, link: Link, welcome: Welcome) -> None:
-        if welcome.base_digest != self._base_digest:
-            raise ValueError("it has another base")
-        link.welcome = welcome
+                    link.greet(message, self._base_digest)
 
     async def _deliver(self, link: Link, batch: Batch) -> None:
         for output in batch.outputs:

@@ -189,18 +189,20 @@ def test_refusals(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
-def test_another_base_is_not_used(tiny_base: BaseModel) -> None:
+def test_another_base_is_not_used(tiny_base: BaseModel, caplog: pytest.LogCaptureFixture) -> None:
     local = Local(tiny_base, num=1)
     local.client._base_digest = "another"
 
     async def main() -> None:
         local.client.start()
         local.bring("replica-0")
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1.2)  # it is asked more than once
         assert not local.client.ready
         await local.__aexit__()
 
     on_loop(main())
+    (told,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "replica replica-0 has another base than this process" in told
 
 
 def test_an_engine_that_dies_is_told(tiny_base: BaseModel) -> None:
