@@ -37,6 +37,7 @@ class ReplicatedEngine:
         self._size_of = size_of
         self._client = uuid.uuid4().hex
         self._links: dict[str, Link] = {}
+        self._gone = EngineStats()  # what replicas counted that are gone
         self._followers: dict[str, asyncio.Task[None]] = {}  # a task for each link
         self._tasks: set[asyncio.Task[None]] = set()
         self._sent: dict[str, Sent] = {}
@@ -75,8 +76,8 @@ class ReplicatedEngine:
 
     @property
     def stats(self) -> EngineStats:
-        """Of all replicas together."""
-        return total(list(self._links.values()))
+        """Of all replicas together; counts of those that are gone stay."""
+        return total(list(self._links.values()), self._gone)
 
     def start(self) -> None:
         """Find the replicas, and follow them. Call it once, on the event loop."""
@@ -236,6 +237,7 @@ class ReplicatedEngine:
             self._lose(link)
             if not link.is_leaving:
                 await asyncio.sleep(_RETRY_SECONDS)
+        self._gone = total([link], self._gone)
         del self._links[link.id], self._followers[link.id]
 
     async def _listen(self, link: Link) -> None:

@@ -18,6 +18,11 @@ from server.engine.sequence import adapter_key, extend_block_keys, prefix_root
 
 log = logging.getLogger(__name__)
 
+_COUNTS = (
+    *("adapter_loads", "adapter_evictions", "prefix_cached_tokens", "prompt_tokens", "output_tokens"),
+    *("preemptions", "steps", "drafted_tokens", "accepted_tokens"),
+)
+"""Fields of EngineStats that only grow."""
 _MAX_BLOCKS = 256
 """Of a prompt's beginning: what replicas are told apart by."""
 
@@ -58,6 +63,7 @@ class Link:
     id: str
     welcome: Welcome | None = None
     state: ReplicaState | None = None
+    counted: EngineStats = field(default_factory=EngineStats)  # as it told last, also once it is lost
     blocks: set[int] = field(default_factory=set)  # of its prefix cache, with those it was sent prompts of
     is_leaving: bool = False  # it ends once nothing of ours runs there
     sent: dict[str, Sent] = field(default_factory=dict)  # by the request's id
@@ -96,7 +102,7 @@ class Link:
 
     def take(self, state: ReplicaState) -> None:
         """What it has told of itself."""
-        self.state = state
+        self.state, self.counted = state, state.stats
         for sent in self.sent.values():
             sent.is_reported = not sent.is_offered
         if state.blocks is not None:
@@ -152,16 +158,18 @@ def prefix_of(link: Link, request: GenerationRequest) -> list[int]:
     return [block_hash(key) for key in keys]
 
 
-def total(links: Sequence[Link]) -> EngineStats:
-    """Of all replicas together: sums, of digests the unions."""
+def total(links: Sequence[Link], gone: EngineStats) -> EngineStats:
+    """Of all replicas together: sums, of digests the unions. Counts are added to those of the replicas that are
+    gone, and last as they were told by one that is lost: who watches them would take less for a new beginning.
+    """
     found = [link.state.stats for link in links if link.state is not None]
-    if len(found) == 1:
-        return found[0]
     sums: dict[str, Any] = {}  # by the fields' names
     for name in (of.name for of in fields(EngineStats)):
         values = [getattr(stats, name) for stats in found]
         if name in ("resident", "waiting"):
             sums[name] = frozenset[str]().union(*values)
+        elif name in _COUNTS:
+            sums[name] = getattr(gone, name) + sum(getattr(link.counted, name) for link in links)
         else:
             sums[name] = max(values, default=0) if name == "max_adapter_rank" else sum(values)
     return EngineStats(**sums)

@@ -163,6 +163,29 @@ def test_a_replica_that_leaves_ends_what_it_has(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
+def test_counts_never_fall(tiny_base: BaseModel) -> None:
+    """Whoever watches them would take that for a new beginning, and what is left for what was done since."""
+    local = Local(tiny_base)
+
+    async def main() -> None:
+        async with local as engine:
+            asked = [outcome(engine.submit(request(f"{number}", num=10 + number))) for number in range(8)]
+            assert await asyncio.gather(*asked) == [None] * 8
+            done = sum(bench.engine.stats.output_tokens for bench in local.benches.values())
+            await eventually(lambda: engine.stats.output_tokens == done)
+            assert all(bench.engine.stats.output_tokens for bench in local.benches.values())
+            before = engine.stats
+            local.transport.cut("replica-0")
+            await eventually(lambda: len(engine._ready_links()) == 1)
+            assert (engine.stats.output_tokens, engine.stats.steps) == (done, before.steps)
+            assert engine.stats.kv_blocks_total == before.kv_blocks_total / 2
+            local.transport.remove("replica-0")
+            await eventually(lambda: "replica-0" not in engine._links)
+            assert (engine.stats.output_tokens, engine.stats.steps) == (done, before.steps)
+
+    on_loop(main())
+
+
 def test_refusals(tiny_base: BaseModel) -> None:
     limits = SchedulerLimits(max_num_seqs=1)
     local = Local(tiny_base, limits=limits, max_queue=1)
