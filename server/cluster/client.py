@@ -173,10 +173,12 @@ class ReplicatedEngine:
                 self._abort(link, request.request_id)  # it may have taken it, for all we know
                 self._fail(sent, EngineDead())
             return None
+        if sent.link is not link:  # lost as it answered: another one is asked already
+            return None
         sent.is_offered = False
         if (refused := call.result()) is not None:
             self._forget(sent)
-        elif sent.is_abandoned and sent.link is link:
+        elif sent.is_abandoned:
             self._forget(sent)
             self._abort(link, request.request_id)
         return refused

@@ -8,18 +8,19 @@ import pytest
 
 from adapters.errors import InvalidInput, SmoloraError
 from server.cluster import client as client_module
-from server.engine.request import SamplingParams, SequenceOutput
+from server.engine.request import GenerationRequest, SamplingParams, SequenceOutput
 from server.engine.scheduler import SchedulerLimits
 from server.engine.watching.output_stream import OutputStream
 from server.errors import Draining, EngineDead, NotReady, QueueFull
 from server.model.base.weights import BaseModel
 from tests.engine_kit import build_engine, run
-from tests.server.cluster.replicas import Local, sent
+from tests.server.cluster.replicas import Local, LocalTransport, sent
 from tests.server.engine.async_bench import LONG, Bench, collect, eventually, on_loop, outcome, request
 from tests.server.engine.faults import SlowLoad
 from tests.server.engine.traffic import assert_same, library, prompt, requests_of_all_kinds
 
 TUNED = request(adapters={"00": 1.0})
+SHORT = request()
 SLOW = replace(request(), sampling=LONG)
 
 
@@ -100,6 +101,31 @@ def test_a_replica_that_goes_before_the_first_token(tiny_base: BaseModel) -> Non
             slow.go.set()
             assert_same((await asked)[0], expected)
             assert local.place_of("r") != first
+
+    on_loop(main())
+
+
+def test_a_replica_that_goes_as_it_refuses(tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for once more, and no more than once: what two would answer is not for one stream."""
+    expected = run(build_engine(tiny_base), [SHORT])["r", 0]
+    local, submit = Local(tiny_base), LocalTransport.submit
+    engine = local.client
+
+    async def refuses(
+        transport: LocalTransport, replica: str, client: str, request: GenerationRequest
+    ) -> SmoloraError | None:
+        if transport.submitted:
+            return await submit(transport, replica, client, request)
+        transport.submitted.append((replica, request.request_id))
+        asyncio.get_running_loop().call_soon(engine._lose, engine._links[replica])
+        return EngineDead()
+
+    monkeypatch.setattr(LocalTransport, "submit", refuses)
+
+    async def main() -> None:
+        async with local:
+            assert_same((await collect(engine.submit(SHORT)))[0], expected)
+            assert len(local.transport.submitted) == 2
 
     on_loop(main())
 
