@@ -28,6 +28,9 @@ JoinOption = Annotated[
     str | None, typer.Option(help="Of a Ray cluster to join. Default: a new one, on this machine.")
 ]
 ReplicasOption = Annotated[int | None, typer.Option(min=1, help="Engine replicas. Default: 1, or as they are.")]
+AllReplicasOption = Annotated[
+    int | None, typer.Option(min=1, help="Engine replicas, however many run. Default: 1.")
+]
 MaxReplicasOption = Annotated[int | None, typer.Option(min=1, help="As many when there is much to do.")]
 ReplicaCpusOption = Annotated[float, typer.Option(min=0, help="Cores that a replica takes.")]
 ReplicaGpusOption = Annotated[float, typer.Option(min=0, help="GPUs that a replica takes.")]
@@ -74,7 +77,7 @@ def up(
 def deploy(
     settings: Settings,
     address: AddressOption = "auto",
-    replicas: ReplicasOption = None,
+    replicas: AllReplicasOption = None,
     max_replicas: MaxReplicasOption = None,
     replica_cpus: ReplicaCpusOption = 1,
     replica_gpus: ReplicaGpusOption = 0,
