@@ -25,14 +25,23 @@ log = logging.getLogger("smolora.metrics")
 
 
 class HomeCollector(Collector):
-    """Of one HOME. `min_free_bytes` is the setting. For one thread at a time."""
+    """Of one HOME. `min_free_bytes` is the setting; with `has_others` workers of other HOMEs take its jobs, too,
+    and are counted while they do. For one thread at a time.
+    """
 
     def __init__(
-        self, home: Path, jobs: Jobs, min_free_bytes: int, clock: Callable[[], float] = time.monotonic
+        self,
+        home: Path,
+        jobs: Jobs,
+        min_free_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        has_others: bool = False,
     ) -> None:
         self._home = home
         self._jobs = jobs
         self._min_free_bytes = min_free_bytes
+        self._has_others = has_others
         self._clock = clock
         self._read_at = float("-inf")
         self._said_at = float("-inf")
@@ -62,8 +71,10 @@ class HomeCollector(Collector):
         for status in Status:
             jobs.add_metric([status.value], counts.get(status, 0))
         yield jobs
-        busy = self._jobs.owners()
-        states = Counter("busy" if worker in busy else "idle" for worker in workers_of(self._home))
+        busy, here = self._jobs.owners(), workers_of(self._home)
+        states = Counter("busy" if worker in busy else "idle" for worker in here)
+        if self._has_others:
+            states["busy"] = len(busy)
         workers = GaugeMetricFamily("smolora_workers", "Worker processes that live, by state", labels=["state"])
         for state in ("busy", "idle"):
             workers.add_metric([state], states[state])

@@ -103,7 +103,9 @@ def build(
                     commits_of(database, settings.home),
                     EngineConfig.block_size,
                 ),
-                HomeCollector(settings.home, jobs, settings.min_free_bytes),
+                HomeCollector(
+                    settings.home, jobs, settings.min_free_bytes, has_others=settings.database is not None
+                ),
                 ServerCollector(base.name, lambda: engine.ready),
             ],
         ),

@@ -66,6 +66,15 @@ def test_a_worker_is_busy_while_it_keeps_a_lease(tmp_path: Path, jobs: Jobs, lea
     assert read(collector)["smolora_workers", "busy"] == 0, "it has gone, whatever its lease says"
 
 
+def test_a_worker_of_another_home_is_busy_too(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+    """Where machines share a database. Else jobs would seem to wait for nobody."""
+    submit(jobs, "job-1")
+    assert leases.claim("elsewhere:7") is not None
+    with present(tmp_path):
+        found = read(HomeCollector(tmp_path, jobs, 512, has_others=True))
+    assert (found["smolora_workers", "idle"], found["smolora_workers", "busy"]) == (1, 1)
+
+
 def test_the_disk_is_homes(tmp_path: Path, jobs: Jobs) -> None:
     collector, _ = _collector(tmp_path, jobs)
     found = read(collector)
