@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -25,6 +26,7 @@ from server.home import make
 from server.serve.engine import base_directory, guidance_of, load_for_engine, make_engine
 from server.serve.switching import switch_quickly
 from server.storage import Storage
+from server.training.worker.yielding import NUM_PLACES, BusyFlag
 
 _DRAIN_SECONDS = 20.0
 """That a replica may take to end, after the time that its longest request may take."""
@@ -71,7 +73,8 @@ class Engine:
         guidance = guidance_of(base)
         store = Storage.open(settings.home, settings).adapters(grace=2 * settings.request_timeout)
         engine = make_engine(settings, base, store, guidance, log.info)
-        self._replica = EngineReplica(engine, guidance, base.digest, base.config.vocab_size)
+        flag = BusyFlag(settings.home, place=1 + os.getpid() % (NUM_PLACES - 1))  # 0 is an API process's
+        self._replica = EngineReplica(engine, guidance, base.digest, base.config.vocab_size, flag.set)
 
     async def follow(self, replica: str, client: str) -> AsyncGenerator[Welcome | Batch, None]:
         """`EngineReplica.follow`."""

@@ -8,11 +8,14 @@ import pytest
 
 from adapters.errors import InvalidInput, SmoloraError
 from server.cluster import client as client_module
+from server.cluster import replica as replica_module
+from server.cluster.replica import EngineReplica
 from server.engine.request import GenerationRequest, SamplingParams, SequenceOutput
 from server.engine.scheduler import SchedulerLimits
 from server.engine.watching.output_stream import OutputStream
 from server.errors import Draining, EngineDead, NotReady, QueueFull
 from server.model.base.weights import BaseModel
+from server.serve.engine import guidance_of
 from tests.engine_kit import build_engine, run
 from tests.server.cluster.replicas import Local, LocalTransport, sent
 from tests.server.engine.async_bench import LONG, Bench, collect, eventually, on_loop, outcome, request
@@ -266,6 +269,28 @@ def test_an_engine_that_dies_is_told(tiny_base: BaseModel) -> None:
             (replica,) = local.transport.replicas.values()
             with pytest.raises(EngineDead):
                 await replica.check_health()
+
+    on_loop(main())
+
+
+def test_a_replica_says_how_busy_it_is(tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers on its machine yield by that."""
+    monkeypatch.setattr(replica_module, "PULSE_SECONDS", 0.01)
+    said = list[int]()
+
+    async def main() -> None:
+        engine = Bench(tiny_base).asynchronous
+        replica = EngineReplica(
+            engine, guidance_of(tiny_base), tiny_base.digest, tiny_base.config.vocab_size, said.append
+        )
+        messages = replica.follow("client")
+        await anext(messages)
+        assert await replica.submit("client", replace(SLOW, n=2)) is None
+        assert said[-1] == 2
+        await eventually(lambda: said[-1] == 0)
+        assert said.count(2) > 1, "it is said again while they run"
+        await messages.aclose()
+        await replica.stop()
 
     on_loop(main())
 
