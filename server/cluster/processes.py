@@ -16,7 +16,7 @@ from server.cluster.serve_transport import join, leave
 from server.cluster.state import ClusterState, read_state, remove_state, write_state
 from server.config import Settings
 from server.errors import StartupError
-from server.serve.address import url_of
+from server.serve.address import refuse_strangers, url_of
 from server.training.worker.supervisor import GRACE_SECONDS, Supervisor, worker_command
 
 _API_GRACE_SECONDS = 45.0  # more than a server takes to drain
@@ -187,13 +187,15 @@ def _flags(settings: Settings) -> list[str]:
 
 
 def _check(settings: Settings, num_apis: int, address: str | None) -> None:
-    """Raise StartupError where processes would not see each other's things."""
+    """Raise StartupError where processes would not see each other's things, or an API process would not start."""
     shared = [getattr(settings, name, None) for name in ("database_url", "bytes_url")]
     if (num_apis > 1 or address is not None) and not all(shared):
         raise StartupError(
             "several API processes or machines need SMOLORA_DATABASE_URL and SMOLORA_BYTES_URL: what they share "
             "can't be files of one machine"
         )
+    if num_apis and settings.database is None:  # else the API process looks for keys there
+        refuse_strangers(settings)
 
 
 def _comes_up(url: str, stopped: threading.Event, seconds: float) -> bool:

@@ -135,3 +135,13 @@ def test_ray_that_ends_before_an_api_is_ready_ends_all(tmp_path: Path, monkeypat
     settings = load(Settings, home=tmp_path, port=1, workers=0)
     assert processes.up(settings, None, 1, None, 6379, None, said.append) == 1
     assert "Ray has ended: so does this" in said
+
+
+def test_strangers_are_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(node, "start_head", start)
+    monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
+    with pytest.raises(StartupError, match="can be reached from elsewhere: make a key"):
+        processes.up(load(Settings, home=tmp_path, host="0.0.0.0"), None, 1, None, 6379, None, print)
