@@ -19,9 +19,10 @@ from server import logs
 from server.allocator import keep_freed_memory
 from server.cluster.messages import Batch, Welcome
 from server.cluster.replica import EngineReplica
-from server.cluster.serve_transport import APP, DEPLOYMENT, has_room
+from server.cluster.serve_transport import APP, DEPLOYMENT, fault_told, has_room
 from server.config import Flag, Settings, load
 from server.engine.request import GenerationRequest
+from server.errors import StartupError
 from server.home import make
 from server.serve.engine import base_directory, guidance_of, load_for_engine, make_engine
 from server.serve.switching import switch_quickly
@@ -168,8 +169,14 @@ def build_app(flags: Mapping[str, Flag]) -> serve.Application:
 
 
 def deploy(settings: Settings, scale: Scale) -> DeploymentHandle:
-    """Run it, or bring what runs to these settings, a replica at a time; returns once all are healthy."""
+    """Run it, or bring what runs to these settings, a replica at a time; returns once all are healthy.
+
+    Raises StartupError where new replicas don't become so.
+    """
     serve.start(proxy_location="Disabled")
     if scale.spare is None:
         scale = replace(scale, spare=has_room(scale.num_cpus, scale.num_gpus))
-    return serve.run(engine_app(settings, scale), name=APP, route_prefix=None)
+    try:
+        return serve.run(engine_app(settings, scale), name=APP, route_prefix=None)
+    except RuntimeError as error:
+        raise StartupError(f"the engine replicas don't start: {fault_told() or error}") from None

@@ -65,8 +65,10 @@ def up(
         if scale is not None:
             say(f"starting {scale.replicas} engine replicas")
             join(address)
-            deploy(settings, scale)
-            leave()
+            try:
+                deploy(settings, scale)
+            finally:
+                leave()  # before Ray ends, without which it would wait for minutes
         for number in (signal.SIGTERM, signal.SIGINT):  # now: Ray sets its own while it is joined
             signal.signal(number, lambda *_: stopped.set())
         processes.start()

@@ -145,3 +145,22 @@ def test_strangers_are_refused_before_anything_starts(tmp_path: Path, monkeypatc
     monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
     with pytest.raises(StartupError, match="can be reached from elsewhere: make a key"):
         processes.up(load(Settings, home=tmp_path, host="0.0.0.0"), None, 1, None, 6379, None, print)
+
+
+def test_replicas_that_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process leaves Ray before that ends: else it would wait for it, and say nothing, for two minutes."""
+    ray, was_there = subprocess.Popen(["sleep", "60"]), list[bool]()
+
+    def fail(*_: object) -> None:
+        raise StartupError("the engine replicas don't start")
+
+    monkeypatch.setattr(node, "start_head", lambda *_: (ray, "127.0.0.1:6379"))
+    monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(processes, "join", lambda _: None)
+    monkeypatch.setattr(processes, "deploy", fail)
+    monkeypatch.setattr(processes, "leave", lambda: was_there.append(ray.poll() is None))
+    scale = processes.Scale()
+    with pytest.raises(StartupError, match="don't start"):
+        processes.up(load(Settings, home=tmp_path, workers=0), scale, 1, None, 6379, None, print)
+    assert was_there == [True]
+    assert ray.poll() is not None
