@@ -95,9 +95,8 @@ def deploy(
 
     join(address)
     scale = _scale(replicas, max_replicas, replica_cpus, replica_gpus)
-    run(
-        settings, replace(scale, upscale_seconds=upscale_seconds, downscale_seconds=downscale_seconds, spare=spare)
-    )
+    scale = replace(scale, upscale_seconds=upscale_seconds, downscale_seconds=downscale_seconds, spare=spare)
+    run(settings, scale, say)
 
 
 @group.command()

@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -19,8 +19,9 @@ from server import logs
 from server.allocator import keep_freed_memory
 from server.cluster.messages import Batch, Welcome
 from server.cluster.replica import EngineReplica
-from server.cluster.serve_transport import APP, DEPLOYMENT, fault_told, has_room
+from server.cluster.serve_transport import APP, DEPLOYMENT, fault_told, has_room, is_too_small
 from server.config import Flag, Settings, load
+from server.counted import counted
 from server.engine.request import GenerationRequest
 from server.errors import StartupError
 from server.home import make
@@ -168,11 +169,16 @@ def build_app(flags: Mapping[str, Flag]) -> serve.Application:
     return engine_app(load(Settings, **flags), Scale())
 
 
-def deploy(settings: Settings, scale: Scale) -> DeploymentHandle:
+def deploy(settings: Settings, scale: Scale, say: Callable[[str], None]) -> DeploymentHandle:
     """Run it, or bring what runs to these settings, a replica at a time; returns once all are healthy.
 
-    Raises StartupError where new replicas don't become so.
+    `say` is told what it waits for where Ray hasn't room. Raises StartupError where new replicas don't start.
     """
+    if is_too_small(scale.replicas * scale.num_cpus, scale.replicas * scale.num_gpus):
+        say(
+            f"waiting for machines to join: {counted(scale.replicas, 'replica')} with {scale.num_cpus:g} cores "
+            f"and {scale.num_gpus:g} GPUs each are more than Ray has (--replica-cpus, --replica-gpus, --replicas)"
+        )
     serve.start(proxy_location="Disabled")
     if scale.spare is None:
         scale = replace(scale, spare=has_room(scale.num_cpus, scale.num_gpus))

@@ -66,7 +66,7 @@ def up(
             say(f"starting {scale.replicas} engine replicas")
             join(address)
             try:
-                deploy(settings, scale)
+                deploy(settings, scale, say)
             finally:
                 leave()  # before Ray ends, without which it would wait for minutes
         for number in (signal.SIGTERM, signal.SIGINT):  # now: Ray sets its own while it is joined

@@ -42,6 +42,12 @@ def has_room(num_cpus: float, num_gpus: float) -> bool:
     return bool(free.get("CPU", 0.0) >= num_cpus and free.get("GPU", 0.0) >= num_gpus)
 
 
+def is_too_small(num_cpus: float, num_gpus: float) -> bool:
+    """Whether all machines together haven't so much, free or not."""
+    there = ray.cluster_resources()
+    return bool(there.get("CPU", 0.0) < num_cpus or there.get("GPU", 0.0) < num_gpus)
+
+
 def replicas_told() -> dict[str, int]:
     """How many replicas there are, by what Serve says of them."""
     deployment = _deployment_told()

@@ -53,5 +53,20 @@ def test_why_replicas_do_not_start(message: str, told: str, monkeypatch: pytest.
     monkeypatch.setattr(serve, "start", lambda **_: None)
     monkeypatch.setattr(serve, "run", fail)
     monkeypatch.setattr(serve, "status", lambda: status)
+    monkeypatch.setattr(deploy, "is_too_small", lambda *_: False)
     with pytest.raises(StartupError, match=f"^the engine replicas don't start: {told}"):
-        deploy.deploy(load(Settings), deploy.Scale(spare=False))
+        deploy.deploy(load(Settings), deploy.Scale(spare=False), print)
+
+
+def test_what_a_cluster_without_room_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = pytest.importorskip("ray.serve", reason="needs the extra cluster")
+    deploy, said = import_module("server.cluster.deploy"), list[str]()
+    monkeypatch.setattr(serve, "start", lambda **_: None)
+    monkeypatch.setattr(serve, "run", lambda *_, **__: None)
+    monkeypatch.setattr(import_module("ray"), "cluster_resources", lambda: {"CPU": 2.0})
+    for replicas, cpus in ((2, 1), (4, 0.5), (4, 1)):
+        deploy.deploy(load(Settings), deploy.Scale(replicas, num_cpus=cpus, spare=False), said.append)
+    (told,) = said
+    assert told.startswith(
+        "waiting for machines to join: 4 replicas with 1 cores and 0 GPUs each are more than Ray"
+    )
