@@ -10,7 +10,8 @@
     └── TryAgain                   refused now, welcome later; has `retry_after` (HTTP 429)
         └── Unavailable            nothing can be served now (HTTP 503)
             ├── BytesUnavailable   the object store can't be reached, or fails
-            └── Interrupted        the database went away before anything was changed
+            ├── Interrupted        the database went away before anything was changed
+            └── InDoubt            it went away as it was told to commit: nobody knows whether it did
 
 `server.errors` adds the branches that concern a running server. One handler in `server.api` turns the
 whole tree into HTTP. All of it can be pickled, with its attributes and its cause.
@@ -106,6 +107,12 @@ class Interrupted(Unavailable):
     """The database can't be reached, or let go of a transaction, of which nothing is left: it may be run again."""
 
     default_message = "the database can't be reached just now"
+
+
+class InDoubt(Unavailable):
+    """The database went away as it was told to commit, and didn't come back in time to be asked whether it did."""
+
+    default_message = "the database went away: look whether it was done before trying again"
 
 
 def _restored(

@@ -5,7 +5,7 @@
     │   ├── QueueFull              as many requests wait as may (HTTP 429)
     │   ├── RateLimited            a key's or a project's minute is used up (HTTP 429)
     │   └── Unavailable            nothing can be served now (HTTP 503)
-    │       ├── Interrupted        of `adapters.errors`
+    │       ├── Interrupted        of `adapters.errors`, as BytesUnavailable and InDoubt
     │       ├── GenerationTimeout  it took too long, and was ended
     │       ├── NotReady           the model isn't loaded yet
     │       ├── Draining           the process is about to end

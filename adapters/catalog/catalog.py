@@ -257,6 +257,7 @@ class Catalog:
         if (records := self._records) is not None:
             # no room, say: they are gone all the same, and the next start or `doctor --rebuild` tidies up
             with suppress(OSError, DBAPIError, Unavailable):
+                records.reach()
                 transact(self._engine, lambda _: records.remove(key, numbers))
         return digests
 

@@ -50,6 +50,11 @@ class Records:
     def __init__(self, root: Path) -> None:
         self._root = root
 
+    def reach(self) -> None:
+        """Raise BytesUnavailable where they can't be had just now: before a transaction, in which all others
+        who write would wait for that.
+        """
+
     def write(self, version: Version) -> None:
         """Keep the version's record, in the place of any older one of its number."""
         self._keep(version.name, f"{version.version}.json", encode(version))

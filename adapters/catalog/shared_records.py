@@ -23,6 +23,9 @@ class SharedRecords(Records):
         super().__init__(root)
         self._bucket = bucket
 
+    def reach(self) -> None:
+        self._try("reachable")
+
     def clean(self) -> None:
         """There is nothing half-written."""
 

@@ -28,14 +28,17 @@ from adapters.viewpoint import Viewpoint, split_key
 @contextmanager
 def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder | None]:
     """A block around a transaction that publishes. Where that fails, if only as it commits, its records go again:
-    the next start would take them for versions that a lost database knew.
+    the next start would take them for versions that a lost database knew. Raises as `Records.reach`.
     """
     recorder = None if records is None else Recorder(records)
+    if records is not None:
+        records.reach()
     try:
         yield recorder
     except BaseException:
-        if recorder is not None and recorder.written:
+        if records is not None and recorder is not None and recorder.written:
             with suppress(OSError, DBAPIError, Unavailable):  # then it is as if the process had been killed
+                records.reach()
                 transact(engine, partial(_forget_uncommitted, recorder))
         raise
 

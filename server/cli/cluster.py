@@ -28,6 +28,9 @@ JoinOption = Annotated[
     str | None, typer.Option(help="Of a Ray cluster to join. Default: a new one, on this machine.")
 ]
 ReplicasOption = Annotated[int | None, typer.Option(min=1, help="Engine replicas. Default: 1, or as they are.")]
+AllReplicasOption = Annotated[
+    int | None, typer.Option(min=1, help="Engine replicas, however many run. Default: 1.")
+]
 MaxReplicasOption = Annotated[int | None, typer.Option(min=1, help="As many when there is much to do.")]
 ReplicaCpusOption = Annotated[float, typer.Option(min=0, help="Cores that a replica takes.")]
 ReplicaGpusOption = Annotated[float, typer.Option(min=0, help="GPUs that a replica takes.")]
@@ -74,7 +77,7 @@ def up(
 def deploy(
     settings: Settings,
     address: AddressOption = "auto",
-    replicas: ReplicasOption = None,
+    replicas: AllReplicasOption = None,
     max_replicas: MaxReplicasOption = None,
     replica_cpus: ReplicaCpusOption = 1,
     replica_gpus: ReplicaGpusOption = 0,
@@ -92,9 +95,8 @@ def deploy(
 
     join(address)
     scale = _scale(replicas, max_replicas, replica_cpus, replica_gpus)
-    run(
-        settings, replace(scale, upscale_seconds=upscale_seconds, downscale_seconds=downscale_seconds, spare=spare)
-    )
+    scale = replace(scale, upscale_seconds=upscale_seconds, downscale_seconds=downscale_seconds, spare=spare)
+    run(settings, scale, say)
 
 
 @group.command()
@@ -125,7 +127,8 @@ def status(home: HomeOption = None) -> None:
     from server.cluster.state import read_state
 
     state = read_state(place_of(home))
-    typer.echo(f"smolora cluster up: {'runs' if node.is_alive(state.pid) else 'has ended'} (process {state.pid})")
+    is_up = node.is_alive(state.pid, state.mark)
+    typer.echo(f"smolora cluster up: {'runs' if is_up else 'has ended'} (process {state.pid})")
     for url in state.urls:
         typer.echo(f"API {url}: {'ready' if is_ready(url) else 'not ready'}")
     typer.echo(f"workers: {state.num_workers}")
@@ -156,8 +159,8 @@ def down(home: HomeOption = None) -> None:
 
     place = place_of(home)
     state = read_state(place)
-    ended = node.end(state.pid, _DOWN_SECONDS)
-    ended = node.end(state.ray_pid) and ended  # it is still there where `up` was killed
+    ended = node.end(state.pid, _DOWN_SECONDS, state.mark)
+    ended = node.end(state.ray_pid, mark=state.ray_mark) and ended  # it is still there where `up` was killed
     if not ended:
         raise StartupError("it doesn't end: look at the processes of this user")
     remove_state(place)

@@ -14,7 +14,7 @@ from functools import partial
 
 from adapters.errors import SmoloraError
 from server.cluster.fleet import Counts, Link, Sent, Transport, best, check, total
-from server.cluster.messages import Batch, Welcome
+from server.cluster.messages import Batch
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.engine.watching.output_stream import OutputStream
 from server.errors import Draining, EngineDead, NotReady, TryAgain
@@ -173,10 +173,12 @@ class ReplicatedEngine:
                 self._abort(link, request.request_id)  # it may have taken it, for all we know
                 self._fail(sent, EngineDead())
             return None
+        if sent.link is not link:  # lost as it answered: another one is asked already
+            return None
         sent.is_offered = False
         if (refused := call.result()) is not None:
             self._forget(sent)
-        elif sent.is_abandoned and sent.link is link:
+        elif sent.is_abandoned:
             self._forget(sent)
             self._abort(link, request.request_id)
         return refused
@@ -250,12 +252,7 @@ class ReplicatedEngine:
                 if isinstance(message, Batch):
                     await self._deliver(link, message)
                 else:
-                    self._greet(link, message)
-
-    def _greet(self, link: Link, welcome: Welcome) -> None:
-        if welcome.base_digest != self._base_digest:
-            raise ValueError("it has another base")
-        link.welcome = welcome
+                    link.greet(message, self._base_digest)
 
     async def _deliver(self, link: Link, batch: Batch) -> None:
         for output in batch.outputs:

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import AsyncGenerator, Mapping
+import os
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -18,13 +19,16 @@ from server import logs
 from server.allocator import keep_freed_memory
 from server.cluster.messages import Batch, Welcome
 from server.cluster.replica import EngineReplica
-from server.cluster.serve_transport import APP, DEPLOYMENT, has_room
+from server.cluster.serve_transport import APP, DEPLOYMENT, fault_told, has_room, is_too_small
 from server.config import Flag, Settings, load
+from server.counted import counted
 from server.engine.request import GenerationRequest
+from server.errors import StartupError
 from server.home import make
 from server.serve.engine import base_directory, guidance_of, load_for_engine, make_engine
 from server.serve.switching import switch_quickly
 from server.storage import Storage
+from server.training.worker.yielding import NUM_PLACES, BusyFlag
 
 _DRAIN_SECONDS = 20.0
 """That a replica may take to end, after the time that its longest request may take."""
@@ -71,7 +75,8 @@ class Engine:
         guidance = guidance_of(base)
         store = Storage.open(settings.home, settings).adapters(grace=2 * settings.request_timeout)
         engine = make_engine(settings, base, store, guidance, log.info)
-        self._replica = EngineReplica(engine, guidance, base.digest, base.config.vocab_size)
+        flag = BusyFlag(settings.home, place=1 + os.getpid() % (NUM_PLACES - 1))  # 0 is an API process's
+        self._replica = EngineReplica(engine, guidance, base.digest, base.config.vocab_size, flag.set)
 
     async def follow(self, replica: str, client: str) -> AsyncGenerator[Welcome | Batch, None]:
         """`EngineReplica.follow`."""
@@ -164,9 +169,20 @@ def build_app(flags: Mapping[str, Flag]) -> serve.Application:
     return engine_app(load(Settings, **flags), Scale())
 
 
-def deploy(settings: Settings, scale: Scale) -> DeploymentHandle:
-    """Run it, or bring what runs to these settings, a replica at a time; returns once all are healthy."""
+def deploy(settings: Settings, scale: Scale, say: Callable[[str], None]) -> DeploymentHandle:
+    """Run it, or bring what runs to these settings, a replica at a time; returns once all are healthy.
+
+    `say` is told what it waits for where Ray hasn't room. Raises StartupError where new replicas don't start.
+    """
+    if is_too_small(scale.replicas * scale.num_cpus, scale.replicas * scale.num_gpus):
+        say(
+            f"waiting for machines to join: {counted(scale.replicas, 'replica')} with {scale.num_cpus:g} cores "
+            f"and {scale.num_gpus:g} GPUs each are more than Ray has (--replica-cpus, --replica-gpus, --replicas)"
+        )
     serve.start(proxy_location="Disabled")
     if scale.spare is None:
         scale = replace(scale, spare=has_room(scale.num_cpus, scale.num_gpus))
-    return serve.run(engine_app(settings, scale), name=APP, route_prefix=None)
+    try:
+        return serve.run(engine_app(settings, scale), name=APP, route_prefix=None)
+    except RuntimeError as error:
+        raise StartupError(f"the engine replicas don't start: {fault_told() or error}") from None

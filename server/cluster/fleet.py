@@ -5,6 +5,7 @@ processes: the others, which know the same, are likely to have sent as much (doc
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
@@ -15,9 +16,10 @@ from server.cluster.rank import Part, Replica, rank
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.engine.sequence import adapter_key, extend_block_keys, prefix_root
 
+log = logging.getLogger(__name__)
+
 _MAX_BLOCKS = 256
 """Of a prompt's beginning: what replicas are told apart by."""
-
 
 COUNTERS = (
     "adapter_loads",
@@ -107,6 +109,18 @@ class Link:
         others = max(0, state.num_in_flight - state.num_own)
         fresh = sum(sent.num_unfinished for sent in self.sent.values() if not sent.is_reported)
         return others + self.num_own + (state.num_followers - 1) * fresh
+
+    def greet(self, welcome: Welcome, base_digest: str) -> None:
+        """What it tells first. Raises ValueError where its base is another than the one of that digest."""
+        is_new, self.welcome = self.welcome is None, welcome
+        if welcome.base_digest != base_digest:
+            if is_new:  # it will be asked again, and say the same
+                log.warning(
+                    "replica %s has another base than this process, and isn't used: give both the same "
+                    "SMOLORA_MODEL (replicas by smolora cluster deploy)",
+                    self.id,
+                )
+            raise ValueError("it has another base")
 
     def take(self, state: ReplicaState) -> None:
         """What it has told of itself."""

@@ -44,8 +44,21 @@ def start_node(address: str, log: Path, num_cpus: float | None) -> Process:
     return _start([f"--address={address}"], log, num_cpus)
 
 
-def is_alive(pid: int) -> bool:
-    """Whether there is such a process, and it hasn't ended."""
+def mark_of(pid: int) -> str:
+    """What no other process has that is given the same id later, as after a start of the machine; "" where that
+    can't be told.
+    """
+    try:
+        began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # starttime of proc(5)
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {began}"
+    except (OSError, IndexError):
+        return ""
+
+
+def is_alive(pid: int, mark: str = "") -> bool:
+    """Whether there is such a process, which has that mark where one is given, and it hasn't ended."""
+    if mark and mark_of(pid) != mark:
+        return False
     with suppress(OSError):  # Linux tells of those that only wait to be looked at
         if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
             return False
@@ -58,12 +71,15 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def end(pid: int, seconds: float = STOP_SECONDS) -> bool:
-    """Tell another process's child to end, and wait for it; whether it did in time."""
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
+def end(pid: int, seconds: float = STOP_SECONDS, mark: str = "") -> bool:
+    """Tell another process's child to end, and wait for it; whether it did in time. Nothing where the process of
+    that id hasn't the mark.
+    """
+    if is_alive(pid, mark):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + seconds
-    while is_alive(pid):
+    while is_alive(pid, mark):
         if time.monotonic() > deadline:
             return False
         time.sleep(_TICK_SECONDS)
@@ -83,15 +99,20 @@ def _start(flags: list[str], log: Path, num_cpus: float | None) -> Process:
         process = subprocess.Popen(  # noqa: S603 it is ours
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        with log.open("rb") as written:
-            written.seek(begun)
-            if b"Ray runtime started" in written.read():
-                return process
-        time.sleep(_TICK_SECONDS)
-    process.terminate()
-    raise StartupError(f"Ray doesn't start: see {log}")
+    try:
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline and process.poll() is None:
+            with log.open("rb") as written:
+                written.seek(begun)
+                if b"Ray runtime started" in written.read():
+                    return process
+            time.sleep(_TICK_SECONDS)
+        raise StartupError(f"Ray doesn't start: see {log}")
+    except BaseException:  # Ctrl-C, too, which doesn't reach it: it would stay, and nobody would know of it
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+        raise
 
 
 def _ray() -> str:

@@ -1,6 +1,5 @@
 """The API processes and workers of one machine, supervised; `smolora cluster up` from its settings to its end."""
 
-import math
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from server.cluster.serve_transport import join, leave
 from server.cluster.state import ClusterState, read_state, remove_state, write_state
 from server.config import Settings
 from server.errors import StartupError
+from server.serve.address import refuse_strangers, url_of
 from server.training.worker.supervisor import GRACE_SECONDS, Supervisor, worker_command
 
 _API_GRACE_SECONDS = 45.0  # more than a server takes to drain
@@ -24,6 +24,7 @@ READY_SECONDS = 180.0  # after which an API process that was restarted is given 
 _PAUSE_SECONDS = 5.0  # that a balancer may take to see that an API process is ready again
 _TICK_SECONDS = 0.2
 _RESTART = signal.SIGUSR1
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # to ours, whatever others are reached by
 _SECRETS = ("api_keys", "database_url")  # which processes inherit with the environment
 
 
@@ -43,34 +44,42 @@ def up(
     home = settings.home.absolute()
     _check(settings, num_apis, address)
     log = home / "ray.log"
+    signal.signal(signal.SIGTERM, _give_up)  # until everything runs
     say("starting Ray" if address is None else f"joining Ray at {address}")
     if address is None:
         ray, address = node.start_head(ray_port, log, num_cpus)
     else:
         ray = node.start_node(address, log, num_cpus)
-    urls = tuple(f"http://127.0.0.1:{settings.port + index}" for index in range(num_apis))
+    urls = urls_of(settings, num_apis)
     apis = {url: api_command(settings, index, num_apis, address) for index, url in enumerate(urls)}
     processes = Processes(apis, [worker_command(settings.of_a_worker)] * settings.workers)
     stopped, asked = threading.Event(), threading.Event()
     signal.signal(_RESTART, lambda *_: asked.set())
-    state = ClusterState(address, os.getpid(), ray.pid, urls, settings.workers)
+    state = ClusterState(
+        *(address, os.getpid(), ray.pid, urls, settings.workers),
+        mark=node.mark_of(os.getpid()),
+        ray_mark=node.mark_of(ray.pid),
+    )
     write_state(home, state)
     try:
         if scale is not None:
             say(f"starting {scale.replicas} engine replicas")
             join(address)
-            deploy(settings, scale)
-            leave()
+            try:
+                deploy(settings, scale, say)
+            finally:
+                leave()  # before Ray ends, without which it would wait for minutes
         for number in (signal.SIGTERM, signal.SIGINT):  # now: Ray sets its own while it is joined
             signal.signal(number, lambda *_: stopped.set())
         processes.start()
-        for url in urls:
-            if _comes_up(url, stopped):
-                say(f"the API is ready at {url}")
+        awaited = list(urls)
         while not stopped.wait(_TICK_SECONDS):
             if ray.poll() is not None:
                 say("Ray has ended: so does this")
                 return 1
+            for url in filter(is_ready, tuple(awaited)):
+                awaited.remove(url)
+                say(f"the API is ready at {url}")
             if asked.is_set():
                 asked.clear()
                 fault = processes.replace(stopped, say)
@@ -83,6 +92,11 @@ def up(
         ray.terminate()
         ray.wait(node.STOP_SECONDS)
         remove_state(home)
+
+
+def _give_up(*_: object) -> None:
+    """Leave by an exception, so that what was started is ended."""
+    raise SystemExit(1)
 
 
 class Processes:
@@ -129,16 +143,21 @@ class Processes:
 def restart(home: Path, say: Callable[[str], None]) -> None:
     """Have `up` replace its API processes and workers, and wait for it. Raises StartupError."""
     before = read_state(home)
-    if not node.is_alive(before.pid):
+    if not node.is_alive(before.pid, before.mark):
         raise StartupError("smolora cluster up has ended: start it again")
     os.kill(before.pid, _RESTART)
     while (state := read_state(home)).num_restarts == before.num_restarts:
-        if not node.is_alive(before.pid):
+        if not node.is_alive(before.pid, before.mark):
             raise StartupError("smolora cluster up ended meanwhile")
         time.sleep(_TICK_SECONDS)
     if state.fault:
         raise StartupError(state.fault)
     say(f"{len(state.urls)} API processes and {state.num_workers} workers were restarted")
+
+
+def urls_of(settings: Settings, num_apis: int) -> tuple[str, ...]:
+    """Where each of the API processes can be reached from this machine."""
+    return tuple(url_of(settings.host, settings.port + index) for index in range(num_apis))
 
 
 def api_command(settings: Settings, index: int, num_apis: int, address: str) -> list[str]:
@@ -156,11 +175,11 @@ def api_command(settings: Settings, index: int, num_apis: int, address: str) -> 
 
 
 def _flags(settings: Settings) -> list[str]:
-    """Those of the settings that aren't as they are by themselves, and no secrets."""
+    """Of all settings but secrets: one that is as it is by default may be another in the environment."""
     found = []
-    for name, field in Settings.model_fields.items():
+    for name in Settings.model_fields:
         value, flag = getattr(settings, name), name.replace("_", "-")
-        if name in _SECRETS or value is None or value == field.default:
+        if name in _SECRETS or value is None:
             continue
         if isinstance(value, bool):
             found.append(f"--{'' if value else 'no-'}{flag}")
@@ -170,16 +189,18 @@ def _flags(settings: Settings) -> list[str]:
 
 
 def _check(settings: Settings, num_apis: int, address: str | None) -> None:
-    """Raise StartupError where processes would not see each other's things."""
+    """Raise StartupError where processes would not see each other's things, or an API process would not start."""
     shared = [getattr(settings, name, None) for name in ("database_url", "bytes_url")]
     if (num_apis > 1 or address is not None) and not all(shared):
         raise StartupError(
             "several API processes or machines need SMOLORA_DATABASE_URL and SMOLORA_BYTES_URL: what they share "
             "can't be files of one machine"
         )
+    if num_apis and settings.database is None:  # else the API process looks for keys there
+        refuse_strangers(settings)
 
 
-def _comes_up(url: str, stopped: threading.Event, seconds: float = math.inf) -> bool:
+def _comes_up(url: str, stopped: threading.Event, seconds: float) -> bool:
     """Wait until the API there can serve; whether it can."""
     deadline = time.monotonic() + seconds
     while not stopped.wait(_TICK_SECONDS) and time.monotonic() < deadline:
@@ -191,7 +212,7 @@ def _comes_up(url: str, stopped: threading.Event, seconds: float = math.inf) -> 
 def is_ready(url: str) -> bool:
     """Whether the API there can serve."""
     try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=5) as answer:  # noqa: S310 it is ours
+        with _DIRECT.open(f"{url}/ready", timeout=5) as answer:
             return bool(answer.status == 200)
     except OSError:
         return False
@@ -200,7 +221,7 @@ def is_ready(url: str) -> bool:
 def queue_of(url: str) -> dict[str, int]:
     """How many sequences run and wait on all replicas, as the API there tells whoever has no key, if it does."""
     try:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:  # noqa: S310 it is ours
+        with _DIRECT.open(f"{url}/metrics", timeout=5) as answer:
             lines = answer.read().decode().splitlines()
     except OSError:
         return {}

@@ -11,7 +11,7 @@ they send nothing more, and end `follow` once nothing of theirs runs.
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from anyio import to_thread
@@ -45,10 +45,20 @@ class _Follower:
 class EngineReplica:
     """The engine and who follows it. Everything here belongs to one event loop."""
 
-    def __init__(self, engine: AsyncEngine, guidance: Guidance, base_digest: str, vocab_size: int) -> None:
-        """Starts the engine, on the running loop."""
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        guidance: Guidance,
+        base_digest: str,
+        vocab_size: int,
+        busy: Callable[[int], None] = lambda num_running: None,
+    ) -> None:
+        """Starts the engine, on the running loop. `busy` is told every PULSE_SECONDS at least how many sequences
+        run or wait.
+        """
         self._engine = engine
         self._guidance = guidance
+        self._busy = busy
         self._welcome = Welcome(base_digest, engine.max_num_tokens, vocab_size, engine.config.block_size)
         self._followers: dict[str, _Follower] = {}
         self._blocks: frozenset[int] = frozenset()
@@ -85,6 +95,7 @@ class EngineReplica:
             self._engine.check_queue(request.n, request.project)
             self._engine.submit_to(request, lambda output: self._put(follower, request.request_id, output))
             follower.requests[request.request_id] = request.n
+            self._busy(self._engine.num_in_flight)
         except SmoloraError as error:
             return error
         return None
@@ -166,5 +177,6 @@ class EngineReplica:
         """Have something told now and then: that it is there, or that the engine is dead."""
         while True:
             await asyncio.sleep(PULSE_SECONDS)
+            self._busy(self._engine.num_in_flight)
             for follower in self._followers.values():
                 follower.news.set()

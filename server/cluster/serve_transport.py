@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatusOverview
 
 from adapters.errors import SmoloraError
 from server.cluster import watchers
@@ -41,12 +42,29 @@ def has_room(num_cpus: float, num_gpus: float) -> bool:
     return bool(free.get("CPU", 0.0) >= num_cpus and free.get("GPU", 0.0) >= num_gpus)
 
 
+def is_too_small(num_cpus: float, num_gpus: float) -> bool:
+    """Whether all machines together haven't so much, free or not."""
+    there = ray.cluster_resources()
+    return bool(there.get("CPU", 0.0) < num_cpus or there.get("GPU", 0.0) < num_gpus)
+
+
 def replicas_told() -> dict[str, int]:
     """How many replicas there are, by what Serve says of them."""
-    found = serve.status().applications.get(APP)
-    deployment = None if found is None else found.deployments.get(DEPLOYMENT)
+    deployment = _deployment_told()
     states = {} if deployment is None else deployment.replica_states
     return {str(state).lower(): number for state, number in states.items()}
+
+
+def fault_told() -> str:
+    """The last line of what Serve says of the replicas, which is how one ended that doesn't start, if any does."""
+    deployment = _deployment_told()
+    lines = [] if deployment is None else deployment.message.splitlines()
+    return lines[-1].removeprefix(f"{StartupError.__module__}.{StartupError.__name__}: ") if lines else ""
+
+
+def _deployment_told() -> DeploymentStatusOverview | None:
+    found = serve.status().applications.get(APP)
+    return None if found is None else found.deployments.get(DEPLOYMENT)
 
 
 class ServeTransport:

@@ -19,6 +19,8 @@ class ClusterState:
     num_workers: int
     num_restarts: int = 0  # that ended, of API processes and workers one after the other
     fault: str = ""  # of the last one
+    mark: str = ""  # of `pid`, as `node.mark_of` has it: another process may have that id once this one has ended
+    ray_mark: str = ""  # of `ray_pid`
 
 
 def write_state(home: Path, state: ClusterState) -> None:

@@ -26,7 +26,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
 from adapters.catalog.tables import PATIENCE
-from adapters.errors import Interrupted, InvalidInput, Unavailable
+from adapters.errors import InDoubt, Interrupted, InvalidInput, Unavailable
 from server.database.migrating import migrate
 from server.database.notices import CHANNEL, Notices
 from server.errors import StartupError
@@ -191,7 +191,7 @@ class _Dialect(PGDialect_psycopg):
             driven.close()
 
     def _was_committed(self, own: str, number: int) -> bool:
-        """Whether the transaction of that number was. Raises Unavailable where that can't be found out."""
+        """Whether the transaction of that number was. Raises InDoubt where that can't be found out."""
         until = time.monotonic() + _DOUBT_SECONDS
         while time.monotonic() < until:
             try:
@@ -204,7 +204,7 @@ class _Dialect(PGDialect_psycopg):
             except psycopg.OperationalError:
                 time.sleep(_RETRY_SECONDS)
         log.error("the database went away as it was told to commit, and whether it did isn't known")
-        raise Unavailable("the database went away: look whether it was done before trying again")
+        raise InDoubt
 
 
 registry.register("postgresql.smolora", __name__, "_Dialect")

@@ -55,7 +55,8 @@ def _fill(home: Home, cluster: sa.Engine, source: Storage) -> Moved:
     try:
         with cluster.begin() as connection, rows.begin() as target:
             copy_rows(connection, target, TABLES)
-            expected = contents(target, TABLES)
+        with rows.connect() as copied:  # which takes a while: a transaction over there would have run out
+            expected = contents(copied, TABLES)
         going_on, needs = put_back(rows, WHY), Needs.of(rows)
         store = replace(source, home=home, cache_bytes=None).adapters()  # its cache is as a HOME has them
         for digest in needs.digests:

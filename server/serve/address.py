@@ -2,6 +2,7 @@
 
 import errno
 import socket
+from collections.abc import Callable
 
 from server.config import PREFIX, Settings, is_loopback
 from server.errors import StartupError
@@ -30,13 +31,18 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url(bound: socket.socket, host: str) -> str:
-    """Where the server can be reached from this machine, with the port that the system chose where it was asked.
+    """Where the server can be reached from this machine, by the port that the system chose where it was asked."""
+    return url_of(host, bound.getsockname()[1])
+
+
+def url_of(host: str, port: int) -> str:
+    """Where one can be reached from this machine that listens there.
 
     One that listens on all addresses does so on the loopback's, too, which a browser can open.
     """
     reached = _LOOPBACK.get(host, host)
     shown = f"[{reached}]" if ":" in reached else reached
-    return f"http://{shown}:{bound.getsockname()[1]}"
+    return f"http://{shown}:{port}"
 
 
 def cannot_listen(host: str, port: int, error: OSError) -> StartupError:
@@ -48,10 +54,13 @@ def cannot_listen(host: str, port: int, error: OSError) -> StartupError:
     return StartupError(f"can't listen on {host}, port {port}: {error.strerror or error}")
 
 
-def refuse_strangers(settings: Settings) -> None:
-    """Raise StartupError where others could connect, and nothing would ask them for a key."""
+def refuse_strangers(settings: Settings, has_keys: Callable[[], bool] = lambda: False) -> None:
+    """Raise StartupError where others could connect, and nothing would ask them for a key.
+
+    `has_keys` is asked last: the database may have some of which HOME doesn't know.
+    """
     needs_key = settings.api_keys or Home(settings.home).keyed.exists()
-    if not (needs_key or settings.allow_anonymous or is_loopback(settings.host)):
+    if not (needs_key or settings.allow_anonymous or is_loopback(settings.host) or has_keys()):
         raise StartupError(
             f"{settings.host} can be reached from elsewhere: make a key ({program()} keys create NAME --home "
             f"{settings.home}), set {PREFIX}API_KEYS (--api-keys), or {PREFIX}ALLOW_ANONYMOUS=1 "

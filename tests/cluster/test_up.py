@@ -40,6 +40,9 @@ def test_up_status_and_down(tmp_path: Path, long_base: Path) -> None:
             f"{url}/generate", json={"prompt": "404", "max_tokens": 4}, trust_env=False, timeout=60
         )
         assert answer.status_code == 200
+        assert (home / "serving").stat().st_size > 8, (
+            "the replica has said, beside the API process, that it was busy"
+        )
         shown = ended("status", home=home).stdout
         assert f"API {url}: ready" in shown
         assert "replicas: 1 running" in shown

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.durable import new_directory
-from adapters.errors import FieldError, InvalidInput, NotFound
+from adapters.errors import FieldError, InDoubt, InvalidInput, NotFound
 from adapters.expression import Term
 from adapters.library import Library
 from adapters.pinned import Pinned
@@ -123,6 +123,8 @@ class Submissions:
                     body_digest=digest,
                     warnings=prepared.warnings if fine_tuning is None else (*prepared.warnings, *_cut(prepared)),
                 )
+            except InDoubt:  # it may be queued: a sweep takes the files, should there be no such job
+                raise
             except BaseException:
                 self._drop(job_id)
                 raise

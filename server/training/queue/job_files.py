@@ -65,9 +65,12 @@ class JobFiles:
             self._shared.fetch_rows(job_id, self.directory(job_id))
 
     def keep_model(self, job_id: str, token: int) -> None:
-        """Have all machines find the model that an attempt made."""
+        """Have all machines find the model that an attempt made; where they share a bucket it is gone here."""
         if self._shared is not None:
             self._shared.push_model(job_id, token, self.model(job_id))
+            shutil.rmtree(
+                self.model(job_id), ignore_errors=True
+            )  # else nobody would: deletes are others' to hear of
 
     def fetch_model(self, job_id: str) -> Path:
         """The model's directory; it isn't there where no attempt made one."""

@@ -185,8 +185,9 @@ class TrainingAttempt:
                 shutil.rmtree(place)
             remove_unfinished(place.parent, place.name)  # and of one that was killed in it
             export_hugging_face(outcome.tuned_base, place)
+            num_bytes = sum(path.stat().st_size for path in place.iterdir())
             self._files.keep_model(self._job.id, self._claim.token)
-        return sum(path.stat().st_size for path in place.iterdir())
+        return num_bytes
 
     def _latest_evaluation(self, data: JobData) -> tuple[Evaluation | None, int | None]:
         """How the name's latest version does on held-out rows, and its number (0: none); where the gate asks."""

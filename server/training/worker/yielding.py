@@ -1,10 +1,10 @@
 """Serving first: a flag under HOME that says whether requests run, and the pauses of trainers while they do.
 
-Nice doesn't reach across containers, nor across sessions; a file on the volume that they share does. It holds one
-number of 8 bytes, which is written and read whole: a time by this machine's monotonic clock, in ms, and how many
-sequences run. One that wasn't renewed for STALE_SECONDS, or is another machine's, counts as none. (Plain reads and
-writes of the page cache cost 1 µs; a mapping would save that, and kill the server where a full disk has no room
-for the page.)
+Nice doesn't reach across containers, nor across sessions; a file on the volume that they share does. It holds a
+number of 8 bytes for each that serves, which is written and read whole: a time by this machine's monotonic clock,
+in ms, and how many sequences run. One that wasn't renewed for STALE_SECONDS, or is another machine's, counts as
+none. (Plain reads and writes of the page cache cost 1 µs; a mapping would save that, and kill the server where a
+full disk has no room for the page.)
 """
 
 import os
@@ -20,6 +20,8 @@ STALE_SECONDS = 2.0
 _RENEW_SECONDS = 0.5
 _LOOK_SECONDS = 0.02
 _MAX_WORKED_SECONDS = 30.0
+NUM_PLACES = 64
+"""Of those that may serve from one HOME at once."""
 _FORMAT = struct.Struct("=Q")
 _COUNT_BITS = 16
 
@@ -27,11 +29,12 @@ Clock = Callable[[], float]
 
 
 class BusyFlag:
-    """The flag of one HOME, for the process that serves and for those that train."""
+    """The flag of one HOME, for the processes that serve and for those that train."""
 
-    def __init__(self, home: Path, clock: Clock = time.monotonic) -> None:
-        """Makes HOME's file where there is none. Raises OSError."""
+    def __init__(self, home: Path, clock: Clock = time.monotonic, place: int = 0) -> None:
+        """Makes HOME's file where there is none. `place`, below NUM_PLACES, is its own there. Raises OSError."""
         self._clock = clock
+        self._offset = place * _FORMAT.size
         self._file = os.open(home / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._last = (0, float("-inf"))  # what was set, and when
 
@@ -44,16 +47,16 @@ class BusyFlag:
         self._last = (num_running, now)
         count = min(num_running, (1 << _COUNT_BITS) - 1)
         with suppress(OSError):  # a full disk, at worst: then trainers don't yield
-            os.pwrite(self._file, _FORMAT.pack(int(now * 1000) << _COUNT_BITS | count), 0)
+            os.pwrite(self._file, _FORMAT.pack(int(now * 1000) << _COUNT_BITS | count), self._offset)
 
     def read(self) -> int:
         """How many sequences run."""
-        stored = os.pread(self._file, _FORMAT.size, 0)
-        if len(stored) < _FORMAT.size:
-            return 0
-        (value,) = _FORMAT.unpack(stored)
-        age = self._clock() - (value >> _COUNT_BITS) / 1000
-        return int(value & ((1 << _COUNT_BITS) - 1)) if abs(age) < STALE_SECONDS else 0
+        stored = os.pread(self._file, _FORMAT.size * NUM_PLACES, 0)
+        now, found = self._clock(), 0
+        for (value,) in _FORMAT.iter_unpack(stored[: len(stored) // _FORMAT.size * _FORMAT.size]):
+            if abs(now - (value >> _COUNT_BITS) / 1000) < STALE_SECONDS:
+                found += value & ((1 << _COUNT_BITS) - 1)
+        return found
 
     def close(self) -> None:
         os.close(self._file)

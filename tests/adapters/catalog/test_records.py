@@ -1,8 +1,11 @@
 """Records hold all that the catalog knows, and what was cut off anywhere is told from what was answered."""
 
-from collections.abc import Collection, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import sqlalchemy as sa
@@ -13,11 +16,14 @@ from adapters.catalog.records import Recorder, Records, decode, encode
 from adapters.catalog.recovery import Recovered, recover
 from adapters.catalog.tables import transact
 from adapters.catalog.writes import drop_in, publish_in
-from adapters.errors import NotFound
+from adapters.errors import BytesUnavailable, NotFound
 from adapters.expression import parse
 from adapters.viewpoint import Viewpoint
 from server.database import FILE_NAME, connect
-from tests.buckets import EITHER
+from tests.buckets import EITHER, Proxy
+
+if TYPE_CHECKING:
+    from adapters.objects.bucket import Bucket
 
 D = [f"{i:064x}" for i in range(20)]
 
@@ -304,3 +310,38 @@ def test_writers_that_were_killed_leave_nothing(home: Home) -> None:
     left.write_bytes(b"{")
     home.recover()
     assert not left.exists()
+
+
+def longest_wait(home: Home, asked: "Future[object]") -> float:
+    """Of others who write meanwhile, in seconds."""
+    longest = 0.0
+    while not asked.done():
+        began = time.monotonic()
+        home.catalog.point("a", "prod", 1)
+        longest = max(longest, time.monotonic() - began)
+        time.sleep(0.01)
+    return longest
+
+
+@pytest.mark.cluster
+def test_nobody_waits_for_a_store_that_another_writer_cannot_reach(
+    tmp_path: Path, proxied: "Bucket", proxy: Proxy
+) -> None:
+    from adapters.catalog.shared_records import SharedRecords
+
+    home = Home(tmp_path, SharedRecords(tmp_path / "adapters", proxied.under("adapters")))
+    home.publish("a")
+    home.catalog.compose("old", parse("a*0.5"))
+    works: list[Callable[[], object]] = [
+        lambda: home.catalog.compose("mix", parse("a*0.7")),
+        lambda: home.catalog.delete("old"),
+    ]
+    proxy.fail("cut")
+    with ThreadPoolExecutor(1) as pool:
+        composing, deleting = (pool.submit(work) for work in works)
+        assert longest_wait(home, composing) < 0.5
+        assert isinstance(composing.exception(), BytesUnavailable)
+        assert longest_wait(home, deleting) < 0.5
+        assert deleting.exception() is None
+    assert home.names() == ["a@1"]
+    home.engine.dispose()

@@ -8,18 +8,22 @@ import pytest
 
 from adapters.errors import InvalidInput, SmoloraError
 from server.cluster import client as client_module
-from server.engine.request import SamplingParams, SequenceOutput
+from server.cluster import replica as replica_module
+from server.cluster.replica import EngineReplica
+from server.engine.request import GenerationRequest, SamplingParams, SequenceOutput
 from server.engine.scheduler import SchedulerLimits
 from server.engine.watching.output_stream import OutputStream
 from server.errors import Draining, EngineDead, NotReady, QueueFull
 from server.model.base.weights import BaseModel
+from server.serve.engine import guidance_of
 from tests.engine_kit import build_engine, run
-from tests.server.cluster.replicas import Local, sent
+from tests.server.cluster.replicas import Local, LocalTransport, sent
 from tests.server.engine.async_bench import LONG, Bench, collect, eventually, on_loop, outcome, request
 from tests.server.engine.faults import SlowLoad
 from tests.server.engine.traffic import assert_same, library, prompt, requests_of_all_kinds
 
 TUNED = request(adapters={"00": 1.0})
+SHORT = request()
 SLOW = replace(request(), sampling=LONG)
 
 
@@ -104,6 +108,31 @@ def test_a_replica_that_goes_before_the_first_token(tiny_base: BaseModel) -> Non
     on_loop(main())
 
 
+def test_a_replica_that_goes_as_it_refuses(tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for once more, and no more than once: what two would answer is not for one stream."""
+    expected = run(build_engine(tiny_base), [SHORT])["r", 0]
+    local, submit = Local(tiny_base), LocalTransport.submit
+    engine = local.client
+
+    async def refuses(
+        transport: LocalTransport, replica: str, client: str, request: GenerationRequest
+    ) -> SmoloraError | None:
+        if transport.submitted:
+            return await submit(transport, replica, client, request)
+        transport.submitted.append((replica, request.request_id))
+        asyncio.get_running_loop().call_soon(engine._lose, engine._links[replica])
+        return EngineDead()
+
+    monkeypatch.setattr(LocalTransport, "submit", refuses)
+
+    async def main() -> None:
+        async with local:
+            assert_same((await collect(engine.submit(SHORT)))[0], expected)
+            assert len(local.transport.submitted) == 2
+
+    on_loop(main())
+
+
 def test_a_replica_that_goes_after_the_first_token(tiny_base: BaseModel) -> None:
     local = Local(tiny_base)
 
@@ -163,6 +192,29 @@ def test_a_replica_that_leaves_ends_what_it_has(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
+def test_counts_never_fall(tiny_base: BaseModel) -> None:
+    """Whoever watches them would take that for a new beginning, and what is left for what was done since."""
+    local = Local(tiny_base)
+
+    async def main() -> None:
+        async with local as engine:
+            asked = [outcome(engine.submit(request(f"{number}", num=10 + number))) for number in range(8)]
+            assert await asyncio.gather(*asked) == [None] * 8
+            done = sum(bench.engine.stats.output_tokens for bench in local.benches.values())
+            await eventually(lambda: engine.stats.output_tokens == done)
+            assert all(bench.engine.stats.output_tokens for bench in local.benches.values())
+            before = engine.stats
+            local.transport.cut("replica-0")
+            await eventually(lambda: len(engine._ready_links()) == 1)
+            assert (engine.stats.output_tokens, engine.stats.steps) == (done, before.steps)
+            assert engine.stats.kv_blocks_total == before.kv_blocks_total / 2
+            local.transport.remove("replica-0")
+            await eventually(lambda: "replica-0" not in engine._links)
+            assert (engine.stats.output_tokens, engine.stats.steps) == (done, before.steps)
+
+    on_loop(main())
+
+
 def test_refusals(tiny_base: BaseModel) -> None:
     limits = SchedulerLimits(max_num_seqs=1)
     local = Local(tiny_base, limits=limits, max_queue=1)
@@ -189,18 +241,20 @@ def test_refusals(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
-def test_another_base_is_not_used(tiny_base: BaseModel) -> None:
+def test_another_base_is_not_used(tiny_base: BaseModel, caplog: pytest.LogCaptureFixture) -> None:
     local = Local(tiny_base, num=1)
     local.client._base_digest = "another"
 
     async def main() -> None:
         local.client.start()
         local.bring("replica-0")
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1.2)  # it is asked more than once
         assert not local.client.ready
         await local.__aexit__()
 
     on_loop(main())
+    (told,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "replica replica-0 has another base than this process" in told
 
 
 def test_an_engine_that_dies_is_told(tiny_base: BaseModel) -> None:
@@ -215,6 +269,28 @@ def test_an_engine_that_dies_is_told(tiny_base: BaseModel) -> None:
             (replica,) = local.transport.replicas.values()
             with pytest.raises(EngineDead):
                 await replica.check_health()
+
+    on_loop(main())
+
+
+def test_a_replica_says_how_busy_it_is(tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers on its machine yield by that."""
+    monkeypatch.setattr(replica_module, "PULSE_SECONDS", 0.01)
+    said = list[int]()
+
+    async def main() -> None:
+        engine = Bench(tiny_base).asynchronous
+        replica = EngineReplica(
+            engine, guidance_of(tiny_base), tiny_base.digest, tiny_base.config.vocab_size, said.append
+        )
+        messages = replica.follow("client")
+        await anext(messages)
+        assert await replica.submit("client", replace(SLOW, n=2)) is None
+        assert said[-1] == 2
+        await eventually(lambda: said[-1] == 0)
+        assert said.count(2) > 1, "it is said again while they run"
+        await messages.aclose()
+        await replica.stop()
 
     on_loop(main())
 

@@ -1,10 +1,12 @@
-"""Which change of settings has replicas replaced."""
+"""Which change of settings has replicas replaced, and what is said of those that don't start."""
 
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 
 from server.config import Settings, load
+from server.errors import StartupError
 
 pytestmark = pytest.mark.cluster
 
@@ -23,3 +25,48 @@ def test_a_version_is_of_what_replicas_use() -> None:
 def test_settings_that_replicas_do_not_use_are_settings() -> None:
     pytest.importorskip("ray.serve", reason="needs the extra cluster")
     assert set(Settings.model_fields) >= import_module("server.cluster.deploy")._OF_APIS
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        (
+            "It failed 3 times. Error:\n  File x\nserver.errors.StartupError: SMOLORA_MODEL=x: no hub id",
+            "SMOLORA_MODEL",
+        ),
+        ("It failed 3 times. Error:\n  File x\nMemoryError: none", "MemoryError: none"),
+        ("", "Deploying application smolora failed"),
+    ],
+    ids=["ours", "another", "untold"],
+)
+def test_why_replicas_do_not_start(message: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = pytest.importorskip("ray.serve", reason="needs the extra cluster")
+    deploy = import_module("server.cluster.deploy")
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Deploying application smolora failed: Failed to update the deployments ['engine'].")
+
+    deployment = SimpleNamespace(message=message, replica_states={})
+    status = SimpleNamespace(
+        applications={deploy.APP: SimpleNamespace(deployments={deploy.DEPLOYMENT: deployment})}
+    )
+    monkeypatch.setattr(serve, "start", lambda **_: None)
+    monkeypatch.setattr(serve, "run", fail)
+    monkeypatch.setattr(serve, "status", lambda: status)
+    monkeypatch.setattr(deploy, "is_too_small", lambda *_: False)
+    with pytest.raises(StartupError, match=f"^the engine replicas don't start: {told}"):
+        deploy.deploy(load(Settings), deploy.Scale(spare=False), print)
+
+
+def test_what_a_cluster_without_room_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = pytest.importorskip("ray.serve", reason="needs the extra cluster")
+    deploy, said = import_module("server.cluster.deploy"), list[str]()
+    monkeypatch.setattr(serve, "start", lambda **_: None)
+    monkeypatch.setattr(serve, "run", lambda *_, **__: None)
+    monkeypatch.setattr(import_module("ray"), "cluster_resources", lambda: {"CPU": 2.0})
+    for replicas, cpus in ((2, 1), (4, 0.5), (4, 1)):
+        deploy.deploy(load(Settings), deploy.Scale(replicas, num_cpus=cpus, spare=False), said.append)
+    (told,) = said
+    assert told.startswith(
+        "waiting for machines to join: 4 replicas with 1 cores and 0 GPUs each are more than Ray"
+    )

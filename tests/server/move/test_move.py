@@ -1,11 +1,13 @@
 """Moves that are cut off anywhere begin anew, and what is refused."""
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import sqlalchemy as sa
 
 from server.access.keys import Keys
 from server.access.principal import OPERATOR
@@ -119,6 +121,27 @@ def test_wherever_it_is_cut_off(home: Path, tmp_path: Path, url: str, bucket: "B
     assert examine(back).is_sound
     assert contents(back) == before
     shutil.rmtree(back)
+
+
+def test_rows_that_take_long_to_read_again(
+    home: Path, tmp_path: Path, url: str, bucket: "Bucket", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL ends a session that stands still within a transaction, as it would while millions are read."""
+    from server.database import postgres, rows
+    from server.move import to_home as module
+    from server.move.to_cluster import to_cluster
+
+    def slowly(connection: sa.Connection, tables: Sequence[sa.Table]) -> "dict[str, rows.Content]":
+        if connection.dialect.name == "sqlite":
+            time.sleep(1)
+        return rows.contents(connection, tables)
+
+    target = Storage(Home(tmp_path / "api"), bucket, url="s3://b")
+    to_cluster(home, url, target)
+    monkeypatch.setattr(postgres, "_SETTINGS", "SET idle_in_transaction_session_timeout = '300ms'")
+    monkeypatch.setattr(module, "contents", slowly)
+    module.to_home(tmp_path / "back", url, target)
+    assert examine(tmp_path / "back").is_sound
 
 
 def test_what_is_refused(home: Path, tmp_path: Path, url: str, bucket: "Bucket") -> None:

@@ -10,11 +10,12 @@ import pytest
 import sqlalchemy as sa
 from fastapi import FastAPI
 
-from adapters.errors import CorruptAdapter, NotFound
+from adapters.errors import CorruptAdapter, InDoubt, NotFound
 from adapters.library import Library
 from server.training.data.datasets import Dataset, DatasetStore
 from server.training.data.job_data import JobData
 from server.training.merge_spec import MergeSpec
+from server.training.queue.job_files import DATA_NAME
 from server.training.queue.jobs import Job, Jobs
 from server.training.spec import JobSpec
 from tests.server.api.adapters.peft_files import as_parts, peft_files
@@ -25,11 +26,12 @@ pytestmark = pytest.mark.anyio
 
 
 class MeddlingJobs(Jobs):
-    """Lets others act at the last moment before a job is queued."""
+    """Lets others act at the last moment before a job is queued, and at the first after it."""
 
     def __init__(self, database: sa.Engine) -> None:
         super().__init__(database)
         self.meddle: Callable[[], object] = lambda: None
+        self.meddle_after: Callable[[], object] = lambda: None
 
     def submit(
         self,
@@ -43,7 +45,7 @@ class MeddlingJobs(Jobs):
         warnings: Iterable[str] = (),
     ) -> Job:
         self.meddle()
-        return super().submit(
+        job = super().submit(
             spec,
             job_id=job_id,
             data=data,
@@ -52,6 +54,8 @@ class MeddlingJobs(Jobs):
             body_digest=body_digest,
             warnings=warnings,
         )
+        self.meddle_after()
+        return job
 
 
 @pytest.fixture
@@ -104,6 +108,22 @@ async def test_whatever_else_goes_wrong(client: httpx.AsyncClient, jobs: Meddlin
     jobs.meddle = fail
     assert (await client.post("/train", json=train_body())).status_code == 500
     assert not list(tmp_path.glob("jobs/*"))
+
+
+async def test_a_commit_of_which_nobody_knows(
+    client: httpx.AsyncClient, jobs: MeddlingJobs, tmp_path: Path
+) -> None:
+    """As where PostgreSQL goes away for long as it commits. The job that is queued has its rows."""
+
+    def go_away() -> None:
+        raise InDoubt
+
+    jobs.meddle_after = go_away
+    response = await client.post("/train", json=train_body())
+    assert response.status_code == 503
+    assert "look whether it was done" in response.json()["detail"]
+    (job,) = (await client.get("/train")).json()["jobs"]
+    assert (tmp_path / "jobs" / job["id"] / DATA_NAME).exists()
 
 
 class FullStore(DatasetStore):

@@ -94,15 +94,21 @@ def test_a_cancelled_jobs_rows_go(machine: Machine, bucket: "Bucket") -> None:
     assert len(bucket.listed("jobs/waits/rows/")) == 3
 
 
-def test_a_full_models_files_are_had_elsewhere(machine: Machine) -> None:
+def test_a_full_models_files_are_had_elsewhere(
+    machine: Machine, tmp_path: Path, engine: sa.Engine, tiny_base: BaseModel
+) -> None:
     a, b = machine("a"), machine("b")
+    alone = Shop(tmp_path / "alone", engine, tiny_base)
     training = TrainingSpec(max_steps=1, batch_size=2, max_length=48)
-    a.submit(JobSpec("codes", method="full", training=training), job_data(a.base), "job")
-    a.attempt()
+    for shop, job_id in ((alone, "same"), (a, "job")):
+        shop.submit(JobSpec("codes", method="full", training=training), job_data(a.base), job_id)
+        shop.attempt()
     there = b.files.fetch_model("job")
     assert {path.name: path.read_bytes() for path in there.iterdir()} == {
-        path.name: path.read_bytes() for path in a.files.model("job").iterdir()
+        path.name: path.read_bytes() for path in alone.files.model("same").iterdir()
     }
+    assert not a.files.model("job").exists(), "a worker's HOME is scratch"
+    assert a.result("job") == alone.result("same")
     assert not b.files.fetch_model("no-job").exists()
 
 

@@ -179,3 +179,19 @@ def test_a_share_of_nothing_waits_for_the_end_of_requests() -> None:
     yielding = Yielding(lambda: int(clock.now < 5000), 0.0, clock=clock, sleep=clock.sleep)
     assert yielding.pause() == pytest.approx(4000.0, abs=0.1)
     assert yielding.pause() == 0.0
+
+
+def test_one_that_is_idle_takes_back_no_other_ones_word(tmp_path: Path) -> None:
+    """Engine replicas of one machine."""
+    clock = Clock()
+    left, right = BusyFlag(tmp_path, clock, place=1), BusyFlag(tmp_path, clock, place=63)
+    training = BusyFlag(tmp_path, clock)
+    left.set(2)
+    right.set(3)
+    assert training.read() == 5
+    right.set(0)
+    assert training.read() == 2
+    clock.now += 2.1
+    assert training.read() == 0
+    for flag in (left, right, training):
+        flag.close()

@@ -1,0 +1,67 @@
+"""This machine's part of Ray, as a process that must not be left behind, nor taken for another one."""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server.cluster import node
+
+SLOW = """#!/bin/sh
+echo $$ > {pid}
+exec sleep 60
+"""
+
+
+@pytest.fixture
+def slow_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Ray takes long to start; the file that has its process' id by then."""
+    program, pid = tmp_path / "ray", tmp_path / "pid"
+    program.write_text(SLOW.format(pid=pid))
+    program.chmod(0o755)
+    monkeypatch.setattr(node, "_ray", lambda: str(program))
+    return pid
+
+
+def ends(pid: int) -> bool:
+    """Whether it does within moments."""
+    deadline = time.monotonic() + 5
+    while node.is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not node.is_alive(pid)
+
+
+def test_whoever_is_interrupted_while_ray_starts_leaves_none(
+    slow_ray: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep = time.sleep
+
+    def interrupted(seconds: float) -> None:
+        if slow_ray.exists() and slow_ray.read_text():
+            monkeypatch.setattr(time, "sleep", sleep)
+            raise KeyboardInterrupt  # as Ctrl-C does
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        node.start_node("10.0.0.1:6379", tmp_path / "log", None)
+    assert ends(int(slow_ray.read_text())), "it was left behind"
+
+
+@pytest.fixture
+def sleeping() -> Iterator["subprocess.Popen[bytes]"]:
+    process = subprocess.Popen(["sleep", "60"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_mark_is_one_processs(sleeping: "subprocess.Popen[bytes]") -> None:
+    mark = node.mark_of(sleeping.pid)
+    assert mark == node.mark_of(sleeping.pid) != node.mark_of(os.getpid())
+    assert node.is_alive(sleeping.pid, mark)
+    assert node.end(sleeping.pid, 5, mark)
+    assert sleeping.wait() == -15

@@ -1,0 +1,166 @@
+"""What `smolora cluster up` tells the API processes that it starts, and how it looks after them."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from server.cli import cluster as commands
+from server.cli.options import with_flags
+from server.cluster import node
+from server.cluster.state import FILE_NAME, ClusterState, write_state
+from server.config import DEFAULT_MODEL, PREFIX, Settings, load
+from server.errors import StartupError
+
+pytest.importorskip("ray.serve", reason="needs the extra cluster")
+processes = import_module("server.cluster.processes")
+
+pytestmark = pytest.mark.cluster
+
+
+def settings_of(command: list[str]) -> Settings:
+    """Those that a process has which this command starts."""
+    app, found = typer.Typer(), list[Settings]()
+
+    @app.command()
+    @with_flags(Settings)
+    def api(
+        settings: Settings,
+        address: Annotated[str, typer.Option()],
+        parent: Annotated[int, typer.Option()],
+    ) -> None:
+        found.append(settings)
+
+    done = CliRunner().invoke(app, command[command.index("api") + 1 :])
+    assert done.exit_code == 0, done.output
+    return found[0]
+
+
+def test_flags_of_up_win_over_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the processes that inherit it, too, and whatever is the default."""
+    others = {"PORT": "7999", "MODEL": "/elsewhere", "ALLOWED_HOSTS": "lora.example.org", "NATIVE": "0"}
+    for name, value in others.items():
+        monkeypatch.setenv(f"{PREFIX}{name}", value)
+    given = load(Settings, home=tmp_path, model=DEFAULT_MODEL, allowed_hosts="", native=True)
+    for index, home in enumerate((tmp_path / "api-0", tmp_path / "api-1")):
+        told = settings_of(processes.api_command(given, index, 2, "127.0.0.1:6379"))
+        assert told == given.model_copy(update={"home": home, "port": 7999 + index, "workers": 0})
+
+
+class Ready(BaseHTTPRequestHandler):
+    """What an API process answers that is ready."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def ready_at(host: str) -> Iterator[int]:
+    """One that listens on that address alone; its port."""
+    server = HTTPServer((host, 0), Ready)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "0.0.0.0", "localhost"])
+def test_they_are_looked_for_where_they_listen(host: str) -> None:
+    with ready_at(host) as port:
+        (url,) = processes.urls_of(load(Settings, host=host, port=port), 1)
+        assert processes.is_ready(url)
+
+
+def test_they_are_asked_past_a_proxy() -> None:
+    """Of the environment, which is for what is elsewhere."""
+    code = "import sys; from server.cluster.processes import is_ready; sys.exit(not is_ready(sys.argv[1]))"
+    kept = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+    with ready_at("127.0.0.1") as port:
+        told = [sys.executable, "-c", code, f"http://127.0.0.1:{port}"]
+        assert subprocess.run(told, env={**kept, "http_proxy": "http://127.0.0.1:1"}).returncode == 0
+
+
+@pytest.fixture
+def stranger() -> Iterator["subprocess.Popen[bytes]"]:
+    """Has the id that a process of the cluster had, before the machine was started again, say."""
+    process = subprocess.Popen(["sleep", "60"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_stranger_that_has_its_id_by_now_goes_on(tmp_path: Path, stranger: "subprocess.Popen[bytes]") -> None:
+    gone = f"{node.mark_of(stranger.pid)}0"
+    state = ClusterState("10.0.0.1:6379", stranger.pid, stranger.pid, (), 0, mark=gone, ray_mark=gone)
+    write_state(tmp_path, state)
+    with pytest.raises(StartupError, match="has ended: start it again"):
+        processes.restart(tmp_path, print)
+    commands.down(tmp_path)
+    assert not (tmp_path / FILE_NAME).exists()
+    assert node.is_alive(stranger.pid)
+
+
+def test_ray_that_ends_before_an_api_is_ready_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray, asked = subprocess.Popen(["sleep", "0.5"]), list[str]()
+
+    def is_ready(url: str) -> bool:
+        asked.append(url)
+        assert len(asked) < 300, "it waits for the API alone"
+        return False
+
+    monkeypatch.setattr(processes, "is_ready", is_ready)
+    monkeypatch.setattr(processes, "_TICK_SECONDS", 0.02)
+    monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(node, "start_head", lambda *_: (ray, "127.0.0.1:6379"))
+    monkeypatch.setattr(processes, "api_command", lambda *_: ["sleep", "60"])
+    said = list[str]()
+    settings = load(Settings, home=tmp_path, port=1, workers=0)
+    assert processes.up(settings, None, 1, None, 6379, None, said.append) == 1
+    assert "Ray has ended: so does this" in said
+
+
+def test_strangers_are_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(node, "start_head", start)
+    monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
+    with pytest.raises(StartupError, match="can be reached from elsewhere: make a key"):
+        processes.up(load(Settings, home=tmp_path, host="0.0.0.0"), None, 1, None, 6379, None, print)
+
+
+def test_replicas_that_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process leaves Ray before that ends: else it would wait for it, and say nothing, for two minutes."""
+    ray, was_there = subprocess.Popen(["sleep", "60"]), list[bool]()
+
+    def fail(*_: object) -> None:
+        raise StartupError("the engine replicas don't start")
+
+    monkeypatch.setattr(node, "start_head", lambda *_: (ray, "127.0.0.1:6379"))
+    monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(processes, "join", lambda _: None)
+    monkeypatch.setattr(processes, "deploy", fail)
+    monkeypatch.setattr(processes, "leave", lambda: was_there.append(ray.poll() is None))
+    scale = processes.Scale()
+    with pytest.raises(StartupError, match="don't start"):
+        processes.up(load(Settings, home=tmp_path, workers=0), scale, 1, None, 6379, None, print)
+    assert was_there == [True]
+    assert ray.poll() is not None
