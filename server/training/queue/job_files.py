@@ -68,9 +68,8 @@ class JobFiles:
         """Have all machines find the model that an attempt made; where they share a bucket it is gone here."""
         if self._shared is not None:
             self._shared.push_model(job_id, token, self.model(job_id))
-            shutil.rmtree(
-                self.model(job_id), ignore_errors=True
-            )  # else nobody would: deletes are others' to hear of
+            # else nobody would remove it: others may be told to delete the job
+            shutil.rmtree(self.model(job_id), ignore_errors=True)
 
     def fetch_model(self, job_id: str) -> Path:
         """The model's directory; it isn't there where no attempt made one."""
