@@ -66,6 +66,7 @@ class Link:
     counted: EngineStats = field(default_factory=EngineStats)  # as it told last, also once it is lost
     blocks: set[int] = field(default_factory=set)  # of its prefix cache, with those it was sent prompts of
     is_leaving: bool = False  # it ends once nothing of ours runs there
+    is_new: bool = True  # it hasn't told of itself yet, but may
     sent: dict[str, Sent] = field(default_factory=dict)  # by the request's id
     calls: set[asyncio.Task[SmoloraError | None]] = field(default_factory=set)  # of `submit`, unanswered
 
@@ -73,6 +74,11 @@ class Link:
     def is_ready(self) -> bool:
         """Whether it can be sent something."""
         return self.state is not None and not self.is_leaving
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether it is about to be ready for the first time."""
+        return self.is_new and not self.is_leaving
 
     @property
     def num_own(self) -> int:
@@ -98,11 +104,12 @@ class Link:
                     "SMOLORA_MODEL (replicas by smolora cluster deploy)",
                     self.id,
                 )
+            self.is_new = False
             raise ValueError("it has another base")
 
     def take(self, state: ReplicaState) -> None:
         """What it has told of itself."""
-        self.state, self.counted = state, state.stats
+        self.state, self.counted, self.is_new = state, state.stats, False
         for sent in self.sent.values():
             sent.is_reported = not sent.is_offered
         if state.blocks is not None:
