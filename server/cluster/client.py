@@ -126,7 +126,10 @@ class ReplicatedEngine:
         return stream
 
     def _ready_links(self) -> list[Link]:
-        return [link for link in self._links.values() if link.is_ready]
+        """Those that may be sent something. Where all leave, and who comes has yet to say a word, it is they."""
+        links = list(self._links.values())
+        ready = [link for link in links if link.is_ready]
+        return ready or [link for link in links if link.state and any(other.is_coming for other in links)]
 
     async def _send(self, sent: Sent) -> None:
         """Have a replica take it; where all refuse it, it ends with what the last one said."""

@@ -19,7 +19,7 @@ from server import logs
 from server.allocator import keep_freed_memory
 from server.cluster.messages import Batch, Welcome
 from server.cluster.replica import EngineReplica
-from server.cluster.serve_transport import APP, DEPLOYMENT, fault_told, has_room, is_too_small
+from server.cluster.serve_transport import APP, DEPLOYMENT, fault_told, has_room, is_too_small, replicas_told
 from server.config import Flag, Settings, load
 from server.counted import counted
 from server.engine.request import GenerationRequest
@@ -181,7 +181,9 @@ def deploy(settings: Settings, scale: Scale, say: Callable[[str], None]) -> Depl
         )
     serve.start(proxy_location="Disabled")
     if scale.spare is None:
-        scale = replace(scale, spare=has_room(scale.num_cpus, scale.num_gpus))
+        num_coming = max(0, scale.replicas - sum(replicas_told().values()))
+        num_more = num_coming + 1
+        scale = replace(scale, spare=has_room(num_more * scale.num_cpus, num_more * scale.num_gpus))
     try:
         return serve.run(engine_app(settings, scale), name=APP, route_prefix=None)
     except RuntimeError as error:

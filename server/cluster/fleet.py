@@ -88,6 +88,7 @@ class Link:
     state: ReplicaState | None = None
     blocks: set[int] = field(default_factory=set)  # of its prefix cache, with those it was sent prompts of
     is_leaving: bool = False  # it ends once nothing of ours runs there
+    is_new: bool = True  # it hasn't told of itself yet, but may
     sent: dict[str, Sent] = field(default_factory=dict)  # by the request's id
     calls: set[asyncio.Task[SmoloraError | None]] = field(default_factory=set)  # of `submit`, unanswered
 
@@ -95,6 +96,11 @@ class Link:
     def is_ready(self) -> bool:
         """Whether it can be sent something."""
         return self.state is not None and not self.is_leaving
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether it is about to be ready for the first time."""
+        return self.is_new and not self.is_leaving
 
     @property
     def num_own(self) -> int:
@@ -120,11 +126,12 @@ class Link:
                     "SMOLORA_MODEL (replicas by smolora cluster deploy)",
                     self.id,
                 )
+            self.is_new = False
             raise ValueError("it has another base")
 
     def take(self, state: ReplicaState) -> None:
         """What it has told of itself."""
-        self.state = state
+        self.state, self.is_new = state, False
         self.counts.grow(self.counted, state.stats)
         self.counted = state.stats
         for sent in self.sent.values():

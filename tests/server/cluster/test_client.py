@@ -192,6 +192,28 @@ def test_a_replica_that_leaves_ends_what_it_has(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
+def test_a_replica_that_leaves_is_used_until_its_successor_has_told_of_itself(tiny_base: BaseModel) -> None:
+    """Serve tells of the one that comes and of the one that goes in the same moment."""
+    local = Local(tiny_base, num=1)
+
+    async def main() -> None:
+        async with local as engine:
+            stream = engine.submit(SLOW)
+            await anext(stream)
+            (replica,) = local.transport.replicas.values()
+            local.transport.replicas = {"successor": replica}  # which nobody can reach yet
+            local.transport.tell()
+            assert await outcome(engine.submit(request("other"))) is None
+            assert local.place_of("other") == "replica-0"
+            local.transport.replicas = {}
+            local.transport.tell()
+            with pytest.raises(NotReady):  # else it would never be rid of requests
+                engine.submit(request("late"))
+            assert await end_of(stream) is None
+
+    on_loop(main())
+
+
 def test_counts_never_fall(tiny_base: BaseModel) -> None:
     """Whoever watches them would take that for a new beginning, and what is left for what was done since."""
     local = Local(tiny_base)

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -70,3 +71,22 @@ def test_what_a_cluster_without_room_waits_for(monkeypatch: pytest.MonkeyPatch) 
     assert told.startswith(
         "waiting for machines to join: 4 replicas with 1 cores and 0 GPUs each are more than Ray"
     )
+
+
+@pytest.mark.parametrize(
+    ("running", "free", "has_spare"), [(1, 1, False), (1, 2, True), (2, 1, True), (3, 0, False)]
+)
+def test_room_for_a_spare_is_what_those_to_come_leave(
+    running: int, free: int, has_spare: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else two new ones want the last place, of which neither is given up: Serve waits for good."""
+    serve = pytest.importorskip("ray.serve", reason="needs the extra cluster")
+    deploy, deployed = import_module("server.cluster.deploy"), list[Any]()
+    monkeypatch.setattr(serve, "start", lambda **_: None)
+    monkeypatch.setattr(serve, "run", lambda scale, **_: deployed.append(scale))
+    monkeypatch.setattr(import_module("ray"), "available_resources", lambda: {"CPU": float(free)})
+    monkeypatch.setattr(deploy, "replicas_told", lambda: {"running": running})
+    monkeypatch.setattr(deploy, "is_too_small", lambda *_: False)
+    monkeypatch.setattr(deploy, "engine_app", lambda _, scale: scale)
+    deploy.deploy(load(Settings), deploy.Scale(2), print)
+    assert [scale.spare for scale in deployed] == [has_spare]
