@@ -20,6 +20,8 @@ Value = str | int | float
 
 _URL_TELLERS = ("httpx", "httpx2", "huggingface_hub.file_download", "huggingface_hub.utils._http")
 """They tell URLs that are fetched, or can't be, with their queries, which may be signed."""
+for _name in _URL_TELLERS:  # before `set_up`, too: a base is fetched before a server has a log
+    logging.getLogger(_name).setLevel(logging.ERROR)
 _WORD = re.compile(r"[!-\[\]-~]+")  # ASCII without blanks and backslashes
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
@@ -95,8 +97,6 @@ def set_up(log_format: LogFormat = "text", level: int = logging.INFO, **always: 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it names each step of a migration
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start-up lines repeat ours
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of what clients are told anyway
-    for name in _URL_TELLERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def is_json() -> bool:

@@ -93,18 +93,29 @@ def look_at_the_proxy(folder: Path, stdout: int = subprocess.DEVNULL) -> str:
     files = ["-keyout", str(folder / "privkey.pem"), "-out", str(folder / "fullchain.pem")]
     told = ["openssl", "req", "-x509", "-nodes", "-newkey", "rsa:2048", "-subj", "/CN=localhost", *files]
     subprocess.run(told, capture_output=True, check=True)
-    instead = folder / "nginx"
-    instead.write_text(f'#!/bin/sh\nPATH={SBIN}\nexec nginx -t "$@"\n')
-    instead.chmod(0o755)
-    given = {"PATH": f"{folder}:{SBIN}", "PROXY_CERTIFICATES": str(folder), "PROXY_RUN": folder.name}
-    command = [str(ROOT / "docker" / "proxy" / "start")]
-    done = subprocess.run(
-        command, cwd=folder.parent, env=given, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
-    )
+    done = start_the_proxy(folder, f'PATH={SBIN}\nexec nginx -t "$@"', stdout)
     if 'unknown directive "http2"' in done.stderr:
         pytest.skip("needs nginx 1.25.1 or newer")
     assert done.returncode == 0, done.stderr
     return done.stderr
+
+
+def start_the_proxy(folder: Path, script: str, stdout: int) -> subprocess.CompletedProcess[str]:
+    """`start` with the folder's certificates, and a script in the place of nginx, in a session of their own."""
+    instead = folder / "nginx"
+    instead.write_text(f"#!/bin/sh\n{script}\n")
+    instead.chmod(0o755)
+    given = {"PATH": f"{folder}:{SBIN}", "PROXY_CERTIFICATES": str(folder), "PROXY_RUN": folder.name}
+    return subprocess.run(
+        [str(ROOT / "docker" / "proxy" / "start")],
+        cwd=folder.parent,
+        env=given,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
 
 
 @needs_nginx
@@ -128,6 +139,21 @@ def test_the_proxy_starts_where_its_output_is_a_socket(tmp_path: Path) -> None:
     with ours, theirs:
         look_at_the_proxy(tmp_path / "run", theirs.fileno())
     assert (tmp_path / "run" / "access.log").is_fifo()
+
+
+def test_lines_of_the_proxys_log_are_read_whatever_is_signalled(tmp_path: Path) -> None:
+    """SIGHUP is how nginx is told of new certificates, and systemd sends it to all of a service's processes. Nginx
+    keeps the pipe open itself, so without a reader it would stand still once that is full.
+    """
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("privkey.pem", "fullchain.pem"):
+        (folder / name).touch()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        start_the_proxy(folder, "trap '' HUP; kill -HUP 0; sleep 0.2; echo a line >&3", theirs.fileno())
+        ours.settimeout(20)
+        assert ours.recv(100) == b"a line\n"
 
 
 OF_THE_IMAGE = {"home", "host", "port", "base_dir"}

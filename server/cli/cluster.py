@@ -107,14 +107,14 @@ def api(
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Serve the API from this process, with the cluster's replicas as its engine."""
-    forget_keys()
+    has_clients_key = forget_keys()
     _need_ray()
     from server.cluster.connect import connect_to
     from server.training.worker.parent import end_with_parent
 
     if parent is not None:
         end_with_parent(parent)
-    raise typer.Exit(serve_here(settings, connect_to(address)))
+    raise typer.Exit(serve_here(settings, connect_to(address), has_clients_key=has_clients_key))
 
 
 @group.command()

@@ -9,7 +9,10 @@ from typing import Annotated, Any, cast, get_args
 
 import typer
 
+from server import logs
 from server.config import Flag, SettingsT, WorkerSettings, load
+from server.config.environment import log_format
+from server.errors import StartupError
 
 
 def with_flags(kind: type[SettingsT]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -24,7 +27,13 @@ def with_flags(kind: type[SettingsT]) -> Callable[[Callable[..., None]], Callabl
 
         def command(**given: Flag) -> None:
             rest = {other.name: given.pop(other.name) for other in others}
-            run(load(kind, **given), **rest)
+            try:
+                settings = load(kind, **given)
+            except StartupError:
+                if (given.get("log_format") or log_format()) == "json":
+                    logs.set_up("json")  # what is raised is told as the log is
+                raise
+            run(settings, **rest)
 
         command.__name__, command.__doc__ = run.__name__, run.__doc__
         command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

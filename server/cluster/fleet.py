@@ -45,7 +45,8 @@ class Counts:
         """A replica has told `now` what it had told `before`; None: it is new here."""
         if before is not None:
             for name in COUNTERS:
-                self.sums[name] += max(getattr(now, name) - getattr(before, name), 0)
+                counted, is_told = getattr(before, name), getattr(now, name)
+                self.sums[name] += is_told - counted if is_told >= counted else is_told  # less: it began anew
 
 
 class Transport(Protocol):

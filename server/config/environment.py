@@ -1,8 +1,15 @@
-"""What a process that this one starts finds in its environment."""
+"""The environment, where it isn't read for the settings."""
 
 import os
 
+from server.config import PREFIX
+
 
 def with_scratch(place: str) -> dict[str, str]:
-    """What this process has, and that folder in the place of /tmp."""
+    """For a process that this one starts: what this one has, and that folder in the place of /tmp."""
     return {**os.environ, "TMPDIR": place}
+
+
+def log_format() -> str | None:
+    """What the log's form is to be, should the settings as a whole be wrong."""
+    return os.environ.get(f"{PREFIX}LOG_FORMAT")

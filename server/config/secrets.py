@@ -17,7 +17,12 @@ def hide_keys() -> None:
     A command line is shown to every user of the machine, by `ps`; an environment to the process's own user alone.
     """
     kept, moved = [sys.executable], dict[str, str]()
-    command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+    command = ""
+    for command in sys.argv[1:]:
+        if not command.startswith("-"):
+            break
+        if command.partition("=")[0] in _SECRET_FLAGS:
+            return  # no command has them before its name, and what comes next is no command
     flags = _SECRET_FLAGS.keys() - ({"--api-key"} if command in _SERVERS else {"--api-keys"})
     arguments = iter(sys.orig_argv[1:])
     for argument in arguments:

@@ -19,15 +19,19 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise cannot_listen(host, port, error) from None
     # Of a name with both, such as localhost, IPv4: that is where commands and health checks look for a server.
-    family, kind, protocol, _, address = min(found, key=lambda one: one[0] is not socket.AF_INET)
-    bound = socket.socket(family, kind, protocol)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        raise cannot_listen(host, port, error) from None
-    return bound
+    found.sort(key=lambda one: one[0] is not socket.AF_INET)
+    for family, kind, protocol, _, address in found:
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            return bound
+        except OSError as error:
+            bound.close()
+            fault = error
+            if error.errno != errno.EADDRNOTAVAIL:  # it is another machine's, say a router's before this one
+                break
+    raise cannot_listen(host, port, fault)
 
 
 def url(bound: socket.socket, host: str) -> str:

@@ -64,6 +64,8 @@ def test_a_clients_key_in_the_environment_of_a_server(
     try:
         told = "SMOLORA_API_KEY is what commands send: no API key is asked for"
         wait_until(lambda: "curl -s" in server.log() and (told in server.log()) is not bool(keys), 10, told)
+        server.generate("a", max_tokens=1)
+        assert (told in server.log()) is not bool(keys)
     finally:
         server.close()
 

@@ -122,7 +122,6 @@ fetch_adapter({REPO!r}, None, Path(place), max_config=99, max_weights=99, endpoi
 def test_nor_is_what_broke_off() -> None:
     code = """
 from server import logs
-logs.set_up()
 from huggingface_hub import file_download
 from huggingface_hub.utils import _http
 file_download.logger.warning("Error while downloading from %s: %s", "https://cdn/x?Signature=xyzzy", "timed out")

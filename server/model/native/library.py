@@ -199,7 +199,7 @@ def _compile(directory: Path, name: str, use: Callable[[Path], T]) -> T:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _keep_others_out(directory)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".native-") as scratch:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".native-", ignore_cleanup_errors=True) as scratch:
             made = Path(scratch) / library_name(name)
             objects = [str(Path(scratch) / f"{Path(unit).stem}.o") for unit in UNITS]
             compiles = [

@@ -47,6 +47,18 @@ def test_where_the_log_is_json_it_says_so_in_json(tmp_path: Path, command: tuple
     assert "smolora.db" in last["message"]
 
 
+@pytest.mark.parametrize("command", ["serve", "worker"])
+@pytest.mark.parametrize("told", ["flag", "variable"])
+def test_a_wrong_setting_is_told_in_json_too(command: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--log-format=json"] if told == "flag" else []
+    if told == "variable":
+        monkeypatch.setenv("SMOLORA_LOG_FORMAT", "json")
+    monkeypatch.setenv("SMOLORA_TRAIN_SHARE", "much")
+    done = smolora(command, "--home", "/dev/null/x", *flags)
+    assert done.returncode == 1
+    assert json.loads(done.stderr)["message"] == "SMOLORA_TRAIN_SHARE (--train-share): must be a number"
+
+
 def test_a_worker_names_what_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `serve` does, unless it is a server's own worker, which has told."""
     monkeypatch.setenv("SMOLORA_TRAIN_SHARES", "0.5")
@@ -86,13 +98,15 @@ with open("/proc/self/cmdline") as file:
     [
         ("serve", "--api-key", "k"),
         ("serve", "--api-key=k"),
+        ("--api-key", "k", "serve"),
+        ("--api-keys=k", "serve"),
         ("worker", "--api-key", "k"),
         ("jobs", "--api-keys=k"),
     ],
 )
 def test_a_key_in_the_wrong_flag_is_refused(arguments: tuple[str, ...]) -> None:
     """As vLLM's server has it: taken for a client's, it would leave the server open to everybody."""
-    result = smolora(*arguments, *(["--home", "/dev/null/x"] if arguments[0] == "serve" else []))
+    result = smolora(*arguments, *(["--home", "/dev/null/x"] if "serve" in arguments else []))
     assert result.returncode == 2
     assert "No such option" in result.stderr
 

@@ -1,5 +1,6 @@
 """For whom a server may listen: off the loopback somebody is asked for a key, or it was said that nobody is."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from server.config import Settings, load
 from server.database import connect
 from server.errors import StartupError
 from server.home import Home
-from server.serve.address import refuse_strangers
+from server.serve.address import bind, refuse_strangers
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org"])
@@ -26,3 +27,17 @@ def test_off_the_loopback_needs_keys_or_a_word(host: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
 def test_loopback_needs_none(host: str, tmp_path: Path) -> None:
     refuse_strangers(load(Settings, home=tmp_path, host=host))
+
+
+def test_of_a_names_addresses_this_machines_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may be a router's before it. One that is taken is no reason to listen elsewhere."""
+    found = {
+        address: socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        for address in ("192.0.2.1", "127.0.0.1")
+    }
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: list(found.values()))
+    with bind("smolora.example.org", 0) as bound:
+        assert bound.getsockname()[0] == "127.0.0.1"
+    found.pop("127.0.0.1")
+    with pytest.raises(StartupError, match=r"smolora\.example\.org"):
+        bind("smolora.example.org", 0)
