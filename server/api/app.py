@@ -56,9 +56,9 @@ def create_app(services: Services) -> FastAPI:
         services.guidance.start()
 
         def sweep() -> None:
-            clean_uploads(services.storage)
             if services.bucket is not None:
                 services.library.sweep()
+            clean_uploads(services.storage)
 
         tasks = [
             asyncio.create_task(keep_house(services.retention, services.settings.retain_jobs, sweep=sweep)),

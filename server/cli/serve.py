@@ -6,7 +6,6 @@ What is slow to import is imported once what is quick to check has been checked.
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING
 
 import typer
@@ -16,7 +15,7 @@ from server import logs
 from server.allocator import keep_freed_memory
 from server.config import Settings, is_loopback, unknown_variables
 from server.errors import StartupError
-from server.home import Home, make, prepare, serving
+from server.home import make, prepare, serving
 from server.loading import loading
 from server.serve.address import bind, refuse_strangers, url
 from server.serve.switching import switch_quickly
@@ -53,25 +52,11 @@ def serve_here(settings: Settings, connect: "Connect | None" = None, *, has_clie
         return _serve_at(settings, say, connect, has_clients_key)
 
 
-def _has_keys(settings: Settings) -> bool:
-    """Whether a database elsewhere has some: they may have been made through any server on it."""
-    if settings.database is None:
-        return False
-    from server.access.keys import Keys
-    from server.database import connect
-
-    engine = connect(settings.home, url=settings.database)
-    try:
-        return Keys(engine, Home(settings.home).keyed).are_there()
-    finally:
-        engine.dispose()
-
-
 def _serve_at(
     settings: Settings, say: Callable[[str], None], connect: "Connect | None", has_clients_key: bool
 ) -> int:
     """The same, in a home that is ready and nobody else's."""
-    refuse_strangers(settings, partial(_has_keys, settings))
+    refuse_strangers(settings)
     bound = bind(settings.host, settings.port)
     say("loading libraries")
     with loading():

@@ -245,9 +245,9 @@ class ReplicatedEngine:
         del self._links[link.id], self._followers[link.id]
 
     async def _listen(self, link: Link) -> None:
-        """One call of `follow`. A replica that is to leave is left once nothing of ours runs there."""
+        """One call of `follow`. A replica that is to leave is left once nothing of ours runs, or may go, there."""
         async with aclosing(self._transport.follow(link.id, self._client)) as messages:
-            while not link.is_leaving or link.sent:
+            while not link.is_leaving or link.sent or link in self._ready_links():
                 async with asyncio.timeout(SILENCE_SECONDS):
                     message = await anext(messages, None)
                 if message is None:

@@ -50,18 +50,19 @@ def up(
         ray, address = node.start_head(ray_port, log, num_cpus)
     else:
         ray = node.start_node(address, log, num_cpus)
-    urls = urls_of(settings, num_apis)
-    apis = {url: api_command(settings, index, num_apis, address) for index, url in enumerate(urls)}
-    processes = Processes(apis, [worker_command(settings.of_a_worker)] * settings.workers)
-    stopped, asked = threading.Event(), threading.Event()
-    signal.signal(_RESTART, lambda *_: asked.set())
-    state = ClusterState(
-        *(address, os.getpid(), ray.pid, urls, settings.workers),
-        mark=node.mark_of(os.getpid()),
-        ray_mark=node.mark_of(ray.pid),
-    )
-    write_state(home, state)
+    processes = Processes({}, [])
     try:
+        urls = urls_of(settings, num_apis)
+        apis = {url: api_command(settings, index, num_apis, address) for index, url in enumerate(urls)}
+        processes = Processes(apis, [worker_command(settings.of_a_worker)] * settings.workers)
+        stopped, asked = threading.Event(), threading.Event()
+        signal.signal(_RESTART, lambda *_: asked.set())
+        state = ClusterState(
+            *(address, os.getpid(), ray.pid, urls, settings.workers),
+            mark=node.mark_of(os.getpid()),
+            ray_mark=node.mark_of(ray.pid),
+        )
+        write_state(home, state)
         if scale is not None:
             say(f"starting {scale.replicas} engine replicas")
             join(address)
@@ -196,7 +197,7 @@ def _check(settings: Settings, num_apis: int, address: str | None) -> None:
             "several API processes or machines need SMOLORA_DATABASE_URL and SMOLORA_BYTES_URL: what they share "
             "can't be files of one machine"
         )
-    if num_apis and settings.database is None:  # else the API process looks for keys there
+    if num_apis:
         refuse_strangers(settings)
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import socket
-from collections.abc import Callable
 
 from server.config import PREFIX, Settings, is_loopback
 from server.errors import StartupError
@@ -58,15 +57,26 @@ def cannot_listen(host: str, port: int, error: OSError) -> StartupError:
     return StartupError(f"can't listen on {host}, port {port}: {error.strerror or error}")
 
 
-def refuse_strangers(settings: Settings, has_keys: Callable[[], bool] = lambda: False) -> None:
-    """Raise StartupError where others could connect, and nothing would ask them for a key.
-
-    `has_keys` is asked last: the database may have some of which HOME doesn't know.
-    """
+def refuse_strangers(settings: Settings) -> None:
+    """Raise StartupError where others could connect, and nothing would ask them for a key."""
     needs_key = settings.api_keys or Home(settings.home).keyed.exists()
-    if not (needs_key or settings.allow_anonymous or is_loopback(settings.host) or has_keys()):
+    if not (needs_key or settings.allow_anonymous or is_loopback(settings.host) or _has_keys(settings)):
         raise StartupError(
             f"{settings.host} can be reached from elsewhere: make a key ({program()} keys create NAME --home "
             f"{settings.home}), set {PREFIX}API_KEYS (--api-keys), or {PREFIX}ALLOW_ANONYMOUS=1 "
             "(--allow-anonymous) to serve without any"
         )
+
+
+def _has_keys(settings: Settings) -> bool:
+    """Whether a database elsewhere has some, of which HOME needn't know: any server on it may have made them."""
+    if settings.database is None:
+        return False
+    from server.access.keys import Keys
+    from server.database import connect
+
+    engine = connect(settings.home, url=settings.database)
+    try:
+        return Keys(engine, Home(settings.home).keyed).are_there()
+    finally:
+        engine.dispose()

@@ -125,6 +125,8 @@ def test_an_adapter_past_the_list(server: ServerProcess, browser: Browser, adapt
     for number in range(500):
         response = server.client.post(f"/compositions/c{number:03}", json={"expression": f"{adapter}*0.5"})
         assert response.status_code == 201, response.text
+    # so it is in the list of public ones, though not in that of its project's
+    assert server.client.put(f"/adapters/{adapter}/visibility", json={"visibility": "public"}).status_code == 200
     with page_of(browser, server.url) as page:
         sign_in(page, OPERATORS)
         page.goto(f"{server.url}/#/adapters/{adapter}")

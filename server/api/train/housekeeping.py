@@ -35,7 +35,7 @@ async def keep_house(
             if sweep is not None:
                 await to_thread.run_sync(sweep)
         except Exception:  # the disk, or the database: the next look may go well
-            log.exception("can't remove the files of ended jobs just now")
+            log.exception("can't tidy up just now")
         await asyncio.sleep(interval)
 
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapters.durable import UNFINISHED, remove_abandoned
+from adapters.durable import UNFINISHED, remove_abandoned, remove_directory
 from server.home import Home
 from server.training.queue.tables import Status
 
@@ -69,7 +69,8 @@ class JobFiles:
         if self._shared is not None:
             self._shared.push_model(job_id, token, self.model(job_id))
             # else nobody would remove it: others may be told to delete the job
-            shutil.rmtree(self.model(job_id), ignore_errors=True)
+            with suppress(OSError):
+                remove_directory(self.model(job_id))
 
     def fetch_model(self, job_id: str) -> Path:
         """The model's directory; it isn't there where no attempt made one."""
@@ -114,7 +115,7 @@ class JobFiles:
         """As `sweep_ended`, and remove old folders of jobs never submitted, from HOME alone."""
         self.sweep_ended(status)
         for directory in self._root.glob("*/"):
-            if status(directory.name) is None and _is_old(directory):
+            if _is_old(directory) and status(directory.name) is None:  # in this order: it may just be submitted
                 shutil.rmtree(directory, ignore_errors=True)
 
     def sweep_ended(self, status: Callable[[str], Status | None]) -> None:

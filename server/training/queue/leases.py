@@ -194,7 +194,7 @@ class Leases:
                 job_events.append(connection, claim.job_id, warning, level="warning")
             return version
 
-        with recording(self._engine, self._records) as records:
+        with recording(self._engine, None if publish is None else self._records) as records:
             return transact(self._engine, work)
 
     @transacted

@@ -42,10 +42,12 @@ export function useSearch(listed, text) {
       return listAdapters(signal, { contains });
     },
     [contains],
+    10,
   );
-  return listed && found
-    ? { ...listed, own: together(listed.own, found.own), shared: together(listed.shared, found.shared) }
-    : listed;
+  if (!listed || !found) return listed;
+  const own = together(listed.own, found.own);
+  const all = together(own, together(listed.shared, found.shared)); // one's own public ones are in both
+  return { ...listed, own, shared: all.slice(own.length) };
 }
 
 /** @param {Adapter[]} listed @param {Adapter[]} found */

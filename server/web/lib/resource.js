@@ -1,6 +1,6 @@
 /** What the server has now: loaded, kept fresh, and its problem where there is one. */
 import { Problem } from "./api.js";
-import { useCallback, useEffect, useState } from "./html.js";
+import { useCallback, useEffect, useRef, useState } from "./html.js";
 import { key } from "./session.js";
 import { useStore } from "./store.js";
 
@@ -22,19 +22,24 @@ export function useResource(load, deps, seconds = 0) {
     /** @type {{data: T | null, problem: Problem | null}} */ ({ data: null, problem: null }),
   );
   const secret = useStore(key);
+  const turns = useRef({ begun: 0, ended: 0 });
   const fetchNow = useCallback(
     async (/** @type {AbortSignal} */ signal) => {
+      const turn = (turns.current.begun += 1);
+      const isLate = () => signal.aborted || turn !== turns.current.begun; // what began later knows more
       try {
         const data = await load(signal);
-        if (!signal.aborted) setState({ data, problem: null });
+        if (!isLate()) setState({ data, problem: null });
       } catch (error) {
-        if (signal.aborted) return;
+        if (isLate()) return;
         const problem = asProblem(error);
         // what was there stays while the server is away for a moment, but not for another key
         setState((before) => ({
           data: problem.status === 0 || problem.status >= 500 ? before.data : null,
           problem,
         }));
+      } finally {
+        turns.current.ended += 1;
       }
     },
     [...deps, secret],
@@ -44,7 +49,10 @@ export function useResource(load, deps, seconds = 0) {
     const controller = new AbortController();
     void fetchNow(controller.signal);
     const timer = seconds
-      ? setInterval(() => document.hidden || void fetchNow(controller.signal), seconds * 1000)
+      ? setInterval(() => {
+          const isLoading = turns.current.begun !== turns.current.ended;
+          if (!document.hidden && !isLoading) void fetchNow(controller.signal);
+        }, seconds * 1000)
       : 0;
     return () => {
       controller.abort();

@@ -18,7 +18,9 @@ export function AdaptersView({ path }) {
   const listed = useSearch(adapters.data, filter);
   const own = listed?.own ?? [];
   const shared = listed?.shared ?? [];
-  const found = [...own, ...shared].find((adapter) => adapter.name === name);
+  // what only the search has is `Unlisted`'s, which keeps it fresh
+  const [ours, others] = [adapters.data?.own ?? [], adapters.data?.shared ?? []];
+  const found = [...ours, ...others].find((adapter) => adapter.name === name);
   const matches = (/** @type {Adapter} */ adapter) => adapter.name.toLowerCase().includes(filter.toLowerCase());
   return html`<h1>Adapters</h1>
     <${Fault} problem=${adapters.problem} />
@@ -41,7 +43,7 @@ export function AdaptersView({ path }) {
       <div class="detail">
         ${
           found
-            ? html`<${AdapterDetail} key=${name} adapter=${found} isOwn=${own.includes(found)} onChange=${adapters.reload} />`
+            ? html`<${AdapterDetail} key=${name} adapter=${found} isOwn=${ours.includes(found)} onChange=${adapters.reload} />`
             : name && adapters.data
               ? html`<${Unlisted} key=${name} name=${name} />`
               : own.length

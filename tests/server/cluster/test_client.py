@@ -205,6 +205,14 @@ def test_a_replica_that_leaves_is_used_until_its_successor_has_told_of_itself(ti
             local.transport.tell()
             assert await outcome(engine.submit(request("other"))) is None
             assert local.place_of("other") == "replica-0"
+            await stream.aclose()
+            await eventually(lambda: not engine._links["replica-0"].sent)
+            await asyncio.sleep(
+                3 * replica_module.PULSE_SECONDS
+            )  # it has told of itself again, and nothing of ours runs there
+            assert await outcome(engine.submit(request("another"))) is None
+            stream = engine.submit(SLOW)
+            await anext(stream)
             local.transport.replicas = {}
             local.transport.tell()
             with pytest.raises(NotReady):  # else it would never be rid of requests
