@@ -42,7 +42,7 @@ def test_what_is_imported_is_asked_for() -> None:
         *project["dependencies"],
         *(one for extra in project["optional-dependencies"].values() for one in extra),
     ]
-    names = {re.match(r"[\w-]+", one)[0].replace("-", "_") for one in asked}  # type: ignore[index]
+    names = {re.split(r"[^\w-]", one, maxsplit=1)[0].replace("-", "_") for one in asked}
     of_others = {
         "multipart": "python_multipart",
         "opentelemetry": "opentelemetry_sdk",
