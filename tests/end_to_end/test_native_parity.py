@@ -229,7 +229,10 @@ def test_a_history_changes_no_bit(default_server: ServerProcess, server_of_one_t
 
 @pytest.mark.parametrize("expression", ["base", "left", "left*0.5+right*0.5"])
 def test_drafts_change_no_bit(server_of_one_thread: ServerProcess, expression: str) -> None:
-    """Answers that say again what the prompt says: with speculation, which is the default, and without."""
+    """Answers that say again what the prompt says: with speculation, which is the default, and without.
+
+    How much is drafted goes by what steps were seen to take, so on a busy machine a round may draft little.
+    """
     prompt = 6 * "The red fox ran over the hill. The grey owl sat in the tree. "
 
     def answers(speculation: str) -> list[object]:
@@ -246,10 +249,13 @@ def test_drafts_change_no_bit(server_of_one_thread: ServerProcess, expression: s
     before = server_of_one_thread.counts()
     plain = answers("off")
     between = server_of_one_thread.counts()
-    assert answers("auto") == plain
-    after = server_of_one_thread.counts()
     drafted, accepted = "smolora_drafted_tokens_total", "smolora_accepted_tokens_total"
     assert between[drafted] == before[drafted]
+    for _ in range(5):
+        assert answers("auto") == plain
+        after = server_of_one_thread.counts()
+        if after[accepted] - between[accepted] > 10:
+            break
     assert after[drafted] - between[drafted] >= after[accepted] - between[accepted] > 10
 
 
