@@ -13,8 +13,8 @@ def refuse_with_uploads(storage: Storage, jobs: Jobs, project: str) -> None:
     """Raises Conflict where the project has data sets, files, or jobs that haven't ended. Blocks on disk."""
     datasets, files = storage.home.datasets(project), storage.home.files(project)
     has = {
-        "data set": len(DatasetStore(datasets, bucket=storage.at(datasets)).list()),
-        "file": len(FileStore(files, bucket=storage.at(files)).list()),
+        "data set": len(DatasetStore(datasets, bucket=storage.at(datasets)).ids()),
+        "file": len(FileStore(files, bucket=storage.at(files)).ids()),
         "unfinished job": jobs.of(Viewpoint(project)).num_unfinished(),
     }
     if told := [counted(number, what) for what, number in has.items() if number]:

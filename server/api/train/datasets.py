@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Request
 from starlette.datastructures import FormData
 from starlette.responses import Response
 
-from adapters.errors import Conflict
+from adapters.errors import Conflict, NotFound
 from server.api import wire
 from server.api.access.quotas import growing
 from server.api.deps import Services, ServicesDep
@@ -86,7 +86,8 @@ def _put(services: Services, form: FormData) -> dict[str, object]:
 
 
 def _delete(services: Services, dataset_id: str) -> None:
-    services.datasets.get(dataset_id)  # or there is none
+    if not services.datasets.has(dataset_id):  # a damaged one can go, too
+        raise NotFound("no data set has this id: GET /datasets lists them")
     if services.jobs.in_use(dataset_id, services.principal.project):
         raise Conflict("a training job that hasn't ended needs this data set: cancel it, or wait for its end")
     services.datasets.delete(dataset_id)

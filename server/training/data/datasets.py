@@ -157,8 +157,16 @@ class DatasetStore:
         """Raises NotFound."""
         return self._records.get(dataset_id)
 
+    def has(self, dataset_id: str) -> bool:
+        """Whether it is there, perhaps damaged."""
+        return self._records.has(dataset_id)
+
+    def ids(self) -> set[str]:
+        """Those of all of them, of damaged ones too."""
+        return self._records.ids()
+
     def list(self) -> list[Dataset]:
-        """All of them, newest first."""
+        """All that can be read, newest first; the log names the others."""
         return self._records.list()
 
     def rows(self, dataset_id: str) -> Iterator[Row]:
@@ -174,7 +182,11 @@ class DatasetStore:
         self._records.clean()
 
     def _publish(self, rows: Path, dataset: Dataset) -> Dataset:
-        existing = self._records.find(dataset.id)
+        try:
+            existing = self._records.find(dataset.id)
+        except CorruptDataset:
+            existing = None
+            self._records.delete(dataset.id)
         if existing is not None:
             return existing
         with self._records.new(dataset.id) as directory:

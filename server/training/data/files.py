@@ -114,11 +114,15 @@ class FileStore:
         return self._records.get(file_id)
 
     def has(self, file_id: str) -> bool:
-        """Whether it is there."""
+        """Whether it is there, perhaps damaged."""
         return self._records.has(file_id)
 
+    def ids(self) -> set[str]:
+        """Those of all of them, of damaged ones too."""
+        return self._records.ids()
+
     def list(self) -> list[StoredFile]:
-        """All of them, newest first."""
+        """All that can be read, newest first; the log names the others."""
         return self._records.list()
 
     def open(self, file_id: str) -> BinaryIO:

@@ -5,9 +5,11 @@ The root needn't be there before something is put into it.
 <root>/<id>/<record's file>      JSON; a directory with it is whole
 """
 
+import builtins
 import json
+import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +20,8 @@ from adapters.errors import NotFound, SmoloraError
 
 if TYPE_CHECKING:
     from adapters.objects.bucket import Bucket
+
+log = logging.getLogger("smolora.training")
 
 
 class StoredRecord(Protocol):
@@ -84,13 +88,16 @@ class RecordStore(Generic[R]):
         """Whether it is there."""
         return (self.place(record_id) / self._file_name).exists()
 
-    def list(self) -> list[R]:
-        """All of them, newest first."""
+    def ids(self) -> set[str]:
+        """Those of all records, of damaged ones too."""
         if not self._root.is_dir():
-            return []
-        found = [self._read(path) for path in self._root.iterdir() if self._ids.fullmatch(path.name)]
-        kept = [record for record in found if record is not None]
-        return sorted(kept, key=lambda record: (record.created_at, record.id), reverse=True)
+            return set()
+        names = (path.name for path in self._root.iterdir() if self._ids.fullmatch(path.name))
+        return {name for name in names if self.has(name)}
+
+    def list(self) -> list[R]:
+        """All that can be read, newest first; the log names the others."""
+        return self._readable(self.ids(), self.find)
 
     def delete(self, record_id: str) -> None:
         """Raises NotFound. Who is reading it now reads on."""
@@ -102,6 +109,18 @@ class RecordStore(Generic[R]):
     def clean(self) -> None:
         """Drop what killed processes left, once it is old enough."""
         remove_abandoned(self._root)
+
+    def _readable(self, record_ids: Iterable[str], find: Callable[[str], R | None]) -> builtins.list[R]:
+        found = []
+        for record_id in record_ids:
+            try:
+                record = find(record_id)
+            except self._corrupt as error:
+                log.warning("%s: no list has it, and deleting it is all that can be done with it", error)
+                continue
+            if record is not None:  # or it was deleted just now
+                found.append(record)
+        return sorted(found, key=lambda record: (record.created_at, record.id), reverse=True)
 
     def _read(self, place: Path) -> R | None:
         try:

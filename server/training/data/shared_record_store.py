@@ -75,13 +75,12 @@ class SharedRecordStore(RecordStore[R]):
     def has(self, record_id: str) -> bool:
         return self._copy(record_id) is not None
 
+    def ids(self) -> set[str]:
+        return set(self._whole())
+
     def list(self) -> list[R]:
-        found: dict[str, Copy] = {}
-        for copy in self._copies.all():
-            if copy.is_whole and self._ids.fullmatch(copy.folder):
-                found.setdefault(copy.folder, copy)
-        kept = [record for copy in found.values() if (record := self._record(copy)) is not None]
-        return sorted(kept, key=lambda record: (record.created_at, record.id), reverse=True)
+        copies = self._whole()
+        return self._readable(copies, lambda record_id: self._record(copies[record_id]))
 
     def delete(self, record_id: str) -> None:
         self.place(record_id)
@@ -95,6 +94,14 @@ class SharedRecordStore(RecordStore[R]):
         super().clean()
         before = self._bucket.now() - timedelta(seconds=ABANDONED_AFTER)
         self._copies.remove(c for c in self._copies.all() if not c.is_whole and c.modified < before)
+
+    def _whole(self) -> dict[str, Copy]:
+        """The copy of each record that counts."""
+        found: dict[str, Copy] = {}
+        for copy in self._copies.all():
+            if copy.is_whole and self._ids.fullmatch(copy.folder):
+                found.setdefault(copy.folder, copy)
+        return found
 
     def _copy(self, record_id: str) -> Copy | None:
         self.place(record_id)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Query, Request
 from starlette.datastructures import FormData
 from starlette.responses import Response
 
-from adapters.errors import Conflict, InvalidInput
+from adapters.errors import Conflict, InvalidInput, NotFound
 from server.api import wire
 from server.api.deps import Services, ServicesDep
 from server.api.openai.documents import REFUSALS
@@ -141,7 +141,8 @@ def _open(files: FileStore, file_id: str) -> tuple[StoredFile, BinaryIO]:
 
 
 def _delete(services: Services, file_id: str) -> None:
-    services.files.get(file_id)  # or there is none
+    if not services.files.has(file_id):  # a damaged one can go, too
+        raise NotFound("no file has this id")
     if services.jobs.in_use(file_id, services.principal.project):
         raise Conflict("a training job that hasn't ended needs this file: cancel it, or wait for its end")
     services.files.delete(file_id)

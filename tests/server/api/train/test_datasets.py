@@ -67,6 +67,26 @@ async def test_a_data_set_has_its_files_name(client: httpx.AsyncClient, tmp_path
     ]
 
 
+@pytest.mark.parametrize(("route", "facts"), [("/datasets", "dataset.json"), ("/v1/files", "file.json")])
+async def test_damage_hides_no_other(client: httpx.AsyncClient, tmp_path: Path, route: str, facts: str) -> None:
+    """Lists, usage and deletes go on where a disk has damaged what is known of one."""
+    ids = []
+    for content in (JSONL, b'{"text": "a"}'):
+        form = {"purpose": "fine-tune"} if facts == "file.json" else {}
+        response = await client.post(route, files={"file": ("rows.jsonl", content)}, data=form)
+        ids.append(response.json()["id"])
+    (place,) = tmp_path.glob(f"*/{ids[0]}/{facts}")
+    place.write_bytes(b"{}")
+    listed = (await client.get(route)).json()
+    assert [entry["id"] for entry in listed.get("datasets", listed.get("data"))] == ids[1:]
+    assert (await client.get("/usage")).status_code == 200
+    assert (await client.get(f"{route}/{ids[0]}")).status_code == 500
+    for entry in ids:
+        assert (await client.delete(f"{route}/{entry}")).status_code in (200, 204)
+        assert (await client.delete(f"{route}/{entry}")).status_code == 404
+    assert not list(tmp_path.glob(f"*/*/{facts}"))
+
+
 async def test_the_newest_first(client: httpx.AsyncClient) -> None:
     ids = [(await upload(client, json.dumps(row).encode())).json()["id"] for row in ROWS[:3]]
     listed = (await client.get("/datasets")).json()["datasets"]

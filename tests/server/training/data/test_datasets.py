@@ -211,6 +211,20 @@ def test_missing_rows_and_damaged_facts_are_noticed(store: DatasetStore, tmp_pat
         store.get(dataset.id)
 
 
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\xff", b"[]"])
+def test_a_damaged_one_hides_no_other(store: DatasetStore, tmp_path: Path, damage: bytes) -> None:
+    damaged, sound = put(store, JSONL), put(store, b'{"text": "a"}\n')
+    (tmp_path / "datasets" / damaged.id / FACTS).write_bytes(damage)
+    assert store.list() == [sound]
+    assert store.ids() == {damaged.id, sound.id}
+    assert put(store, JSONL).id == damaged.id, "the same rows mend it"
+    assert list(store.rows(damaged.id)) == ROWS_OF_BOTH
+    (tmp_path / "datasets" / damaged.id / FACTS).write_bytes(damage)
+    store.delete(damaged.id)
+    assert store.ids() == {sound.id}
+
+
 def test_what_a_killed_process_left_goes_when_it_is_old(tmp_path: Path) -> None:
     root = tmp_path / "datasets"
     for age, name in ((0, "new"), (ABANDONED_AFTER + 60, "old")):

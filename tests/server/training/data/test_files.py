@@ -136,6 +136,9 @@ def test_damage_is_said(store: FileStore, tmp_path: Path) -> None:
     (place / FACTS).write_text(json.dumps({"id": file.id}))
     with pytest.raises(CorruptFile):
         store.get(file.id)
+    other = store.put(io.BytesIO(CONTENTS), "codes.jsonl")
+    assert store.list() == [other]
+    assert store.ids() == {file.id, other.id}
 
 
 def test_rows_of_either_kind(store: FileStore, tmp_path: Path) -> None:

@@ -83,6 +83,18 @@ def test_damaged_rows_are_noticed(tmp_path: Path, bucket: "Bucket") -> None:
         list(store.rows(dataset.id))
 
 
+def test_a_damaged_one_hides_no_other(tmp_path: Path, bucket: "Bucket") -> None:
+    store = DatasetStore(tmp_path, bucket=bucket)
+    damaged, sound = put(store, JSONL), put(store, b'{"text": "a"}\n')
+    (key,) = (stored.key for stored in bucket.listed() if damaged.id in stored.key and stored.key.endswith(FACTS))
+    bucket.put(key, b"{}")
+    store = DatasetStore(tmp_path, bucket=bucket)
+    assert store.list() == [sound]
+    assert store.ids() == {damaged.id, sound.id}
+    assert put(store, JSONL).id == damaged.id, "the same rows mend it"
+    assert list(store.rows(damaged.id)) == ROWS_OF_BOTH
+
+
 def test_a_store_that_fails_is_a_503(tmp_path: Path, bucket: "Bucket", proxied: "Bucket", proxy: Proxy) -> None:
     store = DatasetStore(tmp_path, bucket=proxied)
     proxy.fail("500")
