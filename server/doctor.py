@@ -15,11 +15,13 @@ from adapters.catalog.recovery import Recovered
 from adapters.errors import CorruptAdapter
 from adapters.store.store import AdapterStore
 from adapters.viewpoint import Viewpoint
+from server.counted import counted
 from server.database import build_of, connect, faults, nobody_has_it_open, set_aside
 from server.errors import StartupError
 from server.home import Home, serving
 from server.model.packed_adapters import is_damaged
 from server.storage import Storage
+from server.training.data.uploads import checked_uploads
 from server.training.queue.job_files import JobFiles
 from server.training.queue.jobs import Jobs
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 _TAKES = "the server's next start removes it"
 _MENDS = "the server's next start mends it"
+_DELETE = "delete it, or upload it again"
 _PACKED = (
     "changed since it was written, and servers read it: delete it and restart the server, to have it made anew"
 )
@@ -48,11 +51,18 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     num_versions: int
     num_adapters: int  # directories with bytes, whose digests were computed anew
+    num_uploads: int  # data sets and files, which were read whole
     database: str | None  # the release of SQLite and its kind of journal; None where it couldn't be opened
 
     @property
     def is_sound(self) -> bool:
         return not self.findings
+
+    def line(self) -> str:
+        """What was looked at, for a person."""
+        verdict = "sound" if self.is_sound else counted(len(self.findings), "finding")
+        versions, adapters = counted(self.num_versions, "version"), counted(self.num_adapters, "stored adapter")
+        return f"{verdict}: {versions}, {adapters}, {counted(self.num_uploads, 'upload')} checked"
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,9 @@ def examine(home: Path, bucket: "Bucket | None" = None) -> Diagnosis:
     findings += [
         Finding(f"adapters/{name}", f"left by a process that was killed; {_TAKES}") for name in store.leftovers()
     ]
-    return Diagnosis(tuple(findings), len(versions), len(store.digests()), database)
+    uploads = dict(checked_uploads(storage))
+    findings += [Finding(place, f"{message}: {_DELETE}") for place, message in uploads.items() if message]
+    return Diagnosis(tuple(findings), len(versions), len(store.digests()), len(uploads), database)
 
 
 def rebuild(home: Path, bucket: "Bucket | None" = None) -> Rebuilt:

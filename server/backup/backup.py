@@ -32,6 +32,8 @@ from server.database import FILE_NAME, copy, existing, faults, opened_copy, sche
 from server.database.place import refuse_elsewhere
 from server.errors import StartupError
 from server.home import Home
+from server.storage import Storage
+from server.training.data.uploads import checked_uploads
 from server.training.loop.checkpoint import FILE_NAMES, Checkpoints
 from server.training.queue.job_files import CHECKPOINTS_NAME, DATA_NAME, JobFiles
 from server.training.queue.moving import used_by_unended, with_folders
@@ -273,6 +275,7 @@ class _Backup:
             except CorruptAdapter as error:
                 if place.exists() or place.relative_to(self._home.path).as_posix() not in self._folders:
                     yield str(error)
+        yield from (message for _, message in checked_uploads(Storage(self._home)) if message)
 
 
 def _private(path: str, flags: int) -> int:

@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 from contextlib import closing
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ from server.cli.main import app
 from server.database import FILE_NAME
 from server.doctor import examine, rebuild
 from server.errors import StartupError
-from server.home import serving
+from server.home import Home, serving
 from server.model.packed_adapters import PackedAdapters
 from server.model.row_layout import RowFormat, RowLayout
 from server.sqlite import driver
+from server.training.data.datasets import FACTS, ROWS, DatasetStore
+from server.training.data.files import CONTENT, FileStore
 from tests.adapters.samples import SHAPE, sample_adapter
 from tests.server.api.adapters.registry import Registry, digest_of, write_files
 from tests.small_disk import fill, make_room, mounted
@@ -70,7 +73,7 @@ def test_a_sound_home(home: Path) -> None:
     assert code == 0
     first, last = output.splitlines()
     assert first.startswith(f"database: {database}")
-    assert last == "sound: 4 versions, 3 stored adapters checked"
+    assert last == "sound: 4 versions, 3 stored adapters, 0 uploads checked"
     code, output = doctor(home, "--json")
     assert code == 0
     document = json.loads(output)
@@ -79,6 +82,7 @@ def test_a_sound_home(home: Path) -> None:
         "findings": [],
         "num_versions": 4,
         "num_adapters": 3,
+        "num_uploads": 0,
         "is_sound": True,
         "rebuilt": None,
     }
@@ -119,6 +123,31 @@ def test_what_servers_read_in_their_place_is_looked_at_too(home: Path) -> None:
     assert doctor(home)[0] == 1
     file.unlink()
     assert examine(home).is_sound
+
+
+@pytest.mark.parametrize("project", ["default", "acme"])
+def test_uploads_that_changed_are_found(home: Path, project: str) -> None:
+    """Rows, what is known of them, and a job's results."""
+    of = Home(home)
+    datasets, files = DatasetStore(of.datasets(project)), FileStore(of.files(project))
+    sets = [datasets.put(BytesIO(b'{"text": "%d"}' % i), "a.jsonl").id for i in range(4)]
+    file, results = files.put(BytesIO(b'{"text": "a"}'), "a.jsonl").id, files.put_results("job-1", b"step,loss").id
+    assert doctor(home)[1].endswith("sound: 4 versions, 3 stored adapters, 6 uploads checked\n")
+    for place, damage in (
+        (of.datasets(project) / sets[1] / ROWS, b'{"text":"7"}\n'),
+        (of.datasets(project) / sets[2] / FACTS, b""),
+        (of.files(project) / results / CONTENT, b"step,less"),
+    ):
+        place.write_bytes(damage)
+    (of.files(project) / file / CONTENT).unlink()
+    under = of.files(project).parent.relative_to(home)
+    damaged = {f"datasets/{sets[1]}", f"datasets/{sets[2]}", f"files/{results}", f"files/{file}"}
+    messages = found(home)
+    assert messages.keys() == {str(under / name) for name in damaged}
+    assert all("delete it, or upload it again" in message for message in messages.values())
+    code, output = doctor(home)
+    assert code == 1
+    assert "4 findings: 4 versions, 3 stored adapters, 6 uploads checked" in output
 
 
 def test_bytes_that_are_gone_are_found(home: Path) -> None:
@@ -173,7 +202,7 @@ def test_the_catalog_is_rebuilt_and_what_is_lost_is_named(home: Path, tmp_path: 
     assert lines[0] == "published again from the directories: a@1, a@2, b@1, mix@1"
     assert any(line.startswith("lost: all aliases; latest is") for line in lines)
     assert any(line.startswith("lost: all jobs") and line.endswith("job-7, job-8") for line in lines)
-    assert lines[-1] == "sound: 4 versions, 3 stored adapters checked"
+    assert lines[-1] == "sound: 4 versions, 3 stored adapters, 0 uploads checked"
     registry = Registry(home, tmp_path / "files")
     registry.restart()
     after = registry.catalog.list()

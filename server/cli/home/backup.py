@@ -81,8 +81,6 @@ def restore(file: FileArgument, home: HomeOption = None, as_json: JsonOption = F
             typer.echo(f"{finding.about}: {finding.message}")
         for job_id in done.going_on:
             typer.echo(f"{job_id} goes on once there is a worker")
-        held = f"{counted(found.num_versions, 'version')}, {counted(found.num_adapters, 'stored adapter')} checked"
-        verdict = "sound" if found.is_sound else counted(len(found.findings), "finding")
-        typer.echo(f"{place} is as it was at {done.header.created_at}; {verdict}: {held}")
+        typer.echo(f"{place} is as it was at {done.header.created_at}; {found.line()}")
     if not found.is_sound:
         raise typer.Exit(1)

@@ -12,7 +12,6 @@ import typer
 
 from server.cli.common import suggestion
 from server.cli.home.common import HomeOption, refuse_server, storage_of
-from server.counted import counted
 from server.loading import loading
 
 
@@ -28,9 +27,10 @@ def doctor(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
-    """Check the digests of all stored adapters, the database, and that neither has what the other lacks.
+    """Check the digests of all stored adapters, data sets and files, the database, and that neither it nor the
+    adapters' directories have what the other lacks.
 
-    Of adapters in an object store (SMOLORA_BYTES_URL), every byte is fetched.
+    Of what is in an object store (SMOLORA_BYTES_URL), every byte is fetched.
     """
     with loading():
         from server import doctor as practice
@@ -50,11 +50,7 @@ def doctor(
             typer.echo(f"database: {found.database}")
         for finding in found.findings:
             typer.echo(f"{finding.about}: {finding.message}")
-        verdict = "sound" if found.is_sound else counted(len(found.findings), "finding")
-        checked = (
-            f"{counted(found.num_versions, 'version')}, {counted(found.num_adapters, 'stored adapter')} checked"
-        )
-        typer.echo(f"{verdict}: {checked}")
+        typer.echo(found.line())
         if any(finding.about == "database" for finding in found.findings):
             given = [] if home is None else ["--home", str(home)]
             typer.echo(f"{suggestion('doctor', '--rebuild', *given)} makes a new database from the directories")

@@ -173,6 +173,11 @@ class DatasetStore:
         """The rows in their order. Raises NotFound at once; CorruptDataset, at the latest at the end."""
         return _checked_rows(partial(self._records.open, dataset_id, ROWS), self.get(dataset_id))
 
+    def verify(self, dataset_id: str) -> None:
+        """Read all of it. Raises NotFound, CorruptDataset."""
+        for _ in self.rows(dataset_id):
+            pass
+
     def delete(self, dataset_id: str) -> None:
         """Raises NotFound. Who is reading its rows now reads on."""
         self._records.delete(dataset_id)

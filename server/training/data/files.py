@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, Self, cast
 
@@ -141,6 +142,19 @@ class FileStore:
         if file.purpose != "fine-tune":
             raise NotFound("no file of rows has this id")
         return _checked_rows(self.open(file_id), file, ignored)
+
+    def verify(self, file_id: str) -> None:
+        """Read all of it. Raises NotFound, CorruptFile."""
+        file = self.get(file_id)
+        try:
+            digest = hashlib.sha256()
+            with self._records.open(file_id, CONTENT) as content:
+                for piece in iter(partial(content.read, _CHUNK), b""):
+                    digest.update(piece)
+        except OSError:
+            raise CorruptFile(f"the content of {file_id} is missing or unreadable") from None
+        if digest.hexdigest() != file.sha256:
+            raise CorruptFile(f"the content of {file_id} no longer matches its digest")
 
     def delete(self, file_id: str) -> None:
         """Raises NotFound. Who is reading it now reads on."""

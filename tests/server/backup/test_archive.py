@@ -246,7 +246,7 @@ def test_the_commands(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["restore", str(file), "--home", str(again)])
     assert done.exit_code == 0
     assert done.stdout.startswith(f"{again} is as it was at 20")
-    assert done.stdout.endswith("; sound: 0 versions, 0 stored adapters checked\n")
+    assert done.stdout.endswith("; sound: 0 versions, 0 stored adapters, 0 uploads checked\n")
     made = CliRunner().invoke(app, ["backup", str(file), "--home", str(again), "--json"])
     assert json.loads(made.stdout)["num_rounds"] == 1
     done = CliRunner().invoke(app, ["restore", str(file), "--home", str(tmp_path / "third"), "--json"])

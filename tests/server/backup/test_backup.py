@@ -295,11 +295,14 @@ def test_damage_is_told_and_comes_back_as_it_was(registry: Registry, target: Pat
     content[-1] ^= 1
     (of_a / WEIGHTS_NAME).write_bytes(content)
     of_b.rename(tmp_path / "gone")
+    root = Home(registry.home).datasets("default")
+    dataset = DatasetStore(root).put(BytesIO(b'{"text": "a"}'), "a.jsonl")
+    (root / dataset.id / "rows.jsonl").write_bytes(b'{"text":"b"}\n')
     made = back_up(registry.home, target)
-    assert len(made.damaged) == 2
-    assert sum("no longer matches its digest" in line for line in made.damaged) == 1
+    assert len(made.damaged) == 3
+    assert sum("no longer match" in line for line in made.damaged) == 2
     done = restore(target, tmp_path / "again")
-    assert {finding.about for finding in done.diagnosis.findings} == {"a@2", "b@1"}
+    assert {finding.about for finding in done.diagnosis.findings} == {"a@2", "b@1", f"datasets/{dataset.id}"}
     again = tmp_path / "again" / of_a.relative_to(registry.home) / WEIGHTS_NAME
     assert again.read_bytes() == bytes(content)
 

@@ -1,0 +1,29 @@
+"""All data sets and files that a HOME, or its bucket, has: read whole, and compared with their digests."""
+
+from collections.abc import Iterator
+
+from adapters.errors import NotFound
+from server.storage import Storage
+from server.training.data.datasets import CorruptDataset, DatasetStore
+from server.training.data.files import CorruptFile, FileStore
+
+
+def checked_uploads(storage: Storage) -> Iterator[tuple[str, str | None]]:
+    """Where each is, from HOME, and what is wrong with it; None: nothing. What goes meanwhile is left out."""
+    home = storage.home
+    for project in home.projects():
+        datasets, files = home.datasets(project), home.files(project)
+        for root, store in (
+            (datasets, DatasetStore(datasets, bucket=storage.at(datasets))),
+            (files, FileStore(files, bucket=storage.at(files))),
+        ):
+            for upload in sorted(store.ids()):
+                place = (root / upload).relative_to(home.path).as_posix()
+                try:
+                    store.verify(upload)
+                except NotFound:
+                    continue
+                except (CorruptDataset, CorruptFile) as error:
+                    yield place, str(error) if store.has(upload) else None
+                else:
+                    yield place, None
