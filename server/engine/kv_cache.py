@@ -73,7 +73,7 @@ class BlockManager:
                 break
             shared.append(block)
         num_idle_shared = sum(1 for block in shared if not self._references[block])
-        num_new = self.blocks_for(sequence.num_tokens + 1) - len(shared)
+        num_new = self.blocks_for(sequence.num_needed_tokens) - len(shared)
         if num_new + num_idle_shared + num_spare_blocks > len(self._free):
             return False
         for block in shared:

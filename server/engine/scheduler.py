@@ -238,7 +238,7 @@ class Scheduler:
         for queue in starved:
             if (queue.first.hold or queue.advance(self._adapters)).ready:
                 # None of its project runs, so whatever it finds in the prefix cache comes out of the free blocks.
-                num_needed = self.blocks.blocks_for(queue.first.num_tokens + 1)
+                num_needed = self.blocks.blocks_for(queue.first.num_needed_tokens)
                 if num_needed <= num_free and len(self.running) < self.limits.max_num_seqs:
                     return
                 if num_needed <= num_free + num_more:
@@ -271,7 +271,7 @@ class Scheduler:
     def _num_promised_blocks(self, running: list[Sequence]) -> int:
         """What running sequences still need for the tokens that they have, and one more block each to grow."""
         blocks = self.blocks
-        return sum(max(1, blocks.blocks_for(s.num_tokens + 1) - len(s.block_table)) for s in running)
+        return sum(max(1, blocks.blocks_for(s.num_needed_tokens) - len(s.block_table)) for s in running)
 
     def _first_chunk(self, sequence: Sequence, budget: int) -> Chunk:
         stop = self._chunk_stop(sequence, budget)

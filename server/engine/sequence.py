@@ -138,6 +138,11 @@ class Sequence:
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
     @property
+    def num_needed_tokens(self) -> int:
+        """How many tokens it needs room for to go on: its own, and the next one where it generates any."""
+        return len(self.token_ids) + (self.request.scored_from is None)
+
+    @property
     def num_sharable_tokens(self) -> int:
         """How many of the first tokens need not be computed here: not the last one, nor what scores follow."""
         scored_from = self.request.scored_from

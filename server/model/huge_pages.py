@@ -18,7 +18,8 @@ def in_huge_pages(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     once they are written. Raises MemoryError where there is no room for it."""
     size = math.prod(shape) * dtype.itemsize
     try:
-        memory = mmap.mmap(-1, size + HUGE_PAGE)
+        # private: what may be shared, as mmap's is by itself, is the system's shared memory, which has none
+        memory = mmap.mmap(-1, size + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as e:
         raise MemoryError(f"no room for {size} bytes") from e
     with contextlib.suppress(AttributeError, OSError):  # other systems and kernels

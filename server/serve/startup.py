@@ -34,7 +34,6 @@ from server.serve.engine import (
     Say,
     base_directory,
     guidance_of,
-    kv_bytes_per_token,
     load_for_engine,
     make_engine,
     max_model_len_of,
@@ -84,7 +83,7 @@ def build(
     max_model_len = max_model_len_of(settings, base)
     if connect is None:
         engine = own = make_engine(settings, base, store, guidance, say, watchdog)
-        max_model_len = min(max_model_len, own.config.kv_cache_bytes // kv_bytes_per_token(base))
+        max_model_len = own.max_num_tokens  # fewer where the cache has room for fewer, in whole blocks
     else:
         engine = connect(base, store)
     return Services(

@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,6 +187,27 @@ def pages_there(part: torch.Tensor) -> float:
     return float((found & 1).mean())
 
 
+def flags_of(tensor: torch.Tensor) -> set[str]:
+    """What the kernel says of the memory that the tensor lies in."""
+    is_in = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            start, end = (int(border, 16) for border in name.split("-"))
+            is_in = start <= tensor.data_ptr() < end
+        elif is_in and name == "VmFlags:":
+            return set(rest)
+    raise AssertionError("it lies nowhere")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is read")
+def test_huge_pages_are_asked_for_where_the_kernel_has_them() -> None:
+    """Of memory that is shared (`sh`) it makes them huge only where another setting, off by itself, says so."""
+    flags = flags_of(in_huge_pages(4, HUGE_PAGE // 2, dtype=torch.float16))
+    assert "sh" not in flags
+    assert "hg" in flags or not Path("/sys/kernel/mm/transparent_hugepage").exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="mincore is asked")
 def test_pages_are_taken_ahead_and_keep_what_they_hold() -> None:
     rows = in_huge_pages(16, HUGE_PAGE // 2, dtype=torch.float16)  # sixteen huge pages
@@ -206,8 +228,10 @@ def test_the_next_adapter_finds_its_pages_taken() -> None:
     weights = random_adapter(shape, 0, rank=64, modules=["q_proj"], dtype=torch.bfloat16)
     need = rows.needs(weights)["qkv"]
     ranks = 3 * 16  # that a third of the pool's rows is to one module
-    for rank, there in ((0, True), (ranks - 1, True), (ranks + 16, False)):
-        run = Run(replace(need, num_rows=1), rank, 0)
+    one = replace(need, num_rows=1)
+    more = HUGE_PAGE // rows.run("qkv", Run(one, 0, 0))[0].nbytes + 1  # than the rest of a huge page has
+    for rank, there in ((0, True), (ranks - 1, True), (ranks + more, False)):
+        run = Run(one, rank, 0)
         assert (pages_there(rows.run("qkv", run)[0]) == 1) == there
     first, second, third = (Run(need, 64 * i, 64 * i) for i in range(3))
     rows.place(weights, {"qkv": first})

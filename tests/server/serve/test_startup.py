@@ -12,10 +12,12 @@ from server.api.deps import Services
 from server.config import Settings
 from server.errors import StartupError
 from server.model.base.weights import BaseModel
+from server.model.text.chat import ChatMessage
 from server.serve.startup import build
 from server.sqlite import driver
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.conftest import client_of
+from tests.tiny import save_tiny_base
 
 pytestmark = pytest.mark.anyio
 
@@ -115,6 +117,22 @@ async def test_a_shorter_length(tmp_path: Path, tiny_base_dir: Path) -> None:
     services = build(settings(tmp_path, tiny_base_dir, max_model_len=40), print)
     assert services.max_model_len == 40
     await services.engine.stop()
+
+
+async def test_a_cache_for_less_than_one_sequence(tmp_path: Path) -> None:
+    """Its whole blocks are what a sequence may have: as many tokens as are left, where nobody says how many."""
+    model = save_tiny_base(tmp_path / "tiny", options={"max_position_embeddings": 4096})
+    services = build(settings(tmp_path / "home", model, kv_cache_bytes="1MiB"), print)
+    assert services.max_model_len == services.engine.stats.kv_blocks_total * 16 < 4096
+    services.engine.start()
+    long = ChatMessage("user", "4 " * 620)
+    assert services.max_model_len - 1024 < len(services.encoder.messages([long])) < services.max_model_len
+    call = {"model": "tiny", "messages": [{"role": "user", "content": long.content}], "ignore_eos": True}
+    async with client_of(create_app(services)) as client:
+        answer = await client.post("/v1/chat/completions", json=call)
+    await services.engine.stop()
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["total_tokens"] == services.max_model_len
 
 
 def test_caches_larger_than_any_memory(tmp_path: Path, tiny_base_dir: Path) -> None:

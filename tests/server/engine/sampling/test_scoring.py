@@ -99,6 +99,21 @@ def test_a_cached_prefix_changes_nothing(tiny_base: BaseModel) -> None:
     assert last == pytest.approx(first[-1:], abs=1e-5)
 
 
+def test_a_text_that_fills_the_cache(tiny_base: BaseModel) -> None:
+    """It needs no room for a next token, and comes in its turn beside a project that fills the batch."""
+    engine = build_engine(tiny_base, num_blocks=4, limits=SchedulerLimits(max_num_seqs=2, max_bypass=1))
+    for n in range(3):
+        engine.add(GenerationRequest(f"g{n}", prompt(10, seed=n), GREEDY, project="many"))
+    engine.step()
+    request = replace(scoring("full", 64, 60, seed=3), project="one")
+    engine.check(request)
+    engine.add(request)
+    found = [output for _ in range(70) for output in engine.step() if output.scores]
+    check_idle(engine)
+    (alone,) = score(build_engine(tiny_base), [request]).values()
+    assert [output.scores for output in found] == [pytest.approx(alone, abs=1e-5)]
+
+
 def test_scores_survive_preemption(tiny_base: BaseModel) -> None:
     limits = SchedulerLimits(chunk_size=4, max_prefill_tokens=8)
     tight = build_engine(tiny_base, num_blocks=16, block_size=4, limits=limits)
