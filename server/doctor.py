@@ -67,12 +67,15 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """What a rebuild did. `set_aside` are the damaged database's files, `lost_jobs` ids that were seen."""
+    """What a rebuild did. `set_aside` are the damaged database's files, `lost_jobs` ids that were seen, `models`
+    the folders, below HOME, of what full fine-tuning made in them.
+    """
 
     is_new: bool  # the database was made anew; else it was sound and stayed
     set_aside: tuple[str, ...]
     recovered: Recovered
     lost_jobs: tuple[str, ...]
+    models: tuple[str, ...]
 
     def lines(self) -> Iterator[str]:
         """For a person."""
@@ -88,6 +91,8 @@ class Rebuilt:
         yield "lost: all aliases; latest is each name's highest version, also where it was moved back"
         yield "lost: all API keys, limits and usage, and which adapters were public: make new keys"
         yield f"lost: all jobs, their events and reports: {', '.join(self.lost_jobs) or 'none left a trace'}"
+        if self.models:
+            yield f"models of full fine-tuning stay until you remove them: {', '.join(self.models)}"
 
 
 def examine(home: Path, bucket: "Bucket | None" = None) -> Diagnosis:
@@ -150,9 +155,12 @@ def _rebuild(storage: Storage) -> Rebuilt:
     found = catalog.recover(whole.__contains__, Jobs(engine).is_known)
     store.doubt(digest for digest in whole if not catalog.in_use(digest))
     lost_jobs = {version.job_id for version in records.read().versions if version.job_id is not None}
-    lost_jobs |= {name for name in JobFiles(home, storage.bucket).stored() if name.startswith("job-")}
+    files = JobFiles(home, storage.bucket)
+    lost_jobs |= {name for name in files.stored() if name.startswith("job-")}
     engine.dispose()
-    return Rebuilt(is_new, tuple(moved), found, tuple(sorted(lost_jobs)) if is_new else ())
+    told = sorted(lost_jobs) if is_new else []
+    models = [files.model(job_id).relative_to(home).as_posix() for job_id in told if files.model(job_id).is_dir()]
+    return Rebuilt(is_new, tuple(moved), found, tuple(told), tuple(models))
 
 
 def _check_home(storage: Storage) -> None:

@@ -123,6 +123,11 @@ def serving(home: Path) -> Iterator[None]:
             raise StartupError(
                 f"SMOLORA_HOME={home} is served already, by {other}: stop that one, or choose another --home"
             ) from None
+        except OSError as error:  # of file systems without locks
+            raise StartupError(
+                f"SMOLORA_HOME={home}: can't lock a file there: {error.strerror or error}; choose another --home, "
+                "on a local disk"
+            ) from None
         with suppress(OSError):  # no space for who it is
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)

@@ -66,7 +66,7 @@ class Records:
     def remove(self, name: str, numbers: list[int]) -> None:
         """Drop the records of these versions. That their numbers were given out stays known."""
         files = self._files(name)
-        there = [number for file in files if (number := _number(file)) is not None]
+        there = {number for file in files if (number := _number(file)) is not None}
         gone = [number for number in numbers if number in there]
         if not gone:
             return

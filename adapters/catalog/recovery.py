@@ -14,6 +14,7 @@ moved back, jobs, and what was public are in the database alone.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 import sqlalchemy as sa
 
@@ -73,9 +74,11 @@ def recover(
         adopted, lost = _adopt(connection, owed, set(listed), is_stored)
         kept = {(version.name, version.version) for version in (*adopted, *lost)}
         dropped = [version for version in strays if (version.name, version.version) not in kept]
-        for version in dropped:
-            is_new = version.version >= numbers.get(version.name, 1)
-            (records.forget if is_new else records.remove)(version.name, [version.version])
+        for name, of_name in groupby(dropped, key=lambda version: version.name):
+            gone, following = [version.version for version in of_name], numbers.get(name, 1)
+            if new := [number for number in gone if number >= following]:
+                records.forget(name, new)
+            records.remove(name, [number for number in gone if number < following])
         return Recovered(_names(adopted), _names(lost), len(missing), len(dropped))
 
     return transact(engine, work)

@@ -130,20 +130,33 @@ def drop_in(
 ) -> tuple[list[int], list[str]]:
     """As `Catalog.delete` and `delete_version`: the numbers that went, and the digests that nothing names now."""
     lock(connection, name)
-    which = versions.c.name == name
-    if version is not None:
-        which = sa.and_(which, versions.c.version == _bounded(version))
-    doomed = connection.execute(sa.select(versions.c.version, versions.c.digest).where(which)).all()
-    if not doomed:
+    number = None if version is None else _bounded(version)
+    which = _of(name, number, versions.c.name, versions.c.version)
+    numbers = list(connection.execute(sa.select(versions.c.version).where(which)).scalars())
+    if not numbers:
         raise NotFound(*why_missing(connection, of, Term(name, version)))
-    numbers = [number for number, _ in doomed]
-    _refuse_held(connection, name, numbers, force, of)
-    connection.execute(sa.delete(aliases).where(aliases.c.name == name, aliases.c.version.in_(numbers)))
-    connection.execute(sa.delete(parts).where(parts.c.name == name, parts.c.version.in_(numbers)))
+    _refuse_held(connection, name, number, force, of)
+    digests = list(connection.execute(_named_by_these_alone(name, number)).scalars())
+    connection.execute(sa.delete(aliases).where(_of(name, number, aliases.c.name, aliases.c.version)))
+    connection.execute(sa.delete(parts).where(_of(name, number, parts.c.name, parts.c.version)))
     connection.execute(sa.delete(versions).where(which))
     _mend_latest(connection, name)
-    digests = sorted({digest for _, digest in doomed})
-    return numbers, [digest for digest in digests if not is_named(connection, digest)]
+    return numbers, digests
+
+
+def _of(
+    name: str, number: int | None, names_there: "sa.Column[str]", numbers_there: "sa.Column[int]"
+) -> sa.ColumnElement[bool]:
+    """Rows of the name's version, or of all: as one condition, however many those are."""
+    return names_there == name if number is None else sa.and_(names_there == name, numbers_there == number)
+
+
+def _named_by_these_alone(name: str, number: int | None) -> "sa.Select[str]":
+    """The digests of the name's version, or of all, that no other version has."""
+    which = _of(name, number, versions.c.name, versions.c.version)
+    digests = sa.select(versions.c.digest).where(which).distinct().subquery()
+    others = sa.exists().where(versions.c.digest == digests.c.digest, sa.not_(which))
+    return sa.select(digests.c.digest).where(sa.not_(others)).order_by(digests.c.digest)
 
 
 def is_named(connection: sa.Connection, digest: str) -> bool:
@@ -160,20 +173,20 @@ def _forget_uncommitted(recorder: Recorder, connection: sa.Connection) -> None:
             recorder.forget(version)
 
 
-def _refuse_held(connection: sa.Connection, name: str, numbers: Sequence[int], force: bool, of: Viewpoint) -> None:
-    """Conflict, naming whatever holds one of the versions; `force` lets aliases go. Other projects' compositions
-    are counted.
+def _refuse_held(connection: sa.Connection, name: str, number: int | None, force: bool, of: Viewpoint) -> None:
+    """Conflict, naming whatever holds the version, or one of all; `force` lets aliases go. Other projects'
+    compositions are counted.
     """
     holders: list[str] = []
     has_aliases = False
     if not force:
-        held = sa.select(aliases.c.alias).where(aliases.c.name == name, aliases.c.version.in_(numbers))
+        held = sa.select(aliases.c.alias).where(_of(name, number, aliases.c.name, aliases.c.version))
         holders += [
             f"the alias {of.shown(name)}@{alias}" for alias in connection.execute(held.order_by("alias")).scalars()
         ]
         has_aliases = bool(holders)
     blends = sa.select(parts.c.name, parts.c.version).distinct()
-    blends = blends.where(parts.c.part_name == name, parts.c.part_version.in_(numbers))
+    blends = blends.where(_of(name, number, parts.c.part_name, parts.c.part_version))
     rows = connection.execute(blends.order_by(parts.c.name, parts.c.version)).all()
     blended = [f"the composition {of.shown(row.name)}@{row.version}" for row in rows if of.owns(row.name)]
     if num_others := len(rows) - len(blended):

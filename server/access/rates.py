@@ -21,6 +21,8 @@ from server.errors import RateLimited
 Kind = Literal["requests", "tokens"]
 KINDS: tuple[Kind, ...] = ("requests", "tokens")
 
+_SMALL_STEP = 1.0  # seconds by which a clock is corrected without notice
+
 _LIMIT_OF: dict[Kind, Callable[[Quota], int | None]] = {
     "requests": lambda quota: quota.requests_per_minute,
     "tokens": lambda quota: quota.tokens_per_minute,
@@ -60,14 +62,20 @@ class Rates(Protocol):
 
 
 class OwnRates:
-    """Those of one server's requests."""
+    """Those of one server's requests. Where the machine's clock is set back, all windows begin anew."""
 
     def __init__(self) -> None:
-        self._windows = FixedWindowRateLimiter(MemoryStorage())
+        self._counts = MemoryStorage()
+        self._windows = FixedWindowRateLimiter(self._counts)
+        self._seen = time.time()
 
     async def take(self, principal: Principal, kind: Kind, amount: int = 1) -> None:
         """As `Rates.take`."""
         limits = limits_of(principal, kind)
+        now = time.time()
+        if now < self._seen - _SMALL_STEP:  # by which they would end
+            self._counts.reset()
+        self._seen = now
         for limit in limits:
             if not self._windows.test(*_item(limit), cost=amount):
                 raise refusal(limit, amount, self._window(limit), self.headers(principal))

@@ -187,7 +187,7 @@ def test_records_and_rows_that_disagree_are_found_and_mended(home: Path, tmp_pat
 def test_the_catalog_is_rebuilt_and_what_is_lost_is_named(home: Path, tmp_path: Path) -> None:
     registry = Registry(home, tmp_path / "files")
     before = {adapter.name: adapter.versions for adapter in registry.catalog.list()}
-    (home / "jobs" / "job-8").mkdir(parents=True)
+    (home / "jobs" / "job-8" / "model").mkdir(parents=True)
     registry.close()
     lose(home)
     code, output = doctor(home)
@@ -202,6 +202,7 @@ def test_the_catalog_is_rebuilt_and_what_is_lost_is_named(home: Path, tmp_path: 
     assert lines[0] == "published again from the directories: a@1, a@2, b@1, mix@1"
     assert any(line.startswith("lost: all aliases; latest is") for line in lines)
     assert any(line.startswith("lost: all jobs") and line.endswith("job-7, job-8") for line in lines)
+    assert "models of full fine-tuning stay until you remove them: jobs/job-8/model" in lines
     assert lines[-1] == "sound: 4 versions, 3 stored adapters, 0 uploads checked"
     registry = Registry(home, tmp_path / "files")
     registry.restart()

@@ -1,5 +1,7 @@
 """HOME: shut to others, and served by one process at a time, however that ends."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -93,6 +95,18 @@ def test_a_lock_that_says_nothing(tmp_path: Path) -> None:
         (tmp_path / LOCK_NAME).write_bytes(b"")
         with pytest.raises(StartupError, match="by another process"), serving(tmp_path):
             pass
+
+
+def test_a_file_system_without_locks_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of a network may be."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    refused = f"SMOLORA_HOME={tmp_path}: can't lock a file there: No locks available; choose another --home"
+    with pytest.raises(StartupError, match=refused), serving(tmp_path):
+        pass
 
 
 def test_what_killed_servers_left_goes(tmp_path: Path) -> None:

@@ -112,10 +112,17 @@ class JobFiles:
             self._shared.remove(job_id)
 
     def sweep(self, status: Callable[[str], Status | None]) -> None:
-        """As `sweep_ended`, and remove old folders of jobs never submitted, from HOME alone."""
+        """As `sweep_ended`, and remove old folders of jobs never submitted, from HOME alone.
+
+        Not those with a model: a database that doesn't know their jobs is another one, or was lost.
+        """
         self.sweep_ended(status)
         for directory in self._root.glob("*/"):
-            if _is_old(directory) and status(directory.name) is None:  # in this order: it may just be submitted
+            if (
+                _is_old(directory)
+                and not (directory / MODEL_NAME).exists()
+                and status(directory.name) is None  # last: it may just be submitted
+            ):
                 shutil.rmtree(directory, ignore_errors=True)
 
     def sweep_ended(self, status: Callable[[str], Status | None]) -> None:

@@ -84,7 +84,6 @@ class SharedJobFiles:
             known = statuses(some)
             for job_id in some:
                 age = (now - max(copy.modified for copy in jobs[job_id])).total_seconds()
-                if job_id in known and known[job_id].has_ended:
+                is_unwanted = known[job_id].has_ended if job_id in known else age > orphan_seconds
+                if is_unwanted:
                     self._rows.remove(copy for copy in jobs[job_id] if not copy.id.startswith(MODEL))
-                elif job_id not in known and age > orphan_seconds:
-                    self._rows.remove(jobs[job_id])

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 
 from adapters.catalog.catalog import Catalog, NewVersion, Part, Version
-from adapters.catalog.records import Recorder, Records, decode, encode
+from adapters.catalog.records import Read, Recorder, Records, decode, encode
 from adapters.catalog.recovery import Recovered, recover
 from adapters.catalog.tables import transact
 from adapters.catalog.writes import drop_in, publish_in
@@ -275,6 +275,48 @@ def test_a_delete_is_done_though_the_database_fails_as_its_record_goes(home: Hom
     sa.event.remove(home.engine, "begin", begin)
     assert home.catalog.list() == []
     assert home.recover(D).num_dropped == 1
+
+
+@pytest.mark.parametrize("records", ["directory"], indirect=True)
+def test_a_delete_costs_the_database_no_more_with_more_versions(home: Home) -> None:
+    """All others who write wait for it."""
+    home.publish("other", D[2])
+    statements: list[str] = []
+
+    def watch(*given: object) -> None:
+        statements.append(str(given[2]))
+
+    counts = []
+    for number in (4, 18):
+        for digest in D[:number]:
+            home.publish("a", digest)
+        sa.event.listen(home.engine, "before_cursor_execute", watch)
+        assert home.catalog.delete("a") == [digest for digest in D[:number] if digest != D[2]]
+        sa.event.remove(home.engine, "before_cursor_execute", watch)
+        counts.append(len(statements))
+        statements.clear()
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("records", ["directory"], indirect=True)
+def test_a_start_after_a_delete_that_was_cut_off_looks_at_a_name_once(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many versions it had."""
+    for _ in range(9):
+        home.publish("a", D[0])
+    transact(home.engine, lambda connection: drop_in(connection, "a", None, False, Viewpoint()))  # and killed here
+    looked: list[str] = []
+    files = home.records._files
+
+    def watched(name: str) -> Mapping[str, Read]:
+        looked.append(name)
+        return files(name)
+
+    monkeypatch.setattr(home.records, "_files", watched)
+    assert home.recover() == Recovered(num_dropped=9)
+    assert len(looked) == 2, "to read them, and to remove them"
+    assert home.publish("a").version == 10
 
 
 def test_an_older_database_is_brought_up_to_date(home: Home) -> None:

@@ -204,7 +204,7 @@ def test_a_version_that_is_published_and_deleted_all_the_time(
     assert restore(target, tmp_path / "again").diagnosis.is_sound
 
 
-def running(registry: Registry, job_id: str, lease_seconds: float = 1e6) -> Claim:
+def running(registry: Registry, job_id: str, lease_seconds: float = 250.0) -> Claim:
     (registry.home / "jobs" / job_id).mkdir(parents=True)
     (registry.home / "jobs" / job_id / "data.json").write_text("{}")
     submit(registry.jobs, job_id)

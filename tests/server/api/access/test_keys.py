@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import threading
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -316,6 +317,16 @@ async def test_a_database_that_failed_once_keeps_no_revoked_key_answered(
             await end
     finally:
         watching.cancel()
+
+
+async def test_a_minute_ends_though_the_clock_is_set_back(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an hour, say: nobody is shut out for that long, and small corrections give nobody a minute more."""
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    async with client_with(app, new_secret(app, "acme", quota=Quota(requests_per_minute=2))) as client:
+        for status, step in ((200, -0.5), (200, -0.5), (429, -3600), (200, 0), (200, 0), (429, 61), (200, 0)):
+            assert (await client.post("/generate", json=GENERATE)).status_code == status
+            now += step
 
 
 async def test_requests_a_minute(app: FastAPI) -> None:

@@ -16,6 +16,7 @@ from adapters.catalog.catalog import Catalog, NewVersion, publish_in
 from adapters.catalog.records import Recorder, Records
 from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term
+from adapters.viewpoint import Viewpoint
 from server.database.clock import database_time
 from server.errors import QueueFull
 from server.training.queue import tables as job_tables
@@ -228,6 +229,26 @@ def test_a_lease_runs_out_unless_it_is_kept(jobs: Jobs, leases: Leases, clock: C
     assert (job.attempt, job.progress, job.metrics) == (2, {"step": 1}, {"train_loss": 2.0})
     assert jobs.events("j1")[-1].message == "its worker stopped answering; started again (attempt 2)"
     assert jobs.events("j1")[-1].level == "warning"
+
+
+def test_a_clock_that_was_set_back_holds_no_job_up(jobs: Jobs, leases: Leases, clock: Clock) -> None:
+    """Neither one whose worker is gone, whose lease is in the future now, nor one that was put back before."""
+    for job_id in ("j1", "j2"):
+        submit(jobs, job_id)
+    claim_first(leases, 10)
+    leases.release(claim_first(leases, 10))
+    clock.now -= 86_400
+    assert [claim_first(leases, 10, "w2").job_id for _ in range(2)] == ["j1", "j2"]
+    assert leases.claim("w2", 10) is None
+
+
+def test_a_clock_that_was_set_back_costs_no_project_its_turn(jobs: Jobs, leases: Leases, clock: Clock) -> None:
+    acme, other = (jobs.of(Viewpoint(project)) for project in ("acme", "other"))
+    for of, job_id in ((acme, "a1"), (acme, "a2"), (other, "b1"), (other, "b2")):
+        submit(of, job_id)
+    leases.fail(claim_first(leases), "enough")
+    clock.now -= 86_400
+    assert [claim_first(leases).job_id for _ in range(3)] == ["a2", "b1", "b2"]
 
 
 def run_seconds(engine: sa.Engine) -> float:

@@ -161,10 +161,23 @@ def test_the_folder_of_a_job_that_was_never_submitted_goes_once_it_is_old(
     submit(jobs, "j1")
     for job_id in ("j1", "old", "new"):
         leave_rows(tmp_path, job_id)
+        shutil.rmtree(JobFiles(tmp_path).model(job_id))
     for job_id in ("j1", "old"):
         os.utime(JobFiles(tmp_path).directory(job_id), (0, 0))
     retention.sweep()
     assert stored(tmp_path) == ["j1", "new"]
+
+
+def test_a_model_outlives_the_database(tmp_path: Path, retention: Retention) -> None:
+    """One that was set aside as damaged, or is about to be put back: nothing makes the model again."""
+    for job_id in ("job-1", "job-2"):
+        leave_files(tmp_path, job_id)
+        os.utime(JobFiles(tmp_path).directory(job_id), (0, 0))
+    shutil.rmtree(JobFiles(tmp_path).model("job-2"))
+    os.utime(JobFiles(tmp_path).directory("job-2"), (0, 0))
+    retention.sweep()
+    assert stored(tmp_path) == ["job-1"]
+    assert JobFiles(tmp_path).model("job-1").is_dir()
 
 
 def test_rows_go_with_whoever_cancels_their_job(tmp_path: Path, jobs: Jobs, retention: Retention) -> None:

@@ -112,6 +112,23 @@ def test_a_full_models_files_are_had_elsewhere(
     assert not b.files.fetch_model("no-job").exists()
 
 
+def test_a_model_outlives_the_database(tmp_path: Path, bucket: "Bucket", monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was put back from an older copy, say: rows of jobs that it doesn't know go, models stay."""
+    for name in (
+        "rows/data.json",
+        "checkpoint-1-2/state.json",
+        "model-1/config.json",
+        "model-1/model.safetensors",
+    ):
+        bucket.put(f"jobs/job-1/{name}", b"{}")
+    monkeypatch.setattr("server.training.queue.job_files._ORPHAN_SECONDS", -60.0)
+    JobFiles(tmp_path, bucket).sweep_shared(lambda ids: {})
+    assert [stored.key for stored in bucket.listed("jobs/")] == [
+        "jobs/job-1/model-1/config.json",
+        "jobs/job-1/model-1/model.safetensors",
+    ]
+
+
 @pytest.fixture
 def open_checkpoints(tmp_path: Path, bucket: "Bucket") -> "OpenCheckpoints":
     from server.training.loop.shared_checkpoints import SharedCheckpoints
