@@ -119,6 +119,7 @@ def refusal(limit: Limit, amount: int, window: Window, headers: dict[str, str]) 
     else:
         unit = "requests" if limit.kind == "requests" else "tokens, prompt and max_tokens together"
         told = f"this asks for up to {amount} {unit}, and {whose} a minute: ask for less"
+        headers = headers | {"x-should-retry": "false"}  # OpenAI's client would wait a minute, twice
     return RateLimited(told, retry_after=window.seconds_left, headers=headers)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.access.authentication import principal_of
@@ -77,6 +78,8 @@ class RequestContext:
 
         try:
             await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:  # while its upload came in: nobody is there to be told
+            status = status or _CLIENT_GONE
         except Exception as error:
             log.error("%s at %s", type(error).__name__, place_of(error))
             if status:

@@ -4,8 +4,10 @@ Each works against any URL, with a key, and prints JSON for scripts with --json.
 or several on stderr, and exit code 1. What is slow to import is imported when needed.
 """
 
+import codecs
 import json
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal, cast
@@ -119,8 +121,9 @@ def number(value: object) -> str:
 
 
 def print_json(document: Document) -> None:
-    """One document on standard output, and nothing else."""
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    """One document on standard output, and nothing else; in ASCII where that has another encoding than UTF-8."""
+    is_utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=not is_utf8))
 
 
 def print_warnings(texts: Sequence[str]) -> None:

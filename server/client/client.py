@@ -119,13 +119,18 @@ class Client(Connection):
         self.nothing("DELETE", path, params={"force": "true"} if force else {}, headers=headers)
 
     def download(self, name: str, version: int, target: Path) -> None:
-        """Write a zip that PEFT reads, once unpacked: beside the target first, and renamed. OSError likewise."""
+        """Write a zip that PEFT reads, once unpacked: beside the target first, and renamed. OSError likewise.
+
+        A link leads to the target; a device or a pipe is written to itself.
+        """
+        path, headers = self._place(name, str(version), "download")
+        if target.exists() and not target.is_file():
+            self._save(path, headers, target)
+            return
+        target = target.resolve()
         part = target.with_name(f"{target.name}.part")
         try:
-            path, headers = self._place(name, str(version), "download")
-            with self.open("GET", path, headers=headers) as response, part.open("wb") as file:
-                for piece in response.iter_bytes():
-                    file.write(piece)
+            self._save(path, headers, part)
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
@@ -189,6 +194,11 @@ class Client(Connection):
                     raise ClientError(str(document.get("detail")), cast("int", document.get("status")))
                 yield document
         raise ClientError("the answer broke off")
+
+    def _save(self, path: str, headers: Mapping[str, str], target: Path) -> None:
+        with self.open("GET", path, headers=headers) as response, target.open("wb") as file:
+            for piece in response.iter_bytes():
+                file.write(piece)
 
     def _place(self, name: str, *parts: str) -> tuple[str, Mapping[str, str]]:
         """(path, headers) of what an adapter has: of another project's, `acme/tweets`, at work in that project."""

@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from adapters.errors import InvalidInput, SmoloraError
@@ -53,6 +54,8 @@ def install(app: App) -> None:
     async def framework(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         form = form_of(request.url.path)
+        if isinstance(error.__cause__, ClientDisconnect):
+            return Response(status_code=499)  # nobody reads it; the log does
         if error.status_code == 400:  # a body that couldn't be read at all
             return form.of_error(InvalidInput.of("body", "could not be read"))
         if error.status_code == 401:  # its key ended while it came in

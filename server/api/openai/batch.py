@@ -105,16 +105,17 @@ async def _merged(streams: Sequence[AsyncIterator[SequenceOutput]]) -> AsyncIter
         async for output in streams[0]:
             yield 0, output
         return
-    news: asyncio.Queue[tuple[int, SequenceOutput | BaseException | None]] = asyncio.Queue()
+    # no longer than need be: what nobody reads waits, and is counted, in the streams
+    news: asyncio.Queue[tuple[int, SequenceOutput | BaseException | None]] = asyncio.Queue(len(streams))
 
     async def feed(number: int) -> None:
         try:
             async for output in streams[number]:
-                news.put_nowait((number, output))
+                await news.put((number, output))
         except Exception as error:
-            news.put_nowait((number, error))
+            await news.put((number, error))
         else:
-            news.put_nowait((number, None))
+            await news.put((number, None))
 
     tasks = [asyncio.create_task(feed(number)) for number in range(len(streams))]
     try:

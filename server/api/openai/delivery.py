@@ -39,7 +39,7 @@ def _warnings(batch: Batch) -> Iterator[tuple[str, str]]:
     if len(batch.warnings) > len(texts):
         texts = (*texts[:-1], f"and {len(batch.warnings) - len(texts) + 1} more: see GET /adapters")
     for text in texts:
-        yield WARNING, text.encode("ascii", "backslashreplace").decode()[:_MAX_WARNING]
+        yield WARNING, text.encode("ascii", "backslashreplace").decode()[:_MAX_WARNING].rstrip()  # none ends so
 
 
 async def _ended(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from starlette.responses import Response
 
-from adapters.errors import Conflict, FieldError, InvalidInput, NotFound, SmoloraError
+from adapters.errors import Conflict, FieldError, InDoubt, InvalidInput, NotFound, SmoloraError
 from server.api import wire
 from server.api.errors import problems
 from server.errors import PayloadTooLarge, TryAgain, Unauthorized, Unavailable
@@ -43,8 +43,9 @@ def of_error(error: SmoloraError) -> Response:
     """The response that an error of the tree becomes, with the headers its status calls for."""
     status, told = _told(error)
     headers = problems.headers_of(error)
-    if isinstance(error, Conflict):
-        headers["x-should-retry"] = "false"  # the client would try a 409 again, which never helps here
+    if isinstance(error, Conflict | InDoubt):
+        # the client would try it again by itself: a conflict stays one, and a job that was queued would be two
+        headers["x-should-retry"] = "false"
     return _response(status, told, headers)
 
 

@@ -5,6 +5,10 @@ from collections.abc import Callable
 
 from adapters.errors import SmoloraError
 from server.engine.request import SequenceOutput
+from server.errors import GenerationTimeout
+
+MAX_UNREAD = 1 << 18
+"""Tokens that may wait for a reader, and the likeliest ones beside them: some 30 MB."""
 
 
 class OutputStream:
@@ -15,6 +19,8 @@ class OutputStream:
         self._num_unfinished = num_choices  # choices whose end the reader has not seen
         self._abandon = abandon
         self._queue: asyncio.Queue[SequenceOutput | SmoloraError] = asyncio.Queue()
+        self._num_unread = 0
+        self._is_over = False  # nothing more is taken
 
     def __aiter__(self) -> "OutputStream":
         return self
@@ -26,6 +32,7 @@ class OutputStream:
         if isinstance(output, SmoloraError):
             self._num_unfinished = 0
             raise output
+        self._num_unread -= _size(output)
         if output.finish_reason is not None:
             self._num_unfinished -= 1
         return output
@@ -36,5 +43,23 @@ class OutputStream:
         self._abandon()
 
     def put(self, output: SequenceOutput | SmoloraError) -> None:
-        """Hand on news of a choice, or what ends all of them."""
+        """Hand on news of a choice, or what ends all of them, and with them what the request holds.
+
+        So does a reader who is too far behind.
+        """
+        if self._is_over:
+            return
+        if not isinstance(output, SmoloraError):
+            self._num_unread += _size(output)
+            if self._num_unread > MAX_UNREAD:
+                output = GenerationTimeout(
+                    "the answer was read too slowly: ask for fewer logprobs, or read faster"
+                )
         self._queue.put_nowait(output)
+        if isinstance(output, SmoloraError):
+            self._is_over = True
+            asyncio.get_running_loop().call_soon(self._abandon)  # whoever puts is at work on the request just now
+
+
+def _size(output: SequenceOutput) -> int:
+    return output.num_new_tokens + sum(len(entry.top) for entry in output.logprobs)

@@ -257,8 +257,9 @@ async def test_many_bad_fields_are_counted_not_listed(client: httpx.AsyncClient)
         ({f"f{number}": 1 for number in range(100_000)}, "body"),
         ({"messages": [{"role": "user", "content": "x", **{f"f{n}": 1 for n in range(100_000)}}]}, "messages"),
         ({"messages": [{} for _ in range(500_000)]}, "messages"),
+        ({f"{'x' * 64}{number:036}": 1 for number in range(10_000)}, "x" * 64),
     ],
-    ids=["empty stops", "numbers as stops", "biases", "fields", "fields of a message", "messages"],
+    ids=["empty stops", "numbers as stops", "biases", "fields", "fields of a message", "messages", "long names"],
 )
 async def test_a_megabyte_of_faults_takes_no_seconds(
     client: httpx.AsyncClient, fields: dict[str, object], where: str
@@ -270,6 +271,25 @@ async def test_a_megabyte_of_faults_takes_no_seconds(
     assert response.status_code == 422
     assert where in [error["loc"][0] for error in response.json()["errors"]]
     assert len(response.content) < 5000
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"prompt": "a", "max_tokens" * 200_000: 1}),
+        ("/train", {"name": "a", "data": [{"text": "a"}], "lora": {"target_modules": ["q_proj" * 333_333]}}),
+    ],
+)
+async def test_a_name_of_a_megabyte_is_like_none(
+    client: httpx.AsyncClient, path: str, body: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To compare it with those that there are would hold everybody up."""
+    compared: list[object] = []
+    monkeypatch.setattr("difflib.SequenceMatcher.set_seq2", lambda matcher, name: compared.append(name))
+    response = await client.post(path, json=body)
+    assert response.status_code == 422
+    assert "did you mean" not in response.text
+    assert compared == []
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.types import Message
 
 from adapters.library import Library
 from server.engine.request import GenerationRequest, SequenceOutput
@@ -14,7 +15,7 @@ from server.errors import GenerationFailed
 from server.logs import Fields, JsonFormatter, LineFormatter
 from tests.server.api.access.key_kit import client_with, new_secret
 from tests.server.api.adapters.test_aliases import upload
-from tests.server.api.fakes import Caller, FakeEngine, failing, scoring, until, words
+from tests.server.api.fakes import Caller, FakeEngine, failing, http_scope, scoring, until, words
 from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
@@ -121,6 +122,30 @@ async def test_what_was_cut_off_counts_as_far_as_it_came(
     (line,) = lines(caplog)
     assert line["completion_tokens"] == 2
     assert line["generation"] == engine.requests[0].request_id
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions", "/datasets", "/v1/files", "/adapters/a"])
+async def test_whoever_leaves_within_a_body_is_no_fault(
+    app: FastAPI, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither the server's, of which an alert tells, nor the body's."""
+    is_form = path in ("/datasets", "/v1/files", "/adapters/a")
+    kind = b"multipart/form-data; boundary=x" if is_form else b"application/json"
+    first = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.csv"\r\n\r\na' if is_form else b"{"
+    gone: Message = {"type": "http.disconnect"}
+    inbox = iter([{"type": "http.request", "body": first, "more_body": True}, *[gone] * 9])
+
+    async def receive() -> Message:
+        return next(inbox)
+
+    async def send(message: Message) -> None:
+        """To nobody."""
+
+    headers = [(b"content-type", kind), (b"content-length", b"1000")]
+    await app(http_scope("POST", path, headers), receive, send)
+    (line,) = lines(caplog)
+    assert line["status"] == 499
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 async def test_keys_and_projects_are_named_and_secrets_are_not(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,3 +132,25 @@ def test_a_download_goes_into_a_folder(
     monkeypatch.chdir(tmp_path)
     assert smolora("adapters", "download", "down", "--output", ".").stdout == "down-1.zip\n"
     assert zipfile.is_zipfile("down-1.zip")
+
+
+def test_a_download_takes_no_pipes_place_nor_a_links(
+    smolora: Run, server: Running, files: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    """As root, `--output /dev/null` replaced the machine's."""
+    uploaded = httpx.post(f"{server.url}/adapters/piped", files={"archive": as_zip(*files)}, trust_env=False)
+    assert uploaded.status_code == 201, uploaded.text
+    pipe, file, link = tmp_path / "pipe", tmp_path / "file.zip", tmp_path / "link.zip"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    result = smolora("adapters", "download", "piped", "--output", str(pipe))
+    assert (result.exit_code, result.stdout) == (0, f"{pipe}\n")
+    assert pipe.is_fifo()
+    assert zipfile.is_zipfile(io.BytesIO(os.read(reader, 1 << 16)))
+    os.close(reader)
+    link.symlink_to(file)
+    for _ in range(2):
+        assert smolora("adapters", "download", "piped", "--output", str(link)).exit_code == 0
+        assert link.is_symlink()
+        assert zipfile.is_zipfile(file)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.zip", "link.zip", "pipe"]

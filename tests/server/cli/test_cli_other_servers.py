@@ -16,7 +16,8 @@ from server.cli.main import app
 
 COMMANDS = (["adapters"], ["jobs"], ["datasets"], ["generate", "hi"], ["generate", "hi", "--json"])
 
-NAMES = '{"adapters": [{"name": "日"}], "next": null}'.encode()
+LETTERS = "日é🦜"
+NAMES = f'{{"adapters": [{{"name": "{LETTERS}"}}], "next": null}}'.encode()
 BLEND = {"name": "acme/mix", "version": 1, "kind": "composition", "parent": None, "rank": 8, "bytes": 0}
 MODULES = {"target_modules": ["q_proj", "v_proj"], "metrics": {}}
 ADAPTER = {"name": "acme/mix", "latest": 1, "aliases": {}, "versions": [BLEND | MODULES]}
@@ -67,13 +68,15 @@ def test_it_speaks_something_else(url: str, command: list[str], kind: str) -> No
     assert (result.exit_code, result.stderr) == (1, f"smolora: {url}/{kind} doesn't speak smolora's API\n")
 
 
-def test_what_a_terminal_has_no_letters_for(url: str) -> None:
-    """As of a Latin-1 locale: a job that has succeeded doesn't end in a traceback, for the … behind it."""
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_what_a_terminal_has_no_letters_for(url: str, encoding: str) -> None:
+    """A job that has succeeded doesn't end in a traceback, for the … behind it; and JSON stays JSON."""
     command = [str(Path(sys.executable).with_name("smolora")), "adapters", "--json"]
-    environment = os.environ | {"SMOLORA_URL": f"{url}/names", "PYTHONIOENCODING": "latin-1"}
-    result = subprocess.run(command, env=environment, capture_output=True, encoding="latin-1", timeout=60)
+    environment = os.environ | {"SMOLORA_URL": f"{url}/names", "PYTHONIOENCODING": encoding}
+    result = subprocess.run(command, env=environment, capture_output=True, encoding=encoding, timeout=60)
     assert result.returncode == 0, result.stderr
-    assert "\\u65e5" in result.stdout
+    assert json.loads(result.stdout) == {"adapters": [{"name": LETTERS}]}
+    assert (LETTERS in result.stdout) == (encoding == "utf-8")
 
 
 def test_a_shared_blend_whose_making_is_not_told(url: str) -> None:

@@ -368,10 +368,12 @@ async def test_tokens_a_minute(app: FastAPI, engine: FakeEngine) -> None:
         refused = await client.post("/generate", json={"prompt": "a", "max_tokens": 20})
         assert refused.status_code == 429
         assert "has 20 a minute: ask for less" in refused.json()["detail"]
+        assert refused.headers["x-should-retry"] == "false"  # or OpenAI's client waits for the next minute, twice
         assert refused.headers["x-ratelimit-remaining-tokens"] == str(left)
         for _ in range(4):
             last = await client.post("/generate", json=GENERATE)
         assert last.status_code == 429
+        assert "x-should-retry" not in last.headers
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,16 @@ async def test_headers_are_bounded(serve: Serve) -> None:
     assert all(len(line) <= 400 for line in found)
 
 
+async def test_no_header_ends_in_a_blank(serve: Serve) -> None:
+    """Which HTTP has none of: the answer would be cut off."""
+    for number in range(5):  # one of which has a blank where it is cut
+        await publish(serve(), f"a{number}", seed=number, base="a" * number + "é " * 99 + "b")
+    body = {"model": "+".join(f"a{number}*0.1" for number in range(5)), "prompt": "Hi", "max_tokens": 1}
+    found = (await serve().post("/v1/completions", json=body)).headers.get_list("x-smolora-warning")
+    assert sorted(map(len, found)) == [399, 400, 400, 400, 400]
+    assert [line for line in found if line != line.strip()] == []
+
+
 async def test_what_an_upload_says_of_itself_is_told_too(serve: Serve) -> None:
     client = serve()
     await publish(client, "a", base="someone/other")

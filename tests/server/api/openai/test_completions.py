@@ -1,17 +1,21 @@
 """POST /v1/completions on a fake engine: prompts in all forms, several at once, and the older logprobs."""
 
+import asyncio
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from starlette.types import Message
 
-from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.request import GenerationRequest, SamplingParams, SequenceOutput
 from server.errors import QueueFull
 from server.model.text.chat import PromptEncoder
 from tests.server.api.adapters.peft_files import as_parts, peft_files
-from tests.server.api.fakes import FakeEngine, FakeStream
+from tests.server.api.fakes import Caller, FakeEngine, FakeStream, until, words
 from tests.server.conftest import BASE_NAME, MAX_MODEL_LEN, MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
@@ -202,3 +206,32 @@ async def test_one_version_for_all_prompts(client: httpx.AsyncClient, engine: Fa
     assert answer["model"] == "tweets@1"
     first, second = engine.requests
     assert first.adapters == second.adapters != ()
+
+
+async def test_of_several_prompts_no_more_is_taken_than_is_read(app: FastAPI, engine: FakeEngine) -> None:
+    """A reader that has stopped has the rest wait where it has a bound."""
+    taken: list[SequenceOutput] = []
+
+    def counted(request: GenerationRequest) -> Iterator[SequenceOutput]:
+        for output in words(request):
+            taken.append(output)
+            yield output
+
+    class Slow(Caller):
+        async def _send(self, message: Message) -> None:
+            await super()._send(message)
+            if len(self.sent) > 2:
+                await asyncio.Event().wait()
+
+    engine.script = counted
+    before = asyncio.all_tasks()
+    body = {"model": BASE_NAME, "prompt": ["a", "b"], "max_tokens": MAX_MODEL_LEN - 2, "stream": True}
+    caller = Slow(app, PATH, body)
+    await until(lambda: len(caller.sent) > 2)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert len(taken) < 20
+    caller.hang_up()
+    await caller.task
+    await until(lambda: asyncio.all_tasks() <= before | {caller.task})
+    assert engine.open == set()

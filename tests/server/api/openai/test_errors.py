@@ -4,7 +4,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from adapters.errors import Conflict, FieldError, InvalidInput, NotFound, SmoloraError
+from adapters.errors import Conflict, FieldError, InDoubt, Interrupted, InvalidInput, NotFound, SmoloraError
 from server.api.middleware import MAX_JSON_BYTES
 from server.api.openai import errors
 from server.engine.request import GenerationRequest, SequenceOutput
@@ -164,6 +164,9 @@ def test_only_what_a_retry_may_mend_is_tried_again() -> None:
     conflict = errors.of_error(Conflict("it has ended"))
     assert (conflict.status_code, conflict.headers["x-should-retry"]) == (409, "false")
     assert "x-should-retry" not in errors.of_error(NotFound("no such file")).headers
+    doubt = errors.of_error(InDoubt())  # of a job, say, which would be two then
+    assert (doubt.status_code, doubt.headers["x-should-retry"]) == (503, "false")
+    assert "x-should-retry" not in errors.of_error(Interrupted()).headers
     deep = errors.of_error(InvalidInput([FieldError(("messages", 3, "content"), "is wrong")]))
     assert b'"param":"messages[3].content"' in bytes(deep.body)
 

@@ -1,0 +1,53 @@
+"""A reader that is behind: what waits for it has a bound, and what ends it gives its places back at once."""
+
+import asyncio
+
+import pytest
+
+from server.engine.request import SampledLogprob, SequenceOutput, TokenLogprob
+from server.engine.watching import output_stream
+from server.engine.watching.output_stream import OutputStream
+from server.errors import GenerationTimeout
+
+pytestmark = pytest.mark.anyio
+
+TOKEN = TokenLogprob(1, "a", (97,), -0.5)
+ENTRY = SampledLogprob(TOKEN, (TOKEN,) * 4)
+
+
+def piece(with_logprobs: bool) -> SequenceOutput:
+    return SequenceOutput("gen-1", 0, "a", 1, 1, 0, logprobs=(ENTRY,) if with_logprobs else ())
+
+
+@pytest.mark.parametrize(("with_logprobs", "num_kept"), [(True, 20), (False, 100)])
+async def test_only_so_much_waits(with_logprobs: bool, num_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_stream, "MAX_UNREAD", 100)
+    abandoned: list[int] = []
+    stream = OutputStream(1, lambda: abandoned.append(1))
+    for _ in range(50):  # who reads in time has no bound
+        stream.put(piece(with_logprobs))
+        await anext(stream)
+    assert abandoned == []
+    for _ in range(1000):
+        stream.put(piece(with_logprobs))
+    await asyncio.sleep(0)
+    assert abandoned == [1]
+    for _ in range(num_kept):
+        assert (await anext(stream)).text == "a"
+    with pytest.raises(GenerationTimeout, match="read too slowly"):
+        await anext(stream)
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
+async def test_what_ends_it_frees_what_it_holds_whether_or_not_anybody_reads() -> None:
+    abandoned: list[int] = []
+    stream = OutputStream(1, lambda: abandoned.append(1))
+    stream.put(piece(False))
+    stream.put(GenerationTimeout())
+    stream.put(piece(False))
+    await asyncio.sleep(0)
+    assert abandoned == [1]
+    assert (await anext(stream)).text == "a"
+    with pytest.raises(GenerationTimeout):
+        await anext(stream)
