@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _TAKES = "the server's next start removes it"
 _MENDS = "the server's next start mends it"
-_DELETE = "delete it, or upload it again"
 _PACKED = (
     "changed since it was written, and servers read it: delete it and restart the server, to have it made anew"
 )
@@ -130,7 +129,7 @@ def examine(home: Path, bucket: "Bucket | None" = None) -> Diagnosis:
         Finding(f"adapters/{name}", f"left by a process that was killed; {_TAKES}") for name in store.leftovers()
     ]
     uploads = dict(checked_uploads(storage))
-    findings += [Finding(place, f"{message}: {_DELETE}") for place, message in uploads.items() if message]
+    findings += [Finding(place, message) for place, message in uploads.items() if message is not None]
     return Diagnosis(tuple(findings), len(versions), len(store.digests()), len(uploads), database)
 
 

@@ -275,7 +275,7 @@ class _Backup:
             except CorruptAdapter as error:
                 if place.exists() or place.relative_to(self._home.path).as_posix() not in self._folders:
                     yield str(error)
-        yield from (message for _, message in checked_uploads(Storage(self._home)) if message)
+        yield from (message for _, message in checked_uploads(Storage(self._home)) if message is not None)
 
 
 def _private(path: str, flags: int) -> int:

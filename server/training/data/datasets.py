@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Self, cast
 
 from adapters.durable import UNFINISHED, write_json
-from adapters.errors import InvalidInput, SmoloraError
+from adapters.errors import InvalidInput, NotFound, SmoloraError
 from server.training.data.ignored import IgnoredFields
 from server.training.data.record_store import record_store
 from server.training.data.row_files import FILE, Format, format_of, read_rows, short_name
@@ -188,12 +188,13 @@ class DatasetStore:
 
     def _publish(self, rows: Path, dataset: Dataset) -> Dataset:
         try:
-            existing = self._records.find(dataset.id)
-        except CorruptDataset:
-            existing = None
-            self._records.delete(dataset.id)
-        if existing is not None:
-            return existing
+            self.verify(dataset.id)
+            return self.get(dataset.id)
+        except NotFound:
+            pass
+        except CorruptDataset:  # of which these rows are whole
+            with suppress(NotFound):
+                self._records.delete(dataset.id)
         with self._records.new(dataset.id) as directory:
             os.replace(rows, directory / ROWS)
             write_json(directory / FACTS, dataset.to_document())

@@ -9,21 +9,21 @@ from server.training.data.files import CorruptFile, FileStore
 
 
 def checked_uploads(storage: Storage) -> Iterator[tuple[str, str | None]]:
-    """Where each is, from HOME, and what is wrong with it; None: nothing. What goes meanwhile is left out."""
+    """Where each is, from HOME, and what is wrong with it, and mends it; None: nothing is."""
     home = storage.home
     for project in home.projects():
         datasets, files = home.datasets(project), home.files(project)
-        for root, store in (
-            (datasets, DatasetStore(datasets, bucket=storage.at(datasets))),
-            (files, FileStore(files, bucket=storage.at(files))),
+        for root, store, remedy in (
+            (datasets, DatasetStore(datasets, bucket=storage.at(datasets)), "delete it, or upload the same rows"),
+            (files, FileStore(files, bucket=storage.at(files)), "delete it"),
         ):
             for upload in sorted(store.ids()):
                 place = (root / upload).relative_to(home.path).as_posix()
                 try:
                     store.verify(upload)
-                except NotFound:
+                except NotFound:  # it was deleted just now
                     continue
                 except (CorruptDataset, CorruptFile) as error:
-                    yield place, str(error) if store.has(upload) else None
+                    yield place, f"{error}: {remedy}" if store.has(upload) else None
                 else:
                     yield place, None

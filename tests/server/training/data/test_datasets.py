@@ -212,6 +212,16 @@ def test_missing_rows_and_damaged_facts_are_noticed(store: DatasetStore, tmp_pat
 
 
 @pytest.mark.parametrize("open_store", ["directory"], indirect=True)
+@pytest.mark.parametrize("damage", [b"", b'{"text":"a"}\n', None])
+def test_the_same_rows_mend_damaged_ones(store: DatasetStore, tmp_path: Path, damage: bytes | None) -> None:
+    dataset = put(store, JSONL)
+    rows = tmp_path / "datasets" / dataset.id / ROWS
+    rows.unlink() if damage is None else rows.write_bytes(damage)
+    assert put(store, JSONL).id == dataset.id
+    assert list(store.rows(dataset.id)) == ROWS_OF_BOTH
+
+
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
 @pytest.mark.parametrize("damage", [b"", b"{}", b"\xff", b"[]"])
 def test_a_damaged_one_hides_no_other(store: DatasetStore, tmp_path: Path, damage: bytes) -> None:
     damaged, sound = put(store, JSONL), put(store, b'{"text": "a"}\n')
