@@ -17,7 +17,7 @@ from adapters.base_match import Fits, ServedBase
 from adapters.catalog.catalog import Adapter, Catalog, Kind, Version
 from adapters.catalog.recovery import Recovered
 from adapters.catalog.versions import gather
-from adapters.errors import Conflict, InvalidInput, NotFound
+from adapters.errors import Conflict, InvalidInput
 from adapters.expression import Term
 from adapters.lora import BaseShape, LoraWeights
 from adapters.names import BASE, alias_fault, name_fault
@@ -284,11 +284,10 @@ class Library:
 
     def _with_twin(self, version: Version) -> Version:
         """Just published: with a word on the version before it that has the same weights, if one has."""
-        with suppress(NotFound):  # somebody was quick to delete it
-            if (twin := version.twin_among(self.catalog.get(version.name).versions)) is not None:
-                text = f"its weights are those of {version.name}@{twin}: stored as a new version all the same"
-                return replace(version, warnings=(*version.warnings, text))
-        return version
+        if (twin := self.catalog.twin(version)) is None:
+            return version
+        text = f"its weights are those of {version.name}@{twin}: stored as a new version all the same"
+        return replace(version, warnings=(*version.warnings, text))
 
     def _all_told(self, adapter: Adapter) -> Adapter:
         return replace(adapter, versions=tuple(map(self._told, adapter.versions)))

@@ -183,6 +183,14 @@ class Catalog:
         with self._reader.connect() as connection:
             raise NotFound(*reads.why_missing(connection, self.viewpoint, Term(key, version)))
 
+    def twin(self, version: Version) -> int | None:
+        """The newest version of its name before it that has the same weights; None: there is none."""
+        same = (versions.c.name == self.viewpoint.key(version.name), versions.c.digest == version.digest)
+        query = sa.select(sa.func.max(versions.c.version)).where(*same, versions.c.version < version.version)
+        with self._reader.connect() as connection:
+            number: int | None = connection.execute(query).scalar_one()
+        return number
+
     def check_kind(self, name: str, kind: Kind) -> None:
         """Raises Conflict where the name has versions of another kind."""
         key = self.viewpoint.key(name)
