@@ -17,7 +17,8 @@ import sqlalchemy as sa
 from fastapi import FastAPI
 from sqlalchemy.exc import OperationalError
 
-from adapters.errors import Unavailable
+from adapters.catalog.tables import transact
+from adapters.errors import InDoubt, Unavailable
 from server.access.access import open_access
 from server.access.key_ring import WATCH_SECONDS, KeyRing
 from server.access.keys import ApiKey, Keys
@@ -516,6 +517,27 @@ async def test_an_answer_is_counted_once_whatever_happens_to_the_store(app: Fast
             access.ledger.flush()
         (row,) = await usage(client)
         assert (row["requests"], row["completion_tokens"]) == (1, 4)
+
+
+async def test_an_answer_is_not_counted_twice_where_nobody_knows_whether_it_was(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the database goes away in the moment of the commit."""
+    ledger = access_of(app).ledger
+
+    def stored(*given: Any) -> None:
+        transact(*given)
+        raise InDoubt
+
+    async with client_of(app) as client:
+        await client.post("/generate", json=GENERATE)
+        with monkeypatch.context() as patched:
+            patched.setattr("server.access.usage.transact", stored)
+            with pytest.raises(InDoubt):
+                ledger.flush()
+        await client.post("/generate", json=GENERATE)
+        (row,) = await usage(client)
+        assert row["requests"] == 2
 
 
 async def test_the_audit_list(app: FastAPI) -> None:
