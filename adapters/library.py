@@ -16,8 +16,9 @@ from adapters import recorded
 from adapters.base_match import Fits, ServedBase
 from adapters.catalog.catalog import Adapter, Catalog, Kind, Version
 from adapters.catalog.recovery import Recovered
+from adapters.catalog.tables import FAILURES
 from adapters.catalog.versions import gather
-from adapters.errors import Conflict, InvalidInput, NotFound
+from adapters.errors import Conflict, InvalidInput
 from adapters.expression import Term
 from adapters.lora import BaseShape, LoraWeights
 from adapters.names import BASE, alias_fault, name_fault
@@ -135,7 +136,8 @@ class Library:
                     config={**recorded.of_upload(adapter.config, config_json), **(source or {})},
                 )
         finally:
-            self.store.unpin([digest])
+            with suppress(*FAILURES):  # what became of the version is what is told
+                self.store.unpin([digest])
         return self._with_twin(self._told(version))
 
     def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
@@ -195,8 +197,7 @@ class Library:
 
     def named(self, terms: Sequence[Term], field: str = "adapter") -> list[Version]:
         """The versions that an expression means now, whether they go with the base or not. Raises as `pin`."""
-        parts = self.catalog.resolve(terms, field)
-        return [self.version(part.name, part.version) for part in parts]
+        return [self.version(part.name, part.version) for part in self.catalog.resolve(terms, field)]
 
     def open(self, name: str, version: int) -> dict[str, BinaryIO]:
         """The version's two files, to read and close, with its own configuration; they outlive a delete.
@@ -262,8 +263,8 @@ class Library:
         self.store.sweep(self._is_wanted)
 
     def _let_go(self, digests: Iterable[str]) -> None:
-        """Of bytes whose versions are no more, whatever the disk says: the next sweep takes what stays."""
-        with suppress(OSError):
+        """Of bytes whose versions are no more, whatever disk and database say: the next sweep takes what stays."""
+        with suppress(*FAILURES):
             self.discard(*digests)
 
     def _prepare_to_delete(self, name: str, versions: Sequence[Version]) -> None:
@@ -275,8 +276,7 @@ class Library:
 
     def _is_needed(self, version: Version) -> bool:
         """By its own project's jobs: others' keep the bytes, whatever becomes of the name."""
-        project, _ = split_key(self.catalog.viewpoint.key(version.name))
-        return self._is_parent(version.digest, project)
+        return self._is_parent(version.digest, split_key(self.catalog.viewpoint.key(version.name))[0])
 
     def _is_wanted(self, digest: str) -> bool:
         # a job may have been taken in after it was asked whether there is one: its parent's bytes stay
@@ -284,11 +284,10 @@ class Library:
 
     def _with_twin(self, version: Version) -> Version:
         """Just published: with a word on the version before it that has the same weights, if one has."""
-        with suppress(NotFound):  # somebody was quick to delete it
-            if (twin := version.twin_among(self.catalog.get(version.name).versions)) is not None:
-                text = f"its weights are those of {version.name}@{twin}: stored as a new version all the same"
-                return replace(version, warnings=(*version.warnings, text))
-        return version
+        if (twin := self.catalog.twin(version)) is None:
+            return version
+        text = f"its weights are those of {version.name}@{twin}: stored as a new version all the same"
+        return replace(version, warnings=(*version.warnings, text))
 
     def _all_told(self, adapter: Adapter) -> Adapter:
         return replace(adapter, versions=tuple(map(self._told, adapter.versions)))

@@ -11,7 +11,6 @@ from contextlib import suppress
 from datetime import datetime
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
 
 from adapters.catalog import reads, writes
 from adapters.catalog.reads import (
@@ -27,11 +26,11 @@ from adapters.catalog.reads import (
 from adapters.catalog.records import Records
 from adapters.catalog.recovery import Recovered, recover
 from adapters.catalog.seen import adapter_seen, part_seen, seen
-from adapters.catalog.tables import aliases, metadata, names, transact, versions
+from adapters.catalog.tables import FAILURES, aliases, metadata, names, transact, versions
 from adapters.catalog.versions import Adapter, Kind, NewVersion, Part, Version, combine
 from adapters.catalog.visibility import set_visibility_in
 from adapters.catalog.writes import compose_in, drop_in, point_in, publish_in, recording, unpoint_in
-from adapters.errors import Conflict, InvalidInput, NotFound, Unavailable
+from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term
 from adapters.names import name_fault
 from adapters.viewpoint import Viewpoint
@@ -183,6 +182,14 @@ class Catalog:
         with self._reader.connect() as connection:
             raise NotFound(*reads.why_missing(connection, self.viewpoint, Term(key, version)))
 
+    def twin(self, version: Version) -> int | None:
+        """The newest version of its name before it that has the same weights; None: there is none."""
+        same = (versions.c.name == self.viewpoint.key(version.name), versions.c.digest == version.digest)
+        query = sa.select(sa.func.max(versions.c.version)).where(*same, versions.c.version < version.version)
+        with self._reader.connect() as connection:
+            number: int | None = connection.execute(query).scalar_one()
+        return number
+
     def check_kind(self, name: str, kind: Kind) -> None:
         """Raises Conflict where the name has versions of another kind."""
         key = self.viewpoint.key(name)
@@ -256,7 +263,7 @@ class Catalog:
         )
         if (records := self._records) is not None:
             # no room, say: they are gone all the same, and the next start or `doctor --rebuild` tidies up
-            with suppress(OSError, DBAPIError, Unavailable):
+            with suppress(*FAILURES):
                 records.reach()
                 transact(self._engine, lambda _: records.remove(key, numbers))
         return digests

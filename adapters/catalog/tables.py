@@ -11,14 +11,16 @@ from datetime import UTC, datetime
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from adapters.errors import Interrupted
+from adapters.errors import Interrupted, Unavailable
 from adapters.names import MAX_KEY, MAX_NAME
 from adapters.viewpoint import DEFAULT_PROJECT
 
 MAX_ATTEMPTS = 20
 PATIENCE = "patience"
+FAILURES = (OSError, DBAPIError, Unavailable)
+"""Of a disk or a database. What tidies up after something was done leaves the rest to the next who does."""
 
 
 class _HasEngine(Protocol):

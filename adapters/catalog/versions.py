@@ -67,11 +67,6 @@ class Version(NewVersion):
     def kind(self) -> Kind:
         return "composition" if self.parts else "adapter"
 
-    def twin_among(self, others: "Iterable[Version]") -> int | None:
-        """The newest one before this of the same weights."""
-        equal = [other.version for other in others if other.digest == self.digest]
-        return max((number for number in equal if number < self.version), default=None)
-
 
 @dataclass(frozen=True)
 class Adapter:

@@ -11,15 +11,14 @@ from datetime import UTC, datetime
 from functools import partial
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
 
 from adapters.catalog.reads import LATEST, MAX_VERSION, resolve, select_versions, version_of, why_missing
 from adapters.catalog.records import Recorder, Records
 from adapters.catalog.seen import seen
-from adapters.catalog.tables import aliases, lock, names, parts, transact, versions
+from adapters.catalog.tables import FAILURES, aliases, lock, names, parts, transact, versions
 from adapters.catalog.versions import Kind, NewVersion, Origin, Part, Version, blend_digest, combine, gather
 from adapters.catalog.visibility import refuse_private_parts
-from adapters.errors import Conflict, InvalidInput, NotFound, Unavailable
+from adapters.errors import Conflict, InvalidInput, NotFound
 from adapters.expression import Term, render
 from adapters.names import name_fault
 from adapters.viewpoint import Viewpoint, split_key
@@ -37,7 +36,7 @@ def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder |
         yield recorder
     except BaseException:
         if records is not None and recorder is not None and recorder.written:
-            with suppress(OSError, DBAPIError, Unavailable):  # then it is as if the process had been killed
+            with suppress(*FAILURES):  # then it is as if the process had been killed
                 records.reach()
                 transact(engine, partial(_forget_uncommitted, recorder))
         raise

@@ -4,7 +4,8 @@ The counter is the database's own, which any commit of another connection moves;
 keys or projects did. So a key that was revoked, here or by a command on HOME, opens nothing from the next request
 on, and whoever is being answered is told within `WATCH_SECONDS`. Of a database elsewhere other servers hear within
 milliseconds; one that knows no key for a secret asks before it says so. Everything here is for one event loop,
-which never waits for a database elsewhere: threads ask that, for all requests that wait at once.
+which waits neither for a database elsewhere nor while all keys are read: threads do that, for all requests that
+wait at once.
 """
 
 import asyncio
@@ -80,10 +81,10 @@ class KeyRing:
 
     async def refresh(self) -> None:
         """Have what is remembered be what the database says now. Raises Unavailable."""
-        if self._commits() == self._seen:
+        if (seen := self._commits()) == self._seen:
             return
-        if not self._is_remote:
-            self.refresh_now()
+        if not self._is_remote and self._changes() == self._known.number:
+            self._seen = seen
             return
         self._num_asked += 1
         own = self._num_asked

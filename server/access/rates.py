@@ -21,7 +21,8 @@ from server.errors import RateLimited
 Kind = Literal["requests", "tokens"]
 KINDS: tuple[Kind, ...] = ("requests", "tokens")
 
-_SMALL_STEP = 1.0  # seconds by which a clock is corrected without notice
+SMALL_STEP = 1.0
+"""Seconds by which a clock may be set back without notice."""
 
 _LIMIT_OF: dict[Kind, Callable[[Quota], int | None]] = {
     "requests": lambda quota: quota.requests_per_minute,
@@ -73,7 +74,7 @@ class OwnRates:
         """As `Rates.take`."""
         limits = limits_of(principal, kind)
         now = time.time()
-        if now < self._seen - _SMALL_STEP:  # by which they would end
+        if now < self._seen - SMALL_STEP:  # by which they would end
             self._counts.reset()
         self._seen = now
         for limit in limits:

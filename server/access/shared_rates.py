@@ -13,7 +13,7 @@ from sqlalchemy.sql.dml import ReturningInsert
 
 from adapters.catalog.tables import transact
 from server.access.principal import Principal
-from server.access.rates import KINDS, Kind, Limit, Window, headers_of, limits_of, refusal
+from server.access.rates import KINDS, SMALL_STEP, Kind, Limit, Window, headers_of, limits_of, refusal
 from server.database.clock import database_time
 from server.database.opening import beside_writers
 
@@ -103,7 +103,8 @@ def _taken(limit: Limit, amount: int) -> "ReturningInsert[int, float]":
     """Takes, in a new window where the last one has ended; what is left, how long. No row: too little is."""
     now = database_time()
     new = insert(windows).values(name=_name(limit), used=amount, most=limit.most, until=now + WINDOW_SECONDS)
-    has_ended = windows.c.until <= now
+    is_to_come = windows.c.until > now + WINDOW_SECONDS + SMALL_STEP  # by a clock that was set back since
+    has_ended = sa.or_(windows.c.until <= now, is_to_come)
     used = sa.case((has_ended, amount), else_=windows.c.used + amount)
     changed = new.on_conflict_do_update(
         index_elements=[windows.c.name],

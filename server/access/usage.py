@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 from adapters.catalog.tables import transact
-from adapters.errors import Unavailable
+from adapters.errors import InDoubt, Unavailable
 from server.access.tables import usage
 
 FLUSH_SECONDS = 0.5
@@ -89,13 +89,18 @@ class Ledger:
             self._pending[account] = self._pending.get(account, Usage()) + sums
 
     def flush(self) -> None:
-        """Store what was counted. Blocks on disk; where it fails, the next one has it all."""
+        """Store what was counted. Blocks on disk; where it fails, the next one has it all.
+
+        But not where nobody knows whether it was stored (InDoubt): it would be counted twice.
+        """
         with self._lock:
             pending, self._pending = self._pending, {}
         if not pending:
             return
         try:
             transact(self._engine, partial(_add_all, pending))
+        except InDoubt:
+            raise
         except BaseException:
             with self._lock:
                 for account, sums in pending.items():

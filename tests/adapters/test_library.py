@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.exc import OperationalError
 
-from adapters.catalog.catalog import Catalog, Kind, Part
+from adapters.catalog.catalog import Catalog, Kind, Part, Version
 from adapters.catalog.records import Records
-from adapters.errors import Conflict, CorruptAdapter, NotFound
+from adapters.errors import Conflict, CorruptAdapter, InDoubt, Interrupted, NotFound
 from adapters.expression import Term, parse
 from adapters.library import Library
 from adapters.store.store import AdapterStore
@@ -51,8 +52,51 @@ class Publish:
             self._files[seed] = (config, directory / f"weights-{seed}")
             self._files[seed][1].write_bytes(weights)
 
+    def version(self, name: str, seed: int) -> Version:
+        return self._library.publish(name, *self._files[seed])
+
     def __call__(self, name: str, seed: int) -> str:
-        return self._library.publish(name, *self._files[seed]).digest
+        return self.version(name, seed).digest
+
+
+def test_an_upload_reads_no_other_versions(
+    library: Library, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a name that has thousands that took a second; it is told all the same whose weights it has."""
+    for seed in (0, 0, 1):
+        publish("a", seed)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(library.catalog, "list", refuse)
+    assert publish.version("a", 0).warnings[-1].startswith("its weights are those of a@2")
+    assert not any("its weights" in text for text in publish.version("b", 0).warnings)
+
+
+@pytest.mark.parametrize("error", [Interrupted(), OperationalError("SELECT", {}, OSError("database is locked"))])
+def test_what_was_done_is_told_though_the_database_fails_after_it(
+    library: Library, store: AdapterStore, publish: Publish, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It is asked whether bytes are wanted any more."""
+    publish("a", 0)
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    def is_in_doubt(*_: object, **__: object) -> None:
+        monkeypatch.setattr(library.catalog, "in_use", fails)
+        raise InDoubt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(library.catalog, "publish", is_in_doubt)
+        with pytest.raises(InDoubt):
+            publish("a", 1)
+    library.delete("a")
+    assert library.page(None, 9, None) == ([], None)
+    monkeypatch.undo()
+    library.sweep()
+    assert store.digests() == []
 
 
 def test_a_lease_outlives_a_delete(library: Library, store: AdapterStore, publish: Publish) -> None:

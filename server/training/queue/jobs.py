@@ -32,6 +32,7 @@ from server.training.queue.job_rows import (
     select_jobs,
 )
 from server.training.queue.tables import Status, count_time, jobs, uses
+from server.training.queue.turns import is_over
 from server.training.queue.used import charge
 
 __all__ = ["FINE_TUNING", "NO_JOB", "Event", "Job", "Jobs", "Standing", "Status"]
@@ -224,9 +225,8 @@ class Jobs:
 
     def owners(self) -> set[str]:
         """The workers that keep a lease just now."""
-        query = sa.select(jobs.c.owner).where(
-            jobs.c.status == Status.RUNNING, jobs.c.lease_until > database_time()
-        )
+        is_kept = sa.not_(is_over(jobs.c.lease_until, database_time()))
+        query = sa.select(jobs.c.owner).where(jobs.c.status == Status.RUNNING, is_kept)
         with self._reader.connect() as connection:
             return set(filter(None, connection.execute(query).scalars()))
 

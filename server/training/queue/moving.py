@@ -5,6 +5,7 @@ import sqlalchemy as sa
 from server.database.clock import database_time
 from server.training.queue import events as job_events
 from server.training.queue.tables import Status, jobs, uses
+from server.training.queue.turns import is_over
 
 _ENDED = [status for status in Status if status.has_ended]
 
@@ -26,7 +27,8 @@ def with_folders(engine: sa.Engine) -> dict[str, Status]:
 
 def held(engine: sa.Engine) -> list[str]:
     """The jobs that a worker has just now: it may live, as far as its lease says."""
-    query = sa.select(jobs.c.id).where(jobs.c.status == Status.RUNNING, jobs.c.lease_until > database_time())
+    is_kept = sa.not_(is_over(jobs.c.lease_until, database_time()))
+    query = sa.select(jobs.c.id).where(jobs.c.status == Status.RUNNING, is_kept)
     with engine.connect() as connection:
         return list(connection.execute(query.order_by(jobs.c.number)).scalars())
 

@@ -87,6 +87,13 @@ def test_a_window_ends(engine: sa.Engine, servers: "list[SharedRates]") -> None:
     assert taken(servers[1], WHO, 11) == 10
 
 
+def test_a_window_ends_though_the_clock_is_set_back(engine: sa.Engine, servers: "list[SharedRates]") -> None:
+    assert taken(servers[0], WHO, 11) == 10
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE rate_windows SET until = until + 3600")
+    assert taken(servers[1], WHO, 11) == 10
+
+
 def test_nobody_is_let_in_uncounted(own_postgres: Postgres, tmp_path: Path) -> None:
     from server.access.shared_rates import SharedRates
 

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,18 @@ import sqlalchemy as sa
 from fastapi import FastAPI
 from sqlalchemy.exc import OperationalError
 
-from adapters.errors import Unavailable
+from adapters.catalog.tables import transact
+from adapters.errors import InDoubt, Unavailable
+from server.access.access import open_access
 from server.access.key_ring import WATCH_SECONDS, KeyRing
-from server.access.keys import Keys
-from server.access.principal import OPERATOR, Quota
+from server.access.keys import ApiKey, Keys
+from server.access.principal import OPERATOR, Principal, Quota
 from server.access.projects import Projects as ProjectTable
+from server.access.rates import OwnRates
 from server.access.tables import api_keys
 from server.api.accounts.books import keep_now
 from server.database import commits_of, connect
+from server.errors import RateLimited
 from server.training.queue.leases import Leases
 from tests.server.api.access.key_kit import access_of, client_with, new_secret, two_projects
 from tests.server.api.adapters.peft_files import as_parts, peft_files
@@ -187,6 +192,27 @@ async def test_an_expired_key_opens_nothing(database: sa.Engine, tmp_path: Path)
     assert await ring.principal(secret) is None
 
 
+async def test_the_loop_goes_on_while_all_keys_are_read(database: sa.Engine, tmp_path: Path) -> None:
+    """There may be thousands, and those that were revoked stay; what is no key's change has none of them read."""
+    threads = []
+
+    class Watched(Keys):
+        def by_digest(self) -> dict[str, ApiKey]:
+            threads.append(threading.current_thread())
+            return super().by_digest()
+
+    ring = open_access(database, tmp_path / "keyed", commits_of(database, tmp_path)).ring
+    ring._keys = keys = Watched(database, tmp_path / "keyed")
+    key, secret = keys.create("one", who=OPERATOR)
+    assert await ring.principal(secret) is not None
+    keys.used({key.id: datetime.now(UTC)})
+    assert await ring.principal(secret) is not None
+    keys.revoke(key.id, who=OPERATOR)
+    assert await ring.principal(secret) is None
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
+
+
 async def test_a_database_elsewhere_that_stalls_holds_up_nobody_else(database: sa.Engine, tmp_path: Path) -> None:
     """The loop goes on, all who wait are answered by one look, and who comes later isn't by an earlier one."""
     keys, commits, looks, may_go_on = Keys(database, tmp_path / "keyed"), [0], list[int](), threading.Event()
@@ -319,14 +345,15 @@ async def test_a_database_that_failed_once_keeps_no_revoked_key_answered(
         watching.cancel()
 
 
-async def test_a_minute_ends_though_the_clock_is_set_back(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_minute_ends_though_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """By an hour, say: nobody is shut out for that long, and small corrections give nobody a minute more."""
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
-    async with client_with(app, new_secret(app, "acme", quota=Quota(requests_per_minute=2))) as client:
-        for status, step in ((200, -0.5), (200, -0.5), (429, -3600), (200, 0), (200, 0), (429, 61), (200, 0)):
-            assert (await client.post("/generate", json=GENERATE)).status_code == status
-            now += step
+    rates, who = OwnRates(), Principal("acme", "key-1", frozenset(), Quota(requests_per_minute=2))
+    for is_taken, step in ((1, -0.5), (1, -0.5), (0, -3600), (1, 0), (1, 0), (0, 61), (1, 0)):
+        with nullcontext() if is_taken else pytest.raises(RateLimited):
+            await rates.take(who, "requests")
+        now += step
 
 
 async def test_requests_a_minute(app: FastAPI) -> None:
@@ -492,6 +519,27 @@ async def test_an_answer_is_counted_once_whatever_happens_to_the_store(app: Fast
             access.ledger.flush()
         (row,) = await usage(client)
         assert (row["requests"], row["completion_tokens"]) == (1, 4)
+
+
+async def test_an_answer_is_not_counted_twice_where_nobody_knows_whether_it_was(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the database goes away in the moment of the commit."""
+    ledger = access_of(app).ledger
+
+    def stored(*given: Any) -> None:
+        transact(*given)
+        raise InDoubt
+
+    async with client_of(app) as client:
+        await client.post("/generate", json=GENERATE)
+        with monkeypatch.context() as patched:
+            patched.setattr("server.access.usage.transact", stored)
+            with pytest.raises(InDoubt):
+                ledger.flush()
+        await client.post("/generate", json=GENERATE)
+        (row,) = await usage(client)
+        assert row["requests"] == 2
 
 
 async def test_the_audit_list(app: FastAPI) -> None:

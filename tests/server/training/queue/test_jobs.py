@@ -22,6 +22,7 @@ from server.errors import QueueFull
 from server.training.queue import tables as job_tables
 from server.training.queue.jobs import Job, Jobs, Status
 from server.training.queue.leases import Claim, Directive, LeaseLost, Leases
+from server.training.queue.moving import held
 from server.training.spec import JobSpec, LoraSpec
 from tests.server.training.job_kit import submit
 
@@ -240,6 +241,17 @@ def test_a_clock_that_was_set_back_holds_no_job_up(jobs: Jobs, leases: Leases, c
     clock.now -= 86_400
     assert [claim_first(leases, 10, "w2").job_id for _ in range(2)] == ["j1", "j2"]
     assert leases.claim("w2", 10) is None
+
+
+def test_a_lease_of_a_clock_that_was_set_back_is_nobodys(jobs: Jobs, engine: sa.Engine) -> None:
+    """Nor does it keep the jobs of a cluster from being moved."""
+    submit(jobs, "j1")
+    claim_first(Leases(engine), 10)
+    assert (held(engine), jobs.owners()) == (["j1"], {"w"})
+    with engine.begin() as connection:
+        lease_until = job_tables.jobs.c.lease_until
+        connection.execute(sa.update(job_tables.jobs).values(lease_until=lease_until + 86_400))
+    assert (held(engine), jobs.owners()) == ([], set())
 
 
 def test_a_clock_that_was_set_back_costs_no_project_its_turn(jobs: Jobs, leases: Leases, clock: Clock) -> None:
