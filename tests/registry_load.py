@@ -179,6 +179,8 @@ def main() -> int:
         try:
             answers, changers, faults = load(server, plan, files)
             server.wait_until_idle()
+            server.terminate()  # killed, it may leave bytes that a thread is about to remove
+            server.exit_code()
         finally:
             server.close()
         cold = ServerProcess(Path(scratch) / "cold", model=base, dtype="fp32")
