@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from server.doctor import examine
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
 from tests.end_to_end.training_client import ENDED, code_rows, wait_until
@@ -184,6 +185,14 @@ def check(load: Load) -> list[str]:
                 if response is None or response.status_code != 200:
                     found.append(f"{project}'s {body['adapter']} does not load")
     return found
+
+
+def diagnosed(home: Path, seconds: float = 30) -> list[str]:
+    """What `smolora doctor` finds beside a server that is idle, once threads have removed what nobody holds."""
+    deadline = time.monotonic() + seconds
+    while (findings := examine(home).findings) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return [f"doctor: {finding}" for finding in findings]
 
 
 def check_ledger(load: Load, rows: dict[str, dict[str, Any]]) -> list[str]:

@@ -25,7 +25,6 @@ import psutil
 from server.access.keys import Keys
 from server.access.principal import OPERATOR, SCOPES
 from server.database import connect
-from server.doctor import examine
 from server.home import Home
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import CHILD, WORKER, processes
@@ -36,6 +35,7 @@ from tests.fault_load import (
     call,
     check,
     check_ledger,
+    diagnosed,
     publish,
     random_files,
     train,
@@ -111,8 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     load.done[strike(rounds)] += 1
             time.sleep(COUNTED_AFTER)
             rows = {project: load.get(project, "/usage")["rows"][0] for project in PROJECTS}
-            found = load.wrong + check_ledger(load, rows) + check(load)
-            found += [f"doctor: {finding}" for finding in examine(rounds.home).findings]
+            found = load.wrong + check_ledger(load, rows) + check(load) + diagnosed(rounds.home)
         finally:
             rounds.server.close()
     sys.stdout.write(json.dumps(dict(load.done)) + "\n")

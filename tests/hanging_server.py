@@ -2,7 +2,8 @@
 
 All of it is the real one, but for the runner, which looks at seeds: SLOW has each step last a tenth of a second
 more; LONG has one of them last nearly one, and leaves a file in the middle; HANG has the thread enter native code
-that never returns. A child process stands in for the training workers: it leaves a file when it is told to let go.
+that never returns, once the file HANG_NOW is there. A child process stands in for the training workers: it leaves
+a file when it is told to let go.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from server.training.worker.yielding import BusyFlag
 HANG, LONG, SLOW = 666, 667, 668
 AFTER = 30
 """Tokens of a request that come out before it is LONG or HANGs."""
-IN_THE_MIDDLE, LET_GO = "in-the-middle", "let-go"
+HANG_NOW, IN_THE_MIDDLE, LET_GO = "hang-now", "in-the-middle", "let-go"
 _WORKER = """
 import pathlib, signal, sys, threading
 let_go = threading.Event()
@@ -55,7 +56,7 @@ class HangingRunner(Runner):
             (self._home / IN_THE_MIDDLE).touch()
             for _ in range(40):
                 libc.usleep(10_000)
-        while places.get(HANG) == AFTER:
+        while places.get(HANG, 0) >= AFTER and (self._home / HANG_NOW).exists():
             libc.pause()
         return super().run(chunks)
 

@@ -85,13 +85,24 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of it. `names` are changed about every `pause` seconds each."""
+    """How much of it. `names` are changed about every `pause` seconds each.
+
+    It goes on for up to ten times `seconds` until so many answers were good, and there was one of each of `kinds`.
+    """
 
     seconds: float
     num_clients: int = 16
     num_names: int = 4
     max_tokens: int = 12
     pause: float = 0.4
+    num_answers: int = 0
+    kinds: Sequence[str] = ()
+
+    def is_done(self, answers: Sequence[Answer], changers: Sequence[Changer]) -> bool:
+        """Whether there was enough of everything."""
+        counts = sum((changer.counts.copy() for changer in changers), Counter[str]())
+        counts += Counter(f"generate: {answer.status}" for answer in list(answers))
+        return counts["generate: 200"] >= self.num_answers and all(counts[kind] for kind in self.kinds)
 
 
 def load(server: Server, plan: Plan, files: Sequence[Files]) -> tuple[list[Answer], list[Changer], list[str]]:
@@ -116,6 +127,9 @@ def load(server: Server, plan: Plan, files: Sequence[Files]) -> tuple[list[Answe
     for thread in threads:
         thread.start()
     time.sleep(plan.seconds)
+    end = time.monotonic() + 9 * plan.seconds
+    while not plan.is_done(answers, changers) and time.monotonic() < end:
+        time.sleep(0.2)
     stop.set()
     for thread in threads:
         thread.join()
@@ -165,6 +179,8 @@ def main() -> int:
         try:
             answers, changers, faults = load(server, plan, files)
             server.wait_until_idle()
+            server.terminate()  # killed, it may leave bytes that a thread is about to remove
+            server.exit_code()
         finally:
             server.close()
         cold = ServerProcess(Path(scratch) / "cold", model=base, dtype="fp32")

@@ -25,7 +25,6 @@ import psutil
 from server.access.keys import Keys
 from server.access.principal import OPERATOR, SCOPES
 from server.database import connect
-from server.doctor import examine
 from server.home import Home
 from server.model.base.embedded import EMBEDDED
 from server.model.base.source import resolve_base
@@ -33,6 +32,7 @@ from server.model.base.weights import load_base
 from tests.cache import CACHE
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows
+from tests.fault_load import diagnosed
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 
 PROJECTS = ("default", "acme", "other")
@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
             look(soak, process, started)
             idle = soak.samples.pop()
             found = judge(soak, idle)
-            found += [f"doctor: {finding}" for finding in examine(home).findings]
+            found += diagnosed(home)
             if "Traceback" in server.log():
                 found.append(server.log()[-2000:])
         finally:

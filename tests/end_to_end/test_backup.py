@@ -118,7 +118,7 @@ def test_the_same_answers_come_back(base_dir: Path, adapter_files: AdapterFiles,
         assert load.errors == []
         assert all(load.counts.values()), load.counts
         assert sorted(path.name for path in files[0].parent.iterdir()) == sorted(file.name for file in files)
-        trained = succeeded(first, job_id)["adapter"]
+        trained = succeeded(first, job_id, 600)["adapter"]
     finally:
         first.close()
     for file in files:
@@ -130,7 +130,7 @@ def test_the_same_answers_come_back(base_dir: Path, adapter_files: AdapterFiles,
     second = ServerProcess(again, base_dir=base_dir.parent, workers=1, train_share=1.0)
     try:
         assert answers(second) == expected
-        job = succeeded(second, job_id)
+        job = succeeded(second, job_id, 600)
         assert job["adapter"] == trained, "the job's bytes are those of the one that nobody disturbed"
         messages = [event["message"] for event in get(second, f"/train/{job_id}/events")]
         assert "restored from a backup, in which a worker had it" in messages

@@ -63,11 +63,15 @@ async def test_fifty_clients_that_leave(server: ServerProcess, adapter_files: Ad
                     return True
             return False
 
-    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
-        answered = await asyncio.gather(*(visit(client, body, seconds) for body, seconds in visits))
-    assert not any(answered)
-    server.wait_until_idle()
-    gone = server.counts()[CANCELLED] - before
+    for patience in (1, 2, 4, 8):  # a busy machine takes few in before they leave
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
+            answered = await asyncio.gather(*(visit(client, body, patience * seconds) for body, seconds in visits))
+        assert not any(answered)
+        server.wait_until_idle()
+        gone = server.counts()[CANCELLED] - before
+        before += gone
+        if gone > NUM_CLIENTS / 2:
+            break
     assert NUM_CLIENTS / 2 < gone <= NUM_CLIENTS  # the others left before they were taken in
     assert server.client.delete("/adapters/abandoned").status_code == 204
     server.wait_until_removed(digest)  # nobody holds it any more

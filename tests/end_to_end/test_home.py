@@ -63,7 +63,7 @@ def test_a_clients_key_in_the_environment_of_a_server(
     server = ServerProcess(tmp_path, key=keys.get("api_keys"), model=converted_tiny, dtype="fp32", **keys)
     try:
         told = "SMOLORA_API_KEY is what commands send: no API key is asked for"
-        wait_until(lambda: "curl -s" in server.log() and (told in server.log()) is not bool(keys), 10, told)
+        wait_until(lambda: "curl -s" in server.log() and (told in server.log()) is not bool(keys), what=told)
         server.generate("a", max_tokens=1)
         assert (told in server.log()) is not bool(keys)
     finally:

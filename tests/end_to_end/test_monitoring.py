@@ -31,6 +31,8 @@ class Prometheus:
     """One that scrapes a server each second, as docker/monitoring has it otherwise."""
 
     def __init__(self, directory: Path, server: ServerProcess, key: str) -> None:
+        self.moment: float | None = None
+        """Of what `values` tells, in seconds since 1970, whenever it is asked; None: now."""
         self.url = f"http://127.0.0.1:{free_port()}"
         (directory / "key").write_text(key)
         shutil.copy(ALERTS, directory)
@@ -57,8 +59,9 @@ class Prometheus:
         return response.json()["data"]
 
     def values(self, query: str) -> list[float]:
-        """What the query's series come to now."""
-        return [float(sample["value"][1]) for sample in self.get("query", query=query)["result"]]
+        """What the query's series come to at `moment`."""
+        at = {} if self.moment is None else {"time": f"{self.moment:.3f}"}
+        return [float(sample["value"][1]) for sample in self.get("query", query=query, **at)["result"]]
 
     def state_of(self, alert: str) -> str:
         (group,) = self.get("rules")["groups"]
@@ -130,6 +133,7 @@ def prometheus(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) 
         with loaded(server):
             submit(server, name="more", data=code_rows(9), training={"max_steps": 2})
             time.sleep(LOAD_SECONDS)
+            prometheus.moment = time.time()  # however long the tests take
         yield prometheus
     finally:
         prometheus.close()

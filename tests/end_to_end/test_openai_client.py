@@ -16,11 +16,13 @@ from pydantic import BaseModel, ConfigDict
 
 from tests.end_to_end.conftest import MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_QUEUE
 from tests.end_to_end.server_process import PATIENCE, ServerProcess
+from tests.end_to_end.training_client import wait_until
 from tests.server.running import running
 
 pytestmark = pytest.mark.real
 
 PROMPT = "The capital of France is"
+REFUSED = 'smolora_requests_total{outcome="refused"}'
 MESSAGES: list[ChatCompletionMessageParam] = [
     {"role": "system", "content": "Answer in one short sentence."},
     {"role": "user", "content": [{"type": "text", "text": "What is the capital of France?"}]},
@@ -306,11 +308,12 @@ def test_a_key_that_is_none(converted_tiny: Path, tmp_path: Path) -> None:
 
 def test_a_full_queue_is_tried_again(client: OpenAI, server: ServerProcess, model: str) -> None:
     """Refused while as many run and wait as may; the client comes again when it was told to, and is served."""
+    before = server.counts()[REFUSED]
     hog = client.completions.create(
         model=model,
         prompt=PROMPT,
         n=MAX_NUM_SEQS + MAX_QUEUE,
-        max_tokens=256,
+        max_tokens=480,
         stream=True,
         extra_body={"ignore_eos": True},
     )
@@ -319,7 +322,12 @@ def test_a_full_queue_is_tried_again(client: OpenAI, server: ServerProcess, mode
         client.completions.create(model=model, prompt=PROMPT, max_tokens=1)
     assert caught.value.code == "rate_limit_exceeded"
     assert int(caught.value.response.headers["retry-after"]) >= 1
-    leaving = threading.Timer(0.3, hog.close)
+
+    def leave() -> None:
+        wait_until(lambda: server.metrics()[REFUSED] >= before + 2, what="the second refusal")
+        hog.close()
+
+    leaving = threading.Thread(target=leave)
     leaving.start()
     response = client.with_options(max_retries=5).completions.with_raw_response.create(
         model=model, prompt=PROMPT, max_tokens=1

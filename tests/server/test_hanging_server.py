@@ -18,10 +18,10 @@ import httpx
 import pytest
 
 from tests.end_to_end.server_process import free_port
-from tests.hanging_server import HANG, IN_THE_MIDDLE, LET_GO, LONG, SLOW
+from tests.hanging_server import HANG, HANG_NOW, IN_THE_MIDDLE, LET_GO, LONG, SLOW
 
 LEAST_SECONDS = 3.0
-PATIENCE = 60.0
+PATIENCE = 120.0
 BODY = {"prompt": "a", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "a"}], "max_tokens": 300, "temperature": 0}
 """Greedy, as what is sampled ends by itself within some thirty tokens once in seventy times."""
@@ -107,13 +107,14 @@ def test_an_engine_that_hangs_in_native_code(server: Process) -> None:
         for num, (name, path, body) in enumerate(asked, 1):
             answers[name] = pool.submit(server.client.post, path, json=body)
             server.wait_until(partial(has, num), "it did not begin")
+        (server.home / HANG_NOW).touch()
         server.wait_until(lambda: server.client.get("/ready").status_code == 503, "it was never noticed")
         refused = server.client.get("/ready")
         assert refused.json()["detail"] == "the engine has stopped"
         assert int(refused.headers["retry-after"]) >= 1
         assert server.client.get("/health").status_code == 200
         assert server.client.post("/generate", json=BODY).status_code == 503
-        assert server.process.wait(timeout=15) == 1
+        assert server.process.wait(timeout=PATIENCE) == 1
     assert (server.home / LET_GO).exists()
     found = {name: answer.result() for name, answer in answers.items()}
     for name in ("slow", "hanging", "stream"):
@@ -145,4 +146,4 @@ def test_a_process_that_was_stopped_goes_on(server: Process) -> None:
     assert server.client.get("/ready").status_code == 200
     assert not (server.home / LET_GO).exists()
     server.process.terminate()
-    assert server.process.wait(timeout=15) == 0
+    assert server.process.wait(timeout=PATIENCE) == 0

@@ -169,7 +169,7 @@ def test_an_answer_streams(server: ServerProcess, browser: Browser) -> None:
     with page_of(browser, view(server, "playground")) as page:
         write_prompt(page, "Once upon a time", "")
         page.get_by_text("Sampling").click()
-        page.get_by_label("Longest answer").fill("400")
+        page.get_by_label("Longest answer").fill("4000")
         page.get_by_role("textbox", name="Text").press("Control+Enter")
         text = answer_of(page, "base").locator(".text")
         expect(text).not_to_be_empty()

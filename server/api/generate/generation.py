@@ -218,6 +218,9 @@ async def start(
             scored_from=scored_from,
             project=principal.project,
         )
+        trace = None
+        if (told := facts.get()) is not None and told.span is not None:  # the engine's times count from then on
+            trace = GenerationTrace(told.span, told.operation, request, services.base_name, pinned.parts)
         stream = services.engine.submit(request)
     except BaseException as error:
         await let_go(pinned)
@@ -225,9 +228,6 @@ async def start(
             services.metrics.refused()
         raise
     account = LedgerAccount(services.access.ledger, principal, is_request)
-    trace = None
-    if (told := facts.get()) is not None and told.span is not None:
-        trace = GenerationTrace(told.span, told.operation, request, services.base_name, pinned.parts)
     return Generation(request, pinned, stream, services.metrics, services.settings.request_timeout, account, trace)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adapters.objects.bucket import Bucket
 
 OTHER = sample_adapter(seed=1)
-SOON = 15.0
+SOON = 45.0
 """Seconds, in which what doesn't wait is done however busy the machine is."""
 
 
@@ -234,7 +234,7 @@ def test_who_finds_the_name_after_having_pinned_has_the_bytes(
 ) -> None:
     """One thread publishes and deletes, over and over, and all others use what they find."""
     named: set[str] = set()
-    stop = threading.Event()
+    stop, found = threading.Event(), threading.Event()
 
     def use() -> int:
         num_found = 0
@@ -242,6 +242,7 @@ def test_who_finds_the_name_after_having_pinned_has_the_bytes(
             store.pin([DIGEST])
             if DIGEST in named:
                 num_found += 1
+                found.set()
                 store.verify(DIGEST)
                 time.sleep(0.001)  # it is deleted meanwhile
                 store.load(DIGEST)
@@ -254,8 +255,9 @@ def test_who_finds_the_name_after_having_pinned_has_the_bytes(
         for _ in range(4 if store.is_shared else 40):
             with store.publishing(ADAPTER, named.__contains__):
                 named.add(DIGEST)
-            time.sleep(0.002)
+            assert found.wait(SOON)
             named.clear()
+            found.clear()
             store.discard(DIGEST, named.__contains__)
     finally:
         stop.set()

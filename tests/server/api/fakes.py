@@ -229,7 +229,7 @@ class Caller:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what other tasks bring about; fails after five seconds."""
-    async with asyncio.timeout(5):
+    """Wait for what other tasks bring about; fails after a minute."""
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)

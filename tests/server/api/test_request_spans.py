@@ -1,5 +1,6 @@
 """A request's spans: its phases beneath it, the conventions' names, and nobody's text."""
 
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from server.errors import GenerationFailed
 from server.tracing.otel import OtelTracer
 from tests.server.api.access.key_kit import client_with, new_secret
 from tests.server.api.adapters.test_aliases import upload
-from tests.server.api.fakes import Caller, FakeEngine, failing, until, words
+from tests.server.api.fakes import Caller, FakeEngine, FakeStream, failing, until, words
 from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
@@ -66,6 +67,23 @@ def cold(request: GenerationRequest) -> Iterable[SequenceOutput]:
     for output in words(request):
         timing = Timing(queue=0.5, first_token=0.75, total=2.0, load=(0.125, 0.375))
         yield replace(output, timing=timing if output.finish_reason else None, num_cached_tokens=1)
+
+
+async def test_it_begins_before_the_engine_has_it(
+    client: httpx.AsyncClient, traced: Traced, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the engine took, put behind a later beginning, would end after the request has."""
+    submit, moments = engine.submit, list[int]()
+
+    def noting(request: GenerationRequest) -> FakeStream:
+        moments.append(time.time_ns())
+        return submit(request)
+
+    monkeypatch.setattr(engine, "submit", noting)
+    assert (await client.post("/generate", json={"prompt": "a", "max_tokens": 2})).status_code == 200
+    started = traced.spans()["text_completion tiny-llama"].start_time
+    assert started is not None
+    assert started <= moments[0]
 
 
 async def test_a_chats_phases_are_beneath_it(

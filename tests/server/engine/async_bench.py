@@ -25,7 +25,7 @@ LONG = replace(GREEDY, max_tokens=400)
 
 
 def on_loop(coroutine: Coroutine[object, object, T]) -> T:
-    return asyncio.run(asyncio.wait_for(coroutine, 60))
+    return asyncio.run(asyncio.wait_for(coroutine, 150))
 
 
 class Bench:
@@ -73,7 +73,7 @@ async def collect(stream: OutputStream) -> dict[int, Result]:
     return results
 
 
-async def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
+async def eventually(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came true"

@@ -47,5 +47,5 @@ class SlowLoad:
 
     def __call__(self, digest: str) -> LoraWeights:
         self.num_started += 1
-        assert self.go.wait(10)
+        assert self.go.wait(100)
         return self.adapters[digest]

@@ -183,7 +183,7 @@ def test_the_loop_may_end_first(tiny_base: BaseModel) -> None:
         bench.asynchronous.submit(replace(request("a"), sampling=LONG))
 
     on_loop(main())
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while bench.engine.has_work or bench.engine.num_steps < 400:
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -133,12 +133,12 @@ def test_rows_that_take_long_to_read_again(
 
     def slowly(connection: sa.Connection, tables: Sequence[sa.Table]) -> "dict[str, rows.Content]":
         if connection.dialect.name == "sqlite":
-            time.sleep(1)
+            time.sleep(4)
         return rows.contents(connection, tables)
 
     target = Storage(Home(tmp_path / "api"), bucket, url="s3://b")
     to_cluster(home, url, target)
-    monkeypatch.setattr(postgres, "_SETTINGS", "SET idle_in_transaction_session_timeout = '300ms'")
+    monkeypatch.setattr(postgres, "_SETTINGS", "SET idle_in_transaction_session_timeout = '2s'")
     monkeypatch.setattr(module, "contents", slowly)
     module.to_home(tmp_path / "back", url, target)
     assert examine(tmp_path / "back").is_sound

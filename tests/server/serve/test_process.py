@@ -31,7 +31,7 @@ class Running:
         self.ended = ended
 
     async def exit_code(self) -> int:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):  # less than `drain_seconds`
             return await self.ended
 
 
@@ -41,8 +41,8 @@ async def serving(app: FastAPI, engine: FakeEngine, drain_seconds: float = 30.0)
     announced = asyncio.Event()
     process = Process(app, engine, bound, drain_seconds)
     ended = asyncio.create_task(process.run(announced.set))
-    async with httpx.AsyncClient(base_url=url(bound, "127.0.0.1"), timeout=10) as client:
-        async with asyncio.timeout(10):
+    async with httpx.AsyncClient(base_url=url(bound, "127.0.0.1"), timeout=60) as client:
+        async with asyncio.timeout(60):
             await announced.wait()
         try:
             yield Running(client, ended)
@@ -70,16 +70,16 @@ async def test_nothing_is_announced_before_it_is_ready(app: FastAPI, engine: Fak
     ended = asyncio.create_task(Process(app, engine, bound).run(announced.set))
     async with httpx.AsyncClient(base_url=url(bound, "127.0.0.1")) as client:
         await until(lambda: engine.started)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while True:
                 with suppress(httpx.ConnectError):
                     assert (await client.get("/ready")).status_code == 503
                     break
         assert not announced.is_set()
         engine.loading = False
-        await asyncio.wait_for(announced.wait(), 5)
+        await asyncio.wait_for(announced.wait(), 60)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert await asyncio.wait_for(ended, 10) == 0
+        assert await asyncio.wait_for(ended, 25) == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -149,7 +149,7 @@ async def test_the_second_signal_of_either_kind_is_told_once(
     assert told == []
     for number in (second, first):
         os.kill(os.getpid(), number)
-    assert await asyncio.wait_for(ended, 10) == 0
+    assert await asyncio.wait_for(ended, 25) == 0
     assert told == [True]
 
 
@@ -191,7 +191,7 @@ async def test_workers_start_when_it_is_ready_and_end_with_it(app: FastAPI, engi
     engine.loading = False
     await until(lambda: len(supervisor.pids) == 1)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert await asyncio.wait_for(ended, 10) == 0
+    assert await asyncio.wait_for(ended, 25) == 0
     assert not supervisor.is_running
     with pytest.raises(ProcessLookupError):
         os.kill(supervisor.pids[0], 0)
@@ -216,7 +216,7 @@ async def test_a_second_signal_does_not_wait_for_workers(app: FastAPI, engine: F
     await until((tmp_path / "asked").exists)
     assert not ended.done()
     os.kill(os.getpid(), signal.SIGTERM)
-    assert await asyncio.wait_for(ended, 5) == 0
+    assert await asyncio.wait_for(ended, 15) == 0  # they are given 25 s
 
 
 async def test_trainers_are_told_while_requests_run(app: FastAPI, engine: FakeEngine, tmp_path: Path) -> None:
@@ -225,14 +225,14 @@ async def test_trainers_are_told_while_requests_run(app: FastAPI, engine: FakeEn
     bound = bind("127.0.0.1", 0)
     ended = asyncio.create_task(Process(app, engine, bound, flag=serving).run(lambda: None))
     await until(lambda: engine.started)
-    async with httpx.AsyncClient(base_url=url(bound, "127.0.0.1"), timeout=10) as client:
+    async with httpx.AsyncClient(base_url=url(bound, "127.0.0.1"), timeout=60) as client:
         running = asyncio.create_task(client.post("/generate", json={"prompt": "a", "max_tokens": 2}))
         await until(lambda: training.read() == 1)
         engine.held.set()
         await running
         await until(lambda: training.read() == 0)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert await asyncio.wait_for(ended, 10) == 0
+    assert await asyncio.wait_for(ended, 25) == 0
 
 
 def test_a_taken_port_is_one_line() -> None:
@@ -261,9 +261,9 @@ async def test_a_proxy_that_comes_by_ipv4_to_a_socket_for_both(
     bound, announced = bind("::", 0), asyncio.Event()
     process = Process(app, engine, bound, trusted_proxies=[trusted])
     ended = asyncio.create_task(process.run(announced.set))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await announced.wait()
-    async with httpx.AsyncClient(base_url=url(bound, "127.0.0.1"), timeout=10) as client:
+    async with httpx.AsyncClient(base_url=url(bound, "127.0.0.1"), timeout=60) as client:
         await client.get("/adapters", headers={"X-Forwarded-For": "203.0.113.9"})
     os.kill(os.getpid(), signal.SIGTERM)
     await ended

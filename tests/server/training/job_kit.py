@@ -23,7 +23,7 @@ def submit(jobs: Jobs, job_id: str, name: str = "tweets") -> Job:
     return jobs.submit(JobSpec(name=name), job_id=job_id, data={"num_rows": 3})
 
 
-def submit_stub(home: Path, jobs: Jobs, job_id: str, name: str = "tweets", **plan: float) -> Job:
+def submit_stub(home: Path, jobs: Jobs, job_id: str, name: str = "tweets", **plan: object) -> Job:
     """A job for the stub, which does as `plan` says: see stub_job.py."""
     directory = home / "jobs" / job_id
     directory.mkdir(parents=True)
@@ -48,7 +48,13 @@ def steps_done(home: Path, job_id: str) -> list[tuple[int, int, int]]:
     return [(int(token), int(pid), int(step)) for token, pid, step in map(str.split, lines)]
 
 
-def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+def stays(home: Path, job_id: str, step: int) -> bool:
+    """Whether the stub waits at that step: see `stay_at` in stub_job.py."""
+    path = home / "jobs" / job_id / "stays"
+    return path.exists() and path.read_text() == str(step)
+
+
+def until(condition: Callable[[], object], seconds: float = 240.0) -> None:
     """Wait until it is so; AssertionError after that time."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -68,5 +74,5 @@ def working(
         yield worker
     finally:
         worker.stop()
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive()

@@ -96,7 +96,7 @@ async def test_imports_side_by_side(app: FastAPI) -> None:
     both = threading.Barrier(2)
 
     def fetch(repo_id: str, revision: str | None, directory: Path, **_: int) -> HubAdapter:
-        both.wait(5)
+        both.wait(60)
         config, weights = peft_files(int(repo_id[-1]), rank=8)
         (directory / "weights").write_bytes(weights)
         return HubAdapter("c" * 40, config, directory / "weights")

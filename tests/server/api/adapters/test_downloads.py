@@ -179,7 +179,7 @@ async def test_its_bytes_outlive_a_delete(
         reader.hang_up()
     else:
         reader.go_on.set()
-    await asyncio.wait_for(reader.task, 10)
+    await asyncio.wait_for(reader.task, 60)
     assert leaves or reader.content == whole
     assert store.digests() == [], "nothing keeps it any longer"
     assert _open_files() == before

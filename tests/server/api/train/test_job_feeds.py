@@ -89,7 +89,7 @@ async def test_one_look_for_all_followers() -> None:
     assert jobs.reads[2 * NUM_FOLLOWERS :] == [("a", 3)], "one reads for all"
     assert all(listener.seqs == [1] for listener in listeners[NUM_FOLLOWERS:])
     jobs.ended |= {"a", "b"}
-    await asyncio.wait_for(asyncio.gather(*(listener.task for listener in listeners)), 5)
+    await asyncio.wait_for(asyncio.gather(*(listener.task for listener in listeners)), 60)
     await until(lambda: not feeds.is_polling)
 
 
@@ -139,7 +139,7 @@ async def test_one_that_falls_behind_reads_for_itself() -> None:
     await until(lambda: len(quick.seqs) == 3 * PAGE + 7)
     jobs.ended.add("a")
     slow.go_on.set()
-    await asyncio.wait_for(asyncio.gather(quick.task, slow.task), 5)
+    await asyncio.wait_for(asyncio.gather(quick.task, slow.task), 60)
     assert quick.seqs == slow.seqs == list(range(1, 3 * PAGE + 8))
 
 
@@ -150,7 +150,7 @@ async def test_events_that_come_with_the_end_are_not_lost() -> None:
     await until(lambda: listener.seqs == [1, 2])
     jobs.num_events["a"] = 2 * PAGE + 10
     jobs.ended.add("a")
-    await asyncio.wait_for(listener.task, 5)
+    await asyncio.wait_for(listener.task, 60)
     assert listener.seqs == list(range(1, 2 * PAGE + 11))
 
 
@@ -188,7 +188,7 @@ async def test_events_that_are_gone_end_the_streams_of_those_who_want_them() -> 
     assert behind.seqs == [1, 2]
     jobs.num_events["a"] = 6
     with pytest.raises(NotFound):
-        await asyncio.wait_for(there.task, 5)
+        await asyncio.wait_for(there.task, 60)
     await until(lambda: not feeds.is_polling)
 
 
@@ -199,7 +199,7 @@ async def test_what_ends_the_server_ends_the_streams() -> None:
     listener = Listener(feeds, "a")
     await until(lambda: listener.seqs == [1])
     is_ending = True
-    await asyncio.wait_for(listener.task, 5)
+    await asyncio.wait_for(listener.task, 60)
 
 
 async def test_followers_take_few_threads() -> None:
@@ -236,7 +236,7 @@ async def test_many_clients_ask_the_database_once(
     asked = [text for text in statements if text.startswith("SELECT") and "job_events" in text]
     assert len(asked) == 1, "the new event is read once"
     worker.succeed()
-    await asyncio.wait_for(asyncio.gather(*(caller.task for caller in callers)), 5)
+    await asyncio.wait_for(asyncio.gather(*(caller.task for caller in callers)), 60)
 
 
 async def test_followers_have_threads_of_their_own(
@@ -257,4 +257,4 @@ async def test_followers_have_threads_of_their_own(
         finally:
             release.set()
     worker.succeed()
-    await asyncio.wait_for(asyncio.gather(*(caller.task for caller in callers)), 5)
+    await asyncio.wait_for(asyncio.gather(*(caller.task for caller in callers)), 60)

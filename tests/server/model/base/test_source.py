@@ -117,7 +117,7 @@ def test_one_waits_while_another_converts(tiny_base_dir: Path, tmp_path: Path) -
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.5)
             shutil.copytree(made, models / made.name)
-        assert waiting.result(timeout=10) == models / made.name
+        assert waiting.result(timeout=100) == models / made.name
     assert told == []
 
 

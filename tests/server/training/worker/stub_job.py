@@ -3,7 +3,8 @@
 HOME/jobs/<id>/plan.json says how: `steps`, `seconds` of each, a checkpoint `every` so many; `hang_at` a step,
 `crash_at` one in the first attempt, `deaf` to being asked to leave, `hold` until the file `go` is there before
 publishing, `linger` so many seconds after that, before the file `tidy` is made, and `full` fails with a full disk
-at that step; `transfer` so many seconds at the first step, in one call that may take `transfer_at_most`.
+at that step; `transfer` so many seconds at the first step, in one call that may take `transfer_at_most`; at each
+step of `stay_at` it waits, the step's number in the file `stays`, until it is asked to leave or `go` is there.
 HOME/jobs/<id>/steps gets a line for each step.
 """
 
@@ -90,6 +91,11 @@ def work(directory: Path, link: WorkerLink, leases: Leases, claim: Claim) -> int
         if step == plan.get("full"):
             raise OSError(errno.ENOSPC, "No space left on device")
         time.sleep(plan.get("seconds", 0.0))
+        if step in plan.get("stay_at", ()):
+            (directory / "stays").write_text(str(step))
+            while not link.should_leave and not (directory / "go").exists():
+                link.beat()
+                time.sleep(0.05)
         state = hashlib.sha256(f"{state} {step}".encode()).hexdigest()
         with open(directory / "steps", "a") as file:
             file.write(f"{claim.token} {os.getpid()} {step}\n")

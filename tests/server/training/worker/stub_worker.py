@@ -15,9 +15,9 @@ FAST = Timing(
     heartbeat=0.2,
     directive=0.05,
     poll=0.05,
-    hung=20.0,
-    leave=3.0,
-    pause=3.0,
+    hung=100.0,
+    leave=30.0,
+    pause=30.0,
     max_crash_delay=0.05,
     trouble=0.1,
 )
