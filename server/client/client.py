@@ -5,6 +5,7 @@ that can't be reached, raise ClientError with a line for people.
 """
 
 import json
+import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -130,7 +131,7 @@ class Client(Connection):
         if target.exists() and not target.is_file():
             self._save(path, headers, target)
             return
-        target = target.resolve()
+        target = Path(os.path.realpath(target))  # which takes one that leads nowhere
         part = target.with_name(f"{target.name}.part")
         try:
             self._save(path, headers, part)
