@@ -122,7 +122,7 @@ def number(value: object) -> str:
 
 def print_json(document: Document) -> None:
     """One document on standard output, and nothing else; in ASCII where that has another encoding than UTF-8."""
-    is_utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
+    is_utf8 = codecs.lookup(getattr(sys.stdout, "encoding", None) or "ascii").name == "utf-8"  # it may be closed
     typer.echo(json.dumps(document, indent=2, ensure_ascii=not is_utf8))
 
 

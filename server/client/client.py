@@ -5,6 +5,7 @@ that can't be reached, raise ClientError with a line for people.
 """
 
 import json
+import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ from server.client.connection import CONNECT_SECONDS, ClientError, Connection, D
 ENDED = frozenset({"succeeded", "failed", "cancelled"})
 
 _SILENCE_SECONDS = 60.0  # of a stream of events, which sends keep-alives
+_LASTING_SECONDS = 5.0
+"""A stream that was open for so long can be had, though it is cut off: some proxies end every long answer."""
 _PEFT_FILES = {"adapter_config": "adapter_config.json", "adapter_model": "adapter_model.safetensors"}
 
 
@@ -81,6 +84,7 @@ class Client(Connection):
                     yield event
                 if self.job(job_id)["status"] in ENDED:
                     return
+                num_failures = 0
             except ClientError as error:
                 if not error.may_pass or num_failures == len(self.retries):
                     raise
@@ -127,7 +131,7 @@ class Client(Connection):
         if target.exists() and not target.is_file():
             self._save(path, headers, target)
             return
-        target = target.resolve()
+        target = Path(os.path.realpath(target))  # which takes one that leads nowhere
         part = target.with_name(f"{target.name}.part")
         try:
             self._save(path, headers, part)
@@ -217,9 +221,14 @@ class Client(Connection):
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
         timeout = httpx.Timeout(_SILENCE_SECONDS, connect=CONNECT_SECONDS)
         with self.open("GET", path_of("train", job_id, "events"), headers=headers, timeout=timeout) as response:
-            for name, data in server_sent(response.iter_lines()):
-                if name != "error":  # then the stream ends, and is opened again
-                    yield json.loads(data)
+            opened_at = time.monotonic()
+            try:
+                for name, data in server_sent(response.iter_lines()):
+                    if name != "error":  # then the stream ends, and is opened again
+                        yield json.loads(data)
+            except httpx.TransportError:
+                if time.monotonic() - opened_at < _LASTING_SECONDS:
+                    raise
 
 
 def _new(name: str) -> str:

@@ -154,3 +154,6 @@ def test_a_download_takes_no_pipes_place_nor_a_links(
         assert link.is_symlink()
         assert zipfile.is_zipfile(file)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.zip", "link.zip", "pipe"]
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    circle = smolora("adapters", "download", "piped", "--output", str(tmp_path / "circle"))
+    assert circle.exit_code == 0, circle.output

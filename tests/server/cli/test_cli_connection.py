@@ -1,11 +1,17 @@
 """What a command says of a key, of proxies in the environment, or of an address, with which it can ask nobody."""
 
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from server.cli.main import app
+from server.client import client as client_module
+from server.client.client import Client
+from server.client.connection import ClientError
 
 ELSEWHERE = "http://smolora.invalid:8000"
 
@@ -88,3 +94,38 @@ def test_options_before_a_groups_command_are_not_left_out(arguments: list[str], 
     assert f"give it behind the command: {told}" in result.stderr
     behind = CliRunner().invoke(app, [*arguments[:1], *arguments[-2:]], env=environment)
     assert behind.stderr.startswith("smolora: can't reach http://127.0.0.1:9: ")
+
+
+class Cut(BaseHTTPRequestHandler):
+    """A proxy that ends each stream of events; the job behind it waits until it was asked for ten times."""
+
+    num_asked = 0
+
+    def do_GET(self) -> None:
+        is_stream = self.path.endswith("/events")
+        status = "succeeded" if Cut.num_asked >= 10 else "queued"
+        body = b": the job's events\n\n" if is_stream else json.dumps({"status": status}).encode()
+        Cut.num_asked += not is_stream
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body) + is_stream))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Not at all."""
+
+
+def test_a_job_that_waits_is_followed_through_a_proxy_that_ends_long_streams(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that ends them at once is given up, as a server is that isn't there."""
+    with HTTPServer(("127.0.0.1", 0), Cut) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Client(f"http://127.0.0.1:{server.server_port}", retries=(0.0, 0.0)) as client:
+            with pytest.raises(ClientError, match="can't reach"):
+                list(client.events("job-1"))
+            assert Cut.num_asked == 0
+            monkeypatch.setattr(client_module, "_LASTING_SECONDS", 0.0)
+            assert list(client.events("job-1")) == []
+            assert Cut.num_asked == 11
+        server.shutdown()

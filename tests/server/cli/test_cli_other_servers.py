@@ -82,3 +82,12 @@ def test_what_a_terminal_has_no_letters_for(url: str, encoding: str) -> None:
 def test_a_shared_blend_whose_making_is_not_told(url: str) -> None:
     result = CliRunner().invoke(app, ["adapters", "show", "acme/mix"], env={"SMOLORA_URL": f"{url}/shared"})
     assert result.stdout.split("\n")[1].split() == ["acme/mix@1", "latest", "8", "q,", "v", "0.0", "MB"]
+
+
+def test_json_for_nobody(url: str) -> None:
+    """Standard output is closed, as by `>&-`: Python has none then."""
+    smolora = str(Path(sys.executable).with_name("smolora"))
+    environment = os.environ | {"SMOLORA_URL": f"{url}/names"}
+    command = ["sh", "-c", '"$0" adapters --json >&-', smolora]
+    result = subprocess.run(command, env=environment, stderr=subprocess.PIPE, encoding="utf-8", timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")

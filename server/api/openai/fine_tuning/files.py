@@ -90,7 +90,7 @@ async def get_file(services: ServicesDep, file_id: FileId) -> Response:
     summary="A file's bytes",
     response_class=Response,
     responses={
-        200: {"description": "As they were uploaded", "content": {"application/octet-stream": {}}},
+        200: {"description": "As they were uploaded", "content": {kind: {} for kind in _MEDIA_TYPES.values()}},
         **REFUSALS,
     },
 )

@@ -104,3 +104,16 @@ async def test_a_job_holds_its_file(client: httpx.AsyncClient, leases: Leases) -
     assert (response.status_code, response.headers["x-should-retry"]) == (409, "false")
     StandIn(leases).fail("it is only a test")
     assert (await client.delete(f"/v1/files/{file.id}")).status_code == 200
+
+
+async def test_the_document_has_the_content_types_that_there_are(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/openapi.json")).json()
+    told = document["paths"]["/v1/files/{file_id}/content"]["get"]["responses"]["200"]["content"]
+    found = set()
+    for name, content in (("a.jsonl", b'{"text": "a"}\n'), ("a.csv", b"text\na\n")):
+        files = {"file": (name, content)}
+        stored = (await client.post("/v1/files", files=files, data={"purpose": "fine-tune"})).json()
+        response = await client.get(f"/v1/files/{stored['id']}/content")
+        assert response.content == content
+        found.add(response.headers["content-type"].partition(";")[0])
+    assert found == set(told)
