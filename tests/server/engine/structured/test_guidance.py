@@ -380,16 +380,12 @@ def test_a_grammar_has_its_share_of_a_busy_core(guidance: Guidance) -> None:
     for one in [process, *busy]:
         os.sched_setaffinity(one.pid, core)
     try:
-        took = 9.0
-        while took >= 2 and len(busy) >= 6:
+        took, end = 9.0, time.monotonic() + 60
+        while took >= 2 and time.monotonic() < end:  # the machine's others come on top of the dozen at times
             begun = time.monotonic()
             with pytest.raises(InvalidInput, match="too long to compile"):
                 guidance.check(Grammar("json_schema", json.dumps(HOSTILE_SCHEMA)))
             took = time.monotonic() - begun
-            if took >= 2:  # the machine's others come on top of the dozen: one less of ours
-                one = busy.pop()
-                one.kill()
-                one.wait()
         assert took < 2
     finally:
         os.sched_setaffinity(process.pid, all_cores)
