@@ -113,6 +113,26 @@ def test_a_cold_adapter_does_not_stall_the_others(tiny_base: BaseModel, slow_loa
     on_loop(main())
 
 
+def test_adapters_that_take_long_to_fetch_hold_up_no_others(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
+    """As those do that have to come from an object store that doesn't answer."""
+    slow_load.quick = frozenset({"03"})
+
+    async def main() -> None:
+        async with Bench(tiny_base, slow_load) as engine:
+            slow = [
+                asyncio.create_task(collect(engine.submit(request(name, {name: 1.0}))))
+                for name in ("00", "01", "02")
+            ]
+            await eventually(lambda: slow_load.num_started >= 2)
+            quick = await asyncio.wait_for(collect(engine.submit(request("quick", {"03": 1.0}))), 5)
+            assert quick[0].finish_reason == "length"
+            assert not any(task.done() for task in slow)
+            slow_load.go.set()
+            await asyncio.gather(*slow)
+
+    on_loop(main())
+
+
 class Watched(threading.Condition):
     """Tells whether somebody waits for it."""
 
