@@ -14,7 +14,7 @@ from adapters.lora import LoraWeights
 from server.engine.runner import Drawn
 from server.engine.scheduler import SchedulerLimits, Step
 from server.engine.sequence import Chunk
-from server.errors import EngineDead, GenerationFailed, QueueFull
+from server.errors import Draining, EngineDead, GenerationFailed, QueueFull
 from server.model.base.weights import BaseModel
 from tests.engine_kit import build_engine, check_idle, random_adapter, run
 from tests.server.engine.async_bench import LONG, Bench, collect, errors_of, eventually, on_loop, outcome, request
@@ -129,6 +129,24 @@ def test_adapters_that_take_long_to_fetch_hold_up_no_others(tiny_base: BaseModel
             assert not any(task.done() for task in slow)
             slow_load.go.set()
             await asyncio.gather(*slow)
+
+    on_loop(main())
+
+
+def test_an_adapter_that_takes_long_to_fetch_while_the_process_ends(
+    tiny_base: BaseModel, slow_load: SlowLoad
+) -> None:
+    """It is waited for, but not by the event loop, which has answers to send and signals to hear."""
+
+    async def main() -> None:
+        async with Bench(tiny_base, slow_load) as engine:
+            stream = engine.submit(request("cold", {"00": 1.0}))
+            await eventually(lambda: slow_load.num_started == 1)
+            asyncio.get_running_loop().call_later(0.5, slow_load.go.set)
+            await engine.stop()
+            assert slow_load.go.is_set()
+            with pytest.raises(Draining):
+                await collect(stream)
 
     on_loop(main())
 
