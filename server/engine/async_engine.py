@@ -151,7 +151,7 @@ class AsyncEngine:
             self._watching.cancel()
         self._fail_all(Draining())
         if not self._is_hung:
-            self._engine.close()
+            await asyncio.to_thread(self._engine.close)
 
     def drain(self) -> None:
         """Take no new requests; those in flight go on."""

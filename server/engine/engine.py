@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from adapters.errors import InvalidInput, SmoloraError
-from server.engine.adapter_pool.pool import AdapterPool, Load
+from server.engine.adapter_pool.pool import NUM_READERS, AdapterPool, Load
 from server.engine.backend import Backend
 from server.engine.detokenizer import TextStream, TokenBytes
 from server.engine.kv_cache import BlockManager
@@ -70,8 +70,8 @@ class Engine:
         self._guidance = guidance
         self._clock = clock
         rows = backend.rank_rows(max(config.adapter_cache_bytes // backend.bytes_per_rank, 1))
-        self._loaders = ThreadPoolExecutor(2, "adapter-loader")
-        self.pool = AdapterPool(rows, load, self._loaders, wake, clock)
+        self._loaders = ThreadPoolExecutor(NUM_READERS, "adapter-reader"), ThreadPoolExecutor(2, "adapter-placer")
+        self.pool = AdapterPool(rows, load, *self._loaders, wake, clock)
         num_seqs = config.scheduler.max_num_seqs
         is_invariant = backend.is_batch_invariant
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.pool, clock, cuts_anywhere=is_invariant)
@@ -197,7 +197,8 @@ class Engine:
 
     def close(self) -> None:
         """Stop the loader threads. The engine is not used again."""
-        self._loaders.shutdown(wait=True, cancel_futures=True)
+        for executor in self._loaders:
+            executor.shutdown(wait=True, cancel_futures=True)
 
     def _take(self, drawn: Drawn) -> Iterator[SequenceOutput]:
         """Add what was drawn to its sequence, a token after the other until one ends it."""

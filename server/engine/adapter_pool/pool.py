@@ -1,7 +1,7 @@
 """Which adapters are resident: least recently used out, never one that a request holds.
 
 A request's adapters are held all or none, as a `Hold`: one that had some and waited for others could wait for
-ever. A cold adapter is read and its rows are filled by an executor's threads, while other requests run; the pool
+ever. A cold adapter is read and its rows are filled by executors' threads, while other requests run; the pool
 itself is touched by the engine's thread alone.
 """
 
@@ -20,6 +20,8 @@ from server.model.lora_batch import Parts
 from server.model.rank_rows import RankRows, Run, Stored
 
 Load = Callable[[str], Stored]
+NUM_READERS = 8
+"""Threads that read: one that must fetch its adapter from an object store may take most of a minute."""
 _Space = tuple[str, str]  # (group, "rows" or "units"): one of the pool's tensors
 
 
@@ -73,7 +75,8 @@ class AdapterPool:
         self,
         rows: RankRows,
         load: Load,
-        executor: Executor,
+        readers: Executor,
+        placers: Executor,
         wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -82,7 +85,8 @@ class AdapterPool:
         self.num_loads = 0
         self.num_evictions = 0
         self._load = load
-        self._executor = executor
+        self._readers = readers
+        self._placers = placers
         self._wake = wake
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()  # least recently used first
         self._num_freed = 0
@@ -159,9 +163,10 @@ class AdapterPool:
                 self._adapters.move_to_end(adapter.digest)  # it was in use until now
             elif not adapter.num_wanting and adapter.placement is None and self._has(adapter):
                 del self._adapters[adapter.digest]  # it was read for this hold alone
+                adapter.reading.cancel()  # unless that has begun: others' may wait behind it
         hold.adapters, hold.is_held, hold._parts = (), False, None
         if self.rows.lacks_pages:  # not sooner: it would take a core from the steps up to a first token
-            self._executor.submit(self.rows.take_ahead)
+            self._placers.submit(self.rows.take_ahead)
 
     def _want(self, hold: AdapterHold) -> tuple[Adapter, ...]:
         """The hold's adapters; those that are not there begin to be read."""
@@ -181,7 +186,7 @@ class AdapterPool:
             self._drop(adapter)
             adapter = None
         if adapter is None:
-            reading = self._executor.submit(self._load, digest)
+            reading = self._readers.submit(self._load, digest)
             reading.add_done_callback(lambda _: self._wake())
             adapter = self._adapters[digest] = Adapter(digest, reading)
         self._adapters.move_to_end(digest)
@@ -263,7 +268,7 @@ class AdapterPool:
     def _place(self, adapter: Adapter) -> None:
         assert adapter.stored is not None
         assert adapter.placement is not None
-        adapter.placing = self._executor.submit(self.rows.place, adapter.stored, adapter.placement)
+        adapter.placing = self._placers.submit(self.rows.place, adapter.stored, adapter.placement)
         adapter.placing.add_done_callback(lambda _: self._wake())
         adapter.stored = None  # so that the file is unmapped once it is copied
         adapter.reading = Future()

@@ -38,14 +38,15 @@ class BrokenScheduler(Scheduler):
 
 
 class SlowLoad:
-    """Loads that end when they are told to."""
+    """Loads that end when they are told to, but for those of `quick` adapters."""
 
     def __init__(self, base: BaseModel) -> None:
         self.adapters = library(base, 4)
+        self.quick: frozenset[str] = frozenset()
         self.go = threading.Event()
         self.num_started = 0
 
     def __call__(self, digest: str) -> LoraWeights:
         self.num_started += 1
-        assert self.go.wait(100)
+        assert digest in self.quick or self.go.wait(100)
         return self.adapters[digest]

@@ -14,7 +14,7 @@ from adapters.lora import LoraWeights
 from server.engine.runner import Drawn
 from server.engine.scheduler import SchedulerLimits, Step
 from server.engine.sequence import Chunk
-from server.errors import EngineDead, GenerationFailed, NotReady, QueueFull
+from server.errors import Draining, EngineDead, GenerationFailed, NotReady, QueueFull
 from server.model.base.weights import BaseModel
 from tests.engine_kit import build_engine, check_idle, random_adapter, run
 from tests.server.engine.async_bench import LONG, Bench, collect, errors_of, eventually, on_loop, outcome, request
@@ -110,6 +110,44 @@ def test_a_cold_adapter_does_not_stall_the_others(tiny_base: BaseModel, slow_loa
             expected = run(build_engine(tiny_base, slow_load.adapters), [request("cold", {"00": 1.0})])
             assert_same((await cold)[0], expected["cold", 0])
             assert engine.stats.resident == {"00"}
+
+    on_loop(main())
+
+
+def test_adapters_that_take_long_to_fetch_hold_up_no_others(tiny_base: BaseModel, slow_load: SlowLoad) -> None:
+    """As those do that have to come from an object store that doesn't answer."""
+    slow_load.quick = frozenset({"03"})
+
+    async def main() -> None:
+        async with Bench(tiny_base, slow_load) as engine:
+            slow = [
+                asyncio.create_task(collect(engine.submit(request(name, {name: 1.0}))))
+                for name in ("00", "01", "02")
+            ]
+            await eventually(lambda: slow_load.num_started >= 2)
+            quick = await asyncio.wait_for(collect(engine.submit(request("quick", {"03": 1.0}))), 60)
+            assert quick[0].finish_reason == "length"
+            assert not any(task.done() for task in slow)
+            slow_load.go.set()
+            await asyncio.gather(*slow)
+
+    on_loop(main())
+
+
+def test_an_adapter_that_takes_long_to_fetch_while_the_process_ends(
+    tiny_base: BaseModel, slow_load: SlowLoad
+) -> None:
+    """It is waited for, but not by the event loop, which has answers to send and signals to hear."""
+
+    async def main() -> None:
+        async with Bench(tiny_base, slow_load) as engine:
+            stream = engine.submit(request("cold", {"00": 1.0}))
+            await eventually(lambda: slow_load.num_started == 1)
+            asyncio.get_running_loop().call_later(0.5, slow_load.go.set)
+            await engine.stop()
+            assert slow_load.go.is_set()
+            with pytest.raises(Draining):
+                await collect(stream)
 
     on_loop(main())
 

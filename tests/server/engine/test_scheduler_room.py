@@ -38,7 +38,7 @@ def world(
 ) -> tuple[Simulation, CountingPool, CountingBlocks]:
     """Adapters of rank 1, named 00 to 60, over the real pool; loads end with the step."""
     bench = Bench({f"{i:02}": adapter(float(i)) for i in range(NUM_SETS + 1)}, max_rank)
-    pool = CountingPool(bench.pool.rows, bench.load, bench.executor, bench.wake)
+    pool = CountingPool(bench.pool.rows, bench.load, bench.executor, bench.executor, bench.wake)
     blocks = CountingBlocks(num_blocks + 1, SIZE)
     sim = Simulation(
         SchedulerLimits(max_num_seqs, chunk_size=8, max_prefill_tokens=64, max_bypass=max_bypass),

@@ -29,6 +29,8 @@ class HandExecutor(Executor):
 
     def run_one(self, index: int = 0) -> None:
         future, task = self.tasks.pop(index)
+        if not future.set_running_or_notify_cancel():
+            return
         try:
             result = task()
         except Exception as error:
@@ -70,7 +72,7 @@ class Bench:
             row_format=RowFormat(torch.float32, torch.float32),
             device=torch.device("cpu"),
         )
-        self.pool = AdapterPool(rows, self.load, self.executor, self.wake)
+        self.pool = AdapterPool(rows, self.load, self.executor, self.executor, self.wake)
 
     def wake(self) -> None:
         self.num_wakes += 1

@@ -230,6 +230,22 @@ def test_what_was_read_for_an_aborted_request_alone_is_dropped() -> None:
     bench.ready("a")
 
 
+def test_what_was_to_be_read_for_an_aborted_request_alone_is_not() -> None:
+    """Others' reads wait behind it, which may take long where it has to be fetched."""
+    bench = Bench({name: adapter(1.0) for name in "abc"}, 2)
+    gone, stays = bench.hold("a", "b"), bench.hold("b", "c")
+    for hold in (gone, stays):
+        hold.advance()
+    gone.release()
+    bench.executor.run_all()
+    assert bench.num_reads == 2
+    assert not stays.advance()
+    bench.executor.run_all()
+    assert stays.advance()
+    stays.release()
+    bench.ready("a")
+
+
 def test_an_abort_while_rows_are_filled_keeps_them_until_that_is_over() -> None:
     bench = Bench({"a": adapter(1.0), "b": adapter(2.0)}, 1)
     first = bench.hold("a")

@@ -21,7 +21,9 @@ def test_pages_are_taken_when_a_request_has_ended() -> None:
         device=torch.device("cpu"),
     )
     executor = HandExecutor()
-    pool = AdapterPool(rows, lambda digest: random_adapter(SHAPE, ord(digest), rank=4), executor, lambda: None)
+    pool = AdapterPool(
+        rows, lambda digest: random_adapter(SHAPE, ord(digest), rank=4), executor, executor, lambda: None
+    )
 
     def ready(digest: str) -> AdapterHold:
         hold = pool.hold((AdapterRef(digest),))
