@@ -93,3 +93,112 @@ def test_news_may_come_faster_than_answers(server: ServerProcess, browser: Brows
         expect(page.get_by_role("article", name="Job waits")).to_be_visible()
         server.client.post(f"/train/{job}/cancel").raise_for_status()
         expect(page.get_by_role("article", name="Job waits")).to_contain_text("cancelled")
+
+
+def test_a_job_of_many_steps(server: ServerProcess, browser: Browser, job: str) -> None:
+    """Ten thousand rows that are drawn anew at each step are seconds, in which nothing can be pressed."""
+    steps = [
+        {"seq": step, "at": "2026-01-01T00:00:00Z", "level": "info", "type": "metrics", "message": "a step"}
+        | {"data": {"step": step, "train_loss": 1.0, **({"eval_loss": 2.0} if step == 4001 else {})}}
+        for step in range(1, 10_001)
+    ]
+    body = "".join(f"id: {step['seq']}\ndata: {json.dumps(step)}\n\n" for step in steps)
+    server.client.post(f"/train/{job}/cancel").raise_for_status()
+    with page_of(browser, server.url) as page:
+        page.route("**/events", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+        page.goto(f"{server.url}/#/train/{job}")
+        expect(page.get_by_text("10,000 events")).to_be_visible()
+        page.get_by_text("As a table").click()
+        expect(page.locator(".log li")).to_have_count(500)
+        rows = page.get_by_role("region", name="Loss by step, as a table").locator("tbody tr")
+        expect(rows.last).to_contain_text("10000")
+        expect(rows.filter(has_text="4001")).to_contain_text("2.000")  # what was measured is told
+        assert rows.count() <= 502
+
+
+def test_tabs_that_nobody_looks_at(server: ServerProcess, browser: Browser) -> None:
+    """They leave the browser's connections to the one that is looked at, and go on when they are."""
+    hide = """(is) => {
+        Object.defineProperty(document, "hidden", {configurable: true, get: () => is});
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    context = browser.new_context()
+    try:
+        first = submitted(server)
+        pages = []
+        for number in range(CONNECTIONS + 1):
+            page = context.new_page()
+            page.goto(f"{server.url}/#/train/{first if number == 0 else submitted(server)}")
+            expect(page.locator(".log li").first).to_be_attached()
+            page.evaluate(hide, True)
+            pages.append(page)
+        server.client.post(f"/train/{first}/cancel").raise_for_status()
+        pages[0].evaluate(hide, False)
+        expect(pages[0].locator(".log")).to_contain_text("cancelled")
+    finally:
+        context.close()
+
+
+def test_a_job_that_is_not_there(server: ServerProcess, browser: Browser) -> None:
+    with page_of(browser, server.url) as page:
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url) if "events" in request.url else None)
+        page.goto(f"{server.url}/#/train/job-nothing")
+        expect(page.get_by_role("alert")).to_contain_text("job-nothing")
+        page.wait_for_timeout(3000)
+    assert len(asked) == 1, asked
+
+
+def test_why_no_version_was_published(server: ServerProcess, browser: Browser, job: str) -> None:
+    """The command line says so, and a job's warnings; who looks at the page alone has to know as much."""
+    reason = "its loss of 2.0000 is not below the base's, 1.0000"
+    report = {"method": "lora", "evaluation": None, "gate": {"passes": False, "reason": reason}}
+    with page_of(browser, server.url) as page:
+        pretend(page, server, job, report, adapter=None)
+        page.goto(f"{server.url}/#/train/{job}")
+        article = page.get_by_role("article", name="Job waits")
+        expect(article.get_by_text(f"No version was published: {reason}")).to_be_visible()
+        expect(article.locator(":scope > p.warning")).to_contain_text("Latest stays where it is.")
+
+
+def test_the_card_of_a_merge(server: ServerProcess, browser: Browser, job: str) -> None:
+    report = {
+        "kind": "merge",
+        "method": "dare_ties",
+        "distance": 0.25,
+        "wall_seconds": 3.0,
+        "peak_memory_bytes": 1 << 30,
+        "bytes_stored": 1 << 20,
+        "lineage": {"expression": "codes@1+shouting@2*0.5", "parts": []},
+    }
+    with page_of(browser, server.url) as page:
+        published = {"name": "plain", "version": 1, "digest": ""}
+        pretend(page, server, job, report, kind="merge", adapter=published)
+        page.goto(f"{server.url}/#/train/{job}")
+        card = page.locator(".reported")
+        expect(card).to_contain_text("dare_ties")
+        expect(card).to_contain_text("codes@1+shouting@2*0.5")
+        expect(card).to_contain_text("0.25")
+        for wrong in ("LoRA", "held out", "0 rows", "Steps"):
+            expect(card).not_to_contain_text(wrong)
+        expect(page.get_by_role("article", name="Job waits")).not_to_contain_text("Training loss")
+
+
+def test_prompts_of_many_rows_are_not_asked_for(server: ServerProcess, browser: Browser, job: str) -> None:
+    """They would all be tokenized for the three that are shown, each time that somebody looks at the job."""
+    told = server.client.get(f"/train/{job}").json()
+    report = {"method": "lora", "evaluation": None, "gate": {"passes": True, "reason": ""}}
+    asked: list[str] = []
+    with page_of(browser, server.url) as page:
+        published = {"name": "plain", "version": 1, "digest": ""}
+        pretend(page, server, job, report, adapter=published, config=told["config"] | {"dataset": "ds-large"})
+        page.route(
+            "**/datasets/ds-large",
+            lambda route: route.fulfill(json={"rows": 500_000, "kinds": {"completion": 500_000}}),
+        )
+        page.on("request", lambda request: asked.append(request.url) if request.method == "POST" else None)
+        with page.expect_response("**/datasets/ds-large"):
+            page.goto(f"{server.url}/#/train/{job}")
+        expect(page.get_by_role("form", name="Compare")).to_be_visible()
+        page.wait_for_timeout(500)
+    assert asked == []
