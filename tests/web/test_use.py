@@ -95,6 +95,74 @@ def test_news_may_come_faster_than_answers(server: ServerProcess, browser: Brows
         expect(page.get_by_role("article", name="Job waits")).to_contain_text("cancelled")
 
 
+def test_a_form_is_filled_in_while_its_rows_are_sent(server: ServerProcess, browser: Browser) -> None:
+    with page_of(browser, f"{server.url}/#/train/new") as page:
+        held = held_back(page, "**/datasets")
+        drop(page, ".drop", {"rows.jsonl": JSONL})
+        page.get_by_label("Name").fill("mine")
+        page.get_by_label("Epochs").fill("7")
+        held[0].continue_()
+        expect(page.get_by_label("Data set").locator("option:checked")).to_contain_text("rows.jsonl")
+        expect(page.get_by_label("Name")).to_have_value("mine")
+        expect(page.get_by_label("Epochs")).to_have_value("7")
+
+
+def test_a_dry_run_is_of_what_stands_there(server: ServerProcess, browser: Browser) -> None:
+    with page_of(browser, f"{server.url}/#/train/new") as page:
+        drop(page, ".drop", {"rows.jsonl": JSONL})
+        expect(page.get_by_label("Data set").locator("option:checked")).to_contain_text("rows.jsonl")
+        held = held_back(page, "**/train?dry_run=true")
+        page.get_by_role("button", name="Dry run").click()
+        page.get_by_label("Epochs").fill("9")
+        with page.expect_response("**/train?dry_run=true"):
+            held[0].continue_()
+        page.wait_for_timeout(300)
+        expect(page.get_by_role("status", name="Dry run")).to_have_count(0)
+        page.get_by_role("button", name="Dry run").click()
+        page.wait_for_timeout(100)
+        held[1].continue_()
+        expect(page.get_by_role("status", name="Dry run")).to_contain_text("9 steps")
+
+
+def test_what_is_sent_again_is_the_same_job(server: ServerProcess, browser: Browser) -> None:
+    """Whoever presses Train again, since no answer came, doesn't know whether the first one got there."""
+    with page_of(browser, f"{server.url}/#/train/new") as page:
+        drop(page, ".drop", {"rows.jsonl": JSONL})
+        expect(page.get_by_label("Data set").locator("option:checked")).to_contain_text("rows.jsonl")
+        page.get_by_label("Name").fill("once")
+        keys: list[str] = []
+
+        def lost(route: Route) -> None:
+            keys.append(route.request.headers["idempotency-key"])
+            route.fulfill(status=429, body="")
+
+        page.route("**/train", lost)
+        for number, name in enumerate(("once", "once", "another"), start=1):
+            page.get_by_label("Name").fill(name)
+            page.get_by_role("button", name="Train", exact=True).click()
+            expect(page.get_by_role("alert")).to_contain_text("429")
+            assert len(keys) == number
+        page.unroute("**/train")
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_enter_is_for_the_field_in_which_one_is(server: ServerProcess, browser: Browser) -> None:
+    with page_of(browser, f"{server.url}/#/playground") as page:
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url) if request.method == "POST" else None)
+        page.get_by_role("textbox", name="Question").fill("of whom?")
+        page.get_by_role("searchbox", name="Find").fill("blend1")
+        page.keyboard.press("Enter")
+        page.get_by_label("Expression").fill("blend01+blend02")
+        page.get_by_text("Save this blend under a name").click()
+        page.get_by_label("Name").fill("kept")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("status")).to_contain_text("kept@1")
+        assert asked == [f"{server.url}/compositions/kept"]
+        page.get_by_label("Expression").press("Enter")
+        expect(page.get_by_role("article", name="Answer of blend01+blend02")).to_be_visible()
+
+
 def test_a_job_of_many_steps(server: ServerProcess, browser: Browser, job: str) -> None:
     """Ten thousand rows that are drawn anew at each step are seconds, in which nothing can be pressed."""
     steps = [
@@ -147,6 +215,38 @@ def test_a_job_that_is_not_there(server: ServerProcess, browser: Browser) -> Non
         expect(page.get_by_role("alert")).to_contain_text("job-nothing")
         page.wait_for_timeout(3000)
     assert len(asked) == 1, asked
+
+
+def test_a_file_that_has_changed_since_it_was_chosen(
+    server: ServerProcess, browser: Browser, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    write(tmp_path, sample(tiny_base.config.shape, 2))
+    with page_of(browser, f"{server.url}/#/adapters") as page:
+        upload = page.get_by_role("form", name="Upload")
+        upload.locator("input[type=file]").set_input_files([tmp_path / CONFIG, tmp_path / WEIGHTS])
+        upload.get_by_label("Name").fill("changed")
+        (tmp_path / CONFIG).write_text("{}")
+        os.utime(tmp_path / CONFIG, (1, 1))
+        upload.get_by_role("button", name="Upload").click()
+        expect(upload.get_by_role("alert")).to_contain_text(f"{CONFIG} can't be read")
+
+
+def test_who_has_left_is_not_fetched_back(
+    server: ServerProcess, browser: Browser, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    write(tmp_path, sample(tiny_base.config.shape, 3))
+    with page_of(browser, f"{server.url}/#/adapters") as page:
+        held = held_back(page, "**/adapters/late")
+        upload = page.get_by_role("form", name="Upload")
+        drop(page, ".drop", {file: (tmp_path / file).read_bytes() for file in (CONFIG, WEIGHTS)})
+        upload.get_by_label("Name").fill("late")
+        upload.get_by_role("button", name="Upload").click()
+        page.get_by_role("link", name="Engine").click()
+        expect(page.get_by_role("heading", name="Engine")).to_be_visible()
+        with page.expect_response("**/adapters/late"):
+            held[0].continue_()
+        page.wait_for_timeout(500)
+        assert page.url.endswith("#/engine")
 
 
 def test_why_no_version_was_published(server: ServerProcess, browser: Browser, job: str) -> None:

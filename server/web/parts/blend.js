@@ -40,7 +40,7 @@ export function Blend({ adapters, value, problem, onChange }) {
 
   return html`${
     all.length > SHOWN
-      ? html`<${TextField} label="Find" type="search" value=${filter} onChange=${setFilter} />`
+      ? html`<${TextField} label="Find" type="search" value=${filter} onChange=${setFilter} onEnter=${() => {}} />`
       : null
   }
     <datalist id="weights"><option value="-1"></option><option value="0"></option><option value="1"></option><option value="2"></option></datalist>
