@@ -163,6 +163,19 @@ def test_enter_is_for_the_field_in_which_one_is(server: ServerProcess, browser: 
         expect(page.get_by_role("article", name="Answer of blend01+blend02")).to_be_visible()
 
 
+@pytest.mark.parametrize("size", [DESKTOP, PHONE])
+def test_what_is_chosen_is_seen(server: ServerProcess, browser: Browser, size: tuple[int, int]) -> None:
+    """However long the list is in which it was."""
+    for _ in range(20):
+        submitted(server)
+    with page_of(browser, f"{server.url}/#/adapters", size) as page:
+        page.get_by_role("link", name="blend38").click()
+        expect(page.get_by_role("article", name="blend38").get_by_role("heading").first).to_be_in_viewport()
+        page.goto(f"{server.url}/#/train")
+        page.get_by_role("navigation", name="Jobs").get_by_role("link").nth(19).click()
+        expect(page.get_by_role("article").get_by_role("heading").first).to_be_in_viewport()
+
+
 def test_a_job_of_many_steps(server: ServerProcess, browser: Browser, job: str) -> None:
     """Ten thousand rows that are drawn anew at each step are seconds, in which nothing can be pressed."""
     steps = [
@@ -247,6 +260,24 @@ def test_who_has_left_is_not_fetched_back(
             held[0].continue_()
         page.wait_for_timeout(500)
         assert page.url.endswith("#/engine")
+
+
+def test_the_audit_list_has_words_for_every_deed(server: ServerProcess, browser: Browser, job: str) -> None:
+    server.client.post(f"/train/{job}/cancel").raise_for_status()
+    server.client.delete(f"/train/{job}").raise_for_status()
+    rows = server.client.post("/datasets", files={"file": ("few.jsonl", JSONL + b"\n" + JSONL)}).json()["id"]
+    server.client.delete(f"/datasets/{rows}").raise_for_status()
+    server.client.put("/adapters/plain/aliases/prod", json={"version": 1}).raise_for_status()
+    server.client.delete("/adapters/plain/aliases/prod").raise_for_status()
+    file = server.client.post(
+        "/v1/files", files={"file": ("few.jsonl", JSONL)}, data={"purpose": "fine-tune"}
+    ).json()["id"]
+    server.client.delete(f"/v1/files/{file}").raise_for_status()
+    with page_of(browser, f"{server.url}/#/access") as page:
+        log = page.get_by_role("region", name="Audit", exact=True)
+        for words in ("removed a job's files", "deleted a data set", "removed an alias", "deleted a file"):
+            expect(log).to_contain_text(words)
+        assert not re.search(r"\b(job|dataset|alias|file)\.delete\b", log.inner_text())
 
 
 def test_why_no_version_was_published(server: ServerProcess, browser: Browser, job: str) -> None:
