@@ -14,7 +14,7 @@ from server.model.base.weights import BaseModel
 from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
 from tests.end_to_end.server_process import ServerProcess
 from tests.server.training.worker.merge_kit import sample
-from tests.web.browser import DESKTOP, PHONE, drop, page_of
+from tests.web.browser import DESKTOP, PHONE, drop, is_wider_than_the_screen, page_of
 
 ROWS = [{"prompt": "a", "completion": "b"}] * 4
 JSONL = "\n".join(map(json.dumps, ROWS)).encode()
@@ -195,6 +195,50 @@ def test_a_job_of_many_steps(server: ServerProcess, browser: Browser, job: str) 
         expect(rows.last).to_contain_text("10000")
         expect(rows.filter(has_text="4001")).to_contain_text("2.000")  # what was measured is told
         assert rows.count() <= 502
+
+
+def test_a_long_name_on_a_phone(
+    server: ServerProcess, browser: Browser, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    name = "x" * 64
+    write(tmp_path, sample(tiny_base.config.shape, 4))
+    server.upload(name, tmp_path)
+    with page_of(browser, f"{server.url}/#/playground", PHONE) as page:
+        page.get_by_label("Expression").fill(f"{name}*0.5+plain")
+        expect(page.get_by_text(f"{name} alone")).to_be_visible()
+        assert not is_wider_than_the_screen(page)
+
+
+def test_one_adapter_twice(server: ServerProcess, browser: Browser, tiny_base: BaseModel, tmp_path: Path) -> None:
+    """Two versions in one blend: the slider is the first one's, and what it doesn't move stays to the last digit."""
+    write(tmp_path, sample(tiny_base.config.shape, 5))
+    server.upload("plain", tmp_path)
+    with page_of(browser, f"{server.url}/#/playground") as page:
+        expression = page.get_by_label("Expression")
+        expression.fill("plain@1*0.5+plain@2*0.123456")
+        page.get_by_label("Weight of plain", exact=True).press("ArrowLeft")
+        expect(expression).to_have_value("plain@1*0.45+plain@2*0.123456")
+        page.get_by_label("plain", exact=True).click()
+        expect(expression).to_have_value("plain@2*0.123456")
+
+
+def test_charts_come_once_they_can_be_loaded(server: ServerProcess, browser: Browser) -> None:
+    """Their library is asked for when the first is drawn, which may be while the server starts anew."""
+    asked: list[str] = []
+
+    def fails_once(route: Route) -> None:
+        asked.append(route.request.url)
+        if len(asked) == 1:
+            route.fulfill(status=404, body="")
+        else:
+            route.continue_()
+
+    with page_of(browser, server.url) as page:
+        page.route("**/uplot.mjs*", fails_once)
+        page.goto(f"{server.url}/#/engine")
+        expect(page.get_by_text("can't be drawn").first).to_be_visible()
+        expect(page.locator("canvas").first).to_be_visible()
+        expect(page.get_by_text("can't be drawn")).to_have_count(0)
 
 
 def test_tabs_that_nobody_looks_at(server: ServerProcess, browser: Browser) -> None:
