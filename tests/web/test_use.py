@@ -210,7 +210,7 @@ def test_a_long_name_on_a_phone(
 
 
 def test_one_adapter_twice(server: ServerProcess, browser: Browser, tiny_base: BaseModel, tmp_path: Path) -> None:
-    """Two versions in one blend: the slider is the first one's, and what it doesn't move stays to the last digit."""
+    """Two versions in one blend: the slider is the first one's, and what it doesn't move stays as it is."""
     write(tmp_path, sample(tiny_base.config.shape, 5))
     server.upload("plain", tmp_path)
     with page_of(browser, f"{server.url}/#/playground") as page:
