@@ -14,7 +14,7 @@ from server.model.base.weights import BaseModel
 from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
 from tests.end_to_end.server_process import ServerProcess
 from tests.server.training.worker.merge_kit import sample
-from tests.web.browser import DESKTOP, PHONE, drop, is_wider_than_the_screen, page_of
+from tests.web.browser import DESKTOP, PHONE, drop, is_wider_than_the_screen, page_of, violations
 
 ROWS = [{"prompt": "a", "completion": "b"}] * 4
 JSONL = "\n".join(map(json.dumps, ROWS)).encode()
@@ -171,6 +171,9 @@ def test_what_is_chosen_is_seen(server: ServerProcess, browser: Browser, size: t
     with page_of(browser, f"{server.url}/#/adapters", size) as page:
         page.get_by_role("link", name="blend38").click()
         expect(page.get_by_role("article", name="blend38").get_by_role("heading").first).to_be_in_viewport()
+        if size == DESKTOP:  # nor does the list go, in which one may want the next
+            expect(page.get_by_role("link", name="blend38")).to_be_in_viewport()
+            assert violations(page) == []
         page.goto(f"{server.url}/#/train")
         page.get_by_role("navigation", name="Jobs").get_by_role("link").nth(19).click()
         expect(page.get_by_role("article").get_by_role("heading").first).to_be_in_viewport()
