@@ -60,6 +60,12 @@ def training_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype is torch.float16 else dtype
 
 
+def multiplied_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In which such weights are multiplied: fp32 on a CPU without products of bf16, at which torch is slow."""
+    is_lacking = device.type == "cpu" and dtype is torch.bfloat16 and not cpu_flags() & _BF16_FLAGS
+    return torch.float32 if is_lacking else dtype
+
+
 def cpu_flags(text: str | None = None) -> frozenset[str]:
     """The first CPU's features as Linux names them; empty where it does not say. `text` stands in for its file."""
     if text is None:

@@ -132,6 +132,8 @@ def test_an_adapter_past_the_list(server: ServerProcess, browser: Browser, adapt
         page.goto(f"{server.url}/#/adapters/{adapter}")
         expect(page.get_by_text("There are more than this page lists: find them by name.")).to_be_visible()
         expect(page.get_by_role("article", name=adapter)).to_contain_text("latest")
+        expect(page.get_by_role("button", name="Make private")).to_be_visible()  # it is its project's
+        expect(page.get_by_role("heading", name="Other projects', public")).to_have_count(0)
         page.get_by_role("searchbox", name="Find").fill("EBR")
         expect(page.locator("ul.names").first.locator("li")).to_have_text(re.compile(adapter))  # its project's
         expect(page.locator("ul.names li")).to_have_count(1)
@@ -144,6 +146,9 @@ def test_an_adapter_past_the_list(server: ServerProcess, browser: Browser, adapt
         expect(page.get_by_role("checkbox", name="c001")).to_be_visible()
         expect(page.get_by_role("checkbox", name=adapter)).to_be_checked()
         expect(page.get_by_role("textbox", name="Expression")).to_have_value(adapter)
+        page.goto(f"{server.url}/#/train/new")
+        page.get_by_text("More settings").click()
+        page.get_by_role("textbox", name="Go on from").fill(adapter)
 
 
 def test_jobs_past_the_list(server: ServerProcess, browser: Browser, job: str) -> None:

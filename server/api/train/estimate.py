@@ -12,6 +12,7 @@ from typing import Annotated, Literal, cast
 import torch
 from pydantic import Field
 
+from server.model.device import multiplied_dtype
 from server.model.gpu import gpu_of
 from server.training.data.job_data import JobData
 from server.training.queue.jobs import Job, Jobs, Status
@@ -43,7 +44,7 @@ class Estimator:
     def __init__(self, jobs: Jobs, num_parameters: int, dtype: torch.dtype, device: torch.device) -> None:
         self._jobs = jobs
         self._num_parameters = num_parameters
-        self._dtype = dtype
+        self._dtype = multiplied_dtype(dtype, device)
         self._device = device
 
     def estimate(self, spec: JobSpec, data: JobData) -> Estimate:

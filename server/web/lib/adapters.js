@@ -18,10 +18,11 @@ export async function listAdapters(signal, only = {}) {
     get(`/adapters?${which}`, signal),
     get(`/adapters?public=true&${which}`, signal),
   ]);
-  const names = new Set(own.adapters.map((/** @type {Adapter} */ adapter) => adapter.name));
+  const isOwn = (/** @type {Adapter} */ adapter) => !adapter.name.includes("/"); // public, and past the list of own
+  const all = together(own.adapters, shared.adapters.filter(isOwn));
   return {
-    own: own.adapters,
-    shared: shared.adapters.filter((/** @type {Adapter} */ adapter) => !names.has(adapter.name)),
+    own: all,
+    shared: together(all, shared.adapters).slice(all.length),
     isCut: Boolean(own.next || shared.next),
   };
 }

@@ -148,7 +148,17 @@ function fieldsOf(block) {
  * @param {(share: number) => void} onProgress from 0 to 1
  * @returns {Promise<any>}
  */
-export function upload(path, form, onProgress) {
+export async function upload(path, form, onProgress) {
+  for (const file of form.values()) {
+    if (!(file instanceof File)) continue;
+    const reading = file.slice(0, 1).arrayBuffer(); // when it is being sent, a browser says no more than that it failed
+    await reading.catch(() => {
+      throw new Problem(
+        0,
+        `the file ${file.name} can't be read: it has changed since it was chosen, or is a folder`,
+      );
+    });
+  }
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
     request.open("POST", new URL(path.replace(/^\//, ""), ROOT));

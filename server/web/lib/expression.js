@@ -42,18 +42,17 @@ export function parse(text) {
   return terms;
 }
 
+/** As the grammar has numbers. @param {number} weight */
+const written = (weight) => weight.toFixed(12).replace(/\.?0+$/, "");
+
 /** The versions that an answer came from, whatever their names mean by now. @param {Part[]} parts */
 export function pinned(parts) {
-  return parts
-    .map((part) => `${part.name}@${part.version}*${part.weight.toFixed(12).replace(/\.?0+$/, "")}`)
-    .join("+");
+  return parts.map((part) => `${part.name}@${part.version}*${written(part.weight)}`).join("+");
 }
 
 /** @param {Term[]} terms */
 export function format(terms) {
   return terms
-    .map(
-      ({ name, pin, weight }) => name + (pin && `@${pin}`) + (weight === 1 ? "" : `*${Number(weight.toFixed(4))}`),
-    )
+    .map(({ name, pin, weight }) => name + (pin && `@${pin}`) + (weight === 1 ? "" : `*${written(weight)}`))
     .join("+");
 }

@@ -31,9 +31,10 @@ export function duration(seconds) {
 /** A loss, or another number of about that size. @param {number | null | undefined} value */
 export const loss = (value) => (value === null || value === undefined ? "–" : value.toPrecision(3));
 
+const MOMENT = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
+
 /** A moment, in the reader's own time. @param {string} iso */
-export const moment = (iso) =>
-  new Date(iso).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
+export const moment = (iso) => MOMENT.format(new Date(iso));
 
 /** @param {string} iso */
 export const ago = (iso) => `${duration(Math.max(0, (Date.now() - Date.parse(iso)) / 1000))} ago`;

@@ -22,16 +22,19 @@ export function useResource(load, deps, seconds = 0) {
     /** @type {{data: T | null, problem: Problem | null}} */ ({ data: null, problem: null }),
   );
   const secret = useStore(key);
-  const turns = useRef({ begun: 0, ended: 0 });
+  const turns = useRef({ begun: 0, ended: 0, shown: 0 });
   const fetchNow = useCallback(
     async (/** @type {AbortSignal} */ signal) => {
       const turn = (turns.current.begun += 1);
-      const isLate = () => signal.aborted || turn !== turns.current.begun; // what began later knows more
+      const isLate = () => signal.aborted || turn < turns.current.shown; // what began later knows more
       try {
         const data = await load(signal);
-        if (!isLate()) setState({ data, problem: null });
+        if (isLate()) return;
+        turns.current.shown = turn;
+        setState({ data, problem: null });
       } catch (error) {
         if (isLate()) return;
+        turns.current.shown = turn;
         const problem = asProblem(error);
         // what was there stays while the server is away for a moment, but not for another key
         setState((before) => ({
@@ -45,6 +48,7 @@ export function useResource(load, deps, seconds = 0) {
     [...deps, secret],
   );
   useEffect(() => {
+    turns.current.shown = turns.current.begun + 1; // what began before is of something else
     setState({ data: null, problem: null });
     const controller = new AbortController();
     void fetchNow(controller.signal);
@@ -60,6 +64,13 @@ export function useResource(load, deps, seconds = 0) {
     };
   }, [fetchNow, seconds]);
   return { ...state, reload: () => fetchNow(new AbortController().signal) };
+}
+
+/** Whether the one who asks is still shown: what ends later takes nobody back who went on to something else. */
+export function useIsShown() {
+  const isShown = useRef(true);
+  useEffect(() => () => void (isShown.current = false), []);
+  return () => isShown.current;
 }
 
 /** @param {unknown} error @returns {Problem} */

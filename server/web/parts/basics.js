@@ -1,5 +1,5 @@
 /** What every view is made of: problems, labelled fields, badges, bars. */
-import { html, useId, useRef } from "../lib/html.js";
+import { html, useEffect, useId, useRef } from "../lib/html.js";
 import { duration } from "../lib/format.js";
 
 /** @import { Problem } from "../lib/api.js" */
@@ -62,13 +62,20 @@ export function Field({ label, name = "", hint = "", problem = null, className =
  */
 
 /**
- * @param {About & {value: string, type?: string, placeholder?: string, onChange: (value: string) => void}} props
+ * @param {About & {value: string, type?: string, placeholder?: string, onChange: (value: string) => void,
+ *   onEnter?: () => void}} props `onEnter`: what Enter does, where it isn't to submit the form around it
  */
-export function TextField({ value, type = "text", placeholder = "", onChange, ...about }) {
+export function TextField({ value, type = "text", placeholder = "", onChange, onEnter, ...about }) {
+  /** @param {KeyboardEvent} event */
+  function onKeyDown(event) {
+    if (!onEnter || event.key !== "Enter" || event.isComposing || event.ctrlKey || event.metaKey) return;
+    event.preventDefault();
+    onEnter();
+  }
   return html`<${Field} ...${about}>
     ${(/** @type {object} */ attributes) =>
       html`<input ...${attributes} type=${type} autocomplete="off" spellcheck=${false} placeholder=${placeholder} value=${value}
-        onInput=${(/** @type {Typed} */ event) => onChange(event.currentTarget.value)} />`}
+        onInput=${(/** @type {Typed} */ event) => onChange(event.currentTarget.value)} onKeyDown=${onKeyDown} />`}
   <//>`;
 }
 
@@ -179,6 +186,20 @@ export function Careful({ label, sure, deed = label, busy = false, onSure }) {
         <button type="button" class="plain" onClick=${close}>Leave it as it is</button>
       </p>
     </dialog>`;
+}
+
+/**
+ * For the element that has what was chosen in a list: it is scrolled to where the list is so long, or the screen so
+ * small, that it would be out of sight.
+ * @param {string} chosen "": nothing, or the list isn't there yet
+ */
+export function useInSight(chosen) {
+  const place = useRef(/** @type {HTMLElement | null} */ (null));
+  useEffect(() => {
+    const top = place.current?.getBoundingClientRect().top ?? 0;
+    if (chosen && (top < 0 || top > innerHeight / 2)) place.current?.scrollIntoView({ block: "start" });
+  }, [chosen]);
+  return place;
 }
 
 /** @param {{warnings: string[]}} props */

@@ -31,16 +31,16 @@ export function Blend({ adapters, value, problem, onChange }) {
 
   /** @param {string} name @param {Partial<Term> | null} change null: take it out */
   function change(name, change) {
-    const found = terms ?? [];
-    if (!change) onChange(format(found.filter((term) => term.name !== name)));
-    else if (used.has(name))
-      onChange(format(found.map((term) => (term.name === name ? { ...term, ...change } : term))));
-    else onChange(format([...found, { name, pin: "", weight: 1, ...change }]));
+    const next = [...(terms ?? [])];
+    const place = next.findIndex((term) => term.name === name); // of two versions the first one's
+    const term = next[place] ?? { name, pin: "", weight: 1 };
+    next.splice(place < 0 ? next.length : place, 1, ...(change ? [{ ...term, ...change }] : []));
+    onChange(format(next));
   }
 
   return html`${
     all.length > SHOWN
-      ? html`<${TextField} label="Find" type="search" value=${filter} onChange=${setFilter} />`
+      ? html`<${TextField} label="Find" type="search" value=${filter} onChange=${setFilter} onEnter=${() => {}} />`
       : null
   }
     <datalist id="weights"><option value="-1"></option><option value="0"></option><option value="1"></option><option value="2"></option></datalist>

@@ -14,8 +14,10 @@ const MEASURES = /** @type {const} */ ([
 export function Card({ report }) {
   const held = report.evaluation;
   const points = useMemo(() => pointsOf(report.curves), [report]);
+  if (report.kind === "merge") return html`<${MergeCard} report=${report} />`;
   return html`<div class="reported">
     ${held?.base && held.tuned ? html`<p>${verdictOf(held)}</p>` : null}
+    ${report.gate?.passes === false && report.method !== "full" ? html`<p class="warning">No version was published: ${report.gate.reason}.</p>` : null}
     ${report.description ? html`<p>${report.description}</p>` : null}
     ${
       held
@@ -58,6 +60,22 @@ export function Card({ report }) {
     </dl>
     <${LossChart} points=${points} />
   </div>`;
+}
+
+/** @param {{report: any}} props of a merge, which has neither rows nor steps */
+function MergeCard({ report }) {
+  return html`<dl class="reported">
+    <dt>Merged by</dt>
+    <dd>${report.method}</dd>
+    <dt>Made of</dt>
+    <dd><code>${report.lineage?.expression}</code></dd>
+    <dt>Distance</dt>
+    <dd>${loss(report.distance)} from the exact sum, as a share of it</dd>
+    <dt>Took</dt>
+    <dd>${duration(report.wall_seconds ?? 0)}, ${bytes(report.peak_memory_bytes ?? 0)} of memory at most</dd>
+    <dt>Stored</dt>
+    <dd>${bytes(report.bytes_stored ?? 0)}</dd>
+  </dl>`;
 }
 
 /** Better or not, in words. @param {any} held */

@@ -1,13 +1,27 @@
 /** Curves over one axis, by uPlot, which is loaded when the first is drawn. */
-import { html, useEffect, useRef } from "../lib/html.js";
+import { html, useEffect, useRef, useState } from "../lib/html.js";
 import { Table } from "./basics.js";
 
 /**
  * @typedef {{label: string, tone: "first" | "second" | "third", values: (number | null)[]}} Series
  */
 
-/** @type {Promise<typeof import("../vendor/uplot.mjs")> | null} */
+/** @type {Promise<typeof import("../vendor/uplot.mjs") | null> | null} null in it: it couldn't be loaded */
 let library = null;
+let tries = 0;
+const RETRY_SECONDS = 3;
+
+/** The library; what a browser couldn't load once it doesn't ask for again under the same address. */
+async function load() {
+  const query = tries ? `?${tries}` : "";
+  library ??= import(`../vendor/uplot.mjs${query}`).catch(() => null);
+  const found = await library;
+  if (!found) {
+    library = null;
+    tries += 1;
+  }
+  return found;
+}
 
 /** Distances between whole numbers on an axis. */
 const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000, 100_000];
@@ -33,6 +47,7 @@ export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }
   const place = useRef(/** @type {HTMLDivElement | null} */ (null));
   const plot = useRef(/** @type {InstanceType<typeof import("../vendor/uplot.mjs").default> | null} */ (null));
   const latest = useRef({ x, series });
+  const [isMissing, setMissing] = useState(false);
   const shape = series.map((one) => one.label).join("|");
 
   useEffect(() => {
@@ -42,9 +57,14 @@ export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }
     const fit = new ResizeObserver(() => plot.current?.setSize({ width: element.clientWidth, height }));
     const dark = matchMedia("(prefers-color-scheme: dark)");
     const draw = async () => {
-      library ??= import("../vendor/uplot.mjs");
-      const { default: UPlot } = await library;
+      const found = await load();
       if (gone) return;
+      setMissing(!found);
+      if (!found) {
+        setTimeout(() => !gone && draw(), RETRY_SECONDS * 1000);
+        return;
+      }
+      const { default: UPlot } = found;
       plot.current?.destroy();
       const rule = { stroke: colour("line"), width: 1 };
       const axis = { stroke: colour("muted"), grid: rule, ticks: rule };
@@ -89,6 +109,7 @@ export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }
 
   return html`<figure class="chart">
     <figcaption>${title}</figcaption>
+    ${isMissing ? html`<p class="muted">It can't be drawn just now. If that stays so, reload the page.</p>` : null}
     <div ref=${place} aria-hidden="true"></div>
     ${
       isTime

@@ -4,8 +4,22 @@ import { Chart } from "./chart.js";
 
 /** @typedef {{step: number, train: number | null, held: number | null}} Point */
 
+const MOST = 500;
+
+/**
+ * Evenly thinned out where there are more than one sees; what was measured of the held-out rows stays.
+ * @param {Point[]} points
+ */
+function thinned(points) {
+  const every = Math.ceil(points.length / MOST);
+  return points.filter(
+    (point, place) => point.held !== null || place % every === 0 || place === points.length - 1,
+  );
+}
+
 /** @param {{points: Point[]}} props */
-export function LossChart({ points }) {
+export function LossChart({ points: all }) {
+  const points = useMemo(() => thinned(all), [all]);
   const x = useMemo(() => points.map((point) => point.step), [points]);
   const series = useMemo(() => {
     const held = points.map((point) => point.held);

@@ -4,6 +4,8 @@ import { html, useEffect, useState } from "../lib/html.js";
 import { useAction, useResource } from "../lib/resource.js";
 import { Choice, Fault, Form, TextField } from "./basics.js";
 
+const MOST_ROWS = 5000; // all of them are tokenized for the few that are shown
+
 /**
  * What its rows are like: whether they are turns of a chat, and the prompts of the first ones.
  * @param {Job} job
@@ -12,9 +14,9 @@ import { Choice, Fault, Form, TextField } from "./basics.js";
 async function rowsOf(job, signal) {
   const { dataset } = job.config;
   if (!dataset) return { isChat: false, prompts: [] };
-  const { kinds } = await get(`/datasets/${encodeURIComponent(dataset)}`, signal);
+  const { kinds, rows } = await get(`/datasets/${encodeURIComponent(dataset)}`, signal);
   if (kinds.messages) return { isChat: true, prompts: [] };
-  if (!kinds.completion) return { isChat: false, prompts: [] };
+  if (!kinds.completion || rows > MOST_ROWS) return { isChat: false, prompts: [] };
   /** @type {DryRun} */
   const found = await ask("POST", "/train?dry_run=true", {
     json: { name: job.name, dataset, validation: 0 },

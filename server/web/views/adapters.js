@@ -4,9 +4,9 @@ import { upload } from "../lib/api.js";
 import { checked } from "../lib/expression.js";
 import { html, useState } from "../lib/html.js";
 import { plural } from "../lib/format.js";
-import { useAction, useResource } from "../lib/resource.js";
+import { useAction, useIsShown, useResource } from "../lib/resource.js";
 import { go, to } from "../lib/route.js";
-import { Badge, Fault, Form, TextField } from "../parts/basics.js";
+import { Badge, Fault, Form, TextField, useInSight } from "../parts/basics.js";
 import { DropZone } from "../parts/drop.js";
 import { AdapterDetail } from "./adapter.js";
 
@@ -20,7 +20,9 @@ export function AdaptersView({ path }) {
   const shared = listed?.shared ?? [];
   // what only the search has is `Unlisted`'s, which keeps it fresh
   const [ours, others] = [adapters.data?.own ?? [], adapters.data?.shared ?? []];
-  const found = [...ours, ...others].find((adapter) => adapter.name === name);
+  // past the list, that it isn't among the project's own says nothing of whose it is
+  const found = [...ours, ...(adapters.data?.isCut ? [] : others)].find((adapter) => adapter.name === name);
+  const detail = useInSight(adapters.data ? name : "");
   const matches = (/** @type {Adapter} */ adapter) => adapter.name.toLowerCase().includes(filter.toLowerCase());
   return html`<h1>Adapters</h1>
     <${Fault} problem=${adapters.problem} />
@@ -40,7 +42,7 @@ export function AdaptersView({ path }) {
             : null
         }
       </div>
-      <div class="detail">
+      <div class="detail" ref=${detail}>
         ${
           found
             ? html`<${AdapterDetail} key=${name} adapter=${found} isOwn=${ours.includes(found)} onChange=${adapters.reload} />`
@@ -108,6 +110,7 @@ function Upload({ onDone }) {
   const [name, setName] = useState("");
   const [files, setFiles] = useState(/** @type {File[]} */ ([]));
   const [share, setShare] = useState(/** @type {number | null} */ (null));
+  const isShown = useIsShown();
   const send = useAction(async () => {
     const form = formOf(files);
     if (!form) return;
@@ -116,7 +119,7 @@ function Upload({ onDone }) {
       const version = await upload(`/adapters/${checked(name)}`, form, setShare);
       setFiles([]);
       onDone();
-      go("adapters", version.name);
+      if (isShown()) go("adapters", version.name);
     } finally {
       setShare(null);
     }

@@ -12,6 +12,10 @@ const WORDS = {
   "adapter.delete": "deleted an adapter",
   "adapter.public": "made an adapter public",
   "adapter.private": "made an adapter private",
+  "job.delete": "removed a job's files",
+  "dataset.delete": "deleted a data set",
+  "file.delete": "deleted a file",
+  "alias.delete": "removed an alias",
   "project.limit": "set a project's limits",
   "project.delete": "deleted a project",
 };

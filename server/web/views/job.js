@@ -1,10 +1,10 @@
 /** One job: its curves while they move, what it says, what may be done with it, and what came of it. */
-import { ask, download, events, get } from "../lib/api.js";
+import { Problem, ask, download, events, get } from "../lib/api.js";
 import { ago, count, duration, loss, moment, plural } from "../lib/format.js";
 import { html, useEffect, useMemo, useState } from "../lib/html.js";
 import { useAction, useResource } from "../lib/resource.js";
 import { go, to } from "../lib/route.js";
-import { Bar, Careful, Fault } from "../parts/basics.js";
+import { Bar, Careful, Fault, Warnings } from "../parts/basics.js";
 import { Card } from "../parts/card.js";
 import { LossChart } from "../parts/loss.js";
 import { TryIt } from "../parts/try_it.js";
@@ -13,10 +13,19 @@ import { Status } from "./train.js";
 const ENDED = new Set(["succeeded", "failed", "cancelled"]);
 const RETRY_SECONDS = 2;
 const GATHER_SECONDS = 0.25;
+const MOST_LINES = 500;
+
+/** Once the tab is looked at. */
+const seen = () =>
+  new Promise((resolve) => {
+    if (document.hidden) document.addEventListener("visibilitychange", resolve, { once: true });
+    else resolve(null);
+  });
 
 /**
  * The job's events, as they come; after a broken connection from where it broke. Those that come together are told
- * together: of a job that has ended that is all of them.
+ * together: of a job that has ended that is all of them. A browser has few connections to a server, for all tabs
+ * together: one that isn't looked at keeps none.
  * @param {string} id
  * @param {() => void} onNews
  */
@@ -36,22 +45,32 @@ function useEvents(id, onNews) {
       onNews();
     };
     const follow = async () => {
-      while (!signal.aborted) {
+      for (;;) {
+        await seen();
+        if (signal.aborted) return;
+        const connection = new AbortController();
+        const leave = () => (document.hidden || signal.aborted) && connection.abort();
+        document.addEventListener("visibilitychange", leave);
+        signal.addEventListener("abort", leave);
         try {
           const headers = last ? { "Last-Event-ID": last } : {};
           for await (const { id: seq, data } of events("GET", `/train/${encodeURIComponent(id)}/events`, {
             headers,
-            signal,
+            signal: connection.signal,
           })) {
             last = seq;
             if (fresh.push(JSON.parse(data)) === 1) setTimeout(tell, GATHER_SECONDS * 1000);
           }
           // a server that ends lets go of its followers, too
           if (ENDED.has((await get(`/train/${encodeURIComponent(id)}`, signal)).status)) return;
-        } catch {
-          if (signal.aborted) return;
+        } catch (error) {
+          // it isn't there, or not this key's to see
+          if (error instanceof Problem && [403, 404].includes(error.status)) return;
+        } finally {
+          document.removeEventListener("visibilitychange", leave);
+          signal.removeEventListener("abort", leave);
         }
-        await new Promise((resolve) => setTimeout(resolve, RETRY_SECONDS * 1000));
+        if (!connection.signal.aborted) await new Promise((resolve) => setTimeout(resolve, RETRY_SECONDS * 1000));
       }
     };
     void follow();
@@ -95,8 +114,9 @@ export function JobDetail({ id, onChange }) {
     go("train");
   });
   if (!job.data) return html`<${Fault} problem=${job.problem} />`;
-  const { name, status, progress, metrics, adapter, error, config } = job.data;
+  const { kind, name, status, progress, metrics, adapter, error, config } = job.data;
   const isOver = ENDED.has(status);
+  const isMerge = kind === "merge";
   const step = Math.max(progress.step, points.at(-1)?.step ?? 0); // events come sooner
   return html`<article class="card" aria-label="Job ${name}">
     <div class="row between">
@@ -126,16 +146,21 @@ export function JobDetail({ id, onChange }) {
             ${
               status === "queued"
                 ? "Waits for a worker."
-                : `Step ${count(step)} of ${count(progress.total_steps ?? 0)}${progress.eta_seconds ? `, about ${duration(progress.eta_seconds)} to go` : status === "running" && !step ? ": the base is measured first, which takes a while" : ""}`
+                : `Step ${count(step)} of ${count(progress.total_steps ?? 0)}${progress.eta_seconds ? `, about ${duration(progress.eta_seconds)} to go` : status === "running" && !step && !isMerge ? ": the base is measured first, which takes a while" : ""}`
             }
           </p>`
     }
-    <dl class="figures">
+    <${Warnings} warnings=${[...new Set(found.filter((event) => event.level === "warning").map((event) => event.message))]} />
+    ${
+      isMerge
+        ? null
+        : html`<dl class="figures">
       <div><dt>Training loss</dt><dd>${loss(metrics["train_loss"])}</dd></div>
       <div><dt>Held-out loss</dt><dd>${loss(metrics["eval_loss"])}</dd></div>
       <div><dt>Base's held-out loss</dt><dd>${loss(metrics["base_eval_loss"])}</dd></div>
       <div><dt>Tokens a second</dt><dd>${progress.tokens_per_second ? count(Math.round(progress.tokens_per_second)) : "–"}</dd></div>
-    </dl>
+    </dl>`
+    }
     ${
       adapter
         ? html`<p class="done">
@@ -157,8 +182,15 @@ export function JobDetail({ id, onChange }) {
     <details>
       <summary>${plural(found.length, "event")}</summary>
       <ol class="log">
-        ${[...found].reverse().map((event) => html`<li key=${event.seq} class=${event.level}><time datetime=${event.at} title=${moment(event.at)}>${ago(event.at)}</time> ${event.message}</li>`)}
+        ${found
+          .slice(-MOST_LINES)
+          .reverse()
+          .map(
+            (event) =>
+              html`<li key=${event.seq} class=${event.level}><time datetime=${event.at} title=${moment(event.at)}>${ago(event.at)}</time> ${event.message}</li>`,
+          )}
       </ol>
+      ${found.length > MOST_LINES ? html`<small>The newest ${count(MOST_LINES)}; all of them: <code>GET ${path}/events</code></small>` : null}
     </details>
   </article>`;
 }

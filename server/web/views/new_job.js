@@ -2,8 +2,8 @@
 import { listAdapters } from "../lib/adapters.js";
 import { ask, get, upload } from "../lib/api.js";
 import { count, duration, plural } from "../lib/format.js";
-import { html, useState } from "../lib/html.js";
-import { useAction, useResource } from "../lib/resource.js";
+import { html, useRef, useState } from "../lib/html.js";
+import { useAction, useIsShown, useResource } from "../lib/resource.js";
 import { go } from "../lib/route.js";
 import { Fault, Form, NumberField, SelectField, TextField, Warnings } from "../parts/basics.js";
 import { DropZone } from "../parts/drop.js";
@@ -79,18 +79,28 @@ export function NewJob({ onQueued }) {
   );
   const adapters = useResource(listAdapters, []);
   const change = (/** @type {keyof Fields} */ name) => (/** @type {any} */ value) => {
-    setForm({ ...form, [name]: value });
+    setForm((before) => ({ ...before, [name]: value })); // rows may have been on their way while others were typed
     setDry(null);
   };
+  const latest = useRef(form);
+  latest.current = form;
   const check = useAction(async () => {
     const json = bodyOf({ ...form, name: form.name || "unnamed" });
-    setDry(await ask("POST", "/train?dry_run=true", { json }));
+    const found = await ask("POST", "/train?dry_run=true", { json });
+    if (latest.current === form) setDry(found);
   });
+  const sent = useRef({ json: "", key: "" });
+  const isShown = useIsShown();
   const submit = useAction(async () => {
-    const headers = { "Idempotency-Key": crypto.randomUUID?.() ?? String(Math.random()) };
-    const job = await ask("POST", "/train", { json: bodyOf(form), headers });
+    // once more the same, as after an answer that got lost, is the same job
+    const json = JSON.stringify(bodyOf(form));
+    if (sent.current.json !== json) sent.current = { json, key: crypto.randomUUID?.() ?? String(Math.random()) };
+    const job = await ask("POST", "/train", {
+      json: bodyOf(form),
+      headers: { "Idempotency-Key": sent.current.key },
+    });
     onQueued();
-    go("train", job.id);
+    if (isShown()) go("train", job.id);
   });
   const problem = submit.problem ?? check.problem;
   const isReady = Boolean(form.name && form.dataset);
@@ -115,7 +125,11 @@ export function NewJob({ onQueued }) {
           ["lora", "LoRA"],
           ["full", "full fine-tuning: to compare with, never published"],
         ]} onChange=${change("method")} />
-        <${SelectField} label="Go on from" name="start_from" value=${form.startFrom} problem=${problem} options=${[["", "a new adapter"], ...startable.map((adapter) => [adapter.name, adapter.name])]} onChange=${change("startFrom")} />
+        ${
+          adapters.data?.isCut
+            ? html`<${TextField} label="Go on from" name="start_from" hint="an adapter's name; empty: a new one" value=${form.startFrom} problem=${problem} onChange=${change("startFrom")} />`
+            : html`<${SelectField} label="Go on from" name="start_from" value=${form.startFrom} problem=${problem} options=${[["", "a new adapter"], ...startable.map((adapter) => [adapter.name, adapter.name])]} onChange=${change("startFrom")} />`
+        }
         <${NumberField} label="Rank" name="rank" hint="how much it can change" placeholder="16" step="1" value=${form.rank} problem=${problem} onChange=${change("rank")} />
         <${NumberField} label="Alpha" name="alpha" hint="its strength is alpha / rank" placeholder="32" value=${form.alpha} problem=${problem} onChange=${change("alpha")} />
         <${NumberField} label="Learning rate" name="learning_rate" placeholder=${form.method === "full" ? "0.00003" : "0.001"} value=${form.learningRate} problem=${problem} onChange=${change("learningRate")} />

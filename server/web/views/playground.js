@@ -162,7 +162,7 @@ function SaveBlend({ blend, onSaved }) {
   return html`<details>
     <summary>Save this blend under a name</summary>
     <div class="row end">
-      <${TextField} label="Name" name="name" problem=${save.problem} value=${name} onChange=${setName} />
+      <${TextField} label="Name" name="name" problem=${save.problem} value=${name} onChange=${setName} onEnter=${() => name && save.run()} />
       <button type="button" disabled=${!name || save.busy} onClick=${() => save.run()}>Save</button>
     </div>
     <${Fault} problem=${save.problem} beside=${["name"]} />

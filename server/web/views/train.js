@@ -4,7 +4,7 @@ import { ago } from "../lib/format.js";
 import { html, useRef } from "../lib/html.js";
 import { useAction, useResource } from "../lib/resource.js";
 import { to } from "../lib/route.js";
-import { Badge, Bar, Fault } from "../parts/basics.js";
+import { Badge, Bar, Fault, useInSight } from "../parts/basics.js";
 import { JobDetail } from "./job.js";
 import { NewJob } from "./new_job.js";
 
@@ -39,6 +39,7 @@ export function TrainView({ path: [id] }) {
     return jobs.reload();
   });
   const listed = jobs.data?.jobs;
+  const detail = useInSight(listed?.length && id ? id : "");
   return html`<div class="row between">
       <h1>Train</h1>
       ${id === "new" ? null : html`<a class="button" href=${to("train", "new")}>New job</a>`}
@@ -63,7 +64,7 @@ export function TrainView({ path: [id] }) {
         </ul>
         ${jobs.data?.isCut ? html`<button type="button" class="plain" disabled=${older.busy} onClick=${older.run}>Older jobs</button>` : null}
       </nav>
-      <div>
+      <div ref=${detail}>
         ${
           id === "new" || (!id && listed?.length === 0)
             ? html`<${NewJob} onQueued=${jobs.reload} />`

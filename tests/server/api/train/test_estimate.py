@@ -57,6 +57,23 @@ def test_older_cards_name_no_gpu(jobs: Jobs) -> None:
         assert speed(jobs, CUDA)[1] == "a matrix product"
 
 
+@pytest.mark.parametrize(("flags", "measured"), [({"avx2"}, torch.float32), ({"amx_bf16"}, torch.bfloat16)])
+def test_a_product_is_one_that_training_makes(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, flags: set[str], measured: torch.dtype
+) -> None:
+    """In bf16 torch takes thirty times as long where the processor has no products of it; native code does not."""
+    monkeypatch.setattr("server.model.device.cpu_flags", lambda: frozenset(flags))
+    made: list[torch.dtype] = []
+
+    def ones(*_: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        made.append(dtype)
+        return torch.zeros(2, 2, device=device)
+
+    monkeypatch.setattr(torch, "ones", ones)
+    assert Estimator(jobs, 1_000_000, torch.bfloat16, CPU)._speed("lora")[1] == "a matrix product"
+    assert set(made) == {measured}
+
+
 def test_bases_are_not_mixed(jobs: Jobs) -> None:
     """A server that serves a large base may have trained on a small one before."""
     small, large = {"parameters": 1_000_000}, {"parameters": 3_000_000_000}

@@ -1,0 +1,382 @@
+"""What people do with the page besides: leave in the middle, press Enter, open many tabs, take a phone."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, Route, expect
+
+from adapters.peft.files import write
+from server.model.base.weights import BaseModel
+from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
+from tests.end_to_end.server_process import ServerProcess
+from tests.server.training.worker.merge_kit import sample
+from tests.web.browser import DESKTOP, PHONE, drop, is_wider_than_the_screen, page_of, violations
+
+ROWS = [{"prompt": "a", "completion": "b"}] * 4
+JSONL = "\n".join(map(json.dumps, ROWS)).encode()
+CONNECTIONS = 6
+"""What browsers have to one server, of all tabs together."""
+
+QUICK_NEWS = """() => {
+    const real = window.fetch;
+    let seq = 0;
+    const steps = () => new ReadableStream({
+        async pull(controller) {
+            await new Promise((resolve) => setTimeout(resolve, 100));
+            seq += 1;
+            const at = "2026-01-01T00:00:00Z";
+            const data = {seq, at, level: "info", type: "metrics", message: "", data: {step: seq}};
+            controller.enqueue(new TextEncoder().encode(`id: ${seq}\\ndata: ${JSON.stringify(data)}\\n\\n`));
+        },
+    });
+    window.fetch = async (url, init) => {
+        if (String(url).endsWith("/events")) return new Response(steps());
+        if (/job-[^/]+$/.test(String(url))) await new Promise((resolve) => setTimeout(resolve, 1000));
+        return real(url, init);
+    };
+}"""
+"""A job that tells of a step each tenth of a second, through a network in which an answer takes one."""
+
+
+@pytest.fixture(scope="module")
+def server(
+    browser: Browser, tiny_base: BaseModel, converted_tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """Without keys, and without a worker; with the adapter `plain` and blends of it, more than a screen has."""
+    server = ServerProcess(tmp_path_factory.mktemp("home"), model=converted_tiny)
+    directory = tmp_path_factory.mktemp("plain")
+    write(directory, sample(tiny_base.config.shape, 1))
+    server.upload("plain", directory)
+    for number in range(40):
+        response = server.client.post(f"/compositions/blend{number:02}", json={"expression": "plain*0.5"})
+        assert response.status_code == 201, response.text
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def job(server: ServerProcess) -> str:
+    return submitted(server)
+
+
+def submitted(server: ServerProcess) -> str:
+    response = server.client.post("/train", json={"name": "waits", "data": ROWS})
+    assert response.status_code == 202, response.text
+    return str(response.json()["id"])
+
+
+def held_back(page: Page, path: str) -> list[Route]:
+    """What the page sends there, one after the other, and what is to go on with `continue_`."""
+    held: list[Route] = []
+    page.route(path, lambda route: held.append(route) if route.request.method == "POST" else route.continue_())
+    return held
+
+
+def pretend(page: Page, server: ServerProcess, job: str, report: Mapping[str, object], **fields: object) -> None:
+    """Have the job be one that has ended so, whose events are a warning."""
+    told = server.client.get(f"/train/{job}").json() | {"status": "succeeded", **fields}
+    event = {"seq": 1, "at": "2026-01-01T00:00:00Z", "level": "warning", "type": "message", "data": {}}
+    events = f"id: 1\ndata: {json.dumps(event | {'message': 'latest stays where it is'})}\n\n"
+    page.route(f"**/train/{job}", lambda route: route.fulfill(json=told))
+    page.route("**/report", lambda route: route.fulfill(json=report))
+    page.route("**/events", lambda route: route.fulfill(body=events, content_type="text/event-stream"))
+
+
+def test_news_may_come_faster_than_answers(server: ServerProcess, browser: Browser, job: str) -> None:
+    with page_of(browser, server.url) as page:
+        page.evaluate(QUICK_NEWS)
+        page.evaluate(f"location.hash = '#/train/{job}'")
+        expect(page.get_by_role("article", name="Job waits")).to_be_visible()
+        server.client.post(f"/train/{job}/cancel").raise_for_status()
+        expect(page.get_by_role("article", name="Job waits")).to_contain_text("cancelled")
+
+
+def test_a_form_is_filled_in_while_its_rows_are_sent(server: ServerProcess, browser: Browser) -> None:
+    with page_of(browser, f"{server.url}/#/train/new") as page:
+        held = held_back(page, "**/datasets")
+        drop(page, ".drop", {"rows.jsonl": JSONL})
+        page.get_by_label("Name").fill("mine")
+        page.get_by_label("Epochs").fill("7")
+        held[0].continue_()
+        expect(page.get_by_label("Data set").locator("option:checked")).to_contain_text("rows.jsonl")
+        expect(page.get_by_label("Name")).to_have_value("mine")
+        expect(page.get_by_label("Epochs")).to_have_value("7")
+
+
+def test_a_dry_run_is_of_what_stands_there(server: ServerProcess, browser: Browser) -> None:
+    with page_of(browser, f"{server.url}/#/train/new") as page:
+        drop(page, ".drop", {"rows.jsonl": JSONL})
+        expect(page.get_by_label("Data set").locator("option:checked")).to_contain_text("rows.jsonl")
+        held = held_back(page, "**/train?dry_run=true")
+        page.get_by_role("button", name="Dry run").click()
+        page.get_by_label("Epochs").fill("9")
+        with page.expect_response("**/train?dry_run=true"):
+            held[0].continue_()
+        page.wait_for_timeout(300)
+        expect(page.get_by_role("status", name="Dry run")).to_have_count(0)
+        page.get_by_role("button", name="Dry run").click()
+        page.wait_for_timeout(100)
+        held[1].continue_()
+        expect(page.get_by_role("status", name="Dry run")).to_contain_text("9 steps")
+
+
+def test_what_is_sent_again_is_the_same_job(server: ServerProcess, browser: Browser) -> None:
+    """Whoever presses Train again, since no answer came, doesn't know whether the first one got there."""
+    with page_of(browser, f"{server.url}/#/train/new") as page:
+        drop(page, ".drop", {"rows.jsonl": JSONL})
+        expect(page.get_by_label("Data set").locator("option:checked")).to_contain_text("rows.jsonl")
+        page.get_by_label("Name").fill("once")
+        keys: list[str] = []
+
+        def lost(route: Route) -> None:
+            keys.append(route.request.headers["idempotency-key"])
+            route.fulfill(status=429, body="")
+
+        page.route("**/train", lost)
+        for number, name in enumerate(("once", "once", "another"), start=1):
+            page.get_by_label("Name").fill(name)
+            page.get_by_role("button", name="Train", exact=True).click()
+            expect(page.get_by_role("alert")).to_contain_text("429")
+            assert len(keys) == number
+        page.unroute("**/train")
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_enter_is_for_the_field_in_which_one_is(server: ServerProcess, browser: Browser) -> None:
+    with page_of(browser, f"{server.url}/#/playground") as page:
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url) if request.method == "POST" else None)
+        page.get_by_role("textbox", name="Question").fill("of whom?")
+        page.get_by_role("searchbox", name="Find").fill("blend1")
+        page.keyboard.press("Enter")
+        page.get_by_label("Expression").fill("blend01+blend02")
+        page.get_by_text("Save this blend under a name").click()
+        page.get_by_label("Name").fill("kept")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("status")).to_contain_text("kept@1")
+        assert asked == [f"{server.url}/compositions/kept"]
+        page.get_by_label("Expression").press("Enter")
+        expect(page.get_by_role("article", name="Answer of blend01+blend02")).to_be_visible()
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE])
+def test_what_is_chosen_is_seen(server: ServerProcess, browser: Browser, size: tuple[int, int]) -> None:
+    """However long the list is in which it was."""
+    for _ in range(20):
+        submitted(server)
+    with page_of(browser, f"{server.url}/#/adapters", size) as page:
+        page.get_by_role("link", name="blend38").click()
+        expect(page.get_by_role("article", name="blend38").get_by_role("heading").first).to_be_in_viewport()
+        if size == DESKTOP:  # nor does the list go, in which one may want the next
+            expect(page.get_by_role("link", name="blend38")).to_be_in_viewport()
+            assert violations(page) == []
+        page.goto(f"{server.url}/#/train")
+        page.get_by_role("navigation", name="Jobs").get_by_role("link").nth(19).click()
+        expect(page.get_by_role("article").get_by_role("heading").first).to_be_in_viewport()
+
+
+def test_a_job_of_many_steps(server: ServerProcess, browser: Browser, job: str) -> None:
+    """Ten thousand rows that are drawn anew at each step are seconds, in which nothing can be pressed."""
+    steps = [
+        {"seq": step, "at": "2026-01-01T00:00:00Z", "level": "info", "type": "metrics", "message": "a step"}
+        | {"data": {"step": step, "train_loss": 1.0, **({"eval_loss": 2.0} if step == 4001 else {})}}
+        for step in range(1, 10_001)
+    ]
+    body = "".join(f"id: {step['seq']}\ndata: {json.dumps(step)}\n\n" for step in steps)
+    server.client.post(f"/train/{job}/cancel").raise_for_status()
+    with page_of(browser, server.url) as page:
+        page.route("**/events", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+        page.goto(f"{server.url}/#/train/{job}")
+        expect(page.get_by_text("10,000 events")).to_be_visible()
+        page.get_by_text("As a table").click()
+        expect(page.locator(".log li")).to_have_count(500)
+        rows = page.get_by_role("region", name="Loss by step, as a table").locator("tbody tr")
+        expect(rows.last).to_contain_text("10000")
+        expect(rows.filter(has_text="4001")).to_contain_text("2.000")  # what was measured is told
+        assert rows.count() <= 502
+
+
+def test_a_long_name_on_a_phone(
+    server: ServerProcess, browser: Browser, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    name = "x" * 64
+    write(tmp_path, sample(tiny_base.config.shape, 4))
+    server.upload(name, tmp_path)
+    with page_of(browser, f"{server.url}/#/playground", PHONE) as page:
+        page.get_by_label("Expression").fill(f"{name}*0.5+plain")
+        expect(page.get_by_text(f"{name} alone")).to_be_visible()
+        assert not is_wider_than_the_screen(page)
+
+
+def test_one_adapter_twice(server: ServerProcess, browser: Browser, tiny_base: BaseModel, tmp_path: Path) -> None:
+    """Two versions in one blend: the slider is the first one's, and what it doesn't move stays as it is."""
+    write(tmp_path, sample(tiny_base.config.shape, 5))
+    server.upload("plain", tmp_path)
+    with page_of(browser, f"{server.url}/#/playground") as page:
+        expression = page.get_by_label("Expression")
+        expression.fill("plain@1*0.5+plain@2*0.123456")
+        page.get_by_label("Weight of plain", exact=True).press("ArrowLeft")
+        expect(expression).to_have_value("plain@1*0.45+plain@2*0.123456")
+        page.get_by_label("plain", exact=True).click()
+        expect(expression).to_have_value("plain@2*0.123456")
+
+
+def test_charts_come_once_they_can_be_loaded(server: ServerProcess, browser: Browser) -> None:
+    """Their library is asked for when the first is drawn, which may be while the server starts anew."""
+    asked: list[str] = []
+
+    def fails_once(route: Route) -> None:
+        asked.append(route.request.url)
+        if len(asked) == 1:
+            route.fulfill(status=404, body="")
+        else:
+            route.continue_()
+
+    with page_of(browser, server.url) as page:
+        page.route("**/uplot.mjs*", fails_once)
+        page.goto(f"{server.url}/#/engine")
+        expect(page.get_by_text("can't be drawn").first).to_be_visible()
+        expect(page.locator("canvas").first).to_be_visible()
+        expect(page.get_by_text("can't be drawn")).to_have_count(0)
+
+
+def test_tabs_that_nobody_looks_at(server: ServerProcess, browser: Browser) -> None:
+    """They leave the browser's connections to the one that is looked at, and go on when they are."""
+    hide = """(is) => {
+        Object.defineProperty(document, "hidden", {configurable: true, get: () => is});
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    context = browser.new_context()
+    try:
+        first = submitted(server)
+        pages = []
+        for number in range(CONNECTIONS + 1):
+            page = context.new_page()
+            page.goto(f"{server.url}/#/train/{first if number == 0 else submitted(server)}")
+            expect(page.locator(".log li").first).to_be_attached()
+            page.evaluate(hide, True)
+            pages.append(page)
+        server.client.post(f"/train/{first}/cancel").raise_for_status()
+        pages[0].evaluate(hide, False)
+        expect(pages[0].locator(".log")).to_contain_text("cancelled")
+    finally:
+        context.close()
+
+
+def test_a_job_that_is_not_there(server: ServerProcess, browser: Browser) -> None:
+    with page_of(browser, server.url) as page:
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url) if "events" in request.url else None)
+        page.goto(f"{server.url}/#/train/job-nothing")
+        expect(page.get_by_role("alert")).to_contain_text("job-nothing")
+        page.wait_for_timeout(3000)
+    assert len(asked) == 1, asked
+
+
+def test_a_file_that_has_changed_since_it_was_chosen(
+    server: ServerProcess, browser: Browser, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    write(tmp_path, sample(tiny_base.config.shape, 2))
+    with page_of(browser, f"{server.url}/#/adapters") as page:
+        upload = page.get_by_role("form", name="Upload")
+        upload.locator("input[type=file]").set_input_files([tmp_path / CONFIG, tmp_path / WEIGHTS])
+        upload.get_by_label("Name").fill("changed")
+        (tmp_path / CONFIG).write_text("{}")
+        os.utime(tmp_path / CONFIG, (1, 1))
+        upload.get_by_role("button", name="Upload").click()
+        expect(upload.get_by_role("alert")).to_contain_text(f"{CONFIG} can't be read")
+
+
+def test_who_has_left_is_not_fetched_back(
+    server: ServerProcess, browser: Browser, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    write(tmp_path, sample(tiny_base.config.shape, 3))
+    with page_of(browser, f"{server.url}/#/adapters") as page:
+        held = held_back(page, "**/adapters/late")
+        upload = page.get_by_role("form", name="Upload")
+        drop(page, ".drop", {file: (tmp_path / file).read_bytes() for file in (CONFIG, WEIGHTS)})
+        upload.get_by_label("Name").fill("late")
+        upload.get_by_role("button", name="Upload").click()
+        page.get_by_role("link", name="Engine").click()
+        expect(page.get_by_role("heading", name="Engine")).to_be_visible()
+        with page.expect_response("**/adapters/late"):
+            held[0].continue_()
+        page.wait_for_timeout(500)
+        assert page.url.endswith("#/engine")
+
+
+def test_the_audit_list_has_words_for_every_deed(server: ServerProcess, browser: Browser, job: str) -> None:
+    server.client.post(f"/train/{job}/cancel").raise_for_status()
+    server.client.delete(f"/train/{job}").raise_for_status()
+    rows = server.client.post("/datasets", files={"file": ("few.jsonl", JSONL + b"\n" + JSONL)}).json()["id"]
+    server.client.delete(f"/datasets/{rows}").raise_for_status()
+    server.client.put("/adapters/plain/aliases/prod", json={"version": 1}).raise_for_status()
+    server.client.delete("/adapters/plain/aliases/prod").raise_for_status()
+    file = server.client.post(
+        "/v1/files", files={"file": ("few.jsonl", JSONL)}, data={"purpose": "fine-tune"}
+    ).json()["id"]
+    server.client.delete(f"/v1/files/{file}").raise_for_status()
+    with page_of(browser, f"{server.url}/#/access") as page:
+        log = page.get_by_role("region", name="Audit", exact=True)
+        for words in ("removed a job's files", "deleted a data set", "removed an alias", "deleted a file"):
+            expect(log).to_contain_text(words)
+        assert not re.search(r"\b(job|dataset|alias|file)\.delete\b", log.inner_text())
+
+
+def test_why_no_version_was_published(server: ServerProcess, browser: Browser, job: str) -> None:
+    """The command line says so, and a job's warnings; who looks at the page alone has to know as much."""
+    reason = "its loss of 2.0000 is not below the base's, 1.0000"
+    report = {"method": "lora", "evaluation": None, "gate": {"passes": False, "reason": reason}}
+    with page_of(browser, server.url) as page:
+        pretend(page, server, job, report, adapter=None)
+        page.goto(f"{server.url}/#/train/{job}")
+        article = page.get_by_role("article", name="Job waits")
+        expect(article.get_by_text(f"No version was published: {reason}")).to_be_visible()
+        expect(article.locator(":scope > p.warning")).to_contain_text("Latest stays where it is.")
+
+
+def test_the_card_of_a_merge(server: ServerProcess, browser: Browser, job: str) -> None:
+    report = {
+        "kind": "merge",
+        "method": "dare_ties",
+        "distance": 0.25,
+        "wall_seconds": 3.0,
+        "peak_memory_bytes": 1 << 30,
+        "bytes_stored": 1 << 20,
+        "lineage": {"expression": "codes@1+shouting@2*0.5", "parts": []},
+    }
+    with page_of(browser, server.url) as page:
+        published = {"name": "plain", "version": 1, "digest": ""}
+        pretend(page, server, job, report, kind="merge", adapter=published)
+        page.goto(f"{server.url}/#/train/{job}")
+        card = page.locator(".reported")
+        expect(card).to_contain_text("dare_ties")
+        expect(card).to_contain_text("codes@1+shouting@2*0.5")
+        expect(card).to_contain_text("0.25")
+        for wrong in ("LoRA", "held out", "0 rows", "Steps"):
+            expect(card).not_to_contain_text(wrong)
+        expect(page.get_by_role("article", name="Job waits")).not_to_contain_text("Training loss")
+
+
+def test_prompts_of_many_rows_are_not_asked_for(server: ServerProcess, browser: Browser, job: str) -> None:
+    """They would all be tokenized for the three that are shown, each time that somebody looks at the job."""
+    told = server.client.get(f"/train/{job}").json()
+    report = {"method": "lora", "evaluation": None, "gate": {"passes": True, "reason": ""}}
+    asked: list[str] = []
+    with page_of(browser, server.url) as page:
+        published = {"name": "plain", "version": 1, "digest": ""}
+        pretend(page, server, job, report, adapter=published, config=told["config"] | {"dataset": "ds-large"})
+        page.route(
+            "**/datasets/ds-large",
+            lambda route: route.fulfill(json={"rows": 500_000, "kinds": {"completion": 500_000}}),
+        )
+        page.on("request", lambda request: asked.append(request.url) if request.method == "POST" else None)
+        with page.expect_response("**/datasets/ds-large"):
+            page.goto(f"{server.url}/#/train/{job}")
+        expect(page.get_by_role("form", name="Compare")).to_be_visible()
+        page.wait_for_timeout(500)
+    assert asked == []
