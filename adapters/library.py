@@ -138,7 +138,10 @@ class Library:
         finally:
             with suppress(*FAILURES):  # what became of the version is what is told
                 self.store.unpin([digest])
-        return self._with_twin(self._told(version))
+        told = self._told(version)
+        with suppress(*FAILURES):  # it is published, whatever is said of it
+            told = self._with_twin(told)
+        return told
 
     def compose(self, name: str, terms: Sequence[Term], field: str = "expression") -> tuple[Version, bool]:
         """Publish the composition as the name's next version, pinned to what its terms mean now; and whether that
@@ -284,10 +287,9 @@ class Library:
 
     def _with_twin(self, version: Version) -> Version:
         """Just published: with a word on the version before it that has the same weights, if one has."""
-        if (twin := self.catalog.twin(version)) is None:
-            return version
-        text = f"its weights are those of {version.name}@{twin}: stored as a new version all the same"
-        return replace(version, warnings=(*version.warnings, text))
+        twin = self.catalog.twin(version)
+        told = f"its weights are those of {version.name}@{twin}: stored as a new version all the same"
+        return version if twin is None else replace(version, warnings=(*version.warnings, told))
 
     def _all_told(self, adapter: Adapter) -> Adapter:
         return replace(adapter, versions=tuple(map(self._told, adapter.versions)))

@@ -94,8 +94,11 @@ class Rebuilt:
             yield f"models of full fine-tuning stay until you remove them: {', '.join(self.models)}"
 
 
-def examine(home: Path, bucket: "Bucket | None" = None) -> Diagnosis:
-    """Look at everything. Raises StartupError where there is no such HOME, or its database is a newer one."""
+def examine(home: Path, bucket: "Bucket | None" = None, *, with_uploads: bool = True) -> Diagnosis:
+    """Look at everything, or at all but data sets and files.
+
+    Raises StartupError where there is no such HOME, or its database is a newer one.
+    """
     storage = Storage(Home(home), bucket)
     _check_home(storage)
     store, records = storage.adapters(), storage.records()
@@ -128,7 +131,7 @@ def examine(home: Path, bucket: "Bucket | None" = None) -> Diagnosis:
     findings += [
         Finding(f"adapters/{name}", f"left by a process that was killed; {_TAKES}") for name in store.leftovers()
     ]
-    uploads = dict(checked_uploads(storage))
+    uploads = dict(checked_uploads(storage)) if with_uploads else {}
     findings += [Finding(place, message) for place, message in uploads.items() if message is not None]
     return Diagnosis(tuple(findings), len(versions), len(store.digests()), len(uploads), database)
 

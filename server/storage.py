@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from adapters.catalog.records import Records
 from adapters.durable import new_file
 from server.errors import StartupError, Unavailable
-from server.home import PLACES, Home
+from server.home import PLACES, PROJECTS, Home
 from server.shared import SharedSettings, Transport
 
 if TYPE_CHECKING:
@@ -73,6 +73,12 @@ class Storage:
         from adapters.catalog.shared_records import SharedRecords
 
         return SharedRecords(self.home.adapters, self.bucket.under("adapters"))
+
+    def projects(self) -> list[str]:
+        """Those that may have uploaded something, on any machine. Raises BytesUnavailable."""
+        found = self.home.projects()
+        others = [] if self.bucket is None else self.bucket.under(PROJECTS).folders()
+        return [*found, *(project for project in others if project not in found)]
 
     def at(self, path: Path) -> "Bucket | None":
         """What the bucket has of a folder of HOME."""

@@ -147,8 +147,8 @@ class SharedAdapterStore(AdapterStore):
             if not in_use(digest):
                 self._deletions.bury(self._copies.of(digest))
             self._deletions.settle(digest)
-        except BytesUnavailable as error:
-            log.warning("can't discard %s just now, a sweep will: %s", digest[:12], error)
+        except Exception as error:  # of the bucket, or of whoever is asked: what was done before is what is told
+            log.warning("can't discard %s just now, a sweep will: %s", digest[:12], error or type(error).__name__)
 
     def sweep(self, in_use: InUse) -> list[str]:
         """Discards what nobody wants, here and in the bucket; the digests that went there."""

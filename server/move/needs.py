@@ -40,6 +40,7 @@ class Moved:
     num_uploads: int  # data sets and files
     num_rows: int
     going_on: tuple[str, ...]
+    damaged: tuple[str, ...] = ()  # uploads that were so before, and are as they were
 
 
 @dataclass(frozen=True)

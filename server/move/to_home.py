@@ -23,6 +23,7 @@ from server.home import Home
 from server.move.folders import jobs_in, uploads_in
 from server.move.needs import TABLES, Moved, Needs, told
 from server.storage import Storage
+from server.training.data.uploads import checked_uploads
 from server.training.queue.jobs import Jobs
 from server.training.queue.moving import held, put_back
 
@@ -76,8 +77,10 @@ def _fill(home: Home, cluster: sa.Engine, source: Storage) -> Moved:
                 )
     finally:
         rows.dispose()
-    if findings := examine(home.path).findings:
+    if findings := examine(home.path, with_uploads=False).findings:
         raise StartupError(f"{findings[0].about}: {findings[0].message}")
+    damaged = [f"{place}: {message}" for place, message in checked_uploads(Storage(home)) if message is not None]
     for place, _, _ in os.walk(home.path, topdown=False):
         sync(Path(place))
-    return needs.moved(len(uploads), sum(content.num_rows for content in expected.values()), going_on)
+    num_rows = sum(content.num_rows for content in expected.values())
+    return replace(needs.moved(len(uploads), num_rows, going_on), damaged=tuple(damaged))

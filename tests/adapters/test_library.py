@@ -99,6 +99,19 @@ def test_what_was_done_is_told_though_the_database_fails_after_it(
     assert store.digests() == []
 
 
+@pytest.mark.parametrize("error", [Interrupted(), OperationalError("SELECT", {}, OSError("database is locked"))])
+def test_what_was_published_is_told_though_no_other_version_can_be_looked_at(
+    library: Library, publish: Publish, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Or whoever uploaded it would do so again."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(library.catalog, "twin", fails)
+    assert [publish.version("a", 0).version for _ in range(2)] == [1, 2]
+
+
 def test_a_lease_outlives_a_delete(library: Library, store: AdapterStore, publish: Publish) -> None:
     digest = publish("a", 0)
     pinned = library.pin(parse("a"))

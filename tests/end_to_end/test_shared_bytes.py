@@ -46,7 +46,7 @@ def test_home_may_be_lost(tmp_path: Path, converted_tiny: Path, bytes_url: str) 
     finally:
         server.close()
     assert SECRET not in server.log()
-    assert "sound: 1 version, 1 stored adapter, 1 upload checked" in doctor(home, bytes_url)
+    assert "sound: 1 version, 1 stored adapter, 2 uploads checked" in doctor(home, bytes_url)
 
     for folder in ("adapters", "jobs", "datasets", "files"):
         shutil.rmtree(home / folder)

@@ -41,7 +41,7 @@ async def keep_house(
 
 def clean_uploads(storage: Storage) -> None:
     """Drop what killed processes left of all projects' data sets and files, once it is old enough."""
-    for project in storage.home.projects():
+    for project in storage.projects():
         datasets, files = storage.home.datasets(project), storage.home.files(project)
         DatasetStore(datasets, bucket=storage.at(datasets)).clean()
         FileStore(files, bucket=storage.at(files)).clean()

@@ -69,6 +69,8 @@ def _tell(moved: "Moved", way: str, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(asdict(moved)))
         return
+    for line in moved.damaged:
+        typer.echo(f"damaged before: {line}")
     for job_id in moved.going_on:
         typer.echo(f"{job_id} goes on once there is a worker")
     adapters = f"{counted(moved.num_versions, 'version')}, {counted(moved.num_adapters, 'stored adapter')}"

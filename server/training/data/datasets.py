@@ -173,10 +173,16 @@ class DatasetStore:
         """The rows in their order. Raises NotFound at once; CorruptDataset, at the latest at the end."""
         return _checked_rows(partial(self._records.open, dataset_id, ROWS), self.get(dataset_id))
 
-    def verify(self, dataset_id: str) -> None:
-        """Read all of it. Raises NotFound, CorruptDataset."""
-        for _ in self.rows(dataset_id):
-            pass
+    def verify(self, dataset_id: str) -> Dataset:
+        """What is known of it, once all of it was read. Raises NotFound, CorruptDataset."""
+        dataset = self.get(dataset_id)
+        try:
+            is_whole = self._records.digest(dataset_id, ROWS) == dataset.digest
+        except OSError:
+            raise CorruptDataset(f"the rows of {dataset_id} are missing or unreadable") from None
+        if not is_whole:
+            raise CorruptDataset(f"the rows of {dataset_id} no longer match its digest")
+        return dataset
 
     def delete(self, dataset_id: str) -> None:
         """Raises NotFound. Who is reading its rows now reads on."""
@@ -187,15 +193,14 @@ class DatasetStore:
         self._records.clean()
 
     def _publish(self, rows: Path, dataset: Dataset) -> Dataset:
+        place = self._records.new(dataset.id)
         try:
-            self.verify(dataset.id)
-            return self.get(dataset.id)
+            return self.verify(dataset.id)
         except NotFound:
             pass
         except CorruptDataset:  # of which these rows are whole
-            with suppress(NotFound):
-                self._records.delete(dataset.id)
-        with self._records.new(dataset.id) as directory:
+            place = self._records.renewed(dataset.id)
+        with place as directory:
             os.replace(rows, directory / ROWS)
             write_json(directory / FACTS, dataset.to_document())
         return self._records.find(dataset.id) or dataset  # another process may have been quicker

@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, Self, cast
 
@@ -147,13 +146,10 @@ class FileStore:
         """Read all of it. Raises NotFound, CorruptFile."""
         file = self.get(file_id)
         try:
-            digest = hashlib.sha256()
-            with self._records.open(file_id, CONTENT) as content:
-                for piece in iter(partial(content.read, _CHUNK), b""):
-                    digest.update(piece)
+            is_whole = self._records.digest(file_id, CONTENT) == file.sha256
         except OSError:
             raise CorruptFile(f"the content of {file_id} is missing or unreadable") from None
-        if digest.hexdigest() != file.sha256:
+        if not is_whole:
             raise CorruptFile(f"the content of {file_id} no longer matches its digest")
 
     def delete(self, file_id: str) -> None:

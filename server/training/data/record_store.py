@@ -6,22 +6,28 @@ The root needn't be there before something is put into it.
 """
 
 import builtins
+import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Generic, Protocol, TypeVar
 
-from adapters.durable import new_directory, remove_abandoned, remove_directory
+from adapters.durable import UNFINISHED, new_directory, new_file, remove_abandoned, remove_directory
 from adapters.errors import NotFound, SmoloraError
 
 if TYPE_CHECKING:
     from adapters.objects.bucket import Bucket
 
 log = logging.getLogger("smolora.training")
+
+_PIECE = 1 << 20
 
 
 class StoredRecord(Protocol):
@@ -55,6 +61,7 @@ class RecordStore(Generic[R]):
         self._decode = decode
         self._missing = missing
         self._corrupt = corrupt
+        self._told: set[str] = set()  # damaged ones, of which the log has a line already
 
     def place(self, record_id: str) -> Path:
         """Its directory, whether or not it is there. Raises NotFound for what can't be an id."""
@@ -69,9 +76,31 @@ class RecordStore(Generic[R]):
         """
         return new_directory(self.place(record_id))
 
+    @contextmanager
+    def renewed(self, record_id: str) -> Iterator[Path]:
+        """As `new`, for a damaged record: each file takes the place of the one that is there. Raises OSError."""
+        place = self.place(record_id)
+        directory = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{record_id}-", dir=self._root))
+        try:
+            yield directory
+            place.mkdir(exist_ok=True)
+            for path in sorted(directory.iterdir(), key=lambda path: path.name == self._file_name):
+                with new_file(place / path.name) as file:
+                    path.replace(file)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
     def open(self, record_id: str, name: str) -> BinaryIO:
         """One of its files, to read and close; it outlives a delete. Raises FileNotFoundError."""
         return (self.place(record_id) / name).open("rb")
+
+    def digest(self, record_id: str, name: str) -> str:
+        """The SHA-256 of one of its files. Raises FileNotFoundError, OSError."""
+        digest = hashlib.sha256()
+        with self.open(record_id, name) as file:
+            for piece in iter(partial(file.read, _PIECE), b""):
+                digest.update(piece)
+        return digest.hexdigest()
 
     def find(self, record_id: str) -> R | None:
         """The record, or None. Raises NotFound for what can't be an id, and what `corrupt` is."""
@@ -85,8 +114,12 @@ class RecordStore(Generic[R]):
         return record
 
     def has(self, record_id: str) -> bool:
-        """Whether it is there."""
-        return (self.place(record_id) / self._file_name).exists()
+        """Whether it is there, perhaps damaged."""
+        place = self.place(record_id)
+        try:
+            return place.is_dir()
+        except OSError:  # of a damaged disk
+            return True
 
     def ids(self) -> set[str]:
         """Those of all records, of damaged ones too."""
@@ -116,7 +149,9 @@ class RecordStore(Generic[R]):
             try:
                 record = find(record_id)
             except self._corrupt as error:
-                log.warning("%s: no list has it, and deleting it is all that can be done with it", error)
+                if record_id not in self._told:
+                    self._told.add(record_id)
+                    log.warning("%s: no list has it", error)
                 continue
             if record is not None:  # or it was deleted just now
                 found.append(record)
@@ -126,6 +161,8 @@ class RecordStore(Generic[R]):
         try:
             return self._decode(json.loads((place / self._file_name).read_bytes()))
         except FileNotFoundError:
+            if place.is_dir():
+                raise self._unreadable(place.name) from None
             return None
         except (OSError, ValueError):
             raise self._unreadable(place.name) from None

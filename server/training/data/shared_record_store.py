@@ -4,6 +4,7 @@ Of an id that two machines stored at once there are two copies: the older one co
 comes to an unnamed one on this machine's disk first, so that it outlives a delete.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -43,15 +44,18 @@ class SharedRecordStore(RecordStore[R]):
 
     @contextmanager
     def new(self, record_id: str) -> Iterator[Path]:
-        self._root.mkdir(parents=True, exist_ok=True)
-        self.place(record_id)  # or it can't be an id
-        directory = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{record_id}-", dir=self._root))
-        try:
+        with self._filled(record_id) as directory:
             yield directory
             if self._copy(record_id) is None:
                 self._copies.push(record_id, directory)
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+
+    @contextmanager
+    def renewed(self, record_id: str) -> Iterator[Path]:
+        damaged = self._copies.whole(record_id)
+        with self._filled(record_id) as directory:
+            yield directory
+            self._copies.push(record_id, directory)
+        self._copies.remove(damaged)
 
     def open(self, record_id: str, name: str) -> BinaryIO:
         copy = self._copy(record_id)
@@ -67,6 +71,17 @@ class SharedRecordStore(RecordStore[R]):
             file.seek(0)
             opened.pop_all()
             return cast("BinaryIO", file)
+
+    def digest(self, record_id: str, name: str) -> str:
+        copy = self._copy(record_id)
+        if copy is None or name not in copy.files:
+            raise FileNotFoundError(record_id)
+        hashed = _Hashed()
+        try:
+            self._bucket.copy_to(copy.files[name], cast("BinaryIO", hashed))
+        except Missing:  # deleted just now
+            raise FileNotFoundError(record_id) from None
+        return hashed.digest.hexdigest()
 
     def find(self, record_id: str) -> R | None:
         copy = self._copy(record_id)
@@ -95,6 +110,17 @@ class SharedRecordStore(RecordStore[R]):
         before = self._bucket.now() - timedelta(seconds=ABANDONED_AFTER)
         self._copies.remove(c for c in self._copies.all() if not c.is_whole and c.modified < before)
 
+    @contextmanager
+    def _filled(self, record_id: str) -> Iterator[Path]:
+        """A directory on this machine's disk, for as long as the block."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        self.place(record_id)  # or it can't be an id
+        directory = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{record_id}-", dir=self._root))
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
     def _whole(self) -> dict[str, Copy]:
         """The copy of each record that counts."""
         found: dict[str, Copy] = {}
@@ -120,3 +146,13 @@ class SharedRecordStore(RecordStore[R]):
                 self._remembered.clear()
             self._remembered[key] = record
         return record
+
+
+class _Hashed:
+    """Hashes what is written to it."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+
+    def write(self, piece: bytes) -> None:
+        self.digest.update(piece)

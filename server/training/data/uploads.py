@@ -11,7 +11,7 @@ from server.training.data.files import CorruptFile, FileStore
 def checked_uploads(storage: Storage) -> Iterator[tuple[str, str | None]]:
     """Where each is, from HOME, and what is wrong with it, and mends it; None: nothing is."""
     home = storage.home
-    for project in home.projects():
+    for project in storage.projects():
         datasets, files = home.datasets(project), home.files(project)
         for root, store, remedy in (
             (datasets, DatasetStore(datasets, bucket=storage.at(datasets)), "delete it, or upload the same rows"),

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
-from adapters.errors import BytesUnavailable, CorruptAdapter
+from adapters.errors import BytesUnavailable, CorruptAdapter, InDoubt, Interrupted
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME
 from adapters.store.sidecar import SIDECAR_NAME
 from adapters.store.store import AdapterStore
@@ -410,3 +411,23 @@ def test_a_store_that_fails_is_a_503_in_time_and_leaves_nothing_half_written(
     assert other.weights.digest not in machine("c").digests()
     proxy.fail(failure, 1)
     assert_equal(b.load(DIGEST), ADAPTER.weights)
+
+
+@pytest.mark.parametrize("error", [Interrupted(), OperationalError("SELECT", {}, OSError("it went away"))])
+def test_what_was_published_in_doubt_is_told_so(machine: Machine, error: Exception) -> None:
+    """Though nobody can say whether the bytes are wanted: a sweep asks again."""
+
+    def fails(_: str) -> bool:
+        raise error
+
+    store = machine("a")
+    store.pin([DIGEST])  # as whoever publishes does
+    with pytest.raises(InDoubt), store.publishing(ADAPTER, fails):
+        raise InDoubt
+    with suppress(Interrupted, OperationalError):
+        store.unpin([DIGEST])
+    assert store.is_whole(DIGEST)
+    store.doubt([DIGEST])
+    store.sweep(nobody)
+    store.sweep(nobody)
+    assert store.digests() == []

@@ -16,7 +16,7 @@ from server.doctor import examine
 from server.errors import StartupError
 from server.home import RESTORING, Home
 from server.storage import Storage
-from server.training.data.datasets import DatasetStore
+from server.training.data.datasets import ROWS, DatasetStore
 from tests.postgres import CLUSTER, Postgres
 from tests.server.api.adapters.registry import Registry, write_files
 from tests.server.backup.test_backup import contents
@@ -142,6 +142,22 @@ def test_rows_that_take_long_to_read_again(
     monkeypatch.setattr(module, "contents", slowly)
     module.to_home(tmp_path / "back", url, target)
     assert examine(tmp_path / "back").is_sound
+
+
+def test_a_damaged_upload_moves_as_it_is(home: Path, tmp_path: Path, url: str, bucket: "Bucket") -> None:
+    """And is told: it may be mended there as well as here."""
+    from server.move.to_cluster import to_cluster
+    from server.move.to_home import to_home
+
+    target = Storage(Home(tmp_path / "api"), bucket, url="s3://b")
+    to_cluster(home, url, target)
+    (key,) = (stored.key for stored in bucket.listed("projects/acme/datasets/") if stored.key.endswith(ROWS))
+    bucket.put(key, b"{}")
+    moved = to_home(tmp_path / "back", url, target)
+    (told,) = moved.damaged
+    assert told.startswith("projects/acme/datasets/ds-")
+    assert "no longer match" in told
+    assert [finding.about for finding in examine(tmp_path / "back").findings] == [told.split(":")[0]]
 
 
 def test_what_is_refused(home: Path, tmp_path: Path, url: str, bucket: "Bucket") -> None:

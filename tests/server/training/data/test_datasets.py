@@ -1,5 +1,6 @@
 """Data sets: one id for the same rows, all or nothing on disk, and no quiet damage."""
 
+import errno
 import io
 import json
 import os
@@ -211,14 +212,72 @@ def test_missing_rows_and_damaged_facts_are_noticed(store: DatasetStore, tmp_pat
         store.get(dataset.id)
 
 
-@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
+@pytest.mark.parametrize("name", [ROWS, FACTS])
 @pytest.mark.parametrize("damage", [b"", b'{"text":"a"}\n', None])
-def test_the_same_rows_mend_damaged_ones(store: DatasetStore, tmp_path: Path, damage: bytes | None) -> None:
-    dataset = put(store, JSONL)
-    rows = tmp_path / "datasets" / dataset.id / ROWS
-    rows.unlink() if damage is None else rows.write_bytes(damage)
+def test_the_same_rows_mend_damaged_ones(
+    open_store: OpenStore, tmp_path: Path, request: pytest.FixtureRequest, name: str, damage: bytes | None
+) -> None:
+    dataset = put(open_store(), JSONL)
+    if (path := tmp_path / "datasets" / dataset.id / name).exists():
+        path.unlink() if damage is None else path.write_bytes(damage)
+    else:
+        bucket = request.getfixturevalue("bucket")
+        (key,) = (stored.key for stored in bucket.listed() if stored.key.endswith(name))
+        bucket.delete([key]) if damage is None else bucket.put(key, damage)
+    store = open_store()
     assert put(store, JSONL).id == dataset.id
+    assert store.verify(dataset.id) == store.get(dataset.id)
+    assert [found.id for found in store.list()] == [dataset.id]
     assert list(store.rows(dataset.id)) == ROWS_OF_BOTH
+    assert all(not path.name.startswith(".") for path in (tmp_path / "datasets").glob("**/*"))
+
+
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
+@pytest.mark.parametrize("fails", ["digest", "_decode"])
+def test_what_seems_damaged_for_a_moment_stays(
+    store: DatasetStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """No descriptors are left, say, and then no space: the rows that were there aren't let go for others."""
+    dataset = put(store, JSONL)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store._records, fails, refuse)
+        patched.setattr("server.training.data.datasets.write_json", full)
+        with pytest.raises(OSError, match="No space"):
+            put(store, JSONL)
+    assert store.verify(dataset.id) == dataset
+    assert [path.name for path in (tmp_path / "datasets").iterdir()] == [dataset.id]
+
+
+@pytest.mark.parametrize("open_store", ["directory"], indirect=True)
+def test_a_folder_that_cannot_be_looked_at_hides_no_other(
+    store: DatasetStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged, sound = put(store, JSONL), put(store, b'{"text": "a"}\n')
+    is_dir, read_bytes = Path.is_dir, Path.read_bytes
+
+    def fail_for(path: Path) -> None:
+        if damaged.id in path.parts:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def looked_at(path: Path) -> bool:
+        fail_for(path)
+        return is_dir(path)
+
+    def read(path: Path) -> bytes:
+        fail_for(path)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "is_dir", looked_at)
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert store.list() == [sound]
+    assert store.ids() == {damaged.id, sound.id}
 
 
 @pytest.mark.parametrize("open_store", ["directory"], indirect=True)

@@ -5,9 +5,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from adapters.durable import write_json
 from adapters.errors import BytesUnavailable, NotFound
+from server.home import Home
+from server.storage import Storage
 from server.training.data.datasets import FACTS, ROWS, CorruptDataset, DatasetStore
 from server.training.data.files import FileStore, results_id
+from server.training.data.uploads import checked_uploads
 from tests.buckets import Proxy
 from tests.server.training.data.test_datasets import JSONL, ROWS_OF_BOTH, put
 
@@ -93,6 +97,46 @@ def test_a_damaged_one_hides_no_other(tmp_path: Path, bucket: "Bucket") -> None:
     assert store.ids() == {damaged.id, sound.id}
     assert put(store, JSONL).id == damaged.id, "the same rows mend it"
     assert list(store.rows(damaged.id)) == ROWS_OF_BOTH
+
+
+def test_another_machines_uploads_are_looked_at_too(tmp_path: Path, bucket: "Bucket") -> None:
+    """Of projects, too, of which nothing has come to this one."""
+    one, other = (Storage(Home(tmp_path / machine), bucket) for machine in ("a", "b"))
+    ids = {}
+    for project in ("default", "acme"):
+        root = one.home.datasets(project)
+        ids[project] = put(DatasetStore(root, bucket=one.at(root)), JSONL).id
+    assert dict(checked_uploads(other)) == {
+        f"datasets/{ids['default']}": None,
+        f"projects/acme/datasets/{ids['acme']}": None,
+    }
+
+
+def test_two_machines_that_mend_at_once_both_do(tmp_path: Path, bucket: "Bucket") -> None:
+    """One takes away what it found damaged, and nothing that the other is just bringing."""
+    stores = [DatasetStore(tmp_path / machine, bucket=bucket) for machine in ("a", "b")]
+    dataset = put(stores[0], JSONL)
+    (key,) = (stored.key for stored in bucket.listed() if stored.key.endswith(ROWS))
+    rows = bucket.get(key)
+    bucket.put(key, b"{}")
+    with stores[0]._records.renewed(dataset.id) as directory:
+        (directory / ROWS).write_bytes(rows)
+        write_json(directory / FACTS, dataset.to_document())
+        assert put(stores[1], JSONL).id == dataset.id
+        stores[1].verify(dataset.id)
+    for store in stores:
+        store.verify(dataset.id)
+        assert list(store.rows(dataset.id)) == ROWS_OF_BOTH
+
+
+def test_a_mend_that_fails_takes_nothing_away(tmp_path: Path, bucket: "Bucket") -> None:
+    store = DatasetStore(tmp_path, bucket=bucket)
+    dataset = put(store, JSONL)
+    before = [stored.key for stored in bucket.listed()]
+    with pytest.raises(OSError, match="full"), store._records.renewed(dataset.id):
+        raise OSError("the disk is full")
+    assert [stored.key for stored in bucket.listed()] == before
+    store.verify(dataset.id)
 
 
 def test_a_store_that_fails_is_a_503(tmp_path: Path, bucket: "Bucket", proxied: "Bucket", proxy: Proxy) -> None:
