@@ -7,6 +7,7 @@
     │   └── Unavailable            nothing can be served now (HTTP 503)
     │       ├── Interrupted        of `adapters.errors`, as BytesUnavailable and InDoubt
     │       ├── GenerationTimeout  it took too long, and was ended
+    │       │   └── ReadTooSlowly  too much of it waited for its reader
     │       ├── NotReady           the model isn't loaded yet
     │       ├── Draining           the process is about to end
     │       └── EngineDead         the engine has failed, or hangs; the process will exit
@@ -35,6 +36,7 @@ __all__ = [
     "PayloadTooLarge",
     "QueueFull",
     "RateLimited",
+    "ReadTooSlowly",
     "StartupError",
     "TryAgain",
     "Unauthorized",
@@ -60,6 +62,12 @@ class GenerationTimeout(Unavailable):
     """A generation took longer than it may, and was ended."""
 
     default_message = "this took longer than SMOLORA_REQUEST_TIMEOUT"
+
+
+class ReadTooSlowly(GenerationTimeout):
+    """More of an answer waited for its reader than may, and it was ended."""
+
+    default_message = "the answer was read too slowly: ask for fewer logprobs, or read faster"
 
 
 class NotReady(Unavailable):

@@ -13,7 +13,8 @@ import torch
 
 from adapters.errors import SmoloraError
 from adapters.lora import MODULES, BaseShape, LoraModule, LoraWeights, ModuleKey
-from server.engine.adapter_pool.pool import AdapterPool, Load
+from server.engine.adapter_pool.pool import AdapterPool
+from server.engine.adapter_pool.reads import Load
 from server.engine.backend import Backend, NativeBackend, TorchBackend
 from server.engine.detokenizer import TokenBytes
 from server.engine.engine import Engine, EngineConfig

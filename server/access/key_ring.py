@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from sqlalchemy.exc import SQLAlchemyError
 
 from adapters.errors import Unavailable
@@ -69,6 +69,7 @@ class KeyRing:
         self._known = _Remembered(None, {}, True, {})
         self._by_id: Mapping[str, ApiKey] = {}
         self._reading = asyncio.Lock()
+        self._thread: CapacityLimiter | None = None  # its own: others may hold all that there are for long
         self._num_asked = self._num_answered = 0
         self._fault: Unavailable | None = None
         self._used: dict[str, datetime] = {}
@@ -91,8 +92,10 @@ class KeyRing:
         async with self._reading:
             if self._num_answered < own:  # nobody has read since
                 num_asked, seen = self._num_asked, self._commits()
+                if self._thread is None:
+                    self._thread = CapacityLimiter(1)
                 try:
-                    self._take(await to_thread.run_sync(self._read), seen)
+                    self._take(await to_thread.run_sync(self._read, limiter=self._thread), seen)
                     self._fault = None
                 except Unavailable as error:
                     self._fault = error

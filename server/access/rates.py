@@ -77,7 +77,7 @@ class OwnRates:
         if now < self._seen - SMALL_STEP:  # by which they would end
             self._counts.reset()
         self._seen = now
-        for limit in limits:
+        for limit in sorted(limits, key=lambda limit: amount <= limit.most):  # first what no minute has
             if not self._windows.test(*_item(limit), cost=amount):
                 raise refusal(limit, amount, self._window(limit), self.headers(principal))
         for limit in limits:

@@ -1,6 +1,7 @@
 """`smolora adapters`: list, show, import, download, delete, and point aliases."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,7 +136,17 @@ def download(
         except OSError as error:
             typer.echo(f"smolora: {error.filename}: {error.strerror}", err=True)
             raise typer.Exit(1) from None
-    typer.echo(str(target))
+    typer.echo(str(target), err=_is_output(target))
+
+
+def _is_output(path: Path) -> bool:
+    """Whether what is printed may come to lie among what was written there."""
+    if not path.is_file():
+        return True
+    try:
+        return os.path.samestat(path.stat(), os.fstat(1))
+    except OSError:  # it is closed
+        return False
 
 
 @group.command()

@@ -5,7 +5,6 @@ that can't be reached, raise ClientError with a line for people.
 """
 
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -125,13 +124,12 @@ class Client(Connection):
     def download(self, name: str, version: int, target: Path) -> None:
         """Write a zip that PEFT reads, once unpacked: beside the target first, and renamed. OSError likewise.
 
-        A link leads to the target; a device or a pipe is written to itself.
+        A device or a pipe is written to itself, and so is what a link leads to, where the kernel follows it.
         """
         path, headers = self._place(name, str(version), "download")
-        if target.exists() and not target.is_file():
+        if target.is_symlink() or (target.exists() and not target.is_file()):
             self._save(path, headers, target)
             return
-        target = Path(os.path.realpath(target))  # which takes one that leads nowhere
         part = target.with_name(f"{target.name}.part")
         try:
             self._save(path, headers, part)

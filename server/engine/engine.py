@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from adapters.errors import InvalidInput, SmoloraError
-from server.engine.adapter_pool.pool import NUM_READERS, AdapterPool, Load
+from server.engine.adapter_pool.pool import AdapterPool
+from server.engine.adapter_pool.reads import NUM_READERS, Load
 from server.engine.backend import Backend
 from server.engine.detokenizer import TextStream, TokenBytes
 from server.engine.kv_cache import BlockManager

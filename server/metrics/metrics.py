@@ -25,7 +25,7 @@ from prometheus_client.registry import Collector
 
 from adapters.errors import InvalidInput, TryAgain
 from server.engine.request import EngineStats
-from server.errors import QueueFull
+from server.errors import QueueFull, ReadTooSlowly
 from server.metrics.engine import EngineCollector
 from server.metrics.http import OTHER, HttpMetrics
 
@@ -36,8 +36,9 @@ MAX_AGE = 1.0
 """Seconds. Writing out that was kept from its core for long tells nothing about what it costs."""
 
 Outcome = Literal["completed", "cancelled", "failed", "refused", "invalid"]
-"""How a request ended: all its choices did, the client left, the engine failed it, it was never taken, or it
-turned out to be one that can't be answered: its adapters are too large together, or its grammar too complex.
+"""How a request ended: all its choices did, the client left or read too slowly, the engine failed it, it was never
+taken, or it turned out to be one that can't be answered: its adapters are too large together, or its grammar too
+complex.
 """
 
 _SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -47,6 +48,8 @@ def outcome_of(error: Exception) -> Outcome:
     """How a request ended that the engine ended with this error."""
     if isinstance(error, InvalidInput):
         return "invalid"
+    if isinstance(error, ReadTooSlowly):
+        return "cancelled"
     return "refused" if isinstance(error, QueueFull) else "failed"  # by a replica that was asked
 
 

@@ -10,7 +10,7 @@ import torch
 
 from adapters.store.store import AdapterStore
 from server.config import Settings
-from server.engine.adapter_pool.pool import Load
+from server.engine.adapter_pool.reads import Load
 from server.engine.async_engine import AsyncEngine
 from server.engine.backend import Backend, NativeBackend, TorchBackend
 from server.engine.detokenizer import TokenBytes

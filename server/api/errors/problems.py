@@ -23,8 +23,8 @@ from server.logs import place_of
 MEDIA_TYPE = "application/problem+json"
 MAX_ERRORS = 32
 """Fields of a JSON body that one answer names; there can be any number of bad ones."""
-_MAX_LOOKED_AT = 4 * MAX_ERRORS
-"""Faults, of which some may come to the same: what a name was meant to be takes a tenth of a millisecond."""
+_MAX_COMPARED = 4 * MAX_ERRORS
+"""Unknown names, of which some may come to the same: what one was meant to be takes a tenth of a millisecond."""
 MAX_NAME = 64
 """Characters of a field's name that are given back: unknown ones are the client's own."""
 
@@ -123,12 +123,14 @@ def invalid(faults: Sequence[Mapping[str, object]], body: type[BaseModel] | None
     unknown ones are compared with.
     """
     found: dict[FieldError, None] = {}
+    num_unknown = 0
     for number, fault in enumerate(faults):
-        if len(found) == MAX_ERRORS or number == _MAX_LOOKED_AT:
+        if len(found) == MAX_ERRORS:
             return InvalidInput(list(found), len(faults) - number)
         loc = fault["loc"]
         assert isinstance(loc, tuple)
-        found[_field_error(loc, fault, body)] = None
+        num_unknown += fault["type"] == "extra_forbidden"
+        found[_field_error(loc, fault, body if num_unknown <= _MAX_COMPARED else None)] = None
     return InvalidInput(list(found))
 
 

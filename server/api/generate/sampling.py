@@ -61,7 +61,7 @@ def check_logprobs(num_tokens: int, num_top: int, field: str = "logprobs") -> No
         raise InvalidInput.of(
             field,
             f"{num_tokens:,} tokens with {num_top} beside each are {num_tokens * (num_top + 1):,} of them, and "
-            f"an answer has at most {MAX_LOGPROBS:,}: ask for fewer, or for a stream, which has no such bound",
+            f"an answer has at most {MAX_LOGPROBS:,}: ask for fewer, or for a stream, and read it as it comes",
         )
 
 

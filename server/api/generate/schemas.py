@@ -39,7 +39,7 @@ class SamplingBody(SamplingFields):
         ge=0,
         le=20,
         description="this many likeliest tokens beside each chosen one; 0: none. At most 262,144 in all where the "
-        "answer isn't streamed",
+        "answer isn't streamed; a stream ends with an error once that many, tokens among them, wait to be read",
     )
 
 

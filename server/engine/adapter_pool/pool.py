@@ -14,14 +14,12 @@ from dataclasses import dataclass, field
 from adapters.errors import CorruptAdapter, InvalidInput, SmoloraError
 from adapters.lora import LoraWeights
 from server.engine.adapter_pool.extents import Extents
+from server.engine.adapter_pool.reads import Load, Reads
 from server.engine.adapter_pool.resident import Adapter
 from server.engine.request import AdapterRef
 from server.model.lora_batch import Parts
-from server.model.rank_rows import RankRows, Run, Stored
+from server.model.rank_rows import RankRows, Run
 
-Load = Callable[[str], Stored]
-NUM_READERS = 8
-"""Threads that read: one that must fetch its adapter from an object store may take most of a minute."""
 _Space = tuple[str, str]  # (group, "rows" or "units"): one of the pool's tensors
 
 
@@ -84,8 +82,7 @@ class AdapterPool:
         self.clock = clock
         self.num_loads = 0
         self.num_evictions = 0
-        self._load = load
-        self._readers = readers
+        self._reads = Reads(load, readers, wake)
         self._placers = placers
         self._wake = wake
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()  # least recently used first
@@ -163,7 +160,7 @@ class AdapterPool:
                 self._adapters.move_to_end(adapter.digest)  # it was in use until now
             elif not adapter.num_wanting and adapter.placement is None and self._has(adapter):
                 del self._adapters[adapter.digest]  # it was read for this hold alone
-                adapter.reading.cancel()  # unless that has begun: others' may wait behind it
+                self._reads.leave(adapter.digest, adapter.reading)
         hold.adapters, hold.is_held, hold._parts = (), False, None
         if self.rows.lacks_pages:  # not sooner: it would take a core from the steps up to a first token
             self._placers.submit(self.rows.take_ahead)
@@ -186,9 +183,7 @@ class AdapterPool:
             self._drop(adapter)
             adapter = None
         if adapter is None:
-            reading = self._readers.submit(self._load, digest)
-            reading.add_done_callback(lambda _: self._wake())
-            adapter = self._adapters[digest] = Adapter(digest, reading)
+            adapter = self._adapters[digest] = Adapter(digest, self._reads.begin(digest))
         self._adapters.move_to_end(digest)
         return adapter
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from adapters.errors import SmoloraError
 from server.engine.request import SequenceOutput
-from server.errors import GenerationTimeout
+from server.errors import ReadTooSlowly
 
 MAX_UNREAD = 1 << 18
 """Tokens that may wait for a reader, and the likeliest ones beside them: some 30 MB."""
@@ -52,9 +52,9 @@ class OutputStream:
         if not isinstance(output, SmoloraError):
             self._num_unread += _size(output)
             if self._num_unread > MAX_UNREAD:
-                output = GenerationTimeout(
-                    "the answer was read too slowly: ask for fewer logprobs, or read faster"
-                )
+                output = ReadTooSlowly()
+                while not self._queue.empty():  # who reads little at a time would keep it for as long
+                    self._queue.get_nowait()
         self._queue.put_nowait(output)
         if isinstance(output, SmoloraError):
             self._is_over = True

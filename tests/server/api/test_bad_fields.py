@@ -249,6 +249,22 @@ async def test_many_bad_fields_are_counted_not_listed(client: httpx.AsyncClient)
 
 
 @pytest.mark.parametrize(
+    "alike",
+    [
+        {"logit_bias": {f"{'0' * 64}{number}": 1000 for number in range(200)}},
+        {"messages": [{"role": "user", "content": "a", **{f"{'x' * 64}{number}": 1 for number in range(200)}}]},
+    ],
+    ids=["biases", "unknown names"],
+)
+async def test_faults_that_are_told_alike_hide_no_other(
+    client: httpx.AsyncClient, alike: dict[str, object]
+) -> None:
+    (field,) = alike
+    errors = (await client.post("/generate", json={**alike, "seed": -1, "speculation": "on"})).json()["errors"]
+    assert sorted(error["loc"][0] for error in errors) == sorted([field, "seed", "speculation"])
+
+
+@pytest.mark.parametrize(
     ("fields", "where"),
     [
         ({"stop": [""] * 300_000}, "stop"),

@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from adapters.errors import InvalidInput, SmoloraError
-from server.errors import EngineDead, GenerationFailed, GenerationTimeout, QueueFull
+from server.errors import EngineDead, GenerationFailed, GenerationTimeout, QueueFull, ReadTooSlowly
 from server.metrics.metrics import Outcome
 from tests.server.api.access.key_kit import new_secret
 from tests.server.api.fakes import FakeEngine, failing
@@ -56,6 +56,7 @@ async def test_metrics_follow_requests(client: httpx.AsyncClient, engine: FakeEn
     [
         (GenerationFailed("a step failed"), "failed"),
         (GenerationTimeout(), "failed"),
+        (ReadTooSlowly(), "cancelled"),
         (EngineDead(), "failed"),
         (QueueFull(), "refused"),  # by all replicas that were asked
         (InvalidInput.of("adapter", "these adapters together need more memory"), "invalid"),

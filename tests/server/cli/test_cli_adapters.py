@@ -1,11 +1,15 @@
 """`smolora adapters import` from a folder and from a zip, against a real server on a tiny base."""
 
+import errno
 import io
 import json
 import os
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -13,6 +17,7 @@ from safetensors.torch import load
 from typer.testing import CliRunner, Result
 
 from server.cli.main import app
+from server.client.client import Client
 from tests.server.api.adapters.peft_files import as_zip, peft_files
 from tests.server.running import Running, running
 
@@ -144,7 +149,7 @@ def test_a_download_takes_no_pipes_place_nor_a_links(
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     result = smolora("adapters", "download", "piped", "--output", str(pipe))
-    assert (result.exit_code, result.stdout) == (0, f"{pipe}\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", f"{pipe}\n")
     assert pipe.is_fifo()
     assert zipfile.is_zipfile(io.BytesIO(os.read(reader, 1 << 16)))
     os.close(reader)
@@ -156,4 +161,44 @@ def test_a_download_takes_no_pipes_place_nor_a_links(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.zip", "link.zip", "pipe"]
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     circle = smolora("adapters", "download", "piped", "--output", str(tmp_path / "circle"))
-    assert circle.exit_code == 0, circle.output
+    assert circle.exit_code == 1
+    assert "Too many levels of symbolic links" in circle.stderr
+    assert (tmp_path / "circle").is_symlink()
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_download_to_standard_output_is_nothing_but_the_archive(
+    server: Running, files: tuple[bytes, bytes], is_file: bool, tmp_path: Path
+) -> None:
+    """Its name went behind the archive, or, where the output is a file, over what it begins with."""
+    uploaded = httpx.post(f"{server.url}/adapters/out", files={"archive": as_zip(*files)}, trust_env=False)
+    assert uploaded.status_code == 201, uploaded.text
+    url = f"{server.url}/adapters/out/{uploaded.json()['version']}/download"
+    arguments = ["adapters", "download", "out", "--output", "/dev/stdout", "--url", server.url]
+    with (tmp_path / "out.zip").open("w+b") as file:
+        command = [sys.executable, "-m", "server.cli", *arguments]
+        done = subprocess.run(command, stdout=file if is_file else subprocess.PIPE, stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (0, b"/dev/stdout\n")
+        assert (file.read() if is_file else done.stdout) == httpx.get(url, trust_env=False).content
+
+
+def test_a_download_goes_by_no_link_that_the_kernel_does_not_follow(
+    server: Running, files: tuple[bytes, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as another user's in /tmp: it is for the kernel to find out what it leads to."""
+    uploaded = httpx.post(f"{server.url}/adapters/led", files={"archive": as_zip(*files)}, trust_env=False)
+    assert uploaded.status_code == 201, uploaded.text
+    mine, link = tmp_path / "mine.zip", tmp_path / "link.zip"
+    mine.write_text("dear to me")
+    link.symlink_to(mine)
+    opened = Path.open
+
+    def protected(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path == link:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", protected)
+    with pytest.raises(PermissionError), Client(server.url) as client:
+        client.download("led", 1, link)
+    assert mine.read_text() == "dear to me"

@@ -9,9 +9,12 @@ import pytest
 from adapters.errors import InvalidInput, SmoloraError
 from server.cluster import client as client_module
 from server.cluster import replica as replica_module
+from server.cluster.fleet import Link, Sent
+from server.cluster.messages import Batch
 from server.cluster.replica import EngineReplica
 from server.engine.request import GenerationRequest, SamplingParams, SequenceOutput
 from server.engine.scheduler import SchedulerLimits
+from server.engine.watching import output_stream
 from server.engine.watching.output_stream import OutputStream
 from server.errors import Draining, EngineDead, NotReady, QueueFull
 from server.model.base.weights import BaseModel
@@ -85,6 +88,23 @@ def test_a_stream_that_is_closed_is_aborted(tiny_base: BaseModel) -> None:
             for bench in local.benches.values():
                 await eventually(partial(is_idle, bench))
                 assert bench.engine.stats.output_tokens < 300
+
+    on_loop(main())
+
+
+def test_a_reader_is_not_too_slow_for_what_comes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a stall: it is read in between."""
+    monkeypatch.setattr(output_stream, "MAX_UNREAD", 200)
+    pieces = [SequenceOutput("r", 0, "a", 1, 1, 0) for _ in range(1000)]
+    pieces[-1] = replace(pieces[-1], finish_reason="length")
+
+    async def main() -> None:
+        engine, link = client_module.ReplicatedEngine(LocalTransport(), "", lambda _: 1), Link("replica-0")
+        stream = OutputStream(1, lambda: None)
+        link.sent["r"] = Sent(SHORT, stream.put, 1, link=link)
+        reading = asyncio.create_task(end_of(stream))
+        await engine._deliver(link, Batch(tuple(pieces)))
+        assert await reading is None
 
     on_loop(main())
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from adapters.errors import SmoloraError
 from adapters.lora import LoraWeights
-from server.engine.adapter_pool.pool import Load
+from server.engine.adapter_pool.reads import Load
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
 from server.engine.request import GenerationRequest

@@ -1,10 +1,14 @@
 """The real pool: room, eviction, failures and aborts, one load at a time."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from adapters.errors import CorruptAdapter, InvalidInput, NotFound
 from adapters.lora import MODULES, LoraModule, LoraWeights, ModuleKey
+from server.engine.adapter_pool.pool import AdapterPool
 from server.engine.request import AdapterRef
 from tests.server.engine.adapter_pool.pool_bench import Bench, adapter
 
@@ -244,6 +248,65 @@ def test_what_was_to_be_read_for_an_aborted_request_alone_is_not() -> None:
     assert stays.advance()
     stays.release()
     bench.ready("a")
+
+
+def test_a_read_that_has_begun_is_no_other_beside_itself_when_its_request_comes_again() -> None:
+    """A client that gives up and asks anew, again and again, took one thread more each time."""
+    slow = Bench({"slow": adapter(1.0), "quick": adapter(2.0)}, 2)
+    for _ in range(3):
+        hold = slow.hold("slow")
+        hold.advance()
+        ((reading, task),) = slow.executor.tasks
+        assert reading.running() or reading.set_running_or_notify_cancel()
+        hold.release()
+        assert not slow.pool._adapters
+    hold = slow.hold("slow")
+    assert not hold.advance()
+    slow.executor.tasks.clear()
+    reading.set_result(task())
+    hold.advance()
+    slow.executor.run_all()
+    assert hold.advance()
+    assert slow.num_reads == 1
+
+
+def test_a_read_that_fails_when_nobody_waits_for_it_fails_nobody() -> None:
+    bench = Bench({"a": adapter(1.0)}, 1)
+    hold = bench.hold("a")
+    hold.advance()
+    ((reading, _),) = bench.executor.tasks
+    reading.set_running_or_notify_cancel()
+    hold.release()
+    bench.executor.tasks.clear()
+    reading.set_exception(OSError("the store doesn't answer"))
+    bench.ready("a")
+
+
+def test_those_who_come_again_leave_threads_to_others() -> None:
+    """With threads, of which a slow adapter may have but one."""
+    began, go, quick = threading.Semaphore(0), threading.Event(), threading.Event()
+
+    def load(digest: str) -> LoraWeights:
+        if digest == "quick":
+            quick.set()
+        else:
+            began.release()
+            assert go.wait(60)
+        return adapter(1.0)
+
+    bench = Bench({}, 2)
+    with ThreadPoolExecutor(2) as readers:
+        pool = AdapterPool(bench.pool.rows, load, readers, bench.executor, bench.wake)
+        try:
+            for seconds in (60, 0.2):  # none begins but the first
+                hold = pool.hold((AdapterRef("slow"),))
+                hold.advance()
+                began.acquire(timeout=seconds)
+                hold.release()
+            pool.hold((AdapterRef("quick"),)).advance()
+            assert quick.wait(10)
+        finally:
+            go.set()
 
 
 def test_an_abort_while_rows_are_filled_keeps_them_until_that_is_over() -> None:
