@@ -61,6 +61,8 @@ def test_what_runs_and_what_waits_ends_and_the_job_goes_on(server: ServerProcess
             if not any(one.done() for one in asked):
                 break
             wait_until(lambda: all(one.done() for one in asked))  # noqa: B023  a busy machine looked too late
+        else:
+            raise AssertionError("it never ran all four when it was looked at")
         server.terminate()
         signalled = time.monotonic()
         child.resume()

@@ -63,7 +63,7 @@ class Bench:
         return self.asynchronous
 
     async def __aexit__(self, *_: object) -> None:
-        await self.asynchronous.stop()
+        await asyncio.wait_for(self.asynchronous.stop(), 60)
 
 
 async def collect(stream: OutputStream) -> dict[int, Result]:

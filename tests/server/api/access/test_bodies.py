@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import httpx
 import pytest
 from starlette.types import Message
 
+from server.api.access.bodies import _DRAIN_SECONDS
 from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
@@ -29,6 +31,40 @@ async def pieces(piece: bytes, num: int, every: float, first: bytes = b"") -> As
         await asyncio.sleep(every)
 
 
+class Endless(httpx.AsyncByteStream):
+    """A byte now and then. Whoever stopped waiting for one may wait for it again, as for those of a socket: a
+    generator would have ended.
+    """
+
+    def __init__(self, every: float, first: bytes) -> None:
+        self._every = every
+        self._first: bytes | None = first
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if (first := self._first) is not None:
+            self._first = None
+            return first
+        await asyncio.sleep(self._every)
+        return b" "
+
+
+async def undrained(
+    client: httpx.AsyncClient, path: str, headers: dict[str, str], every: float, first: bytes = b""
+) -> httpx.Response:
+    """The answer to a body without an end, sooner than it is drained for; a busy machine gets three tries."""
+    for _ in range(3):
+        request = client.build_request("POST", path, headers=headers)
+        del request.headers["content-length"]
+        request.stream = Endless(every, first)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_SECONDS - 2):
+                return await client.send(request)
+    raise AssertionError("it was waited for")
+
+
 @pytest.mark.parametrize(
     ("path", "headers"),
     [
@@ -49,8 +85,7 @@ async def test_one_that_makes_no_progress(
     first = (
         b'--x\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\n' if headers is MULTIPART else b""
     )
-    async with asyncio.timeout(60):
-        response = await hasty.post(path, content=pieces(b" ", 10_000, every, first), headers=headers)
+    response = await undrained(hasty, path, headers, every, first)
     if path == "/nowhere":
         assert response.status_code == 404
         return
@@ -61,8 +96,8 @@ async def test_one_that_makes_no_progress(
 
 async def test_without_a_key_nobody_is_waited_for(make_services: MakeServices) -> None:
     services = make_services(body_timeout=0.2, api_keys="k")
-    async with client_of(new_app(services)) as client, asyncio.timeout(8):  # less than a body is drained for
-        response = await client.post("/generate", content=pieces(b" ", 10_000, 60), headers=JSON)
+    async with client_of(new_app(services)) as client:
+        response = await undrained(client, "/generate", JSON, 60)
     assert response.status_code == 408
 
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -264,25 +264,41 @@ async def test_a_key_that_another_server_has_just_made(database: sa.Engine, tmp_
     assert await ring.principal("sk-nobody") is None
 
 
+async def at_best(attempt: Callable[[], Awaitable[None]], took: list[float], seconds: float) -> None:
+    """Of some attempts, each of which adds its time to `took`, one is this fast: others use the machine, too."""
+    async with asyncio.timeout(60):
+        for _ in range(10):
+            await attempt()
+            if took[-1] < seconds:
+                break
+    assert min(took) < seconds, took
+
+
 async def test_an_open_stream_ends_when_its_key_is_revoked(app: FastAPI, engine: FakeEngine) -> None:
     access = access_of(app)
-    key, secret = access.keys.create("one", who=OPERATOR)
     watching = asyncio.create_task(access.ring.watch())
     engine.hold_after = 1
-    try:
+    took: list[float] = []
+
+    async def one_is_told() -> None:
+        key, secret = access.keys.create(f"key{len(took)}", who=OPERATOR)
         async with client_with(app, secret) as client:
             answering = asyncio.create_task(client.post("/generate", json=GENERATE | {"stream": True}))
             waiting = asyncio.create_task(client.post("/v1/completions", json={"model": "base", "prompt": "a"}))
             await until(lambda: engine.num_in_flight == 2)
+            start = time.monotonic()
             access.keys.revoke(key.id, who=OPERATOR)
-            async with asyncio.timeout(60):
-                streamed, whole = await asyncio.gather(answering, waiting)
+            streamed, whole = await asyncio.gather(answering, waiting)
+            took.append(time.monotonic() - start)
+        assert whole.status_code == 401
+        assert whole.json()["error"]["code"] == "invalid_api_key"
+        assert "revoked" in streamed.text
+        await until(lambda: engine.num_in_flight == 0)
+
+    try:
+        await at_best(one_is_told, took, 2.0)
     finally:
         watching.cancel()
-    assert whole.status_code == 401
-    assert whole.json()["error"]["code"] == "invalid_api_key"
-    assert "revoked" in streamed.text
-    await until(lambda: engine.num_in_flight == 0)
 
 
 @pytest.mark.parametrize("path", ["/adapters/a", "/v1/files", "/train", "/v1/fine_tuning/jobs", "/nowhere"])
@@ -329,20 +345,26 @@ async def test_a_database_that_failed_once_keeps_no_revoked_key_answered(
             raise OperationalError("SELECT number FROM access_changes", {}, OSError("disk I/O error"))
         return len(keys.list()) + sum(key.revoked_at is not None for key in keys.list())
 
-    key, secret = keys.create("one", who=OPERATOR)
     ring = KeyRing(keys, ProjectTable(database), commits_of(database, tmp_path), changes=changes)
-    principal = await ring.principal(secret)
-    assert principal is not None
-    end = ring.end_of(principal)
     watching = asyncio.create_task(ring.watch())
-    try:
+    took: list[float] = []
+
+    async def one_is_told() -> None:
+        key, secret = keys.create(f"key{len(took)}", who=OPERATOR)
+        principal = await ring.principal(secret)
+        assert principal is not None
+        end = ring.end_of(principal)
         fails[0] = True
-        keys.create("two", who=OPERATOR)
+        keys.create(f"other{len(took)}", who=OPERATOR)
         await asyncio.sleep(3 * WATCH_SECONDS)
         fails[0] = False
+        start = time.monotonic()
         keys.revoke(key.id, who=OPERATOR)
-        async with asyncio.timeout(60):
-            await end
+        await end
+        took.append(time.monotonic() - start)
+
+    try:
+        await at_best(one_is_told, took, 20 * WATCH_SECONDS)
     finally:
         watching.cancel()
 
