@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from server.model.base.weights import BaseModel
 from tests.end_to_end.peft_reference import CONFIG, WEIGHTS
 from tests.end_to_end.server_process import ServerProcess
 from tests.server.training.worker.merge_kit import sample
-from tests.web.browser import DESKTOP, PHONE, drop, is_wider_than_the_screen, page_of, violations
+from tests.web.browser import DESKTOP, PATIENCE, PHONE, drop, is_wider_than_the_screen, page_of, violations
 
 ROWS = [{"prompt": "a", "completion": "b"}] * 4
 JSONL = "\n".join(map(json.dumps, ROWS)).encode()
@@ -35,11 +36,14 @@ QUICK_NEWS = """() => {
     });
     window.fetch = async (url, init) => {
         if (String(url).endsWith("/events")) return new Response(steps());
-        if (/job-[^/]+$/.test(String(url))) await new Promise((resolve) => setTimeout(resolve, 1000));
-        return real(url, init);
+        if (!/job-[^/]+$/.test(String(url))) return real(url, init);
+        window.most = Math.max(window.most ?? 0, (window.asked = (window.asked ?? 0) + 1));
+        await new Promise((resolve) => setTimeout(resolve, 1000));
+        return real(url, init).finally(() => (window.asked -= 1));
     };
 }"""
-"""A job that tells of a step each tenth of a second, through a network in which an answer takes one."""
+"""A job that tells of a step each tenth of a second, through a network in which an answer takes one.
+`window.most`: how many of those answers were on their way at once."""
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +73,19 @@ def submitted(server: ServerProcess) -> str:
     return str(response.json()["id"])
 
 
-def held_back(page: Page, path: str) -> list[Route]:
+def held_back(page: Page, path: str, method: str = "POST") -> list[Route]:
     """What the page sends there, one after the other, and what is to go on with `continue_`."""
     held: list[Route] = []
-    page.route(path, lambda route: held.append(route) if route.request.method == "POST" else route.continue_())
+    page.route(path, lambda route: held.append(route) if route.request.method == method else route.fallback())
     return held
+
+
+def wait_for_number(page: Page, seen: Sized, number: int) -> None:
+    """Until so many were seen, in handlers that run while the page is waited for."""
+    end = time.monotonic() + PATIENCE / 1000
+    while len(seen) < number and time.monotonic() < end:
+        page.wait_for_timeout(20)
+    assert len(seen) == number
 
 
 def pretend(page: Page, server: ServerProcess, job: str, report: Mapping[str, object], **fields: object) -> None:
@@ -93,6 +105,7 @@ def test_news_may_come_faster_than_answers(server: ServerProcess, browser: Brows
         expect(page.get_by_role("article", name="Job waits")).to_be_visible()
         server.client.post(f"/train/{job}/cancel").raise_for_status()
         expect(page.get_by_role("article", name="Job waits")).to_contain_text("cancelled")
+        assert page.evaluate("window.most") <= 2  # of the news, and of the look every few seconds
 
 
 def test_a_form_is_filled_in_while_its_rows_are_sent(server: ServerProcess, browser: Browser) -> None:
@@ -101,6 +114,7 @@ def test_a_form_is_filled_in_while_its_rows_are_sent(server: ServerProcess, brow
         drop(page, ".drop", {"rows.jsonl": JSONL})
         page.get_by_label("Name").fill("mine")
         page.get_by_label("Epochs").fill("7")
+        wait_for_number(page, held, 1)
         held[0].continue_()
         expect(page.get_by_label("Data set").locator("option:checked")).to_contain_text("rows.jsonl")
         expect(page.get_by_label("Name")).to_have_value("mine")
@@ -113,13 +127,14 @@ def test_a_dry_run_is_of_what_stands_there(server: ServerProcess, browser: Brows
         expect(page.get_by_label("Data set").locator("option:checked")).to_contain_text("rows.jsonl")
         held = held_back(page, "**/train?dry_run=true")
         page.get_by_role("button", name="Dry run").click()
+        wait_for_number(page, held, 1)
         page.get_by_label("Epochs").fill("9")
         with page.expect_response("**/train?dry_run=true"):
             held[0].continue_()
         page.wait_for_timeout(300)
         expect(page.get_by_role("status", name="Dry run")).to_have_count(0)
         page.get_by_role("button", name="Dry run").click()
-        page.wait_for_timeout(100)
+        wait_for_number(page, held, 2)
         held[1].continue_()
         expect(page.get_by_role("status", name="Dry run")).to_contain_text("9 steps")
 
@@ -133,17 +148,41 @@ def test_what_is_sent_again_is_the_same_job(server: ServerProcess, browser: Brow
         keys: list[str] = []
 
         def lost(route: Route) -> None:
+            if route.request.method != "POST":
+                route.continue_()
+                return
             keys.append(route.request.headers["idempotency-key"])
             route.fulfill(status=429, body="")
 
         page.route("**/train", lost)
-        for number, name in enumerate(("once", "once", "another"), start=1):
+        for number, name in enumerate(("once", "once", "another", "once"), start=1):
             page.get_by_label("Name").fill(name)
             page.get_by_role("button", name="Train", exact=True).click()
+            wait_for_number(page, keys, number)
             expect(page.get_by_role("alert")).to_contain_text("429")
-            assert len(keys) == number
         page.unroute("**/train")
-    assert keys[0] == keys[1] != keys[2]
+    assert keys[0] == keys[1] == keys[3] != keys[2]
+
+
+def test_a_first_job_is_gone_to(server: ServerProcess, browser: Browser) -> None:
+    """Though the list has it before whoever sent it is answered."""
+    lists: list[list[object]] = [[]]
+    with page_of(browser, server.url) as page:
+        page.route("**/train", lambda route: route.fulfill(json={"jobs": lists[-1], "next": None}))
+        page.goto(f"{server.url}/#/train")
+        drop(page, ".drop", {"rows.jsonl": JSONL})
+        expect(page.get_by_label("Data set").locator("option:checked")).to_contain_text("rows.jsonl")
+        page.get_by_label("Name").fill("first")
+        held = held_back(page, "**/train")
+        page.get_by_role("button", name="Train", exact=True).click()
+        wait_for_number(page, held, 1)
+        job = server.client.get(f"/train/{submitted(server)}").json()
+        lists.append([job])
+        expect(page.get_by_role("navigation", name="Jobs").get_by_role("link")).to_have_count(1)
+        expect(page.get_by_label("Name")).to_have_value("first")
+        held[0].fulfill(status=202, json=job)
+        page.wait_for_url(f"**/train/{job['id']}")
+        expect(page.get_by_role("article", name="Job waits")).to_be_visible()
 
 
 def test_enter_is_for_the_field_in_which_one_is(server: ServerProcess, browser: Browser) -> None:
@@ -163,6 +202,21 @@ def test_enter_is_for_the_field_in_which_one_is(server: ServerProcess, browser: 
         expect(page.get_by_role("article", name="Answer of blend01+blend02")).to_be_visible()
 
 
+def test_any_weight_is_generated(server: ServerProcess, browser: Browser) -> None:
+    """A slider's steps are no bounds; what can't be read as a number is told, and not left out."""
+    with page_of(browser, f"{server.url}/#/playground") as page:
+        page.get_by_role("textbox", name="Question").fill("of whom?")
+        page.get_by_label("Expression").fill("plain*0.33")
+        page.get_by_text("Sampling").click()
+        page.get_by_label("Temperature").press_sequentially("1e")
+        page.get_by_role("button", name="Generate").click()
+        page.wait_for_timeout(300)
+        expect(page.get_by_role("article", name="Answer of plain*0.33")).to_have_count(0)
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_role("button", name="Generate").click()
+        expect(page.get_by_role("article", name="Answer of plain*0.33")).to_be_visible()
+
+
 @pytest.mark.parametrize("size", [DESKTOP, PHONE])
 def test_what_is_chosen_is_seen(server: ServerProcess, browser: Browser, size: tuple[int, int]) -> None:
     """However long the list is in which it was."""
@@ -170,20 +224,68 @@ def test_what_is_chosen_is_seen(server: ServerProcess, browser: Browser, size: t
         submitted(server)
     with page_of(browser, f"{server.url}/#/adapters", size) as page:
         page.get_by_role("link", name="blend38").click()
-        expect(page.get_by_role("article", name="blend38").get_by_role("heading").first).to_be_in_viewport()
+        wait_until_high(page)
         if size == DESKTOP:  # nor does the list go, in which one may want the next
             expect(page.get_by_role("link", name="blend38")).to_be_in_viewport()
             assert violations(page) == []
         page.goto(f"{server.url}/#/train")
         page.get_by_role("navigation", name="Jobs").get_by_role("link").nth(19).click()
-        expect(page.get_by_role("article").get_by_role("heading").first).to_be_in_viewport()
+        wait_until_high(page)
+
+
+def wait_until_high(page: Page) -> None:
+    """Until the heading of what was chosen is in the upper half of the screen."""
+    expect(page.get_by_role("article")).to_have_count(1)
+    page.wait_for_function(
+        """() => {
+            const { top } = document.querySelector("article h2").getBoundingClientRect();
+            return 0 <= top && top < innerHeight / 2;
+        }"""
+    )
+
+
+TOP_OF_FORM = "document.querySelector('main form').getBoundingClientRect().top"
+
+
+@pytest.mark.parametrize(("size", "status"), [((1280, 500), 403), (PHONE, 429)])
+def test_who_reads_is_not_thrown_back(
+    server: ServerProcess, browser: Browser, size: tuple[int, int], status: int
+) -> None:
+    """By a list that comes late, nor by one that is away for a moment."""
+    for _ in range(20):
+        submitted(server)
+    with page_of(browser, server.url, size) as page:
+        held = held_back(page, "**/train", "GET")
+        page.goto(f"{server.url}/#/train/new")
+        page.get_by_text("More settings").click()
+        wait_for_number(page, held, 1)
+
+        page.evaluate("scrollTo(0, 300)")
+        top = page.evaluate(TOP_OF_FORM)
+        assert top < 0
+        held[0].continue_()
+        page.unroute("**/train")
+        jobs = page.get_by_role("navigation", name="Jobs").get_by_role("link")
+        expect(jobs.nth(19)).to_be_attached()
+        page.wait_for_timeout(300)
+        assert abs(page.evaluate(TOP_OF_FORM) - top) < 2
+        place = page.evaluate("scrollY")
+        answer = {"title": "not now"}
+        with page.expect_response(lambda response: response.status == status):
+            page.route("**/train", lambda route: route.fulfill(status=status, json=answer), times=1)
+        with page.expect_response(lambda response: response.url.endswith("/train") and response.ok):
+            pass
+        expect(page.get_by_role("alert")).to_have_count(0)
+        expect(jobs.nth(19)).to_be_attached()
+        page.wait_for_timeout(300)
+        assert abs(page.evaluate("scrollY") - place) < 2
 
 
 def test_a_job_of_many_steps(server: ServerProcess, browser: Browser, job: str) -> None:
     """Ten thousand rows that are drawn anew at each step are seconds, in which nothing can be pressed."""
     steps = [
         {"seq": step, "at": "2026-01-01T00:00:00Z", "level": "info", "type": "metrics", "message": "a step"}
-        | {"data": {"step": step, "train_loss": 1.0, **({"eval_loss": 2.0} if step == 4001 else {})}}
+        | {"data": {"step": step, "train_loss": 1.0, **({"eval_loss": 2.0} if step == 4007 else {})}}
         for step in range(1, 10_001)
     ]
     body = "".join(f"id: {step['seq']}\ndata: {json.dumps(step)}\n\n" for step in steps)
@@ -196,8 +298,8 @@ def test_a_job_of_many_steps(server: ServerProcess, browser: Browser, job: str) 
         expect(page.locator(".log li")).to_have_count(500)
         rows = page.get_by_role("region", name="Loss by step, as a table").locator("tbody tr")
         expect(rows.last).to_contain_text("10000")
-        expect(rows.filter(has_text="4001")).to_contain_text("2.000")  # what was measured is told
-        assert rows.count() <= 502
+        expect(rows.filter(has_text="4007")).to_contain_text("2.000")  # what was measured is told
+        assert rows.count() == 502
 
 
 def test_a_long_name_on_a_phone(
@@ -251,6 +353,7 @@ def test_tabs_that_nobody_looks_at(server: ServerProcess, browser: Browser) -> N
         document.dispatchEvent(new Event("visibilitychange"));
     }"""
     context = browser.new_context()
+    context.set_default_timeout(PATIENCE)
     try:
         first = submitted(server)
         pages = []
@@ -301,12 +404,31 @@ def test_who_has_left_is_not_fetched_back(
         drop(page, ".drop", {file: (tmp_path / file).read_bytes() for file in (CONFIG, WEIGHTS)})
         upload.get_by_label("Name").fill("late")
         upload.get_by_role("button", name="Upload").click()
+        wait_for_number(page, held, 1)
         page.get_by_role("link", name="Engine").click()
         expect(page.get_by_role("heading", name="Engine")).to_be_visible()
         with page.expect_response("**/adapters/late"):
             held[0].continue_()
         page.wait_for_timeout(500)
         assert page.url.endswith("#/engine")
+
+
+def test_who_has_left_a_delete_is_not_fetched_back(server: ServerProcess, browser: Browser, job: str) -> None:
+    server.client.post(f"/train/{job}/cancel").raise_for_status()
+    server.client.post("/compositions/gone", json={"expression": "plain*0.5"}).raise_for_status()
+    with page_of(browser, server.url) as page:
+        for path in (f"train/{job}", "adapters/gone"):
+            page.goto(f"{server.url}/#/{path}")
+            held = held_back(page, f"**/{path}", "DELETE")
+            page.get_by_role("article").get_by_role("button", name="Delete").first.click()
+            page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+            wait_for_number(page, held, 1)
+            page.get_by_role("link", name="Engine").click()
+            expect(page.get_by_role("heading", name="Engine")).to_be_visible()
+            with page.expect_response(lambda response: response.request.method == "DELETE"):
+                held[0].continue_()
+            page.wait_for_timeout(500)
+            assert page.url.endswith("#/engine")
 
 
 def test_the_audit_list_has_words_for_every_deed(server: ServerProcess, browser: Browser, job: str) -> None:
@@ -339,11 +461,12 @@ def test_why_no_version_was_published(server: ServerProcess, browser: Browser, j
         expect(article.locator(":scope > p.warning")).to_contain_text("Latest stays where it is.")
 
 
-def test_the_card_of_a_merge(server: ServerProcess, browser: Browser, job: str) -> None:
+@pytest.mark.parametrize("distance", [0.25, None])
+def test_the_card_of_a_merge(server: ServerProcess, browser: Browser, job: str, distance: float | None) -> None:
     report = {
         "kind": "merge",
         "method": "dare_ties",
-        "distance": 0.25,
+        "distance": distance,  # None: the exact sum is 0
         "wall_seconds": 3.0,
         "peak_memory_bytes": 1 << 30,
         "bytes_stored": 1 << 20,
@@ -356,8 +479,9 @@ def test_the_card_of_a_merge(server: ServerProcess, browser: Browser, job: str) 
         card = page.locator(".reported")
         expect(card).to_contain_text("dare_ties")
         expect(card).to_contain_text("codes@1+shouting@2*0.5")
-        expect(card).to_contain_text("0.25")
-        for wrong in ("LoRA", "held out", "0 rows", "Steps"):
+        if distance is not None:
+            expect(card).to_contain_text("0.250 from the exact sum")
+        for wrong in ("LoRA", "held out", "0 rows", "Steps", *(["Distance"] if distance is None else [])):
             expect(card).not_to_contain_text(wrong)
         expect(page.get_by_role("article", name="Job waits")).not_to_contain_text("Training loss")
 

@@ -36,9 +36,9 @@ export function useResource(load, deps, seconds = 0) {
         if (isLate()) return;
         turns.current.shown = turn;
         const problem = asProblem(error);
-        // what was there stays while the server is away for a moment, but not for another key
+        // what was there stays while the server is away for a moment or asked too often, but not for another key
         setState((before) => ({
-          data: problem.status === 0 || problem.status >= 500 ? before.data : null,
+          data: problem.status === 0 || problem.status === 429 || problem.status >= 500 ? before.data : null,
           problem,
         }));
       } finally {

@@ -123,13 +123,20 @@ export function Choice({ legend, name, value, words, onChange }) {
   </fieldset>`;
 }
 
-/** @param {{label: string, className?: string, onSubmit: () => void, children: unknown}} props */
+/**
+ * What may stand in it is the server's to judge; a browser would hold a slider's steps against a number. But what is no
+ * number at all would be left out.
+ * @param {{label: string, className?: string, onSubmit: () => void, children: unknown}} props
+ */
 export function Form({ label, className = "", onSubmit, children }) {
-  const submit = (/** @type {Event} */ event) => {
+  const submit = (/** @type {Event & {currentTarget: HTMLFormElement}} */ event) => {
     event.preventDefault();
-    onSubmit();
+    const inputs = [...event.currentTarget.querySelectorAll("input")];
+    const unread = inputs.find((input) => input.validity.badInput);
+    if (unread) unread.reportValidity();
+    else onSubmit();
   };
-  return html`<form class=${className} aria-label=${label} onSubmit=${submit}>${children}</form>`;
+  return html`<form class=${className} aria-label=${label} noValidate onSubmit=${submit}>${children}</form>`;
 }
 
 /**
@@ -190,14 +197,19 @@ export function Careful({ label, sure, deed = label, busy = false, onSure }) {
 
 /**
  * For the element that has what was chosen in a list: it is scrolled to where the list is so long, or the screen so
- * small, that it would be out of sight.
- * @param {string} chosen "": nothing, or the list isn't there yet
+ * small, that it would be out of sight. Once for what was chosen: whoever reads on in it, or types, isn't thrown back.
+ * @param {string | null} chosen "": nothing; null: the list isn't there, which says nothing of what is chosen
  */
 export function useInSight(chosen) {
   const place = useRef(/** @type {HTMLElement | null} */ (null));
+  const last = useRef(/** @type {string | null} */ (null));
   useEffect(() => {
+    if (chosen === null || chosen === last.current) return;
+    const hasBegun = last.current === null && scrollY > 0; // before the list was there
+    last.current = chosen;
     const top = place.current?.getBoundingClientRect().top ?? 0;
-    if (chosen && (top < 0 || top > innerHeight / 2)) place.current?.scrollIntoView({ block: "start" });
+    if (chosen && !hasBegun && (top < 0 || top > innerHeight / 2))
+      place.current?.scrollIntoView({ block: "start" });
   }, [chosen]);
   return place;
 }

@@ -69,8 +69,7 @@ function MergeCard({ report }) {
     <dd>${report.method}</dd>
     <dt>Made of</dt>
     <dd><code>${report.lineage?.expression}</code></dd>
-    <dt>Distance</dt>
-    <dd>${loss(report.distance)} from the exact sum, as a share of it</dd>
+    ${(report.distance ?? null) === null ? null : html`<dt>Distance</dt><dd>${loss(report.distance)} from the exact sum, as a share of it</dd>`}
     <dt>Took</dt>
     <dd>${duration(report.wall_seconds ?? 0)}, ${bytes(report.peak_memory_bytes ?? 0)} of memory at most</dd>
     <dt>Stored</dt>

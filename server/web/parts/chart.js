@@ -9,7 +9,7 @@ import { Table } from "./basics.js";
 /** @type {Promise<typeof import("../vendor/uplot.mjs") | null> | null} null in it: it couldn't be loaded */
 let library = null;
 let tries = 0;
-const RETRY_SECONDS = 3;
+const [FIRST_SECONDS, MOST_SECONDS] = [3, 60];
 
 /** The library; what a browser couldn't load once it doesn't ask for again under the same address. */
 async function load() {
@@ -52,16 +52,24 @@ export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }
 
   useEffect(() => {
     let gone = false;
+    let wait = FIRST_SECONDS;
+    /** @type {ReturnType<typeof setTimeout> | undefined} */
+    let timer;
     const element = place.current;
     if (!element) return undefined;
     const fit = new ResizeObserver(() => plot.current?.setSize({ width: element.clientWidth, height }));
     const dark = matchMedia("(prefers-color-scheme: dark)");
+    const again = () => {
+      clearTimeout(timer);
+      timer = setTimeout(() => (document.hidden ? again() : draw()), wait * 1000);
+    };
     const draw = async () => {
       const found = await load();
       if (gone) return;
       setMissing(!found);
       if (!found) {
-        setTimeout(() => !gone && draw(), RETRY_SECONDS * 1000);
+        again();
+        wait = Math.min(2 * wait, MOST_SECONDS);
         return;
       }
       const { default: UPlot } = found;
@@ -95,6 +103,7 @@ export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }
     dark.addEventListener("change", draw);
     return () => {
       gone = true;
+      clearTimeout(timer);
       fit.disconnect();
       dark.removeEventListener("change", draw);
       plot.current?.destroy();

@@ -4,7 +4,7 @@ import { ask, download, get } from "../lib/api.js";
 import { bytes, compact, loss, moment } from "../lib/format.js";
 import { html, useState } from "../lib/html.js";
 import { columns, expression } from "../lib/playground.js";
-import { useAction, useResource } from "../lib/resource.js";
+import { useAction, useIsShown, useResource } from "../lib/resource.js";
 import { go, to } from "../lib/route.js";
 import { Badge, Careful, Fault, Form, SelectField, Table, TextField, Warnings } from "../parts/basics.js";
 import { Card } from "../parts/card.js";
@@ -24,9 +24,10 @@ export function AdapterDetail({ adapter, isOwn, onChange }) {
       await onChange();
     },
   );
+  const isShown = useIsShown();
   const remove = useAction(async () => {
     await ask("DELETE", path, { headers });
-    go("adapters");
+    if (isShown()) go("adapters");
     await onChange();
   });
   const [number, choose] = useState(adapter.latest);

@@ -22,7 +22,7 @@ export function AdaptersView({ path }) {
   const [ours, others] = [adapters.data?.own ?? [], adapters.data?.shared ?? []];
   // past the list, that it isn't among the project's own says nothing of whose it is
   const found = [...ours, ...(adapters.data?.isCut ? [] : others)].find((adapter) => adapter.name === name);
-  const detail = useInSight(adapters.data ? name : "");
+  const detail = useInSight(adapters.data ? name : null);
   const matches = (/** @type {Adapter} */ adapter) => adapter.name.toLowerCase().includes(filter.toLowerCase());
   return html`<h1>Adapters</h1>
     <${Fault} problem=${adapters.problem} />
@@ -42,7 +42,7 @@ export function AdaptersView({ path }) {
             : null
         }
       </div>
-      <div class="detail" ref=${detail}>
+      <div class="detail ${name ? "chosen" : ""}" ref=${detail}>
         ${
           found
             ? html`<${AdapterDetail} key=${name} adapter=${found} isOwn=${ours.includes(found)} onChange=${adapters.reload} />`

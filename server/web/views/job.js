@@ -2,7 +2,7 @@
 import { Problem, ask, download, events, get } from "../lib/api.js";
 import { ago, count, duration, loss, moment, plural } from "../lib/format.js";
 import { html, useEffect, useMemo, useState } from "../lib/html.js";
-import { useAction, useResource } from "../lib/resource.js";
+import { useAction, useIsShown, useResource } from "../lib/resource.js";
 import { go, to } from "../lib/route.js";
 import { Bar, Careful, Fault, Warnings } from "../parts/basics.js";
 import { Card } from "../parts/card.js";
@@ -15,11 +15,12 @@ const RETRY_SECONDS = 2;
 const GATHER_SECONDS = 0.25;
 const MOST_LINES = 500;
 
-/** Once the tab is looked at. */
-const seen = () =>
+/** Once the tab is looked at, or nobody waits any more. @param {AbortSignal} signal */
+const seen = (signal) =>
   new Promise((resolve) => {
-    if (document.hidden) document.addEventListener("visibilitychange", resolve, { once: true });
-    else resolve(null);
+    if (!document.hidden || signal.aborted) return resolve(null);
+    document.addEventListener("visibilitychange", resolve, { once: true, signal });
+    return signal.addEventListener("abort", resolve, { once: true });
   });
 
 /**
@@ -27,7 +28,7 @@ const seen = () =>
  * together: of a job that has ended that is all of them. A browser has few connections to a server, for all tabs
  * together: one that isn't looked at keeps none.
  * @param {string} id
- * @param {() => void} onNews
+ * @param {() => Promise<void>} onNews while it is on its way it isn't called again, but once more after it
  */
 function useEvents(id, onNews) {
   const [found, setFound] = useState(/** @type {JobEvent[]} */ ([]));
@@ -37,16 +38,26 @@ function useEvents(id, onNews) {
     let last = "";
     /** @type {JobEvent[]} */
     let fresh = [];
+    let [isWanted, isAsking] = [false, false];
     const tell = () => {
       const news = fresh;
       fresh = [];
       if (signal.aborted) return;
       setFound((before) => [...before, ...news]);
-      onNews();
+      isWanted = true;
+      if (!isAsking) void askOn();
+    };
+    const askOn = async () => {
+      isAsking = true;
+      while (isWanted && !signal.aborted) {
+        isWanted = false;
+        await onNews();
+      }
+      isAsking = false;
     };
     const follow = async () => {
       for (;;) {
-        await seen();
+        await seen(signal);
         if (signal.aborted) return;
         const connection = new AbortController();
         const leave = () => (document.hidden || signal.aborted) && connection.abort();
@@ -100,7 +111,7 @@ function pointsOf(found) {
 export function JobDetail({ id, onChange }) {
   const path = `/train/${encodeURIComponent(id)}`;
   const job = useResource(async (signal) => /** @type {Job} */ (await get(path, signal)), [id], 3);
-  const found = useEvents(id, () => void job.reload());
+  const found = useEvents(id, () => job.reload());
   const points = useMemo(() => pointsOf(found), [found]);
   const steer = useAction(async (/** @type {string} */ what) => {
     await ask("POST", `${path}/${what}`);
@@ -108,10 +119,11 @@ export function JobDetail({ id, onChange }) {
     onChange();
   });
   const save = useAction(() => download(`${path}/download`, `${id}.zip`));
+  const isShown = useIsShown();
   const remove = useAction(async () => {
     await ask("DELETE", path);
     onChange();
-    go("train");
+    if (isShown()) go("train");
   });
   if (!job.data) return html`<${Fault} problem=${job.problem} />`;
   const { kind, name, status, progress, metrics, adapter, error, config } = job.data;

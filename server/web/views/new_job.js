@@ -89,16 +89,14 @@ export function NewJob({ onQueued }) {
     const found = await ask("POST", "/train?dry_run=true", { json });
     if (latest.current === form) setDry(found);
   });
-  const sent = useRef({ json: "", key: "" });
+  const sent = useRef(/** @type {Map<string, string>} */ (new Map())); // what was sent, and as which request
   const isShown = useIsShown();
   const submit = useAction(async () => {
     // once more the same, as after an answer that got lost, is the same job
     const json = JSON.stringify(bodyOf(form));
-    if (sent.current.json !== json) sent.current = { json, key: crypto.randomUUID?.() ?? String(Math.random()) };
-    const job = await ask("POST", "/train", {
-      json: bodyOf(form),
-      headers: { "Idempotency-Key": sent.current.key },
-    });
+    const key = sent.current.get(json) ?? crypto.randomUUID?.() ?? String(Math.random());
+    sent.current.set(json, key);
+    const job = await ask("POST", "/train", { json: bodyOf(form), headers: { "Idempotency-Key": key } });
     onQueued();
     if (isShown()) go("train", job.id);
   });

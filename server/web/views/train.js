@@ -39,7 +39,10 @@ export function TrainView({ path: [id] }) {
     return jobs.reload();
   });
   const listed = jobs.data?.jobs;
-  const detail = useInSight(listed?.length && id ? id : "");
+  const detail = useInSight(listed ? (id ?? "") : null);
+  const isOffered = useRef(false); // then the form stays, though a poll lists the job before its POST is answered
+  if (id) isOffered.current = false;
+  else if (listed?.length === 0) isOffered.current = true;
   return html`<div class="row between">
       <h1>Train</h1>
       ${id === "new" ? null : html`<a class="button" href=${to("train", "new")}>New job</a>`}
@@ -64,9 +67,9 @@ export function TrainView({ path: [id] }) {
         </ul>
         ${jobs.data?.isCut ? html`<button type="button" class="plain" disabled=${older.busy} onClick=${older.run}>Older jobs</button>` : null}
       </nav>
-      <div ref=${detail}>
+      <div class=${id ? "chosen" : ""} ref=${detail}>
         ${
-          id === "new" || (!id && listed?.length === 0)
+          id === "new" || isOffered.current
             ? html`<${NewJob} onQueued=${jobs.reload} />`
             : id
               ? html`<${JobDetail} key=${id} id=${id} onChange=${jobs.reload} />`
