@@ -130,7 +130,7 @@ def test_on_the_real_base_too(real_base: BaseModel, hf_base_dir: Path) -> None:
         GenerationRequest(
             f"r{i}",
             tuple(tokenizer.encode(text * 4)),
-            replace(SAMPLED if i == 4 else GREEDY, max_tokens=12),
+            replace(SAMPLED if i == 4 else GREEDY, max_tokens=24),
             blend,
         )
         for i, (text, blend) in enumerate(zip(texts, blends, strict=True))
