@@ -171,17 +171,20 @@ async def test_a_key_that_a_command_revokes_opens_nothing_from_then_on(
 ) -> None:
     """Through connections of its own, as another process has them."""
     keys = access_of(app).keys
-    key, secret = keys.create("one", who=OPERATOR)
-    async with client_with(app, secret) as client:
-        for _ in range(20):
-            assert (await client.get("/adapters")).status_code == 200
-        other = connect(tmp_path, url=app_database_url)
-        Keys(other, tmp_path / "keyed").revoke(key.id, who=OPERATOR)
-        other.dispose()
-        async with asyncio.timeout(60):
-            while app_database_url is not None and (await client.get("/adapters")).status_code == 200:
-                await asyncio.sleep(0.005)  # PostgreSQL's notice is on its way
-        assert (await client.get("/adapters")).status_code == 401
+    keys.create("another", who=OPERATOR)  # so that there is one all the time
+    for _tries in range(10):
+        key, secret = keys.create("one", who=OPERATOR)
+        async with client_with(app, secret) as client:
+            for _ in range(20):
+                assert (await client.get("/adapters")).status_code == 200
+            other = connect(tmp_path, url=app_database_url)
+            Keys(other, tmp_path / "keyed").revoke(key.id, who=OPERATOR)
+            other.dispose()
+            await asyncio.sleep(0 if app_database_url is None else 0.05)  # PostgreSQL's notice is on its way
+            status = (await client.get("/adapters")).status_code
+        if status == 401 or app_database_url is None:
+            break
+    assert status == 401
 
 
 async def test_an_expired_key_opens_nothing(database: sa.Engine, tmp_path: Path) -> None:
