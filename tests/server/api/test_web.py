@@ -2,9 +2,12 @@
 
 import gzip
 import re
+from pathlib import Path
 
 import httpx
 import pytest
+
+import server
 
 pytestmark = pytest.mark.anyio
 
@@ -55,6 +58,20 @@ async def test_it_is_small(client: httpx.AsyncClient) -> None:
         plain = await client.get(f"/{path}", headers={"Accept-Encoding": "identity"})
         assert plain.content == gzip.decompress(content)
     assert 0 < size < MOST_OWN_BYTES, size
+
+
+async def test_modules_come_without_notes(client: httpx.AsyncClient) -> None:
+    """And with every line where it is, for whoever looks at an error."""
+    modules = [path for path in await files_of(client) if OWN.fullmatch(path) and path.endswith(".js")]
+    assert len(modules) > 30
+    for path in modules:
+        sent = (await client.get(f"/{path}")).text.splitlines()
+        written = (Path(server.__file__).parent / "web" / path.split("/", 2)[2]).read_text("utf-8").splitlines()
+        assert len(sent) == len(written)
+        assert not any(line.lstrip().startswith(("/**", "* ", "*/")) for line in sent), path
+        assert all(
+            line == other or other.lstrip()[:1] in ("/", "*") for line, other in zip(sent, written, strict=True)
+        )
 
 
 async def test_what_is_not_there(client: httpx.AsyncClient) -> None:
