@@ -10,8 +10,8 @@
 #include "../prefetch.h"
 #include "tiles.h"
 
-constexpr int kStoredRows =
-    vectors::kSums >= 24 ? 6 : 3;  // rows that are computed without a copy of the weights, at most
+using vectors::kStoredRows;
+constexpr bool kBothHalves = vectors::kSums >= 24;  // of a tile at once: a sum waits for the one before
 
 template <class Tile>
 inline void prefetch_ahead(const Tile* tile) {
@@ -22,7 +22,7 @@ inline void prefetch_ahead(const Tile* tile) {
 template <class Tile>
 inline void expand(const Tile& from, bf16* to) {
     for (int first = 0; first < kTile; first += 16)
-        each_pair(from, first, [&](int pair, const vectors::Pairs& w) {
+        each_pair<1>(from, first, [&](int pair, const vectors::Pairs& w) {
             _mm512_storeu_si512(to + (pair * kTile + first) * 2, vectors::packed(w));
         });
 }
@@ -42,13 +42,21 @@ inline void multiply_stored_block(const bf16* x, size_t x_stride, const Tile* ti
                 memcpy(&two, x + of * x_stride + i * kTile + 2 * pair, 4);
                 return (__m512bh)_mm512_set1_epi32((int)two);
             };
-            each_pair(tiles[i], 0, [&](int pair, const vectors::Pairs& w) {
-                ((left[row] = vectors::add_products(left[row], both(row, pair), w)), ...);
-            });
-            asm volatile("" ::: "memory");  // x is read again: its copies would take all registers
-            each_pair(tiles[i], 16, [&](int pair, const vectors::Pairs& w) {
-                ((right[row] = vectors::add_products(right[row], both(row, pair), w)), ...);
-            });
+            if constexpr (kBothHalves) {
+                each_pair<2>(tiles[i], 0, [&](int pair, const vectors::Pairs& first, const vectors::Pairs& second) {
+                    ((left[row] = vectors::add_products(left[row], both(row, pair), first),
+                      right[row] = vectors::add_products(right[row], both(row, pair), second)),
+                     ...);
+                });
+            } else {
+                each_pair<1>(tiles[i], 0, [&](int pair, const vectors::Pairs& w) {
+                    ((left[row] = vectors::add_products(left[row], both(row, pair), w)), ...);
+                });
+                asm volatile("" ::: "memory");  // x is read again: its copies would take all registers
+                each_pair<1>(tiles[i], 16, [&](int pair, const vectors::Pairs& w) {
+                    ((right[row] = vectors::add_products(right[row], both(row, pair), w)), ...);
+                });
+            }
         }
         (_mm512_storeu_ps(y + row * y_stride, left[row]), ...);
         (_mm512_storeu_ps(y + row * y_stride + 16, right[row]), ...);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "../numbers.h"
 
@@ -18,7 +19,7 @@ struct BlockQ8_0 {  // input i is scale · codes[i]
 // The same blocks of a tile's 32 outputs: what expands to [16 pairs][32 outputs][2].
 struct TileQ4_1 {
     uint16_t scales[kTile], least[kTile];
-    uint32_t codes[2][2 * kTile];  // of eight pairs, four bits each: of an output's first input and its second
+    uint32_t codes[2][2 * kTile];  // of eight pairs each, `code_at`: of an output's first input and its second
 };
 struct TileQ8_0 {
     uint16_t scales[kTile];
@@ -26,32 +27,39 @@ struct TileQ8_0 {
 };
 static_assert(sizeof(BlockQ4_1) * kTile == sizeof(TileQ4_1) && sizeof(BlockQ8_0) * kTile == sizeof(TileQ8_0));
 
-// Calls visit(pair, w) for each of a tile's 16 pairs of inputs in their order, w being the weights of 16 outputs, from
-// the output `first` on, as vectors::Pairs. Products of a scale and a code are exact in fp32, so that a sum is rounded
-// once, then to bf16.
-template <class Visit>
+// Of the eight pairs that share a word: the first bit of a pair's four. Two lie half a word apart.
+constexpr int code_at(int pair) { return 16 * (pair % 2) + 4 * (pair / 2); }
+
+// Calls visit(pair, w...) for each of a tile's 16 pairs of inputs in their order, each w being the weights of 16
+// outputs as vectors::Pairs: of `count` times 16, from the output `first` on. Products of a scale and a code are exact
+// in fp32, so that a sum is rounded once, then to bf16.
+template <int count, class Visit>
 inline void each_pair(const TileQ4_1& from, int first, Visit visit) {
-    const vectors::Scales scales = vectors::load_scales(from.scales + first);
-    const vectors::Scales least = vectors::load_scales(from.least + first);
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+        const vectors::Scales scales[] = {vectors::load_scales(from.scales + first + 16 * i)...};
+        const vectors::Scales least[] = {vectors::load_scales(from.least + first + 16 * i)...};
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-        auto codes = vectors::split_words(from.codes[half] + 2 * first);
-#pragma GCC unroll 8
-        for (int pair = 0; pair < 8; pair++) {
-            visit(8 * half + pair,
-                  vectors::scaled({vectors::lowest_four_bits(codes.one), vectors::lowest_four_bits(codes.other)},
-                                  scales, least));
-            codes = {_mm512_srli_epi32(codes.one, 4), _mm512_srli_epi32(codes.other, 4)};
+        for (int half = 0; half < 2; half++) {
+            vectors::SplitWords codes[] = {vectors::split_words(from.codes[half] + 2 * (first + 16 * i))...};
+#pragma GCC unroll 4
+            for (int pair = 8 * half; pair < 8 * half + 8; pair += 2) {
+                visit(pair, vectors::scaled({vectors::low_code(codes[i].one), vectors::low_code(codes[i].other)},
+                                            scales[i], least[i])...);
+                visit(pair + 1, vectors::scaled({vectors::high_code(codes[i].one), vectors::high_code(codes[i].other)},
+                                                scales[i], least[i])...);
+                ((codes[i] = {_mm512_srli_epi32(codes[i].one, 4), _mm512_srli_epi32(codes[i].other, 4)}), ...);
+            }
         }
-    }
+    }(std::make_integer_sequence<int, count>{});
 }
-template <class Visit>
+template <int count, class Visit>
 inline void each_pair(const TileQ8_0& from, int first, Visit visit) {
-    const vectors::Scales scales = vectors::load_scales(from.scales + first);
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+        const vectors::Scales scales[] = {vectors::load_scales(from.scales + first + 16 * i)...};
 #pragma GCC unroll 16
-    for (int pair = 0; pair < kTile / 2; pair++) {
-        visit(pair, vectors::scaled(vectors::split_bytes(from.codes[pair] + 2 * first), scales));
-    }
+        for (int pair = 0; pair < kTile / 2; pair++)
+            visit(pair, vectors::scaled(vectors::split_bytes(from.codes[pair] + 2 * (first + 16 * i)), scales[i])...);
+    }(std::make_integer_sequence<int, count>{});
 }
 
 // The blocks of 32 outputs, `stride` apart.
@@ -62,8 +70,8 @@ inline void pack(const BlockQ4_1* from, size_t stride, TileQ4_1& to) {
         for (int i = 0; i < 2; i++) {
             uint32_t low = 0, high = 0;
             for (int pair = 0; pair < 8; pair++) {
-                low |= (uint32_t)(block.codes[2 * pair + i] & 15) << 4 * pair;
-                high |= (uint32_t)(block.codes[2 * pair + i] >> 4) << 4 * pair;
+                low |= (uint32_t)(block.codes[2 * pair + i] & 15) << code_at(pair);
+                high |= (uint32_t)(block.codes[2 * pair + i] >> 4) << code_at(pair);
             }
             to.codes[0][2 * row + i] = low, to.codes[1][2 * row + i] = high;
         }

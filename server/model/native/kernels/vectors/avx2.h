@@ -10,7 +10,7 @@
 
 namespace vectors {
 
-constexpr int kSums = 4, kWideSums = 6;
+constexpr int kSums = 4, kWideSums = 6, kStoredRows = 3;
 
 struct Floats {  // 16
     __m256 low, high;
@@ -204,7 +204,8 @@ inline void store_interleaved(const Words& a, const Words& b, uint32_t* to) {
     store(to, one(a.low, b.low)), store(to + 16, one(a.high, b.high));
 }
 
-inline Floats lowest_four_bits(const Words& x) { return to_floats(x & set_words(15)); }
+inline Floats low_code(const Words& x) { return to_floats(x & set_words(15)); }
+inline Floats high_code(const Words& x) { return low_code(right(x, 16)); }
 
 // 2^n · x, for whole n from -150 to 127.
 inline Floats scale(const Floats& x, const Floats& n) {

@@ -7,6 +7,11 @@
 namespace vectors {
 
 constexpr int kSums = 24, kWideSums = 0;
+#ifdef __AVX512BF16__
+constexpr int kStoredRows = 10;
+#else
+constexpr int kStoredRows = 4;
+#endif
 
 inline void store_interleaved(__m512i a, __m512i b, uint32_t* to) {
     alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
@@ -16,8 +21,17 @@ inline void store_interleaved(__m512i a, __m512i b, uint32_t* to) {
     _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, high, b));
 }
 
-inline __m512 lowest_four_bits(__m512i x) {  // at which alone a permutation looks
+// A permutation looks at the lowest four bits of 32 alone, or at five of 16, of which the last has no say here. The
+// upper half of a float is its 16-bit number.
+inline __m512 low_code(__m512i x) {
     return _mm512_permutexvar_ps(x, _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+inline __m512 high_code(__m512i x) {
+    alignas(64) static constexpr uint16_t kCodes[32] = {0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+                                                        0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
+                                                        0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+                                                        0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
+    return (__m512)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, x, _mm512_load_si512(kCodes));
 }
 
 #ifndef __AVX512BF16__

@@ -13,7 +13,7 @@ enum Comparison { _CMP_EQ_OQ, _CMP_GE_OQ, _CMP_GT_OQ, _CMP_LT_OQ, _CMP_UNORD_Q }
 
 namespace vectors {
 
-constexpr int kSums = 5, kWideSums = 0;
+constexpr int kSums = 5, kWideSums = 0, kStoredRows = 3;
 
 template <class Quarter>
 struct Four {

@@ -100,7 +100,8 @@ inline Words widen_signed_shorts(const Shorts& x) {
     return {{low(x.q[0]), high(x.q[0]), low(x.q[1]), high(x.q[1])}};
 }
 
-inline Floats lowest_four_bits(const Words& x) { return to_floats(x & set_words(15)); }
+inline Floats low_code(const Words& x) { return to_floats(x & set_words(15)); }
+inline Floats high_code(const Words& x) { return low_code(right(x, 16)); }
 
 // 2^n · x, for whole n from -150 to 127.
 inline Floats scale(const Floats& x, const Floats& n) {

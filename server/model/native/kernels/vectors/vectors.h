@@ -2,9 +2,10 @@
 //
 // Beside them each processor's header has in namespace `vectors`: is_supported(), kFlushesToZero of what _mm_setcsr
 // takes, are_not_zero(16 bytes), store_interleaved(two rows of 32 numbers of 16 bits, where to), and
-// lowest_four_bits(16 words) as floats; kSums, how many sums of 16 numbers registers hold beside what they are of; and
-// kWideSums, how many where that is in 32 bits, or 0 where that brings nothing.
-// side_by_side.h and apart.h have what expands stored weights, and multiplies by them.
+// low_code(16 words) and high_code, the lowest four bits of either half of each as floats; kSums, how many sums of 16
+// numbers registers hold beside what they are of; kWideSums, how many where that is in 32 bits, or 0 where that brings
+// nothing; and kStoredRows, how many rows are multiplied by stored weights faster where those are expanded in registers
+// than by an expanded copy. side_by_side.h and apart.h have what expands stored weights, and multiplies by them.
 #pragma once
 
 #if defined(__aarch64__)
