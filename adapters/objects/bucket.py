@@ -70,7 +70,7 @@ class Bucket:
         `allow_http`: to send credentials over connections that aren't encrypted. Raises ValueError.
         """
         if url.startswith(_FILE):
-            return cls(LocalStore(url.removeprefix(_FILE), mkdir=True), patience)
+            return cls(LocalStore(url.removeprefix(_FILE), mkdir=True, automatic_cleanup=True), patience)
         try:
             store = S3Store.from_url(
                 url,
@@ -130,6 +130,8 @@ class Bucket:
 
     def folders(self) -> list[str]:
         """The names before the first slash of all keys."""
+        if isinstance(self._store, LocalStore):  # which tells of empty folders as well: a kill leaves some
+            return sorted({stored.key.split("/", 1)[0] for stored in self.listed() if "/" in stored.key})
         own, below = len(self._prefix), self._prefix.rstrip("/") or None
         found = self._ask(lambda: obstore.list_with_delimiter(self._store, below))
         return sorted(str(name)[own:].rstrip("/") for name in found["common_prefixes"])

@@ -32,6 +32,9 @@ TRACEPARENT_NAME = "traceparent"
 
 _ORPHAN_SECONDS = 3600.0
 
+Statuses = Callable[[Sequence[str]], Mapping[str, Status]]
+"""Those of any number of jobs, of the ones that there are."""
+
 
 class JobFiles:
     """The folders of all jobs of one HOME, or of the bucket that has what is in it."""
@@ -111,21 +114,20 @@ class JobFiles:
         if self._shared is not None:
             self._shared.remove(job_id)
 
-    def sweep(self, status: Callable[[str], Status | None]) -> None:
+    def sweep(self, statuses: Statuses) -> None:
         """As `sweep_ended`, and remove old folders of jobs never submitted, from HOME alone.
 
         Not those with a model: a database that doesn't know their jobs is another one, or was lost.
         """
-        self.sweep_ended(status)
-        for directory in self._root.glob("*/"):
-            if (
-                _is_old(directory)
-                and not (directory / MODEL_NAME).exists()
-                and status(directory.name) is None  # last: it may just be submitted
-            ):
+        self.sweep_ended(statuses)
+        folders = self._root.glob("*/")
+        old = [path for path in folders if _is_old(path) and not (path / MODEL_NAME).exists()]
+        known = statuses([path.name for path in old])  # last: one may just be submitted
+        for directory in old:
+            if directory.name not in known:
                 shutil.rmtree(directory, ignore_errors=True)
 
-    def sweep_ended(self, status: Callable[[str], Status | None]) -> None:
+    def sweep_ended(self, statuses: Statuses) -> None:
         """Remove rows and checkpoints of jobs that have ended, and old halves of models, from HOME alone.
 
         Whoever cancels a job drops its rows, a worker the checkpoints of an attempt that it ends. These are what a
@@ -133,18 +135,15 @@ class JobFiles:
         has ended never runs again, so nobody can need them; a process of it that is about to be killed may write
         one more checkpoint, which goes the next time.
         """
-        names = (DATA_NAME, TRAIN_NAME, VALIDATION_NAME, CHECKPOINTS_NAME)
-        for directory in self._root.glob("*/"):
-            has_half = any(directory.glob(f"{UNFINISHED}*"))
-            if has_half or any((directory / name).exists() for name in names):
-                found = status(directory.name)
-                if found is not None and found.has_ended:
-                    self._unlink_rows(directory.name)
-                    shutil.rmtree(directory / CHECKPOINTS_NAME, ignore_errors=True)
-                    remove_abandoned(directory)
+        names = [path.name for path in self._root.glob("*/") if _has_leftovers(path)]
+        for job_id, status in statuses(names).items():
+            if status.has_ended:
+                self._unlink_rows(job_id)
+                shutil.rmtree(self.checkpoints(job_id), ignore_errors=True)
+                remove_abandoned(self.directory(job_id))
 
-    def sweep_shared(self, statuses: Callable[[Sequence[str]], Mapping[str, Status]]) -> None:
-        """The same in the bucket, where there is one; `statuses` are of those of the jobs that there are."""
+    def sweep_shared(self, statuses: Statuses) -> None:
+        """The same in the bucket, where there is one."""
         if self._shared is not None:
             self._shared.sweep(statuses, _ORPHAN_SECONDS)
 
@@ -158,6 +157,12 @@ def _shared(bucket: "Bucket") -> "SharedJobFiles":
     from server.training.queue.shared_job_files import SharedJobFiles
 
     return SharedJobFiles(bucket)
+
+
+def _has_leftovers(directory: Path) -> bool:
+    """Whether it has any of what goes as its job ends."""
+    names = (DATA_NAME, TRAIN_NAME, VALIDATION_NAME, CHECKPOINTS_NAME)
+    return any((directory / name).exists() for name in names) or any(directory.glob(f"{UNFINISHED}*"))
 
 
 def _is_old(path: Path) -> bool:

@@ -1,8 +1,8 @@
 """The end of jobs' files: rows and checkpoints end with the job, all when somebody asks or they are old enough.
 
 A job's record, events and card stay, as do the versions that it published and the data sets that it used. First
-its record says that the files are gone, then they go: what a kill leaves of them, `finish` and `prune` remove. Any
-number of processes may do any of it at once.
+its record says that the files are gone, then they go: what a kill leaves of them, `sweep`,
+`finish` and `prune` remove. Any number of processes may do any of it at once.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,8 @@ from server.training.queue.tables import Status
 if TYPE_CHECKING:
     from adapters.objects.bucket import Bucket
 
+_AT_ONCE = 500  # jobs of one query
+
 
 @dataclass(frozen=True)
 class Removal:
@@ -36,6 +38,7 @@ class Retention:
     def __init__(self, home: Path, jobs: Jobs, bucket: "Bucket | None" = None) -> None:
         self._jobs = jobs
         self._files = JobFiles(home, bucket)
+        self._here = JobFiles(home)
         self._reserve = Reserve(home)
 
     def cancel(self, job_id: str) -> Job:
@@ -65,11 +68,14 @@ class Retention:
         return removals
 
     def sweep(self) -> None:
-        """Remove rows and checkpoints of ended jobs from HOME, as workers do: here may be none.
+        """Remove rows and checkpoints of ended jobs from HOME alone, old folders of jobs never submitted, and what
+        is left of removed files.
 
-        Old folders of jobs that were never submitted go, too.
+        As servers and workers do: either may have a HOME without the other.
         """
-        self._files.sweep(lambda job_id: self._statuses([job_id]).get(job_id))
+        self._here.sweep(self._statuses)
+        for job_id in self._jobs.without_files(self._here.stored()):
+            self._here.remove(job_id)
 
     def finish(self) -> None:
         """Remove what is left of removed files, by who was killed or wrote on for a moment; fill the reserve."""
@@ -79,4 +85,8 @@ class Retention:
         self._reserve.fill()
 
     def _statuses(self, job_ids: Sequence[str]) -> dict[str, Status]:
-        return {job_id: standing.status for job_id, standing in self._jobs.standings(job_ids).items()}
+        found: dict[str, Status] = {}
+        for start in range(0, len(job_ids), _AT_ONCE):
+            standings = self._jobs.standings(job_ids[start : start + _AT_ONCE])
+            found |= {job_id: standing.status for job_id, standing in standings.items()}
+        return found

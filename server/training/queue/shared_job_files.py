@@ -2,19 +2,16 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from adapters.durable import UNFINISHED, new_directory
 from adapters.objects.bucket import Bucket
 from adapters.objects.copies import Copies, Copy
-from server.training.queue.job_files import DATA_NAME
-from server.training.queue.tables import Status
+from server.training.queue.job_files import DATA_NAME, Statuses
 
 CHECKPOINT = "checkpoint-"
 ROWS = "rows"
 MODEL, MODEL_MARK = "model-", "config.json"
-_AT_ONCE = 500  # jobs of one query
 
 
 class SharedJobFiles:
@@ -72,18 +69,15 @@ class SharedJobFiles:
         """All of the job's."""
         self._bucket.delete([stored.key for stored in self._bucket.listed(f"{job_id}/")])
 
-    def sweep(self, statuses: Callable[[Sequence[str]], Mapping[str, Status]], orphan_seconds: float) -> None:
+    def sweep(self, statuses: Statuses, orphan_seconds: float) -> None:
         """As `JobFiles.sweep`; one listing of all jobs."""
         now = self._bucket.now()
         jobs: dict[str, list[Copy]] = {}
         for copy in self._rows.all():
             jobs.setdefault(copy.folder, []).append(copy)
-        ids = sorted(jobs)
-        for start in range(0, len(ids), _AT_ONCE):
-            some = ids[start : start + _AT_ONCE]
-            known = statuses(some)
-            for job_id in some:
-                age = (now - max(copy.modified for copy in jobs[job_id])).total_seconds()
-                is_unwanted = known[job_id].has_ended if job_id in known else age > orphan_seconds
-                if is_unwanted:
-                    self._rows.remove(copy for copy in jobs[job_id] if not copy.id.startswith(MODEL))
+        known = statuses(sorted(jobs))
+        for job_id, copies in jobs.items():
+            age = (now - max(copy.modified for copy in copies)).total_seconds()
+            is_unwanted = known[job_id].has_ended if job_id in known else age > orphan_seconds
+            if is_unwanted:
+                self._rows.remove(copy for copy in copies if not copy.id.startswith(MODEL))

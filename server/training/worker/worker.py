@@ -25,8 +25,10 @@ from server.database import WORKER_PATIENCE_SECONDS, agree, connect
 from server.storage import Storage
 from server.training.queue.attempt import Attempt
 from server.training.queue.job_files import JobFiles
+from server.training.queue.jobs import Jobs
 from server.training.queue.leases import LEASE_SECONDS, MAX_CRASH_DELAY, Claim, Directive, LeaseLost, Leases
 from server.training.queue.reserve import DISK_FULL, Reserve
+from server.training.queue.retention import Retention
 from server.training.queue.tables import MERGE, TRAIN, JobKind
 from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Child
 from server.training.worker.parent import end_with_parent, has_lost_parent
@@ -58,7 +60,7 @@ class Timing:
     pause: float = 120.0  # the same where it needn't, and for one to tidy up after its job's end
     max_crash_delay: float = MAX_CRASH_DELAY
     trouble: float = 2.0  # after the database couldn't be used
-    sweep: float = 600.0  # between removals of rows and checkpoints of jobs that have ended
+    sweep: float = 600.0  # between removals of what jobs left that have ended
 
 
 class Worker:
@@ -67,6 +69,7 @@ class Worker:
     def __init__(
         self,
         home: Path,
+        jobs: Jobs,
         leases: Leases,
         settings: Mapping[str, object],
         *,
@@ -86,6 +89,7 @@ class Worker:
         self._parent = parent
         self._kind = kind
         self._files = JobFiles(home, bucket)
+        self._retention = Retention(home, jobs, bucket)
         self._reserve = Reserve(home)
         self._owner = own_name()
         self._sweep_due = time.monotonic() + self._timing.sweep
@@ -98,7 +102,7 @@ class Worker:
 
     def run(self) -> int:
         """Work until stopped, or until the base can't be loaded; the exit code: 0 or EXIT_NO_BASE."""
-        self._try(lambda: self._files.sweep(self._leases.status))
+        self._try(self._retention.sweep)
         while not self._is_stopping:
             self._try(self._work)
         return self._exit_code
@@ -115,7 +119,7 @@ class Worker:
         self._reserve.fill()
         if time.monotonic() >= self._sweep_due:
             self._sweep_due = time.monotonic() + self._timing.sweep  # first: trouble with it costs no job its turn
-            self._files.sweep_ended(self._leases.status)
+            self._retention.sweep()
         claim = self._leases.claim(self._owner, self._timing.lease, self._kind)
         if claim is None:
             self._sleep(self._timing.poll)
@@ -239,11 +243,11 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
         end_with_parent(parent)
     engine = connect(settings.home, url=settings.database, patience=WORKER_PATIENCE_SECONDS)
     os.nice(NICENESS)
-    leases, told = Leases(engine), settings.model_dump(mode="json")
+    jobs, leases, told = Jobs(engine), Leases(engine), settings.model_dump(mode="json")
     storage = Storage.open(settings.home, settings)
     agree(engine, storage.place)
     lanes = [
-        Worker(settings.home, leases, told, command=command, parent=parent, kind=kind, bucket=storage.bucket)
+        Worker(settings.home, jobs, leases, told, command=command, parent=parent, kind=kind, bucket=storage.bucket)
         for kind in (TRAIN, MERGE)
     ]
     codes = list[int]()

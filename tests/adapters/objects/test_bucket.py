@@ -65,6 +65,26 @@ def test_what_is_put_is_there(place: "Bucket", tmp_path: Path) -> None:
     assert place.listed() == []
 
 
+def test_a_directory_keeps_no_folders_without_files(tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    from adapters.objects.bucket import Bucket as Real
+
+    root = tmp_path / "shared"
+    place = Real.open(f"file://{root}")
+    for key in ("jobs/a/rows/data.json", "jobs/a/log", "jobs/b/rows/data.json"):
+        place.put(key, b"")
+    (root / "jobs/left by a kill/rows").mkdir(parents=True)
+    assert place.under("jobs").folders() == ["a", "b"]
+    place.delete(["jobs/a/rows/data.json", "jobs/b/rows/data.json"])
+    place.now()
+    assert place.under("jobs").folders() == ["a"]
+    assert sorted(path.name for path in (root / "jobs").iterdir()) == ["a", "left by a kill"]
+    assert [path.name for path in (root / "jobs/a").iterdir()] == ["log"]
+    assert [path.name for path in root.iterdir()] == ["jobs"]
+    place.delete(["jobs/a/log"])
+    assert root.is_dir()
+
+
 def test_its_clock_is_that_of_its_objects(place: "Bucket") -> None:
     before = place.now()
     place.put("a", b"")

@@ -64,10 +64,10 @@ def until(condition: Callable[[], object], seconds: float = 240.0) -> None:
 
 @contextmanager
 def working(
-    home: Path, leases: Leases, timing: Timing = FAST, command: tuple[str, ...] = STUB
+    home: Path, jobs: Jobs, leases: Leases, timing: Timing = FAST, command: tuple[str, ...] = STUB
 ) -> Iterator[Worker]:
     """A worker on a thread of this process, which is stopped at the end."""
-    worker = Worker(home, leases, {"home": str(home)}, command=command, timing=timing)
+    worker = Worker(home, jobs, leases, {"home": str(home)}, command=command, timing=timing)
     thread = threading.Thread(target=worker.run, name="worker")
     thread.start()
     try:

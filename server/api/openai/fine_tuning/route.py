@@ -1,7 +1,8 @@
 """/v1/fine_tuning/jobs: the jobs of /train in OpenAI's form. Disk and tokenizer work in threads."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Annotated
@@ -10,7 +11,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import Response
 
-from adapters.errors import InvalidInput, NotFound
+from adapters.errors import BytesUnavailable, InvalidInput, NotFound
 from server.api import wire
 from server.api.access.quotas import require_room
 from server.api.deps import IdempotencyKey, Services, ServicesDep
@@ -160,19 +161,26 @@ async def _steer(services: Services, move: Callable[[str], Job], job_id: str) ->
 
 
 def _answer(services: Services, job: Job) -> Response:
-    return wire.answer(_object(services, job))
+    return wire.answer(_objects(services, [job])[0])
 
 
-def _object(services: Services, job: Job) -> dict[str, object]:
-    has_results = job.status is Status.SUCCEEDED and services.files.has(results_id(job.id))
-    return job_object(job, has_results, time.time())
+def _objects(services: Services, found: Sequence[Job]) -> list[dict[str, object]]:
+    """Their results are those that are there. While an object store can't tell, it is what they made."""
+    results = {results_id(job.id) for job in found if job.status is Status.SUCCEEDED}
+    with suppress(BytesUnavailable):
+        if len(results) > 1:  # asked for together
+            results &= services.files.ids()
+        else:
+            results = set(filter(services.files.has, results))
+    now = time.time()
+    return [job_object(job, results_id(job.id) in results, now) for job in found]
 
 
 def _jobs_page(services: Services, limit: int, after: str | None, is_wanted: Callable[[Job], bool]) -> Response:
     if after is not None:
         check_after(services.jobs, after)
     found = list(islice(filter(is_wanted, _all_jobs(services.jobs, after)), limit + 1))
-    return wire.answer(page_object([_object(services, job) for job in found[:limit]], len(found) > limit))
+    return wire.answer(page_object(_objects(services, found[:limit]), len(found) > limit))
 
 
 def _all_jobs(jobs: Jobs, before: str | None) -> Iterator[Job]:

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from adapters.errors import Conflict, NotFound
 from server.database import connect
-from server.training.queue.job_files import JobFiles
+from server.training.queue.job_files import JobFiles, Statuses
 from server.training.queue.jobs import Jobs, Status
 from server.training.queue.leases import Leases
 from server.training.queue.retention import Retention
@@ -107,12 +107,17 @@ def test_what_a_late_process_wrote_goes_later(tmp_path: Path, jobs: Jobs, retent
     assert stored(tmp_path) == ["j2"]
 
 
+def statuses_of(status: Status | None) -> Statuses:
+    """For jobs of which each has this one."""
+    return lambda job_ids: {} if status is None else dict.fromkeys(job_ids, status)
+
+
 @pytest.mark.parametrize("status", [*Status, None])
 def test_checkpoints_of_what_may_go_on_stay(tmp_path: Path, status: Status | None) -> None:
     """Also of a job that isn't known here: it may be on its way to the queue."""
     leave_files(tmp_path, "j1")
     files = JobFiles(tmp_path)
-    files.sweep_ended(lambda job_id: {"j1": status}[job_id])
+    files.sweep_ended(statuses_of(status))
     assert files.checkpoints("j1").exists() is (status is None or not status.has_ended)
     assert files.model("j1").exists()
     assert files.log("j1").exists()
@@ -135,7 +140,7 @@ def names(home: Path, job_id: str) -> set[str]:
 def test_rows_of_what_may_run_stay(tmp_path: Path, status: Status | None) -> None:
     leave_rows(tmp_path, "j1")
     before = names(tmp_path, "j1")
-    JobFiles(tmp_path).sweep_ended(lambda _: status)
+    JobFiles(tmp_path).sweep_ended(statuses_of(status))
     gone = ROWS | {"checkpoints"} if status is not None and status.has_ended else set()
     assert names(tmp_path, "j1") == before - gone
 
@@ -149,7 +154,7 @@ def test_half_a_model_of_an_ended_job_goes_once_it_is_nobodys(tmp_path: Path, st
     for half in (old, new):
         half.mkdir()
     os.utime(old, (0, 0))
-    JobFiles(tmp_path).sweep_ended(lambda _: status)
+    JobFiles(tmp_path).sweep_ended(statuses_of(status))
     assert old.exists() is (status is None or not status.has_ended)
     assert new.exists(), "a download may be fetching it"
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from server.database import connect
+from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Leases
 from server.training.worker.parent import end_with_parent
 from server.training.worker.worker import Timing, Worker
@@ -25,7 +26,8 @@ FAST = Timing(
 if __name__ == "__main__":
     home, parent, timing = Path(sys.argv[1]), int(sys.argv[2]), replace(FAST, lease=float(sys.argv[3]))
     end_with_parent(parent)
-    leases = Leases(connect(home))
-    worker = Worker(home, leases, {"home": str(home)}, command=sys.argv[4:], timing=timing, parent=parent)
+    engine = connect(home)
+    settings, command = {"home": str(home)}, sys.argv[4:]
+    worker = Worker(home, Jobs(engine), Leases(engine), settings, command=command, timing=timing, parent=parent)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     worker.run()

@@ -80,7 +80,7 @@ def test_a_job_without_memory_fails_once_and_says_what_to_lower(
     settings = settings_of(tiny_base_dir, home=tmp_path, device="cpu")
     command = (sys.executable, "-c", STARVED)
     timing = replace(FAST, hung=120.0)  # where every core is taken, torch's import is silent for long
-    worker = Worker(tmp_path, leases, settings.model_dump(mode="json"), command=command, timing=timing)
+    worker = Worker(tmp_path, jobs, leases, settings.model_dump(mode="json"), command=command, timing=timing)
 
     def was_tried() -> bool:
         worker._work()
@@ -99,7 +99,7 @@ def test_a_base_that_is_still_loaded_is_no_hang(shop: Shop, tiny_base_dir: Path)
     shop.submit(JobSpec("codes", lora=LoraSpec(rank=2)), job_data(shop.base))
     settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").model_dump(mode="json")
     command = (sys.executable, "-c", LOADS_SLOWLY)
-    Worker(shop.home, shop.leases, settings, command=command, timing=replace(FAST, hung=120.0))._work()
+    Worker(shop.home, shop.jobs, shop.leases, settings, command=command, timing=replace(FAST, hung=120.0))._work()
     assert shop.jobs.get("job").error == "it said so"
 
 
@@ -109,7 +109,7 @@ def test_a_job_that_fails_says_how_far_it_got(shop: Shop, tiny_base_dir: Path) -
     shop.submit(JobSpec("codes", lora=LoraSpec(rank=2), training=training), data := job_data(shop.base))
     settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").model_dump(mode="json")
     timing = replace(FAST, hung=120.0, heartbeat=100.0)
-    Worker(shop.home, shop.leases, settings, timing=timing)._work()
+    Worker(shop.home, shop.jobs, shop.leases, settings, timing=timing)._work()
     job = shop.jobs.get("job")
     assert (job.status, job.progress["step"]) == ("failed", 1), job.error
     assert 0 < cast("int", job.progress["tokens"]) <= data.train.num_tokens
@@ -146,7 +146,9 @@ def test_what_is_published_is_packed_for_the_server(shop: Shop, tmp_path: Path) 
         JobSpec("codes", lora=LoraSpec(rank=2), training=TrainingSpec(max_steps=1, max_length=48)), job_data(base)
     )
     settings = settings_of(base.directory, home=shop.home, device="cpu", native=True)
-    worker = Worker(shop.home, shop.leases, settings.model_dump(mode="json"), timing=replace(FAST, hung=120.0))
+    worker = Worker(
+        shop.home, shop.jobs, shop.leases, settings.model_dump(mode="json"), timing=replace(FAST, hung=120.0)
+    )
     worker._work()
     trained = shop.jobs.get("job")
     assert trained.status is Status.SUCCEEDED, (shop.home / "jobs" / "job" / "log.txt").read_text()

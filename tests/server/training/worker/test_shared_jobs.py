@@ -20,6 +20,7 @@ from server.training.queue.jobs import Jobs, Status
 from server.training.queue.retention import Retention
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 from tests.buckets import Proxy
+from tests.server.training.job_kit import submit
 from tests.server.training.worker.attempt_kit import Interruption, Shop, job_data
 
 if TYPE_CHECKING:
@@ -92,6 +93,21 @@ def test_a_cancelled_jobs_rows_go(machine: Machine, bucket: "Bucket") -> None:
     Retention(a.home, a.jobs, bucket).cancel("ended")
     assert bucket.listed("jobs/ended/") == []
     assert len(bucket.listed("jobs/waits/rows/")) == 3
+
+
+def test_removed_jobs_are_told_once(tmp_path: Path, engine: sa.Engine) -> None:
+    """Also where machines share a directory, in which a folder would outlive its files."""
+    pytest.importorskip("obstore")
+    from adapters.objects.bucket import Bucket as Real
+
+    shared = Real.open(f"file://{tmp_path}/shared")
+    jobs = Jobs(engine)
+    submit(jobs, "ended")
+    shared.put("jobs/ended/model-1/config.json", b"{}")
+    jobs.cancel("ended")
+    retention = Retention(tmp_path, jobs, shared)
+    assert [removal.job_id for removal in retention.prune(datetime.now(UTC))] == ["ended"]
+    assert retention.prune(datetime.now(UTC)) == []
 
 
 def test_a_full_models_files_are_had_elsewhere(

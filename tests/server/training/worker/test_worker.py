@@ -68,9 +68,9 @@ def engine(tmp_path: Path) -> Iterator[sa.Engine]:
     engine.dispose()
 
 
-def exit_code(home: Path, leases: Leases, command: tuple[str, ...]) -> int:
+def exit_code(home: Path, jobs: Jobs, leases: Leases, command: tuple[str, ...]) -> int:
     """Of a worker that ends by itself."""
-    worker = Worker(home, leases, {"home": str(home)}, command=command, timing=FAST)
+    worker = Worker(home, jobs, leases, {"home": str(home)}, command=command, timing=FAST)
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(worker.run()), daemon=True)
     thread.start()
@@ -175,7 +175,7 @@ def is_gone(process_id: int) -> bool:
 
 def test_a_job_is_worked_on_and_published(tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases) -> None:
     submit_stub(tmp_path, jobs, "j1", steps=30, every=10)
-    with working(tmp_path, leases):
+    with working(tmp_path, jobs, leases):
         until(lambda: jobs.get("j1").status.has_ended)
         until(lambda: not (tmp_path / "jobs/j1/checkpoints").exists())
     job = check_published_once(jobs, engine, "j1", 30)
@@ -187,7 +187,7 @@ def test_a_job_is_worked_on_and_published(tmp_path: Path, engine: sa.Engine, job
 
 def test_progress_shows_while_it_runs(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
     submit_stub(tmp_path, jobs, "j1", steps=10_000, seconds=0.01, every=10_000)
-    with working(tmp_path, leases):
+    with working(tmp_path, jobs, leases):
         until(lambda: step_of(jobs.get("j1")) > 20)
         job = jobs.get("j1")
         assert job.progress["total_steps"] == 10_000
@@ -244,7 +244,7 @@ def test_a_stopped_worker_cant_publish_when_it_wakes(
         child = child_of(tmp_path, "j1")
         stop(tmp_path, worker.pid, child)
         (tmp_path / "jobs/j1/go").touch()
-        with working(tmp_path, leases):
+        with working(tmp_path, jobs, leases):
             until(lambda: jobs.get("j1").status.has_ended)
             before = check_published_once(jobs, engine, "j1", num_steps), jobs.events("j1")
             assert before[0].attempt == 2
@@ -266,7 +266,7 @@ def test_a_worker_that_was_stopped_alone_stops_what_runs(
         until(lambda: len(steps_done(tmp_path, "j1")) >= 8)
         child = child_of(tmp_path, "j1")
         stop(tmp_path, worker.pid)
-        with working(tmp_path, leases):
+        with working(tmp_path, jobs, leases):
             until(lambda: jobs.get("j1").attempt == 2)
             (tmp_path / "jobs/j1/go").touch()
             until(lambda: not is_alive(child))
@@ -288,7 +288,7 @@ def test_pause_and_resume_give_the_undisturbed_result(
     tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases
 ) -> None:
     took: dict[int, list[float]] = {20: [], 40: []}  # of its first attempt, and of one that was resumed
-    with working(tmp_path, leases):
+    with working(tmp_path, jobs, leases):
         for number in range(10):  # others use the machine, for seconds at a time
             job_id, other = f"j{number}", f"other{number}"
             submit_stub(tmp_path, jobs, job_id, steps=60, seconds=0.01, every=1000, stay_at=list(took))
@@ -313,7 +313,7 @@ def test_pause_and_resume_give_the_undisturbed_result(
 
 def test_cancel_ends_what_runs(tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases) -> None:
     took = []
-    with working(tmp_path, leases):
+    with working(tmp_path, jobs, leases):
         for job_id in ("j1", "j2", "j3"):  # others use the machine, for seconds at a time
             submit_stub(tmp_path, jobs, job_id, steps=10_000, seconds=0.01, every=5)
             until(partial(has_done, tmp_path, 9, job_id))
@@ -338,7 +338,7 @@ def test_a_stopped_worker_puts_its_job_back(tmp_path: Path, engine: sa.Engine, j
         assert worker.wait(60) == 0
     job = jobs.get("j1")
     assert (job.status, job.position) == (Status.QUEUED, 1)
-    with working(tmp_path, leases):
+    with working(tmp_path, jobs, leases):
         until(lambda: jobs.get("j1").status.has_ended)
         assert jobs.get("j2").status is not Status.SUCCEEDED
     assert [step for _, _, step in steps_done(tmp_path, "j1")] == list(range(1, 41))
@@ -347,7 +347,7 @@ def test_a_stopped_worker_puts_its_job_back(tmp_path: Path, engine: sa.Engine, j
 
 def test_what_wont_leave_is_killed(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
     submit_stub(tmp_path, jobs, "j1", steps=10_000, seconds=0.01, every=10, deaf=True)
-    with working(tmp_path, leases, replace(FAST, pause=0.5)):
+    with working(tmp_path, jobs, leases, replace(FAST, pause=0.5)):
         until(lambda: len(steps_done(tmp_path, "j1")) > 15)
         jobs.pause("j1")
         until(lambda: jobs.get("j1").status is Status.PAUSED)
@@ -357,7 +357,7 @@ def test_what_wont_leave_is_killed(tmp_path: Path, jobs: Jobs, leases: Leases) -
 
 def test_a_hung_step_is_ended(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
     submit_stub(tmp_path, jobs, "j1", steps=30, every=10, hang_at=25)
-    with working(tmp_path, leases, replace(FAST, hung=1.5)):
+    with working(tmp_path, jobs, leases, replace(FAST, hung=1.5)):
         until(lambda: jobs.get("j1").attempt == 2)
         jobs.cancel("j1")
     warnings = [event.message for event in jobs.events("j1") if event.level == "warning"]
@@ -367,14 +367,14 @@ def test_a_hung_step_is_ended(tmp_path: Path, jobs: Jobs, leases: Leases) -> Non
 def test_a_long_write_is_no_hang(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
     """As long as its bytes may take. A busy machine may need seconds to start a process, which are quiet, too."""
     submit_stub(tmp_path, jobs, "j1", steps=3, transfer=25.0, transfer_at_most=90.0)
-    with working(tmp_path, leases, replace(FAST, hung=15.0)):
+    with working(tmp_path, jobs, leases, replace(FAST, hung=15.0)):
         until(lambda: jobs.get("j1").status.has_ended)
     assert (jobs.get("j1").status, jobs.get("j1").attempt) == (Status.SUCCEEDED, 1)
 
 
 def test_a_write_that_takes_longer_than_its_bytes_may_is_ended(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
     submit_stub(tmp_path, jobs, "j1", steps=3, transfer=1000.0, transfer_at_most=0.5)
-    with working(tmp_path, leases, replace(FAST, hung=1.5)):
+    with working(tmp_path, jobs, leases, replace(FAST, hung=1.5)):
         until(lambda: jobs.get("j1").attempt == 2)
         jobs.cancel("j1")
     warnings = [event.message for event in jobs.events("j1") if event.level == "warning"]
@@ -383,7 +383,7 @@ def test_a_write_that_takes_longer_than_its_bytes_may_is_ended(tmp_path: Path, j
 
 def test_a_crash_is_not_the_end(tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases) -> None:
     submit_stub(tmp_path, jobs, "j1", steps=30, every=10, crash_at=25)
-    with working(tmp_path, leases):
+    with working(tmp_path, jobs, leases):
         until(lambda: jobs.get("j1").status.has_ended)
     check_published_once(jobs, engine, "j1", 30)
     assert "attempt 1: ended with exit code 3" in [event.message for event in jobs.events("j1")]
@@ -393,7 +393,7 @@ def test_a_crash_is_not_the_end(tmp_path: Path, engine: sa.Engine, jobs: Jobs, l
 def test_what_always_crashes_fails_and_keeps_its_log(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
     submit_stub(tmp_path, jobs, "j1")
     command = (sys.executable, "-S", "-c", "import sys; sys.exit('a reason')")
-    with working(tmp_path, leases, replace(FAST, max_crash_delay=0.0), command):
+    with working(tmp_path, jobs, leases, replace(FAST, max_crash_delay=0.0), command):
         until(lambda: jobs.get("j1").status.has_ended)
     job = jobs.get("j1")
     assert (job.status, job.attempt) == (Status.FAILED, 25)
@@ -407,7 +407,7 @@ def test_who_has_succeeded_may_tidy_up(
     """The worker looks at what is wanted of it many times meanwhile."""
     caplog.set_level(logging.INFO, "smolora.worker")
     submit_stub(tmp_path, jobs, "j1", steps=3, linger=0.5)
-    with working(tmp_path, leases):
+    with working(tmp_path, jobs, leases):
         until(lambda: "job j1: succeeded" in caplog.messages)
     assert (tmp_path / "jobs/j1/tidy").exists()
 
@@ -415,7 +415,7 @@ def test_who_has_succeeded_may_tidy_up(
 def test_who_has_succeeded_may_not_linger_for_ever(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
     submit_stub(tmp_path, jobs, "j1", steps=3, linger=1000)
     submit_stub(tmp_path, jobs, "j2", name="j2", steps=3)
-    with working(tmp_path, leases, replace(FAST, pause=0.3, hung=1000.0)):
+    with working(tmp_path, jobs, leases, replace(FAST, pause=0.3, hung=1000.0)):
         until(lambda: jobs.get("j2").status is Status.SUCCEEDED)
     assert jobs.get("j1").status is Status.SUCCEEDED
 
@@ -427,7 +427,7 @@ def test_a_worker_without_a_base_takes_no_more_jobs(
     for job_id in ("j1", "j2"):
         submit_stub(tmp_path, jobs, job_id)
     for attempt in range(1, 31):
-        assert exit_code(tmp_path, leases, NO_BASE_EVENT) == EXIT_NO_BASE
+        assert exit_code(tmp_path, jobs, leases, NO_BASE_EVENT) == EXIT_NO_BASE
         assert "SMOLORA_MODEL=/srv/base: not there" in caplog.messages[-1]
         assert (jobs.get("j1").status, jobs.get("j1").attempt, jobs.get("j1").position) == (
             Status.QUEUED,
@@ -455,7 +455,7 @@ def test_other_ways_to_end_badly(
 ) -> None:
     submit_stub(tmp_path, jobs, "j1")
     command = ("/nowhere/python",) if code is None else (sys.executable, "-S", "-c", code)
-    with working(tmp_path, leases, command=command):
+    with working(tmp_path, jobs, leases, command=command):
         until(lambda: jobs.get("j1").attempt == 2)
         jobs.cancel("j1")
     assert f"attempt 1: {reason}" in [event.message for event in jobs.events("j1")]
@@ -463,7 +463,7 @@ def test_other_ways_to_end_badly(
 
 def test_a_full_disk_fails_the_job_with_that_reason(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
     submit_stub(tmp_path, jobs, "j1", steps=30, every=10, full=15)
-    with working(tmp_path, leases):
+    with working(tmp_path, jobs, leases):
         until(lambda: jobs.get("j1").status.has_ended)
         until(lambda: not (tmp_path / "jobs/j1/checkpoints").exists())
     assert (jobs.get("j1").status, jobs.get("j1").error) == (Status.FAILED, DISK_FULL)
@@ -477,12 +477,43 @@ def test_leftovers_of_ended_jobs_go(tmp_path: Path, jobs: Jobs, leases: Leases) 
     for name in ("waiting", "ended", "old orphan", "new orphan"):
         (tmp_path / "jobs" / name / "checkpoints/1-5").mkdir(parents=True)
     os.utime(tmp_path / "jobs/old orphan", (0, 0))
-    with working(tmp_path, leases):
+    with working(tmp_path, jobs, leases):
         until(lambda: not (tmp_path / "jobs/old orphan").exists())
     assert (tmp_path / "jobs/waiting/checkpoints/1-5").exists()
     assert (tmp_path / "jobs/new orphan/checkpoints/1-5").exists()
     assert not (tmp_path / "jobs/ended/checkpoints").exists()
     assert (tmp_path / "jobs/ended/plan.json").exists()
+
+
+def test_what_was_removed_elsewhere_goes_here(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+    """A machine that has no server: those of others remove what is in their own HOMEs, and in the bucket."""
+    home = tmp_path / "machine"
+    for job_id in ("before", "meanwhile", "kept"):
+        submit_stub(home, jobs, job_id)
+        (home / "jobs" / job_id / "log.txt").write_text("it went well")
+        jobs.cancel(job_id)
+    jobs.remove_files("before")
+    with working(home, jobs, leases, replace(FAST, sweep=0.1)):
+        until(lambda: not (home / "jobs/before").exists())
+        jobs.remove_files("meanwhile")
+        until(lambda: not (home / "jobs/meanwhile").exists())
+    assert (home / "jobs/kept/log.txt").exists()
+
+
+def test_a_start_among_many_folders_asks_little(
+    tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases
+) -> None:
+    for number in range(520):
+        submit_stub(tmp_path, jobs, f"ended-{number}")
+        jobs.cancel(f"ended-{number}")
+        os.utime(tmp_path / f"jobs/ended-{number}", (0, 0))
+    asked: list[str] = []
+    sa.event.listen(engine, "before_cursor_execute", lambda *arguments: asked.append(arguments[2]))
+    worker = Worker(tmp_path, jobs, leases, {}, timing=FAST)
+    worker.stop()  # it does what comes before the first claim
+    worker.run()
+    assert len(asked) <= 3
+    assert len(list((tmp_path / "jobs").iterdir())) == 520
 
 
 def test_checkpoints_go_also_where_no_worker_ends_the_job(
@@ -500,7 +531,7 @@ def test_checkpoints_go_also_where_no_worker_ends_the_job(
         until(lambda: jobs.get(job_id).status is Status.PAUSED)
         assert any(checkpoints(job_id).iterdir())
 
-    with working(tmp_path, leases, replace(FAST, sweep=0.1)):
+    with working(tmp_path, jobs, leases, replace(FAST, sweep=0.1)):
         for job_id in ("cancelled", "stalled", "kept"):
             pause_halfway(job_id)
         jobs.cancel("cancelled")
@@ -564,16 +595,10 @@ def test_the_worker_outlives_trouble_with_the_database(
     with pytest.raises(sa.exc.OperationalError):
         leases.claim("w")
 
-    class Patched(Leases):
-        def status(self, job_id: str) -> Status | None:  # the sweep comes before the loop
-            return Status.QUEUED if not healed else super().status(job_id)
-
-    healed = False
-    with working(tmp_path, Patched(engine)):
-        until(lambda: caplog.messages.count("can't work just now") > 1)
+    with working(tmp_path, jobs, leases):
+        until(lambda: caplog.messages.count("can't work just now") > 2)  # the first is the sweep's
         with engine.begin() as connection:
             connection.exec_driver_sql("ALTER TABLE away RENAME TO jobs")
-        healed = True
         until(lambda: jobs.get("j1").status.has_ended)
     check_published_once(jobs, engine, "j1", 3)
 

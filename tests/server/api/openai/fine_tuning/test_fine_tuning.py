@@ -10,7 +10,8 @@ from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from pydantic import TypeAdapter
 
-from server.training.data.files import FileStore
+from adapters.errors import BytesUnavailable
+from server.training.data.files import FileStore, results_id
 from server.training.queue.leases import Leases
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.openai.fine_tuning.test_files import upload
@@ -20,6 +21,31 @@ from tests.server.conftest import BASE_NAME
 pytestmark = pytest.mark.anyio
 
 JOBS = "/v1/fine_tuning/jobs"
+
+
+class CountedFiles(FileStore):
+    """Counts how often it is asked what there is; `is_away`: its object store is."""
+
+    num_asked = 0
+    is_away = False
+
+    def has(self, file_id: str) -> bool:
+        self._ask()
+        return super().has(file_id)
+
+    def ids(self) -> set[str]:
+        self._ask()
+        return super().ids()
+
+    def _ask(self) -> None:
+        self.num_asked += 1
+        if self.is_away:
+            raise BytesUnavailable(retry_after=1.0)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> CountedFiles:
+    return CountedFiles(tmp_path / "files")
 
 
 async def create(client: httpx.AsyncClient, **fields: object) -> FineTuningJob:
@@ -118,6 +144,36 @@ async def test_from_queue_to_model(client: httpx.AsyncClient, leases: Leases, fi
     assert (await client.get(f"{JOBS}/{job_id}/checkpoints?after={checkpoint.id}")).json()["data"] == []
     await client.delete(f"/v1/files/{results}")
     assert (await retrieve(client, job_id)).result_files == []
+
+
+async def test_a_page_asks_once_for_results(
+    client: httpx.AsyncClient, leases: Leases, files: CountedFiles
+) -> None:
+    ids = [(await create(client)).id for _ in range(4)]
+    for job_id in ids[:3]:
+        files.put_results(job_id, b"step\n")
+        StandIn(leases).succeed({"steps": 9}, digest="0" * 64)
+    files.delete(results_id(ids[0]))
+    files.num_asked = 0
+    expected = [[], [results_id(ids[2])], [results_id(ids[1])], []]
+    assert [job["result_files"] for job in (await client.get(JOBS)).json()["data"]] == expected
+    assert files.num_asked == 1
+    await client.get(f"{JOBS}?limit=1")  # of the one that waits
+    assert files.num_asked == 1
+
+
+async def test_jobs_are_told_while_the_object_store_is_away(
+    client: httpx.AsyncClient, leases: Leases, files: CountedFiles
+) -> None:
+    ids = [(await create(client)).id for _ in range(3)]
+    for _ in ids[:2]:
+        StandIn(leases).succeed({"steps": 9}, digest="0" * 64)
+    files.is_away = True
+    assert (await retrieve(client, ids[0])).result_files == [results_id(ids[0])]
+    response = await client.get(JOBS)
+    assert response.status_code == 200
+    results = [job["result_files"] for job in response.json()["data"]]
+    assert results == [[], [results_id(ids[1])], [results_id(ids[0])]]
 
 
 async def test_results_are_those_of_a_job_that_succeeded(client: httpx.AsyncClient, files: FileStore) -> None:
