@@ -93,7 +93,7 @@ def main(argument: str) -> int:
             library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
             work = partial(_seconds_of_all, torch.get_num_threads()) if base.device.type == "cpu" else None
             yielding = Yielding(BusyFlag(settings.home).read, settings.train_share, work=work)
-            reporter = JobReporter(link, leases, claim, yielding, trace)
+            reporter = JobReporter(link, leases, claim, yielding, base.weights.num_parameters, trace)
             if isinstance(job.spec, MergeSpec):
                 run_merge(job.spec, claim, leases, library, base, reporter, read_origin(job.data))
             else:
