@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from server.config import Settings, WorkerSettings, load
+from server.home import Home
 from server.limits import Limits
 from server.serve.process import DRAIN_SECONDS, HURRY_SECONDS, KEEP_ALIVE_SECONDS
 from server.training.worker.supervisor import GRACE_SECONDS
@@ -27,6 +28,7 @@ needs_nginx = pytest.mark.skipif(
     None in (shutil.which("nginx", path=SBIN), shutil.which("openssl")), reason="needs nginx and openssl"
 )
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 
 
 def compose_command() -> list[str] | None:
@@ -72,6 +74,37 @@ def test_behind_the_proxy_the_server_has_no_port_and_asks_for_keys() -> None:
     assert told["SMOLORA_ALLOW_ANONYMOUS"] == "0"
     assert told["SMOLORA_ROOT_PATH"] == proxy["environment"]["SMOLORA_ROOT_PATH"] == "/smolora"
     assert load(Settings, trusted_proxies=told["SMOLORA_TRUSTED_PROXIES"]).trusted_proxies
+
+
+def told_behind_the_proxy() -> dict[str, str]:
+    """The file .env that docs/operations.md has written there."""
+    ((_, lines),) = re.findall(r"cat > \.env <<(\w+)\n(.*?)\n\1\n", OPERATIONS, re.DOTALL | re.MULTILINE)
+    return dict(line.split("=", 1) for line in lines.splitlines())
+
+
+def test_behind_the_proxy_every_documented_command_keeps_its_settings() -> None:
+    """One that names files by itself, or a shell without what was exported, makes the server anew without them."""
+    told = told_behind_the_proxy()
+    files = told.pop("COMPOSE_FILE").split(":")
+    assert files == ["docker-compose.yml", "docker/proxy/compose.yml"]
+    written = "".join((ROOT / file).read_text() for file in files)
+    assert [name for name in told if f"${{{name}" not in written] == []
+    pages = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / file for file in files)]
+    assert [page.name for page in pages if re.search(r"docker compose (-f|--file)\b", page.read_text())] == []
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert ".env" in ignored, "it has the server's key"
+
+
+@pytest.mark.skipif(compose_command() is None, reason="needs docker compose")
+def test_the_env_file_puts_the_server_behind_the_proxy() -> None:
+    told = told_behind_the_proxy()
+    files = told.pop("COMPOSE_FILE").split(":")[1:]
+    assert resolved(*files, given=told | {"SMOLORA_API_KEYS": "k"})["server"]["environment"] == {
+        **resolved("docker/proxy/compose.yml")["server"]["environment"],
+        "SMOLORA_API_KEYS": "k",
+        "SMOLORA_ALLOWED_HOSTS": "localhost",
+        "SMOLORA_PUBLIC_URL": "https://localhost:8443/smolora",
+    }
 
 
 def test_the_proxys_times_go_with_the_servers() -> None:
@@ -187,6 +220,25 @@ def test_what_an_object_store_needs_is_passed_on(service: str) -> None:
     named = set(re.findall(r"`(AWS_\w+)`", (ROOT / "docs" / "settings.md").read_text()))
     assert len(named) >= 5
     assert {written.get(name, "not passed on") for name in named} == {None}
+
+
+@pytest.mark.parametrize("service", FIXED)
+def test_a_sampler_of_traces_is_none_where_nobody_set_one(service: str) -> None:
+    """OpenTelemetry takes an empty one for the name of one that it doesn't know, and each process warns of it."""
+    written = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"][service]["environment"]
+    assert {name: written[name] for name in written if "SAMPLER" in name} == {
+        "OTEL_TRACES_SAMPLER": None,
+        "OTEL_TRACES_SAMPLER_ARG": None,
+    }
+
+
+def test_the_images_native_code_is_found_for_every_base() -> None:
+    """The image has no compiler: a base of the volume's takes what was compiled for the image's own."""
+    (made,) = re.findall(r"server\.model\.native\.library ([\w/.-]+)", DOCKERFILE)
+    ((there, here),) = re.findall(r"^COPY --from=build (\S+/models) (\S+)$", DOCKERFILE, re.MULTILINE)
+    (base_dir,) = re.findall(r"\bSMOLORA_BASE_DIR=(\S+)", DOCKERFILE)
+    found = Path(here) / Path(made).relative_to(there)
+    assert found in Home(Path("/data")).native_places(Path("/data/models/another"), Path(base_dir))
 
 
 def test_the_images_user_can_read_what_is_copied_into_it() -> None:

@@ -3,9 +3,10 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -212,7 +213,11 @@ def test_the_dashboard_is_one_that_grafana_provisions() -> None:
         "datasources"
     ]
     panels = [panel for panel in document["panels"] if panel["type"] != "row"]
-    assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"] for source in sources}
+    (variable,) = [one for one in document["templating"]["list"] if one["type"] == "datasource"]
+    assert {panel["datasource"]["uid"] for panel in panels} == {f"${{{variable['name']}}}"}
+    assert [(source["type"], source["name"], source["uid"]) for source in sources] == [
+        (variable["query"], variable["current"]["text"], variable["current"]["value"])
+    ]
     assert len({panel["id"] for panel in document["panels"]}) == len(document["panels"])
     places: set[tuple[int, int]] = set()
     for panel in document["panels"]:
@@ -225,6 +230,51 @@ def test_the_dashboard_is_one_that_grafana_provisions() -> None:
         }
         assert not covered & places, panel["title"]
         places |= covered
+
+
+def test_a_grafana_of_ones_own_asks_the_prometheus_that_it_has() -> None:
+    """The dashboard names none by its id, which is another one there: neither panels nor queries do."""
+    document = json.loads(DASHBOARD.read_text())
+    named = list(_sources_of(document))
+    assert len(named) > 2 * len([panel for panel in document["panels"] if panel["type"] != "row"])
+    assert {(source["type"], source["uid"]) for source in named} == {("prometheus", "${datasource}")}
+    first, *_ = document["templating"]["list"]
+    assert (first["name"], first["type"]) == ("datasource", "datasource"), "what the others are looked up in"
+
+
+def _sources_of(part: object) -> Iterator[dict[str, str]]:
+    """Each `datasource` of it."""
+    if isinstance(part, list):
+        for one in part:
+            yield from _sources_of(one)
+    elif isinstance(part, dict):
+        for key, value in part.items():
+            if key == "datasource" and isinstance(value, dict):
+                yield value
+            else:
+                yield from _sources_of(value)
+
+
+def test_who_scrapes_by_name_is_told_of_the_servers_names() -> None:
+    """Where SMOLORA_ALLOWED_HOSTS lacks the name it is 403 as well, with a key that has the scope."""
+    (row,) = re.findall(r"^\| `SmoloraDown` \|.*$", OPERATIONS.read_text(encoding="utf-8"), re.MULTILINE)
+    head = (FOLDER / "prometheus.yml").read_text().partition("\nglobal:")[0]
+    for text in (row, head.partition("Elsewhere")[2]):
+        assert "SMOLORA_ALLOWED_HOSTS" in text
+        assert "address" in text
+
+
+def test_containers_read_what_a_checkout_shut_to_others(tmp_path: Path) -> None:
+    """By the command that is documented: Prometheus and Grafana are users of their own."""
+    (command,) = set(re.findall(r"chmod -R \S+ docker/monitoring", OPERATIONS.read_text(encoding="utf-8")))
+    assert command in (FOLDER / "compose.yml").read_text().partition("\nservices:")[0]
+    shut = tmp_path / "docker" / "monitoring"
+    shutil.copytree(FOLDER, shut)
+    for path in (shut, *shut.rglob("*")):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    subprocess.run(shlex.split(command), cwd=tmp_path, check=True)
+    for path in (shut, *shut.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644)
 
 
 @needs_promtool

@@ -23,6 +23,15 @@ def test_a_wheel_has_what_is_read_while_it_runs() -> None:
     assert wanted - there == set()
 
 
+def test_who_installs_an_extra_as_told_keeps_what_git_pull_renews() -> None:
+    """Without `-e` pip puts a copy in the place of what `make serve` installed, which then runs for good."""
+    told = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "server").rglob("*.py")]
+    found = [line for path in told for line in re.findall(r"pip install[^`;:]*", path.read_text(encoding="utf-8"))]
+    here = [line for line in found if re.search(r"[ '\"]\.\[", line)]
+    assert here
+    assert [line for line in here if " -e " not in line] == []
+
+
 def imported() -> set[str]:
     """What the code imports of others, by its first name."""
     found: set[str] = set()

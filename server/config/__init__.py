@@ -51,7 +51,7 @@ class WorkerSettings(SharedSettings, BaseSettings):
         max_length=4096,
         description=f"The base: {DEFAULT_MODEL}, a local directory, a GGUF file or a hub id.",
     )
-    base_dir: Path | None = Field(None, description="Where a converted base is looked for first.")
+    base_dir: Path | None = Field(None, description="Where a converted base is looked for first, and native code.")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$", description="auto, cpu, cuda or cuda:N.")
     dtype: Dtype = Field("auto", description="auto, fp32, bf16 or fp16.")
     native: bool = Field(True, description="Compute natively where this machine can.")

@@ -46,7 +46,7 @@ def base_directory(settings: Settings, say: Say) -> Path:
 
 def load_for_engine(directory: Path, settings: Settings, say: Say) -> BaseModel:
     """The base where the settings want it."""
-    reason = why_not(Home(settings.home).native_places(directory)) if settings.native else ""
+    reason = why_not(Home(settings.home).native_places(directory, settings.base_dir)) if settings.native else ""
     device, dtype = choose_device(settings.device, settings.dtype, has_native=reason is None)
     if reason and device.type == "cpu" and settings.dtype == "auto" and dtype is not torch.bfloat16:
         say(f"nothing native: {reason}; torch does it, more slowly")  # in bf16 whoever looks for it says so
@@ -73,7 +73,7 @@ def make_engine(
     """An engine that isn't started, which gets its adapters from the store."""
     max_model_len = max_model_len_of(settings, base)
     config = _engine_config(settings, base, max_model_len)
-    libraries = Home(settings.home).native_places(base.directory)
+    libraries = Home(settings.home).native_places(base.directory, settings.base_dir)
     backend = _backend(settings, base, libraries, max_model_len, say)
     token_bytes = TokenBytes(*vocabulary_of(base.tokenizer))
     load: Load = store.load

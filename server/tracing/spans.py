@@ -61,7 +61,9 @@ def open_tracer() -> Tracer | None:
     try:
         from server.tracing.otel import OtelTracer, exporter_of
     except ImportError:
-        log.warning("OTEL_ variables ask for traces: pip install '.[otel]' in smolora's folder, which they need")
+        log.warning(
+            "OTEL_ variables ask for traces: pip install -e '.[otel]' in smolora's folder, which they need"
+        )
         return None
     try:
         return OtelTracer([exporter_of(name) for name in exporters])

@@ -8,6 +8,7 @@ Which rows, and what becomes of the numbers, is the caller's. Exact match, which
 import math
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from adapters.errors import SmoloraError
@@ -56,15 +57,19 @@ def evaluate(
     *,
     max_tokens: int = MAX_TOKENS,
     yield_or_leave: Callable[[], None] = _go_on,
+    computing: Callable[[int], AbstractContextManager[object]] = nullcontext,
 ) -> Evaluation:
     """Loss and accuracy over the tokens of `examples` that are trained on, of which there must be some.
 
-    `yield_or_leave` is called before each micro-batch, and may raise. `max_tokens` changes the result by rounding
+    `yield_or_leave` is called before each micro-batch, and may raise; the micro-batch then is in a block of
+    `computing`, which is told its tokens. `max_tokens` changes the result by rounding
     alone, in native code not at all: losses are added up as if without rounding."""
     losses, num_right = array("d"), 0
     for indices in pack([len(example.token_ids) for example in examples], max_tokens):
         yield_or_leave()
-        found = passes.measure(MicroBatch.of([examples[index] for index in indices]))
+        batch = MicroBatch.of([examples[index] for index in indices])
+        with computing(len(batch.token_ids)):
+            found = passes.measure(batch)
         losses.extend(found.losses)
         num_right += found.num_right
     if not losses:

@@ -18,6 +18,10 @@ class Reporter(Protocol):
         """A block that writes or reads so many bytes in calls that can't say how far they are."""
         ...
 
+    def computing(self, num_tokens: int) -> AbstractContextManager[None]:
+        """A block that trains on or measures so many tokens, in calls that can't say how far they are."""
+        ...
+
     def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
         """How far the run is, after each step."""
         ...

@@ -173,7 +173,7 @@ class Run:
             before.append(now)
 
     def _step(self) -> None:
-        result = self._trainer.run_step(self._reporter.yield_or_leave)
+        result = self._trainer.run_step(self._reporter.yield_or_leave, self._reporter.computing)
         self._count(result)
         self._report_step()
 
@@ -222,9 +222,7 @@ class Run:
 
     def _held_out_loss(self) -> float:
         """Of the present weights."""
-        assert self._data.validation is not None, "eval_steps without held-out rows"
-        passes, yield_or_leave = self._trainable.passes, self._reporter.yield_or_leave
-        found = evaluate(passes, self._data.validation, yield_or_leave=yield_or_leave)
+        found = self._evaluate(self._trainable.passes)
         self._check_finite(found)
         return found.loss
 
@@ -268,13 +266,21 @@ class Run:
         self, passes: Pass, weights: LoraWeights | None, tuned_base: BaseModel | None = None
     ) -> Evaluation:
         """Loss, accuracy and, where the loss is a number, exact match on the held-out rows."""
-        assert self._data.validation is not None
-        yield_or_leave = self._reporter.yield_or_leave
-        found = evaluate(passes, self._data.validation, yield_or_leave=yield_or_leave)
+        found = self._evaluate(passes)
         if not found.is_finite:
             return found
-        matched = self._exact_match(tuned_base or self._base, weights, self._data.references, yield_or_leave)
+        matched = self._exact_match(
+            tuned_base or self._base, weights, self._data.references, self._reporter.yield_or_leave
+        )
         return replace(found, exact_match=matched)
+
+    def _evaluate(self, passes: Pass) -> Evaluation:
+        """Loss and accuracy on the held-out rows."""
+        assert self._data.validation is not None, "an evaluation without held-out rows"
+        told = self._reporter
+        return evaluate(
+            passes, self._data.validation, yield_or_leave=told.yield_or_leave, computing=told.computing
+        )
 
     def _check_finite(self, found: Evaluation) -> None:
         if not found.is_finite:

@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -105,19 +105,26 @@ class Trainer:
         """Passes over the data so far."""
         return self.step / self._steps_per_epoch
 
-    def run_step(self, yield_or_leave: Callable[[], None] = lambda: None) -> StepResult:
+    def run_step(
+        self,
+        yield_or_leave: Callable[[], None] = lambda: None,
+        computing: Callable[[int], AbstractContextManager[object]] = nullcontext,
+    ) -> StepResult:
         """One optimizer step. `yield_or_leave` is called before each micro-batch: the step is undone if it raises.
+        The micro-batch then is in a block of `computing`, which is told its tokens.
 
         Raises TrainingDiverged where the loss or a gradient is not finite.
         """
         with _one_torch_thread() if self.trainable.has_own_threads else nullcontext():
-            return self._run_step(yield_or_leave)
+            return self._run_step(yield_or_leave, computing)
 
-    def _run_step(self, yield_or_leave: Callable[[], None]) -> StepResult:
+    def _run_step(
+        self, yield_or_leave: Callable[[], None], computing: Callable[[int], AbstractContextManager[object]]
+    ) -> StepResult:
         started = time.perf_counter()
         rows = self._rows(self.step)
         num_targets = sum(sum(self._examples[row].is_target) for row in rows)
-        num_tokens = sum(len(self._examples[row].token_ids) for row in rows)
+        num_tokens = self._num_tokens(rows)
         self.trainable.gradients.zero_()
         loss = 0.0
         paused = 0.0
@@ -125,7 +132,8 @@ class Trainer:
             before = time.perf_counter()
             yield_or_leave()
             paused += time.perf_counter() - before
-            loss += self._backward(micro_batch, num_targets)
+            with computing(self._num_tokens(micro_batch)):
+                loss += self._backward(micro_batch, num_targets)
         self.trainable.end_step()
         rate = learning_rate(
             self.step, self.total_steps, self.spec.learning_rate, self.spec.schedule, self.spec.warmup_ratio
@@ -159,6 +167,9 @@ class Trainer:
         if self._order[0] != epoch:
             self._order = (epoch, shuffled(len(self._examples), self.spec.seed, epoch))
         return self._order[1][place * self.spec.batch_size : (place + 1) * self.spec.batch_size]
+
+    def _num_tokens(self, rows: Sequence[int]) -> int:
+        return sum(len(self._examples[row].token_ids) for row in rows)
 
     def _micro_batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
         """The rows, a micro-batch at a time."""

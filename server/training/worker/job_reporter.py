@@ -12,6 +12,9 @@ from server.training.worker.yielding import Yielding
 
 SLOWEST_BYTES_PER_SECOND = 1_000_000
 """Of a disk or an object store. What moves its bytes more slowly counts as hung."""
+SLOWEST_PASS = 1e9
+"""Tokens times parameters a second, forward and backward: about a thirtieth of what two idle cores with AVX2 do
+(docs/performance.md). What computes more slowly counts as hung."""
 _BEAT_SECONDS = 1.0
 
 
@@ -23,9 +26,17 @@ class JobReporter:
     """`run.Reporter` over the worker's pipe and the database; `yield_or_leave` raises Leave."""
 
     def __init__(
-        self, link: WorkerLink, leases: Leases, claim: Claim, yielding: Yielding, trace: JobTrace | None = None
+        self,
+        link: WorkerLink,
+        leases: Leases,
+        claim: Claim,
+        yielding: Yielding,
+        num_parameters: int,
+        trace: JobTrace | None = None,
     ) -> None:
+        """`num_parameters` are the base's, by which a pass may take its time."""
         self._link = link
+        self._num_parameters = num_parameters
         self._leases = leases
         self._claim = claim
         self._yielding = yielding
@@ -41,6 +52,9 @@ class JobReporter:
 
     def transferring(self, num_bytes: int) -> AbstractContextManager[None]:
         return beating(self._link.beat, num_bytes / SLOWEST_BYTES_PER_SECOND)
+
+    def computing(self, num_tokens: int) -> AbstractContextManager[None]:
+        return beating(self._link.beat, num_tokens * self._num_parameters / SLOWEST_PASS)
 
     def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
         self._progress, self._metrics = progress, metrics

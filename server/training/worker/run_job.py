@@ -93,7 +93,7 @@ def main(argument: str) -> int:
             library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
             work = partial(_seconds_of_all, torch.get_num_threads()) if base.device.type == "cpu" else None
             yielding = Yielding(BusyFlag(settings.home).read, settings.train_share, work=work)
-            reporter = JobReporter(link, leases, claim, yielding, trace)
+            reporter = JobReporter(link, leases, claim, yielding, base.weights.num_parameters, trace)
             if isinstance(job.spec, MergeSpec):
                 run_merge(job.spec, claim, leases, library, base, reporter, read_origin(job.data))
             else:
@@ -158,7 +158,7 @@ def _base_for(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.C
     directory = resolve_base(settings.model, settings.home, settings.base_dir)
     if isinstance(spec, MergeSpec):
         return load_base(directory), None
-    places = Home(settings.home).native_places(directory)
+    places = Home(settings.home).native_places(directory, settings.base_dir)
     has_native = settings.native and may_be_had(places)
     device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
     if settings.train_memory is not None:
@@ -175,6 +175,6 @@ def _is_served_natively(settings: WorkerSettings, directory: Path) -> bool:
     """
     if not settings.native or settings.device not in ("auto", "cpu"):
         return False
-    has_native = may_be_had(Home(settings.home).native_places(directory))
+    has_native = may_be_had(Home(settings.home).native_places(directory, settings.base_dir))
     device, dtype = choose_device(settings.device, settings.dtype, has_native=has_native)
     return has_native and device.type == "cpu" and dtype is torch.bfloat16

@@ -206,7 +206,8 @@ class TrainingAttempt:
             measured = trainable_rows(
                 self._base, weights, None, max_length=longest, dropout=0.0, library=self._native
             )
-            found = evaluate(measured.passes, data.validation, yield_or_leave=self._reporter.yield_or_leave)
+            yield_or_leave, computing = self._reporter.yield_or_leave, self._reporter.computing
+            found = evaluate(measured.passes, data.validation, yield_or_leave=yield_or_leave, computing=computing)
         finally:
             pinned.release()
         if not found.is_finite:

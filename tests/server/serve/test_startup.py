@@ -9,12 +9,15 @@ import pytest
 
 from server.api.app import create_app
 from server.api.deps import Services
-from server.config import Settings
+from server.config import Settings, WorkerSettings
 from server.errors import StartupError
 from server.model.base.weights import BaseModel
 from server.model.text.chat import ChatMessage
 from server.serve.startup import build
 from server.sqlite import driver
+from server.training.spec import JobSpec
+from server.training.worker.run_job import _is_served_natively, _load
+from tests.native_kit import lend_native, native_library, tiny_of
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.conftest import client_of
 from tests.tiny import save_tiny_base
@@ -114,6 +117,26 @@ async def test_a_machine_without_a_compiler(
         told = settings(tmp_path / dtype, tiny_base_dir, dtype=dtype, native=native)
         await build(told, said.append).engine.stop()
     assert "native" not in "".join(said), "nobody asked for it"
+
+
+async def test_an_image_without_a_compiler_has_native_code_for_any_base(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside its own base, where a base of the volume's is looked for as well."""
+    native_library()
+    image = tmp_path / "image"
+    image.mkdir()
+    lend_native(image)
+    base = tiny_of(tmp_path, "grouped")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    told = settings(tmp_path / "home", base.directory, dtype="bf16", base_dir=image)
+    services = build(told, said.append)
+    await services.engine.stop()
+    assert [line for line in said if "native" in line] == []
+    worker = WorkerSettings.model_validate({name: getattr(told, name) for name in WorkerSettings.model_fields})
+    _, library = _load(worker, JobSpec("trained"))
+    assert library is not None
+    assert _is_served_natively(worker.model_copy(update={"dtype": "auto"}), base.directory)
 
 
 async def test_a_shorter_length(tmp_path: Path, tiny_base_dir: Path) -> None:

@@ -220,4 +220,4 @@ logging.basicConfig(stream=sys.stdout, format="%(message)s")
 from server.tracing.spans import open_tracer
 assert open_tracer() is None
 """
-    assert "pip install '.[otel]'" in in_new_process(code)
+    assert "pip install -e '.[otel]'" in in_new_process(code)

@@ -55,6 +55,9 @@ class Listener:
     def transferring(self, num_bytes: int) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def computing(self, num_tokens: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None: ...
 
     def metrics(self, message: str, data: Mapping[str, object]) -> None: ...

@@ -53,6 +53,9 @@ class Listener:
     def transferring(self, num_bytes: int) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def computing(self, num_tokens: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
         assert progress["total_steps"]
 

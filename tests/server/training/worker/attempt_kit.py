@@ -58,12 +58,17 @@ class Reporter:
     on_metrics: Callable[[], object] = lambda: None
     num_moments: int = 0
     transferred: list[int] = field(default_factory=list)  # bytes of blocks that were announced
+    computed: list[int] = field(default_factory=list)  # tokens of them
 
     def yield_or_leave(self) -> None:
         self._moment()
 
     def transferring(self, num_bytes: int) -> AbstractContextManager[None]:
         self.transferred.append(num_bytes)
+        return nullcontext()
+
+    def computing(self, num_tokens: int) -> AbstractContextManager[None]:
+        self.computed.append(num_tokens)
         return nullcontext()
 
     def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:

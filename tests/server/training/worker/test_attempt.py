@@ -19,7 +19,7 @@ from server.home import Home
 from server.model.base.weights import BaseModel
 from server.training.data.files import FileStore, results_id
 from server.training.loop.evaluate import Evaluation, LossNotFinite, evaluate
-from server.training.loop.trainer import TrainingDiverged
+from server.training.loop.trainer import TrainingDiverged, shuffled
 from server.training.queue.jobs import FINE_TUNING, Status
 from server.training.queue.leases import Claim, LeaseLost
 from server.training.spec import JobSpec, LoraSpec, Method, PublishIf, TrainingSpec
@@ -114,6 +114,21 @@ def test_long_writes_are_announced(shop: Shop, tiny_base: BaseModel) -> None:
     listener = shop.attempt()
     reading, first, second, last = (16 * num_weights for _ in range(4))
     assert listener.transferred == [reading, first, second, last, model]
+
+
+def test_long_passes_are_announced(shop: Shop, tiny_base: BaseModel) -> None:
+    """Every token that is trained on or measured, a micro-batch at a time: of the base, each evaluation, what came
+    of it, and the name's latest version."""
+    shop.publish("codes", sample(tiny_base.config.shape, POOR))
+    data = job_data(tiny_base, num_references=0)
+    training = replace(SPEC.training, batch_size=3, max_steps=2, eval_steps=1, packing=False)
+    shop.submit(replace(SPEC, training=training, publish_if="improves_latest"), data)
+    listener = shop.attempt()
+    assert data.validation is not None
+    held_out = sum(len(example.token_ids) for example in data.validation)
+    order = shuffled(len(data.train), training.seed, 0)
+    first, second = ([len(data.train[row].token_ids) for row in rows] for rows in (order[:3], order[3:6]))
+    assert listener.computed == [held_out, *first, held_out, *second, held_out, held_out, held_out]
 
 
 def broken(base: BaseModel) -> BaseModel:

@@ -1,10 +1,25 @@
 """What a job's process says while one call takes long: that it lives, for as long as the call may take."""
 
 import time
+from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 
-from server.training.worker.job_reporter import beating
+from server.training.queue.leases import Claim, Leases
+from server.training.worker.job_pipe import WorkerLink
+from server.training.worker.job_reporter import JobReporter, beating
+from server.training.worker.yielding import Yielding
+
+
+@dataclass
+class Link:
+    """A worker's, of which each sign of life is kept."""
+
+    beats: list[float] = field(default_factory=list)
+
+    def beat(self) -> None:
+        self.beats.append(time.monotonic())
 
 
 def test_it_beats_while_the_block_runs_and_no_longer() -> None:
@@ -39,3 +54,21 @@ def test_a_block_without_time_says_nothing() -> None:
 def test_what_fails_in_the_block_is_told() -> None:
     with pytest.raises(OSError, match="full"), beating(lambda: None, 60.0):
         raise OSError("the disk is full")
+
+
+@pytest.mark.parametrize(("num_parameters", "is_long"), [(1_700_000_000, True), (1_000, False)])
+def test_a_pass_may_take_as_long_as_its_size(num_parameters: int, is_long: bool) -> None:
+    """Beside requests a row of 8,192 tokens takes a large base over five minutes, and a small one an instant."""
+    link = Link()
+    reporter = JobReporter(
+        cast(WorkerLink, link),
+        cast(Leases, None),
+        Claim("job", 1, "worker"),
+        Yielding(lambda: 0, 1.0),
+        num_parameters,
+    )
+    with reporter.computing(8192):
+        deadline = time.monotonic() + (30 if is_long else 1.5)
+        while not link.beats and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert bool(link.beats) == is_long

@@ -51,6 +51,9 @@ class Listener:
     def transferring(self, num_bytes: int) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def computing(self, num_tokens: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
         assert progress["total_steps"] == 21
         self.steps.append(progress["step"])
