@@ -20,6 +20,7 @@ class Attempt:
         self.claim = claim
         self.directive = Directive.GO_ON
         self.should_leave = False
+        self.hindrance = ""  # why it couldn't go on, where that is no fault of the job's
         self.progress: Mapping[str, object] | None = None
         self.metrics: Mapping[str, object] | None = None
         self._leases = leases

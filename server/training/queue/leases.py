@@ -205,15 +205,17 @@ class Leases:
         job_events.append(connection, claim.job_id, error, level="error")
 
     @transacted
-    def release(self, connection: sa.Connection, claim: Claim) -> None:
-        """Let the job go, as asked: it is paused if that was the directive, else queued at its old place.
+    def release(self, connection: sa.Connection, claim: Claim, reason: str = "", delay: float = 0.0) -> None:
+        """Let the job go: paused if that was the directive, else queued at its old place, after `delay` seconds.
 
-        The attempt doesn't count as one without a new checkpoint. Raises LeaseLost.
+        `reason` becomes an event. The attempt doesn't count as one without a new checkpoint. Raises LeaseLost.
         """
         _hold(connection, claim)
+        if reason:
+            job_events.append(connection, claim.job_id, f"attempt {claim.token}: {reason}", level="warning")
         attempts = jobs.c.stalled_attempts
         uncounted = sa.case((attempts > 0, attempts - 1), else_=attempts)
-        _let_go(connection, claim.job_id, self._now(), {"stalled_attempts": uncounted})
+        _let_go(connection, claim.job_id, self._now(), {"stalled_attempts": uncounted}, delay)
 
     @transacted
     def crashed(

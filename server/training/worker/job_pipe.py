@@ -3,8 +3,9 @@
 Down go the assignment, as the last argument, and SIGTERM: checkpoint and leave. Up, through a pipe, come lines:
 each says that the process makes progress, and may say how far it is. The process ends with EXIT_DONE once it
 has stored how the job ended, with EXIT_LEFT once it has left as asked, and with EXIT_NO_BASE, having said why,
-where the fault is not the job's: no process of this worker could work on any. Whatever else it ends with means
-another attempt. It is killed where the worker dies, or the job is no longer the worker's.
+where the fault is not the job's: no process of this worker could work on any. With EXIT_NO_DATABASE, EXIT_NO_STORE
+and EXIT_NO_ROOM the database, the object store or the disk stood in its way, for now. Whatever else it ends with
+means another attempt. It is killed where the worker dies, or the job is no longer the worker's.
 """
 
 import json
@@ -22,6 +23,17 @@ from server.training.worker.parent import end_with_parent
 EXIT_DONE = 0
 EXIT_LEFT = 75
 EXIT_NO_BASE = 78
+EXIT_NO_DATABASE = 79
+EXIT_NO_STORE = 80
+EXIT_NO_ROOM = 81
+NO_ROOM = "its worker's disk is full"
+HINDRANCES = {
+    EXIT_NO_DATABASE: "its process can't open the database",
+    EXIT_NO_STORE: "the object store can't be reached, or refuses",
+    EXIT_NO_ROOM: NO_ROOM,
+}
+"""What stood in an attempt's way, as the job's events have it, by the exit code."""
+
 MAX_LINE = 4096  # bytes that a pipe takes whole or not at all (PIPE_BUF)
 MAX_REASON = 600  # characters, of which JSON makes up to six bytes each
 
@@ -64,7 +76,7 @@ class WorkerLink:
         self._say({key: value for key, value in news.items() if value is not None})
 
     def cannot_work(self, reason: str) -> None:
-        """Say why the process ends with EXIT_NO_BASE; for the worker's log alone."""
+        """Say why the process ends with EXIT_NO_BASE or EXIT_NO_DATABASE; for the worker's log alone."""
         self._say({"reason": reason[:MAX_REASON]})
 
     def _say(self, said: Mapping[str, object]) -> None:

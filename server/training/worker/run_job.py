@@ -3,7 +3,8 @@
 Started by `worker.py`, which keeps the lease. Here the base is loaded, `train_job` or `merge_job`
 does the work, and how the job ended is stored: success and the new version in one transaction, a failure that
 another attempt would repeat as a failure. Anything else that goes wrong is left to the exit code: the worker has
-it tried again, or ends where the base can't be loaded, which is no job's fault.
+it tried again, or ends where the base can't be loaded, which is no job's fault. Nor is a database or an object
+store that can't be used; whether a full disk is, the worker knows: other machines may have room.
 """
 
 import ctypes
@@ -39,8 +40,17 @@ from server.training.merge_spec import MergeSpec, Spec, read_origin
 from server.training.queue.job_files import JobFiles
 from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Claim, LeaseLost, Leases
-from server.training.queue.reserve import DISK_FULL, Reserve
-from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Assignment, WorkerLink
+from server.training.queue.reserve import Reserve
+from server.training.worker.job_pipe import (
+    EXIT_DONE,
+    EXIT_LEFT,
+    EXIT_NO_BASE,
+    EXIT_NO_DATABASE,
+    EXIT_NO_ROOM,
+    EXIT_NO_STORE,
+    Assignment,
+    WorkerLink,
+)
 from server.training.worker.job_reporter import JobReporter, Leave, beating
 from server.training.worker.job_trace import JobTrace
 from server.training.worker.merge_job import run_merge
@@ -66,7 +76,10 @@ def main(argument: str) -> int:
     logs.set_up(settings.log_format, job=assignment.job_id)
     link = WorkerLink(assignment)
     keep_freed_memory()
-    database = connect(settings.home, url=settings.database, patience=WORKER_PATIENCE_SECONDS)
+    try:
+        database = connect(settings.home, url=settings.database, patience=WORKER_PATIENCE_SECONDS)
+    except StartupError as error:
+        return _cannot_work(link, "the database can't be opened", error, EXIT_NO_DATABASE)
     storage = Storage.open(settings.home, settings, check=False)
     shared = storage.records() if storage.bucket is not None else None
     leases = Leases(database, shared or records_of(database, storage.home.adapters))
@@ -104,17 +117,17 @@ def main(argument: str) -> int:
         log.warning("the job is no longer this worker's")
         return EXIT_LEFT
     except BytesUnavailable:
-        log.warning("the object store can't be reached: the job goes back to the queue")
-        return EXIT_LEFT
+        log.warning("the object store can't be used: the job goes back to the queue")
+        return EXIT_NO_STORE
     except StartupError as error:
-        return _end_without_base(link, error)
+        return _cannot_work(link, "the base can't be loaded", error, EXIT_NO_BASE)
     except Exception as error:
         log.exception("the attempt failed")
         if reserve.is_disk_full(error):
-            reserve.spend_on(lambda: leases.fail(claim, DISK_FULL))
-        elif isinstance(error, TryAgain):  # the database, say: no fault of the job's
+            return EXIT_NO_ROOM
+        if isinstance(error, TryAgain):  # the database, say: no fault of the job's
             return 1
-        elif isinstance(error, SmoloraError):
+        if isinstance(error, SmoloraError):
             if reporter is not None:
                 reporter.keep_progress()
             leases.fail(claim, str(error))
@@ -133,11 +146,11 @@ def _seconds_of_all(num_threads: int) -> float:
     return time.process_time() / num_threads
 
 
-def _end_without_base(link: WorkerLink, error: StartupError) -> int:
-    """Tell the worker, not the job: `error` may name paths. The exit code."""
-    log.error("the base can't be loaded", exc_info=error)
+def _cannot_work(link: WorkerLink, what: str, error: StartupError, exit_code: int) -> int:
+    """Tell the worker why, not the job: `error` may name paths. The exit code."""
+    log.error(what, exc_info=error)
     link.cannot_work(str(error))
-    return EXIT_NO_BASE
+    return exit_code
 
 
 def _load(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.CDLL | None]:

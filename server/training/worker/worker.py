@@ -5,8 +5,10 @@ A worker has two lanes, one for training and one for merges, which take seconds:
 The worker itself stays small and never blocks: it keeps the lease, by a thread of its own, since a training
 step may take longer than a lease; it tells the process to leave when the job is paused or the worker is
 stopped; it kills the process when the job was cancelled or lost, or when no sign of progress comes any more; and
-it ends where the base can't be loaded, so that jobs wait for a worker that can. What training is, only the process
-knows (`server.training.worker.run_job`); they talk as `server.training.worker.job_pipe` says.
+it ends where the base can't be loaded, so that jobs wait for a worker that can. Where the database, the object
+store or, beside other machines, this one's disk stands in a job's way, it puts the job back and waits. What
+training is, only the process knows (`server.training.worker.run_job`); they talk as
+`server.training.worker.job_pipe` says.
 """
 
 import logging
@@ -17,11 +19,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.config import WorkerSettings
-from server.database import WORKER_PATIENCE_SECONDS, agree, connect
+from server.database import WORKER_PATIENCE_SECONDS, agree, connect, is_file
 from server.storage import Storage
 from server.training.queue.attempt import Attempt
 from server.training.queue.job_files import JobFiles
@@ -30,7 +33,7 @@ from server.training.queue.leases import LEASE_SECONDS, MAX_CRASH_DELAY, Claim, 
 from server.training.queue.reserve import DISK_FULL, Reserve
 from server.training.queue.retention import Retention
 from server.training.queue.tables import MERGE, TRAIN, JobKind
-from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, Child
+from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, HINDRANCES, NO_ROOM, Child
 from server.training.worker.parent import end_with_parent, has_lost_parent
 from server.training.worker.presence import own_name, present
 
@@ -60,6 +63,7 @@ class Timing:
     pause: float = 120.0  # the same where it needn't, and for one to tidy up after its job's end
     max_crash_delay: float = MAX_CRASH_DELAY
     trouble: float = 2.0  # after the database couldn't be used
+    hindered: float = 30.0  # until the next attempt at a job that something stood in the way of
     sweep: float = 600.0  # between removals of what jobs left that have ended
 
 
@@ -78,9 +82,10 @@ class Worker:
         parent: int | None = None,
         kind: JobKind | None = None,
         bucket: "Bucket | None" = None,
+        has_peers: bool = False,
     ) -> None:
         """`command` runs a job and is handed `settings`; `parent` is the process without which the worker ends;
-        `kind` None takes jobs of every kind.
+        `kind` None takes jobs of every kind; `has_peers`: other machines may have the jobs that find no room here.
         """
         self._leases = leases
         self._settings = settings
@@ -90,6 +95,7 @@ class Worker:
         self._kind = kind
         self._files = JobFiles(home, bucket)
         self._retention = Retention(home, jobs, bucket)
+        self._has_peers = has_peers
         self._reserve = Reserve(home)
         self._owner = own_name()
         self._sweep_due = time.monotonic() + self._timing.sweep
@@ -116,10 +122,14 @@ class Worker:
             self._sleep(self._timing.trouble)
 
     def _work(self) -> None:
-        self._reserve.fill()
+        has_room = self._reserve.fill() and not self._reserve.is_needed
         if time.monotonic() >= self._sweep_due:
             self._sweep_due = time.monotonic() + self._timing.sweep  # first: trouble with it costs no job its turn
             self._retention.sweep()
+        if self._has_peers and not has_room:
+            log.warning("the disk of SMOLORA_HOME is full: this worker takes no jobs")
+            self._sleep(self._timing.hindered)
+            return
         claim = self._leases.claim(self._owner, self._timing.lease, self._kind)
         if claim is None:
             self._sleep(self._timing.poll)
@@ -143,6 +153,8 @@ class Worker:
                 settings=self._settings,
             )
         except OSError as error:
+            if self._has_peers and self._reserve.is_disk_full(error):
+                attempt.hindrance = NO_ROOM
             self._conclude(attempt, f"could not start: {error.strerror}")
             return
         try:
@@ -186,6 +198,9 @@ class Worker:
             self._end_without_base(attempt.claim, child.reason)
         if code in (EXIT_LEFT, EXIT_NO_BASE):
             attempt.should_leave = True
+        if code in HINDRANCES:
+            attempt.hindrance = HINDRANCES[code]
+            return f"{attempt.hindrance}: {child.reason}" if child.reason else attempt.hindrance
         if quiet > timing.hung:
             return f"no sign of progress for {timing.hung:g} s"
         if code >= 0:
@@ -207,10 +222,14 @@ class Worker:
         status = leases.status(claim.job_id)
         if not attempt.is_void and status is not None and not status.has_ended:
             self._store(attempt.keep)
-            if attempt.should_leave:
-                self._store(lambda: leases.release(claim))
-            elif self._reserve.is_needed:
+            if self._reserve.is_needed and not attempt.should_leave:
+                attempt.hindrance = NO_ROOM
+            if attempt.hindrance == NO_ROOM and not self._has_peers:
                 self._store(lambda: leases.fail(claim, DISK_FULL))
+            elif attempt.should_leave:
+                self._store(lambda: leases.release(claim))
+            elif attempt.hindrance:
+                self._store(lambda: leases.release(claim, attempt.hindrance, self._timing.hindered))
             else:
                 reason = reason or "ended without a result"
                 self._store(lambda: leases.crashed(claim, reason, self._timing.max_crash_delay))
@@ -218,6 +237,8 @@ class Worker:
         log.info("job %s: %s%s", claim.job_id, status, f" ({reason})" if reason else "")
         if status is not None and status.has_ended:
             self._files.drop_checkpoints(claim.job_id)
+        elif attempt.hindrance:
+            self._sleep(self._timing.hindered + 2 * self._timing.poll)  # whom it doesn't hinder has the job first
 
     def _store(self, write: Callable[[], object]) -> None:
         try:
@@ -246,10 +267,11 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
     jobs, leases, told = Jobs(engine), Leases(engine), settings.model_dump(mode="json")
     storage = Storage.open(settings.home, settings)
     agree(engine, storage.place)
-    lanes = [
-        Worker(settings.home, jobs, leases, told, command=command, parent=parent, kind=kind, bucket=storage.bucket)
-        for kind in (TRAIN, MERGE)
-    ]
+    has_peers = storage.bucket is not None or not is_file(engine)
+    lane = partial(
+        Worker, settings.home, jobs, leases, told, command=command, parent=parent, bucket=storage.bucket
+    )
+    lanes = [lane(kind=kind, has_peers=has_peers) for kind in (TRAIN, MERGE)]
     codes = list[int]()
 
     def stop(*_: object) -> None:

@@ -21,7 +21,7 @@ from server.database.clock import database_time
 from server.errors import QueueFull
 from server.training.queue import tables as job_tables
 from server.training.queue.jobs import Job, Jobs, Status
-from server.training.queue.leases import Claim, Directive, LeaseLost, Leases
+from server.training.queue.leases import MAX_STALLED_ATTEMPTS, Claim, Directive, LeaseLost, Leases
 from server.training.queue.moving import held
 from server.training.spec import JobSpec, LoraSpec
 from tests.server.training.job_kit import submit
@@ -303,6 +303,23 @@ def test_what_a_worker_slept_through_is_not_counted(
     clock.now += 2
     leases.release(claim)
     assert run_seconds(engine) == 8 + 10 + 4 + 2
+
+
+def test_what_stood_in_an_attempts_way_is_told_and_not_counted(
+    jobs: Jobs, leases: Leases, engine: sa.Engine, clock: Clock
+) -> None:
+    submit(jobs, "j1")
+    for token in range(1, MAX_STALLED_ATTEMPTS + 2):
+        leases.release(claim_first(leases), "the store was away", delay=30.0)
+        messages = [(event.level, event.message) for event in jobs.events("j1", limit=1000)]
+        assert messages[-2:] == [
+            ("warning", f"attempt {token}: the store was away"),
+            ("info", "back in the queue"),
+        ]
+        clock.now += 29.0
+        assert leases.claim("w") is None
+        clock.now += 1.5
+    assert jobs.get("j1").status is Status.QUEUED
 
 
 def test_a_worker_that_lost_its_lease_changes_nothing(jobs: Jobs, leases: Leases, engine: sa.Engine) -> None:

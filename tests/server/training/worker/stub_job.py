@@ -21,8 +21,8 @@ import sqlalchemy as sa
 from adapters.catalog.catalog import NewVersion
 from server.sqlite import driver
 from server.training.queue.leases import Claim, LeaseLost, Leases
-from server.training.queue.reserve import DISK_FULL, Reserve
-from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, Assignment, WorkerLink
+from server.training.queue.reserve import Reserve
+from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, EXIT_NO_ROOM, Assignment, WorkerLink
 
 
 def connect(home: Path) -> sa.Engine:
@@ -54,11 +54,9 @@ def main() -> int:
     except LeaseLost:
         return 76
     except OSError as error:
-        reserve = Reserve(home)
-        if not reserve.is_disk_full(error):
+        if not Reserve(home).is_disk_full(error):
             raise
-        reserve.spend_on(lambda: leases.fail(claim, DISK_FULL))
-        return EXIT_DONE
+        return EXIT_NO_ROOM
 
 
 def work(directory: Path, link: WorkerLink, leases: Leases, claim: Claim) -> int:

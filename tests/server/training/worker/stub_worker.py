@@ -21,6 +21,7 @@ FAST = Timing(
     pause=30.0,
     max_crash_delay=0.05,
     trouble=0.1,
+    hindered=0.1,
 )
 
 if __name__ == "__main__":

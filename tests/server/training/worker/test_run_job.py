@@ -1,5 +1,6 @@
 """The process of a job: what it loads and where, and how it ends without memory."""
 
+import logging
 import sys
 import time
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+import sqlalchemy as sa
 import torch
 
 from adapters.merging.recipe import Recipe
@@ -16,8 +18,10 @@ from server.model.base.weights import BaseModel
 from server.model.native.model import ROW_FORMAT
 from server.model.packed_adapters import PackedAdapters
 from server.model.row_layout import PackedRows, RowLayout
+from server.training.queue import tables
 from server.training.queue.jobs import Jobs, Status
 from server.training.queue.leases import Leases
+from server.training.queue.reserve import DISK_FULL
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 from server.training.worker.run_job import _load, _seconds_of_all
 from server.training.worker.worker import Worker
@@ -50,6 +54,24 @@ LOADS_SLOWLY = (
     "sys.exit(run_job.main(sys.argv[-1]))\n"
 )
 """A job's process whose base takes until the first sign of life."""
+
+REFUSED = "BytesUnavailable()"
+FULL = "OSError(errno.ENOSPC, 'No space left on device')"
+
+
+def without(error: str) -> tuple[str, ...]:
+    """A job's process whose rows can't be had, by that error."""
+    return (
+        sys.executable,
+        "-c",
+        "import errno, sys\n"
+        "from adapters.errors import BytesUnavailable\n"
+        "from server.training.worker import run_job\n"
+        "def fetch(self, job_id):\n"
+        f"    raise {error}\n"
+        "run_job.JobFiles.fetch = fetch\n"
+        "sys.exit(run_job.main(sys.argv[-1]))\n",
+    )
 
 
 def settings_of(base_dir: Path, **settings: object) -> WorkerSettings:
@@ -93,6 +115,72 @@ def test_a_job_without_memory_fails_once_and_says_what_to_lower(
     assert "ran out of memory" in job.error
     assert "training.packing" in job.error
     assert "training.max_length" in job.error
+
+
+def num_stalled(engine: sa.Engine) -> int:
+    """Attempts at the only job that count."""
+    with engine.connect() as connection:
+        found: int = connection.execute(sa.select(tables.jobs.c.stalled_attempts)).scalar_one()
+    return found
+
+
+def test_a_database_that_cant_be_opened_costs_a_job_no_attempt(
+    tiny_base_dir: Path,
+    tmp_path: Path,
+    engine: sa.Engine,
+    jobs: Jobs,
+    leases: Leases,
+    database_url: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An upgrade in which another machine was first: the worker goes on with what it has open."""
+    if database_url is not None:
+        monkeypatch.setenv("SMOLORA_DATABASE_URL", database_url)
+    caplog.set_level(logging.INFO, "smolora.worker")
+    submit(jobs, "a")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'of-tomorrow'")
+    settings = settings_of(tiny_base_dir, home=tmp_path, device="cpu").model_dump(mode="json")
+    start = time.monotonic()
+    Worker(tmp_path, jobs, leases, settings, timing=replace(FAST, hung=120.0, hindered=0.5))._work()
+    assert time.monotonic() - start > 0.5, "it waits as well"
+    assert (jobs.get("a").status, jobs.get("a").attempt, num_stalled(engine)) == (Status.QUEUED, 1, 0)
+    messages = [event.message for event in jobs.events("a")]
+    assert messages[-2:] == ["attempt 1: its process can't open the database", "back in the queue"]
+    assert "was written by a newer version of smolora" in caplog.messages[-1], "for the operator"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(REFUSED, "the object store can't be reached, or refuses"), (FULL, "its worker's disk is full")],
+)
+def test_what_others_may_have_room_for_goes_back_and_says_why(
+    shop: Shop, tiny_base_dir: Path, error: str, reason: str
+) -> None:
+    shop.submit(JobSpec("codes", lora=LoraSpec(rank=2)), job_data(shop.base))
+    checkpoints = shop.files.checkpoints("job")
+    checkpoints.mkdir()
+    settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").model_dump(mode="json")
+    timing = replace(FAST, hung=120.0, hindered=0.5)
+    worker = Worker(
+        shop.home, shop.jobs, shop.leases, settings, command=without(error), timing=timing, has_peers=True
+    )
+    start = time.monotonic()
+    worker._work()
+    assert time.monotonic() - start > 0.5, "it waits as well"
+    assert (shop.jobs.get("job").status, num_stalled(shop.engine)) == (Status.QUEUED, 0)
+    messages = [event.message for event in shop.jobs.events("job")]
+    assert messages[-2:] == [f"attempt 1: {reason}", "back in the queue"]
+    assert checkpoints.exists()
+
+
+def test_a_job_without_room_fails_where_no_other_machine_has_any(shop: Shop, tiny_base_dir: Path) -> None:
+    shop.submit(JobSpec("codes", lora=LoraSpec(rank=2)), job_data(shop.base))
+    settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").model_dump(mode="json")
+    timing = replace(FAST, hung=120.0, hindered=1000.0)
+    Worker(shop.home, shop.jobs, shop.leases, settings, command=without(FULL), timing=timing)._work()
+    assert (shop.jobs.get("job").status, shop.jobs.get("job").error) == (Status.FAILED, DISK_FULL)
 
 
 def test_a_base_that_is_still_loaded_is_no_hang(shop: Shop, tiny_base_dir: Path) -> None:

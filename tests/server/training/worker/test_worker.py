@@ -1,5 +1,6 @@
 """Workers and the processes of jobs: ended by will or by force, each job ends once, in the same state."""
 
+import errno
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import sqlalchemy as sa
@@ -26,7 +28,7 @@ from server.sqlite import driver
 from server.training.merge_spec import MergeSpec
 from server.training.queue.jobs import Job, Jobs, Status
 from server.training.queue.leases import MAX_STALLED_ATTEMPTS, Leases
-from server.training.queue.reserve import DISK_FULL, FILE_NAME
+from server.training.queue.reserve import DISK_FULL, FILE_NAME, Reserve
 from server.training.worker.job_pipe import EXIT_NO_BASE
 from server.training.worker.worker import Timing, Worker
 from tests.server.training.job_kit import STUB, final_digest, stays, steps_done, submit_stub, until, working
@@ -467,6 +469,50 @@ def test_a_full_disk_fails_the_job_with_that_reason(tmp_path: Path, jobs: Jobs, 
         until(lambda: jobs.get("j1").status.has_ended)
         until(lambda: not (tmp_path / "jobs/j1/checkpoints").exists())
     assert (jobs.get("j1").status, jobs.get("j1").error) == (Status.FAILED, DISK_FULL)
+
+
+def test_a_full_disk_fails_no_job_that_another_machine_may_have(
+    tmp_path: Path, jobs: Jobs, leases: Leases, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The worker finds no room for its process's log; and takes no further one."""
+    for job_id in ("j1", "j2"):
+        submit_stub(tmp_path, jobs, job_id, steps=30, every=10)
+    worker = Worker(
+        *(tmp_path, jobs, leases, {"home": str(tmp_path)}),
+        command=STUB,
+        timing=replace(FAST, hindered=5.0),
+        has_peers=True,
+    )
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", Mock(side_effect=full))
+        worker._work()
+    assert [event.message for event in jobs.events("j1")][-2:] == [
+        "attempt 1: its worker's disk is full",
+        "back in the queue",
+    ]
+    monkeypatch.setattr(Reserve, "is_needed", True)
+    worker._work()
+    assert "takes no jobs" in caplog.messages[-1]
+    assert [(job.status, job.attempt) for job in jobs.list()] == [(Status.QUEUED, 0), (Status.QUEUED, 1)]
+
+
+@pytest.mark.cluster
+def test_a_machine_of_a_cluster_with_a_full_disk_leaves_its_jobs_to_others(tmp_path: Path, jobs: Jobs) -> None:
+    pytest.importorskip("obstore")
+    submit_stub(tmp_path, jobs, "j1", steps=30, every=10, full=15)
+    submit_stub(tmp_path, jobs, "j2", steps=30, every=10, full=15)
+    command = [sys.executable, "-c", RUN_WORKER, str(tmp_path), *STUB]
+    url = {"SMOLORA_BYTES_URL": f"file://{tmp_path}/bytes"}
+    worker = subprocess.Popen(command, cwd=ROOT, env=os.environ | url)
+    try:
+        until(lambda: "back in the queue" in [event.message for event in jobs.events("j1")])
+    finally:
+        worker.terminate()
+        assert worker.wait(60) == 0
+    assert [event.message for event in jobs.events("j1")][-2] == "attempt 1: its worker's disk is full"
+    assert [(job.status, job.attempt) for job in jobs.list()] == [(Status.QUEUED, 0), (Status.QUEUED, 1)]
+    assert (tmp_path / "jobs/j1/checkpoints/1-10").exists()
 
 
 def test_leftovers_of_ended_jobs_go(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
