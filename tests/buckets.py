@@ -24,15 +24,15 @@ SECRET = "the-secret-of-the-tests"
 EITHER = ["directory", pytest.param("bucket", marks=pytest.mark.cluster)]
 """Where a store's bytes are: parameters of fixtures."""
 
-Failure = Literal["", "500", "stall", "cut", "half"]
+Failure = Literal["", "500", "stall", "cut", "half", "full"]
 OpenBucket = Callable[..., "Bucket"]
 
 
 class Proxy:
     """Passes connections on to the store, each with one request, and counts those by what they ask for.
 
-    `failure` of the next ones: an answer of 500, none at all, a closed connection, or half an answer. `failures`
-    is how many more fail; below 0: all.
+    `failure` of the next ones: an answer of 500, none at all, a closed connection, half an answer, or no room for
+    what is written. `failures` is how many more fail; below 0: all.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -78,6 +78,8 @@ class Proxy:
             failure = self._next(head)
             if failure == "500":
                 client.sendall(b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            elif failure == "full" and head.startswith(b"PUT "):
+                client.sendall(b"HTTP/1.1 507 Full\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             elif failure == "stall":
                 self._stopping.wait(60)
             elif failure != "cut":

@@ -51,8 +51,8 @@ class Records:
         self._root = root
 
     def reach(self) -> None:
-        """Raise BytesUnavailable where they can't be had just now: before a transaction, in which all others
-        who write would wait for that.
+        """Raise BytesUnavailable where they can't be read or written just now: before a transaction, in which all
+        others who write would wait for that.
         """
 
     def write(self, version: Version) -> None:

@@ -74,6 +74,8 @@ class EngineClient(Protocol):
     @property
     def max_in_flight(self) -> int | None: ...
     @property
+    def max_num_tokens(self) -> int | None: ...
+    @property
     def stats(self) -> EngineStats: ...
 
 
@@ -100,7 +102,7 @@ class Limiters:
 class Services:
     """Everything a route may need.
 
-    `max_model_len` counts prompt and generated tokens of one sequence; `decode` is the tokenizer's.
+    `max_model_len` is what settings and base allow; `decode` is the tokenizer's.
     """
 
     settings: Settings
@@ -135,6 +137,12 @@ class Services:
                 self._views.clear()
             view = self._views[principal] = self._seen_by(principal)
         return view
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Of one sequence, prompt and answer: fewer than `max_model_len` where the engine has room for fewer."""
+        most = self.engine.max_num_tokens
+        return self.max_model_len if most is None else min(most, self.max_model_len)
 
     @property
     def storage(self) -> Storage:

@@ -13,11 +13,12 @@ from contextlib import aclosing, suppress
 from functools import partial
 
 from adapters.errors import SmoloraError
-from server.cluster.fleet import Counts, Link, Sent, Transport, best, check, total
+from server.cluster import fleet
+from server.cluster.fleet import Counts, Link, Sent, Transport
 from server.cluster.messages import Batch
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.engine.watching.output_stream import OutputStream
-from server.errors import Draining, EngineDead, NotReady, TryAgain
+from server.errors import Draining, EngineDead, TryAgain
 
 log = logging.getLogger(__name__)
 
@@ -71,13 +72,19 @@ class ReplicatedEngine:
         return sum(sent.num_unfinished for sent in self._sent.values())
 
     @property
-    def max_in_flight(self) -> None:
-        """Nobody here knows: each replica decides for itself."""
+    def max_in_flight(self) -> int | None:
+        """As many as the replicas take together; None: they don't say, or there is none."""
+        return fleet.max_in_flight(self._ready_links())
+
+    @property
+    def max_num_tokens(self) -> int | None:
+        """Of one sequence, whichever replica it goes to; None: there is none."""
+        return fleet.max_num_tokens(self._ready_links())
 
     @property
     def stats(self) -> EngineStats:
         """Of all replicas together; counters are of what this process has seen them do."""
-        return total(list(self._links.values()), self._counts)
+        return fleet.total(list(self._links.values()), self._counts)
 
     def start(self) -> None:
         """Find the replicas, and follow them. Call it once, on the event loop."""
@@ -99,19 +106,10 @@ class ReplicatedEngine:
         self._is_draining = True
 
     def check_queue(self, num_sequences: int, project: str = "") -> None:
-        """Raise where no replica would take anything now; the replica itself decides, once it is asked.
-
-        QueueFull, Draining, NotReady.
-        """
+        """Raise QueueFull, Draining or NotReady where no replica would take anything now; each has its own say."""
         if self._is_draining or self._is_stopped:
             raise Draining
-        links = self._ready_links()
-        if not links:
-            raise NotReady("no engine is ready", retry_after=5)
-        refusals = [link.state.refusal for link in links if link.state is not None]
-        told = [refusal for refusal in refusals if refusal is not None]
-        if len(told) == len(refusals):
-            raise min(told, key=lambda refusal: refusal.retry_after)
+        fleet.check_queues(self._ready_links())
 
     def submit(self, request: GenerationRequest) -> OutputStream:
         """Send a request, or raise at once: QueueFull, Draining, NotReady, InvalidInput.
@@ -119,7 +117,7 @@ class ReplicatedEngine:
         What the replicas refuse it for is what its stream begins with.
         """
         self.check_queue(request.n, request.project)
-        check(self._ready_links(), request)
+        fleet.check(self._ready_links(), request)
         stream = OutputStream(request.n, partial(self._abandon, request.request_id))
         sent = self._sent[request.request_id] = Sent(request, stream.put, request.n)
         self._spawn(self._send(sent))
@@ -143,7 +141,7 @@ class ReplicatedEngine:
                 links = [link for link in self._ready_links() if link.id not in refused]
                 if not links:
                     break
-                link = best(links, sent, self._size_of)
+                link = fleet.best(links, sent, self._size_of)
                 answer = await self._offer(sent, link)
                 if answer is None:
                     return

@@ -15,6 +15,7 @@ from server.cluster.messages import Batch, ReplicaState, Welcome, block_hash
 from server.cluster.rank import Part, Replica, rank
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.engine.sequence import adapter_key, extend_block_keys, prefix_root
+from server.errors import NotReady
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +140,28 @@ class Link:
             sent.is_reported = not sent.is_offered
         if state.blocks is not None:
             self.blocks = set(state.blocks)
+
+
+def max_num_tokens(links: Sequence[Link]) -> int | None:
+    """Of a sequence that any of them can run."""
+    return min((link.welcome.max_num_tokens for link in links if link.welcome is not None), default=None)
+
+
+def max_in_flight(links: Sequence[Link]) -> int | None:
+    """Of all of them together; None where one, of an older version, doesn't say."""
+    told = [link.welcome.max_in_flight for link in links if link.welcome is not None]
+    known = [most for most in told if most is not None]
+    return sum(known) if known and len(known) == len(told) else None
+
+
+def check_queues(links: Sequence[Link]) -> None:
+    """QueueFull, Draining or NotReady where none of them would take anything now."""
+    if not links:
+        raise NotReady("no engine is ready", retry_after=5)
+    refusals = [link.state.refusal for link in links if link.state is not None]
+    told = [refusal for refusal in refusals if refusal is not None]
+    if len(told) == len(refusals):
+        raise min(told, key=lambda refusal: refusal.retry_after)
 
 
 def check(links: Sequence[Link], request: GenerationRequest) -> None:

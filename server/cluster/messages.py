@@ -18,6 +18,7 @@ class Welcome:
     max_num_tokens: int  # of one sequence
     vocab_size: int
     block_size: int  # tokens of a block of the prefix cache
+    max_in_flight: int | None = None  # sequences that run and wait; None: it doesn't say
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,9 @@ class EngineReplica:
         self._engine = engine
         self._guidance = guidance
         self._busy = busy
-        self._welcome = Welcome(base_digest, engine.max_num_tokens, vocab_size, engine.config.block_size)
+        self._welcome = Welcome(
+            base_digest, engine.max_num_tokens, vocab_size, engine.config.block_size, engine.max_in_flight
+        )
         self._followers: dict[str, _Follower] = {}
         self._blocks: frozenset[int] = frozenset()
         self._blocks_at = -math.inf

@@ -17,7 +17,7 @@ from server.home import make
 from server.sqlite import JournalMode
 
 PATIENCE_SECONDS = 3.0
-"""For which a transaction that was interrupted is run again, on a server whose clients wait."""
+"""For which PostgreSQL is tried again, on a server whose clients wait."""
 WORKER_PATIENCE_SECONDS = 30.0
 _LEAVING_SECONDS = 2.0  # for the server to notice that a process has ended
 
@@ -31,7 +31,7 @@ def connect(
 ) -> sa.Engine:
     """The database of `home`, with all migrations run: at `url`, where one is given, else the file in `home`.
 
-    Thread-safe; see SQLAlchemy. `journal_mode` is the file's; `patience` is as `transact` has it.
+    Thread-safe; see SQLAlchemy. `journal_mode` is the file's; `patience` is PostgreSQL's, in seconds.
     Raises StartupError where it can't be opened, or was written by a newer smolora.
     """
     if url is None:

@@ -4,7 +4,8 @@ A transaction takes one lock, which the whole database shares, as it begins, and
 the commit can be seen. So there is one writer at a time, as with SQLite, and what was written for that holds here,
 under READ COMMITTED and without serialization failures. Single reads (isolation level AUTOCOMMIT) wait for nobody.
 
-A transaction that the server, or the way to it, cut off has no effect, and raises Interrupted: `transact` runs it
+Whoever wants a connection, to read or to write, waits `patience` seconds for a server that can't be reached. A
+transaction that the server, or the way to it, cut off has no effect, and raises Interrupted: `transact` runs it
 again. Only of a commit that isn't answered can't that be known. So each transaction leaves its number in a row of
 its connection's own (`marks`), and who lost a commit looks, once the lock says that its session has ended, whether
 the number is there. Each commit also notifies whoever listens (`server.database.notices`).
@@ -29,6 +30,7 @@ from adapters.catalog.tables import PATIENCE
 from adapters.errors import InDoubt, Interrupted, InvalidInput, Unavailable
 from server.database.migrating import migrate
 from server.database.notices import CHANNEL, Notices
+from server.database.patience import patient
 from server.errors import StartupError
 
 WRITERS_LOCK = 0x736D6F6C6F7261  # "smolora"
@@ -78,7 +80,7 @@ def connect_server(url: str, patience: float) -> sa.Engine:
     open_one = _opener(url)
     engine = sa.create_engine(
         "postgresql+smolora://",
-        creator=open_one,
+        creator=patient(open_one, psycopg.OperationalError, patience),
         poolclass=_Pool,
         pool_size=8,
         max_overflow=24,

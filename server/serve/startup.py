@@ -80,10 +80,8 @@ def build(
     guidance = guidance_of(base)
 
     engine: EngineClient
-    max_model_len = max_model_len_of(settings, base)
     if connect is None:
-        engine = own = make_engine(settings, base, store, guidance, say, watchdog)
-        max_model_len = own.max_num_tokens  # fewer where the cache has room for fewer, in whole blocks
+        engine = make_engine(settings, base, store, guidance, say, watchdog)
     else:
         engine = connect(base, store)
     return Services(
@@ -107,7 +105,7 @@ def build(
         ),
         guidance=guidance,
         base_name=base.name,
-        max_model_len=max_model_len,
+        max_model_len=max_model_len_of(settings, base),
         jobs=jobs,
         feeds=JobFeeds(jobs, lambda: engine.draining),
         datasets=datasets,

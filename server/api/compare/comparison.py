@@ -131,9 +131,9 @@ async def _continuations(
 
     found = await encoded(services, encode, sum(map(len, texts)))
     for token_ids in found:
-        if num_prompt_tokens + len(token_ids) > services.max_model_len:
+        if num_prompt_tokens + len(token_ids) > services.max_num_tokens:
             message = (
-                f"a text's {len(token_ids)} tokens and the prompt's exceed the model's {services.max_model_len}"
+                f"a text's {len(token_ids)} tokens and the prompt's exceed the model's {services.max_num_tokens}"
             )
             raise InvalidInput.of("score", message)
     return found

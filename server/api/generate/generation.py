@@ -277,7 +277,7 @@ async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -
         needs = "give exactly one of prompt and messages"
         raise InvalidInput([FieldError(("prompt",), needs), FieldError(("messages",), needs)])
     ids = await encoded(services, encode, length)
-    if faults := context_faults(len(ids), max_tokens, services.max_model_len, "max_tokens", name):
+    if faults := context_faults(len(ids), max_tokens, services.max_num_tokens, "max_tokens", name):
         raise InvalidInput(faults)
     return tuple(ids)
 

@@ -49,7 +49,7 @@ async def begin_chat(services: Services, body: ChatBody) -> Batch:
     ask_queue(services, body.n or 1)
     ids = tuple(await encoded(services, encode, length_of(turns)))
     if limit is None:
-        limit = min(DEFAULT_CHAT_TOKENS, max(services.max_model_len - len(ids), 1))
+        limit = min(DEFAULT_CHAT_TOKENS, max(services.max_num_tokens - len(ids), 1))
         if num_top and not body.stream:
             limit = min(limit, most_tokens(num_top) // (body.n or 1))
     _check_room(services, len(ids), limit, field, "messages")
@@ -106,7 +106,7 @@ async def _encoded_prompts(services: Services, prompts: Sequence[Prompt]) -> lis
 
 
 def _check_room(services: Services, num_prompt: int, num_more: int, field: str, prompt_field: str) -> None:
-    if faults := context_faults(num_prompt, num_more, services.max_model_len, field, prompt_field):
+    if faults := context_faults(num_prompt, num_more, services.max_num_tokens, field, prompt_field):
         raise ContextTooLong(faults)
 
 

@@ -20,7 +20,7 @@ from adapters.errors import BytesUnavailable, NotFound
 from adapters.expression import parse
 from adapters.viewpoint import Viewpoint
 from server.database import FILE_NAME, connect
-from tests.buckets import EITHER, Proxy
+from tests.buckets import EITHER, Failure, Proxy
 
 if TYPE_CHECKING:
     from adapters.objects.bucket import Bucket
@@ -366,8 +366,9 @@ def longest_wait(home: Home, asked: "Future[object]") -> float:
 
 
 @pytest.mark.cluster
+@pytest.mark.parametrize("failure", ["cut", "full"])
 def test_nobody_waits_for_a_store_that_another_writer_cannot_reach(
-    tmp_path: Path, proxied: "Bucket", proxy: Proxy
+    tmp_path: Path, proxied: "Bucket", proxy: Proxy, failure: Failure
 ) -> None:
     from adapters.catalog.shared_records import SharedRecords
 
@@ -379,7 +380,7 @@ def test_nobody_waits_for_a_store_that_another_writer_cannot_reach(
     ]
     for _ in range(10):  # others use the machine, for seconds at a time
         home.catalog.compose("old", parse("a*0.5"))
-        proxy.fail("cut")
+        proxy.fail(failure)
         with ThreadPoolExecutor(1) as pool:
             composing, deleting = (pool.submit(work) for work in works)
             waits = longest_wait(home, composing), longest_wait(home, deleting)

@@ -128,6 +128,7 @@ class FakeEngine:
         self.closed: list[str] = []
         self.resident: frozenset[str] = frozenset()
         self.max_in_flight: int | None = None
+        self.max_num_tokens: int | None = None
         self.num_looks = 0  # at whether it is ready
         self.started = self.stopped = self.draining = self.loading = self.dead = self.hung = False
 

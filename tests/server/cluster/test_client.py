@@ -291,6 +291,26 @@ def test_refusals(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
+def test_the_most_that_replicas_take(tiny_base: BaseModel) -> None:
+    """Of one sequence what any of them can run, together what all of them may have."""
+    limits = SchedulerLimits(max_num_seqs=1)
+    local = Local(tiny_base, limits=limits, max_queue=2)
+    local.benches["replica-1"] = Bench(tiny_base, limits=limits, max_queue=4, num_blocks=9)
+    fewest = local.benches["replica-1"].asynchronous.max_num_tokens
+    assert fewest < local.benches["replica-0"].asynchronous.max_num_tokens
+    assert (local.client.max_num_tokens, local.client.max_in_flight) == (None, None)
+
+    async def main() -> None:
+        async with local as engine:
+            assert (engine.max_num_tokens, engine.max_in_flight) == (fewest, 3 + 5)
+            link = engine._links["replica-0"]
+            assert link.welcome is not None
+            link.welcome = replace(link.welcome, max_in_flight=None)  # it is older, and doesn't say
+            assert engine.max_in_flight is None
+
+    on_loop(main())
+
+
 def test_another_base_is_not_used(tiny_base: BaseModel, caplog: pytest.LogCaptureFixture) -> None:
     local = Local(tiny_base, num=1)
     local.client._base_digest = "another"

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
+import anyio
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
@@ -17,12 +18,17 @@ from alembic.runtime.migration import MigrationContext
 
 from adapters.catalog.catalog import Catalog, metadata
 from adapters.catalog.tables import transact
+from adapters.catalog.versions import Part
 from adapters.errors import Interrupted, InvalidInput, NotFound, Unavailable
 from adapters.expression import Term
 from server.access import tables as access_tables
+from server.access.access import open_access
+from server.access.principal import EVERYBODY
 from server.database import commits_of, connect, described, place
 from server.errors import StartupError
+from server.home import Home
 from server.training.queue import tables as job_tables
+from server.training.queue.jobs import Jobs
 from tests.postgres import CLUSTER, Postgres
 
 pytestmark = CLUSTER
@@ -281,6 +287,31 @@ def test_what_is_asked_while_it_is_away_is_told_to_come_again(own_postgres: Post
     own_postgres.start()
     assert publish(catalog) == 2
     until(lambda: commits() == commits())
+    engine.dispose()
+
+
+def test_what_is_asked_while_it_starts_anew_waits_for_it(own_postgres: Postgres, tmp_path: Path) -> None:
+    """Reads, too, for `patience`: of a key, of names, of jobs' events."""
+    url = own_postgres.migrated()
+    engine = connect(tmp_path, url=url, patience=60.0)
+    catalog, jobs, commits = Catalog(engine), Jobs(engine), commits_of(engine, tmp_path)
+    ring = open_access(engine, Home(tmp_path).keyed, commits).ring
+    assert publish(catalog) == 1
+    own_postgres.kill()
+    until(lambda: commits() < commits())  # what is remembered isn't trusted
+    reads: list[Callable[[], object]] = [
+        lambda: anyio.run(ring.principal, None),
+        lambda: catalog.resolve([Term("a")]),
+        lambda: jobs.standings(["train-1"]),
+    ]
+    with ThreadPoolExecutor(len(reads)) as pool:
+        asked = [pool.submit(read) for read in reads]
+        time.sleep(0.5)
+        own_postgres.start()
+        principal, parts, standings = (one.result() for one in asked)
+    assert principal == EVERYBODY
+    assert len(cast("tuple[Part, ...]", parts)) == 1
+    assert standings == {}
     engine.dispose()
 
 

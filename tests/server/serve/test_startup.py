@@ -10,6 +10,7 @@ import pytest
 from server.api.app import create_app
 from server.api.deps import Services
 from server.config import Settings, WorkerSettings
+from server.engine.scheduler import SchedulerLimits
 from server.errors import StartupError
 from server.model.base.weights import BaseModel
 from server.model.text.chat import ChatMessage
@@ -19,6 +20,7 @@ from server.training.spec import JobSpec
 from server.training.worker.run_job import _is_served_natively, _load
 from tests.native_kit import lend_native, native_library, tiny_of
 from tests.server.api.adapters.peft_files import as_parts, peft_files
+from tests.server.cluster.replicas import Local
 from tests.server.conftest import client_of
 from tests.tiny import save_tiny_base
 
@@ -63,7 +65,7 @@ async def test_from_settings_to_answers(
     assert said[0] == "Converting tiny-llama"
     assert said[1].startswith(f"the database is SQLite {driver.sqlite_version} with a ")
     assert said[2:] == [f"loading {tiny_base_dir} on cpu in float32"]
-    assert (services.base_name, services.max_model_len) == ("tiny-llama", 512)
+    assert (services.base_name, services.max_num_tokens) == ("tiny-llama", 512)
     body = {"prompt": "404 Not", "max_tokens": 8, "temperature": 0}
     base = (await client.post("/generate", json=body)).json()
     assert base["model"] == "tiny-llama"
@@ -141,7 +143,7 @@ async def test_an_image_without_a_compiler_has_native_code_for_any_base(
 
 async def test_a_shorter_length(tmp_path: Path, tiny_base_dir: Path) -> None:
     services = build(settings(tmp_path, tiny_base_dir, max_model_len=40), print)
-    assert services.max_model_len == 40
+    assert services.max_num_tokens == 40
     await services.engine.stop()
 
 
@@ -149,16 +151,34 @@ async def test_a_cache_for_less_than_one_sequence(tmp_path: Path) -> None:
     """Its whole blocks are what a sequence may have: as many tokens as are left, where nobody says how many."""
     model = save_tiny_base(tmp_path / "tiny", options={"max_position_embeddings": 4096})
     services = build(settings(tmp_path / "home", model, kv_cache_bytes="1MiB"), print)
-    assert services.max_model_len == services.engine.stats.kv_blocks_total * 16 < 4096
+    assert services.max_num_tokens == services.engine.stats.kv_blocks_total * 16 < 4096
     services.engine.start()
     long = ChatMessage("user", "4 " * 620)
-    assert services.max_model_len - 1024 < len(services.encoder.messages([long])) < services.max_model_len
+    assert services.max_num_tokens - 1024 < len(services.encoder.messages([long])) < services.max_num_tokens
     call = {"model": "tiny", "messages": [{"role": "user", "content": long.content}], "ignore_eos": True}
     async with client_of(create_app(services)) as client:
         answer = await client.post("/v1/chat/completions", json=call)
     await services.engine.stop()
     assert answer.status_code == 200, answer.text
-    assert answer.json()["usage"]["total_tokens"] == services.max_model_len
+    assert answer.json()["usage"]["total_tokens"] == services.max_num_tokens
+
+
+async def test_replicas_with_room_for_less(tmp_path: Path, tiny_base_dir: Path, tiny_base: BaseModel) -> None:
+    """An API process goes by what they have, not by what its settings or the base would allow."""
+    local = Local(tiny_base, limits=SchedulerLimits(max_num_seqs=1), max_queue=1, num_blocks=9)
+    replica = local.benches["replica-0"].asynchronous
+    services = build(settings(tmp_path, tiny_base_dir), print, connect=lambda base, store: local.client)
+    assert services.max_num_tokens == services.max_model_len == 512, "nobody has said otherwise"
+    chat = {"model": "tiny-llama", "messages": [{"role": "user", "content": "404 Not"}], "ignore_eos": True}
+    async with local, client_of(create_app(services)) as client:
+        assert services.max_num_tokens == replica.max_num_tokens < 512
+        answer = await client.post("/v1/chat/completions", json=chat)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["total_tokens"] == replica.max_num_tokens
+        many = {"model": "tiny-llama", "prompt": ["a"] * (2 * replica.max_in_flight + 1), "max_tokens": 1}
+        refused = await client.post("/v1/completions", json=many)
+        assert refused.status_code == 400, refused.text
+        assert "send fewer at a time" in refused.text
 
 
 def test_caches_larger_than_any_memory(tmp_path: Path, tiny_base_dir: Path) -> None:
