@@ -6,6 +6,7 @@ Tests that want it are marked `cluster`, and skipped where obstore or moto isn't
 import http.client
 import logging
 import os
+import re
 import secrets
 import socket
 import threading
@@ -24,6 +25,7 @@ SECRET = "the-secret-of-the-tests"
 EITHER = ["directory", pytest.param("bucket", marks=pytest.mark.cluster)]
 """Where a store's bytes are: parameters of fixtures."""
 
+_IS_EMPTY = re.compile(rb"\r\ncontent-length: 0\r\n", re.IGNORECASE)
 Failure = Literal["", "500", "stall", "cut", "half", "full"]
 OpenBucket = Callable[..., "Bucket"]
 
@@ -32,7 +34,7 @@ class Proxy:
     """Passes connections on to the store, each with one request, and counts those by what they ask for.
 
     `failure` of the next ones: an answer of 500, none at all, a closed connection, half an answer, or no room for
-    what is written. `failures` is how many more fail; below 0: all.
+    what is written, unless it is empty. `failures` is how many more fail; below 0: all.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -78,7 +80,7 @@ class Proxy:
             failure = self._next(head)
             if failure == "500":
                 client.sendall(b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-            elif failure == "full" and head.startswith(b"PUT "):
+            elif failure == "full" and head.startswith(b"PUT ") and not _IS_EMPTY.search(head):
                 client.sendall(b"HTTP/1.1 507 Full\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             elif failure == "stall":
                 self._stopping.wait(60)

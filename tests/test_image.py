@@ -82,6 +82,19 @@ def told_behind_the_proxy() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines.splitlines())
 
 
+def test_the_env_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
+    """It may have a server's only key."""
+    (written,) = re.findall(r"^\(umask 077;.*?^\)$", OPERATIONS, re.DOTALL | re.MULTILINE)
+    told = ["sh", "-c", f"openssl() {{ echo a-key; }}\n{written}"]
+    assert subprocess.run(told, cwd=tmp_path, check=False).returncode == 0
+    made = tmp_path / ".env"
+    assert "\nSMOLORA_API_KEYS=a-key\n" in made.read_text()
+    assert made.stat().st_mode & 0o777 == 0o600
+    made.write_text("SMOLORA_API_KEYS=mine\n")
+    assert subprocess.run(told, cwd=tmp_path, capture_output=True, check=False).returncode != 0
+    assert made.read_text() == "SMOLORA_API_KEYS=mine\n"
+
+
 def test_behind_the_proxy_every_documented_command_keeps_its_settings() -> None:
     """One that names files by itself, or a shell without what was exported, makes the server anew without them."""
     told = told_behind_the_proxy()

@@ -264,7 +264,7 @@ class Catalog:
         if (records := self._records) is not None:
             # no room, say: they are gone all the same, and the next start or `doctor --rebuild` tidies up
             with suppress(*FAILURES):
-                records.reach()
+                records.reach(to_write=records.removal_writes(key, numbers))
                 transact(self._engine, lambda _: records.remove(key, numbers))
         return digests
 

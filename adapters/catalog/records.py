@@ -50,9 +50,9 @@ class Records:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def reach(self) -> None:
-        """Raise BytesUnavailable where they can't be read or written just now: before a transaction, in which all
-        others who write would wait for that.
+    def reach(self, to_write: bool = True) -> None:
+        """Raise BytesUnavailable where none can be removed just now or, `to_write`, written: before a transaction,
+        in which all others who write would wait for that.
         """
 
     def write(self, version: Version) -> None:
@@ -65,14 +65,15 @@ class Records:
 
     def remove(self, name: str, numbers: list[int]) -> None:
         """Drop the records of these versions. That their numbers were given out stays known."""
-        files = self._files(name)
-        there = {number for file in files if (number := _number(file)) is not None}
-        gone = [number for number in numbers if number in there]
-        if not gone:
-            return
-        if max(gone) == max(there) and _read_next(files.get(NEXT)) <= max(gone):
-            self.count_up(name, max(gone) + 1)
-        self.forget(name, gone)
+        gone, next_number = self._leaving(name, numbers)
+        if next_number is not None:
+            self.count_up(name, next_number)
+        if gone:
+            self.forget(name, gone)
+
+    def removal_writes(self, name: str, numbers: list[int]) -> bool:
+        """Whether `remove` would write something as well, by what is there now. Raises BytesUnavailable."""
+        return self._leaving(name, numbers)[1] is not None
 
     def forget(self, name: str, numbers: list[int]) -> None:
         """Drop the records of versions that never were."""
@@ -106,6 +107,14 @@ class Records:
     def _keep(self, name: str, file: str, content: bytes) -> None:
         with new_file(self._made(name) / file) as unfinished:
             unfinished.write_bytes(content)
+
+    def _leaving(self, name: str, numbers: list[int]) -> tuple[list[int], int | None]:
+        """Those of the versions that have records, and what to count up to, where nothing that stays tells it."""
+        files = self._files(name)
+        there = {number for file in files if (number := _number(file)) is not None}
+        gone = [number for number in numbers if number in there]
+        is_told = not gone or max(gone) < max(there) or _read_next(files.get(NEXT)) > max(gone)
+        return gone, None if is_told else max(gone) + 1
 
     def _drop(self, name: str, files: list[str]) -> None:
         for file in files:

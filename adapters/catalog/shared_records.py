@@ -12,6 +12,7 @@ from adapters.objects.bucket import Bucket, Missing
 from adapters.viewpoint import DEFAULT_PROJECT, key_of, project_fault
 
 _AT_ONCE = 16
+_MAX_BYTES = 16 << 10  # of a record, more or less: one of 16 parts with a job's settings has half as many
 
 
 class SharedRecords(Records):
@@ -23,8 +24,11 @@ class SharedRecords(Records):
         super().__init__(root)
         self._bucket = bucket
 
-    def reach(self) -> None:
-        self._bucket.now()  # writes, reads and removes: one that is full can be read all the same
+    def reach(self, to_write: bool = True) -> None:
+        if to_write:
+            self._bucket.try_out(_MAX_BYTES)
+        else:  # one that is full lets go of what it has
+            self._bucket.delete(["reachable"])  # which never was there
 
     def clean(self) -> None:
         """There is nothing half-written."""

@@ -37,7 +37,7 @@ def recording(engine: sa.Engine, records: Records | None) -> Iterator[Recorder |
     except BaseException:
         if records is not None and recorder is not None and recorder.written:
             with suppress(*FAILURES):  # then it is as if the process had been killed
-                records.reach()
+                records.reach(to_write=False)
                 transact(engine, partial(_forget_uncommitted, recorder))
         raise
 

@@ -144,6 +144,12 @@ class Bucket:
             with suppress(Missing):
                 self._ask(partial(obstore.delete, self._store, own[start : start + at_once]))
 
+    def try_out(self, num_bytes: int) -> None:
+        """Put an object of so many bytes, and remove it: one that has no room may take an empty one."""
+        key = f"clock/{secrets.token_hex(8)}"  # as those of `now`, which nobody looks for
+        self._ask(lambda: obstore.put(self._store, key, bytes(num_bytes)))
+        self._ask(lambda: obstore.delete(self._store, key))
+
     def now(self) -> datetime:
         """The store's clock, by which `Stored.modified` is."""
         key = f"clock/{secrets.token_hex(8)}"  # whatever the prefix

@@ -99,6 +99,7 @@ class KeyRing:
                     self._fault = None
                 except Unavailable as error:
                     self._fault = error
+                    num_asked = self._num_asked  # whoever came meanwhile would wait as long again
                 self._num_answered = num_asked
             if self._fault is not None:
                 raise self._fault

@@ -73,8 +73,8 @@ class ReplicatedEngine:
 
     @property
     def max_in_flight(self) -> int | None:
-        """As many as the replicas take together; None: they don't say, or there is none."""
-        return fleet.max_in_flight(self._ready_links())
+        """As many as the replicas take together, those that are away for a while too; None: that isn't known."""
+        return fleet.max_in_flight(list(self._links.values()), self._base_digest, self._counts)
 
     @property
     def max_num_tokens(self) -> int | None:
@@ -268,6 +268,7 @@ class ReplicatedEngine:
             was_ready = link.is_ready
             link.take(batch.state)
             if not was_ready:
+                self._counts.note(self._ready_links())
                 async with self._changed:
                     self._changed.notify_all()
 

@@ -41,6 +41,7 @@ class Counts:
 
     def __init__(self) -> None:
         self.sums = dict.fromkeys(COUNTERS, 0)
+        self.max_in_flight = 0  # the most that those which were there at once took together
 
     def grow(self, before: EngineStats | None, now: EngineStats) -> None:
         """A replica has told `now` what it had told `before`; None: it is new here."""
@@ -48,6 +49,13 @@ class Counts:
             for name in COUNTERS:
                 counted, is_told = getattr(before, name), getattr(now, name)
                 self.sums[name] += is_told - counted if is_told >= counted else is_told  # less: it began anew
+
+    def note(self, links: Sequence["Link"]) -> None:
+        """These are ready now."""
+        told = [link.welcome.max_in_flight for link in links if link.welcome is not None]
+        known = [most for most in told if most is not None]
+        if len(known) == len(told):
+            self.max_in_flight = max(self.max_in_flight, sum(known))
 
 
 class Transport(Protocol):
@@ -147,11 +155,17 @@ def max_num_tokens(links: Sequence[Link]) -> int | None:
     return min((link.welcome.max_num_tokens for link in links if link.welcome is not None), default=None)
 
 
-def max_in_flight(links: Sequence[Link]) -> int | None:
-    """Of all of them together; None where one, of an older version, doesn't say."""
-    told = [link.welcome.max_in_flight for link in links if link.welcome is not None]
-    known = [most for most in told if most is not None]
-    return sum(known) if known and len(known) == len(told) else None
+def max_in_flight(links: Sequence[Link], base_digest: str, counts: Counts) -> int | None:
+    """Of all that have this base together, of as many at least as were ever there at once: one that is lost is
+    replaced. None where one has yet to tell, is lost just now, or, of an older version, doesn't say.
+    """
+    for link in links:
+        welcome = link.welcome
+        if link.is_leaving or (welcome is not None and welcome.base_digest != base_digest):
+            continue
+        if link.state is None or welcome is None or welcome.max_in_flight is None:
+            return None
+    return counts.max_in_flight or None
 
 
 def check_queues(links: Sequence[Link]) -> None:

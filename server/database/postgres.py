@@ -75,7 +75,8 @@ Open = Callable[[], "psycopg.Connection[Any]"]
 def connect_server(url: str, patience: float) -> sa.Engine:
     """The database that the URL names, with all migrations run. Thread-safe; see SQLAlchemy.
 
-    `patience` is as `transact` has it. Raises StartupError, which never quotes the password.
+    `patience`: seconds for which a connection is tried again, and a transaction that was interrupted.
+    Raises StartupError, which never quotes the password.
     """
     open_one = _opener(url)
     engine = sa.create_engine(

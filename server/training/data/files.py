@@ -117,6 +117,10 @@ class FileStore:
         """Whether it is there, perhaps damaged."""
         return self._records.has(file_id)
 
+    def present(self, file_ids: set[str]) -> set[str]:
+        """Those of them that are there, perhaps damaged."""
+        return self._records.present(file_ids)
+
     def ids(self) -> set[str]:
         """Those of all of them, of damaged ones too."""
         return self._records.ids()

@@ -121,6 +121,10 @@ class RecordStore(Generic[R]):
         except OSError:  # of a damaged disk
             return True
 
+    def present(self, record_ids: set[str]) -> set[str]:
+        """Those of them that are there, perhaps damaged."""
+        return set(filter(self.has, record_ids))
+
     def ids(self) -> set[str]:
         """Those of all records, of damaged ones too."""
         if not self._root.is_dir():

@@ -90,6 +90,10 @@ class SharedRecordStore(RecordStore[R]):
     def has(self, record_id: str) -> bool:
         return self._copy(record_id) is not None
 
+    def present(self, record_ids: set[str]) -> set[str]:
+        """As `RecordStore.present`; several in one listing."""
+        return record_ids & self.ids() if len(record_ids) > 1 else super().present(record_ids)
+
     def ids(self) -> set[str]:
         return set(self._whole())
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from adapters.catalog.catalog import Catalog, NewVersion, Part, Version
 from adapters.catalog.records import Read, Recorder, Records, decode, encode
 from adapters.catalog.recovery import Recovered, recover
 from adapters.catalog.tables import transact
-from adapters.catalog.writes import drop_in, publish_in
+from adapters.catalog.writes import drop_in, publish_in, recording
 from adapters.errors import BytesUnavailable, NotFound
 from adapters.expression import parse
 from adapters.viewpoint import Viewpoint
@@ -391,4 +392,36 @@ def test_nobody_waits_for_a_store_that_another_writer_cannot_reach(
         if max(waits) < 0.5:
             break
     assert max(waits) < 0.5
+    home.engine.dispose()
+
+
+@pytest.mark.cluster
+def test_a_full_store_gives_records_up(tmp_path: Path, proxied: "Bucket", proxy: Proxy) -> None:
+    """Of a version that isn't its name's highest, and of one that wasn't committed: that writes nothing."""
+    from adapters.catalog.shared_records import SharedRecords
+
+    home = Home(tmp_path, SharedRecords(tmp_path / "adapters", proxied.under("adapters")))
+
+    def kept() -> list[str]:
+        return [stored.key for stored in proxied.under("adapters").listed()]
+
+    home.publish("a")
+    home.publish("a", D[1])
+    proxy.fail("full")
+    home.catalog.delete_version("a", 1)
+    assert kept() == ["names/a/2.json"]
+    proxy.fail("")
+    uncommitted = replace(home.publish("b"), version=7)
+
+    def publication() -> None:
+        with recording(home.engine, home.records) as recorder:
+            assert recorder is not None
+            recorder.write(uncommitted)
+            assert "names/b/7.json" in kept()
+            proxy.fail("full")
+            raise Killed
+
+    with pytest.raises(Killed):
+        publication()
+    assert kept() == ["names/a/2.json", "names/b/1.json"]
     home.engine.dispose()

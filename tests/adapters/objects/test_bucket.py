@@ -3,6 +3,7 @@
 import io
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from adapters.objects.bucket import Bucket
 
 pytestmark = pytest.mark.cluster
-FAILURES = [failure for failure in get_args(Failure) if failure]
+FAILURES = [failure for failure in get_args(Failure) if failure not in ("", "full")]
+"""Of all requests; one that is full fails some alone."""
 
 
 @pytest.fixture(params=["s3", "file"])
@@ -129,6 +131,23 @@ def test_what_keeps_failing_is_said_in_time(
     assert proxied.get("a") == bytes(1000)
     assert SECRET not in caplog.text
     assert "127.0.0.1" not in caplog.text
+
+
+def test_one_that_is_full_takes_nothing_and_is_read(proxied: "Bucket", proxy: Proxy) -> None:
+    proxied.put("a", b"1")
+    proxied.try_out(1000)
+    assert [stored.key for stored in proxied.listed()] == ["a"]
+    proxy.fail("full")
+    asks: list[Callable[[], None]] = [lambda: proxied.put("b", b"2"), lambda: proxied.try_out(1000)]
+    for ask in asks:
+        began = time.monotonic()
+        with pytest.raises(BytesUnavailable):
+            ask()
+        assert time.monotonic() - began < 3.0, "patience is a second"
+    assert proxied.get("a") == b"1"
+    proxied.put("empty", b"")
+    proxied.delete(["a"])
+    assert [stored.key for stored in proxied.listed()] == ["empty"]
 
 
 def test_a_bucket_that_is_not_there_has_not_lost_its_objects(aws: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -305,8 +305,38 @@ def test_the_most_that_replicas_take(tiny_base: BaseModel) -> None:
             assert (engine.max_num_tokens, engine.max_in_flight) == (fewest, 3 + 5)
             link = engine._links["replica-0"]
             assert link.welcome is not None
+            other = replace(link.welcome, base_digest="another")
+            engine._links["another"] = Link("another", welcome=other, is_new=False)
+            assert engine.max_in_flight == 3 + 5
+            del engine._links["another"]
             link.welcome = replace(link.welcome, max_in_flight=None)  # it is older, and doesn't say
             assert engine.max_in_flight is None
+
+    on_loop(main())
+
+
+def test_one_that_is_away_counts_in_what_replicas_take(tiny_base: BaseModel) -> None:
+    """What both of them would take has to come again, not to be smaller: clients don't repeat what is a 400."""
+    local = Local(tiny_base, limits=SchedulerLimits(max_num_seqs=1), max_queue=2)
+
+    def most() -> int | None:
+        return local.client.max_in_flight
+
+    async def main() -> None:
+        local.client.start()
+        local.bring("replica-0")
+        local.client._told(frozenset(local.benches))  # the other is said to be there, and hasn't told of itself
+        await eventually(lambda: local.client.ready)
+        assert most() is None
+        local.bring("replica-1")
+        await eventually(lambda: most() == 3 + 3)
+        local.transport.cut("replica-1")
+        await eventually(lambda: len(local.client._ready_links()) == 1)
+        assert most() is None  # it may be followed again
+        local.transport.remove("replica-1")
+        await eventually(lambda: "replica-1" not in local.client._links)
+        assert most() == 3 + 3  # the one in its place isn't told of yet
+        await local.__aexit__()
 
     on_loop(main())
 

@@ -168,10 +168,7 @@ def _objects(services: Services, found: Sequence[Job]) -> list[dict[str, object]
     """Their results are those that are there. While an object store can't tell, it is what they made."""
     results = {results_id(job.id) for job in found if job.status is Status.SUCCEEDED}
     with suppress(BytesUnavailable):
-        if len(results) > 1:  # asked for together
-            results &= services.files.ids()
-        else:
-            results = set(filter(services.files.has, results))
+        results = services.files.present(results)
     now = time.time()
     return [job_object(job, results_id(job.id) in results, now) for job in found]
 

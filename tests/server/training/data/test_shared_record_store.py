@@ -48,6 +48,16 @@ def test_results_are_the_first_attempts_on_any_machine(tmp_path: Path, bucket: "
         assert content.read() == b"step\n1\n"
 
 
+def test_which_of_several_are_there_is_one_listing(tmp_path: Path, proxied: "Bucket", proxy: Proxy) -> None:
+    store = FileStore(tmp_path, bucket=proxied.under("files"))
+    there = {store.put_results(f"job-{number}", b"step\n").id for number in range(3)}
+    proxy.asked.clear()
+    assert store.present(there | {results_id("job-3"), results_id("job-4")}) == there
+    assert proxy.asked.total() == 1
+    assert store.present({results_id("job-0")}) == {results_id("job-0")}
+    assert store.present({results_id("job-4")}) == store.present(set()) == set()
+
+
 def test_a_late_delete_takes_nothing_from_a_later_upload(tmp_path: Path, bucket: "Bucket") -> None:
     """One that has looked at the copies, and is stopped before it removes them."""
     from adapters.objects.copies import Copies

@@ -29,18 +29,14 @@ class CountedFiles(FileStore):
     num_asked = 0
     is_away = False
 
-    def has(self, file_id: str) -> bool:
-        self._ask()
-        return super().has(file_id)
-
-    def ids(self) -> set[str]:
-        self._ask()
-        return super().ids()
-
-    def _ask(self) -> None:
-        self.num_asked += 1
+    def present(self, file_ids: set[str]) -> set[str]:
+        self.num_asked += bool(file_ids)
         if self.is_away:
             raise BytesUnavailable(retry_after=1.0)
+        return super().present(file_ids)
+
+    def ids(self) -> set[str]:
+        raise AssertionError("a page looks at all of a project's files")
 
 
 @pytest.fixture
