@@ -5,11 +5,11 @@ the commit can be seen. So there is one writer at a time, as with SQLite, and wh
 under READ COMMITTED and without serialization failures. Single reads (isolation level AUTOCOMMIT) wait for nobody.
 
 Whoever wants a connection, to read or to write, waits `patience` seconds for a server that can't be reached, but
-PATIENCE_SECONDS at most: a worker that only reads can be stopped. A transaction that the server, or the way to it,
-cut off has no effect, and raises Interrupted: `transact` runs it again, for all of `patience`. Only of a commit that
-isn't answered can't that be known. So each transaction leaves its number in a row of its connection's own (`marks`),
-and who lost a commit looks, once the lock says that its session has ended, whether the number is there. Each commit
-also notifies whoever listens (`server.database.notices`).
+PATIENCE_SECONDS at most: a worker that only reads can be stopped. A transaction that the server, or the way to
+it, cut off has no effect, and raises Interrupted: `transact` runs it again, for all of `patience`. Only of a
+commit that isn't answered can't that be known. So each transaction leaves its number in a row of its
+connection's own (`marks`), and who lost a commit looks, once the lock says that its session has ended, whether
+the number is there. Each commit also notifies whoever listens (`server.database.notices`).
 """
 
 import logging
