@@ -19,6 +19,7 @@ from server.sqlite import JournalMode
 PATIENCE_SECONDS = 3.0
 """For which PostgreSQL is tried again, on a server whose clients wait."""
 WORKER_PATIENCE_SECONDS = 30.0
+"""The same for what a worker writes. What it reads waits for PATIENCE_SECONDS, so that it can be stopped."""
 _LEAVING_SECONDS = 2.0  # for the server to notice that a process has ended
 
 

@@ -4,10 +4,11 @@ A transaction takes one lock, which the whole database shares, as it begins, and
 the commit can be seen. So there is one writer at a time, as with SQLite, and what was written for that holds here,
 under READ COMMITTED and without serialization failures. Single reads (isolation level AUTOCOMMIT) wait for nobody.
 
-Whoever wants a connection, to read or to write, waits `patience` seconds for a server that can't be reached. A
-transaction that the server, or the way to it, cut off has no effect, and raises Interrupted: `transact` runs it
-again. Only of a commit that isn't answered can't that be known. So each transaction leaves its number in a row of
-its connection's own (`marks`), and who lost a commit looks, once the lock says that its session has ended, whether
+Whoever wants a connection, to read or to write, waits `patience` seconds for a server that can't be reached, but
+PATIENCE_SECONDS at most: a worker that only reads can be stopped. A transaction that the server, or the way to
+it, cut off has no effect, and raises Interrupted: `transact` runs it again, for all of `patience`. Only of a
+commit that isn't answered can't that be known. So each transaction leaves its number in a row of its
+connection's own (`marks`), and who lost a commit looks, once the lock says that its session has ended, whether
 the number is there. Each commit also notifies whoever listens (`server.database.notices`).
 """
 
@@ -30,6 +31,7 @@ from adapters.catalog.tables import PATIENCE
 from adapters.errors import InDoubt, Interrupted, InvalidInput, Unavailable
 from server.database.migrating import migrate
 from server.database.notices import CHANNEL, Notices
+from server.database.opening import PATIENCE_SECONDS
 from server.database.patience import patient
 from server.errors import StartupError
 
@@ -81,7 +83,7 @@ def connect_server(url: str, patience: float) -> sa.Engine:
     open_one = _opener(url)
     engine = sa.create_engine(
         "postgresql+smolora://",
-        creator=patient(open_one, psycopg.OperationalError, patience),
+        creator=patient(open_one, psycopg.OperationalError, min(patience, PATIENCE_SECONDS)),
         poolclass=_Pool,
         pool_size=8,
         max_overflow=24,

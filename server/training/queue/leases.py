@@ -205,26 +205,25 @@ class Leases:
         job_events.append(connection, claim.job_id, error, level="error")
 
     @transacted
-    def release(self, connection: sa.Connection, claim: Claim, reason: str = "", delay: float = 0.0) -> None:
+    def release(
+        self, connection: sa.Connection, claim: Claim, reason: str = "", delay: float = 0.0, crash: str = ""
+    ) -> None:
         """Let the job go: paused if that was the directive, else queued at its old place, after `delay` seconds.
 
-        `reason` becomes an event. The attempt doesn't count as one without a new checkpoint. Raises LeaseLost.
+        `reason` becomes an event. Only with a `crash`, for the job's error, the attempt counts. Raises LeaseLost.
         """
         _hold(connection, claim)
         if reason:
             job_events.append(connection, claim.job_id, f"attempt {claim.token}: {reason}", level="warning")
         attempts = jobs.c.stalled_attempts
-        uncounted = sa.case((attempts > 0, attempts - 1), else_=attempts)
-        _let_go(connection, claim.job_id, self._now(), {"stalled_attempts": uncounted}, delay)
+        uncounted = {"stalled_attempts": sa.case((attempts > 0, attempts - 1), else_=attempts)}
+        _let_go(connection, claim.job_id, self._now(), {"crash": crash} if crash else uncounted, delay)
 
     @transacted
     def crashed(
         self, connection: sa.Connection, claim: Claim, reason: str, max_delay: float = MAX_CRASH_DELAY
     ) -> None:
-        """The attempt ended badly: the job is queued for another one, after a moment that doubles each time.
-
-        Raises LeaseLost.
-        """
+        """An attempt ended badly: the job is queued after a moment, which doubles each time. Raises LeaseLost."""
         _hold(connection, claim)
         query = sa.select(jobs.c.stalled_attempts).where(jobs.c.id == claim.job_id)
         num_stalled = connection.execute(query).scalar_one()

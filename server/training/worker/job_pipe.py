@@ -28,7 +28,7 @@ EXIT_NO_STORE = 80
 EXIT_NO_ROOM = 81
 NO_ROOM = "its worker's disk is full"
 HINDRANCES = {
-    EXIT_NO_DATABASE: "its process can't open the database",
+    EXIT_NO_DATABASE: "its process can't use the database",
     EXIT_NO_STORE: "the object store can't be reached, or refuses",
     EXIT_NO_ROOM: NO_ROOM,
 }

@@ -15,6 +15,7 @@ SLOWEST_BYTES_PER_SECOND = 1_000_000
 SLOWEST_PASS = 1e9
 """Tokens times parameters a second, forward and backward: about a thirtieth of what two idle cores with AVX2 do
 (docs/performance.md). What computes more slowly counts as hung."""
+SLOWEST_PASS_ON_GPU = 100 * SLOWEST_PASS
 _BEAT_SECONDS = 1.0
 
 
@@ -33,10 +34,13 @@ class JobReporter:
         yielding: Yielding,
         num_parameters: int,
         trace: JobTrace | None = None,
+        *,
+        is_on_gpu: bool,
     ) -> None:
-        """`num_parameters` are the base's, by which a pass may take its time."""
+        """`num_parameters` are the base's, by which a pass may take its time, and less of it `is_on_gpu`."""
         self._link = link
         self._num_parameters = num_parameters
+        self._slowest_pass = SLOWEST_PASS_ON_GPU if is_on_gpu else SLOWEST_PASS
         self._leases = leases
         self._claim = claim
         self._yielding = yielding
@@ -54,7 +58,7 @@ class JobReporter:
         return beating(self._link.beat, num_bytes / SLOWEST_BYTES_PER_SECOND)
 
     def computing(self, num_tokens: int) -> AbstractContextManager[None]:
-        return beating(self._link.beat, num_tokens * self._num_parameters / SLOWEST_PASS)
+        return beating(self._link.beat, num_tokens * self._num_parameters / self._slowest_pass)
 
     def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
         self._progress, self._metrics = progress, metrics

@@ -104,9 +104,11 @@ def main(argument: str) -> int:
                 # from here on the store keeps what is published as a server loads it, too
                 PackedAdapters(store, RowLayout(base.config.shape, ROW_FORMAT))
             library = Library(catalog, store, base.config.shape, base.name, jobs.in_use, base.digest)
-            work = partial(_seconds_of_all, torch.get_num_threads()) if base.device.type == "cpu" else None
+            is_on_gpu = base.device.type != "cpu"
+            work = None if is_on_gpu else partial(_seconds_of_all, torch.get_num_threads())
             yielding = Yielding(BusyFlag(settings.home).read, settings.train_share, work=work)
-            reporter = JobReporter(link, leases, claim, yielding, base.weights.num_parameters, trace)
+            num_parameters = base.weights.num_parameters
+            reporter = JobReporter(link, leases, claim, yielding, num_parameters, trace, is_on_gpu=is_on_gpu)
             if isinstance(job.spec, MergeSpec):
                 run_merge(job.spec, claim, leases, library, base, reporter, read_origin(job.data))
             else:
@@ -120,13 +122,16 @@ def main(argument: str) -> int:
         log.warning("the object store can't be used: the job goes back to the queue")
         return EXIT_NO_STORE
     except StartupError as error:
+        if reserve.is_disk_full(error):  # which has no room for the base, say
+            log.exception("the base can't be loaded")
+            return EXIT_NO_ROOM
         return _cannot_work(link, "the base can't be loaded", error, EXIT_NO_BASE)
     except Exception as error:
         log.exception("the attempt failed")
+        if isinstance(error, TryAgain):  # the database, whose own disk may be full
+            return EXIT_NO_DATABASE
         if reserve.is_disk_full(error):
             return EXIT_NO_ROOM
-        if isinstance(error, TryAgain):  # the database, say: no fault of the job's
-            return 1
         if isinstance(error, SmoloraError):
             if reporter is not None:
                 reporter.keep_progress()

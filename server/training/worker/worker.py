@@ -6,9 +6,9 @@ The worker itself stays small and never blocks: it keeps the lease, by a thread 
 step may take longer than a lease; it tells the process to leave when the job is paused or the worker is
 stopped; it kills the process when the job was cancelled or lost, or when no sign of progress comes any more; and
 it ends where the base can't be loaded, so that jobs wait for a worker that can. Where the database, the object
-store or, beside other machines, this one's disk stands in a job's way, it puts the job back and waits. What
-training is, only the process knows (`server.training.worker.run_job`); they talk as
-`server.training.worker.job_pipe` says.
+store or, beside other machines, this one's disk stands in a job's way, it puts the job back and waits; a job that
+finds room nowhere fails in the end. What training is, only the process knows (`server.training.worker.run_job`);
+they talk as `server.training.worker.job_pipe` says.
 """
 
 import logging
@@ -63,7 +63,7 @@ class Timing:
     pause: float = 120.0  # the same where it needn't, and for one to tidy up after its job's end
     max_crash_delay: float = MAX_CRASH_DELAY
     trouble: float = 2.0  # after the database couldn't be used
-    hindered: float = 30.0  # until the next attempt at a job that something stood in the way of
+    hindered: float = 30.0  # until the next attempt after one that something stood in the way of
     sweep: float = 600.0  # between removals of what jobs left that have ended
 
 
@@ -85,7 +85,7 @@ class Worker:
         has_peers: bool = False,
     ) -> None:
         """`command` runs a job and is handed `settings`; `parent` is the process without which the worker ends;
-        `kind` None takes jobs of every kind; `has_peers`: other machines may have the jobs that find no room here.
+        `kind` None takes jobs of every kind; `has_peers`: workers with HOMEs of their own may have room for a job.
         """
         self._leases = leases
         self._settings = settings
@@ -127,7 +127,7 @@ class Worker:
             self._sweep_due = time.monotonic() + self._timing.sweep  # first: trouble with it costs no job its turn
             self._retention.sweep()
         if self._has_peers and not has_room:
-            log.warning("the disk of SMOLORA_HOME is full: this worker takes no jobs")
+            log.warning("SMOLORA_HOME has no room, or can't be written: this worker takes no jobs")
             self._sleep(self._timing.hindered)
             return
         claim = self._leases.claim(self._owner, self._timing.lease, self._kind)
@@ -229,7 +229,9 @@ class Worker:
             elif attempt.should_leave:
                 self._store(lambda: leases.release(claim))
             elif attempt.hindrance:
-                self._store(lambda: leases.release(claim, attempt.hindrance, self._timing.hindered))
+                crash = DISK_FULL if attempt.hindrance == NO_ROOM else ""
+                delay = self._timing.hindered + 2 * self._timing.poll  # another job goes first
+                self._store(lambda: leases.release(claim, attempt.hindrance, delay, crash))
             else:
                 reason = reason or "ended without a result"
                 self._store(lambda: leases.crashed(claim, reason, self._timing.max_crash_delay))
@@ -238,7 +240,7 @@ class Worker:
         if status is not None and status.has_ended:
             self._files.drop_checkpoints(claim.job_id)
         elif attempt.hindrance:
-            self._sleep(self._timing.hindered + 2 * self._timing.poll)  # whom it doesn't hinder has the job first
+            self._sleep(self._timing.hindered)
 
     def _store(self, write: Callable[[], object]) -> None:
         try:
@@ -267,7 +269,7 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
     jobs, leases, told = Jobs(engine), Leases(engine), settings.model_dump(mode="json")
     storage = Storage.open(settings.home, settings)
     agree(engine, storage.place)
-    has_peers = storage.bucket is not None or not is_file(engine)
+    has_peers = storage.bucket is not None and not is_file(engine)  # else all workers have this HOME
     lane = partial(
         Worker, settings.home, jobs, leases, told, command=command, parent=parent, bucket=storage.bucket
     )

@@ -24,7 +24,8 @@ from adapters.expression import Term
 from server.access import tables as access_tables
 from server.access.access import open_access
 from server.access.principal import EVERYBODY
-from server.database import commits_of, connect, described, place
+from server.database import WORKER_PATIENCE_SECONDS, commits_of, connect, described, place
+from server.database.opening import PATIENCE_SECONDS
 from server.errors import StartupError
 from server.home import Home
 from server.training.queue import tables as job_tables
@@ -290,8 +291,25 @@ def test_what_is_asked_while_it_is_away_is_told_to_come_again(own_postgres: Post
     engine.dispose()
 
 
-def test_what_is_asked_while_it_starts_anew_waits_for_it(own_postgres: Postgres, tmp_path: Path) -> None:
+def test_a_workers_reads_wait_no_longer_than_a_servers(own_postgres: Postgres, tmp_path: Path) -> None:
+    """So that it stops in time while the database is away; its writes are tried again for longer."""
+    engine = connect(tmp_path, url=own_postgres.migrated(), patience=WORKER_PATIENCE_SECONDS)
+    jobs = Jobs(engine)
+    own_postgres.kill()
+    start = time.monotonic()
+    with pytest.raises(Interrupted):
+        jobs.standings(["train-1"])
+    assert PATIENCE_SECONDS < time.monotonic() - start < WORKER_PATIENCE_SECONDS / 2
+    engine.dispose()
+
+
+def test_what_is_asked_while_it_starts_anew_waits_for_it(
+    own_postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Reads, too, for `patience`: of a key, of names, of jobs' events."""
+    monkeypatch.setattr(
+        "server.database.postgres.PATIENCE_SECONDS", 60.0
+    )  # others use the machine, for seconds at a time
     url = own_postgres.migrated()
     engine = connect(tmp_path, url=url, patience=60.0)
     catalog, jobs, commits = Catalog(engine), Jobs(engine), commits_of(engine, tmp_path)

@@ -7,6 +7,7 @@ from typing import cast
 import pytest
 
 from server.training.queue.leases import Claim, Leases
+from server.training.worker import job_reporter
 from server.training.worker.job_pipe import WorkerLink
 from server.training.worker.job_reporter import JobReporter, beating
 from server.training.worker.yielding import Yielding
@@ -56,8 +57,11 @@ def test_what_fails_in_the_block_is_told() -> None:
         raise OSError("the disk is full")
 
 
-@pytest.mark.parametrize(("num_parameters", "is_long"), [(1_700_000_000, True), (1_000, False)])
-def test_a_pass_may_take_as_long_as_its_size(num_parameters: int, is_long: bool) -> None:
+@pytest.mark.parametrize(
+    ("num_parameters", "is_on_gpu", "is_long"),
+    [(1_700_000_000, False, True), (1_000, False, False), (1_700_000_000, True, True), (10_000_000, True, False)],
+)
+def test_a_pass_may_take_as_long_as_its_size(num_parameters: int, is_on_gpu: bool, is_long: bool) -> None:
     """Beside requests a row of 8,192 tokens takes a large base over five minutes, and a small one an instant."""
     link = Link()
     reporter = JobReporter(
@@ -66,9 +70,26 @@ def test_a_pass_may_take_as_long_as_its_size(num_parameters: int, is_long: bool)
         Claim("job", 1, "worker"),
         Yielding(lambda: 0, 1.0),
         num_parameters,
+        is_on_gpu=is_on_gpu,
     )
     with reporter.computing(8192):
         deadline = time.monotonic() + (30 if is_long else 1.5)
         while not link.beats and time.monotonic() < deadline:
             time.sleep(0.01)
     assert bool(link.beats) == is_long
+
+
+def test_a_pass_that_hangs_on_a_gpu_is_found_within_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After it has had as long as the slowest would take: a hundredth of what a CPU may."""
+    seconds: list[float] = []
+    monkeypatch.setattr(job_reporter, "beating", lambda _, given: seconds.append(given))
+    for is_on_gpu in (False, True):
+        JobReporter(
+            cast(WorkerLink, Link()),
+            cast(Leases, None),
+            Claim("job", 1, "worker"),
+            Yielding(lambda: 0, 1.0),
+            1_700_000_000,
+            is_on_gpu=is_on_gpu,
+        ).computing(8192)
+    assert seconds == pytest.approx([13926.4, 139.264])

@@ -56,20 +56,22 @@ LOADS_SLOWLY = (
 """A job's process whose base takes until the first sign of life."""
 
 REFUSED = "BytesUnavailable()"
+GONE = "Interrupted()"
 FULL = "OSError(errno.ENOSPC, 'No space left on device')"
+DATABASE_FULL = f"{GONE} from {FULL}"
 
 
-def without(error: str) -> tuple[str, ...]:
-    """A job's process whose rows can't be had, by that error."""
+def without(error: str, what: str = "JobFiles.fetch") -> tuple[str, ...]:
+    """A job's process whose rows can't be had, by that error; or its base, by that of `resolve_base`."""
     return (
         sys.executable,
         "-c",
         "import errno, sys\n"
-        "from adapters.errors import BytesUnavailable\n"
+        "from adapters.errors import BytesUnavailable, Interrupted\n"
         "from server.training.worker import run_job\n"
-        "def fetch(self, job_id):\n"
+        "def fetch(*_):\n"
         f"    raise {error}\n"
-        "run_job.JobFiles.fetch = fetch\n"
+        f"run_job.{what} = fetch\n"
         "sys.exit(run_job.main(sys.argv[-1]))\n",
     )
 
@@ -147,29 +149,37 @@ def test_a_database_that_cant_be_opened_costs_a_job_no_attempt(
     assert time.monotonic() - start > 0.5, "it waits as well"
     assert (jobs.get("a").status, jobs.get("a").attempt, num_stalled(engine)) == (Status.QUEUED, 1, 0)
     messages = [event.message for event in jobs.events("a")]
-    assert messages[-2:] == ["attempt 1: its process can't open the database", "back in the queue"]
+    assert messages[-2:] == ["attempt 1: its process can't use the database", "back in the queue"]
     assert "was written by a newer version of smolora" in caplog.messages[-1], "for the operator"
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
-    [(REFUSED, "the object store can't be reached, or refuses"), (FULL, "its worker's disk is full")],
+    ("error", "reason", "what"),
+    [
+        (REFUSED, "the object store can't be reached, or refuses", "JobFiles.fetch"),
+        (GONE, "its process can't use the database", "JobFiles.fetch"),
+        (DATABASE_FULL, "its process can't use the database", "JobFiles.fetch"),
+        (FULL, "its worker's disk is full", "JobFiles.fetch"),
+        (FULL, "its worker's disk is full", "resolve_base"),
+    ],
 )
 def test_what_others_may_have_room_for_goes_back_and_says_why(
-    shop: Shop, tiny_base_dir: Path, error: str, reason: str
+    shop: Shop, tiny_base_dir: Path, error: str, reason: str, what: str
 ) -> None:
+    """An attempt counts where no worker may ever have the room that the job needs."""
     shop.submit(JobSpec("codes", lora=LoraSpec(rank=2)), job_data(shop.base))
     checkpoints = shop.files.checkpoints("job")
     checkpoints.mkdir()
     settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").model_dump(mode="json")
     timing = replace(FAST, hung=120.0, hindered=0.5)
     worker = Worker(
-        shop.home, shop.jobs, shop.leases, settings, command=without(error), timing=timing, has_peers=True
+        shop.home, shop.jobs, shop.leases, settings, command=without(error, what), timing=timing, has_peers=True
     )
     start = time.monotonic()
     worker._work()
     assert time.monotonic() - start > 0.5, "it waits as well"
-    assert (shop.jobs.get("job").status, num_stalled(shop.engine)) == (Status.QUEUED, 0)
+    num_counted = 1 if error == FULL else 0
+    assert (shop.jobs.get("job").status, num_stalled(shop.engine)) == (Status.QUEUED, num_counted)
     messages = [event.message for event in shop.jobs.events("job")]
     assert messages[-2:] == [f"attempt 1: {reason}", "back in the queue"]
     assert checkpoints.exists()

@@ -29,7 +29,7 @@ from server.training.merge_spec import MergeSpec
 from server.training.queue.jobs import Job, Jobs, Status
 from server.training.queue.leases import MAX_STALLED_ATTEMPTS, Leases
 from server.training.queue.reserve import DISK_FULL, FILE_NAME, Reserve
-from server.training.worker.job_pipe import EXIT_NO_BASE
+from server.training.worker.job_pipe import EXIT_NO_BASE, EXIT_NO_DATABASE, EXIT_NO_ROOM, EXIT_NO_STORE
 from server.training.worker.worker import Timing, Worker
 from tests.server.training.job_kit import STUB, final_digest, stays, steps_done, submit_stub, until, working
 from tests.server.training.worker.stub_worker import FAST
@@ -49,6 +49,12 @@ sys.exit(78)
 """,
 )
 """A job's process that has nothing to train on."""
+
+HINDERED = {
+    code: (sys.executable, "-S", "-c", f"raise SystemExit({code})")
+    for code in (EXIT_NO_DATABASE, EXIT_NO_STORE, EXIT_NO_ROOM)
+}
+"""Jobs' processes that something stands in the way of, by their exit code."""
 
 LIGHT = """
 import json, sqlite3, sys
@@ -497,22 +503,75 @@ def test_a_full_disk_fails_no_job_that_another_machine_may_have(
     assert [(job.status, job.attempt) for job in jobs.list()] == [(Status.QUEUED, 0), (Status.QUEUED, 1)]
 
 
-@pytest.mark.cluster
-def test_a_machine_of_a_cluster_with_a_full_disk_leaves_its_jobs_to_others(tmp_path: Path, jobs: Jobs) -> None:
-    pytest.importorskip("obstore")
-    submit_stub(tmp_path, jobs, "j1", steps=30, every=10, full=15)
-    submit_stub(tmp_path, jobs, "j2", steps=30, every=10, full=15)
-    command = [sys.executable, "-c", RUN_WORKER, str(tmp_path), *STUB]
-    url = {"SMOLORA_BYTES_URL": f"file://{tmp_path}/bytes"}
-    worker = subprocess.Popen(command, cwd=ROOT, env=os.environ | url)
+def test_a_worker_that_cant_fill_its_reserve_says_what_may_be_wrong(
+    tmp_path: Path, jobs: Jobs, leases: Leases, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file system that became read-only isn't full."""
+    read_only = OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr("server.training.queue.reserve.new_file", Mock(side_effect=read_only))
+    Worker(tmp_path, jobs, leases, {}, timing=FAST, has_peers=True)._work()
+    assert caplog.messages == ["SMOLORA_HOME has no room, or can't be written: this worker takes no jobs"]
+
+
+def test_a_hindered_job_lets_others_go_first(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+    for job_id in ("j1", "j2"):
+        submit_stub(tmp_path, jobs, job_id)
+    timing = replace(FAST, hindered=0.1, poll=5.0)
+    worker = Worker(tmp_path, jobs, leases, {}, command=HINDERED[EXIT_NO_STORE], timing=timing)
+    worker._work()
+    worker._work()
+    assert [job.attempt for job in jobs.list()] == [1, 1]
+
+
+@pytest.mark.parametrize("code", [EXIT_NO_DATABASE, EXIT_NO_STORE, EXIT_NO_ROOM])
+def test_a_job_that_finds_room_nowhere_fails(tmp_path: Path, jobs: Jobs, leases: Leases, code: int) -> None:
+    """Not one that the database or the store is in the way of: they will be there again."""
+    submit_stub(tmp_path, jobs, "j1")
+    timing = replace(FAST, hindered=0.0, poll=0.0)
+    worker = Worker(tmp_path, jobs, leases, {}, command=HINDERED[code], timing=timing, has_peers=True)
+    for _ in range(MAX_STALLED_ATTEMPTS + 1):
+        worker._work()
+    job = jobs.get("j1")
+    if code == EXIT_NO_ROOM:
+        assert (job.status, job.attempt) == (Status.FAILED, MAX_STALLED_ATTEMPTS)
+        assert job.error == f"25 attempts in a row made no new checkpoint; the last one: {DISK_FULL}"
+    else:
+        assert (job.status, job.attempt) == (Status.QUEUED, MAX_STALLED_ATTEMPTS + 1)
+
+
+@pytest.mark.parametrize("has_bucket", [False, pytest.param(True, marks=pytest.mark.cluster)])
+def test_a_machine_of_a_cluster_with_a_full_disk_leaves_its_jobs_to_others(
+    tmp_path: Path, database_url: str | None, has_bucket: bool
+) -> None:
+    """One whose database and bytes are elsewhere: else all workers have its HOME, and no more room than it."""
+    environment = dict(os.environ)
+    if has_bucket:
+        pytest.importorskip("obstore")
+        environment["SMOLORA_BYTES_URL"] = f"file://{tmp_path}/bytes"
+    if database_url is not None:
+        environment["SMOLORA_DATABASE_URL"] = database_url
+    engine = connect(tmp_path, url=database_url)
+    jobs = Jobs(engine)
+    for job_id in ("j1", "j2"):
+        submit_stub(tmp_path, jobs, job_id)
+    checkpoint = tmp_path / "jobs/j1/checkpoints/1-10"
+    checkpoint.mkdir(parents=True)
+    is_machine = has_bucket and database_url is not None
+    last = "back in the queue" if is_machine else DISK_FULL
+    command = [sys.executable, "-c", RUN_WORKER, str(tmp_path), *HINDERED[EXIT_NO_ROOM]]
+    worker = subprocess.Popen(command, cwd=ROOT, env=environment)
     try:
-        until(lambda: "back in the queue" in [event.message for event in jobs.events("j1")])
+        until(lambda: last in [event.message for event in jobs.events("j1")])
     finally:
         worker.terminate()
         assert worker.wait(60) == 0
-    assert [event.message for event in jobs.events("j1")][-2] == "attempt 1: its worker's disk is full"
-    assert [(job.status, job.attempt) for job in jobs.list()] == [(Status.QUEUED, 0), (Status.QUEUED, 1)]
-    assert (tmp_path / "jobs/j1/checkpoints/1-10").exists()
+    if is_machine:
+        assert [event.message for event in jobs.events("j1")][-2] == "attempt 1: its worker's disk is full"
+        assert [(job.status, job.attempt) for job in jobs.list()] == [(Status.QUEUED, 0), (Status.QUEUED, 1)]
+        assert checkpoint.exists()
+    else:
+        assert (jobs.get("j1").status, jobs.get("j1").error) == (Status.FAILED, DISK_FULL)
+    engine.dispose()
 
 
 def test_leftovers_of_ended_jobs_go(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
