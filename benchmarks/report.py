@@ -8,7 +8,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -23,6 +23,7 @@ from benchmarks.held import report as held
 from benchmarks.measure import median_ratio
 from benchmarks.serving import report as serving
 from benchmarks.serving.results import Results as Serving
+from benchmarks.serving.systems.systems import WIDE
 from benchmarks.serving.targets import evaluate as serving_targets
 from benchmarks.shapes import report as shapes
 from benchmarks.training import adapters_report, beside_report, methods_report, train_report
@@ -150,7 +151,8 @@ def figures(found: Found, before: str) -> str:
     else:
         targets = [target for target in serving_targets(serve) if target.reached is not None]
         reached = sum(bool(target.reached) for target in targets)
-        over = [facts.name for facts in serve.systems if facts.over_http]
+        systems = [facts for facts in serve.systems if facts.name != WIDE]
+        over = [facts.name for facts in systems if facts.over_http]
         settings = serve.settings
         parts += [
             "## How fast",
@@ -159,7 +161,7 @@ def figures(found: Found, before: str) -> str:
             f"{settings.max_tokens} new tokens, adapters of rank 16 on all seven linear modules; median "
             f"(lowest–highest) of {settings.rounds} rounds in turn. {', '.join(over)}: over HTTP, the client on "
             "the same cores; the others in process.",
-            serving.speed_table(serve, serving.headlines(serve)),
+            serving.speed_table(replace(serve, systems=systems), serving.headlines(serve)),
             "![Output tokens per second by load and system](docs/serve.png)",
             f"{reached} of the {len(targets)} goals that we set ourselves are reached. "
             f"{BENCHMARKS_PAGE} has them all, the missed ones too, with latencies, settings "

@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def _measure(options: Options, scratch: Path, made: Made, say: Say) -> Results:
     settings = Settings(
         *(Path(options.model).name, options.dtype, options.device, options.rounds),
         *(options.prompt_tokens, options.max_tokens),
-        _weight_bytes(bases.base.weights, options),
+        *_weight_bytes(bases.base.weights, options),
     )
     results = Results(made, Machine.this(options.threads), settings)
     # all have room: what the loads use must not be evicted by those that are measured cold
@@ -101,7 +101,15 @@ def _measure(options: Options, scratch: Path, made: Made, say: Say) -> Results:
             ours = OurServer(server, f"smolora {version('smolora')}")
             stack.callback(ours.stop)
             torch_config = _server_config(options, bases, scratch / "torch-home", num_resident, native=False)
-            peers, results.missing = line_up(options, inputs, torch_config, stack, say)
+            wide_config = None
+            if settings.weight_bytes < settings.wide_bytes:
+                wide_config = replace(
+                    server_config,
+                    home=scratch / "wide-home",
+                    base_dir=scratch / "wide-base",
+                    model=str(bases.hugging_face),
+                )
+            peers, results.missing = line_up(options, inputs, torch_config, wide_config, stack, say)
             systems = [ours, *peers]
             for system in systems:
                 if isinstance(system, OurServer):
@@ -154,16 +162,19 @@ def _server_config(
     )
 
 
-def _weight_bytes(weights: BaseWeights, options: Options) -> int:
-    """What a step of a stream reads: in bf16 native code may have weights as they were stored."""
+def _weight_bytes(weights: BaseWeights, options: Options) -> tuple[int, int]:
+    """What a step of a stream reads, and what it would of weights in `dtype`: in bf16 native code may have them as
+    they were stored."""
     dtype = DTYPES[options.dtype]
     if dtype is not torch.bfloat16 or options.device != "cpu":
-        return weights.num_parameters * dtype.itemsize
+        size = weights.num_parameters * dtype.itemsize
+        return size, size
     try:
         are_stored = keeps_stored(options.instructions or instructions(), options.threads)
     except NativeUnavailable:
         are_stored = False
-    return sum(bytes_of(weights, are_stored=are_stored).values())
+    stored, wide = (sum(bytes_of(weights, are_stored=are).values()) for are in (are_stored, False))
+    return stored, wide
 
 
 def _starts(options: Options, config: ServerConfig, say: Say) -> Start:

@@ -12,9 +12,9 @@ from benchmarks.serving.systems.systems import BASE, BLENDS, DISTINCT, KINDS, ON
 
 PARTS = ("loads", "ttft", "ways", "cold", "long", "overload", "many", "start")
 """What `--only` may name, besides single loads such as 32-distinct."""
-PEFT, TORCH = "peft", "torch"
-PEERS = (LLAMA_CPP, OPENVINO, PEFT, TORCH)
-"""What `--peers` may name; torch is our own server without its native code."""
+PEFT, TORCH, BITS_16 = "peft", "torch", "16-bit"
+PEERS = (LLAMA_CPP, OPENVINO, PEFT, TORCH, BITS_16)
+"""What `--peers` may name; torch is our own server without its native code, 16-bit one with weights of 16 bits."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def chart(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     systems, rows = results.systems, headlines(results)
-    colors = ("#2a6f97", "#e09f3e", "#f2cc8f", "#f4e3c1", "#81b29a", "#c9ada7", "#9db4c0")
+    colors = ("#2a6f97", "#e09f3e", "#f2cc8f", "#f4e3c1", "#81b29a", "#c9ada7", "#9db4c0", "#61a5c2")
     height = 0.85 / len(systems)
     size = (8, 0.13 * len(rows) * len(systems) + 1.2)
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
@@ -72,7 +72,7 @@ def chart(results: Results, path: Path) -> None:
             y = index - 0.425 + height * (place + 0.5)
             speeds = row.speed(name)
             if not speeds:
-                if not facts.base_only:
+                if not facts.is_partial:
                     axes.text(0, y, f" {name}: {CANNOT}", va="center", fontsize=6, color="#777777")
                 continue
             found = median_ratio(speeds, [1.0] * len(speeds))
@@ -131,7 +131,7 @@ def _by_system(
 ) -> str:
     def cell(row: Row, facts: Facts) -> str:
         figures = row.figures.get(facts.name)
-        nothing = NOT_ASKED if facts.base_only else CANNOT
+        nothing = NOT_ASKED if facts.is_partial else CANNOT
         return with_range([figure(one) for one in figures], form) if figures else nothing
 
     cells = [
@@ -147,8 +147,9 @@ def _notes(results: Results) -> Iterator[str]:
         yield f"Time to first token of one stream, ms: {found}."
     if results.bandwidth:
         speed = with_range([speed / 1e9 for speed in results.bandwidth], "{:.1f}".format)
-        weights = results.settings.weight_bytes / 1e6
-        yield f"The threads read {speed} GB/s from memory; a step reads {weights:.0f} MB of weights."
+        stored, wide = (size / 1e6 for size in (results.settings.weight_bytes, results.settings.wide_bytes))
+        in_full = f", and {wide:.0f} MB where they have 16 bits" if stored < wide else ""
+        yield f"The threads read {speed} GB/s from memory; a step reads {stored:.0f} MB of weights{in_full}."
     for ways in results.ways:
         greedy, sampled, logprobs = (
             with_range(each, number) for each in (ways.greedy, ways.sampled, ways.logprobs)

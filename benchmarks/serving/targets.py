@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from benchmarks.measure import median_ratio, percentile
+from benchmarks.measure import Spread, median_ratio, percentile
 from benchmarks.peers.openvino import NAME as OPENVINO
 from benchmarks.peers.venvs import LLAMA_CPP
 from benchmarks.serving.results import Results
-from benchmarks.serving.systems.systems import BASE, BLENDS, DISTINCT, ONE, OURS, Load
+from benchmarks.serving.systems.systems import BASE, BLENDS, DISTINCT, ONE, OURS, WIDE, Load
 from benchmarks.tables import milliseconds, spread, with_range
 from benchmarks.targets import NOT_MEASURED, Target, at_least, at_most, unmeasured
 
@@ -30,8 +30,9 @@ def evaluate(results: Results) -> list[Target]:
     """Every target, reached or not; a quick run reaches none and misses none."""
     targets = [
         *_against_peers(results),
+        *_wide(results),
         _at_any_width(results),
-        _memory_bound(results),
+        at_least("1 stream, base: between tokens", _of_bound(results, OURS), 0.95, OF_BOUND),
         *_against_base(results),
         _overload(results),
         *_many(results),
@@ -64,12 +65,21 @@ def _at_any_width(results: Results) -> Target:
     return at_least("1 stream, base, weights as stored", ratio, 1.6, f"× {LLAMA_CPP} at its best width")
 
 
-def _memory_bound(results: Results) -> Target:
+def _wide(results: Results) -> Iterator[Target]:
+    """Where no weight is stored in fewer than 16 bits, which is what the first goals of all were set for."""
+    load = "1 stream, base, 16-bit weights"
+    name = WIDE if results.settings.weight_bytes < results.settings.wide_bytes else OURS
+    ratio = median_ratio(_speed(results, 1, BASE, name), _speed(results, 1, BASE, LLAMA_CPP))
+    yield at_least(load, ratio, 1.6, f"× {LLAMA_CPP}")
+    yield at_least(f"{load}: between tokens", _of_bound(results, name), 0.95, OF_BOUND)
+
+
+def _of_bound(results: Results, name: str) -> Spread | None:
     """A token can't come sooner than the threads read every weight once."""
-    row = results.row(1, BASE)
-    bounds = [results.settings.weight_bytes / speed for speed in results.bandwidth]
-    gaps = [] if row is None else [figures.itl_p50 for figures in row.figures[OURS]]
-    return at_least("1 stream, base: between tokens", median_ratio(bounds, gaps), 0.95, OF_BOUND)
+    row, settings = results.row(1, BASE), results.settings
+    size = settings.wide_bytes if name == WIDE else settings.weight_bytes
+    gaps = [] if row is None else [figures.itl_p50 for figures in row.figures.get(name, ())]
+    return median_ratio([size / speed for speed in results.bandwidth], gaps)
 
 
 def _against_base(results: Results) -> Iterator[Target]:

@@ -30,7 +30,7 @@ def row(streams: int, kind: str, **speeds: list[float]) -> Row:
 
 
 def results(rows: list[Row], *, quick: bool = False) -> Results:
-    settings = Settings("tiny", "bf16", "cpu", 3, 120, 64, 270_000_000)
+    settings = Settings("tiny", "bf16", "cpu", 3, 120, 64, 270_000_000, 270_000_000)
     names = (OURS, LLAMA_CPP, OPENVINO)
     systems = [Facts(name, "1", name != OPENVINO, "its defaults", {}) for name in names]
     return Results(made(quick=quick), MACHINE, settings, systems, {"ik": "no package"}, rows)

@@ -21,7 +21,7 @@ PEER = "a peer"
 def results(speeds: Mapping[str, float], cpu: str = "a processor") -> Results:
     """Of four streams: our base, our adapters, and a peer's base."""
     machine = Machine(cpu, 2, 2, 1 << 34, "3.11", "", "", {})
-    found = Results(Made("", "", quick=True), machine, Settings("base", "bf16", "cpu", 1, 32, 8, 1))
+    found = Results(Made("", "", quick=True), machine, Settings("base", "bf16", "cpu", 1, 32, 8, 1, 1))
 
     def figures(name: str) -> tuple[Figures, ...]:
         return (Figures(speeds[name], 0.1, 0.1, 0.1, 0.1),)

@@ -118,13 +118,13 @@ def test_what_a_peer_can_do() -> None:
     """By what it offers a request, not by how long it would take."""
     loads = [Load(1, BASE), Load(1, BLENDS), Load(4, ONE), Load(4, DISTINCT), Load(4, BLENDS)]
 
-    def can(kind: type[System], *, base_only: bool = False) -> list[bool]:
+    def can(kind: type[System], *, is_partial: bool = False) -> list[bool]:
         system = kind.__new__(kind)
-        system.__dict__["facts"] = Facts("", "", True, "", {}, base_only)
+        system.__dict__["facts"] = Facts("", "", True, "", {}, is_partial)
         return [system.can(load) for load in loads]
 
     assert can(LlamaCppServer) == [True] * 5
-    assert can(LlamaCppServer, base_only=True) == [True, False, False, False, False]
+    assert can(LlamaCppServer, is_partial=True) == [True, False, False, False, False]
     assert can(OpenVino) == [True, True, True, False, False]
     assert can(TransformersPeft) == [True, False, True, True, False]
 

@@ -16,9 +16,9 @@ from benchmarks.peers.transformers_peft import PeerConfig, TransformersPeft
 from benchmarks.peers.venvs import LLAMA_CPP, OPENVINO, MadePeer
 from benchmarks.prompts import PromptSource
 from benchmarks.serving.adapter_files import ALPHA, RANK
-from benchmarks.serving.options import PEFT, TORCH, Options
+from benchmarks.serving.options import BITS_16, PEFT, TORCH, Options
 from benchmarks.serving.systems.server_process import Server, ServerConfig
-from benchmarks.serving.systems.systems import OurServer, Streams, System, Variant, fastest
+from benchmarks.serving.systems.systems import WIDE, OurServer, Streams, System, Variant, fastest
 from benchmarks.serving.systems.wires import Request
 
 QUANTIZED = ("Q8_0", "Q4_1")
@@ -38,9 +38,17 @@ class Inputs:
 
 
 def line_up(
-    options: Options, inputs: Inputs, torch_config: ServerConfig, stack: ExitStack, say: Say
+    options: Options,
+    inputs: Inputs,
+    torch_config: ServerConfig,
+    wide_config: ServerConfig | None,
+    stack: ExitStack,
+    say: Say,
 ) -> tuple[list[System], dict[str, str]]:
-    """Those that run, to be ended by `stack`; and why each of the others was left out."""
+    """Those that run, to be ended by `stack`; and why each of the others was left out.
+
+    `wide_config`: of our server with 16-bit weights, None where it has those by default.
+    """
     systems: list[System] = []
     missing: dict[str, str] = {}
 
@@ -76,6 +84,10 @@ def line_up(
         say("starting our server without its native code")
         server = stack.enter_context(Server(torch_config))
         add(OurServer(server, f"smolora {version('smolora')}", "smolora in torch", "SMOLORA_NATIVE=0"))
+    if BITS_16 in options.peers and wide_config is not None:
+        say("starting our server with 16-bit weights")
+        server = stack.enter_context(Server(wide_config))
+        add(OurServer(server, f"smolora {version('smolora')}", WIDE, "MODEL=the peers' base", is_partial=True))
     return systems, missing
 
 

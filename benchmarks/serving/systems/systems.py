@@ -13,6 +13,8 @@ from benchmarks.serving.systems.wires import Part, Request, Smolora
 BASE, ONE, DISTINCT, BLENDS = "base", "one", "distinct", "blends"
 KINDS = (BASE, ONE, DISTINCT, BLENDS)
 OURS = "smolora"
+WIDE = "smolora, 16-bit weights"
+"""Our server with the base that the peers have, of which no weight is stored in fewer bits."""
 Streams = Sequence[Sequence[Request]]
 
 
@@ -59,7 +61,7 @@ class Facts:
     over_http: bool  # or in process, which spares it the client's share of the cores
     settings: str  # those that aren't the defaults
     trial: dict[str, tuple[Figure, ...]]  # tokens per second of each variant that was tried, by load
-    base_only: bool = False  # it was not asked for adapters
+    is_partial: bool = False  # it was asked for some of the loads alone
 
 
 class System(Protocol):
@@ -86,18 +88,26 @@ class System(Protocol):
 
 
 class OurServer:
-    """smolora, over HTTP."""
+    """smolora, over HTTP; a partial one is asked for single streams alone."""
 
-    def __init__(self, server: Server, version: str, name: str = OURS, settings: str = "its defaults") -> None:
+    def __init__(
+        self,
+        server: Server,
+        version: str,
+        name: str = OURS,
+        settings: str = "its defaults",
+        *,
+        is_partial: bool = False,
+    ) -> None:
         self.server = server
-        self.facts = Facts(name, version, True, settings, {})
+        self.facts = Facts(name, version, True, settings, {}, is_partial)
 
     @property
     def peak_rss(self) -> int:
         return self.server.peak_rss
 
     def can(self, load: Load) -> bool:
-        return True
+        return load.streams == 1 or not self.facts.is_partial
 
     def run(self, streams: Streams) -> Run:
         return summarize(drive(self.server.url, Smolora(), streams))
