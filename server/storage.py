@@ -35,7 +35,8 @@ class Storage:
         try:
             from adapters.objects.bucket import Bucket
         except ImportError:
-            raise StartupError(f"{where}: needs the extra `cluster`: pip install 'smolora[cluster]'") from None
+            install = "pip install -e '.[cluster]' in smolora's folder"
+            raise StartupError(f"{where}: needs the extra `cluster`: {install}") from None
         try:
             bucket = Bucket.open(settings.bytes_url, allow_http=Transport().allow_http)
             if check:

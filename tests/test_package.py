@@ -32,6 +32,12 @@ def test_who_installs_an_extra_as_told_keeps_what_git_pull_renews() -> None:
     assert [line for line in here if " -e " not in line] == []
 
 
+def test_who_installs_an_extra_as_told_asks_no_registry_for_smolora() -> None:
+    """It is in none: a pip of another environment would find nothing, or what a stranger put there."""
+    told = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", *(ROOT / "server").rglob("*.py")]
+    assert [path.name for path in told if "smolora[" in path.read_text(encoding="utf-8")] == []
+
+
 def imported() -> set[str]:
     """What the code imports of others, by its first name."""
     found: set[str] = set()

@@ -178,5 +178,5 @@ def _scale(replicas: int | None, most: int | None, cpus: float, gpus: float) -> 
 def _need_ray() -> None:
     """Raise StartupError where it isn't installed. Importing it is left to those who need it."""
     if find_spec("ray") is None:
-        raise StartupError("a cluster needs Ray: pip install 'smolora[cluster]'")
+        raise StartupError("a cluster needs Ray: pip install -e '.[cluster]' in smolora's folder")
     set_up_ray()

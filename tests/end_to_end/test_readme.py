@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import typer
 
+from server.cli.main import app
 from tests.end_to_end.server_process import ServerProcess, default_threads, environment
 
 pytestmark = pytest.mark.real
@@ -139,7 +141,7 @@ def test_what_is_run_without_jq(typed: str, without: str) -> None:
     assert _INTO_JQ.sub("", typed) == without
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "docs/operations.md"])
 def test_every_block_is_run_or_says_why_not(page: str) -> None:
     found = list(blocks(page))
     assert len(found) == (ROOT / page).read_text(encoding="utf-8").count("\n```") / 2
@@ -147,6 +149,13 @@ def test_every_block_is_run_or_says_why_not(page: str) -> None:
     for block in found:
         shows_commands = block.kind != "console" or block.text.startswith("$ ")
         assert shows_commands, f"{page}:{block.line} begins with no command"
+
+
+def test_every_command_has_a_section() -> None:
+    text = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    sections = [name for line in re.findall(r"^## (.+)$", text, re.MULTILINE) for name in line.split(", ")]
+    told = [name for command in typer.main.get_group(app).commands.values() if (name := command.name)]
+    assert sorted(sections) == sorted(told)
 
 
 class Reader:

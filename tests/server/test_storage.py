@@ -51,7 +51,7 @@ def test_what_is_no_place(url: str) -> None:
 
 def test_it_needs_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "adapters.objects.bucket", None)
-    with pytest.raises(StartupError, match=r"smolora\[cluster\]"):
+    with pytest.raises(StartupError, match=r"pip install -e '\.\[cluster\]'"):
         Storage.open(tmp_path, SharedSettings(bytes_url="s3://some-bucket/x"))
 
 

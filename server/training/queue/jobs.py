@@ -290,11 +290,10 @@ class Jobs:
 
     def _refuse_too_many(self, connection: sa.Connection, of: Viewpoint) -> None:
         unfinished = sa.select(sa.func.count()).where(jobs.c.project == of.project, jobs.c.status.not_in(_ENDED))
-        bounds = [(self._max_unfinished, "", unfinished)]
+        bounds = [(self._max_unfinished, "project", unfinished)]
         if self._max_of_key is not None:
-            bounds.append((self._max_of_key, " of this key", unfinished.where(jobs.c.key_id == of.key_id)))
+            bounds.append((self._max_of_key, "key", unfinished.where(jobs.c.key_id == of.key_id)))
         for most, whose, query in bounds:
-            if connection.execute(query).scalar_one() >= most:
-                raise QueueFull(
-                    f"{counted(most, 'job')}{whose} may be unfinished at once, and are", _RETRY_SECONDS
-                )
+            if (number := connection.execute(query).scalar_one()) >= most:
+                told = f"this {whose} has {counted(number, 'unfinished job')}, and may have {most:,} at once"
+                raise QueueFull(told, _RETRY_SECONDS)

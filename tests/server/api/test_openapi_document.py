@@ -1,5 +1,8 @@
 """The OpenAPI document says what is answered, errors as well."""
 
+import re
+from pathlib import Path
+
 import httpx
 import pytest
 
@@ -35,6 +38,15 @@ def test_what_any_key_may_meet(app: App) -> None:
                 assert told == without_key[path]
             elif "4XX" not in told:
                 assert told >= ({"401", "403", "404"} | ({"429"} if method != "get" else set())), (method, path)
+
+
+def test_the_page_has_every_status_of_an_error(app: App) -> None:
+    page = (Path(__file__).parent.parent.parent.parent / "docs" / "api.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d[\d, ]+) \|", page, re.MULTILINE)
+    told = {status for row in rows for status in row.split(", ")}
+    operations = [operation for path in app.openapi()["paths"].values() for operation in path.values()]
+    statuses = {status for operation in operations for status in operation["responses"]}
+    assert told == {status for status in statuses if status[0] in "45"} - {"4XX"}
 
 
 @pytest.mark.parametrize(

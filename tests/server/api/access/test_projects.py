@@ -274,7 +274,7 @@ async def test_jobs_at_once_and_rates_hold_for_key_and_project(app: FastAPI, pro
         refused = await colleague.post("/train", json=train_body())
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
-        assert "1 job may be unfinished" in refused.json()["detail"]
+        assert refused.json()["detail"] == "this project has 1 unfinished job, and may have 1 at once"
         await colleague.post(f"/train/{first}/cancel")
         await submit(colleague)
     await submit(projects.other)
