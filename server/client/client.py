@@ -230,7 +230,7 @@ class Client(Connection):
 
 
 def _peft_files(folder: Path) -> dict[str, Path]:
-    """The two files of an adapter's folder by the field that they go in. Raises ClientError: others lie within it."""
+    """The two files of an adapter's folder by their fields. Raises ClientError where only its folders have one."""
     files = {field: folder / name for field, name in _PEFT_FILES.items()}
     config, weights = files["adapter_config"], files["adapter_model"]
     if not config.exists() and (within := sorted(found.parent.name for found in folder.glob(f"*/{config.name}"))):

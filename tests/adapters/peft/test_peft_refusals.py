@@ -3,7 +3,7 @@
 import json
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -231,7 +231,7 @@ def test_embeddings_that_were_saved_along_are_told_how_to_be_left_out(
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_biases_of_a_base_without_any(bias: str, tmp_path: Path) -> None:
+def test_biases_of_a_base_without_any(bias: Literal["all", "lora_only"], tmp_path: Path) -> None:
     """Which change nothing: the refusal says what to set, and that is read."""
     config = PeftLoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", bias=bias)
     _, directory = saved(tmp_path, config)
