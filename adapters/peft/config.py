@@ -41,6 +41,10 @@ WHY_NOT = {
 CHANGES_W = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations that subtract their start from the frozen weight W, so that the adapter needs another base."""
 
+_NO_BIASES = (
+    'must be "none": trained biases aren\'t supported. The base has none to train: where the file of tensors has '
+    'none either, set it to "none"'
+)
 _HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _MAX_NUMBER = 1 << 31
 _NUMBERS: Mapping[type, str] = {int: "a whole number above 0", float: "a number above 0"}
@@ -89,9 +93,7 @@ class _Reader:
     def config(self) -> PeftConfig:
         self.check("peft_type", lambda value: value == "LORA", 'must be "LORA": no other method is supported')
         self.check("task_type", _is_task, 'must be "CAUSAL_LM" or null: other tasks have a head that isn\'t LoRA')
-        self.check(
-            "bias", lambda value: value == "none", 'must be "none": trained biases aren\'t supported', "none"
-        )
+        self.check("bias", lambda value: value == "none", _NO_BIASES, "none")
         self.check("lora_dropout", _is_share, "must be a number from 0 to 1", 0.0)
         self.check_init()
         config = PeftConfig(

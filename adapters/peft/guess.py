@@ -28,7 +28,7 @@ def guess(
     layers: set[int] = set()
     widths: set[int] = set()
     for name, entry in entries.items():
-        place = _place(name)
+        place = place_of(name)
         if place is None or len(entry.shape) != 2:
             continue
         layer, module, is_a = place
@@ -63,7 +63,7 @@ def guess(
     return looks
 
 
-def _place(name: str) -> tuple[int, str, bool] | None:
+def place_of(name: str) -> tuple[int, str, bool] | None:
     """(layer, module, whether it is A) of a tensor of LoRA's, in time that grows with the name and no faster: a
     stranger's may have megabytes."""
     path, _, end = name.rpartition(".lora_")

@@ -9,6 +9,7 @@ import torch
 
 from adapters.errors import FieldError
 from adapters.lora import MODULES, BaseShape, ModuleKey
+from adapters.peft.guess import place_of
 from adapters.peft.tensor_file import DTYPES, TensorEntry
 from adapters.strict_json import printable
 
@@ -17,6 +18,12 @@ SIDES: tuple[Side, Side] = ("A", "B")
 
 _PREFIX = "base_model.model."
 _NAME = re.compile(re.escape(_PREFIX) + r"(model\.layers\.(\d{1,6})\.\w+\.(\w+))\.lora_([AB])\.weight", re.ASCII)
+
+_SAVE = "save the adapter with PEFT's model.save_pretrained(folder), not from its state_dict()"
+_UNTRAINED = (
+    "where they weren't trained (PEFT saves them, too, when tokens were added), save the adapter anew, with "
+    "save_pretrained(folder, save_embedding_layers=False)"
+)
 
 
 def tensor_name(key: ModuleKey, side: Side) -> str:
@@ -70,10 +77,22 @@ def _place(name: str, base: BaseShape) -> tuple[ModuleKey, Side] | str:
     if "lora_magnitude_vector" in name:
         return "belongs to DoRA, which plain LoRA can't honour"
     if "lm_head" in name or "embed" in name:
-        return "belongs to the embeddings, which can't be adapted"
+        advice = f"; {_UNTRAINED}" if name.endswith((".lm_head.weight", ".embed_tokens.weight")) else ""
+        return f"belongs to the embeddings, which can't be adapted{advice}"
     if name.endswith("bias"):
         return "is a bias, which plain LoRA doesn't have"
+    if (meant := _meant(name)) is not None:
+        return f"is no A or B of a file by its name: PEFT saves it as {meant}; {_SAVE}"
     return f"is no A or B of a layer's linear module, such as {tensor_name(ModuleKey(0, 'q_proj'), 'A')}"
+
+
+def _meant(name: str) -> str | None:
+    """PEFT's name of an A or B that is called otherwise here, as in a live or a compiled model; else None."""
+    place = place_of(name)
+    if place is None or place[1] not in MODULES:
+        return None
+    key = ModuleKey(place[0], place[1])
+    return tensor_name(key, "A" if place[2] else "B") if f".{key.path}." in f".{name}" else None
 
 
 def _wrong_form(place: tuple[ModuleKey, Side], entry: TensorEntry, base: BaseShape) -> str | None:

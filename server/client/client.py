@@ -160,13 +160,13 @@ class Client(Connection):
         self.nothing("DELETE", path_of("datasets", dataset_id))
 
     def publish(self, name: str, path: Path) -> Document:
-        """Publish the adapter in a folder that PEFT saved, or in a zip of it; the version. OSError likewise."""
+        """Publish the adapter in a folder that PEFT saved, or in a zip of it; the version. OSError likewise.
+
+        Raises ClientError also where only folders within the folder have an adapter.
+        """
         path_to = path_of("adapters", _new(name))
         with ExitStack() as opened:
-            if path.is_dir():
-                parts = {field: path / name for field, name in _PEFT_FILES.items()}
-            else:
-                parts = {"archive": path}
+            parts = _peft_files(path) if path.is_dir() else {"archive": path}
             files = {field: (file.name, opened.enter_context(file.open("rb"))) for field, file in parts.items()}
             return self.json("POST", path_to, files=files)
 
@@ -227,6 +227,20 @@ class Client(Connection):
             except httpx.TransportError:
                 if time.monotonic() - opened_at < _LASTING_SECONDS:
                     raise
+
+
+def _peft_files(folder: Path) -> dict[str, Path]:
+    """The two files of an adapter's folder by their fields. Raises ClientError where only its folders have one."""
+    files = {field: folder / name for field, name in _PEFT_FILES.items()}
+    config, weights = files["adapter_config"], files["adapter_model"]
+    if not config.exists() and (within := sorted(found.parent.name for found in folder.glob(f"*/{config.name}"))):
+        raise ClientError(
+            f"{folder} has no {config.name}, but folders of it have: give one of {', '.join(within)}"
+        )
+    pickled = weights.with_suffix(".bin")
+    if not weights.exists() and pickled.exists():
+        files["adapter_model"] = pickled  # refused: the server says how to come by the other
+    return files
 
 
 def _new(name: str) -> str:

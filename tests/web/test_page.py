@@ -120,6 +120,19 @@ def test_wrong_fields_are_told_beside_them(server: ServerProcess, browser: Brows
         assert any("256" in text for text in described), described
 
 
+def test_a_whole_folder_is_dropped(server: ServerProcess, browser: Browser, adapter_dir: Path) -> None:
+    """As a trainer leaves it: with the tokenizer's files and its own beside the two."""
+    ours = {name: (adapter_dir / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    others = dict.fromkeys(("README.md", "tokenizer.json", "tokenizer_config.json", "training_args.bin"), b"{}")
+    with page_of(browser, view(server, "adapters")) as page:
+        upload = page.get_by_role("form", name="Upload")
+        drop(page, ".drop", dict(sorted((ours | others).items())))
+        upload.get_by_label("Name").fill("folder")
+        upload.get_by_role("button", name="Upload").click()
+        expect(page.get_by_role("article", name="folder")).to_contain_text("latest")
+    assert server.client.delete("/adapters/folder").status_code == 204
+
+
 def test_wrong_files_are_told(server: ServerProcess, browser: Browser, adapter_dir: Path) -> None:
     with page_of(browser, view(server, "adapters")) as page:
         upload = page.get_by_role("form", name="Upload")

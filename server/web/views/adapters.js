@@ -88,11 +88,12 @@ function Names({ title, adapters, chosen }) {
 
 const CONFIG = /adapter_config.*\.json$/;
 const WEIGHTS = /\.safetensors$/;
+const ARCHIVE = /\.zip$/;
 
 /** @param {File[]} files @returns {FormData | null} null: not what PEFT saves */
 function formOf(files) {
   const form = new FormData();
-  const archive = files.find((file) => file.name.endsWith(".zip"));
+  const archive = files.find((file) => ARCHIVE.test(file.name));
   const [config, weights] = [
     files.find((file) => CONFIG.test(file.name)),
     files.find((file) => WEIGHTS.test(file.name)),
@@ -125,9 +126,11 @@ function Upload({ onDone }) {
     }
   });
   const isComplete = formOf(files) !== null;
-  /** @param {File[]} more one file after the other, too */
-  const add = (more) => {
+  /** @param {File[]} dropped one file after the other, too, or all that PEFT and trainers put into a folder */
+  const add = (dropped) => {
     send.clear();
+    const wanted = dropped.filter((file) => [CONFIG, WEIGHTS, ARCHIVE].some((kind) => kind.test(file.name)));
+    const more = wanted.length ? wanted : dropped;
     setFiles([...files.filter((file) => !more.some((other) => other.name === file.name)), ...more].slice(-2));
   };
   return html`<${Form} label="Upload" className="card" onSubmit=${send.run}>

@@ -3,7 +3,7 @@
 import json
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -196,6 +196,48 @@ def test_tensors(
     found = faults(config, changed)
     assert set(found) == {("adapter_model", key) for key in (where or change)}
     assert all(message in text for text in found.values())
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        A.replace("lora_A", "lora_A.default"),  # of the model's state_dict()
+        A.removeprefix("base_model.model."),
+        A.replace("base_model.model.", "base_model.model._orig_mod."),  # of a compiled model
+    ],
+)
+def test_a_tensor_by_another_name_is_told_the_one_it_needs(called: str, files: tuple[Config, Tensors]) -> None:
+    config, tensors = files
+    others = {key: value for key, value in tensors.items() if key != A}
+    found = faults(config, others | {called: tensors[A]})
+    assert set(found) == {("adapter_model", A), ("adapter_model", called)}  # one is missing, one is a stranger
+    assert (
+        f"PEFT saves it as {A}; save the adapter with PEFT's model.save_pretrained"
+        in found["adapter_model", called]
+    )
+
+
+def test_embeddings_that_were_saved_along_are_told_how_to_be_left_out(
+    tmp_path: Path, files: tuple[Config, Tensors]
+) -> None:
+    """PEFT does so of its own accord where tokens were added."""
+    model, _ = saved(tmp_path, PeftLoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(str(tmp_path / "with"), save_embedding_layers=True)
+    found = faults(files[0], load_file(tmp_path / "with" / WEIGHTS_NAME))
+    assert found
+    assert all("save_embedding_layers=False" in message for message in found.values())
+    model.save_pretrained(str(tmp_path / "without"), save_embedding_layers=False)
+    read(json.dumps(files[0]).encode(), tmp_path / "without" / WEIGHTS_NAME, BASE)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_of_a_base_without_any(bias: Literal["all", "lora_only"], tmp_path: Path) -> None:
+    """Which change nothing: the refusal says what to set, and that is read."""
+    config = PeftLoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", bias=bias)
+    _, directory = saved(tmp_path, config)
+    written, tensors = json.loads((directory / CONFIG_NAME).read_bytes()), load_file(directory / WEIGHTS_NAME)
+    assert 'set it to "none"' in faults(written, tensors)["adapter_config", "bias"]
+    read(json.dumps(written | {"bias": "none"}).encode(), save(tensors), BASE)
 
 
 def test_an_adapter_of_another_base_is_refused_tensor_by_tensor(files: tuple[Config, Tensors]) -> None:

@@ -121,6 +121,22 @@ def test_what_does_not_go_is_said_in_a_line(smolora: Run, files: tuple[bytes, by
     assert "SMOLORA_ALLOW_HUB_ADAPTERS" in refused.stderr
 
 
+def test_a_folder_of_adapters_is_told_and_so_is_a_pickled_one(
+    smolora: Run, files: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    """A trainer's folder of checkpoints, and what older PEFT saved."""
+    for folder in ("checkpoint-100", "checkpoint-200"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "adapter_config.json").write_bytes(files[0])
+    above = smolora("adapters", "import", str(tmp_path), "--name", "x")
+    assert above.exit_code == 1
+    assert above.stderr.endswith("give one of checkpoint-100, checkpoint-200\n")
+    (tmp_path / "checkpoint-100" / "adapter_model.bin").write_bytes(b"PK\3\4 pickled tensors")
+    pickled = smolora("adapters", "import", str(tmp_path / "checkpoint-100"), "--name", "x")
+    assert pickled.exit_code == 1
+    assert "safe_serialization=True" in pickled.stderr
+
+
 def test_a_download_goes_into_a_folder(
     smolora: Run, server: Running, files: tuple[bytes, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
