@@ -44,8 +44,8 @@ log = logging.getLogger("smolora.database")
 def connect_file(home: Path, journal_mode: JournalMode | None = None) -> sa.Engine:
     """The database in `home`, which is made if need be, with all migrations run. Thread-safe; see SQLAlchemy.
 
-    Who opens it alone chooses its journal, by default one that is safe with the driver; all
-    others go by that. Raises StartupError where the file can't be opened, or was written by a newer smolora.
+    Who opens it alone chooses its journal, by default one that is safe with the driver; all others go by that.
+    Raises StartupError where it can't be opened, is a newer smolora's, or an older one's that has it open.
     """
     path = home / FILE_NAME
     make(home)
@@ -63,16 +63,17 @@ def connect_file(home: Path, journal_mode: JournalMode | None = None) -> sa.Engi
         with open(home / LOCK_NAME, "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time gets this far
             fcntl.flock(users, fcntl.LOCK_SH)
-            if _is_alone(users):
+            if is_alone := _is_alone(users):
                 _set_journal_mode(engine, journal_mode or safe_journal_mode(driver.sqlite_version_info))
-            migrate(engine)
+            migrate(engine, is_alone=is_alone)
         if not (build := build_of(engine)).is_sound:
             log.warning("%s", build)
-    except not_migrated() as error:
+    except Exception as error:
         engine.dispose()
-        raise StartupError(f"{path} was written by a newer version of smolora ({error})") from error
-    except (OSError, DBAPIError) as error:
-        engine.dispose()
+        if isinstance(error, not_migrated()):
+            raise StartupError(f"{path} was written by a newer version of smolora ({error})") from error
+        if not isinstance(error, OSError | DBAPIError):
+            raise
         reason = error.orig if isinstance(error, DBAPIError) else error.strerror
         raise StartupError(f"can't open the database {path}: {told(reason, home)}") from error
     return engine

@@ -8,20 +8,27 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from server.errors import StartupError
 from server.migrations import versions
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
 
-def migrate(engine: sa.Engine) -> None:
+def migrate(engine: sa.Engine, *, is_alone: bool = True) -> None:
     """Runs all missing migrations, in one transaction.
 
     That takes the lock of writers as it begins: of several processes that start at once, one migrates. Raises
-    alembic's CommandError where the database was written by a newer smolora.
+    alembic's CommandError where the database was written by a newer smolora, and StartupError where it is an older
+    one's and not `is_alone`: who has it open is an older smolora, which would go on by what it knows.
     """
-    if _schema(engine) == newest_schema():
+    if (schema := _schema(engine)) == newest_schema():
         return
+    if schema is not None and not is_alone and knows_schema(schema):
+        raise StartupError(
+            f"{engine.url.database} is of an older smolora, whose server, worker or command has it open: stop all "
+            "of them first"
+        )
     from alembic import command
 
     config = _migrations()

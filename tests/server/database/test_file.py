@@ -1,5 +1,6 @@
 """The database file: its settings, migrations that are done whole or not at all, and clear words on failure."""
 
+import fcntl
 import subprocess
 import sys
 import threading
@@ -18,7 +19,17 @@ from alembic.script import ScriptDirectory
 
 from adapters.catalog import catalog, tables
 from server.access import tables as access_tables
-from server.database import FILE_NAME, build_of, connect, faults, nobody_has_it_open, place, schema_of, set_aside
+from server.database import (
+    FILE_NAME,
+    build_of,
+    connect,
+    faults,
+    nobody_has_it_open,
+    place,
+    schema_of,
+    set_aside,
+)
+from server.database.file import USERS_NAME
 from server.database.migrating import newest_schema
 from server.errors import StartupError
 from server.sqlite import JournalMode, driver, has_wal_reset_bug
@@ -350,6 +361,24 @@ def test_what_was_moved_back_before_that_was_kept_stays(tmp_path: Path) -> None:
         rows = connection.execute(sa.select(tables.names.c.name, tables.names.c.rolled_back)).all()
     assert dict(map(tuple, rows)) == {"a": False, "b": True}
     engine.dispose()
+
+
+def test_what_an_older_smolora_has_open_is_not_migrated(tmp_path: Path) -> None:
+    """Its worker, say, knows no projects: it would publish what another project trains under default's names."""
+    path, config = tmp_path / FILE_NAME, Config()
+    config.set_main_option("script_location", "server:migrations")
+    old = sa.create_engine(sa.URL.create("sqlite", database=str(path)))
+    with old.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0005")
+    old.dispose()
+    with open(tmp_path / USERS_NAME, "wb") as users:
+        fcntl.flock(users, fcntl.LOCK_SH)  # as older ones do, too
+        with pytest.raises(StartupError, match=r"of an older smolora, .* has it open: stop all of them first"):
+            connect(tmp_path)
+        assert schema_of(path) == "0005"
+    connect(tmp_path).dispose()
+    assert schema_of(path) == newest_schema()
 
 
 def test_a_database_in_use_is_known_to_be(tmp_path: Path) -> None:
