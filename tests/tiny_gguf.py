@@ -62,9 +62,9 @@ def save_tiny_gguf(
     for name, values in _tensors(is_tied).items():
         kind = next((types[end] for end in types if end and name.endswith(f"{end}.weight")), types.get("", "F32"))
         kind = "F32" if values.ndim == 1 else kind
-        stored = quantize(values, GGMLQuantizationType[kind])
+        stored = values.astype(np.float64) if kind == "F64" else quantize(values, GGMLQuantizationType[kind])
         writer.add_tensor(name, stored, raw_dtype=GGMLQuantizationType[kind])
-        found[name] = _stands_for(stored, kind)
+        found[name] = values if kind == "F64" else _stands_for(stored, kind)  # which the package can't read
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -192,7 +192,11 @@ def _halves(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
 
 
 def _values(rows: npt.NDArray[Any], kind: "GGMLQuantizationType") -> torch.Tensor:
-    """What rows of a type of ggml's stand for, rounded to bf16."""
+    """What rows of a type of ggml's stand for, rounded to bf16. Raises StartupError where that is not known."""
     from gguf.quants import dequantize
 
-    return torch.from_numpy(np.asarray(dequantize(rows, kind), np.float32)).to(torch.bfloat16)
+    try:
+        values = dequantize(rows, kind)
+    except NotImplementedError as error:
+        raise StartupError(f"weights that a GGUF file stores as {kind.name} are not read") from error
+    return torch.from_numpy(np.asarray(values, np.float32)).to(torch.bfloat16)

@@ -168,6 +168,12 @@ def test_another_order_of_bytes_is_refused(tmp_path: Path) -> None:
         open_gguf(tmp_path / "tiny.gguf")
 
 
+def test_types_that_the_package_can_not_expand_are_refused(tmp_path: Path) -> None:
+    save_tiny_gguf(tmp_path / "tiny.gguf", {"": "F64"})
+    with pytest.raises(StartupError, match=r"^weights that a GGUF file stores as F64 are not read$"):
+        load(tmp_path / "tiny.gguf")
+
+
 @pytest.fixture
 def converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The embedded base, for which a tiny one stands in, converted before its blocks were kept."""
