@@ -3,10 +3,11 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFEndian, GGUFWriter
 from gguf.quants import dequantize, quantize
 
 from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
@@ -26,9 +27,15 @@ def save_tiny_gguf(
     is_tied: bool = True,
     heads: int = HEADS,
     eos_token_id: int = 2,
+    is_chat: bool = True,
+    fields: Mapping[str, bool | str] = MappingProxyType({}),
+    endianess: GGUFEndian = GGUFEndian.LITTLE,
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """Write it; what its tensors stand for, by their GGUF names."""
-    writer = GGUFWriter(file, architecture)
+    """Write it, with more `fields`; what its tensors stand for, by their GGUF names. Not `is_chat`: it has no chat
+    template, and no special token but the end."""
+    writer = GGUFWriter(file, architecture, endianess=endianess)
+    for key, value in fields.items():
+        writer.add_bool(key, value) if isinstance(value, bool) else writer.add_string(key, value)
     writer.add_context_length(256)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(LAYERS)
@@ -45,18 +52,19 @@ def save_tiny_gguf(
     writer.add_token_list(tokens)
     writer.add_token_types([CONTROL if token in SPECIAL_TOKENS else NORMAL for token in tokens])
     writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
-    writer.add_bos_token_id(1)
     writer.add_eos_token_id(eos_token_id)
-    writer.add_pad_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_chat_template(CHAT_TEMPLATE)
+    if is_chat:
+        writer.add_bos_token_id(1)
+        writer.add_pad_token_id(2)
+        writer.add_unk_token_id(0)
+        writer.add_chat_template(CHAT_TEMPLATE)
     found = {}
     for name, values in _tensors(is_tied).items():
         kind = next((types[end] for end in types if end and name.endswith(f"{end}.weight")), types.get("", "F32"))
         kind = "F32" if values.ndim == 1 else kind
-        stored = quantize(values, GGMLQuantizationType[kind])
+        stored = values.astype(np.float64) if kind == "F64" else quantize(values, GGMLQuantizationType[kind])
         writer.add_tensor(name, stored, raw_dtype=GGMLQuantizationType[kind])
-        found[name] = _stands_for(stored, kind)
+        found[name] = values if kind == "F64" else _stands_for(stored, kind)  # which the package can't read
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from server.errors import StartupError
 from server.model.base.quantized import Quantized
+from server.model.text.tokenizer import require_byte_level
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +58,8 @@ def open_directory(directory: Path) -> Checkpoint:
 
 
 def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """The directory's tokenizer.json with its special tokens and chat template."""
+    """The directory's tokenizer.json with its special tokens and chat template. Raises StartupError where there is
+    none, or none that is byte-level."""
     if not (directory / "tokenizer.json").is_file():
         raise StartupError(f"{directory.name} has no tokenizer.json")
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast  # once: a converted base needs none
@@ -67,6 +69,7 @@ def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise whatever the missing piece leads to
         raise StartupError(f"{directory.name}: the tokenizer can't be read: {error!r}"[:300]) from error
+    require_byte_level(directory.name, tokenizer.backend_tokenizer)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 

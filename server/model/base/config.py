@@ -128,7 +128,9 @@ class ModelConfig:
             max_position_embeddings=_int(fields, "max_position_embeddings"),
             nope_layers=_nope_layers(fields.get("no_rope_layers"), num_layers),
             eos_token_ids=_eos_token_ids(
-                generation.get("eos_token_id", fields.get("eos_token_id")), tokenizer_eos
+                _int(fields, "vocab_size"),
+                generation.get("eos_token_id", fields.get("eos_token_id")),
+                tokenizer_eos,
             ),
         )
 
@@ -174,12 +176,13 @@ def _nope_layers(no_rope_layers: object, num_layers: int) -> frozenset[int]:
     return frozenset(layer for layer in range(num_layers) if not no_rope_layers[layer])
 
 
-def _eos_token_ids(*sources: object) -> tuple[int, ...]:
-    """Every end token that any source names, once, ascending."""
+def _eos_token_ids(vocab_size: int, *sources: object) -> tuple[int, ...]:
+    """Every end token that any source names, once, ascending. Ids outside the vocabulary (-1 for none, say) end
+    nothing, and are left out."""
     found: set[int] = set()
     for source in sources:
         ids = source if isinstance(source, list) else [source]
-        found.update(token for token in ids if isinstance(token, int))
+        found.update(token for token in ids if isinstance(token, int) and 0 <= token < vocab_size)
     return tuple(sorted(found))
 
 

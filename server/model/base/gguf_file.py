@@ -34,6 +34,12 @@ PRE_TOKENIZER = {
 """SmolLM2's own. Without the first step, spaces before a number are split another way than in training."""
 
 _READ = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
+_MUST_BE: Mapping[str, tuple[object, ...]] = {
+    "llama.rope.scaling.type": (None, "none"),
+    "tokenizer.ggml.add_bos_token": (None, False),
+    "tokenizer.ggml.add_eos_token": (None, False),
+}
+"""Fields that change the result, and the values under which they don't."""
 _CONTROL = 3  # the type of tokens that no text becomes
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # tokens, by GGUF's names for them
 _NAMES = {
@@ -62,11 +68,16 @@ def open_gguf(file: Path) -> Checkpoint:
         fields = {key: field.contents() for key, field in reader.fields.items()}
     except Exception as error:  # whatever the bytes lead to
         raise StartupError(f"{file.name} can't be read as GGUF: {error!r}"[:300]) from error
+    if reader.byte_order == "S":  # the package does not swap what is inside blocks
+        raise StartupError(f"{file.name}: its bytes are in another order than this machine's")
     for key, read in _READ.items():
         if (found := fields.get(key)) != read:
             raise StartupError(
                 f"{file.name}: {key} is {found}, and only {read} is read: name its Hugging Face directory instead"
             )
+    refused = [f"{key} is {fields[key]}" for key, allowed in _MUST_BE.items() if fields.get(key) not in allowed]
+    if refused:
+        raise StartupError(f"{file.name} asks for what is not supported: {', '.join(refused)}")
     try:
         return _checkpoint(reader, fields)
     except KeyError as error:
@@ -88,7 +99,7 @@ def _checkpoint(reader: "GGUFReader", fields: Mapping[str, Any]) -> Checkpoint:
         tensors[name] = StoredTensor(shape, torch.bfloat16, partial(_values, rows, tensor.tensor_type))
         if (kind := tensor.tensor_type.name) in BLOCK_BYTES:
             quantized[name] = Quantized(kind, torch.from_numpy(rows))
-    ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ends = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation = {**ends, "transformers_version": config["transformers_version"]}
     return Checkpoint(config, generation, tokenizer, tensors, quantized)
 
@@ -97,6 +108,9 @@ def _config(fields: Mapping[str, Any], *, is_tied: bool) -> dict[str, Any]:
     """config.json. Raises KeyError, with the field's name, where one is missing."""
     from transformers import LlamaConfig
 
+    special: dict[str, Any] = {  # None where the file has none
+        f"{name}_token_id": fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()
+    }
     config = LlamaConfig(
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
         hidden_size=fields["llama.embedding_length"],
@@ -110,14 +124,15 @@ def _config(fields: Mapping[str, Any], *, is_tied: bool) -> dict[str, Any]:
         rms_norm_eps=float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         rope_parameters={"rope_theta": fields["llama.rope.freq_base"], "rope_type": "default"},
         tie_word_embeddings=is_tied,
-        **{f"{name}_token_id": fields[f"tokenizer.ggml.{key}_token_id"] for name, key in _SPECIAL.items()},
+        **special,
     )
     return {**config.to_diff_dict(), "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
 
 
 def _tokenizer(fields: Mapping[str, Any]) -> "PreTrainedTokenizerBase":
-    """The vocabulary, merges, special tokens and chat template under SmolLM2's own rules for splitting. Raises
-    KeyError, with the field's name, where one is missing."""
+    """The vocabulary, merges, special tokens and chat template under SmolLM2's own rules for splitting. There may
+    be no template, and no special token but the end. Raises KeyError, with the field's name, where another is
+    missing."""
     from transformers import PreTrainedTokenizerFast
 
     tokens = fields["tokenizer.ggml.tokens"]
@@ -139,11 +154,14 @@ def _tokenizer(fields: Mapping[str, Any]) -> "PreTrainedTokenizerBase":
             "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]],
         },
     }
+    special = {
+        name: key for name, key in _SPECIAL.items() if name == "eos" or f"tokenizer.ggml.{key}_token_id" in fields
+    }
     make = cast("Callable[..., PreTrainedTokenizerBase]", PreTrainedTokenizerFast)  # transformers types it not
     return make(
         tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
-        **{f"{name}_token": _token(fields, f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()},
-        chat_template=fields["tokenizer.chat_template"],
+        **{f"{name}_token": _token(fields, f"tokenizer.ggml.{key}_token_id") for name, key in special.items()},
+        chat_template=fields.get("tokenizer.chat_template"),
         model_max_length=fields["llama.context_length"],
         clean_up_tokenization_spaces=False,
     )
@@ -174,7 +192,11 @@ def _halves(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
 
 
 def _values(rows: npt.NDArray[Any], kind: "GGMLQuantizationType") -> torch.Tensor:
-    """What rows of a type of ggml's stand for, rounded to bf16."""
+    """What rows of a type of ggml's stand for, rounded to bf16. Raises StartupError where that is not known."""
     from gguf.quants import dequantize
 
-    return torch.from_numpy(np.asarray(dequantize(rows, kind), np.float32)).to(torch.bfloat16)
+    try:
+        values = dequantize(rows, kind)
+    except NotImplementedError as error:
+        raise StartupError(f"weights that a GGUF file stores as {kind.name} are not read") from error
+    return torch.from_numpy(np.asarray(values, np.float32)).to(torch.bfloat16)

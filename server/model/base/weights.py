@@ -20,7 +20,7 @@ from server.model.base.checkpoint import read_json
 from server.model.base.config import ModelConfig
 from server.model.base.quantized import Quantized, load_quantized
 from server.model.gpu import room_for
-from server.model.text.tokenizer import BaseTokenizer
+from server.model.text.tokenizer import BaseTokenizer, require_byte_level
 
 MANIFEST = "smolora.json"
 WEIGHTS = "base.safetensors"
@@ -142,18 +142,23 @@ def load_base(directory: Path, dtype: torch.dtype | None = None, device: torch.d
 
 
 def load_tokenizer(directory: Path) -> BaseTokenizer:
-    """The tokenizer of the converted base in `directory`. Raises StartupError where it can't be read."""
+    """The tokenizer of the converted base in `directory`. Raises StartupError where it can't be read, or isn't
+    byte-level."""
     template = directory / "chat_template.jinja"
     options = read_json(directory / "tokenizer_config.json")
     named = {name: token for name, token in options.items() if name.endswith("_token")}
     others = options.get("model_specific_special_tokens")  # whose names may end otherwise
     named |= others if isinstance(others, dict) else {}
     try:
+        backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        require_byte_level(directory.name, backend)  # homes may have converted others before
         return BaseTokenizer(
-            Tokenizer.from_file(str(directory / "tokenizer.json")),
+            backend,
             special_tokens={name: token for name, token in named.items() if isinstance(token, str)},
             chat_template=template.read_text("utf-8") if template.is_file() else None,
         )
+    except StartupError:
+        raise
     except Exception as error:  # which is all that tokenizers raises
         raise StartupError(f"{directory.name}: the tokenizer can't be read: {error!r}"[:300]) from error
 

@@ -11,7 +11,17 @@ from functools import cached_property
 
 from tokenizers import AddedToken, Tokenizer
 
+from server.errors import StartupError
 from server.model.text.template import ChatTemplate
+
+
+def require_byte_level(name: str, backend: Tokenizer) -> None:
+    """Raise StartupError, which names the base, where tokens aren't written as bytes, a character for each, as
+    SmolLM's are: those of SentencePiece, say."""
+    if backend.decoder is None or backend.decoder.decode(["Ġ", "Ċ", "Ã", "©"]) != " \né":
+        raise StartupError(
+            f"{name}: the tokenizer is not byte-level, as those of SmolLM and GPT-2 are: others are not read"
+        )
 
 
 class BaseTokenizer:

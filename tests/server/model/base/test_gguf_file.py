@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from gguf import GGUFEndian
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -76,6 +77,21 @@ def test_it_is_a_base_that_transformers_reads(tmp_path: Path) -> None:
     assert read.chat_template == tokenizer.chat_template
 
 
+def test_a_base_that_no_chat_was_trained_on(tmp_path: Path) -> None:
+    """Its file has no template, and no special token but the end: SmolLM2's without `Instruct`, say."""
+    save_tiny_gguf(tmp_path / "tiny.gguf", is_chat=False)
+    base = load(tmp_path / "tiny.gguf")
+    assert base.tokenizer.chat_template is None
+    assert base.tokenizer.eos_token_id == 2
+    assert base.config.eos_token_ids == (2,)
+    assert base.tokenizer.encode(TEXT) == tiny_tokenizer()(TEXT).input_ids
+    export_hugging_face(base, tmp_path / "exported")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert (theirs.config.bos_token_id, theirs.config.pad_token_id) == (None, None)
+    read = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert (read.eos_token, read.pad_token, read.chat_template) == ("<|im_end|>", None, None)
+
+
 def test_blocks_expand_to_the_weights(tmp_path: Path) -> None:
     save_tiny_gguf(tmp_path / "tiny.gguf")
     base = load(tmp_path / "tiny.gguf")
@@ -126,6 +142,36 @@ def test_what_is_refused(tmp_path: Path) -> None:
         open_gguf(file)
     with pytest.raises(StartupError, match="not a GGUF file"):
         resolve_base(str(tmp_path / "other.gguf"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("llama.rope.scaling.type", "linear"),
+        ("llama.rope.scaling.type", "yarn"),
+        ("tokenizer.ggml.add_bos_token", True),
+        ("tokenizer.ggml.add_eos_token", True),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused(tmp_path: Path, field: str, value: bool | str) -> None:
+    file = tmp_path / "tiny.gguf"
+    save_tiny_gguf(file, fields={field: value})
+    with pytest.raises(StartupError, match=rf"^tiny.gguf asks for what is not supported: {field} is {value}$"):
+        open_gguf(file)
+    save_tiny_gguf(file, fields={field: "none" if isinstance(value, str) else False})
+    open_gguf(file)
+
+
+def test_another_order_of_bytes_is_refused(tmp_path: Path) -> None:
+    save_tiny_gguf(tmp_path / "tiny.gguf", endianess=GGUFEndian.BIG)
+    with pytest.raises(StartupError, match=r"^tiny.gguf: its bytes are in another order than this machine's$"):
+        open_gguf(tmp_path / "tiny.gguf")
+
+
+def test_types_that_the_package_can_not_expand_are_refused(tmp_path: Path) -> None:
+    save_tiny_gguf(tmp_path / "tiny.gguf", {"": "F64"})
+    with pytest.raises(StartupError, match=r"^weights that a GGUF file stores as F64 are not read$"):
+        load(tmp_path / "tiny.gguf")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from server.errors import StartupError
@@ -218,6 +219,27 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     directory = save_tiny_base(tmp_path / "tiny", options={"vocab_size": 500})
     with pytest.raises(StartupError, match="the tokenizer has 512 tokens, the model only 500"):
         load(directory)
+
+
+def sentencepiece() -> Tokenizer:
+    """Of Llama 2's kind: a space is U+2581, and a byte that is no token's is spelled out."""
+    spelled = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = ["<unk>", "<s>", "</s>", *spelled, "▁", "a"]
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, [], byte_fallback=True))
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend
+
+
+def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path: Path) -> None:
+    """By directory, and by a home that converted it before: answers would read `<0x0A>`, and lack their spaces."""
+    directory = save_tiny_base(tmp_path / "tiny")
+    converted = load(directory).directory
+    for place, name in ((directory, "tiny"), (converted, converted.name)):
+        sentencepiece().save(str(place / "tokenizer.json"))
+        with pytest.raises(StartupError, match=rf"^{name}: the tokenizer is not byte-level"):
+            load_base(place) if place == converted else load(directory)
 
 
 def test_loading_what_was_never_converted(tiny_base_dir: Path) -> None:
