@@ -9,7 +9,10 @@ NAME = "smolora"
 
 
 def program() -> str:
-    """`smolora` where the shell finds this very one by its name, else its path, a relative one where it may be."""
+    """`smolora` where the shell finds this very one by its name, else its path, a relative one where it may be.
+
+    Nobody's shell is at `/`, where services are: what is below it keeps its whole path.
+    """
     called = Path(sys.argv[0])
     if called.name != NAME:  # `python -m server.cli`, or a test
         called = Path(sys.executable).with_name(NAME)
@@ -19,6 +22,6 @@ def program() -> str:
     if found is not None and called.samefile(found):
         return NAME
     here = Path.cwd()
-    if called.is_absolute() and called.is_relative_to(here):
+    if called.is_absolute() and called.is_relative_to(here) and here != Path(here.anchor):
         called = called.relative_to(here)
     return shlex.quote(f"./{called}" if len(called.parts) == 1 else str(called))

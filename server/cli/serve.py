@@ -9,7 +9,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 
 from server import logs
 from server.allocator import keep_freed_memory
@@ -33,7 +32,6 @@ def serve_here(settings: Settings, connect: "Connect | None" = None, *, has_clie
     """
     switch_quickly()
     keep_freed_memory()
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     if is_json := settings.log_format == "json":  # whoever reads the lines reads nothing else
         logs.set_up("json")
 
@@ -41,7 +39,8 @@ def serve_here(settings: Settings, connect: "Connect | None" = None, *, has_clie
         if is_json:
             log.info(line)
         else:
-            console.print(f"smolora: {line}", markup=False)
+            with suppress(OSError):  # its disk may be full, or whoever started it have stopped reading
+                typer.echo(f"smolora: {line}", err=True)
 
     for line in unknown_variables():
         say(line)
@@ -72,6 +71,11 @@ def _serve_at(
             flag = BusyFlag(settings.home)
         except OSError as error:
             raise StartupError(f"{error.filename or settings.home}: {error.strerror or error}") from error
+        except MemoryError:
+            raise StartupError(
+                f"no memory for {settings.model}: raise the limit of this shell (ulimit -v) or container, or take "
+                "a smaller SMOLORA_MODEL"
+            ) from None
         app = create_app(services)
     logs.set_up(settings.log_format)
 

@@ -42,6 +42,12 @@ def test_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert program() == "'../a b/env/bin/smolora'"
 
 
+def test_a_service_is_started_where_no_shell_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(sys, "argv", [str(folder / ".venv" / "bin" / "smolora")])
+    assert program() == str(folder / ".venv" / "bin" / "smolora")
+
+
 def test_on_the_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(folder / ".venv" / "bin"))
     monkeypatch.setattr(sys, "argv", [str(folder / ".venv" / "bin" / "smolora")])

@@ -36,6 +36,42 @@ def test_what_keeps_it_from_starting_is_one_line(tmp_path: Path, arguments: list
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("lost", ["a full disk", "a pipe that nobody reads"])
+def test_it_serves_though_nobody_can_read_what_it_says(tmp_path: Path, tiny_base_dir: Path, lost: str) -> None:
+    if lost == "a full disk":
+        said = os.open("/dev/full", os.O_WRONLY)
+    else:
+        unread, said = os.pipe()
+        os.close(unread)
+    arguments = (f"--home={tmp_path}", f"--model={tiny_base_dir}", "--port=0", "--workers=0", "--no-native")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "server.cli", "serve", *arguments], stdout=subprocess.PIPE, stderr=said, text=True
+    )
+    os.close(said)
+    with server:
+        try:
+            assert server.stdout is not None
+            assert "is ready at" in server.stdout.readline()
+        finally:
+            server.terminate()
+
+
+def test_too_little_memory_for_the_base_is_one_line(tmp_path: Path) -> None:
+    """As under `ulimit -v`, wherever it is that memory ends."""
+    code = (
+        "from server.cli.main import main; from server.serve import startup\n"
+        "def build(*_, **__): raise MemoryError\n"
+        "startup.build = build; main()"
+    )
+    command = [sys.executable, "-c", code, "serve", f"--home={tmp_path}", "--port=0"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    *_, last = result.stderr.splitlines()
+    assert last.startswith(
+        "smolora: no memory for smollm2-135m-instruct: raise the limit of this shell (ulimit -v)"
+    )
+
+
 @pytest.mark.parametrize("command", [("serve", "--port=0"), ("worker",)])
 def test_where_the_log_is_json_it_says_so_in_json(tmp_path: Path, command: tuple[str, ...]) -> None:
     """What ends it is the line that matters most to whoever reads nothing else."""
