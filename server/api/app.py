@@ -18,6 +18,7 @@ from server.api.access.authentication import Authentication
 from server.api.access.bodies import BodyTimeout
 from server.api.access.overload import Overload
 from server.api.access.proxies import RootPath
+from server.api.access.scopes import STATIC_PATHS
 from server.api.access.sites import Sites
 from server.api.accounts import keys, projects, usage
 from server.api.accounts.books import keep_books, keep_now
@@ -121,5 +122,5 @@ def create_app(services: Services) -> FastAPI:
     app.include_router(pages.router)
     app.mount(pages.ASSETS_PATH, pages.assets)
     app.include_router(openai)
-    faults.install(app)
+    faults.install(app, STATIC_PATHS)
     return app

@@ -89,7 +89,13 @@ OVER_HTTP: list[tuple[str, Sent, int, str]] = [
         "the body is larger than 2097152 bytes, the most that is taken here",
     ),
     ("GET /generate", {}, 405, "GET is not possible here: use POST"),
-    ("GET /generat", {}, 404, "no such path: /docs lists them"),
+    ("GET /generat", {}, 404, "no such path (did you mean /generate?): /docs lists them"),
+    (
+        "POST /chat/completions",
+        {"json": {}},
+        404,
+        "no such path (did you mean /v1/chat/completions?): /docs lists them",
+    ),
     # expressions
     (
         "POST /generate",
@@ -272,7 +278,7 @@ OVER_HTTP: list[tuple[str, Sent, int, str]] = [
         "POST /v1/chat/completions",
         {"json": {"model": "base", "messages": [{"role": "user", "content": "a"}], "tools": [{}]}},
         400,
-        "tools: is not supported here: leave it out",
+        "tools: is not supported here: leave it out (for JSON by a schema, give response_format)",
     ),
     (
         "POST /v1/completions",
@@ -285,6 +291,12 @@ OVER_HTTP: list[tuple[str, Sent, int, str]] = [
         {"files": {"file": ("a.jsonl", b"{}")}, "data": {"purpose": "assistants"}},
         400,
         'purpose: must be "fine-tune", once: files have no other use here',
+    ),
+    (
+        "POST /v1/responses",
+        {"json": {"model": "base", "input": "a"}},
+        404,
+        "no such path (did you mean /v1/chat/completions?): /docs lists them",
     ),
     ("POST /v1/embeddings", {"json": {"model": "base", "input": "a"}}, 404, "no such path: /docs lists them"),
 ]

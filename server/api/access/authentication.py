@@ -18,8 +18,9 @@ from adapters.errors import NotFound, SmoloraError
 from server.access.access import Access
 from server.access.principal import ANONYMOUS, Principal
 from server.api.access.bodies import drain
-from server.api.access.scopes import is_open, scopes_of
+from server.api.access.scopes import STATIC_PATHS, is_open, scopes_of
 from server.api.errors.faults import form_of
+from server.api.errors.near_names import unknown_path
 from server.errors import Forbidden, Unauthorized
 
 PROJECT_HEADER = "openai-project"
@@ -60,7 +61,11 @@ class Authentication:
         except SmoloraError as error:
             await drain(scope, receive)
             form = form_of(scope["path"])
-            response = form.problem(404, _NO_PATH) if isinstance(error, _NoPathError) else form.of_error(error)
+            response = (
+                form.problem(404, unknown_path(scope["path"], STATIC_PATHS))
+                if isinstance(error, _NoPathError)
+                else form.of_error(error)
+            )
             await response(scope, receive, send)
             return
         scope.setdefault("state", {}).update(
@@ -135,9 +140,6 @@ def _while_valid(end: "asyncio.Future[None]", receive: Receive) -> Receive:
 
 class _NoPathError(NotFound):
     """What nobody, or the operator alone, may know of."""
-
-
-_NO_PATH = "no such path: /docs lists them"
 
 
 def _secret(headers: Headers) -> str | None:

@@ -90,6 +90,8 @@ def _table() -> tuple[tuple[re.Pattern[str], dict[str, Scopes]], ...]:
 _TABLE = _table()
 
 _STATIC = {template: template for template in (*_OPEN, *(t for _, t, _ in _ROUTES if "{" not in t))}
+STATIC_PATHS = tuple(_STATIC)
+"""Paths of routes, those without anything in braces."""
 _PATTERNED = [template for template in dict.fromkeys(t for _, t, _ in _ROUTES) if "{" in template]
 _PATTERNED.sort(key=lambda template: template.count("{"))
 _ANY = re.compile("|".join(f"(?P<t{i}>{_pattern(template)})" for i, template in enumerate(_PATTERNED)))

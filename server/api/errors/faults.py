@@ -1,6 +1,6 @@
 """Which form an error takes on the wire: OpenAI's error object under /v1, an RFC 9457 problem everywhere else."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from fastapi import Request
@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from adapters.errors import InvalidInput, SmoloraError
-from server.api.errors import problems
+from server.api.errors import near_names, problems
 from server.api.openai import errors as openai_errors
 from server.api.openapi import App
 from server.errors import Unauthorized
@@ -40,8 +40,11 @@ def _body_of(request: Request) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def install(app: App) -> None:
-    """Make every exception that a route raises a response in its path's form."""
+def install(app: App, paths: Collection[str]) -> None:
+    """Make every exception that a route raises a response in its path's form.
+
+    One of `paths` is named where a path that isn't there is near it.
+    """
 
     async def ours(request: Request, error: Exception) -> Response:
         assert isinstance(error, SmoloraError)
@@ -62,7 +65,7 @@ def install(app: App) -> None:
             return form.of_error(Unauthorized(error.detail))
         detail, headers = error.detail, dict(error.headers or {})
         if error.status_code == 404:
-            detail = "no such path: /docs lists them"
+            detail = near_names.unknown_path(request.url.path, paths)
         elif error.status_code == 405:
             # the framework knows those of one route alone, where several have the path
             headers["Allow"] = ", ".join(sorted(app.methods(request.url.path))) or headers.get("Allow", "GET")

@@ -1,6 +1,6 @@
-"""What an unknown name was meant to be: `promt` is near `prompt`, `epochs` belongs under `training`."""
+"""What an unknown name or path was meant to be: `promt` is near `prompt`, `epochs` belongs under `training`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import get_args
 
 from pydantic import BaseModel
@@ -20,6 +20,15 @@ _PEERS = {
     "save_steps": "checkpoint_steps",
 }
 """What PEFT and TRL call a field of ours; None: what isn't here, though a name of ours looks like it."""
+
+_PEER_PATHS = {"/v1/responses": "/v1/chat/completions"}
+"""What isn't here, and what does its work."""
+
+
+def unknown_path(path: str, known: Iterable[str]) -> str:
+    """What to tell of a path that no route has; `known` are those that one has."""
+    meant = _PEER_PATHS.get(path) or near(path, known)
+    return f"no such path{f' (did you mean {meant}?)' if meant else ''}: /docs lists them"
 
 
 def unknown_field(loc: tuple[str | int, ...], body: type[BaseModel] | None) -> str:

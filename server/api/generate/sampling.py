@@ -79,7 +79,9 @@ def context_faults(
         return (FieldError((field,), f"{beyond}: {limit - num_prompt} are left"),)
     told = FieldError((field,), beyond)
     return (
-        FieldError((prompt_field,), f"{num_prompt} tokens leave no room for an answer within the model's {limit}"),
+        FieldError(
+            (prompt_field,), f"{num_prompt:,} tokens leave no room for an answer within the model's {limit:,}"
+        ),
         told,
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from adapters.errors import InvalidInput, NotFound
+from adapters.errors import FieldError, InvalidInput, NotFound
 from adapters.expression import Term, parse
 from server.api.deps import Services
 from server.api.generate.generation import Generation, ask_queue, close_all, encoded, length_of, start
@@ -107,7 +107,9 @@ async def _encoded_prompts(services: Services, prompts: Sequence[Prompt]) -> lis
 
 def _check_room(services: Services, num_prompt: int, num_more: int, field: str, prompt_field: str) -> None:
     if faults := context_faults(num_prompt, num_more, services.max_num_tokens, field, prompt_field):
-        raise ContextTooLong(faults)
+        # some clients, LiteLLM for one, tell it from other faults by OpenAI's words alone
+        words = f"{faults[0].message} (this model's maximum context length is {services.max_num_tokens} tokens)"
+        raise ContextTooLong([FieldError(faults[0].loc, words), *faults[1:]])
 
 
 async def _start(

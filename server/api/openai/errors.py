@@ -86,6 +86,8 @@ def _error(status: int, message: str, param: str | None = None, code: str | None
     kind = "server_error" if status >= 500 else "invalid_request_error"
     if status == http.HTTPStatus.TOO_MANY_REQUESTS:
         kind = "rate_limit_error"
+    elif status == http.HTTPStatus.UNAUTHORIZED:  # LiteLLM takes any invalid_request_error for a 400
+        kind = "authentication_error"
     return {"message": message, "type": kind, "param": param, "code": code}
 
 

@@ -46,11 +46,15 @@ _OFF: Mapping[str, tuple[object, ...]] = {
 }
 """Fields of OpenAI's that are not supported, and the values, besides null, that switch them off."""
 
+_TOOLS = ("tools", "functions")
+"""What several libraries ask for structured answers by, unless they are told otherwise."""
+
 
 def _refuse(value: object, info: ValidationInfo) -> None:
     assert info.field_name is not None
     if value is not None and value not in _OFF[info.field_name]:
-        raise ValueError("is not supported here: leave it out")
+        instead = " (for JSON by a schema, give response_format)" if info.field_name in _TOOLS else ""
+        raise ValueError(f"is not supported here: leave it out{instead}")
 
 
 Unsupported = Annotated[None, BeforeValidator(_refuse), Field(description="not supported")]

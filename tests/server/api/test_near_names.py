@@ -70,6 +70,28 @@ async def test_unknown_fields_of_openais(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/chat/completions", "no such path (did you mean /v1/chat/completions?): /docs lists them"),
+        (
+            "/v1/chat/completions/chat/completions",
+            "no such path (did you mean /v1/chat/completions?): /docs lists them",
+        ),
+        ("/v1/responses", "no such path (did you mean /v1/chat/completions?): /docs lists them"),
+        ("/v1/embeddings", "no such path: /docs lists them"),
+        ("/" + "a" * 1000, "no such path: /docs lists them"),
+    ],
+)
+async def test_paths_that_libraries_make_of_a_wrong_address(
+    client: httpx.AsyncClient, path: str, message: str
+) -> None:
+    response = await client.post(path, json={})
+    assert response.status_code == 404
+    told = response.json()
+    assert (told["error"]["message"] if path.startswith("/v1/") else told["detail"]) == message
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b'{"prompt": "a",}', "is not JSON: trailing comma at line 1 column 16"),

@@ -163,6 +163,19 @@ async def test_a_refusal_names_the_scope(locked: FastAPI, operator: httpx.AsyncC
         assert (await client.put("/generate", json={})).status_code == 405
 
 
+async def test_a_path_that_isn_t_there_names_the_one_that_was_meant(
+    locked: FastAPI, operator: httpx.AsyncClient
+) -> None:
+    """The same for any key: these paths are in /docs."""
+    made = await operator.post("/keys", json={"name": "k", "scopes": ["generate"]})
+    async with client_of(locked) as client:
+        for secret in (made.json()["secret"], operator.headers["Authorization"].removeprefix("Bearer ")):
+            headers = {"Authorization": f"Bearer {secret}"}
+            response = await client.post("/chat/completions", headers=headers, json={})
+            assert response.status_code == 404
+            assert "did you mean /v1/chat/completions?" in response.json()["detail"]
+
+
 async def test_a_line_s_end_behind_a_path_opens_nothing(
     locked: FastAPI, operator: httpx.AsyncClient, app: App
 ) -> None:

@@ -79,6 +79,7 @@ async def test_without_a_key(make_services: MakeServices) -> None:
     async with client_of(new_app(make_services(api_keys="secret"))) as client:
         response = await client.get("/v1/models", headers={"authorization": "Bearer wrong"})
         assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key")
+        assert error_of(response)["type"] == "authentication_error"  # LiteLLM goes by the type before the status
         assert "www-authenticate" in response.headers
         assert (await client.get("/v1/models", headers={"authorization": "Bearer secret"})).status_code == 200
 
