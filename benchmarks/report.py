@@ -23,7 +23,6 @@ from benchmarks.held import report as held
 from benchmarks.measure import median_ratio
 from benchmarks.serving import report as serving
 from benchmarks.serving.results import Results as Serving
-from benchmarks.serving.systems.systems import WIDE
 from benchmarks.serving.targets import evaluate as serving_targets
 from benchmarks.shapes import report as shapes
 from benchmarks.training import adapters_report, beside_report, methods_report, train_report
@@ -151,7 +150,7 @@ def figures(found: Found, before: str) -> str:
     else:
         targets = [target for target in serving_targets(serve) if target.reached is not None]
         reached = sum(bool(target.reached) for target in targets)
-        systems = [facts for facts in serve.systems if facts.name != WIDE]
+        systems = [facts for facts in serve.systems if facts.max_streams is None]
         over = [facts.name for facts in systems if facts.over_http]
         settings = serve.settings
         parts += [

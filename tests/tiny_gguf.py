@@ -28,14 +28,17 @@ def save_tiny_gguf(
     heads: int = HEADS,
     eos_token_id: int = 2,
     is_chat: bool = True,
-    fields: Mapping[str, bool | str] = MappingProxyType({}),
+    fields: Mapping[str, bool | str | float] = MappingProxyType({}),
     endianess: GGUFEndian = GGUFEndian.LITTLE,
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Write it, with more `fields`; what its tensors stand for, by their GGUF names. Not `is_chat`: it has no chat
     template, and no special token but the end."""
     writer = GGUFWriter(file, architecture, endianess=endianess)
     for key, value in fields.items():
-        writer.add_bool(key, value) if isinstance(value, bool) else writer.add_string(key, value)
+        if isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_bool(key, value) if isinstance(value, bool) else writer.add_string(key, value)
     writer.add_context_length(256)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(LAYERS)

@@ -19,6 +19,7 @@ SIDES: tuple[Side, Side] = ("A", "B")
 _PREFIX = "base_model.model."
 _NAME = re.compile(re.escape(_PREFIX) + r"(model\.layers\.(\d{1,6})\.\w+\.(\w+))\.lora_([AB])\.weight", re.ASCII)
 
+_COMPILED = "take '_orig_mod.' out of all names: the model was compiled before it got the adapter"
 _SAVE = "save the adapter with PEFT's model.save_pretrained(folder), not from its state_dict()"
 _UNTRAINED = (
     "where they weren't trained (PEFT saves them, too, when tokens were added), save the adapter anew, with "
@@ -82,7 +83,8 @@ def _place(name: str, base: BaseShape) -> tuple[ModuleKey, Side] | str:
     if name.endswith("bias"):
         return "is a bias, which plain LoRA doesn't have"
     if (meant := _meant(name)) is not None:
-        return f"is no A or B of a file by its name: PEFT saves it as {meant}; {_SAVE}"
+        why = _COMPILED if "_orig_mod." in name else _SAVE
+        return f"is no A or B of a file by its name: it must be {meant}; {why}"
     return f"is no A or B of a layer's linear module, such as {tensor_name(ModuleKey(0, 'q_proj'), 'A')}"
 
 

@@ -78,7 +78,7 @@ class LlamaCppServer:
         return self._server.peak_rss
 
     def can(self, load: Load) -> bool:
-        return load.kind == BASE or not self.facts.is_partial
+        return load.kind == BASE or not self.facts.base_only
 
     def run(self, streams: Streams) -> Run:
         return summarize(drive(self._server.url, self._wire, streams))

@@ -61,8 +61,9 @@ def chart(results: Results, path: Path) -> None:
     mpl.use("agg")
     from matplotlib import pyplot
 
-    systems, rows = results.systems, headlines(results)
-    colors = ("#2a6f97", "#e09f3e", "#f2cc8f", "#f4e3c1", "#81b29a", "#c9ada7", "#9db4c0", "#61a5c2")
+    systems = [facts for facts in results.systems if facts.max_streams is None]
+    rows = headlines(results)
+    colors = ("#2a6f97", "#e09f3e", "#f2cc8f", "#f4e3c1", "#81b29a", "#c9ada7", "#9db4c0")
     height = 0.85 / len(systems)
     size = (8, 0.13 * len(rows) * len(systems) + 1.2)
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")

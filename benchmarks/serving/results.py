@@ -83,7 +83,7 @@ class Settings:
     prompt_tokens: int
     max_tokens: int
     weight_bytes: int  # that a step of one stream reads, as they lie in memory
-    wide_bytes: int  # and where none is stored in fewer bits than `dtype` has
+    wide_bytes: int = 0  # and where none is stored in fewer bits than `dtype` has
 
 
 @dataclass

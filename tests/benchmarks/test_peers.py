@@ -28,7 +28,7 @@ from benchmarks.peers.openvino import OpenVino, OpenVinoConfig
 from benchmarks.peers.transformers_peft import TransformersPeft
 from benchmarks.peers.venvs import LLAMA_CPP, MARK, OPENVINO
 from benchmarks.serving.adapter_files import ALPHA, RANK, Sizes, write_adapter
-from benchmarks.serving.systems.systems import BASE, BLENDS, DISTINCT, ONE, Facts, Load, System
+from benchmarks.serving.systems.systems import BASE, BLENDS, DISTINCT, ONE, Facts, Load, OurServer, System
 from benchmarks.serving.systems.wires import Part, Request
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel
@@ -118,13 +118,15 @@ def test_what_a_peer_can_do() -> None:
     """By what it offers a request, not by how long it would take."""
     loads = [Load(1, BASE), Load(1, BLENDS), Load(4, ONE), Load(4, DISTINCT), Load(4, BLENDS)]
 
-    def can(kind: type[System], *, is_partial: bool = False) -> list[bool]:
+    def can(kind: type[System], *, base_only: bool = False, max_streams: int | None = None) -> list[bool]:
         system = kind.__new__(kind)
-        system.__dict__["facts"] = Facts("", "", True, "", {}, is_partial)
+        system.__dict__["facts"] = Facts("", "", True, "", {}, base_only, max_streams)
         return [system.can(load) for load in loads]
 
     assert can(LlamaCppServer) == [True] * 5
-    assert can(LlamaCppServer, is_partial=True) == [True, False, False, False, False]
+    assert can(LlamaCppServer, base_only=True) == [True, False, False, False, False]
+    assert can(OurServer) == [True] * 5
+    assert can(OurServer, max_streams=1) == [True, True, False, False, False]
     assert can(OpenVino) == [True, True, True, False, False]
     assert can(TransformersPeft) == [True, False, True, True, False]
 

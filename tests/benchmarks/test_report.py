@@ -1,6 +1,7 @@
 """docs/benchmarks.md and the README's figures are made of what the benchmarks wrote, and of nothing else."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from benchmarks import command, report
 from benchmarks.serving.report import markdown
 from benchmarks.serving.results import Results
-from benchmarks.serving.systems.systems import BASE, BLENDS
+from benchmarks.serving.systems.systems import BASE, BLENDS, WIDE
 from benchmarks.training import adapters_report, beside_report, methods_report, train_report
 from benchmarks.training.adapters_report import SetSize
 from benchmarks.training.methods_report import Compared
@@ -29,7 +30,11 @@ def serving(*, quick: bool = False) -> Results:
         row(8, BASE, ours=[500.0, 500.0], llama=[280.0, 280.0]),
         row(32, BLENDS, ours=[600.0, 600.0], llama=[50.0, 50.0]),
     ]
-    return results(loads, quick=quick)
+    found = results(loads, quick=quick)
+    wide = replace(found.systems[0], name=WIDE, max_streams=1)
+    found.systems.append(wide)
+    found.rows[0].figures[WIDE] = (figures(150.0), figures(150.0))
+    return found
 
 
 def write_all(out: Path) -> None:
@@ -110,6 +115,8 @@ def test_everything_is_made_of_the_results(tmp_path: Path, out: Path) -> None:
     assert "Old." not in readme
     assert "| 1 stream, base | 165 (160–170) | 100 | 110 |" in readme
     assert "8 streams" not in readme, "the long table is in docs/"
+    assert "| 165 (160–170) | 100 | 110 | 150 |" in page
+    assert WIDE not in readme, "nor is what has one stream alone"
     assert readme.count("| ---") == 4, "one table: a column for the load and three for systems"
     assert "against PEFT, eager and compiled: LoRA, 8 × 128 tokens 2.00 × and 1.50 ×" in readme
     assert "full fine-tuning 0.900 ± 0.000, LoRA, r=8 0.900 ± 0.000 (95 % over 3 seeds)" in readme

@@ -19,11 +19,13 @@ from benchmarks.serving.many_adapters import Token, judge
 from benchmarks.serving.options import PEERS, parse
 from benchmarks.serving.page_cache import drop, read_seconds
 from benchmarks.serving.systems.server_process import ServerConfig, adapter_room, import_seconds
-from benchmarks.serving.systems.systems import BLENDS, DISTINCT, ONE, Facts, Load, Streams, fastest
+from benchmarks.serving.systems.systems import BLENDS, DISTINCT, ONE, OURS, WIDE, Facts, Load, Streams, fastest
 from benchmarks.serving.systems.wires import LlamaCpp, Part, Request, Smolora, Usage, Wire, expression
 from server.model.base.weights import BaseModel
 from server.model.native.model import ROW_FORMAT
 from server.model.row_layout import RowFormat
+from tests.native_kit import native_library
+from tests.tiny_gguf import save_tiny_gguf
 
 
 def event(data: Mapping[str, object]) -> bytes:
@@ -230,6 +232,18 @@ def test_a_reduced_run(tmp_path: Path, tiny_base_dir: Path, capsys: pytest.Captu
     assert "measures nothing" not in capsys.readouterr().out
     assert json.loads((out / "serve.json").read_text())["made"]["quick"] is True
     assert sorted(path.name for path in out.iterdir()) == ["serve.json", "serve.log"]
+
+
+@pytest.mark.slow
+def test_a_base_that_is_stored_in_fewer_bits_is_served_in_16_as_well(tmp_path: Path) -> None:
+    native_library()
+    file = tmp_path / "tiny.gguf"
+    save_tiny_gguf(file)
+    places = ["--model", str(file), "--home", str(tmp_path / "home"), "--out", str(tmp_path / "out")]
+    found = serve.main(["--quick", "--threads", "3", "--only", "1-base,2-base", "--peers", "16-bit", *places])
+    assert found.settings.weight_bytes < found.settings.wide_bytes
+    assert [list(row.figures) for row in found.rows] == [[OURS, WIDE], [OURS]]
+    assert found.rows[0].same_start == {WIDE: 1.0}, "expanded weights have the same bits"
 
 
 def test_a_server_gets_the_sizes_that_are_set(tmp_path: Path, tiny_base: BaseModel) -> None:

@@ -123,7 +123,8 @@ def test_wrong_fields_are_told_beside_them(server: ServerProcess, browser: Brows
 def test_a_whole_folder_is_dropped(server: ServerProcess, browser: Browser, adapter_dir: Path) -> None:
     """As a trainer leaves it: with the tokenizer's files and its own beside the two."""
     ours = {name: (adapter_dir / name).read_bytes() for name in (CONFIG, WEIGHTS)}
-    others = dict.fromkeys(("README.md", "tokenizer.json", "tokenizer_config.json", "training_args.bin"), b"{}")
+    names = "README.md", "tokenizer.json", "tokenizer_config.json", "training_args.bin", "value_head.safetensors"
+    others = dict.fromkeys(names, b"{}")
     with page_of(browser, view(server, "adapters")) as page:
         upload = page.get_by_role("form", name="Upload")
         drop(page, ".drop", dict(sorted((ours | others).items())))

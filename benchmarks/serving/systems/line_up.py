@@ -87,7 +87,11 @@ def line_up(
     if BITS_16 in options.peers and wide_config is not None:
         say("starting our server with 16-bit weights")
         server = stack.enter_context(Server(wide_config))
-        add(OurServer(server, f"smolora {version('smolora')}", WIDE, "MODEL=the peers' base", is_partial=True))
+        add(
+            OurServer(
+                server, f"smolora {version('smolora')}", WIDE, "SMOLORA_MODEL=the peers' base", max_streams=1
+            )
+        )
     return systems, missing
 
 

@@ -61,7 +61,13 @@ class Facts:
     over_http: bool  # or in process, which spares it the client's share of the cores
     settings: str  # those that aren't the defaults
     trial: dict[str, tuple[Figure, ...]]  # tokens per second of each variant that was tried, by load
-    is_partial: bool = False  # it was asked for some of the loads alone
+    base_only: bool = False  # it was not asked for adapters
+    max_streams: int | None = None  # it was not asked for more at once
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether it was asked for some of the loads alone."""
+        return self.base_only or self.max_streams is not None
 
 
 class System(Protocol):
@@ -88,7 +94,7 @@ class System(Protocol):
 
 
 class OurServer:
-    """smolora, over HTTP; a partial one is asked for single streams alone."""
+    """smolora, over HTTP."""
 
     def __init__(
         self,
@@ -97,17 +103,17 @@ class OurServer:
         name: str = OURS,
         settings: str = "its defaults",
         *,
-        is_partial: bool = False,
+        max_streams: int | None = None,
     ) -> None:
         self.server = server
-        self.facts = Facts(name, version, True, settings, {}, is_partial)
+        self.facts = Facts(name, version, True, settings, {}, max_streams=max_streams)
 
     @property
     def peak_rss(self) -> int:
         return self.server.peak_rss
 
     def can(self, load: Load) -> bool:
-        return load.streams == 1 or not self.facts.is_partial
+        return self.facts.max_streams is None or load.streams <= self.facts.max_streams
 
     def run(self, streams: Streams) -> Run:
         return summarize(drive(self.server.url, Smolora(), streams))

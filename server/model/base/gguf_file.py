@@ -36,6 +36,8 @@ PRE_TOKENIZER = {
 _READ = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
 _MUST_BE: Mapping[str, tuple[object, ...]] = {
     "llama.rope.scaling.type": (None, "none"),
+    "llama.rope.scaling.factor": (None, 0.0, 1.0),  # without a type linear ones, as llama.cpp has it
+    "llama.rope.scale_linear": (None, 0.0, 1.0),
     "tokenizer.ggml.add_bos_token": (None, False),
     "tokenizer.ggml.add_eos_token": (None, False),
 }

@@ -88,6 +88,7 @@ function Names({ title, adapters, chosen }) {
 
 const CONFIG = /adapter_config.*\.json$/;
 const WEIGHTS = /\.safetensors$/;
+const OWN_WEIGHTS = /adapter_model.*\.safetensors$/; // a folder may have others beside them
 const ARCHIVE = /\.zip$/;
 
 /** @param {File[]} files @returns {FormData | null} null: not what PEFT saves */
@@ -129,9 +130,13 @@ function Upload({ onDone }) {
   /** @param {File[]} dropped one file after the other, too, or all that PEFT and trainers put into a folder */
   const add = (dropped) => {
     send.clear();
-    const wanted = dropped.filter((file) => [CONFIG, WEIGHTS, ARCHIVE].some((kind) => kind.test(file.name)));
-    const more = wanted.length ? wanted : dropped;
-    setFiles([...files.filter((file) => !more.some((other) => other.name === file.name)), ...more].slice(-2));
+    const archive = dropped.findLast((file) => ARCHIVE.test(file.name));
+    const all = [...files, ...dropped];
+    const parts = [
+      all.findLast((file) => CONFIG.test(file.name)),
+      all.findLast((file) => OWN_WEIGHTS.test(file.name)) ?? all.findLast((file) => WEIGHTS.test(file.name)),
+    ].filter((file) => file !== undefined);
+    setFiles(archive ? [archive] : parts.length ? parts : dropped.slice(-2));
   };
   return html`<${Form} label="Upload" className="card" onSubmit=${send.run}>
     <h2>Upload</h2>

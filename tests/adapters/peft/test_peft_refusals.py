@@ -199,22 +199,24 @@ def test_tensors(
 
 
 @pytest.mark.parametrize(
-    "called",
+    ("called", "way"),
     [
-        A.replace("lora_A", "lora_A.default"),  # of the model's state_dict()
-        A.removeprefix("base_model.model."),
-        A.replace("base_model.model.", "base_model.model._orig_mod."),  # of a compiled model
+        (
+            A.replace("lora_A", "lora_A.default"),
+            "save the adapter with PEFT's model.save_pretrained",
+        ),  # state_dict()
+        (A.removeprefix("base_model.model."), "save the adapter with PEFT's model.save_pretrained"),
+        (A.replace("base_model.model.", "base_model.model._orig_mod."), "take '_orig_mod.' out of all names"),
     ],
 )
-def test_a_tensor_by_another_name_is_told_the_one_it_needs(called: str, files: tuple[Config, Tensors]) -> None:
+def test_a_tensor_by_another_name_is_told_the_one_it_needs(
+    called: str, way: str, files: tuple[Config, Tensors]
+) -> None:
     config, tensors = files
     others = {key: value for key, value in tensors.items() if key != A}
     found = faults(config, others | {called: tensors[A]})
     assert set(found) == {("adapter_model", A), ("adapter_model", called)}  # one is missing, one is a stranger
-    assert (
-        f"PEFT saves it as {A}; save the adapter with PEFT's model.save_pretrained"
-        in found["adapter_model", called]
-    )
+    assert f"it must be {A}; {way}" in found["adapter_model", called]
 
 
 def test_embeddings_that_were_saved_along_are_told_how_to_be_left_out(

@@ -145,20 +145,24 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("field", "value", "harmless"),
     [
-        ("llama.rope.scaling.type", "linear"),
-        ("llama.rope.scaling.type", "yarn"),
-        ("tokenizer.ggml.add_bos_token", True),
-        ("tokenizer.ggml.add_eos_token", True),
+        ("llama.rope.scaling.type", "linear", "none"),
+        ("llama.rope.scaling.type", "yarn", "none"),
+        ("llama.rope.scaling.factor", 2.0, 1.0),
+        ("llama.rope.scale_linear", 4.0, 1.0),
+        ("tokenizer.ggml.add_bos_token", True, False),
+        ("tokenizer.ggml.add_eos_token", True, False),
     ],
 )
-def test_what_would_be_computed_otherwise_is_refused(tmp_path: Path, field: str, value: bool | str) -> None:
+def test_what_would_be_computed_otherwise_is_refused(
+    tmp_path: Path, field: str, value: bool | str | float, harmless: bool | str | float
+) -> None:
     file = tmp_path / "tiny.gguf"
     save_tiny_gguf(file, fields={field: value})
     with pytest.raises(StartupError, match=rf"^tiny.gguf asks for what is not supported: {field} is {value}$"):
         open_gguf(file)
-    save_tiny_gguf(file, fields={field: "none" if isinstance(value, str) else False})
+    save_tiny_gguf(file, fields={field: harmless})
     open_gguf(file)
 
 
