@@ -9,6 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CHECKED_WITH = {"package.json", "package-lock.json", "tsconfig.json", ".prettierrc.json", ".prettierignore"}
 """Of the page's folder: for its linters alone, as its types are."""
+TELLING = [
+    *(ROOT / "docs").rglob("*.md"),
+    *ROOT.glob("*.md"),
+    ROOT / "Makefile",
+    *(path for package in ("adapters", "server") for path in (ROOT / package).rglob("*.py")),
+    *(path for path in (ROOT / "docker").rglob("*") if path.is_file() and path.suffix != ".whl"),
+]
+"""Where people, or a build, are told how to install."""
 
 
 def test_a_wheel_has_what_is_read_while_it_runs() -> None:
@@ -25,8 +33,9 @@ def test_a_wheel_has_what_is_read_while_it_runs() -> None:
 
 def test_who_installs_an_extra_as_told_keeps_what_git_pull_renews() -> None:
     """Without `-e` pip puts a copy in the place of what `make serve` installed, which then runs for good."""
-    told = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "server").rglob("*.py")]
-    found = [line for path in told for line in re.findall(r"pip install[^`;:]*", path.read_text(encoding="utf-8"))]
+    told = [path for path in TELLING if path.parent != ROOT / "docker"]  # nobody pulls within an image
+    commands = r"(?:pip install|\$\(PIP\))[^`;:]*"
+    found = [line for path in told for line in re.findall(commands, path.read_text(encoding="utf-8"))]
     here = [line for line in found if re.search(r"[ '\"]\.\[", line)]
     assert here
     assert [line for line in here if " -e " not in line] == []
@@ -34,7 +43,7 @@ def test_who_installs_an_extra_as_told_keeps_what_git_pull_renews() -> None:
 
 def test_who_installs_an_extra_as_told_asks_no_registry_for_smolora() -> None:
     """It is in none: a pip of another environment would find nothing, or what a stranger put there."""
-    told = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", *(ROOT / "server").rglob("*.py")]
+    told = [path for path in TELLING if path.name != "CHANGELOG.md"]  # which says what was wrong
     assert [path.name for path in told if "smolora[" in path.read_text(encoding="utf-8")] == []
 
 

@@ -60,6 +60,7 @@ def _serve_at(
     say("loading libraries")
     with loading():
         from server.api.app import create_app
+        from server.model.gpu import is_out_of_memory
         from server.serve.first_prompts import first_prompts
         from server.serve.process import run
         from server.serve.startup import build
@@ -69,13 +70,15 @@ def _serve_at(
         try:
             services = build(settings, say, connect=connect)
             flag = BusyFlag(settings.home)
-        except OSError as error:
+        except (OSError, MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise StartupError(
+                    f"no memory for {settings.model}: raise the limit of this shell (ulimit -v) or container, or "
+                    "take a smaller SMOLORA_MODEL"
+                ) from None
+            if not isinstance(error, OSError):
+                raise
             raise StartupError(f"{error.filename or settings.home}: {error.strerror or error}") from error
-        except MemoryError:
-            raise StartupError(
-                f"no memory for {settings.model}: raise the limit of this shell (ulimit -v) or container, or take "
-                "a smaller SMOLORA_MODEL"
-            ) from None
         app = create_app(services)
     logs.set_up(settings.log_format)
 

@@ -230,14 +230,19 @@ class Client(Connection):
 
 
 def _peft_files(folder: Path) -> dict[str, Path]:
-    """The two files of an adapter's folder by their fields. Raises ClientError where only its folders have one."""
+    """The two files of an adapter's folder by their fields.
+
+    Raises ClientError where it has neither, but folders of it have a config: a trainer's checkpoints, say.
+    """
     files = {field: folder / name for field, name in _PEFT_FILES.items()}
     config, weights = files["adapter_config"], files["adapter_model"]
-    if not config.exists() and (within := sorted(found.parent.name for found in folder.glob(f"*/{config.name}"))):
-        raise ClientError(
-            f"{folder} has no {config.name}, but folders of it have: give one of {', '.join(within)}"
-        )
     pickled = weights.with_suffix(".bin")
+    if not any(path.exists() for path in (config, weights, pickled)):
+        within = sorted(found.parent.name for found in folder.glob(f"*/{config.name}"))
+        if within:
+            raise ClientError(
+                f"{folder} has no {config.name}, but folders of it have: give one of {', '.join(within)}"
+            )
     if not weights.exists() and pickled.exists():
         files["adapter_model"] = pickled  # refused: the server says how to come by the other
     return files

@@ -63,9 +63,9 @@ def connect_file(home: Path, journal_mode: JournalMode | None = None) -> sa.Engi
         with open(home / LOCK_NAME, "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time gets this far
             fcntl.flock(users, fcntl.LOCK_SH)
-            if is_alone := _is_alone(users):
+            if _is_alone(users):
                 _set_journal_mode(engine, journal_mode or safe_journal_mode(driver.sqlite_version_info))
-            migrate(engine, is_alone=is_alone)
+            migrate(engine, is_alone=lambda: _is_alone(users))
         if not (build := build_of(engine)).is_sound:
             log.warning("%s", build)
     except Exception as error:

@@ -3,6 +3,8 @@
 A database that lacks none is left as it is, and Alembic, which takes a tenth of a second, isn't imported.
 """
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,21 +16,28 @@ from server.migrations import versions
 if TYPE_CHECKING:
     from alembic.config import Config
 
+_LEAVING_SECONDS = 2.0  # for who was just told to stop, or copies the file
 
-def migrate(engine: sa.Engine, *, is_alone: bool = True) -> None:
+
+def migrate(engine: sa.Engine, *, is_alone: Callable[[], bool]) -> None:
     """Runs all missing migrations, in one transaction.
 
     That takes the lock of writers as it begins: of several processes that start at once, one migrates. Raises
     alembic's CommandError where the database was written by a newer smolora, and StartupError where it is an older
-    one's and not `is_alone`: who has it open is an older smolora, which would go on by what it knows.
+    one's and not `is_alone`, for all of `_LEAVING_SECONDS`: an older smolora that has it open would go on by what
+    it knows.
     """
     if (schema := _schema(engine)) == newest_schema():
         return
-    if schema is not None and not is_alone and knows_schema(schema):
-        raise StartupError(
-            f"{engine.url.database} is of an older smolora, whose server, worker or command has it open: stop all "
-            "of them first"
-        )
+    if schema is not None and knows_schema(schema):
+        until = time.monotonic() + _LEAVING_SECONDS
+        while not is_alone():
+            if time.monotonic() > until:
+                raise StartupError(
+                    f"{engine.url.database} is of an older smolora, and a server, worker or command of that, or a "
+                    "backup, has it open: stop all of them first"
+                )
+            time.sleep(0.1)
     from alembic import command
 
     config = _migrations()

@@ -33,7 +33,8 @@ def connect(
     """The database of `home`, with all migrations run: at `url`, where one is given, else the file in `home`.
 
     Thread-safe; see SQLAlchemy. `journal_mode` is the file's; `patience` is PostgreSQL's, in seconds.
-    Raises StartupError where it can't be opened, or was written by a newer smolora.
+    Raises StartupError where it can't be opened, was written by a newer smolora, or is an older one's file that
+    somebody has open.
     """
     if url is None:
         return file.connect_file(home, journal_mode)

@@ -99,7 +99,7 @@ def connect_server(url: str, patience: float) -> sa.Engine:
     sa.event.listen(engine, "engine_disposed", lambda _: dialect.notices.close())
     try:
         _prepare(open_one)
-        migrate(engine.execution_options(waits=True))
+        migrate(engine.execution_options(waits=True), is_alone=lambda: True)  # or an older one goes on with it
     except CommandError as error:
         engine.dispose()
         raise StartupError(f"the database was written by a newer version of smolora ({error})") from error

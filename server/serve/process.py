@@ -69,15 +69,25 @@ def run(
     code = asyncio.run(process.run(announce))
     if engine.hung or process.is_hurried:  # an ordinary exit would wait for its threads
         _leave(code)
+    _flush()
     return code
 
 
 def _leave(code: int) -> None:
     """End the process now, whatever its threads do. The kernel ends its workers with it."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     os._exit(code)
+
+
+def _flush() -> None:
+    """Write what was printed; what can't be written is dropped, and doesn't change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # it is where whoever started this closed it
+                stream.flush()
+        except OSError:  # a full disk, or a pipe that nobody reads: Python would try again at the very end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def as_seen(networks: Sequence[str]) -> list[str]:

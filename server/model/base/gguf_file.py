@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from server.errors import StartupError
 from server.model.base.checkpoint import Checkpoint, StoredTensor
 from server.model.base.quantized import BLOCK_BYTES, Quantized
+from server.model.gpu import is_out_of_memory
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFReader
@@ -85,6 +86,8 @@ def open_gguf(file: Path) -> Checkpoint:
     except KeyError as error:
         raise StartupError(f"{file.name} has no {error.args[0]}") from error
     except Exception as error:  # whatever fields lead to that don't go together
+        if is_out_of_memory(error):
+            raise
         raise StartupError(f"{file.name} contradicts itself: {error}"[:300]) from error
 
 

@@ -44,9 +44,9 @@ def test_it_serves_though_nobody_can_read_what_it_says(tmp_path: Path, tiny_base
         unread, said = os.pipe()
         os.close(unread)
     arguments = (f"--home={tmp_path}", f"--model={tiny_base_dir}", "--port=0", "--workers=0", "--no-native")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "server.cli", "serve", *arguments], stdout=subprocess.PIPE, stderr=said, text=True
-    )
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}  # with it nothing is left to be written at the end
+    command = [sys.executable, "-m", "server.cli", "serve", *arguments]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, env=environment, text=True)
     os.close(said)
     with server:
         try:
@@ -54,13 +54,23 @@ def test_it_serves_though_nobody_can_read_what_it_says(tmp_path: Path, tiny_base
             assert "is ready at" in server.stdout.readline()
         finally:
             server.terminate()
+    assert server.returncode == 0
 
 
-def test_too_little_memory_for_the_base_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "MemoryError",
+        'RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can\'t allocate memory")',
+        "RuntimeError('unable to mmap 8 bytes from file <a.safetensors>: Cannot allocate memory (12)')",
+        "OSError(12, 'Cannot allocate memory')",
+    ],
+)
+def test_too_little_memory_for_the_base_is_one_line(tmp_path: Path, fault: str) -> None:
     """As under `ulimit -v`, wherever it is that memory ends."""
     code = (
         "from server.cli.main import main; from server.serve import startup\n"
-        "def build(*_, **__): raise MemoryError\n"
+        f"def build(*_, **__): raise {fault}\n"
         "startup.build = build; main()"
     )
     command = [sys.executable, "-c", code, "serve", f"--home={tmp_path}", "--port=0"]

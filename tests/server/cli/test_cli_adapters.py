@@ -137,6 +137,19 @@ def test_a_folder_of_adapters_is_told_and_so_is_a_pickled_one(
     assert "safe_serialization=True" in pickled.stderr
 
 
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_without_its_config_is_not_taken_for_a_folder_of_adapters(
+    smolora: Run, files: tuple[bytes, bytes], tmp_path: Path, weights: str
+) -> None:
+    """A trainer's last weights lie beside its checkpoints: to give one of those would publish an older adapter."""
+    (tmp_path / "checkpoint-100").mkdir()
+    (tmp_path / "checkpoint-100" / "adapter_config.json").write_bytes(files[0])
+    (tmp_path / weights).write_bytes(files[1])
+    result = smolora("adapters", "import", str(tmp_path), "--name", "x")
+    assert result.exit_code == 1
+    assert result.stderr.endswith("adapter_config.json: No such file or directory\n")
+
+
 def test_a_download_goes_into_a_folder(
     smolora: Run, server: Running, files: tuple[bytes, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -363,22 +363,41 @@ def test_what_was_moved_back_before_that_was_kept_stays(tmp_path: Path) -> None:
     engine.dispose()
 
 
-def test_what_an_older_smolora_has_open_is_not_migrated(tmp_path: Path) -> None:
-    """Its worker, say, knows no projects: it would publish what another project trains under default's names."""
-    path, config = tmp_path / FILE_NAME, Config()
+def made_by_an_older_smolora(home: Path) -> None:
+    """A database of a schema before the newest."""
+    config = Config()
     config.set_main_option("script_location", "server:migrations")
-    old = sa.create_engine(sa.URL.create("sqlite", database=str(path)))
+    old = sa.create_engine(sa.URL.create("sqlite", database=str(home / FILE_NAME)))
     with old.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "0005")
     old.dispose()
+
+
+def test_what_an_older_smolora_has_open_is_not_migrated(tmp_path: Path) -> None:
+    """Its worker, say, knows no projects: it would publish what another project trains under default's names."""
+    path = tmp_path / FILE_NAME
+    made_by_an_older_smolora(tmp_path)
     with open(tmp_path / USERS_NAME, "wb") as users:
         fcntl.flock(users, fcntl.LOCK_SH)  # as older ones do, too
-        with pytest.raises(StartupError, match=r"of an older smolora, .* has it open: stop all of them first"):
+        told = r"of an older smolora, .*, or a backup, has it open: stop all of them first"
+        with pytest.raises(StartupError, match=told):
             connect(tmp_path)
         assert schema_of(path) == "0005"
     connect(tmp_path).dispose()
     assert schema_of(path) == newest_schema()
+
+
+def test_an_older_one_that_was_told_to_stop_has_time_to(tmp_path: Path) -> None:
+    """Whoever stops a server and starts the new one at once is not told to stop it."""
+    made_by_an_older_smolora(tmp_path)
+    with open(tmp_path / USERS_NAME, "wb") as users:
+        fcntl.flock(users, fcntl.LOCK_SH)
+        leaving = threading.Timer(0.5, fcntl.flock, (users, fcntl.LOCK_UN))
+        leaving.start()
+        connect(tmp_path).dispose()
+        leaving.join()
+    assert schema_of(tmp_path / FILE_NAME) == newest_schema()
 
 
 def test_a_database_in_use_is_known_to_be(tmp_path: Path) -> None:

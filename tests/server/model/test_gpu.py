@@ -1,5 +1,6 @@
 """What CUDA is here, and what is said where it can't be used."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,9 @@ def test_other_faults_stay_what_they_are() -> None:
     assert not is_out_of_memory(RuntimeError("shapes don't fit"))
     assert not is_out_of_memory(ValueError("out of memory"))
     assert is_out_of_memory(MemoryError("no room for 5 bytes"))  # of a pool in huge pages
+    assert is_out_of_memory(RuntimeError("unable to mmap 5 bytes from file <a>: Cannot allocate memory (12)"))
+    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert not is_out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -290,3 +291,16 @@ def test_urls() -> None:
         assert url(bound, "::1").startswith("http://[::1]:")
         assert url(bound, "0.0.0.0") == url(bound, "127.0.0.1"), "nobody can open 0.0.0.0"
         assert url(bound, "::") == url(bound, "::1")
+
+
+def test_what_cannot_be_written_does_not_keep_it_from_ending() -> None:
+    """As after a second signal, with standard error on a full disk."""
+    code = (
+        "import sys; from contextlib import suppress; from server.serve.process import _leave\n"
+        "with suppress(OSError): print('stopped', file=sys.stderr)\n"
+        "_leave(3)"
+    )
+    with open("/dev/full", "w") as full:
+        environment = os.environ | {"PYTHONUNBUFFERED": ""}  # with it nothing is left to be written at the end
+        done = subprocess.run([sys.executable, "-c", code], stderr=full, env=environment, timeout=60, check=False)
+    assert done.returncode == 3

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from server.access.principal import Quota
 from server.api.access.scopes import ADMIN
 from server.api.openapi import App
 from server.training.queue.leases import Leases
@@ -278,6 +279,15 @@ async def test_jobs_at_once_and_rates_hold_for_key_and_project(app: FastAPI, pro
         await colleague.post(f"/train/{first}/cancel")
         await submit(colleague)
     await submit(projects.other)
+
+
+async def test_jobs_at_once_hold_for_a_key_of_a_project_without_a_bound(app: FastAPI, projects: Projects) -> None:
+    async with client_with(app, new_secret(app, "acme", quota=Quota(max_jobs=1))) as bounded:
+        await submit(bounded)
+        refused = await bounded.post("/train", json=train_body())
+    assert refused.status_code == 429
+    assert refused.json()["detail"] == "this key has 1 unfinished job, and may have 1 at once"
+    await submit(projects.acme)
 
 
 async def test_a_stream_of_anothers_events_is_404(projects: Projects) -> None:

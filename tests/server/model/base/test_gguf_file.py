@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.errors import StartupError
-from server.model.base import source
+from server.model.base import gguf_file, source
 from server.model.base.embedded import EMBEDDED
 from server.model.base.export import export_hugging_face, split
 from server.model.base.gguf_file import open_gguf
@@ -117,6 +117,18 @@ def test_a_file_that_changed_is_converted_anew(tmp_path: Path) -> None:
     second = load(tmp_path / "tiny.gguf")
     assert second.digest != first.digest
     assert not first.directory.exists()
+
+
+def test_too_little_memory_is_not_taken_for_a_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object) -> None:
+        raise MemoryError("Unable to allocate 28.7 MiB for an array")
+
+    save_tiny_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(gguf_file, "_checkpoint", no_room)
+    with pytest.raises(MemoryError):
+        open_gguf(tmp_path / "tiny.gguf")
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
