@@ -211,7 +211,7 @@ class Library:
             raise Conflict(f"{name}@{version} is a composition: its parts have the weights, download those")
         pinned = self._hold([Term(name, version)])
         try:
-            return recorded.own_files(found, self.store.load(found.digest), self.store.open(found.digest))
+            return recorded.own_files(found, self.store)
         finally:
             pinned.release()
 

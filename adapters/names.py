@@ -24,14 +24,18 @@ _COMPARED = 4
 
 
 def near(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like `name`, if any is.
+    """The known name that is most like `name`, if any is: one in other letters' cases before all others.
 
     Only those are compared that agree with it longest from either end: a slip leaves what is before and after it.
     Nothing is like what is twice as long as any name: difflib would look at each of its characters.
     """
     if len(name) > 2 * MAX_NAME:
         return None
-    compared = nlargest(_COMPARED, known, key=lambda other: _agreement(name, other))
+    compared = nlargest(
+        _COMPARED, known, key=lambda other: (other.lower() == name.lower(), _agreement(name, other))
+    )
+    if compared and compared[0].lower() == name.lower():
+        return compared[0]
     return next(iter(get_close_matches(name, compared, 1, _CUTOFF)), None)
 
 

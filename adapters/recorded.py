@@ -16,6 +16,7 @@ from adapters.peft import config as peft_config
 from adapters.peft.config import PeftConfig
 from adapters.peft.describe import describe, explains
 from adapters.peft.files import CONFIG_NAME, PeftAdapter, config_json
+from adapters.store.store import AdapterStore
 
 FILE_DIGEST = "adapter_config"
 """Under which an upload's version keeps its file's digest, for this module alone."""
@@ -39,8 +40,15 @@ def shaped(stored: PeftAdapter, rank: int, alpha: float, use_rslora: bool, num_l
     return describe(stored.weights, rank, alpha, use_rslora, num_layers)
 
 
-def own_files(version: NewVersion, weights: LoraWeights, stored: Mapping[str, BinaryIO]) -> dict[str, BinaryIO]:
-    """PEFT's two files as they are stored, but with a configuration that is the version's. Raises OSError."""
+def own_files(version: NewVersion, store: AdapterStore) -> dict[str, BinaryIO]:
+    """PEFT's two files as they are stored, but with a configuration that is the version's; the tensors are read
+    whole, since whoever gets changed ones can't know it. Raises OSError, or CorruptAdapter.
+    """
+    weights = store.load(version.digest)
+    if weights.digest != version.digest:
+        store.verify(version.digest)  # raises, but for a machine's copy, which is fetched anew
+        weights = store.load(version.digest)
+    stored = store.open(version.digest)
     with stored[CONFIG_NAME] as file:
         content = file.read()
     config = peft_config.parse(content, [])

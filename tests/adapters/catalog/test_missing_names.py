@@ -12,6 +12,7 @@ from adapters.catalog.reads import why_missing
 from adapters.catalog.tables import names
 from adapters.errors import NotFound
 from adapters.expression import parse
+from adapters.names import near
 from adapters.viewpoint import Viewpoint
 from server.database import connect
 from tests.postgres import DATABASES
@@ -62,6 +63,11 @@ def test_a_slip_is_seen_among_ten_thousand(crowd: sa.Engine, written: str, meant
         assert found.startswith(f"no such adapter: {written} (did you mean customer-0")
     else:
         assert found == f"no such adapter: {written}{hint}"
+
+
+@pytest.mark.parametrize("written", ["Team-0001", "TEAM-0001", "tEAM-0001"])
+def test_a_name_in_other_cases_comes_before_those_that_begin_alike(written: str) -> None:
+    assert near(written, [*(f"{written[:-1]}{i}" for i in range(2, 10)), "team-0001"]) == "team-0001"
 
 
 @pytest.mark.parametrize("num_terms", [1, 16])

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from adapters.catalog.versions import NewVersion
 from adapters.errors import BytesUnavailable, CorruptAdapter, InDoubt, Interrupted
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME
+from adapters.recorded import own_files
 from adapters.store.sidecar import SIDECAR_NAME
 from adapters.store.store import AdapterStore
 from tests.adapters.samples import SHAPE, sample_adapter
@@ -315,6 +317,19 @@ def test_a_changed_configuration_in_the_bucket_and_in_a_cache(
     for ask in (machine("c").open, machine("d").verify_stored):
         with pytest.raises(CorruptAdapter):
             ask(DIGEST)
+
+
+def test_a_download_of_a_damaged_copy_is_fetched_anew(machine: Machine, tmp_path: Path) -> None:
+    publish(machine("a"))
+    b = machine("b")
+    b.load(DIGEST)
+    place = tmp_path / "b" / DIGEST[:2] / DIGEST / WEIGHTS_NAME
+    whole = place.read_bytes()
+    place.write_bytes(whole[:-4] + b"\0\0\0\1")
+    config, modules = ADAPTER.config, ADAPTER.weights.target_modules
+    version = NewVersion("a", DIGEST, config.rank, config.alpha, modules, parameters=1, bytes=1)
+    with own_files(version, b)[WEIGHTS_NAME] as file:
+        assert file.read() == whole
 
 
 def fetched(proxy: Proxy) -> int:

@@ -219,6 +219,18 @@ async def test_bytes_that_vanished_are_an_error_and_not_half_a_zip(
     assert _open_files() == before
 
 
+async def test_bytes_that_the_disk_changed_are_an_error(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    digest = (await client.post("/adapters/a", files=as_parts(*peft_files()))).json()["digest"]
+    before = _open_files()
+    weights = tmp_path / "adapters" / digest[:2] / digest / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    response = await client.get("/adapters/a/1/download")
+    assert response.status_code == 500
+    assert response.json()["detail"] == f"the stored adapter {digest[:12]} no longer matches its digest"
+    assert _open_files() == before
+
+
 def test_a_file_that_shrinks_cuts_the_answer_off() -> None:
     file = io.BytesIO(PATTERN * 2)
     archive = StoredZip({"a": file})
