@@ -9,11 +9,14 @@ as there is any, so that a few dozen characters (`x|y((a{1000}){1000}){1000}`) k
 
 import json
 import random
+import re
+import time
 from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from server.engine.request import Grammar
+from server.engine.structured.json_schema import nodes, spell_out
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions  # of its types alone
@@ -33,6 +36,14 @@ _LIMITS = LLParserLimits(
 _JSON: "JsonCompileOptions" = {"whitespace_flexible": False, "lenient": False, "coerce_one_of": False}
 _OPTIONS = '%llguidance {"no_forcing": true}'
 _MAX_MESSAGE = 300
+_PLACE_SECONDS = 0.1  # of the processor, to find which part of a schema is refused
+_NESTED = frozenset(
+    {"$ref", "allOf", "anyOf", "oneOf", "properties", "patternProperties", "additionalProperties"}
+    | {"items", "prefixItems", "additionalItems", "$defs", "definitions"}
+)
+"""Keywords that llguidance follows to further schemas."""
+_COMPILER = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
+_ONE_OF = "oneOf is supported where no value can fit two of its schemas: use anyOf"
 _ALLOWED = bytes([200])  # in llguidance's masks, which have a byte for each token; 0: forbidden
 
 
@@ -45,18 +56,46 @@ def compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
     if grammar.kind == "regex":
         if len(grammar.source.encode()) > MAX_REGEX_BYTES:
             raise GrammarRefused(f"is longer than {MAX_REGEX_BYTES} bytes")
-        start = _part(LLMatcher.grammar_from_regex(grammar.source))["lark_grammar"]
-    else:
-        if len(grammar.source.encode()) > MAX_SCHEMA_BYTES:
-            raise GrammarRefused(f"the schema is longer than {MAX_SCHEMA_BYTES} bytes")
-        schema = json.loads(grammar.source)
-        _check(schema)
-        part = _part(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON))
-        start = f"start: %json {json.dumps(part['json_schema'])}"
-    matcher = LLMatcher(tokenizer, f"{_OPTIONS}\n{start}", log_level=0, limits=_LIMITS)
+        part = _part(LLMatcher.grammar_from_regex(grammar.source))
+        matcher = _matcher(tokenizer, str(part["lark_grammar"]))
+        if matcher.is_error():
+            raise GrammarRefused(_told(matcher.get_error()))
+        return matcher
+    if len(grammar.source.encode()) > MAX_SCHEMA_BYTES:
+        raise GrammarRefused(f"the schema is longer than {MAX_SCHEMA_BYTES} bytes")
+    schema = json.loads(grammar.source)
+    _check(schema)
+    spell_out(schema)
+    matcher = _of_schema(tokenizer, schema)
     if matcher.is_error():
-        raise GrammarRefused(_told(matcher.get_error()))
+        message = _told(matcher.get_error())
+        raise GrammarRefused(f"{message}{_place(tokenizer, schema, message)}"[:_MAX_MESSAGE])
     return matcher
+
+
+def _of_schema(tokenizer: LLTokenizer, schema: dict[str, object]) -> LLMatcher:
+    part = _part(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON))
+    return _matcher(tokenizer, f"start: %json {json.dumps(part['json_schema'])}")
+
+
+def _matcher(tokenizer: LLTokenizer, start: str) -> LLMatcher:
+    return LLMatcher(tokenizer, f"{_OPTIONS}\n{start}", log_level=0, limits=_LIMITS)
+
+
+def _place(tokenizer: LLTokenizer, schema: dict[str, object], message: str) -> str:
+    """Where the first part of the schema is that is refused for the same reason by itself; empty where none is
+    found soon."""
+    if message == _ONE_OF:
+        places = [place for place, node in nodes(schema) if "oneOf" in node]
+        return f" (at {places[0]})" if len(places) == 1 else ""
+    until = time.thread_time() + _PLACE_SECONDS
+    for place, node in nodes(schema):
+        if time.thread_time() > until:
+            break
+        alone = {key: value for key, value in node.items() if key not in _NESTED}
+        if _told(_of_schema(tokenizer, alone).get_error()) == message:
+            return f" (at {place})"
+    return ""
 
 
 def _part(text: str) -> dict[str, object]:
@@ -96,25 +135,27 @@ def _pick(mask: bytes, start: int, eos_token_ids: frozenset[int]) -> int | None:
 
 def _check(schema: object) -> None:
     """Refuse what llguidance takes, but doesn't honour to the letter. Raises GrammarRefused."""
-    todo = [schema]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, list):
-            todo += node
-        if not isinstance(node, dict):
-            continue
-        todo += node.values()
+    for place, node in nodes(schema):
         if "x-guidance" in node:
             raise GrammarRefused("x-guidance is not supported")
         least, required = node.get("minProperties"), node.get("required")
         num_required = len(set(map(str, required))) if isinstance(required, list) else 0
         # Keys that no property names may come twice, which is one property to whoever reads the answer.
         if isinstance(least, int) and least > max(num_required, 1):
-            raise GrammarRefused("minProperties is supported up to the number of required properties, or 1")
+            message = "minProperties is supported up to the number of required properties, or 1"
+            raise GrammarRefused(f"{message} (at {place})"[:_MAX_MESSAGE])
 
 
 def _told(message: str) -> str:
-    """The first line of llguidance's message that says something, cut."""
+    """The first line of llguidance's message that says something, as the schema's author would say it, cut."""
     lines = [line.strip() for line in message.splitlines()]
     first = next((line for line in lines if line.startswith("error:")), None) or next(filter(None, lines), "")
-    return first.removeprefix("error:").strip()[:_MAX_MESSAGE] or "can't be compiled"
+    said = _COMPILER.sub("", first.removeprefix("error:").strip())
+    if said.startswith("oneOf constraints are not supported"):
+        return _ONE_OF
+    if said.startswith("Unimplemented keys: "):
+        names = re.findall('"([^"]*)"', said)
+        said = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not supported"
+    elif said.startswith("Unknown format: "):
+        said = f"the format {said.removeprefix('Unknown format: ')} is not supported"
+    return said[:_MAX_MESSAGE] or "can't be compiled"
