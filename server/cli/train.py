@@ -87,7 +87,7 @@ def train(
 
     Exit code 0 once it has succeeded, 1 where it hasn't. Interrupting only stops watching: the job goes on.
     """
-    modules = target_modules if target_modules in (None, "all-linear") else str(target_modules).split(",")
+    modules = target_modules if target_modules in (None, "all-linear") else _names(str(target_modules))
     lora = given(
         rank=rank,
         alpha=alpha,
@@ -133,6 +133,11 @@ def train(
             print_json(answer) if as_json else typer.echo(answer["id"])
         else:
             raise typer.Exit(watch(client, answer, as_json))
+
+
+def _names(text: str) -> list[str]:
+    """Of a list with commas between, and blanks where somebody likes them."""
+    return [name.strip() for name in text.split(",")]
 
 
 def watch(client: "Client", job: Document, as_json: bool) -> int:
@@ -244,7 +249,12 @@ def _update_losses(progress: Progress, task: TaskID, found: Document) -> None:
 
 def _show_end(client: "Client", job: Document) -> None:
     console = Console(highlight=False)
-    metrics = cast("Document", job["metrics"])
+    metrics, progress = cast("Document", job["metrics"]), cast("Document", job["progress"])
+    if job["status"] == "succeeded" and job["kind"] == "train" and progress["step"] != progress["total_steps"]:
+        kept = client.report(str(job["id"]))["kept_step"]
+        steps = f"{progress['step']} of {counted(cast('int', progress['total_steps']), 'step')}"
+        told = f"Stopped early after {steps}: no evaluation was better than step {kept}'s, whose weights are kept"
+        console.print(told)
     if metrics["eval_loss"] is not None:
         base = number(metrics["base_eval_loss"])
         console.print(f"held-out loss {number(metrics['eval_loss'])}, the untouched base's {base}")

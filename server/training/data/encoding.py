@@ -127,7 +127,9 @@ class RowEncoder:
             is_target[kept.start : kept.stop] = [True] * len(kept)
         if not any(is_target):
             within = f"within max_length {max_length} of {num_tokens} tokens"
-            raise InvalidInput.of(field, f"leaves nothing to train on {within}")
+            raise InvalidInput.of(
+                field, f"leaves nothing to train on {within}: raise max_length, or shorten the row"
+            )
         return Example(tuple(token_ids), tuple(is_target)), num_tokens > max_length
 
     def _whole(self, row: Row) -> tuple[list[int], Sequence[range], str]:

@@ -7,6 +7,7 @@ names the field, and the line on which its record begins. What a row may be is `
 
 import codecs
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import BinaryIO, Literal, NoReturn, get_args
@@ -26,6 +27,23 @@ _CSV_FAULTS = {
     "new-line character seen in unquoted field": "a carriage return outside quotes",
     "unexpected end of data": "a quote that opens here isn't closed",
 }
+_ENDINGS = {
+    "json": "`jq -c .[]` makes the lines of a .jsonl file of an array",
+    "parquet": "pandas' `to_json(orient='records', lines=True)` makes a .jsonl file of it",
+    "tsv": "save the table with commas",
+    "xlsx": "save the sheet as CSV UTF-8",
+    "gz": "unpack it first",
+    "zip": "unpack it first",
+}
+_BEGINNINGS = {
+    codecs.BOM_UTF16_LE: "it is UTF-16: save it as UTF-8 (Excel's CSV UTF-8)",
+    codecs.BOM_UTF16_BE: "it is UTF-16: save it as UTF-8 (Excel's CSV UTF-8)",
+    b"\x1f\x8b": "it is compressed by gzip: unpack it first",
+    b"PK\x03\x04": "it is a zip archive or an Excel workbook: unpack it, or save the sheet as CSV UTF-8",
+    b"PAR1": f"it is a Parquet file: {_ENDINGS['parquet']}",
+}
+"""What files that aren't text begin with, and how rows come out of them."""
+_ARRAY = re.compile(r"\s*\[\s*(\{|$)")  # of rows
 FILE = "file"
 """Where a fault is that lies in no field; the upload's name in a form."""
 
@@ -37,7 +55,8 @@ def format_of(filename: str) -> Format:
         if ending == known:
             found: Format = known
             return found
-    raise InvalidInput.of(FILE, "its name must end in .jsonl or .csv")
+    remedy = f": {_ENDINGS[ending]}" if ending in _ENDINGS else ""
+    raise InvalidInput.of(FILE, f"its name must end in .jsonl or .csv{remedy}")
 
 
 def short_name(filename: str) -> str:
@@ -62,6 +81,8 @@ def read_jsonl(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterat
     for line in lines:
         if not line.strip():
             continue
+        if lines.number == 1 and _ARRAY.match(line):
+            faults.stop(1, f"begins an array, where each line is a row: {_ENDINGS['json']}")
         try:
             row = parse_row(_json(line.rstrip(), FILE), ignored)
         except InvalidInput as error:
@@ -195,6 +216,9 @@ class _Lines:
                     return line.decode()
                 except UnicodeDecodeError as error:
                     fault = f"is not UTF-8, at byte {error.start + 1}"
+            remedies = [said for begins, said in _BEGINNINGS.items() if line.startswith(begins)]
+            if self.number == 1 and remedies:
+                self._faults.stop(1, f"{fault}: {remedies[0]}")
             if self._stops:
                 self._faults.stop(self.number, fault)
             self._faults.add(self.number, InvalidInput.of(FILE, fault))

@@ -17,7 +17,7 @@ from typing import Literal
 from adapters.errors import FieldError, InvalidInput
 from adapters.names import near
 from server.model.text.chat import ChatMessage
-from server.training.data.ignored import MAX_NAME, IgnoredFields, shown
+from server.training.data.ignored import MAX_NAME, MAX_NAMED, IgnoredFields, shown
 
 ROLES = ("system", "user", "assistant")
 MAX_TURNS = 1024
@@ -81,7 +81,11 @@ def parse_row(value: object, ignored: IgnoredFields | None = None) -> Row:
         for name in value
         if name in _KNOWN and name not in names
     ]
-    faults += [FieldError((name,), f"is missing{_hint(name, strange)}") for name in names if name not in value]
+    faults += [
+        FieldError((name,), f"is missing{_hint(name, strange) or _instead(strange)}")
+        for name in names
+        if name not in value
+    ]
     if faults:
         raise InvalidInput(faults[:MAX_FAULTS])
     if ignored is not None:
@@ -127,12 +131,18 @@ def data_digest(rows: Iterable[Row]) -> str:
 def _nothing_known(strange: Sequence[str]) -> FieldError:
     """What is wrong with a row that has no field of any shape."""
     name = next((name for name in _KNOWN if misspelt(strange, name)), None)
-    return FieldError((name or _KNOWN[0],), f"is missing{_hint(name, strange) if name else f': {SHAPES}'}")
+    said = _hint(name, strange) if name else f": {SHAPES}{_instead(strange)}"
+    return FieldError((name or _KNOWN[0],), f"is missing{said}")
 
 
 def _hint(name: str, strange: Sequence[str]) -> str:
     meant = misspelt(strange, name)
     return "" if meant is None else f", and {shown(meant)} is no field: did you mean {name}?"
+
+
+def _instead(strange: Sequence[str]) -> str:
+    """The first fields of no shape that a row has, as other trainers' rows do."""
+    return f"; this one has {', '.join(map(shown, strange[:MAX_NAMED]))}" if strange else ""
 
 
 def _messages(value: object) -> tuple[ChatMessage, ...]:

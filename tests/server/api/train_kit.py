@@ -78,7 +78,11 @@ class StandIn:
         self._leases.heartbeat(self.claim, progress=progress, metrics={"train_loss": loss})
 
     def succeed(
-        self, report: dict[str, object] | None = None, digest: str | None = None, eval_loss: float = 0.75
+        self,
+        report: dict[str, object] | None = None,
+        digest: str | None = None,
+        eval_loss: float = 0.75,
+        step: int = 9,
     ) -> Version | None:
         new = None
         if digest is not None:
@@ -87,7 +91,7 @@ class StandIn:
             )
         return self._leases.succeed(
             self.claim,
-            progress={"step": 9, "total_steps": 9, "tokens_per_second": 250.0, "eta_seconds": 0.0},
+            progress={"step": step, "total_steps": 9, "tokens_per_second": 250.0, "eta_seconds": 0.0},
             metrics={"train_loss": 0.5, "eval_loss": eval_loss, "base_eval_loss": 3.0, "eval_accuracy": 0.9},
             report=report or {"name": "codes"},
             publish=new,

@@ -174,6 +174,17 @@ def test_train_to_the_end(
         assert part in line
 
 
+def test_an_early_stop_is_told(
+    smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str
+) -> None:
+    report: dict[str, object] = {"kept_step": 4, "gate": {"reason": "its loss is not below the base's"}}
+    worker(lambda stand_in: stand_in.succeed(report, step=6))
+    result = smolora("train", rows, "--name", "codes", "--publish-if", "improves_base")
+    assert result.exit_code == 0, result.output
+    told = "Stopped early after 6 of 9 steps: no evaluation was better than step 4's, whose weights are kept\n"
+    assert told in result.stdout
+
+
 def test_a_gate_that_was_not_passed(
     smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str
 ) -> None:
@@ -287,6 +298,13 @@ def test_every_option_of_train(smolora: Run, rows: str, tmp_path: Path) -> None:
     top = ("publish_if", "alias", "description")
     assert {name: config[name] for name in top} == {name: training[name] for name in top}
     assert (answer["data"]["rows"], answer["data"]["validation_rows"]) == (20, 1)
+
+
+def test_names_of_modules_may_have_blanks_between(smolora: Run, rows: str) -> None:
+    modules = "--target-modules=q_proj, v_proj"
+    result = smolora("train", rows, "--name=codes", modules, "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["config"]["lora"]["target_modules"] == ["q_proj", "v_proj"]
 
 
 def test_a_dry_run_for_people(smolora: Run, rows: str) -> None:

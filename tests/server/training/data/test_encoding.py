@@ -175,6 +175,7 @@ def test_rows_at_fault_are_named(rows: RowEncoder) -> None:
         ("validation", 3, "messages"),
     ]
     assert caught.value.errors[0].message.startswith("leaves nothing to train on within max_length 20 of ")
+    assert caught.value.errors[0].message.endswith(" tokens: raise max_length, or shorten the row")
     with pytest.raises(InvalidInput) as caught:
         rows.encode_all([TextRow("OK OK OK")] * 1000, 2, "refuse")
     assert len(caught.value.errors) == encoding.MAX_FAULTS

@@ -1,6 +1,7 @@
 """Files of rows: what was written is read, what is wrong is named by line and field, and nothing runs away."""
 
 import csv
+import gzip
 import io
 import json
 import time
@@ -167,6 +168,54 @@ def test_a_bad_record_is_named(data: bytes, loc: Loc, message: str) -> None:
     ((found, said),) = faults(data, "csv")
     assert found == loc
     assert said.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("data", "remedy"),
+    [
+        ("text\nä\n".encode("utf-16-le"), None),
+        ("\ufefftext\nä\n".encode("utf-16-le"), "UTF-16"),
+        ("\ufefftext\nä\n".encode("utf-16-be"), "UTF-16"),
+        (gzip.compress(b'{"text": "a"}\n'), "gzip"),
+        (b"PK\x03\x04\x14\0\x06\0", "Excel"),
+        (b"PAR1\x15\x04\x15\0", "Parquet"),
+    ],
+)
+@pytest.mark.parametrize("file_format", ["jsonl", "csv"])
+def test_a_file_that_is_no_text_is_called_what_it_is(data: bytes, remedy: str | None, file_format: Format) -> None:
+    (loc, said), *others = faults(data, file_format)
+    assert loc == ("file",)
+    assert said.startswith(("line 1: has a NUL byte, at byte ", "line 1: is not UTF-8, at byte "))
+    assert (": it is " in said) is (remedy is not None)
+    if remedy is not None:
+        assert remedy in said
+        assert not others
+
+
+def test_an_array_is_told_how_it_becomes_lines() -> None:
+    for data in (b'[{"text": "a"}]', b'[\n  {"text": "a"},\n  {"text": "b"}\n]\n'):
+        assert faults(data, "jsonl") == [
+            (
+                ("file",),
+                "line 1: begins an array, where each line is a row: "
+                "`jq -c .[]` makes the lines of a .jsonl file of an array",
+            )
+        ]
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("rows.json", "jq"),
+        ("rows.JSONL.gz", "unpack"),
+        ("rows.tsv", "commas"),
+        ("a.xlsx", "CSV"),
+        ("a.parquet", "pandas"),
+    ],
+)
+def test_a_name_of_another_kind_is_told_what_to_do(name: str, remedy: str) -> None:
+    with pytest.raises(InvalidInput, match=rf"its name must end in \.jsonl or \.csv: .*{remedy}"):
+        format_of(name)
 
 
 def test_other_fields_are_ignored_and_counted() -> None:

@@ -93,6 +93,22 @@ def test_faults_are_named(value: object, expected: list[tuple[str | int, ...]]) 
     assert faults(value) == expected
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"instruction": "a", "input": "", "output": "b"}, "; this one has instruction, input, output"),
+        ({"conversations": []}, "; this one has conversations"),
+        ({"prompt": "a", "response": "b"}, "is missing; this one has response"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "is missing; this one has chosen, rejected"),
+        ({str(i): i for i in range(100)}, "; this one has 0, 1, 2, 3, 4, 5, 6, 7"),
+    ],
+)
+def test_a_row_of_another_shape_is_told_what_it_has(value: object, said: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        parse_row(value)
+    assert caught.value.errors[0].message.endswith(said)
+
+
 def test_faults_are_bounded() -> None:
     assert len(faults({"messages": [{"role": "user"} | {str(i): i for i in range(1000)}]})) == MAX_FAULTS
     assert len(faults({"messages": [{"role": 1, "content": 2}] * 1000})) == MAX_FAULTS
