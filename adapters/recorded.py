@@ -44,6 +44,10 @@ def own_files(version: NewVersion, store: AdapterStore) -> dict[str, BinaryIO]:
     """PEFT's two files as they are stored, but with a configuration that is the version's; the tensors are read
     whole, since whoever gets changed ones can't know it. Raises OSError, or CorruptAdapter.
     """
+    for file in store.open(version.digest).values():
+        with file:  # a disk that can't be read is an error here, and the end of the process in a map
+            while file.read(1 << 20):
+                pass
     weights = store.load(version.digest)
     if weights.digest != version.digest:
         store.verify(version.digest)  # raises, but for a machine's copy, which is fetched anew

@@ -3,6 +3,7 @@
 What is slow to import is imported once what is quick to check has been checked.
 """
 
+import errno
 import logging
 from collections.abc import Callable
 from contextlib import suppress
@@ -71,7 +72,7 @@ def _serve_at(
             services = build(settings, say, connect=connect)
             flag = BusyFlag(settings.home)
         except (OSError, MemoryError, RuntimeError) as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
                 raise StartupError(
                     f"no memory for {settings.model}: raise the limit of this shell (ulimit -v) or container, or "
                     "take a smaller SMOLORA_MODEL"

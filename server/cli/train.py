@@ -250,8 +250,10 @@ def _update_losses(progress: Progress, task: TaskID, found: Document) -> None:
 def _show_end(client: "Client", job: Document) -> None:
     console = Console(highlight=False)
     metrics, progress = cast("Document", job["metrics"]), cast("Document", job["progress"])
-    if job["status"] == "succeeded" and job["kind"] == "train" and progress["step"] != progress["total_steps"]:
-        kept = client.report(str(job["id"]))["kept_step"]
+    is_early = (
+        job["status"] == "succeeded" and job["kind"] == "train" and progress["step"] != progress["total_steps"]
+    )
+    if is_early and (kept := client.report(str(job["id"])).get("kept_step")) is not None:
         steps = f"{progress['step']} of {counted(cast('int', progress['total_steps']), 'step')}"
         told = f"Stopped early after {steps}: no evaluation was better than step {kept}'s, whose weights are kept"
         console.print(told)

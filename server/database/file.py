@@ -15,6 +15,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -63,9 +64,9 @@ def connect_file(home: Path, journal_mode: JournalMode | None = None) -> sa.Engi
         with open(home / LOCK_NAME, "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time gets this far
             fcntl.flock(users, fcntl.LOCK_SH)
-            if _is_alone(users):
-                _set_journal_mode(engine, journal_mode or safe_journal_mode(driver.sqlite_version_info))
-            migrate(engine, is_alone=lambda: _is_alone(users))
+            mode = journal_mode or safe_journal_mode(driver.sqlite_version_info)
+            (is_alone := partial(_takes_alone, engine, users, mode))()
+            migrate(engine, is_alone=is_alone)
         if not (build := build_of(engine)).is_sound:
             log.warning("%s", build)
     except Exception as error:
@@ -266,24 +267,23 @@ def told(error: object, home: Path) -> str:
     return "the disk is full" if _is_full(home) else str(error)
 
 
-def _is_alone(users: int) -> bool:
-    """Whether nobody else has the database open, by the lock that all its users share; this one goes on to."""
+def _takes_alone(engine: sa.Engine, users: int, mode: JournalMode) -> bool:
+    """Whether nobody else has the database open, by the lock that all its users share; this one goes on to.
+
+    If so it turns the file to that journal, unless a stranger, who takes no lock of ours, has it open.
+    """
     try:
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     finally:
         fcntl.flock(users, fcntl.LOCK_SH)
-    return True
-
-
-def _set_journal_mode(engine: sa.Engine, mode: JournalMode) -> None:
-    """Turns the file to that journal, unless a stranger, who takes no lock of ours, has it open."""
     with (
         suppress(OperationalError),
         engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection,
     ):
         connection.exec_driver_sql(f"PRAGMA journal_mode={mode}")
+    return True
 
 
 def _configure(connection: "sqlite3.Connection", _: ConnectionPoolEntry) -> None:

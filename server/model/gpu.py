@@ -1,6 +1,5 @@
 """What CUDA is on this machine, whether a device can be used, and what to do where it can't."""
 
-import errno
 import re
 import warnings
 from collections.abc import Iterator
@@ -96,9 +95,7 @@ def driver_version(file: Path = _DRIVER) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no memory, on a GPU or not; torch says so in several ways, the system in one."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
+    """Whether there was no memory, on a GPU or not; torch says so in several ways."""
     words = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory", "Cannot allocate memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -127,7 +127,10 @@ def test_a_whole_folder_is_dropped(server: ServerProcess, browser: Browser, adap
     others = dict.fromkeys(names, b"{}")
     with page_of(browser, view(server, "adapters")) as page:
         upload = page.get_by_role("form", name="Upload")
+        drop(page, ".drop", {CONFIG: b"{}", WEIGHTS: b"{}", "old.zip": b"{}"})
         drop(page, ".drop", dict(sorted((ours | others).items())))
+        drop(page, ".drop", {CONFIG: ours[CONFIG], "b.safetensors": ours[WEIGHTS]})
+        expect(upload).to_contain_text(f"{CONFIG}, b.safetensors")  # what was just dropped, whatever was there
         upload.get_by_label("Name").fill("folder")
         upload.get_by_role("button", name="Upload").click()
         expect(page.get_by_role("article", name="folder")).to_contain_text("latest")

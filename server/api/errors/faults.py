@@ -1,6 +1,7 @@
 """Which form an error takes on the wire: OpenAI's error object under /v1, an RFC 9457 problem everywhere else."""
 
 from collections.abc import Collection, Mapping
+from http import HTTPStatus
 from typing import Protocol
 
 from fastapi import Request
@@ -64,7 +65,7 @@ def install(app: App, paths: Collection[str]) -> None:
         if error.status_code == 401:  # its key ended while it came in
             return form.of_error(Unauthorized(error.detail))
         detail, headers = error.detail, dict(error.headers or {})
-        if error.status_code == 404:
+        if error.status_code == 404 and detail == HTTPStatus.NOT_FOUND.phrase:  # the framework's own
             detail = near_names.unknown_path(request.url.path, paths)
         elif error.status_code == 405:
             # the framework knows those of one route alone, where several have the path

@@ -88,6 +88,8 @@ def _error(status: int, message: str, param: str | None = None, code: str | None
         kind = "rate_limit_error"
     elif status == http.HTTPStatus.UNAUTHORIZED:  # LiteLLM takes any invalid_request_error for a 400
         kind = "authentication_error"
+    elif status == http.HTTPStatus.FORBIDDEN:
+        kind = "permission_error"
     return {"message": message, "type": kind, "param": param, "code": code}
 
 

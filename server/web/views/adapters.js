@@ -91,14 +91,18 @@ const WEIGHTS = /\.safetensors$/;
 const OWN_WEIGHTS = /adapter_model.*\.safetensors$/; // a folder may have others beside them
 const ARCHIVE = /\.zip$/;
 
+/** @param {File[]} files */
+const configOf = (files) => files.findLast((file) => CONFIG.test(file.name));
+
+/** @param {File[]} files */
+const weightsOf = (files) =>
+  files.findLast((file) => OWN_WEIGHTS.test(file.name)) ?? files.findLast((file) => WEIGHTS.test(file.name));
+
 /** @param {File[]} files @returns {FormData | null} null: not what PEFT saves */
 function formOf(files) {
   const form = new FormData();
   const archive = files.find((file) => ARCHIVE.test(file.name));
-  const [config, weights] = [
-    files.find((file) => CONFIG.test(file.name)),
-    files.find((file) => WEIGHTS.test(file.name)),
-  ];
+  const [config, weights] = [configOf(files), weightsOf(files)];
   if (archive && files.length === 1) form.append("archive", archive);
   else if (config && weights) {
     form.append("adapter_config", config);
@@ -131,12 +135,11 @@ function Upload({ onDone }) {
   const add = (dropped) => {
     send.clear();
     const archive = dropped.findLast((file) => ARCHIVE.test(file.name));
-    const all = [...files, ...dropped];
-    const parts = [
-      all.findLast((file) => CONFIG.test(file.name)),
-      all.findLast((file) => OWN_WEIGHTS.test(file.name)) ?? all.findLast((file) => WEIGHTS.test(file.name)),
-    ].filter((file) => file !== undefined);
-    setFiles(archive ? [archive] : parts.length ? parts : dropped.slice(-2));
+    const parts = [configOf(dropped) ?? configOf(files), weightsOf(dropped) ?? weightsOf(files)].filter(
+      (file) => file !== undefined,
+    );
+    const isPair = configOf(dropped) && weightsOf(dropped);
+    setFiles(archive && !isPair ? [archive] : parts.length ? parts : dropped.slice(-2));
   };
   return html`<${Form} label="Upload" className="card" onSubmit=${send.run}>
     <h2>Upload</h2>

@@ -1,6 +1,7 @@
 """The database file: its settings, migrations that are done whole or not at all, and clear words on failure."""
 
 import fcntl
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -395,9 +396,11 @@ def test_an_older_one_that_was_told_to_stop_has_time_to(tmp_path: Path) -> None:
         fcntl.flock(users, fcntl.LOCK_SH)
         leaving = threading.Timer(0.5, fcntl.flock, (users, fcntl.LOCK_UN))
         leaving.start()
-        connect(tmp_path).dispose()
+        connect(tmp_path, journal_mode="wal").dispose()
         leaving.join()
     assert schema_of(tmp_path / FILE_NAME) == newest_schema()
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",), "it was alone in the end"
 
 
 def test_a_database_in_use_is_known_to_be(tmp_path: Path) -> None:
