@@ -85,6 +85,9 @@ async def test_what_is_not_there(client: httpx.AsyncClient) -> None:
         answer = await client.get(f"/web/{path}")
         assert answer.status_code == 404, path
         assert answer.headers["content-type"] == "application/problem+json"
+    assert (await client.get("/web/0123456789abcdef/app.js")).json()["detail"] == (
+        "the page has no such file: reload it, in case the server has a newer one"
+    )
 
 
 async def test_it_needs_no_key(client: httpx.AsyncClient) -> None:

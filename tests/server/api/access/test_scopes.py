@@ -159,6 +159,7 @@ async def test_a_refusal_names_the_scope(locked: FastAPI, operator: httpx.AsyncC
         assert response.json()["detail"] == "this key lacks the scope train: it has generate"
         theirs = await client.post("/v1/files", json={})
         assert theirs.json()["error"]["message"] == "this key lacks the scope train: it has generate"
+        assert theirs.json()["error"]["type"] == "permission_error"
         assert (await client.get("/nowhere")).status_code == 404
         assert (await client.put("/generate", json={})).status_code == 405
 
