@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from server.engine.request import Grammar
-from server.engine.structured.json_schema import nodes, spell_out
+from server.engine.structured.json_schema import names_schema, nodes, spell_out
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions  # of its types alone
@@ -43,7 +43,11 @@ _NESTED = frozenset(
 )
 """Keywords that llguidance follows to further schemas."""
 _COMPILER = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
-_ONE_OF = "oneOf is supported where no value can fit two of its schemas: use anyOf"
+_ONE_OF = (
+    "oneOf is supported where it is plain that no value fits two of its schemas, "
+    "which a $ref alone hides: use anyOf"
+)
+_REF = "$ref must name a schema, and none inside const, default, enum, example or examples"
 _ALLOWED = bytes([200])  # in llguidance's masks, which have a byte for each token; 0: forbidden
 
 
@@ -138,6 +142,9 @@ def _check(schema: object) -> None:
     for place, node in nodes(schema):
         if "x-guidance" in node:
             raise GrammarRefused("x-guidance is not supported")
+        ref = node.get("$ref")
+        if isinstance(ref, str) and not names_schema(ref):
+            raise GrammarRefused(f"{_REF} (at {place})"[:_MAX_MESSAGE])
         least, required = node.get("minProperties"), node.get("required")
         num_required = len(set(map(str, required))) if isinstance(required, list) else 0
         # Keys that no property names may come twice, which is one property to whoever reads the answer.

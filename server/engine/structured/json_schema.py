@@ -5,8 +5,10 @@ that the calendar hasn't (2023-02-29, 0000-01-01) and leap seconds at any time, 
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from urllib.parse import unquote
 
-_MAPS = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
+_MAPS = frozenset({"properties", "patternProperties", "dependentSchemas", "dependencies", "$defs", "definitions"})
 """Keywords whose keys are names, and whose values are schemas."""
 _VALUES = frozenset({"const", "enum", "default", "example", "examples"})
 """Keywords that hold values, in which nothing is a keyword."""
@@ -27,25 +29,54 @@ _PATTERNS: Mapping[str, str] = {
 _ANY_STRING = frozenset({"password", "binary", "path"})  # OpenAPI's and Pydantic's, which restrict nothing
 
 
-def nodes(schema: object) -> Iterator[tuple[str, dict[str, object]]]:
-    """Each schema inside the document, itself first, and its place as a JSON pointer (RFC 6901) after `#`. Objects
-    under unknown keywords count as schemas, for a `$ref` may name them."""
-    todo = [("#", schema, False)]
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a node is in the document; written out only when told, for a key may be as long as the document."""
+
+    parent: "Place | None"
+    key: str | int
+
+    def __str__(self) -> str:
+        """A JSON pointer (RFC 6901) after `#`."""
+        keys: list[str] = []
+        place = self
+        while place.parent is not None:
+            keys.append(str(place.key).replace("~", "~0").replace("/", "~1"))
+            place = place.parent
+        return "/".join(["#", *reversed(keys)])
+
+
+def nodes(schema: object) -> Iterator[tuple[Place, dict[str, object]]]:
+    """Each schema inside the document, itself first, and its place. Objects under unknown keywords count as
+    schemas, for a `$ref` may name them."""
+    todo = [(Place(None, ""), schema, False)]
     while todo:
         place, node, is_map = todo.pop()
         if isinstance(node, list):
-            todo += [(f"{place}/{number}", part, False) for number, part in reversed([*enumerate(node)])]
+            parts = reversed([*enumerate(node)])
+            todo += [(Place(place, number), part, False) for number, part in parts if _is_nested(part)]
         if not isinstance(node, dict):
             continue
         if not is_map:
             yield place, node
         for key, part in reversed(node.items()):
-            if is_map or key not in _VALUES:
-                todo.append((f"{place}/{_escaped(key)}", part, not is_map and key in _MAPS))
+            if _is_nested(part) and (is_map or key not in _VALUES):
+                todo.append((Place(place, key), part, not is_map and key in _MAPS))
 
 
-def _escaped(key: str) -> str:
-    return key.replace("~", "~0").replace("/", "~1")
+def _is_nested(part: object) -> bool:
+    return isinstance(part, (dict, list))
+
+
+def names_schema(ref: str) -> bool:
+    """Whether what this `$ref` names, if anything, counts as a schema to `nodes`: not as a value, nor as a map of
+    schemas. The keys of its pointer tell, whichever schema they begin in; anchors are found in schemas alone."""
+    is_map = False
+    for key in unquote(ref.partition("#")[2]).split("/")[1:]:
+        if not is_map and key in _VALUES:
+            return False
+        is_map = not is_map and key in _MAPS
+    return not is_map
 
 
 def spell_out(schema: object) -> None:

@@ -1,16 +1,20 @@
 """JSON Schemas: which answers formats take, and how a refusal says what is refused and where."""
 
 import json
+import tracemalloc
 from collections.abc import Iterator, Mapping
 from datetime import date, datetime, time
 from pathlib import Path
+from typing import Literal
 
 import pytest
-from pydantic import UUID4, BaseModel, SecretStr
+from pydantic import UUID4, BaseModel, Field, SecretStr
 
 from adapters.errors import InvalidInput
 from server.engine.request import Grammar
+from server.engine.structured.grammar import MAX_SCHEMA_BYTES
 from server.engine.structured.guidance import Guidance
+from server.engine.structured.json_schema import nodes
 from tests.grammars import guidance_of
 from tests.tiny import own, tiny_tokenizer
 
@@ -142,7 +146,8 @@ SET = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
         ),
         (
             {"oneOf": [{"type": "integer"}, {"type": "number"}]},
-            "oneOf is supported where no value can fit two of its schemas: use anyOf",
+            "oneOf is supported where it is plain that no value fits two of its schemas, "
+            "which a $ref alone hides: use anyOf",
         ),
         (
             {"type": "object", "minProperties": 2},
@@ -162,3 +167,108 @@ def test_a_refusal_of_the_whole_has_no_place(guidance: Guidance) -> None:
     assert refused(guidance, {"$ref": "#/$defs/Missing"}) == "Pointer '/$defs/Missing' does not exist"
     either = {"oneOf": [{"type": "integer"}, {"type": "number"}]}
     assert "(at" not in refused(guidance, {"properties": {"a": either, "b": either}})  # which of them isn't known
+
+
+@pytest.mark.parametrize("item", ["0", "{}", "[]"])
+def test_walking_takes_room_by_the_schemas_length(item: str) -> None:
+    """However long the key above many nodes is."""
+    key, half = "K" * (MAX_SCHEMA_BYTES // 2), MAX_SCHEMA_BYTES // 2 - 100
+    items = ",".join([item] * (half // (len(item) + 1)))
+    schema = json.loads(f'{{"type":"object","{key}":[{items}],"last":{{}}}}')
+    tracemalloc.start()
+    try:
+        places = [place for place, _ in nodes(schema)]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert str(places[-1]) == "#/last"
+    assert len(places) == (2 if item != "{}" else 2 + items.count("{"))
+    assert peak < 100 * MAX_SCHEMA_BYTES
+
+
+FIVE: Mapping[str, object] = {"type": "object", "minProperties": 5}
+HIDDEN: Mapping[str, Mapping[str, object]] = {
+    "#/components/schemas/example": {"components": {"schemas": {"example": FIVE}}},
+    "#/components/schemas/ex%61mple": {"components": {"schemas": {"example": FIVE}}},
+    "#/examples/0": {"examples": [FIVE]},
+    "#/$defs/A/const/x": {"$defs": {"A": {"const": {"x": FIVE}}}},
+    "#/$defs": {"$defs": FIVE},
+    "#/x/properties": {"x": {"properties": {"properties": {"const": FIVE}}}},
+    "http://a.b/c#/example": {"$id": "http://a.b/c", "example": FIVE},
+}
+
+
+@pytest.mark.parametrize("ref", HIDDEN)
+def test_a_ref_to_what_is_no_schema_is_refused(guidance: Guidance, ref: str) -> None:
+    message = "$ref must name a schema, and none inside const, default, enum, example or examples"
+    schema = {"type": "array", "items": {"$ref": ref}, **HIDDEN[ref]}
+    assert refused(guidance, schema) == f"{message} (at #/items)"
+
+
+def test_a_schema_under_dependencies_is_read(guidance: Guidance) -> None:
+    """An `$id` makes it one to name, whatever it depends on is called."""
+    hidden = {"dependencies": {"const": {"$id": "http://a.b/c", **FIVE}}}
+    draft = "http://json-schema.org/draft-07/schema#"
+    schema = {"$schema": draft, "definitions": {"A": hidden}, "$ref": "http://a.b/c"}
+    assert refused(guidance, schema).endswith("(at #/definitions/A/dependencies/const)")
+
+
+@pytest.mark.parametrize(
+    "ref",
+    [
+        "#/$defs/a~1b",
+        "#/%24defs/a~1b",
+        "#/$defs/c%20d",
+        "#/$defs/example",
+        "#/$defs/list/prefixItems/0",
+        "#/properties/const",
+        "#/x-parts/day",
+        "#day",
+        "http://a.b/day",
+    ],
+)
+def test_a_ref_names_a_schema_in_many_ways(guidance: Guidance, ref: str) -> None:
+    day = {"type": "string", "format": "date"}
+    named = {"a/b": day, "c d": day, "example": day, "list": {"prefixItems": [day]}}
+    marked = {"anchor": {"$anchor": "day", **day}, "id": {"$id": "http://a.b/day", **day}}
+    rest = {"$defs": {**named, **marked}, "properties": {"const": day}, "x-parts": {"day": day}}
+    schema = {"type": "array", "items": {"$ref": ref}, **rest}
+    assert takes(guidance, schema, ["2024-02-29"])
+    assert not takes(guidance, schema, ["2023-02-29"])
+
+
+def test_a_schema_names_itself(guidance: Guidance) -> None:
+    schema = {"type": "array", "items": {"$ref": "#"}}
+    assert takes(guidance, schema, [[], [[]]])
+    assert not takes(guidance, schema, [1])
+
+
+class Cat(BaseModel):
+    kind: Literal["cat"]
+    lives: int
+
+
+class Dog(BaseModel):
+    kind: Literal["dog"]
+    name: str
+
+
+def test_a_discriminated_union_that_pydantic_writes(guidance: Guidance) -> None:
+    class Owner(BaseModel):
+        pet: Cat | Dog = Field(discriminator="kind")
+
+    schema = Owner.model_json_schema()
+    assert "oneOf" in schema["properties"]["pet"]
+    assert takes(guidance, schema, {"pet": {"kind": "cat", "lives": 9}})
+    assert takes(guidance, schema, {"pet": {"kind": "dog", "name": "a"}})
+    assert not takes(guidance, schema, {"pet": {"kind": "dog", "lives": 9}})
+
+
+def test_one_of_behind_refs_alone(guidance: Guidance) -> None:
+    """Refused, though no value fits two; what the refusal names helps, as does a type beside it."""
+    schemas = {"Cat": Cat.model_json_schema(), "Dog": Dog.model_json_schema()}
+    refs = [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}]
+    assert "which a $ref alone hides: use anyOf" in refused(guidance, {"$defs": schemas, "oneOf": refs})
+    for way in ({"anyOf": refs}, {"type": "object", "oneOf": refs}):
+        assert takes(guidance, {"$defs": schemas, **way}, {"kind": "cat", "lives": 9})
+        assert not takes(guidance, {"$defs": schemas, **way}, {"kind": "dog", "lives": 9})
