@@ -250,13 +250,10 @@ def _update_losses(progress: Progress, task: TaskID, found: Document) -> None:
 def _show_end(client: "Client", job: Document) -> None:
     console = Console(highlight=False)
     metrics, progress = cast("Document", job["metrics"]), cast("Document", job["progress"])
-    is_early = (
-        job["status"] == "succeeded" and job["kind"] == "train" and progress["step"] != progress["total_steps"]
-    )
-    if is_early and (kept := client.report(str(job["id"])).get("kept_step")) is not None:
-        steps = f"{progress['step']} of {counted(cast('int', progress['total_steps']), 'step')}"
-        told = f"Stopped early after {steps}: no evaluation was better than step {kept}'s, whose weights are kept"
-        console.print(told)
+    if job["status"] == "succeeded" and job["kind"] == "train":
+        told = _kept(progress, client.report(str(job["id"])))
+        if told:
+            console.print(told)
     if metrics["eval_loss"] is not None:
         base = number(metrics["base_eval_loss"])
         console.print(f"held-out loss {number(metrics['eval_loss'])}, the untouched base's {base}")
@@ -273,6 +270,17 @@ def _show_end(client: "Client", job: Document) -> None:
     elif job["status"] == "succeeded":
         gate = cast("Document", client.report(str(job["id"]))["gate"])
         console.print(Text(f"No version was published: {gate['reason']}"))
+
+
+def _kept(progress: Document, report: Document) -> str:
+    """That a job stopped early, and which step's weights it kept, where it isn't the last one's."""
+    step, total = progress["step"], cast("int", progress["total_steps"])
+    kept = report.get("kept_step", step)  # older reports don't have it
+    stopped = "" if step == total else f"Stopped early after {step} of {counted(total, 'step')}"
+    if kept == step:
+        return stopped
+    none = f"{stopped}: no" if stopped else "No"
+    return f"{none} evaluation was better than step {kept}'s, whose weights are kept"
 
 
 def _show_dry_run(answer: Document) -> None:

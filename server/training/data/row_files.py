@@ -28,7 +28,7 @@ _CSV_FAULTS = {
     "unexpected end of data": "a quote that opens here isn't closed",
 }
 _ENDINGS = {
-    "json": "`jq -c .[]` makes the lines of a .jsonl file of an array",
+    "json": "`jq -c '.[]'` makes the lines of a .jsonl file of an array",
     "parquet": "pandas' `to_json(orient='records', lines=True)` makes a .jsonl file of it",
     "tsv": "save the table with commas",
     "xlsx": "save the sheet as CSV UTF-8",
@@ -40,10 +40,11 @@ _BEGINNINGS = {
     codecs.BOM_UTF16_BE: "it is UTF-16: save it as UTF-8 (Excel's CSV UTF-8)",
     b"\x1f\x8b": "it is compressed by gzip: unpack it first",
     b"PK\x03\x04": "it is a zip archive or an Excel workbook: unpack it, or save the sheet as CSV UTF-8",
-    b"PAR1": f"it is a Parquet file: {_ENDINGS['parquet']}",
+    b"PAR1\x15": f"it is a Parquet file: {_ENDINGS['parquet']}",
 }
 """What files that aren't text begin with, and how rows come out of them."""
-_ARRAY = re.compile(r"\s*\[\s*(\{|$)")  # of rows
+_ARRAY = re.compile(r"\s*\[\s*(\{|$)")  # of objects
+_OF_ARRAY = f"begins an array, where each line is a row: {_ENDINGS['json']}"
 FILE = "file"
 """Where a fault is that lies in no field; the upload's name in a form."""
 
@@ -81,8 +82,8 @@ def read_jsonl(stream: BinaryIO, ignored: IgnoredFields | None = None) -> Iterat
     for line in lines:
         if not line.strip():
             continue
-        if lines.number == 1 and _ARRAY.match(line):
-            faults.stop(1, f"begins an array, where each line is a row: {_ENDINGS['json']}")
+        if lines.is_first and _begins_array_of_rows(line):
+            faults.stop(lines.number, _OF_ARRAY)
         try:
             row = parse_row(_json(line.rstrip(), FILE), ignored)
         except InvalidInput as error:
@@ -140,6 +141,17 @@ def _header_fault(names: Sequence[str]) -> str | None:
     return f"must name the columns {choices}"
 
 
+def _begins_array_of_rows(line: str) -> bool:
+    """Whether a file whose first line this is seems to be one array of rows. A list of turns is none."""
+    if not _ARRAY.match(line):
+        return False
+    try:
+        value = strict_json.parse(line)
+    except strict_json.BadJsonError:
+        return True  # the array goes on after the line
+    return isinstance(value, list) and "role" not in value[0]
+
+
 def _json(text: str, field: str) -> object:
     """Raises InvalidInput on `field`."""
     try:
@@ -186,6 +198,7 @@ class _Lines:
         """Of the line that came last."""
         self.first = 1
         """Of the line that the record began with, after `begin_record`."""
+        self._num_blank = 0
         self._record_bytes = 0
         self._stream = stream
         self._faults = faults
@@ -202,10 +215,17 @@ class _Lines:
             self.number += 1
             if self.number > MAX_LINES:
                 self._faults.stop(self.number, f"a file may have {MAX_LINES} lines, blank ones too")
-            if len(line) > MAX_LINE:
-                self._faults.stop(self.number, f"is longer than {MAX_LINE} bytes")
+            is_long = len(line) > MAX_LINE
             if self.number == 1:
+                remedies = [said for begins, said in _BEGINNINGS.items() if line.startswith(begins)]
+                if remedies:
+                    self._faults.stop(1, f"is no text: {remedies[0]}")
                 line = line.removeprefix(codecs.BOM_UTF8)
+            self._num_blank += not line.strip()
+            if is_long:
+                is_array = self.is_first and _begins_array_of_rows(line.decode(errors="replace"))
+                more = f" and {_OF_ARRAY}" if is_array else ""
+                self._faults.stop(self.number, f"is longer than {MAX_LINE} bytes{more}")
             self._record_bytes += len(line)
             if self._stops and self._record_bytes > MAX_LINE:
                 self._faults.stop(self.first, f"the record is longer than {MAX_LINE} bytes: is a quote left open?")
@@ -216,12 +236,14 @@ class _Lines:
                     return line.decode()
                 except UnicodeDecodeError as error:
                     fault = f"is not UTF-8, at byte {error.start + 1}"
-            remedies = [said for begins, said in _BEGINNINGS.items() if line.startswith(begins)]
-            if self.number == 1 and remedies:
-                self._faults.stop(1, f"{fault}: {remedies[0]}")
             if self._stops:
                 self._faults.stop(self.number, fault)
             self._faults.add(self.number, InvalidInput.of(FILE, fault))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the line that came last is the first that isn't blank."""
+        return self.number == self._num_blank + 1
 
     def begin_record(self) -> None:
         """Count the bytes from here."""

@@ -185,6 +185,33 @@ def test_an_early_stop_is_told(
     assert told in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("step", "report", "told"),
+    [
+        (9, {"kept_step": 4}, "No evaluation was better than step 4's, whose weights are kept\n"),
+        (9, {"kept_step": 9}, None),
+        (9, {}, None),  # older reports do not have it
+        (6, {}, "Stopped early after 6 of 9 steps\n"),
+    ],
+)
+def test_the_step_whose_weights_are_kept_is_told(
+    smolora: Run,
+    worker: Callable[[Callable[[StandIn], object]], None],
+    rows: str,
+    step: int,
+    report: dict[str, object],
+    told: str | None,
+) -> None:
+    worker(lambda stand_in: stand_in.succeed({"name": "codes", **report}, digest="1" * 64, step=step))
+    result = smolora("train", rows, "--name", "codes")
+    assert result.exit_code == 0, result.output
+    if told is None:
+        assert "Stopped early" not in result.stdout
+        assert "weights are kept" not in result.stdout
+    else:
+        assert told in result.stdout
+
+
 def test_a_gate_that_was_not_passed(
     smolora: Run, worker: Callable[[Callable[[StandIn], object]], None], rows: str
 ) -> None:

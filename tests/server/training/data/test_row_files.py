@@ -161,7 +161,7 @@ def test_a_bad_line_is_named(line: bytes, loc: Loc, message: str) -> None:
         (b"text\n" + b"a" * 131_073, ("file",), "line 2: is not CSV: field larger than field limit"),
         (b"messages\n[]\n", ("file", 2, "messages"), "line 2: messages must be a list of turns"),
         (b"messages\nhello\n", ("file", 2, "messages"), "line 2: messages is not JSON: Expecting value"),
-        (b"\xff\xfet\0e\0x\0t\0\n\0", ("file",), "line 1: has a NUL byte"),
+        (b"\xff\xfet\0e\0x\0t\0\n\0", ("file",), "line 1: is no text: it is UTF-16: save it as UTF-8"),
     ],
 )
 def test_a_bad_record_is_named(data: bytes, loc: Loc, message: str) -> None:
@@ -176,31 +176,62 @@ def test_a_bad_record_is_named(data: bytes, loc: Loc, message: str) -> None:
         ("text\nä\n".encode("utf-16-le"), None),
         ("\ufefftext\nä\n".encode("utf-16-le"), "UTF-16"),
         ("\ufefftext\nä\n".encode("utf-16-be"), "UTF-16"),
-        (gzip.compress(b'{"text": "a"}\n'), "gzip"),
+        (gzip.compress(b'{"text": "a"}\n', mtime=0), "gzip"),
         (b"PK\x03\x04\x14\0\x06\0", "Excel"),
+        (b"PK\x03\x04\n\0", "Excel"),  # a folder comes first, or what isn't compressed
         (b"PAR1\x15\x04\x15\0", "Parquet"),
+        (b"PAR1\x15" + b"\x04" * MAX_LINE, "Parquet"),
     ],
 )
 @pytest.mark.parametrize("file_format", ["jsonl", "csv"])
 def test_a_file_that_is_no_text_is_called_what_it_is(data: bytes, remedy: str | None, file_format: Format) -> None:
     (loc, said), *others = faults(data, file_format)
     assert loc == ("file",)
-    assert said.startswith(("line 1: has a NUL byte, at byte ", "line 1: is not UTF-8, at byte "))
-    assert (": it is " in said) is (remedy is not None)
-    if remedy is not None:
+    if remedy is None:
+        assert said.startswith(("line 1: has a NUL byte, at byte ", "line 1: is not UTF-8, at byte "))
+        assert ": it is " not in said
+    else:
+        assert said.startswith("line 1: is no text: it is ")
         assert remedy in said
         assert not others
 
 
-def test_an_array_is_told_how_it_becomes_lines() -> None:
-    for data in (b'[{"text": "a"}]', b'[\n  {"text": "a"},\n  {"text": "b"}\n]\n'):
-        assert faults(data, "jsonl") == [
-            (
-                ("file",),
-                "line 1: begins an array, where each line is a row: "
-                "`jq -c .[]` makes the lines of a .jsonl file of an array",
-            )
-        ]
+def test_a_column_may_have_the_name_that_parquet_begins_with() -> None:
+    assert csv_rows(b"PAR1,text\na,b\n") == [TextRow("b")]
+
+
+ARRAY_REMEDY = (
+    "begins an array, where each line is a row: `jq -c '.[]'` makes the lines of a .jsonl file of an array"
+)
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        (b'[{"text": "a"}]', f"line 1: {ARRAY_REMEDY}"),
+        (b'\xef\xbb\xbf[{"text": "a"}]', f"line 1: {ARRAY_REMEDY}"),
+        (b'[\n  {"text": "a"},\n  {"text": "b"}\n]\n', f"line 1: {ARRAY_REMEDY}"),
+        (b'[{"text": "a"},\n{"text": "b"}]\n', f"line 1: {ARRAY_REMEDY}"),
+        (b'\n \n[{"text": "a"}]', f"line 3: {ARRAY_REMEDY}"),
+        (b'\xef\xbb\xbf\n[\n{"text": "a"}]', f"line 2: {ARRAY_REMEDY}"),
+        (b'[{"text": "%s"}]' % (b"a" * MAX_LINE), f"line 1: is longer than {MAX_LINE} bytes and {ARRAY_REMEDY}"),
+        (
+            b'\xef\xbb\xbf[{"text": "%s"}]' % ("ä" * MAX_LINE).encode(),
+            f"line 1: is longer than {MAX_LINE} bytes and {ARRAY_REMEDY}",
+        ),
+        (b'\n[{"text": "%s"}]' % (b"a" * MAX_LINE), f"line 2: is longer than {MAX_LINE} bytes and {ARRAY_REMEDY}"),
+    ],
+)
+def test_an_array_is_told_how_it_becomes_lines(data: bytes, fault: str) -> None:
+    assert faults(data, "jsonl") == [(("file",), fault)]
+
+
+def test_a_conversation_is_not_told_to_be_split() -> None:
+    turns = b'[{"content": "{a}", "role": "user"}, {"role": "assistant", "content": "b"}]\n'
+    for data in (turns, b"\n" + turns, turns * 2):
+        for _, said in faults(data, "jsonl"):
+            assert "row must be an object, not a list: a row has" in said
+            assert "jq" not in said
 
 
 @pytest.mark.parametrize(
