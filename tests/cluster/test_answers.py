@@ -1,5 +1,6 @@
 """An API process beside Ray Serve answers as one process does, bit for bit."""
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -89,9 +90,11 @@ def test_refusals_cross_the_wire(api: ServerProcess, single: ServerProcess) -> N
 
 
 def test_a_full_queue_is_told_with_the_time_to_wait(api: ServerProcess) -> None:
-    body = {"prompt": "Full", "max_tokens": 600, "temperature": 0}
+    body = {"prompt": "Full", "max_tokens": 600, "temperature": 0, "ignore_eos": True}
+    together = threading.Barrier(90)  # a quick machine would answer some before it sent the others
 
     def ask(number: int) -> tuple[int, str | None]:
+        together.wait()
         response = api.client.post("/generate", json={**body, "prompt": f"{number} full"})
         return response.status_code, response.headers.get("Retry-After")
 
