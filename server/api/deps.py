@@ -3,7 +3,7 @@
 A route gets them as the project sees them that asks: it can't name, list or change another's things by mistake.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar, cast
 
@@ -153,10 +153,12 @@ class Services:
         """The files of the jobs."""
         return Retention(self.settings.home, self.jobs, self.bucket)
 
-    def audited(self, action: str, target: str, deed: Callable[[], T]) -> T:
+    def audited(
+        self, action: str, target: str, deed: Callable[[], T], detail: Mapping[str, object] | None = None
+    ) -> T:
         """What the deed comes to, which is then on the audit list. Blocks on disk."""
         result = deed()
-        self.access.audit.add(self.principal.key_id, action, self.principal.project, target)
+        self.access.audit.add(self.principal.key_id, action, self.principal.project, target, detail)
         return result
 
     def _seen_by(self, principal: Principal) -> "Services":

@@ -5,12 +5,13 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
+from adapters.names import alias_fault
 from server.cli.common import (
     Document,
     JsonOption,
@@ -26,12 +27,18 @@ from server.cli.common import (
     table_of,
 )
 
+if TYPE_CHECKING:
+    from server.client.client import Client
+
 _ALL = 7  # linear modules of a layer
 _VERSION = re.compile(r"[0-9]{1,18}")
 
 group = typer.Typer(invoke_without_command=True, help="List the adapters with their versions; or work on one.")
 
 ReferenceArgument = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Such as tweets or tweets@2.")]
+MeantArgument = Annotated[
+    str, typer.Argument(metavar="NAME[@VERSION|@ALIAS]", help="Such as tweets, tweets@2 or tweets@prod.")
+]
 
 
 @group.callback()
@@ -79,13 +86,26 @@ def _parsed(reference: str) -> tuple[str, int | None]:
     return name, int(version) if version else None
 
 
+def _meant(client: "Client", reference: str) -> tuple[str, int | None]:
+    """(name, version), where an alias stands for the version that it means now."""
+    name, _, alias = reference.partition("@")
+    if alias_fault(alias):
+        return _parsed(reference)
+    found = client.adapter(name)
+    aliases = cast("dict[str, int]", found["aliases"]) | {"latest": cast("int", found["latest"])}
+    if alias not in aliases:
+        typer.echo(f"smolora: no such alias: {reference} (there are {', '.join(sorted(aliases))})", err=True)
+        raise typer.Exit(1)
+    return name, aliases[alias]
+
+
 @group.command("show")
 def show_adapter(
-    reference: ReferenceArgument, as_json: JsonOption = False, url: UrlOption = None, api_key: KeyOption = None
+    reference: MeantArgument, as_json: JsonOption = False, url: UrlOption = None, api_key: KeyOption = None
 ) -> None:
     """Show an adapter's versions, or what one version was made from and how."""
-    name, number_of = _parsed(reference)
     with connected(url, api_key) as client:
+        name, number_of = _meant(client, reference)
         found = client.adapter(name) if number_of is None else client.version(name, number_of)
     if as_json:
         print_json(found)
@@ -115,7 +135,7 @@ def delete(
 
 @group.command()
 def download(
-    reference: ReferenceArgument,
+    reference: MeantArgument,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The zip to write, or a folder for it. Default: NAME-VERSION.zip."),
@@ -124,8 +144,8 @@ def download(
     api_key: KeyOption = None,
 ) -> None:
     """Download a version as a zip; PEFT reads the folder that it unpacks to."""
-    name, number_of = _parsed(reference)
     with connected(url, api_key) as client:
+        name, number_of = _meant(client, reference)
         version = cast("int", client.adapter(name)["latest"]) if number_of is None else number_of
         default = f"{name.replace('/', '-')}-{version}.zip"  # another project's has a slash
         target = output or Path(default)

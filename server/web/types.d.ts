@@ -140,4 +140,5 @@ interface AuditEntry {
   action: string;
   project: string;
   target: string;
+  detail: Record<string, unknown>;
 }

@@ -446,7 +446,8 @@ def test_the_audit_list_has_words_for_every_deed(server: ServerProcess, browser:
         log = page.get_by_role("region", name="Audit", exact=True)
         for words in ("removed a job's files", "deleted a data set", "removed an alias", "deleted a file"):
             expect(log).to_contain_text(words)
-        assert not re.search(r"\b(job|dataset|alias|file)\.delete\b", log.inner_text())
+        expect(log.get_by_role("row").filter(has_text="set an alias")).to_contain_text("plain@prod → 1")
+        assert not re.search(r"\b(job|dataset|alias|file)\.(delete|set)\b", log.inner_text())
 
 
 def test_why_no_version_was_published(server: ServerProcess, browser: Browser, job: str) -> None:

@@ -44,7 +44,9 @@ async def put_alias(services: ServicesDep, name: Name, alias: Name, body: AliasB
 
     Requests that were already accepted keep the version that the alias meant then.
     """
-    adapter = await to_thread.run_sync(services.library.point, name, alias, body.version)
+    deed = partial(services.library.point, name, alias, body.version)
+    target, detail = f"{name}@{alias}", {"version": body.version}
+    adapter = await to_thread.run_sync(services.audited, "alias.set", target, deed, detail)
     return wire.answer(adapter_answer(adapter, services.engine.stats.resident))
 
 

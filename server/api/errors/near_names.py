@@ -21,13 +21,19 @@ _PEERS = {
 }
 """What PEFT and TRL call a field of ours; None: what isn't here, though a name of ours looks like it."""
 
-_PEER_PATHS = {"/v1/responses": "/v1/chat/completions"}
-"""What isn't here, and what does its work."""
+_PEER_PATHS = {
+    "/v1/responses": "/v1/chat/completions",
+    "/v1/messages": "/v1/chat/completions",
+    "/v1/engines": "/v1/models",
+    "/v1/moderations": None,
+    "/v1/evals": None,
+}
+"""What isn't here, and what does its work; None: nothing does, though a path of ours looks like it."""
 
 
 def unknown_path(path: str, known: Iterable[str]) -> str:
     """What to tell of a path that no route has; `known` are those that one has."""
-    meant = _PEER_PATHS.get(path) or near(path, known)
+    meant = _PEER_PATHS[path] if path in _PEER_PATHS else near(path, known)
     return f"no such path{f' (did you mean {meant}?)' if meant else ''}: /docs lists them"
 
 

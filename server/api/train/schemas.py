@@ -64,7 +64,11 @@ def _validation(value: object) -> float | str | list[object] | None:
 
 _TURN = {
     "type": "object",
-    "properties": {"role": {"enum": ["system", "user", "assistant"]}, "content": {"type": "string"}},
+    "properties": {
+        "role": {"enum": ["system", "user", "assistant"]},
+        "content": {"type": "string"},
+        "weight": {"enum": [0, 1], "default": 1, "description": "0: this turn of the assistant is not trained on"},
+    },
     "required": ["role", "content"],
 }
 _ROW_FIELDS: tuple[dict[str, object], ...] = (

@@ -2,7 +2,7 @@
 
     prompt, completion   encoded apart, the prompt as /generate encodes it; trained on: completion and end token
     messages             through the base's chat template; trained on: each of the assistant's texts and its end
-                         token, but no header
+                         token, but no header, nor turns of weight 0
     text                 trained on: all of it, and the end token
 
 What is too long is cut from the right, and then loses its end token too. Nobody's text is a special token. The
@@ -12,7 +12,7 @@ first token of a row is never trained on: nothing comes before it.
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 
 from adapters.errors import FieldError, InvalidInput
 from server.counted import counted
@@ -95,14 +95,14 @@ class RowEncoder:
         return EncodedRows(examples, num_truncated, tuple(warnings))
 
     def reference(self, row: Row, max_prompt: int | None = None) -> Reference | None:
-        """The completion, or the assistant's last turn, and what comes before it; None for a text.
+        """The completion, or the last turn that is trained on, and what comes before it; None for a text.
 
         Of the prompt the first `max_prompt` tokens are kept: a base that reads no more has no room for an answer.
         """
         if isinstance(row, CompletionRow):
             prompt, text = self._encoder.prompt(row.prompt), row.completion
-        elif isinstance(row, MessagesRow) and len(row.messages) > 1:
-            prompt, text = self._encoder.messages(row.messages[:-1]), row.messages[-1].content
+        elif isinstance(row, MessagesRow) and (last := max(set(row.assistant) - row.untrained)):
+            prompt, text = self._encoder.messages(row.messages[:last]), row.messages[last].content
         else:
             return None
         return Reference(tuple(prompt[:max_prompt]), text, len(self._encoder.continuation(text)))
@@ -136,6 +136,8 @@ class RowEncoder:
         """(all tokens up to the last that is trained on, those that are, the field that they come from)."""
         if isinstance(row, MessagesRow):
             token_ids, turns = self._encoder.conversation(row.messages, self._ends)
+            trained = (place not in row.untrained for place in row.assistant)
+            turns = list(compress(turns, trained))
             last = turns[-1]
             del token_ids[last.stop :]
             if not last or token_ids[-1] not in self._ends:  # the template ends no turn

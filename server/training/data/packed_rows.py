@@ -11,7 +11,10 @@ from server.model.text.chat import ChatMessage
 from server.training.data.rows import CompletionRow, MessagesRow, Row, TextRow
 
 _Packed = tuple[type[Row], tuple[bytes, ...]]
-"""A row's shape, and its texts in their order; those of messages are role and content in turn."""
+"""A row's shape, and its texts in their order; those of messages are role and content in turn.
+
+The places of turns that aren't trained on follow, if there are any.
+"""
 
 
 class PackedRows(Sequence[Row]):
@@ -47,7 +50,10 @@ def _pack(row: Row) -> _Packed:
         return CompletionRow, (row.prompt.encode(), row.completion.encode())
     if isinstance(row, TextRow):
         return TextRow, (row.text.encode(),)
-    return MessagesRow, tuple(text.encode() for turn in row.messages for text in (turn.role, turn.content))
+    texts = [text for turn in row.messages for text in (turn.role, turn.content)]
+    if row.untrained:
+        texts.append(" ".join(map(str, sorted(row.untrained))))
+    return MessagesRow, tuple(text.encode() for text in texts)
 
 
 def _unpack(packed: _Packed) -> Row:
@@ -56,4 +62,5 @@ def _unpack(packed: _Packed) -> Row:
         return CompletionRow(*texts)
     if shape is TextRow:
         return TextRow(*texts)
-    return MessagesRow(tuple(map(ChatMessage, texts[::2], texts[1::2])))
+    untrained = frozenset(map(int, texts.pop().split())) if len(texts) % 2 else frozenset()
+    return MessagesRow(tuple(map(ChatMessage, texts[::2], texts[1::2])), untrained)

@@ -1,7 +1,7 @@
 """One row of training data, in its three shapes, and the canonical JSON that it is hashed by.
 
     {"prompt": "…", "completion": "…"}      trained on the completion
-    {"messages": [{"role", "content"}, …]}  trained on what the assistant says
+    {"messages": [{"role", "content"}, …]}  trained on what the assistant says, but for turns of "weight" 0
     {"text": "…"}                           trained on all of it
 
 `parse_row` takes what a JSON parser made and leaves nothing of it unchecked: every fault names its field, and no
@@ -40,9 +40,19 @@ class CompletionRow:
 
 @dataclass(frozen=True)
 class MessagesRow:
-    """A conversation that the assistant ends; none of the assistant's turns is empty."""
+    """A conversation that the assistant ends; none of the assistant's turns is empty.
+
+    `untrained` are the places of those of the assistant's turns that are only read, as OpenAI's fine-tuning has it
+    by `weight`; never all of them.
+    """
 
     messages: tuple[ChatMessage, ...]
+    untrained: frozenset[int] = frozenset()
+
+    @property
+    def assistant(self) -> list[int]:
+        """The places of the assistant's turns."""
+        return [place for place, turn in enumerate(self.messages) if turn.role == "assistant"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ def parse_row(value: object, ignored: IgnoredFields | None = None) -> Row:
         for name in strange:
             ignored.add(name)
     if "messages" in names:
-        return MessagesRow(_messages(value["messages"]))
+        return _messages(value["messages"])
     faults = [FieldError((name,), fault) for name in names if (fault := _text_fault(value[name]))]
     if faults:
         raise InvalidInput(faults)
@@ -109,7 +119,7 @@ def canonical_json(row: Row) -> bytes:
     if isinstance(row, CompletionRow):
         document: dict[str, object] = {"prompt": row.prompt, "completion": row.completion}
     elif isinstance(row, MessagesRow):
-        document = {"messages": [{"role": turn.role, "content": turn.content} for turn in row.messages]}
+        document = {"messages": [_turn(turn, place in row.untrained) for place, turn in enumerate(row.messages)]}
     else:
         document = {"text": row.text}
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -145,7 +155,12 @@ def _instead(strange: Sequence[str]) -> str:
     return f"; this one has {', '.join(map(shown, strange[:MAX_NAMED]))}" if strange else ""
 
 
-def _messages(value: object) -> tuple[ChatMessage, ...]:
+def _turn(turn: ChatMessage, is_untrained: bool) -> dict[str, object]:
+    """A weight of 1 is what a turn has without: rows that mean the same are the same."""
+    return {"role": turn.role, "content": turn.content} | ({"weight": 0} if is_untrained else {})
+
+
+def _messages(value: object) -> MessagesRow:
     if not isinstance(value, list) or not value:
         raise InvalidInput.of("messages", "must be a list of turns")
     if len(value) > MAX_TURNS:
@@ -163,19 +178,31 @@ def _messages(value: object) -> tuple[ChatMessage, ...]:
         faults.append(FieldError(("messages",), "must end with a turn of the assistant, to be trained on"))
     if faults:
         raise InvalidInput(faults[:MAX_FAULTS])
-    return tuple(turns)
+    row = MessagesRow(
+        tuple(turns), frozenset(place for place, turn in enumerate(value) if turn.get("weight") == 0)
+    )
+    if len(row.untrained) == len(row.assistant):
+        raise InvalidInput.of("messages", "leaves nothing to train on: each turn of the assistant has weight 0")
+    return row
 
 
 def _turn_faults(turn: object) -> list[FieldError]:
     if not isinstance(turn, Mapping):
         return [FieldError(("role",), "is missing: a turn is an object with role and content")]
-    faults = _unknown(turn, ("role", "content"), "is no field of a turn: a turn has role and content")
+    known = "is no field of a turn: a turn has role and content, and the assistant's may have weight"
+    faults = _unknown(turn, ("role", "content", "weight"), known)
     role = turn.get("role")
     if role not in ROLES:
         faults.append(FieldError(("role",), f"must be {', '.join(ROLES[:-1])} or {ROLES[-1]}"))
     fault = _text_fault(turn.get("content"), may_be_empty=role != "assistant")
     if fault:
         faults.append(FieldError(("content",), fault))
+    if "weight" in turn:
+        weight = turn["weight"]
+        if role != "assistant":
+            faults.append(FieldError(("weight",), "goes with turns of the assistant: no other is trained on"))
+        elif isinstance(weight, bool) or weight not in (0, 1):
+            faults.append(FieldError(("weight",), "must be 1, or 0 where the turn is not trained on"))
     return faults
 
 

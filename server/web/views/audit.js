@@ -15,6 +15,7 @@ const WORDS = {
   "job.delete": "removed a job's files",
   "dataset.delete": "deleted a data set",
   "file.delete": "deleted a file",
+  "alias.set": "set an alias",
   "alias.delete": "removed an alias",
   "project.limit": "set a project's limits",
   "project.delete": "deleted a project",
@@ -33,7 +34,7 @@ export function Audit({ keys }) {
   return html`<section class="card" aria-label="Audit">
     <h2>Log</h2>
     <${Fault} problem=${audit.problem} />
-    ${audit.data && !entries.length ? html`<p>Nothing yet: keys, limits, visibility and deletes are written down here.</p>` : null}
+    ${audit.data && !entries.length ? html`<p>Nothing yet: keys, limits, visibility, aliases and deletes are written down here.</p>` : null}
     ${
       entries.length
         ? html`<${Table} label="Audit" columns=${["When", "Who", "What", "Of", "Project"]}>
@@ -43,7 +44,7 @@ export function Audit({ keys }) {
                     <td>${moment(entry.at)}</td>
                     <td>${names.get(entry.who) ?? entry.who}</td>
                     <td>${WORDS[entry.action] ?? entry.action}</td>
-                    <td>${names.get(entry.target) ?? entry.target}</td>
+                    <td>${names.get(entry.target) ?? entry.target}${entry.action === "alias.set" ? ` → ${String(entry.detail.version)}` : ""}</td>
                     <td>${entry.project}</td>
                   </tr>`,
               )}

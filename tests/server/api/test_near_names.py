@@ -78,6 +78,8 @@ async def test_unknown_fields_of_openais(client: httpx.AsyncClient) -> None:
             "no such path (did you mean /v1/chat/completions?): /docs lists them",
         ),
         ("/v1/responses", "no such path (did you mean /v1/chat/completions?): /docs lists them"),
+        ("/v1/messages", "no such path (did you mean /v1/chat/completions?): /docs lists them"),
+        ("/v1/moderations", "no such path: /docs lists them"),
         ("/v1/embeddings", "no such path: /docs lists them"),
         ("/" + "a" * 1000, "no such path: /docs lists them"),
     ],

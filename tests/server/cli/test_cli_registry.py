@@ -61,6 +61,15 @@ def test_an_adapters_life(smolora: Run, server: Running, tmp_path: Path) -> None
 
     assert smolora("adapters", "alias", "life", "latest", "1").stdout == "life@latest is life@1 now\n"
     assert smolora("adapters", "alias", "life", "prod", "2").exit_code == 0
+    meant = json.loads(smolora("adapters", "show", "life@prod", "--json").stdout)
+    assert meant == json.loads(smolora("adapters", "show", "life@2", "--json").stdout)
+    assert json.loads(smolora("adapters", "show", "life@latest", "--json").stdout)["version"] == 1
+    assert smolora("adapters", "download", "life@prod", "-o", str(tmp_path)).stdout == f"{tmp_path}/life-2.zip\n"
+    strange = smolora("adapters", "show", "life@prd")
+    assert (strange.exit_code, strange.stderr) == (
+        1,
+        "smolora: no such alias: life@prd (there are latest, prod)\n",
+    )
     held = smolora("adapters", "delete", "life@2")
     assert held.exit_code == 1
     assert "held by the alias life@prod: --force deletes aliases with it" in held.stderr
@@ -74,12 +83,14 @@ def test_an_adapters_life(smolora: Run, server: Running, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("show", "a@b"),
+        ("delete", "a@b"),
+        ("show", "a@"),
+        ("show", "a@b c"),
         ("show", "a@²"),
         ("show", f"a@{'9' * 5000}"),
         ("delete", "a@"),
         ("alias", "a", "prod"),
-        ("download", "a@x"),
+        ("download", "a@-x"),
     ],
 )
 def test_what_is_no_version_is_said_before_anything_is_sent(smolora: Run, arguments: tuple[str, ...]) -> None:

@@ -574,16 +574,21 @@ async def test_an_answer_is_not_counted_twice_where_nobody_knows_whether_it_was(
 async def test_the_audit_list(app: FastAPI) -> None:
     async with two_projects(app) as projects:
         await projects.acme.post("/adapters/tweets", files=as_parts(*peft_files()))
+        await projects.acme.put("/adapters/tweets/aliases/prod", json={"version": 1})
+        refused = await projects.acme.put("/adapters/tweets/aliases/prod", json={"version": 2})
+        assert refused.status_code == 404
         await projects.acme.put("/adapters/tweets/visibility", json={"visibility": "public"})
-        await projects.acme.delete("/adapters/tweets")
+        await projects.acme.delete("/adapters/tweets?force=true")
         await projects.operator.put("/projects/acme", json={"max_jobs": 4})
-        document = (await projects.operator.get("/audit?limit=3")).json()
+        document = (await projects.operator.get("/audit?limit=4")).json()
         told = [(entry["action"], entry["project"], entry["target"]) for entry in document["entries"]]
         assert told == [
             ("project.limit", "acme", "acme"),
             ("adapter.delete", "acme", "tweets"),
             ("adapter.public", "acme", "tweets"),
+            ("alias.set", "acme", "tweets@prod"),
         ]
+        assert document["entries"][3]["detail"] == {"version": 1}
         assert document["entries"][0]["detail"]["max_jobs"] == 4
         assert document["entries"][1]["who"].startswith("key-")
         older = (await projects.operator.get(f"/audit?before={document['next']}")).json()

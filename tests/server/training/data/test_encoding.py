@@ -92,6 +92,14 @@ def test_what_is_trained_on_with_the_real_tokenizer(base_dir: Path) -> None:
     rows = RowEncoder(PromptEncoder(own(tokenizer)), EOS)
     for text in TEXTS:
         check_rows(tokenizer, rows, text)
+    weighted = MessagesRow(
+        chat("404?", "No", "What is 404?", "Not Found", "200?", "No").messages, frozenset({1, 5})
+    )
+    example = rows.encode(weighted, LONG)
+    assert targets(example) == [*plain(tokenizer, "Not Found"), EOS]
+    assert decoded(tokenizer, list(example.token_ids)).endswith(
+        "What is 404?<|im_end|>\n<|im_start|>assistant\nNot Found<|im_end|>"
+    )
     example = rows.encode(chat("What is 404?", "Not Found"), LONG)
     messages = [{"role": "user", "content": "What is 404?"}, {"role": "assistant", "content": "Not Found"}]
     whole = templated(tokenizer, messages)["input_ids"]
@@ -217,6 +225,9 @@ def test_references(tokenizer: PreTrainedTokenizerBase, rows: RowEncoder) -> Non
     length = len(plain(tokenizer, "OK"))
     assert rows.reference(CompletionRow("200", "OK")) == Reference(tuple(plain(tokenizer, "200")), "OK", length)
     assert rows.reference(row) == Reference(tuple(encoder.messages(row.messages[:3])), "OK", length)
+    earlier = MessagesRow(row.messages, frozenset({3}))
+    length = len(plain(tokenizer, "Not Found"))
+    assert rows.reference(earlier) == Reference(tuple(encoder.messages(row.messages[:1])), "Not Found", length)
     assert rows.reference(TextRow("OK")) is None
     assert rows.reference(MessagesRow((ChatMessage("assistant", "OK"),))) is None
     mixed: list[Row] = [TextRow("a"), *(CompletionRow(str(i), "b") for i in range(5))]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from adapters.errors import InvalidInput
 from server.model.text.chat import ChatMessage
+from server.training.data.packed_rows import PackedRows
 from server.training.data.rows import (
     MAX_FAULTS,
     CompletionRow,
@@ -28,9 +29,19 @@ ROWS: st.SearchStrategy[Row] = st.one_of(
     st.builds(CompletionRow, TEXT, TEXT),
     st.builds(TextRow, TEXT),
     st.builds(
-        lambda turns, last: MessagesRow((*turns, ChatMessage("assistant", last))), st.lists(TURN, max_size=4), TEXT
+        lambda turns, last, weights: conversation((*turns, ChatMessage("assistant", last)), weights),
+        st.lists(TURN, max_size=4),
+        TEXT,
+        st.lists(st.integers(0, 1), min_size=5, max_size=5),
     ),
 )
+
+
+def conversation(messages: tuple[ChatMessage, ...], weights: list[int]) -> MessagesRow:
+    """With those of the assistant's turns untrained whose weight is 0, unless all are."""
+    own = MessagesRow(messages).assistant
+    untrained = frozenset(place for place in own if not weights[place])
+    return MessagesRow(messages, untrained if len(untrained) < len(own) else frozenset())
 
 
 def faults(value: object) -> list[tuple[str | int, ...]]:
@@ -52,6 +63,32 @@ def test_the_three_shapes() -> None:
     )
     assert [kind_of(parse_row(row)) for row in ({"text": "a"}, turns("a", "b"))] == ["text", "messages"]
     assert kind_of(CompletionRow("a", "b")) == "completion"
+
+
+def test_turns_of_the_assistant_may_be_read_alone() -> None:
+    document = turns("200", "OK", "404", "Not Found", "500", "Oh")
+    plain = parse_row(document)
+    messages = document["messages"]
+    assert isinstance(plain, MessagesRow)
+    assert isinstance(messages, list)
+    messages[1]["weight"] = 0
+    messages[3]["weight"] = 1
+    weighted = parse_row(document)
+    assert weighted == MessagesRow(plain.messages, frozenset({1}))
+    assert canonical_json(weighted) == canonical_json(plain).replace(
+        b'{"content":"OK","role":"assistant"}', b'{"content":"OK","role":"assistant","weight":0}'
+    )
+    assert list(PackedRows([plain, weighted, plain])) == [plain, weighted, plain]
+    for weight in (2, -1, 0.5, True, "0", None, [0]):
+        messages[1]["weight"] = weight
+        assert faults(document) == [("messages", 1, "weight")]
+    del messages[1]["weight"]
+    messages[2]["weight"] = 0
+    assert faults(document) == [("messages", 2, "weight")]
+    del messages[2]["weight"]
+    for place in (1, 3, 5):
+        messages[place]["weight"] = 0
+    assert faults(document) == [("messages",)]
 
 
 def test_white_space_is_text_and_users_may_say_nothing() -> None:
@@ -85,7 +122,7 @@ def test_white_space_is_text_and_users_may_say_nothing() -> None:
         ({"messages": [{"role": "tool", "content": "x"}]}, [("messages", 0, "role")]),
         ({"messages": [{"role": ["user"], "content": "x"}]}, [("messages", 0, "role")]),
         ({"messages": [{"role": "assistant"}]}, [("messages", 0, "content")]),
-        ({"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, [("messages", 0, "weight")]),
+        ({"messages": [{"role": "assistant", "content": "x", "name": "y"}]}, [("messages", 0, "name")]),
         ({"messages": [{"role": "user", "content": "x"}] * 1025}, [("messages",)]),
     ],
 )
