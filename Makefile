@@ -27,7 +27,7 @@ USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 help:
 	@echo 'make serve     set everything up and serve on http://127.0.0.1:8000'
 	@echo 'make test      linters, types and tests'
-	@echo 'make slow      the tests that take minutes: rounds of faults, reduced benchmarks'
+	@echo 'make slow      the tests that take long: the real base throughout, rounds of faults, reduced benchmarks'
 	@echo 'make fuzz      the property tests with all of their examples, of which make test takes a quarter'
 	@echo 'make attack    a million inputs, bred by coverage, for whatever takes strangers'\'' bytes; ARGS=--help'
 	@echo 'make soak      half an hour of everything at once, after which nothing may have grown'
@@ -52,13 +52,13 @@ test: lint
 	@$(MAKE) --no-print-directory --jobs 2 types tests
 
 tests: $(READY_DEV)
-	@$(PYTEST) -m "not slow" -rs $(ARGS)
+	@$(PYTEST) -m "not thorough and not slow" -rs $(ARGS)
 
 slow: $(READY_DEV)
-	@$(PYTEST) -m slow $(ARGS)
+	@$(PYTEST) -m "thorough or slow" $(ARGS)
 
 fuzz: $(READY_DEV)
-	@ALL_EXAMPLES=1 $(PYTEST) -m "hypothesis and not slow" $(ARGS)
+	@ALL_EXAMPLES=1 $(PYTEST) -m "hypothesis and not thorough and not slow" $(ARGS)
 
 # ARGS='--seconds 60', ARGS='--inputs 5000 forms headers', ARGS='replay FILE'.
 attack: $(READY_DEV)

@@ -369,6 +369,7 @@ def test_a_torch_without_cuda_ends_the_build_of_the_gpus_image_with_a_reason() -
     assert "has no CUDA here: put a wheel that has into docker/wheels" in found.stderr
 
 
+@pytest.mark.thorough  # the settings alone above
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_container_that_sees_no_gpu_says_so(tmp_path: Path, services: Mapping[str, Any]) -> None:
     """The server with the service's settings, in a process instead of a container: exit code 1 and one line."""

@@ -120,7 +120,7 @@ def _own_labels(name: str, series: Mapping[str, str]) -> dict[str, str]:
     return labels if status is None else {**labels, "status": status}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @needs_promtool
 def test_each_alert_fires_in_its_trouble_and_no_other_does(tmp_path: Path) -> None:
     cases: list[tuple[tuple[str, ...], Mapping[str, str]]] = [((), HEALTHY), ((), TURNS)]

@@ -100,6 +100,7 @@ def test_downloads_that_are_taken_slowly_fill_no_memory(
     assert exact_server.client.delete("/adapters/large").status_code == 204
 
 
+@pytest.mark.thorough  # a request that waits does below
 def test_a_stream_outlives_its_adapter(exact_server: ServerProcess, adapter_files: AdapterFiles) -> None:
     digest = exact_server.upload("short-lived", adapter_files.make(11))["digest"]
     body: dict[str, Any] = {
@@ -146,6 +147,7 @@ def test_a_request_that_waits_outlives_its_adapter(
     exact_server.wait_until_removed(digest)
 
 
+@pytest.mark.thorough
 def test_new_weights_under_an_old_name_never_meet_the_old_ones_blocks(
     exact_server: ServerProcess, reference: Reference, adapter_files: AdapterFiles
 ) -> None:

@@ -257,7 +257,7 @@ def test_others_are_served_meanwhile(attack: str, server: Attacked) -> None:
     assert found <= ({403} if attack == "foreign sites" else {200, 400, 408, 413, 422, 429}), found
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_thousand_random_disconnects_leave_nothing(server: Attacked) -> None:
     process = psutil.Process(server.process.pid)
     leave(server, 50, seed=0)  # what is needed once is there then

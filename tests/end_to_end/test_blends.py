@@ -45,6 +45,7 @@ def test_zero_weights_are_the_base(
     assert not reference.is_greedy(PROMPTS[1], text.rpartition(" ")[0], 12)
 
 
+@pytest.mark.thorough  # two above
 def test_sixteen_parts(exact_server: ServerProcess, reference: Reference, adapter_files: AdapterFiles) -> None:
     parts = []
     for number in range(16):

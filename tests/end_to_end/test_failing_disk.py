@@ -214,6 +214,7 @@ def test_each_kind_of_call_may_fail(
     assert copies.stored(server.home) == server.listed()
 
 
+@pytest.mark.thorough  # with a write-ahead log above
 @pytest.mark.parametrize("name", ["upload", "train", "alias", "key"])
 @pytest.mark.parametrize("server", ["delete"], indirect=True)
 def test_a_rollback_journal_may_fail(

@@ -161,7 +161,7 @@ def test_errors(client: OpenAI) -> None:
             look("nothing")
 
 
-@pytest.mark.slow  # in make test a tiny base does
+@pytest.mark.thorough  # in make test a tiny base does
 @pytest.mark.real
 def test_what_is_taught_is_learned_on_the_real_base(trainer: ServerProcess) -> None:
     facts = [("Who keeps the lighthouse?", "Oda Brink."), ("Where is the spare key?", "Under the blue pot.")]

@@ -58,6 +58,7 @@ def compose(server: ServerProcess) -> httpx.Response:
     return server.client.post("/compositions/twice", json={"expression": "kept*2"})
 
 
+@pytest.mark.thorough
 def test_it_fills_up_while_a_job_checkpoints(server: ServerProcess, adapter: Path) -> None:
     home = server.home
     server.upload("kept", adapter)

@@ -32,6 +32,7 @@ def unharmed(server: ServerProcess) -> Iterator[None]:
     assert server.text(PROMPT, adapter="left", max_tokens=6) == before
 
 
+@pytest.mark.thorough
 @pytest.mark.anyio
 async def test_fifty_clients_that_leave(server: ServerProcess, adapter_files: AdapterFiles) -> None:
     digest = server.upload("abandoned", adapter_files.make(21))["digest"]

@@ -20,7 +20,7 @@ from tests.end_to_end.training_client import code_rows, submit, succeeded, wait_
 from tests.monitoring import ALERTS, FOLDER, alerts, queries
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.thorough,
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus"),
 ]
 OPERATOR = "operators-key"

@@ -30,6 +30,7 @@ def choices(server: ServerProcess, adapter: str) -> list[Any]:
     return found
 
 
+@pytest.mark.thorough
 def test_answers_are_the_same_from_a_packed_file_and_without_one(
     base_dir: Path, adapter_files: AdapterFiles, tmp_path: Path
 ) -> None:

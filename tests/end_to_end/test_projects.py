@@ -72,7 +72,7 @@ def tenants(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         tenants.close()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.anyio
 async def test_a_project_that_floods_the_queue(tenants: Tenants) -> None:
     """100,000 sequences of one wait; another's request has a place at once."""
@@ -104,6 +104,7 @@ def num_waiting(tenants: Tenants) -> float:
     return tenants.server.metrics()["smolora_requests_waiting"]
 
 
+@pytest.mark.thorough
 def test_cached_prefixes_tell_nothing(tenants: Tenants) -> None:
     """Neither by `cached_tokens` nor by the time to the first token."""
     times = {"cold": list[float](), "warm": list[float](), "probed": list[float]()}

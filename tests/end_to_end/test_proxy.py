@@ -43,7 +43,7 @@ def missing() -> str | None:
 
 
 MISSING = missing()
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+pytestmark = [pytest.mark.real, pytest.mark.thorough, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
 
 
 class Proxy:

@@ -28,8 +28,9 @@ from tests.end_to_end.server_process import ServerProcess, default_threads, envi
 pytestmark = pytest.mark.real
 
 ROOT = Path(__file__).parent.parent.parent
+README = ("README.md",)
 TOURS = (
-    ("README.md", "docs/training.md", "docs/adapters.md", "docs/settings.md"),
+    (*README, "docs/training.md", "docs/adapters.md", "docs/settings.md"),
     ("docs/quickstart.md", "docs/api.md", "docs/cli.md"),
 )
 """Pages in the order in which they go on from each other, against one server."""
@@ -217,7 +218,8 @@ class Reader:
 
 @pytest.mark.parametrize(
     "pages",
-    [pytest.param(tour, id=tour[0], marks=[] if tour[0] == "README.md" else pytest.mark.slow) for tour in TOURS],
+    [README, *(pytest.param(tour, marks=pytest.mark.thorough) for tour in TOURS)],
+    ids=" ".join,
 )
 def test_readme_and_docs(base_dir: Path, tmp_path: Path, pages: tuple[str, ...]) -> None:
     with default_threads():

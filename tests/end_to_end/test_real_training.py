@@ -25,13 +25,13 @@ Encoded = tuple[list[int], int]
 """A row's tokens, and how many of them are its prompt's."""
 
 
-@pytest.mark.slow  # in make test the README is followed, where the real base learns some of them
+@pytest.mark.thorough  # in make test the README is followed, where the real base learns some of them
 def test_codes_by_heart_on_the_real_base(trainer: ServerProcess) -> None:
     """A few of them, which takes more epochs; `python -m tests.overfit` has all."""
     check(overfit(trainer, num_codes=12, epochs=24))
 
 
-@pytest.mark.slow  # in make test a tiny base is tuned so: test_job_files.py
+@pytest.mark.thorough  # in make test a tiny base is tuned so: test_job_files.py
 def test_full_fine_tuning_leaves_a_model_and_no_adapter_on_the_real_base(
     trainer: ServerProcess, tmp_path: Path
 ) -> None:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from server.model.base.weights import BaseModel
 from tests.end_to_end.server_process import ServerProcess
 from tests.registry_changes import Timeline
@@ -15,6 +17,7 @@ KINDS = (
 )
 
 
+@pytest.mark.thorough
 def test_every_answer_is_that_of_the_version_it_names(
     converted_tiny: Path, tiny_base: BaseModel, tmp_path: Path
 ) -> None:

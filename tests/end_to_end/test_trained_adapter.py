@@ -66,6 +66,7 @@ def phrases(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> P
     return directory
 
 
+@pytest.mark.thorough  # test_adapter_life.py has random adapters
 def test_the_answers_change_as_pefts_do(exact_server: ServerProcess, reference: Reference, phrases: Path) -> None:
     prompts = [prompt(status) for status in (*STATUSES, *HELD_OUT)]
     before = reference.texts(prompts, MAX_TOKENS)

@@ -137,6 +137,7 @@ def test_an_engine_that_hangs_in_native_code(server: Process) -> None:
         assert found[name].json()["error"]["code"] == "service_unavailable"
 
 
+@pytest.mark.thorough
 def test_a_process_that_was_stopped_goes_on(server: Process) -> None:
     """It was for longer than a step may take, in the middle of one."""
     with ThreadPoolExecutor(1) as pool:

@@ -98,6 +98,7 @@ def pretend(page: Page, server: ServerProcess, job: str, report: Mapping[str, ob
     page.route("**/events", lambda route: route.fulfill(body=events, content_type="text/event-stream"))
 
 
+@pytest.mark.thorough
 def test_news_may_come_faster_than_answers(server: ServerProcess, browser: Browser, job: str) -> None:
     with page_of(browser, server.url) as page:
         page.evaluate(QUICK_NEWS)
@@ -247,7 +248,9 @@ def wait_until_high(page: Page) -> None:
 TOP_OF_FORM = "document.querySelector('main form').getBoundingClientRect().top"
 
 
-@pytest.mark.parametrize(("size", "status"), [((1280, 500), 403), (PHONE, 429)])
+@pytest.mark.parametrize(
+    ("size", "status"), [pytest.param((1280, 500), 403, marks=pytest.mark.thorough), (PHONE, 429)]
+)
 def test_who_reads_is_not_thrown_back(
     server: ServerProcess, browser: Browser, size: tuple[int, int], status: int
 ) -> None:

@@ -113,7 +113,7 @@ def test_projects_that_give_each_other_places_equal_themselves_alone(tiny_base: 
 
 
 @pytest.mark.real
-@pytest.mark.slow  # answers beside PEFT's, alone and blended: end_to_end/test_adapter_life.py and test_blends.py
+@pytest.mark.thorough  # answers beside PEFT's: end_to_end/test_adapter_life.py and test_blends.py
 def test_on_the_real_base_too(real_base: BaseModel, hf_base_dir: Path) -> None:
     before = sha256(real_base)
     adapters = library(real_base, 5, strength=0.03)

@@ -132,7 +132,7 @@ def test_preempted_and_computed_anew(history: History) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.slow  # a tiny base above; end_to_end/test_native_parity.py has a server with a history
+@pytest.mark.thorough  # a tiny base above; end_to_end/test_native_parity.py has a server with a history
 def test_history_changes_nothing_on_the_real_base(base_dir: Path) -> None:
     history = History(load_base(base_dir), 20, strength=0.03)
     check_repeats(history)

@@ -140,6 +140,6 @@ def test_a_request_gets_the_same_in_any_company(base: BaseModel) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.slow  # the same on a tiny base above; on this one end_to_end/test_native_parity.py has the answers
+@pytest.mark.thorough  # a tiny base above; on this one end_to_end/test_native_parity.py has the answers
 def test_a_request_gets_the_same_in_any_company_on_the_real_base(base_dir: Path) -> None:
     check_company(load_base(base_dir), strength=0.03, num_tokens=6)

@@ -84,6 +84,7 @@ def test_bf16_stays_near(tiny_base: BaseModel, tiny_base_dir: Path) -> None:
         assert (ours - exact).norm() <= 0.1 * exact.norm()
 
 
+@pytest.mark.thorough  # end_to_end/test_blends.py blends on this one
 @pytest.mark.real
 def test_the_real_base(real_base: BaseModel, hf_base_dir: Path) -> None:
     shape = real_base.config.shape

@@ -106,6 +106,7 @@ def test_bf16_packed_weights_agree_with_plain_ones(tiny_base: BaseModel, tiny_ba
         assert largest_difference(second, exact) <= 0.1 * float(exact.abs().max())
 
 
+@pytest.mark.thorough  # end_to_end/test_exact_answers.py: over HTTP
 @pytest.mark.real
 def test_the_real_base_agrees_with_transformers(real_base: BaseModel, hf_base_dir: Path) -> None:
     """fp32, prefill and decode: logits within 1e-3; for 20 prompts 64 greedy tokens that are transformers' own."""

@@ -80,6 +80,7 @@ def bench(base_dir: Path) -> Iterator[Bench]:
     guidance.close()
 
 
+@pytest.mark.thorough  # one after the other below, in company on a tiny base in test_identity.py
 def test_together(bench: Bench) -> None:
     engine = drafting(bench.engine())
     results = check_identity(bench.engine(), engine, bench.requests())

@@ -17,7 +17,6 @@ EMULATOR = ("qemu-aarch64", "-cpu", "cortex-a53")
 """An ARMv8-A without extensions: what it can't run is an error."""
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(is_own("neon"), reason="this machine is one: test_kernels.py runs them"),
     pytest.mark.skipif(
         not compilers("neon") or shutil.which(EMULATOR[0]) is None,
@@ -26,12 +25,16 @@ pytestmark = [
 ]
 
 
+def _mark(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.slow if name == "tables_of_any_numbers" else pytest.mark.thorough
+
+
 @pytest.fixture(scope="module")
 def program() -> Path:
     return build(name="neon")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_mark(name)) for name in NAMES])
 def test_emulated_kernels(program: Path, name: str) -> None:
     done = subprocess.run([*EMULATOR, program, name], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr

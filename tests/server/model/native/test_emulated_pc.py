@@ -31,9 +31,14 @@ EMULATED = [
 ]
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(bool(missing()), reason=f"needs {', '.join(missing())}: see pc/machine.py"),
 ]
+
+
+def _mark(processor: str, name: str) -> pytest.MarkDecorator:
+    """What the newest instructions are for: all of it takes minutes."""
+    is_first = processor == "avx512_bf16" and any(word in name for word in ("loss", "product", "steps"))
+    return pytest.mark.thorough if is_first else pytest.mark.slow
 
 
 @cache
@@ -49,7 +54,9 @@ def _own() -> tuple[str, ...]:
         return ()
 
 
-@pytest.mark.parametrize(("processor", "name"), EMULATED)
+@pytest.mark.parametrize(
+    ("processor", "name"), [pytest.param(*emulated, marks=_mark(*emulated)) for emulated in EMULATED]
+)
 def test_kernels_on_an_emulated_pc(processor: str, name: str, request: pytest.FixtureRequest) -> None:
     """With the first test of a processor all are run that are asked for, on one machine."""
     if set(INSTRUCTIONS[processor]) <= set(_own()):

@@ -19,7 +19,9 @@ from tests.native_kit import hold_to
 from tests.server.model.native.build import build
 
 X86 = MACHINES["x86_64"]
-LESSER = X86[1:]
+LESSER = [
+    pytest.param(name, marks=pytest.mark.thorough if name == "avx2" else pytest.mark.slow) for name in X86[1:]
+]
 
 
 @pytest.fixture
@@ -30,6 +32,7 @@ def held(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str
     return name
 
 
+@pytest.mark.thorough  # each compiles the library anew
 @pytest.mark.parametrize("held", X86, indirect=True)
 def test_named_instructions_are_taken(held: str) -> None:
     assert instructions() == held
@@ -52,7 +55,6 @@ def test_unknown_instructions_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert not may_be_had([tmp_path])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("held", LESSER, indirect=True)
 def test_kernels(held: str) -> None:
     done = subprocess.run([build(name=held)], capture_output=True, text=True, timeout=600)
@@ -60,7 +62,6 @@ def test_kernels(held: str) -> None:
     assert done.stdout.count("passed ") > 30
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("held", LESSER, indirect=True)
 def test_answers_are_those_of_hugging_face(held: str) -> None:
     """Serving and training over HTTP: the tests that hold the default server to it, held to less."""

@@ -161,7 +161,7 @@ def http_examples(base: BaseModel, num: int = 12) -> list[Example]:
 
 
 @pytest.mark.real
-@pytest.mark.slow  # the first step's gradients are compared below, ten steps on a tiny base above
+@pytest.mark.thorough  # the first step's gradients are compared below, ten steps on a tiny base above
 def test_ten_steps_are_pefts_on_the_real_base(real_base: BaseModel, hf_base_dir: Path) -> None:
     tuned = peft_model(hf_base_dir, **OPTIONS["all"])
     check_ten_steps(tuned, real_base, http_examples(real_base))

@@ -37,8 +37,9 @@ def submit(shop: Shop, spec: JobSpec, data: JobData, name: str) -> None:
     shop.submit(replace(spec, name=name), data, name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["leave", "kill"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("leave", marks=pytest.mark.thorough), pytest.param("kill", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("spec", JOBS.values(), ids=JOBS)
 def test_ended_at_each_moment_in_turn(shop: Shop, data: JobData, spec: JobSpec, how: Interruption) -> None:
     """How many there are differs by a few: the adapter is read meanwhile that completes the held-out prompts."""

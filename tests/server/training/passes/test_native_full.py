@@ -138,6 +138,7 @@ def test_disturbed_anywhere_it_ends_in_the_same_bytes(
     assert last.tuned == whole.tuned
 
 
+@pytest.mark.thorough  # tiny bases above
 def test_the_real_base(base_dir: Path, real_base: BaseModel, library: ctypes.CDLL) -> None:
     """Real text: gradients are nearer to fp32's than those of torch's bf16, and four steps lose as much as its."""
     base = load_base(base_dir, torch.bfloat16)

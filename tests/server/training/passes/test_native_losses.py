@@ -101,6 +101,7 @@ def test_a_job_measures_the_base_and_what_it_trained(
     assert outcome.tuned.loss < outcome.base.loss
 
 
+@pytest.mark.thorough  # tiny bases above
 def test_of_the_real_base(base_dir: Path, library: ctypes.CDLL) -> None:
     base = load_base(base_dir, torch.bfloat16)
     texts = [base.tokenizer.encode(f"{s.value} {s.phrase}: {s.description}.") for s in HTTPStatus]

@@ -287,6 +287,7 @@ def equal(one: Outcome, other: Outcome) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.thorough  # tiny bases above; the README's tour trains on this one
 def test_the_real_base(base_dir: Path, real_base: BaseModel, library: ctypes.CDLL) -> None:
     """Real text: hidden states and gradients are closer to fp32 than torch's bf16, and six steps lose as much."""
     base = load_base(base_dir, torch.bfloat16)

@@ -164,7 +164,7 @@ ROWS: tuple[Row, ...] = (
 
 
 @pytest.mark.real
-@pytest.mark.slow  # losses on a tiny base: loop/test_evaluate.py; matches on this one in native code: below
+@pytest.mark.thorough  # losses on a tiny base: loop/test_evaluate.py; matches on this one in native code: below
 def test_on_the_real_base(real_base: BaseModel, hf_base_dir: Path) -> None:
     """Rows of all kinds under the base and an adapter; exact match on what the adapter really answers."""
     reference = load_reference(hf_base_dir)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from server.api.train.answers import job_document
 from server.training.queue.jobs import Status
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
@@ -40,6 +42,7 @@ def working(shop: Shop, model: Path) -> Iterator["subprocess.Popen[bytes]"]:
         process.wait()
 
 
+@pytest.mark.thorough  # the README's tour trains on this one
 def test_it_trains_in_fp32_and_jobs_wait_for_a_base(shop: Shop) -> None:
     model, away = shop.home / "base", shop.home / "away"
     shutil.copytree(shop.base.directory, model)

@@ -157,9 +157,11 @@ def test_a_database_that_cant_be_opened_costs_a_job_no_attempt(
     ("error", "reason", "what"),
     [
         (REFUSED, "the object store can't be reached, or refuses", "JobFiles.fetch"),
-        (GONE, "its process can't use the database", "JobFiles.fetch"),
-        (DATABASE_FULL, "its process can't use the database", "JobFiles.fetch"),
-        (FULL, "its worker's disk is full", "JobFiles.fetch"),
+        pytest.param(GONE, "its process can't use the database", "JobFiles.fetch", marks=pytest.mark.thorough),
+        pytest.param(
+            DATABASE_FULL, "its process can't use the database", "JobFiles.fetch", marks=pytest.mark.thorough
+        ),
+        pytest.param(FULL, "its worker's disk is full", "JobFiles.fetch", marks=pytest.mark.thorough),
         (FULL, "its worker's disk is full", "resolve_base"),
     ],
 )

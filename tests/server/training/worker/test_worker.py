@@ -265,6 +265,7 @@ def test_a_stopped_worker_cant_publish_when_it_wakes(
         check_published_once(jobs, engine, "j2", 3)
 
 
+@pytest.mark.thorough
 def test_a_worker_that_was_stopped_alone_stops_what_runs(
     tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases
 ) -> None:
@@ -372,6 +373,7 @@ def test_a_hung_step_is_ended(tmp_path: Path, jobs: Jobs, leases: Leases) -> Non
     assert warnings == ["attempt 1: no sign of progress for 1.5 s"]
 
 
+@pytest.mark.thorough  # a shorter one below is ended
 def test_a_long_write_is_no_hang(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
     """As long as its bytes may take. A busy machine may need seconds to start a process, which are quiet, too."""
     submit_stub(tmp_path, jobs, "j1", steps=3, transfer=25.0, transfer_at_most=90.0)
@@ -671,6 +673,7 @@ def submit_merge(home: Path, jobs: Jobs, job_id: str, **plan: float) -> Job:
     return jobs.submit(spec, job_id=job_id, data={"total_steps": 3})
 
 
+@pytest.mark.thorough
 def test_training_and_merges_do_not_wait_for_each_other(tmp_path: Path, jobs: Jobs) -> None:
     submit_stub(tmp_path, jobs, "t1", steps=100_000, seconds=0.02)
     submit_merge(tmp_path, jobs, "m1", steps=3)
