@@ -337,6 +337,7 @@ def test_methods_are_compared_at_rates_that_others_chose() -> None:
     assert (in_torch.trial.rank, in_torch.trial.native, in_torch.trial.learning_rate) == (16, False, 2.5e-4)
 
 
+@pytest.mark.thorough
 def test_a_run_is_kept_for_what_it_was_run_with(tmp_path: Path, source: Path, tiny_base_dir: Path) -> None:
     base = resolve_base(str(tiny_base_dir), tmp_path / "home")
     kept = tmp_path / "kept"

@@ -121,6 +121,7 @@ def test_a_second_signal_ends_it_now(server: ServerProcess, second: signal.Signa
     wait_until(lambda: not any(process.is_running() for process in running), 10, "its children's end")
 
 
+@pytest.mark.thorough
 def test_a_second_signal_ends_what_hangs(tmp_path: Path, converted_tiny: Path) -> None:
     """A step that never returns, long before the watchdog says so."""
     server = Process(tmp_path, converted_tiny, least_seconds=600)

@@ -256,6 +256,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "isn't empty" in str(refusal.exception)
 
 
+@pytest.mark.thorough
 def test_through_a_pipe(tmp_path: Path) -> None:
     """As from one container to another; what breaks the pipe is told, and what was cut off is refused."""
     home, again = tmp_path / "home", tmp_path / "again"

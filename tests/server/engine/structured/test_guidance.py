@@ -93,6 +93,7 @@ def mask(constraint: Constraint) -> list[bool]:
     return [bool(one) for one in forbidden]
 
 
+@pytest.mark.thorough
 def test_what_is_forced_is_all_that_may_come(guidance: Guidance) -> None:
     """Along random walks: nothing else is allowed but other splits of the same text, whose longest token is told;
     where there is a choice, nothing is."""

@@ -203,7 +203,7 @@ def real_base_in_bf16(base_dir: Path) -> BaseModel:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("with_adapter", [False, True])
+@pytest.mark.parametrize("with_adapter", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_exact_match_in_native_code(
     real_base_in_bf16: BaseModel, real_reference: PreTrainedModel, with_adapter: bool
 ) -> None:

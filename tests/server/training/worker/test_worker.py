@@ -238,7 +238,7 @@ def test_killed_at_random_it_ends_as_if_undisturbed(
         assert not mine or mine[0] % 7 == 1
 
 
-@pytest.mark.parametrize("where", ["between steps", "before publishing"])
+@pytest.mark.parametrize("where", [pytest.param("between steps", marks=pytest.mark.thorough), "before publishing"])
 def test_a_stopped_worker_cant_publish_when_it_wakes(
     tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases, where: str
 ) -> None:
