@@ -1,4 +1,7 @@
-"""GET /health, /ready and /metrics: is the process there, can it serve, what has it done."""
+"""GET /health, /ready and /metrics: is the process there, can it serve, what has it done.
+
+What watches addresses often asks by HEAD: the first two answer that, too.
+"""
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter
@@ -15,12 +18,14 @@ _rendering = CapacityLimiter(1)
 router = APIRouter(tags=["health"])
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Can the process answer?")
 async def health() -> Response:
     """200 while the process can serve. No key needed."""
     return wire.answer({"status": "ok"})
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", summary="Can it serve?", responses=READY)
 async def ready(services: ServicesDep) -> Response:
     """200 while the model is loaded, the engine makes progress and the server is not shutting down: the

@@ -17,12 +17,14 @@ async def test_health_is_about_the_process_alone(client: httpx.AsyncClient, engi
     engine.dead = True
     response = await client.get("/health")
     assert (response.status_code, response.json()) == (200, {"status": "ok"})
+    assert (await client.head("/health")).status_code == 200
 
 
 @pytest.mark.parametrize("state", ["dead", "draining", "loading"])
 async def test_ready_only_while_it_can_serve(client: httpx.AsyncClient, engine: FakeEngine, state: str) -> None:
-    assert (await client.get("/ready")).status_code == 200
+    assert (await client.get("/ready")).status_code == (await client.head("/ready")).status_code == 200
     setattr(engine, state, True)
+    assert (await client.head("/ready")).status_code == 503
     response = await client.get("/ready")
     assert response.status_code == 503
     assert response.headers["content-type"] == "application/problem+json"
