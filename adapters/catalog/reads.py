@@ -139,19 +139,22 @@ def version_of(rows: Sequence[sa.RowMapping]) -> Version:
 def resolve(connection: sa.Connection, terms: Sequence[Term], field: str, of: Viewpoint) -> tuple[Part, ...]:
     """See `Catalog.resolve`."""
     terms = [replace(term, name=of.key(term.name)) for term in terms]
-    known = [(place, term) for place, term in enumerate(terms) if (term.version or 0) <= MAX_VERSION]
+    hidden = _hidden(connection, {place: term.name for place, term in enumerate(terms)}, of)
+    known = [
+        (place, term)
+        for place, term in enumerate(terms)
+        if place not in hidden and (term.version or 0) <= MAX_VERSION
+    ]
     rows: Sequence[sa.RowMapping] = ()
     if known:
         rows = connection.execute(sa.union_all(*(lookup(place, term) for place, term in known))).mappings().all()
     found = {row["term"] for row in rows}
-    if not of.sees_all:
-        found -= _hidden(connection, {place: terms[place].name for place in found}, of)
     if missing := [term for place, term in enumerate(terms) if place not in found]:
         raise NotFound("; ".join(why_missing(connection, of, *missing)))
     leaves = tuple(_leaf(row, terms[row["term"]]) for row in sorted(rows, key=_order))
     _check_leaves(leaves, field)
-    if not of.sees_all and (hidden := _hidden(connection, {leaf: leaf.name for leaf in leaves}, of)):
-        told = ", ".join(sorted({f"{of.shown(leaf.name)}@{leaf.version}" for leaf in hidden}))
+    if unshared := _hidden(connection, {leaf: leaf.name for leaf in leaves}, of):
+        told = ", ".join(sorted({f"{of.shown(leaf.name)}@{leaf.version}" for leaf in unshared}))
         raise NotFound(f"a composition has parts that their project no longer shares: {told}")
     return leaves
 
@@ -160,8 +163,11 @@ _T = TypeVar("_T")
 
 
 def _hidden(connection: sa.Connection, keys: Mapping[_T, str], of: Viewpoint) -> set[_T]:
-    """Those whose key is another project's, and not public: a look-up only where there is any of another's."""
-    others = {key for key in keys.values() if not of.owns(key)}
+    """Those whose key is another project's and not that of a public name: a look-up only where there is any of
+    another's. It is the same, and all that is done, for a private name and for one that there isn't: how long an
+    answer takes tells nothing of which it is.
+    """
+    others = set() if of.sees_all else {key for key in keys.values() if not of.owns(key)}
     if not others:
         return set()
     public = sa.select(names.c.name).where(names.c.name.in_(others), names.c.is_public)
@@ -187,12 +193,9 @@ def why_missing(connection: sa.Connection, of: Viewpoint, *terms: Term) -> list[
     What there is of another project and isn't public is as if there were nothing. Some look-ups by name, however
     many adapters there are and however many terms.
     """
-    rows = connection.execute(_LATEST, {"names": list({term.name for term in terms})})
+    asked = {term.name: term.name for term in terms}
+    rows = connection.execute(_LATEST, {"names": list(asked.keys() - _hidden(connection, asked, of))})
     latest = {row.name: row.latest for row in rows if row.latest is not None}
-    if not of.sees_all:
-        latest = {
-            key: latest[key] for key in latest.keys() - _hidden(connection, {key: key for key in latest}, of)
-        }
     unsaid = {"name": _GUESSED, "version": _GUESSED, "alias": _GUESSED}
 
     def hint(kind: str, tell: Callable[[sa.Connection, str, Viewpoint], str], name: str) -> str:

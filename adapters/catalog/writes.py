@@ -194,7 +194,8 @@ def _refuse_held(connection: sa.Connection, name: str, number: int | None, force
     if not holders:
         return
     helps = ["?force=true deletes aliases with it"] if has_aliases else []
-    helps += ["delete the compositions first"] if blended else []
+    helps += ["delete the compositions first"] if len(rows) > num_others else []
+    helps += ["make it private, which ends their use, and ask the operator to delete theirs"] if num_others else []
     shown = f"{', '.join(holders[:20])}{', …' if len(holders) > 20 else ''}"
     raise Conflict(f"held by {shown}: {'; '.join(helps)}")
 

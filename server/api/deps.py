@@ -154,11 +154,19 @@ class Services:
         return Retention(self.settings.home, self.jobs, self.bucket)
 
     def audited(
-        self, action: str, target: str, deed: Callable[[], T], detail: Mapping[str, object] | None = None
+        self,
+        action: str,
+        target: str,
+        deed: Callable[[], T],
+        detail: Mapping[str, object] | None = None,
+        project: str | None = None,
     ) -> T:
-        """What the deed comes to, which is then on the audit list. Blocks on disk."""
+        """What the deed comes to, which is then on the audit list. Blocks on disk.
+
+        `project`: whose thing it is, where that may be another's than the caller's own.
+        """
         result = deed()
-        self.access.audit.add(self.principal.key_id, action, self.principal.project, target, detail)
+        self.access.audit.add(self.principal.key_id, action, project or self.principal.project, target, detail)
         return result
 
     def _seen_by(self, principal: Principal) -> "Services":

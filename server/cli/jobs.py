@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from adapters.viewpoint import DEFAULT_PROJECT
 from server.cli.common import (
     Document,
     JsonOption,
@@ -59,8 +60,12 @@ def jobs(
 
 
 def _jobs_table(jobs: Sequence[Document]) -> Table:
-    table = table_of("job", "name", "status", "steps", "loss", "held out", "base's", "adapter")
-    for job in jobs:
+    """Whose each is, too, unless all are of the project that is always there."""
+    projects = [str(job.get("project", DEFAULT_PROJECT)) for job in jobs]  # an older server doesn't say
+    tells_project = any(project != DEFAULT_PROJECT for project in projects)
+    whose = ["project"] if tells_project else []
+    table = table_of("job", *whose, "name", "status", "steps", "loss", "held out", "base's", "adapter")
+    for project, job in zip(projects, jobs, strict=True):
         progress, metrics = part_of(job, "progress"), part_of(job, "metrics")
         status = str(job["status"])
         if job["position"] is not None:
@@ -68,6 +73,7 @@ def _jobs_table(jobs: Sequence[Document]) -> Table:
         adapter = "" if job["adapter"] is None else "{name}@{version}".format(**part_of(job, "adapter"))
         table.add_row(
             Text(str(job["id"])),
+            *([Text(project)] if tells_project else []),
             Text(str(job["name"])),
             Text("pausing" if job["pausing"] else status),
             f"{progress['step']}/{progress['total_steps']}",

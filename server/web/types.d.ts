@@ -52,6 +52,7 @@ type JobStatus = "queued" | "running" | "paused" | "succeeded" | "failed" | "can
 
 interface Job {
   id: string;
+  project: string;
   kind: string;
   name: string;
   status: JobStatus;

@@ -103,6 +103,19 @@ def test_another_project_sees_nothing(server: ServerProcess, browser: Browser, a
         assert violations(page) == []
 
 
+def test_the_operator_sees_whose_a_job_is(server: ServerProcess, browser: Browser, admin: str) -> None:
+    assert server.client.put("/projects/theirs", json={}).status_code == 200
+    for project in ("theirs", "default"):
+        body = {"name": f"codes-{project}", "data": [{"text": "a"}] * 2, "validation": 0}
+        headers = {"OpenAI-Project": project}
+        assert server.client.post("/train", json=body, headers=headers).status_code == 202
+    with page_of(browser, f"{server.url}/#/train") as page:
+        sign_in(page, admin)
+        jobs = page.get_by_role("navigation", name="Jobs")
+        expect(jobs.get_by_role("link", name="codes-theirs")).to_contain_text("of theirs")
+        expect(jobs.get_by_role("link", name="codes-default")).not_to_contain_text("of default")
+
+
 def test_where_a_key_is_kept(server: ServerProcess, browser: Browser, admin: str) -> None:
     """In this tab, until it is closed or one signs out; in no address, no cookie, nothing that stays."""
     with page_of(browser, server.url) as page:

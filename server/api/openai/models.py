@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from adapters.errors import InvalidInput, NotFound
 from adapters.expression import MAX_LENGTH
+from adapters.viewpoint import split_key
 from server.api import wire
 from server.api.deps import Services, ServicesDep
 from server.api.openai.calls import terms_of
@@ -61,8 +62,10 @@ async def delete(model: Annotated[str, Path(max_length=MAX_LENGTH)], services: S
     name, version = terms[0].name, terms[0].version
     library = services.library
     deed = partial(library.delete, name) if version is None else partial(library.delete_version, name, version)
+    project, own = split_key(services.principal.viewpoint.key(name))
+    target = own if version is None else f"{own}@{version}"
     try:
-        await to_thread.run_sync(services.audited, "adapter.delete", model, deed)
+        await to_thread.run_sync(services.audited, "adapter.delete", target, deed, None, project)
     except NotFound as error:
         raise ModelNotFound(str(error)) from None
     return wire.answer({"id": model, "object": "model", "deleted": True})

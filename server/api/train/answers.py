@@ -34,6 +34,8 @@ def job_document(job: Job) -> dict[str, object]:
     """A job as GET /train/{id} has it."""
     return {
         "id": job.id,
+        "project": job.project,
+        "key": job.key_id,
         "kind": job.kind,
         "name": job.name,
         "status": job.status.value,

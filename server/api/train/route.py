@@ -201,8 +201,7 @@ async def remove_files(services: ServicesDep, job_id: JobId) -> Response:
     Its record, events and report stay, and so do the versions that it published and the data sets that it
     used. Repeating the request gives the same answer.
     """
-    deed = partial(services.retention.remove, job_id)
-    await to_thread.run_sync(services.audited, "job.delete", job_id, deed)
+    await to_thread.run_sync(_remove_files, services, job_id)
     return Response(status_code=204)
 
 
@@ -231,6 +230,11 @@ def _events(jobs: Jobs, path: str, job_id: str, after: int, limit: int) -> Respo
 
 async def _steer(move: Callable[[str], Job], job_id: str) -> Response:
     return wire.answer(job_document(await to_thread.run_sync(move, job_id)))
+
+
+def _remove_files(services: Services, job_id: str) -> None:
+    project = services.jobs.get(job_id).project  # the operator's removals are another's, too
+    services.audited("job.delete", job_id, partial(services.retention.remove, job_id), project=project)
 
 
 def _model(services: Services, job_id: str) -> StoredZip:

@@ -224,6 +224,8 @@ class RowCounts(BaseModel):
 
 class JobAnswer(BaseModel):
     id: str
+    project: str = Field(description="whose it is: names in it are that project's own")
+    key: str | None = Field(description="the id of the key that submitted it; null: none")
     kind: Literal["train", "merge"]
     name: str
     status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]

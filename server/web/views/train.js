@@ -58,6 +58,7 @@ export function TrainView({ path: [id] }) {
                 <a href=${to("train", job.id)} aria-current=${job.id === id ? "true" : undefined}>
                   <span class="name">${job.name}</span>
                   <${Status} job=${job} />
+                  ${job.project === "default" ? null : html`<small>of ${job.project}</small>`}
                   ${job.adapter ? html`<small>version ${job.adapter.version}</small>` : null}
                   <small>${ago(job.created_at)}</small>
                   ${job.status === "running" ? html`<${Bar} label="progress" value=${job.progress.step} most=${job.progress.total_steps ?? 0} />` : null}

@@ -85,6 +85,21 @@ def test_what_is_said_costs_little_whatever_is_stored(crowd: sa.Engine, num_term
     assert best < 0.005
 
 
+@pytest.mark.parametrize("end", ["", "@1", "@prod", "*0.5"])
+def test_a_private_name_is_looked_for_as_one_that_there_isnt(crowd: sa.Engine, end: str) -> None:
+    """The same statements: how long a 404 takes tells nobody what another project has."""
+    asked: list[str] = []
+    sa.event.listen(crowd, "before_cursor_execute", lambda *args: asked.append(args[2]))
+    stranger = Catalog(crowd).of(Viewpoint("stranger"))
+    statements = []
+    for name in ("default/tweets", "default/zqkkzv"):  # of which slips make as many names
+        asked.clear()
+        with pytest.raises(NotFound, match=f"^no such adapter: {name}{end.removesuffix('*0.5')}$"):
+            stranger.resolve(parse(name + end))
+        statements.append(list(asked))
+    assert statements[0] == statements[1]
+
+
 def test_what_is_said_is_a_few_indexed_queries(crowd: sa.Engine) -> None:
     seen: list[tuple[str, tuple[object, ...]]] = []
     sa.event.listen(crowd, "before_cursor_execute", lambda *args: seen.append((args[2], args[3])))

@@ -271,6 +271,17 @@ def test_detach_and_steer(smolora: Run, rows: str) -> None:
     assert "cancelled" in followed.stdout
 
 
+def test_jobs_of_projects_are_listed_with_them(smolora: Run, server: Running, rows: str) -> None:
+    _, secret = server.services.access.keys.create("ci", who="test", project="acme")
+    acme = {"SMOLORA_API_KEY": secret}
+    job_id = smolora("train", rows, "--name", "codes", "--detach", environment=acme).stdout.strip()
+    heading, line = smolora("jobs", job_id).stdout.splitlines()
+    assert (heading.split()[:3], line.split()[:3]) == (["job", "project", "name"], [job_id, "acme", "codes"])
+    assert smolora("jobs", job_id, "--cancel").exit_code == 0
+    own = smolora("train", rows, "--name", "codes", "--detach").stdout.strip()
+    assert "project" not in smolora("jobs", own, "--cancel").stdout
+
+
 def test_files_of_a_job_that_has_ended(smolora: Run, server: Running, rows: str) -> None:
     job_id = smolora("train", rows, "--name", "codes", "--detach").stdout.strip()
     refused = smolora("jobs", job_id, "--delete")

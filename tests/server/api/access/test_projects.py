@@ -186,6 +186,19 @@ async def test_a_composition_is_public_only_with_its_parts(projects: Projects) -
     assert (await acme.post("/compositions/mix", json={"expression": "secret"})).status_code == 409
 
 
+async def test_each_holder_of_an_adapter_has_its_own_way_out(projects: Projects) -> None:
+    await upload(projects.acme)
+    await projects.acme.put("/adapters/tweets/visibility", json={"visibility": "public"})
+    await projects.acme.post("/compositions/half", json={"expression": "tweets*0.5"})
+    await projects.other.post("/compositions/mine", json={"expression": "acme/tweets*0.5"})
+    held = (await projects.acme.delete("/adapters/tweets?force=true")).json()["detail"]
+    assert held.startswith("held by the composition half@1, 1 composition of other projects: delete the ")
+    assert "compositions first; make it private" in held
+    await projects.acme.delete("/adapters/half")
+    assert (await projects.operator.delete("/v1/models/other/mine")).is_success
+    assert (await projects.acme.delete("/adapters/tweets")).status_code == 204
+
+
 async def test_a_composition_of_anothers_ends_with_their_consent(projects: Projects) -> None:
     await upload(projects.acme)
     await projects.acme.put("/adapters/tweets/visibility", json={"visibility": "public"})
@@ -194,7 +207,10 @@ async def test_a_composition_of_anothers_ends_with_their_consent(projects: Proje
     assert made.json()["parts"][0]["name"] == "acme/tweets"
     held = await projects.acme.delete("/adapters/tweets")
     assert held.status_code == 409
-    assert "1 composition of other projects" in held.json()["detail"]
+    assert held.json()["detail"] == (
+        "held by 1 composition of other projects: make it private, which ends their use, and ask the operator to "
+        "delete theirs"
+    )
     assert "mine" not in held.json()["detail"]
     await projects.acme.put("/adapters/tweets/visibility", json={"visibility": "private"})
     refused = await projects.other.post("/generate", json={"prompt": "a", "adapter": "mine"})
@@ -239,6 +255,32 @@ async def test_the_operator_sees_all_and_may_work_in_one(projects: Projects, lea
     refused = await projects.other.get("/adapters", headers=within)
     assert refused.status_code == 403
     assert (await projects.acme.get("/adapters", headers=within)).status_code == 200
+
+
+async def test_the_operator_is_told_whose_each_job_is(app: FastAPI, projects: Projects, leases: Leases) -> None:
+    theirs = {await submit(projects.acme): "acme", await submit(projects.other): "other"}
+    jobs = (await projects.operator.get("/train")).json()["jobs"]
+    assert {job["id"]: job["project"] for job in jobs} == theirs
+    keys = (await projects.operator.get("/keys")).json()["keys"]
+    project_of = {key["id"]: key["project"] for key in keys}
+    assert [project_of[job["key"]] for job in jobs] == [job["project"] for job in jobs]
+
+
+async def test_what_the_operator_removes_of_anothers_is_audited_as_theirs(
+    projects: Projects, leases: Leases
+) -> None:
+    await upload(projects.acme)
+    await upload(projects.acme, seed=1)
+    job = await submit(projects.acme)
+    await projects.operator.post(f"/train/{job}/cancel")
+    for path in (f"/train/{job}", "/v1/models/acme/tweets@1", "/v1/models/acme/tweets"):
+        assert (await projects.operator.delete(path)).is_success
+    entries = (await projects.operator.get("/audit?limit=3")).json()["entries"]
+    assert [(entry["action"], entry["project"], entry["target"]) for entry in reversed(entries)] == [
+        ("job.delete", "acme", job),
+        ("adapter.delete", "acme", "tweets@1"),
+        ("adapter.delete", "acme", "tweets"),
+    ]
 
 
 async def test_queued_jobs_of_projects_take_turns(projects: Projects, leases: Leases) -> None:

@@ -45,6 +45,8 @@ async def test_a_body_of_name_and_data(client: httpx.AsyncClient, tmp_path: Path
     train = [row for row in ROWS if row not in validation]
     assert job == {
         "id": job["id"],
+        "project": "default",
+        "key": None,
         "kind": "train",
         "name": "codes",
         "status": "queued",
