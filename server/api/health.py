@@ -15,12 +15,14 @@ _rendering = CapacityLimiter(1)
 router = APIRouter(tags=["health"])
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Can the process answer?")
 async def health() -> Response:
     """200 while the process can serve. No key needed."""
     return wire.answer({"status": "ok"})
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", summary="Can it serve?", responses=READY)
 async def ready(services: ServicesDep) -> Response:
     """200 while the model is loaded, the engine makes progress and the server is not shutting down: the

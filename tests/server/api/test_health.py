@@ -29,6 +29,17 @@ async def test_ready_only_while_it_can_serve(client: httpx.AsyncClient, engine: 
     assert int(response.headers["retry-after"]) >= 1
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+async def test_monitors_may_ask_for_the_headers_alone(
+    make_services: MakeServices, engine: FakeEngine, path: str
+) -> None:
+    async with client_of(new_app(make_services(api_keys="secret"))) as client:
+        assert (await client.head(path)).status_code == 200
+        assert "head" not in (await client.get("/openapi.json")).json()["paths"][path]
+        engine.draining = True
+        assert (await client.head("/ready")).status_code == 503
+
+
 async def test_metrics_have_the_contracts_names(client: httpx.AsyncClient) -> None:
     response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
