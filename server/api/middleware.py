@@ -26,7 +26,7 @@ from server.errors import Unavailable
 from server.logs import Fields, place_of, request_id
 from server.metrics.http import HttpMetrics
 from server.tracing.spans import Tracer
-from server.training.queue.reserve import Reserve, is_disk_failing
+from server.training.queue.reserve import Reserve, is_database_locked, is_disk_failing
 
 MAX_JSON_BYTES = 2 << 20
 MAX_UPLOAD_BYTES = 256 << 20
@@ -38,6 +38,7 @@ _CLIENT_GONE = 499
 _MAX_PATH = 200  # characters of a line
 _DISK_FULL = Unavailable("the server's disk is full", retry_after=60.0)
 _DISK_FAILS = Unavailable("the server's disk fails to read or write", retry_after=60.0)
+_DATABASE_LOCKED = Unavailable("the database is locked by another process", retry_after=5.0)
 
 log = logging.getLogger("smolora.api")
 
@@ -46,7 +47,7 @@ class RequestContext:
     """Gives every request an id, every response X-Request-Id, the log one line without anybody's text, and counts.
 
     What nobody foresaw becomes a 500 here. A disk that fails, or has no room under `home`, is a 503, whichever
-    route it was.
+    route it was, and so is a database that somebody else has locked.
     """
 
     def __init__(self, app: ASGIApp, home: Path, metrics: HttpMetrics, tracer: Tracer | None = None) -> None:
@@ -84,11 +85,8 @@ class RequestContext:
             log.error("%s at %s", type(error).__name__, place_of(error))
             if status:
                 raise ConnectionAbortedError("the response was cut off") from None
-            form = form_of(scope["path"])
-            if self._reserve.is_disk_full(error):
-                response = form.of_error(_DISK_FULL)
-            else:
-                response = form.of_error(_DISK_FAILS) if is_disk_failing(error) else form.internal()
+            form, unavailable = form_of(scope["path"]), self._unavailable(error)
+            response = form.internal() if unavailable is None else form.of_error(unavailable)
             await response(scope, receive, send_with_id)
         finally:
             took = time.perf_counter() - started
@@ -97,6 +95,14 @@ class RequestContext:
                 end_request(told.span, scope, status, own_id, principal_of(scope), told)
             if scope["path"] not in _QUIET_PATHS or status not in (200, 503):
                 log.info(_line(scope, status, took, told))
+
+    def _unavailable(self, error: Exception) -> Unavailable | None:
+        """What a client is told of it, where that is for a while."""
+        if self._reserve.is_disk_full(error):
+            return _DISK_FULL
+        if is_disk_failing(error):
+            return _DISK_FAILS
+        return _DATABASE_LOCKED if is_database_locked(error) else None
 
 
 class BodyLimit:

@@ -120,6 +120,17 @@ class Connection(H11Protocol):
         super().on_response_complete()
         self._mark()
 
+    def send_400_response(self, msg: str) -> None:
+        """To what isn't HTTP; where that is the rest of a request whose answer has begun, the connection ends."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+
+    def _should_upgrade(self) -> bool:
+        """To no protocol: who offers HTTP/2 or asks for a WebSocket is answered in HTTP/1.1, without a warning."""
+        return False
+
     @property
     def is_idle(self) -> bool:
         """Whether the server waits for the client: for a request, or for more of one's body."""
@@ -152,12 +163,23 @@ class Connection(H11Protocol):
             self._headers_due_since = self.all.clock()
 
 
-def allow_files(limits: Limits) -> None:
-    """Let this process open as many files as so many connections need, as far as the system does."""
+def allow_files(limits: Limits) -> Limits:
+    """Let this process open as many files as so many connections need, as far as the system does.
+
+    Returns the limits that hold then: with fewer files there are fewer connections, so that others can be opened.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = limits.max_connections + _OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        if most < wanted:
-            log.warning("this process may open %d files: too few for SMOLORA_MAX_CONNECTIONS", most)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return limits
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most == wanted:
+        return limits
+    num_connections = min(limits.max_connections, max(most - _OTHER_FILES, most // 2))
+    log.warning(
+        "this process may open %d files: at most %s, whatever SMOLORA_MAX_CONNECTIONS says",
+        most,
+        counted(num_connections, "connection"),
+    )
+    return limits.model_copy(update={"max_connections": num_connections})

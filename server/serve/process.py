@@ -35,6 +35,7 @@ _FLUSH_SECONDS = 3  # for answers that are on their way when nothing runs any mo
 _DEAD_SECONDS = 2.0  # so that whoever probes /ready sees why
 KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep an idle connection, so that they close it
 _POLL_SECONDS = 0.05
+_BACKLOG = 2048  # connections that the kernel keeps until they are taken, as far as it does
 
 log = logging.getLogger("smolora.run")
 
@@ -53,7 +54,7 @@ def run(
 
     `trusted_proxies` are those whose X-Forwarded-For and -Proto count.
     """
-    allow_files(limits)
+    limits = allow_files(limits)
     hurry = threading.Timer(HURRY_SECONDS, _leave, [1])
     hurry.daemon = True
     process = Process(
@@ -98,6 +99,11 @@ def as_seen(networks: Sequence[str]) -> list[str]:
 
 
 class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(_BACKLOG)
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield  # they are ours: uvicorn would stop listening at once and end by the signal
@@ -133,6 +139,9 @@ class Process:
             forwarded_allow_ips=as_seen(trusted_proxies),
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_FLUSH_SECONDS,
+            # So many does asyncio take at once; where no file is left for one, it tells so as many times and
+            # tries again as often. How many may wait, `_Server` says.
+            backlog=1,
         )
         self._server = _Server(config)
         self._engine = engine

@@ -27,6 +27,7 @@ _FAILS_WORDS = (
     *("disk i/o error", "readonly database", "unable to open database file"),
     *("os error 5)", "os error 30)"),
 )
+_LOCKED_WORDS = ("database is locked",)
 _WAITS = (0.0, 0.1, 0.3, 1.0)  # seconds: others may take what was released
 
 _Result = TypeVar("_Result")
@@ -89,6 +90,11 @@ class Reserve:
 def is_disk_failing(error: BaseException) -> bool:
     """Whether the error, or one that led to it, says that the disk can't be read or written, full or not."""
     return _says(error, _FAILS, _FAILS_WORDS)
+
+
+def is_database_locked(error: BaseException) -> bool:
+    """Whether the error, or one that led to it, says that somebody else kept the file of the database too long."""
+    return _says(error, (), _LOCKED_WORDS)
 
 
 def _says(error: BaseException, numbers: Collection[int], words: Collection[str]) -> bool:

@@ -40,7 +40,7 @@ from server.training.merge_spec import MergeSpec, Spec, read_origin
 from server.training.queue.job_files import JobFiles
 from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Claim, LeaseLost, Leases
-from server.training.queue.reserve import Reserve
+from server.training.queue.reserve import Reserve, is_database_locked
 from server.training.worker.job_pipe import (
     EXIT_DONE,
     EXIT_LEFT,
@@ -128,7 +128,7 @@ def main(argument: str) -> int:
         return _cannot_work(link, "the base can't be loaded", error, EXIT_NO_BASE)
     except Exception as error:
         log.exception("the attempt failed")
-        if isinstance(error, TryAgain):  # the database, whose own disk may be full
+        if isinstance(error, TryAgain) or is_database_locked(error):  # the database, whose own disk may be full
             return EXIT_NO_DATABASE
         if reserve.is_disk_full(error):
             return EXIT_NO_ROOM

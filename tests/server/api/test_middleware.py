@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Iterable
 
 import httpx
 import pytest
+import sqlalchemy as sa
 
 from server.engine.request import GenerationRequest, SequenceOutput
 from tests.server.api.fakes import FakeEngine
@@ -122,3 +123,13 @@ async def test_a_fault_nobody_foresaw_tells_nothing(
     assert "KeyError" in caplog.text
     assert "the prompt" not in caplog.text
     assert engine.open == set()
+
+
+async def test_a_locked_database_is_not_the_servers_fault(client: httpx.AsyncClient, database: sa.Engine) -> None:
+    """As by a shell of SQLite's that is left open in a transaction."""
+    sa.event.listen(database, "checkout", lambda connection, *_: connection.execute("PRAGMA busy_timeout=0"))
+    with database.begin():
+        response = await client.post("/keys", json={"name": "a"})
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+    assert response.json()["detail"] == "the database is locked by another process"
+    assert (await client.post("/keys", json={"name": "a"})).status_code == 201

@@ -147,6 +147,33 @@ async def test_the_rest_of_a_body_after_its_answer() -> None:
     assert transport.is_closing()
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["alone", "after a part of it"])
+async def test_the_rest_of_an_answered_body_may_be_no_http(first: bool) -> None:
+    """Which isn't the server's fault: no answer can follow, and the log has no traceback."""
+    bench = Bench()
+    connection, transport = bench.connect()
+    chunked = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + HEADERS
+    connection.data_received(chunked + (b"3\r\nabc\r\n" if first else b""))
+    await bench.answer()
+    connection.data_received(b"zz\r\n")
+    assert transport.is_closing()
+
+
+@pytest.mark.parametrize("protocol", ["h2c", "websocket"])
+async def test_an_offer_of_another_protocol_is_no_warning(caplog: pytest.LogCaptureFixture, protocol: str) -> None:
+    """Java's client makes one with each request."""
+    bench = Bench()
+    connection, transport = bench.connect()
+    offer = f"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: {protocol}\r\n".encode()
+    for _ in range(2):
+        connection.data_received(b"GET / HTTP/1.1\r\n" + offer + HEADERS)
+        assert not connection.is_idle
+        await bench.answer()
+        assert connection.is_idle
+    assert not transport.is_closing()
+    assert caplog.text == ""
+
+
 async def test_a_body_is_not_the_headers_concern() -> None:
     bench = Bench(header_timeout=10)
     connection, transport = bench.connect()
@@ -247,10 +274,13 @@ def test_files_are_allowed_as_far_as_the_system_does(
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: told.append(limits))
     for limits in ((1024, 4096), (4096, 4096), (resource.RLIM_INFINITY,) * 2):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
-        allow_files(Limits(max_connections=1024))
+        assert allow_files(Limits(max_connections=1024)).max_connections == 1024
     assert told == [(1536, 4096)]
     assert caplog.text == ""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
-    allow_files(Limits(max_connections=1024))
+    assert allow_files(Limits(max_connections=1024)).max_connections == 512, "others need files, too"
     assert told[1:] == [(1024, 1024)]
     assert "SMOLORA_MAX_CONNECTIONS" in caplog.text
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
+    assert allow_files(Limits(max_connections=1024)).max_connections == 32
+    assert allow_files(Limits(max_connections=20)).max_connections == 20

@@ -2,12 +2,13 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -36,6 +37,19 @@ class Running:
             return await self.ended
 
 
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """A block in which this process can open none."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 @asynccontextmanager
 async def serving(app: FastAPI, engine: FakeEngine, drain_seconds: float = 30.0) -> AsyncIterator[Running]:
     bound = bind("127.0.0.1", 0)
@@ -62,6 +76,30 @@ async def test_it_answers_and_ends_by_a_signal(app: FastAPI, engine: FakeEngine)
         os.kill(os.getpid(), signal.SIGINT)
         assert await server.exit_code() == 0
         assert engine.stopped
+
+
+async def test_connections_that_no_file_can_be_opened_for_wait(app: FastAPI, engine: FakeEngine) -> None:
+    """It tells so once a second: asyncio would as often as connections may wait, and again as often each time."""
+    told: list[str] = []
+    loop = asyncio.get_running_loop()
+    usual = loop.get_exception_handler()
+    loop.set_exception_handler(lambda _, context: told.append(context["message"]))
+    async with serving(app, engine) as server:
+        port = server.client.base_url.port
+        assert port is not None
+        with ExitStack() as closed_again:
+            waiting = [closed_again.enter_context(socket.socket()) for _ in range(64)]
+            with no_more_files():
+                for client in waiting:
+                    client.settimeout(5)
+                    client.connect(("127.0.0.1", port))  # while the server's loop does nothing
+                await asyncio.sleep(0.5)
+            assert told == ["socket.accept() out of system resource"]
+            loop.set_exception_handler(usual)
+            assert (await server.client.get("/health")).status_code == 200
+            for client in waiting:
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+                assert (await asyncio.to_thread(client.recv, 100)).startswith(b"HTTP/1.1 200")
 
 
 async def test_nothing_is_announced_before_it_is_ready(app: FastAPI, engine: FakeEngine) -> None:

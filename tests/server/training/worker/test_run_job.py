@@ -59,6 +59,7 @@ REFUSED = "BytesUnavailable()"
 GONE = "Interrupted()"
 FULL = "OSError(errno.ENOSPC, 'No space left on device')"
 DATABASE_FULL = f"{GONE} from {FULL}"
+LOCKED = "sqlite3.OperationalError('database is locked')"
 
 
 def without(error: str, what: str = "JobFiles.fetch") -> tuple[str, ...]:
@@ -66,7 +67,7 @@ def without(error: str, what: str = "JobFiles.fetch") -> tuple[str, ...]:
     return (
         sys.executable,
         "-c",
-        "import errno, sys\n"
+        "import errno, sqlite3, sys\n"
         "from adapters.errors import BytesUnavailable, Interrupted\n"
         "from server.training.worker import run_job\n"
         "def fetch(*_):\n"
@@ -161,6 +162,7 @@ def test_a_database_that_cant_be_opened_costs_a_job_no_attempt(
         pytest.param(
             DATABASE_FULL, "its process can't use the database", "JobFiles.fetch", marks=pytest.mark.thorough
         ),
+        (LOCKED, "its process can't use the database", "JobFiles.fetch"),
         pytest.param(FULL, "its worker's disk is full", "JobFiles.fetch", marks=pytest.mark.thorough),
         (FULL, "its worker's disk is full", "resolve_base"),
     ],
