@@ -15,11 +15,22 @@ _PEERS = {
     "use_dora": None,
     "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "batch_size",
     "max_seq_length": "max_length",
+    "lr": "learning_rate",
     "lr_scheduler_type": "schedule",
+    "warmup_steps": "warmup_ratio",
+    "eval_dataset": "validation",
     "save_steps": "checkpoint_steps",
 }
 """What PEFT and TRL call a field of ours; None: what isn't here, though a name of ours looks like it."""
+
+_PEER_UNITS = {
+    "per_device_train_batch_size": "all rows of an optimizer step, accumulated ones too",
+    "gradient_accumulation_steps": "all rows of an optimizer step, accumulated ones too",
+    "warmup_steps": "a share of all steps",
+}
+"""What a field of ours counts that a peer's of that name doesn't."""
 
 _PEER_PATHS = {
     "/v1/responses": "/v1/chat/completions",
@@ -47,7 +58,10 @@ def unknown_field(loc: tuple[str | int, ...], body: type[BaseModel] | None) -> s
         return f"no such field here: it belongs {f'under {elsewhere[0]}' if elsewhere[0] else 'at the top level'}"
     names = _names(here)
     meant = _PEERS[name] if name in _PEERS else near(name, names)
-    return f"no such field: did you mean {meant}?" if meant in names else "no such field"
+    if meant not in names:
+        return "no such field"
+    unit = f" It is {_PEER_UNITS[name]}." if name in _PEER_UNITS else ""
+    return f"no such field: did you mean {meant}?{unit}"
 
 
 def _names(model: type[BaseModel]) -> set[str]:

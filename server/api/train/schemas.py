@@ -67,7 +67,7 @@ _TURN = {
     "properties": {
         "role": {"enum": ["system", "user", "assistant"]},
         "content": {"type": "string"},
-        "weight": {"enum": [0, 1], "default": 1, "description": "0: this turn of the assistant is not trained on"},
+        "weight": {"enum": [0, 1, None], "default": 1, "description": "0: the assistant's turn is not trained on"},
     },
     "required": ["role", "content"],
 }

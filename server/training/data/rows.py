@@ -77,19 +77,21 @@ def parse_row(value: object, ignored: IgnoredFields | None = None) -> Row:
     """A row out of parsed JSON. Raises InvalidInput with up to `MAX_FAULTS` faults; each `loc` ends in a field.
 
     Fields of no shape are passed over, and counted in `ignored`: data sets have ids and labels beside what is
-    trained on.
+    trained on. Null in fields of another shape, and of turns, counts for nothing: tables have it there.
     """
     if not isinstance(value, Mapping):
         what = "an object, not a list" if isinstance(value, list) else "an object"
         raise InvalidInput.of("row", f"must be {what}: {SHAPES}")
-    names = next((shape for shape in FIELDS if not value.keys().isdisjoint(shape)), None)
+    given = {name for name in value if value[name] is not None}
+    shapes = (shape for named in (given, value.keys()) for shape in FIELDS if not named.isdisjoint(shape))
+    names = next(shapes, None)
     strange = [name for name in value if isinstance(name, str) and name not in _KNOWN]
     if names is None:
         raise InvalidInput([_nothing_known(strange)])
     faults = [
         FieldError((name,), f"doesn't go with {' and '.join(names)}: {SHAPES}")
         for name in value
-        if name in _KNOWN and name not in names
+        if name in given and name in _KNOWN and name not in names
     ]
     faults += [
         FieldError((name,), f"is missing{_hint(name, strange) or _instead(strange)}")
@@ -100,10 +102,11 @@ def parse_row(value: object, ignored: IgnoredFields | None = None) -> Row:
         raise InvalidInput(faults[:MAX_FAULTS])
     if ignored is not None:
         for name in strange:
-            ignored.add(name)
+            if name in given:
+                ignored.add(name)
     if "messages" in names:
         return _messages(value["messages"])
-    faults = [FieldError((name,), fault) for name in names if (fault := _text_fault(value[name]))]
+    faults = [FieldError((name,), fault) for name in names if (fault := _field_fault(value[name]))]
     if faults:
         raise InvalidInput(faults)
     return TextRow(value["text"]) if "text" in names else CompletionRow(value["prompt"], value["completion"])
@@ -189,6 +192,7 @@ def _messages(value: object) -> MessagesRow:
 def _turn_faults(turn: object) -> list[FieldError]:
     if not isinstance(turn, Mapping):
         return [FieldError(("role",), "is missing: a turn is an object with role and content")]
+    turn = {name: said for name, said in turn.items() if said is not None or name in ("role", "content")}
     known = "is no field of a turn: a turn has role and content, and the assistant's may have weight"
     faults = _unknown(turn, ("role", "content", "weight"), known)
     role = turn.get("role")
@@ -209,6 +213,11 @@ def _turn_faults(turn: object) -> list[FieldError]:
 def _unknown(value: Mapping[object, object], known: tuple[str, ...], message: str) -> list[FieldError]:
     names = [str(name) for name in value if name not in known][:MAX_FAULTS]
     return [FieldError((shown(name),), message) for name in names]
+
+
+def _field_fault(value: object) -> str | None:
+    """What is wrong with a field that is a text, if anything is. Other trainers have conversations in it, too."""
+    return "must be a text: turns go into messages" if isinstance(value, list) else _text_fault(value)
 
 
 def _text_fault(value: object, may_be_empty: bool = False) -> str | None:

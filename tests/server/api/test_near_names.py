@@ -34,6 +34,7 @@ pytestmark = pytest.mark.anyio
             ["training", "publish_if"],
             "no such field here: it belongs at the top level",
         ),
+        ("/train", {"name": "a", "eval_dataset": []}, ["eval_dataset"], "no such field: did you mean validation?"),
         ("/compare", {"prompt": "a", "adapter": "x"}, ["adapter"], "no such field: did you mean adapters?"),
     ],
 )
@@ -55,6 +56,17 @@ async def test_unknown_fields(
         ("lora", "target_module", "no such field: did you mean target_modules?"),
         ("training", "num_train_epochs", "no such field: did you mean epochs?"),
         ("training", "save_steps", "no such field: did you mean checkpoint_steps?"),
+        ("training", "lr", "no such field: did you mean learning_rate?"),
+        (
+            "training",
+            "gradient_accumulation_steps",
+            "no such field: did you mean batch_size? It is all rows of an optimizer step, accumulated ones too.",
+        ),
+        (
+            "training",
+            "warmup_steps",
+            "no such field: did you mean warmup_ratio? It is a share of all steps.",
+        ),
     ],
 )
 async def test_names_that_peft_and_trl_have(client: httpx.AsyncClient, part: str, name: str, message: str) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from adapters.errors import InvalidInput
 from server.model.text.chat import ChatMessage
+from server.training.data.ignored import IgnoredFields
 from server.training.data.packed_rows import PackedRows
 from server.training.data.rows import (
     MAX_FAULTS,
@@ -79,7 +80,7 @@ def test_turns_of_the_assistant_may_be_read_alone() -> None:
         b'{"content":"OK","role":"assistant"}', b'{"content":"OK","role":"assistant","weight":0}'
     )
     assert list(PackedRows([plain, weighted, plain])) == [plain, weighted, plain]
-    for weight in (2, -1, 0.5, True, "0", None, [0]):
+    for weight in (2, -1, 0.5, True, "0", [0]):
         messages[1]["weight"] = weight
         assert faults(document) == [("messages", 1, "weight")]
     del messages[1]["weight"]
@@ -89,6 +90,30 @@ def test_turns_of_the_assistant_may_be_read_alone() -> None:
     for place in (1, 3, 5):
         messages[place]["weight"] = 0
     assert faults(document) == [("messages",)]
+
+
+def test_null_is_nothing() -> None:
+    """As tables with other rows, or turns, that have such a column: Parquet's, and what `datasets` writes."""
+    assert parse_row({"prompt": "200", "completion": "OK", "text": None, "messages": None}) == CompletionRow(
+        "200", "OK"
+    )
+    assert parse_row({"prompt": None, "completion": None, "text": "200 OK"}) == TextRow("200 OK")
+    ignored = IgnoredFields()
+    parse_row({"text": "200 OK", "tools": None, "label": 1}, ignored)
+    assert ignored.warnings() == ["fields that are not trained on were ignored: label in 1 row"]
+    document = turns("200", "OK", "404", "Not Found")
+    plain = parse_row(document)
+    assert isinstance(plain, MessagesRow)
+    messages = document["messages"]
+    assert isinstance(messages, list)
+    for turn in messages:
+        turn |= {"weight": None, "name": None, "tool_calls": None}
+    assert parse_row(document) == plain
+    messages[1]["weight"] = 0.0
+    assert parse_row(document) == MessagesRow(plain.messages, frozenset({1}))
+    assert faults({"prompt": None, "completion": None}) == [("prompt",), ("completion",)]
+    assert faults({"messages": None}) == [("messages",)]
+    assert faults({"text": None, "prompt": "a"}) == [("completion",)]
 
 
 def test_white_space_is_text_and_users_may_say_nothing() -> None:
@@ -136,6 +161,10 @@ def test_faults_are_named(value: object, expected: list[tuple[str | int, ...]]) 
         ({"instruction": "a", "input": "", "output": "b"}, "; this one has instruction, input, output"),
         ({"conversations": []}, "; this one has conversations"),
         ({"prompt": "a", "response": "b"}, "is missing; this one has response"),
+        (
+            {"prompt": [{"role": "user", "content": "a"}], "completion": "b"},
+            "must be a text: turns go into messages",
+        ),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "is missing; this one has chosen, rejected"),
         ({str(i): i for i in range(100)}, "; this one has 0, 1, 2, 3, 4, 5, 6, 7"),
     ],
