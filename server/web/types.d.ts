@@ -94,6 +94,7 @@ interface DryRun {
 
 interface ScoredToken {
   token: string;
+  bytes: number[];
   logprob: number;
   top?: ScoredToken[];
 }
