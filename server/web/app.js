@@ -35,6 +35,13 @@ function App() {
     isFirst.current = false;
     scrollTo(0, 0);
   }, [title]);
+  useEffect(() => {
+    // what was pressed may be gone with what it led away from, as the form of a new job
+    if (path.length && document.activeElement === document.body)
+      /** @type {HTMLElement | null | undefined} */ (main.current?.querySelector(".sides > .chosen"))?.focus({
+        preventScroll: true,
+      });
+  }, [path.join("/")]);
 
   return html`<a class="skip" href="#main" onClick=${(/** @type {Event} */ event) => {
     event.preventDefault();
@@ -111,6 +118,13 @@ function SignIn() {
     <//>
   </section>`;
 }
+
+/** A file that is dropped beside its place would be opened instead of the page. @param {DragEvent} event */
+const ignoreFiles = (event) => {
+  if (event.dataTransfer?.types.includes("Files")) event.preventDefault();
+};
+addEventListener("dragover", ignoreFiles);
+addEventListener("drop", ignoreFiles);
 
 const place = document.getElementById("app");
 if (place) {

@@ -95,6 +95,7 @@ interface DryRun {
 
 interface ScoredToken {
   token: string;
+  bytes: number[];
   logprob: number;
   top?: ScoredToken[];
 }

@@ -163,3 +163,15 @@ def test_revoke(server: ServerProcess, browser: Browser, admin: str) -> None:
         assert violations(page) == []
     limit = server.client.get("/projects/acme").json()["requests_per_minute"]
     assert limit == 60
+
+
+def test_usage_is_told_by_the_names_of_keys(server: ServerProcess, browser: Browser, admin: str) -> None:
+    """To those who may know them."""
+    made = server.client.post("/keys", json={"name": "named", "project": "acme", "scopes": ["generate"]}).json()
+    body = {"prompt": "ab", "max_tokens": 1}
+    headers = {"Authorization": f"Bearer {made['secret']}"}
+    server.client.post("/generate", json=body, headers=headers).raise_for_status()
+    with page_of(browser, f"{server.url}/#/access") as page:
+        sign_in(page, admin)
+        page.get_by_label("Group by").select_option("key")
+        expect(page.get_by_role("region", name="Usage, as a table")).to_contain_text("named")

@@ -4,11 +4,11 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from adapters.peft.files import write
 from server.model.base.weights import BaseModel
@@ -314,6 +314,9 @@ def test_a_long_name_on_a_phone(
     with page_of(browser, f"{server.url}/#/playground", PHONE) as page:
         page.get_by_label("Expression").fill(f"{name}*0.5+plain")
         expect(page.get_by_text(f"{name} alone")).to_be_visible()
+        box = page.get_by_label(f"{name} alone").bounding_box()
+        assert box is not None
+        assert box["width"] == box["height"]  # not pressed flat
         assert not is_wider_than_the_screen(page)
 
 
@@ -508,3 +511,162 @@ def test_prompts_of_many_rows_are_not_asked_for(server: ServerProcess, browser: 
         expect(page.get_by_role("form", name="Compare")).to_be_visible()
         page.wait_for_timeout(500)
     assert asked == []
+
+
+def pretend_answer(page: Page, text: str, warnings: Sequence[str] = (), **end: object) -> None:
+    """Have `plain` be answered under so; without `end` its stream is over too soon."""
+    adapters = [{"name": "plain", "version": 1, "weight": 1, "digest": ""}]
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "cached_tokens": 0}
+    timing = {"ttft_ms": 1, "total_ms": 1}
+    last = {"index": 0, "adapters": adapters, "usage": usage, "timing": timing, "warnings": warnings, **end}
+    told = [{"index": 0, "text": text}, *([last | {"seed": 1}] if end else [])]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in told)
+    page.route("**/generate", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+
+
+def ask_plain(page: Page) -> Locator:
+    page.get_by_label("Text to continue").check()
+    page.get_by_role("textbox", name="Text").fill("ab")
+    page.get_by_label("Expression").fill("plain")
+    page.get_by_role("button", name="Generate").click()
+    return page.get_by_role("article", name="Answer of plain", exact=True)
+
+
+def test_a_shaded_text_is_the_text(server: ServerProcess, browser: Browser) -> None:
+    """Characters that several tokens make are there, and Arabic runs from right to left."""
+    said = "مرحبا 👋🏽 你好."
+    with page_of(browser, server.url) as page:
+        pretend_answer(page, said, ["plain@1: its loss is worse"], finish_reason="stop")
+        answer = ask_plain(page)
+        tokens = answer.locator(".tokens .token")
+        expect(tokens.first).to_be_visible()
+        assert "".join(tokens.all_text_contents()) == said
+        first, last = (tokens.filter(has_text=letter).first.bounding_box() for letter in "مب")
+        assert first is not None
+        assert last is not None
+        assert first["x"] > last["x"]
+        expect(answer.locator(".warning")).to_contain_text("plain@1: its loss is worse.")
+        assert violations(page) == []
+
+
+def test_an_answer_that_breaks_off(server: ServerProcess, browser: Browser) -> None:
+    """However orderly whoever stands between ends it."""
+    with page_of(browser, server.url) as page:
+        pretend_answer(page, "abc")
+        answer = ask_plain(page)
+        expect(answer.locator(".text")).to_have_text("abc")
+        expect(answer.get_by_role("alert")).to_contain_text("broke off")
+
+
+def test_a_proxy_that_says_when(server: ServerProcess, browser: Browser) -> None:
+    """Retry-After may be a date."""
+    headers = {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}
+    with page_of(browser, server.url) as page:
+        page.route("**/generate", lambda route: route.fulfill(status=429, headers=headers, body="<html>"))
+        fault = ask_plain(page).get_by_role("alert")
+        expect(fault).to_contain_text("answered 429")
+        expect(fault).not_to_contain_text("NaN")
+
+
+def test_a_job_that_ends_while_one_asks_to_cancel_it(server: ServerProcess, browser: Browser, job: str) -> None:
+    """What is pressed then deletes nothing."""
+    with page_of(browser, f"{server.url}/#/train/{job}") as page:
+        page.get_by_role("button", name="Cancel").click()
+        expect(page.get_by_role("button", name="End the job")).to_be_visible()
+        pretend(page, server, job, {"method": "lora", "evaluation": None}, adapter=None)
+        expect(page.get_by_role("heading", name="waits")).to_contain_text("succeeded")
+        expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def test_a_file_that_is_dropped_beside_its_place(server: ServerProcess, browser: Browser) -> None:
+    """It isn't opened in the page's place; a text is for the field on which it is dropped."""
+    dropped = """(types) => types.map((type) => ["dragover", "drop"].map((name) => {
+        const transfer = new DataTransfer();
+        type === "file" ? transfer.items.add(new File(["x"], "rows.jsonl")) : transfer.setData("text/plain", "x");
+        const init = {bubbles: true, cancelable: true, dataTransfer: transfer};
+        return !document.querySelector("h1").dispatchEvent(new DragEvent(name, init));
+    }))"""
+    with page_of(browser, f"{server.url}/#/train/new") as page:
+        expect(page.get_by_role("heading", name="Train")).to_be_visible()
+        assert page.evaluate(dropped, ["file", "text"]) == [[True, True], [False, False]]
+
+
+def test_the_focus_stays_where_something_was_done(server: ServerProcess, browser: Browser, job: str) -> None:
+    """Though the button is gone then: who uses a keyboard or a screen reader isn't sent to the top of the page."""
+    for weight in (0.5, 0.6, 0.7):
+        made = server.client.post("/compositions/turned", json={"expression": f"plain*{weight}"})
+        made.raise_for_status()
+    with page_of(browser, f"{server.url}/#/adapters/turned") as page:
+        versions = page.get_by_role("region", name="Versions of turned, as a table")
+        versions.get_by_role("button", name="Roll back to it").first.press("Enter")
+        expect(page.get_by_text("turned now means version 2.")).to_be_visible()
+        expect(versions).to_be_focused()
+        versions.locator("tbody tr").first.get_by_role("button", name="Delete").press("Enter")
+        page.keyboard.press("Enter")
+        expect(versions.locator("tbody tr")).to_have_count(2)
+        expect(versions).to_be_focused()
+        page.goto(f"{server.url}/#/train/{job}")
+        article = page.get_by_role("article", name="Job waits")
+        article.get_by_role("button", name="Pause").press("Enter")
+        expect(article.get_by_role("button", name="Resume")).to_be_visible()
+        expect(article).to_be_focused()
+        page.goto(f"{server.url}/#/train/new")
+        drop(page, ".drop", {"few.jsonl": JSONL})
+        page.get_by_label("Name").fill("keyboard")
+        train = page.get_by_role("button", name="Train", exact=True)
+        expect(train).to_be_enabled()  # once the rows are there
+        train.press("Enter")
+        page.wait_for_url("**/train/job-*")
+        expect(page.locator(".sides > .chosen")).to_be_focused()
+
+
+def test_an_alias_after_its_version_is_deleted(server: ServerProcess, browser: Browser) -> None:
+    """The form for it names what is there."""
+    for weight in (0.5, 0.6):
+        made = server.client.post("/compositions/named", json={"expression": f"plain*{weight}"})
+        made.raise_for_status()
+    with page_of(browser, f"{server.url}/#/adapters/named") as page:
+        article = page.get_by_role("article", name="named")
+        article.get_by_text("Give a version a name").click()
+        expect(article.get_by_label("Version", exact=True)).to_have_value("2")
+        article.locator("tbody tr").first.get_by_role("button", name="Delete").click()
+        page.get_by_role("dialog", name="Delete?").get_by_role("button", name="Delete").click()
+        expect(article.locator("tbody tr")).to_have_count(1)
+        article.get_by_label("Alias", exact=True).fill("prod")
+        article.get_by_role("button", name="Set").click()
+        expect(article.get_by_role("button", name="Remove the alias prod")).to_be_visible()
+    assert server.client.get("/adapters/named").json()["aliases"] == {"prod": 1}
+
+
+def test_a_form_waits_while_one_looks_elsewhere(server: ServerProcess, browser: Browser) -> None:
+    with page_of(browser, f"{server.url}/#/train/new") as page:
+        drop(page, ".drop", {"few.jsonl": JSONL})
+        page.get_by_label("Name").fill("waited")
+        page.get_by_text("More settings").click()
+        page.get_by_label("Rank").fill("4")
+        expect(page.get_by_label("Data set").locator("option:checked")).to_contain_text("4 rows")
+        page.get_by_role("link", name="Adapters").click()
+        expect(page.get_by_role("heading", name="Adapters")).to_be_visible()
+        page.go_back()
+        expect(page.get_by_label("Name")).to_have_value("waited")
+        expect(page.get_by_label("Rank")).to_be_visible()
+        expect(page.get_by_label("Rank")).to_have_value("4")
+        page.get_by_role("button", name="Train", exact=True).click()
+        page.wait_for_url("**/train/job-*")
+        page.get_by_role("link", name="New job").click()
+        expect(page.get_by_label("Name")).to_have_value("")
+        page.get_by_text("More settings").click()
+        expect(page.get_by_label("Rank")).to_have_value("")
+
+
+def test_a_legend_after_the_window_has_another_size(server: ServerProcess, browser: Browser, job: str) -> None:
+    """It has the last values still."""
+    report = {"method": "lora", "evaluation": None, "curves": {"train_loss": [[1, 3.5], [2, 2.5]]}}
+    with page_of(browser, server.url) as page:
+        pretend(page, server, job, report, adapter=None)
+        page.goto(f"{server.url}/#/train/{job}")
+        legend = page.locator(".u-legend")
+        expect(legend).to_contain_text("2.5")
+        page.set_viewport_size({"width": 700, "height": 800})
+        page.wait_for_timeout(500)
+        expect(legend).to_contain_text("2.5")

@@ -40,7 +40,7 @@ function headersOf(more = {}) {
 /** @param {number} status @param {string} text @param {string | null} retryAfter */
 function problemOf(status, text, retryAfter) {
   if (status === 401) asksForKey.set("needed");
-  const seconds = retryAfter === null ? null : Number(retryAfter);
+  const seconds = /^\d+$/.test(retryAfter ?? "") ? Number(retryAfter) : null; // proxies may send a date
   try {
     const found = JSON.parse(text);
     return new Problem(status, found.detail ?? found.title, found.errors ?? [], seconds);

@@ -1,5 +1,5 @@
 /** An answer as it comes, and what an adapter changed in it. */
-import { ask, events } from "./api.js";
+import { Problem, ask, events } from "./api.js";
 
 /**
  * @typedef {{prompt: string, isChat: boolean, system: string, maxTokens: number | null, temperature: number | null,
@@ -43,7 +43,7 @@ export const NOTHING = {
 };
 
 /**
- * The answer so far, after each piece of text and at its end.
+ * The answer so far, after each piece of text and at its end. Throws a Problem, too where it ends before that.
  * @param {Request} request
  * @param {string} expression
  * @param {AbortSignal} signal
@@ -70,6 +70,7 @@ export async function* generate(request, expression, signal) {
       };
     yield answer;
   }
+  if (!answer.finishReason) throw new Problem(0, "the answer broke off before its end"); // by a proxy, say
 }
 
 /**

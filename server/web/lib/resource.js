@@ -80,6 +80,28 @@ export function asProblem(error) {
   return new Problem(0, error instanceof Error ? error.message : String(error));
 }
 
+const PLACES = "article, section, form, [tabindex]";
+
+/**
+ * For a deed that is begun: what gives the focus back at its end, where it was on a button that sleeps meanwhile, or is
+ * gone by then. To what the button was in, if so.
+ */
+function focusKept() {
+  const button = document.activeElement;
+  if (!(button instanceof HTMLButtonElement)) return () => {};
+  /** @type {HTMLElement[]} */
+  const around = [];
+  for (let at = button.parentElement; at; at = at.parentElement) if (at.matches(PLACES)) around.push(at);
+  const giveBack = () => {
+    const has = document.activeElement;
+    if (has !== document.body && !(has === button && button.disabled)) return;
+    const place = button.isConnected && !button.disabled ? button : around.find((of) => of.isConnected);
+    if (place && !place.matches("button, [tabindex]")) place.tabIndex = -1;
+    place?.focus({ preventScroll: true });
+  };
+  return () => setTimeout(giveBack); // once it is drawn
+}
+
 /**
  * A deed with a button: `run` does it once at a time; its problem, if any, is kept until the next.
  * @template {unknown[]} A
@@ -91,11 +113,14 @@ export function useAction(act) {
   const run = async (...given) => {
     if (state.busy) return;
     setState({ busy: true, problem: null });
+    const giveFocusBack = focusKept();
     try {
       await act(...given);
       setState({ busy: false, problem: null });
     } catch (error) {
       setState({ busy: false, problem: asProblem(error) });
+    } finally {
+      giveFocusBack();
     }
   };
   return { ...state, run, clear: () => setState({ busy: false, problem: null }) };

@@ -11,7 +11,7 @@ export function AnswerColumn({ column }) {
   const [isShaded, setShaded] = useState(true);
   return html`<article class="card answer" aria-label="Answer of ${expression}" aria-busy=${isRunning}>
     <h2><code>${expression}</code> ${isRunning ? html`<${Badge} tone="busy">writing<//>` : null} ${state === "stopped" ? html`<${Badge}>stopped<//>` : null}</h2>
-    ${shades && isShaded ? html`<${ShadedText} shades=${shades} expression=${expression} />` : html`<p class="text" aria-live="polite">${answer.text}</p>`}
+    ${shades && isShaded ? html`<${ShadedText} shades=${shades} expression=${expression} />` : html`<p class="text" dir="auto" aria-live="polite">${answer.text}</p>`}
     ${!answer.text && answer.finishReason ? html`<p class="muted">It ended at once, without any text.</p>` : null}
     <${Fault} problem=${problem} />
     <${Warnings} warnings=${answer.warnings} />

@@ -32,8 +32,9 @@ function whole(problem, error) {
   return problem.errors.length === 1 || !error ? problem.message : error.message;
 }
 
-/** @param {string} text */
-const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.?!]$/.test(text) ? "" : ".");
+/** An adapter's name, as in `codes@1`, keeps its letters. @param {string} text */
+const sentence = (text) =>
+  (/^\S+@/.test(text) ? text : text.charAt(0).toUpperCase() + text.slice(1)) + (/[.?!]$/.test(text) ? "" : ".");
 
 /**
  * A labelled control, with a hint, and with what is wrong with it. `children` gets the attributes that tie them.

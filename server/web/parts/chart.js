@@ -57,7 +57,10 @@ export function Chart({ title, x, xLabel, isTime = false, series, height = 220 }
     let timer;
     const element = place.current;
     if (!element) return undefined;
-    const fit = new ResizeObserver(() => plot.current?.setSize({ width: element.clientWidth, height }));
+    const fit = new ResizeObserver(() => {
+      plot.current?.setSize({ width: element.clientWidth, height });
+      if (plot.current) show(plot.current, latest.current);
+    });
     const dark = matchMedia("(prefers-color-scheme: dark)");
     const again = () => {
       clearTimeout(timer);

@@ -1,6 +1,6 @@
 /** A text whose tokens are shaded by what an adapter changed in their log-probability against the base. */
 import { percent } from "../lib/format.js";
-import { html, useRef, useState } from "../lib/html.js";
+import { html, useMemo, useRef, useState } from "../lib/html.js";
 
 /**
  * @typedef {{tuned: ScoredToken[], base: ScoredToken[]}} Shades one entry a token each
@@ -24,6 +24,18 @@ const visible = (text) =>
     .replace(/^ +| +$/g, (blanks) => "␣".repeat(blanks.length));
 
 /**
+ * What each token adds to the text: a character that several tokens make, as most emoji, is the last one's. One of the
+ * model's own, such as an end, has no bytes.
+ * @param {ScoredToken[]} tokens
+ */
+function textsOf(tokens) {
+  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+  return tokens.map(({ token, bytes }) =>
+    bytes.length ? decoder.decode(new Uint8Array(bytes), { stream: true }) : token,
+  );
+}
+
+/**
  * With the pointer or the arrow keys on a token: how likely it and the likeliest ones in its place were, under both.
  * @param {{shades: Shades, expression: string}} props
  */
@@ -32,6 +44,7 @@ export function ShadedText({ shades, expression }) {
   const group = useRef(/** @type {HTMLDivElement | null} */ (null));
   const tuned = shades.tuned[chosen];
   const base = shades.base[chosen];
+  const texts = useMemo(() => textsOf(shades.tuned), [shades]);
 
   /** @param {KeyboardEvent} event */
   function move(event) {
@@ -44,19 +57,21 @@ export function ShadedText({ shades, expression }) {
   }
 
   return html`<div>
-    <div class="tokens" role="group" aria-label="Tokens, shaded: arrow keys walk through them" ref=${group} onKeyDown=${move}>
+    <div class="tokens" dir="auto" role="group" aria-label="Tokens, shaded: arrow keys walk through them" ref=${group} onKeyDown=${move}>
       ${shades.tuned.map((token, place) => {
         const change = token.logprob - (shades.base[place]?.logprob ?? 0);
-        return html`<button
-          type="button"
+        const text = texts[place] ?? "";
+        // no <button>: Arabic is joined and ordered across what is inline alone
+        return html`<span
+          role="button"
           class="token ${toneOf(change)}"
           tabindex=${place === chosen ? 0 : -1}
           aria-pressed=${place === chosen}
-          aria-label="${visible(token.token)}, ${wordsOf(change)}"
+          aria-label="${text ? visible(text) : "part of a character"}, ${wordsOf(change)}"
           onMouseEnter=${() => choose(place)}
           onFocus=${() => choose(place)}
           onClick=${() => choose(place)}
-        >${token.token}</button>`;
+        >${text}</span>`;
       })}
     </div>
     <p class="legend">

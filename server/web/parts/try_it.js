@@ -65,7 +65,7 @@ export function TryIt({ job }) {
         (result) =>
           html`<div class="card answer">
             <h3><code>${result.adapter}</code></h3>
-            <p class="text">${result.choices[0].text || "(nothing)"}</p>
+            <p class="text" dir="auto">${result.choices[0].text || "(nothing)"}</p>
           </div>`,
       )}
     </div>`;

@@ -20,7 +20,7 @@ export function AccessView() {
   );
   const isAdmin = keys.data !== null;
   return html`<h1>Keys and usage</h1>
-    <${Usage} isAdmin=${isAdmin} />
+    <${Usage} isAdmin=${isAdmin} keys=${keys.data?.found ?? []} />
     ${
       keys.problem?.status === 403
         ? html`<p class="muted">Keys, projects and the audit list are for keys with the scope <code>admin</code>.</p>`
@@ -33,8 +33,9 @@ const DAYS = 30;
 /** @param {number} ago */
 const dayOf = (ago) => new Date(Date.now() - ago * 86_400_000).toISOString().slice(0, 10);
 
-/** @param {{isAdmin: boolean}} props */
-function Usage({ isAdmin }) {
+/** @param {{isAdmin: boolean, keys: Key[]}} props `keys`: by which ids are told as names, where one may know them */
+function Usage({ isAdmin, keys }) {
+  const names = new Map(keys.map((key) => [key.id, key.name]));
   const [by, setBy] = useState("day");
   const [from, setFrom] = useState(dayOf(DAYS));
   const [until, setUntil] = useState(dayOf(-1));
@@ -67,7 +68,7 @@ function Usage({ isAdmin }) {
                 ${usage.data.map(
                   (row) =>
                     html`<tr>
-                      <th scope="row">${row.day ?? row.adapter ?? row.key ?? row.project ?? (by === "adapter" ? "base" : "–")}</th>
+                      <th scope="row">${row.day ?? row.adapter ?? names.get(row.key ?? "") ?? row.key ?? row.project ?? (by === "adapter" ? "base" : "–")}</th>
                       <td class="number">${count(row.requests)}</td>
                       <td class="number">${compact(row.prompt_tokens)}</td>
                       <td class="number">${compact(row.cached_tokens)}</td>

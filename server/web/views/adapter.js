@@ -126,7 +126,9 @@ function VersionRow({ adapter, version, isOwn, isChosen, path, change, onChoose 
 /** @param {{adapter: Adapter, path: string, change: ReturnType<typeof useAction<[string, string, unknown]>>}} props */
 function NewAlias({ adapter, path, change }) {
   const [alias, setAlias] = useState("");
-  const [number, setNumber] = useState(String(adapter.latest));
+  const [chosen, setNumber] = useState(String(adapter.latest)); // which may be gone by now
+  const isThere = adapter.versions.some(({ version }) => String(version) === chosen);
+  const number = isThere ? chosen : String(adapter.latest);
   return html`<details>
     <summary>Give a version a name</summary>
     <${Form} label="Alias of ${adapter.name}" className="row end" onSubmit=${() => {

@@ -42,7 +42,7 @@ export function AdaptersView({ path }) {
             : null
         }
       </div>
-      <div class="detail ${name ? "chosen" : ""}" ref=${detail}>
+      <div class="detail ${name ? "chosen" : ""}" tabindex="-1" ref=${detail}>
         ${
           found
             ? html`<${AdapterDetail} key=${name} adapter=${found} isOwn=${ours.includes(found)} onChange=${adapters.reload} />`

@@ -142,8 +142,8 @@ export function JobDetail({ id, onChange }) {
         ${status === "paused" ? html`<button type="button" disabled=${steer.busy} onClick=${() => steer.run("resume")}>Resume</button>` : null}
         ${
           isOver
-            ? html`<${Careful} label="Delete" sure="Its rows, checkpoints and log go; adapters that it made stay." busy=${remove.busy} onSure=${() => remove.run()} />`
-            : html`<${Careful} label="Cancel" deed="End the job" sure="It ends without an adapter, for good. Pause keeps it." busy=${steer.busy} onSure=${() => steer.run("cancel")} />`
+            ? html`<${Careful} key="delete" label="Delete" sure="Its rows, checkpoints and log go; adapters that it made stay." busy=${remove.busy} onSure=${() => remove.run()} />`
+            : html`<${Careful} key="cancel" label="Cancel" deed="End the job" sure="It ends without an adapter, for good. Pause keeps it." busy=${steer.busy} onSure=${() => steer.run("cancel")} />`
         }
       </p>
     </div>

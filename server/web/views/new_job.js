@@ -5,6 +5,8 @@ import { count, duration, plural } from "../lib/format.js";
 import { html, useRef, useState } from "../lib/html.js";
 import { useAction, useIsShown, useResource } from "../lib/resource.js";
 import { go } from "../lib/route.js";
+import { perKey } from "../lib/session.js";
+import { useStore } from "../lib/store.js";
 import { Fault, Form, NumberField, SelectField, TextField, Warnings } from "../parts/basics.js";
 import { DropZone } from "../parts/drop.js";
 
@@ -29,6 +31,12 @@ const BLANK = {
   startFrom: "",
   publishIf: "always",
 };
+
+/** @type {(keyof Fields)[]} */
+const MORE = ["method", "startFrom", "rank", "alpha", "learningRate", "batchSize", "evalSteps", "publishIf"];
+
+/** What was filled in; it stays while one looks at other views. */
+const filled = perKey(BLANK);
 
 const BESIDE = [
   "name",
@@ -71,7 +79,7 @@ function bodyOf(form) {
 
 /** @param {{onQueued: () => void}} props */
 export function NewJob({ onQueued }) {
-  const [form, setForm] = useState(BLANK);
+  const form = useStore(filled);
   const [dry, setDry] = useState(/** @type {DryRun | null} */ (null));
   const datasets = useResource(
     async (signal) => /** @type {DataSet[]} */ ((await get("/datasets", signal)).datasets),
@@ -79,15 +87,13 @@ export function NewJob({ onQueued }) {
   );
   const adapters = useResource(listAdapters, []);
   const change = (/** @type {keyof Fields} */ name) => (/** @type {any} */ value) => {
-    setForm((before) => ({ ...before, [name]: value })); // rows may have been on their way while others were typed
+    filled.update({ [name]: value });
     setDry(null);
   };
-  const latest = useRef(form);
-  latest.current = form;
   const check = useAction(async () => {
     const json = bodyOf({ ...form, name: form.name || "unnamed" });
     const found = await ask("POST", "/train?dry_run=true", { json });
-    if (latest.current === form) setDry(found);
+    if (filled.value === form) setDry(found);
   });
   const sent = useRef(/** @type {Map<string, string>} */ (new Map())); // what was sent, and as which request
   const isShown = useIsShown();
@@ -97,11 +103,14 @@ export function NewJob({ onQueued }) {
     const key = sent.current.get(json) ?? crypto.randomUUID?.() ?? String(Math.random());
     sent.current.set(json, key);
     const job = await ask("POST", "/train", { json: bodyOf(form), headers: { "Idempotency-Key": key } });
+    if (filled.value === form) filled.set(BLANK);
     onQueued();
     if (isShown()) go("train", job.id);
   });
   const problem = submit.problem ?? check.problem;
   const isReady = Boolean(form.name && form.dataset);
+  // what is set isn't hidden
+  const [hasMore] = useState(() => MORE.some((name) => form[name] !== BLANK[name]));
   const startable = (adapters.data?.own ?? []).filter((adapter) => adapter.kind === "adapter");
   return html`<${Form} label="New job" className="card" onSubmit=${() => {
     check.clear();
@@ -116,7 +125,7 @@ export function NewJob({ onQueued }) {
       <${NumberField} label="Epochs" name="epochs" hint="times through the rows" placeholder="3" step="1" value=${form.epochs} problem=${problem} onChange=${change("epochs")} />
       <${NumberField} label="Held out" name="validation" hint="share of the rows that measures, from 0 to 1" placeholder="0.1" value=${form.validation} problem=${problem} onChange=${change("validation")} />
     </div>
-    <details>
+    <details open=${hasMore}>
       <summary>More settings</summary>
       <div class="fields">
         <${SelectField} label="Method" name="method" value=${form.method} problem=${problem} options=${[
@@ -220,7 +229,7 @@ function Preview({ dry }) {
     </p>
     ${dry.preview.map(
       (row) =>
-        html`<p class="tokens" key=${row.row}>
+        html`<p class="tokens" dir="auto" key=${row.row}>
           ${row.tokens.map((token) => (token.trained ? html`<mark>${token.text}</mark>` : html`<span>${token.text}</span>`))}
           ${row.more ? html`<small> and ${plural(row.more, "token")} more</small>` : null}
         </p>`,

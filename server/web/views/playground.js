@@ -65,7 +65,7 @@ export function PlaygroundView() {
             hint=${request.isChat ? "Asked as a turn of a chat." : "The model goes on right after its last character."}
           >
             ${(/** @type {object} */ attributes) =>
-              html`<textarea ...${attributes} rows="4" value=${request.prompt} onInput=${(/** @type {Typed} */ event) => change("prompt")(event.currentTarget.value)}></textarea>`}
+              html`<textarea ...${attributes} dir="auto" rows="4" value=${request.prompt} onInput=${(/** @type {Typed} */ event) => change("prompt")(event.currentTarget.value)}></textarea>`}
           <//>
           <p class="row">
             <button type="submit">Generate</button>

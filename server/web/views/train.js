@@ -68,7 +68,7 @@ export function TrainView({ path: [id] }) {
         </ul>
         ${jobs.data?.isCut ? html`<button type="button" class="plain" disabled=${older.busy} onClick=${older.run}>Older jobs</button>` : null}
       </nav>
-      <div class=${id ? "chosen" : ""} ref=${detail}>
+      <div class=${id ? "chosen" : ""} tabindex="-1" ref=${detail}>
         ${
           id === "new" || isOffered.current
             ? html`<${NewJob} onQueued=${jobs.reload} />`
