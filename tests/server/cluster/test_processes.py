@@ -159,13 +159,13 @@ def test_strangers_are_refused_before_anything_starts(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_ray")
 def test_ports_that_api_processes_can_not_have_are_refused_before_anything_starts(tmp_path: Path) -> None:
     """Each would be started again and again, and never be ready."""
-    shared = {"home": tmp_path, "database_url": "postgresql://db/smolora", "bytes_url": "s3://smolora/production"}
+    shared = {"database_url": "postgresql://db/smolora", "bytes_url": "s3://smolora/production"}
     with ready_at("127.0.0.1") as taken:
         with pytest.raises(StartupError, match=f"port {taken} on 127.0.0.1 is taken"):
-            processes.up(load(Settings, **shared, port=taken - 1), None, 2, None, 6379, None, print)
+            processes.up(load(Settings, home=tmp_path, port=taken), None, 1, None, 6379, None, print)
         assert processes.is_ready(f"http://127.0.0.1:{taken}")
     with pytest.raises(StartupError, match="API process 2 would have port 65536"):
-        processes.up(load(Settings, **shared, port=65535), None, 2, None, 6379, None, print)
+        processes.up(load(Settings, home=tmp_path, port=65535, **shared), None, 2, None, 6379, None, print)
     with pytest.raises(StartupError, match="ports that are known"):
         processes.up(load(Settings, home=tmp_path, port=0), None, 1, None, 6379, None, print)
 
