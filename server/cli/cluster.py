@@ -54,7 +54,9 @@ def up(
     replica_gpus: ReplicaGpusOption = 0,
     api: Annotated[int, typer.Option(min=0, help="API processes, on ports from SMOLORA_PORT on.")] = 1,
     address: JoinOption = None,
-    ray_port: Annotated[int, typer.Option(help="Of a new Ray cluster.")] = 6379,
+    ray_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Of a new Ray cluster; 10001 to 19999 are Ray's own.")
+    ] = 6379,
     cpus: Annotated[float | None, typer.Option(min=1, help="Cores to give to Ray. Default: all.")] = None,
 ) -> None:
     """Start Ray, engine replicas, API processes and workers, and look after them until told to stop.
@@ -170,8 +172,11 @@ _DOWN_SECONDS = 120.0
 
 
 def _scale(replicas: int | None, most: int | None, cpus: float, gpus: float) -> "Scale":
+    """Raises StartupError where the two numbers contradict each other."""
     from server.cluster.deploy import Scale
 
+    if most is not None and most < (replicas or 1):
+        raise StartupError(f"--max-replicas {most} is less than --replicas {replicas or 1}")
     return Scale(replicas or 1, most, cpus, gpus)
 
 

@@ -5,6 +5,7 @@ Ray's own page and its reports home are off, and its object store, which nothing
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ _STORE_BYTES = 100 << 20
 _START_SECONDS = 60.0
 STOP_SECONDS = 45.0  # more than Ray itself takes to drain a node
 _TICK_SECONDS = 0.1
+_ERROR = re.compile(r"[\w.]*(Error|Exception): ")  # how a traceback ends
 
 
 def start_head(port: int, log: Path, num_cpus: float | None) -> tuple[Process, str]:
@@ -107,12 +109,21 @@ def _start(flags: list[str], log: Path, num_cpus: float | None) -> Process:
                 if b"Ray runtime started" in written.read():
                     return process
             time.sleep(_TICK_SECONDS)
-        raise StartupError(f"Ray doesn't start: see {log}")
+        raise StartupError(f"Ray doesn't start{_fault_told(log, begun)}: see {log}")
     except BaseException:  # Ctrl-C, too, which doesn't reach it: it would stay, and nobody would know of it
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
         raise
+
+
+def _fault_told(log: Path, begun: int) -> str:
+    """The error with which Ray ended, as it told it in its log from there on, if it did."""
+    with log.open("rb") as written:
+        written.seek(begun)
+        lines = written.read().decode(errors="replace").splitlines()
+    told = [line for line in lines if _ERROR.match(line)]
+    return f" ({told[-1].rstrip('.')})" if told else ""
 
 
 def _ray() -> str:

@@ -16,13 +16,14 @@ from server.cluster.serve_transport import join, leave
 from server.cluster.state import ClusterState, read_state, remove_state, write_state
 from server.config import Settings
 from server.errors import StartupError
-from server.serve.address import refuse_strangers, url_of
+from server.serve.address import bind, refuse_strangers, url_of
 from server.training.worker.supervisor import GRACE_SECONDS, Supervisor, worker_command
 
 _API_GRACE_SECONDS = 45.0  # more than a server takes to drain
 READY_SECONDS = 180.0  # after which an API process that was restarted is given up
 _PAUSE_SECONDS = 5.0  # that a balancer may take to see that an API process is ready again
 _TICK_SECONDS = 0.2
+_MAX_PORT = 65535
 _RESTART = signal.SIGUSR1
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # to ours, whatever others are reached by
 _SECRETS = ("api_keys", "database_url")  # which processes inherit with the environment
@@ -42,6 +43,7 @@ def up(
     With `address`, this machine joins that cluster; `scale` None leaves the replicas as they are.
     """
     home = settings.home.absolute()
+    _refuse_second(home)
     _check(settings, num_apis, address)
     log = home / "ray.log"
     signal.signal(signal.SIGTERM, _give_up)  # until everything runs
@@ -199,6 +201,37 @@ def _check(settings: Settings, num_apis: int, address: str | None) -> None:
         )
     if num_apis:
         refuse_strangers(settings)
+    for index in range(num_apis):
+        _refuse_taken(settings.host, settings.port, index)
+
+
+def _refuse_second(home: Path) -> None:
+    """Raise StartupError where one runs with this HOME, or a killed one left Ray: `down` knows of one alone."""
+    try:
+        state = read_state(home)
+    except StartupError:
+        return
+    if node.is_alive(state.pid, state.mark):
+        raise StartupError(
+            f"smolora cluster up runs already with SMOLORA_HOME={home}, as process {state.pid}: end it (smolora "
+            "cluster down), or choose another --home"
+        )
+    if node.is_alive(state.ray_pid, state.ray_mark):
+        raise StartupError(
+            f"a smolora cluster up with SMOLORA_HOME={home} was killed, and its Ray runs on: end that (smolora "
+            "cluster down)"
+        )
+
+
+def _refuse_taken(host: str, port: int, index: int) -> None:
+    """Raise StartupError where an API process could not listen, which would be started again and again."""
+    if port == 0:
+        raise StartupError("port 0 (SMOLORA_PORT, --port): API processes need ports that are known")
+    if port + index > _MAX_PORT:
+        raise StartupError(
+            f"API process {index + 1} would have port {port + index} (SMOLORA_PORT, --port): give a lower port"
+        )
+    bind(host, port + index).close()
 
 
 def _comes_up(url: str, stopped: threading.Event, seconds: float) -> bool:

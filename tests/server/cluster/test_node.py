@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from server.cluster import node
+from server.errors import StartupError
 
 SLOW = """#!/bin/sh
 echo $$ > {pid}
@@ -49,6 +50,20 @@ def test_whoever_is_interrupted_while_ray_starts_leaves_none(
     with pytest.raises(KeyboardInterrupt):
         node.start_node("10.0.0.1:6379", tmp_path / "log", None)
     assert ends(int(slow_ray.read_text())), "it was left behind"
+
+
+def test_it_says_why_ray_does_not_start(slow_ray: Path, tmp_path: Path) -> None:
+    """Of what Ray wrote this time; its log has what earlier ones did."""
+    log = tmp_path / "log"
+    log.write_text("OSError: of another time\n")
+    (tmp_path / "ray").write_text(
+        "#!/bin/sh\necho 'ValueError: port 16379 is used by others.'\necho 'Port information'\nexit 1\n"
+    )
+    with pytest.raises(StartupError, match=r"Ray doesn't start \(ValueError: port 16379 is used by others\): see"):
+        node.start_node("10.0.0.1:6379", log, None)
+    (tmp_path / "ray").write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(StartupError, match="Ray doesn't start: see"):
+        node.start_node("10.0.0.1:6379", log, None)
 
 
 @pytest.fixture

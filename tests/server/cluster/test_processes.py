@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 from server.cli import cluster as commands
 from server.cli.options import with_flags
 from server.cluster import node
-from server.cluster.state import FILE_NAME, ClusterState, write_state
+from server.cluster.state import FILE_NAME, ClusterState, read_state, write_state
 from server.config import DEFAULT_MODEL, PREFIX, Settings, load
 from server.errors import StartupError
+from tests.end_to_end.server_process import free_port
 
 pytest.importorskip("ray.serve", reason="needs the extra cluster")
 processes = import_module("server.cluster.processes")
@@ -132,19 +133,58 @@ def test_ray_that_ends_before_an_api_is_ready_ends_all(tmp_path: Path, monkeypat
     monkeypatch.setattr(node, "start_head", lambda *_: (ray, "127.0.0.1:6379"))
     monkeypatch.setattr(processes, "api_command", lambda *_: ["sleep", "60"])
     said = list[str]()
-    settings = load(Settings, home=tmp_path, port=1, workers=0)
+    settings = load(Settings, home=tmp_path, port=free_port(), workers=0)
     assert processes.up(settings, None, 1, None, 6379, None, said.append) == 1
     assert "Ray has ended: so does this" in said
 
 
-def test_strangers_are_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray may not be started."""
+
     def start(*_: object) -> None:
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr(node, "start_head", start)
+    monkeypatch.setattr(node, "start_node", start)
     monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_strangers_are_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="can be reached from elsewhere: make a key"):
         processes.up(load(Settings, home=tmp_path, host="0.0.0.0"), None, 1, None, 6379, None, print)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_ports_that_api_processes_can_not_have_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    """Each would be started again and again, and never be ready."""
+    shared = {"database_url": "postgresql://db/smolora", "bytes_url": "s3://smolora/production"}
+    with ready_at("127.0.0.1") as taken:
+        with pytest.raises(StartupError, match=f"port {taken} on 127.0.0.1 is taken"):
+            processes.up(load(Settings, home=tmp_path, port=taken), None, 1, None, 6379, None, print)
+        assert processes.is_ready(f"http://127.0.0.1:{taken}")
+    with pytest.raises(StartupError, match="API process 2 would have port 65536"):
+        processes.up(load(Settings, home=tmp_path, port=65535, **shared), None, 2, None, 6379, None, print)
+    with pytest.raises(StartupError, match="ports that are known"):
+        processes.up(load(Settings, home=tmp_path, port=0), None, 1, None, 6379, None, print)
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_a_second_one_beside_it_is_refused(
+    tmp_path: Path, stranger: "subprocess.Popen[bytes]", address: str | None
+) -> None:
+    """It would write its own state over the first one's, which `down` and `status` would know nothing of then."""
+    shared = {"database_url": "postgresql://db/smolora", "bytes_url": "s3://smolora/production"}
+    settings = load(Settings, home=tmp_path, port=free_port(), **shared)
+    lives, gone = node.mark_of(stranger.pid), f"{node.mark_of(stranger.pid)}0"
+    for marks, told in (((lives, lives), f"runs already.* process {stranger.pid}"), ((gone, lives), "was killed")):
+        state = ClusterState("10.0.0.1:6379", stranger.pid, stranger.pid, (), 0, mark=marks[0], ray_mark=marks[1])
+        write_state(tmp_path, state)
+        with pytest.raises(StartupError, match=told):
+            processes.up(settings, None, 1, address, 6379, None, print)
+        assert read_state(tmp_path) == state
 
 
 def test_replicas_that_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +201,22 @@ def test_replicas_that_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(processes, "leave", lambda: was_there.append(ray.poll() is None))
     scale = processes.Scale()
     with pytest.raises(StartupError, match="don't start"):
-        processes.up(load(Settings, home=tmp_path, workers=0), scale, 1, None, 6379, None, print)
+        processes.up(load(Settings, home=tmp_path, port=free_port(), workers=0), scale, 1, None, 6379, None, print)
     assert was_there == [True]
     assert ray.poll() is not None
+
+
+def test_numbers_of_replicas_that_contradict_each_other(tmp_path: Path) -> None:
+    """The larger number of replicas was taken, and there were never more or fewer."""
+    done = CliRunner().invoke(
+        commands.group, ["up", "--home", str(tmp_path), "--replicas", "3", "--max-replicas", "2"]
+    )
+    assert isinstance(done.exception, StartupError)
+    assert str(done.exception) == "--max-replicas 2 is less than --replicas 3"
+
+
+@pytest.mark.parametrize("port", ["0", "65536"])
+def test_a_port_of_ray_that_is_none(port: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(commands.group, ["up", "--home", str(tmp_path), "--ray-port", port])
+    assert done.exit_code == 2
+    assert "--ray-port" in done.output
