@@ -26,6 +26,7 @@ function App() {
   const secret = useStore(key);
   const main = useRef(/** @type {HTMLElement | null} */ (null));
   const isFirst = useRef(true);
+  const wasShown = useRef(false);
   const [, title, View] = VIEWS.find(([of]) => of === name) ?? /** @type {(typeof VIEWS)[0]} */ (VIEWS[0]);
 
   useEffect(() => {
@@ -37,10 +38,11 @@ function App() {
   }, [title]);
   useEffect(() => {
     // what was pressed may be gone with what it led away from, as the form of a new job
-    if (path.length && document.activeElement === document.body)
+    if (wasShown.current && path.length && document.activeElement === document.body)
       /** @type {HTMLElement | null | undefined} */ (main.current?.querySelector(".sides > .chosen"))?.focus({
         preventScroll: true,
       });
+    wasShown.current = true;
   }, [path.join("/")]);
 
   return html`<a class="skip" href="#main" onClick=${(/** @type {Event} */ event) => {
@@ -121,7 +123,9 @@ function SignIn() {
 
 /** A file that is dropped beside its place would be opened instead of the page. @param {DragEvent} event */
 const ignoreFiles = (event) => {
-  if (event.dataTransfer?.types.includes("Files")) event.preventDefault();
+  if (event.defaultPrevented || !event.dataTransfer?.types.includes("Files")) return;
+  event.preventDefault();
+  event.dataTransfer.dropEffect = "none";
 };
 addEventListener("dragover", ignoreFiles);
 addEventListener("drop", ignoreFiles);

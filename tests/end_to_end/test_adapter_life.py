@@ -100,7 +100,7 @@ def test_downloads_that_are_taken_slowly_fill_no_memory(
     assert exact_server.client.delete("/adapters/large").status_code == 204
 
 
-@pytest.mark.thorough  # a request that waits does below
+@pytest.mark.thorough  # of the engine alone: server/engine/adapter_pool
 def test_a_stream_outlives_its_adapter(exact_server: ServerProcess, adapter_files: AdapterFiles) -> None:
     digest = exact_server.upload("short-lived", adapter_files.make(11))["digest"]
     body: dict[str, Any] = {

@@ -5,8 +5,8 @@ which went on, and by one that would start on what is there then, as after a kil
 whole, and sound to `doctor`. The refused request then succeeds. Where all calls after that one fail, too, nothing
 can be taken back: then it is as after a kill at that line, until the request succeeds.
 
-`make test` lets each kind of call fail once a route, of a rollback journal those of some routes; `make slow` each
-call, with EIO.
+`make test` lets each kind of call fail once a route; `make slow` those of a rollback journal of some routes, too,
+and each call, with EIO.
 """
 
 import errno
@@ -214,7 +214,7 @@ def test_each_kind_of_call_may_fail(
     assert copies.stored(server.home) == server.listed()
 
 
-@pytest.mark.thorough  # with a write-ahead log above
+@pytest.mark.thorough  # with a write-ahead log, the default, above
 @pytest.mark.parametrize("name", ["upload", "train", "alias", "key"])
 @pytest.mark.parametrize("server", ["delete"], indirect=True)
 def test_a_rollback_journal_may_fail(

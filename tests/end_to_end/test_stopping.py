@@ -39,7 +39,7 @@ def server(tmp_path: Path, converted_tiny: Path) -> Iterator[ServerProcess]:
     server.close()
 
 
-@pytest.mark.thorough  # test_processes.py has a server without a job
+@pytest.mark.thorough  # a server without a job: test_processes.py; a job that leaves: test_worker.py
 def test_what_runs_and_what_waits_ends_and_the_job_goes_on(server: ServerProcess, converted_tiny: Path) -> None:
     """Four requests, of whose sequences two have a place. The job's checkpoint is the one that it makes as it
     leaves."""

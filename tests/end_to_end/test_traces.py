@@ -14,7 +14,7 @@ TRACE = "0af7651916cd43dd8448eb211c80319c"
 SECRET = "xyzzy"
 
 
-@pytest.mark.thorough  # server/tracing has each span
+@pytest.mark.thorough  # a request's spans: server/api/test_request_spans.py
 def test_spans_arrive(converted_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job's, then those of a request under its adapter, which is read for it; none has a text."""
     with receiving() as receiver:

@@ -161,8 +161,13 @@ def test_what_is_sent_again_is_the_same_job(server: ServerProcess, browser: Brow
             page.get_by_role("button", name="Train", exact=True).click()
             wait_for_number(page, keys, number)
             expect(page.get_by_role("alert")).to_contain_text("429")
+        page.get_by_role("link", name="Adapters").click()
+        expect(page.get_by_role("heading", name="Adapters")).to_be_visible()
+        page.go_back()
+        page.get_by_role("button", name="Train", exact=True).click()
+        wait_for_number(page, keys, 5)
         page.unroute("**/train")
-    assert keys[0] == keys[1] == keys[3] != keys[2]
+    assert keys[0] == keys[1] == keys[3] == keys[4] != keys[2]
 
 
 def test_a_first_job_is_gone_to(server: ServerProcess, browser: Browser) -> None:
@@ -657,6 +662,34 @@ def test_a_form_waits_while_one_looks_elsewhere(server: ServerProcess, browser: 
         expect(page.get_by_label("Name")).to_have_value("")
         page.get_by_text("More settings").click()
         expect(page.get_by_label("Rank")).to_have_value("")
+
+
+def test_what_was_chosen_may_be_deleted_meanwhile(
+    server: ServerProcess, browser: Browser, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    write(tmp_path, sample(tiny_base.config.shape, 2))
+    server.upload("brief", tmp_path)
+    with page_of(browser, f"{server.url}/#/train/new") as page:
+        drop(page, ".drop", {"few.jsonl": JSONL})
+        page.get_by_text("More settings").click()
+        page.get_by_label("Go on from").select_option("brief")
+        page.get_by_role("link", name="Adapters").click()
+        expect(page.get_by_role("heading", name="Adapters")).to_be_visible()
+        server.client.delete("/adapters/brief").raise_for_status()
+        page.go_back()
+        expect(page.get_by_label("Go on from").locator("option", has_text="brief")).to_have_count(0)
+        expect(page.get_by_label("Go on from")).to_have_value("")
+        with page.expect_request("**/train?dry_run=true") as sent:
+            page.get_by_role("button", name="Dry run").click()
+        assert "start_from" not in json.loads(sent.value.post_data or "")
+
+
+def test_a_page_that_is_opened_begins_at_its_top(server: ServerProcess, browser: Browser, job: str) -> None:
+    """For the keyboard: the first Tab is the skip link."""
+    with page_of(browser, f"{server.url}/#/train/{job}") as page:
+        expect(page.get_by_role("article", name="Job waits")).to_be_visible()
+        page.keyboard.press("Tab")
+        expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
 
 
 def test_a_legend_after_the_window_has_another_size(server: ServerProcess, browser: Browser, job: str) -> None:

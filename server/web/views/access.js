@@ -68,7 +68,7 @@ function Usage({ isAdmin, keys }) {
                 ${usage.data.map(
                   (row) =>
                     html`<tr>
-                      <th scope="row">${row.day ?? row.adapter ?? names.get(row.key ?? "") ?? row.key ?? row.project ?? (by === "adapter" ? "base" : "–")}</th>
+                      <th scope="row" title=${row.key}>${row.day ?? row.adapter ?? names.get(row.key ?? "") ?? row.key ?? row.project ?? (by === "adapter" ? "base" : "–")}</th>
                       <td class="number">${count(row.requests)}</td>
                       <td class="number">${compact(row.prompt_tokens)}</td>
                       <td class="number">${compact(row.cached_tokens)}</td>

@@ -2,10 +2,10 @@
 import { listAdapters } from "../lib/adapters.js";
 import { ask, get, upload } from "../lib/api.js";
 import { count, duration, plural } from "../lib/format.js";
-import { html, useRef, useState } from "../lib/html.js";
+import { html, useState } from "../lib/html.js";
 import { useAction, useIsShown, useResource } from "../lib/resource.js";
 import { go } from "../lib/route.js";
-import { perKey } from "../lib/session.js";
+import { key, perKey } from "../lib/session.js";
 import { useStore } from "../lib/store.js";
 import { Fault, Form, NumberField, SelectField, TextField, Warnings } from "../parts/basics.js";
 import { DropZone } from "../parts/drop.js";
@@ -37,6 +37,9 @@ const MORE = ["method", "startFrom", "rank", "alpha", "learningRate", "batchSize
 
 /** What was filled in; it stays while one looks at other views. */
 const filled = perKey(BLANK);
+
+/** What was sent and has no answer yet, and as which request. @type {import("../lib/store.js").Store<Map<string, string>>} */
+const sent = perKey(new Map());
 
 const BESIDE = [
   "name",
@@ -79,13 +82,19 @@ function bodyOf(form) {
 
 /** @param {{onQueued: () => void}} props */
 export function NewJob({ onQueued }) {
-  const form = useStore(filled);
+  const kept = useStore(filled);
   const [dry, setDry] = useState(/** @type {DryRun | null} */ (null));
   const datasets = useResource(
     async (signal) => /** @type {DataSet[]} */ ((await get("/datasets", signal)).datasets),
     [],
   );
   const adapters = useResource(listAdapters, []);
+  const startable = (adapters.data?.own ?? []).filter((adapter) => adapter.kind === "adapter");
+  const form = { ...kept };
+  // what was chosen may be deleted by now
+  if (datasets.data?.every((set) => set.id !== form.dataset)) form.dataset = "";
+  if (adapters.data && !adapters.data.isCut && startable.every((adapter) => adapter.name !== form.startFrom))
+    form.startFrom = "";
   const change = (/** @type {keyof Fields} */ name) => (/** @type {any} */ value) => {
     filled.update({ [name]: value });
     setDry(null);
@@ -93,17 +102,17 @@ export function NewJob({ onQueued }) {
   const check = useAction(async () => {
     const json = bodyOf({ ...form, name: form.name || "unnamed" });
     const found = await ask("POST", "/train?dry_run=true", { json });
-    if (filled.value === form) setDry(found);
+    if (filled.value === kept) setDry(found);
   });
-  const sent = useRef(/** @type {Map<string, string>} */ (new Map())); // what was sent, and as which request
   const isShown = useIsShown();
   const submit = useAction(async () => {
     // once more the same, as after an answer that got lost, is the same job
     const json = JSON.stringify(bodyOf(form));
-    const key = sent.current.get(json) ?? crypto.randomUUID?.() ?? String(Math.random());
-    sent.current.set(json, key);
-    const job = await ask("POST", "/train", { json: bodyOf(form), headers: { "Idempotency-Key": key } });
-    if (filled.value === form) filled.set(BLANK);
+    const request = sent.value.get(json) ?? crypto.randomUUID?.() ?? String(Math.random());
+    sent.set(new Map([...sent.value, [json, request]]));
+    const job = await ask("POST", "/train", { json: bodyOf(form), headers: { "Idempotency-Key": request } });
+    sent.set(new Map([...sent.value].filter(([body]) => body !== json)));
+    if (filled.value === kept) filled.set(BLANK);
     onQueued();
     if (isShown()) go("train", job.id);
   });
@@ -111,7 +120,6 @@ export function NewJob({ onQueued }) {
   const isReady = Boolean(form.name && form.dataset);
   // what is set isn't hidden
   const [hasMore] = useState(() => MORE.some((name) => form[name] !== BLANK[name]));
-  const startable = (adapters.data?.own ?? []).filter((adapter) => adapter.kind === "adapter");
   return html`<${Form} label="New job" className="card" onSubmit=${() => {
     check.clear();
     void submit.run();
@@ -176,12 +184,13 @@ function Rows({ datasets, chosen, problem, onChoose, onUploaded }) {
     setShare(0);
     setTold([]);
     setFile(file.name);
+    const own = key.value;
     try {
       const stored = await upload("/datasets", form, setShare);
       setTold(stored.warnings);
       setFile(`${file.name}: ${plural(stored.rows, "row")}, all well formed`);
       await onUploaded();
-      onChoose(stored.id);
+      if (key.value === own) onChoose(stored.id);
     } finally {
       setShare(null);
     }

@@ -42,7 +42,7 @@ def working(shop: Shop, model: Path) -> Iterator["subprocess.Popen[bytes]"]:
         process.wait()
 
 
-@pytest.mark.thorough  # the README's tour trains on this one
+@pytest.mark.thorough  # the dtype: model/test_device.py; a worker without a base: test_worker.py
 def test_it_trains_in_fp32_and_jobs_wait_for_a_base(shop: Shop) -> None:
     model, away = shop.home / "base", shop.home / "away"
     shutil.copytree(shop.base.directory, model)

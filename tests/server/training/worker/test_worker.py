@@ -373,7 +373,7 @@ def test_a_hung_step_is_ended(tmp_path: Path, jobs: Jobs, leases: Leases) -> Non
     assert warnings == ["attempt 1: no sign of progress for 1.5 s"]
 
 
-@pytest.mark.thorough  # a shorter one below is ended
+@pytest.mark.thorough  # what beats meanwhile: test_job_reporter.py
 def test_a_long_write_is_no_hang(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
     """As long as its bytes may take. A busy machine may need seconds to start a process, which are quiet, too."""
     submit_stub(tmp_path, jobs, "j1", steps=3, transfer=25.0, transfer_at_most=90.0)
