@@ -174,7 +174,7 @@ def _forget_uncommitted(recorder: Recorder, connection: sa.Connection) -> None:
 
 def _refuse_held(connection: sa.Connection, name: str, number: int | None, force: bool, of: Viewpoint) -> None:
     """Conflict, naming whatever holds the version, or one of all; `force` lets aliases go. Other projects'
-    compositions are counted.
+    compositions are counted, but for the operator.
     """
     holders: list[str] = []
     has_aliases = False
@@ -187,7 +187,9 @@ def _refuse_held(connection: sa.Connection, name: str, number: int | None, force
     blends = sa.select(parts.c.name, parts.c.version).distinct()
     blends = blends.where(_of(name, number, parts.c.part_name, parts.c.part_version))
     rows = connection.execute(blends.order_by(parts.c.name, parts.c.version)).all()
-    blended = [f"the composition {of.shown(row.name)}@{row.version}" for row in rows if of.owns(row.name)]
+    blended = [
+        f"the composition {of.shown(row.name)}@{row.version}" for row in rows if of.sees_all or of.owns(row.name)
+    ]
     if num_others := len(rows) - len(blended):
         blended.append(f"{num_others} composition{'s' if num_others > 1 else ''} of other projects")
     holders += blended

@@ -69,6 +69,8 @@ def up(
     scale = None
     if address is None or replicas is not None:
         scale = _scale(replicas, max_replicas, replica_cpus, replica_gpus)
+    elif max_replicas is not None:
+        raise StartupError("--max-replicas goes with --replicas where a machine joins: without, none are changed")
     make(settings.home)
     logs.set_up(settings.log_format)
     raise typer.Exit(run(settings, scale, api, address, ray_port, cpus, say))
@@ -95,8 +97,8 @@ def deploy(
     from server.cluster.deploy import deploy as run
     from server.cluster.serve_transport import join
 
-    join(address)
     scale = _scale(replicas, max_replicas, replica_cpus, replica_gpus)
+    join(address)
     scale = replace(scale, upscale_seconds=upscale_seconds, downscale_seconds=downscale_seconds, spare=spare)
     run(settings, scale, say)
 

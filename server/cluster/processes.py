@@ -13,7 +13,7 @@ from pathlib import Path
 from server.cluster import node
 from server.cluster.deploy import Scale, deploy
 from server.cluster.serve_transport import join, leave
-from server.cluster.state import ClusterState, read_state, remove_state, write_state
+from server.cluster.state import ClusterState, alone, read_state, remove_state, write_state
 from server.config import Settings
 from server.errors import StartupError
 from server.serve.address import bind, refuse_strangers, url_of
@@ -43,58 +43,58 @@ def up(
     With `address`, this machine joins that cluster; `scale` None leaves the replicas as they are.
     """
     home = settings.home.absolute()
-    _refuse_second(home)
-    _check(settings, num_apis, address)
-    log = home / "ray.log"
-    signal.signal(signal.SIGTERM, _give_up)  # until everything runs
-    say("starting Ray" if address is None else f"joining Ray at {address}")
-    if address is None:
-        ray, address = node.start_head(ray_port, log, num_cpus)
-    else:
-        ray = node.start_node(address, log, num_cpus)
-    processes = Processes({}, [])
-    try:
-        urls = urls_of(settings, num_apis)
-        apis = {url: api_command(settings, index, num_apis, address) for index, url in enumerate(urls)}
-        processes = Processes(apis, [worker_command(settings.of_a_worker)] * settings.workers)
-        stopped, asked = threading.Event(), threading.Event()
-        signal.signal(_RESTART, lambda *_: asked.set())
-        state = ClusterState(
-            *(address, os.getpid(), ray.pid, urls, settings.workers),
-            mark=node.mark_of(os.getpid()),
-            ray_mark=node.mark_of(ray.pid),
-        )
-        write_state(home, state)
-        if scale is not None:
-            say(f"starting {scale.replicas} engine replicas")
-            join(address)
-            try:
-                deploy(settings, scale, say)
-            finally:
-                leave()  # before Ray ends, without which it would wait for minutes
-        for number in (signal.SIGTERM, signal.SIGINT):  # now: Ray sets its own while it is joined
-            signal.signal(number, lambda *_: stopped.set())
-        processes.start()
-        awaited = list(urls)
-        while not stopped.wait(_TICK_SECONDS):
-            if ray.poll() is not None:
-                say("Ray has ended: so does this")
-                return 1
-            for url in filter(is_ready, tuple(awaited)):
-                awaited.remove(url)
-                say(f"the API is ready at {url}")
-            if asked.is_set():
-                asked.clear()
-                fault = processes.replace(stopped, say)
-                state = replace(state, num_restarts=state.num_restarts + 1, fault=fault)
-                write_state(home, state)
-        return 0
-    finally:
-        say("stopping: requests end, jobs go back to the queue")
-        processes.stop()
-        ray.terminate()
-        ray.wait(node.STOP_SECONDS)
-        remove_state(home)
+    with alone(home):
+        _check(settings, num_apis, address, ray_port)
+        log = home / "ray.log"
+        signal.signal(signal.SIGTERM, _give_up)  # until everything runs
+        say("starting Ray" if address is None else f"joining Ray at {address}")
+        if address is None:
+            ray, address = node.start_head(ray_port, log, num_cpus)
+        else:
+            ray = node.start_node(address, log, num_cpus)
+        processes = Processes({}, [])
+        try:
+            urls = urls_of(settings, num_apis)
+            apis = {url: api_command(settings, index, num_apis, address) for index, url in enumerate(urls)}
+            processes = Processes(apis, [worker_command(settings.of_a_worker)] * settings.workers)
+            stopped, asked = threading.Event(), threading.Event()
+            signal.signal(_RESTART, lambda *_: asked.set())
+            state = ClusterState(
+                *(address, os.getpid(), ray.pid, urls, settings.workers),
+                mark=node.mark_of(os.getpid()),
+                ray_mark=node.mark_of(ray.pid),
+            )
+            write_state(home, state)
+            if scale is not None:
+                say(f"starting {scale.replicas} engine replicas")
+                join(address)
+                try:
+                    deploy(settings, scale, say)
+                finally:
+                    leave()  # before Ray ends, without which it would wait for minutes
+            for number in (signal.SIGTERM, signal.SIGINT):  # now: Ray sets its own while it is joined
+                signal.signal(number, lambda *_: stopped.set())
+            processes.start()
+            awaited = list(urls)
+            while not stopped.wait(_TICK_SECONDS):
+                if ray.poll() is not None:
+                    say("Ray has ended: so does this")
+                    return 1
+                for url in filter(is_ready, tuple(awaited)):
+                    awaited.remove(url)
+                    say(f"the API is ready at {url}")
+                if asked.is_set():
+                    asked.clear()
+                    fault = processes.replace(stopped, say)
+                    state = replace(state, num_restarts=state.num_restarts + 1, fault=fault)
+                    write_state(home, state)
+            return 0
+        finally:
+            say("stopping: requests end, jobs go back to the queue")
+            processes.stop()
+            ray.terminate()
+            ray.wait(node.STOP_SECONDS)
+            remove_state(home)
 
 
 def _give_up(*_: object) -> None:
@@ -191,7 +191,7 @@ def _flags(settings: Settings) -> list[str]:
     return found
 
 
-def _check(settings: Settings, num_apis: int, address: str | None) -> None:
+def _check(settings: Settings, num_apis: int, address: str | None, ray_port: int) -> None:
     """Raise StartupError where processes would not see each other's things, or an API process would not start."""
     shared = [getattr(settings, name, None) for name in ("database_url", "bytes_url")]
     if (num_apis > 1 or address is not None) and not all(shared):
@@ -202,25 +202,11 @@ def _check(settings: Settings, num_apis: int, address: str | None) -> None:
     if num_apis:
         refuse_strangers(settings)
     for index in range(num_apis):
+        if address is None and settings.port + index == ray_port:
+            raise StartupError(
+                f"API process {index + 1} would have Ray's port, {ray_port}: choose another --ray-port"
+            )
         _refuse_taken(settings.host, settings.port, index)
-
-
-def _refuse_second(home: Path) -> None:
-    """Raise StartupError where one runs with this HOME, or a killed one left Ray: `down` knows of one alone."""
-    try:
-        state = read_state(home)
-    except StartupError:
-        return
-    if node.is_alive(state.pid, state.mark):
-        raise StartupError(
-            f"smolora cluster up runs already with SMOLORA_HOME={home}, as process {state.pid}: end it (smolora "
-            "cluster down), or choose another --home"
-        )
-    if node.is_alive(state.ray_pid, state.ray_mark):
-        raise StartupError(
-            f"a smolora cluster up with SMOLORA_HOME={home} was killed, and its Ray runs on: end that (smolora "
-            "cluster down)"
-        )
 
 
 def _refuse_taken(host: str, port: int, index: int) -> None:

@@ -1,13 +1,18 @@
 """What runs on this machine, as a file of HOME: for `status` and `down`, which are other processes."""
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from adapters.durable import new_file, write_json
+from server.cluster import node
 from server.errors import StartupError
 
 FILE_NAME = "cluster.json"
+_LOCK_NAME = "cluster.lock"
 
 
 @dataclass(frozen=True)
@@ -41,3 +46,42 @@ def read_state(home: Path) -> ClusterState:
 def remove_state(home: Path) -> None:
     """Nothing runs any more."""
     (home / FILE_NAME).unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(home: Path) -> Iterator[None]:
+    """A block in which no other `up` begins with this HOME: `down` knows of one alone.
+
+    Raises StartupError where one runs or is about to, or a killed one left Ray.
+    """
+    with (home / _LOCK_NAME).open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_free = True
+        except OSError as error:  # or of file systems without locks
+            is_free = not isinstance(error, BlockingIOError)
+        if (state := _state_of(home)) is not None:
+            _refuse_running(home, state)
+        if not is_free:
+            raise StartupError(f"another smolora cluster up with SMOLORA_HOME={home} is about to start, or to end")
+        yield
+
+
+def _state_of(home: Path) -> ClusterState | None:
+    try:
+        return read_state(home)
+    except StartupError:  # nothing was started
+        return None
+
+
+def _refuse_running(home: Path, state: ClusterState) -> None:
+    if node.is_alive(state.pid, state.mark):
+        raise StartupError(
+            f"smolora cluster up runs already with SMOLORA_HOME={home}, as process {state.pid}: end it (smolora "
+            "cluster down), or choose another --home"
+        )
+    if node.is_alive(state.ray_pid, state.ray_mark):
+        raise StartupError(
+            f"a smolora cluster up with SMOLORA_HOME={home} was killed, and its Ray runs on: end that (smolora "
+            "cluster down)"
+        )

@@ -176,7 +176,9 @@ def allow_files(limits: Limits) -> Limits:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     if most == wanted:
         return limits
-    num_connections = min(limits.max_connections, max(most - _OTHER_FILES, most // 2))
+    num_connections = max(most - _OTHER_FILES, most // 2)
+    if num_connections >= limits.max_connections:
+        return limits
     log.warning(
         "this process may open %d files: at most %s, whatever SMOLORA_MAX_CONNECTIONS says",
         most,

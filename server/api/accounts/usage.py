@@ -47,7 +47,10 @@ async def get_audit(
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="of a page")] = 100,
     before: Annotated[int | None, Query(ge=0, lt=1 << 53, description="the `next` of the page before")] = None,
 ) -> Response:
-    """List who made and revoked keys, set limits and visibility, and deleted things; the newest first."""
+    """List who made and revoked keys, set limits, visibility and aliases, and deleted things; the newest first.
+
+    What a job publishes, and the alias that it sets with it, its own record has.
+    """
     found = await to_thread.run_sync(services.access.audit.list, limit + 1, before)
     page = [_entry(entry) for entry in found[:limit]]
     return wire.answer({"entries": page, "next": found[limit - 1].number if len(found) > limit else None})

@@ -97,6 +97,16 @@ def is_database_locked(error: BaseException) -> bool:
     return _says(error, (), _LOCKED_WORDS)
 
 
+def once_unlocked(work: Callable[[], _Result], goes_on: Callable[[], bool]) -> _Result:
+    """What `work` returns, which is done again while somebody else keeps the database locked, and `goes_on`."""
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            if not (is_database_locked(error) and goes_on()):
+                raise
+
+
 def _says(error: BaseException, numbers: Collection[int], words: Collection[str]) -> bool:
     cause: BaseException | None = error
     while cause is not None:

@@ -30,7 +30,7 @@ from server.training.queue.attempt import Attempt
 from server.training.queue.job_files import JobFiles
 from server.training.queue.jobs import Jobs
 from server.training.queue.leases import LEASE_SECONDS, MAX_CRASH_DELAY, Claim, Directive, LeaseLost, Leases
-from server.training.queue.reserve import DISK_FULL, Reserve
+from server.training.queue.reserve import DISK_FULL, Reserve, once_unlocked
 from server.training.queue.retention import Retention
 from server.training.queue.tables import MERGE, TRAIN, JobKind
 from server.training.worker.job_pipe import EXIT_DONE, EXIT_LEFT, EXIT_NO_BASE, HINDRANCES, NO_ROOM, Child
@@ -244,7 +244,7 @@ class Worker:
 
     def _store(self, write: Callable[[], object]) -> None:
         try:
-            self._reserve.spend_on(write)
+            once_unlocked(lambda: self._reserve.spend_on(write), lambda: not self._is_stopping)
         except LeaseLost:
             log.warning("the job is another worker's by now")
 

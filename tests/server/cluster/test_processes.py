@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from server.cli import cluster as commands
 from server.cli.options import with_flags
 from server.cluster import node
-from server.cluster.state import FILE_NAME, ClusterState, read_state, write_state
+from server.cluster.state import FILE_NAME, ClusterState, alone, read_state, write_state
 from server.config import DEFAULT_MODEL, PREFIX, Settings, load
 from server.errors import StartupError
 from tests.end_to_end.server_process import free_port
@@ -187,6 +187,19 @@ def test_a_second_one_beside_it_is_refused(
         assert read_state(tmp_path) == state
 
 
+@pytest.mark.usefixtures("no_ray")
+def test_a_second_one_is_refused_while_the_first_starts(tmp_path: Path) -> None:
+    """Ray takes a minute, until which there is no state."""
+    settings = load(Settings, home=tmp_path, port=free_port())
+    with (
+        alone(tmp_path),
+        pytest.raises(StartupError, match="is about to start, or to end"),
+    ):
+        processes.up(settings, None, 1, None, 6379, None, print)
+    with pytest.raises(StartupError, match="would have Ray's port"):  # it is free again
+        processes.up(settings, None, 1, None, settings.port, None, print)
+
+
 def test_replicas_that_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process leaves Ray before that ends: else it would wait for it, and say nothing, for two minutes."""
     ray, was_there = subprocess.Popen(["sleep", "60"]), list[bool]()
@@ -213,6 +226,14 @@ def test_numbers_of_replicas_that_contradict_each_other(tmp_path: Path) -> None:
     )
     assert isinstance(done.exception, StartupError)
     assert str(done.exception) == "--max-replicas 2 is less than --replicas 3"
+
+
+def test_a_largest_number_that_would_be_forgotten(tmp_path: Path) -> None:
+    """A machine that joins leaves the replicas as they are, unless it says how many there are to be."""
+    told = ["up", "--home", str(tmp_path), "--address", "10.0.0.1:6379", "--max-replicas", "2"]
+    done = CliRunner().invoke(commands.group, told)
+    assert isinstance(done.exception, StartupError)
+    assert str(done.exception).startswith("--max-replicas goes with --replicas")
 
 
 @pytest.mark.parametrize("port", ["0", "65536"])

@@ -1,15 +1,17 @@
 """The process of a job: what it loads and where, and how it ends without memory."""
 
 import logging
+import sqlite3
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import sqlalchemy as sa
 import torch
+from sqlalchemy.exc import OperationalError
 
 from adapters.merging.recipe import Recipe
 from server.config import WorkerSettings
@@ -152,6 +154,29 @@ def test_a_database_that_cant_be_opened_costs_a_job_no_attempt(
     messages = [event.message for event in jobs.events("a")]
     assert messages[-2:] == ["attempt 1: its process can't use the database", "back in the queue"]
     assert "was written by a newer version of smolora" in caplog.messages[-1], "for the operator"
+
+
+def test_a_database_that_stays_locked_costs_a_job_no_attempt(
+    shop: Shop, tiny_base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the worker wants to let the job go: one that it can't looks like a dead worker's."""
+    shop.submit(JobSpec("codes", lora=LoraSpec(rank=2)), job_data(shop.base))
+    release, refused = shop.leases.release, list[object]()
+
+    def locked(*given: Any) -> None:
+        if len(refused) < 3:
+            refused.append(given)
+            raise OperationalError("UPDATE jobs", {}, sqlite3.OperationalError("database is locked"))
+        release(*given)
+
+    monkeypatch.setattr(shop.leases, "release", locked)
+    settings = settings_of(tiny_base_dir, home=shop.home, device="cpu").model_dump(mode="json")
+    timing = replace(FAST, hung=120.0, hindered=0.1)
+    Worker(
+        shop.home, shop.jobs, shop.leases, settings, command=without(LOCKED), timing=timing, has_peers=True
+    )._work()
+    assert len(refused) == 3
+    assert (shop.jobs.get("job").status, num_stalled(shop.engine)) == (Status.QUEUED, 0)
 
 
 @pytest.mark.parametrize(
