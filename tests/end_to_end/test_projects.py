@@ -104,7 +104,7 @@ def num_waiting(tenants: Tenants) -> float:
     return tenants.server.metrics()["smolora_requests_waiting"]
 
 
-@pytest.mark.thorough
+@pytest.mark.thorough  # of the engine alone: server/engine/test_engine_requests.py
 def test_cached_prefixes_tell_nothing(tenants: Tenants) -> None:
     """Neither by `cached_tokens` nor by the time to the first token."""
     times = {"cold": list[float](), "warm": list[float](), "probed": list[float]()}
