@@ -21,6 +21,7 @@ class Machine:
     compiler: str
     commit: str  # of this checkout; "" where there is no git
     packages: dict[str, str]
+    cpu_family: str = ""  # "family 25, model 17": names such as "AMD EPYC" are of several; "" where it isn't told
 
     @classmethod
     def this(cls, threads: int) -> "Machine":
@@ -35,12 +36,14 @@ class Machine:
             _first_line("c++", "--version"),
             _commit(),
             packages,
+            cpu_family(),
         )
 
     def __str__(self) -> str:
         packages = ", ".join(f"{name} {number}" for name, number in self.packages.items())
+        cpu = f"{self.cpu} of {self.cpu_family}" if self.cpu_family else self.cpu
         found = [
-            f"{self.cpu}, {self.cores} cores, {self.memory / 2**30:.0f} GiB; {self.threads} threads",
+            f"{cpu}, {self.cores} cores, {self.memory / 2**30:.0f} GiB; {self.threads} threads",
             f"Python {self.python}, {packages}",
             *([self.compiler] if self.compiler else []),
             *([f"commit {self.commit}"] if self.commit else []),
@@ -51,12 +54,25 @@ class Machine:
 def cpu_name() -> str:
     if not (lines := _cpuinfo()):
         return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    return _told(lines, "model name") or "unknown CPU"
+
+
+def cpu_family() -> str:
+    """The processor's family and model; "" where the system doesn't tell them."""
+    lines = _cpuinfo()
+    found = [(name, _told(lines, told)) for name, told in (("family", "cpu family"), ("model", "model"))]
+    return ", ".join(f"{name} {number}" for name, number in found if number)
 
 
 def has_feature(name: str) -> bool:
     """Whether the processor has what Linux calls so; False where the system doesn't tell."""
     return any(name in line.split() for line in _cpuinfo() if line.startswith("flags"))
+
+
+def _told(lines: list[str], name: str) -> str:
+    """What the first line of that name says; "" where there is none."""
+    found = (line.partition(":") for line in lines)
+    return next((told.strip() for given, _, told in found if given.strip() == name), "")
 
 
 def _cpuinfo() -> list[str]:

@@ -1,0 +1,37 @@
+"""What is told of the processor beside figures."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import machine
+from benchmarks.machine import cpu_family, cpu_name
+from tests.benchmarks.kit import MACHINE
+
+EPYC = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nflags\t\t: fpu avx2\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name", "family"),
+    [
+        (EPYC, "AMD EPYC", "family 25, model 17"),
+        (
+            "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd\n",
+            "unknown CPU",
+            "",
+        ),  # what Linux tells on ARM
+    ],
+)
+def test_names_that_several_processors_share_have_their_family_beside_them(
+    monkeypatch: pytest.MonkeyPatch, cpuinfo: str, name: str, family: str
+) -> None:
+    monkeypatch.setattr(machine, "_cpuinfo", cpuinfo.splitlines)
+
+    assert (cpu_name(), cpu_family()) == (name, family)
+
+
+def test_the_family_is_printed_where_it_is_known() -> None:
+    assert str(MACHINE).startswith("A CPU, 2 cores")
+    assert str(replace(MACHINE, cpu_family="family 25, model 17")).startswith(
+        "A CPU of family 25, model 17, 2 cores"
+    )
