@@ -10,7 +10,7 @@ from server.engine.sequence import Chunk
 from server.engine.watching.row_costs import RowCosts
 
 SLOWER = 3.5
-"""At 2.5 long prompts took a fifth longer, and the longest pauses a quarter less (docs/performance.md)."""
+"""At 2.5 long prompts took a fifth longer, and the longest pauses a quarter less (docs/performance/steps.md)."""
 _LEAST = 16  # tokens: fewer take hardly less
 _ASSUMED_STEP = 16  # a step of one sequence, in tokens of prompts
 

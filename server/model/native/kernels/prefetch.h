@@ -10,7 +10,7 @@
 constexpr size_t kBytesAhead = 8192;  // by which weights are prefetched in advance: by 2 KB they come half as fast
 
 // Fetches a line of cache that is read soon, into the second cache: the first waits for so few lines at once that they
-// take longer than memory does (docs/performance.md).
+// take longer than memory does (docs/performance/steps.md).
 inline void prefetch_line(const void* line) { _mm_prefetch((const char*)line, _MM_HINT_T1); }
 
 // The addresses of lines, which are prefetched one after the other; behind the last one it is there a few times more.

@@ -1,0 +1,44 @@
+"""Pages that lead to pages: each link within the project, and each page that code names, is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+NAMED = re.compile(r"docs/[\w/-]+\.\w+")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    missing = []
+    for link in LINK.findall(text):
+        if re.match(r"\w+:", link):  # of the net
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if not target.exists() or (anchor and anchor not in _anchors(target)):
+            missing.append(link)
+
+    assert not missing
+
+
+def test_pages_that_code_names_are_there() -> None:
+    files = [file for room in ("server", "adapters", "benchmarks", "docker") for file in (ROOT / room).rglob("*")]
+    texts = {
+        file: file.read_text(encoding="utf-8") for file in files if file.suffix in {".py", ".h", ".cpp", ".yml"}
+    }
+    named = {(file, name) for file, text in texts.items() for name in NAMED.findall(text)}
+
+    assert named  # so that the pattern finds what there is
+    assert not [(str(file), name) for file, name in named if not (ROOT / name).exists()]
+
+
+def _anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
