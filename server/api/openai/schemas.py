@@ -11,9 +11,9 @@ from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, Wit
 
 from adapters.expression import MAX_LENGTH
 from server.api.schemas import Body, ResponseFormatBody, SamplingFields
+from server.model.text.turns import joined_parts
 
 MAX_PROMPTS = 128
-MAX_TEXT_PARTS = 1024
 DEFAULT_COMPLETION_TOKENS = 16
 
 _OFF: Mapping[str, tuple[object, ...]] = {
@@ -91,26 +91,11 @@ class CallBody(SamplingFields):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-def _joined(content: object) -> object:
-    """Parts of text as one text. ValueError where a part is something else."""
-    if not isinstance(content, list):
-        return content
-    if not 1 <= len(content) <= MAX_TEXT_PARTS:
-        raise ValueError(f"has 1 to {MAX_TEXT_PARTS} parts")
-    texts = []
-    for number, part in enumerate(content):
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str) or len(part) > 2:
-            raise ValueError(f'part {number}: only {{"type": "text", "text": "…"}} is supported')
-        texts.append(text)
-    return "".join(texts)
-
-
 class ChatMessageBody(Body):
     """One turn: a text, or parts of text, which are joined as they are. `developer` means `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined, str | list[dict[str, str]])]
+    content: Annotated[str, BeforeValidator(joined_parts, str | list[dict[str, str]])]
     name: Unsupported = None
     refusal: Unsupported = None
     audio: Unsupported = None

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
+MAX_TEXT_PARTS = 1024
+
 _PRIVATE_USE = range(0x100000, 0x10FFFE)  # characters that mean nothing: Unicode's plane 16
 _UNASSIGNED = range(0x40000, 0xE0000)  # planes 4 to 13: whoever has all of those too has sent megabytes
 
@@ -18,6 +20,24 @@ class ChatMessage:
 
     role: str
     content: str
+
+
+def joined_parts(content: object) -> object:
+    """OpenAI's parts of text as the one text that they are. What is no list is given back.
+
+    Raises ValueError where there are none, or more than `MAX_TEXT_PARTS`, or a part is something else than text.
+    """
+    if not isinstance(content, list):
+        return content
+    if not 1 <= len(content) <= MAX_TEXT_PARTS:
+        raise ValueError(f"has 1 to {MAX_TEXT_PARTS} parts")
+    texts = []
+    for number, part in enumerate(content):
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str) or len(part) > 2:
+            raise ValueError(f'part {number}: only {{"type": "text", "text": "…"}} is supported')
+        texts.append(text)
+    return "".join(texts)
 
 
 class Disguise:

@@ -4,6 +4,7 @@
     {"messages": [{"role", "content"}, …]}  trained on what the assistant says, but for turns of "weight" 0
     {"text": "…"}                           trained on all of it
 
+A turn's content may be a list of OpenAI's parts of text, which are joined, and its role `developer`: `system`.
 `parse_row` takes what a JSON parser made and leaves nothing of it unchecked: every fault names its field, and no
 message quotes a row's text. Tokens are `encoding.py`'s part, files `row_files.py`'s.
 """
@@ -16,10 +17,12 @@ from typing import Literal
 
 from adapters.errors import FieldError, InvalidInput
 from adapters.names import near
-from server.model.text.chat import ChatMessage
+from server.model.text.turns import ChatMessage, joined_parts
 from server.training.data.ignored import MAX_NAME, MAX_NAMED, IgnoredFields, shown
 
 ROLES = ("system", "user", "assistant")
+DEVELOPER = "developer"
+"""What OpenAI calls `system` by now."""
 MAX_TURNS = 1024
 MAX_FAULTS = 8
 """Faults that are named of one row."""
@@ -176,7 +179,8 @@ def _messages(value: object) -> MessagesRow:
         if len(faults) >= MAX_FAULTS:
             break
         if not found:
-            turns.append(ChatMessage(turn["role"], turn["content"]))
+            role = "system" if turn["role"] == DEVELOPER else turn["role"]
+            turns.append(ChatMessage(role, str(joined_parts(turn["content"]))))
     if not faults and turns[-1].role != "assistant":
         faults.append(FieldError(("messages",), "must end with a turn of the assistant, to be trained on"))
     if faults:
@@ -196,9 +200,9 @@ def _turn_faults(turn: object) -> list[FieldError]:
     known = "is no field of a turn: a turn has role and content, and the assistant's may have weight"
     faults = _unknown(turn, ("role", "content", "weight"), known)
     role = turn.get("role")
-    if role not in ROLES:
+    if role not in (*ROLES, DEVELOPER):
         faults.append(FieldError(("role",), f"must be {', '.join(ROLES[:-1])} or {ROLES[-1]}"))
-    fault = _text_fault(turn.get("content"), may_be_empty=role != "assistant")
+    fault = _content_fault(turn.get("content"), may_be_empty=role != "assistant")
     if fault:
         faults.append(FieldError(("content",), fault))
     if "weight" in turn:
@@ -218,6 +222,14 @@ def _unknown(value: Mapping[object, object], known: tuple[str, ...], message: st
 def _field_fault(value: object) -> str | None:
     """What is wrong with a field that is a text, if anything is. Other trainers have conversations in it, too."""
     return "must be a text: turns go into messages" if isinstance(value, list) else _text_fault(value)
+
+
+def _content_fault(content: object, *, may_be_empty: bool) -> str | None:
+    """What is wrong with a turn's text or parts of text, if anything is."""
+    try:
+        return _text_fault(joined_parts(content), may_be_empty)
+    except ValueError as error:
+        return str(error)
 
 
 def _text_fault(value: object, may_be_empty: bool = False) -> str | None:

@@ -92,6 +92,39 @@ def test_turns_of_the_assistant_may_be_read_alone() -> None:
     assert faults(document) == [("messages",)]
 
 
+def test_turns_may_be_what_openai_takes_as_such() -> None:
+    """A developer's turns, and contents that are parts of text: the row of texts that they mean."""
+    document = turns("200", "OK", "404", "Not Found")
+    messages = document["messages"]
+    assert isinstance(messages, list)
+    messages.insert(0, {"role": "system", "content": "Name it."})
+    plain = parse_row(document)
+    messages[0]["role"] = "developer"
+    messages[1]["content"] = [{"type": "text", "text": "20"}, {"type": "text", "text": "0"}]
+    messages[4]["content"] = [{"type": "text", "text": "Not Found"}]
+    assert parse_row(document) == plain
+    assert canonical_json(parse_row(document)) == canonical_json(plain)
+
+    image = {"type": "image_url", "image_url": {"url": "data:"}}
+    empty = [{"type": "text", "text": ""}]
+    for content in (
+        [image],
+        [],
+        ["OK"],
+        [{"type": "text"}],
+        [{"type": "text", "text": 1}],
+        empty,
+        [empty[0]] * 1025,
+    ):
+        messages[4]["content"] = content
+        assert faults(document) == [("messages", 4, "content")]
+    messages[4] |= {"content": [image], "weight": 2}
+    assert faults(document) == [("messages", 4, "content"), ("messages", 4, "weight")]
+    messages[4] = {"role": "assistant", "content": "OK"}
+    messages[1]["content"] = empty
+    assert isinstance(parse_row(document), MessagesRow)  # users may say nothing
+
+
 def test_null_is_nothing() -> None:
     """As tables with other rows, or turns, that have such a column: Parquet's, and what `datasets` writes."""
     assert parse_row({"prompt": "200", "completion": "OK", "text": None, "messages": None}) == CompletionRow(
