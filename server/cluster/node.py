@@ -20,6 +20,7 @@ Process = subprocess.Popen[bytes]
 
 _STORE_BYTES = 100 << 20
 _START_SECONDS = 60.0
+_ANSWER_SECONDS = 10.0
 STOP_SECONDS = 45.0  # more than Ray itself takes to drain a node
 _TICK_SECONDS = 0.1
 _ERROR = re.compile(r"[\w.]*(Error|Exception): ")  # how a traceback ends
@@ -44,6 +45,20 @@ def start_head(port: int, log: Path, num_cpus: float | None) -> tuple[Process, s
 def start_node(address: str, log: Path, num_cpus: float | None) -> Process:
     """Have this machine join the cluster at `address`. Raises StartupError."""
     return _start([f"--address={address}"], log, num_cpus)
+
+
+def refuse_unreachable(address: str) -> None:
+    """Raise StartupError where nothing listens at host:port, for which Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return  # Ray's to understand
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise StartupError(
+            f"nothing answers at {address} ({error}): --address is the host and --ray-port of the machine "
+            "on which the cluster began"
+        ) from None
 
 
 def mark_of(pid: int) -> str:

@@ -15,6 +15,7 @@ from server.cluster.deploy import Scale, deploy
 from server.cluster.serve_transport import join, leave
 from server.cluster.state import ClusterState, alone, read_state, remove_state, write_state
 from server.config import Settings
+from server.counted import counted
 from server.errors import StartupError
 from server.serve.address import bind, refuse_strangers, url_of
 from server.training.worker.supervisor import GRACE_SECONDS, Supervisor, worker_command
@@ -66,7 +67,7 @@ def up(
             )
             write_state(home, state)
             if scale is not None:
-                say(f"starting {scale.replicas} engine replicas")
+                say(f"starting {counted(scale.replicas, 'engine replica')}")
                 join(address)
                 try:
                     deploy(settings, scale, say)
@@ -201,6 +202,8 @@ def _check(settings: Settings, num_apis: int, address: str | None, ray_port: int
         )
     if num_apis:
         refuse_strangers(settings)
+    if address is not None:
+        node.refuse_unreachable(address)
     for index in range(num_apis):
         if address is None and settings.port + index == ray_port:
             raise StartupError(

@@ -1,6 +1,7 @@
 """What `smolora cluster up` tells the API processes that it starts, and how it looks after them."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -168,6 +169,18 @@ def test_ports_that_api_processes_can_not_have_are_refused_before_anything_start
         processes.up(load(Settings, home=tmp_path, port=65535, **shared), None, 2, None, 6379, None, print)
     with pytest.raises(StartupError, match="ports that are known"):
         processes.up(load(Settings, home=tmp_path, port=0), None, 1, None, 6379, None, print)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_cluster_that_does_not_answer_is_told_before_anything_starts(tmp_path: Path) -> None:
+    """Ray would look for it for two minutes."""
+    shared = {"database_url": "postgresql://db/smolora", "bytes_url": "s3://smolora/production"}
+    settings = load(Settings, home=tmp_path, port=free_port(), **shared)
+    for address in (f"127.0.0.1:{free_port()}", f"[::1]:{free_port()}", "127.0.0.1:99999"):
+        with pytest.raises(StartupError, match=rf"nothing answers at {re.escape(address)} \(.+\): --address is"):
+            processes.up(settings, None, 1, address, 6379, None, print)
+    with ready_at("127.0.0.1") as port, pytest.raises(AssertionError, match="Ray was started"):
+        processes.up(settings, None, 1, f"127.0.0.1:{port}", 6379, None, print)
 
 
 @pytest.mark.usefixtures("no_ray")
