@@ -25,6 +25,7 @@ from tests.native_kit import native_model
 from tests.tiny import save_tiny_base
 
 LENGTHS = (5, 70, 1, 64, 66, 130, 17, 33, 9, 100, 65, 3)
+LONG = 2048  # positions from which on threads share one sequence (serving/step_attention.h)
 BLENDS: tuple[dict[str, float], ...] = (
     {},
     {"a": 1.0},
@@ -143,3 +144,27 @@ def test_a_request_gets_the_same_in_any_company(base: BaseModel) -> None:
 @pytest.mark.thorough  # a tiny base above; on this one end_to_end/test_native_parity.py has the answers
 def test_a_request_gets_the_same_in_any_company_on_the_real_base(base_dir: Path) -> None:
     check_company(load_base(base_dir), strength=0.03, num_tokens=6)
+
+
+@pytest.mark.real
+@pytest.mark.thorough
+def test_long_contexts_by_any_number_of_threads(base_dir: Path) -> None:
+    """Whose attention is shared out otherwise. C++'s own test says so of a tiny base in a moment."""
+    base = load_base(base_dir)
+    longest = 2 * LONG
+    found = []
+    for num_threads in (1, 2, 4):
+        native = native_model(base, longest, num_threads)
+        engine = build_engine(base, num_blocks=longest // 8, max_model_len=longest, native=native)
+        sampled = replace(GREEDY, temperature=0.9, seed=7, max_tokens=12, logprobs=5)
+        asked = [
+            GenerationRequest(
+                f"request-{index}", tuple(random.Random(index).choices(range(100, 500), k=length)), sampled
+            )
+            for index, length in enumerate((LONG + 100, LONG - 6, 60))
+        ]
+        found.append([run(engine, asked[:count]) for count in (1, 3)])
+    assert found[0] == found[1] == found[2]
+    alone, together = found[0]
+    assert alone == {own: replace(together[own], num_cached_tokens=0) for own in alone}
+    assert all(together[own].num_cached_tokens > LONG for own in alone)

@@ -61,9 +61,10 @@ struct CacheView {
     }
 };
 
-// Turns the first `count` scores into e^(scale · (score - max)) and the rest, up to a multiple of 16, into zeros;
-// returns their sum.
-inline float exponentials(float* scores, int count, float scale) {
+// Calls keep(i, x) with e^(scale · (score - max)) of each 16 of the first `count` scores in turn, of which those behind
+// the last are 0; returns their sum. What is kept may lie where its scores do.
+template <class Keep>
+inline float exponentials(const float* scores, int count, float scale, Keep keep) {
     const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     __m512 top = none;
     for (int i = 0; i < count; i += 16)
@@ -73,7 +74,7 @@ inline float exponentials(float* scores, int count, float scale) {
     for (int i = 0; i < count; i += 16) {
         __m512 x = exp16(_mm512_mul_ps(by, _mm512_sub_ps(_mm512_loadu_ps(scores + i), shift)));
         x = _mm512_maskz_mov_ps(first_lanes(count - i), x);
-        _mm512_storeu_ps(scores + i, x);
+        keep(i, x);
         sum = _mm512_add_ps(sum, x);
     }
     return _mm512_reduce_add_ps(sum);
@@ -108,17 +109,18 @@ inline void score_block(const bf16* q, size_t q_stride, int pairs, const bf16* c
 }
 
 // y (rows, 32) = weights (rows, positions) times 32 dimensions of the values, from `tile` on in each 16 positions.
-// What lies behind the last position may be anything. `lines` of what comes next are prefetched for each two positions.
+// What lies behind the last position may be anything. `lines` of what comes next are prefetched for each two positions,
+// from `fetched` on in each 16.
 template <int rows>
 inline void mix_block(const bf16* weights, size_t w_stride, int positions, const bf16* const* values, size_t tile,
-                      int lines, float* y, size_t y_stride) {
+                      size_t fetched, int lines, float* y, size_t y_stride) {
     __m512 sum[rows][2];
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++) sum[row][0] = sum[row][1] = _mm512_setzero_ps();
     const __m512i first_of_two = _mm512_set1_epi32(0xffff);
     for (int start = 0; start < positions; start += kPositions) {
         const bf16* v = values[start / kPositions] + tile;
-        const bf16* ahead = values[start / kPositions + kPiecesAhead];
+        const bf16* ahead = values[start / kPositions + kPiecesAhead] + fetched;
         for (int i = start; i < std::min(start + kPositions, positions); i += 2, v += 2 * kTile) {
             for (int line = 0; line < lines; line++, ahead += kTile) prefetch_line(ahead);
             __m512i v0 = _mm512_loadu_si512(v), v1 = _mm512_loadu_si512(v + kTile);
@@ -160,11 +162,11 @@ inline void score_amx(const bf16* q, int rows, int dim, const bf16* const* keys,
     }
 }
 
-// y (rows, dim) of weights (rows, positions), which are 0 behind a row's own.
-inline void mix_amx(const bf16* weights, size_t w_stride, int rows, int positions, const bf16* const* values, int dim,
-                    float* y) {
+// Dimensions [from, to) of y (rows, dim) of weights (rows, positions), which are 0 behind a row's own.
+inline void mix_amx(const bf16* weights, size_t w_stride, int rows, int positions, const bf16* const* values, int from,
+                    int to, float* y, int dim) {
     const int whole = positions / kPositions, rest = positions % kPositions;
-    for (int d = 0; d < dim; d += kTile) {
+    for (int d = from; d < to; d += kTile) {
         const size_t tile = (size_t)d * kPositions;
         alignas(64) bf16 last[kPositions * kTile] = {};  // with zeros for what lies behind the last position
         for (int i = 0; i < (rest + 1) / 2 * 2 * kTile; i++)
@@ -197,48 +199,76 @@ inline void by_blocks(int rows, Kernel kernel) {
     }
 }
 
-// q (rows, head_dim), `group` rows a token, of one kv head, whose first token is at `position`; each token sees the
-// positions up to its own. out is like q.
-inline void attend(const bf16* q, int rows, int group, int position, const CacheView& cache, const int32_t* blocks,
-                   int kv_head, const NextKeys& next, float* out, AttentionScratch& scratch) {
-    const int dim = cache.head_dim, length = position + (rows - 1) / group + 1;
-    const int count = (length + kPositions - 1) / kPositions, width = (count + 1) / 2 * 2 * kPositions;
-    float* scores = room(scratch.scores, (size_t)rows * width);
-    bf16* weights = room(scratch.weights, (size_t)rows * width);
-    float* total = room(scratch.total, rows);
-    // Keys, values, and keys again: an odd piece of keys is multiplied with what follows, whose scores nobody reads.
-    const bf16** keys = room(scratch.pieces, 2 * count + kPiecesAhead + 1);
-    const bf16** values = keys + count;
-    for (int i = 0; i < count; i++) {
-        const size_t at = cache.offset(blocks, i, kv_head);
-        keys[i] = cache.k + at, values[i] = cache.v + at;
+// Rows of queries, `group` a token, of one kv head, whose first token is at `position`; each token sees the positions
+// up to its own.
+struct Attention {
+    const CacheView& cache;
+    const int32_t* blocks;
+    int kv_head, rows, group, position;
+
+    int length() const { return position + (rows - 1) / group + 1; }
+    int count() const { return (length() + kPositions - 1) / kPositions; }  // of 16 positions each
+    int width() const { return (count() + 1) / 2 * 2 * kPositions; }        // of a row's scores
+    bool by_amx() const { return cache.head_dim % (2 * kAmxPairs) == 0 && has_amx(); }
+
+    // Where keys lie, then values, and keys again: an odd piece of keys is multiplied with what follows, whose scores
+    // nobody reads.
+    const bf16* const* pieces(const NextKeys& next, AttentionScratch& scratch) const {
+        const int count = this->count();
+        const bf16** found = room(scratch.pieces, 2 * count + kPiecesAhead + 1);
+        for (int i = 0; i < count; i++) {
+            const size_t at = cache.offset(blocks, i, kv_head);
+            found[i] = cache.k + at, found[count + i] = cache.v + at;
+        }
+        for (int i = 0; i <= kPiecesAhead; i++)
+            found[2 * count + i] = cache.k + cache.offset(next.blocks, std::min(i, next.count - 1), next.kv_head);
+        return found;
     }
-    for (int i = 0; i <= kPiecesAhead; i++)
-        values[count + i] = cache.k + cache.offset(next.blocks, std::min(i, next.count - 1), next.kv_head);
-    const bool by_amx = dim % (2 * kAmxPairs) == 0 && has_amx();
-    if (by_amx) score_amx(q, rows, dim, keys, count, scores, width);
-    for (int i = 0; !by_amx && i < count; i += 2)
-        by_blocks(rows, [&]<int now>(int row) {
-            score_block<now>(q + (size_t)row * dim, dim, dim / 2, keys + i, keys + i + kPiecesAhead,
-                             scores + (size_t)row * width + i * kPositions, width);
-        });
-    for (int row = 0; row < rows; row++) {
-        float* own = scores + (size_t)row * width;
-        const int seen = position + row / group + 1;
-        total[row] = exponentials(own, seen, 1.0f / std::sqrt((float)dim));
-        bf16* to = weights + (size_t)row * width;
-        for (int i = 0; i < width; i += 16)
-            store_bf16(to + i, i < seen ? _mm512_loadu_ps(own + i) : _mm512_setzero_ps());
+
+    // Of q (rows, head_dim) the scores (rows, width) of [first, last) of the pieces of keys; `first` is even.
+    void score(const bf16* q, const bf16* const* pieces, int first, int last, float* scores) const {
+        const int dim = cache.head_dim, width = this->width();
+        if (by_amx()) return score_amx(q, rows, dim, pieces + first, last - first, scores + first * kPositions, width);
+        for (int i = first; i < last; i += 2)
+            by_blocks(rows, [&]<int now>(int row) {
+                score_block<now>(q + (size_t)row * dim, dim, dim / 2, pieces + i, pieces + i + kPiecesAhead,
+                                 scores + (size_t)row * width + i * kPositions, width);
+            });
     }
-    if (by_amx) mix_amx(weights, width, rows, length, values, dim, out);
-    for (int d = 0; !by_amx && d < dim; d += kTile)
-        by_blocks(rows, [&]<int now>(int row) {
-            mix_block<now>(weights + (size_t)row * width, width, length, values, (size_t)d * kPositions,
-                           d == 0 && row == 0 ? dim / 16 : 0, out + (size_t)row * dim + d, dim);
-        });
-    for (int row = 0; row < rows; row++) {
-        const __m512 by = _mm512_set1_ps(1.0f / total[row]);
-        for (int d = 0; d < dim; d += 16)
-            _mm512_storeu_ps(out + row * dim + d, _mm512_mul_ps(_mm512_loadu_ps(out + row * dim + d), by));
+
+    // out (rows, head_dim) of its dimensions [from, to), of all scores.
+    void mix(const float* scores, const bf16* const* pieces, int from, int to, float* out,
+             AttentionScratch& scratch) const {
+        const int dim = cache.head_dim, width = this->width();
+        const bf16* const* values = pieces + count();
+        bf16* weights = room(scratch.weights, (size_t)rows * width);
+        float* total = room(scratch.total, rows);
+        for (int row = 0; row < rows; row++) {
+            const int seen = position + row / group + 1;
+            bf16* own = weights + (size_t)row * width;
+            total[row] = exponentials(scores + (size_t)row * width, seen, 1.0f / std::sqrt((float)dim),
+                                      [=](int i, __m512 x) { store_bf16(own + i, x); });
+            for (int i = (seen + 15) / 16 * 16; i < width; i += 16) store_bf16(own + i, _mm512_setzero_ps());
+        }
+        if (by_amx()) mix_amx(weights, width, rows, length(), values, from, to, out, dim);
+        for (int d = from; !by_amx() && d < to; d += kTile)
+            by_blocks(rows, [&]<int now>(int row) {
+                mix_block<now>(weights + (size_t)row * width, width, length(), values, (size_t)d * kPositions,
+                               (size_t)from * kPositions, d == from && row == 0 ? (to - from) / 16 : 0,
+                               out + (size_t)row * dim + d, dim);
+            });
+        for (int row = 0; row < rows; row++) {
+            const __m512 by = _mm512_set1_ps(1.0f / total[row]);
+            for (int d = from; d < to; d += 16)
+                _mm512_storeu_ps(out + row * dim + d, _mm512_mul_ps(_mm512_loadu_ps(out + row * dim + d), by));
+        }
     }
+};
+
+// out, like q, of the rows of `of`.
+inline void attend(const Attention& of, const bf16* q, const NextKeys& next, float* out, AttentionScratch& scratch) {
+    const bf16* const* pieces = of.pieces(next, scratch);
+    float* scores = room(scratch.scores, (size_t)of.rows * of.width());
+    of.score(q, pieces, 0, of.count(), scores);
+    of.mix(scores, pieces, 0, of.cache.head_dim, out, scratch);
 }

@@ -67,10 +67,10 @@ inline void attend_text(const Text& text, bf16* out, size_t out_stride, TextScra
         against_rows(text.q + start * text.stride, text.stride, rows, k, keys, text.dim, scores, width);
         float sums[kQueries];
         for (int row = 0; row < rows; row++) {
-            float* of = &scores[row * width];
-            sums[row] = exponentials(of, start + row + 1, text.scale());
-            std::fill(of + (start + row + 16) / 16 * 16, of + width, 0.0f);
-            for (int i = 0; i < width; i += 16) store_bf16(&weights[row * width + i], _mm512_loadu_ps(of + i));
+            bf16* to = &weights[row * width];
+            sums[row] = exponentials(&scores[row * width], start + row + 1, text.scale(),
+                                     [=](int i, __m512 x) { store_bf16(to + i, x); });
+            std::fill(to + (start + row + 16) / 16 * 16, to + width, 0);
         }
         against_columns(weights, width, rows, v, keys, text, y, text.dim);
         for (int row = 0; row < rows; row++)
@@ -97,7 +97,9 @@ inline void attend_text_backward(const Text& text, const bf16* d_out, size_t d_o
         against_rows(from, d_out_stride, rows, v, keys, text.dim, d_weights, width);
         for (int row = 0; row < rows; row++) {
             float *p = &scores[row * width], *dp = &d_weights[row * width];
-            const __m512 by = _mm512_set1_ps(1 / exponentials(p, start + row + 1, text.scale()));
+            const float total =
+                exponentials(p, start + row + 1, text.scale(), [=](int i, __m512 x) { _mm512_storeu_ps(p + i, x); });
+            const __m512 by = _mm512_set1_ps(1 / total);
             const int seen = (start + row + 16) / 16 * 16;
             __m512 sum = _mm512_setzero_ps();
             for (int i = 0; i < seen; i += 16) {

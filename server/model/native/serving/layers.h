@@ -4,10 +4,10 @@
 // are fp32. Adapters are added beside the base's weights.
 #pragma once
 #include "base.h"
-#include "kernels/attention.h"
 #include "kernels/layers.h"
 #include "kernels/lora/group.h"
 #include "kernels/phases.h"
+#include "step_attention.h"
 #include "tokens.h"
 
 namespace {
@@ -16,9 +16,7 @@ constexpr int kChunk = 96;      // rows that an item takes of a product: blocks 
 constexpr int kQueryRows = 48;  // rows, a head each, that an item takes of attention
 
 struct alignas(64) LayerScratch {  // of one thread
-    AttentionScratch attention;
     std::vector<float> y;
-    std::vector<bf16> q;
     ExpandedTile tiles[2];
     WideRows wide;          // of the phase's x
     PrefetchList prefetch;  // empty between products
@@ -29,7 +27,13 @@ class Layers {
     // `rotary` (2, max_positions, head_dim), as `rotary_table` makes it. All are kept.
     Layers(const BaseSizes& sizes, const float* rotary, const ServeBase& base, Team& team,
            PhaseClock<Phase, kPhases>& clock)
-        : s_(sizes), rotary_(rotary), base_(base), team_(team), clock_(clock), scratch_(sizes.threads) {}
+        : s_(sizes),
+          rotary_(rotary),
+          base_(base),
+          team_(team),
+          clock_(clock),
+          attention_((int)sizes.heads, team.size()),
+          scratch_(sizes.threads) {}
 
     // Everything that the phases share, sized for this step.
     void prepare(const ServeStep& step) {
@@ -69,12 +73,14 @@ class Layers {
             finish_layer(last, cache(last));
             end();
         };
+        attention_.plan(tokens_.queries(), cache(0));
         if (tokens_.num_wanted() == tokens_.count()) {
             team_.run([&] { begin(), finish(); });
         } else {
             team_.run(begin);
             if (tokens_.num_wanted() == 0) return clock_.end(kQkvPhase);
             keep_wanted(step);
+            attention_.plan(tokens_.queries(), cache(last));
             team_.run(finish);
         }
     }
@@ -106,7 +112,7 @@ class Layers {
     // Everything behind them.
     void finish_layer(int layer, const CacheView& cache) {
         clock_.end(kQkvPhase);
-        attend(cache);
+        attention_.run(team_, cache, q_.data(), attn_out_.data());
         clock_.end(kAttentionPhase);
         project_residual(layer, base_.layers[layer].o, kO, attn_out_.data());
         clock_.end(kOPhase);
@@ -190,32 +196,6 @@ class Layers {
         });
     }
 
-    void attend(const CacheView& cache) {
-        const int dim = cache.head_dim, heads = (int)s_.heads, kv_heads = cache.kv_heads, group = heads / kv_heads;
-        const std::vector<Query>& queries = tokens_.queries();
-        const int items = (int)queries.size() * kv_heads;
-        team_.each(items, [&](int i) {
-            const Query& query = queries[queries.size() - 1 - i / kv_heads];  // the longest come last
-            const int kv_head = i % kv_heads;
-            const size_t first = ((size_t)query.start * heads + kv_head * group) * dim;
-            const int rows = (query.stop - query.start) * group;
-            bf16* q = room(scratch().q, (size_t)rows * dim);
-            float* out = room(scratch().y, (size_t)rows * dim);
-            for (int row = 0; row < rows; row++)
-                memcpy(&q[row * dim], &q_[first + ((size_t)row / group * heads + row % group) * dim],
-                       dim * sizeof(bf16));
-            const int after = std::min(i + 1, items - 1);  // of this thread, most of the time
-            const Query& next = queries[queries.size() - 1 - after / kv_heads];
-            const int next_count = (next.position + next.stop - next.start + kPositions - 1) / kPositions;
-            ::attend(q, rows, group, query.position, cache, query.blocks, kv_head,
-                     {next.blocks, next_count, after % kv_heads}, out, scratch().attention);
-            for (int row = 0; row < rows; row++)
-                for (int d = 0; d < dim; d += 16)
-                    store_bf16(&attn_out_[first + ((size_t)row / group * heads + row % group) * dim + d],
-                               _mm512_loadu_ps(out + row * dim + d));
-        });
-    }
-
     // stream += W x, for the two modules that write to it.
     void project_residual(int layer, const Matrix& w, Group group, const bf16* x) {
         product(layer, group, x, (int)(s_.hidden / kTile), [&](int tile, int start, int rows) {
@@ -258,6 +238,7 @@ class Layers {
     int chunks_ = 0;
     std::vector<float> residual_;
     std::vector<bf16> x_, q_, attn_out_, active_;
+    StepAttention attention_;
     LoraGroups lora_;
     std::vector<LayerScratch> scratch_;
 };

@@ -13,7 +13,15 @@ TEST(exponentials_of_scores) {
             const std::vector<float> given = scores;
             const float scale = 0.125f;
             const double most = *std::max_element(given.begin(), given.begin() + count);
-            const float found = exponentials(scores.data(), count, scale);
+            std::vector<bf16> narrow(2 * width, 0x7fc0);
+            memcpy(narrow.data(), given.data(), width * sizeof(float));  // rounded where they lie
+            exponentials((const float*)narrow.data(), count, scale,
+                         [&](int i, __m512 x) { store_bf16(&narrow[i], x); });
+            const float found =
+                exponentials(given.data(), count, scale, [&](int i, __m512 x) { _mm512_storeu_ps(&scores[i], x); });
+            std::vector<bf16> rounded(width);
+            for (int i = 0; i < width; i += 16) store_bf16(&rounded[i], _mm512_loadu_ps(&scores[i]));
+            expect(std::equal(rounded.begin(), rounded.end(), narrow.begin()), "%d scores, rounded", count);
             double sum = 0;
             for (int i = 0; i < width; i++) {
                 const double exact = i < count ? std::exp(scale * (given[i] - most)) : 0;
@@ -84,8 +92,8 @@ static void check_attend(int group, int dim, int position, int tokens, int block
     const auto q = random_bf16(random, (size_t)rows * dim, 2);
     for (int kv_head = 0; kv_head < kv_heads; kv_head++) {
         Fenced<float> out((size_t)rows * dim);
-        attend(q.data(), rows, group, position, cache.view, cache.blocks.data(), kv_head, cache.next(), out.data(),
-               scratch);
+        const Attention of{cache.view, cache.blocks.data(), kv_head, rows, group, position};
+        attend(of, q.data(), cache.next(), out.data(), scratch);
         out.check("attend");
         for (int row = 0; row < rows; row++) {
             const int seen = position + row / group + 1;
@@ -128,12 +136,15 @@ TEST(attend_to_any_number_of_tokens) {
     const auto q = random_bf16(random, (size_t)length * group * dim, 2);
     std::vector<float> whole((size_t)length * group * dim), found(whole.size());
     AttentionScratch scratch;
-    attend(q.data(), length * group, group, 0, cache.view, cache.blocks.data(), 0, cache.next(), whole.data(), scratch);
+    auto some = [&](int start, int count) {
+        return Attention{cache.view, cache.blocks.data(), 0, count * group, group, start};
+    };
+    attend(some(0, length), q.data(), cache.next(), whole.data(), scratch);
     for (int tokens : {1, 2, 3, 4, 5, 7, 16, 31, 82}) {
         for (int start = 0; start < length; start += tokens) {
             const int now = std::min(tokens, length - start);
-            attend(&q[(size_t)start * group * dim], now * group, group, start, cache.view, cache.blocks.data(), 0,
-                   cache.next(), &found[(size_t)start * group * dim], scratch);
+            attend(some(start, now), &q[(size_t)start * group * dim], cache.next(), &found[(size_t)start * group * dim],
+                   scratch);
         }
         expect(!memcmp(found.data(), whole.data(), whole.size() * sizeof(float)), "%d tokens at once", tokens);
     }

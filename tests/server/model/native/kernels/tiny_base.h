@@ -23,8 +23,8 @@ struct TinyBase {
     std::vector<float> rotary;
     std::vector<uint8_t> uses_rotary{1, 0};
 
-    explicit TinyBase(Random& random, int64_t layers = 2) {
-        sizes.layers = layers;
+    explicit TinyBase(Random& random, int64_t layers = 2, int64_t max_positions = 80, int64_t head_dim = 32) {
+        sizes.layers = layers, sizes.max_positions = max_positions, sizes.head_dim = head_dim;
         const int64_t q = sizes.heads * sizes.head_dim, kv = sizes.kv_heads * sizes.head_dim;
         auto add = [&](int64_t out, int64_t in) {
             tensors.push_back(random_bf16(random, (size_t)(out * in), out == 1 ? 1 : 2 / std::sqrt((double)in)));
