@@ -23,11 +23,6 @@ AMX = ["1", "0"] if "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-
 """With it, and as on a processor that has none, which takes other products."""
 
 
-def _marks(name: str) -> list[pytest.MarkDecorator]:
-    """Without memory each allocation of a step fails in turn."""
-    return [pytest.mark.thorough] if name.endswith("_without_memory") else []
-
-
 @pytest.fixture(scope="module")
 def program() -> Path:
     native_library()
@@ -38,7 +33,8 @@ def test_names_are_found_and_differ() -> None:
     assert len(NAMES) == len(set(NAMES)) > 30
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name)) for name in NAMES])
+@pytest.mark.thorough  # compiling it takes a core a minute; the tests of the passes hold whole bases to torch
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("amx", AMX)
 def test_kernels(program: Path, name: str, amx: str) -> None:
     environment = {**os.environ, "NATIVE_AMX": amx}
@@ -47,5 +43,6 @@ def test_kernels(program: Path, name: str, amx: str) -> None:
     assert done.stdout == f"passed {name}\n"
 
 
+@pytest.mark.thorough
 def test_a_name_that_is_not_there_is_no_success(program: Path) -> None:
     assert subprocess.run([program, "nothing"], capture_output=True).returncode != 0
