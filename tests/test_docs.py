@@ -27,6 +27,15 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not missing
 
 
+def test_each_page_is_led_to() -> None:
+    texts = {page: FENCED.sub("", page.read_text(encoding="utf-8")) for page in PAGES}
+    led = {
+        (page.parent / link.partition("#")[0]).resolve() for page in PAGES for link in LINK.findall(texts[page])
+    }
+
+    assert not [str(page) for page in PAGES if page.parent != ROOT and page not in led]
+
+
 def test_pages_that_code_names_are_there() -> None:
     files = [file for room in ("server", "adapters", "benchmarks", "docker") for file in (ROOT / room).rglob("*")]
     texts = {

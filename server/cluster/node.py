@@ -48,13 +48,15 @@ def start_node(address: str, log: Path, num_cpus: float | None) -> Process:
 
 
 def refuse_unreachable(address: str) -> None:
-    """Raise StartupError where nothing listens at host:port, for which Ray itself would wait for minutes."""
+    """Raise StartupError where nothing listens at host:port, for which Ray itself would look for over a minute."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         return  # Ray's to understand
     try:
+        if len(port) > 5 or int(port) > 65535:
+            raise ValueError(f"{port[:20]} is no port")
         socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, ValueError) as error:  # UnicodeError is one: a name that can't be looked up
         raise StartupError(
             f"nothing answers at {address} ({error}): --address is the host and --ray-port of the machine "
             "on which the cluster began"

@@ -28,7 +28,7 @@ from server.api.openai.schemas import (
 )
 from server.api.telemetry.facts import is_chat
 from server.engine.request import Grammar, SamplingParams
-from server.model.text.chat import ChatMessage
+from server.model.text.turns import ChatMessage, meant_role
 
 DEFAULT_CHAT_TOKENS = 1024
 """An answer's longest where the client sets no bound: small models may not come to an end by themselves."""
@@ -40,10 +40,7 @@ async def begin_chat(services: Services, body: ChatBody) -> Batch:
     limit, field = _token_limit(body)
     num_top = _num_top(body)
     grammar = grammar_of(body.response_format)
-    turns = [
-        ChatMessage("system" if message.role == "developer" else message.role, message.content)
-        for message in body.messages
-    ]
+    turns = [ChatMessage(meant_role(message.role), message.content) for message in body.messages]
     encode = partial(services.encoder.messages, turns)
     is_chat()
     ask_queue(services, body.n or 1)

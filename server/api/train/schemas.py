@@ -62,11 +62,16 @@ def _validation(value: object) -> float | str | list[object] | None:
     return float(value)
 
 
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
 _TURN = {
     "type": "object",
     "properties": {
-        "role": {"enum": ["system", "user", "assistant"]},
-        "content": {"type": "string"},
+        "role": {"enum": ["system", "developer", "user", "assistant"]},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _PART}]},
         "weight": {"enum": [0, 1, None], "default": 1, "description": "0: the assistant's turn is not trained on"},
     },
     "required": ["role", "content"],

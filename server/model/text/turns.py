@@ -22,6 +22,15 @@ class ChatMessage:
     content: str
 
 
+DEVELOPER = "developer"
+"""What OpenAI calls `system` by now."""
+
+
+def meant_role(role: str) -> str:
+    """A role as a chat template has it."""
+    return "system" if role == DEVELOPER else role
+
+
 def joined_parts(content: object) -> object:
     """OpenAI's parts of text as the one text that they are. What is no list is given back.
 
@@ -33,8 +42,9 @@ def joined_parts(content: object) -> object:
         raise ValueError(f"has 1 to {MAX_TEXT_PARTS} parts")
     texts = []
     for number, part in enumerate(content):
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str) or len(part) > 2:
+        given = {name for name, value in part.items() if value is not None} if isinstance(part, dict) else set()
+        text = part["text"] if given == {"type", "text"} and part["type"] == "text" else None
+        if not isinstance(text, str):
             raise ValueError(f'part {number}: only {{"type": "text", "text": "…"}} is supported')
         texts.append(text)
     return "".join(texts)

@@ -17,12 +17,10 @@ from typing import Literal
 
 from adapters.errors import FieldError, InvalidInput
 from adapters.names import near
-from server.model.text.turns import ChatMessage, joined_parts
+from server.model.text.turns import DEVELOPER, ChatMessage, joined_parts, meant_role
 from server.training.data.ignored import MAX_NAME, MAX_NAMED, IgnoredFields, shown
 
 ROLES = ("system", "user", "assistant")
-DEVELOPER = "developer"
-"""What OpenAI calls `system` by now."""
 MAX_TURNS = 1024
 MAX_FAULTS = 8
 """Faults that are named of one row."""
@@ -179,8 +177,7 @@ def _messages(value: object) -> MessagesRow:
         if len(faults) >= MAX_FAULTS:
             break
         if not found:
-            role = "system" if turn["role"] == DEVELOPER else turn["role"]
-            turns.append(ChatMessage(role, str(joined_parts(turn["content"]))))
+            turns.append(ChatMessage(meant_role(turn["role"]), str(joined_parts(turn["content"]))))
     if not faults and turns[-1].role != "assistant":
         faults.append(FieldError(("messages",), "must end with a turn of the assistant, to be trained on"))
     if faults:

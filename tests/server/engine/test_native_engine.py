@@ -146,14 +146,10 @@ def test_a_request_gets_the_same_in_any_company_on_the_real_base(base_dir: Path)
     check_company(load_base(base_dir), strength=0.03, num_tokens=6)
 
 
-@pytest.mark.real
-@pytest.mark.thorough
-def test_long_contexts_by_any_number_of_threads(base_dir: Path) -> None:
-    """Whose attention is shared out otherwise. C++'s own test says so of a tiny base in a moment."""
-    base = load_base(base_dir)
+def check_threads(base: BaseModel, threads: tuple[int, ...]) -> None:
     longest = 2 * LONG
     found = []
-    for num_threads in (1, 2, 4):
+    for num_threads in threads:
         native = native_model(base, longest, num_threads)
         engine = build_engine(base, num_blocks=longest // 8, max_model_len=longest, native=native)
         sampled = replace(GREEDY, temperature=0.9, seed=7, max_tokens=12, logprobs=5)
@@ -164,7 +160,25 @@ def test_long_contexts_by_any_number_of_threads(base_dir: Path) -> None:
             for index, length in enumerate((LONG + 100, LONG - 6, 60))
         ]
         found.append([run(engine, asked[:count]) for count in (1, 3)])
-    assert found[0] == found[1] == found[2]
+    assert all(one == found[0] for one in found)
     alone, together = found[0]
     assert alone == {own: replace(together[own], num_cached_tokens=0) for own in alone}
     assert all(together[own].num_cached_tokens > LONG for own in alone)
+
+
+def test_long_contexts_by_any_number_of_threads(tmp_path: Path) -> None:
+    """Whose attention is shared out otherwise: of two heads of keys for three threads, each is in parts."""
+    sizes = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 2 * LONG,
+    }
+    directory = save_tiny_base(tmp_path / "tiny", options=sizes, seed=4)
+    check_threads(load_base(resolve_base(str(directory), tmp_path), torch.bfloat16), (1, 3))
+
+
+@pytest.mark.real
+@pytest.mark.thorough  # a tiny base above
+def test_long_contexts_by_any_number_of_threads_on_the_real_base(base_dir: Path) -> None:
+    check_threads(load_base(base_dir), (1, 2, 4))

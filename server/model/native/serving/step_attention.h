@@ -28,6 +28,7 @@ class AttentionSplit {
     }
 
     int num_split() const { return num_split_; }
+    int parts() const { return threads_; }  // of a split item's scores
     // Parts of scores, which come first.
     int num_scored() const { return num_split_ * threads_; }
     Part scored(int i) const { return {i / threads_, i % threads_}; }
@@ -53,11 +54,10 @@ class StepAttention {
     // Of so many heads, and `threads`.
     StepAttention(int heads, int threads) : heads_(heads), scratch_(threads) {}
 
-    // For these queries, which must outlive its runs, until the next call. The cache is any layer's.
+    // For these queries, at least one, which must outlive its runs, until the next call. The cache is any layer's.
     void plan(const std::vector<Query>& queries, const CacheView& cache) {
         queries_ = &queries;
         items_ = (int)queries.size() * cache.kv_heads;
-        if (items_ == 0) return;
         split_.plan(items_, rows(0, cache).length(), cache.head_dim / kTile, (int)scratch_.size());
         if (scores_.size() < (size_t)split_.num_split()) scores_.resize(split_.num_split());
         for (int item = 0; item < split_.num_split(); item++) {
@@ -74,7 +74,7 @@ class StepAttention {
             [&](int i) {
                 const auto [item, part] = split_.scored(i);
                 const Attention of = rows(item, cache);
-                const int pairs = (of.count() + 1) / 2, parts = team.size();
+                const int pairs = (of.count() + 1) / 2, parts = split_.parts();
                 of.score(queries_of(item, of, q), of.pieces(next(item, cache), scratch().attention),
                          pairs * part / parts * 2, std::min(pairs * (part + 1) / parts * 2, of.count()),
                          scores_[item].data());
@@ -108,7 +108,7 @@ class StepAttention {
     Scratch& scratch() { return scratch_[Team::number()]; }
 
     const Query& query(int item, int kv_heads) const {
-        return (*queries_)[queries_->size() - 1 - item / kv_heads];  // the longest come last
+        return (*queries_)[queries_->size() - 1 - item / kv_heads];  // the longest first
     }
     Attention rows(int item, const CacheView& cache) const {
         const Query& of = query(item, cache.kv_heads);
@@ -137,7 +137,7 @@ class StepAttention {
     int items_ = 0;
     const std::vector<Query>* queries_ = nullptr;
     AttentionSplit split_;
-    std::vector<std::vector<float>> scores_;  // of the items that are split
+    std::vector<std::vector<float>> scores_;  // of the items that are split; room that is kept for the next ones
     std::vector<Scratch> scratch_;
 };
 

@@ -8,6 +8,8 @@
 struct Query {  // tokens [start, stop), of one sequence, from `position` on in it
     int start, stop, position;
     const int32_t* blocks;
+
+    int length() const { return position + stop - start; }  // positions that its last token sees
 };
 
 class StepTokens {
@@ -28,6 +30,7 @@ class StepTokens {
             add_queries((int)run.start, (int)(run.stop - run.start), (int)run.position, blocks);
             num_wanted_ += (int)run.num_wanted;
         }
+        sort_queries();
     }
 
     // From here on they are those whose hidden states are wanted, one run's behind the other's; `position` and `blocks`
@@ -43,18 +46,24 @@ class StepTokens {
             add_queries(count_, wanted, (int)(run.position + first - run.start), step.blocks + run.first_block);
             count_ += wanted;
         }
+        sort_queries();
     }
 
     int count() const { return count_; }
     int num_wanted() const { return num_wanted_; }
     int position(int token) const { return positions_[token]; }
     const int32_t* blocks(int token) const { return tables_[token]; }
+    // Those that see the most come last.
     const std::vector<Query>& queries() const { return queries_; }
 
   private:
     void add_queries(int start, int count, int position, const int32_t* blocks) {
         for (int t = 0; t < count; t += most_)
             queries_.push_back({start + t, start + std::min(t + most_, count), position + t, blocks});
+    }
+    void sort_queries() {
+        std::sort(queries_.begin(), queries_.end(),
+                  [](const Query& one, const Query& other) { return one.length() < other.length(); });
     }
 
     int most_ = 1, count_ = 0, num_wanted_ = 0;

@@ -13,15 +13,8 @@ TEST(exponentials_of_scores) {
             const std::vector<float> given = scores;
             const float scale = 0.125f;
             const double most = *std::max_element(given.begin(), given.begin() + count);
-            std::vector<bf16> narrow(2 * width, 0x7fc0);
-            memcpy(narrow.data(), given.data(), width * sizeof(float));  // rounded where they lie
-            exponentials((const float*)narrow.data(), count, scale,
-                         [&](int i, __m512 x) { store_bf16(&narrow[i], x); });
             const float found =
-                exponentials(given.data(), count, scale, [&](int i, __m512 x) { _mm512_storeu_ps(&scores[i], x); });
-            std::vector<bf16> rounded(width);
-            for (int i = 0; i < width; i += 16) store_bf16(&rounded[i], _mm512_loadu_ps(&scores[i]));
-            expect(std::equal(rounded.begin(), rounded.end(), narrow.begin()), "%d scores, rounded", count);
+                exponentials(scores.data(), count, scale, [&](int i, __m512 x) { _mm512_storeu_ps(&scores[i], x); });
             double sum = 0;
             for (int i = 0; i < width; i++) {
                 const double exact = i < count ? std::exp(scale * (given[i] - most)) : 0;

@@ -37,7 +37,8 @@ TEST(attention_is_shared_out) {
 TEST(long_contexts_by_any_number_of_threads) {
     Random random(4);
     const TinyBase base(random, 2, kSplitFrom + 128, 64);
-    const std::vector<int64_t> lengths = {kSplitFrom + 90, kSplitFrom + 7, 60};
+    // The first has an odd number of pieces of 16, the second is the longest, the third is split with them if at all.
+    const std::vector<int64_t> lengths = {kSplitFrom + 7, kSplitFrom + 90, 60};
     Step step(base, 3, base.sizes.max_positions);
     for (int i = 0; i < 3; i++) step.add(i, 0, lengths[i], 1);
     const auto forward = [&](int threads) {
@@ -45,18 +46,27 @@ TEST(long_contexts_by_any_number_of_threads) {
         expect(native.status == kOk, "it can't be created");
         const ServeStep tables = step.tables();
         SUCCEED(smolora_forward, native.object.get(), &tables);
+        for (bf16 of : step.hidden) expect(std::isfinite(to_float(of)), "%g", to_float(of));
         return step.hidden;
     };
-    forward(1);
-    const auto decoded = [&](int threads, std::vector<int> sequences) {
+    const std::vector<bf16> prompts = forward(1);
+    for (int threads : {2, 4, 5}) expect(forward(threads) == prompts, "%d threads, prompts", threads);
+    // Two tokens each, of which so many are wanted: of one alone the last layer has other queries than those before.
+    const auto decoded = [&](int threads, std::vector<int> sequences, int64_t wanted) {
+        AttentionSplit split;
+        const int items = (int)(sequences.size() * base.sizes.kv_heads);
+        split.plan(items, (int)lengths[sequences[0]], 2, threads);
+        expect(split.num_split() == items % threads, "nothing is split");
         step.clear();
-        for (int i : sequences) step.add(i, lengths[i], lengths[i] + 2);
+        for (int i : sequences) step.add(i, lengths[i], lengths[i] + 2, wanted);
         return forward(threads);
     };
-    const std::vector<bf16> found = decoded(1, {0, 1, 2});
-    for (bf16 of : found) expect(std::isfinite(to_float(of)), "%g", to_float(of));
-    for (int threads : {2, 3, 4, 5, 7, 16})
-        expect(decoded(threads, {0, 1, 2}) == found, "%d threads change something", threads);
-    const std::vector<bf16> first(found.begin(), found.begin() + 2 * base.sizes.hidden);
-    for (int threads : {1, 2, 3, 5}) expect(decoded(threads, {0}) == first, "%d threads, alone", threads);
+    for (int64_t wanted : {1, 2}) {
+        const std::vector<bf16> found = decoded(1, {0, 1, 2}, wanted);
+        for (int threads : {2, 3, 4, 5, 7, 16})
+            expect(decoded(threads, {0, 1, 2}, wanted) == found, "%d threads change something", threads);
+        const std::vector<bf16> first = decoded(1, {0}, wanted);
+        expect(std::equal(first.begin(), first.begin() + wanted * base.sizes.hidden, found.begin()), "company does");
+        for (int threads : {3, 5}) expect(decoded(threads, {0}, wanted) == first, "%d threads, alone", threads);
+    }
 }
