@@ -62,20 +62,14 @@ def _validation(value: object) -> float | str | list[object] | None:
     return float(value)
 
 
-_PART = {
-    "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-    "required": ["type", "text"],
+_PART_FIELDS = {"type": {"const": "text"}, "text": {"type": "string"}}
+_PART = {"type": "object", "properties": _PART_FIELDS, "required": list(_PART_FIELDS)}
+_TURN_FIELDS = {
+    "role": {"enum": ["system", "developer", "user", "assistant"]},
+    "content": {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _PART}]},
+    "weight": {"enum": [0, 1, None], "default": 1, "description": "0: the assistant's turn is not trained on"},
 }
-_TURN = {
-    "type": "object",
-    "properties": {
-        "role": {"enum": ["system", "developer", "user", "assistant"]},
-        "content": {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _PART}]},
-        "weight": {"enum": [0, 1, None], "default": 1, "description": "0: the assistant's turn is not trained on"},
-    },
-    "required": ["role", "content"],
-}
+_TURN = {"type": "object", "properties": _TURN_FIELDS, "required": ["role", "content"]}
 _ROW_FIELDS: tuple[dict[str, object], ...] = (
     {"prompt": {"type": "string"}, "completion": {"type": "string"}},
     {"messages": {"type": "array", "items": _TURN, "description": "the last turn is the assistant's"}},
