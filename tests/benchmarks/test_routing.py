@@ -143,6 +143,7 @@ def test_an_unknown_policy() -> None:
         policy("none", SMALL, [])
 
 
+@pytest.mark.thorough  # what it is made of: above
 def test_a_reduced_run(tmp_path: Path) -> None:
     """What it says at any size: `rank` loads far less than policies that don't look, and queues stay even."""
     main(["--quick", "--out", str(tmp_path), "--processes", "2"])

@@ -57,6 +57,7 @@ def say(client: OpenAI, model: str, question: str) -> str:
     return str(answer.choices[0].message.content)
 
 
+@pytest.mark.thorough  # its parts: server/api/openai/fine_tuning; a job from its submission to its end: below
 def test_from_upload_to_use(client: OpenAI, server: ServerProcess) -> None:
     content = chat_rows(12)
     rows = client.files.create(file=("codes.jsonl", content), purpose="fine-tune")

@@ -357,6 +357,7 @@ def test_charts_come_once_they_can_be_loaded(server: ServerProcess, browser: Bro
         expect(page.get_by_text("can't be drawn")).to_have_count(0)
 
 
+@pytest.mark.thorough  # seven pages at once
 def test_tabs_that_nobody_looks_at(server: ServerProcess, browser: Browser) -> None:
     """They leave the browser's connections to the one that is looked at, and go on when they are."""
     hide = """(is) => {

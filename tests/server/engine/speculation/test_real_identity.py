@@ -90,6 +90,7 @@ def test_together(bench: Bench) -> None:
     check_idle(engine)
 
 
+@pytest.mark.thorough  # over HTTP: end_to_end/test_native_parity.py
 def test_one_after_the_other(bench: Bench) -> None:
     """Each gets drafts that come true, and goes on from blocks that others' drafts were computed in."""
     plain, engine = bench.engine(), drafting(bench.engine())

@@ -305,6 +305,7 @@ def test_what_it_does_not_cover_is_refused(tiny_base: BaseModel, library: ctypes
 
 
 @pytest.mark.real
+@pytest.mark.thorough  # over HTTP: end_to_end/test_native_parity.py
 def test_the_real_base(base_dir: Path, library: ctypes.CDLL) -> None:
     pair = Pair.of(load_base(base_dir), library, strength=0.05)
     sequences = sequences_of((150, 1, 70, 12), pair.config.vocab_size, seed=5)

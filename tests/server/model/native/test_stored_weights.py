@@ -45,6 +45,7 @@ def test_a_tiny_base(tmp_path: Path, library: ctypes.CDLL, types: dict[str, str]
 
 
 @pytest.mark.real
+@pytest.mark.thorough  # tiny bases above
 def test_the_real_base(base_dir: Path, library: ctypes.CDLL) -> None:
     base = load_base(base_dir)
     if not base.weights.quantized:
