@@ -95,6 +95,9 @@ export function NewJob({ onQueued }) {
   if (datasets.data?.every((set) => set.id !== form.dataset)) form.dataset = "";
   if (adapters.data && !adapters.data.isCut && startable.every((adapter) => adapter.name !== form.startFrom))
     form.startFrom = "";
+  const names = startable.map((adapter) => adapter.name);
+  // what would be sent is shown, also while the list is still to come
+  if (form.startFrom && !names.includes(form.startFrom)) names.unshift(form.startFrom);
   const change = (/** @type {keyof Fields} */ name) => (/** @type {any} */ value) => {
     filled.update({ [name]: value });
     setDry(null);
@@ -143,7 +146,7 @@ export function NewJob({ onQueued }) {
         ${
           adapters.data?.isCut
             ? html`<${TextField} label="Go on from" name="start_from" hint="an adapter's name; empty: a new one" value=${form.startFrom} problem=${problem} onChange=${change("startFrom")} />`
-            : html`<${SelectField} label="Go on from" name="start_from" value=${form.startFrom} problem=${problem} options=${[["", "a new adapter"], ...startable.map((adapter) => [adapter.name, adapter.name])]} onChange=${change("startFrom")} />`
+            : html`<${SelectField} label="Go on from" name="start_from" value=${form.startFrom} problem=${problem} options=${[["", "a new adapter"], ...names.map((name) => [name, name])]} onChange=${change("startFrom")} />`
         }
         <${NumberField} label="Rank" name="rank" hint="how much it can change" placeholder="16" step="1" value=${form.rank} problem=${problem} onChange=${change("rank")} />
         <${NumberField} label="Alpha" name="alpha" hint="its strength is alpha / rank" placeholder="32" value=${form.alpha} problem=${problem} onChange=${change("alpha")} />
