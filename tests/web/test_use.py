@@ -17,6 +17,8 @@ from tests.end_to_end.server_process import ServerProcess
 from tests.server.training.worker.merge_kit import sample
 from tests.web.browser import DESKTOP, PATIENCE, PHONE, drop, is_wider_than_the_screen, page_of, violations
 
+pytestmark = pytest.mark.thorough  # what everybody does with it: test_page.py
+
 ROWS = [{"prompt": "a", "completion": "b"}] * 4
 JSONL = "\n".join(map(json.dumps, ROWS)).encode()
 CONNECTIONS = 6
@@ -98,7 +100,6 @@ def pretend(page: Page, server: ServerProcess, job: str, report: Mapping[str, ob
     page.route("**/events", lambda route: route.fulfill(body=events, content_type="text/event-stream"))
 
 
-@pytest.mark.thorough
 def test_news_may_come_faster_than_answers(server: ServerProcess, browser: Browser, job: str) -> None:
     with page_of(browser, server.url) as page:
         page.evaluate(QUICK_NEWS)
@@ -253,9 +254,7 @@ def wait_until_high(page: Page) -> None:
 TOP_OF_FORM = "document.querySelector('main form').getBoundingClientRect().top"
 
 
-@pytest.mark.parametrize(
-    ("size", "status"), [pytest.param((1280, 500), 403, marks=pytest.mark.thorough), (PHONE, 429)]
-)
+@pytest.mark.parametrize(("size", "status"), [((1280, 500), 403), (PHONE, 429)])
 def test_who_reads_is_not_thrown_back(
     server: ServerProcess, browser: Browser, size: tuple[int, int], status: int
 ) -> None:
@@ -357,7 +356,6 @@ def test_charts_come_once_they_can_be_loaded(server: ServerProcess, browser: Bro
         expect(page.get_by_text("can't be drawn")).to_have_count(0)
 
 
-@pytest.mark.thorough  # seven pages at once
 def test_tabs_that_nobody_looks_at(server: ServerProcess, browser: Browser) -> None:
     """They leave the browser's connections to the one that is looked at, and go on when they are."""
     hide = """(is) => {

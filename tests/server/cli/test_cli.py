@@ -36,7 +36,9 @@ def test_what_keeps_it_from_starting_is_one_line(tmp_path: Path, arguments: list
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("lost", ["a full disk", "a pipe that nobody reads"])
+@pytest.mark.parametrize(
+    "lost", ["a full disk", pytest.param("a pipe that nobody reads", marks=pytest.mark.thorough)]
+)
 def test_it_serves_though_nobody_can_read_what_it_says(tmp_path: Path, tiny_base_dir: Path, lost: str) -> None:
     if lost == "a full disk":
         said = os.open("/dev/full", os.O_WRONLY)
@@ -61,9 +63,12 @@ def test_it_serves_though_nobody_can_read_what_it_says(tmp_path: Path, tiny_base
     "fault",
     [
         'RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can\'t allocate memory")',
-        "RuntimeError('unable to mmap 8 bytes from file <a.safetensors>: Cannot allocate memory (12)')",
-        "OSError(12, 'Cannot allocate memory')",
-        "MemoryError",
+        pytest.param(
+            "RuntimeError('unable to mmap 8 bytes from file <a.safetensors>: Cannot allocate memory (12)')",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param("OSError(12, 'Cannot allocate memory')", marks=pytest.mark.thorough),
+        pytest.param("MemoryError", marks=pytest.mark.thorough),
     ],
 )
 def test_too_little_memory_for_the_base_is_one_line(tmp_path: Path, fault: str) -> None:

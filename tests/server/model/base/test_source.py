@@ -92,6 +92,7 @@ def test_a_model_that_can_be_nothing(model: str, tmp_path: Path) -> None:
         resolve_base(model, tmp_path, fetch=no_hub)
 
 
+@pytest.mark.thorough  # how the later one waits: below
 def test_two_processes_at_once(tiny_base_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "server.model", "--home", str(tmp_path), "--model", str(tiny_base_dir)]
     running = [
