@@ -16,6 +16,8 @@ from tests.server.training.worker.merge_kit import sample
 from tests.web.browser import drop, page_of
 from tests.web.test_sign_in import make_key, sign_in
 
+pytestmark = pytest.mark.thorough  # what everybody sees: test_page.py
+
 PEFT_FILES = {"adapter_config": CONFIG, "adapter_model": WEIGHTS}
 OPERATORS = "operators-key"
 ROWS = [{"prompt": "a", "completion": "b"}] * 4

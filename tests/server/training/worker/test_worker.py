@@ -283,6 +283,7 @@ def test_a_worker_that_was_stopped_alone_stops_what_runs(
         check_published_once(jobs, engine, "j1", 100)
 
 
+@pytest.mark.thorough  # who gets a job: queue/test_jobs.py
 def test_two_workers_and_fifty_jobs(tmp_path: Path, jobs: Jobs) -> None:
     for i in range(50):
         submit_stub(tmp_path, jobs, f"j{i}")
@@ -607,6 +608,7 @@ def test_what_was_removed_elsewhere_goes_here(tmp_path: Path, jobs: Jobs, leases
     assert (home / "jobs/kept/log.txt").exists()
 
 
+@pytest.mark.thorough
 def test_a_start_among_many_folders_asks_little(
     tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases
 ) -> None:
