@@ -6,6 +6,7 @@ or several on stderr, and exit code 1. What is slow to import is imported when n
 
 import codecs
 import json
+import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,7 +112,11 @@ def start_of(prompt: str, chat: bool, system: str | None = None) -> dict[str, ob
 
 
 def given(**options: object) -> dict[str, object]:
-    """Those that aren't None: what is left out is the server's to decide."""
+    """Those that aren't None: what is left out is the server's to decide. Raises typer.BadParameter on NaN and
+    infinity, which JSON doesn't have."""
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise typer.BadParameter("it must be finite", param_hint=f"--{name.replace('_', '-')}")
     return {name: value for name, value in options.items() if value is not None}
 
 

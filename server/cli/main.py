@@ -31,7 +31,7 @@ from server.cli.home.move import group as move
 from server.cli.home.projects import group as projects
 from server.cli.home.prune import prune
 from server.cli.jobs import jobs
-from server.cli.options import with_flags
+from server.cli.options import PeersOptions, with_flags
 from server.cli.serve import serve_here
 from server.cli.train import train
 from server.config import Settings, WorkerSettings, unknown_variables
@@ -78,7 +78,8 @@ def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(
     raise typer.Exit(run_worker(settings, parent))
 
 
-for _command in (train, generate, chat, compare, compose, jobs, doctor, prune, backup, restore):
+app.command(cls=PeersOptions)(train)
+for _command in (generate, chat, compare, compose, jobs, doctor, prune, backup, restore):
     app.command()(_command)
 app.add_typer(adapters, name="adapters")
 app.add_typer(cluster, name="cluster")

@@ -1,4 +1,5 @@
-"""A flag for each field of the settings, so that each is spelled once, in `server.config`."""
+"""A flag for each field of the settings, so that each is spelled once, in `server.config`; and options that others
+have, which a command has by another name."""
 
 import inspect
 from collections.abc import Callable
@@ -8,11 +9,27 @@ from types import NoneType
 from typing import Annotated, Any, cast, get_args
 
 import typer
+from typer.core import TyperCommand
 
 from server import logs
 from server.config import Flag, SettingsT, WorkerSettings, load
 from server.config.environment import log_format
 from server.errors import StartupError
+
+
+class PeersOptions(TyperCommand):
+    """A command that names its own option where PEFT's or TRL's is given."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  # its type is private to Typer
+        own = {flag for param in self.params for flag in (*param.opts, *param.secondary_opts)}
+        for flag in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
+            if flag in own:
+                continue
+            from server.api.errors.near_names import peers_option
+
+            if told := peers_option(flag):
+                ctx.fail(told)
+        return super().parse_args(ctx, args)
 
 
 def with_flags(kind: type[SettingsT]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -688,6 +688,34 @@ def test_what_was_chosen_may_be_deleted_meanwhile(
         assert "start_from" not in json.loads(sent.value.post_data or "")
 
 
+def test_a_data_set_that_nobody_needs_any_more(server: ServerProcess, browser: Browser) -> None:
+    with page_of(browser, f"{server.url}/#/train/new") as page:
+        drop(page, ".drop", {"kept.jsonl": json.dumps({"prompt": "kept", "completion": "b"}).encode()})
+        chosen = page.get_by_label("Data set").locator("option:checked")
+        expect(chosen).to_contain_text("kept.jsonl")
+        kept = page.get_by_label("Data set").input_value()
+        drop(page, ".drop", {"gone.jsonl": json.dumps({"prompt": "gone", "completion": "b"}).encode()})
+        expect(chosen).to_contain_text("gone.jsonl")
+        gone = page.get_by_label("Data set").input_value()
+        delete_chosen(page)
+        expect(chosen).to_have_text("choose one")
+        expect(page.get_by_label("Data set").locator("option", has_text="gone.jsonl")).to_have_count(0)
+        expect(page.locator(".drop")).not_to_contain_text("gone.jsonl")
+        assert server.client.get(f"/datasets/{gone}").status_code == 404
+        page.get_by_label("Data set").select_option(kept)
+        body = {"name": "needs", "dataset": kept}
+        needs = server.client.post("/train", json=body).raise_for_status().json()["id"]
+        delete_chosen(page)
+        expect(page.get_by_role("alert")).to_contain_text("needs this data set")
+        expect(page.get_by_label("Data set")).to_have_value(kept)
+    server.client.post(f"/train/{needs}/cancel").raise_for_status()
+
+
+def delete_chosen(page: Page) -> None:
+    page.get_by_role("button", name="Delete these rows").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete", exact=True).click()
+
+
 def test_a_page_that_is_opened_begins_at_its_top(server: ServerProcess, browser: Browser, job: str) -> None:
     """For the keyboard: the first Tab is the skip link."""
     with page_of(browser, f"{server.url}/#/train/{job}") as page:

@@ -9,6 +9,8 @@ from adapters.names import near
 
 _PEERS = {
     "r": "rank",
+    "lora_r": "rank",
+    "lora_target_modules": "target_modules",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "init_lora_weights": "init",
@@ -60,8 +62,18 @@ def unknown_field(loc: tuple[str | int, ...], body: type[BaseModel] | None) -> s
     meant = _PEERS[name] if name in _PEERS else near(name, names)
     if meant not in names:
         return "no such field"
-    unit = f" It is {_PEER_UNITS[name]}." if name in _PEER_UNITS else ""
-    return f"no such field: did you mean {meant}?{unit}"
+    return f"no such field: did you mean {meant}?{_unit(name)}"
+
+
+def peers_option(flag: str) -> str | None:
+    """What to tell of an option of `smolora train` that PEFT or TRL has, such as --lora_r; None of any other."""
+    name = flag.removeprefix("--").replace("-", "_")
+    meant = _PEERS.get(name)
+    return meant and f"No such option: {flag} (did you mean --{meant.replace('_', '-')}?){_unit(name)}"
+
+
+def _unit(name: str) -> str:
+    return f" It is {_PEER_UNITS[name]}." if name in _PEER_UNITS else ""
 
 
 def _names(model: type[BaseModel]) -> set[str]:

@@ -7,7 +7,7 @@ import { useAction, useIsShown, useResource } from "../lib/resource.js";
 import { go } from "../lib/route.js";
 import { key, perKey } from "../lib/session.js";
 import { useStore } from "../lib/store.js";
-import { Fault, Form, NumberField, SelectField, TextField, Warnings } from "../parts/basics.js";
+import { Careful, Fault, Form, NumberField, SelectField, TextField, Warnings } from "../parts/basics.js";
 import { DropZone } from "../parts/drop.js";
 
 /**
@@ -128,7 +128,7 @@ export function NewJob({ onQueued }) {
     void submit.run();
   }}>
     <h2>1. Rows</h2>
-    <${Rows} datasets=${datasets.data} chosen=${form.dataset} problem=${problem} onChoose=${change("dataset")} onUploaded=${datasets.reload} />
+    <${Rows} datasets=${datasets.data} chosen=${form.dataset} problem=${problem} onChoose=${change("dataset")} onChanged=${datasets.reload} />
     <${Fault} problem=${datasets.problem} />
     <h2>2. Adapter</h2>
     <div class="fields">
@@ -175,9 +175,9 @@ export function NewJob({ onQueued }) {
 
 /**
  * @param {{datasets: DataSet[] | null, chosen: string, problem: import("../lib/api.js").Problem | null,
- *   onChoose: (id: string) => void, onUploaded: () => Promise<void>}} props
+ *   onChoose: (id: string) => void, onChanged: () => Promise<void>}} props
  */
-function Rows({ datasets, chosen, problem, onChoose, onUploaded }) {
+function Rows({ datasets, chosen, problem, onChoose, onChanged }) {
   const [share, setShare] = useState(/** @type {number | null} */ (null));
   const [told, setTold] = useState(/** @type {string[]} */ ([]));
   const [file, setFile] = useState("");
@@ -192,11 +192,18 @@ function Rows({ datasets, chosen, problem, onChoose, onUploaded }) {
       const stored = await upload("/datasets", form, setShare);
       setTold(stored.warnings);
       setFile(`${file.name}: ${plural(stored.rows, "row")}, all well formed`);
-      await onUploaded();
+      await onChanged();
       if (key.value === own) onChoose(stored.id);
     } finally {
       setShare(null);
     }
+  });
+  const remove = useAction(async (/** @type {string} */ id) => {
+    await ask("DELETE", `/datasets/${encodeURIComponent(id)}`);
+    setFile("");
+    setTold([]);
+    if (filled.value.dataset === id) onChoose("");
+    await onChanged();
   });
   return html`<${DropZone}
       label="Drop a JSONL or CSV file here, or choose one"
@@ -210,14 +217,18 @@ function Rows({ datasets, chosen, problem, onChoose, onUploaded }) {
     <${Warnings} warnings=${told} />
     ${
       datasets?.length
-        ? html`<${SelectField}
-          label="Data set"
-          name="dataset"
-          value=${chosen}
-          problem=${problem}
-          options=${[["", "choose one"], ...datasets.map((set) => [set.id, `${set.filename ?? set.id} · ${plural(set.rows, "row")}`])]}
-          onChange=${onChoose}
-        />`
+        ? html`<div class="row">
+            <${SelectField}
+              label="Data set"
+              name="dataset"
+              value=${chosen}
+              problem=${problem}
+              options=${[["", "choose one"], ...datasets.map((set) => [set.id, `${set.filename ?? set.id} · ${plural(set.rows, "row")}`])]}
+              onChange=${onChoose}
+            />
+            ${chosen ? html`<${Careful} label="Delete these rows" deed="Delete" sure="They go, for good. What was trained on them stays." busy=${remove.busy} onSure=${() => remove.run(chosen)} />` : null}
+          </div>
+          <${Fault} problem=${remove.problem} />`
         : null
     }`;
 }

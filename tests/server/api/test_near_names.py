@@ -51,6 +51,7 @@ async def test_unknown_fields(
     ("part", "name", "message"),
     [
         ("lora", "r", "no such field: did you mean rank?"),
+        ("lora", "lora_r", "no such field: did you mean rank?"),
         ("lora", "lora_alpha", "no such field: did you mean alpha?"),
         ("lora", "use_dora", "no such field"),  # it is no misspelt use_rslora
         ("lora", "target_module", "no such field: did you mean target_modules?"),

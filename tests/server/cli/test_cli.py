@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from server.cli.main import app
 
 
 def smolora(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -160,6 +163,39 @@ def test_a_key_in_the_wrong_flag_is_refused(arguments: tuple[str, ...]) -> None:
     result = smolora(*arguments, *(["--home", "/dev/null/x"] if "serve" in arguments else []))
     assert result.returncode == 2
     assert "No such option" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--lora_r", "No such option: --lora_r (did you mean --rank?)"),
+        ("--lora-alpha=8", "No such option: --lora-alpha (did you mean --alpha?)"),
+        (
+            "--per_device_train_batch_size",
+            "No such option: --per_device_train_batch_size (did you mean --batch-size?) It is all rows of an "
+            "optimizer step, accumulated ones too.",
+        ),
+        ("--use_dora", "No such option: --use_dora"),
+    ],
+)
+def test_options_that_peft_and_trl_have(option: str, told: str) -> None:
+    result = CliRunner().invoke(app, ["train", "rows.jsonl", "--name", "a", option, "3"], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert told in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["train", "rows.jsonl", "--name", "a", "--learning-rate", "nan"], "--learning-rate"),
+        (["generate", "a", "--temperature", "inf"], "--temperature"),
+        (["chat", "a", "--top-p=-inf"], "--top-p"),
+    ],
+)
+def test_a_number_that_is_none(arguments: list[str], option: str) -> None:
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert f"Invalid value for {option}: it must be finite" in result.stderr
 
 
 def test_help_imports_nothing_slow() -> None:
