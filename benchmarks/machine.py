@@ -39,11 +39,15 @@ class Machine:
             cpu_family(),
         )
 
+    @property
+    def processor(self) -> str:
+        """Its name, and where that is known, of which family and model."""
+        return f"{self.cpu} of {self.cpu_family}" if self.cpu_family else self.cpu
+
     def __str__(self) -> str:
         packages = ", ".join(f"{name} {number}" for name, number in self.packages.items())
-        cpu = f"{self.cpu} of {self.cpu_family}" if self.cpu_family else self.cpu
         found = [
-            f"{cpu}, {self.cores} cores, {self.memory / 2**30:.0f} GiB; {self.threads} threads",
+            f"{self.processor}, {self.cores} cores, {self.memory / 2**30:.0f} GiB; {self.threads} threads",
             f"Python {self.python}, {packages}",
             *([self.compiler] if self.compiler else []),
             *([f"commit {self.commit}"] if self.commit else []),

@@ -155,16 +155,15 @@ def figures(found: Found, before: str) -> str:
         settings = serve.settings
         parts += [
             "## How fast",
-            f"Output tokens per second on {serve.machine.threads} threads of an {serve.machine.cpu}, no GPU; "
-            f"{settings.model} in {settings.dtype}, prompts of {settings.prompt_tokens} tokens, "
+            f"Output tokens per second on {serve.machine.threads} threads of an {serve.machine.processor}, no "
+            f"GPU; {settings.model} in {settings.dtype}, prompts of {settings.prompt_tokens} tokens, "
             f"{settings.max_tokens} new tokens, adapters of rank 16 on all seven linear modules; median "
             f"(lowest–highest) of {settings.rounds} rounds in turn. {', '.join(over)}: over HTTP, the client on "
             "the same cores; the others in process.",
             serving.speed_table(replace(serve, systems=systems), serving.headlines(serve)),
             "![Output tokens per second by load and system](docs/serve.png)",
             f"{reached} of the {len(targets)} goals that we set ourselves are reached. "
-            f"{BENCHMARKS_PAGE} has them all, the missed ones too, with latencies, settings "
-            "and versions.",
+            f"{BENCHMARKS_PAGE} has them all, with latencies and settings.",
         ]
     title = "What training brings, and costs"
     stood = re.findall(r"^- (.*)$", _standing(title, before) or "", re.MULTILINE)

@@ -86,7 +86,7 @@ def chart(results: Results, path: Path) -> None:
     axes.set_yticks(range(len(rows)), [row.load.title for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("output tokens per second, all streams together")
-    axes.set_title(f"{results.settings.model}, {results.settings.dtype}; {results.machine.cpu}", fontsize=9)
+    axes.set_title(f"{results.settings.model}, {results.settings.dtype}; {results.machine.processor}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)

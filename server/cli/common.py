@@ -112,12 +112,18 @@ def start_of(prompt: str, chat: bool, system: str | None = None) -> dict[str, ob
 
 
 def given(**options: object) -> dict[str, object]:
-    """Those that aren't None: what is left out is the server's to decide. Raises typer.BadParameter on NaN and
-    infinity, which JSON doesn't have."""
+    """Those that aren't None: what is left out is the server's to decide. Numbers must be `finite`."""
     for name, value in options.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise typer.BadParameter("it must be finite", param_hint=f"--{name.replace('_', '-')}")
+        if isinstance(value, float):
+            finite(value, f"--{name.replace('_', '-')}")
     return {name: value for name, value in options.items() if value is not None}
+
+
+def finite(value: float, option: str) -> float:
+    """The value. Raises typer.BadParameter on NaN and infinity, which JSON doesn't have."""
+    if not math.isfinite(value):
+        raise typer.BadParameter("it must be finite", param_hint=option)
+    return value
 
 
 def number(value: object) -> str:

@@ -21,15 +21,14 @@ class PeersOptions(TyperCommand):
     """A command that names its own option where PEFT's or TRL's is given."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  # its type is private to Typer
-        own = {flag for param in self.params for flag in (*param.opts, *param.secondary_opts)}
-        for flag in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
-            if flag in own:
-                continue
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # of a class that is private to Typer, too
             from server.api.errors.near_names import peers_option
 
-            if told := peers_option(flag):
+            if told := peers_option(str(getattr(error, "option_name", ""))):
                 ctx.fail(told)
-        return super().parse_args(ctx, args)
+            raise
 
 
 def with_flags(kind: type[SettingsT]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -17,6 +17,7 @@ from server.cli.common import (
     KeyOption,
     UrlOption,
     connected,
+    finite,
     given,
     number,
     print_json,
@@ -87,7 +88,9 @@ def train(
 
     Exit code 0 once it has succeeded, 1 where it hasn't. Interrupting only stops watching: the job goes on.
     """
-    modules = target_modules if target_modules in (None, "all-linear") else _names(str(target_modules))
+    modules: str | list[str] | None = target_modules
+    if target_modules not in (None, "all-linear"):  # blanks are where somebody likes them
+        modules = [name.strip() for name in str(target_modules).split(",")]
     lora = given(
         rank=rank,
         alpha=alpha,
@@ -116,8 +119,8 @@ def train(
     with connected(url, api_key) as client, _uploads(client, keep=not dry_run) as upload:
         body = given(
             name=name,
-            dataset=_dataset(upload, data),
             validation=None if validation is None else _validation(upload, validation),
+            dataset=_dataset(upload, data),
             method=method,
             lora=lora,
             training=training,
@@ -133,11 +136,6 @@ def train(
             print_json(answer) if as_json else typer.echo(answer["id"])
         else:
             raise typer.Exit(watch(client, answer, as_json))
-
-
-def _names(text: str) -> list[str]:
-    """Of a list with commas between, and blanks where somebody likes them."""
-    return [name.strip() for name in text.split(",")]
 
 
 def watch(client: "Client", job: Document, as_json: bool) -> int:
@@ -189,7 +187,7 @@ def _dataset(upload: Callable[[Path], str], data: str, parameter: str = "DATA") 
 
 def _validation(upload: Callable[[Path], str], value: str) -> float | str:
     try:
-        return float(value)
+        return finite(float(value), "--validation")
     except ValueError:
         return _dataset(upload, value, "--validation")
 

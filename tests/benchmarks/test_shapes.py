@@ -16,7 +16,6 @@ from tests.benchmarks.kit import shapes
 TINY = Shape(hidden=128, inner=256, layers=2, heads=2, kv_heads=1, rope_theta=10_000.0)
 
 
-@pytest.mark.thorough
 def test_random_weights_are_stored_as_the_embedded_ones(tmp_path: Path) -> None:
     base = open_gguf(write_random_base(tmp_path / "tiny.gguf", TINY))
     config = base.config

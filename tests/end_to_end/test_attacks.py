@@ -118,7 +118,7 @@ def post(path: str, length: int) -> bytes:
     return "\r\n".join((*lines, "", "")).encode()
 
 
-@pytest.mark.thorough
+@pytest.mark.thorough  # connections that are kept for long: below
 def test_1500_idle_sockets(server: Attacked) -> None:
     with connections(server, 1500) as opened:
         works(server)

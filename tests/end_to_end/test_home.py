@@ -53,7 +53,7 @@ def test_nobody_sees_the_keys(server: ServerProcess) -> None:
     assert server.client.post(f"/train/{job_id}/cancel").status_code == 200
 
 
-@pytest.mark.parametrize("keys", [{}, {"api_keys": KEY}])
+@pytest.mark.parametrize("keys", [{}, pytest.param({"api_keys": KEY}, marks=pytest.mark.thorough)])
 def test_a_clients_key_in_the_environment_of_a_server(
     keys: dict[str, str], tmp_path: Path, converted_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -227,7 +227,9 @@ def test_a_history_changes_no_bit(default_server: ServerProcess, server_of_one_t
         assert answer["choices"] == second["choices"]
 
 
-@pytest.mark.parametrize("expression", ["base", "left", "left*0.5+right*0.5"])
+@pytest.mark.parametrize(
+    "expression", ["base", pytest.param("left", marks=pytest.mark.thorough), "left*0.5+right*0.5"]
+)
 def test_drafts_change_no_bit(server_of_one_thread: ServerProcess, expression: str) -> None:
     """Answers that say again what the prompt says: with speculation, which is the default, and without.
 

@@ -94,7 +94,7 @@ def test_what_runs_and_what_waits_ends_and_the_job_goes_on(server: ServerProcess
         again.close()
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)])
 def test_a_second_signal_ends_it_now(server: ServerProcess, second: signal.Signals) -> None:
     submit(server, name="codes", data=code_rows(16), training=JOB)
     wait_until(lambda: bool(processes(server, CHILD)))

@@ -62,7 +62,6 @@ def event(seq: int) -> str:
     return f"id: {seq}\ndata: {json.dumps(told)}\n\n"
 
 
-@pytest.mark.thorough
 def test_a_server_that_ends_is_not_the_jobs_end(server: ServerProcess, browser: Browser, job: str) -> None:
     """It lets go of those who follow a job; they go on where they were."""
     asked: list[str | None] = []
@@ -124,7 +123,6 @@ def test_an_address_that_says_nothing(server: ServerProcess, browser: Browser) -
         expect(page.get_by_role("heading", name="API key")).to_be_visible()
 
 
-@pytest.mark.thorough
 def test_an_adapter_past_the_list(server: ServerProcess, browser: Browser, adapter: str) -> None:
     for number in range(500):
         response = server.client.post(f"/compositions/c{number:03}", json={"expression": f"{adapter}*0.5"})

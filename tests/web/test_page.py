@@ -286,7 +286,9 @@ def test_the_engine(server: ServerProcess, browser: Browser, codes: str) -> None
         expect(page.locator(".charts canvas")).to_have_count(2)
 
 
-@pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")])
+@pytest.mark.parametrize(
+    ("size", "scheme"), [pytest.param(DESKTOP, "light", marks=pytest.mark.thorough), (PHONE, "dark")]
+)
 def test_every_view_is_accessible(
     server: ServerProcess, browser: Browser, codes: str, noise: str, size: tuple[int, int], scheme: str
 ) -> None:

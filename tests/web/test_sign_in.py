@@ -140,7 +140,6 @@ def test_where_a_key_is_kept(server: ServerProcess, browser: Browser, admin: str
         expect(page.get_by_role("textbox", name="Question")).to_have_value("")  # nothing is left of who was there
 
 
-@pytest.mark.thorough  # that a key opens nothing then: end_to_end/test_projects.py
 def test_revoke(server: ServerProcess, browser: Browser, admin: str) -> None:
     """At once: a page that is open asks for another key. And it is written down."""
     with page_of(browser, f"{server.url}/#/access") as page:

@@ -690,7 +690,11 @@ def test_what_was_chosen_may_be_deleted_meanwhile(
 
 def test_a_data_set_that_nobody_needs_any_more(server: ServerProcess, browser: Browser) -> None:
     with page_of(browser, f"{server.url}/#/train/new") as page:
-        drop(page, ".drop", {"kept.jsonl": json.dumps({"prompt": "kept", "completion": "b"}).encode()})
+        drop(
+            page,
+            ".drop",
+            {"a-long-name-" * 4 + "kept.jsonl": json.dumps({"prompt": "kept", "completion": "b"}).encode()},
+        )
         chosen = page.get_by_label("Data set").locator("option:checked")
         expect(chosen).to_contain_text("kept.jsonl")
         kept = page.get_by_label("Data set").input_value()
@@ -703,11 +707,14 @@ def test_a_data_set_that_nobody_needs_any_more(server: ServerProcess, browser: B
         expect(page.locator(".drop")).not_to_contain_text("gone.jsonl")
         assert server.client.get(f"/datasets/{gone}").status_code == 404
         page.get_by_label("Data set").select_option(kept)
+        assert violations(page) == []
         body = {"name": "needs", "dataset": kept}
         needs = server.client.post("/train", json=body).raise_for_status().json()["id"]
         delete_chosen(page)
         expect(page.get_by_role("alert")).to_contain_text("needs this data set")
         expect(page.get_by_label("Data set")).to_have_value(kept)
+        page.set_viewport_size({"width": PHONE[0], "height": PHONE[1]})
+        assert not is_wider_than_the_screen(page)
     server.client.post(f"/train/{needs}/cancel").raise_for_status()
 
 

@@ -27,6 +27,9 @@ _PEERS = {
 }
 """What PEFT and TRL call a field of ours; None: what isn't here, though a name of ours looks like it."""
 
+_PEERS_OPTIONS = {"early_stopping_patience": "patience", "use_rslora": "rslora"}
+"""Likewise of `smolora train`, where the command has another name than the field."""
+
 _PEER_UNITS = {
     "per_device_train_batch_size": "all rows of an optimizer step, accumulated ones too",
     "gradient_accumulation_steps": "all rows of an optimizer step, accumulated ones too",
@@ -68,8 +71,12 @@ def unknown_field(loc: tuple[str | int, ...], body: type[BaseModel] | None) -> s
 def peers_option(flag: str) -> str | None:
     """What to tell of an option of `smolora train` that PEFT or TRL has, such as --lora_r; None of any other."""
     name = flag.removeprefix("--").replace("-", "_")
-    meant = _PEERS.get(name)
-    return meant and f"No such option: {flag} (did you mean --{meant.replace('_', '-')}?){_unit(name)}"
+    options = _PEERS | _PEERS_OPTIONS
+    if name not in options:
+        return None
+    meant = options[name]
+    hint = f" (did you mean --{meant.replace('_', '-')}?){_unit(name)}" if meant else ""
+    return f"No such option: {flag}{hint}"
 
 
 def _unit(name: str) -> str:

@@ -23,8 +23,8 @@ class _Places:
     def next(self, content: bytes) -> int:
         """Of the token with these bytes, which follows on those before: the character of its first byte."""
         self._num_characters += len(self._decoder.decode(content[:1]))
-        is_unfinished = bool(self._decoder.getstate()[0])
-        start = self._num_characters + is_unfinished - bool(content)
+        unfinished = self._decoder.getstate()[0]  # half a surrogate, too, which ends as a character for each byte
+        start = self._num_characters + len(unfinished.decode(errors="replace")) - bool(content)
         self._num_characters += len(self._decoder.decode(content[1:]))
         return start
 

@@ -181,17 +181,20 @@ function Rows({ datasets, chosen, problem, onChoose, onChanged }) {
   const [share, setShare] = useState(/** @type {number | null} */ (null));
   const [told, setTold] = useState(/** @type {string[]} */ ([]));
   const [file, setFile] = useState("");
+  const [uploaded, setUploaded] = useState(""); // the data set that `file` and `told` are about
   const send = useAction(async (/** @type {File} */ file) => {
     const form = new FormData();
     form.append("file", file);
     setShare(0);
     setTold([]);
     setFile(file.name);
+    setUploaded("");
     const own = key.value;
     try {
       const stored = await upload("/datasets", form, setShare);
       setTold(stored.warnings);
       setFile(`${file.name}: ${plural(stored.rows, "row")}, all well formed`);
+      setUploaded(stored.id);
       await onChanged();
       if (key.value === own) onChoose(stored.id);
     } finally {
@@ -199,12 +202,18 @@ function Rows({ datasets, chosen, problem, onChoose, onChanged }) {
     }
   });
   const remove = useAction(async (/** @type {string} */ id) => {
-    await ask("DELETE", `/datasets/${encodeURIComponent(id)}`);
-    setFile("");
-    setTold([]);
-    if (filled.value.dataset === id) onChoose("");
-    await onChanged();
+    try {
+      await ask("DELETE", `/datasets/${encodeURIComponent(id)}`);
+      if (filled.value.dataset === id) onChoose("");
+      if (uploaded !== id) return;
+      setFile("");
+      setTold([]);
+    } finally {
+      await onChanged(); // also where it was gone already
+    }
   });
+  const listed = (datasets ?? []).map((set) => [set.id, `${set.filename ?? set.id} · ${plural(set.rows, "row")}`]);
+  const words = listed.find(([id]) => id === chosen)?.[1];
   return html`<${DropZone}
       label="Drop a JSONL or CSV file here, or choose one"
       hint='One row a line: {"prompt": …, "completion": …}, {"messages": […]} or {"text": …}; a CSV has these as columns.'
@@ -216,17 +225,21 @@ function Rows({ datasets, chosen, problem, onChoose, onChanged }) {
     <${Fault} problem=${send.problem} />
     <${Warnings} warnings=${told} />
     ${
-      datasets?.length
-        ? html`<div class="row">
+      listed.length
+        ? html`<div class="row end">
             <${SelectField}
               label="Data set"
               name="dataset"
               value=${chosen}
+              className="wide"
               problem=${problem}
-              options=${[["", "choose one"], ...datasets.map((set) => [set.id, `${set.filename ?? set.id} · ${plural(set.rows, "row")}`])]}
-              onChange=${onChoose}
+              options=${[["", "choose one"], ...listed]}
+              onChange=${(/** @type {string} */ id) => {
+                remove.clear();
+                onChoose(id);
+              }}
             />
-            ${chosen ? html`<${Careful} label="Delete these rows" deed="Delete" sure="They go, for good. What was trained on them stays." busy=${remove.busy} onSure=${() => remove.run(chosen)} />` : null}
+            ${words ? html`<${Careful} key=${chosen} label="Delete these rows" deed="Delete" sure="${words}: they go, for good. What was trained on them stays." busy=${remove.busy} onSure=${() => remove.run(chosen)} />` : null}
           </div>
           <${Fault} problem=${remove.problem} />`
         : null

@@ -445,7 +445,6 @@ def test_a_backup_in_home_is_never_taken_for_a_restore(registry: Registry, victi
     assert contents(registry.home).items() >= before.items()
 
 
-@pytest.mark.thorough  # a killed backup: above
 def test_a_killed_restore_leaves_no_home(
     registry: Registry, target: Path, tmp_path: Path, victims: Victims
 ) -> None:

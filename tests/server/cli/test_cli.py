@@ -175,13 +175,24 @@ def test_a_key_in_the_wrong_flag_is_refused(arguments: tuple[str, ...]) -> None:
             "No such option: --per_device_train_batch_size (did you mean --batch-size?) It is all rows of an "
             "optimizer step, accumulated ones too.",
         ),
-        ("--use_dora", "No such option: --use_dora"),
+        ("--early_stopping_patience", "No such option: --early_stopping_patience (did you mean --patience?)"),
+        ("--use_dora", "No such option: --use_dora"),  # it is no misspelt --rslora
+        ("--rnk", "No such option: --rnk (Possible options: --rank, --url)"),  # as Typer tells it
     ],
 )
 def test_options_that_peft_and_trl_have(option: str, told: str) -> None:
     result = CliRunner().invoke(app, ["train", "rows.jsonl", "--name", "a", option, "3"], env={"COLUMNS": "200"})
     assert result.exit_code == 2
-    assert told in result.stderr
+    assert f"│ {told} " in result.stderr
+    assert ("(" in result.stderr) == ("(" in told)
+
+
+def test_what_looks_like_an_option_and_is_none() -> None:
+    """A value, and what stands behind `--`: it is the file that isn't there."""
+    arguments = ["train", "--name", "a", "--description", "--lr", "--", "--lr"]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "--lr: No such file or directory" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -190,6 +201,7 @@ def test_options_that_peft_and_trl_have(option: str, told: str) -> None:
         (["train", "rows.jsonl", "--name", "a", "--learning-rate", "nan"], "--learning-rate"),
         (["generate", "a", "--temperature", "inf"], "--temperature"),
         (["chat", "a", "--top-p=-inf"], "--top-p"),
+        (["train", "rows.jsonl", "--name", "a", "--validation", "nan"], "--validation"),  # before rows are sent
     ],
 )
 def test_a_number_that_is_none(arguments: list[str], option: str) -> None:

@@ -3,7 +3,7 @@
 from itertools import accumulate
 from typing import cast
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from server.api.openai.logprobs import LegacyLogprobs, TextLogprobs, of_chat
@@ -68,6 +68,7 @@ def test_bytes_that_are_no_character() -> None:
     assert told(unfinished) == [[], [b"\xc3"]]
 
 
+@example([b"\xed", b"\xa0"])
 @given(st.lists(st.binary(min_size=1, max_size=4), max_size=12))
 def test_a_token_s_place_is_the_character_that_its_first_byte_is_part_of(tokens: list[bytes]) -> None:
     content, ends = b"".join(tokens), accumulate(map(len, tokens), initial=0)

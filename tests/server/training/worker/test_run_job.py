@@ -187,7 +187,7 @@ def test_a_database_that_stays_locked_costs_a_job_no_attempt(
         pytest.param(
             DATABASE_FULL, "its process can't use the database", "JobFiles.fetch", marks=pytest.mark.thorough
         ),
-        (LOCKED, "its process can't use the database", "JobFiles.fetch"),
+        pytest.param(LOCKED, "its process can't use the database", "JobFiles.fetch", marks=pytest.mark.thorough),
         pytest.param(FULL, "its worker's disk is full", "JobFiles.fetch", marks=pytest.mark.thorough),
         (FULL, "its worker's disk is full", "resolve_base"),
     ],

@@ -608,7 +608,6 @@ def test_what_was_removed_elsewhere_goes_here(tmp_path: Path, jobs: Jobs, leases
     assert (home / "jobs/kept/log.txt").exists()
 
 
-@pytest.mark.thorough
 def test_a_start_among_many_folders_asks_little(
     tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases
 ) -> None:
