@@ -718,6 +718,22 @@ def test_a_data_set_that_nobody_needs_any_more(server: ServerProcess, browser: B
     server.client.post(f"/train/{needs}/cancel").raise_for_status()
 
 
+def test_rows_that_come_meanwhile_are_not_what_is_deleted(server: ServerProcess, browser: Browser) -> None:
+    """Who is asked about some rows, while others are being sent, hasn't answered for those."""
+    with page_of(browser, f"{server.url}/#/train/new") as page:
+        drop(page, ".drop", {"asked.jsonl": json.dumps({"prompt": "asked", "completion": "b"}).encode()})
+        chosen = page.get_by_label("Data set").locator("option:checked")
+        expect(chosen).to_contain_text("asked.jsonl")
+        held = held_back(page, "**/datasets")
+        drop(page, ".drop", {"came.jsonl": json.dumps({"prompt": "came", "completion": "b"}).encode()})
+        wait_for_number(page, held, 1)
+        page.get_by_role("button", name="Delete these rows").click()
+        expect(page.get_by_role("dialog")).to_contain_text("asked.jsonl")
+        held[0].continue_()
+        expect(chosen).to_contain_text("came.jsonl")
+        expect(page.get_by_role("dialog")).to_have_count(0)
+
+
 def delete_chosen(page: Page) -> None:
     page.get_by_role("button", name="Delete these rows").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete", exact=True).click()
