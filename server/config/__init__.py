@@ -94,6 +94,12 @@ class Settings(Limits, WorkerSettings):
     port: int = Field(8000, ge=0, le=65535, description="Where to listen; 0: any free port.")
     max_num_seqs: int = Field(32, ge=1, le=1024, description="Sequences in one batch.")
     max_queue: int = Field(256, ge=1, le=100_000, description="Sequences that may wait for a place in it.")
+    prefill_share: float = Field(
+        0.71,
+        gt=0,
+        lt=1,
+        description="The share of a step's time that prompts may take while answers are generated (native code).",
+    )
     max_model_len: int | None = Field(
         None, ge=2, le=1 << 20, description="Prompt and answer, in tokens. Default: the model's, at most 8192."
     )

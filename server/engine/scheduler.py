@@ -1,24 +1,28 @@
 """What the next step computes: admission, turns, chunks, preemption. Plain Python, no torch.
 
-Running sequences come first, oldest first: one token for each that decodes, one chunk for each that still reads
-its prompt, as far as the step's prefill budget goes. What is left of it admits waiting ones. Chunk borders are
-multiples of `chunk_size`, whatever the load. Where they may be anywhere, they are where the budget ends, and that
-goes by what prompts were seen to cost (`prompt_room`).
+A step first admits waiting sequences, then takes one token of each sequence that decodes and shares its prefill
+budget between the prompts. Chunk borders are multiples of `chunk_size`, whatever the load. If the backend allows
+borders anywhere, they are where the budget ends, and the budget follows the measured cost of prompts
+(`prompt_room`).
 
-Fairness: projects take turns, and the adapter sets of each (`waiting_queues`). A set whose turn it is but for
-which there is no room yet may be passed over, at most `max_bypass` times; then nothing else is admitted before it,
-but for projects with nothing running. It is tried again only when something has been freed. When blocks run out
-the youngest running sequence is preempted: it gives everything back and is computed anew, from what the prefix
-cache still has.
+Prompts: the oldest one gets at least half of the budget, so it can't starve; the rest goes to the shortest
+remainders first, so a short prompt doesn't wait behind a long one.
 
-A project with nothing running doesn't wait for others' long answers: the youngest of the project that runs most is
-preempted for its first sequence. That one is then the oldest of its project, and those are never preempted so;
-only older sequences that need blocks may still take its place. So there are no more such preemptions than
-sequences and preemptions for blocks.
+Projects: engine time is shared equally (`shares`); a project that has had more than its share sits out. Waiting
+projects take turns, those with the fewest sequences running first, and so do the adapter sets of each
+(`waiting_queues`). If a waiting set lacks a place, blocks or rank rows and another project has more of them, that
+project's youngest sequences are preempted, as many as make room. A project's last sequence is preempted only for
+a project with nothing running, and only if the first project's engine time is ahead by the slack of `shares`.
+A sequence that was preempted isn't again for another project before it has got further than the last time.
+
+Room: a set whose turn it is but for which there is no room yet may be passed over, at most `max_bypass` times;
+then nothing else is admitted before it, except of projects with nothing running. It is tried again only when
+something has been freed. When blocks run out, the youngest sequence of the project that holds the most of them is
+preempted. A preempted sequence gives everything back and is computed again, from what the prefix cache still has.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from enum import Enum
@@ -27,10 +31,14 @@ from typing import Self
 
 from adapters.errors import SmoloraError
 from server.engine.kv_cache import BlockManager
-from server.engine.sequence import Chunk, Sequence, Status
+from server.engine.sequence import Chunk, Hold, Sequence, Status
+from server.engine.shares import ProjectShares
 from server.engine.waiting_queues import Turn, WaitingQueues
 from server.engine.waiting_set import Adapters, WaitingSet
 from server.engine.watching.prompt_room import PromptRoom
+
+_MAX_ROW_SHARE = 0.75
+"""Of the rank rows: a project that holds more gives way to another that needs some, however many those are."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +49,14 @@ class SchedulerLimits:
     chunk_size: int = 64  # tokens of one prompt, at most, in one step
     max_prefill_tokens: int = 512  # of all prompts, in a step without decodes
     max_bypass: int = 32  # admissions past a set that waits for room
+    prefill_share: float = 0.71  # of a step's time that prompts may take while others decode
 
     @classmethod
-    def on(cls, device_type: str, max_num_seqs: int = 32) -> Self:
+    def on(cls, device_type: str, max_num_seqs: int = 32, prefill_share: float = prefill_share) -> Self:
         """The defaults suit "cpu"; on "cuda" eight times as much takes hardly longer."""
         if device_type == "cpu":
-            return cls(max_num_seqs)
-        return cls(max_num_seqs, chunk_size=512, max_prefill_tokens=4096)
+            return cls(max_num_seqs, prefill_share=prefill_share)
+        return cls(max_num_seqs, chunk_size=512, max_prefill_tokens=4096, prefill_share=prefill_share)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +84,14 @@ class _Verdict(Enum):
     FAILED = "failed"
 
 
+class _Lack(Enum):
+    """What a waiting sequence can't have yet."""
+
+    ROWS = "rank rows"
+    BLOCKS = "blocks"
+    PLACE = "a place in the batch"
+
+
 class Scheduler:
     """Holds every sequence from `add` until `finish`, and decides who computes what."""
 
@@ -94,8 +111,9 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self._adapters = adapters
         self._clock = clock
-        self._prompt_room = PromptRoom(limits.max_num_seqs) if cuts_anywhere else None
+        self._prompt_room = PromptRoom(limits.max_num_seqs, limits.prefill_share) if cuts_anywhere else None
         self._waiting = WaitingQueues()
+        self._shares = ProjectShares()
 
     @property
     def num_waiting(self) -> int:
@@ -129,34 +147,73 @@ class Scheduler:
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
         """A step of these chunks took so long."""
+        self._shares.charge(chunks, seconds, self._num_running())
         if self._prompt_room is not None:
             self._prompt_room.observe(chunks, seconds)
 
     def schedule(self) -> Step:
-        """The next step. Blocks for its tokens are in the sequences' block tables."""
-        chunks: list[Chunk] = []
-        budget = self._prefill_budget()
-        num_preemptions = self.num_preemptions
-        for sequence in list(self.running):
-            if sequence.status is not Status.RUNNING:  # preempted for an older one
-                continue
-            if sequence.is_decoding:
-                stop = sequence.num_tokens
-            elif budget > 0:
-                stop = self._chunk_stop(sequence, budget)
-                budget -= stop - sequence.num_computed_tokens
-            else:
-                continue
-            if self._make_room(sequence, stop):
-                chunks.append(Chunk(sequence, sequence.num_computed_tokens, stop))
+        """Return the next step. Blocks for its tokens are in the sequences' block tables."""
         failed: list[Failed] = []
+        num_preemptions = self.num_preemptions
+        due = self._due()
+        chunks = self._chunks(
+            {s: s.num_tokens for s in self.running if s.is_decoding and s.request.project in due}
+        )
         if self._waiting and self.num_preemptions == num_preemptions:
-            self._admit(chunks, failed, budget)
+            self._admit(chunks, failed, due)
+            due = self._due()  # whoever has begun comes first
+        chunks = [chunk for chunk in chunks if chunk.sequence.request.project in due]
+        begun = {chunk.sequence for chunk in chunks}
+        prompts = [s for s in self.running if s.request.project in due and s not in begun]
+        chunks += self._chunks(self._prefill_stops(prompts, len(chunks)))
+        chunks = [chunk for chunk in chunks if chunk.sequence.status is Status.RUNNING]
+        if not chunks and self.running:  # all that were due have been preempted
+            chunks = self._chunks(self._prefill_stops(self.running, 0))
+        if not self.has_work:
+            self._shares.clear()
         return Step(tuple(chunks), tuple(failed))
 
-    def _prefill_budget(self) -> int:
-        """Prompt tokens of this step: few beside few decodes, whose next token waits for the whole step."""
-        num_decodes = sum(1 for sequence in self.running if sequence.is_decoding)
+    def _due(self) -> frozenset[str]:
+        return self._shares.due(self._num_running())
+
+    def _chunks(self, stops: Mapping[Sequence, int]) -> list[Chunk]:
+        """Make a chunk for each sequence up to its stop, unless it is preempted for an older one."""
+        chunks = []
+        for sequence, stop in stops.items():
+            if sequence.status is Status.RUNNING and self._make_room(sequence, stop):
+                chunks.append(Chunk(sequence, sequence.num_computed_tokens, stop))
+        return chunks
+
+    def _prefill_stops(self, prompts: Seq[Sequence], num_decodes: int) -> dict[Sequence, int]:
+        """Share the budget: at least half for the oldest prompt, the rest for the shortest remainders first."""
+        if not prompts:
+            return {}
+        oldest, *others = prompts
+        budget = self._prefill_budget(num_decodes)
+        num_reserved = self._num_reserved(oldest, budget) if others else 0
+        stops: dict[Sequence, int] = {}
+        for sequence in sorted(others, key=self._remainder):
+            if budget > num_reserved:
+                stops[sequence] = self._chunk_stop(sequence, budget - num_reserved)
+                budget -= stops[sequence] - sequence.num_computed_tokens
+        stops[oldest] = self._chunk_stop(oldest, budget)
+        return stops
+
+    def _num_reserved(self, oldest: Sequence, budget: int) -> int:
+        """Return the tokens of the budget that are kept for the oldest prompt."""
+        return min(self._remainder(oldest), (budget + 1) // 2)
+
+    @staticmethod
+    def _remainder(sequence: Sequence) -> int:
+        """Return how many known tokens of a sequence are still to be computed."""
+        return sequence.num_tokens - sequence.num_computed_tokens
+
+    def _num_running(self) -> Counter[str]:
+        """Count the running sequences by project."""
+        return Counter(sequence.request.project for sequence in self.running)
+
+    def _prefill_budget(self, num_decodes: int) -> int:
+        """Return the prompt tokens of a step: the decodes' next tokens wait for all of them."""
         if not num_decodes:
             return self.limits.max_prefill_tokens
         if self._prompt_room is not None:
@@ -170,16 +227,36 @@ class Scheduler:
         return min((sequence.num_computed_tokens // size + 1) * size, sequence.num_tokens)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Reserve blocks up to `num_tokens`, preempting from the youngest on; False where that is itself."""
+        """Reserve blocks up to `num_tokens`, preempting others; return False if the sequence itself had to go."""
         while not self.blocks.reserve(sequence, num_tokens):
-            youngest = self.running[-1]
-            self._preempt(youngest)
-            if youngest is sequence:
+            victim = self._victim_for_blocks()
+            self._preempt(victim)
+            if victim is sequence:
                 return False
         return True
 
+    def _victim_for_blocks(self) -> Sequence:
+        """Return the youngest sequence of the project with the most blocks, of those with several sequences.
+
+        The oldest sequence of all is never chosen while another one runs, so something always gets on.
+        """
+        num_running, num_blocks = self._num_running(), self._num_blocks()
+        several = [project for project, num in num_running.items() if num > 1]
+        if len(num_running) == 1 or not several:
+            return self.running[-1]
+        most = max(several, key=lambda project: num_blocks[project])
+        return next(s for s in reversed(self.running) if s.request.project == most)
+
+    def _num_blocks(self) -> Counter[str]:
+        """Count the blocks in use by project; a block that two sequences share counts for each."""
+        num: Counter[str] = Counter()
+        for sequence in self.running:
+            num[sequence.request.project] += len(sequence.block_table)
+        return num
+
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        sequence.num_lost_tokens = max(sequence.num_lost_tokens, sequence.num_computed_tokens)
         self._give_back(sequence)
         sequence.status = Status.WAITING
         self._waiting.put_back(sequence)
@@ -191,24 +268,32 @@ class Scheduler:
             sequence.hold.release()
             sequence.hold = None
 
-    def _admit(self, chunks: list[Chunk], failed: list[Failed], budget: int) -> None:
-        """Admit waiting sequences, a set at a time in turn, while the step has room for their first chunk."""
-        num_running = Counter(sequence.request.project for sequence in self.running)
-        turn = self._waiting.turn(num_running)
-        if budget > 0:
-            self._make_place(turn, num_running, chunks)
+    def _admit(self, chunks: list[Chunk], failed: list[Failed], due: Collection[str]) -> None:
+        """Admit waiting sequences, a set at a time in turn, while the step has room for their prompts.
+
+        Of projects with sequences running, only those that are `due` may begin another. Chunks of sequences that
+        are preempted for others are dropped.
+        """
+        num_running = self._num_running()
+        turn = self._waiting.turn(num_running, lambda project: project in due or not num_running[project])
+        prompts = [s for s in self.running if not s.is_decoding and s.request.project in due]
+        budget = self._prefill_budget(sum(s.is_decoding for s in self.running if s.request.project in due))
+        if prompts:
+            budget -= self._num_reserved(prompts[0], budget)
+        remainders = [self._remainder(sequence) for sequence in prompts[1:]]
+        self._make_place(turn, num_running, chunks)
         lacking_room: list[WaitingSet] = []
-        while budget > 0 and len(self.running) < self.limits.max_num_seqs and (queue := turn.first) is not None:
+        while len(self.running) < self.limits.max_num_seqs and (queue := turn.first) is not None:
             sequence = queue.first
+            if sum(num for num in remainders if num <= sequence.num_tokens) >= budget:
+                break  # it would wait for shorter prompts in the batch, too
             match self._try_admit(queue):
                 case _Verdict.ADMITTED:
                     turn.take_first()
                     queue.num_bypassed = 0
                     for other in lacking_room:
                         other.num_bypassed += 1
-                    chunk = self._first_chunk(sequence, budget)
-                    budget -= chunk.stop - chunk.start
-                    chunks.append(chunk)
+                    remainders.append(self._remainder(sequence))
                 case _Verdict.NO_ROOM:
                     if queue.num_bypassed < self.limits.max_bypass:
                         lacking_room.append(queue)
@@ -227,26 +312,77 @@ class Scheduler:
         self._look_ahead(turn)
 
     def _make_place(self, turn: Turn, num_running: Counter[str], chunks: list[Chunk]) -> None:
-        """Preempt a sequence, and drop its chunk, if a project with nothing running can begin by that alone."""
-        starved = [queue for queue in islice(turn, self.limits.max_num_seqs) if not num_running[queue.project]]
-        most = max(num_running.values(), default=0)
-        if not starved or most < 2:
-            return
-        victim = next(s for s in reversed(self.running) if num_running[s.request.project] == most)
+        """Preempt for the first waiting set whose project has less than another, if that alone lets it begin."""
+        if len(num_running) < 2 and all(queue.project in num_running for queue in islice(turn, 1)):
+            return  # nobody else is there
         num_free = self.blocks.num_free_blocks - self._num_promised_blocks(self.running)
-        num_more = self.blocks.num_own_blocks(victim) + self._num_promised_blocks([victim])
-        for queue in starved:
-            if (queue.first.hold or queue.advance(self._adapters)).ready:
-                # None of its project runs, so whatever it finds in the prefix cache comes out of the free blocks.
-                num_needed = self.blocks.blocks_for(queue.first.num_needed_tokens)
-                if num_needed <= num_free and len(self.running) < self.limits.max_num_seqs:
+        for queue in islice(turn, self.limits.max_num_seqs):
+            hold = queue.first.hold or queue.advance(self._adapters)
+            if hold.ready or hold.lacks_room:
+                lacks = self._lacks(queue.first, hold, num_free)
+                if lacks is None:
                     return
-                if num_needed <= num_free + num_more:
-                    self._preempt(victim)
-                    chunks[:] = [chunk for chunk in chunks if chunk.sequence is not victim]
+                if victims := self._victims(queue.first, hold, lacks, num_free, num_running):
+                    for victim in victims:
+                        self._preempt(victim)
+                    chunks[:] = [chunk for chunk in chunks if chunk.sequence not in victims]
+                    queue.advance(self._adapters)  # before others take the rows that this has freed
                     return
             if queue.num_bypassed >= self.limits.max_bypass:  # nothing may be admitted before it
                 return
+
+    def _lacks(self, sequence: Sequence, hold: Hold, num_free: int, without: Seq[Sequence] = ()) -> "_Lack | None":
+        """Return what a waiting sequence can't have, even if the sequences in `without` gave theirs back.
+
+        `num_free` blocks are free and promised to nobody. What the sequence finds in the prefix cache is not
+        counted: if nothing of its project runs, that comes out of the free blocks, too.
+        """
+        if hold.lacks_room and not self._adapters.fits(hold, [s.hold for s in without if s.hold is not None]):
+            return _Lack.ROWS
+        num_free += sum(map(self.blocks.num_own_blocks, without)) + self._num_promised_blocks(without)
+        if self.blocks.blocks_for(sequence.num_needed_tokens) > num_free:
+            return _Lack.BLOCKS
+        return _Lack.PLACE if len(self.running) - len(without) >= self.limits.max_num_seqs else None
+
+    def _victims(
+        self, sequence: Sequence, hold: Hold, lacks: "_Lack", num_free: int, num_running: Counter[str]
+    ) -> list[Sequence]:
+        """Return the youngest sequences of the project that has the most of what a waiting sequence lacks.
+
+        Returns none if the waiting sequence couldn't begin without them, or if its project would then have more.
+        """
+        project = sequence.request.project
+        others = [other for other in num_running if other != project]
+        if not others:
+            return []
+        if lacks is _Lack.ROWS:
+            of = {p: self._row_share(s for s in self.running if s.request.project == p) for p in others}
+            own = self._row_share((s for s in self.running if s.request.project == project), hold)
+            own = min(own, _MAX_ROW_SHARE)
+        elif lacks is _Lack.BLOCKS:
+            num_blocks = self._num_blocks()
+            of = {p: num_blocks[p] for p in others}
+            own = num_blocks[project] + self.blocks.blocks_for(sequence.num_needed_tokens)
+        else:
+            of, own = {p: num_running[p] for p in others}, num_running[project] + 1
+        starves = not num_running[project]
+        if starves:
+            self._shares.enter(project)
+        most = max(others, key=lambda other: (of[other], self._shares.lead(other, project)))
+        takes_last = starves and self._shares.is_ahead(most, project)
+        if of[most] <= own and not takes_last:
+            return []
+        victims: list[Sequence] = []
+        candidates = [s for s in reversed(self.running) if s.request.project == most]
+        for victim in candidates if takes_last else candidates[:-1]:
+            if victim.num_computed_tokens > victim.num_lost_tokens or not victim.num_lost_tokens:
+                victims.append(victim)
+                if self._lacks(sequence, hold, num_free, victims) is None:
+                    return victims
+        return []
+
+    def _row_share(self, sequences: Iterable[Sequence], *more: Hold) -> float:
+        return self._adapters.share([*(s.hold for s in sequences if s.hold is not None), *more])
 
     def _try_admit(self, queue: WaitingSet) -> "_Verdict":
         if queue.lacks_room:
@@ -265,19 +401,15 @@ class Scheduler:
             sequence.admitted_at = self._clock()
             sequence.num_cached_tokens = sequence.num_computed_tokens
         sequence.status = Status.RUNNING
+        if all(other.request.project != sequence.request.project for other in self.running):
+            self._shares.enter(sequence.request.project)
         self.running.append(sequence)
         return _Verdict.ADMITTED
 
-    def _num_promised_blocks(self, running: list[Sequence]) -> int:
+    def _num_promised_blocks(self, running: Iterable[Sequence]) -> int:
         """What running sequences still need for the tokens that they have, and one more block each to grow."""
         blocks = self.blocks
         return sum(max(1, blocks.blocks_for(s.num_needed_tokens) - len(s.block_table)) for s in running)
-
-    def _first_chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        stop = self._chunk_stop(sequence, budget)
-        reserved = self.blocks.reserve(sequence, stop)
-        assert reserved, "an admitted sequence has room for its tokens"
-        return Chunk(sequence, sequence.num_computed_tokens, stop)
 
     def _give_way(self, sequence: Sequence) -> bool:
         """Let go of adapters that others hold while they wait, which the sequence may need; whether any did."""

@@ -65,6 +65,11 @@ class Hold(Protocol):
     """A hold on all of a sequence's adapters, or on none of them yet."""
 
     @property
+    def refs(self) -> tuple[AdapterRef, ...]:
+        """The adapters."""
+        ...
+
+    @property
     def ready(self) -> bool:
         """Whether the adapters' rows can be used."""
         ...
@@ -116,6 +121,9 @@ class Sequence:
     constraint: Constraint | None = None  # where it is in its grammar
     scores: dict[int, Logprobs] = field(default_factory=dict)  # of the tokens that are to be scored, by position
     status: Status = Status.WAITING
+    num_lost_tokens: int = (
+        0  # computed when it was last preempted; it isn't again for a project before it has more
+    )
     admitted_at: float | None = None
     first_token_at: float | None = None
     _block_keys: list[bytes] = field(default_factory=list)

@@ -1,11 +1,12 @@
 """Whose turn it is: the waiting sequences by project, and within a project by adapter set.
 
 Projects take turns, and so do the sets of each, so neither a busy project nor a hot adapter can hold another back.
-Projects with nothing running come before all others. Whether a sequence can be admitted is the scheduler's to say.
+Projects with fewer sequences running come before those with more. The scheduler decides whether a sequence can be
+admitted.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 
 from server.engine.sequence import Sequence
@@ -63,11 +64,10 @@ class WaitingQueues:
         self._projects.move_to_end(queue.project)
         self._drop_if_empty(queue)
 
-    def turn(self, num_running: Mapping[str, int]) -> "Turn":
-        """The order to try them in, with so many sequences running by project."""
-        starved = [project for project in self._projects if not num_running.get(project)]
-        others = [project for project in self._projects if num_running.get(project)]
-        return Turn(self, deque(starved + others))
+    def turn(self, num_running: Mapping[str, int], may_begin: Callable[[str], bool] = lambda _: True) -> "Turn":
+        """Return the order to try the sets in, of the projects that may begin something in this step."""
+        projects = [project for project in self._projects if may_begin(project)]
+        return Turn(self, deque(sorted(projects, key=lambda project: num_running.get(project, 0))))
 
     def sets(self, project: str) -> Iterable[WaitingSet]:
         """Those of one project that has any, the one whose turn is next first."""

@@ -1,6 +1,7 @@
 """The sequences of one project and adapter set that wait, and whether admitting one may succeed now."""
 
 from collections import OrderedDict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,6 +23,14 @@ class Adapters(Room, Protocol):
 
     def hold(self, refs: tuple[AdapterRef, ...]) -> Hold:
         """A new hold on a set of adapters, not ready yet."""
+        ...
+
+    def share(self, holds: Iterable[Hold]) -> float:
+        """Return the share of the rows (0 to 1) that the adapters of these holds take together."""
+        ...
+
+    def fits(self, hold: Hold, without: Collection[Hold]) -> bool:
+        """Return whether a hold that lacks room would have it if the holds in `without` were released."""
         ...
 
 

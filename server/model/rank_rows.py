@@ -131,6 +131,16 @@ class RankRows:
         if self._uploads is not None:
             self._uploads.copy(staged)
 
+    @torch.inference_mode()
+    def move(self, group: str, kind: str, start: int, length: int, to: int) -> None:
+        """Move a run of the group's "rows" or "units", which nobody is filling; the two places may overlap."""
+        pool, dim, scale = self.a if kind == "rows" else self.b, 1, 1
+        if self.format.tile is not None:  # the layers of a run follow each other
+            dim, scale = 0, self.shape.num_layers
+        if to != start:
+            source = pool[group].narrow(dim, start * scale, length * scale)
+            pool[group].narrow(dim, to * scale, length * scale).copy_(source.clone())
+
     def take_ahead(self) -> None:
         """Take the pages for one more adapter as large as the last one, where it is likely to lie: those that no
         adapter had yet cost more to take than all the rest of placing one.

@@ -130,7 +130,8 @@ def max_model_len_of(settings: Settings, base: BaseModel) -> int:
 
 
 def _engine_config(settings: Settings, base: BaseModel, max_model_len: int) -> EngineConfig:
-    block_size, limits = EngineConfig.block_size, SchedulerLimits.on(base.device.type, settings.max_num_seqs)
+    block_size = EngineConfig.block_size
+    limits = SchedulerLimits.on(base.device.type, settings.max_num_seqs, settings.prefill_share)
     padded_len = -(-max_model_len // block_size) * block_size
     one = padded_len * kv_bytes_per_token(base)
     if base.device.type == "cpu":

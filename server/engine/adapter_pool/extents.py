@@ -1,6 +1,7 @@
 """Runs of neighbouring rows in a pool of fixed size: first fit, and neighbours join when released."""
 
 from bisect import bisect_left
+from collections.abc import Iterable
 
 
 class Extents:
@@ -37,4 +38,13 @@ class Extents:
             before, gap = self._free.pop(i)
             start, length = before, gap + length
         self._free.insert(i, (start, length))
+        self.num_free = sum(gap for _, gap in self._free)
+
+    def reset(self, taken: Iterable[tuple[int, int]]) -> None:
+        """Have just these runs (start, length) be taken; they are in order and don't overlap."""
+        self._free, end = [], 0
+        for start, length in (*taken, (self.capacity, 0)):
+            if start > end:
+                self._free.append((end, start - end))
+            end = start + length
         self.num_free = sum(gap for _, gap in self._free)

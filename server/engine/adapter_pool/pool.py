@@ -6,8 +6,8 @@ itself is touched by the engine's thread alone.
 """
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 
@@ -15,12 +15,11 @@ from adapters.errors import CorruptAdapter, InvalidInput, SmoloraError
 from adapters.lora import LoraWeights
 from server.engine.adapter_pool.extents import Extents
 from server.engine.adapter_pool.reads import Load, Reads
-from server.engine.adapter_pool.resident import Adapter
+from server.engine.adapter_pool.resident import Adapter, Space
 from server.engine.request import AdapterRef
+from server.engine.sequence import Hold
 from server.model.lora_batch import Parts
 from server.model.rank_rows import RankRows, Run
-
-_Space = tuple[str, str]  # (group, "rows" or "units"): one of the pool's tensors
 
 
 @dataclass(eq=False)
@@ -36,6 +35,7 @@ class AdapterHold:
     loading: tuple[float, float] | None = None
     _cold_since: float | None = field(default=None, repr=False)
     _parts: Parts | None = field(default=None, repr=False)
+    _num_moves: int = 0  # of the pool, when `_parts` was made
 
     @property
     def ready(self) -> bool:
@@ -55,7 +55,8 @@ class AdapterHold:
     @property
     def parts(self) -> Parts:
         """Where the adapters lie, with their weights; only of a hold that is ready."""
-        if self._parts is None:
+        if self._parts is None or self._num_moves != self.pool.num_moves:
+            self._num_moves = self.pool.num_moves
             placements = [adapter.placement for adapter in self.adapters]
             self._parts = tuple(
                 (placement, ref.weight)
@@ -82,13 +83,16 @@ class AdapterPool:
         self.clock = clock
         self.num_loads = 0
         self.num_evictions = 0
+        self.num_moves = 0  # times that adapters were moved together
         self._reads = Reads(load, readers, wake)
         self._placers = placers
         self._wake = wake
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()  # least recently used first
+        self._resident: frozenset[str] = frozenset()
+        self._filling: list[Adapter] = []  # perhaps placed since `_resident` was made
         self._num_freed = 0
         self._settling: list[Adapter] = []  # given up, perhaps while their rows were being filled
-        self._spaces: dict[_Space, Extents] = {}
+        self._spaces: dict[Space, Extents] = {}
         for group in rows.layouts:
             self._spaces[group, "rows"] = Extents(rows.num_rows(group))
             self._spaces[group, "units"] = Extents(rows.num_units(group))
@@ -96,7 +100,17 @@ class AdapterPool:
     @property
     def resident(self) -> frozenset[str]:
         """Digests of the adapters whose rows can be used at once."""
-        return frozenset(digest for digest, adapter in self._adapters.items() if adapter.is_placed)
+        filling: list[Adapter] = []
+        placed: set[str] = set()
+        for adapter in self._filling:
+            if adapter.placing is None or not adapter.placing.done():
+                filling.append(adapter)
+            elif adapter.is_placed and self._has(adapter):
+                placed.add(adapter.digest)
+        self._filling = filling
+        if placed:
+            self._resident |= placed
+        return self._resident
 
     @property
     def num_rows(self) -> int:
@@ -115,6 +129,27 @@ class AdapterPool:
         self._num_freed += len(self._settling) - len(filling)
         self._settling = filling
         return self._num_freed
+
+    def share(self, holds: Iterable[Hold]) -> float:
+        """Return the share of the rows (0 to 1) that the adapters of these holds take together."""
+        adapters = self._of(holds)
+        return max(_size(adapters, space) / max(extents.capacity, 1) for space, extents in self._spaces.items())
+
+    def fits(self, hold: Hold, without: Collection[Hold]) -> bool:
+        """Return whether a hold that lacks room would have it if the holds in `without` were released."""
+        adapters = self._of([hold])
+        num_released = Counter(ref.digest for other in without for ref in other.refs)
+        released = [a for a in self._of(without) if num_released[a.digest] == a.num_holds and a not in adapters]
+        missing = [adapter for adapter in adapters if adapter.placement is None]
+        if len(adapters) < len(hold.refs) or any(adapter.stored is None for adapter in missing):
+            return False  # one is being read again
+        spare = released + [a for a in self._adapters.values() if a.is_idle and a not in adapters]
+        return self._is_room_for(missing, spare)
+
+    def _of(self, holds: Iterable[Hold]) -> list[Adapter]:
+        """Return the adapters of these holds, each once."""
+        digests = {ref.digest for hold in holds for ref in hold.refs}
+        return [self._adapters[digest] for digest in digests if digest in self._adapters]
 
     def hold(self, refs: tuple[AdapterRef, ...]) -> AdapterHold:
         """A new hold, which `advance` brings on its way and `release` ends."""
@@ -142,10 +177,8 @@ class AdapterPool:
                 "these adapters together need more memory than ADAPTER_CACHE_BYTES; use fewer or smaller ones",
             )
         if hold.error is None:
-            hold.is_held = self._take_rows(adapters)
-            if not hold.is_held:
-                hold.lacks_room = True
-                self._want(hold)  # those that gave up their own rows are read again
+            hold.lacks_room = not self._has_room(adapters)
+            hold.is_held = not hold.lacks_room and self._take_rows(adapters)
         return hold.ready
 
     def release(self, hold: AdapterHold) -> None:
@@ -202,20 +235,32 @@ class AdapterPool:
     def _is_too_large(self, adapters: Sequence[Adapter]) -> bool:
         return any(_size(adapters, space) > extents.capacity for space, extents in self._spaces.items())
 
+    def _has_room(self, adapters: Sequence[Adapter]) -> bool:
+        """Return whether the adapters would have rows if all that nobody holds were evicted."""
+        missing = [adapter for adapter in adapters if adapter.placement is None]
+        idle = [adapter for adapter in self._adapters.values() if adapter.is_idle and adapter not in adapters]
+        return self._is_room_for(missing, idle)
+
+    def _is_room_for(self, missing: Sequence[Adapter], spare: Sequence[Adapter]) -> bool:
+        return all(
+            _size(missing, space) <= extents.num_free + _size(spare, space)
+            for space, extents in self._spaces.items()
+        )
+
     def _take_rows(self, adapters: Sequence[Adapter]) -> bool:
         """Place what is not placed, evicting the least recently used that nobody holds; all or none.
 
-        Those that a waiting hold wants go last: they would be read again.
+        Those that a waiting hold wants go last: they would be read again. Returns False if the free rows are not
+        one run and an adapter between them is being filled, which ends soon.
         """
         missing = [adapter for adapter in adapters if adapter.placement is None]
         idle = [a for a in self._adapters.values() if a.is_idle and a not in adapters]
         idle.sort(key=lambda adapter: adapter.num_wanting > 0)
-        for space, extents in self._spaces.items():
-            if _size(missing, space) > extents.num_free + _size(idle, space):
-                return False
         while not self._allocate_all(missing):
-            if not idle:  # enough rows, but not in one run
-                self._drop_idle(adapters)
+            if not idle:
+                self._move_together()
+                if self._allocate_all(missing):
+                    break
                 return False
             evicted = idle.pop(0)
             self._drop(evicted)
@@ -227,13 +272,22 @@ class AdapterPool:
             adapter.num_holds += 1
         return True
 
-    def _drop_idle(self, adapters: Sequence[Adapter]) -> None:
-        """Give up what a set has of its own, which may lie in the way of the rest: next time, all are placed."""
-        for adapter in adapters:
-            if adapter.is_idle:
-                self._drop(adapter)
-                self.num_evictions += 1
-                self._num_freed += 1
+    def _move_together(self) -> None:
+        """Make one run of the free rows. Adapters that are being filled stay where they are."""
+        self.num_moves += 1
+        for space, extents in self._spaces.items():
+            placed = [a for a in self._adapters.values() if a.placement is not None and _size([a], space)]
+            taken: list[tuple[int, int]] = []
+            end = 0
+            for adapter in sorted(placed, key=lambda adapter: adapter.start(space)):
+                start, length = adapter.start(space), _size([adapter], space)
+                if adapter.placing is not None and adapter.placing.done():
+                    self.rows.move(*space, start, length, end)
+                    adapter.move(space, end)
+                    start = end
+                taken.append((start, length))
+                end = start + length
+            extents.reset(taken)
 
     def _allocate_all(self, adapters: Sequence[Adapter]) -> bool:
         """Rows for all or none: whoever begins anew after an eviction can't be in its own way."""
@@ -245,7 +299,7 @@ class AdapterPool:
         return True
 
     def _allocate(self, adapter: Adapter) -> bool:
-        starts: dict[_Space, int] = {}
+        starts: dict[Space, int] = {}
         for space, extents in self._spaces.items():
             if length := _size([adapter], space):
                 start = extents.allocate(length)
@@ -268,6 +322,7 @@ class AdapterPool:
         adapter.stored = None  # so that the file is unmapped once it is copied
         adapter.reading = Future()
         adapter.reading.set_result(LoraWeights({}))
+        self._filling.append(adapter)
         self.num_loads += 1
 
     def _free_rows(self, adapter: Adapter) -> None:
@@ -279,9 +334,10 @@ class AdapterPool:
     def _drop(self, adapter: Adapter) -> None:
         self._free_rows(adapter)
         del self._adapters[adapter.digest]
+        self._resident -= {adapter.digest}
 
 
-def _size(adapters: Sequence[Adapter], space: _Space) -> int:
+def _size(adapters: Sequence[Adapter], space: Space) -> int:
     group, kind = space
     total = 0
     for adapter in adapters:

@@ -1,13 +1,16 @@
 """One adapter of the pool, from its first reading until its rows are given to others."""
 
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from adapters.errors import CorruptAdapter, SmoloraError
 from server.errors import GenerationFailed
 from server.model.gpu import is_out_of_memory
 from server.model.rank_rows import Placement, Stored
 from server.model.row_layout import Needs
+
+Space = tuple[str, str]
+"""A group and "rows" or "units": one of the pool's tensors."""
 
 
 @dataclass(eq=False)
@@ -34,6 +37,21 @@ class Adapter:
     def is_idle(self) -> bool:
         """Whether its rows can be given to others."""
         return not self.num_holds and self.placing is not None and self.placing.done()
+
+    def start(self, space: Space) -> int:
+        """Return where its run begins; only of an adapter that has one there."""
+        group, kind = space
+        assert self.placement is not None
+        run = self.placement[group]
+        return run.first_row if kind == "rows" else run.first_unit
+
+    def move(self, space: Space, start: int) -> None:
+        """Note that its run begins elsewhere now."""
+        group, kind = space
+        assert self.placement is not None
+        run = self.placement[group]
+        moved = replace(run, first_row=start) if kind == "rows" else replace(run, first_unit=start)
+        self.placement = {**self.placement, group: moved}
 
     @property
     def failure(self) -> SmoloraError | None:

@@ -54,21 +54,21 @@ class InFlight:
         self._change(project, -num, -num_begun)
 
     def num_ahead(self, project: str) -> int:
-        """How many sequences will end before one more of the project has a place; 0: it begins at once.
+        """Return how many sequences will end before one more of the project has a place; 0: it begins at once.
 
-        Those that wait take turns by project. The first of a project with nothing running takes the place of one
-        of a project with several (`server.engine.scheduler`); it waits only where each place is another project's.
+        A project gets its equal share of the places from projects that have more (`server.engine.scheduler`), so
+        its first sequences wait only if there are more projects than places. The others wait for their turns.
         """
         num_before = self.num + 1 - self.num_places  # if all of them came first
         if num_before <= 0:
             return 0
         own = self._projects.get(project, _Counts())
-        num_own = own.num - min(own.num_begun, self.num_places)
-        num_turns = self._num_projects_waiting + (not own.num_waiting)
-        if own.num_begun:
-            return min(num_before, (num_own + 1) * num_turns)
         num_projects = len(self._projects) + (not own.num)
-        return min(num_before, num_own * num_turns + max(num_projects - self.num_places, 0))
+        share = max(self.num_places // num_projects, 1)
+        num_own = max(own.num + 1 - max(min(own.num_begun, self.num_places), share), 0)
+        num_turns = self._num_projects_waiting + (not own.num_waiting)
+        num_lacking = 0 if own.num_begun else max(num_projects - self.num_places, 0)
+        return min(num_before, num_own * num_turns + num_lacking)
 
     def _change(self, project: str, num: int, num_begun: int) -> None:
         own = self._projects.setdefault(project, _Counts())

@@ -1,7 +1,8 @@
 """How much of prompts a step reads beside sequences that decode, whose next tokens wait for all of it.
 
-As much as makes the step `SLOWER` times as long as without, by the steps measured lately: a fixed number would be
-a short moment on one machine and a long one on another, or with other adapters.
+Prompts take a fixed share of the step's time, by the steps measured lately. A fixed number of tokens would be a
+short moment on one machine and a long one on another, or with other adapters. At a share of 0.6 long prompts took
+a fifth longer than at 0.71, and the longest pauses a quarter less (docs/performance/steps.md).
 """
 
 from collections.abc import Sequence as Seq
@@ -9,8 +10,6 @@ from collections.abc import Sequence as Seq
 from server.engine.sequence import Chunk
 from server.engine.watching.row_costs import RowCosts
 
-SLOWER = 3.5
-"""At 2.5 long prompts took a fifth longer, and the longest pauses a quarter less (docs/performance/steps.md)."""
 _LEAST = 16  # tokens: fewer take hardly less
 _ASSUMED_STEP = 16  # a step of one sequence, in tokens of prompts
 
@@ -18,12 +17,13 @@ _ASSUMED_STEP = 16  # a step of one sequence, in tokens of prompts
 class PromptRoom:
     """Learns from every step."""
 
-    def __init__(self, max_num_seqs: int) -> None:
+    def __init__(self, max_num_seqs: int, share: float) -> None:
         self._costs = RowCosts(max_num_seqs, _ASSUMED_STEP)
+        self._slower = share / (1 - share)  # by how many steps without prompts a step with them may be longer
 
     def beside(self, num_decoding: int) -> int:
         """Tokens of prompts in a step of so many decoding sequences, one or more."""
-        return max(_LEAST, int((SLOWER - 1) / self._costs.of(num_decoding)))
+        return max(_LEAST, int(self._slower / self._costs.of(num_decoding)))
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
         """A step of these chunks took so long."""

@@ -2,10 +2,12 @@
 
 import random
 from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from adapters.errors import CorruptAdapter, InvalidInput, SmoloraError
 from server.engine.request import AdapterRef
+from server.engine.sequence import Hold
 
 
 @dataclass(eq=False)
@@ -48,6 +50,13 @@ class FakeAdapters:
 
     def hold(self, refs: tuple[AdapterRef, ...]) -> FakeHold:
         return FakeHold(self, refs, is_held=not refs)
+
+    def share(self, holds: Iterable[Hold]) -> float:
+        return len({ref.digest for hold in holds for ref in hold.refs}) / self.capacity
+
+    def fits(self, hold: Hold, without: Collection[Hold]) -> bool:
+        held = +(self.holds - Counter(ref.digest for other in without for ref in other.refs))
+        return len(held.keys() | {ref.digest for ref in hold.refs}) <= self.capacity
 
     def tick(self) -> None:
         for digest in list(self.loading):

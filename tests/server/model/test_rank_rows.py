@@ -12,8 +12,9 @@ import torch
 
 from adapters.lora import MODULES, BaseShape, LoraWeights, ModuleKey
 from server.model.huge_pages import HUGE_PAGE, in_huge_pages, take_pages
+from server.model.native.model import ROW_FORMAT
 from server.model.rank_rows import RankRows, Run
-from server.model.row_layout import GROUPS, GroupLayout, RowFormat
+from server.model.row_layout import GROUPS, GroupLayout, GroupRows, RowFormat
 from tests.engine_kit import place, random_adapter
 
 SHAPE = BaseShape(
@@ -244,3 +245,21 @@ def test_the_next_adapter_finds_its_pages_taken() -> None:
     assert expected.any()
     rows.take_ahead()
     assert torch.equal(rows.run("qkv", first)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "row_format", [RowFormat.of_torch(torch.float32, CPU), ROW_FORMAT], ids=["torch", "native"]
+)
+def test_a_run_is_moved_with_all_of_its_layers_also_to_rows_that_it_overlaps(row_format: RowFormat) -> None:
+    rows = RankRows(SHAPE, max_rank=16, row_format=row_format, device=CPU)
+    for tensor in (*rows.a.values(), *rows.b.values()):
+        tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape) % 251)
+    for group, layout in rows.layouts.items():
+        needs = GroupRows((), 6, 2 * layout.units_per_token)
+        before = Run(needs, 5, 3 * layout.units_per_token)
+        after = Run(needs, 3, layout.units_per_token)  # rows 3 to 8 were 5 to 10
+        expected = [tensor.clone() for tensor in rows.run(group, before)]
+        rows.move(group, "rows", before.first_row, needs.num_rows, after.first_row)
+        rows.move(group, "units", before.first_unit, needs.num_units, after.first_unit)
+        for moved, tensor in zip(rows.run(group, after), expected, strict=True):
+            assert torch.equal(moved, tensor)

@@ -369,3 +369,79 @@ def test_a_hold_says_for_how_long_its_adapters_were_awaited() -> None:
     warm = bench.hold("a")
     assert warm.advance()
     assert warm.loading is None
+
+
+def test_held_adapters_are_moved_together_if_the_free_rows_are_not_one_run() -> None:
+    """A large set used to wait until long answers ended, though there were rows enough for it."""
+    bench = Bench({name: adapter(float(i), rank=2) for i, name in enumerate("abcd")}, 8)
+    bench.library["large"] = adapter(9.0, rank=4)
+    holds = [bench.ready(name) for name in "abcd"]
+    parts = holds[1].parts
+    holds[0].release()
+    holds[2].release()  # two runs of two rows are left, between b and d
+    large = bench.ready("large")
+    assert bench.pool.num_moves == 1
+    assert bench.pool.resident == {"b", "d", "large"}
+    assert holds[1].parts != parts, "a hold tells where its adapters are now"
+    assert holds[1].parts[0][0]["o"].first_row == 0
+    for hold in (holds[1], holds[3], large):
+        for (placement, _), ref in zip(hold.parts, hold.refs, strict=True):
+            assert placement is bench.pool._adapters[ref.digest].placement
+    bench.check()
+
+
+def test_adapters_that_are_being_filled_are_not_moved_and_the_set_is_tried_again_afterwards() -> None:
+    bench = Bench({name: adapter(float(i), rank=2) for i, name in enumerate("abc")}, 6)
+    bench.library["large"] = adapter(9.0, rank=4)
+    first = bench.ready("a")
+    second = bench.hold("b")
+    second.advance()
+    bench.executor.run_all()  # read
+    second.advance()  # its rows are being filled
+    first.release()
+    large = bench.hold("large")
+    large.advance()
+    bench.executor.run_one(1)  # read, while b is still being filled
+    assert not large.advance()
+    assert not large.lacks_room, "this ends by itself"
+    bench.executor.run_all()
+    large.advance()
+    bench.executor.run_all()
+    assert large.advance()
+    assert second.ready
+    bench.check()
+
+
+def test_the_share_of_the_rows_counts_each_adapter_once() -> None:
+    bench = Bench({"a": adapter(1.0), "b": adapter(2.0, rank=2), "q": adapter(3.0, modules=("q_proj",))}, 8)
+    a, again, both, q = bench.ready("a"), bench.ready("a"), bench.ready("a", "b"), bench.ready("q")
+    assert bench.pool.share([]) == 0.0
+    assert bench.pool.share([a, again]) == 1 / 8
+    assert bench.pool.share([a, both]) == 3 / 8
+    assert bench.pool.share([q]) == 1 / (8 * 2), "units of q: the largest share of any space, 2 of 32"
+
+
+def test_a_hold_fits_once_all_that_hold_what_is_in_its_way_would_be_released() -> None:
+    bench = Bench({"a": adapter(1.0, rank=3), "b": adapter(2.0), "c": adapter(3.0, rank=3)}, 4)
+    first, second, other = bench.ready("a"), bench.ready("a"), bench.ready("b")
+    waiting = bench.hold("c")
+    waiting.advance()
+    bench.executor.run_all()
+    waiting.advance()
+    assert waiting.lacks_room
+    assert not bench.pool.fits(waiting, [])
+    assert not bench.pool.fits(waiting, [first, other])
+    assert bench.pool.fits(waiting, [first, second])
+    for hold in (first, second):
+        hold.release()
+    waiting.advance()
+    assert waiting.is_held
+
+
+def test_what_is_resident_is_not_counted_again_at_each_look() -> None:
+    """A snapshot is taken twenty times a second, however many adapters there are."""
+    bench = Bench({str(i): adapter(float(i)) for i in range(6)}, 4)
+    for i in range(6):
+        bench.ready(str(i)).release()
+    assert bench.pool.resident == {"2", "3", "4", "5"}
+    assert bench.pool.resident is bench.pool.resident

@@ -46,3 +46,22 @@ def test_what_is_free_can_not_be_released(start: int, length: int) -> None:
     extents.release(4, 4)
     with pytest.raises(AssertionError, match="released twice"):
         extents.release(start, length)
+
+
+@given(st.integers(0, 40), st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6))))
+def test_reset_leaves_just_what_is_taken(capacity: int, gaps_and_lengths: list[tuple[int, int]]) -> None:
+    taken: list[tuple[int, int]] = []
+    end = 0
+    for gap, length in gaps_and_lengths:
+        if end + gap + length <= capacity:
+            taken.append((end + gap, length))
+            end += gap + length
+    extents = Extents(capacity)
+    extents.reset(taken)
+    assert extents.num_free == capacity - sum(length for _, length in taken)
+    free = set(range(capacity)) - {i for start, length in taken for i in range(start, start + length)}
+    for start, length in taken:
+        extents.release(start, length)
+        free |= set(range(start, start + length))
+    assert extents.num_free == capacity
+    assert not capacity or extents.allocate(capacity) == 0

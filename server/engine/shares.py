@@ -1,0 +1,74 @@
+"""Engine time by project: each gets an equal share while several have sequences running.
+
+A step's seconds are charged to its projects by their tokens, on a clock for each (start-time fair queueing; Sheng
+et al., "Fairness in Serving Large Language Models", 2024, count tokens). A project whose clock is ahead of the
+slowest running project's by `SLACK` sits out until the others have caught up. A project that begins to run starts
+`SLACK` behind, so a short request of a light project runs as if it were alone. Unused time is not saved up.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+from server.engine.sequence import Chunk
+
+SLACK = 0.25
+"""Seconds of engine time. A larger slack leaves more of a light project's answers undisturbed, and pauses heavy
+projects for longer."""
+_AHEAD = 0.999 * SLACK  # clocks are sums of floats
+_MAX_LEAD = 1.0  # seconds: a step that the operating system held up must not silence its projects for long
+_MAX_IDLE = 64  # projects that are remembered although they have nothing running
+
+
+class ProjectShares:
+    """The clocks, in seconds of engine time."""
+
+    def __init__(self) -> None:
+        self._used: dict[str, float] = {}
+        self._floor = 0.0  # the slowest running project's clock; it never goes back
+        self._resting: set[str] = set()  # projects that sit out until the slowest one has caught up
+
+    def enter(self, project: str) -> None:
+        """Set the clock of a project that has nothing running and would begin."""
+        least = self._floor - SLACK
+        self._used[project] = min(max(self._used.get(project, least), least), self._floor + _MAX_LEAD)
+        self._resting.discard(project)
+
+    def lead(self, project: str, other: str) -> float:
+        """Return by how many seconds one project's clock is ahead of another's."""
+        return self._used[project] - self._used[other]
+
+    def is_ahead(self, project: str, other: str) -> bool:
+        """Return whether one project's clock is ahead of another's by the slack."""
+        return self.lead(project, other) >= _AHEAD
+
+    def due(self, running: Collection[str]) -> frozenset[str]:
+        """Return which of the projects with sequences running take part in the next step; at least one does."""
+        if len(running) > 1:
+            least = min(self._used[project] for project in running)
+            for project in running:
+                if self._used[project] - least >= _AHEAD:
+                    self._resting.add(project)
+                elif self._used[project] <= least:
+                    self._resting.discard(project)
+        else:
+            self._resting.clear()
+        return frozenset(running) - self._resting
+
+    def charge(self, chunks: Sequence[Chunk], seconds: float, running: Collection[str]) -> None:
+        """Charge a step to its projects; `running` are all that have sequences running."""
+        tokens: Counter[str] = Counter()
+        for chunk in chunks:
+            tokens[chunk.sequence.request.project] += chunk.num_tokens
+        for project, num in tokens.items():
+            self._used[project] += seconds * num / tokens.total()
+        self._floor = max(self._floor, min(self._used[project] for project in running))
+        for project in tokens:
+            self._used[project] = min(self._used[project], self._floor + _MAX_LEAD)
+        if len(self._used) > len(running) + _MAX_IDLE:
+            self._used = {p: used for p, used in self._used.items() if p in running or used > self._floor}
+
+    def clear(self) -> None:
+        """Forget all projects: nothing is running or waiting."""
+        self._used.clear()
+        self._resting.clear()
+        self._floor = 0.0
