@@ -24,6 +24,7 @@ from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Sequence, Status
 from server.engine.speculation.speculator import Speculator
 from server.engine.structured.guidance import Guidance
+from server.engine.structured.masks import Masks
 from server.errors import EngineDead, GenerationFailed, NotReady
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ class Engine:
         wake: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`load(digest)` reads an adapter, on a thread of the engine's; `wake` is called when one has moved on.
+        """`load(digest)` reads an adapter, on a thread of the engine's; `wake` is called when one has moved on, or
+        when masks have come that sequences sat steps out for.
 
         Without `guidance`, requests with a grammar are refused; nor is one taken that it hasn't checked.
         """
@@ -69,6 +71,8 @@ class Engine:
         self._vocab_size = backend.config.vocab_size
         self._token_bytes = token_bytes
         self._guidance = guidance
+        self._masks = None if guidance is None else Masks(self._vocab_size, wake)
+        self._step_seconds = 0.0  # of the last step
         self._clock = clock
         rows = backend.rank_rows(max(config.adapter_cache_bytes // backend.bytes_per_rank, 1))
         self._loaders = ThreadPoolExecutor(NUM_READERS, "adapter-reader"), ThreadPoolExecutor(2, "adapter-placer")
@@ -165,6 +169,8 @@ class Engine:
 
     def step(self) -> list[SequenceOutput]:
         """Advance every scheduled sequence by one step; the news of it."""
+        if self._masks is not None:
+            self._masks.prepare(self.scheduler.running, self._step_seconds)
         step = self.scheduler.schedule()
         outputs = [self._fail(failed.sequence, failed.error) for failed in step.failed]
         if not step.chunks:
@@ -173,7 +179,7 @@ class Engine:
             begun = self._clock()
             chunks = self.speculator.extend(step.chunks)
             found = self.runner.run(chunks)
-            took = self._clock() - begun
+            self._step_seconds = took = self._clock() - begun
             self.speculator.observe(chunks, took)
             self.scheduler.observe(chunks, took)
         except Exception as reason:
@@ -197,7 +203,9 @@ class Engine:
         return outputs
 
     def close(self) -> None:
-        """Stop the loader threads. The engine is not used again."""
+        """Stop the engine's threads. The engine is not used again."""
+        if self._masks is not None:
+            self._masks.close()
         for executor in self._loaders:
             executor.shutdown(wait=True, cancel_futures=True)
 

@@ -69,7 +69,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Step:
-    """One step's work. Empty where everything waits for adapters to load."""
+    """One step's work. Empty if everything waits for adapters to load or for masks."""
 
     chunks: tuple[Chunk, ...]
     failed: tuple[Failed, ...]
@@ -79,7 +79,7 @@ class _Verdict(Enum):
     """What became of an attempt to admit a waiting sequence."""
 
     ADMITTED = "admitted"
-    WAITS = "waits"  # for a load, or for blocks that another is computing: this ends by itself
+    WAITS = "waits"  # for a load, a grammar's mask, or blocks that another is computing: this ends by itself
     NO_ROOM = "no room"  # for its adapters or its blocks: others must finish first
     FAILED = "failed"
 
@@ -156,25 +156,28 @@ class Scheduler:
         failed: list[Failed] = []
         num_preemptions = self.num_preemptions
         due = self._due()
-        chunks = self._chunks(
-            {s: s.num_tokens for s in self.running if s.is_decoding and s.request.project in due}
-        )
+        chunks = self._chunks({s: s.num_tokens for s in self._able(due) if s.is_decoding})
         if self._waiting and self.num_preemptions == num_preemptions:
             self._admit(chunks, failed, due)
             due = self._due()  # whoever has begun comes first
         chunks = [chunk for chunk in chunks if chunk.sequence.request.project in due]
         begun = {chunk.sequence for chunk in chunks}
-        prompts = [s for s in self.running if s.request.project in due and s not in begun]
+        prompts = [sequence for sequence in self._able(due) if sequence not in begun]
         chunks += self._chunks(self._prefill_stops(prompts, len(chunks)))
         chunks = [chunk for chunk in chunks if chunk.sequence.status is Status.RUNNING]
-        if not chunks and self.running:  # all that were due have been preempted
-            chunks = self._chunks(self._prefill_stops(self.running, 0))
+        if not chunks:  # perhaps all that were due have been preempted
+            chunks = self._chunks(self._prefill_stops(self._able(self._num_running()), 0))
         if not self.has_work:
             self._shares.clear()
         return Step(tuple(chunks), tuple(failed))
 
     def _due(self) -> frozenset[str]:
-        return self._shares.due(self._num_running())
+        """Return the projects whose turn it is, of those with anything to compute."""
+        return self._shares.due({s.request.project for s in self.running if not s.awaits_mask})
+
+    def _able(self, projects: Collection[str]) -> list[Sequence]:
+        """Return the running sequences of these projects that don't wait for a mask."""
+        return [s for s in self.running if s.request.project in projects and not s.awaits_mask]
 
     def _chunks(self, stops: Mapping[Sequence, int]) -> list[Chunk]:
         """Make a chunk for each sequence up to its stop, unless it is preempted for an older one."""
@@ -271,13 +274,15 @@ class Scheduler:
     def _admit(self, chunks: list[Chunk], failed: list[Failed], due: Collection[str]) -> None:
         """Admit waiting sequences, a set at a time in turn, while the step has room for their prompts.
 
-        Of projects with sequences running, only those that are `due` may begin another. Chunks of sequences that
+        Projects that have something to compute and aren't `due` begin nothing. Chunks of sequences that
         are preempted for others are dropped.
         """
         num_running = self._num_running()
-        turn = self._waiting.turn(num_running, lambda project: project in due or not num_running[project])
-        prompts = [s for s in self.running if not s.is_decoding and s.request.project in due]
-        budget = self._prefill_budget(sum(s.is_decoding for s in self.running if s.request.project in due))
+        resting = {s.request.project for s in self._able(num_running)} - set(due)
+        turn = self._waiting.turn(num_running, lambda project: project not in resting)
+        able = self._able(due)
+        prompts = [sequence for sequence in able if not sequence.is_decoding]
+        budget = self._prefill_budget(len(able) - len(prompts))
         if prompts:
             budget -= self._num_reserved(prompts[0], budget)
         remainders = [self._remainder(sequence) for sequence in prompts[1:]]
@@ -392,7 +397,7 @@ class Scheduler:
             if hold.error is not None:
                 return _Verdict.FAILED
             return _Verdict.NO_ROOM if hold.lacks_room else _Verdict.WAITS
-        if self.blocks.is_being_computed(sequence):
+        if sequence.awaits_mask or self.blocks.is_being_computed(sequence):
             return _Verdict.WAITS
         if not self.blocks.admit(sequence, num_spare_blocks=self._num_promised_blocks(self.running)):
             queue.lacks(self.blocks, self.blocks.num_freed)

@@ -22,6 +22,16 @@ class Constraint(Protocol):
     """What an answer must match, and how far it has come; `guidance.Constraint`."""
 
     @property
+    def awaits_mask(self) -> bool:
+        """Whether another thread computes masks of its grammar. Until it's done, nothing else may be called."""
+        ...
+
+    @property
+    def is_cheap(self) -> bool:
+        """Whether a mask takes so little time that drafts may have theirs, too."""
+        ...
+
+    @property
     def is_complete(self) -> bool:
         """Whether nothing can follow any more."""
         ...
@@ -160,6 +170,11 @@ class Sequence:
     def is_decoding(self) -> bool:
         """Whether only the newest token is left to compute, and some were computed before it."""
         return self.num_computed_tokens > 0 and self.num_computed_tokens == len(self.token_ids) - 1
+
+    @property
+    def awaits_mask(self) -> bool:
+        """Whether it sits steps out until a mask is there (`masks`)."""
+        return self.constraint is not None and self.constraint.awaits_mask
 
     def timing(self, now: float) -> Timing:
         """Of its whole life, which ends `now`."""

@@ -88,6 +88,8 @@ class Speculator:
         max_tokens = min(params.max_tokens - sequence.num_output_tokens - 1, MAX_DRAFT)
         if not (params.speculates and chunk.is_decode and chunk.samples and max_tokens > 0):
             return None
+        if sequence.constraint is not None and not sequence.constraint.is_cheap:
+            return None
         state = self._states.setdefault(sequence, _State())
         if state.guess is not None:
             drawn = sequence.token_ids[state.position :]

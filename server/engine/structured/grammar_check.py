@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import BinaryIO, NoReturn
 
@@ -46,8 +47,11 @@ _TOO_BUSY = "the machine is too busy to compile grammars now"
 class GrammarChecker:
     """The process, started when asked to or when first needed, and again after it died. Safe in any thread."""
 
-    def __init__(self, tokenizer: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        """`tokenizer`: the text of a Hugging Face tokenizer.json."""
+    def __init__(
+        self, tokenizer: str, vocab_size: int, eos_token_ids: tuple[int, ...], environment: Mapping[str, str]
+    ) -> None:
+        """`tokenizer`: the text of a Hugging Face tokenizer.json; `environment`: the process's."""
+        self._environment = environment
         self._setup = _line([tokenizer, vocab_size, list(eos_token_ids)])
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -99,7 +103,11 @@ class GrammarChecker:
         command = [sys.executable, "-P", "-m", "server.engine.structured.grammar_check"]
         try:
             process = subprocess.Popen(  # noqa: S603  # nothing of it comes from outside
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=dict(self._environment),
             )
             self._process = process
             assert process.stdin is not None

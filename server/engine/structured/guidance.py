@@ -2,9 +2,14 @@
 
 `Guidance.check` is for requests before they are taken: it has a grammar vetted in another process
 (`grammar_check`), compiles it on a thread of low priority, and keeps it. `Guidance.constraint` puts a sequence at
-its beginning. llguidance tells which tokens may come next; end tokens may where the answer could end. Where only
-one text can follow, its longest token comes: that depends on the answer so far alone, and costs the same however
-much there is to follow. What answers look like is `grammar`'s part.
+its beginning. llguidance's mask says which tokens may come next; end tokens may if the answer could end there. If
+only one text can follow, its longest token comes: that depends on the answer so far alone, and costs the same
+however much there is to follow. `masks` decides when and on which thread a mask is computed; `grammar`, what
+answers look like.
+
+llguidance keeps what it has learnt of a grammar behind one mutex, which all copies of a matcher share, and calls
+some of its functions with the GIL held. So all matchers of a grammar belong to one thread at a time: the engine's,
+or that of `masks` while `Constraint.awaits_mask` is set.
 """
 
 import os
@@ -19,10 +24,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
 from adapters.errors import FieldError, InvalidInput
+from server.config.environment import without_secrets
 from server.engine.request import Grammar
 from server.engine.structured.grammar import GrammarRefused, compiled
 from server.engine.structured.grammar_check import GrammarChecker
@@ -34,35 +40,76 @@ _NICE = 10
 _MAX_SPLITS = 64
 """Tokens that the same text may begin with: more are a choice."""
 _QUICK = 0.02
-"""Seconds of the processor: what compiles faster may be compiled again on the engine's thread."""
+"""Seconds of the processor: what compiles faster may be compiled again while an answer is followed."""
+_CHEAP = 1e-4
+"""Seconds of a mask: drafts, which need one more for each token, are for grammars whose masks take less."""
+_RECENT = 0.1
+"""Weight of the latest mask in the running mean of a grammar's."""
+
+Mask = NDArray[np.bool_]
+"""(vocab,) True for tokens that may come next."""
 
 
-@dataclass
-class _Kept:
+@dataclass(eq=False)
+class Compiled:
     """A compiled grammar that was vetted. Copies of its matcher share what they have learnt of it so far, which is
     limited: an answer that reaches the limit spoils it for all of them."""
 
     matcher: LLMatcher
     seconds: float  # of the processor, that compiling it took
+    first_mask: Mask | None
+    mask_seconds: float  # of the processor, that a mask takes: a running mean
+    num_pending: int = 0  # masks that are being computed on another thread than the engine's
     is_spoilt: bool = False
+
+    def observe(self, seconds: float) -> None:
+        """Count a mask that took this much processor time."""
+        self.mask_seconds += _RECENT * (seconds - self.mask_seconds)
 
 
 class Constraint:
-    """Where one sequence is in its grammar. The engine's thread owns it."""
+    """Where one sequence is in its grammar. One thread at a time owns it: see above."""
 
     def __init__(
-        self, grammar: Grammar, kept: _Kept, compile_anew: Callable[[], LLMatcher], tokenizer: LLTokenizer
+        self,
+        grammar: Grammar,
+        compiled: Compiled,
+        compile_again: Callable[[], LLMatcher],
+        tokenizer: LLTokenizer,
+        matcher: LLMatcher | None = None,
     ) -> None:
+        """Start at the answer's beginning, or where `matcher` is."""
+        self.compiled = compiled
         self._grammar = grammar
-        self._kept = kept
-        self._compile_anew = compile_anew
+        self._compile_again = compile_again
         self._tokenizer = tokenizer
-        self._matcher = kept.matcher.deep_copy()
+        self._matcher = (matcher or compiled.matcher).deep_copy()
         self._token_ids: list[int] = []
-        self._allowed: NDArray[np.bool_] | None = None  # what may come next, once that was asked for
-        self._forced: tuple[int, ...] = ()
-        self._place = 0  # of the next one
+        self._mask = None if matcher else compiled.first_mask
+        self._is_asked = self._mask is not None  # for the mask, which stays None if there is an error
+        self._forced: tuple[int, ...] | None = None  # None: not looked up yet
         self._is_alone = False
+        self._has_failed = False
+
+    @property
+    def awaits_mask(self) -> bool:
+        """Whether another thread computes masks of this grammar. Until it's done, call nothing else."""
+        return self.compiled.num_pending > 0
+
+    @property
+    def matcher(self) -> LLMatcher:
+        """The matcher that the next mask is of."""
+        return self._matcher
+
+    @property
+    def lacks_mask(self) -> bool:
+        """Whether the next token can't be drawn before a mask is computed."""
+        return not (self._is_asked or self._forced)
+
+    @property
+    def is_cheap(self) -> bool:
+        """Whether this grammar's masks take so little time that drafts may have theirs, too."""
+        return self.compiled.mask_seconds <= _CHEAP
 
     @property
     def is_complete(self) -> bool:
@@ -72,7 +119,7 @@ class Constraint:
     @property
     def error(self) -> InvalidInput | None:
         """Why the grammar can't be followed any further."""
-        if not self._matcher.is_error():
+        if not (self._has_failed or self._matcher.is_error()):
             return None
         return refusal(self._grammar, "became too complex to follow: make it simpler")
 
@@ -86,11 +133,34 @@ class Constraint:
         return None if allowed is None else ~allowed
 
     def forced(self, max_tokens: int) -> tuple[int, ...]:
-        """Up to so many of the tokens that come next because each is the only one that may; none where there is a
-        choice."""
-        if self._place == len(self._forced):
-            self._forced, self._place = tuple(self._foreseen(max_tokens)), 0
-        return self._forced[self._place : self._place + max_tokens]
+        """Return up to `max_tokens` of the next tokens, each the only one that may come; none if it isn't."""
+        if self._forced is None:
+            self._forced = tuple(self._foreseen(max_tokens))
+        return self._forced[:max_tokens]
+
+    def compute_mask(self) -> bool:
+        """Compute the next mask on this thread, and return whether it's there: compiling the grammar again, which
+        it may need, is left to `receive`."""
+        begun = time.thread_time()
+        mask = mask_of(self._matcher, self._tokenizer.vocab_size)
+        self.compiled.observe(time.thread_time() - begun)
+        if mask is None and self._may_restart:
+            return False
+        self._mask, self._is_asked = mask, True
+        return True
+
+    def receive(self, mask: Mask | None) -> None:
+        """Take the next mask, and look up whether it leaves a choice. None, which an error left, starts again with
+        a matcher of its own if that is quick."""
+        if mask is None:
+            self._restart()
+            mask = mask_of(self._matcher, self._tokenizer.vocab_size)
+        self._mask, self._is_asked = mask, True
+        self.forced(1)
+
+    def give_up(self) -> None:
+        """Take it that the grammar can't be followed any further."""
+        self._mask, self._is_asked, self._forced, self._has_failed = None, True, (), True
 
     def accept(self, token_id: int) -> None:
         """Move on by a token that isn't forbidden and doesn't end the answer."""
@@ -98,7 +168,7 @@ class Constraint:
         self._matcher.consume_token(token_id)
         self._follow(token_id)
         if self._matcher.is_error():
-            self._go_on_alone()
+            self._restart()
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
         """How many of these tokens may come next, one after the other."""
@@ -106,22 +176,19 @@ class Constraint:
 
     def after(self, token_ids: Sequence[int]) -> "Constraint":
         """A copy that has moved on by these tokens, all of which may come next."""
-        kept = _Kept(self._matcher, self._kept.seconds)
-        copy = Constraint(self._grammar, kept, self._compile_anew, self._tokenizer)
-        copy._is_alone = True  # where it can't be followed, the original decides
-        copy._allowed, copy._forced, copy._place = self._allowed, self._forced, self._place
+        copy = Constraint(self._grammar, self.compiled, self._compile_again, self._tokenizer, self._matcher)
+        copy._is_alone = True  # if it can't be followed, the original decides
+        copy._mask, copy._is_asked, copy._forced = self._mask, self._is_asked, self._forced
         copy._matcher.consume_tokens(list(token_ids))
         for token_id in token_ids:
             copy._follow(token_id)
         return copy
 
     def _follow(self, token_id: int) -> None:
-        """The matcher has moved on by the token, which may be what was forced."""
-        self._allowed = None
-        if self._forced[self._place : self._place + 1] == (token_id,):
-            self._place += 1
-        else:
-            self._forced, self._place = (), 0
+        """Forget what was known of the next token: the matcher has moved on by `token_id`."""
+        self._mask, self._is_asked = None, False
+        is_foreseen = self._forced is not None and self._forced[:1] == (token_id,)
+        self._forced = (self._forced[1:] or None) if self._forced and is_foreseen else None
 
     def _foreseen(self, max_tokens: int) -> Iterator[int]:
         """What is forced, looked up token by token."""
@@ -131,11 +198,11 @@ class Constraint:
         ahead = self._matcher.deep_copy()
         for _ in range(max_tokens - 1):
             ahead.consume_token(token_id)
-            if ahead.is_stopped() or (token_id := self._only(ahead, _allowed(ahead))) is None:
+            if ahead.is_stopped() or (token_id := self._only(ahead, self._mask_of(ahead))) is None:
                 return
             yield token_id
 
-    def _only(self, matcher: LLMatcher, allowed: NDArray[np.bool_] | None) -> int | None:
+    def _only(self, matcher: LLMatcher, allowed: Mask | None) -> int | None:
         """The longest of the tokens `allowed` where its text is all that may follow; None where there is a choice,
         or nothing.
 
@@ -149,12 +216,12 @@ class Constraint:
         while rest := rest[len(splits[0][0]) :]:
             ahead = ahead.deep_copy() if ahead is matcher else ahead
             ahead.consume_token(splits[0][1])
-            splits = [] if ahead.is_stopped() else self._splits(_allowed(ahead), rest)
+            splits = [] if ahead.is_stopped() else self._splits(self._mask_of(ahead), rest)
             if not splits:
                 return None
         return longest
 
-    def _splits(self, allowed: NDArray[np.bool_] | None, text: bytes = b"") -> Sequence[tuple[bytes, int]]:
+    def _splits(self, allowed: Mask | None, text: bytes = b"") -> Sequence[tuple[bytes, int]]:
         """The tokens `allowed` with their texts, the shortest first, where all begin, or go on, the same `text`;
         none otherwise, or where the answer may end."""
         if allowed is None or np.count_nonzero(allowed) > _MAX_SPLITS:
@@ -165,27 +232,48 @@ class Constraint:
         are_one = all(split and longest.startswith(split) for split, _ in splits)
         return splits if are_one and not set(token_ids) & set(self._tokenizer.eos_tokens) else []
 
-    def _asked(self) -> NDArray[np.bool_] | None:
-        """(vocab,) True for tokens that the matcher lets come next; None where there is an error."""
-        if self._allowed is None:
-            self._allowed = _allowed(self._matcher)
-            if self._allowed is None:
-                self._go_on_alone()
-                self._allowed = _allowed(self._matcher)
-        return self._allowed
+    def _asked(self) -> Mask | None:
+        """Return the next mask, computed first if need be; None if there is an error."""
+        if not (self._is_asked or self.compute_mask()):
+            self._restart()
+            self._mask, self._is_asked = self._mask_of(self._matcher), True
+        return self._mask
 
-    def _go_on_alone(self) -> None:
-        """Follow the answer anew with a matcher that nobody shares: the limit may have been reached by others."""
-        self._kept.is_spoilt = True
-        if not self._is_alone and self._kept.seconds < _QUICK:
+    def _mask_of(self, matcher: LLMatcher) -> Mask | None:
+        return mask_of(matcher, self._tokenizer.vocab_size)
+
+    @property
+    def _may_restart(self) -> bool:
+        return not self._is_alone and self.compiled.seconds < _QUICK
+
+    def _restart(self) -> None:
+        """Follow the answer again with a matcher that shares nothing: others may have reached the limit."""
+        self.compiled.is_spoilt = True
+        if self._may_restart:
             self._is_alone = True
-            self._matcher = self._compile_anew()
+            self._matcher = self._compile_again()
             self._matcher.consume_tokens(self._token_ids)
 
 
-def _allowed(matcher: LLMatcher) -> NDArray[np.bool_] | None:
-    mask = matcher.compute_logit_bias()
-    return None if matcher.is_error() else np.frombuffer(mask, dtype=np.uint8) != 0
+def mask_of(matcher: LLMatcher, vocab_size: int) -> Mask | None:
+    """Return the matcher's next mask, or None if it's in error. Drops the GIL."""
+    bits = np.zeros(-(-vocab_size // 32), np.uint32)
+    matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+    return _unpacked(matcher, bits, vocab_size)
+
+
+def masks_of(executor: LLExecutor, matchers: Sequence[LLMatcher], vocab_size: int) -> list[Mask | None]:
+    """Return the matchers' next masks, computed on the executor's threads (a single one's on this thread)."""
+    bits = np.zeros((len(matchers), -(-vocab_size // 32)), np.uint32)
+    places = [(matcher, place) for place, matcher in enumerate(matchers)]
+    executor.unsafe_compute_mask_ptr(places, bits.ctypes.data, bits[0].nbytes, len(matchers))
+    return [_unpacked(matcher, row, vocab_size) for matcher, row in zip(matchers, bits, strict=True)]
+
+
+def _unpacked(matcher: LLMatcher, bits: NDArray[np.uint32], vocab_size: int) -> Mask | None:
+    if matcher.is_error():
+        return None
+    return np.unpackbits(bits.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
 
 
 class Guidance:
@@ -196,12 +284,12 @@ class Guidance:
         self._source = tokenizer
         self._vocab_size = vocab_size
         self._eos = list(eos_token_ids)
-        self._checker = GrammarChecker(tokenizer, vocab_size, eos_token_ids)
-        self._compiler = ThreadPoolExecutor(1, "grammar-compiler", _step_back)
+        self._checker = GrammarChecker(tokenizer, vocab_size, eos_token_ids, without_secrets())
+        self._compiler = ThreadPoolExecutor(1, "grammar-compiler", lower_priority)
         self._turn = threading.Lock()  # of who is having a grammar checked
         self._lock = threading.Lock()  # of what is kept
         self._tokenizer: LLTokenizer | None = None
-        self._kept: OrderedDict[Grammar, _Kept] = OrderedDict()  # the one used last comes last
+        self._kept: OrderedDict[Grammar, Compiled] = OrderedDict()  # the one used last comes last
 
     def start(self) -> None:
         """Prepare, in the background, what the first grammar would wait for."""
@@ -248,17 +336,19 @@ class Guidance:
         kept = self._find(grammar)
         return kept is not None and not kept.is_spoilt
 
-    def _find(self, grammar: Grammar) -> _Kept | None:
+    def _find(self, grammar: Grammar) -> Compiled | None:
         with self._lock:
             kept = self._kept.get(grammar)
             if kept is not None:
                 self._kept.move_to_end(grammar)
             return kept
 
-    def _keep(self, grammar: Grammar) -> _Kept:
+    def _keep(self, grammar: Grammar) -> Compiled:
         begun = time.thread_time()
         matcher = self._compile(grammar)
-        kept = _Kept(matcher, time.thread_time() - begun)
+        is_compiled = time.thread_time()
+        mask = mask_of(matcher, self._vocab_size)
+        kept = Compiled(matcher, is_compiled - begun, mask, time.thread_time() - is_compiled)
         with self._lock:
             self._kept[grammar] = kept
             self._kept.move_to_end(grammar)
@@ -281,8 +371,8 @@ def refusal(grammar: Grammar, message: str) -> InvalidInput:
     return InvalidInput([FieldError(loc, message)])
 
 
-def _step_back() -> None:
-    """Give this thread a low priority, where threads can have their own."""
+def lower_priority() -> None:
+    """Lower this thread's priority, and that of threads it starts, on systems where each has its own."""
     if sys.platform == "linux":
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

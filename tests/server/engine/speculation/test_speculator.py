@@ -79,6 +79,8 @@ class Forcing:
     """A grammar that leaves no choice of the next tokens, as far as a speculator sees it."""
 
     error = None
+    awaits_mask = False
+    is_cheap = True
 
     def __init__(self, *token_ids: int, end: int | None = None) -> None:
         self._token_ids = token_ids

@@ -132,7 +132,7 @@ def test_what_is_forced_is_all_that_may_come(guidance: Guidance) -> None:
 
 def allowed_anew(constraint: Constraint, then: Sequence[int] = ()) -> list[int]:
     """By a matcher that was never asked what is forced."""
-    matcher = constraint._compile_anew()
+    matcher = constraint._compile_again()
     matcher.consume_tokens([*constraint._token_ids, *then])
     allowed: list[int] = np.frombuffer(matcher.compute_logit_bias(), np.uint8).nonzero()[0].tolist()
     return allowed
@@ -355,6 +355,19 @@ def test_the_process_may_be_killed(guidance: Guidance) -> None:
     process.wait()
     guidance.check(Grammar("regex", "after"))
     assert guidance.holds(Grammar("regex", "after"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux shows a process's environment")
+def test_the_process_gets_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://user:password@host/base")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    guidance = guidance_of(own(tiny_tokenizer()), VOCAB, EOS)
+    guidance.check(Grammar("regex", "secret"))
+    process = guidance._checker._process
+    assert process is not None
+    names = {entry.split(b"=")[0] for entry in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")}
+    assert not names & {b"DATABASE_URL", b"AWS_SECRET_ACCESS_KEY"}
+    guidance.close()
 
 
 def test_a_busy_machine_is_no_fault_of_the_grammar(guidance: Guidance) -> None:

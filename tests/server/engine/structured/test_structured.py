@@ -133,6 +133,8 @@ class Failing:
     """A grammar that can't be followed beyond so many tokens."""
 
     is_complete = False
+    awaits_mask = False
+    is_cheap = True
 
     def __init__(self, num_tokens: int, vocab_size: int) -> None:
         self._num_left = num_tokens
