@@ -132,6 +132,7 @@ def _match_there(patterns: Sequence[Pattern], names: Sequence[str], budget: Budg
             capture_output=True,
             timeout=WALL_SECONDS,
             check=False,
+            env={},  # what this process knows of databases and buckets is no business of an expression's
         )
         output = process.stdout
     except subprocess.TimeoutExpired as error:

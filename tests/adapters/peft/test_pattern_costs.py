@@ -13,6 +13,7 @@ from peft import LoraConfig as PeftLoraConfig
 from safetensors.torch import save
 
 from adapters.errors import InvalidAdapter
+from adapters.peft import patterns
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, read
 from adapters.peft.targets import linear_modules
 from tests.adapters.oracle import saved, shape_of, tiny_llama
@@ -151,3 +152,11 @@ def test_a_busy_machine_takes_no_processor_time_away(files: tuple[dict[str, obje
     assert len(adapter.weights.modules) == 4
     assert time.monotonic() - started < 30
     assert set(adapter.weights.modules) < set(linear_modules(BASE).values())
+
+
+def test_the_process_for_expressions_gets_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://user:password@host/base")
+    program = "import json, os\nprint(json.dumps([*os.environ]))\nprint(0.0)"
+    monkeypatch.setattr(patterns, "_MATCH_THERE", program)
+    (names,) = patterns._match_there([patterns.Pattern("(a|b)", "match", "(a|b)")], ["a"], patterns.Budget())
+    assert "DATABASE_URL" not in names
