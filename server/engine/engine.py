@@ -72,7 +72,6 @@ class Engine:
         self._token_bytes = token_bytes
         self._guidance = guidance
         self._masks = None if guidance is None else Masks(self._vocab_size, wake)
-        self._step_seconds = 0.0  # of the last step
         self._clock = clock
         rows = backend.rank_rows(max(config.adapter_cache_bytes // backend.bytes_per_rank, 1))
         self._loaders = ThreadPoolExecutor(NUM_READERS, "adapter-reader"), ThreadPoolExecutor(2, "adapter-placer")
@@ -170,7 +169,7 @@ class Engine:
     def step(self) -> list[SequenceOutput]:
         """Advance every scheduled sequence by one step; the news of it."""
         if self._masks is not None:
-            self._masks.prepare(self.scheduler.running, self._step_seconds)
+            self._masks.prepare(self.scheduler.running)
         step = self.scheduler.schedule()
         outputs = [self._fail(failed.sequence, failed.error) for failed in step.failed]
         if not step.chunks:
@@ -179,7 +178,7 @@ class Engine:
             begun = self._clock()
             chunks = self.speculator.extend(step.chunks)
             found = self.runner.run(chunks)
-            self._step_seconds = took = self._clock() - begun
+            took = self._clock() - begun
             self.speculator.observe(chunks, took)
             self.scheduler.observe(chunks, took)
         except Exception as reason:

@@ -41,7 +41,7 @@ _MAX_SPLITS = 64
 """Tokens that the same text may begin with: more are a choice."""
 _QUICK = 0.02
 """Seconds of the processor: what compiles faster may be compiled again while an answer is followed."""
-_CHEAP = 1e-4
+_CHEAP = 2e-4
 """Seconds of a mask: drafts, which need one more for each token, are for grammars whose masks take less."""
 _RECENT = 0.1
 """Weight of the latest mask in the running mean of a grammar's."""
@@ -58,7 +58,7 @@ class Compiled:
     matcher: LLMatcher
     seconds: float  # of the processor, that compiling it took
     first_mask: Mask | None
-    mask_seconds: float  # of the processor, that a mask takes: a running mean
+    mask_seconds: float = 0.0  # of the processor, that a mask takes: a running mean
     num_pending: int = 0  # masks that are being computed on another thread than the engine's
     is_spoilt: bool = False
 
@@ -346,9 +346,7 @@ class Guidance:
     def _keep(self, grammar: Grammar) -> Compiled:
         begun = time.thread_time()
         matcher = self._compile(grammar)
-        is_compiled = time.thread_time()
-        mask = mask_of(matcher, self._vocab_size)
-        kept = Compiled(matcher, is_compiled - begun, mask, time.thread_time() - is_compiled)
+        kept = Compiled(matcher, time.thread_time() - begun, mask_of(matcher, self._vocab_size))
         with self._lock:
             self._kept[grammar] = kept
             self._kept.move_to_end(grammar)

@@ -8,6 +8,7 @@ their tokens come, and nothing else.
 """
 
 import logging
+import math
 import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,7 @@ from server.engine.structured.guidance import Compiled, Constraint, Mask, lower_
 log = logging.getLogger(__name__)
 
 _SHARE = 0.1
-"""Of the last step's time: what masks on the engine's thread may add to a step."""
+"""Of the last step's time: what masks may add to a step. Both are processor time of the engine's thread."""
 _LEAST_SECONDS = 1e-3
 """What they may take in any case."""
 _BATCH = 4  # masks that the other thread computes before it looks who is next
@@ -41,6 +42,7 @@ class Masks:
         self._vocab_size = vocab_size
         self._wake = wake
         self._debts: dict[str, float] = {}  # seconds that projects took beyond their shares
+        self._step_begun = math.inf  # when the last step began, by the processor time of the engine's thread
         self._news = threading.Condition()
         self._queues: OrderedDict[str, deque[_Asked]] = OrderedDict()  # whose turn is next: first
         self._is_closed = False
@@ -57,8 +59,9 @@ class Masks:
             self._news.notify()
         self._thread.join()
 
-    def prepare(self, running: Iterable[Sequence], step_seconds: float) -> None:
-        """Have the masks computed that `running` sequences lack, after a step that took `step_seconds`."""
+    def prepare(self, running: Iterable[Sequence]) -> None:
+        """Have the masks computed that `running` sequences lack. Called before each step."""
+        step_seconds = thread_time() - self._step_begun
         lacking: dict[str, dict[Compiled, list[_Asked]]] = defaultdict(lambda: defaultdict(list))
         for sequence in running:
             constraint = sequence.constraint
@@ -70,6 +73,7 @@ class Masks:
             for compiled, asked in sorted(grammars.items(), key=_seconds_of):  # what takes least comes first
                 left[project] -= self._compute_here(project, compiled, asked, left[project])
         self._debts = {project: -seconds for project, seconds in left.items() if seconds < 0}
+        self._step_begun = thread_time()
 
     def _compute_here(self, project: str, compiled: Compiled, asked: Seq["_Asked"], seconds: float) -> float:
         """Compute a grammar's masks if all fit into `seconds`, and leave the rest to the other thread. Return the

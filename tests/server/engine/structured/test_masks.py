@@ -214,7 +214,9 @@ def test_projects_have_equal_shares_of_a_step(
     monkeypatch.setattr(masks, "_is_computed", compute)
     all_masks = Masks(tiny_base.config.vocab_size, lambda: None)
     slow, quick = lacking(guidance, 8, "a"), lacking(guidance, 8, "b", OTHER)
-    all_masks.prepare([*slow, *quick], 20e-3)  # of which 2 ms are for masks, and 1 ms for each project
+    all_masks.prepare([])
+    now[0] += 20e-3  # a step's, of which 2 ms are for masks, and 1 ms for each project
+    all_masks.prepare([*slow, *quick])
     assert num_there(slow) == 1  # which took 2 ms too much
     assert num_there(quick) == 8
     assert constraint_of(slow[-1]).awaits_mask
@@ -223,8 +225,9 @@ def test_projects_have_equal_shares_of_a_step(
     for expected in (0, 0, 1):  # 2 ms are owed, then 1 ms, then none
         while constraint_of(slow[0]).awaits_mask:
             pass
+        now[0] += 20e-3
         before = now[0]
-        all_masks.prepare([*lacking(guidance, 1, "a"), *lacking(guidance, 1, "b", OTHER)], 20e-3)
+        all_masks.prepare([*lacking(guidance, 1, "a"), *lacking(guidance, 1, "b", OTHER)])
         assert now[0] - before == pytest.approx(expected * seconds["a"] + seconds["b"])
     all_masks.close()
 
@@ -237,7 +240,7 @@ def test_a_grammar_known_to_be_slow_takes_nothing_of_a_step(
     all_masks = Masks(tiny_base.config.vocab_size, lambda: None)
     sequences = lacking(guidance, 8, "a")
     constraint_of(sequences[0]).compiled.mask_seconds = 1e-3
-    all_masks.prepare(sequences, 50e-3)
+    all_masks.prepare(sequences)
     gate.opened.set()
     while constraint_of(sequences[0]).awaits_mask:
         pass
@@ -255,9 +258,9 @@ def test_the_other_thread_takes_the_projects_in_turn(
     many, one = lacking(guidance, 12, "a"), lacking(guidance, 1, "b", OTHER)
     for sequence in (many[0], one[0]):
         constraint_of(sequence).compiled.mask_seconds = SLOW
-    all_masks.prepare(many, 0.0)
+    all_masks.prepare(many)
     assert gate.entered.wait(60)
-    all_masks.prepare(one, 0.0)
+    all_masks.prepare(one)
     gate.opened.set()
     while constraint_of(many[0]).awaits_mask:
         pass
