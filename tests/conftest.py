@@ -16,6 +16,7 @@ SHARED = {
     "shared_server": (
         "test_hard_times.py",
         "test_openai_client.py",
+        "test_overflow.py",
         "test_processes.py",
         "test_streams_and_sampling.py",
         "test_structured_output.py",

@@ -30,7 +30,6 @@ from server.errors import EngineDead, GenerationFailed, NotReady
 log = logging.getLogger(__name__)
 
 _MAX_FAILURES = 3  # steps that fail in a row
-_OVERFLOW = "the model's numbers overflowed; use smaller adapters or weights"
 
 
 @dataclass(frozen=True)
@@ -228,7 +227,7 @@ class Engine:
         constraint = sequence.constraint
         if token.token_id is None:
             error = None if constraint is None else constraint.error
-            return self._fail(sequence, error or GenerationFailed(_OVERFLOW))
+            return self._fail(sequence, error or _overflow(sequence))
         params, stream, now = sequence.request.sampling, self._streams[sequence], self._clock()
         sequence.token_ids.append(token.token_id)
         if sequence.first_token_at is None:
@@ -260,7 +259,7 @@ class Engine:
         assert len(found) == sequence.num_tokens - (sequence.request.scored_from or 0)
         scores = tuple(score.chosen for _, score in found)
         if not all(map(math.isfinite, scores)):
-            return self._fail(sequence, GenerationFailed(_OVERFLOW))
+            return self._fail(sequence, _overflow(sequence))
         logprobs: tuple[SampledLogprob, ...] = ()
         if sequence.request.sampling.logprobs:
             told = self._token_bytes.told
@@ -305,3 +304,11 @@ class Engine:
             error=error,
             timing=None if finish_reason is None else sequence.timing(self._clock()),
         )
+
+
+def _overflow(sequence: Sequence) -> SmoloraError:
+    """Return why a sequence has no finite numbers: its adapters are at fault, or, without any, the server is."""
+    if sequence.request.adapters:
+        message = "the model's numbers overflowed under these adapters; use smaller adapters or weights"
+        return InvalidInput.of("adapter", message)
+    return GenerationFailed("the base model's numbers overflowed")

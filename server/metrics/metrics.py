@@ -37,8 +37,8 @@ MAX_AGE = 1.0
 
 Outcome = Literal["completed", "cancelled", "failed", "refused", "invalid"]
 """How a request ended: all its choices did, the client left or read too slowly, the engine failed it, it was never
-taken, or it turned out to be one that can't be answered: its adapters are too large together, or its grammar too
-complex.
+taken, or it turned out to be invalid. A request is invalid if its adapters are too large together, if the model's
+numbers overflow under them, or if its grammar is too complex.
 """
 
 _SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)

@@ -6,7 +6,8 @@ stream. A comparison is whole or refused.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from adapters.errors import FieldError, InvalidInput
@@ -50,7 +51,7 @@ class Comparison:
 
     async def collect(self) -> dict[str, object]:
         """The whole answer. Raises what the engine ends any of the requests with."""
-        tasks = [asyncio.ensure_future(self._result(compared)) for compared in self._compared]
+        tasks = [asyncio.ensure_future(self._result(place, one)) for place, one in enumerate(self._compared)]
         try:
             return {"results": await asyncio.gather(*tasks)}
         finally:
@@ -61,14 +62,15 @@ class Comparison:
         """Let go of everything. More than once is once."""
         await close_all([generation for one in self._compared for generation in (one.answer, *one.scores)])
 
-    async def _result(self, compared: _Compared) -> dict[str, object]:
-        answer = await answers.collect(compared.answer, self._model, sums=True, num_top=self._num_top)
+    async def _result(self, place: int, compared: _Compared) -> dict[str, object]:
+        scores = None
+        with _faults_of_item(place):
+            answer = await answers.collect(compared.answer, self._model, sums=True, num_top=self._num_top)
+            if self._texts is not None:
+                scored = zip(self._texts, compared.scores, strict=True)
+                scores = [await _score(text, generation, self._num_top) for text, generation in scored]
         choices = answer["choices"]
         assert isinstance(choices, list)
-        scores = None
-        if self._texts is not None:
-            scored = zip(self._texts, compared.scores, strict=True)
-            scores = [await _score(text, generation, self._num_top) for text, generation in scored]
         return {"adapter": compared.expression, **answer, "logprob": choices[0]["logprob"], "scores": scores}
 
 
@@ -116,11 +118,21 @@ async def compare(services: Services, body: CompareBody) -> Comparison:
 
 def _terms(services: Services, place: int, expression: str) -> tuple[Term, ...]:
     """`place` counts from 0."""
-    try:
+    with _faults_of_item(place):
         return adapter_terms(expression, None, services.base_name)
+
+
+@contextmanager
+def _faults_of_item(place: int) -> Iterator[None]:
+    """A block in which a fault of the field `adapter` becomes one of item `place` of `adapters`."""
+    try:
+        yield
     except InvalidInput as error:
-        faults = [FieldError(("adapters",), f"item {place}: {fault.message}") for fault in error.errors]
-        raise InvalidInput(faults) from None
+        faults = [
+            FieldError(("adapters",), f"item {place}: {fault.message}") if fault.loc == ("adapter",) else fault
+            for fault in error.errors
+        ]
+        raise InvalidInput(faults, error.num_more) from None
 
 
 async def _continuations(

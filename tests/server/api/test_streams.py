@@ -6,6 +6,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from adapters.errors import InvalidInput
 from server.engine.request import GenerationRequest, SequenceOutput
 from server.errors import GenerationFailed
 from tests.server.api.adapters.peft_files import as_parts, peft_files
@@ -97,6 +98,19 @@ async def test_a_failure_midway_is_an_error_event(client: httpx.AsyncClient, eng
     assert json.loads(data)["status"] == 500
     assert "secret" not in response.text
     assert engine.open == set()
+
+
+async def test_adapters_that_overflow_midway_are_named_in_the_error_event(
+    client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.script = failing(1, InvalidInput.of("adapter", "too large"))
+    response = await client.post("/generate", json={"prompt": "a", "stream": True})
+    name, data = events(response.text)[-1]
+    assert name == "error"
+    document = json.loads(data)
+    assert (document["status"], document["errors"]) == (422, [{"loc": ["adapter"], "message": "too large"}])
+    assert 'smolora_requests_total{outcome="invalid"} 1.0' in (await client.get("/metrics")).text
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_a_failure_before_the_first_piece_is_an_ordinary_one(

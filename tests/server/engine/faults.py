@@ -1,7 +1,9 @@
 """Parts of an engine that go wrong when they are told to."""
 
+import math
 import threading
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 from adapters.lora import LoraWeights
 from server.engine.engine import Engine
@@ -9,6 +11,7 @@ from server.engine.runner import Drawn, Runner
 from server.engine.scheduler import Scheduler, Step
 from server.engine.sequence import Chunk
 from server.model.base.weights import BaseModel
+from server.model.smollm import SmolLM
 from tests.server.engine.traffic import library
 
 
@@ -25,6 +28,12 @@ class FailingRunner(Runner):
         if self.num_runs - 1 in self.failing:
             raise RuntimeError("a secret of the device")
         return super().run(chunks)
+
+
+def overflowing(base: BaseModel) -> SmolLM:
+    """Return a model of the base whose final hidden states are infinite."""
+    weights = replace(base.weights, final_norm=base.weights.final_norm * math.inf)
+    return SmolLM(base.config, weights, max_positions=512)
 
 
 class BrokenScheduler(Scheduler):

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from adapters.errors import CorruptAdapter
+from adapters.errors import CorruptAdapter, InvalidInput
 from adapters.lora import LoraWeights
 from server.engine.engine import Engine
 from server.engine.request import GenerationRequest
@@ -18,7 +18,7 @@ from tests.engine_kit import (
     refs,
     run,
 )
-from tests.server.engine.faults import FailingRunner
+from tests.server.engine.faults import FailingRunner, overflowing
 from tests.server.engine.traffic import assert_same, library, prompt
 
 
@@ -134,10 +134,18 @@ def test_an_adapter_that_turns_everything_to_nan_harms_nobody_else(tiny_base: Ba
     for i in range(3):
         result = together[f"bad{i}", 0]
         assert result.finish_reason == "abort"
-        assert "overflowed" in str(result.error)
+        assert isinstance(result.error, InvalidInput)
+        assert [fault.loc for fault in result.error.errors] == [("adapter",)]
         assert all(math.isfinite(value) for value in result.logprobs)
     afterwards = run(engine, fine)
     for results in (together, afterwards):
         for request in fine:
             assert_same(results[request.request_id, 0], expected[request.request_id, 0])
+    check_idle(engine)
+
+
+def test_numbers_that_overflow_without_adapters_are_the_servers_fault(tiny_base: BaseModel) -> None:
+    engine = build_engine(tiny_base, model=overflowing(tiny_base))
+    result = run(engine, [GenerationRequest("a", prompt(10), GREEDY)])["a", 0]
+    assert isinstance(result.error, GenerationFailed)
     check_idle(engine)

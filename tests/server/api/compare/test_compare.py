@@ -7,6 +7,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from adapters.errors import InvalidInput
 from server.engine.request import GenerationRequest, Grammar, SampledLogprob, SamplingParams, SequenceOutput
 from server.errors import GenerationFailed, QueueFull
 from server.model.text.chat import ChatMessage, PromptEncoder
@@ -178,6 +179,27 @@ async def test_one_that_fails_fails_all(client: httpx.AsyncClient, engine: FakeE
     engine.script = failing(1, GenerationFailed("the engine failed"))
     response = await client.post("/compare", json={"prompt": "a", "adapters": ["base", "base"]})
     assert response.status_code == 500
+    assert not engine.open
+
+
+@pytest.mark.parametrize("overflows", ["answer", "score"])
+async def test_adapters_that_overflow_are_named_by_their_item(
+    client: httpx.AsyncClient, engine: FakeEngine, overflows: str
+) -> None:
+    """The engine, which knows no items, names the field `adapter`."""
+    await upload(client, "tweets", 1)
+    fail = failing(0, InvalidInput.of("adapter", "too large"))
+
+    def script(request: GenerationRequest) -> Iterable[SequenceOutput]:
+        is_score = request.scored_from is not None
+        fails = bool(request.adapters) and is_score == (overflows == "score")
+        return fail(request) if fails else scoring(request)
+
+    engine.script = script
+    body = {"prompt": "a", "adapters": ["base", "tweets"], "score": ["b"], "max_tokens": 2}
+    response = await client.post("/compare", json=body)
+    assert response.status_code == 422
+    assert response.json()["errors"] == [{"loc": ["adapters"], "message": "item 1: too large"}]
     assert not engine.open
 
 

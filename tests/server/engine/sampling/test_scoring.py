@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapters.errors import InvalidInput
 from adapters.lora import LoraWeights
 from server.engine.engine import Engine
 from server.engine.request import AdapterRef, GenerationRequest, SamplingParams, SequenceOutput
@@ -15,6 +16,7 @@ from server.errors import GenerationFailed
 from server.model.base.weights import BaseModel
 from tests.engine_kit import GREEDY, build_engine, check_idle, refs, run
 from tests.oracles.hugging_face import load_reference, logits, merged
+from tests.server.engine.faults import overflowing
 from tests.server.engine.traffic import assert_same, library, prompt
 
 SCORING = SamplingParams(max_tokens=0, temperature=0.0)
@@ -149,15 +151,26 @@ def test_those_who_generate_beside_it_notice_nothing(tiny_base: BaseModel) -> No
     assert all(not results[f"s{number}"] for number in range(4))
 
 
-def test_numbers_that_overflow_are_told(tiny_base: BaseModel) -> None:
+def test_scores_that_overflow_under_adapters_are_invalid_input(tiny_base: BaseModel) -> None:
     adapters = library(tiny_base, 1)
     engine = build_engine(tiny_base, adapters)
     engine.add(scoring("a", 20, 5, refs(**{"00": 1e30})))
     outputs = []
     while engine.has_work:
         outputs += engine.step()
-    assert isinstance(outputs[-1].error, GenerationFailed)
+    error = outputs[-1].error
+    assert isinstance(error, InvalidInput)
+    assert [fault.loc for fault in error.errors] == [("adapter",)]
     assert outputs[-1].finish_reason == "abort"
+
+
+def test_scores_that_overflow_in_the_base_are_the_servers_fault(tiny_base: BaseModel) -> None:
+    engine = build_engine(tiny_base, model=overflowing(tiny_base))
+    engine.add(scoring("a", 20, 5))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert isinstance(outputs[-1].error, GenerationFailed)
 
 
 def test_generating_again_after_scoring_finds_its_blocks(tiny_base: BaseModel) -> None:
