@@ -23,7 +23,7 @@ from server.engine.watching.in_flight import InFlight
 from server.engine.watching.output_stream import OutputStream
 from server.engine.watching.queue_rate import QueueRate
 from server.engine.watching.watchdog import Watchdog
-from server.errors import Draining, EngineDead, NotReady, QueueFull
+from server.errors import Draining, EngineDead, GenerationFailed, NotReady, QueueFull
 
 log = logging.getLogger(__name__)
 
@@ -233,10 +233,16 @@ class AsyncEngine:
                 if not taken.num_undelivered:
                     self._forget(output.request_id)
 
-    def _fail_all(self, error: SmoloraError) -> None:
-        for request_id, taken in list(self._taken.items()):
+    def _fail(self, request_id: str, error: SmoloraError) -> None:
+        """End a request with the reason, if it hasn't ended."""
+        taken = self._taken.get(request_id)
+        if taken is not None:
             self._forget(request_id)
             taken.put(error)
+
+    def _fail_all(self, error: SmoloraError) -> None:
+        for request_id in list(self._taken):
+            self._fail(request_id, error)
 
     def _send(self, message: GenerationRequest | str) -> None:
         with self._news:
@@ -272,16 +278,14 @@ class AsyncEngine:
                 self._is_woken = False
             self._step = step
             for message in messages:
-                if isinstance(message, str):
-                    self._engine.abort(message)
-                else:
-                    self._engine.add(message)
-            num_steps = self._engine.num_steps
+                self._take_message(message)
+            num_steps, num_failures = self._engine.num_steps, self._engine.num_failures
             now = time.monotonic()
             outputs = self._engine.step()
             self._step = None
             # A step that computed nothing waits for an adapter: the loader wakes us, so does any message.
-            has_progress = self._engine.has_work and (self._engine.num_steps > num_steps or bool(outputs))
+            has_changed = self._engine.num_steps > num_steps or self._engine.num_failures > num_failures
+            has_progress = self._engine.has_work and (has_changed or bool(outputs))
             if not has_progress or now - last_snapshot > _STATS_INTERVAL:
                 self._stats = self._engine.stats
                 last_snapshot = now
@@ -290,6 +294,20 @@ class AsyncEngine:
             if self._engine.is_dead:
                 self._is_dead = True
                 return
+
+    def _take_message(self, message: GenerationRequest | str) -> None:
+        """Add or abort a request. An exception fails that request alone."""
+        try:
+            if isinstance(message, str):
+                self._engine.abort(message)
+            else:
+                self._engine.add(message)
+        except Exception:
+            log.exception("a request could not be added or aborted")
+            if not isinstance(message, str):
+                error = GenerationFailed("the engine failed to take this request; try it again")
+                self._call(partial(self._fail, message.request_id, error))
+                self._take_message(message.request_id)  # the choices that were added
 
     def _call(self, function: Callable[[], None]) -> None:
         """Have the event loop call the function; nothing where the loop has ended."""

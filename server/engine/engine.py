@@ -8,12 +8,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from adapters.errors import InvalidInput, SmoloraError
 from server.engine.adapter_pool.pool import AdapterPool
-from server.engine.adapter_pool.reads import NUM_READERS, Load
+from server.engine.adapter_pool.reads import NUM_READERS, Load, started
 from server.engine.backend import Backend
 from server.engine.detokenizer import TextStream, TokenBytes
 from server.engine.kv_cache import BlockManager
@@ -21,7 +22,7 @@ from server.engine.request import EngineStats, FinishReason, GenerationRequest, 
 from server.engine.runner import Drawn, Runner
 from server.engine.sampling.sampler import Sampled
 from server.engine.scheduler import Scheduler, SchedulerLimits
-from server.engine.sequence import Sequence, Status
+from server.engine.sequence import Chunk, Sequence, Status
 from server.engine.speculation.speculator import Speculator
 from server.engine.structured.guidance import Guidance
 from server.engine.structured.masks import Masks
@@ -30,6 +31,7 @@ from server.errors import EngineDead, GenerationFailed, NotReady
 log = logging.getLogger(__name__)
 
 _MAX_FAILURES = 3  # steps that fail in a row
+_STEP_FAILED = "the engine failed in a step of this request; try it again"
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Engine:
         self._masks = None if guidance is None else Masks(self._vocab_size, wake)
         self._clock = clock
         rows = backend.rank_rows(max(config.adapter_cache_bytes // backend.bytes_per_rank, 1))
-        self._loaders = ThreadPoolExecutor(NUM_READERS, "adapter-reader"), ThreadPoolExecutor(2, "adapter-placer")
+        self._loaders = started(NUM_READERS, "adapter-reader"), started(2, "adapter-placer")
         self.pool = AdapterPool(rows, load, *self._loaders, wake, clock)
         num_seqs = config.scheduler.max_num_seqs
         is_invariant = backend.is_batch_invariant
@@ -82,7 +84,7 @@ class Engine:
         self.speculator = Speculator(self.blocks, self._eos, num_seqs, is_on=is_invariant)
         self._streams: dict[Sequence, TextStream] = {}
         self._requests: dict[str, list[Sequence]] = {}  # what of each hasn't ended, by its id
-        self._num_failures = 0
+        self.num_failures = 0  # steps that failed since the last one that didn't
         self.num_steps = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
@@ -101,7 +103,7 @@ class Engine:
     @property
     def is_dead(self) -> bool:
         """Whether so many steps failed in a row that the engine can't go on."""
-        return self._num_failures >= _MAX_FAILURES
+        return self.num_failures >= _MAX_FAILURES
 
     @property
     def stats(self) -> EngineStats:
@@ -166,10 +168,14 @@ class Engine:
         return [self._fail(sequence, error) for sequence in list(self.scheduler.sequences())]
 
     def step(self) -> list[SequenceOutput]:
-        """Advance every scheduled sequence by one step; the news of it."""
-        if self._masks is not None:
-            self._masks.prepare(self.scheduler.running)
-        step = self.scheduler.schedule()
+        """Advance every scheduled sequence by one step; return what is new."""
+        try:
+            if self._masks is not None:
+                self._masks.prepare(self.scheduler.running)
+            step = self.scheduler.schedule()
+        except Exception as reason:
+            # what it failed before that was in the step that is lost
+            return self._fail_step(reason, [s for s in self._streams if s.status is Status.FINISHED])
         outputs = [self._fail(failed.sequence, failed.error) for failed in step.failed]
         if not step.chunks:
             return outputs
@@ -181,23 +187,15 @@ class Engine:
             self.speculator.observe(chunks, took)
             self.scheduler.observe(chunks, took)
         except Exception as reason:
-            log.exception("a step failed")
-            self._num_failures += 1
-            error = GenerationFailed("the engine failed in a step of this request; try it again")
-            error = reason if isinstance(reason, GenerationFailed) else error
-            outputs += [self._fail(chunk.sequence, error) for chunk in step.chunks]
-            return outputs + (self.abort_all(EngineDead()) if self.is_dead else [])
-        self._num_failures = 0
+            return outputs + self._fail_step(reason, [chunk.sequence for chunk in step.chunks])
+        self.num_failures = 0
         self.num_steps += 1
         for chunk in step.chunks:
-            sequence = chunk.sequence
-            if chunk.samples and sequence.num_output_tokens == 0:  # once, however often it was preempted before
-                self._num_prefix_tokens += sequence.num_cached_tokens
-                self._num_prompt_tokens += sequence.num_prompt_tokens
-            sequence.num_computed_tokens = chunk.stop
-            self.blocks.mark_computed(sequence)
+            with self._containing(chunk.sequence, outputs):
+                self._mark_computed(chunk)
         for drawn in found:
-            outputs += self._take(drawn)
+            with self._containing(drawn.chunk.sequence, outputs):
+                self._take(drawn, outputs)
         return outputs
 
     def close(self) -> None:
@@ -207,15 +205,43 @@ class Engine:
         for executor in self._loaders:
             executor.shutdown(wait=True, cancel_futures=True)
 
-    def _take(self, drawn: Drawn) -> Iterator[SequenceOutput]:
-        """Add what was drawn to its sequence, a token after the other until one ends it."""
+    def _fail_step(self, reason: Exception, sequences: Seq[Sequence]) -> list[SequenceOutput]:
+        """Log why a step failed, and end the sequences in it; if too many steps failed in a row, end all."""
+        log.error("a step failed", exc_info=reason)
+        self.num_failures += 1
+        error = reason if isinstance(reason, GenerationFailed) else GenerationFailed(_STEP_FAILED)
+        outputs = [self._fail(sequence, error) for sequence in sequences]
+        return outputs + (self.abort_all(EngineDead()) if self.is_dead else [])
+
+    @contextmanager
+    def _containing(self, sequence: Sequence, outputs: list[SequenceOutput]) -> Iterator[None]:
+        """A block about one sequence: an exception fails that sequence alone."""
+        try:
+            yield
+        except Exception:
+            log.exception("a sequence failed after its step")
+            outputs.append(self._fail(sequence, GenerationFailed(_STEP_FAILED)))
+
+    def _mark_computed(self, chunk: Chunk) -> None:
+        """Note that a chunk's keys and values are in the cache."""
+        sequence = chunk.sequence
+        if chunk.samples and sequence.num_output_tokens == 0:  # once, however often it was preempted before
+            self._num_prefix_tokens += sequence.num_cached_tokens
+            self._num_prompt_tokens += sequence.num_prompt_tokens
+        sequence.num_computed_tokens = chunk.stop
+        self.blocks.mark_computed(sequence)
+
+    def _take(self, drawn: Drawn, outputs: list[SequenceOutput]) -> None:
+        """Add what was drawn to its sequence, one token after the other until one ends it."""
         sequence = drawn.chunk.sequence
+        if sequence.status is Status.FINISHED:  # it failed after the step
+            return
         for num, token in enumerate(drawn.agreed()):
             if num:  # the token before it was drafted, and computed with the step
                 self._num_accepted_tokens += 1
                 sequence.num_computed_tokens += 1
                 self.blocks.mark_computed(sequence)
-            yield self._append(sequence, token)
+            outputs.append(self._append(sequence, token))
             if sequence.status is Status.FINISHED:
                 return
         self.blocks.trim(sequence)

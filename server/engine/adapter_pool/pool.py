@@ -5,6 +5,7 @@ ever. A cold adapter is read and its rows are filled by executors' threads, whil
 itself is touched by the engine's thread alone.
 """
 
+import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -14,12 +15,15 @@ from dataclasses import dataclass, field
 from adapters.errors import CorruptAdapter, InvalidInput, SmoloraError
 from adapters.lora import LoraWeights
 from server.engine.adapter_pool.extents import Extents
-from server.engine.adapter_pool.reads import Load, Reads
+from server.engine.adapter_pool.reads import Load, Reads, submit
 from server.engine.adapter_pool.resident import Adapter, Space
 from server.engine.request import AdapterRef
 from server.engine.sequence import Hold
+from server.errors import GenerationFailed
 from server.model.lora_batch import Parts
 from server.model.rank_rows import RankRows, Run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -42,7 +46,12 @@ class AdapterHold:
         return self.is_held and all(adapter.is_placed for adapter in self.adapters)
 
     def advance(self) -> bool:
-        is_ready = self.pool.advance(self)
+        try:
+            is_ready = self.pool.advance(self)
+        except Exception:  # of which the others in the step know nothing
+            log.exception("an adapter's load failed")
+            self.error = GenerationFailed("the engine failed to load an adapter of this request; try it again")
+            return False
         if not is_ready:
             self._cold_since = self._cold_since or self.pool.clock()
         elif self._cold_since is not None and self.loading is None:
@@ -196,7 +205,7 @@ class AdapterPool:
                 self._reads.leave(adapter.digest, adapter.reading)
         hold.adapters, hold.is_held, hold._parts = (), False, None
         if self.rows.lacks_pages:  # not sooner: it would take a core from the steps up to a first token
-            self._placers.submit(self.rows.take_ahead)
+            submit(self._placers, self.rows.take_ahead)
 
     def _want(self, hold: AdapterHold) -> tuple[Adapter, ...]:
         """The hold's adapters; those that are not there begin to be read."""
@@ -317,7 +326,7 @@ class AdapterPool:
     def _place(self, adapter: Adapter) -> None:
         assert adapter.stored is not None
         assert adapter.placement is not None
-        adapter.placing = self._placers.submit(self.rows.place, adapter.stored, adapter.placement)
+        adapter.placing = submit(self._placers, self.rows.place, adapter.stored, adapter.placement)
         adapter.placing.add_done_callback(lambda _: self._wake())
         adapter.stored = None  # so that the file is unmapped once it is copied
         adapter.reading = Future()

@@ -1,13 +1,47 @@
 """Reads of adapters. One that has begun can't be stopped: whoever asks for the same again waits for that one."""
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
 
+from adapters.errors import Unavailable
 from server.model.rank_rows import Stored
 
 Load = Callable[[str], Stored]
 NUM_READERS = 8
 """Threads that read: one that must fetch its adapter from an object store may take most of a minute."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def started(num_threads: int, name: str) -> ThreadPoolExecutor:
+    """Return an executor whose threads have all been started: later there may be none to be had.
+
+    Raises RuntimeError if the system has too few now.
+    """
+    executor = ThreadPoolExecutor(num_threads, name)
+    all_started = threading.Barrier(num_threads)  # until then none is idle, so each job starts a thread
+    try:
+        jobs = [executor.submit(all_started.wait) for _ in range(num_threads)]
+    except RuntimeError:
+        all_started.abort()
+        executor.shutdown()
+        raise
+    for job in jobs:
+        job.result()
+    return executor
+
+
+def submit(executor: Executor, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    """Have an executor's thread call the function. If it takes no jobs, the future has failed with Unavailable."""
+    try:
+        return executor.submit(function, *args, **kwargs)
+    except RuntimeError:
+        failed: Future[T] = Future()
+        failed.set_exception(Unavailable("no thread of the server can load an adapter now"))
+        return failed
 
 
 class Reads:
@@ -24,7 +58,7 @@ class Reads:
         self._forget_ended()
         reading = self._left.pop(digest, None)
         if reading is None:
-            reading = self._readers.submit(self._load, digest)
+            reading = submit(self._readers, self._load, digest)
             reading.add_done_callback(lambda _: self._wake())
         return reading
 

@@ -57,6 +57,8 @@ class Adapter:
     def failure(self) -> SmoloraError | None:
         """Why it could not be placed."""
         reason = self.placing.exception() if self.placing is not None and self.placing.done() else None
+        if isinstance(reason, SmoloraError):
+            return reason
         if reason is not None and is_out_of_memory(reason):
             return GenerationFailed("the device has no memory for an adapter of this request now; try it again")
         return None if reason is None else CorruptAdapter("An adapter of this request could not be loaded.")

@@ -37,7 +37,7 @@ def overflowing(base: BaseModel) -> SmolLM:
 
 
 class BrokenScheduler(Scheduler):
-    """The engine's scheduler, but it raises in the thread, outside of what a step catches."""
+    """The engine's scheduler, but it raises."""
 
     def __init__(self, engine: Engine) -> None:
         self.__dict__ = vars(engine.scheduler)

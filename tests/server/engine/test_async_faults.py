@@ -12,8 +12,8 @@ import pytest
 from adapters.errors import CorruptAdapter, SmoloraError
 from adapters.lora import LoraWeights
 from server.engine.runner import Drawn
-from server.engine.scheduler import SchedulerLimits, Step
-from server.engine.sequence import Chunk
+from server.engine.scheduler import Scheduler, SchedulerLimits, Step
+from server.engine.sequence import Chunk, Sequence
 from server.errors import Draining, EngineDead, GenerationFailed, NotReady, QueueFull
 from server.model.base.weights import BaseModel
 from tests.engine_kit import build_engine, check_idle, random_adapter, run
@@ -75,20 +75,93 @@ def test_requests_that_come_while_it_dies_end_too(tiny_base: BaseModel) -> None:
     on_loop(main())
 
 
-def test_a_thread_that_fails_fails_everything(tiny_base: BaseModel) -> None:
+def test_a_schedule_that_goes_on_failing_ends_everything(tiny_base: BaseModel) -> None:
     async def main() -> None:
         bench = Bench(tiny_base)
         async with bench as engine:
             stream = engine.submit(replace(request("a"), sampling=LONG))
             await anext(stream)
             bench.engine.scheduler = BrokenScheduler(bench.engine)
-            with pytest.raises(EngineDead):
-                async for _ in stream:
-                    pass
-            assert engine.dead
+            assert isinstance([output async for output in stream][-1].error, EngineDead)
+            await eventually(lambda: engine.dead)
             assert not engine.ready
 
     on_loop(main())
+
+
+def test_a_schedule_that_fails_twice_is_survived(tiny_base: BaseModel) -> None:
+    """Nothing else wakes the thread: it tries again by itself."""
+
+    class Failing(BrokenScheduler):
+        num_failures = 0
+
+        def schedule(self) -> Step:
+            self.num_failures += 1
+            return super().schedule() if self.num_failures <= 2 else Scheduler.schedule(self)
+
+    async def main() -> None:
+        bench = Bench(tiny_base)
+        bench.engine.scheduler = Failing(bench.engine)
+        async with bench as engine:
+            assert await outcome(engine.submit(request("a"))) is None
+            assert engine.ready
+
+    on_loop(main())
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_request_that_cannot_be_added_fails_alone(
+    tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    bench = Bench(tiny_base)
+    add = bench.engine.scheduler.add
+
+    def fail(sequence: Sequence) -> None:
+        assert (sequence.request.request_id, sequence.index) != ("bad", n - 1), "a secret of the queue"
+        add(sequence)
+
+    monkeypatch.setattr(bench.engine.scheduler, "add", fail)
+
+    async def main() -> None:
+        async with bench as engine:
+            stream = engine.submit(replace(request("fine"), sampling=LONG))
+            error = await outcome(engine.submit(request("bad", n=n)))
+            assert isinstance(error, GenerationFailed)
+            assert "secret" not in str(error)
+            assert await outcome(engine.submit(request("next"))) is None
+            assert await outcome(stream) is None
+            assert engine.num_in_flight == 0
+
+    on_loop(main())
+    check_idle(bench.engine)
+
+
+def test_a_request_that_cannot_be_aborted_stops_nobody(
+    tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tiny_base)
+    abort = bench.engine.abort
+    aborted: list[str] = []
+
+    def fail(request_id: str) -> None:
+        aborted.append(request_id)
+        assert request_id != "bad", "a secret of the queue"
+        abort(request_id)
+
+    monkeypatch.setattr(bench.engine, "abort", fail)
+
+    async def main() -> None:
+        async with bench as engine:
+            stream = engine.submit(replace(request("bad"), sampling=replace(LONG, max_tokens=40)))
+            await anext(stream)
+            await stream.aclose()
+            await eventually(lambda: aborted == ["bad"])
+            assert await outcome(engine.submit(request("next"))) is None
+            await eventually(lambda: engine.stats.num_running == 0)
+            assert engine.ready
+
+    on_loop(main())
+    check_idle(bench.engine)
 
 
 @pytest.fixture

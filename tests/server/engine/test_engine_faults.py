@@ -1,17 +1,29 @@
 """Aborts, failing steps, broken adapters: who is concerned ends with a reason, and nobody else notices."""
 
 import math
+import threading
+from collections.abc import Sequence as Seq
 from dataclasses import replace
+from typing import Self
 
-from adapters.errors import CorruptAdapter, InvalidInput
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from adapters.errors import CorruptAdapter, InvalidInput, Unavailable
 from adapters.lora import LoraWeights
+from server.engine.detokenizer import TextStream, TokenBytes
 from server.engine.engine import Engine
-from server.engine.request import GenerationRequest
-from server.engine.scheduler import SchedulerLimits
+from server.engine.request import GenerationRequest, SequenceOutput
+from server.engine.scheduler import SchedulerLimits, Step
+from server.engine.sequence import Sequence
 from server.errors import EngineDead, GenerationFailed
 from server.model.base.weights import BaseModel
+from server.model.rank_rows import Stored
+from server.model.row_layout import Needs
 from tests.engine_kit import (
     GREEDY,
+    Result,
     build_engine,
     check_idle,
     random_adapter,
@@ -148,4 +160,223 @@ def test_numbers_that_overflow_without_adapters_are_the_servers_fault(tiny_base:
     engine = build_engine(tiny_base, model=overflowing(tiny_base))
     result = run(engine, [GenerationRequest("a", prompt(10), GREEDY)])["a", 0]
     assert isinstance(result.error, GenerationFailed)
+    check_idle(engine)
+
+
+class BrokenConstraint:
+    """A grammar that allows everything and fails on the third token."""
+
+    is_complete = False
+    error = None
+
+    def __init__(self, vocab_size: int) -> None:
+        self.allowed = np.zeros(vocab_size, np.bool_)
+        self.num_accepted = 0
+
+    def forbidden(self) -> NDArray[np.bool_]:
+        return self.allowed
+
+    def forced(self, max_tokens: int) -> Seq[int]:
+        return ()
+
+    def accept(self, token_id: int) -> None:
+        self.num_accepted += 1
+        if self.num_accepted == 3:
+            raise AssertionError("a secret of the grammar")
+
+    def num_allowed(self, token_ids: Seq[int]) -> int:
+        return 0
+
+    def after(self, token_ids: Seq[int]) -> Self:
+        return self
+
+
+class BrokenStream(TextStream):
+    """Text that fails at its third token, or at its end."""
+
+    def __init__(self, token_bytes: TokenBytes, *, at_end: bool) -> None:
+        super().__init__(token_bytes, ())
+        self.at_end = at_end
+        self.num_pushed = 0
+
+    def push(self, token_id: int) -> str:
+        self.num_pushed += 1
+        assert self.at_end or self.num_pushed < 3, "a secret of the text"
+        return super().push(token_id)
+
+    def finish(self) -> str:
+        raise AssertionError("a secret of the text")
+
+
+def break_(engine: Engine, what: str) -> None:
+    """Break something of the request "bad", which has been added."""
+    bad = next(sequence for sequence in engine._streams if sequence.request.request_id == "bad")
+    mark_computed = engine.blocks.mark_computed
+
+    def mark(sequence: Sequence) -> None:
+        assert sequence is not bad or sequence.num_output_tokens < 2, "a secret of the cache"
+        mark_computed(sequence)
+
+    match what:
+        case "grammar":
+            bad.constraint = BrokenConstraint(engine._vocab_size)
+        case "blocks":
+            vars(engine.blocks)["mark_computed"] = mark
+        case _:
+            engine._streams[bad] = BrokenStream(engine._token_bytes, at_end=what == "end of the text")
+
+
+@pytest.mark.parametrize(
+    ("what", "num_tokens"), [("text", 2), ("end of the text", 15), ("grammar", 2), ("blocks", 2)]
+)
+def test_what_fails_for_one_sequence_fails_no_other(
+    tiny_base: BaseModel, what: str, num_tokens: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever comes after a step's forward: the detokenizer, a grammar, the blocks of the cache."""
+    bad, *fine = [GenerationRequest(name, prompt(10, seed=ord(name[0])), GREEDY) for name in ("bad", "one", "two")]
+    expected = run(build_engine(tiny_base), fine)
+    engine = build_engine(tiny_base)
+    engine.add(bad)
+    break_(engine, what)
+    for request in fine:
+        engine.add(request)
+    results = {key: Result() for key in expected}
+    of_bad: list[SequenceOutput] = []
+    while engine.has_work:
+        for output in engine.step():
+            if output.request_id == "bad":
+                of_bad.append(output)
+            else:
+                results[output.request_id, output.index].take(output)
+    for key, result in expected.items():
+        assert_same(results[key], result)
+    *_, failed = of_bad
+    assert sum(output.num_new_tokens for output in of_bad) == num_tokens
+    assert [output.finish_reason for output in of_bad] == [None] * num_tokens + ["abort"]
+    assert isinstance(failed.error, GenerationFailed)
+    assert "secret" not in str(failed.error)
+    assert caplog.text.count("a sequence failed after its step") == 1
+    assert engine.num_failures == 0
+    check_idle(engine)
+
+
+def failing_schedule(engine: Engine, failing: set[int]) -> None:
+    """Have calls of the engine's scheduler named in `failing` (counted from 0) raise."""
+    num_calls = 0
+    schedule = engine.scheduler.schedule
+
+    def fail() -> Step:
+        nonlocal num_calls
+        num_calls += 1
+        step = schedule()
+        assert num_calls - 1 not in failing, "a secret of the scheduler"
+        return step
+
+    vars(engine.scheduler)["schedule"] = fail
+
+
+def test_two_schedules_that_fail_are_survived(tiny_base: BaseModel) -> None:
+    requests = [GenerationRequest(str(i), prompt(10, seed=i), GREEDY) for i in range(4)]
+    expected = run(build_engine(tiny_base), requests)
+    engine = build_engine(tiny_base, limits=SchedulerLimits(max_num_seqs=2))
+    failing_schedule(engine, {0, 1, 5, 6, 20})
+    found = run(engine, requests)
+    for key, result in expected.items():
+        assert_same(found[key], result)
+    assert not engine.is_dead
+    check_idle(engine)
+
+
+def test_three_schedules_that_fail_in_a_row_end_everything(tiny_base: BaseModel) -> None:
+    engine = build_engine(tiny_base)
+    failing_schedule(engine, {2, 3, 4})
+    results = run(engine, [GenerationRequest(str(i), prompt(10), GREEDY) for i in range(3)])
+    assert [type(result.error) for result in results.values()] == [EngineDead] * 3
+    assert engine.is_dead
+
+
+def test_a_schedule_that_fails_loses_no_news_of_adapters(tiny_base: BaseModel) -> None:
+    """What it had given up on has ended for its client, too."""
+
+    def load(digest: str) -> LoraWeights:
+        raise CorruptAdapter("its bytes are gone")
+
+    engine = build_engine(tiny_base, load)
+    failing_schedule(engine, set(range(0, 1000, 2)))
+    result = run(engine, [GenerationRequest("a", prompt(10), GREEDY, refs(**{"00": 1.0}))])["a", 0]
+    assert result.finish_reason == "abort"
+    check_idle(engine)
+
+
+def test_an_adapter_that_the_pool_fails_on_fails_its_own_requests(
+    tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = library(tiny_base, 2)
+    engine = build_engine(tiny_base, adapters)
+    needs = engine.pool.rows.needs
+
+    def fail(stored: Stored) -> Needs:
+        assert stored is not adapters["01"], "a secret of the pool"
+        return needs(stored)
+
+    monkeypatch.setattr(engine.pool.rows, "needs", fail)
+    requests = [
+        GenerationRequest("base", prompt(10), GREEDY),
+        GenerationRequest("fine", prompt(10), GREEDY, refs(**{"00": 1.0})),
+        GenerationRequest("bad", prompt(10), GREEDY, refs(**{"00": 0.5, "01": 0.5})),
+    ]
+    results = run(engine, requests)
+    assert [results[name, 0].finish_reason for name in ("base", "fine", "bad")] == ["length", "length", "abort"]
+    assert isinstance(results["bad", 0].error, GenerationFailed)
+    check_idle(engine)
+
+
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the system start no more threads, as with `ulimit -u`."""
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+
+def test_cold_adapters_need_no_new_thread(tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build_engine(tiny_base, library(tiny_base, 4))
+    no_threads(monkeypatch)
+    requests = [GenerationRequest("base", prompt(10), GREEDY)]
+    requests += [GenerationRequest(f"a{i}", prompt(10), GREEDY, refs(**{f"{i:02}": 1.0})) for i in range(4)]
+    assert {result.finish_reason for result in run(engine, requests).values()} == {"length"}
+    check_idle(engine)
+
+
+def test_an_engine_for_which_there_are_no_threads_is_not_made(
+    tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = threading.active_count()
+    start, num_started = threading.Thread.start, 0
+
+    def start_five(thread: threading.Thread) -> None:
+        nonlocal num_started
+        num_started += 1
+        if num_started > 5:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_five)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        build_engine(tiny_base)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("executor", [0, 1], ids=["readers", "placers"])
+def test_a_job_that_no_thread_takes_fails_the_requests_of_its_adapter(tiny_base: BaseModel, executor: int) -> None:
+    engine = build_engine(tiny_base, library(tiny_base, 1))
+    engine._loaders[executor].shutdown()
+    requests = [
+        GenerationRequest("base", prompt(10), GREEDY),
+        GenerationRequest("cold", prompt(10), GREEDY, refs(**{"00": 1.0})),
+    ]
+    results = run(engine, requests)
+    assert results["base", 0].finish_reason == "length"
+    assert isinstance(results["cold", 0].error, Unavailable)
     check_idle(engine)
