@@ -92,8 +92,9 @@ class PagedAttention:
             parts.append(attend_decode(self._plan, q[: self._num_decodes], k_cache, v_cache))
         for run in self._runs:
             tokens = slice(run.start, run.stop)
-            keys = k[tokens] if run.slots is None else k_slots.index_select(0, run.slots)
-            values = v[tokens] if run.slots is None else v_slots.index_select(0, run.slots)
+            # copies, which `attend_sequence` may overwrite
+            keys = k[tokens].clone() if run.slots is None else k_slots.index_select(0, run.slots)
+            values = v[tokens].clone() if run.slots is None else v_slots.index_select(0, run.slots)
             parts.append(attend_sequence(q[tokens], keys, values, run.bias))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

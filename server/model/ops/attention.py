@@ -110,17 +110,33 @@ def _gather(plan: DecodePlan, cache: torch.Tensor) -> torch.Tensor:
 def attend_sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """q (new, heads, head_dim) over k, v (positions, kv_heads, head_dim) of one sequence; like q.
 
-    `bias` (new, positions) is added to the scores; None lets every token see every position.
+    `bias` (new, positions) is added to the scores; None lets every token see every position. With a bias, keys and
+    values of new tokens are overwritten if they aren't finite, and every token that sees such a position is NaN.
     """
     new, heads, dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
+    sees_overflow = None if bias is None else _replace_overflows(k[-new:], v[-new:])
     # The heads of a group become further queries of its kv head, so that no key is repeated.
     q = q.view(new, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * new, dim)
     if bias is not None:
         bias = bias.repeat(group, 1)  # (group * new, positions)
     out = F.scaled_dot_product_attention(q, k.transpose(0, 1)[None], v.transpose(0, 1)[None], attn_mask=bias)
-    return out.view(kv_heads, group, new, dim).permute(2, 0, 1, 3).reshape(new, heads, dim)
+    out = out.view(kv_heads, group, new, dim).permute(2, 0, 1, 3).reshape(new, heads, dim)
+    return out if sees_overflow is None else out.masked_fill_(sees_overflow[:, None, None], float("nan"))
+
+
+def _replace_overflows(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Overwrite what isn't finite in new tokens' k, v (new, kv_heads, head_dim). Return which tokens (new,) see
+    such a position, their own or one before.
+
+    Without this, tokens before the position would be NaN, too: a weight of 0 times infinity is NaN, and so is a
+    bias of -inf added to NaN.
+    """
+    overflows = ~(k.isfinite() & v.isfinite()).flatten(1).all(1)
+    for tensor in (k, v):
+        tensor.nan_to_num_(0.0, 0.0, 0.0)
+    return overflows.cumsum(0) > 0
 
 
 def causal_bias(start: int, new: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:

@@ -250,18 +250,35 @@ struct Attention {
                                       [=](int i, __m512 x) { store_bf16(own + i, x); });
             for (int i = (seen + 15) / 16 * 16; i < width; i += 16) store_bf16(own + i, _mm512_setzero_ps());
         }
-        if (by_amx()) mix_amx(weights, width, rows, length(), values, from, to, out, dim);
-        for (int d = from; !by_amx() && d < to; d += kTile)
-            by_blocks(rows, [&]<int now>(int row) {
-                mix_block<now>(weights + (size_t)row * width, width, length(), values, (size_t)d * kPositions,
-                               (size_t)from * kPositions, d == from && row == 0 ? (to - from) / 16 : 0,
-                               out + (size_t)row * dim + d, dim);
-            });
-        for (int row = 0; row < rows; row++) {
-            const __m512 by = _mm512_set1_ps(1.0f / total[row]);
-            for (int d = from; d < to; d += 16)
-                _mm512_storeu_ps(out + row * dim + d, _mm512_mul_ps(_mm512_loadu_ps(out + row * dim + d), by));
+        // All rows at once. Weights are 0 behind a row's own position, but 0 times an infinite value is NaN: if a later
+        // token's value may be infinite, each token's rows are then mixed by themselves.
+        for (int first = 0, last = rows, positions = length(); first < rows;) {
+            const bf16* some = weights + (size_t)first * width;
+            float* mixed = out + (size_t)first * dim;
+            if (by_amx()) mix_amx(some, width, last - first, positions, values, from, to, mixed, dim);
+            for (int d = from; !by_amx() && d < to; d += kTile)
+                by_blocks(last - first, [&]<int now>(int row) {
+                    mix_block<now>(some + (size_t)row * width, width, positions, values, (size_t)d * kPositions,
+                                   (size_t)from * kPositions, d == from && row == 0 ? (to - from) / 16 : 0,
+                                   mixed + (size_t)row * dim + d, dim);
+                });
+            for (int row = first; row < last; row++) {
+                const __m512 by = _mm512_set1_ps(1.0f / total[row]);
+                for (int d = from; d < to; d += 16)
+                    _mm512_storeu_ps(out + row * dim + d, _mm512_mul_ps(_mm512_loadu_ps(out + row * dim + d), by));
+            }
+            const bool is_whole = last - first == rows;
+            // The first row has read every value, so it is NaN wherever one is infinite.
+            if (is_whole && (rows <= group || is_finite(out, from, to))) return;
+            first = is_whole ? 0 : last, last = first + group, positions = position + first / group + 1;
         }
+    }
+
+  private:
+    static bool is_finite(const float* x, int from, int to) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int i = from; i < to; i += 16) sum = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), _mm512_setzero_ps(), sum);
+        return _mm512_reduce_add_ps(sum) == 0;
     }
 };
 

@@ -113,6 +113,25 @@ def test_sequence(heads: int, kv_heads: int, dim: int, start: int, new: int) -> 
         assert torch.allclose(found[i].double(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("start", [0, 7])
+@pytest.mark.parametrize("what", ["keys", "values"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_key_or_value_that_overflows_has_no_effect_on_tokens_before_it(
+    bad: float, what: str, start: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(start)
+    new, place = 9, 4  # the fifth new token's
+    q = torch.randn(new, 6, 8, generator=generator).to(dtype)
+    k, v = (torch.randn(start + new, 2, 8, generator=generator).to(dtype) for _ in range(2))
+    bias = causal_bias(start, new, dtype, q.device)
+    clean = attend_sequence(q, k.clone(), v.clone(), bias)
+    (k if what == "keys" else v)[start + place, 1, 3] = bad
+    found = attend_sequence(q, k, v, bias)
+    assert torch.equal(found[:place], clean[:place])
+    assert found[place:].isnan().all()
+
+
 def test_causal_bias() -> None:
     inf = float("-inf")
     bias = causal_bias(1, 3, torch.float32, torch.device("cpu"))

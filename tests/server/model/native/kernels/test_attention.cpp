@@ -142,3 +142,27 @@ TEST(attend_to_any_number_of_tokens) {
         expect(!memcmp(found.data(), whole.data(), whole.size() * sizeof(float)), "%d tokens at once", tokens);
     }
 }
+
+TEST(infinite_values_have_no_effect_on_tokens_before_them) {
+    const int group = 3, start = 8, tokens = 29, length = start + tokens;
+    AttentionScratch scratch;
+    for (int dim : {32, 64, 96})
+        for (int position : {9, 15, 16, 20, 31, 35, 36})
+            for (float bad : {INFINITY, -INFINITY, NAN}) {
+                Random random(dim + position);
+                Cache cache(random, length, 16, 1, dim);
+                const auto q = random_bf16(random, (size_t)tokens * group * dim, 2);
+                const Attention of{cache.view, cache.blocks.data(), 0, tokens * group, group, start};
+                std::vector<float> clean((size_t)tokens * group * dim), found(clean.size());
+                attend(of, q.data(), cache.next(), clean.data(), scratch);
+                std::vector<float> value(dim, 1.0f);
+                value[5] = value[dim - 1] = bad;
+                cache.view.put_value(cache.blocks.data(), position, 0, value.data());
+                attend(of, q.data(), cache.next(), found.data(), scratch);
+                const size_t before = (size_t)(position - start) * group * dim;
+                expect(!memcmp(found.data(), clean.data(), before * sizeof(float)), "dim %d, position %d", dim,
+                       position);
+                for (size_t i = before; i < found.size(); i++)
+                    expect(std::isfinite(found[i]) == (i % dim != 5 && (int)i % dim != dim - 1), "at %zu", i);
+            }
+}
