@@ -40,11 +40,14 @@ class SamplingParams:
     speculates: bool = True  # whether tokens may be drafted, which changes none
 
     @cached_property
+    def penalizes(self) -> bool:
+        """Whether a penalty applies before a token is chosen."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
+    @cached_property
     def changes_logits(self) -> bool:
         """Whether a penalty or a bias applies before a token is chosen."""
-        return bool(
-            self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias
-        )
+        return bool(self.penalizes or self.logit_bias)
 
 
 @dataclass(frozen=True)

@@ -92,20 +92,14 @@ class Runner:
 
 def _rows(chunk: Chunk) -> Iterator[LogitsRow]:
     """What decides the token behind the sequence's own, and behind each of the draft's if it is right so far."""
-    sequence, draft = chunk.sequence, chunk.draft
-    for num in range(1 + len(draft)):
-        token_ids, constraint = sequence.token_ids, sequence.constraint
-        if num:
-            token_ids = [*token_ids, *draft[:num]]
-            constraint = None if constraint is None else constraint.after(draft[:num])
-        yield LogitsRow(
-            sequence.request.sampling,
-            sequence.index,
-            len(token_ids),
-            token_ids,
-            sequence.num_prompt_tokens,
-            constraint,
-        )
+    sequence = chunk.sequence
+    for num in range(1 + len(chunk.draft)):
+        draft, constraint = chunk.draft[:num], sequence.constraint
+        if draft and constraint is not None:
+            constraint = constraint.after(draft)
+        position = sequence.num_tokens + num
+        params = sequence.request.sampling
+        yield LogitsRow(params, sequence.index, position, sequence.token_counts, draft, constraint)
 
 
 def _neighbours(chunks: list[Chunk]) -> list[Chunk]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from adapters.errors import SmoloraError
 from server.engine.request import AdapterRef, GenerationRequest, Logprobs, Timing
+from server.engine.sampling.token_counts import TokenCounts
 
 
 class Constraint(Protocol):
@@ -140,6 +141,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+        self.token_counts = TokenCounts(self.token_ids, len(self.token_ids))
         self.adapter_key = adapter_key(self.request.adapters)
         self.prefix_root = prefix_root(self.adapter_key, self.request.project)
 

@@ -5,18 +5,17 @@ arXiv:1909.05858), presence and frequency penalty and logit bias (as OpenAI's AP
 constraint. Each is done for all rows at once, so that a device gets its numbers in one copy.
 """
 
-from collections import Counter
-from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from server.engine.request import SamplingParams
-from server.model.device import floats_beside, to_device
+from server.engine.sampling.token_counts import TokenCounts
+from server.model.device import to_device
 
 
 class Restriction(Protocol):
@@ -27,6 +26,18 @@ class Restriction(Protocol):
         ...
 
 
+class Penalized(NamedTuple):
+    """Tokens whose logits penalties change; each token once."""
+
+    seen: NDArray[np.int64]  # that the repetition penalty is for
+    used: NDArray[np.int64]  # that the presence and the frequency penalty are for
+    penalties: NDArray[np.float64]  # what these take off the logits of each of `used`
+
+    @classmethod
+    def nothing(cls) -> Self:
+        return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
+
+
 @dataclass(frozen=True, eq=False)
 class LogitsRow:
     """What decides one row's token, besides its logits."""
@@ -34,23 +45,21 @@ class LogitsRow:
     params: SamplingParams
     index: int  # of the choice
     position: int  # of the new token in its sequence
-    token_ids: Seq[int]  # the prompt and the output so far: what the repetition penalty looks at
-    num_prompt_tokens: int = 0  # the other penalties look at what comes after them
+    counts: TokenCounts  # of the prompt and the output so far
+    draft: Seq[int] = ()  # tokens that follow them
     constraint: Restriction | None = None
 
     @property
-    def seen(self) -> Collection[int]:
-        """The tokens that the repetition penalty is for."""
-        return set(self.token_ids) if self.params.repetition_penalty != 1 else ()
-
-    @property
-    def penalties(self) -> Mapping[int, float]:
-        """What presence and frequency penalty take off the logits of tokens."""
-        presence, frequency = self.params.presence_penalty, self.params.frequency_penalty
+    def penalized(self) -> Penalized:
+        """What the penalties change. Only asked if one applies."""
+        params = self.params
+        tokens, counts = self.counts.of(self.draft)
+        is_used = counts > 0
+        used, presence, frequency = tokens[is_used], params.presence_penalty, params.frequency_penalty
         if not (presence or frequency):
-            return {}
-        counts = Counter(self.token_ids[self.num_prompt_tokens :])
-        return {token_id: presence + frequency * count for token_id, count in counts.items()}
+            used = used[:0]
+        seen = tokens if params.repetition_penalty != 1 else tokens[:0]
+        return Penalized(seen, used, presence + frequency * counts[is_used][: len(used)])
 
 
 def penalize(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
@@ -61,12 +70,13 @@ def penalize(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
         params = row.params
         if not params.changes_logits:
             continue
-        if tokens := row.seen:
-            seen.add(i * vocab, tokens, [params.repetition_penalty] * len(tokens))
-        if penalties := row.penalties:
-            used.add(i * vocab, penalties, penalties.values())
+        if params.penalizes:
+            penalized = row.penalized
+            seen.add(i * vocab, penalized.seen, np.full(penalized.seen.shape, params.repetition_penalty))
+            used.add(i * vocab, penalized.used, penalized.penalties)
         if params.logit_bias:
-            biased.add(i * vocab, *zip(*params.logit_bias, strict=True))
+            token_ids, biases = zip(*params.logit_bias, strict=True)
+            biased.add(i * vocab, np.array(token_ids, np.int64), np.array(biases, np.float64))
     if seen:
         index, penalty = seen.on(logits)
         scores = flat[index]
@@ -84,12 +94,13 @@ class _Places:
 
     def __init__(self) -> None:
         self._places: list[NDArray[np.int64]] = []
-        self._values: list[float] = []
+        self._values: list[NDArray[np.float64]] = []
 
-    def add(self, start: int, token_ids: Collection[int], values: Collection[float]) -> None:
+    def add(self, start: int, token_ids: NDArray[np.int64], values: NDArray[np.float64]) -> None:
         """Of the row that begins at `start`."""
-        self._places.append(np.fromiter(token_ids, np.int64, len(token_ids)) + start)
-        self._values += values
+        if token_ids.size:
+            self._places.append(token_ids + start)
+            self._values.append(values)
 
     def __bool__(self) -> bool:
         return bool(self._values)
@@ -97,7 +108,8 @@ class _Places:
     def on(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The places and the numbers, where and as `logits` are."""
         places = torch.from_numpy(np.concatenate(self._places))
-        return to_device(places, logits.device), floats_beside(logits, self._values)
+        values = torch.from_numpy(np.concatenate(self._values)).to(logits.dtype)
+        return to_device(places, logits.device), to_device(values, logits.device)
 
 
 def constrain(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:

@@ -4,14 +4,13 @@ The torch sampler is its oracle. The noise is the same; a token may differ where
 equals lie on the border of a filter, which go by their ids here.
 """
 
-from collections.abc import Collection
 from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
 
 from server.engine.request import Logprobs
-from server.engine.sampling.logits import LogitsRow
+from server.engine.sampling.logits import LogitsRow, Penalized
 from server.engine.sampling.sampler import MIN_TEMPERATURE, Sampled, noise_key
 from server.model.native.model import NativeModel
 from server.model.native.sampling import Choices, SampleTable
@@ -50,11 +49,11 @@ def sampled(choices: Choices, rows: Seq[LogitsRow], vocab_size: int) -> list[Sam
 
 def _add(table: SampleTable, row: LogitsRow, vocab_size: int) -> None:
     params = row.params
-    seen: Collection[int] = ()
-    added: list[tuple[int, float]] = []
-    if params.changes_logits:
-        seen = row.seen
-        added = [*((token_id, -penalty) for token_id, penalty in row.penalties.items()), *params.logit_bias]
+    seen, used, penalties = row.penalized if params.penalizes else Penalized.nothing()
+    added_ids, added = used, -penalties
+    if params.logit_bias:
+        token_ids, biases = zip(*params.logit_bias, strict=True)
+        added_ids, added = np.append(added_ids, token_ids), np.append(added, biases)
     forbidden = None
     if row.constraint is not None:
         forbidden = row.constraint.forbidden()
@@ -70,6 +69,7 @@ def _add(table: SampleTable, row: LogitsRow, vocab_size: int) -> None:
         num_top=params.logprobs,
         repetition_penalty=params.repetition_penalty,
         seen=seen,
+        added_ids=added_ids,
         added=added,
         forbidden=forbidden,
     )

@@ -1,6 +1,5 @@
 """How the native code is told which tokens to choose, and what it answers."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +9,8 @@ from server.model.native.abi import SampleRow, SampleStep, packing
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+_NO_INTS, _NO_DOUBLES = np.empty(0, np.int64), np.empty(0, np.float64)
 _ROW = packing(SampleRow)
 
 
@@ -28,9 +29,10 @@ class SampleTable:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._rows: list[bytes] = []  # each a SampleRow
-        self._seen: list[int] = []
-        self._added_ids: list[int] = []
-        self._added: list[float] = []
+        self._seen: list[Ints] = []
+        self._added_ids: list[Ints] = []
+        self._added: list[Doubles] = []
+        self._num_seen = self._num_added = 0
         self._masks: list[npt.NDArray[np.bool_]] = []  # are read where they lie
         self._kept: tuple[object, ...] = ()  # as are these
         self._max_top = 0
@@ -48,14 +50,15 @@ class SampleTable:
         key: int,
         num_top: int,
         repetition_penalty: float = 1.0,
-        seen: Collection[int] = (),
-        added: Collection[tuple[int, float]] = (),
+        seen: Ints = _NO_INTS,
+        added_ids: Ints = _NO_INTS,
+        added: Doubles = _NO_DOUBLES,
         forbidden: npt.NDArray[np.bool_] | None = None,
     ) -> None:
         """The next row: temperature 0 takes the likeliest token, else `key` (64 bits) decides the draw.
 
-        Its logits are changed in this order: the repetition penalty on tokens that were `seen`, what is `added`
-        to those of tokens, and what is `forbidden` (vocab,). Then come top-k (0: off), top-p (1: off) and min-p
+        Its logits are changed in this order: the repetition penalty on tokens that were `seen`, what is `added` to
+        those of `added_ids`, and what is `forbidden` (vocab,). Then come top-k (0: off), top-p (1: off) and min-p
         (0: off). With `num_top` log-probabilities are told: the chosen token's and so many likeliest ones'.
         """
         mask = 0
@@ -66,21 +69,23 @@ class SampleTable:
             mask = self._masks[-1].ctypes.data
         num_top = min(num_top, self._vocab_size)
         self._max_top = max(self._max_top, num_top)
-        ranges = len(self._seen), len(seen), len(self._added), len(added)
+        ranges = self._num_seen, len(seen), self._num_added, len(added)
         row = temperature, top_p, min_p, top_k, key, num_top, mask, repetition_penalty, *ranges
         self._rows.append(_ROW.pack(*row))
-        self._seen += seen
-        for token_id, value in added:
-            self._added_ids.append(token_id)
-            self._added.append(value)
+        self._num_seen += len(seen)
+        self._num_added += len(added)
+        self._seen.append(seen)
+        self._added_ids.append(added_ids)
+        self._added.append(added)
 
     def step(self, *, hidden: int | None = None, logits: int | None = None) -> tuple[SampleStep, Choices]:
         """The step as native code reads it, of hidden states or logits at an address, and where the answer comes;
         the table must stay until it is there."""
         num_rows = len(self._rows)
         rows = np.frombuffer(b"".join(self._rows), np.uint8)
-        seen, added_ids = np.array(self._seen, np.int64), np.array(self._added_ids, np.int64)
-        added = np.array(self._added, np.float64)
+        seen = np.concatenate([_NO_INTS, *self._seen])
+        added_ids = np.concatenate([_NO_INTS, *self._added_ids])
+        added = np.concatenate([_NO_DOUBLES, *self._added])
         choices = Choices(
             np.empty(num_rows, np.int64),
             np.empty((num_rows, 1 + self._max_top), np.float32),

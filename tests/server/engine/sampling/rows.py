@@ -14,6 +14,7 @@ from transformers import (
 
 from server.engine.request import SamplingParams
 from server.engine.sampling.logits import LogitsRow
+from server.engine.sampling.token_counts import TokenCounts
 
 VOCAB = 1000
 
@@ -22,7 +23,8 @@ def row(
     *, index: int = 0, position: int = 5, token_ids: Sequence[int] = (1,), seed: int = 0, **params: Any
 ) -> LogitsRow:
     asked: dict[str, Any] = {"temperature": 1.0, **params}
-    return LogitsRow(SamplingParams(seed=seed, **asked), index, position, token_ids)
+    counts = TokenCounts(token_ids, 0)
+    return LogitsRow(SamplingParams(seed=seed, **asked), index, position, counts)
 
 
 def logits_of(seed: int, rows: int = 1, vocab: int = VOCAB, spread: float = 3.0) -> torch.Tensor:

@@ -18,6 +18,7 @@ from server.engine.sampling import sampler
 from server.engine.sampling.logits import LogitsRow, constrain, penalize
 from server.engine.sampling.native import sample_natively
 from server.engine.sampling.sampler import Sampled
+from server.engine.sampling.token_counts import TokenCounts
 from server.model.native.sampling import SampleTable
 from tests.properties import num_examples
 from tests.server.engine.sampling.exact_sampler import exact_noise, may_be_chosen
@@ -100,7 +101,7 @@ def batches(draw: st.DrawFn) -> tuple[torch.Tensor, list[LogitsRow]]:
             frequency_penalty=draw(st.sampled_from([0.0, 0.0, -0.3])),
             logit_bias=tuple(biases.items()) if draw(st.booleans()) else (),
         )
-        one = replace(one, num_prompt_tokens=len(history) // 2)
+        one = replace(one, counts=TokenCounts(history, len(history) // 2))
         if draw(st.integers(0, 3)) == 0:
             generator = np.random.default_rng(draw(st.integers(0, 100)))
             mask = generator.random(vocab) < draw(st.sampled_from([0.1, 0.9, 0.999]))
@@ -237,8 +238,8 @@ def table(**asked: Any) -> SampleTable:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"seen": [64]}, "token id 64 is not one of the vocabulary of 64"),
-        ({"added": [(-1, 2.0)]}, "token id -1"),
+        ({"seen": np.array([64])}, "token id 64 is not one of the vocabulary of 64"),
+        ({"added_ids": np.array([-1]), "added": np.array([2.0])}, "token id -1"),
         ({"temperature": float("nan")}, "row 0 has the temperature nan"),
         ({"temperature": -1.0}, "row 0 has the temperature -1"),
         ({"top_k": -1}, "top-k -1"),
