@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -66,15 +67,18 @@ class PackedFiles:
         if not self._has_bytes(digest):  # discarded meanwhile, perhaps before the file was there to go with it
             self.remove(digest)
 
-    def map(self, digest: str) -> torch.Tensor | None:
-        """The file's bytes, mapped, which outlive its removal; None where there is none. It is then just used."""
-        path = self._folder / digest
+    def open(self, digest: str) -> FileIO:
+        """Open the file, which is then just used. Raises OSError, FileNotFoundError if there is none.
+
+        Files are read and not mapped: an I/O error while a map is read would end the process (SIGBUS).
+        """
+        file = FileIO(self._folder / digest)
         try:
-            content = map_file(path)
-            os.utime(path)
-        except (OSError, RuntimeError, TensorFileError):
-            return None
-        return content
+            os.utime(file.fileno())
+        except BaseException:
+            file.close()
+            raise
+        return file
 
     def contents(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each digest with its file's bytes, mapped, to be looked at: that isn't a use."""

@@ -1,25 +1,30 @@
 """Adapters read as they are to lie in the pools, from packed files beside stored ones (`adapters.store.packed`).
 
-A file is one page that says what it holds, and then `PackedRows.content`: to load the adapter is to map the file
-and copy each group's runs. It is written when an adapter is put into the store, or in the background once one
-without was loaded. A file that isn't what is expected (another layout or length) is dropped, and made anew. Only
-reading all of it shows whether a disk has changed it, which `smolora doctor` does (`is_damaged`), and no load.
+A file is one page that says what it holds, and then `PackedRows.content`. To load the adapter is to check the
+page, and to place it is to read each group's runs. The file is written when an adapter is put into the store, or
+in the background after an adapter without one was loaded. A file that isn't what is expected (another layout or
+length) is dropped, and made again. Only reading all of it shows whether a disk has changed it: `smolora doctor`
+does (`is_damaged`), a load doesn't.
 Which adapters have none, `_is_wanted` says: they are placed as they were published, in the same bits.
 """
 
 import hashlib
 import json
 import logging
+import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
+from io import FileIO
 
 import torch
 
+from adapters.errors import Unavailable
 from adapters.lora import LoraWeights
 from adapters.store.packed import Pieces
 from adapters.store.store import AdapterStore
 from server.model.rank_rows import Stored
-from server.model.row_layout import GROUPS, PackedRows, RowLayout
+from server.model.row_layout import GROUPS, PackedFile, RowLayout
 
 FORMAT = 1
 """Grows with any change of what `RowLayout.pack` makes of the same weights."""
@@ -54,15 +59,17 @@ class PackedAdapters:
         store.packed.make = self._wanted_pieces
 
     def load(self, digest: str) -> Stored:
-        """The adapter, mapped from its packed file or, where there is none, as it was published. Either takes no
-        memory of its own, however long it waits to be placed. Raises CorruptAdapter.
+        """Return the adapter, still in its packed file or, if it has none, as it was published.
+
+        Neither takes memory of its own, however long it waits to be placed. Raises CorruptAdapter.
         """
-        content = self._store.packed.map(digest)
-        if content is not None:
-            try:
-                return self._read(digest, content)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                self._store.packed.remove(digest)
+        try:
+            with self._store.packed.open(digest) as file:
+                return self._check(digest, file)
+        except OSError:
+            pass
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self._store.packed.remove(digest)
         weights = self._store.load(digest)
         # where another is being written, the next load may do it
         if self._is_wanted(digest, weights) and self._writing.acquire(blocking=False):
@@ -73,16 +80,32 @@ class PackedAdapters:
                 self._writing.release()
         return weights
 
-    def _read(self, digest: str, content: torch.Tensor) -> PackedRows:
-        header = json.loads(content[:_HEADER].numpy().tobytes())
+    def _check(self, digest: str, file: FileIO) -> PackedFile:
+        page = file.read(_HEADER)
+        header = json.loads(page)
         if (header["layout"], header["digest"]) != (self._layout_digest, digest):
             raise ValueError("of another layout or adapter")
         if _SUM not in header:
             raise ValueError("of an older release, which nobody could check")
         needs = self._layout.needs(header["ranks"])
-        if len(content) != _HEADER + self._layout.num_bytes(needs):
+        if os.fstat(file.fileno()).st_size != _HEADER + self._layout.num_bytes(needs):
             raise ValueError("of another length")
-        return PackedRows(needs, content[_HEADER:])
+        return PackedFile(needs, partial(self._read, digest, page))
+
+    def _read(self, digest: str, page: bytes, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers with what follows the header `page`. If that fails, the file is dropped."""
+        try:
+            with self._store.packed.open(digest) as file:
+                if file.read(_HEADER) != page:
+                    raise OSError("the file was replaced")
+                for buffer in buffers:
+                    _fill(buffer, file)
+        except OSError as error:
+            log.warning("can't read %s: %s", digest[:12], error)
+            self._store.packed.remove(digest)
+            raise Unavailable(
+                "an adapter of this request can't be read from the disk now; try it again"
+            ) from error
 
     def _is_wanted(self, digest: str, weights: LoraWeights) -> bool:
         """Whether to keep the adapter packed: asked before any memory is taken for that."""
@@ -116,6 +139,14 @@ class PackedAdapters:
             log.warning("can't keep %s packed: %s", digest[:12], error)
         finally:
             self._writing.release()
+
+
+def _fill(buffer: memoryview, file: FileIO) -> None:
+    while buffer:
+        num_read = file.readinto(buffer)
+        if not num_read:
+            raise OSError("the file has become shorter")
+        buffer = buffer[num_read:]
 
 
 def is_damaged(file: torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ import torch
 
 from adapters.lora import BaseShape, LoraWeights
 from server.model.huge_pages import in_huge_pages, take_pages
-from server.model.row_layout import GroupRows, Needs, PackedRows, RowFormat, RowLayout
+from server.model.row_layout import GroupRows, Needs, PackedFile, PackedRows, RowFormat, RowLayout
 from server.model.uploads import Uploads
 
 
@@ -35,7 +35,7 @@ class Run:
 Placement = Mapping[str, Run]
 """Where an adapter lies, by group."""
 
-Stored = LoraWeights | PackedRows
+Stored = LoraWeights | PackedRows | PackedFile
 """An adapter that isn't placed yet: as it was published, or as it is to lie."""
 
 
@@ -99,19 +99,20 @@ class RankRows:
 
     def needs(self, stored: Stored) -> Needs:
         """The rows and units that an adapter takes in each group's pool."""
-        return stored.needs if isinstance(stored, PackedRows) else self.layout.needs_of(stored)
+        return self.layout.needs_of(stored) if isinstance(stored, LoraWeights) else stored.needs
 
     @torch.inference_mode()
     def place(self, stored: Stored, placement: Placement) -> None:
         """Copy an adapter into its rows, which may be read once this has returned.
 
         Other rows are not touched, so they may be in use meanwhile; a GPU copies beside what it computes.
-        Raises ValueError or RuntimeError for an adapter of another base.
+        Raises ValueError or RuntimeError for an adapter of another base, Unavailable if its file can't be read.
         """
         packed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if isinstance(stored, PackedRows):
             packed = {group: (a, b) for group, a, b in self.layout.runs(stored)}
         staged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        buffers: list[memoryview] = []
         for group, run in placement.items():
             a, b = self.run(group, run)
             if self._uploads is not None:
@@ -120,6 +121,8 @@ class RankRows:
                 a, b = host_a, host_b
             if isinstance(stored, LoraWeights):
                 self.layout.fill(stored, run.rows, a, b)
+            elif isinstance(stored, PackedFile):
+                buffers += _buffers(a) + _buffers(b)
             else:
                 a.copy_(packed[group][0])
                 b.copy_(packed[group][1])
@@ -127,6 +130,9 @@ class RankRows:
             ends = run.first_row + run.rows.num_rows, run.first_unit + run.rows.num_units
             self._ends[group] = max(rows, ends[0]), max(units, ends[1])
             self.lacks_pages |= self.format.tile is not None and self._ends[group] != (rows, units)
+        if isinstance(stored, PackedFile):
+            assert list(placement) == list(stored.needs), "the file has the groups in this order"
+            stored.read(buffers)
         self._last = placement
         if self._uploads is not None:
             self._uploads.copy(staged)
@@ -151,3 +157,9 @@ class RankRows:
             row, unit = self._ends.get(group, (0, 0))
             take_pages(self.a[group][layers * row : layers * (row + run.rows.num_rows)])
             take_pages(self.b[group][layers * unit : layers * (unit + run.rows.num_units)])
+
+
+def _buffers(run: torch.Tensor) -> list[memoryview]:
+    """The memory of a run (layers, rows, …) in order: in one piece if its layers follow each other."""
+    pieces = [run] if run.is_contiguous() else list(run)
+    return [memoryview(piece.view(torch.uint8).numpy()).cast("B") for piece in pieces]

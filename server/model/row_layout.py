@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,7 +103,15 @@ class PackedRows:
     """An adapter as it is to lie: of each group that it needs its run of A and then that of B, in one piece."""
 
     needs: Needs
-    content: torch.Tensor  # (bytes,), uint8; may be mapped from a file
+    content: torch.Tensor  # (bytes,), uint8
+
+
+@dataclass(frozen=True, eq=False)
+class PackedFile:
+    """The content of a `PackedRows` that is still in a file."""
+
+    needs: Needs
+    read: Callable[[Sequence[memoryview]], None]  # fills buffers with the content, one after the other
 
 
 class RowLayout:

@@ -1,26 +1,30 @@
 """Packed adapters: the pools get the same bytes whichever way, and no file that isn't sound is ever served."""
 
+import errno
 import hashlib
 import math
 import os
 import threading
 import time
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 
 import pytest
 import torch
+from typing_extensions import Buffer
 
 from adapters.durable import UNFINISHED
-from adapters.errors import CorruptAdapter
+from adapters.errors import CorruptAdapter, Unavailable
 from adapters.lora import BaseShape, LoraConfig, LoraModule, LoraWeights
 from adapters.peft.files import PeftAdapter
+from adapters.store import packed as packed_files
 from adapters.store.packed import PackedFiles, Pieces
 from adapters.store.store import AdapterStore
 from server.model.native.model import ROW_FORMAT
 from server.model.packed_adapters import FORMAT, PackedAdapters, is_damaged
 from server.model.rank_rows import Placement, RankRows, Run, Stored
-from server.model.row_layout import PackedRows, RowFormat, RowLayout
+from server.model.row_layout import PackedFile, PackedRows, RowFormat, RowLayout
 from tests.engine_kit import random_adapter
 
 CPU = torch.device("cpu")
@@ -129,9 +133,9 @@ def test_the_pools_get_the_same_bytes_whichever_way(shape: BaseShape, name: str,
     file = packed_file(tmp_path, digest)
     file_before = file.stat()
     loaded = packed.load(digest)
-    assert isinstance(loaded, PackedRows)
+    assert isinstance(loaded, PackedFile)
     assert loaded.needs == RowLayout(shape, ROW_FORMAT).needs_of(adapter.weights)
-    assert file_before.st_size == 4096 + len(loaded.content)
+    assert file_before.st_size == 4096 + RowLayout(shape, ROW_FORMAT).num_bytes(loaded.needs)
     assert_same_pools(shape, loaded, store.load(digest))
     settle()
     assert file.stat().st_ino == file_before.st_ino, "what is there is not written again"
@@ -333,11 +337,77 @@ def test_it_goes_with_the_adapter(tmp_path: Path) -> None:
     assert packed_file(tmp_path, digest).exists()
     store.unpin([digest])
     assert not packed_file(tmp_path, digest).exists()
-    assert_same_pools(TINY, loaded, adapter.weights)  # the map outlives it
+    with pytest.raises(Unavailable):
+        pool_of(TINY, loaded)
     with pytest.raises(CorruptAdapter):
         packed.load(digest)
     store.packed.keep(digest, [memoryview(b"of one that was slow")])
     assert not packed_file(tmp_path, digest).exists()
+
+
+def end_early(file: Path) -> None:
+    with file.open("r+b") as opened:
+        opened.truncate(8192)
+
+
+def replace_by_another(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b'"layout":"', b'"layout":"0', 1))
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, end_early, replace_by_another])
+def test_a_file_that_cannot_be_read_any_more_fails_one_placing(
+    spoil: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """A map of it would end the process. The next load has what was published."""
+    store = AdapterStore(tmp_path)
+    packed = PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
+    adapter = published(ADAPTERS["all modules"](TINY))
+    store.put(adapter)
+    loaded = packed.load(adapter.weights.digest)
+    spoil(packed_file(tmp_path, adapter.weights.digest))
+    with pytest.raises(Unavailable, match="can't be read from the disk now"):
+        pool_of(TINY, loaded)
+    assert not packed_file(tmp_path, adapter.weights.digest).exists()
+    assert_same_pools(TINY, packed.load(adapter.weights.digest), adapter.weights)
+    settle()
+
+
+def test_an_io_error_fails_one_placing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = AdapterStore(tmp_path)
+    packed = PackedAdapters(store, RowLayout(TINY, ROW_FORMAT))
+    adapter = published(ADAPTERS["all modules"](TINY))
+    store.put(adapter)
+    loaded = packed.load(adapter.weights.digest)
+
+    class Failing(FileIO):
+        def readinto(self, buffer: Buffer, /) -> int:
+            raise OSError(errno.EIO, "a secret path")
+
+    monkeypatch.setattr(packed_files, "FileIO", Failing)
+    with pytest.raises(Unavailable) as raised:
+        pool_of(TINY, loaded)
+    assert "secret" not in str(raised.value)
+
+
+def test_layers_that_lie_apart_are_read_one_by_one(tmp_path: Path) -> None:
+    """As in the pools of torch."""
+    row_format = RowFormat.of_torch(torch.bfloat16, CPU)
+    store = AdapterStore(tmp_path)
+    packed = PackedAdapters(store, RowLayout(TINY, row_format))
+    adapter = published(ADAPTERS["odd ranks by layer, in bf16"](TINY))
+    store.put(adapter)
+    stored = packed.load(adapter.weights.digest)
+    assert isinstance(stored, PackedFile)
+    pools = []
+    for one in (stored, adapter.weights):
+        rows = RankRows(TINY, max_rank=40, row_format=row_format, device=CPU)
+        rows.place(one, {group: Run(need, 6, 12) for group, need in rows.needs(one).items()})
+        pools.append(
+            {group: (a.clone() for a in rows.run(group, Run(need, 6, 12))) for group, need in stored.needs.items()}
+        )
+    for group, found in pools[0].items():
+        for ours, expected in zip(found, pools[1][group], strict=True):
+            assert torch.equal(ours, expected)
 
 
 def test_a_sweep_takes_what_killed_processes_left(tmp_path: Path) -> None:
