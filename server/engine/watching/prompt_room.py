@@ -26,8 +26,8 @@ class PromptRoom:
         return max(_LEAST, int(self._slower / self._costs.of(num_decoding)))
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
-        """A step of these chunks took so long."""
+        """Note that a step of these chunks took so long. Drafts belong to the decodes."""
         num_decoding = sum(chunk.is_decode for chunk in chunks)
-        if num_decoding and not any(chunk.draft for chunk in chunks):
-            num_tokens = sum(chunk.num_tokens for chunk in chunks)
-            self._costs.observe(num_decoding, num_tokens - num_decoding, seconds)
+        if num_decoding:
+            num_tokens = sum(chunk.num_tokens for chunk in chunks if not chunk.is_decode)
+            self._costs.observe(num_decoding, num_tokens, seconds)

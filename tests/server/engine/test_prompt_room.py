@@ -1,6 +1,7 @@
 """How much of prompts is read beside sequences that decode: what their pauses allow, by what steps took."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -28,6 +29,21 @@ def test_prompts_take_their_share_of_a_step(step: float, token: float, share: fl
     if room.beside(4) > 16:  # the least that a step reads
         assert prompts / (step + prompts) == pytest.approx(share, abs=0.05)
     assert room.beside(4) > 16 or share == 0.3
+
+
+@pytest.mark.parametrize("num_drafted", [4, 12])
+def test_steps_with_drafts_say_what_prompts_cost(num_drafted: int) -> None:
+    """The step without prompts, which the pause is measured against, has drafts, too."""
+    rng, room = random.Random(2), PromptRoom(32)
+    token, draft_token = 0.0001, 0.0004
+    for _ in range(300):
+        num_tokens = rng.choice((0, 0, room.beside(1)))
+        drafted = rng.choice((num_drafted, num_drafted - 1))
+        decode, *reads = chunks(1, num_tokens)
+        seconds = 0.005 + draft_token * drafted + token * num_tokens
+        room.observe([replace(decode, draft=(7,) * drafted), *reads], seconds * rng.uniform(0.95, 1.05))
+    step = 0.005 + draft_token * num_drafted
+    assert step + token * room.beside(1) == pytest.approx(SLOWER * step, rel=0.15)
 
 
 def test_some_are_read_however_slow_it_is() -> None:
