@@ -162,4 +162,4 @@ class RankRows:
 def _buffers(run: torch.Tensor) -> list[memoryview]:
     """The memory of a run (layers, rows, …) in order: in one piece if its layers follow each other."""
     pieces = [run] if run.is_contiguous() else list(run)
-    return [memoryview(piece.view(torch.uint8).numpy()).cast("B") for piece in pieces]
+    return [memoryview(piece.view(torch.uint8).numpy().data).cast("B") for piece in pieces]

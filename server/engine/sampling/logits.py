@@ -59,7 +59,8 @@ class LogitsRow:
         if not (presence or frequency):
             used = used[:0]
         seen = tokens if params.repetition_penalty != 1 else tokens[:0]
-        return Penalized(seen, used, presence + frequency * counts[is_used][: len(used)])
+        penalties = presence + frequency * counts[is_used][: len(used)].astype(np.float64)
+        return Penalized(seen, used, penalties)
 
 
 def penalize(logits: torch.Tensor, rows: Seq[LogitsRow]) -> None:
