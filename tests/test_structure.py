@@ -23,6 +23,7 @@ LAYERS = [
         "server.loading",
         "server.logs",
         "server.migrations",
+        "server.priority",
         "server.program",
         "server.shared",
         "server.sqlite",

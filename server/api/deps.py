@@ -5,6 +5,7 @@ A route gets them as the project sees them that asks: it can't name, list or cha
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar, cast
 
 from fastapi import Depends, Header, Request
@@ -14,8 +15,9 @@ from adapters.library import Library
 from server.access.access import Access
 from server.access.principal import EVERYBODY, Principal
 from server.api.access.authentication import principal_of
+from server.api.access.lanes import Lane
+from server.api.access.places import Places
 from server.api.access.quotas import Incoming
-from server.api.access.slots import Places, Slots
 from server.api.generate.recent_pins import RecentPins
 from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
@@ -24,6 +26,7 @@ from server.config import Settings
 from server.engine.request import EngineStats, GenerationRequest, SequenceOutput
 from server.engine.structured.guidance import Guidance
 from server.home import Home
+from server.metrics.lanes import LaneMetrics
 from server.metrics.metrics import Metrics
 from server.model.text.chat import PromptEncoder
 from server.storage import Storage
@@ -83,17 +86,33 @@ class EngineClient(Protocol):
 class Limiters:
     """How much may be done at once, over all routes, of what takes cores, memory and disk from the engine."""
 
-    encoding: Slots = field(default_factory=lambda: Slots("long prompts", 2, 64))  # each may cost seconds
-    grammars: Slots = field(default_factory=lambda: Slots("grammars", 16, 0))  # one is compiled at a time
-    preparing: Slots = field(default_factory=lambda: Slots("training jobs", 2, 16))  # bodies that are tokenized
-    checking: Slots = field(default_factory=lambda: Slots("files", 2, 16))  # of rows
-    parsing: Slots = field(default_factory=lambda: Slots("adapters", 2, 16))  # hashed and copied
-    fetching: Slots = field(default_factory=lambda: Slots("imports", 2, 16))
-    uploads: Places = field(default_factory=lambda: Places("uploads", 16))  # on the disk, of up to 256 MiB each
+    encoding: Lane
+    grammars: Lane
+    preparing: Lane
+    checking: Lane
+    parsing: Lane
+    fetching: Lane
+    merging: Lane
+    uploads: Places
     incoming: Incoming = field(default_factory=Incoming)
 
+    @classmethod
+    def build(cls, queue_timeout: float, metrics: LaneMetrics) -> "Limiters":
+        """Bound what waits for a thread to `queue_timeout` seconds."""
+        lane = partial(Lane, timeout=queue_timeout, metrics=metrics)
+        return cls(  # of three threads one project gets two
+            encoding=lane("encoding", "long prompts", 3, 64),
+            grammars=lane("grammars", "grammars", 1, 16, steps_back=False),  # Guidance compiles one at a time
+            preparing=lane("preparing", "training jobs", 3, 16),
+            checking=lane("checking", "files", 3, 16),  # of rows
+            parsing=lane("parsing", "adapters", 3, 16),  # hashed and copied
+            fetching=lane("fetching", "imports", 3, 16),
+            merging=lane("merging", "merges", 3, 16),
+            uploads=Places("uploads", 16, name="uploads", metrics=metrics),  # on the disk, of up to 256 MiB each
+        )
+
     def of(self, project: str) -> "Limiters":
-        """The same, of which a project may have its share."""
+        """Return views of the same for a project."""
         shared = {name: value.of(project) for name, value in vars(self).items() if not isinstance(value, Incoming)}
         return replace(self, **shared)
 
@@ -122,9 +141,9 @@ class Services:
     estimator: Estimator
     decode: Callable[[list[int]], str]
     access: Access
+    limiters: Limiters
     tracer: Tracer | None = None
     principal: Principal = EVERYBODY  # for whom library, jobs, data sets, files and submissions are
-    limiters: Limiters = field(default_factory=Limiters)
     bucket: "Bucket | None" = None  # which has, where there is one, what HOME would have
     _views: "dict[Principal, Services]" = field(default_factory=dict, repr=False)
 

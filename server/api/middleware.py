@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.access.authentication import principal_of
 from server.api.access.bodies import drain
+from server.api.access.lanes import receiving
 from server.api.access.scopes import template_of
 from server.api.access.sites import PROBES
 from server.api.errors.faults import form_of
@@ -67,6 +68,7 @@ class RequestContext:
         if self._tracer is not None:
             told.span = begin_request(self._tracer, scope)
         facts.set(told)
+        receiving.set(receive)
         started = time.perf_counter()
         status = 0
 

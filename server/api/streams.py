@@ -9,6 +9,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from server.api.access.authentication import LOST, end_of_key
+from server.api.access.lanes import client_left
 from server.api.errors.faults import form_of
 from server.errors import Unauthorized
 
@@ -21,11 +22,6 @@ class ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 async def while_connected(scope: Scope, receive: Receive, work: Coroutine[None, None, T]) -> T:
     """The work's result. Where the client leaves first, the work is cancelled and ClientGoneError raised; where
     its key is revoked or expires, Unauthorized.
@@ -33,7 +29,7 @@ async def while_connected(scope: Scope, receive: Receive, work: Coroutine[None, 
     The request's body must have been read.
     """
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(receive))
+    leaving = asyncio.ensure_future(client_left(receive))
     losing = end_of_key(scope)
     try:
         watched: list[asyncio.Future[Any]] = [working, leaving, *([] if losing is None else [losing])]

@@ -28,6 +28,7 @@ from server.engine.request import EngineStats
 from server.errors import QueueFull, ReadTooSlowly
 from server.metrics.engine import EngineCollector
 from server.metrics.http import OTHER, HttpMetrics
+from server.metrics.lanes import LaneMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_ADAPTER_LABELS = 100
@@ -72,6 +73,7 @@ class Metrics:
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         self.http = HttpMetrics(self._registry)
+        self.lanes = LaneMetrics(self._registry)
         self._labels: set[str] = set()
         self._requests = Counter(
             "smolora_requests", "Requests to generate, by outcome", ["outcome"], registry=self._registry

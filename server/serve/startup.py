@@ -11,7 +11,7 @@ from adapters.library import Library
 from adapters.store.store import AdapterStore
 from server.access.access import open_access
 from server.access.principal import EVERYBODY
-from server.api.deps import EngineClient, Services
+from server.api.deps import EngineClient, Limiters, Services
 from server.api.generate.recent_pins import RecentPins
 from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
@@ -84,25 +84,26 @@ def build(
         engine = make_engine(settings, base, store, guidance, say, watchdog)
     else:
         engine = connect(base, store)
+    metrics = Metrics(
+        lambda: engine.stats,
+        [
+            GatewayCollector(
+                lambda: engine.stats,
+                base.name,
+                NamesByDigest(database),
+                commits_of(database, settings.home),
+                EngineConfig.block_size,
+            ),
+            HomeCollector(settings.home, jobs, settings.min_free_bytes, is_shared=not is_file(database)),
+            ServerCollector(base.name, lambda: engine.ready),
+        ],
+    )
     return Services(
         settings=settings,
         engine=engine,
         encoder=encoder,
         library=library,
-        metrics=Metrics(
-            lambda: engine.stats,
-            [
-                GatewayCollector(
-                    lambda: engine.stats,
-                    base.name,
-                    NamesByDigest(database),
-                    commits_of(database, settings.home),
-                    EngineConfig.block_size,
-                ),
-                HomeCollector(settings.home, jobs, settings.min_free_bytes, is_shared=not is_file(database)),
-                ServerCollector(base.name, lambda: engine.ready),
-            ],
-        ),
+        metrics=metrics,
         guidance=guidance,
         base_name=base.name,
         max_model_len=max_model_len_of(settings, base),
@@ -114,6 +115,7 @@ def build(
             settings.home, jobs, RowSources(datasets, files), library, rows, longest, base.digest, storage.bucket
         ),
         access=access,
+        limiters=Limiters.build(settings.queue_timeout, metrics.lanes),
         bucket=storage.bucket,
         tracer=open_tracer(),
         recent_pins=RecentPins(commits_at_once(database, settings.home)),

@@ -19,7 +19,7 @@ from adapters.lora import BaseShape
 from adapters.store.store import AdapterStore
 from server.access.access import open_access
 from server.api.app import create_app
-from server.api.deps import Services
+from server.api.deps import Limiters, Services
 from server.api.generate.recent_pins import RecentPins
 from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
@@ -183,13 +183,14 @@ def build_services(
     """What `create_app` takes, of these parts; `given` are settings."""
     settings = settings_of(home, given)
     rows = RowEncoder(encoder, EOS)
+    metrics = Metrics(lambda: engine.stats)
     return Services(
         settings=settings,
         engine=engine,
         encoder=encoder,
         library=library,
         recent_pins=RecentPins(commits_at_once(database, home)),
-        metrics=Metrics(lambda: engine.stats),
+        metrics=metrics,
         guidance=guidance,
         base_name=BASE_NAME,
         max_model_len=MAX_MODEL_LEN,
@@ -202,6 +203,7 @@ def build_services(
         ),
         estimator=Estimator(jobs, NUM_PARAMETERS, torch.float32, torch.device("cpu")),
         decode=tokenizer.decode,
+        limiters=Limiters.build(settings.queue_timeout, metrics.lanes),
         access=open_access(
             database, Home(home).keyed, commits_of(database, home), settings.api_keys, settings.allow_anonymous
         ),

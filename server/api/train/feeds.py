@@ -16,7 +16,7 @@ from anyio import CapacityLimiter, to_thread
 
 from adapters.errors import NotFound
 from server.api import wire
-from server.api.access.slots import Places
+from server.api.access.places import Places
 from server.api.train.answers import event_document
 from server.training.queue.jobs import NO_JOB, Event, Standing
 

@@ -12,14 +12,11 @@ some of its functions with the GIL held. So all matchers of a grammar belong to 
 or that of `masks` while `Constraint.awaits_mask` is set.
 """
 
-import os
-import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,10 +30,10 @@ from server.engine.request import Grammar
 from server.engine.structured.grammar import GrammarRefused, compiled
 from server.engine.structured.grammar_check import GrammarChecker
 from server.errors import QueueFull
+from server.priority import step_back
 
 _NUM_KEPT = 64  # compiled grammars
 _TURN_SECONDS = 5.0  # what a grammar may wait for others
-_NICE = 10
 _MAX_SPLITS = 64
 """Tokens that the same text may begin with: more are a choice."""
 _QUICK = 0.02
@@ -285,7 +282,7 @@ class Guidance:
         self._vocab_size = vocab_size
         self._eos = list(eos_token_ids)
         self._checker = GrammarChecker(tokenizer, vocab_size, eos_token_ids, without_secrets())
-        self._compiler = ThreadPoolExecutor(1, "grammar-compiler", lower_priority)
+        self._compiler = ThreadPoolExecutor(1, "grammar-compiler", step_back)
         self._turn = threading.Lock()  # of who is having a grammar checked
         self._lock = threading.Lock()  # of what is kept
         self._tokenizer: LLTokenizer | None = None
@@ -367,10 +364,3 @@ def refusal(grammar: Grammar, message: str) -> InvalidInput:
     """The grammar's fault, on the field that it came in."""
     loc = ("regex",) if grammar.kind == "regex" else ("response_format", "json_schema", "schema")
     return InvalidInput([FieldError(loc, message)])
-
-
-def lower_priority() -> None:
-    """Lower this thread's priority, and that of threads it starts, on systems where each has its own."""
-    if sys.platform == "linux":
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

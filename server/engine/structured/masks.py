@@ -21,7 +21,8 @@ from typing import NamedTuple
 from llguidance import LLExecutor
 
 from server.engine.sequence import Sequence, Status
-from server.engine.structured.guidance import Compiled, Constraint, Mask, lower_priority, masks_of
+from server.engine.structured.guidance import Compiled, Constraint, Mask, masks_of
+from server.priority import step_back
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Masks:
         self._queues: OrderedDict[str, deque[_Asked]] = OrderedDict()  # whose turn is next: first
         self._is_closed = False
         # Masks are computed at low priority, and nothing that needs the GIL is: others would wait for it.
-        with ThreadPoolExecutor(1, initializer=lower_priority) as niced:
+        with ThreadPoolExecutor(1, initializer=step_back) as niced:
             self._executor = niced.submit(LLExecutor, 1).result()
         self._thread = threading.Thread(target=self._run, name="grammar-masks", daemon=True)
         self._thread.start()

@@ -13,7 +13,8 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message
 
-from server.api.access.slots import Places, Slots
+from server.api.access.lanes import Lane
+from server.api.access.places import Places
 from server.api.train.feeds import JobFeeds
 from server.errors import QueueFull
 from tests.server.api.adapters.peft_files import as_parts, peft_files
@@ -43,18 +44,6 @@ class Blocked:
         self.num_begun += 1
         assert self.go.wait(60)
         return value
-
-
-async def test_threads_and_those_that_wait_for_one() -> None:
-    slots, work = Slots("things", 1, 2), Blocked()
-    tasks = [asyncio.create_task(slots.run(work, number)) for number in range(3)]
-    await until(lambda: work.num_begun == 1)
-    with pytest.raises(QueueFull, match="too many things wait") as caught:
-        await slots.run(work, 3)
-    assert caught.value.retry_after > 1
-    work.go.set()
-    assert await asyncio.gather(*tasks) == [0, 1, 2]
-    assert await slots.run(work, 4) == 4
 
 
 def test_places_are_given_back() -> None:
@@ -110,14 +99,14 @@ async def test_long_prompts_wait_in_a_bounded_queue(
     def encode(text: str) -> list[int]:
         return [work(1)]
 
-    slots = Slots("long prompts", 1, 1)
-    services = replace(services, limiters=replace(services.limiters, encoding=slots))
+    lane = Lane("encoding", "long prompts", 1, 1)
+    services = replace(services, limiters=replace(services.limiters, encoding=lane))
     monkeypatch.setattr(services.encoder, "prompt", encode)
     try:
         async with client_of(new_app(services)) as client:
             body = {"prompt": LONG, "max_tokens": 1}
             tasks = [asyncio.create_task(client.post("/generate", json=body)) for _ in range(2)]
-            await until(lambda: work.num_begun == 1 and slots._limiter.statistics().tasks_waiting == 1)
+            await until(lambda: work.num_begun == 1 and lane.num_waiting == 1)
             refused = await client.post("/generate", json=body)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
             work.go.set()
@@ -127,11 +116,32 @@ async def test_long_prompts_wait_in_a_bounded_queue(
         work.go.set()
 
 
+async def test_a_prompt_is_not_encoded_after_its_client_left(
+    make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services, work = make_services(), Blocked()
+    lane = Lane("encoding", "long prompts", 1, 9)
+    services = replace(services, limiters=replace(services.limiters, encoding=lane))
+    monkeypatch.setattr(services.encoder, "prompt", lambda text: [work(1)])
+    app, body = new_app(services), {"prompt": LONG, "max_tokens": 1}
+    try:
+        stays, leaves = Caller(app, "/generate", body), Caller(app, "/generate", body)
+        await until(lambda: work.num_begun == 1 and lane.num_waiting == 1)
+        leaves.hang_up()
+        await leaves.task
+        assert (lane.num_waiting, leaves.sent) == (0, [])
+        work.go.set()
+        await stays.task
+        assert (work.num_begun, stays.sent[0]["status"]) == (1, 200)
+    finally:
+        work.go.set()
+
+
 async def test_a_grammar_that_there_is_no_room_for_is_a_request_refused(
     make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     services, work = make_services(), Blocked()
-    services = replace(services, limiters=replace(services.limiters, grammars=Slots("grammars", 1, 0)))
+    services = replace(services, limiters=replace(services.limiters, grammars=Lane("grammars", "grammars", 1, 0)))
     monkeypatch.setattr(services.guidance, "check", lambda grammar: work(1))
     try:
         async with client_of(new_app(services)) as client:
