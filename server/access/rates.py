@@ -56,7 +56,13 @@ class Rates(Protocol):
     """What is left of this minute to everybody who has a limit."""
 
     async def take(self, principal: Principal, kind: Kind, amount: int = 1) -> None:
-        """Count so many, or none where that is more than is left. Raises RateLimited."""
+        """Count `amount`, or nothing if it is more than is left. Raises RateLimited.
+
+        An amount of 0 is refused if more was charged than there was.
+        """
+
+    async def charge(self, principal: Principal, kind: Kind, amount: int) -> None:
+        """Count `amount`, even if it is more than is left."""
 
     def headers(self, principal: Principal) -> dict[str, str]:
         """Of each kind the limit of which least is left: `x-ratelimit-…`; nothing where there is no limit."""
@@ -81,6 +87,11 @@ class OwnRates:
             if not self._windows.test(*_item(limit), cost=amount):
                 raise refusal(limit, amount, self._window(limit), self.headers(principal))
         for limit in limits:
+            self._windows.hit(*_item(limit), cost=amount)
+
+    async def charge(self, principal: Principal, kind: Kind, amount: int) -> None:
+        """As `Rates.charge`."""
+        for limit in limits_of(principal, kind):
             self._windows.hit(*_item(limit), cost=amount)
 
     def headers(self, principal: Principal) -> dict[str, str]:

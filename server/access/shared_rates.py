@@ -54,6 +54,13 @@ class SharedRates:
             refused = next((limit for limit in limits if amount > limit.most), short)
             raise refusal(refused, amount, self._window(refused), self.headers(principal))
 
+    async def charge(self, principal: Principal, kind: Kind, amount: int) -> None:
+        """As `Rates.charge`; Unavailable where the database can't be reached."""
+        if limits := limits_of(principal, kind):
+            if self._threads is None:
+                self._threads = CapacityLimiter(_NUM_THREADS)
+            await to_thread.run_sync(self._charge, limits, amount, limiter=self._threads)
+
     def headers(self, principal: Principal) -> dict[str, str]:
         """As `Rates.headers`."""
         return headers_of(principal, self._window)
@@ -82,6 +89,13 @@ class SharedRates:
         except _TooLittleError:
             return False
 
+    def _charge(self, limits: list[Limit], amount: int) -> None:
+        def work(connection: sa.Connection) -> None:
+            for limit in limits:
+                self._remember(_name(limit), *connection.execute(_taken(limit, amount, is_bounded=False)).one())
+
+        transact(self._engine, work)
+
     def _look(self, limits: list[Limit]) -> None:
         query = sa.select(windows.c.name, windows.c.most - windows.c.used, windows.c.until - database_time())
         with self._reader.connect() as connection:
@@ -99,8 +113,11 @@ class _TooLittleError(Exception):
     """Is left: nothing is taken."""
 
 
-def _taken(limit: Limit, amount: int) -> "ReturningInsert[int, float]":
-    """Takes, in a new window where the last one has ended; what is left, how long. No row: too little is."""
+def _taken(limit: Limit, amount: int, *, is_bounded: bool = True) -> "ReturningInsert[int, float]":
+    """Take from the window, or from a new one if the last one has ended.
+
+    Returns what is left, and for how many seconds; no row if it `is_bounded` and too little is left.
+    """
     now = database_time()
     new = insert(windows).values(name=_name(limit), used=amount, most=limit.most, until=now + WINDOW_SECONDS)
     is_to_come = windows.c.until > now + WINDOW_SECONDS + SMALL_STEP  # by a clock that was set back since
@@ -113,7 +130,7 @@ def _taken(limit: Limit, amount: int) -> "ReturningInsert[int, float]":
             "most": limit.most,
             "until": sa.case((has_ended, now + WINDOW_SECONDS), else_=windows.c.until),
         },
-        where=used <= limit.most,
+        where=used <= limit.most if is_bounded else None,
     )
     return changed.returning(windows.c.most - windows.c.used, windows.c.until - now)
 

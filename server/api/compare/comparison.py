@@ -19,6 +19,7 @@ from server.api.generate.generation import (
     Generation,
     adapter_terms,
     ask_queue,
+    charge_refused,
     close_all,
     encode_prompt,
     encoded,
@@ -141,12 +142,13 @@ async def _continuations(
     def encode() -> list[tuple[int, ...]]:
         return [tuple(services.encoder.continuation(text)) for text in texts]
 
-    found = await encoded(services, encode, sum(map(len, texts)))
+    found = await encoded(services, encode, sum(map(len, texts)), texts, "score")
     for token_ids in found:
         if num_prompt_tokens + len(token_ids) > services.max_num_tokens:
             message = (
                 f"a text's {len(token_ids)} tokens and the prompt's exceed the model's {services.max_num_tokens}"
             )
+            await charge_refused(services, sum(map(len, found)))
             raise InvalidInput.of("score", message)
     return found
 

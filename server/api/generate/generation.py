@@ -35,6 +35,9 @@ from server.model.text.chat import ChatMessage
 _SHORT_TEXT = 2048
 """Characters that are encoded on the spot (about a millisecond); longer texts go to a thread."""
 
+_BYTES_A_TOKEN = 4
+"""Of ordinary text."""
+
 T = TypeVar("T")
 
 
@@ -267,17 +270,18 @@ async def encode_prompt(services: Services, body: PromptBody, max_tokens: int) -
     encode: Callable[[], Sequence[int]]
     if body.messages is not None and body.prompt is None:
         turns = [ChatMessage(message.role, message.content) for message in body.messages]
-        name, length = "messages", length_of(turns)
+        name, length, texts = "messages", length_of(turns), ["".join(turn.content for turn in turns)]
         encode = partial(services.encoder.messages, turns)
         is_chat()
     elif body.prompt is not None and body.messages is None:
-        name, length = "prompt", len(body.prompt)
+        name, length, texts = "prompt", len(body.prompt), [body.prompt]
         encode = partial(services.encoder.prompt, body.prompt)
     else:
         needs = "give exactly one of prompt and messages"
         raise InvalidInput([FieldError(("prompt",), needs), FieldError(("messages",), needs)])
-    ids = await encoded(services, encode, length)
+    ids = await encoded(services, encode, length, texts, name)
     if faults := context_faults(len(ids), max_tokens, services.max_num_tokens, "max_tokens", name):
+        await charge_refused(services, len(ids))
         raise InvalidInput(faults)
     return tuple(ids)
 
@@ -287,12 +291,36 @@ def length_of(turns: Sequence[ChatMessage]) -> int:
     return sum(len(turn.content) + 32 for turn in turns)
 
 
-async def encoded(services: Services, encode: Callable[[], T], length: int) -> T:
-    """What `encode` makes of texts of so many characters together. Raises QueueFull where many long ones wait."""
+async def encoded(
+    services: Services,
+    encode: Callable[[], T],
+    length: int,
+    texts: Sequence[str],
+    field: str,
+    refusal: Callable[[tuple[FieldError, ...]], InvalidInput] = InvalidInput,
+) -> T:
+    """Return what `encode` makes of prompts with `length` characters together, each of which has one of `texts`.
+
+    Raises `refusal` on `field` if one can't fit by its bytes alone, which are then charged as an estimate of its
+    tokens; RateLimited if no tokens are left of the minute; QueueFull if many long prompts wait.
+    """
     if length <= _SHORT_TEXT:
         return encode()
+    await services.access.rates.take(services.principal, "tokens", 0)
+    if (longest := services.encoder.max_token_bytes) is not None:
+        limit = services.max_num_tokens
+        for text in texts:
+            if (num_bytes := len(text.encode())) > limit * longest:
+                await charge_refused(services, num_bytes // _BYTES_A_TOKEN)
+                message = f"has {num_bytes:,} bytes, and the model's {limit:,} tokens have at most {longest} each"
+                raise refusal((FieldError((field,), message),))
     with services.metrics.refusals():
         return await services.limiters.encoding.run(encode)
+
+
+async def charge_refused(services: Services, num_tokens: int) -> None:
+    """Count the tokens of a prompt that is refused for its length: encoding it has cost the server."""
+    await services.access.rates.charge(services.principal, "tokens", num_tokens)
 
 
 def canonical(parts: Sequence[Part]) -> tuple[AdapterRef, ...]:

@@ -7,7 +7,15 @@ from functools import partial
 from adapters.errors import FieldError, InvalidInput, NotFound
 from adapters.expression import Term, parse
 from server.api.deps import Services
-from server.api.generate.generation import Generation, ask_queue, close_all, encoded, length_of, start
+from server.api.generate.generation import (
+    Generation,
+    ask_queue,
+    charge_refused,
+    close_all,
+    encoded,
+    length_of,
+    start,
+)
 from server.api.generate.sampling import (
     check_logprobs,
     check_sequences,
@@ -44,12 +52,14 @@ async def begin_chat(services: Services, body: ChatBody) -> Batch:
     encode = partial(services.encoder.messages, turns)
     is_chat()
     ask_queue(services, body.n or 1)
-    ids = tuple(await encoded(services, encode, length_of(turns)))
+    text = "".join(turn.content for turn in turns)
+    refusal = partial(_too_long, services)
+    ids = tuple(await encoded(services, encode, length_of(turns), [text], "messages", refusal))
     if limit is None:
         limit = min(DEFAULT_CHAT_TOKENS, max(services.max_num_tokens - len(ids), 1))
         if num_top and not body.stream:
             limit = min(limit, most_tokens(num_top) // (body.n or 1))
-    _check_room(services, len(ids), limit, field, "messages")
+    await _check_room(services, len(ids), limit, field, "messages")
     sampling = sampling_params(body, limit, num_top)
     return await _start(services, body, terms, [ids], sampling, grammar)
 
@@ -66,7 +76,7 @@ async def begin_completions(services: Services, body: CompletionBody) -> Batch:
     ask_queue(services, num_sequences)
     prompts = await _encoded_prompts(services, body.prompt)
     for ids in prompts:
-        _check_room(services, len(ids), limit, "max_tokens", "prompt")
+        await _check_room(services, len(ids), limit, "max_tokens", "prompt")
     num_top = 0 if body.logprobs is None else max(body.logprobs, 1)
     return await _start(services, body, terms, prompts, sampling_params(body, limit, num_top), None)
 
@@ -99,14 +109,20 @@ async def _encoded_prompts(services: Services, prompts: Sequence[Prompt]) -> lis
     def encode() -> list[tuple[int, ...]]:
         return [tuple(encoder.prompt(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts]
 
-    return await encoded(services, encode, sum(len(prompt) for prompt in prompts if isinstance(prompt, str)))
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    return await encoded(services, encode, sum(map(len, texts)), texts, "prompt", partial(_too_long, services))
 
 
-def _check_room(services: Services, num_prompt: int, num_more: int, field: str, prompt_field: str) -> None:
+async def _check_room(services: Services, num_prompt: int, num_more: int, field: str, prompt_field: str) -> None:
     if faults := context_faults(num_prompt, num_more, services.max_num_tokens, field, prompt_field):
-        # some clients, LiteLLM for one, tell it from other faults by OpenAI's words alone
-        words = f"{faults[0].message} (this model's maximum context length is {services.max_num_tokens} tokens)"
-        raise ContextTooLong([FieldError(faults[0].loc, words), *faults[1:]])
+        await charge_refused(services, num_prompt)
+        raise _too_long(services, faults)
+
+
+def _too_long(services: Services, faults: tuple[FieldError, ...]) -> ContextTooLong:
+    # some clients, LiteLLM for one, recognize it by OpenAI's words alone
+    words = f"{faults[0].message} (this model's maximum context length is {services.max_num_tokens} tokens)"
+    return ContextTooLong([FieldError(faults[0].loc, words), *faults[1:]])
 
 
 async def _start(

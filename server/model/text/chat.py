@@ -32,6 +32,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: BaseTokenizer) -> None:
         self._template = tokenizer.chat_template
         self.num_tokens = len(tokenizer)
+        self.max_token_bytes = _longest(tokenizer)
         self._specials = {
             token.content: number for number, token in tokenizer.added_tokens.items() if token.special
         }
@@ -149,6 +150,15 @@ class PromptEncoder:
             return self._template.render(conversation, add_generation_prompt=not is_whole)
         except TemplateError:  # its text may quote the messages
             raise InvalidInput.of("messages", "the base's chat template can't take these turns") from None
+
+
+def _longest(tokenizer: BaseTokenizer) -> int | None:
+    """Return the bytes of the longest token. None if a normalizer may shorten texts before they are cut."""
+    if tokenizer.backend.normalizer is not None:
+        return None
+    added = {token.content for token in tokenizer.added_tokens.values()}
+    # of the model's own tokens each character is a byte
+    return max(len(text.encode()) if text in added else len(text) for text in tokenizer.vocabulary)
 
 
 def _fixed_copy(tokenizer: Tokenizer, specials_are_text: bool) -> Tokenizer:

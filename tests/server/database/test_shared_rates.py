@@ -80,6 +80,18 @@ def test_what_is_refused_takes_nothing(servers: "list[SharedRates]") -> None:
     anyio.run(run)
 
 
+def test_a_charge_beyond_what_is_left_is_counted_for_all_servers(servers: "list[SharedRates]") -> None:
+    async def run() -> None:
+        first, second = servers
+        await first.take(WHO, "tokens", 0)
+        await first.charge(WHO, "tokens", 1500)
+        assert first.headers(WHO)["x-ratelimit-remaining-tokens"] == "0"
+        with pytest.raises(RateLimited, match="too few are left"):
+            await second.take(WHO, "tokens", 0)
+
+    anyio.run(run)
+
+
 def test_a_window_ends(engine: sa.Engine, servers: "list[SharedRates]") -> None:
     assert taken(servers[0], WHO, 11) == 10
     with engine.begin() as connection:

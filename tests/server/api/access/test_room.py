@@ -13,10 +13,12 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message
 
+from server.access.principal import Quota
 from server.api.access.lanes import Lane
 from server.api.access.places import Places
 from server.api.train.feeds import JobFeeds
 from server.errors import QueueFull
+from tests.server.api.access.key_kit import client_with, new_secret
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import Caller, FakeEngine, until
 from tests.server.api.train_kit import ROWS, submit
@@ -94,6 +96,7 @@ async def test_long_prompts_wait_in_a_bounded_queue(
     make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     services = make_services()
+    monkeypatch.setattr(services.encoder, "max_token_bytes", None)  # the tests' model reads 96 tokens
     work = Blocked()
 
     def encode(text: str) -> list[int]:
@@ -116,12 +119,62 @@ async def test_long_prompts_wait_in_a_bounded_queue(
         work.go.set()
 
 
+HUGE = "1" * 200_000
+HUGE_PROMPTS: dict[str, dict[str, object]] = {
+    "/generate": {"prompt": HUGE},
+    "/compare": {"prompt": "a", "adapters": ["base"], "score": [HUGE]},
+    "/v1/completions": {"model": "base", "prompt": ["a", HUGE]},
+    "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": HUGE}]},
+}
+
+
+@pytest.mark.parametrize("path", HUGE_PROMPTS)
+async def test_a_prompt_with_more_bytes_than_fit_is_refused_without_being_encoded_and_charged(
+    path: str, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = app.state.services
+    encode = services.encoder.prompt
+
+    def encode_short(text: str) -> list[int]:
+        assert len(text) < 99
+        return [*encode(text)]
+
+    monkeypatch.setattr(services.encoder, "prompt", encode_short)
+    for name in ("messages", "continuation"):
+        monkeypatch.setattr(services.encoder, name, lambda _: pytest.fail("it is encoded"))
+    secret = new_secret(app, quota=Quota(tokens_per_minute=60_000))
+    async with client_with(app, secret) as client:
+        first = await client.post(path, json=HUGE_PROMPTS[path])
+        assert first.status_code == (400 if path.startswith("/v1") else 422)
+        assert "has 200,000 bytes, and the model's 96 tokens have at most" in first.text
+        assert path not in ("/v1/completions", "/v1/chat/completions") or "context_length_exceeded" in first.text
+        assert first.headers["x-ratelimit-remaining-tokens"] == "10000"  # 4 bytes a token
+        assert (await client.post(path, json=HUGE_PROMPTS[path])).status_code == first.status_code
+        refused = await client.post(path, json=HUGE_PROMPTS[path])
+        assert (refused.status_code, refused.headers["x-ratelimit-remaining-tokens"]) == (429, "0")
+        assert int(refused.headers["retry-after"]) >= 1
+
+
+async def test_a_prompt_that_is_refused_after_encoding_is_charged(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app.state.services.encoder, "max_token_bytes", None)
+    async with client_with(app, new_secret(app, quota=Quota(tokens_per_minute=1000))) as client:
+        body = {"prompt": LONG[:3000], "max_tokens": 1}
+        refused = await client.post("/generate", json=body)
+        assert refused.status_code == 422
+        num_tokens = len(app.state.services.encoder.prompt(LONG[:3000]))
+        assert num_tokens > 96
+        assert refused.headers["x-ratelimit-remaining-tokens"] == str(max(0, 1000 - num_tokens))
+
+
 async def test_a_prompt_is_not_encoded_after_its_client_left(
     make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     services, work = make_services(), Blocked()
     lane = Lane("encoding", "long prompts", 1, 9)
     services = replace(services, limiters=replace(services.limiters, encoding=lane))
+    monkeypatch.setattr(services.encoder, "max_token_bytes", None)
     monkeypatch.setattr(services.encoder, "prompt", lambda text: [work(1)])
     app, body = new_app(services), {"prompt": LONG, "max_tokens": 1}
     try:
@@ -171,6 +224,7 @@ async def test_many_short_texts_are_a_long_one(
 ) -> None:
     """A hundred of them, each short enough for the event loop, held it up for a tenth of a second and more."""
     encoder, threads = app.state.services.encoder, []
+    monkeypatch.setattr(encoder, "max_token_bytes", None)
 
     def noting(encode: Callable[[object], list[int]]) -> Callable[[object], list[int]]:
         def noted(text: object) -> list[int]:

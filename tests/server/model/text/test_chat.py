@@ -109,6 +109,19 @@ def test_what_the_template_refuses_is_not_quoted(tokenizer: PreTrainedTokenizerB
     assert "secret" not in str(caught.value)
 
 
+def test_no_token_has_more_bytes_than_the_longest(encoder: PromptEncoder) -> None:
+    text = "".join(map(chr, range(32, 0x250))) + " " * 200 + "1" * 50 + "the same again, the same again"
+    ids = encoder.prompt(text)
+    assert encoder.max_token_bytes is not None
+    assert len(text.encode()) <= len(ids) * encoder.max_token_bytes
+    lengths = [len(encoder._plain.decode([number]).encode()) for number in range(encoder.num_tokens)]
+    specials = encoder._specials.values()
+    assert encoder.max_token_bytes == max(
+        max(len(name.encode()) for name in encoder._specials),
+        max(length for number, length in enumerate(lengths) if number not in specials),
+    )
+
+
 def test_a_long_text_lets_other_threads_run(encoder: PromptEncoder) -> None:
     text = "Internal Server Error 500 " * 20_000
     share, end = 1.0, time.monotonic() + 30
