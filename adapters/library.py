@@ -20,7 +20,7 @@ from adapters.catalog.tables import FAILURES
 from adapters.catalog.versions import gather
 from adapters.errors import Conflict, InvalidInput
 from adapters.expression import Term
-from adapters.lora import BaseShape, LoraWeights
+from adapters.lora import BaseShape, LoraWeights, ModuleKey
 from adapters.names import BASE, alias_fault, name_fault
 from adapters.peft import files as peft_format
 from adapters.pinned import Pinned, hold
@@ -239,6 +239,10 @@ class Library:
     def read(self, digest: str) -> peft_format.PeftAdapter:
         """The adapter of a pinned part, as the first to publish its bytes had it. Raises CorruptAdapter."""
         return self.store.read(digest, self.shape)
+
+    def ranks(self, digest: str) -> dict[ModuleKey, int]:
+        """Return the rank of each module of a pinned part, without reading its weights. Raises CorruptAdapter."""
+        return self.store.ranks(digest, self.shape)
 
     def delete(self, name: str, force: bool = False) -> None:
         """Remove the adapter: no new request finds it, running ones end on its bytes.

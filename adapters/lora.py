@@ -108,6 +108,10 @@ class LoraWeights:
         return max((module.rank for module in self.modules.values()), default=0)
 
     @property
+    def ranks(self) -> dict[ModuleKey, int]:
+        return {key: module.rank for key, module in self.modules.items()}
+
+    @property
     def num_parameters(self) -> int:
         return sum(module.a.numel() + module.b.numel() for module in self.modules.values())
 

@@ -21,7 +21,7 @@ adapter and module alone. Names, jobs and files are others' business.
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,17 +37,17 @@ Side = Literal["A", "B", "BA"]
 WeightedAdapters = Sequence[tuple[LoraWeights, float]]
 
 
-def check(adapters: WeightedAdapters, recipe: Recipe) -> None:
-    """Raise InvalidInput on `rank` where A's and B's can't be merged entry by entry."""
+def check(parts: Iterable[Mapping[ModuleKey, int]], recipe: Recipe) -> None:
+    """Raise InvalidInput on `rank` if A's and B's can't be merged entry by entry, by the ranks of each part."""
     if recipe.merges_products:
         return
     ranks: dict[ModuleKey, int] = {}
-    for weights, _ in adapters:
-        for key, module in weights.modules.items():
-            if (rank := ranks.setdefault(key, module.rank)) != module.rank:
+    for part in parts:
+        for key, own in part.items():
+            if (rank := ranks.setdefault(key, own)) != own:
                 raise InvalidInput.of(
                     "rank",
-                    f"the parts have ranks {rank} and {module.rank} in {key.path}, so that their factors can't be "
+                    f"the parts have ranks {rank} and {own} in {key.path}, so that their factors can't be "
                     f"compared: set a rank, and {recipe.method} works on the products and factors them again",
                 )
 
@@ -60,7 +60,7 @@ def merge(
     `between` hears, after each module, how many are done and how many there are; it may raise. Raises InvalidInput
     as `check` does, or on `expression` where entries are too large for fp32.
     """
-    check(adapters, recipe)
+    check((weights.ranks for weights, _ in adapters), recipe)
     parts = sorted(adapters, key=lambda part: (part[0].digest, part[1]))
     keys = sorted({key for weights, _ in parts for key in weights.modules})
     rank = recipe.rank or _default_rank(parts)

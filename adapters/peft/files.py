@@ -74,6 +74,17 @@ def read(config_json: bytes, tensors: bytes | Path, base: BaseShape) -> PeftAdap
     return adapter
 
 
+def read_ranks(config_json: bytes, base: BaseShape) -> dict[ModuleKey, int]:
+    """Return the rank of each module that a configuration targets. Raises InvalidAdapter."""
+    errors: list[FieldError] = []
+    if (config := peft_config.parse(config_json, errors)) is not None:
+        try:
+            return _ranks(config, base, Budget())
+        except BadTargetsError as error:
+            errors.append(FieldError(("adapter_config", error.field), str(error)))
+    raise InvalidAdapter(errors)
+
+
 def write(directory: Path, adapter: PeftAdapter) -> None:
     """Writes both files, and syncs them to disk. ValueError if the config doesn't describe the weights."""
     config, modules = adapter.config, adapter.weights.modules

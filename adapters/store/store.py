@@ -25,8 +25,8 @@ from typing import BinaryIO
 
 from adapters.durable import sync
 from adapters.errors import CorruptAdapter, InvalidAdapter
-from adapters.lora import BaseShape, LoraWeights
-from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, PeftAdapter, read, write, write_synced
+from adapters.lora import BaseShape, LoraWeights, ModuleKey
+from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME, PeftAdapter, read, read_ranks, write, write_synced
 from adapters.store import folders, sidecar
 from adapters.store.open_all import open_all
 from adapters.store.packed import PackedFiles
@@ -118,6 +118,13 @@ class AdapterStore:
         """The adapter with its configuration, checked as an upload is. Raises CorruptAdapter."""
         try:
             return self._read(digest, base)
+        except (OSError, InvalidAdapter) as error:
+            raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
+
+    def ranks(self, digest: str, base: BaseShape) -> dict[ModuleKey, int]:
+        """Return the rank of each module of the adapter, by its configuration. Raises CorruptAdapter."""
+        try:
+            return read_ranks((self._place(digest) / CONFIG_NAME).read_bytes(), base)
         except (OSError, InvalidAdapter) as error:
             raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing or unreadable") from error
 

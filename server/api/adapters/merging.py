@@ -15,7 +15,8 @@ from adapters.catalog.versions import Origin
 from adapters.errors import FieldError, InvalidInput
 from adapters.expression import parse
 from adapters.library import Library
-from adapters.merging.merge import WeightedAdapters, check
+from adapters.lora import ModuleKey
+from adapters.merging.merge import check
 from adapters.merging.recipe import Method, Recipe
 from adapters.pinned import Pinned
 from server.api.adapters.composition_schemas import CompositionBody
@@ -67,9 +68,9 @@ def submit_merge(
     # the parts' bytes are held until the job itself holds them
     pinned = library.pin(parse(body.expression, FIELD), FIELD)
     try:
-        adapters = _weighted(library, pinned)
-        check(adapters, recipe)
-        num_modules = len({key for weights, _ in adapters for key in weights.modules})
+        ranks = _ranks(library, pinned)
+        check(ranks, recipe)
+        num_modules = len({key for part in ranks for key in part})
         origin = Origin.of(library.catalog.version(part.name, part.version) for part in pinned.parts)
         return jobs.submit(
             MergeSpec(name, pinned.parts, recipe),
@@ -83,12 +84,13 @@ def submit_merge(
         pinned.release()
 
 
-def _weighted(library: Library, pinned: Pinned) -> WeightedAdapters:
+def _ranks(library: Library, pinned: Pinned) -> list[dict[ModuleKey, int]]:
+    """Return the rank of each module of each part that counts."""
     weighted = combine(pinned.parts)
     if not weighted:
         message = "comes to nothing but the base: give adapters whose weights don't cancel out"
         raise InvalidInput.of(FIELD, message)
-    return [(library.read(digest).weights, weight) for digest, weight in weighted]
+    return [library.ranks(digest) for digest, _ in weighted]
 
 
 def _digest(name: str, body: CompositionBody) -> str:

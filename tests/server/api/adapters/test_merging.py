@@ -1,21 +1,29 @@
 """POST /compositions/{name} with a method: what is queued, what is refused, and what the job holds meanwhile."""
 
+import asyncio
+import threading
+from dataclasses import replace
+
 import httpx
 import pytest
 
 from adapters.catalog.catalog import Part, combine
 from adapters.catalog.versions import Origin
+from adapters.errors import InvalidInput
 from adapters.expression import parse
 from adapters.library import Library
 from adapters.merging.merge import merge
 from adapters.merging.recipe import Recipe
 from adapters.store.store import AdapterStore
+from server.api.access.lanes import Lane
+from server.api.adapters import compositions
 from server.training.merge_spec import MergeSpec, read_origin
 from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Leases
 from tests.server.api.adapters.peft_files import as_parts, peft_files
+from tests.server.api.fakes import until
 from tests.server.api.train_kit import StandIn, submit
-from tests.server.conftest import BASE_NAME
+from tests.server.conftest import BASE_NAME, MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
 
@@ -70,6 +78,43 @@ async def test_a_merge_is_queued(client: httpx.AsyncClient, jobs: Jobs) -> None:
     parts = (Part("left", 1, left, 0.7), Part("right", 1, old, -0.25))
     assert spec == MergeSpec("both", parts, Recipe("dare_ties", 0.5, 7, 3))
     assert (await client.get("/adapters/both")).status_code == 404
+
+
+async def test_ranks_are_compared_without_reading_weights(
+    client: httpx.AsyncClient, library: Library, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = [await upload(client, "left", 1), await upload(client, "wide", 2, rank=4)]
+    for digest in digests:
+        assert library.ranks(digest) == store.load(digest).ranks
+    for name in ("read", "load", "_read"):
+        monkeypatch.setattr(AdapterStore, name, lambda *_: pytest.fail("weights are read"))
+    assert field_of(await compose(client, "m", expression="left+wide", method="ties")) == "rank"
+    response = await compose(client, "m", expression="left+wide", method="svd")
+    assert (response.status_code, response.json()["progress"]["total_steps"]) == (202, NUM_MODULES)
+
+
+async def test_merges_wait_in_a_lane_of_their_own(
+    make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = make_services()
+    lane = Lane("merging", "merges", 1, 1)
+    app = new_app(replace(services, limiters=replace(services.limiters, merging=lane)))
+    go, thread_names = threading.Event(), []
+
+    def blocked(*_: object) -> None:
+        thread_names.append(threading.current_thread().name)
+        assert go.wait(60)
+        raise InvalidInput.of("rank", "unequal")
+
+    monkeypatch.setattr(compositions, "submit_merge", blocked)
+    async with client_of(app) as client:
+        tasks = [asyncio.create_task(compose(client, "m", expression="a+b", method="ties")) for _ in range(2)]
+        await until(lambda: lane.num_waiting == 1)
+        assert (await compose(client, "m", expression="a+b", method="ties")).status_code == 429
+        assert (await client.get("/adapters")).status_code == 200  # in a thread of the shared pool
+        go.set()
+        assert [field_of(await task) for task in tasks] == ["rank", "rank"]
+        assert thread_names == ["lane-merging"] * 2
 
 
 async def test_what_is_left_out(client: httpx.AsyncClient) -> None:
