@@ -48,15 +48,19 @@ class Estimator:
         self._device = device
 
     def estimate(self, spec: JobSpec, data: JobData) -> Estimate:
-        """For the steps, and for measuring the held-out rows as often as the job will."""
+        """Estimate the steps, and measuring the held-out rows as often as the job will.
+
+        `data` may have a sample of the rows, of which `data.facts` has all.
+        """
         rate, basis = self._speed(spec.method)
-        training, num_rows = spec.training, len(data.train)
+        training, num_rows = spec.training, data.facts.num_rows
         steps = training.total_steps(num_rows)
         epochs = steps / -(-num_rows // training.batch_size)
-        seconds = epochs * data.train.num_tokens / rate
+        seconds = epochs * data.facts.num_tokens / rate
         if data.validation is not None:
             num_evaluations = 2 + (steps // training.eval_steps if training.eval_steps else 0)
-            seconds += num_evaluations * data.validation.num_tokens / (rate * _PASSES[spec.method])
+            num_tokens = data.validation.num_tokens * data.facts.num_validation_rows / len(data.validation)
+            seconds += num_evaluations * num_tokens / (rate * _PASSES[spec.method])
         return Estimate(seconds, rate, basis)
 
     def _speed(self, method: Method) -> tuple[float, Basis]:

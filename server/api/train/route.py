@@ -27,6 +27,8 @@ router = APIRouter(prefix="/train", route_class=StrictRoute, tags=["train"])
 
 MAX_PAGE = 1000
 MAX_EVENTS = 10_000
+DRY_RUN_BYTES = 1 << 20
+"""Text of rows that a dry run tokenizes, which takes about a second of a processor."""
 _SSE = "text/event-stream"
 
 JobId = Annotated[str, Path(max_length=256)]
@@ -54,7 +56,8 @@ async def submit(
 ) -> Response:
     """Submit a training job.
 
-    Its rows are split and tokenized before it is queued, so errors in them are reported here.
+    Its rows are split and tokenized before it is queued, so errors in them are reported here. A dry run
+    tokenizes the first MiB of them; beyond it, counts of tokens are estimates, and a warning says so.
     """
     if dry_run:
         document = await services.limiters.preparing.run(_dry_run, services, body)
@@ -206,7 +209,7 @@ async def remove_files(services: ServicesDep, job_id: JobId) -> Response:
 
 
 def _dry_run(services: Services, body: TrainBody) -> dict[str, object]:
-    with services.submissions.prepared(body) as prepared:
+    with services.submissions.prepared(body, DRY_RUN_BYTES) as prepared:
         estimate = services.estimator.estimate(prepared.spec, prepared.data)
         return dry_run_document(prepared, estimate, services.decode)
 

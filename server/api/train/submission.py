@@ -7,7 +7,7 @@ once its files are on the disk. Everything blocks, on disk or on the tokenizer: 
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -25,10 +25,10 @@ from server.api.train.schemas import MAX_STEPS, TrainBody
 from server.api.train.spec import build_spec, parent_terms
 from server.counted import counted
 from server.errors import Unavailable
-from server.training.data.encoding import RowEncoder
+from server.training.data.encoding import RowEncoder, texts_of
 from server.training.data.files import RowSources
 from server.training.data.job_data import DataFacts, JobData
-from server.training.data.rows import data_digest
+from server.training.data.rows import Row, data_digest
 from server.training.data.split import overlap
 from server.training.queue.job_files import TRACEPARENT_NAME, JobFiles
 from server.training.queue.jobs import FINE_TUNING, Job, Jobs
@@ -50,7 +50,7 @@ class Prepared:
 
     @property
     def total_steps(self) -> int:
-        return self.spec.training.total_steps(len(self.data.train))
+        return self.spec.training.total_steps(self.data.facts.num_rows)
 
     @property
     def facts(self) -> Mapping[str, object]:
@@ -139,8 +139,12 @@ class Submissions:
             self._files.remove(job_id)
 
     @contextmanager
-    def prepared(self, body: TrainBody) -> Iterator[Prepared]:
-        """Everything but the queue; nothing is stored. Raises as `submit` does."""
+    def prepared(self, body: TrainBody, max_bytes: int | None = None) -> Iterator[Prepared]:
+        """Do everything but queue the job; nothing is stored. Raises as `submit` does.
+
+        With `max_bytes`, only the first rows with about that much text are encoded, of those to train on and
+        of those held out. Their tokens are scaled to all rows, and a warning says so.
+        """
         terms = parent_terms(body, self._library.base_name)
         pinned = self._library.pin(terms) if terms else Pinned(())
         try:
@@ -150,33 +154,39 @@ class Submissions:
             if spec.publish_if == "improves_latest":  # which is measured, too: it must go with the base
                 with suppress(NotFound):
                     self._library.pin([Term(spec.name)], "name").release()
-            data, warnings = self._encode(spec.training, rows)
+            data, warnings = self._encode(spec.training, rows, max_bytes)
             warnings = (*pinned.warnings, *rows.warnings, *warnings)
             yield Prepared(spec, data, rows.source, rows.used, warnings)
         finally:
             pinned.release()
 
-    def _encode(self, training: TrainingSpec, rows: JobRows) -> tuple[JobData, tuple[str, ...]]:
-        """What is stored, and warnings of the rows that are trained on."""
-        length, overlong, held_out = training.max_length, training.overlong, rows.validation
+    def _encode(
+        self, training: TrainingSpec, rows: JobRows, max_bytes: int | None
+    ) -> tuple[JobData, tuple[str, ...]]:
+        """Return what is stored, and warnings of the rows that are trained on."""
+        length, overlong = training.max_length, training.overlong
+        first, held_out = _first(rows.train, max_bytes), _first(rows.validation, max_bytes)
         try:
-            train = self._encoder.encode_all(rows.train, length, overlong, (rows.name,))
+            train = self._encoder.encode_all(first, length, overlong, (rows.name,))
             loc = (rows.validation_name or rows.name,)
             validation = self._encoder.encode_all(held_out, length, overlong, loc)
         except InvalidInput:
             if rows.validation_name is None:  # a share: the faults are to count rows as they were sent
-                self._encoder.encode_all(rows.rows, length, overlong, (rows.name,))
+                self._encoder.encode_all(_first(rows.rows, max_bytes), length, overlong, (rows.name,))
             raise
+        scale = len(rows.train) / max(len(first), 1)
         facts = DataFacts(
             digest=data_digest(rows.train),
             num_rows=len(rows.train),
-            num_tokens=train.examples.num_tokens,
-            num_targets=train.examples.num_targets,
-            num_truncated=train.num_truncated,
-            validation_digest=data_digest(held_out) if held_out else None,
-            num_validation_rows=len(held_out),
-            num_validation_truncated=validation.num_truncated,
-            num_overlapping=overlap(rows.train, held_out),
+            num_tokens=round(train.examples.num_tokens * scale),
+            num_targets=round(train.examples.num_targets * scale),
+            num_truncated=round(train.num_truncated * scale),
+            validation_digest=data_digest(rows.validation) if rows.validation else None,
+            num_validation_rows=len(rows.validation),
+            num_validation_truncated=round(
+                validation.num_truncated * len(rows.validation) / max(len(held_out), 1)
+            ),
+            num_overlapping=overlap(rows.train, rows.validation),
         )
         data = JobData(
             train=train.examples,
@@ -185,7 +195,22 @@ class Submissions:
             facts=facts,
             base_digest=self._base_digest,
         )
-        return data, train.warnings
+        num_encoded, num_rows = len(first) + len(held_out), len(rows.train) + len(rows.validation)
+        if num_encoded == num_rows:
+            return data, train.warnings
+        sampled = f"only {num_encoded:,} of {num_rows:,} rows were tokenized: counts of tokens are estimates"
+        return data, (*train.warnings, sampled)
+
+
+def _first(rows: Sequence[Row], max_bytes: int | None) -> Sequence[Row]:
+    """Return the first rows that have up to `max_bytes` of text, and one at least if there is any; None: all."""
+    if max_bytes is not None:
+        num_bytes = 0
+        for number, row in enumerate(rows):
+            num_bytes += sum(len(text.encode()) for text in texts_of(row))
+            if num_bytes > max_bytes and number:
+                return rows[:number]
+    return rows
 
 
 def _cut(prepared: Prepared) -> Iterator[str]:

@@ -86,7 +86,7 @@ class RowEncoder:
                 continue
             examples.append(example)
             num_truncated += is_truncated
-            spelled.update({name for text in _texts(row) if (name := self._encoder.spelled(text, self._ends))})
+            spelled.update({name for text in texts_of(row) if (name := self._encoder.spelled(text, self._ends))})
             if examples.num_tokens > MAX_TOKENS:
                 raise InvalidInput([FieldError(loc, f"has more than {MAX_TOKENS} tokens")])
         if faults:
@@ -152,7 +152,8 @@ class RowEncoder:
         return token_ids, [range(len(prompt), len(token_ids))], "completion"
 
 
-def _texts(row: Row) -> Sequence[str]:
+def texts_of(row: Row) -> Sequence[str]:
+    """Return the texts of the row, in their order."""
     if isinstance(row, MessagesRow):
         return [turn.content for turn in row.messages]
     return [row.text] if isinstance(row, TextRow) else [row.prompt, row.completion]

@@ -8,8 +8,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from server.api.train import route
+from server.training.data.encoding import RowEncoder
 from server.training.data.job_data import JobData
+from server.training.data.rows import Row
 from server.training.queue.leases import Leases
+from server.training.spec import Overlong
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.train_kit import CONFIG, ROWS, StandIn, submit, train_body
 from tests.tiny import tiny_tokenizer
@@ -223,6 +227,34 @@ async def test_a_dry_run(client: httpx.AsyncClient, tmp_path: Path) -> None:
     assert answer["config"]["training"]["max_length"] == 16
     assert (await client.get("/train")).json()["jobs"] == []
     assert not list(tmp_path.glob("jobs/*"))
+
+
+async def test_a_dry_run_tokenizes_a_sample_and_scales_its_counts(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"row {number:03}"} for number in range(200)]
+    body = train_body(data=rows, validation=0.25, training={"epochs": 2, "batch_size": 10, "max_length": 4})
+    whole = (await client.post("/train?dry_run=true", json=body)).json()
+    encoded: list[object] = []
+    encode = RowEncoder._encode
+
+    def noting(self: RowEncoder, row: Row, max_length: int, overlong: Overlong) -> object:
+        encoded.append(row)
+        return encode(self, row, max_length, overlong)
+
+    monkeypatch.setattr(RowEncoder, "_encode", noting)
+    monkeypatch.setattr(route, "DRY_RUN_BYTES", 70)
+    sampled = (await client.post("/train?dry_run=true", json=body)).json()
+    assert len(encoded) == 10 + 10  # 7 bytes each
+    assert sampled["warnings"] == ["only 20 of 200 rows were tokenized: counts of tokens are estimates"]
+    assert whole["warnings"] == []
+    assert {"rows": 150, "validation_rows": 50, "truncated": 150}.items() <= whole["data"].items()
+    assert sampled["data"] == whole["data"]  # since all rows have as many tokens
+    assert (sampled["steps"], sampled["preview"]) == (whole["steps"], whole["preview"]) == (30, whole["preview"])
+    for answer in (sampled, whole):
+        told = answer["estimate"]
+        passes = 2 * answer["data"]["tokens"] + 2 * 50 * 4 / 2
+        assert told["seconds"] == pytest.approx(passes / told["tokens_per_second"])
 
 
 async def test_an_estimate_from_an_earlier_job(client: httpx.AsyncClient, leases: Leases) -> None:
