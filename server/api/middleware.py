@@ -33,7 +33,7 @@ MAX_JSON_BYTES = 2 << 20
 MAX_UPLOAD_BYTES = 256 << 20
 _QUIET_PATHS = PROBES | {"/metrics"}
 _UPLOAD = re.compile(r"/adapters/[^/]+|/datasets|/v1/files")
-_HINTS = {"/train": "; larger data goes through POST /datasets"}
+HINTS = {"/train": "; larger data goes through POST /datasets"}
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _CLIENT_GONE = 499
 _MAX_PATH = 200  # characters of a line
@@ -122,7 +122,7 @@ class BodyLimit:
         limit = self._max_upload if _UPLOAD.fullmatch(scope["path"]) else self._max_json
         announced = Headers(scope=scope).get("content-length", "")
         too_large = (
-            f"the body is larger than {limit} bytes, the most that is taken here{_HINTS.get(scope['path'], '')}"
+            f"the body is larger than {limit} bytes, the most that is taken here{HINTS.get(scope['path'], '')}"
         )
         if announced.isascii() and announced.isdigit() and (len(announced) > 18 or int(announced) > limit):
             await drain(scope, receive)

@@ -4,25 +4,59 @@ Python's parser takes what JSON does not have or what text can't be: lone surrog
 depth. Here those are malformed bodies. NaN and infinities are parsed, for the schemas to refuse by field.
 """
 
+import gc
 import json
 from collections.abc import Callable, Coroutine
 
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+
+from server.api.middleware import HINTS
+
+MAX_CONTAINERS = 100_000
+MAX_FIELDS = 100_000
+MAX_VALUES = 500_000
+"""Of one body. Parsing more would hold the event loop for over 50 ms; 2 MiB of ordinary rows or token ids have
+fewer."""
 
 
 class StrictRequest(Request):
     """A request whose `json` is pydantic's."""
 
     async def json(self) -> object:
+        """Parse the body. Raises HTTPException (413) if it has too many values, or JSONDecodeError."""
         body = await self.body()
+        check_shape(body, HINTS.get(self.scope["path"], ""))
+        is_collecting = gc.isenabled()
+        gc.disable()  # or the collector walks through all that is being made, again and again
         try:
             parsed: object = from_json(body, allow_inf_nan=True)
         except ValueError as error:  # which says what, at which line and column, and nothing of the text
             raise json.JSONDecodeError(str(error), "", 0) from None
+        finally:
+            if is_collecting:
+                gc.enable()
         return parsed
+
+
+def check_shape(body: bytes, hint: str = "") -> None:
+    """Raise HTTPException (413) if a body has too many values to be parsed at once, as far as it is JSON."""
+    if len(body) <= MAX_FIELDS:
+        return
+    text = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    _check("strings", text.count(b'"') // 2, MAX_VALUES, hint)
+    outside = b"".join(text.split(b'"')[::2])  # of strings
+    _check("arrays and objects", outside.count(b"[") + outside.count(b"{"), MAX_CONTAINERS, hint)
+    _check("fields", outside.count(b":"), MAX_FIELDS, hint)
+    _check("values", outside.count(b",") + 1, MAX_VALUES, hint)
+
+
+def _check(what: str, count: int, most: int, hint: str) -> None:
+    if count > most:
+        raise HTTPException(413, f"the body has {count:,} {what}, and may have {most:,}{hint}")
 
 
 class StrictRoute(APIRoute):
