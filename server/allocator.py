@@ -6,6 +6,7 @@ tokens takes 1.2 ms so, and 0.16 ms where freed blocks are kept.
 """
 
 import ctypes
+from contextlib import suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 KEEP_BYTES = 1 << 28  # no activation of a step is larger; bigger blocks are the caches', mapped once
@@ -19,3 +20,9 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):  # not glibc
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, KEEP_BYTES) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
+
+
+def return_freed_memory() -> None:
+    """Return to the kernel what is free now. Takes a while; what is needed next is mapped again."""
+    with suppress(AttributeError, OSError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)

@@ -15,7 +15,7 @@ from server import __version__
 from server.access.rates import KINDS
 from server.api import health, openapi, pages, web
 from server.api.access.authentication import Authentication
-from server.api.access.bodies import BodyTimeout
+from server.api.access.bodies import BodyTimeout, BytesInFlight
 from server.api.access.overload import Overload
 from server.api.access.proxies import RootPath
 from server.api.access.scopes import STATIC_PATHS
@@ -105,7 +105,7 @@ def create_app(services: Services) -> FastAPI:
             *([cross_origin] if settings.allowed_origins else []),
             Middleware(Authentication, access=services.access),
             Middleware(Overload, services=services),
-            Middleware(BodyLimit),
+            Middleware(BodyLimit, in_flight=BytesInFlight(metrics=services.metrics.lanes)),
         ],
     )
     app.state.services = services

@@ -5,6 +5,7 @@ what `server.api.access` has.
 """
 
 import logging
+import math
 import re
 import time
 import uuid
@@ -16,14 +17,14 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.access.authentication import principal_of
-from server.api.access.bodies import drain
+from server.api.access.bodies import BytesInFlight, drain
 from server.api.access.lanes import receiving
 from server.api.access.scopes import template_of
 from server.api.access.sites import PROBES
 from server.api.errors.faults import form_of
 from server.api.telemetry.facts import RequestFacts, facts
 from server.api.telemetry.spans import begin_request, end_request
-from server.errors import Unavailable
+from server.errors import QueueFull, Unavailable
 from server.logs import Fields, place_of, request_id
 from server.metrics.http import HttpMetrics
 from server.tracing.spans import Tracer
@@ -108,18 +109,29 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuses a body that is larger than its path may take, by its announced length or while it comes in."""
+    """Refuses a body that is larger than its path may take, by its announced length or while it comes in.
 
-    def __init__(self, app: ASGIApp, max_json: int = MAX_JSON_BYTES, max_upload: int = MAX_UPLOAD_BYTES) -> None:
+    A JSON body is also refused if others take too much memory just now.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_json: int = MAX_JSON_BYTES,
+        max_upload: int = MAX_UPLOAD_BYTES,
+        in_flight: BytesInFlight | None = None,
+    ) -> None:
         self.app = app
         self._max_json = max_json
         self._max_upload = max_upload
+        self._in_flight = in_flight or BytesInFlight()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = self._max_upload if _UPLOAD.fullmatch(scope["path"]) else self._max_json
+        is_upload = _UPLOAD.fullmatch(scope["path"]) is not None  # which is spooled to disk
+        limit = self._max_upload if is_upload else self._max_json
         announced = Headers(scope=scope).get("content-length", "")
         too_large = (
             f"the body is larger than {limit} bytes, the most that is taken here{HINTS.get(scope['path'], '')}"
@@ -129,17 +141,27 @@ class BodyLimit:
             await form_of(scope["path"]).problem(413, too_large)(scope, receive, send)
             return
         received = 0
+        principal = principal_of(scope)
+        with self._in_flight.held("" if principal is None else principal.project) as hold:
 
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > limit:
-                await drain(scope, receive)
-                raise HTTPException(413, too_large)  # FastAPI lets this kind alone through while it reads
-            return message
+            async def counted() -> Message:
+                nonlocal received
+                message = await receive()
+                num_bytes = len(message.get("body", b""))
+                received += num_bytes
+                if received > limit:
+                    await drain(scope, receive)
+                    raise HTTPException(413, too_large)  # FastAPI lets this kind alone through while it reads
+                if num_bytes and not is_upload:
+                    try:
+                        hold(num_bytes)
+                    except QueueFull as error:
+                        await drain(scope, receive)
+                        retry = {"Retry-After": str(math.ceil(error.retry_after))}
+                        raise HTTPException(429, str(error), headers=retry) from None
+                return message
 
-        await self.app(scope, counted, send)
+            await self.app(scope, counted, send)
 
 
 def _line(scope: Scope, status: int, seconds: float, told: RequestFacts) -> Fields:
