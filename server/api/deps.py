@@ -18,6 +18,7 @@ from server.api.access.authentication import principal_of
 from server.api.access.lanes import Lane
 from server.api.access.places import Places
 from server.api.access.quotas import Incoming
+from server.api.access.space import Spooling
 from server.api.generate.recent_pins import RecentPins
 from server.api.train.estimate import Estimator
 from server.api.train.feeds import JobFeeds
@@ -95,6 +96,7 @@ class Limiters:
     merging: Lane
     uploads: Places
     incoming: Incoming = field(default_factory=Incoming)
+    spooling: Spooling = field(default_factory=Spooling)
 
     @classmethod
     def build(cls, queue_timeout: float, metrics: LaneMetrics) -> "Limiters":
@@ -113,7 +115,9 @@ class Limiters:
 
     def of(self, project: str) -> "Limiters":
         """Return views of the same for a project."""
-        shared = {name: value.of(project) for name, value in vars(self).items() if not isinstance(value, Incoming)}
+        shared = {
+            name: value.of(project) for name, value in vars(self).items() if isinstance(value, Lane | Places)
+        }
         return replace(self, **shared)
 
 

@@ -6,7 +6,7 @@ whoever reads them can map. Archives are `server.api.adapters.archives`'s part, 
 """
 
 import shutil
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,15 @@ from python_multipart.exceptions import ParseError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.types import Message
 
 from adapters.errors import FieldError, InvalidInput
 from adapters.peft.files import WEIGHTS_NAME
+from server.api.access.bodies import drain
 from server.api.access.quotas import owners_of, require_quota
-from server.api.access.space import require_space
 from server.api.adapters import archives
 from server.api.deps import Services
+from server.errors import Unavailable
 from server.training.data import row_files
 
 CONFIG_FIELD = "adapter_config"
@@ -55,17 +57,17 @@ async def received_form(request: Request, services: Services) -> AsyncIterator[F
     """The multipart body, spooled to disk within the context.
 
     Raises InvalidInput where it is none, and before it is read QueueFull, Unavailable or Forbidden where there are
-    too many already, the disk is nearly full or the project has stored as much as it may; Forbidden also after it,
-    where more came than was announced. Its bytes are reserved within the context.
+    too many already, the disk is nearly full or the project has stored as much as it may; Unavailable also while it
+    is read, and Forbidden after it, where more came than was announced. Its bytes are reserved within the context.
     """
     incoming, owners = services.limiters.incoming, owners_of(services)
     with services.limiters.uploads.taken():
-        require_space(services.settings)
         announced = request.headers.get("content-length", "")
         num_bytes = int(announced) if announced.isascii() and announced.isdigit() else 0
         with incoming.counted(owners, num_bytes) as before:
-            await to_thread.run_sync(require_quota, services, num_bytes, before)
-            form = await _read_form(request)
+            with services.limiters.spooling.announced(services.settings, num_bytes) as received:
+                await to_thread.run_sync(require_quota, services, num_bytes, before)
+                form = await _read_form(_spooled(request, received))
             try:
                 more = max(0, form_bytes(form) - num_bytes)
                 with incoming.counted(owners, more) as before:
@@ -79,6 +81,21 @@ async def received_form(request: Request, services: Services) -> AsyncIterator[F
 def form_bytes(form: FormData) -> int:
     """Of its files, together."""
     return sum(part.size or 0 for _, part in form.multi_items() if isinstance(part, UploadFile))
+
+
+def _spooled(request: Request, received: Callable[[int], None]) -> Request:
+    """Return the request, of which each piece is reported. Where `received` raises, the rest isn't kept."""
+
+    async def receive() -> Message:
+        message = await request.receive()
+        try:
+            received(len(message.get("body", b"")))
+        except Unavailable:
+            await drain(request.scope, request.receive)
+            raise
+        return message
+
+    return Request(request.scope, receive)
 
 
 async def _read_form(request: Request) -> FormData:

@@ -14,13 +14,14 @@ from fastapi import FastAPI
 from starlette.types import Message
 
 from server.access.principal import Quota
+from server.api.access import space
 from server.api.access.lanes import Lane
 from server.api.access.places import Places
 from server.api.train.feeds import JobFeeds
 from server.errors import QueueFull
 from tests.server.api.access.key_kit import client_with, new_secret
 from tests.server.api.adapters.peft_files import as_parts, peft_files
-from tests.server.api.fakes import Caller, FakeEngine, until
+from tests.server.api.fakes import Caller, FakeEngine, http_scope, until
 from tests.server.api.train_kit import ROWS, submit
 from tests.server.conftest import BASE_NAME, MakeServices, client_of, new_app
 
@@ -318,6 +319,84 @@ async def test_a_disk_that_is_nearly_full(make_services: MakeServices, monkeypat
         assert (await client.post("/generate", json={"prompt": "a", "max_tokens": 1})).status_code == 200
         free += 1
         assert (await client.post("/train", json=job)).status_code == 202
+
+
+PART = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+
+
+class Upload:
+    """An upload of a data set, piece by piece."""
+
+    def __init__(self, app: FastAPI, announced: int | None) -> None:
+        headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x")]
+        headers += [] if announced is None else [(b"content-length", str(announced).encode())]
+        self._inbox: asyncio.Queue[Message] = asyncio.Queue()
+        self.answer: list[Message] = []
+        scope = http_scope("POST", "/datasets", headers)
+        self.task = asyncio.ensure_future(app(scope, self._inbox.get, self._send))
+
+    @classmethod
+    async def begin(cls, app: FastAPI, announced: int | None) -> "Upload":
+        """Send the headers and the beginning, and wait until it is taken, or answered."""
+        upload = cls(app, announced)
+        await upload.send(PART)
+        return upload
+
+    @property
+    def status(self) -> int | None:
+        return self.answer[0]["status"] if self.answer else None
+
+    async def send(self, piece: bytes) -> None:
+        """Send the piece, and wait until it is taken."""
+        self._inbox.put_nowait({"type": "http.request", "body": piece, "more_body": True})
+        await until(lambda: self._inbox.empty() or self.task.done())
+
+    async def leave(self) -> None:
+        self._inbox.put_nowait({"type": "http.disconnect"})
+        await asyncio.wait({self.task})
+
+    async def _send(self, message: Message) -> None:
+        self.answer.append(message)
+
+
+MIB = 1 << 20
+
+
+async def test_announced_bytes_of_uploads_leave_the_least_free(
+    make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", ["free"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(250 * MIB))
+    app = new_app(make_services(min_free_bytes="50MiB"))
+    first, second = [await Upload.begin(app, 100 * MIB) for _ in range(2)]
+    third = await Upload.begin(app, MIB)
+    await third.leave()
+    assert (first.status, second.status, third.status) == (None, None, 503)
+    await first.leave()
+    fourth = await Upload.begin(app, 100 * MIB)
+    assert fourth.status is None
+    for upload in (second, fourth):
+        await upload.leave()
+
+
+async def test_an_upload_ends_once_the_disk_is_nearly_full(
+    make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", ["free"])
+    free = 100 * MIB
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free))
+    monkeypatch.setattr(space, "LOOK_BYTES", 4 * 1000)
+    app = new_app(make_services(min_free_bytes="50MiB"))
+    upload = await Upload.begin(app, None)
+    await upload.send(b" " * 5000)
+    assert upload.status is None
+    free = 50 * MIB - 1
+    await upload.send(b" " * 2000)
+    assert not upload.task.done()
+    await upload.send(b" " * 3000)
+    await upload.leave()
+    assert upload.status == 503
+    assert b"SMOLORA_MIN_FREE_BYTES" in upload.answer[1]["body"]
 
 
 async def test_a_repeat_is_answered_where_nothing_new_would_be(
