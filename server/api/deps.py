@@ -116,7 +116,9 @@ class Limiters:
     def of(self, project: str) -> "Limiters":
         """Return views of the same for a project."""
         shared = {
-            name: value.of(project) for name, value in vars(self).items() if isinstance(value, Lane | Places)
+            name: value.of(project)
+            for name, value in vars(self).items()
+            if not isinstance(value, Incoming | Spooling)
         }
         return replace(self, **shared)
 

@@ -56,9 +56,9 @@ class UploadedFiles:
 async def received_form(request: Request, services: Services) -> AsyncIterator[FormData]:
     """The multipart body, spooled to disk within the context.
 
-    Raises InvalidInput where it is none, and before it is read QueueFull, Unavailable or Forbidden where there are
-    too many already, the disk is nearly full or the project has stored as much as it may; Unavailable also while it
-    is read, and Forbidden after it, where more came than was announced. Its bytes are reserved within the context.
+    Its bytes are reserved within the context. Raises InvalidInput if it is no form; QueueFull, Unavailable or
+    Forbidden before it is read, if there are too many already, the disk is nearly full or the project has stored
+    as much as it may; Unavailable while it is read; Forbidden after it, if more came than was announced.
     """
     incoming, owners = services.limiters.incoming, owners_of(services)
     with services.limiters.uploads.taken():
