@@ -41,16 +41,20 @@ def open_access(
     keyed: Path,
     commits: Callable[[], int],
     fixed_keys: Sequence[str] = (),
-    allow_anonymous: bool = False,
+    allow_guests: bool = False,
 ) -> Access:
-    """`keyed` is as in `Keys`; `commits` tells cheaply whether anybody has committed to the database."""
+    """Open access over one database.
+
+    `keyed` is as in `Keys`, `fixed_keys` and `allow_guests` as in `KeyRing`. `commits` returns a number that every
+    commit to the database changes, cheaply.
+    """
     keys, projects = Keys(engine, keyed), Projects(engine)
     ring = KeyRing(
         keys,
         projects,
         commits,
         fixed_keys,
-        allow_anonymous,
+        allow_guests,
         changes=partial(_num_changes, engine.execution_options(isolation_level="AUTOCOMMIT")),
         is_remote=not is_file(engine),
     )

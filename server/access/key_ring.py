@@ -21,11 +21,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from adapters.errors import Unavailable
 from adapters.viewpoint import DEFAULT_PROJECT
 from server.access.keys import ApiKey, Keys, digest_of
-from server.access.principal import EVERYBODY, SCOPES, Principal, Quota
+from server.access.principal import EVERYBODY, GUEST, SCOPES, Principal, Quota
 from server.access.projects import Projects
 
 WATCH_SECONDS = 0.1
-"""Between looks while answers are on their way."""
+"""Between looks."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class KeyRing:
     """Tells principals by secrets.
 
     `commits` is a number that any commit moves, cheaply; `changes` asks the database for that of `access_changes`,
-    and is the same by default. `fixed` are secrets that a setting gives: the operator's. With `allow_anonymous`,
-    who brings none is let in whatever keys there are. `is_remote`: the database is asked by threads.
+    and is the same by default. `fixed` are secrets that a setting gives: the operator's. With `allow_guests`,
+    a client without a key is a `GUEST`, whatever keys there are. `is_remote`: the database is asked by threads.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class KeyRing:
         projects: Projects,
         commits: Callable[[], int],
         fixed: Sequence[str] = (),
-        allow_anonymous: bool = False,
+        allow_guests: bool = False,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         changes: Callable[[], int] | None = None,
         is_remote: bool = False,
@@ -63,7 +63,7 @@ class KeyRing:
         self._changes = changes or commits
         self._is_remote = is_remote
         self._fixed = {digest_of(secret): _of_setting(digest_of(secret)) for secret in fixed}
-        self._allow_anonymous = allow_anonymous
+        self._allow_guests = allow_guests
         self._now = now
         self._seen: int | None = None  # of `commits`
         self._known = _Remembered(None, {}, True, {})
@@ -76,9 +76,16 @@ class KeyRing:
         self._ends: dict[str, asyncio.Future[None]] = {}
 
     @property
-    def is_open(self) -> bool:
-        """Whether no key is needed."""
-        return not self._fixed and (self._allow_anonymous or not self._known.are_there)
+    def has_keys(self) -> bool:
+        """Whether a key was ever made, or a setting gives one: revoked and expired keys count."""
+        return bool(self._fixed) or self._known.are_there
+
+    @property
+    def anonymous(self) -> Principal | None:
+        """Return who a client without a key is; None if it needs one."""
+        if self._allow_guests:
+            return self._limited(GUEST)
+        return None if self.has_keys else self._limited(EVERYBODY)
 
     async def refresh(self) -> None:
         """Have what is remembered be what the database says now. Raises Unavailable."""
@@ -129,7 +136,7 @@ class KeyRing:
         """Who brings this secret, or none; None where it is nobody. Raises Unavailable."""
         await self.refresh()
         if secret is None:
-            return self._limited(EVERYBODY) if self.is_open else None
+            return self.anonymous
         digest = digest_of(secret)
         for known, principal in self._fixed.items():
             if hmac.compare_digest(digest, known):
@@ -147,7 +154,7 @@ class KeyRing:
             found = Principal(key.project, key.id, frozenset(key.scopes), key.quota, sees_all=sees_all)
             return self._limited(found)
         # before there are keys clients send whatever they were made with, such as "unused"
-        return self._limited(EVERYBODY) if self.is_open and not self._known.are_there else None
+        return None if self.has_keys else self.anonymous
 
     def within(self, principal: Principal, project: str) -> Principal | None:
         """The operator at work in one project, which it then sees as that project does. None: there is no such."""
@@ -175,14 +182,13 @@ class KeyRing:
         self._used = {**used, **self._used}
 
     async def watch(self) -> None:
-        """Notice what nobody's request would; until cancelled."""
+        """Notice changes that no request would, for open streams and /ready; until cancelled."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            if self._ends:
-                with suppress(Unavailable, SQLAlchemyError, OSError):  # the next look may find it all there again
-                    await self.refresh()
-                for key_id in list(self._ends):
-                    self._end_if_invalid(key_id)
+            with suppress(Unavailable, SQLAlchemyError, OSError):  # the next look may find it all there again
+                await self.refresh()
+            for key_id in list(self._ends):
+                self._end_if_invalid(key_id)
 
     def _end_if_invalid(self, key_id: str) -> None:
         key = self._by_id.get(key_id)

@@ -56,4 +56,6 @@ class Principal:
 
 
 EVERYBODY = Principal(DEFAULT_PROJECT, ANONYMOUS, frozenset(SCOPES), sees_all=True)
-"""Whoever may connect where no key is needed."""
+"""Any client until a first key is made."""
+GUEST = Principal(DEFAULT_PROJECT, ANONYMOUS, frozenset(DEFAULT_SCOPES))
+"""A client without a key under `ALLOW_ANONYMOUS=1`, whether or not there are keys: never the operator."""

@@ -7,6 +7,7 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from server.access.principal import SCOPES
 from server.api import wire
 from server.api.deps import ServicesDep
 from server.api.openapi import KEYS, READY
@@ -29,7 +30,7 @@ async def health() -> Response:
 @router.get("/ready", summary="Can it serve?", responses=READY)
 async def ready(services: ServicesDep) -> Response:
     """200 while the model is loaded, the engine makes progress and the server is not shutting down: the
-    base's id, and whether it takes `messages`.
+    base's id, whether it takes `messages`, and the scopes of a client without a key (`anonymous`).
 
     No key needed.
     """
@@ -37,8 +38,15 @@ async def ready(services: ServicesDep) -> Response:
         raise EngineDead
     if not services.engine.ready:
         raise NotReady(retry_after=5)
-    has_template = services.encoder.has_chat_template
-    return wire.answer({"status": "ready", "model": services.base_name, "chat_template": has_template})
+    anonymous = services.access.ring.anonymous
+    return wire.answer(
+        {
+            "status": "ready",
+            "model": services.base_name,
+            "chat_template": services.encoder.has_chat_template,
+            "anonymous": [] if anonymous is None else [scope for scope in SCOPES if scope in anonymous.scopes],
+        }
+    )
 
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=KEYS)

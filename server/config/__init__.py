@@ -27,10 +27,13 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 _TRAIN_MEMORY = 0.5  # beside a server
 _OTHER_VARIABLES = ("URL", "API_KEY")  # of the commands that speak to a server
 
+_SWITCHES = {"true": "1", "yes": "1", "on": "1", "false": "0", "no": "0", "off": "0"}
+
 _HOST = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*|[0-9a-fA-F:.]+", re.ASCII)
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#]+", re.ASCII | re.IGNORECASE)
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+Anonymous = Literal["0", "1", "until-keyed"]
 Flag = str | int | float | bool | Path | None
 
 
@@ -115,7 +118,11 @@ class Settings(Limits, WorkerSettings):
         "Whoever watches may see a flag for a moment: better in the file or in SMOLORA_API_KEYS. "
         "Default: none needed.",
     )
-    allow_anonymous: bool = Field(False, description="Serve without keys off the loopback, too.")
+    allow_anonymous: Anonymous = Field(
+        "0",
+        description="Clients without a key: 0 serves them on the loopback until a first key is made, until-keyed "
+        "off the loopback, too; 1 lets them generate and train in the project default, always.",
+    )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Comma-separated names that the server answers to, such as lora.example.org, *.example.org or "
@@ -158,10 +165,21 @@ class Settings(Limits, WorkerSettings):
         return (self.train_memory or _TRAIN_MEMORY) if self.workers else 0.0
 
     @property
+    def allows_guests(self) -> bool:
+        """Whether a client without a key may generate and train, whatever keys there are."""
+        return self.allow_anonymous == "1"
+
+    @property
     def of_a_worker(self) -> WorkerSettings:
         """What each of the workers is told."""
         share = self.training_memory / self.workers if self.workers else None
         return self.model_copy(update={"train_memory": share})
+
+    @field_validator("allow_anonymous", mode="before")
+    @classmethod
+    def _switch(cls, value: object) -> object:
+        """Take what other switches take, such as true, for 1 and 0."""
+        return _SWITCHES.get(str(value).lower(), value)
 
     @field_validator("api_keys", mode="before")
     @classmethod

@@ -58,13 +58,13 @@ def cannot_listen(host: str, port: int, error: OSError) -> StartupError:
 
 
 def refuse_strangers(settings: Settings) -> None:
-    """Raise StartupError where others could connect, and nothing would ask them for a key."""
+    """Raise StartupError if others could connect and nothing would ask them for a key."""
     needs_key = settings.api_keys or Home(settings.home).keyed.exists()
-    if not (needs_key or settings.allow_anonymous or is_loopback(settings.host) or _has_keys(settings)):
+    if not (needs_key or settings.allow_anonymous != "0" or is_loopback(settings.host) or _has_keys(settings)):
         raise StartupError(
             f"{settings.host} can be reached from elsewhere: make a key ({program()} keys create NAME --home "
-            f"{settings.home}), set {PREFIX}API_KEYS (--api-keys), or {PREFIX}ALLOW_ANONYMOUS=1 "
-            "(--allow-anonymous) to serve without any"
+            f"{settings.home}), set {PREFIX}API_KEYS (--api-keys), or serve clients without one: "
+            f"{PREFIX}ALLOW_ANONYMOUS=until-keyed (--allow-anonymous) until you make a key, 1 always"
         )
 
 

@@ -60,7 +60,7 @@ def build(
     storage, commits = Storage.open(settings.home, settings), commits_of(database, settings.home)
     agree(database, storage.place)
     home = storage.home
-    access = open_access(database, home.keyed, commits, settings.api_keys, settings.allow_anonymous)
+    access = open_access(database, home.keyed, commits, settings.api_keys, settings.allows_guests)
     directory = base_directory(settings, say)
     say(f"the database is {described(database)}")
     # A process without an engine maps the weights, and never reads them.

@@ -42,6 +42,7 @@ from server.training.spec import JobSpec
 from tests.end_to_end.server_process import PATIENCE, environment, free_port
 from tests.failing_disk.asks import ASKS, Ask, Asker
 from tests.failing_disk.disk import FailingDisk
+from tests.failing_disk.server import OPERATORS
 
 SHM = Path("/dev/shm")
 WAYS = ((errno.EIO, False), (errno.EIO, True), (errno.ENOSPC, False), (errno.ENOSPC, True))
@@ -64,7 +65,8 @@ class Server:
             self._process = subprocess.Popen(
                 command, env=environment() | self.disk.environment, stdout=log, stderr=log
             )
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, trust_env=False)
+        url, headers = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {OPERATORS}"}
+        self.client = httpx.Client(base_url=url, headers=headers, timeout=PATIENCE, trust_env=False)
         self._wait_until_ready(time.monotonic() + PATIENCE)
 
     def listed(self) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from server.home import make, prepare, serving
 from server.serve.startup import build
 from server.sqlite import JournalMode
 
+OPERATORS = "operators-0123456789"
+
 
 def serve(home: Path, model: str, journal_mode: JournalMode, port: int) -> None:
     """Until it is killed."""
@@ -23,7 +25,7 @@ def serve(home: Path, model: str, journal_mode: JournalMode, port: int) -> None:
         prepare(home)
         opened = connect(home, journal_mode)  # who has it open first chooses the journal
         fields = {"home": home, "model": model, "device": "cpu", "dtype": "fp32", "adapter_cache_bytes": "4MiB"}
-        settings = Settings.model_validate({**fields, "allow_anonymous": True, "min_free_bytes": 0})
+        settings = Settings.model_validate({**fields, "api_keys": OPERATORS, "min_free_bytes": 0})
         app = create_app(build(settings, lambda line: None))
         uvicorn.run(app, host="127.0.0.1", port=port, log_config=None)
         opened.dispose()

@@ -205,7 +205,7 @@ def build_services(
         decode=tokenizer.decode,
         limiters=Limiters.build(settings.queue_timeout, metrics.lanes),
         access=open_access(
-            database, Home(home).keyed, commits_of(database, home), settings.api_keys, settings.allow_anonymous
+            database, Home(home).keyed, commits_of(database, home), settings.api_keys, settings.allows_guests
         ),
     )
 

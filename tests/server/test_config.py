@@ -28,7 +28,7 @@ def test_defaults_are_the_contracts() -> None:
     assert (settings.device, settings.dtype) == ("auto", "auto")
     assert (settings.max_num_seqs, settings.max_queue, settings.max_model_len) == (32, 256, None)
     assert (settings.kv_cache_bytes, settings.adapter_cache_bytes) == (None, None)
-    assert (settings.api_keys, settings.allow_anonymous, settings.workers) == ((), False, 1)
+    assert (settings.api_keys, settings.allow_anonymous, settings.workers) == ((), "0", 1)
     assert settings.train_share == 0.25
 
 
@@ -43,7 +43,7 @@ def test_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.api_keys == ("one", "two")
     assert settings.kv_cache_bytes == 2 << 30
     assert settings.max_model_len is None
-    assert settings.allow_anonymous
+    assert settings.allows_guests
     assert load(Settings, port=1234).port == 1234  # a flag wins
 
 
@@ -68,6 +68,7 @@ def test_workers_share_what_is_trainings(given: dict[str, float], share: float) 
         ("api_keys", "with blank"),
         ("workers", -1),
         ("host", "x" * 300),
+        ("allow_anonymous", "sometimes"),
     ],
 )
 def test_a_bad_value_is_one_line_with_both_names(name: str, value: str | int) -> None:
@@ -167,7 +168,7 @@ def test_the_page_of_settings_has_each_with_its_default() -> None:
         found = re.findall(r"`SMOLORA_(\w+)`", names)
         values = defaults.split(", ") if re.fullmatch(r"[`\w.]+(, [`\w.]+)*", defaults) else [defaults]
         told.update(zip(found, values if len(values) == len(found) else values * len(found), strict=True))
-    assert set(told) | {"ALLOW_ANONYMOUS"} == {name.upper() for name in Settings.model_fields}
+    assert set(told) == {name.upper() for name in Settings.model_fields}
     settings = load(Settings)
     for name, default in told.items():
         value = settings.training_memory if name == "TRAIN_MEMORY" else getattr(settings, name.lower())

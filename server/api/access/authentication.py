@@ -96,7 +96,10 @@ class Authentication:
             raise _NoPathError
         if scopes is not None and not principal.may(scopes):
             needed = " or ".join(sorted(scopes))
-            raise Forbidden(f"this key lacks the scope {needed}: it has {', '.join(sorted(principal.scopes))}")
+            has = ", ".join(sorted(principal.scopes))
+            if principal.key_id == ANONYMOUS:
+                raise Forbidden(f"send a key with the scope {needed}: a client without one has {has}")
+            raise Forbidden(f"this key lacks the scope {needed}: it has {has}")
         principal = self._at_work_in(headers.get(PROJECT_HEADER), principal)
         if method not in _FREE_METHODS:
             await self._access.rates.take(principal, "requests")
@@ -106,7 +109,8 @@ class Authentication:
         if project is None or (project == principal.project and not principal.sees_all):
             return principal
         if not principal.is_operator:
-            raise Forbidden(f"this key is one of the project {principal.project}: leave out OpenAI-Project")
+            whose = "a client without a key works in" if principal.key_id == ANONYMOUS else "this key is one of"
+            raise Forbidden(f"{whose} the project {principal.project}: leave out OpenAI-Project")
         found = self._access.ring.within(principal, project)
         if found is None and principal.key_id != ANONYMOUS:
             raise NotFound("there is no project of the name that OpenAI-Project gives")

@@ -29,7 +29,7 @@ router = APIRouter(prefix="/keys", tags=["access"], route_class=StrictRoute)
 async def create_key(body: KeyBody, services: ServicesDep) -> Response:
     """Make a key of a project. The answer has its secret, which can't be asked for again.
 
-    From the first key on nobody is served without one.
+    From the first key on clients need one; with SMOLORA_ALLOW_ANONYMOUS=1 only beyond generate and train.
     """
     key, secret = await to_thread.run_sync(_create, services, body)
     return wire.answer({**key.to_document(), "secret": secret}, 201, {"Cache-Control": "no-store"})

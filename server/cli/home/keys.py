@@ -76,7 +76,7 @@ def create(
     if limits := told(key.quota):
         say(f"its limits: {limits}")
     if is_first:
-        say("it is the first: from now on nobody is served without a key, unless SMOLORA_ALLOW_ANONYMOUS is set")
+        say("it is the first: from now on clients need a key, even with SMOLORA_ALLOW_ANONYMOUS=until-keyed")
     say("its secret is shown this once; clients send it as Authorization: Bearer …, commands as SMOLORA_API_KEY")
 
 

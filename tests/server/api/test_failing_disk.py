@@ -11,8 +11,9 @@ from fastapi import FastAPI
 from adapters.library import Library
 from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Leases
+from tests.server.api.access.key_kit import OPERATORS, client_with
 from tests.server.api.test_full_disk import asks, changed, stored
-from tests.server.conftest import MakeServices, client_of, new_app
+from tests.server.conftest import MakeServices, new_app
 
 pytestmark = pytest.mark.anyio
 
@@ -43,7 +44,7 @@ class FailingSync:
 
 @pytest.fixture
 def app(make_services: MakeServices) -> FastAPI:
-    return new_app(make_services(allow_anonymous=True, min_free_bytes=0))
+    return new_app(make_services(api_keys=OPERATORS, min_free_bytes=0))
 
 
 @pytest.mark.parametrize("name", WRITES)
@@ -57,7 +58,7 @@ async def test_any_sync_may_fail(
     name: str,
 ) -> None:
     sync = FailingSync()
-    async with client_of(app) as client:
+    async with client_with(app, OPERATORS) as client:
         ask = (await asks(client, leases, tmp_path))[name]
         before = await stored(client, tmp_path)
         monkeypatch.setattr(os, "fsync", sync)

@@ -20,9 +20,10 @@ from server.training.queue.job_files import JobFiles
 from server.training.queue.jobs import Jobs
 from server.training.queue.leases import Leases
 from server.training.queue.reserve import Reserve
+from tests.server.api.access.key_kit import OPERATORS, client_with
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.train_kit import ROWS, StandIn, submit, train_body
-from tests.server.conftest import MakeServices, client_of
+from tests.server.conftest import MakeServices
 from tests.small_disk import fill, make_room, mounted
 
 pytestmark = pytest.mark.anyio
@@ -48,7 +49,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 @pytest.fixture
 def app(make_services: MakeServices) -> FastAPI:
-    app = create_app(make_services(allow_anonymous=True, allow_hub_adapters=True, min_free_bytes=0))
+    app = create_app(make_services(api_keys=OPERATORS, allow_hub_adapters=True, min_free_bytes=0))
     app.dependency_overrides[get_fetch] = lambda: fetch
     return app
 
@@ -156,7 +157,7 @@ def leave_no_room(database: sa.Engine, home: Path, leave: int = 0) -> None:
 async def test_every_route_that_writes(
     app: FastAPI, leases: Leases, database: sa.Engine, small_disk: Path
 ) -> None:
-    async with client_of(app) as client:
+    async with client_with(app, OPERATORS) as client:
         wanted = await asks(client, leases, small_disk)
         assert {name.removesuffix(" merge") for name in wanted} == writing(app)
         before = await stored(client, small_disk)
@@ -200,7 +201,7 @@ def check_words(name: str, response: httpx.Response) -> None:
 
 async def test_room_can_be_made(app: FastAPI, leases: Leases, database: sa.Engine, small_disk: Path) -> None:
     """Files are deleted on a full disk as on any."""
-    async with client_of(app) as client:
+    async with client_with(app, OPERATORS) as client:
         wanted = await asks(client, leases, small_disk)
         for job in (await client.get("/train")).json()["jobs"]:
             await client.post(f"/train/{job['id']}/cancel")  # they need the data
@@ -210,7 +211,7 @@ async def test_room_can_be_made(app: FastAPI, leases: Leases, database: sa.Engin
 
 
 async def test_a_key_is_revoked(app: FastAPI, leases: Leases, database: sa.Engine, small_disk: Path) -> None:
-    async with client_of(app) as client:
+    async with client_with(app, OPERATORS) as client:
         wanted = await asks(client, leases, small_disk)
         leave_no_room(database, small_disk)
         assert await status_of(client, REVOKES, wanted[REVOKES]) == 200
@@ -223,7 +224,7 @@ async def test_a_key_is_revoked(app: FastAPI, leases: Leases, database: sa.Engin
 
 async def test_usage_is_told_as_far_as_it_is_stored(app: FastAPI, database: sa.Engine, small_disk: Path) -> None:
     """By which somebody finds out whose the disk is."""
-    async with client_of(app) as client:
+    async with client_with(app, OPERATORS) as client:
 
         async def num_requests() -> int:
             response = await client.get("/usage")
@@ -249,7 +250,7 @@ async def test_whatever_room_is_left(
 ) -> None:
     """It ends at any write, the commit included: what was refused isn't there, after the next start either."""
     num_refused = 0
-    async with client_of(app) as client:
+    async with client_with(app, OPERATORS) as client:
         ask = (await asks(client, leases, small_disk))[name]
         before = await stored(client, small_disk)
         while True:

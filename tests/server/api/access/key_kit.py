@@ -11,6 +11,9 @@ from server.access.access import Access
 from server.access.principal import OPERATOR, Quota, Scope
 from tests.server.conftest import client_of
 
+OPERATORS = "operators-0123456789"
+"""For the setting API_KEYS."""
+
 
 def access_of(app: FastAPI) -> Access:
     """What the app's server knows of keys."""

@@ -22,7 +22,7 @@ from adapters.errors import InDoubt, Unavailable
 from server.access.access import open_access
 from server.access.key_ring import WATCH_SECONDS, KeyRing
 from server.access.keys import ApiKey, Keys
-from server.access.principal import OPERATOR, Principal, Quota
+from server.access.principal import OPERATOR, SCOPES, Principal, Quota
 from server.access.projects import Projects as ProjectTable
 from server.access.rates import OwnRates
 from server.access.tables import api_keys
@@ -30,7 +30,7 @@ from server.api.accounts.books import keep_now
 from server.database import commits_of, connect
 from server.errors import RateLimited
 from server.training.queue.leases import Leases
-from tests.server.api.access.key_kit import access_of, client_with, new_secret, two_projects
+from tests.server.api.access.key_kit import OPERATORS, access_of, client_with, new_secret, two_projects
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import FakeEngine, scoring, until
 from tests.server.api.train_kit import StandIn, submit, train_body
@@ -85,13 +85,65 @@ async def test_a_project_that_openais_client_sends_by_itself(client: httpx.Async
         assert (await operator.get("/v1/models", headers=theirs)).status_code == 404
 
 
-async def test_anonymous_callers_may_be_let_in_beside_keys(make_services: MakeServices) -> None:
-    app = new_app(make_services(allow_anonymous=True))
-    secret = new_secret(app)
+ADMIN_REQUESTS = (
+    ("GET", "/keys"),
+    ("POST", "/keys"),
+    ("GET", "/audit"),
+    ("GET", "/projects"),
+    ("GET", "/metrics"),
+)
+
+
+@pytest.mark.parametrize(
+    ("setting", "refusal", "reads"), [("0", 401, 401), ("until-keyed", 401, 401), ("1", 403, 200)]
+)
+async def test_after_the_first_key_a_client_without_one_is_never_the_operator(
+    make_services: MakeServices, setting: str, refusal: int, reads: int
+) -> None:
+    """Whatever key it was: a revoked one counts. Only `1` leaves generate and train."""
+    app = new_app(make_services(allow_anonymous=setting))
+    key, secret = access_of(app).keys.create("acme", who=OPERATOR, project="acme", scopes=["generate"])
     async with client_of(app) as client:
-        assert (await client.get("/adapters")).status_code == 200
+        for _ in range(2):
+            for method, path in ADMIN_REQUESTS:
+                body = {"name": "mine", "scopes": ["admin"]} if method == "POST" else None
+                assert (await client.request(method, path, json=body)).status_code == refusal, path
+            assert (await client.get("/adapters")).status_code == reads
+            assert (await client.get("/train")).status_code == reads
+            assert (await client.post("/generate", json=GENERATE)).status_code == reads
+            access_of(app).keys.revoke(key.id, who=OPERATOR)
+        for wrong in (secret, "sk-smolora-wrong"):
+            assert (await client.get("/adapters", headers=bearer(wrong))).status_code == 401
+    assert [found.id for found in access_of(app).keys.list()] == [key.id]
+
+
+@pytest.mark.parametrize(
+    ("setting", "scopes"), [("0", SCOPES), ("until-keyed", SCOPES), ("1", ("generate", "train"))]
+)
+async def test_ready_says_what_a_client_without_a_key_may(
+    make_services: MakeServices, setting: str, scopes: tuple[str, ...]
+) -> None:
+    app = new_app(make_services(allow_anonymous=setting))
+    async with client_of(app) as client:
+        assert (await client.get("/ready")).json()["anonymous"] == list(scopes)
+        assert (await client.get("/keys")).status_code == (200 if "admin" in scopes else 403)
+        secret = new_secret(app)
+        await access_of(app).ring.refresh()
+        assert (await client.get("/ready")).json()["anonymous"] == (list(scopes) if setting == "1" else [])
         assert (await client.get("/adapters", headers=bearer(secret))).status_code == 200
-        assert (await client.get("/adapters", headers=bearer("sk-smolora-wrong"))).status_code == 401
+
+
+async def test_a_guest_works_in_the_default_project_alone(make_services: MakeServices) -> None:
+    app = new_app(make_services(allow_anonymous="1", api_keys=OPERATORS))
+    new_secret(app, "acme")
+    async with client_of(app) as client:
+        for project in ("acme", "proj_abc123"):
+            answer = await client.get("/v1/models", headers={"OpenAI-Project": project})
+            assert answer.status_code == 403
+            assert "leave out OpenAI-Project" in answer.json()["error"]["message"]
+        refused = (await client.get("/keys")).json()["detail"]
+        assert refused == "send a key with the scope admin: a client without one has generate, train"
+        assert (await client.get("/keys", headers=bearer(OPERATORS))).status_code == 200
 
 
 async def test_the_secret_is_stored_nowhere(
