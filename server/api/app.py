@@ -7,7 +7,7 @@ from inspect import signature
 from typing import Any
 
 from anyio import to_thread
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
@@ -24,6 +24,7 @@ from server.api.accounts import keys, projects, usage
 from server.api.accounts.books import keep_books, keep_now
 from server.api.adapters import aliases, compositions, imports
 from server.api.adapters import route as adapters
+from server.api.closed_query import closed_query
 from server.api.compare import route as compare
 from server.api.deps import Services
 from server.api.errors import faults
@@ -93,6 +94,7 @@ def create_app(services: Services) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        dependencies=[Depends(closed_query)],
         **(_UNTRACED if "telemetry" in signature(FastAPI).parameters else {}),
         servers=[{"url": settings.root_path}] if settings.root_path else None,
         middleware=[

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from typing import Annotated
+from typing import Annotated, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Path, Query, Request
@@ -14,6 +14,7 @@ from starlette.responses import Response
 from adapters.errors import BytesUnavailable, InvalidInput, NotFound
 from server.api import wire
 from server.api.access.quotas import require_room
+from server.api.closed_query import KEYED
 from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.openai.documents import REFUSALS
 from server.api.openai.errors import ModelNotFound
@@ -65,12 +66,21 @@ async def create(
 @router.get(
     "", summary="List jobs", response_class=Response, responses={200: {"model": Page[FineTuningJob]}, **REFUSALS}
 )
-async def list_jobs(request: Request, services: ServicesDep, limit: Limit = 20, after: After = None) -> Response:
+async def list_jobs(
+    request: Request,
+    services: ServicesDep,
+    limit: Limit = 20,
+    after: After = None,
+    metadata: Annotated[
+        Literal["null"] | None, Query(description="jobs without any", json_schema_extra=KEYED)
+    ] = None,
+) -> Response:
     """List jobs, newest first.
 
     `metadata[key]=value` filters by metadata; `metadata=null` selects jobs without any.
     """
-    return await to_thread.run_sync(_jobs_page, services, limit, after, _metadata_filter(request))
+    is_wanted = _metadata_filter(request, metadata is not None)
+    return await to_thread.run_sync(_jobs_page, services, limit, after, is_wanted)
 
 
 @router.get("/{job_id}", summary="One job", response_class=Response, responses=_JOB)
@@ -187,17 +197,12 @@ def _all_jobs(jobs: Jobs, before: str | None) -> Iterator[Job]:
         before = found[-1].id
 
 
-def _metadata_filter(request: Request) -> Callable[[Job], bool]:
-    """As the query says. Raises InvalidInput."""
-    wanted: dict[str, str] = {}
-    is_null = False
-    for name, value in request.query_params.multi_items():
-        if name == "metadata":
-            if value != "null":
-                raise InvalidInput.of("metadata", "filter by metadata[key]=value, or metadata=null")
-            is_null = True
-        elif name.startswith("metadata[") and name.endswith("]"):
-            wanted[name[len("metadata[") : -1]] = value
+def _metadata_filter(request: Request, is_null: bool) -> Callable[[Job], bool]:
+    """Return whether a job has the metadata that the query asks for; `is_null`: it has none."""
+    start = "metadata["
+    wanted = {
+        name[len(start) : -1]: value for name, value in request.query_params.items() if name.startswith(start)
+    }
 
     def is_wanted(job: Job) -> bool:
         kept = job.data[FINE_TUNING]
