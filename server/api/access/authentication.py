@@ -23,7 +23,7 @@ from server.api.errors.faults import form_of
 from server.api.errors.near_names import unknown_path
 from server.errors import Forbidden, Unauthorized
 
-PROJECT_HEADER = "openai-project"
+PROJECT_HEADER = "OpenAI-Project"
 _FREE_METHODS = ("GET", "HEAD", "OPTIONS")  # which count for no rate
 LOST = "the key was revoked, or has expired"
 _PRINCIPAL, _END = "principal", "end_of_key"

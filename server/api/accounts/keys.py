@@ -3,13 +3,15 @@
 from typing import Annotated
 
 from anyio import to_thread
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Header, Path, Query
 from starlette.responses import Response
 
 from adapters.errors import InvalidInput
 from adapters.names import MAX_NAME
+from adapters.viewpoint import DEFAULT_PROJECT
 from server.access.keys import ApiKey
 from server.api import wire
+from server.api.access.authentication import PROJECT_HEADER
 from server.api.accounts.schemas import KeyAnswer, KeyBody, KeyList, NewKeyAnswer
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import ADMIN, ADMIN_CHANGES, ADMIN_LOOKUPS
@@ -26,12 +28,16 @@ router = APIRouter(prefix="/keys", tags=["access"], route_class=StrictRoute)
     response_class=Response,
     responses={201: {"model": NewKeyAnswer, "description": "The key, and its secret, once"}, **ADMIN_CHANGES},
 )
-async def create_key(body: KeyBody, services: ServicesDep) -> Response:
+async def create_key(
+    body: KeyBody,
+    services: ServicesDep,
+    at_work_in: Annotated[str | None, Header(alias=PROJECT_HEADER, description="the default of `project`")] = None,
+) -> Response:
     """Make a key of a project. The answer has its secret, which can't be asked for again.
 
     From the first key on clients need one; with SMOLORA_ALLOW_ANONYMOUS=1 only beyond generate and train.
     """
-    key, secret = await to_thread.run_sync(_create, services, body)
+    key, secret = await to_thread.run_sync(_create, services, body, at_work_in)
     return wire.answer({**key.to_document(), "secret": secret}, 201, {"Cache-Control": "no-store"})
 
 
@@ -66,13 +72,15 @@ def _revoke(services: Services, key_id: str) -> ApiKey:
     return key
 
 
-def _create(services: Services, body: KeyBody) -> tuple[ApiKey, str]:
+def _create(services: Services, body: KeyBody, at_work_in: str | None) -> tuple[ApiKey, str]:
+    if None not in (body.project, at_work_in) and body.project != at_work_in:
+        raise InvalidInput.of("project", "contradicts the header OpenAI-Project: leave one of them out")
     if body.expires_at is not None and body.expires_at.tzinfo is None:
         raise InvalidInput.of("expires_at", "must have an offset from UTC, such as 2027-01-01T00:00:00Z")
     return services.access.keys.create(
         body.name,
         who=services.principal.key_id,
-        project=body.project,
+        project=body.project or at_work_in or DEFAULT_PROJECT,
         scopes=body.scopes,
         expires_at=body.expires_at,
         quota=body.quota,

@@ -46,7 +46,9 @@ class KeyBody(LimitFields):
     """POST /keys."""
 
     name: Name = Field(description="for people")
-    project: Name = Field(DEFAULT_PROJECT, description="which comes to be if there is none")
+    project: Name | None = Field(
+        None, description=f"created if there is none; default: what OpenAI-Project names, else {DEFAULT_PROJECT}"
+    )
     scopes: list[Scope] = Field(list(DEFAULT_SCOPES), min_length=1, max_length=4)
     expires_at: Annotated[datetime, Field(strict=False)] | None = Field(
         None, description="with an offset from UTC"

@@ -146,6 +146,22 @@ async def test_a_guest_works_in_the_default_project_alone(make_services: MakeSer
         assert (await client.get("/keys", headers=bearer(OPERATORS))).status_code == 200
 
 
+async def test_openai_project_is_the_default_project_of_a_new_key(app: FastAPI) -> None:
+    """The operator at work in a tenant makes the tenant's keys; what contradicts that is refused."""
+    async with two_projects(app) as projects:
+        at_work = {"OpenAI-Project": "acme"}
+        for body in ({"name": "ci"}, {"name": "ci", "project": "acme"}):
+            made = await projects.operator.post("/keys", json=body, headers=at_work)
+            assert (made.status_code, made.json()["project"]) == (201, "acme")
+        refused = await projects.operator.post("/keys", json={"name": "ci", "project": "other"}, headers=at_work)
+        assert refused.status_code == 422
+        assert refused.json()["errors"] == [
+            {"loc": ["project"], "message": "contradicts the header OpenAI-Project: leave one of them out"}
+        ]
+        made = await projects.operator.post("/keys", json={"name": "ci"})
+        assert (made.status_code, made.json()["project"]) == (201, "default")
+
+
 async def test_the_secret_is_stored_nowhere(
     client: httpx.AsyncClient, database: sa.Engine, tmp_path: Path
 ) -> None:
