@@ -48,6 +48,8 @@ log = logging.getLogger("smolora.api")
 class RequestContext:
     """Gives every request an id, every response X-Request-Id, the log one line without anybody's text, and counts.
 
+    No other site's page may frame a response, and no browser may guess its type.
+
     What nobody foresaw becomes a 500 here. A disk that fails, or has no room under `home`, is a 503, whichever
     route it was, and so is a database that somebody else has locked.
     """
@@ -77,7 +79,10 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = own_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = own_id
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers.setdefault("Content-Security-Policy", "frame-ancestors 'none'")
             await send(message)
 
         try:

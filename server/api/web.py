@@ -43,14 +43,13 @@ _POLICY = "; ".join(
         "frame-ancestors 'none'",
     )
 )
-_HEADERS = {
-    "Content-Security-Policy": _POLICY,
+SECURITY = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "Vary": "Accept-Encoding",
 }
+"""Of each page, with a policy of its own. `server.api.middleware` adds those of every answer."""
+_HEADERS = {**SECURITY, "Content-Security-Policy": _POLICY, "Vary": "Accept-Encoding"}
 _FOR_GOOD = "public, max-age=31536000, immutable"
 
 router = APIRouter(include_in_schema=False)

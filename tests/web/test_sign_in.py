@@ -27,6 +27,16 @@ def server(
     server.close()
 
 
+def test_the_docs_work_under_their_policy(server: ServerProcess, browser: Browser) -> None:
+    """A script that the policy blocked would leave them empty, and is an error of the console."""
+    with page_of(browser, f"{server.url}/#/") as page:
+        page.goto(f"{server.url}/docs")
+        page.get_by_role("button", name="/health").first.click()
+        page.get_by_role("button", name="Try it out").click()
+        page.get_by_role("button", name="Execute").click()
+        expect(page.get_by_text('"ok"').first).to_be_visible()
+
+
 def make_key(page: Page, name: str, project: str, scopes: tuple[str, ...]) -> str:
     """As an operator makes it on the page; its secret, which is shown once."""
     form = page.get_by_role("form", name="New key")
