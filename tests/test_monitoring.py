@@ -38,6 +38,8 @@ HEALTHY: Mapping[str, str] = {
     'smolora_http_requests_total,status="503"': "0+60x1600",
     'smolora_http_requests_total,status="404"': "0+300x1600",
     'smolora_http_requests_total,status="422"': "0+300x1600",
+    'smolora_auth_failures_total,reason="missing"': "0+600x1600",
+    'smolora_auth_failures_total,reason="unknown"': "0+20x1600",
     'smolora_requests_total,outcome="completed"': "0+600x1600",
     'smolora_requests_total,outcome="cancelled"': "0+100x1600",
     'smolora_requests_total,outcome="failed"': "0x1600",
@@ -64,6 +66,7 @@ TROUBLE: Mapping[str, Mapping[str, str]] = {
     "SmoloraErrors": {'smolora_http_requests_total,status="500"': "0+20x1600"},
     "SmoloraGenerationsFail": {'smolora_requests_total,outcome="failed"': "0+20x1600"},
     "SmoloraRefuses": {'smolora_requests_total,outcome="refused"': "0+200x1600"},
+    "SmoloraWrongKeys": {'smolora_auth_failures_total,reason="unknown"': "0+40x1600"},
     "SmoloraSlowFirstToken": {'smolora_time_to_first_token_seconds_bucket,le="1"': "0+500x1600"},
     "SmoloraCacheFull": {
         "smolora_preemptions_total": "0+60x1600",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Literal
 
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy.exc import SQLAlchemyError
@@ -23,9 +24,13 @@ from adapters.viewpoint import DEFAULT_PROJECT
 from server.access.keys import ApiKey, Keys, digest_of
 from server.access.principal import EVERYBODY, GUEST, SCOPES, Principal, Quota
 from server.access.projects import Projects
+from server.operator_keys import OperatorKeys
 
 WATCH_SECONDS = 0.1
 """Between looks."""
+_OF_SETTING = "env-"
+
+KeyFault = Literal["missing", "unknown", "expired", "revoked"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class KeyRing:
     """Tells principals by secrets.
 
     `commits` is a number that any commit moves, cheaply; `changes` asks the database for that of `access_changes`,
-    and is the same by default. `fixed` are secrets that a setting gives: the operator's. With `allow_guests`,
+    and is the same by default. `fixed` is the setting API_KEYS, the operator's keys. With `allow_guests`,
     a client without a key is a `GUEST`, whatever keys there are. `is_remote`: the database is asked by threads.
     """
 
@@ -62,7 +67,8 @@ class KeyRing:
         self._commits = commits
         self._changes = changes or commits
         self._is_remote = is_remote
-        self._fixed = {digest_of(secret): _of_setting(digest_of(secret)) for secret in fixed}
+        self._operator = OperatorKeys(fixed)
+        self._fixed: dict[str, Principal] = {}
         self._allow_guests = allow_guests
         self._now = now
         self._seen: int | None = None  # of `commits`
@@ -74,11 +80,12 @@ class KeyRing:
         self._fault: Unavailable | None = None
         self._used: dict[str, datetime] = {}
         self._ends: dict[str, asyncio.Future[None]] = {}
+        self._read_operators_keys(is_first=True)
 
     @property
     def has_keys(self) -> bool:
         """Whether a key was ever made, or a setting gives one: revoked and expired keys count."""
-        return bool(self._fixed) or self._known.are_there
+        return self._operator.are_given or self._known.are_there
 
     @property
     def anonymous(self) -> Principal | None:
@@ -88,7 +95,8 @@ class KeyRing:
         return None if self.has_keys else self._limited(EVERYBODY)
 
     async def refresh(self) -> None:
-        """Have what is remembered be what the database says now. Raises Unavailable."""
+        """Have what is remembered be what the database says now, and the operator's file. Raises Unavailable."""
+        self._read_operators_keys()
         if (seen := self._commits()) == self._seen:
             return
         if not self._is_remote and self._changes() == self._known.number:
@@ -115,6 +123,14 @@ class KeyRing:
         """The same, which blocks."""
         if (seen := self._commits()) != self._seen:
             self._take(self._read(), seen)
+
+    def _read_operators_keys(self, is_first: bool = False) -> None:
+        if not (self._operator.refresh() or is_first):
+            return
+        digests = map(digest_of, self._operator.secrets)
+        self._fixed = {digest: _of_setting(digest) for digest in digests}
+        for key_id in list(self._ends):
+            self._end_if_invalid(key_id)
 
     def _read(self) -> _Remembered:
         """Keys and projects anew, if any has changed. For any thread."""
@@ -156,6 +172,14 @@ class KeyRing:
         # before there are keys clients send whatever they were made with, such as "unused"
         return None if self.has_keys else self.anonymous
 
+    def fault_of(self, secret: str | None) -> KeyFault:
+        """Return why the secret opens nothing."""
+        if secret is None:
+            return "missing"
+        if (key := self._known.by_digest.get(digest_of(secret))) is None:
+            return "unknown"
+        return "expired" if key.revoked_at is None else "revoked"
+
     def within(self, principal: Principal, project: str) -> Principal | None:
         """The operator at work in one project, which it then sees as that project does. None: there is no such."""
         if project not in self._known.quotas and project != DEFAULT_PROJECT:
@@ -191,8 +215,12 @@ class KeyRing:
                 self._end_if_invalid(key_id)
 
     def _end_if_invalid(self, key_id: str) -> None:
-        key = self._by_id.get(key_id)
-        if key is not None and not key.is_valid(self._now()):
+        if key_id.startswith(_OF_SETTING):
+            is_valid = any(principal.key_id == key_id for principal in self._fixed.values())
+        else:
+            key = self._by_id.get(key_id)
+            is_valid = key is None or key.is_valid(self._now())
+        if not is_valid:
             self._ends.pop(key_id).set_result(None)
 
     def _limited(self, principal: Principal) -> Principal:
@@ -201,5 +229,5 @@ class KeyRing:
 
 
 def _of_setting(digest: str) -> Principal:
-    """An operator's, called by the beginning of its digest."""
-    return Principal(DEFAULT_PROJECT, f"env-{digest[:12]}", frozenset(SCOPES), sees_all=True)
+    """Return an operator's principal, named by the beginning of its digest."""
+    return Principal(DEFAULT_PROJECT, f"{_OF_SETTING}{digest[:12]}", frozenset(SCOPES), sees_all=True)

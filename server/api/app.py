@@ -105,7 +105,7 @@ def create_app(services: Services) -> FastAPI:
                 Sites, hosts=settings.allowed_hosts, origins=settings.allowed_origins, own_host=settings.host
             ),
             *([cross_origin] if settings.allowed_origins else []),
-            Middleware(Authentication, access=services.access),
+            Middleware(Authentication, access=services.access, metrics=services.metrics.http),
             Middleware(Overload, services=services),
             Middleware(BodyLimit, in_flight=BytesInFlight(metrics=services.metrics.lanes)),
         ],

@@ -15,6 +15,7 @@ from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validato
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from adapters.names import near
+from server import operator_keys
 from server.config.wording import in_words
 from server.errors import StartupError
 from server.limits import Limits
@@ -114,9 +115,9 @@ class Settings(Limits, WorkerSettings):
     )
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Comma-separated keys, one of which every request must bring; @FILE reads them from a file. "
-        "Whoever watches may see a flag for a moment: better in the file or in SMOLORA_API_KEYS. "
-        "Default: none needed.",
+        description="The operator's keys, comma-separated, each of 16 characters or more; @FILE is a file of mode "
+        "600 that has them, and is read again when it changes. Other users may see a flag for a moment: better in "
+        "the file or in SMOLORA_API_KEYS. Default: none.",
     )
     allow_anonymous: Anonymous = Field(
         "0",
@@ -184,26 +185,25 @@ class Settings(Limits, WorkerSettings):
     @field_validator("api_keys", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
-        """Commas separate keys, in a file lines as well; blanks around them don't count."""
+        """Commas separate keys; of `@FILE` its name is kept, since the server reads it again when it changes."""
         if not isinstance(value, str):
             return value
-        if not value.startswith("@"):
-            if not (keys := _items_in(value)) and value:
-                raise ValueError("has no keys, only commas or blanks")
-            return keys
-        try:
-            keys = _items_in(Path(value[1:]).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
-            raise ValueError(f"can't read the file {value[1:]}: {reason}") from None
-        if not keys:
-            raise ValueError(f"the file {value[1:]} has no keys")
+        if value.startswith("@"):
+            operator_keys.read(Path(value[1:]))
+            return (value,)
+        if not (keys := operator_keys.split(value)) and value:
+            raise ValueError("has no keys, only commas or blanks")
         return keys
+
+    @field_validator("api_keys", mode="after")
+    @classmethod
+    def _check_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return value if value and value[0].startswith("@") else operator_keys.checked(value)
 
     @field_validator("allowed_hosts", "allowed_origins", "trusted_proxies", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return _items_in(value) if isinstance(value, str) else value
+        return operator_keys.split(value) if isinstance(value, str) else value
 
     @field_validator("allowed_hosts", mode="after")
     @classmethod
@@ -229,17 +229,6 @@ class Settings(Limits, WorkerSettings):
             except ValueError:
                 raise ValueError(f"{network} is no address or network, such as 10.0.0.0/8") from None
         return value
-
-    @field_validator("api_keys", mode="after")
-    @classmethod
-    def _printable_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if any(not key.isascii() or not key.isprintable() or " " in key for key in value):
-            raise ValueError("a key is printable ASCII without blanks")
-        return value
-
-
-def _items_in(text: str) -> tuple[str, ...]:
-    return tuple(key for part in text.replace("\n", ",").split(",") if (key := part.strip()))
 
 
 SettingsT = TypeVar("SettingsT", bound=WorkerSettings)

@@ -4,7 +4,11 @@ Routes are templates, "/train/{job_id}", and what is none shares one label, so t
 children make counting a dictionary's look-up.
 """
 
+from typing import get_args
+
 from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from server.access.key_ring import KeyFault
 
 OTHER = "other"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -28,7 +32,19 @@ class HttpMetrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self._auth_failures = Counter(
+            "smolora_auth_failures",
+            "Requests whose key opened nothing, by reason",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in get_args(KeyFault):  # so that the first one is a rise from 0, which rates see
+            self._auth_failures.labels(reason)
         self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+
+    def refused(self, reason: KeyFault) -> None:
+        """Count a request whose key opened nothing."""
+        self._auth_failures.labels(reason).inc()
 
     def ended(self, method: str, route: str | None, status: int, seconds: float) -> None:
         """An answer has ended. `route` is a template, None where the path is none."""

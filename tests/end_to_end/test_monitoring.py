@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.thorough,
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus"),
 ]
-OPERATOR = "operators-key"
+OPERATOR = "operators-0123456789"
 LOAD_SECONDS = 10.0
 
 

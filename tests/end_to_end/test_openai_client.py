@@ -295,14 +295,14 @@ def test_refusals(client: OpenAI, model: str) -> None:
 
 
 def test_a_key_that_is_none(converted_tiny: Path, tmp_path: Path) -> None:
-    with running(tmp_path, converted_tiny, api_keys="secret") as server:
+    with running(tmp_path, converted_tiny, api_keys="secret-0123456789") as server:
         with (
             OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client,
             pytest.raises(openai.AuthenticationError) as caught,
         ):
             client.models.list()
         assert caught.value.code == "invalid_api_key"
-        with OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0) as client:
+        with OpenAI(base_url=f"{server.url}/v1", api_key="secret-0123456789", max_retries=0) as client:
             assert [model.id for model in client.models.list()] == ["tiny-llama"]
 
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.real
 
 PROMPT = "Once upon a time, in a village"
 """Shorter than a block, so that no answer depends on the ones before, to the last bit."""
-KEYS = "first-key, second-key"
+KEYS = "first-key-of-two-keys, second-key-of-two-keys"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def survivor(
 ) -> Iterator[Survivor]:
     """Killed in the middle of a stream, and started again. With the defaults, but for the keys."""
     home = tmp_path_factory.mktemp("killed")
-    first = ServerProcess(home, key="second-key", base_dir=base_dir, api_keys=KEYS)
+    first = ServerProcess(home, key="second-key-of-two-keys", base_dir=base_dir, api_keys=KEYS)
     try:
         for seed in (31, 32):
             first.upload("kept", adapter_files.make(seed))
@@ -51,7 +51,7 @@ def survivor(
                 list(events)
     finally:
         first.close()
-    second = ServerProcess(home, key="second-key", base_dir=base_dir, api_keys=KEYS)
+    second = ServerProcess(home, key="second-key-of-two-keys", base_dir=base_dir, api_keys=KEYS)
     yield Survivor(second, listed, text)
     second.close()
 
@@ -75,7 +75,13 @@ def test_keys(survivor: Survivor) -> None:
     """The server's own client uses the second key all the time."""
     body = {"prompt": PROMPT, "max_tokens": 1}
     with httpx.Client(base_url=survivor.server.url, timeout=PATIENCE, trust_env=False) as client:
-        for given in ("", "Bearer", "Bearer wrong-key", "Bearer first-key,second-key", "Basic first-key"):
+        for given in (
+            "",
+            "Bearer",
+            "Bearer wrong-key",
+            "Bearer first-key-of-two-keys,second-key-of-two-keys",
+            "Basic first-key-of-two-keys",
+        ):
             headers = {"Authorization": given} if given else {}
             for method, path in (
                 ("POST", "/generate"),
@@ -89,9 +95,9 @@ def test_keys(survivor: Survivor) -> None:
         assert client.delete("/adapters/kept").status_code == 401
         for path in ("/health", "/ready", "/", "/docs", "/openapi.json"):
             assert client.get(path).status_code == 200
-        allowed = client.post("/generate", json=body, headers={"Authorization": "Bearer first-key"})
+        allowed = client.post("/generate", json=body, headers={"Authorization": "Bearer first-key-of-two-keys"})
         assert allowed.status_code == 200
-    assert "second-key" not in survivor.server.log()
+    assert "second-key-of-two-keys" not in survivor.server.log()
 
 
 def test_a_signal_lets_what_runs_end(survivor: Survivor) -> None:

@@ -13,6 +13,7 @@ from server.cli import main as cli
 from server.config import PREFIX, Settings, WorkerSettings, is_loopback, load, to_flags
 from server.config.secrets import forget_keys
 from server.errors import StartupError
+from server.operator_keys import OperatorKeys
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +35,13 @@ def test_defaults_are_the_contracts() -> None:
 
 def test_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMOLORA_PORT", "9000")
-    monkeypatch.setenv("SMOLORA_API_KEYS", " one, two ,,")
+    monkeypatch.setenv("SMOLORA_API_KEYS", " the-first-of-keys, the-second-of-keys ,,")
     monkeypatch.setenv("SMOLORA_KV_CACHE_BYTES", "2GiB")
     monkeypatch.setenv("SMOLORA_MAX_MODEL_LEN", "")  # as compose passes what isn't set
     monkeypatch.setenv("SMOLORA_ALLOW_ANONYMOUS", "1")
     settings = load(Settings, port=None, max_queue=7)
     assert (settings.port, settings.max_queue) == (9000, 7)
-    assert settings.api_keys == ("one", "two")
+    assert settings.api_keys == ("the-first-of-keys", "the-second-of-keys")
     assert settings.kv_cache_bytes == 2 << 30
     assert settings.max_model_len is None
     assert settings.allows_guests
@@ -99,19 +100,46 @@ def test_a_port_that_kubernetes_made_up(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_keys_out_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines or commas between them; what can't be read, or has none, is no way to serve without keys."""
+    """A file that can't be read, or has no good key, is no way to serve without keys."""
     file = tmp_path / "keys"
-    file.write_text("one\n\n two , three\r\n")
-    assert load(Settings, api_keys=f"@{file}").api_keys == ("one", "two", "three")
+    file.touch(mode=0o600)
     monkeypatch.setenv("SMOLORA_API_KEYS", f"@{file}")
-    assert load(Settings).api_keys == ("one", "two", "three")
-    for content, reason in ((b"", "has no keys"), (b"a b\n", "without blanks"), (b"\xff\xfe", "no text")):
+    for content, reason in (
+        *((b"", "has no keys"), (b"a b-0123456789012345\n", "without blanks"), (b"\xff\xfe", "no text")),
+        (b"first-0123456789\nshort-789012345", "needs 16 characters or more"),
+    ):
         file.write_bytes(content)
         with pytest.raises(StartupError, match=rf"SMOLORA_API_KEYS \(--api-keys\): .*{reason}"):
             load(Settings)
+    file.write_text("first-0123456789\n\n second-0123456789 , third-0123456789\r\n")
+    keys = OperatorKeys(load(Settings).api_keys)
+    keys.refresh()
+    assert keys.secrets == ("first-0123456789", "second-0123456789", "third-0123456789")
     file.unlink()
     with pytest.raises(StartupError, match=f"can't read the file {file}: No such file"):
         load(Settings)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o644, 0o777])
+def test_a_key_file_that_others_may_open_is_refused(
+    tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it is a container's secret, whose mode isn't the container's to choose."""
+    file = tmp_path / "keys"
+    file.write_text("first-0123456789")
+    file.chmod(mode)
+    with pytest.raises(
+        StartupError, match=rf"\(mode {mode:o}\): chmod 600 {file}, or mount it under /run/secrets"
+    ):
+        load(Settings, api_keys=f"@{file}")
+    monkeypatch.setattr("server.operator_keys._SECRETS", tmp_path)
+    assert load(Settings, api_keys=f"@{file}").api_keys == (f"@{file}",)
+
+
+@pytest.mark.parametrize("keys", ["a", "fifteen-letters", "first-0123456789,a", ("a",)])
+def test_an_operators_key_has_16_characters(keys: str | tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="a key needs 16 characters or more: make one with openssl rand"):
+        Settings.model_validate({"api_keys": keys})
 
 
 @pytest.mark.parametrize("value", [",", " ", ", ,"])

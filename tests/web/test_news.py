@@ -19,7 +19,7 @@ from tests.web.test_sign_in import make_key, sign_in
 pytestmark = pytest.mark.thorough  # what everybody sees: test_page.py
 
 PEFT_FILES = {"adapter_config": CONFIG, "adapter_model": WEIGHTS}
-OPERATORS = "operators-key"
+OPERATORS = "operators-0123456789"
 ROWS = [{"prompt": "a", "completion": "b"}] * 4
 
 

@@ -18,10 +18,12 @@ from adapters.errors import NotFound, SmoloraError
 from server.access.access import Access
 from server.access.principal import ANONYMOUS, Principal
 from server.api.access.bodies import drain
+from server.api.access.guesses import Guesses
 from server.api.access.scopes import STATIC_PATHS, is_open, scopes_of
 from server.api.errors.faults import form_of
 from server.api.errors.near_names import unknown_path
 from server.errors import Forbidden, Unauthorized
+from server.metrics.http import HttpMetrics
 
 PROJECT_HEADER = "OpenAI-Project"
 _FREE_METHODS = ("GET", "HEAD", "OPTIONS")  # which count for no rate
@@ -48,16 +50,18 @@ class _LostError(HTTPException):
 class Authentication:
     """Lets a request in if its key may, and says what is left of its limits."""
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    def __init__(self, app: ASGIApp, access: Access, metrics: HttpMetrics) -> None:
         self.app = app
         self._access = access
+        self._metrics = metrics
+        self._guesses = Guesses()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or is_open(scope["path"]):
             await self.app(scope, receive, send)
             return
         try:
-            principal = await self._admitted(scope["method"], scope["path"], Headers(scope=scope))
+            principal = await self._admitted(scope)
         except SmoloraError as error:
             await drain(scope, receive)
             form = form_of(scope["path"])
@@ -84,12 +88,17 @@ class Authentication:
         except _LostError as error:  # another middleware was reading
             await form_of(scope["path"]).of_error(Unauthorized(error.detail))(scope, receive, send)
 
-    async def _admitted(self, method: str, path: str, headers: Headers) -> Principal:
+    async def _admitted(self, scope: Scope) -> Principal:
         """Raises Unauthorized, Forbidden, RateLimited, or NotFound for what isn't there for this key."""
+        method, path, headers = scope["method"], scope["path"], Headers(scope=scope)
         if _CONTROL.search(path):  # routes pass over a line's end behind them, and scopes are no route's then
             raise _NoPathError
-        principal = await self._access.ring.principal(_secret(headers))
+        secret = _secret(headers)
+        principal = await self._access.ring.principal(secret)
         if principal is None:
+            self._metrics.refused(self._access.ring.fault_of(secret))
+            if secret is not None:
+                await self._guesses.wrong(scope["client"][0] if scope.get("client") else "", secret)
             raise Unauthorized("send a valid key: Authorization: Bearer <key>")
         scopes = scopes_of(method, path)
         if scopes is None and not principal.is_operator:

@@ -26,9 +26,9 @@ Run = Callable[..., Result]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_base_dir: Path) -> Iterator[Running]:
-    with running(tmp_path_factory.mktemp("home"), tiny_base_dir, api_keys="secret") as server:
+    with running(tmp_path_factory.mktemp("home"), tiny_base_dir, api_keys="secret-0123456789") as server:
         files = as_parts(*peft_files(shape=server.services.library.shape))
-        headers = {"Authorization": "Bearer secret"}
+        headers = {"Authorization": "Bearer secret-0123456789"}
         response = httpx.post(f"{server.url}/adapters/up", files=files, headers=headers, trust_env=False)
         assert response.status_code == 201, response.text
         yield server
@@ -39,7 +39,7 @@ def smolora(server: Running) -> Run:
     """Runs a command against the server, by the environment's address and key."""
 
     def run(*arguments: str, environment: Mapping[str, str] | None = None) -> Result:
-        own = {"SMOLORA_URL": server.url, "SMOLORA_API_KEY": "secret", "COLUMNS": "200"}
+        own = {"SMOLORA_URL": server.url, "SMOLORA_API_KEY": "secret-0123456789", "COLUMNS": "200"}
         return CliRunner().invoke(app, arguments, env={**own, **(environment or {})})
 
     return run
@@ -108,7 +108,7 @@ def test_a_question_that_was_only_continued(smolora: Run) -> None:
 
 def test_what_was_made_on_another_base_is_said(smolora: Run, server: Running) -> None:
     files = as_parts(*peft_files(seed=1, base_model="someone/else", shape=server.services.library.shape))
-    headers = {"Authorization": "Bearer secret"}
+    headers = {"Authorization": "Bearer secret-0123456789"}
     httpx.post(f"{server.url}/adapters/stray", files=files, headers=headers, trust_env=False).raise_for_status()
     compare = ("compare", "404", "-a", "base", "-a", "stray", "-a", "stray*0.5", "--max-tokens", "1")
     for command in (("generate", "404", "-a", "stray", "--max-tokens", "1"), compare):
@@ -420,7 +420,7 @@ def test_without_a_key(smolora: Run) -> None:
     result = smolora("jobs", environment={"SMOLORA_API_KEY": ""})
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "smolora: it wants a valid key: set SMOLORA_API_KEY, or --api-key\n"
-    assert smolora("jobs", "--api-key", "secret", environment={"SMOLORA_API_KEY": ""}).exit_code == 0
+    assert smolora("jobs", "--api-key", "secret-0123456789", environment={"SMOLORA_API_KEY": ""}).exit_code == 0
 
 
 def test_nobody_there(smolora: Run) -> None:

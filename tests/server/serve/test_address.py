@@ -18,7 +18,7 @@ from server.serve.address import bind, refuse_strangers
 def test_off_the_loopback_needs_keys_or_a_word(host: str, tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="SMOLORA_API_KEYS"):
         refuse_strangers(load(Settings, home=tmp_path, host=host))
-    refuse_strangers(load(Settings, home=tmp_path, host=host, api_keys="k"))
+    refuse_strangers(load(Settings, home=tmp_path, host=host, api_keys="operators-0123456789"))
     for anonymous in ("until-keyed", "1", True):
         refuse_strangers(load(Settings, home=tmp_path, host=host, allow_anonymous=anonymous))
     Keys(connect(tmp_path), Home(tmp_path).keyed).create("one", who=OPERATOR)

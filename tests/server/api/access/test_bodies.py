@@ -19,8 +19,8 @@ MULTIPART = {"Content-Type": "multipart/form-data; boundary=x"}
 
 @pytest.fixture
 async def hasty(make_services: MakeServices) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(new_app(make_services(body_timeout=0.2, api_keys="k"))) as client:
-        client.headers["Authorization"] = "Bearer k"
+    async with client_of(new_app(make_services(body_timeout=0.2, api_keys="operators-0123456789"))) as client:
+        client.headers["Authorization"] = "Bearer operators-0123456789"
         yield client
 
 
@@ -95,7 +95,7 @@ async def test_one_that_makes_no_progress(
 
 
 async def test_without_a_key_nobody_is_waited_for(make_services: MakeServices) -> None:
-    services = make_services(body_timeout=0.2, api_keys="k")
+    services = make_services(body_timeout=0.2, api_keys="operators-0123456789")
     async with client_of(new_app(services)) as client:
         response = await undrained(client, "/generate", JSON, 60)
     assert response.status_code == 408

@@ -146,6 +146,32 @@ async def test_a_guest_works_in_the_default_project_alone(make_services: MakeSer
         assert (await client.get("/keys", headers=bearer(OPERATORS))).status_code == 200
 
 
+async def test_a_changed_key_file_is_read_again(make_services: MakeServices, tmp_path: Path) -> None:
+    """The next request with a key that was taken out is 401, its stream ends, and no stranger is let in."""
+    file = tmp_path / "operators"
+    file.touch(mode=0o600)
+    file.write_text("old-0123456789012")
+    app = new_app(make_services(api_keys=f"@{file}"))
+    ring = access_of(app).ring
+    async with client_with(app, "old-0123456789012") as old, client_with(app, "new-0123456789012") as new:
+        assert [(await client.get("/keys")).status_code for client in (old, new)] == [200, 401]
+        principal = await ring.principal("old-0123456789012")
+        assert principal is not None
+        end = ring.end_of(principal)
+        file.write_text("new-0123456789012\nother-34567890123")
+        assert [(await client.get("/keys")).status_code for client in (old, new)] == [401, 200]
+        assert end.done()
+        for fault in ("", "short"):
+            file.write_text(fault)
+            assert [(await client.get("/keys")).status_code for client in (old, new)] == [401, 401]
+            assert ring.anonymous is None
+        file.unlink()
+        assert (await new.get("/keys")).status_code == 401
+        file.touch(mode=0o600)
+        file.write_text("new-0123456789012")
+        assert (await new.get("/keys")).status_code == 200
+
+
 async def test_openai_project_is_the_default_project_of_a_new_key(app: FastAPI) -> None:
     """The operator at work in a tenant makes the tenant's keys; what contradicts that is refused."""
     async with two_projects(app) as projects:

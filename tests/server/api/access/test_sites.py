@@ -85,8 +85,8 @@ async def test_names_that_are_set(allowed: str, host: str, expected: int, make_s
 
 
 async def test_the_host_that_it_listens_on_is_a_name(make_services: MakeServices) -> None:
-    async with client_of(new_app(make_services(host="gpu-box", api_keys="k"))) as client:
-        headers = {"Host": "gpu-box:8000", "Authorization": "Bearer k"}
+    async with client_of(new_app(make_services(host="gpu-box", api_keys="operators-0123456789"))) as client:
+        headers = {"Host": "gpu-box:8000", "Authorization": "Bearer operators-0123456789"}
         assert await status(client, headers) == 200
         assert await status(client, headers | {"Host": "other-box"}) == 403
 
@@ -167,7 +167,7 @@ async def test_a_header_twice_is_refused(client: httpx.AsyncClient) -> None:
 
 async def test_sites_that_are_set_may_call(make_services: MakeServices) -> None:
     site = "https://app.example.org"
-    services = make_services(allowed_origins=f"{site}/, http://OTHER:1", api_keys="k")
+    services = make_services(allowed_origins=f"{site}/, http://OTHER:1", api_keys="operators-0123456789")
     async with client_of(new_app(services)) as client:
         asked = {
             "Origin": site,
@@ -178,7 +178,7 @@ async def test_sites_that_are_set_may_call(make_services: MakeServices) -> None:
         assert preflight.status_code == 200
         assert preflight.headers["access-control-allow-origin"] == site
         assert preflight.headers["access-control-allow-headers"] == "authorization,content-type"
-        key = {"Authorization": "Bearer k"}
+        key = {"Authorization": "Bearer operators-0123456789"}
         answer = await client.get("/adapters", headers={"Origin": site} | key)
         assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, site)
         assert "X-Request-Id" in answer.headers["access-control-expose-headers"]

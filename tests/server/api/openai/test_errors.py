@@ -76,12 +76,14 @@ async def test_unknown_paths_and_methods(client: httpx.AsyncClient) -> None:
 
 
 async def test_without_a_key(make_services: MakeServices) -> None:
-    async with client_of(new_app(make_services(api_keys="secret"))) as client:
+    async with client_of(new_app(make_services(api_keys="secret-0123456789"))) as client:
         response = await client.get("/v1/models", headers={"authorization": "Bearer wrong"})
         assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key")
         assert error_of(response)["type"] == "authentication_error"  # LiteLLM goes by the type before the status
         assert "www-authenticate" in response.headers
-        assert (await client.get("/v1/models", headers={"authorization": "Bearer secret"})).status_code == 200
+        assert (
+            await client.get("/v1/models", headers={"authorization": "Bearer secret-0123456789"})
+        ).status_code == 200
 
 
 async def test_any_key_is_taken_where_there_are_none(client: httpx.AsyncClient) -> None:
