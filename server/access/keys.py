@@ -170,6 +170,8 @@ def _check(name: str, project: str, scopes: Sequence[Scope], expires_at: datetim
         faults.append(FieldError(("project",), fault))
     if not scopes or any(scope not in SCOPES for scope in scopes):
         faults.append(FieldError(("scopes",), f"must be one or more of {', '.join(SCOPES)}"))
+    if "metrics" in scopes and project != DEFAULT_PROJECT:  # they name the adapters of all projects
+        faults.append(FieldError(("scopes",), f"metrics is for keys of the project {DEFAULT_PROJECT} alone"))
     if expires_at is not None and expires_at <= now:
         faults.append(FieldError(("expires_at",), "must be in the future"))
     if faults:

@@ -36,7 +36,9 @@ _QUIET_PATHS = PROBES | {"/metrics"}
 _UPLOAD = re.compile(r"/adapters/[^/]+|/datasets|/v1/files")
 HINTS = {"/train": "; larger data goes through POST /datasets"}
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_CHARSET = re.compile(r"charset\s*=\s*\"?([^\s;\"]+)", re.IGNORECASE)
 _CLIENT_GONE = 499
+_VERSIONS = ("1.0", "1.1")
 _MAX_PATH = 200  # characters of a line
 _DISK_FULL = Unavailable("the server's disk is full", retry_after=60.0)
 _DISK_FAILS = Unavailable("the server's disk fails to read or write", retry_after=60.0)
@@ -64,7 +66,9 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
+        asked = Headers(scope=scope)
+        given = asked.get("x-request-id", "")
+        has_two_lengths = "transfer-encoding" in asked and "content-length" in asked
         own_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
         request_id.set(own_id)
         told = RequestFacts()
@@ -82,11 +86,16 @@ class RequestContext:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = own_id
                 headers["X-Content-Type-Options"] = "nosniff"
+                if has_two_lengths:  # a proxy may see a request's end elsewhere (RFC 9112, 6.3)
+                    headers["Connection"] = "close"
                 headers.setdefault("Content-Security-Policy", "frame-ancestors 'none'")
             await send(message)
 
         try:
-            await self.app(scope, receive, send_with_id)
+            if scope["http_version"] in _VERSIONS:
+                await self.app(scope, receive, send_with_id)
+            else:
+                await form_of(scope["path"]).problem(505, "use HTTP/1.1")(scope, receive, send_with_id)
         except ClientDisconnect:  # while its upload came in: nobody is there to be told
             status = status or _CLIENT_GONE
         except Exception as error:
@@ -116,7 +125,8 @@ class RequestContext:
 class BodyLimit:
     """Refuses a body that is larger than its path may take, by its announced length or while it comes in.
 
-    A JSON body is also refused if others take too much memory just now.
+    A JSON body is also refused if others take too much memory just now. A body in a coding or character set that
+    nothing here decodes is refused, too.
     """
 
     def __init__(
@@ -137,7 +147,12 @@ class BodyLimit:
             return
         is_upload = _UPLOAD.fullmatch(scope["path"]) is not None  # which is spooled to disk
         limit = self._max_upload if is_upload else self._max_json
-        announced = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        if (fault := _coding_fault(headers)) is not None:
+            await drain(scope, receive)
+            await form_of(scope["path"]).problem(415, fault)(scope, receive, send)
+            return
+        announced = headers.get("content-length", "")
         too_large = (
             f"the body is larger than {limit} bytes, the most that is taken here{HINTS.get(scope['path'], '')}"
         )
@@ -167,6 +182,18 @@ class BodyLimit:
                 return message
 
             await self.app(scope, counted, send)
+
+
+def _coding_fault(headers: Headers) -> str | None:
+    """Return what is wrong with how the body is coded, or None."""
+    if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        return "the body must come without Content-Encoding"
+    kind, _, rest = headers.get("content-type", "").partition(";")
+    charset = _CHARSET.search(rest)
+    is_json = kind.strip().lower() == "application/json"
+    if is_json and charset and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
+        return "JSON must be UTF-8: leave out charset"
+    return None
 
 
 def _line(scope: Scope, status: int, seconds: float, told: RequestFacts) -> Fields:

@@ -128,6 +128,7 @@ DATASET_BODY = {
 
 _REF = "#/components/schemas/"
 _LATE_BODY = "The body made no progress for `SMOLORA_BODY_TIMEOUT` seconds"
+_CODED = "The body has a `Content-Encoding`, or isn't UTF-8"
 _NO_PROJECT = "`OpenAI-Project` names no project"
 _RATE = "The key or its project has used up its minute; see `Retry-After`"
 _FORBIDDEN = "The key lacks the scope, a quota is used up, a foreign `Host` or `Origin`, or a setting rules it out"
@@ -171,6 +172,7 @@ def _tell_of_errors(responses: dict[str, dict[str, Any]], error: str, counts: bo
         if "401" in responses and counts:  # for a key's rate
             responses.setdefault("429", {"description": _RATE, "content": dict(content)})
         if has_body:
+            responses.setdefault("415", {"description": _CODED, "content": dict(content)})
             responses.setdefault("408", {"description": _LATE_BODY, "content": dict(content)})
     for status, response in responses.items():
         if status[0] in "45" and "application/json" in response.get("content", {}):

@@ -10,6 +10,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  # pip would refuse; a checkout on
     sys.exit(f"smolora needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
 import logging
+import os
 import signal
 from io import TextIOWrapper
 from typing import Annotated
@@ -70,6 +71,7 @@ def serve(settings: Settings) -> None:
 def worker(settings: WorkerSettings, parent: Annotated[int | None, typer.Option(hidden=True)] = None) -> None:
     """Train queued jobs, one at a time, until told to stop; `serve` runs workers of its own (SMOLORA_WORKERS)."""
     _end_when_told()
+    os.umask(0o077)
     from server.training.worker.worker import run_worker
 
     logs.set_up(settings.log_format)

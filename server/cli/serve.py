@@ -5,6 +5,7 @@ What is slow to import is imported once what is quick to check has been checked.
 
 import errno
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ def serve_here(settings: Settings, connect: "Connect | None" = None, *, has_clie
 
     `has_clients_key`: whoever starts it has one in the environment, perhaps in the place of the server's.
     """
+    os.umask(0o077)
     switch_quickly()
     keep_freed_memory()
     if is_json := settings.log_format == "json":  # whoever reads the lines reads nothing else

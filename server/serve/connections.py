@@ -10,6 +10,7 @@ import logging
 import resource
 import socket
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import ClassVar
@@ -17,6 +18,7 @@ from typing import ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from server.api.errors import problems
 from server.counted import counted
 from server.limits import Limits
 
@@ -121,11 +123,18 @@ class Connection(H11Protocol):
         self._mark()
 
     def send_400_response(self, msg: str) -> None:
-        """To what isn't HTTP; where that is the rest of a request whose answer has begun, the connection ends."""
+        """Answer what isn't HTTP with a problem, unless a request's answer has begun; end the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            super().send_400_response(msg)
-        else:
-            self.transport.close()
+            own_id = uuid.uuid4().hex
+            log.warning("not HTTP: request=%s client=%s", own_id, self.client[0] if self.client else "-")
+            problem = problems.problem(400, msg, headers={"X-Request-Id": own_id, "Connection": "close"})
+            for event in (
+                h11.Response(status_code=400, headers=problem.raw_headers, reason=b"Bad Request"),
+                h11.Data(data=bytes(problem.body)),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _should_upgrade(self) -> bool:
         """To no protocol: who offers HTTP/2 or asks for a WebSocket is answered in HTTP/1.1, without a warning."""

@@ -1,9 +1,9 @@
 """The process around the app: uvicorn in this process, from the first connection to a clean end.
 
-SIGTERM or SIGINT drains: from that moment /ready says 503 and nothing new is taken; what runs or waits ends within
-DRAIN_SECONDS, or is told that it won't; then exit code 0. A second signal doesn't wait, for nothing at all longer
-than HURRY_SECONDS: then exit code 1. Training workers start once everything is ready, and are told to let go of
-their jobs as soon as draining begins. An engine that can't go on is shown on /ready for a moment, then exit
+SIGTERM, SIGINT or SIGHUP drains: from that moment /ready says 503 and nothing new is taken; what runs or waits
+ends within DRAIN_SECONDS, or fails with a message; then exit code 0. A second signal waits HURRY_SECONDS at most:
+then exit code 1. Training workers start once everything is ready, and are told to let go of their jobs as soon as
+draining begins. An engine that can't go on is shown on /ready for a moment, then exit
 code 1; where its thread hangs, nothing waits for that.
 """
 
@@ -171,7 +171,9 @@ class Process:
 
     async def _run(self, announce: Callable[[], None]) -> int:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the last: its terminal was closed
+            if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # as nohup has it
             loop.add_signal_handler(number, self._signalled)
         serving = asyncio.create_task(self._server.serve(sockets=[self._bound]))
         watching = asyncio.create_task(self._connections.watch())

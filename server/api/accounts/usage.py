@@ -1,10 +1,12 @@
 """/usage and /audit: what was used, and what was done."""
 
+import re
 from datetime import date
 from typing import Annotated
 
 from anyio import to_thread
 from fastapi import APIRouter, Query
+from pydantic import BeforeValidator
 from starlette.responses import Response
 
 from adapters.errors import InvalidInput
@@ -20,14 +22,22 @@ router = APIRouter(tags=["access"])
 
 MAX_PAGE = 1000
 
-Day = Annotated[date | None, Query(description="a day in UTC, included")]
+
+def _iso_day(given: object) -> object:
+    """Refuse what `date` also takes: seconds since 1970, and times of midnight."""
+    if isinstance(given, str) and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", given) is None:
+        raise ValueError("must be a day, such as 2027-01-31")
+    return given
+
+
+Day = Annotated[date | None, BeforeValidator(_iso_day)]
 
 
 @router.get("/usage", summary="Usage", response_class=Response, responses={200: {"model": UsageAnswer}, **READS})
 async def get_usage(
     services: ServicesDep,
-    first: Annotated[date | None, Query(alias="from", description="a day in UTC, included")] = None,
-    to: Day = None,
+    first: Annotated[Day, Query(alias="from", description="a day in UTC, included")] = None,
+    to: Annotated[Day, Query(description="a day in UTC, included")] = None,
     by: Annotated[By | None, Query(description="a row for each; else one for all")] = None,
 ) -> Response:
     """Sums of what was used: answers as their `usage` had it, and what jobs came to that have ended.

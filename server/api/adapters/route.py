@@ -1,5 +1,6 @@
 """/adapters: list, upload, download, delete. Everything on disk happens in threads."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from io import BytesIO
@@ -7,6 +8,7 @@ from typing import Annotated, BinaryIO
 
 from anyio import to_thread
 from fastapi import APIRouter, Path, Query, Request
+from pydantic import BeforeValidator
 from starlette.datastructures import FormData
 from starlette.responses import Response
 
@@ -28,7 +30,16 @@ router = APIRouter(prefix="/adapters", tags=["adapters"])
 MAX_PAGE = 10_000
 
 Name = Annotated[str, Path(max_length=4 * MAX_NAME)]
-VersionNumber = Annotated[int, Path(ge=1)]
+
+
+def _decimal(given: object) -> object:
+    """Refuse what `int` also takes, such as 01, +1 and 1.0: each version has one URL."""
+    if isinstance(given, str) and re.fullmatch(r"0|[1-9][0-9]*", given) is None:
+        raise ValueError("must be a whole number")
+    return given
+
+
+VersionNumber = Annotated[int, BeforeValidator(_decimal), Path(ge=1)]
 Force = Annotated[bool, Query(description="let aliases go, too; compositions hold in any case")]
 
 

@@ -33,7 +33,7 @@ async def test_ready_only_while_it_can_serve(client: httpx.AsyncClient, engine: 
 async def test_monitors_may_ask_for_the_headers_alone(
     make_services: MakeServices, engine: FakeEngine, path: str
 ) -> None:
-    async with client_of(new_app(make_services(api_keys="secret"))) as client:
+    async with client_of(new_app(make_services(api_keys="secret-0123456789"))) as client:
         assert (await client.head(path)).status_code == 200
         assert "head" not in (await client.get("/openapi.json")).json()["paths"][path]
         engine.draining = True
@@ -123,7 +123,9 @@ async def test_the_document_knows_every_route_and_problem(client: httpx.AsyncCli
         "/metrics",
     } <= set(document["paths"])
     generate = document["paths"]["/generate"]["post"]
-    assert {"200", "401", "403", "404", "408", "409", "413", "422", "429", "503"} == set(generate["responses"])
+    assert {"200", "401", "403", "404", "408", "409", "413", "415", "422", "429", "503"} == set(
+        generate["responses"]
+    )
     refused = generate["responses"]["422"]["content"]
     assert set(refused) == {"application/problem+json"}
     assert refused["application/problem+json"]["schema"]["$ref"].endswith("/Problem")
@@ -134,7 +136,9 @@ async def test_the_document_knows_every_route_and_problem(client: httpx.AsyncCli
     for path in ("/adapters/{name}", "/datasets"):
         assert "multipart/form-data" in document["paths"][path]["post"]["requestBody"]["content"]
     train = document["paths"]["/train"]["post"]
-    assert {"200", "202", "401", "403", "404", "408", "409", "413", "422", "429", "503"} == set(train["responses"])
+    assert {"200", "202", "401", "403", "404", "408", "409", "413", "415", "422", "429", "503"} == set(
+        train["responses"]
+    )
     body = document["components"]["schemas"]["TrainBody"]
     assert body["examples"]
     assert body["properties"]["training"]["default"]["max_length"] == 512

@@ -1,6 +1,7 @@
 """Connections of uvicorn's protocol on transports that are not there, by a clock that stands still."""
 
 import asyncio
+import json
 import logging
 import resource
 import socket
@@ -36,6 +37,7 @@ class Transport(asyncio.Transport):
         super().__init__({"socket": Socket()})
         self._is_cut = False
         self.unsent = 0
+        self.written = b""
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return super().get_extra_info(name, default) if name == "socket" else None
@@ -47,7 +49,7 @@ class Transport(asyncio.Transport):
         return self.unsent
 
     def write(self, data: "bytes | bytearray | memoryview[Any]") -> None:
-        pass
+        self.written += bytes(data)
 
     def is_closing(self) -> bool:
         return self._is_cut
@@ -156,6 +158,23 @@ async def test_the_rest_of_an_answered_body_may_be_no_http(first: bool) -> None:
     connection.data_received(chunked + (b"3\r\nabc\r\n" if first else b""))
     await bench.answer()
     connection.data_received(b"zz\r\n")
+    assert transport.is_closing()
+
+
+@pytest.mark.parametrize("message", [b"GET /\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\r\n\r\n"])
+async def test_what_is_no_http_is_a_problem_whose_id_is_logged(
+    message: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log's line has the client's address."""
+    bench = Bench()
+    connection, transport = bench.connect()
+    connection.data_received(message)
+    head, _, body = transport.written.decode().partition("\r\n\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in head.splitlines()[1:])
+    assert head.startswith("HTTP/1.1 400 ")
+    assert headers["content-type"] == "application/problem+json"
+    assert json.loads(body)["status"] == 400
+    assert f"not HTTP: request={headers['x-request-id']} client=127.0.0.1" in caplog.text
     assert transport.is_closing()
 
 

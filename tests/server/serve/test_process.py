@@ -124,14 +124,17 @@ async def test_nothing_is_announced_before_it_is_ready(app: FastAPI, engine: Fak
         assert await asyncio.wait_for(ended, 25) == 0
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_draining_lets_what_runs_end(app: FastAPI, engine: FakeEngine, stream: bool) -> None:
+@pytest.mark.parametrize(
+    ("stream", "number"), [(False, signal.SIGTERM), (True, signal.SIGTERM), (False, signal.SIGHUP)]
+)
+async def test_draining_lets_what_runs_end(app: FastAPI, engine: FakeEngine, stream: bool, number: int) -> None:
+    """SIGHUP, too: a terminal was closed."""
     engine.hold_after = 1
     body = {"prompt": "a", "max_tokens": 3, "stream": stream}
     async with serving(app, engine) as server:
         running = asyncio.create_task(server.client.post("/generate", json=body))
         await until(lambda: len(engine.open) == 1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         await until(lambda: engine.draining)
         for method, path in (
             ("GET", "/ready"),
