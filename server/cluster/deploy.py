@@ -40,7 +40,7 @@ _BUSY_BLOCKS = 0.9  # share of a replica's blocks from which on there should be 
 _OF_APIS = {
     *("host", "port", "root_path", "public_url", "trusted_proxies", "allowed_hosts", "allowed_origins"),
     *("max_connections", "header_timeout", "body_timeout", "stall_timeout", "min_free_bytes", "allow_anonymous"),
-    *("api_keys", "database_url", "retain_jobs", "allow_hub_adapters", "train_share"),
+    *("api_keys", "database_url", "retain_jobs", "allow_hub_adapters", "train_share", "train_slice"),
 }
 """Settings that replicas don't use."""
 _CODE = ("*.py", "*.cpp", "*.h")  # what replicas run

@@ -70,6 +70,12 @@ class WorkerSettings(SharedSettings, BaseSettings):
     train_share: float = Field(
         0.25, ge=0, le=1, description="Share of the cores' time for training while requests run."
     )
+    train_slice: float = Field(
+        600,
+        ge=0,
+        le=86_400,
+        description="Seconds after which a job gives way to another project's that waits; 0: never.",
+    )
     train_memory: float | None = Field(
         None,
         gt=0,

@@ -30,7 +30,7 @@ def test_defaults_are_the_contracts() -> None:
     assert (settings.max_num_seqs, settings.max_queue, settings.max_model_len) == (32, 256, None)
     assert (settings.kv_cache_bytes, settings.adapter_cache_bytes) == (None, None)
     assert (settings.api_keys, settings.allow_anonymous, settings.workers) == ((), "0", 1)
-    assert settings.train_share == 0.25
+    assert (settings.train_share, settings.train_slice) == (0.25, 600)
 
 
 def test_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:

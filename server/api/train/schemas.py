@@ -228,7 +228,10 @@ class JobAnswer(BaseModel):
     kind: Literal["train", "merge"]
     name: str
     status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
-    position: int | None = Field(description="among those that wait, from 1; null where it doesn't wait")
+    position: int | None = Field(
+        description="place of a queued job in the order of turns, from 1: it counts its project's older queued "
+        "jobs, and other projects' jobs that come first, running ones included; null unless it is queued"
+    )
     pausing: bool = Field(description="it was told to pause, and its worker hasn't let go yet")
     progress: Progress
     metrics: JobMetrics

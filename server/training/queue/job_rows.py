@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from adapters.errors import InvalidInput, NotFound
 from server.training.merge_spec import MergeSpec, Spec, read_spec
 from server.training.queue.tables import JobKind, Status, jobs
+from server.training.queue.turns import position
 
 NO_JOB = "there is no job {}: GET /train lists them"
 FINE_TUNING = "fine_tuning"
@@ -18,7 +19,7 @@ FINE_TUNING = "fine_tuning"
 
 @dataclass(frozen=True)
 class Job:
-    """A job as it stands. `position` is its place among its project's that wait, from 1; None where it doesn't."""
+    """A job as it stands. `position` is its place in the order of turns, from 1; None unless it is queued."""
 
     id: str
     project: str
@@ -53,12 +54,8 @@ class Standing(NamedTuple):
 
 def select_jobs() -> "sa.Select[tuple[object, ...]]":
     """Jobs as `job_of` reads them."""
-    ahead = jobs.alias()
-    is_ahead = (ahead.c.project == jobs.c.project, ahead.c.number <= jobs.c.number)
-    counted = sa.select(sa.func.count()).where(ahead.c.status == Status.QUEUED, *is_ahead)
-    position = sa.case((jobs.c.status == Status.QUEUED, counted.scalar_subquery()), else_=None)
     columns = [column for column in jobs.columns if column is not jobs.c.report]
-    return sa.select(*columns, position.label("position"))
+    return sa.select(*columns, position().label("position"))
 
 
 def get_job(connection: sa.Connection, job_id: str, mine: sa.ColumnElement[bool]) -> Job:

@@ -22,12 +22,14 @@ from server.database.clock import database_now, database_time
 from server.training.queue import events as job_events
 from server.training.queue.events import EventType, Level, plain
 from server.training.queue.tables import JobKind, Status, Time, count_time, jobs
-from server.training.queue.turns import claimable
+from server.training.queue.turns import claimable, must_give_way, seconds_at_claim
 from server.training.queue.used import charge
 
 LEASE_SECONDS = 10.0
 MAX_STALLED_ATTEMPTS = 25
 MAX_CRASH_DELAY = 5.0
+BACK = "back in the queue"
+GAVE_WAY = "gave way to another project's job after {}; goes on at its turn"
 Clock = Callable[[], Time]
 
 
@@ -36,6 +38,7 @@ class Directive(Enum):
 
     GO_ON = auto()
     PAUSE = auto()  # checkpoint and let go
+    GIVE_WAY = auto()  # the same after the step in hand: another project's job is to have the worker
     ENDED = auto()  # this worker's own attempt has ended the job: tidy up
     CANCEL = auto()  # the job was cancelled: drop everything
     LOST = auto()  # another worker has the job: drop everything
@@ -57,10 +60,18 @@ class Claim:
 class Leases:
     """Thread-safe; any number of processes may work on the same tables. `records` are the catalog's.
 
-    `now` is the clock that all of them go by.
+    `now` is the clock that all of them go by. `time_slice`: the seconds after which a job gives way to another
+    project's; 0: never.
     """
 
-    def __init__(self, engine: sa.Engine, records: Records | None = None, now: Clock = database_time) -> None:
+    def __init__(
+        self,
+        engine: sa.Engine,
+        records: Records | None = None,
+        now: Clock = database_time,
+        time_slice: float = 0.0,
+    ) -> None:
+        self.time_slice = time_slice
         self._engine = engine
         self._records = records
         self._now = now
@@ -73,7 +84,7 @@ class Leases:
         """
 
         def work(connection: sa.Connection) -> Claim | None:
-            query = claimable(self._now(), kind).with_for_update(skip_locked=True)
+            query = claimable(self._now(), kind).with_for_update(of=jobs, skip_locked=True)
             while (row := connection.execute(query).first()) is not None:
                 if row.wants_pause:
                     paused = {"status": Status.PAUSED, "wants_pause": False}
@@ -87,7 +98,8 @@ class Leases:
                 else:
                     claim = Claim(row.id, row.token + 1, owner)
                     is_orphan = row.status == Status.RUNNING
-                    _start(connection, claim, self._now(), lease_seconds, is_orphan=is_orphan)
+                    used = seconds_at_claim(connection, claim.job_id, self.time_slice)
+                    _start(connection, claim, self._now(), lease_seconds, used, is_orphan=is_orphan)
                     return claim
             return None
 
@@ -100,6 +112,18 @@ class Leases:
         """What is wanted of the claim's holder: one read, no lock."""
         with self._reader.connect() as connection:
             return _directive(connection, claim)
+
+    def is_awaited(self, claim: Claim) -> bool:
+        """Return whether another project's job should have the holder's worker; one read, no lock."""
+        with self._reader.connect() as connection:
+            return bool(connection.execute(must_give_way(claim.job_id, self._now())).scalar_one_or_none())
+
+    @transacted
+    def give_way(self, connection: sa.Connection, claim: Claim) -> None:
+        """Have the job give way, if another project's job still waits for its worker. Raises LeaseLost."""
+        _hold(connection, claim)
+        if connection.execute(must_give_way(claim.job_id, self._now())).scalar_one_or_none():
+            connection.execute(sa.update(jobs).where(jobs.c.id == claim.job_id).values(gives_way=True))
 
     def status(self, job_id: str) -> Status | None:
         """Where the job stands; None: there is no such job."""
@@ -206,18 +230,26 @@ class Leases:
 
     @transacted
     def release(
-        self, connection: sa.Connection, claim: Claim, reason: str = "", delay: float = 0.0, crash: str = ""
+        self,
+        connection: sa.Connection,
+        claim: Claim,
+        reason: str = "",
+        delay: float = 0.0,
+        crash: str = "",
+        gave_way_after: float | None = None,
     ) -> None:
-        """Let the job go: paused if that was the directive, else queued at its old place, after `delay` seconds.
+        """Requeue the job at its old place after `delay` seconds, or pause it if that was the directive.
 
-        `reason` becomes an event. Only with a `crash`, for the job's error, the attempt counts. Raises LeaseLost.
+        `reason` becomes an event, and so do the seconds after which it gave way. Only with a `crash`, for the
+        job's error, the attempt counts. Raises LeaseLost.
         """
         _hold(connection, claim)
         if reason:
             job_events.append(connection, claim.job_id, f"attempt {claim.token}: {reason}", level="warning")
         attempts = jobs.c.stalled_attempts
         uncounted = {"stalled_attempts": sa.case((attempts > 0, attempts - 1), else_=attempts)}
-        _let_go(connection, claim.job_id, self._now(), {"crash": crash} if crash else uncounted, delay)
+        message = BACK if gave_way_after is None else GAVE_WAY.format(in_words(gave_way_after))
+        _let_go(connection, claim.job_id, self._now(), {"crash": crash} if crash else uncounted, delay, message)
 
     @transacted
     def crashed(
@@ -232,14 +264,26 @@ class Leases:
         _let_go(connection, claim.job_id, self._now(), {"crash": job_events.without_nul(reason)}, delay)
 
 
-def _start(connection: sa.Connection, claim: Claim, now: Time, lease_seconds: float, is_orphan: bool) -> None:
-    """Gives the job to the claim, for a while. `is_orphan`: it was running, and its worker stopped answering."""
+def in_words(seconds: float) -> str:
+    """Return a time as an event has it: "45 s" or "10 min"."""
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min"
+
+
+def _start(
+    connection: sa.Connection, claim: Claim, now: Time, lease_seconds: float, used: float, is_orphan: bool
+) -> None:
+    """Give the job to the claim, for a while.
+
+    `used`: the seconds that its project is charged with. `is_orphan`: it was running, and its worker stopped
+    answering.
+    """
     values = {
         "status": Status.RUNNING,
         "owner": claim.owner,
         "token": claim.token,
         "lease_until": now + lease_seconds,
-        "claimed_at": now,
+        "project_seconds": used,
+        "gives_way": False,
         "timed_at": now,
         "stalled_attempts": jobs.c.stalled_attempts + 1,
         "started_at": sa.func.coalesce(jobs.c.started_at, database_now()),
@@ -258,9 +302,14 @@ def _hold(connection: sa.Connection, claim: Claim) -> None:
 
 
 def _let_go(
-    connection: sa.Connection, job_id: str, now: Time, values: Mapping[str, object], delay: float = 0.0
+    connection: sa.Connection,
+    job_id: str,
+    now: Time,
+    values: Mapping[str, object],
+    delay: float = 0.0,
+    message: str = BACK,
 ) -> None:
-    """Puts a job that is held back into the queue, for others to claim after `delay` seconds, or pauses it."""
+    """Requeue a job that is held, for others to claim after `delay` seconds, with that event; or pause it."""
     until = now + delay
     mine = jobs.c.id == job_id
     pauses = connection.execute(sa.select(jobs.c.wants_pause).where(mine)).scalar_one()
@@ -268,11 +317,11 @@ def _let_go(
         "status": Status.PAUSED if pauses else Status.QUEUED,
         "wants_pause": False,
         "lease_until": until,
-        "claimed_at": None,  # its project gets its turn back
+        "gives_way": False,
         **count_time(now),
     }
     connection.execute(sa.update(jobs).where(mine).values(general | dict(values)))
-    job_events.append(connection, job_id, "paused" if pauses else "back in the queue")
+    job_events.append(connection, job_id, "paused" if pauses else message)
 
 
 def _held(claim: Claim) -> sa.ColumnElement[bool]:
@@ -280,12 +329,16 @@ def _held(claim: Claim) -> sa.ColumnElement[bool]:
 
 
 def _directive(connection: sa.Connection, claim: Claim) -> Directive:
-    query = sa.select(jobs.c.status, jobs.c.token, jobs.c.wants_pause).where(jobs.c.id == claim.job_id)
+    query = sa.select(jobs.c.status, jobs.c.token, jobs.c.wants_pause, jobs.c.gives_way).where(
+        jobs.c.id == claim.job_id
+    )
     row = connection.execute(query).first()
     if row is None or row.token != claim.token:
         return Directive.LOST
     if row.status == Status.RUNNING:
-        return Directive.PAUSE if row.wants_pause else Directive.GO_ON
+        if row.wants_pause:
+            return Directive.PAUSE
+        return Directive.GIVE_WAY if row.gives_way else Directive.GO_ON
     if row.status == Status.CANCELLED:
         return Directive.CANCEL
     return Directive.ENDED if Status(row.status).has_ended else Directive.LOST

@@ -46,7 +46,7 @@ def put_back(engine: sa.Engine, why: str) -> list[str]:
             values = {
                 "status": Status.PAUSED if row.wants_pause else Status.QUEUED,
                 "wants_pause": False,
-                "claimed_at": None,
+                "gives_way": False,
                 "stalled_attempts": max(row.stalled_attempts - 1, 0),  # that attempt did nothing wrong
             }
             connection.execute(sa.update(jobs).where(jobs.c.id == row.id).values(values))

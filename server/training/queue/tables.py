@@ -63,12 +63,13 @@ jobs = sa.Table(
     sa.Column("owner", sa.String(255)),  # the worker that claimed it last
     sa.Column("token", sa.Integer, nullable=False),  # how often it was claimed; an older one lost it
     sa.Column("lease_until", sa.Float(53), nullable=False),  # by `database_time`: nobody claims it before
-    sa.Column("claimed_at", sa.Float(53)),  # likewise: its project's last turn; null: not claimed, or put back
     sa.Column("timed_at", sa.Float(53)),  # until when `run_seconds` count
     sa.Column(
         "run_seconds", sa.Float(53), nullable=False, server_default="0"
     ),  # that workers had it, all together
+    sa.Column("project_seconds", sa.Float(53)),  # that its project had used by its last turn: see `turns.py`
     sa.Column("wants_pause", sa.Boolean, nullable=False),  # of a running job: its worker should let go
+    sa.Column("gives_way", sa.Boolean, nullable=False, server_default=sa.false()),  # likewise: after its step
     sa.Column("stalled_attempts", sa.Integer, nullable=False),  # claims since the last new checkpoint
     sa.Column("crash", sa.Text),  # how the last attempt that ended badly did
     sa.Column("checkpoint_step", sa.Integer, nullable=False),  # of the newest checkpoint; -1: none
@@ -77,7 +78,8 @@ jobs = sa.Table(
     sa.Column("files_removed_at", UtcDateTime),  # whatever it left; null while its model and log are there
     sa.Index("ix_jobs_status_number", "status", "number"),
     sa.Index("ix_jobs_project_number", "project", "number"),
-    sa.Index("ix_jobs_project_claimed", "project", "claimed_at"),
+    sa.Index("ix_jobs_project_seconds", "project", "project_seconds"),
+    sa.Index("ix_jobs_seconds", "project_seconds"),
 )
 
 uses = sa.Table(
@@ -100,11 +102,23 @@ events = sa.Table(
 )
 
 
+def kind_of(table: sa.FromClause) -> sa.ColumnElement[str]:
+    """The kind of a job of `jobs`, or of an alias of it."""
+    return sa.func.coalesce(table.c.spec["kind"].as_string(), TRAIN)
+
+
 def count_time(now: Time) -> dict[str, object]:
-    """Changes to a running job's row that count its time up to now, or to the lease's end, as the row has it, if
-    that was before: from then on no worker is known to have had the job.
+    """Return the changes to a running job's row that count its time up to now.
+
+    Time is counted up to the lease's end, if that was before: from then on no worker is known to have had the job.
+    A project's seconds are the most that any row of it has, so a row counts the time of its project's other
+    running jobs, too.
     """
     since, lease_until = sa.func.coalesce(jobs.c.timed_at, now), jobs.c.lease_until
     until = sa.case((now < lease_until, now), else_=lease_until)
     seconds = sa.case((until > since, until - since), else_=0.0)
-    return {"run_seconds": jobs.c.run_seconds + seconds, "timed_at": now}
+    other = jobs.alias()
+    beside = (other.c.status == Status.RUNNING, other.c.project == jobs.c.project, kind_of(other) == kind_of(jobs))
+    num_running = sa.select(sa.func.count()).where(*beside).correlate(jobs).scalar_subquery()
+    used = sa.func.coalesce(jobs.c.project_seconds, 0.0) + seconds * num_running
+    return {"run_seconds": jobs.c.run_seconds + seconds, "project_seconds": used, "timed_at": now}

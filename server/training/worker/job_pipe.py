@@ -1,6 +1,7 @@
 """Both ends of the pipe between a worker and the process in which a job runs. Standard library only.
 
-Down go the assignment, as the last argument, and SIGTERM: checkpoint and leave. Up, through a pipe, come lines:
+Down go the assignment, as the last argument, and two signals: SIGTERM (checkpoint and leave) and SIGUSR1 (do so
+once the step in hand is done). Up, through a pipe, come lines:
 each says that the process makes progress, and may say how far it is. The process ends with EXIT_DONE once it
 has stored how the job ended, with EXIT_LEFT once it has left as asked, and with EXIT_NO_BASE, having said why,
 where the fault is not the job's: no process of this worker could work on any. With EXIT_NO_DATABASE, EXIT_NO_STORE
@@ -62,8 +63,10 @@ class WorkerLink:
 
     def __init__(self, assignment: Assignment) -> None:
         self.should_leave = False
+        self.should_give_way = False
         self._pipe = assignment.pipe
         signal.signal(signal.SIGTERM, self._asked)
+        signal.signal(signal.SIGUSR1, self._asked)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to everyone: the worker will ask
         end_with_parent(assignment.parent)
         os.set_blocking(self._pipe, False)
@@ -91,7 +94,10 @@ class WorkerLink:
             os._exit(1)  # the worker is dead, and the kernel didn't say so
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        self.should_leave = True
+        if number == signal.SIGUSR1:
+            self.should_give_way = True
+        else:
+            self.should_leave = True
 
 
 class Child:
@@ -156,6 +162,12 @@ class Child:
 
     def ask_to_leave(self) -> None:
         self._process.terminate()
+
+    def ask_to_give_way(self) -> None:
+        """Have the process leave after its step. Call it only once the process has reported progress: before that
+        it may not handle the signal yet, and would die of it.
+        """
+        self._process.send_signal(signal.SIGUSR1)
 
     def kill(self) -> None:
         self._process.kill()

@@ -24,7 +24,11 @@ class Leave(Exception):
 
 
 class JobReporter:
-    """`run.Reporter` over the worker's pipe and the database; `yield_or_leave` raises Leave."""
+    """`run.Reporter` over the worker's pipe and the database.
+
+    `yield_or_leave` raises Leave if the worker wants the process to leave, and `progress`, which is called after
+    each step, if the job gives way to another project's.
+    """
 
     def __init__(
         self,
@@ -63,6 +67,8 @@ class JobReporter:
     def progress(self, progress: Mapping[str, object], metrics: Mapping[str, object]) -> None:
         self._progress, self._metrics = progress, metrics
         self._link.beat(progress, metrics)
+        if self._link.should_give_way:
+            raise Leave
 
     def keep_progress(self) -> None:
         """Store how far the job is, which its worker does now and then: before it fails."""

@@ -2,13 +2,13 @@
 
 A worker has two lanes, one for training and one for merges, which take seconds: neither waits for the other.
 
-The worker itself stays small and never blocks: it keeps the lease, by a thread of its own, since a training
-step may take longer than a lease; it tells the process to leave when the job is paused or the worker is
-stopped; it kills the process when the job was cancelled or lost, or when no sign of progress comes any more; and
-it ends where the base can't be loaded, so that jobs wait for a worker that can. Where the database, the object
-store or, beside other machines, this one's disk stands in a job's way, it puts the job back and waits; a job that
-finds room nowhere fails in the end. What training is, only the process knows (`server.training.worker.run_job`);
-they talk as `server.training.worker.job_pipe` says.
+The worker itself stays small and never blocks. A thread of its own keeps the lease, since a training step may take
+longer than a lease. It asks the process to leave when the job is paused or the worker is stopped, and to leave
+after its step when the job gives way to another project's. It kills the process when the job was cancelled or
+lost, or when no sign of progress comes any more. It ends if the base can't be loaded, so that jobs wait for a
+worker that can. If the database, the object store or, with other machines, this one's disk stands in a job's way,
+it requeues the job and waits; a job that finds room nowhere fails in the end. Only the process knows what training
+is (`server.training.worker.run_job`); they talk as `server.training.worker.job_pipe` says.
 """
 
 import logging
@@ -175,7 +175,7 @@ class Worker:
             elapsed = min(now - before, 1.0)  # a worker that was stopped itself says nothing about the process
             before = now
             quiet = 0.0 if child.listen() else quiet + elapsed
-            attempt.progress, attempt.metrics = child.progress, child.metrics
+            attempt.note(child.progress, child.metrics)
             if self._parent is not None and has_lost_parent(self._parent):
                 child.close()
                 os._exit(1)
@@ -190,8 +190,11 @@ class Worker:
                     attempt.should_leave = True
                     child.ask_to_leave()
                 leaving += elapsed
+            elif attempt.directive is Directive.GIVE_WAY and not attempt.gives_way:
+                attempt.gives_way = True
+                child.ask_to_give_way()
         child.listen()
-        attempt.progress, attempt.metrics = child.progress, child.metrics
+        attempt.note(child.progress, child.metrics)
         if code == EXIT_DONE:
             return None
         if code == EXIT_NO_BASE:
@@ -227,7 +230,8 @@ class Worker:
             if attempt.hindrance == NO_ROOM and not self._has_peers:
                 self._store(lambda: leases.fail(claim, DISK_FULL))
             elif attempt.should_leave:
-                self._store(lambda: leases.release(claim))
+                after = attempt.seconds if attempt.gives_way else None
+                self._store(lambda: leases.release(claim, gave_way_after=after))
             elif attempt.hindrance:
                 crash = DISK_FULL if attempt.hindrance == NO_ROOM else ""
                 delay = self._timing.hindered + 2 * self._timing.poll  # another job goes first
@@ -266,12 +270,19 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
         end_with_parent(parent)
     engine = connect(settings.home, url=settings.database, patience=WORKER_PATIENCE_SECONDS)
     os.nice(NICENESS)
-    jobs, leases, told = Jobs(engine), Leases(engine), settings.model_dump(mode="json")
+    jobs, leases = Jobs(engine), Leases(engine, time_slice=settings.train_slice)
     storage = Storage.open(settings.home, settings)
     agree(engine, storage.place)
     has_peers = storage.bucket is not None and not is_file(engine)  # else all workers have this HOME
     lane = partial(
-        Worker, settings.home, jobs, leases, told, command=command, parent=parent, bucket=storage.bucket
+        Worker,
+        settings.home,
+        jobs,
+        leases,
+        settings.model_dump(mode="json"),
+        command=command,
+        parent=parent,
+        bucket=storage.bucket,
     )
     lanes = [lane(kind=kind, has_peers=has_peers) for kind in (TRAIN, MERGE)]
     codes = list[int]()

@@ -35,6 +35,7 @@ from server.database.migrating import newest_schema
 from server.errors import StartupError
 from server.sqlite import JournalMode, driver, has_wal_reset_bug
 from server.training.queue import tables as job_tables
+from server.training.queue.leases import Leases
 
 JOURNALS = pytest.mark.parametrize("journal", ["wal", "delete"])
 
@@ -361,6 +362,30 @@ def test_what_was_moved_back_before_that_was_kept_stays(tmp_path: Path) -> None:
     with engine.connect() as connection:
         rows = connection.execute(sa.select(tables.names.c.name, tables.names.c.rolled_back)).all()
     assert dict(map(tuple, rows)) == {"a": False, "b": True}
+    engine.dispose()
+
+
+def test_jobs_of_before_time_slices_keep_their_places(tmp_path: Path) -> None:
+    """A database that knows the time of each claim rather than the seconds that projects used."""
+    old = sa.create_engine(sa.URL.create("sqlite", database=str(tmp_path / FILE_NAME)))
+    config = Config()
+    config.set_main_option("script_location", "server:migrations")
+    fields = "name, status, spec, data, progress, metrics, created_at, token, lease_until, wants_pause"
+    fields += ", stalled_attempts, checkpoint_step, metrics_step, num_events"
+    values = "'{}', '{}', '{}', '{}', '2025-01-02 03:04:05', 0, 0.0, 0, 0, -1, -1, 0"
+    with old.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0008")
+        for job_id, status, claimed_at in (("j1", "succeeded", "1.7e9"), ("j2", "queued", "NULL")):
+            connection.exec_driver_sql(
+                f"INSERT INTO jobs (id, {fields}, claimed_at) "
+                f"VALUES ('{job_id}', 'a', '{status}', {values}, {claimed_at})"
+            )
+    old.dispose()
+    engine = connect(tmp_path)
+    claim = Leases(engine).claim("w")
+    assert claim is not None
+    assert (claim.job_id, claim.token) == ("j2", 1)
     engine.dispose()
 
 

@@ -291,22 +291,20 @@ async def test_queued_jobs_of_projects_take_turns(projects: Projects, leases: Le
         stand_in = StandIn(leases)
         order.append(stand_in.claim.job_id)
         stand_in.succeed()
-    assert order == [acme[0], other[0], acme[1], other[1], acme[2], acme[3]]
+    rounds = [set(order[:2]), set(order[2:4]), *order[4:]]  # within a round the faster project may be first
+    assert rounds == [{acme[0], other[0]}, {acme[1], other[1]}, acme[2], acme[3]]
 
 
-async def test_what_was_begun_goes_on_before_anothers_next(projects: Projects, leases: Leases) -> None:
-    first = await submit(projects.acme)
-    await submit(projects.other)
-    begun = StandIn(leases)
-    assert begun.claim.job_id == first
-    leases.release(begun.claim)
-    assert StandIn(leases).claim.job_id == first
+async def test_a_position_counts_other_projects_turns(projects: Projects, leases: Leases) -> None:
+    """Behind another project's running job, which may take days, a job isn't the first."""
 
+    async def position(job_id: str) -> object:
+        return (await projects.other.get(f"/train/{job_id}")).json()["position"]
 
-async def test_a_position_counts_ones_own(projects: Projects) -> None:
     await submit(projects.acme)
-    job = await submit(projects.other)
-    assert (await projects.other.get(f"/train/{job}")).json()["position"] == 1
+    StandIn(leases)
+    jobs = [await submit(projects.other) for _ in range(2)]
+    assert [await position(job_id) for job_id in jobs] == [2, 3]
 
 
 async def test_jobs_at_once_and_rates_hold_for_key_and_project(app: FastAPI, projects: Projects) -> None:

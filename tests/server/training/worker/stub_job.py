@@ -4,7 +4,8 @@ HOME/jobs/<id>/plan.json says how: `steps`, `seconds` of each, a checkpoint `eve
 `crash_at` one in the first attempt, `deaf` to being asked to leave, `hold` until the file `go` is there before
 publishing, `linger` so many seconds after that, before the file `tidy` is made, and `full` fails with a full disk
 at that step; `transfer` so many seconds at the first step, in one call that may take `transfer_at_most`; at each
-step of `stay_at` it waits, the step's number in the file `stays`, until it is asked to leave or `go` is there.
+step of `stay_at` it waits, the step's number in the file `stays`, until it is asked to leave or to give way, or
+`go` is there.
 HOME/jobs/<id>/steps gets a line for each step.
 """
 
@@ -91,7 +92,7 @@ def work(directory: Path, link: WorkerLink, leases: Leases, claim: Claim) -> int
         time.sleep(plan.get("seconds", 0.0))
         if step in plan.get("stay_at", ()):
             (directory / "stays").write_text(str(step))
-            while not link.should_leave and not (directory / "go").exists():
+            while not link.should_leave and not link.should_give_way and not (directory / "go").exists():
                 link.beat()
                 time.sleep(0.05)
         state = hashlib.sha256(f"{state} {step}".encode()).hexdigest()
@@ -101,7 +102,7 @@ def work(directory: Path, link: WorkerLink, leases: Leases, claim: Claim) -> int
         leases.add_event(claim, f"step {step}", type="metrics", data={"step": step, "train_loss": 1 / step})
         if step % plan.get("every", 10) == 0:
             checkpoint()
-        if link.should_leave and not plan.get("deaf"):
+        if (link.should_leave or link.should_give_way) and not plan.get("deaf"):
             checkpoint()
             return EXIT_LEFT
     while plan.get("hold") and not (directory / "go").exists():

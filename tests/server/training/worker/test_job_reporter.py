@@ -9,7 +9,7 @@ import pytest
 from server.training.queue.leases import Claim, Leases
 from server.training.worker import job_reporter
 from server.training.worker.job_pipe import WorkerLink
-from server.training.worker.job_reporter import JobReporter, beating
+from server.training.worker.job_reporter import JobReporter, Leave, beating
 from server.training.worker.yielding import Yielding
 
 
@@ -18,9 +18,13 @@ class Link:
     """A worker's, of which each sign of life is kept."""
 
     beats: list[float] = field(default_factory=list)
+    progress: list[object] = field(default_factory=list)
+    should_leave: bool = False
+    should_give_way: bool = False
 
-    def beat(self) -> None:
+    def beat(self, progress: object = None, metrics: object = None) -> None:
         self.beats.append(time.monotonic())
+        self.progress += [] if progress is None else [progress]
 
 
 def test_it_beats_while_the_block_runs_and_no_longer() -> None:
@@ -93,3 +97,23 @@ def test_a_pass_that_hangs_on_a_gpu_is_found_within_minutes(monkeypatch: pytest.
             is_on_gpu=is_on_gpu,
         ).computing(8192)
     assert seconds == pytest.approx([13926.4, 139.264])
+
+
+def test_a_job_gives_way_after_its_step_rather_than_in_it() -> None:
+    """Its progress is reported first, and a pause that is asked for meanwhile is not delayed."""
+    link = Link(should_give_way=True)
+    reporter = JobReporter(
+        cast(WorkerLink, link),
+        cast(Leases, None),
+        Claim("job", 1, "worker"),
+        Yielding(lambda: 0, 1.0),
+        1000,
+        is_on_gpu=False,
+    )
+    reporter.yield_or_leave()
+    with pytest.raises(Leave):
+        reporter.progress({"step": 7}, {})
+    assert link.progress == [{"step": 7}]
+    link.should_leave = True
+    with pytest.raises(Leave):
+        reporter.yield_or_leave()

@@ -1,7 +1,8 @@
-"""A real worker: what it trains in, and a base that goes away while it waits, and comes back."""
+"""A real worker: what it trains in, a base that goes away and comes back, and jobs that give way to others."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters.viewpoint import Viewpoint
 from server.api.train.answers import job_document
 from server.training.queue.jobs import Status
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
@@ -26,9 +28,9 @@ PATIENCE = 240.0
 
 
 @contextmanager
-def working(shop: Shop, model: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """`smolora worker`; what it says goes to HOME/said."""
-    flags = [f"--home={shop.home}", f"--model={model}", "--dtype=fp16", "--no-native"]
+def working(shop: Shop, model: Path, *more: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run `smolora worker`, with `more` flags; its output goes to HOME/said."""
+    flags = [f"--home={shop.home}", f"--model={model}", "--dtype=fp16", "--no-native", *more]
     with open(shop.home / "said", "wb") as said:
         process = subprocess.Popen(
             [sys.executable, "-m", "server.cli", "worker", *flags],
@@ -72,3 +74,27 @@ def test_it_trains_in_fp32_and_jobs_wait_for_a_base(shop: Shop) -> None:
     with working(shop, model):
         until(lambda: shop.jobs.get("second").status.has_ended, PATIENCE)
     assert shop.jobs.get("second").status is Status.SUCCEEDED
+
+
+@pytest.mark.thorough  # whose turn it is: queue/test_turns.py; the bits: loop/test_interruptions.py
+def test_a_job_of_days_gives_way_to_another_projects_job(shop: Shop) -> None:
+    """The one-step job starts a slice, a step and a start of a process after it was submitted, at the latest."""
+    data = job_data(shop.base, num_held_out=0)
+    time_slice = 3.0
+    shop.submit(replace(SPEC, training=replace(SPEC.training, max_steps=1_000_000)), data, "days")
+    other = shop.jobs.of(Viewpoint("other"))
+    with working(shop, shop.base.directory, f"--train-slice={time_slice}"):
+        until(lambda: shop.jobs.get("days").progress, PATIENCE)
+        data.save(shop.files.directory("short"))
+        other.submit(SPEC, job_id="short", data={})
+        until(lambda: shop.jobs.get("short").status.has_ended, PATIENCE)
+        until(lambda: shop.jobs.get("days").attempt == 2, PATIENCE)
+        shop.jobs.cancel("days")
+    short = shop.jobs.get("short")
+    assert short.status is Status.SUCCEEDED
+    assert short.started_at is not None
+    assert (short.started_at - short.created_at).total_seconds() < time_slice + 60.0, "seconds on an idle machine"
+    messages = [event.message for event in shop.jobs.events("days", limit=100_000) if event.type == "message"]
+    assert messages[:2] == ["queued", "started"]
+    assert re.fullmatch(r"gave way to another project's job after \d+ s; goes on at its turn", messages[2])
+    assert messages[3:] == ["started again (attempt 2)", "cancelled"]

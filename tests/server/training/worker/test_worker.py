@@ -23,6 +23,7 @@ import sqlalchemy as sa
 
 from adapters.catalog.catalog import Catalog, Part
 from adapters.merging.recipe import Recipe
+from adapters.viewpoint import Viewpoint
 from server.database import connect
 from server.sqlite import driver
 from server.training.merge_spec import MergeSpec
@@ -319,6 +320,24 @@ def test_pause_and_resume_give_the_undisturbed_result(
             if all(min(seconds) < 3.0 for seconds in took.values()):
                 break
     assert all(min(seconds) < 3.0 for seconds in took.values()), took
+
+
+def test_a_job_that_gives_way_ends_in_the_undisturbed_state(tmp_path: Path, engine: sa.Engine, jobs: Jobs) -> None:
+    """One worker, and one-step jobs of another project. No step is done twice."""
+    other = jobs.of(Viewpoint("other"))
+    submit_stub(tmp_path, jobs, "j1", steps=60, every=1000, stay_at=[20, 40])
+    with working(tmp_path, jobs, Leases(engine, time_slice=0.05)):
+        for place in (20, 40):
+            until(partial(stays, tmp_path, "j1", place))
+            submit_stub(tmp_path, other, short := f"o{place}", steps=1)
+            until(partial(has_ended, other, short))
+            assert not jobs.get("j1").status.has_ended
+        until(partial(has_ended, jobs, "j1"))
+    assert check_published_once(jobs, engine, "j1", 60).attempt == 3
+    assert [step for _, _, step in steps_done(tmp_path, "j1")] == list(range(1, 61))
+    messages = [event.message for event in jobs.events("j1", limit=1000) if event.type == "message"]
+    gave_way = [message for message in messages if message.startswith("gave way to another project's job after ")]
+    assert len(gave_way) == 2
 
 
 def test_cancel_ends_what_runs(tmp_path: Path, engine: sa.Engine, jobs: Jobs, leases: Leases) -> None:
