@@ -103,8 +103,8 @@ def _shares(now: Time | None) -> "sa.CTE":
         runs = sa.and_(runs, sa.not_(waits))
     flags = [("waiting", waits), ("running", runs), ("giving_way", sa.and_(runs, job.c.gives_way))]
     columns = [sa.case((flag, 1), else_=0).label(name) for name, flag in flags]
-    rows = sa.select(job.c.project, job.c.number, kind_of(job).label("kind"), *columns)
-    rows = rows.where(_is_open(job)).subquery()
+    unended = sa.select(job.c.project, job.c.number, kind_of(job).label("kind"), *columns)
+    rows = unended.where(_is_open(job)).subquery()
     sums = [sa.func.sum(rows.c[name]).label(name) for name, _ in flags]
     first = sa.func.min(sa.case((rows.c.waiting == 1, rows.c.number))).label("first")
     grouped = sa.select(rows.c.project, rows.c.kind, first, *sums).group_by(rows.c.project, rows.c.kind)
