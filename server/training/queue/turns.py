@@ -79,7 +79,7 @@ def position() -> sa.ColumnElement[int | None]:
     unended = other.c.waiting + other.c.running
     before = sa.func.sum(sa.case((unended < most, unended), (other.c.project.is_not(None), most), else_=0))
     is_other = sa.and_(other.c.kind == own.c.kind, other.c.project != own.c.project)
-    counted = sa.select(sa.func.min(queued.c.place) + before)
+    counted = sa.select(sa.cast(sa.func.min(queued.c.place) + before, sa.Integer))
     counted = counted.select_from(queued).join(own, _is_share_of(own, jobs)).outerjoin(other, is_other)
     counted = counted.where(queued.c.id == jobs.c.id).correlate(jobs)
     return sa.case((jobs.c.status == Status.QUEUED, counted.scalar_subquery()), else_=None)
