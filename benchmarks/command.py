@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from pydantic import TypeAdapter
+
+from server.cgroups import usable_processors
 
 Say = Callable[[str], None]
 T = TypeVar("T")
@@ -100,5 +101,5 @@ def positive(text: str) -> int:
 
 
 def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use."""
+    return usable_processors()

@@ -14,6 +14,7 @@ LAYERS = [
     ("adapters",),
     (
         "server.allocator",
+        "server.cgroups",
         "server.config",
         "server.counted",
         "server.database",

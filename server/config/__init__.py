@@ -59,6 +59,13 @@ class WorkerSettings(SharedSettings, BaseSettings):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$", description="auto, cpu, cuda or cuda:N.")
     dtype: Dtype = Field("auto", description="auto, fp32, bf16 or fp16.")
     native: bool = Field(True, description="Compute natively where this machine can.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Threads that serving and training compute with. Default: the processors that they may use, "
+        "by affinity and CPU quota.",
+    )
     log_format: LogFormat = Field("text", description="Lines of the log: text, or json.")
     database_url: SecretStr | None = Field(
         None,

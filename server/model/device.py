@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from server.cgroups import usable_processors
 from server.errors import StartupError
 from server.model.gpu import Cuda
 
@@ -16,6 +17,15 @@ log = logging.getLogger("smolora.device")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "avx10_2", "bf16"})  # the last one is Arm's
 _CPUINFO = Path("/proc/cpuinfo")
+
+
+def use_threads(num_threads: int | None) -> None:
+    """Compute with so many threads from here on, in torch and in native code that is created later.
+
+    None: with torch's own number, which OMP_NUM_THREADS sets, but at most one for each processor that this process
+    may use.
+    """
+    torch.set_num_threads(num_threads or min(torch.get_num_threads(), usable_processors()))
 
 
 def choose_device(

@@ -23,7 +23,7 @@ from server.errors import StartupError
 from server.home import Home
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
-from server.model.device import choose_device
+from server.model.device import choose_device, use_threads
 from server.model.gpu import is_out_of_memory, limit_memory, room_for
 from server.model.native.library import why_not
 from server.model.native.load import load_native
@@ -45,7 +45,8 @@ def base_directory(settings: Settings, say: Say) -> Path:
 
 
 def load_for_engine(directory: Path, settings: Settings, say: Say) -> BaseModel:
-    """The base where the settings want it."""
+    """Load the base to the device of the settings, which also say how many threads compute with it."""
+    use_threads(settings.threads)
     reason = why_not(Home(settings.home).native_places(directory, settings.base_dir)) if settings.native else ""
     device, dtype = choose_device(settings.device, settings.dtype, has_native=reason is None)
     if reason and device.type == "cpu" and settings.dtype == "auto" and dtype is not torch.bfloat16:

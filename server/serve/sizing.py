@@ -4,10 +4,10 @@ On a CPU the system hands pages out as they are first written, so these are boun
 """
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from server.cgroups import memory_left
 from server.config import Settings
 from server.engine.scheduler import SchedulerLimits
 from server.errors import StartupError
@@ -19,7 +19,6 @@ _MIN_ADAPTER_BYTES, _MAX_ADAPTER_BYTES = 64 << 20, 8 << 30
 _PROCESS_BYTES = 512 << 20
 """What each process takes of a GPU besides tensors: its context, and what lies between them."""
 _MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,8 @@ def step_bytes(base: ModelConfig, itemsize: int, limits: SchedulerLimits, max_mo
 
 
 def free_bytes() -> int:
-    """What the machine has free now, and the container's limit leaves."""
-    found = [size for size in (_meminfo(), _cgroup()) if size is not None]
+    """Return what the machine has free now, within the limits of the container or service."""
+    found = [size for size in (_meminfo(), memory_left()) if size is not None]
     return min(found) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
@@ -100,21 +99,3 @@ def _meminfo(file: Path = _MEMINFO) -> int | None:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError, IndexError):
         return None
-
-
-def _cgroup(root: Path = _CGROUP) -> int | None:
-    """Copies of files that nobody reads just now count as free, as `_meminfo` has it: the kernel drops them."""
-    for folder, limit, used, droppable in (
-        ("", "memory.max", "memory.current", "inactive_file"),
-        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        place = root / folder
-        try:
-            left = int((place / limit).read_text()) - int((place / used).read_text())
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-        with suppress(OSError, ValueError, KeyError):
-            told = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
-            left += int(told[droppable])
-        return max(0, left)
-    return None

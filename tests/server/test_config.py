@@ -31,6 +31,12 @@ def test_defaults_are_the_contracts() -> None:
     assert (settings.kv_cache_bytes, settings.adapter_cache_bytes) == (None, None)
     assert (settings.api_keys, settings.allow_anonymous, settings.workers) == ((), "0", 1)
     assert (settings.train_share, settings.train_slice) == (0.25, 600)
+    assert settings.threads is None
+
+
+def test_workers_get_the_servers_number_of_threads() -> None:
+    assert "--threads=3" in to_flags(load(Settings, threads=3).of_a_worker)
+    assert not [flag for flag in to_flags(load(Settings).of_a_worker) if flag.startswith("--threads")]
 
 
 def test_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from server.errors import StartupError, TryAgain
 from server.home import Home
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
-from server.model.device import choose_device, training_dtype
+from server.model.device import choose_device, training_dtype, use_threads
 from server.model.gpu import is_out_of_memory, limit_memory
 from server.model.native.library import may_be_had
 from server.model.native.load import find_library
@@ -173,6 +173,7 @@ def _base_for(settings: WorkerSettings, spec: Spec) -> tuple[BaseModel, ctypes.C
 
     A merge wants no more of it than its names and sizes: its weights stay in their file.
     """
+    use_threads(settings.threads)
     directory = resolve_base(settings.model, settings.home, settings.base_dir)
     if isinstance(spec, MergeSpec):
         return load_base(directory), None

@@ -1,12 +1,14 @@
 """The choice of device and dtype."""
 
 import platform
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from server.errors import StartupError
-from server.model.device import choose_device, cpu_flags, training_dtype
+from server.model import device
+from server.model.device import choose_device, cpu_flags, training_dtype, use_threads
 
 PLAIN = frozenset({"avx2", "fma"})
 HAS_CUDA = torch.cuda.is_available()
@@ -71,3 +73,23 @@ def test_nothing_is_trained_in_fp16() -> None:
     assert training_dtype(torch.float16) is torch.float32
     assert training_dtype(torch.bfloat16) is torch.bfloat16
     assert training_dtype(torch.float32) is torch.float32
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_threads_are_at_most_the_usable_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "usable_processors", lambda: 3)
+    torch.set_num_threads(8)
+    use_threads(None)
+    assert torch.get_num_threads() == 3, "a quota of 3 processors on a larger machine"
+    torch.set_num_threads(2)
+    use_threads(None)
+    assert torch.get_num_threads() == 2, "as OMP_NUM_THREADS has it"
+    use_threads(5)
+    assert torch.get_num_threads() == 5, "the setting wins"

@@ -12,7 +12,6 @@ from server.errors import StartupError
 from server.model.base.config import ModelConfig
 from server.serve.sizing import (
     _PROCESS_BYTES,
-    _cgroup,
     _meminfo,
     cpu_caches,
     free_bytes,
@@ -123,29 +122,6 @@ def test_what_the_system_says(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal:  100 kB\nMemAvailable:   64 kB\n")
     assert _meminfo(tmp_path / "meminfo") == 64 * 1024
     assert _meminfo(tmp_path / "absent") is None
-    assert _cgroup(tmp_path) is None
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("300\n")
-    assert _cgroup(tmp_path) == 700
-    (tmp_path / "memory.max").write_text("max\n")
-    assert _cgroup(tmp_path) is None
-
-
-@pytest.mark.parametrize(
-    ("folder", "names", "prefix"),
-    [
-        (".", ("memory.max", "memory.current"), ""),
-        ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"),
-    ],
-)
-def test_files_that_were_read_leave_room(folder: str, names: tuple[str, str], prefix: str, tmp_path: Path) -> None:
-    """A container in which gigabytes were installed or copied is full of them, until somebody needs the memory."""
-    place = tmp_path / folder
-    place.mkdir(exist_ok=True)
-    for name, number in zip(names, (1000, 990), strict=True):
-        (place / name).write_text(f"{number}\n")
-    (place / "memory.stat").write_text(f"anon 250\ninactive_file 1\n{prefix}inactive_file 700\nactive_file 40\n")
-    assert _cgroup(tmp_path) == 710
 
 
 def test_this_machine_has_memory() -> None:
