@@ -83,7 +83,7 @@ class LoraPool(ctypes.Structure):
 
 class ServeStep(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("num_tokens", "num_runs")),
+        *((name, ctypes.c_int64) for name in ("num_threads", "num_tokens", "num_runs")),
         *((name, ctypes.c_void_p) for name in ("token_ids", "runs", "blocks")),
         ("num_table_blocks", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("k", "v")),

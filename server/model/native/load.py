@@ -31,13 +31,21 @@ def find_library(base: BaseModel, directories: Sequence[Path], say: Callable[[st
 def load_native(
     base: BaseModel, directories: Sequence[Path], max_positions: int, say: Callable[[str], None]
 ) -> NativeModel | None:
-    """The native form of a base for serving, or None, as `find_library`. It takes as many threads as torch."""
+    """Return the native form of a base for serving, or None, as `find_library`.
+
+    It has as many threads as torch, and uses fewer of them while fewer are faster.
+    """
     library = find_library(base, directories, say)
     if library is None:
         return None
     try:
         return NativeModel(
-            library, base.config, base.weights, max_positions=max_positions, num_threads=torch.get_num_threads()
+            library,
+            base.config,
+            base.weights,
+            max_positions=max_positions,
+            num_threads=torch.get_num_threads(),
+            adapts=True,
         )
     except MemoryError as reason:
         say(f"nothing native: {reason}; torch does it, more slowly")

@@ -6,8 +6,9 @@ closer to fp32's than those of torch's bf16 path. A token's result doesn't depen
 """
 
 import ctypes
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from server.model.native.abi import (
 )
 from server.model.native.base import check_base, create
 from server.model.native.sampling import Choices, SampleTable
+from server.model.native.team_size import TeamSize
 from server.model.ops.norms import rotary_table
 from server.model.rank_rows import Placement, RankRows
 from server.model.row_layout import GROUPS, RowFormat
@@ -122,10 +124,15 @@ class NativeModel:
         *,
         max_positions: int,
         num_threads: int,
+        adapts: bool = False,
     ) -> None:
-        """Packs the weights. Raises NativeUnavailable for a base that it does not cover, and MemoryError."""
+        """Pack the weights. Raise NativeUnavailable for a base that native code doesn't cover, and MemoryError.
+
+        A step is computed by `num_threads`, or, if it `adapts`, by fewer of them while fewer are faster.
+        """
         check_base(config, weights)
         self._library = library
+        self._team_size = TeamSize(num_threads) if adapts and num_threads > 1 else None
         self.config = config
         self._weights = weights  # some are read where they lie
         self._read: tuple[object, ...] = ()  # as is this, of a step
@@ -145,14 +152,14 @@ class NativeModel:
         num_wanted = min(int(tables.runs[:, -1].clip(0, num_tokens).sum()), num_tokens)
         hidden = torch.empty(num_wanted, self.config.hidden_size, dtype=torch.bfloat16)
         step.hidden = hidden.data_ptr()
-        call(self._library.smolora_forward, self._model, ctypes.addressof(step))
+        self._compute(self._library.smolora_forward, tables, step)
         return hidden
 
     def draw(self, tables: StepTables, table: SampleTable) -> Choices:
         """The next token behind each token whose hidden state is wanted: `forward` and `sample` in one call."""
         step = self._step(tables)
         sampling, choices = table.step()
-        call(self._library.smolora_draw, self._model, ctypes.addressof(step), ctypes.addressof(sampling))
+        self._compute(self._library.smolora_draw, tables, step, ctypes.addressof(sampling))
         return choices
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -180,6 +187,19 @@ class NativeModel:
         """Seconds that each of PHASES took since the last call, as the thread that calls saw it; from now on they
         are counted, or not, as they aren't before the first call. What Python does stands in none."""
         return take_phases(self._library.smolora_phases, self._model, PHASES, count)
+
+    def _compute(self, entry: Callable[..., int], tables: StepTables, step: ServeStep, *more: int) -> None:
+        """Call an entry that computes a step, with the team that is the fastest at present."""
+        if self._team_size is None:
+            call(entry, self._model, ctypes.addressof(step), *more)
+            return
+        step.num_threads = self._team_size.choose(step.num_tokens)
+        begun, begun_working = time.perf_counter(), time.process_time()
+        call(entry, self._model, ctypes.addressof(step), *more)
+        seconds, worked = time.perf_counter() - begun, time.process_time() - begun_working
+        starts, stops, positions = tables.runs[:, :3].T
+        num_positions = int(((stops - starts) * (positions + (stops - starts) / 2)).sum())
+        self._team_size.observe(step.num_threads, step.num_tokens, num_positions, seconds, worked)
 
     def _step(self, tables: StepTables) -> ServeStep:
         """A step as native code reads it; what it points to stays until the next one is made."""

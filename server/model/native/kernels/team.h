@@ -1,4 +1,4 @@
-// A fixed team of threads that walk through the phases of a job together.
+// A team of threads that walk through the phases of a job together. All of them, or the first few, take part in a job.
 //
 // In a phase each thread has neighbouring items of its own, and then helps the others with theirs, so that a thread
 // that the system takes away for a moment holds the others up by one item only. What an item computes doesn't depend on
@@ -7,6 +7,9 @@
 // Two threads of a team on one of several processors take turns, each phase twice as long, and Linux lets them: it
 // moves no thread that ran just now, and these always did. So a thread that waits for another on its own processor
 // moves.
+//
+// A thread that waits spins at first, since waking up takes longer than most phases. Then it sleeps: the thread that it
+// waits for may need the processor, or another process, and a container's quota counts the time that is spun.
 #pragma once
 #include <sched.h>
 
@@ -23,7 +26,7 @@
 class Team {
   public:
     // Throws std::system_error where a thread can't be started, and std::bad_alloc.
-    explicit Team(int size) : size_(size), next_(size), processors_(size) {
+    explicit Team(int size) : size_(size), active_(size), jobs_(size), next_(size), processors_(size) {
         for (Counter& processor : processors_) processor.value = -1;
         try {
             for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { work(i); });
@@ -35,17 +38,23 @@ class Team {
     ~Team() { end(); }
 
     int size() const { return size_; }
-    // Which of the team's threads this is, in a job: from 0, the caller of `run`, up to size - 1.
+    // How many of the threads take part in a job. The others sleep.
+    int active() const { return active_; }
+    // From the next job on; at least 1 and at most `size`. Never called within a job.
+    void set_active(int active) {
+        active_ = active;
+        for (int i = active; i < size_; i++) processors_[i].value.store(-1, std::memory_order_relaxed);
+    }
+    // Which of the team's threads this is, in a job: from 0, the caller of `run`, up to active - 1.
     static int number() { return number_; }
 
-    // Every thread calls the job, which must go through the same phases in each, at least one. Returns when all phases
-    // are done; nothing may follow the last one in a job. Once an item throws, the rest of the items is left out, and
-    // what it threw, the first of all, is thrown here. Only items may throw.
+    // Every active thread calls the job, which must go through the same phases in each, at least one. Returns when all
+    // phases are done; nothing may follow the last one in a job. Once an item throws, the rest of the items is left
+    // out, and what it threw, the first of all, is thrown here. Only items may throw.
     void run(const std::function<void()>& job) {
         job_ = &job;
         has_failed_.store(false, std::memory_order_relaxed);
-        jobs_.fetch_add(1);
-        jobs_.notify_all();
+        wake(active_);
         number_ = 0;
         note_processor();
         job();
@@ -66,22 +75,24 @@ class Team {
         attempt([&] {
             for (int i; goes_on() && (i = next_first_.fetch_add(1, std::memory_order_relaxed)) < num_first;) {
                 first(i);
-                done_.fetch_add(1, std::memory_order_release);
+                if (done_.fetch_add(1) == num_first - 1) wake_sleepers(done_);
             }
             take(count, item);
         });
         barrier();
     }
     void wait_first(int num_first) {
-        bool is_done = false;
-        wait([&] { return (is_done = done_.load(std::memory_order_acquire) >= num_first) || !goes_on(); });
-        if (!is_done) throw Abandoned();
+        wait(done_, [=](int done) { return done >= num_first; });
+        if (!goes_on()) throw Abandoned();
     }
 
   private:
     struct Abandoned {};  // ends an item that waits for one that failed
     struct alignas(64) Counter {
         std::atomic<int> value{0};
+    };
+    struct alignas(64) Jobs {
+        std::atomic<unsigned> value{0};
     };
     bool goes_on() const { return !has_failed_.load(std::memory_order_relaxed); }
     // The first failure of a job is kept for `run`, which sees it behind the phase's barrier.
@@ -90,58 +101,83 @@ class Team {
         try {
             items();
         } catch (...) {
-            if (!has_failed_.exchange(true, std::memory_order_relaxed)) failure_ = std::current_exception();
+            if (has_failed_.exchange(true)) return;
+            failure_ = std::current_exception();
+            done_.fetch_add(kAllDone);  // nobody waits for the first items that are left out
+            wake_sleepers(done_);
         }
     }
     template <class Item>
     void take(int count, Item& item) {
-        for (int i = 0; i < size_; i++) {
-            const int owner = (number_ + i) % size_, end = (int)((int64_t)count * (owner + 1) / size_);
-            const int begin = (int)((int64_t)count * owner / size_);
+        for (int i = 0; i < active_; i++) {
+            const int owner = (number_ + i) % active_, end = (int)((int64_t)count * (owner + 1) / active_);
+            const int begin = (int)((int64_t)count * owner / active_);
             for (int k; goes_on() && (k = begin + next_[owner].value.fetch_add(1, std::memory_order_relaxed)) < end;)
                 item(k);
         }
     }
     void work(int number) noexcept {
         number_ = number;
+        std::atomic<unsigned>& jobs = jobs_[number].value;
         for (unsigned seen = 0;;) {
-            for (int i = 0; i < kSpins && jobs_.load(std::memory_order_acquire) == seen; i++) _mm_pause();
-            jobs_.wait(seen, std::memory_order_acquire);  // asleep between steps
-            seen = jobs_.load(std::memory_order_acquire);
+            for (int i = 0; i < kSpins && jobs.load(std::memory_order_acquire) == seen; i++) _mm_pause();
+            jobs.wait(seen, std::memory_order_acquire);  // asleep between steps
+            seen = jobs.load(std::memory_order_acquire);
             if (job_ == nullptr) return;
             note_processor();
             (*job_)();
         }
     }
+    // The first `count` threads, for what job_ is now.
+    void wake(int count) {
+        for (int i = 1; i < count; i++) {
+            jobs_[i].value.fetch_add(1);
+            jobs_[i].value.notify_one();
+        }
+    }
     void end() {
         job_ = nullptr;
-        jobs_.fetch_add(1);
-        jobs_.notify_all();
+        wake((int)threads_.size() + 1);
         for (auto& thread : threads_) thread.join();
     }
     void barrier() {
         note_processor();
-        unsigned phase = phases_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+        const unsigned phase = phases_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == active_ - 1) {
             arrived_.store(0, std::memory_order_relaxed);
-            for (auto& next : next_) next.value.store(0, std::memory_order_relaxed);
+            for (int i = 0; i < active_; i++) next_[i].value.store(0, std::memory_order_relaxed);
             next_first_.store(0, std::memory_order_relaxed);
             done_.store(0, std::memory_order_relaxed);
-            phases_.store(phase + 1, std::memory_order_release);
+            phases_.fetch_add(1);
+            wake_sleepers(phases_);
         } else {
-            wait([&] { return phases_.load(std::memory_order_acquire) != phase; });
+            wait(phases_, [=](unsigned now) { return now != phase; });
         }
     }
-    template <class Condition>
-    void wait(Condition condition) {
-        for (int i = 0; !condition(); i++) {
+    // Until the number, which others change, is as the condition has it.
+    template <class Number, class Condition>
+    void wait(std::atomic<Number>& number, Condition condition) {
+        Number now;
+        for (int i = 0; !condition(now = number.load(std::memory_order_acquire)); i++) {
             if (i < kSpins) {
                 _mm_pause();
                 continue;
             }
             if (i == kSpins) leave_shared_processor();
-            sched_yield();  // whoever should meet the condition may need this processor
+            if (i < kSpins + kYields) {
+                sched_yield();  // the thread that is waited for may need this processor
+                continue;
+            }
+            num_sleepers_.fetch_add(1);
+            number.wait(now, std::memory_order_acquire);
+            num_sleepers_.fetch_sub(1);
         }
+    }
+    // After the number was changed. Its change and the count of sleepers are sequentially consistent: either the
+    // sleeper is seen here, or it sees the change and doesn't sleep.
+    template <class Number>
+    void wake_sleepers(std::atomic<Number>& number) {
+        if (num_sleepers_.load() > 0) number.notify_all();
     }
     void note_processor() { processors_[number_].value.store(sched_getcpu(), std::memory_order_relaxed); }
     // To one that none of the team was last seen on, where there is one and another was seen here.
@@ -161,18 +197,22 @@ class Team {
         note_processor();
     }
 
-    static constexpr int kSpins = 2000;
+    static constexpr int kSpins = 2000;   // some 25 to 90 us
+    static constexpr int kYields = 1000;  // half a millisecond if nothing else runs
+    static constexpr int kAllDone = 1 << 30;
     static inline thread_local int number_ = 0;
     const int size_;
+    int active_;
     std::vector<std::thread> threads_;
     const std::function<void()>* job_ = nullptr;
     std::exception_ptr failure_;
     std::atomic<bool> has_failed_{false};
-    alignas(64) std::atomic<unsigned> jobs_{0};
+    std::vector<Jobs> jobs_;  // that each thread was woken for; the first, who calls, isn't
     std::vector<Counter> next_;
     std::vector<Counter> processors_;  // that each thread was last seen on
     alignas(64) std::atomic<int> next_first_{0};
     alignas(64) std::atomic<int> done_{0};
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<unsigned> phases_{0};
+    alignas(64) std::atomic<int> num_sleepers_{0};
 };

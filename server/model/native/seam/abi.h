@@ -94,6 +94,7 @@ struct LoraPool {
 };
 
 struct ServeStep {
+    int64_t num_threads;  // that compute it, at most the base's; 0: all of those
     int64_t num_tokens, num_runs;
     const int64_t* token_ids;
     const ServeRun* runs;

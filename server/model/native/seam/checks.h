@@ -120,6 +120,7 @@ inline void check_lora(const BaseSizes& sizes, const ServeStep& step) {
 }
 
 inline void check_step(const BaseSizes& sizes, const ServeStep& step) {
+    if (step.num_threads < 0 || step.num_threads > sizes.threads) refuse("a step of %ld threads", step.num_threads);
     if (step.num_tokens < 1 || step.num_tokens > kMaxTokens) refuse("a step of %ld tokens", step.num_tokens);
     check_ids(sizes, step.token_ids, step.num_tokens);
     check_runs(sizes, step);

@@ -22,7 +22,7 @@ class Head {
     // logits (rows, vocab) of hidden (rows, hidden).
     void project(const bf16* hidden, int rows, float* logits) {
         const int tiles = (int)(s_.vocab / kTile);
-        scratch_[Team::number()].wide.begin(tiles / team_.size());
+        scratch_[Team::number()].wide.begin(tiles / team_.active());
         team_.each(tiles, [&](int tile) {
             HeadScratch& own = scratch_[Team::number()];
             lm_head_.multiply(own.wide.rows(hidden, s_.hidden, 0, rows), rows, tile, logits + tile * kTile, s_.vocab,

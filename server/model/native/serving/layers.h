@@ -73,14 +73,14 @@ class Layers {
             finish_layer(last, cache(last));
             end();
         };
-        attention_.plan(tokens_.queries(), cache(0));
+        attention_.plan(tokens_.queries(), cache(0), team_.active());
         if (tokens_.num_wanted() == tokens_.count()) {
             team_.run([&] { begin(), finish(); });
         } else {
             team_.run(begin);
             if (tokens_.num_wanted() == 0) return clock_.end(kQkvPhase);
             keep_wanted(step);
-            attention_.plan(tokens_.queries(), cache(last));
+            attention_.plan(tokens_.queries(), cache(last), team_.active());
             team_.run(finish);
         }
     }
@@ -145,7 +145,7 @@ class Layers {
     template <class Item>
     void product(int layer, Group group, const bf16* x, int columns, Item item) {
         LoraGroup& lora = lora_[group];
-        scratch().wide.begin(columns / team_.size());
+        scratch().wide.begin(columns / team_.active());
         team_.each(
             lora.num_tasks(), [&](int task) { lora.shrink(layer, task, x); }, columns * chunks_,
             [&](int i) {

@@ -18,18 +18,14 @@ class Model {
 
     // The final hidden states of the tokens that are wanted.
     void forward(const ServeStep& step) {
-        clock_.begin();
-        check_step(s_, step);
-        layers_.prepare(step);
+        prepare(step);
         layers_.run(step, [&] { layers_.final_norm(step.hidden); });
         clock_.end(kNormPhase);
     }
 
     // The next token behind each token that is wanted, whose hidden states stay here.
     void draw(const ServeStep& step, SampleStep sampling) {
-        clock_.begin();
-        check_step(s_, step);
-        layers_.prepare(step);
+        prepare(step);
         const int64_t rows = layers_.num_wanted();
         if (sampling.num_rows != rows) refuse("%ld rows for %ld hidden states", sampling.num_rows, rows);
         if (sampling.hidden != nullptr) refuse("hidden states of another step");
@@ -65,6 +61,13 @@ class Model {
     PhaseClock<Phase, kPhases>& clock() { return clock_; }
 
   private:
+    void prepare(const ServeStep& step) {
+        clock_.begin();
+        check_step(s_, step);
+        team_.set_active((int)(step.num_threads ? step.num_threads : s_.threads));
+        layers_.prepare(step);
+    }
+
     const BaseSizes s_;
     Team team_;
     const ServeBase base_;

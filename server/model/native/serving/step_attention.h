@@ -51,14 +51,15 @@ class AttentionSplit {
 // An item is a query's (tokens.h), of one kv head.
 class StepAttention {
   public:
-    // Of so many heads, and `threads`.
+    // Of `heads`, for at most `threads`.
     StepAttention(int heads, int threads) : heads_(heads), scratch_(threads) {}
 
     // For these queries, at least one, which must outlive its runs, until the next call. The cache is any layer's.
-    void plan(const std::vector<Query>& queries, const CacheView& cache) {
+    // `threads` share them.
+    void plan(const std::vector<Query>& queries, const CacheView& cache, int threads) {
         queries_ = &queries;
         items_ = (int)queries.size() * cache.kv_heads;
-        split_.plan(items_, rows(0, cache).length(), cache.head_dim / kTile, (int)scratch_.size());
+        split_.plan(items_, rows(0, cache).length(), cache.head_dim / kTile, threads);
         if (scores_.size() < (size_t)split_.num_split()) scores_.resize(split_.num_split());
         for (int item = 0; item < split_.num_split(); item++) {
             const Attention of = rows(item, cache);

@@ -12,7 +12,7 @@ import torch
 from server.model.base.source import resolve_base
 from server.model.base.weights import BaseModel, load_base
 from server.model.lora_batch import TokenRun
-from server.model.native.abi import LoraModule, LoraPart, columns
+from server.model.native.abi import LoraModule, LoraPart, call, columns
 from server.model.native.model import ROW_FORMAT, NativeLora, NativeModel, StepTables
 from server.model.native.sampling import SampleTable
 from server.model.rank_rows import RankRows
@@ -237,3 +237,11 @@ def test_hidden_states_of_other_shapes(base: BaseModel, model: NativeModel) -> N
     for wrong in (hidden.float(), hidden[0], hidden[:, :64]):
         with pytest.raises(ValueError, match="hidden states must be bf16"):
             model.logits(wrong)
+
+
+def test_threads_that_the_team_does_not_have(base: BaseModel, model: NativeModel) -> None:
+    for wrong in (-1, 3):
+        step = model._step(Step.of(base).tables)
+        step.num_threads = wrong
+        with pytest.raises(ValueError, match=f"a step of {wrong} threads"):
+            call(model._library.smolora_forward, model._model, ctypes.addressof(step))

@@ -24,7 +24,8 @@ std::vector<std::vector<bf16>> serve(const TinyBase& base, int threads, const st
             active.push_back(i);
         }
         if (active.empty()) break;
-        const ServeStep tables = step.tables();
+        ServeStep tables = step.tables();
+        tables.num_threads = (int64_t)round % (threads + 1);  // 0: all
         SUCCEED(smolora_forward, native.object.get(), &tables);
         check_finite(step.hidden, "hidden states");
         for (size_t i = 0; i < active.size(); i++)

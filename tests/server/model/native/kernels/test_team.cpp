@@ -46,6 +46,52 @@ TEST(first_items_before_those_that_wait) {
     }
 }
 
+TEST(part_of_a_team_takes_a_job) {
+    Team team(4);
+    for (int active : {4, 1, 3, 2, 4, 1}) {
+        team.set_active(active);
+        std::atomic<int> callers{0}, highest{0}, first{0}, items{0};
+        team.run([&] {
+            callers++;
+            team.each(
+                9, [&](int) { first++; }, 1000,
+                [&](int) {
+                    team.wait_first(9);
+                    expect(first == 9, "waited for %d of 9", first.load());
+                    for (int before = highest; before < Team::number();)
+                        highest.compare_exchange_weak(before, Team::number());
+                    items++;
+                });
+            team.each(5, [&](int) { items++; });
+        });
+        expect(items == 1005, "%d items", items.load());
+        expect(callers == active, "%d threads called the job", callers.load());
+        expect(highest < active, "thread %d took part", highest.load());
+    }
+}
+
+// A container's quota would count the time of a thread that spins.
+TEST(threads_sleep_while_they_wait_for_long) {
+    auto seconds = [](clockid_t clock) {
+        timespec now;
+        clock_gettime(clock, &now);
+        return now.tv_sec + now.tv_nsec * 1e-9;
+    };
+    auto slow = [](int i) {
+        if (i == 0) std::this_thread::sleep_for(std::chrono::milliseconds(150));
+    };
+    Team team(3);
+    team.run([&] { team.each(3, [](int) {}); });
+    const double wall = seconds(CLOCK_MONOTONIC), used = seconds(CLOCK_PROCESS_CPUTIME_ID);
+    team.run([&] {
+        team.each(3, slow);  // two wait at its end, and then within the next phase
+        team.each(1, slow, 3, [&](int) { team.wait_first(1); });
+    });
+    expect(seconds(CLOCK_MONOTONIC) - wall >= 0.3, "nothing was waited for");
+    const double spent = seconds(CLOCK_PROCESS_CPUTIME_ID) - used;
+    expect(spent < 0.06, "%g s of processors", spent);
+}
+
 // Whatever an item throws comes out of `run`, later phases do nothing, and the team goes on.
 TEST(an_item_that_fails_ends_the_job_alone) {
     for (int size : {1, 2, 4}) {

@@ -164,7 +164,8 @@ struct Step {
     ServeStep tables() {
         hidden.assign(token_ids.size() * sizes.hidden, 0);
         for (int group = 0; group < kGroups; group++) pools[group].parts = parts[group].data();
-        return {(int64_t)token_ids.size(),
+        return {0,
+                (int64_t)token_ids.size(),
                 (int64_t)runs.size(),
                 token_ids.data(),
                 runs.data(),

@@ -1,0 +1,187 @@
+"""Chooses how many threads compute a step, by how long steps took. The bits of an answer don't depend on it.
+
+On a quiet machine more threads are faster. If another process keeps a processor busy, threads wait for each other
+in each phase, and fewer threads are faster. So a step tries the next smaller or larger size now and then. If the
+threads got the time of far fewer processors than there are threads, it tries that number. The cost of trials is
+bounded: a budget grows by SHARE of a step with each step, and a trial is charged the time that it took longer than
+steps usually take. Part of the budget is saved for the moment when steps become slow.
+
+Steps are compared only with steps of similar size, a band.
+"""
+
+from bisect import bisect_right
+from collections import deque
+
+SHARE = 0.01
+"""Share of all steps' time that trials may cost in the long run."""
+
+_RESERVE = 8.0  # in steps: what trials may cost at once in a new band, and when steps become slow
+_FEE = 0.05  # in steps: the least that a trial is charged, so that equal sizes aren't tried all the time
+_SLOW = 1.25  # a band is slow if its recent steps took this many times as long as its usual ones
+_RECENT_MEMORY, _USUAL_MEMORY = 0.8, 0.99  # weight of a mean after the next step
+_OUTLIER = 1.5  # a step counts as at most this many times as long as those that it is compared with
+
+_NUM_TRIALS, _FEW_TRIALS = 8, 4  # the latest ones of two sizes, by which they are compared
+_LEAST_GAIN, _GREAT_GAIN = 0.95, 0.8  # a larger team is chosen after many trials, and after few
+_NO_GAIN, _GREAT_LOSS = 1.0, 1.25  # a smaller team, likewise
+
+_FIRST_TOKENS = 9  # reading the weights takes as long as so many tokens
+_POSITIONS_OF_A_TOKEN = 600  # attention reads so many positions in the time that a token takes
+
+
+class TeamSize:
+    """The number of threads for each step: up to `num_threads`."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._sizes = team_sizes(num_threads)
+        self._bands: dict[int, _Band] = {}
+
+    def choose(self, num_tokens: int) -> int:
+        """Return the number of threads for the next step, of `num_tokens`."""
+        return self._sizes[self._band(num_tokens).choose()]
+
+    def observe(
+        self, num_threads: int, num_tokens: int, num_positions: int, seconds: float, processor_seconds: float
+    ) -> None:
+        """Note how long a step took with the chosen number of threads, and the processor time of all of them.
+
+        Its tokens saw `num_positions` in all.
+        """
+        work = _FIRST_TOKENS + num_tokens + num_positions / _POSITIONS_OF_A_TOKEN
+        size = self._sizes.index(num_threads)
+        self._band(num_tokens).observe(size, seconds / work, processor_seconds / max(seconds, 1e-9))
+
+    def _band(self, num_tokens: int) -> "_Band":
+        band = num_tokens.bit_length() // 2  # 1, 2 to 7, 8 to 31 and so on
+        if band not in self._bands:
+            self._bands[band] = _Band(self._sizes)
+        return self._bands[band]
+
+
+def team_sizes(num_threads: int) -> list[int]:
+    """Return the sizes that are tried: 1, 2, 3, 4, 6, 8, 12 and so on, and `num_threads`."""
+    powers = [1 << bit for bit in range(num_threads.bit_length())]
+    sizes = {num_threads, *powers, *(power * 3 // 2 for power in powers)}
+    return sorted(size for size in sizes if size <= num_threads)
+
+
+class _Pair:
+    """The latest trials of two sizes: times of both for the same work, taken one after the other."""
+
+    def __init__(self, assumed_gain: float) -> None:
+        self.expected_gain = assumed_gain  # that of the latest trial, which is the first to show a change
+        self._trials: deque[tuple[float, float]] = deque(maxlen=_NUM_TRIALS)
+
+    def add(self, smaller: float, larger: float) -> None:
+        self.expected_gain = larger / smaller
+        self._trials.append((min(smaller, _OUTLIER * larger), min(larger, _OUTLIER * smaller)))
+
+    @property
+    def is_known(self) -> bool:
+        return len(self._trials) == _NUM_TRIALS
+
+    @property
+    def gain(self) -> float:
+        """The larger size's time as a share of the smaller one's."""
+        return sum(larger for _, larger in self._trials) / sum(smaller for smaller, _ in self._trials)
+
+    @property
+    def wants_larger(self) -> bool:
+        return len(self._trials) >= _FEW_TRIALS and self.gain < (_LEAST_GAIN if self.is_known else _GREAT_GAIN)
+
+    @property
+    def wants_smaller(self) -> bool:
+        return len(self._trials) >= _FEW_TRIALS and self.gain >= (_NO_GAIN if self.is_known else _GREAT_LOSS)
+
+
+class _Band:
+    """Steps of similar size. Team sizes are indices here, and times are seconds for a unit of work."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self._sizes = sizes
+        self._pairs: dict[tuple[int, int], _Pair] = {}  # of a smaller and a larger size
+        self._best = self._last_trial = len(sizes) - 1
+        self._processors = float(sizes[-1])  # whose time steps of the best size got, lately
+        self._trial: tuple[int, float] | None = None  # size and time, until a step of the best size follows
+        self._recent = self._usual = 0.0  # mean times of steps of the best size
+        self._reserve, self._savings = _RESERVE, 0.0
+
+    def choose(self) -> int:
+        if self._trial is not None or not self._recent or len(self._sizes) == 1:
+            return self._best
+        for index, size in enumerate(self._neighbours()):
+            if self._can_afford(size, self._savings if index == 0 else 0.0):
+                return size
+        return self._best
+
+    def observe(self, size: int, seconds: float, processors: float) -> None:
+        self._reserve = min(self._reserve + SHARE / 2, _RESERVE)
+        self._savings += SHARE / 2
+        if size != self._best:
+            self._trial = size, seconds
+            return
+        if self._trial is not None:  # the step before it may be why there was a trial, so it is no fair comparison
+            trial, self._trial = self._trial, None
+            if self._compare(*trial, seconds):
+                return
+        if self._recent:
+            seconds = min(seconds, _OUTLIER * self._recent)
+        self._processors = _mean(self._processors, processors, _RECENT_MEMORY)
+        self._recent = _mean(self._recent, seconds, _RECENT_MEMORY)
+        self._usual = _mean(self._usual, seconds, _USUAL_MEMORY)
+
+    def _neighbours(self) -> list[int]:
+        """The next smaller and larger size to be tried. The one to be tried first is in front.
+
+        A larger one isn't tried if not even the threads of the best one had a processor each.
+        """
+        found = [] if self._best == 0 else [min(self._best - 1, self._size_of_processors)]
+        if self._best < min(len(self._sizes) - 1, self._size_of_processors + 1):
+            found.append(self._best + 1)
+        if not self._is_slow and self._last_trial < self._best:
+            found.reverse()
+        return found
+
+    def _can_afford(self, size: int, savings: float) -> bool:
+        gain = self._pair(size).expected_gain
+        cost = max((gain if size > self._best else 1 / gain) - 1, _FEE)
+        if self._size_of_processors <= size < self._best and not self._pair(size).is_known:
+            cost = _FEE  # that many threads ran at a time anyway
+        may_use_reserve = self._is_slow or cost == _FEE or not self._pair(size).is_known
+        return savings >= cost or (may_use_reserve and self._reserve >= cost)
+
+    def _compare(self, size: int, seconds: float, of_best: float) -> bool:
+        """Charge a trial. Change to its size and return True if that is the better one."""
+        self._last_trial = size
+        cost = max(seconds / max(of_best, self._recent) - 1, _FEE)
+        from_savings = min(cost, max(self._savings, 0.0))
+        self._savings -= from_savings
+        self._reserve = max(self._reserve - (cost - from_savings), -_RESERVE)
+        pair, is_larger = self._pair(size), size > self._best
+        pair.add(*((of_best, seconds) if is_larger else (seconds, of_best)))
+        if not (pair.wants_larger if is_larger else pair.wants_smaller):
+            return False
+        # Something has changed, and may have changed for further sizes.
+        for other in [pair for pair in self._pairs if (pair[0] >= size if is_larger else pair[1] <= size)]:
+            del self._pairs[other]
+        self._best, self._recent, self._usual = size, seconds, seconds
+        return True
+
+    @property
+    def _is_slow(self) -> bool:
+        return self._recent > _SLOW * self._usual
+
+    @property
+    def _size_of_processors(self) -> int:
+        """The largest size of which each thread had a processor."""
+        return max(bisect_right(self._sizes, round(self._processors)) - 1, 0)
+
+    def _pair(self, size: int) -> _Pair:
+        """The pair of this size and the best one."""
+        smaller, larger = sorted((size, self._best))
+        assumed = _Pair(self._sizes[smaller] / self._sizes[larger])
+        return self._pairs.setdefault((smaller, larger), assumed)
+
+
+def _mean(before: float, now: float, memory: float) -> float:
+    return memory * before + (1 - memory) * now if before else now
