@@ -152,14 +152,14 @@ class NativeModel:
         num_wanted = min(int(tables.runs[:, -1].clip(0, num_tokens).sum()), num_tokens)
         hidden = torch.empty(num_wanted, self.config.hidden_size, dtype=torch.bfloat16)
         step.hidden = hidden.data_ptr()
-        self._compute(self._library.smolora_forward, tables, step)
+        self._compute(self._library.smolora_forward, step)
         return hidden
 
     def draw(self, tables: StepTables, table: SampleTable) -> Choices:
         """The next token behind each token whose hidden state is wanted: `forward` and `sample` in one call."""
         step = self._step(tables)
         sampling, choices = table.step()
-        self._compute(self._library.smolora_draw, tables, step, ctypes.addressof(sampling))
+        self._compute(self._library.smolora_draw, step, ctypes.addressof(sampling))
         return choices
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -188,7 +188,7 @@ class NativeModel:
         are counted, or not, as they aren't before the first call. What Python does stands in none."""
         return take_phases(self._library.smolora_phases, self._model, PHASES, count)
 
-    def _compute(self, entry: Callable[..., int], tables: StepTables, step: ServeStep, *more: int) -> None:
+    def _compute(self, entry: Callable[..., int], step: ServeStep, *more: int) -> None:
         """Call an entry that computes a step, with the team that is the fastest at present."""
         if self._team_size is None:
             call(entry, self._model, ctypes.addressof(step), *more)
@@ -197,8 +197,8 @@ class NativeModel:
         begun, begun_working = time.perf_counter(), time.process_time()
         call(entry, self._model, ctypes.addressof(step), *more)
         seconds, worked = time.perf_counter() - begun, time.process_time() - begun_working
-        starts, stops, positions = tables.runs[:, :3].T
-        num_positions = int(((stops - starts) * (positions + (stops - starts) / 2)).sum())
+        context = step.num_table_blocks * step.block_size // max(step.num_runs, 1)  # of a sequence, on average
+        num_positions = step.num_tokens * context
         self._team_size.observe(step.num_threads, step.num_tokens, num_positions, seconds, worked)
 
     def _step(self, tables: StepTables) -> ServeStep:

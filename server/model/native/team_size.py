@@ -21,7 +21,7 @@ _SLOW = 1.25  # a band is slow if its recent steps took this many times as long 
 _RECENT_MEMORY, _USUAL_MEMORY = 0.8, 0.99  # weight of a mean after the next step
 _OUTLIER = 1.5  # a step counts as at most this many times as long as those that it is compared with
 
-_NUM_TRIALS, _FEW_TRIALS = 8, 4  # the latest ones of two sizes, by which they are compared
+_NUM_TRIALS, _FEW_TRIALS = 12, 4  # the latest ones of two sizes, by which they are compared
 _LEAST_GAIN, _GREAT_GAIN = 0.95, 0.8  # a larger team is chosen after many trials, and after few
 _NO_GAIN, _GREAT_LOSS = 1.0, 1.25  # a smaller team, likewise
 
