@@ -21,7 +21,7 @@ CPP := $(shell find server tests -name '*.h' -o -name '*.cpp')
 PYTEST := OMP_WAIT_POLICY=PASSIVE PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help serve test tests slow fuzz attack soak faults check lint types sanitize bench guard gpu screenshots vendor clean
+.PHONY: help serve test tests slow fuzz attack soak faults fairness check lint types sanitize bench guard gpu screenshots vendor clean
 .PHONY: cluster cluster-tests cluster-faults
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo 'make attack    a million inputs, bred by coverage, for whatever takes strangers'\'' bytes; ARGS=--help'
 	@echo 'make soak      half an hour of everything at once, after which nothing may have grown'
 	@echo 'make faults    200 rounds of kills, stops and ends of server, workers and jobs under load'
+	@echo 'make fairness  one project asks for everything at once, and another must hardly notice; ARGS=--each'
 	@echo 'make check     linters and types only'
 	@echo 'make cluster   engine replicas on Ray Serve, API processes and workers: docs/cluster.md'
 	@echo 'make cluster-tests   the tests of clusters, on a real PostgreSQL, an S3 server and Ray'
@@ -69,6 +70,10 @@ soak: $(READY_DEV)
 
 faults: $(READY_DEV)
 	@$(BIN)/python -m tests.fault_rounds $(ARGS)
+
+# ARGS='--minutes 1', ARGS='--only rows,prompts', ARGS='--each' (a table of single faults).
+fairness: $(READY_DEV)
+	@$(BIN)/python -m tests.fairness $(ARGS)
 
 cluster: $(READY_CLUSTER)
 	@exec $(BIN)/smolora cluster up $(ARGS)

@@ -50,9 +50,17 @@ class ServerProcess:
     """A running server that is ready; `client` is connected to it."""
 
     def __init__(
-        self, home: Path, key: str | None = None, words: Sequence[str] = ("serve",), **flags: object
+        self,
+        home: Path,
+        key: str | None = None,
+        words: Sequence[str] = ("serve",),
+        variables: Mapping[str, str] | None = None,
+        **flags: object,
     ) -> None:
-        """RuntimeError, with the end of its log, where it does not become ready. `words`: as in `command`."""
+        """Start it. Raise RuntimeError, with the end of its log, if it doesn't become ready.
+
+        `words`: as in `command`; `variables` are added to its environment.
+        """
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.home = home
@@ -64,7 +72,7 @@ class ServerProcess:
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 command(words, home=home, port=self.port, **flags),
-                env=environment(),
+                env=environment() | dict(variables or {}),
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+from collections.abc import Mapping
 
 import torch
 from safetensors.torch import save
@@ -11,10 +12,17 @@ from adapters.lora import BaseShape
 from tests.server.conftest import SHAPE
 
 PATHS = {"q_proj": "self_attn", "v_proj": "self_attn", "up_proj": "mlp"}
+ALL_PATHS = (
+    PATHS | dict.fromkeys(("k_proj", "o_proj"), "self_attn") | dict.fromkeys(("gate_proj", "down_proj"), "mlp")
+)
 
 
 def peft_files(
-    seed: int = 0, rank: int = 2, base_model: str | None = "someone/tiny-llama", shape: BaseShape = SHAPE
+    seed: int = 0,
+    rank: int = 2,
+    base_model: str | None = "someone/tiny-llama",
+    shape: BaseShape = SHAPE,
+    paths: Mapping[str, str] = PATHS,
 ) -> tuple[bytes, bytes]:
     """adapter_config.json and adapter_model.safetensors; another seed makes another digest."""
     config = {
@@ -23,13 +31,13 @@ def peft_files(
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": 2 * rank,
-        "target_modules": sorted(PATHS),
+        "target_modules": sorted(paths),
         "bias": "none",
     }
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(shape.num_layers):
-        for module, parent in PATHS.items():
+        for module, parent in paths.items():
             out, width = shape.features[module]
             prefix = f"base_model.model.model.layers.{layer}.{parent}.{module}"
             tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, width, generator=generator)
