@@ -45,6 +45,7 @@ def run(home: Path, minutes: float, time_slice: float, names: Sequence[str]) -> 
     """Run both phases and print the report. Return the exit code."""
     server, projects = set_up(home, time_slice)
     try:
+        say(f"{minutes:g} minutes, {ALONE:.0%} of them alone; time slice {time_slice:g} s; {', '.join(names)}")
         with modest_client(server, projects) as modest:
             most_for_a_job = PATIENCE + time_slice
             alone = modest.phase(60 * minutes * ALONE, most_for_a_job)

@@ -5,9 +5,8 @@ has a server of its own, as the load of some faults outlives its clients.
 """
 
 import itertools
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,22 +17,34 @@ from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows
 from tests.fairness.greedy import ACTIVITIES, MIB, running
 from tests.fairness.modest import ADAPTER, PATIENCE, QUESTION, Modest
-from tests.fairness.report import effect_faults, percentile, seconds
+from tests.fairness.report import JobSample, effect_faults, percentile, seconds
 from tests.fairness.served import Projects, modest_client, start
 
-NUM_ALONE = 10
+NUM_ALONE = 5
 LEAD = 5.0
 """Seconds that the greedy project has before the modest one is measured."""
 BESIDE = 30.0
 """Seconds of measuring; a request that was begun is waited for."""
 _numbers = itertools.count()
 
-Probe = Callable[[Modest], float]
+
+@dataclass(frozen=True)
+class Reading:
+    """What one request took, in seconds, and why it failed."""
+
+    seconds: float
+    fault: str | None = None
+
+
+Probe = Callable[[Modest], Reading]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One of the review's. `probe` returns seconds; `compared` are the activities that count as alone."""
+    """One of the review's: what the modest project asks for, and how many clients of each activity run meanwhile.
+
+    `compared` are the clients that run when the modest project counts as alone.
+    """
 
     name: str
     what: str
@@ -43,49 +54,59 @@ class Fault:
 
 
 def answer(kind: str) -> Probe:
-    """Return a probe of a short answer, whole."""
+    """Return a probe of a short answer, to its end."""
 
-    def probe(modest: Modest) -> float:
+    def probe(modest: Modest) -> Reading:
         sample = modest.ask(kind)
-        return math.inf if sample.fault else sample.total
+        return Reading(sample.total, sample.fault)
 
     return probe
 
 
-def first_token(modest: Modest) -> float:
+def first_token(modest: Modest) -> Reading:
     sample = modest.ask(QUESTION)
-    return math.inf if sample.first_token is None else sample.first_token
+    return Reading(sample.total if sample.first_token is None else sample.first_token, sample.fault)
 
 
-def between_tokens(modest: Modest) -> float:
+def between_tokens(modest: Modest) -> Reading:
     """Return the mean time between the tokens of an answer."""
     num_tokens = 48
     sample = modest.ask(QUESTION, max_tokens=num_tokens)
-    if sample.fault or sample.first_token is None:
-        return math.inf
-    return (sample.total - sample.first_token) / (num_tokens - 1)
+    if sample.first_token is None:
+        return Reading(sample.total, sample.fault)
+    return Reading((sample.total - sample.first_token) / (num_tokens - 1), sample.fault)
 
 
 def request(status: int, method: str, path: str, body: Callable[[], object] = lambda: None) -> Probe:
     """Return a probe of a request that must be answered with `status`."""
 
-    def probe(modest: Modest) -> float:
+    def probe(modest: Modest) -> Reading:
         begun = time.monotonic()
         try:
             response = modest.request(method, path, json=body())
-        except httpx.HTTPError:
-            return math.inf
-        return time.monotonic() - begun if response.status_code == status else math.inf
+            fault = None if response.status_code == status else f"{response.status_code} {response.text[:100]}"
+        except httpx.HTTPError as error:
+            fault = type(error).__name__
+        return Reading(time.monotonic() - begun, fault)
 
     return probe
 
 
+def submission(modest: Modest) -> Reading:
+    """Submit a job, which is then cancelled."""
+    begun = time.monotonic()
+    try:
+        response = modest.request("POST", "/train", json={"name": "row", "data": code_rows(1)})
+        taken = time.monotonic() - begun
+        if response.status_code == 202:
+            modest.request("POST", f"/train/{response.json()['id']}/cancel")
+    except httpx.HTTPError as error:
+        return Reading(time.monotonic() - begun, type(error).__name__)
+    return Reading(taken, None if response.status_code == 202 else f"{response.status_code} {response.text[:100]}")
+
+
 def _prompt_of_3150_characters() -> object:
     return {"prompt": f"{next(_numbers):06} words of it " * 150, "max_tokens": 1}
-
-
-def _one_row() -> object:
-    return {"name": "row", "data": code_rows(1), "training": {"max_steps": 1}}
 
 
 def _new_grammar() -> object:
@@ -104,7 +125,7 @@ FAULTS = (
         "H3",
         "POST /train of one row; 6 dry runs of 18 MB",
         {"dryruns": 6},
-        request(202, "POST", "/train", _one_row),
+        submission,
     ),
     Fault("M2", "GET /adapters; 60 refused merges", {"merges": 60}, request(200, "GET", "/adapters")),
     Fault("M2", "an adapter's answer; 60 refused merges", {"merges": 60}, answer(ADAPTER)),
@@ -148,7 +169,8 @@ def measured(fault: Fault, home: Path, projects: Projects, time_slice: float) ->
                 alone = [fault.probe(modest) for _ in range(NUM_ALONE)]
             with running(target, fault.clients) as greedy:
                 time.sleep(LEAD)
-                begun, beside = time.monotonic(), []
+                begun = time.monotonic()
+                beside: list[Reading] = []
                 while not beside or time.monotonic() < begun + BESIDE:
                     beside.append(fault.probe(modest))
         return _line(fault.name, fault.what, _described(alone), _described(beside), greedy.counts, fault.clients)
@@ -167,9 +189,9 @@ def measured_bodies(home: Path, projects: Projects, time_slice: float) -> str:
                 time.sleep(20)
                 during = _resident(process)
             time.sleep(10)
-        what = "M3", "resident memory; 400 half-sent bodies of 2 MiB", f"{before:.0f} MiB"
+        what = "resident memory; 400 half-sent bodies of 2 MiB"
         beside = f"{during:.0f} MiB, 10 s after them {_resident(process):.0f} MiB"
-        return _line(*what, beside, greedy.counts, {"bodies": 4})
+        return _line("M3", what, f"{before:.0f} MiB", beside, greedy.counts, {"bodies": 4})
     finally:
         server.close()
 
@@ -184,9 +206,8 @@ def measured_job(home: Path, projects: Projects, time_slice: float) -> str:
             with running(target, {"job": 1}) as greedy:
                 _wait_for_a_running_job(server)
                 beside = modest.job(PATIENCE + time_slice)
-        what = "H5", f"a one-step job; a job of a million steps (time slice {time_slice:g} s)"
-        texts = (seconds(job.total) if job.status == "succeeded" else job.status for job in (alone, beside))
-        return _line(*what, *texts, greedy.counts, {"job": 1})
+        what = f"a one-step job; a job of a million steps (time slice {time_slice:g} s)"
+        return _line("H5", what, _job(alone), _job(beside), greedy.counts, {"job": 1})
     finally:
         server.close()
 
@@ -201,14 +222,15 @@ def _resident(process: psutil.Process) -> float:
     return float(process.memory_info().rss / MIB)
 
 
-def _described(values: list[float]) -> str:
-    num_failed = sum(math.isinf(value) for value in values)
-    failed = (
-        f", {num_failed} of {len(values)} failed or took over {PATIENCE:.0f} s"
-        if num_failed
-        else f", n={len(values)}"
-    )
-    return f"median {seconds(percentile(values, 50))}, max {seconds(max(values))}{failed}"
+def _job(job: JobSample) -> str:
+    return seconds(job.total) if job.status == "succeeded" else job.status
+
+
+def _described(readings: Sequence[Reading]) -> str:
+    times = [reading.seconds for reading in readings]
+    faults = [reading.fault for reading in readings if reading.fault is not None]
+    failed = f"; {len(faults)} failed: {faults[0]}" if faults else ""
+    return f"median {seconds(percentile(times, 50))}, max {seconds(max(times))} of {len(times)}{failed}"
 
 
 def _line(

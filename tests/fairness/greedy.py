@@ -235,7 +235,7 @@ ACTIVITIES: Mapping[str, Activity] = {
 
 
 class Running:
-    """Greedy's process, once all of its clients have begun. `counts` are there after the end."""
+    """Greedy's process, once all of its clients have begun. `counts` are outcomes by activity, set at the end."""
 
     def __init__(self) -> None:
         self.counts: Mapping[str, Mapping[str, int]] = {}
@@ -268,7 +268,9 @@ def _run(target: Target, clients: Mapping[str, int], has_begun: Any, ends: Any, 
         for seed in range(number):
             threading.Thread(target=greedy.run, args=(ACTIVITIES[name], seed), daemon=True).start()
     has_begun.set()
-    ends.wait()
+    parent = multiprocessing.parent_process()
+    while not ends.wait(1) and parent is not None and parent.is_alive():
+        pass
     greedy.ends.set()
     with greedy.lock:
         sender.send({name: dict(outcomes) for name, outcomes in greedy.counts.items()})

@@ -15,7 +15,7 @@ from server.model.base.weights import load_base
 from tests.cache import CACHE
 from tests.end_to_end.server_process import ServerProcess
 from tests.fairness.greedy import DATASET_BYTES, NARROW, WIDE, Target
-from tests.fairness.modest import QUESTION, Modest
+from tests.fairness.modest import KINDS, Modest
 from tests.server.api.adapters.peft_files import ALL_PATHS, as_parts, peft_files
 
 OPERATOR = "operator-of-the-fairness-run"
@@ -36,7 +36,7 @@ class Projects:
 
 def start(home: Path, model: Path, time_slice: float) -> ServerProcess:
     """Start a server. A version that doesn't know the time slice only warns of the variable."""
-    variables = {"SMOLORA_JOB_TIME_SLICE": f"{time_slice:g}"}
+    variables = {"SMOLORA_TRAIN_SLICE": f"{time_slice:g}"}
     return ServerProcess(
         home,
         key=OPERATOR,
@@ -74,9 +74,8 @@ def modest_client(server: ServerProcess, projects: Projects) -> Iterator[Modest]
     """Yield the modest project's client once the server has answered it."""
     modest = Modest(server.url, projects.modest_secret, MODEST_ADAPTER)
     try:
-        for fields in ({}, {}, {"adapter": MODEST_ADAPTER}):
-            sample = modest.ask(QUESTION, **fields)
-            assert sample.fault is None, sample.fault
+        for kind in (*KINDS, *KINDS):
+            assert (fault := modest.ask(kind).fault) is None, fault
         yield modest
     finally:
         modest.close()
