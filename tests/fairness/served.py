@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-
 from server.model.base.embedded import EMBEDDED
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
@@ -57,10 +55,10 @@ def set_up(home: Path, time_slice: float) -> tuple[ServerProcess, Projects]:
         modest, greedy = (_key(server, project) for project in ("modest", "greedy"))
         for secret, name, rank in ((modest, MODEST_ADAPTER, 8), (greedy, WIDE, WIDE_RANK), (greedy, NARROW, 16)):
             files = as_parts(*peft_files(rank, rank=rank, shape=shape, paths=ALL_PATHS))
-            made = httpx.post(f"{server.url}/adapters/{name}", files=files, headers=_bearer(secret), timeout=120)
+            made = server.client.post(f"/adapters/{name}", files=files, headers=_bearer(secret))
             assert made.status_code == 201, made.text
         rows = {"file": ("rows.jsonl", _rows())}
-        stored = httpx.post(f"{server.url}/datasets", files=rows, headers=_bearer(greedy), timeout=300)
+        stored = server.client.post("/datasets", files=rows, headers=_bearer(greedy))
         assert stored.status_code == 201, stored.text
         target = Target(server.url, greedy, stored.json()["id"], as_parts(*peft_files(32, rank=16, shape=shape)))
     except BaseException:
