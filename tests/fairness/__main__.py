@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tests.fairness.faults import FAULTS, measured, measured_bodies, measured_job
 from tests.fairness.greedy import ACTIVITIES, running
-from tests.fairness.modest import KINDS, PATIENCE
+from tests.fairness.modest import JOB_PATIENCE, KINDS
 from tests.fairness.report import Phase, effect_faults, job_faults, latency_faults, table
 from tests.fairness.served import modest_client, set_up, use_code
 
@@ -47,10 +47,9 @@ def run(home: Path, minutes: float, time_slice: float, names: Sequence[str]) -> 
     try:
         say(f"{minutes:g} minutes, {ALONE:.0%} of them alone; time slice {time_slice:g} s; {', '.join(names)}")
         with modest_client(server, projects) as modest:
-            most_for_a_job = PATIENCE + time_slice
-            alone = modest.phase(60 * minutes * ALONE, most_for_a_job)
+            alone = modest.phase(60 * minutes * ALONE, JOB_PATIENCE)
             with running(projects.target, {name: ACTIVITIES[name].num_clients for name in names}) as greedy:
-                beside = modest.phase(60 * minutes * (1 - ALONE), most_for_a_job)
+                beside = modest.phase(60 * minutes * (1 - ALONE), JOB_PATIENCE + time_slice)
     finally:
         server.close()
     found, compared = verdict(alone, beside, time_slice)

@@ -16,7 +16,7 @@ import psutil
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows
 from tests.fairness.greedy import ACTIVITIES, MIB, running
-from tests.fairness.modest import ADAPTER, PATIENCE, QUESTION, Modest
+from tests.fairness.modest import ADAPTER, JOB_PATIENCE, PATIENCE, QUESTION, Modest
 from tests.fairness.report import JobSample, effect_faults, percentile, seconds
 from tests.fairness.served import Projects, modest_client, start
 
@@ -202,7 +202,7 @@ def measured_job(home: Path, projects: Projects, time_slice: float) -> str:
     try:
         target = replace(projects.target, url=server.url)
         with modest_client(server, projects) as modest:
-            alone = modest.job(PATIENCE)
+            alone = modest.job(JOB_PATIENCE)
             with running(target, {"job": 1}) as greedy:
                 _wait_for_a_running_job(server)
                 beside = modest.job(PATIENCE + time_slice)

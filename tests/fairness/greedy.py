@@ -78,7 +78,7 @@ class Greedy:
 
     def stream(self, activity: str, **fields: object) -> None:
         """Read a stream to its end, and count its pieces of text."""
-        body = {"ignore_eos": True, "temperature": 1.0, "stream": True, **fields}
+        body = {"temperature": 1.0, "stream": True, **fields}
         with self.client.stream("POST", "/generate", json=body) as response:
             self.count(activity, str(response.status_code))
             for line in response.iter_lines():
@@ -112,11 +112,11 @@ class Activity:
 
 def hold_rows(greedy: Greedy, rng: random.Random) -> None:
     """Stream as long as possible under an adapter that fills the pool."""
-    greedy.stream("rows", prompt=_text(rng, 5), adapter=WIDE, max_tokens=CONTEXT)
+    greedy.stream("rows", prompt=_text(rng, 5), adapter=WIDE, max_tokens=CONTEXT, ignore_eos=True)
 
 
 def fill_batch(greedy: Greedy, rng: random.Random) -> None:
-    greedy.stream("streams", prompt=_text(rng, 20), max_tokens=400)
+    greedy.stream("streams", prompt=_text(rng, 20), max_tokens=400, ignore_eos=True)
 
 
 def send_long_prompt(greedy: Greedy, rng: random.Random) -> None:

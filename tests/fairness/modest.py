@@ -20,6 +20,8 @@ PERIOD = 1.0
 JOB_PERIOD = 60.0
 PATIENCE = 60.0
 """Seconds after which a request has failed."""
+JOB_PATIENCE = 180.0
+"""Seconds after which a job that has no time slice to wait for counts as stuck."""
 MAX_TOKENS = 16
 _LOOK = 0.5  # seconds between two looks at a job
 
