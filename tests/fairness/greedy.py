@@ -30,6 +30,8 @@ REGEX = "([a-z ]*[de][a-z ]{9})+x"
 WIDE, NARROW, UPLOADED = "wide", "narrow", "uploaded"
 """Names of adapters: one that fills the pool, one of another rank, and one that is uploaded again and again."""
 DATASET_BYTES = 18_000_000
+WAITING = "waiting"
+"""The outcome of a request that the server has neither answered nor refused by the end."""
 _WORDS = ["the", "harbour", "master", "wrote", "down", "name", "of", "every", "ship", "that", "came", "in"]
 _REFUSED = "1" * (2 * MIB - 100)
 _CONTAINERS = b'{"prompt":"x","z":[' + b"[]," * 699_000 + b"[]]}"
@@ -71,8 +73,12 @@ class Greedy:
             self.counts[activity][outcome] += number
 
     def post(self, activity: str, path: str, **content: Any) -> httpx.Response:
-        """Count the answer's status."""
-        response = self.client.post(path, **content)
+        """Send a request. Count the answer's status; until it comes the request counts as waiting."""
+        self.count(activity, WAITING)
+        try:
+            response = self.client.post(path, **content)
+        finally:
+            self.count(activity, WAITING, -1)
         self.count(activity, str(response.status_code))
         return response
 
@@ -116,7 +122,7 @@ def hold_rows(greedy: Greedy, rng: random.Random) -> None:
 
 
 def fill_batch(greedy: Greedy, rng: random.Random) -> None:
-    greedy.stream("streams", prompt=_text(rng, 20), max_tokens=400, ignore_eos=True)
+    greedy.stream("streams", prompt=_text(rng, 20), max_tokens=100, ignore_eos=True)
 
 
 def send_long_prompt(greedy: Greedy, rng: random.Random) -> None:
@@ -131,7 +137,7 @@ def send_too_long_prompt(greedy: Greedy, rng: random.Random) -> None:
 
 def follow_regex(greedy: Greedy, rng: random.Random) -> None:
     """An accepted regex whose masks are costly to compute."""
-    greedy.stream("regex", prompt=_text(rng, 10), regex=REGEX, max_tokens=400)
+    greedy.stream("regex", prompt=_text(rng, 10), regex=REGEX, max_tokens=100)
 
 
 def send_grammar(greedy: Greedy, rng: random.Random) -> None:
@@ -219,12 +225,12 @@ ACTIVITIES: Mapping[str, Activity] = {
     activity.name: activity
     for activity in (
         Activity("rows", hold_rows, 2, 0.2, frozenset({"pieces"}), 10),
-        Activity("streams", fill_batch, 24, 1.0, frozenset({"pieces"}), 200),
-        Activity("prompts", send_long_prompt, 2, 0.5, frozenset({"200"}), 1),
+        Activity("streams", fill_batch, 16, 1.0, frozenset({"pieces"}), 200),
+        Activity("prompts", send_long_prompt, 2, 0.5, frozenset({"200", WAITING}), 1),
         Activity("refused", send_too_long_prompt, 45, 10.0, frozenset({"422", "413", "429"}), 20),
         Activity("regex", follow_regex, 24, 1.0, frozenset({"pieces"}), 50),
         Activity("grammars", send_grammar, 12, 1.0, frozenset({"200", "422"}), 5),
-        Activity("dryruns", run_dry, 6, 2.0, frozenset({"200"}), 1),
+        Activity("dryruns", run_dry, 6, 2.0, frozenset({"200", WAITING}), 1),
         Activity("merges", ask_for_merge, 60, 2.0, frozenset({"422", "409", "429"}), 20),
         Activity("uploads", upload, 2, 2.0, frozenset({"201"}), 2),
         Activity("bodies", hold_bodies, 4, 1.0, frozenset({"sent"}), 100),
@@ -273,7 +279,7 @@ def _run(target: Target, clients: Mapping[str, int], has_begun: Any, ends: Any, 
         pass
     greedy.ends.set()
     with greedy.lock:
-        sender.send({name: dict(outcomes) for name, outcomes in greedy.counts.items()})
+        sender.send({name: dict(+outcomes) for name, outcomes in greedy.counts.items()})
     sender.close()
     os._exit(0)  # whatever the clients still wait for: their connections end with the process
 
