@@ -195,7 +195,7 @@ def hold_bodies(greedy: Greedy, rng: random.Random) -> None:
                     answer = connection.recv(64)
                 greedy.count("bodies", answer[9:12].decode("ascii", "replace") or "closed")
                 connection.close()
-                greedy.ends.wait(0.1)
+                greedy.ends.wait(0.5)
     finally:
         for connection in held.values():
             connection.close()

@@ -11,12 +11,10 @@ import httpx
 
 from tests.end_to_end.server_process import events
 from tests.end_to_end.training_client import ENDED, code_rows
-from tests.fairness.report import JobSample, Phase, Sample
+from tests.fairness.report import PERIOD, JobSample, Phase, Sample
 
 QUESTION, ADAPTER = "question", "adapter's answer"
 KINDS = (QUESTION, ADAPTER)
-PERIOD = 1.0
-"""Seconds between two requests of a kind, however long they take."""
 JOB_PERIOD = 60.0
 PATIENCE = 60.0
 """Seconds after which a request has failed."""

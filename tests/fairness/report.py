@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+PERIOD = 1.0
+"""Seconds between two requests of a kind, however long they take."""
 MAX_RATIO = 3.0
 """Highest latency alongside the greedy project, as a multiple of the latency alone."""
 PERCENTS = (99, 95, 90)
@@ -76,6 +78,15 @@ def latency_faults(kind: str, alone: Sequence[Sample], beside: Sequence[Sample])
     if after > MAX_RATIO * before:
         found.append(f"{compared}, over {MAX_RATIO:g} times")
     return found, compared
+
+
+def busy_faults(kind: str, alone: Sequence[Sample]) -> list[str]:
+    """Return why the run can't be judged: requests that overlap each other even alone make any ratio small."""
+    if alone and (median := percentile([sample.total for sample in alone], 50)) > PERIOD:
+        return [
+            f"{kind}: the machine is too busy to judge: alone the median is over {PERIOD:g} s, {seconds(median)}"
+        ]
+    return []
 
 
 def job_faults(

@@ -8,6 +8,7 @@ from tests.fairness.report import (
     JobSample,
     Phase,
     Sample,
+    busy_faults,
     effect_faults,
     job_faults,
     judged_percent,
@@ -65,6 +66,11 @@ def test_one_failed_request_fails_the_run() -> None:
     found, _ = latency_faults("question", samples(*[1.0] * 20), beside)
 
     assert found == ["question, with greedy: 1 of 21 failed, the first with: 429 busy"]
+
+
+def test_machine_too_busy_to_judge_fails_the_run() -> None:
+    assert busy_faults("question", samples(*[0.9] * 10, *[30.0] * 9)) == []
+    assert len(busy_faults("question", samples(*[0.9] * 9, *[1.1] * 10))) == 1
 
 
 def test_too_few_samples_fail_the_run() -> None:
