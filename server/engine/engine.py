@@ -234,7 +234,7 @@ class Engine:
     def _take(self, drawn: Drawn, outputs: list[SequenceOutput]) -> None:
         """Add what was drawn to its sequence, one token after the other until one ends it."""
         sequence = drawn.chunk.sequence
-        if sequence.status is Status.FINISHED:  # it failed after the step
+        if sequence not in self._streams:  # it failed after the step
             return
         for num, token in enumerate(drawn.agreed()):
             if num:  # the token before it was drafted, and computed with the step

@@ -54,12 +54,11 @@ class ServerProcess:
         home: Path,
         key: str | None = None,
         words: Sequence[str] = ("serve",),
-        variables: Mapping[str, str] | None = None,
         **flags: object,
     ) -> None:
         """Start it. Raise RuntimeError, with the end of its log, if it doesn't become ready.
 
-        `words`: as in `command`; `variables` are added to its environment.
+        `words`: as in `command`.
         """
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -72,7 +71,7 @@ class ServerProcess:
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 command(words, home=home, port=self.port, **flags),
-                env=environment() | dict(variables or {}),
+                env=environment(),
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

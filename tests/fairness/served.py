@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from server.model.base.embedded import EMBEDDED
 from server.model.base.source import resolve_base
 from server.model.base.weights import load_base
 from tests.cache import CACHE
+from tests.end_to_end import server_process
 from tests.end_to_end.server_process import ServerProcess
 from tests.fairness.greedy import DATASET_BYTES, NARROW, WIDE, Target
 from tests.fairness.modest import KINDS, Modest
@@ -34,16 +37,17 @@ class Projects:
 
 def start(home: Path, model: Path, time_slice: float) -> ServerProcess:
     """Start a server. A version that doesn't know the time slice only warns of the variable."""
-    variables = {"SMOLORA_TRAIN_SLICE": f"{time_slice:g}"}
-    return ServerProcess(
-        home,
-        key=OPERATOR,
-        variables=variables,
-        api_keys=OPERATOR,
-        model=model,
-        workers=1,
-        adapter_cache_bytes=POOL_BYTES,
-    )
+    variables = server_process.environment() | {"SMOLORA_TRAIN_SLICE": f"{time_slice:g}"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server_process, "environment", lambda: variables)
+        return ServerProcess(
+            home,
+            key=OPERATOR,
+            api_keys=OPERATOR,
+            model=model,
+            workers=1,
+            adapter_cache_bytes=POOL_BYTES,
+        )
 
 
 def set_up(home: Path, time_slice: float) -> tuple[ServerProcess, Projects]:
