@@ -205,7 +205,7 @@ class AdapterPool:
                 self._reads.leave(adapter.digest, adapter.reading)
         hold.adapters, hold.is_held, hold._parts = (), False, None
         if self.rows.lacks_pages:  # not sooner: it would take a core from the steps up to a first token
-            submit(self._placers, self.rows.take_ahead)
+            submit(self._placers, lambda: None, self.rows.take_ahead)
 
     def _want(self, hold: AdapterHold) -> tuple[Adapter, ...]:
         """The hold's adapters; those that are not there begin to be read."""
@@ -326,8 +326,7 @@ class AdapterPool:
     def _place(self, adapter: Adapter) -> None:
         assert adapter.stored is not None
         assert adapter.placement is not None
-        adapter.placing = submit(self._placers, self.rows.place, adapter.stored, adapter.placement)
-        adapter.placing.add_done_callback(lambda _: self._wake())
+        adapter.placing = submit(self._placers, self._wake, self.rows.place, adapter.stored, adapter.placement)
         adapter.stored = None  # so that the file is unmapped once it is copied
         adapter.reading = Future()
         adapter.reading.set_result(LoraWeights({}))

@@ -34,14 +34,20 @@ def started(num_threads: int, name: str) -> ThreadPoolExecutor:
     return executor
 
 
-def submit(executor: Executor, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-    """Have an executor's thread call the function. If it takes no jobs, the future has failed with Unavailable."""
+def submit(
+    executor: Executor, wake: Callable[[], None], function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> Future[T]:
+    """Have an executor's thread call the function, and `wake` when it has ended or was cancelled.
+
+    If the executor takes no jobs, the future has failed with Unavailable.
+    """
     try:
-        return executor.submit(function, *args, **kwargs)
+        future = executor.submit(function, *args, **kwargs)
     except RuntimeError:
-        failed: Future[T] = Future()
-        failed.set_exception(Unavailable("no thread of the server can load an adapter now"))
-        return failed
+        future = Future()
+        future.set_exception(Unavailable("no thread of the server can load an adapter now"))
+    future.add_done_callback(lambda _: wake())
+    return future
 
 
 class Reads:
@@ -58,8 +64,7 @@ class Reads:
         self._forget_ended()
         reading = self._left.pop(digest, None)
         if reading is None:
-            reading = submit(self._readers, self._load, digest)
-            reading.add_done_callback(lambda _: self._wake())
+            reading = submit(self._readers, self._wake, self._load, digest)
         return reading
 
     def leave(self, digest: str, reading: Future[Stored]) -> None:
