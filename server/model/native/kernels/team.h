@@ -143,7 +143,8 @@ class Team {
     void barrier() {
         note_processor();
         const unsigned phase = phases_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == active_ - 1) {
+        const int others = active_ - 1;  // once this thread has arrived, the next job may have another number
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == others) {
             arrived_.store(0, std::memory_order_relaxed);
             for (int i = 0; i < active_; i++) next_[i].value.store(0, std::memory_order_relaxed);
             next_first_.store(0, std::memory_order_relaxed);
