@@ -64,14 +64,9 @@ async def test_usage_takes_days_alone(client: httpx.AsyncClient, name: str, day:
         ({"Content-Encoding": "br"}, 415),
         ({"Content-Encoding": "gzip"}, 415),
         ({"Content-Encoding": "identity"}, 422),
-        ({"Content-Type": "application/json; charset=utf-16"}, 415),
-        ({"Content-Type": 'application/json; charset="latin-1"'}, 415),
-        ({"Content-Type": "application/json; charset=UTF-8"}, 422),
     ],
 )
-async def test_a_body_in_an_unknown_coding_is_refused(
-    client: httpx.AsyncClient, headers: dict[str, str], status: int
-) -> None:
+async def test_an_encoded_body_is_refused(client: httpx.AsyncClient, headers: dict[str, str], status: int) -> None:
     """Else it would be read as what it isn't; `{}` itself lacks a prompt."""
     headers = {"Content-Type": "application/json"} | headers
     assert (await client.post("/generate", content=b"{}", headers=headers)).status_code == status

@@ -1,7 +1,8 @@
 """Wrong keys: counted by reason, slowed down by address, and never at the cost of a right key."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -14,17 +15,20 @@ from tests.server.conftest import MakeServices, client_of, new_app
 pytestmark = pytest.mark.anyio
 
 
+def replace_sleep(monkeypatch: pytest.MonkeyPatch, sleep: Callable[[float], Awaitable[None]]) -> None:
+    monkeypatch.setattr(guesses, "asyncio", SimpleNamespace(sleep=sleep))
+
+
 @pytest.fixture(autouse=True)
-def delays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that wrong keys wait; nobody does wait."""
     found: list[float] = []
 
     async def sleep(seconds: float) -> None:
         found.append(seconds)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(guesses, "asyncio", type("Asyncio", (), {"sleep": staticmethod(sleep)}))
-        yield found
+    replace_sleep(monkeypatch, sleep)
+    return found
 
 
 async def test_an_address_that_guesses_is_delayed_and_its_right_key_is_not(
@@ -94,7 +98,7 @@ async def test_past_64_that_wait_the_answer_is_429(monkeypatch: pytest.MonkeyPat
     async def sleep(seconds: float) -> None:
         await go.wait()
 
-    monkeypatch.setattr(guesses.asyncio, "sleep", sleep)
+    replace_sleep(monkeypatch, sleep)
     found = Guesses()
     for number in range(MAX_SECRETS):
         await found.wrong("10.0.0.1", f"{number}")
