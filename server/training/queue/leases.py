@@ -38,7 +38,7 @@ class Directive(Enum):
 
     GO_ON = auto()
     PAUSE = auto()  # checkpoint and let go
-    GIVE_WAY = auto()  # the same after the step in hand: another project's job is to have the worker
+    GIVE_WAY = auto()  # checkpoint after the step in hand, for another project's job
     ENDED = auto()  # this worker's own attempt has ended the job: tidy up
     CANCEL = auto()  # the job was cancelled: drop everything
     LOST = auto()  # another worker has the job: drop everything

@@ -118,7 +118,7 @@ def count_time(now: Time) -> dict[str, object]:
     until = sa.case((now < lease_until, now), else_=lease_until)
     seconds = sa.case((until > since, until - since), else_=0.0)
     other = jobs.alias()
-    beside = (other.c.status == Status.RUNNING, other.c.project == jobs.c.project, kind_of(other) == kind_of(jobs))
-    num_running = sa.select(sa.func.count()).where(*beside).correlate(jobs).scalar_subquery()
+    same = (other.c.status == Status.RUNNING, other.c.project == jobs.c.project, kind_of(other) == kind_of(jobs))
+    num_running = sa.select(sa.func.count()).where(*same).correlate(jobs).scalar_subquery()
     used = sa.func.coalesce(jobs.c.project_seconds, 0.0) + seconds * num_running
     return {"run_seconds": jobs.c.run_seconds + seconds, "project_seconds": used, "timed_at": now}
