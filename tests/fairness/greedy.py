@@ -224,6 +224,8 @@ def train_for_days(greedy: Greedy, rng: random.Random) -> None:
 ACTIVITIES: Mapping[str, Activity] = {
     activity.name: activity
     for activity in (
+        # First, as later the project's own dry runs may crowd it out.
+        Activity("job", train_for_days, 1, 5.0, frozenset({"steps"}), 1),
         Activity("rows", hold_rows, 2, 0.2, frozenset({"pieces"}), 10),
         Activity("streams", fill_batch, 16, 1.0, frozenset({"pieces"}), 200),
         Activity("prompts", send_long_prompt, 2, 0.5, frozenset({"200", WAITING}), 1),
@@ -235,7 +237,6 @@ ACTIVITIES: Mapping[str, Activity] = {
         Activity("uploads", upload, 2, 2.0, frozenset({"201"}), 2),
         Activity("bodies", hold_bodies, 4, 1.0, frozenset({"sent"}), 100),
         Activity("containers", send_containers, 2, 0.5, frozenset({"422", "413", "400"}), 5),
-        Activity("job", train_for_days, 1, 5.0, frozenset({"steps"}), 1),
     )
 }
 
