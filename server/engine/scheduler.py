@@ -5,8 +5,9 @@ budget between the prompts. Chunk borders are multiples of `chunk_size`, whateve
 borders anywhere, they are where the budget ends, and the budget follows the measured cost of prompts
 (`prompt_room`).
 
-Prompts: the oldest one gets at least half of the budget, so it can't starve; the rest goes to the shortest
-remainders first, so a short prompt doesn't wait behind a long one.
+Prompts: while several projects send requests, a step reads what takes `QUICK_STEP` at most, since a project that
+begins has to wait for the step that is under way. The oldest prompt gets at least half of the budget, so it can't
+starve; the rest goes to the shortest remainders first, so a short prompt doesn't wait behind a long one.
 
 Projects: engine time is shared equally (`shares`); a project that has had more than its share sits out. Waiting
 projects take turns, those with the fewest sequences running first, and so do the adapter sets of each
@@ -37,6 +38,9 @@ from server.engine.waiting_queues import Turn, WaitingQueues
 from server.engine.waiting_set import Adapters, WaitingSet
 from server.engine.watching.prompt_room import PromptRoom
 
+QUICK_STEP = 0.06
+"""Seconds that the prompts of a step may take while several projects send requests."""
+_COMPANY_SECONDS = 60.0  # a project counts as one that sends requests for so long after its last one
 _MAX_ROW_SHARE = 0.75
 """Of the rank rows: a project that holds more gives way to another that needs some, however many those are."""
 
@@ -114,6 +118,7 @@ class Scheduler:
         self._prompt_room = PromptRoom(limits.max_num_seqs, limits.prefill_share) if cuts_anywhere else None
         self._waiting = WaitingQueues()
         self._shares = ProjectShares()
+        self._seen: dict[str, float] = {}  # when a project's last request came, the latest one last
 
     @property
     def num_waiting(self) -> int:
@@ -135,6 +140,9 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. It must fit the cache alone: its prompt and all tokens that it may add."""
         self._waiting.add(sequence)
+        now, project = self._clock(), sequence.request.project
+        self._seen.pop(project, None)
+        self._seen = {p: at for p, at in self._seen.items() if now - at < _COMPANY_SECONDS} | {project: now}
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and give back what it holds."""
@@ -217,11 +225,14 @@ class Scheduler:
 
     def _prefill_budget(self, num_decodes: int) -> int:
         """Return the prompt tokens of a step: the decodes' next tokens wait for all of them."""
+        room, most = self._prompt_room, self.limits.max_prefill_tokens
+        if len(self._seen) > 1:
+            most = min(most, self.limits.chunk_size if room is None else room.within(QUICK_STEP))
         if not num_decodes:
-            return self.limits.max_prefill_tokens
-        if self._prompt_room is not None:
-            return min(self._prompt_room.beside(num_decodes), self.limits.max_prefill_tokens)
-        return min(max(self.limits.chunk_size, 4 * num_decodes), self.limits.max_prefill_tokens)
+            return most
+        return min(
+            max(self.limits.chunk_size, 4 * num_decodes) if room is None else room.beside(num_decodes), most
+        )
 
     def _chunk_stop(self, sequence: Sequence, budget: int) -> int:
         if self._prompt_room is not None:

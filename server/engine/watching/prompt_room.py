@@ -11,6 +11,8 @@ from server.engine.sequence import Chunk
 from server.engine.watching.row_costs import RowCosts
 
 _LEAST = 16  # tokens: fewer take hardly less
+_ASSUMED_TOKEN = 0.001  # seconds, before a step of prompts alone was seen
+_MEMORY = 0.8  # of the time of a prompt's token, which grows with what comes before it
 _ASSUMED_STEP = 16  # a step of one sequence, in tokens of prompts
 
 
@@ -20,14 +22,21 @@ class PromptRoom:
     def __init__(self, max_num_seqs: int, share: float) -> None:
         self._costs = RowCosts(max_num_seqs, _ASSUMED_STEP)
         self._slower = share / (1 - share)  # by how many steps without prompts a step with them may be longer
+        self._token_seconds = _ASSUMED_TOKEN
 
     def beside(self, num_decoding: int) -> int:
         """Tokens of prompts in a step of so many decoding sequences, one or more."""
         return max(_LEAST, int(self._slower / self._costs.of(num_decoding)))
 
+    def within(self, seconds: float) -> int:
+        """Return how many tokens of prompts are read in about so many seconds."""
+        return max(_LEAST, int(seconds / self._token_seconds))
+
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
         """Note that a step of these chunks took so long. Drafts belong to the decodes."""
         num_decoding = sum(chunk.is_decode for chunk in chunks)
+        num_tokens = sum(chunk.num_tokens for chunk in chunks if not chunk.is_decode)
         if num_decoding:
-            num_tokens = sum(chunk.num_tokens for chunk in chunks if not chunk.is_decode)
             self._costs.observe(num_decoding, num_tokens, seconds)
+        elif num_tokens >= _LEAST:
+            self._token_seconds += (1 - _MEMORY) * (seconds / num_tokens - self._token_seconds)
