@@ -297,6 +297,10 @@ class Scheduler:
         if prompts:
             budget -= self._num_reserved(prompts[0], budget)
         remainders = [self._remainder(sequence) for sequence in prompts[1:]]
+        if num_running and (queue := turn.first) is not None and not num_running[queue.project]:
+            queue.hurry(
+                self._adapters
+            )  # else each stage of its adapters' load would wait for a step of the others
         self._make_place(turn, num_running, chunks)
         lacking_room: list[WaitingSet] = []
         while len(self.running) < self.limits.max_num_seqs and (queue := turn.first) is not None:

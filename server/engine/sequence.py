@@ -109,6 +109,10 @@ class Hold(Protocol):
         """Do what can be done without waiting; whether the hold is ready now."""
         ...
 
+    def hurry(self) -> None:
+        """Wait some milliseconds, once, for the adapters to become ready."""
+        ...
+
     def release(self) -> None:
         """Give the hold up."""
         ...

@@ -69,6 +69,13 @@ class WaitingSet:
         """The first one lacked `room`, of which so much had been freed when it was tried."""
         self._refusal = _Refusal(self.first, room, num_freed)
 
+    def hurry(self, adapters: Adapters) -> None:
+        """Wait some milliseconds, once, for the first one's adapters."""
+        if not self.advance(adapters).ready:
+            assert self.first.hold is not None
+            self.first.hold.hurry()
+            self.advance(adapters)
+
     def advance(self, adapters: Adapters) -> Hold:
         """Bring the first one's adapters on their way, as far as that goes without waiting."""
         sequence = self.first

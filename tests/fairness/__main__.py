@@ -10,7 +10,7 @@ which does everything of `tests.fairness.greedy` at once. The run fails if
 * a request of `modest` fails, alone or not,
 * the p99 of a kind of request, from its due time to the last token, is over 3 times the p99 alone. With fewer than
   100 samples in a phase p95 is compared instead, as p99 would be the maximum; the output says which,
-* a job of `modest` takes longer than one time slice and its longest time alone,
+* a job of `modest` waits for a worker for longer than one time slice (and the seconds that giving way takes),
 * an activity of `greedy` had no effect: the run shows nothing,
 * the machine is so busy that requests of `modest` overlap even alone: the ratios show nothing.
 """

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from tests.fairness.report import (
+    HANDOVER,
     JobSample,
     Phase,
     Sample,
@@ -79,9 +80,9 @@ def test_too_few_samples_fail_the_run() -> None:
     assert found == ["question: too few samples to judge (9 and 100)"]
 
 
-@pytest.mark.parametrize(("total", "num_faults"), [(29.9, 0), (30.1, 1)])
-def test_job_may_take_a_time_slice_longer_than_alone(total: float, num_faults: int) -> None:
-    found, _ = job_faults([job(8), job(10)], [job(9), job(total)], time_slice=20)
+@pytest.mark.parametrize(("wait", "num_faults"), [(19.9 + HANDOVER, 0), (20.1 + HANDOVER, 1)])
+def test_job_may_wait_for_a_time_slice(wait: float, num_faults: int) -> None:
+    found, _ = job_faults([job(8), job(10)], [job(9), JobSample(wait, wait + 100, "succeeded")], time_slice=20)
 
     assert len(found) == num_faults
 

@@ -9,7 +9,7 @@ import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future
 from dataclasses import dataclass, field
 
 from adapters.errors import CorruptAdapter, InvalidInput, SmoloraError
@@ -24,6 +24,8 @@ from server.model.lora_batch import Parts
 from server.model.rank_rows import RankRows, Run
 
 log = logging.getLogger(__name__)
+
+_HURRY_SECONDS = 0.005  # an adapter in the page cache is read and placed in less than a millisecond
 
 
 @dataclass(eq=False)
@@ -40,6 +42,7 @@ class AdapterHold:
     _cold_since: float | None = field(default=None, repr=False)
     _parts: Parts | None = field(default=None, repr=False)
     _num_moves: int = 0  # of the pool, when `_parts` was made
+    _may_hurry: bool = True
 
     @property
     def ready(self) -> bool:
@@ -57,6 +60,19 @@ class AdapterHold:
         elif self._cold_since is not None and self.loading is None:
             self.loading = (self._cold_since, self.pool.clock())
         return is_ready
+
+    def hurry(self) -> None:
+        if self._may_hurry and not (self.error or self.lacks_room):
+            self._may_hurry = False
+            end = self.pool.clock() + _HURRY_SECONDS
+            while not self.advance() and not (self.error or self.lacks_room):
+                pending = next((work for adapter in self.adapters if (work := adapter.pending) is not None), None)
+                if pending is None:
+                    break
+                try:
+                    pending.exception(max(end - self.pool.clock(), 0))
+                except (TimeoutError, CancelledError):
+                    break
 
     def release(self) -> None:
         self.pool.release(self)

@@ -38,6 +38,12 @@ class Adapter:
         """Whether its rows can be given to others."""
         return not self.num_holds and self.placing is not None and self.placing.done()
 
+    @property
+    def pending(self) -> Future[Stored] | Future[None] | None:
+        """What it waits for: to be read, or to be placed. None: for nothing."""
+        work = self.reading if self.placing is None else self.placing
+        return None if work.done() else work
+
     def start(self, space: Space) -> int:
         """Return where its run begins; only of an adapter that has one there."""
         group, kind = space

@@ -1,6 +1,6 @@
 """A worker's attempt at a job while it runs: keeps the lease, and reads what the queue asks of the job.
 
-The attempt also decides when the job gives way to another project's: after a time slice, which starts with the
+The attempt also decides when the job gives way to another project's: after a time slice, but not before the
 attempt's first step, so that each turn makes progress however long a job takes to start.
 """
 
@@ -42,7 +42,8 @@ class Attempt:
         self._heartbeat = heartbeat
         self._look = look
         self._clock = clock
-        self._first_step_at: float | None = None
+        self._began_at = clock()
+        self._has_stepped = False
         self._was_awaited = False
         self._has_ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -54,14 +55,13 @@ class Attempt:
 
     @property
     def seconds(self) -> float:
-        """How long the attempt has run since its first step; 0 before."""
-        return 0.0 if self._first_step_at is None else self._clock() - self._first_step_at
+        """How long the attempt has run; 0 before its first step."""
+        return self._clock() - self._began_at if self._has_stepped else 0.0
 
     def note(self, progress: Mapping[str, object] | None, metrics: Mapping[str, object] | None) -> None:
         """Take in how far the process says that it is; None: it hasn't made a step."""
         self.progress, self.metrics = progress, metrics
-        if progress is not None and self._first_step_at is None:
-            self._first_step_at = self._clock()
+        self._has_stepped |= progress is not None
 
     def __enter__(self) -> None:
         self._thread.start()

@@ -28,6 +28,9 @@ class FakeHold:
     def advance(self) -> bool:
         return self.gate.advance(self)
 
+    def hurry(self) -> None:
+        pass
+
     def release(self) -> None:
         if self.is_held:
             self.gate.num_freed += bool(self.refs)

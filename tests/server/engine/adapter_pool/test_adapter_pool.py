@@ -1,6 +1,7 @@
 """The real pool: room, eviction, failures and aborts, one load at a time."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -445,3 +446,30 @@ def test_what_is_resident_is_not_counted_again_at_each_look() -> None:
         bench.ready(str(i)).release()
     assert bench.pool.resident == {"2", "3", "4", "5"}
     assert bench.pool.resident is bench.pool.resident
+
+
+def test_a_hold_that_hurries_is_ready_at_once_if_its_adapters_load_quickly() -> None:
+    bench = Bench({"a": adapter(1.0), "b": adapter(2.0)}, 2)
+    with ThreadPoolExecutor(2) as threads:
+        pool = AdapterPool(bench.pool.rows, bench.load, threads, threads, bench.wake)
+        hold = pool.hold((AdapterRef("a"), AdapterRef("b")))
+        assert not hold.advance()
+        for _ in range(200):  # a machine that is busy for longer than a hold waits
+            hold._may_hurry = True
+            hold.hurry()
+            if hold.ready:
+                break
+        assert hold.ready
+
+
+def test_a_hold_hurries_once_and_for_some_milliseconds() -> None:
+    now = [0.0]
+    bench = Bench({"a": adapter(1.0)}, 2)
+    bench.pool.clock = lambda: now[0]
+    hold = bench.hold("a")
+    hold.advance()
+    begun = time.monotonic()
+    hold.hurry()  # nobody runs the executor's tasks
+    hold.hurry()
+    assert 0.004 < time.monotonic() - begun < 1
+    assert not hold.ready

@@ -331,7 +331,7 @@ def looks(workers: Workers, attempt: Attempt) -> list[Directive]:
     return found
 
 
-def test_a_slice_starts_with_the_attempts_first_step(workers: Workers) -> None:
+def test_a_slice_ends_with_the_first_step_if_that_takes_longer(workers: Workers) -> None:
     """So a turn makes progress however long the base takes to load, and the first step."""
     workers.submit("a1", "b1")
     assert workers.claim() == "a1"
@@ -340,12 +340,20 @@ def test_a_slice_starts_with_the_attempts_first_step(workers: Workers) -> None:
     attempt.note(None, None)
     assert looks(workers, attempt) == [Directive.GO_ON] * 2
     attempt.note({"step": 1}, {})
+    assert looks(workers, attempt) == [Directive.GIVE_WAY] * 2
+    assert attempt.seconds == 10 * SLICE
+
+
+def test_a_slice_starts_with_the_attempt(workers: Workers) -> None:
+    """Its start-up counts, so that another project's job waits for one slice and a step."""
+    workers.submit("a1", "b1")
+    assert workers.claim() == "a1"
+    attempt = attempt_at(workers, "a1")
     workers.run(SLICE - 1)
-    attempt.note({"step": 2}, {})
+    attempt.note({"step": 1}, {})
     assert looks(workers, attempt) == [Directive.GO_ON] * 2
     workers.run(1)
     assert looks(workers, attempt) == [Directive.GIVE_WAY] * 2
-    assert attempt.seconds == SLICE
 
 
 def test_an_idle_worker_takes_a_new_job_before_another_gives_way(workers: Workers) -> None:
