@@ -15,7 +15,7 @@ from adapters.library import Library
 from server.access.access import Access
 from server.access.principal import EVERYBODY, Principal
 from server.api.access.authentication import principal_of
-from server.api.access.lanes import Lane
+from server.api.access.lanes import Lane, Turns
 from server.api.access.places import Places
 from server.api.access.quotas import Incoming
 from server.api.access.space import Spooling
@@ -102,14 +102,17 @@ class Limiters:
     def build(cls, queue_timeout: float, metrics: LaneMetrics) -> "Limiters":
         """Bound what waits for a thread to `queue_timeout` seconds."""
         lane = partial(Lane, timeout=queue_timeout, metrics=metrics)
+        data = Turns(3)  # much of their work holds the GIL, which the engine's steps need, too
         return cls(  # of three threads one project gets two
-            encoding=lane("encoding", "long prompts", 3, 64),
-            grammars=lane("grammars", "grammars", 1, 16, steps_back=False),  # Guidance compiles one at a time
-            preparing=lane("preparing", "training jobs", 3, 16),
-            checking=lane("checking", "files", 3, 16),  # of rows
-            parsing=lane("parsing", "adapters", 3, 16),  # hashed and copied
-            fetching=lane("fetching", "imports", 3, 16),
-            merging=lane("merging", "merges", 3, 16),
+            encoding=lane("encoding", "long prompts", Turns(3), 64),
+            grammars=lane(
+                "grammars", "grammars", Turns(1), 16, steps_back=False
+            ),  # Guidance compiles one at a time
+            preparing=lane("preparing", "training jobs", data, 16),
+            checking=lane("checking", "files", data, 16),  # of rows
+            parsing=lane("parsing", "adapters", data, 16),  # hashed and copied
+            merging=lane("merging", "merges", data, 16),
+            fetching=lane("fetching", "imports", Turns(3), 16),
             uploads=Places("uploads", 16, name="uploads", metrics=metrics),  # on the disk, of up to 256 MiB each
         )
 

@@ -291,17 +291,15 @@ class Scheduler:
         num_running = self._num_running()
         resting = {s.request.project for s in self._able(num_running)} - set(due)
         turn = self._waiting.turn(num_running, lambda project: project not in resting)
+        if num_running and (queue := turn.first) is not None and not num_running[queue.project]:
+            queue.hurry(self._adapters)  # else each stage of a load would wait for a step of the others
+        self._make_place(turn, num_running, chunks)
         able = self._able(due)
         prompts = [sequence for sequence in able if not sequence.is_decoding]
         budget = self._prefill_budget(len(able) - len(prompts))
         if prompts:
             budget -= self._num_reserved(prompts[0], budget)
         remainders = [self._remainder(sequence) for sequence in prompts[1:]]
-        if num_running and (queue := turn.first) is not None and not num_running[queue.project]:
-            queue.hurry(
-                self._adapters
-            )  # else each stage of its adapters' load would wait for a step of the others
-        self._make_place(turn, num_running, chunks)
         lacking_room: list[WaitingSet] = []
         while len(self.running) < self.limits.max_num_seqs and (queue := turn.first) is not None:
             sequence = queue.first
@@ -344,7 +342,10 @@ class Scheduler:
                     return
                 if victims := self._victims(queue.first, hold, lacks, num_free, num_running):
                     for victim in victims:
-                        self._preempt(victim)
+                        if victim.status is Status.RUNNING:
+                            self._preempt(victim)
+                        else:
+                            self._give_back(victim)
                     chunks[:] = [chunk for chunk in chunks if chunk.sequence not in victims]
                     queue.advance(self._adapters)  # before others take the rows that this has freed
                     return
@@ -359,6 +360,7 @@ class Scheduler:
         """
         if hold.lacks_room and not self._adapters.fits(hold, [s.hold for s in without if s.hold is not None]):
             return _Lack.ROWS
+        without = [victim for victim in without if victim.status is Status.RUNNING]
         num_free += sum(map(self.blocks.num_own_blocks, without)) + self._num_promised_blocks(without)
         if self.blocks.blocks_for(sequence.num_needed_tokens) > num_free:
             return _Lack.BLOCKS
@@ -369,16 +371,16 @@ class Scheduler:
     ) -> list[Sequence]:
         """Return the youngest sequences of the project that has the most of what a waiting sequence lacks.
 
-        Returns none if the waiting sequence couldn't begin without them, or if its project would then have more.
+        If rows lack, waiting sequences that hold some are among them. Returns none if the waiting sequence
+        couldn't begin without them, or if its project would then have more.
         """
         project = sequence.request.project
         others = [other for other in num_running if other != project]
         if not others:
             return []
         if lacks is _Lack.ROWS:
-            of = {p: self._row_share(s for s in self.running if s.request.project == p) for p in others}
-            own = self._row_share((s for s in self.running if s.request.project == project), hold)
-            own = min(own, _MAX_ROW_SHARE)
+            of = {other: self._row_share(other) for other in others}
+            own = min(self._row_share(project, hold), _MAX_ROW_SHARE)
         elif lacks is _Lack.BLOCKS:
             num_blocks = self._num_blocks()
             of = {p: num_blocks[p] for p in others}
@@ -394,15 +396,29 @@ class Scheduler:
             return []
         victims: list[Sequence] = []
         candidates = [s for s in reversed(self.running) if s.request.project == most]
-        for victim in candidates if takes_last else candidates[:-1]:
-            if victim.num_computed_tokens > victim.num_lost_tokens or not victim.num_lost_tokens:
+        for victim in [*self._waiting_with_rows(most), *(candidates if takes_last else candidates[:-1])]:
+            is_waiting, num_lost = victim.status is Status.WAITING, victim.num_lost_tokens
+            if is_waiting or not num_lost or victim.num_computed_tokens > num_lost:
                 victims.append(victim)
                 if self._lacks(sequence, hold, num_free, victims) is None:
-                    return victims
-        return []
+                    break
+        else:
+            return []
+        for victim in victims.copy():  # such as one without adapters, if only rows lack
+            rest = [other for other in victims if other is not victim]
+            if self._lacks(sequence, hold, num_free, rest) is None:
+                victims = rest
+        return victims
 
-    def _row_share(self, sequences: Iterable[Sequence], *more: Hold) -> float:
-        return self._adapters.share([*(s.hold for s in sequences if s.hold is not None), *more])
+    def _row_share(self, project: str, *more: Hold) -> float:
+        """Return the share of the rows that a project's sequences hold, running and waiting ones."""
+        running = [sequence for sequence in self.running if sequence.request.project == project]
+        holders = [*running, *self._waiting_with_rows(project)]
+        return self._adapters.share([*(s.hold for s in holders if s.hold is not None), *more])
+
+    def _waiting_with_rows(self, project: str) -> list[Sequence]:
+        sequences = (sequence for queue in self._waiting.sets(project) for sequence in queue.sequences)
+        return [s for s in sequences if s.request.adapters and s.hold is not None and s.hold.is_held]
 
     def _try_admit(self, queue: WaitingSet) -> "_Verdict":
         if queue.lacks_room:

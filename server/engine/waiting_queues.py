@@ -70,8 +70,8 @@ class WaitingQueues:
         return Turn(self, deque(sorted(projects, key=lambda project: num_running.get(project, 0))))
 
     def sets(self, project: str) -> Iterable[WaitingSet]:
-        """Those of one project that has any, the one whose turn is next first."""
-        return self._projects[project].values()
+        """Return the sets of a project, the one whose turn is next first; none if it has none."""
+        return self._projects.get(project, {}).values()
 
     def set_of(self, sequence: Sequence) -> WaitingSet:
         """The set that the sequence waits in, or will; a new one is the last of its project."""

@@ -1,6 +1,6 @@
 """The greedy project: everything that has ever delayed another project, at once.
 
-A process of its own runs the clients, at a niceness of 10. On a small machine they still take processor time
+A process of its own runs the clients, at a niceness of 19. On a small machine they still take processor time
 from the server, as clients elsewhere would not. Each activity has a fixed number of clients, which wait `pause`
 seconds between two requests, so that a quick refusal doesn't make the load heavier.
 """
@@ -22,7 +22,7 @@ import httpx
 
 from tests.end_to_end.training_client import code_rows
 
-NICENESS = 10
+NICENESS = 19
 MIB = 1 << 20
 CONTEXT = 8000
 """Tokens of a long prompt, and of the streams that hold an adapter."""

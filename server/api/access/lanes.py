@@ -37,7 +37,7 @@ class Turns:
     """Who may use one of a number of threads next. For one event loop."""
 
     def __init__(self, num_threads: int) -> None:
-        self._num_threads = num_threads
+        self.num_threads = num_threads
         self._waiting: dict[str, OrderedDict[asyncio.Future[None], None]] = {}  # by owner
         self._running: Counter[str] = Counter()
         self._last_turn: dict[str, int] = {}
@@ -78,7 +78,7 @@ class Turns:
 
     def _next(self) -> str | None:
         """The project with the fewest threads; of several, the one whose last turn is longest ago."""
-        num_idle = self._num_threads - self._running.total()
+        num_idle = self.num_threads - self._running.total()
         candidates = (owner for owner in self._waiting if num_idle > (1 if self._running[owner] else 0))
         return min(
             candidates, key=lambda owner: (self._running[owner], self._last_turn.get(owner, 0)), default=None
@@ -97,18 +97,18 @@ class Lane:
         self,
         name: str,
         what: str,
-        num_threads: int,
+        threads: Turns,
         max_waiting: int,
         *,
         timeout: float = math.inf,
         metrics: LaneMetrics | None = None,
         steps_back: bool = True,
     ) -> None:
-        """`steps_back`: threads have a low priority, and so has whatever they start."""
+        """Lanes may share `threads`. `steps_back`: they have a low priority, and so has whatever they start."""
         self._name = name
         self._what = what
-        self._turns = Turns(num_threads)
-        self._places = Places(what, num_threads + max_waiting, "wait", name=name, metrics=metrics)
+        self._turns = threads
+        self._places = Places(what, threads.num_threads + max_waiting, "wait", name=name, metrics=metrics)
         self._timeout = timeout
         self._metrics = metrics
         self._steps_back = steps_back

@@ -160,8 +160,7 @@ class Simulation:
         preempted = [s for s in before if s.status is Status.WAITING]
         if not preempted or not admitted:
             return
-        (loser,) = {victim.request.project for victim in preempted}
-        assert loser != admitted[0].request.project, "it was for itself"
+        assert len({victim.request.project for victim in preempted}) == 1
         self.displaced += preempted
 
     def _check_step(self, step: Step) -> None:

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from server.api.access.lanes import Lane, receiving
+from server.api.access.lanes import Lane, Turns, receiving
 from server.errors import QueueFull
 from server.metrics.lanes import LaneMetrics
 from server.priority import NICE
@@ -49,7 +49,7 @@ async def working(work: Work) -> AsyncIterator[asyncio.TaskGroup]:
 
 
 async def test_a_work_beyond_the_places_is_refused_and_the_others_have_their_results() -> None:
-    lane, work = Lane("things", "things", 1, 2), Work()
+    lane, work = Lane("things", "things", Turns(1), 2), Work()
     async with working(work) as tasks:
         runs = [tasks.create_task(lane.run(work, name)) for name in "abc"]
         await until(lambda: lane.num_waiting == 2)
@@ -61,7 +61,7 @@ async def test_a_work_beyond_the_places_is_refused_and_the_others_have_their_res
 
 
 async def test_waiting_projects_take_turns_and_each_is_first_come_first_served() -> None:
-    lane, work = Lane("things", "things", 1, 99), Work()
+    lane, work = Lane("things", "things", Turns(1), 99), Work()
     async with working(work) as tasks:
         for name in ("a0", "a1", "a2", "a3", "b0", "b1", "c0"):
             tasks.create_task(lane.of(name[0]).run(work, name))
@@ -73,7 +73,7 @@ async def test_waiting_projects_take_turns_and_each_is_first_come_first_served()
 
 
 async def test_a_project_that_comes_later_waits_for_the_running_work_alone() -> None:
-    lane, work = Lane("things", "things", 1, 99), Work()
+    lane, work = Lane("things", "things", Turns(1), 99), Work()
     async with working(work) as tasks:
         for number in range(12):
             tasks.create_task(lane.of("greedy").run(work, f"greedy{number}"))
@@ -89,7 +89,7 @@ async def test_a_project_that_comes_later_waits_for_the_running_work_alone() -> 
 
 
 async def test_the_last_free_thread_is_kept_for_a_project_that_has_none() -> None:
-    lane, work = Lane("things", "things", 3, 99), Work()
+    lane, work = Lane("things", "things", Turns(3), 99), Work()
     async with working(work) as tasks:
         for number in range(5):
             tasks.create_task(lane.of("greedy").run(work, f"greedy{number}"))
@@ -102,7 +102,7 @@ async def test_the_last_free_thread_is_kept_for_a_project_that_has_none() -> Non
 
 async def test_work_that_waits_too_long_is_refused_and_counted() -> None:
     registry = CollectorRegistry()
-    lane, work = Lane("things", "things", 1, 9, timeout=0.05, metrics=LaneMetrics(registry)), Work()
+    lane, work = Lane("things", "things", Turns(1), 9, timeout=0.05, metrics=LaneMetrics(registry)), Work()
     assert registry.get_sample_value("smolora_refused_total", {"reason": "things"}) == 0
     async with working(work) as tasks:
         running = tasks.create_task(lane.run(work, "a"))
@@ -119,7 +119,7 @@ async def test_work_that_waits_too_long_is_refused_and_counted() -> None:
 
 
 async def test_work_is_dropped_when_its_client_leaves_while_it_waits() -> None:
-    lane, work = Lane("things", "things", 1, 9), Work()
+    lane, work = Lane("things", "things", Turns(1), 9), Work()
     left = asyncio.Event()
 
     async def receive() -> Message:
@@ -143,7 +143,7 @@ async def test_work_is_dropped_when_its_client_leaves_while_it_waits() -> None:
 
 
 async def test_a_cancelled_caller_leaves_the_queue_or_its_thread_at_the_end_of_the_work() -> None:
-    lane, work = Lane("things", "things", 1, 9), Work()
+    lane, work = Lane("things", "things", Turns(1), 9), Work()
     async with working(work) as tasks:
         running = asyncio.ensure_future(lane.run(work, "a"))
         waiting = asyncio.ensure_future(lane.run(work, "b"))
@@ -158,7 +158,7 @@ async def test_a_cancelled_caller_leaves_the_queue_or_its_thread_at_the_end_of_t
 
 
 async def test_errors_of_work_reach_its_caller() -> None:
-    lane = Lane("things", "things", 1, 9)
+    lane = Lane("things", "things", Turns(1), 9)
     with pytest.raises(ZeroDivisionError):
         await lane.run(divmod, 1, 0)
     assert await lane.run(divmod, 7, 2) == (3, 1)
@@ -170,6 +170,6 @@ async def test_work_yields_processors_to_the_threads_that_serve() -> None:
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
     own = niceness()
-    assert await Lane("things", "things", 1, 9).run(niceness) == max(own, NICE)
-    assert await Lane("things", "things", 1, 9, steps_back=False).run(niceness) == own
+    assert await Lane("things", "things", Turns(1), 9).run(niceness) == max(own, NICE)
+    assert await Lane("things", "things", Turns(1), 9, steps_back=False).run(niceness) == own
     assert niceness() == own

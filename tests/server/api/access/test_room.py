@@ -15,7 +15,7 @@ from starlette.types import Message
 
 from server.access.principal import Quota
 from server.api.access import space
-from server.api.access.lanes import Lane
+from server.api.access.lanes import Lane, Turns
 from server.api.access.places import Places
 from server.api.train.feeds import JobFeeds
 from server.errors import QueueFull
@@ -103,7 +103,7 @@ async def test_long_prompts_wait_in_a_bounded_queue(
     def encode(text: str) -> list[int]:
         return [work(1)]
 
-    lane = Lane("encoding", "long prompts", 1, 1)
+    lane = Lane("encoding", "long prompts", Turns(1), 1)
     services = replace(services, limiters=replace(services.limiters, encoding=lane))
     monkeypatch.setattr(services.encoder, "prompt", encode)
     try:
@@ -173,7 +173,7 @@ async def test_a_prompt_is_not_encoded_after_its_client_left(
     make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     services, work = make_services(), Blocked()
-    lane = Lane("encoding", "long prompts", 1, 9)
+    lane = Lane("encoding", "long prompts", Turns(1), 9)
     services = replace(services, limiters=replace(services.limiters, encoding=lane))
     monkeypatch.setattr(services.encoder, "max_token_bytes", None)
     monkeypatch.setattr(services.encoder, "prompt", lambda text: [work(1)])
@@ -195,7 +195,9 @@ async def test_a_grammar_that_there_is_no_room_for_is_a_request_refused(
     make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     services, work = make_services(), Blocked()
-    services = replace(services, limiters=replace(services.limiters, grammars=Lane("grammars", "grammars", 1, 0)))
+    services = replace(
+        services, limiters=replace(services.limiters, grammars=Lane("grammars", "grammars", Turns(1), 0))
+    )
     monkeypatch.setattr(services.guidance, "check", lambda grammar: work(1))
     try:
         async with client_of(new_app(services)) as client:

@@ -15,7 +15,7 @@ from adapters.library import Library
 from adapters.merging.merge import merge
 from adapters.merging.recipe import Recipe
 from adapters.store.store import AdapterStore
-from server.api.access.lanes import Lane
+from server.api.access.lanes import Lane, Turns
 from server.api.adapters import compositions
 from server.training.merge_spec import MergeSpec, read_origin
 from server.training.queue.jobs import Jobs
@@ -97,7 +97,7 @@ async def test_merges_wait_in_a_lane_of_their_own(
     make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     services = make_services()
-    lane = Lane("merging", "merges", 1, 1)
+    lane = Lane("merging", "merges", Turns(1), 1)
     app = new_app(replace(services, limiters=replace(services.limiters, merging=lane)))
     go, thread_names = threading.Event(), []
 

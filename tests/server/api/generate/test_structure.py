@@ -9,7 +9,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from server.api.access.lanes import Lane
+from server.api.access.lanes import Lane, Turns
 from server.engine.request import Grammar, SamplingParams
 from tests.server.api.fakes import FakeEngine
 from tests.server.conftest import MakeServices, client_of, new_app
@@ -45,7 +45,7 @@ async def test_the_grammar_that_reaches_the_engine(
 async def test_a_grammar_that_is_known_waits_for_no_others(make_services: MakeServices) -> None:
     """Nor is it refused where too many wait to be compiled."""
     services = make_services()
-    grammars = Lane("grammars", "grammars", 1, 0)
+    grammars = Lane("grammars", "grammars", Turns(1), 0)
     services = replace(services, limiters=replace(services.limiters, grammars=grammars))
     body = {"prompt": "a", "max_tokens": 1}
     compiled = threading.Event()
