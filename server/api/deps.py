@@ -102,9 +102,9 @@ class Limiters:
     def build(cls, queue_timeout: float, metrics: LaneMetrics) -> "Limiters":
         """Bound what waits for a thread to `queue_timeout` seconds."""
         lane = partial(Lane, timeout=queue_timeout, metrics=metrics)
-        data = Turns(3)  # much of their work holds the GIL, which the engine's steps need, too
-        return cls(  # of three threads one project gets two
-            encoding=lane("encoding", "long prompts", Turns(3), 64),
+        data = Turns(2)  # much of their work holds the GIL, which the engine's steps need, too
+        return cls(  # the last free thread is for another project
+            encoding=lane("encoding", "long prompts", Turns(2), 64),
             grammars=lane(
                 "grammars", "grammars", Turns(1), 16, steps_back=False
             ),  # Guidance compiles one at a time

@@ -38,7 +38,7 @@ from server.engine.waiting_queues import Turn, WaitingQueues
 from server.engine.waiting_set import Adapters, WaitingSet
 from server.engine.watching.prompt_room import PromptRoom
 
-QUICK_STEP = 0.06
+QUICK_STEP = 0.04
 """Seconds that the prompts of a step may take while several projects send requests."""
 _COMPANY_SECONDS = 60.0  # a project counts as one that sends requests for so long after its last one
 _MAX_ROW_SHARE = 0.75
@@ -347,7 +347,7 @@ class Scheduler:
                         else:
                             self._give_back(victim)
                     chunks[:] = [chunk for chunk in chunks if chunk.sequence not in victims]
-                    queue.advance(self._adapters)  # before others take the rows that this has freed
+                    queue.hurry(self._adapters)  # before others take the rows that this has freed
                     return
             if queue.num_bypassed >= self.limits.max_bypass:  # nothing may be admitted before it
                 return

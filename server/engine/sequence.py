@@ -110,7 +110,7 @@ class Hold(Protocol):
         ...
 
     def hurry(self) -> None:
-        """Wait some milliseconds, once, for the adapters to become ready."""
+        """Wait for the adapters to become ready, for some milliseconds in all."""
         ...
 
     def release(self) -> None:

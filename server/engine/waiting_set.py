@@ -70,7 +70,7 @@ class WaitingSet:
         self._refusal = _Refusal(self.first, room, num_freed)
 
     def hurry(self, adapters: Adapters) -> None:
-        """Wait some milliseconds, once, for the first one's adapters."""
+        """Wait for the first one's adapters, for some milliseconds in all."""
         if not self.advance(adapters).ready:
             assert self.first.hold is not None
             self.first.hold.hurry()

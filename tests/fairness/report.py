@@ -12,8 +12,9 @@ PERCENTS = (99, 95, 90)
 SHOWN = (50, 95, 99, 100)
 
 
-HANDOVER = 5.0
-"""Seconds in which a job whose slice is over gives way: two looks of its worker, a step and a checkpoint."""
+HANDOVER = 10.0
+"""Seconds in which a job whose slice is over gives way: two looks of its worker, a step, a checkpoint and the
+end of a process, all on busy processors."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import CancelledError, Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from adapters.errors import CorruptAdapter, InvalidInput, SmoloraError
@@ -24,8 +25,6 @@ from server.model.lora_batch import Parts
 from server.model.rank_rows import RankRows, Run
 
 log = logging.getLogger(__name__)
-
-_HURRY_SECONDS = 0.005  # an adapter in the page cache is read and placed in less than a millisecond
 
 
 @dataclass(eq=False)
@@ -42,7 +41,7 @@ class AdapterHold:
     _cold_since: float | None = field(default=None, repr=False)
     _parts: Parts | None = field(default=None, repr=False)
     _num_moves: int = 0  # of the pool, when `_parts` was made
-    _may_hurry: bool = True
+    _hurry_seconds: float = 0.005  # an adapter in the page cache is read and placed in less than a millisecond
 
     @property
     def ready(self) -> bool:
@@ -62,17 +61,14 @@ class AdapterHold:
         return is_ready
 
     def hurry(self) -> None:
-        if self._may_hurry and not (self.error or self.lacks_room):
-            self._may_hurry = False
-            end = self.pool.clock() + _HURRY_SECONDS
-            while not self.advance() and not (self.error or self.lacks_room):
-                pending = next((work for adapter in self.adapters if (work := adapter.pending) is not None), None)
-                if pending is None:
-                    break
-                try:
-                    pending.exception(max(end - self.pool.clock(), 0))
-                except (TimeoutError, CancelledError):
-                    break
+        end = self.pool.clock() + self._hurry_seconds
+        while not (self.advance() or self.error or self.lacks_room) and self._hurry_seconds > 0:
+            pending = next((work for adapter in self.adapters if (work := adapter.pending) is not None), None)
+            if pending is None:
+                break
+            with suppress(TimeoutError, CancelledError):
+                pending.exception(self._hurry_seconds)
+            self._hurry_seconds = end - self.pool.clock()
 
     def release(self) -> None:
         self.pool.release(self)
