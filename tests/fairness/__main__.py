@@ -25,7 +25,7 @@ from pathlib import Path
 from tests.fairness.faults import FAULTS, measured, measured_bodies, measured_job
 from tests.fairness.greedy import ACTIVITIES, running
 from tests.fairness.modest import JOB_PATIENCE, KINDS
-from tests.fairness.report import Phase, busy_faults, effect_faults, job_faults, latency_faults, table
+from tests.fairness.report import MAX_RATIO, Phase, busy_faults, effect_faults, job_faults, latency_faults, table
 from tests.fairness.served import modest_client, set_up, use_code
 
 MINUTES = 10.0
@@ -35,15 +35,15 @@ SLICE_SHARE, LEAST_SLICE = 0.1, 20.0
 """Time slice of jobs: a share of the run, and at least so many seconds."""
 
 
-def verdict(alone: Phase, beside: Phase, time_slice: float) -> tuple[list[str], list[str]]:
+def verdict(alone: Phase, beside: Phase, time_slice: float, max_ratio: float) -> tuple[list[str], list[str]]:
     """Return what fails the run, and lines that say what was compared."""
-    judged = [latency_faults(kind, alone.of(kind), beside.of(kind)) for kind in KINDS]
+    judged = [latency_faults(kind, alone.of(kind), beside.of(kind), max_ratio) for kind in KINDS]
     judged.append(job_faults(alone.jobs, beside.jobs, time_slice))
     found = [fault for kind in KINDS for fault in busy_faults(kind, alone.of(kind))]
     return [*found, *(fault for faults, _ in judged for fault in faults)], [line for _, line in judged]
 
 
-def run(home: Path, minutes: float, time_slice: float, names: Sequence[str]) -> int:
+def run(home: Path, minutes: float, time_slice: float, max_ratio: float, names: Sequence[str]) -> int:
     """Run both phases and print the report. Return the exit code."""
     server, projects = set_up(home, time_slice)
     try:
@@ -54,7 +54,7 @@ def run(home: Path, minutes: float, time_slice: float, names: Sequence[str]) -> 
                 beside = modest.phase(60 * minutes * (1 - ALONE), JOB_PATIENCE + time_slice)
     finally:
         server.close()
-    found, compared = verdict(alone, beside, time_slice)
+    found, compared = verdict(alone, beside, time_slice, max_ratio)
     found += effect_faults(
         greedy.counts, {name: (ACTIVITIES[name].wanted, ACTIVITIES[name].least) for name in names}
     )
@@ -98,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tests.fairness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument(
+        "--ratio", type=float, default=MAX_RATIO, help="how much latencies may grow (default: %(default)s)"
+    )
     parser.add_argument("--slice", type=float, help="seconds of a job's time slice; default: a tenth of the run")
     parser.add_argument("--each", action="store_true", help="measure single faults instead")
     parser.add_argument(
@@ -119,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         home = Path(scratch) / "home"
         if options.each:
             return each(home, options.slice or LEAST_SLICE, names)
-        return run(home, options.minutes, time_slice, names or list(ACTIVITIES))
+        return run(home, options.minutes, time_slice, options.ratio, names or list(ACTIVITIES))
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ ACTIVITIES: Mapping[str, Activity] = {
         Activity("grammars", send_grammar, 12, 1.0, frozenset({"200", "422"}), 5),
         Activity("dryruns", run_dry, 6, 2.0, frozenset({"200", WAITING}), 1),
         Activity("merges", ask_for_merge, 60, 2.0, frozenset({"422", "409", "429"}), 20),
-        Activity("uploads", upload, 2, 2.0, frozenset({"201"}), 2),
+        Activity("uploads", upload, 2, 2.0, frozenset({"201", "429", WAITING}), 1),
         Activity("bodies", hold_bodies, 4, 1.0, frozenset({"sent"}), 100),
         Activity("containers", send_containers, 2, 0.5, frozenset({"422", "413", "400"}), 5),
     )
