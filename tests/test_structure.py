@@ -24,6 +24,7 @@ LAYERS = [
         "server.loading",
         "server.logs",
         "server.migrations",
+        "server.operator_keys",
         "server.priority",
         "server.program",
         "server.shared",

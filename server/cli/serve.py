@@ -89,6 +89,11 @@ def _serve_at(
         address, anonymous = settings.public_url or url(bound, settings.host), services.access.ring.anonymous
         prompts = first_prompts(address, services.encoder.has_chat_template, anonymous is None)
         ready = f"{services.base_name} is ready at {address} (its API: {address}/docs)."
+        if settings.allows_guests:
+            say("clients without a key may generate and train in the project default (SMOLORA_ALLOW_ANONYMOUS=1)")
+        elif anonymous is not None:
+            where = "on this machine " if is_loopback(settings.host) else ""
+            say(f"any client {where}may do everything, until you make a first key (smolora keys create)")
         if settings.log_format == "json":
             say(ready)
         else:
@@ -97,11 +102,6 @@ def _serve_at(
                 typer.echo("Try, in another terminal:")
                 for line in prompts:
                     typer.echo(f"  {line}")
-        if settings.allows_guests:
-            say("clients without a key may generate and train in the project default (SMOLORA_ALLOW_ANONYMOUS=1)")
-        elif anonymous is not None:
-            where = "on this machine " if is_loopback(settings.host) else ""
-            say(f"any client {where}may do everything, until you make a first key (smolora keys create)")
         if anonymous is not None and has_clients_key:
             say("SMOLORA_API_KEY is what commands send: no API key is asked for, unless SMOLORA_API_KEYS has some")
 

@@ -177,6 +177,8 @@ class Scheduler:
             chunks = self._chunks(self._prefill_stops(self._able(self._num_running()), 0))
         if not self.has_work:
             self._shares.clear()
+        order = {sequence: number for number, sequence in enumerate(self.running)}
+        chunks.sort(key=lambda chunk: order[chunk.sequence])  # a request's first choice comes first
         return Step(tuple(chunks), tuple(failed))
 
     def _due(self) -> frozenset[str]:

@@ -15,8 +15,10 @@ _RETRY_SECONDS = 60.0
 def require_space(settings: Settings, num_bytes: int = 0) -> None:
     """Raise Unavailable if HOME's disk, with `num_bytes` more, has less free than uploads and jobs must leave."""
     if shutil.disk_usage(settings.home).free - num_bytes < settings.min_free_bytes:
-        least = settings.min_free_bytes.human_readable()
-        message = f"the server's disk has less than {least} left (SMOLORA_MIN_FREE_BYTES)"
+        message = "the server's disk is full"
+        if settings.min_free_bytes:
+            least = settings.min_free_bytes.human_readable()
+            message = f"the server's disk has less than {least} left (SMOLORA_MIN_FREE_BYTES)"
         raise Unavailable(message, retry_after=_RETRY_SECONDS)
 
 

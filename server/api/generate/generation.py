@@ -313,7 +313,9 @@ async def encoded(
             if (num_bytes := len(text.encode())) > limit * longest:
                 await charge_refused(services, num_bytes // _BYTES_A_TOKEN)
                 message = f"has {num_bytes:,} bytes, and the model's {limit:,} tokens have at most {longest} each"
-                raise refusal((FieldError((field,), message),))
+                raise refusal(
+                    (FieldError((field,), message), FieldError(("max_tokens",), f"the prompt {message}"))
+                )
     with services.metrics.refusals():
         return await services.limiters.encoding.run(encode)
 

@@ -44,7 +44,7 @@ async def test_there_is_one_of_each_request_but_of_probes(
     await client.get("/metrics")
     texts = [record.getMessage() for record in caplog.records if record.name == "smolora.api"]
     assert len(texts) == 2
-    assert texts[0].startswith("method=POST path=/generate status=200 ms=")
+    assert texts[0].startswith("method=POST path=/generate status=422 ms=")
     assert texts[1].startswith("method=GET path=/adapters/a\\nb\\x20status=500 status=404 ms=")
     assert texts[0].endswith(" client=127.0.0.1")
     assert "secret" not in texts[0]

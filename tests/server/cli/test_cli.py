@@ -28,7 +28,7 @@ def smolora(*arguments: str) -> "subprocess.CompletedProcess[str]":
         (["--dtype", "int8"], "SMOLORA_DTYPE (--dtype): "),
         (["--host", "0.0.0.0"], "0.0.0.0 can be reached from elsewhere: make a key ("),
         (["--home", "/dev/null/x"], "SMOLORA_HOME=/dev/null/x: can't write there: "),
-        (["--port", "0", "--host", "192.0.2.1", "--api-keys", "k"], "can't listen on 192.0.2.1, port 0: "),
+        (["--port", "0", "--host", "192.0.2.1", "--api-keys", "k" * 16], "can't listen on 192.0.2.1, port 0: "),
     ],
 )
 def test_what_keeps_it_from_starting_is_one_line(tmp_path: Path, arguments: list[str], line: str) -> None:

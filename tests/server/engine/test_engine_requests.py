@@ -55,7 +55,7 @@ def test_a_prefix_is_found_by_its_own_project_alone(tiny_base: BaseModel, adapte
 
 
 def test_a_prefix_that_another_project_computes_is_not_waited_for(tiny_base: BaseModel) -> None:
-    engine = build_engine(tiny_base, limits=SchedulerLimits(chunk_size=8))
+    engine = build_engine(tiny_base, limits=SchedulerLimits(chunk_size=64))
     requests = [GenerationRequest(name, prompt(50), GREEDY, project=name) for name in "ab"]
     for one in requests:
         engine.add(one)

@@ -134,6 +134,8 @@ async def test_draining_lets_what_runs_end(app: FastAPI, engine: FakeEngine, str
     async with serving(app, engine) as server:
         running = asyncio.create_task(server.client.post("/generate", json=body))
         await until(lambda: len(engine.open) == 1)
+        if signal.getsignal(number) is signal.SIG_IGN:
+            pytest.skip("the tests run under nohup, as a server might")
         os.kill(os.getpid(), number)
         await until(lambda: engine.draining)
         for method, path in (
