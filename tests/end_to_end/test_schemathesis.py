@@ -27,11 +27,14 @@ SECONDS = 25
 """Of each run. The whole of it: SECONDS = 600."""
 
 
-@pytest.mark.parametrize("key", [None, "secret", "wrong"])
+OPERATOR = "operators-0123456789"
+
+
+@pytest.mark.parametrize("key", [None, OPERATOR, "wrong"])
 def test_the_document_tells_of_every_answer(key: str | None, base_dir: Path, tmp_path: Path) -> None:
-    keys = {} if key is None else {"api-keys": "secret"}
+    keys = {} if key is None else {"api-keys": OPERATOR}
     server = ServerProcess(
-        tmp_path / "home", key="secret" if keys else None, model=base_dir, max_model_len=256, **keys
+        tmp_path / "home", key=OPERATOR if keys else None, model=base_dir, max_model_len=256, **keys
     )
     try:
         run(server, key, tmp_path)
