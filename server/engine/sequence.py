@@ -28,8 +28,8 @@ class Constraint(Protocol):
         ...
 
     @property
-    def is_cheap(self) -> bool:
-        """Whether a mask takes so little time that drafts may have theirs, too."""
+    def max_draft(self) -> int:
+        """How many drafted tokens, each of which needs a mask, this step has time for."""
         ...
 
     @property

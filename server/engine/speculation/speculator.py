@@ -86,9 +86,9 @@ class Speculator:
         """What may follow a decoding sequence, after a look at what became of the last guess."""
         sequence, params = chunk.sequence, chunk.sequence.request.sampling
         max_tokens = min(params.max_tokens - sequence.num_output_tokens - 1, MAX_DRAFT)
+        if sequence.constraint is not None:
+            max_tokens = min(max_tokens, sequence.constraint.max_draft)
         if not (params.speculates and chunk.is_decode and chunk.samples and max_tokens > 0):
-            return None
-        if sequence.constraint is not None and not sequence.constraint.is_cheap:
             return None
         state = self._states.setdefault(sequence, _State())
         if state.guess is not None:

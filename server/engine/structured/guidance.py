@@ -12,6 +12,7 @@ some of its functions with the GIL held. So all matchers of a grammar belong to 
 or that of `masks` while `Constraint.awaits_mask` is set.
 """
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -38,8 +39,6 @@ _MAX_SPLITS = 64
 """Tokens that the same text may begin with: more are a choice."""
 _QUICK = 0.02
 """Seconds of the processor: what compiles faster may be compiled again while an answer is followed."""
-_CHEAP = 2e-4
-"""Seconds of a mask: drafts, which need one more for each token, are for grammars whose masks take less."""
 _RECENT = 0.1
 """Weight of the latest mask in the running mean of a grammar's."""
 
@@ -77,6 +76,7 @@ class Constraint:
     ) -> None:
         """Start at the answer's beginning, or where `matcher` is."""
         self.compiled = compiled
+        self.spare_seconds = math.inf  # that masks of drafts may take in the next step
         self._grammar = grammar
         self._compile_again = compile_again
         self._tokenizer = tokenizer
@@ -104,9 +104,9 @@ class Constraint:
         return not (self._is_asked or self._forced)
 
     @property
-    def is_cheap(self) -> bool:
-        """Whether this grammar's masks take so little time that drafts may have theirs, too."""
-        return self.compiled.mask_seconds <= _CHEAP
+    def max_draft(self) -> int:
+        """How many drafted tokens, each of which needs a mask, this step has time for."""
+        return int(min(self.spare_seconds / max(self.compiled.mask_seconds, 1e-6), 1000))
 
     @property
     def is_complete(self) -> bool:

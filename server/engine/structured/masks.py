@@ -63,16 +63,22 @@ class Masks:
     def prepare(self, running: Iterable[Sequence]) -> None:
         """Have the masks computed that `running` sequences lack. Called before each step."""
         step_seconds = thread_time() - self._step_begun
+        constraints: dict[str, list[Constraint]] = defaultdict(list)
         lacking: dict[str, dict[Compiled, list[_Asked]]] = defaultdict(lambda: defaultdict(list))
         for sequence in running:
-            constraint = sequence.constraint
-            if isinstance(constraint, Constraint) and not constraint.awaits_mask and constraint.lacks_mask:
-                lacking[sequence.request.project][constraint.compiled].append(_Asked(sequence, constraint))
+            constraint, project = sequence.constraint, sequence.request.project
+            if isinstance(constraint, Constraint) and not constraint.awaits_mask:
+                constraints[project].append(constraint)
+                if constraint.lacks_mask:
+                    lacking[project][constraint.compiled].append(_Asked(sequence, constraint))
         share = max(_SHARE * step_seconds, _LEAST_SECONDS) / max(len(lacking), 1)
         left = {project: share - self._debts.get(project, 0.0) for project in {*lacking, *self._debts}}
         for project, grammars in lacking.items():
             for compiled, asked in sorted(grammars.items(), key=_seconds_of):  # what takes least comes first
                 left[project] -= self._compute_here(project, compiled, asked, left[project])
+        for project, members in constraints.items():
+            for constraint in members:
+                constraint.spare_seconds = max(left.get(project, share), 0.0) / len(members)
         self._debts = {project: -seconds for project, seconds in left.items() if seconds < 0}
         self._step_begun = thread_time()
 

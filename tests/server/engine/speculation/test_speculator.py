@@ -80,7 +80,7 @@ class Forcing:
 
     error = None
     awaits_mask = False
-    is_cheap = True
+    max_draft = 1000
 
     def __init__(self, *token_ids: int, end: int | None = None) -> None:
         self._token_ids = token_ids

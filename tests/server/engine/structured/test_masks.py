@@ -273,3 +273,20 @@ def test_the_other_thread_takes_the_projects_in_turn(
 def test_a_new_answer_needs_no_mask_at_first(guidance: Guidance) -> None:
     for grammar in (CODES.grammar, FREE):
         assert not guidance.constraint(grammar).lacks_mask
+
+
+def test_drafts_get_what_masks_leave_of_the_share(
+    tiny_base: BaseModel, guidance: Guidance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(masks, "thread_time", lambda: now[0])
+    all_masks = Masks(tiny_base.config.vocab_size, lambda: None)
+    sequences = lacking(guidance, 2, "a")
+    for sequence in sequences:
+        constraint_of(sequence).compute_mask()
+    constraint_of(sequences[0]).compiled.mask_seconds = 2e-4
+    all_masks.prepare(sequences)
+    now[0] += 20.1e-3  # a step's: 2 ms are for masks
+    all_masks.prepare(sequences)
+    assert [constraint_of(sequence).max_draft for sequence in sequences] == [5, 5]
+    all_masks.close()

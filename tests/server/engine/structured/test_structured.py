@@ -134,7 +134,7 @@ class Failing:
 
     is_complete = False
     awaits_mask = False
-    is_cheap = True
+    max_draft = 1000
 
     def __init__(self, num_tokens: int, vocab_size: int) -> None:
         self._num_left = num_tokens
