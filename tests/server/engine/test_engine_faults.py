@@ -169,7 +169,7 @@ class BrokenConstraint:
     is_complete = False
     error = None
     awaits_mask = False
-    is_cheap = True
+    max_draft = 0
 
     def __init__(self, vocab_size: int) -> None:
         self.allowed = np.zeros(vocab_size, np.bool_)
