@@ -84,7 +84,7 @@ def form_bytes(form: FormData) -> int:
 
 
 def _spooled(request: Request, received: Callable[[int], None]) -> Request:
-    """Return the request, of which each piece is reported. Where `received` raises, the rest isn't kept."""
+    """Return the request with each piece reported. If `received` raises, the rest isn't kept."""
 
     async def receive() -> Message:
         message = await request.receive()

@@ -16,7 +16,7 @@ project's youngest sequences are preempted, as many as make room. A project's la
 a project with nothing running, and only if the first project's engine time is ahead by the slack of `shares`.
 A sequence that was preempted isn't again for another project before it has got further than the last time.
 
-Room: a set whose turn it is but for which there is no room yet may be passed over, at most `max_bypass` times;
+Room: a set whose turn it is may be passed over if there is no room for it yet, at most `max_bypass` times;
 then nothing else is admitted before it, except of projects with nothing running. It is tried again only when
 something has been freed. When blocks run out, the youngest sequence of the project that holds the most of them is
 preempted. A preempted sequence gives everything back and is computed again, from what the prefix cache still has.
@@ -167,7 +167,7 @@ class Scheduler:
         chunks = self._chunks({s: s.num_tokens for s in self._able(due) if s.is_decoding})
         if self._waiting and self.num_preemptions == num_preemptions:
             self._admit(chunks, failed, due)
-            due = self._due()  # whoever has begun comes first
+            due = self._due()  # projects that have begun come first
         chunks = [chunk for chunk in chunks if chunk.sequence.request.project in due]
         begun = {chunk.sequence for chunk in chunks}
         prompts = [sequence for sequence in self._able(due) if sequence not in begun]

@@ -20,7 +20,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def use_threads(num_threads: int | None) -> None:
-    """Compute with so many threads from here on, in torch and in native code that is created later.
+    """Compute with `num_threads` from here on, in torch and in native code that is created later.
 
     None: with torch's own number, which OMP_NUM_THREADS sets, but at most one for each processor that this process
     may use.

@@ -2,7 +2,7 @@
 
 SIGTERM, SIGINT or SIGHUP drains: from that moment /ready says 503 and nothing new is taken; what runs or waits
 ends within DRAIN_SECONDS, or fails with a message; then exit code 0. A second signal waits HURRY_SECONDS at most:
-then exit code 1. Training workers start once everything is ready, and are told to let go of their jobs as soon as
+then exit code 1. Training workers start once everything is ready, and are asked to release their jobs as soon as
 draining begins. An engine that can't go on is shown on /ready for a moment, then exit
 code 1; where its thread hangs, nothing waits for that.
 """

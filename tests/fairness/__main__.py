@@ -32,7 +32,7 @@ MINUTES = 10.0
 ALONE = 1 / 3
 """Share of the time in which the modest project is alone."""
 SLICE_SHARE, LEAST_SLICE = 0.1, 20.0
-"""Time slice of jobs: a share of the run, and at least so many seconds."""
+"""Time slice of jobs: a share of the run, and its least value in seconds."""
 
 
 def verdict(alone: Phase, beside: Phase, time_slice: float, max_ratio: float) -> tuple[list[str], list[str]]:

@@ -250,7 +250,7 @@ class Running:
 
 @contextmanager
 def running(target: Target, clients: Mapping[str, int]) -> Iterator[Running]:
-    """Run so many clients of each activity in another process while the block runs."""
+    """Run `clients` of each activity in another process while the block runs."""
     context = multiprocessing.get_context("spawn")
     has_begun, ends = context.Event(), context.Event()
     receiver, sender = context.Pipe(duplex=False)

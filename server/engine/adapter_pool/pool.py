@@ -50,7 +50,7 @@ class AdapterHold:
     def advance(self) -> bool:
         try:
             is_ready = self.pool.advance(self)
-        except Exception:  # of which the others in the step know nothing
+        except Exception:  # the others in the step don't depend on it
             log.exception("an adapter's load failed")
             self.error = GenerationFailed("the engine failed to load an adapter of this request; try it again")
             return False

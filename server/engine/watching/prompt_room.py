@@ -29,7 +29,7 @@ class PromptRoom:
         return max(_LEAST, int(self._slower / self._costs.of(num_decoding)))
 
     def within(self, seconds: float) -> int:
-        """Return how many tokens of prompts are read in about so many seconds."""
+        """Return how many tokens of prompts are read in about this time."""
         return max(_LEAST, int(seconds / self._token_seconds))
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:

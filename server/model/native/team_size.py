@@ -25,8 +25,8 @@ _NUM_TRIALS, _FEW_TRIALS = 12, 4  # the latest ones of two sizes, by which they 
 _LEAST_GAIN, _GREAT_GAIN = 0.95, 0.8  # a larger team is chosen after many trials, and after few
 _NO_GAIN, _GREAT_LOSS = 1.0, 1.25  # a smaller team, likewise
 
-_FIRST_TOKENS = 9  # reading the weights takes as long as so many tokens
-_POSITIONS_OF_A_TOKEN = 600  # attention reads so many positions in the time that a token takes
+_FIRST_TOKENS = 9  # reading the weights takes as long as computing this number of tokens
+_POSITIONS_OF_A_TOKEN = 600  # positions that attention reads in the time that a token takes
 
 
 class TeamSize:
@@ -173,7 +173,7 @@ class _Band:
 
     @property
     def _size_of_processors(self) -> int:
-        """The largest size of which each thread had a processor."""
+        """The largest size for which each thread had a processor."""
         return max(bisect_right(self._sizes, round(self._processors)) - 1, 0)
 
     def _pair(self, size: int) -> _Pair:
