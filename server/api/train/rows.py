@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from adapters.errors import FieldError, InvalidInput, NotFound
 from server.api.train.schemas import TrainBody
+from server.training.data.canonical_rows import CanonicalRows
 from server.training.data.files import RowSources
 from server.training.data.ignored import IgnoredFields
-from server.training.data.packed_rows import PackedRows
 from server.training.data.rows import Row, parse_row
 from server.training.data.split import default_share, hold_out
 
@@ -19,9 +19,9 @@ MAX_FAULTS = 20
 class JobRows:
     """`name` is the field that `rows` came from, `validation_name` that of held-out rows that are no share."""
 
-    rows: Sequence[Row] = field(repr=False)
-    train: Sequence[Row] = field(repr=False)
-    validation: Sequence[Row] = field(repr=False)
+    rows: CanonicalRows = field(repr=False)
+    train: CanonicalRows = field(repr=False)
+    validation: CanonicalRows = field(repr=False)
     name: str
     validation_name: str | None
     source: Mapping[str, object]  # as the body has it
@@ -59,14 +59,14 @@ def choose_rows(body: TrainBody, sources: RowSources) -> JobRows:
     )
 
 
-def _stored(sources: RowSources, source_id: str, name: str, ignored: IgnoredFields) -> Sequence[Row]:
+def _stored(sources: RowSources, source_id: str, name: str, ignored: IgnoredFields) -> CanonicalRows:
     try:
-        return PackedRows(sources.rows(source_id, ignored))
+        return sources.rows(source_id, ignored)
     except NotFound as error:
         raise NotFound(f"{name}: {error}") from None
 
 
-def _sent(values: Sequence[object], name: str, ignored: IgnoredFields) -> Sequence[Row]:
+def _sent(values: Sequence[object], name: str, ignored: IgnoredFields) -> CanonicalRows:
     rows: list[Row] = []
     faults: list[FieldError] = []
     for number, value in enumerate(values):
@@ -79,7 +79,7 @@ def _sent(values: Sequence[object], name: str, ignored: IgnoredFields) -> Sequen
                 raise InvalidInput([*faults[:MAX_FAULTS], more]) from None
     if faults:
         raise InvalidInput(faults)
-    return rows
+    return CanonicalRows.of(rows)
 
 
 def _placed(error: InvalidInput, name: str, number: int) -> Iterator[FieldError]:

@@ -7,7 +7,7 @@ once its files are on the disk. Everything blocks, on disk or on the tokenizer: 
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -25,10 +25,10 @@ from server.api.train.schemas import MAX_STEPS, TrainBody
 from server.api.train.spec import build_spec, parent_terms
 from server.counted import counted
 from server.errors import Unavailable
+from server.training.data.canonical_rows import CanonicalRows
 from server.training.data.encoding import RowEncoder, texts_of
 from server.training.data.files import RowSources
 from server.training.data.job_data import DataFacts, JobData
-from server.training.data.rows import Row, data_digest
 from server.training.data.split import overlap
 from server.training.queue.job_files import TRACEPARENT_NAME, JobFiles
 from server.training.queue.jobs import FINE_TUNING, Job, Jobs
@@ -176,12 +176,12 @@ class Submissions:
             raise
         scale = len(rows.train) / max(len(first), 1)
         facts = DataFacts(
-            digest=data_digest(rows.train),
+            digest=rows.train.digest(),
             num_rows=len(rows.train),
             num_tokens=round(train.examples.num_tokens * scale),
             num_targets=round(train.examples.num_targets * scale),
             num_truncated=round(train.num_truncated * scale),
-            validation_digest=data_digest(rows.validation) if rows.validation else None,
+            validation_digest=rows.validation.digest() if rows.validation else None,
             num_validation_rows=len(rows.validation),
             num_validation_truncated=round(
                 validation.num_truncated * len(rows.validation) / max(len(held_out), 1)
@@ -202,7 +202,7 @@ class Submissions:
         return data, (*train.warnings, sampled)
 
 
-def _first(rows: Sequence[Row], max_bytes: int | None) -> Sequence[Row]:
+def _first(rows: CanonicalRows, max_bytes: int | None) -> CanonicalRows:
     """Return the first rows that have up to `max_bytes` of text, and one at least if there is any; None: all."""
     if max_bytes is not None:
         num_bytes = 0

@@ -9,7 +9,6 @@ to know: `delete` asks nobody.
 """
 
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -24,10 +23,11 @@ from typing import TYPE_CHECKING, BinaryIO, Self, cast
 
 from adapters.durable import UNFINISHED, write_json
 from adapters.errors import InvalidInput, NotFound, SmoloraError
+from server.training.data.canonical_rows import CanonicalRows
 from server.training.data.ignored import IgnoredFields
 from server.training.data.record_store import record_store
 from server.training.data.row_files import FILE, Format, format_of, read_rows, short_name
-from server.training.data.rows import Row, canonical_json, kind_of, parse_row
+from server.training.data.rows import canonical_json, kind_of
 from server.training.documents import read_document
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Dataset:
     bytes: int
     created_at: datetime  # UTC
     kinds: Mapping[str, int]  # rows of each shape: completion, messages, text
-    digest: str  # as rows.data_digest
+    digest: str  # as `CanonicalRows.digest` has it
     filename: str | None = None  # what it was before they were kept
     key_id: str | None = None  # of the API key that uploaded it
     rows_bytes: int | None = None  # of the rows as they are kept; None: of before that was counted
@@ -169,9 +169,13 @@ class DatasetStore:
         """All that can be read, newest first; the log names the others."""
         return self._records.list()
 
-    def rows(self, dataset_id: str) -> Iterator[Row]:
-        """The rows in their order. Raises NotFound at once; CorruptDataset, at the latest at the end."""
-        return _checked_rows(partial(self._records.open, dataset_id, ROWS), self.get(dataset_id))
+    def rows(self, dataset_id: str) -> CanonicalRows:
+        """The rows in their order. Raises NotFound, CorruptDataset."""
+        return CanonicalRows(self.lines(dataset_id))
+
+    def lines(self, dataset_id: str) -> Iterator[bytes]:
+        """Each row's canonical JSON. Raises NotFound at once; CorruptDataset, at the latest at the end."""
+        return _checked_lines(partial(self._records.open, dataset_id, ROWS), self.get(dataset_id))
 
     def verify(self, dataset_id: str) -> Dataset:
         """What is known of it, once all of it was read. Raises NotFound, CorruptDataset."""
@@ -219,14 +223,14 @@ class _Counted:
         return line
 
 
-def _checked_rows(open_rows: Callable[[], BinaryIO], dataset: Dataset) -> Iterator[Row]:
+def _checked_lines(open_rows: Callable[[], BinaryIO], dataset: Dataset) -> Iterator[bytes]:
     digest = hashlib.sha256()
     try:
         with open_rows() as file:
             for line in file:
                 digest.update(line)
-                yield parse_row(json.loads(line))
-    except (OSError, ValueError, InvalidInput):
+                yield line.removesuffix(b"\n")
+    except OSError:
         raise CorruptDataset(f"the rows of {dataset.id} are missing or unreadable") from None
     if digest.hexdigest() != dataset.digest:
         raise CorruptDataset(f"the rows of {dataset.id} no longer match its digest")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal, Self, cast
 
 from adapters.durable import write_json
 from adapters.errors import InvalidInput, NotFound, SmoloraError
+from server.training.data.canonical_rows import CanonicalRows
 from server.training.data.datasets import DatasetStore
 from server.training.data.ignored import IgnoredFields
 from server.training.data.record_store import record_store
@@ -172,10 +173,13 @@ class RowSources:
         self._datasets = datasets
         self._files = files
 
-    def rows(self, source_id: str, ignored: IgnoredFields | None = None) -> Iterator[Row]:
-        """The rows in their order; what else a file's have is counted. Raises NotFound at once."""
+    def rows(self, source_id: str, ignored: IgnoredFields | None = None) -> CanonicalRows:
+        """The rows in their order; what else a file's have is counted.
+
+        Raises NotFound, CorruptDataset, CorruptFile.
+        """
         if source_id.startswith(PREFIX):
-            return self._files.rows(source_id, ignored)
+            return CanonicalRows.of(self._files.rows(source_id, ignored))
         return self._datasets.rows(source_id)
 
 

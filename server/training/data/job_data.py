@@ -26,7 +26,7 @@ class AnotherBase(SmoloraError):
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The rows: those of training, and those held out. Digests are `rows.data_digest`'s."""
+    """The rows: those of training, and those held out. Digests are `CanonicalRows.digest`'s."""
 
     digest: str
     num_rows: int

@@ -9,9 +9,8 @@ A turn's content may be a list of OpenAI's parts of text, which are joined, and 
 message quotes a row's text. Tokens are `encoding.py`'s part, files `row_files.py`'s.
 """
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -127,19 +126,6 @@ def canonical_json(row: Row) -> bytes:
     else:
         document = {"text": row.text}
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def row_digest(row: Row) -> bytes:
-    """SHA-256 of the canonical JSON: equal for equal rows alone."""
-    return hashlib.sha256(canonical_json(row)).digest()
-
-
-def data_digest(rows: Iterable[Row]) -> str:
-    """SHA-256, in hexadecimal, of all rows in their order: a line of canonical JSON each."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(canonical_json(row) + b"\n")
-    return digest.hexdigest()
 
 
 def _nothing_known(strange: Sequence[str]) -> FieldError:

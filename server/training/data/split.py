@@ -1,13 +1,12 @@
 """Which rows are held out for validation: by content alone, so that the same rows always give the same split."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from heapq import merge
 from itertools import islice
 
 from adapters.errors import InvalidInput
-from server.training.data.packed_rows import PackedRows
-from server.training.data.rows import Row, row_digest
+from server.training.data.canonical_rows import CanonicalRows
 
 DEFAULT_SHARE = 0.1
 MIN_ROWS = 20
@@ -20,7 +19,7 @@ def default_share(num_rows: int) -> float:
     return DEFAULT_SHARE if num_rows >= MIN_ROWS else 0.0
 
 
-def hold_out(rows: Sequence[Row], share: float) -> tuple[Sequence[Row], Sequence[Row]]:
+def hold_out(rows: CanonicalRows, share: float) -> tuple[CanonicalRows, CanonicalRows]:
     """(train, validation), both in the order given, with no row in both.
 
     Held out are the max(1, round(share · n)) rows with the smallest SHA-256 of their canonical JSON, and all
@@ -30,16 +29,15 @@ def hold_out(rows: Sequence[Row], share: float) -> tuple[Sequence[Row], Sequence
     if not 0 <= share < 1 or not math.isfinite(share):
         raise InvalidInput.of("validation", "a share is at least 0 and below 1")
     if share == 0:
-        return rows, []
-    digests = [row_digest(row) for row in rows]
+        return rows, CanonicalRows()
+    digests = rows.digests()
     num_held_out = max(1, round(share * len(rows)))
     # of equal rows, all or none: whatever is as small as the last one counted
     last = nth_smallest(digests, num_held_out)
-    packed = rows if isinstance(rows, PackedRows) else PackedRows(rows)
-    train = packed.chosen(digest > last for digest in digests)
+    train = rows.chosen(digest > last for digest in digests)
     if not train:
         raise InvalidInput.of("validation", "leaves no row to train on; send more rows, or a share of 0")
-    return train, packed.chosen(digest <= last for digest in digests)
+    return train, rows.chosen(digest <= last for digest in digests)
 
 
 def nth_smallest(digests: Sequence[bytes], n: int) -> bytes:
@@ -49,7 +47,7 @@ def nth_smallest(digests: Sequence[bytes], n: int) -> bytes:
     return next(islice(merge(*runs), n - 1, None), b"")
 
 
-def overlap(train: Iterable[Row], validation: Iterable[Row]) -> int:
+def overlap(train: CanonicalRows, validation: CanonicalRows) -> int:
     """How many rows of `validation` are in `train` too."""
-    known = {row_digest(row) for row in train}
-    return sum(row_digest(row) in known for row in validation)
+    known = set(train.digests())
+    return sum(digest in known for digest in validation.digests())

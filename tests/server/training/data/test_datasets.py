@@ -15,8 +15,9 @@ import pytest
 from adapters.durable import ABANDONED_AFTER, UNFINISHED
 from adapters.errors import InvalidInput, NotFound
 from server.errors import QueueFull
+from server.training.data.canonical_rows import CanonicalRows
 from server.training.data.datasets import FACTS, ROWS, CorruptDataset, Dataset, DatasetStore
-from server.training.data.rows import CompletionRow, Row, TextRow, data_digest
+from server.training.data.rows import CompletionRow, Row, TextRow, canonical_json
 from tests.buckets import EITHER
 from tests.small_disk import refuse_folders
 
@@ -50,7 +51,7 @@ def files(store: DatasetStore, tmp_path: Path) -> list[str]:
 
 def test_what_was_put_is_there(store: DatasetStore, open_store: OpenStore) -> None:
     dataset = put(store, JSONL + b'{"text": "a"}\n')
-    assert dataset.id == f"ds-{data_digest([*ROWS_OF_BOTH, TextRow('a')])[:32]}"
+    assert dataset.id == f"ds-{CanonicalRows.of([*ROWS_OF_BOTH, TextRow('a')]).digest()[:32]}"
     assert (dataset.format, dataset.num_rows, dataset.bytes) == ("jsonl", 3, len(JSONL) + 14)
     assert dataset.kinds == {"completion": 2, "text": 1}
     assert abs(dataset.created_at.timestamp() - time.time()) < 60
@@ -78,10 +79,10 @@ def test_newest_first(store: DatasetStore) -> None:
 
 def test_a_deleted_one_is_gone_and_may_come_back(store: DatasetStore, tmp_path: Path) -> None:
     dataset = put(store, JSONL)
-    reading = store.rows(dataset.id)
-    assert next(reading) == ROWS_OF_BOTH[0]
+    reading = store.lines(dataset.id)
+    assert next(reading) == canonical_json(ROWS_OF_BOTH[0])
     store.delete(dataset.id)
-    assert list(reading) == ROWS_OF_BOTH[1:]  # who reads reads on
+    assert list(CanonicalRows(reading)) == ROWS_OF_BOTH[1:]  # who reads reads on
     assert store.list() == []
     assert files(store, tmp_path) == []
     for use in (store.get, store.rows, store.delete):

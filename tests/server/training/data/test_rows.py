@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from adapters.errors import InvalidInput
 from server.model.text.chat import ChatMessage
+from server.training.data.canonical_rows import CanonicalRows
 from server.training.data.ignored import IgnoredFields
-from server.training.data.packed_rows import PackedRows
 from server.training.data.rows import (
     MAX_FAULTS,
     CompletionRow,
@@ -18,10 +18,8 @@ from server.training.data.rows import (
     Row,
     TextRow,
     canonical_json,
-    data_digest,
     kind_of,
     parse_row,
-    row_digest,
 )
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -79,7 +77,7 @@ def test_turns_of_the_assistant_may_be_read_alone() -> None:
     assert canonical_json(weighted) == canonical_json(plain).replace(
         b'{"content":"OK","role":"assistant"}', b'{"content":"OK","role":"assistant","weight":0}'
     )
-    assert list(PackedRows([plain, weighted, plain])) == [plain, weighted, plain]
+    assert list(CanonicalRows.of([plain, weighted, plain])) == [plain, weighted, plain]
     for weight in (2, -1, 0.5, True, "0", [0]):
         messages[1]["weight"] = weight
         assert faults(document) == [("messages", 1, "weight")]
@@ -242,10 +240,13 @@ def test_canonical_json_to_the_byte() -> None:
     assert canonical_json(CompletionRow("é\n", '"\x00')) == b'{"completion":"\\"\\u0000","prompt":"\xc3\xa9\\n"}'
     row = MessagesRow((ChatMessage("assistant", "/"),))
     assert canonical_json(row) == b'{"messages":[{"content":"/","role":"assistant"}]}'
-    assert row_digest(TextRow("a")).hex() == hashlib.sha256(b'{"text":"a"}').hexdigest()
+    assert CanonicalRows.of([TextRow("a")]).digests()[0].hex() == hashlib.sha256(b'{"text":"a"}').hexdigest()
 
 
 def test_the_data_digest_is_of_rows_in_order() -> None:
     rows: list[Row] = [TextRow("a"), CompletionRow("b", "c")]
-    assert data_digest(rows) == hashlib.sha256(b'{"text":"a"}\n{"completion":"c","prompt":"b"}\n').hexdigest()
-    assert data_digest(rows[::-1]) != data_digest(rows)
+    assert (
+        CanonicalRows.of(rows).digest()
+        == hashlib.sha256(b'{"text":"a"}\n{"completion":"c","prompt":"b"}\n').hexdigest()
+    )
+    assert CanonicalRows.of(rows[::-1]).digest() != CanonicalRows.of(rows).digest()

@@ -13,7 +13,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adapters.errors import InvalidInput
-from server.training.data.rows import CompletionRow, Row, TextRow
+from server.training.data.canonical_rows import CanonicalRows
+from server.training.data.rows import CompletionRow, TextRow
 from server.training.data.split import default_share, hold_out, nth_smallest, overlap
 
 TEXTS = st.lists(st.text("abc", min_size=1, max_size=2), min_size=1, max_size=40)
@@ -26,7 +27,7 @@ def digest(text: str) -> str:
 
 
 def split(texts: list[str], share: float) -> tuple[list[str], list[str]]:
-    train, validation = hold_out([TextRow(text) for text in texts], share)
+    train, validation = hold_out(CanonicalRows.of(TextRow(text) for text in texts), share)
     return [row.text for row in train if isinstance(row, TextRow)], [
         row.text for row in validation if isinstance(row, TextRow)
     ]
@@ -107,8 +108,8 @@ def test_by_hand() -> None:
 
 
 def test_none() -> None:
-    assert hold_out([TextRow("a")], 0) == ([TextRow("a")], [])
-    assert hold_out([], 0) == ([], [])
+    assert split(["a"], 0) == (["a"], [])
+    assert split([], 0) == ([], [])
 
 
 @pytest.mark.parametrize("texts", [[], ["a"], ["a", "a", "a"]])
@@ -121,7 +122,7 @@ def test_something_must_be_left_to_train_on(texts: list[str]) -> None:
 @pytest.mark.parametrize("share", [-0.1, 1.0, 2.0, float("nan"), float("inf")])
 def test_a_share_is_a_share(share: float) -> None:
     with pytest.raises(InvalidInput):
-        hold_out([TextRow("a"), TextRow("b")], share)
+        split(["a", "b"], share)
 
 
 def test_what_is_held_out_unasked() -> None:
@@ -129,7 +130,7 @@ def test_what_is_held_out_unasked() -> None:
 
 
 def test_overlap_counts_validation_rows() -> None:
-    train: list[Row] = [TextRow("a"), TextRow("a"), CompletionRow("a", "b")]
-    validation: list[Row] = [TextRow("a"), TextRow("b"), CompletionRow("a", "b"), TextRow("a")]
+    train = CanonicalRows.of([TextRow("a"), TextRow("a"), CompletionRow("a", "b")])
+    validation = CanonicalRows.of([TextRow("a"), TextRow("b"), CompletionRow("a", "b"), TextRow("a")])
     assert overlap(train, validation) == 3
     assert overlap(*hold_out(train, 0.3)) == 0

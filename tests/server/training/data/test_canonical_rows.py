@@ -1,4 +1,4 @@
-"""Rows that are kept in few bytes are the rows that were given."""
+"""Rows that are kept as their canonical JSON are the rows that were given."""
 
 import io
 import tracemalloc
@@ -10,29 +10,30 @@ from hypothesis import strategies as st
 from server.api.train.rows import choose_rows
 from server.api.train.schemas import TrainBody
 from server.model.text.chat import ChatMessage
+from server.training.data.canonical_rows import CanonicalRows
 from server.training.data.datasets import DatasetStore
 from server.training.data.files import FileStore, RowSources
-from server.training.data.packed_rows import PackedRows
 from server.training.data.rows import CompletionRow, MessagesRow, Row, TextRow
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
-TURN = st.builds(ChatMessage, st.sampled_from(["system", "user", "assistant"]), TEXT)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=5)
+TURN = st.builds(ChatMessage, st.sampled_from(["system", "user"]), TEXT)
+ANSWER = st.builds(ChatMessage, st.just("assistant"), TEXT)
 ROW: st.SearchStrategy[Row] = st.one_of(
     st.builds(CompletionRow, TEXT, TEXT),
     st.builds(TextRow, TEXT),
-    st.builds(MessagesRow, st.lists(TURN, min_size=1, max_size=3).map(tuple)),
+    st.builds(lambda *turns: MessagesRow(turns), TURN, ANSWER, TURN, ANSWER),
 )
 
 
 @given(st.lists(ROW, max_size=6), st.data())
 def test_they_come_back(rows: list[Row], data: st.DataObject) -> None:
-    packed = PackedRows(rows)
-    assert len(packed) == len(rows)
-    assert list(packed) == rows
-    assert [packed[number] for number in range(len(rows))] == rows
-    assert packed[1:3] == rows[1:3]
+    kept = CanonicalRows.of(rows)
+    assert len(kept) == len(rows)
+    assert list(kept) == rows
+    assert [kept[number] for number in range(len(rows))] == rows
+    assert list(kept[1:3]) == rows[1:3]
     flags = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
-    assert list(packed.chosen(flags)) == [row for row, flag in zip(rows, flags, strict=True) if flag]
+    assert list(kept.chosen(flags)) == [row for row, flag in zip(rows, flags, strict=True) if flag]
 
 
 def test_rare_characters_take_no_more_memory(tmp_path: Path) -> None:
