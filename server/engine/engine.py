@@ -174,8 +174,13 @@ class Engine:
                 self._masks.prepare(self.scheduler.running)
             step = self.scheduler.schedule()
         except Exception as reason:
-            # what it failed before that was in the step that is lost
-            return self._fail_step(reason, [s for s in self._streams if s.status is Status.FINISHED])
+            # what `schedule` failed before was in the step that is lost
+            lost = [s for s in self._streams if s.status is Status.FINISHED]
+            culprit = self.scheduler.at_work
+            if culprit is None:
+                return self._fail_step(reason, lost)
+            log.exception("a sequence failed while its step was scheduled")
+            return [self._fail(sequence, GenerationFailed(_STEP_FAILED)) for sequence in [*lost, culprit]]
         outputs = [self._fail(failed.sequence, failed.error) for failed in step.failed]
         if not step.chunks:
             return outputs

@@ -113,6 +113,7 @@ class Scheduler:
         self.blocks = blocks
         self.num_preemptions = 0
         self.running: list[Sequence] = []  # in order of admission
+        self.at_work: Sequence | None = None  # whose turn it was, if `schedule` raised
         self._adapters = adapters
         self._clock = clock
         self._prompt_room = PromptRoom(limits.max_num_seqs, limits.prefill_share) if cuts_anywhere else None
@@ -162,6 +163,7 @@ class Scheduler:
     def schedule(self) -> Step:
         """Return the next step. Blocks for its tokens are in the sequences' block tables."""
         failed: list[Failed] = []
+        self.at_work = None
         num_preemptions = self.num_preemptions
         due = self._due()
         chunks = self._chunks({s: s.num_tokens for s in self._able(due) if s.is_decoding})
@@ -193,8 +195,10 @@ class Scheduler:
         """Make a chunk for each sequence up to its stop, unless it is preempted for an older one."""
         chunks = []
         for sequence, stop in stops.items():
+            self.at_work = sequence
             if sequence.status is Status.RUNNING and self._make_room(sequence, stop):
                 chunks.append(Chunk(sequence, sequence.num_computed_tokens, stop))
+        self.at_work = None
         return chunks
 
     def _prefill_stops(self, prompts: Seq[Sequence], num_decodes: int) -> dict[Sequence, int]:
@@ -307,7 +311,10 @@ class Scheduler:
             sequence = queue.first
             if sum(num for num in remainders if num <= sequence.num_tokens) >= budget:
                 break  # it would wait for shorter prompts in the batch, too
-            match self._try_admit(queue):
+            self.at_work = sequence
+            verdict = self._try_admit(queue)
+            self.at_work = None
+            match verdict:
                 case _Verdict.ADMITTED:
                     turn.take_first()
                     queue.num_bypassed = 0

@@ -213,13 +213,25 @@ class BrokenStream(TextStream):
 def break_(engine: Engine, what: str) -> None:
     """Break something of the request "bad", which has been added."""
     bad = next(sequence for sequence in engine._streams if sequence.request.request_id == "bad")
-    mark_computed = engine.blocks.mark_computed
+    mark_computed, reserve, admit = engine.blocks.mark_computed, engine.blocks.reserve, engine.blocks.admit
 
     def mark(sequence: Sequence) -> None:
         assert sequence is not bad or sequence.num_output_tokens < 2, "a secret of the cache"
         mark_computed(sequence)
 
+    def reserve_some(sequence: Sequence, num_tokens: int) -> bool:
+        assert sequence is not bad or sequence.num_output_tokens < 2, "a secret of the cache"
+        return reserve(sequence, num_tokens)
+
+    def admit_others(sequence: Sequence, *, num_spare_blocks: int) -> bool:
+        assert sequence is not bad, "a secret of the cache"
+        return admit(sequence, num_spare_blocks=num_spare_blocks)
+
     match what:
+        case "room":
+            vars(engine.blocks)["reserve"] = reserve_some
+        case "admission":
+            vars(engine.blocks)["admit"] = admit_others
         case "grammar":
             bad.constraint = BrokenConstraint(engine._vocab_size)
         case "blocks":
@@ -229,12 +241,13 @@ def break_(engine: Engine, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "num_tokens"), [("text", 2), ("end of the text", 15), ("grammar", 2), ("blocks", 2)]
+    ("what", "num_tokens"),
+    [("text", 2), ("end of the text", 15), ("grammar", 2), ("blocks", 2), ("room", 2), ("admission", 0)],
 )
 def test_what_fails_for_one_sequence_fails_no_other(
     tiny_base: BaseModel, what: str, num_tokens: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever comes after a step's forward: the detokenizer, a grammar, the blocks of the cache."""
+    """The detokenizer, a grammar, and the cache's blocks, before a step's forward pass and after it."""
     bad, *fine = [GenerationRequest(name, prompt(10, seed=ord(name[0])), GREEDY) for name in ("bad", "one", "two")]
     expected = run(build_engine(tiny_base), fine)
     engine = build_engine(tiny_base)
@@ -257,7 +270,7 @@ def test_what_fails_for_one_sequence_fails_no_other(
     assert [output.finish_reason for output in of_bad] == [None] * num_tokens + ["abort"]
     assert isinstance(failed.error, GenerationFailed)
     assert "secret" not in str(failed.error)
-    assert caplog.text.count("a sequence failed after its step") == 1
+    assert caplog.text.count("a sequence failed") == 1
     assert engine.num_failures == 0
     check_idle(engine)
 
