@@ -184,6 +184,11 @@ def has_done(home: Path, num_steps: int, job_id: str = "j1") -> bool:
     return len(steps_done(home, job_id)) >= num_steps
 
 
+def has_begun(jobs: Jobs, job_id: str, token: int) -> bool:
+    """Whether that attempt has begun, and perhaps later ones."""
+    return jobs.get(job_id).attempt >= token
+
+
 def is_paused(jobs: Jobs, job_id: str) -> bool:
     return jobs.get(job_id).status is Status.PAUSED
 
@@ -230,7 +235,7 @@ def test_killed_at_random_it_ends_as_if_undisturbed(
 ) -> None:
     """SIGKILL to the process of the job, or to the worker, whose process must then die as well."""
     num_steps, rng = 200, random.Random(1)
-    submit_stub(tmp_path, jobs, "j1", steps=num_steps, seconds=0.01, every=7)
+    submit_stub(tmp_path, jobs, "j1", steps=num_steps, seconds=0.01, every=7, hold=True)  # it outlasts the kills
     kills = ["worker", "child"] * 2
     rng.shuffle(kills)
     for kill in kills:
@@ -238,14 +243,15 @@ def test_killed_at_random_it_ends_as_if_undisturbed(
             seen = len(steps_done(tmp_path, "j1"))
             until(partial(has_done, tmp_path, seen + 1))
             time.sleep(rng.uniform(0, 0.15))
-            child = child_of(tmp_path, "j1")
+            token, child, _ = steps_done(tmp_path, "j1")[-1]
             if kill == "child":
                 with suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
-                until(lambda: jobs.get("j1").attempt > steps_done(tmp_path, "j1")[-1][0])
+                until(partial(has_begun, jobs, "j1", token + 1))
             worker.kill()
             until(partial(is_gone, child), 2.0)
     assert jobs.get("j1").status is Status.RUNNING
+    (tmp_path / "jobs/j1/go").touch()
     with worker_process(tmp_path):
         until(lambda: jobs.get("j1").status.has_ended)
     job = check_published_once(jobs, engine, "j1", num_steps)
