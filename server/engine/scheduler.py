@@ -154,9 +154,12 @@ class Scheduler:
         self._give_back(sequence)
         sequence.status = Status.FINISHED
 
-    def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
-        """A step of these chunks took so long."""
-        self._shares.charge(chunks, seconds, self._num_running())
+    def observe(self, chunks: Seq[Chunk], seconds: float, worked: float) -> None:
+        """Note how long a step of these chunks took, and how long the engine's thread worked on it.
+
+        The projects are charged for the work alone: what else holds a step up isn't their fault.
+        """
+        self._shares.charge(chunks, worked, self._num_running())
         if self._prompt_room is not None:
             self._prompt_room.observe(chunks, seconds)
 
