@@ -22,7 +22,10 @@ class Limits(BaseModel):
         description="Seconds after which a reader that takes nothing is cut off.",
     )
     request_timeout: float = Field(
-        default=600, gt=0, le=86_400, description="Seconds from a generation's acceptance to its last token."
+        default=600,
+        gt=0,
+        le=86_400,
+        description="Seconds from a generation's acceptance to its last token, and of an import from the hub.",
     )
     queue_timeout: float = Field(
         default=10,
