@@ -92,7 +92,7 @@ class Simulation:
         self.admissions += admitted
         self._check_displaced(before, admitted)
         self.failed += [failed.sequence for failed in step.failed]
-        self._check_step(step)
+        self._check_step(step, before)
         if self.step_seconds is not None and step.chunks:
             seconds = self.step_seconds(sum(chunk.num_tokens for chunk in step.chunks))
             self.scheduler.observe(step.chunks, seconds, seconds)
@@ -163,7 +163,7 @@ class Simulation:
         assert len({victim.request.project for victim in preempted}) == 1
         self.displaced += preempted
 
-    def _check_step(self, step: Step) -> None:
+    def _check_step(self, step: Step, before: list[Sequence]) -> None:
         scheduler, limits = self.scheduler, self.limits
         assert len(scheduler.running) <= limits.max_num_seqs
         scheduled = [chunk.sequence for chunk in step.chunks]
@@ -181,7 +181,7 @@ class Simulation:
             for position in range(chunk.start):
                 read = self._content[self._place(sequence, position)]
                 assert read == self._truth(sequence, position), "it reads another's keys and values"
-        decoding = [s for s in scheduler.running if s.is_decoding]
+        decoding = [s for s in scheduler.running if s.is_decoding and s in before]
         if self.step_seconds is None:  # else projects that have had their share sit out
             assert set(decoding) <= set(scheduled), "a running sequence missed a step"
         prefilled = sum(c.stop - c.start for c in step.chunks if c.sequence not in decoding)
