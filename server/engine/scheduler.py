@@ -5,9 +5,9 @@ budget between the prompts. Chunk borders are multiples of `chunk_size`, whateve
 borders anywhere, they are where the budget ends, and the budget follows the measured cost of prompts
 (`prompt_room`).
 
-Prompts: while several projects send requests, a step reads what takes `QUICK_STEP` at most, since a project that
-begins has to wait for the step that is under way. The oldest prompt gets at least half of the budget, so it can't
-starve; the rest goes to the shortest remainders first, so a short prompt doesn't wait behind a long one.
+Prompts: while several projects send requests, steps with prompts take about `QUICK_STEP` at most, since a project
+that begins has to wait for the step that is under way. The oldest prompt gets at least half of the budget, so it
+can't starve; the rest goes to the shortest remainders first, so a short prompt doesn't wait behind a long one.
 
 Projects: engine time is shared equally (`shares`); a project that has had more than its share sits out. Waiting
 projects take turns, those with the fewest sequences running first, and so do the adapter sets of each
@@ -39,7 +39,7 @@ from server.engine.waiting_set import Adapters, WaitingSet
 from server.engine.watching.prompt_room import PromptRoom
 
 QUICK_STEP = 0.04
-"""Seconds that the prompts of a step may take while several projects send requests."""
+"""Seconds that a step with prompts may take while several projects send requests."""
 _COMPANY_SECONDS = 60.0  # a project counts as one that sends requests for so long after its last one
 _MAX_ROW_SHARE = 0.75
 """Of the rank rows: a project that holds more gives way to another that needs some, however many those are."""
@@ -236,7 +236,7 @@ class Scheduler:
         """Return the prompt tokens of a step: the decodes' next tokens wait for all of them."""
         room, most = self._prompt_room, self.limits.max_prefill_tokens
         if len(self._seen) > 1:
-            most = min(most, self.limits.chunk_size if room is None else room.within(QUICK_STEP))
+            most = min(most, self.limits.chunk_size if room is None else room.within(QUICK_STEP, num_decodes))
         if not num_decodes:
             return most
         return min(

@@ -29,9 +29,9 @@ class PromptRoom:
         """Tokens of prompts in a step of so many decoding sequences, one or more."""
         return max(_LEAST, int(self._slower / self._costs.of(num_decoding)))
 
-    def within(self, seconds: float) -> int:
-        """Return how many tokens of prompts are read in about this time."""
-        return max(_LEAST, int(seconds / self._token_seconds))
+    def within(self, seconds: float, num_decoding: int = 0) -> int:
+        """Return how many tokens of prompts make a step of about this time, with so many decoding sequences."""
+        return max(_LEAST, int(seconds / self._token_seconds) - num_decoding)
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
         """Note that a step of these chunks took so long. Drafts belong to the decodes."""

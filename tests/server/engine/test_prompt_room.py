@@ -67,5 +67,6 @@ def test_a_step_that_is_held_up_counts_little() -> None:
     for _ in range(100):
         room.observe(chunks(0, 100), 0.1)
     assert room.within(0.04) == pytest.approx(40, abs=1)
+    assert room.within(0.04, num_decoding=10) == pytest.approx(30, abs=1)
     room.observe(chunks(0, 20), 0.9)
     assert room.within(0.04) >= 30

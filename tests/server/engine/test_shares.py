@@ -9,6 +9,7 @@ import pytest
 
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.runner import Drawn, Runner
+from server.engine.scheduler import QUICK_STEP
 from server.engine.sequence import Chunk, Sequence, Status
 from server.engine.shares import SLACK, ProjectShares
 from server.model.base.weights import BaseModel
@@ -272,6 +273,23 @@ def test_a_project_that_begins_does_not_wait_for_shorter_prompts_of_another() ->
     sim.step()
     assert begun.status is Status.RUNNING
     assert other.status is Status.WAITING, "it has to wait for shorter prompts of its project"
+
+
+def test_steps_are_short_while_several_projects_send_requests() -> None:
+    """And as long as ever a minute after the last request of another project."""
+    sim = timed(num_blocks=4000, max_num_seqs=32, max_prefill_tokens=512, drafts=True)
+    add(sim, "a", 1, 3, length=20_000)
+
+    def num_tokens() -> int:
+        return sum(chunk.num_tokens for chunk in sim.step().chunks)
+
+    assert [num_tokens() for _ in range(10)] == [512] * 10
+    (short,) = add(sim, "b", 1, 2)
+    seconds_to_finish(sim, short)
+    assert seconds_of(max(num_tokens() for _ in range(10))) < 1.2 * QUICK_STEP
+    sim.num_steps += 60  # the scheduler's clock
+    add(sim, "a", 1, 1)
+    assert num_tokens() == 512
 
 
 def test_equal_projects_run_in_the_same_steps() -> None:
