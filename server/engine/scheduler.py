@@ -7,7 +7,8 @@ borders anywhere, they are where the budget ends, and the budget follows the mea
 
 Prompts: while several projects send requests, steps with prompts take about `QUICK_STEP` at most, since a project
 that begins has to wait for the step that is under way. The oldest prompt gets at least half of the budget, so it
-can't starve; the rest goes to the shortest remainders first, so a short prompt doesn't wait behind a long one.
+can't starve. The rest goes to the project that has had the least engine time first, and of its prompts to the
+shortest remainders, so a short prompt doesn't wait behind a long one.
 
 Projects: engine time is shared equally (`shares`); a project that has had more than its share sits out. Waiting
 projects take turns, those with the fewest sequences running first, and so do the adapter sets of each
@@ -205,14 +206,14 @@ class Scheduler:
         return chunks
 
     def _prefill_stops(self, prompts: Seq[Sequence], num_decodes: int) -> dict[Sequence, int]:
-        """Share the budget: at least half for the oldest prompt, the rest for the shortest remainders first."""
+        """Share the budget: at least half for the oldest prompt, the rest by project and remainder."""
         if not prompts:
             return {}
         oldest, *others = prompts
         budget = self._prefill_budget(num_decodes)
         num_reserved = self._num_reserved(oldest, budget) if others else 0
         stops: dict[Sequence, int] = {}
-        for sequence in sorted(others, key=self._remainder):
+        for sequence in sorted(others, key=lambda s: (self._shares.used(s.request.project), self._remainder(s))):
             if budget > num_reserved:
                 stops[sequence] = self._chunk_stop(sequence, budget - num_reserved)
                 budget -= stops[sequence] - sequence.num_computed_tokens

@@ -34,6 +34,10 @@ class ProjectShares:
         self._used[project] = min(max(self._used.get(project, least), least), self._floor + _MAX_LEAD)
         self._resting.discard(project)
 
+    def used(self, project: str) -> float:
+        """Return the clock of a project that has something running, or would begin."""
+        return self._used[project]
+
     def lead(self, project: str, other: str) -> float:
         """Return by how many seconds one project's clock is ahead of another's."""
         return self._used[project] - self._used[other]

@@ -275,6 +275,20 @@ def test_a_project_that_begins_does_not_wait_for_shorter_prompts_of_another() ->
     assert other.status is Status.WAITING, "it has to wait for shorter prompts of its project"
 
 
+def test_short_prompts_of_one_project_do_not_hold_up_a_longer_one_of_another() -> None:
+    """Although more and more of them come, and all are shorter than what the other still has to read."""
+    sim = timed(num_blocks=4000, max_num_seqs=32, max_prefill_tokens=16, drafts=True)
+    add(sim, "a", 1, 3, length=2000)
+    sim.step()
+    (longer,) = add(sim, "b", 1, 1, length=64)
+    num_steps = 0
+    while longer not in sim.finished:
+        add(sim, "a", 2, 1, length=8)
+        sim.step()
+        num_steps += 1
+    assert num_steps <= 64 / 8 + 1
+
+
 def test_steps_are_short_while_several_projects_send_requests() -> None:
     """And as long as ever a minute after the last request of another project."""
     sim = timed(num_blocks=4000, max_num_seqs=32, max_prefill_tokens=512, drafts=True)
