@@ -24,6 +24,8 @@ from server.limits import Limits
 
 _UNSENT_BYTES = 128 << 10
 """Of an answer, in the kernel: without a bound it takes megabytes for a reader that has stopped."""
+_READ_BYTES = 64 << 10
+"""Of a connection, before others have their turn: with asyncio's 256 KiB, 400 uploads keep everybody waiting."""
 _OTHER_FILES = 512
 _LOOK_SECONDS = 1.0
 
@@ -100,6 +102,7 @@ class Connection(H11Protocol):
     _unsent_since = 0.0  # when that number last changed
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        vars(transport)["max_size"] = _READ_BYTES  # asyncio has no other way to set it
         # Nothing is added to what is unsent: it shrinks, or the reader takes nothing.
         transport.set_write_buffer_limits(high=0)
         if (option := getattr(socket, "TCP_NOTSENT_LOWAT", None)) is not None:

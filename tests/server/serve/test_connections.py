@@ -303,3 +303,26 @@ def test_files_are_allowed_as_far_as_the_system_does(
     monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
     assert allow_files(Limits(max_connections=1024)).max_connections == 32
     assert allow_files(Limits(max_connections=20)).max_connections == 20
+
+
+async def test_large_bodies_are_read_in_small_pieces() -> None:
+    """So that many uploads at once delay no request for long."""
+    bench, sizes = Bench(), list[int]()
+
+    class Counting(bench.connections.protocol):  # type: ignore[misc, name-defined]
+        def data_received(self, data: bytes) -> None:
+            sizes.append(len(data))
+            super().data_received(data)
+
+    bench.go.set()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Counting(bench._config, ServerState(), {}), "127.0.0.1", 0)
+    async with server:
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        body = b"x" * 1_000_000
+        writer.write(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n" % len(body) + HEADERS + body)
+        assert b"200" in await reader.readline()
+        while sum(sizes) < len(body):
+            await asyncio.sleep(0.001)
+        writer.close()
+    assert max(sizes) <= 64 << 10
