@@ -1,14 +1,40 @@
 """Where the server listens, and for whom. Quick to import: what can't be is known before anything slow begins."""
 
 import errno
+import math
 import socket
+import time
+from typing import Any
 
 from server.config import PREFIX, Settings, is_loopback
 from server.errors import StartupError
 from server.home import Home
 from server.program import program
 
+_RETRY_SECONDS = 0.5  # less than asyncio waits
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 it is what is not shown
+
+
+class Listener(socket.socket):
+    """A listening socket on which asyncio may accept several connections in a turn.
+
+    If no file is left for one, asyncio reports that and tries again after a second, but in the same turn it would
+    try, report and plan to try again for each of the others, too.
+    """
+
+    _failed_at = -math.inf
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Accept a connection. Raises BlockingIOError if there is none, or for a moment after another OSError."""
+        if time.monotonic() - self._failed_at < _RETRY_SECONDS:
+            raise BlockingIOError
+        try:
+            return super().accept()
+        except BlockingIOError:
+            raise
+        except OSError:
+            self._failed_at = time.monotonic()
+            raise
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -20,7 +46,7 @@ def bind(host: str, port: int) -> socket.socket:
     # Of a name with both, such as localhost, IPv4: that is where commands and health checks look for a server.
     found.sort(key=lambda one: one[0] is not socket.AF_INET)
     for family, kind, protocol, _, address in found:
-        bound = socket.socket(family, kind, protocol)
+        bound = Listener(family, kind, protocol)
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)

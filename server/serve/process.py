@@ -139,9 +139,9 @@ class Process:
             forwarded_allow_ips=as_seen(trusted_proxies),
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_FLUSH_SECONDS,
-            # So many does asyncio take at once; where no file is left for one, it tells so as many times and
-            # tries again as often. How many may wait, `_Server` says.
-            backlog=1,
+            # asyncio accepts so many connections in a turn. With 1, a new one waited 2 s behind a burst of 400.
+            # `_Server` says how many may wait.
+            backlog=16,
         )
         self._server = _Server(config)
         self._engine = engine

@@ -79,13 +79,11 @@ async def test_it_answers_and_ends_by_a_signal(app: FastAPI, engine: FakeEngine)
 
 
 async def test_connections_that_no_file_can_be_opened_for_wait(app: FastAPI, engine: FakeEngine) -> None:
-    """It tells so once or twice a second, by Python's version: asyncio would as often as connections may wait, and
-    again as often each time.
-    """
-    told: list[str] = []
+    """It says so once or twice a second, by Python's version, however many wait."""
+    reports: list[str] = []
     loop = asyncio.get_running_loop()
     usual = loop.get_exception_handler()
-    loop.set_exception_handler(lambda _, context: told.append(context["message"]))
+    loop.set_exception_handler(lambda _, context: reports.append(context["message"]))
     async with serving(app, engine) as server:
         port = server.client.base_url.port
         assert port is not None
@@ -96,8 +94,8 @@ async def test_connections_that_no_file_can_be_opened_for_wait(app: FastAPI, eng
                     client.settimeout(5)
                     client.connect(("127.0.0.1", port))  # while the server's loop does nothing
                 await asyncio.sleep(0.5)
-            assert 0 < len(told) <= 2
-            assert set(told) == {"socket.accept() out of system resource"}
+            assert 0 < len(reports) <= 2
+            assert set(reports) == {"socket.accept() out of system resource"}
             loop.set_exception_handler(usual)
             assert (await server.client.get("/health")).status_code == 200
             for client in waiting:
