@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from server import logs
-from server.config import Flag, SettingsT, WorkerSettings, load
+from server.config import Flag, SettingsT, WorkerSettings, described, load
 from server.config.environment import log_format
 from server.errors import StartupError
 
@@ -73,10 +73,5 @@ def _type(of: type[WorkerSettings], name: str) -> type:
 
 
 def _help(kind: type[WorkerSettings], name: str) -> str:
-    """With the default, where the field has one: what None stands for, its description says."""
-    field = kind.model_fields[name]
-    default = field.default
-    if default is None or default == ():
-        return field.description or ""
-    shown = {True: "yes", False: "no"}[default] if isinstance(default, bool) else f"{default}"
-    return f"{field.description} Default: {shown}."
+    meaning, default = described(kind, name)
+    return f"{meaning} Default: {default}." if default else meaning
