@@ -1,10 +1,10 @@
-"""Settings that hold the server upright under load and attack; `server.config.Settings` has them among its own."""
+"""Settings that protect the server under load and attack; `server.config.Settings` inherits them."""
 
 from pydantic import BaseModel, ByteSize, Field
 
 
 class Limits(BaseModel):
-    """Times are seconds."""
+    """Limits of connections, requests and disk space. Times are seconds."""
 
     max_connections: int = Field(
         default=1024,

@@ -1,6 +1,6 @@
-"""Settings of many machines; `server.config.WorkerSettings` has them among its own.
+"""Settings of many machines; `server.config.WorkerSettings` inherits them.
 
-Credentials, region and endpoint of an object store are the usual AWS_ variables, which obstore reads by itself.
+obstore itself reads an object store's credentials, region and endpoint from the usual AWS_ variables.
 """
 
 import re
@@ -12,7 +12,7 @@ _URL = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w.=-]+)*/?|file:///
 
 
 class SharedSettings(BaseModel):
-    """Where the bytes are that machines share."""
+    """Where machines share their bytes."""
 
     bytes_url: str | None = Field(
         default=None,

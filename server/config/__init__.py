@@ -1,8 +1,9 @@
 """Every setting of the server, from `SMOLORA_` environment variables and from `serve`'s flags.
 
-Built once by the command line, which makes a flag of each field, and passed in; nothing else reads the
-environment. A flag wins over its variable, and an empty variable counts as unset. What `auto` and None come to is
-decided where the hardware is known (`server.model`, `server.engine`).
+The command line builds the settings once, with a flag for each field, and passes them in; nothing else reads the
+environment. A flag wins over its variable, and an empty variable counts as unset. `server.model` and
+`server.engine` know the hardware and decide what `auto` and None mean. `--help` and docs/settings.md show the
+fields' descriptions.
 """
 
 import ipaddress
@@ -25,8 +26,8 @@ from server.shared import SharedSettings
 PREFIX = "SMOLORA_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
-_TRAIN_MEMORY = 0.5  # beside a server
-_OTHER_VARIABLES = ("URL", "API_KEY")  # of the commands that speak to a server
+_TRAIN_MEMORY = 0.5  # the server has the rest
+_OTHER_VARIABLES = ("URL", "API_KEY")  # read by commands that call a server
 
 _SWITCHES = {"true": "1", "yes": "1", "on": "1", "false": "0", "no": "0", "off": "0"}
 
@@ -39,9 +40,9 @@ Flag = str | int | float | bool | Path | None
 
 
 class WorkerSettings(SharedSettings, BaseSettings):
-    """What a training worker needs to know, and `serve` as well.
+    """Settings of a training worker, which `serve` has, too.
 
-    What is secret is in no dump and in no flag of a process that is started: those find it in their environment.
+    Secrets are in no dump and in no flag of a child process: children find them in their environment.
     """
 
     model_config = SettingsConfigDict(
@@ -116,7 +117,7 @@ class WorkerSettings(SharedSettings, BaseSettings):
 
     @property
     def database(self) -> str | None:
-        """The URL of the database, with its password; None: it is the file in HOME."""
+        """Return the database's URL with its password, or None if it is the file in HOME."""
         return None if self.database_url is None else self.database_url.get_secret_value()
 
     @field_validator("database_url", mode="after")
@@ -128,7 +129,7 @@ class WorkerSettings(SharedSettings, BaseSettings):
 
 
 class Settings(Limits, WorkerSettings):
-    """One field for each variable; `kv_cache_bytes` and `adapter_cache_bytes` also read "2GiB" and the like."""
+    """Settings of `serve`: one field for each variable. Sizes in bytes also read "2GiB" and the like."""
 
     host: str = Field(
         "127.0.0.1",
@@ -218,30 +219,30 @@ class Settings(Limits, WorkerSettings):
 
     @property
     def training_memory(self) -> float:
-        """The share of a GPU's memory that is left to the workers, all together."""
+        """Return the share of a GPU's memory that all workers have together."""
         return (self.train_memory or _TRAIN_MEMORY) if self.workers else 0.0
 
     @property
     def allows_guests(self) -> bool:
-        """Whether a client without a key may generate and train, whatever keys there are."""
+        """Return whether a client without a key may generate and train, even if keys exist."""
         return self.allow_anonymous == "1"
 
     @property
     def of_a_worker(self) -> WorkerSettings:
-        """What each of the workers is told."""
+        """Return the settings of each worker."""
         share = self.training_memory / self.workers if self.workers else None
         return self.model_copy(update={"train_memory": share})
 
     @field_validator("allow_anonymous", mode="before")
     @classmethod
     def _switch(cls, value: object) -> object:
-        """Take what other switches take, such as true, for 1 and 0."""
+        """Accept the words of other switches, such as true, for 1 and 0."""
         return _SWITCHES.get(str(value).lower(), value)
 
     @field_validator("api_keys", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
-        """Commas separate keys; of `@FILE` its name is kept, since the server reads it again when it changes."""
+        """Split keys at commas; keep the name of `@FILE`, since the server reads it again when it changes."""
         if not isinstance(value, str):
             return value
         if value.startswith("@"):
@@ -291,7 +292,7 @@ SettingsT = TypeVar("SettingsT", bound=WorkerSettings)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens on `host`."""
+    """Return whether only this machine can reach a server that listens on `host`."""
     if host == "localhost":
         return True
     try:
@@ -301,12 +302,12 @@ def is_loopback(host: str) -> bool:
 
 
 def load(kind: type[SettingsT], **flags: Flag) -> SettingsT:
-    """The settings, with the flags that are not None on top. Raises StartupError in one line."""
+    """Load the settings; flags that aren't None win. Raise StartupError with a message of one line."""
     try:
         return kind.model_validate({name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        told = [_explain(fault["loc"], in_words(fault)) for fault in error.errors()]
-        raise StartupError("; ".join(told)) from None
+        messages = [_explain(fault["loc"], in_words(fault)) for fault in error.errors()]
+        raise StartupError("; ".join(messages)) from None
 
 
 def described(kind: type[WorkerSettings], name: str) -> tuple[str, str]:
@@ -324,12 +325,12 @@ def described(kind: type[WorkerSettings], name: str) -> tuple[str, str]:
 
 
 def server_url() -> str:
-    """Where commands look for a server that aren't told: at SMOLORA_URL, else on this machine."""
+    """Return the server's default URL for commands: SMOLORA_URL, else this machine's."""
     return os.environ.get(f"{PREFIX}URL") or local_url()
 
 
 def local_url() -> str:
-    """Where a server of this machine with these variables listens."""
+    """Return the URL of a server on this machine that has these variables."""
     try:
         port = int(os.environ.get(f"{PREFIX}PORT") or Settings.model_fields["port"].default)
     except ValueError:
@@ -338,7 +339,7 @@ def local_url() -> str:
 
 
 def unknown_variables() -> list[str]:
-    """What to tell of each variable that looks like a setting and is none."""
+    """Return a warning for each variable that looks like a setting and is none."""
     known = {*map(str.upper, Settings.model_fields), *_OTHER_VARIABLES}
     found = []
     for name in sorted(variable[len(PREFIX) :] for variable in os.environ if variable.startswith(PREFIX)):
@@ -351,7 +352,7 @@ def unknown_variables() -> list[str]:
 
 
 def trace_exporters() -> tuple[str, ...]:
-    """The exporters that OpenTelemetry's own variables ask for, as its entry points call them; none by default."""
+    """Return the exporters that OpenTelemetry's own variables ask for, by their entry points' names."""
     named = os.environ.get("OTEL_TRACES_EXPORTER", "")
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or named == "none":
         return ()
@@ -364,9 +365,9 @@ def trace_exporters() -> tuple[str, ...]:
 
 
 def to_flags(settings: WorkerSettings) -> list[str]:
-    """The flags of `smolora worker` that `load` turns into the same settings, but for secrets."""
-    told = [name for name, field in WorkerSettings.model_fields.items() if not field.exclude]
-    values = {name.replace("_", "-"): getattr(settings, name) for name in told}
+    """Return the flags of `smolora worker` that `load` turns into the same settings, except for secrets."""
+    names = [name for name, field in WorkerSettings.model_fields.items() if not field.exclude]
+    values = {name.replace("_", "-"): getattr(settings, name) for name in names}
     switches = [f"--{'' if value else 'no-'}{name}" for name, value in values.items() if isinstance(value, bool)]
     others = {name: value for name, value in values.items() if not isinstance(value, bool | None)}
     return switches + [f"--{name}={value}" for name, value in others.items()]
