@@ -1,7 +1,7 @@
 """Simulate every policy in every world, then write routing.json, routing.md and the chart, routing.svg.
 
-`--quick` is a small part of it, for tests. `--report` writes the page again from existing results: those in
-docs/cluster.md are routing.json beside this file (`--report --out benchmarks/routing`).
+`--quick` is a small part of it, for tests. `--report` writes the page again from existing results. docs/cluster.md
+has those of benchmarks/results.
 """
 
 import argparse
