@@ -312,7 +312,8 @@ class Scheduler:
         lacking_room: list[WaitingSet] = []
         while len(self.running) < self.limits.max_num_seqs and (queue := turn.first) is not None:
             sequence = queue.first
-            if sum(num for num in remainders if num <= sequence.num_tokens) >= budget:
+            begins = not num_running[queue.project]  # the others sit out until it has caught up
+            if not begins and sum(num for num in remainders if num <= sequence.num_tokens) >= budget:
                 break  # it would wait for shorter prompts in the batch, too
             self.at_work = sequence
             verdict = self._try_admit(queue)

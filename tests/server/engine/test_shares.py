@@ -9,7 +9,7 @@ import pytest
 
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.runner import Drawn, Runner
-from server.engine.sequence import Chunk, Sequence
+from server.engine.sequence import Chunk, Sequence, Status
 from server.engine.shares import SLACK, ProjectShares
 from server.model.base.weights import BaseModel
 from tests.engine_kit import build_engine
@@ -261,6 +261,21 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_of_another_project() -> Non
     seconds_to_finish(sim, short)
     assert sim.num_steps - num_steps <= 6
     assert long in sim.live()
+
+
+def test_a_project_that_begins_does_not_wait_for_shorter_prompts_of_another() -> None:
+    sim = timed(num_blocks=4000, max_num_seqs=32, chunk_size=16, max_prefill_tokens=16)
+    add(sim, "heavy", 1, 300)
+    for _ in range(5):
+        sim.step()
+    add(sim, "heavy", 20, 300, length=20)
+    for _ in range(2):
+        sim.step()
+    (begun,) = add(sim, "light", 1, 4, length=24)
+    (other,) = add(sim, "heavy", 1, 4, length=24)
+    sim.step()
+    assert begun.status is Status.RUNNING
+    assert other.status is Status.WAITING, "it has to wait for shorter prompts of its project"
 
 
 def test_equal_projects_run_in_the_same_steps() -> None:
