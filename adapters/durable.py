@@ -1,6 +1,7 @@
 """Files and directories that are there whole or not at all, wherever a process is killed or the power fails.
 
-What is new is written beside its place, synced, and renamed; then the directory that names it is synced, too.
+What is new is written beside its place, synced, and renamed; then the directory that names it is synced, too. It
+belongs to its owner alone, whatever the umask, unless it `is_public`.
 """
 
 import json
@@ -28,7 +29,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def new_file(target: Path) -> Iterator[Path]:
+def new_file(target: Path, *, is_public: bool = False) -> Iterator[Path]:
     """Fill the file that this yields; on leaving it takes the place of `target`. Raises OSError.
 
     Where the block fails nothing stays of it, and `target` is what it was.
@@ -38,7 +39,7 @@ def new_file(target: Path) -> Iterator[Path]:
     unfinished = Path(name)
     try:
         yield unfinished
-        unfinished.chmod(0o644)
+        unfinished.chmod(_mode(is_public))
         sync(unfinished)
         unfinished.replace(target)
     except BaseException:
@@ -49,7 +50,7 @@ def new_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
+def new_directory(target: Path, *, is_public: bool = False) -> Iterator[Path]:
     """Fill the directory that this yields; on leaving it is renamed to `target`. Raises OSError.
 
     Where `target` has come to exist meanwhile it stays as it is, and what was written is dropped.
@@ -59,9 +60,9 @@ def new_directory(target: Path) -> Iterator[Path]:
     try:
         yield unfinished
         for path in unfinished.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # some writers leave 0600, which shuts other users out
+            path.chmod(_mode(is_public, is_directory=path.is_dir()))  # writers leave modes of several kinds
             sync(path)
-        unfinished.chmod(0o755)
+        unfinished.chmod(_mode(is_public, is_directory=True))
         sync(unfinished)
         try:
             unfinished.rename(target)
@@ -76,6 +77,12 @@ def new_directory(target: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # gone already where the rename took it
+
+
+def _mode(is_public: bool, *, is_directory: bool = False) -> int:
+    if is_public:
+        return 0o755 if is_directory else 0o644
+    return 0o700 if is_directory else 0o600
 
 
 def remove_directory(target: Path) -> None:

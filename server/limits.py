@@ -39,7 +39,7 @@ class Limits(BaseModel):
         gt=0,
         le=86_400,
         description="Seconds from a generation's acceptance to its last token; then event: error, or 503 if "
-        "nothing was sent.",
+        "nothing was sent. An import from the hub may take as long.",
     )
     queue_timeout: float = Field(
         default=10,

@@ -27,7 +27,11 @@ class HubHandler(BaseHTTPRequestHandler, ABC):
         self.send_header("Content-Length", str(len(body or b"")))
         self.end_headers()
         if self.command == "GET" and body:
-            self.wfile.write(body)
+            self.send(body)
+
+    def send(self, body: bytes) -> None:
+        """Write the body of a GET."""
+        self.wfile.write(body)
 
     do_HEAD = do_GET  # noqa: N815 (the base class's spelling)
 

@@ -128,7 +128,7 @@ DATASET_BODY = {
 
 _REF = "#/components/schemas/"
 _LATE_BODY = "The body made no progress for `SMOLORA_BODY_TIMEOUT` seconds"
-_CODED = "The body has a `Content-Encoding`"
+_CODED = "The body has a `Content-Encoding`, or is JSON in another charset than UTF-8"
 _NO_PROJECT = "`OpenAI-Project` names no project"
 _RATE = "The key or its project has used up its minute; see `Retry-After`"
 _FORBIDDEN = "The key lacks the scope, a quota is used up, a foreign `Host` or `Origin`, or a setting rules it out"

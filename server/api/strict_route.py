@@ -10,11 +10,15 @@ from collections.abc import Callable, Coroutine
 
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
+from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.middleware import HINTS
+
+CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
+"""Names of UTF-8, the only encoding of JSON (RFC 8259), or of a part of it."""
 
 MAX_CONTAINERS = 100_000
 MAX_FIELDS = 100_000
@@ -27,8 +31,15 @@ class StrictRequest(Request):
     """A request whose `json` is pydantic's."""
 
     async def json(self) -> object:
-        """Parse the body. Raises HTTPException (413) if it has too many values, or JSONDecodeError."""
+        """Parse the body.
+
+        Raises HTTPException (415 if Content-Type names another charset, 413 if the body has too many values), or
+        JSONDecodeError.
+        """
         body = await self.body()
+        _, parameters = parse_options_header(self.headers.get("content-type"))
+        if parameters.get(b"charset", b"utf-8").lower() not in CHARSETS:
+            raise HTTPException(415, "JSON must be UTF-8: send it so, and leave charset out of Content-Type")
         check_shape(body, HINTS.get(self.scope["path"], ""))
         is_collecting = gc.isenabled()
         gc.disable()  # or the collector walks through all that is being made, again and again

@@ -185,12 +185,12 @@ class Engine:
         if not step.chunks:
             return outputs
         try:
-            begun = self._clock()
+            begun, begun_work = self._clock(), time.thread_time()
             chunks = self.speculator.extend(step.chunks)
             found = self.runner.run(chunks)
-            took = self._clock() - begun
+            took, worked = self._clock() - begun, time.thread_time() - begun_work
             self.speculator.observe(chunks, took)
-            self.scheduler.observe(chunks, took)
+            self.scheduler.observe(chunks, took, worked)
         except Exception as reason:
             return outputs + self._fail_step(reason, [chunk.sequence for chunk in step.chunks])
         self.num_failures = 0

@@ -154,9 +154,12 @@ class Scheduler:
         self._give_back(sequence)
         sequence.status = Status.FINISHED
 
-    def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
-        """A step of these chunks took so long."""
-        self._shares.charge(chunks, seconds, self._num_running())
+    def observe(self, chunks: Seq[Chunk], seconds: float, worked: float) -> None:
+        """Note how long a step of these chunks took, and how long the engine's thread worked on it.
+
+        The projects are charged for the work alone: what else holds a step up isn't their fault.
+        """
+        self._shares.charge(chunks, worked, self._num_running())
         if self._prompt_room is not None:
             self._prompt_room.observe(chunks, seconds)
 
@@ -309,7 +312,8 @@ class Scheduler:
         lacking_room: list[WaitingSet] = []
         while len(self.running) < self.limits.max_num_seqs and (queue := turn.first) is not None:
             sequence = queue.first
-            if sum(num for num in remainders if num <= sequence.num_tokens) >= budget:
+            begins = not num_running[queue.project]  # the others sit out until it has caught up
+            if not begins and sum(num for num in remainders if num <= sequence.num_tokens) >= budget:
                 break  # it would wait for shorter prompts in the batch, too
             self.at_work = sequence
             verdict = self._try_admit(queue)

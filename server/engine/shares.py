@@ -1,9 +1,10 @@
 """Engine time by project: each gets an equal share while several have sequences running.
 
-A step's seconds are charged to its projects by their tokens, on a clock for each (start-time fair queueing; Sheng
-et al., "Fairness in Serving Large Language Models", 2024, count tokens). A project whose clock is ahead of the
-slowest running project's by `SLACK` sits out until the others have caught up. A project that begins to run starts
-`SLACK` behind, so a short request of a light project runs as if it were alone. Unused time is not saved up.
+A step's seconds of work are charged to its projects by their tokens, on a clock for each (start-time fair
+queueing; Sheng et al., "Fairness in Serving Large Language Models", 2024, count tokens). A project whose clock is
+ahead of the slowest running project's by `SLACK` sits out until the others have caught up. A project that begins
+to run starts `SLACK` behind, so a short request of a light project runs as if it were alone. Unused time is not
+saved up.
 """
 
 from collections import Counter
@@ -15,7 +16,7 @@ SLACK = 0.25
 """Seconds of engine time. A larger slack leaves more of a light project's answers undisturbed, and pauses heavy
 projects for longer."""
 _AHEAD = 0.999 * SLACK  # clocks are sums of floats
-_MAX_LEAD = 1.0  # seconds: a step that the operating system held up must not silence its projects for long
+_MAX_LEAD = 1.0  # seconds: one long step must not silence its projects for long
 _MAX_IDLE = 64  # projects that are remembered although they have nothing running
 
 

@@ -41,6 +41,20 @@ def test_others_are_shut_out(server: ServerProcess) -> None:
     assert server.home.stat().st_mode & 0o7777 == 0o700
 
 
+def test_files_are_their_owners_alone(server: ServerProcess) -> None:
+    """Also what a worker writes, and whatever becomes of the mode of HOME."""
+    training = {"max_steps": 1, "batch_size": 2, "max_length": 32}
+    job_id = submit(server, name="private", data=code_rows(8), training=training)
+    wait_until(lambda: server.client.get(f"/train/{job_id}").json()["status"] == "succeeded")
+    native = server.home / "native"  # code, which an image's other users run, too
+    paths = {
+        path for path in server.home.rglob("*") if path not in (native, server.home / "log", *native.rglob("*"))
+    }
+    assert {path.name for path in paths} > {"smolora.db", "train.safetensors", "log.txt", "state.json", "1.json"}
+    assert [path for path in paths if path.stat().st_mode & 0o077] == []
+    server.client.delete("/adapters/private").raise_for_status()
+
+
 def test_nobody_sees_the_keys(server: ServerProcess) -> None:
     """Not by `ps`, and not in the environment of a worker, or of the process in which a job runs."""
     training = {"max_steps": 100_000, "batch_size": 2, "max_length": 32}

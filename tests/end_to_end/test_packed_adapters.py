@@ -80,7 +80,7 @@ def test_it_goes_when_the_adapter_is_deleted(base_dir: Path, adapter_files: Adap
     try:
         digest = server.upload("gone", adapter_files.make(43))["digest"]
         file = tmp_path / "adapters" / "packed" / digest
-        assert file.stat().st_mode & 0o777 == 0o644
+        assert file.stat().st_mode & 0o777 == 0o600
         assert server.client.delete("/adapters/gone").status_code == 204
         assert not file.exists()
     finally:

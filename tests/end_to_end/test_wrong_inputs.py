@@ -228,7 +228,12 @@ OVER_HTTP: list[tuple[str, Sent, int, str]] = [
         "archive: is not a plain, complete zip file: put the two files that PEFT saved into one",
     ),
     ("GET /adapters/lefft", {}, 404, "no such adapter: lefft (did you mean left?)"),
-    ("GET /adapters/left/one", {}, 422, "version: must be a whole number"),
+    (
+        "GET /adapters/left/one",
+        {},
+        422,
+        "version: must be a whole number: another project's adapter is at /adapters?public=true&name=PROJECT/NAME",
+    ),
     ("DELETE /adapters/left/7", {}, 404, "no such version: left@7 (left has version 1)"),
     (
         "PUT /adapters/left/aliases/prod",

@@ -109,7 +109,7 @@ from server import logs
 from server.model.base.hub_adapter import fetch_adapter
 logs.set_up()
 place, endpoint = sys.argv[1:]
-fetch_adapter({REPO!r}, None, Path(place), max_config=99, max_weights=99, endpoint=endpoint)
+fetch_adapter({REPO!r}, None, Path(place), max_config=99, max_weights=99, timeout=99, endpoint=endpoint)
 """
     files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"bytes"}
     with hub_of(files, []) as endpoint:

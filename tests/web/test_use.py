@@ -251,7 +251,8 @@ def wait_until_high(page: Page) -> None:
     )
 
 
-TOP_OF_FORM = "document.querySelector('main form').getBoundingClientRect().top"
+PLACES = "['main form', '[name=name]'].map((of) => document.querySelector(of).getBoundingClientRect().top)"
+"""Where the form of a new job begins, and a field of it that is below the lists."""
 
 
 @pytest.mark.parametrize(("size", "status"), [((1280, 500), 403), (PHONE, 429)])
@@ -261,21 +262,25 @@ def test_who_reads_is_not_thrown_back(
     """By a list that comes late, nor by one that is away for a moment."""
     for _ in range(20):
         submitted(server)
+    server.client.post("/datasets", files={"file": ("rows.jsonl", JSONL)}).raise_for_status()
     with page_of(browser, server.url, size) as page:
-        held = held_back(page, "**/train", "GET")
+        held = {path: held_back(page, path, "GET") for path in ("**/train", "**/datasets")}
         page.goto(f"{server.url}/#/train/new")
         page.get_by_text("More settings").click()
-        wait_for_number(page, held, 1)
+        for routes in held.values():
+            wait_for_number(page, routes, 1)
 
         page.evaluate("scrollTo(0, 300)")
-        top = page.evaluate(TOP_OF_FORM)
-        assert top < 0
-        held[0].continue_()
-        page.unroute("**/train")
+        places = page.evaluate(PLACES)
+        assert places[0] < 0
+        for path, routes in held.items():
+            routes[0].continue_()
+            page.unroute(path)
         jobs = page.get_by_role("navigation", name="Jobs").get_by_role("link")
         expect(jobs.nth(19)).to_be_attached()
+        expect(page.get_by_label("Data set").locator("option", has_text="rows.jsonl")).not_to_have_count(0)
         page.wait_for_timeout(300)
-        assert abs(page.evaluate(TOP_OF_FORM) - top) < 2
+        assert page.evaluate(PLACES) == pytest.approx(places, abs=2)
         place = page.evaluate("scrollY")
         answer = {"title": "not now"}
         with page.expect_response(lambda response: response.status == status):
@@ -670,17 +675,24 @@ def test_what_was_chosen_may_be_deleted_meanwhile(
     server.upload("brief", tmp_path)
     with page_of(browser, f"{server.url}/#/train/new") as page:
         drop(page, ".drop", {"few.jsonl": JSONL})
+        chosen = page.get_by_label("Data set").locator("option:checked")
+        expect(chosen).to_contain_text("4 rows")
+        rows = page.get_by_label("Data set").input_value()
         page.get_by_text("More settings").click()
         page.get_by_label("Go on from").select_option("brief")
         page.get_by_role("link", name="Adapters").click()
         expect(page.get_by_role("heading", name="Adapters")).to_be_visible()
         server.client.delete("/adapters/brief").raise_for_status()
         held = held_back(page, "**/adapters?*", "GET")
+        held_rows = held_back(page, "**/datasets", "GET")
         page.go_back()
         expect(page.get_by_label("Go on from")).to_have_value("brief")  # as it would be sent
+        expect(page.get_by_label("Data set")).to_have_value(rows)
         wait_for_number(page, held, 2)
-        for listing in held:
+        wait_for_number(page, held_rows, 1)
+        for listing in (*held, *held_rows):
             listing.continue_()
+        expect(chosen).to_contain_text("4 rows")
         expect(page.get_by_label("Go on from").locator("option", has_text="brief")).to_have_count(0)
         expect(page.get_by_label("Go on from")).to_have_value("")
         with page.expect_request("**/train?dry_run=true") as sent:

@@ -45,7 +45,14 @@ class Fetch(Protocol):
     """`server.model.base.hub_adapter.fetch_adapter`, or a test's."""
 
     def __call__(
-        self, repo_id: str, revision: str | None, directory: FilePath, *, max_config: int, max_weights: int
+        self,
+        repo_id: str,
+        revision: str | None,
+        directory: FilePath,
+        *,
+        max_config: int,
+        max_weights: int,
+        timeout: float,
     ) -> HubAdapter: ...
 
 
@@ -96,6 +103,7 @@ def _import(services: Services, fetch: Fetch, name: str, body: ImportBody) -> Ve
             FilePath(scratch),
             max_config=MAX_CONFIG_BYTES,
             max_weights=MAX_WEIGHTS_BYTES,
+            timeout=services.settings.request_timeout,
         )
         source = {"source": {"hub": body.repo_id, "revision": found.commit}}
         with reserved(services, len(found.config_json) + found.weights.stat().st_size):

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from adapters.catalog.catalog import Adapter, Version
 from adapters.errors import NotFound
-from adapters.names import MAX_KEY, MAX_NAME
+from adapters.names import MAX_KEY, MAX_NAME, is_name
 from server.api import wire
 from server.api.access.quotas import reserved
 from server.api.adapters.answers import adapter_answer, version_answer
@@ -28,6 +28,7 @@ from server.training.reports.model_card import model_card
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 
 MAX_PAGE = 10_000
+_SHARED = "/adapters?public=true&name=PROJECT/NAME"
 
 Name = Annotated[str, Path(max_length=4 * MAX_NAME)]
 
@@ -35,7 +36,8 @@ Name = Annotated[str, Path(max_length=4 * MAX_NAME)]
 def _decimal(given: object) -> object:
     """Refuse what `int` also takes, such as 01, +1 and 1.0: each version has one URL."""
     if isinstance(given, str) and re.fullmatch(r"0|[1-9][0-9]*", given) is None:
-        raise ValueError("must be a whole number")
+        hint = f": another project's adapter is at {_SHARED}" if is_name(given) and not given[0].isdigit() else ""
+        raise ValueError(f"must be a whole number{hint}")
     return given
 
 

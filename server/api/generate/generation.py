@@ -90,6 +90,8 @@ class Generation:
         self._cached = 0  # tokens of the prompt that were found, as the answer's usage has them
         self._num_running = request.n
         self._outcome: Outcome = "cancelled"
+        self._is_read = False
+        self._is_booked = request.scored_from is not None
         self._closed = False
         metrics.accepted(self._names)
 
@@ -106,6 +108,7 @@ class Generation:
         GenerationTimeout.
         """
         last: dict[int, float] = {}
+        self._is_read = True
         try:
             async for output in self._stream:
                 if self._trace is not None:
@@ -149,11 +152,16 @@ class Generation:
             await let_go(self._pinned)  # last, as it may take a while
 
     def _book(self) -> None:
-        """Count what came, as the answer's usage has it: where it was cut off, that much. Twice is once."""
-        if (cached := self._num_cached) and self.request.scored_from is None:
-            self._num_cached = {}
+        """Count what came, as the answer's usage has it: where it was cut off, that much. Twice is once.
+
+        Before the first token, the prompt counts if the client has left: the engine has read it, or was about to.
+        It doesn't if the server ended the request.
+        """
+        has_left = self._is_read and self._outcome == "cancelled"
+        if not self._is_booked and (self._num_cached or has_left):
+            self._is_booked = True
             num_requests = int(self._account.is_request)
-            usage = Usage(num_requests, self.num_prompt_tokens, min(cached.values()), self._num_tokens)
+            usage = Usage(num_requests, self.num_prompt_tokens, self._cached, self._num_tokens)
             self._account.add(self._names, usage)
 
     def _observe(self, output: SequenceOutput, last: dict[int, float]) -> None:

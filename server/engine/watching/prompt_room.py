@@ -13,6 +13,7 @@ from server.engine.watching.row_costs import RowCosts
 _LEAST = 16  # tokens: fewer take hardly less
 _ASSUMED_TOKEN = 0.001  # seconds, before a step of prompts alone was seen
 _MEMORY = 0.8  # of the time of a prompt's token, which grows with what comes before it
+_OUTLIER = 2.0  # times what a token should take: something else held the step up
 _ASSUMED_STEP = 16  # a step of one sequence, in tokens of prompts
 
 
@@ -39,4 +40,5 @@ class PromptRoom:
         if num_decoding:
             self._costs.observe(num_decoding, num_tokens, seconds)
         elif num_tokens >= _LEAST:
-            self._token_seconds += (1 - _MEMORY) * (seconds / num_tokens - self._token_seconds)
+            token_seconds = min(seconds / num_tokens, _OUTLIER * self._token_seconds)
+            self._token_seconds += (1 - _MEMORY) * (token_seconds - self._token_seconds)

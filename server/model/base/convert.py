@@ -38,7 +38,7 @@ def convert(checkpoint: Checkpoint, target: Path, name: str, origin: str, revisi
             f"{name}: the tokenizer has {len(checkpoint.tokenizer)} tokens, the model only {config.vocab_size}"
         )
     planned = _plan(name, config, checkpoint.tensors)
-    with new_directory(target) as directory:
+    with new_directory(target, is_public=True) as directory:
         _write_tokenizer(checkpoint.tokenizer, directory)
         write_json(directory / "config.json", checkpoint.config)
         if checkpoint.generation:
@@ -70,7 +70,7 @@ def write_quantized(
         PlannedTensor(name, tuple(one.blocks.shape), torch.uint8, partial(_same, one.blocks))
         for name, one in kept.items()
     ]
-    with new_file(directory / QUANTIZED) as file:
+    with new_file(directory / QUANTIZED, is_public=True) as file:
         write_aligned(file, planned, {name: one.type for name, one in kept.items()})
 
 

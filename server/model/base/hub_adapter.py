@@ -5,6 +5,7 @@ No credentials of this machine are sent, and nothing is kept but what is returne
 """
 
 import errno
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME
 from server.errors import Unavailable
 
 _RETRY_SECONDS = 30.0
-_INFO_SECONDS = 30.0
+_SILENT_SECONDS = 30.0
+"""How long the hub may send nothing."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,14 @@ def fetch_adapter(
     *,
     max_config: int,
     max_weights: int,
+    timeout: float,
     endpoint: str | None = None,
 ) -> HubAdapter:
     """Download into `directory` what the revision (a branch, a tag, a commit; None: the newest) comes to now.
 
-    The limits are bytes. Raises NotFound, InvalidInput where a file is too large, or Unavailable.
+    The limits are bytes and seconds. Raises NotFound, InvalidInput if a file is too large, or Unavailable.
     """
-    from huggingface_hub import HfApi  # a tenth of a second that starts are spared
+    from huggingface_hub import HfApi, hf_hub_url  # a tenth of a second that starts are spared
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HFValidationError,
@@ -46,23 +49,24 @@ def fetch_adapter(
         RevisionNotFoundError,
     )
 
+    deadline = time.monotonic() + timeout
     hub = HfApi(endpoint=endpoint, token=False)
     try:
-        info = hub.model_info(repo_id, revision=revision, files_metadata=True, timeout=_INFO_SECONDS)
+        info = hub.model_info(repo_id, revision=revision, files_metadata=True, timeout=_SILENT_SECONDS)
         sizes = {file.rfilename: file.size for file in info.siblings or ()}
         commit = info.sha or ""
-        for name, limit in ((CONFIG_NAME, max_config), (WEIGHTS_NAME, max_weights)):
+        limits = {CONFIG_NAME: max_config, WEIGHTS_NAME: max_weights}
+        for name, limit in limits.items():
             if name not in sizes:
                 raise NotFound(f"{repo_id} has no {name}: it isn't an adapter as PEFT saves them now")
             _check_size(name, sizes[name] or 0, limit)
-        paths = {
-            name: Path(hub.hf_hub_download(repo_id, name, revision=commit, local_dir=directory))
-            for name in (CONFIG_NAME, WEIGHTS_NAME)
-        }
-        for name, limit in ((CONFIG_NAME, max_config), (WEIGHTS_NAME, max_weights)):
-            _check_size(name, paths[name].stat().st_size, limit)
-        return HubAdapter(commit, paths[CONFIG_NAME].read_bytes(), paths[WEIGHTS_NAME])
-    except (NotFound, InvalidInput):
+        for name, limit in limits.items():
+            url = hf_hub_url(repo_id, name, revision=commit, endpoint=hub.endpoint)
+            if not _download(url, directory / name, limit, deadline):
+                message = f"the hub took longer than SMOLORA_REQUEST_TIMEOUT ({timeout:g} s) to send {name}"
+                raise Unavailable(message, _RETRY_SECONDS)
+        return HubAdapter(commit, (directory / CONFIG_NAME).read_bytes(), directory / WEIGHTS_NAME)
+    except (NotFound, InvalidInput, Unavailable):
         raise
     except RevisionNotFoundError:
         raise NotFound(f"{repo_id} has no such revision") from None
@@ -74,6 +78,27 @@ def fetch_adapter(
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise Unavailable("the hub can't be reached", _RETRY_SECONDS) from error
+
+
+def _download(url: str, path: Path, limit: int, deadline: float) -> bool:
+    """Write what is at `url` to `path`. Return False if not all of it has come by `deadline`.
+
+    The hub's own functions look at neither the time nor the size while a file comes in. Raises InvalidInput if it
+    has over `limit` bytes.
+    """
+    from huggingface_hub import get_session, hf_raise_for_status
+
+    with (
+        get_session().stream("GET", url, timeout=_SILENT_SECONDS) as response,
+        path.open("wb") as file,
+    ):
+        hf_raise_for_status(response)
+        for piece in response.iter_bytes():
+            if time.monotonic() > deadline:
+                return False
+            file.write(piece)
+            _check_size(path.name, file.tell(), limit)
+    return True
 
 
 def _check_size(name: str, size: int, limit: int) -> None:

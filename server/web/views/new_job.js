@@ -213,6 +213,8 @@ function Rows({ datasets, chosen, problem, onChoose, onChanged }) {
     }
   });
   const listed = (datasets ?? []).map((set) => [set.id, `${set.filename ?? set.id} · ${plural(set.rows, "row")}`]);
+  // the list has its place before it comes, so that the fields below don't move
+  if (chosen && !datasets) listed.push([chosen, chosen]);
   const words = listed.find(([id]) => id === chosen)?.[1];
   return html`<${DropZone}
       label="Drop a JSONL or CSV file here, or choose one"
@@ -224,26 +226,22 @@ function Rows({ datasets, chosen, problem, onChoose, onChanged }) {
     />
     <${Fault} problem=${send.problem} />
     <${Warnings} warnings=${told} />
-    ${
-      listed.length
-        ? html`<div class="row end">
-            <${SelectField}
-              label="Data set"
-              name="dataset"
-              value=${chosen}
-              className="wide"
-              problem=${problem}
-              options=${[["", "choose one"], ...listed]}
-              onChange=${(/** @type {string} */ id) => {
-                remove.clear();
-                onChoose(id);
-              }}
-            />
-            ${words ? html`<${Careful} key=${chosen} label="Delete these rows" deed="Delete" sure="${words}: they go, for good. What was trained on them stays." busy=${remove.busy} onSure=${() => remove.run(chosen)} />` : null}
-          </div>
-          <${Fault} problem=${remove.problem} />`
-        : null
-    }`;
+    <div class="row end">
+      <${SelectField}
+        label="Data set"
+        name="dataset"
+        value=${chosen}
+        className="wide"
+        problem=${problem}
+        options=${[["", datasets?.length === 0 ? "none yet" : "choose one"], ...listed]}
+        onChange=${(/** @type {string} */ id) => {
+          remove.clear();
+          onChoose(id);
+        }}
+      />
+      ${words ? html`<${Careful} key=${chosen} label="Delete these rows" deed="Delete" sure="${words}: they go, for good. What was trained on them stays." busy=${remove.busy} onSure=${() => remove.run(chosen)} />` : null}
+    </div>
+    <${Fault} problem=${remove.problem} />`;
 }
 
 /** @param {{dry: DryRun}} props */

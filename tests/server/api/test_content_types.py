@@ -184,13 +184,27 @@ def test_no_content_type_of_json_is_a_fault_of_ours(app: FastAPI, method: str, p
     send()
 
 
-async def test_json_is_utf_8_whatever_its_charset_says(app: FastAPI) -> None:
-    body = {"prompt": "é", "max_tokens": 1}
-    for charset in ("utf-8", "undefined", "unicode_escape", "utf-16", "no-such"):
+@pytest.mark.parametrize(("method", "path"), DOCUMENTS)
+async def test_json_with_another_charset_is_refused(app: FastAPI, method: str, path: str) -> None:
+    for charset in ("latin-1", "iso-8859-1", "utf-16", "utf-8-sig", "undefined", "unicode_escape", "no-such", ""):
         kind = [(b"content-type", f"application/json; charset={charset}".encode())]
-        status, _, _ = await call(app, "POST", "/generate", kind, json.dumps(body, ensure_ascii=False).encode())
-        assert status == 200
-        status, _, document = await call(app, "POST", "/generate", kind, json.dumps(body).encode("utf-16"))
+        status, _, document = await call(app, method, path, kind, '{"prompt": "Ã©"}'.encode("latin-1"))
+        assert status == 415, (charset, document)
+        assert "must be UTF-8" in json.dumps(document)
+        assert "leave charset out of Content-Type" in json.dumps(document)
+
+
+@pytest.mark.parametrize(
+    "charset", ["", "; charset=utf-8", ';charset="UTF-8"', "; charset=UTF8", "; charset=us-ascii"]
+)
+async def test_json_is_utf_8(app: FastAPI, charset: str) -> None:
+    body = {"prompt": "é", "max_tokens": 1}
+    kind = [(b"content-type", f"application/json{charset}".encode())]
+    status, _, _ = await call(app, "POST", "/generate", kind, json.dumps(body, ensure_ascii=False).encode())
+    assert status == 200
+    for other in ("utf-16", "latin-1"):
+        encoded = json.dumps(body, ensure_ascii=False).encode(other)
+        status, _, document = await call(app, "POST", "/generate", kind, encoded)
         assert status == 422, document
 
 

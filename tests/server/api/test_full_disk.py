@@ -54,7 +54,9 @@ def app(make_services: MakeServices) -> FastAPI:
     return app
 
 
-def fetch(repo: str, revision: str | None, directory: Path, *, max_config: int, max_weights: int) -> HubAdapter:
+def fetch(
+    repo: str, revision: str | None, directory: Path, *, max_config: int, max_weights: int, timeout: float
+) -> HubAdapter:
     """Of the hub, in its place."""
     config, weights = peft_files(seed=7)
     place = directory / "adapter_model.safetensors"

@@ -95,7 +95,7 @@ class Simulation:
         self._check_step(step)
         if self.step_seconds is not None and step.chunks:
             seconds = self.step_seconds(sum(chunk.num_tokens for chunk in step.chunks))
-            self.scheduler.observe(step.chunks, seconds)
+            self.scheduler.observe(step.chunks, seconds, seconds)
             self.seconds += seconds
         for chunk in self.speculator.extend(step.chunks):
             if crash:

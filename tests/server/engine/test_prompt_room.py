@@ -60,3 +60,12 @@ def test_steps_without_streams_say_nothing() -> None:
     for _ in range(100):
         room.observe(chunks(0, 512), 5.0)
     assert room.beside(1) == before
+
+
+def test_a_step_that_is_held_up_counts_little() -> None:
+    room = PromptRoom(8, 0.71)
+    for _ in range(100):
+        room.observe(chunks(0, 100), 0.1)
+    assert room.within(0.04) == pytest.approx(40, abs=1)
+    room.observe(chunks(0, 20), 0.9)
+    assert room.within(0.04) >= 30

@@ -1,13 +1,18 @@
 """Engine time between projects: equal shares, nothing saved up, and light projects undisturbed by heavy ones."""
 
 import random
+import time
+from collections.abc import Sequence as Seq
 from typing import TypedDict, Unpack
 
 import pytest
 
 from server.engine.request import GenerationRequest, SamplingParams
-from server.engine.sequence import Chunk, Sequence
+from server.engine.runner import Drawn, Runner
+from server.engine.sequence import Chunk, Sequence, Status
 from server.engine.shares import SLACK, ProjectShares
+from server.model.base.weights import BaseModel
+from tests.engine_kit import build_engine
 from tests.server.engine.simulation import Simulation
 from tests.server.engine.small import simulation, unlike
 
@@ -112,7 +117,37 @@ def test_requests_one_after_the_other_earn_no_new_credit() -> None:
     assert used["often"] == pytest.approx(used["heavy"], abs=2 * SLACK)
 
 
-def test_one_step_that_was_held_up_silences_nobody_for_long() -> None:
+class HeldUp(Runner):
+    """An engine's runner, but the first step of a project has to wait for longer than the slack."""
+
+    def __init__(self, runner: Runner, project: str) -> None:
+        super().__init__(runner.forward)
+        self.project = project
+        self.projects: list[set[str]] = []  # of each step since
+
+    def run(self, chunks: Seq[Chunk]) -> list[Drawn]:
+        projects = {chunk.sequence.request.project for chunk in chunks}
+        if not self.projects and self.project in projects:
+            time.sleep(1.5 * SLACK)
+        if self.projects or self.project in projects:
+            self.projects.append(projects)
+        return super().run(chunks)
+
+
+def test_a_project_is_not_charged_for_what_else_holds_its_step_up(tiny_base: BaseModel) -> None:
+    engine = build_engine(tiny_base)
+    engine.runner = runner = HeldUp(engine.runner, "light")
+    long, short = (SamplingParams(max_tokens=num, ignore_eos=True) for num in (200, 8))
+    engine.add(GenerationRequest("heavy", (1, 2, 3), long, project="heavy"))
+    engine.step()
+    engine.add(GenerationRequest("light", tuple(range(30)), short, project="light"))
+    while not any(output.request_id == "light" and output.finish_reason for output in engine.step()):
+        assert engine.has_work
+    assert len(runner.projects) >= 8
+    assert all("light" in projects for projects in runner.projects)
+
+
+def test_one_long_step_silences_nobody_for_long() -> None:
     shares = entered("a", "b")
     shares.charge([chunk("a", 31), chunk("b")], 60.0, ["a", "b"])
     num = 0
@@ -226,6 +261,21 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_of_another_project() -> Non
     seconds_to_finish(sim, short)
     assert sim.num_steps - num_steps <= 6
     assert long in sim.live()
+
+
+def test_a_project_that_begins_does_not_wait_for_shorter_prompts_of_another() -> None:
+    sim = timed(num_blocks=4000, max_num_seqs=32, chunk_size=16, max_prefill_tokens=16)
+    add(sim, "heavy", 1, 300)
+    for _ in range(5):
+        sim.step()
+    add(sim, "heavy", 20, 300, length=20)
+    for _ in range(2):
+        sim.step()
+    (begun,) = add(sim, "light", 1, 4, length=24)
+    (other,) = add(sim, "heavy", 1, 4, length=24)
+    sim.step()
+    assert begun.status is Status.RUNNING
+    assert other.status is Status.WAITING, "it has to wait for shorter prompts of its project"
 
 
 def test_equal_projects_run_in_the_same_steps() -> None:

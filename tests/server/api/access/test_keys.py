@@ -27,12 +27,13 @@ from server.access.projects import Projects as ProjectTable
 from server.access.rates import OwnRates
 from server.access.tables import api_keys
 from server.api.accounts.books import keep_now
+from server.api.app import create_app
 from server.database import commits_of, connect
-from server.errors import RateLimited
+from server.errors import GenerationFailed, RateLimited
 from server.training.queue.leases import Leases
 from tests.server.api.access.key_kit import OPERATORS, access_of, client_with, new_secret, two_projects
 from tests.server.api.adapters.peft_files import as_parts, peft_files
-from tests.server.api.fakes import FakeEngine, scoring, until
+from tests.server.api.fakes import Caller, FakeEngine, failing, scoring, until
 from tests.server.api.train_kit import StandIn, submit, train_body
 from tests.server.conftest import MakeServices, client_of, new_app
 
@@ -624,6 +625,42 @@ async def test_usage_is_the_sum_of_the_answers(app: FastAPI, leases: Leases) -> 
         assert row["trained_tokens"] == 300
         assert row["job_seconds"] > 0
         assert (await usage(projects.operator, by="adapter"))[0]["adapter"] == "acme/codes"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "num_prompts"),
+    [
+        ("/generate", {"prompt": "a b c"}, 1),
+        ("/generate", {"prompt": "a b c", "n": 2}, 1),
+        ("/v1/completions", {"model": "base", "prompt": ["a b c", "a b c"]}, 2),
+    ],
+)
+async def test_a_prompt_counts_if_its_client_leaves_before_the_first_token(
+    app: FastAPI, engine: FakeEngine, path: str, body: dict[str, Any], num_prompts: int, stream: bool
+) -> None:
+    engine.hold_after = 0
+    caller = Caller(app, path, {**body, "stream": stream})
+    await until(lambda: len(engine.open) == num_prompts)
+    caller.hang_up()
+    await caller.task
+    async with client_of(app) as client:
+        (row,) = await usage(client)
+    num_tokens = sum(len(request.prompt_token_ids) for request in engine.requests)
+    assert (row["requests"], row["prompt_tokens"]) == (1, num_tokens)
+    assert (row["cached_tokens"], row["completion_tokens"]) == (0, 0)
+
+
+async def test_a_prompt_does_not_count_if_the_server_ends_it_before_the_first_token(
+    make_services: MakeServices, engine: FakeEngine
+) -> None:
+    app = create_app(make_services(request_timeout=0.05))
+    async with client_of(app) as client:
+        engine.hold_after = 0
+        assert (await client.post("/generate", json=GENERATE)).status_code == 503
+        engine.hold_after, engine.script = None, failing(0, GenerationFailed("no"))
+        assert (await client.post("/generate", json=GENERATE)).status_code == 500
+        assert await usage(client, by="project") == []
 
 
 async def test_an_answer_is_counted_once_whatever_happens_to_the_store(app: FastAPI, database: sa.Engine) -> None:

@@ -163,6 +163,18 @@ async def test_public_adapters_are_used_by_their_full_name(projects: Projects) -
     assert (await projects.other.get("/adapters?public=true")).json()["adapters"] == []
 
 
+@pytest.mark.parametrize("path", ["acme%2Ftweets", "acme/tweets"])
+async def test_a_full_name_in_a_path_is_told_its_place(projects: Projects, path: str) -> None:
+    await upload(projects.acme)
+    await projects.acme.put("/adapters/tweets/visibility", json={"visibility": "public"})
+    refused = await projects.other.get(f"/adapters/{path}")
+    assert refused.status_code == 422
+    (error,) = refused.json()["errors"]
+    place = error["message"].rpartition(" is at ")[2].replace("PROJECT/NAME", "acme/tweets")
+    (found,) = (await projects.other.get(place)).json()["adapters"]
+    assert (found["name"], len(found["versions"])) == ("acme/tweets", 1)
+
+
 async def test_a_composition_is_public_only_with_its_parts(projects: Projects) -> None:
     acme, public = projects.acme, {"visibility": "public"}
     for seed, name in enumerate(("tweets", "movies")):

@@ -95,7 +95,7 @@ async def test_imports_side_by_side(app: FastAPI) -> None:
     most = SIZE + SIZE // 2
     both = threading.Barrier(2)
 
-    def fetch(repo_id: str, revision: str | None, directory: Path, **_: int) -> HubAdapter:
+    def fetch(repo_id: str, revision: str | None, directory: Path, **_: float) -> HubAdapter:
         both.wait(60)
         config, weights = peft_files(int(repo_id[-1]), rank=8)
         (directory / "weights").write_bytes(weights)

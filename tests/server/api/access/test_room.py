@@ -18,8 +18,9 @@ from server.api.access import space
 from server.api.access.lanes import Lane, Turns
 from server.api.access.places import Places
 from server.api.train.feeds import JobFeeds
+from server.engine.request import Grammar
 from server.errors import QueueFull
-from tests.server.api.access.key_kit import client_with, new_secret
+from tests.server.api.access.key_kit import client_with, new_secret, two_projects
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import Caller, FakeEngine, http_scope, until
 from tests.server.api.train_kit import ROWS, submit
@@ -210,6 +211,31 @@ async def test_a_grammar_that_there_is_no_room_for_is_a_request_refused(
             assert 'smolora_requests_total{outcome="refused"} 1.0' in (await client.get("/metrics")).text
     finally:
         work.go.set()
+
+
+async def test_grammars_of_projects_take_turns(
+    make_services: MakeServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A project's grammar is the next to be compiled, however many of another one waited before it."""
+    services, begun, ends = make_services(), list[str](), threading.Semaphore(0)
+
+    def check(grammar: Grammar) -> None:
+        begun.append(grammar.source)
+        assert ends.acquire(timeout=60)
+
+    monkeypatch.setattr(services.guidance, "check", check)
+    lane = services.limiters.grammars
+    bodies = [{"prompt": "a", "regex": f"a{number}", "max_tokens": 1} for number in range(6)]
+    async with two_projects(new_app(services)) as projects:
+        try:
+            tasks = [asyncio.create_task(projects.acme.post("/generate", json=body)) for body in bodies[1:]]
+            await until(lambda: lane.num_waiting == 4)
+            tasks.append(asyncio.create_task(projects.other.post("/generate", json=bodies[0])))
+            await until(lambda: lane.num_waiting == 5)
+        finally:
+            ends.release(99)
+        assert [(await task).status_code for task in tasks] == [200] * 6
+    assert begun[1] == "a0"
 
 
 SHORT = "word " * 200

@@ -140,3 +140,15 @@ async def test_a_hub_that_can_not_be_reached(app: FastAPI, client: httpx.AsyncCl
     response = await ask(client)
     assert response.status_code == 503
     assert int(response.headers["retry-after"]) >= 1
+
+
+async def test_a_hub_that_sends_too_slowly(make_services: MakeServices) -> None:
+    app = create_app(make_services(allow_hub_adapters=True, request_timeout=0.5))
+    with hub_of({**FILES, "adapter_model.safetensors": bytes(300)}, [], pause=0.01) as endpoint:
+        app.dependency_overrides[get_fetch] = lambda: partial(fetch_adapter, endpoint=endpoint)
+        async with client_of(app) as client:
+            response = await ask(client)
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "30"
+    message = "the hub took longer than SMOLORA_REQUEST_TIMEOUT (0.5 s) to send adapter_model.safetensors"
+    assert response.json()["detail"] == message
