@@ -1,6 +1,6 @@
-"""Settings of many machines; `server.config.WorkerSettings` has them among its own.
+"""Settings of many machines; `server.config.WorkerSettings` inherits them.
 
-Credentials, region and endpoint of an object store are the usual AWS_ variables, which obstore reads by itself.
+obstore itself reads an object store's credentials, region and endpoint from the usual AWS_ variables.
 """
 
 import re
@@ -12,18 +12,19 @@ _URL = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w.=-]+)*/?|file:///
 
 
 class SharedSettings(BaseModel):
-    """Where the bytes are that machines share."""
+    """Where machines share their bytes."""
 
     bytes_url: str | None = Field(
         default=None,
         max_length=1024,
-        description="Where adapters, data sets and jobs are stored, for several servers and workers: "
-        "s3://bucket/prefix, or file:///directory for one that all of them see. Default: in HOME.",
+        description="Where adapters, data sets, files and jobs are stored instead of in HOME, which becomes a "
+        "cache: s3://bucket/prefix, or file:///directory of a shared file system. Needs the extra cluster. "
+        "Default: in HOME.",
     )
     bytes_cache: ByteSize = Field(
         default=ByteSize(16 << 30),
         ge=1 << 20,
-        description="Where BYTES_URL is set, the space under HOME for copies of adapters, such as 16GiB.",
+        description="Space under HOME for copies of adapters if BYTES_URL is set.",
     )
 
     @field_validator("bytes_url", mode="after")

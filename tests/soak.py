@@ -1,4 +1,4 @@
-"""A busy day in short: `python -m tests.soak --minutes 30 --chart docs/soak.png`, or `make soak`.
+"""A busy day in short: `python -m tests.soak --minutes 30 --chart soak.png`, or `make soak`.
 
 A real server on the real base serves projects that publish, train, delete, hang up and lose their keys, all at
 once, while its memory, descriptors, threads and cache are looked at. After a start that is left out nothing may

@@ -1,4 +1,4 @@
-"""Pages that lead to pages: each link within the project, and each page that code names, is there."""
+"""Links between pages lead somewhere, and pages that code names exist."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = FENCED.sub("", page.read_text(encoding="utf-8"))
     missing = []
     for link in LINK.findall(text):
-        if re.match(r"\w+:", link):  # of the net
+        if re.match(r"\w+:", link):  # another site
             continue
         name, _, anchor = link.partition("#")
         target = (page.parent / name).resolve() if name else page
@@ -27,27 +27,27 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not missing
 
 
-def test_each_page_is_led_to() -> None:
+def test_every_page_is_linked() -> None:
     texts = {page: FENCED.sub("", page.read_text(encoding="utf-8")) for page in PAGES}
-    led = {
+    linked = {
         (page.parent / link.partition("#")[0]).resolve() for page in PAGES for link in LINK.findall(texts[page])
     }
 
-    assert not [str(page) for page in PAGES if page.parent != ROOT and page not in led]
+    assert not [str(page) for page in PAGES if page.parent != ROOT and page not in linked]
 
 
-def test_pages_that_code_names_are_there() -> None:
+def test_pages_that_code_names_exist() -> None:
     files = [file for room in ("server", "adapters", "benchmarks", "docker") for file in (ROOT / room).rglob("*")]
     texts = {
         file: file.read_text(encoding="utf-8") for file in files if file.suffix in {".py", ".h", ".cpp", ".yml"}
     }
     named = {(file, name) for file, text in texts.items() for name in NAMED.findall(text)}
 
-    assert named  # so that the pattern finds what there is
+    assert named  # else the pattern finds nothing
     assert not [(str(file), name) for file, name in named if not (ROOT / name).exists()]
 
 
 def _anchors(page: Path) -> set[str]:
-    """Of a page's headings, as GitHub makes them."""
+    """Return the anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

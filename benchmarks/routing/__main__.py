@@ -1,6 +1,7 @@
-"""Simulates every policy in every world, then writes docs/cluster/routing.{json,md} and the chart.
+"""Simulate every policy in every world, then write routing.json, routing.md and the chart, routing.svg.
 
-`--quick` is a small part of it, for tests; `--report` writes the page anew from the results that are there.
+`--quick` is a small part of it, for tests. `--report` writes the page again from existing results. docs/cluster.md
+has those of benchmarks/results.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def quick(world: World) -> World:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.routing", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/cluster"), help="where all of it is written")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where all of it is written")
     parser.add_argument("--processes", type=command.positive, default=command.cores())
     parser.add_argument("--quick", action="store_true", help="little of everything: shows that it works")
     parser.add_argument("--report", action="store_true", help="no new simulation")

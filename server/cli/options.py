@@ -1,5 +1,4 @@
-"""A flag for each field of the settings, so that each is spelled once, in `server.config`; and options that others
-have, which a command has by another name."""
+"""Flags made of the settings' fields, which only `server.config` spells; hints for PEFT's and TRL's options."""
 
 import inspect
 from collections.abc import Callable
@@ -12,29 +11,29 @@ import typer
 from typer.core import TyperCommand
 
 from server import logs
-from server.config import Flag, SettingsT, WorkerSettings, load
+from server.config import Flag, SettingsT, WorkerSettings, described, load
 from server.config.environment import log_format
 from server.errors import StartupError
 
 
 class PeersOptions(TyperCommand):
-    """A command that names its own option where PEFT's or TRL's is given."""
+    """A command that names its own option if it is given PEFT's or TRL's."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  # its type is private to Typer
         try:
             return super().parse_args(ctx, args)
-        except Exception as error:  # of a class that is private to Typer, too
+        except Exception as error:  # its class is private to Typer, too
             from server.api.errors.near_names import peers_option
 
-            if told := peers_option(str(getattr(error, "option_name", ""))):
-                ctx.fail(told)
+            if hint := peers_option(str(getattr(error, "option_name", ""))):
+                ctx.fail(hint)
             raise
 
 
 def with_flags(kind: type[SettingsT]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command of `run(settings)`, with a flag for each field of `kind`, none of them required.
+    """Make a command of `run(settings)` with an optional flag for each field of `kind`.
 
-    Further parameters of `run` are flags as Typer reads them. Raises StartupError on what is no such setting.
+    Typer reads further parameters of `run`. The command raises StartupError if a setting is invalid.
     """
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
@@ -47,7 +46,7 @@ def with_flags(kind: type[SettingsT]) -> Callable[[Callable[..., None]], Callabl
                 settings = load(kind, **given)
             except StartupError:
                 if (given.get("log_format") or log_format()) == "json":
-                    logs.set_up("json")  # what is raised is told as the log is
+                    logs.set_up("json")  # so that the error is a line of JSON, too
                 raise
             run(settings, **rest)
 
@@ -66,17 +65,12 @@ def _parameter(kind: type[WorkerSettings], name: str) -> inspect.Parameter:
 
 
 def _type(of: type[WorkerSettings], name: str) -> type:
-    """As the command line takes it; the settings make of a text what they need."""
+    """Return the type of a flag; the settings parse text themselves."""
     field = of.model_fields[name]
     kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not NoneType]
     return next((kind for kind in (bool, int, float, Path) if kinds == [kind]), str)
 
 
 def _help(kind: type[WorkerSettings], name: str) -> str:
-    """With the default, where the field has one: what None stands for, its description says."""
-    field = kind.model_fields[name]
-    default = field.default
-    if default is None or default == ():
-        return field.description or ""
-    shown = {True: "yes", False: "no"}[default] if isinstance(default, bool) else f"{default}"
-    return f"{field.description} Default: {shown}."
+    meaning, default = described(kind, name)
+    return f"{meaning} Default: {default}." if default else meaning

@@ -1,7 +1,8 @@
 """The replicas as one API process knows them: which there are, what each has, and what was sent to it.
 
 What is known may be half a second old. What this process sent since is added to it, as many times as there are API
-processes: the others, which know the same, are likely to have sent as much (docs/cluster/routing.md, Limits).
+processes: the others know the same and choose alike, so they are likely to have sent as much. If each counted only
+its own requests, all would fill the same replicas at once.
 """
 
 import asyncio

@@ -18,8 +18,8 @@ from hashlib import blake2b
 SPILL = 1.5
 """A replica takes requests up to this multiple of the mean queue.
 
-docs/cluster/routing.md: 1.25 is within what queues vary by themselves, so that adapters that aren't hot move, too;
-2 lets queues grow past a batch while other replicas have free places."""
+Queues vary by 1.25 by chance, so at 1.25 adapters that aren't hot move, too; at 2 queues grow beyond a batch while
+other replicas have free places (simulated by `python -m benchmarks.routing`)."""
 ALWAYS_OPEN = 4
 """So many requests are never too many: they share a batch, which costs less than to load an adapter elsewhere."""
 GOLDEN = 0x9E3779B97F4A7C15

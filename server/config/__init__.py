@@ -1,8 +1,9 @@
 """Every setting of the server, from `SMOLORA_` environment variables and from `serve`'s flags.
 
-Built once by the command line, which makes a flag of each field, and passed in; nothing else reads the
-environment. A flag wins over its variable, and an empty variable counts as unset. What `auto` and None come to is
-decided where the hardware is known (`server.model`, `server.engine`).
+The command line builds the settings once, with a flag for each field, and passes them in; nothing else reads the
+environment. A flag wins over its variable, and an empty variable counts as unset. `server.model` and
+`server.engine` know the hardware and decide what `auto` and None mean. `--help` and docs/settings.md show the
+fields' descriptions.
 """
 
 import ipaddress
@@ -25,8 +26,8 @@ from server.shared import SharedSettings
 PREFIX = "SMOLORA_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
-_TRAIN_MEMORY = 0.5  # beside a server
-_OTHER_VARIABLES = ("URL", "API_KEY")  # of the commands that speak to a server
+_TRAIN_MEMORY = 0.5  # the server has the rest
+_OTHER_VARIABLES = ("URL", "API_KEY")  # read by commands that call a server
 
 _SWITCHES = {"true": "1", "yes": "1", "on": "1", "false": "0", "no": "0", "off": "0"}
 
@@ -39,61 +40,84 @@ Flag = str | int | float | bool | Path | None
 
 
 class WorkerSettings(SharedSettings, BaseSettings):
-    """What a training worker needs to know, and `serve` as well.
+    """Settings of a training worker, which `serve` has, too.
 
-    What is secret is in no dump and in no flag of a process that is started: those find it in their environment.
+    Secrets are in no dump and in no flag of a child process: children find them in their environment.
     """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", hide_input_in_errors=True
     )
 
-    home: Path = Field(Path("data"), description="Everything stored: adapters, jobs, the converted base.")
+    home: Path = Field(
+        Path("data"),
+        description="Everything stored: adapters, jobs, the converted base. One server uses it at a time, and "
+        "only its owner can read it (mode 0700).",
+    )
     model: str = Field(
         DEFAULT_MODEL,
         min_length=1,
         max_length=4096,
         description=f"The base: {DEFAULT_MODEL}, a local directory, a GGUF file or a hub id.",
     )
-    base_dir: Path | None = Field(None, description="Where a converted base is looked for first, and native code.")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$", description="auto, cpu, cuda or cuda:N.")
-    dtype: Dtype = Field("auto", description="auto, fp32, bf16 or fp16.")
-    native: bool = Field(True, description="Compute natively where this machine can.")
+    base_dir: Path | None = Field(None, description="Where a converted base and native code are looked for first.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$",
+        description="auto, cpu, cuda or cuda:N. auto is CUDA if there is a GPU, else the CPU.",
+    )
+    dtype: Dtype = Field(
+        "auto",
+        description="auto, fp32, bf16 or fp16. auto is bf16 if the GPU, the CPU or native code computes it, else "
+        "fp32. fp16 is for serving; training then computes in fp32.",
+    )
+    native: bool = Field(
+        True,
+        description="Serve and train by native code if the processor (AVX2, AVX-512, 64-bit Arm) and a C++ "
+        "compiler allow it; no: by torch.",
+    )
     threads: int | None = Field(
         None,
         ge=1,
         le=1024,
-        description="Threads that serving and training compute with. Default: the processors that they may use, "
-        "by affinity and CPU quota.",
+        description="Threads that serving and each training job compute with: one for each processor that the "
+        "process may use, by affinity and CPU quota, or OMP_NUM_THREADS if that is less. Serving uses fewer "
+        "while fewer are faster. Default: by the machine.",
     )
-    log_format: LogFormat = Field("text", description="Lines of the log: text, or json.")
+    log_format: LogFormat = Field(
+        "text", description="Format of log lines, of workers and jobs, too: text or json."
+    )
     database_url: SecretStr | None = Field(
         None,
         exclude=True,
-        description="A PostgreSQL database in the place of the file in HOME, for several servers: "
-        "postgresql://user:password@host/database. Needs the extra cluster. Better in SMOLORA_DATABASE_URL than "
-        "in a flag, which whoever watches may see for a moment.",
+        description="A PostgreSQL database (13 or newer) instead of the file in HOME, for several servers and "
+        "workers: postgresql://user:password@host/database. Needs the extra cluster. Prefer the variable: other "
+        "users may see a flag for a moment.",
     )
     train_share: float = Field(
-        0.25, ge=0, le=1, description="Share of the cores' time for training while requests run."
+        0.25,
+        ge=0,
+        le=1,
+        description="Share of the cores' time that training may take while requests run; 0: none, 1: no pauses.",
     )
     train_slice: float = Field(
         600,
         ge=0,
         le=86_400,
-        description="Seconds after which a job gives way to another project's that waits; 0: never.",
+        description="Seconds that a training runs until it gives way, after its current step, to another "
+        "project's waiting job if no worker is idle; 0: never.",
     )
     train_memory: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="Share of a GPU's memory for training: of all of a server's workers together (default: half), "
-        "or of a worker elsewhere (default: what is free).",
+        description="Share of a GPU's memory for training; the server has the rest. Default: 0.5 for all workers "
+        "of a server together, or what is free for a worker elsewhere.",
     )
 
     @property
     def database(self) -> str | None:
-        """The URL of the database, with its password; None: it is the file in HOME."""
+        """Return the database's URL with its password, or None if it is the file in HOME."""
         return None if self.database_url is None else self.database_url.get_secret_value()
 
     @field_validator("database_url", mode="after")
@@ -105,20 +129,35 @@ class WorkerSettings(SharedSettings, BaseSettings):
 
 
 class Settings(Limits, WorkerSettings):
-    """One field for each variable; `kv_cache_bytes` and `adapter_cache_bytes` also read "2GiB" and the like."""
+    """Settings of `serve`: one field for each variable. Sizes in bytes also read "2GiB" and the like."""
 
-    host: str = Field("127.0.0.1", min_length=1, max_length=255, description="Where to listen.")
-    port: int = Field(8000, ge=0, le=65535, description="Where to listen; 0: any free port.")
+    host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        max_length=255,
+        description="Where to listen; for a name with both kinds of address, its IPv4 address.",
+    )
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free port.")
     max_num_seqs: int = Field(32, ge=1, le=1024, description="Sequences in one batch.")
-    max_queue: int = Field(256, ge=1, le=100_000, description="Sequences that may wait for a place in it.")
+    max_queue: int = Field(
+        256,
+        ge=1,
+        le=100_000,
+        description="Sequences that may wait for a place in the batch. If the queue is full, a project with less "
+        "than its share of it is still accepted, up to twice as many in all.",
+    )
     prefill_share: float = Field(
         0.71,
         gt=0,
         lt=1,
-        description="The share of a step's time that prompts may take while answers are generated (native code).",
+        description="Share of a step's time that prompts may take while answers are generated (native code). "
+        "Less gives shorter pauses between tokens and later first tokens.",
     )
     max_model_len: int | None = Field(
-        None, ge=2, le=1 << 20, description="Prompt and answer, in tokens. Default: the model's, at most 8192."
+        None,
+        ge=2,
+        le=1 << 20,
+        description="Tokens of a prompt and its answer. Default: the model's, at most 8192.",
     )
     kv_cache_bytes: ByteSize | None = Field(
         None, ge=1 << 20, description="Memory for keys and values, such as 2GiB. Default: by the machine."
@@ -128,77 +167,82 @@ class Settings(Limits, WorkerSettings):
     )
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="The operator's keys, comma-separated, each of 16 characters or more; @FILE is a file of mode "
-        "600 that has them, and is read again when it changes. Other users may see a flag for a moment: better in "
-        "the file or in SMOLORA_API_KEYS. Default: none.",
+        description="The operator's keys, comma-separated, each of 16 characters or more. @FILE is a file of "
+        "mode 600 with a key on each line; it is read again when it changes. Prefer the file or the variable: "
+        "other users may see a flag for a moment. Default: none.",
     )
     allow_anonymous: Anonymous = Field(
         "0",
-        description="Clients without a key: 0 serves them on the loopback until a first key is made, until-keyed "
-        "off the loopback, too; 1 lets them generate and train in the project default, always.",
+        description="Clients without a key. 0: served on the loopback until the first key exists. until-keyed: "
+        "off the loopback, too. 1: may generate and train in the project default, always.",
     )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Comma-separated names that the server answers to, such as lora.example.org, *.example.org or "
-        "*. Default: localhost, the host it listens on, and any IP address.",
+        description="Comma-separated names that the server answers to, such as lora.example.org, *.example.org "
+        "or *; others get 403, except for /health and /ready. Default: localhost, the host it listens on, and "
+        "any IP address.",
     )
     allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Comma-separated sites whose pages may call the server, such as https://app.example.org or *. "
-        "Default: its own pages alone.",
+        description="Comma-separated sites whose pages may call the server from a browser, such as "
+        "https://app.example.org or *; others get 403. Default: its own pages alone.",
     )
     root_path: str = Field(
         "",
         pattern=r"^(/[\w.~-]+)*$",
         max_length=200,
-        description="What a proxy has before the server's paths, such as /smolora.",
+        description="URL prefix under which a proxy mounts the server, such as /smolora; the proxy may strip it "
+        "or not.",
     )
     public_url: str | None = Field(
         None,
         pattern=r"^https?://[^\s/?#]+(/[\w.~-]+)*$",
         max_length=300,
-        description="What clients reach the server by, as it says at the start. Default: where it listens.",
+        description="URL by which clients reach the server, such as https://lora.example.org/lora, for its "
+        "messages at start. Default: where it listens.",
     )
     trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Comma-separated addresses or networks of proxies whose X-Forwarded-For and -Proto count. "
         "Default: none.",
     )
-    workers: int = Field(1, ge=0, le=64, description="Training worker processes to supervise.")
+    workers: int = Field(
+        1, ge=0, le=64, description="Training workers that serve runs; 0: none, run smolora worker elsewhere."
+    )
     retain_jobs: float = Field(
         0,
         ge=0,
         le=36_500,
-        description="Days after which ended jobs lose their models and logs; 0: never.",
+        description="Days after which an ended job's model and log are removed; 0: never.",
     )
     allow_hub_adapters: bool = Field(False, description="Let clients import adapters from the Hugging Face hub.")
 
     @property
     def training_memory(self) -> float:
-        """The share of a GPU's memory that is left to the workers, all together."""
+        """Return the share of a GPU's memory that all workers have together."""
         return (self.train_memory or _TRAIN_MEMORY) if self.workers else 0.0
 
     @property
     def allows_guests(self) -> bool:
-        """Whether a client without a key may generate and train, whatever keys there are."""
+        """Return whether a client without a key may generate and train, even if keys exist."""
         return self.allow_anonymous == "1"
 
     @property
     def of_a_worker(self) -> WorkerSettings:
-        """What each of the workers is told."""
+        """Return the settings of each worker."""
         share = self.training_memory / self.workers if self.workers else None
         return self.model_copy(update={"train_memory": share})
 
     @field_validator("allow_anonymous", mode="before")
     @classmethod
     def _switch(cls, value: object) -> object:
-        """Take what other switches take, such as true, for 1 and 0."""
+        """Accept the words of other switches, such as true, for 1 and 0."""
         return _SWITCHES.get(str(value).lower(), value)
 
     @field_validator("api_keys", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
-        """Commas separate keys; of `@FILE` its name is kept, since the server reads it again when it changes."""
+        """Split keys at commas; keep the name of `@FILE`, since the server reads it again when it changes."""
         if not isinstance(value, str):
             return value
         if value.startswith("@"):
@@ -248,7 +292,7 @@ SettingsT = TypeVar("SettingsT", bound=WorkerSettings)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens on `host`."""
+    """Return whether only this machine can reach a server that listens on `host`."""
     if host == "localhost":
         return True
     try:
@@ -258,21 +302,35 @@ def is_loopback(host: str) -> bool:
 
 
 def load(kind: type[SettingsT], **flags: Flag) -> SettingsT:
-    """The settings, with the flags that are not None on top. Raises StartupError in one line."""
+    """Load the settings; flags that aren't None win. Raise StartupError with a message of one line."""
     try:
         return kind.model_validate({name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        told = [_explain(fault["loc"], in_words(fault)) for fault in error.errors()]
-        raise StartupError("; ".join(told)) from None
+        messages = [_explain(fault["loc"], in_words(fault)) for fault in error.errors()]
+        raise StartupError("; ".join(messages)) from None
+
+
+def described(kind: type[WorkerSettings], name: str) -> tuple[str, str]:
+    """Return what a setting means and its default in words, which is empty if there is none."""
+    field = kind.model_fields[name]
+    meaning, _, default = (field.description or "").removesuffix(".").partition(". Default: ")
+    value: object = field.default
+    if isinstance(value, bool):
+        default = "yes" if value else "no"
+    elif isinstance(value, ByteSize):
+        default = value.human_readable().replace(".0", "")
+    elif value not in (None, (), ""):
+        default = f"{value}"
+    return f"{meaning}.", default
 
 
 def server_url() -> str:
-    """Where commands look for a server that aren't told: at SMOLORA_URL, else on this machine."""
+    """Return the server's default URL for commands: SMOLORA_URL, else this machine's."""
     return os.environ.get(f"{PREFIX}URL") or local_url()
 
 
 def local_url() -> str:
-    """Where a server of this machine with these variables listens."""
+    """Return the URL of a server on this machine that has these variables."""
     try:
         port = int(os.environ.get(f"{PREFIX}PORT") or Settings.model_fields["port"].default)
     except ValueError:
@@ -281,7 +339,7 @@ def local_url() -> str:
 
 
 def unknown_variables() -> list[str]:
-    """What to tell of each variable that looks like a setting and is none."""
+    """Return a warning for each variable that looks like a setting and is none."""
     known = {*map(str.upper, Settings.model_fields), *_OTHER_VARIABLES}
     found = []
     for name in sorted(variable[len(PREFIX) :] for variable in os.environ if variable.startswith(PREFIX)):
@@ -294,7 +352,7 @@ def unknown_variables() -> list[str]:
 
 
 def trace_exporters() -> tuple[str, ...]:
-    """The exporters that OpenTelemetry's own variables ask for, as its entry points call them; none by default."""
+    """Return the exporters that OpenTelemetry's own variables ask for, by their entry points' names."""
     named = os.environ.get("OTEL_TRACES_EXPORTER", "")
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or named == "none":
         return ()
@@ -307,9 +365,9 @@ def trace_exporters() -> tuple[str, ...]:
 
 
 def to_flags(settings: WorkerSettings) -> list[str]:
-    """The flags of `smolora worker` that `load` turns into the same settings, but for secrets."""
-    told = [name for name, field in WorkerSettings.model_fields.items() if not field.exclude]
-    values = {name.replace("_", "-"): getattr(settings, name) for name in told}
+    """Return the flags of `smolora worker` that `load` turns into the same settings, except for secrets."""
+    names = [name for name, field in WorkerSettings.model_fields.items() if not field.exclude]
+    values = {name.replace("_", "-"): getattr(settings, name) for name in names}
     switches = [f"--{'' if value else 'no-'}{name}" for name, value in values.items() if isinstance(value, bool)]
     others = {name: value for name, value in values.items() if not isinstance(value, bool | None)}
     return switches + [f"--{name}={value}" for name, value in others.items()]

@@ -201,6 +201,7 @@ class Team {
     static constexpr int kSpins = 2000;   // some 25 to 90 us
     static constexpr int kYields = 1000;  // half a millisecond if nothing else runs
     static constexpr int kAllDone = 1 << 30;
+    // Threads' scratch belongs to objects: glibc ends the process if it has no memory for a thread_local.
     static inline thread_local int number_ = 0;
     const int size_;
     int active_;
