@@ -28,6 +28,11 @@ class Made:
     day: str  # of the end of the run
     quick: bool
 
+    @property
+    def program(self) -> str:
+        """The command without its arguments."""
+        return " ".join(self.command.split()[:3])
+
     @classmethod
     def by(cls, program: str, arguments: list[str] | None, *, quick: bool) -> "Made":
         given = sys.argv[1:] if arguments is None else arguments

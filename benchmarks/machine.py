@@ -44,15 +44,21 @@ class Machine:
         """Its name, and where that is known, of which family and model."""
         return f"{self.cpu} of {self.cpu_family}" if self.cpu_family else self.cpu
 
+    @property
+    def hardware(self) -> str:
+        """The processor, the threads in use, and the commit."""
+        found = f"{self.processor}, {self.threads} threads"
+        return f"{found}; commit {self.commit}" if self.commit else found
+
+    @property
+    def software(self) -> str:
+        """The cores, the memory, and the versions of Python, the packages and the compiler."""
+        packages = [f"{name} {number}" for name, number in self.packages.items()]
+        found = [f"{self.cores} cores, {self.memory / 2**30:.0f} GiB", f"Python {self.python}", *packages]
+        return ", ".join([*found, *([self.compiler] if self.compiler else [])])
+
     def __str__(self) -> str:
-        packages = ", ".join(f"{name} {number}" for name, number in self.packages.items())
-        found = [
-            f"{self.processor}, {self.cores} cores, {self.memory / 2**30:.0f} GiB; {self.threads} threads",
-            f"Python {self.python}, {packages}",
-            *([self.compiler] if self.compiler else []),
-            *([f"commit {self.commit}"] if self.commit else []),
-        ]
-        return "; ".join(found)
+        return f"{self.hardware}; {self.software}"
 
 
 def cpu_name() -> str:

@@ -1,14 +1,16 @@
-"""Makes docs/benchmarks.md, its charts, and the README's figures: `python -m benchmarks.report`.
+"""Write docs/benchmarks.md, its charts, and the README's figures: `python -m benchmarks.report`.
 
-From what the benchmarks wrote under --out. A part that was not measured again stays as it stands in the pages,
-which tell what it was measured with; one that never was is said to be missing. A quick run is refused.
+The results come from --out, and are copied to --results, which is under version control. A part that was not
+measured again stays as it is in the pages. A part that was never measured is named as missing. A quick run is
+refused.
 """
 
 import argparse
 import re
+import shutil
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -20,32 +22,29 @@ from benchmarks.command import Made
 from benchmarks.curves import report as curves
 from benchmarks.curves.results import Results as Curves
 from benchmarks.held import report as held
-from benchmarks.measure import median_ratio
 from benchmarks.serving import report as serving
 from benchmarks.serving.results import Results as Serving
 from benchmarks.serving.targets import evaluate as serving_targets
 from benchmarks.shapes import report as shapes
 from benchmarks.training import adapters_report, beside_report, methods_report, train_report
-from benchmarks.training.peer import COMPILED, EAGER
 
 BENCHMARKS_PAGE = "[docs/benchmarks.md](docs/benchmarks.md)"
 BEGIN, END = "<!-- figures: made by python -m benchmarks.report -->", "<!-- /figures -->"
 INTRODUCTION = """# Benchmarks
 
-Made by `python -m benchmarks.report` from the results of the commands below; nothing here is written by hand.
+`python -m benchmarks.report` writes this page from the results of the commands below. Don't edit it by hand.
 
-To measure anew, on a machine that does nothing else: once `python -m benchmarks.peers make llama.cpp openvino`,
-then `python -m benchmarks.serve`, `.curves`, `.shapes`, `.held` (once `llama.cpp-avx2` and `llama.cpp-avx512` are
-made), `.train`, `.methods`, `.adapters` and `.beside`, then this command.
+To measure again, on an idle machine: run `python -m benchmarks.peers make llama.cpp openvino` once, then
+`python -m benchmarks.serve`, `.curves`, `.shapes`, `.held` (it needs `llama.cpp-avx2` and `llama.cpp-avx512`),
+`.train`, `.methods`, `.adapters` and `.beside`, then this command.
 
-- Every figure is the median of its rounds, with the lowest and the highest beside it. A ratio is the median of the
-  rounds' own ratios: absolute figures drift between runs and machines.
-- All systems of a table were measured in one run, in turn, on the same weights, prompts or rows, and threads. A
-  peer gets every setting that we get, the allocator's included; where it isn't clear which setting suits it, both
-  are tried first and the faster one is taken.
-- Targets are ratios to a peer, or to ourselves. Those that are missed are shown, too.
-- ik_llama.cpp is no peer here, as no package brings it. Where it was measured by hand it was faster than llama.cpp
-  for one stream of quantized weights, and slower for many streams.
+- Cells have the median (lowest–highest) of the rounds. Ratios are medians of the rounds' own ratios.
+- All systems of a table ran in turn, on the same weights, rows and threads. Peers get every setting that we get,
+  or the faster one of those tried.
+- Bold misses its target.
+- Raw results, with versions, settings and what this page leaves out, are in `benchmarks/results/`.
+- ik_llama.cpp isn't compared, as no package has it. By hand it was faster than llama.cpp for one stream of
+  quantized weights, and slower for many streams.
 """
 
 
@@ -59,7 +58,7 @@ class _HasMade(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """What has been measured."""
+    """Everything that has been measured."""
 
     serve: Serving | None
     curves: Curves | None
@@ -72,7 +71,7 @@ class Found:
 
     @classmethod
     def read(cls, out: Path) -> "Found":
-        """SystemExit where a result is of a quick run."""
+        """Read the results. Raise SystemExit if one is of a quick run."""
         found = cls(
             command.read(out, "serve", Serving),
             command.read(out, "curves", Curves),
@@ -99,9 +98,12 @@ class Found:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write all of it."""
+    """Write the page, the charts, the README's figures and the raw results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Makes docs/benchmarks.md.")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where the results are")
+    parser.add_argument(
+        "--results", type=Path, default=Path("benchmarks/results"), help="where they are copied to"
+    )
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where benchmarks.md and the charts go")
     parser.add_argument("--readme", type=Path, default=Path("README.md"), help="whose figures are replaced")
     options = parser.parse_args(arguments)
@@ -113,11 +115,14 @@ def main(arguments: list[str] | None = None) -> None:
     charts(found, options.docs)
     to.write_text(text, encoding="utf-8")
     options.readme.write_text(readme, encoding="utf-8")
+    options.results.mkdir(exist_ok=True)
+    for name in (field.name for field in fields(found) if getattr(found, field.name) is not None):
+        shutil.copy(options.out / f"{name}.json", options.results)
     print(f"wrote {to}, its charts and the figures of {options.readme}")
 
 
 def page(found: Found, before: str) -> str:
-    """docs/benchmarks.md, as it follows what it was `before`."""
+    """Return the text of docs/benchmarks.md. Parts without results are kept from the text `before`."""
     parts = [INTRODUCTION.strip()]
 
     def add(title: str, name: str, results: T | None, render: Callable[[T], str], chart: str | None) -> None:
@@ -127,22 +132,23 @@ def page(found: Found, before: str) -> str:
             return
         parts.extend([f"## {title}", render(results).strip(), *([f"![{chart}]({name}.png)"] if chart else [])])
 
-    add("Serving", "serve", found.serve, serving.markdown, "Output tokens per second by load")
+    serve = found.serve and _headlines(found.serve)
+    add("Serving", "serve", serve, serving.markdown, "Output tokens per second by load")
     add("Scaling curves", "curves", found.curves, curves.markdown, "Speed, latency and memory as one thing grows")
     add("Larger bases", "shapes", found.shapes, shapes.markdown, None)
-    add("Lesser processors", "held", found.held, held.markdown, None)
+    add("Restricted instruction sets", "held", found.held, held.markdown, None)
     add("Training", "train", found.train, train_report.markdown, "Tokens per second and memory")
     title = "LoRA against full fine-tuning"
     add(title, "methods", found.methods, methods_report.markdown, "Methods compared")
     add("Useful adapters", "adapters", found.adapters, adapters_report.markdown, "Accuracy of adapters")
-    add("Training beside serving", "beside", found.beside, beside_report.markdown, None)
+    add("Training while serving", "beside", found.beside, beside_report.markdown, None)
     return "\n\n".join(parts) + "\n"
 
 
 def figures(found: Found, before: str) -> str:
-    """The README's: a table, a chart, and what training comes to in a few lines.
+    """Return the README's figures: a table of speeds, and one of LoRA against full fine-tuning.
 
-    A part of which nothing was measured is what it was `before`.
+    Parts without results are kept from the text `before`.
     """
     parts = []
     if (serve := found.serve) is None:
@@ -150,33 +156,38 @@ def figures(found: Found, before: str) -> str:
     else:
         targets = [target for target in serving_targets(serve) if target.reached is not None]
         reached = sum(bool(target.reached) for target in targets)
-        systems = [facts for facts in serve.systems if facts.max_streams is None]
-        over = [facts.name for facts in systems if facts.over_http]
+        headlines = _headlines(serve)
+        over = [facts.name for facts in headlines.systems if facts.over_http]
         settings = serve.settings
         parts += [
             "## How fast",
             f"Output tokens per second on {serve.machine.threads} threads of an {serve.machine.processor}, no "
             f"GPU; {settings.model} in {settings.dtype}, prompts of {settings.prompt_tokens} tokens, "
             f"{settings.max_tokens} new tokens, adapters of rank 16 on all seven linear modules; median "
-            f"(lowest–highest) of {settings.rounds} rounds in turn. {', '.join(over)}: over HTTP, the client on "
-            "the same cores; the others in process.",
-            serving.speed_table(replace(serve, systems=systems), serving.headlines(serve)),
-            "![Output tokens per second by load and system](docs/serve.png)",
-            f"{reached} of the {len(targets)} goals that we set ourselves are reached. "
-            f"{BENCHMARKS_PAGE} has them all, with latencies and settings.",
+            f"(lowest–highest) of {settings.rounds} rounds in turn. Over HTTP, with the client on the same cores: "
+            f"{', '.join(over)}. The others run in process.",
+            serving.speed_table(headlines),
+            f"{reached} of our {len(targets)} targets are reached: {BENCHMARKS_PAGE} has all of them.",
         ]
-    title = "What training brings, and costs"
-    stood = re.findall(r"^- (.*)$", _standing(title, before) or "", re.MULTILINE)
-    lines = {_topic(line): f"- {line}" for line in (*stood, *_training_lines(found))}
-    parts += [
-        "\n".join([f"## {title}\n", *lines.values()]),
-        f"All of it, with intervals and what each was run with: {BENCHMARKS_PAGE}.",
-    ]
+    title = "LoRA against full fine-tuning"
+    if (methods := found.methods) is None:
+        parts += [_standing(title, before) or f"## {title}"]
+    else:
+        num_train, _, num_test = methods.counts
+        full, *lora = (one.outcomes[0].computed_by for one in methods.compared)
+        parts += [
+            f"## {title}",
+            f"{methods.model}, trained on {num_train:,} sentences of {methods.data}, measured on {num_test:,} "
+            f"others; ± is half of a 95 % interval over {len(methods.compared[0].outcomes)} seeds. LoRA is "
+            f"computed by {lora[0]}, full fine-tuning by {full}.",
+            methods_report.comparison(methods),
+            f"{BENCHMARKS_PAGE} has the settings, and training speed against PEFT.",
+        ]
     return "\n\n".join(parts)
 
 
 def with_figures(readme: str, text: str) -> str:
-    """The README with its figures replaced. ValueError where its marks are missing."""
+    """Return the README with its figures replaced. Raise ValueError if its marks are missing."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -185,7 +196,7 @@ def with_figures(readme: str, text: str) -> str:
 
 
 def charts(found: Found, docs: Path) -> None:
-    """A PNG for each part that has one."""
+    """Draw a PNG for each part that has one."""
     docs.mkdir(exist_ok=True)
     if found.serve is not None and serving.headlines(found.serve):
         serving.chart(found.serve, docs / "serve.png")
@@ -199,41 +210,16 @@ def charts(found: Found, docs: Path) -> None:
         adapters_report.chart(found.adapters, docs / "adapters.png")
 
 
+def _headlines(serve: Serving) -> Serving:
+    """Keep the loads with one stream and with the most, and the systems that take all of them."""
+    systems = [facts for facts in serve.systems if facts.max_streams is None]
+    return replace(serve, rows=serving.headlines(serve), systems=systems)
+
+
 def _standing(title: str, page: str) -> str | None:
-    """The section of that title in a page."""
+    """Return the section of that title in a page, or None."""
     found = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |^{re.escape(END)}|\Z)", page, re.MULTILINE | re.DOTALL)
     return found and found[0].strip()
-
-
-def _topic(line: str) -> str:
-    """What a line of the README is about, whatever was measured: its first two words."""
-    return " ".join(line.split()[:2])
-
-
-def _training_lines(found: Found) -> Iterator[str]:
-    if found.train is not None:
-        works = []
-        for row in found.train.rows:
-            found_ratios = (median_ratio(row.speed(row.ours), row.speed(side)) for side in (EAGER, COMPILED))
-            ratios = [f"{ratio.median:.2f} ×" for ratio in found_ratios if ratio is not None]
-            works.append(f"{row.work.title} {' and '.join(ratios)}")
-        yield f"Tokens per second against PEFT, eager and compiled: {'; '.join(works)}."
-    if found.methods is not None:
-        full, *lora = found.methods.compared
-        best = max(lora, key=lambda one: one.test_accuracy.mean)
-        yield (
-            f"Accuracy on {found.methods.counts[2]:,} held-out sentences of {found.methods.data}: full "
-            f"fine-tuning {full.test_accuracy.text('{:.3f}')}, {best.title} {best.test_accuracy.text('{:.3f}')} "
-            f"(95 % over {len(full.outcomes)} seeds)."
-        )
-    if found.adapters is not None:
-        base, blend = (found.adapters.scores[name] for name in (adapters_report.BASE, adapters_report.BLEND))
-        own = ", ".join(
-            f"{name} {base[name].accuracy:.3f} → {found.adapters.scores[name][name].accuracy:.3f} "
-            f"({blend[name].accuracy:.3f})"
-            for name in found.adapters.sizes
-        )
-        yield f"Accuracy of the base → its adapter (a blend of all), ± one to three points: {own}."
 
 
 if __name__ == "__main__":

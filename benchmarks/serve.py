@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> Results:
     results = run(options, Made.by("benchmarks.serve", arguments, quick=options.quick), say)
     command.write(options.out, "serve", results)
     say(f"done; {options.out / 'serve.json'} holds what was found")
-    print(report.markdown(results))
+    print(report.markdown(results), report.details(results), sep="\n")
     return results
 
 

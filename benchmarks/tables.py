@@ -7,9 +7,9 @@ from benchmarks.measure import Spread, percentile
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return "\n".join("|" + "|".join(cell or " " for cell in cells) + "|" for cells in lines)
 
 
 def with_range(values: Sequence[float], form: Callable[[float], str]) -> str:

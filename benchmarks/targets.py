@@ -36,7 +36,7 @@ def _target(load: str, sign: str, ratio: Spread | None, bound: float, unit: str,
     digits = 2
     while ratio is not None and not reached and digits < 6 and round(ratio.median, digits) == round(bound, digits):
         digits += 1
-    return Target(load, f"{sign} {bound:.3g} {unit}", spread(ratio, unit, digits), reached)
+    return Target(load, f"{sign} {bound:.3g} {unit}", spread(ratio, "", digits), reached)
 
 
 def unmeasured(targets: Sequence[Target]) -> list[Target]:
@@ -45,6 +45,9 @@ def unmeasured(targets: Sequence[Target]) -> list[Target]:
 
 
 def target_table(targets: Sequence[Target]) -> str:
-    reached = {True: "yes", False: "**no**", None: NOT_MEASURED}
-    cells = [(target.load, target.wanted, target.measured, reached[target.reached]) for target in targets]
-    return table(("target", "wanted", "measured", "reached"), cells)
+    """Tabulate the targets, with what misses its target in bold."""
+    cells = [
+        (target.load, target.wanted, f"**{target.measured}**" if target.reached is False else target.measured)
+        for target in targets
+    ]
+    return table(("target", "wanted", "measured"), cells)

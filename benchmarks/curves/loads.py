@@ -115,8 +115,7 @@ def distinct_adapters(scale: Scale) -> Plan:
     loads += [load(ZIPF, count, lambda place: 1 / place) for count in scale.distinct if count > 1]
     work = (
         f"{scale.distinct_streams} streams; each request draws an adapter of rank {RANK}, uniformly or by Zipf's "
-        f"law (exponent 1); {scale.pool} have room in memory, others are read when they are asked for, in the "
-        "place of the least recently used; ratios are to the base"
+        f"law (exponent 1); {scale.pool} fit into memory"
     )
     room = scale.pool * RANK
     return Plan("adapters", "Distinct adapters", "adapters that requests draw from", work, tuple(loads), room)
@@ -129,7 +128,7 @@ def ranks(scale: Scale) -> Plan:
         for rank in scale.ranks:
             adapters = tuple(Adapter(rank, index) for index in range(count))
             loads.append(_even(scale, series, rank, streams, adapters))
-    work = f"{streams} streams under one adapter, or under {streams} of the same rank; ratios are to the base"
+    work = f"{streams} streams under one adapter, or under {streams} of the same rank"
     return Plan("ranks", "Rank", "rank of every adapter", work, tuple(loads), _room(loads))
 
 
@@ -138,7 +137,7 @@ def blends(scale: Scale) -> Plan:
     adapters = tuple(Adapter(RANK, index) for index in range(max(streams, *scale.blends)))
     loads = [_even(scale, BASE, 0, streams)]
     loads += [_even(scale, "blends", size, streams, adapters, size) for size in scale.blends]
-    work = f"{streams} streams, each with a blend of its own of adapters of rank {RANK}; ratios are to the base"
+    work = f"{streams} streams, each with a blend of its own of adapters of rank {RANK}"
     return Plan("blends", "Blend size", "adapters of each request", work, tuple(loads), _room(loads))
 
 
@@ -151,9 +150,8 @@ def contexts(scale: Scale) -> Plan:
             series = "1 stream" if streams == 1 else f"{streams} streams"
             loads.append(Load(series, length, *sizes, is_cached=True))
     work = (
-        f"the base; a context is a prompt with {scale.context_tokens} new tokens. Each prompt is sent twice: for "
-        "its first token, which TTFT is of, and again, when its prefix is cached, for all of them, which tokens/s "
-        "and ITL are of; ratios are to the shortest context"
+        f"the base; a prompt with {scale.context_tokens} new tokens, sent twice: for TTFT, and with its prefix "
+        "cached for tokens/s and ITL"
     )
     return Plan("context", "Context", "tokens of prompt and answer", work, tuple(loads), RANK)
 
@@ -164,10 +162,7 @@ def streams(scale: Scale) -> Plan:
     # what is compared is measured one after the other
     both = ((BASE, ()), (EACH, each))
     loads = [_even(scale, kind, count, count, own[:count]) for count in scale.streams for kind, own in both]
-    work = (
-        f"the base, or as many adapters of rank {RANK} as streams; all streams in one batch (SMOLORA_MAX_NUM_SEQS="
-        f"{most}); ratios of adapters are to the base with as many streams, the base's to its one stream"
-    )
+    work = f"the base, or as many adapters of rank {RANK} as streams, in one batch (SMOLORA_MAX_NUM_SEQS={most})"
     return Plan("streams", "Streams", "streams at once", work, tuple(loads), _room(loads), most)
 
 

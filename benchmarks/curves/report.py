@@ -5,23 +5,20 @@ from pathlib import Path
 
 from benchmarks.command import QUICK
 from benchmarks.curves.results import Curve, Point, Results
-from benchmarks.measure import Figures, Spread
-from benchmarks.tables import gigabytes, milliseconds, number, rounds, spread, table, with_range
+from benchmarks.measure import Spread
+from benchmarks.tables import number, rounds, table, with_range
 
 COLORS = ("#2a6f97", "#e09f3e", "#81b29a", "#c9ada7")
 
 
 def markdown(results: Results) -> str:
-    """What was run, and a table of each curve."""
+    """Describe what was run, and tabulate each curve."""
     work = (
-        f"{results.model} in {results.dtype}, our server alone, over HTTP with the client on the same cores; "
-        f"distinct prompts of {results.prompt_tokens} tokens and {results.max_tokens} new ones but where contexts "
-        "grow, greedy, without speculation; adapters with random weights on all seven linear modules, resident "
-        f"before they are timed as far as they have room; {rounds(results.rounds)}, ratios those of the rounds. "
-        "Memory is what the server's process holds after the first round's requests, of a server started for them "
-        "alone; it keeps the keys and values of prompts that have ended"
+        f"{results.model} in {results.dtype}, smolora alone; prompts of {results.prompt_tokens} tokens, "
+        f"{results.max_tokens} new ones, greedy, without speculation; adapters with random weights; "
+        f"{rounds(results.rounds)}. The chart has latency and memory, too"
     )
-    parts = [f"`{results.made.command}`, {results.made.day}. {results.machine}.", f"{work}."]
+    parts = [f"`{results.made.program}`, {results.made.day}. {results.machine.hardware}.", f"{work}."]
     if results.made.quick:
         parts.append(QUICK)
     for curve in results.curves:
@@ -89,26 +86,11 @@ def chart(results: Results, path: Path) -> None:
 
 
 def _table(curve: Curve) -> str:
-    reads = any(count for point in curve.points for count in point.adapters_read)
-    head = (
-        *("", curve.axis, "tokens/s", "ratio", "TTFT p50, ms", "ITL p50, ms", "ITL p99, ms", "memory"),
-        *(("adapters read",) if reads else ()),
-    )
-    cells = []
-    for point in (point for series in curve.series for point in curve.of(series)):
-
-        def times(figure: Callable[[Figures], float], point: Point = point) -> str:
-            return with_range([figure(one) for one in point.figures], milliseconds)
-
-        cells.append(
-            [
-                *(point.series, f"{point.x:,}" if point.x else "–"),
-                *(with_range(point.speed, number), spread(curve.ratio(point), "")),
-                times(lambda figures: figures.ttft_p50),
-                times(lambda figures: figures.itl_p50),
-                times(lambda figures: figures.itl_p99),
-                gigabytes(point.memory),
-                *([with_range(point.adapters_read, "{:.0f}".format)] if reads else []),
-            ]
-        )
-    return table(head, cells)
+    """Tabulate output tokens per second: a row for each place, a column for each series."""
+    places = sorted({point.x for point in curve.points if point.x})
+    found = {(point.series, point.x): with_range(point.speed, number) for point in curve.points}
+    alone = [series for series in curve.series if (series, 0) in found]
+    columns = [series for series in curve.series if series not in alone]
+    cells = [[f"{x:,}", *(found.get((series, x), "–") for series in columns)] for x in places]
+    cells += [[f"none, {series}", found[series, 0], *["–"] * (len(columns) - 1)] for series in alone]
+    return table((curve.axis, *(f"{series}, tokens/s" for series in columns)), cells)

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from benchmarks.command import Made
-from benchmarks.curves.loads import BASE
 from benchmarks.machine import Machine
-from benchmarks.measure import Figures, Spread, median_ratio
+from benchmarks.measure import Figures
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,6 @@ class Curve:
 
     def of(self, series: str) -> list[Point]:
         return [point for point in self.points if point.series == series]
-
-    def ratio(self, point: Point) -> Spread | None:
-        """Its speed to that of the base at the same place, if it was measured, else to its series' first point's.
-
-        None of the point that it would be compared with itself.
-        """
-        bases = [] if point.series == BASE else [one for one in self.of(BASE) if one.x in (0, point.x)]
-        (reference, *_) = bases or self.of(point.series)
-        return None if reference is point else median_ratio(point.speed, reference.speed)
 
 
 @dataclass(frozen=True)

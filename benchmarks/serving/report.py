@@ -1,16 +1,16 @@
 """The serving benchmark's results for people: tables in Markdown, and a chart."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.command import QUICK
-from benchmarks.measure import Figures, median_ratio
+from benchmarks.measure import median_ratio
 from benchmarks.serving.many_adapters import summary
 from benchmarks.serving.results import Cold, LongPrompts, Results, Row
-from benchmarks.serving.systems.systems import BASE, OURS, Facts
+from benchmarks.serving.systems.systems import OURS, Facts
 from benchmarks.serving.targets import evaluate
-from benchmarks.tables import gigabytes, milliseconds, number, rounds, spread, table, with_range
+from benchmarks.tables import gigabytes, milliseconds, number, rounds, table, with_range
 from benchmarks.targets import target_table
 
 CANNOT, NOT_ASKED = "can't", "–"
@@ -24,29 +24,36 @@ def markdown(results: Results) -> str:
     settings = results.settings
     work = (
         f"{settings.model} in {settings.dtype}; distinct prompts of {settings.prompt_tokens} tokens, "
-        f"{settings.max_tokens} new tokens, greedy, streamed over HTTP by a client on the same cores or, where "
-        "that is said, in process; adapters r=16 on all seven linear modules; "
-        f"{rounds(settings.rounds)}, all systems in turn"
+        f"{settings.max_tokens} new tokens, greedy, streamed to a client on the same cores; adapters of rank 16 "
+        f"on all seven linear modules; {rounds(settings.rounds)}, all systems in turn"
     )
-    parts = [f"`{results.made.command}`, {results.made.day}. {results.machine}.", f"{work}."]
+    parts = [f"`{results.made.program}`, {results.made.day}. {results.machine.hardware}.", f"{work}."]
     if results.made.quick:
         parts.append(QUICK)
-    if results.systems:
-        parts.append(_system_lines(results))
     if results.rows:
-        parts += ["Output tokens per second, all streams together:", speed_table(results)]
-        parts += ["Our own latency, and what adapters cost:", _own_table(results)]
-        parts += ["Between tokens, p50 in ms:", _by_system(results, lambda figures: figures.itl_p50)]
-        parts += ["To the first token, p50 in ms:", _by_system(results, lambda figures: figures.ttft_p50)]
-    parts += ["What is wanted, and what it reaches:", target_table(evaluate(results))]
-    if lines := list(_notes(results)):
-        parts.append("\n".join(f"- {line}" for line in lines))
+        parts += ["Output tokens per second:", speed_table(results)]
+        parts += ["Latency of smolora:", _own_table(results)]
+    if results.peak_rss:
+        peaks = [f"{name} {gigabytes(peak)}" for name, peak in results.peak_rss.items() if peak]
+        parts.append(f"Peak RSS: {', '.join(peaks)}.")
+    parts += ["Targets:", target_table(evaluate(results))]
     return "\n\n".join(parts) + "\n"
 
 
-def speed_table(results: Results, rows: Sequence[Row] | None = None) -> str:
+def details(results: Results) -> str:
+    """List the systems with their settings, and what no table holds."""
+    return "\n".join(f"- {line}" for line in (*_systems(results), *_notes(results))) + "\n"
+
+
+def speed_table(results: Results) -> str:
     """Tokens per second by load and system."""
-    return _by_system(results, lambda figures: figures.tokens_per_second, number, rows)
+
+    def cell(row: Row, facts: Facts) -> str:
+        speeds = row.speed(facts.name)
+        return with_range(speeds, number) if speeds else NOT_ASKED if facts.is_partial else CANNOT
+
+    cells = [[row.load.title, *(cell(row, facts) for facts in results.systems)] for row in results.rows]
+    return table(("load", *(facts.name for facts in results.systems)), cells)
 
 
 def headlines(results: Results) -> list[Row]:
@@ -93,53 +100,27 @@ def chart(results: Results, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _system_lines(results: Results) -> str:
-    lines = []
+def _systems(results: Results) -> Iterator[str]:
+    yield f"{results.machine.software}."
     for facts in results.systems:
-        memory = results.peak_rss.get(facts.name)
         where = "over HTTP" if facts.over_http else "in process, without HTTP"
-        line = f"- **{facts.name}**: {facts.version}; {where}; {facts.settings}"
-        if facts.trial:
-            tried = "; ".join(f"{way}: {_speeds(speeds)}" for way, speeds in facts.trial.items())
-            line += f" (tried before, 1 and most streams in tokens/s: {tried})"
-        lines.append(line + (f"; peak RSS {gigabytes(memory)}." if memory else "."))
-    lines += [f"- {name} was left out: {why}." for name, why in results.missing.items()]
-    return "\n".join(lines)
+        tried = "; ".join(f"{way}: {_speeds(speeds)}" for way, speeds in facts.trial.items())
+        trial = f" (tried before, 1 and most streams in tokens/s: {tried})" if tried else ""
+        yield f"**{facts.name}**: {facts.version}; {where}; {facts.settings}{trial}."
+    yield from (f"{name} was left out: {why}." for name, why in results.missing.items())
 
 
 def _own_table(results: Results) -> str:
-    head = ("load", "of own base", "TTFT p50, ms", "TTFT p99, ms", "ITL p50, ms", "ITL p99, ms")
     cells = []
     for row in results.rows:
-        base = results.row(row.load.streams, BASE)
-        of_base = None if base is None or base is row else median_ratio(row.speed(), base.speed())
         figures = row.figures[OURS]
         columns = (
             [one.ttft_p50 for one in figures],
-            [one.ttft_p99 for one in figures],
             [one.itl_p50 for one in figures],
             [one.itl_p99 for one in figures],
         )
-        cells.append([row.load.title, spread(of_base, ""), *(with_range(each, milliseconds) for each in columns)])
-    return table(head, cells)
-
-
-def _by_system(
-    results: Results,
-    figure: Callable[[Figures], float],
-    form: Callable[[float], str] = milliseconds,
-    rows: Sequence[Row] | None = None,
-) -> str:
-    def cell(row: Row, facts: Facts) -> str:
-        figures = row.figures.get(facts.name)
-        nothing = NOT_ASKED if facts.is_partial else CANNOT
-        return with_range([figure(one) for one in figures], form) if figures else nothing
-
-    cells = [
-        [row.load.title, *(cell(row, facts) for facts in results.systems)]
-        for row in (results.rows if rows is None else rows)
-    ]
-    return table(("load", *(facts.name for facts in results.systems)), cells)
+        cells.append([row.load.title, *(with_range(each, milliseconds) for each in columns)])
+    return table(("load", "TTFT p50, ms", "ITL p50, ms", "ITL p99, ms"), cells)
 
 
 def _notes(results: Results) -> Iterator[str]:
@@ -149,8 +130,8 @@ def _notes(results: Results) -> Iterator[str]:
     if results.bandwidth:
         speed = with_range([speed / 1e9 for speed in results.bandwidth], "{:.1f}".format)
         stored, wide = (size / 1e6 for size in (results.settings.weight_bytes, results.settings.wide_bytes))
-        in_full = f", and {wide:.0f} MB where they have 16 bits" if stored < wide else ""
-        yield f"The threads read {speed} GB/s from memory; a step reads {stored:.0f} MB of weights{in_full}."
+        in_full = f" ({wide:.0f} MB in 16 bits)" if stored < wide else ""
+        yield f"Memory is read at {speed} GB/s; a step reads {stored:.0f} MB of weights{in_full}."
     for ways in results.ways:
         greedy, sampled, logprobs = (
             with_range(each, number) for each in (ways.greedy, ways.sampled, ways.logprobs)
@@ -165,10 +146,9 @@ def _notes(results: Results) -> Iterator[str]:
         yield _long_line(long)
     if (over := results.overload) is not None:
         yield (
-            f"{with_range(over.offered, number)} requests/s for {over.seconds:g} s, whatever becomes of them: "
-            f"{with_range(over.goodput, number)} tokens/s of those not refused, against "
-            f"{with_range(over.peak, number)} of {over.streams} streams; "
-            f"{with_range(over.refused, '{:.0%}'.format)} were refused, the others had their first token after "
+            f"Overload, {with_range(over.offered, number)} requests/s for {over.seconds:g} s: "
+            f"{with_range(over.goodput, number)} tokens/s, against {with_range(over.peak, number)} of "
+            f"{over.streams} streams; {with_range(over.refused, '{:.0%}'.format)} refused; first token after "
             f"{with_range(over.first_token, '{:.1f}'.format)} s."
         )
     if results.many is not None:
@@ -177,11 +157,10 @@ def _notes(results: Results) -> Iterator[str]:
         ready, imports = (
             with_range(each, "{:.1f}".format) for each in (results.start.ready, results.start.imports)
         )
-        yield f"Start to ready {ready} s, of which a bare interpreter takes {imports} s to import the same."
+        yield f"Start to ready {ready} s, of which imports take {imports} s."
     yield from _agreement(results)
-    if results.rows:
-        cached = sum(row.cached_tokens for row in results.rows)
-        yield f"Prompt tokens that our prefix cache knew already: {cached}."
+    if cached := sum(row.cached_tokens for row in results.rows):
+        yield f"**Prompt tokens found in our prefix cache: {cached}.**"
     resent = Counter(results.resent)
     if results.many is not None:
         resent[OURS] += sum(figures.num_resent for figures in (*results.many.base, *results.many.mixed))
@@ -190,33 +169,30 @@ def _notes(results: Results) -> Iterator[str]:
 
 
 def _agreement(results: Results) -> Iterator[str]:
+    found = {}
     for facts in results.systems:
         same = [row.same_start[facts.name] for row in results.rows if facts.name in row.same_start]
         if same:
-            yield (
-                f"Answers of {facts.name} that begin as ours do: {sum(same) / len(same):.0%} "
-                f"({min(same):.0%}–{max(same):.0%} by load); in 16 bits the last bits of a sum move near ties"
-                + (", **but not so often: it computes something else**." if min(same) < LEAST_SAME else ".")
-            )
+            wrong = ", **too few: it computes something else**" if min(same) < LEAST_SAME else ""
+            found[facts.name] = f"{sum(same) / len(same):.0%}{wrong}"
+    if found:
+        shares = ", ".join(f"{name} {share}" for name, share in found.items())
+        yield f"Answers that begin as ours do (rounding moves near ties): {shares}."
 
 
 def _cold_line(cold: Cold) -> str:
-    read_packed = _ms(cold.read_packed)
-    packed = f", and the packed one that the server reads {read_packed}" if read_packed != "–" else ""
-    line = (
-        f"A cold adapter, ms: {_ms(cold.uploaded)} on its first request where it was just uploaded, its "
-        f"bytes still in the page cache ({_ms(cold.queue)} of it in the queue; reading the file "
-        f"{_ms(cold.read_cached)}{packed}); "
-        f"{_ms(cold.dropped)} where the cache had been told to drop it (reading the file {_ms(cold.read_disk)})"
+    peft = f"; PEFT's load_adapter {_ms(cold.load_adapter)}" if _ms(cold.load_adapter) != "–" else ""
+    return (
+        f"A cold adapter, ms: {_ms(cold.uploaded)} if just uploaded (reading its file {_ms(cold.read_cached)}), "
+        f"{_ms(cold.dropped)} if not in the page cache (reading its file {_ms(cold.read_disk)}){peft}."
     )
-    return line + (f"; PEFT's load_adapter {_ms(cold.load_adapter)}." if _ms(cold.load_adapter) != "–" else ".")
 
 
 def _long_line(long: LongPrompts) -> str:
     return (
-        f"{long.streams} running streams while a prompt of {long.prompt_tokens:,} tokens arrives every "
-        f"{long.every:g} s, ms: ITL p50 {_ms(long.itl_p50)}, p99 {_ms(long.itl_p99)}; undisturbed p50 "
-        f"{_ms(long.quiet_p50)}, p99 {_ms(long.quiet_p99)}; the prompts' first token {_ms(long.first_token)}."
+        f"{long.streams} streams while a prompt of {long.prompt_tokens:,} tokens arrives every {long.every:g} s, "
+        f"ms: ITL p50 {_ms(long.itl_p50)}, p99 {_ms(long.itl_p99)}; quiet p50 {_ms(long.quiet_p50)}, p99 "
+        f"{_ms(long.quiet_p99)}; the prompts' first token {_ms(long.first_token)}."
     )
 
 

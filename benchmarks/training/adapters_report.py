@@ -42,24 +42,25 @@ def markdown(results: Results) -> str:
     sizes = results.sizes
     work = (
         f"{results.model}; {results.how}; at most {max(size.train for size in sizes.values())} sentences a set. "
-        "Accuracy ± one standard error / macro-F1 on at most "
+        "Accuracy ± one standard error on at most "
         f"{max(size.test for size in sizes.values())} held-out sentences a set; the label is the likelier of two "
-        "completions, for the rules the sign of their compound score (0 counts as positive)"
+        "completions (for the rules: the sign of their score). Bold is the best"
     )
     titles = {name: f"adapter {name}" for name in sizes} | {RULES: "rules (vaderSentiment)"}
     cells = [[titles.get(name, name), *(_cell(results, name, place) for place in sizes)] for name in results.order]
-    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in results.seconds.items())
     errors = [_error(results, name, place) for name in results.order for place in sizes]
     lines = [
         *(_line(results, name) for name in sizes),
-        f"One standard error of such an accuracy is {100 * min(errors):.1f} to {100 * max(errors):.1f} points, "
-        "and the seed moves it too: what differs by less than two or three points can't be told apart here.",
-        f"Training took: {seconds}.",
+        f"One standard error is {100 * min(errors):.1f} to {100 * max(errors):.1f} points, and the seed adds to "
+        "it: differences below two or three points mean nothing.",
     ]
-    parts = [f"`{results.made.command}`, {results.made.day}. {results.machine}.", f"{work}."]
+    parts = [f"`{results.made.program}`, {results.made.day}. {results.machine.hardware}.", f"{work}."]
     if results.made.quick:
         parts.append(QUICK)
-    parts += [table(("", *(f"on {name}" for name in sizes)), cells), "\n".join(f"- {line}" for line in lines)]
+    parts += [
+        table(("accuracy", *(f"on {name}" for name in sizes)), cells),
+        "\n".join(f"- {line}" for line in lines),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -90,7 +91,7 @@ def chart(results: Results, path: Path) -> None:
 def _cell(results: Results, name: str, place: str) -> str:
     found = results.scores[name][place]
     is_best = found.accuracy == max(results.scores[other][place].accuracy for other in results.order)
-    text = f"{found.accuracy:.3f} ± {_error(results, name, place):.3f} / {found.macro_f1:.3f}"
+    text = f"{found.accuracy:.3f} ± {_error(results, name, place):.3f}"
     return f"**{text}**" if is_best else text
 
 

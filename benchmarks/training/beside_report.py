@@ -42,8 +42,10 @@ def evaluate(results: Results) -> list[Target]:
     alone, beside = results.of_streams(lambda figures: figures.itl_p99)
     job_alone, job_beside = results.of_job
     found = [
-        at_least("the job beside the streams", median_ratio(job_beside, job_alone), 0.22, "of its speed alone"),
-        at_most("the streams' ITL p99 beside the job", median_ratio(beside, alone), 1.5, "× that without it"),
+        at_least(
+            "the job's speed while streams run", median_ratio(job_beside, job_alone), 0.22, "of its speed alone"
+        ),
+        at_most("the streams' ITL p99 during the job", median_ratio(beside, alone), 1.5, "× without it"),
     ]
     return unmeasured(found) if results.made.quick else found
 
@@ -60,10 +62,10 @@ def markdown(results: Results) -> str:
         row("the job's tokens/s", results.of_job, number),
     ]
     parts = [
-        f"`{results.made.command}`, {results.made.day}. {results.machine}.",
+        f"`{results.made.program}`, {results.made.day}. {results.machine.hardware}.",
         f"{results.work}; {rounds(len(results.rounds))}.",
     ]
     if results.made.quick:
         parts.append(QUICK)
-    parts += [table(("", "each alone", "both at once", "ratio"), cells), target_table(evaluate(results))]
+    parts += [table(("figure", "each alone", "both at once", "ratio"), cells), target_table(evaluate(results))]
     return "\n\n".join(parts) + "\n"

@@ -48,31 +48,35 @@ class Results:
 
 
 def markdown(results: Results) -> str:
-    """Each method at its best rate, what the other rates gave, and where LoRA doesn't win."""
+    """Describe what was run, compare the methods at their best rates, and say if LoRA doesn't win."""
     num_train, num_tuning, num_test = results.counts
     work = (
         f"{results.model}; {num_train:,} sentences of {results.data}, once, in {num_train // 8} steps of 8 rows; "
-        f"AdamW; each method at the best of its learning rates by the loss on {num_tuning} other sentences, the "
-        f"grid grown until the best was inside; {num_test:,} held-out sentences; mean ± half of its 95 % interval "
-        f"over {len(results.compared[0].outcomes)} seeds (Student's t), others than the one that chose the rate"
+        f"AdamW; each method at its best learning rate by the loss on {num_tuning} other sentences; {num_test:,} "
+        f"held-out sentences; mean ± half of its 95 % interval over {len(results.compared[0].outcomes)} seeds"
     )
-    head = (
-        *("", "trainable parameters", "peak memory", "stored", "training", "tokens/s", "learning rate"),
-        *("held-out loss", "held-out accuracy"),
-    )
-    cells = [_cells(one) for one in results.compared]
-    in_torch = results.in_torch
-    cells.append(
-        [
-            *(f"{in_torch.trial.title}, in torch", _trainable(in_torch), gigabytes(in_torch.peak_memory)),
-            *("–", "–", f"{in_torch.tokens_per_second:.0f}", f"{in_torch.trial.learning_rate:.3g}", "–", "–"),
-        ]
-    )
-    parts = [f"`{results.made.command}`, {results.made.day}. {results.machine}.", f"{work}."]
+    parts = [f"`{results.made.program}`, {results.made.day}. {results.machine.hardware}.", f"{work}."]
     if results.made.quick:
         parts.append(QUICK)
-    parts += [table(head, cells), "\n".join(f"- {line}" for line in _notes(results))]
+    parts += [comparison(results), "\n".join(f"- {line}" for line in _notes(results))]
     return "\n\n".join(parts) + "\n"
+
+
+def comparison(results: Results) -> str:
+    """What each method costs and reaches, as a table."""
+    head = (
+        *("method", "trainable parameters", "peak memory", "stored", "time", "tokens/s"),
+        *("held-out loss", "held-out accuracy"),
+    )
+    in_torch = results.in_torch
+    cells = [
+        *map(_cells, results.compared),
+        [
+            *(f"{in_torch.trial.title}, in torch", _trainable(in_torch), gigabytes(in_torch.peak_memory)),
+            *("–", "–", f"{in_torch.tokens_per_second:.0f}", "–", "–"),
+        ],
+    ]
+    return table(head, cells)
 
 
 def chart(results: Results, path: Path) -> None:
@@ -118,7 +122,6 @@ def _cells(one: Compared) -> list[str]:
         f"{one.outcomes[0].bytes_stored / 1e6:.0f} MB",
         f"{one.median(lambda outcome: outcome.seconds):.0f} s",
         f"{one.median(lambda outcome: outcome.tokens_per_second):.0f}",
-        f"{one.rate:.3g}",
         one.test_loss.text("{:.4f}"),
         one.test_accuracy.text("{:.3f}"),
     ]
@@ -133,9 +136,8 @@ def _bars(intervals: Sequence[Interval]) -> tuple[list[float], list[float]]:
 
 
 def _notes(results: Results) -> Iterator[str]:
-    for one in results.compared:
-        tried = ", ".join(f"{rate:.3g}: {loss:.4f}" for rate, loss in one.losses.items())
-        yield f"{one.title}, tuning loss by learning rate: {tried}."
+    rates = ", ".join(f"{one.title} {one.rate:.3g}" for one in results.compared)
+    yield f"Learning rates: {rates}."
     full, *lora = results.compared
     best_loss = min(lora, key=lambda one: one.test_loss.mean)
     best_accuracy = max(lora, key=lambda one: one.test_accuracy.mean)
@@ -145,22 +147,22 @@ def _notes(results: Results) -> Iterator[str]:
     )
     error = standard_error(full.test_accuracy.mean, results.counts[2])
     yield (
-        f"One standard error of {results.counts[2]:,} test sentences is {100 * error:.1f} points of accuracy, on "
-        "top of what the seeds show."
+        f"One standard error of {results.counts[2]:,} sentences is {100 * error:.1f} points of accuracy, on top "
+        "of the seeds' spread."
     )
     fastest = max(lora, key=lambda one: one.median(lambda outcome: outcome.tokens_per_second))
     speed, of_full = (one.median(lambda outcome: outcome.tokens_per_second) for one in (fastest, full))
     in_torch = results.in_torch.tokens_per_second / of_full
     memory = fastest.median(lambda outcome: outcome.peak_memory) / full.median(lambda outcome: outcome.peak_memory)
     yield (
-        f"Speed: {fastest.title}, computed by {fastest.outcomes[0].computed_by}, trains {speed / of_full:.2f} × "
-        f"as many tokens a second as full fine-tuning, computed by {full.outcomes[0].computed_by}, in "
-        f"{memory:.2f} of its memory. {results.in_torch.trial.title} computed by torch: {in_torch:.2f} ×."
+        f"{fastest.title} (by {fastest.outcomes[0].computed_by}) trains {speed / of_full:.2f} × as many tokens a "
+        f"second as full fine-tuning (by {full.outcomes[0].computed_by}), in {memory:.2f} of its memory. "
+        f"{results.in_torch.trial.title} by torch: {in_torch:.2f} ×."
     )
 
 
 def _verdict(what: str, lora: Compared, found: Interval, full: Interval, *, lower_is_better: bool) -> str:
-    """Where LoRA doesn't win, said plainly."""
+    """Say plainly if LoRA doesn't win."""
     ahead = found.mean < full.mean if lower_is_better else found.mean > full.mean
     verb = "is better than" if ahead else "is not better than"
     if abs(found.mean - full.mean) <= found.half + full.half:

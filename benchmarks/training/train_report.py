@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.command import QUICK, Made
 from benchmarks.machine import Machine
 from benchmarks.measure import median_ratio, percentile
-from benchmarks.tables import gigabytes, number, rounds, table, with_range
+from benchmarks.tables import number, rounds, table, with_range
 from benchmarks.targets import Target, at_least, at_most, target_table, unmeasured
 from benchmarks.training.peer import COMPILED, EAGER, PACKED
 from benchmarks.training.runs import NATIVE, TORCH, Measured, Side
@@ -15,10 +15,8 @@ from benchmarks.training.works import Work
 
 SIDES = (NATIVE, TORCH, EAGER, PACKED, COMPILED)
 MEANING = (
-    "The peer is transformers, with PEFT where adapters are trained: {dtype} adapters, the fused AdamW, our "
-    "allocator's settings. It pads short rows to the longest of their batch; *packing* lays them out one after "
-    "the other, told apart by `position_ids` alone; *compiled* is under `torch.compile`, padded to one length for "
-    "all, the time to compile not counted."
+    "The peer is transformers (with PEFT for LoRA): {dtype} adapters, the fused AdamW, our allocator's settings. "
+    "It pads short rows; *packing* concatenates them; *compiled* is under `torch.compile`, compiling not counted."
 )
 
 
@@ -58,27 +56,24 @@ def evaluate(results: Results) -> list[Target]:
 
 
 def markdown(results: Results) -> str:
-    """Speeds, memory and targets."""
+    """Describe what was run, and list speeds and targets. The chart has memory, too."""
     work = (
-        f"{results.model} in bf16; r=16 on all seven linear modules, AdamW; tokens per second without padding; "
-        f"{rounds(results.rounds)}, all sides in turn, each in a fresh process"
+        f"{results.model} in bf16; r=16 on all seven linear modules, AdamW; {rounds(results.rounds)}, all sides "
+        "in turn, each in a fresh process"
     )
     meaning = MEANING.format(dtype=results.torch_dtype)
     if results.torch_dtype != "bf16":
         meaning += (
-            f" The peer, and ours in torch, compute in {results.torch_dtype}: torch is many times as slow in bf16 "
-            "where a processor has no instructions for it."
+            f" The peer, and smolora in torch, compute in {results.torch_dtype}: torch is many times slower in "
+            "bf16 on a processor without instructions for it."
         )
-    parts = [f"`{results.made.command}`, {results.made.day}. {results.machine}.", f"{work}. {meaning}"]
+    parts = [f"`{results.made.program}`, {results.made.day}. {results.machine.hardware}.", f"{work}. {meaning}"]
     if results.made.quick:
         parts.append(QUICK)
-    parts += ["Tokens per second:", speed_table(results)]
-    memory = [
-        [row.work.title, *(with_range(row.memory(side), gigabytes) for side in SIDES)] for row in results.rows
-    ]
-    parts += ["Peak RSS, for the compiled peer with what compiling takes:", table(("work", *SIDES), memory)]
-    parts += ["What is wanted, and what it reaches:", target_table(evaluate(results))]
-    parts.append("\n".join(f"- {line}" for line in _notes(results)))
+    parts += ["Tokens per second, without padding:", speed_table(results)]
+    parts += ["Targets:", target_table(evaluate(results))]
+    if lines := list(_notes(results)):
+        parts.append("\n".join(f"- {line}" for line in lines))
     return "\n\n".join(parts) + "\n"
 
 
@@ -130,22 +125,14 @@ def _targets(row: Row) -> Iterator[Target]:
 
 
 def _notes(results: Results) -> Iterator[str]:
-    for row in results.rows:
-        ratios = [
-            f"{ratio.median:.2f} × {side}"
-            for side in SIDES
-            if side != row.ours and (ratio := median_ratio(row.speed(row.ours), row.speed(side))) is not None
-        ]
-        losses = [one.loss for figures in row.figures.values() for one in figures]
-        apart = max(losses) / min(losses) - 1
-        line = f"{row.work.title}: ours is {', '.join(ratios)}; first losses differ by {apart:.2%} at most"
-        compiling = [one.warm_up for one in row.figures.get(COMPILED, ())]
-        if compiling:
-            line += (
-                f"; compiling took {with_range(compiling, number)} s (later rounds find some of it on the disk)"
-            )
+    """Say how far the sides' first losses are apart, and warn about sides that aren't comparable."""
+    if not results.rows:
+        return
+    sides = [[one for figures in row.figures.values() for one in figures] for row in results.rows]
+    apart = max(max(one.loss for one in found) / min(one.loss for one in found) - 1 for found in sides)
+    yield f"First losses of the sides differ by {apart:.2%} at most."
+    for row, found in zip(results.rows, sides, strict=True):
         if not all(one.native for one in row.figures.get(NATIVE, ())):
-            line += "; **native code was not to be had: ours was computed in torch**"
-        if not all(one.keeps_memory for figures in row.figures.values() for one in figures):
-            line += "; **not all sides had our allocator's settings**"
-        yield line + "."
+            yield f"{row.work.title}: **native code wasn't available; smolora computed in torch**."
+        if not all(one.keeps_memory for one in found):
+            yield f"{row.work.title}: **not all sides had our allocator's settings**."

@@ -52,7 +52,7 @@ def test_what_became_slow_is_noticed(tmp_path: Path) -> None:
     compared = compare(slow, kept)
     assert compared is not None
     assert [each.name for each in compared if not each.holds] == ["4 streams, 4 adapters: of own base"]
-    assert "| 0.75 | 0.37 | **no** |" in markdown(compared, slow)
+    assert "|0.75|0.37|**no**|" in markdown(compared, slow)
     assert compare(results({"base": 1.0, "peer": 1.0, "adapters": 1.0}, cpu="a third"), kept) is None
 
 

@@ -31,7 +31,7 @@ def test_names_that_several_processors_share_have_their_family_beside_them(
 
 
 def test_the_family_is_printed_where_it_is_known() -> None:
-    assert str(MACHINE).startswith("A CPU, 2 cores")
+    assert str(MACHINE).startswith("A CPU, 2 threads")
     assert str(replace(MACHINE, cpu_family="family 25, model 17")).startswith(
-        "A CPU of family 25, model 17, 2 cores"
+        "A CPU of family 25, model 17, 2 threads"
     )

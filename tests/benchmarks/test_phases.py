@@ -26,7 +26,7 @@ def test_a_reduced_run(tmp_path: Path) -> None:
         assert 0 < sum(each.phases.values()) < 1.05 * each.whole
     assert found.bandwidth > 1e8
     assert found.speed > 1e8
-    assert "| attention |" in markdown(found)
+    assert "|attention|" in markdown(found)
     assert json.loads((tmp_path / "phases.json").read_text())["made"]["quick"] is True
     few, many = (limits(found, Step(streams, 1, 100), "qkv") for streams in (1, 10))
     assert few is not None

@@ -159,7 +159,7 @@ def test_a_reduced_run(tmp_path: Path) -> None:
         assert ours.imbalance < 2
         assert found["home"].wait_p99 > 2 * ours.wait_p99
     page = (tmp_path / "routing.md").read_text(encoding="utf-8")
-    assert page.count("| `rank` |") == len(WORLDS)
+    assert page.count("|`rank`|") == len(WORLDS)
     assert "A quick run" in page
     chart = (tmp_path / "routing.svg").read_bytes()
     main(["--report", "--out", str(tmp_path)])

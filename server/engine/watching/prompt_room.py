@@ -2,7 +2,7 @@
 
 Prompts take a fixed share of the step's time, by the steps measured lately. A fixed number of tokens would be a
 short moment on one machine and a long one on another, or with other adapters. At a share of 0.6 long prompts took
-a fifth longer than at 0.71, and the longest pauses a quarter less (docs/performance/steps.md).
+a fifth longer than at 0.71, and the longest pauses a quarter less (docs/performance.md).
 """
 
 from collections.abc import Sequence as Seq

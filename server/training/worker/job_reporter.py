@@ -14,7 +14,7 @@ SLOWEST_BYTES_PER_SECOND = 1_000_000
 """Of a disk or an object store. What moves its bytes more slowly counts as hung."""
 SLOWEST_PASS = 1e9
 """Tokens times parameters a second, forward and backward: about a thirtieth of what two idle cores with AVX2 do
-(docs/performance/lesser-processors.md). What computes more slowly counts as hung."""
+(docs/performance.md). What computes more slowly counts as hung."""
 SLOWEST_PASS_ON_GPU = 100 * SLOWEST_PASS
 _BEAT_SECONDS = 1.0
 

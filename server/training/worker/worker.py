@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 COMMAND = (sys.executable, "-P", "-m", "server.training.worker")
 NICENESS = 14
-"""Beside requests: so little of the cores that each of their steps ends soon (docs/performance/training.md)."""
+"""While requests run: a job keeps about a quarter of its speed, and steps wait little (docs/performance.md)."""
 NO_BASE_EVENT = "a worker can't load the base: its log says why, and the job waits for one that can"
 
 _TICK_SECONDS = 0.05

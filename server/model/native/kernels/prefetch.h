@@ -9,8 +9,8 @@
 
 constexpr size_t kBytesAhead = 8192;  // by which weights are prefetched in advance: by 2 KB they come half as fast
 
-// Fetches a line of cache that is read soon, into the second cache: the first waits for so few lines at once that they
-// take longer than memory does (docs/performance/steps.md).
+// Fetches a line of cache that is read soon, into the second cache. The first cache waits for few lines at once: pieces
+// of 2 KB come at 13 GB/s into the first and at 20 GB/s into the second.
 inline void prefetch_line(const void* line) { _mm_prefetch((const char*)line, _MM_HINT_T1); }
 
 // The addresses of lines, which are prefetched one after the other; behind the last one it is there a few times more.
