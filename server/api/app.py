@@ -18,7 +18,6 @@ from server.api.access.authentication import Authentication
 from server.api.access.bodies import BodyTimeout, BytesInFlight
 from server.api.access.overload import Overload
 from server.api.access.proxies import RootPath
-from server.api.access.scopes import STATIC_PATHS
 from server.api.access.sites import Sites
 from server.api.accounts import keys, projects, usage
 from server.api.accounts.books import keep_books, keep_now
@@ -30,7 +29,10 @@ from server.api.deps import Services
 from server.api.errors import faults
 from server.api.generate import route as generate
 from server.api.middleware import BodyLimit, RequestContext
-from server.api.openai.router import router as openai
+from server.api.openai import chat, completions, models
+from server.api.openai.fine_tuning import files
+from server.api.openai.fine_tuning import route as fine_tuning
+from server.api.routes import Routes
 from server.api.train import datasets
 from server.api.train import route as train
 from server.api.train.housekeeping import clean_uploads, keep_house
@@ -39,6 +41,29 @@ _DESCRIPTION = """One frozen SmolLM, any LoRA adapter per request: versioned, we
 
 Errors are RFC 9457 problems, and OpenAI error objects under /v1; every response carries `X-Request-Id`."""
 
+
+_ROUTERS = (
+    generate.router,
+    compare.router,
+    imports.router,  # before the adapters': "import" is no version
+    adapters.router,
+    aliases.router,
+    compositions.router,
+    train.router,
+    datasets.router,
+    keys.router,
+    projects.router,
+    usage.router,
+    health.router,
+    web.router,
+    pages.router,
+    models.router,
+    chat.router,
+    completions.router,
+    files.router,
+    fine_tuning.router,
+)
+ROUTES = Routes(_ROUTERS, folders=("/docs", "/web"), files=("/openapi.json",))
 
 _LIMITS = [f"X-RateLimit-{what}-{kind}" for what in ("Limit", "Remaining", "Reset") for kind in KINDS]
 _EXPOSED = ["Link", "Location", "Retry-After", "X-Request-Id", "X-Smolora-Warning", *_LIMITS]
@@ -99,30 +124,30 @@ def create_app(services: Services) -> FastAPI:
         servers=[{"url": settings.root_path}] if settings.root_path else None,
         middleware=[
             Middleware(RootPath, root_path=settings.root_path),
-            Middleware(RequestContext, home=settings.home, metrics=services.metrics.http, tracer=services.tracer),
+            Middleware(
+                RequestContext,
+                routes=ROUTES,
+                home=settings.home,
+                metrics=services.metrics.http,
+                tracer=services.tracer,
+            ),
             Middleware(BodyTimeout, seconds=settings.body_timeout),
             Middleware(
-                Sites, hosts=settings.allowed_hosts, origins=settings.allowed_origins, own_host=settings.host
+                Sites,
+                routes=ROUTES,
+                hosts=settings.allowed_hosts,
+                origins=settings.allowed_origins,
+                own_host=settings.host,
             ),
             *([cross_origin] if settings.allowed_origins else []),
-            Middleware(Authentication, access=services.access, metrics=services.metrics.http),
-            Middleware(Overload, services=services),
-            Middleware(BodyLimit, in_flight=BytesInFlight(metrics=services.metrics.lanes)),
+            Middleware(Authentication, routes=ROUTES, access=services.access, metrics=services.metrics.http),
+            Middleware(Overload, routes=ROUTES, services=services),
+            Middleware(BodyLimit, routes=ROUTES, in_flight=BytesInFlight(metrics=services.metrics.lanes)),
         ],
     )
     app.state.services = services
-    app.include_router(generate.router)
-    app.include_router(compare.router)
-    for router in (imports.router, adapters.router, aliases.router, compositions.router):  # "import" is no version
+    for router in _ROUTERS:
         app.include_router(router)
-    app.include_router(train.router)
-    app.include_router(datasets.router)
-    for router in (keys.router, projects.router, usage.router):
-        app.include_router(router)
-    app.include_router(health.router)
-    app.include_router(web.router)
-    app.include_router(pages.router)
     app.mount(pages.ASSETS_PATH, pages.assets)
-    app.include_router(openai)
-    faults.install(app, STATIC_PATHS)
+    faults.install(app, ROUTES)
     return app

@@ -19,22 +19,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.access.authentication import principal_of
 from server.api.access.bodies import BytesInFlight, drain
 from server.api.access.lanes import receiving
-from server.api.access.scopes import template_of
-from server.api.access.sites import PROBES
 from server.api.errors.faults import form_of
+from server.api.routes import Routes
 from server.api.telemetry.facts import RequestFacts, facts
-from server.api.telemetry.spans import begin_request, end_request
+from server.api.telemetry.spans import end_request
 from server.errors import QueueFull, Unavailable
 from server.logs import Fields, place_of, request_id
 from server.metrics.http import HttpMetrics
 from server.tracing.spans import Tracer
 from server.training.queue.reserve import Reserve, is_database_locked, is_disk_failing
 
-MAX_JSON_BYTES = 2 << 20
-MAX_UPLOAD_BYTES = 256 << 20
-_QUIET_PATHS = PROBES | {"/metrics"}
-_UPLOAD = re.compile(r"/adapters/[^/]+|/datasets|/v1/files")
-HINTS = {"/train": "; larger data goes through POST /datasets"}
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _CLIENT_GONE = 499
 _VERSIONS = ("1.0", "1.1")
@@ -55,8 +49,11 @@ class RequestContext:
     route it was, and so is a database that somebody else has locked.
     """
 
-    def __init__(self, app: ASGIApp, home: Path, metrics: HttpMetrics, tracer: Tracer | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, routes: Routes, home: Path, metrics: HttpMetrics, tracer: Tracer | None = None
+    ) -> None:
         self.app = app
+        self._routes = routes
         self._tracer = tracer
         self._metrics = metrics
         self._reserve = Reserve(home)
@@ -71,8 +68,9 @@ class RequestContext:
         own_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
         request_id.set(own_id)
         told = RequestFacts()
-        if self._tracer is not None:
-            told.span = begin_request(self._tracer, scope)
+        resource = self._routes.find(scope["path"])
+        if self._tracer is not None and resource.watcher is None:
+            told.span = self._tracer.request(asked)
         facts.set(told)
         receiving.set(receive)
         started = time.perf_counter()
@@ -106,10 +104,10 @@ class RequestContext:
             await response(scope, receive, send_with_id)
         finally:
             took = time.perf_counter() - started
-            self._metrics.ended(scope["method"], template_of(scope["path"]), status or _CLIENT_GONE, took)
+            self._metrics.ended(scope["method"], resource.template, status or _CLIENT_GONE, took)
             if told.span is not None:
-                end_request(told.span, scope, status, own_id, principal_of(scope), told)
-            if scope["path"] not in _QUIET_PATHS or status not in (200, 503):
+                end_request(told.span, scope, resource.template, status, own_id, principal_of(scope), told)
+            if resource.watcher is None or status not in (200, 503):
                 log.info(_line(scope, status, took, told))
 
     def _unavailable(self, error: Exception) -> Unavailable | None:
@@ -131,21 +129,19 @@ class BodyLimit:
     def __init__(
         self,
         app: ASGIApp,
-        max_json: int = MAX_JSON_BYTES,
-        max_upload: int = MAX_UPLOAD_BYTES,
-        in_flight: BytesInFlight | None = None,
+        routes: Routes,
+        in_flight: BytesInFlight,
     ) -> None:
         self.app = app
-        self._max_json = max_json
-        self._max_upload = max_upload
-        self._in_flight = in_flight or BytesInFlight()
+        self._routes = routes
+        self._in_flight = in_flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        is_upload = _UPLOAD.fullmatch(scope["path"]) is not None  # which is spooled to disk
-        limit = self._max_upload if is_upload else self._max_json
+        resource = self._routes.find(scope["path"])
+        limit, hint = resource.max_bytes, resource.hint and f"; {resource.hint}"
         headers = Headers(scope=scope)
         if headers.get("content-encoding", "identity").lower() != "identity":
             await drain(scope, receive)
@@ -153,9 +149,7 @@ class BodyLimit:
             await form.problem(415, "the body must come without Content-Encoding")(scope, receive, send)
             return
         announced = headers.get("content-length", "")
-        too_large = (
-            f"the body is larger than {limit} bytes, the most that is taken here{HINTS.get(scope['path'], '')}"
-        )
+        too_large = f"the body is larger than {limit} bytes, the most that is taken here{hint}"
         if announced.isascii() and announced.isdigit() and (len(announced) > 18 or int(announced) > limit):
             await drain(scope, receive)
             await form_of(scope["path"]).problem(413, too_large)(scope, receive, send)
@@ -172,7 +166,7 @@ class BodyLimit:
                 if received > limit:
                     await drain(scope, receive)
                     raise HTTPException(413, too_large)  # FastAPI lets this kind alone through while it reads
-                if num_bytes and not is_upload:
+                if num_bytes and not resource.takes_uploads:
                     try:
                         hold(num_bytes)
                     except QueueFull as error:

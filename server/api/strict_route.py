@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.middleware import HINTS
+from server.api.routes import requirements_of
 
 MAX_CONTAINERS = 100_000
 MAX_FIELDS = 100_000
@@ -29,7 +29,7 @@ class StrictRequest(Request):
     async def json(self) -> object:
         """Parse the body. Raises HTTPException (413) if it has too many values, or JSONDecodeError."""
         body = await self.body()
-        check_shape(body, HINTS.get(self.scope["path"], ""))
+        check_shape(body, requirements_of(self.scope["endpoint"]).hint)
         is_collecting = gc.isenabled()
         gc.disable()  # or the collector walks through all that is being made, again and again
         try:
@@ -47,6 +47,7 @@ def check_shape(body: bytes, hint: str = "") -> None:
     if len(body) <= MAX_FIELDS:
         return
     text = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    hint = hint and f"; {hint}"
     _check("strings", text.count(b'"') // 2, MAX_VALUES, hint)
     outside = b"".join(text.split(b'"')[::2])  # of strings
     _check("arrays and objects", outside.count(b"[") + outside.count(b"{"), MAX_CONTAINERS, hint)

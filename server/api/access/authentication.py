@@ -19,9 +19,9 @@ from server.access.access import Access
 from server.access.principal import ANONYMOUS, Principal
 from server.api.access.bodies import drain
 from server.api.access.guesses import Guesses
-from server.api.access.scopes import STATIC_PATHS, is_open, scopes_of
 from server.api.errors.faults import form_of
 from server.api.errors.near_names import unknown_path
+from server.api.routes import Routes
 from server.errors import Forbidden, Unauthorized
 from server.metrics.http import HttpMetrics
 
@@ -50,14 +50,15 @@ class _LostError(HTTPException):
 class Authentication:
     """Lets a request in if its key may, and says what is left of its limits."""
 
-    def __init__(self, app: ASGIApp, access: Access, metrics: HttpMetrics) -> None:
+    def __init__(self, app: ASGIApp, routes: Routes, access: Access, metrics: HttpMetrics) -> None:
         self.app = app
+        self._routes = routes
         self._access = access
         self._metrics = metrics
         self._guesses = Guesses()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or is_open(scope["path"]):
+        if scope["type"] != "http" or self._routes.find(scope["path"]).is_open:
             await self.app(scope, receive, send)
             return
         try:
@@ -66,7 +67,7 @@ class Authentication:
             await drain(scope, receive)
             form = form_of(scope["path"])
             response = (
-                form.problem(404, unknown_path(scope["path"], STATIC_PATHS))
+                form.problem(404, unknown_path(scope["path"], self._routes.static_paths))
                 if isinstance(error, _NoPathError)
                 else form.of_error(error)
             )
@@ -100,7 +101,7 @@ class Authentication:
             if secret is not None:
                 await self._guesses.wrong(scope["client"][0] if scope.get("client") else "", secret)
             raise Unauthorized("send a valid key: Authorization: Bearer <key>")
-        scopes = scopes_of(method, path)
+        scopes = self._routes.find(path).scopes(method)
         if scopes is None and not principal.is_operator:
             raise _NoPathError
         if scopes is not None and not principal.may(scopes):

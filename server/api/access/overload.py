@@ -10,23 +10,25 @@ from server.api.access.bodies import drain
 from server.api.deps import Services
 from server.api.errors.faults import form_of
 from server.api.generate.generation import ask_queue
+from server.api.routes import Routes
 from server.errors import Draining, TryAgain
 
-PATHS = frozenset({"/generate", "/compare", "/v1/chat/completions", "/v1/completions"})
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Overload:
     """Asks for one place; once the body is known, its route asks for as many as it takes."""
 
-    def __init__(self, app: ASGIApp, services: Services) -> None:
+    def __init__(self, app: ASGIApp, services: Services, routes: Routes) -> None:
         self.app = app
         self._services = services
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] not in _READS:
             try:
-                if scope["path"] in PATHS and scope["method"] == "POST":
+                required = self._routes.find(scope["path"]).methods.get(scope["method"])
+                if required is not None and required.queued:
                     ask_queue(self._services.of(principal_of(scope) or self._services.principal), 1)
                 elif self._services.engine.draining:
                     raise Draining

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from server.api.access import bodies
 from server.api.access.bodies import SMALL_BODY_BYTES, BytesInFlight
+from server.api.app import ROUTES
 from server.api.middleware import BodyLimit
 from server.errors import QueueFull
 from server.metrics.lanes import LaneMetrics
@@ -78,7 +79,7 @@ async def test_half_sent_bodies_are_bounded_and_what_is_beyond_is_429() -> None:
         return PlainTextResponse(str(len(await request.body())))
 
     routes = [Route(path, read, methods=["POST"]) for path in ("/generate", "/datasets")]
-    app = BodyLimit(Starlette(routes=routes), in_flight=in_flight)
+    app = BodyLimit(Starlette(routes=routes), ROUTES, in_flight)
     go = asyncio.Event()
 
     async def half() -> AsyncIterator[bytes]:
