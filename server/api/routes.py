@@ -37,7 +37,7 @@ class Requirements:
     """What a route requires, and what its body may be."""
 
     scopes: Scopes | None  # a key needs one of them
-    upload: bool  # the body is spooled to disk, and may have MAX_UPLOAD_BYTES instead of MAX_JSON_BYTES
+    upload: bool  # the body is spooled to disk, and may have MAX_UPLOAD_BYTES
     queued: bool  # requests are refused while the engine's queue is full
     hint: str  # what to do about a body that is too large
     watcher: Watcher | None  # what watches the server by this route: neither logged nor traced
@@ -81,11 +81,6 @@ class Resource:
         return bool(self.methods) and all(method.scopes is None for method in self.methods.values())
 
     @cached_property
-    def max_bytes(self) -> int:
-        """Return how large a body may be."""
-        return MAX_UPLOAD_BYTES if self.takes_uploads else MAX_JSON_BYTES
-
-    @cached_property
     def takes_uploads(self) -> bool:
         """Whether bodies are spooled to disk."""
         return any(method.upload for method in self.methods.values())
@@ -100,10 +95,6 @@ class Resource:
         """Return what watches the server by this path."""
         return next((method.watcher for method in self.methods.values()), None)
 
-    @cached_property
-    def _all_scopes(self) -> Scopes:
-        return frozenset().union(*(method.scopes or () for method in self.methods.values()))
-
     def scopes(self, method: str) -> Scopes | None:
         """Return the scopes one of which opens the method, or None if the path has no route.
 
@@ -111,8 +102,9 @@ class Resource:
         """
         if not self.methods:
             return None
-        found = self.methods.get(method)
-        return self._all_scopes if found is None else found.scopes
+        if (found := self.methods.get(method)) is not None:
+            return found.scopes
+        return frozenset().union(*(other.scopes or () for other in self.methods.values()))
 
 
 NOWHERE = Resource()

@@ -49,7 +49,7 @@ SECURITY = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
 }
-"""Of each page, with a policy of its own. `server.api.middleware` adds those of every answer."""
+"""Of each page, with a policy of its own. `server.api.edge` adds those of every answer."""
 _HEADERS = {**SECURITY, "Content-Security-Policy": _POLICY, "Vary": "Accept-Encoding"}
 _FOR_GOOD = "public, max-age=31536000, immutable"
 

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api.errors.faults import form_of
-from server.api.routes import Routes, Watcher
+from server.api.routes import Watcher
 
 ANY = "*"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -22,31 +20,21 @@ _SHOWN = 100  # characters of a header
 
 
 class Sites:
-    """Refuses requests to other names than the server's, and from other sites' pages, with 403.
+    """Refuses requests to other names than the server's, and from other sites' pages.
 
     A probe may use any name, since it calls a container by an address of its own. A scraper may use any address,
     which no page can make its own.
     """
 
-    def __init__(
-        self, app: ASGIApp, routes: Routes, hosts: Sequence[str], origins: Sequence[str], own_host: str
-    ) -> None:
-        """As the settings have them: `hosts` empty means the loopback's names, `own_host` and all addresses."""
-        self.app = app
-        self._routes = routes
+    def __init__(self, hosts: Sequence[str], origins: Sequence[str], own_host: str) -> None:
+        """Take the settings' values. No `hosts` means loopback's names, `own_host` and all addresses."""
         self._hosts = frozenset(host.lower() for host in hosts)
         self._origins = frozenset(origins)
         self._own_names = frozenset({"localhost", own_host.lower()})
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (reason := self._fault(scope["path"], Headers(scope=scope))) is not None:
-            await form_of(scope["path"]).problem(403, reason)(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
-
-    def _fault(self, path: str, headers: Headers) -> str | None:
+    def fault(self, headers: Headers, watcher: Watcher | None) -> str | None:
+        """Return why a request is refused, or None if it isn't."""
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
-        watcher = self._routes.find(path).watcher
         if watcher != "probe" and hosts and not (len(hosts) == 1 and self._answers_to(hosts[0], watcher)):
             return f"this server has no name {_shown(hosts)}: SMOLORA_ALLOWED_HOSTS sets its names"
         if origins and not (len(origins) == 1 and self._may_call(origins[0], hosts[0] if hosts else "")):
