@@ -86,7 +86,7 @@ class Edge:
         own_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
         request_id.set(own_id)
         found = RequestFacts()
-        if self._services.tracer is not None and resource.watcher is None:
+        if self._services.tracer is not None and resource.all.watcher is None:
             found.span = self._services.tracer.request(asked)
         facts.set(found)
         receiving.set(receive)
@@ -111,7 +111,7 @@ class Edge:
         try:
             if scope.get("http_version", "1.1") not in _VERSIONS:
                 await form.problem(505, "use HTTP/1.1")(scope, receive, answer)
-            elif (fault := self._sites.fault(asked, resource.watcher)) is not None:
+            elif (fault := self._sites.fault(asked, resource.all.watcher)) is not None:
                 await form.problem(403, fault)(scope, receive, answer)
             else:
                 await self._admitting(scope, receive, answer)
@@ -131,13 +131,13 @@ class Edge:
             self._services.metrics.http.ended(scope["method"], resource.template, status or _CLIENT_GONE, took)
             if found.span is not None:
                 end_request(found.span, scope, resource.template, status, own_id, principal_of(scope), found)
-            if resource.watcher is None or status not in (200, 503):
+            if resource.all.watcher is None or status not in (200, 503):
                 log.info(_line(scope, status, took, found))
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer why not."""
         resource = self._routes.find(scope["path"])
-        body = Body(scope, receive, resource, self._services.settings.body_timeout)
+        body = Body(scope, receive, resource.all, self._services.settings.body_timeout)
         answer = send
         try:
             refusal = await self._refusal(scope, resource, body)
@@ -164,8 +164,7 @@ class Edge:
             if not resource.is_open:
                 await self._authentication.admit(scope, resource)
                 body.end_of_key = None if method in FREE_METHODS else end_of_key(scope)
-            required = resource.methods.get(method)
-            if required is not None and required.queued:
+            if method in resource.methods and resource.methods[method].queued:
                 ask_queue(self._services.of(principal_of(scope) or self._services.principal), 1)
             elif method not in FREE_METHODS and self._services.engine.draining:
                 raise Draining

@@ -7,8 +7,7 @@ can't be in the table, so it can't be served either.
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from fastapi import APIRouter
@@ -34,81 +33,52 @@ Watcher = Literal["probe", "scraper"]
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a route requires, and what its body may be."""
+    """What a route requires of its requests. `@requires(…)` below its decorator declares them."""
 
     scopes: Scopes | None  # a key needs one of them
-    upload: bool  # the body is spooled to disk, and may have MAX_UPLOAD_BYTES
-    queued: bool  # requests are refused while the engine's queue is full
-    hint: str  # what to do about a body that is too large
-    watcher: Watcher | None  # what watches the server by this route: neither logged nor traced
+    upload: bool = False  # the body is spooled to disk, and may have MAX_UPLOAD_BYTES
+    queued: bool = False  # requests are refused while the engine's queue is full
+    hint: str = ""  # what to do about a body that is too large
+    watcher: Watcher | None = None  # what watches the server by this route, which is neither logged nor traced
 
-
-_REQUIREMENTS: dict[Callable[..., object], Requirements] = {}
-
-
-def requires(
-    scopes: Scopes | None,
-    *,
-    upload: bool = False,
-    queued: bool = False,
-    hint: str = "",
-    watcher: Watcher | None = None,
-) -> Callable[[Endpoint], Endpoint]:
-    """Declare what an endpoint's routes require. It goes below their decorators."""
-
-    def declare(endpoint: Endpoint) -> Endpoint:
-        _REQUIREMENTS[endpoint] = Requirements(scopes, upload, queued, hint, watcher)
+    def __call__(self, endpoint: Endpoint) -> Endpoint:
+        DECLARED[endpoint] = self
         return endpoint
 
-    return declare
 
-
-def requirements_of(endpoint: Callable[..., object]) -> Requirements:
-    """Return what the endpoint declares. Raises KeyError if it declares nothing."""
-    return _REQUIREMENTS[endpoint]
+requires = Requirements
+DECLARED: dict[Callable[..., object], Requirements] = {}
+"""What endpoints declare."""
 
 
 @dataclass(frozen=True)
 class Resource:
-    """The routes of one path; without a template, a path that no route has."""
+    """The routes of one path template, such as /adapters/{name}; {name...} takes slashes, too."""
 
-    template: str = ""  # /adapters/{name}; {name...} takes slashes, too
-    methods: Mapping[str, Requirements] = field(default_factory=dict)
+    template: str
+    methods: Mapping[str, Requirements]
+    all: Requirements  # of the methods together, and so of a method that the path doesn't have
 
-    @cached_property
+    @classmethod
+    def of(cls, template: str, methods: Mapping[str, Requirements]) -> "Resource":
+        each = methods.values()
+        is_open = all(one.scopes is None for one in each)
+        together = Requirements(
+            OPEN if is_open else frozenset().union(*(one.scopes or () for one in each)),
+            upload=any(one.upload for one in each),
+            hint=next((one.hint for one in each if one.hint), ""),
+            watcher=next((one.watcher for one in each), None),
+        )
+        return cls(template, methods, together)
+
+    @property
     def is_open(self) -> bool:
-        """Whether no key is needed."""
-        return bool(self.methods) and all(method.scopes is None for method in self.methods.values())
-
-    @cached_property
-    def takes_uploads(self) -> bool:
-        """Whether bodies are spooled to disk."""
-        return any(method.upload for method in self.methods.values())
-
-    @cached_property
-    def hint(self) -> str:
-        """Return what to do about a body that is too large."""
-        return next((method.hint for method in self.methods.values() if method.hint), "")
-
-    @cached_property
-    def watcher(self) -> Watcher | None:
-        """Return what watches the server by this path."""
-        return next((method.watcher for method in self.methods.values()), None)
-
-    def scopes(self, method: str) -> Scopes | None:
-        """Return the scopes one of which opens the method, or None if the path has no route.
-
-        A method that the path doesn't have is refused as such, to keys that may use one that it has.
-        """
-        if not self.methods:
-            return None
-        if (found := self.methods.get(method)) is not None:
-            return found.scopes
-        return frozenset().union(*(other.scopes or () for other in self.methods.values()))
+        return self.all.scopes is None
 
 
-NOWHERE = Resource()
-_OPEN_FILES: Mapping[str, Requirements] = {"GET": Requirements(OPEN, False, False, "", None)}
+NOWHERE = Resource("", {}, Requirements(frozenset()))
+"""Of a path that has no route."""
+_OPEN_FILES = {"GET": Requirements(OPEN)}
 
 
 class Routes:
@@ -123,12 +93,12 @@ class Routes:
         for route in (route for router in routers for route in router.routes):
             assert isinstance(route, APIRoute)
             template, names = route.path.replace(":path}", "...}"), route.methods or set()
-            methods[template].update(dict.fromkeys(names, requirements_of(route.endpoint)))
+            methods[template].update(dict.fromkeys(names, DECLARED[route.endpoint]))
             if route.include_in_schema:
                 self._documented.append(route)
-        resources = [Resource(path, of_path) for path, of_path in methods.items()]
-        self._folders = {folder: Resource(f"{folder}/{{file...}}", _OPEN_FILES) for folder in folders}
-        self._static = {path: Resource(path, _OPEN_FILES) for path in files}
+        resources = [Resource.of(template, found) for template, found in methods.items()]
+        self._folders = {folder: Resource.of(f"{folder}/{{file...}}", _OPEN_FILES) for folder in folders}
+        self._static = {path: Resource.of(path, _OPEN_FILES) for path in files}
         self._static |= {one.template: one for one in resources if "{" not in one.template}
         self._patterned = [one for one in resources if "{" in one.template]
         self._patterned.sort(key=lambda one: one.template.count("{"))

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.routes import requirements_of
+from server.api.routes import DECLARED
 
 MAX_CONTAINERS = 100_000
 MAX_FIELDS = 100_000
@@ -29,7 +29,7 @@ class StrictRequest(Request):
     async def json(self) -> object:
         """Parse the body. Raises HTTPException (413) if it has too many values, or JSONDecodeError."""
         body = await self.body()
-        check_shape(body, requirements_of(self.scope["endpoint"]).hint)
+        check_shape(body, DECLARED[self.scope["endpoint"]].hint)
         is_collecting = gc.isenabled()
         gc.disable()  # or the collector walks through all that is being made, again and again
         try:

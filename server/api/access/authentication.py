@@ -17,7 +17,7 @@ from server.access.access import Access
 from server.access.principal import ANONYMOUS, Principal
 from server.api.access.guesses import Guesses
 from server.api.errors.near_names import unknown_path
-from server.api.routes import Resource, Routes
+from server.api.routes import NOWHERE, Resource, Routes
 from server.errors import Forbidden, Unauthorized
 from server.metrics.http import HttpMetrics
 
@@ -68,10 +68,10 @@ class Authentication:
             if secret is not None:
                 await self._guesses.wrong(scope["client"][0] if scope.get("client") else "", secret)
             raise Unauthorized("send a valid key: Authorization: Bearer <key>")
-        scopes = resource.scopes(method)
-        if scopes is None and not principal.is_operator:
+        if resource is NOWHERE and not principal.is_operator:
             raise self._no_such_path(path)
-        if scopes is not None and not principal.may(scopes):
+        scopes = resource.methods.get(method, resource.all).scopes or ()
+        if not principal.may(scopes):
             needed = " or ".join(sorted(scopes))
             has = ", ".join(sorted(principal.scopes))
             if principal.key_id == ANONYMOUS:

@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope
 
 from server.allocator import return_freed_memory
 from server.api.access.places import RETRY_SECONDS
-from server.api.routes import MAX_JSON_BYTES, MAX_UPLOAD_BYTES, Resource
+from server.api.routes import MAX_JSON_BYTES, MAX_UPLOAD_BYTES, Requirements
 from server.errors import QueueFull
 from server.metrics.lanes import LaneMetrics
 
@@ -46,12 +46,12 @@ class Body:
     end_of_key: "asyncio.Future[None] | None" = None
     hold: Callable[[int], None] | None = None  # by BytesInFlight
 
-    def __init__(self, scope: Scope, receive: Receive, resource: Resource, seconds: float) -> None:
+    def __init__(self, scope: Scope, receive: Receive, required: Requirements, seconds: float) -> None:
         self._scope = scope
         self._receive = receive
-        self._resource = resource
+        self._required = required
         self._seconds = seconds
-        self._max_bytes = MAX_UPLOAD_BYTES if resource.takes_uploads else MAX_JSON_BYTES
+        self._max_bytes = MAX_UPLOAD_BYTES if required.upload else MAX_JSON_BYTES
         self._waited = 0.0
         self._progress = 0
         self._num_bytes = 0
@@ -75,7 +75,7 @@ class Body:
         if self._num_bytes > self._max_bytes:
             await self.drain()
             raise HTTPException(413, self._too_large)
-        if num_bytes and self.hold is not None and not self._resource.takes_uploads:
+        if num_bytes and self.hold is not None and not self._required.upload:
             try:
                 self.hold(num_bytes)
             except QueueFull as error:
@@ -90,7 +90,7 @@ class Body:
 
     @property
     def _too_large(self) -> str:
-        hint = self._resource.hint and f"; {self._resource.hint}"
+        hint = self._required.hint and f"; {self._required.hint}"
         return f"the body is larger than {self._max_bytes} bytes, the most that is taken here{hint}"
 
     async def _next(self) -> Message:

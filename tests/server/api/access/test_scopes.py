@@ -70,7 +70,7 @@ def test_every_route_is_in_the_table(app: App) -> None:
     for method, template in found:
         path = template.format(**VALUES)
         assert ROUTES.find(path).is_open == (wanted(method, template) is None), template
-        assert ROUTES.find(path).scopes(method) == wanted(method, template), (method, template)
+        assert ROUTES.find(path).methods[method].scopes == wanted(method, template), (method, template)
 
 
 def test_every_route_is_its_own_template(app: App) -> None:
@@ -87,8 +87,8 @@ def test_every_route_is_its_own_template(app: App) -> None:
 
 def test_what_is_no_route_is_the_operators() -> None:
     for path in ("/nowhere", "/generate/", "/adapters/a/b/c/d", "/train/x/y", "/KEYS", "//keys", "/v1", "/docs2"):
-        assert ROUTES.find(path).scopes("GET") is None
-        assert not ROUTES.find(path).is_open
+        assert ROUTES.find(path) is NOWHERE
+    assert not NOWHERE.is_open
 
 
 def test_a_route_that_declares_nothing_is_in_no_table() -> None:
@@ -98,7 +98,7 @@ def test_a_route_that_declares_nothing_is_in_no_table() -> None:
     @requires(TRAIN)
     async def declared() -> None: ...
 
-    assert Routes([router]).find("/a").scopes("GET") == TRAIN
+    assert Routes([router]).find("/a").methods["GET"].scopes == TRAIN
 
     @router.get("/b")
     async def undeclared() -> None: ...
