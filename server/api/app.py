@@ -9,17 +9,9 @@ from typing import Any
 from anyio import to_thread
 from fastapi import Depends, FastAPI
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
-from server.access.rates import KINDS
 from server.api import health, openapi, pages, web
-from server.api.access.authentication import Authentication
-from server.api.access.bodies import BodyTimeout, BytesInFlight
-from server.api.access.overload import Overload
-from server.api.access.proxies import RootPath
-from server.api.access.scopes import STATIC_PATHS
-from server.api.access.sites import Sites
 from server.api.accounts import keys, projects, usage
 from server.api.accounts.books import keep_books, keep_now
 from server.api.adapters import aliases, compositions, imports
@@ -27,10 +19,13 @@ from server.api.adapters import route as adapters
 from server.api.closed_query import closed_query
 from server.api.compare import route as compare
 from server.api.deps import Services
+from server.api.edge import Edge
 from server.api.errors import faults
 from server.api.generate import route as generate
-from server.api.middleware import BodyLimit, RequestContext
-from server.api.openai.router import router as openai
+from server.api.openai import chat, completions, models
+from server.api.openai.fine_tuning import files
+from server.api.openai.fine_tuning import route as fine_tuning
+from server.api.routes import Routes
 from server.api.train import datasets
 from server.api.train import route as train
 from server.api.train.housekeeping import clean_uploads, keep_house
@@ -40,10 +35,28 @@ _DESCRIPTION = """One frozen SmolLM, any LoRA adapter per request: versioned, we
 Errors are RFC 9457 problems, and OpenAI error objects under /v1; every response carries `X-Request-Id`."""
 
 
-_LIMITS = [f"X-RateLimit-{what}-{kind}" for what in ("Limit", "Remaining", "Reset") for kind in KINDS]
-_EXPOSED = ["Link", "Location", "Retry-After", "X-Request-Id", "X-Smolora-Warning", *_LIMITS]
-"""What a page of another site may read, if that is allowed to call."""
-
+_ROUTERS = (
+    generate.router,
+    compare.router,
+    imports.router,  # before the adapters': "import" is no version
+    adapters.router,
+    aliases.router,
+    compositions.router,
+    train.router,
+    datasets.router,
+    keys.router,
+    projects.router,
+    usage.router,
+    health.router,
+    web.router,
+    pages.router,
+    models.router,
+    chat.router,
+    completions.router,
+    files.router,
+    fine_tuning.router,
+)
+ROUTES = Routes(_ROUTERS, folders=("/docs", "/web"), files=("/openapi.json",))
 
 _UNTRACED: dict[str, Any] = {"telemetry": dict.fromkeys(("tracing", "metrics", "logs", "auto_configure"), False)}
 """Spans are our own: FastAPI's come with what an exception says, which may quote a prompt."""
@@ -78,14 +91,7 @@ def create_app(services: Services) -> FastAPI:
             if services.tracer is not None:
                 await to_thread.run_sync(services.tracer.close)
 
-    settings = services.settings
-    cross_origin = Middleware(
-        CORSMiddleware,
-        allow_origins=settings.allowed_origins,
-        allow_methods=["*"],
-        allow_headers=["*"],
-        expose_headers=_EXPOSED,
-    )
+    root_path = services.settings.root_path
     app = openapi.App(
         title="smolora",
         version=__version__,
@@ -96,33 +102,12 @@ def create_app(services: Services) -> FastAPI:
         redirect_slashes=False,
         dependencies=[Depends(closed_query)],
         **(_UNTRACED if "telemetry" in signature(FastAPI).parameters else {}),
-        servers=[{"url": settings.root_path}] if settings.root_path else None,
-        middleware=[
-            Middleware(RootPath, root_path=settings.root_path),
-            Middleware(RequestContext, home=settings.home, metrics=services.metrics.http, tracer=services.tracer),
-            Middleware(BodyTimeout, seconds=settings.body_timeout),
-            Middleware(
-                Sites, hosts=settings.allowed_hosts, origins=settings.allowed_origins, own_host=settings.host
-            ),
-            *([cross_origin] if settings.allowed_origins else []),
-            Middleware(Authentication, access=services.access, metrics=services.metrics.http),
-            Middleware(Overload, services=services),
-            Middleware(BodyLimit, in_flight=BytesInFlight(metrics=services.metrics.lanes)),
-        ],
+        servers=[{"url": root_path}] if root_path else None,
+        middleware=[Middleware(Edge, routes=ROUTES, services=services)],
     )
     app.state.services = services
-    app.include_router(generate.router)
-    app.include_router(compare.router)
-    for router in (imports.router, adapters.router, aliases.router, compositions.router):  # "import" is no version
+    for router in _ROUTERS:
         app.include_router(router)
-    app.include_router(train.router)
-    app.include_router(datasets.router)
-    for router in (keys.router, projects.router, usage.router):
-        app.include_router(router)
-    app.include_router(health.router)
-    app.include_router(web.router)
-    app.include_router(pages.router)
     app.mount(pages.ASSETS_PATH, pages.assets)
-    app.include_router(openai)
-    faults.install(app, STATIC_PATHS)
+    faults.install(app, ROUTES)
     return app

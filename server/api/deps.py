@@ -15,6 +15,7 @@ from adapters.library import Library
 from server.access.access import Access
 from server.access.principal import EVERYBODY, Principal
 from server.api.access.authentication import principal_of
+from server.api.access.bodies import BytesInFlight
 from server.api.access.lanes import Lane, Turns
 from server.api.access.places import Places
 from server.api.access.quotas import Incoming
@@ -95,6 +96,7 @@ class Limiters:
     fetching: Lane
     merging: Lane
     uploads: Places
+    bodies: BytesInFlight
     incoming: Incoming = field(default_factory=Incoming)
     spooling: Spooling = field(default_factory=Spooling)
 
@@ -114,6 +116,7 @@ class Limiters:
             merging=lane("merging", "merges", data, 16),
             fetching=lane("fetching", "imports", Turns(3), 16),
             uploads=Places("uploads", 16, name="uploads", metrics=metrics),  # on the disk, of up to 256 MiB each
+            bodies=BytesInFlight(metrics=metrics),
         )
 
     def of(self, project: str) -> "Limiters":
@@ -121,7 +124,7 @@ class Limiters:
         shared = {
             name: value.of(project)
             for name, value in vars(self).items()
-            if not isinstance(value, Incoming | Spooling)
+            if not isinstance(value, BytesInFlight | Incoming | Spooling)
         }
         return replace(self, **shared)
 

@@ -11,6 +11,7 @@ from server.access.principal import SCOPES
 from server.api import wire
 from server.api.deps import ServicesDep
 from server.api.openapi import KEYS, READY
+from server.api.routes import METRICS, OPEN, requires
 from server.errors import EngineDead, NotReady
 from server.metrics.metrics import CONTENT_TYPE
 
@@ -21,6 +22,7 @@ router = APIRouter(tags=["health"])
 
 @router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Can the process answer?")
+@requires(OPEN, watcher="probe")
 async def health() -> Response:
     """200 while the process can serve. No key needed."""
     return wire.answer({"status": "ok"})
@@ -28,6 +30,7 @@ async def health() -> Response:
 
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready", summary="Can it serve?", responses=READY)
+@requires(OPEN, watcher="probe")
 async def ready(services: ServicesDep) -> Response:
     """200 while the model is loaded, the engine makes progress and the server is not shutting down: the
     base's id, whether it takes `messages`, and the scopes of a client without a key (`anonymous`).
@@ -50,6 +53,7 @@ async def ready(services: ServicesDep) -> Response:
 
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=KEYS)
+@requires(METRICS, watcher="scraper")
 async def metrics(services: ServicesDep) -> Response:
     """Counters, gauges and histograms in Prometheus' text format."""
     text = await to_thread.run_sync(services.metrics.render, limiter=_rendering)

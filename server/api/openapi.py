@@ -29,11 +29,11 @@ REFUSALS = _problems(
 KEYS = _problems({401: "No valid key"})
 READY = _problems({503: "Not ready, draining, or the engine is dead; see `Retry-After`"})
 READS = _problems({401: "No valid key", 422: "A bad field"})
-ADMIN = _problems({401: "No valid key", 403: "The key lacks the scope `admin`", 422: "A bad field"})
+ADMIN_READS = _problems({401: "No valid key", 403: "The key lacks the scope `admin`", 422: "A bad field"})
 FULL_DISK = _problems({503: "The disk is full, or the server is shutting down; see `Retry-After`"})
 """Of whatever writes."""
-ADMIN_LOOKUPS = {**ADMIN, **FULL_DISK, **_problems({404: "There is none of this id or name"})}
-ADMIN_CHANGES = {**ADMIN, **FULL_DISK, **_problems({413: "The body is too large"})}
+ADMIN_LOOKUPS = {**ADMIN_READS, **FULL_DISK, **_problems({404: "There is none of this id or name"})}
+ADMIN_CHANGES = {**ADMIN_READS, **FULL_DISK, **_problems({413: "The body is too large"})}
 ADMIN_REMOVALS = {**ADMIN_LOOKUPS, **_problems({409: "It isn't empty; `detail` says of what"})}
 LOOKUPS = _problems({401: "No valid key", 404: "Unknown adapter or version", 422: "A bad field"})
 ALIASES = {**LOOKUPS, **FULL_DISK}
@@ -148,18 +148,6 @@ class App(FastAPI):
                 schema["components"]["schemas"].pop(unused, None)
             self.openapi_schema = schema
         return self.openapi_schema
-
-    def methods(self, path: str) -> frozenset[str]:
-        """What a request to this path may use, by the document; of several templates the most literal one's."""
-        segments = path.split("/")
-        found: dict[int, set[str]] = {}
-        for template, operations in self.openapi()["paths"].items():
-            pairs = list(zip(template.split("/"), segments, strict=False))
-            is_same = template.count("/") == path.count("/")
-            if is_same and all(part.startswith("{") or part == given for part, given in pairs):
-                num_literal = sum(part == given for part, given in pairs)
-                found.setdefault(num_literal, set()).update(map(str.upper, operations))
-        return frozenset(found[max(found)]) if found else frozenset()
 
 
 def _tell_of_errors(responses: dict[str, dict[str, Any]], error: str, counts: bool, has_body: bool) -> None:

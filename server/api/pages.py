@@ -16,6 +16,7 @@ from starlette.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 from server.api.deps import ServicesDep
+from server.api.routes import OPEN, requires
 from server.api.web import SECURITY
 
 ASSETS_PATH = "/docs/assets"
@@ -33,6 +34,7 @@ assets = StaticFiles(directory=Path(fastapi_offline.__file__).parent / "static")
 
 
 @router.get("/docs")
+@requires(OPEN)
 async def docs(services: ServicesDep) -> HTMLResponse:
     """Swagger UI."""
     root = services.settings.root_path
@@ -47,6 +49,7 @@ async def docs(services: ServicesDep) -> HTMLResponse:
 
 
 @router.get("/redoc")
+@requires(OPEN)
 async def redoc(services: ServicesDep) -> HTMLResponse:
     """ReDoc."""
     root = services.settings.root_path

@@ -8,7 +8,8 @@ from anyio import CapacityLimiter, to_thread
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from server.api.access.authentication import LOST, end_of_key
+from server.api.access.authentication import end_of_key
+from server.api.access.bodies import LOST
 from server.api.access.lanes import client_left
 from server.api.errors.faults import form_of
 from server.errors import Unauthorized

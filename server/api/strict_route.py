@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.middleware import HINTS
+from server.api.routes import DECLARED
 
 CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
 """Names of UTF-8, the only encoding of JSON (RFC 8259), or of a part of it."""
@@ -40,7 +40,7 @@ class StrictRequest(Request):
         _, parameters = parse_options_header(self.headers.get("content-type"))
         if parameters.get(b"charset", b"utf-8").lower() not in CHARSETS:
             raise HTTPException(415, "JSON must be UTF-8: send it so, and leave charset out of Content-Type")
-        check_shape(body, HINTS.get(self.scope["path"], ""))
+        check_shape(body, DECLARED[self.scope["endpoint"]].hint)
         is_collecting = gc.isenabled()
         gc.disable()  # or the collector walks through all that is being made, again and again
         try:
@@ -58,6 +58,7 @@ def check_shape(body: bytes, hint: str = "") -> None:
     if len(body) <= MAX_FIELDS:
         return
     text = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    hint = hint and f"; {hint}"
     _check("strings", text.count(b'"') // 2, MAX_VALUES, hint)
     outside = b"".join(text.split(b'"')[::2])  # of strings
     _check("arrays and objects", outside.count(b"[") + outside.count(b"{"), MAX_CONTAINERS, hint)

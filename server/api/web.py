@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import server
+from server.api.routes import OPEN, requires
 
 _FOLDER = Path(server.__file__).parent / "web"
 _INDEX = "index.html"
@@ -48,7 +49,7 @@ SECURITY = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
 }
-"""Of each page, with a policy of its own. `server.api.middleware` adds those of every answer."""
+"""Of each page, with a policy of its own. `server.api.edge` adds those of every answer."""
 _HEADERS = {**SECURITY, "Content-Security-Policy": _POLICY, "Vary": "Accept-Encoding"}
 _FOR_GOOD = "public, max-age=31536000, immutable"
 
@@ -112,6 +113,7 @@ def _page() -> _Page:
 
 
 @router.get("/")
+@requires(OPEN)
 async def index(request: Request) -> Response:
     """The page."""
     page = _page()
@@ -119,6 +121,7 @@ async def index(request: Request) -> Response:
 
 
 @router.get("/web/{digest}/{name:path}")
+@requires(OPEN)
 async def file(digest: str, name: str, request: Request) -> Response:
     """One of its files. 404 where the digest is another version's: a page that is open is reloaded then."""
     page = _page()

@@ -46,8 +46,8 @@ class HttpMetrics:
         """Count a request whose key opened nothing."""
         self._auth_failures.labels(reason).inc()
 
-    def ended(self, method: str, route: str | None, status: int, seconds: float) -> None:
-        """An answer has ended. `route` is a template, None where the path is none."""
+    def ended(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count an answer that has ended. `route` is a template, or empty if the path has no route."""
         key = (method if method in METHODS else OTHER, route or OTHER, status)
         if (children := self._children.get(key)) is None:
             children = self._responses.labels(*map(str, key)), self._seconds.labels(key[1])

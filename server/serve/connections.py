@@ -2,7 +2,7 @@
 
 uvicorn's own protocol for HTTP has no such bounds. A connection that is closed here loses nothing that is being
 worked on: only those are, whose client has to act next. Bodies that stop are
-`server.api.access.bodies.BodyTimeout`'s part, which can still answer.
+`server.api.access.bodies.Body`'s part, which can still answer.
 """
 
 import asyncio

@@ -1,1 +1,1 @@
-"""Who may ask, and how much: sites, names, proxies, bodies, and room for what waits."""
+"""Who may ask, and how much: sites, keys, bodies, quotas, and room for what waits."""

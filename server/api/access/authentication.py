@@ -1,7 +1,6 @@
-"""Who asks: each request's key, its project and scopes, and what is left of its minute.
+"""Who sends a request: its key, with a project and scopes.
 
-A key comes as `Authorization: Bearer`. The operator's may be at work in one project: `OpenAI-Project` names it.
-A body that still comes in when its key is revoked, or expires, is refused.
+A key comes as `Authorization: Bearer`. An operator's key works in the project that `OpenAI-Project` names.
 """
 
 import asyncio
@@ -10,89 +9,58 @@ from collections.abc import Callable
 from functools import partial
 from typing import cast
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.types import Scope
 
-from adapters.errors import NotFound, SmoloraError
+from adapters.errors import NotFound
 from server.access.access import Access
 from server.access.principal import ANONYMOUS, Principal
-from server.api.access.bodies import drain
 from server.api.access.guesses import Guesses
-from server.api.access.scopes import STATIC_PATHS, is_open, scopes_of
-from server.api.errors.faults import form_of
 from server.api.errors.near_names import unknown_path
+from server.api.routes import NOWHERE, Resource, Routes
 from server.errors import Forbidden, Unauthorized
 from server.metrics.http import HttpMetrics
 
 PROJECT_HEADER = "OpenAI-Project"
-_FREE_METHODS = ("GET", "HEAD", "OPTIONS")  # which count for no rate
-LOST = "the key was revoked, or has expired"
+FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+"""They change nothing, and don't count towards a rate."""
 _PRINCIPAL, _END = "principal", "end_of_key"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def principal_of(scope: Scope) -> Principal | None:
-    """Who sent the request; None where everybody may."""
+    """Return who sent the request, or None if it needed no key."""
     return cast("Principal | None", scope.get("state", {}).get(_PRINCIPAL))
 
 
 def end_of_key(scope: Scope) -> "asyncio.Future[None] | None":
-    """Done once the request's key is revoked or expires; None where none was needed."""
+    """Return a future that is done once the request's key is revoked or expires; None if it needed no key."""
     end = scope.get("state", {}).get(_END)
     return None if end is None else cast("Callable[[], asyncio.Future[None]]", end)()
 
 
-class _LostError(HTTPException):
-    """FastAPI lets this kind alone through while it reads a body."""
-
-
 class Authentication:
-    """Lets a request in if its key may, and says what is left of its limits."""
+    """Lets requests in if their keys may."""
 
-    def __init__(self, app: ASGIApp, access: Access, metrics: HttpMetrics) -> None:
-        self.app = app
+    def __init__(self, access: Access, metrics: HttpMetrics, routes: Routes) -> None:
         self._access = access
         self._metrics = metrics
+        self._routes = routes
         self._guesses = Guesses()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or is_open(scope["path"]):
-            await self.app(scope, receive, send)
-            return
-        try:
-            principal = await self._admitted(scope)
-        except SmoloraError as error:
-            await drain(scope, receive)
-            form = form_of(scope["path"])
-            response = (
-                form.problem(404, unknown_path(scope["path"], STATIC_PATHS))
-                if isinstance(error, _NoPathError)
-                else form.of_error(error)
-            )
-            await response(scope, receive, send)
-            return
-        scope.setdefault("state", {}).update(
-            {_PRINCIPAL: principal, _END: partial(self._access.ring.end_of, principal)}
-        )
-        is_limited = any(
-            (quota.requests_per_minute, quota.tokens_per_minute) != (None, None)
-            for quota in (principal.quota, principal.project_quota)
-        )
-        told = self._told(principal, send) if is_limited else send
-        if scope["method"] in _FREE_METHODS:
-            await self.app(scope, receive, told)
-            return
-        try:
-            await self.app(scope, _while_valid(self._access.ring.end_of(principal), receive), told)
-        except _LostError as error:  # another middleware was reading
-            await form_of(scope["path"]).of_error(Unauthorized(error.detail))(scope, receive, send)
+    async def admit(self, scope: Scope, resource: Resource) -> None:
+        """Leave in the scope who sent the request, and count it.
 
-    async def _admitted(self, scope: Scope) -> Principal:
-        """Raises Unauthorized, Forbidden, RateLimited, or NotFound for what isn't there for this key."""
+        Raises Unauthorized, Forbidden, RateLimited, or NotFound if the key may not know whether the path exists.
+        """
+        principal = await self._principal(scope, resource)
+        end = partial(self._access.ring.end_of, principal)
+        scope.setdefault("state", {}).update({_PRINCIPAL: principal, _END: end})
+
+    async def _principal(self, scope: Scope, resource: Resource) -> Principal:
         method, path, headers = scope["method"], scope["path"], Headers(scope=scope)
-        if _CONTROL.search(path):  # routes pass over a line's end behind them, and scopes are no route's then
-            raise _NoPathError
+        if _CONTROL.search(path):  # a route also matches a path that ends in a line feed, but its scopes don't
+            raise self._no_such_path(path)
         secret = _secret(headers)
         principal = await self._access.ring.principal(secret)
         if principal is None:
@@ -100,19 +68,22 @@ class Authentication:
             if secret is not None:
                 await self._guesses.wrong(scope["client"][0] if scope.get("client") else "", secret)
             raise Unauthorized("send a valid key: Authorization: Bearer <key>")
-        scopes = scopes_of(method, path)
-        if scopes is None and not principal.is_operator:
-            raise _NoPathError
-        if scopes is not None and not principal.may(scopes):
+        if resource is NOWHERE and not principal.is_operator:
+            raise self._no_such_path(path)
+        scopes = resource.methods.get(method, resource.all).scopes or ()
+        if not principal.may(scopes):
             needed = " or ".join(sorted(scopes))
             has = ", ".join(sorted(principal.scopes))
             if principal.key_id == ANONYMOUS:
                 raise Forbidden(f"send a key with the scope {needed}: a client without one has {has}")
             raise Forbidden(f"this key lacks the scope {needed}: it has {has}")
         principal = self._at_work_in(headers.get(PROJECT_HEADER), principal)
-        if method not in _FREE_METHODS:
+        if method not in FREE_METHODS:
             await self._access.rates.take(principal, "requests")
         return principal
+
+    def _no_such_path(self, path: str) -> NotFound:
+        return NotFound(unknown_path(path, self._routes.static_paths))
 
     def _at_work_in(self, project: str | None, principal: Principal) -> Principal:
         if project is None or (project == principal.project and not principal.sees_all):
@@ -123,40 +94,11 @@ class Authentication:
         found = self._access.ring.within(principal, project)
         if found is None and principal.key_id != ANONYMOUS:
             raise NotFound("there is no project of the name that OpenAI-Project gives")
-        return found or principal  # OpenAI's clients send it by themselves where OPENAI_PROJECT_ID is set
-
-    def _told(self, principal: Principal, send: Send) -> Send:
-        async def send_with_limits(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in self._access.rates.headers(principal).items():
-                    headers[name] = value
-            await send(message)
-
-        return send_with_limits
-
-
-def _while_valid(end: "asyncio.Future[None]", receive: Receive) -> Receive:
-    """Hands a body on until the `end` of its key, and then raises _LostError."""
-    is_whole = False
-
-    async def received() -> Message:
-        nonlocal is_whole
-        message = await receive()
-        if end.done() and not is_whole:
-            raise _LostError(401, LOST)
-        is_whole = not message.get("more_body", False)
-        return message
-
-    return received
-
-
-class _NoPathError(NotFound):
-    """What nobody, or the operator alone, may know of."""
+        return found or principal  # OpenAI's clients send the header if OPENAI_PROJECT_ID is set
 
 
 def _secret(headers: Headers) -> str | None:
-    """What the request brings as its key; None where it brings nothing, or an empty one."""
+    """Return what the request has as its key; None if it has none, or an empty one."""
     if (given := headers.get("authorization")) is None:
         return None
     scheme, _, secret = given.partition(" ")

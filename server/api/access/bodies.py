@@ -1,6 +1,7 @@
-"""Bodies on their way: how long they may take, and how much memory those that are held may take together."""
+"""Bodies as they come in: how long one may take, how large it may be, and how much memory all take together."""
 
 import asyncio
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -8,16 +9,17 @@ from contextlib import contextmanager, suppress
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope
 
 from server.allocator import return_freed_memory
 from server.api.access.places import RETRY_SECONDS
-from server.api.errors.faults import form_of
+from server.api.routes import MAX_JSON_BYTES, MAX_UPLOAD_BYTES, Requirements
 from server.errors import QueueFull
 from server.metrics.lanes import LaneMetrics
 
+LOST = "the key was revoked, or has expired"
 PROGRESS_BYTES = 16 << 10
-"""What has to come within the time, where it isn't the rest: a byte now and then is no progress."""
+"""What has to come within the time, unless it is the rest: a byte now and then is no progress."""
 
 MAX_BYTES_IN_FLIGHT = 256 << 20
 SMALL_BODY_BYTES = 64 << 10
@@ -26,45 +28,89 @@ _DRAIN_BYTES = 64 << 20
 _DRAIN_SECONDS = 10.0
 
 
-class _Late(HTTPException):
-    """FastAPI lets this kind alone through while it reads a body."""
+class TooSlow(HTTPException):
+    """FastAPI passes on this kind of exception alone while it reads a body."""
 
 
-class BodyTimeout:
-    """Refuses a body (408) that makes no progress for so many seconds in which somebody waits for it."""
+class KeyEnded(HTTPException):
+    """Likewise."""
 
-    def __init__(self, app: ASGIApp, seconds: float) -> None:
-        self.app = app
+
+class Body:
+    """A request's body as it comes in: bounded in time, in size and in memory, and only while its key is valid.
+
+    It must make progress within so many seconds in which somebody waits for it. A JSON body is also refused if
+    others take too much memory; uploads are spooled to disk.
+    """
+
+    end_of_key: "asyncio.Future[None] | None" = None
+    hold: Callable[[int], None] | None = None  # by BytesInFlight
+
+    def __init__(self, scope: Scope, receive: Receive, required: Requirements, seconds: float) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._required = required
         self._seconds = seconds
+        self._max_bytes = MAX_UPLOAD_BYTES if required.upload else MAX_JSON_BYTES
+        self._waited = 0.0
+        self._progress = 0
+        self._num_bytes = 0
+        self._is_whole = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        loop = asyncio.get_running_loop()
-        waited, received, is_whole = 0.0, 0, False
+    def fault(self) -> tuple[int, str] | None:
+        """Return a status and a reason if the request's headers say that its body can't be taken."""
+        headers, limit = Headers(scope=self._scope), self._max_bytes
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            return 415, "the body must come without Content-Encoding"
+        announced = headers.get("content-length", "")
+        if announced.isascii() and announced.isdigit() and (len(announced) > 18 or int(announced) > limit):
+            return 413, self._too_large
+        return None
 
-        async def timed() -> Message:
-            nonlocal waited, received, is_whole
-            if is_whole:  # what comes now is that the client leaves
-                return await receive()
-            start = loop.time()
+    async def receive(self) -> Message:
+        """Return the next message. Raises HTTPException: 401, 408, 413 or 429."""
+        message = await self._next()
+        num_bytes = len(message.get("body", b""))
+        self._num_bytes += num_bytes
+        if self._num_bytes > self._max_bytes:
+            await self.drain()
+            raise HTTPException(413, self._too_large)
+        if num_bytes and self.hold is not None and not self._required.upload:
             try:
-                async with asyncio.timeout(self._seconds - waited):
-                    message = await receive()
-            except TimeoutError:
-                raise _Late(408, "the body took too long: SMOLORA_BODY_TIMEOUT has the seconds") from None
-            waited += loop.time() - start
-            received += len(message.get("body", b""))
-            if received >= PROGRESS_BYTES:
-                waited, received = 0.0, 0
-            is_whole = not message.get("more_body", False)
-            return message
+                self.hold(num_bytes)
+            except QueueFull as error:
+                await self.drain()
+                retry = {"Retry-After": str(math.ceil(error.retry_after))}
+                raise HTTPException(429, str(error), headers=retry) from None
+        return message
 
+    async def drain(self) -> None:
+        """Read some of the rest, so that the client sees the answer. Raises HTTPException: 401 or 408."""
+        await drain(self._scope, self._next)
+
+    @property
+    def _too_large(self) -> str:
+        hint = self._required.hint and f"; {self._required.hint}"
+        return f"the body is larger than {self._max_bytes} bytes, the most that is taken here{hint}"
+
+    async def _next(self) -> Message:
+        if self._is_whole:  # the next message is that the client leaves
+            return await self._receive()
+        loop = asyncio.get_running_loop()
+        start = loop.time()
         try:
-            await self.app(scope, timed, send)
-        except _Late as error:  # another middleware was reading
-            await form_of(scope["path"]).problem(error.status_code, error.detail)(scope, receive, send)
+            async with asyncio.timeout(self._seconds - self._waited):
+                message = await self._receive()
+        except TimeoutError:
+            raise TooSlow(408, "the body took too long: SMOLORA_BODY_TIMEOUT has the seconds") from None
+        self._waited += loop.time() - start
+        self._progress += len(message.get("body", b""))
+        if self._progress >= PROGRESS_BYTES:
+            self._waited, self._progress = 0.0, 0
+        self._is_whole = not message.get("more_body", False)
+        if self.end_of_key is not None and self.end_of_key.done():
+            raise KeyEnded(401, LOST)
+        return message
 
 
 class BytesInFlight:

@@ -11,48 +11,41 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api.errors.faults import form_of
+from server.api.routes import Watcher
 
 ANY = "*"
-PROBES = frozenset({"/health", "/ready"})
-"""Answered under any name: whoever probes a container calls it by an address of its own."""
-_ADDRESSED = frozenset({"/metrics"})
-"""Answered under any address: whoever scrapes containers calls them by theirs, which no page can make its own."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _SHOWN = 100  # characters of a header
 
 
 class Sites:
-    """Refuses requests to other names than the server's, and from other sites' pages, with 403."""
+    """Refuses requests to other names than the server's, and from other sites' pages.
 
-    def __init__(self, app: ASGIApp, hosts: Sequence[str], origins: Sequence[str], own_host: str) -> None:
-        """As the settings have them: `hosts` empty means the loopback's names, `own_host` and all addresses."""
-        self.app = app
+    A probe may use any name, since it calls a container by an address of its own. A scraper may use any address,
+    which no page can make its own.
+    """
+
+    def __init__(self, hosts: Sequence[str], origins: Sequence[str], own_host: str) -> None:
+        """Take the settings' values. No `hosts` means loopback's names, `own_host` and all addresses."""
         self._hosts = frozenset(host.lower() for host in hosts)
         self._origins = frozenset(origins)
         self._own_names = frozenset({"localhost", own_host.lower()})
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (reason := self._fault(scope["path"], Headers(scope=scope))) is not None:
-            await form_of(scope["path"]).problem(403, reason)(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
-
-    def _fault(self, path: str, headers: Headers) -> str | None:
+    def fault(self, headers: Headers, watcher: Watcher | None) -> str | None:
+        """Return why a request is refused, or None if it isn't."""
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
-        if path not in PROBES and hosts and not (len(hosts) == 1 and self._answers_to(hosts[0], path)):
+        if watcher != "probe" and hosts and not (len(hosts) == 1 and self._answers_to(hosts[0], watcher)):
             return f"this server has no name {_shown(hosts)}: SMOLORA_ALLOWED_HOSTS sets its names"
         if origins and not (len(origins) == 1 and self._may_call(origins[0], hosts[0] if hosts else "")):
             return f"pages of {_shown(origins)} may not call this server: SMOLORA_ALLOWED_ORIGINS lets them"
         return None
 
-    def _answers_to(self, host: str, path: str) -> bool:
+    def _answers_to(self, host: str, watcher: Watcher | None) -> bool:
         name, _ = _name_and_port(host, "http")
         if name is None:
             return False
-        if self._hosts and not (path in _ADDRESSED and _is_address(name)):
+        if self._hosts and not (watcher == "scraper" and _is_address(name)):
             parents = name.split(".")[1:]
             return bool(self._hosts & {ANY, name, *(f"*.{'.'.join(parents[i:])}" for i in range(len(parents)))})
         return name in self._own_names or _is_address(name)

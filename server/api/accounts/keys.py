@@ -14,7 +14,8 @@ from server.api import wire
 from server.api.access.authentication import PROJECT_HEADER
 from server.api.accounts.schemas import KeyAnswer, KeyBody, KeyList, NewKeyAnswer
 from server.api.deps import Services, ServicesDep
-from server.api.openapi import ADMIN, ADMIN_CHANGES, ADMIN_LOOKUPS
+from server.api.openapi import ADMIN_CHANGES, ADMIN_LOOKUPS, ADMIN_READS
+from server.api.routes import ADMIN, requires
 from server.api.strict_route import StrictRoute
 from server.training.queue.reserve import Reserve
 
@@ -28,6 +29,7 @@ router = APIRouter(prefix="/keys", tags=["access"], route_class=StrictRoute)
     response_class=Response,
     responses={201: {"model": NewKeyAnswer, "description": "The key, and its secret, once"}, **ADMIN_CHANGES},
 )
+@requires(ADMIN)
 async def create_key(
     body: KeyBody,
     services: ServicesDep,
@@ -41,7 +43,8 @@ async def create_key(
     return wire.answer({**key.to_document(), "secret": secret}, 201, {"Cache-Control": "no-store"})
 
 
-@router.get("", summary="List keys", response_class=Response, responses={200: {"model": KeyList}, **ADMIN})
+@router.get("", summary="List keys", response_class=Response, responses={200: {"model": KeyList}, **ADMIN_READS})
+@requires(ADMIN)
 async def list_keys(
     services: ServicesDep,
     project: Annotated[str | None, Query(max_length=4 * MAX_NAME, description="only its")] = None,
@@ -57,6 +60,7 @@ async def list_keys(
     response_class=Response,
     responses={200: {"model": KeyAnswer}, **ADMIN_LOOKUPS},
 )
+@requires(ADMIN)
 async def revoke_key(services: ServicesDep, key_id: Annotated[str, Path(max_length=256)]) -> Response:
     """Revoke a key, at once: streams that it has open end, too. Repeating it gives the same answer."""
     key = await to_thread.run_sync(_revoke, services, key_id)

@@ -11,7 +11,8 @@ from adapters.names import MAX_NAME
 from server.api import wire
 from server.api.accounts.schemas import ProjectAnswer, ProjectBody, ProjectList
 from server.api.deps import ServicesDep
-from server.api.openapi import ADMIN, ADMIN_CHANGES, ADMIN_LOOKUPS, ADMIN_REMOVALS
+from server.api.openapi import ADMIN_CHANGES, ADMIN_LOOKUPS, ADMIN_READS, ADMIN_REMOVALS
+from server.api.routes import ADMIN, requires
 from server.api.strict_route import StrictRoute
 from server.training.project import refuse_with_uploads
 
@@ -20,7 +21,10 @@ router = APIRouter(prefix="/projects", tags=["access"], route_class=StrictRoute)
 Name = Annotated[str, Path(max_length=4 * MAX_NAME)]
 
 
-@router.get("", summary="List projects", response_class=Response, responses={200: {"model": ProjectList}, **ADMIN})
+@router.get(
+    "", summary="List projects", response_class=Response, responses={200: {"model": ProjectList}, **ADMIN_READS}
+)
+@requires(ADMIN)
 async def list_projects(services: ServicesDep) -> Response:
     """List projects by name. One comes to be with its first key, or with its limits."""
     found = await to_thread.run_sync(services.access.projects.list)
@@ -33,6 +37,7 @@ async def list_projects(services: ServicesDep) -> Response:
     response_class=Response,
     responses={200: {"model": ProjectAnswer}, **ADMIN_LOOKUPS},
 )
+@requires(ADMIN)
 async def get_project(services: ServicesDep, project: Name) -> Response:
     """Get a project's limits."""
     return wire.answer((await to_thread.run_sync(services.access.projects.get, project)).to_document())
@@ -44,6 +49,7 @@ async def get_project(services: ServicesDep, project: Name) -> Response:
     response_class=Response,
     responses={200: {"model": ProjectAnswer}, **ADMIN_CHANGES},
 )
+@requires(ADMIN)
 async def put_project(services: ServicesDep, project: Name, body: ProjectBody) -> Response:
     """Set a project's limits, which hold for its keys together; the project is made if need be.
 
@@ -61,6 +67,7 @@ async def put_project(services: ServicesDep, project: Name, body: ProjectBody) -
     response_class=Response,
     responses=ADMIN_REMOVALS,
 )
+@requires(ADMIN)
 async def delete_project(services: ServicesDep, project: Name) -> Response:
     """Delete a project that has nothing left: no adapter, data set or file, and no job that hasn't ended.
 

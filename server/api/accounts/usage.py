@@ -16,7 +16,8 @@ from server.access.usage import By
 from server.api import wire
 from server.api.accounts.schemas import AuditList, UsageAnswer
 from server.api.deps import Services, ServicesDep
-from server.api.openapi import ADMIN, READS
+from server.api.openapi import ADMIN_READS, READS
+from server.api.routes import ADMIN, READ, requires
 
 router = APIRouter(tags=["access"])
 
@@ -34,6 +35,7 @@ Day = Annotated[date | None, BeforeValidator(_iso_day)]
 
 
 @router.get("/usage", summary="Usage", response_class=Response, responses={200: {"model": UsageAnswer}, **READS})
+@requires(READ)
 async def get_usage(
     services: ServicesDep,
     first: Annotated[Day, Query(alias="from", description="a day in UTC, included")] = None,
@@ -50,8 +52,9 @@ async def get_usage(
 
 
 @router.get(
-    "/audit", summary="Audit list", response_class=Response, responses={200: {"model": AuditList}, **ADMIN}
+    "/audit", summary="Audit list", response_class=Response, responses={200: {"model": AuditList}, **ADMIN_READS}
 )
+@requires(ADMIN)
 async def get_audit(
     services: ServicesDep,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="of a page")] = 100,

@@ -17,6 +17,7 @@ from server.api.adapters.answers import adapter_answer
 from server.api.adapters.schemas import AdapterAnswer
 from server.api.deps import ServicesDep
 from server.api.openapi import ALIASES, DELETES, UNALIASES
+from server.api.routes import TRAIN, requires
 from server.api.schemas import Body
 from server.api.strict_route import StrictRoute
 
@@ -37,6 +38,7 @@ class AliasBody(Body):
     response_class=Response,
     responses={200: {"model": AdapterAnswer}, **ALIASES},
 )
+@requires(TRAIN)
 async def put_alias(services: ServicesDep, name: Name, alias: Name, body: AliasBody) -> Response:
     """Point an alias at a version, creating the alias if need be.
 
@@ -57,6 +59,7 @@ async def put_alias(services: ServicesDep, name: Name, alias: Name, body: AliasB
     response_class=Response,
     responses=UNALIASES,
 )
+@requires(TRAIN)
 async def delete_alias(services: ServicesDep, name: Name, alias: Name) -> Response:
     """Delete an alias; its version stays. `latest` can be moved but not deleted."""
     deed = partial(services.library.unpoint, name, alias)
@@ -76,6 +79,7 @@ class VisibilityBody(Body):
     response_class=Response,
     responses={200: {"model": AdapterAnswer}, **DELETES},
 )
+@requires(TRAIN)
 async def put_visibility(services: ServicesDep, name: Name, body: VisibilityBody) -> Response:
     """Let other projects use an adapter or composition, as `project/name`, or no longer.
 

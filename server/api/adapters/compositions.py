@@ -18,6 +18,7 @@ from server.api.adapters.merging import FIELD, recipe_of, submit_merge
 from server.api.adapters.schemas import VersionAnswer
 from server.api.deps import IdempotencyKey, ServicesDep
 from server.api.openapi import COMPOSITIONS
+from server.api.routes import READ, TRAIN, requires
 from server.api.strict_route import StrictRoute
 from server.api.train.answers import job_document
 from server.api.train.schemas import JobAnswer
@@ -26,6 +27,7 @@ router = APIRouter(prefix="/compositions", tags=["adapters"], route_class=Strict
 
 
 @router.get("", include_in_schema=False)
+@requires(READ)
 async def list_compositions() -> Response:
     """Raises NotFound, which says where they are."""
     raise NotFound("compositions are listed with the adapters: GET /adapters")
@@ -46,6 +48,7 @@ async def list_compositions() -> Response:
         **COMPOSITIONS,
     },
 )
+@requires(TRAIN)
 async def compose(
     services: ServicesDep,
     name: Annotated[str, Path(max_length=4 * MAX_NAME)],

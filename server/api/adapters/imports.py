@@ -20,6 +20,7 @@ from server.api.adapters.archives import MAX_WEIGHTS_BYTES
 from server.api.adapters.schemas import VersionAnswer
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import IMPORTS
+from server.api.routes import TRAIN, requires
 from server.api.schemas import Body
 from server.api.strict_route import StrictRoute
 from server.api.uploads import MAX_CONFIG_BYTES
@@ -68,6 +69,7 @@ async def get_fetch() -> Fetch:
     response_class=Response,
     responses={201: {"model": VersionAnswer, "description": "Published"}, **IMPORTS},
 )
+@requires(TRAIN)
 async def import_adapter(
     services: ServicesDep,
     fetch: Annotated[Fetch, Depends(get_fetch)],
@@ -90,6 +92,7 @@ async def import_adapter(
 
 
 @router.api_route("/{name}/import", methods=["GET", "DELETE"], include_in_schema=False)
+@requires(TRAIN)
 async def not_a_version(name: str) -> Response:
     """What a version can be asked, this can't. Raises HTTPException."""
     raise HTTPException(405)

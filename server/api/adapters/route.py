@@ -21,6 +21,7 @@ from server.api.adapters.answers import adapter_answer, version_answer
 from server.api.adapters.schemas import AdapterAnswer, AdapterList, VersionAnswer
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import DELETES, DOWNLOADS, LOOKUPS, UPLOAD_BODY, UPLOADS
+from server.api.routes import READ, TRAIN, requires
 from server.api.uploads import form_bytes, received_form, uploaded_files
 from server.api.zips import StoredZip, zip_download
 from server.training.reports.model_card import model_card
@@ -48,6 +49,7 @@ Force = Annotated[bool, Query(description="let aliases go, too; compositions hol
 @router.get(
     "", summary="List adapters", response_class=Response, responses={200: {"model": AdapterList}, **LOOKUPS}
 )
+@requires(READ)
 async def list_adapters(
     services: ServicesDep,
     name: Annotated[str | None, Query(max_length=MAX_KEY, description="only this one")] = None,
@@ -70,6 +72,7 @@ async def list_adapters(
 @router.get(
     "/{name}", summary="One adapter", response_class=Response, responses={200: {"model": AdapterAnswer}, **LOOKUPS}
 )
+@requires(READ)
 async def get_adapter(services: ServicesDep, name: Name) -> Response:
     """Get an adapter with all its versions."""
     found = await to_thread.run_sync(services.library.get, name)
@@ -82,6 +85,7 @@ async def get_adapter(services: ServicesDep, name: Name) -> Response:
     response_class=Response,
     responses={200: {"model": VersionAnswer}, **LOOKUPS},
 )
+@requires(READ)
 async def get_version(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
     """Get one version of an adapter."""
     found = await to_thread.run_sync(services.library.version, name, version)
@@ -94,6 +98,7 @@ async def get_version(services: ServicesDep, name: Name, version: VersionNumber)
     response_class=Response,
     responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **DOWNLOADS},
 )
+@requires(TRAIN)
 async def download(services: ServicesDep, name: Name, version: VersionNumber) -> Response:
     """Download a version as a zip with `adapter_config.json` and `adapter_model.safetensors`, which PEFT can
     load.
@@ -112,6 +117,7 @@ async def download(services: ServicesDep, name: Name, version: VersionNumber) ->
     responses={201: {"model": VersionAnswer, "description": "Published"}, **UPLOADS},
     openapi_extra={"requestBody": UPLOAD_BODY},
 )
+@requires(TRAIN, upload=True)
 async def upload(request: Request, services: ServicesDep, name: Name) -> Response:
     """Upload a PEFT adapter as the next version of the name. It becomes the latest.
 
@@ -125,6 +131,7 @@ async def upload(request: Request, services: ServicesDep, name: Name) -> Respons
 
 
 @router.delete("/{name}", summary="Delete an adapter", status_code=204, response_class=Response, responses=DELETES)
+@requires(TRAIN)
 async def delete_adapter(services: ServicesDep, name: Name, force: Force = False) -> Response:
     """Delete an adapter with all its versions.
 
@@ -138,6 +145,7 @@ async def delete_adapter(services: ServicesDep, name: Name, force: Force = False
 @router.delete(
     "/{name}/{version}", summary="Delete a version", status_code=204, response_class=Response, responses=DELETES
 )
+@requires(TRAIN)
 async def delete_version(
     services: ServicesDep, name: Name, version: VersionNumber, force: Force = False
 ) -> Response:

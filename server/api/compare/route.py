@@ -8,6 +8,7 @@ from server.api.compare.comparison import compare
 from server.api.compare.schemas import CompareAnswer, CompareBody
 from server.api.deps import ServicesDep
 from server.api.openapi import REFUSALS
+from server.api.routes import GENERATE, requires
 from server.api.streams import ClientGoneError, while_connected
 from server.api.strict_route import StrictRoute
 
@@ -20,6 +21,7 @@ router = APIRouter(route_class=StrictRoute, tags=["generate"])
     response_class=Response,
     responses={200: {"model": CompareAnswer, "description": "An answer for each expression"}, **REFUSALS},
 )
+@requires(GENERATE, queued=True)
 async def compare_adapters(body: CompareBody, request: Request, services: ServicesDep) -> Response:
     """Answer one prompt under up to 16 adapter expressions in one batch, and score given continuations under
     each.

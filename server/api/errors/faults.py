@@ -1,10 +1,10 @@
 """Which form an error takes on the wire: OpenAI's error object under /v1, an RFC 9457 problem everywhere else."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Protocol
 
-from fastapi import Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
@@ -15,7 +15,7 @@ from starlette.responses import Response
 from adapters.errors import InvalidInput, SmoloraError
 from server.api.errors import near_names, problems
 from server.api.openai import errors as openai_errors
-from server.api.openapi import App
+from server.api.routes import Routes
 from server.errors import Unauthorized
 
 
@@ -41,11 +41,8 @@ def _body_of(request: Request) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def install(app: App, paths: Collection[str]) -> None:
-    """Make every exception that a route raises a response in its path's form.
-
-    One of `paths` is named where a path that isn't there is near it.
-    """
+def install(app: FastAPI, routes: Routes) -> None:
+    """Make every exception that a route raises a response in its path's form."""
 
     async def ours(request: Request, error: Exception) -> Response:
         assert isinstance(error, SmoloraError)
@@ -66,10 +63,10 @@ def install(app: App, paths: Collection[str]) -> None:
             return form.of_error(Unauthorized(error.detail))
         detail, headers = error.detail, dict(error.headers or {})
         if error.status_code == 404 and detail == HTTPStatus.NOT_FOUND.phrase:  # the framework's own
-            detail = near_names.unknown_path(request.url.path, paths)
+            detail = near_names.unknown_path(request.url.path, routes.static_paths)
         elif error.status_code == 405:
             # the framework knows those of one route alone, where several have the path
-            headers["Allow"] = ", ".join(sorted(app.methods(request.url.path))) or headers.get("Allow", "GET")
+            headers["Allow"] = ", ".join(sorted(routes.methods(request.url.path))) or headers.get("Allow", "GET")
             detail = f"{request.method} is not possible here: use {headers['Allow'].replace(', ', ' or ')}"
         return form.problem(error.status_code, detail, headers=headers)
 

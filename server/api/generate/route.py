@@ -9,6 +9,7 @@ from server.api.generate import answers
 from server.api.generate.generation import begin
 from server.api.generate.schemas import GenerateAnswer, GenerateBody
 from server.api.openapi import REFUSALS
+from server.api.routes import GENERATE, requires
 from server.api.streams import ClientGoneError, EventStream, while_connected
 from server.api.strict_route import StrictRoute
 
@@ -35,6 +36,7 @@ _EVENTS = (
         **REFUSALS,
     },
 )
+@requires(GENERATE, queued=True)
 async def generate(body: GenerateBody, request: Request, services: ServicesDep) -> Response:
     """Generate text from a prompt or a conversation: with an adapter, a weighted composition of several, or
     none.

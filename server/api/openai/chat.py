@@ -13,9 +13,10 @@ from server.api.openai.delivery import at_once, streamed
 from server.api.openai.documents import REFUSALS, answers_with
 from server.api.openai.logprobs import of_chat, of_whole_chat
 from server.api.openai.schemas import ChatBody
+from server.api.routes import GENERATE, requires
 from server.api.strict_route import StrictRoute
 
-router = APIRouter(route_class=StrictRoute, tags=["openai"])
+router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["openai"])
 
 _EXAMPLE = {
     "id": "chatcmpl-0",
@@ -40,6 +41,7 @@ _EXAMPLE = {
     response_class=Response,
     responses={200: answers_with(_EXAMPLE), **REFUSALS},
 )
+@requires(GENERATE, queued=True)
 async def chat(body: ChatBody, request: Request, services: ServicesDep) -> Response:
     """Generate the next message of a conversation.
 

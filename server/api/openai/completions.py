@@ -14,9 +14,10 @@ from server.api.openai.delivery import at_once, streamed
 from server.api.openai.documents import REFUSALS, answers_with
 from server.api.openai.logprobs import LegacyLogprobs
 from server.api.openai.schemas import CompletionBody
+from server.api.routes import GENERATE, requires
 from server.api.strict_route import StrictRoute
 
-router = APIRouter(route_class=StrictRoute, tags=["openai"])
+router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["openai"])
 
 _EXAMPLE = {
     "id": "cmpl-0",
@@ -34,6 +35,7 @@ _EXAMPLE = {
     response_class=Response,
     responses={200: answers_with(_EXAMPLE), **REFUSALS},
 )
+@requires(GENERATE, queued=True)
 async def completions(body: CompletionBody, request: Request, services: ServicesDep) -> Response:
     """Continue each prompt. `model` is an adapter expression; the answer names its versions."""
     batch = await begin_completions(services, body)

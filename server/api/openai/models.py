@@ -19,13 +19,15 @@ from server.api.deps import Services, ServicesDep
 from server.api.openai.calls import terms_of
 from server.api.openai.documents import REFUSALS
 from server.api.openai.errors import ModelNotFound
+from server.api.routes import READ, TRAIN, requires
 
-router = APIRouter(tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"])
 
 OWNER = "smolora"
 
 
 @router.get("/models", summary="List models", response_class=Response, responses=REFUSALS)
+@requires(READ)
 async def models(services: ServicesDep) -> Response:
     """List the base, adapters and compositions.
 
@@ -37,6 +39,7 @@ async def models(services: ServicesDep) -> Response:
 
 
 @router.get("/models/{model:path}", summary="One model", response_class=Response, responses=REFUSALS)
+@requires(READ)
 async def model(model: Annotated[str, Path(max_length=MAX_LENGTH)], services: ServicesDep) -> Response:
     """Get the base, or what an adapter expression means now."""
     terms = terms_of(services, model)
@@ -51,6 +54,7 @@ async def model(model: Annotated[str, Path(max_length=MAX_LENGTH)], services: Se
 
 
 @router.delete("/models/{model:path}", summary="Delete a model", response_class=Response, responses=REFUSALS)
+@requires(TRAIN)
 async def delete(model: Annotated[str, Path(max_length=MAX_LENGTH)], services: ServicesDep) -> Response:
     """Delete an adapter or composition by name, or one version, as in `tweets@3`.
 

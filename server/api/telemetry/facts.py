@@ -1,6 +1,6 @@
 """What the line of a request says beyond HTTP: who asked, under which adapters, for how many tokens.
 
-`RequestContext` makes a `RequestFacts` for each request and leaves it where all that runs for it finds it. No text
+`Edge` makes a `RequestFacts` for each request and leaves it where all that runs for it finds it. No text
 of a prompt or an answer is among them.
 """
 

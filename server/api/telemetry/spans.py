@@ -14,37 +14,31 @@ generation ends, so that nothing is done for it on the way.
 import time
 from collections.abc import Mapping, Sequence
 
-from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from adapters.catalog.versions import Part
 from adapters.expression import Term, render
 from server.access.principal import Principal
-from server.api.access.scopes import template_of
-from server.api.access.sites import PROBES
 from server.api.telemetry.facts import RequestFacts
 from server.engine.request import GenerationRequest, SequenceOutput, Timing
 from server.metrics.http import METHODS
-from server.tracing.spans import Span, Tracer, Value
+from server.tracing.spans import Span, Value
 
-_UNTRACED = PROBES | {"/metrics"}
 _PROVIDER = "smolora"
 _MAX_METHOD = 32  # characters of one that HTTP doesn't define
 
 
-def begin_request(tracer: Tracer, scope: Scope) -> Span | None:
-    """The span of a request; None of those that only watch, and of those that are not sampled."""
-    if scope["path"] in _UNTRACED:
-        return None
-    return tracer.request(Headers(scope=scope))
-
-
 def end_request(
-    span: Span, scope: Scope, status: int, request_id: str, principal: Principal | None, told: RequestFacts
+    span: Span,
+    scope: Scope,
+    route: str,
+    status: int,
+    request_id: str,
+    principal: Principal | None,
+    told: RequestFacts,
 ) -> None:
-    """`status` 0: the client left before there was any."""
+    """`status` 0: the client left before there was any. `route` is empty if the path has none."""
     method, is_known = scope["method"], scope["method"] in METHODS
-    route = template_of(scope["path"])
     called = method if is_known else "HTTP"
     attributes: dict[str, Value] = {
         "name": f"{called} {route}" if route else called,

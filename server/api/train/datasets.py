@@ -12,8 +12,8 @@ from adapters.errors import Conflict, NotFound
 from server.api import wire
 from server.api.access.quotas import growing
 from server.api.deps import Services, ServicesDep
-from server.api.middleware import MAX_UPLOAD_BYTES
 from server.api.openapi import DATASET_BODY, DATASET_UPLOADS, DATASETS, FULL_DISK
+from server.api.routes import MAX_UPLOAD_BYTES, TRAIN, requires
 from server.api.train.answers import dataset_document
 from server.api.train.schemas import DatasetAnswer, DatasetList, DatasetUploaded
 from server.api.uploads import form_bytes, received_form, uploaded_rows
@@ -33,6 +33,7 @@ DatasetId = Annotated[str, Path(max_length=256)]
     responses={201: {"model": DatasetUploaded, "description": "Stored, or stored before"}, **DATASET_UPLOADS},
     openapi_extra={"requestBody": DATASET_BODY},
 )
+@requires(TRAIN, upload=True)
 async def upload(request: Request, services: ServicesDep) -> Response:
     """Upload a JSONL or CSV file of rows. Every line is checked. The same rows always get the same id.
 
@@ -46,6 +47,7 @@ async def upload(request: Request, services: ServicesDep) -> Response:
 @router.get(
     "", summary="List data sets", response_class=Response, responses={200: {"model": DatasetList}, **DATASETS}
 )
+@requires(TRAIN)
 async def list_datasets(services: ServicesDep) -> Response:
     """List data sets, newest first."""
     found = await to_thread.run_sync(services.datasets.list)
@@ -58,6 +60,7 @@ async def list_datasets(services: ServicesDep) -> Response:
     response_class=Response,
     responses={200: {"model": DatasetAnswer}, **DATASETS},
 )
+@requires(TRAIN)
 async def get_dataset(services: ServicesDep, dataset_id: DatasetId) -> Response:
     """Get a data set's size, format and digest."""
     return wire.answer(dataset_document(await to_thread.run_sync(services.datasets.get, dataset_id)))
@@ -70,6 +73,7 @@ async def get_dataset(services: ServicesDep, dataset_id: DatasetId) -> Response:
     response_class=Response,
     responses={**DATASETS, **FULL_DISK},
 )
+@requires(TRAIN)
 async def delete_dataset(services: ServicesDep, dataset_id: DatasetId) -> Response:
     """Delete a data set. Jobs that have ended don't need it any more."""
     deed = partial(_delete, services, dataset_id)

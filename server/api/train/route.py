@@ -14,6 +14,7 @@ from server.api import wire
 from server.api.access.quotas import require_room
 from server.api.deps import IdempotencyKey, Services, ServicesDep
 from server.api.openapi import JOB_LOOKUPS, JOB_MOVES, JOB_REMOVALS, JOB_RESULTS, SUBMISSIONS
+from server.api.routes import TRAIN, requires
 from server.api.streams import EventStream
 from server.api.strict_route import StrictRoute
 from server.api.train.answers import dry_run_document, event_document, job_document
@@ -46,6 +47,7 @@ EventNumber = Annotated[int, Query(ge=0, lt=1 << 31, description="only those wit
         **SUBMISSIONS,
     },
 )
+@requires(TRAIN, hint="larger data goes through POST /datasets")
 async def submit(
     body: TrainBody,
     services: ServicesDep,
@@ -68,6 +70,7 @@ async def submit(
 
 
 @router.get("", summary="List jobs", response_class=Response, responses={200: {"model": JobList}, **JOB_LOOKUPS})
+@requires(TRAIN)
 async def list_jobs(
     services: ServicesDep,
     status: Annotated[Status | None, Query(description="only those")] = None,
@@ -81,6 +84,7 @@ async def list_jobs(
 @router.get(
     "/{job_id}", summary="One job", response_class=Response, responses={200: {"model": JobAnswer}, **JOB_LOOKUPS}
 )
+@requires(TRAIN)
 async def get_job(services: ServicesDep, job_id: JobId) -> Response:
     """Get a job."""
     return wire.answer(job_document(await to_thread.run_sync(services.jobs.get, job_id)))
@@ -102,6 +106,7 @@ async def get_job(services: ServicesDep, job_id: JobId) -> Response:
         **JOB_LOOKUPS,
     },
 )
+@requires(TRAIN)
 async def get_events(
     request: Request,
     services: ServicesDep,
@@ -133,6 +138,7 @@ async def get_events(
     response_class=Response,
     responses={200: {"model": JobAnswer}, **JOB_MOVES},
 )
+@requires(TRAIN)
 async def cancel(services: ServicesDep, job_id: JobId) -> Response:
     """Cancel a job. A running one stops within a micro-batch."""
     return await _steer(services.retention.cancel, job_id)
@@ -141,6 +147,7 @@ async def cancel(services: ServicesDep, job_id: JobId) -> Response:
 @router.post(
     "/{job_id}/pause", summary="Pause", response_class=Response, responses={200: {"model": JobAnswer}, **JOB_MOVES}
 )
+@requires(TRAIN)
 async def pause(services: ServicesDep, job_id: JobId) -> Response:
     """Pause a job until it is resumed.
 
@@ -155,6 +162,7 @@ async def pause(services: ServicesDep, job_id: JobId) -> Response:
     response_class=Response,
     responses={200: {"model": JobAnswer}, **JOB_MOVES},
 )
+@requires(TRAIN)
 async def resume(services: ServicesDep, job_id: JobId) -> Response:
     """Resume a paused job. It returns to its old place in the queue."""
     return await _steer(services.jobs.resume, job_id)
@@ -166,6 +174,7 @@ async def resume(services: ServicesDep, job_id: JobId) -> Response:
     response_class=Response,
     responses={200: {"model": dict[str, object]}, **JOB_RESULTS},
 )
+@requires(TRAIN)
 async def get_report(services: ServicesDep, job_id: JobId) -> Response:
     """Get a job's report: base against tuned, cost, data, configuration and loss curves.
 
@@ -180,6 +189,7 @@ async def get_report(services: ServicesDep, job_id: JobId) -> Response:
     response_class=Response,
     responses={200: {"description": "A zip", "content": {"application/zip": {}}}, **JOB_RESULTS},
 )
+@requires(TRAIN)
 async def download(services: ServicesDep, job_id: JobId) -> Response:
     """Download the Hugging Face directory that full fine-tuning made, as a zip. Adapters are under /adapters."""
     job = await to_thread.run_sync(services.jobs.get, job_id)
@@ -198,6 +208,7 @@ async def download(services: ServicesDep, job_id: JobId) -> Response:
 @router.delete(
     "/{job_id}", summary="Remove a job's files", status_code=204, response_class=Response, responses=JOB_REMOVALS
 )
+@requires(TRAIN)
 async def remove_files(services: ServicesDep, job_id: JobId) -> Response:
     """Remove the rows, checkpoints, model and log of a job that has ended.
 

@@ -59,6 +59,7 @@ def test_the_page_has_every_status_of_an_error(app: App) -> None:
         ("/adapters/a/aliases/b", "DELETE, PUT"),
         ("/train", "GET, POST"),
         ("/v1/files", "GET, POST"),
+        ("/v1/models/acme/tweets", "DELETE, GET"),
     ],
 )
 async def test_what_a_path_takes(path: str, methods: str, client: httpx.AsyncClient) -> None:

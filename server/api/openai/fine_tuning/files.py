@@ -14,11 +14,12 @@ from server.api.deps import Services, ServicesDep
 from server.api.openai.documents import REFUSALS
 from server.api.openai.fine_tuning.objects import file_object, page_object
 from server.api.openai.fine_tuning.schemas import FileAnswer, FileDeleted, Page
+from server.api.routes import TRAIN, requires
 from server.api.streams import Download
 from server.api.uploads import received_form, uploaded_rows
 from server.training.data.files import FileStore, Purpose, StoredFile
 
-router = APIRouter(prefix="/files", tags=["openai"])
+router = APIRouter(prefix="/v1/files", tags=["openai"])
 
 MAX_PAGE = 10_000
 _CHUNK = 1 << 16
@@ -56,6 +57,7 @@ _BODY = {
     responses={200: {"model": FileAnswer}, **REFUSALS},
     openapi_extra={"requestBody": _BODY},
 )
+@requires(TRAIN, upload=True)
 async def upload(request: Request, services: ServicesDep) -> Response:
     """Upload a file of rows. Every line is checked. Uploading the same bytes again makes another file."""
     async with received_form(request, services) as form:
@@ -66,6 +68,7 @@ async def upload(request: Request, services: ServicesDep) -> Response:
 @router.get(
     "", summary="List files", response_class=Response, responses={200: {"model": Page[FileAnswer]}, **REFUSALS}
 )
+@requires(TRAIN)
 async def list_files(
     services: ServicesDep,
     purpose: Annotated[Purpose | None, Query(description="only those")] = None,
@@ -80,6 +83,7 @@ async def list_files(
 @router.get(
     "/{file_id}", summary="One file", response_class=Response, responses={200: {"model": FileAnswer}, **REFUSALS}
 )
+@requires(TRAIN)
 async def get_file(services: ServicesDep, file_id: FileId) -> Response:
     """Get a file's name, purpose and size."""
     return wire.answer(file_object(await to_thread.run_sync(services.files.get, file_id)))
@@ -94,6 +98,7 @@ async def get_file(services: ServicesDep, file_id: FileId) -> Response:
         **REFUSALS,
     },
 )
+@requires(TRAIN)
 async def get_content(services: ServicesDep, file_id: FileId) -> Response:
     """Download a file's content."""
     file, content = await to_thread.run_sync(_open, services.files, file_id)
@@ -110,6 +115,7 @@ async def get_content(services: ServicesDep, file_id: FileId) -> Response:
     response_class=Response,
     responses={200: {"model": FileDeleted}, **REFUSALS},
 )
+@requires(TRAIN)
 async def delete_file(services: ServicesDep, file_id: FileId) -> Response:
     """Delete a file. Jobs that have ended don't need it any more."""
     await to_thread.run_sync(services.audited, "file.delete", file_id, partial(_delete, services, file_id))

@@ -36,12 +36,13 @@ from server.api.openai.fine_tuning.schemas import (
     Page,
 )
 from server.api.openapi import Responses
+from server.api.routes import TRAIN, requires
 from server.api.strict_route import StrictRoute
 from server.api.train.pages import check_after
 from server.training.data.files import FileStore, results_id
 from server.training.queue.jobs import FINE_TUNING, Job, Jobs, Status
 
-router = APIRouter(prefix="/fine_tuning/jobs", route_class=StrictRoute, tags=["openai"])
+router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=StrictRoute, tags=["openai"])
 
 MAX_PAGE = 1000
 _BATCH = 100
@@ -53,6 +54,7 @@ _JOB: Responses = {200: {"model": FineTuningJob}, **REFUSALS}
 
 
 @router.post("", summary="Fine-tune", response_class=Response, responses=_JOB)
+@requires(TRAIN)
 async def create(
     body: FineTuningBody,
     services: ServicesDep,
@@ -66,6 +68,7 @@ async def create(
 @router.get(
     "", summary="List jobs", response_class=Response, responses={200: {"model": Page[FineTuningJob]}, **REFUSALS}
 )
+@requires(TRAIN)
 async def list_jobs(
     request: Request,
     services: ServicesDep,
@@ -84,6 +87,7 @@ async def list_jobs(
 
 
 @router.get("/{job_id}", summary="One job", response_class=Response, responses=_JOB)
+@requires(TRAIN)
 async def retrieve(services: ServicesDep, job_id: JobId) -> Response:
     """Get a job."""
     return await to_thread.run_sync(lambda: _answer(services, _get(services.jobs, job_id)))
@@ -95,6 +99,7 @@ async def retrieve(services: ServicesDep, job_id: JobId) -> Response:
     response_class=Response,
     responses={200: {"model": Page[FineTuningEvent]}, **REFUSALS},
 )
+@requires(TRAIN)
 async def list_events(services: ServicesDep, job_id: JobId, limit: Limit = 20, after: After = None) -> Response:
     """List a job's events, newest first."""
     return await to_thread.run_sync(_events_page, services.jobs, job_id, limit, after)
@@ -106,6 +111,7 @@ async def list_events(services: ServicesDep, job_id: JobId, limit: Limit = 20, a
     response_class=Response,
     responses={200: {"model": Page[FineTuningCheckpoint]}, **REFUSALS},
 )
+@requires(TRAIN)
 async def list_checkpoints(
     services: ServicesDep, job_id: JobId, limit: Limit = 10, after: After = None
 ) -> Response:
@@ -114,18 +120,21 @@ async def list_checkpoints(
 
 
 @router.post("/{job_id}/cancel", summary="Cancel", response_class=Response, responses=_JOB)
+@requires(TRAIN)
 async def cancel(services: ServicesDep, job_id: JobId) -> Response:
     """Cancel a job. A running one stops within a micro-batch."""
     return await _steer(services, services.retention.cancel, job_id)
 
 
 @router.post("/{job_id}/pause", summary="Pause", response_class=Response, responses=_JOB)
+@requires(TRAIN)
 async def pause(services: ServicesDep, job_id: JobId) -> Response:
     """Pause a job until it is resumed. A running one is `paused` once its checkpoint is stored."""
     return await _steer(services, services.jobs.pause, job_id)
 
 
 @router.post("/{job_id}/resume", summary="Resume", response_class=Response, responses=_JOB)
+@requires(TRAIN)
 async def resume(services: ServicesDep, job_id: JobId) -> Response:
     """Resume a paused job. It returns to its old place in the queue."""
     return await _steer(services, services.jobs.resume, job_id)

@@ -4,25 +4,20 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
+from dataclasses import replace
 
-import httpx
 import pytest
-from prometheus_client import CollectorRegistry
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
 
 from server.api.access import bodies
 from server.api.access.bodies import SMALL_BODY_BYTES, BytesInFlight
-from server.api.middleware import BodyLimit
 from server.errors import QueueFull
-from server.metrics.lanes import LaneMetrics
 from tests.server.api.fakes import until
+from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
 
 KIB = 1 << 10
+JSON = {"Content-Type": "application/json"}
 
 
 def test_a_project_holds_three_quarters_at_most_and_gives_all_back() -> None:
@@ -70,32 +65,27 @@ def test_memory_is_returned_to_the_system_after_a_burst(monkeypatch: pytest.Monk
     assert not returned.acquire(timeout=0.01)  # once
 
 
-async def test_half_sent_bodies_are_bounded_and_what_is_beyond_is_429() -> None:
-    registry = CollectorRegistry()
-    in_flight = BytesInFlight(500 * KIB, LaneMetrics(registry))
-
-    async def read(request: Request) -> Response:
-        return PlainTextResponse(str(len(await request.body())))
-
-    routes = [Route(path, read, methods=["POST"]) for path in ("/generate", "/datasets")]
-    app = BodyLimit(Starlette(routes=routes), in_flight=in_flight)
+async def test_half_sent_bodies_are_bounded_and_what_is_beyond_is_429(make_services: MakeServices) -> None:
+    services = make_services()
+    in_flight = BytesInFlight(500 * KIB, services.metrics.lanes)
+    app = new_app(replace(services, limiters=replace(services.limiters, bodies=in_flight)))
     go = asyncio.Event()
 
     async def half() -> AsyncIterator[bytes]:
-        yield b"a" * 100 * KIB
+        yield b" " * 100 * KIB
         await go.wait()
-        yield b"a"
+        yield b"[]"
 
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-        tasks = [asyncio.create_task(client.post("/generate", content=half())) for _ in range(3)]
+    async with client_of(app) as client:
+        tasks = [asyncio.create_task(client.post("/generate", content=half(), headers=JSON)) for _ in range(3)]
         await until(lambda: in_flight.num_bytes == 300 * KIB)
-        refused = await client.post("/generate", content=b"a" * 100 * KIB)
+        refused = await client.post("/generate", content=b" " * 100 * KIB, headers=JSON)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
-        assert registry.get_sample_value("smolora_refused_total", {"reason": "bodies"}) == 1
-        assert (await client.post("/generate", content=b"a")).text == "1"
-        upload = await client.post("/datasets", content=b"a" * 100 * KIB)  # is spooled to disk
-        assert upload.text == str(100 * KIB)
+        assert 'smolora_refused_total{reason="bodies"} 1.0' in (await client.get("/metrics")).text
+        assert (await client.post("/generate", content=b"[]", headers=JSON)).status_code == 422
+        rows = b'{"text": "a"}\n' * (8 * KIB)
+        upload = await client.post("/datasets", files={"file": ("rows.jsonl", rows)})  # is spooled to disk
+        assert upload.status_code == 201
         go.set()
-        assert [(await task).text for task in tasks] == [str(100 * KIB + 1)] * 3
+        assert [(await task).status_code for task in tasks] == [422] * 3
         assert in_flight.num_bytes == 0

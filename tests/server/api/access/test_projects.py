@@ -11,8 +11,8 @@ import pytest
 from fastapi import FastAPI
 
 from server.access.principal import Quota
-from server.api.access.scopes import ADMIN
 from server.api.openapi import App
+from server.api.routes import ADMIN
 from server.training.queue.leases import Leases
 from tests.server.api.access.key_kit import Projects, client_with, new_secret, two_projects
 from tests.server.api.access.test_scopes import operations, wanted

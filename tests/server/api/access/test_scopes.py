@@ -6,12 +6,13 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import pytest
 import sqlalchemy as sa
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
 from server.access.principal import SCOPES, Scope
 from server.access.tables import api_keys
-from server.api.access.scopes import ADMIN, GENERATE, METRICS, READ, TRAIN, is_open, scopes_of, template_of
+from server.api.app import ROUTES
 from server.api.openapi import App
+from server.api.routes import ADMIN, GENERATE, METRICS, NOWHERE, READ, TRAIN, Routes, requires
 from tests.server.conftest import MakeServices, client_of, new_app
 
 pytestmark = pytest.mark.anyio
@@ -68,26 +69,42 @@ def test_every_route_is_in_the_table(app: App) -> None:
     assert len(found) > 50
     for method, template in found:
         path = template.format(**VALUES)
-        assert is_open(path) == (wanted(method, template) is None), template
-        if not is_open(path):
-            assert scopes_of(method, path) == wanted(method, template), (method, template)
+        assert ROUTES.find(path).is_open == (wanted(method, template) is None), template
+        assert ROUTES.find(path).methods[method].scopes == wanted(method, template), (method, template)
 
 
 def test_every_route_is_its_own_template(app: App) -> None:
     """Which is the document's, but for the form of parameters that take slashes."""
     for _, template in operations(app):
         path = template.format(**VALUES)
-        assert template_of(path) == template.replace("/v1/models/{model}", "/v1/models/{model...}"), template
-    assert template_of("/v1/models/acme/tweets@3") == "/v1/models/{model...}"
-    assert template_of("/docs/a/b.js") == "/docs/{file...}"
+        expected = template.replace("/v1/models/{model}", "/v1/models/{model...}")
+        assert ROUTES.find(path).template == expected, template
+    assert ROUTES.find("/v1/models/acme/tweets@3").template == "/v1/models/{model...}"
+    assert ROUTES.find("/docs/a/b.js").template == "/docs/{file...}"
     for path in ("/nowhere", "/generate/", "/adapters/a/b/c/d", "//keys", "/train/x/y", ""):
-        assert template_of(path) is None
+        assert ROUTES.find(path) is NOWHERE
 
 
 def test_what_is_no_route_is_the_operators() -> None:
     for path in ("/nowhere", "/generate/", "/adapters/a/b/c/d", "/train/x/y", "/KEYS", "//keys", "/v1", "/docs2"):
-        assert scopes_of("GET", path) is None
-        assert not is_open(path)
+        assert ROUTES.find(path) is NOWHERE
+    assert not NOWHERE.is_open
+
+
+def test_a_route_that_declares_nothing_is_in_no_table() -> None:
+    router = APIRouter()
+
+    @router.get("/a")
+    @requires(TRAIN)
+    async def declared() -> None: ...
+
+    assert Routes([router]).find("/a").methods["GET"].scopes == TRAIN
+
+    @router.get("/b")
+    async def undeclared() -> None: ...
+
+    with pytest.raises(KeyError, match="undeclared"):
+        Routes([router])
 
 
 @pytest.fixture
@@ -186,7 +203,7 @@ async def test_a_line_s_end_behind_a_path_opens_nothing(
     async with client_of(locked) as client:
         for secret in (made.json()["secret"], operator.headers["Authorization"].removeprefix("Bearer ")):
             for method, template in operations(app):
-                if not is_open(template):
+                if not ROUTES.find(template).is_open:
                     for end in ("%0A", "%0D%0A", "%00"):
                         path, headers = template.format(**VALUES) + end, {"Authorization": f"Bearer {secret}"}
                         response = await client.request(method, path, headers=headers)

@@ -5,8 +5,8 @@ import pytest
 from fastapi import FastAPI
 
 from adapters.errors import Conflict, FieldError, InDoubt, Interrupted, InvalidInput, NotFound, SmoloraError
-from server.api.middleware import MAX_JSON_BYTES
 from server.api.openai import errors
+from server.api.routes import MAX_JSON_BYTES
 from server.engine.request import GenerationRequest, SequenceOutput
 from server.errors import EngineDead, GenerationFailed, QueueFull
 from tests.server.api.fakes import Caller, FakeEngine, failing, until

@@ -1,0 +1,232 @@
+"""The edge: what every request meets before a route sees it.
+
+In this order: the prefix of a proxy, an id, a span and the log, the site that asks, CORS, the key, the queue, the
+body. It is plain ASGI and one middleware, so each piece of a stream passes one wrapper on its way in and out.
+"""
+
+import logging
+import re
+import time
+import uuid
+from functools import partial
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adapters.errors import SmoloraError
+from server.access.principal import Principal
+from server.access.rates import KINDS
+from server.api.access.authentication import FREE_METHODS, Authentication, end_of_key, principal_of
+from server.api.access.bodies import Body, KeyEnded, TooSlow
+from server.api.access.lanes import receiving
+from server.api.access.sites import Sites
+from server.api.deps import Services
+from server.api.errors.faults import form_of
+from server.api.generate.generation import ask_queue
+from server.api.routes import Resource, Routes
+from server.api.telemetry.facts import RequestFacts, facts
+from server.api.telemetry.spans import end_request
+from server.errors import Draining, Unauthorized, Unavailable
+from server.logs import Fields, place_of, request_id
+from server.training.queue.reserve import Reserve, is_database_locked, is_disk_failing
+
+_LIMITS = [f"X-RateLimit-{what}-{kind}" for what in ("Limit", "Remaining", "Reset") for kind in KINDS]
+_EXPOSED = ["Link", "Location", "Retry-After", "X-Request-Id", "X-Smolora-Warning", *_LIMITS]
+"""Headers that a page of an allowed site may read."""
+_ABSOLUTE = re.compile(r"https?://(?P<host>[^/]+)(?P<path>/.*)?", re.IGNORECASE | re.DOTALL)
+_LINK = re.compile(r"<(/[^>]*)>")
+_SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_CLIENT_GONE = 499
+_VERSIONS = ("1.0", "1.1")
+_MAX_PATH = 200  # characters in a log line
+_DISK_FULL = Unavailable("the server's disk is full", retry_after=60.0)
+_DISK_FAILS = Unavailable("the server's disk fails to read or write", retry_after=60.0)
+_DATABASE_LOCKED = Unavailable("the database is locked by another process", retry_after=5.0)
+
+log = logging.getLogger("smolora.api")
+
+
+class Edge:
+    """Gives each request an id, a log line and counts; lets it in if its site, key, queue and body allow that.
+
+    Every response has X-Request-Id; no other site's page may frame it, and no browser may guess its type. An
+    unforeseen error is a 500; a full or failing disk and a database that another process has locked are a 503.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Routes, services: Services) -> None:
+        settings = services.settings
+        self.app = app
+        self._routes = routes
+        self._services = services
+        self._reserve = Reserve(settings.home)
+        self._sites = Sites(settings.allowed_hosts, settings.allowed_origins, settings.host)
+        self._authentication = Authentication(services.access, services.metrics.http, routes)
+        self._admitting: ASGIApp = self._admit
+        if settings.allowed_origins:
+            self._admitting = CORSMiddleware(
+                self._admit,
+                allow_origins=settings.allowed_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=_EXPOSED,
+            )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        root_path = self._services.settings.root_path
+        scope = _without_prefix(scope, root_path)
+        resource, asked = self._routes.find(scope["path"]), Headers(scope=scope)
+        given = asked.get("x-request-id", "")
+        has_two_lengths = "transfer-encoding" in asked and "content-length" in asked
+        own_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id.set(own_id)
+        found = RequestFacts()
+        if self._services.tracer is not None and resource.all.watcher is None:
+            found.span = self._services.tracer.request(asked)
+        facts.set(found)
+        receiving.set(receive)
+        started = time.perf_counter()
+        status = 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = own_id
+                headers["X-Content-Type-Options"] = "nosniff"
+                if has_two_lengths:  # a proxy may see the request's end elsewhere (RFC 9112, 6.3)
+                    headers["Connection"] = "close"
+                headers.setdefault("Content-Security-Policy", "frame-ancestors 'none'")
+                if root_path:
+                    _add_prefix(headers, root_path)
+            await send(message)
+
+        form = form_of(scope["path"])
+        try:
+            if scope.get("http_version", "1.1") not in _VERSIONS:
+                await form.problem(505, "use HTTP/1.1")(scope, receive, answer)
+            elif (fault := self._sites.fault(asked, resource.all.watcher)) is not None:
+                await form.problem(403, fault)(scope, receive, answer)
+            else:
+                await self._admitting(scope, receive, answer)
+        except TooSlow as error:  # no route was reading the body
+            await form.problem(error.status_code, error.detail)(scope, receive, answer)
+        except ClientDisconnect:  # while its upload came in: nobody reads an answer
+            status = status or _CLIENT_GONE
+        except Exception as error:
+            log.error("%s at %s", type(error).__name__, place_of(error))
+            if status:
+                raise ConnectionAbortedError("the response was cut off") from None
+            unavailable = self._unavailable(error)
+            response = form.internal() if unavailable is None else form.of_error(unavailable)
+            await response(scope, receive, answer)
+        finally:
+            took = time.perf_counter() - started
+            self._services.metrics.http.ended(scope["method"], resource.template, status or _CLIENT_GONE, took)
+            if found.span is not None:
+                end_request(found.span, scope, resource.template, status, own_id, principal_of(scope), found)
+            if resource.all.watcher is None or status not in (200, 503):
+                log.info(_line(scope, status, took, found))
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer why not."""
+        resource = self._routes.find(scope["path"])
+        body = Body(scope, receive, resource.all, self._services.settings.body_timeout)
+        answer = send
+        try:
+            refusal = await self._refusal(scope, resource, body)
+            if (principal := principal_of(scope)) is not None and _is_limited(principal):
+                answer = partial(self._answer_with_limits, principal, send)
+            if refusal is not None:
+                await body.drain()
+                await refusal(scope, receive, answer)
+                return
+            in_flight = self._services.limiters.bodies
+            with in_flight.held("" if principal is None else principal.project) as body.hold:
+                await self.app(scope, body.receive, answer)
+        except KeyEnded as error:  # no route was reading the body
+            await form_of(scope["path"]).of_error(Unauthorized(error.detail))(scope, receive, send)
+
+    async def _refusal(self, scope: Scope, resource: Resource, body: Body) -> Response | None:
+        """Return the answer if the request isn't let in: by its key, by the queue, or by its body's head.
+
+        The queue is asked for one place before the body is read, when a refusal costs least; the route asks for as
+        many as the body needs. While the server drains, nothing that changes anything is begun.
+        """
+        form, method = form_of(scope["path"]), scope["method"]
+        try:
+            if not resource.is_open:
+                await self._authentication.admit(scope, resource)
+                body.end_of_key = None if method in FREE_METHODS else end_of_key(scope)
+            if method in resource.methods and resource.methods[method].queued:
+                ask_queue(self._services.of(principal_of(scope) or self._services.principal), 1)
+            elif method not in FREE_METHODS and self._services.engine.draining:
+                raise Draining
+        except SmoloraError as error:
+            return form.of_error(error)
+        fault = body.fault()
+        return None if fault is None else form.problem(*fault)
+
+    async def _answer_with_limits(self, principal: Principal, send: Send, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(self._services.access.rates.headers(principal))
+        await send(message)
+
+    def _unavailable(self, error: Exception) -> Unavailable | None:
+        """Return what to answer if the error's cause is likely to pass."""
+        if self._reserve.is_disk_full(error):
+            return _DISK_FULL
+        if is_disk_failing(error):
+            return _DISK_FAILS
+        return _DATABASE_LOCKED if is_database_locked(error) else None
+
+
+def _without_prefix(scope: Scope, root_path: str) -> Scope:
+    """Return the request without `root_path`, which a proxy may have removed already.
+
+    The path may be a whole URL (RFC 9112, 3.2.2). Its host then counts instead of the header's.
+    """
+    if absolute := _ABSOLUTE.fullmatch(scope["path"]):
+        host = absolute["host"].encode("latin-1", "replace")
+        headers = [(name, value) for name, value in scope["headers"] if name != b"host"]
+        scope = {**scope, "path": absolute["path"] or "/", "headers": [*headers, (b"host", host)]}
+    path = scope["path"]
+    if root_path and (path == root_path or path.startswith(f"{root_path}/")):
+        scope = {**scope, "path": path[len(root_path) :] or "/"}
+    return scope
+
+
+def _add_prefix(headers: MutableHeaders, root_path: str) -> None:
+    """Put `root_path` before the paths in an answer's headers."""
+    if headers.get("location", "").startswith("/"):
+        headers["location"] = root_path + headers["location"]
+    if "link" in headers:
+        headers["link"] = _LINK.sub(lambda found: f"<{root_path}{found[1]}>", headers["link"])
+
+
+def _is_limited(principal: Principal) -> bool:
+    quotas = (principal.quota, principal.project_quota)
+    return any((quota.requests_per_minute, quota.tokens_per_minute) != (None, None) for quota in quotas)
+
+
+def _line(scope: Scope, status: int, seconds: float, found: RequestFacts) -> Fields:
+    """Return a request's log line."""
+    who: dict[str, str] = {}
+    if (principal := principal_of(scope)) is not None:
+        who = {"key": principal.key_id, "project": principal.project}
+    client = scope["client"][0] if scope.get("client") else "-"
+    return Fields(
+        method=scope["method"],
+        path=scope["path"][:_MAX_PATH],
+        status=status,
+        ms=round(seconds * 1e3, 1),
+        **who,
+        **dict(found.fields()),
+        client=client,
+    )

@@ -1,0 +1,131 @@
+"""What each route requires of its requests, declared beside the route, and the table of all routes by path.
+
+The edge looks a request's path up in the table before any route sees the request. A route that declares nothing
+can't be in the table, so it can't be served either.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
+
+from server.access.principal import Scope
+
+MAX_JSON_BYTES = 2 << 20
+MAX_UPLOAD_BYTES = 256 << 20
+
+Scopes = frozenset[Scope]
+READ: Scopes = frozenset({"generate", "train"})
+GENERATE: Scopes = frozenset({"generate"})
+TRAIN: Scopes = frozenset({"train"})
+METRICS: Scopes = frozenset({"metrics"})
+ADMIN: Scopes = frozenset({"admin"})
+OPEN = None
+"""No key is needed."""
+
+Endpoint = TypeVar("Endpoint", bound=Callable[..., object])
+Watcher = Literal["probe", "scraper"]
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a route requires of its requests. `@requires(…)` below its decorator declares them."""
+
+    scopes: Scopes | None  # a key needs one of them
+    upload: bool = False  # the body is spooled to disk, and may have MAX_UPLOAD_BYTES
+    queued: bool = False  # requests are refused while the engine's queue is full
+    hint: str = ""  # what to do about a body that is too large
+    watcher: Watcher | None = None  # what watches the server by this route, which is neither logged nor traced
+
+    def __call__(self, endpoint: Endpoint) -> Endpoint:
+        DECLARED[endpoint] = self
+        return endpoint
+
+
+requires = Requirements
+DECLARED: dict[Callable[..., object], Requirements] = {}
+"""What endpoints declare."""
+
+
+@dataclass(frozen=True)
+class Resource:
+    """The routes of one path template, such as /adapters/{name}; {name...} takes slashes, too."""
+
+    template: str
+    methods: Mapping[str, Requirements]
+    all: Requirements  # of the methods together, and so of a method that the path doesn't have
+
+    @classmethod
+    def of(cls, template: str, methods: Mapping[str, Requirements]) -> "Resource":
+        each = methods.values()
+        is_open = all(one.scopes is None for one in each)
+        together = Requirements(
+            OPEN if is_open else frozenset().union(*(one.scopes or () for one in each)),
+            upload=any(one.upload for one in each),
+            hint=next((one.hint for one in each if one.hint), ""),
+            watcher=next((one.watcher for one in each), None),
+        )
+        return cls(template, methods, together)
+
+    @property
+    def is_open(self) -> bool:
+        return self.all.scopes is None
+
+
+NOWHERE = Resource("", {}, Requirements(frozenset()))
+"""Of a path that has no route."""
+_OPEN_FILES = {"GET": Requirements(OPEN)}
+
+
+class Routes:
+    """The resources of all routes. If several templates match a path, the one with fewest parameters wins."""
+
+    def __init__(
+        self, routers: Iterable[APIRouter], folders: Iterable[str] = (), files: Iterable[str] = ()
+    ) -> None:
+        """`folders` and `files` are open paths that no router has. Raises KeyError if a route declares nothing."""
+        methods: defaultdict[str, dict[str, Requirements]] = defaultdict(dict)
+        self._documented: list[APIRoute] = []
+        for route in (route for router in routers for route in router.routes):
+            assert isinstance(route, APIRoute)
+            template, names = route.path.replace(":path}", "...}"), route.methods or set()
+            methods[template].update(dict.fromkeys(names, DECLARED[route.endpoint]))
+            if route.include_in_schema:
+                self._documented.append(route)
+        resources = [Resource.of(template, found) for template, found in methods.items()]
+        self._folders = {folder: Resource.of(f"{folder}/{{file...}}", _OPEN_FILES) for folder in folders}
+        self._static = {path: Resource.of(path, _OPEN_FILES) for path in files}
+        self._static |= {one.template: one for one in resources if "{" not in one.template}
+        self._patterned = [one for one in resources if "{" in one.template]
+        self._patterned.sort(key=lambda one: one.template.count("{"))
+        patterns = (f"(?P<t{i}>{_pattern(one.template)})" for i, one in enumerate(self._patterned))
+        self._any = re.compile("|".join(patterns))
+
+    @property
+    def static_paths(self) -> Iterable[str]:
+        """The paths that have no parameters."""
+        return self._static.keys()
+
+    def find(self, path: str) -> Resource:
+        """Return the path's resource, or NOWHERE. It takes microseconds."""
+        if (found := self._static.get(path)) is not None:
+            return found
+        for folder, files in self._folders.items():
+            if path.startswith(f"{folder}/"):
+                return files
+        match = self._any.fullmatch(path)
+        return NOWHERE if match is None else self._patterned[int(str(match.lastgroup)[1:])]
+
+    def methods(self, path: str) -> frozenset[str]:
+        """Return the documented methods of a path: those of all templates that match it equally well."""
+        matching = [route for route in self._documented if route.path_regex.match(path)]
+        fewest = min((len(route.param_convertors) for route in matching), default=0)
+        return frozenset().union(*(r.methods or () for r in matching if len(r.param_convertors) == fewest))
+
+
+def _pattern(template: str) -> str:
+    return re.sub(r"\{\w+\}", "[^/]+", re.sub(r"\{\w+\.\.\.\}", ".+", template))
