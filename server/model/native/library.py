@@ -29,7 +29,7 @@ from server.model.native.abi import declare
 T = TypeVar("T")
 
 SOURCE = Path(__file__).parent
-UNITS = ("seam/abi.cpp", "serving/step.cpp", "train.cpp")
+UNITS = ("seam/abi.cpp", "seam/checks.cpp", "serve.cpp", "train.cpp")
 HEADERS = tuple(sorted(str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.h")))
 FLAGS = (
     *("-std=c++20", "-O3"),

@@ -5,7 +5,6 @@
 #pragma once
 #include "layers.h"
 #include "panels.h"
-#include "seam/checks.h"
 
 constexpr int kProductRows = 512;  // rows that meet a tile when it was packed, at most
 
