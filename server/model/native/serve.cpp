@@ -55,7 +55,7 @@ struct ServeBase {
 
   private:
     // With AVX2, one or two threads expand stored weights more slowly than they read 16-bit ones from memory.
-    static bool keeps_stored(const Team& team) { return vectors::kSums >= 24 || team.size() > 2; }
+    static bool keeps_stored(const Team& team) { return simd::kSums >= 24 || team.size() > 2; }
 
     static void pack(Matrix& matrix, const BaseTensor& tensor, int64_t out, int64_t in, Team& team) {
         if (tensor.type < kBf16 || tensor.type > kQ8_0 || (tensor.type != kBf16 && tensor.blocks == nullptr))
@@ -256,7 +256,7 @@ class Layers {
         team_.each(tokens_.count(), [&](int t) {
             const bf16* row = base_.embed + step.token_ids[t] * sizes_.hidden;
             for (int64_t i = 0; i < sizes_.hidden; i += 16)
-                _mm512_storeu_ps(&residual_[t * sizes_.hidden + i], load_bf16(row + i));
+                store(&residual_[t * sizes_.hidden + i], load_bf16(row + i));
         });
     }
 
@@ -328,9 +328,7 @@ class Layers {
             forward_tile(layer, w, group, x, tile, start, rows, y, kTile, 0);
             for (int row = 0; row < rows; row++) {
                 float* residual = &residual_[(start + row) * sizes_.hidden + tile * kTile];
-                for (int i = 0; i < kTile; i += 16)
-                    _mm512_storeu_ps(residual + i, _mm512_add_ps(_mm512_loadu_ps(residual + i),
-                                                                 _mm512_loadu_ps(y + row * kTile + i)));
+                for (int i = 0; i < kTile; i += 16) store(residual + i, load(residual + i) + load(y + row * kTile + i));
             }
         });
     }
@@ -345,10 +343,9 @@ class Layers {
             forward_tile(layer, w, kGateUp, x_.data(), tiles + tile, start, rows, up, kTile, 1);
             for (int row = 0; row < rows; row++)
                 for (int i = 0; i < kTile; i += 16) {
-                    const __m512 g = _mm512_loadu_ps(gate + row * kTile + i);
-                    const __m512 u = _mm512_loadu_ps(up + row * kTile + i);
-                    store_bf16(&active_[(start + row) * sizes_.intermediate + tile * kTile + i],
-                               _mm512_mul_ps(silu(g), u));
+                    const F32x16 g = load(gate + row * kTile + i);
+                    const F32x16 u = load(up + row * kTile + i);
+                    store_bf16(&active_[(start + row) * sizes_.intermediate + tile * kTile + i], silu(g) * u);
                 }
         });
     }

@@ -106,8 +106,8 @@ class Training {
             float* const d_embed = d_weight(0);  // read here, since nothing may follow a job's last phase
             each_rows([&](int start, int rows) {
                 for (int64_t i = start * sizes_.hidden; i < (start + rows) * sizes_.hidden; i += 16) {
-                    _mm512_storeu_ps(&dx_[i], load_bf16(d_hidden + i));
-                    _mm512_storeu_ps(&d_residual_[i], _mm512_setzero_ps());
+                    store(&dx_[i], load_bf16(d_hidden + i));
+                    store(&d_residual_[i], F32x16{});
                 }
             });
             norm_weight_backward(last_, last_rms_, d_weight(final_norm()));
@@ -249,8 +249,7 @@ class Training {
     void embed(int start, int rows, float* residual) const {
         for (int t = start; t < start + rows; t++)
             for (int64_t i = 0; i < sizes_.hidden; i += 16)
-                _mm512_storeu_ps(&residual[t * sizes_.hidden + i],
-                                 load_bf16(embed_ + batch_.token_ids[t] * sizes_.hidden + i));
+                store(&residual[t * sizes_.hidden + i], load_bf16(embed_ + batch_.token_ids[t] * sizes_.hidden + i));
     }
 
     // y = rows of x, divided by their root mean square and times `weight`; 1 / that is kept in inverse_rms.
@@ -335,8 +334,7 @@ class Training {
             for (int row = 0; row < rows; row++)
                 for (int i = 0; i < kTile; i += 16) {
                     const int64_t at = (start + row) * hidden + tile * kTile + i;
-                    _mm512_storeu_ps(out + at,
-                                     _mm512_add_ps(_mm512_loadu_ps(in + at), _mm512_loadu_ps(y + row * kTile + i)));
+                    store(out + at, load(in + at) + load(y + row * kTile + i));
                 }
         });
     }

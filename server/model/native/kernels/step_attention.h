@@ -101,7 +101,7 @@ class StepAttention {
             }
             for (int row = 0; row < attention.rows; row++)
                 for (int d = first_dim; d < last_dim; d += 16)
-                    store_bf16(&out[offset(item, attention, row) + d], _mm512_loadu_ps(mixed + row * dim + d));
+                    store_bf16(&out[offset(item, attention, row) + d], load(mixed + row * dim + d));
         };
         team.each(split_.num_scored(), score, split_.num_mixed(), mix);
     }

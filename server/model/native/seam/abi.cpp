@@ -14,4 +14,4 @@ const char* smolora_compiler() {
     return has_amx() ? SMOLORA_COMPILER ", with AMX" : SMOLORA_COMPILER;
 }
 
-int smolora_is_supported() { return vectors::is_supported(); }
+int smolora_is_supported() { return simd::is_supported(); }
