@@ -140,7 +140,7 @@ def parameters(config: ModelConfig) -> dict[str, int]:
 
 def keeps_stored(native: str, threads: int) -> bool:
     """Whether native code for these instructions reads weights of 4 and 8 bits as they are stored; else they were
-    expanded to 16. serving/base.h decides it.
+    expanded to 16. serve.cpp decides it.
     """
     return native.startswith("avx512") or threads > 2
 

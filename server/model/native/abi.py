@@ -1,243 +1,163 @@
-"""What crosses the seam between Python and C++, as `abi.h` has it, and how its entries are called.
+"""The seam between Python and C++: structs, constants and entries as `seam/abi.h` declares them.
 
-A library is taken only if sizes, offsets and constants are the same on both sides. A call that fails raises
-MemoryError where there was no memory or no thread for it, ValueError for arguments that would have it read or
-write outside of what it was given, RuntimeError for anything else; what was called can be used on after each.
+They are read from the header, so they are declared once. Every field takes eight bytes, so structs have no
+padding. A library names the source that it was compiled from, and `library.py` loads it only if that is this one.
+
+A failed call raises MemoryError if memory or threads ran out, ValueError if its arguments would make native code
+read or write out of bounds, and RuntimeError for anything else. Its object can be used again after any of them.
 """
 
 import ctypes
+import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from server.model.base.weights import LAYER_TENSORS
 from server.model.row_layout import GROUPS
 
-TILE = 32
-"""Outputs that are computed together."""
-ROW_UNIT = 16
-"""A module's rows in a trained group's A and B begin at a multiple of it; those that fill it up are zero."""
-MAX_GROUP = 8
-"""Query heads that share a kv head, at most."""
-POSITIONS = 16
-"""A sequence's positions that lie together in the cache: a block's are a multiple of it."""
+_HEADER = re.sub(r"//.*", "", (Path(__file__).parent / "seam" / "abi.h").read_text(encoding="utf-8"))
+_ENTRY = r"^SMOLORA_ENTRY ([\w *]+?)\s*(\w+)\((.*?)\);"
+_Type = type[ctypes.c_int64 | ctypes.c_double | ctypes.c_void_p]
+_NUMBERS: dict[str, _Type] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
+_RESULTS = {"int": ctypes.c_int, "const char*": ctypes.c_char_p, "void": None}
 
-PHASES = ("embed", "norm", "qkv", "attention", "o", "gate_up", "down", "head", "sampling")
-"""Of a step of serving."""
-TRAIN_PHASES = (
-    *("rows", "products", "attention", "loss"),
-    *("rows backward", "products backward", "attention backward"),
-)
-"""Of a step of training. Rows: embeddings, norms, and x A (backward: the activation again, and dy B)."""
 
-WEIGHT_TYPES = ("BF16", "Q4_1", "Q8_0")
-"""What a matrix of a base may be stored as, by ggml's names."""
+def find_declared(pattern: str) -> str:
+    """Return the pattern's first group in the header. Raise LookupError if the header has no match."""
+    found = re.search(pattern, _HEADER, re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise LookupError(f"abi.h declares nothing like {pattern}")
+    return str(found[1])
 
-_ERROR_SIZE = 256  # bytes of an error's text
-_FAILURES: tuple[tuple[str, type[Exception]], ...] = (
-    ("kNoMemory", MemoryError),
-    ("kInvalid", ValueError),
-    ("kFailed", RuntimeError),
-)  # of the statuses 1, 2, 3
+
+def parse_fields(declarations: str) -> list[tuple[str, _Type]]:
+    """Return the names and types of C declarations that end in semicolons. Raise KeyError for a type other than a
+    pointer, int64_t or double."""
+    fields: list[tuple[str, _Type]] = []
+    for type_name, declarators in re.findall(r"(?:const )?(\w+)([^;]+)", declarations):
+        for declarator in declarators.split(","):
+            name = re.findall(r"\w+", declarator)[-1]
+            fields.append((name, ctypes.c_void_p if "*" in declarator else _NUMBERS[type_name]))
+    return fields
+
+
+def enum_names(enum: str) -> tuple[str, ...]:
+    """Return an enum's enumerators in order: kGateUpPhase of Phase is "gate_up". The last one may be their number,
+    as kPhases, and is left out."""
+    enumerators = [name.strip() for name in find_declared(rf"^enum {enum} {{(.*?)}}").split(",")]
+    suffix = re.findall("[A-Z][a-z]+", enum)[-1]
+    words = (name.removeprefix("k").removesuffix(suffix) for name in enumerators if name not in ("", f"k{enum}s"))
+    return tuple(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in words)
+
+
+def _constant(name: str) -> int:
+    return int(find_declared(rf"^constexpr int {name} = (\d+);"))
+
+
+def _fields(name: str) -> list[tuple[str, _Type]]:
+    return parse_fields(find_declared(rf"^struct {name} {{(.*?)}};"))
+
+
+TILE = _constant("kTile")
+ROW_UNIT = _constant("kRowUnit")
+MAX_GROUP = _constant("kMaxGroup")
+POSITIONS = _constant("kPositions")
+_ERROR_SIZE = _constant("kErrorSize")
+
+PHASES = enum_names("Phase")
+TRAIN_PHASES = enum_names("TrainPhase")
+WEIGHT_TYPES = tuple(name.upper() for name in enum_names("WeightType"))
+_STATUSES = enum_names("Status")
+_FAILURES = {"no_memory": MemoryError, "invalid": ValueError, "failed": RuntimeError}
+
+assert enum_names("Group") == tuple(GROUPS)
+assert enum_names("LayerTensor") == LAYER_TENSORS
 
 
 class BaseTensor(ctypes.Structure):
-    _fields_ = (("values", ctypes.c_void_p), ("type", ctypes.c_int64), ("blocks", ctypes.c_void_p))
+    _fields_ = _fields("BaseTensor")
 
 
 class BaseSizes(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("vocab", "hidden", "intermediate", "layers", "heads", "kv_heads")),
-        *((name, ctypes.c_int64) for name in ("head_dim", "max_positions", "threads")),
-        ("eps", ctypes.c_double),
-    )
+    _fields_ = _fields("BaseSizes")
 
 
 class ServeRun(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("start", "stop", "position", "first_block", "num_wanted"))
+    _fields_ = _fields("ServeRun")
 
 
 class LoraModule(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("rank", "row", "offset", "out_start", "out_features"))
+    _fields_ = _fields("LoraModule")
 
 
 class LoraPart(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in ("first_row", "num_rows", "first_module", "num_modules", "b_offset", "b_size")
-    )
+    _fields_ = _fields("LoraPart")
 
 
 class LoraSegment(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("start", "stop", "first_part", "num_parts"))
+    _fields_ = _fields("LoraSegment")
 
 
 class LoraPool(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("a", "b")),
-        *((name, ctypes.c_int64) for name in ("layers", "rows", "b_size", "in")),
-        ("parts", ctypes.c_void_p),
-    )
+    _fields_ = _fields("LoraPool")
 
 
 class ServeStep(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("num_threads", "num_tokens", "num_runs")),
-        *((name, ctypes.c_void_p) for name in ("token_ids", "runs", "blocks")),
-        ("num_table_blocks", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("k", "v")),
-        *((name, ctypes.c_int64) for name in ("num_blocks", "block_size")),
-        *((name, ctypes.c_void_p) for name in ("pools", "modules", "segments", "weights")),
-        *((name, ctypes.c_int64) for name in ("num_modules", "num_segments", "num_parts")),
-        ("hidden", ctypes.c_void_p),
-    )
+    _fields_ = _fields("ServeStep")
 
 
 class SampleRow(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_double) for name in ("temperature", "top_p", "min_p")),
-        *((name, ctypes.c_int64) for name in ("top_k", "key", "num_top")),
-        ("forbidden", ctypes.c_void_p),
-        ("repetition_penalty", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("first_seen", "num_seen", "first_added", "num_added")),
-    )
+    _fields_ = _fields("SampleRow")
 
 
 class SampleStep(ctypes.Structure):
-    _fields_ = (
-        ("num_rows", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("hidden", "logits", "rows", "seen")),
-        ("num_seen", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("added_ids", "added")),
-        *((name, ctypes.c_int64) for name in ("num_added", "max_top")),
-        *((name, ctypes.c_void_p) for name in ("token_ids", "logprobs", "top_ids")),
-    )
+    _fields_ = _fields("SampleStep")
 
 
 class TrainModule(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("row", "rank", "out_start", "out_features")),
-        *((name, ctypes.c_int64) for name in ("trained", "repeats", "a_start", "b_start")),
-        ("scaling", ctypes.c_double),
-    )
+    _fields_ = _fields("TrainModule")
 
 
 class TrainGroup(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("a", "b")),
-        ("rows", ctypes.c_int64),
-        ("modules", ctypes.c_void_p),
-        ("num_modules", ctypes.c_int64),
-        ("kept", ctypes.c_void_p),
-    )
+    _fields_ = _fields("TrainGroup")
 
 
 class TrainBatch(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("num_tokens", "num_texts")),
-        *((name, ctypes.c_void_p) for name in ("token_ids", "starts", "lora", "gradients")),
-        ("num_gradients", ctypes.c_int64),
-        ("factor", ctypes.c_double),
-        ("has_backward", ctypes.c_int64),
-        ("d_weights", ctypes.c_void_p),
-    )
-
-
-class Number(ctypes.Structure):
-    _fields_ = (("name", ctypes.c_char_p), ("value", ctypes.c_int64))
-
-
-STRUCTURES: tuple[type[ctypes.Structure], ...] = (
-    *(BaseTensor, BaseSizes, ServeRun, LoraModule, LoraPart, LoraSegment, LoraPool),
-    *(ServeStep, SampleRow, SampleStep, TrainModule, TrainGroup, TrainBatch),
-)
-
-
-def layout() -> dict[str, int]:
-    """Offsets, sizes and constants as Python has them, by the names that `smolora_layout` gives them."""
-    numbers = {
-        "kTile": TILE,
-        "kRowUnit": ROW_UNIT,
-        "kMaxGroup": MAX_GROUP,
-        "kPositions": POSITIONS,
-        "kErrorSize": _ERROR_SIZE,
-        "kOk": 0,
-    }
-    numbers |= {name: status for status, (name, _) in enumerate(_FAILURES, 1)}
-    numbers |= {f"group {name}": index for index, name in enumerate(GROUPS)}
-    numbers |= {f"weight type {name}": index for index, name in enumerate(WEIGHT_TYPES)}
-    numbers |= {f"layer tensor {name}": index for index, name in enumerate(LAYER_TENSORS)}
-    numbers |= {f"phase {name}": index for index, name in enumerate(PHASES)}
-    numbers |= {f"train phase {name}": index for index, name in enumerate(TRAIN_PHASES)}
-    for structure in STRUCTURES:
-        numbers[structure.__name__] = ctypes.sizeof(structure)
-        for name, *_ in structure._fields_:
-            numbers[f"{structure.__name__}.{name}"] = getattr(structure, name).offset
-    return numbers
+    _fields_ = _fields("TrainBatch")
 
 
 def columns(structure: type[ctypes.Structure]) -> int:
-    """Numbers of eight bytes that make one of it."""
+    """Return how many numbers of eight bytes a structure has."""
     return ctypes.sizeof(structure) // 8
 
 
 def packing(structure: type[ctypes.Structure]) -> struct.Struct:
-    """Makes one of it from its numbers, in their order, in a third of the time that its class takes."""
+    """Return what packs a structure's numbers, in order: three times as fast as creating the structure."""
     codes = {ctypes.c_int64: "q", ctypes.c_double: "d", ctypes.c_void_p: "P"}
     return struct.Struct("".join(codes[field[1]] for field in structure._fields_))
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Give the library's entries their types. Raises AttributeError where it lacks one."""
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.smolora_layout.restype = ctypes.POINTER(Number)
-    library.smolora_layout.argtypes = []
-    library.smolora_compiler.restype = ctypes.c_char_p
-    library.smolora_compiler.argtypes = []
-    for entry in (library.smolora_destroy, library.smolora_training_destroy):
-        entry.restype = None
-        entry.argtypes = [pointer]
-    for entry in (library.smolora_create, library.smolora_training_create):
-        entry.argtypes = [pointer] * 6
-    for entry in (library.smolora_forward, library.smolora_sample):
-        entry.argtypes = [pointer] * 3
-    library.smolora_draw.argtypes = [pointer] * 4
-    library.smolora_logits.argtypes = [pointer, pointer, number, pointer, pointer]
-    for entry in (library.smolora_phases, library.smolora_training_phases):
-        entry.argtypes = [pointer, number, pointer, pointer]
-    library.smolora_training_forward.argtypes = [pointer] * 4
-    library.smolora_training_loss.argtypes = [*[pointer] * 3, number, ctypes.c_double, *[pointer] * 4]
-    library.smolora_training_measure.argtypes = [*[pointer] * 3, number, *[pointer] * 3]
-    library.smolora_training_backward.argtypes = [pointer] * 3
-
-
-def difference(library: ctypes.CDLL) -> str | None:
-    """In what the layout of a library that was declared differs from this one; None where it is the same."""
-    theirs, ours = dict(_numbers(library)), layout()
-    for name in (*theirs, *ours):
-        if theirs.get(name) != ours.get(name):
-            return f"{name} is {theirs.get(name)}, not {ours.get(name)}"
-    return None
+    """Set the types of the library's entries. Raise AttributeError if it lacks one."""
+    for result, name, parameters in re.findall(_ENTRY, _HEADER, re.MULTILINE | re.DOTALL):
+        entry = getattr(library, name)
+        entry.restype = _RESULTS[result]
+        entry.argtypes = [type_ for _, type_ in parse_fields(parameters.replace(",", ";"))]
 
 
 def call(function: Callable[..., int], *arguments: object) -> None:
-    """Call an entry that answers a status; the last argument, the error's text, is added here."""
+    """Call an entry that returns a status; the last argument, the error's text, is added here."""
     error = ctypes.create_string_buffer(_ERROR_SIZE)
-    status = function(*arguments, error)
-    if status:
-        raise _FAILURES[status - 1][1](error.value.decode(errors="replace"))
+    status = _STATUSES[function(*arguments, error)]
+    if status != "ok":
+        raise _FAILURES[status](error.value.decode(errors="replace"))
 
 
 def take_phases(function: Callable[..., int], owner: int, names: Sequence[str], count: bool) -> dict[str, float]:
-    """Seconds of each phase, from an entry that answers nanoseconds."""
+    """Return each phase's seconds, from an entry that fills in nanoseconds."""
     spent = np.zeros(len(names), np.int64)
     call(function, owner, int(count), spent.ctypes.data)
     return dict(zip(names, (spent / 1e9).tolist(), strict=True))
-
-
-def _numbers(library: ctypes.CDLL) -> Iterator[tuple[str, int]]:
-    for number in library.smolora_layout():
-        if number.name is None:
-            return
-        yield number.name.decode(), number.value

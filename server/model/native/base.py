@@ -1,4 +1,4 @@
-"""A base as native code is given it."""
+"""Hands a base to native code."""
 
 import ctypes
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from server.model.native.library import NativeUnavailable
 def create(
     entry: Callable[..., int], config: ModelConfig, weights: BaseWeights, rotary: torch.Tensor, num_threads: int
 ) -> int:
-    """What `smolora_create` or `smolora_training_create` makes of a base. Raises MemoryError.
+    """Call `smolora_create` or `smolora_training_create` for a base, and return the new object. Raise MemoryError.
 
-    `rotary` is a whole `rotary_table`. It and the weights are read for as long as what was created lives.
+    `rotary` is a whole `rotary_table`. The caller keeps it and the weights for as long as the object exists.
     """
     tensors = dict(weights.tensors())
     names = tensor_names(weights)
@@ -44,7 +44,7 @@ def create(
 
 
 def tensor_names(weights: BaseWeights) -> list[str]:
-    """Those of all tensors in the order in which C++ has them: a tied head is there as well."""
+    """Return all tensors' names in the order of `smolora_create`, a tied head's included."""
     names = [name for name, _ in weights.tensors()]
     return names if weights.lm_head is not weights.embed else [*names, "embed"]
 
@@ -56,7 +56,7 @@ def _tensor(values: torch.Tensor, stored: Quantized | None) -> BaseTensor:
 
 
 def check_base(config: ModelConfig, weights: BaseWeights) -> None:
-    """Raises NativeUnavailable where the native code doesn't cover a base."""
+    """Raise NativeUnavailable if the native code doesn't cover a base."""
     if any(tensor.dtype is not torch.bfloat16 or tensor.device.type != "cpu" for _, tensor in weights.tensors()):
         raise NativeUnavailable("it computes in bf16 on a CPU alone")
     if any(not tensor.is_contiguous() for _, tensor in weights.tensors()):

@@ -1,11 +1,11 @@
-"""Compiles the native code once for this version of its source, and loads it.
+"""Compiles the native code once for each version of its source, and loads it.
 
-The library is looked for in the directories given, and made in the last one where none has one to use: one that
-others may have written is refused, one that can't be loaded (half a file, another system's C library) is made
-anew. It is compiled in a directory of its own and renamed once it could be loaded, under a name that changes with
-its source and flags. The flags name the instructions, the best of INSTRUCTIONS that this processor has: a HOME may
-be shared by machines whose processors differ. Where there can be no library (no compiler, another kind of
-processor) the torch path serves; `NativeUnavailable` says why.
+`load_library` takes the library from the first directory that has a usable one, and else compiles it into the last
+directory. A library that other users may have written is refused. One that can't be loaded (half a file, another
+system's C library) is compiled again. A new library is compiled in a scratch directory and renamed after it was
+loaded. Its name contains the digest of its source and flags. The flags select the best of INSTRUCTIONS that this
+processor has, so machines with different processors can share a HOME. If no library is possible (no compiler,
+another kind of processor), `NativeUnavailable` says why, and torch computes instead.
 """
 
 import ctypes
@@ -24,23 +24,23 @@ from typing import TypeVar
 
 from server.config.environment import with_scratch
 from server.config.instructions import wanted_instructions
-from server.model.native.abi import declare, difference
+from server.model.native.abi import declare
 
 T = TypeVar("T")
 
 SOURCE = Path(__file__).parent
-UNITS = ("seam/abi.cpp", "serving/step.cpp", "train.cpp")
+UNITS = ("seam/abi.cpp", "seam/checks.cpp", "serve.cpp", "train.cpp")
 HEADERS = tuple(sorted(str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.h")))
 FLAGS = (
     *("-std=c++20", "-O3"),
-    "-ffp-contract=off",  # a multiplication and an addition are rounded apart, whatever the compiler
+    "-ffp-contract=off",  # no compiler may fuse a multiplication and an addition
     *("-fPIC", "-pthread", "-fvisibility=hidden"),
-    "-ftls-model=initial-exec",  # else a thread's first use may need memory, and glibc ends the process without
+    "-ftls-model=initial-exec",  # else a thread's first use allocates, and glibc ends the process if that fails
 )
-_X86_FLAGS = ("-mamx-tile", "-mamx-bf16")  # used where the processor has them, beside AVX-512's bf16 products
+_X86_FLAGS = ("-mamx-tile", "-mamx-bf16")  # chosen at run time; needs AVX-512's bf16 products
 _ARM_FLAGS = (
     "-march=armv8-a",
-    "-fno-schedule-insns",  # which has more sums wait at once than there are registers
+    "-fno-schedule-insns",  # scheduling keeps more sums alive than there are registers
 )
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
@@ -50,25 +50,25 @@ INSTRUCTIONS: Mapping[str, tuple[str, ...]] = {
     "avx2": _AVX2,
     "neon": ("fp", "asimd"),
 }
-"""What the code can be compiled for, the best first, with what a processor must have for it as Linux names it."""
+"""What the code can be compiled for, best first, and the processor features that it needs, by Linux's names."""
 _X86 = ("avx512_bf16", "avx512", "avx2")
 MACHINES: Mapping[str, tuple[str, ...]] = {"x86_64": _X86, "AMD64": _X86, "aarch64": ("neon",), "arm64": ("neon",)}
-"""Which of INSTRUCTIONS a kind of machine may have, as `platform.machine` names it."""
+"""The INSTRUCTIONS that a kind of machine may have, by `platform.machine`'s name."""
 _EXPORTS = "seam/exports.map"
 _LINK = ("-shared", "-pthread", "-static-libstdc++", "-static-libgcc")
 COMPILERS = ("g++", "clang++", "c++")
 _NO_COMPILER = f"no C++ compiler ({', '.join(COMPILERS)})"
-_COMPILED_WITHIN = 300.0  # seconds
-_DIGEST_SIZE = 32  # bytes, after a library that was compiled
+_COMPILE_TIMEOUT = 300.0  # seconds
+_DIGEST_SIZE = 32  # bytes; the digest is appended to a compiled library
 _WRITABLE = 0o022  # by a group or by everyone
 
 
 class NativeUnavailable(Exception):
-    """Why the native code can't be used here; torch can."""
+    """The native code can't be used here, for the reason given; torch can."""
 
 
 def load_library(directories: Sequence[Path], say: Callable[[str], None] = lambda line: None) -> ctypes.CDLL:
-    """The library, compiled first where no directory has one to use. Raises NativeUnavailable."""
+    """Load the library, and compile it first if no directory has a usable one. Raise NativeUnavailable."""
     name = library_name(instructions())
     for path in (directory / name for directory in directories):
         if not os.path.lexists(path):
@@ -83,12 +83,12 @@ def load_library(directories: Sequence[Path], say: Callable[[str], None] = lambd
 
 
 def may_be_had(directories: Sequence[Path]) -> bool:
-    """Whether a directory has the library for this processor, or there is a compiler to make it."""
+    """Return whether a directory has the library for this processor, or a compiler can make it."""
     return why_not(directories) is None
 
 
 def why_not(directories: Sequence[Path]) -> str | None:
-    """Why it may not be had; None where it may."""
+    """Return why the library is unavailable, or None if a directory has it or a compiler can make it."""
     try:
         name = library_name(instructions())
     except NativeUnavailable as reason:
@@ -98,15 +98,15 @@ def why_not(directories: Sequence[Path]) -> str | None:
 
 
 def compile_libraries(directory: Path) -> None:
-    """Compile it into the directory, for other processes on any processor of this kind of machine. Raises
-    NativeUnavailable where that fails."""
+    """Compile the library into the directory, for every processor of this kind of machine. Raise NativeUnavailable
+    if that fails."""
     for name in _of_this_machine():
         _compile(directory, name, lambda path: None)
 
 
 def instructions() -> str:
-    """The best of INSTRUCTIONS that this processor has, or that NATIVE_INSTRUCTIONS names. Raises
-    NativeUnavailable."""
+    """Return the best of INSTRUCTIONS that this processor has, or the ones that NATIVE_INSTRUCTIONS names. Raise
+    NativeUnavailable if it doesn't have them."""
     candidates, wanted = _of_this_machine(), wanted_instructions()
     features = frozenset(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     for name in candidates if wanted is None else [wanted]:
@@ -124,14 +124,14 @@ def _of_this_machine() -> Sequence[str]:
 
 
 def flags_for(name: str) -> tuple[str, ...]:
-    """With which the library is compiled for one of INSTRUCTIONS."""
+    """Return the compiler flags for one of INSTRUCTIONS."""
     if name == "neon":
         return (*FLAGS, *_ARM_FLAGS)
     return (*FLAGS, *_X86_FLAGS, *("-m" + feature.replace("_bf16", "bf16") for feature in INSTRUCTIONS[name]))
 
 
 def source_digest(name: str) -> str:
-    """What decides what the library computes: its source and how it is compiled, for one of INSTRUCTIONS."""
+    """Return a digest of the library's source and of its compiler flags for one of INSTRUCTIONS."""
     sha = hashlib.sha256(" ".join((*flags_for(name), *_LINK)).encode())
     for source in (*UNITS, *HEADERS, _EXPORTS):
         sha.update((SOURCE / source).read_bytes())
@@ -139,19 +139,21 @@ def source_digest(name: str) -> str:
 
 
 def library_name(name: str) -> str:
-    """The file name of the library of this source, for one of INSTRUCTIONS."""
+    """Return the file name of this source's library for one of INSTRUCTIONS."""
     return f"smolora-{source_digest(name)}.so"
 
 
 def computed_by(library: ctypes.CDLL) -> str:
-    """What its results' bits depend on: the source, the compiler with its version and flags, and whether the
-    processor has AMX."""
+    """Describe what the bits of its results depend on: the source, the compiler with its version and flags, and
+    whether the processor has AMX."""
     return f"{source_digest(instructions())} ({library.smolora_compiler().decode()})"
 
 
-def flags_of_units(flags: Sequence[str]) -> list[str]:
-    """These flags as each unit is compiled with them, so that it can say so."""
-    return [*flags, f'-DSMOLORA_FLAGS="{" ".join(flags)}"']
+def unit_flags(name: str, *more: str) -> list[str]:
+    """Return the flags to compile a unit with for one of INSTRUCTIONS, and `more`. They tell the library its flags
+    and its source."""
+    flags = (*flags_for(name), *more)
+    return [*flags, f'-DSMOLORA_FLAGS="{" ".join(flags)}"', f'-DSMOLORA_SOURCE="{source_digest(name)}"']
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -160,24 +162,23 @@ def _load(path: Path) -> ctypes.CDLL:
             raise NativeUnavailable("it can't be loaded: a part of the file is missing or damaged")
         library = ctypes.CDLL(str(path))
         declare(library)
-        other = difference(library)
     except (OSError, AttributeError) as error:
         raise NativeUnavailable(f"it can't be loaded: {error}") from None
-    if other is not None:
-        raise NativeUnavailable(f"it was made for another layout: {other}")
+    if library.smolora_source().decode() != source_digest(instructions()):
+        raise NativeUnavailable("it was compiled from another source")
     if not library.smolora_is_supported():
         raise NativeUnavailable("this processor or system lacks an instruction")
     return library
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether it ends in the digest of what is before: half a library may load, and end the process later."""
+    """Return whether the file ends in its own digest: half a library may load, and end the process later."""
     content = path.read_bytes()
     return hashlib.sha256(content[:-_DIGEST_SIZE]).digest() == content[-_DIGEST_SIZE:]
 
 
 def _check_owners(*paths: Path) -> None:
-    """Raises NativeUnavailable where others than this user and root may write to one of them, links followed."""
+    """Raise NativeUnavailable if a user other than this one and root may write to a path. Links are followed."""
     try:
         for place in (path.resolve(strict=True) for path in paths):
             for real in (place, place.parent) if place.is_file() else (place,):
@@ -191,8 +192,8 @@ def _check_owners(*paths: Path) -> None:
 
 
 def _compile(directory: Path, name: str, use: Callable[[Path], T]) -> T:
-    """Compile into the directory for one of INSTRUCTIONS; what `use` makes of the new file, which gets its name
-    after that."""
+    """Compile into the directory for one of INSTRUCTIONS, and return what `use` returns for the new file. The file
+    gets its name after that."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise NativeUnavailable(_NO_COMPILER)
@@ -203,13 +204,13 @@ def _compile(directory: Path, name: str, use: Callable[[Path], T]) -> T:
             made = Path(scratch) / library_name(name)
             objects = [str(Path(scratch) / f"{Path(unit).stem}.o") for unit in UNITS]
             compiles = [
-                [compiler, *flags_of_units(flags_for(name)), f"-I{SOURCE}", "-c", str(SOURCE / unit), "-o", to]
-                for unit, to in zip(UNITS, objects, strict=True)
+                [compiler, *unit_flags(name), f"-I{SOURCE}", "-c", str(SOURCE / unit), "-o", compiled]
+                for unit, compiled in zip(UNITS, objects, strict=True)
             ]
             _run(compiles, scratch)
-            exports = ("-Xlinker", f"--version-script={SOURCE / _EXPORTS}")  # -Wl, would part it at a comma
+            exports = ("-Xlinker", f"--version-script={SOURCE / _EXPORTS}")  # -Wl, would split it at a comma
             _link(compiler, [*objects, *exports, "-o", str(made)], scratch)
-            made.chmod(0o755)  # whatever the umask is
+            made.chmod(0o755)  # regardless of the umask
             with made.open("r+b") as file:
                 digest = hashlib.sha256(file.read()).digest()
                 file.write(digest)
@@ -226,7 +227,7 @@ def _compile(directory: Path, name: str, use: Callable[[Path], T]) -> T:
 
 
 def _link(compiler: str, arguments: Sequence[str], scratch: str) -> None:
-    """`_run`, with the C++ library inside where the system has it for that: Fedora's compiler comes without."""
+    """Link with the C++ library inside if the system has a static one: Fedora's compiler comes without."""
     try:
         _run([[compiler, *_LINK, *arguments]], scratch)
     except subprocess.CalledProcessError:
@@ -235,8 +236,8 @@ def _link(compiler: str, arguments: Sequence[str], scratch: str) -> None:
 
 
 def _run(commands: Sequence[Sequence[str]], scratch: str) -> None:
-    """Run them beside each other; however it ends, none goes on. Raises CalledProcessError with what the compiler
-    said, or TimeoutExpired. What they need for a while is in `scratch`: /tmp may be small.
+    """Run the commands concurrently, and kill the rest if one fails. Raise CalledProcessError with the compiler's
+    output, or TimeoutExpired. Their temporary files are in `scratch`, since /tmp may be small.
     """
     with ExitStack() as stack:
         running = []
@@ -251,19 +252,19 @@ def _run(commands: Sequence[Sequence[str]], scratch: str) -> None:
             running.append(stack.enter_context(process))
             stack.callback(_kill, process)
         for process in running:
-            _, said = process.communicate(timeout=_COMPILED_WITHIN)
+            _, errors = process.communicate(timeout=_COMPILE_TIMEOUT)
             if process.returncode:
-                raise subprocess.CalledProcessError(process.returncode, process.args, stderr=said)
+                raise subprocess.CalledProcessError(process.returncode, process.args, stderr=errors)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """With all that it started, unless it has ended."""
+    """Kill the process and its children, unless it has ended."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def _keep_others_out(directory: Path) -> None:
-    """Take others' right to write away from a directory of this user's; raises NativeUnavailable for another's."""
+    """Revoke others' write permission on a directory of this user. Raise NativeUnavailable for another user's."""
     status = directory.stat()
     if status.st_uid == os.geteuid() and status.st_mode & _WRITABLE:
         directory.chmod(status.st_mode & 0o7777 & ~_WRITABLE)

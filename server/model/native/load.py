@@ -1,4 +1,4 @@
-"""The native code and the native form of a base, where this machine and the base allow them."""
+"""Loads the native code and a base's native form, if this machine and the base allow it."""
 
 import ctypes
 from collections.abc import Callable, Sequence
@@ -13,13 +13,13 @@ from server.model.native.model import NativeModel
 
 
 def find_library(base: BaseModel, directories: Sequence[Path], say: Callable[[str], None]) -> ctypes.CDLL | None:
-    """The library, for a base in bf16 on a CPU; None, after saying why, where torch has to do
-    instead: the base may not be covered either.
+    """Return the library for a base in bf16 on a CPU. If there can be none, or it doesn't cover the base, say
+    why and return None: torch computes instead.
 
-    It is looked for in `directories`, and made in the last where none has it.
+    The library is taken from `directories`, or compiled into the last one.
     """
     if base.device.type != "cpu" or base.dtype is not torch.bfloat16:
-        return None  # nothing that it is for
+        return None  # native code is for nothing else
     try:
         check_base(base.config, base.weights)
         return load_library(directories, say)
@@ -31,9 +31,9 @@ def find_library(base: BaseModel, directories: Sequence[Path], say: Callable[[st
 def load_native(
     base: BaseModel, directories: Sequence[Path], max_positions: int, say: Callable[[str], None]
 ) -> NativeModel | None:
-    """Return the native form of a base for serving, or None, as `find_library`.
+    """Return a base's native form for serving, or None, like `find_library`.
 
-    It has as many threads as torch, and uses fewer of them while fewer are faster.
+    It has as many threads as torch, and uses fewer while that is faster.
     """
     library = find_library(base, directories, say)
     if library is None:

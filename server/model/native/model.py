@@ -1,8 +1,8 @@
-"""Calls the native forward: lays out tensors and indices as `serving/step.cpp` reads them.
+"""Calls the native forward: lays out tensors and indices as `serve.cpp` reads them.
 
-It does what `SmolLM.forward` does with `PagedAttention` and `LoraBatch`, in one call that holds neither the GIL
-nor torch's threads. Weights and caches are bf16; sums and the residual stream are fp32, so that its results lie
-closer to fp32's than those of torch's bf16 path. A token's result doesn't depend on what shares its step.
+One call does what `SmolLM.forward` does with `PagedAttention` and `LoraBatch`, and holds neither the GIL nor
+torch's threads. Weights and caches are bf16; sums and the residual stream are fp32, so results are closer to
+fp32's than torch's bf16 results are. A token's result doesn't depend on what else is in its step.
 """
 
 import ctypes
@@ -44,15 +44,15 @@ _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 ROW_FORMAT = RowFormat(torch.bfloat16, torch.bfloat16, TILE)
-"""How the native forward wants rank rows."""
+"""How the native forward reads rank rows."""
 
 
 class NativeLora:
-    """Where the adapters of one flat batch lie: what `LoraBatch` is to the torch path."""
+    """Where one flat batch's adapters are in memory: the native path's `LoraBatch`."""
 
     def __init__(self, rows: RankRows, runs: Sequence[TokenRun]) -> None:
-        """`runs` in order of their tokens; tokens outside them have no adapter."""
-        self._rows = rows  # read where they lie
+        """Take `runs` in order of their tokens. Tokens outside the runs have no adapter."""
+        self._rows = rows  # kept, since native code reads them in place
         modules: list[tuple[int, ...]] = []
         parts: dict[str, list[tuple[int, ...]]] = {group: [] for group in _GROUPS}
         weights: list[float] = []
@@ -81,7 +81,7 @@ class NativeLora:
             "num_segments": len(self.segments),
             "num_parts": len(self.weights),
         }
-        """What of a ServeStep says so."""
+        """The fields of a ServeStep that describe adapters."""
         for index, group in enumerate(_GROUPS):
             a, b = rows.a[group], rows.b[group]
             if rows.format != ROW_FORMAT or not (a.is_contiguous() and b.is_contiguous()):
@@ -98,11 +98,11 @@ class NativeLora:
 
 
 class StepTables(NamedTuple):
-    """The tokens of a step, and where their sequences' keys and values lie.
+    """A step's tokens, and their sequences' keys and values.
 
-    Caches are (num_blocks, layers, block_size, kv_heads, head_dim). A run is its first token, the one after its
-    last, the position of its first, where its sequence's block table starts in `blocks`, and of how many of its
-    last tokens the hidden states are wanted.
+    Caches are (num_blocks, layers, block_size, kv_heads, head_dim). A run is a `ServeRun`: its first token, the
+    one after its last, the first token's position, where its sequence's block table starts in `blocks`, and how
+    many of its last tokens' hidden states are wanted.
     """
 
     token_ids: Ints  # (tokens,)
@@ -114,7 +114,7 @@ class StepTables(NamedTuple):
 
 
 class NativeModel:
-    """The native form of one base: `SmolLM`'s, for serving. Called by one thread at a time."""
+    """The native counterpart of `SmolLM` for serving. One thread at a time may call it."""
 
     def __init__(
         self,
@@ -134,19 +134,19 @@ class NativeModel:
         self._library = library
         self._team_size = TeamSize(num_threads) if adapts and num_threads > 1 else None
         self.config = config
-        self._weights = weights  # some are read where they lie
-        self._read: tuple[object, ...] = ()  # as is this, of a step
-        self._caches: tuple[torch.Tensor | None, torch.Tensor | None] = None, None  # that were checked
+        self._weights = weights  # kept, since native code reads some in place
+        self._read: tuple[object, ...] = ()  # kept: what the last step points to
+        self._caches: tuple[torch.Tensor | None, torch.Tensor | None] = None, None  # the last that were checked
         self._rotary = rotary_table(max_positions, config.head_dim, config.rope_theta)
         self._model = create(library.smolora_create, config, weights, self._rotary, num_threads)
-        # Not at the process' end: a step might still be running in it.
+        # Not at exit: a step might still be running.
         weakref.finalize(self, library.smolora_destroy, self._model).atexit = False
 
     def forward(self, tables: StepTables) -> torch.Tensor:
-        """Final hidden states (wanted, hidden), bf16; all tokens' keys and values are put into the caches.
+        """Return the final hidden states (wanted, hidden), bf16. All tokens' keys and values go into the caches.
 
-        Raises ValueError where anything of it would be read or written outside of what is there, and MemoryError;
-        the model can be used on after either.
+        Raise ValueError if the tables would have anything read or written out of bounds, and MemoryError. The
+        model stays usable after either.
         """
         step, num_tokens = self._step(tables), tables.token_ids.size
         num_wanted = min(int(tables.runs[:, -1].clip(0, num_tokens).sum()), num_tokens)
@@ -156,22 +156,22 @@ class NativeModel:
         return hidden
 
     def draw(self, tables: StepTables, table: SampleTable) -> Choices:
-        """The next token behind each token whose hidden state is wanted: `forward` and `sample` in one call."""
+        """Return the next token after each wanted token: `forward` and `sample` in one call."""
         step = self._step(tables)
         sampling, choices = table.step()
         self._compute(self._library.smolora_draw, step, ctypes.addressof(sampling))
         return choices
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32 logits (rows, vocab) of the chosen rows of `forward`'s answer, hidden (rows, hidden)."""
+        """Return fp32 logits (rows, vocab) for rows of `forward`'s result, `hidden` (rows, hidden)."""
         hidden = self._rows(hidden, torch.bfloat16, self.config.hidden_size, "hidden states")
         logits = torch.empty(hidden.shape[0], self.config.vocab_size)
         call(self._library.smolora_logits, self._model, hidden.data_ptr(), hidden.shape[0], logits.data_ptr())
         return logits
 
     def sample(self, given: torch.Tensor, table: SampleTable) -> Choices:
-        """The next token of each row: of `forward`'s answer, bf16 (rows, hidden), or of logits, fp32 (rows, vocab)
-        and contiguous, which are overwritten. Raises ValueError and MemoryError as `forward` does."""
+        """Return each row's next token. `given` is `forward`'s result, bf16 (rows, hidden), or contiguous fp32
+        logits (rows, vocab), which are overwritten. Raise ValueError and MemoryError like `forward`."""
         if given.shape[:1] != (len(table),):
             raise ValueError(f"a table of {len(table)} rows for {given.shape[:1]}")
         if given.dtype is torch.float32:
@@ -184,12 +184,14 @@ class NativeModel:
         return choices
 
     def take_phases(self, *, count: bool = True) -> dict[str, float]:
-        """Seconds that each of PHASES took since the last call, as the thread that calls saw it; from now on they
-        are counted, or not, as they aren't before the first call. What Python does stands in none."""
+        """Return the calling thread's seconds in each of PHASES since the last call, without Python's own time.
+
+        Counting is off at first; `count` says whether it is on from now on.
+        """
         return take_phases(self._library.smolora_phases, self._model, PHASES, count)
 
     def _compute(self, entry: Callable[..., int], step: ServeStep, *more: int) -> None:
-        """Call an entry that computes a step, with the team that is the fastest at present."""
+        """Call an entry that computes a step, with the currently fastest team size."""
         if self._team_size is None:
             call(entry, self._model, ctypes.addressof(step), *more)
             return
@@ -197,12 +199,12 @@ class NativeModel:
         begun, begun_working = time.perf_counter(), time.process_time()
         call(entry, self._model, ctypes.addressof(step), *more)
         seconds, worked = time.perf_counter() - begun, time.process_time() - begun_working
-        context = step.num_table_blocks * step.block_size // max(step.num_runs, 1)  # of a sequence, on average
+        context = step.num_table_blocks * step.block_size // max(step.num_runs, 1)  # mean per sequence
         num_positions = step.num_tokens * context
         self._team_size.observe(step.num_threads, step.num_tokens, num_positions, seconds, worked)
 
     def _step(self, tables: StepTables) -> ServeStep:
-        """A step as native code reads it; what it points to stays until the next one is made."""
+        """Return a step as native code reads it. What it points to is kept until the next call."""
         k_cache, v_cache, lora = tables.k_cache, tables.v_cache, tables.lora
         token_ids, runs, blocks = map(np.ascontiguousarray, tables[:3])
         if token_ids.dtype != np.int64 or runs.dtype != np.int64 or blocks.dtype != np.int32:
@@ -232,7 +234,7 @@ class NativeModel:
         return tensor.contiguous()
 
     def _check_caches(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-        if k_cache is self._caches[0] and v_cache is self._caches[1]:  # as in each step of a server
+        if k_cache is self._caches[0] and v_cache is self._caches[1]:  # a server always has the same ones
             return
         self._check_cache(k_cache)
         self._check_cache(v_cache)
@@ -251,7 +253,7 @@ class NativeModel:
 
 
 def _describe(rows: RankRows, placement: Placement, group: str, modules: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The part of one adapter in a group; its modules are put at the end of `modules`."""
+    """Return one adapter's LoraPart in a group, and append its modules to `modules`."""
     run = placement.get(group)
     if run is None:
         return (0,) * columns(LoraPart)
@@ -272,5 +274,5 @@ def _describe(rows: RankRows, placement: Placement, group: str, modules: list[tu
 
 
 def _table(rows: Sequence[tuple[int, ...]], structure: type[ctypes.Structure]) -> Ints:
-    """An array of the structure, all of whose fields are int64."""
+    """Return rows as an array of the structure, whose fields are all int64."""
     return np.array(rows, np.int64).reshape(-1, columns(structure))

@@ -1,4 +1,4 @@
-"""How the native code is told which tokens to choose, and what it answers."""
+"""Sampling in native code: parameters in, tokens and log-probabilities out."""
 
 from dataclasses import dataclass
 
@@ -16,15 +16,15 @@ _ROW = packing(SampleRow)
 
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """The next tokens of some rows, and log-probabilities (nats) before anything changed their logits."""
+    """The next token of each row, and log-probabilities (nats) before penalties, biases and filters."""
 
-    token_ids: Ints  # (rows,); -1 where logits are NaN or infinite, or none may be chosen
-    logprobs: Floats  # (rows, 1 + n): the chosen token's, and the likeliest ones', best first
-    top_ids: Ints  # (rows, n): the likeliest tokens; -1 behind the last that there is
+    token_ids: Ints  # (rows,); -1 if a logit is NaN or infinite, or all tokens are forbidden
+    logprobs: Floats  # (rows, 1 + n): the chosen token's, then the top ones, best first
+    top_ids: Ints  # (rows, n): the likeliest tokens; -1 after the last finite logit
 
 
 class SampleTable:
-    """How the next token of each row of a batch is chosen."""
+    """The sampling parameters of a batch, row by row."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -33,8 +33,8 @@ class SampleTable:
         self._added_ids: list[Ints] = []
         self._added: list[Doubles] = []
         self._num_seen = self._num_added = 0
-        self._masks: list[npt.NDArray[np.bool_]] = []  # are read where they lie
-        self._kept: tuple[object, ...] = ()  # as are these
+        self._masks: list[npt.NDArray[np.bool_]] = []  # kept, since native code reads them in place
+        self._kept: tuple[object, ...] = ()  # likewise
         self._max_top = 0
 
     def __len__(self) -> int:
@@ -55,11 +55,11 @@ class SampleTable:
         added: Doubles = _NO_DOUBLES,
         forbidden: npt.NDArray[np.bool_] | None = None,
     ) -> None:
-        """The next row: temperature 0 takes the likeliest token, else `key` (64 bits) decides the draw.
+        """Add a row. Temperature 0 chooses the likeliest token; else `key` (64 bits) seeds the draw.
 
-        Its logits are changed in this order: the repetition penalty on tokens that were `seen`, what is `added` to
-        those of `added_ids`, and what is `forbidden` (vocab,). Then come top-k (0: off), top-p (1: off) and min-p
-        (0: off). With `num_top` log-probabilities are told: the chosen token's and so many likeliest ones'.
+        Logits change in this order: the repetition penalty on `seen` tokens, `added` to the logits of
+        `added_ids`, and the `forbidden` mask (vocab,). Then come top-k (0: off), top-p (1: off) and min-p (0:
+        off). If `num_top` is positive, log-probabilities are returned: the chosen token's and the top `num_top`.
         """
         mask = 0
         if forbidden is not None:
@@ -79,8 +79,8 @@ class SampleTable:
         self._added.append(added)
 
     def step(self, *, hidden: int | None = None, logits: int | None = None) -> tuple[SampleStep, Choices]:
-        """The step as native code reads it, of hidden states or logits at an address, and where the answer comes;
-        the table must stay until it is there."""
+        """Return the step as native code reads it, for hidden states or logits at an address, and its results,
+        which the call fills in. The caller keeps the table until then."""
         num_rows = len(self._rows)
         rows = np.frombuffer(b"".join(self._rows), np.uint8)
         seen = np.concatenate([_NO_INTS, *self._seen])

@@ -1,8 +1,8 @@
-"""Calls the native forward and backward pass of a training batch: what `train.cpp` reads, laid out.
+"""Calls the native forward and backward pass of a training batch: lays out tensors as `train.cpp` reads them.
 
-It does what `SmolLM.forward` does with `PackedAttention` and `TrainedRows`, and what autograd does after it. What
-is multiplied is bf16; sums, the residual stream and its gradient are fp32, so that results lie closer to fp32's
-than those of torch's bf16 path. They depend neither on the number of threads nor on chance.
+They do what `SmolLM.forward` does with `PackedAttention` and `TrainedRows`, and what autograd does after it. What
+is multiplied is bf16; sums, the residual stream and its gradient are fp32, so results are closer to fp32's than
+torch's bf16 results are. They depend neither on the number of threads nor on chance.
 """
 
 import ctypes
@@ -23,17 +23,17 @@ from server.model.row_layout import GROUPS, GroupKey, GroupLayout
 
 @dataclass(frozen=True)
 class NativeRows:
-    """A module's rows in its group."""
+    """A module's rows in its group: a `TrainModule`."""
 
     row: int
     num_rows: int  # a multiple of ROW_UNIT
-    out_start: int  # of the features that they reach in the group's fused output
+    out_start: int  # the module's first feature in the group's fused output
     out_features: int
-    trained: int  # of the rows, the first ones
-    a_start: int  # in the flat gradients: of A's, (trained, in)
-    b_start: int  # and of B's, (out_features, trained)
-    scaling: float  # that A includes
-    repeats: int = 1  # 2 where as many rows of A follow that are the same but for a constant
+    trained: int  # the first so many rows are trained
+    a_start: int  # where A's gradient begins in the flat gradients, (trained, in)
+    b_start: int  # where B's gradient begins, (out_features, trained)
+    scaling: float  # A includes it
+    repeats: int = 1  # 2 if as many rows of A follow, equal to the first except for a constant
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +46,7 @@ class NativeGroup:
 
 
 class NativeTraining:
-    """The native passes of one base and one adapter in training, or of a base that is trained itself.
-
-    Called by one thread at a time.
-    """
+    """The native passes that train an adapter, or the base itself. One thread at a time may call them."""
 
     def __init__(
         self,
@@ -63,13 +60,14 @@ class NativeTraining:
         gradients: torch.Tensor | None = None,
         d_weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Reads weights and groups where they lie. Raises NativeUnavailable for a base that it does not cover.
+        """Keep weights and groups, which are read in place. Raise NativeUnavailable if the base isn't covered.
 
-        Gradients of A and B are added to `gradients`, fp32 and flat (None where there are no groups), those of the
-        weights to `d_weights`, fp32 tensors by the names of `weights.tensors()`: without them the base is frozen.
+        The gradients of A and B are added to `gradients`, fp32 and flat (None if there are no groups). The
+        weights' gradients are added to `d_weights`, fp32 tensors by the names of `weights.tensors()`; without
+        them the base is frozen.
 
-        All methods raise MemoryError, and ValueError where anything would be read or written outside of what was
-        given; they can be called again after either.
+        All methods raise MemoryError, and ValueError if anything would be read or written out of bounds. They
+        can be called again after either.
         """
         check_base(config, weights)
         self._library = library
@@ -82,7 +80,7 @@ class NativeTraining:
         if gradients.dtype is not torch.float32 or gradients.ndim != 1 or not gradients.is_contiguous():
             raise ValueError("the gradients must be fp32, in one row")
         self._gradients = gradients
-        self._tables = []  # held, since C++ reads them
+        self._tables = []  # kept, since native code reads them in place
         self._lora = (TrainGroup * (config.num_layers * len(GROUPS)))()
         for key, group in groups.items():
             _check_group(config, key, group)
@@ -90,7 +88,7 @@ class NativeTraining:
             self._tables.append(table)
             self._lora[_place(key)] = _describe(group, table)
         self._d_weights = None if d_weights is None else _gradients(weights, d_weights)
-        self._num_tokens = 0  # of the last forward pass
+        self._num_tokens = 0  # in the last forward pass
         self._inputs: tuple[object, ...] = ()
         self._training = create(library.smolora_training_create, config, weights, self._rotary, num_threads)
         weakref.finalize(self, library.smolora_training_destroy, self._training).atexit = False
@@ -104,10 +102,10 @@ class NativeTraining:
         *,
         has_backward: bool = True,
     ) -> torch.Tensor:
-        """Final hidden states (tokens, hidden), bf16, of texts of `lengths` tokens, one after the other.
+        """Return the final hidden states (tokens, hidden), bf16, of texts of `lengths` tokens in a row.
 
-        `kept` are masks (tokens, in) of each group: what dropout keeps of what A meets, which is multiplied by
-        `factor`. Where no `backward` may follow, nothing is kept for it.
+        `kept` has a mask (tokens, in) for each group: the features of A's input that dropout keeps and
+        multiplies by `factor`. Without `has_backward` nothing is saved, and no `backward` may follow.
         """
         self._num_tokens = 0
         token_ids = token_ids.contiguous()
@@ -132,12 +130,12 @@ class NativeTraining:
         if not has_backward:
             return hidden
         self._num_tokens = len(token_ids)
-        self._inputs = (token_ids, starts, kept)  # held until the backward pass
+        self._inputs = (token_ids, starts, kept)  # kept until the backward pass
         return hidden
 
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor, factor: float) -> tuple[float, torch.Tensor]:
-        """The summed cross-entropy (nats) of targets (rows,) under softmax(hidden · headᵀ), and `factor` times its
-        gradient in hidden (rows, hidden size), bf16. The head's is added to `d_weights`.
+        """Return the summed cross-entropy (nats) of targets (rows,) under softmax(hidden · headᵀ), and `factor`
+        times its gradient in hidden (rows, hidden size), bf16. The head's gradient is added to `d_weights`.
         """
         hidden, targets = hidden.contiguous(), targets.contiguous()
         self._check_hidden(hidden, len(targets))
@@ -157,7 +155,7 @@ class NativeTraining:
         return loss.value, d_hidden
 
     def measure(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each row the cross-entropy that `loss` adds up, fp64, and the likeliest token, int64."""
+        """Return each row's cross-entropy as `loss` sums it, fp64, and its likeliest token, int64."""
         hidden, targets = hidden.contiguous(), targets.contiguous()
         self._check_hidden(hidden, len(targets))
         self._check_ids(targets)
@@ -174,14 +172,14 @@ class NativeTraining:
         return losses, likeliest
 
     def backward(self, d_hidden: torch.Tensor) -> None:
-        """All gradients but the head's, from the one of the last `forward`'s answer, like it; once."""
+        """Add all gradients except the head's, given that of the last `forward`'s result; once per `forward`."""
         d_hidden = d_hidden.contiguous()
         self._check_hidden(d_hidden, self._num_tokens)
         call(self._library.smolora_training_backward, self._training, d_hidden.data_ptr())
         self._num_tokens, self._inputs = 0, ()
 
     def take_phases(self, *, count: bool = True) -> dict[str, float]:
-        """Seconds that each of TRAIN_PHASES took since the last call, as `NativeModel.take_phases` has them."""
+        """Return the seconds of each of TRAIN_PHASES since the last call, like `NativeModel.take_phases`."""
         return take_phases(self._library.smolora_training_phases, self._training, TRAIN_PHASES, count)
 
     def _check_ids(self, ids: torch.Tensor) -> None:
@@ -194,7 +192,7 @@ class NativeTraining:
 
 
 def _gradients(weights: BaseWeights, d_weights: Mapping[str, torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    """Where they lie, in the order in which `create` lists the tensors. Raises ValueError."""
+    """Return the gradients' addresses in the order of `tensor_names`. Raise ValueError for wrong tensors."""
     for name, tensor in weights.tensors():
         d = d_weights[name]
         if d.shape != tensor.shape or d.dtype is not torch.float32 or not d.is_contiguous():
@@ -221,7 +219,7 @@ def _modules(group: NativeGroup) -> ctypes.Array[TrainModule]:
 
 
 def _check_group(config: ModelConfig, key: GroupKey, group: NativeGroup) -> None:
-    """Raises ValueError; rows and features of modules are checked with each batch."""
+    """Raise ValueError for wrong tensors. Native code checks the modules with each batch."""
     layout = GroupLayout.of(key[1], config.shape)
     a_shape = (len(group.a), layout.in_features)
     b_shape = (len(group.a), sum(layout.out_features.values()))
@@ -231,7 +229,7 @@ def _check_group(config: ModelConfig, key: GroupKey, group: NativeGroup) -> None
 
 
 def _mask(kept: torch.Tensor, num_tokens: int, group: NativeGroup) -> int:
-    """Where it lies. Raises ValueError."""
+    """Return the mask's address. Raise ValueError for a wrong mask."""
     shape = (num_tokens, group.a.shape[1])
     if kept.shape != shape or kept.dtype not in (torch.bool, torch.uint8) or not kept.is_contiguous():
         raise ValueError(f"masks must be of bytes, contiguous, and of shape {shape}")

@@ -25,7 +25,7 @@ from tests.native_kit import native_model
 from tests.tiny import save_tiny_base
 
 LENGTHS = (5, 70, 1, 64, 66, 130, 17, 33, 9, 100, 65, 3)
-LONG = 2048  # positions from which on threads share one sequence (serving/step_attention.h)
+LONG = 2048  # positions from which on threads share one sequence (kernels/step_attention.h)
 BLENDS: tuple[dict[str, float], ...] = (
     {},
     {"a": 1.0},

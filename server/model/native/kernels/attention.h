@@ -44,7 +44,7 @@ struct CacheView {
         bf16* to = k + offset(blocks, position / kPositions, kv_head) + position % kPositions * 2;
         for (int d = 0; d < head_dim; d += 16) {
             bf16 narrow[16];
-            store_bf16(narrow, _mm512_loadu_ps(key + d));
+            store_bf16(narrow, load(key + d));
             for (int i = 0; i < 16; i += 2) memcpy(to + (d + i) * kPositions, narrow + i, 2 * sizeof(bf16));
         }
     }
@@ -54,7 +54,7 @@ struct CacheView {
         bf16* to = v + offset(blocks, position / kPositions, kv_head) + inside / 2 * kTile * 2 + inside % 2;
         for (int d = 0; d < head_dim; d += 16) {
             bf16 narrow[16];
-            store_bf16(narrow, _mm512_loadu_ps(value + d));
+            store_bf16(narrow, load(value + d));
             bf16* tile = to + d / kTile * kPositions * kTile + d % kTile * 2;
             for (int i = 0; i < 16; i++) tile[2 * i] = narrow[i];
         }
@@ -65,46 +65,46 @@ struct CacheView {
 // the last are 0; returns their sum. What is kept may lie where its scores do.
 template <class Keep>
 inline float exponentials(const float* scores, int count, float scale, Keep keep) {
-    const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    __m512 top = none;
+    const F32x16 none = broadcast(-std::numeric_limits<float>::infinity());
+    F32x16 top = none;
     for (int i = 0; i < count; i += 16)
-        top = _mm512_max_ps(top, _mm512_mask_loadu_ps(none, first_lanes(count - i), scores + i));
-    const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(top)), by = _mm512_set1_ps(scale);
-    __m512 sum = _mm512_setzero_ps();
+        top = max(top, choose(first_lanes(count - i), as_f32(load_lanes(first_lanes(count - i), scores + i)), none));
+    const F32x16 shift = broadcast(reduce_max(top)), by = broadcast(scale);
+    F32x16 sum{};
     for (int i = 0; i < count; i += 16) {
-        __m512 x = exp16(_mm512_mul_ps(by, _mm512_sub_ps(_mm512_loadu_ps(scores + i), shift)));
-        x = _mm512_maskz_mov_ps(first_lanes(count - i), x);
+        F32x16 x = exp16(by * (load(scores + i) - shift));
+        x = choose(first_lanes(count - i), x, F32x16{});
         keep(i, x);
-        sum = _mm512_add_ps(sum, x);
+        sum = sum + x;
     }
-    return _mm512_reduce_add_ps(sum);
+    return reduce_add(sum);
 }
 
 // Scores (rows, 32): q (rows, 2 · pairs) times the keys of twice 16 positions. `ahead`: what is prefetched meanwhile.
 template <int rows>
 inline void score_block(const bf16* q, size_t q_stride, int pairs, const bf16* const* keys, const bf16* const* ahead,
                         float* y, size_t y_stride) {
-    __m512 sum[rows][2];
+    F32x16 sum[rows][2];
 #pragma GCC unroll 12
-    for (int row = 0; row < rows; row++) sum[row][0] = sum[row][1] = _mm512_setzero_ps();
+    for (int row = 0; row < rows; row++) sum[row][0] = sum[row][1] = F32x16{};
     for (int pair = 0; pair < pairs; pair++) {
         const size_t at = (size_t)pair * 2 * kPositions;
         prefetch_line(ahead[0] + at);
         prefetch_line(ahead[1] + at);
-        __m512bh k0 = load_pairs(keys[0] + at), k1 = load_pairs(keys[1] + at);
+        U32x16 k0 = load_pairs(keys[0] + at), k1 = load_pairs(keys[1] + at);
 #pragma GCC unroll 12
         for (int row = 0; row < rows; row++) {
             uint32_t two;
             memcpy(&two, q + row * q_stride + 2 * pair, 4);
-            auto both = (__m512bh)_mm512_set1_epi32((int)two);
-            sum[row][0] = _mm512_dpbf16_ps(sum[row][0], both, k0);
-            sum[row][1] = _mm512_dpbf16_ps(sum[row][1], both, k1);
+            auto both = broadcast_u32(two);
+            sum[row][0] = fmadd_pairs(both, k0, sum[row][0]);
+            sum[row][1] = fmadd_pairs(both, k1, sum[row][1]);
         }
     }
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++) {
-        _mm512_storeu_ps(y + row * y_stride, sum[row][0]);
-        _mm512_storeu_ps(y + row * y_stride + kPositions, sum[row][1]);
+        store(y + row * y_stride, sum[row][0]);
+        store(y + row * y_stride + kPositions, sum[row][1]);
     }
 }
 
@@ -114,31 +114,31 @@ inline void score_block(const bf16* q, size_t q_stride, int pairs, const bf16* c
 template <int rows>
 inline void mix_block(const bf16* weights, size_t w_stride, int positions, const bf16* const* values, size_t tile,
                       size_t fetched, int lines, float* y, size_t y_stride) {
-    __m512 sum[rows][2];
+    F32x16 sum[rows][2];
 #pragma GCC unroll 12
-    for (int row = 0; row < rows; row++) sum[row][0] = sum[row][1] = _mm512_setzero_ps();
-    const __m512i first_of_two = _mm512_set1_epi32(0xffff);
+    for (int row = 0; row < rows; row++) sum[row][0] = sum[row][1] = F32x16{};
+    const U32x16 first_of_two = broadcast_u32(0xffff);
     for (int start = 0; start < positions; start += kPositions) {
         const bf16* v = values[start / kPositions] + tile;
         const bf16* ahead = values[start / kPositions + kPiecesAhead] + fetched;
         for (int i = start; i < std::min(start + kPositions, positions); i += 2, v += 2 * kTile) {
             for (int line = 0; line < lines; line++, ahead += kTile) prefetch_line(ahead);
-            __m512i v0 = _mm512_loadu_si512(v), v1 = _mm512_loadu_si512(v + kTile);
-            if (i + 1 == positions) v0 = _mm512_and_si512(v0, first_of_two), v1 = _mm512_and_si512(v1, first_of_two);
+            U32x16 v0 = load_u32(v), v1 = load_u32(v + kTile);
+            if (i + 1 == positions) v0 = v0 & first_of_two, v1 = v1 & first_of_two;
 #pragma GCC unroll 12
             for (int row = 0; row < rows; row++) {
                 uint32_t two;
                 memcpy(&two, weights + row * w_stride + i, 4);
-                auto both = (__m512bh)_mm512_set1_epi32((int)two);
-                sum[row][0] = _mm512_dpbf16_ps(sum[row][0], both, (__m512bh)v0);
-                sum[row][1] = _mm512_dpbf16_ps(sum[row][1], both, (__m512bh)v1);
+                auto both = broadcast_u32(two);
+                sum[row][0] = fmadd_pairs(both, v0, sum[row][0]);
+                sum[row][1] = fmadd_pairs(both, v1, sum[row][1]);
             }
         }
     }
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++) {
-        _mm512_storeu_ps(y + row * y_stride, sum[row][0]);
-        _mm512_storeu_ps(y + row * y_stride + 16, sum[row][1]);
+        store(y + row * y_stride, sum[row][0]);
+        store(y + row * y_stride + 16, sum[row][1]);
     }
 }
 
@@ -188,7 +188,7 @@ inline void mix_amx(const bf16* weights, size_t w_stride, int rows, int position
 // Calls kernel<rows>(first row) until all rows have had it.
 template <class Kernel>
 inline void by_blocks(int rows, Kernel kernel) {
-    constexpr int kBlock = vectors::kSums / 2;
+    constexpr int kBlock = simd::kSums / 2;
     const int blocks = (rows + kBlock - 1) / kBlock;
     for (int block = 0, row = 0; block < blocks; block++) {
         const int now = (rows - row + blocks - block - 1) / (blocks - block);
@@ -247,8 +247,8 @@ struct Attention {
             const int seen = position + row / group + 1;
             bf16* own = weights + (size_t)row * width;
             total[row] = exponentials(scores + (size_t)row * width, seen, 1.0f / std::sqrt((float)dim),
-                                      [=](int i, __m512 x) { store_bf16(own + i, x); });
-            for (int i = (seen + 15) / 16 * 16; i < width; i += 16) store_bf16(own + i, _mm512_setzero_ps());
+                                      [=](int i, F32x16 x) { store_bf16(own + i, x); });
+            for (int i = (seen + 15) / 16 * 16; i < width; i += 16) store_bf16(own + i, F32x16{});
         }
         // All rows at once. Weights are 0 behind a row's own position, but 0 times an infinite value is NaN: if a later
         // token's value may be infinite, each token's rows are then mixed by themselves.
@@ -263,9 +263,8 @@ struct Attention {
                                    mixed + (size_t)row * dim + d, dim);
                 });
             for (int row = first; row < last; row++) {
-                const __m512 by = _mm512_set1_ps(1.0f / total[row]);
-                for (int d = from; d < to; d += 16)
-                    _mm512_storeu_ps(out + row * dim + d, _mm512_mul_ps(_mm512_loadu_ps(out + row * dim + d), by));
+                const F32x16 by = broadcast(1.0f / total[row]);
+                for (int d = from; d < to; d += 16) store(out + row * dim + d, load(out + row * dim + d) * by);
             }
             const bool is_whole = last - first == rows;
             // The first row has read every value, so it is NaN wherever one is infinite.
@@ -276,9 +275,9 @@ struct Attention {
 
   private:
     static bool is_finite(const float* x, int from, int to) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int i = from; i < to; i += 16) sum = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), _mm512_setzero_ps(), sum);
-        return _mm512_reduce_add_ps(sum) == 0;
+        F32x16 sum{};
+        for (int i = from; i < to; i += 16) sum = fmadd(load(x + i), F32x16{}, sum);
+        return reduce_add(sum) == 0;
     }
 };
 

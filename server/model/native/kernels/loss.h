@@ -137,28 +137,26 @@ class Loss {
     void weigh(const float* logits, int width, int64_t first, int64_t target, Others& others, float& target_logit,
                float* mixed, bf16* weights) const {
         target -= first;
-        __m512 top = _mm512_loadu_ps(logits);
-        for (int i = 16; i < width; i += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(logits + i));
-        const float most = _mm512_reduce_max_ps(top);
+        F32x16 top = load(logits);
+        for (int i = 16; i < width; i += 16) top = max(top, load(logits + i));
+        const float most = reduce_max(top);
         if (most > others.greatest) {
             const double by = std::exp((double)others.greatest - most);
-            const __m512 scale = _mm512_set1_ps((float)by);
-            for (int64_t i = 0; has_gradient && i < hidden_; i += 16)
-                _mm512_storeu_ps(mixed + i, _mm512_mul_ps(_mm512_loadu_ps(mixed + i), scale));
+            const F32x16 scale = broadcast((float)by);
+            for (int64_t i = 0; has_gradient && i < hidden_; i += 16) store(mixed + i, load(mixed + i) * scale);
             others = {most, first + (std::find(logits, logits + width, most) - logits), others.sum * by};
         }
         if (target >= 0 && target < width) target_logit = logits[target];
-        const __m512 shift = _mm512_set1_ps(others.greatest);
-        __m512d sum = _mm512_setzero_pd();
+        const F32x16 shift = broadcast(others.greatest);
+        F64x8 sum{};
         for (int i = 0; i < width; i += 16) {
             const int64_t place = target - i;
-            const auto but = (__mmask16)(place >= 0 && place < 16 ? ~(1 << place) : 0xffff);
-            const __m512 p = _mm512_maskz_mov_ps(but, exp16(_mm512_sub_ps(_mm512_loadu_ps(logits + i), shift)));
-            sum = _mm512_add_pd(sum, _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(p)),
-                                                   _mm512_cvtps_pd(_mm512_extractf32x8_ps(p, 1))));
+            const auto but = static_cast<Mask16>(place >= 0 && place < 16 ? ~(1 << place) : 0xffff);
+            const F32x16 p = choose(but, exp16(load(logits + i) - shift), F32x16{});
+            sum = sum + (widen_low(p) + widen_high(p));
             if (has_gradient) store_bf16(weights + i, p);
         }
-        others.sum += _mm512_reduce_add_pd(sum);
+        others.sum += reduce_add(sum);
     }
 
     Softmax combine(int row, int rows) const {
@@ -181,14 +179,13 @@ class Loss {
 
     // d_hidden (hidden) = factor · Σ (softmax - one-hot) head, from what the parts have in `mixed`.
     void unmix(const Softmax& softmax, const float* mixed, int rows, int64_t target, double factor, bf16* d_hidden) {
-        const __m512 all = _mm512_set1_ps((float)(factor / softmax.sum)), but = _mm512_set1_ps((float)softmax.others);
+        const F32x16 all = broadcast((float)(factor / softmax.sum)), but = broadcast((float)softmax.others);
         for (int64_t i = 0; i < hidden_; i += 16) {
-            __m512 d = _mm512_setzero_ps();
+            F32x16 d{};
             for (int part = 0; part < kLossParts; part++)
-                d = _mm512_fmadd_ps(_mm512_set1_ps(softmax.by[part]),
-                                    _mm512_loadu_ps(&mixed[(int64_t)part * rows * hidden_ + i]), d);
-            d = _mm512_fnmadd_ps(but, load_bf16(head_ + target * hidden_ + i), d);
-            store_bf16(d_hidden + i, _mm512_mul_ps(d, all));
+                d = fmadd(broadcast(softmax.by[part]), load(&mixed[(int64_t)part * rows * hidden_ + i]), d);
+            d = fnmadd(but, load_bf16(head_ + target * hidden_ + i), d);
+            store_bf16(d_hidden + i, d * all);
         }
     }
 
@@ -228,13 +225,13 @@ class Loss {
     // d_logits (width) = factor · (softmax - one-hot); the target is one of them if it is in [0, width).
     static void softmax_gradient(const float* logits, int width, float divisor, int64_t target, double factor,
                                  bf16* d_logits) {
-        const __m512 shift = _mm512_set1_ps(divisor), by = _mm512_set1_ps((float)factor);
+        const F32x16 shift = broadcast(divisor), by = broadcast((float)factor);
         for (int i = 0; i < width; i += 16) {
             const int64_t place = target - i;
-            const auto is_target = (__mmask16)(place >= 0 && place < 16 ? 1 << place : 0);
-            __m512 p = exp16(_mm512_sub_ps(_mm512_loadu_ps(logits + i), shift));
-            p = _mm512_mask_sub_ps(p, is_target, p, _mm512_set1_ps(1));
-            store_bf16(d_logits + i, _mm512_mul_ps(p, by));
+            const auto is_target = static_cast<Mask16>(place >= 0 && place < 16 ? 1 << place : 0);
+            F32x16 p = exp16(load(logits + i) - shift);
+            p = choose(is_target, p - broadcast(1), p);
+            store_bf16(d_logits + i, p * by);
         }
     }
 

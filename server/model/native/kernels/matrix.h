@@ -23,7 +23,7 @@
 #include "prefetch.h"
 #include "stored/products.h"
 
-constexpr int kBlock = vectors::kSums >= 24 ? vectors::kSums / 2 : vectors::kSums;  // rows of a register block
+constexpr int kBlock = simd::kSums >= 24 ? simd::kSums / 2 : simd::kSums;  // rows of a register block
 
 struct Free {
     void operator()(void* p) const { free(p); }
@@ -65,34 +65,33 @@ T* room(std::vector<T, Allocator>& v, size_t count) {
 template <bool add, class Prefetched, int rows>
 inline void multiply_block(const bf16* x, size_t x_stride, const bf16* w, int pairs, float* y, size_t y_stride,
                            Prefetched& lines) {
-    constexpr int kHalves = 2 * rows <= vectors::kSums ? 2 : 1;  // of the tile that are multiplied at once
+    constexpr int kHalves = 2 * rows <= simd::kSums ? 2 : 1;  // of the tile that are multiplied at once
     Prefetched left = lines;
     for (int first = 0; first < kTile; first += 16 * kHalves) {
-        __m512 sum[rows][kHalves];
+        F32x16 sum[rows][kHalves];
 #pragma GCC unroll 12
         for (int row = 0; row < rows; row++)
 #pragma GCC unroll 2
-            for (int i = 0; i < kHalves; i++)
-                sum[row][i] = add ? _mm512_loadu_ps(y + row * y_stride + first + 16 * i) : _mm512_setzero_ps();
+            for (int i = 0; i < kHalves; i++) sum[row][i] = add ? load(y + row * y_stride + first + 16 * i) : F32x16{};
         const bf16* of = w + 2 * first;
         for (int pair = 0; pair < pairs; pair++, of += 2 * kTile) {
             left.prefetch_some();
-            __m512bh part[kHalves];
+            U32x16 part[kHalves];
 #pragma GCC unroll 2
             for (int i = 0; i < kHalves; i++) part[i] = load_pairs(of + i * kTile);
 #pragma GCC unroll 12
             for (int row = 0; row < rows; row++) {
                 uint32_t two;
                 memcpy(&two, x + row * x_stride + 2 * pair, 4);
-                auto both = (__m512bh)_mm512_set1_epi32((int)two);
+                auto both = broadcast_u32(two);
 #pragma GCC unroll 2
-                for (int i = 0; i < kHalves; i++) sum[row][i] = _mm512_dpbf16_ps(sum[row][i], both, part[i]);
+                for (int i = 0; i < kHalves; i++) sum[row][i] = fmadd_pairs(both, part[i], sum[row][i]);
             }
         }
 #pragma GCC unroll 12
         for (int row = 0; row < rows; row++)
 #pragma GCC unroll 2
-            for (int i = 0; i < kHalves; i++) _mm512_storeu_ps(y + row * y_stride + first + 16 * i, sum[row][i]);
+            for (int i = 0; i < kHalves; i++) store(y + row * y_stride + first + 16 * i, sum[row][i]);
     }
     lines = left;
 }

@@ -5,30 +5,29 @@
 #pragma once
 #include "matrix.h"
 
-constexpr int kNarrowBlock = vectors::kSums;  // rows of a register block of half a tile
-constexpr int kPrefetchRows = 24;             // that are multiplied between two shares of the next tile
+constexpr int kNarrowBlock = simd::kSums;  // rows of a register block of half a tile
+constexpr int kPrefetchRows = 24;          // that are multiplied between two shares of the next tile
 
 using Panel = Aligned<uint32_t>;  // [pairs][32], as one tile of a Matrix
 
 // Transposes 16 registers of 16 numbers of 32 bits.
-inline void transpose16(__m512i* r) {
-    __m512i t[16];
+inline void transpose16(U32x16* r) {
+    U32x16 t[16];
     for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+        t[i] = unpack_low_u32(r[i], r[i + 1]);
+        t[i + 1] = unpack_high_u32(r[i], r[i + 1]);
     }
     for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+        r[i] = unpack_low_u64(t[i], t[i + 2]);
+        r[i + 1] = unpack_high_u64(t[i], t[i + 2]);
+        r[i + 2] = unpack_low_u64(t[i + 1], t[i + 3]);
+        r[i + 3] = unpack_high_u64(t[i + 1], t[i + 3]);
     }
     for (int i = 0; i < 4; i++) {  // in r[i] and each fourth after it, quarter j is column 4 j + i of four rows
-        __m512i a = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-        __m512i c = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88),
-                d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-        t[i] = _mm512_shuffle_i32x4(a, c, 0x88), t[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
-        t[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd), t[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
+        U32x16 a = even_quarters(r[i], r[4 + i]), b = odd_quarters(r[i], r[4 + i]);
+        U32x16 c = even_quarters(r[8 + i], r[12 + i]), d = odd_quarters(r[8 + i], r[12 + i]);
+        t[i] = even_quarters(a, c), t[4 + i] = even_quarters(b, d);
+        t[8 + i] = odd_quarters(a, c), t[12 + i] = odd_quarters(b, d);
     }
     for (int i = 0; i < 16; i++) r[i] = t[i];
 }
@@ -39,27 +38,26 @@ inline void pack_rows(const bf16* w, size_t stride, int outputs, int depth, uint
     for (int half = 0; half < width; half += 16, w += 16 * stride, to += 16)
         for (int pair = 0; pair < depth / 2; pair += 16) {
             const int now = std::min(16, depth / 2 - pair), rows = outputs - half;
-            const __mmask16 lanes = first_lanes(now);
-            __m512i r[16];
+            const Mask16 lanes = first_lanes(now);
+            U32x16 r[16];
             if (rows >= 16) {
-                for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi32(lanes, w + i * stride + 2 * pair);
+                for (int i = 0; i < 16; i++) r[i] = load_lanes(lanes, w + i * stride + 2 * pair);
             } else {
-                for (int i = 0; i < 16; i++)
-                    r[i] = _mm512_maskz_loadu_epi32(i < rows ? lanes : (__mmask16)0, w + i * stride + 2 * pair);
+                for (int i = 0; i < 16; i++) r[i] = load_lanes(i < rows ? lanes : Mask16{0}, w + i * stride + 2 * pair);
             }
             transpose16(r);
-            for (int i = 0; i < now; i++) _mm512_storeu_si512(to + (pair + i) * kTile, r[i]);
+            for (int i = 0; i < now; i++) store(to + (pair + i) * kTile, r[i]);
         }
 }
 
 // Packs a tile from 32 columns of w, which has `depth` rows. An odd depth is padded with zeros.
 inline void pack_columns(const bf16* w, size_t stride, int depth, uint32_t* to) {
     for (int row = 0; row < depth; row += 2, w += 2 * stride, to += kTile) {
-        _mm_prefetch((const char*)(w + 16 * stride), _MM_HINT_T0);
-        _mm_prefetch((const char*)(w + 17 * stride), _MM_HINT_T0);
-        __m512i a = _mm512_loadu_si512(w);
-        __m512i b = row + 1 < depth ? _mm512_loadu_si512(w + stride) : _mm512_setzero_si512();
-        vectors::store_interleaved(a, b, to);
+        __builtin_prefetch(w + 16 * stride, 0, 3);
+        __builtin_prefetch(w + 17 * stride, 0, 3);
+        U32x16 a = load_u32(w);
+        U32x16 b = row + 1 < depth ? load_u32(w + stride) : U32x16{};
+        store_interleaved(a, b, to);
     }
 }
 
@@ -70,17 +68,17 @@ inline void transpose(const bf16* from, size_t stride, int rows, int columns, bf
         for (int column = 0; column < columns; column += 16) {
             const bf16* corner = from + row * stride + column;
             const int left = rows - row;
-            __m512i r[16];
+            U32x16 r[16];
             for (int i = 0; i < 16; i++) {
                 auto load = [&](int k) {
-                    if (k >= left) return _mm512_setzero_si512();
-                    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(corner + k * stride)));
+                    if (k >= left) return U32x16{};
+                    return widen(load_u16(corner + k * stride));
                 };
-                r[i] = _mm512_or_si512(load(2 * i), _mm512_slli_epi32(load(2 * i + 1), 16));
+                r[i] = load(2 * i) | (load(2 * i + 1) << 16);
             }
             transpose16(r);
             for (int i = 0; i < 16; i++)
-                _mm512_mask_storeu_epi32(to + (column + i) * to_stride + row, first_lanes((left + 1) / 2), r[i]);
+                store_lanes(to + (column + i) * to_stride + row, first_lanes((left + 1) / 2), r[i]);
         }
 }
 
@@ -98,8 +96,7 @@ inline void multiply_and_prefetch(const Rows& x, int rows, const uint32_t* panel
     for (int start = 0; start < rows; start += kPrefetchRows) {
         const int now = std::min(kPrefetchRows, rows - start);
         const int end = (int)((int64_t)depth * (start + now) / rows);
-        for (int row = (int)((int64_t)depth * start / rows); row < end; row++)
-            _mm_prefetch((const char*)(w + row * stride), _MM_HINT_T1);
+        for (int row = (int)((int64_t)depth * start / rows); row < end; row++) prefetch_line(w + row * stride);
         multiply(x.from(start), now, (const bf16*)panel, pairs, y + start * y_stride, y_stride);
     }
 }
@@ -107,20 +104,20 @@ inline void multiply_and_prefetch(const Rows& x, int rows, const uint32_t* panel
 template <int rows>
 inline void multiply_narrow_block(const bf16* x, size_t x_stride, const uint32_t* panel, int pairs, float* y,
                                   size_t y_stride) {
-    __m512 sum[rows];
+    F32x16 sum[rows];
 #pragma GCC unroll 24
-    for (int row = 0; row < rows; row++) sum[row] = _mm512_setzero_ps();
+    for (int row = 0; row < rows; row++) sum[row] = F32x16{};
     for (int pair = 0; pair < pairs; pair++, panel += kTile) {
-        const __m512bh w = load_pairs((const bf16*)panel);
+        const U32x16 w = load_pairs((const bf16*)panel);
 #pragma GCC unroll 24
         for (int row = 0; row < rows; row++) {
             uint32_t two;
             memcpy(&two, x + row * x_stride + 2 * pair, 4);
-            sum[row] = _mm512_dpbf16_ps(sum[row], (__m512bh)_mm512_set1_epi32((int)two), w);
+            sum[row] = fmadd_pairs(broadcast_u32(two), w, sum[row]);
         }
     }
 #pragma GCC unroll 24
-    for (int row = 0; row < rows; row++) _mm512_storeu_ps(y + row * y_stride, sum[row]);
+    for (int row = 0; row < rows; row++) store(y + row * y_stride, sum[row]);
 }
 
 // y (rows, 16) of the first half of a packed tile, the very sums of `multiply` without AMX: twice the rows at once keep

@@ -5,7 +5,6 @@
 #pragma once
 #include "layers.h"
 #include "panels.h"
-#include "seam/checks.h"
 
 constexpr int kProductRows = 512;  // rows that meet a tile when it was packed, at most
 
@@ -23,16 +22,11 @@ inline const TrainModule* module_at(const TrainGroup& lora, int64_t column) {
     return nullptr;
 }
 
-inline __mmask16 are_kept(const uint8_t* flags) {  // of sixteen
-    const __m128i x = _mm_loadu_si128((const __m128i*)flags);
-    return vectors::are_not_zero(x);
-}
-
 // y = what dropout keeps of x (tokens, in), times `factor`.
 inline void keep(const uint8_t* kept, double factor, const bf16* x, int64_t in, int start, int rows, bf16* y) {
-    const __m512 by = _mm512_set1_ps((float)factor);
+    const F32x16 by = broadcast((float)factor);
     for (int64_t i = start * in; i < (start + rows) * in; i += 16)
-        store_bf16(y + i, _mm512_maskz_mul_ps(are_kept(kept + i), load_bf16(x + i), by));
+        store_bf16(y + i, choose(nonzero_bytes(kept + i), load_bf16(x + i) * by, F32x16{}));
 }
 
 // y (rows, outputs) = x (rows, depth) times `outputs` rows of w, 16 or 32.
@@ -102,13 +96,13 @@ inline void product_backward(const bf16* w, int64_t in, int64_t out, const Train
     if (lora.kept == nullptr) return multiply<true>(low, lora.rows, rows, panel, pairs, y, y_stride);
     float* share = room(scratch.share, rows * kTile);
     multiply(low, lora.rows, rows, panel, pairs, share, kTile);
-    const __m512 by = _mm512_set1_ps((float)factor);
+    const F32x16 by = broadcast((float)factor);
     for (int row = 0; row < rows; row++)
         for (int i = 0; i < kTile; i += 16) {
             float* to = y + row * y_stride + i;
-            const __m512 more = _mm512_mul_ps(_mm512_loadu_ps(share + row * kTile + i), by);
-            const __mmask16 kept = are_kept(lora.kept + (start + row) * in + column + i);
-            _mm512_storeu_ps(to, _mm512_mask_add_ps(_mm512_loadu_ps(to), kept, _mm512_loadu_ps(to), more));
+            const F32x16 more = load(share + row * kTile + i) * by;
+            const Mask16 kept = nonzero_bytes(lora.kept + (start + row) * in + column + i);
+            store(to, choose(kept, load(to) + more, load(to)));
         }
 }
 
@@ -141,9 +135,9 @@ inline void multiply_over_tokens_turned(const bf16* x_T, int64_t x_stride, int o
     multiply_over_tokens({x_T, (size_t)x_stride}, outputs, dy, out, column, tokens, tile, kTile, scratch);
     for (int output = 0; output < outputs; output += 16)
         for (int half = 0; half < kTile; half += 16) {
-            __m512i r[16];
-            for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(tile + (output + i) * kTile + half);
+            U32x16 r[16];
+            for (int i = 0; i < 16; i++) r[i] = load_u32(tile + (output + i) * kTile + half);
             transpose16(r);
-            for (int i = 0; i < 16; i++) _mm512_storeu_si512(y + (half + i) * y_stride + output, r[i]);
+            for (int i = 0; i < 16; i++) store(y + (half + i) * y_stride + output, r[i]);
         }
 }

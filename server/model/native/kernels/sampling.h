@@ -15,17 +15,17 @@ constexpr float kMaxNoise = 16.7f;  // more than the most that gumbel16 gives, -
 
 // Standard Gumbel noise, -ln(-ln(u)), of 16 tokens. Token and key decide it: u is the 23 highest bits of a 32-bit mix
 // of them, and a half (multipliers of "lowbias32", Wellons 2018).
-inline __m512 gumbel16(__m512i tokens, int64_t key) {
-    __m512i x = _mm512_xor_si512(tokens, _mm512_set1_epi32((int)key));
-    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
-    x = _mm512_mullo_epi32(x, _mm512_set1_epi32(0x7feb352d));
-    x = _mm512_xor_si512(x, _mm512_set1_epi32((int)(key >> 32)));
-    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 15));
-    x = _mm512_mullo_epi32(x, _mm512_set1_epi32((int)0x846ca68b));
-    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
-    const __m512 bits = _mm512_cvtepi32_ps(_mm512_srli_epi32(x, 9)), zero = _mm512_setzero_ps();
-    const __m512 u = _mm512_mul_ps(_mm512_add_ps(bits, _mm512_set1_ps(0.5f)), _mm512_set1_ps(0x1p-23f));
-    return _mm512_sub_ps(zero, log16(_mm512_sub_ps(zero, log16(u))));
+inline F32x16 gumbel16(U32x16 tokens, int64_t key) {
+    U32x16 x = tokens ^ broadcast_u32(key);
+    x = x ^ (x >> 16);
+    x = x * broadcast_u32(0x7feb352d);
+    x = x ^ broadcast_u32(key >> 32);
+    x = x ^ (x >> 15);
+    x = x * broadcast_u32(0x846ca68b);
+    x = x ^ (x >> 16);
+    const F32x16 bits = to_f32(x >> 9), zero = F32x16{};
+    const F32x16 u = (bits + broadcast(0.5f)) * broadcast(0x1p-23f);
+    return zero - log16(zero - log16(u));
 }
 
 class RowSampler {  // of one thread
@@ -60,34 +60,32 @@ class RowSampler {  // of one thread
 
     // The largest logit and the first token that has it; whether any is NaN.
     void find_largest() {
-        __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-        __m512i at = _mm512_set1_epi32(0), tokens = first_tokens();
-        __mmask16 nan = 0;
-        for (int i = 0; i < vocab_; i += 16, tokens = _mm512_add_epi32(tokens, _mm512_set1_epi32(16))) {
-            const __m512 l = _mm512_loadu_ps(logits_ + i);
-            nan |= _mm512_cmp_ps_mask(l, l, _CMP_UNORD_Q);
-            const __mmask16 is_more = _mm512_cmp_ps_mask(l, most, _CMP_GT_OQ);
-            most = _mm512_mask_mov_ps(most, is_more, l), at = _mm512_mask_mov_epi32(at, is_more, tokens);
+        F32x16 most = broadcast(-std::numeric_limits<float>::infinity());
+        U32x16 at = broadcast_u32(0), tokens = lane_numbers();
+        Mask16 nan = 0;
+        for (int i = 0; i < vocab_; i += 16, tokens = tokens + broadcast_u32(16)) {
+            const F32x16 l = load(logits_ + i);
+            nan |= is_nan(l);
+            const Mask16 is_more = is_greater(l, most);
+            most = choose(is_more, l, most), at = choose(is_more, tokens, at);
         }
-        has_nan_ = nan != 0, most_ = _mm512_reduce_max_ps(most);
-        const __mmask16 is_most = _mm512_cmp_ps_mask(most, _mm512_set1_ps(most_), _CMP_EQ_OQ);
-        chosen_ = _mm512_mask_reduce_min_epi32(is_most, at);
+        has_nan_ = nan != 0, most_ = reduce_max(most);
+        const Mask16 is_most = is_equal(most, broadcast(most_));
+        chosen_ = reduce_min(is_most, at);
     }
 
     // x = (logit - the largest) / temperature: what a token brings to the draw, beside its noise.
-    __m512 shares(__m512 logits) const {
-        return _mm512_mul_ps(_mm512_sub_ps(logits, _mm512_set1_ps(most_)), _mm512_set1_ps(by_));
-    }
+    F32x16 shares(F32x16 logits) const { return (logits - broadcast(most_)) * broadcast(by_); }
 
     // The sum of e^x over the vocabulary: in fp32 over parts of it, whose sums are added up in doubles.
     double sum_weights() const {
         constexpr int kPart = 512;
         double sum = 0;
         for (int start = 0; start < vocab_; start += kPart) {
-            __m512 part = _mm512_setzero_ps();
+            F32x16 part{};
             for (int i = start; i < std::min(start + kPart, vocab_); i += 16)
-                part = _mm512_add_ps(part, exp16(shares(_mm512_loadu_ps(logits_ + i))));
-            sum += _mm512_reduce_add_ps(part);
+                part = part + exp16(shares(load(logits_ + i)));
+            sum += reduce_add(part);
         }
         return sum;
     }
@@ -97,11 +95,11 @@ class RowSampler {  // of one thread
         candidates_.clear();
         double mass = 0;
         for (int i = 0; i < vocab_; i += 16) {
-            const __m512 l = _mm512_loadu_ps(logits_ + i);
-            unsigned mask = _mm512_cmp_ps_mask(l, _mm512_set1_ps(floor), _CMP_GE_OQ);
+            const F32x16 l = load(logits_ + i);
+            unsigned mask = is_at_least(l, broadcast(floor));
             if (!mask) continue;
             float weights[16];
-            _mm512_storeu_ps(weights, exp16(shares(l)));
+            store(weights, exp16(shares(l)));
             for (; mask; mask &= mask - 1) {
                 const int lane = std::countr_zero(mask);
                 candidates_.push_back({logits_[i + lane], weights[lane], i + lane});
@@ -181,9 +179,8 @@ class RowSampler {  // of one thread
         }
         if (row.forbidden == nullptr) return row.num_seen > 0 || row.num_added > 0;
         for (int i = 0; i < vocab_; i += 16) {
-            const __m128i bytes = _mm_loadu_si128((const __m128i*)(row.forbidden + i));
-            const __mmask16 mask = vectors::are_not_zero(bytes);
-            _mm512_mask_storeu_ps(logits_ + i, mask, _mm512_set1_ps(-std::numeric_limits<float>::infinity()));
+            const F32x16 never = broadcast(-std::numeric_limits<float>::infinity());
+            store_lanes(logits_ + i, nonzero_bytes(row.forbidden + i), never);
         }
         return true;
     }
@@ -199,7 +196,7 @@ class RowSampler {  // of one thread
         by_ = (float)(1 / row.temperature);
         least_ = row.min_p > 0 ? (float)std::log(row.min_p) : -std::numeric_limits<float>::infinity();
         score_ = -std::numeric_limits<float>::infinity();
-        consider(_mm512_set1_ps(most_), _mm512_set1_epi32(chosen_), 1);  // no filter drops the likeliest
+        consider(broadcast(most_), broadcast_u32(chosen_), 1);  // no filter drops the likeliest
         const bool has_top_k = row.top_k > 0 && row.top_k < vocab_, has_top_p = row.top_p < 1;
         if (!has_top_k && !has_top_p) return draw_from_all();
         double all = 0;  // what top-p is a share of
@@ -217,7 +214,7 @@ class RowSampler {  // of one thread
             int tokens[16] = {};
             for (int i = 0; i < count; i++)
                 logits[i] = candidates_[start + i].logit, tokens[i] = candidates_[start + i].token;
-            consider(_mm512_loadu_ps(logits), _mm512_loadu_si512(tokens), first_lanes(count));
+            consider(load(logits), load_u32(tokens), first_lanes(count));
         }
     }
 
@@ -229,31 +226,29 @@ class RowSampler {  // of one thread
         };
         float now = floor(), score = score_;
         for (int i = 0; i < vocab_; i += 16) {
-            const __m512 l = _mm512_loadu_ps(logits_ + i);
-            const __mmask16 mask = _mm512_cmp_ps_mask(l, _mm512_set1_ps(now), _CMP_GE_OQ);
+            const F32x16 l = load(logits_ + i);
+            const Mask16 mask = is_at_least(l, broadcast(now));
             if (!mask) continue;
-            consider(l, _mm512_add_epi32(first_tokens(), _mm512_set1_epi32(i)), mask);
+            consider(l, lane_numbers() + broadcast_u32(i), mask);
             if (score_ > score) now = floor(), score = score_;
         }
     }
 
     // Has the lanes of `mask` take part in the draw.
-    void consider(__m512 logits, __m512i tokens, __mmask16 mask) {
-        const __m512 x = shares(logits), scores = _mm512_add_ps(x, gumbel16(tokens, key_));
-        mask = _mm512_mask_cmp_ps_mask(mask, x, _mm512_set1_ps(least_), _CMP_GE_OQ);
-        unsigned better = _mm512_mask_cmp_ps_mask(mask, scores, _mm512_set1_ps(score_), _CMP_GE_OQ);
+    void consider(F32x16 logits, U32x16 tokens, Mask16 mask) {
+        const F32x16 x = shares(logits), scores = x + gumbel16(tokens, key_);
+        mask = mask & is_at_least(x, broadcast(least_));
+        unsigned better = mask & is_at_least(scores, broadcast(score_));
         if (!better) return;
         float of[16];
         int ids[16];
-        _mm512_storeu_ps(of, scores), _mm512_storeu_si512(ids, tokens);
+        store(of, scores), store(ids, tokens);
         for (; better; better &= better - 1) {
             const int lane = std::countr_zero(better);
             if (of[lane] > score_ || (of[lane] == score_ && ids[lane] < chosen_))
                 score_ = of[lane], chosen_ = ids[lane];
         }
     }
-
-    static __m512i first_tokens() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 
     float* logits_ = nullptr;
     int vocab_ = 0, chosen_ = 0;

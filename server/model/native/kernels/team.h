@@ -21,7 +21,7 @@
 #include <utility>
 #include <vector>
 
-#include "vectors/vectors.h"
+#include "simd/simd.h"
 
 class Team {
   public:
@@ -120,7 +120,7 @@ class Team {
         number_ = number;
         std::atomic<unsigned>& jobs = jobs_[number].value;
         for (unsigned seen = 0;;) {
-            for (int i = 0; i < kSpins && jobs.load(std::memory_order_acquire) == seen; i++) _mm_pause();
+            for (int i = 0; i < kSpins && jobs.load(std::memory_order_acquire) == seen; i++) simd::pause();
             jobs.wait(seen, std::memory_order_acquire);  // asleep between steps
             seen = jobs.load(std::memory_order_acquire);
             if (job_ == nullptr) return;
@@ -161,7 +161,7 @@ class Team {
         Number now;
         for (int i = 0; !condition(now = number.load(std::memory_order_acquire)); i++) {
             if (i < kSpins) {
-                _mm_pause();
+                simd::pause();
                 continue;
             }
             if (i == kSpins) leave_shared_processor();

@@ -69,14 +69,14 @@ inline void attend_text(const Text& text, bf16* out, size_t out_stride, TextScra
         for (int row = 0; row < rows; row++) {
             bf16* to = &weights[row * width];
             sums[row] = exponentials(&scores[row * width], start + row + 1, text.scale(),
-                                     [=](int i, __m512 x) { store_bf16(to + i, x); });
+                                     [=](int i, F32x16 x) { store_bf16(to + i, x); });
             std::fill(to + (start + row + 16) / 16 * 16, to + width, 0);
         }
         against_columns(weights, width, rows, v, keys, text, y, text.dim);
         for (int row = 0; row < rows; row++)
             for (int i = 0; i < text.dim; i += 16)
                 store_bf16(out + (start + row) * out_stride + i,
-                           _mm512_mul_ps(_mm512_loadu_ps(&y[row * text.dim + i]), _mm512_set1_ps(1 / sums[row])));
+                           load(&y[row * text.dim + i]) * broadcast(1 / sums[row]));
     }
 }
 
@@ -98,21 +98,20 @@ inline void attend_text_backward(const Text& text, const bf16* d_out, size_t d_o
         for (int row = 0; row < rows; row++) {
             float *p = &scores[row * width], *dp = &d_weights[row * width];
             const float total =
-                exponentials(p, start + row + 1, text.scale(), [=](int i, __m512 x) { _mm512_storeu_ps(p + i, x); });
-            const __m512 by = _mm512_set1_ps(1 / total);
+                exponentials(p, start + row + 1, text.scale(), [=](int i, F32x16 x) { store(p + i, x); });
+            const F32x16 by = broadcast(1 / total);
             const int seen = (start + row + 16) / 16 * 16;
-            __m512 sum = _mm512_setzero_ps();
+            F32x16 sum{};
             for (int i = 0; i < seen; i += 16) {
-                __m512 weight = _mm512_mul_ps(_mm512_loadu_ps(p + i), by);
-                _mm512_storeu_ps(p + i, weight);
+                F32x16 weight = load(p + i) * by;
+                store(p + i, weight);
                 store_bf16(&weights[row * width + i], weight);
-                sum = _mm512_fmadd_ps(weight, _mm512_loadu_ps(dp + i), sum);
+                sum = fmadd(weight, load(dp + i), sum);
             }
-            const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum)), scale = _mm512_set1_ps(text.scale());
+            const F32x16 mean = broadcast(reduce_add(sum)), scale = broadcast(text.scale());
             for (int i = 0; i < seen; i += 16) {
-                __m512 weight = _mm512_mul_ps(_mm512_loadu_ps(p + i), scale);
-                store_bf16(&d_scores[row * width + i],
-                           _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_loadu_ps(dp + i), mean)));
+                F32x16 weight = load(p + i) * scale;
+                store_bf16(&d_scores[row * width + i], weight * (load(dp + i) - mean));
             }
             std::fill(&weights[row * width] + seen, &weights[row * width] + width, 0);
             std::fill(&d_scores[row * width] + seen, &d_scores[row * width] + width, 0);

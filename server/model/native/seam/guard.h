@@ -1,4 +1,4 @@
-// Round every entry: whatever is thrown below it becomes a status and a text, and ends a call, never the process.
+// Wraps every entry: an exception becomes a status and a text, and ends the call, never the process.
 #pragma once
 #include <cstdarg>
 #include <cstdio>
@@ -13,7 +13,7 @@ struct Invalid : std::exception {
     const char* what() const noexcept override { return text; }
 };
 
-// Throws Invalid with a text made like printf's.
+// Throws Invalid with a text formatted as by printf.
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void refuse(const char* format, ...) {
     Invalid invalid;
     va_list arguments;
@@ -23,7 +23,7 @@ struct Invalid : std::exception {
     throw invalid;
 }
 
-// Calls it; the status, and why it isn't kOk in `error` (kErrorSize).
+// Returns the call's status. If it isn't kOk, `error` (kErrorSize bytes) says why.
 template <class Call>
 int guarded(char* error, Call call) noexcept {
     auto fail = [&](Status status, const char* text) {

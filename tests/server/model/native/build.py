@@ -24,10 +24,9 @@ from server.model.native.library import (
     MACHINES,
     SOURCE,
     UNITS,
-    flags_for,
-    flags_of_units,
     instructions,
     load_library,
+    unit_flags,
 )
 from tests.cache import CACHE
 
@@ -48,7 +47,7 @@ def build(*more: str, name: str | None = None) -> Path:
     the best that this processor has."""
     name = name or instructions()
     compiler = compilers(name)[0]
-    flags = [*flags_of_units((*flags_for(name), *more)), *WARNINGS, f"-I{SOURCE}", f"-I{KERNELS}"]
+    flags = [*unit_flags(name, *more), *WARNINGS, f"-I{SOURCE}", f"-I{KERNELS}"]
     link = _LINK if is_own(name) else (*_LINK, "-static")
     made_of = hashlib.sha256(repr((compiler, flags, link)).encode())
     for path in (*(SOURCE / name for name in (*UNITS, *HEADERS)), *sorted(KERNELS.iterdir())):
@@ -87,11 +86,7 @@ def compilers(name: str | None = None) -> list[str]:
 
 def check_warnings() -> None:
     """Compile the units with warnings as errors, making nothing, for all INSTRUCTIONS with a compiler here."""
-    commands = [
-        (compiler, *flags_of_units(flags_for(name)), *WARNINGS)
-        for name in INSTRUCTIONS
-        for compiler in compilers(name)
-    ]
+    commands = [(compiler, *unit_flags(name), *WARNINGS) for name in INSTRUCTIONS for compiler in compilers(name)]
     if not commands:
         sys.stderr.write("no compiler here: the warnings of C++ stay unseen\n")
         return

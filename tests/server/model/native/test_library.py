@@ -1,6 +1,5 @@
 """How the native library is found, made and done without."""
 
-import ctypes
 import hashlib
 import platform
 import re
@@ -15,7 +14,6 @@ import pytest
 
 from server.model.base.weights import BaseModel
 from server.model.native import library as module
-from server.model.native.abi import STRUCTURES, layout, packing
 from server.model.native.library import (
     FLAGS,
     INSTRUCTIONS,
@@ -155,58 +153,42 @@ def stub(path: Path, source: str, *options: str) -> None:
     path.write_bytes(content + hashlib.sha256(content).digest())
 
 
-def entries(numbers: dict[str, int]) -> str:
-    """C of all entries, which do nothing, with another layout."""
+def entries(source: str) -> str:
+    """C of all entries, which do nothing; the library says that it was compiled from `source`."""
     header = (module.SOURCE / "seam/abi.h").read_text()
-    names = set(re.findall(r"smolora_\w+(?=\()", header)) - {"smolora_layout"}
+    names = set(re.findall(r"smolora_\w+(?=\()", header)) - {"smolora_source"}
     assert len(names) == 16
-    rows = "".join(f'{{"{name}", {value}}}, ' for name, value in numbers.items())
-    return (
-        "static const struct { const char *name; long value; } all[] = {" + rows + "{0, 0}};\n"
-        "const void *smolora_layout() { return all; }\n"
-        + "".join(f"int {name}() {{ return 1; }}\n" for name in names)
+    return f'const char *smolora_source() {{ return "{source}"; }}\n' + "".join(
+        f"int {name}() {{ return 1; }}\n" for name in names
     )
 
 
-def test_the_same_layout_is_taken(tmp_path: Path) -> None:
-    """Of the stub, so that the tests below fail for what they change."""
-    stub(tmp_path / library_name(instructions()), entries(layout()))
+def test_a_library_of_this_source_is_taken(tmp_path: Path) -> None:
+    """The stub, so that the test below fails for what it changes."""
+    stub(tmp_path / library_name(instructions()), entries(source_digest(instructions())))
     said: list[str] = []
     load_library([tmp_path], said.append)
     assert said == []
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_packed_numbers_are_the_structure(structure: type[ctypes.Structure]) -> None:
-    numbers = [7 + place for place, _ in enumerate(structure._fields_)]
-    assert packing(structure).pack(*numbers) == bytes(structure(*numbers))
-
-
-@pytest.mark.parametrize("name", ["kRowUnit", "ServeStep", "ServeStep.hidden", "group down", "kNoMemory"])
-def test_another_layout_is_made_anew(tmp_path: Path, quick: None, name: str) -> None:
-    value = layout()[name]
-    stub(tmp_path / library_name(instructions()), entries({**layout(), name: value + 8}))
+def test_a_library_of_another_source_is_compiled_again(tmp_path: Path, quick: None) -> None:
+    stub(tmp_path / library_name(instructions()), entries(source_digest(instructions())[::-1]))
     said: list[str] = []
     library = load_library([tmp_path], said.append)
-    reason = f"it was made for another layout: {name} is {value + 8}, not {value}"
+    reason = "it was compiled from another source"
     assert said == [f"native code is not taken from {tmp_path}: {reason}", COMPILING]
     assert library.smolora_compiler(), "what was compiled is loaded, though the other one had its name"
 
 
-@pytest.mark.parametrize("change", [{"ServeStep.news": 0}, {}])
-def test_fields_that_one_side_lacks(tmp_path: Path, change: dict[str, int]) -> None:
-    numbers = {**layout(), **change}
-    if not change:
-        del numbers["LoraPart.num_rows"]
-    stub(tmp_path / library_name(instructions()), entries(numbers))
-    with pytest.raises(
-        NativeUnavailable, match=r"layout: (ServeStep.news is 0, not None|LoraPart.num_rows is None)"
-    ):
+def test_a_library_that_lacks_an_entry_is_refused(tmp_path: Path) -> None:
+    lacking = entries(source_digest(instructions())).replace("smolora_draw", "smolora_drawn")
+    stub(tmp_path / library_name(instructions()), lacking)
+    with pytest.raises(NativeUnavailable, match="undefined symbol: smolora_draw"):
         module._load(tmp_path / library_name(instructions()))
 
 
 @pytest.mark.parametrize(
-    "source", ["int smolora_layout;", "int puts_of_a_later_libc(); int f() { return puts_of_a_later_libc(); }"]
+    "source", ["int smolora_source;", "int puts_of_a_later_libc(); int f() { return puts_of_a_later_libc(); }"]
 )
 def test_what_does_not_load_is_made_anew(tmp_path: Path, compiled: Path, quick: None, source: str) -> None:
     """Another library, or one that needs symbols that this system's libraries don't have."""
@@ -235,11 +217,13 @@ def test_all_of_its_source_decides_its_name() -> None:
     assert {*module.UNITS, *module.HEADERS, module._EXPORTS} == files
 
 
-def test_no_two_structs_have_one_name() -> None:
-    source = "".join((module.SOURCE / name).read_text() for name in (*module.UNITS, *module.HEADERS))
+@pytest.mark.parametrize("instruction_set", ["avx512.h", "avx2.h", "neon.h"])
+def test_no_two_structs_have_one_name(instruction_set: str) -> None:
+    """In one library, which has the vectors of one instruction set."""
+    others = {f"simd/{name}" for name in ("avx512.h", "avx2.h", "neon.h") if name != instruction_set}
+    source = "".join((module.SOURCE / name).read_text() for name in {*module.UNITS, *module.HEADERS} - others)
     names = re.findall(r"^ *(?:struct|class)(?: alignas\(\d+\))? (\w+)[^;]*\{", source, re.MULTILINE)
     assert len(names) == len(set(names)) > 30
-    assert {structure.__name__ for structure in STRUCTURES} < set(names)
 
 
 def test_only_its_entries_are_seen(compiled: Path) -> None:

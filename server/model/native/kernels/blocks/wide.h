@@ -11,10 +11,10 @@
 
 #include "../numbers.h"
 
-constexpr int kWideBlock = vectors::kWideSums;  // rows of a register block of half a tile
-constexpr int kFewestWide = kWideBlock - 1;     // rows that gain by it: these are one block, where they were two
-constexpr int kFewestTiles = 4;                 // that rows are widened for
-constexpr size_t kMostWide = size_t{4} << 20;   // numbers that are, of a phase in a thread
+constexpr int kWideBlock = simd::kWideSums;    // rows of a register block of half a tile
+constexpr int kFewestWide = kWideBlock - 1;    // rows that gain by it: these are one block, where they were two
+constexpr int kFewestTiles = 4;                // that rows are widened for
+constexpr size_t kMostWide = size_t{4} << 20;  // numbers that are, of a phase in a thread
 
 struct Rows {  // of 16-bit numbers, `stride` of them apart
     const bf16* x;
@@ -37,7 +37,7 @@ class WideRows {
         if (has_.size() <= (size_t)start) has_.resize(start + 1);
         float* to = &values_[start * depth];
         if (!has_[start])
-            for (size_t i = 0; i < rows * depth; i += 16) _mm512_storeu_ps(to + i, load_bf16(found.x + i));
+            for (size_t i = 0; i < rows * depth; i += 16) store(to + i, load_bf16(found.x + i));
         has_[start] = true;
         return {found.x, depth, to};
     }
@@ -53,25 +53,24 @@ inline void multiply_wide_block(const float* x, size_t x_stride, const bf16* w, 
                                 Prefetched& lines) {
     Prefetched left = lines;
     for (int first = 0; first < kTile; first += 16) {
-        __m512 sum[rows];
+        F32x16 sum[rows];
 #pragma GCC unroll 6
-        for (int row = 0; row < rows; row++)
-            sum[row] = add ? _mm512_loadu_ps(y + row * y_stride + first) : _mm512_setzero_ps();
+        for (int row = 0; row < rows; row++) sum[row] = add ? load(y + row * y_stride + first) : F32x16{};
         const bf16* of = w + 2 * first;
         for (int pair = 0; pair < pairs; pair++, of += 2 * kTile) {
             left.prefetch_some();
-            const __m512i both = _mm512_loadu_si512(of);
-            const __m512 second = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
+            const U32x16 both = load_u32(of);
+            const F32x16 second = as_f32(both & broadcast_u32(0xffff0000));
 #pragma GCC unroll 6
             for (int row = 0; row < rows; row++)
-                sum[row] = _mm512_fmadd_ps(_mm512_set1_ps(x[row * x_stride + 2 * pair + 1]), second, sum[row]);
-            const __m512 one = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+                sum[row] = fmadd(broadcast(x[row * x_stride + 2 * pair + 1]), second, sum[row]);
+            const F32x16 one = as_f32(both << 16);
 #pragma GCC unroll 6
             for (int row = 0; row < rows; row++)
-                sum[row] = _mm512_fmadd_ps(_mm512_set1_ps(x[row * x_stride + 2 * pair]), one, sum[row]);
+                sum[row] = fmadd(broadcast(x[row * x_stride + 2 * pair]), one, sum[row]);
         }
 #pragma GCC unroll 6
-        for (int row = 0; row < rows; row++) _mm512_storeu_ps(y + row * y_stride + first, sum[row]);
+        for (int row = 0; row < rows; row++) store(y + row * y_stride + first, sum[row]);
     }
     lines = left;
 }

@@ -223,10 +223,10 @@ class LoraGroup {
 
     // Rounds a token's sums, times the weight, into its place.
     void put(const Piece& piece, int token, const float* sums) {
-        const __m512 weight = _mm512_set1_ps((float)weights_[piece.part]);
+        const F32x16 weight = broadcast((float)weights_[piece.part]);
         for (int row = 0; row < piece.rows; row += 16)
-            _mm256_mask_storeu_epi16(&hidden_[piece.hidden + token * piece.width + row], first_lanes(piece.rows - row),
-                                     (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(weight, _mm512_loadu_ps(sums + row))));
+            store_lanes(&hidden_[piece.hidden + token * piece.width + row], first_lanes(piece.rows - row),
+                        to_bf16(weight * load(sums + row)));
     }
 
     LoraPool pool_{};

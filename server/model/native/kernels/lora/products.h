@@ -21,55 +21,53 @@ constexpr int kOwnTokens = 4;      // with an A each that are computed together,
 template <int vectors, int tokens>
 inline void multiply_rows(const bf16* x, size_t x_stride, const bf16* a, size_t rows, int columns, int pairs,
                           float* y) {
-    __m512 sum[tokens][vectors];
+    F32x16 sum[tokens][vectors];
     for (auto& of_token : sum)
-        for (auto& of : of_token) of = _mm512_setzero_ps();
-    const __mmask16 last = first_lanes(columns - 16 * (vectors - 1));
+        for (auto& of : of_token) of = F32x16{};
+    const Mask16 last = first_lanes(columns - 16 * (vectors - 1));
     for (int pair = 0; pair < pairs; pair++, a += 2 * rows) {
-        __m512bh w[vectors];
+        U32x16 w[vectors];
 #pragma GCC unroll 3
-        for (int i = 0; i < vectors; i++)
-            w[i] = (__m512bh)_mm512_maskz_loadu_epi32(i == vectors - 1 ? last : 0xffff, a + 32 * i);
+        for (int i = 0; i < vectors; i++) w[i] = load_lanes(i == vectors - 1 ? last : 0xffff, a + 32 * i);
 #pragma GCC unroll 16
         for (int token = 0; token < tokens; token++) {
             uint32_t two;
             memcpy(&two, x + token * x_stride + 2 * pair, 4);
-            auto both = (__m512bh)_mm512_set1_epi32((int)two);
+            auto both = broadcast_u32(two);
 #pragma GCC unroll 3
-            for (int i = 0; i < vectors; i++) sum[token][i] = _mm512_dpbf16_ps(sum[token][i], both, w[i]);
+            for (int i = 0; i < vectors; i++) sum[token][i] = fmadd_pairs(both, w[i], sum[token][i]);
         }
     }
 #pragma GCC unroll 16
     for (int token = 0; token < tokens; token++)
 #pragma GCC unroll 3
-        for (int i = 0; i < vectors; i++) _mm512_storeu_ps(y + (token * kShrinkVectors + i) * 16, sum[token][i]);
+        for (int i = 0; i < vectors; i++) store(y + (token * kShrinkVectors + i) * 16, sum[token][i]);
 }
 
 // The same for `tokens` tokens, each with its own x and A, whose sums wait for each other less than one's alone.
 template <int vectors, int tokens>
 inline void multiply_own_rows(const bf16* const* x, const bf16* const* a, size_t rows, int columns, int pairs,
                               float* y) {
-    __m512 sum[tokens][vectors];
+    F32x16 sum[tokens][vectors];
     for (auto& of_token : sum)
-        for (auto& of : of_token) of = _mm512_setzero_ps();
-    const __mmask16 last = first_lanes(columns - 16 * (vectors - 1));
+        for (auto& of : of_token) of = F32x16{};
+    const Mask16 last = first_lanes(columns - 16 * (vectors - 1));
     for (int pair = 0; pair < pairs; pair++)
 #pragma GCC unroll 4
         for (int token = 0; token < tokens; token++) {
             uint32_t two;
             memcpy(&two, x[token] + 2 * pair, 4);
-            auto both = (__m512bh)_mm512_set1_epi32((int)two);
+            auto both = broadcast_u32(two);
 #pragma GCC unroll 3
             for (int i = 0; i < vectors; i++) {
                 const void* w = a[token] + 2 * rows * pair + 32 * i;
-                sum[token][i] = _mm512_dpbf16_ps(
-                    sum[token][i], both, (__m512bh)_mm512_maskz_loadu_epi32(i == vectors - 1 ? last : 0xffff, w));
+                sum[token][i] = fmadd_pairs(both, load_lanes(i == vectors - 1 ? last : 0xffff, w), sum[token][i]);
             }
         }
 #pragma GCC unroll 4
     for (int token = 0; token < tokens; token++)
 #pragma GCC unroll 3
-        for (int i = 0; i < vectors; i++) _mm512_storeu_ps(y + (token * kShrinkVectors + i) * 16, sum[token][i]);
+        for (int i = 0; i < vectors; i++) store(y + (token * kShrinkVectors + i) * 16, sum[token][i]);
 }
 
 // The same for two to kOwnTokens tokens.
@@ -85,7 +83,7 @@ inline void multiply_own_rows(const bf16* const* x, const bf16* const* a, int to
 template <int vectors>
 inline void multiply_rows(const bf16* x, size_t x_stride, int tokens, const bf16* a, size_t rows, int columns,
                           int pairs, float* y) {
-    constexpr int kAtOnce = std::clamp(vectors::kSums / vectors, 1, vectors == 1 ? 16 : 8);
+    constexpr int kAtOnce = std::clamp(simd::kSums / vectors, 1, vectors == 1 ? 16 : 8);
     static constexpr auto kByTokens = []<int... i>(std::integer_sequence<int, i...>) {
         return std::array{multiply_rows<vectors, i + 1>...};
     }(std::make_integer_sequence<int, kAtOnce>{});
@@ -132,40 +130,40 @@ inline void multiply_rows_amx(const bf16* x, size_t x_stride, int tokens, const 
 // As AMX rounds, while it lives: numbers too small to be normal are 0.
 class FlushesToZero {
   public:
-    FlushesToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | vectors::kFlushesToZero); }
-    ~FlushesToZero() { _mm_setcsr(before_); }
+    FlushesToZero() : before_(simd::float_mode()) { simd::set_float_mode(before_ | simd::kFlushesToZero); }
+    ~FlushesToZero() { simd::set_float_mode(before_); }
     FlushesToZero(const FlushesToZero&) = delete;
     FlushesToZero& operator=(const FlushesToZero&) = delete;
 
   private:
-    const decltype(_mm_getcsr()) before_;
+    const decltype(simd::float_mode()) before_;
 };
 
 // y (32) += hidden (2 · pairs) times a tile of B, each number the one that AMX makes: of 16 pairs at a time, first the
 // even and the odd ones apart, then both together and to what came before. AMX takes longer for a few tokens.
 inline void expand_as_amx(const bf16* hidden, const bf16* b, int pairs, float* y) {
-    const __m512i high = _mm512_set1_epi32((int)0xffff0000);
-    __m512 y0 = _mm512_loadu_ps(y), y1 = _mm512_loadu_ps(y + 16);
+    const U32x16 high = broadcast_u32(0xffff0000);
+    F32x16 y0 = load(y), y1 = load(y + 16);
     for (int first = 0; first < pairs; first += kAmxPairs) {
-        __m512 even0 = _mm512_setzero_ps(), odd0 = even0, even1 = even0, odd1 = even0;
+        F32x16 even0 = F32x16{}, odd0 = even0, even1 = even0, odd1 = even0;
         for (int pair = first; pair < std::min(pairs, first + kAmxPairs); pair++) {
             uint32_t two;
             memcpy(&two, hidden + 2 * pair, 4);
-            const __m512 even = _mm512_castsi512_ps(_mm512_set1_epi32((int)(two << 16)));
-            const __m512 odd = _mm512_castsi512_ps(_mm512_set1_epi32((int)(two & 0xffff0000)));
+            const F32x16 even = as_f32(broadcast_u32(two << 16));
+            const F32x16 odd = as_f32(broadcast_u32(two & 0xffff0000));
             const bf16* next = b + (pairs + pair) * 2 * kTile;  // what the next item of this thread will read
             prefetch_line(next);
             prefetch_line(next + kTile);
-            const __m512i w0 = _mm512_loadu_si512(b + pair * 2 * kTile);
-            const __m512i w1 = _mm512_loadu_si512(b + pair * 2 * kTile + kTile);
-            even0 = _mm512_fmadd_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(w0, 16)), even0);
-            odd0 = _mm512_fmadd_ps(odd, _mm512_castsi512_ps(_mm512_and_si512(w0, high)), odd0);
-            even1 = _mm512_fmadd_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(w1, 16)), even1);
-            odd1 = _mm512_fmadd_ps(odd, _mm512_castsi512_ps(_mm512_and_si512(w1, high)), odd1);
+            const U32x16 w0 = load_u32(b + pair * 2 * kTile);
+            const U32x16 w1 = load_u32(b + pair * 2 * kTile + kTile);
+            even0 = fmadd(even, as_f32(w0 << 16), even0);
+            odd0 = fmadd(odd, as_f32(w0 & high), odd0);
+            even1 = fmadd(even, as_f32(w1 << 16), even1);
+            odd1 = fmadd(odd, as_f32(w1 & high), odd1);
         }
-        y0 = _mm512_add_ps(y0, _mm512_add_ps(even0, odd0));
-        y1 = _mm512_add_ps(y1, _mm512_add_ps(even1, odd1));
+        y0 = y0 + (even0 + odd0);
+        y1 = y1 + (even1 + odd1);
     }
-    _mm512_storeu_ps(y, y0);
-    _mm512_storeu_ps(y + 16, y1);
+    store(y, y0);
+    store(y + 16, y1);
 }

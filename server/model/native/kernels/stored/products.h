@@ -10,8 +10,8 @@
 #include "../prefetch.h"
 #include "tiles.h"
 
-using vectors::kStoredRows;
-constexpr bool kBothHalves = vectors::kSums >= 24;  // of a tile at once: a sum waits for the one before
+using simd::kStoredRows;
+constexpr bool kBothHalves = simd::kSums >= 24;  // of a tile at once: a sum waits for the one before
 
 template <class Tile>
 inline void prefetch_ahead(const Tile* tile) {
@@ -22,9 +22,8 @@ inline void prefetch_ahead(const Tile* tile) {
 template <class Tile>
 inline void expand(const Tile& from, bf16* to) {
     for (int first = 0; first < kTile; first += 16)
-        each_pair<1>(from, first, [&](int pair, const vectors::Pairs& w) {
-            _mm512_storeu_si512(to + (pair * kTile + first) * 2, vectors::packed(w));
-        });
+        each_pair<1>(from, first,
+                     [&](int pair, const simd::Pairs& w) { store(to + (pair * kTile + first) * 2, simd::packed(w)); });
 }
 
 // All of `rows` rows, each named by itself: of an index that is counted, the compiler keeps the sums in memory.
@@ -32,34 +31,34 @@ template <class Tile, class Prefetched, int rows>
 inline void multiply_stored_block(const bf16* x, size_t x_stride, const Tile* tiles, int count, float* y,
                                   size_t y_stride, Prefetched lines, size_t lines_each) {
     [&]<int... row>(std::integer_sequence<int, row...>) {
-        __m512 left[rows], right[rows];
-        ((left[row] = right[row] = _mm512_setzero_ps()), ...);
+        F32x16 left[rows], right[rows];
+        ((left[row] = right[row] = F32x16{}), ...);
         for (int i = 0; i < count; i++) {
             prefetch_ahead(tiles + i);
             lines.prefetch(lines_each);
             auto both = [&](int of, int pair) {
                 uint32_t two;
                 memcpy(&two, x + of * x_stride + i * kTile + 2 * pair, 4);
-                return (__m512bh)_mm512_set1_epi32((int)two);
+                return broadcast_u32(two);
             };
             if constexpr (kBothHalves) {
-                each_pair<2>(tiles[i], 0, [&](int pair, const vectors::Pairs& first, const vectors::Pairs& second) {
-                    ((left[row] = vectors::add_products(left[row], both(row, pair), first),
-                      right[row] = vectors::add_products(right[row], both(row, pair), second)),
+                each_pair<2>(tiles[i], 0, [&](int pair, const simd::Pairs& first, const simd::Pairs& second) {
+                    ((left[row] = simd::add_products(left[row], both(row, pair), first),
+                      right[row] = simd::add_products(right[row], both(row, pair), second)),
                      ...);
                 });
             } else {
-                each_pair<1>(tiles[i], 0, [&](int pair, const vectors::Pairs& w) {
-                    ((left[row] = vectors::add_products(left[row], both(row, pair), w)), ...);
+                each_pair<1>(tiles[i], 0, [&](int pair, const simd::Pairs& w) {
+                    ((left[row] = simd::add_products(left[row], both(row, pair), w)), ...);
                 });
                 asm volatile("" ::: "memory");  // x is read again: its copies would take all registers
-                each_pair<1>(tiles[i], 16, [&](int pair, const vectors::Pairs& w) {
-                    ((right[row] = vectors::add_products(right[row], both(row, pair), w)), ...);
+                each_pair<1>(tiles[i], 16, [&](int pair, const simd::Pairs& w) {
+                    ((right[row] = simd::add_products(right[row], both(row, pair), w)), ...);
                 });
             }
         }
-        (_mm512_storeu_ps(y + row * y_stride, left[row]), ...);
-        (_mm512_storeu_ps(y + row * y_stride + 16, right[row]), ...);
+        (store(y + row * y_stride, left[row]), ...);
+        (store(y + row * y_stride + 16, right[row]), ...);
     }(std::make_integer_sequence<int, rows>{});
 }
 

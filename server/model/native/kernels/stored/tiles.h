@@ -31,23 +31,23 @@ static_assert(sizeof(BlockQ4_1) * kTile == sizeof(TileQ4_1) && sizeof(BlockQ8_0)
 constexpr int code_at(int pair) { return 16 * (pair % 2) + 4 * (pair / 2); }
 
 // Calls visit(pair, w...) for each of a tile's 16 pairs of inputs in their order, each w being the weights of 16
-// outputs as vectors::Pairs: of `count` times 16, from the output `first` on. Products of a scale and a code are exact
+// outputs as simd::Pairs: of `count` times 16, from the output `first` on. Products of a scale and a code are exact
 // in fp32, so that a sum is rounded once, then to bf16.
 template <int count, class Visit>
 inline void each_pair(const TileQ4_1& from, int first, Visit visit) {
     [&]<int... i>(std::integer_sequence<int, i...>) {
-        const vectors::Scales scales[] = {vectors::load_scales(from.scales + first + 16 * i)...};
-        const vectors::Scales least[] = {vectors::load_scales(from.least + first + 16 * i)...};
+        const simd::Scales scales[] = {simd::load_scales(from.scales + first + 16 * i)...};
+        const simd::Scales least[] = {simd::load_scales(from.least + first + 16 * i)...};
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
-            vectors::SplitWords codes[] = {vectors::split_words(from.codes[half] + 2 * (first + 16 * i))...};
+            simd::SplitWords codes[] = {simd::split_words(from.codes[half] + 2 * (first + 16 * i))...};
 #pragma GCC unroll 4
             for (int pair = 8 * half; pair < 8 * half + 8; pair += 2) {
-                visit(pair, vectors::scaled({vectors::low_code(codes[i].one), vectors::low_code(codes[i].other)},
-                                            scales[i], least[i])...);
-                visit(pair + 1, vectors::scaled({vectors::high_code(codes[i].one), vectors::high_code(codes[i].other)},
-                                                scales[i], least[i])...);
-                ((codes[i] = {_mm512_srli_epi32(codes[i].one, 4), _mm512_srli_epi32(codes[i].other, 4)}), ...);
+                visit(pair, simd::scaled({simd::low_code(codes[i].one), simd::low_code(codes[i].other)}, scales[i],
+                                         least[i])...);
+                visit(pair + 1, simd::scaled({simd::high_code(codes[i].one), simd::high_code(codes[i].other)},
+                                             scales[i], least[i])...);
+                ((codes[i] = {codes[i].one >> 4, codes[i].other >> 4}), ...);
             }
         }
     }(std::make_integer_sequence<int, count>{});
@@ -55,10 +55,10 @@ inline void each_pair(const TileQ4_1& from, int first, Visit visit) {
 template <int count, class Visit>
 inline void each_pair(const TileQ8_0& from, int first, Visit visit) {
     [&]<int... i>(std::integer_sequence<int, i...>) {
-        const vectors::Scales scales[] = {vectors::load_scales(from.scales + first + 16 * i)...};
+        const simd::Scales scales[] = {simd::load_scales(from.scales + first + 16 * i)...};
 #pragma GCC unroll 16
         for (int pair = 0; pair < kTile / 2; pair++)
-            visit(pair, vectors::scaled(vectors::split_bytes(from.codes[pair] + 2 * (first + 16 * i)), scales[i])...);
+            visit(pair, simd::scaled(simd::split_bytes(from.codes[pair] + 2 * (first + 16 * i)), scales[i])...);
     }(std::make_integer_sequence<int, count>{});
 }
 

@@ -14,7 +14,7 @@ TEST(exponentials_of_scores) {
             const float scale = 0.125f;
             const double most = *std::max_element(given.begin(), given.begin() + count);
             const float found =
-                exponentials(scores.data(), count, scale, [&](int i, __m512 x) { _mm512_storeu_ps(&scores[i], x); });
+                exponentials(scores.data(), count, scale, [&](int i, F32x16 x) { store(&scores[i], x); });
             double sum = 0;
             for (int i = 0; i < width; i++) {
                 const double exact = i < count ? std::exp(scale * (given[i] - most)) : 0;

@@ -3,9 +3,9 @@
 #include "check.h"
 #include "kernels/layers.h"
 
-static float lane(__m512 x, int i) {
+static float lane(F32x16 x, int i) {
     float all[16];
-    _mm512_storeu_ps(all, x);
+    store(all, x);
     return all[i];
 }
 
@@ -13,7 +13,7 @@ TEST(exp16_is_within_3_ulp) {
     Random random(1);
     auto check = [](float x) {
         const double exact = std::exp((double)x);
-        const float found = lane(exp16(_mm512_set1_ps(x)), 5);
+        const float found = lane(exp16(broadcast(x)), 5);
         int exponent;
         frexp(exact, &exponent);
         expect_near(found, exact, 3 * std::ldexp(1.0, std::max(exponent - 24, -149)), "exp(%.9g)", x);
@@ -26,16 +26,16 @@ TEST(exp16_is_within_3_ulp) {
 
 TEST(exp16_ends_somewhere) {
     const float inf = std::numeric_limits<float>::infinity();
-    for (float x : {-104.5f, -1000.0f, -inf}) expect_near(lane(exp16(_mm512_set1_ps(x)), 0), 0, 1e-44, "exp(%g)", x);
+    for (float x : {-104.5f, -1000.0f, -inf}) expect_near(lane(exp16(broadcast(x)), 0), 0, 1e-44, "exp(%g)", x);
     for (float x : {88.5f, 1000.0f, inf})
-        expect_near(lane(exp16(_mm512_set1_ps(x)), 0), std::exp(88.0), std::exp(88.0) * kExp, "exp(%g)", x);
-    expect(std::isnan(lane(exp16(_mm512_set1_ps(std::nanf(""))), 0)), "exp(NaN) must be NaN");
+        expect_near(lane(exp16(broadcast(x)), 0), std::exp(88.0), std::exp(88.0) * kExp, "exp(%g)", x);
+    expect(std::isnan(lane(exp16(broadcast(std::nanf(""))), 0)), "exp(NaN) must be NaN");
 }
 
 TEST(lanes_are_apart) {
     float x[16], found[16];
     for (int i = 0; i < 16; i++) x[i] = (float)i - 8;
-    _mm512_storeu_ps(found, exp16(_mm512_loadu_ps(x)));
+    store(found, exp16(load(x)));
     for (int i = 0; i < 16; i++)
         expect_near(found[i], std::exp((double)x[i]), std::exp((double)x[i]) * kExp, "lane %d", i);
 }
@@ -49,7 +49,7 @@ TEST(bf16_rounds_to_the_nearest) {
             of = std::ldexp((float)random.uniform(-2, 2), (int)random.below(60) - 30);
             if (round % 3 == 0) of = to_float(to_bf16(of)) * (1 + (float)(random.below(3) - 1) / 256);  // ties
         }
-        store_bf16(found, _mm512_loadu_ps(x));
+        store_bf16(found, load(x));
         for (int i = 0; i < 16; i++) expect(found[i] == to_bf16(x[i]), "%a is rounded to %x", x[i], found[i]);
     }
 }
@@ -58,7 +58,7 @@ TEST(bf16_comes_back) {
     for (int first = 0; first < 1 << 16; first += 16) {
         bf16 x[16], back[16];
         for (int i = 0; i < 16; i++) x[i] = (bf16)(first + i);
-        const __m512 wide = load_bf16(x);
+        const F32x16 wide = load_bf16(x);
         store_bf16(back, wide);
         for (int i = 0; i < 16; i++) {
             const float exact = to_float(x[i]);
@@ -80,9 +80,8 @@ TEST(silu_of_numbers) {
     for (int i = 0; i < 100000; i++) {
         const float x = (float)random.uniform(-30, 30);
         const double exact = 1 / (1 + std::exp(-(double)x));
-        expect_near(lane(silu(_mm512_set1_ps(x)), 0), x * exact, std::abs(x) * exact * (kExp + 3 * kU32), "silu(%.9g)",
-                    x);
+        expect_near(lane(silu(broadcast(x)), 0), x * exact, std::abs(x) * exact * (kExp + 3 * kU32), "silu(%.9g)", x);
     }
     for (float x : {-200.0f, 200.0f, 0.0f})
-        expect_near(lane(silu(_mm512_set1_ps(x)), 0), x > 0 ? x : 0, 1e-35, "silu(%g)", x);
+        expect_near(lane(silu(broadcast(x)), 0), x > 0 ? x : 0, 1e-35, "silu(%g)", x);
 }

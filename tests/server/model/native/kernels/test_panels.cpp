@@ -5,10 +5,10 @@ TEST(transpose16_turns_over) {
     uint32_t x[16][16], y[16][16];
     for (uint32_t i = 0; i < 16; i++)
         for (uint32_t k = 0; k < 16; k++) x[i][k] = i << 8 | k;
-    __m512i r[16];
-    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(x[i]);
+    U32x16 r[16];
+    for (int i = 0; i < 16; i++) r[i] = load_u32(x[i]);
     transpose16(r);
-    for (int i = 0; i < 16; i++) _mm512_storeu_si512(y[i], r[i]);
+    for (int i = 0; i < 16; i++) store(y[i], r[i]);
     for (int i = 0; i < 16; i++)
         for (int k = 0; k < 16; k++) expect(y[i][k] == x[k][i], "(%d, %d) is %x", i, k, y[i][k]);
 }

@@ -7,7 +7,7 @@ TEST(log16_is_within_2_ulp) {
     Random random(1);
     auto check = [](float x) {
         float found[16];
-        _mm512_storeu_ps(found, log16(_mm512_set1_ps(x)));
+        store(found, log16(broadcast(x)));
         const double exact = std::log((double)x);
         int exponent;
         frexp(exact, &exponent);
@@ -27,7 +27,7 @@ TEST(gumbel16_is_a_hash_of_key_and_token) {
         int tokens[16];
         float found[16];
         for (int& token : tokens) token = (int)random.below(50000);
-        _mm512_storeu_ps(found, gumbel16(_mm512_loadu_si512(tokens), key));
+        store(found, gumbel16(load_u32(tokens), key));
         for (int i = 0; i < 16; i++) {
             auto x = (uint32_t)tokens[i] ^ (uint32_t)key;
             x = (x ^ x >> 16) * 0x7feb352du ^ (uint32_t)(key >> 32);

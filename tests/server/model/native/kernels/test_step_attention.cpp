@@ -1,4 +1,4 @@
-#include "serving/step_attention.h"
+#include "kernels/step_attention.h"
 
 #include <set>
 

@@ -12,7 +12,7 @@ Matrix packed(const BaseTensor& tensor, int out, int in) {
 // The same bits, but for the sign of zeros on processors that don't keep it.
 bool are_expanded_to(const bf16* found, const bf16* wanted, int count) {
     return std::equal(found, found + count, wanted,
-                      [](bf16 x, bf16 y) { return x == y || (!vectors::kKeepsSignOfZero && x == 0 && y == 0x8000); });
+                      [](bf16 x, bf16 y) { return x == y || (!simd::kKeepsSignOfZero && x == 0 && y == 0x8000); });
 }
 
 }  // namespace
@@ -70,9 +70,9 @@ TEST(scaled_weights_are_rounded_to_16_bits) {
             const uint32_t bits = at >> 23 << 31 | exponent << 23 | (at & 0x7fffff);
             memcpy(&x[i], &bits, 4);
         }
-        const __m512 one = _mm512_loadu_ps(x), other = _mm512_loadu_ps(x + 16);
+        const F32x16 one = load(x), other = load(x + 16);
         bf16 found[32], wanted[32];
-        _mm512_storeu_si512(found, vectors::packed(vectors::scaled({one, other}, vectors::load_scales(ones.data()))));
+        store(found, simd::packed(simd::scaled({one, other}, simd::load_scales(ones.data()))));
         store_bf16(wanted, one), store_bf16(wanted + 16, other);
         std::sort(found, found + 32), std::sort(wanted, wanted + 32);  // each processor has its order
         expect(std::equal(found, found + 32, wanted), "significands from %x on", first);
