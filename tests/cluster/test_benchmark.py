@@ -25,7 +25,7 @@ def test_the_target_is_of_each_rounds_ratio() -> None:
     assert found.measured.startswith("0.85 ")
     assert targets(results(one=(90.0, 70.0, 75.0)))[0].reached is False
     assert targets(results(quick=True))[0].reached is None
-    assert "| 1 replica | 85.0 (70.0" in markdown(results())
+    assert "|1 replica|85.0 (70.0" in markdown(results())
 
 
 @pytest.mark.slow
