@@ -16,6 +16,7 @@ SHARE = 0.01
 """Share of all steps' time that trials may cost in the long run."""
 
 _RESERVE = 8.0  # in steps: what trials may cost at once in a new band, and when steps become slow
+_LONG_BAND, _RESERVE_OF_LONG = 4, 1.0  # a new band of steps of 128 tokens or more: prompts that somebody waits for
 _FEE = 0.05  # in steps: the least that a trial is charged, so that equal sizes aren't tried all the time
 _SLOW = 1.25  # a band is slow if its recent steps took this many times as long as its usual ones
 _RECENT_MEMORY, _USUAL_MEMORY = 0.8, 0.99  # weight of a mean after the next step
@@ -54,7 +55,7 @@ class TeamSize:
     def _band(self, num_tokens: int) -> "_Band":
         band = num_tokens.bit_length() // 2  # 1, 2 to 7, 8 to 31 and so on
         if band not in self._bands:
-            self._bands[band] = _Band(self._sizes)
+            self._bands[band] = _Band(self._sizes, _RESERVE if band < _LONG_BAND else _RESERVE_OF_LONG)
         return self._bands[band]
 
 
@@ -97,14 +98,14 @@ class _Pair:
 class _Band:
     """Steps of similar size. Team sizes are indices here, and times are seconds for a unit of work."""
 
-    def __init__(self, sizes: list[int]) -> None:
+    def __init__(self, sizes: list[int], reserve: float) -> None:
         self._sizes = sizes
         self._pairs: dict[tuple[int, int], _Pair] = {}  # of a smaller and a larger size
         self._best = self._last_trial = len(sizes) - 1
         self._processors = float(sizes[-1])  # whose time steps of the best size got, lately
         self._trial: tuple[int, float] | None = None  # size and time, until a step of the best size follows
         self._recent = self._usual = 0.0  # mean times of steps of the best size
-        self._reserve, self._savings = _RESERVE, 0.0
+        self._reserve, self._savings = reserve, 0.0
 
     def choose(self) -> int:
         if self._trial is not None or not self._recent or len(self._sizes) == 1:

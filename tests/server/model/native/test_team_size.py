@@ -50,6 +50,18 @@ def usual(chosen: list[int]) -> int:
     return max(set(chosen), key=chosen.count)
 
 
+@pytest.mark.parametrize("threads", [2, 8])
+def test_the_first_prompts_of_a_server_are_hardly_slowed_by_trials(threads: int) -> None:
+    machine = Machine(free=threads)
+    chosen = steps(TeamSize(threads), machine, 20, tokens=256)
+    assert cost(machine, chosen) < 1.1 * machine.mean(threads)
+
+
+@pytest.mark.parametrize("threads", [2, 8])
+def test_prompts_find_the_only_free_processor(threads: int) -> None:
+    assert usual(steps(TeamSize(threads), Machine(free=1), 200, tokens=256)[100:]) == 1
+
+
 @pytest.mark.parametrize("threads", [2, 4, 8, 32])
 def test_trials_take_less_than_2_percent_of_a_quiet_machine(threads: int) -> None:
     machine = Machine(free=threads)
