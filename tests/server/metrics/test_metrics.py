@@ -80,7 +80,7 @@ def test_responses_are_counted_by_method_route_and_status() -> None:
     metrics = Metrics(EngineStats)
     for status, seconds in ((200, 0.02), (200, 0.2), (404, 0.001)):
         metrics.http.ended("GET", "/train/{job_id}", status, seconds)
-    metrics.http.ended("BREW", None, 405, 0.001)
+    metrics.http.ended("BREW", "", 405, 0.001)
     found = samples(metrics)
     route = ("route", "/train/{job_id}")
     assert found["smolora_http_requests_total", (("method", "GET"), route, ("status", "200"))] == 2
