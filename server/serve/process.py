@@ -139,7 +139,7 @@ class Process:
             forwarded_allow_ips=as_seen(trusted_proxies),
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_FLUSH_SECONDS,
-            # asyncio accepts so many connections in a turn. With 1, a new one waited 2 s behind a burst of 400.
+            # The connections that asyncio accepts in a turn. With 1, a new one waited 2 s behind a burst of 400.
             # `_Server` says how many may wait.
             backlog=16,
         )

@@ -39,7 +39,7 @@ class KeyEnded(HTTPException):
 class Body:
     """A request's body as it comes in: bounded in time, in size and in memory, and only while its key is valid.
 
-    It must make progress within so many seconds in which somebody waits for it. A JSON body is also refused if
+    It must make progress within `seconds` in which somebody waits for it. A JSON body is also refused if
     others take too much memory; uploads are spooled to disk.
     """
 

@@ -41,7 +41,7 @@ class AdapterHold:
     _cold_since: float | None = field(default=None, repr=False)
     _parts: Parts | None = field(default=None, repr=False)
     _num_moves: int = 0  # of the pool, when `_parts` was made
-    _hurry_seconds: float = 0.02  # the page cache's are read and placed in 1 ms, in 15 on busy processors
+    _hurry_seconds: float = 0.02  # of waiting in all: less than a step of a full batch takes
 
     @property
     def ready(self) -> bool:

@@ -30,7 +30,7 @@ class PromptRoom:
         return max(_LEAST, int(self._slower / self._costs.of(num_decoding)))
 
     def within(self, seconds: float, num_decoding: int = 0) -> int:
-        """Return how many tokens of prompts make a step of about this time, with so many decoding sequences."""
+        """Return how many tokens of prompts make a step of about this time, with `num_decoding` others."""
         return max(_LEAST, int(seconds / self._token_seconds) - num_decoding)
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
